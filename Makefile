@@ -1,0 +1,44 @@
+# `make` lists the targets. `make demo` and `make test` set everything up by themselves.
+PYTHON ?= python3
+DIR ?=
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint types docker-check bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
+
+setup: ## environment in .venv, with the build of vLLM that fits this machine
+	@docker/setup.sh $(PYTHON)
+
+demo: setup ## make a teacher, distil it and report, on this machine, in minutes (DIR=folder)
+	$(BIN)/stillroom demo $(if $(DIR),--dir $(DIR))
+
+test: lint types ## lint, types and all tests
+	$(BIN)/pytest
+
+lint: setup ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup .types ## mypy
+	$(BIN)/mypy .types/stillroom
+
+# mypy does not follow the import hook of an editable install; it follows this tree of links.
+.types:
+	mkdir -p .types/stillroom
+	for package in pipeline stages storage; do ln -sfn ../../$$package .types/stillroom/$$package; done
+
+docker-check: ## build and try the CPU image, with buildah and no container engine
+	docker/check.sh
+
+bench: setup ## run the benchmarks in tests/bench, one after the other
+	@for file in tests/bench/*.py; do \
+		[ -e "$$file" ] || { echo "there are no benchmarks yet"; continue; }; \
+		echo "$$file"; $(BIN)/python "$$file" || exit 1; \
+	done
+
+clean: ## remove what make made, except .venv, runs and stores
+	rm -rf .types build dist *.egg-info docker/cpu/shims/*/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find pipeline stages storage tests -name __pycache__ -prune -exec rm -rf {} +

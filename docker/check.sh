@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# Builds the `cpu` image and tries it, with buildah: no container engine, no image registry. The base image is a minimal
+# Debian made by debootstrap; pip in the build uses this machine's pip settings. Needs root and about 15 GB while it runs.
+#   DEBIAN_MIRROR=URL docker/check.sh      another mirror for debootstrap
+set -euo pipefail
+cd "$(dirname "$0")/.."
+base=localhost/stillroom-check-base
+image=localhost/stillroom-check
+export STORAGE_DRIVER=${STORAGE_DRIVER:-vfs} BUILDAH_ISOLATION=chroot
+
+say() { printf 'docker-check: %s\n' "$*"; }
+
+for tool in buildah debootstrap; do
+    if ! command -v "$tool" >/dev/null; then
+        say "skipped: $tool is missing. On Debian and Ubuntu: apt-get install buildah debootstrap"
+        exit 0
+    fi
+done
+if [ "$(id -u)" != 0 ]; then
+    say "skipped: debootstrap needs root. Run it as root, for example with sudo"
+    exit 0
+fi
+
+work=$(mktemp -d)
+container=
+cleanup() {
+    [ -z "$container" ] || buildah rm "$container" >/dev/null || true
+    rm -rf "$work"
+}
+trap cleanup EXIT
+
+make_base() {
+    say "making a Debian base image"
+    debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates \
+        bookworm "$work/debian" ${DEBIAN_MIRROR:+"$DEBIAN_MIRROR"} >"$work/log" || { tail "$work/log"; return 1; }
+    container=$(buildah from scratch)
+    buildah add --quiet "$container" "$work/debian" / >/dev/null
+    buildah commit --quiet --rm "$container" "$base" >/dev/null
+    container=
+}
+
+pip_settings() {  # writes them to one file; prints the local files and folders that they name
+    python3 - "$1" <<'PY'
+import ast, pathlib, subprocess, sys
+
+listed = subprocess.run(["pip3", "config", "list"], capture_output=True, text=True, check=True).stdout
+lines = ["[global]"]
+for line in listed.splitlines():
+    name, _, quoted = line.partition("=")
+    value = ast.literal_eval(quoted)
+    lines.append(f"{name.rpartition('.')[2]} =" + "".join(f"\n    {word}" for word in value.split()))
+    for word in value.split():
+        # An index of files refers to packages beside it.
+        path = pathlib.Path(word.removeprefix("file://")).parent if word.startswith("file://") else pathlib.Path(word)
+        if path.is_absolute() and path.exists():
+            print(path)
+pathlib.Path(sys.argv[1]).write_text("\n".join(lines) + "\n")
+PY
+}
+
+buildah inspect --type image "$base" >/dev/null 2>&1 || make_base
+volumes=(--volume "$work/pip.conf:/etc/pip.conf:ro")
+for path in $(pip_settings "$work/pip.conf" | sort -u); do
+    volumes+=(--volume "$path:$path:ro")
+done
+
+say "building the cpu image"
+buildah bud --quiet --network host --pull-never "${volumes[@]}" \
+    --build-arg CPU_BASE="$base" --target cpu --tag "$image" --file docker/Dockerfile . >/dev/null
+
+say "trying it"
+container=$(buildah from --pull-never "$image")
+inside() { buildah run --network host "$container" -- "$@"; }
+inside stillroom --help >/dev/null
+inside sh -ec 'test "$(id -u)" = 10001; touch /store/here /runs/here'
+inside python3 -c 'import vllm, transformers, stillroom.pipeline; print("vLLM", vllm.__version__, "on", transformers.__version__)'
+inside python3 -m pip check
+say "the cpu image builds and runs. Its layers are in buildah's storage: buildah rmi $image $base"

@@ -1,0 +1,226 @@
+"""The command line. Every command imports what it needs when it runs, so that help and errors answer at once."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..storage.errors import StillroomError
+
+app = typer.Typer(
+    name="stillroom",
+    help="Offline soft-label distillation: run the teacher once, train any number of students from disk.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a field: section.key=value. Repeatable.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+
+
+def main() -> None:
+    """Entry point: runs a command; a mistake of the user's is a message, never a traceback."""
+    try:
+        app()
+    except StillroomError as error:
+        sys.stderr.write(f"error: {error}\n")
+        if "--json" in sys.argv:
+            sys.stdout.write(json.dumps({"error": str(error), "exit_code": error.exit_code}) + "\n")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@app.command()
+def demo(
+    directory: Annotated[Path, typer.Option("--dir", help="Where the demo keeps everything.")] = Path("stillroom-demo"),
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Everything on a laptop CPU in minutes: no network, no downloads, a teacher made on the spot."""
+    from .demo import make_demo
+    from .progress import StageProgress
+    from .recipe import load_recipe
+    from .runner import run as run_recipe
+
+    recipe_path = make_demo(directory, StageProgress("teacher", sys.stderr, quiet=quiet))
+    recipe = load_recipe(recipe_path)
+    outcome = run_recipe(recipe, quiet=quiet)
+    _outcome(outcome, as_json)
+    _print(f"store:  {recipe.storage.dir}\nreport: {outcome['run_dir']}/report.md\nrecipe: {recipe_path}")
+    _json(outcome, as_json)
+
+
+@app.command()
+def init(
+    recipe: Annotated[Path, typer.Argument(metavar="[RECIPE]", help="File to write.")] = Path("recipe.yaml"),
+) -> None:
+    """Write a commented recipe to start from."""
+    from importlib.resources import files
+
+    from ..storage.errors import UsageError
+
+    if recipe.exists():
+        raise UsageError(f"{recipe}: exists already. Name another file, or move it away.")
+    try:
+        recipe.write_text(files("stillroom.pipeline.recipes").joinpath("template.yaml").read_text())
+    except OSError as error:
+        raise UsageError(f"{recipe}: cannot be written ({error.strerror}). Name another file.") from error
+    _print(f"wrote {recipe}. Name your teacher, student and data in it, then: stillroom plan {recipe}")
+
+
+@app.command()
+def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """What would run, what is cached, what is stale and why. Writes nothing."""
+    from .plan import make_plan
+    from .recipe import load_recipe
+    from .status import plan_json, plan_table
+
+    made = make_plan(load_recipe(recipe, overrides))
+    _print(plan_table(made))
+    _json(plan_json(made), as_json)
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    until: Annotated[str | None, typer.Option(help="Last stage to run.")] = None,
+    only: Annotated[str | None, typer.Option(help="The one stage to run.")] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Do what the plan says. Run it again to go on after a stop; what is done is not done twice."""
+    from .recipe import load_recipe
+    from .runner import run as run_recipe
+
+    outcome = run_recipe(load_recipe(recipe, overrides), until=until, only=only, quiet=quiet)
+    _outcome(outcome, as_json)
+    _json(outcome, as_json)
+
+
+@app.command()
+def status(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Per stage: rows done, rejected and pending, tokens, bytes/token, tokens/s, wall time."""
+    from .plan import make_plan
+    from .recipe import load_recipe
+    from .status import stage_facts, status_table
+
+    loaded = load_recipe(recipe, overrides)
+    stages = stage_facts(loaded, make_plan(loaded))
+    _print(status_table(stages))
+    _json({"stages": stages}, as_json)
+
+
+@app.command()
+def inspect(
+    store: StorePath,
+    key: Annotated[
+        str | None, typer.Option(help="Key of a row in hex, or its beginning; default the first row.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """One sample: tokens, the teacher's top entries, the tail, what is scored."""
+    from ..storage.store import Store
+    from .sample import describe, find_row, render, tokenizer_of
+
+    opened = Store.open(store)
+    row = find_row(opened, key)
+    sample = describe(row, tokenizer_of(opened, row))
+    for part in render(sample):
+        _print(part)
+    _json(sample, as_json)
+
+
+@app.command()
+def query(
+    store: StorePath, sql: Annotated[str, typer.Argument(help="A SELECT over the views.")], as_json: AsJson = False
+) -> None:
+    """DuckDB over the store: prompts, generations, soft_targets, rejects, commits, inputs."""
+    from ..storage.catalog import query as run_query
+    from ..storage.store import Store
+
+    found = run_query(Store.open(store), sql)
+    from rich.table import Table
+
+    table = Table(*found.column_names, box=None, pad_edge=False)
+    for row in found.slice(0, 100).to_pylist():
+        table.add_row(*(_cell(v) for v in row.values()))
+    _print(table)
+    if found.num_rows > 100:
+        _print(f"({found.num_rows} rows; the first 100 are shown)")
+    _json({"rows": json.loads(json.dumps(found.to_pylist(), default=_cell))}, as_json)
+
+
+@app.command()
+def verify(store: StorePath, as_json: AsJson = False) -> None:
+    """Checksums, schemas, records and the ledger of a store; exit code 3 if anything is wrong."""
+    from ..storage.store import Store
+    from ..storage.verify import verify as verify_store
+    from .status import verify_json, verify_lines
+
+    report = verify_store(Store.open(store))
+    for line in verify_lines(report):
+        _print(line)
+    _json(verify_json(report), as_json)
+    if report.problems:
+        raise typer.Exit(3)
+
+
+@app.command()
+def report(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Run folders; several are compared.")],
+    as_json: AsJson = False,
+) -> None:
+    """The report of a run as Markdown; several runs side by side."""
+    from .report import compare, load_report
+
+    reports = [load_report(r) for r in run_dirs]
+    text = (run_dirs[0] / "report.md").read_text() if len(run_dirs) == 1 else compare(run_dirs)
+    sys.stdout.write(text)
+    _json({"runs": reports}, as_json)
+
+
+@app.command()
+def schema() -> None:
+    """JSON Schema of the recipe, for editors."""
+    from ..stages.sections import Recipe
+
+    sys.stdout.write(json.dumps(Recipe.model_json_schema(), indent=2) + "\n")
+
+
+def _outcome(outcome: dict[str, Any], as_json: bool) -> None:
+    if outcome["results"]:
+        from .report import results_table
+
+        _print(results_table(outcome["results"]))
+
+
+def _print(content: Any) -> None:
+    """For people: standard output, above the JSON line."""
+    from rich.console import Console
+
+    Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty()).print(content)
+
+
+def _json(content: dict[str, Any], wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(json.dumps(content) + "\n")
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bytes):
+        return value.hex()
+    text = str(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Markdown and numbers for the report: tables, fenced text, and one way to print each kind of number."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+NOTHING = "-"
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True) -> str:
+    """A Markdown table; numbers after the first column stand to the right."""
+    rule = ["---", *["---:" if numbers else "---"] * (len(headers) - 1)]
+    return "\n".join("| " + " | ".join(_cell(c) for c in line) + " |" for line in (headers, rule, *rows))
+
+
+def fenced(text: str, language: str = "") -> str:
+    """Text as it is, behind a fence longer than any run of backticks inside it."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def inline(text: Any) -> str:
+    """A name or path as inline code."""
+    return f"`{str(text).replace('`', chr(39))}`"
+
+
+def decimals(value: float | None, places: int = 4, *, error: float | None = None) -> str:
+    """A number with its standard error, where there is one."""
+    if value is None:
+        return NOTHING
+    text = f"{round(value, places) + 0.0:.{places}f}"
+    return text if error is None else f"{text} ± {error:.{places}f}"
+
+
+def percent(value: float | None, places: int = 1) -> str:
+    """A share as a percentage."""
+    return NOTHING if value is None else f"{100 * value:.{places}f} %"
+
+
+def significant(value: float | None) -> str:
+    """Four significant digits, for numbers of any size; none of them lost from a large one."""
+    if value is None:
+        return NOTHING
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def nats(value: float) -> str:
+    """A distance in a sentence: three decimals, or two digits of a smaller one."""
+    return f"{value:.3f}" if abs(value) >= 0.01 or value == 0 else f"{value:.2g}"
+
+
+def count(value: float | None) -> str:
+    """A whole number with separators."""
+    return NOTHING if value is None else f"{value:,.0f}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds, minutes or hours."""
+    if seconds is None:
+        return NOTHING
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def size(octets: float | None) -> str:
+    """Bytes in the unit that fits."""
+    if octets is None:
+        return NOTHING
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if octets < 1024:
+            return f"{octets:.0f} {unit}" if unit == "B" else f"{octets:.1f} {unit}"
+        octets /= 1024
+    return f"{octets:.1f} TiB"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,120 @@
+"""Starting one stage in a process group of its own, and seeing the whole group end before going on."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from types import FrameType
+from typing import Any
+
+import psutil
+
+from ..storage.errors import StillroomError, Stopped
+from .worker import JOB_FD
+
+GRACE_SECONDS = 30.0  # after the first signal a stage has this long to commit and leave
+
+
+class StageProcess:
+    """A stage's process group, started with a message and ended with an answer."""
+
+    def __init__(self, message: dict[str, Any]) -> None:
+        self._message = message
+        self._signals = 0
+        self._deadline = float("inf")
+        ours, theirs = socket.socketpair()
+        self._line = ours
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "stillroom.pipeline.worker"],
+                env=os.environ | {JOB_FD: str(theirs.fileno())},
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        self.group = self._process.pid
+
+    def finish(self) -> dict[str, Any]:
+        """Wait for the answer and for the group's end.
+
+        Raises:
+            StillroomError: the stage failed, was stopped or died.
+        """
+        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            self._line.sendall(json.dumps(self._message).encode() + b"\n")
+            answer = self._wait()
+        finally:
+            end_group(self.group)
+            self._process.wait()
+            self._line.close()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        return self._checked(answer)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signals += 1
+        if self._signals == 1:
+            self._deadline = time.monotonic() + GRACE_SECONDS
+            self._process.send_signal(signal.SIGTERM)
+
+    def _wait(self) -> dict[str, Any] | None:
+        self._line.settimeout(0.2)
+        received = b""
+        while self._signals < 2 and time.monotonic() < self._deadline:
+            try:
+                chunk = self._line.recv(1 << 20)
+            except TimeoutError:
+                continue
+            received += chunk
+            if not chunk or received.endswith(b"\n"):
+                break
+        return json.loads(received) if received.endswith(b"\n") else None
+
+    def _checked(self, answer: dict[str, Any] | None) -> dict[str, Any]:
+        if self._signals and (answer is None or "error" in answer):
+            raise Stopped("stopped by a signal; finished rows are kept. Run the same command to go on.")
+        if answer is None:
+            raise StillroomError(
+                f"{self._message['name']}: its process died (exit status {self._process.returncode}; -9 is often the "
+                f"system running out of memory). Finished rows are kept; see {self._message['log']}. "
+                "Run the same command to go on."
+            )
+        if "error" in answer:
+            where = f"\nThe log has more: {self._message['log']}" if answer.get("unexpected") else ""
+            error = StillroomError(answer["error"] + where)
+            error.exit_code = answer["exit_code"]
+            raise error
+        return answer
+
+
+def end_group(group: int) -> None:
+    """Kill what is left of a process group and wait until nothing of it lives.
+
+    Raises:
+        StillroomError: something of it does not die.
+    """
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    deadline = time.monotonic() + GRACE_SECONDS
+    while members := group_members(group):
+        if time.monotonic() > deadline:
+            raise StillroomError(f"processes {members} of a finished stage do not die. End them, then run again.")
+        time.sleep(0.02)
+
+
+def group_members(group: int) -> list[int]:
+    """Living processes of a group; a zombie has given its memory back and does not count."""
+    members = []
+    for process in psutil.process_iter():
+        try:
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                members.append(process.pid)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+    return members

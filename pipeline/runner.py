@@ -1,0 +1,179 @@
+"""Runs a plan: one stage after the other, each in a process group of its own that has ended before the next begins."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ..stages.job import Arm
+from ..stages.sections import Recipe
+from ..storage.errors import StillroomError, UsageError
+from ..storage.files import Files
+from ..storage.keys import canonical_json
+from ..storage.snapshot import save_snapshot
+from ..storage.store import Store
+from .binding import write_down
+from .plan import Plan, StagePlan, make_plan
+from .process import StageProcess
+from .progress import duration, human
+from .report import write_report
+from .status import facts
+
+ORDER = ("data", "generate", "score", "train", "evaluate")  # `train` is the baseline's stage too
+
+
+def run(recipe: Recipe, *, until: str | None = None, only: str | None = None, quiet: bool = False) -> dict[str, Any]:
+    """Do what the plan says is to do; running again goes on where this stopped.
+
+    Args:
+        recipe: The recipe.
+        until: Last stage to run.
+        only: The one stage to run.
+        quiet: Print no progress.
+
+    Returns:
+        `{"run_dir", "stages": {name: {"rows", "tokens", "seconds", "state"}}, "results": {arm: {...}}}`.
+
+    Raises:
+        StillroomError: a stage failed; finished rows are kept.
+    """
+    run_dir = Path(recipe.run.dir)
+    names = _chosen(until, only)
+    store = _prepare(recipe, run_dir)
+    done: dict[str, dict[str, Any]] = {}
+    plan = make_plan(recipe, write=True)
+    _keep_models(plan, store)
+    write_down(recipe, plan.bound.binding)
+    for line in [s.name for s in plan.stages]:
+        stage = "train" if line == "baseline" else line
+        if stage not in names:
+            continue
+        current = plan.stage(line)
+        assert current is not None
+        if current.state == "waits":
+            raise UsageError(f"{line}: waits {current.why}. Run the stages before it first.")
+        if current.state == "done":
+            done[line] = _entry(current, seconds=0.0, state="cached")
+            _say(f"{line}: nothing to do ({_books(current)})", quiet)
+            continue
+        began = time.monotonic()
+        answer = _run_stage(recipe, plan, store, line, quiet)
+        plan = make_plan(recipe, write=True)
+        done[line] = _finish(plan, line, answer, seconds=time.monotonic() - began)
+        _say(f"{line}: done in {duration(done[line]['seconds'])} ({_books(plan.stage(line))})", quiet)
+    results = _results(plan)
+    if results and "evaluate" in names:
+        write_report(run_dir, plan.train_dirs["student"], facts(recipe, plan, done))
+    return {"run_dir": str(run_dir), "stages": done, "results": results}
+
+
+def _chosen(until: str | None, only: str | None) -> tuple[str, ...]:
+    for name in (until, only):
+        if name is not None and name not in ORDER:
+            raise UsageError(f"no stage {name!r}. The stages are {', '.join(ORDER)}.")
+    if only is not None:
+        return (only,)
+    return ORDER[: ORDER.index(until) + 1] if until else ORDER
+
+
+def _prepare(recipe: Recipe, run_dir: Path) -> Store:
+    store = Store.open(recipe.storage.dir, create=True)
+    try:
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StillroomError(
+            f"run.dir: {run_dir} cannot be written ({error.strerror}). Name another folder."
+        ) from error
+    return store
+
+
+def _keep_models(plan: Plan, store: Store) -> None:
+    for identity in (plan.bound.teacher, plan.bound.author):
+        if identity is not None:
+            store.put_teacher(identity.id, identity.files_to_keep())
+
+
+def _run_stage(recipe: Recipe, plan: Plan, store: Store, name: str, quiet: bool) -> dict[str, Any]:
+    arm: Arm = "baseline" if name == "baseline" else "student"
+    stage = "train" if name == "baseline" else name
+    if stage in ("data", "generate", "score") and plan.bound.teacher is None:
+        raise UsageError(f"{name}: there is work to do, and teacher or data are not here. Run it where they are.")
+    for snapshot in plan.snapshots.values():
+        save_snapshot(store, snapshot)
+    if stage == "train":
+        _begin_student(recipe, plan, arm)
+    message = {
+        "name": name,
+        "stage": stage,
+        "recipe": recipe.model_dump(mode="json"),
+        "log": str(Path(recipe.run.dir) / "logs" / f"{name}.log"),
+        "quiet": quiet,
+        "train_dirs": {a: str(p) for a, p in plan.train_dirs.items()},
+        "job": _job(recipe, plan, stage, arm),
+    }
+    return StageProcess(message).finish()
+
+
+def _job(recipe: Recipe, plan: Plan, stage: str, arm: Arm) -> dict[str, Any]:
+    binding = plan.bound.binding
+    snapshots = {split: s.id for split, s in plan.snapshots.items()}
+    if recipe.train.snapshot is not None:
+        snapshots["train"] = recipe.train.snapshot
+    return {
+        "data_id": binding.data_id,
+        "teacher_id": binding.teacher_id,
+        "author_id": binding.author_id,
+        "context_tokens": binding.author_context_tokens if stage == "generate" else binding.context_tokens,
+        "arm": arm,
+        "snapshots": snapshots,
+        "evaluation_id": plan.evaluation_id,
+    }
+
+
+def _begin_student(recipe: Recipe, plan: Plan, arm: Arm) -> None:
+    folder = plan.train_dirs[arm]
+    files = Files(folder.parent)
+    record = {
+        "settings": plan.settings[arm],
+        "arm": arm,
+        "recipe": recipe.model_dump(mode="json"),
+        "teacher_id": plan.bound.binding.teacher_id,
+    }
+    files.put_if_absent(f"{folder.name}/settings.json", canonical_json(record))
+    if arm == "student":
+        files.point("latest", folder.name)
+
+
+def _finish(plan: Plan, name: str, answer: dict[str, Any], *, seconds: float) -> dict[str, Any]:
+    line = plan.stage(name)
+    if line is None or line.state == "to do":
+        left = line.pending if line else 0
+        raise StillroomError(f"{name}: ended with {left} rows still to do. Run the same command to go on.")
+    if name in ("generate", "score") and line.committed == 0:
+        raise StillroomError(f"{name}: all {line.planned} rows were rejected ({line.why}). See `rejects` in the store.")
+    return {"rows": answer["rows"], "tokens": answer["tokens"], "seconds": round(seconds, 2), "state": "done"}
+
+
+def _entry(line: StagePlan, *, seconds: float, state: str) -> dict[str, Any]:
+    return {"rows": line.committed, "tokens": line.tokens, "seconds": seconds, "state": state}
+
+
+def _books(line: StagePlan | None) -> str:
+    assert line is not None
+    parts = [f"{line.committed} rows"]
+    parts += [f"{human(line.tokens)} tokens"] if line.tokens else []
+    parts += [f"{line.rejected} rejected"] if line.rejected else []
+    return ", ".join(parts)
+
+
+def _results(plan: Plan) -> dict[str, Any]:
+    line = plan.stage("evaluate")
+    if line is None or line.state != "done":
+        return {}
+    return dict(json.loads((plan.train_dirs["student"] / "evaluation.json").read_text())["results"])
+
+
+def _say(text: str, quiet: bool) -> None:
+    if not quiet:
+        sys.stderr.write(f"{text}\n")

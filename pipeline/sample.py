@@ -1,0 +1,101 @@
+"""One sample of a store, token by token: what is there, what the teacher thought, what is scored."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from ..storage.codec import SoftTargets
+from ..storage.errors import UsageError
+from ..storage.store import Store
+
+SHOWN = 5  # entries of a target
+
+
+def find_row(store: Store, key: str | None) -> dict[str, Any]:
+    """A soft-target row by key (hex, any unique beginning), else the first; a generation where nothing is scored.
+
+    Raises:
+        UsageError: no such row.
+    """
+    for table in ("soft_targets", "generations"):
+        index = store.index(table, ["key"])
+        for found, shard, row in zip(*(index[c].to_pylist() for c in ("key", "shard", "row")), strict=True):
+            if key is None or found.hex().startswith(key.lower()):
+                return next(iter(store.rows(table, {shard: [row]}))) | {"table": table}
+    wanted = f"a row whose key begins with {key}" if key else "any row"
+    raise UsageError(
+        f"{store.root}: no {wanted} in soft_targets or generations. List keys with `stillroom query STORE "
+        '"SELECT hex(key) FROM soft_targets"`.'
+    )
+
+
+def tokenizer_of(store: Store, row: dict[str, Any]) -> Any:
+    """The tokenizer kept with the row's teacher or author; None if the store has none (given text)."""
+    from tokenizers import Tokenizer
+
+    name = row.get("teacher_id") or row["author_id"]
+    folders = [store.root / "teachers" / name, *sorted((store.root / "teachers").glob("*"))]
+    return next((Tokenizer.from_file(str(f / "tokenizer.json")) for f in folders if _has_tokenizer(f)), None)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return (folder / "tokenizer.json").is_file()
+
+
+def describe(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """The sample as plain data, for `--json`."""
+    start = row["span_start"] if row["table"] == "soft_targets" else max(row["prompt_tokens"], 1)
+    ids = row["token_ids"].tolist()
+    tokens = [_show(tokenizer, token) for token in ids]
+    found: dict[str, Any] = {
+        "table": row["table"],
+        "key": row["key"].hex(),
+        "tokens": tokens,
+        "token_ids": ids,
+        "span_start": start,
+    }
+    if row["table"] == "soft_targets":
+        targets = SoftTargets.from_row(row)
+        found["positions"] = [_position(targets, n, start + n, tokenizer) for n in range(row["span_tokens"])]
+    return found
+
+
+def _position(targets: SoftTargets, n: int, index: int, tokenizer: Any) -> dict[str, Any]:
+    logprobs = targets.logprobs[n]
+    best = np.argsort(-logprobs, kind="stable")[:SHOWN]
+    ids = best if targets.ids is None else targets.ids[n][best]
+    return {
+        "index": index,
+        "token_logprob": float(targets.token_logprob[n]),
+        "entropy": float(targets.entropy[n]),
+        "tail": float(np.exp(targets.tail_logprob[n])),
+        "entries": [[_show(tokenizer, int(i)), float(np.exp(logprobs[b]))] for i, b in zip(ids, best, strict=True)],
+    }
+
+
+def _show(tokenizer: Any, token: int) -> str:
+    piece = tokenizer.id_to_token(token) if tokenizer else None
+    return str(token) if piece is None else str(piece)
+
+
+def render(sample: dict[str, Any]) -> list[Any]:
+    """The sample for people: the text with the scored span marked, then a line per scored position."""
+    text = Text()
+    for index, token in enumerate(sample["tokens"]):
+        shown = token.replace("▁", " ").replace("Ġ", " ").replace("Ċ", "\n")
+        text.append(shown, style="bold" if index >= sample["span_start"] else "dim")
+    parts: list[Any] = [Text(f"{sample['table']} {sample['key']}; scored tokens are bold\n"), text, Text("")]
+    if "positions" in sample:
+        table = Table("index", "token", box=None, pad_edge=False)
+        for name in ("probability", "entropy", "tail"):
+            table.add_column(name, justify="right")
+        table.add_column("the teacher's best")
+        for p in sample["positions"]:
+            best = "  ".join(f"{token} {probability:.3f}" for token, probability in p["entries"])
+            row = (f"{np.exp(p['token_logprob']):.4f}", f"{p['entropy']:.3f}", f"{p['tail']:.4f}", best)
+            table.add_row(str(p["index"]), Text(sample["tokens"][p["index"]]), *row[:3], Text(row[3]))
+        parts.append(table)
+    return parts

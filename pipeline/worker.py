@@ -1,0 +1,115 @@
+"""The process of one stage: reads its job from the runner, does it, answers, and dies if the runner dies.
+
+Its standard output and error go to the stage's log; only the progress line reaches the terminal.
+"""
+
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import Any, TextIO
+
+from ..stages.identity import FileHashes
+from ..stages.job import Job, StageResult, StopFlag
+from ..stages.sections import Recipe
+from ..storage.errors import StillroomError
+from .binding import author_identity, teacher_identity
+from .progress import StageProgress
+
+JOB_FD = "STILLROOM_JOB_FD"
+
+
+def main() -> None:
+    """Do one job; the exit status is the answer's, the answer says more."""
+    line = socket.socket(fileno=int(os.environ.pop(JOB_FD)))
+    message = json.loads(line.makefile("r").readline())
+    threading.Thread(target=_die_with_runner, args=(line,), daemon=True).start()
+    stop = StopFlag()
+    stop.listen()
+    stream = _to_log(Path(message["log"]))
+    progress = StageProgress(message["name"], stream, quiet=message["quiet"])
+    try:
+        answer = _answer(_run(message, progress, stop))
+    except StillroomError as error:
+        answer = {"error": str(error), "exit_code": error.exit_code}
+    except MemoryError:
+        answer = {"error": f"{message['name']}: out of memory. Lower the stage's batch tokens.", "exit_code": 1}
+    except Exception as error:
+        traceback.print_exc()
+        answer = {"error": f"{message['name']}: {type(error).__name__}: {error}", "exit_code": 1, "unexpected": True}
+    progress.finish()
+    sys.stderr.flush()
+    line.sendall(json.dumps(answer).encode() + b"\n")
+    # Engines leave threads and children whose clean-up takes seconds; all that matters is committed by now.
+    os._exit(answer.get("exit_code", 0))
+
+
+def _die_with_runner(line: socket.socket) -> None:
+    """The runner never writes again: what ends this wait is its death. Take the whole process group along."""
+    line.recv(1)
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+def _to_log(path: Path) -> TextIO:
+    """Send everything that is printed to the log; returns the terminal (or pipe) for the progress line."""
+    terminal = os.fdopen(os.dup(2), "w", buffering=1)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    return terminal
+
+
+def _run(message: dict[str, Any], progress: StageProgress, stop: StopFlag) -> StageResult:
+    recipe = Recipe.model_validate(message["recipe"])
+    job = Job(
+        recipe=recipe,
+        progress=progress,
+        stop=stop,
+        train_dirs={arm: Path(path) for arm, path in message.pop("train_dirs").items()},
+        **message["job"],
+    )
+    stage = message["stage"]
+    if stage == "data":
+        from ..stages import data
+
+        return data.run(job)
+    if stage in ("generate", "score"):
+        return _run_teacher(stage, job)
+    if stage == "train":
+        from ..stages import train
+
+        return train.run(job)
+    from ..stages import evaluate
+
+    return evaluate.run(job)
+
+
+def _run_teacher(stage: str, job: Job) -> StageResult:
+    hashes = FileHashes(job.recipe.storage.dir, remember=True)
+    teacher = teacher_identity(job.recipe, hashes, download=True)
+    if stage == "score":
+        from ..stages import score
+
+        return score.run(job, teacher)
+    from ..stages import generate
+
+    return generate.run(job, author_identity(job.recipe, teacher, hashes, download=True))
+
+
+def _answer(result: StageResult) -> dict[str, Any]:
+    return {
+        "rows": result.rows,
+        "tokens": result.tokens,
+        "rejected": result.rejected,
+        "details": result.details,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""From the samples of a step to forward passes: samples are packed into rows, rows are split into passes.
+
+How they are packed and split changes speed and memory, never the gradient: samples in a row do not see each other, and
+losses are summed over the whole step.
+
+Letters: B rows, T tokens per row, N scored tokens, K entries, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..storage.codec import SoftTargets
+from ..storage.errors import UsageError
+from .alignment import predicting_positions, scored_tokens
+from .head import hidden_states, split_head
+from .losses import TargetBatch, fit_vocabulary
+from .samples import Sample
+
+SHORTEST_ROW = 512  # tokens; shorter samples share a row
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Batch:
+    """One forward pass: B rows of T positions, each row several samples and padding at its end."""
+
+    token_ids: Tensor
+    """[B, T] int64, 0 in the padding."""
+    position_ids: Tensor
+    """[B, T] int64, from 0 in each sample and in the padding; where they restart, attention is cut."""
+    predicting: Tensor
+    """[N] int64 indices into the flattened [B * T] of the positions that predict a scored token."""
+    targets: TargetBatch
+    """N targets in terms of the student's vocabulary."""
+
+    def to(self, device: torch.device) -> Self:
+        """The same on another device."""
+        tensors = (self.token_ids, self.position_ids, self.predicting)
+        token_ids, position_ids, predicting = (t.to(device, non_blocking=True) for t in tensors)
+        return replace(
+            self,
+            token_ids=token_ids,
+            position_ids=position_ids,
+            predicting=predicting,
+            targets=self.targets.to(device),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Packing:
+    """How the samples of a step become forward passes."""
+
+    tokens_per_pass: int
+    """Positions of a pass, padding included; a sample longer than that is a pass of its own."""
+    row_tokens: int | None = None
+    """Positions of a row; None: the longest sample, at least `SHORTEST_ROW`."""
+    shared_rows: bool = True
+    """False: one sample per row, for a model that lets packed samples see each other."""
+    max_entries: int | None = None
+    """K at most: a sample stored with more entries is cut to the best ones. None: as stored."""
+    vocab_size: int
+    """V of the student."""
+
+    def batches(self, samples: Sequence[Sample]) -> Iterator[Batch]:
+        """The forward passes of a step.
+
+        Raises:
+            UsageError: a sample is longer than a row, or has a token that the student does not know.
+        """
+        longest = max(len(sample) for sample in samples)
+        if self.row_tokens is not None and longest > self.row_tokens:
+            raise UsageError(
+                f"train.row_tokens: {self.row_tokens} is shorter than a sample of {longest} tokens. "
+                f"Set it to {longest} or more, or leave it out."
+            )
+        capacity = max(longest, min(self.row_tokens or SHORTEST_ROW, self.tokens_per_pass)) if self.shared_rows else 0
+        rows = pack(samples, capacity)
+        group: list[list[Sample]] = []
+        for row in rows:
+            if group and (len(group) + 1) * max(_tokens(r) for r in [*group, row]) > self.tokens_per_pass:
+                yield self._batch(group)
+                group = []
+            group.append(row)
+        yield self._batch(group)
+
+    def _batch(self, rows: Sequence[Sequence[Sample]]) -> Batch:
+        width = max(_tokens(row) for row in rows)
+        token_ids = torch.zeros(len(rows), width, dtype=torch.long)
+        position_ids = torch.zeros_like(token_ids)
+        predicting, labels = [], []
+        for number, row in enumerate(rows):
+            edges = np.cumsum([0, *map(len, row), width - _tokens(row)])
+            position_ids[number] = torch.cat([torch.arange(stop - start) for start, stop in pairwise(edges)])
+            for sample, start in zip(row, edges[:-2], strict=True):
+                ids = torch.from_numpy(sample.token_ids.astype(np.int64))
+                token_ids[number, start : start + len(sample)] = ids
+                positions = torch.arange(len(sample))[predicting_positions(sample.span_start, sample.span_tokens)]
+                predicting.append(number * width + int(start) + positions)
+                labels.append(scored_tokens(ids, sample.span_start, sample.span_tokens))
+        if int(token_ids.max()) >= self.vocab_size:
+            raise UsageError(
+                f"student: its vocabulary has {self.vocab_size} ids, but a prompt has token {int(token_ids.max())}. "
+                "Choose a student with the teacher's tokenizer and at least its vocabulary."
+            )
+        targets = self._targets(torch.cat(labels), [sample for row in rows for sample in row])
+        return Batch(token_ids=token_ids, position_ids=position_ids, predicting=torch.cat(predicting), targets=targets)
+
+    def _targets(self, labels: Tensor, samples: Sequence[Sample]) -> TargetBatch:
+        parts = [self._entries(sample.targets) for sample in samples if sample.targets is not None]
+        if not parts:
+            return fit_vocabulary(TargetBatch(labels=labels), self.vocab_size)
+        entries = max(logprobs.shape[-1] for _, logprobs, _ in parts)
+        same = all(ids is None and logprobs.shape[-1] == entries for ids, logprobs, _ in parts)
+        ids = None if same else torch.cat([_widened(_ids(i, x), entries, -1) for i, x, _ in parts])
+        batch = TargetBatch(
+            labels=labels,
+            ids=ids,
+            logprobs=torch.cat([_widened(logprobs, entries, -torch.inf) for _, logprobs, _ in parts]),
+            tail_logprob=torch.cat([tail for _, _, tail in parts]),
+        )
+        return fit_vocabulary(batch, self.vocab_size)
+
+    def _entries(self, targets: SoftTargets) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Ids [N, K] (None: full), log-probabilities [N, K] and tail [N], K cut to `max_entries`."""
+        ids = None if targets.ids is None else torch.from_numpy(targets.ids.astype(np.int64))
+        logprobs, tail = torch.from_numpy(targets.logprobs), torch.from_numpy(targets.tail_logprob)
+        if self.max_entries is None or logprobs.shape[-1] <= self.max_entries:
+            return ids, logprobs, tail
+        if ids is None:
+            logprobs, ids = logprobs.sort(dim=-1, descending=True, stable=True)
+        kept, rest = logprobs[:, : self.max_entries], logprobs[:, self.max_entries :]
+        return ids[:, : self.max_entries], kept, torch.logaddexp(tail, rest.logsumexp(-1))
+
+
+def pack(samples: Sequence[Sample], capacity: int) -> list[list[Sample]]:
+    """First-fit: each sample goes into the first row with room for it, in order; one per row where capacity is 0."""
+    rows: list[list[Sample]] = []
+    room: list[int] = []
+    for sample in samples:
+        place = next((i for i, left in enumerate(room) if len(sample) <= left), len(rows))
+        if place == len(rows):
+            rows.append([])
+            room.append(capacity)
+        rows[place].append(sample)
+        room[place] -= len(sample)
+    return rows
+
+
+def packs_apart(model: nn.Module) -> bool:
+    """Whether this model keeps samples packed in one row apart when position ids restart between them.
+
+    transformers cuts attention there; a recurrent layer may carry its state on. Asked of the model itself, on two short
+    samples, once.
+    """
+    device = next(model.parameters()).device
+    lengths = (5, 7)
+    ids = (torch.arange(1, 1 + sum(lengths), device=device) % split_head(model).vocab_size)[None]
+    positions = torch.cat([torch.arange(n, device=device) for n in lengths])[None]
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        together = hidden_states(model, input_ids=ids, position_ids=positions)[:, lengths[0] :]
+        alone = hidden_states(model, input_ids=ids[:, lengths[0] :], position_ids=positions[:, lengths[0] :])
+    model.train(was_training)
+    return torch.allclose(together, alone, rtol=1e-3, atol=1e-4 * float(alone.abs().max()))
+
+
+def _tokens(row: Sequence[Sample]) -> int:
+    return sum(len(sample) for sample in row)
+
+
+def _ids(ids: Tensor | None, logprobs: Tensor) -> Tensor:
+    return torch.arange(logprobs.shape[-1]).expand(logprobs.shape) if ids is None else ids
+
+
+def _widened(values: Tensor, entries: int, filling: float) -> Tensor:
+    return functional.pad(values, (0, entries - values.shape[-1]), value=filling)

@@ -1,0 +1,36 @@
+"""TensorBoard scalars of a training run, over positions fed."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .trainer import Losses, StepResult
+
+
+class Board:
+    """TensorBoard scalars over tokens; what a run wrote after the checkpoint it goes on from is purged."""
+
+    def __init__(self, folder: Path, tokens: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(folder, purge_step=tokens + 1 if tokens else None)
+
+    def __enter__(self) -> "Board":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.close()
+
+    def write(self, tokens: int, scalars: dict[str, float]) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, global_step=tokens)
+
+
+def step_scalars(result: "StepResult") -> dict[str, float]:
+    rates = {"learning_rate": result.learning_rate, "grad_norm": result.grad_norm}
+    return loss_scalars("loss", result.losses) | rates
+
+
+def loss_scalars(prefix: str, losses: "Losses") -> dict[str, float]:
+    values = {"total": losses.loss, "soft": losses.soft, "hard": losses.hard}
+    return {f"{prefix}/{name}": value for name, value in values.items() if value is not None}

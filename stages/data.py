@@ -1,0 +1,308 @@
+"""Stage `data`: reads the source once, into prompts rows of the store; everything after it reads the store alone.
+
+Given text (formats text, completion, and answers that came with the data when nothing is generated) is tokenized here
+too and becomes generations rows whose author is the data, so that later stages know one kind of row only.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from ..storage.errors import UsageError
+from ..storage.keys import content_id, content_key
+from ..storage.store import Store
+from .identity import FileHashes, Identity
+from .job import Job, StageResult
+from .rendering import Renderer, RowError
+from .sections import Data, Recipe
+from .sources import fingerprint, records
+from .writing import about, commit_limits
+
+_REQUIRED = {
+    "text": ("text",),
+    "prompt": ("prompt",),
+    "completion": ("prompt", "completion"),
+    "messages": ("messages",),
+    "instruction": ("instruction",),
+}
+
+
+def given_text(recipe: Recipe) -> bool:
+    """Whether the data brings the text that is scored and trained on."""
+    return recipe.generate is None
+
+
+def given_author_id(recipe: Recipe, teacher: Identity) -> str:
+    """Who wrote given text, as far as its tokens are concerned: tokenizer, template and how it is cut."""
+    return content_id(
+        "given",
+        tokenizer=teacher.tokenizer_id,
+        template=teacher.template_id,
+        chat_template_kwargs=recipe.data.chat_template_kwargs,
+        window_tokens=window_tokens(recipe.data, teacher),
+    )
+
+
+def window_tokens(data: Data, teacher: Identity) -> int:
+    """Tokens of one window of long text."""
+    return min(data.window_tokens or teacher.context_tokens, teacher.context_tokens)
+
+
+def inputs_id(recipe: Recipe, teacher: Identity, hashes: FileHashes) -> str:
+    """Name of the inputs record: what the source holds now, and how it is read."""
+    how = recipe.data.model_dump(exclude={"source", "chat_template_kwargs", "window_tokens"})
+    author = given_author_id(recipe, teacher) if given_text(recipe) else None
+    return content_id("inputs", source=fingerprint(recipe.data, hashes), how=how, author=author)
+
+
+def run(job: Job) -> StageResult:
+    """Read, normalise, deduplicate, split; commit prompts (and given text), then the inputs record.
+
+    Raises:
+        UsageError: the source is missing or empty, lacks a column, or the holdout leaves nothing to train on.
+    """
+    recipe, data = job.recipe, job.recipe.data
+    store = Store.open(recipe.storage.dir)
+    settings = data.model_dump(exclude={"limit", "holdout"})
+    limits = commit_limits(recipe)
+    rows: dict[bytes, Prompt] = {}
+    rejected = 0
+    job.progress.start(total=data.limit or 0, unit="records")
+    with ExitStack() as stack:
+        prompts = stack.enter_context(store.writer("prompts", about=about("data", recipe, settings), limits=limits))
+        rejects = stack.enter_context(store.writer("rejects", about=about("data", recipe, settings), limits=limits))
+        text = _GivenText(job, store, stack) if given_text(recipe) else None
+        for source, record in _limited(data):
+            job.stop.check()
+            try:
+                row = prompt_row(record, source, data, given=text is not None)
+                windows = text.add(row) if text and row["key"] not in rows else 1
+            except RowError as error:
+                rejects.add(_reject(source, record, error))
+                rejected += 1
+                continue
+            prompts.add(row)
+            rows.setdefault(row["key"], Prompt(row["prompt_key"], windows))
+            job.progress.advance()
+    _refuse_empty(data, rows, rejected)
+    table = _with_splits(rows, data.holdout)
+    store.put_inputs(job.data_id, table, {"source": data.source, "rejected": rejected, "format": data.format})
+    return StageResult(rows=len(rows), rejected=rejected, tokens=text.tokens if text else 0)
+
+
+def survey(recipe: Recipe) -> tuple[pa.Table, int]:
+    """What `run` would make of the source, without writing: the inputs table (windows unknown) and the rejects."""
+    rows: dict[bytes, Prompt] = {}
+    rejected = 0
+    for source, record in _limited(recipe.data):
+        try:
+            row = prompt_row(record, source, recipe.data, given=given_text(recipe))
+        except RowError:
+            rejected += 1
+            continue
+        rows.setdefault(row["key"], Prompt(row["prompt_key"], 1))
+    _refuse_empty(recipe.data, rows, rejected)
+    return _with_splits(rows, recipe.data.holdout), rejected
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What the inputs record keeps of a prompt."""
+
+    prompt_key: bytes
+    windows: int
+    """Generations rows that the given text became; 1 where it is generated."""
+
+
+def prompt_row(record: dict[str, Any] | str, source: str, data: Data, *, given: bool) -> dict[str, Any]:
+    """One record as a row of `prompts`.
+
+    Raises:
+        RowError: this record cannot be used.
+        UsageError: the columns are not those of the format.
+    """
+    if isinstance(record, str):
+        raise RowError("unreadable", record)
+    record = {ours: record[theirs] for ours, theirs in _columns(record, data).items()}
+    row: dict[str, Any] = dict.fromkeys(("text", "text_pair", "messages", "completion", "reference", "label"), None) | {
+        "format": data.format,
+        "source": source,
+    }
+    row |= _FORMATS[data.format](record)
+    answer = row.pop("answer", None)
+    if given and data.format != "text":
+        row["completion"] = _text(answer, "completion", "no answer to score, and no `generate` section to make one")
+    elif answer is not None:
+        row["reference"] = _text(answer, "reference", "an empty reference")
+    prompt = {"text": row["text"], "messages": row["messages"], "pair": row["text_pair"]}
+    row["prompt_key"] = content_key("prompt", **prompt)
+    rest = {k: row[k] for k in ("format", "completion", "reference", "label")}
+    row["key"] = content_key("prompts", prompt=row["prompt_key"], **rest)
+    return row
+
+
+def _columns(record: dict[str, Any], data: Data) -> dict[str, str]:
+    """Our name -> the record's column."""
+    optional = ("input", "output", "reference")
+    names = {n: data.columns.get(n, n) for n in (*_REQUIRED[data.format], *optional, *data.columns)}
+    missing = [theirs for ours, theirs in names.items() if theirs not in record and ours not in optional]
+    if missing:
+        raise RowError(
+            "missing_column",
+            f"no column {missing[0]!r} (found {', '.join(map(repr, record)) or 'nothing'}). "
+            f"Name it in data.columns, for example {{{next(iter(_REQUIRED[data.format]))}: ...}}",
+        )
+    return {ours: theirs for ours, theirs in names.items() if theirs in record}
+
+
+def _prompt(record: dict[str, Any]) -> dict[str, Any]:
+    return {"text": _text(record["prompt"], "prompt"), "answer": record.get("reference")}
+
+
+def _completion(record: dict[str, Any]) -> dict[str, Any]:
+    return {"text": _text(record["prompt"], "prompt"), "answer": record["completion"]}
+
+
+def _messages(record: dict[str, Any]) -> dict[str, Any]:
+    messages = record["messages"]
+    try:
+        messages = [{"role": str(m["role"]), "content": _text(m["content"], "content")} for m in messages]
+    except (TypeError, KeyError) as error:
+        raise RowError("unreadable", f"messages must be a list of {{role, content}} ({error!r})") from error
+    answer = messages.pop()["content"] if messages and messages[-1]["role"] == "assistant" else None
+    if not messages:
+        raise RowError("empty", "the conversation has no message to answer")
+    return {"messages": messages, "answer": record.get("reference", answer)}
+
+
+def _instruction(record: dict[str, Any]) -> dict[str, Any]:
+    parts = [_text(record["instruction"], "instruction"), record.get("input") or ""]
+    content = "\n".join(p for p in parts if p)
+    return {
+        "messages": [{"role": "user", "content": content}],
+        "answer": record.get("output") or record.get("reference"),
+    }
+
+
+def _document(record: dict[str, Any]) -> dict[str, Any]:
+    return {"text": _text(record["text"], "text")}
+
+
+_FORMATS = {
+    "text": _document,
+    "prompt": _prompt,
+    "completion": _completion,
+    "messages": _messages,
+    "instruction": _instruction,
+}
+
+
+def _text(value: Any, name: str, if_empty: str | None = None) -> str:
+    if value is None or value == "":
+        raise RowError("empty", if_empty or f"{name} is empty")
+    if not isinstance(value, str):
+        raise RowError("unreadable", f"{name} is a {type(value).__name__}, expected text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RowError("unreadable", f"{name} is not valid UTF-8 ({error.reason})") from error
+    return value
+
+
+def _limited(data: Data) -> Iterator[Any]:
+    for number, record in enumerate(records(data)):
+        if number == data.limit:
+            return
+        yield record
+
+
+def _reject(source: str, record: Any, error: RowError) -> dict[str, Any]:
+    key = content_key("reject", source=source, record=str(record))
+    row = {"key": key, "stage": "data", "prompt_key": None, "reason": error.reason, "attempts": 1}
+    return row | {"message": f"{source}: {error}"}
+
+
+def _refuse_empty(data: Data, rows: dict[bytes, Prompt], rejected: int) -> None:
+    if not rows:
+        found = f"all {rejected} records were rejected (see `rejects`)" if rejected else "it holds no records"
+        raise UsageError(f"data.source: nothing to work on in {data.source}: {found}. Check the file and data.format.")
+    prompts = len({p.prompt_key for p in rows.values()})
+    if data.holdout >= prompts:
+        raise UsageError(
+            f"data.holdout: {data.holdout} of {prompts} prompts leaves nothing to train on. "
+            f"Use {prompts // 10} or fewer, or more data."
+        )
+
+
+def _with_splits(rows: dict[bytes, Prompt], holdout: int) -> pa.Table:
+    """The inputs table. Prompt keys are hashes, so the smallest of them are a random sample that order cannot change."""
+    held_out = set(sorted({p.prompt_key for p in rows.values()})[:holdout])
+    splits = ["test" if p.prompt_key in held_out else "train" for p in rows.values()]
+    return pa.table(
+        {
+            "key": pa.array(list(rows), pa.binary(16)),
+            "prompt_key": pa.array([p.prompt_key for p in rows.values()], pa.binary(16)),
+            "split": splits,
+            "windows": pa.array([p.windows for p in rows.values()], pa.int32()),
+        }
+    )
+
+
+class _GivenText:
+    """Tokenizes the text that came with the data into generations rows."""
+
+    def __init__(self, job: Job, store: Store, stack: ExitStack) -> None:
+        folder = store.teacher_dir(job.teacher_id)
+        data = job.recipe.data
+        self._renderer = Renderer(folder, data.chat_template_kwargs)
+        self._author = job.author_id
+        self._context = job.context_tokens
+        self._window = min(data.window_tokens or job.context_tokens, job.context_tokens)
+        settings = {"window_tokens": self._window, "chat_template_kwargs": data.chat_template_kwargs}
+        shard_about = about("data", job.recipe, settings, author_id=job.author_id)
+        writer = store.writer("generations", about=shard_about, limits=commit_limits(job.recipe))
+        self._writer = stack.enter_context(writer)
+        self.tokens = 0
+
+    def add(self, row: dict[str, Any]) -> int:
+        """Write a prompt's rows; returns how many.
+
+        Raises:
+            RowError: nothing to predict, or longer than the context.
+        """
+        if row["format"] == "text":
+            pieces = [(0, ids) for ids in self._renderer.windows(row["text"], self._window)]
+        else:
+            prompt = self._renderer.prompt_ids(row)
+            pieces = [(len(prompt), prompt + self._renderer.completion_ids(row["completion"]))]
+        for index, (start, ids) in enumerate(pieces):
+            if len(ids) > self._context:
+                raise RowError("too_long", f"{len(ids)} tokens; the teacher reads {self._context}")
+            self._write(row, index, start, ids)
+        if not pieces:
+            raise RowError("empty", "fewer than two tokens: nothing to predict")
+        return len(pieces)
+
+    def _write(self, row: dict[str, Any], index: int, start: int, ids: list[int]) -> None:
+        reuse_key = content_key("given", author=self._author, source=row["key"], window=index)
+        self.tokens += len(ids) - start
+        self._writer.add(
+            {
+                "key": content_key("generations", reuse_key=reuse_key, max_tokens=None),
+                "reuse_key": reuse_key,
+                "prompt_key": row["prompt_key"],
+                "source_key": row["key"],
+                "author_id": self._author,
+                "sample_index": index,
+                "token_ids": ids,
+                "prompt_tokens": start,
+                "completion_tokens": len(ids) - start,
+                "text": self._renderer.tokenizer.decode(ids[start:], skip_special_tokens=True),
+                "finish_reason": "given",
+                "max_tokens": None,
+                "row_seed": None,
+            }
+        )

@@ -1,0 +1,241 @@
+"""Stage `evaluate`: teacher and students on the same held-out tokens, one model in memory at a time.
+
+The teacher is never loaded: its numbers come from the stored targets. Rows go through a model one by one and its logits
+a chunk of tokens at a time, so memory grows with one row and not with the held-out set. `evaluation.json` is written
+last: that it exists means that the evaluation is done.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ..storage.codec import SoftTargets
+from ..storage.errors import UsageError
+from ..storage.files import Files
+from ..storage.snapshot import Snapshot, load_snapshot
+from ..storage.store import Store
+from .alignment import predicting_positions, scored_tokens
+from .job import Job, StageResult
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .answers import Quiz
+    from .metrics import Tally
+
+Arms = dict[str, Callable[[], "nn.Module"]]
+
+NUMBERS = ("cross_entropy", "perplexity", "kl_teacher", "top1_agreement", "ece", "rows", "tokens")
+
+_SPAN = {
+    "soft_targets": ("prompt_key", "generation_key", "token_ids", "span_start", "span_tokens"),
+    "generations": ("prompt_key", "key", "token_ids", "prompt_tokens"),
+}
+_TARGETS = ("kind", "k", "ids", "logprobs", "tail_logprob", "token_logprob", "entropy")
+
+
+def run(job: Job) -> StageResult:
+    """Measure every arm on the held-out rows; write `evaluation.json` into the student's training run.
+
+    Raises:
+        UsageError: nothing is held out, or a student cannot read the held-out rows.
+    """
+    from .answers import prepare_quiz
+
+    started = time.monotonic()
+    store = Store.open(job.recipe.storage.dir)
+    held_out = HeldOut(store, load_snapshot(store, job.snapshots["test"]))
+    if not held_out.rows:
+        raise UsageError("data.holdout: no held-out rows, so nothing to evaluate on. Set data.holdout above 0.")
+    quiz = prepare_quiz(job, store, held_out.spans()) if job.recipe.evaluate.generate else None
+    tallies, answers = _measure_arms(job, held_out, _students(job, store), quiz=quiz)
+    content = _content(job, held_out, tallies, quiz=quiz, answers=answers)
+    content["seconds"] = round(time.monotonic() - started, 3)
+    encoded = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    files = Files(job.train_dirs["student"])
+    files.path("evaluation.json").unlink(missing_ok=True)  # of an evaluation that was asked for differently
+    files.put_if_absent("evaluation.json", encoded.encode())
+    measured = content["measured_on"]
+    return StageResult(rows=measured["rows"], tokens=measured["tokens"], details={"results": content["results"]})
+
+
+class HeldOut:
+    """The rows of the test snapshot: soft targets, or (black-box) generations."""
+
+    def __init__(self, store: Store, snapshot: Snapshot) -> None:
+        self._store = store
+        self.snapshot = snapshot
+        self.scored = snapshot.table == "soft_targets"
+
+    @property
+    def rows(self) -> int:
+        """How many rows are held out."""
+        return self.snapshot.rows
+
+    def spans(self) -> Iterator[dict[str, Any]]:
+        """Rows with prompt_key, generation_key, token_ids, start and span_tokens."""
+        return map(_with_span, self._read(*_SPAN[self.snapshot.table]))
+
+    def targets(self) -> Iterator[dict[str, Any]]:
+        """`spans` with what is stored of the teacher's distribution, where it is."""
+        more = _TARGETS if self.scored else ()
+        return map(_with_span, self._read(*_SPAN[self.snapshot.table], *more))
+
+    def references(self) -> set[tuple[str, int]]:
+        """Kinds of reference targets and their entries per position."""
+        return {(row["kind"], row["k"]) for row in self._read("kind", "k")} if self.scored else set()
+
+    def _read(self, *columns: str) -> Iterator[dict[str, Any]]:
+        for shard in self.snapshot.shards:
+            yield from self._store.rows(self.snapshot.table, {shard.sha256: shard.rows}, columns)
+
+
+def _with_span(row: dict[str, Any]) -> dict[str, Any]:
+    """One form for both tables. Nothing precedes the first token of a text, so nothing predicts it."""
+    if "span_start" in row:
+        return row | {"start": row["span_start"]}
+    start = max(row["prompt_tokens"], 1)
+    return row | {"generation_key": row["key"], "start": start, "span_tokens": len(row["token_ids"]) - start}
+
+
+def _students(job: Job, store: Store) -> Arms:
+    """The student as training begins, and what became of it."""
+    from .student import initial_student, load_student
+
+    arms: Arms = {"student_before": partial(initial_student, job.recipe, store.teacher_dir(job.teacher_id))}
+    for arm in ("baseline", "student"):
+        if arm in job.train_dirs:
+            arms[arm] = partial(load_student, job.train_dirs[arm] / "student")
+    return arms
+
+
+def _measure_arms(
+    job: Job, held_out: HeldOut, students: Arms, *, quiz: "Quiz | None"
+) -> tuple[dict[str, "Tally"], dict[str, list[str]]]:
+    """Tallies of all arms, and the answers of the students; one model at a time."""
+    import torch
+
+    questions = len(quiz.questions) if quiz else 0
+    total = held_out.rows * (held_out.scored + len(students)) + questions * len(students)
+    job.progress.start(total=total, unit="rows")
+    tallies = {"teacher": _teacher_tally(job, held_out)} if held_out.scored else {}
+    answers: dict[str, list[str]] = {}
+    for arm, load in students.items():
+        model = load().to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        tallies[arm] = _student_tally(job, held_out, model, arm=arm)
+        if quiz:
+            answers[arm] = quiz.answers(model, job)
+        del model  # before the next one is loaded
+    return tallies, answers
+
+
+def _teacher_tally(job: Job, held_out: HeldOut) -> "Tally":
+    import torch
+
+    from .metrics import Tally, measure_teacher
+
+    tally = Tally()
+    for row in held_out.targets():
+        job.stop.check()
+        tokens = torch.as_tensor(scored_tokens(row["token_ids"], row["start"], row["span_tokens"]))
+        tally.add(row["prompt_key"], measure_teacher(SoftTargets.from_row(row).normalised(), tokens))
+        job.progress.advance(tokens=row["span_tokens"], note="teacher")
+    return tally
+
+
+def _student_tally(job: Job, held_out: HeldOut, model: "nn.Module", *, arm: str) -> "Tally":
+    from .metrics import Tally
+
+    tally = Tally()
+    for row in held_out.targets():
+        job.stop.check()
+        _measure_row(model, row, tally)
+        job.progress.advance(tokens=row["span_tokens"], note=arm)
+    return tally
+
+
+def _measure_row(model: "nn.Module", row: dict[str, Any], tally: "Tally") -> None:
+    import torch
+
+    from .head import hidden_states, split_head
+    from .metrics import chunk_tokens, measure
+
+    head = split_head(model)
+    ids = torch.as_tensor(row["token_ids"]).long().to(head.weight.device)
+    if int(ids.max()) >= head.vocab_size:
+        raise UsageError(
+            f"student: its vocabulary has {head.vocab_size} ids, but a held-out row contains token {int(ids.max())}. "
+            "Choose a student with the teacher's tokenizer and at least its vocabulary."
+        )
+    targets = SoftTargets.from_row(row).normalised() if "logprobs" in row else None
+    with torch.inference_mode():
+        states = hidden_states(model, input_ids=ids[None])[0, predicting_positions(row["start"], row["span_tokens"])]
+        following = scored_tokens(ids, row["start"], row["span_tokens"])
+        step = chunk_tokens(head.vocab_size)
+        for start in range(0, len(states), step):
+            part = slice(start, start + step)
+            reference = None if targets is None else _part(targets, part)
+            tally.add(row["prompt_key"], measure(head.logits(states[part]), following[part], reference))
+
+
+def _part(targets: SoftTargets, part: slice) -> SoftTargets:
+    return replace(
+        targets,
+        ids=None if targets.ids is None else targets.ids[part],
+        logprobs=targets.logprobs[part],
+        tail_logprob=targets.tail_logprob[part],
+        token_logprob=targets.token_logprob[part],
+        entropy=targets.entropy[part],
+    )
+
+
+def _content(
+    job: Job,
+    held_out: HeldOut,
+    tallies: dict[str, "Tally"],
+    *,
+    quiz: "Quiz | None",
+    answers: dict[str, list[str]],
+) -> dict[str, Any]:
+    """What `evaluation.json` holds."""
+    results = {arm: _result(tallies.get(arm), held_out) for arm in ("teacher", *answers, *tallies)}
+    if quiz:
+        for arm, score in quiz.scores(answers).items():
+            results[arm]["answers"] = score
+    others = [arm for arm in ("student_before", "baseline") if arm in tallies]
+    return {
+        "id": job.evaluation_id,
+        "results": results,
+        "differences": {arm: tallies["student"].minus(tallies[arm]) for arm in others},
+        "reliability": {arm: tally.reliability() for arm, tally in tallies.items()},
+        "measured_on": _measured_on(held_out, tallies["student"]),
+        "arms": {arm: folder.name for arm, folder in job.train_dirs.items()},
+        "answers": quiz.about() if quiz else None,
+        "samples": quiz.samples(answers) if quiz else [],
+    }
+
+
+def _result(tally: "Tally | None", held_out: HeldOut) -> dict[str, Any]:
+    """An arm's numbers; all null for a teacher of whom no distribution is stored."""
+    numbers: dict[str, Any] = dict.fromkeys(NUMBERS)
+    return numbers if tally is None else numbers | tally.results() | {"rows": held_out.rows}
+
+
+def _measured_on(held_out: HeldOut, tally: "Tally") -> dict[str, Any]:
+    from .metrics import BINS
+
+    references = sorted(held_out.references())
+    return {
+        "snapshot": held_out.snapshot.id,
+        "table": held_out.snapshot.table,
+        "rows": held_out.rows,
+        "prompts": tally.units,
+        "tokens": tally.tokens,
+        "reference": "+".join(dict.fromkeys(kind for kind, _ in references)) or None,
+        "k": min((k for _, k in references), default=None),
+        "kl_is_lower_bound": any(kind != "full" for kind, _ in references),
+        "ece_bins": BINS,
+    }

@@ -1,0 +1,228 @@
+"""How good a model's next-token distribution is, and how close to the teacher's: measures per token, sums over rows.
+
+Every arm is measured on the same tokens, a chunk of logits at a time. Per token, with t the teacher's distribution, p
+the model's and x the token that is there:
+
+    cross_entropy   -log p(x), nats; perplexity is exp of its mean
+    kl_teacher      KL(t || p), nats: exact on `full` targets, else over the entries and one bucket for all other ids,
+                    which is a lower bound (merging outcomes never raises a KL)
+    top1_agreement  1 if the model's best id is the teacher's best (ids that tie in the stored targets are all best)
+    ece             expected calibration error of the model's best id: 15 equal-width bins of its probability
+                    (Guo et al. 2017, equation 3)
+
+Ids that only the teacher has: the model gives them no probability at all, so KL would be infinite. Entries with such
+ids go into the bucket. `full` targets have no bucket, so there t is conditioned on the ids that both have; what that
+leaves out is reported as `unshared_mass`. Ids that only the model has need nothing: t is 0 there.
+
+Letters: N tokens of a chunk, V the model's vocabulary, W the teacher's, K entries of a soft target.
+"""
+
+import math
+from collections import defaultdict
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..storage.codec import SoftTargets
+from ..storage.errors import StillroomError
+
+BINS = 15
+CHUNK_BYTES = 64 * 2**20
+
+# Columns of a row of bin sums.
+_COUNT, _CONFIDENCE, _CORRECT = range(3)
+# Measured at each token, but not a mean of their own: they make the calibration error.
+_CALIBRATION = ("confidence", "correct")
+
+
+def chunk_tokens(vocab_size: int) -> int:
+    """Tokens whose float32 logits fill one chunk."""
+    return max(1, CHUNK_BYTES // (4 * vocab_size))
+
+
+def measure(logits: Tensor, tokens: Tensor, reference: SoftTargets | None = None) -> dict[str, Tensor]:
+    """The measures of a model at N positions.
+
+    Args:
+        logits: [N, V] float32.
+        tokens: [N] the tokens that are there.
+        reference: The teacher's targets at these positions; None: only what needs no teacher.
+
+    Returns:
+        Name -> [N].
+
+    Raises:
+        StillroomError: the logits are not numbers.
+    """
+    logprobs = logits.float().log_softmax(-1)
+    confidence, best = logprobs.max(-1)
+    if confidence.isnan().any():
+        raise StillroomError(
+            "the model's logits are not numbers (NaN): its training diverged. Lower train.learning_rate."
+        )
+    found = {
+        "cross_entropy": -logprobs.gather(-1, tokens[:, None]).squeeze(-1),
+        "confidence": confidence.exp(),
+        "correct": best == tokens,
+    }
+    if reference is not None:
+        found |= _against_teacher(logprobs, best, reference)
+    return found
+
+
+def measure_teacher(reference: SoftTargets, tokens: Tensor) -> dict[str, Tensor]:
+    """The measures of the teacher itself at N positions, from what is stored."""
+    logprobs = torch.as_tensor(reference.logprobs)
+    confidence, best = logprobs.max(-1)
+    if reference.ids is not None:
+        best = torch.as_tensor(reference.ids).gather(-1, best[:, None]).squeeze(-1)
+    return {
+        "cross_entropy": -torch.as_tensor(reference.token_logprob),
+        "entropy": torch.as_tensor(reference.entropy),
+        "kl_teacher": torch.zeros_like(confidence),
+        "top1_agreement": torch.ones_like(confidence),
+        "confidence": confidence.exp(),
+        "correct": best == tokens,
+    }
+
+
+def _against_teacher(logprobs: Tensor, best: Tensor, reference: SoftTargets) -> dict[str, Tensor]:
+    """KL to the teacher, agreement and the teacher's mass on ids that the model lacks."""
+    teacher = torch.as_tensor(reference.logprobs, device=logprobs.device)
+    if reference.ids is None:
+        teacher, unshared = _shared(teacher, logprobs.shape[-1])
+        is_best = teacher.gather(-1, best[:, None]).squeeze(-1) == teacher.amax(-1)
+        kl = full_kl(teacher, logprobs)
+    else:
+        ids = torch.as_tensor(reference.ids, device=logprobs.device).long()
+        tail = torch.as_tensor(reference.tail_logprob, device=logprobs.device)
+        unshared = teacher.masked_fill(ids < logprobs.shape[-1], -torch.inf).exp().sum(-1)
+        is_best = ((ids == best[:, None]) & (teacher == teacher[:, :1])).any(-1)
+        kl = bucket_kl(ids, teacher, tail, logprobs=logprobs)
+    return {"kl_teacher": kl, "top1_agreement": is_best, "unshared_mass": unshared}
+
+
+def full_kl(teacher: Tensor, logprobs: Tensor) -> Tensor:
+    """KL(t || p) = sum_i t_i (log t_i - log p_i), nats; teacher and logprobs [N, V] -> [N]."""
+    return _kl_terms(teacher, logprobs).sum(-1)
+
+
+def bucket_kl(ids: Tensor, teacher: Tensor, tail: Tensor, *, logprobs: Tensor) -> Tensor:
+    """KL(t || p) over K entries and one bucket that holds every other id, on both sides: a lower bound of the full KL.
+
+    Args:
+        ids: [N, K] entries; an id of V or more is one that the model lacks, and is moved into the bucket.
+        teacher: [N, K] the teacher's log-probabilities.
+        tail: [N] log of the teacher's mass outside the entries.
+        logprobs: [N, V] the model's log-probabilities.
+
+    Returns:
+        [N], nats.
+    """
+    vocab_size = logprobs.shape[-1]
+    lacking = ids >= vocab_size
+    tail = torch.cat([tail[:, None], teacher.masked_fill(~lacking, -torch.inf)], -1).logsumexp(-1)
+    teacher = teacher.masked_fill(lacking, -torch.inf)
+    # One more column, of probability 0, stands for every id that the model lacks.
+    padded = functional.pad(logprobs, (0, 1), value=-torch.inf)
+    ids = ids.clamp(max=vocab_size)
+    entries = padded.gather(-1, ids)
+    rest = padded.scatter_(-1, ids, -torch.inf).logsumexp(-1)
+    return _kl_terms(teacher, entries).sum(-1) + _kl_terms(tail, rest)
+
+
+def _kl_terms(teacher: Tensor, logprobs: Tensor) -> Tensor:
+    """T (log t - log p), which is 0 where t is 0, whatever p is there."""
+    return torch.where(teacher == -torch.inf, 0.0, teacher.exp() * (teacher - logprobs))
+
+
+def _shared(teacher: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Full targets [N, W] in a vocabulary of V: [N, V], and the mass on ids beyond it [N]."""
+    extra = teacher.shape[-1] - vocab_size
+    if extra <= 0:
+        return functional.pad(teacher, (0, -extra), value=-torch.inf), teacher.new_zeros(teacher.shape[0])
+    return teacher[:, :vocab_size].log_softmax(-1), teacher[:, vocab_size:].exp().sum(-1)
+
+
+class Tally:
+    """Sums of measures over rows, in float64. A unit is what was drawn independently: a prompt with all of its rows."""
+
+    def __init__(self) -> None:
+        self._units: dict[bytes, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        self._bins = np.zeros((BINS, 3))
+
+    def add(self, unit: bytes, measures: dict[str, Tensor]) -> None:
+        """Count the measures of N tokens."""
+        sums = self._units[unit]
+        sums["tokens"] += len(measures["confidence"])
+        for name, values in measures.items():
+            if name not in _CALIBRATION:
+                sums[name] += float(values.double().sum())
+        confidence = measures["confidence"].double().cpu().numpy()
+        # Bin m of M covers ((m - 1) / M, m / M].
+        index = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+        correct = measures["correct"].cpu().numpy()
+        for column, weights in ((_COUNT, np.ones_like(confidence)), (_CONFIDENCE, confidence), (_CORRECT, correct)):
+            self._bins[:, column] += np.bincount(index, weights, BINS)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens measured."""
+        return round(sum(s["tokens"] for s in self._units.values()))
+
+    @property
+    def units(self) -> int:
+        """Independent units measured."""
+        return len(self._units)
+
+    def results(self) -> dict[str, float | int | None]:
+        """Means over tokens; `_se` is the standard error of a mean over units."""
+        found: dict[str, float | int | None] = {}
+        for name in self._names():
+            mean, error = self._mean(self._column(name))
+            found[name] = mean
+            if name in ("cross_entropy", "kl_teacher"):
+                found[f"{name}_se"] = error
+            if name == "cross_entropy":
+                found["perplexity"] = math.exp(mean) if mean < 700 else None
+        return found | {"ece": self.ece(), "tokens": self.tokens}
+
+    def minus(self, other: "Tally") -> dict[str, float | None]:
+        """Mean differences of this arm from another one on the same tokens, with paired standard errors."""
+        found: dict[str, float | None] = {}
+        for name in [n for n in ("cross_entropy", "kl_teacher") if n in self._names()]:
+            found[name], found[f"{name}_se"] = self._mean(self._column(name) - other._column(name))
+        return found
+
+    def ece(self) -> float:
+        """sum_m |B_m| / n * |accuracy(B_m) - confidence(B_m)|, as a share (0 to 1)."""
+        return float(np.abs(self._bins[:, _CORRECT] - self._bins[:, _CONFIDENCE]).sum() / self._bins[:, _COUNT].sum())
+
+    def reliability(self) -> list[dict[str, float | int]]:
+        """The bins that are not empty: upper edge, tokens, mean confidence, accuracy."""
+        return [
+            {
+                "up_to": (number + 1) / BINS,
+                "tokens": round(count),
+                "confidence": float(confidence / count),
+                "accuracy": float(correct / count),
+            }
+            for number, (count, confidence, correct) in enumerate(self._bins)
+            if count
+        ]
+
+    def _names(self) -> list[str]:
+        return [n for n in next(iter(self._units.values())) if n != "tokens"]
+
+    def _column(self, name: str) -> np.ndarray:
+        return np.array([s[name] for s in self._units.values()])
+
+    def _mean(self, sums: np.ndarray) -> tuple[float, float | None]:
+        """A mean over tokens and its standard error, units being independent: the ratio estimator's."""
+        counts, units = self._column("tokens"), len(sums)
+        mean = sums.sum() / counts.sum()
+        spread = ((sums - mean * counts) ** 2).sum()
+        error = math.sqrt(units / (units - 1) * spread) / counts.sum() if units > 1 else None
+        return float(mean), None if error is None else float(error)

@@ -1,0 +1,271 @@
+"""What a recipe asks of its store, and what the store can already serve: the ledger behind plan, generate and score.
+
+planned = committed + rejected + pending. A request is named by a reuse key (what must agree for a row to serve it);
+coverage columns (K, max_tokens and finish reason) say how far a row serves. Nothing here imports torch.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import repeat
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ..storage.errors import UsageError
+from ..storage.keys import content_key
+from ..storage.store import Store
+from .sections import Data, Generate, Recipe, Score
+
+FULL_VOCABULARY = 65_536  # reference targets are the whole distribution up to this vocabulary ...
+REFERENCE_K = 4_096  # ... and this many entries plus the tail beyond it
+
+Place = tuple[str, int]  # shard sha256, row within the shard
+
+
+@dataclass(kw_only=True, slots=True)
+class Ledger:
+    """One stage's books."""
+
+    committed: dict[bytes, Place] = field(default_factory=dict)
+    """Request -> the row that serves it."""
+    rejected: Counter[str] = field(default_factory=Counter)
+    """Reason -> requests that cannot be done."""
+    pending: list[Any] = field(default_factory=list)
+    """Requests still to do."""
+    why: Counter[str] = field(default_factory=Counter)
+    """Why a pending request is not served by what is there."""
+    tokens: int = 0
+    """Completion or scored tokens of the committed rows."""
+
+    @property
+    def planned(self) -> int:
+        """All requests."""
+        return len(self.committed) + self.rejected.total() + len(self.pending)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One completion that is wanted."""
+
+    reuse_key: bytes
+    prompt_key: bytes
+    sample_index: int
+    split: str
+
+
+@dataclass(frozen=True, slots=True)
+class TargetRequest:
+    """Soft targets that are wanted for one generation."""
+
+    reuse_key: bytes
+    generation_key: bytes
+    prompt_key: bytes
+    token_ids: np.ndarray
+    span_start: int
+    kind: str
+    k: int
+    split: str
+
+    @property
+    def span_tokens(self) -> int:
+        """Scored tokens: the span runs to the end."""
+        return len(self.token_ids) - self.span_start
+
+
+def sampling_settings(generate: Generate, data: Data) -> dict[str, Any]:
+    """What decides a completion's text beside author and prompt; greedy ignores top_p and seed."""
+    greedy = generate.temperature == 0
+    return {
+        "temperature": generate.temperature,
+        "top_p": 1.0 if greedy else generate.top_p,
+        "seed": 0 if greedy else generate.seed,
+        "stop": sorted(generate.stop),
+        "chat_template_kwargs": data.chat_template_kwargs,
+    }
+
+
+def serves(row: dict[str, Any], max_tokens: int) -> bool:
+    """Whether a generation is what a run with this `max_tokens` would have made."""
+    if row["finish_reason"] == "length":
+        return bool(row["max_tokens"] == max_tokens)
+    return bool(row["completion_tokens"] <= max_tokens)
+
+
+def reject_key(reuse_key: bytes, limit: int) -> bytes:
+    """Name of a rejected request; another context length is another request."""
+    return content_key("reject", request=reuse_key, limit=limit)
+
+
+def generation_ledger(
+    store: Store, recipe: Recipe, *, author_id: str, prompts: Mapping[bytes, str], context_tokens: int
+) -> Ledger:
+    """The books of `generate`: which completions are there, which are to be made."""
+    assert recipe.generate is not None
+    rows = _author_rows(store, author_id)
+    rejects = _rejects(store)
+    ledger = Ledger()
+    for request in _wanted_generations(recipe, author_id, prompts):
+        found = rows.get(request.reuse_key, [])
+        best = next((r for r in found if serves(r, recipe.generate.max_tokens)), None)
+        reason = rejects.get(reject_key(request.reuse_key, context_tokens))
+        if best is not None:
+            ledger.committed[request.reuse_key] = (best["shard"], best["row"])
+            ledger.tokens += best["completion_tokens"]
+        elif reason is not None:
+            ledger.rejected[reason] += 1
+        else:
+            ledger.pending.append(request)
+            ledger.why["cut short by a smaller max_tokens" if found else "new"] += 1
+    return ledger
+
+
+def _wanted_generations(recipe: Recipe, author_id: str, prompts: Mapping[bytes, str]) -> Iterator[GenerationRequest]:
+    assert recipe.generate is not None
+    settings = sampling_settings(recipe.generate, recipe.data)
+    for prompt_key, split in prompts.items():
+        for index in range(recipe.generate.samples):
+            key = content_key("generation", author=author_id, prompt=prompt_key, settings=settings, sample=index)
+            yield GenerationRequest(key, prompt_key, index, split)
+
+
+def prompt_splits(inputs: pa.Table) -> dict[bytes, str]:
+    """Prompt key -> split, in the source's order, each prompt once; from an inputs table."""
+    return dict(zip(inputs["prompt_key"].to_pylist(), inputs["split"].to_pylist(), strict=True))
+
+
+def selected_generations(store: Store, recipe: Recipe, *, author_id: str, data_id: str) -> list[dict[str, Any]]:
+    """The generations a recipe goes on with: one per request, after `select.where`, each with its split.
+
+    Returns rows with key, reuse_key, prompt_key, token_ids, prompt_tokens, completion_tokens, shard, row, split.
+    """
+    inputs = store.inputs(data_id)
+    assert inputs is not None
+    splits = prompt_splits(inputs)
+    by_key = _author_rows(store, author_id, with_tokens=True)
+    if recipe.generate is None:
+        sources = set(inputs["key"].to_pylist())
+        rows = [r for found in by_key.values() for r in found[:1] if r["source_key"] in sources]
+    else:
+        wanted = {r.reuse_key for r in _wanted_generations(recipe, author_id, splits)}
+        limit = recipe.generate.max_tokens
+        fitting = ([r for r in by_key[key] if serves(r, limit)] for key in wanted & by_key.keys())
+        rows = [found[0] for found in fitting if found]
+    allowed = _where(store, recipe.select.where)
+    rows = [r for r in rows if allowed is None or r["key"] in allowed]
+    for row in rows:
+        row["split"] = splits[row["prompt_key"]]
+    return sorted(rows, key=lambda r: r["key"])
+
+
+def target_key(teacher_id: str, token_ids: np.ndarray, span_start: int) -> bytes:
+    """Reuse key of a soft-target row: the teacher, the tokens and where the scored span starts (it runs to the end)."""
+    ids = np.asarray(token_ids, dtype="<i4").tobytes()
+    return content_key("soft_targets", teacher=teacher_id, token_ids=ids, span_start=span_start)
+
+
+def reference_kind(vocab_size: int) -> tuple[str, int]:
+    """Kind and entries of the targets that held-out rows are judged on."""
+    return ("full", vocab_size) if vocab_size <= FULL_VOCABULARY else ("topk", REFERENCE_K)
+
+
+def target_ledger(
+    store: Store, recipe: Recipe, *, teacher_id: str, vocab_size: int, generations: list[dict[str, Any]], limit: int
+) -> tuple[Ledger, list[TargetRequest]]:
+    """The books of `score`, and every request in a fixed order (batches are cut from it, whatever is done already).
+
+    Args:
+        store: Holds the generations and the soft targets.
+        recipe: Its `score` section asks for the targets of training rows.
+        teacher_id: Whose distribution.
+        vocab_size: Of the teacher; decides what reference targets are.
+        generations: From `selected_generations`.
+        limit: Tokens the teacher can read at once.
+    """
+    assert recipe.score is not None
+    requests = list(_wanted_targets(recipe, recipe.score, teacher_id, vocab_size, generations))
+    index = store.index("soft_targets", ["reuse_key", "kind", "k", "teacher_id"])
+    have: dict[bytes, list[dict[str, Any]]] = {}
+    for row in index.filter(pc.equal(index["teacher_id"], teacher_id)).to_pylist():
+        have.setdefault(row["reuse_key"], []).append(row)
+    rejects = _rejects(store)
+    ledger = Ledger()
+    for request in requests:
+        found = have.get(request.reuse_key, [])
+        fit = [r for r in found if _covers(r, request)]
+        reason = rejects.get(reject_key(request.reuse_key, limit))
+        if fit:
+            best = min(fit, key=lambda r: (r["kind"] != request.kind, r["k"]))
+            ledger.committed[request.reuse_key] = (best["shard"], best["row"])
+            ledger.tokens += request.span_tokens
+        elif reason is not None:
+            ledger.rejected[reason] += 1
+        else:
+            ledger.pending.append(request)
+            ledger.why["stored with fewer entries" if found else "new"] += 1
+    return ledger, requests
+
+
+def _covers(row: dict[str, Any], request: TargetRequest) -> bool:
+    return row["kind"] == "full" or (request.kind == "topk" and row["kind"] == "topk" and row["k"] >= request.k)
+
+
+def _wanted_targets(
+    recipe: Recipe, score: Score, teacher_id: str, vocab_size: int, generations: list[dict[str, Any]]
+) -> Iterator[TargetRequest]:
+    """Held-out rows first: a training row with the same tokens as one of them is left out of training."""
+    seen: set[bytes] = set()
+    budget = recipe.evaluate.tokens
+    for row in sorted(generations, key=lambda r: (r["split"] != "test", r["prompt_key"], r["key"])):
+        start = max(row["prompt_tokens"], 1)
+        span = len(row["token_ids"]) - start
+        if row["split"] == "test":
+            kind, k = reference_kind(vocab_size)
+            if budget <= 0:
+                continue
+        else:
+            kind, k = str(score.targets), min(score.k, vocab_size)
+        reuse_key = target_key(teacher_id, row["token_ids"], start)
+        if span < 1 or reuse_key in seen:
+            continue
+        seen.add(reuse_key)
+        budget -= span if row["split"] == "test" else 0
+        yield TargetRequest(reuse_key, row["key"], row["prompt_key"], row["token_ids"], start, kind, k, row["split"])
+
+
+def _author_rows(store: Store, author_id: str, *, with_tokens: bool = False) -> dict[bytes, list[dict[str, Any]]]:
+    """Reuse key -> an author's rows in commit order; `with_tokens` adds token_ids as numpy arrays."""
+    columns = ["key", "reuse_key", "prompt_key", "source_key", "author_id", "finish_reason"]
+    columns += ["prompt_tokens", "completion_tokens", "max_tokens"] + ["token_ids"] * with_tokens
+    index = store.index("generations", columns)
+    index = index.filter(pc.equal(index["author_id"], author_id)).drop_columns(["author_id"])
+    rows: dict[bytes, list[dict[str, Any]]] = {}
+    for batch in index.to_batches():
+        tokens = _token_arrays(batch["token_ids"]) if with_tokens else repeat(None)
+        plain = batch.drop_columns(["token_ids"]) if with_tokens else batch
+        for row, token_ids in zip(plain.to_pylist(), tokens, strict=False):
+            rows.setdefault(row["reuse_key"], []).append(row | ({"token_ids": token_ids} if with_tokens else {}))
+    return rows
+
+
+def _token_arrays(lists: pa.ListArray) -> Iterator[np.ndarray]:
+    values, ends = lists.flatten().to_numpy(), np.cumsum(lists.value_lengths().to_numpy())
+    return iter(np.split(values, ends[:-1])) if len(lists) else iter(())
+
+
+def _rejects(store: Store) -> dict[bytes, str]:
+    index = store.index("rejects", ["key", "reason"])
+    return dict(zip(index["key"].to_pylist(), index["reason"].to_pylist(), strict=True))
+
+
+def _where(store: Store, condition: str | None) -> set[bytes] | None:
+    if condition is None:
+        return None
+    from ..storage.catalog import query
+
+    try:
+        return set(query(store, f"SELECT key FROM generations WHERE {condition}")["key"].to_pylist())
+    except UsageError as error:
+        raise UsageError(f"select.where: {error}") from error

@@ -1,0 +1,339 @@
+"""The recipe: one pydantic model per YAML section, every default in this one place.
+
+Errors of shape (unknown key, wrong type, out of range) come from these models; errors that need two sections are in
+`check_together`. `pipeline/recipe.py` turns both into messages with a file and a line.
+"""
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """Strict and frozen: a misspelt key is an error, not a silent default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class Run(Section):
+    """Where a run's students and reports go."""
+
+    dir: str
+    """Folder of the run: students, logs and the report."""
+    seed: int = 0
+    """Seed of the student's initial weights and of the order of samples; the teacher's text has its own seed."""
+    task: Literal["causal_lm", "classification"] = "causal_lm"
+    """What the models do."""
+
+
+class Storage(Section):
+    """The store: the cache of teacher outputs, shared by any number of recipes."""
+
+    dir: str
+    """Folder of the store."""
+    sources: list[str] = []
+    """Read-only stores to take rows from as well."""
+    commit_rows: int = Field(256, ge=1)
+    """Commit a shard after this many finished rows ..."""
+    commit_seconds: float = Field(30.0, gt=0)
+    """... or after this many seconds, whichever comes first."""
+    mantissa_bits: int = Field(10, ge=1, le=23)
+    """Bits of mantissa kept in stored floats; 23 is exact float32."""
+
+
+class Teacher(Section):
+    """The large model."""
+
+    model: str
+    """Folder or Hub id."""
+    revision: str | None = None
+    """Hub revision."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: as the checkpoint is stored."""
+    adapter: str | None = None
+    """Folder or Hub id of a LoRA adapter on the teacher."""
+    device_map: str | None = None
+    """`auto` spreads a teacher that is larger than one GPU over all of them."""
+
+
+class Lora(Section):
+    """A LoRA student (PEFT)."""
+
+    rank: int = Field(16, ge=1)
+    """Rank of the update."""
+    scale: float = Field(2.0, gt=0)
+    """The update is multiplied by this (PEFT's lora_alpha / r)."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    """Modules that get an adapter."""
+
+
+class Student(Section):
+    """The small model: an existing one, or fresh weights from a configuration."""
+
+    model: str | None = None
+    """Folder or Hub id."""
+    revision: str | None = None
+    """Hub revision."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the forward and backward passes compute in; weights and optimizer state stay float32."""
+    config: dict[str, Any] | None = None
+    """Fresh weights: the teacher's config with these overrides, and the teacher's tokenizer."""
+    lora: Lora | None = None
+    """Train an adapter in place of the weights."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.model is None) == (self.config is None):
+            raise ValueError(
+                "name either `model` (an existing student) or `config` (fresh weights), not both or neither"
+            )
+        if self.lora is not None and self.model is None:
+            raise ValueError("`lora` needs an existing `model`; an adapter on fresh weights learns next to nothing")
+        return self
+
+
+class Data(Section):
+    """Where prompts or texts come from."""
+
+    source: str
+    """File, glob, folder (JSON, JSONL, Parquet, text) or Hub dataset id."""
+    split: str = "train"
+    """Split of a Hub dataset or of a folder saved by `datasets`."""
+    format: Literal["text", "prompt", "completion", "messages", "instruction", "labelled"]
+    """What one record is."""
+    columns: dict[str, str] = {}
+    """Our field name -> the source's column, where they differ."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Arguments of the tokenizer's chat template."""
+    window_tokens: int | None = Field(None, ge=8)
+    """Cut long text into windows of this many tokens; null: the teacher's context."""
+    limit: int | None = Field(None, ge=1)
+    """Use the first records only."""
+    holdout: int = Field(200, ge=0)
+    """Prompts kept for evaluation, chosen by hash."""
+
+
+class Generate(Section):
+    """The teacher (or another author) writes completions."""
+
+    engine: Literal["vllm", "hf", "openai"] | None = None
+    """null: vllm where it is installed, else hf."""
+    model: str | None = None
+    """Another author than the teacher: folder or Hub id."""
+    samples: int = Field(1, ge=1)
+    """Completions per prompt."""
+    temperature: float = Field(1.0, ge=0)
+    """Sampling temperature; 0 is greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus sampling."""
+    max_tokens: int = Field(256, ge=1)
+    """Limit on a completion's tokens."""
+    stop: list[str] = []
+    """Strings that end a completion."""
+    seed: int = 0
+    """Seed of the text; each row's own seed is derived from it and the row's content."""
+    engine_args: dict[str, Any] = {}
+    """Passed to the engine as they are (vLLM: arguments of `LLM`; hf: `batch_size`)."""
+
+
+class Select(Section):
+    """Which generations go on to be scored and trained on."""
+
+    where: str | None = None
+    """SQL condition over the columns of `generations`."""
+
+
+class Score(Section):
+    """The teacher's distribution at every completion position."""
+
+    engine: Literal["hf", "vllm"] = "hf"
+    """hf: one forward pass."""
+    targets: Literal["topk", "topp", "sampled", "full"] = "topk"
+    """What is kept of the distribution."""
+    k: int = Field(64, ge=1)
+    """Entries per position."""
+    p: float | None = Field(None, gt=0, le=1)
+    """topp: mass to keep."""
+    k_min: int = Field(1, ge=1)
+    """topp: at least this many entries."""
+    rounds: int = Field(50, ge=1)
+    """sampled: draws per position."""
+    draw: Literal["multinomial", "systematic"] = "multinomial"
+    """sampled: how to draw."""
+    temperatures: list[float] = [1.0]
+    """Loss temperatures whose log-normaliser is stored."""
+    batch_tokens: int = Field(8192, ge=1)
+    """Tokens of one forward pass, padding included; halved when memory runs out."""
+
+
+class Loss(Section):
+    """What the student minimises: soft_weight * divergence + hard_weight * cross-entropy."""
+
+    divergence: Literal[
+        "forward_kl",
+        "reverse_kl",
+        "jsd",
+        "skew_forward_kl",
+        "skew_reverse_kl",
+        "total_variation",
+        "alpha_beta",
+        "adaptive_kl",
+    ] = "forward_kl"
+    """forward_kl is KL(teacher || student)."""
+    temperature: float = Field(1.0, gt=0)
+    """Softens both distributions."""
+    tail: Literal["bucket", "drop", "renormalize", "to_label"] = "bucket"
+    """What becomes of the teacher's mass outside the entries."""
+    soft_weight: float = Field(1.0, ge=0)
+    """Weight of the divergence, used as given."""
+    hard_weight: float = Field(0.1, ge=0)
+    """Weight of the cross-entropy, used as given."""
+
+
+class Train(Section):
+    """The student's training."""
+
+    tokens: int | None = Field(None, ge=1)
+    """Stop after this many positions fed. Give this or `epochs`."""
+    epochs: float | None = Field(None, gt=0)
+    """Stop after this many passes over the snapshot."""
+    tokens_per_step: int = Field(8192, ge=1)
+    """Positions per optimizer step."""
+    tokens_per_pass: int = Field(8192, ge=1)
+    """Positions per forward pass; a step takes as many passes as it needs (gradient accumulation)."""
+    row_tokens: int | None = Field(None, ge=8)
+    """Length of a packed row; null: the longest sample, at least 512."""
+    learning_rate: float = Field(1.0e-3, gt=0)
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Shape of the learning rate after warm-up."""
+    warmup_fraction: float = Field(0.05, ge=0, lt=1)
+    """Share of the steps that warm up."""
+    final_fraction: float = Field(0.1, ge=0, le=1)
+    """cosine, linear, wsd: the last learning rate over the peak."""
+    weight_decay: float = Field(0.1, ge=0)
+    """AdamW, on matrices only."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW."""
+    clip_norm: float = Field(1.0, gt=0)
+    """Gradient norm is clipped to this."""
+    gradient_checkpointing: bool = False
+    """Trade compute for memory."""
+    snapshot: str | None = None
+    """Train on this snapshot id; null: make one from what the recipe selects."""
+    evaluate_every_tokens: int | None = Field(None, ge=1)
+    """Validate this often, on prompts taken out of the training split."""
+    validation_prompts: int = Field(64, ge=1)
+    """Prompts of that validation split (only with evaluate_every_tokens)."""
+    checkpoint_every_seconds: float = Field(600.0, gt=0)
+    """Seconds between checkpoints."""
+    checkpoint_every_steps: int | None = Field(None, ge=1)
+    """Steps between checkpoints, besides the seconds."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.tokens is None) == (self.epochs is None):
+            raise ValueError("give either `tokens` or `epochs`, not both or neither")
+        return self
+
+
+class EvaluateGenerate(Section):
+    """Greedy answers to held-out prompts, scored against the reference."""
+
+    metric: Literal["exact_match", "regex", "rouge_l"] = "rouge_l"
+    """How an answer is scored, 0 to 1."""
+    pattern: str | None = None
+    """regex: group 1 (or the whole match) of the last match is compared, in answer and reference alike."""
+    prompts: int = Field(50, ge=1)
+    """How many held-out prompts are answered."""
+    max_tokens: int = Field(128, ge=1)
+    """Limit on an answer's tokens."""
+
+
+class Evaluate(Section):
+    """How teacher and students are judged, on held-out prompts."""
+
+    baseline: bool = False
+    """Also train the same student with soft_weight 0: same start, order and tokens."""
+    tokens: int = Field(100_000, ge=1)
+    """Scored tokens of held-out rows to judge on, at most."""
+    generate: EvaluateGenerate | None = None
+    """Answer prompts as well."""
+
+
+class Recipe(Section):
+    """A whole recipe."""
+
+    run: Run
+    storage: Storage
+    teacher: Teacher
+    student: Student
+    data: Data
+    generate: Generate | None = None
+    select: Select = Select()
+    score: Score | None = None
+    loss: Loss = Loss()
+    train: Train
+    evaluate: Evaluate = Evaluate()
+
+
+# Named by the recipe, done by no stage yet: refused by name, never ignored.
+NOT_YET: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    ("run.task", ("classification",)),
+    ("data.format", ("labelled",)),
+    ("generate.engine", ("openai",)),
+    ("score.engine", ("vllm",)),
+    ("score.targets", ("topp", "sampled", "full")),
+    ("loss.divergence", ("jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation", "alpha_beta", "adaptive_kl")),
+    ("loss.tail", ("drop", "renormalize", "to_label")),
+)
+
+
+def lookup(recipe: Recipe, path: str) -> Any:
+    """The value at a dotted path, None where a section is absent."""
+    value: Any = recipe
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    return value
+
+
+def check_together(recipe: Recipe) -> list[tuple[str, str]]:
+    """Errors that need more than one field: (dotted path, message)."""
+    errors = [
+        (path, f"{lookup(recipe, path)!r} is planned but no stage does it yet")
+        for path, values in NOT_YET
+        if lookup(recipe, path) in values
+    ]
+    given = recipe.data.format in ("text", "completion")
+    if given and recipe.generate is not None:
+        errors.append(
+            (
+                "generate",
+                f"format {recipe.data.format!r} brings its own text. Remove this section, or use format 'prompt'",
+            )
+        )
+    if recipe.data.format in ("prompt", "messages") and recipe.generate is None:
+        errors.append(
+            ("generate", f"missing: format {recipe.data.format!r} has prompts only. Add a `generate` section")
+        )
+    if recipe.loss.temperature != 1.0:
+        errors.append(("loss.temperature", f"{recipe.loss.temperature} is planned but no stage does it yet. Use 1.0"))
+    if recipe.score is not None and list(recipe.score.temperatures) != [1.0]:
+        errors.append(
+            ("score.temperatures", f"{recipe.score.temperatures} is planned but no stage does it yet. Use [1.0]")
+        )
+    if recipe.storage.sources:
+        errors.append(("storage.sources", "read-only sources are planned but no stage reads them yet. Remove the key"))
+    if recipe.loss.soft_weight == 0 and recipe.loss.hard_weight == 0:
+        errors.append(("loss.soft_weight", "soft_weight and hard_weight are both 0: nothing to learn. Set one above 0"))
+    if recipe.score is None and recipe.loss.hard_weight == 0:
+        errors.append(("loss.hard_weight", "is 0 and there is no `score` section: nothing to learn. Set it to 1.0"))
+    if (
+        recipe.evaluate.generate is not None
+        and recipe.evaluate.generate.metric == "regex"
+        and not recipe.evaluate.generate.pattern
+    ):
+        errors.append(("evaluate.generate.pattern", "missing: metric 'regex' needs one, for example '#### (.*)'"))
+    return errors

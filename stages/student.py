@@ -1,0 +1,164 @@
+"""The student: an existing model or fresh weights, its tokenizer, LoRA, and the plain model folder it ends up in.
+
+Weights are always float32 here; what a pass computes in is the training loop's choice.
+"""
+
+import difflib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..storage.errors import UsageError
+from .identity import find_model
+from .sections import Lora, Recipe
+from .tokenizers import compare_tokenizers
+
+
+def initial_student(recipe: Recipe, teacher_dir: Path) -> nn.Module:
+    """The student before training, a pure function of recipe and `run.seed`.
+
+    Args:
+        recipe: Its `student` section names a model, or gives changes to the teacher's config.
+        teacher_dir: Folder with the teacher's config.json and tokenizer; weights are not needed.
+
+    Returns:
+        A causal language model in float32, inside a PEFT model if `student.lora` is set.
+
+    Raises:
+        UsageError: the model, the config or the adapter cannot be made.
+    """
+    folder = _folder(recipe)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.run.seed)
+        if folder is not None:
+            model = load_student(folder)
+        else:
+            assert recipe.student.config is not None
+            model = _fresh(teacher_dir, recipe.student.config)
+        return model if recipe.student.lora is None else _with_lora(model, recipe.student.lora)
+
+
+def student_tokenizer(recipe: Recipe, teacher_dir: Path) -> PreTrainedTokenizerBase:
+    """The student's tokenizer; with the teacher's chat template if the teacher has one.
+
+    The template goes with the text: the student learns to answer prompts as the teacher's template writes them.
+    """
+    teacher = AutoTokenizer.from_pretrained(teacher_dir)
+    folder = _folder(recipe)
+    if folder is None:
+        return teacher
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = teacher.chat_template or tokenizer.chat_template
+    return tokenizer
+
+
+def check_vocabulary(recipe: Recipe, teacher_dir: Path) -> None:
+    """Refuse a student whose tokenizer is not the teacher's: the same ids would mean other text.
+
+    Raises:
+        UsageError: with both names and the first difference.
+    """
+    folder = _folder(recipe)
+    reason = None if folder is None else compare_tokenizers(teacher_dir, folder)
+    if reason is not None:
+        raise UsageError(
+            f"student.model: the tokenizer of {recipe.student.model} is not that of the teacher "
+            f"{recipe.teacher.model}: {reason} (first: teacher, second: student). "
+            "Choose a student of its family, or `student.config` for fresh weights with the teacher's tokenizer."
+        )
+
+
+def save_student(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a plain model folder that transformers and vLLM load; LoRA is merged into the weights for good.
+
+    The folder appears under its name when it is complete.
+    """
+    plain = _merged(model)
+    part = folder.with_name(folder.name + ".part")
+    for old in (part, folder):
+        if old.exists():
+            shutil.rmtree(old)
+    plain.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    part.rename(folder)
+
+
+def load_student(folder: Path) -> PreTrainedModel:
+    """A saved or downloaded causal language model, in float32.
+
+    Raises:
+        UsageError: the folder holds none.
+    """
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UsageError(f"{folder}: the student does not load ({error}). Check the folder.") from error
+
+
+def _merged(model: Any) -> PreTrainedModel:
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
+def _folder(recipe: Recipe) -> Path | None:
+    student = recipe.student
+    if student.model is None:
+        return None
+    return find_model(student.model, student.revision, field="student.model", download=True)
+
+
+def _fresh(teacher_dir: Path, overrides: dict[str, Any]) -> PreTrainedModel:
+    try:
+        config = _changed(AutoConfig.from_pretrained(teacher_dir).get_text_config(), overrides)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except UsageError:
+        raise
+    except Exception as error:  # transformers has many kinds for a config that does not hold together
+        raise UsageError(
+            f"student.config: {overrides} does not fit the teacher's config ({error}). Change the numbers."
+        ) from error
+    if (teacher_dir / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(teacher_dir)
+    return model
+
+
+def _changed(config: PreTrainedConfig, overrides: dict[str, Any]) -> PreTrainedConfig:
+    known = config.to_dict()
+    for name in overrides:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"{config.model_type} has: {', '.join(sorted(known))}."
+            raise UsageError(f"student.config.{name}: not a field of the teacher's config. {hint}")
+    if "num_hidden_layers" in overrides and "layer_types" not in overrides:
+        # One entry per layer of the teacher; left out, the architecture's own pattern fills it in.
+        known.pop("layer_types", None)
+    return type(config).from_dict(known | overrides)
+
+
+def _with_lora(model: PreTrainedModel, lora: Lora) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.scale * lora.rank,  # type: ignore[arg-type]  # PEFT divides by r: any number will do
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise UsageError(
+            f"student.lora.target_modules: {lora.target_modules} does not fit the model ({error})."
+        ) from error

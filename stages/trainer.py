@@ -1,0 +1,184 @@
+"""One optimizer step and one validation pass: the student, its head inside the loss, gradients, memory.
+
+The gradient of a step is that of sum(loss of each scored token) / (scored tokens of the whole step), however many
+forward passes it takes. Weights and optimizer state are float32; the passes compute in bfloat16 (autocast) where asked.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..storage.errors import StillroomError
+from .batches import Batch, Packing
+from .head import hidden_states, split_head
+from .losses import Divergence, LossParts, linear_distillation
+from .optim import learning_rate, make_optimizer
+from .samples import Step
+from .sections import Loss, Student, Train
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Losses:
+    """Means per scored token, nats."""
+
+    loss: float
+    """soft_weight * soft + hard_weight * hard."""
+    soft: float | None
+    """Divergence from the teacher; None where it was not computed."""
+    hard: float
+    """Cross-entropy."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What an optimizer step did."""
+
+    losses: Losses
+    learning_rate: float
+    grad_norm: float
+    """Before clipping."""
+
+
+def device_and_dtype(student: Student) -> tuple[torch.device, torch.dtype]:
+    """Where to compute and in what: a GPU where there is one; `auto` is bfloat16 on a GPU that does it well."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if student.dtype == "auto":
+        half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return device, torch.bfloat16 if half else torch.float32
+    return device, getattr(torch, student.dtype)
+
+
+class Trainer:
+    """A student under training."""
+
+    def __init__(
+        self, model: nn.Module, *, packing: Packing, loss: Loss, train: Train, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """`model` is on its device already, in float32; `dtype` is what the passes compute in."""
+        self.model = model
+        self.optimizer = make_optimizer(model, train)
+        self._head = split_head(model)
+        self._device = self._head.weight.device
+        self._packing, self._loss, self._train, self._dtype = packing, loss, train, dtype
+        self._divergence: Divergence | None = loss.divergence if loss.soft_weight > 0 else None  # type: ignore[assignment]
+
+    @property
+    def tokens_per_pass(self) -> int:
+        """Positions of a forward pass: the setting, or less once memory ran out."""
+        return self._packing.tokens_per_pass
+
+    def step(self, step: Step, *, done: float, between_passes: Callable[[], None] = lambda: None) -> StepResult:
+        """Take one optimizer step; nothing has changed if it raises.
+
+        Args:
+            step: Its samples.
+            done: Share of all tokens at the end of this step; decides the learning rate.
+            between_passes: Called before each forward pass; may raise to stop.
+
+        Raises:
+            StillroomError: the loss or its gradient is not finite, or one sample alone does not fit in memory.
+        """
+        self.model.train()
+        losses = self._gradients(step, between_passes)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        norm = float(nn.utils.clip_grad_norm_(trained, self._train.clip_norm))
+        if not (math.isfinite(losses.loss) and math.isfinite(norm)):
+            self.optimizer.zero_grad()
+            raise StillroomError(
+                f"train: at step {step.after.step} the loss is {losses.loss} and its gradient's norm {norm}, expected "
+                "finite numbers. Nothing was changed by this step, and the last checkpoint is kept. Lower "
+                "train.learning_rate or raise train.warmup_fraction, and run again."
+            )
+        rate = learning_rate(done, self._train)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return StepResult(losses=losses, learning_rate=rate, grad_norm=norm)
+
+    def validate(self, steps: Iterable[Step], *, between_passes: Callable[[], None] = lambda: None) -> Losses:
+        """Mean losses over all scored tokens of some steps; weights and gradients stay as they are."""
+        self.model.eval()
+        sums, scored = torch.zeros(2, dtype=torch.float64, device=self._device), 0
+        with torch.no_grad():
+            for step in steps:
+                scored += step.scored_tokens
+                for batch in self._packing.batches(step.samples):
+                    between_passes()
+                    sums += _sums(self._pass(batch))
+        return self._means(sums, scored)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The parameters that train."""
+        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        """Give the parameters that train the values that `weights` returned."""
+        with torch.no_grad():
+            for name, parameter in self.weights().items():
+                parameter.copy_(weights[name])
+
+    def state(self) -> dict[str, Any]:
+        """Tensors to go on from."""
+        return {"weights": self.weights(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        self.load_weights(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def _gradients(self, step: Step, between_passes: Callable[[], None]) -> Losses:
+        """Accumulate the step's gradients; out of memory is answered by smaller passes, from the start of the step."""
+        while True:
+            # Dropout is a function of the step's number, so a resumed run draws what an undisturbed one would.
+            torch.manual_seed(step.after.step)
+            try:
+                sums = torch.zeros(2, dtype=torch.float64, device=self._device)
+                for batch in self._packing.batches(step.samples):
+                    between_passes()
+                    parts = self._pass(batch)
+                    weighted = parts.weighted(self._loss.soft_weight, self._loss.hard_weight)
+                    (weighted.sum() / max(step.scored_tokens, 1)).backward()
+                    sums += _sums(parts)
+                return self._means(sums, step.scored_tokens)
+            except torch.OutOfMemoryError as error:
+                message = str(error)
+            except BaseException:
+                self.optimizer.zero_grad()
+                raise
+            # Only here, outside the handler, are the tensors of the failed pass free.
+            self._shrink(step, message)
+
+    def _shrink(self, step: Step, message: str) -> None:
+        self.optimizer.zero_grad()
+        torch.cuda.empty_cache()
+        tokens = self._packing.tokens_per_pass
+        if tokens <= step.longest:
+            raise StillroomError(
+                f"train: out of memory in a forward pass of {step.longest} tokens, one sample alone ({message}). "
+                "Set train.gradient_checkpointing to true, cut the data shorter, or take a smaller student."
+            )
+        self._packing = replace(self._packing, tokens_per_pass=max(tokens // 2, step.longest))
+
+    def _pass(self, batch: Batch) -> LossParts:
+        batch = batch.to(self._device)
+        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._dtype == torch.bfloat16):
+            hidden = hidden_states(self.model, input_ids=batch.token_ids, position_ids=batch.position_ids)
+        predicting = hidden.flatten(0, 1)[batch.predicting].to(self._dtype)
+        return linear_distillation(predicting, self._head, batch.targets, divergence=self._divergence)
+
+    def _means(self, sums: torch.Tensor, scored: int) -> Losses:
+        soft, hard = (sums / max(scored, 1)).tolist()
+        total = (self._loss.soft_weight * soft if self._divergence else 0.0) + self._loss.hard_weight * hard
+        return Losses(loss=total, soft=soft if self._divergence else None, hard=hard)
+
+
+def _sums(parts: LossParts) -> torch.Tensor:
+    """[2] float64 sums of soft and hard."""
+    hard = parts.hard.detach().double().sum()
+    soft = torch.zeros_like(hard) if parts.soft is None else parts.soft.detach().double().sum()
+    return torch.stack([soft, hard])

@@ -1,0 +1,33 @@
+"""Every error that Stillroom raises on purpose, and the exit code each one ends a command with.
+
+StillroomError            1   a failure that is not the user's mistake: disk full, out of memory
+├── UsageError            2   a bad recipe, bad input or bad usage
+├── IntegrityError        3   what is on disk is not what was committed
+└── Stopped             130   asked to stop by a signal; finished rows are committed
+
+A message says what is wrong, what was found, what was expected, and what to do.
+"""
+
+
+class StillroomError(Exception):
+    """A failure with a message meant for the user; shown without a traceback."""
+
+    exit_code = 1
+
+
+class UsageError(StillroomError):
+    """The recipe, the input or the command is wrong."""
+
+    exit_code = 2
+
+
+class IntegrityError(StillroomError):
+    """Data on disk does not match its record, its schema or its checksum."""
+
+    exit_code = 3
+
+
+class Stopped(StillroomError):
+    """A signal asked the run to stop."""
+
+    exit_code = 130

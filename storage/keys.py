@@ -1,0 +1,63 @@
+"""Names made from content: canonical JSON, hashes of it, and records that carry their own hash."""
+
+import hashlib
+import json
+from typing import Any
+
+from .errors import IntegrityError
+
+KEY_BYTES = 16
+
+
+def canonical_json(value: Any) -> bytes:
+    """One spelling for equal values: keys sorted, no spaces, UTF-8, bytes as hex. NaN and infinity are refused."""
+    text = json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_bytes_as_hex
+    )
+    return text.encode()
+
+
+def _bytes_as_hex(value: Any) -> str:
+    if isinstance(value, bytes):
+        return value.hex()
+    raise TypeError(f"{type(value).__name__} has no canonical form; use str, int, float, bool, None, bytes, list, dict")
+
+
+def content_key(kind: str, **parts: Any) -> bytes:
+    """16 bytes that name a thing of this kind with these parts."""
+    return hashlib.sha256(canonical_json([kind, parts])).digest()[:KEY_BYTES]
+
+
+def content_id(kind: str, **parts: Any) -> str:
+    """`content_key` as 32 hex digits."""
+    return content_key(kind, **parts).hex()
+
+
+def row_seed(key: bytes) -> int:
+    """A seed in [0, 2**63) that depends on the row's key alone, not on when or where the row is made."""
+    return int.from_bytes(key[:8], "big") >> 1
+
+
+def seal(record: dict[str, Any]) -> bytes:
+    """A record as JSON with `self`, the sha256 of the record without it."""
+    digest = hashlib.sha256(canonical_json(record)).hexdigest()
+    return json.dumps({**record, "self": digest}, indent=1, ensure_ascii=False).encode() + b"\n"
+
+
+def unseal(data: bytes, name: str) -> dict[str, Any]:
+    """The record that `seal` wrote; `name` is the file, for the message."""
+    try:
+        record = json.loads(data)
+        digest = record.pop("self")
+        actual = hashlib.sha256(canonical_json(record)).hexdigest()
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise IntegrityError(
+            f"{name}: not a record of this store ({error!r}). Restore the file from a backup; "
+            "`stillroom verify` lists everything that is damaged."
+        ) from error
+    if actual != digest:
+        raise IntegrityError(
+            f"{name}: the record was changed after it was written (its hash is {actual[:16]}, it says {digest[:16]}). "
+            "Restore the file from a backup; `stillroom verify` lists everything that is damaged."
+        )
+    return record

@@ -1,0 +1,130 @@
+"""The writer of one table: gathers rows, and commits them as a shard every so many rows, seconds or bytes."""
+
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from .commits import CommitLog
+from .files import Files
+from .invariants import check_shape, statistics
+from .rows import check_row, row_bytes
+from .schema import TableName
+from .shard import ShardInfo, write_shard
+
+TOKENS_COLUMN = {"generations": "completion_tokens", "soft_targets": "span_tokens"}
+"""What a commit record counts as tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CommitLimits:
+    """A shard is committed when any of these is reached."""
+
+    rows: int = 256
+    seconds: float = 30.0
+    """Since the oldest row that waits."""
+    bytes: int = 64 << 20
+
+
+class ShardWriter:
+    """Adds rows to a table, each key once, whoever else writes. Not for several threads; open one per thread.
+
+    Use as a context manager: leaving the block commits what is finished, also when an exception leaves it.
+    """
+
+    def __init__(self, files: Files, log: CommitLog, *, about: Mapping[str, Any], limits: CommitLimits) -> None:
+        self._files = files
+        self._log = log
+        self._about = dict(about)
+        self._limits = limits
+        self._writer = str(uuid.uuid4())
+        self._waiting: dict[bytes, dict[str, Any]] = {}
+        self._waiting_bytes = 0
+        self._oldest = 0.0
+        self._last_commit = time.monotonic()
+        self._failed = False
+        self.rows = 0
+        """Rows committed by this writer."""
+        self.tokens = 0
+        """Tokens committed by this writer."""
+        self.skipped = 0
+        """Rows that were there already."""
+
+    def __enter__(self) -> Self:
+        self._log.refresh()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._failed:
+            self.flush()
+
+    def add(self, row: Mapping[str, Any]) -> bool:
+        """Take a row; False if its key is committed or waiting already. A row that does not fit is refused."""
+        checked = check_row(self._log.table, row)
+        if self._log.table == "soft_targets":
+            check_shape(checked, self._about)
+        key = checked["key"]
+        if key in self._log.keys or key in self._waiting:
+            self.skipped += 1
+            return False
+        if not self._waiting:
+            self._oldest = time.monotonic()
+        self._waiting[key] = checked
+        self._waiting_bytes += row_bytes(checked)
+        if len(self._waiting) >= self._limits.rows or self._waiting_bytes >= self._limits.bytes:
+            self.flush()
+        self.tick()
+        return True
+
+    def tick(self) -> None:
+        """Commit if the time is up; call it while waiting for rows."""
+        if self._waiting and time.monotonic() - self._oldest >= self._limits.seconds:
+            self.flush()
+
+    def flush(self) -> None:
+        """Commit the rows that wait."""
+        rows = list(self._waiting.values())
+        self._failed = True
+        committed = self._commit(rows)
+        self._failed = False
+        self._waiting.clear()
+        self._waiting_bytes = 0
+        self.rows += len(committed)
+        self.tokens += _count_tokens(self._log.table, committed)
+        self.skipped += len(rows) - len(committed)
+
+    def _commit(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        shard = None
+        while True:
+            left = [row for row in rows if row["key"] not in self._log.keys]
+            if not left:
+                return []
+            if shard is None or len(left) < len(rows):
+                rows = left
+                shard = self._write(rows)
+            now = time.monotonic()
+            fields = {
+                "writer": self._writer,
+                "tokens": _count_tokens(self._log.table, rows),
+                "seconds": round(now - self._last_commit, 3),
+                "stage": self._about.get("stage", ""),
+                "versions": self._about.get("versions", {}),
+            }
+            if self._log.append(fields, shard, (row["key"] for row in rows)) is not None:
+                self._last_commit = now
+                return rows
+
+    def _write(self, rows: list[dict[str, Any]]) -> ShardInfo:
+        about = self._about
+        if self._log.table == "soft_targets":
+            about = {"head": "lm", **about, "statistics": statistics(rows)}
+        return write_shard(self._files, self._log.table, rows, about=about)
+
+
+def _count_tokens(table: TableName, rows: list[dict[str, Any]]) -> int:
+    column = TOKENS_COLUMN.get(table)
+    return 0 if column is None else sum(int(row[column]) for row in rows)

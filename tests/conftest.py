@@ -1,0 +1,95 @@
+"""Fixtures of the whole suite: no network, one torch thread, tiny models, the shared asset folder."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # `references`, and what else tests share
+
+# Before any test module imports transformers or datasets: they read these once.
+for name in [n for n in os.environ if n.startswith(("HF_", "TRANSFORMERS_", "STILLROOM_")) and n != "STILLROOM_ASSETS"]:
+    del os.environ[name]
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+WORDS = "the a cat dog sat ran on under mat tree and then saw big small red blue it was happy".split()
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test reads the user's Hub cache or token, and none reaches the network through Hugging Face libraries."""
+    for name in [n for n in os.environ if n.startswith(("HF_", "TRANSFORMERS_"))]:
+        monkeypatch.delenv(name)
+    home = tmp_path_factory.getbasetemp() / "hf-home"
+    for name, value in {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Sums in one order, and room for the other tests on the machine."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """The shared asset folder: small real models and texts."""
+    beside = Path(__file__).parents[2] / "shared" / "assets"
+    folder = Path(os.environ.get("STILLROOM_ASSETS", beside))
+    if not folder.is_dir():
+        pytest.skip(f"no assets at {folder}: set STILLROOM_ASSETS to the folder that holds models/ and text/")
+    return folder
+
+
+@pytest.fixture
+def tiny_llama(tmp_path: Path) -> Callable[..., Path]:
+    """Factory: `tiny_llama("name", seed=0, vocab_size=32, ...)` saves a small random Llama with its tokenizer.
+
+    The tokenizer is word-level: ids 0-3 are <unk> <s> </s> <pad>, the words of `WORDS` follow.
+    """
+
+    def make(name: str = "tiny", *, seed: int = 0, **overrides: Any) -> Path:
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        settings = {
+            "vocab_size": 32,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 128,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": None,
+            "tie_word_embeddings": False,
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = LlamaForCausalLM(LlamaConfig(**settings | overrides))
+        folder = tmp_path / name
+        model.save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def tiny_tokenizer() -> Any:
+    """A word-level tokenizer over `WORDS` that starts every text with <s>."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", "<pad>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )

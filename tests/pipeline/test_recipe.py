@@ -1,0 +1,125 @@
+"""Recipes: every mistake gets its file, line, dotted path and a way out; every shipped recipe is valid."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from kit import recipe_tree
+from stillroom.pipeline.recipe import changed_fields, load_recipe
+from stillroom.stages.sections import NOT_YET, Recipe
+from stillroom.storage.errors import UsageError
+
+RECIPES = sorted((Path(__file__).parents[2] / "pipeline" / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> dict[str, Any]:
+    return recipe_tree(tmp_path, tmp_path / "teacher", tmp_path / "prompts.jsonl")
+
+
+def refusal(tmp_path: Path, tree: dict[str, Any], *overrides: str) -> str:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
+    with pytest.raises(UsageError) as caught:
+        load_recipe(path, list(overrides))
+    return str(caught.value)
+
+
+def test_a_misspelt_key_is_refused_with_line_and_nearest_key(tmp_path: Path, tree: dict[str, Any]) -> None:
+    tree["train"]["learning_rat"] = 1
+    message = refusal(tmp_path, tree)
+    line = next(i for i, text in enumerate((tmp_path / "recipe.yaml").read_text().splitlines(), 1) if "rat:" in text)
+    assert message == f"{tmp_path}/recipe.yaml:{line}: train.learning_rat: unknown key. Did you mean 'learning_rate'?"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("score.k=0", "score.k: must be at least 1 (got 0)"),
+        ("score.k=many", "score.k: input should be a valid integer"),
+        ("data.format=chats", "data.format: must be one of 'text'"),
+        ("data.holdout=-1", "data.holdout: must be at least 0 (got -1)"),
+        ("generate.top_p=0", "generate.top_p: must be greater than 0"),
+        ("storage.mantissa_bits=24", "storage.mantissa_bits: must be at most 23"),
+        ("train.warmup_fraction=1", "train.warmup_fraction: must be less than 1"),
+        ("train.tokens=1000", "give either `tokens` or `epochs`"),
+        ("student.model=x", "name either `model`"),
+        ("teacher=null", "teacher: input should be"),
+        ("data.format=text", "generate: format 'text' brings its own text"),
+        ("generate=null", "generate: missing: format 'prompt' has prompts only"),
+        ("loss.soft_weight=0", ""),
+    ],
+)
+def test_bad_values_are_refused_by_name(tmp_path: Path, tree: dict[str, Any], override: str, expected: str) -> None:
+    if not expected:
+        tree["loss"]["hard_weight"] = 0
+        expected = "nothing to learn"
+    assert expected in refusal(tmp_path, tree, override)
+
+
+@pytest.mark.parametrize(("path", "value"), [(path, value) for path, values in NOT_YET for value in values])
+def test_what_no_stage_does_yet_is_refused_by_name(tmp_path: Path, tree: dict[str, Any], path: str, value: str) -> None:
+    message = refusal(tmp_path, tree, f"{path}={value}")
+    assert path in message
+    assert "no stage does it yet" in message
+
+
+@pytest.mark.parametrize("override", ["loss.temperature=2.0", "score.temperatures=[1.0, 2.0]", "storage.sources=[x]"])
+def test_later_settings_are_refused_by_name(tmp_path: Path, tree: dict[str, Any], override: str) -> None:
+    assert override.partition("=")[0] in refusal(tmp_path, tree, override)
+
+
+def test_every_mistake_is_listed_at_once(tmp_path: Path, tree: dict[str, Any]) -> None:
+    tree["score"]["k"], tree["train"]["tokns"] = 0, 1
+    assert len(refusal(tmp_path, tree).splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "expected sections"),
+        ("run: [", "not YAML"),
+        ("- 1", "expected sections"),
+        ("run: {dir: a}\nrun: {dir: b}", ":2: run: given twice"),
+    ],
+)
+def test_files_that_are_no_recipe(tmp_path: Path, text: str, expected: str) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UsageError, match=expected):
+        load_recipe(tmp_path / "r.yaml")
+
+
+def test_a_missing_file_names_init(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="stillroom init"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("override", ["train", "train=1", "=3", "train.=2", "train.x.y=1", "run.seed=["])
+def test_a_malformed_override_is_refused(tmp_path: Path, tree: dict[str, Any], override: str) -> None:
+    assert refusal(tmp_path, tree, override)
+
+
+def test_environment_variables_are_expanded_or_named(
+    tmp_path: Path, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree["teacher"]["model"] = "${MODELS}/teacher"
+    assert "environment variable MODELS is not set" in refusal(tmp_path, tree)
+    monkeypatch.setenv("MODELS", "/models")
+    assert load_recipe(tmp_path / "recipe.yaml").teacher.model == "/models/teacher"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_shipped_recipes_are_valid_and_open_with_their_command(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STILLROOM_ASSETS", "/assets")
+    monkeypatch.setenv("STILLROOM_DEMO", "/demo")
+    assert isinstance(load_recipe(path), Recipe)
+    head = path.read_text().split("\nrun:")[0]
+    assert "stillroom " in head
+    assert all(line.startswith("#") or not line for line in head.splitlines())
+
+
+def test_changed_fields_names_what_differs() -> None:
+    old = {"train": {"learning_rate": 0.1, "tokens": 5}, "loss": {"tail": "bucket"}}
+    new = {"train": {"learning_rate": 0.2, "tokens": 5}, "loss": {"tail": "bucket"}}
+    assert changed_fields(old, new) == ["train.learning_rate: 0.1 -> 0.2"]

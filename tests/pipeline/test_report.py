@@ -1,0 +1,311 @@
+"""The report: every number in it is the number in the JSON, whichever way the run went."""
+
+import io
+import json
+import re
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from stillroom.pipeline.markdown import fenced, nats, significant, size, table
+from stillroom.pipeline.report import compare, outcome, render, results_table, write_report
+from stillroom.pipeline.report_sections import thinned
+from stillroom.storage.errors import UsageError
+
+RECIPE: dict[str, Any] = {
+    "run": {"dir": "runs/stories", "seed": 0, "task": "causal_lm"},
+    "storage": {"dir": "stores/stories"},
+    "teacher": {"model": "models/big-stories", "dtype": "auto"},
+    "student": {"model": None, "config": {"hidden_size": 64, "num_hidden_layers": 2}, "lora": None},
+    "data": {"source": "prompts.jsonl", "format": "prompt", "holdout": 200},
+    "generate": {"model": None, "samples": 2, "temperature": 1.0},
+    "score": {"targets": "topk", "k": 64},
+    "loss": {"divergence": "forward_kl", "temperature": 1.0, "tail": "bucket", "soft_weight": 1.0, "hard_weight": 0.1},
+    "train": {"tokens": 2_000_000},
+}
+
+
+def arm(cross_entropy: float, kl: float | None, agreement: float | None, ece: float) -> dict[str, Any]:
+    return {
+        "cross_entropy": cross_entropy,
+        "cross_entropy_se": 0.0123,
+        "perplexity": 2.718281828459045**cross_entropy,
+        "kl_teacher": kl,
+        "kl_teacher_se": None if kl is None else 0.0045,
+        "top1_agreement": agreement,
+        "ece": ece,
+        "rows": 400,
+        "tokens": 100_123,
+    }
+
+
+def difference(kl: float, error: float = 0.003) -> dict[str, float]:
+    return {"kl_teacher": kl, "kl_teacher_se": error, "cross_entropy": kl / 2, "cross_entropy_se": error}
+
+
+@pytest.fixture
+def evaluation() -> dict[str, Any]:
+    return {
+        "results": {
+            "teacher": arm(1.23456, 0.0, 1.0, 0.0123),
+            "student_before": arm(9.87654, 8.7654, 0.0123, 0.2345),
+            "baseline": arm(1.65432, 0.3531, 0.7123, 0.0345),
+            "student": arm(1.61234, 0.3121, 0.7456, 0.0234),
+        },
+        "differences": {"student_before": difference(-8.4533), "baseline": difference(-0.041)},
+        "reliability": {},
+        "measured_on": {
+            "snapshot": "5" * 32,
+            "table": "soft_targets",
+            "rows": 400,
+            "prompts": 200,
+            "tokens": 100_123,
+            "reference": "full",
+            "k": 32_000,
+            "kl_is_lower_bound": False,
+            "ece_bins": 15,
+        },
+        "arms": {},
+        "answers": None,
+        "samples": [
+            {
+                "prompt": "Once upon",
+                "reference": "a time | there\nwas ```code```",
+                "teacher": "a time | there\nwas ```code```",
+                "student_before": "zzz",
+                "baseline": "a hat",
+                "student": "a time",
+            }
+        ],
+    }
+
+
+def train(loss: float) -> dict[str, Any]:
+    history = [
+        {"tokens": 8192 * i, "loss": loss / i, "soft": 0.9 * loss / i, "hard": loss / i, "learning_rate": 1e-3 / i}
+        for i in range(1, 101)
+    ]
+    return {
+        "steps": 100,
+        "tokens": 819_200,
+        "scored_tokens": 700_001,
+        "epochs": 1.5,
+        "seconds": 321.5,
+        "tokens_per_second": 2548.4,
+        "parameters": 1_234_567,
+        "snapshot": "7" * 32,
+        "history": history,
+    }
+
+
+@pytest.fixture
+def facts() -> dict[str, Any]:
+    return {
+        "stages": {
+            "generate": {"rows": 398, "tokens": 51_234, "bytes": 123_456, "seconds": 61.5, "tokens_per_second": 833.1}
+            | {"bytes_per_token": 2.41, "rejected": 2},
+            "train": {"tokens": 819_200, "seconds": 321.5},
+        },
+        "rejects": {"generate": "too_long"},
+        "store": "/stores/stories",
+        "versions": {"torch": "2.13.0"},
+        "machine": "Linux x86_64",
+    }
+
+
+@pytest.fixture
+def run(tmp_path: Path, evaluation: dict[str, Any], facts: dict[str, Any]) -> Path:
+    """A finished run of two arms with its report."""
+    return finished(tmp_path / "run", evaluation, facts)
+
+
+def finished(run_dir: Path, evaluation: dict[str, Any], facts: dict[str, Any], recipe: dict[str, Any] = RECIPE) -> Path:
+    folders = {name: run_dir / f"train-{name}" for name in ("student", "baseline") if name in evaluation["results"]}
+    evaluation["arms"] = {name: folder.name for name, folder in folders.items()}
+    for folder in folders.values():
+        folder.mkdir(parents=True)
+        (folder / "train.json").write_text(json.dumps(train(5.0)))
+    (folders["student"] / "settings.json").write_text(json.dumps({"recipe": recipe, "teacher_id": "ab" * 16}))
+    (folders["student"] / "evaluation.json").write_text(json.dumps(evaluation))
+    write_report(run_dir, folders["student"], facts)
+    return run_dir
+
+
+def cells(markdown: str, heading: str) -> list[list[str]]:
+    """The first table below a heading, header and rule left out."""
+    lines = markdown.split(f"## {heading}\n")[1].splitlines()
+    rows = [line for line in lines if line.startswith("|")]
+    end = next((i for i, line in enumerate(lines) if rows and line == "" and lines.index(rows[0]) < i), len(lines))
+    rows = [line for line in lines[:end] if line.startswith("|")]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
+
+
+def first_number(cell: str) -> float:
+    return float(re.sub("[,%]", "", cell.split("±")[0]))
+
+
+def test_every_number_of_the_results_table_is_the_one_in_the_json(run: Path) -> None:
+    results = json.loads((run / "report.json").read_text())["evaluation"]["results"]
+    rows = cells((run / "report.md").read_text(), "Results")
+    assert [row[0].split()[0] for row in rows] == ["teacher", "student", "baseline", "student"]
+    for row, name in zip(rows, ("teacher", "student_before", "baseline", "student"), strict=True):
+        expected = results[name]
+        assert first_number(row[1]) == round(expected["cross_entropy"], 4)
+        assert float(row[1].split("±")[1]) == expected["cross_entropy_se"]
+        assert first_number(row[2]) == pytest.approx(expected["perplexity"], rel=1e-3)
+        assert first_number(row[3]) == round(expected["kl_teacher"], 4)
+        assert first_number(row[4]) == round(100 * expected["top1_agreement"], 1)
+        assert first_number(row[5]) == round(100 * expected["ece"], 2)
+
+
+def test_the_curve_has_ten_points_with_the_numbers_of_the_history(run: Path) -> None:
+    markdown = (run / "report.md").read_text()
+    history = {p["tokens"]: p for p in train(5.0)["history"]}
+    rows = cells(markdown, "Training: student (distilled)")
+    assert len(rows) == 10
+    assert (first_number(rows[0][0]), first_number(rows[-1][0])) == (8192, 819_200)
+    for row in rows:
+        point = history[int(first_number(row[0]))]
+        assert [first_number(c) for c in row[1:4]] == [round(point[n], 4) for n in ("loss", "soft", "hard")]
+        assert float(row[4]) == pytest.approx(point["learning_rate"], rel=1e-2)
+    assert "## Training: baseline" in markdown
+
+
+def test_stages_show_rows_bytes_time_and_why_rows_were_rejected(run: Path) -> None:
+    generate, trained = cells((run / "report.md").read_text(), "Time and bytes")
+    assert generate == ["generate", "398", "51,234", "2 (too_long)", "120.6 KiB", "2.4", "61.5 s", "833"]
+    assert trained == ["train", "-", "819,200", "-", "-", "-", "5.4 min", "-"]
+
+
+def test_the_report_says_where_it_comes_from(run: Path) -> None:
+    markdown = (run / "report.md").read_text()
+    assert markdown.startswith("# big-stories distilled into a fresh student\n")
+    for fact in ("ab" * 16, "7" * 32, "5" * 32, "torch 2.13.0", "Linux x86_64", "/stores/stories", "topk, 64 entries"):
+        assert fact in markdown
+    assert json.loads((run / "report.json").read_text())["settings"]["recipe"] == RECIPE
+
+
+def test_samples_stand_side_by_side_and_cannot_break_the_page(run: Path) -> None:
+    markdown = (run / "report.md").read_text()
+    assert "````\na time | there\nwas ```code```\n````" in markdown
+    assert markdown.count("there\nwas") == 1  # the reference is the teacher's own text, shown once
+    assert markdown.count("````") == 2
+
+
+def test_a_report_written_again_replaces_the_old_one(run: Path, facts: dict[str, Any]) -> None:
+    write_report(run, run / "train-student", facts | {"store": "/elsewhere"})
+    assert "/elsewhere" in (run / "report.md").read_text()
+    assert sorted(p.name for p in run.iterdir() if p.is_file()) == ["report.json", "report.md"]
+
+
+def test_the_outcome_is_told_whichever_way_it_went(evaluation: dict[str, Any]) -> None:
+    assert outcome(evaluation) == (
+        "The distilled student is 0.041 nats closer to the teacher than cross-entropy alone (KL 0.312 against 0.353)."
+    )
+    evaluation["differences"]["baseline"] = difference(0.041)
+    assert "0.041 nats farther from the teacher than cross-entropy alone" in outcome(evaluation)
+    evaluation["differences"]["baseline"] = difference(-0.001, error=0.003)
+    assert "does not clearly differ from cross-entropy alone" in outcome(evaluation)
+    evaluation["measured_on"]["kl_is_lower_bound"] = True
+    assert "KL, a lower bound, 0.312" in outcome(evaluation)
+    del evaluation["differences"]["baseline"]
+    assert "8.453 nats closer to the teacher than before training" in outcome(evaluation)
+
+
+def black_box(evaluation: dict[str, Any]) -> dict[str, Any]:
+    changed = deepcopy(evaluation)
+    del changed["results"]["baseline"], changed["differences"]["baseline"]
+    changed["results"]["teacher"] = dict.fromkeys(changed["results"]["teacher"])
+    for name in ("student_before", "student"):
+        changed["results"][name] |= {"kl_teacher": None, "kl_teacher_se": None, "top1_agreement": None}
+    changed["differences"]["student_before"] = {"cross_entropy": -8.2642, "cross_entropy_se": 0.01}
+    changed["measured_on"] |= {"reference": None, "k": None, "table": "generations"}
+    return changed
+
+
+def test_a_black_box_run_has_no_kl_and_no_teacher_line(tmp_path: Path, evaluation: dict[str, Any]) -> None:
+    without = RECIPE | {"score": None}
+    markdown = (finished(tmp_path / "run", black_box(evaluation), {}, without) / "report.md").read_text()
+    assert "8.264 nats better at predicting the held-out text than before training" in markdown
+    rows = cells(markdown, "Results")
+    assert [row[0] for row in rows] == ["student before training", "student (distilled)"]
+    assert {row[3] for row in rows} == {"-"}
+    assert "no KL" in markdown
+
+
+def test_answers_are_a_column_only_where_they_were_scored(evaluation: dict[str, Any], run: Path) -> None:
+    report = json.loads((run / "report.json").read_text())
+    assert "answers" not in render(report).split("## What was run")[0]
+    report["evaluation"]["results"]["student"]["answers"] = 0.4321
+    settings = {
+        "metric": "rouge_l",
+        "pattern": None,
+        "prompts": 50,
+        "max_tokens": 128,
+        "against": "the teacher's own text",
+    }
+    report["evaluation"]["answers"] = settings
+    rows = cells(render(report), "Results")
+    assert [row[-1] for row in rows] == ["-", "-", "-", "0.432"]
+    assert "rouge_l, 0 to 1, of greedy answers (at most 128 tokens) to 50 held-out prompts" in render(report)
+
+
+def test_the_terminal_table_has_the_same_cells(evaluation: dict[str, Any], run: Path) -> None:
+    console = Console(width=200, file=io.StringIO())
+    console.print(results_table(evaluation["results"]))
+    drawn = console.file.getvalue()  # type: ignore[attr-defined]
+    for row in cells((run / "report.md").read_text(), "Results"):
+        assert all(cell in drawn for cell in row)
+
+
+def test_comparison_shows_what_differs_first_and_warns_of_other_held_out_rows(
+    tmp_path: Path, evaluation: dict[str, Any], facts: dict[str, Any]
+) -> None:
+    first = finished(tmp_path / "one", evaluation, facts)
+    other = deepcopy(evaluation)
+    other["results"]["student"]["kl_teacher"] = 0.2999
+    changed = RECIPE | {
+        "run": RECIPE["run"] | {"dir": "elsewhere"},
+        "score": {"targets": "topk", "k": 8},
+        "generate": None,
+    }
+    second = finished(tmp_path / "two", other, facts, changed)
+    page = compare([first, second])
+    differing = {row[0]: row[1:] for row in cells(page, "What differs")}
+    assert differing["`score.k`"] == ["64", "8"]
+    assert differing["`generate.samples`"] == ["2", "-"]
+    assert not {"`run.dir`", "`score.targets`", "`run.seed`"} & set(differing)
+    results = cells(page, "Results")
+    assert [first_number(row[4]) for row in results if row[1] == "student (distilled)"] == [0.3121, 0.2999]
+    assert "different held-out rows" not in page
+    other["measured_on"]["snapshot"] = "6" * 32
+    third = finished(tmp_path / "three", other, facts)
+    assert "different held-out rows" in compare([first, third])
+    assert "the recipes are the same" in compare([first, third])
+
+
+def test_an_unfinished_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"report\.json: no such file.*stillroom run"):
+        compare([tmp_path])
+    with pytest.raises(UsageError, match=r"evaluation\.json: no such file"):
+        write_report(tmp_path, tmp_path, {})
+    (tmp_path / "report.json").write_text("{")
+    with pytest.raises(UsageError, match="not readable as JSON"):
+        compare([tmp_path])
+
+
+def test_a_short_history_is_kept_whole() -> None:
+    points = [{"tokens": i} for i in range(7)]
+    assert thinned(points) == points
+    assert thinned([]) == []
+
+
+def test_numbers_are_printed_in_the_unit_that_fits() -> None:
+    assert [nats(v) for v in (0.3121, 0.0, 0.00123, -0.5)] == ["0.312", "0.000", "0.0012", "-0.500"]
+    assert [significant(v) for v in (1.23456, 19999.9, None)] == ["1.235", "20,000", "-"]
+    assert [size(v) for v in (12, 2048, 3 * 2**40)] == ["12 B", "2.0 KiB", "3.0 TiB"]
+    assert table(["a|b"], [["x\ny"]]) == "| a\\|b |\n| --- |\n| x y |"
+    assert fenced("a ``` b").startswith("````\n")

@@ -1,0 +1,105 @@
+"""The wheel: holds the three packages and nothing else, and works where only the wheel is."""
+
+import json
+import os
+import site
+import subprocess
+import sys
+import zipfile
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FLOORS = ("pipeline", "stages", "storage")
+
+pytestmark = pytest.mark.slow
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """Built from a copy, so that no `build/` folder of earlier days slips in."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    listed = run("git", "ls-files", "-co", "--exclude-standard", cwd=ROOT).splitlines()
+    for name in listed:
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, ".", cwd=source)
+    return next(out.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    """The `bin` folder of a new environment: the wheel, and this environment's libraries seen through a path file."""
+    folder = tmp_path_factory.mktemp("environment")
+    run(sys.executable, "-m", "venv", folder, cwd=folder)
+    binaries = folder / "bin"
+    run(binaries / "python", "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=folder)
+    packages = Path(run(binaries / "python", "-c", "import site; print(site.getsitepackages()[0])", cwd=folder).strip())
+    # A plain path line: the other environment's own .pth files (the editable install) are not read.
+    (packages / "libraries.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+    return binaries
+
+
+def test_holds_exactly_the_three_packages(wheel):
+    names = [PurePosixPath(name) for name in zipfile.ZipFile(wheel).namelist()]
+    ours = {str(name.relative_to("stillroom")) for name in names if name.parts[0] == "stillroom"}
+    expected = {
+        path.relative_to(ROOT).as_posix()
+        for floor in FLOORS
+        for pattern in ("*.py", "py.typed", "*.yaml")
+        for path in (ROOT / floor).rglob(pattern)
+    }
+    assert ours == expected
+    assert {name.parts[0] for name in names} - {"stillroom"} == {f"stillroom-{version(wheel)}.dist-info"}
+
+
+def test_carries_its_licence_and_command(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        info = f"stillroom-{version(wheel)}.dist-info"
+        assert b"Apache License" in archive.read(f"{info}/licenses/LICENSE")
+        assert b"stillroom = stillroom.pipeline.cli:main" in archive.read(f"{info}/entry_points.txt")
+
+
+def version(wheel: Path) -> str:
+    return wheel.name.split("-")[1]
+
+
+def test_imports_from_the_wheel(installed, tmp_path):
+    code = "import stillroom.pipeline; print(stillroom.pipeline.__file__)"
+    found = Path(run(installed / "python", "-c", code, cwd=tmp_path).strip())
+    assert found.is_relative_to(installed.parent)
+
+
+def test_help_answers(installed, tmp_path):
+    assert "plan" in run(installed / "stillroom", "--help", cwd=tmp_path)
+
+
+def test_plans_a_recipe(installed, tiny_llama, tmp_path):
+    teacher = tiny_llama("teacher")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"the cat {word}"}) + "\n" for word in ("sat", "ran", "saw")))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"run: {{dir: {tmp_path}/run}}\n"
+        f"storage: {{dir: {tmp_path}/store}}\n"
+        f"teacher: {{model: {teacher}}}\n"
+        "student: {config: {num_hidden_layers: 1}}\n"
+        f"data: {{source: {prompts}, format: prompt, holdout: 1}}\n"
+        "generate: {max_tokens: 4}\n"
+        "score: {k: 4}\n"
+        "train: {epochs: 1}\n"
+    )
+    before = sorted(tmp_path.rglob("*"))
+    last = run(installed / "stillroom", "plan", recipe, "--json", cwd=tmp_path).splitlines()[-1]
+    planned = json.loads(last)
+    assert "generate" in json.dumps(planned)
+    assert sorted(tmp_path.rglob("*")) == before, "plan writes nothing"

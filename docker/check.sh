@@ -44,16 +44,17 @@ pip_settings() {  # writes them to one file; prints the local files and folders 
 import ast, pathlib, subprocess, sys
 
 listed = subprocess.run(["pip3", "config", "list"], capture_output=True, text=True, check=True).stdout
-lines = ["[global]"]
-for line in listed.splitlines():
+settings: dict[str, list[str]] = {}
+for line in sorted(listed.splitlines()):  # `:env:` comes first, and counts most
     name, _, quoted = line.partition("=")
-    value = ast.literal_eval(quoted)
-    lines.append(f"{name.rpartition('.')[2]} =" + "".join(f"\n    {word}" for word in value.split()))
-    for word in value.split():
-        # An index of files refers to packages beside it.
-        path = pathlib.Path(word.removeprefix("file://")).parent if word.startswith("file://") else pathlib.Path(word)
-        if path.is_absolute() and path.exists():
-            print(path)
+    words, name = ast.literal_eval(quoted).split(), name.rpartition(".")[2]
+    settings[name] = settings.get(name, []) + words if name in ("find-links", "extra-index-url") else settings.get(name, words)
+for word in sum(settings.values(), []):
+    # An index of files refers to packages beside it.
+    path = pathlib.Path(word.removeprefix("file://")).parent if word.startswith("file://") else pathlib.Path(word)
+    if path.is_absolute() and path.exists():
+        print(path)
+lines = ["[global]"] + [f"{name} = " + "\n    ".join(words) for name, words in settings.items()]
 pathlib.Path(sys.argv[1]).write_text("\n".join(lines) + "\n")
 PY
 }
@@ -66,7 +67,8 @@ done
 
 say "building the cpu image"
 buildah bud --quiet --network host --pull-never "${volumes[@]}" \
-    --build-arg CPU_BASE="$base" --target cpu --tag "$image" --file docker/Dockerfile . >/dev/null
+    --build-arg CPU_BASE="$base" --target cpu --tag "$image" --file docker/Dockerfile . >"$work/log" 2>&1 ||
+    { tail -n 40 "$work/log"; exit 1; }
 
 say "trying it"
 container=$(buildah from --pull-never "$image")

@@ -48,7 +48,7 @@ make_environment() {
     }
 }
 
-pip_install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"; }
+pip_install() { .venv/bin/python -m pip install -qq --disable-pip-version-check "$@"; }
 
 install_with_vllm() {
     case $1 in

@@ -7,9 +7,9 @@ from typing import Any
 NOTHING = "-"
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True) -> str:
-    """A Markdown table; numbers after the first column stand to the right."""
-    rule = ["---", *["---:" if numbers else "---"] * (len(headers) - 1)]
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 1) -> str:
+    """A Markdown table; columns after the first `text_columns` are numbers and stand to the right."""
+    rule = ["---" if number < text_columns else "---:" for number in range(len(headers))]
     return "\n".join("| " + " | ".join(_cell(c) for c in line) + " |" for line in (headers, rule, *rows))
 
 
@@ -39,10 +39,10 @@ def percent(value: float | None, places: int = 1) -> str:
 
 
 def significant(value: float | None) -> str:
-    """Four significant digits, for numbers of any size; none of them lost from a large one."""
+    """Four significant digits, all digits of a larger number."""
     if value is None:
         return NOTHING
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 999.95 else f"{value:#.4g}"
 
 
 def nats(value: float) -> str:

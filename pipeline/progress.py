@@ -63,11 +63,11 @@ class StageProgress:
             self._bar.update(self._task, completed=self._done, rate=self._rate(), note=self._note)
         elif time.monotonic() - self._shown >= _EVERY_SECONDS:
             self._shown = time.monotonic()
-            self._console.print(self._line())
+            self._console.print(self._line(), soft_wrap=True)
 
     def say(self, text: str) -> None:
         """A line of its own."""
-        self._console.print(f"{self._stage}: {text}")
+        self._console.print(f"{self._stage}: {text}", soft_wrap=True)
 
     def finish(self) -> None:
         """Take the bar away."""

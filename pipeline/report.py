@@ -70,7 +70,7 @@ def render(report: Mapping[str, Any]) -> str:
     parts = [
         f"# {report['title']}",
         f"**{report['outcome']}**",
-        sections.results(report["evaluation"]),
+        sections.results(report["evaluation"], report["settings"].get("recipe", {})),
         sections.what_was_run(report),
         *(sections.curve(arm, train) for arm, train in report["train"].items()),
         sections.stages(report["facts"]),
@@ -102,15 +102,15 @@ def outcome(evaluation: Mapping[str, Any]) -> str:
 
 
 def results_table(results: sections.Results) -> "Table":
-    """The results for a terminal."""
+    """The results for a terminal, 80 columns wide at most; cross-entropy and KL in nats per token."""
     from rich.table import Table
 
     answers = sections.has_answers(results)
-    drawn = Table(title="Results on held-out prompts")
-    for number, header in enumerate(sections.result_headers(answers=answers)):
-        drawn.add_column(header, justify="right" if number else "left")
-    for row in sections.result_rows(results, answers=answers):
-        drawn.add_row(*row)
+    drawn = Table("arm", box=None, pad_edge=False)
+    for header in ("cross-entropy", "perplexity", "KL", "agreement", "ECE", *["answers"] * answers):
+        drawn.add_column(header, justify="right")
+    for arm in sections.known_arms(results):
+        drawn.add_row(arm, *sections.result_cells(results[arm], answers=answers, errors=False))
     return drawn
 
 
@@ -124,6 +124,7 @@ def compare(run_dirs: Sequence[Path]) -> str:
     evaluations = {folder: report["evaluation"] for folder, report in reports.items()}
     differing = _differing([report["settings"].get("recipe", {}) for report in reports.values()])
     answers = any(sections.has_answers(e["results"]) for e in evaluations.values())
+    bound = any(e["measured_on"]["kl_is_lower_bound"] for e in evaluations.values())
     rows = [
         [inline(folder), *row]
         for folder, evaluation in evaluations.items()
@@ -138,12 +139,12 @@ def compare(run_dirs: Sequence[Path]) -> str:
         "# Comparison",
         "\n".join(f"- {inline(folder)}: {report['outcome']}" for folder, report in reports.items()),
         "## What differs",
-        table(["recipe field", *reports], differing, numbers=False)
+        table(["recipe field", *reports], differing, text_columns=1 + len(reports))
         if differing
         else "Nothing: the recipes are the same.",
         "## Results",
         warning,
-        table(["run", *sections.result_headers(answers=answers)], rows),
+        table(["run", *sections.result_headers(answers=answers, bound=bound)], rows, text_columns=2),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -24,48 +24,62 @@ def has_answers(results: Results) -> bool:
     return any(r.get("answers") is not None for r in results.values())
 
 
-def result_headers(*, answers: bool) -> list[str]:
-    """Headers of the results table."""
-    headers = [
-        "arm",
-        "cross-entropy (nats/token)",
-        "perplexity",
-        "KL to teacher (nats/token)",
-        "top-1 agreement",
-        "ECE",
-    ]
+def result_headers(*, answers: bool, bound: bool) -> list[str]:
+    """Headers of the results table; a KL that is only bounded from below is called so."""
+    kl = "KL to teacher, lower bound (nats/token)" if bound else "KL to teacher (nats/token)"
+    headers = ["arm", "cross-entropy (nats/token)", "perplexity", kl, "top-1 agreement", "ECE"]
     return headers + ["answers"] * answers
 
 
 def result_rows(results: Results, *, answers: bool) -> list[list[str]]:
     """The results table: one line per arm of which anything is known."""
-    known = [arm for arm in ARMS if arm in results and any(v is not None for v in results[arm].values())]
-    return [_result_row(arm, results[arm], answers=answers) for arm in known]
+    return [[ARMS[arm], *result_cells(results[arm], answers=answers)] for arm in known_arms(results)]
 
 
-def _result_row(arm: str, result: Mapping[str, Any], *, answers: bool) -> list[str]:
-    # The teacher's distance to itself is 0 by definition, not by measurement.
-    kl_error = None if arm == "teacher" else result.get("kl_teacher_se")
+def known_arms(results: Results) -> list[str]:
+    """The arms, teacher first, without a teacher of whom nothing was stored."""
+    return [arm for arm in ARMS if arm in results and any(v is not None for v in results[arm].values())]
+
+
+def result_cells(result: Mapping[str, Any], *, answers: bool, errors: bool = True) -> list[str]:
+    """An arm's numbers as text; `errors` adds standard errors."""
+
+    def with_error(name: str) -> str:
+        # The teacher's distance to itself is 0 by definition: its standard error of 0 says nothing.
+        return decimals(result[name], error=result.get(f"{name}_se") or None if errors else None)
+
     row = [
-        ARMS[arm],
-        decimals(result["cross_entropy"], error=result.get("cross_entropy_se")),
+        with_error("cross_entropy"),
         significant(result["perplexity"]),
-        decimals(result["kl_teacher"], error=kl_error),
+        with_error("kl_teacher"),
         percent(result["top1_agreement"]),
         percent(result["ece"], 2),
     ]
     return row + [decimals(result.get("answers"), 3)] * answers
 
 
-def results(evaluation: Mapping[str, Any]) -> str:
+def results(evaluation: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     """The results table and how to read it."""
-    answers = has_answers(evaluation["results"])
-    drawn = table(result_headers(answers=answers), result_rows(evaluation["results"], answers=answers))
+    answers, measured = has_answers(evaluation["results"]), evaluation["measured_on"]
+    headers = result_headers(answers=answers, bound=measured["kl_is_lower_bound"])
+    drawn = table(headers, result_rows(evaluation["results"], answers=answers))
     unshared = evaluation["results"]["student"].get("unshared_mass") or 0.0
-    notes = [_measured_on(evaluation["measured_on"], unshared), *_paired(evaluation["differences"])]
+    notes = [_measured_on(measured, unshared), *_paired(evaluation["differences"]), *_sampled_otherwise(recipe)]
     if answers:
         notes.append(_answers(evaluation["answers"]))
     return "\n\n".join(["## Results", drawn, "\n".join(f"- {note}" for note in notes)])
+
+
+def _sampled_otherwise(recipe: Mapping[str, Any]) -> list[str]:
+    """A caution where the text is no plain sample of its author."""
+    generate = recipe.get("generate") or {}
+    temperature, top_p = generate.get("temperature", 1.0), generate.get("top_p", 1.0)
+    if temperature == 1.0 and top_p == 1.0:
+        return []
+    return [
+        f"The text was sampled at temperature {temperature}, top-p {top_p}: not as its author's probabilities say, so "
+        "even a perfect copy of the author is not calibrated on it (ECE above 0)."
+    ]
 
 
 def _measured_on(measured: Mapping[str, Any], unshared: float) -> str:
@@ -133,7 +147,7 @@ def what_was_run(report: Mapping[str, Any]) -> str:
         ["loss", _loss(loss) if score else "cross-entropy"],
         ["trained on", _trained_on(train)],
     ]
-    return "## What was run\n\n" + table(["", ""], rows, numbers=False)
+    return "## What was run\n\n" + table(["", ""], rows, text_columns=2)
 
 
 def _author(generate: Mapping[str, Any] | None) -> str:
@@ -159,21 +173,19 @@ def _trained_on(train: Mapping[str, Any]) -> str:
 
 
 def curve(arm: str, train: Mapping[str, Any]) -> str:
-    """The training of one arm in ten lines."""
-    points = thinned(train.get("history", []))
-    if not points:
-        return ""
-    rows = [
-        [
-            count(p["tokens"]),
-            *(decimals(p.get(name)) for name in ("loss", "soft", "hard")),
-            f"{p['learning_rate']:.2e}" if p.get("learning_rate") is not None else "-",
-        ]
-        for p in points
-    ]
-    return f"## Training: {ARMS[arm]}\n\n" + table(
-        ["tokens", "loss", "divergence", "cross-entropy", "learning rate"], rows
-    )
+    """The training of one arm in ten lines, and its validation if there was any."""
+    headers = ["tokens", "loss", "divergence", "cross-entropy"]
+    parts = []
+    if history := thinned(train.get("history") or []):
+        rows = [[*_losses(point), f"{point['learning_rate']:.2e}"] for point in history]
+        parts += [f"## Training: {ARMS[arm]}", table([*headers, "learning rate"], rows)]
+    if validation := thinned(train.get("validation") or []):
+        parts += [f"### Validation: {ARMS[arm]}", table(headers, [_losses(point) for point in validation])]
+    return "\n\n".join(parts)
+
+
+def _losses(point: Mapping[str, Any]) -> list[str]:
+    return [count(point["tokens"]), *(decimals(point.get(name)) for name in ("loss", "soft", "hard"))]
 
 
 def thinned(history: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -105,7 +105,7 @@ class Packing:
                 labels.append(scored_tokens(ids, sample.span_start, sample.span_tokens))
         if int(token_ids.max()) >= self.vocab_size:
             raise UsageError(
-                f"student: its vocabulary has {self.vocab_size} ids, but a prompt has token {int(token_ids.max())}. "
+                f"student: its vocabulary has {self.vocab_size} ids, but the text has token {int(token_ids.max())}. "
                 "Choose a student with the teacher's tokenizer and at least its vocabulary."
             )
         targets = self._targets(torch.cat(labels), [sample for row in rows for sample in row])

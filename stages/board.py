@@ -13,7 +13,7 @@ class Board:
     def __init__(self, folder: Path, tokens: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(folder, purge_step=tokens + 1 if tokens else None)
+        self._writer = SummaryWriter(folder, purge_step=tokens + 1)
 
     def __enter__(self) -> "Board":
         return self
@@ -22,15 +22,18 @@ class Board:
         self._writer.close()
 
     def write(self, tokens: int, scalars: dict[str, float]) -> None:
+        """Name -> value, as of this many positions fed."""
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, global_step=tokens)
 
 
 def step_scalars(result: "StepResult") -> dict[str, float]:
+    """What is shown of a step."""
     rates = {"learning_rate": result.learning_rate, "grad_norm": result.grad_norm}
     return loss_scalars("loss", result.losses) | rates
 
 
 def loss_scalars(prefix: str, losses: "Losses") -> dict[str, float]:
+    """Losses that were computed, as `<prefix>/total`, `soft`, `hard`."""
     values = {"total": losses.loss, "soft": losses.soft, "hard": losses.hard}
     return {f"{prefix}/{name}": value for name, value in values.items() if value is not None}

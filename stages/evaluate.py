@@ -18,12 +18,13 @@ from ..storage.files import Files
 from ..storage.snapshot import Snapshot, load_snapshot
 from ..storage.store import Store
 from .alignment import predicting_positions, scored_tokens
+from .answers import Quiz, prepare_quiz
 from .job import Job, StageResult
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
-    from .answers import Quiz
     from .metrics import Tally
 
 Arms = dict[str, Callable[[], "nn.Module"]]
@@ -43,8 +44,6 @@ def run(job: Job) -> StageResult:
     Raises:
         UsageError: nothing is held out, or a student cannot read the held-out rows.
     """
-    from .answers import prepare_quiz
-
     started = time.monotonic()
     store = Store.open(job.recipe.storage.dir)
     held_out = HeldOut(store, load_snapshot(store, job.snapshots["test"]))
@@ -113,7 +112,7 @@ def _students(job: Job, store: Store) -> Arms:
 
 
 def _measure_arms(
-    job: Job, held_out: HeldOut, students: Arms, *, quiz: "Quiz | None"
+    job: Job, held_out: HeldOut, students: Arms, *, quiz: Quiz | None
 ) -> tuple[dict[str, "Tally"], dict[str, list[str]]]:
     """Tallies of all arms, and the answers of the students; one model at a time."""
     import torch
@@ -165,11 +164,7 @@ def _measure_row(model: "nn.Module", row: dict[str, Any], tally: "Tally") -> Non
 
     head = split_head(model)
     ids = torch.as_tensor(row["token_ids"]).long().to(head.weight.device)
-    if int(ids.max()) >= head.vocab_size:
-        raise UsageError(
-            f"student: its vocabulary has {head.vocab_size} ids, but a held-out row contains token {int(ids.max())}. "
-            "Choose a student with the teacher's tokenizer and at least its vocabulary."
-        )
+    _check_fits(model, ids, head.vocab_size)
     targets = SoftTargets.from_row(row).normalised() if "logprobs" in row else None
     with torch.inference_mode():
         states = hidden_states(model, input_ids=ids[None])[0, predicting_positions(row["start"], row["span_tokens"])]
@@ -179,6 +174,22 @@ def _measure_row(model: "nn.Module", row: dict[str, Any], tally: "Tally") -> Non
             part = slice(start, start + step)
             reference = None if targets is None else _part(targets, part)
             tally.add(row["prompt_key"], measure(head.logits(states[part]), following[part], reference))
+
+
+def _check_fits(model: "nn.Module", ids: "torch.Tensor", vocab_size: int) -> None:
+    """Refuse a row that the student cannot read, before an embedding does so in its own words."""
+    config: Any = model.config
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and len(ids) > limit:
+        raise UsageError(
+            f"student: reads at most {limit} tokens (max_position_embeddings), a held-out row has {len(ids)}. "
+            "Lower data.window_tokens or generate.max_tokens, or take a student with a longer context."
+        )
+    if int(ids.max()) >= vocab_size:
+        raise UsageError(
+            f"student: its vocabulary has {vocab_size} ids, but a held-out row contains token {int(ids.max())}. "
+            "Choose a student with the teacher's tokenizer and at least its vocabulary."
+        )
 
 
 def _part(targets: SoftTargets, part: slice) -> SoftTargets:
@@ -197,7 +208,7 @@ def _content(
     held_out: HeldOut,
     tallies: dict[str, "Tally"],
     *,
-    quiz: "Quiz | None",
+    quiz: Quiz | None,
     answers: dict[str, list[str]],
 ) -> dict[str, Any]:
     """What `evaluation.json` holds."""

@@ -86,6 +86,11 @@ class Samples:
         """`soft`: read the teacher's targets too (the snapshot must be of soft_targets)."""
         if not snapshot.rows:
             raise UsageError(f"snapshot {snapshot.id}: holds no rows, so there is nothing to train on. Add data.")
+        if soft and snapshot.table != "soft_targets":
+            raise UsageError(
+                f"snapshot {snapshot.id}: holds {snapshot.table}, which have no soft targets. Name a snapshot of "
+                "soft_targets, or set loss.soft_weight to 0."
+            )
         self._store, self._snapshot, self._soft, self._seed = store, snapshot, soft, seed
         self._span = _SPAN[snapshot.table]
 

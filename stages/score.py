@@ -1,7 +1,7 @@
 """Stage `score`: one forward pass of the teacher over prompt + completion; soft targets at every completion position.
 
-Batches are cut from the whole plan in a fixed order, and those that are done are skipped: a run that was killed sees the
-same batches as one that was not, so (the arithmetic of a batch being what it is) it writes the same bits.
+Batches are cut from the whole plan in a fixed order, and one that is not wholly done is scored whole: a run that was
+killed sees the same batches as one that was not, so (the arithmetic of a batch being what it is) it writes the same bits.
 """
 
 from collections.abc import Iterator
@@ -56,7 +56,8 @@ def run(job: Job, teacher: Identity) -> StageResult:
         scorer = _Scorer(job, teacher)
         job.progress.start(total=ledger.planned, unit="rows", done=len(ledger.committed))
         for batch in batches(requests, score.batch_tokens):
-            batch = [r for r in batch if r.reuse_key in pending]
+            if not any(r.reuse_key in pending for r in batch):
+                continue
             for request in [r for r in batch if len(r.token_ids) > limit]:
                 message = f"{len(request.token_ids)} tokens; the teacher reads {limit}"
                 rejects.add(_reject(request, limit, "too_long", message))
@@ -112,8 +113,8 @@ class _Scorer:
             self.score(batch[half:], rows, rejects)
             return
         for row in done:
-            rows.add(row)
-            self._job.progress.advance(tokens=row["span_tokens"])
+            if rows.add(row):
+                self._job.progress.advance(tokens=row["span_tokens"])
         rows.tick()
 
     def _forward(self, batch: Batch) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -20,7 +21,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..storage.errors import UsageError
+from ..storage.errors import StillroomError, UsageError
+from .head import hidden_states
 from .identity import find_model
 from .sections import Lora, Recipe
 from .tokenizers import compare_tokenizers
@@ -90,9 +92,15 @@ def save_student(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: P
     for old in (part, folder):
         if old.exists():
             shutil.rmtree(old)
-    plain.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    part.rename(folder)
+    try:
+        plain.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        part.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise StillroomError(
+            f"{folder}: cannot write the student ({error}). Free space or fix permissions there, and run the same "
+            "command again; its checkpoint is kept."
+        ) from error
 
 
 def load_student(folder: Path) -> PreTrainedModel:
@@ -122,6 +130,8 @@ def _fresh(teacher_dir: Path, overrides: dict[str, Any]) -> PreTrainedModel:
     try:
         config = _changed(AutoConfig.from_pretrained(teacher_dir).get_text_config(), overrides)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():  # numbers of heads that do not divide show up here only
+            hidden_states(model, input_ids=torch.zeros(1, 2, dtype=torch.long))
     except UsageError:
         raise
     except Exception as error:  # transformers has many kinds for a config that does not hold together

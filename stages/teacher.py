@@ -21,7 +21,9 @@ def load_causal_lm(identity: Identity, *, device_map: str | None = None) -> PreT
         model = AutoModelForCausalLM.from_pretrained(
             identity.folder, dtype=getattr(torch, identity.dtype), device_map=device_map
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # what transformers and safetensors raise for a bad folder has no common type
         raise UsageError(f"{identity.folder}: the model does not load ({error}). Check the folder.") from error
     if identity.adapter is not None:
         model = _with_adapter(model, identity)

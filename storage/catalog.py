@@ -4,6 +4,8 @@ For looking and for choosing rows. DuckDB does not verify page checksums; `Store
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import duckdb
@@ -34,8 +36,8 @@ _COMMITS_SCHEMA = pa.schema(
 
 def connect(store: Store) -> duckdb.DuckDBPyConnection:
     """A connection with views prompts, generations, soft_targets, rejects, commits and inputs as they are now."""
-    connection = duckdb.connect()
     root = store.root.resolve()
+    connection = duckdb.connect()
     for setting in (
         "autoinstall_known_extensions = false",
         "autoload_known_extensions = false",
@@ -45,26 +47,32 @@ def connect(store: Store) -> duckdb.DuckDBPyConnection:
         "lock_configuration = true",
     ):
         connection.execute(f"SET {setting}")
-    for table in TABLES:
-        paths = [root / commit.shard.name for commit in store.commits(table)]
-        _make_view(connection, table, SCHEMAS[table], _parquet(paths) if paths else None)
-    _make_view(connection, "inputs", INPUTS_SCHEMA.append(pa.field("data_id", pa.string())), _inputs(store, root))
-    connection.from_arrow(_commits(store)).create("commits")
+    with _explained():
+        for table in TABLES:
+            paths = [root / commit.shard.name for commit in store.commits(table)]
+            _make_view(connection, table, SCHEMAS[table], _parquet(paths) if paths else None)
+        _make_view(connection, "inputs", INPUTS_SCHEMA.append(pa.field("data_id", pa.string())), _inputs(store, root))
+        connection.from_arrow(_commits(store)).create("commits")
     return connection
 
 
 def query(store: Store, sql: str) -> pa.Table:
     """The result of one SELECT over the views."""
-    with connect(store) as connection:
-        try:
-            statements = connection.extract_statements(sql)
-            if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
-                raise UsageError("query: not one SELECT statement. A store is never changed by SQL; give one query.")
-            return connection.sql(sql).to_arrow_table()
-        except duckdb.IOException as error:
-            raise IntegrityError(f"query: a shard cannot be read ({error}). Run `stillroom verify`.") from error
-        except duckdb.Error as error:
-            raise UsageError(f"query: {error}") from error
+    with connect(store) as connection, _explained():
+        statements = connection.extract_statements(sql)
+        if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
+            raise UsageError("query: not one SELECT statement. A store is never changed by SQL; give one query.")
+        return connection.sql(sql).to_arrow_table()
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except duckdb.IOException as error:
+        raise IntegrityError(f"query: a shard cannot be read ({error}). Run `stillroom verify`.") from error
+    except duckdb.Error as error:
+        raise UsageError(f"query: {error}") from error
 
 
 def _make_view(connection: duckdb.DuckDBPyConnection, name: str, schema: pa.Schema, select: str | None) -> None:

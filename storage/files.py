@@ -98,6 +98,7 @@ class Files:
             self._make_folder(final.parent)
             if not self._linked(temp, final) and file_sha256(final) != sha256:
                 self._replace(temp, final)
+            self._sync_folder(final.parent)
             return content
 
     def point(self, name: str, target: str) -> None:

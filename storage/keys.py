@@ -41,7 +41,8 @@ def row_seed(key: bytes) -> int:
 def seal(record: dict[str, Any]) -> bytes:
     """A record as JSON with `self`, the sha256 of the record without it."""
     digest = hashlib.sha256(canonical_json(record)).hexdigest()
-    return json.dumps({**record, "self": digest}, indent=1, ensure_ascii=False).encode() + b"\n"
+    text = json.dumps({**record, "self": digest}, indent=1, ensure_ascii=False, default=_bytes_as_hex)
+    return text.encode() + b"\n"
 
 
 def unseal(data: bytes, name: str) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def put_parquet(
         with pq.ParquetWriter(path, data.schema, **options) as writer:
             start = 0
             for count in groups:
-                writer.write_table(data.slice(start, count), row_group_size=max(count, 1))
+                writer.write_table(data.slice(start, count), row_group_size=count)
                 start += count
 
     content = files.put_content(folder, write, suffix=".parquet")
@@ -131,6 +131,9 @@ class ShardFile:
             )
         if not self.name.startswith(f"{shard_folder(table)}/"):
             raise IntegrityError(f"{self.name}: holds {table}, which do not belong in this folder. {_REPAIR}")
+        expected = SCHEMAS.get(table)
+        if expected is not None and not self.schema.equals(expected):
+            raise IntegrityError(f"{self.name}: the columns are not those of {table}. {_REPAIR}")
         return about
 
     @property

@@ -170,14 +170,14 @@ def _row_problems(file: ShardFile, commit: Commit | None) -> Iterator[Problem]:
 
 def _target_problems(file: ShardFile, group: int, rows: Rows) -> Iterator[Problem]:
     """One problem per column of a row group: the first row that has it, and how many more."""
-    found: dict[str | None, list[str]] = {}
+    found: dict[str | None, dict[int, str]] = {}
     for index in range(len(rows)):
         row = rows[index]
         for column, message in _row_doubts(row, file.about):
             where = f"row {int(file.starts[group]) + index} ({row['key'].hex()})"
-            found.setdefault(column, []).append(f"{where}: {message}")
+            found.setdefault(column, {}).setdefault(index, f"{where}: {message}")
     for column, messages in found.items():
-        yield Problem(file.name, column, group, _first(messages))
+        yield Problem(file.name, column, group, _first(list(messages.values())))
 
 
 def _row_doubts(row: Mapping[str, Any], about: Mapping[str, Any]) -> Iterator[tuple[str | None, str]]:

@@ -53,32 +53,36 @@ def tiny_llama(tmp_path: Path) -> Callable[..., Path]:
     The tokenizer is word-level: ids 0-3 are <unk> <s> </s> <pad>, the words of `WORDS` follow.
     """
 
-    def make(name: str = "tiny", *, seed: int = 0, **overrides: Any) -> Path:
-        import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        settings = {
-            "vocab_size": 32,
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "max_position_embeddings": 128,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": None,
-            "tie_word_embeddings": False,
-        }
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = LlamaForCausalLM(LlamaConfig(**settings | overrides))
-        folder = tmp_path / name
-        model.save_pretrained(folder)
-        tiny_tokenizer().save_pretrained(folder)
-        return folder
+    def make(name: str = "tiny", **options: Any) -> Path:
+        return save_tiny_llama(tmp_path / name, **options)
 
     return make
+
+
+def save_tiny_llama(folder: Path, *, seed: int = 0, **overrides: Any) -> Path:
+    """Save a small random Llama and the tiny tokenizer; overrides are fields of its config."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = {
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 128,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": None,
+        "tie_word_embeddings": False,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(**settings | overrides))
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def tiny_tokenizer() -> Any:

@@ -57,10 +57,13 @@ def command(*arguments: Any) -> list[str]:
     return [sys.executable, "-m", "stillroom.pipeline.cli", *map(str, arguments)]
 
 
+# One thread: sums in one order, so that two runs write the same bits; and room for the other tests.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
 def stillroom(*arguments: Any, expect: int = 0) -> subprocess.CompletedProcess[str]:
     """Run the command line to its end and check its exit code."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command(*arguments), capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
     assert done.returncode == expect, f"exit {done.returncode}, expected {expect}\n{done.stdout}\n{done.stderr}"
     return done
 

@@ -31,7 +31,7 @@ def kl(a: Sequence[Tensor | float], b: Sequence[Tensor | float]) -> Tensor:
     """KL(a || b) over the same outcomes; an outcome without mass in `a` adds nothing."""
     total = torch.zeros((), dtype=torch.float64)
     for x, y in zip(a, b, strict=True):
-        if float(x) > 0:
+        if x > 0:
             total = total + x * torch.log(torch.as_tensor(x) / torch.as_tensor(y))
     return total
 

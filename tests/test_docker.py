@@ -61,7 +61,7 @@ def test_requirements_name_every_stand_in():
 
 def test_dockerfile_has_both_targets_without_rights():
     text = (DOCKER / "Dockerfile").read_text()
-    stages = dict(re.findall(r"^FROM .* AS (\S+)\n(.*?)(?=^FROM|\Z)", text, re.MULTILINE | re.DOTALL))
+    stages = dict(re.findall(r"^FROM \S+ AS (\S+)\n(.*?)(?=^FROM|\Z)", text, re.MULTILINE | re.DOTALL))
     assert {"cpu", "cuda"} <= set(stages)
     for target in ("cpu", "cuda"):
         assert "USER stillroom" in stages[target]

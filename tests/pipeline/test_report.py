@@ -12,7 +12,7 @@ from rich.console import Console
 
 from stillroom.pipeline.markdown import fenced, nats, significant, size, table
 from stillroom.pipeline.report import compare, outcome, render, results_table, write_report
-from stillroom.pipeline.report_sections import thinned
+from stillroom.pipeline.report_sections import curve, results, thinned
 from stillroom.storage.errors import UsageError
 
 RECIPE: dict[str, Any] = {
@@ -34,7 +34,7 @@ def arm(cross_entropy: float, kl: float | None, agreement: float | None, ece: fl
         "cross_entropy_se": 0.0123,
         "perplexity": 2.718281828459045**cross_entropy,
         "kl_teacher": kl,
-        "kl_teacher_se": None if kl is None else 0.0045,
+        "kl_teacher_se": kl and 0.0045,
         "top1_agreement": agreement,
         "ece": ece,
         "rows": 400,
@@ -211,6 +211,7 @@ def test_the_outcome_is_told_whichever_way_it_went(evaluation: dict[str, Any]) -
     assert "does not clearly differ from cross-entropy alone" in outcome(evaluation)
     evaluation["measured_on"]["kl_is_lower_bound"] = True
     assert "KL, a lower bound, 0.312" in outcome(evaluation)
+    assert "KL to teacher, lower bound (nats/token)" in results(evaluation, {})
     del evaluation["differences"]["baseline"]
     assert "8.453 nats closer to the teacher than before training" in outcome(evaluation)
 
@@ -253,12 +254,16 @@ def test_answers_are_a_column_only_where_they_were_scored(evaluation: dict[str, 
     assert "rouge_l, 0 to 1, of greedy answers (at most 128 tokens) to 50 held-out prompts" in render(report)
 
 
-def test_the_terminal_table_has_the_same_cells(evaluation: dict[str, Any], run: Path) -> None:
-    console = Console(width=200, file=io.StringIO())
+def test_the_terminal_table_has_the_same_numbers_in_80_columns(evaluation: dict[str, Any], run: Path) -> None:
+    evaluation["results"]["student"]["answers"] = 0.4321
+    console = Console(width=80, file=io.StringIO())
     console.print(results_table(evaluation["results"]))
-    drawn = console.file.getvalue()  # type: ignore[attr-defined]
-    for row in cells((run / "report.md").read_text(), "Results"):
-        assert all(cell in drawn for cell in row)
+    drawn = console.file.getvalue().splitlines()[1:]  # type: ignore[attr-defined]
+    rows = cells((run / "report.md").read_text(), "Results")
+    assert [line.split()[0] for line in drawn] == ["teacher", "student_before", "baseline", "student"]
+    for line, row in zip(drawn, rows, strict=True):
+        assert all(cell.split("±")[0].strip() in line for cell in row[1:])
+    assert drawn[-1].endswith("0.432")
 
 
 def test_comparison_shows_what_differs_first_and_warns_of_other_held_out_rows(
@@ -297,6 +302,19 @@ def test_an_unfinished_run_is_named(tmp_path: Path) -> None:
         compare([tmp_path])
 
 
+def test_text_that_is_no_plain_sample_is_pointed_out(evaluation: dict[str, Any]) -> None:
+    assert "is not calibrated on it" not in results(evaluation, RECIPE)
+    assert "temperature 0.0, top-p 1.0" in results(evaluation, {"generate": {"temperature": 0.0, "top_p": 1.0}})
+    assert "is not calibrated on it" not in results(evaluation, {"generate": None})
+
+
+def test_validation_follows_the_curve() -> None:
+    trained = train(5.0) | {"validation": [{"step": 1, "tokens": 8192, "loss": 4.321, "soft": None, "hard": 4.321}]}
+    assert "### Validation: student (distilled)" in curve("student", trained)
+    assert "| 8,192 | 4.3210 | - | 4.3210 |" in curve("student", trained)
+    assert "Validation" not in curve("student", train(5.0))
+
+
 def test_a_short_history_is_kept_whole() -> None:
     points = [{"tokens": i} for i in range(7)]
     assert thinned(points) == points
@@ -305,7 +323,13 @@ def test_a_short_history_is_kept_whole() -> None:
 
 def test_numbers_are_printed_in_the_unit_that_fits() -> None:
     assert [nats(v) for v in (0.3121, 0.0, 0.00123, -0.5)] == ["0.312", "0.000", "0.0012", "-0.500"]
-    assert [significant(v) for v in (1.23456, 19999.9, None)] == ["1.235", "20,000", "-"]
+    assert [significant(v) for v in (1.23456, 5.23, 999.96, 19999.9, None)] == [
+        "1.235",
+        "5.230",
+        "1,000",
+        "20,000",
+        "-",
+    ]
     assert [size(v) for v in (12, 2048, 3 * 2**40)] == ["12 B", "2.0 KiB", "3.0 TiB"]
     assert table(["a|b"], [["x\ny"]]) == "| a\\|b |\n| --- |\n| x y |"
     assert fenced("a ``` b").startswith("````\n")

@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import shutil
 import weakref
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -142,7 +143,7 @@ class World:
             entropy=-(np.exp(logprobs) * logprobs).sum(axis=1).astype(np.float32),
         )
         return {
-            "key": content_key("row", of=row["key"], kind=kind, bits=bits),
+            "key": content_key("row", of=row["key"], targets=kind, bits=bits),
             "reuse_key": content_key("reuse", of=row["key"]),
             "generation_key": row["key"],
             "prompt_key": row["prompt_key"],
@@ -154,21 +155,31 @@ class World:
         }
 
 
-@pytest.fixture
-def world(tmp_path: Path) -> World:
-    store = Store.open(tmp_path / "store", create=True)
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LlamaForCausalLM, list[dict[str, Any]]]:
+    """The parts that every test starts from: a folder to copy, the teacher, what it wrote."""
+    root = tmp_path_factory.mktemp("made")
+    store = Store.open(root / "store", create=True)
     teacher, tokenizer = tiny_llama(1), words()
-    teacher.save_pretrained(tmp_path / "train-student" / "student")
-    tiny_llama(2).save_pretrained(tmp_path / "train-baseline" / "student")
-    teacher.config.save_pretrained(tmp_path / "files")
-    tokenizer.save_pretrained(tmp_path / "files")
-    files = {file.name: file.read_bytes() for file in (tmp_path / "files").iterdir()}
+    teacher.save_pretrained(root / "train-student" / "student")
+    tiny_llama(2).save_pretrained(root / "train-baseline" / "student")
+    teacher.config.save_pretrained(root / "files")
+    tokenizer.save_pretrained(root / "files")
+    files = {file.name: file.read_bytes() for file in (root / "files").iterdir()}
     store.put_teacher(TEACHER, files | {"identity.json": b"{}"})
     rng = np.random.default_rng(3)
     generations = [generation(teacher, tokenizer, rng) for _ in range(PROMPTS)]
     with store.writer("generations", about={}) as writer:
         for row in generations:
             writer.add(row)
+    return root, teacher, generations
+
+
+@pytest.fixture
+def world(tmp_path: Path, made: tuple[Path, LlamaForCausalLM, list[dict[str, Any]]]) -> World:
+    root, teacher, generations = made
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    store = Store.open(tmp_path / "store")
     recipe = {
         "run": {"dir": str(tmp_path)},
         "storage": {"dir": str(tmp_path / "store")},
@@ -258,9 +269,7 @@ def test_every_arm_is_measured_as_defined(world: World) -> None:
 
 
 @pytest.mark.parametrize(("kind", "k"), [("full", VOCABULARY), ("topk", 8)])
-def test_a_student_that_is_the_teacher_is_at_no_distance_also_from_rounded_targets(
-    world: World, kind: str, k: int
-) -> None:
+def test_a_student_that_is_the_teacher_is_at_no_distance_from_rounded_targets(world: World, kind: str, k: int) -> None:
     results = evaluate.run(world.job(world.score(kind, k, bits=10))).details["results"]
     assert 0 <= results["student"]["kl_teacher"] < 1e-5
     assert results["student"]["top1_agreement"] == 1.0
@@ -362,11 +371,17 @@ def test_an_evaluation_that_is_asked_for_differently_replaces_the_old_one(world:
 
 
 def test_nothing_held_out_and_a_student_of_another_vocabulary_are_refused(world: World) -> None:
-    with pytest.raises(UsageError, match="data.holdout"):
+    with pytest.raises(UsageError, match=r"data\.holdout"):
         evaluate.run(world.job(world.snapshot("soft_targets", rows=0)))
     tiny_llama(3, vocabulary=20).save_pretrained(world.root / "train-student" / "student")
     with pytest.raises(UsageError, match="its vocabulary has 20 ids, but a held-out row contains token"):
         evaluate.run(world.job(world.score("topk", 8)))
+
+
+def test_a_student_with_a_shorter_context_than_a_held_out_row_is_refused(world: World) -> None:
+    short = world.recipe["student"]["config"] | {"max_position_embeddings": 8}
+    with pytest.raises(UsageError, match="reads at most 8 tokens"):
+        evaluate.run(world.job(world.score("topk", 8), student={"config": short}))
 
 
 def test_a_lora_student_before_training_is_its_base_model(world: World) -> None:

@@ -192,6 +192,15 @@ def test_calibration_error_follows_guo_et_al(rng: np.random.Generator) -> None:
     assert all(b["confidence"] <= b["up_to"] + 1e-9 for b in bins)
 
 
+def test_a_confidence_on_an_edge_is_in_the_bin_below_it() -> None:
+    tally = Tally()
+    confidence = torch.tensor([0.2, 0.25], dtype=torch.float64)  # 0.2 = 3 / 15 ends the third bin
+    correct = torch.tensor([False, True])
+    tally.add(b"a", {"cross_entropy": confidence, "confidence": confidence, "correct": correct})
+    assert [b["up_to"] for b in tally.reliability()] == [3 / BINS, 4 / BINS]
+    assert tally.ece() == pytest.approx((0.2 + 0.75) / 2)
+
+
 def test_a_certain_and_right_model_is_perfectly_calibrated() -> None:
     tokens = torch.tensor([1, 0, 2])
     logits = torch.full((3, 3), -200.0).scatter(1, tokens[:, None], 0.0)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from stillroom.storage.codec import SoftTargets
 from stillroom.storage.keys import content_key
@@ -38,6 +39,7 @@ def target_row(index: int, *, tokens: int = 6, k: int = 4, full: bool = False) -
     token_ids = rng.integers(0, VOCABULARY, tokens + 2, dtype=np.int32)
     logits = rng.normal(0, 3, (tokens, VOCABULARY))
     logprobs = (logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))).astype(np.float32)
+    token_ids[2:] = [rng.choice(VOCABULARY, p=p / p.sum()) for p in np.exp(logprobs.astype(np.float64))]
     order = np.argsort(-logprobs, axis=1, kind="stable")
     rest = np.exp(np.take_along_axis(logprobs, order[:, k:], axis=1)).sum(axis=1, dtype=np.float64)
     with np.errstate(divide="ignore"):  # nothing is left when k is the vocabulary
@@ -95,6 +97,17 @@ def add_targets(store: Store, indices: range, *, commit_rows: int = 8) -> int:
         for index in indices:
             writer.add(target_row(index))
     return writer.rows
+
+
+def flip(path: Path, column: str) -> None:
+    """Flip one bit in the last page of a column."""
+    group = pq.ParquetFile(path).metadata.row_group(0)
+    chunks = [group.column(i) for i in range(group.num_columns)]
+    chunk = next(chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] == column)
+    start = chunk.data_page_offset if chunk.dictionary_page_offset is None else chunk.dictionary_page_offset
+    data = bytearray(path.read_bytes())
+    data[start + chunk.total_compressed_size - 2] ^= 0x10
+    path.write_bytes(data)
 
 
 def main(root: str, first: str, stop: str) -> None:

@@ -95,7 +95,17 @@ class Crash(BaseException):
     """The process is gone: nothing catches it, and no cleaning up happens after it."""
 
 
-class FaultyFiles(Files):
+class UnsyncedFiles(Files):
+    """Leaves syncing out: what a real disk would lose is modelled below."""
+
+    def _sync_file(self, path):
+        pass
+
+    def _sync_folder(self, folder):
+        pass
+
+
+class FaultyFiles(UnsyncedFiles):
     """Fails at the step with a given number; remembers what a power cut would take."""
 
     def __init__(self, root: Path, step: int, fault: BaseException) -> None:
@@ -125,7 +135,6 @@ class FaultyFiles(Files):
 
     def _sync_file(self, path):
         self._step()
-        super()._sync_file(path)
         self.unsynced.discard(path)
 
     def _link(self, temp, final):
@@ -146,7 +155,6 @@ class FaultyFiles(Files):
 
     def _sync_folder(self, folder):
         self._step()
-        super()._sync_folder(folder)
         self.unlisted.pop(folder, None)
 
     def cut_power(self) -> None:
@@ -183,7 +191,7 @@ def test_a_fault_at_any_step(tmp_path, samples, kind):
         files, known, came_through = attempt(root, samples, step, fault)
         if kind == "power cut":
             files.cut_power()
-        store = Store.open(root, create=True)
+        store = Store.from_files(UnsyncedFiles(root), create=True)
         assert known <= set(store.index("soft_targets", ["key"])["key"].to_pylist()), f"rows lost at step {step}"
         assert verify(store).problems == [], f"damage at step {step}"
         samples.add_targets(store, range(6), commit_rows=3)
@@ -191,4 +199,35 @@ def test_a_fault_at_any_step(tmp_path, samples, kind):
         shutil.rmtree(root)
         if came_through:
             break
-    assert step > 30
+    assert step > 20
+
+
+NAMESPACE = ["unshare", "--map-root-user", "--mount"]
+FULL_DISK = """
+mount -t tmpfs -o size=400k none "$1"
+echo | "$2" "$3" "$1/store" 0 4000
+status=$?
+"$2" -c '
+import sys
+from stillroom.storage.store import Store
+from stillroom.storage.verify import verify
+report = verify(Store.open(sys.argv[1]))
+print("verified", report.tables["soft_targets"].rows, len(report.problems), len(report.notes))
+' "$1/store"
+exit $status
+"""
+
+
+@pytest.mark.skipif(
+    not shutil.which("unshare") or subprocess.run([*NAMESPACE, "true"], capture_output=True).returncode != 0,
+    reason="needs a mount namespace of its own",
+)
+def test_a_disk_that_really_is_full(tmp_path, samples):
+    command = [*NAMESPACE, "sh", "-c", FULL_DISK, "sh", str(tmp_path), sys.executable, samples.__file__]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "the disk is full. Free space and run the same command again" in result.stderr
+    verified, rows, problems, notes = result.stdout.splitlines()[-1].split()
+    assert (verified, problems) == ("verified", "0")
+    assert 0 < int(rows) < 4000
+    assert int(notes) <= 1  # a shard whose record found no room

@@ -121,3 +121,12 @@ def test_a_folder_that_cannot_be_synced_is_no_error(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fsync)
     assert Files(tmp_path).put_if_absent("a/b", b"x")
+
+
+def test_point_moves_a_link(tmp_path):
+    files = Files(tmp_path)
+    for target in ("a", "b"):
+        (tmp_path / target).mkdir()
+        files.point("latest", target)
+        assert (tmp_path / "latest").resolve() == tmp_path / target
+    assert not list(tmp_path.rglob(".tmp-*"))

@@ -1,0 +1,113 @@
+"""Does the teacher's distribution teach more than its text? TinyStories, one store, many students.
+
+    python tests/bench/tinystories.py prompts stories.jsonl        # the first words of stories, for the recipe
+    python tests/bench/tinystories.py compare DIR [--tiny]         # the comparison; a table, then one JSON line
+
+Teacher: stories260k; text at temperature 1 by vLLM where it is installed; K = 16. Student: fresh, about 100k weights.
+Each arm (soft targets and a little cross-entropy; cross-entropy alone) gets the same start, order and tokens, three
+learning rates and three seeds, at one pass over the data and at four. Compared at each arm's own best learning rate
+(by mean held-out KL over seeds), paired by seed. A run that was stopped goes on where it was.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+from argparse import ArgumentParser
+from itertools import product
+from os import environ
+from pathlib import Path
+
+RECIPE = Path(__file__).parents[2] / "pipeline" / "recipes" / "tinystories.yaml"
+ASSETS = Path(environ.get("STILLROOM_ASSETS", Path(__file__).parents[3] / "shared" / "assets"))
+WORDS = 12
+ARMS = ("student", "baseline")
+METRICS = ("kl_teacher", "cross_entropy")
+
+
+def write_prompts(path: Path, *, count: int = 2000) -> None:
+    """The first words of `count` different stories, one JSON object per line."""
+    import pyarrow.parquet as pq
+
+    stories = pq.read_table(ASSETS / "text" / "tinystories-8k" / "train.parquet", columns=["text"])["text"].to_pylist()
+    openings = dict.fromkeys(" ".join(story.split()[:WORDS]) for story in stories)
+    lines = [json.dumps({"prompt": opening}) for opening in list(openings)[:count]]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def run(folder: Path, settings: dict[str, object]) -> dict[str, dict[str, float]]:
+    """One run of the recipe through the command line; its results per arm."""
+    words = [sys.executable, "-m", "stillroom.pipeline.cli", "run", str(RECIPE), "--json", "--quiet"]
+    for name, value in settings.items():
+        words += ["--set", f"{name}={json.dumps(value)}"]
+    done = subprocess.run(words, env=environ | {"STILLROOM_ASSETS": str(ASSETS)}, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(words)}\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])["results"]
+
+
+def compare(folder: Path, *, tiny: bool) -> dict[str, object]:
+    """All runs, each arm at its best learning rate, paired by seed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    prompts = folder / "stories.jsonl"
+    write_prompts(prompts, count=60 if tiny else 2000)
+    rates = (4.0e-3,) if tiny else (2.0e-3, 4.0e-3, 8.0e-3)
+    seeds = (0,) if tiny else (0, 1, 2)
+    passes = (1,) if tiny else (1, 4)
+    base: dict[str, object] = {
+        "storage.dir": str(folder / "store"),
+        "data.source": str(prompts),
+        "evaluate.generate": None,
+        "run.dir": str(folder / "runs"),
+    }
+    if tiny:
+        base |= {"generate.max_tokens": 12, "data.holdout": 6, "evaluate.tokens": 60, "generate.engine": "hf"}
+    found = {}
+    for epochs, rate, seed in product(passes, rates, seeds):
+        settings = base | {"train.epochs": epochs, "train.learning_rate": rate, "run.seed": seed}
+        found[epochs, rate, seed] = run(folder, settings)
+        kl = ", ".join(f"{arm} {found[epochs, rate, seed][arm]['kl_teacher']:.4f}" for arm in ARMS)
+        print(f"passes {epochs}, learning rate {rate}, seed {seed}: held-out KL {kl}", flush=True)
+    return {str(epochs): _at_best(found, epochs, rates, seeds) for epochs in passes}
+
+
+def _at_best(found: dict, epochs: int, rates: tuple[float, ...], seeds: tuple[int, ...]) -> dict[str, object]:
+    best, values = {}, {}
+    for arm in ARMS:
+        means = {r: statistics.mean(found[epochs, r, s][arm]["kl_teacher"] for s in seeds) for r in rates}
+        best[arm] = min(means, key=lambda rate: means[rate])
+        values[arm] = {m: [found[epochs, best[arm], s][arm][m] for s in seeds] for m in METRICS}
+    gains = {m: [b - s for s, b in zip(values["student"][m], values["baseline"][m], strict=True)] for m in METRICS}
+    teacher = found[epochs, rates[0], seeds[0]]["teacher"]["cross_entropy"]
+    return {"learning_rate": best, "teacher_cross_entropy": teacher, **values, "gain": gains}
+
+
+def _spread(values: list[float]) -> str:
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.4f} ± {spread:.4f}"
+
+
+def main() -> None:
+    """Parse the command line and do one of the two."""
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["prompts", "compare"])
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--tiny", action="store_true", help="seconds instead of half an hour; shows nothing")
+    arguments = parser.parse_args()
+    if arguments.what == "prompts":
+        write_prompts(arguments.path)
+        return
+    outcome = compare(arguments.path, tiny=arguments.tiny)
+    print("\n| passes | arm | learning rate | KL to teacher (nats) | cross-entropy (nats) |")
+    print("| ---: | --- | ---: | ---: | ---: |")
+    for epochs, result in outcome.items():
+        for arm in ARMS:
+            row = " | ".join(_spread(result[arm][m]) for m in METRICS)
+            print(f"| {epochs} | {arm} | {result['learning_rate'][arm]} | {row} |")
+        row = " | ".join(_spread(result["gain"][m]) for m in METRICS)
+        print(f"| {epochs} | gain, paired by seed | | {row} |")
+    print(json.dumps({"bench": "tinystories", "results": outcome}))
+
+
+if __name__ == "__main__":
+    main()

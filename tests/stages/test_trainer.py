@@ -1,0 +1,209 @@
+"""One step: what its gradient is, and what happens when memory runs out or numbers break."""
+
+import pytest
+import torch
+from tiny_models import CONFIGS, LENGTHS, V, build, make_samples
+
+from stillroom.stages.batches import Packing
+from stillroom.stages.head import hidden_states, split_head
+from stillroom.stages.losses import TargetBatch, linear_distillation
+from stillroom.stages.samples import Cursor, Step
+from stillroom.stages.sections import Loss, Train
+from stillroom.stages.trainer import Trainer, device_and_dtype
+from stillroom.storage.errors import StillroomError, Stopped
+
+
+def make_trainer(model=None, *, loss=None, dtype=torch.float32, tokens_per_pass=40, **changes):
+    settings = {"tokens": 1000, "learning_rate": 1e-2, "warmup_fraction": 0.0, "schedule": "constant"} | changes
+    return Trainer(
+        build(CONFIGS["llama"]) if model is None else model,
+        packing=Packing(tokens_per_pass=tokens_per_pass, vocab_size=V),
+        loss=loss or Loss(),
+        train=Train(**settings),
+        dtype=dtype,
+    )
+
+
+def make_step(number=1, lengths=LENGTHS, **more):
+    return Step(samples=make_samples(lengths, **more), after=Cursor(step=number))
+
+
+def expected_gradient(model, step, loss):
+    """Each sample alone, its losses summed by hand, over the scored tokens of all."""
+    model.zero_grad()
+    total = 0.0
+    for sample in step.samples:
+        hidden = hidden_states(model, input_ids=torch.from_numpy(sample.token_ids[None]).long())[0]
+        targets = TargetBatch(
+            labels=torch.from_numpy(sample.token_ids[sample.span_start :]).long(),
+            ids=torch.from_numpy(sample.targets.ids).long(),
+            logprobs=torch.from_numpy(sample.targets.logprobs),
+            tail_logprob=torch.from_numpy(sample.targets.tail_logprob),
+        )
+        states = hidden[sample.span_start - 1 : -1]
+        parts = linear_distillation(states, split_head(model), targets, divergence=loss.divergence)
+        total = total + (loss.soft_weight * parts.soft + loss.hard_weight * parts.hard).sum()
+    (total / step.scored_tokens).backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    return float(total) / step.scored_tokens, gradients
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+def test_the_gradient_is_the_mean_over_the_steps_scored_tokens(divergence):
+    loss = Loss(divergence=divergence, soft_weight=0.8, hard_weight=0.3)
+    trainer, step = make_trainer(loss=loss), make_step()
+    value, expected = expected_gradient(trainer.model, step, loss)
+    losses = trainer._gradients(step, lambda: None)
+    assert losses.loss == pytest.approx(value, rel=1e-5)
+    assert losses.loss == pytest.approx(0.8 * losses.soft + 0.3 * losses.hard)
+    for found, right in zip((p.grad for p in trainer.model.parameters()), expected, strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-6)
+
+
+def test_steps_lower_the_loss_and_validation_changes_nothing():
+    trainer, step = make_trainer(), make_step()
+    before = trainer.validate([step])
+    weights = {name: w.clone() for name, w in trainer.weights().items()}
+    assert trainer.validate([step]) == before
+    assert all(torch.equal(w, weights[name]) for name, w in trainer.weights().items())
+    results = [trainer.step(make_step(n), done=n / 20) for n in range(1, 21)]
+    after = trainer.validate([step])
+    assert results[0].losses.loss == pytest.approx(before.loss, rel=1e-5)
+    assert after.loss < 0.7 * before.loss
+    assert after.soft < before.soft
+
+
+def test_gradient_norm_is_reported_before_clipping_and_clipped():
+    weights = []
+    for clip in (1e-3, 1e3):
+        trainer = make_trainer(clip_norm=clip, betas=(0.0, 0.0), weight_decay=0.0)
+        _, gradients = expected_gradient(trainer.model, make_step(), Loss())
+        result = trainer.step(make_step(), done=0.5)
+        norm = torch.cat([g.flatten() for g in gradients]).norm()
+        assert result.grad_norm == pytest.approx(float(norm), rel=1e-4)
+        weights.append(trainer.weights())
+    assert any(not torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
+
+
+def test_cross_entropy_alone_never_reads_the_targets():
+    trainer = make_trainer(loss=Loss(soft_weight=0.0, hard_weight=1.0))
+    with_targets, without = make_step(), make_step(k=0)
+    assert trainer.validate([with_targets]) == trainer.validate([without])
+    assert trainer.validate([without]).soft is None
+
+
+def fail_above(trainer, tokens, error):
+    """The forward pass fails where it holds more than so many positions."""
+    calls, inner = [], trainer._pass
+
+    def limited(batch):
+        calls.append(batch.token_ids.numel())
+        if calls[-1] > tokens:
+            raise error
+        return inner(batch)
+
+    trainer._pass = limited
+    return calls
+
+
+def test_out_of_memory_halves_the_passes_and_retries_the_step():
+    undisturbed, trainer = make_trainer(tokens_per_pass=25), make_trainer(tokens_per_pass=100)
+    calls = fail_above(trainer, 30, torch.OutOfMemoryError("tried to allocate"))
+    expected = undisturbed.step(make_step(), done=0.5)
+    result = trainer.step(make_step(), done=0.5)
+    assert trainer.tokens_per_pass == 25
+    assert calls[0] > 30
+    assert result.losses.loss == pytest.approx(expected.losses.loss)
+    for name, weight in trainer.weights().items():
+        assert torch.equal(weight, undisturbed.weights()[name])
+
+
+def test_out_of_memory_with_one_sample_is_said():
+    trainer = make_trainer()
+    fail_above(trainer, 0, torch.OutOfMemoryError("tried to allocate 20.00 GiB"))
+    with pytest.raises(StillroomError, match=r"forward pass of 20 tokens, one sample alone .*gradient_checkpointing"):
+        trainer.step(make_step(), done=0.5)
+
+
+@pytest.mark.parametrize("error", [Stopped("stop"), RuntimeError("broken")])
+def test_nothing_has_changed_when_a_step_raises(error):
+    trainer = make_trainer()
+    before = {name: w.clone() for name, w in trainer.weights().items()}
+
+    def raise_at_second(count=[0]):  # noqa: B006
+        count[0] += 1
+        if count[0] == 2:
+            raise error
+
+    with pytest.raises(type(error)):
+        trainer.step(make_step(), done=0.5, between_passes=raise_at_second)
+    assert all(torch.equal(w, before[name]) for name, w in trainer.weights().items())
+    assert all(p.grad is None for p in trainer.model.parameters())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change():
+    trainer = make_trainer()
+    with torch.no_grad():
+        trainer.model.get_output_embeddings().weight[3, 0] = torch.inf
+    before = {name: w.clone() for name, w in trainer.weights().items()}
+    with pytest.raises(StillroomError, match=r"at step 4 the loss is (nan|inf).*Lower train\.learning_rate"):
+        trainer.step(make_step(4), done=0.5)
+    assert all(torch.equal(w, before[name]) for name, w in trainer.weights().items())
+
+
+def test_bfloat16_passes_keep_float32_weights_and_nearly_the_same_loss():
+    exact, half = make_trainer(), make_trainer(dtype=torch.bfloat16)
+    first = [t.step(make_step(), done=0.5).losses for t in (exact, half)]
+    assert first[1].loss == pytest.approx(first[0].loss, rel=2e-2)
+    assert first[1].loss != first[0].loss
+    assert {p.dtype for p in half.model.parameters()} == {torch.float32}
+    assert {v.dtype for s in half.optimizer.state.values() for v in s.values()} == {torch.float32}
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory():
+    plain, saving = make_trainer(), make_trainer()
+    saving.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for trainer in (plain, saving):
+        trainer.step(make_step(), done=0.5)
+    for name, weight in plain.weights().items():
+        torch.testing.assert_close(saving.weights()[name], weight, rtol=1e-6, atol=1e-7)
+
+
+def test_dropout_is_a_function_of_the_step():
+    models = [build(CONFIGS["gpt2"]) for _ in range(2)]
+    assert models[0].config.resid_pdrop > 0
+    one, two = map(make_trainer, models)
+    torch.manual_seed(1)
+    first = one.step(make_step(), done=0.5)
+    torch.manual_seed(2)
+    assert two.step(make_step(), done=0.5) == first
+
+
+def test_state_goes_on_exactly():
+    whole, stopped = make_trainer(), make_trainer()
+    for n in (1, 2):
+        whole.step(make_step(n), done=n / 9)
+        stopped.step(make_step(n), done=n / 9)
+    resumed = make_trainer()
+    resumed.load_state(stopped.state())
+    for n in (3, 4):
+        assert resumed.step(make_step(n), done=n / 9) == whole.step(make_step(n), done=n / 9)
+    assert all(torch.equal(w, resumed.weights()[name]) for name, w in whole.weights().items())
+
+
+def test_where_to_compute(monkeypatch):
+    from stillroom.stages.sections import Student
+
+    def chosen(dtype):
+        return device_and_dtype(Student(config={}, dtype=dtype))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert chosen("auto") == (torch.device("cpu"), torch.float32)
+    assert chosen("bfloat16") == (torch.device("cpu"), torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    assert chosen("auto") == (torch.device("cuda"), torch.bfloat16)
+    assert chosen("float32") == (torch.device("cuda"), torch.float32)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    assert chosen("auto") == (torch.device("cuda"), torch.float32)

@@ -104,10 +104,9 @@ def _bind_here(recipe: Recipe, *, write: bool) -> Bound:
 
 
 def _folder(recipe: Recipe) -> str:
-    generate_model = recipe.generate.model if recipe.generate else None
-    names = {"teacher": recipe.teacher, "data": recipe.data, "author": generate_model, "given": given_text(recipe)}
-    names = {k: v.model_dump() if hasattr(v, "model_dump") else v for k, v in names.items()}
-    return f"bindings/{content_id('binding', **names)}"
+    author = recipe.generate.model if recipe.generate else None
+    names = {"teacher": recipe.teacher.model_dump(), "data": recipe.data.model_dump(), "author": author}
+    return f"bindings/{content_id('binding', given=given_text(recipe), **names)}"
 
 
 def _written(recipe: Recipe) -> Binding | None:

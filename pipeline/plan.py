@@ -1,4 +1,4 @@
-"""What a run would do and why: every stage's books, from the recipe and the store alone. Writes nothing, needs no torch.
+"""What a run would do and why: every stage's books, from recipe and store alone. Writes nothing, needs no torch.
 
 The runner asks for a plan before each stage, so what `plan` prints is what `run` does.
 """
@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from ..stages.data import given_text, survey
+from ..stages.data import survey
 from ..stages.job import Arm, Split
 from ..stages.requests import (
     Ledger,

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ..storage.errors import UsageError
 from ..stages.sections import Recipe, check_together
+from ..storage.errors import UsageError
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
@@ -78,7 +78,7 @@ def _parse(path: Path, text: str) -> tuple[dict[str, Any], dict[str, int]]:
     return tree, lines
 
 
-def _walk(path: Path, node: yaml.Node, prefix: str, lines: dict[str, int]) -> None:
+def _walk(path: Path, node: yaml.Node | None, prefix: str, lines: dict[str, int]) -> None:
     if not isinstance(node, yaml.MappingNode):
         return
     for key, value in node.value:

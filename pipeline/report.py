@@ -51,8 +51,7 @@ def write_report(run_dir: Path, train_dir: Path, facts: Mapping[str, Any]) -> tu
     contents = {"report.md": render(report), "report.json": json.dumps(report, indent=1, ensure_ascii=False)}
     files = Files(run_dir)
     for name, content in contents.items():
-        files.path(name).unlink(missing_ok=True)
-        files.put_if_absent(name, content.encode())
+        files.replace(name, content.encode())
     return run_dir / "report.md", run_dir / "report.json"
 
 

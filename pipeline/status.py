@@ -42,9 +42,9 @@ def stage_facts(recipe: Recipe, plan: Plan) -> dict[str, dict[str, Any]]:
             entry["seconds"] = json.loads((folder / "train.json").read_text())["seconds"]
         elif line.state == "done" and line.name == "evaluate":
             record = json.loads((plan.train_dirs["student"] / "evaluation.json").read_text())
-            entry["seconds"] = record.get("seconds", 0.0)
+            entry |= {"seconds": record["seconds"], "tokens": record["measured_on"]["tokens"]}
         seconds = entry.get("seconds") or 0.0
-        work = entry.pop("table_tokens", line.tokens)
+        work = entry.pop("table_tokens", entry["tokens"])
         entry["tokens_per_second"] = round(work / seconds, 1) if seconds and work else None
         found[line.name] = entry
     return found
@@ -126,9 +126,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 def verify_lines(report: Report) -> list[str]:
     """What `verify` found, for people."""
-    lines = [
-        f"{name:<13} {t.rows} rows in {t.shards} shards, {human(t.bytes)}B" for name, t in report.tables.items() if t.shards
-    ]
+    tables = [(name, t) for name, t in report.tables.items() if t.shards]
+    lines = [f"{name:<13} {t.rows} rows in {t.shards} shards, {human(t.bytes)}B" for name, t in tables]
     lines += [f"note: {note}" for note in report.notes]
     for p in report.problems:
         where = [p.file, p.column and f"column {p.column}", None if p.row_group is None else f"row group {p.row_group}"]

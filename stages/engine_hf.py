@@ -1,11 +1,12 @@
 """The `hf` engine: transformers' own generate, where vLLM cannot be installed. Slower, same rows.
 
 Sampling is by the Gumbel-max trick: argmax of log p + g with g standard Gumbel noise is a draw from p. The noise comes
-from each row's own seed, so a row's text does not depend on which rows ran beside it (up to the last bit of the logits).
+from each row's own seed, so a row's text does not depend on which rows ran beside it, up to the last bit of the logits.
 """
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,7 +59,8 @@ class HfEngine:
             ids[row, longest - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
             mask[row, longest - len(request.prompt_ids) :] = 1
         device = self._model.device
-        output = self._model.generate(
+        model: Any = self._model
+        output = model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             do_sample=False,
@@ -84,7 +86,7 @@ class HfEngine:
     def _completion(self, request: Request, ids: list[int]) -> Completion:
         """Cut the padding that a batch leaves behind a row that ended early."""
         end = next((i + 1 for i, token in enumerate(ids) if token in self._ends), None)
-        text = self._tokenizer.decode(ids[:end], skip_special_tokens=True)
+        text = str(self._tokenizer.decode(ids[:end], skip_special_tokens=True))
         stop = min((text.find(s) for s in self._settings.stop if s in text), default=None)
         if end is None and stop is not None:
             end = next(i for i in range(1, len(ids) + 1) if self._stopped(ids[:i]))

@@ -1,8 +1,8 @@
 """The vLLM engine: offline, continuous batching; the one file that imports vllm.
 
-Each row has its own seed, so its text does not depend on which rows ran beside it, as far as the arithmetic allows: vLLM
-sums in an order that depends on the batch, and logits that differ in the last bit can turn a sampled token when two
-candidates are that close. On the CPU in float32 we have not seen it happen; on GPUs in bf16 expect it now and then.
+Each row has its own seed, so its text does not depend on which rows ran beside it, as far as the arithmetic allows:
+vLLM sums in an order that depends on the batch, and logits that differ in the last bit can turn a sampled token when
+two candidates are that close. On the CPU in float32 we have not seen it happen; on GPUs in bf16 expect it now and then.
 """
 
 import os
@@ -18,7 +18,7 @@ IN_FLIGHT = 1024  # requests the engine holds: enough to keep any batch full, fe
 
 
 def _prepare_cpu() -> None:
-    """vLLM's own defaults on CPUs start two more processes and compile a function for every start: half a minute each."""
+    """Defaults for CPUs: vLLM's own start two more processes and compile a function, half a minute per start."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, whole numbers only

@@ -94,7 +94,8 @@ def find_model(model: str, revision: str | None, *, field: str, download: bool) 
     except Exception as error:
         action = "could not be downloaded from the Hub" if download else "is neither a folder nor downloaded yet"
         raise UsageError(
-            f"{field}: {model} {action} ({type(error).__name__}). Check the name and the network, or name a local folder."
+            f"{field}: {model} {action} ({type(error).__name__}). "
+            "Check the name and the network, or name a local folder."
         ) from error
 
 

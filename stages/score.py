@@ -1,7 +1,7 @@
 """Stage `score`: one forward pass of the teacher over prompt + completion; soft targets at every completion position.
 
 Batches are cut from the whole plan in a fixed order, and one that is not wholly done is scored whole: a run that was
-killed sees the same batches as one that was not, so (the arithmetic of a batch being what it is) it writes the same bits.
+killed sees the same batches as one that was not, so, sums depending on the batch as they do, it writes the same bits.
 """
 
 from collections.abc import Iterator

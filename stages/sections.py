@@ -4,6 +4,7 @@ Errors of shape (unknown key, wrong type, out of range) come from these models; 
 `check_together`. `pipeline/recipe.py` turns both into messages with a file and a line.
 """
 
+import re
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -251,6 +252,16 @@ class EvaluateGenerate(Section):
     max_tokens: int = Field(128, ge=1)
     """Limit on an answer's tokens."""
 
+    @model_validator(mode="after")
+    def _usable_pattern(self) -> Self:
+        if self.metric == "regex" and not self.pattern:
+            raise ValueError("metric 'regex' needs a `pattern`, for example '#### (.*)'")
+        try:
+            re.compile(self.pattern or "")
+        except re.error as error:
+            raise ValueError(f"`pattern` is no regular expression ({error}): {self.pattern}") from error
+        return self
+
 
 class Evaluate(Section):
     """How teacher and students are judged, on held-out prompts."""
@@ -330,10 +341,4 @@ def check_together(recipe: Recipe) -> list[tuple[str, str]]:
         errors.append(("loss.soft_weight", "soft_weight and hard_weight are both 0: nothing to learn. Set one above 0"))
     if recipe.score is None and recipe.loss.hard_weight == 0:
         errors.append(("loss.hard_weight", "is 0 and there is no `score` section: nothing to learn. Set it to 1.0"))
-    if (
-        recipe.evaluate.generate is not None
-        and recipe.evaluate.generate.metric == "regex"
-        and not recipe.evaluate.generate.pattern
-    ):
-        errors.append(("evaluate.generate.pattern", "missing: metric 'regex' needs one, for example '#### (.*)'"))
     return errors

@@ -3,6 +3,8 @@
 Letters: N scored tokens, K entries, V vocabulary, D hidden.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -33,11 +35,10 @@ def soft_targets(hidden: torch.Tensor, head: Head, next_ids: torch.Tensor, *, ki
         _chunk(head.logits(hidden[i : i + chunk]), next_ids[i : i + chunk], k if kind == "topk" else None)
         for i in range(0, hidden.shape[0], chunk)
     ]
-    ids, logprobs, tail, token, entropy = (
-        None if column[0] is None else torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)
-    )
+    ids, *rest = zip(*parts, strict=True)
+    logprobs, tail, token, entropy = (torch.cat(column).cpu().numpy() for column in rest)
     return SoftTargets(
-        ids=None if ids is None else ids.astype(np.int32),
+        ids=torch.cat(ids).cpu().numpy().astype(np.int32) if kind == "topk" else None,
         logprobs=logprobs,
         tail_logprob=tail,
         token_logprob=token,
@@ -45,7 +46,7 @@ def soft_targets(hidden: torch.Tensor, head: Head, next_ids: torch.Tensor, *, ki
     )
 
 
-def _chunk(logits: torch.Tensor, next_ids: torch.Tensor, k: int | None) -> tuple[torch.Tensor | None, ...]:
+def _chunk(logits: torch.Tensor, next_ids: torch.Tensor, k: int | None) -> tuple[Any, ...]:
     logprobs = logits.log_softmax(-1)
     token = logprobs.gather(-1, next_ids[:, None]).squeeze(-1)
     entropy = -(logprobs.exp() * logprobs).nan_to_num(0.0).sum(-1)  # a logit of -inf: 0 * -inf is 0 here

@@ -1,5 +1,7 @@
 """Loading a causal language model as it was identified: dtype, device map, LoRA adapter."""
 
+from typing import Any
+
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -18,7 +20,7 @@ def load_causal_lm(identity: Identity, *, device_map: str | None = None) -> PreT
         UsageError: the folder does not hold a causal language model that transformers can load.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             identity.folder, dtype=getattr(torch, identity.dtype), device_map=device_map
         )
     except torch.OutOfMemoryError:
@@ -29,10 +31,11 @@ def load_causal_lm(identity: Identity, *, device_map: str | None = None) -> PreT
         model = _with_adapter(model, identity)
     if device_map is None and torch.cuda.is_available():
         model = model.to("cuda")
-    return model.eval()
+    model.eval()
+    return model
 
 
-def _with_adapter(model: PreTrainedModel, identity: Identity) -> PreTrainedModel:
+def _with_adapter(model: Any, identity: Identity) -> Any:
     from peft import PeftModel
 
     try:

@@ -65,13 +65,13 @@ class CommitLog:
 
     def refresh(self) -> list[Commit]:
         """Read what is new and return the live commits, oldest first."""
-        last = max(numbers(self._files, self.table), default=-1)
+        retired = set(numbers(self._files, self.table, folder="retired"))
+        last = max([*numbers(self._files, self.table), *retired], default=-1)  # a withdrawn number is never used again
         # A listing made while others commit may leave a number out below the last: ask for every number by name.
         for seq in range(self._next, last + 1):
             if (commit := read_commit(self._files, self.table, seq)) is not None:
                 self._add(commit)
         self._next = max(self._next, last + 1)
-        retired = set(numbers(self._files, self.table, folder="retired"))
         if retired != self._retired:
             for seq in retired - self._retired:
                 read_retired(self._files, self.table, seq)

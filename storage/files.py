@@ -101,6 +101,15 @@ class Files:
             self._sync_folder(final.parent)
             return content
 
+    def replace(self, name: str, data: bytes) -> None:
+        """Give `name` this content whatever it had; readers see the old or the new. Not for anything of a store."""
+        final = self.path(name)
+        with _explained("cannot write", final), self._temporary(final.parent) as temp:
+            self._write(temp, lambda path: path.write_bytes(data))
+            self._sync_file(temp)
+            self._replace(temp, final)
+            self._sync_folder(final.parent)
+
     def point(self, name: str, target: str) -> None:
         """Make `name` a symbolic link to a neighbour, in place of the one it was; readers see the old or the new."""
         final = self.path(name)

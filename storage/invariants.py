@@ -1,4 +1,4 @@
-"""What must hold in a row of soft targets: its shape, checked before it is written, and its numbers, checked by verify.
+"""What must hold in a row: its shape, checked before it is written, and the numbers of targets, checked by verify.
 
 Tolerances: `bits` mantissa bits round a log probability l by at most |l| * 2**-(bits + 1).
 """
@@ -10,16 +10,26 @@ import numpy as np
 
 from .codec import SoftTargets
 from .errors import IntegrityError
+from .schema import TableName
 
 SUM_TOLERANCE = 2e-3
 """Entries and tail may miss 1 by this much, besides what rounding does: teachers compute in half precision."""
 
 
-def check_shape(row: Mapping[str, Any], about: Mapping[str, Any]) -> SoftTargets:
-    """The row's targets, one for each token of its span; IntegrityError if the row says otherwise.
+def check_shape(table: TableName, row: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """IntegrityError if a row contradicts itself or `about`, the description of its shard."""
+    if table == "soft_targets":
+        aligned_targets(row, about)
+    if table == "generations":
+        prompt, completion, total = row["prompt_tokens"], row["completion_tokens"], len(row["token_ids"])
+        if prompt < 0 or completion < 0 or prompt + completion != total:
+            raise IntegrityError(
+                f"generations row: {prompt} prompt tokens and {completion} completion tokens are not {total} token ids."
+            )
 
-    `about` is the description of the shard that holds the row.
-    """
+
+def aligned_targets(row: Mapping[str, Any], about: Mapping[str, Any]) -> SoftTargets:
+    """The row's targets, one for each token of its span; IntegrityError if the row says otherwise."""
     start, n, k, total = row["span_start"], row["span_tokens"], row["k"], len(row["token_ids"])
     if n < 1 or k < 1 or start < 1 or start + n > total:
         raise IntegrityError(
@@ -41,8 +51,8 @@ def check_shape(row: Mapping[str, Any], about: Mapping[str, Any]) -> SoftTargets
 
 
 def doubts(row: Mapping[str, Any], about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(column, what is wrong with it) for a row whose shape holds."""
-    targets = check_shape(row, about)
+    """(column, what is wrong with it) for a soft-targets row whose shape holds."""
+    targets = aligned_targets(row, about)
     vocabulary, bits = about["vocab_size"], about["mantissa_bits"]
     tokens = row["token_ids"][row["span_start"] : row["span_start"] + row["span_tokens"]]
     if not ((row["token_ids"] >= 0) & (row["token_ids"] < vocabulary)).all():

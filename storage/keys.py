@@ -23,12 +23,12 @@ def _bytes_as_hex(value: Any) -> str:
     raise TypeError(f"{type(value).__name__} has no canonical form; use str, int, float, bool, None, bytes, list, dict")
 
 
-def content_key(kind: str, **parts: Any) -> bytes:
+def content_key(kind: str, /, **parts: Any) -> bytes:
     """16 bytes that name a thing of this kind with these parts."""
     return hashlib.sha256(canonical_json([kind, parts])).digest()[:KEY_BYTES]
 
 
-def content_id(kind: str, **parts: Any) -> str:
+def content_id(kind: str, /, **parts: Any) -> str:
     """`content_key` as 32 hex digits."""
     return content_key(kind, **parts).hex()
 

@@ -36,9 +36,12 @@ def _checked(table: TableName, field: pa.Field, value: Any) -> Any:
     if not is_numeric_list(field.type):
         return value
     array = np.asarray(value)
+    dtype = field.type.value_type.to_pandas_dtype()
     if array.ndim != 1:
         raise IntegrityError(f"{table} row: {field.name} has shape {array.shape}, lists are flat: {about}.")
-    return array.astype(field.type.value_type.to_pandas_dtype(), copy=False)
+    if array.size and not np.can_cast(array.dtype, dtype, "same_kind"):
+        raise IntegrityError(f"{table} row: {field.name} holds {array.dtype}, expected {field.type}: {about}.")
+    return array.astype(dtype, copy=False)
 
 
 def row_bytes(row: Mapping[str, Any]) -> int:

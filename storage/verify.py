@@ -13,7 +13,7 @@ from .commits import Commit, numbers, read_commit, read_retired, record_name
 from .errors import IntegrityError, StillroomError
 from .files import Files, file_sha256
 from .inputs import INPUTS_SCHEMA, inputs_name, read_inputs
-from .invariants import doubts
+from .invariants import check_shape, doubts
 from .rows import Rows
 from .schema import SCHEMAS, TABLES, TableName
 from .shard import ShardFile, ShardInfo
@@ -90,7 +90,7 @@ def _records(store: Store, table: TableName, report: Report, *, named: set[str])
         except IntegrityError as error:
             report.problems.append(Problem(name, None, None, str(error)))
     commits = []
-    for seq in range(max(numbers(store.files, table), default=-1) + 1):
+    for seq in range(max([*numbers(store.files, table), *retired], default=-1) + 1):
         name = record_name(table, seq)
         named.add(name)
         try:
@@ -158,8 +158,8 @@ def _row_problems(file: ShardFile, commit: Commit | None) -> Iterator[Problem]:
             continue
         rows = Rows(pa.table(columns))
         keys += columns["key"].to_pylist()
-        if commit.table == "soft_targets":
-            yield from _target_problems(file, group, rows)
+        if commit.table in TOKENS_COLUMN:
+            yield from _value_problems(file, commit.table, rows, group=group)
         tokens += sum(columns[counted].to_pylist()) if counted else 0
     if commit is not None and len(keys) == file.rows:
         if tuple(keys) != commit.keys:
@@ -168,21 +168,23 @@ def _row_problems(file: ShardFile, commit: Commit | None) -> Iterator[Problem]:
             yield Problem(file.name, None, None, f"{tokens} tokens, {commit.tokens} were committed")
 
 
-def _target_problems(file: ShardFile, group: int, rows: Rows) -> Iterator[Problem]:
+def _value_problems(file: ShardFile, table: TableName, rows: Rows, *, group: int) -> Iterator[Problem]:
     """One problem per column of a row group: the first row that has it, and how many more."""
     found: dict[str | None, dict[int, str]] = {}
     for index in range(len(rows)):
         row = rows[index]
-        for column, message in _row_doubts(row, file.about):
+        for column, message in _row_doubts(table, row, file.about):
             where = f"row {int(file.starts[group]) + index} ({row['key'].hex()})"
             found.setdefault(column, {}).setdefault(index, f"{where}: {message}")
     for column, messages in found.items():
         yield Problem(file.name, column, group, _first(list(messages.values())))
 
 
-def _row_doubts(row: Mapping[str, Any], about: Mapping[str, Any]) -> Iterator[tuple[str | None, str]]:
+def _row_doubts(table: TableName, row: Mapping[str, Any], about: Mapping[str, Any]) -> Iterator[tuple[str | None, str]]:
     try:
-        yield from doubts(row, about)
+        check_shape(table, row, about)
+        if table == "soft_targets":
+            yield from doubts(row, about)
     except (IntegrityError, KeyError) as error:
         yield None, str(error)
 

@@ -65,8 +65,7 @@ class ShardWriter:
     def add(self, row: Mapping[str, Any]) -> bool:
         """Take a row; False if its key is committed or waiting already. A row that does not fit is refused."""
         checked = check_row(self._log.table, row)
-        if self._log.table == "soft_targets":
-            check_shape(checked, self._about)
+        check_shape(self._log.table, checked, self._about)
         key = checked["key"]
         if key in self._log.keys or key in self._waiting:
             self.skipped += 1

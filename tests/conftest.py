@@ -1,14 +1,11 @@
 """Fixtures of the whole suite: no network, one torch thread, tiny models, the shared asset folder."""
 
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))  # `references`, and what else tests share
 
 # Before any test module imports transformers or datasets: they read these once.
 for name in [n for n in os.environ if n.startswith(("HF_", "TRANSFORMERS_", "STILLROOM_")) and n != "STILLROOM_ASSETS"]:

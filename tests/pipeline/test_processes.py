@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 from kit import ENVIRONMENT, command, last_json, prompts, stillroom, write_jsonl, write_recipe
+
 from stillroom.pipeline.process import StageProcess, end_group, group_members
 from stillroom.storage.errors import StillroomError
 from stillroom.storage.schema import TABLES
@@ -172,6 +173,16 @@ def progress_of(recipe: Path, stage: str) -> Callable[[], bool]:
     return (recipe.parent / "run" / "logs" / "evaluate.log").exists
 
 
+def kill_in_the_middle(recipe: Path, stage: str) -> None:
+    """Run until a stage is at work, kill -9 the runner, and see the stage die."""
+    runner, there = start(recipe), progress_of(recipe, stage)
+    until(lambda: there() or runner.poll() is not None, stage)
+    worker = ours(runner)
+    os.killpg(runner.pid, signal.SIGKILL)
+    runner.communicate()
+    until(lambda: not any(w.is_running() and w.status() != psutil.STATUS_ZOMBIE for w in worker), "its death")
+
+
 def contents(store: Path) -> Iterator[tuple[str, dict[bytes, dict[str, object]]]]:
     opened = Store.open(store)
     for table in TABLES:
@@ -186,12 +197,7 @@ def contents(store: Path) -> Iterator[tuple[str, dict[bytes, dict[str, object]]]
 
 def test_killed_in_every_stage_the_store_ends_as_if_undisturbed(recipe: Path, tmp_path: Path) -> None:
     for stage in ("data", "generate", "score", "train", "evaluate"):
-        runner = start(recipe)
-        until(lambda stage=stage, there=progress_of(recipe, stage): there() or runner.poll() is not None, stage)
-        worker = ours(runner)
-        os.killpg(runner.pid, signal.SIGKILL)
-        runner.communicate()
-        until(lambda worker=worker: not any(w.is_running() and w.status() != "zombie" for w in worker), "its death")
+        kill_in_the_middle(recipe, stage)
     disturbed = last_json(stillroom("run", recipe, "--json"))
     assert last_json(stillroom("verify", tmp_path / "store", "--json"))["ok"]
     lines = last_json(stillroom("plan", recipe, "--json"))["stages"]

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import yaml
 from kit import recipe_tree
+
 from stillroom.pipeline.recipe import changed_fields, load_recipe
 from stillroom.stages.sections import NOT_YET, Recipe
 from stillroom.storage.errors import UsageError
@@ -49,6 +50,8 @@ def test_a_misspelt_key_is_refused_with_line_and_nearest_key(tmp_path: Path, tre
         ("data.format=text", "generate: format 'text' brings its own text"),
         ("generate=null", "generate: missing: format 'prompt' has prompts only"),
         ("loss.soft_weight=0", ""),
+        ("evaluate.generate={metric: regex}", "needs a `pattern`"),
+        ("evaluate.generate={metric: regex, pattern: (}", "no regular expression"),
     ],
 )
 def test_bad_values_are_refused_by_name(tmp_path: Path, tree: dict[str, Any], override: str, expected: str) -> None:

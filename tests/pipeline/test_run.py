@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from kit import last_json, prompts, stillroom, write_jsonl, write_recipe
+
 from stillroom.storage.store import Store
 
 pytestmark = pytest.mark.slow

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from kit import prompts, write_jsonl
+
 from stillroom.stages.data import prompt_row, survey
 from stillroom.stages.rendering import Renderer, RowError, cut
 from stillroom.stages.sections import Data, Recipe

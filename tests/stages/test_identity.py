@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from stillroom.stages.identity import FileHashes, find_model, identify
 from stillroom.storage.errors import UsageError
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from stillroom.stages import targets as module
 from stillroom.stages.head import Head
 from stillroom.stages.targets import soft_targets

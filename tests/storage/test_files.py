@@ -123,6 +123,14 @@ def test_a_folder_that_cannot_be_synced_is_no_error(tmp_path, monkeypatch):
     assert Files(tmp_path).put_if_absent("a/b", b"x")
 
 
+def test_replace_changes_the_content(tmp_path):
+    files = Files(tmp_path)
+    for data in (b"old", b"new"):
+        files.replace("a/state", data)
+        assert files.read("a/state") == data
+    assert not list(tmp_path.rglob(".tmp-*"))
+
+
 def test_point_moves_a_link(tmp_path):
     files = Files(tmp_path)
     for target in ("a", "b"):

@@ -163,6 +163,7 @@ def test_leaving_by_an_exception_commits_what_is_finished(store, samples, error)
         (lambda row: {"colour": 1}, "no such column: colour"),
         (lambda row: {"reuse_key": None}, r"column reuse_key \(hash of teacher"),
         (lambda row: {"key": b"short"}, "the key has 5 bytes, not 16"),
+        (lambda row: {"ids": row["ids"] * 1.5}, "ids holds float64, expected list<item: int32>"),
         (lambda row: {"logprobs": row["logprobs"].reshape(6, 4)}, r"logprobs has shape \(6, 4\), lists are flat"),
     ],
 )
@@ -173,6 +174,14 @@ def test_the_writer_refuses_rows_that_do_not_fit(store, samples, change, says):
         with pytest.raises(IntegrityError, match=says):
             writer.add({**row, **change(row)})
     assert store.index("soft_targets", ["key"])["key"].to_pylist() == [samples.target_key(1)]
+
+
+def test_a_generation_whose_parts_do_not_add_up_is_refused(store, samples):
+    with store.writer("generations", about=samples.GENERATIONS_ABOUT) as writer:
+        writer.add(samples.generation_row(0) | {"token_ids": [1, 2], "prompt_tokens": 2, "completion_tokens": 0})
+        with pytest.raises(IntegrityError, match="3 prompt tokens and 2 completion tokens are not 4 token ids"):
+            writer.add(samples.generation_row(1) | {"prompt_tokens": 3})
+    assert writer.rows == 1
 
 
 def test_a_failing_disk_stops_the_writer_and_the_rows_can_be_made_again(tmp_path, samples):
@@ -206,7 +215,20 @@ def test_retired_rows_are_gone_and_can_be_made_again(filled, samples):
     )
     assert verify(filled).ok
     again = filled.commits("soft_targets")[-1]
-    assert (again.seq, again.keys) == (5, first.keys)
+    assert again.seq == 5
+    assert again.keys == first.keys
+
+
+def test_a_withdrawn_number_is_not_used_again(filled, samples):
+    """The last record is lost with a backup, its withdrawal is not: new rows must not fall under it."""
+    last = filled.commits("soft_targets")[-1]
+    filled.retire(last, reason="test")
+    filled.files.path("commits/soft_targets/00000004.json").unlink()
+    store = Store.open(filled.root)
+    assert samples.add_targets(store, range(40)) == 8
+    assert store.commits("soft_targets")[-1].seq == 5
+    assert store.index("soft_targets", ["key"]).num_rows == 40
+    assert [p.file for p in verify(store).problems] == ["commits/soft_targets/00000004.json"]
 
 
 def test_another_process_s_commits_are_seen(filled, samples):

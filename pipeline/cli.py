@@ -1,4 +1,4 @@
-"""The command line. Every command imports what it needs when it runs, so that help and errors answer at once."""
+"""The command line. Every command imports what it needs when it needs it, so that help and errors answer at once."""
 
 import json
 import sys
@@ -79,11 +79,13 @@ def init(
 @app.command()
 def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """What would run, what is cached, what is stale and why. Writes nothing."""
-    from .plan import make_plan
     from .recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    from .plan import make_plan
     from .status import plan_json, plan_table
 
-    made = make_plan(load_recipe(recipe, overrides))
+    made = make_plan(loaded)
     _print(plan_table(made))
     _json(plan_json(made), as_json)
 
@@ -99,9 +101,11 @@ def run(
 ) -> None:
     """Do what the plan says. Run it again to go on after a stop; what is done is not done twice."""
     from .recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
     from .runner import run as run_recipe
 
-    outcome = run_recipe(load_recipe(recipe, overrides), until=until, only=only, quiet=quiet)
+    outcome = run_recipe(loaded, until=until, only=only, quiet=quiet)
     _outcome(outcome, as_json)
     _json(outcome, as_json)
 
@@ -109,11 +113,12 @@ def run(
 @app.command()
 def status(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Per stage: rows done, rejected and pending, tokens, bytes/token, tokens/s, wall time."""
-    from .plan import make_plan
     from .recipe import load_recipe
-    from .status import stage_facts, status_table
 
     loaded = load_recipe(recipe, overrides)
+    from .plan import make_plan
+    from .status import stage_facts, status_table
+
     stages = stage_facts(loaded, make_plan(loaded))
     _print(status_table(stages))
     _json({"stages": stages}, as_json)

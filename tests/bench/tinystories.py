@@ -51,7 +51,7 @@ def compare(folder: Path, *, tiny: bool) -> dict[str, object]:
     folder.mkdir(parents=True, exist_ok=True)
     prompts = folder / "stories.jsonl"
     write_prompts(prompts, count=60 if tiny else 2000)
-    rates = (4.0e-3,) if tiny else (2.0e-3, 4.0e-3, 8.0e-3)
+    rates = (6.0e-3,) if tiny else (3.0e-3, 6.0e-3, 12.0e-3)
     seeds = (0,) if tiny else (0, 1, 2)
     passes = (1,) if tiny else (1, 4)
     base: dict[str, object] = {

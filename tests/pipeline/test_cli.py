@@ -10,7 +10,7 @@ import pytest
 from kit import last_json, prompts, stillroom, write_jsonl, write_recipe
 
 COMMANDS = ["demo", "init", "plan", "run", "status", "inspect", "query", "verify", "report", "schema"]
-HEAVY = {"torch", "transformers", "vllm", "datasets", "matplotlib", "pandas"}
+HEAVY = {"torch", "transformers", "vllm", "datasets", "matplotlib"}
 
 
 def modules_after(*arguments: str) -> set[str]:
@@ -72,7 +72,7 @@ def test_schema_is_the_recipes_json_schema() -> None:
 def test_no_store_is_a_clear_message(tmp_path: Path, arguments: list[str]) -> None:
     name, *more = arguments
     done = stillroom(name, tmp_path / "none", *more, "--json", expect=2)
-    assert "there is no store here" in done.stderr
+    assert "no store here" in done.stderr
     assert last_json(done)["exit_code"] == 2
 
 

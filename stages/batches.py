@@ -23,7 +23,7 @@ from .head import hidden_states, split_head
 from .losses import TargetBatch, fit_vocabulary
 from .samples import Sample
 
-SHORTEST_ROW = 512  # tokens; shorter samples share a row
+SHORTEST_ROW = 128  # tokens; shorter samples share a row. Attention costs rows x length^2, so not much longer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -205,7 +205,7 @@ class Train(Section):
     tokens_per_pass: int = Field(8192, ge=1)
     """Positions per forward pass; a step takes as many passes as it needs (gradient accumulation)."""
     row_tokens: int | None = Field(None, ge=8)
-    """Length of a packed row; null: the longest sample, at least 512."""
+    """Length of a packed row; null: the longest sample of a step, at least 128."""
     learning_rate: float = Field(1.0e-3, gt=0)
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"

@@ -14,8 +14,9 @@ import statistics
 import subprocess
 import sys
 from argparse import ArgumentParser
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
-from os import environ
+from os import cpu_count, environ
 from pathlib import Path
 
 RECIPE = Path(__file__).parents[2] / "pipeline" / "recipes" / "tinystories.yaml"
@@ -35,12 +36,13 @@ def write_prompts(path: Path, *, count: int = 2000) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def run(folder: Path, settings: dict[str, object]) -> dict[str, dict[str, float]]:
+def run(settings: dict[str, object], *arguments: str) -> dict[str, dict[str, float]]:
     """One run of the recipe through the command line; its results per arm."""
-    words = [sys.executable, "-m", "stillroom.pipeline.cli", "run", str(RECIPE), "--json", "--quiet"]
+    words = [sys.executable, "-m", "stillroom.pipeline.cli", "run", str(RECIPE), "--json", "--quiet", *arguments]
     for name, value in settings.items():
         words += ["--set", f"{name}={json.dumps(value)}"]
-    done = subprocess.run(words, env=environ | {"STILLROOM_ASSETS": str(ASSETS)}, capture_output=True, text=True)
+    environment = environ | {"STILLROOM_ASSETS": str(ASSETS), "OMP_NUM_THREADS": "1"}  # the runs share the cores
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(words)}\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])["results"]
@@ -58,16 +60,22 @@ def compare(folder: Path, *, tiny: bool) -> dict[str, object]:
         "storage.dir": str(folder / "store"),
         "data.source": str(prompts),
         "evaluate.generate": None,
-        "run.dir": str(folder / "runs"),
+        "run.dir": str(folder / "runs" / "first"),
     }
     if tiny:
         base |= {"generate.max_tokens": 12, "data.holdout": 6, "evaluate.tokens": 60, "generate.engine": "hf"}
+    run(base, "--until", "score")
     found = {}
-    for epochs, rate, seed in product(passes, rates, seeds):
+
+    def one(choice: tuple[int, float, int]) -> None:
+        epochs, rate, seed = choice
         settings = base | {"train.epochs": epochs, "train.learning_rate": rate, "run.seed": seed}
-        found[epochs, rate, seed] = run(folder, settings)
-        kl = ", ".join(f"{arm} {found[epochs, rate, seed][arm]['kl_teacher']:.4f}" for arm in ARMS)
+        found[choice] = run(settings | {"run.dir": str(folder / "runs" / f"{epochs}-{rate}-{seed}")})
+        kl = ", ".join(f"{arm} {found[choice][arm]['kl_teacher']:.4f}" for arm in ARMS)
         print(f"passes {epochs}, learning rate {rate}, seed {seed}: held-out KL {kl}", flush=True)
+
+    with ThreadPoolExecutor(cpu_count()) as pool:
+        list(pool.map(one, product(passes, rates, seeds)))
     return {str(epochs): _at_best(found, epochs, rates, seeds) for epochs in passes}
 
 

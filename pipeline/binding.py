@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..stages.data import given_author_id, given_text, inputs_id
 from ..stages.identity import FileHashes, Identity, find_model, identify
+from ..stages.requests import author_context
 from ..stages.sections import Recipe
 from ..storage.errors import UsageError
 from ..storage.files import Files
@@ -98,7 +99,7 @@ def _bind_here(recipe: Recipe, *, write: bool) -> Bound:
         data_id=inputs_id(recipe, teacher, hashes),
         vocab_size=teacher.vocab_size,
         context_tokens=teacher.context_tokens,
-        author_context_tokens=author.context_tokens,
+        author_context_tokens=author_context(recipe.generate, author.context_tokens),
     )
     return Bound(binding=binding, teacher=teacher, author=author)
 

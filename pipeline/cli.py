@@ -61,6 +61,7 @@ def demo(
 @app.command()
 def init(
     recipe: Annotated[Path, typer.Argument(metavar="[RECIPE]", help="File to write.")] = Path("recipe.yaml"),
+    as_json: AsJson = False,
 ) -> None:
     """Write a commented recipe to start from."""
     from importlib.resources import files
@@ -74,6 +75,8 @@ def init(
     except OSError as error:
         raise UsageError(f"{recipe}: cannot be written ({error.strerror}). Name another file.") from error
     _print(f"wrote {recipe}. Name your teacher, student and data in it, then: stillroom plan {recipe}")
+    _json({"recipe": str(recipe)}, as_json)
+    _json({"recipe": str(recipe)}, as_json)
 
 
 @app.command()

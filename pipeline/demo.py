@@ -1,8 +1,9 @@
 """The demonstration's ingredients: prompts, a tokenizer and a small teacher made on the spot, without a network.
 
 The text is English that every Python installation carries: the language reference behind `help()`, and the docstrings
-and comments of the standard library. The teacher is trained on a fixed number of seeded steps, never for a fixed
-time, so a second machine with the same Python makes the same one. `demo.json` is written last: it exists when
+and comments of the standard library. The teacher is trained for a fixed number of seeded steps, never for a fixed time,
+and on one thread: sums then have one order however many cores there are, and a model this small gains little from a
+second one and loses nearly everything when that one is busy elsewhere. `demo.json` is written last: it exists when
 everything else does.
 """
 
@@ -41,7 +42,7 @@ class _Sizes:
     layers: int = 4
     heads: int = 6
     context: int = 256
-    steps: int = 1600
+    steps: int = 1000
     windows: int = 2
     """Rows of `context` tokens in one step: few, as so short a training gains more from steps than from calm ones."""
     learning_rate: float = 3e-3
@@ -154,10 +155,15 @@ def _make_teacher(
     from transformers import GenerationConfig
 
     windows = _windows(texts, tokenizer, sizes)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(sizes.seed)
-        model = _fresh_model(tokenizer, sizes)
-    loss = _train(model, windows, sizes=sizes, progress=progress)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(sizes.seed)
+            model = _fresh_model(tokenizer, sizes)
+        loss = _train(model, windows, sizes=sizes, progress=progress)
+    finally:
+        torch.set_num_threads(threads)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )

@@ -80,8 +80,13 @@ def make_plan(recipe: Recipe, *, write: bool = False) -> Plan:
         upstream = _plan_generate(recipe, plan, store, inputs) and upstream
     rows: list[dict[str, Any]] = []
     if store is not None and store.inputs(plan.bound.binding.data_id) is not None:
+        binding = plan.bound.binding
         rows = selected_generations(
-            store, recipe, author_id=plan.bound.binding.author_id, data_id=plan.bound.binding.data_id
+            store,
+            recipe,
+            author_id=binding.author_id,
+            data_id=binding.data_id,
+            context_tokens=binding.author_context_tokens,
         )
     if recipe.score is not None:
         upstream = _plan_score(recipe, plan, store, rows, upstream=upstream)

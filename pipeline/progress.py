@@ -41,6 +41,8 @@ class StageProgress:
             TextColumn("{task.fields[note]}", markup=False),
             console=self._console,
             transient=True,
+            redirect_stdout=False,  # what is printed goes to the log, not beside the bar
+            redirect_stderr=False,
         )
         self._task = None if not self._console.is_terminal else self._bar.add_task(stage, unit="", rate="", note="")
         self._unit, self._total, self._done, self._tokens, self._note = "rows", 0, 0, 0, ""

@@ -124,7 +124,7 @@ def _job(recipe: Recipe, plan: Plan, stage: str, arm: Arm) -> dict[str, Any]:
         "data_id": binding.data_id,
         "teacher_id": binding.teacher_id,
         "author_id": binding.author_id,
-        "context_tokens": binding.author_context_tokens if stage == "generate" else binding.context_tokens,
+        "context_tokens": binding.context_tokens if stage == "data" else binding.author_context_tokens,
         "arm": arm,
         "snapshots": snapshots,
         "evaluation_id": plan.evaluation_id,

@@ -15,6 +15,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogits
 from .engine import Completion, Request
 from .identity import Identity
 from .rendering import Renderer
+from .requests import author_context
 from .sections import Generate
 from .teacher import load_causal_lm
 
@@ -37,18 +38,25 @@ class HfEngine:
         self._model = load_causal_lm(author)
         self._tokenizer = Renderer(author.folder, {}).tokenizer
         self._settings = settings
-        self._context = author.context_tokens
+        self._context = author_context(settings, author.context_tokens)
         self._batch = int(settings.engine_args.get("batch_size", 32))
         ends = self._model.generation_config.eos_token_id
         self._ends = set(ends) if isinstance(ends, list) else {ends}
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """Batches of prompts of like length; a batch's completions come out together."""
+        """Batches of prompts of like length; a batch's completions come out together.
+
+        A row that the context will cut short is written alone: beside others it would be cut where the longest is.
+        """
         waiting = iter(requests)
+        room = self._context - self._settings.max_tokens
         while pool := list(islice(waiting, self._batch * 8)):
             pool.sort(key=lambda r: len(r.prompt_ids))
-            for start in range(0, len(pool), self._batch):
-                yield from self._run(pool[start : start + self._batch])
+            fitting = [r for r in pool if len(r.prompt_ids) <= room]
+            for start in range(0, len(fitting), self._batch):
+                yield from self._run(fitting[start : start + self._batch])
+            for request in pool[len(fitting) :]:
+                yield from self._run([request])
 
     @torch.inference_mode()
     def _run(self, batch: list[Request]) -> Iterator[Completion]:
@@ -65,7 +73,7 @@ class HfEngine:
             attention_mask=mask.to(device),
             do_sample=False,
             num_beams=1,
-            max_new_tokens=min(self._settings.max_tokens, max(self._context - longest, 1)),
+            max_new_tokens=min(self._settings.max_tokens, self._context - longest),
             logits_processor=self._processors([r.seed for r in batch]),
             pad_token_id=0,
             stop_strings=list(self._settings.stop) or None,

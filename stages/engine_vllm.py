@@ -40,6 +40,7 @@ class VllmEngine:
         arguments: dict[str, Any] = {
             "model": str(author.folder),
             "dtype": author.dtype,
+            "max_model_len": author.context_tokens,
             "seed": 0,
             "enforce_eager": on_cpu,
             "enable_lora": author.adapter is not None,

@@ -126,7 +126,7 @@ def _row(job: Job, request: GenerationRequest, prompt_ids: list[int], completion
     assert job.recipe.generate is not None
     limit = job.recipe.generate.max_tokens
     return {
-        "key": content_key("generations", reuse_key=request.reuse_key, max_tokens=limit),
+        "key": content_key("generations", reuse_key=request.reuse_key, max_tokens=limit, context=job.context_tokens),
         "reuse_key": request.reuse_key,
         "prompt_key": request.prompt_key,
         "source_key": None,

@@ -57,7 +57,7 @@ class Job:
     author_id: str = ""
     """Identity of who wrote the generations: the teacher, another model, or the tokenizer of given text."""
     context_tokens: int = 0
-    """Tokens the author (generate) or the teacher (data, score) reads at once."""
+    """Tokens that the teacher (data) or the author of the text (generate, score) reads at once."""
     arm: Arm = "student"
     train_dirs: dict[Arm, Path] = field(default_factory=dict)
     """Arm -> folder of its training run; for train and evaluate."""

@@ -75,6 +75,10 @@ class TargetRequest:
         return len(self.token_ids) - self.span_start
 
 
+# Engine arguments that change what a model computes, not how fast.
+_COMPUTES = ("quantization", "kv_cache_dtype", "hf_overrides", "rope_scaling", "speculative_config")
+
+
 def sampling_settings(generate: Generate, data: Data) -> dict[str, Any]:
     """What decides a completion's text beside author and prompt; greedy ignores top_p and seed."""
     greedy = generate.temperature == 0
@@ -84,14 +88,22 @@ def sampling_settings(generate: Generate, data: Data) -> dict[str, Any]:
         "seed": 0 if greedy else generate.seed,
         "stop": sorted(generate.stop),
         "chat_template_kwargs": data.chat_template_kwargs,
+        "engine": {k: generate.engine_args[k] for k in _COMPUTES if k in generate.engine_args},
     }
 
 
-def serves(row: dict[str, Any], max_tokens: int) -> bool:
-    """Whether a generation is what a run with this `max_tokens` would have made."""
-    if row["finish_reason"] == "length":
-        return bool(row["max_tokens"] == max_tokens)
-    return bool(row["completion_tokens"] <= max_tokens)
+def author_context(generate: Generate | None, model_tokens: int) -> int:
+    """What the author reads at once: the model's context, or less where the engine is told so."""
+    limit = generate.engine_args.get("max_model_len") if generate else None
+    return min(model_tokens, int(limit or model_tokens))
+
+
+def serves(row: dict[str, Any], max_tokens: int, context: int) -> bool:
+    """Whether a generation is what a run with this `max_tokens` and this context would have made."""
+    total = row["prompt_tokens"] + row["completion_tokens"]
+    if row["finish_reason"] != "length":
+        return bool(row["completion_tokens"] <= max_tokens and total <= context)
+    return bool(row["completion_tokens"] == max_tokens or (total == context and row["completion_tokens"] < max_tokens))
 
 
 def reject_key(reuse_key: bytes, limit: int) -> bytes:
@@ -109,7 +121,7 @@ def generation_ledger(
     ledger = Ledger()
     for request in _wanted_generations(recipe, author_id, prompts):
         found = rows.get(request.reuse_key, [])
-        best = next((r for r in found if serves(r, recipe.generate.max_tokens)), None)
+        best = next((r for r in found if serves(r, recipe.generate.max_tokens, context_tokens)), None)
         reason = rejects.get(reject_key(request.reuse_key, context_tokens))
         if best is not None:
             ledger.committed[request.reuse_key] = (best["shard"], best["row"])
@@ -118,7 +130,7 @@ def generation_ledger(
             ledger.rejected[reason] += 1
         else:
             ledger.pending.append(request)
-            ledger.why["cut short by a smaller max_tokens" if found else "new"] += 1
+            ledger.why["stored under another max_tokens" if found else "new"] += 1
     return ledger
 
 
@@ -136,7 +148,9 @@ def prompt_splits(inputs: pa.Table) -> dict[bytes, str]:
     return dict(zip(inputs["prompt_key"].to_pylist(), inputs["split"].to_pylist(), strict=True))
 
 
-def selected_generations(store: Store, recipe: Recipe, *, author_id: str, data_id: str) -> list[dict[str, Any]]:
+def selected_generations(
+    store: Store, recipe: Recipe, *, author_id: str, data_id: str, context_tokens: int
+) -> list[dict[str, Any]]:
     """The generations a recipe goes on with: one per request, after `select.where`, each with its split.
 
     Returns rows with key, reuse_key, prompt_key, token_ids, prompt_tokens, completion_tokens, shard, row, split.
@@ -151,7 +165,7 @@ def selected_generations(store: Store, recipe: Recipe, *, author_id: str, data_i
     else:
         wanted = {r.reuse_key for r in _wanted_generations(recipe, author_id, splits)}
         limit = recipe.generate.max_tokens
-        fitting = ([r for r in by_key[key] if serves(r, limit)] for key in wanted & by_key.keys())
+        fitting = ([r for r in by_key[key] if serves(r, limit, context_tokens)] for key in wanted & by_key.keys())
         rows = [found[0] for found in fitting if found]
     allowed = _where(store, recipe.select.where)
     rows = [r for r in rows if allowed is None or r["key"] in allowed]

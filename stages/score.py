@@ -31,7 +31,9 @@ def run(job: Job, teacher: Identity) -> StageResult:
     recipe, score = job.recipe, job.recipe.score
     assert score is not None
     store = Store.open(recipe.storage.dir)
-    generations = selected_generations(store, recipe, author_id=job.author_id, data_id=job.data_id)
+    generations = selected_generations(
+        store, recipe, author_id=job.author_id, data_id=job.data_id, context_tokens=job.context_tokens
+    )
     limit = teacher.context_tokens
     ledger, requests = target_ledger(
         store, recipe, teacher_id=teacher.id, vocab_size=teacher.vocab_size, generations=generations, limit=limit
@@ -127,7 +129,7 @@ class _Scorer:
         ids = torch.zeros(len(batch), longest, dtype=torch.long)
         mask = torch.zeros_like(ids)
         for row, request in enumerate(batch):
-            ids[row, : len(request.token_ids)] = torch.from_numpy(request.token_ids)
+            ids[row, : len(request.token_ids)] = torch.tensor(request.token_ids)
             mask[row, : len(request.token_ids)] = 1
         device = self._model.device
         done = []

@@ -7,7 +7,7 @@ Errors of shape (unknown key, wrong type, out of range) come from these models; 
 import re
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -136,7 +136,15 @@ class Generate(Section):
     seed: int = 0
     """Seed of the text; each row's own seed is derived from it and the row's content."""
     engine_args: dict[str, Any] = {}
-    """Passed to the engine as they are (vLLM: arguments of `LLM`; hf: `batch_size`)."""
+    """Passed to the engine as they are (vLLM: arguments of `LLM`; hf: `batch_size`, `max_model_len`)."""
+
+    @field_validator("engine_args")
+    @classmethod
+    def _not_the_recipes(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        decided = {"model", "tokenizer", "revision", "dtype", "seed", "enable_lora"} & arguments.keys()
+        if decided:
+            raise ValueError(f"{sorted(decided)[0]!r} is decided by the recipe's own fields. Remove it here")
+        return arguments
 
 
 class Select(Section):

@@ -30,7 +30,8 @@ def soft_targets(hidden: torch.Tensor, head: Head, next_ids: torch.Tensor, *, ki
     Returns:
         ids [N, K], logprobs [N, K] descending, tail_logprob [N], token_logprob [N], entropy [N] in nats.
     """
-    chunk = max(1, CHUNK_BYTES // (4 * head.weight.shape[0]))
+    hidden, next_ids = (t.to(head.weight.device) for t in (hidden, next_ids))  # a spread model has it elsewhere
+    chunk = max(1, CHUNK_BYTES // (4 * head.vocab_size))
     parts = [
         _chunk(head.logits(hidden[i : i + chunk]), next_ids[i : i + chunk], k if kind == "topk" else None)
         for i in range(0, hidden.shape[0], chunk)

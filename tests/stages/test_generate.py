@@ -104,3 +104,13 @@ def test_vllm_by_name_where_it_is_not_installed_says_what_to_do(monkeypatch: pyt
     with pytest.raises(UsageError, match=r"Install stillroom\[vllm\]"):
         choose_engine("vllm")
     assert choose_engine(None) == "hf"
+
+
+def test_a_row_that_the_context_cuts_does_not_shorten_its_neighbours(
+    tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    author = author_at(tiny_llama(eos_token_id=31, max_position_embeddings=24), tmp_path)
+    requests = [Request(0, [1, 4, 5], seed=0), Request(1, [1, *range(4, 22)], seed=1)]
+    found = written("hf", author, requests, temperature=0.0, max_tokens=16)
+    assert len(found[0].token_ids) == 16 or found[0].finish_reason == "stop"
+    assert len(found[1].token_ids) == 24 - 19 or found[1].finish_reason == "stop"

@@ -1,6 +1,7 @@
 # `make` lists the targets. `make demo` and `make test` set everything up by themselves.
 PYTHON ?= python3
 DIR ?=
+BENCH ?= runs/bench
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
@@ -33,11 +34,8 @@ types: setup .types ## mypy
 docker-check: ## build and try the CPU image, with buildah and no container engine
 	docker/check.sh
 
-bench: setup ## run the benchmarks in tests/bench, one after the other
-	@for file in tests/bench/*.py; do \
-		[ -e "$$file" ] || { echo "there are no benchmarks yet"; continue; }; \
-		echo "$$file"; $(BIN)/python "$$file" || exit 1; \
-	done
+bench: setup ## the TinyStories comparison, many students (STILLROOM_ASSETS names the models and texts; BENCH=folder)
+	$(BIN)/python tests/bench/tinystories.py compare $(BENCH)
 
 clean: ## remove what make made, except .venv, runs and stores
 	rm -rf .types build dist *.egg-info docker/cpu/shims/*/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -81,6 +81,19 @@ def author_identity(recipe: Recipe, teacher: Identity, hashes: FileHashes, *, do
     return identify(folder, dtype=recipe.teacher.dtype, hashes=hashes, field="generate.model")
 
 
+def student_id(recipe: Recipe, *, write: bool) -> str | None:
+    """Identity of an existing student; None for fresh weights, and where it is not here (stage one needs none)."""
+    section = recipe.student
+    if section.model is None:
+        return None
+    try:
+        folder = find_model(section.model, section.revision, field="student.model", download=False)
+        hashes = FileHashes(recipe.storage.dir, remember=write)
+        return identify(folder, dtype="auto", hashes=hashes, field="student.model").id
+    except UsageError:
+        return None
+
+
 def find_adapter(adapter: str) -> Path:
     """The folder of a LoRA adapter."""
     folder = Path(adapter).expanduser()

@@ -2,9 +2,8 @@
 
 The text is English that every Python installation carries: the language reference behind `help()`, and the docstrings
 and comments of the standard library. The teacher is trained for a fixed number of seeded steps, never for a fixed time,
-and on one thread: sums then have one order however many cores there are, and a model this small gains little from a
-second one and loses nearly everything when that one is busy elsewhere. `demo.json` is written last: it exists when
-everything else does.
+and on one thread: sums then have one order however many cores there are, and matrices this small wait long for a second
+core that is busy elsewhere. `demo.json` is written last: it exists when everything else does.
 """
 
 import ast
@@ -12,9 +11,10 @@ import json
 import math
 import random
 import re
+import statistics
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,11 +57,11 @@ def make_demo(folder: Path, progress: Progress, *, sizes: _Sizes | None = None) 
     """Write teacher, prompts and recipe below `folder`, unless they are there; returns the recipe's path."""
     sizes = sizes or _Sizes()
     recipe, manifest = folder / "recipe.yaml", folder / "demo.json"
-    if _made_with(manifest) == asdict(sizes) | {"prompt_tokens": list(sizes.prompt_tokens)}:
-        progress.say(f"The teacher is there already: {folder / 'teacher'}")
+    if _made_with(manifest, sizes):
+        progress.say(f"there already: {folder / 'teacher'}")
         return recipe
     folder.mkdir(parents=True, exist_ok=True)
-    progress.say("Reading English from the Python installation")
+    progress.say("reading the English that this Python carries")
     texts = documents()[: sizes.documents]
     tokenizer = _train_tokenizer(texts, sizes.vocabulary)
     rows = [_prompt(text, tokenizer, sizes) for text in texts]
@@ -69,7 +69,7 @@ def make_demo(folder: Path, progress: Progress, *, sizes: _Sizes | None = None) 
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts), encoding="utf-8")
     facts = _make_teacher(folder / "teacher", texts, tokenizer, sizes=sizes, progress=progress)
     recipe.write_text(_recipe_text(folder), encoding="utf-8")
-    manifest.write_text(json.dumps({"sizes": asdict(sizes)} | facts, indent=2) + "\n", encoding="utf-8")
+    manifest.write_text(json.dumps({"sizes": repr(sizes)} | facts, indent=2) + "\n", encoding="utf-8")
     return recipe
 
 
@@ -137,15 +137,13 @@ def _train_tokenizer(texts: list[str], vocabulary: int) -> "PreTrainedTokenizerF
 def _prompt(text: str, tokenizer: "PreTrainedTokenizerFast", sizes: _Sizes) -> dict[str, str] | None:
     """The opening of a text, cut at the end of a word, and the rest; None where the text is too short for that."""
     shortest, longest = sizes.prompt_tokens
-    opening = ""
-    for word in text.split(" "):
-        longer = f"{opening} {word}" if opening else word
-        if len(tokenizer(longer, add_special_tokens=False)["input_ids"]) > longest:
-            break
-        opening = longer
-    if opening == text or len(tokenizer(opening, add_special_tokens=False)["input_ids"]) < shortest:
+    places = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    if len(places) <= longest:
         return None
-    return {"prompt": opening, "reference": text[len(opening) :].strip()}
+    cut = text.rfind(" ", 0, places[longest][0] + 1)
+    if sum(end <= cut for _, end in places) < shortest:
+        return None
+    return {"prompt": text[:cut], "reference": text[cut:].strip()}
 
 
 def _make_teacher(
@@ -153,7 +151,9 @@ def _make_teacher(
 ) -> dict[str, Any]:
     import torch
     from transformers import GenerationConfig
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     windows = _windows(texts, tokenizer, sizes)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -170,7 +170,7 @@ def _make_teacher(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    progress.say(f"Teacher of {parameters / 1e6:.1f}M parameters ready, loss {loss:.2f} nats/token: {folder}")
+    progress.say(f"{parameters / 1e6:.1f}M parameters, training loss {loss:.2f} nats/token: {folder}")
     return {"parameters": parameters, "loss": loss, "corpus_characters": sum(map(len, texts))}
 
 
@@ -233,8 +233,7 @@ def _train(model: "PreTrainedModel", windows: "torch.Tensor", *, sizes: _Sizes, 
         losses.append(loss.item())
         progress.advance(tokens, tokens=tokens, note=f"loss {losses[-1]:.2f}")
     model.eval()
-    last = losses[-max(1, sizes.steps // 10) :]
-    return sum(last) / len(last)
+    return statistics.mean(losses[-max(1, sizes.steps // 10) :])
 
 
 def _rate(done: float) -> float:
@@ -247,9 +246,8 @@ def _recipe_text(folder: Path) -> str:
     return shipped.replace(RECIPE_FOLDER, json.dumps(str(folder.resolve()), ensure_ascii=False)[1:-1])
 
 
-def _made_with(manifest: Path) -> dict[str, Any] | None:
+def _made_with(manifest: Path, sizes: _Sizes) -> bool:
     try:
-        sizes: dict[str, Any] = json.loads(manifest.read_text("utf-8"))["sizes"]
+        return bool(json.loads(manifest.read_text("utf-8"))["sizes"] == repr(sizes))
     except (OSError, ValueError, KeyError):
-        return None
-    return sizes
+        return False

@@ -25,7 +25,7 @@ from ..stages.sections import Recipe
 from ..storage.keys import content_id
 from ..storage.snapshot import Snapshot, make_snapshot
 from ..storage.store import Store
-from .binding import Bound, bind
+from .binding import Bound, bind, student_id
 from .recipe import changed_fields
 
 State = Literal["done", "to do", "waits"]
@@ -92,7 +92,7 @@ def make_plan(recipe: Recipe, *, write: bool = False) -> Plan:
         upstream = _plan_score(recipe, plan, store, rows, upstream=upstream)
     elif upstream and store is not None:
         _text_snapshots(recipe, plan, store, rows)
-    _plan_students(recipe, plan, ready=upstream)
+    _plan_students(recipe, plan, ready=upstream, student=student_id(recipe, write=write))
     return plan
 
 
@@ -219,7 +219,7 @@ def _snapshots(plan: Plan, store: Store, table: Any, splits: dict[Split, list[tu
         plan.snapshots[split] = make_snapshot(store, table, by_shard, about)
 
 
-def _plan_students(recipe: Recipe, plan: Plan, *, ready: bool) -> None:
+def _plan_students(recipe: Recipe, plan: Plan, *, ready: bool, student: str | None) -> None:
     arms: list[Arm] = ["student", "baseline"] if recipe.evaluate.baseline and recipe.score else ["student"]
     names: dict[Arm, str] = {"student": "train", "baseline": "baseline"}
     pinned = recipe.train.snapshot
@@ -229,22 +229,24 @@ def _plan_students(recipe: Recipe, plan: Plan, *, ready: bool) -> None:
             why = "for the rows before it" if not ready else "no training rows: all were rejected or held out"
             plan.stages.append(StagePlan(name=names[arm], state="waits", why=why))
             continue
-        settings = train_settings(recipe, snapshot, arm)
+        settings = train_settings(recipe, snapshot, arm, student=student)
         folder = Path(recipe.run.dir) / f"train-{content_id('train', **settings)[:8]}"
         plan.settings[arm], plan.train_dirs[arm] = settings, folder
         plan.stages.append(_student_line(names[arm], recipe, folder, settings))
     _plan_evaluate(recipe, plan)
 
 
-def train_settings(recipe: Recipe, snapshot: str, arm: Arm) -> dict[str, Any]:
+def train_settings(recipe: Recipe, snapshot: str, arm: Arm, *, student: str | None) -> dict[str, Any]:
     """What decides a student: its hash names the folder, and a change in it is why a student is trained again."""
-    loss = recipe.loss.model_dump()
+    loss = recipe.loss.model_dump(mode="json")
     if arm == "baseline" or recipe.score is None:
         loss = {"soft_weight": 0.0, "hard_weight": 1.0 if arm == "baseline" else recipe.loss.hard_weight}
-    train = recipe.train.model_dump(exclude={"snapshot", "checkpoint_every_seconds", "checkpoint_every_steps"})
+    train = recipe.train.model_dump(
+        mode="json", exclude={"snapshot", "checkpoint_every_seconds", "checkpoint_every_steps"}
+    )
     return {
         "snapshot": snapshot,
-        "student": recipe.student.model_dump(),
+        "student": recipe.student.model_dump(mode="json") | {"identity": student},
         "loss": loss,
         "train": train,
         "run": {"seed": recipe.run.seed},

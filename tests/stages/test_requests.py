@@ -1,6 +1,7 @@
 """Which stored generation serves which request."""
 
 import pytest
+
 from stillroom.stages.requests import sampling_settings, serves
 from stillroom.stages.sections import Data, Generate
 

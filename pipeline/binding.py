@@ -11,6 +11,7 @@ from ..stages.data import given_author_id, given_text, inputs_id
 from ..stages.identity import FileHashes, Identity, find_model, identify
 from ..stages.requests import author_context
 from ..stages.sections import Recipe
+from ..stages.tokenizers import compare_tokenizers
 from ..storage.errors import UsageError
 from ..storage.files import Files
 from ..storage.keys import canonical_json, content_id
@@ -35,6 +36,8 @@ class Bound:
     binding: Binding
     teacher: Identity | None
     author: Identity | None
+    missing: str = ""
+    """Why they are gone."""
 
 
 def bind(recipe: Recipe, *, write: bool) -> Bound:
@@ -53,7 +56,7 @@ def bind(recipe: Recipe, *, write: bool) -> Bound:
         written = _written(recipe)
         if written is None:
             raise error
-        return Bound(binding=written, teacher=None, author=None)
+        return Bound(binding=written, teacher=None, author=None, missing=str(error))
 
 
 def write_down(recipe: Recipe, binding: Binding) -> None:
@@ -78,20 +81,23 @@ def author_identity(recipe: Recipe, teacher: Identity, hashes: FileHashes, *, do
     if model is None:
         return teacher
     folder = find_model(model, None, field="generate.model", download=download)
+    reason = compare_tokenizers(folder, teacher.folder)
+    if reason is not None:
+        raise UsageError(
+            f"generate.model: {model} writes in other tokens than the teacher {recipe.teacher.model} reads: {reason}. "
+            "Choose an author with the teacher's tokenizer."
+        )
     return identify(folder, dtype=recipe.teacher.dtype, hashes=hashes, field="generate.model")
 
 
 def student_id(recipe: Recipe, *, write: bool) -> str | None:
-    """Identity of an existing student; None for fresh weights, and where it is not here (stage one needs none)."""
+    """Identity of an existing student; None for fresh weights."""
     section = recipe.student
     if section.model is None:
         return None
-    try:
-        folder = find_model(section.model, section.revision, field="student.model", download=False)
-        hashes = FileHashes(recipe.storage.dir, remember=write)
-        return identify(folder, dtype="auto", hashes=hashes, field="student.model").id
-    except UsageError:
-        return None
+    folder = find_model(section.model, section.revision, field="student.model", download=write)
+    hashes = FileHashes(recipe.storage.dir, remember=write)
+    return identify(folder, dtype="auto", hashes=hashes, field="student.model").id
 
 
 def find_adapter(adapter: str) -> Path:

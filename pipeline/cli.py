@@ -1,13 +1,17 @@
 """The command line. Every command imports what it needs when it needs it, so that help and errors answer at once."""
 
 import json
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from types import FrameType
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from ..storage.errors import StillroomError
+from ..storage.errors import StillroomError, Stopped
 
 app = typer.Typer(
     name="stillroom",
@@ -28,14 +32,38 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 def main() -> None:
     """Entry point: runs a command; a mistake of the user's is a message, never a traceback."""
     try:
-        app()
+        with _signals_raised():
+            app()
     except StillroomError as error:
-        sys.stderr.write(f"error: {error}\n")
-        if "--json" in sys.argv:
-            sys.stdout.write(json.dumps({"error": str(error), "exit_code": error.exit_code}) + "\n")
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        _fail(error)
+    except _SignalCame:
+        _fail(Stopped("stopped by a signal; finished rows are kept. Run the same command to go on."))
+
+
+class _SignalCame(BaseException):
+    """Like KeyboardInterrupt no `Exception`, so no handler on the way takes it for a failure; Typer hides that one."""
+
+
+@contextmanager
+def _signals_raised() -> Iterator[None]:
+    """For the time of a command; while a stage runs, `process.py` has handlers of its own."""
+    before = {number: signal.signal(number, _raise) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _raise(number: int, frame: FrameType | None) -> NoReturn:
+    raise _SignalCame
+
+
+def _fail(error: StillroomError) -> NoReturn:
+    sys.stderr.write(f"error: {error}\n")
+    if "--json" in sys.argv:
+        sys.stdout.write(json.dumps({"error": str(error), "exit_code": error.exit_code}) + "\n")
+    sys.exit(error.exit_code)
 
 
 @app.command()
@@ -75,7 +103,6 @@ def init(
     except OSError as error:
         raise UsageError(f"{recipe}: cannot be written ({error.strerror}). Name another file.") from error
     _print(f"wrote {recipe}. Name your teacher, student and data in it, then: stillroom plan {recipe}")
-    _json({"recipe": str(recipe)}, as_json)
     _json({"recipe": str(recipe)}, as_json)
 
 
@@ -131,7 +158,7 @@ def status(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fa
 def inspect(
     store: StorePath,
     key: Annotated[
-        str | None, typer.Option(help="Key of a row in hex, or its beginning; default the first row.")
+        str | None, typer.Option(help="Key of a row in hex, or its unique beginning; default the first row.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -15,15 +15,20 @@ from ..stages.data import survey
 from ..stages.job import Arm, Split
 from ..stages.requests import (
     Ledger,
+    Place,
     TargetRequest,
     generation_ledger,
+    given_rows,
+    held_out_first,
     prompt_splits,
     selected_generations,
     target_ledger,
 )
 from ..stages.sections import Recipe
+from ..storage.errors import UsageError
 from ..storage.keys import content_id
-from ..storage.snapshot import Snapshot, make_snapshot
+from ..storage.schema import TableName
+from ..storage.snapshot import Snapshot, load_snapshot, make_snapshot
 from ..storage.store import Store
 from .binding import Bound, bind, student_id
 from .recipe import changed_fields
@@ -51,6 +56,8 @@ class Plan:
     """All lines, and what the stages need to know of one another."""
 
     bound: Bound
+    write: bool
+    """Whether models may be downloaded and hashes remembered."""
     stages: list[StagePlan] = field(default_factory=list)
     train_dirs: dict[Arm, Path] = field(default_factory=dict)
     snapshots: dict[Split, Snapshot] = field(default_factory=dict)
@@ -72,7 +79,7 @@ def make_plan(recipe: Recipe, *, write: bool = False) -> Plan:
     Raises:
         UsageError: a model or the source is not there.
     """
-    plan = Plan(bound=bind(recipe, write=write))
+    plan = Plan(bound=bind(recipe, write=write), write=write)
     store = _open(recipe)
     inputs = _plan_data(recipe, plan, store)
     upstream = plan.stages[-1].state == "done"
@@ -92,7 +99,7 @@ def make_plan(recipe: Recipe, *, write: bool = False) -> Plan:
         upstream = _plan_score(recipe, plan, store, rows, upstream=upstream)
     elif upstream and store is not None:
         _text_snapshots(recipe, plan, store, rows)
-    _plan_students(recipe, plan, ready=upstream, student=student_id(recipe, write=write))
+    _plan_students(recipe, plan, ready=upstream)
     return plan
 
 
@@ -105,8 +112,7 @@ def _plan_data(recipe: Recipe, plan: Plan, store: Store | None) -> pa.Table:
     data_id = plan.bound.binding.data_id
     inputs = store.inputs(data_id) if store else None
     if inputs is not None and store is not None:
-        there = set(store.index("prompts", ["key"])["key"].to_pylist())
-        pending = sum(key not in there for key in inputs["key"].to_pylist())
+        pending = _lost(store, inputs, plan.bound.binding.author_id if recipe.generate is None else None)
         rejected = int((store.inputs_about(data_id) or {})["rejected"])
         state: State = "to do" if pending else "done"
         line = StagePlan(name="data", state=state, pending=pending, rejected=rejected, committed=len(inputs) - pending)
@@ -118,6 +124,14 @@ def _plan_data(recipe: Recipe, plan: Plan, store: Store | None) -> pa.Table:
         line = StagePlan(name="data", state="to do", planned=planned, pending=planned, why=why)
     plan.stages.append(line)
     return inputs
+
+
+def _lost(store: Store, inputs: pa.Table, given_author: str | None) -> int:
+    """Inputs whose prompts row, or whose rows of given text, the store no longer has."""
+    prompts = set(store.index("prompts", ["key"])["key"].to_pylist())
+    windows = given_rows(store, given_author) if given_author is not None else None
+    wanted = zip(inputs["key"].to_pylist(), inputs["windows"].to_pylist(), strict=True)
+    return sum(key not in prompts or (windows is not None and windows[key] < count) for key, count in wanted)
 
 
 def _plan_generate(recipe: Recipe, plan: Plan, store: Store | None, inputs: pa.Table) -> bool:
@@ -178,29 +192,50 @@ def _plan_score(recipe: Recipe, plan: Plan, store: Store | None, rows: list[dict
 
 
 def _target_snapshots(recipe: Recipe, plan: Plan, store: Store, ledger: Ledger, requests: list[TargetRequest]) -> None:
+    """White-box: train and judge on soft targets."""
     done = [r for r in requests if r.reuse_key in ledger.committed]
-    validation = _validation_prompts(recipe, {r.prompt_key for r in done if r.split == "train"})
-    splits: dict[Split, list[tuple[str, int]]] = {}
-    for request in done:
-        split: Split = "test" if request.split == "test" else "train"
-        split = "validation" if request.prompt_key in validation and split == "train" else split
-        splits.setdefault(split, []).append(ledger.committed[request.reuse_key])
-    _snapshots(plan, store, "soft_targets", splits)
+    rows = [(r.split, r.prompt_key, ledger.committed[r.reuse_key]) for r in done]
+    _snapshots(recipe, plan, store, "soft_targets", rows)
 
 
-def _text_snapshots(recipe: Recipe, plan: Plan, store: Store, rows: list[dict[str, Any]]) -> None:
+def _text_snapshots(recipe: Recipe, plan: Plan, store: Store, generations: list[dict[str, Any]]) -> None:
     """Black-box: train and judge on the generations themselves."""
-    validation = _validation_prompts(recipe, {r["prompt_key"] for r in rows if r["split"] == "train"})
-    splits: dict[Split, list[tuple[str, int]]] = {}
-    budget = recipe.evaluate.tokens
-    for row in sorted(rows, key=lambda r: (r["prompt_key"], r["key"])):
-        split: Split = "test" if row["split"] == "test" else "train"
-        split = "validation" if row["prompt_key"] in validation and split == "train" else split
-        if split == "test" and budget <= 0:
-            continue
-        budget -= row["completion_tokens"] if split == "test" else 0
-        splits.setdefault(split, []).append((row["shard"], row["row"]))
-    _snapshots(plan, store, "generations", splits)
+    chosen = held_out_first(generations, recipe.evaluate.tokens)
+    held_out = {r["token_ids"].tobytes() for r in chosen if r["split"] == "test"}
+    chosen = [r for r in chosen if r["split"] == "test" or r["token_ids"].tobytes() not in held_out]
+    rows = [(r["split"], r["prompt_key"], (r["shard"], r["row"])) for r in chosen]
+    _snapshots(recipe, plan, store, "generations", rows)
+
+
+def _snapshots(
+    recipe: Recipe, plan: Plan, store: Store, table: TableName, rows: list[tuple[str, bytes, Place]]
+) -> None:
+    """Split rows into train, validation and test; no prompt that a pinned snapshot trains on is judged on."""
+    validation = _validation_prompts(recipe, {prompt for split, prompt, _ in rows if split == "train"})
+    pinned = _pinned_prompts(recipe, plan, store, table)
+    places: dict[Split, dict[str, list[int]]] = {}
+    for split, prompt, (shard, row) in rows:
+        name: Split = "test" if split == "test" else "validation" if prompt in validation else "train"
+        if name == "train" or prompt not in pinned:
+            places.setdefault(name, {}).setdefault(shard, []).append(row)
+    for name, by_shard in places.items():
+        about = {"split": name, "teacher_id": plan.bound.binding.teacher_id}
+        plan.snapshots[name] = make_snapshot(store, table, by_shard, about)
+
+
+def _pinned_prompts(recipe: Recipe, plan: Plan, store: Store, table: TableName) -> set[bytes]:
+    """Prompts in the snapshot that `train.snapshot` names; none if it names none."""
+    if recipe.train.snapshot is None:
+        return set()
+    snapshot = load_snapshot(store, recipe.train.snapshot)
+    teacher = snapshot.about.get("teacher_id")
+    if snapshot.table != table or teacher != plan.bound.binding.teacher_id:
+        raise UsageError(
+            f"train.snapshot: {snapshot.id} holds {snapshot.table} of teacher {teacher}; this recipe trains on {table} "
+            f"of {plan.bound.binding.teacher_id}. Name a snapshot of this teacher, or leave it out."
+        )
+    places = {shard.sha256: shard.rows for shard in snapshot.shards}
+    return {row["prompt_key"] for row in store.rows(table, places, ["prompt_key"])}
 
 
 def _validation_prompts(recipe: Recipe, prompts: set[bytes]) -> set[bytes]:
@@ -210,33 +245,25 @@ def _validation_prompts(recipe: Recipe, prompts: set[bytes]) -> set[bytes]:
     return set(sorted(prompts)[: recipe.train.validation_prompts])
 
 
-def _snapshots(plan: Plan, store: Store, table: Any, splits: dict[Split, list[tuple[str, int]]]) -> None:
-    for split, places in splits.items():
-        by_shard: dict[str, list[int]] = {}
-        for shard, row in places:
-            by_shard.setdefault(shard, []).append(row)
-        about = {"split": split, "teacher_id": plan.bound.binding.teacher_id}
-        plan.snapshots[split] = make_snapshot(store, table, by_shard, about)
-
-
-def _plan_students(recipe: Recipe, plan: Plan, *, ready: bool, student: str | None) -> None:
+def _plan_students(recipe: Recipe, plan: Plan, *, ready: bool) -> None:
     arms: list[Arm] = ["student", "baseline"] if recipe.evaluate.baseline and recipe.score else ["student"]
     names: dict[Arm, str] = {"student": "train", "baseline": "baseline"}
     pinned = recipe.train.snapshot
     snapshot = pinned or (plan.snapshots["train"].id if "train" in plan.snapshots else None)
     for arm in arms:
         if not ready or snapshot is None:
-            why = "for the rows before it" if not ready else "no training rows: all were rejected or held out"
+            why = "for the rows before it" if not ready else "for training rows: all were rejected or set aside"
             plan.stages.append(StagePlan(name=names[arm], state="waits", why=why))
             continue
-        settings = train_settings(recipe, snapshot, arm, student=student)
+        settings = train_settings(recipe, snapshot, arm)
+        settings["student"]["identity"] = _student_identity(recipe, plan, settings)
         folder = Path(recipe.run.dir) / f"train-{content_id('train', **settings)[:8]}"
         plan.settings[arm], plan.train_dirs[arm] = settings, folder
         plan.stages.append(_student_line(names[arm], recipe, folder, settings))
     _plan_evaluate(recipe, plan)
 
 
-def train_settings(recipe: Recipe, snapshot: str, arm: Arm, *, student: str | None) -> dict[str, Any]:
+def train_settings(recipe: Recipe, snapshot: str, arm: Arm) -> dict[str, Any]:
     """What decides a student: its hash names the folder, and a change in it is why a student is trained again."""
     loss = recipe.loss.model_dump(mode="json")
     if arm == "baseline" or recipe.score is None:
@@ -246,12 +273,27 @@ def train_settings(recipe: Recipe, snapshot: str, arm: Arm, *, student: str | No
     )
     return {
         "snapshot": snapshot,
-        "student": recipe.student.model_dump(mode="json") | {"identity": student},
+        "student": recipe.student.model_dump(mode="json"),
         "loss": loss,
         "train": train,
         "run": {"seed": recipe.run.seed},
         "score": {"k": recipe.score.k} if recipe.score and arm == "student" else None,
     }
+
+
+def _student_identity(recipe: Recipe, plan: Plan, settings: dict[str, Any]) -> str | None:
+    """Of the student named now; where it is gone, of the one that a run with these settings began with."""
+    try:
+        return student_id(recipe, write=plan.write)
+    except UsageError:
+        for file in Path(recipe.run.dir).glob("train-*/settings.json"):
+            begun = json.loads(file.read_text())["settings"]
+            identity = begun["student"].pop("identity", None)
+            if begun == settings:
+                return str(identity)
+        if plan.write:
+            raise
+        return None
 
 
 def _student_line(name: str, recipe: Recipe, folder: Path, settings: dict[str, Any]) -> StagePlan:
@@ -280,16 +322,20 @@ def _plan_evaluate(recipe: Recipe, plan: Plan) -> None:
     if recipe.data.holdout == 0:
         return
     trained = [s for s in plan.stages if s.name in ("train", "baseline")]
-    if "test" not in plan.snapshots or any(s.state == "waits" for s in trained):
-        plan.stages.append(StagePlan(name="evaluate", state="waits", why="for the student"))
+    if any(s.state == "waits" for s in trained) or "test" not in plan.snapshots:
+        lacks = "for held-out rows: all were rejected or left out"
+        why = "for the student" if any(s.state == "waits" for s in trained) else lacks
+        plan.stages.append(StagePlan(name="evaluate", state="waits", why=why))
         return
     test = plan.snapshots["test"]
     folders = {arm: path.name for arm, path in plan.train_dirs.items()}
-    plan.evaluation_id = content_id("evaluate", test=test.id, arms=folders, how=recipe.evaluate.model_dump())
+    how = recipe.evaluate.model_dump(mode="json")
+    references = plan.bound.binding.data_id if recipe.evaluate.generate else None
+    plan.evaluation_id = content_id("evaluate", test=test.id, arms=folders, how=how, references=references)
+    ready = all(s.state == "done" for s in trained)
     file = plan.train_dirs["student"] / "evaluation.json"
-    if all(s.state == "done" for s in trained) and file.is_file():
-        if json.loads(file.read_text()).get("id") == plan.evaluation_id:
-            plan.stages.append(StagePlan(name="evaluate", state="done", planned=test.rows, committed=test.rows))
-            return
-    why = "" if all(s.state == "done" for s in trained) else "the student is trained first"
+    if ready and file.is_file() and json.loads(file.read_text())["id"] == plan.evaluation_id:
+        plan.stages.append(StagePlan(name="evaluate", state="done", planned=test.rows, committed=test.rows))
+        return
+    why = "" if ready else "the student is trained first"
     plan.stages.append(StagePlan(name="evaluate", state="to do", planned=test.rows, pending=test.rows, why=why))

@@ -41,12 +41,12 @@ class StageProcess:
         """Wait for the answer and for the group's end.
 
         Raises:
-            StillroomError: the stage failed, was stopped or died.
+            Stopped: a signal came; also where the stage was done before it could stop, so that no other one starts.
+            StillroomError: the stage failed or died.
         """
         before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            self._line.sendall(json.dumps(self._message).encode() + b"\n")
-            answer = self._wait()
+            answer = self._talk()
         finally:
             end_group(self.group)
             self._process.wait()
@@ -61,13 +61,26 @@ class StageProcess:
             self._deadline = time.monotonic() + GRACE_SECONDS
             self._process.send_signal(signal.SIGTERM)
 
+    def _talk(self) -> dict[str, Any] | None:
+        """Hand over the job; the answer, or None where there is none."""
+        try:
+            self._line.sendall(json.dumps(self._message).encode() + b"\n")
+            return self._wait()
+        except ConnectionError:  # it died before it read its job
+            return None
+
     def _wait(self) -> dict[str, Any] | None:
         self._line.settimeout(0.2)
-        received = b""
+        received, died = b"", False
         while self._signals < 2 and time.monotonic() < self._deadline:
             try:
                 chunk = self._line.recv(1 << 20)
             except TimeoutError:
+                # Children that it forked may hold the socket open, so its death need not end the line. Nothing came
+                # after it was seen dead: all that it sent is read.
+                if died:
+                    break
+                died = self._process.poll() is not None
                 continue
             received += chunk
             if not chunk or received.endswith(b"\n"):
@@ -75,7 +88,7 @@ class StageProcess:
         return json.loads(received) if received.endswith(b"\n") else None
 
     def _checked(self, answer: dict[str, Any] | None) -> dict[str, Any]:
-        if self._signals and (answer is None or "error" in answer):
+        if self._signals:
             raise Stopped("stopped by a signal; finished rows are kept. Run the same command to go on.")
         if answer is None:
             raise StillroomError(

@@ -45,6 +45,10 @@ def run(recipe: Recipe, *, until: str | None = None, only: str | None = None, qu
     plan = make_plan(recipe, write=True)
     _keep_models(plan, store)
     write_down(recipe, plan.bound.binding)
+    if only is not None and plan.stage(only) is None:
+        raise UsageError(
+            f"--only {only}: this recipe has no such stage. It has {', '.join(s.name for s in plan.stages)}."
+        )
     for line in [s.name for s in plan.stages]:
         stage = "train" if line == "baseline" else line
         if stage not in names:
@@ -72,6 +76,8 @@ def _chosen(until: str | None, only: str | None) -> tuple[str, ...]:
     for name in (until, only):
         if name is not None and name not in ORDER:
             raise UsageError(f"no stage {name!r}. The stages are {', '.join(ORDER)}.")
+    if only is not None and until is not None:
+        raise UsageError("--only and --until: give one of them.")
     if only is not None:
         return (only,)
     return ORDER[: ORDER.index(until) + 1] if until else ORDER
@@ -98,7 +104,7 @@ def _run_stage(recipe: Recipe, plan: Plan, store: Store, name: str, quiet: bool)
     arm: Arm = "baseline" if name == "baseline" else "student"
     stage = "train" if name == "baseline" else name
     if stage in ("data", "generate", "score") and plan.bound.teacher is None:
-        raise UsageError(f"{name}: there is work to do, and teacher or data are not here. Run it where they are.")
+        raise UsageError(f"{name}: there is work to do, but teacher or data are not here: {plan.bound.missing}")
     for snapshot in plan.snapshots.values():
         save_snapshot(store, snapshot)
     if stage == "train":

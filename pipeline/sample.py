@@ -1,6 +1,6 @@
 """One sample of a store, token by token: what is there, what the teacher thought, what is scored."""
 
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,31 +18,37 @@ def find_row(store: Store, key: str | None) -> dict[str, Any]:
     """A soft-target row by key (hex, any unique beginning), else the first; a generation where nothing is scored.
 
     Raises:
-        UsageError: no such row.
+        UsageError: no such row, or more than one.
     """
-    for table in ("soft_targets", "generations"):
-        index = store.index(table, ["key"])
-        for found, shard, row in zip(*(index[c].to_pylist() for c in ("key", "shard", "row")), strict=True):
-            if key is None or found.hex().startswith(key.lower()):
-                return next(iter(store.rows(table, {shard: [row]}))) | {"table": table}
-    wanted = f"a row whose key begins with {key}" if key else "any row"
-    raise UsageError(
-        f"{store.root}: no {wanted} in soft_targets or generations. List keys with `stillroom query STORE "
-        '"SELECT hex(key) FROM soft_targets"`.'
-    )
+    begin = (key or "").lower()
+    matches = [
+        (table, shard, row)
+        for table in ("soft_targets", "generations")
+        for found, shard, row in _keys(store, table)
+        if found.hex().startswith(begin)
+    ]
+    how = 'List keys with `stillroom query STORE "SELECT hex(key) FROM soft_targets"`.'
+    if not matches:
+        wanted = "any row" if key is None else f"a row whose key begins with {key}"
+        raise UsageError(f"{store.root}: no {wanted} in soft_targets or generations. {how}")
+    if key is not None and len(matches) > 1:
+        raise UsageError(f"{store.root}: {len(matches)} rows have keys that begin with {key!r}. Give more of it. {how}")
+    table, shard, row = matches[0]
+    return next(iter(store.rows(table, {shard: [row]}))) | {"table": table}
+
+
+def _keys(store: Store, table: TableName) -> Iterator[tuple[bytes, str, int]]:
+    index = store.index(table, ["key"])
+    return zip(*(index[c].to_pylist() for c in ("key", "shard", "row")), strict=True)
 
 
 def tokenizer_of(store: Store, row: dict[str, Any]) -> Any:
-    """The tokenizer kept with the row's teacher or author; None if the store has none (given text)."""
+    """The tokenizer kept with the row's teacher or author; None if the store has none (given text has no model)."""
     from tokenizers import Tokenizer
 
-    name = row.get("teacher_id") or row["author_id"]
-    folders = [store.root / "teachers" / name, *sorted((store.root / "teachers").glob("*"))]
-    return next((Tokenizer.from_file(str(f / "tokenizer.json")) for f in folders if _has_tokenizer(f)), None)
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return (folder / "tokenizer.json").is_file()
+    name = row["teacher_id"] if row["table"] == "soft_targets" else row["author_id"]
+    file = store.root / "teachers" / name / "tokenizer.json"
+    return Tokenizer.from_file(str(file)) if file.is_file() else None
 
 
 def describe(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
@@ -78,7 +84,7 @@ def _position(targets: SoftTargets, n: int, index: int, tokenizer: Any) -> dict[
 
 def _show(tokenizer: Any, token: int) -> str:
     piece = tokenizer.id_to_token(token) if tokenizer else None
-    return str(token) if piece is None else str(piece)
+    return f"[{token}]" if piece is None else str(piece)
 
 
 def render(sample: dict[str, Any]) -> list[Any]:

@@ -14,10 +14,10 @@ import traceback
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..stages.identity import FileHashes
+from ..stages.identity import FileHashes, Identity
 from ..stages.job import Job, StageResult, StopFlag
 from ..stages.sections import Recipe
-from ..storage.errors import StillroomError
+from ..storage.errors import StillroomError, Stopped
 from .binding import author_identity, teacher_identity
 from .progress import StageProgress
 
@@ -27,7 +27,11 @@ JOB_FD = "STILLROOM_JOB_FD"
 def main() -> None:
     """Do one job; the exit status is the answer's, the answer says more."""
     line = socket.socket(fileno=int(os.environ.pop(JOB_FD)))
-    message = json.loads(line.makefile("r").readline())
+    line.set_inheritable(False)  # what the stage starts must not keep the line open after its death
+    job = line.makefile("r").readline()
+    if not job:  # the runner was stopped before it said what to do
+        sys.exit(Stopped.exit_code)
+    message = json.loads(job)
     threading.Thread(target=_die_with_runner, args=(line,), daemon=True).start()
     stop = StopFlag()
     stop.listen()
@@ -94,13 +98,25 @@ def _run(message: dict[str, Any], progress: StageProgress, stop: StopFlag) -> St
 def _run_teacher(stage: str, job: Job) -> StageResult:
     hashes = FileHashes(job.recipe.storage.dir, remember=True)
     teacher = teacher_identity(job.recipe, hashes, download=True)
+    _check_planned(teacher, job.teacher_id, "teacher")
     if stage == "score":
         from ..stages import score
 
         return score.run(job, teacher)
     from ..stages import generate
 
-    return generate.run(job, author_identity(job.recipe, teacher, hashes, download=True))
+    author = author_identity(job.recipe, teacher, hashes, download=True)
+    _check_planned(author, job.author_id, "generate.model")
+    return generate.run(job, author)
+
+
+def _check_planned(model: Identity, planned: str, field: str) -> None:
+    """Rows are kept under the planned identity, so nothing else may be loaded."""
+    if model.id != planned:
+        raise StillroomError(
+            f"{field}: the files in {model.folder} changed since the plan was made (planned {planned[:8]}, "
+            f"found {model.id[:8]}). Run the same command again."
+        )
 
 
 def _answer(result: StageResult) -> dict[str, Any]:

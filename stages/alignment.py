@@ -15,6 +15,12 @@ from typing import Any, TypeVar
 Array = TypeVar("Array", bound=Any)
 
 
+def scored_span(prompt_tokens: int, total_tokens: int) -> tuple[int, int]:
+    """Start and length of what is scored after a prompt: nothing precedes the first token of a text without one."""
+    start = max(prompt_tokens, 1)
+    return start, max(total_tokens - start, 0)
+
+
 def predicting_positions(span_start: int, span_tokens: int) -> slice:
     """Positions whose hidden states predict the scored span; as many as it has tokens.
 

@@ -4,30 +4,22 @@ Given text (formats text, completion, and answers that came with the data when n
 too and becomes generations rows whose author is the data, so that later stages know one kind of row only.
 """
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 
-from ..storage.errors import UsageError
+from ..storage.errors import StillroomError, UsageError
 from ..storage.keys import content_id, content_key
 from ..storage.store import Store
 from .identity import FileHashes, Identity
 from .job import Job, StageResult
 from .rendering import Renderer, RowError
-from .sections import Data, Recipe
+from .sections import COLUMNS, Data, Recipe
 from .sources import fingerprint, records
 from .writing import about, commit_limits
-
-_REQUIRED = {
-    "text": ("text",),
-    "prompt": ("prompt",),
-    "completion": ("prompt", "completion"),
-    "messages": ("messages",),
-    "instruction": ("instruction",),
-}
 
 
 def given_text(recipe: Recipe) -> bool:
@@ -42,20 +34,26 @@ def given_author_id(recipe: Recipe, teacher: Identity) -> str:
         tokenizer=teacher.tokenizer_id,
         template=teacher.template_id,
         chat_template_kwargs=recipe.data.chat_template_kwargs,
-        window_tokens=window_tokens(recipe.data, teacher),
+        window_tokens=window_tokens(recipe.data, teacher.context_tokens),
     )
 
 
-def window_tokens(data: Data, teacher: Identity) -> int:
-    """Tokens of one window of long text."""
-    return min(data.window_tokens or teacher.context_tokens, teacher.context_tokens)
+def window_tokens(data: Data, context_tokens: int) -> int:
+    """Tokens of one window of long text, for a teacher that reads `context_tokens` at once."""
+    return min(data.window_tokens or context_tokens, context_tokens)
 
 
 def inputs_id(recipe: Recipe, teacher: Identity, hashes: FileHashes) -> str:
     """Name of the inputs record: what the source holds now, and how it is read."""
+    author = given_author_id(recipe, teacher)
+    return _inputs_id(recipe, hashes, author_id=author, context_tokens=teacher.context_tokens)
+
+
+def _inputs_id(recipe: Recipe, hashes: FileHashes, *, author_id: str, context_tokens: int) -> str:
     how = recipe.data.model_dump(exclude={"source", "chat_template_kwargs", "window_tokens"})
-    author = given_author_id(recipe, teacher) if given_text(recipe) else None
-    return content_id("inputs", source=fingerprint(recipe.data, hashes), how=how, author=author)
+    # The context decides which given completions are too long, whatever the window.
+    text = {"author": author_id, "context": context_tokens} if given_text(recipe) else None
+    return content_id("inputs", source=fingerprint(recipe.data, hashes), how=how, text=text)
 
 
 def run(job: Job) -> StageResult:
@@ -63,6 +61,7 @@ def run(job: Job) -> StageResult:
 
     Raises:
         UsageError: the source is missing or empty, lacks a column, or the holdout leaves nothing to train on.
+        StillroomError: the source is no longer what the job's `data_id` names.
     """
     recipe, data = job.recipe, job.recipe.data
     store = Store.open(recipe.storage.dir)
@@ -75,7 +74,7 @@ def run(job: Job) -> StageResult:
         prompts = stack.enter_context(store.writer("prompts", about=about("data", recipe, settings), limits=limits))
         rejects = stack.enter_context(store.writer("rejects", about=about("data", recipe, settings), limits=limits))
         text = _GivenText(job, store, stack) if given_text(recipe) else None
-        for source, record in _limited(data):
+        for source, record in islice(records(data), data.limit):
             job.stop.check()
             try:
                 row = prompt_row(record, source, data, given=text is not None)
@@ -88,6 +87,7 @@ def run(job: Job) -> StageResult:
             rows.setdefault(row["key"], Prompt(row["prompt_key"], windows))
             job.progress.advance()
     _refuse_empty(data, rows, rejected)
+    _refuse_changed(job)
     table = _with_splits(rows, data.holdout)
     store.put_inputs(job.data_id, table, {"source": data.source, "rejected": rejected, "format": data.format})
     return StageResult(rows=len(rows), rejected=rejected, tokens=text.tokens if text else 0)
@@ -97,7 +97,7 @@ def survey(recipe: Recipe) -> tuple[pa.Table, int]:
     """What `run` would make of the source, without writing: the inputs table (windows unknown) and the rejects."""
     rows: dict[bytes, Prompt] = {}
     rejected = 0
-    for source, record in _limited(recipe.data):
+    for source, record in islice(records(recipe.data), recipe.data.limit):
         try:
             row = prompt_row(record, source, recipe.data, given=given_text(recipe))
         except RowError:
@@ -132,11 +132,12 @@ def prompt_row(record: dict[str, Any] | str, source: str, data: Data, *, given: 
         "source": source,
     }
     row |= _FORMATS[data.format](record)
-    answer = row.pop("answer", None)
+    answer, reference = row.pop("answer", None), record.get("reference") or None
     if given and data.format != "text":
         row["completion"] = _text(answer, "completion", "no answer to score, and no `generate` section to make one")
-    elif answer is not None:
-        row["reference"] = _text(answer, "reference", "an empty reference")
+    else:
+        reference = reference or answer or None
+    row["reference"] = None if reference is None else _text(reference, "reference")
     prompt = {"text": row["text"], "messages": row["messages"], "pair": row["text_pair"]}
     row["prompt_key"] = content_key("prompt", **prompt)
     rest = {k: row[k] for k in ("format", "completion", "reference", "label")}
@@ -146,20 +147,20 @@ def prompt_row(record: dict[str, Any] | str, source: str, data: Data, *, given: 
 
 def _columns(record: dict[str, Any], data: Data) -> dict[str, str]:
     """Our name -> the record's column."""
-    optional = ("input", "output", "reference")
-    names = {n: data.columns.get(n, n) for n in (*_REQUIRED[data.format], *optional, *data.columns)}
-    missing = [theirs for ours, theirs in names.items() if theirs not in record and ours not in optional]
+    required, optional = COLUMNS[data.format]
+    names = {n: data.columns.get(n, n) for n in (*required, *optional)}
+    missing = [names[n] for n in required if names[n] not in record]
     if missing:
         raise RowError(
             "missing_column",
             f"no column {missing[0]!r} (found {', '.join(map(repr, record)) or 'nothing'}). "
-            f"Name it in data.columns, for example {{{next(iter(_REQUIRED[data.format]))}: ...}}",
+            f"Name it in data.columns, for example {{{required[0]}: ...}}",
         )
     return {ours: theirs for ours, theirs in names.items() if theirs in record}
 
 
 def _prompt(record: dict[str, Any]) -> dict[str, Any]:
-    return {"text": _text(record["prompt"], "prompt"), "answer": record.get("reference")}
+    return {"text": _text(record["prompt"], "prompt")}
 
 
 def _completion(record: dict[str, Any]) -> dict[str, Any]:
@@ -169,22 +170,20 @@ def _completion(record: dict[str, Any]) -> dict[str, Any]:
 def _messages(record: dict[str, Any]) -> dict[str, Any]:
     messages = record["messages"]
     try:
-        messages = [{"role": str(m["role"]), "content": _text(m["content"], "content")} for m in messages]
+        messages = [{"role": _text(m["role"], "role"), "content": _text(m["content"], "content")} for m in messages]
     except (TypeError, KeyError) as error:
         raise RowError("unreadable", f"messages must be a list of {{role, content}} ({error!r})") from error
     answer = messages.pop()["content"] if messages and messages[-1]["role"] == "assistant" else None
     if not messages:
         raise RowError("empty", "the conversation has no message to answer")
-    return {"messages": messages, "answer": record.get("reference", answer)}
+    return {"messages": messages, "answer": answer}
 
 
 def _instruction(record: dict[str, Any]) -> dict[str, Any]:
-    parts = [_text(record["instruction"], "instruction"), record.get("input") or ""]
-    content = "\n".join(p for p in parts if p)
-    return {
-        "messages": [{"role": "user", "content": content}],
-        "answer": record.get("output") or record.get("reference"),
-    }
+    content = _text(record["instruction"], "instruction")
+    if record.get("input") not in (None, ""):
+        content += "\n" + _text(record["input"], "input")
+    return {"messages": [{"role": "user", "content": content}], "answer": record.get("output")}
 
 
 def _document(record: dict[str, Any]) -> dict[str, Any]:
@@ -212,13 +211,6 @@ def _text(value: Any, name: str, if_empty: str | None = None) -> str:
     return value
 
 
-def _limited(data: Data) -> Iterator[Any]:
-    for number, record in enumerate(records(data)):
-        if number == data.limit:
-            return
-        yield record
-
-
 def _reject(source: str, record: Any, error: RowError) -> dict[str, Any]:
     key = content_key("reject", source=source, record=str(record))
     row = {"key": key, "stage": "data", "prompt_key": None, "reason": error.reason, "attempts": 1}
@@ -235,6 +227,14 @@ def _refuse_empty(data: Data, rows: dict[bytes, Prompt], rejected: int) -> None:
             f"data.holdout: {data.holdout} of {prompts} prompts leaves nothing to train on. "
             f"Use {prompts // 10} or fewer, or more data."
         )
+
+
+def _refuse_changed(job: Job) -> None:
+    """What was read must be what the plan named: else changed prompts would stand under the old name for good."""
+    hashes = FileHashes(job.recipe.storage.dir, remember=False)
+    now = _inputs_id(job.recipe, hashes, author_id=job.author_id, context_tokens=job.context_tokens)
+    if now != job.data_id:
+        raise StillroomError(f"data.source: {job.recipe.data.source} changed while it was read. Run again.")
 
 
 def _with_splits(rows: dict[bytes, Prompt], holdout: int) -> pa.Table:
@@ -260,7 +260,7 @@ class _GivenText:
         self._renderer = Renderer(folder, data.chat_template_kwargs)
         self._author = job.author_id
         self._context = job.context_tokens
-        self._window = min(data.window_tokens or job.context_tokens, job.context_tokens)
+        self._window = window_tokens(data, job.context_tokens)
         settings = {"window_tokens": self._window, "chat_template_kwargs": data.chat_template_kwargs}
         shard_about = about("data", job.recipe, settings, author_id=job.author_id)
         writer = store.writer("generations", about=shard_about, limits=commit_limits(job.recipe))

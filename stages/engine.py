@@ -1,9 +1,9 @@
 """What `generate` asks of an engine that writes text: requests in, completions out as they finish, in any order."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Protocol
 
 from ..storage.errors import UsageError
 from .identity import Identity
@@ -33,8 +33,12 @@ class Completion:
 class Engine(Protocol):
     """A loaded model that writes."""
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """Completions in the order they finish; draws from `requests` as places become free."""
+    def generate(self, requests: Iterable[Request], heartbeat: Callable[[], None]) -> Iterator[Completion]:
+        """Completions in the order they finish; draws from `requests` as places become free.
+
+        `heartbeat` is called at every step (one more token for every row in flight), when all that finished before
+        has been handed out; what it raises leaves the engine.
+        """
 
 
 def choose_engine(name: str | None) -> str:
@@ -61,8 +65,3 @@ def open_engine(name: str, author: Identity, settings: Generate) -> Engine:
     from .engine_hf import HfEngine
 
     return HfEngine(author, settings)
-
-
-def engine_arguments(settings: Generate, known: dict[str, Any]) -> dict[str, Any]:
-    """`generate.engine_args` over an engine's own defaults."""
-    return known | settings.engine_args

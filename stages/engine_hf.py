@@ -4,20 +4,31 @@ Sampling is by the Gumbel-max trick: argmax of log p + g with g standard Gumbel 
 from each row's own seed, so a row's text does not depend on which rows ran beside it, up to the last bit of the logits.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
+from ..storage.errors import UsageError
 from .engine import Completion, Request
 from .identity import Identity
 from .rendering import Renderer
 from .requests import author_context
 from .sections import Generate
 from .teacher import load_causal_lm
+
+ARGUMENTS = ("batch_size", "max_model_len")
 
 
 class _RowNoise(LogitsProcessor):
@@ -31,19 +42,55 @@ class _RowNoise(LogitsProcessor):
         return torch.log_softmax(scores.float(), -1) + torch.from_numpy(noise).to(scores.device, torch.float32)
 
 
+class _Ends(StoppingCriteria):
+    """Where each row of a batch ends: with an end id, or once a stop string stands in its completion.
+
+    `lengths` holds the completion tokens of the rows that ended. What transformers writes behind an end is not read, so
+    no id has to mean padding; and text is looked for in completions only, never across the end of a prompt.
+    """
+
+    def __init__(self, rows: int, ended: Callable[[list[int]], bool], *, start: int, step: Callable[[], None]) -> None:
+        self.lengths: list[int | None] = [None] * rows
+        self._ended = ended
+        self._start = start
+        self._step = step
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        self._step()
+        for row, ids in enumerate(input_ids[:, self._start :].tolist()):
+            if self.lengths[row] is None and self._ended(ids):
+                self.lengths[row] = len(ids)
+        return torch.tensor([length is not None for length in self.lengths], device=input_ids.device)
+
+
+def _check_arguments(arguments: dict[str, Any]) -> None:
+    unknown = sorted(arguments.keys() - set(ARGUMENTS))
+    if unknown:
+        raise UsageError(
+            f"generate.engine_args: the hf engine has no argument {unknown[0]!r}; it has {' and '.join(ARGUMENTS)}. "
+            "Remove it, or use generate.engine=vllm."
+        )
+    rows = arguments.get("batch_size", 1)
+    if type(rows) is not int or rows < 1:
+        raise UsageError(f"generate.engine_args: batch_size must be a whole number of at least 1 (got {rows!r}).")
+
+
 class HfEngine:
     """One model in transformers."""
 
     def __init__(self, author: Identity, settings: Generate) -> None:
+        _check_arguments(settings.engine_args)
         self._model = load_causal_lm(author)
         self._tokenizer = Renderer(author.folder, {}).tokenizer
         self._settings = settings
         self._context = author_context(settings, author.context_tokens)
-        self._batch = int(settings.engine_args.get("batch_size", 32))
-        ends = self._model.generation_config.eos_token_id
-        self._ends = set(ends) if isinstance(ends, list) else {ends}
+        self._batch = settings.engine_args.get("batch_size", 32)
+        own: Any = self._model.generation_config
+        self._ends = set(own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]) - {None}
+        # Replaced, not passed: transformers fills what is not given (a repetition penalty, say) from the model's own.
+        self._model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+    def generate(self, requests: Iterable[Request], heartbeat: Callable[[], None]) -> Iterator[Completion]:
         """Batches of prompts of like length; a batch's completions come out together.
 
         A row that the context will cut short is written alone: beside others it would be cut where the longest is.
@@ -54,33 +101,30 @@ class HfEngine:
             pool.sort(key=lambda r: len(r.prompt_ids))
             fitting = [r for r in pool if len(r.prompt_ids) <= room]
             for start in range(0, len(fitting), self._batch):
-                yield from self._run(fitting[start : start + self._batch])
+                yield from self._run(fitting[start : start + self._batch], heartbeat)
             for request in pool[len(fitting) :]:
-                yield from self._run([request])
+                yield from self._run([request], heartbeat)
 
     @torch.inference_mode()
-    def _run(self, batch: list[Request]) -> Iterator[Completion]:
+    def _run(self, batch: list[Request], heartbeat: Callable[[], None]) -> Iterator[Completion]:
         longest = max(len(r.prompt_ids) for r in batch)
         ids = torch.zeros(len(batch), longest, dtype=torch.long)
         mask = torch.zeros_like(ids)
         for row, request in enumerate(batch):
             ids[row, longest - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
             mask[row, longest - len(request.prompt_ids) :] = 1
+        ends = _Ends(len(batch), self._ended, start=longest, step=heartbeat)
         device = self._model.device
         model: Any = self._model
         output = model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
-            do_sample=False,
-            num_beams=1,
             max_new_tokens=min(self._settings.max_tokens, self._context - longest),
             logits_processor=self._processors([r.seed for r in batch]),
-            pad_token_id=0,
-            stop_strings=list(self._settings.stop) or None,
-            tokenizer=self._tokenizer if self._settings.stop else None,
+            stopping_criteria=StoppingCriteriaList([ends]),
         )
-        for row, request in enumerate(batch):
-            yield self._completion(request, output[row, longest:].tolist())
+        for request, ids, length in zip(batch, output[:, longest:].tolist(), ends.lengths, strict=True):
+            yield self._completion(request, ids[:length], "length" if length is None else "stop")
 
     def _processors(self, seeds: list[int]) -> LogitsProcessorList:
         s = self._settings
@@ -91,18 +135,18 @@ class HfEngine:
             warpers.append(TopPLogitsWarper(s.top_p))
         return LogitsProcessorList([*warpers, _RowNoise(seeds)])
 
-    def _completion(self, request: Request, ids: list[int]) -> Completion:
-        """Cut the padding that a batch leaves behind a row that ended early."""
-        end = next((i + 1 for i, token in enumerate(ids) if token in self._ends), None)
-        text = str(self._tokenizer.decode(ids[:end], skip_special_tokens=True))
-        stop = min((text.find(s) for s in self._settings.stop if s in text), default=None)
-        if end is None and stop is not None:
-            end = next(i for i in range(1, len(ids) + 1) if self._stopped(ids[:i]))
-            text = text[:stop]
-        if end is None:
-            return Completion(request.number, ids, text, "length")
-        return Completion(request.number, ids[:end], text, "stop")
+    def _ended(self, ids: list[int]) -> bool:
+        if ids[-1] in self._ends:
+            return True
+        if not self._settings.stop:
+            return False
+        text = self._text(ids)
+        return any(stop in text for stop in self._settings.stop)
 
-    def _stopped(self, ids: list[int]) -> bool:
-        text = self._tokenizer.decode(ids, skip_special_tokens=True)
-        return any(s in text for s in self._settings.stop)
+    def _completion(self, request: Request, ids: list[int], finish_reason: str) -> Completion:
+        text = self._text(ids)
+        cut = min((text.index(stop) for stop in self._settings.stop if stop in text), default=None)
+        return Completion(request.number, ids, text[:cut], finish_reason)
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))

@@ -6,7 +6,7 @@ two candidates are that close. On the CPU in float32 we have not seen it happen;
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from ..storage.errors import UsageError
@@ -15,6 +15,7 @@ from .identity import Identity
 from .sections import Generate
 
 IN_FLIGHT = 1024  # requests the engine holds: enough to keep any batch full, few enough to fit in memory
+UNKNOWN_CONTEXT = 2**31 - 1  # what an identity says where the config names no limit
 
 
 def _prepare_cpu() -> None:
@@ -40,12 +41,13 @@ class VllmEngine:
         arguments: dict[str, Any] = {
             "model": str(author.folder),
             "dtype": author.dtype,
-            "max_model_len": author.context_tokens,
             "seed": 0,
             "enforce_eager": on_cpu,
             "enable_lora": author.adapter is not None,
             "disable_log_stats": True,
         }
+        if author.context_tokens < UNKNOWN_CONTEXT:
+            arguments["max_model_len"] = author.context_tokens
         if on_cpu:
             # A prompt cut in two makes vLLM 0.32 rewind the seeded row's generator, which CPU generators cannot do.
             arguments["enable_chunked_prefill"] = False
@@ -56,7 +58,7 @@ class VllmEngine:
         self._settings = settings
         self._adapter = author.adapter
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+    def generate(self, requests: Iterable[Request], heartbeat: Callable[[], None]) -> Iterator[Completion]:
         """Keep the engine full and hand out completions as they finish."""
         engine = self._llm.llm_engine
         waiting = iter(requests)
@@ -68,6 +70,9 @@ class VllmEngine:
                     more = False
                 elif (refusal := self._submit(request)) is not None:
                     yield Completion(request.number, [], "", "error", refusal)
+            heartbeat()
+            if not engine.has_unfinished_requests():
+                continue  # everything was refused: a step would wait for an answer that never comes
             for output in engine.step():
                 if output.finished:
                     yield self._completion(output)
@@ -79,6 +84,7 @@ class VllmEngine:
         from vllm.sampling_params import RequestOutputKind
 
         s = self._settings
+        # Given in full: of the model's generation_config.json, vLLM then takes the end ids and nothing else.
         sampling = SamplingParams(
             temperature=s.temperature,
             top_p=s.top_p if s.temperature > 0 else 1.0,

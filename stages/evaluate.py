@@ -17,7 +17,7 @@ from ..storage.errors import UsageError
 from ..storage.files import Files
 from ..storage.snapshot import Snapshot, load_snapshot
 from ..storage.store import Store
-from .alignment import predicting_positions, scored_tokens
+from .alignment import predicting_positions, scored_span, scored_tokens
 from .answers import Quiz, prepare_quiz
 from .job import Job, StageResult
 
@@ -92,11 +92,11 @@ class HeldOut:
 
 
 def _with_span(row: dict[str, Any]) -> dict[str, Any]:
-    """One form for both tables. Nothing precedes the first token of a text, so nothing predicts it."""
+    """One form for both tables."""
     if "span_start" in row:
         return row | {"start": row["span_start"]}
-    start = max(row["prompt_tokens"], 1)
-    return row | {"generation_key": row["key"], "start": start, "span_tokens": len(row["token_ids"]) - start}
+    start, span = scored_span(row["prompt_tokens"], len(row["token_ids"]))
+    return row | {"generation_key": row["key"], "start": start, "span_tokens": span}
 
 
 def _students(job: Job, store: Store) -> Arms:

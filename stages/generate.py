@@ -24,48 +24,63 @@ def run(job: Job, author: Identity) -> StageResult:
     Raises:
         UsageError: the author does not load, or the engine's arguments are wrong.
     """
-    recipe, settings = job.recipe, job.recipe.generate
+    settings = job.recipe.generate
     assert settings is not None
-    store = Store.open(recipe.storage.dir)
-    inputs = store.inputs(job.data_id)
-    assert inputs is not None, "the data stage comes first"
-    ledger = generation_ledger(
-        store,
-        recipe,
-        author_id=job.author_id,
-        prompts=prompt_splits(inputs),
-        context_tokens=job.context_tokens,
-    )
+    store = Store.open(job.recipe.storage.dir)
+    ledger = _ledger(job, store)
     work = _Work(job, store, ledger)
     name = choose_engine(settings.engine)
-    job.progress.say(f"loading {author.folder} into {name}")
-    sampling = sampling_settings(settings, recipe.data)
-    shard_about = about(
-        "generate",
-        recipe,
-        sampling | {"max_tokens": settings.max_tokens, "engine": name},
-        author_id=job.author_id,
-        tokenizer_id=author.tokenizer_id,
-        vocab_size=author.vocab_size,
-    )
-    limits = commit_limits(recipe)
+    shard_about, limits = _about(job, author, name), commit_limits(job.recipe)
     with (
         store.writer("generations", about=shard_about, limits=limits) as rows,
         store.writer("rejects", about=shard_about, limits=limits) as rejects,
     ):
+
+        def heartbeat() -> None:
+            """An engine can be busy for minutes before a row is finished; commits and signals do not wait for it."""
+            rows.tick()
+            rejects.tick()
+            job.stop.check()
+
+        job.progress.say(f"loading {author.folder} into {name}")
         engine = open_engine(name, author, settings)
         job.stop.check()
         job.progress.start(total=ledger.planned, unit="rows", done=len(ledger.committed))
-        for completion in engine.generate(work.requests(rejects)):
+        for completion in engine.generate(work.requests(rejects), heartbeat):
             request, prompt_ids = work.taken.pop(completion.number)
             if completion.error is None:
                 rows.add(_row(job, request, prompt_ids, completion))
                 job.progress.advance(tokens=len(completion.token_ids))
             else:
                 rejects.add(work.reject(request, RowError("engine", completion.error)))
-            rows.tick()
-            job.stop.check()
     return StageResult(rows=rows.rows, tokens=rows.tokens, rejected=rejects.rows)
+
+
+def _ledger(job: Job, store: Store) -> Ledger:
+    inputs = store.inputs(job.data_id)
+    assert inputs is not None, "the data stage comes first"
+    return generation_ledger(
+        store,
+        job.recipe,
+        author_id=job.author_id,
+        prompts=prompt_splits(inputs),
+        context_tokens=job.context_tokens,
+    )
+
+
+def _about(job: Job, author: Identity, engine: str) -> dict[str, Any]:
+    """What the shards say about their rows."""
+    settings = job.recipe.generate
+    assert settings is not None
+    sampling = sampling_settings(settings, job.recipe.data)
+    return about(
+        "generate",
+        job.recipe,
+        sampling | {"max_tokens": settings.max_tokens, "engine": engine},
+        author_id=job.author_id,
+        tokenizer_id=author.tokenizer_id,
+        vocab_size=author.vocab_size,
+    )
 
 
 class _Work:
@@ -84,6 +99,7 @@ class _Work:
     def requests(self, rejects: "ShardWriter") -> Iterator[Request]:
         """Rendered requests in the plan's order; what cannot be rendered is rejected on the way."""
         for start in range(0, len(self._pending), READ_AHEAD):
+            self._job.stop.check()
             block = self._pending[start : start + READ_AHEAD]
             prompts = self._prompts(block)
             for number, request in enumerate(block, start):

@@ -16,9 +16,16 @@ from ..storage.files import Files
 from ..storage.keys import canonical_json, content_id
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
-_KEPT_FILES = (*_TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+# No tokenizer by themselves, but they change what one does: the end token may stand here alone.
+_TOKEN_FILES = ("special_tokens_map.json", "added_tokens.json")
+_KEPT_FILES = (*_TOKENIZER_FILES, *_TOKEN_FILES, "tokenizer_config.json", "chat_template.jinja")
 # Fields that say where a file came from or which version wrote it, not what the model computes.
-_NOT_CONTENT = {"transformers_version", "_name_or_path", "_commit_hash", "name_or_path", "local_files_only"}
+_NOT_CONTENT = {"transformers_version", "_name_or_path", "_commit_hash", "name_or_path", "local_files_only"} | {
+    "base_model_name_or_path",
+    "revision",
+    "auto_mapping",
+    "peft_version",
+}
 
 
 class FileHashes:
@@ -120,9 +127,7 @@ def identify(
     template = tokenizer_config.pop("chat_template", None)
     if (folder / "chat_template.jinja").is_file():
         template = (folder / "chat_template.jinja").read_text()
-    tokenizer = {n: hashes.sha256(folder / n) for n in _TOKENIZER_FILES if (folder / n).is_file()}
-    if not tokenizer:
-        raise UsageError(f"{field}: {folder} holds no tokenizer ({', '.join(_TOKENIZER_FILES)}). Save one beside it.")
+    tokenizer = _tokenizer(folder, hashes, field)
     end_tokens = _read_json(folder / "generation_config.json", field, missing={}).get("eos_token_id")
     stored_dtype = str(config.pop("dtype", config.pop("torch_dtype", None)) or "float32")
     parts = {
@@ -131,7 +136,7 @@ def identify(
         "tokenizer": tokenizer | {"config": _content(tokenizer_config)},
         "chat_template": template,
         "end_tokens": end_tokens,
-        "adapter": _weights(adapter, hashes, "teacher.adapter") if adapter else None,
+        "adapter": _adapter(adapter, hashes) if adapter else None,
         "dtype": stored_dtype if dtype == "auto" else dtype,
     }
     text_config = config.get("text_config", config)
@@ -162,6 +167,19 @@ def _weights(folder: Path, hashes: FileHashes, field: str) -> dict[str, str]:
     if unreadable:
         raise UsageError(f"{field}: {unreadable[0]} cannot be read. Check its permissions.")
     return {f.name: hashes.sha256(f) for f in files}
+
+
+def _tokenizer(folder: Path, hashes: FileHashes, field: str) -> dict[str, str]:
+    if not any((folder / n).is_file() for n in _TOKENIZER_FILES):
+        raise UsageError(f"{field}: {folder} holds no tokenizer ({', '.join(_TOKENIZER_FILES)}). Save one beside it.")
+    names = (*_TOKENIZER_FILES, *_TOKEN_FILES)
+    return {n: hashes.sha256(folder / n) for n in names if (folder / n).is_file()}
+
+
+def _adapter(folder: Path, hashes: FileHashes) -> dict[str, Any]:
+    """The tensors say what is added, the config how strongly and where (lora_alpha, rank, modules)."""
+    config = _read_json(folder / "adapter_config.json", "teacher.adapter")
+    return {"weights": _weights(folder, hashes, "teacher.adapter"), "config": _content(config)}
 
 
 def _content(config: dict[str, Any]) -> dict[str, Any]:

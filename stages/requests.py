@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from ..storage.errors import UsageError
 from ..storage.keys import content_key
 from ..storage.store import Store
+from .alignment import scored_span
 from .sections import Data, Generate, Recipe, Score
 
 FULL_VOCABULARY = 65_536  # reference targets are the whole distribution up to this vocabulary ...
@@ -75,27 +76,46 @@ class TargetRequest:
         return len(self.token_ids) - self.span_start
 
 
-# Engine arguments that change what a model computes, not how fast.
-_COMPUTES = ("quantization", "kv_cache_dtype", "hf_overrides", "rope_scaling", "speculative_config")
+# Engine arguments that change how fast a model writes or how much it holds; any other may change what it writes.
+_ONLY_SPEED = {
+    "batch_size",
+    "block_size",
+    "data_parallel_size",
+    "disable_log_stats",
+    "distributed_executor_backend",
+    "download_dir",
+    "enable_chunked_prefill",
+    "enable_prefix_caching",
+    "enforce_eager",
+    "gpu_memory_utilization",
+    "max_model_len",  # has rules of its own: see `serves`
+    "max_num_batched_tokens",
+    "max_num_seqs",
+    "pipeline_parallel_size",
+    "swap_space",
+    "tensor_parallel_size",
+}
 
 
 def sampling_settings(generate: Generate, data: Data) -> dict[str, Any]:
     """What decides a completion's text beside author and prompt; greedy ignores top_p and seed."""
     greedy = generate.temperature == 0
+    engine = {name: value for name, value in generate.engine_args.items() if name not in _ONLY_SPEED}
     return {
         "temperature": generate.temperature,
         "top_p": 1.0 if greedy else generate.top_p,
         "seed": 0 if greedy else generate.seed,
         "stop": sorted(generate.stop),
         "chat_template_kwargs": data.chat_template_kwargs,
-        "engine": {k: generate.engine_args[k] for k in _COMPUTES if k in generate.engine_args},
-    }
+    } | ({"engine": engine} if engine else {})
 
 
 def author_context(generate: Generate | None, model_tokens: int) -> int:
     """What the author reads at once: the model's context, or less where the engine is told so."""
     limit = generate.engine_args.get("max_model_len") if generate else None
-    return min(model_tokens, int(limit or model_tokens))
+    if limit is not None and not (isinstance(limit, int) and limit > 1):
+        raise UsageError(f"generate.engine_args: max_model_len must be a number of tokens (got {limit!r}).")
+    return min(model_tokens, limit or model_tokens)
 
 
 def serves(row: dict[str, Any], max_tokens: int, context: int) -> bool:
@@ -188,7 +208,7 @@ def reference_kind(vocab_size: int) -> tuple[str, int]:
 def target_ledger(
     store: Store, recipe: Recipe, *, teacher_id: str, vocab_size: int, generations: list[dict[str, Any]], limit: int
 ) -> tuple[Ledger, list[TargetRequest]]:
-    """The books of `score`, and every request in a fixed order (batches are cut from it, whatever is done already).
+    """The books of `score`, and every request: held-out rows first.
 
     Args:
         store: Holds the generations and the soft targets.
@@ -200,7 +220,7 @@ def target_ledger(
     """
     assert recipe.score is not None
     requests = list(_wanted_targets(recipe, recipe.score, teacher_id, vocab_size, generations))
-    index = store.index("soft_targets", ["reuse_key", "kind", "k", "teacher_id"])
+    index = store.index("soft_targets", ["reuse_key", "kind", "k", "mantissa_bits", "teacher_id"])
     have: dict[bytes, list[dict[str, Any]]] = {}
     for row in index.filter(pc.equal(index["teacher_id"], teacher_id)).to_pylist():
         have.setdefault(row["reuse_key"], []).append(row)
@@ -208,45 +228,58 @@ def target_ledger(
     ledger = Ledger()
     for request in requests:
         found = have.get(request.reuse_key, [])
-        fit = [r for r in found if _covers(r, request)]
+        fit = [r for r in found if _covers(r, request, recipe.storage.mantissa_bits)]
         reason = rejects.get(reject_key(request.reuse_key, limit))
         if fit:
-            best = min(fit, key=lambda r: (r["kind"] != request.kind, r["k"]))
+            best = min(fit, key=lambda r: (r["kind"] != request.kind, r["k"], r["mantissa_bits"]))
             ledger.committed[request.reuse_key] = (best["shard"], best["row"])
             ledger.tokens += request.span_tokens
         elif reason is not None:
             ledger.rejected[reason] += 1
         else:
             ledger.pending.append(request)
-            ledger.why["stored with fewer entries" if found else "new"] += 1
+            ledger.why["stored with fewer entries or bits" if found else "new"] += 1
     return ledger, requests
 
 
-def _covers(row: dict[str, Any], request: TargetRequest) -> bool:
+def _covers(row: dict[str, Any], request: TargetRequest, mantissa_bits: int) -> bool:
+    if row["mantissa_bits"] < mantissa_bits:
+        return False
     return row["kind"] == "full" or (request.kind == "topk" and row["kind"] == "topk" and row["k"] >= request.k)
 
 
 def _wanted_targets(
     recipe: Recipe, score: Score, teacher_id: str, vocab_size: int, generations: list[dict[str, Any]]
 ) -> Iterator[TargetRequest]:
-    """Held-out rows first: a training row with the same tokens as one of them is left out of training."""
+    """Equal tokens are scored once; a training row with the tokens of a held-out one is left out of training."""
     seen: set[bytes] = set()
-    budget = recipe.evaluate.tokens
-    for row in sorted(generations, key=lambda r: (r["split"] != "test", r["prompt_key"], r["key"])):
-        start = max(row["prompt_tokens"], 1)
-        span = len(row["token_ids"]) - start
-        if row["split"] == "test":
-            kind, k = reference_kind(vocab_size)
-            if budget <= 0:
-                continue
-        else:
-            kind, k = str(score.targets), min(score.k, vocab_size)
+    for row in held_out_first(generations, recipe.evaluate.tokens):
+        start, span = scored_span(row["prompt_tokens"], len(row["token_ids"]))
         reuse_key = target_key(teacher_id, row["token_ids"], start)
         if span < 1 or reuse_key in seen:
             continue
         seen.add(reuse_key)
-        budget -= span if row["split"] == "test" else 0
+        wanted = str(score.targets), min(score.k, vocab_size)
+        kind, k = reference_kind(vocab_size) if row["split"] == "test" else wanted
         yield TargetRequest(reuse_key, row["key"], row["prompt_key"], row["token_ids"], start, kind, k, row["split"])
+
+
+def given_rows(store: Store, author_id: str) -> Counter[bytes]:
+    """How many rows of given text the store has, by the key of the prompts row they came from."""
+    index = store.index("generations", ["source_key", "author_id"])
+    return Counter(index.filter(pc.equal(index["author_id"], author_id))["source_key"].to_pylist())
+
+
+def held_out_first(generations: list[dict[str, Any]], budget: int) -> list[dict[str, Any]]:
+    """Held-out rows, in hash order and up to `budget` scored tokens (one row at least), then all training rows."""
+    rows = sorted(generations, key=lambda r: (r["prompt_key"], r["key"]))
+    chosen: list[dict[str, Any]] = []
+    for row in (r for r in rows if r["split"] == "test"):
+        _, span = scored_span(row["prompt_tokens"], len(row["token_ids"]))
+        if not chosen or span <= budget:
+            chosen.append(row)
+            budget -= span
+    return chosen + [r for r in rows if r["split"] != "test"]
 
 
 def _author_rows(store: Store, author_id: str, *, with_tokens: bool = False) -> dict[bytes, list[dict[str, Any]]]:

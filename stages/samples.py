@@ -14,6 +14,7 @@ from ..storage.errors import UsageError
 from ..storage.order import SnapshotReader
 from ..storage.snapshot import Snapshot
 from ..storage.store import Store
+from .alignment import scored_span
 
 _SPAN = {"soft_targets": ("span_start", "span_tokens"), "generations": ("prompt_tokens", "completion_tokens")}
 _TARGETS = ("k", "ids", "logprobs", "tail_logprob", "token_logprob", "entropy")
@@ -117,9 +118,7 @@ class Samples:
             yield self._sample(row)
 
     def _sample(self, row: Mapping[str, Any]) -> Sample:
-        start, span = (int(row[name]) for name in self._span)
-        if start == 0:  # a text without a prompt: nothing predicts its first token
-            start, span = 1, span - 1
+        start, span = scored_span(int(row[self._span[0]]), len(row["token_ids"]))
         targets = SoftTargets.from_row(row).normalised() if self._soft else None
         return Sample(token_ids=row["token_ids"], span_start=start, span_tokens=span, targets=targets)
 

@@ -1,7 +1,7 @@
 """Stage `score`: one forward pass of the teacher over prompt + completion; soft targets at every completion position.
 
-Batches are cut from the whole plan in a fixed order, and one that is not wholly done is scored whole: a run that was
-killed sees the same batches as one that was not, so, sums depending on the batch as they do, it writes the same bits.
+Rows of like length share a forward pass on a GPU. On a CPU, where that gains nothing, each row is alone: its bits then
+do not depend on the rows beside it, and a run that was killed writes what one that was not would have written.
 """
 
 from collections.abc import Iterator
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .head import Head
 
 Batch = list[TargetRequest]
+GPU_BATCH_TOKENS = 8192
 
 
 def run(job: Job, teacher: Identity) -> StageResult:
@@ -35,10 +36,9 @@ def run(job: Job, teacher: Identity) -> StageResult:
         store, recipe, author_id=job.author_id, data_id=job.data_id, context_tokens=job.context_tokens
     )
     limit = teacher.context_tokens
-    ledger, requests = target_ledger(
+    ledger, _ = target_ledger(
         store, recipe, teacher_id=teacher.id, vocab_size=teacher.vocab_size, generations=generations, limit=limit
     )
-    pending = {r.reuse_key for r in ledger.pending}
     settings = {"targets": score.targets, "k": score.k, "temperatures": list(score.temperatures)}
     shard_about = about(
         "score",
@@ -57,9 +57,7 @@ def run(job: Job, teacher: Identity) -> StageResult:
         job.progress.say(f"loading {teacher.folder}")
         scorer = _Scorer(job, teacher)
         job.progress.start(total=ledger.planned, unit="rows", done=len(ledger.committed))
-        for batch in batches(requests, score.batch_tokens):
-            if not any(r.reuse_key in pending for r in batch):
-                continue
+        for batch in batches(ledger.pending, score.batch_tokens or scorer.batch_tokens):
             for request in [r for r in batch if len(r.token_ids) > limit]:
                 message = f"{len(request.token_ids)} tokens; the teacher reads {limit}"
                 rejects.add(_reject(request, limit, "too_long", message))
@@ -95,6 +93,11 @@ class _Scorer:
         check_head(self._model)
         self._head: Head = split_head(self._model)
 
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of a pass where the recipe names none."""
+        return GPU_BATCH_TOKENS if self._model.device.type == "cuda" else 1
+
     def score(self, batch: Batch, rows: "ShardWriter", rejects: "ShardWriter") -> None:
         """Score and hand over a batch; out of memory is answered by halving it and going on."""
         import torch
@@ -104,20 +107,22 @@ class _Scorer:
         try:
             done = self._forward(batch)
         except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            if len(batch) == 1:
-                message = f"{len(batch[0].token_ids)} tokens do not fit in memory, even alone"
-                rejects.add(_reject(batch[0], self._limit, "out_of_memory", message))
-                return
-            self._job.progress.say(f"out of memory at {len(batch)} rows of {len(batch[-1].token_ids)} tokens: halving")
-            half = len(batch) // 2
-            self.score(batch[:half], rows, rejects)
-            self.score(batch[half:], rows, rejects)
-            return
-        for row in done:
-            if rows.add(row):
+            done = None  # and no more in here: the handler keeps the failed pass's tensors alive
+        if done is not None:
+            for row in done:
+                rows.add(row)
                 self._job.progress.advance(tokens=row["span_tokens"])
-        rows.tick()
+            rows.tick()
+            return
+        torch.cuda.empty_cache()
+        if len(batch) == 1:
+            message = f"{len(batch[0].token_ids)} tokens do not fit in memory, even alone"
+            rejects.add(_reject(batch[0], self._limit, "out_of_memory", message))
+            return
+        self._job.progress.say(f"out of memory at {len(batch)} rows of {len(batch[-1].token_ids)} tokens: halving")
+        half = len(batch) // 2
+        self.score(batch[:half], rows, rejects)
+        self.score(batch[half:], rows, rejects)
 
     def _forward(self, batch: Batch) -> list[dict[str, Any]]:
         import torch

@@ -5,15 +5,31 @@ Errors of shape (unknown key, wrong type, out of range) come from these models; 
 """
 
 import re
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from ..storage.keys import canonical_json
 
 
 class Section(BaseModel):
     """Strict and frozen: a misspelt key is an error, not a silent default."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+def _as_json(options: dict[str, Any]) -> dict[str, Any]:
+    try:
+        canonical_json(options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"holds a value that JSON does not have ({error}). Put a date in quotes") from error
+    return options
+
+
+Options = Annotated[dict[str, Any], AfterValidator(_as_json)]
+"""Passed on as they are, hashed and sent to stages: so JSON, while YAML also has dates and infinities."""
 
 
 class Run(Section):
@@ -79,7 +95,7 @@ class Student(Section):
     """Hub revision."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What the forward and backward passes compute in; weights and optimizer state stay float32."""
-    config: dict[str, Any] | None = None
+    config: Options | None = None
     """Fresh weights: the teacher's config with these overrides, and the teacher's tokenizer."""
     lora: Lora | None = None
     """Train an adapter in place of the weights."""
@@ -99,14 +115,14 @@ class Data(Section):
     """Where prompts or texts come from."""
 
     source: str
-    """File, glob, folder (JSON, JSONL, Parquet, text) or Hub dataset id."""
+    """File, glob, folder (JSON, JSONL, Parquet, CSV, text; .md only by file or glob) or Hub dataset id."""
     split: str = "train"
     """Split of a Hub dataset or of a folder saved by `datasets`."""
     format: Literal["text", "prompt", "completion", "messages", "instruction", "labelled"]
     """What one record is."""
     columns: dict[str, str] = {}
     """Our field name -> the source's column, where they differ."""
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: Options = {}
     """Arguments of the tokenizer's chat template."""
     window_tokens: int | None = Field(None, ge=8)
     """Cut long text into windows of this many tokens; null: the teacher's context."""
@@ -135,7 +151,7 @@ class Generate(Section):
     """Strings that end a completion."""
     seed: int = 0
     """Seed of the text; each row's own seed is derived from it and the row's content."""
-    engine_args: dict[str, Any] = {}
+    engine_args: Options = {}
     """Passed to the engine as they are (vLLM: arguments of `LLM`; hf: `batch_size`, `max_model_len`)."""
 
     @field_validator("engine_args")
@@ -173,8 +189,8 @@ class Score(Section):
     """sampled: how to draw."""
     temperatures: list[float] = [1.0]
     """Loss temperatures whose log-normaliser is stored."""
-    batch_tokens: int = Field(8192, ge=1)
-    """Tokens of one forward pass, padding included; halved when memory runs out."""
+    batch_tokens: int | None = Field(None, ge=1)
+    """Tokens of one forward pass, padding included; halved when memory runs out. null: 8192, on CPUs one row."""
 
 
 class Loss(Section):
@@ -310,6 +326,19 @@ NOT_YET: tuple[tuple[str, tuple[Any, ...]], ...] = (
 )
 
 
+COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "text": (("text",), ()),
+    "prompt": (("prompt",), ("reference",)),
+    "completion": (("prompt", "completion"), ()),
+    "messages": (("messages",), ("reference",)),
+    "instruction": (("instruction",), ("input", "output", "reference")),
+}
+"""Format -> our names for what a record must have, and may have."""
+
+# Fields of `score` that mean something for one kind of targets only.
+_ONLY_FOR = {"p": "topp", "k_min": "topp", "rounds": "sampled", "draw": "sampled"}
+
+
 def lookup(recipe: Recipe, path: str) -> Any:
     """The value at a dotted path, None where a section is absent."""
     value: Any = recipe
@@ -325,6 +354,7 @@ def check_together(recipe: Recipe) -> list[tuple[str, str]]:
         for path, values in NOT_YET
         if lookup(recipe, path) in values
     ]
+    errors += _unknown_columns(recipe.data) + (_idle_fields(recipe.score) if recipe.score else [])
     given = recipe.data.format in ("text", "completion")
     if given and recipe.generate is not None:
         errors.append(
@@ -333,7 +363,7 @@ def check_together(recipe: Recipe) -> list[tuple[str, str]]:
                 f"format {recipe.data.format!r} brings its own text. Remove this section, or use format 'prompt'",
             )
         )
-    if recipe.data.format in ("prompt", "messages") and recipe.generate is None:
+    if recipe.data.format == "prompt" and recipe.generate is None:
         errors.append(
             ("generate", f"missing: format {recipe.data.format!r} has prompts only. Add a `generate` section")
         )
@@ -350,3 +380,23 @@ def check_together(recipe: Recipe) -> list[tuple[str, str]]:
     if recipe.score is None and recipe.loss.hard_weight == 0:
         errors.append(("loss.hard_weight", "is 0 and there is no `score` section: nothing to learn. Set it to 1.0"))
     return errors
+
+
+def _unknown_columns(data: Data) -> list[tuple[str, str]]:
+    if data.format not in COLUMNS:
+        return []
+    known = [name for names in COLUMNS[data.format] for name in names]
+    return [
+        ("data.columns", f"unknown name {name!r}. Known for format {data.format!r}: {', '.join(known)}")
+        for name in data.columns
+        if name not in known
+    ]
+
+
+def _idle_fields(score: Score) -> list[tuple[str, str]]:
+    """Settings that these targets would silently ignore."""
+    return [
+        (f"score.{name}", f"belongs to targets {kind!r}; this recipe has {score.targets!r}. Remove it")
+        for name, kind in _ONLY_FOR.items()
+        if kind != score.targets and getattr(score, name) != Score.model_fields[name].default
+    ]

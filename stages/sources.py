@@ -1,7 +1,9 @@
 """Reading records from wherever they are: JSON, JSONL, Parquet, text files, saved `datasets` folders, the Hub."""
 
+import csv
 import glob
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,9 @@ from ..storage.errors import UsageError
 from .identity import FileHashes
 from .sections import Data
 
-_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".txt", ".md")
+_IN_FOLDERS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".txt", ".arrow")
+# A README.md beside the data is not data: .md counts where a file or a glob names it.
+_SUFFIXES = (*_IN_FOLDERS, ".md")
 Record = tuple[str, dict[str, Any] | str]
 """Where it stands ("prompts.jsonl:3") and the record, or in place of it a sentence on why it is unreadable."""
 
@@ -19,28 +23,46 @@ def source_files(source: str) -> list[Path]:
     """The local files a source names, in a fixed order; empty if it is a Hub id.
 
     Raises:
-        UsageError: it looks like a path and nothing is there.
+        UsageError: it looks like a path and nothing is there, or a file cannot be read.
     """
     path = Path(source).expanduser()
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in (*_SUFFIXES, ".arrow"))
+    if path.is_file():
+        found = [path]
+    elif path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.suffix in _IN_FOLDERS)
     else:
-        files = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
+        found = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+    files = [p for p in found if not p.is_dir()]
+    for file in files:
+        _refuse_unreadable(file)
     if files:
         return files
     if source.startswith((".", "/", "~")) or path.suffix in _SUFFIXES or source.count("/") != 1 or path.is_dir():
         raise UsageError(
             f"data.source: nothing to read at {source} (looked in {Path.cwd()}). "
-            f"Name a file, a glob or a folder of {', '.join(_SUFFIXES)}, or a Hub dataset id."
+            f"Name a file, a glob or a folder of {', '.join(_IN_FOLDERS)} (.md only by file or glob), "
+            "or a Hub dataset id."
         )
     return []
 
 
+def _refuse_unreadable(file: Path) -> None:
+    if not file.is_file():
+        problem = "is a broken link or no regular file. Remove it, or name the files to read"
+    elif file.suffix not in _SUFFIXES:
+        problem = f"has an ending that nothing here reads. Expected {', '.join(_SUFFIXES)}"
+    elif not os.access(file, os.R_OK):
+        problem = "cannot be read. Check its permissions"
+    else:
+        return
+    raise UsageError(f"data.source: {file} {problem}.")
+
+
 def fingerprint(data: Data, hashes: FileHashes) -> list[str]:
-    """What the source holds now: a hash per local file, or the Hub's commit."""
+    """What the source holds now: kind and hash of every local file, or the Hub's commit."""
     files = source_files(data.source)
     if files:
-        return [hashes.sha256(f) for f in files]
+        return [f"{f.suffix} {hashes.sha256(f)}" for f in files]
     from huggingface_hub import HfApi
 
     try:
@@ -59,9 +81,13 @@ def records(data: Data) -> Iterator[Record]:
         yield from _from_datasets(data, saved=bool(files))
         return
     for file in files:
-        yield from _READERS[file.suffix](file)
+        try:
+            yield from _READERS[file.suffix](file)
+        except (OSError, csv.Error) as error:
+            raise UsageError(f"data.source: {file} cannot be read ({error}). Mend it, or leave it out.") from error
 
 
+# Bytes that are not UTF-8 are let through as surrogates, so that the record they stand in is rejected, not the file.
 def _lines(file: Path) -> Iterator[Record]:
     with file.open(encoding="utf-8", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, 1):
@@ -72,7 +98,7 @@ def _lines(file: Path) -> Iterator[Record]:
 def _parse(line: str) -> dict[str, Any] | str:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return f"not JSON: {error}"
     return record if isinstance(record, dict) else f"a JSON {type(record).__name__}, expected an object"
 
@@ -84,7 +110,7 @@ def _json(file: Path) -> Iterator[Record]:
         return
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(
             f"data.source: {file} is not JSON ({error}). Mend it, or write one object per line."
         ) from error
@@ -103,20 +129,19 @@ def _parquet(file: Path) -> Iterator[Record]:
                 for record in batch.to_pylist():
                     number += 1
                     yield f"{file.name}:{number}", record
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise UsageError(f"data.source: {file} is not readable Parquet ({error}). Write it again.") from error
 
 
 def _csv(file: Path) -> Iterator[Record]:
-    import csv
-
-    with file.open(encoding="utf-8", newline="") as lines:
+    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is less than a long document
+    with file.open(encoding="utf-8", errors="surrogateescape", newline="") as lines:
         for number, record in enumerate(csv.DictReader(lines), 1):
             yield f"{file.name}:{number}", dict(record)
 
 
 def _document(file: Path) -> Iterator[Record]:
-    yield file.name, {"text": file.read_text(encoding="utf-8", errors="replace")}
+    yield file.name, {"text": file.read_text(encoding="utf-8", errors="surrogateescape")}
 
 
 _READERS = {
@@ -139,7 +164,7 @@ def _from_datasets(data: Data, *, saved: bool) -> Iterator[Record]:
             loaded = loaded[data.split] if isinstance(loaded, datasets.DatasetDict) else loaded
         else:
             loaded = datasets.load_dataset(data.source, split=data.split, streaming=True)
+        for number, record in enumerate(loaded, 1):
+            yield f"{data.source}:{number}", dict(record)
     except Exception as error:
-        raise UsageError(f"data.source: `datasets` cannot open {data.source}, split {data.split!r}: {error}") from error
-    for number, record in enumerate(loaded, 1):
-        yield f"{data.source}:{number}", dict(record)
+        raise UsageError(f"data.source: `datasets` cannot read {data.source}, split {data.split!r}: {error}") from error

@@ -65,6 +65,7 @@ class SoftTargets:
             "tail_logprob": round_mantissa(self.tail_logprob, mantissa_bits),
             "token_logprob": round_mantissa(self.token_logprob, mantissa_bits),
             "entropy": round_mantissa(self.entropy, mantissa_bits),
+            "mantissa_bits": mantissa_bits,
             "kept_mass": float(np.minimum(kept, 1.0).mean()) if n else 1.0,
             "k": k,
             "span_tokens": n,

@@ -72,6 +72,7 @@ SCHEMAS: dict[TableName, pa.Schema] = {
             _field("tail_logprob", FLOATS, "[N] log probability outside the entries; -inf if none"),
             _field("token_logprob", FLOATS, "[N] log probability of the token that is there"),
             _field("entropy", FLOATS, "[N] entropy of the full distribution, nats"),
+            _field("mantissa_bits", pa.int32(), "bits of mantissa kept in the floats; 23 is exact float32"),
             _field("kept_mass", pa.float32(), "mean over the row of the probability inside the entries"),
             _field("label", pa.int32(), "gold class index (head: classes)", nullable=True),
         ]

@@ -86,7 +86,7 @@ def test_one_command_from_prompts_to_a_judged_student(tmp_path: Path, teacher: P
     lines = plan(recipe)
     assert (lines["generate"]["committed"], lines["generate"]["pending"]) == (24, 2)
     outcome = run(recipe, "--until", "score")
-    assert outcome["stages"]["generate"]["rows"] == 2
+    assert outcome["stages"]["generate"]["rows"] == outcome["stages"]["score"]["rows"] == 2
     assert Store.open(tmp_path / "store").index("generations", ["key"]).num_rows == 26
 
     status = last_json(stillroom("status", recipe, "--json"))["stages"]
@@ -110,6 +110,8 @@ def test_what_still_serves_is_reused_and_the_plan_says_why_the_rest_is_not(
     assert pending() == (0, 0)
     assert pending("score.k=2") == (0, 0)
     assert pending("score.k=8") == (0, 20)  # held-out rows have the whole distribution already
+    assert pending("storage.mantissa_bits=7") == (0, 0)
+    assert pending("storage.mantissa_bits=23") == (0, 24)  # exact floats were asked for, and are not there
     assert pending("generate.samples=2")[0] == 24
     assert pending("generate.seed=5") == (0, 0)  # greedy text has no seed
     assert pending("generate.temperature=1.0")[0] == 24
@@ -247,3 +249,75 @@ def test_a_read_only_store_keeps_everything_and_says_so(tmp_path: Path, teacher:
     assert "read-only" in done.stderr
     assert "Traceback" not in done.stderr
     assert Store.open(tmp_path / "store").index("generations", ["key"]).equals(before)
+
+
+def test_an_author_with_another_tokenizer_is_refused_by_name(
+    tmp_path: Path, teacher: Path, source: Path, tiny_llama: Callable[..., Path]
+) -> None:
+    author = tiny_llama("author")
+    tokenizer = json.loads((author / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["cat"], vocabulary["dog"] = vocabulary["dog"], vocabulary["cat"]
+    (author / "tokenizer.json").write_text(json.dumps(tokenizer))
+    generate = {"engine": "hf", "model": str(author)}
+    done = stillroom("run", write_recipe(tmp_path, teacher, source, generate=generate), expect=2)
+    assert "generate.model" in done.stderr
+    assert "other tokens" in done.stderr
+
+
+def test_a_pinned_snapshot_trains_on_nothing_it_is_judged_on(
+    tmp_path: Path, teacher: Path, source: Path, tiny_llama: Callable[..., Path]
+) -> None:
+    from stillroom.storage.snapshot import load_snapshot
+
+    recipe = write_recipe(tmp_path, teacher, source)
+    run(recipe)
+    record = json.loads((tmp_path / "run" / "latest" / "train.json").read_text())
+    pin = ("--set", f"train.snapshot={record['snapshot']}", "--set", "data.holdout=12")
+    outcome = run(recipe, *pin)
+    store = Store.open(tmp_path / "store")
+    evaluation = json.loads((Path(outcome["run_dir"]) / "latest" / "evaluation.json").read_text())
+
+    def prompts_of(snapshot_id: str) -> set[bytes]:
+        snapshot = load_snapshot(store, snapshot_id)
+        rows = store.rows("soft_targets", {s.sha256: s.rows for s in snapshot.shards}, ["prompt_key"])
+        return {row["prompt_key"] for row in rows}
+
+    judged = prompts_of(evaluation["measured_on"]["snapshot"])
+    assert judged
+    assert not judged & prompts_of(record["snapshot"])
+    other = tiny_llama("other", seed=5)
+    run(recipe, "--set", f"teacher.model={other}", "--set", "data.holdout=12", "--until", "score")
+    done = stillroom("plan", recipe, *pin, "--set", f"teacher.model={other}", expect=2)
+    assert "train.snapshot" in done.stderr
+
+
+def test_a_changed_reference_is_judged_again(tmp_path: Path, teacher: Path, source: Path) -> None:
+    evaluate = {"tokens": 200, "generate": {"prompts": 3, "max_tokens": 4, "metric": "exact_match"}}
+    recipe = write_recipe(tmp_path, teacher, source, evaluate=evaluate)
+    for reference, state in (("cat", "done"), ("cat", "cached"), ("dog", "done")):
+        write_jsonl(source, [r | {"reference": reference} for r in prompts(24)])
+        outcome = run(recipe)
+        assert states(outcome)["evaluate"] == state
+    assert states(outcome)["train"] == "cached"
+
+
+def test_given_text_that_was_lost_is_made_again(tmp_path: Path, teacher: Path) -> None:
+    records = [r | {"completion": "the dog sat on the mat"} for r in prompts(24)]
+    source = write_jsonl(tmp_path / "pairs.jsonl", records)
+    data = {"source": str(source), "format": "completion", "holdout": 2}
+    recipe = write_recipe(tmp_path, teacher, source, data=data, generate=None)
+    run(recipe, "--until", "score")
+    store = Store.open(tmp_path / "store")
+    store.retire(store.commits("generations")[1], reason="the test lost it")
+    assert plan(recipe)["data"]["pending"] == 8
+    run(recipe, "--until", "score")
+    assert Store.open(tmp_path / "store").index("generations", ["key"]).num_rows == 24
+
+
+def test_only_and_until_do_not_go_together_and_name_stages_of_the_recipe(
+    tmp_path: Path, teacher: Path, source: Path
+) -> None:
+    recipe = write_recipe(tmp_path, teacher, source, score=None, loss={"hard_weight": 1.0})
+    assert "one of them" in stillroom("run", recipe, "--only", "data", "--until", "data", expect=2).stderr
+    assert "no such stage" in stillroom("run", recipe, "--only", "score", expect=2).stderr

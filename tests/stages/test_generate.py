@@ -1,17 +1,29 @@
 """Engines: greedy text equals transformers' own, a row's text is its own, sampling is from the right distribution."""
 
+import json
+import shutil
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from kit import prompts, recipe_tree, write_jsonl
+from tiny_store import SilentProgress
 
+from stillroom.stages import data, generate
 from stillroom.stages.engine import Completion, Request, choose_engine, open_engine
+from stillroom.stages.engine_vllm import VllmEngine
 from stillroom.stages.identity import FileHashes, Identity, identify
-from stillroom.stages.sections import Generate
-from stillroom.storage.errors import UsageError
+from stillroom.stages.job import Job, StopFlag
+from stillroom.stages.sections import Generate, Recipe
+from stillroom.storage.errors import Stopped, UsageError
+from stillroom.storage.store import Store
 
 ENGINES = ["hf", pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.slow])]
 STORIES = "models/stories260k-llama-hd32"
@@ -23,7 +35,7 @@ def author_at(folder: Path, store: Path) -> Identity:
 
 def written(name: str, author: Identity, requests: list[Request], **settings: object) -> dict[int, Completion]:
     engine = open_engine(name, author, Generate.model_validate({"engine": name} | settings))
-    return {c.number: c for c in engine.generate(requests)}
+    return {c.number: c for c in engine.generate(requests, lambda: None)}
 
 
 @pytest.fixture(autouse=True)
@@ -114,3 +126,188 @@ def test_a_row_that_the_context_cuts_does_not_shorten_its_neighbours(
     found = written("hf", author, requests, temperature=0.0, max_tokens=16)
     assert len(found[0].token_ids) == 16 or found[0].finish_reason == "stop"
     assert len(found[1].token_ids) == 24 - 19 or found[1].finish_reason == "stop"
+
+
+CAT_THE, DOG, CAT, THE = "cat the", "dog", 6, 4  # stop strings in the tiny tokenizer's words, and ids of the first
+
+
+def test_rows_end_where_their_own_completion_does(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    """End id 0, prompts that end in the beginning of a stop string; the rows of an endless model say where ends are."""
+    sampled = {"temperature": 1.0, "max_tokens": 16, "engine_args": {"batch_size": 64}}
+    requests = [Request(n, [1, *[5] * (n % 3), CAT], seed=n) for n in range(64)]
+    endless = author_at(tiny_llama("endless", eos_token_id=None), tmp_path)
+    free = written("hf", endless, requests, **sampled)
+    author = author_at(tiny_llama("ends", eos_token_id=0), tmp_path)
+    found = written("hf", author, requests, **sampled, stop=[CAT_THE, DOG])
+    tokenizer = open_engine("hf", author, Generate(engine="hf"))._tokenizer
+    how: Counter[str] = Counter()
+    for number, completion in found.items():
+        ids, kind = free[number].token_ids, "length"
+        assert len(ids) == 16
+        for end in range(1, 17):
+            text = tokenizer.decode(ids[:end], skip_special_tokens=True)
+            if ids[end - 1] == 0 or CAT_THE in text or DOG in text:
+                ids, kind = ids[:end], "end id" if ids[end - 1] == 0 else "stop string"
+                break
+        assert completion.token_ids == ids
+        assert completion.finish_reason == ("length" if kind == "length" else "stop")
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        assert completion.text == text.split(CAT_THE)[0].split(DOG)[0]
+        how[kind] += 1
+    assert len({len(c.token_ids) for c in found.values()}) > 8
+    assert min(how[kind] for kind in ("length", "end id", "stop string")) > 3
+    assert any(c.token_ids[0] == THE and len(c.token_ids) > 1 for c in found.values())  # "cat | the" does not end it
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_stop_string_is_not_found_across_the_end_of_the_prompt(name: str, assets: Path, tmp_path: Path) -> None:
+    author = author_at(assets / STORIES, tmp_path)
+    requests = [Request(0, [1, 403, 407, 261, 378], seed=0)]  # "Once upon a time", which goes on with ", there"
+    free = written(name, author, requests, temperature=0.0, max_tokens=12)
+    assert free[0].text.lstrip().startswith(",")
+    assert written(name, author, requests, temperature=0.0, max_tokens=12, stop=["time, "]) == free
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize("name", ENGINES)
+def test_of_a_models_generation_config_only_the_end_ids_count(name: str, assets: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(assets / STORIES, folder)
+    path = folder / "generation_config.json"
+    requests = [Request(n, [1, 403, 407][: 1 + n], seed=n) for n in range(3)]
+    settings = {"temperature": 1.0, "max_tokens": 24}
+    plain = written(name, author_at(folder, tmp_path), requests, **settings)
+    path.write_text(
+        json.dumps(
+            json.loads(path.read_text())
+            | {"do_sample": True, "repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "top_k": 1, "temperature": 0.1}
+        )
+    )
+    assert written(name, author_at(folder, tmp_path), requests, **settings) == plain
+    end = plain[0].token_ids[4]
+    path.write_text(json.dumps({"eos_token_id": [2, end]}))
+    cut = written(name, author_at(folder, tmp_path), requests, **settings)[0]
+    assert cut.token_ids == plain[0].token_ids[: plain[0].token_ids.index(end) + 1]
+    assert cut.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch": 4}, "no argument 'batch'; it has batch_size and max_model_len"),
+        ({"batch_size": 0}, r"batch_size must be a whole number of at least 1 \(got 0\)"),
+        ({"batch_size": "8"}, r"got '8'"),
+        ({"batch_size": True}, r"got True"),
+    ],
+)
+def test_arguments_that_hf_does_not_know_are_refused(
+    tiny_llama: Callable[..., Path], tmp_path: Path, arguments: dict[str, object], message: str
+) -> None:
+    author = author_at(tiny_llama(), tmp_path)
+    with pytest.raises(UsageError, match=message):
+        open_engine("hf", author, Generate(engine="hf", engine_args=arguments))
+
+
+def idle_vllm(steps: list[list[object]]) -> tuple[VllmEngine, list[str]]:
+    """A VllmEngine on an engine that takes nothing, or works for some steps; and what was called on it."""
+    calls: list[str] = []
+
+    def step() -> list[object]:
+        assert steps, "a step with nothing to do waits forever"
+        calls.append("step")
+        return steps.pop(0)
+
+    engine = VllmEngine.__new__(VllmEngine)
+    engine._llm = SimpleNamespace(
+        llm_engine=SimpleNamespace(
+            has_unfinished_requests=lambda: bool(steps), get_num_unfinished_requests=lambda: len(steps), step=step
+        )
+    )
+    return engine, calls
+
+
+def test_vllm_is_not_asked_for_a_step_when_it_refused_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(VllmEngine, "_submit", lambda self, request: "too long")
+    engine, calls = idle_vllm([])
+    found = list(engine.generate([Request(n, [1], seed=n) for n in range(3)], lambda: None))
+    assert [c.error for c in found] == ["too long"] * 3
+    assert calls == []
+
+
+def test_vllm_beats_at_every_step() -> None:
+    engine, calls = idle_vllm([[], [SimpleNamespace(finished=False)], []])
+    assert list(engine.generate([], lambda: calls.append("beat"))) == []
+    assert calls == ["beat", "step"] * 3
+
+
+@pytest.mark.parametrize(("context", "given"), [(128, {"max_model_len": 128}), (2**31 - 1, {})])
+def test_vllm_is_told_a_context_that_is_known(
+    tiny_llama: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, context: int, given: dict
+) -> None:
+    told: dict[str, object] = {}
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=told.update))
+    monkeypatch.setattr("stillroom.stages.engine_vllm._prepare_cpu", lambda: None)
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
+    monkeypatch.setenv("VLLM_NO_USAGE_STATS", "1")
+    VllmEngine(replace(author_at(tiny_llama(), tmp_path), context_tokens=context), Generate(engine="vllm"))
+    assert {k: v for k, v in told.items() if k == "max_model_len"} == given
+
+
+class SlowStop(StopFlag):
+    """Looks take a while; remembers what was committed at each; raises at look number `last`."""
+
+    def __init__(self, store: Path, last: int) -> None:
+        super().__init__()
+        self.committed: list[int] = []
+        self._store, self._last = store, last
+
+    def check(self) -> None:
+        time.sleep(0.02)
+        self.committed.append(Store.open(self._store).index("generations", ["key"]).num_rows)
+        if len(self.committed) >= self._last:
+            self._event.set()
+        super().check()
+
+
+def generation_job(tiny_llama: Callable[..., Path], tmp_path: Path, **storage: object) -> tuple[Job, Identity]:
+    """Twelve prompts in the store, three batches of four to do; the model never ends a text."""
+    teacher = tiny_llama("teacher", eos_token_id=None)
+    settings = {"engine": "hf", "temperature": 0.0, "max_tokens": 10, "engine_args": {"batch_size": 4}}
+    tree = recipe_tree(tmp_path, teacher, write_jsonl(tmp_path / "prompts.jsonl", prompts(12)), generate=settings)
+    tree["storage"] = {"dir": str(tmp_path / "store")} | storage
+    recipe = Recipe.model_validate(tree)
+    store = Store.open(tmp_path / "store", create=True)
+    author = author_at(teacher, tmp_path)
+    store.put_teacher(author.id, author.files_to_keep())
+    job = Job(
+        recipe=recipe,
+        progress=SilentProgress(),
+        stop=StopFlag(),
+        data_id="inputs",
+        teacher_id=author.id,
+        author_id=author.id,
+        context_tokens=author.context_tokens,
+    )
+    data.run(job)
+    return job, author
+
+
+def test_a_signal_does_not_wait_for_a_busy_engine(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    job, author = generation_job(tiny_llama, tmp_path)
+    stop = SlowStop(tmp_path / "store", last=17)  # two looks before the first step, ten in a batch
+    with pytest.raises(Stopped):
+        generate.run(replace(job, stop=stop), author)
+    assert len(stop.committed) == 17
+    assert stop.committed[-1] == 0
+    assert Store.open(tmp_path / "store").index("generations", ["key"]).num_rows == 4
+
+
+def test_rows_are_committed_in_time_while_the_engine_is_busy(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    job, author = generation_job(tiny_llama, tmp_path, commit_seconds=0.05)
+    stop = SlowStop(tmp_path / "store", last=1000)
+    result = generate.run(replace(job, stop=stop), author)
+    assert result.rows == 12
+    assert len(stop.committed) == 2 + 3 * 10
+    assert set(stop.committed) == {0, 4, 8}
+    assert stop.committed[21] == 4  # the end of the second batch: the first was committed on the way

@@ -43,7 +43,7 @@ pip_settings() {  # writes them to one file; prints the local files and folders 
     python3 - "$1" <<'PY'
 import ast, pathlib, subprocess, sys
 
-listed = subprocess.run(["pip3", "config", "list"], capture_output=True, text=True, check=True).stdout
+listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
 settings: dict[str, list[str]] = {}
 for line in sorted(listed.splitlines()):  # `:env:` comes first, and counts most
     name, _, quoted = line.partition("=")

@@ -48,7 +48,7 @@ class _Sizes:
     learning_rate: float = 3e-3
     documents: int | None = None
     """Use the first documents only; None: all."""
-    prompts: int = 600
+    prompts: int = 500
     prompt_tokens: tuple[int, int] = (16, 24)
     seed: int = 0
 

@@ -1,6 +1,7 @@
 """One sample of a store, token by token: what is there, what the teacher thought, what is scored."""
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,11 @@ from rich.text import Text
 
 from ..storage.codec import SoftTargets
 from ..storage.errors import UsageError
+from ..storage.schema import TableName
 from ..storage.store import Store
 
 SHOWN = 5  # entries of a target
+TABLES: tuple[TableName, ...] = ("soft_targets", "generations")
 
 
 def find_row(store: Store, key: str | None) -> dict[str, Any]:
@@ -21,17 +24,18 @@ def find_row(store: Store, key: str | None) -> dict[str, Any]:
         UsageError: no such row, or more than one.
     """
     begin = (key or "").lower()
-    matches = [
+    fitting = (
         (table, shard, row)
-        for table in ("soft_targets", "generations")
+        for table in TABLES
         for found, shard, row in _keys(store, table)
         if found.hex().startswith(begin)
-    ]
+    )
+    matches = list(fitting if key is not None else islice(fitting, 1))
     how = 'List keys with `stillroom query STORE "SELECT hex(key) FROM soft_targets"`.'
     if not matches:
-        wanted = "any row" if key is None else f"a row whose key begins with {key}"
+        wanted = "row" if key is None else f"row whose key begins with {key}"
         raise UsageError(f"{store.root}: no {wanted} in soft_targets or generations. {how}")
-    if key is not None and len(matches) > 1:
+    if len(matches) > 1:
         raise UsageError(f"{store.root}: {len(matches)} rows have keys that begin with {key!r}. Give more of it. {how}")
     table, shard, row = matches[0]
     return next(iter(store.rows(table, {shard: [row]}))) | {"table": table}

@@ -132,12 +132,12 @@ def prompt_row(record: dict[str, Any] | str, source: str, data: Data, *, given: 
         "source": source,
     }
     row |= _FORMATS[data.format](record)
-    answer, reference = row.pop("answer", None), record.get("reference") or None
+    answer, reference = row.pop("answer", None), record.get("reference")
     if given and data.format != "text":
         row["completion"] = _text(answer, "completion", "no answer to score, and no `generate` section to make one")
-    else:
-        reference = reference or answer or None
-    row["reference"] = None if reference is None else _text(reference, "reference")
+    elif reference in (None, ""):
+        reference = answer
+    row["reference"] = None if reference in (None, "") else _text(reference, "reference")
     prompt = {"text": row["text"], "messages": row["messages"], "pair": row["text_pair"]}
     row["prompt_key"] = content_key("prompt", **prompt)
     rest = {k: row[k] for k in ("format", "completion", "reference", "label")}

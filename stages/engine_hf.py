@@ -110,9 +110,9 @@ class HfEngine:
         longest = max(len(r.prompt_ids) for r in batch)
         ids = torch.zeros(len(batch), longest, dtype=torch.long)
         mask = torch.zeros_like(ids)
-        for row, request in enumerate(batch):
-            ids[row, longest - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
-            mask[row, longest - len(request.prompt_ids) :] = 1
+        for number, request in enumerate(batch):
+            ids[number, longest - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
+            mask[number, longest - len(request.prompt_ids) :] = 1
         ends = _Ends(len(batch), self._ended, start=longest, step=heartbeat)
         device = self._model.device
         model: Any = self._model
@@ -123,8 +123,8 @@ class HfEngine:
             logits_processor=self._processors([r.seed for r in batch]),
             stopping_criteria=StoppingCriteriaList([ends]),
         )
-        for request, ids, length in zip(batch, output[:, longest:].tolist(), ends.lengths, strict=True):
-            yield self._completion(request, ids[:length], "length" if length is None else "stop")
+        for request, row, length in zip(batch, output[:, longest:].tolist(), ends.lengths, strict=True):
+            yield self._completion(request, row[:length], "length" if length is None else "stop")
 
     def _processors(self, seeds: list[int]) -> LogitsProcessorList:
         s = self._settings

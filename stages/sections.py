@@ -24,7 +24,9 @@ def _as_json(options: dict[str, Any]) -> dict[str, Any]:
     try:
         canonical_json(options)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"holds a value that JSON does not have ({error}). Put a date in quotes") from error
+        raise ValueError(
+            f"holds a value that JSON does not have ({error}). Put dates in quotes; numbers are finite"
+        ) from error
     return options
 
 
@@ -355,18 +357,11 @@ def check_together(recipe: Recipe) -> list[tuple[str, str]]:
         if lookup(recipe, path) in values
     ]
     errors += _unknown_columns(recipe.data) + (_idle_fields(recipe.score) if recipe.score else [])
-    given = recipe.data.format in ("text", "completion")
-    if given and recipe.generate is not None:
-        errors.append(
-            (
-                "generate",
-                f"format {recipe.data.format!r} brings its own text. Remove this section, or use format 'prompt'",
-            )
-        )
-    if recipe.data.format == "prompt" and recipe.generate is None:
-        errors.append(
-            ("generate", f"missing: format {recipe.data.format!r} has prompts only. Add a `generate` section")
-        )
+    kind = recipe.data.format
+    if kind in ("text", "completion") and recipe.generate is not None:
+        errors.append(("generate", f"format {kind!r} brings its own text. Remove this section, or use format 'prompt'"))
+    if kind == "prompt" and recipe.generate is None:
+        errors.append(("generate", f"missing: format {kind!r} has prompts only. Add a `generate` section"))
     if recipe.loss.temperature != 1.0:
         errors.append(("loss.temperature", f"{recipe.loss.temperature} is planned but no stage does it yet. Use 1.0"))
     if recipe.score is not None and list(recipe.score.temperatures) != [1.0]:

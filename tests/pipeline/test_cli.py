@@ -1,13 +1,19 @@
 """The command line: help, init and schema answer without the heavy libraries; plan writes nothing."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from kit import last_json, prompts, stillroom, write_jsonl, write_recipe
+from kit import command, last_json, prompts, stillroom, write_jsonl, write_recipe
+
+from stillroom.pipeline.sample import describe, find_row, tokenizer_of
+from stillroom.storage.errors import UsageError
+from stillroom.storage.store import Store
 
 COMMANDS = ["demo", "init", "plan", "run", "status", "inspect", "query", "verify", "report", "schema"]
 HEAVY = {"torch", "transformers", "vllm", "datasets", "matplotlib"}
@@ -59,6 +65,72 @@ def test_init_writes_a_recipe_once(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     assert "stillroom plan" in stillroom("init", path).stdout
     assert "exists already" in stillroom("init", path, expect=2).stderr
+
+
+def test_init_prints_one_object(tmp_path: Path) -> None:
+    lines = stillroom("init", tmp_path / "mine.yaml", "--json").stdout.splitlines()
+    assert [line for line in lines if line.startswith("{")] == [json.dumps({"recipe": str(tmp_path / "mine.yaml")})]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_outside_a_stage_is_exit_code_130_and_a_message(tmp_path: Path, number: int) -> None:
+    pipe = tmp_path / "recipe.yaml"
+    os.mkfifo(pipe)
+    process = subprocess.Popen(command("run", pipe, "--json"), stdout=-1, stderr=-1, text=True)
+    with pipe.open("w"):  # opens when the command reads; it then waits for a recipe that does not come
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == "error: stopped by a signal; finished rows are kept. Run the same command to go on.\n"
+    assert json.loads(out)["exit_code"] == 130
+
+
+def generations(root: Path, *, author: str, keys: list[bytes]) -> Store:
+    """A store with a generation under every key, and a model `teacher` of one-letter tokens."""
+    from tokenizers import Tokenizer, models
+
+    store = Store.open(root, create=True)
+    tokenizer = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate("abcdef")}, unk_token="a"))
+    store.put_teacher("teacher", {"tokenizer.json": tokenizer.to_str().encode(), "identity.json": b"{}"})
+    with store.writer("generations", about={}) as writer:
+        for key in keys:
+            writer.add(
+                {
+                    "key": key,
+                    "reuse_key": key,
+                    "prompt_key": key,
+                    "author_id": author,
+                    "sample_index": 0,
+                    "token_ids": [1, 2, 3],
+                    "prompt_tokens": 1,
+                    "completion_tokens": 2,
+                    "text": "c d",
+                    "finish_reason": "stop",
+                    "max_tokens": 2,
+                    "row_seed": 0,
+                }
+            )
+    return store
+
+
+def test_inspect_takes_a_unique_beginning_only(tmp_path: Path) -> None:
+    store = generations(tmp_path / "store", author="given", keys=[b"\x12" * 16, b"\x13" * 16, b"\x20" * 16])
+    assert find_row(store, "2")["key"] == b"\x20" * 16
+    assert find_row(store, "131")["key"] == b"\x13" * 16
+    assert find_row(store, None)["key"] == b"\x12" * 16
+    with pytest.raises(UsageError, match="2 rows have keys that begin with '1'"):
+        find_row(store, "1")
+    with pytest.raises(UsageError, match="no row whose key begins with 7"):
+        find_row(store, "7")
+
+
+@pytest.mark.parametrize(("author", "tokens"), [("given", ["[1]", "[2]", "[3]"]), ("teacher", ["b", "c", "d"])])
+def test_inspect_reads_tokens_with_the_rows_own_tokenizer_or_none(
+    tmp_path: Path, author: str, tokens: list[str]
+) -> None:
+    store = generations(tmp_path / "store", author=author, keys=[b"\x12" * 16])
+    row = find_row(store, None)
+    assert describe(row, tokenizer_of(store, row))["tokens"] == tokens
 
 
 def test_schema_is_the_recipes_json_schema() -> None:

@@ -4,16 +4,21 @@ import os
 import random
 import signal
 import subprocess
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from kit import ENVIRONMENT, command, last_json, prompts, stillroom, write_jsonl, write_recipe
 
+from stillroom.pipeline.binding import teacher_identity
 from stillroom.pipeline.process import StageProcess, end_group, group_members
-from stillroom.storage.errors import StillroomError
+from stillroom.pipeline.recipe import load_recipe
+from stillroom.stages.identity import FileHashes
+from stillroom.storage.errors import StillroomError, Stopped
 from stillroom.storage.schema import TABLES
 from stillroom.storage.store import Store
 
@@ -41,15 +46,28 @@ def recipe(tmp_path: Path, tiny_llama: Callable[..., Path]) -> Path:
     )
 
 
-def start(recipe: Path) -> subprocess.Popen[str]:
+def start(recipe: Path, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command("run", recipe, "--json"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | environment,
         start_new_session=True,
     )
+
+
+def at_worker_start(folder: Path, code: str) -> str:
+    """Code that every worker runs before its first own line; returns the PYTHONPATH that brings it about."""
+    folder.mkdir()
+    inside = textwrap.indent(textwrap.dedent(code), "    ")
+    (folder / "sitecustomize.py").write_text(f"import os\nif 'STILLROOM_JOB_FD' in os.environ:\n{inside}")
+    return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def message_for(folder: Path, stage: str = "score", **more: Any) -> dict[str, Any]:
+    message = {"name": stage, "stage": stage, "recipe": {}, "log": str(folder / "log"), "quiet": True}
+    return message | {"train_dirs": {}, "job": {}} | more
 
 
 def workers() -> list[psutil.Process]:
@@ -71,6 +89,11 @@ def until(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.01)
 
 
+def alive(process: psutil.Process) -> bool:
+    """A zombie is dead."""
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
 def ours(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """The stages of one runner (other tests may run beside this one)."""
     try:
@@ -79,8 +102,15 @@ def ours(process: subprocess.Popen[str]) -> list[psutil.Process]:
         return []
 
 
-def test_teacher_and_student_never_live_at_the_same_time(recipe: Path) -> None:
-    runner = start(recipe)
+def test_teacher_and_student_never_live_at_the_same_time(recipe: Path, tmp_path: Path) -> None:
+    """Every stage here leaves a child behind, as an engine may."""
+    children = tmp_path / "children"
+    code = f"""
+        import subprocess
+        child = subprocess.Popen(["sleep", "600"])
+        open({str(children)!r}, "a").write(f"{{os.getpid()}} {{child.pid}}\\n")
+    """
+    runner = start(recipe, PYTHONPATH=at_worker_start(tmp_path / "site", code))
     groups: list[int] = []
     while runner.poll() is None:
         living = {w.pid for w in ours(runner)}
@@ -92,6 +122,9 @@ def test_teacher_and_student_never_live_at_the_same_time(recipe: Path) -> None:
     assert runner.returncode == 0, err
     assert len(groups) == 5
     assert '"train"' in out
+    started = [[int(pid) for pid in line.split()] for line in children.read_text().splitlines()]
+    assert [worker for worker, _ in started] == groups
+    assert not any(psutil.pid_exists(child) and alive(psutil.Process(child)) for _, child in started)
 
 
 def test_the_next_stage_waits_for_every_process_of_the_group(tmp_path: Path) -> None:
@@ -112,7 +145,7 @@ def test_a_stage_dies_with_its_runner(recipe: Path, stage: str) -> None:
     worker = ours(runner)
     os.kill(runner.pid, signal.SIGKILL)
     runner.wait()
-    until(lambda: not any(w.is_running() and w.status() != psutil.STATUS_ZOMBIE for w in worker), "the stage's death")
+    until(lambda: not any(alive(w) for w in worker), "the stage's death")
     runner.communicate()
 
 
@@ -137,7 +170,7 @@ def test_a_second_signal_leaves_at_once(recipe: Path) -> None:
     runner.send_signal(signal.SIGINT)
     runner.communicate(timeout=PATIENCE)
     assert runner.returncode == 130
-    assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
+    assert not alive(worker)
 
 
 def test_a_stage_that_is_killed_is_named_with_its_log(recipe: Path) -> None:
@@ -152,9 +185,72 @@ def test_a_stage_that_is_killed_is_named_with_its_log(recipe: Path) -> None:
 
 
 def test_an_answer_that_is_an_error_ends_with_its_code(tmp_path: Path) -> None:
-    message = {"name": "score", "stage": "score", "recipe": {}, "log": str(tmp_path / "log"), "quiet": True}
     with pytest.raises(StillroomError, match="The log has more"):
-        StageProcess(message | {"train_dirs": {}, "job": {}}).finish()
+        StageProcess(message_for(tmp_path)).finish()
+
+
+def test_a_stage_that_finishes_after_the_signal_is_stopped_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the runner would go on with the next stage as if no signal had come."""
+    code = """
+        import signal, socket
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        line = socket.socket(fileno=int(os.environ["STILLROOM_JOB_FD"]))
+        line.makefile("r").readline()
+        os.kill(os.getppid(), signal.SIGINT)
+        signal.sigwait([signal.SIGTERM])
+        line.sendall(b'{"rows": 1, "tokens": 1}\\n')
+        os._exit(0)
+    """
+    monkeypatch.setenv("PYTHONPATH", at_worker_start(tmp_path / "site", code))
+    process = StageProcess(message_for(tmp_path))
+    with pytest.raises(Stopped, match="Run the same command to go on"):
+        process.finish()
+    assert group_members(process.group) == []
+
+
+@pytest.mark.parametrize("said", ["", '{"rows": 3}\\n'])
+def test_a_dead_stage_is_noticed_though_its_child_holds_the_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    code = f"""
+        import signal
+        line = int(os.environ["STILLROOM_JOB_FD"])
+        if os.fork() == 0:
+            signal.pause()
+        os.read(line, 1 << 20)
+        os.write(line, b'{said}')
+        os._exit(7)
+    """
+    monkeypatch.setenv("PYTHONPATH", at_worker_start(tmp_path / "site", code))
+    process = StageProcess(message_for(tmp_path))
+    if said:
+        assert process.finish() == {"rows": 3}
+    else:
+        with pytest.raises(StillroomError, match="exit status 7"):
+            process.finish()
+    assert group_members(process.group) == []
+
+
+def test_a_stage_that_dies_before_it_reads_its_job_is_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", at_worker_start(tmp_path / "site", "os._exit(7)"))
+    with pytest.raises(StillroomError, match="exit status 7"):
+        StageProcess(message_for(tmp_path)).finish()
+
+
+@pytest.mark.parametrize(("stage", "changed"), [("score", "teacher"), ("generate", "generate.model")])
+def test_a_model_that_is_not_the_planned_one_is_not_loaded(
+    recipe: Path, tmp_path: Path, tiny_llama: Callable[..., Path], stage: str, changed: str
+) -> None:
+    loaded = load_recipe(recipe, [f"generate.model={tiny_llama('author', seed=1)}"])
+    teacher = teacher_identity(loaded, FileHashes(tmp_path / "store", remember=False), download=False)
+    ids = {"teacher_id": "0" * 32 if changed == "teacher" else teacher.id, "author_id": "0" * 32}
+    message = message_for(tmp_path, stage, recipe=loaded.model_dump(mode="json"), job=ids)
+    with pytest.raises(StillroomError, match=f"^{changed}: the files in .* changed since the plan was made"):
+        StageProcess(message).finish()
 
 
 def committed(recipe: Path, table: str) -> int:
@@ -180,7 +276,7 @@ def kill_in_the_middle(recipe: Path, stage: str) -> None:
     worker = ours(runner)
     os.killpg(runner.pid, signal.SIGKILL)
     runner.communicate()
-    until(lambda: not any(w.is_running() and w.status() != psutil.STATUS_ZOMBIE for w in worker), "its death")
+    until(lambda: not any(alive(w) for w in worker), "its death")
 
 
 def contents(store: Path) -> Iterator[tuple[str, dict[bytes, dict[str, object]]]]:

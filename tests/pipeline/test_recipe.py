@@ -52,6 +52,18 @@ def test_a_misspelt_key_is_refused_with_line_and_nearest_key(tmp_path: Path, tre
         ("loss.soft_weight=0", ""),
         ("evaluate.generate={metric: regex}", "needs a `pattern`"),
         ("evaluate.generate={metric: regex, pattern: (}", "no regular expression"),
+        ("data.chat_template_kwargs={date: 2024-07-26}", "data.chat_template_kwargs: holds a value that JSON does not"),
+        ("data.chat_template_kwargs={a: [.inf]}", "data.chat_template_kwargs: holds a value that JSON does not"),
+        ("generate.engine_args={since: 2024-07-26}", "generate.engine_args: holds a value that JSON does not"),
+        ("student.config={since: 2024-07-26}", "student.config: holds a value that JSON does not"),
+        ("generate.temperature=.inf", "generate.temperature: input should be a finite number (got inf)"),
+        ("train.learning_rate=.nan", "train.learning_rate: input should be a finite number (got nan)"),
+        ("train.betas=[0.9, .inf]", "train.betas.1: input should be a finite number"),
+        ("data.columns={refrence: a}", "data.columns: unknown name 'refrence'. Known for format 'prompt': prompt, ref"),
+        ("score.p=0.9", "score.p: belongs to targets 'topp'; this recipe has 'topk'"),
+        ("score.k_min=2", "score.k_min: belongs to targets 'topp'"),
+        ("score.rounds=9", "score.rounds: belongs to targets 'sampled'"),
+        ("score.draw=systematic", "score.draw: belongs to targets 'sampled'"),
     ],
 )
 def test_bad_values_are_refused_by_name(tmp_path: Path, tree: dict[str, Any], override: str, expected: str) -> None:
@@ -59,6 +71,12 @@ def test_bad_values_are_refused_by_name(tmp_path: Path, tree: dict[str, Any], ov
         tree["loss"]["hard_weight"] = 0
         expected = "nothing to learn"
     assert expected in refusal(tmp_path, tree, override)
+
+
+def test_conversations_can_bring_their_own_answers(tmp_path: Path, tree: dict[str, Any]) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    assert load_recipe(path, ["data.format=messages", "generate=null"]).generate is None
 
 
 @pytest.mark.parametrize(("path", "value"), [(path, value) for path, values in NOT_YET for value in values])

@@ -53,6 +53,37 @@ def test_every_part_of_a_model_is_part_of_its_identity(
     assert identify(folder, dtype=dtype, hashes=hashes).id != before
 
 
+@pytest.mark.parametrize("name", ["special_tokens_map.json", "added_tokens.json"])
+def test_files_that_only_name_tokens_are_part_of_the_tokenizer(
+    tiny_llama: Callable[..., Path], hashes: FileHashes, name: str
+) -> None:
+    folder = tiny_llama()
+    (folder / name).write_text('{"eos_token": "</s>"}')
+    before = identify(folder, dtype="auto", hashes=hashes)
+    assert name in before.files_to_keep()
+    (folder / name).write_text('{"eos_token": "<pad>"}')
+    after = identify(folder, dtype="auto", hashes=hashes)
+    assert (before.id != after.id, before.tokenizer_id != after.tokenizer_id) == (True, True)
+
+
+def test_an_adapter_is_its_tensors_and_what_its_config_makes_of_them(
+    tiny_llama: Callable[..., Path], tmp_path: Path, hashes: FileHashes
+) -> None:
+    folder, adapter = tiny_llama(), tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_bytes(b"tensors")
+    (adapter / "adapter_config.json").write_text(json.dumps({"r": 8, "lora_alpha": 8, "peft_version": "1"}))
+
+    def identity() -> str:
+        return identify(folder, dtype="auto", hashes=hashes, adapter=adapter).id
+
+    before = identity()
+    edit(adapter / "adapter_config.json", base_model_name_or_path="/x", revision="y", auto_mapping={}, peft_version="2")
+    assert identity() == before
+    edit(adapter / "adapter_config.json", lora_alpha=64)
+    assert identity() != before
+
+
 def test_auto_is_the_checkpoints_own_dtype(tiny_llama: Callable[..., Path], hashes: FileHashes) -> None:
     folder = tiny_llama()
     assert identify(folder, dtype="auto", hashes=hashes).id == identify(folder, dtype="float32", hashes=hashes).id

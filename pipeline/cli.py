@@ -78,7 +78,9 @@ def demo(
     from .recipe import load_recipe
     from .runner import run as run_recipe
 
-    recipe_path = make_demo(directory, StageProgress("teacher", sys.stderr, quiet=quiet))
+    progress = StageProgress("teacher", sys.stderr, quiet=quiet)
+    recipe_path = make_demo(directory, progress)
+    progress.finish()
     recipe = load_recipe(recipe_path)
     outcome = run_recipe(recipe, quiet=quiet)
     _outcome(outcome, as_json)

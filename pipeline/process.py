@@ -16,7 +16,7 @@ from ..storage.errors import StillroomError, Stopped
 from .worker import JOB_FD
 
 # OpenMP threads wait for one another by spinning. On a machine whose cores are shared that burns what the other thread
-# needs: small models trained 3 to 5 times slower. A thousand turns keep the speed where nobody else wants the core.
+# needs: small models then train several times slower. A thousand turns keep the speed where the core is free.
 SPIN = "1000"
 GRACE_SECONDS = 30.0  # after the first signal a stage has this long to commit and leave
 

@@ -36,7 +36,7 @@ def recipe(tmp_path: Path, tiny_llama: Callable[..., Path]) -> Path:
         source,
         storage={"dir": str(tmp_path / "store"), "commit_rows": 2},
         generate={"engine": "hf", "temperature": 0.0, "max_tokens": 12, "engine_args": {"batch_size": 2}},
-        score={"k": 4, "batch_tokens": 64},
+        score={"k": 4},
         train={
             "epochs": 8,
             "tokens_per_step": 64,

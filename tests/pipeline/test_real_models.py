@@ -41,8 +41,9 @@ def test_stories_by_vllm_teach_a_student(assets: Path, tmp_path: Path) -> None:
     store = Store.open(tmp_path / "store")
     assert store.commits("generations")[0].versions["vllm"]
     shards = [str(store.root / c.shard.name) for c in store.commits("soft_targets")]
-    by_duckdb = duckdb.execute("SELECT sum(span_tokens) FROM read_parquet($1)", [shards]).fetchone()
-    assert by_duckdb == (sum(pq.read_table(s)["span_tokens"].to_numpy().sum() for s in shards),)
+    with duckdb.connect() as connection:
+        by_duckdb = connection.execute("SELECT sum(span_tokens) FROM read_parquet($1)", [shards]).fetchall()
+    assert by_duckdb == [(sum(pq.read_table(s)["span_tokens"].to_numpy().sum() for s in shards),)]
     import datasets
 
     loaded = datasets.load_dataset("parquet", data_files=shards, split="train", cache_dir=str(tmp_path / "cache"))

@@ -37,7 +37,7 @@ def main() -> None:
     except StillroomError as error:
         _fail(error)
     except _SignalCame:
-        _fail(Stopped("stopped by a signal; finished rows are kept. Run the same command to go on."))
+        _fail(Stopped())
 
 
 class _SignalCame(BaseException):

@@ -22,9 +22,11 @@ from ..stages.requests import (
     held_out_first,
     prompt_splits,
     selected_generations,
+    target_bytes,
     target_ledger,
 )
 from ..stages.sections import Recipe
+from ..stages.train import arm_loss
 from ..storage.errors import UsageError
 from ..storage.keys import content_id
 from ..storage.schema import TableName
@@ -35,6 +37,9 @@ from .recipe import changed_fields
 
 State = Literal["done", "to do", "waits"]
 STAGES = ("data", "generate", "score", "train", "baseline", "evaluate")
+
+
+GENERATION_BYTES = 6  # a token's id and its share of text and keys: 5 to 6 bytes in the stores measured so far
 
 
 @dataclass(kw_only=True, slots=True)
@@ -48,6 +53,10 @@ class StagePlan:
     rejected: int = 0
     pending: int = 0
     tokens: int = 0
+    tokens_to_do: int = 0
+    """Of the pending rows; an upper bound where they are still to be written."""
+    bytes_to_do: int = 0
+    """Estimate of what they will take on disk."""
     why: str = ""
 
 
@@ -140,7 +149,10 @@ def _plan_generate(recipe: Recipe, plan: Plan, store: Store | None, inputs: pa.T
     prompts = prompt_splits(inputs)
     if store is None:
         count = len(prompts) * recipe.generate.samples
-        plan.stages.append(StagePlan(name="generate", state="to do", planned=count, pending=count, why=f"{count} new"))
+        line = StagePlan(name="generate", state="to do", planned=count, pending=count, why=f"{count} new")
+        line.tokens_to_do = count * recipe.generate.max_tokens
+        line.bytes_to_do = line.tokens_to_do * GENERATION_BYTES
+        plan.stages.append(line)
         return False
     ledger = generation_ledger(
         store,
@@ -149,7 +161,10 @@ def _plan_generate(recipe: Recipe, plan: Plan, store: Store | None, inputs: pa.T
         prompts=prompts,
         context_tokens=binding.author_context_tokens,
     )
-    plan.stages.append(_line("generate", ledger))
+    line = _line("generate", ledger)
+    line.tokens_to_do = line.pending * recipe.generate.max_tokens
+    line.bytes_to_do = line.tokens_to_do * GENERATION_BYTES
+    plan.stages.append(line)
     return not ledger.pending
 
 
@@ -184,7 +199,10 @@ def _plan_score(recipe: Recipe, plan: Plan, store: Store | None, rows: list[dict
         generations=rows,
         limit=binding.context_tokens,
     )
-    plan.stages.append(_line("score", ledger, upstream=upstream))
+    line = _line("score", ledger, upstream=upstream)
+    line.tokens_to_do = sum(r.span_tokens for r in ledger.pending)
+    line.bytes_to_do = sum(int(r.span_tokens * target_bytes(r)) for r in ledger.pending)
+    plan.stages.append(line)
     ready = upstream and not ledger.pending
     if ready:
         _target_snapshots(recipe, plan, store, ledger, requests)
@@ -265,9 +283,9 @@ def _plan_students(recipe: Recipe, plan: Plan, *, ready: bool) -> None:
 
 def train_settings(recipe: Recipe, snapshot: str, arm: Arm) -> dict[str, Any]:
     """What decides a student: its hash names the folder, and a change in it is why a student is trained again."""
-    loss = recipe.loss.model_dump(mode="json")
-    if arm == "baseline" or recipe.score is None:
-        loss = {"soft_weight": 0.0, "hard_weight": 1.0 if arm == "baseline" else recipe.loss.hard_weight}
+    loss = arm_loss(recipe, arm).model_dump(mode="json")
+    if loss["soft_weight"] == 0:
+        loss = {name: loss[name] for name in ("soft_weight", "hard_weight")}
     train = recipe.train.model_dump(
         mode="json", exclude={"snapshot", "checkpoint_every_seconds", "checkpoint_every_steps"}
     )

@@ -92,7 +92,7 @@ class StageProcess:
 
     def _checked(self, answer: dict[str, Any] | None) -> dict[str, Any]:
         if self._signals:
-            raise Stopped("stopped by a signal; finished rows are kept. Run the same command to go on.")
+            raise Stopped()
         if answer is None:
             raise StillroomError(
                 f"{self._message['name']}: its process died (exit status {self._process.returncode}; -9 is often the "

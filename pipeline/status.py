@@ -76,14 +76,15 @@ def facts(recipe: Recipe, plan: Plan, done: dict[str, dict[str, Any]]) -> dict[s
 
 
 def plan_table(plan: Plan) -> Table:
-    """The plan for people."""
+    """The plan for people; tokens and bytes are those still to do."""
     table = Table("stage", "state", box=None, pad_edge=False)
-    for name in ("planned", "done", "rejected", "to do"):
+    for name in ("planned", "done", "rejected", "to do", "tokens", "bytes"):
         table.add_column(name, justify="right")
     table.add_column("why")
     for s in plan.stages:
-        counts = (s.planned, s.committed, s.rejected, s.pending)
-        table.add_row(s.name, s.state, *(str(c) if c else "-" for c in counts), s.why)
+        counts = [str(c) if c else "-" for c in (s.planned, s.committed, s.rejected, s.pending)]
+        sizes = [human(c) if c else "-" for c in (s.tokens_to_do, s.bytes_to_do)]
+        table.add_row(s.name, s.state, *counts, *sizes, s.why)
     return table
 
 
@@ -117,6 +118,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
                 "rejected": s.rejected,
                 "pending": s.pending,
                 "tokens": s.tokens,
+                "tokens_to_do": s.tokens_to_do,
+                "bytes_to_do": s.bytes_to_do,
                 "why": s.why,
             }
             for s in plan.stages

@@ -40,7 +40,7 @@ class StopFlag:
     def check(self) -> None:
         """Raise `Stopped` if a signal came."""
         if self._event.is_set():
-            raise Stopped("stopped by a signal; finished rows are kept. Run the same command to go on.")
+            raise Stopped()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -270,6 +270,11 @@ def given_rows(store: Store, author_id: str) -> Counter[bytes]:
     return Counter(index.filter(pc.equal(index["author_id"], author_id))["source_key"].to_pylist())
 
 
+def target_bytes(request: TargetRequest) -> float:
+    """About what one scored token takes on disk, ids and log-probabilities at 10 mantissa bits compressed."""
+    return 1.5 * request.k if request.kind == "full" else 3.75 * request.k + 12
+
+
 def held_out_first(generations: list[dict[str, Any]], budget: int) -> list[dict[str, Any]]:
     """Held-out rows, in hash order and up to `budget` scored tokens (one row at least), then all training rows."""
     rows = sorted(generations, key=lambda r: (r["prompt_key"], r["key"]))

@@ -31,3 +31,8 @@ class Stopped(StillroomError):
     """A signal asked the run to stop."""
 
     exit_code = 130
+
+    def __init__(
+        self, message: str = "stopped by a signal; finished rows are kept. Run the same command to go on."
+    ) -> None:
+        super().__init__(message)

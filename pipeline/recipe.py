@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ..stages.sections import Recipe, check_together
+from ..stages.sections import Recipe
 from ..storage.errors import UsageError
+from .checks import check_together
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 

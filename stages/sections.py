@@ -1,7 +1,7 @@
 """The recipe: one pydantic model per YAML section, every default in this one place.
 
-Errors of shape (unknown key, wrong type, out of range) come from these models; errors that need two sections are in
-`check_together`. `pipeline/recipe.py` turns both into messages with a file and a line.
+Errors of shape (unknown key, wrong type, out of range) come from these models; combinations that cannot work are in
+`pipeline/checks.py`. `pipeline/recipe.py` turns both into messages with a file and a line.
 """
 
 import re
@@ -293,7 +293,7 @@ class Evaluate(Section):
     """How teacher and students are judged, on held-out prompts."""
 
     baseline: bool = False
-    """Also train the same student with soft_weight 0: same start, order and tokens."""
+    """Also train the same student on cross-entropy alone: same start, order and tokens. Without `score` it is that."""
     tokens: int = Field(100_000, ge=1)
     """Scored tokens of held-out rows to judge on, at most."""
     generate: EvaluateGenerate | None = None
@@ -316,18 +316,6 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
 
 
-# Named by the recipe, done by no stage yet: refused by name, never ignored.
-NOT_YET: tuple[tuple[str, tuple[Any, ...]], ...] = (
-    ("run.task", ("classification",)),
-    ("data.format", ("labelled",)),
-    ("generate.engine", ("openai",)),
-    ("score.engine", ("vllm",)),
-    ("score.targets", ("topp", "sampled", "full")),
-    ("loss.divergence", ("jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation", "alpha_beta", "adaptive_kl")),
-    ("loss.tail", ("drop", "renormalize", "to_label")),
-)
-
-
 COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "text": (("text",), ()),
     "prompt": (("prompt",), ("reference",)),
@@ -336,62 +324,3 @@ COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "instruction": (("instruction",), ("input", "output", "reference")),
 }
 """Format -> our names for what a record must have, and may have."""
-
-# Fields of `score` that mean something for one kind of targets only.
-_ONLY_FOR = {"p": "topp", "k_min": "topp", "rounds": "sampled", "draw": "sampled"}
-
-
-def lookup(recipe: Recipe, path: str) -> Any:
-    """The value at a dotted path, None where a section is absent."""
-    value: Any = recipe
-    for name in path.split("."):
-        value = getattr(value, name, None)
-    return value
-
-
-def check_together(recipe: Recipe) -> list[tuple[str, str]]:
-    """Errors that need more than one field: (dotted path, message)."""
-    errors = [
-        (path, f"{lookup(recipe, path)!r} is planned but no stage does it yet")
-        for path, values in NOT_YET
-        if lookup(recipe, path) in values
-    ]
-    errors += _unknown_columns(recipe.data) + (_idle_fields(recipe.score) if recipe.score else [])
-    kind = recipe.data.format
-    if kind in ("text", "completion") and recipe.generate is not None:
-        errors.append(("generate", f"format {kind!r} brings its own text. Remove this section, or use format 'prompt'"))
-    if kind == "prompt" and recipe.generate is None:
-        errors.append(("generate", f"missing: format {kind!r} has prompts only. Add a `generate` section"))
-    if recipe.loss.temperature != 1.0:
-        errors.append(("loss.temperature", f"{recipe.loss.temperature} is planned but no stage does it yet. Use 1.0"))
-    if recipe.score is not None and list(recipe.score.temperatures) != [1.0]:
-        errors.append(
-            ("score.temperatures", f"{recipe.score.temperatures} is planned but no stage does it yet. Use [1.0]")
-        )
-    if recipe.storage.sources:
-        errors.append(("storage.sources", "read-only sources are planned but no stage reads them yet. Remove the key"))
-    if recipe.loss.soft_weight == 0 and recipe.loss.hard_weight == 0:
-        errors.append(("loss.soft_weight", "soft_weight and hard_weight are both 0: nothing to learn. Set one above 0"))
-    if recipe.score is None and recipe.loss.hard_weight == 0:
-        errors.append(("loss.hard_weight", "is 0 and there is no `score` section: nothing to learn. Set it to 1.0"))
-    return errors
-
-
-def _unknown_columns(data: Data) -> list[tuple[str, str]]:
-    if data.format not in COLUMNS:
-        return []
-    known = [name for names in COLUMNS[data.format] for name in names]
-    return [
-        ("data.columns", f"unknown name {name!r}. Known for format {data.format!r}: {', '.join(known)}")
-        for name in data.columns
-        if name not in known
-    ]
-
-
-def _idle_fields(score: Score) -> list[tuple[str, str]]:
-    """Settings that these targets would silently ignore."""
-    return [
-        (f"score.{name}", f"belongs to targets {kind!r}; this recipe has {score.targets!r}. Remove it")
-        for name, kind in _ONLY_FOR.items()
-        if kind != score.targets and getattr(score, name) != Score.model_fields[name].default
-    ]

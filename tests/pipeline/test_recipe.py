@@ -7,8 +7,9 @@ import pytest
 import yaml
 from kit import recipe_tree
 
+from stillroom.pipeline.checks import NOT_YET
 from stillroom.pipeline.recipe import changed_fields, load_recipe
-from stillroom.stages.sections import NOT_YET, Recipe
+from stillroom.stages.sections import Recipe
 from stillroom.storage.errors import UsageError
 
 RECIPES = sorted((Path(__file__).parents[2] / "pipeline" / "recipes").glob("*.yaml"))

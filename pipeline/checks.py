@@ -50,8 +50,6 @@ def check_together(recipe: Recipe) -> list[tuple[str, str]]:
         errors.append(("storage.sources", "read-only sources are planned but no stage reads them yet. Remove the key"))
     if recipe.loss.soft_weight == 0 and recipe.loss.hard_weight == 0:
         errors.append(("loss.soft_weight", "soft_weight and hard_weight are both 0: nothing to learn. Set one above 0"))
-    if recipe.score is None and recipe.loss.hard_weight == 0:
-        errors.append(("loss.hard_weight", "is 0 and there is no `score` section: nothing to learn. Set it to 1.0"))
     return errors
 
 

@@ -244,7 +244,8 @@ def _print(content: Any) -> None:
     """For people: standard output, above the JSON line."""
     from rich.console import Console
 
-    Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty()).print(content)
+    terminal = sys.stdout.isatty()
+    Console(highlight=False, markup=False, soft_wrap=not terminal, width=None if terminal else 400).print(content)
 
 
 def _json(content: dict[str, Any], wanted: bool) -> None:

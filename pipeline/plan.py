@@ -26,6 +26,7 @@ from ..stages.requests import (
     target_ledger,
 )
 from ..stages.sections import Recipe
+from ..stages.tokenizers import refuse_other_tokenizer
 from ..stages.train import arm_loss
 from ..storage.errors import UsageError
 from ..storage.keys import content_id
@@ -89,6 +90,7 @@ def make_plan(recipe: Recipe, *, write: bool = False) -> Plan:
         UsageError: a model or the source is not there.
     """
     plan = Plan(bound=bind(recipe, write=write), write=write)
+    _refuse_early(recipe, plan.bound)
     store = _open(recipe)
     inputs = _plan_data(recipe, plan, store)
     upstream = plan.stages[-1].state == "done"
@@ -112,8 +114,23 @@ def make_plan(recipe: Recipe, *, write: bool = False) -> Plan:
     return plan
 
 
+def _refuse_early(recipe: Recipe, bound: Bound) -> None:
+    """What would only fail after the teacher's work, and can be seen in small files before it."""
+    if bound.teacher is None or bound.author is None:
+        return
+    if recipe.data.format in ("messages", "instruction") and not bound.author.parts["chat_template"]:
+        raise UsageError(
+            f"data.format: {recipe.data.format!r} needs a chat template, and {bound.author.folder} has none. "
+            "Save one in the model's folder (chat_template.jinja), or use format 'prompt' or 'completion'."
+        )
+    if recipe.student.model is not None and Path(recipe.student.model).is_dir():
+        refuse_other_tokenizer(recipe, Path(recipe.student.model), bound.teacher.folder)
+
+
 def _open(recipe: Recipe) -> Store | None:
-    return Store.open(recipe.storage.dir) if (Path(recipe.storage.dir) / "STORE.json").is_file() else None
+    """The store, None where its folder is still to be made."""
+    folder = Path(recipe.storage.dir)
+    return Store.open(folder) if folder.is_dir() and any(folder.iterdir()) else None
 
 
 def _plan_data(recipe: Recipe, plan: Plan, store: Store | None) -> pa.Table:
@@ -169,6 +186,7 @@ def _plan_generate(recipe: Recipe, plan: Plan, store: Store | None, inputs: pa.T
 
 
 def _line(name: str, ledger: Ledger, *, upstream: bool = True) -> StagePlan:
+    why = _reasons(ledger.why, ledger.rejected)
     return StagePlan(
         name=name,
         state="to do" if ledger.pending else "done" if upstream else "waits",
@@ -177,7 +195,7 @@ def _line(name: str, ledger: Ledger, *, upstream: bool = True) -> StagePlan:
         rejected=ledger.rejected.total(),
         pending=len(ledger.pending),
         tokens=ledger.tokens,
-        why=_reasons(ledger.why, ledger.rejected),
+        why=why if upstream else ", ".join(part for part in (why, "more after the text") if part),
     )
 
 

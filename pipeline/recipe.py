@@ -40,6 +40,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     else:
         problems = check_together(recipe)
     if problems:
+        for override in overrides or []:
+            lines.pop(override.partition("=")[0], None)  # the line in the file is not the one that counts
         raise UsageError("\n".join(_located(path, lines, where, what) for where, what in problems))
     return recipe
 

@@ -66,6 +66,9 @@ def run(recipe: Recipe, *, until: str | None = None, only: str | None = None, qu
         plan = make_plan(recipe, write=True)
         done[line] = _finish(plan, line, answer, seconds=time.monotonic() - began)
         _say(f"{line}: done in {duration(done[line]['seconds'])} ({_books(plan.stage(line))})", quiet)
+    student = plan.stage("train")
+    if student is not None and student.state == "done":
+        Files(run_dir).point("latest", plan.train_dirs["student"].name)
     results = _results(plan)
     if results and "evaluate" in names:
         write_report(run_dir, plan.train_dirs["student"], facts(recipe, plan, done))
@@ -147,8 +150,6 @@ def _begin_student(recipe: Recipe, plan: Plan, arm: Arm) -> None:
         "teacher_id": plan.bound.binding.teacher_id,
     }
     files.put_if_absent(f"{folder.name}/settings.json", canonical_json(record))
-    if arm == "student":
-        files.point("latest", folder.name)
 
 
 def _finish(plan: Plan, name: str, answer: dict[str, Any], *, seconds: float) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def run(job: Job) -> StageResult:
     settings = data.model_dump(exclude={"limit", "holdout"})
     limits = commit_limits(recipe)
     rows: dict[bytes, Prompt] = {}
-    rejected = 0
+    rejected, first = 0, ""
     job.progress.start(total=data.limit or 0, unit="records")
     with ExitStack() as stack:
         prompts = stack.enter_context(store.writer("prompts", about=about("data", recipe, settings), limits=limits))
@@ -81,12 +81,12 @@ def run(job: Job) -> StageResult:
                 windows = text.add(row) if text and row["key"] not in rows else 1
             except RowError as error:
                 rejects.add(_reject(source, record, error))
-                rejected += 1
+                rejected, first = rejected + 1, first or f"{source}: {error}"
                 continue
             prompts.add(row)
             rows.setdefault(row["key"], Prompt(row["prompt_key"], windows))
             job.progress.advance()
-    _refuse_empty(data, rows, rejected)
+    _refuse_empty(data, rows, rejected, first)
     _refuse_changed(job)
     table = _with_splits(rows, data.holdout)
     store.put_inputs(job.data_id, table, {"source": data.source, "rejected": rejected, "format": data.format})
@@ -96,15 +96,15 @@ def run(job: Job) -> StageResult:
 def survey(recipe: Recipe) -> tuple[pa.Table, int]:
     """What `run` would make of the source, without writing: the inputs table (windows unknown) and the rejects."""
     rows: dict[bytes, Prompt] = {}
-    rejected = 0
+    rejected, first = 0, ""
     for source, record in islice(records(recipe.data), recipe.data.limit):
         try:
             row = prompt_row(record, source, recipe.data, given=given_text(recipe))
-        except RowError:
-            rejected += 1
+        except RowError as error:
+            rejected, first = rejected + 1, first or f"{source}: {error}"
             continue
         rows.setdefault(row["key"], Prompt(row["prompt_key"], 1))
-    _refuse_empty(recipe.data, rows, rejected)
+    _refuse_empty(recipe.data, rows, rejected, first)
     return _with_splits(rows, recipe.data.holdout), rejected
 
 
@@ -217,15 +217,15 @@ def _reject(source: str, record: Any, error: RowError) -> dict[str, Any]:
     return row | {"message": f"{source}: {error}"}
 
 
-def _refuse_empty(data: Data, rows: dict[bytes, Prompt], rejected: int) -> None:
+def _refuse_empty(data: Data, rows: dict[bytes, Prompt], rejected: int, first: str) -> None:
     if not rows:
-        found = f"all {rejected} records were rejected (see `rejects`)" if rejected else "it holds no records"
+        found = f"all {rejected} records were rejected, the first at {first}" if rejected else "it holds no records"
         raise UsageError(f"data.source: nothing to work on in {data.source}: {found}. Check the file and data.format.")
     prompts = len({p.prompt_key for p in rows.values()})
     if data.holdout >= prompts:
         raise UsageError(
             f"data.holdout: {data.holdout} of {prompts} prompts leaves nothing to train on. "
-            f"Use {prompts // 10} or fewer, or more data."
+            f"Use fewer than {prompts}; a tenth is usual."
         )
 
 

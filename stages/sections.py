@@ -216,7 +216,7 @@ class Loss(Section):
     soft_weight: float = Field(1.0, ge=0)
     """Weight of the divergence, used as given."""
     hard_weight: float = Field(0.1, ge=0)
-    """Weight of the cross-entropy, used as given."""
+    """Weight of the cross-entropy, used as given; without `score` the loss is cross-entropy alone."""
 
 
 class Train(Section):

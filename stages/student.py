@@ -25,7 +25,7 @@ from ..storage.errors import StillroomError, UsageError
 from .head import hidden_states
 from .identity import find_model
 from .sections import Lora, Recipe
-from .tokenizers import compare_tokenizers
+from .tokenizers import refuse_other_tokenizer
 
 
 def initial_student(recipe: Recipe, teacher_dir: Path) -> nn.Module:
@@ -73,13 +73,8 @@ def check_vocabulary(recipe: Recipe, teacher_dir: Path) -> None:
         UsageError: with both names and the first difference.
     """
     folder = _folder(recipe)
-    reason = None if folder is None else compare_tokenizers(teacher_dir, folder)
-    if reason is not None:
-        raise UsageError(
-            f"student.model: the tokenizer of {recipe.student.model} is not that of the teacher "
-            f"{recipe.teacher.model}: {reason} (first: teacher, second: student). "
-            "Choose a student of its family, or `student.config` for fresh weights with the teacher's tokenizer."
-        )
+    if folder is not None:
+        refuse_other_tokenizer(recipe, folder, teacher_dir)
 
 
 def save_student(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

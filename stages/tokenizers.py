@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..storage.errors import UsageError
+from .sections import Recipe
 
 _FILE = "tokenizer.json"
 _OPTIONS = ("byte_fallback", "ignore_merges", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
@@ -103,3 +104,14 @@ def _read(folder: Path) -> dict[str, Any]:
             f"Save the tokenizer with its fast version, which writes {_FILE}."
         ) from error
     return spec
+
+
+def refuse_other_tokenizer(recipe: Recipe, student: Path, teacher: Path) -> None:
+    """Raise UsageError, with both names and the first difference, where a student reads other tokens."""
+    reason = compare_tokenizers(teacher, student)
+    if reason is not None:
+        raise UsageError(
+            f"student.model: the tokenizer of {recipe.student.model} is not that of the teacher "
+            f"{recipe.teacher.model}: {reason} (first: teacher, second: student). "
+            "Choose a student of its family, or `student.config` for fresh weights with the teacher's tokenizer."
+        )

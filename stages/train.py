@@ -42,10 +42,8 @@ def run(job: Job) -> StageResult:
 
 def arm_loss(recipe: Recipe, arm: Arm) -> Loss:
     """The recipe's loss; for the baseline, and where nothing was scored, cross-entropy alone."""
-    if arm == "baseline":
+    if arm == "baseline" or recipe.score is None:
         return recipe.loss.model_copy(update={"soft_weight": 0.0, "hard_weight": 1.0})
-    if recipe.score is None:
-        return recipe.loss.model_copy(update={"soft_weight": 0.0})
     return recipe.loss
 
 

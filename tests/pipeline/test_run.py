@@ -322,3 +322,39 @@ def test_only_and_until_do_not_go_together_and_name_stages_of_the_recipe(
     recipe = write_recipe(tmp_path, teacher, source, score=None, loss={"hard_weight": 1.0})
     assert "one of them" in stillroom("run", recipe, "--only", "data", "--until", "data", expect=2).stderr
     assert "no such stage" in stillroom("run", recipe, "--only", "score", expect=2).stderr
+
+
+def test_latest_is_the_student_of_the_last_run_that_has_one(tmp_path: Path, teacher: Path, source: Path) -> None:
+    recipe = write_recipe(tmp_path, teacher, source)
+    latest = tmp_path / "run" / "latest"
+    run(recipe)
+    first = latest.resolve()
+    run(recipe, "--set", "train.learning_rate=0.01")
+    assert latest.resolve() != first
+    stillroom("run", recipe, "--set", "student.config={num_hiden_layers: 2}", expect=2)
+    run(recipe)  # nothing to do, and yet it is this student that the report is about
+    assert latest.resolve() == first
+    assert (latest / "student" / "config.json").is_file()
+
+
+def test_what_small_files_show_is_refused_before_the_teacher_works(
+    tmp_path: Path, teacher: Path, source: Path, tiny_llama: Callable[..., Path]
+) -> None:
+    student = tiny_llama("student")
+    tokenizer = json.loads((student / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] |= {
+        "cat": tokenizer["model"]["vocab"]["dog"],
+        "dog": tokenizer["model"]["vocab"]["cat"],
+    }
+    (student / "tokenizer.json").write_text(json.dumps(tokenizer))
+    recipe = write_recipe(tmp_path, teacher, source, student={"model": str(student)})
+    assert "student.model: the tokenizer of" in stillroom("plan", recipe, expect=2).stderr
+    data = {"source": str(source), "format": "instruction", "columns": {"instruction": "prompt"}, "holdout": 4}
+    recipe = write_recipe(tmp_path, teacher, source, data=data)
+    assert "chat template" in stillroom("plan", recipe, expect=2).stderr
+    (tmp_path / "occupied").mkdir()
+    (tmp_path / "occupied" / "file").touch()
+    done = stillroom(
+        "plan", write_recipe(tmp_path, teacher, source, storage={"dir": str(tmp_path / "occupied")}), expect=2
+    )
+    assert "no store here" in done.stderr

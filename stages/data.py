@@ -17,6 +17,7 @@ from ..storage.store import Store
 from .identity import FileHashes, Identity
 from .job import Job, StageResult
 from .rendering import Renderer, RowError
+from .requests import tokens_key
 from .sections import COLUMNS, Data, Recipe
 from .sources import fingerprint, records
 from .writing import about, commit_limits
@@ -296,7 +297,9 @@ class _GivenText:
                 "prompt_key": row["prompt_key"],
                 "source_key": row["key"],
                 "author_id": self._author,
+                "sampling_id": self._author,
                 "sample_index": index,
+                "tokens_key": tokens_key(ids, start),
                 "token_ids": ids,
                 "prompt_tokens": start,
                 "completion_tokens": len(ids) - start,

@@ -9,7 +9,16 @@ from .engine import Completion, Request, choose_engine, open_engine
 from .identity import Identity
 from .job import Job, StageResult
 from .rendering import Renderer, RowError
-from .requests import GenerationRequest, Ledger, generation_ledger, prompt_splits, reject_key, sampling_settings
+from .requests import (
+    GenerationRequest,
+    Ledger,
+    generation_ledger,
+    prompt_splits,
+    reject_key,
+    sampling_id,
+    sampling_settings,
+    tokens_key,
+)
 from .writing import about, commit_limits
 
 if TYPE_CHECKING:
@@ -89,6 +98,7 @@ class _Work:
     def __init__(self, job: Job, store: Store, ledger: Ledger) -> None:
         self.taken: dict[int, tuple[GenerationRequest, list[int]]] = {}
         self._job = job
+        self._sampling_id = _sampling_id(job)
         self._pending: list[GenerationRequest] = ledger.pending
         self._renderer = Renderer(store.teacher_dir(job.author_id), job.recipe.data.chat_template_kwargs)
         self._store = store
@@ -132,10 +142,18 @@ class _Work:
             "key": reject_key(request.reuse_key, self._job.context_tokens),
             "stage": "generate",
             "prompt_key": request.prompt_key,
+            "context_id": self._sampling_id,
+            "sample_index": request.sample_index,
+            "limit_tokens": self._job.context_tokens,
             "reason": error.reason,
             "message": str(error),
             "attempts": 1,
         }
+
+
+def _sampling_id(job: Job) -> str:
+    assert job.recipe.generate is not None
+    return sampling_id(job.author_id, sampling_settings(job.recipe.generate, job.recipe.data))
 
 
 def _row(job: Job, request: GenerationRequest, prompt_ids: list[int], completion: Completion) -> dict[str, Any]:
@@ -147,7 +165,9 @@ def _row(job: Job, request: GenerationRequest, prompt_ids: list[int], completion
         "prompt_key": request.prompt_key,
         "source_key": None,
         "author_id": job.author_id,
+        "sampling_id": _sampling_id(job),
         "sample_index": request.sample_index,
+        "tokens_key": tokens_key(prompt_ids + completion.token_ids, len(prompt_ids)),
         "token_ids": prompt_ids + completion.token_ids,
         "prompt_tokens": len(prompt_ids),
         "completion_tokens": len(completion.token_ids),

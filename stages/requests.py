@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..storage.errors import UsageError
-from ..storage.keys import content_key
+from ..storage.keys import content_id, content_key
 from ..storage.store import Store
 from .alignment import scored_span
 from .sections import Data, Generate, Recipe, Score
@@ -62,6 +62,7 @@ class TargetRequest:
     """Soft targets that are wanted for one generation."""
 
     reuse_key: bytes
+    tokens_key: bytes
     generation_key: bytes
     prompt_key: bytes
     token_ids: np.ndarray
@@ -110,6 +111,17 @@ def sampling_settings(generate: Generate, data: Data) -> dict[str, Any]:
     } | ({"engine": engine} if engine else {})
 
 
+def sampling_id(author_id: str, settings: dict[str, Any]) -> str:
+    """Name of an author with sampling settings; with a prompt and a sample index it names a completion."""
+    return content_id("sampling", author=author_id, settings=settings)
+
+
+def tokens_key(token_ids: np.ndarray | list[int], prompt_tokens: int) -> bytes:
+    """Name of what a teacher is asked to score: the tokens, and where the scored span starts (it runs to the end)."""
+    start, _ = scored_span(prompt_tokens, len(token_ids))
+    return content_key("tokens", token_ids=np.asarray(token_ids, dtype="<i4").tobytes(), span_start=start)
+
+
 def author_context(generate: Generate | None, model_tokens: int) -> int:
     """What the author reads at once: the model's context, or less where the engine is told so."""
     limit = generate.engine_args.get("max_model_len") if generate else None
@@ -156,10 +168,10 @@ def generation_ledger(
 
 def _wanted_generations(recipe: Recipe, author_id: str, prompts: Mapping[bytes, str]) -> Iterator[GenerationRequest]:
     assert recipe.generate is not None
-    settings = sampling_settings(recipe.generate, recipe.data)
+    sampling = sampling_id(author_id, sampling_settings(recipe.generate, recipe.data))
     for prompt_key, split in prompts.items():
         for index in range(recipe.generate.samples):
-            key = content_key("generation", author=author_id, prompt=prompt_key, settings=settings, sample=index)
+            key = content_key("generation", sampling=sampling, prompt=prompt_key, sample=index)
             yield GenerationRequest(key, prompt_key, index, split)
 
 
@@ -194,10 +206,9 @@ def selected_generations(
     return sorted(rows, key=lambda r: r["key"])
 
 
-def target_key(teacher_id: str, token_ids: np.ndarray, span_start: int) -> bytes:
-    """Reuse key of a soft-target row: the teacher, the tokens and where the scored span starts (it runs to the end)."""
-    ids = np.asarray(token_ids, dtype="<i4").tobytes()
-    return content_key("soft_targets", teacher=teacher_id, token_ids=ids, span_start=span_start)
+def target_key(teacher_id: str, tokens: bytes) -> bytes:
+    """Reuse key of a soft-target row: the teacher and what it scored (`tokens_key`)."""
+    return content_key("soft_targets", teacher=teacher_id, tokens=tokens)
 
 
 def reference_kind(vocab_size: int) -> tuple[str, int]:
@@ -255,13 +266,15 @@ def _wanted_targets(
     seen: set[bytes] = set()
     for row in held_out_first(generations, recipe.evaluate.tokens):
         start, span = scored_span(row["prompt_tokens"], len(row["token_ids"]))
-        reuse_key = target_key(teacher_id, row["token_ids"], start)
+        tokens = tokens_key(row["token_ids"], row["prompt_tokens"])
+        reuse_key = target_key(teacher_id, tokens)
         if span < 1 or reuse_key in seen:
             continue
         seen.add(reuse_key)
         wanted = str(score.targets), min(score.k, vocab_size)
         kind, k = reference_kind(vocab_size) if row["split"] == "test" else wanted
-        yield TargetRequest(reuse_key, row["key"], row["prompt_key"], row["token_ids"], start, kind, k, row["split"])
+        keys = (reuse_key, tokens, row["key"], row["prompt_key"])
+        yield TargetRequest(*keys, row["token_ids"], start, kind, k, row["split"])
 
 
 def given_rows(store: Store, author_id: str) -> Counter[bytes]:

@@ -60,7 +60,7 @@ def run(job: Job, teacher: Identity) -> StageResult:
         for batch in batches(ledger.pending, score.batch_tokens or scorer.batch_tokens):
             for request in [r for r in batch if len(r.token_ids) > limit]:
                 message = f"{len(request.token_ids)} tokens; the teacher reads {limit}"
-                rejects.add(_reject(request, limit, "too_long", message))
+                rejects.add(_reject(request, teacher.id, limit, "too_long", message))
             scorer.score([r for r in batch if len(r.token_ids) <= limit], rows, rejects)
             job.stop.check()
     return StageResult(rows=rows.rows, tokens=rows.tokens, rejected=rejects.rows)
@@ -117,7 +117,7 @@ class _Scorer:
         torch.cuda.empty_cache()
         if len(batch) == 1:
             message = f"{len(batch[0].token_ids)} tokens do not fit in memory, even alone"
-            rejects.add(_reject(batch[0], self._limit, "out_of_memory", message))
+            rejects.add(_reject(batch[0], self._teacher_id, self._limit, "out_of_memory", message))
             return
         self._job.progress.say(f"out of memory at {len(batch)} rows of {len(batch[-1].token_ids)} tokens: halving")
         half = len(batch) // 2
@@ -156,6 +156,7 @@ class _Scorer:
         return {
             "key": content_key("soft_targets_row", reuse_key=request.reuse_key, **kept),
             "reuse_key": request.reuse_key,
+            "tokens_key": request.tokens_key,
             "generation_key": request.generation_key,
             "prompt_key": request.prompt_key,
             "teacher_id": self._teacher_id,
@@ -166,11 +167,14 @@ class _Scorer:
         }
 
 
-def _reject(request: TargetRequest, limit: int, reason: str, message: str) -> dict[str, Any]:
+def _reject(request: TargetRequest, teacher_id: str, limit: int, reason: str, message: str) -> dict[str, Any]:
     return {
         "key": reject_key(request.reuse_key, limit),
         "stage": "score",
         "prompt_key": request.prompt_key,
+        "context_id": teacher_id,
+        "tokens_key": request.tokens_key,
+        "limit_tokens": limit,
         "reason": reason,
         "message": message,
         "attempts": 1,

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .errors import StillroomError
 
@@ -56,6 +57,32 @@ class Files:
         """The content of a file; FileNotFoundError if the name is not there."""
         with _explained("cannot read", self.path(name)):
             return self.path(name).read_bytes()
+
+    def source(self, name: str) -> Any:
+        """What pyarrow opens to read the file: a path, or an open binary file."""
+        return str(self.path(name))
+
+    def size(self, name: str) -> int:
+        """Bytes of a file; FileNotFoundError if the name is not there."""
+        with _explained("cannot read", self.path(name)):
+            return self.path(name).stat().st_size
+
+    def sha256(self, name: str) -> str:
+        """Hex sha256 of a file's bytes; FileNotFoundError if the name is not there."""
+        with _explained("cannot read", self.path(name)):
+            return file_sha256(self.path(name))
+
+    def walk(self, folder: str = "") -> Iterator[tuple[str, int, float]]:
+        """(name, bytes, time of last change) of every file below a folder, sorted, temporary ones too."""
+        for path in sorted(self.path(folder).rglob("*")):
+            if path.is_file() and not path.is_symlink():
+                state = path.stat()
+                yield path.relative_to(self.root).as_posix(), state.st_size, state.st_mtime
+
+    def remove(self, name: str) -> None:
+        """Delete a file, if it is there. Only for what no record names."""
+        with _explained("cannot delete", self.path(name)):
+            self._unlink(self.path(name))
 
     def names(self, folder: str) -> list[str]:
         """Names of the files in a folder, sorted; none if the folder is not there. Temporary files are left out."""

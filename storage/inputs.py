@@ -64,4 +64,4 @@ def read_inputs(files: Files, data_id: str) -> Inputs | None:
 
 def inputs_table(files: Files, inputs: Inputs) -> pa.Table:
     """The inputs themselves: key, prompt_key, split ('train' or 'test'), windows (of a cut text, else null)."""
-    return ShardFile(files.path(inputs.shard.name), inputs.shard.name).read_all().replace_schema_metadata(None)
+    return ShardFile(files, inputs.shard.name).read_all().replace_schema_metadata(None)

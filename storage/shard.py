@@ -60,7 +60,7 @@ def write_shard(
     data = rows_to_table(table, rows)
     groups = _row_groups([row_bytes(row) for row in rows])
     info = put_parquet(files, data, groups, folder=shard_folder(table), about={"table": table, **about})
-    written = ShardFile(files.path(info.name), info.name)
+    written = ShardFile(files, info.name)
     same = written.rows_per_group == info.row_groups and all(
         written.read(group).equals(data.slice(int(written.starts[group]), count)) for group, count in enumerate(groups)
     )
@@ -104,11 +104,11 @@ def _row_groups(sizes: Sequence[int]) -> list[int]:
 class ShardFile:
     """A shard opened for reading; every page read is checked."""
 
-    def __init__(self, path: Path, name: str) -> None:
+    def __init__(self, files: Files, name: str) -> None:
         self.name = name
         """Below the store."""
         try:
-            self._file = pq.ParquetFile(path, page_checksum_verification=True)
+            self._file = pq.ParquetFile(files.source(name), page_checksum_verification=True)
         except FileNotFoundError as error:
             raise IntegrityError(f"{name}: the file is missing. {_REPAIR}") from error
         except _DAMAGED as error:

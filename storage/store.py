@@ -96,7 +96,7 @@ class Store:
     def shard(self, table: TableName, sha256: str) -> ShardFile:
         """A shard opened for reading."""
         name = shard_name(table, sha256)
-        return ShardFile(self.files.path(name), name)
+        return ShardFile(self.files, name)
 
     def put_inputs(self, data_id: str, table: pa.Table, about: Mapping[str, Any]) -> None:
         """Record which prompts a recipe's data are, in which split. The first record of a `data_id` stays."""

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from .commits import Commit, numbers, read_commit, read_retired, record_name
 from .errors import IntegrityError, StillroomError
-from .files import Files, file_sha256
+from .files import Files
 from .inputs import INPUTS_SCHEMA, inputs_name, read_inputs
 from .invariants import check_shape, doubts
 from .rows import Rows
@@ -122,14 +122,13 @@ def _repeated_keys(commits: list[Commit]) -> Iterator[Problem]:
 def _shard_problems(
     files: Files, shard: ShardInfo, schema: pa.Schema, *, commit: Commit | None = None
 ) -> Iterator[Problem]:
-    path = files.path(shard.name)
     try:
-        size = path.stat().st_size
+        size = files.size(shard.name)
         if size != shard.bytes:
             yield Problem(shard.name, None, None, f"the file has {size} bytes, {shard.bytes} were committed")
-        elif file_sha256(path) != shard.sha256:
+        elif files.sha256(shard.name) != shard.sha256:
             yield Problem(shard.name, None, None, "the file's sha256 is not the one that was committed")
-        file = ShardFile(path, shard.name)
+        file = ShardFile(files, shard.name)
     except FileNotFoundError:
         yield Problem(shard.name, None, None, "the file is missing")
     except (IntegrityError, OSError) as error:
@@ -223,7 +222,6 @@ def _snapshot_problems(store: Store, named: set[str]) -> Iterator[Problem]:
 
 def _left_over(files: Files, named: set[str]) -> Iterator[str]:
     for folder in ("commits", "retired", "inputs", "snapshots", "data"):
-        for path in sorted(files.path(folder).rglob("*")):
-            name = path.relative_to(files.root).as_posix()
-            if path.is_file() and name not in named:
-                yield f"{name}: no record names this file ({path.stat().st_size} bytes); it holds no rows of the store"
+        for name, size, _ in files.walk(folder):
+            if name not in named:
+                yield f"{name}: no record names this file ({size} bytes); it holds no rows of the store"

@@ -101,13 +101,19 @@ def make_store(
     ):
         for number, ids in enumerate(texts):
             key = content_key("text", number=number, ids=ids)
-            common = {"key": key, "reuse_key": key, "prompt_key": key, "token_ids": ids}
+            common = {"key": key, "reuse_key": key, "prompt_key": key, "tokens_key": key, "token_ids": ids}
             columns = teacher_targets(model, ids, prompt_tokens, k).columns(23)
             kind = {"kind": "full" if k is None else "topk", "generation_key": key, "teacher_id": TEACHER}
             targets.add(common | columns | kind | {"span_start": prompt_tokens, "label": None})
             generations.add(
                 common
-                | {"author_id": TEACHER, "sample_index": 0, "prompt_tokens": prompt_tokens, "text": ""}
+                | {
+                    "author_id": TEACHER,
+                    "sampling_id": TEACHER,
+                    "sample_index": 0,
+                    "prompt_tokens": prompt_tokens,
+                    "text": "",
+                }
                 | {"completion_tokens": len(ids) - prompt_tokens, "finish_reason": "stop"}
             )
     return store

@@ -100,6 +100,8 @@ def generations(root: Path, *, author: str, keys: list[bytes]) -> Store:
                     "reuse_key": key,
                     "prompt_key": key,
                     "author_id": author,
+                    "sampling_id": author,
+                    "tokens_key": bytes(16),
                     "sample_index": 0,
                     "token_ids": [1, 2, 3],
                     "prompt_tokens": 1,

@@ -206,6 +206,8 @@ def generation(teacher: LlamaForCausalLM, tokenizer: Any, rng: np.random.Generat
         "prompt_key": content_key("prompt", ids=prompt),
         "source_key": None,
         "author_id": TEACHER,
+        "sampling_id": TEACHER,
+        "tokens_key": bytes(16),
         "sample_index": 0,
         "token_ids": ids,
         "prompt_tokens": len(prompt),

@@ -123,6 +123,7 @@ def test_batches_hold_one_kind_within_the_budget_and_every_row_once(budget: int)
             bytes([i]) * 16,
             b"",
             b"",
+            b"",
             np.zeros(made.integers(2, 30), np.int32),
             1,
             made.choice(["topk", "full"]),

@@ -54,6 +54,7 @@ def target_row(index: int, *, tokens: int = 6, k: int = 4, full: bool = False) -
     return {
         "key": target_key(index),
         "reuse_key": content_key("test_reuse", index=index),
+        "tokens_key": content_key("test_tokens", index=index),
         "generation_key": content_key("test_generation", index=index),
         "prompt_key": content_key("test_prompt", index=index),
         "teacher_id": ABOUT["teacher_id"],
@@ -70,6 +71,8 @@ def generation_row(index: int) -> dict[str, Any]:
         "reuse_key": content_key("test_generation_reuse", index=index),
         "prompt_key": content_key("test_prompt", index=index),
         "author_id": GENERATIONS_ABOUT["author_id"],
+        "sampling_id": GENERATIONS_ABOUT["author_id"],
+        "tokens_key": content_key("test_tokens", index=index),
         "sample_index": 0,
         "token_ids": [1, 2, 3, index % VOCABULARY],
         "prompt_tokens": 2,

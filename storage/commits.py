@@ -7,13 +7,14 @@ there. A writer appends by putting the next number; whoever loses that race read
 import base64
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from .errors import IntegrityError
 from .files import Files
 from .keys import KEY_BYTES, seal, unseal
+from .keyset import KeySet
 from .schema import FORMAT_VERSION, TableName
 from .shard import ShardInfo, shard_name
 
@@ -29,8 +30,6 @@ class Commit:
     writer: str
     """Which writer made it (a uuid)."""
     shard: ShardInfo
-    keys: tuple[bytes, ...]
-    """Key of each row of the shard, in order."""
     tokens: int
     """Completion tokens of generations, scored tokens of soft targets."""
     seconds: float
@@ -54,31 +53,36 @@ def numbers(files: Files, table: str, *, folder: str = "commits") -> list[int]:
 class CommitLog:
     """The records of one table as known so far."""
 
-    def __init__(self, files: Files, table: TableName) -> None:
+    def __init__(self, files: Files, table: TableName, *, track_keys: bool = False) -> None:
+        """`track_keys`: keep the keys of all live rows, as a writer must."""
         self._files = files
         self.table: TableName = table
         self._next = 0
         self._live: dict[int, Commit] = {}
         self._retired: set[int] = set()
-        self.keys: set[bytes] = set()
-        """Keys of every live row."""
+        self._track_keys = track_keys
+        self.keys = KeySet()
+        """Keys of every live row, where they are tracked."""
 
     def refresh(self) -> list[Commit]:
-        """Read what is new and return the live commits, oldest first."""
+        """List what there is, read what is new, and return the live commits, oldest first."""
         retired = set(numbers(self._files, self.table, folder="retired"))
+        for seq in retired - self._retired:
+            read_retired(self._files, self.table, seq)
+        if any(seq < self._next for seq in retired - self._retired):
+            self._next, self._live, self.keys = 0, {}, KeySet()  # rare: read all again, without what was withdrawn
+        self._retired = retired
         last = max([*numbers(self._files, self.table), *retired], default=-1)  # a withdrawn number is never used again
         # A listing made while others commit may leave a number out below the last: ask for every number by name.
-        for seq in range(self._next, last + 1):
-            if (commit := read_commit(self._files, self.table, seq)) is not None:
-                self._add(commit)
+        self._read(range(self._next, last + 1))
         self._next = max(self._next, last + 1)
-        if retired != self._retired:
-            for seq in retired - self._retired:
-                read_retired(self._files, self.table, seq)
-            self._retired = retired
-            self._live = {seq: commit for seq, commit in self._live.items() if seq not in retired}
-            self.keys = {key for commit in self._live.values() for key in commit.keys}
         return [self._live[seq] for seq in sorted(self._live)]
+
+    def advance(self) -> None:
+        """Read the records that follow those known, asking for each by name: cheap, but blind to withdrawals."""
+        while (record := read_commit(self._files, self.table, self._next)) is not None:
+            self._add([record])
+            self._next += 1
 
     def append(self, fields: Mapping[str, Any], shard: ShardInfo, keys: Iterable[bytes]) -> Commit | None:
         """Try the next number. None: another writer took it; its records are read, look at `keys` and try again."""
@@ -86,21 +90,26 @@ class CommitLog:
             table=self.table,
             seq=self._next,
             shard=shard,
-            keys=tuple(keys),
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             **fields,
         )
-        if not self._files.put_if_absent(record_name(self.table, commit.seq), seal(_to_json(commit))):
-            self.refresh()
+        joined = b"".join(keys)
+        if not self._files.put_if_absent(record_name(self.table, commit.seq), seal(_to_json(commit, joined))):
+            self.advance()
             return None
-        self._add(commit)
+        self._add([(commit, joined)])
         self._next += 1
         return commit
 
-    def _add(self, commit: Commit) -> None:
-        if commit.seq not in self._retired:
-            self._live[commit.seq] = commit
-            self.keys.update(commit.keys)
+    def _read(self, seqs: Iterable[int]) -> None:
+        records = (read_commit(self._files, self.table, seq) for seq in seqs if seq not in self._retired)
+        self._add([record for record in records if record is not None])
+
+    def _add(self, records: Sequence[tuple[Commit, bytes]]) -> None:
+        live = [(commit, joined) for commit, joined in records if commit.seq not in self._retired]
+        self._live |= {commit.seq: commit for commit, _ in live}
+        if self._track_keys:
+            self.keys.update(b"".join(joined for _, joined in live))
 
 
 def retire(files: Files, table: TableName, seq: int, *, reason: str) -> bool:
@@ -109,8 +118,8 @@ def retire(files: Files, table: TableName, seq: int, *, reason: str) -> bool:
     return files.put_if_absent(record_name(table, seq, folder="retired"), seal(record))
 
 
-def read_commit(files: Files, table: TableName, seq: int) -> Commit | None:
-    """One record, checked; None if there is none under this number."""
+def read_commit(files: Files, table: TableName, seq: int) -> tuple[Commit, bytes] | None:
+    """One record, checked, and the keys of its rows, 16 bytes each; None if there is none under this number."""
     name = record_name(table, seq)
     try:
         record = unseal(files.read(name), name)
@@ -118,13 +127,15 @@ def read_commit(files: Files, table: TableName, seq: int) -> Commit | None:
         return None
     _check_name(record, name, table=table, seq=seq)
     try:
-        commit = _from_json(record)
+        commit, keys = _from_json(record)
     except (KeyError, TypeError, ValueError) as error:
         raise IntegrityError(f"{name}: not a commit record of this format ({error!r}). Restore the file.") from error
     shard = commit.shard
-    if not len(commit.keys) == shard.rows == sum(shard.row_groups) or shard.name != shard_name(table, shard.sha256):
+    if not len(keys) / KEY_BYTES == shard.rows == sum(shard.row_groups) or shard.name != shard_name(
+        table, shard.sha256
+    ):
         raise IntegrityError(f"{name}: the record contradicts itself about its shard. Restore the file from a backup.")
-    return commit
+    return commit, keys
 
 
 def read_retired(files: Files, table: TableName, seq: int) -> None:
@@ -146,14 +157,14 @@ def _check_name(record: dict[str, Any], name: str, *, table: str, seq: int) -> N
         )
 
 
-def _to_json(commit: Commit) -> dict[str, Any]:
+def _to_json(commit: Commit, keys: bytes) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "table": commit.table,
         "seq": commit.seq,
         "writer": commit.writer,
         "shard": asdict(commit.shard),
-        "keys": base64.b64encode(b"".join(commit.keys)).decode(),
+        "keys": base64.b64encode(keys).decode(),
         "tokens": commit.tokens,
         "seconds": commit.seconds,
         "stage": commit.stage,
@@ -162,8 +173,6 @@ def _to_json(commit: Commit) -> dict[str, Any]:
     }
 
 
-def _from_json(record: dict[str, Any]) -> Commit:
-    joined = base64.b64decode(record["keys"])
-    keys = tuple(joined[i : i + KEY_BYTES] for i in range(0, len(joined), KEY_BYTES))
-    fields = {name: value for name, value in record.items() if name != "format_version"}
-    return Commit(**{**fields, "keys": keys, "shard": ShardInfo.from_json(record["shard"])})
+def _from_json(record: dict[str, Any]) -> tuple[Commit, bytes]:
+    fields = {name: value for name, value in record.items() if name not in ("format_version", "keys")}
+    return Commit(**{**fields, "shard": ShardInfo.from_json(record["shard"])}), base64.b64decode(record["keys"])

@@ -63,7 +63,7 @@ class Store:
         missing = [name for name in _REQUIRED_ABOUT.get(table, ()) if name not in about]
         if missing:
             raise ValueError(f"a writer of {table} needs {', '.join(missing)} in `about`: shards describe themselves")
-        return ShardWriter(self.files, CommitLog(self.files, table), about=about, limits=limits or CommitLimits())
+        return ShardWriter(self.files, CommitLog(self.files, table, track_keys=True), about=about, limits=limits or CommitLimits())
 
     def retire(self, commit: Commit, *, reason: str) -> bool:
         """Withdraw a commit; its rows may then be made again. False if it was withdrawn before."""

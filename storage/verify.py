@@ -14,12 +14,15 @@ from .errors import IntegrityError, StillroomError
 from .files import Files
 from .inputs import INPUTS_SCHEMA, inputs_name, read_inputs
 from .invariants import check_shape, doubts
+from .keys import KEY_BYTES
 from .rows import Rows
 from .schema import SCHEMAS, TABLES, TableName
 from .shard import ShardFile, ShardInfo
 from .snapshot import load_snapshot
 from .store import MARKER, Store
 from .writer import TOKENS_COLUMN
+
+Record = tuple[Commit, bytes]  # a commit, and the keys of its rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,20 +68,20 @@ def verify(store: Store) -> Report:
         commits = _records(store, table, report, named=named)
         report.tables[table] = TableReport(
             shards=len(commits),
-            rows=sum(commit.shard.rows for commit in commits),
-            tokens=sum(commit.tokens for commit in commits),
-            bytes=sum(commit.shard.bytes for commit in commits),
+            rows=sum(commit.shard.rows for commit, _ in commits),
+            tokens=sum(commit.tokens for commit, _ in commits),
+            bytes=sum(commit.shard.bytes for commit, _ in commits),
         )
         report.problems.extend(_repeated_keys(commits))
-        for commit in commits:
-            report.problems.extend(_shard_problems(store.files, commit.shard, SCHEMAS[table], commit=commit))
+        for record in commits:
+            report.problems.extend(_shard_problems(store.files, record[0].shard, SCHEMAS[table], record=record))
     report.problems.extend(_inputs_problems(store.files, named))
     report.problems.extend(_snapshot_problems(store, named))
     report.notes.extend(_left_over(store.files, named))
     return report
 
 
-def _records(store: Store, table: TableName, report: Report, *, named: set[str]) -> list[Commit]:
+def _records(store: Store, table: TableName, report: Report, *, named: set[str]) -> list[Record]:
     """The live commits; every number from 0 on must have its record."""
     retired = set()
     for seq in numbers(store.files, table, folder="retired"):
@@ -94,24 +97,24 @@ def _records(store: Store, table: TableName, report: Report, *, named: set[str])
         name = record_name(table, seq)
         named.add(name)
         try:
-            commit = read_commit(store.files, table, seq)
+            record = read_commit(store.files, table, seq)
         except IntegrityError as error:
             report.problems.append(Problem(name, None, None, str(error)))
             continue
-        if commit is None:
+        if record is None:
             report.problems.append(Problem(name, None, None, "the record is missing, but later ones exist"))
             continue
-        named.add(commit.shard.name)
+        named.add(record[0].shard.name)
         if seq not in retired:
-            commits.append(commit)
+            commits.append(record)
     return commits
 
 
-def _repeated_keys(commits: list[Commit]) -> Iterator[Problem]:
+def _repeated_keys(commits: list[Record]) -> Iterator[Problem]:
     seen: dict[bytes, int] = {}
-    for commit in commits:
+    for commit, joined in commits:
         messages = []
-        for key in commit.keys:
+        for key in _split(joined):
             if key in seen:
                 messages.append(f"key {key.hex()} is in commit {seen[key]} already")
             seen[key] = commit.seq
@@ -120,7 +123,7 @@ def _repeated_keys(commits: list[Commit]) -> Iterator[Problem]:
 
 
 def _shard_problems(
-    files: Files, shard: ShardInfo, schema: pa.Schema, *, commit: Commit | None = None
+    files: Files, shard: ShardInfo, schema: pa.Schema, *, record: Record | None = None
 ) -> Iterator[Problem]:
     try:
         size = files.size(shard.name)
@@ -139,10 +142,15 @@ def _shard_problems(
         elif file.rows_per_group != shard.row_groups:
             yield Problem(shard.name, None, None, f"row groups {file.rows_per_group}, committed {shard.row_groups}")
         else:
-            yield from _row_problems(file, commit)
+            yield from _row_problems(file, record)
 
 
-def _row_problems(file: ShardFile, commit: Commit | None) -> Iterator[Problem]:
+def _split(joined: bytes) -> list[bytes]:
+    return [joined[i : i + KEY_BYTES] for i in range(0, len(joined), KEY_BYTES)]
+
+
+def _row_problems(file: ShardFile, record: Record | None) -> Iterator[Problem]:
+    commit, joined = record or (None, b"")
     keys: list[bytes] = []
     tokens = 0
     counted = None if commit is None else TOKENS_COLUMN.get(commit.table)
@@ -161,7 +169,7 @@ def _row_problems(file: ShardFile, commit: Commit | None) -> Iterator[Problem]:
             yield from _value_problems(file, commit.table, rows, group=group)
         tokens += sum(columns[counted].to_pylist()) if counted else 0
     if commit is not None and len(keys) == file.rows:
-        if tuple(keys) != commit.keys:
+        if keys != _split(joined):
             yield Problem(file.name, "key", None, f"the keys are not those of {record_name(commit.table, commit.seq)}")
         if tokens != commit.tokens:
             yield Problem(file.name, None, None, f"{tokens} tokens, {commit.tokens} were committed")

@@ -79,6 +79,14 @@ class ShardWriter:
         self.tick()
         return True
 
+    def committed(self, key: bytes) -> bool:
+        """Whether a key is in the table, as far as this writer knows."""
+        return key in self._log.keys
+
+    def refresh(self) -> None:
+        """Read what others have committed meanwhile."""
+        self._log.advance()
+
     def tick(self) -> None:
         """Commit if the time is up; call it while waiting for rows."""
         if self._waiting and time.monotonic() - self._oldest >= self._limits.seconds:

@@ -3,7 +3,6 @@
 Stage one writes this down in the store, so that stage two can run where teacher and data are not: the store is enough.
 """
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,8 +12,8 @@ from ..stages.requests import author_context
 from ..stages.sections import Recipe
 from ..stages.tokenizers import compare_tokenizers
 from ..storage.errors import UsageError
-from ..storage.files import Files
-from ..storage.keys import canonical_json, content_id
+from ..storage.files import Files, open_files
+from ..storage.keys import content_id, seal, unseal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,10 +60,15 @@ def bind(recipe: Recipe, *, write: bool) -> Bound:
 
 def write_down(recipe: Recipe, binding: Binding) -> None:
     """Keep a binding in the store under the recipe's names; the newest counts."""
-    files = Files(Path(recipe.storage.dir))
+    files = open_files(recipe.storage.dir)
     folder = _folder(recipe)
-    if _written(recipe) != binding:
-        files.put_if_absent(f"{folder}/{len(files.names(folder)):08d}.json", canonical_json(asdict(binding)))
+    record = seal(asdict(binding))
+    while _written(recipe) != binding and not files.put_if_absent(_next(files, folder), record):
+        pass  # another writer took the number
+
+
+def _next(files: Files, folder: str) -> str:
+    return f"{folder}/{len(files.names(folder)):08d}.json"
 
 
 def teacher_identity(recipe: Recipe, hashes: FileHashes, *, download: bool) -> Identity:
@@ -130,8 +134,9 @@ def _folder(recipe: Recipe) -> str:
 
 
 def _written(recipe: Recipe) -> Binding | None:
-    files = Files(Path(recipe.storage.dir))
+    files = open_files(recipe.storage.dir)
     names = files.names(_folder(recipe))
     if not names:
         return None
-    return Binding(**json.loads(files.read(f"{_folder(recipe)}/{Path(names[-1]).name}")))
+    name = f"{_folder(recipe)}/{names[-1]}"
+    return Binding(**unseal(files.read(name), name))

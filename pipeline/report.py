@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..storage.errors import UsageError
-from ..storage.files import Files
+from ..storage.files import LocalFiles
 from . import report_sections as sections
 from .markdown import inline, nats, table
 
@@ -49,7 +49,7 @@ def write_report(run_dir: Path, train_dir: Path, facts: Mapping[str, Any]) -> tu
         "facts": dict(facts),
     }
     contents = {"report.md": render(report), "report.json": json.dumps(report, indent=1, ensure_ascii=False)}
-    files = Files(run_dir)
+    files = LocalFiles(run_dir)
     for name, content in contents.items():
         files.replace(name, content.encode())
     return run_dir / "report.md", run_dir / "report.json"

@@ -51,8 +51,8 @@ def tokenizer_of(store: Store, row: dict[str, Any]) -> Any:
     from tokenizers import Tokenizer
 
     name = row["teacher_id"] if row["table"] == "soft_targets" else row["author_id"]
-    file = store.root / "teachers" / name / "tokenizer.json"
-    return Tokenizer.from_file(str(file)) if file.is_file() else None
+    file = f"teachers/{name}/tokenizer.json"
+    return Tokenizer.from_file(str(store.files.local(file))) if store.files.exists(file) else None
 
 
 def describe(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
@@ -69,20 +69,22 @@ def describe(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     }
     if row["table"] == "soft_targets":
         targets = SoftTargets.from_row(row)
-        found["positions"] = [_position(targets, n, start + n, tokenizer) for n in range(row["span_tokens"])]
+        found["positions"] = [
+            _position(targets.positions(slice(n, n + 1)), start + n, tokenizer) for n in range(row["span_tokens"])
+        ]
     return found
 
 
-def _position(targets: SoftTargets, n: int, index: int, tokenizer: Any) -> dict[str, Any]:
-    logprobs = targets.logprobs[n]
-    best = np.argsort(-logprobs, kind="stable")[:SHOWN]
-    ids = best if targets.ids is None else targets.ids[n][best]
+def _position(targets: SoftTargets, index: int, tokenizer: Any) -> dict[str, Any]:
+    (probabilities,) = targets.probabilities
+    best = np.argsort(-probabilities, kind="stable")[:SHOWN]
+    ids = best if targets.ids is None else targets.ids[0][best]
     return {
         "index": index,
-        "token_logprob": float(targets.token_logprob[n]),
-        "entropy": float(targets.entropy[n]),
-        "tail": float(np.exp(targets.tail_logprob[n])),
-        "entries": [[_show(tokenizer, int(i)), float(np.exp(logprobs[b]))] for i, b in zip(ids, best, strict=True)],
+        "token_logprob": float(targets.token_logprob[0]),
+        "entropy": float(targets.entropy[0]),
+        "tail": None if targets.tail_logprob is None else float(np.exp(targets.tail_logprob[0])),
+        "entries": [[_show(tokenizer, int(i)), float(probabilities[b])] for i, b in zip(ids, best, strict=True)],
     }
 
 
@@ -105,7 +107,8 @@ def render(sample: dict[str, Any]) -> list[Any]:
         table.add_column("the teacher's best")
         for p in sample["positions"]:
             best = "  ".join(f"{token} {probability:.3f}" for token, probability in p["entries"])
-            row = (f"{np.exp(p['token_logprob']):.4f}", f"{p['entropy']:.3f}", f"{p['tail']:.4f}", best)
+            tail = "-" if p["tail"] is None else f"{p['tail']:.4f}"
+            row = (f"{np.exp(p['token_logprob']):.4f}", f"{p['entropy']:.3f}", tail, best)
             table.add_row(str(p["index"]), Text(sample["tokens"][p["index"]]), *row[:3], Text(row[3]))
         parts.append(table)
     return parts

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..storage.errors import IntegrityError
-from ..storage.files import Files, file_sha256
+from ..storage.files import LocalFiles, file_sha256
 
 _FOLDER = "checkpoints"
 
@@ -22,7 +22,7 @@ _FOLDER = "checkpoints"
 class Checkpoints:
     """The checkpoints below a run's folder."""
 
-    def __init__(self, files: Files) -> None:
+    def __init__(self, files: LocalFiles) -> None:
         self._files = files
 
     def steps(self) -> list[int]:

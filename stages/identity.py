@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..storage.errors import UsageError
-from ..storage.files import Files
+from ..storage.files import open_files
 from ..storage.keys import canonical_json, content_id
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
@@ -29,10 +29,10 @@ _NOT_CONTENT = {"transformers_version", "_name_or_path", "_commit_hash", "name_o
 
 
 class FileHashes:
-    """sha256 of files, remembered in a store's `cache/` folder; `remember=False` only reads what is there."""
+    """sha256 of files, remembered by a store's `cache`; `remember=False` only reads what is there."""
 
     def __init__(self, store_dir: str | Path, *, remember: bool) -> None:
-        self._files = Files(Path(store_dir))
+        self._files = open_files(store_dir).cache
         self._remember = remember
         self._seen: dict[str, str] = {}
 

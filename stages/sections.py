@@ -49,7 +49,7 @@ class Storage(Section):
     """The store: the cache of teacher outputs, shared by any number of recipes."""
 
     dir: str
-    """Folder of the store."""
+    """Folder of the store, or its URL (`s3://bucket/path`)."""
     sources: list[str] = []
     """Read-only stores to take rows from as well."""
     commit_rows: int = Field(256, ge=1)

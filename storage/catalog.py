@@ -4,16 +4,22 @@ For looking and for choosing rows. DuckDB does not verify page checksums; `Store
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pyarrow as pa
+from fsspec import AbstractFileSystem
 
+from .commits import Commit
 from .errors import IntegrityError, UsageError
-from .inputs import INPUTS_SCHEMA, read_inputs
+from .inputs import INPUTS_SCHEMA, Inputs, read_inputs
+from .object_files import ObjectFiles, ObjectReader
 from .schema import SCHEMAS, TABLES
+from .shard import ShardInfo
 from .store import Store
 
 _COMMITS_SCHEMA = pa.schema(
@@ -36,12 +42,20 @@ _COMMITS_SCHEMA = pa.schema(
 
 def connect(store: Store) -> duckdb.DuckDBPyConnection:
     """A connection with views prompts, generations, soft_targets, rejects, commits and inputs as they are now."""
-    root = store.root.resolve()
+    commits = {table: store.commits(table) for table in TABLES}
+    shards = {table: [commit.shard for commit in commits[table]] for table in TABLES}
+    inputs = _inputs(store)
     connection = duckdb.connect()
+    if isinstance(store.files, ObjectFiles):
+        everything = [*(shard for table in TABLES for shard in shards[table]), *(i.shard for i in inputs.values())]
+        connection.register_filesystem(_Shards(store.files, {shard.name: shard.bytes for shard in everything}))
+        root = _Shards.ROOT
+    else:
+        root = str(Path(store.root).resolve())
     for setting in (
         "autoinstall_known_extensions = false",
         "autoload_known_extensions = false",
-        f"temp_directory = {_quoted(root / 'cache')}",
+        f"temp_directory = {_quoted(store.files.cache.path('cache').absolute())}",
         f"allowed_directories = [{_quoted(root)}]",
         "enable_external_access = false",
         "lock_configuration = true",
@@ -49,10 +63,11 @@ def connect(store: Store) -> duckdb.DuckDBPyConnection:
         connection.execute(f"SET {setting}")
     with _explained():
         for table in TABLES:
-            paths = [root / commit.shard.name for commit in store.commits(table)]
-            _make_view(connection, table, SCHEMAS[table], _parquet(paths) if paths else None)
-        _make_view(connection, "inputs", INPUTS_SCHEMA.append(pa.field("data_id", pa.string())), _inputs(store, root))
-        connection.from_arrow(_commits(store)).create("commits")
+            _make_view(connection, table, SCHEMAS[table], _parquet(root, shards[table]) if shards[table] else None)
+        selects = [f"SELECT *, {_quoted(i)} AS data_id FROM ({_parquet(root, [inputs[i].shard])})" for i in inputs]
+        schema = INPUTS_SCHEMA.append(pa.field("data_id", pa.string()))
+        _make_view(connection, "inputs", schema, " UNION ALL ".join(selects) or None)
+        connection.from_arrow(_commits(commit for table in TABLES for commit in commits[table])).create("commits")
     return connection
 
 
@@ -82,21 +97,17 @@ def _make_view(connection: duckdb.DuckDBPyConnection, name: str, schema: pa.Sche
         connection.execute(f"CREATE VIEW {name} AS {select}")
 
 
-def _parquet(paths: list[Path]) -> str:
-    return f"SELECT * FROM read_parquet([{', '.join(map(_quoted, paths))}])"
+def _parquet(root: str, shards: list[ShardInfo]) -> str:
+    paths = (_quoted(f"{root}/{shard.name}") for shard in shards)
+    return f"SELECT * FROM read_parquet([{', '.join(paths)}])"
 
 
-def _inputs(store: Store, root: Path) -> str | None:
-    selects = []
-    for name in store.files.names("inputs"):
-        data_id = name.removesuffix(".json")
-        if (inputs := read_inputs(store.files, data_id)) is not None:
-            file = _quoted(root / inputs.shard.name)
-            selects.append(f"SELECT *, {_quoted(data_id)} AS data_id FROM read_parquet({file})")
-    return " UNION ALL ".join(selects) or None
+def _inputs(store: Store) -> dict[str, Inputs]:
+    names = [name.removesuffix(".json") for name in store.files.names("inputs")]
+    return {name: inputs for name in names if (inputs := read_inputs(store.files, name)) is not None}
 
 
-def _commits(store: Store) -> pa.Table:
+def _commits(commits: Iterable[Commit]) -> pa.Table:
     rows = [
         {
             "table_name": commit.table,
@@ -112,11 +123,38 @@ def _commits(store: Store) -> pa.Table:
             "versions": json.dumps(dict(commit.versions), sort_keys=True),
             "created": commit.created,
         }
-        for table in TABLES
-        for commit in store.commits(table)
+        for commit in commits
     ]
     return pa.Table.from_pylist(rows, schema=_COMMITS_SCHEMA)
 
 
 def _quoted(value: Path | str) -> str:
     return "'" + str(value).replace("'", "''") + "'"
+
+
+class _Shards(AbstractFileSystem):
+    """What DuckDB sees of an object store: the files that records name, with the sizes that they give."""
+
+    ROOT = "stillroom://store"
+    protocol = "stillroom"
+    cachable = False
+
+    def __init__(self, files: ObjectFiles, sizes: Mapping[str, int]) -> None:
+        super().__init__()
+        self._files, self._sizes = files, sizes
+
+    def info(self, path: str, **options: Any) -> dict[str, Any]:
+        name = path.removeprefix(f"{self.ROOT}/")
+        if name not in self._sizes:
+            raise FileNotFoundError(path)
+        return {"name": name, "size": self._sizes[name], "type": "file"}
+
+    def glob(self, path: str, **options: Any) -> list[str]:
+        return [path]
+
+    def modified(self, path: str) -> datetime:
+        return datetime.fromtimestamp(0, UTC)  # they never change
+
+    def open(self, path: str, mode: str = "rb", **options: Any) -> ObjectReader:
+        info = self.info(path)
+        return ObjectReader(self._files, info["name"], info["size"])

@@ -1,24 +1,27 @@
-"""The store's files: immutable, put in place whole or not at all.
+"""Files by name, put in place whole or not at all: what a store asks of the place it lies in, and the local one.
 
 The only module that links, replaces or syncs. Every file is written under a temporary name, synced, and then linked to
 its final name, so that a name that exists has its complete content. `os.link` fails where the name exists already:
 that is the one atomic step on which exactly-once rests. Temporary names start with a dot and mean nothing.
+`object_files.py` does the same on object stores.
 """
 
 import errno
 import hashlib
 import os
+import stat
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from .errors import StillroomError
 
+DISK_FULL = "the disk is full. Free space and run the same command again; what was committed is kept"
 _ADVICE = {
-    errno.ENOSPC: "the disk is full. Free space and run the same command again; what was committed is kept",
+    errno.ENOSPC: DISK_FULL,
     errno.EDQUOT: "the disk quota is used up. Free space and run the same command again; what was committed is kept",
     errno.EACCES: "permission denied. Give this user write access to the folder, or choose another one",
     errno.EPERM: "not permitted; a filesystem without hard links cannot hold a store. Choose another folder",
@@ -36,18 +39,110 @@ class Content:
     """Path below the root, with forward slashes."""
     sha256: str
     bytes: int
+    fresh: bool = field(default=True, compare=False)
+    """Whether this call made the file; else there was one of this name before."""
 
 
-class Files:
-    """Files below one root folder. Names are relative to it and use forward slashes."""
+class Files(Protocol):
+    """Where a store lies. Names are relative to its root, with forward slashes; those with a leading dot do not count.
+
+    Every method raises StillroomError, with what to do, where the place itself fails.
+    """
+
+    @property
+    def root(self) -> Path | str:
+        """The folder, or the URL."""
+
+    @property
+    def cache(self) -> "LocalFiles":
+        """Files of this machine, below `cache/`, that only save work and may be lost at any time."""
+
+    def empty(self) -> bool:
+        """Whether nothing is there: no root, or no name in it."""
+
+    def exists(self, name: str) -> bool:
+        """Whether the name is there."""
+
+    def read(self, name: str) -> bytes:
+        """The content of a file; FileNotFoundError if the name is not there."""
+
+    def read_many(self, names: Sequence[str]) -> dict[str, bytes]:
+        """The content of those files that are there, by name."""
+
+    def source(self, name: str) -> Any:
+        """What pyarrow opens to read the file: a path, or an open binary file; FileNotFoundError may come then."""
+
+    def local(self, name: str) -> Path:
+        """A path with the content of a file, for who reads nothing else; FileNotFoundError if it is not there."""
+
+    def size(self, name: str) -> int:
+        """Bytes of a file; FileNotFoundError if the name is not there."""
+
+    def sha256(self, name: str) -> str:
+        """Hex sha256 of a file's bytes; FileNotFoundError if the name is not there."""
+
+    def names(self, folder: str) -> list[str]:
+        """Names of the files in a folder, sorted; none if the folder is not there. Temporary files are left out."""
+
+    def walk(self, folder: str = "") -> Iterator[tuple[str, int, float]]:
+        """(name, bytes, time of last change) of every file below a folder, sorted, temporary ones too."""
+
+    def prove_exclusive(self) -> None:
+        """Make sure that `put_if_absent` has one winner here; UsageError where it has not."""
+
+    def put_if_absent(self, name: str, data: bytes) -> bool:
+        """Give `name` this content unless it exists. Of racing writers with different contents exactly one gets True.
+
+        Once this returns the name has a content, and keeps it.
+        """
+
+    def put_content(self, folder: str, write: Callable[[Path], object], *, suffix: str) -> Content:
+        """Put what `write` writes under `<folder>/<2 hex>/<32 hex><suffix>`, named by its sha256.
+
+        A file of that name with other bytes is a damaged one: it is replaced, the name says what its bytes must be.
+        """
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Give `name` this content whatever it had; readers see the old or the new. Not for anything of a store."""
+
+    def remove(self, name: str) -> None:
+        """Delete a file, if it is there. Only for what no record names."""
+
+
+def open_files(root: Path | str) -> Files:
+    """Files below a folder, or below a URL that fsspec knows (`s3://bucket/path`).
+
+    Raises:
+        UsageError: nothing installed can read such a URL.
+    """
+    address = str(root).removeprefix("file://")
+    if "://" not in address:
+        return LocalFiles(address)
+    from .object_files import ObjectFiles
+
+    return ObjectFiles(address)
+
+
+class LocalFiles:
+    """Files below one folder of a filesystem with hard links."""
 
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root)
         self._durable: set[Path] = set()
 
+    @property
+    def cache(self) -> "LocalFiles":
+        """These files themselves."""
+        return self
+
     def path(self, name: str) -> Path:
         """Where a name lies on disk."""
         return self.root / name
+
+    def empty(self) -> bool:
+        """Whether the folder is not there or holds temporary files at most."""
+        with explained("cannot list", self.root):
+            return not self.root.is_dir() or all(entry.name.startswith(".") for entry in self.root.iterdir())
 
     def exists(self, name: str) -> bool:
         """Whether the name is there."""
@@ -55,43 +150,66 @@ class Files:
 
     def read(self, name: str) -> bytes:
         """The content of a file; FileNotFoundError if the name is not there."""
-        with _explained("cannot read", self.path(name)):
+        with explained("cannot read", self.path(name)):
             return self.path(name).read_bytes()
 
+    def read_many(self, names: Sequence[str]) -> dict[str, bytes]:
+        """The content of those files that are there, by name."""
+        found = {}
+        for name in names:
+            with suppress(FileNotFoundError):
+                found[name] = self.read(name)
+        return found
+
     def source(self, name: str) -> Any:
-        """What pyarrow opens to read the file: a path, or an open binary file."""
+        """The file's path."""
         return str(self.path(name))
+
+    def local(self, name: str) -> Path:
+        """The file's path."""
+        if not self.exists(name):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path(name)))
+        return self.path(name)
 
     def size(self, name: str) -> int:
         """Bytes of a file; FileNotFoundError if the name is not there."""
-        with _explained("cannot read", self.path(name)):
+        with explained("cannot read", self.path(name)):
             return self.path(name).stat().st_size
 
     def sha256(self, name: str) -> str:
         """Hex sha256 of a file's bytes; FileNotFoundError if the name is not there."""
-        with _explained("cannot read", self.path(name)):
+        with explained("cannot read", self.path(name)):
             return file_sha256(self.path(name))
 
     def walk(self, folder: str = "") -> Iterator[tuple[str, int, float]]:
         """(name, bytes, time of last change) of every file below a folder, sorted, temporary ones too."""
         for path in sorted(self.path(folder).rglob("*")):
-            if path.is_file() and not path.is_symlink():
-                state = path.stat()
+            try:
+                state = path.lstat()
+            except FileNotFoundError:  # a temporary file of somebody who writes
+                continue
+            if stat.S_ISREG(state.st_mode):
                 yield path.relative_to(self.root).as_posix(), state.st_size, state.st_mtime
 
     def remove(self, name: str) -> None:
         """Delete a file, if it is there. Only for what no record names."""
-        with _explained("cannot delete", self.path(name)):
-            self._unlink(self.path(name))
+        path = self.path(name)
+        with explained("cannot delete", path):
+            if path.exists():
+                self._unlink(path)
+                self._sync_folder(path.parent)
 
     def names(self, folder: str) -> list[str]:
         """Names of the files in a folder, sorted; none if the folder is not there. Temporary files are left out."""
-        with _explained("cannot list", self.path(folder)):
+        with explained("cannot list", self.path(folder)):
             try:
                 entries = list(os.scandir(self.path(folder)))
             except FileNotFoundError:
                 return []
             return sorted(entry.name for entry in entries if entry.is_file() and not entry.name.startswith("."))
+
+    def prove_exclusive(self) -> None:
+        """Nothing to prove: a link fails where the name exists."""
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
         """Give `name` this content unless it exists. Of any number of racing processes exactly one gets True.
@@ -99,7 +217,7 @@ class Files:
         Either way the name survives a power cut once this returns.
         """
         final = self.path(name)
-        with _explained("cannot write", final):
+        with explained("cannot write", final):
             won = not final.exists() and self._put(final, data)
             self._sync_folder(final.parent)
             return won
@@ -116,22 +234,22 @@ class Files:
         A name that exists already is left as it is if it holds these very bytes. If it does not (a damaged file, being
         made again), it is replaced: the name says what its bytes must be.
         """
-        with _explained("cannot write", self.path(folder)), self._temporary(self.path(folder)) as temp:
+        with explained("cannot write", self.path(folder)), self._temporary(self.path(folder)) as temp:
             self._write(temp, write)
             self._sync_file(temp)
-            sha256 = file_sha256(temp)
-            content = Content(f"{folder}/{sha256[:2]}/{sha256[:32]}{suffix}", sha256, temp.stat().st_size)
+            content = content_of(temp, folder, suffix=suffix)
             final = self.path(content.name)
             self._make_folder(final.parent)
-            if not self._linked(temp, final) and file_sha256(final) != sha256:
+            fresh = self._linked(temp, final)
+            if not fresh and file_sha256(final) != content.sha256:
                 self._replace(temp, final)
             self._sync_folder(final.parent)
-            return content
+            return replace(content, fresh=fresh)
 
     def replace(self, name: str, data: bytes) -> None:
         """Give `name` this content whatever it had; readers see the old or the new. Not for anything of a store."""
         final = self.path(name)
-        with _explained("cannot write", final), self._temporary(final.parent) as temp:
+        with explained("cannot write", final), self._temporary(final.parent) as temp:
             self._write(temp, lambda path: path.write_bytes(data))
             self._sync_file(temp)
             self._replace(temp, final)
@@ -140,7 +258,7 @@ class Files:
     def point(self, name: str, target: str) -> None:
         """Make `name` a symbolic link to a neighbour, in place of the one it was; readers see the old or the new."""
         final = self.path(name)
-        with _explained("cannot write", final), self._temporary(final.parent) as temp:
+        with explained("cannot write", final), self._temporary(final.parent) as temp:
             temp.symlink_to(target)
             self._replace(temp, final)
 
@@ -209,6 +327,12 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def content_of(path: Path, folder: str, *, suffix: str) -> Content:
+    """The name by content that a finished file gets in a folder."""
+    sha256 = file_sha256(path)
+    return Content(f"{folder}/{sha256[:2]}/{sha256[:32]}{suffix}", sha256, path.stat().st_size)
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -218,7 +342,8 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def _explained(doing: str, path: Path) -> Iterator[None]:
+def explained(doing: str, path: Path) -> Iterator[None]:
+    """Errors of the operating system as messages that say what to do; FileNotFoundError stays itself."""
     try:
         yield
     except FileNotFoundError:

@@ -5,6 +5,7 @@ touches: without that, a flipped bit in a Parquet file is read as a wrong number
 """
 
 import json
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .errors import IntegrityError
-from .files import Files
+from .files import Content, Files
 from .rows import Rows, row_bytes, rows_to_table
 from .schema import FORMAT_VERSION, SCHEMAS, TableName, parquet_options
 
@@ -23,7 +24,7 @@ ROW_GROUP_BYTES = 24 << 20
 """Decoded size at which a row group ends; a larger row has a group of its own."""
 METADATA_KEY = b"stillroom"
 _DAMAGED = (OSError, pa.ArrowException, ValueError)
-_REPAIR = "Run `stillroom verify` to see what else is damaged; the rows can be made again."
+_REPAIR = "`stillroom verify` lists what is damaged, `stillroom repair` withdraws it, and the next run makes it again."
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,18 @@ def write_shard(
 def put_parquet(
     files: Files, data: pa.Table, groups: Sequence[int], *, folder: str, about: Mapping[str, Any]
 ) -> ShardInfo:
-    """Put a table as a Parquet file named by its content, with `about` in its metadata."""
+    """Put a table as a new Parquet file named by its content, with `about` in its metadata.
+
+    Where a file of these bytes is there already, the new one gets another name, by a number of its own in the metadata.
+    An old file that no record names may be about to be vacuumed: nobody may come to rely on it.
+    """
+    content = _put(files, data, groups, folder=folder, about=about)
+    while not content.fresh:
+        content = _put(files, data, groups, folder=folder, about={**about, "again": uuid.uuid4().hex})
+    return ShardInfo(content.name, content.sha256, content.bytes, data.num_rows, tuple(groups))
+
+
+def _put(files: Files, data: pa.Table, groups: Sequence[int], *, folder: str, about: Mapping[str, Any]) -> Content:
     table = about["table"]
     metadata = {"format_version": FORMAT_VERSION, **about}
     data = data.replace_schema_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True, ensure_ascii=False)})
@@ -85,8 +97,7 @@ def put_parquet(
                 writer.write_table(data.slice(start, count), row_group_size=count)
                 start += count
 
-    content = files.put_content(folder, write, suffix=".parquet")
-    return ShardInfo(content.name, content.sha256, content.bytes, data.num_rows, tuple(groups))
+    return files.put_content(folder, write, suffix=".parquet")
 
 
 def _row_groups(sizes: Sequence[int]) -> list[int]:
@@ -108,7 +119,10 @@ class ShardFile:
         self.name = name
         """Below the store."""
         try:
-            self._file = pq.ParquetFile(files.source(name), page_checksum_verification=True)
+            source = files.source(name)
+            # Reading ahead joins the columns of a row group into few requests; a local file is read as fast without.
+            remote = not isinstance(source, str)
+            self._file = pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=remote)
         except FileNotFoundError as error:
             raise IntegrityError(f"{name}: the file is missing. {_REPAIR}") from error
         except _DAMAGED as error:
@@ -146,13 +160,13 @@ class ShardFile:
         """Rows in the shard."""
         return int(self.starts[-1])
 
-    def read(self, group: int, columns: Sequence[str] | None = None) -> pa.Table:
-        """One row group, page checksums verified."""
+    def read(self, group: int, columns: Sequence[str] | None = None, *, threads: bool = True) -> pa.Table:
+        """One row group, page checksums verified; `threads`: columns are decoded side by side."""
         names = list(self.schema.names if columns is None else columns)
         if unknown := sorted(set(names) - set(self.schema.names)):
             raise IntegrityError(f"{self.name}: no column {', '.join(unknown)}. It has {', '.join(self.schema.names)}.")
         try:
-            return self._file.read_row_group(group, columns=names)
+            return self._read_group(group, names, threads=threads)
         except _DAMAGED as error:
             column, cause = self._damaged_column(group, names, error)
             raise IntegrityError(f"{self.name}: {column}row group {group} is damaged ({cause}). {_REPAIR}") from error
@@ -166,10 +180,25 @@ class ShardFile:
     def _damaged_column(self, group: int, names: Sequence[str], error: Exception) -> tuple[str, Exception]:
         for name in names:
             try:
-                self._file.read_row_group(group, columns=[name])
+                self._read_group(group, [name])
             except _DAMAGED as cause:
                 return f"column {name}, ", cause
         return "", error
+
+    def _read_group(self, group: int, names: list[str], *, threads: bool = True) -> pa.Table:
+        table = self._file.read_row_group(group, columns=names, use_threads=threads)
+        if table.num_rows != self.rows_per_group[group]:  # a page header, which no checksum covers, may say so
+            raise ValueError(f"{table.num_rows} rows can be read of {self.rows_per_group[group]}")
+        return table
+
+    def column_bytes(self) -> dict[str, int]:
+        """Compressed bytes of each column, from the footer alone."""
+        sizes = dict.fromkeys(self.schema.names, 0)
+        metadata = self._file.metadata
+        for group in map(metadata.row_group, range(metadata.num_row_groups)):
+            for chunk in map(group.column, range(group.num_columns)):
+                sizes[chunk.path_in_schema.split(".")[0]] += chunk.total_compressed_size
+        return sizes
 
     def group_of(self, row: int) -> int:
         """The row group that holds a row."""
@@ -177,7 +206,7 @@ class ShardFile:
             raise IntegrityError(f"{self.name}: row {row} was asked for, the shard has {self.rows}. {_REPAIR}")
         return int(np.searchsorted(self.starts, row, side="right")) - 1
 
-    def take(self, rows: Sequence[int], columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    def take(self, rows: Sequence[int] | np.ndarray, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
         """Rows by index, in the order given; ascending indices read each row group once."""
         group, loaded = -1, Rows(self.schema.empty_table())
         for row in rows:

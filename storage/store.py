@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from .commits import Commit, CommitLog, retire
 from .errors import IntegrityError, UsageError
-from .files import Files
+from .files import Files, open_files
 from .inputs import inputs_table, put_inputs, read_inputs
 from .schema import FORMAT_VERSION, SCHEMAS, TABLES, TableName
 from .shard import ShardFile, shard_name
@@ -31,8 +31,8 @@ class Store:
 
     @classmethod
     def open(cls, root: Path | str, *, create: bool = False) -> "Store":
-        """Open the store in a folder; with `create`, make it if the folder is absent or empty."""
-        return cls.from_files(Files(root), create=create)
+        """Open the store in a folder or below a URL; with `create`, to write in it: make it if nothing is there."""
+        return cls.from_files(open_files(root), create=create)
 
     @classmethod
     def from_files(cls, files: Files, *, create: bool = False) -> "Store":
@@ -41,17 +41,24 @@ class Store:
             _create(files)
         if not files.exists(MARKER):
             raise UsageError(f"{files.root}: no store here (no {MARKER} found). Check the path, or run a recipe first.")
-        marker = json.loads(files.read(MARKER))
-        if marker.get("format_version") != FORMAT_VERSION:
+        try:
+            marker = json.loads(files.read(MARKER))
+            version, store_id = marker["format_version"], str(marker["store_id"])
+        except (ValueError, TypeError, KeyError) as error:
             raise IntegrityError(
-                f"{files.path(MARKER)}: format version {marker.get('format_version')}, this Stillroom reads and writes "
-                f"{FORMAT_VERSION}. Use the version of Stillroom that made the store."
+                f"{files.root}/{MARKER}: the marker is damaged ({error!r}). Write it again, with any id: "
+                f'{{"format_version": {FORMAT_VERSION}, "store_id": "..."}}'
+            ) from error
+        if version != FORMAT_VERSION:
+            raise IntegrityError(
+                f"{files.root}/{MARKER}: format version {version}, this Stillroom reads and writes {FORMAT_VERSION}. "
+                "Use the version of Stillroom that made the store."
             )
-        return cls(files, marker["store_id"])
+        return cls(files, store_id)
 
     @property
-    def root(self) -> Path:
-        """The store's folder."""
+    def root(self) -> Path | str:
+        """The store's folder, or its URL."""
         return self.files.root
 
     def commits(self, table: TableName) -> list[Commit]:
@@ -63,7 +70,9 @@ class Store:
         missing = [name for name in _REQUIRED_ABOUT.get(table, ()) if name not in about]
         if missing:
             raise ValueError(f"a writer of {table} needs {', '.join(missing)} in `about`: shards describe themselves")
-        return ShardWriter(self.files, CommitLog(self.files, table, track_keys=True), about=about, limits=limits or CommitLimits())
+        self.files.prove_exclusive()
+        log = CommitLog(self.files, table, track_keys=True)
+        return ShardWriter(self.files, log, about=about, limits=limits or CommitLimits())
 
     def retire(self, commit: Commit, *, reason: str) -> bool:
         """Withdraw a commit; its rows may then be made again. False if it was withdrawn before."""
@@ -87,7 +96,7 @@ class Store:
         return pa.concat_tables(parts)
 
     def rows(
-        self, table: TableName, places: Mapping[str, Sequence[int]], columns: Sequence[str] | None = None
+        self, table: TableName, places: Mapping[str, Sequence[int] | np.ndarray], columns: Sequence[str] | None = None
     ) -> Iterator[dict[str, Any]]:
         """Rows by shard sha256 and row index, in the order given; numeric lists are numpy arrays."""
         for sha256, rows in places.items():
@@ -103,7 +112,7 @@ class Store:
         put_inputs(self.files, data_id, table, about=about)
 
     def inputs(self, data_id: str) -> pa.Table | None:
-        """The prompts recorded under `data_id`: key, prompt_key, split, windows. None if there is no record."""
+        """The prompts recorded under `data_id`: key, prompt_key, split, windows, first. None if there is no record."""
         inputs = read_inputs(self.files, data_id)
         return None if inputs is None else inputs_table(self.files, inputs)
 
@@ -114,22 +123,32 @@ class Store:
 
     def put_teacher(self, teacher_id: str, files: Mapping[str, bytes]) -> None:
         """Keep a teacher's small files (tokenizer, config, template); `identity.json` last, it makes them count."""
+        if self.files.exists(f"teachers/{teacher_id}/identity.json"):
+            return
         for name in sorted(set(files) - {"identity.json"}):
             self.files.put_if_absent(f"teachers/{teacher_id}/{name}", files[name])
         self.files.put_if_absent(f"teachers/{teacher_id}/identity.json", files["identity.json"])
 
+    def teacher_parts(self, teacher_id: str) -> dict[str, Any]:
+        """What a teacher's identity is made of; nothing if the store does not know it."""
+        name = f"teachers/{teacher_id}/identity.json"
+        return dict(json.loads(self.files.read(name))) if self.files.exists(name) else {}
+
     def teacher_dir(self, teacher_id: str) -> Path:
-        """Folder with a teacher's tokenizer, config and template."""
+        """Folder of this machine with a teacher's tokenizer, config and template."""
         folder = f"teachers/{teacher_id}"
-        if not self.files.exists(f"{folder}/identity.json"):
-            raise UsageError(f"{self.files.path(folder)}: the store does not know this teacher. Run the recipe first.")
-        return self.files.path(folder)
+        names = self.files.names(folder)
+        if "identity.json" not in names:
+            raise UsageError(f"{self.root}/{folder}: the store does not know this teacher. Run the recipe first.")
+        paths = [self.files.local(f"{folder}/{name}") for name in names]
+        return paths[0].parent
 
 
 def _create(files: Files) -> None:
     # The marker is a store's first file: entries seen before looking for it must have come after it.
-    occupied = files.root.is_dir() and any(not entry.name.startswith(".") for entry in files.root.iterdir())
+    occupied = not files.empty()
     if occupied and not files.exists(MARKER):
         raise UsageError(f"{files.root}: the folder is not empty and not a store. Choose another folder for the store.")
+    files.prove_exclusive()
     marker = {"format_version": FORMAT_VERSION, "store_id": str(uuid.uuid4())}
     files.put_if_absent(MARKER, json.dumps(marker, indent=1).encode() + b"\n")

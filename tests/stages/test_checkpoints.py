@@ -5,12 +5,12 @@ import torch
 
 from stillroom.stages.checkpoints import Checkpoints
 from stillroom.storage.errors import IntegrityError
-from stillroom.storage.files import Files
+from stillroom.storage.files import LocalFiles
 
 
 @pytest.fixture
 def checkpoints(tmp_path):
-    return Checkpoints(Files(tmp_path))
+    return Checkpoints(LocalFiles(tmp_path))
 
 
 def folder(tmp_path, step):

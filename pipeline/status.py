@@ -2,28 +2,32 @@
 
 import json
 import platform
-from dataclasses import asdict
-from pathlib import Path
+from collections import Counter
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
 
 from ..stages.sections import Recipe
 from ..stages.writing import versions
 from ..storage.commits import Commit
+from ..storage.files import open_files
 from ..storage.schema import TableName
 from ..storage.store import Store
-from ..storage.verify import Report
 from .plan import Plan
 from .progress import duration, human
 
 _TABLE_OF: dict[str, TableName] = {"data": "prompts", "generate": "generations", "score": "soft_targets"}
 _TRAINED = {"train": "student", "baseline": "baseline"}
+FOOTERS = 100
+"""Shards whose footers `status` reads, at most; of more it takes so many, evenly chosen."""
+_REST = "footer, indexes"
 
 
 def stage_facts(recipe: Recipe, plan: Plan) -> dict[str, dict[str, Any]]:
     """Per stage: its books (this recipe's rows) and what its table costs (the whole store's)."""
-    store = Store.open(recipe.storage.dir) if (Path(recipe.storage.dir) / "STORE.json").is_file() else None
+    files = open_files(recipe.storage.dir)
+    store = None if files.empty() else Store.from_files(files)
     found = {}
     for line in plan.stages:
         entry: dict[str, Any] = {
@@ -36,7 +40,7 @@ def stage_facts(recipe: Recipe, plan: Plan) -> dict[str, dict[str, Any]]:
         }
         if store is not None and line.name in _TABLE_OF:
             commits = [c for c in store.commits(_TABLE_OF[line.name]) if c.stage == line.name]
-            entry |= _costs(commits)
+            entry |= _costs(commits) | column_costs(store, commits)
         elif line.state == "done" and line.name in _TRAINED:
             folder = plan.train_dirs["baseline" if line.name == "baseline" else "student"]
             entry["seconds"] = json.loads((folder / "train.json").read_text())["seconds"]
@@ -58,6 +62,20 @@ def _costs(commits: list[Commit]) -> dict[str, Any]:
         "bytes_per_token": round(size / tokens, 2) if tokens else None,
         "seconds": round(sum(c.seconds for c in commits), 2),
     }
+
+
+def column_costs(store: Store, commits: list[Commit]) -> dict[str, Any]:
+    """Compressed bytes per token of each column and of what is no column; nothing where there are no tokens."""
+    chosen = commits[:: -(-len(commits) // FOOTERS)] if commits else []
+    tokens = sum(commit.tokens for commit in chosen)
+    if not tokens:
+        return {}
+    sizes: Counter[str] = Counter()
+    for commit in chosen:
+        columns = store.shard(commit.table, commit.shard.sha256).column_bytes()
+        sizes.update(columns | {_REST: commit.shard.bytes - sum(columns.values())})
+    by_column = {name: round(size / tokens, 3) for name, size in sizes.most_common()}
+    return {"bytes_per_token_by_column": by_column, "shards": len(commits), "footers_read": len(chosen)}
 
 
 def facts(recipe: Recipe, plan: Plan, done: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -88,8 +106,8 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
-def status_table(stages: dict[str, dict[str, Any]]) -> Table:
-    """The status for people."""
+def status_tables(stages: dict[str, dict[str, Any]]) -> Group:
+    """The status for people: a line per stage, then what each column costs."""
     table = Table("stage", "state", box=None, pad_edge=False)
     for name in ("rows", "rejected", "pending", "tokens", "bytes/token", "tokens/s", "wall"):
         table.add_column(name, justify="right")
@@ -103,7 +121,17 @@ def status_table(stages: dict[str, dict[str, Any]]) -> Table:
             human(s["tokens_per_second"]) if s["tokens_per_second"] else "-",
             duration(s["seconds"]) if s.get("seconds") else "-",
         )
-    return table
+    stored = [(name, s) for name, s in stages.items() if "bytes_per_token_by_column" in s]
+    return Group(table, *(_column_line(name, s) for name, s in stored))
+
+
+def _column_line(name: str, stage: dict[str, Any]) -> str:
+    sizes = stage["bytes_per_token_by_column"]
+    shown = {column: size for column, size in sizes.items() if size >= sum(sizes.values()) / 100}
+    shown["others"] = sum(sizes.values()) - sum(shown.values())
+    sampled = stage["footers_read"] < stage["shards"]
+    of = f" ({stage['footers_read']} of {stage['shards']} shards)" if sampled else ""
+    return f"{name}, bytes/token by column{of}: " + ", ".join(f"{c} {size:.2f}" for c, size in shown.items())
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
@@ -124,26 +152,4 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             }
             for s in plan.stages
         },
-    }
-
-
-def verify_lines(report: Report) -> list[str]:
-    """What `verify` found, for people."""
-    tables = [(name, t) for name, t in report.tables.items() if t.shards]
-    lines = [f"{name:<13} {t.rows} rows in {t.shards} shards, {human(t.bytes)}B" for name, t in tables]
-    lines += [f"note: {note}" for note in report.notes]
-    for p in report.problems:
-        where = [p.file, p.column and f"column {p.column}", None if p.row_group is None else f"row group {p.row_group}"]
-        lines.append(f"PROBLEM {', '.join(w for w in where if w)}: {p.message}")
-    lines.append("the store is whole" if report.ok else f"{len(report.problems)} problems")
-    return lines
-
-
-def verify_json(report: Report) -> dict[str, Any]:
-    """What `verify` found, for programs."""
-    return {
-        "ok": report.ok,
-        "tables": {name: asdict(table) for name, table in report.tables.items()},
-        "problems": [asdict(problem) for problem in report.problems],
-        "notes": report.notes,
     }

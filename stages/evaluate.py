@@ -8,13 +8,12 @@ last: that it exists means that the evaluation is done.
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..storage.codec import SoftTargets
 from ..storage.errors import UsageError
-from ..storage.files import Files
+from ..storage.files import LocalFiles
 from ..storage.snapshot import Snapshot, load_snapshot
 from ..storage.store import Store
 from .alignment import predicting_positions, scored_span, scored_tokens
@@ -54,7 +53,7 @@ def run(job: Job) -> StageResult:
     content = _content(job, held_out, tallies, quiz=quiz, answers=answers)
     content["seconds"] = round(time.monotonic() - started, 3)
     encoded = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-    files = Files(job.train_dirs["student"])
+    files = LocalFiles(job.train_dirs["student"])
     files.replace("evaluation.json", encoded.encode())  # in place of one that was asked for differently
     measured = content["measured_on"]
     return StageResult(rows=measured["rows"], tokens=measured["tokens"], details={"results": content["results"]})
@@ -171,7 +170,7 @@ def _measure_row(model: "nn.Module", row: dict[str, Any], tally: "Tally") -> Non
         step = chunk_tokens(head.vocab_size)
         for start in range(0, len(states), step):
             part = slice(start, start + step)
-            reference = None if targets is None else _part(targets, part)
+            reference = None if targets is None else targets.positions(part)
             tally.add(row["prompt_key"], measure(head.logits(states[part]), following[part], reference))
 
 
@@ -189,17 +188,6 @@ def _check_fits(model: "nn.Module", ids: "torch.Tensor", vocab_size: int) -> Non
             f"student: its vocabulary has {vocab_size} ids, but a held-out row contains token {int(ids.max())}. "
             "Choose a student with the teacher's tokenizer and at least its vocabulary."
         )
-
-
-def _part(targets: SoftTargets, part: slice) -> SoftTargets:
-    return replace(
-        targets,
-        ids=None if targets.ids is None else targets.ids[part],
-        logprobs=targets.logprobs[part],
-        tail_logprob=targets.tail_logprob[part],
-        token_logprob=targets.token_logprob[part],
-        entropy=targets.entropy[part],
-    )
 
 
 def _content(

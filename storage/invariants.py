@@ -1,5 +1,6 @@
 """What must hold in a row: its shape, checked before it is written, and the numbers of targets, checked by verify.
 
+Integers must agree exactly (so many targets as scored tokens, counts that sum to the draws), floats to their rounding.
 Tolerances: `bits` mantissa bits round a log probability l by at most |l| * 2**-(bits + 1).
 """
 
@@ -14,6 +15,17 @@ from .schema import TableName
 
 SUM_TOLERANCE = 2e-3
 """Entries and tail may miss 1 by this much, besides what rounding does: teachers compute in half precision."""
+DEVIATIONS = 8.0
+"""Standard deviations at which draws that miss the tokens that are there are no longer chance."""
+# What the entries of a kind are written in; the other columns of this list are null.
+_COLUMNS = {
+    "topk": ("ids", "logprobs", "tail_logprob"),
+    "topp": ("entries", "ids", "logprobs", "tail_logprob", "p", "k_min"),
+    "sampled": ("entries", "ids", "counts", "draw", "proposal"),
+    "full": ("logprobs", "tail_logprob"),
+}
+_WEIGHTED = ("entries", "ids", "weights", "draw", "proposal")
+_OPTIONAL = sorted({*_WEIGHTED, *(name for names in _COLUMNS.values() for name in names)})
 
 
 def check_shape(table: TableName, row: Mapping[str, Any], about: Mapping[str, Any]) -> None:
@@ -36,18 +48,43 @@ def aligned_targets(row: Mapping[str, Any], about: Mapping[str, Any]) -> SoftTar
             f"soft_targets row: span_start {start}, span_tokens {n} and k {k} do not fit a row of {total} tokens. "
             "A span starts at 1 or later, because position t predicts token t + 1, and ends within the row."
         )
-    if (row["kind"] == "full") != (row["ids"] is None):
-        found = "without" if row["ids"] is None else "with"
-        raise IntegrityError(f"soft_targets row: kind {row['kind']!r} {found} ids; only kind 'full' has none.")
+    _kind_columns(row)
     if row["kind"] == "full" and k != about["vocab_size"]:
         raise IntegrityError(f"soft_targets row: kind 'full' with k {k}, the vocabulary has {about['vocab_size']}.")
     if row["teacher_id"] != about["teacher_id"]:
         raise IntegrityError(f"soft_targets row: teacher {row['teacher_id']} in a shard of {about['teacher_id']}.")
     targets = SoftTargets.from_row(row)
-    for name in ("logprobs", "tail_logprob", "token_logprob", "entropy"):
-        if np.isnan(row[name]).any():
+    for name in ("logprobs", "weights", "tail_logprob", "token_logprob", "entropy"):
+        if row.get(name) is not None and np.isnan(row[name]).any():
             raise IntegrityError(f"soft_targets row: {name} holds NaN. The teacher's numbers are broken.")
+    _entry_numbers(row, targets)
     return targets
+
+
+def _kind_columns(row: Mapping[str, Any]) -> None:
+    """A kind has the columns it needs and no other's."""
+    kind = row["kind"]
+    if kind not in _COLUMNS:
+        raise IntegrityError(f"soft_targets row: kind {kind!r}, expected one of {', '.join(_COLUMNS)}.")
+    expected = _WEIGHTED if kind == "sampled" and row.get("proposal") != 1.0 else _COLUMNS[kind]
+    for name in _OPTIONAL:
+        if (row.get(name) is not None) != (name in expected):
+            found, wanted = ("with", "has none") if name not in expected else ("without", "needs it")
+            raise IntegrityError(f"soft_targets row: kind {kind!r} {found} {name}; this kind {wanted}.")
+
+
+def _entry_numbers(row: Mapping[str, Any], targets: SoftTargets) -> None:
+    """How many entries a position of a ragged kind may have, and how often its ids were drawn."""
+    entries, k = targets.entries, row["k"]
+    if entries is None:
+        return
+    least = min(row["k_min"], k) if row["kind"] == "topp" else 1
+    if entries.min() < max(1, least) or entries.max() > k:
+        raise IntegrityError(
+            f"soft_targets row: positions with {entries.min()} to {entries.max()} entries, expected {least} to {k}."
+        )
+    if targets.counts is not None and (row["counts"].min() < 1 or (targets.counts.sum(axis=1) != k).any()):
+        raise IntegrityError(f"soft_targets row: the counts of a position do not sum to its {k} draws.")
 
 
 def doubts(row: Mapping[str, Any], about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -58,44 +95,85 @@ def doubts(row: Mapping[str, Any], about: Mapping[str, Any]) -> Iterator[tuple[s
     if not ((row["token_ids"] >= 0) & (row["token_ids"] < vocabulary)).all():
         yield "token_ids", f"a token id is outside the vocabulary of {vocabulary}"
     elif targets.ids is not None:
-        yield from _doubtful_entries(targets, vocabulary)
-    if targets.logprobs.max() > _slack(targets.logprobs.max(), bits):
-        yield "logprobs", "a log probability is above 0"
+        yield from _doubtful_ids(row["ids"], targets.ids, vocabulary)
     if not ((targets.entropy >= -_slack(0.0, bits)) & (targets.entropy <= np.log(vocabulary) * 1.01 + 1e-3)).all():
         yield "entropy", f"an entropy is outside 0 to log({vocabulary}) nats"
-    off = np.abs(np.exp(targets.log_total()) - 1)
-    if (off > SUM_TOLERANCE + _sum_rounding(targets, bits)).any():
-        yield "logprobs", f"entries and tail miss a sum of 1 by up to {off.max():.2g}"
-    kept = np.minimum(np.exp(targets.logprobs).sum(axis=1, dtype=np.float64), 1.0).mean()
-    if abs(kept - row["kept_mass"]) > SUM_TOLERANCE + _sum_rounding(targets, bits).mean():
-        yield "kept_mass", f"says {row['kept_mass']:.4f}, the entries hold {kept:.4f}"
-    if misplaced := _misplaced(targets, tokens, bits):
-        yield "token_logprob", f"{misplaced} positions disagree with the entries about the token that follows"
+    if targets.logprobs is None:
+        yield from _doubtful_draws(row, targets, tokens)
+    else:
+        yield from _doubtful_logprobs(row, targets, bits)
+        if misplaced := _misplaced(targets, tokens, bits):
+            yield "token_logprob", f"{misplaced} positions disagree with the entries about the token that follows"
 
 
-def _doubtful_entries(targets: SoftTargets, vocabulary: int) -> Iterator[tuple[str, str]]:
-    assert targets.ids is not None
-    if targets.ids.min() < 0 or targets.ids.max() >= vocabulary:
+def _doubtful_ids(flat: np.ndarray, ids: np.ndarray, vocabulary: int) -> Iterator[tuple[str, str]]:
+    if flat.min() < 0 or flat.max() >= vocabulary:
         yield "ids", f"an entry is outside the vocabulary of {vocabulary}"
-    if (np.diff(np.sort(targets.ids, axis=1), axis=1) == 0).any():
+    ordered = np.sort(ids, axis=1)
+    if ((np.diff(ordered, axis=1) == 0) & (ordered[:, 1:] >= 0)).any():
         yield "ids", "an id stands twice at one position"
-    if (np.diff(targets.logprobs, axis=1) > 0).any():
-        yield "logprobs", "entries are not in descending order"
+
+
+def _doubtful_logprobs(row: Mapping[str, Any], targets: SoftTargets, bits: int) -> Iterator[tuple[str, str]]:
+    logprobs = targets.logprobs
+    assert logprobs is not None
+    if logprobs.max() > _slack(logprobs.max(), bits):
+        yield "logprobs", "a log probability is above 0"
+    with np.errstate(invalid="ignore"):  # padding is -inf after -inf
+        if targets.ids is not None and np.any(np.diff(logprobs, axis=1) > 0):
+            yield "logprobs", "entries are not in descending order"
+    rounding = _sum_rounding(targets, bits)
+    off = np.abs(np.exp(targets.log_total()) - 1)
+    if np.any(off > SUM_TOLERANCE + rounding):
+        yield "logprobs", f"entries and tail miss a sum of 1 by up to {off.max():.2g}"
+    kept = np.exp(logprobs).sum(axis=1, dtype=np.float64)
+    if abs(np.minimum(kept, 1.0).mean() - row["kept_mass"]) > SUM_TOLERANCE + rounding.mean():
+        yield "kept_mass", f"says {row['kept_mass']:.4f}, the entries hold {np.minimum(kept, 1.0).mean():.4f}"
+    if row["kind"] == "topp":
+        assert targets.entries is not None
+        slack = SUM_TOLERANCE + rounding
+        last = np.exp(logprobs[np.arange(len(kept)), targets.entries - 1])
+        if np.any((kept < row["p"] - slack) & (targets.entries < row["k"])):
+            yield "entries", f"a position has fewer entries than hold a mass of {row['p']:.4g}"
+        if np.any((kept - last > row["p"] + slack) & (targets.entries > row["k_min"])):
+            yield "entries", f"a position has more entries than a mass of {row['p']:.4g} needs"
+
+
+def _doubtful_draws(row: Mapping[str, Any], targets: SoftTargets, tokens: np.ndarray) -> Iterator[tuple[str, str]]:
+    """The token that is there has probability t, so k draws hold it with chance 1 - (1 - t)**k, or min(1, k t)."""
+    if targets.weights is not None:
+        if row["weights"].min() <= 0:
+            yield "weights", "a weight is not above 0"
+        return
+    chance = np.minimum(np.exp(targets.token_logprob.astype(np.float64)), 1.0)
+    drawn = np.minimum(1.0, row["k"] * chance) if row["draw"] == "systematic" else 1 - (1 - chance) ** row["k"]
+    hits = np.any(targets.ids == tokens[:, None], axis=1).sum()
+    if abs(hits - drawn.sum()) > DEVIATIONS * np.sqrt((drawn * (1 - drawn)).sum()) + 1:
+        yield "token_logprob", f"{hits} tokens that follow were drawn, expected {drawn.sum():.1f}"
 
 
 def _misplaced(targets: SoftTargets, tokens: np.ndarray, bits: int) -> int:
     """Positions whose `token_logprob` cannot be that of `tokens`: the sign of targets shifted against their tokens."""
     n = len(tokens)
+    assert targets.logprobs is not None
     if targets.ids is None:
         entry = targets.logprobs[np.arange(n), tokens]
         kept = np.ones(n, bool)
     else:
         match = targets.ids == tokens[:, None]
         kept = match.any(axis=1)
-        entry = np.where(kept, targets.logprobs[np.arange(n), match.argmax(axis=1)], targets.logprobs[:, -1])
+        entry = np.where(kept, targets.logprobs[np.arange(n), match.argmax(axis=1)], _least(targets))
     with np.errstate(invalid="ignore"):  # -inf against -inf are equal, and NaN exceeds nothing
         above = targets.token_logprob - entry
         return int((np.where(kept, np.abs(above), above) > _slack(targets.token_logprob, bits)).sum())
+
+
+def _least(targets: SoftTargets) -> np.ndarray:
+    """[N] log probability of the last entry."""
+    assert targets.logprobs is not None
+    n, k = targets.logprobs.shape
+    last = np.full(n, k - 1) if targets.entries is None else targets.entries - 1
+    return targets.logprobs[np.arange(n), last]
 
 
 def _slack(logprob: Any, bits: int) -> Any:
@@ -103,6 +181,8 @@ def _slack(logprob: Any, bits: int) -> Any:
 
 
 def _sum_rounding(targets: SoftTargets, bits: int) -> np.ndarray:
+    assert targets.logprobs is not None
+    assert targets.tail_logprob is not None
     with np.errstate(invalid="ignore"):
         moved = np.nan_to_num(np.exp(targets.logprobs) * np.abs(targets.logprobs)).sum(axis=1, dtype=np.float64)
         moved += np.nan_to_num(np.exp(targets.tail_logprob) * np.abs(targets.tail_logprob))
@@ -110,16 +190,24 @@ def _sum_rounding(targets: SoftTargets, bits: int) -> np.ndarray:
 
 
 def statistics(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Per kind: rows, scored tokens, entries per token, and the mass that the entries keep (mean and quantiles)."""
-    result = {}
+    """Per kind: rows, scored tokens, entries per token, and the mass that the entries keep (mean and quantiles).
+
+    Kinds whose positions differ have quantiles of their entries; sampled targets have no mass that is kept.
+    """
+    result: dict[str, Any] = {}
     for kind in sorted({row["kind"] for row in rows}):
         chosen = [row for row in rows if row["kind"] == kind]
-        kept = 1 - np.exp(np.concatenate([row["tail_logprob"] for row in chosen]).astype(np.float64))
-        quantiles = np.quantile(kept, [0.01, 0.1, 0.5])
-        result[kind] = {
-            "rows": len(chosen),
-            "tokens": len(kept),
-            "entries_per_token": sum(len(row["logprobs"]) for row in chosen) / len(kept),
-            "kept_mass": dict(zip(["mean", "q01", "q10", "q50"], [kept.mean(), *quantiles], strict=True)),
-        }
+        tokens = sum(row["span_tokens"] for row in chosen)
+        total = sum(len(row["logprobs"] if row["ids"] is None else row["ids"]) for row in chosen)
+        result[kind] = {"rows": len(chosen), "tokens": tokens, "entries_per_token": total / tokens}
+        if chosen[0]["entries"] is not None:
+            result[kind]["entries"] = _quantiles(np.concatenate([row["entries"] for row in chosen]), 0.5, 0.99)
+        if chosen[0]["tail_logprob"] is not None:
+            tail = np.concatenate([row["tail_logprob"] for row in chosen]).astype(np.float64)
+            result[kind]["kept_mass"] = _quantiles(1 - np.exp(tail), 0.01, 0.1, 0.5)
     return result
+
+
+def _quantiles(values: np.ndarray, *at: float) -> dict[str, float]:
+    found = np.quantile(values, at)
+    return {"mean": float(values.mean())} | {f"q{round(q * 100):02}": float(x) for q, x in zip(at, found, strict=True)}

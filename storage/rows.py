@@ -1,6 +1,7 @@
 """Rows between dicts and Arrow tables. Numeric list columns are numpy arrays, everything else is plain Python."""
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -18,30 +19,43 @@ def is_numeric_list(kind: pa.DataType) -> bool:
 
 def check_row(table: TableName, row: Mapping[str, Any]) -> dict[str, Any]:
     """The row with every column of its table, absent ones None; IntegrityError if it does not fit the table."""
-    schema = SCHEMAS[table]
-    if unknown := sorted(set(row) - set(schema.names)):
-        raise IntegrityError(f"{table} row: no such column: {', '.join(unknown)}. Columns: {', '.join(schema.names)}.")
-    checked = {field.name: _checked(table, field, row.get(field.name)) for field in schema}
+    columns = _columns(table)
+    if unknown := sorted(row.keys() - columns.keys()):
+        raise IntegrityError(f"{table} row: no such column: {', '.join(unknown)}. Columns: {', '.join(columns)}.")
+    checked = {name: _checked(table, name, row.get(name)) for name in columns}
     if len(checked["key"]) != KEY_BYTES:
         raise IntegrityError(f"{table} row: the key has {len(checked['key'])} bytes, not {KEY_BYTES}.")
     return checked
 
 
-def _checked(table: TableName, field: pa.Field, value: Any) -> Any:
-    about = field.metadata[b"about"].decode()
+@cache
+def _columns(table: TableName) -> dict[str, tuple[bool, Any]]:
+    """Whether a column may be null, and the dtype of its lists or None: asked of Arrow once, not for every row."""
+    return {
+        field.name: (field.nullable, field.type.value_type.to_pandas_dtype() if is_numeric_list(field.type) else None)
+        for field in SCHEMAS[table]
+    }
+
+
+def _checked(table: TableName, name: str, value: Any) -> Any:
+    nullable, dtype = _columns(table)[name]
     if value is None:
-        if field.nullable:
+        if nullable:
             return None
-        raise IntegrityError(f"{table} row: column {field.name} ({about}) is missing.")
-    if not is_numeric_list(field.type):
+        raise IntegrityError(f"{table} row: column {name} ({_about(table, name)}) is missing.")
+    if dtype is None:
         return value
     array = np.asarray(value)
-    dtype = field.type.value_type.to_pandas_dtype()
     if array.ndim != 1:
-        raise IntegrityError(f"{table} row: {field.name} has shape {array.shape}, lists are flat: {about}.")
+        raise IntegrityError(f"{table} row: {name} has shape {array.shape}, lists are flat: {_about(table, name)}.")
     if array.size and not np.can_cast(array.dtype, dtype, "same_kind"):
-        raise IntegrityError(f"{table} row: {field.name} holds {array.dtype}, expected {field.type}: {about}.")
+        expected = f"{SCHEMAS[table].field(name).type}: {_about(table, name)}"
+        raise IntegrityError(f"{table} row: {name} holds {array.dtype}, expected {expected}.")
     return array.astype(dtype, copy=False)
+
+
+def _about(table: TableName, name: str) -> str:
+    return SCHEMAS[table].field(name).metadata[b"about"].decode()
 
 
 def row_bytes(row: Mapping[str, Any]) -> int:
@@ -94,13 +108,30 @@ class Rows:
         self._lists: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         for name, column in self._columns.items():
             if is_numeric_list(column.type):
-                self._lists[name] = (column.offsets.to_numpy(), column.values.to_numpy(zero_copy_only=False))
+                self._lists[name] = (_numbers(column.offsets), _numbers(column.values))
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         return {name: self._value(name, row) for name in self._columns}
+
+    def flat(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """A numeric list column, not copied: offsets [R + 1], and the values of all rows. A null row has no values."""
+        return self._lists[name]
+
+    def present(self, name: str) -> np.ndarray:
+        """[R] whether a column's value is there."""
+        column = self._columns[name]
+        bits = column.buffers()[0]
+        if bits is None:
+            return np.ones(self._length, bool)
+        bits = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")
+        return bits[column.offset : column.offset + self._length].astype(bool)
+
+    def numbers(self, name: str) -> np.ndarray:
+        """[R] the values of a column of numbers, not copied."""
+        return _numbers(self._columns[name])
 
     def _value(self, name: str, row: int) -> Any:
         column = self._columns[name]
@@ -110,3 +141,11 @@ class Rows:
             return None
         offsets, values = self._lists[name]
         return values[offsets[row] : offsets[row + 1]].copy()
+
+
+def _numbers(array: pa.Array) -> np.ndarray:
+    # Not `to_numpy`: that imports pandas, which takes longer than the first batch of a run that resumes.
+    assert array.null_count == 0
+    dtype = array.type.to_pandas_dtype()
+    values = np.empty(0, dtype) if len(array) == 0 else np.frombuffer(array.buffers()[1], dtype)
+    return values[array.offset : array.offset + len(array)]

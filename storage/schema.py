@@ -1,7 +1,8 @@
 """The tables of a store, one pyarrow schema each, and how their columns are encoded in Parquet.
 
-Lists are flat: a soft-target row of N scored tokens with K entries each holds N * K ids, row-major, best first.
-Field metadata states what a column is, with shape and unit. `storage/README.md` is the format for people.
+Lists are flat: a soft-target row of N scored tokens holds the E entries of all of them one after another, N * K or,
+where positions differ, the sum of `entries`. Field metadata states what a column is, with shape and unit.
+`storage/README.md` is the format for people.
 """
 
 from typing import Any, Literal
@@ -65,18 +66,32 @@ SCHEMAS: dict[TableName, pa.Schema] = {
             _field("generation_key", KEY, "key of the generations row that asked for it first"),
             _field("prompt_key", KEY, "the prompt's hash"),
             _field("teacher_id", pa.string(), "identity of the teacher"),
-            _field("kind", pa.string(), "topk or full"),
-            _field("k", pa.int32(), "entries per position; the vocabulary size for full"),
+            _field("kind", pa.string(), "topk, topp, sampled or full"),
+            _field("k", pa.int32(), "K, entries at most; sampled: draws per position; full: the vocabulary size"),
+            _field("p", pa.float32(), "topp: the mass to keep", nullable=True),
+            _field("k_min", pa.int32(), "topp: entries at least", nullable=True),
+            _field("draw", pa.string(), "sampled: multinomial or systematic", nullable=True),
+            _field("proposal", pa.float32(), "sampled: drawn from the teacher to this power; 1: itself", nullable=True),
             _field("token_ids", TOKENS, "[T] prompt then completion"),
             _field("span_start", pa.int32(), "index of the first scored token; position span_start - 1 predicts it"),
             _field("span_tokens", pa.int32(), "N, the number of scored tokens"),
-            _field("ids", TOKENS, "[N * K] token ids, row-major, best first; null for full", nullable=True),
-            _field("logprobs", FLOATS, "[N * K] natural-log probabilities of the full softmax; full: in id order"),
-            _field("tail_logprob", FLOATS, "[N] log probability outside the entries; -inf if none"),
+            _field(
+                "entries", TOKENS, "[N] entries of each position; null where each has k (topk, full)", nullable=True
+            ),
+            _field("ids", TOKENS, "[E] token ids, best (sampled: most drawn) first; null for full", nullable=True),
+            _field(
+                "logprobs",
+                FLOATS,
+                "[E] natural-log probabilities of the full softmax; full: in id order",
+                nullable=True,
+            ),
+            _field("counts", TOKENS, "[E] sampled, proposal 1: how often it was drawn; sums to k", nullable=True),
+            _field("weights", FLOATS, "[E] sampled, other proposals: estimate of the probability", nullable=True),
+            _field("tail_logprob", FLOATS, "[N] log probability outside the entries; -inf if none", nullable=True),
             _field("token_logprob", FLOATS, "[N] log probability of the token that is there"),
             _field("entropy", FLOATS, "[N] entropy of the full distribution, nats"),
             _field("mantissa_bits", pa.int32(), "bits of mantissa kept in the floats; 23 is exact float32"),
-            _field("kept_mass", pa.float32(), "mean over the row of the probability inside the entries"),
+            _field("kept_mass", pa.float32(), "mean probability inside the entries; null for sampled", nullable=True),
             _field("label", pa.int32(), "gold class index (head: classes)", nullable=True),
         ]
     ),
@@ -96,10 +111,12 @@ SCHEMAS: dict[TableName, pa.Schema] = {
     ),
 }
 
-# Ids compress best as deltas and every reader knows the encoding; floats keep their bytes apart so that the rounded
-# low bytes compress to nothing. Never float16 here: DuckDB 1.5 reads float16 + BYTE_STREAM_SPLIT as NaN without error.
-_DELTA = ("token_ids.list.element", "ids.list.element")
-_SPLIT = ("logprobs.list.element", "tail_logprob.list.element", "token_logprob.list.element", "entropy.list.element")
+# Every reader knows these. Entries repeat the same ids, so a dictionary is smaller than deltas (1.0 to 2.0 bytes
+# against 2.0 to 2.2); a text alone repeats too few to pay for one in a small shard. Floats keep their bytes apart, so
+# that the rounded low bytes compress to nothing. Never float16 here: DuckDB 1.5 reads float16 + BYTE_STREAM_SPLIT as
+# NaN without an error.
+_DELTA = ("token_ids.list.element",)
+_SPLIT = tuple(f"{name}.list.element" for name in ("logprobs", "weights", "tail_logprob", "token_logprob", "entropy"))
 
 
 def parquet_options(table: TableName) -> dict[str, Any]:

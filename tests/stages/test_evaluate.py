@@ -145,6 +145,7 @@ class World:
         return {
             "key": content_key("row", of=row["key"], targets=kind, bits=bits),
             "reuse_key": content_key("reuse", of=row["key"]),
+            "tokens_key": row["tokens_key"],
             "generation_key": row["key"],
             "prompt_key": row["prompt_key"],
             "teacher_id": TEACHER,
@@ -232,7 +233,7 @@ def put_prompts(world: World, references: list[str | None]) -> None:
         for row in rows:
             writer.add(row)
     columns = {name: [row[name] for row in rows] for name in ("key", "prompt_key")}
-    table = pa.table(columns | {"split": ["test"] * len(rows), "windows": [1] * len(rows)})
+    table = pa.table(columns | {"split": ["test"] * len(rows), "windows": [1] * len(rows), "first": [True] * len(rows)})
     world.store.put_inputs(DATA, table, {})
 
 

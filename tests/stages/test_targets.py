@@ -1,4 +1,8 @@
-"""Soft targets from hidden states: equal to a float64 log-softmax of the same logits, whatever the chunk."""
+"""Soft targets from hidden states: equal to a float64 log-softmax of the same logits, whatever the chunk.
+
+Sampled targets are checked against the distribution they are drawn from: its mean exactly so far as chance allows, and
+the numbers that a Zipf distribution fixes.
+"""
 
 import numpy as np
 import pytest
@@ -8,7 +12,7 @@ from hypothesis import strategies as st
 
 from stillroom.stages import targets as module
 from stillroom.stages.head import Head
-from stillroom.stages.targets import soft_targets
+from stillroom.stages.targets import Draws, TopP, sampled_targets, soft_targets, topp_targets
 from stillroom.storage.codec import SoftTargets
 
 
@@ -83,3 +87,126 @@ def test_stored_targets_are_the_truth_to_the_rounding_and_sum_to_one(bits: int) 
     if bits >= 10:
         total = np.exp(row.logprobs).sum(-1) + np.exp(row.tail_logprob)
         np.testing.assert_allclose(total, 1.0, atol=2e-3)
+
+
+def zipf(v: int, positions: int) -> tuple[torch.Tensor, Head, torch.Tensor, np.ndarray]:
+    """Every position has p_i proportional to 1 / i; hidden states, head, following tokens, p."""
+    truth = 1 / np.arange(1, v + 1)
+    truth /= truth.sum()
+    head = Head(weight=torch.from_numpy(np.log(truth)).float()[:, None])
+    return torch.ones(positions, 1), head, torch.zeros(positions, dtype=torch.long), truth
+
+
+def dense(targets: SoftTargets, v: int) -> np.ndarray:
+    """[N, V] what the entries say, 0 elsewhere."""
+    found = np.zeros((len(targets.entropy), v + 1))
+    np.put_along_axis(found, targets.ids, targets.probabilities, axis=1)  # padding, id -1, goes to the last place
+    return found[:, :v]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 9),
+    v=st.integers(2, 60),
+    k=st.integers(1, 60),
+    p=st.sampled_from([0.05, 0.5, 0.9, 0.999, 1.0]),
+    k_min=st.integers(1, 5),
+    seed=st.integers(0, 999),
+)
+def test_topp_keeps_the_fewest_that_hold_p_and_the_rest_exactly(
+    n: int, v: int, k: int, p: float, k_min: int, seed: int
+) -> None:
+    hidden, head, following, truth = case(n, 5, v, scale=1.0, seed=seed)
+    found = topp_targets(hidden, head, following, keep=TopP(p=p, k=k, k_min=k_min))
+    best = -np.sort(-truth, axis=-1)
+    for t in range(n):
+        mass, most = np.exp(best[t]).cumsum(), min(k, v)
+        count = found.entries[t]
+        assert min(k_min, most) <= count <= most
+        assert count == most or mass[count - 1] >= p - 1e-6
+        assert count <= k_min or mass[count - 2] <= p + 1e-6
+        np.testing.assert_allclose(found.logprobs[t, :count], best[t, :count], atol=2e-5, rtol=1e-5)
+        assert np.isneginf(found.logprobs[t, count:]).all()
+        assert (found.ids[t, count:] == -1).all()
+        np.testing.assert_allclose(np.exp(found.tail_logprob[t]), np.exp(best[t, count:]).sum(), atol=1e-6, rtol=1e-4)
+    same = soft_targets(hidden, head, following, kind="full", k=v)
+    np.testing.assert_array_equal(found.token_logprob, same.token_logprob)
+    np.testing.assert_array_equal(found.entropy, same.entropy)
+
+
+@pytest.mark.parametrize("draw", ["multinomial", "systematic"])
+@pytest.mark.parametrize("proposal", [1.0, 0.7, 1.3])
+def test_the_mean_of_sampled_targets_is_the_teacher(draw: str, proposal: float) -> None:
+    """4,000 positions of one distribution; every id within its share of 3 standard errors, most within them."""
+    n, v = 4000, 40
+    hidden, head, following, truth = zipf(v, n)
+    found = sampled_targets(hidden, head, following, draws=Draws(rounds=7, seed=3, draw=draw, proposal=proposal))
+    estimate = dense(found, v)
+    error = np.abs(estimate.mean(0) - truth)
+    standard = estimate.std(0, ddof=1) / np.sqrt(n)
+    assert (error <= 3 * standard + 1e-9).mean() >= 0.95
+    assert (error <= 5 * standard + 1e-9).all()
+    if proposal == 1.0:
+        assert found.weights is None
+        assert (found.counts.sum(1) == 7).all()
+    else:
+        assert found.counts is None
+
+
+def test_systematic_counts_are_rounded_up_or_down_and_vary_less() -> None:
+    n, v, rounds = 500, 40, 9
+    hidden, head, following, truth = zipf(v, n)
+    spread = {}
+    for draw in ("multinomial", "systematic"):
+        found = sampled_targets(hidden, head, following, draws=Draws(rounds=rounds, seed=1, draw=draw))
+        spread[draw] = dense(found, v).var(0).sum()
+        if draw == "systematic":
+            off = dense(found, v) * rounds - rounds * truth
+            assert (np.abs(off) < 1 + 1e-5).all()
+    expected = {
+        "multinomial": (truth * (1 - truth)).sum() / rounds,
+        "systematic": (rounds * truth % 1 * (1 - rounds * truth % 1)).sum() / rounds**2,
+    }
+    for draw, value in spread.items():
+        assert value == pytest.approx(expected[draw], rel=0.1)
+    assert spread["systematic"] < 0.8 * spread["multinomial"]
+
+
+def test_the_exact_numbers_of_zipf() -> None:
+    """V = 100,000: the head's mass, and the ids that 4, 13 and 50 draws are expected to hit, sum of 1 - (1 - p)^R."""
+    hidden, head, following, truth = zipf(100_000, 300)
+    best = soft_targets(hidden[:1], head, following[:1], kind="topk", k=20)
+    kept = np.exp(best.logprobs[0], dtype=np.float64)
+    assert kept.sum() == pytest.approx(0.2976, abs=5e-5)
+    assert kept[1] / kept.sum() == pytest.approx(0.1390, abs=5e-5)  # the tail dropped
+    assert kept[0] * (2 - kept.sum()) == pytest.approx(0.1408, abs=5e-5)  # the tail given to the token that is there
+    for rounds, unique in ((4, 3.94), (13, 12.29), (50, 43.03)):
+        assert (1 - (1 - truth) ** rounds).sum() == pytest.approx(unique, abs=5e-3)
+        found = sampled_targets(hidden, head, following, draws=Draws(rounds=rounds, seed=0))
+        error = found.entries.std(ddof=1) / np.sqrt(len(found.entries))
+        assert abs(found.entries.mean() - unique) < 3 * error
+
+
+@pytest.mark.parametrize("draw", ["multinomial", "systematic"])
+def test_draws_depend_on_seed_and_position_alone(monkeypatch: pytest.MonkeyPatch, draw: str) -> None:
+    hidden, head, following, _ = case(23, 5, 31, scale=1.0, seed=1)
+    draws = Draws(rounds=6, seed=11, draw=draw)
+    whole = sampled_targets(hidden, head, following, draws=draws).columns(23)
+    first = sampled_targets(hidden[:9], head, following[:9], draws=draws).columns(23)
+    used = first["entries"].sum()
+    np.testing.assert_array_equal(whole["ids"][:used], first["ids"])
+    np.testing.assert_array_equal(whole["counts"][:used], first["counts"])
+    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 31 * 5)
+    parts = sampled_targets(hidden, head, following, draws=draws).columns(23)
+    np.testing.assert_array_equal(parts["ids"], whole["ids"])
+    other = sampled_targets(hidden, head, following, draws=Draws(rounds=6, seed=12, draw=draw)).columns(23)
+    assert not np.array_equal(other["ids"], whole["ids"])
+
+
+def test_an_id_of_no_probability_is_never_drawn() -> None:
+    head = Head(weight=torch.tensor([[-torch.inf], [0.0], [-torch.inf], [0.0], [-torch.inf]]))
+    hidden, following = torch.ones(200, 1), torch.ones(200, dtype=torch.long)
+    for draws in (Draws(rounds=5, seed=0), Draws(rounds=5, seed=0, draw="systematic", proposal=0.5)):
+        found = sampled_targets(hidden, head, following, draws=draws)
+        assert set(np.unique(found.columns(23)["ids"])) == {1, 3}
+        assert found.entropy == pytest.approx(np.log(2))

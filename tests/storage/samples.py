@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from stillroom.storage.codec import SoftTargets
 from stillroom.storage.keys import content_key
 from stillroom.storage.store import Store
+from stillroom.storage.verify import verify
 from stillroom.storage.writer import CommitLimits
 
 VOCABULARY = 50
@@ -33,21 +34,25 @@ def target_key(index: int) -> bytes:
     return content_key("test_target", index=index)
 
 
-def target_row(index: int, *, tokens: int = 6, k: int = 4, full: bool = False) -> dict[str, Any]:
+P, K_MIN = 0.8, 2
+KINDS = ("topk", "topp", "sampled", "weighted", "full")
+"""`weighted` is `sampled` from another distribution than the teacher's."""
+
+
+def target_row(index: int, *, tokens: int = 6, k: int = 4, kind: str = "topk") -> dict[str, Any]:
     """A soft_targets row whose numbers hold together: two prompt tokens, the rest scored."""
     rng = np.random.default_rng(index)
     token_ids = rng.integers(0, VOCABULARY, tokens + 2, dtype=np.int32)
     logits = rng.normal(0, 3, (tokens, VOCABULARY))
     logprobs = (logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))).astype(np.float32)
     token_ids[2:] = [rng.choice(VOCABULARY, p=p / p.sum()) for p in np.exp(logprobs.astype(np.float64))]
-    order = np.argsort(-logprobs, axis=1, kind="stable")
-    rest = np.exp(np.take_along_axis(logprobs, order[:, k:], axis=1)).sum(axis=1, dtype=np.float64)
-    with np.errstate(divide="ignore"):  # nothing is left when k is the vocabulary
-        tail = np.log(rest).astype(np.float32)
+    settings: dict[str, Any] = dict.fromkeys(("p", "k_min", "draw", "proposal"))
+    if kind == "topp":
+        settings |= {"p": P, "k_min": K_MIN, "k": k}
+    if kind in ("sampled", "weighted"):
+        settings |= {"draw": "multinomial", "proposal": 1.0 if kind == "sampled" else 0.5, "k": k}
     targets = SoftTargets(
-        ids=None if full else order[:, :k].astype(np.int32),
-        logprobs=logprobs if full else np.take_along_axis(logprobs, order[:, :k], axis=1),
-        tail_logprob=np.full(tokens, -np.inf, np.float32) if full else tail,
+        **_entries(logprobs, kind, k, rng),
         token_logprob=logprobs[np.arange(tokens), token_ids[2:]],
         entropy=-(np.exp(logprobs) * logprobs).sum(axis=1),
     )
@@ -58,10 +63,48 @@ def target_row(index: int, *, tokens: int = 6, k: int = 4, full: bool = False) -
         "generation_key": content_key("test_generation", index=index),
         "prompt_key": content_key("test_prompt", index=index),
         "teacher_id": ABOUT["teacher_id"],
-        "kind": "full" if full else "topk",
+        "kind": "sampled" if kind == "weighted" else kind,
         "token_ids": token_ids,
         "span_start": 2,
         **targets.columns(BITS),
+        **settings,
+    }
+
+
+def _entries(logprobs: np.ndarray, kind: str, k: int, rng: np.random.Generator) -> dict[str, Any]:
+    """What `SoftTargets` of a kind hold about the entries, from [N, V] log probabilities."""
+    if kind == "full":
+        return {"ids": None, "logprobs": logprobs, "tail_logprob": np.full(len(logprobs), -np.inf, np.float32)}
+    order = np.argsort(-logprobs, axis=1, kind="stable")
+    ordered = np.take_along_axis(logprobs, order, axis=1)
+    entries = np.full(len(logprobs), k, np.int32)
+    values = ordered.copy()
+    if kind == "topp":
+        enough = (np.exp(ordered.astype(np.float64)).cumsum(axis=1) < P).sum(axis=1) + 1
+        entries = np.minimum(np.maximum(enough, K_MIN), k).astype(np.int32)
+    if kind in ("sampled", "weighted"):
+        teacher = np.exp(logprobs.astype(np.float64))
+        proposal = teacher ** (1.0 if kind == "sampled" else 0.5)
+        proposal /= proposal.sum(axis=1, keepdims=True)
+        counts = np.stack([rng.multinomial(k, q) for q in proposal])
+        order = np.argsort(-counts, axis=1, kind="stable")
+        entries = (counts > 0).sum(axis=1).astype(np.int32)
+        values = np.take_along_axis(counts if kind == "sampled" else counts / k * teacher / proposal, order, axis=1)
+    used = np.arange(entries.max()) < entries[:, None]
+    ids, values = order[:, : entries.max()].astype(np.int32), values[:, : entries.max()]
+    if kind in ("sampled", "weighted"):
+        name = "counts" if kind == "sampled" else "weights"
+        values = np.where(used, values, 0).astype(np.int32 if kind == "sampled" else np.float32)
+        nothing = {"logprobs": None, "tail_logprob": None}
+        return nothing | {"ids": np.where(used, ids, -1).astype(np.int32), name: values, "entries": entries}
+    rest = np.where(np.arange(VOCABULARY) < entries[:, None], 0, np.exp(ordered)).sum(axis=1, dtype=np.float64)
+    with np.errstate(divide="ignore"):  # nothing is left when k is the vocabulary
+        tail = np.log(rest).astype(np.float32)
+    return {
+        "ids": np.where(used, ids, -1),
+        "logprobs": np.where(used, values, -np.inf).astype(np.float32),
+        "tail_logprob": tail,
+        "entries": entries if kind == "topp" else None,
     }
 
 
@@ -102,6 +145,14 @@ def add_targets(store: Store, indices: range, *, commit_rows: int = 8) -> int:
     return writer.rows
 
 
+def assert_each_key_once(root: str, rows: int) -> None:
+    """Soft targets 0 to `rows` are in the store, and it is whole."""
+    store = Store.open(root)
+    assert verify(store).problems == []
+    keys = sorted(store.index("soft_targets", ["key"])["key"].to_pylist())
+    assert keys == sorted(map(target_key, range(rows)))
+
+
 def flip(path: Path, column: str) -> None:
     """Flip one bit in the last page of a column."""
     group = pq.ParquetFile(path).metadata.row_group(0)
@@ -114,7 +165,7 @@ def flip(path: Path, column: str) -> None:
 
 
 def main(root: str, first: str, stop: str) -> None:
-    store = Store.open(Path(root), create=True)
+    store = Store.open(root, create=True)
     _say("ready")
     sys.stdin.readline()
     with store.writer("soft_targets", about=ABOUT, limits=CommitLimits(rows=8)) as writer:

@@ -1,5 +1,11 @@
 """A store read by others, without Stillroom; and the SQL views."""
 
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
 import duckdb
 import numpy as np
 import polars
@@ -7,28 +13,31 @@ import pyarrow.parquet as pq
 import pytest
 
 from stillroom.storage.catalog import connect, query
+from stillroom.storage.codec import SoftTargets
 from stillroom.storage.errors import IntegrityError, UsageError
 from stillroom.storage.schema import SCHEMAS, TABLES
 
 
 @pytest.fixture
 def mixed(filled, samples):
-    """One shard with top-k rows and a full row."""
+    """One shard with a row of every kind."""
     with filled.writer("soft_targets", about=samples.ABOUT) as writer:
-        writer.add(samples.target_row(100))
-        writer.add(samples.target_row(101, full=True))
+        for row in expected(samples):
+            writer.add(row)
     return filled
 
 
 def expected(samples) -> list[dict]:
-    return [samples.target_row(100), samples.target_row(101, full=True)]
+    return [samples.target_row(100 + number, kind=kind) for number, kind in enumerate(samples.KINDS)]
 
 
 def same(found, row) -> None:
     for name, value in row.items():
         if isinstance(value, np.ndarray):
             np.testing.assert_array_equal(np.array(found[name], value.dtype), value)
-        elif name != "kept_mass":
+        elif isinstance(value, float):
+            assert found[name] == np.float32(value)
+        else:
             assert found[name] == value
 
 
@@ -48,6 +57,23 @@ def test_pyarrow_duckdb_and_polars_read_a_shard(mixed, samples):
             same(found, row)
 
 
+OLD_DUCKDB = """
+import duckdb, json, sys
+assert duckdb.__version__.startswith("1.5."), duckdb.__version__
+cursor = duckdb.connect().execute("SELECT * FROM read_parquet(?)", [sys.argv[1]])
+names = [column[0] for column in cursor.description]
+print(json.dumps([dict(zip(names, row)) for row in cursor.fetchall()], default=bytes.hex))
+"""
+
+
+@pytest.mark.skipif("DUCKDB_1_5_PYTHON" not in os.environ, reason="names a Python that has DuckDB 1.5")
+def test_duckdb_1_5_reads_a_shard(mixed, samples):
+    words = [os.environ["DUCKDB_1_5_PYTHON"], "-c", OLD_DUCKDB, path_of(mixed)]
+    read = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+    for found, row in zip(read, expected(samples), strict=True):
+        same({name: bytes.fromhex(x) if isinstance(row.get(name), bytes) else x for name, x in found.items()}, row)
+
+
 def test_datasets_reads_a_shard(mixed, samples, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     datasets = pytest.importorskip("datasets")
@@ -56,14 +82,68 @@ def test_datasets_reads_a_shard(mixed, samples, tmp_path, monkeypatch):
         same(found, row)
 
 
-def test_encodings_are_those_every_reader_knows(mixed):
+def test_sql_cuts_a_row_into_targets_whatever_the_kind(mixed, samples):
+    """The query of storage/README.md."""
+    code = (Path(__file__).parents[2] / "storage" / "README.md").read_text()
+    query = re.search(r'targets = duckdb.sql\(f"""(.*?)"""\)', code, flags=re.DOTALL)[1]
+    found = duckdb.sql(query.replace("{shards}", repr([path_of(mixed)]))).fetchall()
+    for row in expected(samples):
+        ids = [ids for key, _, _, ids in found if bytes.fromhex(key) == row["key"]]
+        assert len(ids) == row["span_tokens"]
+        whole = SoftTargets.from_row(row).ids
+        assert ids == (
+            [None] * len(ids) if whole is None else [[i for i in position if i >= 0] for position in whole.tolist()]
+        )
+
+
+READ_BY_DUCKDB_1_5 = {
+    "FLOAT": {"PLAIN", "RLE", "RLE_DICTIONARY", "BYTE_STREAM_SPLIT"},
+    "INT32": {"PLAIN", "RLE", "RLE_DICTIONARY", "DELTA_BINARY_PACKED"},
+    "INT64": {"PLAIN", "RLE", "RLE_DICTIONARY", "DELTA_BINARY_PACKED"},
+    "BYTE_ARRAY": {"PLAIN", "RLE", "RLE_DICTIONARY"},
+    "FIXED_LEN_BYTE_ARRAY": {"PLAIN", "RLE", "RLE_DICTIONARY"},
+}
+"""Encodings by physical type; RLE is that of levels. BYTE_STREAM_SPLIT of integers came with 2.0, float16 never did."""
+
+
+def test_encodings_are_those_duckdb_1_5_reads(mixed):
     group = pq.ParquetFile(path_of(mixed)).metadata.row_group(0)
     columns = {group.column(i).path_in_schema.split(".")[0]: group.column(i) for i in range(group.num_columns)}
-    assert "DELTA_BINARY_PACKED" in columns["ids"].encodings
-    assert "BYTE_STREAM_SPLIT" in columns["logprobs"].encodings
-    assert columns["logprobs"].physical_type == "FLOAT"
+    for name, column in columns.items():
+        assert set(column.encodings) <= READ_BY_DUCKDB_1_5[column.physical_type], name
+    encoded = {name: set(columns[name].encodings) - {"PLAIN", "RLE"} for name in columns}
+    assert encoded["token_ids"] == {"DELTA_BINARY_PACKED"}
+    assert encoded["ids"] == encoded["counts"] == encoded["entries"] == {"RLE_DICTIONARY"}
+    assert encoded["logprobs"] == encoded["weights"] == encoded["entropy"] == {"BYTE_STREAM_SPLIT"}
     assert {column.compression for column in columns.values()} == {"ZSTD"}
     assert all(column.has_column_index for name, column in columns.items() if name != "label")
+
+
+def test_top_k_of_a_large_vocabulary_fits_the_budget(store, samples):
+    """At most 3.75 K + 12 bytes a token, footers and all. A position's candidates are drawn anew by Zipf's law.
+
+    Real teachers repeat themselves more (tests/bench).
+    """
+    k, tokens, rows, vocabulary = 32, 256, 96, 40_000
+    rng = np.random.default_rng(0)
+    names = rng.permutation(vocabulary).astype(np.int32)
+    about = samples.ABOUT | {"vocab_size": vocabulary}
+    with store.writer("soft_targets", about=about) as writer:
+        for index in range(rows):
+            ranks = 30 * (vocabulary / 30) ** rng.random((tokens, k)) - 30
+            logits = np.sort(rng.gumbel(size=(tokens, k)) * 1.5, axis=1)[:, ::-1]
+            logprobs = (logits - np.log(np.exp(logits).sum(axis=1, keepdims=True) * 1.15)).astype(np.float32)
+            targets = SoftTargets(
+                ids=names[ranks.astype(int)],
+                logprobs=logprobs,
+                tail_logprob=np.log1p(-np.exp(logprobs.astype(np.float64)).sum(axis=1)).astype(np.float32),
+                token_logprob=logprobs[:, 0] - 1e-2,
+                entropy=rng.gamma(4, 0.6, tokens),
+            )
+            row = samples.target_row(index) | targets.columns(10)
+            writer.add(row | {"token_ids": names[rng.zipf(1.3, tokens + 1) % vocabulary], "span_start": 1})
+    commits = store.commits("soft_targets")
+    assert sum(c.shard.bytes for c in commits) / sum(c.tokens for c in commits) <= 3.75 * k + 12
 
 
 def test_views_show_what_is_committed(filled):
@@ -100,7 +180,9 @@ def test_an_empty_store_has_the_same_views_with_the_same_types(store, filled, sa
 
 
 def test_inputs_view(filled):
-    keys = query(filled, "SELECT key, key AS prompt_key, 'train' AS split, NULL::INT AS windows FROM prompts")
+    keys = query(
+        filled, "SELECT key, key AS prompt_key, 'train' AS split, NULL::INT AS windows, true AS first FROM prompts"
+    )
     filled.put_inputs("it's one", keys, {})
     filled.put_inputs("two", keys.slice(3), {})
     rows = query(filled, "SELECT data_id, count(*) AS n FROM inputs JOIN prompts USING (key) GROUP BY 1 ORDER BY 1")

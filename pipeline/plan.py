@@ -10,37 +10,28 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ..stages.data import survey
 from ..stages.job import Arm, Split
-from ..stages.requests import (
-    Ledger,
-    Place,
-    TargetRequest,
-    generation_ledger,
-    given_rows,
-    held_out_first,
-    prompt_splits,
-    selected_generations,
-    target_bytes,
-    target_ledger,
-)
+from ..stages.ledger import Books, Ledger
+from ..stages.ledger_generations import generation_ledger
+from ..stages.ledger_targets import choose_generations, target_ledger
+from ..stages.requests import GENERATION_BYTES
 from ..stages.sections import Recipe
 from ..stages.tokenizers import refuse_other_tokenizer
 from ..stages.train import arm_loss
 from ..storage.errors import UsageError
+from ..storage.files import open_files
 from ..storage.keys import content_id
-from ..storage.schema import TableName
-from ..storage.snapshot import Snapshot, load_snapshot, make_snapshot
+from ..storage.snapshot import Snapshot
 from ..storage.store import Store
 from .binding import Bound, bind, student_id
+from .choice import choose_snapshots
 from .recipe import changed_fields
 
 State = Literal["done", "to do", "waits"]
 STAGES = ("data", "generate", "score", "train", "baseline", "evaluate")
-
-
-GENERATION_BYTES = 6  # a token's id and its share of text and keys: 5 to 6 bytes in the stores measured so far
 
 
 @dataclass(kw_only=True, slots=True)
@@ -92,25 +83,13 @@ def make_plan(recipe: Recipe, *, write: bool = False) -> Plan:
     plan = Plan(bound=bind(recipe, write=write), write=write)
     _refuse_early(recipe, plan.bound)
     store = _open(recipe)
-    inputs = _plan_data(recipe, plan, store)
-    upstream = plan.stages[-1].state == "done"
-    if recipe.generate is not None:
-        upstream = _plan_generate(recipe, plan, store, inputs) and upstream
-    rows: list[dict[str, Any]] = []
-    if store is not None and store.inputs(plan.bound.binding.data_id) is not None:
-        binding = plan.bound.binding
-        rows = selected_generations(
-            store,
-            recipe,
-            author_id=binding.author_id,
-            data_id=binding.data_id,
-            context_tokens=binding.author_context_tokens,
-        )
-    if recipe.score is not None:
-        upstream = _plan_score(recipe, plan, store, rows, upstream=upstream)
-    elif upstream and store is not None:
-        _text_snapshots(recipe, plan, store, rows)
-    _plan_students(recipe, plan, ready=upstream)
+    surveyed = _survey(recipe, plan, store)
+    if store is None:
+        _plan_empty(recipe, plan, surveyed)
+    else:
+        with Books(store, recipe, data_id=plan.bound.binding.data_id, surveyed=surveyed, write=write) as books:
+            _plan_teacher(recipe, plan, books)
+    _plan_students(recipe, plan, ready=all(line.state == "done" for line in plan.stages))
     return plan
 
 
@@ -129,60 +108,68 @@ def _refuse_early(recipe: Recipe, bound: Bound) -> None:
 
 def _open(recipe: Recipe) -> Store | None:
     """The store, None where its folder is still to be made."""
-    folder = Path(recipe.storage.dir)
-    return Store.open(folder) if folder.is_dir() and any(folder.iterdir()) else None
+    files = open_files(recipe.storage.dir)
+    return None if files.empty() else Store.from_files(files)
 
 
-def _plan_data(recipe: Recipe, plan: Plan, store: Store | None) -> pa.Table:
-    """The inputs, read from the store where they are recorded, else from the source."""
+def _survey(recipe: Recipe, plan: Plan, store: Store | None) -> pa.Table | None:
+    """Begin with the data stage: what its source holds, None where the store has it on record."""
     data_id = plan.bound.binding.data_id
-    inputs = store.inputs(data_id) if store else None
-    if inputs is not None and store is not None:
-        pending = _lost(store, inputs, plan.bound.binding.author_id if recipe.generate is None else None)
-        rejected = int((store.inputs_about(data_id) or {})["rejected"])
-        state: State = "to do" if pending else "done"
-        line = StagePlan(name="data", state=state, pending=pending, rejected=rejected, committed=len(inputs) - pending)
-        line.planned = len(inputs) + rejected
-    else:
-        inputs, rejected = survey(recipe)
-        why = "the source or the data section changed" if store and store.files.names("inputs") else "new"
-        planned = len(inputs) + rejected
-        line = StagePlan(name="data", state="to do", planned=planned, pending=planned, why=why)
-    plan.stages.append(line)
+    about = store.inputs_about(data_id) if store else None
+    if about is not None:
+        plan.stages.append(StagePlan(name="data", state="done", rejected=int(about["rejected"])))
+        return None
+    inputs, rejected = survey(recipe)
+    why = "the source or the data section changed" if store and store.files.names("inputs") else "new"
+    planned = len(inputs) + rejected
+    plan.stages.append(StagePlan(name="data", state="to do", planned=planned, pending=planned, why=why))
     return inputs
 
 
-def _lost(store: Store, inputs: pa.Table, given_author: str | None) -> int:
-    """Inputs whose prompts row, or whose rows of given text, the store no longer has."""
-    prompts = set(store.index("prompts", ["key"])["key"].to_pylist())
-    windows = given_rows(store, given_author) if given_author is not None else None
-    wanted = zip(inputs["key"].to_pylist(), inputs["windows"].to_pylist(), strict=True)
-    return sum(key not in prompts or (windows is not None and windows[key] < count) for key, count in wanted)
-
-
-def _plan_generate(recipe: Recipe, plan: Plan, store: Store | None, inputs: pa.Table) -> bool:
-    assert recipe.generate is not None
-    binding = plan.bound.binding
-    prompts = prompt_splits(inputs)
-    if store is None:
-        count = len(prompts) * recipe.generate.samples
+def _plan_empty(recipe: Recipe, plan: Plan, inputs: pa.Table | None) -> None:
+    """Everything is to do."""
+    assert inputs is not None
+    if recipe.generate is not None:
+        count = pc.sum(inputs["first"]).as_py() * recipe.generate.samples
+        tokens = count * recipe.generate.max_tokens
         line = StagePlan(name="generate", state="to do", planned=count, pending=count, why=f"{count} new")
-        line.tokens_to_do = count * recipe.generate.max_tokens
-        line.bytes_to_do = line.tokens_to_do * GENERATION_BYTES
+        line.tokens_to_do, line.bytes_to_do = tokens, tokens * GENERATION_BYTES
         plan.stages.append(line)
-        return False
-    ledger = generation_ledger(
-        store,
-        recipe,
-        author_id=binding.author_id,
-        prompts=prompts,
-        context_tokens=binding.author_context_tokens,
-    )
-    line = _line("generate", ledger)
-    line.tokens_to_do = line.pending * recipe.generate.max_tokens
-    line.bytes_to_do = line.tokens_to_do * GENERATION_BYTES
-    plan.stages.append(line)
-    return not ledger.pending
+    if recipe.score is not None:
+        plan.stages.append(StagePlan(name="score", state="waits", why="for the text"))
+
+
+def _plan_teacher(recipe: Recipe, plan: Plan, books: Books) -> None:
+    """The stages that read and write the store, and the snapshots that they leave."""
+    binding, bound = plan.bound.binding, plan.bound
+    data = plan.stages[0]
+    if data.state == "done":
+        ((inputs,),) = books.index.rows("SELECT count(*) FROM inputs")
+        data.pending = books.lost(binding.author_id if recipe.generate is None else None)
+        data.committed, data.planned = inputs - data.pending, inputs + data.rejected
+        data.state = "to do" if data.pending else "done"
+    if recipe.generate is not None:
+        ledger = generation_ledger(
+            books,
+            author_id=binding.author_id,
+            context_tokens=binding.author_context_tokens,
+            author_parts=bound.author.parts if bound.author else None,
+        )
+        plan.stages.append(_line("generate", ledger))
+    choose_generations(books, author_id=binding.author_id)
+    upstream = all(line.state == "done" for line in plan.stages)
+    if recipe.score is not None:
+        ledger = target_ledger(
+            books,
+            teacher_id=binding.teacher_id,
+            vocab_size=binding.vocab_size,
+            limit=binding.context_tokens,
+            teacher_parts=bound.teacher.parts if bound.teacher else None,
+        )
+        plan.stages.append(_line("score", ledger, upstream=upstream))
+        upstream = upstream and not ledger.pending
+    if upstream:
+        plan.snapshots = choose_snapshots(books, binding)
 
 
 def _line(name: str, ledger: Ledger, *, upstream: bool = True) -> StagePlan:
@@ -191,10 +178,12 @@ def _line(name: str, ledger: Ledger, *, upstream: bool = True) -> StagePlan:
         name=name,
         state="to do" if ledger.pending else "done" if upstream else "waits",
         planned=ledger.planned,
-        committed=len(ledger.committed),
+        committed=ledger.committed,
         rejected=ledger.rejected.total(),
-        pending=len(ledger.pending),
+        pending=ledger.pending,
         tokens=ledger.tokens,
+        tokens_to_do=ledger.tokens_to_do,
+        bytes_to_do=ledger.bytes_to_do,
         why=why if upstream else ", ".join(part for part in (why, "more after the text") if part),
     )
 
@@ -202,83 +191,6 @@ def _line(name: str, ledger: Ledger, *, upstream: bool = True) -> StagePlan:
 def _reasons(why: Counter[str], rejected: Counter[str]) -> str:
     parts = [f"{count} {reason}" for reason, count in why.most_common()]
     return ", ".join(parts + [f"{count} rejected: {reason}" for reason, count in rejected.most_common()])
-
-
-def _plan_score(recipe: Recipe, plan: Plan, store: Store | None, rows: list[dict[str, Any]], *, upstream: bool) -> bool:
-    if store is None:
-        plan.stages.append(StagePlan(name="score", state="waits", why="for the text"))
-        return False
-    binding = plan.bound.binding
-    ledger, requests = target_ledger(
-        store,
-        recipe,
-        teacher_id=binding.teacher_id,
-        vocab_size=binding.vocab_size,
-        generations=rows,
-        limit=binding.context_tokens,
-    )
-    line = _line("score", ledger, upstream=upstream)
-    line.tokens_to_do = sum(r.span_tokens for r in ledger.pending)
-    line.bytes_to_do = sum(int(r.span_tokens * target_bytes(r)) for r in ledger.pending)
-    plan.stages.append(line)
-    ready = upstream and not ledger.pending
-    if ready:
-        _target_snapshots(recipe, plan, store, ledger, requests)
-    return ready
-
-
-def _target_snapshots(recipe: Recipe, plan: Plan, store: Store, ledger: Ledger, requests: list[TargetRequest]) -> None:
-    """White-box: train and judge on soft targets."""
-    done = [r for r in requests if r.reuse_key in ledger.committed]
-    rows = [(r.split, r.prompt_key, ledger.committed[r.reuse_key]) for r in done]
-    _snapshots(recipe, plan, store, "soft_targets", rows)
-
-
-def _text_snapshots(recipe: Recipe, plan: Plan, store: Store, generations: list[dict[str, Any]]) -> None:
-    """Black-box: train and judge on the generations themselves."""
-    chosen = held_out_first(generations, recipe.evaluate.tokens)
-    held_out = {r["token_ids"].tobytes() for r in chosen if r["split"] == "test"}
-    chosen = [r for r in chosen if r["split"] == "test" or r["token_ids"].tobytes() not in held_out]
-    rows = [(r["split"], r["prompt_key"], (r["shard"], r["row"])) for r in chosen]
-    _snapshots(recipe, plan, store, "generations", rows)
-
-
-def _snapshots(
-    recipe: Recipe, plan: Plan, store: Store, table: TableName, rows: list[tuple[str, bytes, Place]]
-) -> None:
-    """Split rows into train, validation and test; no prompt that a pinned snapshot trains on is judged on."""
-    validation = _validation_prompts(recipe, {prompt for split, prompt, _ in rows if split == "train"})
-    pinned = _pinned_prompts(recipe, plan, store, table)
-    places: dict[Split, dict[str, list[int]]] = {}
-    for split, prompt, (shard, row) in rows:
-        name: Split = "test" if split == "test" else "validation" if prompt in validation else "train"
-        if name == "train" or prompt not in pinned:
-            places.setdefault(name, {}).setdefault(shard, []).append(row)
-    for name, by_shard in places.items():
-        about = {"split": name, "teacher_id": plan.bound.binding.teacher_id}
-        plan.snapshots[name] = make_snapshot(store, table, by_shard, about)
-
-
-def _pinned_prompts(recipe: Recipe, plan: Plan, store: Store, table: TableName) -> set[bytes]:
-    """Prompts in the snapshot that `train.snapshot` names; none if it names none."""
-    if recipe.train.snapshot is None:
-        return set()
-    snapshot = load_snapshot(store, recipe.train.snapshot)
-    teacher = snapshot.about.get("teacher_id")
-    if snapshot.table != table or teacher != plan.bound.binding.teacher_id:
-        raise UsageError(
-            f"train.snapshot: {snapshot.id} holds {snapshot.table} of teacher {teacher}; this recipe trains on {table} "
-            f"of {plan.bound.binding.teacher_id}. Name a snapshot of this teacher, or leave it out."
-        )
-    places = {shard.sha256: shard.rows for shard in snapshot.shards}
-    return {row["prompt_key"] for row in store.rows(table, places, ["prompt_key"])}
-
-
-def _validation_prompts(recipe: Recipe, prompts: set[bytes]) -> set[bytes]:
-    """Prompts that training sets aside to validate on: those with the smallest hashes, a random sample."""
-    if recipe.train.evaluate_every_tokens is None:
-        return set()
-    return set(sorted(prompts)[: recipe.train.validation_prompts])
 
 
 def _plan_students(recipe: Recipe, plan: Plan, *, ready: bool) -> None:

@@ -5,7 +5,7 @@ too and becomes generations rows whose author is the data, so that later stages 
 """
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -13,14 +13,17 @@ import pyarrow as pa
 
 from ..storage.errors import StillroomError, UsageError
 from ..storage.keys import content_id, content_key
-from ..storage.store import Store
+from ..storage.store import CommitLimits, Store
 from .identity import FileHashes, Identity
+from .intake import Intake
 from .job import Job, StageResult
 from .rendering import Renderer, RowError
 from .requests import tokens_key
 from .sections import COLUMNS, Data, Recipe
 from .sources import fingerprint, records
 from .writing import about, commit_limits
+
+COMMIT_ROWS = 8192  # reading is cheap to do again, and few large shards are quick to plan from
 
 
 def given_text(recipe: Recipe) -> bool:
@@ -67,14 +70,14 @@ def run(job: Job) -> StageResult:
     recipe, data = job.recipe, job.recipe.data
     store = Store.open(recipe.storage.dir)
     settings = data.model_dump(exclude={"limit", "holdout"})
-    limits = commit_limits(recipe)
-    rows: dict[bytes, Prompt] = {}
+    limits = replace(commit_limits(recipe), rows=max(COMMIT_ROWS, recipe.storage.commit_rows))
+    rows = Intake()
     rejected, first = 0, ""
     job.progress.start(total=data.limit or 0, unit="records")
     with ExitStack() as stack:
         prompts = stack.enter_context(store.writer("prompts", about=about("data", recipe, settings), limits=limits))
         rejects = stack.enter_context(store.writer("rejects", about=about("data", recipe, settings), limits=limits))
-        text = _GivenText(job, store, stack) if given_text(recipe) else None
+        text = _GivenText(job, store, stack, limits) if given_text(recipe) else None
         for source, record in islice(records(data), data.limit):
             job.stop.check()
             try:
@@ -85,18 +88,19 @@ def run(job: Job) -> StageResult:
                 rejected, first = rejected + 1, first or f"{source}: {error}"
                 continue
             prompts.add(row)
-            rows.setdefault(row["key"], Prompt(row["prompt_key"], windows))
+            rows.add(row["key"], row["prompt_key"], windows=windows)
             job.progress.advance()
     _refuse_empty(data, rows, rejected, first)
     _refuse_changed(job)
-    table = _with_splits(rows, data.holdout)
-    store.put_inputs(job.data_id, table, {"source": data.source, "rejected": rejected, "format": data.format})
+    store.put_inputs(
+        job.data_id, rows.table(data.holdout), {"source": data.source, "rejected": rejected, "format": data.format}
+    )
     return StageResult(rows=len(rows), rejected=rejected, tokens=text.tokens if text else 0)
 
 
 def survey(recipe: Recipe) -> tuple[pa.Table, int]:
     """What `run` would make of the source, without writing: the inputs table (windows unknown) and the rejects."""
-    rows: dict[bytes, Prompt] = {}
+    rows = Intake()
     rejected, first = 0, ""
     for source, record in islice(records(recipe.data), recipe.data.limit):
         try:
@@ -104,18 +108,9 @@ def survey(recipe: Recipe) -> tuple[pa.Table, int]:
         except RowError as error:
             rejected, first = rejected + 1, first or f"{source}: {error}"
             continue
-        rows.setdefault(row["key"], Prompt(row["prompt_key"], 1))
+        rows.add(row["key"], row["prompt_key"])
     _refuse_empty(recipe.data, rows, rejected, first)
-    return _with_splits(rows, recipe.data.holdout), rejected
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """What the inputs record keeps of a prompt."""
-
-    prompt_key: bytes
-    windows: int
-    """Generations rows that the given text became; 1 where it is generated."""
+    return rows.table(recipe.data.holdout), rejected
 
 
 def prompt_row(record: dict[str, Any] | str, source: str, data: Data, *, given: bool) -> dict[str, Any]:
@@ -218,11 +213,11 @@ def _reject(source: str, record: Any, error: RowError) -> dict[str, Any]:
     return row | {"message": f"{source}: {error}"}
 
 
-def _refuse_empty(data: Data, rows: dict[bytes, Prompt], rejected: int, first: str) -> None:
+def _refuse_empty(data: Data, rows: Intake, rejected: int, first: str) -> None:
     if not rows:
         found = f"all {rejected} records were rejected, the first at {first}" if rejected else "it holds no records"
         raise UsageError(f"data.source: nothing to work on in {data.source}: {found}. Check the file and data.format.")
-    prompts = len({p.prompt_key for p in rows.values()})
+    prompts = rows.prompts()
     if data.holdout >= prompts:
         raise UsageError(
             f"data.holdout: {data.holdout} of {prompts} prompts leaves nothing to train on. "
@@ -238,24 +233,10 @@ def _refuse_changed(job: Job) -> None:
         raise StillroomError(f"data.source: {job.recipe.data.source} changed while it was read. Run again.")
 
 
-def _with_splits(rows: dict[bytes, Prompt], holdout: int) -> pa.Table:
-    """The inputs table. Prompt keys are hashes: the smallest are a random sample that order cannot change."""
-    held_out = set(sorted({p.prompt_key for p in rows.values()})[:holdout])
-    splits = ["test" if p.prompt_key in held_out else "train" for p in rows.values()]
-    return pa.table(
-        {
-            "key": pa.array(list(rows), pa.binary(16)),
-            "prompt_key": pa.array([p.prompt_key for p in rows.values()], pa.binary(16)),
-            "split": splits,
-            "windows": pa.array([p.windows for p in rows.values()], pa.int32()),
-        }
-    )
-
-
 class _GivenText:
     """Tokenizes the text that came with the data into generations rows."""
 
-    def __init__(self, job: Job, store: Store, stack: ExitStack) -> None:
+    def __init__(self, job: Job, store: Store, stack: ExitStack, limits: CommitLimits) -> None:
         folder = store.teacher_dir(job.teacher_id)
         data = job.recipe.data
         self._renderer = Renderer(folder, data.chat_template_kwargs)
@@ -264,7 +245,7 @@ class _GivenText:
         self._window = window_tokens(data, job.context_tokens)
         settings = {"window_tokens": self._window, "chat_template_kwargs": data.chat_template_kwargs}
         shard_about = about("data", job.recipe, settings, author_id=job.author_id)
-        writer = store.writer("generations", about=shard_about, limits=commit_limits(job.recipe))
+        writer = store.writer("generations", about=shard_about, limits=limits)
         self._writer = stack.enter_context(writer)
         self.tokens = 0
 

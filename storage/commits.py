@@ -18,6 +18,7 @@ from .keyset import KeySet
 from .schema import FORMAT_VERSION, TableName
 from .shard import ShardInfo, shard_name
 
+_AT_ONCE = 1024  # records read together: an object store answers many requests in the time of one
 _NUMBERED = re.compile(r"^\d{8}\.json$")
 
 
@@ -57,7 +58,8 @@ class CommitLog:
         """`track_keys`: keep the keys of all live rows, as a writer must."""
         self._files = files
         self.table: TableName = table
-        self._next = 0
+        self.next = 0
+        """The number after the newest commit known."""
         self._live: dict[int, Commit] = {}
         self._retired: set[int] = set()
         self._track_keys = track_keys
@@ -69,26 +71,30 @@ class CommitLog:
         retired = set(numbers(self._files, self.table, folder="retired"))
         for seq in retired - self._retired:
             read_retired(self._files, self.table, seq)
-        if any(seq < self._next for seq in retired - self._retired):
-            self._next, self._live, self.keys = 0, {}, KeySet()  # rare: read all again, without what was withdrawn
+        if any(seq < self.next for seq in retired - self._retired):
+            self.next, self._live, self.keys = 0, {}, KeySet()  # rare: read all again, without what was withdrawn
         self._retired = retired
         last = max([*numbers(self._files, self.table), *retired], default=-1)  # a withdrawn number is never used again
         # A listing made while others commit may leave a number out below the last: ask for every number by name.
-        self._read(range(self._next, last + 1))
-        self._next = max(self._next, last + 1)
-        return [self._live[seq] for seq in sorted(self._live)]
+        self._read(range(self.next, last + 1))
+        self.next = max(self.next, last + 1)
+        return self.live(0)
+
+    def live(self, first: int) -> list[Commit]:
+        """The live commits known, oldest first, from a number on."""
+        return [self._live[seq] for seq in range(first, self.next) if seq in self._live]
 
     def advance(self) -> None:
         """Read the records that follow those known, asking for each by name: cheap, but blind to withdrawals."""
-        while (record := read_commit(self._files, self.table, self._next)) is not None:
+        while (record := read_commit(self._files, self.table, self.next)) is not None:
             self._add([record])
-            self._next += 1
+            self.next += 1
 
     def append(self, fields: Mapping[str, Any], shard: ShardInfo, keys: Iterable[bytes]) -> Commit | None:
         """Try the next number. None: another writer took it; its records are read, look at `keys` and try again."""
         commit = Commit(
             table=self.table,
-            seq=self._next,
+            seq=self.next,
             shard=shard,
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             **fields,
@@ -97,13 +103,19 @@ class CommitLog:
         if not self._files.put_if_absent(record_name(self.table, commit.seq), seal(_to_json(commit, joined))):
             self.advance()
             return None
+        if self._files.exists(record_name(self.table, commit.seq, folder="retired")):
+            self.refresh()  # `repair` gave this number up while no record was there: nothing stands under it
+            return None
         self._add([(commit, joined)])
-        self._next += 1
+        self.next += 1
         return commit
 
     def _read(self, seqs: Iterable[int]) -> None:
-        records = (read_commit(self._files, self.table, seq) for seq in seqs if seq not in self._retired)
-        self._add([record for record in records if record is not None])
+        wanted = [seq for seq in seqs if seq not in self._retired]
+        for start in range(0, len(wanted), _AT_ONCE):
+            names = {record_name(self.table, seq): seq for seq in wanted[start : start + _AT_ONCE]}
+            found = self._files.read_many(list(names))
+            self._add([_read_record(data, self.table, names[name]) for name, data in found.items()])
 
     def _add(self, records: Sequence[tuple[Commit, bytes]]) -> None:
         live = [(commit, joined) for commit, joined in records if commit.seq not in self._retired]
@@ -114,17 +126,25 @@ class CommitLog:
 
 def retire(files: Files, table: TableName, seq: int, *, reason: str) -> bool:
     """Withdraw a commit: its rows are no longer in the store. False if it was withdrawn before."""
-    record = {"format_version": FORMAT_VERSION, "table": table, "seq": seq, "reason": reason}
-    return files.put_if_absent(record_name(table, seq, folder="retired"), seal(record))
+    return files.put_if_absent(record_name(table, seq, folder="retired"), withdrawal(table, seq, reason=reason))
+
+
+def withdrawal(table: TableName, seq: int, *, reason: str) -> bytes:
+    """The record that withdraws a commit."""
+    return seal({"format_version": FORMAT_VERSION, "table": table, "seq": seq, "reason": reason})
 
 
 def read_commit(files: Files, table: TableName, seq: int) -> tuple[Commit, bytes] | None:
     """One record, checked, and the keys of its rows, 16 bytes each; None if there is none under this number."""
-    name = record_name(table, seq)
     try:
-        record = unseal(files.read(name), name)
+        return _read_record(files.read(record_name(table, seq)), table, seq)
     except FileNotFoundError:
         return None
+
+
+def _read_record(data: bytes, table: TableName, seq: int) -> tuple[Commit, bytes]:
+    name = record_name(table, seq)
+    record = unseal(data, name)
     _check_name(record, name, table=table, seq=seq)
     try:
         commit, keys = _from_json(record)

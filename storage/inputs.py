@@ -18,6 +18,7 @@ INPUTS_SCHEMA = pa.schema(
         pa.field("prompt_key", KEY, nullable=False),
         pa.field("split", pa.string(), nullable=False),
         pa.field("windows", pa.int32()),
+        pa.field("first", pa.bool_(), nullable=False),
     ]
 )
 _GROUP_ROWS = 1 << 18
@@ -63,5 +64,5 @@ def read_inputs(files: Files, data_id: str) -> Inputs | None:
 
 
 def inputs_table(files: Files, inputs: Inputs) -> pa.Table:
-    """The inputs themselves: key, prompt_key, split ('train' or 'test'), windows (of a cut text, else null)."""
+    """The inputs: key, prompt_key, split (train or test), windows (of a cut text), first (of the rows of a prompt)."""
     return ShardFile(files, inputs.shard.name).read_all().replace_schema_metadata(None)

@@ -12,6 +12,7 @@ from .files import Files
 from .invariants import check_shape, statistics
 from .rows import check_row, row_bytes
 from .schema import TableName
+from .segments import keep_last_segment
 from .shard import ShardInfo, write_shard
 
 TOKENS_COLUMN = {"generations": "completion_tokens", "soft_targets": "span_tokens"}
@@ -123,6 +124,7 @@ class ShardWriter:
             }
             if self._log.append(fields, shard, (row["key"] for row in rows)) is not None:
                 self._last_commit = now
+                keep_last_segment(self._files, self._log)
                 return rows
 
     def _write(self, rows: list[dict[str, Any]]) -> ShardInfo:

@@ -1,0 +1,205 @@
+"""The books of `score`, and the rows that training and evaluation go on with."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from ..storage.catalog import query
+from ..storage.errors import UsageError
+from .ledger import Books, Ledger, Pending, different
+from .requests import TargetRequest, reference_kind, target_bytes, target_key
+
+PART_ROWS = 2_000_000  # rows whose equal tokens are looked for at once
+
+
+def choose_generations(books: Books, *, author_id: str) -> None:
+    """Make the views `chosen` and `judged`: what a recipe goes on with, and its held-out part.
+
+    `chosen`: the best row of each request, after `select.where`; comes after `generation_ledger` where text is made.
+    `judged`: held-out rows in the order of their hashes, up to `evaluate.tokens` scored tokens, one at least.
+    """
+    if books.recipe.generate is None:
+        rows = f"JOIN inputs i ON g.source_key = i.key WHERE g.author_id = '{author_id}'"
+    else:
+        rows = "JOIN (SELECT place, held_out FROM asked WHERE place IS NOT NULL) i ON g.place = i.place WHERE true"
+    if books.recipe.select.where is not None:
+        books.index.register("allowed", _where(books, books.recipe.select.where))
+        rows += " AND g.key IN (SELECT key::UUID FROM allowed)"
+    # The scored span starts after the prompt, or at the second token (`alignment.scored_span`).
+    books.index.execute(f"""
+        CREATE OR REPLACE VIEW chosen AS SELECT * FROM (
+            SELECT g.key, g.prompt_key, g.tokens_key, g.place, i.held_out,
+                g.prompt_tokens + g.completion_tokens AS tokens, greatest(g.prompt_tokens, 1) AS start
+            FROM generations g {rows}
+        ) WHERE start < tokens""")
+    held_out = books.index.table(
+        "SELECT key::BLOB AS key, tokens - start AS span FROM chosen WHERE held_out ORDER BY prompt_key, chosen.key"
+    )
+    budget = books.recipe.evaluate.tokens
+    keep: list[bool] = []
+    for span in held_out["span"].to_pylist():
+        keep.append(not any(keep) or span <= budget)
+        budget -= span if keep[-1] else 0
+    books.index.register("kept", held_out.filter(pa.array(keep, pa.bool_())))
+    books.index.execute(
+        "CREATE OR REPLACE TEMP TABLE judged AS SELECT * FROM chosen WHERE key IN (SELECT key::UUID FROM kept)"
+    )
+
+
+def text_rows(books: Books) -> pa.Table:
+    """Black-box: rows to train and be judged on; text that is judged on is not trained on.
+
+    Returns held_out, prompt_key, place (of generations), tokens, start.
+    """
+    books.index.use_all_memory()
+    return books.index.table("""
+        SELECT held_out, prompt_key::BLOB AS prompt_key, place, tokens, start FROM (
+            SELECT * FROM chosen WHERE NOT held_out AND tokens_key NOT IN (SELECT tokens_key FROM judged)
+            UNION ALL SELECT * FROM judged)""")
+
+
+def target_ledger(
+    books: Books, *, teacher_id: str, vocab_size: int, limit: int, teacher_parts: dict[str, Any] | None = None
+) -> Ledger:
+    """The books of `score`; leaves the view `scored` behind.
+
+    Equal tokens are scored once, and what is judged on is not trained on.
+
+    Args:
+        books: After `choose_generations`.
+        teacher_id: Whose distribution.
+        vocab_size: Of the teacher; decides what reference targets are.
+        limit: Tokens that the teacher reads at once.
+        teacher_parts: What the teacher's identity is made of, to say how it differs from another's.
+    """
+    score, index = books.recipe.score, books.index
+    assert score is not None
+    reference = reference_kind(vocab_size)
+    wanted = str(score.targets), min(score.k, vocab_size)
+    bits = books.recipe.storage.mantissa_bits
+    _take_part(books, 0, parts=1)
+    index.execute(f"""
+        CREATE OR REPLACE VIEW scored AS
+        SELECT w.*, coalesce(stored, 0) > 0 AS stored, reason,
+            (CASE WHEN held_out THEN reference ELSE trained END % {_PLACES})::BIGINT AS target
+        FROM (
+            SELECT tokens_key, min(key) AS key, any_value(tokens) AS tokens, any_value(start) AS start,
+                bool_or(held_out) AS held_out
+            FROM (SELECT * FROM judged UNION ALL SELECT * FROM chosen
+                WHERE NOT held_out AND tokens_key NOT IN (SELECT tokens_key FROM judged))
+            WHERE {_PART} GROUP BY tokens_key
+        ) w LEFT JOIN (
+            SELECT tokens_key, count(*) AS stored, {_best(*wanted, bits)} AS trained,
+                {_best(*reference, bits)} AS reference
+            FROM soft_targets WHERE teacher_id = '{teacher_id}' AND {_PART} GROUP BY tokens_key
+        ) USING (tokens_key) LEFT JOIN (
+            SELECT tokens_key, min(reason) AS reason
+            FROM rejects WHERE context_id = '{teacher_id}' AND limit_tokens = {limit} GROUP BY tokens_key
+        ) USING (tokens_key)""")
+    ledger = Ledger()
+    for served, reason, stored, held_out, count, tokens in _counts(books):
+        why = "stored with fewer entries or bits" if stored else "new"
+        if ledger.enter(count, tokens, served=served, rejected=reason, why=why):
+            ledger.tokens_to_do += int(tokens)
+            ledger.bytes_to_do += int(tokens * target_bytes(*(reference if held_out else wanted)))
+    _explain_new(books, ledger, teacher_id, teacher_parts or {})
+    return ledger
+
+
+def _counts(books: Books) -> Iterator[tuple[Any, ...]]:
+    """Served, reason, stored, held_out, requests and scored tokens; some tokens at a time, to bound the memory."""
+    ((rows,),) = books.index.rows("SELECT count(*) FROM generations")
+    parts = 1 + rows // PART_ROWS
+    for part in range(parts):
+        _take_part(books, part, parts=parts)
+        yield from books.index.rows("""
+            SELECT target IS NOT NULL, reason, stored, held_out, count(*), sum(tokens - start)
+            FROM scored GROUP BY ALL""")
+    _take_part(books, 0, parts=1)
+
+
+def _take_part(books: Books, part: int, *, parts: int) -> None:
+    """Let `scored` show the tokens of one part only."""
+    books.index.execute(f"SET VARIABLE parts = {parts}")
+    books.index.execute(f"SET VARIABLE part = {part}")
+
+
+def target_rows(books: Books) -> pa.Table:
+    """White-box: rows to train and be judged on, after `target_ledger`.
+
+    Returns held_out, prompt_key, place (of soft_targets), tokens, start.
+    """
+    books.index.use_all_memory()
+    return books.index.table("""
+        SELECT s.held_out, c.prompt_key::BLOB AS prompt_key, s.target AS place, s.tokens, s.start
+        FROM scored s JOIN chosen c USING (key) WHERE s.target IS NOT NULL""")
+
+
+def pending_targets(books: Books, *, teacher_id: str, vocab_size: int) -> Pending[TargetRequest]:
+    """What is still to be scored, after `target_ledger`: rows of one kind and like length beside one another."""
+    score = books.recipe.score
+    assert score is not None
+    books.index.use_all_memory()
+    kinds = {True: reference_kind(vocab_size), False: (str(score.targets), min(score.k, vocab_size))}
+    rows = books.index.table("""
+        SELECT s.number, s.tokens_key::BLOB AS tokens_key, s.key::BLOB AS key, c.prompt_key::BLOB AS prompt_key,
+            c.place, s.start, s.held_out
+        FROM (SELECT *, row_number() OVER (ORDER BY held_out DESC, tokens, tokens_key) - 1 AS number FROM scored) s
+        JOIN chosen c USING (key) WHERE s.target IS NULL AND s.reason IS NULL""")
+    ((planned,),) = books.index.rows("SELECT count(*) FROM scored")
+
+    def make(block: pa.Table) -> list[TargetRequest]:
+        found = block.sort_by("place").to_pylist()
+        places = books.places("generations", block["place"].to_numpy())
+        tokens = books.store.rows("generations", places, ["token_ids"])
+        return [
+            TargetRequest(
+                reuse_key=target_key(teacher_id, row["tokens_key"]),
+                tokens_key=row["tokens_key"],
+                generation_key=row["key"],
+                prompt_key=row["prompt_key"],
+                token_ids=text["token_ids"],
+                span_start=row["start"],
+                kind=kinds[row["held_out"]][0],
+                k=kinds[row["held_out"]][1],
+            )
+            for row, text in zip(found, tokens, strict=True)
+        ]
+
+    return Pending(rows, planned, make)
+
+
+_PLACES = 2**64
+_PART = "hash(tokens_key) % getvariable('parts') = getvariable('part')"
+
+
+def _best(kind: str, k: int, mantissa_bits: int) -> str:
+    """SQL: the row that covers a request best, its place in the low 64 bits: of the kind, few entries, few bits."""
+    covers = f"mantissa_bits >= {mantissa_bits} AND (kind = 'full'"
+    covers += f" OR (kind = 'topk' AND k >= {k}))" if kind == "topk" else ")"
+    rank = f"((kind <> '{kind}')::HUGEINT * 4294967296 + k) * 32 + mantissa_bits"
+    return f"min(({rank}) * {_PLACES}::HUGEINT + place) FILTER ({covers})"
+
+
+def _where(books: Books, condition: str) -> pa.Table:
+    try:
+        return query(books.store, f"SELECT key FROM generations WHERE {condition}")
+    except UsageError as error:
+        raise UsageError(f"select.where: {error}") from error
+
+
+def _explain_new(books: Books, ledger: Ledger, teacher_id: str, teacher_parts: dict[str, Any]) -> None:
+    """Of the new ones, tell those that the store has from another teacher."""
+    others = f"FROM soft_targets WHERE teacher_id <> '{teacher_id}'"
+    if not ledger.why["new"] or not books.index.rows(f"SELECT 1 {others} LIMIT 1"):
+        return
+    for other, count in books.index.rows(f"""
+        SELECT other, count(*) FROM scored
+        JOIN (SELECT tokens_key, arg_max(teacher_id, place) AS other {others} GROUP BY ALL) USING (tokens_key)
+        WHERE target IS NULL AND NOT stored AND reason IS NULL GROUP BY other"""):
+        parts = books.store.teacher_parts(other)
+        how = f"other {different(teacher_parts, parts)}" if teacher_parts and parts else other[:8]
+        ledger.why[f"stored from another teacher ({how})"] += count
+        ledger.why["new"] -= count
+    ledger.why = +ledger.why

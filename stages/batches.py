@@ -6,10 +6,10 @@ losses are summed over the whole step.
 Letters: B rows, T tokens per row, N scored tokens, K entries, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -40,16 +40,16 @@ class Batch:
     """N targets in terms of the student's vocabulary."""
 
     def to(self, device: torch.device) -> Self:
-        """The same on another device."""
-        tensors = (self.token_ids, self.position_ids, self.predicting)
-        token_ids, position_ids, predicting = (t.to(device, non_blocking=True) for t in tensors)
-        return replace(
-            self,
-            token_ids=token_ids,
-            position_ids=position_ids,
-            predicting=predicting,
-            targets=self.targets.to(device),
-        )
+        """The same on another device; by way of page-locked memory to a GPU, so that the copies do not block."""
+        source = self.pin_memory() if device.type == "cuda" else self
+        return source._map(lambda part: part.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """The same in page-locked memory; a `DataLoader` with `pin_memory=True` calls this by its name."""
+        return self._map(lambda part: part.pin_memory())
+
+    def _map(self, change: Callable[[Any], Any]) -> Self:
+        return replace(self, **{f.name: change(getattr(self, f.name)) for f in fields(self)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

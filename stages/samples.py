@@ -3,21 +3,23 @@
 Where the reading stands is a `Cursor`, four integers; from any of them the same steps follow. No torch here.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import pairwise, repeat
 
 import numpy as np
 
 from ..storage.codec import SoftTargets
+from ..storage.decode import LISTS, normalised_targets
 from ..storage.errors import UsageError
-from ..storage.order import SnapshotReader
+from ..storage.reader import SnapshotReader
+from ..storage.rows import Rows
 from ..storage.snapshot import Snapshot
 from ..storage.store import Store
 from .alignment import scored_span
 
 _SPAN = {"soft_targets": ("span_start", "span_tokens"), "generations": ("prompt_tokens", "completion_tokens")}
-_TARGETS = ("k", "ids", "logprobs", "tail_logprob", "token_logprob", "entropy")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +36,7 @@ class Cursor:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Sample:
-    """One sequence and what it is asked for."""
+    """One sequence and what it is asked for. Its arrays are parts of its row group's: read only, and kept together."""
 
     token_ids: np.ndarray
     """[T] int32."""
@@ -81,7 +83,7 @@ class Lengths:
 
 
 class Samples:
-    """The samples of a snapshot, in training order."""
+    """The samples of a snapshot, in training order; numbered through all epochs, which follow one another."""
 
     def __init__(self, store: Store, snapshot: Snapshot, *, soft: bool, seed: int = 0) -> None:
         """`soft`: read the teacher's targets too (the snapshot must be of soft_targets)."""
@@ -92,35 +94,49 @@ class Samples:
                 f"snapshot {snapshot.id}: holds {snapshot.table}, which have no soft targets. Name a snapshot of "
                 "soft_targets, or set loss.soft_weight to 0."
             )
-        self._store, self._snapshot, self._soft, self._seed = store, snapshot, soft, seed
+        self.snapshot, self.seed = snapshot, seed
+        self._store, self._soft, self._length = store, soft, snapshot.rows
         self._span = _SPAN[snapshot.table]
 
     def __len__(self) -> int:
-        return self._snapshot.rows
+        """Samples of an epoch."""
+        return self._length
 
     def lengths(self) -> Lengths:
-        """Counts over the whole snapshot, from two integer columns."""
-        rows = SnapshotReader(self._store, self._snapshot, self._span).samples(seed=0, epoch=0)
-        spans = np.array([[row[name] for name in self._span] for row in rows], dtype=np.int64)
-        totals = spans.sum(axis=1)
-        return Lengths(
-            samples=len(spans),
-            tokens=int(totals.sum()),
-            scored_tokens=int(spans[:, 1].sum() - (spans[:, 0] == 0).sum()),
-            longest=int(totals.max()),
-        )
+        """Counts over the whole snapshot: those that it was made with, or from two integer columns."""
+        if known := self.snapshot.about.get("lengths"):
+            return Lengths(**known)
+        samples = tokens = scored = longest = 0
+        for shard in self.snapshot.shards:
+            table = self._store.shard(self.snapshot.table, shard.sha256).read_all(self._span).take(shard.rows)
+            starts, spans = (table[name].to_numpy() for name in self._span)
+            totals = starts + spans
+            samples += len(totals)
+            tokens += int(totals.sum())
+            scored += int((totals - np.maximum(starts, 1)).sum())
+            longest = max(longest, int(totals.max()))
+        return Lengths(samples=samples, tokens=tokens, scored_tokens=scored, longest=longest)
 
-    def read(self, *, epoch: int, start: int = 0) -> Iterator[Sample]:
-        """The samples of an epoch from number `start` on."""
-        columns = ["token_ids", *self._span, *(_TARGETS if self._soft else ())]
-        reader = SnapshotReader(self._store, self._snapshot, columns)
-        for row in reader.samples(seed=self._seed, epoch=epoch, start=start):
-            yield self._sample(row)
+    def read(self, start: int, stop: int | None = None) -> Generator[Sample, None, None]:
+        """Samples `start` to `stop`; without end if `stop` is None."""
+        return self._reader().samples(seed=self.seed, start=start, stop=stop)
 
-    def _sample(self, row: Mapping[str, Any]) -> Sample:
-        start, span = scored_span(int(row[self._span[0]]), len(row["token_ids"]))
-        targets = SoftTargets.from_row(row).normalised() if self._soft else None
-        return Sample(token_ids=row["token_ids"], span_start=start, span_tokens=span, targets=targets)
+    def batches(self, ranges: Iterable[range]) -> Generator[list[Sample], None, None]:
+        """The samples of each range of numbers; ranges ascend."""
+        return self._reader().batches(ranges, seed=self.seed)
+
+    def _reader(self) -> SnapshotReader:
+        columns = ["token_ids", *self._span, *(("k", *LISTS) if self._soft else ())]
+        return SnapshotReader(self._store, self.snapshot, columns, decode=self._decode)
+
+    def _decode(self, rows: Rows) -> list[Sample]:
+        targets: Iterable[SoftTargets | None] = normalised_targets(rows) if self._soft else repeat(None, len(rows))
+        offsets, ids = rows.flat("token_ids")
+        samples = []
+        for prompt, edges, target in zip(rows.numbers(self._span[0]), pairwise(offsets), targets, strict=True):
+            start, span = scored_span(int(prompt), int(edges[1] - edges[0]))
+            samples.append(Sample(token_ids=ids[slice(*edges)], span_start=start, span_tokens=span, targets=target))
+        return samples
 
 
 def steps(
@@ -137,26 +153,24 @@ def steps(
     `stop_samples` samples of all epochs together.
     """
     held: list[Sample] = []
-    for sample, following in _stream(samples, cursor, stop_samples):
-        if held and sum(map(len, held)) + len(sample) > tokens_per_step:
-            cursor = replace(cursor, step=cursor.step + 1)
-            yield Step(samples=held, after=cursor)
-            held = []
-        if not held and stop_tokens is not None and cursor.tokens >= stop_tokens:
-            return
-        held.append(sample)
-        cursor = replace(following, step=cursor.step)
+    with closing(_stream(samples, cursor, stop_samples)) as stream:
+        for sample, following in stream:
+            if held and sum(map(len, held)) + len(sample) > tokens_per_step:
+                cursor = replace(cursor, step=cursor.step + 1)
+                yield Step(samples=held, after=cursor)
+                held = []
+            if not held and stop_tokens is not None and cursor.tokens >= stop_tokens:
+                return
+            held.append(sample)
+            cursor = replace(following, step=cursor.step)
     if held:
         yield Step(samples=held, after=replace(cursor, step=cursor.step + 1))
 
 
-def _stream(samples: Samples, cursor: Cursor, stop_samples: int | None) -> Iterator[tuple[Sample, Cursor]]:
-    while True:
-        for sample in samples.read(epoch=cursor.epoch, start=cursor.sample):
-            if stop_samples is not None and cursor.epoch * len(samples) + cursor.sample >= stop_samples:
-                return
-            cursor = replace(cursor, sample=cursor.sample + 1, tokens=cursor.tokens + len(sample))
+def _stream(samples: Samples, cursor: Cursor, stop_samples: int | None) -> Generator[tuple[Sample, Cursor], None, None]:
+    start = cursor.epoch * len(samples) + cursor.sample
+    with closing(samples.read(start, stop_samples)) as found:
+        for number, sample in enumerate(found, start):
+            epoch, before = divmod(number, len(samples))
+            cursor = replace(cursor, epoch=epoch, sample=before + 1, tokens=cursor.tokens + len(sample))
             yield sample, cursor
-        if stop_samples is not None and (cursor.epoch + 1) * len(samples) >= stop_samples:
-            return
-        cursor = replace(cursor, epoch=cursor.epoch + 1, sample=0)

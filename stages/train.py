@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..storage.errors import Stopped, UsageError
-from ..storage.files import Files
+from ..storage.files import LocalFiles
 from ..storage.snapshot import load_snapshot
 from ..storage.store import Store
 from .board import Board, loss_scalars, step_scalars
@@ -33,7 +33,7 @@ def run(job: Job) -> StageResult:
         UsageError: student, snapshot and settings do not fit together.
         Stopped: a signal came; a checkpoint was written.
     """
-    files = Files(job.train_dirs[job.arm])
+    files = LocalFiles(job.train_dirs[job.arm])
     now = (0, 0) if files.exists(DONE) else _Run(job, files).train()
     summary = json.loads(files.read(DONE))
     lists = ("history", "validation")
@@ -63,7 +63,7 @@ class Record:
 class _Run:
     """One arm's training, from where it stands to the end."""
 
-    def __init__(self, job: Job, files: Files) -> None:
+    def __init__(self, job: Job, files: LocalFiles) -> None:
         from .checkpoints import Checkpoints
 
         self._job, self._files, self._train = job, files, job.recipe.train

@@ -2,70 +2,90 @@
 
 Row groups are permuted and taken `window` at a time; within a window the chosen samples are permuted. World size,
 workers and clocks play no part, so a run goes on exactly where it stopped, on any number of machines.
+
+Samples are numbered through all epochs: number n is sample n % rows of epoch n // rows.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from .keys import content_key
-from .shard import Rows
 from .snapshot import Snapshot
-from .store import Store
 
 WINDOW = 16
 """Row groups that are shuffled together."""
 
 
-def epoch_order(snapshot: Snapshot, *, seed: int, epoch: int, window: int = WINDOW) -> Iterator[list[tuple[int, int]]]:
-    """Windows of (index of the shard in the snapshot, row); together every chosen row once."""
-    groups = _groups(snapshot)
-    name = {"snapshot": snapshot.id, "seed": seed, "epoch": epoch, "window": window}
-    shuffled = [groups[i] for i in _permutation(len(groups), part="groups", **name)]
-    for number, start in enumerate(range(0, len(shuffled), window)):
-        samples = [sample for group in shuffled[start : start + window] for sample in group]
-        yield [samples[i] for i in _permutation(len(samples), part=number, **name)]
+@dataclass(frozen=True, slots=True, eq=False)
+class Window:
+    """The n samples of some row groups, in training order."""
+
+    first: int
+    """Number of the first sample."""
+    groups: np.ndarray
+    """[n] the row group of each sample: an index into `Order.shards` and `Order.numbers`."""
+    rows: np.ndarray
+    """[n] index of each sample in its row group."""
+
+    @property
+    def stop(self) -> int:
+        """Number of the sample after the last."""
+        return self.first + len(self.rows)
 
 
-def _groups(snapshot: Snapshot) -> list[list[tuple[int, int]]]:
-    """Chosen samples by row group, empty groups left out."""
-    groups = []
-    for index, shard in enumerate(snapshot.shards):
-        edges = np.searchsorted(shard.rows, np.cumsum(shard.row_groups))
-        groups += [[(index, int(row)) for row in part] for part in np.split(np.array(shard.rows), edges[:-1])]
-    return [group for group in groups if group]
+class Order:
+    """The row groups of a snapshot that hold chosen rows (G of them), and the order of their samples."""
+
+    def __init__(self, snapshot: Snapshot, *, window: int = WINDOW) -> None:
+        self._snapshot, self._window = snapshot, window
+        counts = np.array([len(shard.row_groups) for shard in snapshot.shards], np.int64)
+        sizes = np.array([rows for shard in snapshot.shards for rows in shard.row_groups], np.int64)
+        shards = np.repeat(np.arange(len(counts)), counts)
+        starts = np.cumsum(sizes) - sizes  # in rows of all shards together
+        first = np.cumsum(counts) - counts  # row group of each shard
+        bases = starts[first]
+        chosen = [shard.rows + base for shard, base in zip(snapshot.shards, bases, strict=True)]
+        edges = np.searchsorted(np.concatenate([np.empty(0, np.int64), *chosen]), np.append(starts, sizes.sum()))
+        kept = np.flatnonzero(np.diff(edges))
+        self.shards = shards[kept]
+        """[G] index of the shard in the snapshot."""
+        self.numbers = kept - first[self.shards]
+        """[G] number of the row group in its shard."""
+        self._starts = (starts - bases[shards])[kept]
+        before = np.cumsum([0, *map(len, chosen)])[self.shards]
+        self._chosen = np.stack([edges[kept] - before, edges[kept + 1] - before], axis=1)  # of the shard's chosen rows
+        self.rows = int(edges[-1])
+        """Samples of an epoch."""
+
+    def windows(self, *, seed: int, start: int = 0) -> Iterator[Window]:
+        """From the window that holds sample `start` on, without end; those before it are not made."""
+        while self.rows:
+            epoch, offset = divmod(start, self.rows)
+            name = {"snapshot": self._snapshot.id, "seed": seed, "epoch": epoch, "window": self._window}
+            groups = _permutation(len(self.shards), part="groups", **name)
+            lengths = np.add.reduceat(np.diff(self._chosen)[groups, 0], np.arange(0, len(groups), self._window))
+            edges = np.concatenate([[0], np.cumsum(lengths)])
+            skipped = int(np.searchsorted(edges, offset, side="right")) - 1
+            for number, (first, stop) in enumerate(pairwise(edges[skipped:].tolist()), start=skipped):
+                shuffled = _permutation(stop - first, part=number, **name)
+                part = groups[number * self._window : (number + 1) * self._window]
+                yield self._made(epoch * self.rows + first, part, shuffled)
+            start = (epoch + 1) * self.rows
+
+    def _made(self, first: int, groups: np.ndarray, shuffled: np.ndarray) -> Window:
+        rows = [
+            self._snapshot.shards[self.shards[group]].rows[slice(*self._chosen[group])] - self._starts[group]
+            for group in groups
+        ]
+        of = np.repeat(groups, [len(part) for part in rows])
+        return Window(first, of[shuffled], np.concatenate(rows)[shuffled])
 
 
 def _permutation(length: int, **name: Any) -> np.ndarray:
     # numpy promises that a bit generator's raw stream never changes; it does not promise that of `permutation`.
     stream = np.random.PCG64(int.from_bytes(content_key("order", **name), "big"))
     return np.argsort(stream.random_raw(length), kind="stable") if length else np.empty(0, np.int64)
-
-
-class SnapshotReader:
-    """Samples of a snapshot in training order."""
-
-    def __init__(self, store: Store, snapshot: Snapshot, columns: Sequence[str]) -> None:
-        self._store = store
-        self._snapshot = snapshot
-        self._columns = list(columns)
-
-    def samples(self, *, seed: int, epoch: int, start: int = 0) -> Iterator[dict[str, Any]]:
-        """Samples of an epoch from number `start` on; windows before it are not read. Pages are checked."""
-        for window in epoch_order(self._snapshot, seed=seed, epoch=epoch):
-            if start < len(window):
-                yield from self._read(window[start:])
-            start = max(0, start - len(window))
-
-    def _read(self, places: Sequence[tuple[int, int]]) -> Iterator[dict[str, Any]]:
-        shards = {
-            index: self._store.shard(self._snapshot.table, self._snapshot.shards[index].sha256) for index, _ in places
-        }
-        loaded: dict[tuple[int, int], Rows] = {}
-        for index, row in places:
-            shard = shards[index]
-            group = shard.group_of(row)
-            if (index, group) not in loaded:
-                loaded[index, group] = Rows(shard.read(group, self._columns))
-            yield loaded[index, group][int(row - shard.starts[group])]

@@ -4,13 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from .errors import IntegrityError, UsageError
 from .keys import content_id, seal, unseal
 from .schema import FORMAT_VERSION, TableName
 from .store import Store
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class SnapshotShard:
     """The chosen rows of one shard."""
 
@@ -18,11 +20,11 @@ class SnapshotShard:
     name: str
     row_groups: tuple[int, ...]
     """Rows of each row group of the shard."""
-    rows: tuple[int, ...]
-    """Indices of the chosen rows, ascending."""
+    rows: np.ndarray
+    """[R] int32 indices of the chosen rows, ascending."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Snapshot:
     """Chosen rows of one table; shards in commit order."""
 
@@ -38,7 +40,7 @@ class Snapshot:
 
 
 def make_snapshot(
-    store: Store, table: TableName, places: Mapping[str, Sequence[int]], about: Mapping[str, Any]
+    store: Store, table: TableName, places: Mapping[str, Sequence[int] | np.ndarray], about: Mapping[str, Any]
 ) -> Snapshot:
     """Choose rows by shard sha256 and row index. Writes nothing; equal choices have equal ids."""
     commits = {commit.shard.sha256: commit for commit in store.commits(table)}
@@ -46,12 +48,13 @@ def make_snapshot(
         raise UsageError(f"snapshot of {table}: no commit has the shard {unknown[0]}. Choose rows with `Store.index`.")
     shards = []
     for sha256, commit in commits.items():
-        rows = tuple(sorted({int(row) for row in places.get(sha256, ())}))
-        if rows and not 0 <= rows[0] <= rows[-1] < commit.shard.rows:
+        rows = np.unique(np.asarray(places.get(sha256, ()), dtype=np.int64))
+        if rows.size and not 0 <= rows[0] <= rows[-1] < commit.shard.rows:
             raise UsageError(f"snapshot of {table}: shard {sha256} has {commit.shard.rows} rows (asked: {rows[-1]}).")
-        if rows:
-            shards.append(SnapshotShard(sha256, commit.shard.name, commit.shard.row_groups, rows))
-    return Snapshot(_snapshot_id(table, shards), table, tuple(shards), dict(about))
+        if rows.size:
+            shards.append(SnapshotShard(sha256, commit.shard.name, commit.shard.row_groups, rows.astype(np.int32)))
+    runs = [[shard.sha256, _runs(shard.rows)] for shard in shards]
+    return Snapshot(_snapshot_id(table, runs), table, tuple(shards), dict(about))
 
 
 def save_snapshot(store: Store, snapshot: Snapshot) -> None:
@@ -83,30 +86,33 @@ def load_snapshot(store: Store, snapshot_id: str) -> Snapshot:
             f"{store.root}: no snapshot {snapshot_id}. Known: {', '.join(known[:10]) or 'none'}. Check the id."
         )
     record = unseal(store.files.read(name), name)
-    shards = [
-        SnapshotShard(
-            shard["sha256"],
-            shard["name"],
-            tuple(shard["row_groups"]),
-            tuple(row for start, stop in shard["rows"] for row in range(start, stop)),
-        )
-        for shard in record["shards"]
-    ]
-    if not snapshot_id == record["id"] == _snapshot_id(record["table"], shards):
+    runs = [[shard["sha256"], shard["rows"]] for shard in record["shards"]]
+    if not snapshot_id == record["id"] == _snapshot_id(record["table"], runs):
         raise IntegrityError(f"{name}: the snapshot is not the one its name says. Restore the file or make it again.")
-    return Snapshot(snapshot_id, record["table"], tuple(shards), record["about"])
+    shards = tuple(
+        SnapshotShard(shard["sha256"], shard["name"], tuple(shard["row_groups"]), rows)
+        for shard, rows in zip(record["shards"], _rows([runs for _, runs in runs]), strict=True)
+    )
+    return Snapshot(snapshot_id, record["table"], shards, record["about"])
 
 
-def _snapshot_id(table: TableName, shards: Sequence[SnapshotShard]) -> str:
-    return content_id("snapshot", table=table, shards=[[shard.sha256, _runs(shard.rows)] for shard in shards])
+def _snapshot_id(table: TableName, shards: Sequence[Sequence[Any]]) -> str:
+    """Hash of [shard sha256, runs of rows] of every shard."""
+    return content_id("snapshot", table=table, shards=shards)
 
 
-def _runs(rows: Sequence[int]) -> list[list[int]]:
+def _runs(rows: np.ndarray) -> list[list[int]]:
     """Ascending rows as half-open runs: 0, 1, 2, 5 -> [[0, 3], [5, 6]]."""
-    runs: list[list[int]] = []
-    for row in rows:
-        if runs and runs[-1][1] == row:
-            runs[-1][1] += 1
-        else:
-            runs.append([row, row + 1])
-    return runs
+    gaps = np.flatnonzero(np.diff(rows) != 1) + 1
+    edges = np.concatenate([[0], gaps, [len(rows)]])
+    return np.stack([rows[edges[:-1]], rows[edges[1:] - 1] + 1], axis=1).tolist()
+
+
+def _rows(shards: Sequence[list[list[int]]]) -> list[np.ndarray]:
+    """The rows of each shard's runs; of all shards at once, for a snapshot may hold thousands of them."""
+    runs = np.array([run for runs in shards for run in runs], dtype=np.int64).reshape(-1, 2)
+    lengths = runs[:, 1] - runs[:, 0]
+    ends = np.cumsum(lengths)
+    rows = np.arange(lengths.sum()) + np.repeat(runs[:, 0] - (ends - lengths), lengths)
+    last_runs = np.cumsum([len(runs) for runs in shards], dtype=np.int64)
+    return np.split(rows.astype(np.int32), ends[last_runs[:-1] - 1]) if len(shards) else []

@@ -1,13 +1,13 @@
 """Samples into steps: every sample once per epoch, never over the limit, and the same from any cursor on."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 from tiny_store import make_store, random_texts, snapshot_of
 
-from stillroom.stages.samples import Cursor, Samples, steps
+from stillroom.stages.samples import Cursor, Lengths, Samples, steps
 from stillroom.storage.errors import UsageError
 
 TEXTS = random_texts(40)
@@ -43,6 +43,12 @@ def test_lengths_are_those_of_the_texts(store):
         }
 
 
+def test_lengths_that_the_snapshot_states_are_taken(store):
+    stated = Lengths(samples=40, tokens=7, scored_tokens=5, longest=3)
+    snapshot = replace(snapshot_of(store), about={"lengths": asdict(stated)})
+    assert Samples(store, snapshot, soft=False).lengths() == stated
+
+
 @pytest.mark.parametrize("limit", [1, 30, 97, 10_000])
 def test_an_epoch_holds_every_sample_once_and_no_step_is_too_long(samples, limit):
     found = list(steps(samples, Cursor(), tokens_per_step=limit, stop_samples=40))
@@ -72,7 +78,7 @@ def test_the_same_steps_follow_from_any_cursor(samples):
 
 def test_epochs_differ_in_order_and_seeds_too(store, samples):
     def order(source, epoch):
-        return [tuple(s.token_ids.tolist()) for s in source.read(epoch=epoch)]
+        return [tuple(s.token_ids.tolist()) for s in source.read(epoch * 40, (epoch + 1) * 40)]
 
     assert order(samples, 0) == order(samples, 0)
     assert order(samples, 0) != order(samples, 1)

@@ -1,17 +1,20 @@
-"""Snapshots and the order of samples: named by content, a permutation, pure, and resumable anywhere."""
+"""Snapshots and the order of samples: named by content, a permutation, pure, and the same from any sample on."""
 
+import shutil
 import subprocess
 import sys
+from itertools import chain, islice, takewhile
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stillroom.storage.errors import IntegrityError, UsageError
-from stillroom.storage.keys import seal, unseal
-from stillroom.storage.order import SnapshotReader, epoch_order
-from stillroom.storage.shard import ShardFile
+from stillroom.storage.keys import content_id, seal, unseal
+from stillroom.storage.order import Order
 from stillroom.storage.snapshot import Snapshot, SnapshotShard, load_snapshot, make_snapshot, save_snapshot
+from stillroom.storage.store import Store
 
 
 @pytest.fixture
@@ -38,7 +41,11 @@ def test_a_snapshot_is_kept_and_later_commits_do_not_change_it(filled, snapshot,
     save_snapshot(filled, snapshot)
     save_snapshot(filled, snapshot)
     samples.add_targets(filled, range(40, 60))
-    assert load_snapshot(filled, snapshot.id) == snapshot
+    loaded = load_snapshot(filled, snapshot.id)
+    assert (loaded.id, loaded.table, loaded.about) == (snapshot.id, snapshot.table, snapshot.about)
+    for found, made in zip(loaded.shards, snapshot.shards, strict=True):
+        assert (found.sha256, found.name, found.row_groups) == (made.sha256, made.name, made.row_groups)
+        assert found.rows.tolist() == made.rows.tolist()
     with pytest.raises(UsageError, match=f"no snapshot nope. Known: {snapshot.id}"):
         load_snapshot(filled, "nope")
 
@@ -53,23 +60,67 @@ def test_a_snapshot_that_is_not_the_one_its_name_says(filled, snapshot):
         load_snapshot(filled, snapshot.id)
 
 
+@given(st.lists(st.sets(st.integers(0, 7), min_size=1), min_size=1, max_size=5))
+@settings(deadline=None)
+def test_an_id_is_the_hash_of_shards_and_runs(filled_once, chosen):
+    """Written down here a second time, by hand: snapshots that are kept must stay what their names say."""
+    places = dict(zip([c.shard.sha256 for c in filled_once.commits("soft_targets")], chosen, strict=False))
+    snapshot = make_snapshot(filled_once, "soft_targets", {k: np.array(sorted(v)) for k, v in places.items()}, {})
+    runs = []
+    for sha256, rows in places.items():
+        pairs = []
+        for row in sorted(rows):
+            if pairs and pairs[-1][1] == row:
+                pairs[-1][1] = row + 1
+            else:
+                pairs.append([row, row + 1])
+        runs.append([sha256, pairs])
+    assert snapshot.id == content_id("snapshot", table="soft_targets", shards=runs)
+    save_snapshot(filled_once, snapshot)
+    loaded = load_snapshot(filled_once, snapshot.id)
+    assert [shard.rows.tolist() for shard in loaded.shards] == [sorted(rows) for rows in places.values()]
+
+
+@pytest.fixture(scope="module")
+def filled_once(template, tmp_path_factory):
+    return Store.open(shutil.copytree(template, tmp_path_factory.mktemp("order") / "store"))
+
+
+def shard_of(name, row_groups, rows):
+    return SnapshotShard(name, name, tuple(row_groups), np.array(rows, np.int32))
+
+
 @st.composite
 def snapshots(draw):
     shards = []
     for number in range(draw(st.integers(0, 4))):
         groups = draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
-        rows = draw(st.sets(st.integers(0, sum(groups) - 1)))
-        shards.append(SnapshotShard(f"{number:064x}", f"data/{number}", tuple(groups), tuple(sorted(rows))))
+        rows = draw(st.sets(st.integers(0, sum(groups) - 1), min_size=1))
+        shards.append(shard_of(f"{number:064x}", groups, sorted(rows)))
     return Snapshot("s", "soft_targets", tuple(shards), {})
+
+
+def places(snapshot, *, seed, epoch, window=16):
+    """(shard, row) of each sample of an epoch, window by window."""
+    order = Order(snapshot, window=window)
+    starts = [np.cumsum([0, *shard.row_groups]) for shard in snapshot.shards]
+    windows = order.windows(seed=seed, start=epoch * order.rows)
+    return [
+        [
+            (shard := int(order.shards[group]), int(starts[shard][order.numbers[group]] + row))
+            for group, row in zip(found.groups, found.rows, strict=True)
+        ]
+        for found in takewhile(lambda found: found.first < (epoch + 1) * order.rows, windows)
+    ]
 
 
 @settings(deadline=None)
 @given(snapshots(), st.integers(0, 3), st.integers(0, 3), st.integers(1, 4))
 def test_the_order_is_a_permutation_in_windows(snapshot, seed, epoch, window):
-    windows = list(epoch_order(snapshot, seed=seed, epoch=epoch, window=window))
-    chosen = [(index, row) for index, shard in enumerate(snapshot.shards) for row in shard.rows]
+    windows = places(snapshot, seed=seed, epoch=epoch, window=window)
+    chosen = [(index, row) for index, shard in enumerate(snapshot.shards) for row in shard.rows.tolist()]
     assert sorted(sample for part in windows for sample in part) == chosen
-    assert windows == list(epoch_order(snapshot, seed=seed, epoch=epoch, window=window))
+    assert windows == places(snapshot, seed=seed, epoch=epoch, window=window)
 
     def group(index, row):
         starts = [sum(snapshot.shards[index].row_groups[:i]) for i in range(len(snapshot.shards[index].row_groups))]
@@ -80,18 +131,33 @@ def test_the_order_is_a_permutation_in_windows(snapshot, seed, epoch, window):
     assert sum(len(part) for part in groups) == len(set().union(*groups))
 
 
+@settings(deadline=None)
+@given(snapshots(), st.integers(0, 100), st.integers(1, 4))
+def test_windows_start_with_the_one_that_holds_the_sample(snapshot, start, window):
+    order = Order(snapshot, window=window)
+    for found in islice(order.windows(seed=1, start=start), 3):
+        whole = order.windows(seed=1)
+        same = next(other for other in whole if other.first == found.first)
+        assert found.first <= max(start, found.first) < found.stop
+        np.testing.assert_array_equal(found.groups, same.groups)
+        np.testing.assert_array_equal(found.rows, same.rows)
+        start = found.stop
+
+
 def test_the_order_depends_on_seed_and_epoch_and_nothing_else(filled, snapshot):
     def order(seed, epoch):
-        return [sample for part in epoch_order(snapshot, seed=seed, epoch=epoch) for sample in part]
+        return list(chain(*places(snapshot, seed=seed, epoch=epoch)))
 
     assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
     save_snapshot(filled, snapshot)
     script = f"""
-from stillroom.storage.order import epoch_order
+from itertools import islice
+from stillroom.storage.order import Order
 from stillroom.storage.snapshot import load_snapshot
 from stillroom.storage.store import Store
-snapshot = load_snapshot(Store.open({str(filled.root)!r}), {snapshot.id!r})
-print([sample for part in epoch_order(snapshot, seed=1, epoch=2) for sample in part])
+order = Order(load_snapshot(Store.open({str(filled.root)!r}), {snapshot.id!r}))
+(window,) = islice(order.windows(seed=1, start=2 * order.rows), 1)
+print([*zip(order.shards[window.groups].tolist(), window.rows.tolist())])
 """
     output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert output == f"{order(1, 2)}\n"
@@ -99,30 +165,5 @@ print([sample for part in epoch_order(snapshot, seed=1, epoch=2) for sample in p
 
 def test_the_order_is_stable_across_versions():
     # Written down: if it changes, a run that resumes after an upgrade sees other batches.
-    snapshot = Snapshot("s", "soft_targets", (SnapshotShard("a", "a", (2, 2), (0, 1, 3)),), {})
-    assert list(epoch_order(snapshot, seed=0, epoch=0)) == [[(0, 3), (0, 1), (0, 0)]]
-
-
-def test_samples_start_anywhere_and_windows_before_are_not_read(store, samples, monkeypatch):
-    monkeypatch.setattr("stillroom.storage.shard.ROW_GROUP_BYTES", 1)  # a row group per row: 40 of them, in 3 windows
-    samples.add_targets(store, range(40))
-    places = {commit.shard.sha256: range(8) for commit in store.commits("soft_targets")}
-    snapshot = make_snapshot(store, "soft_targets", places, {})
-    reader = SnapshotReader(store, snapshot, ["key", "logprobs"])
-    order = [sample for part in epoch_order(snapshot, seed=5, epoch=1) for sample in part]
-    keys = [samples.target_key(8 * index + row) for index, row in order]
-
-    reads = []
-    real = ShardFile.read
-    monkeypatch.setattr(ShardFile, "read", lambda self, *rest: reads.append(self.name) or real(self, *rest))
-    for start in (0, 1, 15, 16, 17, 31, 32, 39, 40, 41):
-        reads.clear()
-        assert [sample["key"] for sample in reader.samples(seed=5, epoch=1, start=start)] == keys[start:]
-        assert len(reads) == len(keys[start:])
-
-
-def test_damage_stops_the_reader(filled, snapshot, samples):
-    samples.flip(filled.files.path(snapshot.shards[2].name), "ids")
-    reader = SnapshotReader(filled, snapshot, ["key", "ids"])
-    with pytest.raises(IntegrityError, match=f"{snapshot.shards[2].name}: column ids, row group 0"):
-        list(reader.samples(seed=0, epoch=0))
+    snapshot = Snapshot("s", "soft_targets", (shard_of("a", (2, 2), (0, 1, 3)),), {})
+    assert places(snapshot, seed=0, epoch=0) == [[(0, 3), (0, 1), (0, 0)]]

@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
-StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.")]
+StorePath = Annotated[str, typer.Argument(metavar="STORE", help="Folder or URL of the store.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a field: section.key=value. Repeatable.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
@@ -149,10 +149,10 @@ def status(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fa
 
     loaded = load_recipe(recipe, overrides)
     from .plan import make_plan
-    from .status import stage_facts, status_table
+    from .status import stage_facts, status_tables
 
     stages = stage_facts(loaded, make_plan(loaded))
-    _print(status_table(stages))
+    _print(status_tables(stages))
     _json({"stages": stages}, as_json)
 
 
@@ -198,10 +198,13 @@ def query(
 
 @app.command()
 def verify(store: StorePath, as_json: AsJson = False) -> None:
-    """Checksums, schemas, records and the ledger of a store; exit code 3 if anything is wrong."""
+    """Prove a store: every record, every byte of every shard, every row. Exit code 3 if anything is wrong.
+
+    Damage is named to file, column and row group. A note is a file that no record names: it holds no rows.
+    """
     from ..storage.store import Store
     from ..storage.verify import verify as verify_store
-    from .status import verify_json, verify_lines
+    from .upkeep import verify_json, verify_lines
 
     report = verify_store(Store.open(store))
     for line in verify_lines(report):
@@ -209,6 +212,57 @@ def verify(store: StorePath, as_json: AsJson = False) -> None:
     _json(verify_json(report), as_json)
     if report.problems:
         raise typer.Exit(3)
+
+
+@app.command()
+def repair(
+    store: StorePath,
+    retry_rejects: Annotated[
+        str | None,
+        typer.Option(metavar="REASON[,REASON]", help="Also try rejects with these reasons again: engine, too_long ..."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Withdraw what is damaged, so that the next run makes exactly that again. Exit code 3 if something is left.
+
+    Reads the whole store, as verify does. Commits with a damaged, missing or forged record or shard are withdrawn;
+    their files stay until vacuum. Damaged records of inputs, teachers, bindings and snapshots are deleted. Safe while
+    others write, and any number of times.
+    """
+    from ..storage.repair import repair as repair_store
+    from ..storage.store import Store
+    from .upkeep import repair_json, repair_lines
+
+    reasons = _words(retry_rejects)
+    done = repair_store(Store.open(store), retry=reasons)
+    for line in repair_lines(done, retry=reasons):
+        _print(line)
+    _json(repair_json(done), as_json)
+    if not done.ok:
+        raise typer.Exit(3)
+
+
+@app.command()
+def vacuum(
+    store: StorePath,
+    older_than_hours: Annotated[
+        float, typer.Option(min=0.0, help="Keep younger files, by the store's own clock: somebody may be writing them.")
+    ] = 24.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would go; remove nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Delete what no record and no snapshot names: temporary files, orphaned and withdrawn shards, old claims.
+
+    What a live commit, a snapshot or an inputs record names is never touched.
+    """
+    from ..storage.store import Store
+    from ..storage.vacuum import vacuum as vacuum_store
+    from .upkeep import vacuum_json, vacuum_lines
+
+    done = vacuum_store(Store.open(store), older_than_hours=older_than_hours, dry_run=dry_run)
+    for line in vacuum_lines(done, dry_run=dry_run):
+        _print(line)
+    _json(vacuum_json(done, dry_run=dry_run), as_json)
 
 
 @app.command()
@@ -251,6 +305,10 @@ def _print(content: Any) -> None:
 def _json(content: dict[str, Any], wanted: bool) -> None:
     if wanted:
         sys.stdout.write(json.dumps(content) + "\n")
+
+
+def _words(text: str | None) -> list[str]:
+    return [word.strip() for word in (text or "").split(",") if word.strip()]
 
 
 def _cell(value: Any) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 from .errors import IntegrityError
 
 KEY_BYTES = 16
+_ADVICE = "Restore the file from a backup, or run `stillroom repair` and then the recipe, which makes it again."
 
 
 def canonical_json(value: Any) -> bytes:
@@ -52,13 +53,10 @@ def unseal(data: bytes, name: str) -> dict[str, Any]:
         digest = record.pop("self")
         actual = hashlib.sha256(canonical_json(record)).hexdigest()
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise IntegrityError(
-            f"{name}: not a record of this store ({error!r}). Restore the file from a backup; "
-            "`stillroom verify` lists everything that is damaged."
-        ) from error
+        raise IntegrityError(f"{name}: not a record of this store ({error!r}). {_ADVICE}") from error
     if actual != digest:
         raise IntegrityError(
             f"{name}: the record was changed after it was written (its hash is {actual[:16]}, it says {digest[:16]}). "
-            "Restore the file from a backup; `stillroom verify` lists everything that is damaged."
+            f"{_ADVICE}"
         )
     return record

@@ -1,38 +1,21 @@
 """Prove a store: every record, every byte of every shard, every row, against what was committed.
 
-Nothing here trusts a check made while writing. What is wrong is a `Problem`; what is merely left over is a note.
+Nothing here trusts a check made while writing. What is wrong is a `Problem`; what is merely left over is a note. One
+record and one row group are in memory at a time, and 8 bytes a key.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
-import pyarrow as pa
+import numpy as np
 
-from .commits import Commit, numbers, read_commit, read_retired, record_name
-from .errors import IntegrityError, StillroomError
+from .audit import Problem, Record, first_of, shard_problems, split_keys
+from .audit_kept import Seen, kept_problems
+from .commits import numbers, read_commit, read_retired, record_name
+from .errors import IntegrityError
 from .files import Files
-from .inputs import INPUTS_SCHEMA, inputs_name, read_inputs
-from .invariants import check_shape, doubts
-from .keys import KEY_BYTES
-from .rows import Rows
 from .schema import SCHEMAS, TABLES, TableName
-from .shard import ShardFile, ShardInfo
-from .snapshot import load_snapshot
-from .store import MARKER, Store
-from .writer import TOKENS_COLUMN
-
-Record = tuple[Commit, bytes]  # a commit, and the keys of its rows
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One thing that is wrong; `column` and `row_group` where they are known."""
-
-    file: str
-    column: str | None
-    row_group: int | None
-    message: str
+from .store import Store
 
 
 @dataclass(slots=True)
@@ -49,10 +32,10 @@ class TableReport:
 class Report:
     """The outcome of `verify`."""
 
-    tables: dict[TableName, TableReport]
-    problems: list[Problem]
-    notes: list[str]
-    """Files that no record names: harmless, they hold no rows of the store."""
+    tables: dict[TableName, TableReport] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """Files that no record names, and withdrawn records that cannot be read: harmless, they hold no rows."""
 
     @property
     def ok(self) -> bool:
@@ -62,174 +45,111 @@ class Report:
 
 def verify(store: Store) -> Report:
     """Check the whole store, reading all of it once."""
-    report = Report({}, [], [])
-    named = {MARKER}
+    report, seen = Report(), Seen()
     for table in TABLES:
-        commits = _records(store, table, report, named=named)
-        report.tables[table] = TableReport(
-            shards=len(commits),
-            rows=sum(commit.shard.rows for commit, _ in commits),
-            tokens=sum(commit.tokens for commit, _ in commits),
-            bytes=sum(commit.shard.bytes for commit, _ in commits),
-        )
-        report.problems.extend(_repeated_keys(commits))
-        for record in commits:
-            report.problems.extend(_shard_problems(store.files, record[0].shard, SCHEMAS[table], record=record))
-    report.problems.extend(_inputs_problems(store.files, named))
-    report.problems.extend(_snapshot_problems(store, named))
-    report.notes.extend(_left_over(store.files, named))
+        report.tables[table] = _verify_table(store.files, table, report, seen)
+    report.problems.extend(kept_problems(store, seen))
+    report.notes.extend(_left_over(store.files, seen.named))
     return report
 
 
-def _records(store: Store, table: TableName, report: Report, *, named: set[str]) -> list[Record]:
-    """The live commits; every number from 0 on must have its record."""
-    retired = set()
-    for seq in numbers(store.files, table, folder="retired"):
-        name = record_name(table, seq, folder="retired")
-        named.add(name)
-        try:
-            read_retired(store.files, table, seq)
-            retired.add(seq)
-        except IntegrityError as error:
-            report.problems.append(Problem(name, None, None, str(error)))
-    commits = []
-    for seq in range(max([*numbers(store.files, table), *retired], default=-1) + 1):
-        name = record_name(table, seq)
-        named.add(name)
-        try:
-            record = read_commit(store.files, table, seq)
-        except IntegrityError as error:
-            report.problems.append(Problem(name, None, None, str(error)))
-            continue
-        if record is None:
-            report.problems.append(Problem(name, None, None, "the record is missing, but later ones exist"))
-            continue
-        named.add(record[0].shard.name)
-        if seq not in retired:
-            commits.append(record)
-    return commits
+def verify_commit(files: Files, table: TableName, seq: int) -> list[Problem]:
+    """Check one commit, its record and its shard."""
+    record = _record(files, table, seq)
+    return [record] if isinstance(record, Problem) else _commit_problems(files, record)
 
 
-def _repeated_keys(commits: list[Record]) -> Iterator[Problem]:
-    seen: dict[bytes, int] = {}
-    for commit, joined in commits:
-        messages = []
-        for key in _split(joined):
-            if key in seen:
-                messages.append(f"key {key.hex()} is in commit {seen[key]} already")
-            seen[key] = commit.seq
-        if messages:
-            yield Problem(record_name(commit.table, commit.seq), "key", None, _first(messages))
-
-
-def _shard_problems(
-    files: Files, shard: ShardInfo, schema: pa.Schema, *, record: Record | None = None
-) -> Iterator[Problem]:
+def _record(files: Files, table: TableName, seq: int) -> Record | Problem:
+    name = record_name(table, seq)
     try:
-        size = files.size(shard.name)
-        if size != shard.bytes:
-            yield Problem(shard.name, None, None, f"the file has {size} bytes, {shard.bytes} were committed")
-        elif files.sha256(shard.name) != shard.sha256:
-            yield Problem(shard.name, None, None, "the file's sha256 is not the one that was committed")
-        file = ShardFile(files, shard.name)
-    except FileNotFoundError:
-        yield Problem(shard.name, None, None, "the file is missing")
-    except (IntegrityError, OSError) as error:
-        yield Problem(shard.name, None, None, str(error))
-    else:
-        if not file.schema.equals(schema):
-            yield Problem(shard.name, None, None, "the columns are not those of the table")
-        elif file.rows_per_group != shard.row_groups:
-            yield Problem(shard.name, None, None, f"row groups {file.rows_per_group}, committed {shard.row_groups}")
+        record = read_commit(files, table, seq)
+    except IntegrityError as error:
+        return Problem(name, None, None, str(error), (name,))
+    return record or Problem(name, None, None, "the record is missing, but later ones exist", (name,))
+
+
+def _commit_problems(files: Files, record: Record) -> list[Problem]:
+    commit = record[0]
+    name = record_name(commit.table, commit.seq)
+    return shard_problems(files, commit.shard, SCHEMAS[commit.table], record=record, mend=name)
+
+
+def _verify_table(files: Files, table: TableName, report: Report, seen: Seen) -> TableReport:
+    """Every number from 0 on must have its record, or be withdrawn."""
+    withdrawn = set(numbers(files, table, folder="retired"))
+    report.problems.extend(_withdrawal_problems(files, table, withdrawn, seen))
+    found = TableReport()
+    halves: list[np.ndarray] = []
+    live: list[int] = []
+    for seq in range(max([*numbers(files, table), *withdrawn], default=-1) + 1):
+        seen.named.add(record_name(table, seq))
+        if seq in withdrawn:
+            report.notes.extend(_withdrawn_notes(files, table, seq, seen))
+            continue
+        record = _record(files, table, seq)
+        if isinstance(record, Problem):
+            report.problems.append(record)
+            continue
+        commit, joined = record
+        problems = _commit_problems(files, record)
+        report.problems.extend(problems)
+        seen.named.add(commit.shard.name)
+        if any(problem.mend for problem in problems):
+            seen.damaged.add(commit.shard.name)
         else:
-            yield from _row_problems(file, record)
+            seen.sound[commit.shard.name] = commit.shard
+        live.append(seq)
+        halves.append(np.frombuffer(joined, np.uint64)[::2].copy())
+        found.shards += 1
+        found.rows += commit.shard.rows
+        found.tokens += commit.tokens
+        found.bytes += commit.shard.bytes
+    report.problems.extend(_repeated_keys(files, table, live, halves))
+    return found
 
 
-def _split(joined: bytes) -> list[bytes]:
-    return [joined[i : i + KEY_BYTES] for i in range(0, len(joined), KEY_BYTES)]
-
-
-def _row_problems(file: ShardFile, record: Record | None) -> Iterator[Problem]:
-    commit, joined = record or (None, b"")
-    keys: list[bytes] = []
-    tokens = 0
-    counted = None if commit is None else TOKENS_COLUMN.get(commit.table)
-    for group in range(len(file.rows_per_group)):
-        columns = {}
-        for name in file.schema.names:
-            try:
-                columns[name] = file.read(group, [name])[name]
-            except IntegrityError as error:
-                yield Problem(file.name, name, group, str(error))
-        if commit is None or len(columns) < len(file.schema.names):
-            continue
-        rows = Rows(pa.table(columns))
-        keys += columns["key"].to_pylist()
-        if commit.table in TOKENS_COLUMN:
-            yield from _value_problems(file, commit.table, rows, group=group)
-        tokens += sum(columns[counted].to_pylist()) if counted else 0
-    if commit is not None and len(keys) == file.rows:
-        if keys != _split(joined):
-            yield Problem(file.name, "key", None, f"the keys are not those of {record_name(commit.table, commit.seq)}")
-        if tokens != commit.tokens:
-            yield Problem(file.name, None, None, f"{tokens} tokens, {commit.tokens} were committed")
-
-
-def _value_problems(file: ShardFile, table: TableName, rows: Rows, *, group: int) -> Iterator[Problem]:
-    """One problem per column of a row group: the first row that has it, and how many more."""
-    found: dict[str | None, dict[int, str]] = {}
-    for index in range(len(rows)):
-        row = rows[index]
-        for column, message in _row_doubts(table, row, file.about):
-            where = f"row {int(file.starts[group]) + index} ({row['key'].hex()})"
-            found.setdefault(column, {}).setdefault(index, f"{where}: {message}")
-    for column, messages in found.items():
-        yield Problem(file.name, column, group, _first(list(messages.values())))
-
-
-def _row_doubts(table: TableName, row: Mapping[str, Any], about: Mapping[str, Any]) -> Iterator[tuple[str | None, str]]:
-    try:
-        check_shape(table, row, about)
-        if table == "soft_targets":
-            yield from doubts(row, about)
-    except (IntegrityError, KeyError) as error:
-        yield None, str(error)
-
-
-def _first(messages: list[str]) -> str:
-    return messages[0] if len(messages) == 1 else f"{messages[0]} (and {len(messages) - 1} more)"
-
-
-def _inputs_problems(files: Files, named: set[str]) -> Iterator[Problem]:
-    for file in files.names("inputs"):
-        data_id = file.removesuffix(".json")
-        named.add(inputs_name(data_id))
+def _withdrawal_problems(files: Files, table: TableName, withdrawn: set[int], seen: Seen) -> Iterator[Problem]:
+    for seq in sorted(withdrawn):
+        name = record_name(table, seq, folder="retired")
+        seen.named.add(name)
         try:
-            inputs = read_inputs(files, data_id)
+            read_retired(files, table, seq)
         except IntegrityError as error:
-            yield Problem(inputs_name(data_id), None, None, str(error))
-            continue
-        if inputs is not None:
-            named.add(inputs.shard.name)
-            yield from _shard_problems(files, inputs.shard, INPUTS_SCHEMA)
+            yield Problem(name, None, None, str(error), (name,))
 
 
-def _snapshot_problems(store: Store, named: set[str]) -> Iterator[Problem]:
-    for file in store.files.names("snapshots"):
-        name = f"snapshots/{file}"
-        named.add(name)
-        try:
-            snapshot = load_snapshot(store, file.removesuffix(".json"))
-        except StillroomError as error:
-            yield Problem(name, None, None, str(error))
+def _withdrawn_notes(files: Files, table: TableName, seq: int, seen: Seen) -> Iterator[str]:
+    """A withdrawn commit holds no rows, whatever its record says."""
+    try:
+        record = read_commit(files, table, seq)
+    except IntegrityError:
+        yield f"{record_name(table, seq)}: the record cannot be read; it is withdrawn, so it holds no rows of the store"
+    else:
+        if record is not None:
+            seen.named.add(record[0].shard.name)
+
+
+def _repeated_keys(files: Files, table: TableName, live: list[int], halves: list[np.ndarray]) -> Iterator[Problem]:
+    """No key may be in two live commits. First by half keys in order, then exactly, where halves are equal."""
+    ordered = np.sort(np.concatenate([np.empty(0, np.uint64), *halves]))
+    doubtful = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    first: dict[bytes, int] = {}
+    for seq, half in zip(live, halves, strict=True):
+        if not np.isin(half, doubtful).any():
             continue
-        for shard in snapshot.shards:
-            if not store.files.exists(shard.name):
-                yield Problem(name, None, None, f"its shard {shard.name} is missing")
+        record = read_commit(files, table, seq)
+        assert record is not None
+        messages = []
+        for key in split_keys(record[1]):
+            if first.setdefault(key, seq) != seq:
+                messages.append(f"key {key.hex()} is in commit {first[key]} already")
+        if messages:
+            name = record_name(table, seq)
+            yield Problem(name, "key", None, first_of(messages), (name,))
 
 
 def _left_over(files: Files, named: set[str]) -> Iterator[str]:
-    for folder in ("commits", "retired", "inputs", "snapshots", "data"):
+    for folder in ("commits", "retired", "inputs", "snapshots", "teachers", "bindings", "data"):
         for name, size, _ in files.walk(folder):
             if name not in named:
                 yield f"{name}: no record names this file ({size} bytes); it holds no rows of the store"

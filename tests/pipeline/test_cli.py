@@ -15,7 +15,20 @@ from stillroom.pipeline.sample import describe, find_row, tokenizer_of
 from stillroom.storage.errors import UsageError
 from stillroom.storage.store import Store
 
-COMMANDS = ["demo", "init", "plan", "run", "status", "inspect", "query", "verify", "report", "schema"]
+COMMANDS = [
+    "demo",
+    "init",
+    "plan",
+    "run",
+    "status",
+    "inspect",
+    "query",
+    "verify",
+    "repair",
+    "vacuum",
+    "report",
+    "schema",
+]
 HEAVY = {"torch", "transformers", "vllm", "datasets", "matplotlib"}
 
 
@@ -142,7 +155,7 @@ def test_schema_is_the_recipes_json_schema() -> None:
     assert "description" in schema["$defs"]["Train"]["properties"]["tokens_per_step"]
 
 
-@pytest.mark.parametrize("arguments", [["verify"], ["query", "SELECT 1"], ["inspect"]])
+@pytest.mark.parametrize("arguments", [["verify"], ["repair"], ["vacuum"], ["query", "SELECT 1"], ["inspect"]])
 def test_no_store_is_a_clear_message(tmp_path: Path, arguments: list[str]) -> None:
     name, *more = arguments
     done = stillroom(name, tmp_path / "none", *more, "--json", expect=2)

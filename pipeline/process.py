@@ -21,6 +21,14 @@ SPIN = "1000"
 GRACE_SECONDS = 30.0  # after the first signal a stage has this long to commit and leave
 
 
+class StageDied(StillroomError):
+    """A stage's process died, or the engine in it."""
+
+    def __init__(self, what: str, advice: str) -> None:
+        super().__init__(f"{what} {advice}")
+        self.what = what
+
+
 class StageProcess:
     """A stage's process group, started with a message and ended with an answer."""
 
@@ -45,7 +53,8 @@ class StageProcess:
 
         Raises:
             Stopped: a signal came; also where the stage was done before it could stop, so that no other one starts.
-            StillroomError: the stage failed or died.
+            StageDied: there is no answer, or the answer is that the engine died.
+            StillroomError: the stage failed.
         """
         before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -94,11 +103,13 @@ class StageProcess:
         if self._signals:
             raise Stopped()
         if answer is None:
-            raise StillroomError(
+            raise StageDied(
                 f"{self._message['name']}: its process died (exit status {self._process.returncode}; -9 is often the "
-                f"system running out of memory). Finished rows are kept; see {self._message['log']}. "
-                "Run the same command to go on."
+                "system running out of memory).",
+                f"Finished rows are kept; see {self._message['log']}. Run the same command to go on.",
             )
+        if answer.get("died"):
+            raise StageDied(answer["error"], f"Finished rows are kept; see {self._message['log']}.")
         if "error" in answer:
             where = f"\nThe log has more: {self._message['log']}" if answer.get("unexpected") else ""
             error = StillroomError(answer["error"] + where)

@@ -6,21 +6,24 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..stages.inflight import mark_seen, new_journal, read_journal
 from ..stages.job import Arm
+from ..stages.locks import worker_number
 from ..stages.sections import Recipe
-from ..storage.errors import StillroomError, UsageError
-from ..storage.files import Files
+from ..storage.errors import StillroomError, Stopped, UsageError
+from ..storage.files import LocalFiles
 from ..storage.keys import canonical_json
 from ..storage.snapshot import save_snapshot
 from ..storage.store import Store
 from .binding import write_down
 from .plan import Plan, StagePlan, make_plan
-from .process import StageProcess
+from .process import StageDied, StageProcess
 from .progress import duration, human
 from .report import write_report
 from .status import facts
 
 ORDER = ("data", "generate", "score", "train", "evaluate")  # `train` is the baseline's stage too
+DEATHS = 3  # of a stage's processes in a row that finished no row: then it is not this or that row
 
 
 def run(recipe: Recipe, *, until: str | None = None, only: str | None = None, quiet: bool = False) -> dict[str, Any]:
@@ -38,16 +41,21 @@ def run(recipe: Recipe, *, until: str | None = None, only: str | None = None, qu
     Raises:
         StillroomError: a stage failed; finished rows are kept.
     """
-    run_dir = Path(recipe.run.dir)
     names = _chosen(until, only)
-    store = _prepare(recipe, run_dir)
+    store = _prepare(recipe)
+    with worker_number(_logs(recipe)) as number:
+        return _run(recipe, store, names, quiet=quiet, number=number)
+
+
+def _run(recipe: Recipe, store: Store, names: tuple[str, ...], *, quiet: bool, number: int) -> dict[str, Any]:
+    run_dir = Path(recipe.run.dir)
     done: dict[str, dict[str, Any]] = {}
     plan = make_plan(recipe, write=True)
     _keep_models(plan, store)
     write_down(recipe, plan.bound.binding)
-    if only is not None and plan.stage(only) is None:
+    if len(names) == 1 and plan.stage(names[0]) is None:
         raise UsageError(
-            f"--only {only}: this recipe has no such stage. It has {', '.join(s.name for s in plan.stages)}."
+            f"--only {names[0]}: this recipe has no such stage. It has {', '.join(s.name for s in plan.stages)}."
         )
     for line in [s.name for s in plan.stages]:
         stage = "train" if line == "baseline" else line
@@ -55,20 +63,21 @@ def run(recipe: Recipe, *, until: str | None = None, only: str | None = None, qu
             continue
         current = plan.stage(line)
         assert current is not None
-        if current.state == "waits":
-            raise UsageError(f"{line}: waits {current.why}. Run the stages before it first.")
+        _refuse_waiting(plan, current)
         if current.state == "done":
             done[line] = _entry(current, seconds=0.0, state="cached")
             _say(f"{line}: nothing to do ({_books(current)})", quiet)
             continue
         began = time.monotonic()
-        answer = _run_stage(recipe, plan, store, line, quiet)
+        for snapshot in plan.snapshots.values():
+            save_snapshot(store, snapshot)
+        answer = _run_stage(recipe, plan, line, quiet=quiet, number=number)
         plan = make_plan(recipe, write=True)
         done[line] = _finish(plan, line, answer, seconds=time.monotonic() - began)
         _say(f"{line}: done in {duration(done[line]['seconds'])} ({_books(plan.stage(line))})", quiet)
     student = plan.stage("train")
     if student is not None and student.state == "done":
-        Files(run_dir).point("latest", plan.train_dirs["student"].name)
+        LocalFiles(run_dir).point("latest", plan.train_dirs["student"].name)
     results = _results(plan)
     if results and "evaluate" in names:
         write_report(run_dir, plan.train_dirs["student"], facts(recipe, plan, done))
@@ -86,13 +95,24 @@ def _chosen(until: str | None, only: str | None) -> tuple[str, ...]:
     return ORDER[: ORDER.index(until) + 1] if until else ORDER
 
 
-def _prepare(recipe: Recipe, run_dir: Path) -> Store:
+def _logs(recipe: Recipe) -> Path:
+    return Path(recipe.run.dir) / "logs"
+
+
+def _refuse_waiting(plan: Plan, line: StagePlan) -> None:
+    if line.state == "waits":
+        raise UsageError(f"{line.name}: waits {line.why}. Run the stages before it first.")
+    if line.name == "generate" and plan.stages[0].state != "done":
+        raise UsageError("generate: waits for the prompts, which are not all in the store. Run `--only data` first.")
+
+
+def _prepare(recipe: Recipe) -> Store:
     store = Store.open(recipe.storage.dir, create=True)
     try:
-        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        _logs(recipe).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StillroomError(
-            f"run.dir: {run_dir} cannot be written ({error.strerror}). Name another folder."
+            f"run.dir: {recipe.run.dir} cannot be written ({error.strerror}). Name another folder."
         ) from error
     return store
 
@@ -103,25 +123,46 @@ def _keep_models(plan: Plan, store: Store) -> None:
             store.put_teacher(identity.id, identity.files_to_keep())
 
 
-def _run_stage(recipe: Recipe, plan: Plan, store: Store, name: str, quiet: bool) -> dict[str, Any]:
+def _run_stage(recipe: Recipe, plan: Plan, name: str, *, quiet: bool, number: int) -> dict[str, Any]:
     arm: Arm = "baseline" if name == "baseline" else "student"
     stage = "train" if name == "baseline" else name
     if stage in ("data", "generate", "score") and plan.bound.teacher is None:
         raise UsageError(f"{name}: there is work to do, but teacher or data are not here: {plan.bound.missing}")
-    for snapshot in plan.snapshots.values():
-        save_snapshot(store, snapshot)
     if stage == "train":
         _begin_student(recipe, plan, arm)
     message = {
         "name": name,
         "stage": stage,
         "recipe": recipe.model_dump(mode="json"),
-        "log": str(Path(recipe.run.dir) / "logs" / f"{name}.log"),
+        "log": str(_logs(recipe) / (f"{name}.log" if number == 1 else f"{name}.{number}.log")),
         "quiet": quiet,
         "train_dirs": {a: str(p) for a, p in plan.train_dirs.items()},
         "job": _job(recipe, plan, stage, arm),
     }
-    return StageProcess(message).finish()
+    return _to_the_end(message, Path(recipe.run.dir))
+
+
+def _to_the_end(message: dict[str, Any], run_dir: Path) -> dict[str, Any]:
+    """Run a stage's process, and another one where it dies with rows in flight (`stages/inflight.py` says why)."""
+    in_vain: list[Path] = []
+    while True:
+        journal = new_journal(run_dir, message["stage"])
+        try:
+            return StageProcess(message | {"journal": str(journal)}).finish()
+        except Stopped:
+            journal.unlink(missing_ok=True)  # what it had in flight is not to blame
+            raise
+        except StageDied as death:
+            flight = read_journal(journal)
+            in_vain = [*([] if flight.came_back else in_vain), journal]
+            if not flight.rows or len(in_vain) == DEATHS:
+                for path in in_vain if flight.rows else [journal]:
+                    path.unlink(missing_ok=True)  # nor is what died with a machine that does no row at all
+                raise
+            mark_seen(journal)
+            rows = "1 row" if len(flight.rows) == 1 else f"{len(flight.rows)} rows"
+            how = "tried alone, after all others; what dies alone is rejected"
+            _say(f"{death.what} {message['name']}: starts again. {rows} in flight: {how}.", message["quiet"])
 
 
 def _job(recipe: Recipe, plan: Plan, stage: str, arm: Arm) -> dict[str, Any]:
@@ -142,7 +183,7 @@ def _job(recipe: Recipe, plan: Plan, stage: str, arm: Arm) -> dict[str, Any]:
 
 def _begin_student(recipe: Recipe, plan: Plan, arm: Arm) -> None:
     folder = plan.train_dirs[arm]
-    files = Files(folder.parent)
+    files = LocalFiles(folder.parent)
     record = {
         "settings": plan.settings[arm],
         "arm": arm,

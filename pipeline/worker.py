@@ -3,6 +3,8 @@
 Its standard output and error go to the stage's log; only the progress line reaches the terminal.
 """
 
+import errno
+import io
 import json
 import logging
 import os
@@ -14,10 +16,13 @@ import traceback
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..stages.engine import EngineDied
 from ..stages.identity import FileHashes, Identity
 from ..stages.job import Job, StageResult, StopFlag
+from ..stages.locks import only_one
 from ..stages.sections import Recipe
 from ..storage.errors import StillroomError, Stopped
+from ..storage.files import DISK_FULL
 from .binding import author_identity, teacher_identity
 from .progress import StageProgress
 
@@ -39,18 +44,27 @@ def main() -> None:
     progress = StageProgress(message["name"], stream, quiet=message["quiet"])
     try:
         answer = _answer(_run(message, progress, stop))
+    except EngineDied as error:
+        traceback.print_exc()
+        answer = {"error": f"{message['name']}: the engine died: {error}.", "exit_code": 1, "died": True}
     except StillroomError as error:
         answer = {"error": str(error), "exit_code": error.exit_code}
     except MemoryError:
         answer = {"error": f"{message['name']}: out of memory. Lower the stage's batch tokens.", "exit_code": 1}
     except Exception as error:
         traceback.print_exc()
-        answer = {"error": f"{message['name']}: {type(error).__name__}: {error}", "exit_code": 1, "unexpected": True}
+        answer = {"error": f"{message['name']}: {_cause(error)}", "exit_code": 1, "unexpected": True}
     progress.finish()
     sys.stderr.flush()
     line.sendall(json.dumps(answer).encode() + b"\n")
     # Engines leave threads and children whose clean-up takes seconds; all that matters is committed by now.
     os._exit(answer.get("exit_code", 0))
+
+
+def _cause(error: Exception) -> str:
+    """What a library said; where the disk is full, what to do about it."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return f"{error}; {DISK_FULL}." if full or "No space left" in str(error) else f"{type(error).__name__}: {error}"
 
 
 def _die_with_runner(line: socket.socket) -> None:
@@ -59,12 +73,26 @@ def _die_with_runner(line: socket.socket) -> None:
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
+class _Log(io.FileIO):
+    """The log of a stage. On a full disk its lines are lost, so that the stage lives to say that the disk is full."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes
+
+
 def _to_log(path: Path) -> TextIO:
     """Send everything that is printed to the log; returns the terminal (or pipe) for the progress line."""
     terminal = os.fdopen(os.dup(2), "w", buffering=1)
-    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError:
+        log = os.open(os.devnull, os.O_WRONLY)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    sys.stdout = sys.stderr = io.TextIOWrapper(io.BufferedWriter(_Log(2, "w", closefd=False)), line_buffering=True)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     return terminal
@@ -77,6 +105,7 @@ def _run(message: dict[str, Any], progress: StageProgress, stop: StopFlag) -> St
         progress=progress,
         stop=stop,
         train_dirs={arm: Path(path) for arm, path in message.pop("train_dirs").items()},
+        journal=Path(message["journal"]),
         **message["job"],
     )
     stage = message["stage"]
@@ -87,12 +116,21 @@ def _run(message: dict[str, Any], progress: StageProgress, stop: StopFlag) -> St
     if stage in ("generate", "score"):
         return _run_teacher(stage, job)
     if stage == "train":
-        from ..stages import train
-
-        return train.run(job)
+        return _train(job)
     from ..stages import evaluate
 
     return evaluate.run(job)
+
+
+def _train(job: Job) -> StageResult:
+    """One process trains a student; any other waits and then finds it done, or goes on where the first one died."""
+    from ..stages import train
+
+    def waiting(who: str) -> None:
+        job.progress.say(f"{who} trains this student: waiting for it")
+
+    with only_one(job.train_dirs[job.arm] / ".training", waiting=waiting, look=job.stop.check):
+        return train.run(job)
 
 
 def _run_teacher(stage: str, job: Job) -> StageResult:

@@ -5,9 +5,13 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Protocol
 
-from ..storage.errors import UsageError
+from ..storage.errors import StillroomError, UsageError
 from .identity import Identity
 from .sections import Generate
+
+
+class EngineDied(StillroomError):
+    """The engine can do nothing more in this process; another process may go on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,23 +25,27 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What came of a request; `error` in place of tokens where the engine refused it."""
+    """What came of a request; `error` in place of tokens where the engine refused it or failed on it alone."""
 
     number: int
     token_ids: list[int]
     text: str
     finish_reason: str
     error: str | None = None
+    attempts: int = 1
 
 
 class Engine(Protocol):
     """A loaded model that writes."""
 
     def generate(self, requests: Iterable[Request], heartbeat: Callable[[], None]) -> Iterator[Completion]:
-        """Completions in the order they finish; draws from `requests` as places become free.
+        """Completions in the order they finish; draws from `requests` as places become free, not far ahead of them.
 
         `heartbeat` is called at every step (one more token for every row in flight), when all that finished before
-        has been handed out; what it raises leaves the engine.
+        has been handed out; it may raise a `StillroomError` to leave the engine.
+
+        Raises:
+            EngineDied: on one of the rows in flight.
         """
 
 
@@ -65,3 +73,17 @@ def open_engine(name: str, author: Identity, settings: Generate) -> Engine:
     from .engine_hf import HfEngine
 
     return HfEngine(author, settings)
+
+
+def check_device(device: object, failure: str) -> None:
+    """After a failed pass: a GPU may take no more work from this process (a device-side assert, a lost card).
+
+    Raises:
+        EngineDied: it takes none.
+    """
+    import torch
+
+    try:
+        torch.zeros(1, device=device).cpu()  # type: ignore[call-overload]
+    except RuntimeError:
+        raise EngineDied(f"the device takes no more work: {failure}") from None

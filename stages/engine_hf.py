@@ -20,8 +20,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ..storage.errors import UsageError
-from .engine import Completion, Request
+from ..storage.errors import StillroomError, UsageError
+from .engine import Completion, Request, check_device
 from .identity import Identity
 from .rendering import Renderer
 from .requests import author_context
@@ -91,22 +91,41 @@ class HfEngine:
         self._model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
 
     def generate(self, requests: Iterable[Request], heartbeat: Callable[[], None]) -> Iterator[Completion]:
-        """Batches of prompts of like length; a batch's completions come out together.
+        """One batch at a time; its completions come out together.
 
         A row that the context will cut short is written alone: beside others it would be cut where the longest is.
         """
         waiting = iter(requests)
         room = self._context - self._settings.max_tokens
-        while pool := list(islice(waiting, self._batch * 8)):
-            pool.sort(key=lambda r: len(r.prompt_ids))
-            fitting = [r for r in pool if len(r.prompt_ids) <= room]
-            for start in range(0, len(fitting), self._batch):
-                yield from self._run(fitting[start : start + self._batch], heartbeat)
-            for request in pool[len(fitting) :]:
-                yield from self._run([request], heartbeat)
+        while drawn := list(islice(waiting, self._batch)):
+            fitting = [r for r in drawn if len(r.prompt_ids) <= room]
+            cut = [[r] for r in drawn if len(r.prompt_ids) > room]
+            for batch in [fitting, *cut] if fitting else cut:
+                yield from self._careful(batch, heartbeat)
+
+    def _careful(self, batch: list[Request], heartbeat: Callable[[], None], attempt: int = 1) -> Iterator[Completion]:
+        """A batch's completions. A batch that fails is halved, until the row that it fails on stands alone."""
+        failure = None
+        try:
+            done = self._run(batch, heartbeat)
+        except StillroomError:  # from the heartbeat
+            raise
+        except Exception as error:
+            failure = f"{type(error).__name__}: {error}"
+        # Only here, outside the handler, are the tensors of a failed pass free.
+        if failure is None:
+            yield from done
+            return
+        check_device(self._model.device, failure)
+        if len(batch) == 1:
+            yield Completion(batch[0].number, [], "", "error", failure, attempt)
+            return
+        half = len(batch) // 2
+        yield from self._careful(batch[:half], heartbeat, attempt + 1)
+        yield from self._careful(batch[half:], heartbeat, attempt + 1)
 
     @torch.inference_mode()
-    def _run(self, batch: list[Request], heartbeat: Callable[[], None]) -> Iterator[Completion]:
+    def _run(self, batch: list[Request], heartbeat: Callable[[], None]) -> list[Completion]:
         longest = max(len(r.prompt_ids) for r in batch)
         ids = torch.zeros(len(batch), longest, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -123,8 +142,10 @@ class HfEngine:
             logits_processor=self._processors([r.seed for r in batch]),
             stopping_criteria=StoppingCriteriaList([ends]),
         )
-        for request, row, length in zip(batch, output[:, longest:].tolist(), ends.lengths, strict=True):
-            yield self._completion(request, row[:length], "length" if length is None else "stop")
+        return [
+            self._completion(request, row[:length], "length" if length is None else "stop")
+            for request, row, length in zip(batch, output[:, longest:].tolist(), ends.lengths, strict=True)
+        ]
 
     def _processors(self, seeds: list[int]) -> LogitsProcessorList:
         s = self._settings

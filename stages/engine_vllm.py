@@ -9,12 +9,11 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from ..storage.errors import UsageError
-from .engine import Completion, Request
+from ..storage.errors import StillroomError, UsageError
+from .engine import Completion, EngineDied, Request
 from .identity import Identity
 from .sections import Generate
 
-IN_FLIGHT = 1024  # requests the engine holds: enough to keep any batch full, few enough to fit in memory
 UNKNOWN_CONTEXT = 2**31 - 1  # what an identity says where the config names no limit
 
 
@@ -61,21 +60,36 @@ class VllmEngine:
     def generate(self, requests: Iterable[Request], heartbeat: Callable[[], None]) -> Iterator[Completion]:
         """Keep the engine full and hand out completions as they finish."""
         engine = self._llm.llm_engine
+        rows = engine.vllm_config.scheduler_config.max_num_seqs
+        in_flight = rows + max(1, rows // 4)  # the next ones wait at its door; more would only be lost with it
         waiting = iter(requests)
+        held: set[str] = set()
         more = True
         while more or engine.has_unfinished_requests():
-            while more and engine.get_num_unfinished_requests() < IN_FLIGHT:
+            while more and engine.get_num_unfinished_requests() < in_flight:
                 request = next(waiting, None)
                 if request is None:
                     more = False
                 elif (refusal := self._submit(request)) is not None:
                     yield Completion(request.number, [], "", "error", refusal)
-            heartbeat()
+                else:
+                    held.add(str(request.number))
+            try:
+                heartbeat()
+            except StillroomError:
+                engine.abort_request(list(held))
+                raise
             if not engine.has_unfinished_requests():
                 continue  # everything was refused: a step would wait for an answer that never comes
-            for output in engine.step():
+            try:
+                outputs = engine.step()
+            except Exception as error:  # its state is then unknown, in this process or in the engine's own
+                raise EngineDied(f"vLLM: {type(error).__name__}: {error}") from error
+            for output in outputs:
                 if output.finished:
-                    yield self._completion(output)
+                    completion = self._completion(output)
+                    held.discard(str(completion.number))
+                    yield completion
 
     def _submit(self, request: Request) -> str | None:
         """Hand one request to the engine; the reason if it will not take it."""
@@ -100,6 +114,8 @@ class VllmEngine:
             )
         except ValueError as error:
             return str(error)
+        except Exception as error:
+            raise EngineDied(f"vLLM: {type(error).__name__}: {error}") from error
         return None
 
     @staticmethod

@@ -1,30 +1,24 @@
 """Stage `generate`: the author (usually the teacher) writes completions; rows are committed as they finish."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from itertools import count
+from pathlib import Path
+from typing import Any
 
 from ..storage.keys import content_key, row_seed
 from ..storage.store import Store
-from .engine import Completion, Request, choose_engine, open_engine
+from .claims import Claims
+from .engine import Completion, Engine, Request, choose_engine, open_engine
 from .identity import Identity
+from .inflight import Journal, find_suspects, new_journal
 from .job import Job, StageResult
+from .ledger import Books, Ledger, Pending
+from .ledger_generations import generation_ledger, pending_generations
+from .rejects import Rejects
 from .rendering import Renderer, RowError
-from .requests import (
-    GenerationRequest,
-    Ledger,
-    generation_ledger,
-    prompt_splits,
-    reject_key,
-    sampling_id,
-    sampling_settings,
-    tokens_key,
-)
+from .requests import GenerationRequest, reject_key, sampling_id, sampling_settings, tokens_key
+from .share import DoneByOthers, Share
 from .writing import about, commit_limits
-
-if TYPE_CHECKING:
-    from ..storage.writer import ShardWriter
-
-READ_AHEAD = 1024  # prompts read from the store at once
 
 
 def run(job: Job, author: Identity) -> StageResult:
@@ -32,49 +26,50 @@ def run(job: Job, author: Identity) -> StageResult:
 
     Raises:
         UsageError: the author does not load, or the engine's arguments are wrong.
+        EngineDied: on one of the rows in flight.
     """
     settings = job.recipe.generate
     assert settings is not None
     store = Store.open(job.recipe.storage.dir)
-    ledger = _ledger(job, store)
-    work = _Work(job, store, ledger)
+    ledger, pending = _asked(job, store)
     name = choose_engine(settings.engine)
     shard_about, limits = _about(job, author, name), commit_limits(job.recipe)
+    run_dir = Path(job.recipe.run.dir)
+    suspects = find_suspects(run_dir, "generate")
     with (
+        Journal(job.journal or new_journal(run_dir, "generate")) as journal,
         store.writer("generations", about=shard_about, limits=limits) as rows,
         store.writer("rejects", about=shard_about, limits=limits) as rejects,
     ):
-
-        def heartbeat() -> None:
-            """An engine can be busy for minutes before a row is finished; commits and signals do not wait for it."""
-            rows.tick()
-            rejects.tick()
-            job.stop.check()
-
+        share = Share(
+            job=job,
+            rows=rows,
+            rejects=rejects,
+            failed=Rejects(rejects, proven=ledger.committed > 0),
+            claims=_claims(job, store),
+            pending=pending,
+            journal=journal,
+            suspects=suspects,
+            limit_tokens=job.context_tokens,
+            row_key=lambda request: _row_key(job, request),
+            reject=lambda request, error, attempts: _reject(job, request, error, attempts),
+        )
+        work = _Work(job, store, share)
         job.progress.say(f"loading {author.folder} into {name}")
         engine = open_engine(name, author, settings)
         job.stop.check()
-        job.progress.start(total=ledger.planned, unit="rows", done=len(ledger.committed))
-        for completion in engine.generate(work.requests(rejects), heartbeat):
-            request, prompt_ids = work.taken.pop(completion.number)
-            if completion.error is None:
-                rows.add(_row(job, request, prompt_ids, completion))
-                job.progress.advance(tokens=len(completion.token_ids))
-            else:
-                rejects.add(work.reject(request, RowError("engine", completion.error)))
+        job.progress.start(total=ledger.planned, unit="rows", done=ledger.committed)
+        work.write(engine, work.requests())
+        for request in share.one_by_one():
+            work.write(engine, work.rendered([request]))
+        share.finish()
     return StageResult(rows=rows.rows, tokens=rows.tokens, rejected=rejects.rows)
 
 
-def _ledger(job: Job, store: Store) -> Ledger:
-    inputs = store.inputs(job.data_id)
-    assert inputs is not None, "the data stage comes first"
-    return generation_ledger(
-        store,
-        job.recipe,
-        author_id=job.author_id,
-        prompts=prompt_splits(inputs),
-        context_tokens=job.context_tokens,
-    )
+def _asked(job: Job, store: Store) -> tuple[Ledger, Pending[GenerationRequest]]:
+    with Books(store, job.recipe, data_id=job.data_id) as books:
+        ledger = generation_ledger(books, author_id=job.author_id, context_tokens=job.context_tokens)
+        return ledger, pending_generations(books, author_id=job.author_id)
 
 
 def _about(job: Job, author: Identity, engine: str) -> dict[str, Any]:
@@ -92,43 +87,72 @@ def _about(job: Job, author: Identity, engine: str) -> dict[str, Any]:
     )
 
 
+def _claims(job: Job, store: Store) -> Claims:
+    settings = job.recipe.generate
+    assert settings is not None
+    how = {"sampling": _sampling_id(job), "samples": settings.samples, "max_tokens": settings.max_tokens}
+    return Claims(store.files, "generate", data=job.data_id, context=job.context_tokens, **how)
+
+
 class _Work:
-    """Hands pending requests to the engine, rendered; keeps those in flight."""
+    """Hands pending requests to the engine, rendered; makes rows of what comes back."""
 
-    def __init__(self, job: Job, store: Store, ledger: Ledger) -> None:
-        self.taken: dict[int, tuple[GenerationRequest, list[int]]] = {}
+    def __init__(self, job: Job, store: Store, share: Share[GenerationRequest]) -> None:
         self._job = job
-        self._sampling_id = _sampling_id(job)
-        self._pending: list[GenerationRequest] = ledger.pending
-        self._renderer = Renderer(store.teacher_dir(job.author_id), job.recipe.data.chat_template_kwargs)
         self._store = store
-        index = store.index("prompts", ["prompt_key"])
-        columns = (index[c].to_pylist() for c in ("prompt_key", "shard", "row"))
-        self._places = {key: (shard, row) for key, shard, row in zip(*columns, strict=True)}
+        self._share = share
+        self._renderer = Renderer(store.teacher_dir(job.author_id), job.recipe.data.chat_template_kwargs)
+        self._numbers = count()
+        self._taken: dict[int, tuple[GenerationRequest, list[int]]] = {}
 
-    def requests(self, rejects: "ShardWriter") -> Iterator[Request]:
-        """Rendered requests in the plan's order; what cannot be rendered is rejected on the way."""
-        for start in range(0, len(self._pending), READ_AHEAD):
-            self._job.stop.check()
-            block = self._pending[start : start + READ_AHEAD]
-            prompts = self._prompts(block)
-            for number, request in enumerate(block, start):
-                try:
-                    ids = self._prompt_ids(prompts[request.prompt_key])
-                except RowError as error:
-                    rejects.add(self.reject(request, error))
-                    self._job.progress.advance()
-                    continue
-                self.taken[number] = (request, ids)
+    def write(self, engine: Engine, requests: Iterator[Request]) -> None:
+        """Let the engine do requests until all are done, by whomever."""
+        while True:
+            try:
+                for completion in engine.generate(requests, self._share.heartbeat):
+                    self._keep(completion)
+                return
+            except DoneByOthers:
+                self._taken.clear()
+                self._share.drop()
+
+    def _keep(self, completion: Completion) -> None:
+        request, prompt_ids = self._taken.pop(completion.number)
+        self._share.done([request])
+        if completion.error is None:
+            row = _row(self._job, request, prompt_ids, completion)
+            self._share.add(row, tokens=len(completion.token_ids))
+        else:
+            self._share.fail(request, RowError("engine", completion.error), completion.attempts)
+
+    def requests(self) -> Iterator[Request]:
+        """Rendered requests, block by block; a block that is this worker's alone in the order of their lengths."""
+        for claims, block in self._share.blocks():
+            yield from self.rendered(block, by_length=claims == 0)
+
+    def rendered(self, block: list[GenerationRequest], *, by_length: bool = False) -> Iterator[Request]:
+        """What can be rendered of some requests, each taken when it is asked for; the others are rejected."""
+        ready = []
+        for request, prompt in zip(block, self._prompts(block), strict=True):
+            try:
+                ready.append((request, self._prompt_ids(prompt)))
+            except RowError as error:
+                self._share.refuse(request, error)
+        if by_length:
+            ready.sort(key=lambda pair: len(pair[1]))
+        for request, ids in ready:
+            if self._share.take([request]):
+                number = next(self._numbers)
+                self._taken[number] = (request, ids)
                 yield Request(number, ids, row_seed(request.reuse_key))
 
-    def _prompts(self, block: list[GenerationRequest]) -> dict[bytes, dict[str, Any]]:
+    def _prompts(self, block: list[GenerationRequest]) -> list[dict[str, Any]]:
         places: dict[str, list[int]] = {}
-        for key in {r.prompt_key for r in block}:
-            shard, row = self._places[key]
+        for shard, row in sorted({request.prompt for request in block}):
             places.setdefault(shard, []).append(row)
         rows = self._store.rows("prompts", places, ["prompt_key", "text", "messages"])
-        return {row["prompt_key"]: row for row in rows}
+        prompts = {row["prompt_key"]: row for row in rows}
+        return [prompts[request.prompt_key] for request in block]
 
     def _prompt_ids(self, prompt: dict[str, Any]) -> list[int]:
         ids = self._renderer.prompt_ids(prompt)
@@ -136,19 +160,19 @@ class _Work:
             raise RowError("too_long", f"the prompt has {len(ids)} tokens; the author reads {self._job.context_tokens}")
         return ids
 
-    def reject(self, request: GenerationRequest, error: RowError) -> dict[str, Any]:
-        """A rejects row."""
-        return {
-            "key": reject_key(request.reuse_key, self._job.context_tokens),
-            "stage": "generate",
-            "prompt_key": request.prompt_key,
-            "context_id": self._sampling_id,
-            "sample_index": request.sample_index,
-            "limit_tokens": self._job.context_tokens,
-            "reason": error.reason,
-            "message": str(error),
-            "attempts": 1,
-        }
+
+def _reject(job: Job, request: GenerationRequest, error: RowError, attempts: int) -> dict[str, Any]:
+    return {
+        "key": reject_key(request.reuse_key, job.context_tokens),
+        "stage": "generate",
+        "prompt_key": request.prompt_key,
+        "context_id": _sampling_id(job),
+        "sample_index": request.sample_index,
+        "limit_tokens": job.context_tokens,
+        "reason": error.reason,
+        "message": str(error),
+        "attempts": attempts,
+    }
 
 
 def _sampling_id(job: Job) -> str:
@@ -156,11 +180,16 @@ def _sampling_id(job: Job) -> str:
     return sampling_id(job.author_id, sampling_settings(job.recipe.generate, job.recipe.data))
 
 
-def _row(job: Job, request: GenerationRequest, prompt_ids: list[int], completion: Completion) -> dict[str, Any]:
+def _row_key(job: Job, request: GenerationRequest) -> bytes:
     assert job.recipe.generate is not None
     limit = job.recipe.generate.max_tokens
+    return content_key("generations", reuse_key=request.reuse_key, max_tokens=limit, context=job.context_tokens)
+
+
+def _row(job: Job, request: GenerationRequest, prompt_ids: list[int], completion: Completion) -> dict[str, Any]:
+    assert job.recipe.generate is not None
     return {
-        "key": content_key("generations", reuse_key=request.reuse_key, max_tokens=limit, context=job.context_tokens),
+        "key": _row_key(job, request),
         "reuse_key": request.reuse_key,
         "prompt_key": request.prompt_key,
         "source_key": None,
@@ -173,6 +202,6 @@ def _row(job: Job, request: GenerationRequest, prompt_ids: list[int], completion
         "completion_tokens": len(completion.token_ids),
         "text": completion.text,
         "finish_reason": completion.finish_reason,
-        "max_tokens": limit,
+        "max_tokens": job.recipe.generate.max_tokens,
         "row_seed": row_seed(request.reuse_key),
     }

@@ -65,6 +65,8 @@ class Job:
     """Hash of what `evaluate` is asked for; kept in its result, so that the plan knows whether it still holds."""
     snapshots: dict[Split, str] = field(default_factory=dict)
     """Split -> snapshot id; for train and evaluate."""
+    journal: Path | None = None
+    """Where generate and score note the rows in flight (`inflight.py`); a name of their own if None."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

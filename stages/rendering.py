@@ -31,7 +31,7 @@ class Renderer:
         """Token ids of a row's prompt, ready to be continued.
 
         Raises:
-            RowError: the prompt is empty, or the template refuses it.
+            RowError: the prompt is empty, or template or tokenizer fail on it.
         """
         ids = self._chat_ids(row["messages"]) if row["messages"] is not None else self._text_ids(row["text"])
         if not ids:
@@ -39,8 +39,12 @@ class Renderer:
         return ids
 
     def completion_ids(self, text: str) -> list[int]:
-        """A given completion, closed by the end-of-sequence token: else a student never learns to stop."""
-        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        """A given completion, closed by the end-of-sequence token: else a student never learns to stop.
+
+        Raises:
+            RowError: the tokenizer fails on it.
+        """
+        ids = self._encode(text, add_special_tokens=False)
         end = self.tokenizer.eos_token_id
         return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
@@ -48,12 +52,20 @@ class Renderer:
         """A document cut into windows; each starts with the last token of the one before.
 
         So every token but the first is predicted exactly once: [a b c d e] in windows of 3 is [a b c], [c d e].
+
+        Raises:
+            RowError: the tokenizer fails on it.
         """
-        ids = list(self.tokenizer(text)["input_ids"])
-        return cut(ids, window_tokens)
+        return cut(self._encode(text), window_tokens)
+
+    def _encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        try:
+            return list(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+        except Exception as error:
+            raise RowError("unreadable", f"the tokenizer fails on this text: {error}") from error
 
     def _text_ids(self, text: str) -> list[int]:
-        ids = list(self.tokenizer(text)["input_ids"])
+        ids = self._encode(text)
         # Some tokenizers close what they encode; a prompt must stay open.
         while ids and ids[-1] == self.tokenizer.eos_token_id and not text.endswith(self.tokenizer.eos_token):
             ids.pop()

@@ -4,19 +4,31 @@ Rows of like length share a forward pass on a GPU. On a CPU, where that gains no
 do not depend on the rows beside it, and a run that was killed writes what one that was not would have written.
 """
 
+import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ..storage.keys import content_key
 from ..storage.store import Store
 from .alignment import predicting_positions
+from .claims import Claims
+from .engine import check_device
 from .identity import Identity
+from .inflight import Journal, find_suspects, new_journal
 from .job import Job, StageResult
-from .requests import TargetRequest, reject_key, selected_generations, target_ledger
+from .ledger import Books, Ledger, Pending
+from .ledger_generations import generation_ledger
+from .ledger_targets import choose_generations, pending_targets, target_ledger
+from .rejects import Rejects
+from .rendering import RowError
+from .requests import TargetRequest, reject_key, sampling_settings
+from .share import Share
 from .writing import about, commit_limits
 
 if TYPE_CHECKING:
-    from ..storage.writer import ShardWriter
     from .head import Head
 
 Batch = list[TargetRequest]
@@ -28,17 +40,12 @@ def run(job: Job, teacher: Identity) -> StageResult:
 
     Raises:
         UsageError: the teacher does not load, or its head is not understood.
+        EngineDied: the teacher's device does, on one of the rows in flight.
     """
     recipe, score = job.recipe, job.recipe.score
     assert score is not None
     store = Store.open(recipe.storage.dir)
-    generations = selected_generations(
-        store, recipe, author_id=job.author_id, data_id=job.data_id, context_tokens=job.context_tokens
-    )
-    limit = teacher.context_tokens
-    ledger, _ = target_ledger(
-        store, recipe, teacher_id=teacher.id, vocab_size=teacher.vocab_size, generations=generations, limit=limit
-    )
+    ledger, pending = _asked(job, teacher, store)
     settings = {"targets": score.targets, "k": score.k, "temperatures": list(score.temperatures)}
     shard_about = about(
         "score",
@@ -50,20 +57,62 @@ def run(job: Job, teacher: Identity) -> StageResult:
         mantissa_bits=recipe.storage.mantissa_bits,
     )
     limits = commit_limits(recipe)
+    run_dir = Path(recipe.run.dir)
+    suspects = find_suspects(run_dir, "score")
     with (
+        Journal(job.journal or new_journal(run_dir, "score")) as journal,
         store.writer("soft_targets", about=shard_about, limits=limits) as rows,
         store.writer("rejects", about=shard_about, limits=limits) as rejects,
     ):
+        share = Share(
+            job=job,
+            rows=rows,
+            rejects=rejects,
+            failed=Rejects(rejects, proven=ledger.committed > 0),
+            claims=_claims(job, teacher, store),
+            pending=pending,
+            journal=journal,
+            suspects=suspects,
+            limit_tokens=teacher.context_tokens,
+            row_key=lambda request: _row_key(job, request),
+            reject=lambda request, error, attempts: _reject(request, teacher, error, attempts),
+        )
         job.progress.say(f"loading {teacher.folder}")
-        scorer = _Scorer(job, teacher)
-        job.progress.start(total=ledger.planned, unit="rows", done=len(ledger.committed))
-        for batch in batches(ledger.pending, score.batch_tokens or scorer.batch_tokens):
-            for request in [r for r in batch if len(r.token_ids) > limit]:
-                message = f"{len(request.token_ids)} tokens; the teacher reads {limit}"
-                rejects.add(_reject(request, teacher.id, limit, "too_long", message))
-            scorer.score([r for r in batch if len(r.token_ids) <= limit], rows, rejects)
-            job.stop.check()
+        scorer = _Scorer(job, teacher, share)
+        job.progress.start(total=ledger.planned, unit="rows", done=ledger.committed)
+        for claims, block in share.blocks():
+            cut = list(batches(block, score.batch_tokens or scorer.batch_tokens))
+            if claims:
+                random.shuffle(cut)  # the one who is at this block too goes through it in order
+            for batch in cut:
+                scorer.score(batch)
+        for request in share.one_by_one():
+            scorer.score([request])
+        share.finish()
     return StageResult(rows=rows.rows, tokens=rows.tokens, rejected=rejects.rows)
+
+
+def _asked(job: Job, teacher: Identity, store: Store) -> tuple[Ledger, Pending[TargetRequest]]:
+    with Books(store, job.recipe, data_id=job.data_id) as books:
+        if job.recipe.generate is not None:
+            generation_ledger(books, author_id=job.author_id, context_tokens=job.context_tokens)
+        choose_generations(books, author_id=job.author_id)
+        vocab_size, limit = teacher.vocab_size, teacher.context_tokens
+        ledger = target_ledger(books, teacher_id=teacher.id, vocab_size=vocab_size, limit=limit)
+        return ledger, pending_targets(books, teacher_id=teacher.id, vocab_size=vocab_size)
+
+
+def _claims(job: Job, teacher: Identity, store: Store) -> Claims:
+    recipe = job.recipe
+    assert recipe.score is not None
+    text: dict[str, Any] = {"data": job.data_id, "author": job.author_id, "context": job.context_tokens}
+    if recipe.generate is not None:
+        text["sampling"] = sampling_settings(recipe.generate, recipe.data)
+        text |= {"samples": recipe.generate.samples, "max_tokens": recipe.generate.max_tokens}
+    chosen = {"where": recipe.select.where, "held_out": recipe.evaluate.tokens}
+    targets = recipe.score.model_dump(mode="json", exclude={"engine", "batch_tokens"})
+    bits = recipe.storage.mantissa_bits
+    return Claims(store.files, "score", teacher=teacher.id, text=text, chosen=chosen, targets=targets, bits=bits)
 
 
 def batches(requests: list[TargetRequest], batch_tokens: int) -> Iterator[Batch]:
@@ -82,11 +131,12 @@ def batches(requests: list[TargetRequest], batch_tokens: int) -> Iterator[Batch]
 class _Scorer:
     """The teacher, and how a batch becomes rows."""
 
-    def __init__(self, job: Job, teacher: Identity) -> None:
+    def __init__(self, job: Job, teacher: Identity, share: Share[TargetRequest]) -> None:
         from .head import check_head, split_head
         from .teacher import load_causal_lm
 
         self._job = job
+        self._share = share
         self._teacher_id = teacher.id
         self._limit = teacher.context_tokens
         self._model = load_causal_lm(teacher, device_map=job.recipe.teacher.device_map)
@@ -98,31 +148,45 @@ class _Scorer:
         """Tokens of a pass where the recipe names none."""
         return GPU_BATCH_TOKENS if self._model.device.type == "cuda" else 1
 
-    def score(self, batch: Batch, rows: "ShardWriter", rejects: "ShardWriter") -> None:
-        """Score and hand over a batch; out of memory is answered by halving it and going on."""
+    def score(self, batch: Batch) -> None:
+        """Score a batch, apart from what others have scored meanwhile and what the teacher cannot read."""
+        self._share.heartbeat()
+        for request in [r for r in batch if len(r.token_ids) > self._limit]:
+            message = f"{len(request.token_ids)} tokens; the teacher reads {self._limit}"
+            self._share.refuse(request, RowError("too_long", message))
+        taken = self._share.take([r for r in batch if len(r.token_ids) <= self._limit])
+        if taken:
+            self._careful(taken, attempt=1)
+
+    def _careful(self, batch: Batch, *, attempt: int) -> None:
+        """Score and hand over. A batch that fails is halved, until the row that it fails on stands alone."""
         import torch
 
-        if not batch:
-            return
+        failure = None
         try:
             done = self._forward(batch)
         except torch.OutOfMemoryError:
-            done = None  # and no more in here: the handler keeps the failed pass's tensors alive
-        if done is not None:
+            failure = RowError("out_of_memory", f"{len(batch[-1].token_ids)} tokens do not fit in memory, even alone")
+        except Exception as error:
+            failure = RowError("engine", f"{type(error).__name__}: {error}")
+        # Only here, outside the handlers, are the tensors of a failed pass free.
+        if failure is None:
+            self._share.done(batch)
             for row in done:
-                rows.add(row)
-                self._job.progress.advance(tokens=row["span_tokens"])
-            rows.tick()
+                self._share.add(row, tokens=row["span_tokens"])
             return
-        torch.cuda.empty_cache()
+        if failure.reason == "out_of_memory":
+            torch.cuda.empty_cache()
+        check_device(self._model.device, str(failure))
         if len(batch) == 1:
-            message = f"{len(batch[0].token_ids)} tokens do not fit in memory, even alone"
-            rejects.add(_reject(batch[0], self._teacher_id, self._limit, "out_of_memory", message))
+            self._share.done(batch)
+            self._share.fail(batch[0], failure, attempt)
             return
-        self._job.progress.say(f"out of memory at {len(batch)} rows of {len(batch[-1].token_ids)} tokens: halving")
+        tokens = len(batch[-1].token_ids)
+        self._job.progress.say(f"{failure.reason} at {len(batch)} rows of {tokens} tokens: halving")
         half = len(batch) // 2
-        self.score(batch[:half], rows, rejects)
-        self.score(batch[half:], rows, rejects)
+        self._careful(batch[:half], attempt=attempt + 1)
+        self._careful(batch[half:], attempt=attempt + 1)
 
     def _forward(self, batch: Batch) -> list[dict[str, Any]]:
         import torch
@@ -144,6 +208,8 @@ class _Scorer:
                 states = hidden[row, predicting_positions(request.span_start, request.span_tokens)]
                 following = ids[row, request.span_start : len(request.token_ids)].to(states.device)
                 targets = soft_targets(states, self._head, following, kind=request.kind, k=request.k)
+                if np.isnan(targets.entropy).any():
+                    raise FloatingPointError("the teacher's numbers are NaN")
                 done.append(self._row(request) | targets.columns(self._bits))
         return done
 
@@ -152,9 +218,8 @@ class _Scorer:
         return self._job.recipe.storage.mantissa_bits
 
     def _row(self, request: TargetRequest) -> dict[str, Any]:
-        kept = {"targets": request.kind, "k": request.k, "mantissa_bits": self._bits}
         return {
-            "key": content_key("soft_targets_row", reuse_key=request.reuse_key, **kept),
+            "key": _row_key(self._job, request),
             "reuse_key": request.reuse_key,
             "tokens_key": request.tokens_key,
             "generation_key": request.generation_key,
@@ -167,15 +232,20 @@ class _Scorer:
         }
 
 
-def _reject(request: TargetRequest, teacher_id: str, limit: int, reason: str, message: str) -> dict[str, Any]:
+def _row_key(job: Job, request: TargetRequest) -> bytes:
+    kept = {"targets": request.kind, "k": request.k, "mantissa_bits": job.recipe.storage.mantissa_bits}
+    return content_key("soft_targets_row", reuse_key=request.reuse_key, **kept)
+
+
+def _reject(request: TargetRequest, teacher: Identity, error: RowError, attempts: int) -> dict[str, Any]:
     return {
-        "key": reject_key(request.reuse_key, limit),
+        "key": reject_key(request.reuse_key, teacher.context_tokens),
         "stage": "score",
         "prompt_key": request.prompt_key,
-        "context_id": teacher_id,
+        "context_id": teacher.id,
         "tokens_key": request.tokens_key,
-        "limit_tokens": limit,
-        "reason": reason,
-        "message": message,
-        "attempts": 1,
+        "limit_tokens": teacher.context_tokens,
+        "reason": error.reason,
+        "message": str(error),
+        "attempts": attempts,
     }

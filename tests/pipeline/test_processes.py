@@ -4,26 +4,22 @@ import os
 import random
 import signal
 import subprocess
-import textwrap
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from kit import ENVIRONMENT, command, last_json, prompts, stillroom, write_jsonl, write_recipe
+from kit import last_json, prompts, stillroom, write_jsonl, write_recipe
+from running import PATIENCE, alive, at_worker_start, committed, contents, ours, start, until
 
 from stillroom.pipeline.binding import teacher_identity
 from stillroom.pipeline.process import StageProcess, end_group, group_members
 from stillroom.pipeline.recipe import load_recipe
 from stillroom.stages.identity import FileHashes
 from stillroom.storage.errors import StillroomError, Stopped
-from stillroom.storage.schema import TABLES
-from stillroom.storage.store import Store
 
 pytestmark = pytest.mark.slow
-PATIENCE = 120.0
 
 
 @pytest.fixture
@@ -46,60 +42,9 @@ def recipe(tmp_path: Path, tiny_llama: Callable[..., Path]) -> Path:
     )
 
 
-def start(recipe: Path, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command("run", recipe, "--json"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ENVIRONMENT | environment,
-        start_new_session=True,
-    )
-
-
-def at_worker_start(folder: Path, code: str) -> str:
-    """Code that every worker runs before its first own line; returns the PYTHONPATH that brings it about."""
-    folder.mkdir()
-    inside = textwrap.indent(textwrap.dedent(code), "    ")
-    (folder / "sitecustomize.py").write_text(f"import os\nif 'STILLROOM_JOB_FD' in os.environ:\n{inside}")
-    return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-
-
 def message_for(folder: Path, stage: str = "score", **more: Any) -> dict[str, Any]:
     message = {"name": stage, "stage": stage, "recipe": {}, "log": str(folder / "log"), "quiet": True}
-    return message | {"train_dirs": {}, "job": {}} | more
-
-
-def workers() -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if "stillroom.pipeline.worker" in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return found
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    """Look again and again; the wait ends with what is waited for, not with time."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {PATIENCE} s for {what}"
-        time.sleep(0.01)
-
-
-def alive(process: psutil.Process) -> bool:
-    """A zombie is dead."""
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-
-
-def ours(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The stages of one runner (other tests may run beside this one)."""
-    try:
-        return [w for w in workers() if w.ppid() == process.pid]
-    except psutil.NoSuchProcess:
-        return []
+    return message | {"train_dirs": {}, "job": {}, "journal": str(folder / "journal")} | more
 
 
 def test_teacher_and_student_never_live_at_the_same_time(recipe: Path, tmp_path: Path) -> None:
@@ -253,20 +198,15 @@ def test_a_model_that_is_not_the_planned_one_is_not_loaded(
         StageProcess(message).finish()
 
 
-def committed(recipe: Path, table: str) -> int:
-    folder = recipe.parent / "store" / "commits" / table
-    return len(list(folder.glob("*.json"))) if folder.is_dir() else 0
-
-
 def progress_of(recipe: Path, stage: str) -> Callable[[], bool]:
     """Whether a stage is somewhere in its middle."""
-    if stage in ("data", "generate", "score"):
-        table = {"data": "prompts", "generate": "generations", "score": "soft_targets"}[stage]
+    if stage in ("generate", "score"):
+        table = {"generate": "generations", "score": "soft_targets"}[stage]
         wanted = random.randint(1, 6)
         return lambda: committed(recipe, table) >= wanted
     if stage == "train":
         return lambda: bool(list((recipe.parent / "run").glob("train-*/checkpoints/step-*")))
-    return (recipe.parent / "run" / "logs" / "evaluate.log").exists
+    return (recipe.parent / "run" / "logs" / f"{stage}.log").exists
 
 
 def kill_in_the_middle(recipe: Path, stage: str) -> None:
@@ -277,18 +217,6 @@ def kill_in_the_middle(recipe: Path, stage: str) -> None:
     os.killpg(runner.pid, signal.SIGKILL)
     runner.communicate()
     until(lambda: not any(alive(w) for w in worker), "its death")
-
-
-def contents(store: Path) -> Iterator[tuple[str, dict[bytes, dict[str, object]]]]:
-    opened = Store.open(store)
-    for table in TABLES:
-        places: dict[str, list[int]] = {}
-        for row in opened.index(table, ["key"]).to_pylist():
-            places.setdefault(row["shard"], []).append(row["row"])
-        rows = list(opened.rows(table, places))
-        assert len({r["key"] for r in rows}) == len(rows)
-        plain = {r["key"]: {k: v.tobytes() if hasattr(v, "tobytes") else v for k, v in r.items()} for r in rows}
-        yield table, plain
 
 
 def test_killed_in_every_stage_the_store_ends_as_if_undisturbed(recipe: Path, tmp_path: Path) -> None:

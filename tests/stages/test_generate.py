@@ -13,16 +13,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from kit import prompts, recipe_tree, write_jsonl
-from tiny_store import SilentProgress
+from tiny_jobs import generation_job
 
-from stillroom.pipeline.binding import bind
-from stillroom.stages import data, generate
+from stillroom.stages import generate
 from stillroom.stages.engine import Completion, Request, choose_engine, open_engine
 from stillroom.stages.engine_vllm import VllmEngine
 from stillroom.stages.identity import FileHashes, Identity, identify
-from stillroom.stages.job import Job, StopFlag
-from stillroom.stages.sections import Generate, Recipe
+from stillroom.stages.job import StopFlag
+from stillroom.stages.sections import Generate
 from stillroom.storage.errors import Stopped, UsageError
 from stillroom.storage.store import Store
 
@@ -222,7 +220,10 @@ def idle_vllm(steps: list[list[object]]) -> tuple[VllmEngine, list[str]]:
     engine = VllmEngine.__new__(VllmEngine)
     engine._llm = SimpleNamespace(
         llm_engine=SimpleNamespace(
-            has_unfinished_requests=lambda: bool(steps), get_num_unfinished_requests=lambda: len(steps), step=step
+            has_unfinished_requests=lambda: bool(steps),
+            get_num_unfinished_requests=lambda: len(steps),
+            step=step,
+            vllm_config=SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=4)),
         )
     )
     return engine, calls
@@ -271,34 +272,9 @@ class SlowStop(StopFlag):
         super().check()
 
 
-def generation_job(tiny_llama: Callable[..., Path], tmp_path: Path, **storage: object) -> tuple[Job, Identity]:
-    """Twelve prompts in the store, three batches of four to do; the model never ends a text."""
-    teacher = tiny_llama("teacher", eos_token_id=None)
-    settings = {"engine": "hf", "temperature": 0.0, "max_tokens": 10, "engine_args": {"batch_size": 4}}
-    tree = recipe_tree(tmp_path, teacher, write_jsonl(tmp_path / "prompts.jsonl", prompts(12)), generate=settings)
-    tree["storage"] = {"dir": str(tmp_path / "store")} | storage
-    recipe = Recipe.model_validate(tree)
-    store = Store.open(tmp_path / "store", create=True)
-    bound = bind(recipe, write=True)
-    author = bound.author
-    assert author is not None
-    store.put_teacher(author.id, author.files_to_keep())
-    job = Job(
-        recipe=recipe,
-        progress=SilentProgress(),
-        stop=StopFlag(),
-        data_id=bound.binding.data_id,
-        teacher_id=author.id,
-        author_id=author.id,
-        context_tokens=author.context_tokens,
-    )
-    data.run(job)
-    return job, author
-
-
 def test_a_signal_does_not_wait_for_a_busy_engine(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
     job, author = generation_job(tiny_llama, tmp_path)
-    stop = SlowStop(tmp_path / "store", last=17)  # two looks before the first step, ten in a batch
+    stop = SlowStop(tmp_path / "store", last=17)  # one look before the first step, ten in a batch
     with pytest.raises(Stopped):
         generate.run(replace(job, stop=stop), author)
     assert len(stop.committed) == 17
@@ -307,9 +283,9 @@ def test_a_signal_does_not_wait_for_a_busy_engine(tiny_llama: Callable[..., Path
 
 
 def test_rows_are_committed_in_time_while_the_engine_is_busy(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
-    job, author = generation_job(tiny_llama, tmp_path, commit_seconds=0.1)
+    job, author = generation_job(tiny_llama, tmp_path, storage={"commit_seconds": 0.1})
     stop = SlowStop(tmp_path / "store", last=1000)
     result = generate.run(replace(job, stop=stop), author)
     assert result.rows == 12
-    assert len(stop.committed) == 2 + 3 * 10
-    assert stop.committed[21] == 4  # the end of the second batch: the first was committed on the way
+    assert len(stop.committed) == 1 + 3 * 10
+    assert stop.committed[20] == 4  # the end of the second batch: the first was committed on the way

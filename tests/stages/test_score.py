@@ -1,6 +1,7 @@
 """Stage score: what is stored is the teacher's own distribution at the right positions, whatever the batch."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,20 +116,40 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(
     assert store.index("rejects", ["reason"])["reason"].to_pylist() == ["out_of_memory"]
 
 
+def test_rows_on_which_the_teacher_is_not_a_number_are_rejected(
+    tmp_path: Path, tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stillroom.stages import targets
+
+    whole, broken = targets.soft_targets, list[list[int]]()
+
+    def overflowing(states: Any, head: Any, following: torch.Tensor, **kind: Any) -> SoftTargets:
+        """Every text with the completion that is scored first: three or four of the twenty."""
+        found = whole(states, head, following, **kind)
+        broken[:] = broken or [following.tolist()]
+        return replace(found, entropy=found.entropy * np.nan) if following.tolist() in broken else found
+
+    monkeypatch.setattr(targets, "soft_targets", overflowing)
+    store, result, _ = scored(tmp_path, tiny_llama(), score={"k": 4, "batch_tokens": 64})
+    assert result.rejected in (3, 4)
+    assert result.rows == 20 - result.rejected
+    for reject in store.index("rejects", ["reason", "message"]).to_pylist():
+        assert (reject["reason"], reject["message"]) == ("engine", "FloatingPointError: the teacher's numbers are NaN")
+
+
 @pytest.mark.parametrize("budget", [32, 100, 10_000])
 def test_batches_hold_one_kind_within_the_budget_and_every_row_once(budget: int) -> None:
     made = np.random.default_rng(0)
     requests = [
         TargetRequest(
-            bytes([i]) * 16,
-            b"",
-            b"",
-            b"",
-            np.zeros(made.integers(2, 30), np.int32),
-            1,
-            made.choice(["topk", "full"]),
-            4,
-            "train",
+            reuse_key=bytes([i]) * 16,
+            tokens_key=b"",
+            generation_key=b"",
+            prompt_key=b"",
+            token_ids=np.zeros(made.integers(2, 30), np.int32),
+            span_start=1,
+            kind=made.choice(["topk", "full"]),
+            k=4,
         )
         for i in range(60)
     ]

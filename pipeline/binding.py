@@ -68,7 +68,9 @@ def write_down(recipe: Recipe, binding: Binding) -> None:
 
 
 def _next(files: Files, folder: str) -> str:
-    return f"{folder}/{len(files.names(folder)):08d}.json"
+    newest = files.names(folder)[-1:]  # not how many there are: one may have been lost
+    number = int(newest[0].removesuffix(".json")) + 1 if newest else 0
+    return f"{folder}/{number:08d}.json"
 
 
 def teacher_identity(recipe: Recipe, hashes: FileHashes, *, download: bool) -> Identity:

@@ -64,6 +64,6 @@ def _pinned_prompts(books: Books, binding: Binding, table: TableName) -> pa.Arra
             f"train.snapshot: {snapshot.id} holds {snapshot.table} of teacher {teacher}; this recipe trains on {table} "
             f"of {binding.teacher_id}. Name a snapshot of this teacher, or leave it out."
         )
-    places = {shard.sha256: shard.rows for shard in snapshot.shards}
-    prompts = {row["prompt_key"] for row in books.store.rows(table, places, ["prompt_key"])}
-    return pa.array(sorted(prompts), pa.binary(16))
+    shards = ((books.store.shard(table, shard.sha256), shard.rows) for shard in snapshot.shards)
+    keys = [file.read_all(["prompt_key"])["prompt_key"].take(pa.array(rows)) for file, rows in shards]
+    return pc.unique(pa.chunked_array([chunk for key in keys for chunk in key.chunks], pa.binary(16)))

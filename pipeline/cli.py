@@ -248,7 +248,13 @@ def vacuum(
     older_than_hours: Annotated[
         float, typer.Option(min=0.0, help="Keep younger files, by the store's own clock: somebody may be writing them.")
     ] = 24.0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would go; remove nothing.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="List what would go; remove nothing. (A file is written for a moment, to read the store's clock.)",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Delete what no record and no snapshot names: temporary files, orphaned and withdrawn shards, old claims.

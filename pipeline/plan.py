@@ -184,7 +184,7 @@ def _line(name: str, ledger: Ledger, *, upstream: bool = True) -> StagePlan:
         tokens=ledger.tokens,
         tokens_to_do=ledger.tokens_to_do,
         bytes_to_do=ledger.bytes_to_do,
-        why=why if upstream else ", ".join(part for part in (why, "more after the text") if part),
+        why=why if upstream else ", ".join(part for part in (why, "more after the stages before it") if part),
     )
 
 

@@ -21,7 +21,7 @@ def verify_lines(report: Report) -> list[str]:
     lines += [f"PROBLEM {_problem(p)}" for p in report.problems]
     if report.ok:
         return [*lines, "the store is whole"]
-    return [*lines, f"{len(report.problems)} problems. `stillroom repair` withdraws what is damaged; then run again."]
+    return [*lines, f"{_problems(report.problems)}. `stillroom repair` withdraws what is damaged; then run again."]
 
 
 def verify_json(report: Report) -> dict[str, Any]:
@@ -46,9 +46,11 @@ def repair_lines(done: Repaired, *, retry: Sequence[str] = ()) -> list[str]:
     lines += [f"no rejects have the reason {reason}" for reason in retry if reason not in done.retried]
     lines += [f"LEFT      {_problem(problem)}" for problem in done.left]
     if done.left:
-        return [*lines, f"{len(done.left)} problems cannot be repaired: {_WHY_LEFT}"]
+        lines.append(f"{_problems(done.left)} cannot be repaired: {_WHY_LEFT}")
     changed = done.withdrawn or done.removed or done.rewritten
-    return [*lines, "run the recipe again: it makes what is missing" if changed else "nothing to repair"]
+    if changed:
+        lines.append("run the recipe again: it makes what is missing")
+    return lines if changed or done.left else [*lines, "nothing to repair"]
 
 
 _WHY_LEFT = (
@@ -77,6 +79,10 @@ def vacuum_lines(done: Vacuumed, *, dry_run: bool) -> list[str]:
 def vacuum_json(done: Vacuumed, *, dry_run: bool) -> dict[str, Any]:
     """What `vacuum` removed, for programs."""
     return {"dry_run": dry_run, "bytes": done.bytes, **asdict(done)}
+
+
+def _problems(problems: Sequence[Problem]) -> str:
+    return "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
 
 
 def _problem(problem: Problem) -> str:

@@ -74,7 +74,11 @@ class Claims:
         return blocks[start:] + blocks[:start]
 
     def _counts(self) -> Counter[int]:
-        return Counter(int(name.split(".")[0]) for name in self._files.names(self._folder))
+        counts = Counter[int]()
+        for name in self._files.names(self._folder):  # old claims may have been vacuumed: the highest number counts
+            block, number = name.split(".")[:2]
+            counts[int(block)] = max(counts[int(block)], int(number) + 1)
+        return counts
 
     def _claim(self, block: int, number: int) -> bool:
         who = {"worker": self._worker, "host": socket.gethostname(), "process": os.getpid()}

@@ -61,9 +61,11 @@ class SnapshotDataset(IterableDataset[Any]):
             )
         self._samples, self._global_batch, self._collate = samples, global_batch, collate
         self._batches = 0
+        self._iterated = False
 
     def __iter__(self) -> Iterator[Any]:
         """Batches from the state on. Without workers the state goes along with what is handed out."""
+        self._iterated = True
         worker = get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         part = self._global_batch // self._ranks
@@ -88,10 +90,11 @@ class SnapshotDataset(IterableDataset[Any]):
 
     def state_dict(self) -> dict[str, Any]:
         """The state after what this object handed out itself: without workers only. Everywhere else use `state_at`."""
-        if get_worker_info() is not None:
+        if get_worker_info() is not None or not self._iterated:
             raise UsageError(
-                "SnapshotDataset.state_dict: a worker does not know what was consumed. Take `state_at(batches)` of the "
-                "dataset in the training process, with the number of global batches consumed there."
+                "SnapshotDataset.state_dict: this object handed nothing out itself, or it is a worker's, which does "
+                "not know what was consumed. Take `state_at(batches)` of the dataset in the training process, with the "
+                "number of global batches consumed there."
             )
         return self.state_at(self._batches)
 

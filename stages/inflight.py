@@ -18,6 +18,7 @@ beside it.
 """
 
 import os
+import re
 import socket
 import uuid
 from collections import Counter
@@ -31,6 +32,7 @@ from ..storage.files import explained
 from .engine import EngineDied
 from .locks import try_lock
 
+_LINE = re.compile(r"[+*-][0-9a-f]{32}|!")
 PROOF = 2  # weight of deaths, see above
 
 
@@ -90,14 +92,16 @@ def read_journal(path: Path) -> Flight:
     """The state at the end of a journal; one that is not there says nothing."""
     rows: dict[bytes, bool] = {}
     marks = Counter[str]()
-    lines = path.read_text().splitlines() if path.is_file() else []
-    for line in lines:
-        mark, key = line[:1], line[1:]
+    data = path.read_bytes() if path.is_file() else b""
+    for line in data.decode(errors="replace").splitlines():
+        if not _LINE.fullmatch(line):  # for people, or torn by a power cut
+            continue
+        mark, key = line[0], bytes.fromhex(line[1:])
         marks[mark] += 1
         if mark in ("+", "*"):
-            rows[bytes.fromhex(key)] = mark == "*"
+            rows[key] = mark == "*"
         elif mark == "-":
-            rows.pop(bytes.fromhex(key), None)
+            rows.pop(key, None)
     return Flight(rows=frozenset(rows), alone=all(rows.values()), came_back=marks["-"], seen="!" in marks)
 
 

@@ -7,12 +7,10 @@ position: prompts that are reordered, extended or repeated find their rows, and 
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from ..storage.commits import numbers
 from ..storage.index import Index, as_uuid
@@ -71,12 +69,10 @@ class Pending(Generic[T]):
     def __init__(self, rows: pa.Table, planned: int, make: Callable[[pa.Table], list[T]]) -> None:
         """`rows` have a `number`, their place among the `planned` requests."""
         size = max(8, min(512, planned // 64))  # small jobs are cut small, so that workers can share them
-        block = pc.cast(pc.floor(pc.divide(pc.cast(rows["number"], pa.float64()), size)), pa.int64())
-        self._rows = rows.append_column("block", block).sort_by("number")
-        self._make = make
-        counts = sorted(Counter(self._rows["block"].to_pylist()).items())
-        starts = accumulate((count for _, count in counts), initial=0)
-        self._slices = {block: (start, count) for (block, count), start in zip(counts, starts, strict=False)}
+        self._rows, self._make = rows.sort_by("number"), make
+        of = self._rows["number"].to_numpy() // size
+        blocks, starts, counts = np.unique(of, return_index=True, return_counts=True)
+        self._slices = {b: (s, n) for b, s, n in zip(blocks.tolist(), starts.tolist(), counts.tolist(), strict=True)}
 
     def __len__(self) -> int:
         return self._rows.num_rows
@@ -100,15 +96,15 @@ class Books:
     ) -> None:
         """`surveyed`: what the source holds, where it was not recorded under `data_id` yet. `write`: keep segments."""
         self.store, self.recipe = store, recipe
-        self.index = Index(store, write=write)
         recorded = read_inputs(store.files, data_id)
+        self.index = Index(store, write=write)
         if surveyed is not None:
             count = pa.array(np.arange(surveyed.num_rows, dtype=np.int64))
             self.index.register("surveyed", surveyed.append_column("file_row_number", count))
             source = "surveyed"
         else:
             assert recorded is not None, "the data stage comes first"
-            source = self.index.parquet(store.files, recorded.shard.name)
+            source = self.index.parquet(store.files, recorded.shard)
         self.index.execute(
             f"CREATE VIEW inputs AS SELECT {as_uuid('key')}, {as_uuid('prompt_key')}, windows, first, "
             f"split = 'test' AS held_out, file_row_number AS number FROM {source}"

@@ -6,7 +6,8 @@ from typing import Any
 import pyarrow as pa
 
 from ..storage.catalog import query
-from ..storage.errors import UsageError
+from ..storage.errors import IntegrityError, UsageError
+from ..storage.shard import REPAIR
 from .ledger import Books, Ledger, Pending, different
 from .requests import TargetRequest, reference_kind, target_bytes, target_key
 
@@ -183,6 +184,9 @@ def _best(kind: str, k: int, mantissa_bits: int) -> str:
 
 
 def _where(books: Books, condition: str) -> pa.Table:
+    for commit in books.index.commits["generations"].values():  # DuckDB would read a flipped bit without a word
+        if books.store.files.sha256(commit.shard.name) != commit.shard.sha256:
+            raise IntegrityError(f"{commit.shard.name}: the file is damaged (its sha256 is another one). {REPAIR}")
     try:
         return query(books.store, f"SELECT key FROM generations WHERE {condition}")
     except UsageError as error:

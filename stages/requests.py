@@ -62,7 +62,7 @@ _ONLY_SPEED = {
     "enable_prefix_caching",
     "enforce_eager",
     "gpu_memory_utilization",
-    "max_model_len",  # has rules of its own: see `serves`
+    "max_model_len",  # has rules of its own: see `author_context`
     "max_num_batched_tokens",
     "max_num_seqs",
     "pipeline_parallel_size",

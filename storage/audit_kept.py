@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from .audit import Problem, shard_problems
-from .errors import IntegrityError, StillroomError
+from .errors import IntegrityError
 from .files import Files
 from .inputs import INPUTS_SCHEMA, inputs_name, read_inputs
 from .keys import content_id, unseal
@@ -121,7 +121,7 @@ def _snapshot_problems(store: Store, seen: Seen) -> Iterator[Problem]:
         seen.named.add(name)
         try:
             snapshot = load_snapshot(store, file.removesuffix(".json"))
-        except (StillroomError, KeyError, TypeError, ValueError) as error:
+        except (IntegrityError, KeyError, TypeError, ValueError) as error:
             yield Problem(name, None, None, str(error), (name,))
             continue
         for shard in snapshot.shards:

@@ -1,6 +1,7 @@
 """The index: what a plan asks of every committed row, as DuckDB views over segments and the newest commits."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -9,9 +10,11 @@ import duckdb
 import pyarrow as pa
 
 from .commits import Commit
-from .files import Files
+from .errors import IntegrityError, StillroomError
+from .files import Files, file_sha256
 from .schema import KEY, TABLES, TableName
 from .segments import Segments, complete, read_columns, segment_schema
+from .shard import REPAIR, ShardInfo
 from .store import Store
 
 MEMORY = "800MB"
@@ -51,21 +54,34 @@ class Index:
         """Make a table known under a name."""
         self._connection.register(name, table)
 
-    def parquet(self, files: Files, name: str) -> str:
-        """A FROM clause that reads a Parquet file of the store."""
-        return f"read_parquet('{_quoted(files.local(name))}', file_row_number = true)"
+    def parquet(self, files: Files, shard: ShardInfo) -> str:
+        """A FROM clause that reads a file of the store, its sha256 verified: DuckDB checks no page.
+
+        Raises:
+            IntegrityError: the file is missing or damaged.
+        """
+        try:
+            whole = file_sha256(files.local(shard.name)) == shard.sha256
+        except FileNotFoundError:
+            whole = False
+        if not whole:
+            raise IntegrityError(f"{shard.name}: the file is missing or damaged (its sha256 is another one). {REPAIR}")
+        return f"read_parquet('{_quoted(files.local(shard.name))}', file_row_number = true)"
 
     def execute(self, sql: str) -> None:
         """Run a statement."""
-        self._connection.execute(sql)
+        with _explained():
+            self._connection.execute(sql)
 
     def table(self, sql: str) -> pa.Table:
         """All rows of a query."""
-        return self._connection.sql(sql).to_arrow_table()
+        with _explained():
+            return self._connection.sql(sql).to_arrow_table()
 
     def rows(self, sql: str) -> list[tuple[Any, ...]]:
         """All rows of a small query."""
-        return self._connection.execute(sql).fetchall()
+        with _explained():
+            return self._connection.execute(sql).fetchall()
 
     def _view(self, files: Files, table: TableName, commits: Sequence[Commit], *, write: bool) -> None:
         known = Segments(files, table)
@@ -84,6 +100,14 @@ class Index:
             paths = ", ".join(f"'{_quoted(files.local(name))}'" for name in segments)
             select += f" UNION ALL SELECT {columns} FROM read_parquet([{paths}])"
         self.execute(f"CREATE VIEW {table} AS {select}")
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
+        raise StillroomError(f"plan: {error}. Free memory and disk space, and run the same command again.") from error
 
 
 def as_uuid(column: str) -> str:

@@ -55,7 +55,8 @@ def repair(store: Store, *, retry: Collection[str] = ()) -> Repaired:
 
     Args:
         store: The store.
-        retry: Reasons of rejects; commits of rejects with one of them are withdrawn too, so that they are tried again.
+        retry: Reasons of rejects of generate and score: commits of rejects with one of them are withdrawn too, with all
+            rejects that they hold, so that these are tried again.
     """
     problems = verify(store).problems
     reasons: dict[str, str] = {}
@@ -97,7 +98,8 @@ def _retry(store: Store, reasons: set[str], withdrawn: list[Withdrawn]) -> Count
     """Withdraw the commits that hold rejects with these reasons; returns the rejects withdrawn, by reason."""
     counted: Counter[str] = Counter()
     for commit, found in _rejects(store):
-        if not reasons & found.keys():
+        # What the data stage rejected is read again only where the recipe's data change.
+        if commit.stage == "data" or not reasons & found.keys():
             continue
         if store.retire(commit, reason=f"to be tried again: {', '.join(sorted(reasons & found.keys()))}"):
             withdrawn.append(Withdrawn(record_name("rejects", commit.seq), commit.shard.rows, "to be tried again"))

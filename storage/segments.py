@@ -67,15 +67,20 @@ class Segments:
     def __init__(self, files: Files, table: TableName) -> None:
         self._files, self._table = files, table
         self._folder = f"cache/index/{table}"
-        self._names = {name.split("-")[0]: name for name in files.names(self._folder)}
+        self._names: dict[str, list[str]] = {}
+        for name in files.names(self._folder):
+            self._names.setdefault(name.split("-")[0], []).append(name)
 
     def find(self, commits: Sequence[Commit]) -> str | None:
         """The file of these commits' segment; None if there is none, or none that is whole."""
-        name = f"{self._folder}/{self._names.get(self._id(commits))}"
-        if self._id(commits) not in self._names:
-            return None
-        whole = file_sha256(self._files.local(name))[:32] == name.split("-")[1][:32]
-        return name if whole else None
+        names = (f"{self._folder}/{name}" for name in self._names.get(self._id(commits), ()))
+        return next((name for name in names if self._is_whole(name)), None)
+
+    def _is_whole(self, name: str) -> bool:
+        try:
+            return file_sha256(self._files.local(name))[:32] == name.split("-")[1][:32]
+        except FileNotFoundError:  # vacuumed meanwhile
+            return False
 
     def put(self, commits: Sequence[Commit]) -> str:
         """Make a segment; returns its name."""

@@ -24,7 +24,7 @@ ROW_GROUP_BYTES = 24 << 20
 """Decoded size at which a row group ends; a larger row has a group of its own."""
 METADATA_KEY = b"stillroom"
 _DAMAGED = (OSError, pa.ArrowException, ValueError)
-_REPAIR = "`stillroom verify` lists what is damaged, `stillroom repair` withdraws it, and the next run makes it again."
+REPAIR = "`stillroom verify` lists what is damaged, `stillroom repair` withdraws it, and the next run makes it again."
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +124,9 @@ class ShardFile:
             remote = not isinstance(source, str)
             self._file = pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=remote)
         except FileNotFoundError as error:
-            raise IntegrityError(f"{name}: the file is missing. {_REPAIR}") from error
+            raise IntegrityError(f"{name}: the file is missing. {REPAIR}") from error
         except _DAMAGED as error:
-            raise IntegrityError(f"{name}: not a readable Parquet file ({error}). {_REPAIR}") from error
+            raise IntegrityError(f"{name}: not a readable Parquet file ({error}). {REPAIR}") from error
         metadata = self._file.metadata
         self.rows_per_group = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
         self.starts = np.concatenate([[0], np.cumsum(self.rows_per_group, dtype=np.int64)])
@@ -137,17 +137,17 @@ class ShardFile:
             about = json.loads(self.schema.metadata[METADATA_KEY])
             version, table = about["format_version"], about["table"]
         except (TypeError, KeyError, ValueError) as error:
-            raise IntegrityError(f"{self.name}: not a shard (no `stillroom` metadata). {_REPAIR}") from error
+            raise IntegrityError(f"{self.name}: not a shard (no `stillroom` metadata). {REPAIR}") from error
         if version != FORMAT_VERSION:
             raise IntegrityError(
                 f"{self.name}: format version {version}, this Stillroom reads {FORMAT_VERSION}. "
                 "Use the version of Stillroom that wrote the store."
             )
         if not self.name.startswith(f"{shard_folder(table)}/"):
-            raise IntegrityError(f"{self.name}: holds {table}, which do not belong in this folder. {_REPAIR}")
+            raise IntegrityError(f"{self.name}: holds {table}, which do not belong in this folder. {REPAIR}")
         expected = SCHEMAS.get(table)
         if expected is not None and not self.schema.equals(expected):
-            raise IntegrityError(f"{self.name}: the columns are not those of {table}. {_REPAIR}")
+            raise IntegrityError(f"{self.name}: the columns are not those of {table}. {REPAIR}")
         return about
 
     @property
@@ -169,7 +169,7 @@ class ShardFile:
             return self._read_group(group, names, threads=threads)
         except _DAMAGED as error:
             column, cause = self._damaged_column(group, names, error)
-            raise IntegrityError(f"{self.name}: {column}row group {group} is damaged ({cause}). {_REPAIR}") from error
+            raise IntegrityError(f"{self.name}: {column}row group {group} is damaged ({cause}). {REPAIR}") from error
 
     def read_all(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Every row, page checksums verified."""
@@ -203,7 +203,7 @@ class ShardFile:
     def group_of(self, row: int) -> int:
         """The row group that holds a row."""
         if not 0 <= row < self.rows:
-            raise IntegrityError(f"{self.name}: row {row} was asked for, the shard has {self.rows}. {_REPAIR}")
+            raise IntegrityError(f"{self.name}: row {row} was asked for, the shard has {self.rows}. {REPAIR}")
         return int(np.searchsorted(self.starts, row, side="right")) - 1
 
     def take(self, rows: Sequence[int] | np.ndarray, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:

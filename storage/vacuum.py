@@ -56,7 +56,12 @@ def vacuum(store: Store, *, older_than_hours: float = HOURS, dry_run: bool = Fal
     listed = list(files.walk())
     named = _named(store, {name for name, _, changed in listed if name.startswith("retired/") and changed > latest})
     useless = [item for item in listed if _is_useless(item[0], named)]
-    old = {name: size for name, size, changed in useless if changed <= latest}
+    at_work = {name.rpartition("/")[0] for name, _, changed in listed if changed > latest}
+    old = {
+        name: size
+        for name, size, changed in useless
+        if changed <= latest and not (name.startswith("claims/") and name.rpartition("/")[0] in at_work)
+    }
     if not dry_run:
         for name in old:
             files.remove(name)

@@ -113,3 +113,13 @@ def test_nothing_to_do_is_nothing_to_claim(tmp_path: Path) -> None:
     assert not list(Claims(LocalFiles(tmp_path), "score").blocks([], look=lambda _: None, left=lambda _: [1]))
     assert not list(Claims(LocalFiles(tmp_path), "score").blocks([3, 4], look=lambda _: None, left=lambda _: []))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_claim_that_is_gone_leaves_no_hole_to_fall_into(tmp_path: Path) -> None:
+    files, table = LocalFiles(tmp_path), Table(2)
+    list(table.worker(files))
+    table.done.clear()
+    for first in tmp_path.glob("claims/**/*.0.json"):
+        first.rename(first.with_name(first.name.replace(".0.", ".3.")))
+    assert len(list(table.worker(files))) == table.rows
+    assert {path.name for path in tmp_path.glob("claims/**/*.4.json")} == {"00000000.4.json", "00000001.4.json"}

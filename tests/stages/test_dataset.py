@@ -140,6 +140,13 @@ def test_the_state_is_not_asked_of_a_worker(samples, monkeypatch):
         dataset.state_dict()
 
 
+def test_the_state_is_not_asked_of_an_object_whose_workers_read(samples):
+    dataset = SnapshotDataset(samples, global_batch=B)
+    next(iter(DataLoader(dataset, batch_size=None, num_workers=1)))
+    with pytest.raises(UsageError, match="state_at"):
+        dataset.state_dict()
+
+
 def test_a_resumed_dataset_opens_the_files_of_its_batch_only(samples, monkeypatch):
     opened = []
     real = LocalFiles.source

@@ -123,3 +123,11 @@ def test_the_second_waits_for_the_first_and_can_be_stopped(tmp_path: Path) -> No
     assert f"process {os.getpid()} on " in said[0]
     with only_one(path, waiting=said.append, look=look):
         assert len(said) == 1
+
+
+def test_lines_torn_by_a_power_cut_say_nothing(tmp_path: Path) -> None:
+    path = death(tmp_path, A)
+    with path.open("ab") as file:
+        file.write(b"+" + B.hex().encode()[:7] + b"\n\xff\x00\n*\n")
+    assert read_journal(path).rows == {A}
+    assert find_suspects(tmp_path, "generate").alone == {A}

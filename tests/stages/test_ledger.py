@@ -14,6 +14,7 @@ from stillroom.stages.ledger_targets import choose_generations, pending_targets,
 from stillroom.stages.requests import generation_key, sampling_id, sampling_settings, tokens_key
 from stillroom.stages.sections import Recipe
 from stillroom.storage import segments
+from stillroom.storage.errors import IntegrityError
 from stillroom.storage.index import Index
 from stillroom.storage.keys import content_key
 from stillroom.storage.store import CommitLimits, Store
@@ -395,3 +396,43 @@ def test_a_segment_is_used_only_for_the_commits_it_was_made_from(
         names, expected = [*names, "p8"], 9
     ledger, _ = generate_books(Store.open(tmp_path), r, names)
     assert ledger.committed == expected
+
+
+def test_of_two_files_of_one_segment_the_sound_one_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segments, "SEGMENT", 2)
+    store, r = Store.open(tmp_path, create=True), recipe(tmp_path)
+    write(store, r, [generation(r, n, 0, tokens=5) for n in "pqrs"], commit_rows=2)
+    Index(store, write=True).close()
+    (file,) = (tmp_path / "cache/index/generations").iterdir()
+    for digest in ("0" * 32, "f" * 32):
+        file.with_name(f"{file.name.split('-')[0]}-{digest}.parquet").write_bytes(b"damaged")
+    found = segments.Segments(store.files, "generations").find(store.commits("generations"))
+    assert found == f"cache/index/generations/{file.name}"
+
+
+@pytest.mark.parametrize("damage", ["flipped", "missing"])
+def test_a_damaged_list_of_inputs_stops_the_plan(tmp_path: Path, damage: str) -> None:
+    store, r = Store.open(tmp_path, create=True), recipe(tmp_path)
+    store.put_inputs("d", inputs(["p", "q"]), {})
+    (file,) = tmp_path.glob("data/inputs/*/*.parquet")
+    data = bytearray(file.read_bytes())
+    data[random.randrange(len(data))] ^= 1
+    file.write_bytes(data)
+    if damage == "missing":
+        file.unlink()
+    with pytest.raises(IntegrityError, match="missing or damaged"):
+        Books(Store.open(tmp_path), r, data_id="d")
+
+
+def test_a_condition_is_not_asked_of_damaged_rows(tmp_path: Path) -> None:
+    store = Store.open(tmp_path, create=True)
+    r = recipe(tmp_path, generate={"samples": 1}, select={"where": "text = ''"})
+    write(store, r, [generation(r, "p", 0, tokens=3)])
+    (file,) = tmp_path.glob("data/generations/*/*.parquet")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 3] ^= 1
+    with books_of(store, r, ["p"]) as books:
+        generation_ledger(books, author_id=AUTHOR, context_tokens=CONTEXT)
+        file.write_bytes(data)
+        with pytest.raises(IntegrityError, match="damaged"):
+            choose_generations(books, author_id=AUTHOR)

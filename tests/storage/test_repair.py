@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from stillroom.storage.commits import read_commit, record_name, retire
-from stillroom.storage.errors import IntegrityError
+from stillroom.storage.errors import IntegrityError, StillroomError
 from stillroom.storage.files import LocalFiles
 from stillroom.storage.inputs import INPUTS_SCHEMA
 from stillroom.storage.keys import canonical_json, content_id, content_key, seal, unseal
@@ -201,6 +201,39 @@ def test_rejects_are_tried_again_by_reason(store):
     assert done.retried == {"engine": 2, "too_long": 1, "out_of_memory": 1}
     assert [commit.seq for commit in store.commits("rejects")] == [0]
     assert (repair(store, retry=["engine"]).retried, verify(store).ok) == ({}, True)
+
+
+def test_what_the_data_stage_rejected_stays(store):
+    """Its inputs record makes it done: nothing would try them again."""
+    row = {"key": content_key("r"), "stage": "data", "reason": "too_long", "message": "", "attempts": 1}
+    with store.writer("rejects", about={"stage": "data"}) as writer:
+        writer.add(row)
+    assert repair(store, retry=["too_long"]).retried == {}
+    assert len(store.commits("rejects")) == 1
+
+
+@pytest.mark.parametrize("folder", ["snapshots", "inputs", "commits", "data"])
+def test_a_read_that_fails_is_no_damage(filled, folder):
+    """A disk or a network that fails for a moment must not make repair remove or withdraw anything."""
+    save_snapshot(filled, make_snapshot(filled, "soft_targets", {}, {}))
+    columns = {"key": [b"k" * 16], "prompt_key": [b"p" * 16], "split": ["train"], "windows": [1], "first": [True]}
+    filled.put_inputs("d", pa.table(columns).cast(INPUTS_SCHEMA), {})
+    before = sorted(filled.files.walk())
+
+    class Failing(LocalFiles):
+        def read(self, name):
+            return self._fail(name) or super().read(name)
+
+        def sha256(self, name):
+            return self._fail(name) or super().sha256(name)
+
+        def _fail(self, name):
+            if name.startswith(folder):
+                raise StillroomError(f"{name}: the disk reported an input/output error")
+
+    with pytest.raises(StillroomError, match="input/output"):
+        repair(Store.from_files(Failing(filled.root)))
+    assert sorted(filled.files.walk()) == before
 
 
 class Baton:

@@ -160,3 +160,13 @@ def test_a_writer_between_shard_and_record_is_not_robbed(store, samples):
             writer.add(samples.target_row(index))
     assert verify(store).problems == []
     assert verify(store).tables["soft_targets"].rows == 8
+
+
+def test_claims_of_a_stage_at_work_stay_whole(filled):
+    """Workers number their claims by those that are there."""
+    litter(filled)
+    age(filled.files, 25)
+    filled.files.put_if_absent("claims/score/work/00000001.1.json", b"{}")
+    assert "claims/score/work/00000001.0.json" not in vacuum(filled).files
+    age(filled.files, 25)
+    assert "claims/score/work/00000001.0.json" in vacuum(filled).files

@@ -129,7 +129,6 @@ def parquet_options(table: TableName) -> dict[str, Any]:
         "compression_level": 1,
         "use_dictionary": sorted(leaves - set(encoding)),
         "column_encoding": encoding,
-        "write_statistics": sorted(leaf for leaf in leaves if "." not in leaf),  # of lists nobody asks them
         "write_page_checksum": True,
         "write_page_index": True,
     }

@@ -23,7 +23,7 @@ def age(files, hours, folder=""):
 def litter(store):
     """Files that nothing names."""
     names = ["data/soft_targets/.tmp-1", "data/soft_targets/ab/orphan.parquet", "commits/rejects/.tmp-2"]
-    names += ["claims/score/work/00000001.0.json", "cache/index/prompts/x-y.parquet", ".probe-1"]
+    names += ["claims/score/abc/00000001.0.json", "cache/index/prompts/x-y.parquet", ".probe-1"]
     for name in names:
         store.files.path(name).parent.mkdir(parents=True, exist_ok=True)
         store.files.path(name).write_bytes(b"12")
@@ -166,7 +166,7 @@ def test_claims_of_a_stage_at_work_stay_whole(filled):
     """Workers number their claims by those that are there."""
     litter(filled)
     age(filled.files, 25)
-    filled.files.put_if_absent("claims/score/work/00000001.1.json", b"{}")
-    assert "claims/score/work/00000001.0.json" not in vacuum(filled).files
+    filled.files.put_if_absent("claims/score/abc/00000001.1.json", b"{}")
+    assert "claims/score/abc/00000001.0.json" not in vacuum(filled).files
     age(filled.files, 25)
-    assert "claims/score/work/00000001.0.json" in vacuum(filled).files
+    assert "claims/score/abc/00000001.0.json" in vacuum(filled).files

@@ -64,12 +64,14 @@ def commits(store: Path) -> list[tuple[float, str, int]]:
 
 
 def rate(store: Path) -> tuple[float, dict[str, int]]:
-    """Rows per second once every writer has committed; rows of each writer."""
+    """Rows per second once every writer has committed (where none did after that: over all); rows of each writer."""
     done = sorted(commits(store))
     shares: dict[str, int] = {}
     for _, writer, rows in done:
         shares[writer] = shares.get(writer, 0) + rows
     began = max(min(t for t, w, _ in done if w == writer) for writer in shares)
+    if began == done[-1][0]:
+        began = done[0][0]
     return sum(rows for t, _, rows in done if t > began) / (done[-1][0] - began), shares
 
 

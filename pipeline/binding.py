@@ -24,6 +24,7 @@ class Binding:
     author_id: str
     data_id: str
     vocab_size: int
+    """Of the teacher; where texts are classified, how many classes it has."""
     context_tokens: int
     author_context_tokens: int
 
@@ -106,11 +107,11 @@ def student_id(recipe: Recipe, *, write: bool) -> str | None:
     return identify(folder, dtype="auto", hashes=hashes, field="student.model").id
 
 
-def find_adapter(adapter: str) -> Path:
+def find_adapter(adapter: str, *, field: str = "teacher.adapter") -> Path:
     """The folder of a LoRA adapter."""
     folder = Path(adapter).expanduser()
     if not (folder / "adapter_config.json").is_file():
-        raise UsageError(f"teacher.adapter: {adapter} holds no adapter_config.json. Name a PEFT adapter's folder.")
+        raise UsageError(f"{field}: {adapter} holds no adapter_config.json. Name a PEFT adapter's folder.")
     return folder
 
 
@@ -122,7 +123,7 @@ def _bind_here(recipe: Recipe, *, write: bool) -> Bound:
         teacher_id=teacher.id,
         author_id=given_author_id(recipe, teacher) if given_text(recipe) else author.id,
         data_id=inputs_id(recipe, teacher, hashes),
-        vocab_size=teacher.vocab_size,
+        vocab_size=teacher.outcomes(recipe.run.task),
         context_tokens=teacher.context_tokens,
         author_context_tokens=author_context(recipe.generate, author.context_tokens),
     )

@@ -3,20 +3,21 @@
 from typing import Any
 
 from ..stages.sections import COLUMNS, Data, Recipe, Score
+from .loss_checks import check_loss
 
 # Named by the recipe, done by no stage yet: refused by name, never ignored.
 NOT_YET: tuple[tuple[str, tuple[Any, ...]], ...] = (
-    ("run.task", ("classification",)),
-    ("data.format", ("labelled",)),
     ("generate.engine", ("openai",)),
     ("score.engine", ("vllm",)),
-    ("score.targets", ("topp", "sampled", "full")),
-    ("loss.divergence", ("jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation", "alpha_beta", "adaptive_kl")),
-    ("loss.tail", ("drop", "renormalize", "to_label")),
 )
 
-# Fields of `score` that mean something for one kind of targets only.
-_ONLY_FOR = {"p": "topp", "k_min": "topp", "rounds": "sampled", "draw": "sampled"}
+# Fields of `score` that mean something for some kinds of targets only.
+_ONLY_FOR = {"k": "'topk' and 'topp'"} | dict.fromkeys(("p", "k_min"), "'topp'")
+_ONLY_FOR |= dict.fromkeys(("rounds", "draw", "proposal"), "'sampled'")
+
+
+# Settings for text that is continued; a text that is classified is read as a whole, in a row of its own.
+_ONLY_TEXT = ("generate", "evaluate.generate", "data.window_tokens", "data.chat_template_kwargs", "train.row_tokens")
 
 
 def lookup(recipe: Recipe, path: str) -> Any:
@@ -34,22 +35,40 @@ def check_together(recipe: Recipe) -> list[tuple[str, str]]:
         for path, values in NOT_YET
         if lookup(recipe, path) in values
     ]
-    errors += _unknown_columns(recipe.data) + (_idle_fields(recipe.score) if recipe.score else [])
+    errors += _unknown_columns(recipe.data) + (_targets(recipe.score) if recipe.score else [])
     kind = recipe.data.format
     if kind in ("text", "completion") and recipe.generate is not None:
         errors.append(("generate", f"format {kind!r} brings its own text. Remove this section, or use format 'prompt'"))
+    errors += _classification(recipe)
     if kind == "prompt" and recipe.generate is None:
         errors.append(("generate", f"missing: format {kind!r} has prompts only. Add a `generate` section"))
-    if recipe.loss.temperature != 1.0:
-        errors.append(("loss.temperature", f"{recipe.loss.temperature} is planned but no stage does it yet. Use 1.0"))
-    if recipe.score is not None and list(recipe.score.temperatures) != [1.0]:
-        errors.append(
-            ("score.temperatures", f"{recipe.score.temperatures} is planned but no stage does it yet. Use [1.0]")
-        )
     if recipe.storage.sources:
         errors.append(("storage.sources", "read-only sources are planned but no stage reads them yet. Remove the key"))
-    if recipe.loss.soft_weight == 0 and recipe.loss.hard_weight == 0:
-        errors.append(("loss.soft_weight", "soft_weight and hard_weight are both 0: nothing to learn. Set one above 0"))
+    return errors + check_loss(recipe.loss, recipe.score)
+
+
+def _classification(recipe: Recipe) -> list[tuple[str, str]]:
+    """What goes with labelled texts, and what does not."""
+    if recipe.run.task != "classification":
+        if recipe.data.format != "labelled":
+            return []
+        return [("data.format", "'labelled' is for run.task classification. Set that, or use 'completion'")]
+    errors = []
+    if recipe.data.format != "labelled":
+        errors.append(("data.format", f"classification reads 'labelled' records (got {recipe.data.format!r})"))
+    if recipe.score is None:
+        message = "missing: without the teacher's probabilities there is nothing to distil. Add score: {targets: full}"
+        errors.append(("score", message))
+    elif recipe.score.targets != "full":
+        message = f"classification keeps every class: expected 'full' (got {recipe.score.targets!r})"
+        errors.append(("score.targets", message))
+    errors += [
+        (path, f"has no meaning for classification (got {lookup(recipe, path)!r}). Remove it")
+        for path in _ONLY_TEXT
+        if lookup(recipe, path)
+    ]
+    if recipe.teacher.adapter is not None:
+        errors.append(("teacher.adapter", "no stage adds adapters to a classifier yet. Merge it, and name the result"))
     return errors
 
 
@@ -64,10 +83,21 @@ def _unknown_columns(data: Data) -> list[tuple[str, str]]:
     ]
 
 
-def _idle_fields(score: Score) -> list[tuple[str, str]]:
-    """Settings that these targets would silently ignore."""
-    return [
-        (f"score.{name}", f"belongs to targets {kind!r}; this recipe has {score.targets!r}. Remove it")
-        for name, kind in _ONLY_FOR.items()
-        if kind != score.targets and getattr(score, name) != Score.model_fields[name].default
+def _targets(score: Score) -> list[tuple[str, str]]:
+    """Settings that these targets would silently ignore, or cannot do without."""
+    errors = [
+        (f"score.{name}", f"belongs to targets {kinds}; this recipe has {score.targets!r}. Remove it")
+        for name, kinds in _ONLY_FOR.items()
+        if repr(score.targets) not in kinds and getattr(score, name) != Score.model_fields[name].default
     ]
+    if score.targets == "topp" and score.p is None:
+        errors.append(("score.p", "missing: targets 'topp' keeps the fewest entries that hold a mass of p. Try 0.9"))
+    if score.targets == "topp" and score.k_min > score.k:
+        errors.append(("score.k_min", f"{score.k_min} entries at least are more than score.k, {score.k} at most"))
+    if score.targets == "sampled" and len(set(score.temperatures)) > 1:
+        message = (
+            f"sampled targets are drawn at one temperature, and serve no other (got {score.temperatures}). Name the "
+            "one that loss.temperature has, or use targets 'topk'"
+        )
+        errors.append(("score.temperatures", message))
+    return errors

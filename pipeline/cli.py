@@ -197,20 +197,52 @@ def query(
 
 
 @app.command()
-def verify(store: StorePath, as_json: AsJson = False) -> None:
+def verify(
+    store: StorePath,
+    deep: Annotated[bool, typer.Option("--deep", help="Then let the teacher read a sample of rows again.")] = False,
+    teacher: Annotated[str | None, typer.Option(help="deep: the teacher, a folder or Hub id.")] = None,
+    revision: Annotated[str | None, typer.Option(help="deep: its Hub revision.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="deep: its dtype; default: as the store's teacher had it.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="deep: folder of its LoRA adapter.")] = None,
+    device_map: Annotated[str | None, typer.Option(help="deep: `auto` spreads it over all GPUs.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="deep: how many rows, over shards and kinds.")] = 32,
+    seed: Annotated[int, typer.Option(help="deep: which rows.")] = 0,
+    as_json: AsJson = False,
+) -> None:
     """Prove a store: every record, every byte of every shard, every row. Exit code 3 if anything is wrong.
 
     Damage is named to file, column and row group. A note is a file that no record names: it holds no rows.
+
+    --deep --teacher MODEL finds what no checksum can: targets that are not what this teacher says of these tokens. It
+    reads each chosen row twice, to see how far two readings differ, and writes nothing.
     """
     from ..storage.store import Store
     from ..storage.verify import verify as verify_store
     from .upkeep import verify_json, verify_lines
 
-    report = verify_store(Store.open(store))
+    opened = Store.open(store)
+    asked = None
+    how = {"revision": revision, "dtype": dtype, "adapter": adapter, "device_map": device_map}
+    if deep or teacher is not None or any(how.values()):
+        from .deep import deep_json, deep_lines, deep_verify, deeply, find_teacher
+
+        asked = deeply(teacher if deep else None, rows=rows, seed=seed, **how)
+        identity = find_teacher(opened, asked)
+    report = verify_store(opened)
     for line in verify_lines(report):
         _print(line)
-    _json(verify_json(report), as_json)
-    if report.problems:
+    outcome, ok = verify_json(report), report.ok
+    if asked is not None:
+        from .progress import StageProgress
+
+        damaged = {problem.file for problem in report.problems if problem.mend}
+        found = deep_verify(opened, identity, asked, progress=StageProgress("verify", sys.stderr), damaged=damaged)
+        for line in deep_lines(found):
+            _print(line)
+        ok = ok and found.ok
+        outcome |= {"ok": ok, "deep": deep_json(found)}
+    _json(outcome, as_json)
+    if not ok:
         raise typer.Exit(3)
 
 
@@ -276,13 +308,14 @@ def report(
     run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Run folders; several are compared.")],
     as_json: AsJson = False,
 ) -> None:
-    """The report of a run as Markdown; several runs side by side."""
+    """The report of a run as Markdown; several runs side by side, those that differ in the seed only as one."""
     from .report import compare, load_report
+    from .seeds import grouped
 
-    reports = [load_report(r) for r in run_dirs]
+    reports = {str(r): load_report(r) for r in run_dirs}
     text = (run_dirs[0] / "report.md").read_text() if len(run_dirs) == 1 else compare(run_dirs)
     sys.stdout.write(text)
-    _json({"runs": reports}, as_json)
+    _json({"runs": list(reports.values()), "over_seeds": [g.summary() for g in grouped(reports)]}, as_json)
 
 
 @app.command()

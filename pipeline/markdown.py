@@ -33,16 +33,17 @@ def decimals(value: float | None, places: int = 4, *, error: float | None = None
     return text if error is None else f"{text} ± {error:.{places}f}"
 
 
-def percent(value: float | None, places: int = 1) -> str:
-    """A share as a percentage."""
-    return NOTHING if value is None else f"{100 * value:.{places}f} %"
+def percent(value: float | None, places: int = 1, *, error: float | None = None) -> str:
+    """A share as a percentage, with its standard error where there is one."""
+    return NOTHING if value is None else f"{decimals(100 * value, places, error=error and 100 * error)} %"
 
 
-def significant(value: float | None) -> str:
-    """Four significant digits, all digits of a larger number."""
+def significant(value: float | None, *, error: float | None = None) -> str:
+    """Four significant digits, all digits of a larger number; with its standard error, where there is one."""
     if value is None:
         return NOTHING
-    return f"{value:,.0f}" if abs(value) >= 999.95 else f"{value:#.4g}"
+    text = f"{value:,.0f}" if abs(value) >= 999.95 else f"{value:#.4g}"
+    return text if error is None else f"{text} ± {error:#.2g}"
 
 
 def nats(value: float) -> str:

@@ -13,7 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..stages.data import survey
+from ..stages.evaluate import NUMBERS
 from ..stages.job import Arm, Split
+from ..stages.labels import refuse_other_classes, refuse_without_head
 from ..stages.ledger import Books, Ledger
 from ..stages.ledger_generations import generation_ledger
 from ..stages.ledger_targets import choose_generations, target_ledger
@@ -97,6 +99,16 @@ def _refuse_early(recipe: Recipe, bound: Bound) -> None:
     """What would only fail after the teacher's work, and can be seen in small files before it."""
     if bound.teacher is None or bound.author is None:
         return
+    if recipe.run.task == "classification":
+        refuse_without_head(bound.teacher.folder, recipe.teacher.model)
+        student = Path(recipe.student.model) if recipe.student.model else None
+        if student is None or student.is_dir():
+            refuse_other_classes(recipe, student, bound.teacher.class_names)
+    elif bound.teacher.class_names:
+        raise UsageError(
+            f"teacher.model: {recipe.teacher.model} classifies texts, it does not continue them. "
+            "Set run.task to classification, or name a causal language model."
+        )
     if recipe.data.format in ("messages", "instruction") and not bound.author.parts["chat_template"]:
         raise UsageError(
             f"data.format: {recipe.data.format!r} needs a chat template, and {bound.author.folder} has none. "
@@ -119,7 +131,7 @@ def _survey(recipe: Recipe, plan: Plan, store: Store | None) -> pa.Table | None:
     if about is not None:
         plan.stages.append(StagePlan(name="data", state="done", rejected=int(about["rejected"])))
         return None
-    inputs, rejected = survey(recipe)
+    inputs, rejected = survey(recipe, plan.bound.teacher.class_names if plan.bound.teacher else ())
     why = "the source or the data section changed" if store and store.files.names("inputs") else "new"
     planned = len(inputs) + rejected
     plan.stages.append(StagePlan(name="data", state="to do", planned=planned, pending=planned, why=why))
@@ -225,8 +237,15 @@ def train_settings(recipe: Recipe, snapshot: str, arm: Arm) -> dict[str, Any]:
         "loss": loss,
         "train": train,
         "run": {"seed": recipe.run.seed},
-        "score": {"k": recipe.score.k} if recipe.score and arm == "student" else None,
+        "score": _entries(recipe) if recipe.score and arm == "student" else None,
     }
+
+
+def _entries(recipe: Recipe) -> dict[str, Any]:
+    """What the student sees of targets that may be stored with more than the recipe asks."""
+    assert recipe.score is not None
+    names = {"topk": {"k"}, "topp": {"p", "k", "k_min"}, "sampled": {"rounds", "draw", "proposal"}, "full": set[str]()}
+    return recipe.score.model_dump(mode="json", include={"targets"} | names[recipe.score.targets])
 
 
 def _student_identity(recipe: Recipe, plan: Plan, settings: dict[str, Any]) -> str | None:
@@ -279,7 +298,9 @@ def _plan_evaluate(recipe: Recipe, plan: Plan) -> None:
     folders = {arm: path.name for arm, path in plan.train_dirs.items()}
     how = recipe.evaluate.model_dump(mode="json")
     references = plan.bound.binding.data_id if recipe.evaluate.generate else None
-    plan.evaluation_id = content_id("evaluate", test=test.id, arms=folders, how=how, references=references)
+    plan.evaluation_id = content_id(
+        "evaluate", test=test.id, arms=folders, how=how, references=references, measures=NUMBERS
+    )
     ready = all(s.state == "done" for s in trained)
     file = plan.train_dirs["student"] / "evaluation.json"
     if ready and file.is_file() and json.loads(file.read_text())["id"] == plan.evaluation_id:

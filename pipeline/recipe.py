@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ..stages.sections import Recipe
+from ..stages.sections import NUMBER, SCHEDULE, Recipe
 from ..storage.errors import UsageError
 from .checks import check_together
 
@@ -36,7 +36,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        problems = [_explain(e["loc"], e) for e in error.errors()]
+        problems = [_explain(tuple(p for p in e["loc"] if p not in (NUMBER, SCHEDULE)), e) for e in error.errors()]
     else:
         problems = check_together(recipe)
     if problems:
@@ -150,7 +150,7 @@ def _keys_at(loc: tuple[int | str, ...]) -> list[str]:
     model: Any = Recipe
     for part in loc:
         annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        options = [annotation, *getattr(annotation, "__args__", ())]
+        options = [getattr(a, "__origin__", a) for a in (annotation, *getattr(annotation, "__args__", ()))]
         model = next((a for a in options if isinstance(a, type) and issubclass(a, BaseModel)), None)
         if model is None:
             return []

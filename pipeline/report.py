@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..storage.errors import UsageError
 from ..storage.files import LocalFiles
+from . import report_results as tables
 from . import report_sections as sections
-from .markdown import inline, nats, table
+from .markdown import inline, nats, percent, table
+from .seeds import Group, Interval, grouped
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -69,7 +71,7 @@ def render(report: Mapping[str, Any]) -> str:
     parts = [
         f"# {report['title']}",
         f"**{report['outcome']}**",
-        sections.results(report["evaluation"], report["settings"].get("recipe", {})),
+        tables.results(report["evaluation"], report["settings"].get("recipe", {})),
         sections.what_was_run(report),
         *(sections.curve(arm, train) for arm, train in report["train"].items()),
         sections.stages(report["facts"]),
@@ -88,6 +90,9 @@ def outcome(evaluation: Mapping[str, Any]) -> str:
     bound = evaluation["measured_on"]["kl_is_lower_bound"]
     name = "cross-entropy" if measure == "cross_entropy" else "KL, a lower bound," if bound else "KL"
     values = f"{name} {nats(results['student'][measure])} against {nats(results[other][measure])}"
+    if "accuracy" in results["student"]:
+        accuracies = [percent(results[arm]["accuracy"]) for arm in ("student", other)]
+        values += f"; accuracy {accuracies[0]} against {accuracies[1]}"
     gap, error = differences[other][measure], differences[other][f"{measure}_se"]
     if error is not None and abs(gap) <= 2 * error:
         return (
@@ -100,52 +105,101 @@ def outcome(evaluation: Mapping[str, Any]) -> str:
     return f"The distilled student is {how} than {than} ({values})."
 
 
-def results_table(results: sections.Results) -> "Table":
+def results_table(results: tables.Results) -> "Table":
     """The results for a terminal, 80 columns wide at most; cross-entropy and KL in nats per token."""
     from rich.table import Table
 
-    answers = sections.has_answers(results)
+    columns = tables.measures(results.values())
     drawn = Table("arm", box=None, pad_edge=False)
-    for header in ("cross-entropy", "perplexity", "KL", "agreement", "ECE", *["answers"] * answers):
-        drawn.add_column(header, justify="right")
-    for arm in sections.known_arms(results):
-        drawn.add_row(arm, *sections.result_cells(results[arm], answers=answers, errors=False))
+    for measure in columns:
+        drawn.add_column(measure.short, justify="right", vertical="bottom")
+    for arm in tables.known_arms(results):
+        drawn.add_row(arm, *tables.result_cells(results[arm], columns, errors=False))
     return drawn
 
 
 def compare(run_dirs: Sequence[Path]) -> str:
     """Several runs side by side as Markdown: first what was different, then what came of it.
 
+    Runs that differ in `run.seed` (and `run.dir`) only are one: means and 95 % intervals over seeds.
+
     Raises:
         UsageError: a run has no report yet.
     """
-    reports = {str(folder): load_report(folder) for folder in run_dirs}
-    evaluations = {folder: report["evaluation"] for folder, report in reports.items()}
-    differing = _differing([report["settings"].get("recipe", {}) for report in reports.values()])
-    answers = any(sections.has_answers(e["results"]) for e in evaluations.values())
-    bound = any(e["measured_on"]["kl_is_lower_bound"] for e in evaluations.values())
-    rows = [
-        [inline(folder), *row]
-        for folder, evaluation in evaluations.items()
-        for row in sections.result_rows(evaluation["results"], answers=answers)
-    ]
-    warning = (
-        "**These runs were judged on different held-out rows: their numbers are not comparable one to one.**"
-        if len({e["measured_on"]["snapshot"] for e in evaluations.values()}) > 1
-        else ""
-    )
+    groups = grouped({str(folder): load_report(folder) for folder in run_dirs})
+    seeded, single = [g for g in groups if len(g.seeds) > 1], [g for g in groups if len(g.seeds) == 1]
+    differing = _differing([group.recipe() for group in groups])
+    snapshots = {r["evaluation"]["measured_on"]["snapshot"] for g in groups for r in g.reports.values()}
+    warning = "**These runs were judged on different held-out rows: their numbers are not comparable one to one.**"
+    named = {_group_name(group): group for group in groups}
     parts = [
         "# Comparison",
-        "\n".join(f"- {inline(folder)}: {report['outcome']}" for folder, report in reports.items()),
+        "\n".join(f"- {name}: {_group_outcome(group)}" for name, group in named.items()),
         "## What differs",
-        table(["recipe field", *reports], differing, text_columns=1 + len(reports))
+        table(["recipe field", *named], differing, text_columns=1 + len(groups))
         if differing
-        else "Nothing: the recipes are the same.",
-        "## Results",
-        warning,
-        table(["run", *sections.result_headers(answers=answers, bound=bound)], rows, text_columns=2),
+        else f"Nothing{' but the seed' if seeded else ': the recipes are the same'}.",
+        warning if len(snapshots) > 1 else "",
+        _over_seeds(seeded) if seeded else "",
+        _side_by_side(single) if single else "",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _group_name(group: Group) -> str:
+    seeds = f" ({len(group.seeds)} seeds)" if len(group.seeds) > 1 else ""
+    return inline(next(iter(group.reports))) + seeds
+
+
+def _group_outcome(group: Group) -> str:
+    if len(group.seeds) == 1:
+        return str(group.first["outcome"])
+    runs = ", ".join(f"seed {seed} in {inline(run)}" for run, seed in zip(group.reports, group.seeds, strict=True))
+    measure = "kl_teacher" if "kl_teacher" in group.difference() else "cross_entropy"
+    mean, half = group.difference().get(measure, (0.0, None))
+    if half is None:
+        return f"{runs}. No baseline to compare with."
+    name = {"kl_teacher": "KL to the teacher", "cross_entropy": "cross-entropy"}[measure]
+    clear = "" if abs(mean) > half else ", so it does not clearly differ"
+    return f"{name} {nats(mean)} ± {nats(half)} nats against cross-entropy alone{clear} ({runs})."
+
+
+def _side_by_side(groups: Sequence[Group]) -> str:
+    """Runs of one seed each."""
+    return _table(groups, [group.first["evaluation"]["results"] for group in groups], "± is one standard error.")
+
+
+def _over_seeds(groups: Sequence[Group]) -> str:
+    """Runs of several seeds: means and intervals, and how the student differs from the baseline of its seed."""
+    found = []
+    for group in groups:
+        arms = group.results() | {"difference": group.difference()}
+        found.append({arm: _with_errors(intervals) for arm, intervals in arms.items()})
+    note = (
+        "± is half of the 95 % interval over seeds (Student's t): what another seed would give, on the same data. The "
+        "difference is taken seed by seed."
+    )
+    return _table(groups, found, note)
+
+
+def _table(groups: Sequence[Group], results: Sequence[tables.Results], note: str) -> str:
+    """One block of lines per group."""
+    columns = tables.measures([arm for arms in results for arm in arms.values()])
+    bound = any(r["evaluation"]["measured_on"]["kl_is_lower_bound"] for g in groups for r in g.reports.values())
+    rows = [
+        [_group_name(group), *row]
+        for group, arms in zip(groups, results, strict=True)
+        for row in tables.result_rows(arms, columns)
+    ]
+    seeds = "" if len(groups[0].seeds) == 1 else " over seeds"
+    headers = tables.result_headers(columns, bound=bound)
+    return f"## Results{seeds}\n\n{table(['run', *headers], rows, text_columns=2)}\n\n{note}"
+
+
+def _with_errors(intervals: Mapping[str, Interval]) -> dict[str, float | None]:
+    """Means and half-widths under the names of means and errors."""
+    means = {name: mean for name, (mean, _) in intervals.items()}
+    return means | {f"{name}_se": half for name, (_, half) in intervals.items()}
 
 
 def _differing(recipes: Sequence[Mapping[str, Any]]) -> list[list[str]]:

@@ -6,123 +6,10 @@ from typing import Any
 
 import yaml
 
-from .markdown import count, decimals, duration, fenced, inline, percent, significant, size, table
+from .markdown import count, decimals, duration, fenced, inline, size, table
+from .report_results import ARMS
 
-Results = Mapping[str, Mapping[str, Any]]
-
-ARMS = {
-    "teacher": "teacher",
-    "student_before": "student before training",
-    "baseline": "baseline (cross-entropy alone)",
-    "student": "student (distilled)",
-}
 CURVE_POINTS = 10
-
-
-def has_answers(results: Results) -> bool:
-    """Whether any arm's answers were scored."""
-    return any(r.get("answers") is not None for r in results.values())
-
-
-def result_headers(*, answers: bool, bound: bool) -> list[str]:
-    """Headers of the results table; a KL that is only bounded from below is called so."""
-    kl = "KL to teacher, lower bound (nats/token)" if bound else "KL to teacher (nats/token)"
-    headers = ["arm", "cross-entropy (nats/token)", "perplexity", kl, "top-1 agreement", "ECE"]
-    return headers + ["answers"] * answers
-
-
-def result_rows(results: Results, *, answers: bool) -> list[list[str]]:
-    """The results table: one line per arm of which anything is known."""
-    return [[ARMS[arm], *result_cells(results[arm], answers=answers)] for arm in known_arms(results)]
-
-
-def known_arms(results: Results) -> list[str]:
-    """The arms, teacher first, without a teacher of whom nothing was stored."""
-    return [arm for arm in ARMS if arm in results and any(v is not None for v in results[arm].values())]
-
-
-def result_cells(result: Mapping[str, Any], *, answers: bool, errors: bool = True) -> list[str]:
-    """An arm's numbers as text; `errors` adds standard errors."""
-
-    def with_error(name: str) -> str:
-        # The teacher's distance to itself is 0 by definition: its standard error of 0 says nothing.
-        return decimals(result[name], error=result.get(f"{name}_se") or None if errors else None)
-
-    row = [
-        with_error("cross_entropy"),
-        significant(result["perplexity"]),
-        with_error("kl_teacher"),
-        percent(result["top1_agreement"]),
-        percent(result["ece"], 2),
-    ]
-    return row + [decimals(result.get("answers"), 3)] * answers
-
-
-def results(evaluation: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
-    """The results table and how to read it."""
-    answers, measured = has_answers(evaluation["results"]), evaluation["measured_on"]
-    headers = result_headers(answers=answers, bound=measured["kl_is_lower_bound"])
-    drawn = table(headers, result_rows(evaluation["results"], answers=answers))
-    unshared = evaluation["results"]["student"].get("unshared_mass") or 0.0
-    notes = [_measured_on(measured, unshared), *_paired(evaluation["differences"]), *_sampled_otherwise(recipe)]
-    if answers:
-        notes.append(_answers(evaluation["answers"]))
-    return "\n\n".join(["## Results", drawn, "\n".join(f"- {note}" for note in notes)])
-
-
-def _sampled_otherwise(recipe: Mapping[str, Any]) -> list[str]:
-    """A caution where the text is no plain sample of its author."""
-    generate = recipe.get("generate") or {}
-    temperature, top_p = generate.get("temperature", 1.0), generate.get("top_p", 1.0)
-    if temperature == 1.0 and top_p == 1.0:
-        return []
-    return [
-        f"The text was sampled at temperature {temperature}, top-p {top_p}: not as its author's probabilities say, so "
-        "even a perfect copy of the author is not calibrated on it (ECE above 0)."
-    ]
-
-
-def _measured_on(measured: Mapping[str, Any], unshared: float) -> str:
-    bins = measured["ece_bins"]
-    about = (
-        f"Measured on {count(measured['tokens'])} held-out tokens ({count(measured['rows'])} rows of "
-        f"{count(measured['prompts'])} prompts); ± is one standard error over prompts. Cross-entropy is on the text "
-        f"that is there. ECE: expected calibration error of the most likely next token, {bins} equal-width bins."
-    )
-    if measured["reference"] is None:
-        return f"{about} No teacher distribution was stored (no `score` section), so there is no KL."
-    if measured["kl_is_lower_bound"]:
-        about += (
-            f" KL(teacher || student) is over the teacher's {count(measured['k'])} best tokens and one bucket for all "
-            "others: a lower bound."
-        )
-    else:
-        about += " KL(teacher || student) is exact, over the whole vocabulary."
-    if unshared:
-        how = "are in the bucket" if measured["kl_is_lower_bound"] else "are left out, the teacher renormalised"
-        about += f" Tokens that the student lacks hold {unshared:.2g} of the teacher's probability and {how}."
-    return about
-
-
-def _paired(differences: Results) -> list[str]:
-    """The student minus each other arm, token by token on the same rows."""
-    lines = []
-    for arm, difference in differences.items():
-        parts = [
-            f"{words} {decimals(difference[name], error=difference[f'{name}_se'])}"
-            for name, words in (("kl_teacher", "KL"), ("cross_entropy", "cross-entropy"))
-            if name in difference
-        ]
-        lines.append(f"Student minus {ARMS[arm]}, paired: {', '.join(parts)} nats/token.")
-    return lines
-
-
-def _answers(answers: Mapping[str, Any]) -> str:
-    pattern = f" ({inline(answers['pattern'])})" if answers["pattern"] else ""
-    return (
-        f"Answers: {answers['metric']}{pattern}, 0 to 1, of greedy answers (at most {count(answers['max_tokens'])} "
-        f"tokens) to {count(answers['prompts'])} held-out prompts, against {answers['against']}."
-    )
 
 
 def what_was_run(report: Mapping[str, Any]) -> str:
@@ -140,11 +27,8 @@ def what_was_run(report: Mapping[str, Any]) -> str:
         ["student's parameters", count(train.get("parameters"))],
         ["data", f"{inline(data['source'])}, format {data['format']}"],
         ["text", _author(generate)],
-        [
-            "targets",
-            f"{score['targets']}, {score['k']} entries per position" if score else "none: text only (black-box)",
-        ],
-        ["loss", _loss(loss) if score else "cross-entropy"],
+        ["targets", _kept(score) if score else "none: text only (black-box)"],
+        ["loss", _loss(loss, score) if score else "cross-entropy"],
         ["trained on", _trained_on(train)],
     ]
     return "## What was run\n\n" + table(["", ""], rows, text_columns=2)
@@ -157,11 +41,42 @@ def _author(generate: Mapping[str, Any] | None) -> str:
     return f"written by {who}, {generate['samples']} per prompt, temperature {generate['temperature']}"
 
 
-def _loss(loss: Mapping[str, Any]) -> str:
-    divergence = (
-        f"{loss['soft_weight']} x {loss['divergence']} (temperature {loss['temperature']}, tail {loss['tail']})"
-    )
-    return f"{divergence} + {loss['hard_weight']} x cross-entropy"
+def _kept(score: Mapping[str, Any]) -> str:
+    entries = f"{score['k']} entries per position"
+    return {
+        "topk": f"topk, {entries}",
+        "topp": f"topp, mass {score.get('p')} in at most {entries}",
+        "sampled": f"sampled, {score.get('rounds')} draws per position ({score.get('draw')})",
+        "full": "full, the whole distribution",
+    }[score["targets"]]
+
+
+_PARAMETERS = {
+    "skew_forward_kl": "skew",
+    "skew_reverse_kl": "skew",
+    "jsd": "jsd_weight",
+    "alpha_beta": "alpha_beta",
+    "adaptive_kl": "head_mass",
+}
+"""Divergence -> the field of the recipe that it has for itself."""
+
+
+def _loss(loss: Mapping[str, Any], score: Mapping[str, Any]) -> str:
+    how = [f"temperature {_scheduled(loss['temperature'])}"]
+    if score["targets"] in ("topk", "topp"):
+        how.append(f"tail {loss['tail']}")
+    if own := _PARAMETERS.get(loss["divergence"]):
+        how.append(f"{own} {loss[own]}")
+    soft, hard = (_scheduled(loss[name]) for name in ("soft_weight", "hard_weight"))
+    return f"{soft} x {loss['divergence']} ({', '.join(how)}) + {hard} x cross-entropy"
+
+
+def _scheduled(setting: float | Mapping[str, Any]) -> str:
+    """A number, or where a schedule starts and ends."""
+    if not isinstance(setting, Mapping):
+        return str(setting)
+    values = [setting["start"], *[setting["peak"]] * (setting.get("peak") is not None), setting["end"]]
+    return f"({setting['shape']}: {' to '.join(map(str, values))})"
 
 
 def _trained_on(train: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import json
 import platform
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Group
@@ -65,17 +66,41 @@ def _costs(commits: list[Commit]) -> dict[str, Any]:
 
 
 def column_costs(store: Store, commits: list[Commit]) -> dict[str, Any]:
-    """Compressed bytes per token of each column and of what is no column; nothing where there are no tokens."""
+    """Compressed bytes per token of each column and of what is no column; of targets, what they keep.
+
+    Nothing where there are no tokens.
+    """
     chosen = commits[:: -(-len(commits) // FOOTERS)] if commits else []
     tokens = sum(commit.tokens for commit in chosen)
     if not tokens:
         return {}
     sizes: Counter[str] = Counter()
-    for commit in chosen:
-        columns = store.shard(commit.table, commit.shard.sha256).column_bytes()
+    shards = [store.shard(commit.table, commit.shard.sha256) for commit in chosen]
+    for commit, shard in zip(chosen, shards, strict=True):
+        columns = shard.column_bytes()
         sizes.update(columns | {_REST: commit.shard.bytes - sum(columns.values())})
     by_column = {name: round(size / tokens, 3) for name, size in sizes.most_common()}
-    return {"bytes_per_token_by_column": by_column, "shards": len(commits), "footers_read": len(chosen)}
+    found = {"bytes_per_token_by_column": by_column, "shards": len(commits), "footers_read": len(chosen)}
+    kept = _kept(shard.about.get("statistics", {}) for shard in shards)
+    return found | ({"kept": kept} if kept else {})
+
+
+def _kept(parts: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Per kind of target: tokens, their entries, and the mean of the mass that these keep (sampled: None)."""
+    sums: dict[str, Counter[str]] = {}
+    for kind, part in (item for statistics in parts for item in statistics.items()):
+        tokens = part["tokens"]
+        mass = part["kept_mass"]["mean"] * tokens if "kept_mass" in part else 0.0
+        found = {"tokens": tokens, "entries": part["entries_per_token"] * tokens, "mass": mass}
+        sums.setdefault(kind, Counter()).update(found)
+    return {
+        kind: {
+            "tokens": total["tokens"],
+            "entries_per_token": round(total["entries"] / total["tokens"], 3),
+            "kept_mass": None if kind == "sampled" else round(total["mass"] / total["tokens"], 4),
+        }
+        for kind, total in sorted(sums.items())
+    }
 
 
 def facts(recipe: Recipe, plan: Plan, done: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -122,7 +147,8 @@ def status_tables(stages: dict[str, dict[str, Any]]) -> Group:
             duration(s["seconds"]) if s.get("seconds") else "-",
         )
     stored = [(name, s) for name, s in stages.items() if "bytes_per_token_by_column" in s]
-    return Group(table, *(_column_line(name, s) for name, s in stored))
+    kept = [_kept_line(name, s["kept"]) for name, s in stored if "kept" in s]
+    return Group(table, *(_column_line(name, s) for name, s in stored), *kept)
 
 
 def _column_line(name: str, stage: dict[str, Any]) -> str:
@@ -132,6 +158,13 @@ def _column_line(name: str, stage: dict[str, Any]) -> str:
     sampled = stage["footers_read"] < stage["shards"]
     of = f" ({stage['footers_read']} of {stage['shards']} shards)" if sampled else ""
     return f"{name}, bytes/token by column{of}: " + ", ".join(f"{c} {size:.2f}" for c, size in shown.items())
+
+
+def _kept_line(name: str, kept: dict[str, dict[str, Any]]) -> str:
+    """What targets keep, of the same shards."""
+    mass = {kind: "" if s["kept_mass"] is None else f" holding {s['kept_mass']:.4f}" for kind, s in kept.items()}
+    parts = (f"{kind} {s['entries_per_token']:.2f}{mass[kind]} ({human(s['tokens'])})" for kind, s in kept.items())
+    return f"{name}, entries/token of each kind, the mass they hold (tokens): " + ", ".join(parts)
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:

@@ -7,7 +7,8 @@ By hand, six tokens, the first two a prompt, so the scored span starts at index 
     scored tokens                  a     b     c     </s>      token_ids[2:6]
     predicted from           hi    a     b     c               positions 1..4, slice(1, 5)
 
-Nothing else adds or subtracts one. Works on numpy arrays and torch tensors alike.
+Nothing else adds or subtracts one. A text that is classified has one target and no shift (`class_span`). Works on numpy
+arrays and torch tensors alike.
 """
 
 from typing import Any, TypeVar
@@ -19,6 +20,14 @@ def scored_span(prompt_tokens: int, total_tokens: int) -> tuple[int, int]:
     """Start and length of what is scored after a prompt: nothing precedes the first token of a text without one."""
     start = max(prompt_tokens, 1)
     return start, max(total_tokens - start, 0)
+
+
+def class_span(total_tokens: int) -> tuple[int, int]:
+    """Start and length of what is scored where a text is classified: one target, at its last token, not shifted.
+
+    All of the text has been read there. What the target is about is the text's class, not that token.
+    """
+    return total_tokens - 1, 1
 
 
 def predicting_positions(span_start: int, span_tokens: int) -> slice:

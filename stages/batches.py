@@ -9,18 +9,18 @@ Letters: B rows, T tokens per row, N scored tokens, K entries, V vocabulary.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from ..storage.codec import SoftTargets
 from ..storage.errors import UsageError
 from .alignment import predicting_positions, scored_tokens
+from .entries import Reading, joined, soft_part
 from .head import hidden_states, split_head
-from .losses import TargetBatch, fit_vocabulary
+from .kept import Kept
+from .losses import LossParts, Objective, TargetBatch, fit_vocabulary, linear_distillation
 from .samples import Sample
 
 SHORTEST_ROW = 128  # tokens; shorter samples share a row. Attention costs rows x length^2, so not much longer
@@ -62,16 +62,23 @@ class Packing:
     """Positions of a row; None: the longest sample, at least `SHORTEST_ROW`."""
     shared_rows: bool = True
     """False: one sample per row, for a model that lets packed samples see each other."""
-    max_entries: int | None = None
-    """K at most: a sample stored with more entries is cut to the best ones. None: as stored."""
+    kept: Kept | None = None
+    """Entries to take of a sample that is stored with more: topk's or topp's. None: as stored."""
+    unstored_temperature: Literal["refuse", "approximate"] = "refuse"
+    """What to do where the temperature asked for is not stored; `Reading` has the approximation."""
     vocab_size: int
     """V of the student."""
 
-    def batches(self, samples: Sequence[Sample]) -> Iterator[Batch]:
+    def batches(self, samples: Sequence[Sample], temperature: float | None = 1.0) -> Iterator[Batch]:
         """The forward passes of a step.
 
+        Args:
+            samples: The step's.
+            temperature: Of the soft targets; None leaves them out.
+
         Raises:
-            UsageError: a sample is longer than a row, or has a token that the student does not know.
+            UsageError: a sample is longer than a row, has a token that the student does not know, or has soft targets
+                that cannot be had at this temperature.
         """
         longest = max(len(sample) for sample in samples)
         if self.row_tokens is not None and longest > self.row_tokens:
@@ -84,12 +91,19 @@ class Packing:
         group: list[list[Sample]] = []
         for row in rows:
             if group and (len(group) + 1) * max(_tokens(r) for r in [*group, row]) > self.tokens_per_pass:
-                yield self._batch(group)
+                yield self._batch(group, temperature)
                 group = []
             group.append(row)
-        yield self._batch(group)
+        yield self._batch(group, temperature)
 
-    def _batch(self, rows: Sequence[Sequence[Sample]]) -> Batch:
+    def losses(self, model: nn.Module, batch: Batch, *, objective: Objective | None, dtype: torch.dtype) -> LossParts:
+        """Divergence and cross-entropy of each scored token, [N] in nats, of one forward pass in `dtype`."""
+        with torch.autocast(batch.token_ids.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            hidden = hidden_states(model, input_ids=batch.token_ids, position_ids=batch.position_ids)
+        predicting = hidden.flatten(0, 1)[batch.predicting].to(dtype)
+        return linear_distillation(predicting, split_head(model), batch.targets, objective=objective)
+
+    def _batch(self, rows: Sequence[Sequence[Sample]], temperature: float | None) -> Batch:
         width = max(_tokens(row) for row in rows)
         token_ids = torch.zeros(len(rows), width, dtype=torch.long)
         position_ids = torch.zeros_like(token_ids)
@@ -108,34 +122,20 @@ class Packing:
                 f"student: its vocabulary has {self.vocab_size} ids, but the text has token {int(token_ids.max())}. "
                 "Choose a student with the teacher's tokenizer and at least its vocabulary."
             )
-        targets = self._targets(torch.cat(labels), [sample for row in rows for sample in row])
+        targets = self._targets(labels, [sample for row in rows for sample in row], temperature)
         return Batch(token_ids=token_ids, position_ids=position_ids, predicting=torch.cat(predicting), targets=targets)
 
-    def _targets(self, labels: Tensor, samples: Sequence[Sample]) -> TargetBatch:
-        parts = [self._entries(sample.targets) for sample in samples if sample.targets is not None]
-        if not parts:
-            return fit_vocabulary(TargetBatch(labels=labels), self.vocab_size)
-        entries = max(logprobs.shape[-1] for _, logprobs, _ in parts)
-        same = all(ids is None and logprobs.shape[-1] == entries for ids, logprobs, _ in parts)
-        ids = None if same else torch.cat([_widened(_ids(i, x), entries, -1) for i, x, _ in parts])
-        batch = TargetBatch(
-            labels=labels,
-            ids=ids,
-            logprobs=torch.cat([_widened(logprobs, entries, -torch.inf) for _, logprobs, _ in parts]),
-            tail_logprob=torch.cat([tail for _, _, tail in parts]),
-        )
-        return fit_vocabulary(batch, self.vocab_size)
-
-    def _entries(self, targets: SoftTargets) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Ids [N, K] (None: full), log-probabilities [N, K] and tail [N], K cut to `max_entries`."""
-        ids = None if targets.ids is None else torch.from_numpy(targets.ids.astype(np.int64))
-        logprobs, tail = torch.from_numpy(targets.logprobs), torch.from_numpy(targets.tail_logprob)
-        if self.max_entries is None or logprobs.shape[-1] <= self.max_entries:
-            return ids, logprobs, tail
-        if ids is None:
-            logprobs, ids = logprobs.sort(dim=-1, descending=True, stable=True)
-        kept, rest = logprobs[:, : self.max_entries], logprobs[:, self.max_entries :]
-        return ids[:, : self.max_entries], kept, torch.logaddexp(tail, rest.logsumexp(-1))
+    def _targets(self, labels: Sequence[Tensor], samples: Sequence[Sample], temperature: float | None) -> TargetBatch:
+        """One sample after the other; hard targets alone where a sample has no soft ones."""
+        if temperature is None or any(sample.targets is None for sample in samples):
+            return fit_vocabulary(TargetBatch(labels=torch.cat(list(labels))), self.vocab_size)
+        reading = Reading(kept=self.kept, temperature=temperature, unstored=self.unstored_temperature)
+        parts = [
+            soft_part(sample.targets, hard, reading)
+            for sample, hard in zip(samples, labels, strict=True)
+            if sample.targets is not None
+        ]
+        return fit_vocabulary(joined(parts), self.vocab_size)
 
 
 def pack(samples: Sequence[Sample], capacity: int) -> list[list[Sample]]:
@@ -173,11 +173,3 @@ def packs_apart(model: nn.Module) -> bool:
 
 def _tokens(row: Sequence[Sample]) -> int:
     return sum(len(sample) for sample in row)
-
-
-def _ids(ids: Tensor | None, logprobs: Tensor) -> Tensor:
-    return torch.arange(logprobs.shape[-1]).expand(logprobs.shape) if ids is None else ids
-
-
-def _widened(values: Tensor, entries: int, filling: float) -> Tensor:
-    return functional.pad(values, (0, entries - values.shape[-1]), value=filling)

@@ -30,7 +30,7 @@ class Board:
 def step_scalars(result: "StepResult") -> dict[str, float]:
     """What is shown of a step."""
     rates = {"learning_rate": result.learning_rate, "grad_norm": result.grad_norm}
-    return loss_scalars("loss", result.losses) | rates
+    return loss_scalars("loss", result.losses) | rates | result.scheduled
 
 
 def loss_scalars(prefix: str, losses: "Losses") -> dict[str, float]:

@@ -4,6 +4,7 @@ Given text (formats text, completion, and answers that came with the data when n
 too and becomes generations rows whose author is the data, so that later stages know one kind of row only.
 """
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice
@@ -17,8 +18,9 @@ from ..storage.store import CommitLimits, Store
 from .identity import FileHashes, Identity
 from .intake import Intake
 from .job import Job, StageResult
+from .labels import label_index, names_in
 from .rendering import Renderer, RowError
-from .requests import tokens_key
+from .requests import labelled_key, tokens_key
 from .sections import COLUMNS, Data, Recipe
 from .sources import fingerprint, records
 from .writing import about, commit_limits
@@ -49,12 +51,16 @@ def window_tokens(data: Data, context_tokens: int) -> int:
 
 def inputs_id(recipe: Recipe, teacher: Identity, hashes: FileHashes) -> str:
     """Name of the inputs record: what the source holds now, and how it is read."""
-    author = given_author_id(recipe, teacher)
-    return _inputs_id(recipe, hashes, author_id=author, context_tokens=teacher.context_tokens)
+    author, classes = given_author_id(recipe, teacher), teacher.class_names
+    return _inputs_id(recipe, hashes, author_id=author, context_tokens=teacher.context_tokens, classes=classes)
 
 
-def _inputs_id(recipe: Recipe, hashes: FileHashes, *, author_id: str, context_tokens: int) -> str:
+def _inputs_id(
+    recipe: Recipe, hashes: FileHashes, *, author_id: str, context_tokens: int, classes: Sequence[str]
+) -> str:
     how = recipe.data.model_dump(exclude={"source", "chat_template_kwargs", "window_tokens"})
+    if recipe.data.format == "labelled":
+        how["classes"] = list(classes)  # by their names a label is known
     # The context decides which given completions are too long, whatever the window.
     text = {"author": author_id, "context": context_tokens} if given_text(recipe) else None
     return content_id("inputs", source=fingerprint(recipe.data, hashes), how=how, text=text)
@@ -73,6 +79,7 @@ def run(job: Job) -> StageResult:
     limits = replace(commit_limits(recipe), rows=max(COMMIT_ROWS, recipe.storage.commit_rows))
     rows = Intake()
     rejected, first = 0, ""
+    classes = names_in(store.teacher_dir(job.teacher_id)) if data.format == "labelled" else ()
     job.progress.start(total=data.limit or 0, unit="records")
     with ExitStack() as stack:
         prompts = stack.enter_context(store.writer("prompts", about=about("data", recipe, settings), limits=limits))
@@ -81,7 +88,7 @@ def run(job: Job) -> StageResult:
         for source, record in islice(records(data), data.limit):
             job.stop.check()
             try:
-                row = prompt_row(record, source, data, given=text is not None)
+                row = prompt_row(record, source, data, given=text is not None, classes=classes)
                 windows = text.add(row) if text and row["key"] not in rows else 1
             except RowError as error:
                 rejects.add(_reject(source, record, error))
@@ -91,20 +98,23 @@ def run(job: Job) -> StageResult:
             rows.add(row["key"], row["prompt_key"], windows=windows)
             job.progress.advance()
     _refuse_empty(data, rows, rejected, first)
-    _refuse_changed(job)
+    _refuse_changed(job, classes)
     store.put_inputs(
         job.data_id, rows.table(data.holdout), {"source": data.source, "rejected": rejected, "format": data.format}
     )
     return StageResult(rows=len(rows), rejected=rejected, tokens=text.tokens if text else 0)
 
 
-def survey(recipe: Recipe) -> tuple[pa.Table, int]:
-    """What `run` would make of the source, without writing: the inputs table (windows unknown) and the rejects."""
+def survey(recipe: Recipe, classes: Sequence[str] = ()) -> tuple[pa.Table, int]:
+    """What `run` would make of the source, without writing: the inputs table (windows unknown) and the rejects.
+
+    `classes`: the teacher's, by whose names labels are known (labelled).
+    """
     rows = Intake()
     rejected, first = 0, ""
     for source, record in islice(records(recipe.data), recipe.data.limit):
         try:
-            row = prompt_row(record, source, recipe.data, given=given_text(recipe))
+            row = prompt_row(record, source, recipe.data, given=given_text(recipe), classes=classes)
         except RowError as error:
             rejected, first = rejected + 1, first or f"{source}: {error}"
             continue
@@ -113,8 +123,17 @@ def survey(recipe: Recipe) -> tuple[pa.Table, int]:
     return rows.table(recipe.data.holdout), rejected
 
 
-def prompt_row(record: dict[str, Any] | str, source: str, data: Data, *, given: bool) -> dict[str, Any]:
+def prompt_row(
+    record: dict[str, Any] | str, source: str, data: Data, *, given: bool, classes: Sequence[str] = ()
+) -> dict[str, Any]:
     """One record as a row of `prompts`.
+
+    Args:
+        record: As the source has it.
+        source: Where it stands.
+        data: The recipe's section.
+        given: Nothing is generated: the record brings what is scored.
+        classes: Names of the teacher's classes (labelled).
 
     Raises:
         RowError: this record cannot be used.
@@ -128,8 +147,10 @@ def prompt_row(record: dict[str, Any] | str, source: str, data: Data, *, given: 
         "source": source,
     }
     row |= _FORMATS[data.format](record)
+    if data.format == "labelled":
+        row["label"] = label_index(record["label"], classes)
     answer, reference = row.pop("answer", None), record.get("reference")
-    if given and data.format != "text":
+    if given and data.format not in ("text", "labelled"):
         row["completion"] = _text(answer, "completion", "no answer to score, and no `generate` section to make one")
     elif reference in (None, ""):
         reference = answer
@@ -186,12 +207,19 @@ def _document(record: dict[str, Any]) -> dict[str, Any]:
     return {"text": _text(record["text"], "text")}
 
 
+def _labelled(record: dict[str, Any]) -> dict[str, Any]:
+    pair = record.get("text_pair")
+    second = None if pair in (None, "") else _text(pair, "text_pair")
+    return {"text": _text(record["text"], "text"), "text_pair": second}
+
+
 _FORMATS = {
     "text": _document,
     "prompt": _prompt,
     "completion": _completion,
     "messages": _messages,
     "instruction": _instruction,
+    "labelled": _labelled,
 }
 
 
@@ -225,10 +253,11 @@ def _refuse_empty(data: Data, rows: Intake, rejected: int, first: str) -> None:
         )
 
 
-def _refuse_changed(job: Job) -> None:
+def _refuse_changed(job: Job, classes: Sequence[str]) -> None:
     """What was read must be what the plan named: else changed prompts would stand under the old name for good."""
     hashes = FileHashes(job.recipe.storage.dir, remember=False)
-    now = _inputs_id(job.recipe, hashes, author_id=job.author_id, context_tokens=job.context_tokens)
+    author, context = job.author_id, job.context_tokens
+    now = _inputs_id(job.recipe, hashes, author_id=author, context_tokens=context, classes=classes)
     if now != job.data_id:
         raise StillroomError(f"data.source: {job.recipe.data.source} changed while it was read. Run again.")
 
@@ -255,14 +284,19 @@ class _GivenText:
         Raises:
             RowError: nothing to predict, or longer than the context.
         """
-        if row["format"] == "text":
+        if row["format"] == "labelled":
+            ids = self._renderer.labelled_ids(row["text"], row["text_pair"])
+            pieces = [(len(ids), ids)]
+        elif row["format"] == "text":
             pieces = [(0, ids) for ids in self._renderer.windows(row["text"], self._window)]
         else:
             prompt = self._renderer.prompt_ids(row)
             pieces = [(len(prompt), prompt + self._renderer.completion_ids(row["completion"]))]
+        # RoBERTa counts its positions from 2: its tokenizer knows what it can read, its config does not say.
+        limit = self._context if row["format"] != "labelled" else min(self._context, self._renderer.longest)
         for index, (start, ids) in enumerate(pieces):
-            if len(ids) > self._context:
-                raise RowError("too_long", f"{len(ids)} tokens; the teacher reads {self._context}")
+            if len(ids) > limit:
+                raise RowError("too_long", f"{len(ids)} tokens; the teacher reads {limit}")
             self._write(row, index, start, ids)
         if not pieces:
             raise RowError("empty", "fewer than two tokens: nothing to predict")
@@ -280,7 +314,9 @@ class _GivenText:
                 "author_id": self._author,
                 "sampling_id": self._author,
                 "sample_index": index,
-                "tokens_key": tokens_key(ids, start),
+                "tokens_key": labelled_key(ids, row["label"])
+                if row["format"] == "labelled"
+                else tokens_key(ids, start),
                 "token_ids": ids,
                 "prompt_tokens": start,
                 "completion_tokens": len(ids) - start,

@@ -119,16 +119,21 @@ class Collator:
     """Samples as one forward pass, in a dict of tensors: what `transformers.Trainer` and its like hand to a loss.
 
     Keys are `input_ids` and `position_ids` [B, T], `predicting` and `labels` [N], and where there are targets
-    `target_ids`, `target_logprobs` [N, K] and `target_tail_logprob` [N]; `batch_of` is the way back.
+    `target_ids`, `target_logprobs` [N, K] and `target_tail_logprob` [N], or sampled `target_ids`,
+    `target_probabilities` [N, K] and `target_entropy` [N]; `batch_of` is the way back.
     """
 
-    def __init__(self, packing: Packing) -> None:
-        """`packing.tokens_per_pass` is not looked at: the pass is as large as its samples."""
+    def __init__(self, packing: Packing, *, temperature: float = 1.0) -> None:
+        """Targets at the objective's `temperature`.
+
+        `packing.tokens_per_pass` is not looked at: the pass is as large as its samples.
+        """
         self._packing = replace(packing, tokens_per_pass=sys.maxsize)
+        self._temperature = temperature
 
     def __call__(self, samples: list[Sample]) -> dict[str, Tensor]:
         """The pass of these samples."""
-        (batch,) = self._packing.batches(samples)
+        (batch,) = self._packing.batches(samples, self._temperature)
         targets = {field.name: getattr(batch.targets, field.name) for field in fields(batch.targets)}
         labels = targets.pop("labels")
         found = {"input_ids": batch.token_ids, "position_ids": batch.position_ids, "predicting": batch.predicting}

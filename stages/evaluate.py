@@ -8,8 +8,11 @@ last: that it exists means that the evaluation is done.
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ..storage.codec import SoftTargets
 from ..storage.errors import UsageError
@@ -19,16 +22,30 @@ from ..storage.store import Store
 from .alignment import predicting_positions, scored_span, scored_tokens
 from .answers import Quiz, prepare_quiz
 from .job import Job, StageResult
+from .kept import wanted
+from .labels import names_in
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from .classes import Inputs
     from .metrics import Tally
 
 Arms = dict[str, Callable[[], "nn.Module"]]
 
-NUMBERS = ("cross_entropy", "perplexity", "kl_teacher", "top1_agreement", "ece", "rows", "tokens")
+NUMBERS = (
+    "cross_entropy",
+    "perplexity",
+    "kl_teacher",
+    "tv_teacher",
+    "acceptance",
+    "top1_agreement",
+    "ece",
+    "rows",
+    "tokens",
+)
+"""What is known of an arm; null where it is not."""
 
 _SPAN = {
     "soft_targets": ("prompt_key", "generation_key", "token_ids", "span_start", "span_tokens"),
@@ -45,12 +62,15 @@ def run(job: Job) -> StageResult:
     """
     started = time.monotonic()
     store = Store.open(job.recipe.storage.dir)
-    held_out = HeldOut(store, load_snapshot(store, job.snapshots["test"]))
+    classified = job.recipe.run.task == "classification"
+    held_out = HeldOut(store, load_snapshot(store, job.snapshots["test"]), classified=classified)
     if not held_out.rows:
-        raise UsageError("data.holdout: no held-out rows, so nothing to evaluate on. Set data.holdout above 0.")
+        what = "held-out row has a gold label" if classified and held_out.snapshot.rows else "held-out rows"
+        raise UsageError(
+            f"data.holdout: no {what}, so nothing to evaluate on. Set data.holdout higher, or to 0: no evaluation."
+        )
     quiz = prepare_quiz(job, store, held_out.spans()) if job.recipe.evaluate.generate else None
-    tallies, answers = _measure_arms(job, held_out, _students(job, store), quiz=quiz)
-    content = _content(job, held_out, tallies, quiz=quiz, answers=answers)
+    content = _content(job, held_out, _measure_arms(job, held_out, _students(job, store), quiz=quiz), quiz=quiz)
     content["seconds"] = round(time.monotonic() - started, 3)
     encoded = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
     files = LocalFiles(job.train_dirs["student"])
@@ -62,15 +82,13 @@ def run(job: Job) -> StageResult:
 class HeldOut:
     """The rows of the test snapshot: soft targets, or (black-box) generations."""
 
-    def __init__(self, store: Store, snapshot: Snapshot) -> None:
-        self._store = store
+    def __init__(self, store: Store, snapshot: Snapshot, *, classified: bool = False) -> None:
+        """`classified`: texts with their classes; those without a gold label are left out, they judge nobody."""
+        self._store, self.classified = store, classified
         self.snapshot = snapshot
         self.scored = snapshot.table == "soft_targets"
-
-    @property
-    def rows(self) -> int:
+        self.rows = sum(row["label"] is not None for row in self._read("label")) if classified else snapshot.rows
         """How many rows are held out."""
-        return self.snapshot.rows
 
     def spans(self) -> Iterator[dict[str, Any]]:
         """Rows with prompt_key, generation_key, token_ids, start and span_tokens."""
@@ -79,6 +97,9 @@ class HeldOut:
     def targets(self) -> Iterator[dict[str, Any]]:
         """`spans` with what is stored of the teacher's distribution, where it is."""
         more = _TARGETS if self.scored else ()
+        if self.classified:
+            found = self._read(*_SPAN[self.snapshot.table], *more, "label")
+            return (_with_span(row) for row in found if row["label"] is not None)
         return map(_with_span, self._read(*_SPAN[self.snapshot.table], *more))
 
     def references(self) -> set[tuple[str, int]]:
@@ -102,31 +123,48 @@ def _students(job: Job, store: Store) -> Arms:
     """The student as training begins, and what became of it."""
     from .student import initial_student, load_student
 
-    arms: Arms = {"student_before": partial(initial_student, job.recipe, store.teacher_dir(job.teacher_id))}
+    teacher_dir = store.teacher_dir(job.teacher_id)
+    classes = (names_in(teacher_dir),) if job.recipe.run.task == "classification" else ()
+    arms: Arms = {"student_before": partial(initial_student, job.recipe, teacher_dir)}
     for arm in ("baseline", "student"):
         if arm in job.train_dirs:
-            arms[arm] = partial(load_student, job.train_dirs[arm] / "student")
+            arms[arm] = partial(load_student, job.train_dirs[arm] / "student", *classes)
     return arms
 
 
-def _measure_arms(
-    job: Job, held_out: HeldOut, students: Arms, *, quiz: Quiz | None
-) -> tuple[dict[str, "Tally"], dict[str, list[str]]]:
-    """Tallies of all arms, and the answers of the students; one model at a time."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """What came of the arms."""
+
+    tallies: dict[str, "Tally"] = field(default_factory=dict)
+    answers: dict[str, list[str]] = field(default_factory=dict)
+    """Of the students, where they were asked."""
+    gradients: dict[str, dict[str, float | int | None] | None] = field(default_factory=dict)
+    """Of the student before and after training, sparse against full."""
+
+
+def _measure_arms(job: Job, held_out: HeldOut, students: Arms, *, quiz: Quiz | None) -> Measured:
+    """All arms, one model at a time."""
     import torch
+
+    from .student import merged
 
     questions = len(quiz.questions) if quiz else 0
     total = held_out.rows * (held_out.scored + len(students)) + questions * len(students)
     job.progress.start(total=total, unit="rows")
-    tallies = {"teacher": _teacher_tally(job, held_out)} if held_out.scored else {}
-    answers: dict[str, list[str]] = {}
+    found = Measured()
+    if held_out.scored:
+        found.tallies["teacher"] = _teacher_tally(job, held_out)
     for arm, load in students.items():
-        model = load().to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        tallies[arm] = _student_tally(job, held_out, model, arm=arm)
+        model: Any = merged(load())
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        found.tallies[arm] = _student_tally(job, held_out, model, arm=arm)
         if quiz:
-            answers[arm] = quiz.answers(model, job)
+            found.answers[arm] = quiz.answers(model, job)
+        if arm != "baseline":
+            found.gradients[arm] = _gradient(job, held_out, model, arm=arm)
         del model  # before the next one is loaded
-    return tallies, answers
+    return found
 
 
 def _teacher_tally(job: Job, held_out: HeldOut) -> "Tally":
@@ -137,8 +175,8 @@ def _teacher_tally(job: Job, held_out: HeldOut) -> "Tally":
     tally = Tally()
     for row in held_out.targets():
         job.stop.check()
-        tokens = torch.as_tensor(scored_tokens(row["token_ids"], row["start"], row["span_tokens"]))
-        tally.add(row["prompt_key"], measure_teacher(SoftTargets.from_row(row).normalised(), tokens))
+        measures = measure_teacher(SoftTargets.from_row(row).normalised(), torch.as_tensor(_asked(row)))
+        tally.add(row["prompt_key"], measures | _accuracy(row, measures))
         job.progress.advance(tokens=row["span_tokens"], note="teacher")
     return tally
 
@@ -147,9 +185,17 @@ def _student_tally(job: Job, held_out: HeldOut, model: "nn.Module", *, arm: str)
     from .metrics import Tally
 
     tally = Tally()
+    inputs = None
+    if job.recipe.run.task == "classification":
+        from .classes import Inputs
+
+        inputs = Inputs.of(model, Store.open(job.recipe.storage.dir).teacher_dir(job.teacher_id))
     for row in held_out.targets():
         job.stop.check()
-        _measure_row(model, row, tally)
+        if inputs is None:
+            _measure_row(model, row, tally)
+        else:
+            _measure_text(model, inputs, row, tally=tally)
         job.progress.advance(tokens=row["span_tokens"], note=arm)
     return tally
 
@@ -174,6 +220,69 @@ def _measure_row(model: "nn.Module", row: dict[str, Any], tally: "Tally") -> Non
             tally.add(row["prompt_key"], measure(head.logits(states[part]), following[part], reference))
 
 
+def _measure_text(model: Any, inputs: "Inputs", row: dict[str, Any], *, tally: "Tally") -> None:
+    import torch
+
+    from .classes import class_logits
+    from .metrics import measure
+
+    _check_fits(model, torch.as_tensor(row["token_ids"]), model.get_input_embeddings().num_embeddings)
+    targets = SoftTargets.from_row(row).normalised()
+    with torch.inference_mode():
+        tensors = {name: tensor.to(model.device) for name, tensor in inputs.tensors([row["token_ids"]]).items()}
+        label = torch.as_tensor(_asked(row)).to(model.device)
+        measures = measure(class_logits(model, tensors), label, targets)
+    tally.add(row["prompt_key"], measures | _accuracy(row, measures))
+
+
+def _asked(row: dict[str, Any]) -> np.ndarray:
+    """[N] what the targets of a row are about: the tokens of its span, or the class of its text."""
+    if "label" in row:
+        return np.array([row["label"]], np.int64)
+    tokens: np.ndarray = scored_tokens(row["token_ids"], row["start"], row["span_tokens"])
+    return tokens
+
+
+def _accuracy(row: dict[str, Any], measures: dict[str, "torch.Tensor"]) -> dict[str, "torch.Tensor"]:
+    """How often the best class is the gold one; of text, that would be how often the next token is guessed."""
+    return {"accuracy": measures["correct"]} if "label" in row else {}
+
+
+def _gradient(job: Job, held_out: HeldOut, model: "nn.Module", *, arm: str) -> dict[str, float | int | None] | None:
+    """How far the recipe's targets turn the gradient of the soft loss, as training begins or as it ends.
+
+    None where there is no such loss, or no choice of targets: black-box, classification, soft_weight 0.
+    """
+    import torch
+
+    from .batches import Packing
+    from .gradients import compare_gradients
+    from .head import split_head
+    from .trainer import aim_at
+
+    loss, score = job.recipe.loss, job.recipe.score
+    objective = aim_at(loss, 0.0 if arm == "student_before" else 1.0).objective
+    if score is None or objective is None or held_out.classified or not held_out.scored:
+        return None
+    vocab_size = split_head(model).vocab_size
+    packing = Packing(
+        tokens_per_pass=1, shared_rows=False, unstored_temperature=loss.unstored_temperature, vocab_size=vocab_size
+    )
+    kept = wanted(score, vocab_size)
+    job.progress.say(f"gradient of sparse against full targets ({arm})")
+    try:
+        return compare_gradients(model, _unless_stopped(job, held_out), kept=kept, objective=objective, packing=packing)
+    except torch.OutOfMemoryError:
+        job.progress.say("out of memory: the gradient, three times the weights, is left out")
+        return None
+
+
+def _unless_stopped(job: Job, held_out: HeldOut) -> Iterator[dict[str, Any]]:
+    for row in held_out.targets():
+        job.stop.check()
+        yield row
+
+
 def _check_fits(model: "nn.Module", ids: "torch.Tensor", vocab_size: int) -> None:
     """Refuse a row that the student cannot read, before an embedding does so in its own words."""
     config: Any = model.config
@@ -190,18 +299,12 @@ def _check_fits(model: "nn.Module", ids: "torch.Tensor", vocab_size: int) -> Non
         )
 
 
-def _content(
-    job: Job,
-    held_out: HeldOut,
-    tallies: dict[str, "Tally"],
-    *,
-    quiz: Quiz | None,
-    answers: dict[str, list[str]],
-) -> dict[str, Any]:
+def _content(job: Job, held_out: HeldOut, found: Measured, *, quiz: Quiz | None) -> dict[str, Any]:
     """What `evaluation.json` holds."""
-    results = {arm: _result(tallies.get(arm), held_out) for arm in ("teacher", *answers, *tallies)}
+    tallies = found.tallies
+    results = {arm: _result(tallies.get(arm), held_out) for arm in ("teacher", *found.answers, *tallies)}
     if quiz:
-        for arm, score in quiz.scores(answers).items():
+        for arm, score in quiz.scores(found.answers).items():
             results[arm]["answers"] = score
     others = [arm for arm in ("student_before", "baseline") if arm in tallies]
     return {
@@ -209,10 +312,11 @@ def _content(
         "results": results,
         "differences": {arm: tallies["student"].minus(tallies[arm]) for arm in others},
         "reliability": {arm: tally.reliability() for arm, tally in tallies.items()},
+        "gradient": found.gradients if any(found.gradients.values()) else None,
         "measured_on": _measured_on(held_out, tallies["student"]),
         "arms": {arm: folder.name for arm, folder in job.train_dirs.items()},
         "answers": quiz.about() if quiz else None,
-        "samples": quiz.samples(answers) if quiz else [],
+        "samples": quiz.samples(found.answers) if quiz else [],
     }
 
 
@@ -236,4 +340,5 @@ def _measured_on(held_out: HeldOut, tally: "Tally") -> dict[str, Any]:
         "k": min((k for _, k in references), default=None),
         "kl_is_lower_bound": any(kind != "full" for kind, _ in references),
         "ece_bins": BINS,
+        "of": "texts" if held_out.classified else "tokens",
     }

@@ -14,6 +14,7 @@ from typing import Any
 from ..storage.errors import UsageError
 from ..storage.files import open_files
 from ..storage.keys import canonical_json, content_id
+from .labels import class_names
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
 # No tokenizer by themselves, but they change what one does: the end token may stand here alone.
@@ -67,8 +68,14 @@ class Identity:
     adapter: Path | None
     dtype: str
     vocab_size: int
+    class_names: tuple[str, ...] = ()
+    """Of a model with a classification head."""
     context_tokens: int
     parts: dict[str, Any]
+
+    def outcomes(self, task: str) -> int:
+        """What a distribution of this model is over: its vocabulary, or its classes."""
+        return len(self.class_names) if task == "classification" else self.vocab_size
 
     def files_to_keep(self) -> dict[str, bytes]:
         """What a store keeps of this model, so that its rows can be read and trained from without it."""
@@ -148,6 +155,7 @@ def identify(
         adapter=adapter,
         dtype=str(parts["dtype"]),
         vocab_size=int(text_config.get("vocab_size", 0)),
+        class_names=class_names(config),
         context_tokens=int(text_config.get("max_position_embeddings") or text_config.get("n_positions") or 2**31 - 1),
         parts=parts,
     )

@@ -8,8 +8,10 @@ import pyarrow as pa
 from ..storage.catalog import query
 from ..storage.errors import IntegrityError, UsageError
 from ..storage.shard import REPAIR
+from .coverage import PLACES, best, lacks, reason
+from .kept import reference, target_bytes, wanted
 from .ledger import Books, Ledger, Pending, different
-from .requests import TargetRequest, reference_kind, target_bytes, target_key
+from .requests import TargetRequest, target_key
 
 PART_ROWS = 2_000_000  # rows whose equal tokens are looked for at once
 
@@ -27,11 +29,14 @@ def choose_generations(books: Books, *, author_id: str) -> None:
     if books.recipe.select.where is not None:
         books.index.register("allowed", _where(books, books.recipe.select.where))
         rows += " AND g.key IN (SELECT key::UUID FROM allowed)"
-    # The scored span starts after the prompt, or at the second token (`alignment.scored_span`).
+    # The scored span starts after the prompt, or at the second token (`alignment.scored_span`); a text that is
+    # classified has one target, at its last token (`alignment.class_span`).
+    classes = books.recipe.run.task == "classification"
+    start = "g.prompt_tokens + g.completion_tokens - 1" if classes else "greatest(g.prompt_tokens, 1)"
     books.index.execute(f"""
         CREATE OR REPLACE VIEW chosen AS SELECT * FROM (
             SELECT g.key, g.prompt_key, g.tokens_key, g.place, i.held_out,
-                g.prompt_tokens + g.completion_tokens AS tokens, greatest(g.prompt_tokens, 1) AS start
+                g.prompt_tokens + g.completion_tokens AS tokens, {start} AS start
             FROM generations g {rows}
         ) WHERE start < tokens""")
     held_out = books.index.table(
@@ -76,14 +81,14 @@ def target_ledger(
     """
     score, index = books.recipe.score, books.index
     assert score is not None
-    reference = reference_kind(vocab_size)
-    wanted = str(score.targets), min(score.k, vocab_size)
+    judged, trained = reference(score, vocab_size), wanted(score, vocab_size)
     bits = books.recipe.storage.mantissa_bits
     _take_part(books, 0, parts=1)
     index.execute(f"""
         CREATE OR REPLACE VIEW scored AS
         SELECT w.*, coalesce(stored, 0) > 0 AS stored, reason,
-            (CASE WHEN held_out THEN reference ELSE trained END % {_PLACES})::BIGINT AS target
+            (CASE WHEN held_out THEN reference ELSE trained END % {PLACES})::BIGINT AS target,
+            CASE WHEN held_out THEN reference_lacks ELSE trained_lacks END AS lacks
         FROM (
             SELECT tokens_key, min(key) AS key, any_value(tokens) AS tokens, any_value(start) AS start,
                 bool_or(held_out) AS held_out
@@ -91,31 +96,32 @@ def target_ledger(
                 WHERE NOT held_out AND tokens_key NOT IN (SELECT tokens_key FROM judged))
             WHERE {_PART} GROUP BY tokens_key
         ) w LEFT JOIN (
-            SELECT tokens_key, count(*) AS stored, {_best(*wanted, bits)} AS trained,
-                {_best(*reference, bits)} AS reference
+            SELECT tokens_key, count(*) AS stored, {best(trained, bits)} AS trained, {best(judged, bits)} AS reference,
+                {lacks(trained, bits)} AS trained_lacks, {lacks(judged, bits)} AS reference_lacks
             FROM soft_targets WHERE teacher_id = '{teacher_id}' AND {_PART} GROUP BY tokens_key
         ) USING (tokens_key) LEFT JOIN (
             SELECT tokens_key, min(reason) AS reason
             FROM rejects WHERE context_id = '{teacher_id}' AND limit_tokens = {limit} GROUP BY tokens_key
         ) USING (tokens_key)""")
     ledger = Ledger()
-    for served, reason, stored, held_out, count, tokens in _counts(books):
-        why = "stored with fewer entries or bits" if stored else "new"
-        if ledger.enter(count, tokens, served=served, rejected=reason, why=why):
+    for served, rejected, lack, held_out, count, tokens in _counts(books):
+        kept = judged if held_out else trained
+        why = "new" if lack is None else reason(kept, lack)
+        if ledger.enter(count, tokens, served=served, rejected=rejected, why=why):
             ledger.tokens_to_do += int(tokens)
-            ledger.bytes_to_do += int(tokens * target_bytes(*(reference if held_out else wanted)))
+            ledger.bytes_to_do += int(tokens * target_bytes(kept))
     _explain_new(books, ledger, teacher_id, teacher_parts or {})
     return ledger
 
 
 def _counts(books: Books) -> Iterator[tuple[Any, ...]]:
-    """Served, reason, stored, held_out, requests and scored tokens; some tokens at a time, to bound the memory."""
+    """Served, reason, lack, held_out, requests and scored tokens; some tokens at a time, to bound the memory."""
     ((rows,),) = books.index.rows("SELECT count(*) FROM generations")
     parts = 1 + rows // PART_ROWS
     for part in range(parts):
         _take_part(books, part, parts=parts)
         yield from books.index.rows("""
-            SELECT target IS NOT NULL, reason, stored, held_out, count(*), sum(tokens - start)
+            SELECT target IS NOT NULL, reason, lacks, held_out, count(*), sum(tokens - start)
             FROM scored GROUP BY ALL""")
     _take_part(books, 0, parts=1)
 
@@ -142,12 +148,17 @@ def pending_targets(books: Books, *, teacher_id: str, vocab_size: int) -> Pendin
     score = books.recipe.score
     assert score is not None
     books.index.use_all_memory()
-    kinds = {True: reference_kind(vocab_size), False: (str(score.targets), min(score.k, vocab_size))}
-    rows = books.index.table("""
+    # The gold label is the prompt's: joined by key, never by position.
+    label, labelled = "NULL", ""
+    if books.recipe.run.task == "classification":
+        label = "p.label"
+        labelled = "JOIN generations g ON g.key = s.key JOIN prompts p ON p.key = g.source_key"
+    kept = {True: reference(score, vocab_size), False: wanted(score, vocab_size)}
+    rows = books.index.table(f"""
         SELECT s.number, s.tokens_key::BLOB AS tokens_key, s.key::BLOB AS key, c.prompt_key::BLOB AS prompt_key,
-            c.place, s.start, s.held_out
+            c.place, s.start, s.held_out, {label} AS label
         FROM (SELECT *, row_number() OVER (ORDER BY held_out DESC, tokens, tokens_key) - 1 AS number FROM scored) s
-        JOIN chosen c USING (key) WHERE s.target IS NULL AND s.reason IS NULL""")
+        JOIN chosen c USING (key) {labelled} WHERE s.target IS NULL AND s.reason IS NULL""")
     ((planned,),) = books.index.rows("SELECT count(*) FROM scored")
 
     def make(block: pa.Table) -> list[TargetRequest]:
@@ -162,8 +173,8 @@ def pending_targets(books: Books, *, teacher_id: str, vocab_size: int) -> Pendin
                 prompt_key=row["prompt_key"],
                 token_ids=text["token_ids"],
                 span_start=row["start"],
-                kind=kinds[row["held_out"]][0],
-                k=kinds[row["held_out"]][1],
+                kept=kept[row["held_out"]],
+                label=row["label"],
             )
             for row, text in zip(found, tokens, strict=True)
         ]
@@ -171,16 +182,7 @@ def pending_targets(books: Books, *, teacher_id: str, vocab_size: int) -> Pendin
     return Pending(rows, planned, make)
 
 
-_PLACES = 2**64
 _PART = "hash(tokens_key) % getvariable('parts') = getvariable('part')"
-
-
-def _best(kind: str, k: int, mantissa_bits: int) -> str:
-    """SQL: the row that covers a request best, its place in the low 64 bits: of the kind, few entries, few bits."""
-    covers = f"mantissa_bits >= {mantissa_bits} AND (kind = 'full'"
-    covers += f" OR (kind = 'topk' AND k >= {k}))" if kind == "topk" else ")"
-    rank = f"((kind <> '{kind}')::HUGEINT * 4294967296 + k) * 32 + mantissa_bits"
-    return f"min(({rank}) * {_PLACES}::HUGEINT + place) FILTER ({covers})"
 
 
 def _where(books: Books, condition: str) -> pa.Table:

@@ -6,17 +6,25 @@ so no mass of either side is thrown away:
     t_i  teacher's probability of entry i          t_B = 1 - sum t_i    stored as a log, `tail_logprob`
     p_i  student's probability of the same id      p_B = 1 - sum p_i    computed as a logsumexp over what is not kept
 
-    forward_kl   KL(t || p) = sum_i t_i (log t_i - log p_i) + t_B (log t_B - log p_B)
-    reverse_kl   KL(p || t) = sum_i p_i (log p_i - log t_i) + p_B (log p_B - log t_B)
+`divergences.py` compares the two; each divergence is 0 when the K + 1 numbers agree, and at K = V the bucket is empty.
+Other tail policies, for comparison, change what is compared:
 
-Both are 0 when the K + 1 numbers agree, and a lower bound of the divergence over the whole vocabulary; with K = V the
-bucket is empty and they are that divergence. Values are nats per token, never averaged: the caller divides by the
-scored tokens of the whole step. 0 * log 0 is 0, in value and gradient.
+    drop          t_i / sum t, no bucket for the teacher; the student over its whole vocabulary
+    renormalize   t_i / sum t and p_i / sum p: only the entries are seen
+    to_label      t_B joins the token that is there, which becomes an entry if it is none; the student as in drop
+
+A sampled target has no tail: its K probabilities are an estimate whose mean is the teacher, and forward KL is
+-sum t_i log p_i - (entropy of the teacher), p over the whole vocabulary: right in the mean, in value and gradient, and
+below 0 for some tokens.
+
+At a temperature T the student's logits are divided by T, targets are of the teacher's logits divided by T, and the
+divergence is multiplied by T^2, in value and gradient (Hinton et al. 2015, arXiv 1503.02531, section 2). Cross-entropy
+with the token that is there is at temperature 1. Values are never averaged: the caller divides by the scored tokens of
+the whole step.
 
 Letters: N scored tokens, K entries, V the student's vocabulary, D hidden.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Literal, Self
@@ -26,28 +34,60 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..storage.errors import UsageError
+from . import divergences
 from .head import Head
 
-Divergence = Literal["forward_kl", "reverse_kl"]
+Divergence = Literal[
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "total_variation",
+    "alpha_beta",
+    "adaptive_kl",
+]
+Tail = Literal["bucket", "drop", "renormalize", "to_label"]
 
 CHUNK_BYTES = 64 * 2**20  # float32 logits held at once
 
-# Least log-probability that a teacher counts with where the student has mass: reverse_kl is infinite at 0.
-_LOG_TINY = math.log(torch.finfo(torch.float32).tiny)
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Objective:
+    """What the soft part of the loss is, at one step."""
+
+    divergence: Divergence = "forward_kl"
+    tail: Tail = "bucket"
+    """Of targets that have a tail; full and sampled ones do not."""
+    temperature: float = 1.0
+    """T; the targets are handed over at this temperature already."""
+    skew: float = 0.1
+    """skew_forward_kl, skew_reverse_kl: share that the first distribution has in the mixture."""
+    jsd_weight: float = 0.5
+    """jsd: the teacher's share in the mixture."""
+    alpha_beta: tuple[float, float] = (0.2, 0.7)
+    """alpha_beta: the two exponents."""
+    head_mass: float = 0.5
+    """adaptive_kl: the teacher's mass that is its head."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TargetBatch:
-    """What N predicting positions are asked for. Without soft targets, `logprobs` and `tail_logprob` are None."""
+    """What N predicting positions are asked for: hard targets, and maybe soft ones, as log-probabilities or sampled."""
 
     labels: Tensor
     """[N] int64 hard targets: the tokens that are there."""
     ids: Tensor | None = None
-    """[N, K] int64, distinct in a row; -1 is no entry (its logprob is -inf). None with logprobs: full, in id order."""
+    """[N, K] int64, distinct in a row; -1 is no entry (logprob -inf, probability 0). None with logprobs: full, in id
+    order."""
     logprobs: Tensor | None = None
-    """[N, K] float32 natural-log probabilities of the teacher."""
+    """[N, K] float32 natural-log probabilities of the teacher, at the objective's temperature."""
     tail_logprob: Tensor | None = None
-    """[N] float32 log of the teacher's probability outside the entries; -inf if none."""
+    """[N] float32 log of the teacher's probability outside the entries, at the same temperature; -inf if none."""
+    probabilities: Tensor | None = None
+    """[N, K] float32 sampled: estimate of the teacher's probabilities at that temperature, in place of logprobs."""
+    entropy: Tensor | None = None
+    """[N] float32 sampled: entropy of the whole teacher at that temperature, nats."""
 
     def rows(self, start: int, stop: int) -> Self:
         """Positions start to stop."""
@@ -82,7 +122,7 @@ class LossParts:
 
 
 def linear_distillation(
-    hidden: Tensor, head: Head, targets: TargetBatch, *, divergence: Divergence | None, chunk_tokens: int | None = None
+    hidden: Tensor, head: Head, targets: TargetBatch, *, objective: Objective | None, chunk_tokens: int | None = None
 ) -> LossParts:
     """Divergence and cross-entropy of each token in one pass over the vocabulary.
 
@@ -93,99 +133,154 @@ def linear_distillation(
         hidden: [N, D] states at the predicting positions, in the dtype the matrix product shall run in.
         head: Output head of the student.
         targets: N targets, already passed through `fit_vocabulary`.
-        divergence: None skips the soft part.
+        objective: None skips the soft part.
         chunk_tokens: None: as many as fill `CHUNK_BYTES`.
+
+    Raises:
+        UsageError: the targets are sampled, which serve forward KL only.
     """
-    if targets.logprobs is None:
-        divergence = None
     chunk = chunk_tokens or max(1, CHUNK_BYTES // (4 * head.vocab_size))
     parts = []
     for start in range(0, max(len(hidden), 1), chunk):
-        rows = hidden[start : start + chunk], head, targets.rows(start, start + chunk), divergence
+        rows = hidden[start : start + chunk], head, targets.rows(start, start + chunk), objective
         if torch.is_grad_enabled():
             # The weight is used inside: each chunk adds its gradient in the weight's own float32.
             parts.append(checkpoint(_chunk, *rows, use_reentrant=False, preserve_rng_state=False))
         else:
             parts.append(_chunk(*rows))
-    hard = torch.cat([h for h, _ in parts])
-    return LossParts(hard=hard, soft=torch.cat([s for _, s in parts if s is not None]) if divergence else None)
+    soft = [part.soft for part in parts if part.soft is not None]
+    return LossParts(hard=torch.cat([part.hard for part in parts]), soft=torch.cat(soft) if soft else None)
 
 
-def _chunk(
-    hidden: Tensor, head: Head, targets: TargetBatch, divergence: Divergence | None
-) -> tuple[Tensor, Tensor | None]:
-    logits = head.logits(hidden)
+def _chunk(hidden: Tensor, head: Head, targets: TargetBatch, objective: Objective | None) -> LossParts:
+    return logits_distillation(head.logits(hidden), targets, objective=objective)
+
+
+def logits_distillation(logits: Tensor, targets: TargetBatch, *, objective: Objective | None) -> LossParts:
+    """The same as `linear_distillation`, from logits [N, V] float32."""
     normaliser = logits.logsumexp(-1)
     hard = normaliser - logits.gather(-1, targets.labels[:, None]).squeeze(-1)
-    if divergence is None:
-        return hard, None
+    if objective is None or (targets.logprobs is None and targets.probabilities is None):
+        return LossParts(hard=hard, soft=None)
+    scale = objective.temperature
+    if scale != 1.0:
+        logits = logits / scale
+        normaliser = logits.logsumexp(-1)
+    if targets.probabilities is not None:
+        soft = _sampled_forward_kl(logits, normaliser, targets, objective)
+    else:
+        soft = _divergence(*_outcomes(logits, normaliser, targets, objective), objective)
+    return LossParts(hard=hard, soft=soft if scale == 1.0 else scale**2 * soft)
+
+
+def _divergence(teacher: Tensor, student: Tensor, objective: Objective) -> Tensor:
+    """[N] of the log-probabilities of the same outcomes."""
+    match objective.divergence:
+        case "forward_kl":
+            return divergences.forward_kl(teacher, student)
+        case "reverse_kl":
+            return divergences.reverse_kl(teacher, student)
+        case "skew_forward_kl":
+            return divergences.skew_forward_kl(teacher, student, skew=objective.skew)
+        case "skew_reverse_kl":
+            return divergences.skew_reverse_kl(teacher, student, skew=objective.skew)
+        case "jsd":
+            return divergences.jsd(teacher, student, weight=objective.jsd_weight)
+        case "total_variation":
+            return divergences.total_variation(teacher, student)
+        case "alpha_beta":
+            alpha, beta = objective.alpha_beta
+            return divergences.alpha_beta(teacher, student, alpha=alpha, beta=beta)
+        case "adaptive_kl":
+            return divergences.adaptive_kl(teacher, student, head_mass=objective.head_mass)
+
+
+def _sampled_forward_kl(logits: Tensor, normaliser: Tensor, targets: TargetBatch, objective: Objective) -> Tensor:
+    """-sum_i t_i log p_i - entropy of the teacher [N]; the mean over the draws is forward KL over the vocabulary."""
+    if objective.divergence != "forward_kl":
+        raise UsageError(
+            f"loss.divergence: {objective.divergence} needs the teacher's probability of each outcome, sampled targets "
+            "say it in the mean only. Use forward_kl, or score the rows with targets topk, topp or full."
+        )
+    assert targets.ids is not None
+    assert targets.probabilities is not None
+    assert targets.entropy is not None
+    student = logits.gather(-1, targets.ids.clamp_min(0)) - normaliser[:, None]
+    return -(targets.probabilities * student).sum(-1) - targets.entropy
+
+
+def _outcomes(logits: Tensor, normaliser: Tensor, targets: TargetBatch, objective: Objective) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [N, K + 1] of the teacher and of the student for the same outcomes, the bucket last."""
+    tail = objective.tail
+    if tail == "to_label":
+        targets = _tail_to_label(targets)
     assert targets.logprobs is not None
     assert targets.tail_logprob is not None
-    student, student_tail = _student_outcomes(logits, normaliser, targets)
-    measure = {"forward_kl": forward_kl, "reverse_kl": reverse_kl}[divergence]
-    return hard, measure(
-        torch.cat([targets.logprobs, targets.tail_logprob[:, None]], -1),
-        torch.cat([student, student_tail[:, None]], -1),
+    of_entries, of_tail = targets.logprobs, targets.tail_logprob
+    if tail in ("drop", "renormalize"):
+        of_entries, of_tail = _conditioned(of_entries), torch.full_like(of_tail, -torch.inf)
+    student = _student_entries(logits, targets)
+    student = _conditioned(student) if tail == "renormalize" else student - normaliser[:, None]
+    # Forward KL does not look where the teacher has nothing, which saves a pass over the vocabulary.
+    unseen = tail == "renormalize" or (tail != "bucket" and objective.divergence == "forward_kl")
+    rest = torch.full_like(normaliser, -torch.inf) if unseen else _student_rest(logits, normaliser, targets)
+    return torch.cat([of_entries, of_tail[:, None]], -1), torch.cat([student, rest[:, None]], -1)
+
+
+def _conditioned(values: Tensor) -> Tensor:
+    """Log-softmax over the entries [N, K]; a row that has none, -inf throughout, stays so and has no gradient."""
+    empty = (values == -torch.inf).all(-1, keepdim=True)
+    return values.masked_fill(empty, 0.0).log_softmax(-1).masked_fill(empty, -torch.inf)
+
+
+def _tail_to_label(targets: TargetBatch) -> TargetBatch:
+    """The tail's mass on the token that is there: added to its entry, or an entry of its own in one column more."""
+    assert targets.logprobs is not None
+    assert targets.tail_logprob is not None
+    if targets.ids is None:
+        return targets
+    labels, tail = targets.labels[:, None], targets.tail_logprob[:, None]
+    there = targets.ids == labels
+    joined = torch.where(there, torch.logaddexp(targets.logprobs, tail), targets.logprobs)
+    absent = ~there.any(-1, keepdim=True)
+    own = torch.where(absent, tail, -torch.inf)
+    return replace(
+        targets,
+        ids=torch.cat([targets.ids, torch.where(own > -torch.inf, labels, -1)], -1),
+        logprobs=torch.cat([joined, own], -1),
+        tail_logprob=torch.full_like(targets.tail_logprob, -torch.inf),
     )
 
 
-def _student_outcomes(logits: Tensor, normaliser: Tensor, targets: TargetBatch) -> tuple[Tensor, Tensor]:
-    """The student's log-probabilities of the entries [N, K] and of all other ids together [N]; -inf where none."""
+def _student_entries(logits: Tensor, targets: TargetBatch) -> Tensor:
+    """The student's logits of the entries [N, K]; -inf where there is none."""
     assert targets.logprobs is not None
     if targets.ids is None:
-        kept = targets.logprobs.shape[-1]
-        student = logits[:, :kept] - normaliser[:, None]
-        rest = logits[:, kept:]
-        nothing_left = torch.full_like(normaliser, -torch.inf)
-        return student, rest.logsumexp(-1) - normaliser if rest.shape[-1] else nothing_left
-    absent = targets.ids < 0
-    student = logits.gather(-1, targets.ids.clamp_min(0)) - normaliser[:, None]
+        return logits[:, : targets.logprobs.shape[-1]]
+    return logits.gather(-1, targets.ids.clamp_min(0)).masked_fill(targets.ids < 0, -torch.inf)
+
+
+def _student_rest(logits: Tensor, normaliser: Tensor, targets: TargetBatch) -> Tensor:
+    """Log of the student's probability of all ids but the entries [N]; -inf where there are none."""
+    assert targets.logprobs is not None
+    if targets.ids is None:
+        rest = logits[:, targets.logprobs.shape[-1] :]
+        return rest.logsumexp(-1) - normaliser if rest.shape[-1] else torch.full_like(normaliser, -torch.inf)
     # One column more than the vocabulary takes the marks of absent entries.
     marks = torch.zeros(logits.shape[0], logits.shape[1] + 1, dtype=torch.bool, device=logits.device)
-    kept_ids = marks.scatter_(-1, targets.ids.masked_fill(absent, logits.shape[1]), True)[:, :-1]
+    kept = marks.scatter_(-1, targets.ids.masked_fill(targets.ids < 0, logits.shape[1]), True)[:, :-1]
     # logsumexp over nothing has a gradient of NaN, so where the entries are the whole vocabulary nothing is masked.
-    all_kept = kept_ids.all(-1)
-    rest = logits.masked_fill(kept_ids & ~all_kept[:, None], -torch.inf).logsumexp(-1)
-    return student.masked_fill(absent, -torch.inf), (rest - normaliser).masked_fill(all_kept, -torch.inf)
-
-
-def forward_kl(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(t || p) = sum_i t_i (log t_i - log p_i), nats; terms with t_i = 0 are 0.
-
-    Args:
-        teacher: [N, K + 1] log-probabilities, the bucket last.
-        student: [N, K + 1] log-probabilities of the same outcomes.
-
-    Returns:
-        [N]. Gradient with respect to the student's logits, over the whole vocabulary: p_j - t_j for an entry,
-        p_j (1 - t_B / p_B) for an id in the bucket.
-    """
-    none = teacher == -torch.inf
-    terms = teacher.exp() * (teacher - student.masked_fill(none, 0.0))
-    return terms.masked_fill(none, 0.0).sum(-1)
-
-
-def reverse_kl(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(p || t) = sum_i p_i (log p_i - log t_i), nats; terms with p_i = 0 are 0.
-
-    A teacher's probability below the least that float32 can hold counts as that (log: -87.3): the divergence stays
-    finite, and large, where the student has mass and the teacher none.
-
-    Args:
-        teacher: [N, K + 1] log-probabilities, the bucket last.
-        student: [N, K + 1] log-probabilities of the same outcomes.
-    """
-    none = student == -torch.inf
-    student = student.masked_fill(none, 0.0)
-    terms = student.exp() * (student - teacher.clamp_min(_LOG_TINY))
-    return terms.masked_fill(none, 0.0).sum(-1)
+    all_kept = kept.all(-1)
+    rest = logits.masked_fill(kept & ~all_kept[:, None], -torch.inf).logsumexp(-1)
+    return (rest - normaliser).masked_fill(all_kept, -torch.inf)
 
 
 def fit_vocabulary(targets: TargetBatch, student_vocab: int) -> TargetBatch:
     """Targets in terms of the student's vocabulary: a teacher whose embedding is padded further has ids beyond it.
 
     Entries with such ids become no entries and their mass joins the tail. Where the entries that remain are the
-    student's whole vocabulary it has no id left for a tail: there the teacher is conditioned on the ids both have.
+    student's whole vocabulary it has no id left for a tail: there the teacher is conditioned on the ids both have. Of
+    sampled targets, which have no tail, draws of such ids are left out.
 
     Raises:
         UsageError: a hard target is not in the student's vocabulary.
@@ -195,6 +290,11 @@ def fit_vocabulary(targets: TargetBatch, student_vocab: int) -> TargetBatch:
             f"student: its vocabulary has {student_vocab} ids, but the text has token {int(targets.labels.max())}. "
             "Choose a student with the teacher's tokenizer and at least its vocabulary."
         )
+    if targets.probabilities is not None:
+        assert targets.ids is not None
+        foreign = targets.ids >= student_vocab
+        drawn = targets.probabilities.masked_fill(foreign, 0.0)
+        return replace(targets, ids=targets.ids.masked_fill(foreign, -1), probabilities=drawn)
     if targets.logprobs is None or targets.tail_logprob is None:
         return targets
     ids, logprobs, tail = targets.ids, targets.logprobs, targets.tail_logprob

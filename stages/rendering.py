@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..storage.errors import UsageError
 
 
@@ -27,6 +29,11 @@ class Renderer:
             raise UsageError(f"{folder}: the tokenizer does not load ({error}). Save the model again.") from error
         self._kwargs = chat_template_kwargs
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text that the tokenizer is made for."""
+        return int(self.tokenizer.model_max_length)
+
     def prompt_ids(self, row: dict[str, Any]) -> list[int]:
         """Token ids of a row's prompt, ready to be continued.
 
@@ -47,6 +54,28 @@ class Renderer:
         ids = self._encode(text, add_special_tokens=False)
         end = self.tokenizer.eos_token_id
         return ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+    def labelled_ids(self, text: str, text_pair: str | None) -> list[int]:
+        """A text or a pair, joined as the tokenizer does it for a model that classifies.
+
+        Raises:
+            RowError: the tokenizer fails on it, or the pair's segments could not be told from its tokens later on.
+        """
+        try:
+            found = self.tokenizer(text, text_pair)
+        except Exception as error:
+            raise RowError("unreadable", f"the tokenizer fails on this text: {error}") from error
+        ids = np.asarray(found["input_ids"], np.int64)
+        if not len(ids):
+            raise RowError("empty", "the text has no tokens")
+        segment_ids = found.get("token_type_ids")
+        if segment_ids is not None and list(segment_ids) != segments(ids, self.tokenizer.sep_token_id).tolist():
+            raise RowError(
+                "unreadable",
+                f"its segments do not part at the first separator ({self.tokenizer.sep_token!r}): a text holds that "
+                "token itself, or the tokenizer joins pairs without it",
+            )
+        return ids.tolist()
 
     def windows(self, text: str, window_tokens: int) -> list[list[int]]:
         """A document cut into windows; each starts with the last token of the one before.
@@ -85,6 +114,15 @@ class Renderer:
             )
         except Exception as error:
             raise RowError("unreadable", f"the chat template refuses this conversation: {error}") from error
+
+
+def segments(token_ids: np.ndarray, separator: int | None) -> np.ndarray:
+    """[T] int64 which text of a pair a token belongs to, as BERT counts: 1 from after the first separator on, else 0.
+
+    So a pair's segments need not be stored: its tokens show them, which `labelled_ids` makes sure of.
+    """
+    here = token_ids == separator if separator is not None else np.zeros(len(token_ids), bool)
+    return (np.cumsum(here) - here > 0).astype(np.int64)
 
 
 def cut(ids: list[int], window_tokens: int) -> list[list[int]]:

@@ -11,12 +11,11 @@ import numpy as np
 
 from ..storage.errors import UsageError
 from ..storage.keys import content_id, content_key
-from .alignment import scored_span
+from .alignment import class_span, scored_span
+from .kept import Kept
 from .ledger import Place
 from .sections import Data, Generate
 
-FULL_VOCABULARY = 65_536  # reference targets are the whole distribution up to this vocabulary ...
-REFERENCE_K = 4_096  # ... and this many entries plus the tail beyond it
 GENERATION_BYTES = 6  # a token's id and its share of text and keys: 5 to 6 bytes in the stores measured so far
 
 
@@ -41,8 +40,9 @@ class TargetRequest:
     prompt_key: bytes
     token_ids: np.ndarray
     span_start: int
-    kind: str
-    k: int
+    kept: Kept
+    label: int | None = None
+    """Gold class, where texts are classified."""
 
     @property
     def span_tokens(self) -> int:
@@ -95,6 +95,13 @@ def tokens_key(token_ids: np.ndarray | list[int], prompt_tokens: int) -> bytes:
     return content_key("tokens", token_ids=np.asarray(token_ids, dtype="<i4").tobytes(), span_start=start)
 
 
+def labelled_key(token_ids: np.ndarray | list[int], label: int | None) -> bytes:
+    """`tokens_key` of a text that is classified: the tokens, and the gold label that goes with them."""
+    start, _ = class_span(len(token_ids))
+    ids = np.asarray(token_ids, dtype="<i4").tobytes()
+    return content_key("tokens", token_ids=ids, span_start=start, label=label)
+
+
 def author_context(generate: Generate | None, model_tokens: int) -> int:
     """What the author reads at once: the model's context, or less where the engine is told so."""
     limit = generate.engine_args.get("max_model_len") if generate else None
@@ -116,13 +123,3 @@ def target_key(teacher_id: str, tokens: bytes) -> bytes:
 def reject_key(reuse_key: bytes, limit: int) -> bytes:
     """Name of a rejected request; another context length is another request."""
     return content_key("reject", request=reuse_key, limit=limit)
-
-
-def reference_kind(vocab_size: int) -> tuple[str, int]:
-    """Kind and entries of the targets that held-out rows are judged on."""
-    return ("full", vocab_size) if vocab_size <= FULL_VOCABULARY else ("topk", REFERENCE_K)
-
-
-def target_bytes(kind: str, k: int) -> float:
-    """About what one scored token takes on disk, ids and log-probabilities at 10 mantissa bits compressed."""
-    return 1.5 * k if kind == "full" else 3.75 * k + 12

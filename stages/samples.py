@@ -17,7 +17,7 @@ from ..storage.reader import SnapshotReader
 from ..storage.rows import Rows
 from ..storage.snapshot import Snapshot
 from ..storage.store import Store
-from .alignment import scored_span
+from .alignment import class_span, scored_span
 
 _SPAN = {"soft_targets": ("span_start", "span_tokens"), "generations": ("prompt_tokens", "completion_tokens")}
 
@@ -44,6 +44,8 @@ class Sample:
     span_tokens: int
     targets: SoftTargets | None
     """At the span's positions, summing to 1; None: cross-entropy only."""
+    label: int | None = None
+    """Gold class of a text that is classified; None: it has none."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -85,8 +87,10 @@ class Lengths:
 class Samples:
     """The samples of a snapshot, in training order; numbered through all epochs, which follow one another."""
 
-    def __init__(self, store: Store, snapshot: Snapshot, *, soft: bool, seed: int = 0) -> None:
-        """`soft`: read the teacher's targets too (the snapshot must be of soft_targets)."""
+    def __init__(
+        self, store: Store, snapshot: Snapshot, *, soft: bool, seed: int = 0, classified: bool = False
+    ) -> None:
+        """`soft`: read the teacher's targets too (the snapshot must be of soft_targets). `classified`: gold labels."""
         if not snapshot.rows:
             raise UsageError(f"snapshot {snapshot.id}: holds no rows, so there is nothing to train on. Add data.")
         if soft and snapshot.table != "soft_targets":
@@ -96,7 +100,7 @@ class Samples:
             )
         self.snapshot, self.seed = snapshot, seed
         self._store, self._soft, self._length = store, soft, snapshot.rows
-        self._span = _SPAN[snapshot.table]
+        self._span, self._classified = _SPAN[snapshot.table], classified
 
     def __len__(self) -> int:
         """Samples of an epoch."""
@@ -127,15 +131,23 @@ class Samples:
 
     def _reader(self) -> SnapshotReader:
         columns = ["token_ids", *self._span, *(("k", *LISTS) if self._soft else ())]
+        columns += ["label"] * self._classified
         return SnapshotReader(self._store, self.snapshot, columns, decode=self._decode)
 
     def _decode(self, rows: Rows) -> list[Sample]:
         targets: Iterable[SoftTargets | None] = normalised_targets(rows) if self._soft else repeat(None, len(rows))
         offsets, ids = rows.flat("token_ids")
+        labels: Iterable[int | None] = rows.values("label") if self._classified else repeat(None, len(rows))
         samples = []
-        for prompt, edges, target in zip(rows.numbers(self._span[0]), pairwise(offsets), targets, strict=True):
-            start, span = scored_span(int(prompt), int(edges[1] - edges[0]))
-            samples.append(Sample(token_ids=ids[slice(*edges)], span_start=start, span_tokens=span, targets=target))
+        for prompt, edges, target, label in zip(
+            rows.numbers(self._span[0]), pairwise(offsets), targets, labels, strict=True
+        ):
+            length = int(edges[1] - edges[0])
+            start, span = class_span(length) if self._classified else scored_span(int(prompt), length)
+            sample = Sample(
+                token_ids=ids[slice(*edges)], span_start=start, span_tokens=span, targets=target, label=label
+            )
+            samples.append(sample)
         return samples
 
 

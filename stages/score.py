@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..storage.keys import content_key
+from ..storage.keys import content_key, row_seed
 from ..storage.store import Store
 from .alignment import predicting_positions
 from .claims import Claims
@@ -19,6 +19,7 @@ from .engine import check_device
 from .identity import Identity
 from .inflight import Journal, find_suspects, new_journal
 from .job import Job, StageResult
+from .kept import wanted
 from .ledger import Books, Ledger, Pending
 from .ledger_generations import generation_ledger
 from .ledger_targets import choose_generations, pending_targets, target_ledger
@@ -29,6 +30,9 @@ from .share import Share
 from .writing import about, commit_limits
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..storage.codec import SoftTargets
     from .head import Head
 
 Batch = list[TargetRequest]
@@ -46,14 +50,15 @@ def run(job: Job, teacher: Identity) -> StageResult:
     assert score is not None
     store = Store.open(recipe.storage.dir)
     ledger, pending = _asked(job, teacher, store)
-    settings = {"targets": score.targets, "k": score.k, "temperatures": list(score.temperatures)}
+    kept = wanted(score, teacher.outcomes(recipe.run.task))
     shard_about = about(
         "score",
         recipe,
-        settings,
+        kept.named(),
         teacher_id=teacher.id,
         tokenizer_id=teacher.tokenizer_id,
         vocab_size=teacher.vocab_size,
+        class_names=list(teacher.class_names) or None,
         mantissa_bits=recipe.storage.mantissa_bits,
     )
     limits = commit_limits(recipe)
@@ -78,7 +83,9 @@ def run(job: Job, teacher: Identity) -> StageResult:
             reject=lambda request, error, attempts: _reject(request, teacher, error, attempts),
         )
         job.progress.say(f"loading {teacher.folder}")
-        scorer = _Scorer(job, teacher, share)
+        if score.targets in ("topk", "topp") and kept.k < score.k:
+            job.progress.say(f"score.k: {score.k} is above the teacher's vocabulary, all {kept.k} entries are kept")
+        scorer = (_Classifier if recipe.run.task == "classification" else _Scorer)(job, teacher, share)
         job.progress.start(total=ledger.planned, unit="rows", done=ledger.committed)
         for claims, block in share.blocks():
             cut = list(batches(block, score.batch_tokens or scorer.batch_tokens))
@@ -97,7 +104,7 @@ def _asked(job: Job, teacher: Identity, store: Store) -> tuple[Ledger, Pending[T
         if job.recipe.generate is not None:
             generation_ledger(books, author_id=job.author_id, context_tokens=job.context_tokens)
         choose_generations(books, author_id=job.author_id)
-        vocab_size, limit = teacher.vocab_size, teacher.context_tokens
+        vocab_size, limit = teacher.outcomes(job.recipe.run.task), teacher.context_tokens
         ledger = target_ledger(books, teacher_id=teacher.id, vocab_size=vocab_size, limit=limit)
         return ledger, pending_targets(books, teacher_id=teacher.id, vocab_size=vocab_size)
 
@@ -118,8 +125,8 @@ def _claims(job: Job, teacher: Identity, store: Store) -> Claims:
 def batches(requests: list[TargetRequest], batch_tokens: int) -> Iterator[Batch]:
     """Rows of one kind and like length, at most `batch_tokens` together, padding counted."""
     batch: Batch = []
-    for request in sorted(requests, key=lambda r: (r.kind, len(r.token_ids), r.reuse_key)):
-        same_kind = not batch or batch[0].kind == request.kind
+    for request in sorted(requests, key=lambda r: (r.kept.kind, len(r.token_ids), r.reuse_key)):
+        same_kind = not batch or batch[0].kept.kind == request.kept.kind
         if batch and (not same_kind or (len(batch) + 1) * len(request.token_ids) > batch_tokens):
             yield batch
             batch = []
@@ -132,16 +139,20 @@ class _Scorer:
     """The teacher, and how a batch becomes rows."""
 
     def __init__(self, job: Job, teacher: Identity, share: Share[TargetRequest]) -> None:
-        from .head import check_head, split_head
-        from .teacher import load_causal_lm
-
         self._job = job
         self._share = share
         self._teacher_id = teacher.id
         self._limit = teacher.context_tokens
-        self._model = load_causal_lm(teacher, device_map=job.recipe.teacher.device_map)
-        check_head(self._model)
-        self._head: Head = split_head(self._model)
+        self._model = self._load(teacher, job.recipe.teacher.device_map)
+
+    def _load(self, teacher: Identity, device_map: str | None) -> "PreTrainedModel":
+        from .head import check_head, split_head
+        from .teacher import load_causal_lm
+
+        model = load_causal_lm(teacher, device_map=device_map)
+        check_head(model)
+        self._head: Head = split_head(model)
+        return model
 
     @property
     def batch_tokens(self) -> int:
@@ -191,6 +202,18 @@ class _Scorer:
     def _forward(self, batch: Batch) -> list[dict[str, Any]]:
         import torch
 
+        done = []
+        with torch.inference_mode():
+            for request, targets in zip(batch, self._targets(batch), strict=True):
+                if np.isnan(targets.entropy).any():
+                    raise FloatingPointError("the teacher's numbers are NaN")
+                done.append(self._row(request) | targets.columns(self._bits) | request.kept.columns())
+        return done
+
+    def _targets(self, batch: Batch) -> Iterator["SoftTargets"]:
+        """The targets of each row, from one forward pass."""
+        import torch
+
         from .head import hidden_states
         from .targets import soft_targets
 
@@ -201,17 +224,12 @@ class _Scorer:
             ids[row, : len(request.token_ids)] = torch.tensor(request.token_ids)
             mask[row, : len(request.token_ids)] = 1
         device = self._model.device
-        done = []
-        with torch.inference_mode():
-            hidden = hidden_states(self._model, input_ids=ids.to(device), attention_mask=mask.to(device))
-            for row, request in enumerate(batch):
-                states = hidden[row, predicting_positions(request.span_start, request.span_tokens)]
-                following = ids[row, request.span_start : len(request.token_ids)].to(states.device)
-                targets = soft_targets(states, self._head, following, kind=request.kind, k=request.k)
-                if np.isnan(targets.entropy).any():
-                    raise FloatingPointError("the teacher's numbers are NaN")
-                done.append(self._row(request) | targets.columns(self._bits))
-        return done
+        hidden = hidden_states(self._model, input_ids=ids.to(device), attention_mask=mask.to(device))
+        for row, request in enumerate(batch):
+            states = hidden[row, predicting_positions(request.span_start, request.span_tokens)]
+            following = ids[row, request.span_start : len(request.token_ids)].to(states.device)
+            seed = row_seed(_row_key(self._job, request))
+            yield soft_targets(states, self._head, following, kept=request.kept, seed=seed)
 
     @property
     def _bits(self) -> int:
@@ -225,16 +243,33 @@ class _Scorer:
             "generation_key": request.generation_key,
             "prompt_key": request.prompt_key,
             "teacher_id": self._teacher_id,
-            "kind": request.kind,
             "token_ids": request.token_ids,
             "span_start": request.span_start,
-            "label": None,
+            "label": request.label,
         }
 
 
+class _Classifier(_Scorer):
+    """The same for a teacher that classifies: one target a text, over its classes."""
+
+    def _load(self, teacher: Identity, device_map: str | None) -> "PreTrainedModel":
+        from .classes import Inputs, load_teacher
+
+        model = load_teacher(teacher, device_map=device_map)
+        self._inputs = Inputs.of(model, teacher.folder)
+        return model
+
+    def _targets(self, batch: Batch) -> Iterator["SoftTargets"]:
+        from .classes import class_logits, class_targets
+
+        inputs = self._inputs.tensors([request.token_ids for request in batch])
+        logits = class_logits(self._model, {name: tensor.to(self._model.device) for name, tensor in inputs.items()})
+        yield from class_targets(logits, [request.label for request in batch])
+
+
 def _row_key(job: Job, request: TargetRequest) -> bytes:
-    kept = {"targets": request.kind, "k": request.k, "mantissa_bits": job.recipe.storage.mantissa_bits}
-    return content_key("soft_targets_row", reuse_key=request.reuse_key, **kept)
+    bits = job.recipe.storage.mantissa_bits
+    return content_key("soft_targets_row", reuse_key=request.reuse_key, mantissa_bits=bits, **request.kept.named())
 
 
 def _reject(request: TargetRequest, teacher: Identity, error: RowError, attempts: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ Errors of shape (unknown key, wrong type, out of range) come from these models; 
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from ..storage.keys import canonical_json
 
@@ -180,7 +180,7 @@ class Score(Section):
     targets: Literal["topk", "topp", "sampled", "full"] = "topk"
     """What is kept of the distribution."""
     k: int = Field(64, ge=1)
-    """Entries per position."""
+    """topk, topp: entries per position at most."""
     p: float | None = Field(None, gt=0, le=1)
     """topp: mass to keep."""
     k_min: int = Field(1, ge=1)
@@ -189,10 +189,53 @@ class Score(Section):
     """sampled: draws per position."""
     draw: Literal["multinomial", "systematic"] = "multinomial"
     """sampled: how to draw."""
-    temperatures: list[float] = [1.0]
-    """Loss temperatures whose log-normaliser is stored."""
+    proposal: float = Field(1.0, gt=0)
+    """sampled: draw from the teacher to this power, and weigh what is drawn; 1: from the teacher itself."""
+    temperatures: list[Annotated[float, Field(gt=0)]] = Field([1.0], min_length=1)
+    """Loss temperatures that students can be trained at besides 1; sampled: the only one, which is drawn at."""
     batch_tokens: int | None = Field(None, ge=1)
     """Tokens of one forward pass, padding included; halved when memory runs out. null: 8192, on CPUs one row."""
+
+
+class Schedule(Section):
+    """A setting that changes over the training, by the share of all tokens fed."""
+
+    shape: Literal["linear", "cosine", "wsd"]
+    """linear, cosine: from start to end; wsd: linear to peak, stable, cosine to end."""
+    start: float = Field(ge=0)
+    """Value at the start."""
+    end: float = Field(ge=0)
+    """Value at the end."""
+    peak: float | None = Field(None, ge=0)
+    """wsd: value in between."""
+    warmup_fraction: float = Field(0.1, ge=0, lt=1)
+    """wsd: share of the tokens in which it goes from start to peak."""
+    decay_fraction: float = Field(0.1, gt=0, le=1)
+    """wsd: share of the tokens in which it goes from peak to end."""
+
+    @model_validator(mode="after")
+    def _of_its_shape(self) -> Self:
+        for name in ("peak", "warmup_fraction", "decay_fraction"):
+            if self.shape != "wsd" and getattr(self, name) != Schedule.model_fields[name].default:
+                raise ValueError(f"`{name}` belongs to shape 'wsd'; this is {self.shape!r}. Remove it")
+        if self.shape == "wsd" and self.peak is None:
+            raise ValueError("shape 'wsd' needs a `peak`: the value between warm-up and decay")
+        if self.shape == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
+            raise ValueError("`warmup_fraction` and `decay_fraction` together are more than 1. Lower one")
+        return self
+
+
+NUMBER, SCHEDULE = "a number", "a schedule"  # no field's name: pydantic puts them into an error's path
+
+
+def _number_or_schedule(value: object) -> str:
+    return SCHEDULE if isinstance(value, dict | Schedule) else NUMBER
+
+
+Scheduled = Annotated[
+    Annotated[float, Field(ge=0), Tag(NUMBER)] | Annotated[Schedule, Tag(SCHEDULE)], Discriminator(_number_or_schedule)
+]
+"""A number, or a schedule of numbers."""
 
 
 class Loss(Section):
@@ -209,14 +252,31 @@ class Loss(Section):
         "adaptive_kl",
     ] = "forward_kl"
     """forward_kl is KL(teacher || student)."""
-    temperature: float = Field(1.0, gt=0)
-    """Softens both distributions."""
+    skew: float = Field(0.1, ge=0, lt=1)
+    """skew_forward_kl, skew_reverse_kl: share of the first distribution in the mixture; 0 is no skew."""
+    jsd_weight: float = Field(0.5, gt=0, lt=1)
+    """jsd: the teacher's share in the mixture."""
+    alpha_beta: tuple[float, float] = (0.2, 0.7)
+    """alpha_beta: exponents of teacher and student; (1, 0) is forward_kl, (0, 1) reverse_kl."""
+    head_mass: float = Field(0.5, gt=0, lt=1)
+    """adaptive_kl: the teacher's mass that counts as its head."""
+    temperature: Scheduled = 1.0
+    """Softens both distributions in the divergence; a number above 0, or a schedule."""
+    unstored_temperature: Literal["refuse", "approximate"] = "refuse"
+    """approximate: where a temperature was not stored, the tail counts as one id."""
     tail: Literal["bucket", "drop", "renormalize", "to_label"] = "bucket"
-    """What becomes of the teacher's mass outside the entries."""
-    soft_weight: float = Field(1.0, ge=0)
-    """Weight of the divergence, used as given."""
-    hard_weight: float = Field(0.1, ge=0)
+    """What becomes of the teacher's mass outside the entries; sampled and full targets have none."""
+    soft_weight: Scheduled = 1.0
+    """Weight of the divergence, used as given; a number or a schedule."""
+    hard_weight: Scheduled = 0.1
     """Weight of the cross-entropy, used as given; without `score` the loss is cross-entropy alone."""
+
+    @field_validator("temperature")
+    @classmethod
+    def _above_zero(cls, setting: float | Schedule) -> float | Schedule:
+        if 0 in ((setting.start, setting.end, setting.peak) if isinstance(setting, Schedule) else (setting,)):
+            raise ValueError("must be greater than 0 (got 0). 1.0 is the distributions as they are")
+        return setting
 
 
 class Train(Section):
@@ -322,5 +382,6 @@ COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "completion": (("prompt", "completion"), ()),
     "messages": (("messages",), ("reference",)),
     "instruction": (("instruction",), ("input", "output", "reference")),
+    "labelled": (("text", "label"), ("text_pair",)),
 }
 """Format -> our names for what a record must have, and may have."""

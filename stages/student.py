@@ -5,6 +5,7 @@ Weights are always float32 here; what a pass computes in is the training loop's 
 
 import difflib
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -22,8 +24,8 @@ from transformers import (
 )
 
 from ..storage.errors import StillroomError, UsageError
-from .head import hidden_states
 from .identity import find_model
+from .labels import names_in, refuse_other_classes
 from .sections import Lora, Recipe
 from .tokenizers import refuse_other_tokenizer
 
@@ -36,20 +38,26 @@ def initial_student(recipe: Recipe, teacher_dir: Path) -> nn.Module:
         teacher_dir: Folder with the teacher's config.json and tokenizer; weights are not needed.
 
     Returns:
-        A causal language model in float32, inside a PEFT model if `student.lora` is set.
+        A causal language model, or a classifier with the teacher's classes, in float32, inside a PEFT model if
+        `student.lora` is set.
 
     Raises:
         UsageError: the model, the config or the adapter cannot be made.
     """
     folder = _folder(recipe)
+    classes = names_in(teacher_dir) if recipe.run.task == "classification" else ()
+    if classes:
+        refuse_other_classes(recipe, folder, classes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.run.seed)
         if folder is not None:
-            model = load_student(folder)
+            model = load_student(folder, classes)
         else:
             assert recipe.student.config is not None
-            model = _fresh(teacher_dir, recipe.student.config)
-        return model if recipe.student.lora is None else _with_lora(model, recipe.student.lora)
+            model = _fresh(teacher_dir, recipe.student.config, classes)
+        if recipe.student.lora is None:
+            return model
+        return _with_lora(model, recipe.student.lora, "SEQ_CLS" if classes else "CAUSAL_LM")
 
 
 def student_tokenizer(recipe: Recipe, teacher_dir: Path) -> PreTrainedTokenizerBase:
@@ -82,7 +90,7 @@ def save_student(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: P
 
     The folder appears under its name when it is complete.
     """
-    plain = _merged(model)
+    plain = merged(model)
     part = folder.with_name(folder.name + ".part")
     for old in (part, folder):
         if old.exists():
@@ -98,19 +106,25 @@ def save_student(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: P
         ) from error
 
 
-def load_student(folder: Path) -> PreTrainedModel:
-    """A saved or downloaded causal language model, in float32.
+def load_student(folder: Path, classes: Sequence[str] = ()) -> PreTrainedModel:
+    """A saved or downloaded causal language model, or a classifier where there are `classes`, in float32.
+
+    A body that has no classification head yet gets a new one.
 
     Raises:
         UsageError: the folder holds none.
     """
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        if not classes:
+            return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        named = _named(classes)
+        return AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, **named)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UsageError(f"{folder}: the student does not load ({error}). Check the folder.") from error
 
 
-def _merged(model: Any) -> PreTrainedModel:
+def merged(model: Any) -> PreTrainedModel:
+    """The plain model: LoRA is added to the weights for good."""
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
 
 
@@ -121,12 +135,20 @@ def _folder(recipe: Recipe) -> Path | None:
     return find_model(student.model, student.revision, field="student.model", download=True)
 
 
-def _fresh(teacher_dir: Path, overrides: dict[str, Any]) -> PreTrainedModel:
+def _named(classes: Sequence[str]) -> dict[str, Any]:
+    """Fields of a config that say which classes there are."""
+    return {"id2label": dict(enumerate(classes)), "label2id": {name: index for index, name in enumerate(classes)}}
+
+
+def _fresh(teacher_dir: Path, overrides: dict[str, Any], classes: Sequence[str]) -> PreTrainedModel:
     try:
         config = _changed(AutoConfig.from_pretrained(teacher_dir).get_text_config(), overrides)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        if classes:
+            config.update(_named(classes))
+        kind = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
+        model = kind.from_config(config, dtype=torch.float32)
         with torch.no_grad():  # numbers of heads that do not divide show up here only
-            hidden_states(model, input_ids=torch.zeros(1, 2, dtype=torch.long))
+            model.base_model(input_ids=torch.zeros(1, 2, dtype=torch.long))
     except UsageError:
         raise
     except Exception as error:  # transformers has many kinds for a config that does not hold together
@@ -151,7 +173,7 @@ def _changed(config: PreTrainedConfig, overrides: dict[str, Any]) -> PreTrainedC
     return type(config).from_dict(known | overrides)
 
 
-def _with_lora(model: PreTrainedModel, lora: Lora) -> nn.Module:
+def _with_lora(model: PreTrainedModel, lora: Lora, task: str) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -159,7 +181,7 @@ def _with_lora(model: PreTrainedModel, lora: Lora) -> nn.Module:
         lora_alpha=lora.scale * lora.rank,  # type: ignore[arg-type]  # PEFT divides by r: any number will do
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
-        task_type="CAUSAL_LM",
+        task_type=task,  # of a classifier the head trains whole
     )
     try:
         return get_peft_model(model, config)

@@ -16,10 +16,14 @@ from ..storage.snapshot import load_snapshot
 from ..storage.store import Store
 from .board import Board, loss_scalars, step_scalars
 from .job import Arm, Job, Split, StageResult
+from .kept import wanted
 from .samples import Cursor, Samples, Step, steps
+from .schedules import extremes
 from .sections import Loss, Recipe
 
 if TYPE_CHECKING:
+    from .batches import Packing
+    from .classes import ClassPasses
     from .trainer import StepResult, Trainer
 
 DONE = "train.json"
@@ -81,15 +85,15 @@ class _Run:
         self._checkpoints = Checkpoints(files)
         self._record = Record()
         self._trainer = self._prepared()
+        self._audit(store)
 
     def _open(self, store: Store, split: Split) -> Samples:
         snapshot = load_snapshot(store, self._job.snapshots[split])
-        return Samples(store, snapshot, soft=self._loss.soft_weight > 0, seed=self._job.recipe.run.seed)
+        soft, seed = extremes(self._loss.soft_weight)[1] > 0, self._job.recipe.run.seed
+        return Samples(store, snapshot, soft=soft, seed=seed, classified=self._classified)
 
     def _prepared(self) -> "Trainer":
         """The student on its device, checked, with the state of the last checkpoint."""
-        from .batches import Packing, packs_apart
-        from .head import check_head, split_head
         from .student import check_vocabulary, initial_student
         from .trainer import Trainer, device_and_dtype
 
@@ -98,21 +102,10 @@ class _Run:
         self._job.progress.say(f"loading the student ({self._job.arm})")
         device, dtype = device_and_dtype(recipe.student)
         model: Any = initial_student(recipe, self._teacher_dir).to(device)
-        check_head(model)
         self._check_context(model.config.get_text_config())
-        shared = packs_apart(model)
-        if not shared:
-            self._job.progress.say("this architecture mixes packed samples: each gets a row of its own")
+        packing = self._class_passes(model) if self._classified else self._packing(model)
         if self._train.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        score = recipe.score
-        packing = Packing(
-            tokens_per_pass=self._train.tokens_per_pass,
-            row_tokens=self._train.row_tokens,
-            shared_rows=shared,
-            max_entries=score.k if score is not None and score.targets == "topk" else None,
-            vocab_size=split_head(model).vocab_size,
-        )
         trainer = Trainer(model, packing=packing, loss=self._loss, train=self._train, dtype=dtype)
         if done := self._checkpoints.steps():
             trainer.load_state(self._checkpoints.tensors(done[-1]))
@@ -120,6 +113,46 @@ class _Run:
             self._record = Record(**state | {"cursor": Cursor(**state["cursor"])})
             self._job.progress.say(f"going on after step {done[-1]}")
         return trainer
+
+    def _audit(self, store: Store) -> None:
+        """Refuse rows whose text, tokens and targets do not belong together, before any step."""
+        from .audit_rows import audit_rows, fit_of
+
+        model: Any = self._trainer.model
+        vocab_size = model.config.get_text_config().vocab_size
+        soft = extremes(self._loss.soft_weight)[1] > 0
+        fit = fit_of(self._job.recipe, self._teacher_dir, vocab_size=vocab_size, soft=soft)
+        for note in audit_rows(store, self._samples.snapshot, fit):
+            self._job.progress.say(note)
+
+    def _packing(self, model: Any) -> "Packing":
+        from .batches import Packing, packs_apart
+        from .head import check_head, split_head
+
+        check_head(model)
+        shared = packs_apart(model)
+        if not shared:
+            self._job.progress.say("this architecture mixes packed samples: each gets a row of its own")
+        score, vocab_size = self._job.recipe.score, split_head(model).vocab_size
+        return Packing(
+            tokens_per_pass=self._train.tokens_per_pass,
+            row_tokens=self._train.row_tokens,
+            shared_rows=shared,
+            kept=wanted(score, vocab_size) if score is not None else None,
+            unstored_temperature=self._loss.unstored_temperature,
+            vocab_size=vocab_size,
+        )
+
+    def _class_passes(self, model: Any) -> "ClassPasses":
+        from .classes import ClassPasses, Inputs
+
+        inputs = Inputs.of(model, self._teacher_dir)
+        vocab_size = model.get_input_embeddings().num_embeddings
+        return ClassPasses(tokens_per_pass=self._train.tokens_per_pass, inputs=inputs, vocab_size=vocab_size)
+
+    @property
+    def _classified(self) -> bool:
+        return self._job.recipe.run.task == "classification"
 
     def _check_context(self, config: Any) -> None:
         """Refuse samples that the student cannot read, before any step."""
@@ -198,7 +231,7 @@ class _Run:
         record.scored_tokens += step.scored_tokens
         if not record.history or slots[0] < slots[1]:
             rates = {"learning_rate": result.learning_rate, "grad_norm": result.grad_norm}
-            record.history.append({"tokens": step.after.tokens, **asdict(result.losses), **rates})
+            record.history.append({"tokens": step.after.tokens, **asdict(result.losses), **rates, **result.scheduled})
         self._job.progress.advance(step.tokens, tokens=step.tokens, note=f"loss {result.losses.loss:.4f}")
 
     def _validate(self, board: Board, *, last: bool = False) -> None:

@@ -13,12 +13,15 @@ import torch
 from torch import nn
 
 from ..storage.errors import StillroomError
-from .batches import Batch, Packing
-from .head import hidden_states, split_head
-from .losses import Divergence, LossParts, linear_distillation
+from .batches import Packing
+from .classes import ClassPasses
+from .losses import LossParts, Objective
 from .optim import learning_rate, make_optimizer
 from .samples import Step
-from .sections import Loss, Student, Train
+from .schedules import extremes, value_at
+from .sections import Loss, Schedule, Student, Train
+
+SCHEDULED = ("soft_weight", "hard_weight", "temperature")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +44,36 @@ class StepResult:
     learning_rate: float
     grad_norm: float
     """Before clipping."""
+    scheduled: dict[str, float]
+    """The loss's settings that follow a schedule, as they were at this step."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Aim:
+    """What is minimised at one point of the training."""
+
+    soft_weight: float
+    hard_weight: float
+    objective: Objective | None
+    """None: cross-entropy alone, all along."""
+
+
+def aim_at(loss: Loss, done: float) -> Aim:
+    """What the recipe's loss is at the share `done` of all tokens."""
+    objective = Objective(
+        divergence=loss.divergence,
+        tail=loss.tail,
+        temperature=value_at(loss.temperature, done),
+        skew=loss.skew,
+        jsd_weight=loss.jsd_weight,
+        alpha_beta=loss.alpha_beta,
+        head_mass=loss.head_mass,
+    )
+    return Aim(
+        soft_weight=value_at(loss.soft_weight, done),
+        hard_weight=value_at(loss.hard_weight, done),
+        objective=objective if extremes(loss.soft_weight)[1] > 0 else None,
+    )
 
 
 def device_and_dtype(student: Student) -> tuple[torch.device, torch.dtype]:
@@ -56,15 +89,19 @@ class Trainer:
     """A student under training."""
 
     def __init__(
-        self, model: nn.Module, *, packing: Packing, loss: Loss, train: Train, dtype: torch.dtype = torch.float32
+        self,
+        model: nn.Module,
+        *,
+        packing: Packing | ClassPasses,
+        loss: Loss,
+        train: Train,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         """`model` is on its device already, in float32; `dtype` is what the passes compute in."""
         self.model = model
         self.optimizer = make_optimizer(model, train)
-        self._head = split_head(model)
-        self._device = self._head.weight.device
+        self._device = next(model.parameters()).device
         self._packing, self._loss, self._train, self._dtype = packing, loss, train, dtype
-        self._divergence: Divergence | None = loss.divergence if loss.soft_weight > 0 else None  # type: ignore[assignment]
 
     @property
     def tokens_per_pass(self) -> int:
@@ -76,14 +113,14 @@ class Trainer:
 
         Args:
             step: Its samples.
-            done: Share of all tokens at the end of this step; decides the learning rate.
+            done: Share of all tokens at the end of this step; decides the learning rate and what is scheduled.
             between_passes: Called before each forward pass; may raise to stop.
 
         Raises:
             StillroomError: the loss or its gradient is not finite, or one sample alone does not fit in memory.
         """
         self.model.train()
-        losses = self._gradients(step, between_passes)
+        losses = self._gradients(step, aim_at(self._loss, done), between_passes)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         norm = float(nn.utils.clip_grad_norm_(trained, self._train.clip_norm))
         if not (math.isfinite(losses.loss) and math.isfinite(norm)):
@@ -98,19 +135,25 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return StepResult(losses=losses, learning_rate=rate, grad_norm=norm)
+        settings = {name: getattr(self._loss, name) for name in SCHEDULED}
+        scheduled = {name: value_at(v, done) for name, v in settings.items() if isinstance(v, Schedule)}
+        return StepResult(losses=losses, learning_rate=rate, grad_norm=norm, scheduled=scheduled)
 
     def validate(self, steps: Iterable[Step], *, between_passes: Callable[[], None] = lambda: None) -> Losses:
-        """Mean losses over all scored tokens of some steps; weights and gradients stay as they are."""
+        """Mean losses over all scored tokens of some steps; weights and gradients stay as they are.
+
+        What is scheduled has its value at the end of the training, so that validations compare with one another.
+        """
         self.model.eval()
+        aim = aim_at(self._loss, 1.0)
         sums, scored = torch.zeros(2, dtype=torch.float64, device=self._device), 0
         with torch.no_grad():
             for step in steps:
                 scored += step.scored_tokens
-                for batch in self._packing.batches(step.samples):
+                for batch in self._batches(step, aim):
                     between_passes()
-                    sums += _sums(self._pass(batch))
-        return self._means(sums, scored)
+                    sums += _sums(self._pass(batch, aim))
+        return _means(sums, scored, aim)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The parameters that train."""
@@ -131,20 +174,23 @@ class Trainer:
         self.load_weights(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
 
-    def _gradients(self, step: Step, between_passes: Callable[[], None]) -> Losses:
+    def _batches(self, step: Step, aim: Aim) -> Iterable[Any]:
+        return self._packing.batches(step.samples, aim.objective.temperature if aim.objective else None)
+
+    def _gradients(self, step: Step, aim: Aim, between_passes: Callable[[], None]) -> Losses:
         """Accumulate the step's gradients; out of memory is answered by smaller passes, from the start of the step."""
         while True:
             # Dropout is a function of the step's number, so a resumed run draws what an undisturbed one would.
             torch.manual_seed(step.after.step)
             try:
                 sums = torch.zeros(2, dtype=torch.float64, device=self._device)
-                for batch in self._packing.batches(step.samples):
+                for batch in self._batches(step, aim):
                     between_passes()
-                    parts = self._pass(batch)
-                    weighted = parts.weighted(self._loss.soft_weight, self._loss.hard_weight)
+                    parts = self._pass(batch, aim)
+                    weighted = parts.weighted(aim.soft_weight, aim.hard_weight)
                     (weighted.sum() / max(step.scored_tokens, 1)).backward()
                     sums += _sums(parts)
-                return self._means(sums, step.scored_tokens)
+                return _means(sums, step.scored_tokens, aim)
             except torch.OutOfMemoryError as error:
                 message = str(error)
             except BaseException:
@@ -164,17 +210,14 @@ class Trainer:
             )
         self._packing = replace(self._packing, tokens_per_pass=max(tokens // 2, step.longest))
 
-    def _pass(self, batch: Batch) -> LossParts:
-        batch = batch.to(self._device)
-        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._dtype == torch.bfloat16):
-            hidden = hidden_states(self.model, input_ids=batch.token_ids, position_ids=batch.position_ids)
-        predicting = hidden.flatten(0, 1)[batch.predicting].to(self._dtype)
-        return linear_distillation(predicting, self._head, batch.targets, divergence=self._divergence)
+    def _pass(self, batch: Any, aim: Aim) -> LossParts:
+        return self._packing.losses(self.model, batch.to(self._device), objective=aim.objective, dtype=self._dtype)
 
-    def _means(self, sums: torch.Tensor, scored: int) -> Losses:
-        soft, hard = (sums / max(scored, 1)).tolist()
-        total = (self._loss.soft_weight * soft if self._divergence else 0.0) + self._loss.hard_weight * hard
-        return Losses(loss=total, soft=soft if self._divergence else None, hard=hard)
+
+def _means(sums: torch.Tensor, scored: int, aim: Aim) -> Losses:
+    soft, hard = (sums / max(scored, 1)).tolist()
+    total = (aim.soft_weight * soft if aim.objective else 0.0) + aim.hard_weight * hard
+    return Losses(loss=total, soft=soft if aim.objective else None, hard=hard)
 
 
 def _sums(parts: LossParts) -> torch.Tensor:

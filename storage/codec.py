@@ -16,7 +16,9 @@ from .errors import IntegrityError
 EXACT_BITS = 23
 """Mantissa bits of float32: keeping all of them changes nothing."""
 _LISTS: dict[str, Any] = dict.fromkeys(("entries", "ids", "counts"), np.int32)
-_LISTS |= dict.fromkeys(("logprobs", "weights", "tail_logprob", "token_logprob", "entropy"), np.float32)
+_LISTS |= dict.fromkeys(("logprobs", "weights", "tail_logprob", "tempered_tails"), np.float32)
+_LISTS |= dict.fromkeys(("temperatures", "token_logprob", "entropy"), np.float32)
+_PER_POSITION = tuple(name for name in _LISTS if name != "temperatures")
 _PADDING = {"ids": -1, "logprobs": -np.inf, "counts": 0, "weights": 0.0}
 
 
@@ -54,13 +56,24 @@ class SoftTargets:
     token_logprob: np.ndarray
     """[N] float32 log probability of the token that is there."""
     entropy: np.ndarray
-    """[N] float32 entropy of the full distribution, nats."""
+    """[N] float32 entropy of the full distribution, nats; sampled: of the one that was drawn from."""
     entries: np.ndarray | None = None
     """[N] int32 entries of each position; None: K everywhere."""
     counts: np.ndarray | None = None
     """[N, K] int32 how often each id was drawn, 0 for padding; counts / draws has the teacher as its mean."""
     weights: np.ndarray | None = None
     """[N, K] float32 estimate of the probability of each id, 0 for padding; its mean is the teacher."""
+    temperatures: np.ndarray | None = None
+    """[m] float32 other temperatures than 1 that can be had of the entries, ascending; None: none.
+
+    sampled: [1], the one whose distribution was drawn from. `full` has all temperatures and names none.
+    """
+    tempered_tails: np.ndarray | None = None
+    """[N, m] float32 log of the sum of p_i^(1/T) over the ids that are no entry (sampled: over all ids).
+
+    p is the softmax at temperature 1, so the log-normaliser of softmax(z / T) in these terms is
+    logaddexp(logsumexp(logprobs / T), tempered_tails).
+    """
 
     def __post_init__(self) -> None:
         stated = [x for x in (self.logprobs, self.counts, self.weights) if x is not None]
@@ -68,6 +81,9 @@ class SoftTargets:
             raise IntegrityError(f"soft targets: {len(stated)} of logprobs, counts and weights are there, expected one")
         n, k = stated[0].shape
         shapes = dict.fromkeys(("tail_logprob", "token_logprob", "entropy", "entries"), (n,)) | {"ids": (n, k)}
+        if self.temperatures is not None or self.tempered_tails is not None:
+            m = 0 if self.temperatures is None else len(self.temperatures)
+            shapes |= {"temperatures": (m,), "tempered_tails": (n, m)}
         for name, shape in shapes.items():
             array = getattr(self, name)
             if array is not None and array.shape != shape:
@@ -94,6 +110,10 @@ class SoftTargets:
         values: np.ndarray | None = getattr(self, name)
         if values is None:
             return None
+        if name == "temperatures":  # names, to be found again
+            return values.astype(np.float32, copy=False)
+        if name == "tempered_tails":
+            values = values.reshape(-1)
         if values.ndim == 2:
             values = values.reshape(-1) if self.entries is None else values[_used(self.entries, values.shape[1])]
         if _LISTS[name] is np.float32:
@@ -110,13 +130,17 @@ class SoftTargets:
         n, k = row["span_tokens"], row["k"]
         found = {name: np.asarray(row[name], kind) for name, kind in _LISTS.items() if row.get(name) is not None}
         entries = found.get("entries")
-        total = n * k if entries is None else int(entries.sum())
+        temperatures = len(found.get("temperatures", ()))
+        lengths = dict.fromkeys(_PADDING, n * k if entries is None else int(entries.sum()))
+        lengths |= {"temperatures": temperatures, "tempered_tails": n * temperatures}
         for name, values in found.items():
-            if len(values) != (total if name in _PADDING else n):
+            if len(values) != (expected := lengths.get(name, n)):
                 raise IntegrityError(
-                    f"soft_targets row: {name} has {len(values)} values, expected {total if name in _PADDING else n} "
+                    f"soft_targets row: {name} has {len(values)} values, expected {expected} "
                     f"(span_tokens {n}, k {k}): each scored token has its own target."
                 )
+        if "tempered_tails" in found:
+            found["tempered_tails"] = found["tempered_tails"].reshape(n, temperatures)
         for name in _PADDING.keys() & found.keys():
             found[name] = _widened(found[name], (n, k), entries, _PADDING[name])
         nothing: dict[str, Any] = dict.fromkeys(("ids", "logprobs", "tail_logprob"))
@@ -134,7 +158,7 @@ class SoftTargets:
 
     def positions(self, part: slice) -> "SoftTargets":
         """The targets of some of the positions."""
-        found = {name: values[part] for name in _LISTS if (values := getattr(self, name)) is not None}
+        found = {name: values[part] for name in _PER_POSITION if (values := getattr(self, name)) is not None}
         if self.entries is not None:
             width = int(found["entries"].max(initial=0))
             found |= {name: found[name][:, :width] for name in _PADDING.keys() & found.keys()}
@@ -143,7 +167,8 @@ class SoftTargets:
     def normalised(self) -> "SoftTargets":
         """Entries and tail rescaled, in log space, so that each position sums to 1; so a divergence is never negative.
 
-        Rounding moves the sum by up to 2**-(bits + 1) * sum(p * |log p|). `token_logprob` and `entropy` stay as stored.
+        Rounding moves the sum by up to 2**-(bits + 1) * sum(p * |log p|). `token_logprob` and `entropy` stay as stored;
+        a tempered tail, a sum of p^(1/T), moves by total / T.
         Sampled targets stay as they are: their mean is the teacher, rescaled it would not be.
         """
         if self.logprobs is None or self.tail_logprob is None:
@@ -151,10 +176,14 @@ class SoftTargets:
         total = self.log_total().astype(np.float32)
         if not np.isfinite(total).all():
             raise IntegrityError("soft targets: a position has no probability at all. Run `stillroom verify`.")
+        tempered = self.tempered_tails
+        if tempered is not None and self.temperatures is not None:
+            tempered = tempered - total[:, None] / self.temperatures
         return replace(
             self,
             logprobs=self.logprobs - total[:, None],
             tail_logprob=self.tail_logprob - total,
+            tempered_tails=tempered,
         )
 
     def log_total(self) -> np.ndarray:

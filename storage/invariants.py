@@ -43,22 +43,44 @@ def check_shape(table: TableName, row: Mapping[str, Any], about: Mapping[str, An
 def aligned_targets(row: Mapping[str, Any], about: Mapping[str, Any]) -> SoftTargets:
     """The row's targets, one for each token of its span; IntegrityError if the row says otherwise."""
     start, n, k, total = row["span_start"], row["span_tokens"], row["k"], len(row["token_ids"])
-    if n < 1 or k < 1 or start < 1 or start + n > total:
+    if about.get("head") == "classes":
+        _check_classes(row, about["class_names"])
+    elif n < 1 or k < 1 or start < 1 or start + n > total:
         raise IntegrityError(
             f"soft_targets row: span_start {start}, span_tokens {n} and k {k} do not fit a row of {total} tokens. "
             "A span starts at 1 or later, because position t predicts token t + 1, and ends within the row."
         )
     _kind_columns(row)
-    if row["kind"] == "full" and k != about["vocab_size"]:
-        raise IntegrityError(f"soft_targets row: kind 'full' with k {k}, the vocabulary has {about['vocab_size']}.")
+    if row["kind"] == "full" and k != _outcomes(about):
+        raise IntegrityError(f"soft_targets row: kind 'full' with k {k}, the vocabulary has {_outcomes(about)}.")
     if row["teacher_id"] != about["teacher_id"]:
         raise IntegrityError(f"soft_targets row: teacher {row['teacher_id']} in a shard of {about['teacher_id']}.")
     targets = SoftTargets.from_row(row)
-    for name in ("logprobs", "weights", "tail_logprob", "token_logprob", "entropy"):
+    for name in ("logprobs", "weights", "tail_logprob", "token_logprob", "entropy", "tempered_tails"):
         if row.get(name) is not None and np.isnan(row[name]).any():
             raise IntegrityError(f"soft_targets row: {name} holds NaN. The teacher's numbers are broken.")
     _entry_numbers(row, targets)
+    _check_temperatures(row["kind"], targets)
     return targets
+
+
+def _outcomes(about: Mapping[str, Any]) -> int:
+    """What a distribution is over: ids of the vocabulary, or classes."""
+    return len(about["class_names"]) if about.get("head") == "classes" else int(about["vocab_size"])
+
+
+def _check_classes(row: Mapping[str, Any], names: Sequence[str]) -> None:
+    """A text that is classified has one target over all classes, at its last token, and a gold label or none."""
+    found = row["span_start"], row["span_tokens"], row["kind"]
+    expected = len(row["token_ids"]) - 1, 1, "full"
+    if found != expected:
+        raise IntegrityError(
+            f"soft_targets row: span_start, span_tokens and kind are {found}, expected {expected}: where texts are "
+            "classified, each has one target over all classes, at its last token."
+        )
+    label = row.get("label")
+    if label is not None and not 0 <= label < len(names):
+        raise IntegrityError(f"soft_targets row: label {label}, expected 0 to {len(names) - 1} ({', '.join(names)}).")
 
 
 def _kind_columns(row: Mapping[str, Any]) -> None:
@@ -87,17 +109,44 @@ def _entry_numbers(row: Mapping[str, Any], targets: SoftTargets) -> None:
         raise IntegrityError(f"soft_targets row: the counts of a position do not sum to its {k} draws.")
 
 
+def _check_temperatures(kind: str, targets: SoftTargets) -> None:
+    """Temperatures come with their sums, in order; sampled entries are of one, `full` needs none."""
+    found, tails = targets.temperatures, targets.tempered_tails
+    if found is None and tails is None:
+        return
+    most = {"full": 0, "sampled": 1}.get(kind, np.inf)
+    sound = found is not None and tails is not None and 1 <= len(found) <= most
+    if found is not None and sound:
+        sound = bool(
+            np.isfinite(found).all() and (found > 0).all() and (found != 1).all() and (np.diff(found) > 0).all()
+        )
+    if not sound:
+        raise IntegrityError(
+            f"soft_targets row: kind {kind!r} with temperatures {None if found is None else found.tolist()} and "
+            f"{'no' if tails is None else 'their'} sums. Expected temperatures above 0 other than 1, ascending, each "
+            "with a sum at every position; sampled: one at most; full: none."
+        )
+
+
 def doubts(row: Mapping[str, Any], about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(column, what is wrong with it) for a soft-targets row whose shape holds."""
     targets = aligned_targets(row, about)
     vocabulary, bits = about["vocab_size"], about["mantissa_bits"]
-    tokens = row["token_ids"][row["span_start"] : row["span_start"] + row["span_tokens"]]
+    if about.get("head") == "classes":
+        label = row.get("label")  # without one, `token_logprob` is that of the best class
+        tokens = np.array([targets.probabilities[0].argmax() if label is None else label])
+    else:
+        tokens = row["token_ids"][row["span_start"] : row["span_start"] + row["span_tokens"]]
     if not ((row["token_ids"] >= 0) & (row["token_ids"] < vocabulary)).all():
         yield "token_ids", f"a token id is outside the vocabulary of {vocabulary}"
     elif targets.ids is not None:
         yield from _doubtful_ids(row["ids"], targets.ids, vocabulary)
-    if not ((targets.entropy >= -_slack(0.0, bits)) & (targets.entropy <= np.log(vocabulary) * 1.01 + 1e-3)).all():
-        yield "entropy", f"an entropy is outside 0 to log({vocabulary}) nats"
+    if not (
+        (targets.entropy >= -_slack(0.0, bits)) & (targets.entropy <= np.log(_outcomes(about)) * 1.01 + 1e-3)
+    ).all():
+        yield "entropy", f"an entropy is outside 0 to log({_outcomes(about)}) nats"
+    if targets.temperatures is not None:
+        yield from _doubtful_temperatures(targets, vocabulary, bits)
     if targets.logprobs is None:
         yield from _doubtful_draws(row, targets, tokens)
     else:
@@ -139,13 +188,39 @@ def _doubtful_logprobs(row: Mapping[str, Any], targets: SoftTargets, bits: int) 
             yield "entries", f"a position has more entries than a mass of {row['p']:.4g} needs"
 
 
+def _doubtful_temperatures(targets: SoftTargets, vocabulary: int, bits: int) -> Iterator[tuple[str, str]]:
+    """What n ids of mass m, each at most c, can sum to when each is raised to 1/T.
+
+    The sum is m * c^(1/T - 1) where as few as possible hold the mass, n^(1 - 1/T) * m^(1/T) where all hold the same.
+    """
+    assert targets.temperatures is not None
+    assert targets.tempered_tails is not None
+    n = len(targets.entropy)
+    if targets.logprobs is None or targets.tail_logprob is None:
+        mass, most, ids = np.zeros(n), np.zeros(n), np.full(n, vocabulary)
+    else:
+        mass = targets.tail_logprob.astype(np.float64)
+        most = np.minimum(mass, _least(targets))
+        ids = vocabulary - (targets.logprobs.shape[1] if targets.entries is None else targets.entries)
+    for temperature, found in zip(targets.temperatures.tolist(), targets.tempered_tails.T, strict=True):
+        some = np.isfinite(mass) & (ids > 0)
+        m, c, f, count = mass[some], most[some], found[some], np.broadcast_to(ids, n)[some]
+        ends = np.stack([m + (1 / temperature - 1) * c, (1 - 1 / temperature) * np.log(count) + m / temperature])
+        slack = (1 + 1 / temperature) * (SUM_TOLERANCE + (np.abs(m) + np.abs(c)) * 2.0**-bits) + _slack(f, bits)
+        if np.isfinite(found[~some]).any() or ((f < ends.min(axis=0) - slack) | (f > ends.max(axis=0) + slack)).any():
+            yield "tempered_tails", f"no mass outside the entries has this sum at temperature {temperature:g}"
+
+
 def _doubtful_draws(row: Mapping[str, Any], targets: SoftTargets, tokens: np.ndarray) -> Iterator[tuple[str, str]]:
     """The token that is there has probability t, so k draws hold it with chance 1 - (1 - t)**k, or min(1, k t)."""
     if targets.weights is not None:
         if row["weights"].min() <= 0:
             yield "weights", "a weight is not above 0"
         return
-    chance = np.minimum(np.exp(targets.token_logprob.astype(np.float64)), 1.0)
+    logprob = targets.token_logprob.astype(np.float64)
+    if targets.temperatures is not None and targets.tempered_tails is not None:
+        logprob = logprob / targets.temperatures[0] - targets.tempered_tails[:, 0]
+    chance = np.exp(np.minimum(logprob, 0.0))
     drawn = np.minimum(1.0, row["k"] * chance) if row["draw"] == "systematic" else 1 - (1 - chance) ** row["k"]
     hits = np.any(targets.ids == tokens[:, None], axis=1).sum()
     if abs(hits - drawn.sum()) > DEVIATIONS * np.sqrt((drawn * (1 - drawn)).sum()) + 1:

@@ -133,6 +133,11 @@ class Rows:
         """[R] the values of a column of numbers, not copied."""
         return _numbers(self._columns[name])
 
+    def values(self, name: str) -> list[Any]:
+        """[R] the values of a column as plain Python, None where one is null."""
+        found: list[Any] = self._columns[name].to_pylist()
+        return found
+
     def _value(self, name: str, row: int) -> Any:
         column = self._columns[name]
         if name not in self._lists:

@@ -48,7 +48,7 @@ SCHEMAS: dict[TableName, pa.Schema] = {
             _field("author_id", pa.string(), "identity of the model that wrote it, or of the tokenizer of given text"),
             _field("sampling_id", pa.string(), "author and sampling settings; author_id if given"),
             _field("sample_index", pa.int32(), "which sample of the prompt, or which window of the text"),
-            _field("tokens_key", KEY, "hash of the token ids and of where scoring starts"),
+            _field("tokens_key", KEY, "hash of the token ids, where scoring starts, and the label of a labelled text"),
             _field("token_ids", TOKENS, "prompt then completion, special tokens included"),
             _field("prompt_tokens", pa.int32(), "tokens of the prompt: the completion starts at this index"),
             _field("completion_tokens", pa.int32(), "tokens of the completion, end of sequence included"),
@@ -62,7 +62,7 @@ SCHEMAS: dict[TableName, pa.Schema] = {
         [
             _field("key", KEY, "hash of everything that determines the row"),
             _field("reuse_key", KEY, "hash of teacher, token ids and scored span"),
-            _field("tokens_key", KEY, "hash of the token ids and of where scoring starts"),
+            _field("tokens_key", KEY, "hash of the token ids, where scoring starts, and the label of a labelled text"),
             _field("generation_key", KEY, "key of the generations row that asked for it first"),
             _field("prompt_key", KEY, "the prompt's hash"),
             _field("teacher_id", pa.string(), "identity of the teacher"),
@@ -88,8 +88,20 @@ SCHEMAS: dict[TableName, pa.Schema] = {
             _field("counts", TOKENS, "[E] sampled, proposal 1: how often it was drawn; sums to k", nullable=True),
             _field("weights", FLOATS, "[E] sampled, other proposals: estimate of the probability", nullable=True),
             _field("tail_logprob", FLOATS, "[N] log probability outside the entries; -inf if none", nullable=True),
-            _field("token_logprob", FLOATS, "[N] log probability of the token that is there"),
-            _field("entropy", FLOATS, "[N] entropy of the full distribution, nats"),
+            _field("token_logprob", FLOATS, "[N] log probability of the token that is there, at temperature 1"),
+            _field("entropy", FLOATS, "[N] nats, of the full distribution; sampled: of the one that was drawn from"),
+            _field(
+                "temperatures",
+                FLOATS,
+                "[m] other temperatures than 1 that are stored, ascending; sampled: the one drawn at",
+                nullable=True,
+            ),
+            _field(
+                "tempered_tails",
+                FLOATS,
+                "[N * m] log sum of p^(1/T) over the ids outside the entries; sampled: over all ids",
+                nullable=True,
+            ),
             _field("mantissa_bits", pa.int32(), "bits of mantissa kept in the floats; 23 is exact float32"),
             _field("kept_mass", pa.float32(), "mean probability inside the entries; null for sampled", nullable=True),
             _field("label", pa.int32(), "gold class index (head: classes)", nullable=True),
@@ -116,7 +128,10 @@ SCHEMAS: dict[TableName, pa.Schema] = {
 # that the rounded low bytes compress to nothing. Never float16 here: DuckDB 1.5 reads float16 + BYTE_STREAM_SPLIT as
 # NaN without an error.
 _DELTA = ("token_ids.list.element",)
-_SPLIT = tuple(f"{name}.list.element" for name in ("logprobs", "weights", "tail_logprob", "token_logprob", "entropy"))
+_SPLIT = tuple(
+    f"{name}.list.element"
+    for name in ("logprobs", "weights", "tail_logprob", "token_logprob", "entropy", "tempered_tails")
+)
 
 
 def parquet_options(table: TableName) -> dict[str, Any]:

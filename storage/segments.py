@@ -26,12 +26,15 @@ SEGMENT = 256
 _READERS = 8  # shards read side by side: on an object store each is a few round trips
 
 INDEXED: dict[TableName, tuple[str, ...]] = {
-    "prompts": ("key", "prompt_key"),
+    "prompts": ("key", "prompt_key", "label"),
     "generations": (
         *("key", "prompt_key", "source_key", "tokens_key", "author_id", "sampling_id", "sample_index"),
         *("prompt_tokens", "completion_tokens", "finish_reason"),
     ),
-    "soft_targets": ("tokens_key", "teacher_id", "kind", "k", "mantissa_bits"),
+    "soft_targets": (
+        *("tokens_key", "teacher_id", "kind", "k", "mantissa_bits"),
+        *("p", "k_min", "draw", "proposal", "temperatures"),
+    ),
     "rejects": ("context_id", "prompt_key", "sample_index", "tokens_key", "limit_tokens", "reason"),
 }
 """What a plan asks of a row."""

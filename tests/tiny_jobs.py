@@ -1,4 +1,4 @@
-"""A small `generate` to be done in this process."""
+"""Small jobs done in this process: a `generate` that is still to do, a store that is scored."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -7,7 +7,7 @@ from kit import prompts, recipe_tree, write_jsonl
 from tiny_store import SilentProgress
 
 from stillroom.pipeline.binding import bind
-from stillroom.stages import data
+from stillroom.stages import data, generate, score
 from stillroom.stages.identity import Identity
 from stillroom.stages.job import Job, StopFlag
 from stillroom.stages.sections import Recipe
@@ -32,3 +32,29 @@ def generation_job(
     job = Job(recipe=recipe, progress=SilentProgress(), stop=StopFlag(), context_tokens=author.context_tokens, **ids)
     data.run(job)
     return job, author
+
+
+def scored_store(
+    folder: Path, teacher: Path, /, *, rows: int = 30, **sections: object
+) -> tuple[Recipe, Store, Identity]:
+    """A small recipe whose teacher drew the text (temperature 1) and scored it, by the stages, in this process."""
+    source = write_jsonl(folder / "prompts.jsonl", prompts(rows))
+    spoken = {"engine": "hf", "temperature": 1.0, "max_tokens": 16}
+    recipe = Recipe.model_validate(recipe_tree(folder, teacher, source, generate=spoken) | sections)
+    return recipe, *done_until_score(recipe)
+
+
+def done_until_score(recipe: Recipe) -> tuple[Store, Identity]:
+    """A recipe's text and targets, made by the stages in this process."""
+    store = Store.open(recipe.storage.dir, create=True)
+    bound = bind(recipe, write=True)
+    assert bound.teacher is not None
+    store.put_teacher(bound.teacher.id, bound.teacher.files_to_keep())
+    b = bound.binding
+    ids = {"data_id": b.data_id, "teacher_id": b.teacher_id, "author_id": b.author_id}
+    job = Job(recipe=recipe, progress=SilentProgress(), stop=StopFlag(), context_tokens=b.context_tokens, **ids)
+    data.run(job)
+    if recipe.generate is not None:
+        generate.run(job, bound.teacher)
+    score.run(job, bound.teacher)
+    return store, bound.teacher

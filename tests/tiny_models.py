@@ -2,7 +2,18 @@
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
+from conftest import WORDS
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizerFast,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from stillroom.stages.samples import Sample
 from stillroom.storage.codec import SoftTargets
@@ -54,3 +65,29 @@ def make_samples(lengths, **more):
 
 
 LENGTHS = [9, 5, 14, 7, 3, 20, 6]
+
+CLASSES = ("bad", "good", "neither")
+
+
+def save_tiny_bert(folder, *, seed=0, classes=CLASSES, **overrides):
+    """A small random BERT that classifies, with a WordPiece tokenizer over `WORDS` that joins pairs as BERT does."""
+    config = BertConfig(
+        **{
+            "vocab_size": 32,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 48,
+            "initializer_range": 0.4,
+            "id2label": dict(enumerate(classes)),
+            "label2id": {name: index for index, name in enumerate(classes)},
+        }
+        | overrides
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        BertForSequenceClassification(config).save_pretrained(folder)
+    vocab = {token: i for i, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
+    BertTokenizerFast(vocab=vocab, model_max_length=48).save_pretrained(folder)
+    return folder

@@ -19,7 +19,8 @@ import torch
 from small_models import SmallModel
 from torch import Tensor
 
-from stillroom.stages.targets import Draws, sampled_targets, soft_targets
+from stillroom.stages.kept import Kept
+from stillroom.stages.targets import soft_targets
 from stillroom.storage.codec import SoftTargets
 
 WIDEST = 512
@@ -64,7 +65,7 @@ def scored(
     logits = teacher.head.logits(teacher(ids[None, :-1])[0])
     truth, guess = logits.log_softmax(-1), student.head.logits(student(ids[None, :-1])[0]).log_softmax(-1)
     head, places = _Remembered(logits), torch.arange(len(following))[:, None].float()
-    best = soft_targets(places, head, following, kind="topk", k=min(WIDEST, head.vocab_size))
+    best = soft_targets(places, head, following, kept=Kept(kind="topk", k=min(WIDEST, head.vocab_size)))
     mass = truth.exp()
     row = Row(
         token_ids=ids.numpy().astype(np.int32),
@@ -73,8 +74,8 @@ def scored(
         squares=mass.double().square().sum(-1).numpy(),
     )
     for name, (draw, rounds) in draws.items():
-        settings = Draws(rounds=rounds, seed=1000 * number + rounds, draw=draw)
-        row.drawn[name] = sampled_targets(places, head, following, draws=settings)
+        kept = Kept(kind="sampled", k=rounds, draw=draw, proposal=1.0)
+        row.drawn[name] = soft_targets(places, head, following, kept=kept, seed=1000 * number + rounds)
     for name, targets in {"best": best, **row.drawn}.items():
         entry = torch.from_numpy(targets.ids).long().clamp(min=0)
         row.about[name] = truth.gather(-1, entry).numpy(), guess.gather(-1, entry).numpy()
@@ -102,7 +103,7 @@ def ragged(row: Row, entries: np.ndarray) -> SoftTargets:
 
 
 def above_p(row: Row, p: float) -> SoftTargets:
-    """What `topp_targets` keeps at k = `WIDEST`."""
+    """What `topp` keeps at k = `WIDEST`."""
     mass = np.exp(row.best.logprobs.astype(np.float64)).cumsum(axis=1)
     return ragged(row, np.minimum((mass < p).sum(axis=1) + 1, mass.shape[1]))
 

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kit import last_json, stillroom
 from rich.console import Console
 
 from stillroom.pipeline.markdown import fenced, nats, significant, size, table
 from stillroom.pipeline.report import compare, outcome, render, results_table, write_report
-from stillroom.pipeline.report_sections import curve, results, thinned
+from stillroom.pipeline.report_results import results
+from stillroom.pipeline.report_sections import curve, thinned
 from stillroom.storage.errors import UsageError
 
 RECIPE: dict[str, Any] = {
@@ -29,14 +31,21 @@ RECIPE: dict[str, Any] = {
 
 
 def arm(cross_entropy: float, kl: float | None, agreement: float | None, ece: float) -> dict[str, Any]:
+    variation = kl and kl / (1 + kl)
     return {
         "cross_entropy": cross_entropy,
         "cross_entropy_se": 0.0123,
         "perplexity": 2.718281828459045**cross_entropy,
         "kl_teacher": kl,
         "kl_teacher_se": kl and 0.0045,
+        "tv_teacher": variation,
+        "tv_teacher_se": variation and 0.0023,
+        "acceptance": None if variation is None else 1 - variation,
+        "acceptance_se": variation and 0.0023,
         "top1_agreement": agreement,
+        "top1_agreement_se": agreement and 0.0067,
         "ece": ece,
+        "ece_se": 0.0012,
         "rows": 400,
         "tokens": 100_123,
     }
@@ -144,7 +153,7 @@ def cells(markdown: str, heading: str) -> list[list[str]]:
 
 
 def first_number(cell: str) -> float:
-    return float(re.sub("[,%]", "", cell.split("±")[0]))
+    return float(re.sub("[,%]", "", cell.strip().split("±")[0]))
 
 
 def test_every_number_of_the_results_table_is_the_one_in_the_json(run: Path) -> None:
@@ -157,8 +166,10 @@ def test_every_number_of_the_results_table_is_the_one_in_the_json(run: Path) -> 
         assert float(row[1].split("±")[1]) == expected["cross_entropy_se"]
         assert first_number(row[2]) == pytest.approx(expected["perplexity"], rel=1e-3)
         assert first_number(row[3]) == round(expected["kl_teacher"], 4)
-        assert first_number(row[4]) == round(100 * expected["top1_agreement"], 1)
-        assert first_number(row[5]) == round(100 * expected["ece"], 2)
+        assert first_number(row[4]) == round(100 * expected["acceptance"], 1)
+        assert first_number(row[5]) == round(100 * expected["top1_agreement"], 1)
+        assert first_number(row[6]) == round(100 * expected["ece"], 2)
+        assert first_number(row[6].split("±")[1]) == round(100 * expected["ece_se"], 2)
 
 
 def test_the_curve_has_ten_points_with_the_numbers_of_the_history(run: Path) -> None:
@@ -186,6 +197,24 @@ def test_the_report_says_where_it_comes_from(run: Path) -> None:
     for fact in ("ab" * 16, "7" * 32, "5" * 32, "torch 2.13.0", "Linux x86_64", "/stores/stories", "topk, 64 entries"):
         assert fact in markdown
     assert json.loads((run / "report.json").read_text())["settings"]["recipe"] == RECIPE
+
+
+def test_the_loss_is_named_with_its_own_settings_and_schedules(run: Path) -> None:
+    report = json.loads((run / "report.json").read_text())
+    recipe = report["settings"]["recipe"]
+
+    def line(**loss: Any) -> str:
+        recipe["loss"] = RECIPE["loss"] | loss
+        return dict(cells(render(report), "What was run"))["loss"]
+
+    assert line() == "1.0 x forward_kl (temperature 1.0, tail bucket) + 0.1 x cross-entropy"
+    assert "skew_reverse_kl (temperature 1.0, tail bucket, skew 0.2)" in line(divergence="skew_reverse_kl", skew=0.2)
+    wsd = {"shape": "wsd", "start": 0.1, "peak": 0.9, "end": 0.2, "warmup_fraction": 0.1, "decay_fraction": 0.1}
+    assert line(soft_weight=wsd, temperature=2.0).startswith("(wsd: 0.1 to 0.9 to 0.2) x forward_kl (temperature 2.0")
+    recipe["score"] = {"targets": "full", "k": 64}
+    assert line(hard_weight={"shape": "linear", "start": 1.0, "end": 0.0, "peak": None}) == (
+        "1.0 x forward_kl (temperature 1.0) + (linear: 1.0 to 0.0) x cross-entropy"
+    )
 
 
 def test_samples_stand_side_by_side_and_cannot_break_the_page(run: Path) -> None:
@@ -258,11 +287,14 @@ def test_the_terminal_table_has_the_same_numbers_in_80_columns(evaluation: dict[
     evaluation["results"]["student"]["answers"] = 0.4321
     console = Console(width=80, file=io.StringIO())
     console.print(results_table(evaluation["results"]))
-    drawn = console.file.getvalue().splitlines()[1:]  # type: ignore[attr-defined]
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert max(map(len, lines)) == 80
+    assert all(word in lines[0] + lines[1] for word in ("entropy", "perplexity", "KL", "accept", "top-1", "ECE"))
+    drawn = lines[2:]
     rows = cells((run / "report.md").read_text(), "Results")
     assert [line.split()[0] for line in drawn] == ["teacher", "student_before", "baseline", "student"]
     for line, row in zip(drawn, rows, strict=True):
-        assert all(cell.split("±")[0].strip() in line for cell in row[1:])
+        assert all(cell.split("±")[0].strip(" %") in line for cell in row[1:])
     assert drawn[-1].endswith("0.432")
 
 
@@ -290,6 +322,84 @@ def test_comparison_shows_what_differs_first_and_warns_of_other_held_out_rows(
     third = finished(tmp_path / "three", other, facts)
     assert "different held-out rows" in compare([first, third])
     assert "the recipes are the same" in compare([first, third])
+
+
+def seeded(folder: Path, evaluation: dict[str, Any], seeds: dict[int, float], **changed: Any) -> list[Path]:
+    """Finished runs of one recipe, by seed the student's KL."""
+    made = []
+    for seed, kl in seeds.items():
+        found = deepcopy(evaluation)
+        found["results"]["student"]["kl_teacher"] = kl
+        recipe = RECIPE | changed | {"run": RECIPE["run"] | {"dir": f"{folder}-{seed}", "seed": seed}}
+        made.append(finished(folder.with_name(f"{folder.name}-{seed}"), found, {}, recipe))
+    return made
+
+
+def test_runs_that_differ_in_their_seed_are_one_with_an_interval(tmp_path: Path, evaluation: dict[str, Any]) -> None:
+    runs = seeded(tmp_path / "a", evaluation, {0: 0.30, 1: 0.32, 2: 0.34})
+    page = compare(runs)
+    assert "## What differs\n\nNothing but the seed." in page
+    rows = {row[1]: row[2:] for row in cells(page, "Results over seeds")}
+    half = 4.302653 * 0.02 / 3**0.5
+    assert rows["student (distilled)"][2] == f"0.3200 ± {half:.4f}"
+    assert rows["teacher"][2] == "0.0000"
+    assert rows["student - baseline, seed by seed"][2] == f"{0.32 - 0.3531:.4f} ± {half:.4f}"
+    assert rows["student - baseline, seed by seed"][0] == "-0.0420"  # the same for every seed: no interval
+    assert (
+        f"`{runs[0]}` (3 seeds): KL to the teacher -0.033 ± 0.050 nats against cross-entropy alone, so it does" in page
+    )
+    assert all(f"seed {seed} in `{run}`" in page for seed, run in enumerate(runs))
+    assert "\n## Results\n" not in page
+    closer = compare(seeded(tmp_path / "b", evaluation, {0: 0.30, 1: 0.301, 2: 0.299}))
+    assert "± 0.0025 nats against cross-entropy alone (seed 0" in closer
+
+
+def test_the_command_line_says_it_for_people_and_for_machines(tmp_path: Path, evaluation: dict[str, Any]) -> None:
+    runs = seeded(tmp_path / "a", evaluation, {0: 0.30, 1: 0.32, 2: 0.34})
+    done = stillroom("report", *runs, "--json")
+    assert done.stdout.startswith(compare(runs))
+    found = last_json(done)
+    assert [run["evaluation"]["results"]["student"]["kl_teacher"] for run in found["runs"]] == [0.30, 0.32, 0.34]
+    (group,) = found["over_seeds"]
+    assert group["seeds"] == [0, 1, 2]
+    assert group["results"]["student"]["kl_teacher"]["mean"] == pytest.approx(0.32)
+    half = group["student_minus_baseline"]["kl_teacher"]["half_width"]
+    assert half == pytest.approx(4.302653 * 0.02 / 3**0.5, rel=1e-6)
+
+
+def test_other_runs_stand_beside_those_of_several_seeds(tmp_path: Path, evaluation: dict[str, Any]) -> None:
+    many = seeded(tmp_path / "a", evaluation, {0: 0.30, 1: 0.32})
+    few = seeded(tmp_path / "b", evaluation, {0: 0.31}, score=RECIPE["score"] | {"k": 8})
+    page = compare([few[0], *many])
+    differing = {row[0]: row[1:] for row in cells(page, "What differs")}
+    assert differing == {"`score.k`": ["8", "64"], "`run.seed`": ["0", "0, 1"]}
+    assert {row[0] for row in cells(page, "Results over seeds")} == {f"`{many[0]}` (2 seeds)"}
+    assert {row[0] for row in cells(page, "Results")} == {f"`{few[0]}`"}
+    assert "different held-out rows" not in page
+    evaluation["measured_on"]["snapshot"] = "6" * 32
+    elsewhere = seeded(tmp_path / "c", evaluation, {5: 0.30})
+    assert "different held-out rows" in compare([*many, *elsewhere])  # another seed of the same recipe
+
+
+def test_the_gradient_of_the_recipe_s_targets_is_in_the_report(evaluation: dict[str, Any]) -> None:
+    assert "Gradient" not in results(evaluation, {})
+    before = {"angle_degrees": 12.345, "norm_ratio": 0.98765, "tokens": 16_390}
+    evaluation["gradient"] = {"student_before": before, "student": None}
+    line = "on 16,390 held-out tokens, with the recipe's targets against the whole distribution: "
+    line += "student before training 12.35 degrees, 0.988 of its length."
+    assert line in results(evaluation, {})
+    undefined = {"angle_degrees": None, "norm_ratio": 0.0, "tokens": 16_390}
+    evaluation["gradient"]["student"] = undefined
+    assert "student (distilled) - degrees, 0.000 of its length" in results(evaluation, {})
+
+
+def test_what_is_only_bounded_is_called_so_and_differences_are_in_points(evaluation: dict[str, Any]) -> None:
+    evaluation["differences"]["baseline"] |= {"acceptance": 0.0123, "acceptance_se": 0.0011}
+    assert "acceptance 1.23 ± 0.11 points" in results(evaluation, {})
+    assert "acceptance are exact" in results(evaluation, {})
+    evaluation["measured_on"]["kl_is_lower_bound"] = True
+    assert "acceptance, upper bound" in results(evaluation, {})
+    assert "an upper bound of the acceptance" in results(evaluation, {})
 
 
 def test_an_unfinished_run_is_named(tmp_path: Path) -> None:

@@ -47,7 +47,8 @@ def test_one_command_from_prompts_to_a_judged_student(tmp_path: Path, teacher: P
     outcome = run(recipe)
     assert list(outcome["results"]) == ["teacher", "student_before", "baseline", "student"]
     for arm in outcome["results"].values():
-        assert {"cross_entropy", "perplexity", "kl_teacher", "top1_agreement", "ece"} <= arm.keys()
+        assert {"cross_entropy", "perplexity", "kl_teacher", "tv_teacher", "acceptance"} <= arm.keys()
+        assert {"top1_agreement", "ece"} <= arm.keys()
     assert outcome["results"]["teacher"]["kl_teacher"] == 0
     assert set(states(outcome).values()) == {"done"}
     student = Path(outcome["run_dir"]) / "latest" / "student"
@@ -58,6 +59,7 @@ def test_one_command_from_prompts_to_a_judged_student(tmp_path: Path, teacher: P
     assert verified["tables"]["generations"]["rows"] == 24
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["evaluation"]["results"] == outcome["results"]
+    assert report["evaluation"]["gradient"]["student"]["angle_degrees"] > 0
 
     # The same command again does nothing: every stage is found done, and no stage's process starts.
     for log in (tmp_path / "run" / "logs").glob("*.log"):

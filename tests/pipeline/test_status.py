@@ -38,6 +38,19 @@ def test_columns_and_the_rest_are_the_whole_file(store):
     assert status.column_costs(store, []) == {}
 
 
+def test_what_targets_keep_is_the_mean_over_the_tokens_of_all_shards():
+    part = {"rows": 1, "tokens": 10, "entries_per_token": 4.0, "kept_mass": {"mean": 0.9}}
+    drawn = {"rows": 1, "tokens": 5, "entries_per_token": 3.0, "entries": {"mean": 3.0}}
+    more = part | {"tokens": 30, "entries_per_token": 8.0, "kept_mass": {"mean": 0.5}}
+    kept = status._kept([{"topk": part}, {}, {"topk": more, "sampled": drawn}])
+    assert kept == {
+        "sampled": {"tokens": 5, "entries_per_token": 3.0, "kept_mass": None},
+        "topk": {"tokens": 40, "entries_per_token": 7.0, "kept_mass": 0.6},
+    }
+    line = status._kept_line("score", kept)
+    assert line.endswith("sampled 3.00 (5), topk 7.00 holding 0.6000 (40)")
+
+
 def test_of_many_shards_some_are_read_and_that_is_said(store, monkeypatch):
     monkeypatch.setattr(status, "FOOTERS", 3)
     commits = store.commits("generations")

@@ -1,15 +1,20 @@
 """Packing: samples in a row do not see each other, and how a step is packed and split never changes its gradient."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from references import DIVERGENCES
 from tiny_models import CONFIGS, LENGTHS, V, build, make_sample, make_samples
 from transformers import AutoModelForCausalLM, MambaConfig
 
 from stillroom.stages.batches import Packing, pack, packs_apart
 from stillroom.stages.head import hidden_states, split_head
-from stillroom.stages.losses import linear_distillation
+from stillroom.stages.kept import Kept
+from stillroom.stages.losses import Objective, linear_distillation
 from stillroom.storage.errors import UsageError
 
 
@@ -65,15 +70,15 @@ def test_a_model_that_lets_samples_see_each_other_is_noticed():
     assert not packs_apart(Careless())
 
 
-def gradient(model, samples, how, chunk_tokens=None):
+def gradient(model, samples, how, *, chunk_tokens=None, objective=Objective()):  # noqa: B008
     """Gradient of the step's mean loss, and the loss, however the step is packed."""
     model.zero_grad()
     scored, total = sum(s.span_tokens for s in samples), 0.0
-    for batch in how.batches(samples):
+    for batch in how.batches(samples, objective.temperature):
         hidden = hidden_states(model, input_ids=batch.token_ids, position_ids=batch.position_ids)
         states = hidden.flatten(0, 1)[batch.predicting]
         parts = linear_distillation(
-            states, split_head(model), batch.targets, divergence="forward_kl", chunk_tokens=chunk_tokens
+            states, split_head(model), batch.targets, objective=objective, chunk_tokens=chunk_tokens
         )
         loss = parts.weighted(1.0, 0.1).sum() / scored
         loss.backward()
@@ -98,6 +103,47 @@ def test_the_gradient_does_not_depend_on_packing_and_passes(k):
         again, found = gradient(model, samples, way, chunk_tokens=7)
         assert again == pytest.approx(loss, rel=1e-6)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_no_divergence_depends_on_packing_and_passes(divergence):
+    """One batch of all samples against a pass for each, at a temperature."""
+    model, samples = build(CONFIGS["llama"]), make_samples(LENGTHS)
+    objective = Objective(divergence=divergence, temperature=2.0)
+    how = packing(tokens_per_pass=1000, row_tokens=64, unstored_temperature="approximate")
+    loss, expected = gradient(model, samples, how, objective=objective)
+    again, found = gradient(model, samples, replace(how, tokens_per_pass=1), objective=objective, chunk_tokens=7)
+    assert again == pytest.approx(loss, rel=1e-6)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_sampled_targets_do_not_depend_on_packing_and_passes():
+    model, samples = build(CONFIGS["llama"]), [drawn(sample) for sample in make_samples(LENGTHS)]
+    loss, expected = gradient(model, samples, packing(tokens_per_pass=1000, row_tokens=64))
+    again, found = gradient(model, samples, packing(tokens_per_pass=1), chunk_tokens=7)
+    assert again == pytest.approx(loss, rel=1e-6)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def drawn(sample):
+    """The sample with a draw in place of its entries: the best id twice, the next once or not at all."""
+    targets = sample.targets
+    entries = 2 - np.arange(sample.span_tokens, dtype=np.int32) % 2
+    counts = np.tile(np.int32([2, 1]), (sample.span_tokens, 1))
+    counts[entries == 1, 1] = 0
+    ids = np.where(counts > 0, targets.ids[:, :2], -1).astype(np.int32)
+    estimate = replace(
+        targets, ids=ids, logprobs=None, tail_logprob=None, entries=entries, counts=counts, entropy=targets.entropy + 1
+    )
+    return replace(sample, targets=estimate)
+
+
+def test_hard_targets_alone_read_nothing_of_the_soft_ones():
+    """At no temperature, whatever the store holds: here draws, which no temperature but their own could serve."""
+    (batch,) = packing(tokens_per_pass=1000).batches([drawn(make_sample(9))], None)
+    assert batch.targets.ids is None
+    assert batch.targets.probabilities is None
+    assert len(batch.targets.labels) == 7
 
 
 @settings(max_examples=60, deadline=None)
@@ -155,8 +201,8 @@ class TestEntries:
     @pytest.mark.parametrize("stored", [9, None])
     def test_more_entries_than_asked_for_are_cut(self, stored):
         """What else the store holds does not change what is trained on."""
-        cut = self.only([make_sample(9, k=stored)], max_entries=4)
-        asked = self.only([make_sample(9, k=4)], max_entries=4)
+        cut = self.only([make_sample(9, k=stored)], kept=Kept(kind="topk", k=4))
+        asked = self.only([make_sample(9, k=4)], kept=Kept(kind="topk", k=4))
         assert torch.equal(cut.ids, asked.ids)
         torch.testing.assert_close(cut.logprobs, asked.logprobs)
         torch.testing.assert_close(cut.tail_logprob, asked.tail_logprob)
@@ -168,11 +214,13 @@ class TestEntries:
         assert (together.ids[:7, 3:] == -1).all()
         hidden = torch.randn(23, 16, generator=torch.Generator().manual_seed(1))
         head = split_head(build(CONFIGS["llama"]))
-        whole = linear_distillation(hidden, head, together, divergence="reverse_kl").soft
+        whole = linear_distillation(hidden, head, together, objective=Objective(divergence="reverse_kl")).soft
         start = 0
         for sample in samples:
             part = hidden[start : start + sample.span_tokens]
-            alone = linear_distillation(part, head, self.only([sample]), divergence="reverse_kl").soft
+            alone = linear_distillation(
+                part, head, self.only([sample]), objective=Objective(divergence="reverse_kl")
+            ).soft
             torch.testing.assert_close(whole[start : start + sample.span_tokens], alone)
             start += sample.span_tokens
 

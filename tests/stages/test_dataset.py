@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 from stillroom.stages.batches import Packing
 from stillroom.stages.dataset import Collator, SnapshotDataset, batch_of
 from stillroom.stages.head import hidden_states, split_head
-from stillroom.stages.losses import linear_distillation
+from stillroom.stages.losses import Objective, linear_distillation
 from stillroom.stages.samples import Samples
 from stillroom.storage.errors import UsageError
 from stillroom.storage.files import LocalFiles
@@ -175,13 +175,15 @@ def loss_of(model, inputs):
     batch = batch_of(inputs)
     states = hidden_states(model, input_ids=batch.token_ids, position_ids=batch.position_ids)
     predicting = states.flatten(0, 1)[batch.predicting]
-    return linear_distillation(predicting, split_head(model), batch.targets, divergence="forward_kl").soft.sum()
+    return linear_distillation(predicting, split_head(model), batch.targets, objective=Objective()).soft.sum()
 
 
-def test_the_collator_gives_batches_as_packing_does(samples):
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_collator_gives_batches_as_packing_does(samples, temperature):
     chosen = list(samples.read(0, 9))
-    found = batch_of(collator()(chosen))
-    (expected,) = Packing(tokens_per_pass=10_000, vocab_size=V).batches(chosen)
+    packing = Packing(tokens_per_pass=10_000, vocab_size=V, unstored_temperature="approximate")
+    found = batch_of(Collator(packing, temperature=temperature)(chosen))
+    (expected,) = packing.batches(chosen, temperature)
     for name in ("token_ids", "position_ids", "predicting"):
         assert torch.equal(getattr(found, name), getattr(expected, name))
     for name in ("labels", "ids", "logprobs", "tail_logprob"):

@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from stillroom.stages import evaluate, metrics, student
+from stillroom.stages import evaluate, gradients, metrics, student
 from stillroom.stages.job import Job, StopFlag
 from stillroom.stages.sections import Recipe
 from stillroom.storage.codec import SoftTargets
@@ -238,15 +238,17 @@ def put_prompts(world: World, references: list[str | None]) -> None:
 
 
 def measured(world: World, model: LlamaForCausalLM) -> dict[str, float]:
-    """Cross-entropy and KL to the teacher over all completions, from the definitions in float64."""
-    losses, divergences = [], []
+    """Cross-entropy, KL and acceptance by the teacher over all completions, from the definitions in float64."""
+    losses, divergences, accepted = [], [], []
     for row in world.generations:
         ids, start = row["token_ids"], max(row["prompt_tokens"], 1)
         p, t = log_softmax(logits(model, ids)), log_softmax(logits(world.teacher, ids))
         for position in range(start - 1, len(ids) - 1):
             losses.append(-p[position, ids[position + 1]])
             divergences.append(float((np.exp(t[position]) * (t[position] - p[position])).sum()))
-    return {"cross_entropy": float(np.mean(losses)), "kl_teacher": float(np.mean(divergences))}
+            accepted.append(float(np.minimum(np.exp(t[position]), np.exp(p[position])).sum()))
+    means = (float(np.mean(values)) for values in (losses, divergences, accepted))
+    return dict(zip(("cross_entropy", "kl_teacher", "acceptance"), means, strict=True))
 
 
 def read(world: World) -> dict[str, Any]:
@@ -264,6 +266,8 @@ def test_every_arm_is_measured_as_defined(world: World) -> None:
         assert results[arm]["cross_entropy"] == pytest.approx(expected["cross_entropy"], rel=1e-5)
         assert results[arm]["kl_teacher"] == pytest.approx(expected["kl_teacher"], rel=1e-4, abs=1e-6)
         assert results[arm]["perplexity"] == pytest.approx(math.exp(expected["cross_entropy"]), rel=1e-4)
+        assert results[arm]["acceptance"] == pytest.approx(expected["acceptance"], rel=1e-5)
+        assert results[arm]["tv_teacher"] == pytest.approx(1 - expected["acceptance"], rel=1e-5, abs=1e-6)
     assert results["teacher"]["cross_entropy"] == pytest.approx(
         measured(world, world.teacher)["cross_entropy"], rel=1e-5
     )
@@ -299,6 +303,7 @@ def test_evaluation_json_says_what_was_measured_on_what(world: World) -> None:
         "k": 8,
         "kl_is_lower_bound": True,
         "ece_bins": 15,
+        "of": "tokens",
     }
     assert (result.rows, result.tokens) == (PROMPTS, tokens)
     assert all(sum(b["tokens"] for b in bins) == tokens for bins in written["reliability"].values())
@@ -308,6 +313,7 @@ def test_the_bucketed_kl_is_below_the_full_one(world: World) -> None:
     bucketed = evaluate.run(world.job(world.score("topk", 8))).details["results"]["student_before"]
     full = measured(world, student.initial_student(world.job("").recipe, world.store.teacher_dir(TEACHER)))
     assert bucketed["kl_teacher"] < full["kl_teacher"]
+    assert bucketed["acceptance"] > full["acceptance"]
 
 
 def test_chunks_of_one_token_give_the_same_numbers(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,9 +331,44 @@ def test_without_scores_there_is_cross_entropy_and_nothing_of_the_teacher(world:
     assert set(results["teacher"].values()) == {None}
     assert results["student"]["kl_teacher"] is None
     assert results["student"]["top1_agreement"] is None
+    assert results["student"]["acceptance"] is None
+    assert read(world)["gradient"] is None
     expected = measured(world, world.teacher)["cross_entropy"]
     assert results["student"]["cross_entropy"] == pytest.approx(expected, rel=1e-5)
     assert read(world)["measured_on"]["reference"] is None
+
+
+def test_the_gradient_of_the_recipe_s_targets_is_compared_at_the_start_and_at_the_end(world: World) -> None:
+    snapshot = world.score("full", VOCABULARY)
+    score = {"targets": "topk", "k": 4}
+    evaluate.run(world.job(snapshot, arms=("student", "baseline"), score=score, loss={"tail": "drop"}))
+    turned = read(world)["gradient"]
+    assert list(turned) == ["student_before", "student"]
+    before = turned["student_before"]
+    assert 5 < before["angle_degrees"] < 120
+    assert before["tokens"] == sum(row["completion_tokens"] for row in world.generations)
+    evaluate.run(world.job(snapshot, score=score, loss={"tail": "bucket"}))
+    bucket = read(world)["gradient"]["student_before"]
+    assert bucket["angle_degrees"] < before["angle_degrees"]
+    evaluate.run(world.job(snapshot, score=score | {"k": VOCABULARY}))
+    all_kept = read(world)["gradient"]["student_before"]
+    assert all_kept["angle_degrees"] < 1e-2
+    assert all_kept["norm_ratio"] == pytest.approx(1.0, abs=1e-4)
+
+
+def test_there_is_no_gradient_to_compare_without_a_soft_loss(world: World) -> None:
+    evaluate.run(world.job(world.score("full", VOCABULARY), loss={"soft_weight": 0.0}))
+    assert read(world)["gradient"] is None
+
+
+def test_gradients_that_do_not_fit_in_memory_cost_nothing_else(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(gradients, "compare_gradients", full)
+    results = evaluate.run(world.job(world.score("topk", 8))).details["results"]
+    assert results["student"]["kl_teacher"] is not None
+    assert read(world)["gradient"] is None
 
 
 def test_progress_reaches_its_total_and_counts_tokens_of_every_arm(world: World) -> None:
@@ -391,11 +432,15 @@ def test_a_lora_student_before_training_is_its_base_model(world: World) -> None:
     base = {"model": str(world.root / "train-baseline" / "student"), "lora": {"rank": 2}}
     words().save_pretrained(base["model"])
     put_prompts(world, [None] * PROMPTS)
-    quiz = {"generate": {"prompts": 2, "max_tokens": 4}}
-    job = world.job(world.score("topk", 8), arms=("student", "baseline"), student=base, evaluate=quiz)
+    quiz, score, snapshot = {"generate": {"prompts": 2, "max_tokens": 4}}, {"k": 3}, world.score("topk", 8)
+    job = world.job(snapshot, arms=("student", "baseline"), student=base, evaluate=quiz, score=score)
     results = evaluate.run(job).details["results"]
     assert results["student_before"]["cross_entropy"] == pytest.approx(results["baseline"]["cross_entropy"], rel=1e-5)
     assert results["student_before"]["answers"] == results["baseline"]["answers"]
+    adapted = read(world)["gradient"]["student_before"]
+    evaluate.run(world.job(snapshot, student={"model": base["model"]}, score=score))
+    assert read(world)["gradient"]["student_before"] == pytest.approx(adapted, rel=1e-4)  # of all weights, once merged
+    assert adapted["angle_degrees"] > 1
 
 
 def test_a_student_that_is_the_teacher_answers_as_the_teacher_did(world: World) -> None:

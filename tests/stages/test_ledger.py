@@ -310,8 +310,8 @@ def test_a_smaller_k_is_served_a_larger_one_or_more_bits_are_not(tmp_path: Path)
 
     assert again().committed == again(score={"k": 2}).committed == 5
     assert again(score={"k": 2}).tokens == 25
-    assert again(score={"k": 5}).why == {"stored with fewer entries or bits": 4}  # the held-out row is whole
-    assert again(storage={"mantissa_bits": 11}).why == {"stored with fewer entries or bits": 5}
+    assert again(score={"k": 5}).why == {"stored with fewer entries": 4}  # the held-out row is whole
+    assert again(storage={"mantissa_bits": 11}).why == {"stored with fewer bits": 5}
     _, _, chosen = score_books(store, recipe(tmp_path, generate={"samples": 1}), names)
     assert sorted(chosen["held_out"].to_pylist()) == [False] * 4 + [True]
 
@@ -339,7 +339,7 @@ def test_equal_tokens_are_scored_once_and_what_is_judged_is_not_trained_on(tmp_p
     write(store, r, rows)
     ledger, wanted, _ = score_books(store, r, names)
     assert ledger.planned == len(wanted) == 1
-    assert (wanted[0].kind, wanted[0].prompt_key) == ("full", prompt_key(test))
+    assert (wanted[0].kept.kind, wanted[0].prompt_key) == ("full", prompt_key(test))
     assert wanted[0].token_ids.tolist() == rows[0]["token_ids"]
     with books_of(store, r, names, held_out=1) as books:
         generation_ledger(books, author_id=AUTHOR, context_tokens=CONTEXT)
@@ -354,7 +354,7 @@ def test_held_out_rows_are_judged_up_to_the_budget_and_one_at_least(tmp_path: Pa
     for budget, judged in ((1, 1), (5, 1), (11, 2), (1000, 6)):
         small = recipe(tmp_path, generate={"samples": 1}, evaluate={"tokens": budget})
         _, wanted, _ = score_books(store, small, [*names, "other"], held_out=7)
-        assert sum(q.kind == "full" for q in wanted) == judged
+        assert sum(q.kept.kind == "full" for q in wanted) == judged
 
 
 def test_another_teacher_is_a_miss_and_says_so(tmp_path: Path) -> None:

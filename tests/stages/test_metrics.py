@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from stillroom.stages.metrics import BINS, Tally, bucket_kl, chunk_tokens, measure, measure_teacher
+from stillroom.stages.metrics import BINS, JUDGED, Tally, bucketed, chunk_tokens, measure, measure_teacher
 from stillroom.storage.codec import SoftTargets
 from stillroom.storage.errors import StillroomError
 
@@ -74,14 +74,35 @@ def slow_kl(t: Sequence[Sequence[float]] | np.ndarray, p: Sequence[Sequence[floa
     ]
 
 
-def slow_bucket_kl(t: np.ndarray, p: np.ndarray, kept: list[list[int]]) -> list[float]:
-    """Merge every id that is not kept into one outcome on both sides, then take the KL of what is left."""
+def slow_tv(t: Sequence[Sequence[float]] | np.ndarray, p: Sequence[Sequence[float]] | np.ndarray) -> list[float]:
+    """The largest difference of the probabilities that the two give to one event: that of all ids with t > p."""
+    return [
+        math.fsum(ti - pi for ti, pi in zip(t_row, p_row, strict=True) if ti > pi)
+        for t_row, p_row in zip(t, p, strict=True)
+    ]
+
+
+def slow_acceptance(t: np.ndarray, p: np.ndarray) -> list[float]:
+    """A proposed token x ~ p is accepted with probability min(1, t(x) / p(x))."""
+    return [
+        math.fsum(pi * min(1.0, ti / pi) for ti, pi in zip(t_row, p_row, strict=True) if pi > 0)
+        for t_row, p_row in zip(t, p, strict=True)
+    ]
+
+
+def merge(t: np.ndarray, p: np.ndarray, kept: list[list[int]]) -> list[list[list[float]]]:
+    """Merge every id that is not kept into one outcome on both sides."""
     merged = []
     for side in (t, p):
         rows = [[row[i] for i in ids] for row, ids in zip(side, kept, strict=True)]
         rest = [math.fsum(v for i, v in enumerate(row) if i not in ids) for row, ids in zip(side, kept, strict=True)]
         merged.append([[*row, r] for row, r in zip(rows, rest, strict=True)])
-    return slow_kl(*merged)
+    return merged
+
+
+def slow_bucket_kl(t: np.ndarray, p: np.ndarray, kept: list[list[int]]) -> list[float]:
+    """The KL of what is left when all others are merged."""
+    return slow_kl(*merge(t, p, kept))
 
 
 def test_cross_entropy_is_the_mean_of_minus_log_p_and_perplexity_its_exponential(case) -> None:
@@ -254,6 +275,7 @@ def test_the_teacher_is_measured_from_what_is_stored_as_its_logits_would_be(case
         for name in ("cross_entropy", "perplexity", "ece"):
             assert results[name] == pytest.approx(from_logits.results()[name], rel=1e-5)
         assert (results["kl_teacher"], results["top1_agreement"]) == (0.0, 1.0)
+        assert (results["tv_teacher"], results["acceptance"]) == (0.0, 1.0)
         assert results["entropy"] == pytest.approx(-np.sum(t * np.log(t)) / N, rel=1e-5)
 
 
@@ -261,7 +283,7 @@ def test_a_model_without_a_teacher_has_no_kl_field(case) -> None:
     _, p, tokens = case
     tally = Tally()
     tally.add(b"a", measure(logits_of(p), torch.tensor(tokens)))
-    assert not {"kl_teacher", "top1_agreement"} & set(tally.results())
+    assert not {"kl_teacher", "tv_teacher", "acceptance", "top1_agreement"} & set(tally.results())
 
 
 def test_kl_is_finite_where_the_teacher_is_certain() -> None:
@@ -272,14 +294,107 @@ def test_kl_is_finite_where_the_teacher_is_certain() -> None:
         assert kl.item() == pytest.approx(math.log(2), rel=1e-6)
 
 
-def test_bucket_kl_does_not_touch_its_inputs(case) -> None:
+def test_putting_all_others_in_a_bucket_does_not_touch_the_inputs(case) -> None:
     t, p, tokens = case
     reference = topk_targets(t, tokens, 4)
     logprobs = logits_of(p).log_softmax(-1)
     before = logprobs.clone()
     parts = [torch.tensor(reference.ids).long(), torch.tensor(reference.logprobs), torch.tensor(reference.tail_logprob)]
-    bucket_kl(*parts, logprobs=logprobs)
+    bucketed(*parts, logprobs=logprobs)
     assert torch.equal(logprobs, before)
+
+
+def test_on_full_targets_total_variation_and_acceptance_are_what_they_are_defined_as(case) -> None:
+    t, p, tokens = case
+    found = measure(logits_of(p), torch.tensor(tokens), full_targets(t, tokens))
+    np.testing.assert_allclose(found["tv_teacher"], slow_tv(t, p), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found["acceptance"], slow_acceptance(t, p), rtol=1e-5, atol=1e-6)
+    assert (found["tv_teacher"] <= (found["kl_teacher"] / 2).sqrt()).all()  # Pinsker's inequality
+
+
+@pytest.mark.parametrize("k", [1, 4, V - 1, V])
+def test_over_a_bucket_total_variation_is_a_lower_bound_and_acceptance_an_upper_one(case, k: int) -> None:
+    t, p, tokens = case
+    reference = topk_targets(t, tokens, k)
+    assert reference.ids is not None
+    found = measure(logits_of(p), torch.tensor(tokens), reference)
+    merged = slow_tv(*merge(t, p, reference.ids.tolist()))
+    np.testing.assert_allclose(found["tv_teacher"], merged, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found["acceptance"], 1 - np.array(merged), rtol=1e-5, atol=1e-6)
+    whole, bound = np.array(slow_tv(t, p)), found["tv_teacher"].numpy()
+    assert (bound <= whole + 1e-6).all()
+    assert (found["acceptance"].numpy() >= np.array(slow_acceptance(t, p)) - 1e-6).all()
+    assert (bound[whole > 0.01] < whole[whole > 0.01] - 1e-4).any() == (k < V - 1)  # one id alone is no bucket
+    assert (found["tv_teacher"] <= (found["kl_teacher"] / 2).sqrt() + 1e-6).all()
+
+
+@pytest.mark.parametrize("k", [None, 5])
+def test_a_model_that_is_the_teacher_has_all_its_tokens_accepted_and_its_opposite_none(case, k: int | None) -> None:
+    t, _, tokens = case
+    reference = full_targets(t, tokens) if k is None else topk_targets(t, tokens, k)
+    found = measure(logits_of(t), torch.tensor(tokens), reference)
+    np.testing.assert_allclose(found["tv_teacher"], 0.0, atol=1e-6)
+    np.testing.assert_allclose(found["acceptance"], 1.0, atol=1e-6)
+    certain = np.zeros((2, V))
+    certain[:, 3] = 1.0
+    reference = full_targets(certain, np.full(2, 3)) if k is None else topk_targets(certain, np.full(2, 3), 1)
+    elsewhere = torch.full((2, V), -200.0)
+    elsewhere[:, 4] = 200.0
+    found = measure(elsewhere, torch.full((2,), 3), reference)
+    assert found["tv_teacher"].tolist() == [1.0, 1.0]
+    assert found["acceptance"].tolist() == [0.0, 0.0]
+
+
+def test_ids_that_the_model_lacks_are_never_proposed_and_never_accepted(case, rng: np.random.Generator) -> None:
+    t, _, _ = case
+    shared = V - 6
+    tokens, p = rng.integers(0, shared, N), distribution(rng, (N, shared))
+    with_nothing = np.concatenate([p, np.zeros((N, V - shared))], axis=1)
+    whole = measure(logits_of(p), torch.tensor(tokens), full_targets(t, tokens))
+    np.testing.assert_allclose(whole["tv_teacher"], slow_tv(t, with_nothing), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(whole["acceptance"], slow_acceptance(t, with_nothing), rtol=1e-5, atol=1e-6)
+    reference = topk_targets(t, tokens, 9)
+    assert reference.ids is not None
+    kept = [[i for i in ids if i < shared] for ids in reference.ids.tolist()]
+    found = measure(logits_of(p), torch.tensor(tokens), reference)
+    np.testing.assert_allclose(found["tv_teacher"], slow_tv(*merge(t, with_nothing, kept)), rtol=1e-5, atol=1e-6)
+
+
+def test_every_measure_has_a_standard_error_and_so_has_every_paired_difference(rng) -> None:
+    first, second = Tally(), Tally()
+    for unit, n in enumerate([3, 10, 4, 7, 5]):
+        t, tokens = distribution(rng, (n, V)), rng.integers(0, V, n)
+        p = 0.4 * t + 0.6 * distribution(rng, (n, V))
+        for tally, model in ((first, p), (second, 0.9 * p + 0.1 / V)):
+            tally.add(bytes([unit]), measure(logits_of(model), torch.tensor(tokens), full_targets(t, tokens)))
+    one, other, gap = first.results(), second.results(), first.minus(second)
+    names = [name for name in JUDGED if name != "accuracy"]  # of classes only
+    assert list(gap) == [key for name in names for key in (name, f"{name}_se")]
+    for name in names:
+        assert gap[name] == pytest.approx(one[name] - other[name], abs=1e-12)
+        assert 0 < one[f"{name}_se"] < 1
+    assert gap["acceptance"] == pytest.approx(-gap["tv_teacher"], abs=1e-7)
+    assert gap["acceptance_se"] == pytest.approx(gap["tv_teacher_se"], rel=1e-4)
+    assert gap["tv_teacher_se"] < one["tv_teacher_se"]  # what arms share cancels
+
+
+def test_the_standard_error_of_the_calibration_error_is_its_spread_over_draws_of_prompts() -> None:
+    """Over-confident in every bin, so that no gap changes its sign: 150 draws of 30 prompts."""
+    rng = np.random.default_rng(11)
+    found, stated = [], []
+    for _ in range(150):
+        tally = Tally()
+        for unit in range(30):
+            n = int(rng.integers(1, 13))
+            confidence = torch.tensor(rng.uniform(0.55, 0.65, n))
+            correct = torch.tensor(rng.random(n) < confidence.numpy() - 0.3)
+            values = {"cross_entropy": confidence, "confidence": confidence, "correct": correct}
+            tally.add(bytes([unit]), values)
+        results = tally.results()
+        found.append(results["ece"])
+        stated.append(results["ece_se"])
+    assert np.mean(found) == pytest.approx(0.3, abs=0.01)
+    assert np.mean(stated) == pytest.approx(np.std(found), rel=0.2)  # a spread of 150 draws is known to 6 %
 
 
 def test_logits_that_are_not_numbers_are_refused() -> None:

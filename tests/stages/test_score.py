@@ -14,6 +14,7 @@ from stillroom.pipeline.binding import bind
 from stillroom.stages import data, score, teacher
 from stillroom.stages.identity import FileHashes
 from stillroom.stages.job import Job, StageResult, StopFlag
+from stillroom.stages.kept import Kept
 from stillroom.stages.requests import TargetRequest
 from stillroom.stages.sections import Recipe
 from stillroom.storage.codec import SoftTargets
@@ -96,6 +97,14 @@ def test_every_row_sums_to_one_as_stored_by_default(tmp_path: Path, tiny_llama: 
         np.testing.assert_allclose(total, 1.0, atol=2e-3)
 
 
+def test_more_entries_than_the_teacher_has_are_all_of_them_and_that_is_said(
+    tmp_path: Path, tiny_llama: Callable[..., Path]
+) -> None:
+    store, _, line = scored(tmp_path, tiny_llama(), score={"k": 33, "batch_tokens": 256})
+    assert {(row["kind"], row["k"]) for row in rows_of(store)} == {("topk", 32), ("full", 32)}
+    assert "score.k: 33 is above the teacher's vocabulary, all 32 entries are kept" in line.said
+
+
 def test_out_of_memory_halves_the_batch_and_loses_nothing(
     tmp_path: Path, tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,15 +157,14 @@ def test_batches_hold_one_kind_within_the_budget_and_every_row_once(budget: int)
             prompt_key=b"",
             token_ids=np.zeros(made.integers(2, 30), np.int32),
             span_start=1,
-            kind=made.choice(["topk", "full"]),
-            k=4,
+            kept=Kept(kind=made.choice(["topk", "full"]), k=4),
         )
         for i in range(60)
     ]
     cut = list(score.batches(requests, budget))
     assert sorted(r.reuse_key for batch in cut for r in batch) == [r.reuse_key for r in requests]
     for batch in cut:
-        assert len({r.kind for r in batch}) == 1
+        assert len({r.kept.kind for r in batch}) == 1
         assert len(batch) == 1 or len(batch) * max(len(r.token_ids) for r in batch) <= budget
     assert cut == list(score.batches(requests[::-1], budget))
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from stillroom.stages import targets as module
 from stillroom.stages.head import Head
-from stillroom.stages.targets import Draws, TopP, sampled_targets, soft_targets, topp_targets
+from stillroom.stages.kept import Kept
+from stillroom.stages.targets import soft_targets
 from stillroom.storage.codec import SoftTargets
 
 
@@ -27,6 +28,18 @@ def case(n: int, d: int, v: int, *, scale: float, seed: int) -> tuple[torch.Tens
     return hidden, head, following, truth
 
 
+def topk(k: int, *temperatures: float) -> Kept:
+    return Kept(kind="topk", k=k, temperatures=temperatures)
+
+
+def full(v: int) -> Kept:
+    return Kept(kind="full", k=v)
+
+
+def sampled(rounds: int, draw: str = "multinomial", proposal: float = 1.0, at: tuple[float, ...] = ()) -> Kept:
+    return Kept(kind="sampled", k=rounds, draw=draw, proposal=proposal, temperatures=at)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     n=st.integers(1, 9),
@@ -38,7 +51,7 @@ def case(n: int, d: int, v: int, *, scale: float, seed: int) -> tuple[torch.Tens
 def test_entries_tail_token_and_entropy_equal_float64(n: int, v: int, k: int, scale: float, seed: int) -> None:
     k = min(k, v)
     hidden, head, following, truth = case(n, 5, v, scale=scale, seed=seed)
-    found = soft_targets(hidden, head, following, kind="topk", k=k)
+    found = soft_targets(hidden, head, following, kept=topk(k))
     best = -np.sort(-truth, axis=-1)
     np.testing.assert_allclose(found.logprobs, best[:, :k], atol=2e-5, rtol=1e-5)
     np.testing.assert_allclose(np.take_along_axis(truth, found.ids, 1), found.logprobs, atol=2e-5, rtol=1e-5)
@@ -53,25 +66,25 @@ def test_the_tail_is_exact_where_one_minus_the_sum_would_be_noise() -> None:
     """A tail of 1e-12: float32 cannot say 1 - 1e-12, a logsumexp over what is not kept can."""
     logits = torch.tensor([[30.0, 0.0, 0.0, -1.0]])
     head = Head(weight=torch.eye(4))
-    found = soft_targets(logits, head, torch.tensor([0]), kind="topk", k=1)
+    found = soft_targets(logits, head, torch.tensor([0]), kept=topk(1))
     rest = np.log(2 + np.exp(-1.0)) - np.log(np.exp(30.0) + 2 + np.exp(-1.0))
     assert found.tail_logprob[0] == pytest.approx(rest, rel=1e-5)
 
 
 def test_full_keeps_the_vocabulary_in_id_order() -> None:
     hidden, head, following, truth = case(6, 5, 17, scale=1.0, seed=3)
-    found = soft_targets(hidden, head, following, kind="full", k=17)
+    found = soft_targets(hidden, head, following, kept=full(17))
     assert found.ids is None
     np.testing.assert_allclose(found.logprobs, truth, atol=2e-5)
 
 
 def test_chunks_change_nothing_and_bound_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, head, following, _ = case(23, 5, 31, scale=1.0, seed=1)
-    whole = soft_targets(hidden, head, following, kind="topk", k=4)
+    whole = soft_targets(hidden, head, following, kept=topk(4))
     seen = []
     monkeypatch.setattr(Head, "logits", lambda self, h, original=Head.logits: seen.append(len(h)) or original(self, h))
     monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 31 * 5)
-    parts = soft_targets(hidden, head, following, kind="topk", k=4)
+    parts = soft_targets(hidden, head, following, kept=topk(4))
     assert max(seen) == 5
     np.testing.assert_allclose(parts.logprobs, whole.logprobs, atol=1e-6)
     np.testing.assert_array_equal(parts.ids, whole.ids)
@@ -80,13 +93,50 @@ def test_chunks_change_nothing_and_bound_the_logits(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("bits", [7, 10, 23])
 def test_stored_targets_are_the_truth_to_the_rounding_and_sum_to_one(bits: int) -> None:
     hidden, head, following, truth = case(64, 8, 500, scale=1.0, seed=5)
-    stored = soft_targets(hidden, head, following, kind="topk", k=16).columns(bits)
+    stored = soft_targets(hidden, head, following, kept=topk(16)).columns(bits)
     row = SoftTargets.from_row(stored)
     best = -np.sort(-truth, axis=-1)[:, :16]
     np.testing.assert_allclose(row.logprobs, best, rtol=2.0 ** -(bits + 1) + 1e-5, atol=2e-5)
     if bits >= 10:
         total = np.exp(row.logprobs).sum(-1) + np.exp(row.tail_logprob)
         np.testing.assert_allclose(total, 1.0, atol=2e-3)
+
+
+TEMPERATURES = (0.5, 1.5, 2.0, 4.0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    kind=st.sampled_from(["topk", "topp"]),
+    v=st.integers(2, 60),
+    k=st.integers(1, 60),
+    bits=st.sampled_from([10, 23]),
+    seed=st.integers(0, 999),
+)
+def test_a_tempered_distribution_is_the_dense_one_to_the_rounding(
+    kind: str, v: int, k: int, bits: int, seed: int
+) -> None:
+    """Against softmax(z / T) in float64: entries, tail and normaliser; each rounded number moves by its own share."""
+    n, k = 7, min(k, v)
+    hidden, head, following, truth = case(n, 5, v, scale=1.0, seed=seed)
+    kept = Kept(kind=kind, k=k, p=0.8 if kind == "topp" else None, k_min=1, temperatures=TEMPERATURES)
+    found = soft_targets(hidden, head, following, kept=kept if kind == "topp" else topk(k, *TEMPERATURES))
+    row = SoftTargets.from_row(found.columns(bits))
+    np.testing.assert_array_equal(row.temperatures, np.array(TEMPERATURES, np.float32))
+    for number, t in enumerate(TEMPERATURES):
+        dense = truth / t - np.log(np.exp(truth / t).sum(-1, keepdims=True))
+        outside = np.ones((n, v + 1), bool)
+        np.put_along_axis(outside, row.ids, False, axis=1)  # padding, id -1, goes to the last place
+        entries, tail = row.logprobs.astype(np.float64) / t, row.tempered_tails[:, number].astype(np.float64)
+        normaliser = np.logaddexp(np.log(np.exp(entries).sum(-1)), tail)
+        unit = 2.0 ** -(bits + 1)
+        worst = unit * np.maximum(np.abs(truth).max(-1) / t, np.nan_to_num(np.abs(tail), posinf=0)) + 3e-5
+        for position in range(n):
+            used = row.ids[position] >= 0
+            exact = dense[position, row.ids[position, used]]
+            assert np.abs(entries[position, used] - normaliser[position] - exact).max() <= 2 * worst[position]
+            rest = np.exp(dense[position, outside[position, :v]]).sum()
+            assert abs(np.exp(tail[position] - normaliser[position]) - rest) <= 2 * worst[position] * max(rest, 1e-3)
 
 
 def zipf(v: int, positions: int) -> tuple[torch.Tensor, Head, torch.Tensor, np.ndarray]:
@@ -117,7 +167,7 @@ def test_topp_keeps_the_fewest_that_hold_p_and_the_rest_exactly(
     n: int, v: int, k: int, p: float, k_min: int, seed: int
 ) -> None:
     hidden, head, following, truth = case(n, 5, v, scale=1.0, seed=seed)
-    found = topp_targets(hidden, head, following, keep=TopP(p=p, k=k, k_min=k_min))
+    found = soft_targets(hidden, head, following, kept=Kept(kind="topp", p=p, k=k, k_min=k_min))
     best = -np.sort(-truth, axis=-1)
     for t in range(n):
         mass, most = np.exp(best[t]).cumsum(), min(k, v)
@@ -129,19 +179,24 @@ def test_topp_keeps_the_fewest_that_hold_p_and_the_rest_exactly(
         assert np.isneginf(found.logprobs[t, count:]).all()
         assert (found.ids[t, count:] == -1).all()
         np.testing.assert_allclose(np.exp(found.tail_logprob[t]), np.exp(best[t, count:]).sum(), atol=1e-6, rtol=1e-4)
-    same = soft_targets(hidden, head, following, kind="full", k=v)
+    same = soft_targets(hidden, head, following, kept=full(v))
     np.testing.assert_array_equal(found.token_logprob, same.token_logprob)
     np.testing.assert_array_equal(found.entropy, same.entropy)
 
 
 @pytest.mark.parametrize("draw", ["multinomial", "systematic"])
-@pytest.mark.parametrize("proposal", [1.0, 0.7, 1.3])
-def test_the_mean_of_sampled_targets_is_the_teacher(draw: str, proposal: float) -> None:
+@pytest.mark.parametrize(("proposal", "at"), [(1.0, ()), (1.0, (2.0,)), (0.7, ()), (1.3, ()), (0.7, (2.0,))])
+def test_the_mean_of_sampled_targets_is_the_teacher(draw: str, proposal: float, at: tuple[float, ...]) -> None:
     """4,000 positions of one distribution; every id within its share of 3 standard errors, most within them."""
     n, v = 4000, 40
-    hidden, head, following, truth = zipf(v, n)
-    found = sampled_targets(hidden, head, following, draws=Draws(rounds=7, seed=3, draw=draw, proposal=proposal))
+    hidden, head, following, teacher = zipf(v, n)
+    truth = teacher if not at else teacher ** (1 / at[0]) / (teacher ** (1 / at[0])).sum()
+    found = soft_targets(hidden, head, following, kept=sampled(7, draw=draw, proposal=proposal, at=at), seed=3)
     estimate = dense(found, v)
+    assert found.entropy == pytest.approx(-(truth * np.log(truth)).sum(), abs=1e-4)
+    assert found.token_logprob == pytest.approx(np.log(teacher[0]), abs=1e-5)
+    if at:
+        assert found.tempered_tails == pytest.approx(np.log((teacher ** (1 / at[0])).sum()), abs=1e-4)
     error = np.abs(estimate.mean(0) - truth)
     standard = estimate.std(0, ddof=1) / np.sqrt(n)
     assert (error <= 3 * standard + 1e-9).mean() >= 0.95
@@ -158,7 +213,7 @@ def test_systematic_counts_are_rounded_up_or_down_and_vary_less() -> None:
     hidden, head, following, truth = zipf(v, n)
     spread = {}
     for draw in ("multinomial", "systematic"):
-        found = sampled_targets(hidden, head, following, draws=Draws(rounds=rounds, seed=1, draw=draw))
+        found = soft_targets(hidden, head, following, kept=sampled(rounds, draw=draw), seed=1)
         spread[draw] = dense(found, v).var(0).sum()
         if draw == "systematic":
             off = dense(found, v) * rounds - rounds * truth
@@ -175,14 +230,14 @@ def test_systematic_counts_are_rounded_up_or_down_and_vary_less() -> None:
 def test_the_exact_numbers_of_zipf() -> None:
     """V = 100,000: the head's mass, and the ids that 4, 13 and 50 draws are expected to hit, sum of 1 - (1 - p)^R."""
     hidden, head, following, truth = zipf(100_000, 300)
-    best = soft_targets(hidden[:1], head, following[:1], kind="topk", k=20)
+    best = soft_targets(hidden[:1], head, following[:1], kept=topk(20))
     kept = np.exp(best.logprobs[0], dtype=np.float64)
     assert kept.sum() == pytest.approx(0.2976, abs=5e-5)
     assert kept[1] / kept.sum() == pytest.approx(0.1390, abs=5e-5)  # the tail dropped
     assert kept[0] * (2 - kept.sum()) == pytest.approx(0.1408, abs=5e-5)  # the tail given to the token that is there
     for rounds, unique in ((4, 3.94), (13, 12.29), (50, 43.03)):
         assert (1 - (1 - truth) ** rounds).sum() == pytest.approx(unique, abs=5e-3)
-        found = sampled_targets(hidden, head, following, draws=Draws(rounds=rounds, seed=0))
+        found = soft_targets(hidden, head, following, kept=sampled(rounds), seed=0)
         error = found.entries.std(ddof=1) / np.sqrt(len(found.entries))
         assert abs(found.entries.mean() - unique) < 3 * error
 
@@ -190,23 +245,23 @@ def test_the_exact_numbers_of_zipf() -> None:
 @pytest.mark.parametrize("draw", ["multinomial", "systematic"])
 def test_draws_depend_on_seed_and_position_alone(monkeypatch: pytest.MonkeyPatch, draw: str) -> None:
     hidden, head, following, _ = case(23, 5, 31, scale=1.0, seed=1)
-    draws = Draws(rounds=6, seed=11, draw=draw)
-    whole = sampled_targets(hidden, head, following, draws=draws).columns(23)
-    first = sampled_targets(hidden[:9], head, following[:9], draws=draws).columns(23)
+    kept = sampled(6, draw=draw, at=(2.0,))
+    whole = soft_targets(hidden, head, following, kept=kept, seed=11).columns(23)
+    first = soft_targets(hidden[:9], head, following[:9], kept=kept, seed=11).columns(23)
     used = first["entries"].sum()
     np.testing.assert_array_equal(whole["ids"][:used], first["ids"])
     np.testing.assert_array_equal(whole["counts"][:used], first["counts"])
     monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 31 * 5)
-    parts = sampled_targets(hidden, head, following, draws=draws).columns(23)
+    parts = soft_targets(hidden, head, following, kept=kept, seed=11).columns(23)
     np.testing.assert_array_equal(parts["ids"], whole["ids"])
-    other = sampled_targets(hidden, head, following, draws=Draws(rounds=6, seed=12, draw=draw)).columns(23)
+    other = soft_targets(hidden, head, following, kept=kept, seed=12).columns(23)
     assert not np.array_equal(other["ids"], whole["ids"])
 
 
 def test_an_id_of_no_probability_is_never_drawn() -> None:
     head = Head(weight=torch.tensor([[-torch.inf], [0.0], [-torch.inf], [0.0], [-torch.inf]]))
     hidden, following = torch.ones(200, 1), torch.ones(200, dtype=torch.long)
-    for draws in (Draws(rounds=5, seed=0), Draws(rounds=5, seed=0, draw="systematic", proposal=0.5)):
-        found = sampled_targets(hidden, head, following, draws=draws)
+    for kept in (sampled(5), sampled(5, draw="systematic", proposal=0.5)):
+        found = soft_targets(hidden, head, following, kept=kept)
         assert set(np.unique(found.columns(23)["ids"])) == {1, 3}
         assert found.entropy == pytest.approx(np.log(2))

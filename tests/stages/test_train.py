@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import save_tiny_llama
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_store import StopAfter, make_job, make_recipe, make_store, random_texts, snapshot_of
 from transformers import AutoTokenizer
 
@@ -108,6 +109,19 @@ def test_history_is_thinned(world):
     assert 150 < len(report["history"]) <= train.HISTORY_POINTS
 
 
+def test_history_and_board_show_what_is_scheduled(world):
+    loss = {"soft_weight": {"shape": "linear", "start": 1.0, "end": 0.0}, "hard_weight": 0.5}
+    train.run(world.job("run", world.recipe(loss=loss)))
+    report = summary(world.folder / "run")
+    for point in report["history"]:
+        assert "hard_weight" not in point
+        assert point["soft_weight"] == pytest.approx(max(0.0, 1 - point["tokens"] / 1200))
+        assert point["loss"] == pytest.approx(point["soft_weight"] * point["soft"] + 0.5 * point["hard"])
+    board = EventAccumulator(str(world.folder / "run" / "tensorboard")).Reload()
+    assert len(board.Scalars("soft_weight")) == report["steps"]
+    assert "hard_weight" not in board.Tags()["scalars"]
+
+
 def test_epochs_feed_every_sample_so_often(world):
     recipe = world.recipe(train={"tokens": None, "epochs": 1.5})
     job = world.job("run", recipe)
@@ -121,7 +135,15 @@ def test_epochs_feed_every_sample_so_often(world):
 @pytest.mark.parametrize("validate", [False, True])
 def test_stopping_anywhere_and_going_on_changes_nothing(world, validate):
     """Whatever look at the stop flag raises, between passes or steps or in a validation, the end is bit-equal."""
-    recipe = world.recipe(train={"evaluate_every_tokens": 300 if validate else None, "tokens_per_step": 50})
+    recipe = world.recipe(
+        loss={
+            "soft_weight": {"shape": "wsd", "start": 0.2, "peak": 0.9, "end": 0.5},
+            "hard_weight": {"shape": "cosine", "start": 1.0, "end": 0.1},
+            "temperature": {"shape": "linear", "start": 2.0, "end": 1.0},
+            "unstored_temperature": "approximate",
+        },
+        train={"evaluate_every_tokens": 300 if validate else None, "tokens_per_step": 50},
+    )
     train.run(world.job("whole", recipe, validate=validate))
     counting = StopAfter(10**9)
     train.run(world.job("counted", recipe, validate=validate, stop=counting))
@@ -188,7 +210,7 @@ def test_validation_keeps_the_best_student(world):
 
 def validation_loss(world, folder):
     """Of a saved student, with each sample alone and the definitions of the tests."""
-    from references import bucket_forward_kl, cross_entropy
+    from references import cross_entropy, over_bucket
 
     from stillroom.storage.snapshot import load_snapshot
 
@@ -202,7 +224,7 @@ def validation_loss(world, folder):
             position = sample.span_start - 1 + n
             t = torch.from_numpy(sample.targets.logprobs[n]).double().exp().tolist()
             tail = float(torch.tensor(float(sample.targets.tail_logprob[n])).exp())
-            total += float(bucket_forward_kl(logits[position], sample.targets.ids[n].tolist(), t, tail))
+            total += float(over_bucket("forward_kl", logits[position], sample.targets.ids[n].tolist(), t, tail))
             total += 0.1 * float(cross_entropy(logits[position], int(sample.token_ids[position + 1])))
         scored += sample.span_tokens
     return total / scored
@@ -295,8 +317,8 @@ def test_a_loss_that_breaks_overwrites_nothing(world, monkeypatch):
     recipe = world.recipe(train={"checkpoint_every_steps": 2})
     gradients = trainer.Trainer._gradients
 
-    def broken_at_five(self, step, between_passes):
-        losses = gradients(self, step, between_passes)
+    def broken_at_five(self, step, *more):
+        losses = gradients(self, step, *more)
         return replace(losses, loss=float("nan")) if step.after.step == 5 else losses
 
     monkeypatch.setattr(trainer.Trainer, "_gradients", broken_at_five)
@@ -313,6 +335,13 @@ class TestRefusals:
         path.write_text(path.read_text().replace('"cat": 6', '"lynx": 6'))
         with pytest.raises(UsageError, match=r"student\.model: the tokenizer of .*other is not that of the teacher"):
             train.run(world.job("run", world.recipe(student={"model": str(student)})))
+
+    def test_a_temperature_that_the_rows_do_not_have(self, world):
+        """As a snapshot named in the recipe may: `plan` looks at the recipe only."""
+        recipe = world.recipe(loss={"temperature": 2.0}, score={"temperatures": [1.0, 2.0]})
+        with pytest.raises(UsageError, match=r"loss\.temperature: 2 is not stored with these targets, which have 1\."):
+            train.run(world.job("run", recipe))
+        assert not (world.folder / "run" / "train.json").exists()
 
     def test_a_student_with_too_small_a_vocabulary(self, world):
         with pytest.raises(UsageError, match="its vocabulary has 12 ids, but the text has token"):

@@ -2,14 +2,15 @@
 
 import pytest
 import torch
+from references import DIVERGENCES
 from tiny_models import CONFIGS, LENGTHS, V, build, make_samples
 
 from stillroom.stages.batches import Packing
 from stillroom.stages.head import hidden_states, split_head
-from stillroom.stages.losses import TargetBatch, linear_distillation
+from stillroom.stages.losses import Objective, TargetBatch, linear_distillation
 from stillroom.stages.samples import Cursor, Step
 from stillroom.stages.sections import Loss, Train
-from stillroom.stages.trainer import Trainer, device_and_dtype
+from stillroom.stages.trainer import Trainer, aim_at, device_and_dtype
 from stillroom.storage.errors import StillroomError, Stopped
 
 
@@ -41,20 +42,20 @@ def expected_gradient(model, step, loss):
             tail_logprob=torch.from_numpy(sample.targets.tail_logprob),
         )
         states = hidden[sample.span_start - 1 : -1]
-        parts = linear_distillation(states, split_head(model), targets, divergence=loss.divergence)
+        parts = linear_distillation(states, split_head(model), targets, objective=Objective(divergence=loss.divergence))
         total = total + (loss.soft_weight * parts.soft + loss.hard_weight * parts.hard).sum()
     (total / step.scored_tokens).backward()
     gradients = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    return float(total) / step.scored_tokens, gradients
+    return float(total.detach()) / step.scored_tokens, gradients
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_the_gradient_is_the_mean_over_the_steps_scored_tokens(divergence):
     loss = Loss(divergence=divergence, soft_weight=0.8, hard_weight=0.3)
     trainer, step = make_trainer(loss=loss), make_step()
     value, expected = expected_gradient(trainer.model, step, loss)
-    losses = trainer._gradients(step, lambda: None)
+    losses = trainer._gradients(step, aim_at(loss, 0.5), lambda: None)
     assert losses.loss == pytest.approx(value, rel=1e-5)
     assert losses.loss == pytest.approx(0.8 * losses.soft + 0.3 * losses.hard)
     for found, right in zip((p.grad for p in trainer.model.parameters()), expected, strict=True):
@@ -86,6 +87,29 @@ def test_gradient_norm_is_reported_before_clipping_and_clipped():
     assert any(not torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
 
 
+def test_a_schedule_that_never_changes_is_the_number_bit_for_bit():
+    def constant(value):
+        flat = {"start": value, "end": value}
+        return [value, flat | {"shape": "linear"}, flat | {"shape": "cosine"}, flat | {"shape": "wsd", "peak": value}]
+
+    found = []
+    for soft, hard, temperature in zip(constant(0.7), constant(0.3), constant(1.0), strict=True):
+        trainer = make_trainer(loss=Loss(soft_weight=soft, hard_weight=hard, temperature=temperature))
+        results = [trainer.step(make_step(n), done=n / 3) for n in (1, 2, 3)]
+        found.append(([r.losses for r in results], trainer.validate([make_step()]), trainer.weights()))
+    for losses, validation, weights in found[1:]:
+        assert (losses, validation) == found[0][:2]
+        assert all(torch.equal(weight, found[0][2][name]) for name, weight in weights.items())
+
+
+def test_validations_compare_over_a_schedule():
+    """At the settings that the training ends with, whenever it is."""
+    moving = {"shape": "linear", "start": 2.0, "end": 0.5}
+    trainer = make_trainer(loss=Loss(soft_weight=moving, hard_weight=0.1, temperature=1.0))
+    fixed = make_trainer(loss=Loss(soft_weight=0.5, hard_weight=0.1))
+    assert trainer.validate([make_step()]) == fixed.validate([make_step()])
+
+
 def test_cross_entropy_alone_never_reads_the_targets():
     trainer = make_trainer(loss=Loss(soft_weight=0.0, hard_weight=1.0))
     with_targets, without = make_step(), make_step(k=0)
@@ -97,11 +121,11 @@ def fail_above(trainer, tokens, error):
     """The forward pass fails where it holds more than so many positions."""
     calls, inner = [], trainer._pass
 
-    def limited(batch):
+    def limited(batch, aim):
         calls.append(batch.token_ids.numel())
         if calls[-1] > tokens:
             raise error
-        return inner(batch)
+        return inner(batch, aim)
 
     trainer._pass = limited
     return calls

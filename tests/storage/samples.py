@@ -35,8 +35,10 @@ def target_key(index: int) -> bytes:
 
 
 P, K_MIN = 0.8, 2
-KINDS = ("topk", "topp", "sampled", "weighted", "full")
-"""`weighted` is `sampled` from another distribution than the teacher's."""
+KINDS = ("topk", "topp", "sampled", "weighted", "full", "tempered", "hot")
+"""`weighted` is `sampled` from another distribution than the teacher's, `tempered` is `topp` with temperatures, `hot`
+is `sampled` at one."""
+TEMPERATURES = {"tempered": (0.5, 2.0), "hot": (2.0,)}
 
 
 def target_row(index: int, *, tokens: int = 6, k: int = 4, kind: str = "topk") -> dict[str, Any]:
@@ -47,14 +49,20 @@ def target_row(index: int, *, tokens: int = 6, k: int = 4, kind: str = "topk") -
     logprobs = (logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))).astype(np.float32)
     token_ids[2:] = [rng.choice(VOCABULARY, p=p / p.sum()) for p in np.exp(logprobs.astype(np.float64))]
     settings: dict[str, Any] = dict.fromkeys(("p", "k_min", "draw", "proposal"))
-    if kind == "topp":
+    plain = {"tempered": "topp", "hot": "sampled"}.get(kind, kind)
+    if plain == "topp":
         settings |= {"p": P, "k_min": K_MIN, "k": k}
-    if kind in ("sampled", "weighted"):
-        settings |= {"draw": "multinomial", "proposal": 1.0 if kind == "sampled" else 0.5, "k": k}
+    if plain in ("sampled", "weighted"):
+        settings |= {"draw": "multinomial", "proposal": 0.5 if kind == "weighted" else 1.0, "k": k}
+    teacher = logprobs
+    if kind == "hot":
+        teacher = logprobs / 2 - np.log(np.exp(logprobs / 2).sum(axis=1, keepdims=True))
+    entries = _entries(teacher, plain, k, rng)
     targets = SoftTargets(
-        **_entries(logprobs, kind, k, rng),
+        **entries,
+        **_tempered(logprobs, entries["ids"], kind),
         token_logprob=logprobs[np.arange(tokens), token_ids[2:]],
-        entropy=-(np.exp(logprobs) * logprobs).sum(axis=1),
+        entropy=-(np.exp(teacher) * teacher).sum(axis=1),
     )
     return {
         "key": target_key(index),
@@ -63,12 +71,26 @@ def target_row(index: int, *, tokens: int = 6, k: int = 4, kind: str = "topk") -
         "generation_key": content_key("test_generation", index=index),
         "prompt_key": content_key("test_prompt", index=index),
         "teacher_id": ABOUT["teacher_id"],
-        "kind": "sampled" if kind == "weighted" else kind,
+        "kind": "sampled" if kind == "weighted" else plain,
         "token_ids": token_ids,
         "span_start": 2,
         **targets.columns(BITS),
         **settings,
     }
+
+
+def _tempered(logprobs: np.ndarray, ids: np.ndarray | None, kind: str) -> dict[str, Any]:
+    """Temperatures and the sums of what is outside the entries, or of all where they are drawn."""
+    if kind not in TEMPERATURES:
+        return {}
+    outside = np.ones((len(logprobs), VOCABULARY + 1), bool)
+    if kind == "tempered":
+        np.put_along_axis(outside, ids, False, axis=1)  # padding, id -1, goes to the last place
+    rest = np.where(outside[:, :VOCABULARY], np.exp(logprobs.astype(np.float64)), 0)
+    with np.errstate(divide="ignore"):  # nothing is left when the entries are the vocabulary
+        sums = [np.log((rest ** (1 / t)).sum(axis=1)) for t in TEMPERATURES[kind]]
+    temperatures = np.array(TEMPERATURES[kind], np.float32)
+    return {"temperatures": temperatures, "tempered_tails": np.stack(sums, axis=1).astype(np.float32)}
 
 
 def _entries(logprobs: np.ndarray, kind: str, k: int, rng: np.random.Generator) -> dict[str, Any]:

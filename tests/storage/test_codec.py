@@ -67,6 +67,30 @@ def test_normalised_sums_to_one(samples, k, kind, bits):
         assert np.isneginf(targets.tail_logprob).all()  # kept mass 1.0: no tail, and nothing is NaN
 
 
+@pytest.mark.parametrize("bits", [3, 10])
+def test_a_tempered_tail_is_rescaled_with_its_entries(samples, bits):
+    """Whatever one factor does to p, its power 1/T does to p^(1/T): the tempered distribution stays as it was."""
+    row = samples.target_row(3, k=6, kind="tempered")
+    stored = SoftTargets.from_row(SoftTargets.from_row(row).columns(bits))
+    found = stored.normalised()
+    np.testing.assert_array_equal(stored.temperatures, found.temperatures)
+    assert not np.array_equal(found.logprobs, stored.logprobs)
+    for number, t in enumerate(samples.TEMPERATURES["tempered"]):
+        tails = []
+        for targets in (stored, found):
+            entries = np.log(np.exp(targets.logprobs.astype(np.float64) / t).sum(axis=1))
+            tail = targets.tempered_tails[:, number].astype(np.float64)
+            tails.append(np.exp(tail - np.logaddexp(entries, tail)))
+        np.testing.assert_allclose(*tails, rtol=1e-5)
+
+
+def test_temperatures_are_names_and_not_rounded(samples):
+    targets = SoftTargets.from_row(samples.target_row(3, kind="tempered") | {"temperatures": [0.3, 1.7]})
+    columns = targets.columns(4)
+    np.testing.assert_array_equal(columns["temperatures"], np.array([0.3, 1.7], np.float32))
+    np.testing.assert_array_equal(columns["tempered_tails"], round_mantissa(targets.tempered_tails.reshape(-1), 4))
+
+
 def test_normalised_with_all_mass_on_one_entry():
     one = np.zeros((2, 1), np.float32)
     nothing = np.full(2, -np.inf, np.float32)

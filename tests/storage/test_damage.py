@@ -88,11 +88,11 @@ def flipped(data: bytes, count: int):
 
 
 def test_single_bit_flips_in_a_shard_and_its_record(store, samples, monkeypatch):
-    """800 flips, 800 found: file named, and column and row group wherever a page's checksum tells."""
+    """800 flips in rows of every kind, 800 found: file named, column and row group wherever a page's checksum tells."""
     monkeypatch.setattr("stillroom.storage.shard.ROW_GROUP_BYTES", 40_000)
     with store.writer("soft_targets", about=samples.ABOUT) as writer:
         for index in range(8):
-            writer.add(samples.target_row(index, tokens=60, k=16))
+            writer.add(samples.target_row(index, tokens=60, k=16, kind=samples.KINDS[index % len(samples.KINDS)]))
     commit, path = shard_of(store)
     assert len(commit.shard.row_groups) > 1
     chunks = list(chunks_of(path))

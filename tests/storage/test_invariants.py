@@ -9,7 +9,7 @@ from stillroom.storage.codec import SoftTargets
 from stillroom.storage.errors import IntegrityError
 from stillroom.storage.invariants import check_shape, doubts, statistics
 
-KINDS = ("topk", "topp", "sampled", "weighted", "full")
+KINDS = ("topk", "topp", "sampled", "weighted", "full", "tempered", "hot")
 
 
 @settings(max_examples=60, deadline=None)
@@ -32,6 +32,7 @@ def test_a_row_of_any_kind_holds_and_nothing_in_it_is_doubted(samples, kind, ind
 def test_a_row_with_a_target_too_many_or_too_few_is_refused(samples, kind, data, tokens, by, k):
     row = samples.target_row(5, tokens=tokens, k=samples.VOCABULARY if kind == "full" else k, kind=kind)
     lists = ["entries", "ids", "logprobs", "counts", "weights", "tail_logprob", "token_logprob", "entropy"]
+    lists += ["temperatures", "tempered_tails"]
     name = data.draw(st.sampled_from([name for name in lists if row[name] is not None]))
     longer = row[name][:-1] if by < 0 else np.append(row[name], row[name][-1:])
     with pytest.raises(IntegrityError, match=r"each scored token has its own target|expected"):
@@ -65,6 +66,14 @@ def changed(values, position, value):
         ("weighted", {"weights": lambda weights: weights * np.float32(np.nan)}, "weights holds NaN"),
         ("full", {"ids": np.zeros(6 * 50, np.int32)}, "kind 'full' with ids"),
         ("full", {"kind": "topk"}, "kind 'topk' without ids"),
+        ("full", {"temperatures": [2.0], "tempered_tails": np.zeros(6, np.float32)}, r"temperatures \[2.0\]"),
+        ("hot", {"temperatures": [2.0, 3.0], "tempered_tails": np.zeros(12, np.float32)}, "sampled: one at most"),
+        ("tempered", {"temperatures": None, "tempered_tails": None, "p": None}, "kind 'topp' without p"),
+        ("tempered", {"tempered_tails": None}, "and no sums"),
+        ("tempered", {"temperatures": [2.0, 0.5]}, "above 0 other than 1, ascending"),
+        ("tempered", {"temperatures": [0.5, 1.0]}, "above 0 other than 1, ascending"),
+        ("tempered", {"temperatures": [0.0, 2.0]}, "above 0 other than 1, ascending"),
+        ("tempered", {"tempered_tails": lambda tails: tails * np.float32(np.nan)}, "tempered_tails holds NaN"),
     ],
 )
 def test_the_writer_refuses_a_row_that_contradicts_its_kind(store, samples, kind, change, says):
@@ -84,6 +93,9 @@ def test_the_writer_refuses_a_row_that_contradicts_its_kind(store, samples, kind
         ("sampled", {"ids": lambda ids: ids * 0}, ("ids", "an id stands twice")),
         ("sampled", {"ids": lambda ids: changed(ids, 1, 50)}, ("ids", "outside the vocabulary")),
         ("weighted", {"weights": lambda weights: -weights}, ("weights", "not above 0")),
+        ("tempered", {"tempered_tails": lambda tails: np.roll(tails, 1)}, ("tempered_tails", "at temperature 0.5")),
+        ("tempered", {"tempered_tails": lambda tails: tails + 3}, ("tempered_tails", "at temperature 2")),
+        ("hot", {"tempered_tails": lambda tails: tails + 3}, ("tempered_tails", "at temperature 2")),
     ],
 )
 def test_verify_doubts_numbers_of_ragged_kinds(samples, kind, change, says):
@@ -92,7 +104,7 @@ def test_verify_doubts_numbers_of_ragged_kinds(samples, kind, change, says):
     assert any(column == says[0] and says[1] in message for column, message in doubts(row, samples.ABOUT))
 
 
-@pytest.mark.parametrize("kind", ["topk", "topp", "sampled", "full"])
+@pytest.mark.parametrize("kind", ["topk", "topp", "sampled", "full", "hot"])
 def test_targets_of_the_token_before_are_doubted(samples, kind):
     """The tokens are moved by one against the targets: every kind notices."""
     row = samples.target_row(8, tokens=120, k=20, kind=kind)
@@ -104,10 +116,17 @@ def test_targets_of_the_token_before_are_doubted(samples, kind):
 def test_statistics_by_kind(samples):
     rows = [samples.target_row(i, tokens=30, k=9, kind=kind) for i, kind in enumerate(KINDS)]
     found = statistics(rows)
-    assert {kind: x["rows"] for kind, x in found.items()} == {"full": 1, "sampled": 2, "topk": 1, "topp": 1}
+    assert {kind: x["rows"] for kind, x in found.items()} == {"full": 1, "sampled": 3, "topk": 1, "topp": 2}
     assert found["topk"]["entries_per_token"] == 9
     assert found["full"]["entries_per_token"] == samples.VOCABULARY
-    assert found["topp"]["entries"]["mean"] == found["topp"]["entries_per_token"] == rows[1]["entries"].mean()
+    entries = np.concatenate([rows[1]["entries"], rows[5]["entries"]])
+    assert found["topp"]["entries"]["mean"] == found["topp"]["entries_per_token"] == entries.mean()
+    drawn = np.concatenate([rows[i]["entries"] for i in (2, 3, 6)])  # distinct ids
+    assert found["sampled"]["entries"] == {
+        "mean": pytest.approx(drawn.mean()),
+        "q50": np.quantile(drawn, 0.5),
+        "q99": pytest.approx(np.quantile(drawn, 0.99)),
+    }
     assert found["sampled"]["entries"]["q99"] <= 9
     assert samples.P < found["topp"]["kept_mass"]["mean"] < 1
     assert "kept_mass" not in found["sampled"]
@@ -119,7 +138,7 @@ def random_targets(kind: str, n: int, width: int, seed: int) -> SoftTargets:
     rng = np.random.default_rng(seed)
     entries = rng.integers(1, width + 1, n, dtype=np.int32)
     entries[rng.integers(n)] = width
-    ragged = kind in ("topp", "sampled", "weighted")
+    ragged = kind not in ("topk", "full")
     used = np.arange(width) < (entries if ragged else np.full(n, width))[:, None]
     floats = [rng.normal(size=shape).astype(np.float32) for shape in [(n, width), n, n, n]]
     values = {
@@ -127,11 +146,14 @@ def random_targets(kind: str, n: int, width: int, seed: int) -> SoftTargets:
         "logprobs": np.where(used, floats[0], -np.inf).astype(np.float32),
         "tail_logprob": floats[1],
     }
-    if kind in ("sampled", "weighted"):
+    if kind in ("tempered", "hot"):
+        values["temperatures"] = np.array([2.0] if kind == "hot" else [0.5, 2.0], np.float32)
+        values["tempered_tails"] = rng.normal(size=(n, len(values["temperatures"]))).astype(np.float32)
+    if kind in ("sampled", "weighted", "hot"):
         values |= {"logprobs": None, "tail_logprob": None}
         values |= (
             {"counts": np.where(used, rng.integers(1, 99, (n, width)), 0).astype(np.int32)}
-            if kind == "sampled"
+            if kind in ("sampled", "hot")
             else {"weights": np.where(used, floats[0], 0)}
         )
     return SoftTargets(**values, token_logprob=floats[2], entropy=floats[3], entries=entries if ragged else None)
@@ -151,6 +173,9 @@ def test_columns_and_back_is_the_same(kind, n, width, seed):
             assert later is None
         else:
             assert (after.dtype, after.shape) == (before.dtype, before.shape)
+            if name in ("temperatures", "tempered_tails"):
+                np.testing.assert_array_equal(later, before if name == "temperatures" else before[n // 2 :])
+                continue
             np.testing.assert_array_equal(
                 later, before[n // 2 :, : part.probabilities.shape[1]] if before.ndim == 2 else before[n // 2 :]
             )

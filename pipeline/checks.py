@@ -62,11 +62,7 @@ def _classification(recipe: Recipe) -> list[tuple[str, str]]:
     elif recipe.score.targets != "full":
         message = f"classification keeps every class: expected 'full' (got {recipe.score.targets!r})"
         errors.append(("score.targets", message))
-    errors += [
-        (path, f"has no meaning for classification (got {lookup(recipe, path)!r}). Remove it")
-        for path in _ONLY_TEXT
-        if lookup(recipe, path)
-    ]
+    errors += [(path, "has no meaning for classification. Remove it") for path in _ONLY_TEXT if lookup(recipe, path)]
     if recipe.teacher.adapter is not None:
         errors.append(("teacher.adapter", "no stage adds adapters to a classifier yet. Merge it, and name the result"))
     return errors

@@ -205,8 +205,8 @@ def verify(
     dtype: Annotated[str | None, typer.Option(help="deep: its dtype; default: as the store's teacher had it.")] = None,
     adapter: Annotated[str | None, typer.Option(help="deep: folder of its LoRA adapter.")] = None,
     device_map: Annotated[str | None, typer.Option(help="deep: `auto` spreads it over all GPUs.")] = None,
-    rows: Annotated[int, typer.Option(min=1, help="deep: how many rows, over shards and kinds.")] = 32,
-    seed: Annotated[int, typer.Option(help="deep: which rows.")] = 0,
+    rows: Annotated[int | None, typer.Option(min=1, help="deep: how many rows, over shards and kinds [32].")] = None,
+    seed: Annotated[int | None, typer.Option(help="deep: which rows [0].")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Prove a store: every record, every byte of every shard, every row. Exit code 3 if anything is wrong.
@@ -222,11 +222,12 @@ def verify(
 
     opened = Store.open(store)
     asked = None
-    how = {"revision": revision, "dtype": dtype, "adapter": adapter, "device_map": device_map}
-    if deep or teacher is not None or any(how.values()):
+    given = {"revision": revision, "dtype": dtype, "adapter": adapter, "device_map": device_map}
+    how = {name: value for name, value in (given | {"rows": rows, "seed": seed}).items() if value is not None}
+    if deep or teacher is not None or how:
         from .deep import deep_json, deep_lines, deep_verify, deeply, find_teacher
 
-        asked = deeply(teacher if deep else None, rows=rows, seed=seed, **how)
+        asked = deeply(teacher if deep else None, **how)
         identity = find_teacher(opened, asked)
     report = verify_store(opened)
     for line in verify_lines(report):

@@ -58,8 +58,11 @@ def deeply(teacher: str | None, **how: Any) -> Deep:
         UsageError: they do not, or the dtype is none.
     """
     if teacher is None:
-        raise UsageError("verify: --deep and --teacher MODEL go together. Give both, or neither.")
-    if how["dtype"] not in (None, *_DTYPES):
+        raise UsageError(
+            "verify: --deep and --teacher MODEL go together, and the options about a teacher need them. Give both, or "
+            "none of them."
+        )
+    if how.get("dtype") not in (None, *_DTYPES):
         raise UsageError(
             f"--dtype: {how['dtype']} is no dtype of a teacher. Use {', '.join(_DTYPES)}, or leave it out."
         )
@@ -98,24 +101,27 @@ def find_teacher(store: Store, asked: Deep) -> Identity:
 def deep_verify(
     store: Store, teacher: Identity, asked: Deep, *, progress: Progress, damaged: Collection[str] = ()
 ) -> DeepReport:
-    """Read a random sample of the teacher's rows again; `damaged`: files of shards to be left out."""
+    """Read a random sample of the teacher's rows again; `damaged`: files of shards to be left out.
+
+    Raises:
+        UsageError: there is none that could be read.
+    """
     found = shelves(store, damaged=damaged)
     mine = [shelf for shelf in found if shelf.teacher_id == teacher.id]
     language = [shelf for shelf in mine if shelf.head == "lm"]
+    classes = _count(shelf for shelf in mine if shelf.head != "lm")
+    broken = sum(commit.shard.rows for commit in store.commits("soft_targets")) - _count(found)
     rows = choose_rows(store, language, rows=asked.rows, seed=asked.seed)
+    if not rows:
+        raise UsageError(
+            "verify --deep: none of this teacher's rows can be read again, so nothing is known of its targets "
+            f"({classes} are of a classification head, {broken} of the store's are in damaged shards). "
+            "Leave --deep out to check the files alone."
+        )
     others = _rows_by_teacher(found)
     others.pop(teacher.id, None)
-    if rows:
-        rescored = rescore(store, teacher, rows, device_map=asked.device_map, progress=progress)
-    else:
-        rescored = Rescored(teacher_id=teacher.id)
-    return DeepReport(
-        teacher=teacher,
-        found=rescored,
-        others=dict(others),
-        classes=_count(shelf for shelf in mine if shelf.head != "lm"),
-        damaged=sum(commit.shard.rows for commit in store.commits("soft_targets")) - _count(found),
-    )
+    rescored = rescore(store, teacher, rows, device_map=asked.device_map, progress=progress)
+    return DeepReport(teacher=teacher, found=rescored, others=dict(others), classes=classes, damaged=broken)
 
 
 def deep_lines(report: DeepReport) -> list[str]:
@@ -136,8 +142,6 @@ def deep_lines(report: DeepReport) -> list[str]:
     lines += [f"PROBLEM {_problem(row)}" for row in found.off[:SHOWN]]
     if len(found.off) > SHOWN:
         lines.append(f"... and {len(found.off) - SHOWN} more")
-    if not found.rows:
-        return [*lines, "no row of this teacher could be read again"]
     if found.ok:
         return [*lines, "what was read again is what the teacher says"]
     faults = ", ".join(f"{count} {fault}" for fault, count in Counter(row.fault for row in found.off).most_common())

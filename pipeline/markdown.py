@@ -43,7 +43,7 @@ def significant(value: float | None, *, error: float | None = None) -> str:
     if value is None:
         return NOTHING
     text = f"{value:,.0f}" if abs(value) >= 999.95 else f"{value:#.4g}"
-    return text if error is None else f"{text} ± {error:#.2g}"
+    return text if error is None else f"{text} ± {f'{error:#.2g}'.removesuffix('.')}"
 
 
 def nats(value: float) -> str:

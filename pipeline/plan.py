@@ -229,7 +229,7 @@ def train_settings(recipe: Recipe, snapshot: str, arm: Arm) -> dict[str, Any]:
     if loss["soft_weight"] == 0:
         loss = {name: loss[name] for name in ("soft_weight", "hard_weight")}
     train = recipe.train.model_dump(
-        mode="json", exclude={"snapshot", "checkpoint_every_seconds", "checkpoint_every_steps"}
+        mode="json", exclude={"snapshot", "audit", "checkpoint_every_seconds", "checkpoint_every_steps"}
     )
     return {
         "snapshot": snapshot,

@@ -26,11 +26,14 @@ from .sections import Recipe
 from .shift import shifted, surprise, unknowing
 
 ROWS = 32
+VALUES = 1 << 24
+"""Numbers of a shard's rows after which no more are looked at: a row of whole distributions may have as many."""
 SHARDS = 4
 """Of the snapshot, first and last among them, that the rows are taken from."""
 _HELP = (
     "No step was taken. Score the prompts again into another store (storage.dir); "
-    "`stillroom verify STORE --deep --teacher MODEL` compares this one with its teacher."
+    "`stillroom verify STORE --deep --teacher MODEL` compares this one with its teacher. If the rows are meant as they "
+    "are, set train.audit: warn."
 )
 
 Row = dict[str, Any]
@@ -49,15 +52,20 @@ class Fit:
     soft: bool
     """Whether the targets are learnt from."""
     own_text: bool
-    """Whether the teacher drew the text itself, at temperature 1 or lower."""
+    """Whether the teacher drew the text itself, at temperature 1 or lower, and nobody chose among what it drew."""
 
 
 def fit_of(recipe: Recipe, teacher_dir: Path, *, vocab_size: int, soft: bool) -> Fit:
-    """What a recipe's student and loss ask of its rows. A pinned snapshot may hold text that others wrote."""
+    """What a recipe's student and loss ask of its rows.
+
+    A pinned snapshot may hold text that others wrote, `select.where` may choose what is unlikely, and of many samples
+    of one prompt equal ones are scored once, so rare ones have more than their share.
+    """
     from .student import student_tokenizer
 
-    spoken, pinned = recipe.generate, recipe.train.snapshot
-    own_text = spoken is not None and spoken.model is None and spoken.temperature <= 1.0 and pinned is None
+    spoken, chosen = recipe.generate, recipe.train.snapshot is not None or recipe.select.where is not None
+    drawn = spoken is not None and spoken.model is None and spoken.temperature <= 1.0 and spoken.samples == 1
+    own_text = drawn and not chosen
     tokenizer = student_tokenizer(recipe, teacher_dir)
     return Fit(tokenizer=tokenizer, teacher_dir=teacher_dir, vocab_size=vocab_size, soft=soft, own_text=own_text)
 
@@ -72,9 +80,9 @@ def audit_rows(store: Store, snapshot: Snapshot, fit: Fit) -> list[str]:
     found = list(_first_rows(store, snapshot))
     rows = [row for row, _ in found]
     _check_vocabulary(rows, fit)
-    _check_tokenizers(rows, fit)
+    teacher = _check_tokenizers(rows, fit)
     language = [(row, about) for row, about in found if about.get("head", "lm") == "lm"]
-    _check_text(store, [row for row, _ in language], fit)
+    _check_text(store, [row for row, _ in language], teacher)
     warnings: list[str] = []
     if fit.soft:
         _check_targets(found)
@@ -88,8 +96,12 @@ def _first_rows(store: Store, snapshot: Snapshot) -> Iterator[tuple[Row, dict[st
     for number in chosen:
         part = snapshot.shards[number]
         shard = store.shard(snapshot.table, part.sha256)
+        held = 0
         for row in shard.take(part.rows[: ROWS // len(chosen)]):
             yield row | {"shard": shard.name}, shard.about
+            held += sum(len(row[name]) for name in ("logprobs", "ids") if row.get(name) is not None)
+            if held > VALUES:
+                break
 
 
 def _check_vocabulary(rows: Sequence[Row], fit: Fit) -> None:
@@ -101,7 +113,8 @@ def _check_vocabulary(rows: Sequence[Row], fit: Fit) -> None:
             )
 
 
-def _check_tokenizers(rows: Sequence[Row], fit: Fit) -> None:
+def _check_tokenizers(rows: Sequence[Row], fit: Fit) -> Any:
+    """Both read every row alike; returns the teacher's."""
     from transformers import AutoTokenizer
 
     teacher: Any = AutoTokenizer.from_pretrained(fit.teacher_dir)
@@ -113,10 +126,14 @@ def _check_tokenizers(rows: Sequence[Row], fit: Fit) -> None:
                 f"student: its tokenizer reads {_name(row)} as {_cut(ours)}, the teacher's as {_cut(theirs)}. "
                 "Choose a student of the teacher's family, or `student.config` for one with its tokenizer."
             )
+    return teacher
 
 
-def _check_text(store: Store, rows: Sequence[Row], fit: Fit) -> None:
-    """The completion, cut out of the tokens where the span starts, is the text that was written down."""
+def _check_text(store: Store, rows: Sequence[Row], tokenizer: Any) -> None:
+    """The completion, cut out of the tokens where the span starts, is the text that was written down.
+
+    Read by the teacher's tokenizer, as it was written: which tokens are special may differ between the two.
+    """
     written = {row["key"]: row for row in rows} if rows and "text" in rows[0] else _generations(store, rows)
     for row in rows:
         text = written.get(row["generation_key"] if "generation_key" in row else row["key"])
@@ -129,7 +146,7 @@ def _check_text(store: Store, rows: Sequence[Row], fit: Fit) -> None:
                 f"{_name(row)}: scores {row['span_tokens']} tokens from {row['span_start']} on, expected {n} from "
                 f"{start} on, the completion of its generation{'' if same else ', whose tokens are others'}. {_HELP}"
             )
-        found = fit.tokenizer.decode(row["token_ids"][text["prompt_tokens"] :].tolist(), skip_special_tokens=True)
+        found = tokenizer.decode(row["token_ids"][text["prompt_tokens"] :].tolist(), skip_special_tokens=True)
         if not _plain(found).startswith(_plain(text["text"])):
             raise IntegrityError(
                 f"{_name(row)}: its tokens from {text['prompt_tokens']} on say {_cut(found)}, expected the completion "

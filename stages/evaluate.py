@@ -251,7 +251,8 @@ def _accuracy(row: dict[str, Any], measures: dict[str, "torch.Tensor"]) -> dict[
 def _gradient(job: Job, held_out: HeldOut, model: "nn.Module", *, arm: str) -> dict[str, float | int | None] | None:
     """How far the recipe's targets turn the gradient of the soft loss, as training begins or as it ends.
 
-    None where there is no such loss, or no choice of targets: black-box, classification, soft_weight 0.
+    None where there is no such loss, or no choice of targets (black-box, classification, soft_weight 0), or where
+    `evaluate.gradient_tokens` is 0.
     """
     import torch
 
@@ -262,8 +263,11 @@ def _gradient(job: Job, held_out: HeldOut, model: "nn.Module", *, arm: str) -> d
 
     loss, score = job.recipe.loss, job.recipe.score
     objective = aim_at(loss, 0.0 if arm == "student_before" else 1.0).objective
-    if score is None or objective is None or held_out.classified or not held_out.scored:
+    asked = score is not None and objective is not None and job.recipe.evaluate.gradient_tokens > 0
+    if not asked or held_out.classified or not held_out.scored:
         return None
+    assert score is not None
+    assert objective is not None
     vocab_size = split_head(model).vocab_size
     packing = Packing(
         tokens_per_pass=1, shared_rows=False, unstored_temperature=loss.unstored_temperature, vocab_size=vocab_size
@@ -271,16 +275,21 @@ def _gradient(job: Job, held_out: HeldOut, model: "nn.Module", *, arm: str) -> d
     kept = wanted(score, vocab_size)
     job.progress.say(f"gradient of sparse against full targets ({arm})")
     try:
-        return compare_gradients(model, _unless_stopped(job, held_out), kept=kept, objective=objective, packing=packing)
+        return compare_gradients(model, _first_rows(job, held_out), kept=kept, objective=objective, packing=packing)
     except torch.OutOfMemoryError:
         job.progress.say("out of memory: the gradient, three times the weights, is left out")
         return None
 
 
-def _unless_stopped(job: Job, held_out: HeldOut) -> Iterator[dict[str, Any]]:
+def _first_rows(job: Job, held_out: HeldOut) -> Iterator[dict[str, Any]]:
+    """Rows until they hold `evaluate.gradient_tokens`."""
+    left = job.recipe.evaluate.gradient_tokens
     for row in held_out.targets():
         job.stop.check()
         yield row
+        left -= row["span_tokens"]
+        if left <= 0:
+            return
 
 
 def _check_fits(model: "nn.Module", ids: "torch.Tensor", vocab_size: int) -> None:

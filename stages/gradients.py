@@ -32,9 +32,6 @@ from .losses import Objective
 from .samples import Sample
 from .targets import targets_of
 
-TOKENS = 16_384
-"""Scored tokens that gradients are summed over; the row that reaches it is the last."""
-
 Gradient = Tensor | Sequence[Tensor]
 
 
@@ -74,8 +71,7 @@ def compare_gradients(
 
     Args:
         model: The student, in evaluation mode: no dropout. Its weights and their `grad` stay as they are.
-        rows: Held-out rows with `generation_key`, `token_ids`, `start`, `span_tokens` and reference targets; read until
-            they hold `TOKENS`.
+        rows: Held-out rows with `generation_key`, `token_ids`, `start`, `span_tokens` and reference targets.
         kept: What the recipe keeps of the teacher.
         objective: The soft part of the loss.
         packing: How a row becomes a forward pass; takes all entries that targets have.
@@ -98,8 +94,6 @@ def compare_gradients(
                 assert soft is not None
                 _add(sums, torch.autograd.grad(soft.sum(), weights, allow_unused=True))
         tokens += row["span_tokens"]
-        if tokens >= TOKENS:
-            break
     angle, ratio = (value if math.isfinite(value) else None for value in angle_and_ratio(sparse, full))
     return {"angle_degrees": angle, "norm_ratio": ratio, "tokens": tokens}
 
@@ -136,4 +130,5 @@ def _whole(row: Mapping[str, Any]) -> SoftTargets:
     targets = SoftTargets.from_row(row).normalised()
     if targets.ids is None:
         return targets
-    return replace(targets, tail_logprob=np.full_like(targets.tail_logprob, -np.inf)).normalised()
+    nothing = np.full_like(targets.tail_logprob, -np.inf)
+    return replace(targets, tail_logprob=nothing, temperatures=None, tempered_tails=None).normalised()

@@ -42,18 +42,30 @@ def label_index(value: Any, names: Sequence[str]) -> int | None:
     """
     if value is None or value == "":
         return None
-    if value in names:
-        return list(names).index(value)
-    try:
-        index = None if isinstance(value, bool) else int(value)
-        if index is not None and index == float(value) and 0 <= index < len(names):
-            return index
-    except (TypeError, ValueError, OverflowError):
-        pass
+    index = _as_index(value, len(names))
+    if str(value) in names:
+        named = list(names).index(str(value))
+        if index not in (None, named):
+            raise RowError(
+                "unknown_label",
+                f"label {value!r} may be the class of that name or the one of that index, which are two. Give names "
+                "that are no numbers, in the data and in the teacher's config.json (id2label)",
+            )
+        return named
+    if index is not None:
+        return index
     raise RowError(
         "unknown_label",
         f"label {value!r} is no class of the teacher. It knows 0 to {len(names) - 1}, or {', '.join(names)}",
     )
+
+
+def _as_index(value: Any, classes: int) -> int | None:
+    try:
+        index = None if isinstance(value, bool) else int(value)
+        return index if index is not None and index == float(value) and 0 <= index < classes else None
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def refuse_without_head(folder: Path, model: str) -> None:

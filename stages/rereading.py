@@ -15,7 +15,6 @@ from .remeasure import Numbers, remeasure, stored_numbers
 from .rescore import DEVIATIONS, Difference, Row
 from .teacher import load_causal_lm
 
-
 BOUNDLESS = 1e6
 """Nats, in place of infinity, which JSON does not have."""
 

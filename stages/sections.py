@@ -314,6 +314,8 @@ class Train(Section):
     """Validate this often, on prompts taken out of the training split."""
     validation_prompts: int = Field(64, ge=1)
     """Prompts of that validation split (only with evaluate_every_tokens)."""
+    audit: Literal["refuse", "warn"] = "refuse"
+    """What becomes of a training whose first rows' text, tokens and targets do not belong together."""
     checkpoint_every_seconds: float = Field(600.0, gt=0)
     """Seconds between checkpoints."""
     checkpoint_every_steps: int | None = Field(None, ge=1)
@@ -356,6 +358,9 @@ class Evaluate(Section):
     """Also train the same student on cross-entropy alone: same start, order and tokens. Without `score` it is that."""
     tokens: int = Field(100_000, ge=1)
     """Scored tokens of held-out rows to judge on, at most."""
+    gradient_tokens: int = Field(16_384, ge=0)
+    """Of these, tokens on which the gradients of sparse and full targets are compared; 0: not at all. Takes three times
+    the memory of the student's weights."""
     generate: EvaluateGenerate | None = None
     """Answer prompts as well."""
 

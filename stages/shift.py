@@ -27,7 +27,9 @@ Row = Mapping[str, Any]
 NATS = 0.5
 """Difference in the mean that is no longer a matter of which model or text ..."""
 DEVIATIONS = 6.0
-"""... nor of chance, at so many standard errors."""
+"""... nor of chance, at so many standard errors ..."""
+DISTINCT = 16
+"""... of so many distinct things, fewer of which say nothing of their spread."""
 
 
 def shifted(rows: Sequence[Row]) -> str | None:
@@ -43,7 +45,8 @@ def shifted(rows: Sequence[Row]) -> str | None:
             gain = there - own
             fits = (entropy + there).mean() > (entropy + own).mean() / 4
             blind = (own - other).mean() < gain.mean() / 4
-            if (fits or blind) and beyond_chance(gain, of=predicting):
+            nearest = beyond_chance(gain, of=predicting) and beyond_chance(there - other, of=predicting)
+            if (fits or blind) and nearest:
                 return (
                     f"shifted by one {what}, those of the {what} {side}: -log p of the tokens there is "
                     f"{-there.mean():.2f} nats, of their own {-own.mean():.2f}, of those on the other side "
@@ -87,7 +90,7 @@ def beyond_chance(values: np.ndarray, *, of: np.ndarray) -> bool:
         of: [N] what each value is of; values of the same thing count once.
     """
     mean, error = _mean(values, of=of)
-    return mean > max(NATS, DEVIATIONS * error)
+    return len(np.unique(of)) >= DISTINCT and mean > max(NATS, DEVIATIONS * error)
 
 
 def _mean(values: np.ndarray, *, of: np.ndarray) -> tuple[float, float]:

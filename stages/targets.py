@@ -80,7 +80,8 @@ def _known(logprobs: Tensor, next_ids: Tensor) -> Columns:
 
 
 def _entropy(logprobs: Tensor) -> Tensor:
-    return -(logprobs.exp() * logprobs).nan_to_num(0.0).sum(-1)  # a logit of -inf: 0 * -inf is 0 here
+    terms = logprobs.exp() * logprobs
+    return -torch.where(logprobs == -torch.inf, 0.0, terms).sum(-1)  # 0 * -inf is 0 here, and a NaN stays one
 
 
 def _best(logprobs: Tensor, kept: Kept) -> Columns:

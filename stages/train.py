@@ -10,7 +10,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..storage.errors import Stopped, UsageError
+from ..storage.errors import IntegrityError, Stopped, UsageError
 from ..storage.files import LocalFiles
 from ..storage.snapshot import load_snapshot
 from ..storage.store import Store
@@ -122,7 +122,13 @@ class _Run:
         vocab_size = model.config.get_text_config().vocab_size
         soft = extremes(self._loss.soft_weight)[1] > 0
         fit = fit_of(self._job.recipe, self._teacher_dir, vocab_size=vocab_size, soft=soft)
-        for note in audit_rows(store, self._samples.snapshot, fit):
+        try:
+            notes = audit_rows(store, self._samples.snapshot, fit)
+        except IntegrityError as error:
+            if self._train.audit == "refuse":
+                raise
+            notes = [f"audit: {error}"]
+        for note in notes:
             self._job.progress.say(note)
 
     def _packing(self, model: Any) -> "Packing":

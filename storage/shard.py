@@ -147,7 +147,10 @@ class ShardFile:
             raise IntegrityError(f"{self.name}: holds {table}, which do not belong in this folder. {REPAIR}")
         expected = SCHEMAS.get(table)
         if expected is not None and not self.schema.equals(expected):
-            raise IntegrityError(f"{self.name}: the columns are not those of {table}. {REPAIR}")
+            raise IntegrityError(
+                f"{self.name}: the columns are not those of {table} in this version of Stillroom. Go on with the "
+                "version that wrote the store, or run the recipe into a new folder (storage.dir)."
+            )
         return about
 
     @property

@@ -96,6 +96,9 @@ def test_rows_of_damaged_shards_are_left_out_and_counted(store: Store, tmp_path:
     report = deep_verify(copy, teacher, asked, progress=SilentProgress(), damaged=damaged)
     assert report.damaged
     assert report.ok
+    everything = {commit.shard.name for commit in copy.commits("soft_targets")}
+    with pytest.raises(UsageError, match=r"none of this teacher's rows can be read again.*16 of the store's are in"):
+        deep_verify(copy, teacher, asked, progress=SilentProgress(), damaged=everything)
 
 
 def test_the_command_names_the_rows_and_ends_with_three(store: Store, tmp_path: Path) -> None:

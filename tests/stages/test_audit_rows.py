@@ -85,6 +85,9 @@ def test_a_shift_is_refused_before_any_step(topk: World, tmp_path: Path) -> None
         train.run(job)
     assert not list((tmp_path / "run").glob("checkpoints/*"))
     assert not (tmp_path / "run" / "student").exists()
+    warned = Recipe.model_validate(recipe.model_dump() | {"train": recipe.train.model_dump() | {"audit": "warn"}})
+    assert train.run(replace(job, recipe=warned, train_dirs={"student": tmp_path / "warned"})).rows
+    assert any("shifted by one position" in line for line in job.progress.said)  # type: ignore[attr-defined]
     baseline = replace(job, arm="baseline", train_dirs={"baseline": tmp_path / "baseline"})
     assert train.run(baseline).rows, "cross-entropy alone learns nothing from the targets"
     assert any(line.startswith("audit: 24 rows") for line in job.progress.said)  # type: ignore[attr-defined]
@@ -127,6 +130,21 @@ def test_a_student_that_reads_other_text_is_refused(topk: World) -> None:
         topk.audit(fit=replace(topk.fit, tokenizer=other))
     with pytest.raises(UsageError, match=r"student: its vocabulary has 9 ids, but the text has token \d+ \(row "):
         topk.audit(fit=replace(topk.fit, vocab_size=9))
+
+
+def test_a_student_with_more_special_tokens_reads_the_same_text(topk: World) -> None:
+    from transformers import AutoTokenizer
+
+    student = AutoTokenizer.from_pretrained(topk.fit.teacher_dir, additional_special_tokens=["the", "a"])
+    assert topk.audit(fit=replace(topk.fit, tokenizer=student)) == [TOGETHER]
+
+
+@pytest.mark.parametrize(
+    "chosen", [{"select": {"where": "text LIKE 'a%'"}}, {"generate": {"engine": "hf", "samples": 2}}]
+)
+def test_text_that_was_chosen_among_what_the_teacher_drew_need_not_be_likely(topk: World, chosen: Any) -> None:
+    recipe = Recipe.model_validate(topk.recipe.model_dump() | chosen)
+    assert not fit_of(recipe, topk.fit.teacher_dir, vocab_size=32, soft=True).own_text
 
 
 def markov_rows(teacher: np.ndarray, text: np.ndarray, *, rows: int, n: int, seed: int = 0) -> list[dict[str, Any]]:

@@ -346,7 +346,10 @@ def test_the_gradient_of_the_recipe_s_targets_is_compared_at_the_start_and_at_th
     assert list(turned) == ["student_before", "student"]
     before = turned["student_before"]
     assert 5 < before["angle_degrees"] < 120
-    assert before["tokens"] == sum(row["completion_tokens"] for row in world.generations)
+    lengths = [row["completion_tokens"] for row in world.generations]
+    assert before["tokens"] == sum(lengths)
+    evaluate.run(world.job(snapshot, score=score, evaluate={"gradient_tokens": 1}))
+    assert read(world)["gradient"]["student"]["tokens"] in lengths  # the row that reaches the bound is the last
     evaluate.run(world.job(snapshot, score=score, loss={"tail": "bucket"}))
     bucket = read(world)["gradient"]["student_before"]
     assert bucket["angle_degrees"] < before["angle_degrees"]
@@ -357,7 +360,10 @@ def test_the_gradient_of_the_recipe_s_targets_is_compared_at_the_start_and_at_th
 
 
 def test_there_is_no_gradient_to_compare_without_a_soft_loss(world: World) -> None:
-    evaluate.run(world.job(world.score("full", VOCABULARY), loss={"soft_weight": 0.0}))
+    snapshot = world.score("full", VOCABULARY)
+    evaluate.run(world.job(snapshot, loss={"soft_weight": 0.0}))
+    assert read(world)["gradient"] is None
+    evaluate.run(world.job(snapshot, evaluate={"gradient_tokens": 0}))
     assert read(world)["gradient"] is None
 
 

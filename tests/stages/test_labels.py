@@ -39,8 +39,12 @@ class TestData:
             label_index(value, CLASSES)
         assert e.value.reason == "unknown_label"
 
-    def test_a_name_goes_before_an_index(self) -> None:
-        assert label_index("1", ("1", "0")) == 0
+    def test_digits_as_names_are_read_alike_from_every_file_or_refused(self) -> None:
+        for value in (1, "1"):
+            assert label_index(value, ("0", "1")) == 1
+            with pytest.raises(RowError, match="the class of that name or the one of that index"):
+                label_index(value, ("1", "2", "3"))
+        assert label_index("3", ("1", "2", "3")) == label_index(3, ("1", "2", "3")) == 2
 
     def test_rows_that_cannot_be_used_are_rejected_and_the_others_go_on(self, tmp_path: Path) -> None:
         wrong = [

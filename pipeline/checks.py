@@ -44,7 +44,8 @@ def check_together(recipe: Recipe) -> list[tuple[str, str]]:
         errors.append(("generate", f"missing: format {kind!r} has prompts only. Add a `generate` section"))
     if recipe.storage.sources:
         errors.append(("storage.sources", "read-only sources are planned but no stage reads them yet. Remove the key"))
-    return errors + check_loss(recipe.loss, recipe.score)
+    kinds_fit = recipe.run.task != "classification" or recipe.score is None or recipe.score.targets == "full"
+    return errors + (check_loss(recipe.loss, recipe.score) if kinds_fit else [])
 
 
 def _classification(recipe: Recipe) -> list[tuple[str, str]]:

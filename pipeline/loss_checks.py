@@ -23,6 +23,12 @@ def check_loss(loss: Loss, score: Score | None) -> list[tuple[str, str]]:
         when = " at the end" if extremes(loss.soft_weight)[1] + extremes(loss.hard_weight)[1] > 0 else ""
         message = f"soft_weight and hard_weight are both 0{when}: nothing to learn. Set one above 0"
         errors.append(("loss.soft_weight", message))
+    if min(loss.alpha_beta) < 0 or max(loss.alpha_beta) == 0:
+        message = (
+            f"must be two numbers of at least 0, one above 0 (got {list(loss.alpha_beta)}): with others the loss is "
+            "huge wherever one side finds an id unlikely. Use [0.2, 0.7] to start"
+        )
+        errors.append(("loss.alpha_beta", message))
     errors += _idle(loss)
     if score is not None and extremes(loss.soft_weight)[1] > 0:
         errors += _divergence(loss, score) + _tail(loss, score) + _temperature(loss, score)

@@ -40,9 +40,9 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     else:
         problems = check_together(recipe)
     if problems:
-        for override in overrides or []:
-            lines.pop(override.partition("=")[0], None)  # the line in the file is not the one that counts
-        raise UsageError("\n".join(_located(path, lines, where, what) for where, what in problems))
+        places = {name: f"{path}:{line}:" for name, line in lines.items()}
+        places |= {override.partition("=")[0]: "--set" for override in overrides or []}
+        raise UsageError("\n".join(_located(path, places, where, what) for where, what in problems))
     return recipe
 
 
@@ -104,9 +104,13 @@ def _override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise UsageError(f"--set {override}: {section} is not a section")
     try:
-        tree[key] = yaml.safe_load(value)
+        given = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise UsageError(f"--set {override}: the value is not YAML ({error})") from error
+    if given is None and key in tree:
+        del tree[key]  # back to the default
+    else:
+        tree[key] = given
 
 
 def _expand(value: Any, path: Path) -> Any:
@@ -157,10 +161,10 @@ def _keys_at(loc: tuple[int | str, ...]) -> list[str]:
     return list(model.model_fields)
 
 
-def _located(path: Path, lines: dict[str, int], where: str, what: str) -> str:
-    """Prefix a message with the nearest line that the file has for it."""
+def _located(path: Path, places: dict[str, str], where: str, what: str) -> str:
+    """Prefix a message with the nearest line of the file, or the `--set` that it comes from."""
     name = where
-    while name and name not in lines:
+    while name and name not in places:
         name = name.rpartition(".")[0]
-    line = f":{lines[name]}" if name else ""
-    return f"{path}{line}: {where}: {what}" if where else f"{path}{line}: {what}"
+    place = places.get(name, f"{path}:")
+    return f"{place} {where}: {what}" if where else f"{place} {what}"

@@ -214,7 +214,9 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Dotted path -> value as text; nothing for null."""
     found: dict[str, str] = {}
     for name, value in section.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and "shape" in value:
+            found[f"{prefix}{name}"] = sections.scheduled(value)
+        elif isinstance(value, Mapping):
             found |= _flat(value, f"{prefix}{name}.")
         elif value is not None:
             found[f"{prefix}{name}"] = str(value)

@@ -188,7 +188,7 @@ def _gradient(evaluation: Mapping[str, Any]) -> list[str]:
     whole = best if measured["kl_is_lower_bound"] else "the whole distribution"
     return [
         f"Gradient of the soft loss on {count(tokens)} held-out tokens, with the recipe's targets against {whole}: "
-        f"{'; '.join(parts)}."
+        f"{'; '.join(parts)}. (0 degrees and 1 is a student that is taught all that the teacher says.)"
     ]
 
 

@@ -62,21 +62,25 @@ _PARAMETERS = {
 
 
 def _loss(loss: Mapping[str, Any], score: Mapping[str, Any]) -> str:
-    how = [f"temperature {_scheduled(loss['temperature'])}"]
+    how = [f"temperature {scheduled(loss['temperature'])}"]
     if score["targets"] in ("topk", "topp"):
         how.append(f"tail {loss['tail']}")
     if own := _PARAMETERS.get(loss["divergence"]):
         how.append(f"{own} {loss[own]}")
-    soft, hard = (_scheduled(loss[name]) for name in ("soft_weight", "hard_weight"))
+    soft, hard = (scheduled(loss[name]) for name in ("soft_weight", "hard_weight"))
     return f"{soft} x {loss['divergence']} ({', '.join(how)}) + {hard} x cross-entropy"
 
 
-def _scheduled(setting: float | Mapping[str, Any]) -> str:
+def scheduled(setting: float | Mapping[str, Any]) -> str:
     """A number, or where a schedule starts and ends."""
     if not isinstance(setting, Mapping):
         return str(setting)
-    values = [setting["start"], *[setting["peak"]] * (setting.get("peak") is not None), setting["end"]]
-    return f"({setting['shape']}: {' to '.join(map(str, values))})"
+    if setting["shape"] != "wsd":
+        return f"({setting['shape']}: {setting['start']} to {setting['end']})"
+    return (
+        f"(wsd: {setting['start']} to {setting['peak']} in {setting['warmup_fraction']} of the tokens, to "
+        f"{setting['end']} in the last {setting['decay_fraction']})"
+    )
 
 
 def _trained_on(train: Mapping[str, Any]) -> str:
@@ -92,8 +96,15 @@ def curve(arm: str, train: Mapping[str, Any]) -> str:
     headers = ["tokens", "loss", "divergence", "cross-entropy"]
     parts = []
     if history := thinned(train.get("history") or []):
-        rows = [[*_losses(point), f"{point['learning_rate']:.2e}"] for point in history]
-        parts += [f"## Training: {ARMS[arm]}", table([*headers, "learning rate"], rows)]
+        moving = [name for name in ("soft_weight", "hard_weight", "temperature") if name in history[0]]
+        rows = [
+            [*_losses(point), f"{point['learning_rate']:.2e}", *(decimals(point[name], 3) for name in moving)]
+            for point in history
+        ]
+        named = [*headers, "learning rate", *(name.replace("_", " ") for name in moving)]
+        parts += [f"## Training: {ARMS[arm]}", table(named, rows)]
+        if "temperature" in moving:
+            parts.append("The divergence is that at the temperature of its line, times the temperature squared.")
     if validation := thinned(train.get("validation") or []):
         parts += [f"### Validation: {ARMS[arm]}", table(headers, [_losses(point) for point in validation])]
     return "\n\n".join(parts)

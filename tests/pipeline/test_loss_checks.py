@@ -47,6 +47,8 @@ def test_the_whole_table(divergence: str, tail: str) -> None:
         ({"divergence": "skew_reverse_kl", "skew": 0.0, "tail": "drop"}, {}, "'skew_reverse_kl' is infinite where"),
         ({"divergence": "alpha_beta", "alpha_beta": [0, 1], "tail": "drop"}, {}, "'alpha_beta' is infinite where"),
         ({"divergence": "alpha_beta", "alpha_beta": [0.2, 0.7], "tail": "drop"}, {}, ""),
+        ({"divergence": "alpha_beta", "alpha_beta": [-1, 0.5]}, {}, "must be two numbers of at least 0"),
+        ({"divergence": "alpha_beta", "alpha_beta": [0, 0]}, {}, "must be two numbers of at least 0"),
         (
             {"skew": 0.3},
             {},

@@ -47,7 +47,7 @@ def test_a_misspelt_key_is_refused_with_line_and_nearest_key(tmp_path: Path, tre
         ("train.warmup_fraction=1", "train.warmup_fraction: must be less than 1"),
         ("train.tokens=1000", "give either `tokens` or `epochs`"),
         ("student.model=x", "name either `model`"),
-        ("teacher=null", "teacher: input should be"),
+        ("teacher=null", "teacher: missing"),
         ("data.format=text", "generate: format 'text' brings its own text"),
         ("generate=null", "generate: missing: format 'prompt' has prompts only"),
         ("loss.soft_weight=0", ""),
@@ -79,6 +79,17 @@ def test_bad_values_are_refused_by_name(tmp_path: Path, tree: dict[str, Any], ov
         tree["loss"]["hard_weight"] = 0
         expected = "nothing to learn"
     assert expected in refusal(tmp_path, tree, override)
+
+
+def test_what_the_command_line_sets_is_blamed_on_it_and_null_is_the_default(
+    tmp_path: Path, tree: dict[str, Any]
+) -> None:
+    assert refusal(tmp_path, tree, "score.k=0") == "--set score.k: must be at least 1 (got 0)."
+    tree["score"] = {"targets": "topk", "k": 16}
+    assert "recipe.yaml:" in refusal(tmp_path, tree, "score.targets=sampled")
+    recipe = load_recipe(tmp_path / "recipe.yaml", ["score.targets=sampled", "score.k=null"])
+    assert (recipe.score.targets, recipe.score.k) == ("sampled", 64)  # type: ignore[union-attr]
+    assert "unknown key" in refusal(tmp_path, tree, "score.kk=null")
 
 
 def test_conversations_can_bring_their_own_answers(tmp_path: Path, tree: dict[str, Any]) -> None:

@@ -210,7 +210,9 @@ def test_the_loss_is_named_with_its_own_settings_and_schedules(run: Path) -> Non
     assert line() == "1.0 x forward_kl (temperature 1.0, tail bucket) + 0.1 x cross-entropy"
     assert "skew_reverse_kl (temperature 1.0, tail bucket, skew 0.2)" in line(divergence="skew_reverse_kl", skew=0.2)
     wsd = {"shape": "wsd", "start": 0.1, "peak": 0.9, "end": 0.2, "warmup_fraction": 0.1, "decay_fraction": 0.1}
-    assert line(soft_weight=wsd, temperature=2.0).startswith("(wsd: 0.1 to 0.9 to 0.2) x forward_kl (temperature 2.0")
+    assert line(soft_weight=wsd, temperature=2.0).startswith(
+        "(wsd: 0.1 to 0.9 in 0.1 of the tokens, to 0.2 in the last 0.1) x forward_kl (temperature 2.0"
+    )
     recipe["score"] = {"targets": "full", "k": 64}
     assert line(hard_weight={"shape": "linear", "start": 1.0, "end": 0.0, "peak": None}) == (
         "1.0 x forward_kl (temperature 1.0) + (linear: 1.0 to 0.0) x cross-entropy"
@@ -443,3 +445,11 @@ def test_numbers_are_printed_in_the_unit_that_fits() -> None:
     assert [size(v) for v in (12, 2048, 3 * 2**40)] == ["12 B", "2.0 KiB", "3.0 TiB"]
     assert table(["a|b"], [["x\ny"]]) == "| a\\|b |\n| --- |\n| x y |"
     assert fenced("a ``` b").startswith("````\n")
+
+
+def test_what_is_scheduled_has_a_column_beside_the_losses() -> None:
+    point = {"tokens": 512, "loss": 2.0, "soft": 1.5, "hard": 3.0, "learning_rate": 1e-3, "temperature": 4.0}
+    shown = curve("student", {"history": [point, point | {"tokens": 1024, "temperature": 1.0}]})
+    assert "| learning rate | temperature |" in shown
+    assert "| 1.00e-03 | 4.000 |" in shown
+    assert "times the temperature squared" in shown

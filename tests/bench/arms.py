@@ -1,0 +1,103 @@
+"""Many arms of one recipe in this process: the runner's own plan and stages, without a process for each stage.
+
+A stage's process takes seconds to start, an arm of a small experiment as long to train. Arms whose targets are of other
+kinds come from other snapshots, and the order of samples is a function of the snapshot: `one_order` gives all arms of a
+seed the same one. Nothing else is changed.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from stillroom.pipeline import runner, worker
+from stillroom.pipeline.plan import make_plan
+from stillroom.pipeline.progress import StageProgress
+from stillroom.pipeline.recipe import load_recipe
+from stillroom.stages.job import StopFlag
+from stillroom.stages.samples import Sample, Samples
+from stillroom.storage.snapshot import save_snapshot
+from stillroom.storage.store import Store
+
+
+def prepare(recipe_file: Path, overrides: Sequence[str] = ()) -> None:
+    """Text and targets of a recipe, by the command line.
+
+    Raises:
+        SystemExit: with what the command line said.
+    """
+    words = [sys.executable, "-m", "stillroom.pipeline.cli", "run", str(recipe_file), "--until", "score", "--quiet"]
+    for override in overrides:
+        words += ["--set", override]
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(words)}\n{done.stderr}")
+
+
+def run_arm(recipe_file: Path, overrides: Sequence[str] = (), *, until: str | None = None) -> dict[str, Any]:
+    """Run a recipe's stages here; what is done already is not done again.
+
+    Arms that run at the same time need a `run.dir` each.
+
+    Args:
+        recipe_file: The recipe.
+        overrides: `section.key=value`, as of `--set`.
+        until: Last stage to run; None: all.
+
+    Returns:
+        `evaluation.json` and `train.json` in one, where they are there; `train_dir`; ids of the `snapshots` by split.
+
+    Raises:
+        StillroomError: as of `stillroom run`.
+    """
+    recipe = load_recipe(recipe_file, list(overrides))
+    with mock.patch.object(runner, "StageProcess", _Here):
+        runner.run(recipe, until=until, quiet=True)
+    plan = make_plan(recipe)
+    for snapshot in plan.snapshots.values():
+        save_snapshot(Store.open(recipe.storage.dir), snapshot)
+    found: dict[str, Any] = {"snapshots": {split: snapshot.id for split, snapshot in plan.snapshots.items()}}
+    if folder := plan.train_dirs.get("student"):
+        found["train_dir"] = str(folder)
+        for name in ("train.json", "evaluation.json"):
+            if (folder / name).is_file():
+                found |= json.loads((folder / name).read_text())
+    return found
+
+
+@contextmanager
+def one_order() -> Iterator[None]:
+    """Samples are read in an order that only their tokens and the seed decide; a snapshot is held in memory."""
+    with mock.patch.object(Samples, "read", _read):
+        yield
+
+
+def _read(samples: Samples, start: int, stop: int | None = None) -> Generator[Sample, None, None]:
+    (found,) = samples.batches([range(len(samples))])
+    found.sort(key=lambda sample: sample.token_ids.tobytes())
+    number = start
+    while stop is None or number < stop:
+        epoch, first = divmod(number, len(found))
+        for index in np.random.default_rng([samples.seed, epoch]).permutation(len(found))[first:]:
+            if number == stop:
+                return
+            yield found[index]
+            number += 1
+
+
+class _Here:
+    """A stage in this process, where the runner expects one in a process of its own."""
+
+    def __init__(self, message: dict[str, Any]) -> None:
+        self._message = message
+
+    def finish(self) -> dict[str, Any]:
+        """Do it and answer as a stage's process does."""
+        progress = StageProgress(self._message["name"], sys.stderr, quiet=True)
+        return worker._answer(worker._run(self._message, progress, StopFlag()))

@@ -27,7 +27,7 @@ Letters: N scored tokens, K entries, V the student's vocabulary, D hidden.
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Literal, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -36,18 +36,7 @@ from torch.utils.checkpoint import checkpoint
 from ..storage.errors import UsageError
 from . import divergences
 from .head import Head
-
-Divergence = Literal[
-    "forward_kl",
-    "reverse_kl",
-    "jsd",
-    "skew_forward_kl",
-    "skew_reverse_kl",
-    "total_variation",
-    "alpha_beta",
-    "adaptive_kl",
-]
-Tail = Literal["bucket", "drop", "renormalize", "to_label"]
+from .sections import Divergence, Tail
 
 CHUNK_BYTES = 64 * 2**20  # float32 logits held at once
 

@@ -238,19 +238,23 @@ Scheduled = Annotated[
 """A number, or a schedule of numbers."""
 
 
+Divergence = Literal[
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "total_variation",
+    "alpha_beta",
+    "adaptive_kl",
+]
+Tail = Literal["bucket", "drop", "renormalize", "to_label"]
+
+
 class Loss(Section):
     """What the student minimises: soft_weight * divergence + hard_weight * cross-entropy."""
 
-    divergence: Literal[
-        "forward_kl",
-        "reverse_kl",
-        "jsd",
-        "skew_forward_kl",
-        "skew_reverse_kl",
-        "total_variation",
-        "alpha_beta",
-        "adaptive_kl",
-    ] = "forward_kl"
+    divergence: Divergence = "forward_kl"
     """forward_kl is KL(teacher || student)."""
     skew: float = Field(0.1, ge=0, lt=1)
     """skew_forward_kl, skew_reverse_kl: share of the first distribution in the mixture; 0 is no skew."""
@@ -264,7 +268,7 @@ class Loss(Section):
     """Softens both distributions in the divergence; a number above 0, or a schedule."""
     unstored_temperature: Literal["refuse", "approximate"] = "refuse"
     """approximate: where a temperature was not stored, the tail counts as one id."""
-    tail: Literal["bucket", "drop", "renormalize", "to_label"] = "bucket"
+    tail: Tail = "bucket"
     """What becomes of the teacher's mass outside the entries; sampled and full targets have none."""
     soft_weight: Scheduled = 1.0
     """Weight of the divergence, used as given; a number or a schedule."""

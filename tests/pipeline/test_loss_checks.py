@@ -10,8 +10,7 @@ from kit import recipe_tree
 
 from stillroom.pipeline.loss_checks import check_loss
 from stillroom.pipeline.recipe import load_recipe
-from stillroom.stages.losses import Divergence, Tail
-from stillroom.stages.sections import Loss, Score
+from stillroom.stages.sections import Divergence, Loss, Score, Tail
 from stillroom.storage.errors import UsageError
 
 DIVERGENCES, TAILS = get_args(Divergence), get_args(Tail)

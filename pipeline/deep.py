@@ -128,7 +128,7 @@ def deep_lines(report: DeepReport) -> list[str]:
     """What was found, for people."""
     found, teacher = report.found, report.teacher
     kinds = ", ".join(f"{count} {kind}" for kind, count in found.kinds.items())
-    lines = [f"read again: {found.rows} rows ({kinds or 'none'}), {found.tokens} scored tokens, by {teacher.folder}"]
+    lines = [f"read again: {found.rows} rows ({kinds}), {found.tokens} scored tokens, by {teacher.folder}"]
     lines += [f"not read: {count} rows of the teacher {other}" for other, count in sorted(report.others.items())]
     if report.classes:
         lines.append(f"not read: {report.classes} rows of a classification head, which deep verification does not know")

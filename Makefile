@@ -17,7 +17,7 @@ demo: setup ## make a teacher, distil it and report, on this machine, in minutes
 	$(BIN)/stillroom demo $(if $(DIR),--dir $(DIR))
 
 test: lint types ## lint, types and all tests
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: setup ## ruff: rules and format
 	$(BIN)/ruff check .

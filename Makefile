@@ -5,7 +5,7 @@ BENCH ?= runs/bench
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types docker-check bench clean
+.PHONY: help setup demo test lint types docker-check bench gpu-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -34,8 +34,12 @@ types: setup .types ## mypy
 docker-check: ## build and try the CPU image, with buildah and no container engine
 	docker/check.sh
 
-bench: setup ## the TinyStories comparison, many students (STILLROOM_ASSETS names the models and texts; BENCH=folder)
-	$(BIN)/python tests/bench/tinystories.py compare $(BENCH)
+bench: setup ## speed: the loss, scoring, a training step, the loader, a whole run; about 20 minutes (BENCH=folder of the results)
+	for name in loss score train_step loader pipeline; do $(BIN)/python tests/bench/$$name.py --out $(BENCH) || exit 1; done
+
+# No set-up: a GPU machine without a network has its own Python. tests/bench/README.md says what to carry there.
+gpu-check: ## kernel tests and all benches on an NVIDIA GPU, in under nine minutes (BENCH=folder of the results)
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tests/bench/gpu_check.py --out $(BENCH)
 
 clean: ## remove what make made, except .venv, runs and stores
 	rm -rf .types build dist *.egg-info docker/cpu/shims/*/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -5,6 +5,7 @@ Stage one writes this down in the store, so that stage two can run where teacher
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ..stages.data import given_author_id, given_text, inputs_id
 from ..stages.identity import FileHashes, Identity, find_model, identify
@@ -14,6 +15,10 @@ from ..stages.tokenizers import compare_tokenizers
 from ..storage.errors import UsageError
 from ..storage.files import Files, open_files
 from ..storage.keys import content_id, seal, unseal
+from ..storage.published import Published
+from ..storage.sources import Joined
+from ..storage.store import Store
+from .checks import stores_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +32,8 @@ class Binding:
     """Of the teacher; where texts are classified, how many classes it has."""
     context_tokens: int
     author_context_tokens: int
+    imported: bool = False
+    """Whether the rows came with `stillroom import`: nobody can make reference targets of held-out rows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,33 +45,86 @@ class Bound:
     author: Identity | None
     missing: str = ""
     """Why they are gone."""
+    published: Published | None = None
+    """The read-only source whose rows are the data, as they are."""
 
 
-def bind(recipe: Recipe, *, write: bool) -> Bound:
-    """Find and hash teacher, author and source; where they are gone, take what the store wrote down.
+def bind(recipe: Recipe, store: Store | None = None, *, write: bool) -> Bound:
+    """Find and hash teacher, author and source; where they are gone, take what the store or a source wrote down.
+
+    Where `data.source` names the store or one of its sources, what is written there is all there is.
 
     Args:
         recipe: The recipe.
+        store: The recipe's store with its sources, None where there is none yet.
         write: Remember file hashes, and download from the Hub where needed; else only look.
 
     Raises:
         UsageError: they are not there, and the store never saw them under these names.
     """
+    if names_store(recipe):
+        return _bind_there(recipe, store)
     try:
         return _bind_here(recipe, write=write)
     except UsageError as error:
-        written = _written(recipe)
-        if written is None:
-            raise error
-        return Bound(binding=written, teacher=None, author=None, missing=str(error))
+        for part, _ in store.parts if store else ():
+            written = _written(part.files, recipe)
+            if written is not None:
+                published = part if isinstance(part, Published) else None
+                return Bound(binding=written, teacher=None, author=None, missing=str(error), published=published)
+        raise error
+
+
+def names_store(recipe: Recipe) -> bool:
+    """Whether the data are what a store holds: the recipe's own, or one of its sources."""
+    return recipe.data.source in stores_of(recipe)
+
+
+def _bind_there(recipe: Recipe, store: Store | None) -> Bound:
+    """What a store holds, where it holds the rows of one teacher and one source of prompts."""
+    name = recipe.data.source
+    part = store
+    if isinstance(store, Joined):
+        part = store.sources[name] if name in store.sources else store.parts[0][0]
+    why = f"data.source: {name} is a store, so its rows are the data; nothing is generated or scored for it."
+    if isinstance(part, Published):
+        return Bound(binding=_of_published(part), teacher=None, author=None, missing=why, published=part)
+    if recipe.data.format == "prompt" and recipe.generate is None:
+        raise UsageError(
+            f"generate: missing: {name} is a store, and of its texts those are taken that the `generate` section wrote "
+            "which the recipe gives. Give the one that it was filled with; for given text set data.format to that."
+        )
+    found = _all_written(part.files) if part else []
+    if len(found) != 1:
+        raise UsageError(
+            f"data.source: {name} is a store with {len(found)} pairs of a teacher and its data, expected one. Use the "
+            "names that the recipe had which filled it."
+        )
+    return Bound(binding=found[0], teacher=None, author=None, missing=why)
+
+
+def _of_published(published: Published) -> Binding:
+    """What a published folder says of itself."""
+    about = published.about
+    classes = about.get("class_names") if about.get("head") == "classes" else None
+    found = {
+        "teacher_id": about.get("teacher_id") or about.get("author_id"),
+        "author_id": published.manifest.about.get("generations", about).get("author_id", ""),
+        "vocab_size": len(classes) if classes else about.get("vocab_size", 0),
+    }
+    unlimited = 2**31 - 1  # nothing is read that was not read before
+    return Binding(**found, data_id=published.manifest.id, context_tokens=unlimited, author_context_tokens=unlimited)
 
 
 def write_down(recipe: Recipe, binding: Binding) -> None:
     """Keep a binding in the store under the recipe's names; the newest counts."""
-    files = open_files(recipe.storage.dir)
-    folder = _folder(recipe)
+    write_binding(open_files(recipe.storage.dir), _folder(recipe), binding)
+
+
+def write_binding(files: Files, folder: str, binding: Binding) -> None:
+    """Keep a binding in a folder of a store."""
     record = seal(asdict(binding))
-    while _written(recipe) != binding and not files.put_if_absent(_next(files, folder), record):
+    while _newest(files, folder) != binding and not files.put_if_absent(_next(files, folder), record):
         pass  # another writer took the number
 
 
@@ -136,10 +196,27 @@ def _folder(recipe: Recipe) -> str:
     return f"bindings/{content_id('binding', given=given_text(recipe), **names)}"
 
 
-def _written(recipe: Recipe) -> Binding | None:
-    files = open_files(recipe.storage.dir)
-    names = files.names(_folder(recipe))
+def _written(files: Files, recipe: Recipe) -> Binding | None:
+    return _newest(files, _folder(recipe))
+
+
+def _newest(files: Files, folder: str) -> Binding | None:
+    names = files.names(folder)
     if not names:
         return None
-    name = f"{_folder(recipe)}/{names[-1]}"
+    name = f"{folder}/{names[-1]}"
     return Binding(**unseal(files.read(name), name))
+
+
+def bindings_of(store: Store, data_ids: set[Any]) -> list[str]:
+    """The records that bind names to these data, by which the recipes that made them know a published folder."""
+    folders = {name.rpartition("/")[0] for name, _, _ in store.files.walk("bindings") if name.endswith(".json")}
+    newest = {folder: _newest(store.files, folder) for folder in sorted(folders)}
+    fits = [folder for folder, found in newest.items() if found is not None and found.data_id in data_ids]
+    return [f"{folder}/{store.files.names(folder)[-1]}" for folder in fits]
+
+
+def _all_written(files: Files) -> list[Binding]:
+    """The newest binding of each recipe's names; equal ones once."""
+    folders = {name.rpartition("/")[0] for name, _, _ in files.walk("bindings") if name.endswith(".json")}
+    return list(dict.fromkeys(found for folder in sorted(folders) if (found := _newest(files, folder)) is not None))

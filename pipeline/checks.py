@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from ..stages.sections import COLUMNS, Data, Recipe, Score
+from ..stages.fields import Section
+from ..stages.sections import COLUMNS, Data, Recipe, Score, Teacher
 from .loss_checks import check_loss
 
 # Named by the recipe, done by no stage yet: refused by name, never ignored.
@@ -18,6 +19,11 @@ _ONLY_FOR |= dict.fromkeys(("rounds", "draw", "proposal"), "'sampled'")
 
 # Settings for text that is continued; a text that is classified is read as a whole, in a row of its own.
 _ONLY_TEXT = ("generate", "evaluate.generate", "data.window_tokens", "data.chat_template_kwargs", "train.row_tokens")
+
+
+# How a teacher is loaded and data are read: a store that is named for both has been filled already.
+_NOT_OF_A_STORE = tuple(f"teacher.{name}" for name in ("revision", "dtype", "adapter", "device_map"))
+_NOT_OF_A_STORE += tuple(f"data.{name}" for name in ("split", "columns", "window_tokens", "limit"))
 
 
 def lookup(recipe: Recipe, path: str) -> Any:
@@ -40,12 +46,41 @@ def check_together(recipe: Recipe) -> list[tuple[str, str]]:
     if kind in ("text", "completion") and recipe.generate is not None:
         errors.append(("generate", f"format {kind!r} brings its own text. Remove this section, or use format 'prompt'"))
     errors += _classification(recipe)
-    if kind == "prompt" and recipe.generate is None:
+    if kind == "prompt" and recipe.generate is None and recipe.data.source not in stores_of(recipe):
         errors.append(("generate", f"missing: format {kind!r} has prompts only. Add a `generate` section"))
-    if recipe.storage.sources:
-        errors.append(("storage.sources", "read-only sources are planned but no stage reads them yet. Remove the key"))
+    errors += _sources(recipe)
     kinds_fit = recipe.run.task != "classification" or recipe.score is None or recipe.score.targets == "full"
     return errors + (check_loss(recipe.loss, recipe.score) if kinds_fit else [])
+
+
+def stores_of(recipe: Recipe) -> list[str]:
+    """The recipe's stores, its own one first."""
+    return [recipe.storage.dir, *recipe.storage.sources]
+
+
+def _sources(recipe: Recipe) -> list[tuple[str, str]]:
+    """Stores that are named as a teacher, as data or as read-only sources."""
+    stores, errors = stores_of(recipe), []
+    if repeated := [name for name in stores if stores.count(name) > 1]:
+        errors.append(
+            ("storage.sources", f"{repeated[0]} is named twice. Name each store once, storage.dir not at all")
+        )
+    if (recipe.teacher.model in stores) != (recipe.data.source in stores):
+        named = "teacher.model" if recipe.teacher.model in stores else "data.source"
+        message = (
+            "names a store, whose rows stand for teacher and data alike. Name it in both, teacher.model and data.source"
+        )
+        errors.append((named, message))
+    elif recipe.data.source in stores:
+        message = f"has no meaning where {recipe.data.source} is teacher and data: its rows are as they are. Remove it"
+        errors += [(path, message) for path in _NOT_OF_A_STORE if lookup(recipe, path) != _default(path)]
+    return errors
+
+
+def _default(path: str) -> Any:
+    section, name = path.split(".")
+    sections: dict[str, type[Section]] = {"teacher": Teacher, "data": Data}
+    return sections[section].model_fields[name].get_default(call_default_factory=True)
 
 
 def _classification(recipe: Recipe) -> list[tuple[str, str]]:

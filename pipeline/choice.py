@@ -1,5 +1,6 @@
 """Which committed rows a recipe trains on, validates on and is judged on: a snapshot of each."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,9 @@ def choose_snapshots(books: Books, binding: Binding) -> dict[Split, Snapshot]:
         "validation": rows.filter(pc.and_(aside, pc.invert(pinned))),
         "test": rows.filter(pc.and_(rows["held_out"], pc.invert(pinned))),
     }
-    return {name: _snapshot(books, binding, table, name, part) for name, part in parts.items() if part.num_rows}
+    found = {name: _snapshot(books, binding, table, name, part) for name, part in parts.items() if part.num_rows}
+    splits = {name: snapshot.id for name, snapshot in found.items()}
+    return {name: replace(snapshot, about={**snapshot.about, "splits": splits}) for name, snapshot in found.items()}
 
 
 def _snapshot(books: Books, binding: Binding, table: TableName, split: Split, rows: pa.Table) -> Snapshot:
@@ -41,7 +44,12 @@ def _snapshot(books: Books, binding: Binding, table: TableName, split: Split, ro
         "scored_tokens": int((tokens - rows["start"].to_numpy()).sum()),
         "longest": int(tokens.max()),
     }
-    about: dict[str, Any] = {"split": split, "teacher_id": binding.teacher_id, "lengths": lengths}
+    about: dict[str, Any] = {
+        "split": split,
+        "teacher_id": binding.teacher_id,
+        "data_id": binding.data_id,
+        "lengths": lengths,
+    }
     return make_snapshot(books.store, table, books.places(table, rows["place"].to_numpy()), about)
 
 
@@ -65,5 +73,5 @@ def _pinned_prompts(books: Books, binding: Binding, table: TableName) -> pa.Arra
             f"of {binding.teacher_id}. Name a snapshot of this teacher, or leave it out."
         )
     shards = ((books.store.shard(table, shard.sha256), shard.rows) for shard in snapshot.shards)
-    keys = [file.read_all(["prompt_key"])["prompt_key"].take(pa.array(rows)) for file, rows in shards]
+    keys = [file.select(rows, ["prompt_key"])["prompt_key"] for file, rows in shards]
     return pc.unique(pa.chunked_array([chunk for key in keys for chunk in key.chunks], pa.binary(16)))

@@ -1,6 +1,7 @@
 """The command line. Every command imports what it needs when it needs it, so that help and errors answer at once."""
 
 import json
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from ..storage.errors import StillroomError, Stopped
+from . import import_cli, publish_cli
 
 app = typer.Typer(
     name="stillroom",
@@ -84,7 +86,7 @@ def demo(
     recipe = load_recipe(recipe_path)
     outcome = run_recipe(recipe, quiet=quiet)
     _outcome(outcome, as_json)
-    _print(f"store:  {recipe.storage.dir}\nreport: {outcome['run_dir']}/report.md\nrecipe: {recipe_path}")
+    _print(f"store:  {recipe.storage.dir}\nreport: {outcome['run_dir']}/report.html\nrecipe: {recipe_path}")
     _json(outcome, as_json)
 
 
@@ -158,21 +160,19 @@ def status(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fa
 
 @app.command()
 def inspect(
-    store: StorePath,
+    place: Annotated[str, typer.Argument(metavar="STORE|RUN_DIR", help="Store (folder or URL), or a run's folder.")],
     key: Annotated[
         str | None, typer.Option(help="Key of a row in hex, or its unique beginning; default the first row.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """One sample: tokens, the teacher's top entries, the tail, what is scored."""
-    from ..storage.store import Store
-    from .sample import describe, find_row, render, tokenizer_of
+    """One sample, token by token: the teacher's top entries, the tail; of a run, where its student differs."""
+    from .sample import show
 
-    opened = Store.open(store)
-    row = find_row(opened, key)
-    sample = describe(row, tokenizer_of(opened, row))
-    for part in render(sample):
-        _print(part)
+    columns, colours = shutil.get_terminal_size().columns if sys.stdout.isatty() else 80, sys.stdout.isatty()
+    sample, parts = show(place, key, columns=columns, colours=colours)
+    for part in parts:
+        _print(part, columns=80)
     _json(sample, as_json)
 
 
@@ -307,16 +307,21 @@ def vacuum(
 @app.command()
 def report(
     run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Run folders; several are compared.")],
+    out: Annotated[
+        Path | None, typer.Option(help="File of the page [RUN_DIR/report.html; of several runs comparison.html, here].")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """The report of a run as Markdown; several runs side by side, those that differ in the seed only as one."""
-    from .report import compare, load_report
-    from .seeds import grouped
+    """The report of a run as Markdown, and as an HTML page to open from disk.
 
-    reports = {str(r): load_report(r) for r in run_dirs}
-    text = (run_dirs[0] / "report.md").read_text() if len(run_dirs) == 1 else compare(run_dirs)
+    Several runs stand side by side, those that differ in the seed only as one.
+    """
+    from .report_show import show
+
+    text, page, found = show(run_dirs, out)
     sys.stdout.write(text)
-    _json({"runs": list(reports.values()), "over_seeds": [g.summary() for g in grouped(reports)]}, as_json)
+    sys.stderr.write(f"page: {page}\n")
+    _json(found, as_json)
 
 
 @app.command()
@@ -327,6 +332,11 @@ def schema() -> None:
     sys.stdout.write(json.dumps(Recipe.model_json_schema(), indent=2) + "\n")
 
 
+app.command()(publish_cli.export)
+app.command()(publish_cli.publish)
+app.command("import")(import_cli.import_)
+
+
 def _outcome(outcome: dict[str, Any], as_json: bool) -> None:
     if outcome["results"]:
         from .report import results_table
@@ -334,12 +344,12 @@ def _outcome(outcome: dict[str, Any], as_json: bool) -> None:
         _print(results_table(outcome["results"]))
 
 
-def _print(content: Any) -> None:
-    """For people: standard output, above the JSON line."""
+def _print(content: Any, *, columns: int = 400) -> None:
+    """For people: standard output, above the JSON line; `columns` where that is no terminal."""
     from rich.console import Console
 
-    terminal = sys.stdout.isatty()
-    Console(highlight=False, markup=False, soft_wrap=not terminal, width=None if terminal else 400).print(content)
+    width = None if sys.stdout.isatty() else columns
+    Console(highlight=False, markup=False, soft_wrap=width == 400, width=width).print(content)
 
 
 def _json(content: dict[str, Any], wanted: bool) -> None:

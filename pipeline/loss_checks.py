@@ -1,7 +1,8 @@
 """Whether a loss can be had of what `score` stores: which divergence goes with which targets, tail and temperature."""
 
+from ..stages.fields import Schedule
 from ..stages.schedules import extremes, value_at
-from ..stages.sections import Loss, Schedule, Score
+from ..stages.sections import Loss, Score
 
 # The divergences that are finite although the teacher gives nothing to what is outside its entries. `alpha_beta` is
 # for some exponents; the others are infinite as soon as the student has mass there.

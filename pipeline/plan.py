@@ -14,10 +14,11 @@ import pyarrow.compute as pc
 
 from ..stages.data import survey
 from ..stages.evaluate import NUMBERS
+from ..stages.identity import FileHashes
 from ..stages.job import Arm, Split
 from ..stages.labels import refuse_other_classes, refuse_without_head
 from ..stages.ledger import Books, Ledger
-from ..stages.ledger_generations import generation_ledger
+from ..stages.ledger_generations import generation_ledger, published_alike
 from ..stages.ledger_targets import choose_generations, target_ledger
 from ..stages.requests import GENERATION_BYTES
 from ..stages.sections import Recipe
@@ -26,7 +27,9 @@ from ..stages.train import arm_loss
 from ..storage.errors import UsageError
 from ..storage.files import open_files
 from ..storage.keys import content_id
+from ..storage.published import Published
 from ..storage.snapshot import Snapshot
+from ..storage.sources import Joined, open_store
 from ..storage.store import Store
 from .binding import Bound, bind, student_id
 from .choice import choose_snapshots
@@ -52,6 +55,8 @@ class StagePlan:
     bytes_to_do: int = 0
     """Estimate of what they will take on disk."""
     why: str = ""
+    sources: dict[str, int] = field(default_factory=dict)
+    """Of the committed rows, those that a read-only source serves, by its name."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -66,6 +71,8 @@ class Plan:
     snapshots: dict[Split, Snapshot] = field(default_factory=dict)
     settings: dict[Arm, dict[str, Any]] = field(default_factory=dict)
     evaluation_id: str = ""
+    sources: dict[str, str] = field(default_factory=dict)
+    """Read-only sources by their names in the recipe: what each is, in which version."""
 
     def stage(self, name: str) -> StagePlan | None:
         """The line of a stage, None where the recipe has no such stage."""
@@ -82,11 +89,13 @@ def make_plan(recipe: Recipe, *, write: bool = False) -> Plan:
     Raises:
         UsageError: a model or the source is not there.
     """
-    plan = Plan(bound=bind(recipe, write=write), write=write)
+    store = _open(recipe, write=write)
+    plan = Plan(bound=bind(recipe, store, write=write), write=write)
+    plan.sources = store.pinned if isinstance(store, Joined) else {}
     _refuse_early(recipe, plan.bound)
-    store = _open(recipe)
-    surveyed = _survey(recipe, plan, store)
+    surveyed = plan.bound.published or _survey(recipe, plan, store)
     if store is None:
+        assert isinstance(surveyed, pa.Table)
         _plan_empty(recipe, plan, surveyed)
     else:
         with Books(store, recipe, data_id=plan.bound.binding.data_id, surveyed=surveyed, write=write) as books:
@@ -118,10 +127,15 @@ def _refuse_early(recipe: Recipe, bound: Bound) -> None:
         refuse_other_tokenizer(recipe, Path(recipe.student.model), bound.teacher.folder)
 
 
-def _open(recipe: Recipe) -> Store | None:
-    """The store, None where its folder is still to be made."""
-    files = open_files(recipe.storage.dir)
-    return None if files.empty() else Store.from_files(files)
+def _open(recipe: Recipe, *, write: bool) -> Store | None:
+    """The store with its sources, None where there are none and its folder is still to be made."""
+    where, sources = recipe.storage.dir, recipe.storage.sources
+    if not sources and open_files(where).empty():
+        return None
+    store = open_store(where, sources, update=True)
+    if write and isinstance(store, Joined):
+        store.prove(FileHashes(where, remember=True).sha256)
+    return store
 
 
 def _survey(recipe: Recipe, plan: Plan, store: Store | None) -> pa.Table | None:
@@ -138,9 +152,8 @@ def _survey(recipe: Recipe, plan: Plan, store: Store | None) -> pa.Table | None:
     return inputs
 
 
-def _plan_empty(recipe: Recipe, plan: Plan, inputs: pa.Table | None) -> None:
+def _plan_empty(recipe: Recipe, plan: Plan, inputs: pa.Table) -> None:
     """Everything is to do."""
-    assert inputs is not None
     if recipe.generate is not None:
         count = pc.sum(inputs["first"]).as_py() * recipe.generate.samples
         tokens = count * recipe.generate.max_tokens
@@ -154,13 +167,16 @@ def _plan_empty(recipe: Recipe, plan: Plan, inputs: pa.Table | None) -> None:
 def _plan_teacher(recipe: Recipe, plan: Plan, books: Books) -> None:
     """The stages that read and write the store, and the snapshots that they leave."""
     binding, bound = plan.bound.binding, plan.bound
+    books.lenient = books.lenient or binding.imported
+    if books.published is not None:
+        _plan_published(plan, books, books.published)
     data = plan.stages[0]
-    if data.state == "done":
+    if books.published is None and data.state == "done":
         ((inputs,),) = books.index.rows("SELECT count(*) FROM inputs")
         data.pending = books.lost(binding.author_id if recipe.generate is None else None)
         data.committed, data.planned = inputs - data.pending, inputs + data.rejected
         data.state = "to do" if data.pending else "done"
-    if recipe.generate is not None:
+    if recipe.generate is not None and books.published is None:
         ledger = generation_ledger(
             books,
             author_id=binding.author_id,
@@ -184,8 +200,23 @@ def _plan_teacher(recipe: Recipe, plan: Plan, books: Books) -> None:
         plan.snapshots = choose_snapshots(books, binding)
 
 
+def _plan_published(plan: Plan, books: Books, published: Published) -> None:
+    """Prompts and text that are there already, as they are; the recipe may say how they were made, or nothing."""
+    splits = published.manifest.splits.items()
+    rows = sum(split.rows for _, split in splits)
+    why = f"as published: {', '.join(f'{split.rows} {name}' for name, split in splits)}"
+    plan.stages.append(StagePlan(name="data", state="done", planned=rows, committed=rows, why=why))
+    if books.recipe.generate is not None:
+        alike = published_alike(books, author_id=plan.bound.binding.author_id)
+        line = StagePlan(name="generate", state="done", planned=rows, committed=alike, pending=rows - alike)
+        if line.pending:
+            line.state, line.why = "to do", f"{line.pending} published from other settings"
+        plan.stages.append(line)
+
+
 def _line(name: str, ledger: Ledger, *, upstream: bool = True) -> StagePlan:
-    why = _reasons(ledger.why, ledger.rejected)
+    served = [f"{count} from {source}" for source, count in ledger.sources.items()]
+    why = ", ".join([*served, *filter(None, [_reasons(ledger.why, ledger.rejected)])])
     return StagePlan(
         name=name,
         state="to do" if ledger.pending else "done" if upstream else "waits",
@@ -196,6 +227,7 @@ def _line(name: str, ledger: Ledger, *, upstream: bool = True) -> StagePlan:
         tokens=ledger.tokens,
         tokens_to_do=ledger.tokens_to_do,
         bytes_to_do=ledger.bytes_to_do,
+        sources=ledger.sources,
         why=why if upstream else ", ".join(part for part in (why, "more after the stages before it") if part),
     )
 
@@ -228,9 +260,8 @@ def train_settings(recipe: Recipe, snapshot: str, arm: Arm) -> dict[str, Any]:
     loss = arm_loss(recipe, arm).model_dump(mode="json")
     if loss["soft_weight"] == 0:
         loss = {name: loss[name] for name in ("soft_weight", "hard_weight")}
-    train = recipe.train.model_dump(
-        mode="json", exclude={"snapshot", "audit", "checkpoint_every_seconds", "checkpoint_every_steps"}
-    )
+    no_matter = {"snapshot", "audit", "kernel", "wandb", "checkpoint_every_seconds", "checkpoint_every_steps"}
+    train = recipe.train.model_dump(mode="json", exclude=no_matter)
     return {
         "snapshot": snapshot,
         "student": recipe.student.model_dump(mode="json"),

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 
 from ..storage.errors import StillroomError, Stopped
+from .screen import Screen
 from .worker import JOB_FD
 
 # OpenMP threads wait for one another by spinning. On a machine whose cores are shared that burns what the other thread
@@ -32,8 +33,9 @@ class StageDied(StillroomError):
 class StageProcess:
     """A stage's process group, started with a message and ended with an answer."""
 
-    def __init__(self, message: dict[str, Any]) -> None:
-        self._message = message
+    def __init__(self, message: dict[str, Any], screen: Screen) -> None:
+        """`screen` shows what the stage tells meanwhile."""
+        self._message, self._screen = message, screen
         self._signals = 0
         self._deadline = float("inf")
         ours, theirs = socket.socketpair()
@@ -85,6 +87,7 @@ class StageProcess:
         self._line.settimeout(0.2)
         received, died = b"", False
         while self._signals < 2 and time.monotonic() < self._deadline:
+            self._screen.tick()
             try:
                 chunk = self._line.recv(1 << 20)
             except TimeoutError:
@@ -94,10 +97,14 @@ class StageProcess:
                     break
                 died = self._process.poll() is not None
                 continue
-            received += chunk
-            if not chunk or received.endswith(b"\n"):
+            if not chunk:
                 break
-        return json.loads(received) if received.endswith(b"\n") else None
+            *lines, received = (received + chunk).split(b"\n")
+            for said in map(json.loads, lines):
+                if "event" not in said:
+                    return dict(said)
+                self._screen.hear(said)
+        return None
 
     def _checked(self, answer: dict[str, Any] | None) -> dict[str, Any]:
         if self._signals:

@@ -1,21 +1,32 @@
-"""How far a stage is: a bar on a terminal, a plain line now and then elsewhere; always to one stream."""
+"""How far a stage is: counted where the work is done, as facts that a screen, a line or a log can show."""
 
+import sys
 import time
-from typing import TextIO
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-_EVERY_SECONDS = 10.0
+LINE_SECONDS = 10.0
+"""Between two lines of progress, where there is no bar."""
+_TELL_SECONDS = 0.2
 
 
-def human(count: float) -> str:
+def human(count: float, *, digits: int = 1) -> str:
     """12345 as 12.3k."""
     for unit in ("", "k", "M", "G"):
         if abs(count) < 1000 or unit == "G":
-            return f"{count:.1f}{unit}" if unit else f"{count:.0f}"
+            return f"{count:.{digits}f}{unit}" if unit else f"{count:.0f}"
         count /= 1000
     raise AssertionError
+
+
+def short(count: int) -> str:
+    """A count in five characters: as it is up to 99,999, then 123k."""
+    text = str(count) if count < 100_000 else human(count)
+    return text if len(text) <= 5 else human(count, digits=0)
 
 
 def duration(seconds: float) -> str:
@@ -25,11 +36,134 @@ def duration(seconds: float) -> str:
     return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {rest:02d}s" if minutes else f"{rest}s"
 
 
-class StageProgress:
-    """One stage's line."""
+def size(count: float) -> str:
+    """Bytes as 1.2 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+@dataclass(kw_only=True, slots=True)
+class Meter:
+    """What is known of a stage's progress; as a dict it is what the stage's process tells the runner."""
+
+    unit: str = "rows"
+    total: int = 0
+    """Units in all; 0 if nobody knows."""
+    first: int = 0
+    """Units that were there before."""
+    done: int = 0
+    tokens: int = 0
+    """By this process."""
+    seconds: float = 0.0
+    """Since it began to count."""
+    note: str = ""
+    rejects: int = 0
+    """By this process."""
+    written: int = 0
+    """Bytes committed by this process."""
+
+    @property
+    def rate(self) -> float | None:
+        """Tokens per second."""
+        return self.tokens / self.seconds if self.tokens and self.seconds > 0 else None
+
+    @property
+    def left(self) -> float | None:
+        """Seconds to go at the speed so far, where that is known."""
+        fresh = self.done - self.first
+        if self.total <= 0 or fresh <= 0:
+            return None
+        return self.seconds / fresh * max(0, self.total - self.done)
+
+    def count(self) -> str:
+        """Units done, of how many."""
+        numbers = [self.done, self.total] if self.total else [self.done]
+        return f"{'/'.join(map(short, numbers))} {self.unit}"
+
+    def line(self) -> str:
+        """All of it, for a line of text."""
+        if not (self.total or self.done):
+            return "starts"
+        parts = [
+            self.count(),
+            f"{human(self.rate)} tokens/s" if self.rate else "",
+            f"{self.rejects} rejected" if self.rejects else "",
+            f"{size(self.written)} written" if self.written else "",
+            self.note,
+            f"{duration(self.left)} left" if self.left else "",
+        ]
+        return ", ".join(part for part in parts if part)
+
+
+class Counting:
+    """The counting end of a progress line; those who show it say how."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self.meter = Meter()
+        self._began = time.monotonic()
+
+    def start(self, *, total: int, unit: str, done: int = 0) -> None:
+        """Begin counting."""
+        self._began = time.monotonic()
+        self.meter = Meter(unit=unit, total=total, first=done, done=done)
+        self._changed(now=True)
+
+    def advance(self, units: int = 1, *, tokens: int = 0, note: str = "") -> None:
+        """Count units and tokens."""
+        self.meter.done += units
+        self.meter.tokens += tokens
+        self.meter.note = note or self.meter.note
+        self.meter.seconds = time.monotonic() - self._began
+        self._changed()
+
+    def wrote(self, *, rejects: int, size: int) -> None:
+        """Rows rejected and bytes committed so far."""
+        self.meter.rejects, self.meter.written = rejects, size
+
+    def _changed(self, *, now: bool = False) -> None:
+        raise NotImplementedError
+
+
+class ToldProgress(Counting):
+    """In a stage's process: tells the runner a few times a second, and writes to the log, whatever a terminal shows."""
+
+    def __init__(self, stage: str, tell: Callable[[dict[str, Any]], None]) -> None:
+        super().__init__(stage)
+        self._tell = tell
+        self._told = self._logged = float("-inf")
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        self._log(text)
+        self._tell({"event": "say", "text": f"{self.stage}: {text}"})
+
+    def finish(self) -> None:
+        """How far it came."""
+        self._changed(now=True)
+        self._log(self.meter.line())
+
+    def _changed(self, *, now: bool = False) -> None:
+        moment = time.monotonic()
+        if now or moment - self._told >= _TELL_SECONDS:
+            self._told = moment
+            self._tell({"event": "at", "meter": asdict(self.meter)})
+        if moment - self._logged >= LINE_SECONDS:
+            self._logged = moment
+            self._log(self.meter.line())
+
+    def _log(self, text: str) -> None:
+        sys.stderr.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self.stage}: {text}\n")
+
+
+class StageProgress(Counting):
+    """One bar, for work in this process: a bar on a terminal, a plain line now and then elsewhere."""
 
     def __init__(self, stage: str, stream: TextIO, *, quiet: bool = False) -> None:
-        self._stage = stage
+        super().__init__(stage)
         self._console = Console(file=stream, quiet=quiet, highlight=False, markup=False)
         self._bar = Progress(
             TextColumn("{task.description:<9}", markup=False),
@@ -41,49 +175,29 @@ class StageProgress:
             TextColumn("{task.fields[note]}", markup=False),
             console=self._console,
             transient=True,
-            redirect_stdout=False,  # what is printed goes to the log, not beside the bar
+            redirect_stdout=False,  # what is printed is no part of the bar
             redirect_stderr=False,
         )
         self._task = None if not self._console.is_terminal else self._bar.add_task(stage, unit="", rate="", note="")
-        self._unit, self._total, self._done, self._tokens, self._note = "rows", 0, 0, 0, ""
-        self._began = self._shown = time.monotonic()
-
-    def start(self, *, total: int, unit: str, done: int = 0) -> None:
-        """Begin counting."""
-        self._unit, self._total, self._done, self._first = unit, total, done, done
-        self._began = self._shown = time.monotonic()
-        if self._task is not None:
-            self._bar.update(self._task, total=total or None, completed=done, unit=unit)
-            self._bar.start()
-
-    def advance(self, units: int = 1, *, tokens: int = 0, note: str = "") -> None:
-        """Count; show at most a few times a second on a terminal, every ten seconds elsewhere."""
-        self._done += units
-        self._tokens += tokens
-        self._note = note or self._note
-        if self._task is not None:
-            self._bar.update(self._task, completed=self._done, rate=self._rate(), note=self._note)
-        elif time.monotonic() - self._shown >= _EVERY_SECONDS:
-            self._shown = time.monotonic()
-            self._console.print(self._line(), soft_wrap=True)
+        self._shown = time.monotonic()
 
     def say(self, text: str) -> None:
         """A line of its own."""
-        self._console.print(f"{self._stage}: {text}", soft_wrap=True)
+        self._console.print(f"{self.stage}: {text}", soft_wrap=True)
 
     def finish(self) -> None:
         """Take the bar away."""
         if self._task is not None:
             self._bar.stop()
 
-    def _rate(self) -> str:
-        elapsed = max(time.monotonic() - self._began, 1e-6)
-        return f"{human(self._tokens / elapsed)} tokens/s" if self._tokens else ""
-
-    def _line(self) -> str:
-        elapsed = time.monotonic() - self._began
-        fresh = self._done - self._first
-        left = f", {duration(elapsed / fresh * (self._total - self._done))} left" if fresh and self._total else ""
-        total = f"/{self._total}" if self._total else ""
-        parts = [f"{self._stage}: {self._done}{total} {self._unit}", self._rate(), self._note]
-        return ", ".join(p for p in parts if p) + left
+    def _changed(self, *, now: bool = False) -> None:
+        meter = self.meter
+        if self._task is not None:
+            rate = f"{human(meter.rate)} tokens/s" if meter.rate else ""
+            told: dict[str, Any] = {"completed": meter.done, "unit": meter.unit, "rate": rate, "note": meter.note}
+            self._bar.update(self._task, total=meter.total or None, **told)
+            if now:
+                self._bar.start()
+        elif not now and time.monotonic() - self._shown >= LINE_SECONDS:
+            self._shown = time.monotonic()
+            self._console.print(f"{self.stage}: {meter.line()}", soft_wrap=True)

@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ..stages.sections import NUMBER, SCHEDULE, Recipe
+from ..stages.fields import NUMBER, SCHEDULE
+from ..stages.sections import Recipe
 from ..storage.errors import UsageError
 from .checks import check_together
 

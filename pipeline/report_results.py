@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from .markdown import count, decimals, inline, percent, significant, table
+from .markdown import count, decimals, inline, percent, significant
+from .report_blocks import Bullets, Section, Table
 
 Results = Mapping[str, Mapping[str, Any]]
 
@@ -69,12 +70,10 @@ PAIRED = (
 
 
 def measures(results: Iterable[Mapping[str, Any]]) -> list[Measure]:
-    """The columns of a table of these results; answers only where any were scored."""
+    """The columns of a table of these results: what is known of any arm."""
     found = list(results)
-    if any("accuracy" in r for r in found):
-        return list(CLASS_MEASURES)
-    answered = any(r.get("answers") is not None for r in found)
-    return [m for m in MEASURES if m.name != "answers" or answered]
+    columns = CLASS_MEASURES if any("accuracy" in r for r in found) else MEASURES
+    return [m for m in columns if any(r.get(m.name) is not None for r in found)]
 
 
 def result_headers(columns: Sequence[Measure], *, bound: bool) -> list[str]:
@@ -98,17 +97,17 @@ def result_cells(result: Mapping[str, Any], columns: Sequence[Measure], *, error
     return [m.show(result.get(m.name), error=result.get(f"{m.name}_se") or None if errors else None) for m in columns]
 
 
-def results(evaluation: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
+def results(evaluation: Mapping[str, Any], recipe: Mapping[str, Any]) -> Section:
     """The results table and how to read it."""
     columns, measured = measures(evaluation["results"].values()), evaluation["measured_on"]
     headers = result_headers(columns, bound=measured["kl_is_lower_bound"])
-    drawn = table(headers, result_rows(evaluation["results"], columns))
+    drawn = Table(headers, result_rows(evaluation["results"], columns), strong=ARMS["student"])
     unshared = evaluation["results"]["student"].get("unshared_mass") or 0.0
     notes = [*_measured_on(measured, unshared), *_paired(evaluation["differences"]), *_gradient(evaluation)]
     notes += _sampled_otherwise(recipe)
     if evaluation["answers"]:
         notes.append(_answers(evaluation["answers"]))
-    return "\n\n".join(["## Results", drawn, "\n".join(f"- {note}" for note in notes)])
+    return Section("Results", [drawn, Bullets(notes)])
 
 
 def _sampled_otherwise(recipe: Mapping[str, Any]) -> list[str]:

@@ -1,26 +1,32 @@
-"""The sections of a report: Markdown, each made from one part of `report.json`; empty where nothing is known."""
+"""The sections of a report, each made from one part of `report.json`; None where nothing is known."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from .markdown import count, decimals, duration, fenced, inline, size, table
+from . import report_figures as figures
+from .markdown import count, decimals, duration, inline, percent, size
+from .report_blocks import Block, Bullets, Code, Figures, Sample, Samples, Section, Table, Text, Tokens
 from .report_results import ARMS
+from .token_view import rows_of
 
 CURVE_POINTS = 10
+CLOCK = ("start", "model", "tokenizer", "disk", "other")
+"""Where a stage's time goes."""
 
 
-def what_was_run(report: Mapping[str, Any]) -> str:
+def what_was_run(report: Mapping[str, Any]) -> Section | None:
     """Models, data, targets, loss and tokens, one line each."""
     recipe = report["settings"].get("recipe", {})
     train = report["train"]["student"]
     if not recipe:
-        return ""
+        return None
     teacher, student, data, loss = recipe["teacher"], recipe["student"], recipe["data"], recipe["loss"]
     score, generate = recipe.get("score"), recipe.get("generate")
-    fresh = f"fresh weights, the teacher's config with {inline(student['config'])}"
+    overrides = ", ".join(f"{inline(name)} {value}" for name, value in (student.get("config") or {}).items())
+    fresh = f"fresh weights, the teacher's config with {overrides}"
     rows = [
         ["teacher", inline(teacher["model"])],
         ["student", inline(student["model"]) if student.get("model") else fresh],
@@ -31,7 +37,7 @@ def what_was_run(report: Mapping[str, Any]) -> str:
         ["loss", _loss(loss, score) if score else "cross-entropy"],
         ["trained on", _trained_on(train)],
     ]
-    return "## What was run\n\n" + table(["", ""], rows, text_columns=2)
+    return Section("What was run", [Table(["", ""], rows, text_columns=2)])
 
 
 def _author(generate: Mapping[str, Any] | None) -> str:
@@ -87,27 +93,43 @@ def _trained_on(train: Mapping[str, Any]) -> str:
     return (
         f"{count(train.get('tokens'))} tokens ({count(train.get('scored_tokens'))} scored), "
         f"{count(train.get('steps'))} steps, {decimals(train.get('epochs'), 2)} epochs, "
-        f"{duration(train.get('seconds'))}, {count(train.get('tokens_per_second'))} tokens/s"
+        f"{duration(train.get('seconds'))}, {count(train.get('tokens_per_second'))} tokens/s{_rate_of(train)}"
     )
 
 
-def curve(arm: str, train: Mapping[str, Any]) -> str:
+def _rate_of(train: Mapping[str, Any]) -> str:
+    """MFU with what it is measured against; nothing where a run does not know."""
+    if not (peak := train.get("peak")):
+        return ""
+    mfu, padding, waited = (decimals(100 * train[name], 1) for name in ("mfu", "padding_share", "waited_share"))
+    return f" ({mfu} % of {peak['of']}; padding {padding} %, waiting for data {waited} %)"
+
+
+def training(trained: Mapping[str, Mapping[str, Any]], *, of: str) -> Section | None:
+    """Loss parts and learning rate over tokens, of all arms; losses are per token or per text (`of`)."""
+    numbers = [found for arm, train in trained.items() if (found := curve(arm, train))]
+    if not numbers:
+        return None
+    named = [(figures.LEGEND[arm], arm, trained[arm]) for arm in ARMS if arm in trained]
+    return Section("Training", [Figures(figures.losses(named, of=of), numbers)])
+
+
+def curve(arm: str, train: Mapping[str, Any]) -> Section | None:
     """The training of one arm in ten lines, and its validation if there was any."""
     headers = ["tokens", "loss", "divergence", "cross-entropy"]
-    parts = []
+    blocks: list[Block] = []
     if history := thinned(train.get("history") or []):
         moving = [name for name in ("soft_weight", "hard_weight", "temperature") if name in history[0]]
         rows = [
             [*_losses(point), f"{point['learning_rate']:.2e}", *(decimals(point[name], 3) for name in moving)]
             for point in history
         ]
-        named = [*headers, "learning rate", *(name.replace("_", " ") for name in moving)]
-        parts += [f"## Training: {ARMS[arm]}", table(named, rows)]
+        blocks.append(Table([*headers, "learning rate", *(name.replace("_", " ") for name in moving)], rows))
         if "temperature" in moving:
-            parts.append("The divergence is that at the temperature of its line, times the temperature squared.")
+            blocks.append(Text("The divergence is that at the temperature of its line, times the temperature squared."))
     if validation := thinned(train.get("validation") or []):
-        parts += [f"### Validation: {ARMS[arm]}", table(headers, [_losses(point) for point in validation])]
-    return "\n\n".join(parts)
+        blocks.append(Section(f"Validation: {ARMS[arm]}", [Table(headers, [_losses(point) for point in validation])]))
+    return Section(f"Training: {ARMS[arm]}", blocks) if blocks else None
 
 
 def _losses(point: Mapping[str, Any]) -> list[str]:
@@ -122,17 +144,101 @@ def thinned(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [history[round(i * last / (CURVE_POINTS - 1))] for i in range(CURVE_POINTS)]
 
 
-def stages(facts: Mapping[str, Any]) -> str:
+def distance(evaluation: Mapping[str, Any]) -> Section | None:
+    """Where the students are off: by position, and how far their confidence is what it should be."""
+    panels: list[Any] = []
+    numbers: list[Block] = []
+    about = (evaluation.get("views") or {}).get("by_position")
+    if about and (panel := figures.by_position([(figures.LEGEND[arm], arm, arm, about) for arm in about["arms"]])):
+        panels.append(panel)
+        numbers.append(Section(panel.title, [_by_position(about)]))
+    if reliability := {arm: bins for arm, bins in evaluation["reliability"].items() if bins}:
+        panels.append(figures.reliability(reliability))
+        numbers.append(Section("Reliability", [_reliability(reliability)]))
+    if not panels:
+        return None
+    notes = []
+    by_position = len(panels) > bool(reliability)
+    if by_position:
+        notes.append("Bands by position are two standard errors over prompts.")
+    if reliability:
+        notes.append(f"Bins with less than {percent(figures.RARE)} of the tokens are left out of the diagram.")
+    title = ("By position, and calibration" if reliability else "By position") if by_position else "Calibration"
+    return Section(title, [Figures(panels, numbers), Text(" ".join(notes))])
+
+
+def _by_position(about: Mapping[str, Any]) -> Table:
+    arms = about["arms"]
+    first = next(iter(arms.values()))
+    rows = [
+        [name, count(first[n]["tokens"])] + [decimals(bins[n]["mean"], error=bins[n]["se"]) for bins in arms.values()]
+        for n, name in enumerate(figures.position_names(about["edges"], len(first)))
+        if first[n]["tokens"]
+    ]
+    return Table(["position", "tokens", *(ARMS[arm] for arm in arms)], rows)
+
+
+def _reliability(reliability: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
+    edges = sorted({b["up_to"] for bins in reliability.values() for b in bins})
+    cells = {
+        (arm, b["up_to"]): f"{percent(b['confidence'])} / {percent(b['accuracy'])} ({count(b['tokens'])})"
+        for arm, bins in reliability.items()
+        for b in bins
+    }
+    rows = [[decimals(edge, 3), *(cells.get((arm, edge), "-") for arm in reliability)] for edge in edges]
+    return Table(["confidence up to", *(f"{ARMS[arm]}: confidence / accuracy (number)" for arm in reliability)], rows)
+
+
+def held_out(evaluation: Mapping[str, Any]) -> Section | None:
+    """What the held-out text is like: kept mass, entropy, lengths."""
+    views = evaluation.get("views") or {}
+    panels, numbers = [], []
+    for panel, table in figures.distributions(views, evaluation["measured_on"]):
+        panels.append(panel)
+        numbers.append(Section(panel.title, [table]))
+    return Section("The held-out text", [Figures(panels, numbers)]) if panels else None
+
+
+def tokens(evaluation: Mapping[str, Any]) -> Section | None:
+    """A few held-out rows token by token."""
+    rows = [row for row in rows_of(evaluation) if row.arms]
+    if not rows:
+        return None
+    bound = ", a lower bound" if evaluation["measured_on"]["kl_is_lower_bound"] else ""
+    about = (
+        f"Held-out text, each token coloured by KL(teacher || student) at its position{bound}: what the model says "
+        "before it sees the token."
+    )
+    return Section("Token by token", [Text(about), Tokens(rows, {arm: ARMS[arm] for arm in rows[0].arms})])
+
+
+def samples(evaluation: Mapping[str, Any]) -> Section | None:
+    """Answers of all arms to a few held-out prompts."""
+    found = []
+    for sample in evaluation["samples"]:
+        # Where there is no gold answer the reference is the teacher's text, shown once.
+        same = sample.get("reference") == sample.get("teacher")
+        named = {"reference": "reference", **ARMS}
+        texts = [
+            (words, sample[name])
+            for name, words in named.items()
+            if sample.get(name) is not None and not (name == "reference" and same)
+        ]
+        found.append(Sample(sample["prompt"], texts))
+    return Section("Samples", [Samples(found)]) if found else None
+
+
+def stages(facts: Mapping[str, Any]) -> Section | None:
     """Time and bytes of each stage."""
     reasons = facts.get("rejects") or {}
     if not facts.get("stages"):
-        return ""
+        return None
     rows = [
         [
             name,
             count(stage.get("rows")),
             count(stage.get("tokens")),
-            count(stage.get("rejected")) + (f" ({reasons[name]})" if name in reasons else ""),
+            count(stage.get("rejected")) + (f" ({reasons[name]})" if reasons.get(name) else ""),
             size(stage.get("bytes")),
             decimals(stage.get("bytes_per_token"), 1),
             duration(stage.get("seconds")),
@@ -142,24 +248,43 @@ def stages(facts: Mapping[str, Any]) -> str:
     ]
     headers = ["stage", "rows", "tokens", "rejected", "bytes", "bytes/token", "time", "tokens/s"]
     note = "Rows and tokens are this run's; bytes and time are those of the whole store, which runs share."
-    return f"## Time and bytes\n\n{table(headers, rows)}\n\n{note}"
+    return Section(
+        "Time and bytes", [Table(headers, rows), Text(note), *_columns(facts["stages"]), *_clocks(facts["stages"])]
+    )
 
 
-def samples(evaluation: Mapping[str, Any]) -> str:
-    """Answers of all arms to a few held-out prompts."""
-    parts = []
-    for number, sample in enumerate(evaluation["samples"], 1):
-        parts.append(f"### Prompt {number}\n\n{fenced(sample['prompt'])}")
-        # Where there is no gold answer the reference is the teacher's text, shown once.
-        same = sample.get("reference") == sample.get("teacher")
-        named = {"reference": "reference", **ARMS}
-        for name, words in named.items():
-            if sample.get(name) is not None and not (name == "reference" and same):
-                parts.append(f"{words}:\n\n{fenced(sample[name])}")
-    return "\n\n".join(["## Samples", *parts]) if parts else ""
+def _columns(found: Mapping[str, Mapping[str, Any]]) -> list[Block]:
+    """What a token costs in each column; columns of less than a hundredth are taken together."""
+    lines = []
+    for name, stage in found.items():
+        if sizes := stage.get("bytes_per_token_by_column"):
+            whole = sum(sizes.values())
+            shown = {column: value for column, value in sizes.items() if value >= whole / 100}
+            shown["others"] = whole - sum(shown.values())
+            listed = ", ".join(f"{inline(column)} {decimals(value, 2)}" for column, value in shown.items())
+            lines.append(f"{name}, bytes/token by column: {listed}")
+    return [Bullets(lines)] if lines else []
 
 
-def provenance(report: Mapping[str, Any]) -> str:
+def _clocks(found: Mapping[str, Mapping[str, Any]]) -> list[Block]:
+    """Where the time of each stage's process went, where that was noted."""
+    clocks = {name: clock for name, stage in found.items() if (clock := stage.get("clock"))}
+    if not clocks:
+        return []
+    parts = [part for part in CLOCK if any(clock.get(part) for clock in clocks.values())]
+    rows = [
+        [name, *(duration(clock.get(part, 0.0)) for part in parts), duration(sum(clock.values()))]
+        for name, clock in clocks.items()
+    ]
+    table = Table(["stage", *parts, "in all"], rows)
+    note = (
+        "Where the time of a stage's process went. start: imports, loading, warming up; model: the model computes; "
+        "tokenizer: text to tokens and back; disk: the store is read and written."
+    )
+    return [Figures([figures.clocks(clocks, parts)], [Section("Where the time went", [table])]), Text(note)]
+
+
+def provenance(report: Mapping[str, Any]) -> Section:
     """Where every number can be traced to."""
     facts, measured = report["facts"], report["evaluation"]["measured_on"]
     machine, versions = facts.get("machine"), facts.get("versions") or {}
@@ -168,14 +293,25 @@ def provenance(report: Mapping[str, Any]) -> str:
         "training snapshot": report["train"]["student"].get("snapshot"),
         "held-out snapshot": measured["snapshot"],
         "store": facts.get("store"),
+        **{f"commits of {name}": listed for name, listed in _commits(facts).items()},
         "training run": report["train_dir"],
         "versions": ", ".join(f"{k} {v}" for k, v in versions.items()),
         "machine": ", ".join(f"{k}: {v}" for k, v in machine.items()) if isinstance(machine, Mapping) else machine,
     }
-    listed = "\n".join(f"- {name}: {inline(value)}" for name, value in lines.items() if value)
-    recipe = report["settings"].get("recipe")
-    as_yaml = fenced(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).rstrip(), "yaml") if recipe else ""
-    return "\n\n".join(part for part in ("## Provenance", listed, as_yaml) if part)
+    blocks: list[Block] = [Bullets([f"{name}: {inline(value)}" for name, value in lines.items() if value])]
+    if recipe := report["settings"].get("recipe"):
+        as_yaml = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).rstrip()
+        blocks.append(Code(as_yaml, "yaml", folded="The recipe, with every default"))
+    return Section("Provenance", blocks)
+
+
+def _commits(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Stage -> its commits in the store: how many, first and last."""
+    found = {}
+    for name, stage in (facts.get("stages") or {}).items():
+        if commits := stage.get("commits"):
+            found[name] = f"{commits['number']} ({commits['first']:08d} to {commits['last']:08d})"
+    return found
 
 
 def title(report_settings: Mapping[str, Any]) -> str:

@@ -3,24 +3,31 @@
 import json
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from ..stages.clock import Clock
 from ..stages.inflight import mark_seen, new_journal, read_journal
 from ..stages.job import Arm
 from ..stages.locks import worker_number
 from ..stages.sections import Recipe
+from ..stages.wandb_board import refuse_without_wandb
 from ..storage.errors import StillroomError, Stopped, UsageError
 from ..storage.files import LocalFiles
 from ..storage.keys import canonical_json
 from ..storage.snapshot import save_snapshot
 from ..storage.store import Store
 from .binding import write_down
+from .pace import Pace
 from .plan import Plan, StagePlan, make_plan
 from .process import StageDied, StageProcess
-from .progress import duration, human
 from .report import write_report
+from .screen import Screen
 from .status import facts
+from .student_card import write_student_cards
 
 ORDER = ("data", "generate", "score", "train", "evaluate")  # `train` is the baseline's stage too
 DEATHS = 3  # of a stage's processes in a row that finished no row: then it is not this or that row
@@ -36,51 +43,64 @@ def run(recipe: Recipe, *, until: str | None = None, only: str | None = None, qu
         quiet: Print no progress.
 
     Returns:
-        `{"run_dir", "stages": {name: {"rows", "tokens", "seconds", "state"}}, "results": {arm: {...}}}`.
+        `{"run_dir", "stages": {name: {"rows", "tokens", "seconds", "state", "clock"}}, "results": {arm: {...}},
+        "clock": {...}}`; a stage's clock splits the seconds of its process (`stages/clock.py`), the last one is that of
+        this process without them.
 
     Raises:
         StillroomError: a stage failed; finished rows are kept.
     """
+    clock = Clock(began=time.monotonic() - (time.time() - psutil.Process().create_time()))
     names = _chosen(until, only)
+    if "train" in names:
+        refuse_without_wandb(recipe.train.wandb)
     store = _prepare(recipe)
-    with worker_number(_logs(recipe)) as number:
-        return _run(recipe, store, names, quiet=quiet, number=number)
+    with worker_number(_logs(recipe)) as number, Screen(sys.stderr, quiet=quiet) as screen:
+        outcome = _run(recipe, store, names, screen=screen, number=number)
+    spent = clock.seconds()
+    spent["other"] -= sum(sum(entry["clock"].values()) for entry in outcome["stages"].values() if "clock" in entry)
+    return outcome | {"clock": {name: round(seconds, 3) for name, seconds in spent.items()}}
 
 
-def _run(recipe: Recipe, store: Store, names: tuple[str, ...], *, quiet: bool, number: int) -> dict[str, Any]:
+def _run(recipe: Recipe, store: Store, names: tuple[str, ...], *, screen: Screen, number: int) -> dict[str, Any]:
     run_dir = Path(recipe.run.dir)
     done: dict[str, dict[str, Any]] = {}
+    pace = Pace(run_dir)
     plan = make_plan(recipe, write=True)
     _keep_models(plan, store)
-    write_down(recipe, plan.bound.binding)
+    if plan.bound.published is None:  # else the published folder says so itself
+        write_down(recipe, plan.bound.binding)
     if len(names) == 1 and plan.stage(names[0]) is None:
         raise UsageError(
             f"--only {names[0]}: this recipe has no such stage. It has {', '.join(s.name for s in plan.stages)}."
         )
-    for line in [s.name for s in plan.stages]:
-        stage = "train" if line == "baseline" else line
-        if stage not in names:
-            continue
+    chosen = [s.name for s in plan.stages if ("train" if s.name == "baseline" else s.name) in names]
+    screen.plan(plan.stages, chosen=chosen, expected=pace.expected(plan.stages))
+    for line in chosen:
         current = plan.stage(line)
         assert current is not None
         _refuse_waiting(plan, current)
         if current.state == "done":
             done[line] = _entry(current, seconds=0.0, state="cached")
-            _say(f"{line}: nothing to do ({_books(current)})", quiet)
+            screen.cached(line)
             continue
         began = time.monotonic()
         for snapshot in plan.snapshots.values():
             save_snapshot(store, snapshot)
-        answer = _run_stage(recipe, plan, line, quiet=quiet, number=number)
+        screen.begin(line)
+        answer = _run_stage(recipe, plan, line, screen=screen, number=number)
         plan = make_plan(recipe, write=True)
         done[line] = _finish(plan, line, answer, seconds=time.monotonic() - began)
-        _say(f"{line}: done in {duration(done[line]['seconds'])} ({_books(plan.stage(line))})", quiet)
+        pace.keep(line, rows=answer["rows"], clock=done[line]["clock"])
+        screen.plan(plan.stages, chosen=chosen, expected=pace.expected(plan.stages))
+        screen.end(line, seconds=done[line]["seconds"])
     student = plan.stage("train")
     if student is not None and student.state == "done":
         LocalFiles(run_dir).point("latest", plan.train_dirs["student"].name)
+    write_student_cards(plan.train_dirs.values())
     results = _results(plan)
     if results and "evaluate" in names:
-        write_report(run_dir, plan.train_dirs["student"], facts(recipe, plan, done))
+        write_report(run_dir, plan.train_dirs["student"], facts(recipe, plan, done, pace))
     return {"run_dir": str(run_dir), "stages": done, "results": results}
 
 
@@ -123,11 +143,13 @@ def _keep_models(plan: Plan, store: Store) -> None:
             store.put_teacher(identity.id, identity.files_to_keep())
 
 
-def _run_stage(recipe: Recipe, plan: Plan, name: str, *, quiet: bool, number: int) -> dict[str, Any]:
+def _run_stage(recipe: Recipe, plan: Plan, name: str, *, screen: Screen, number: int) -> dict[str, Any]:
     arm: Arm = "baseline" if name == "baseline" else "student"
     stage = "train" if name == "baseline" else name
     if stage in ("data", "generate", "score") and plan.bound.teacher is None:
-        raise UsageError(f"{name}: there is work to do, but teacher or data are not here: {plan.bound.missing}")
+        line = plan.stage(name)
+        why = f" ({line.why})" if line and line.why else ""
+        raise UsageError(f"{name}: there is work to do{why}, but teacher or data are not here: {plan.bound.missing}")
     if stage == "train":
         _begin_student(recipe, plan, arm)
     message = {
@@ -135,20 +157,19 @@ def _run_stage(recipe: Recipe, plan: Plan, name: str, *, quiet: bool, number: in
         "stage": stage,
         "recipe": recipe.model_dump(mode="json"),
         "log": str(_logs(recipe) / (f"{name}.log" if number == 1 else f"{name}.{number}.log")),
-        "quiet": quiet,
         "train_dirs": {a: str(p) for a, p in plan.train_dirs.items()},
         "job": _job(recipe, plan, stage, arm),
     }
-    return _to_the_end(message, Path(recipe.run.dir))
+    return _to_the_end(message, Path(recipe.run.dir), screen)
 
 
-def _to_the_end(message: dict[str, Any], run_dir: Path) -> dict[str, Any]:
+def _to_the_end(message: dict[str, Any], run_dir: Path, screen: Screen) -> dict[str, Any]:
     """Run a stage's process, and another one where it dies with rows in flight (`stages/inflight.py` says why)."""
     in_vain: list[Path] = []
     while True:
         journal = new_journal(run_dir, message["stage"])
         try:
-            return StageProcess(message | {"journal": str(journal)}).finish()
+            return StageProcess(message | {"journal": str(journal), "began": time.monotonic()}, screen).finish()
         except Stopped:
             journal.unlink(missing_ok=True)  # what it had in flight is not to blame
             raise
@@ -162,7 +183,9 @@ def _to_the_end(message: dict[str, Any], run_dir: Path) -> dict[str, Any]:
             mark_seen(journal)
             rows = "1 row" if len(flight.rows) == 1 else f"{len(flight.rows)} rows"
             how = "tried alone, after all others; what dies alone is rejected"
-            _say(f"{death.what} {message['name']}: starts again. {rows} in flight: {how}.", message["quiet"])
+            said = f"{death.what} {message['name']}: starts again. {rows} in flight: {how}."
+            _note(Path(message["log"]), said)
+            screen.say(said)
 
 
 def _job(recipe: Recipe, plan: Plan, stage: str, arm: Arm) -> dict[str, Any]:
@@ -200,19 +223,12 @@ def _finish(plan: Plan, name: str, answer: dict[str, Any], *, seconds: float) ->
         raise StillroomError(f"{name}: ended with {left} rows still to do. Run the same command to go on.")
     if name in ("generate", "score") and line.committed == 0:
         raise StillroomError(f"{name}: all {line.planned} rows were rejected ({line.why}). See `rejects` in the store.")
-    return {"rows": answer["rows"], "tokens": answer["tokens"], "seconds": round(seconds, 2), "state": "done"}
+    found = {"rows": answer["rows"], "tokens": answer["tokens"], "seconds": round(seconds, 2), "state": "done"}
+    return found | {"clock": answer["details"]["clock"]}
 
 
 def _entry(line: StagePlan, *, seconds: float, state: str) -> dict[str, Any]:
     return {"rows": line.committed, "tokens": line.tokens, "seconds": seconds, "state": state}
-
-
-def _books(line: StagePlan | None) -> str:
-    assert line is not None
-    parts = [f"{line.committed} rows"]
-    parts += [f"{human(line.tokens)} tokens"] if line.tokens else []
-    parts += [f"{line.rejected} rejected"] if line.rejected else []
-    return ", ".join(parts)
 
 
 def _results(plan: Plan) -> dict[str, Any]:
@@ -222,6 +238,7 @@ def _results(plan: Plan) -> dict[str, Any]:
     return dict(json.loads((plan.train_dirs["student"] / "evaluation.json").read_text())["results"])
 
 
-def _say(text: str, quiet: bool) -> None:
-    if not quiet:
-        sys.stderr.write(f"{text}\n")
+def _note(log: Path, text: str) -> None:
+    """What the runner says of a stage stands in the stage's log too; where the disk is full, it does not."""
+    with suppress(OSError), log.open("a") as file:
+        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")

@@ -1,8 +1,10 @@
-"""One sample of a store, token by token: what is there, what the teacher thought, what is scored."""
+"""One sample token by token: of a store, what the teacher thought of the text; of a run, how its student differs."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,13 +12,52 @@ from rich.table import Table
 from rich.text import Text
 
 from ..stages.kept import Kept
+from ..stages.pieces import Pieces
 from ..storage.codec import SoftTargets
 from ..storage.errors import UsageError
 from ..storage.schema import TableName
 from ..storage.store import Store
+from .report import load_report
+from .token_view import coloured, drawn, fitting, rows_of, visible
 
 SHOWN = 5  # entries of a target
 TABLES: tuple[TableName, ...] = ("soft_targets", "generations")
+
+
+def show(place: str, key: str | None, *, columns: int, colours: bool) -> tuple[dict[str, Any], list[Any]]:
+    """A row of a store, or of a run folder one of the held-out rows that its report holds; as data and for people.
+
+    `columns`: characters of a line; `colours`: whether it goes to a terminal.
+
+    Raises:
+        UsageError: no such row, or more than one.
+    """
+    if (Path(place) / "report.json").is_file():
+        return _of_run(place, (key or "").lower(), columns=columns, colours=colours)
+    store = Store.open(place)
+    row = find_row(store, key)
+    sample = describe(row, tokenizer_of(store, row))
+    return sample, render(sample, columns=columns, colours=colours)
+
+
+def _of_run(run_dir: str, begin: str, *, columns: int, colours: bool) -> tuple[dict[str, Any], list[Any]]:
+    rows = [row for row in rows_of(load_report(Path(run_dir))["evaluation"]) if row.arms]
+    if not rows:
+        raise UsageError(
+            f"{run_dir}: its report holds no rows token by token (no teacher's distribution, or texts that are "
+            "classified). Give the store instead of the run folder."
+        )
+    keys = ", ".join(row.key[:8] for row in rows)
+    fitting = [row for row in rows if row.key.startswith(begin)]
+    if not fitting or (begin and len(fitting) > 1):
+        raise UsageError(f"{run_dir}: {len(fitting)} held-out rows have keys that begin with {begin!r}. It has {keys}.")
+    row = fitting[0]
+    title = Text(f"held-out row {row.key}; {'coloured by ' * colours}KL(teacher || student) in nats\n")
+    return asdict(row), [
+        title,
+        *drawn(row, columns=columns, colours=colours),
+        Text(f"rows of this run (--key): {keys}"),
+    ]
 
 
 def find_row(store: Store, key: str | None) -> dict[str, Any]:
@@ -62,11 +103,12 @@ def describe(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     """The sample as plain data, for `--json`."""
     start = row["span_start"] if row["table"] == "soft_targets" else max(row["prompt_tokens"], 1)
     ids = row["token_ids"].tolist()
-    tokens = [_show(tokenizer, token) for token in ids]
+    tokens, texts = [_show(tokenizer, token) for token in ids], Pieces(tokenizer)
     found: dict[str, Any] = {
         "table": row["table"],
         "key": row["key"].hex(),
         "tokens": tokens,
+        "texts": [texts[token] for token in ids],
         "token_ids": ids,
         "span_start": start,
     }
@@ -117,19 +159,22 @@ def _show(tokenizer: Any, token: int) -> str:
     return f"[{token}]" if piece is None else str(piece)
 
 
-def render(sample: dict[str, Any]) -> list[Any]:
-    """The sample for people: the text with the scored span marked, then a line per scored position."""
+def render(sample: dict[str, Any], *, columns: int, colours: bool) -> list[Any]:
+    """The sample for people: its text, on a terminal coloured by -log p of each token, then a line per position."""
+    start, positions = sample["span_start"], sample.get("positions")
     if "label" in sample:
-        text, marked = Text(sample["text"]), f"gold label: {sample['label'] or 'none'}"
+        marked, text = f"gold label: {sample['label'] or 'none'}", Text(sample["text"])
+    elif positions:
+        marked = "coloured by the teacher's -log p" if colours else f"scored from index {start}"
+        # Surprise is several nats where a KL is one: the same shades for both.
+        scored = zip(sample["texts"][start:], (-p["token_logprob"] / 4 for p in positions), strict=False)
+        text = coloured("".join(sample["texts"][:start]), list(scored), colours=colours)
     else:
-        text, marked = Text(), "scored tokens are bold"
-        for index, token in enumerate(sample["tokens"]):
-            shown = token.replace("▁", " ").replace("Ġ", " ").replace("Ċ", "\n")
-            text.append(shown, style="bold" if index >= sample["span_start"] else "dim")
+        marked, text = f"written from index {start}", Text("".join(sample["texts"]))
     parts: list[Any] = [Text(f"{sample['table']} {sample['key']}; {marked}\n"), text, Text("")]
-    if "positions" in sample:
+    if positions:
         settings = (_setting(name, value) for name, value in sample["kept"].items() if value != ())
-        parts += [Text(", ".join(settings) + "\n"), _targets_table(sample)]
+        parts += [Text(", ".join(settings) + "\n"), _targets_table(sample, columns)]
     return parts
 
 
@@ -139,18 +184,27 @@ def _setting(name: str, value: Any) -> str:
     return f"{name.replace('_', ' ')} {shown}"
 
 
-def _targets_table(sample: dict[str, Any]) -> Table:
+def _targets_table(sample: dict[str, Any], columns: int) -> Table:
     """A line per scored position; of drawn ids how often they were, in brackets."""
-    drawn = sample["kept"]["kind"] == "sampled"
+    sampled = sample["kept"]["kind"] == "sampled"
     tempered = list(sample["positions"][0]["tempered_tail"])
-    table = Table("index", "gold label" if "label" in sample else "token", box=None, pad_edge=False)
-    for name in ("probability", "entropy", *([] if drawn else ["tail", *(f"tail at {t}" for t in tempered)])):
-        table.add_column(name, justify="right")
-    table.add_column("drawn most" if drawn else "the teacher's best")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("index", justify="right", no_wrap=True)
+    table.add_column("gold label" if "label" in sample else "token", no_wrap=True, max_width=12, overflow="ellipsis")
+    numbers = ("p", "entropy", *([] if sampled else ["tail", *(f"tail at {t}" for t in tempered)]))
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("drawn most" if sampled else "the teacher's best", no_wrap=True)
+    width = max(18, columns - 21 - sum(max(len(name), 6) + 2 for name in numbers))
     for p in sample["positions"]:
-        best = (f"{e[0]} {e[1]:.3f}" + (f" ({e[2]})" if len(e) > 2 else "") for e in p["entries"])
-        tails = [] if drawn else [f"{p['tail']:.4f}", *(f"{p['tempered_tail'][t]:.4f}" for t in tempered)]
-        numbers = (f"{np.exp(p['token_logprob']):.4f}", f"{p['entropy']:.3f}", *tails)
-        token = (sample["label"] or "none") if "label" in sample else sample["tokens"][p["index"]]
-        table.add_row(str(p["index"]), Text(token), *numbers, Text("  ".join(best)))
+        best = [(_readable(e[0]), f"{e[1]:.3f}", *(f"({count})" for count in e[2:])) for e in p["entries"]]
+        tails = [] if sampled else [f"{p['tail']:.4f}", *(f"{p['tempered_tail'][t]:.4f}" for t in tempered)]
+        token = (sample["label"] or "none") if "label" in sample else visible(sample["texts"][p["index"]])
+        shown = (f"{np.exp(p['token_logprob']):.4f}", f"{p['entropy']:.3f}", *tails)
+        table.add_row(str(p["index"]), Text(token), *shown, Text(fitting(best, width)))
     return table
+
+
+def _readable(piece: str) -> str:
+    """A piece of a vocabulary without the marks that tokenizers put for white space."""
+    return piece.replace("\u2581", " ").replace("\u0120", " ").replace("\u010a", "\n")

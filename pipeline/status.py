@@ -15,6 +15,7 @@ from ..storage.commits import Commit
 from ..storage.files import open_files
 from ..storage.schema import TableName
 from ..storage.store import Store
+from .pace import Pace
 from .plan import Plan
 from .progress import duration, human
 
@@ -62,6 +63,7 @@ def _costs(commits: list[Commit]) -> dict[str, Any]:
         "bytes": size,
         "bytes_per_token": round(size / tokens, 2) if tokens else None,
         "seconds": round(sum(c.seconds for c in commits), 2),
+        "commits": {"number": len(commits), "first": commits[0].seq, "last": commits[-1].seq} if commits else None,
     }
 
 
@@ -103,14 +105,17 @@ def _kept(parts: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     }
 
 
-def facts(recipe: Recipe, plan: Plan, done: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def facts(recipe: Recipe, plan: Plan, done: dict[str, dict[str, Any]], pace: Pace) -> dict[str, Any]:
     """What the report says about the run besides its results."""
     stages = stage_facts(recipe, plan)
+    for name, entry in stages.items():
+        entry["clock"] = pace.clock(name)
     for name, entry in done.items():
         if entry["state"] == "done":
             stages[name]["seconds_this_run"] = entry["seconds"]
     return {
         "store": recipe.storage.dir,
+        "sources": plan.sources,
         "stages": stages,
         "rejects": {name: entry["why"] for name, entry in stages.items() if entry["rejected"]},
         "versions": versions(),
@@ -171,6 +176,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     """The plan for programs."""
     return {
         "teacher_id": plan.bound.binding.teacher_id,
+        "sources": plan.sources,
         "stages": {
             s.name: {
                 "state": s.state,
@@ -182,6 +188,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
                 "tokens_to_do": s.tokens_to_do,
                 "bytes_to_do": s.bytes_to_do,
                 "why": s.why,
+                "sources": s.sources,
             }
             for s in plan.stages
         },

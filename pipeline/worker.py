@@ -1,6 +1,6 @@
 """The process of one stage: reads its job from the runner, does it, answers, and dies if the runner dies.
 
-Its standard output and error go to the stage's log; only the progress line reaches the terminal.
+Its standard output and error go to the stage's log. What it does and says it tells the runner, who shows it.
 """
 
 import errno
@@ -14,36 +14,38 @@ import sys
 import threading
 import traceback
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+from ..stages.clock import Clock
 from ..stages.engine import EngineDied
 from ..stages.identity import FileHashes, Identity
-from ..stages.job import Job, StageResult, StopFlag
+from ..stages.job import Job, Progress, StageResult, StopFlag
 from ..stages.locks import only_one
 from ..stages.sections import Recipe
 from ..storage.errors import StillroomError, Stopped
 from ..storage.files import DISK_FULL
 from .binding import author_identity, teacher_identity
-from .progress import StageProgress
+from .progress import ToldProgress
 
 JOB_FD = "STILLROOM_JOB_FD"
+UNSENT_BYTES = 1 << 16
 
 
 def main() -> None:
     """Do one job; the exit status is the answer's, the answer says more."""
-    line = socket.socket(fileno=int(os.environ.pop(JOB_FD)))
-    line.set_inheritable(False)  # what the stage starts must not keep the line open after its death
-    job = line.makefile("r").readline()
+    line = Line(socket.socket(fileno=int(os.environ.pop(JOB_FD))))
+    job = line.job()
     if not job:  # the runner was stopped before it said what to do
         sys.exit(Stopped.exit_code)
     message = json.loads(job)
-    threading.Thread(target=_die_with_runner, args=(line,), daemon=True).start()
+    clock = Clock(began=message.get("began"))
+    threading.Thread(target=line.die_with_runner, daemon=True).start()
     stop = StopFlag()
     stop.listen()
-    stream = _to_log(Path(message["log"]))
-    progress = StageProgress(message["name"], stream, quiet=message["quiet"])
+    _to_log(Path(message["log"]))
+    progress = ToldProgress(message["name"], line.tell)
     try:
-        answer = _answer(_run(message, progress, stop))
+        answer = _answer(_run(_job(message, progress, stop, clock=clock), message["stage"]), clock)
     except EngineDied as error:
         traceback.print_exc()
         answer = {"error": f"{message['name']}: the engine died: {error}.", "exit_code": 1, "died": True}
@@ -56,7 +58,7 @@ def main() -> None:
         answer = {"error": f"{message['name']}: {_cause(error)}", "exit_code": 1, "unexpected": True}
     progress.finish()
     sys.stderr.flush()
-    line.sendall(json.dumps(answer).encode() + b"\n")
+    line.answer(answer)
     # Engines leave threads and children whose clean-up takes seconds; all that matters is committed by now.
     os._exit(answer.get("exit_code", 0))
 
@@ -67,10 +69,39 @@ def _cause(error: Exception) -> str:
     return f"{error}; {DISK_FULL}." if full or "No space left" in str(error) else f"{type(error).__name__}: {error}"
 
 
-def _die_with_runner(line: socket.socket) -> None:
-    """The runner never writes again: what ends this wait is its death. Take the whole process group along."""
-    line.recv(1)
-    os.killpg(os.getpgrp(), signal.SIGKILL)
+class Line:
+    """The way to the runner: events while the stage works, one answer at its end, each a line of JSON."""
+
+    def __init__(self, line: socket.socket) -> None:
+        line.set_inheritable(False)  # what the stage starts must not keep the line open after its death
+        self._line = line
+        self._lock = threading.Lock()
+        self._unsent = b""
+
+    def job(self) -> str:
+        """What the runner says first, and never again; empty if it was stopped before."""
+        return self._line.makefile("r").readline()
+
+    def tell(self, event: dict[str, Any]) -> None:
+        """An event. The stage never waits for a runner that does not read (somebody suspended it): then it is lost."""
+        with self._lock:
+            if len(self._unsent) < UNSENT_BYTES:
+                self._unsent += json.dumps(event).encode() + b"\n"
+            try:
+                sent = self._line.send(self._unsent, socket.MSG_DONTWAIT)
+            except OSError:  # full, or the runner is gone
+                return
+            self._unsent = self._unsent[sent:]
+
+    def answer(self, answer: dict[str, Any]) -> None:
+        """The last that is said."""
+        with self._lock:
+            self._line.sendall(self._unsent + json.dumps(answer).encode() + b"\n")
+
+    def die_with_runner(self) -> None:
+        """What ends this wait is the runner's death. Take the whole process group along."""
+        self._line.recv(1)
+        os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 class _Log(io.FileIO):
@@ -83,9 +114,8 @@ class _Log(io.FileIO):
             return memoryview(data).nbytes
 
 
-def _to_log(path: Path) -> TextIO:
-    """Send everything that is printed to the log; returns the terminal (or pipe) for the progress line."""
-    terminal = os.fdopen(os.dup(2), "w", buffering=1)
+def _to_log(path: Path) -> None:
+    """Send everything that is printed to the log."""
     try:
         log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     except OSError:
@@ -95,31 +125,33 @@ def _to_log(path: Path) -> TextIO:
     sys.stdout = sys.stderr = io.TextIOWrapper(io.BufferedWriter(_Log(2, "w", closefd=False)), line_buffering=True)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    return terminal
 
 
-def _run(message: dict[str, Any], progress: StageProgress, stop: StopFlag) -> StageResult:
-    recipe = Recipe.model_validate(message["recipe"])
-    job = Job(
-        recipe=recipe,
-        progress=progress,
-        stop=stop,
-        train_dirs={arm: Path(path) for arm, path in message.pop("train_dirs").items()},
-        journal=Path(message["journal"]),
-        **message["job"],
-    )
-    stage = message["stage"]
+def _job(message: dict[str, Any], progress: Progress, stop: StopFlag, *, clock: Clock) -> Job:
+    with clock.span("start"):
+        return Job(
+            recipe=Recipe.model_validate(message["recipe"]),
+            progress=progress,
+            stop=stop,
+            clock=clock,
+            train_dirs={arm: Path(path) for arm, path in message["train_dirs"].items()},
+            journal=Path(message["journal"]),
+            **message["job"],
+        )
+
+
+def _run(job: Job, stage: str) -> StageResult:
+    with job.clock.span("start"):
+        from ..stages import data, evaluate, generate, score
+
+        models = _models(job, stage)
     if stage == "data":
-        from ..stages import data
-
         return data.run(job)
-    if stage in ("generate", "score"):
-        return _run_teacher(stage, job)
-    if stage == "train":
-        return _train(job)
-    from ..stages import evaluate
-
-    return evaluate.run(job)
+    if stage == "generate":
+        return generate.run(job, *models)
+    if stage == "score":
+        return score.run(job, *models)
+    return _train(job) if stage == "train" else evaluate.run(job)
 
 
 def _train(job: Job) -> StageResult:
@@ -133,19 +165,18 @@ def _train(job: Job) -> StageResult:
         return train.run(job)
 
 
-def _run_teacher(stage: str, job: Job) -> StageResult:
+def _models(job: Job, stage: str) -> list[Identity]:
+    """What the teacher's stages load, by the hashes of its files."""
+    if stage not in ("generate", "score"):
+        return []
     hashes = FileHashes(job.recipe.storage.dir, remember=True)
     teacher = teacher_identity(job.recipe, hashes, download=True)
     _check_planned(teacher, job.teacher_id, "teacher")
     if stage == "score":
-        from ..stages import score
-
-        return score.run(job, teacher)
-    from ..stages import generate
-
+        return [teacher]
     author = author_identity(job.recipe, teacher, hashes, download=True)
     _check_planned(author, job.author_id, "generate.model")
-    return generate.run(job, author)
+    return [author]
 
 
 def _check_planned(model: Identity, planned: str, field: str) -> None:
@@ -157,12 +188,12 @@ def _check_planned(model: Identity, planned: str, field: str) -> None:
         )
 
 
-def _answer(result: StageResult) -> dict[str, Any]:
+def _answer(result: StageResult, clock: Clock) -> dict[str, Any]:
     return {
         "rows": result.rows,
         "tokens": result.tokens,
         "rejected": result.rejected,
-        "details": result.details,
+        "details": result.details | {"clock": clock.seconds()},
     }
 
 

@@ -23,6 +23,8 @@ BATCH_PROMPTS = 16
 PREFIX_TOKENS = 64
 SAMPLES = 8
 SAMPLE_CHARACTERS = 600
+SAMPLE_TOKENS = 64
+"""Of an answer that nobody scores, at most."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +46,8 @@ class Quiz:
     questions: list[Question]
     against: str
     """What the references are, in words."""
+    scored: bool = True
+    """False: the answers are only to be looked at."""
 
     def answers(self, model: Any, job: Job) -> list[str]:
         """A model's greedy answers, in batches of prompts of like length; a prompt that fills the context gets none."""
@@ -90,8 +94,10 @@ class Quiz:
 GOLD = "the data's reference"
 
 
-def prepare_quiz(job: Job, store: Store, rows: Iterable[dict[str, Any]]) -> Quiz:
+def prepare_quiz(job: Job, store: Store, rows: Iterable[dict[str, Any]]) -> Quiz | None:
     """Choose the prompts in the order of their keys: hashes, so a random sample, and the same for every student.
+
+    Without `evaluate.generate` they are few and nothing is scored; None where none are asked for, and for classifiers.
 
     Args:
         job: Names inputs, teacher and author.
@@ -101,8 +107,10 @@ def prepare_quiz(job: Job, store: Store, rows: Iterable[dict[str, Any]]) -> Quiz
     Raises:
         UsageError: no reference matches `evaluate.generate.pattern`.
     """
-    settings = job.recipe.evaluate.generate
-    assert settings is not None
+    scored, few = job.recipe.evaluate.generate, job.recipe.evaluate.samples
+    if scored is None and (few == 0 or job.recipe.run.task == "classification"):
+        return None
+    settings = scored or EvaluateGenerate(prompts=few, max_tokens=SAMPLE_TOKENS)
     tokenizer = Renderer(store.teacher_dir(job.teacher_id), {}).tokenizer
     first: dict[bytes, dict[str, Any]] = {}
     for row in rows:
@@ -112,21 +120,19 @@ def prepare_quiz(job: Job, store: Store, rows: Iterable[dict[str, Any]]) -> Quiz
         questions = [_continuation(row, tokenizer, settings) for row in chosen[: settings.prompts]]
         against = "the rest of the text"
     else:
-        questions, against = _questions(job, store, chosen)
-    score = scorer(settings)
-    if settings.metric == "regex" and not any(score(q.reference, q.reference) for q in questions):
+        questions, against = _questions(job, store, chosen, settings.prompts)
+    if settings.metric == "regex" and not any(scorer(settings)(q.reference, q.reference) for q in questions):
         raise UsageError(
             f"evaluate.generate.pattern: {settings.pattern!r} matches none of {len(questions)} references "
             f"({against}; the first is {questions[0].reference[:80]!r}). Write a pattern that does."
         )
-    return Quiz(settings=settings, tokenizer=tokenizer, questions=questions, against=against)
+    return Quiz(settings=settings, tokenizer=tokenizer, questions=questions, against=against, scored=scored is not None)
 
 
-def _questions(job: Job, store: Store, chosen: list[dict[str, Any]]) -> tuple[list[Question], str]:
+def _questions(job: Job, store: Store, chosen: list[dict[str, Any]], many: int) -> tuple[list[Question], str]:
     """Questions with the data's references if it has any, else with what was written, and which of the two it was."""
-    assert job.recipe.evaluate.generate is not None
     gold = _gold(job, store, {row["prompt_key"] for row in chosen})
-    chosen = [r for r in chosen if not gold or r["prompt_key"] in gold][: job.recipe.evaluate.generate.prompts]
+    chosen = [r for r in chosen if not gold or r["prompt_key"] in gold][:many]
     rows = _rows(store, "generations", {row["generation_key"] for row in chosen}, ["text"])
     written = {row["key"]: row["text"] for row in rows}
     by_teacher = job.author_id == job.teacher_id
@@ -152,11 +158,24 @@ def _continuation(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", set
 def _gold(job: Job, store: Store, prompt_keys: set[bytes]) -> dict[bytes, str]:
     """Prompt key -> the data's reference, for prompts that have one."""
     inputs = store.inputs(job.data_id)
-    assert inputs is not None, "the inputs record is made by the data stage"
+    if inputs is None:
+        return _published_gold(store, prompt_keys)
     pairs = zip(inputs["key"].to_pylist(), inputs["prompt_key"].to_pylist(), strict=True)
     keys = {key for key, prompt_key in pairs if prompt_key in prompt_keys}
     rows = _rows(store, "prompts", keys, ["prompt_key", "reference"])
     return {row["prompt_key"]: row["reference"] for row in rows if row["reference"] is not None}
+
+
+def _published_gold(store: Store, prompt_keys: set[bytes]) -> dict[bytes, str]:
+    """The same of published text, which carries its references itself."""
+    found: dict[bytes, str] = {}
+    for commit in store.commits("generations"):
+        shard = store.shard("generations", commit.shard.sha256)
+        if "reference" in shard.schema.names:
+            rows = shard.read_all(["prompt_key", "reference"]).to_pylist()
+            gold = {row["prompt_key"]: row["reference"] for row in rows if row["reference"]}
+            found |= {key: gold[key] for key in prompt_keys & gold.keys()}
+    return found
 
 
 def _rows(store: Store, table: TableName, keys: set[bytes], columns: list[str]) -> Iterator[dict[str, Any]]:

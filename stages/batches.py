@@ -1,14 +1,19 @@
 """From the samples of a step to forward passes: samples are packed into rows, rows are split into passes.
 
+Where the model can cut attention at the end of a sample (`attention.py`), a pass is a single row without padding. Else
+it has rows of like length, filled evenly, and as little padding as that leaves.
+
 How they are packed and split changes speed and memory, never the gradient: samples in a row do not see each other, and
 losses are summed over the whole step.
 
 Letters: B rows, T tokens per row, N scored tokens, K entries, V vocabulary.
 """
 
+import heapq
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -17,10 +22,13 @@ from torch import Tensor, nn
 
 from ..storage.errors import UsageError
 from .alignment import predicting_positions, scored_tokens
+from .attention import flat_inputs
 from .entries import Reading, joined, soft_part
+from .fields import Kernel
+from .fused import linear_distillation
 from .head import hidden_states, split_head
 from .kept import Kept
-from .losses import LossParts, Objective, TargetBatch, fit_vocabulary, linear_distillation
+from .losses import Aim, Distilled, TargetBatch, fit_vocabulary
 from .samples import Sample
 
 SHORTEST_ROW = 128  # tokens; shorter samples share a row. Attention costs rows x length^2, so not much longer
@@ -38,6 +46,21 @@ class Batch:
     """[N] int64 indices into the flattened [B * T] of the positions that predict a scored token."""
     targets: TargetBatch
     """N targets in terms of the student's vocabulary."""
+    edges: Tensor | None = None
+    """[S + 1] int32 ends of the samples of a flat row; None: rows that transformers cuts by their positions."""
+    longest: int = 0
+    """Tokens of the longest sample of a flat row."""
+
+    @property
+    def positions(self) -> int:
+        """Positions that are computed, padding included."""
+        return self.token_ids.numel()
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What the model takes."""
+        inputs: dict[str, Any] = {"input_ids": self.token_ids, "position_ids": self.position_ids}
+        return inputs if self.edges is None else inputs | flat_inputs(self.edges, self.longest)
 
     def to(self, device: torch.device) -> Self:
         """The same on another device; by way of page-locked memory to a GPU, so that the copies do not block."""
@@ -49,7 +72,9 @@ class Batch:
         return self._map(lambda part: part.pin_memory())
 
     def _map(self, change: Callable[[Any], Any]) -> Self:
-        return replace(self, **{f.name: change(getattr(self, f.name)) for f in fields(self)})
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        movable = (Tensor, TargetBatch)
+        return replace(self, **{name: change(part) for name, part in parts.items() if isinstance(part, movable)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,9 +82,11 @@ class Packing:
     """How the samples of a step become forward passes."""
 
     tokens_per_pass: int
-    """Positions of a pass, padding included; a sample longer than that is a pass of its own."""
+    """Positions of a pass at most, padding included; the tokens of the longest sample where that has more."""
+    flat: bool = False
+    """A pass is a single row without padding, of a model that `attends_apart`."""
     row_tokens: int | None = None
-    """Positions of a row; None: the longest sample, at least `SHORTEST_ROW`."""
+    """Positions of a row at most; None: about the longest sample, at least `SHORTEST_ROW`."""
     shared_rows: bool = True
     """False: one sample per row, for a model that lets packed samples see each other."""
     kept: Kept | None = None
@@ -68,6 +95,8 @@ class Packing:
     """What to do where the temperature asked for is not stored; `Reading` has the approximation."""
     vocab_size: int
     """V of the student."""
+    kernel: Kernel | None = None
+    """Who makes the loss's passes over the vocabulary; `linear_distillation` has it."""
 
     def batches(self, samples: Sequence[Sample], temperature: float | None = 1.0) -> Iterator[Batch]:
         """The forward passes of a step.
@@ -86,22 +115,43 @@ class Packing:
                 f"train.row_tokens: {self.row_tokens} is shorter than a sample of {longest} tokens. "
                 f"Set it to {longest} or more, or leave it out."
             )
-        capacity = max(longest, min(self.row_tokens or SHORTEST_ROW, self.tokens_per_pass)) if self.shared_rows else 0
-        rows = pack(samples, capacity)
+        for group in self._groups(samples):
+            yield self._batch(group, temperature)
+
+    def _groups(self, samples: Sequence[Sample]) -> Iterator[list[list[Sample]]]:
+        """The rows of each pass."""
+        longest, total = max(map(len, samples)), sum(map(len, samples))
+        most = max(longest, self.tokens_per_pass)
+        if self.flat:
+            yield from ([row] for row in pack(samples, rows=math.ceil(total / most), limit=most))
+            return
+        if self.shared_rows:
+            usual = max(longest, min(self.row_tokens or SHORTEST_ROW, self.tokens_per_pass))
+            rows = pack(samples, rows=total // usual, limit=min(most, self.row_tokens or most))
+        else:
+            rows = [[sample] for sample in samples]
         group: list[list[Sample]] = []
-        for row in rows:
-            if group and (len(group) + 1) * max(_tokens(r) for r in [*group, row]) > self.tokens_per_pass:
-                yield self._batch(group, temperature)
+        for row in sorted(rows, key=_tokens, reverse=True):  # like beside like
+            if group and (len(group) + 1) * _tokens(group[0]) > self.tokens_per_pass:
+                yield group
                 group = []
             group.append(row)
-        yield self._batch(group, temperature)
+        yield group
 
-    def losses(self, model: nn.Module, batch: Batch, *, objective: Objective | None, dtype: torch.dtype) -> LossParts:
-        """Divergence and cross-entropy of each scored token, [N] in nats, of one forward pass in `dtype`."""
+    def losses(self, model: nn.Module, batch: Batch, *, aim: Aim, dtype: torch.dtype) -> Distilled:
+        """Summed loss of the scored tokens of one forward pass in `dtype`, weighted as `aim` says."""
         with torch.autocast(batch.token_ids.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            hidden = hidden_states(model, input_ids=batch.token_ids, position_ids=batch.position_ids)
+            hidden = hidden_states(model, **batch.inputs)
         predicting = hidden.flatten(0, 1)[batch.predicting].to(dtype)
-        return linear_distillation(predicting, split_head(model), batch.targets, objective=objective)
+        return linear_distillation(
+            predicting,
+            split_head(model),
+            batch.targets,
+            objective=aim.objective,
+            soft_weight=aim.soft_weight,
+            hard_weight=aim.hard_weight,
+            kernel=self.kernel,
+        )
 
     def _batch(self, rows: Sequence[Sequence[Sample]], temperature: float | None) -> Batch:
         width = max(_tokens(row) for row in rows)
@@ -122,8 +172,17 @@ class Packing:
                 f"student: its vocabulary has {self.vocab_size} ids, but the text has token {int(token_ids.max())}. "
                 "Choose a student with the teacher's tokenizer and at least its vocabulary."
             )
-        targets = self._targets(labels, [sample for row in rows for sample in row], temperature)
-        return Batch(token_ids=token_ids, position_ids=position_ids, predicting=torch.cat(predicting), targets=targets)
+        members = [sample for row in rows for sample in row]
+        batch = Batch(
+            token_ids=token_ids,
+            position_ids=position_ids,
+            predicting=torch.cat(predicting),
+            targets=self._targets(labels, members, temperature),
+        )
+        if not self.flat:
+            return batch
+        ends = torch.tensor([0, *accumulate(map(len, members))], dtype=torch.int32)
+        return replace(batch, edges=ends, longest=max(map(len, members)))
 
     def _targets(self, labels: Sequence[Tensor], samples: Sequence[Sample], temperature: float | None) -> TargetBatch:
         """One sample after the other; hard targets alone where a sample has no soft ones."""
@@ -138,18 +197,28 @@ class Packing:
         return fit_vocabulary(joined(parts), self.vocab_size)
 
 
-def pack(samples: Sequence[Sample], capacity: int) -> list[list[Sample]]:
-    """First-fit: each sample goes into the first row with room for it, in order; one per row where capacity is 0."""
-    rows: list[list[Sample]] = []
-    room: list[int] = []
-    for sample in samples:
-        place = next((i for i, left in enumerate(room) if len(sample) <= left), len(rows))
-        if place == len(rows):
-            rows.append([])
-            room.append(capacity)
-        rows[place].append(sample)
-        room[place] -= len(sample)
-    return rows
+def pack(samples: Sequence[Sample], *, rows: int, limit: int) -> list[list[Sample]]:
+    """At least so many rows of about the same number of tokens; more where one would hold more than `limit`.
+
+    Longest sample first, each into the row that holds the least so far: the widest row is at most 4/3 of what is
+    possible (Graham 1969, LPT rule), and much closer with many short samples. Within a row samples keep their order.
+
+    Args:
+        samples: None longer than `limit`.
+        rows: How many are wished for; one is made at least, and none is empty.
+        limit: Tokens of a row at most.
+    """
+    by_length = sorted(range(len(samples)), key=lambda index: -len(samples[index]))
+    for count in range(max(1, min(rows, len(samples))), len(samples) + 1):
+        made: list[list[int]] = [[] for _ in range(count)]
+        held = [(0, row) for row in range(count)]
+        for index in by_length:
+            tokens, row = held[0]
+            made[row].append(index)
+            heapq.heapreplace(held, (tokens + len(samples[index]), row))
+        if max(held)[0] <= limit:
+            return [[samples[index] for index in sorted(row)] for row in made]
+    raise AssertionError("a sample is longer than the limit")
 
 
 def packs_apart(model: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from ..storage.codec import SoftTargets
 from ..storage.errors import UsageError
 from .identity import Identity
 from .labels import NO_LABEL
-from .losses import LossParts, Objective, TargetBatch, logits_distillation
+from .losses import Aim, Distilled, TargetBatch, logits_distillation
 from .rendering import segments
 from .samples import Sample
 
@@ -134,6 +134,11 @@ class ClassBatch:
     targets: TargetBatch
     """B targets over C classes; a label of `NO_LABEL` is none."""
 
+    @property
+    def positions(self) -> int:
+        """Positions that are computed, padding included."""
+        return self.inputs["input_ids"].numel()
+
     def to(self, device: torch.device) -> Self:
         """The same on another device."""
         inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
@@ -142,7 +147,7 @@ class ClassBatch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClassPasses:
-    """How the texts of a step become forward passes, in their order."""
+    """How the texts of a step become forward passes: those of like length together, for little padding."""
 
     tokens_per_pass: int
     """Positions of a pass, padding included; a longer text is a pass of its own."""
@@ -157,8 +162,8 @@ class ClassPasses:
             UsageError: a text has a token that the student does not know.
         """
         group: list[Sample] = []
-        for sample in samples:
-            if group and (len(group) + 1) * max(map(len, [*group, sample])) > self.tokens_per_pass:
+        for sample in sorted(samples, key=len, reverse=True):
+            if group and (len(group) + 1) * len(group[0]) > self.tokens_per_pass:
                 yield self._batch(group, temperature)
                 group = []
             group.append(sample)
@@ -182,13 +187,11 @@ class ClassPasses:
             targets = replace(targets, logprobs=tempered, tail_logprob=nothing)
         return ClassBatch(inputs=self.inputs.tensors([sample.token_ids for sample in samples]), targets=targets)
 
-    def losses(
-        self, model: nn.Module, batch: ClassBatch, *, objective: Objective | None, dtype: torch.dtype
-    ) -> LossParts:
-        """Divergence and cross-entropy of each text, [B] in nats; a text without a gold label has cross-entropy 0."""
+    def losses(self, model: nn.Module, batch: ClassBatch, *, aim: Aim, dtype: torch.dtype) -> Distilled:
+        """Summed loss of the texts, weighted as `aim` says; a text without a gold label has cross-entropy 0."""
         labels = batch.targets.labels
         with torch.autocast(labels.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             logits = class_logits(model, batch.inputs)
         asked = replace(batch.targets, labels=labels.clamp_min(0))
-        parts = logits_distillation(logits, asked, objective=objective)
-        return replace(parts, hard=parts.hard.masked_fill(labels == NO_LABEL, 0.0))
+        parts = logits_distillation(logits, asked, objective=aim.objective)
+        return replace(parts, hard=parts.hard.masked_fill(labels == NO_LABEL, 0.0)).summed(aim)

@@ -73,7 +73,7 @@ def run(job: Job) -> StageResult:
         UsageError: the source is missing or empty, lacks a column, or the holdout leaves nothing to train on.
         StillroomError: the source is no longer what the job's `data_id` names.
     """
-    recipe, data = job.recipe, job.recipe.data
+    recipe, data, clock = job.recipe, job.recipe.data, job.clock
     store = Store.open(recipe.storage.dir)
     settings = data.model_dump(exclude={"limit", "holdout"})
     limits = replace(commit_limits(recipe), rows=max(COMMIT_ROWS, recipe.storage.commit_rows))
@@ -84,24 +84,31 @@ def run(job: Job) -> StageResult:
     with ExitStack() as stack:
         prompts = stack.enter_context(store.writer("prompts", about=about("data", recipe, settings), limits=limits))
         rejects = stack.enter_context(store.writer("rejects", about=about("data", recipe, settings), limits=limits))
-        text = _GivenText(job, store, stack, limits) if given_text(recipe) else None
-        for source, record in islice(records(data), data.limit):
+        with clock.span("start"):
+            text = _GivenText(job, store, stack, limits) if given_text(recipe) else None
+        for source, record in islice(clock.each("disk", records(data)), data.limit):
             job.stop.check()
             try:
                 row = prompt_row(record, source, data, given=text is not None, classes=classes)
                 windows = text.add(row) if text and row["key"] not in rows else 1
             except RowError as error:
-                rejects.add(_reject(source, record, error))
+                with clock.span("disk"):
+                    rejects.add(_reject(source, record, error))
                 rejected, first = rejected + 1, first or f"{source}: {error}"
+                job.progress.wrote(rejects=rejected, size=prompts.bytes)
                 continue
-            prompts.add(row)
+            with clock.span("disk"):
+                prompts.add(row)
             rows.add(row["key"], row["prompt_key"], windows=windows)
             job.progress.advance()
+        with clock.span("disk"):
+            stack.close()
+        job.progress.wrote(rejects=rejected, size=prompts.bytes + (text.bytes if text else 0))
     _refuse_empty(data, rows, rejected, first)
-    _refuse_changed(job, classes)
-    store.put_inputs(
-        job.data_id, rows.table(data.holdout), {"source": data.source, "rejected": rejected, "format": data.format}
-    )
+    table = rows.table(data.holdout)
+    with clock.span("disk"):
+        _refuse_changed(job, classes)
+        store.put_inputs(job.data_id, table, {"source": data.source, "rejected": rejected, "format": data.format})
     return StageResult(rows=len(rows), rejected=rejected, tokens=text.tokens if text else 0)
 
 
@@ -267,7 +274,7 @@ class _GivenText:
 
     def __init__(self, job: Job, store: Store, stack: ExitStack, limits: CommitLimits) -> None:
         folder = store.teacher_dir(job.teacher_id)
-        data = job.recipe.data
+        data, self._clock = job.recipe.data, job.clock
         self._renderer = Renderer(folder, data.chat_template_kwargs)
         self._author = job.author_id
         self._context = job.context_tokens
@@ -278,20 +285,19 @@ class _GivenText:
         self._writer = stack.enter_context(writer)
         self.tokens = 0
 
+    @property
+    def bytes(self) -> int:
+        """Of what is committed."""
+        return self._writer.bytes
+
     def add(self, row: dict[str, Any]) -> int:
         """Write a prompt's rows; returns how many.
 
         Raises:
             RowError: nothing to predict, or longer than the context.
         """
-        if row["format"] == "labelled":
-            ids = self._renderer.labelled_ids(row["text"], row["text_pair"])
-            pieces = [(len(ids), ids)]
-        elif row["format"] == "text":
-            pieces = [(0, ids) for ids in self._renderer.windows(row["text"], self._window)]
-        else:
-            prompt = self._renderer.prompt_ids(row)
-            pieces = [(len(prompt), prompt + self._renderer.completion_ids(row["completion"]))]
+        with self._clock.span("tokenizer"):
+            pieces = self._pieces(row)
         # RoBERTa counts its positions from 2: its tokenizer knows what it can read, its config does not say.
         limit = self._context if row["format"] != "labelled" else min(self._context, self._renderer.longest)
         for index, (start, ids) in enumerate(pieces):
@@ -302,27 +308,38 @@ class _GivenText:
             raise RowError("empty", "fewer than two tokens: nothing to predict")
         return len(pieces)
 
+    def _pieces(self, row: dict[str, Any]) -> list[tuple[int, list[int]]]:
+        """Where each of a prompt's rows begins to be scored, and its token ids."""
+        if row["format"] == "labelled":
+            ids = self._renderer.labelled_ids(row["text"], row["text_pair"])
+            return [(len(ids), ids)]
+        if row["format"] == "text":
+            return [(0, ids) for ids in self._renderer.windows(row["text"], self._window)]
+        prompt = self._renderer.prompt_ids(row)
+        return [(len(prompt), prompt + self._renderer.completion_ids(row["completion"]))]
+
     def _write(self, row: dict[str, Any], index: int, start: int, ids: list[int]) -> None:
         reuse_key = content_key("given", author=self._author, source=row["key"], window=index)
         self.tokens += len(ids) - start
-        self._writer.add(
-            {
-                "key": content_key("generations", reuse_key=reuse_key, max_tokens=None),
-                "reuse_key": reuse_key,
-                "prompt_key": row["prompt_key"],
-                "source_key": row["key"],
-                "author_id": self._author,
-                "sampling_id": self._author,
-                "sample_index": index,
-                "tokens_key": labelled_key(ids, row["label"])
-                if row["format"] == "labelled"
-                else tokens_key(ids, start),
-                "token_ids": ids,
-                "prompt_tokens": start,
-                "completion_tokens": len(ids) - start,
-                "text": self._renderer.tokenizer.decode(ids[start:], skip_special_tokens=True),
-                "finish_reason": "given",
-                "max_tokens": None,
-                "row_seed": None,
-            }
-        )
+        with self._clock.span("tokenizer"):
+            text = self._renderer.tokenizer.decode(ids[start:], skip_special_tokens=True)
+        tokens = labelled_key(ids, row["label"]) if row["format"] == "labelled" else tokens_key(ids, start)
+        generation = {
+            "key": content_key("generations", reuse_key=reuse_key, max_tokens=None),
+            "reuse_key": reuse_key,
+            "prompt_key": row["prompt_key"],
+            "source_key": row["key"],
+            "author_id": self._author,
+            "sampling_id": self._author,
+            "sample_index": index,
+            "tokens_key": tokens,
+            "token_ids": ids,
+            "prompt_tokens": start,
+            "completion_tokens": len(ids) - start,
+            "text": text,
+            "finish_reason": "given",
+            "max_tokens": None,
+            "row_seed": None,
+        }
+        with self._clock.span("disk"):
+            self._writer.add(generation)

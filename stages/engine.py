@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from typing import Protocol
 
 from ..storage.errors import StillroomError, UsageError
+from .clock import Clock
 from .identity import Identity
 from .sections import Generate
 
@@ -64,15 +65,17 @@ def choose_engine(name: str | None) -> str:
     return name or ("vllm" if installed else "hf")
 
 
-def open_engine(name: str, author: Identity, settings: Generate) -> Engine:
-    """Load the author into an engine."""
-    if name == "vllm":
-        from .engine_vllm import VllmEngine
+def open_engine(name: str, author: Identity, settings: Generate, clock: Clock | None = None) -> Engine:
+    """Load the author into an engine, which tells `clock` when the model works."""
+    clock = clock or Clock()
+    with clock.span("start"):
+        if name == "vllm":
+            from .engine_vllm import VllmEngine
 
-        return VllmEngine(author, settings)
-    from .engine_hf import HfEngine
+            return VllmEngine(author, settings, clock)
+        from .engine_hf import HfEngine
 
-    return HfEngine(author, settings)
+        return HfEngine(author, settings, clock)
 
 
 def check_device(device: object, failure: str) -> None:

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from ..storage.errors import StillroomError, UsageError
+from .clock import Clock
 from .engine import Completion, Request, check_device
 from .identity import Identity
 from .rendering import Renderer
@@ -78,11 +79,11 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
 class HfEngine:
     """One model in transformers."""
 
-    def __init__(self, author: Identity, settings: Generate) -> None:
+    def __init__(self, author: Identity, settings: Generate, clock: Clock) -> None:
         _check_arguments(settings.engine_args)
         self._model = load_causal_lm(author)
         self._tokenizer = Renderer(author.folder, {}).tokenizer
-        self._settings = settings
+        self._settings, self._clock = settings, clock
         self._context = author_context(settings, author.context_tokens)
         self._batch = settings.engine_args.get("batch_size", 32)
         own: Any = self._model.generation_config
@@ -135,13 +136,14 @@ class HfEngine:
         ends = _Ends(len(batch), self._ended, start=longest, step=heartbeat)
         device = self._model.device
         model: Any = self._model
-        output = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            max_new_tokens=min(self._settings.max_tokens, self._context - longest),
-            logits_processor=self._processors([r.seed for r in batch]),
-            stopping_criteria=StoppingCriteriaList([ends]),
-        )
+        with self._clock.span("model"):
+            output = model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                max_new_tokens=min(self._settings.max_tokens, self._context - longest),
+                logits_processor=self._processors([r.seed for r in batch]),
+                stopping_criteria=StoppingCriteriaList([ends]),
+            )
         return [
             self._completion(request, row[:length], "length" if length is None else "stop")
             for request, row, length in zip(batch, output[:, longest:].tolist(), ends.lengths, strict=True)
@@ -170,4 +172,5 @@ class HfEngine:
         return Completion(request.number, ids, text[:cut], finish_reason)
 
     def _text(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        with self._clock.span("tokenizer"):
+            return str(self._tokenizer.decode(ids, skip_special_tokens=True))

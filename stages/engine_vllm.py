@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from ..storage.errors import StillroomError, UsageError
+from .clock import Clock
 from .engine import Completion, EngineDied, Request
 from .identity import Identity
 from .sections import Generate
@@ -27,7 +28,7 @@ def _prepare_cpu() -> None:
 class VllmEngine:
     """One model in vLLM."""
 
-    def __init__(self, author: Identity, settings: Generate) -> None:
+    def __init__(self, author: Identity, settings: Generate, clock: Clock) -> None:
         import torch
 
         on_cpu = not torch.cuda.is_available()
@@ -54,7 +55,7 @@ class VllmEngine:
             self._llm = LLM(**arguments | settings.engine_args)
         except (TypeError, ValueError) as error:
             raise UsageError(f"generate.engine_args: vLLM refuses to start: {error}") from error
-        self._settings = settings
+        self._settings, self._clock = settings, clock
         self._adapter = author.adapter
 
     def generate(self, requests: Iterable[Request], heartbeat: Callable[[], None]) -> Iterator[Completion]:
@@ -82,7 +83,8 @@ class VllmEngine:
             if not engine.has_unfinished_requests():
                 continue  # everything was refused: a step would wait for an answer that never comes
             try:
-                outputs = engine.step()
+                with self._clock.span("model"):
+                    outputs = engine.step()
             except Exception as error:  # its state is then unknown, in this process or in the engine's own
                 raise EngineDied(f"vLLM: {type(error).__name__}: {error}") from error
             for output in outputs:

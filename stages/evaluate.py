@@ -18,9 +18,11 @@ from ..storage.codec import SoftTargets
 from ..storage.errors import UsageError
 from ..storage.files import LocalFiles
 from ..storage.snapshot import Snapshot, load_snapshot
+from ..storage.sources import open_store
 from ..storage.store import Store
 from .alignment import predicting_positions, scored_span, scored_tokens
 from .answers import Quiz, prepare_quiz
+from .clock import Clock
 from .job import Job, StageResult
 from .kept import wanted
 from .labels import names_in
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .classes import Inputs
+    from .evaluate_views import ArmViews, Views
     from .metrics import Tally
 
 Arms = dict[str, Callable[[], "nn.Module"]]
@@ -48,7 +51,7 @@ NUMBERS = (
 """What is known of an arm; null where it is not."""
 
 _SPAN = {
-    "soft_targets": ("prompt_key", "generation_key", "token_ids", "span_start", "span_tokens"),
+    "soft_targets": ("key", "prompt_key", "generation_key", "token_ids", "span_start", "span_tokens"),
     "generations": ("prompt_key", "key", "token_ids", "prompt_tokens"),
 }
 _TARGETS = ("kind", "k", "ids", "logprobs", "tail_logprob", "token_logprob", "entropy")
@@ -61,20 +64,25 @@ def run(job: Job) -> StageResult:
         UsageError: nothing is held out, or a student cannot read the held-out rows.
     """
     started = time.monotonic()
-    store = Store.open(job.recipe.storage.dir)
+    store = open_store(job.recipe.storage.dir, job.recipe.storage.sources)
     classified = job.recipe.run.task == "classification"
-    held_out = HeldOut(store, load_snapshot(store, job.snapshots["test"]), classified=classified)
+    held_out = HeldOut(store, load_snapshot(store, job.snapshots["test"]), job.clock, classified=classified)
     if not held_out.rows:
         what = "held-out row has a gold label" if classified and held_out.snapshot.rows else "held-out rows"
         raise UsageError(
             f"data.holdout: no {what}, so nothing to evaluate on. Set data.holdout higher, or to 0: no evaluation."
         )
-    quiz = prepare_quiz(job, store, held_out.spans()) if job.recipe.evaluate.generate else None
-    content = _content(job, held_out, _measure_arms(job, held_out, _students(job, store), quiz=quiz), quiz=quiz)
+    with job.clock.span("start"):
+        quiz = prepare_quiz(job, store, held_out.spans())
+        found = Measured(views=_views(job, held_out, store))
+        students = _students(job, store)
+    _measure_arms(job, held_out, students, quiz=quiz, found=found)
+    content = _content(job, held_out, found, quiz=quiz)
     content["seconds"] = round(time.monotonic() - started, 3)
     encoded = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
     files = LocalFiles(job.train_dirs["student"])
-    files.replace("evaluation.json", encoded.encode())  # in place of one that was asked for differently
+    with job.clock.span("disk"):
+        files.replace("evaluation.json", encoded.encode())  # in place of one that was asked for differently
     measured = content["measured_on"]
     return StageResult(rows=measured["rows"], tokens=measured["tokens"], details={"results": content["results"]})
 
@@ -82,9 +90,9 @@ def run(job: Job) -> StageResult:
 class HeldOut:
     """The rows of the test snapshot: soft targets, or (black-box) generations."""
 
-    def __init__(self, store: Store, snapshot: Snapshot, *, classified: bool = False) -> None:
+    def __init__(self, store: Store, snapshot: Snapshot, clock: Clock, *, classified: bool = False) -> None:
         """`classified`: texts with their classes; those without a gold label are left out, they judge nobody."""
-        self._store, self.classified = store, classified
+        self._store, self.classified, self._clock = store, classified, clock
         self.snapshot = snapshot
         self.scored = snapshot.table == "soft_targets"
         self.rows = sum(row["label"] is not None for row in self._read("label")) if classified else snapshot.rows
@@ -108,7 +116,8 @@ class HeldOut:
 
     def _read(self, *columns: str) -> Iterator[dict[str, Any]]:
         for shard in self.snapshot.shards:
-            yield from self._store.rows(self.snapshot.table, {shard.sha256: shard.rows}, columns)
+            rows = self._store.rows(self.snapshot.table, {shard.sha256: shard.rows}, columns)
+            yield from self._clock.each("disk", rows)
 
 
 def _with_span(row: dict[str, Any]) -> dict[str, Any]:
@@ -136,6 +145,8 @@ def _students(job: Job, store: Store) -> Arms:
 class Measured:
     """What came of the arms."""
 
+    views: "Views"
+    """Distributions and single tokens, for the report."""
     tallies: dict[str, "Tally"] = field(default_factory=dict)
     answers: dict[str, list[str]] = field(default_factory=dict)
     """Of the students, where they were asked."""
@@ -143,31 +154,48 @@ class Measured:
     """Of the student before and after training, sparse against full."""
 
 
-def _measure_arms(job: Job, held_out: HeldOut, students: Arms, *, quiz: Quiz | None) -> Measured:
-    """All arms, one model at a time."""
-    import torch
+def _views(job: Job, held_out: HeldOut, store: Store) -> "Views":
+    """Where what the report shows is gathered; it has the lengths already."""
+    from .evaluate_views import Views
+    from .pieces import Pieces
 
-    from .student import merged
+    score, teacher_dir = job.recipe.score, store.teacher_dir(job.teacher_id)
+    kept = None
+    if score is not None and held_out.scored and not held_out.classified:
+        kept = wanted(score, max(k for _, k in held_out.references()))
+    views = Views(kept=kept, pieces=Pieces.of_folder(teacher_dir))
+    for row in held_out.spans():
+        views.add_length(len(row["token_ids"]) if held_out.classified else row["span_tokens"])
+    return views
+
+
+def _measure_arms(job: Job, held_out: HeldOut, students: Arms, *, quiz: Quiz | None, found: Measured) -> None:
+    """All arms, one model at a time, into `found`."""
+    with job.clock.span("start"):
+        import torch
+
+        from .student import merged
 
     questions = len(quiz.questions) if quiz else 0
     total = held_out.rows * (held_out.scored + len(students)) + questions * len(students)
     job.progress.start(total=total, unit="rows")
-    found = Measured()
     if held_out.scored:
-        found.tallies["teacher"] = _teacher_tally(job, held_out)
+        found.tallies["teacher"] = _teacher_tally(job, held_out, found.views)
     for arm, load in students.items():
-        model: Any = merged(load())
-        model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        found.tallies[arm] = _student_tally(job, held_out, model, arm=arm)
+        with job.clock.span("start"):
+            model: Any = merged(load())
+            model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        found.tallies[arm] = _student_tally(job, held_out, model, view=found.views.arm(arm), arm=arm)
         if quiz:
-            found.answers[arm] = quiz.answers(model, job)
+            with job.clock.span("model"):
+                found.answers[arm] = quiz.answers(model, job)
         if arm != "baseline":
-            found.gradients[arm] = _gradient(job, held_out, model, arm=arm)
+            with job.clock.span("model"):
+                found.gradients[arm] = _gradient(job, held_out, model, arm=arm)
         del model  # before the next one is loaded
-    return found
 
 
-def _teacher_tally(job: Job, held_out: HeldOut) -> "Tally":
+def _teacher_tally(job: Job, held_out: HeldOut, views: "Views") -> "Tally":
     import torch
 
     from .metrics import Tally, measure_teacher
@@ -175,13 +203,17 @@ def _teacher_tally(job: Job, held_out: HeldOut) -> "Tally":
     tally = Tally()
     for row in held_out.targets():
         job.stop.check()
-        measures = measure_teacher(SoftTargets.from_row(row).normalised(), torch.as_tensor(_asked(row)))
+        with job.clock.span("disk"):
+            targets = SoftTargets.from_row(row).normalised()
+        with job.clock.span("model"):  # no pass of the teacher, but the same sums over its vocabulary
+            measures = measure_teacher(targets, torch.as_tensor(_asked(row)))
+        views.add_teacher(row, targets)
         tally.add(row["prompt_key"], measures | _accuracy(row, measures))
         job.progress.advance(tokens=row["span_tokens"], note="teacher")
     return tally
 
 
-def _student_tally(job: Job, held_out: HeldOut, model: "nn.Module", *, arm: str) -> "Tally":
+def _student_tally(job: Job, held_out: HeldOut, model: "nn.Module", *, view: "ArmViews", arm: str) -> "Tally":
     from .metrics import Tally
 
     tally = Tally()
@@ -189,18 +221,20 @@ def _student_tally(job: Job, held_out: HeldOut, model: "nn.Module", *, arm: str)
     if job.recipe.run.task == "classification":
         from .classes import Inputs
 
-        inputs = Inputs.of(model, Store.open(job.recipe.storage.dir).teacher_dir(job.teacher_id))
+        store = open_store(job.recipe.storage.dir, job.recipe.storage.sources)
+        inputs = Inputs.of(model, store.teacher_dir(job.teacher_id))
     for row in held_out.targets():
         job.stop.check()
         if inputs is None:
-            _measure_row(model, row, tally)
+            _measure_row(model, row, tally, view=view, clock=job.clock)
         else:
-            _measure_text(model, inputs, row, tally=tally)
+            with job.clock.span("model"):
+                _measure_text(model, inputs, row, tally=tally)
         job.progress.advance(tokens=row["span_tokens"], note=arm)
     return tally
 
 
-def _measure_row(model: "nn.Module", row: dict[str, Any], tally: "Tally") -> None:
+def _measure_row(model: "nn.Module", row: dict[str, Any], tally: "Tally", *, view: "ArmViews", clock: Clock) -> None:
     import torch
 
     from .head import hidden_states, split_head
@@ -209,15 +243,22 @@ def _measure_row(model: "nn.Module", row: dict[str, Any], tally: "Tally") -> Non
     head = split_head(model)
     ids = torch.as_tensor(row["token_ids"]).long().to(head.weight.device)
     _check_fits(model, ids, head.vocab_size)
-    targets = SoftTargets.from_row(row).normalised() if "logprobs" in row else None
+    with clock.span("disk"):
+        targets = SoftTargets.from_row(row).normalised() if "logprobs" in row else None
     with torch.inference_mode():
-        states = hidden_states(model, input_ids=ids[None])[0, predicting_positions(row["start"], row["span_tokens"])]
+        with clock.span("model"):
+            states = hidden_states(model, input_ids=ids[None])[0]
+        states = states[predicting_positions(row["start"], row["span_tokens"])]
         following = scored_tokens(ids, row["start"], row["span_tokens"])
         step = chunk_tokens(head.vocab_size)
         for start in range(0, len(states), step):
             part = slice(start, start + step)
             reference = None if targets is None else targets.positions(part)
-            tally.add(row["prompt_key"], measure(head.logits(states[part]), following[part], reference))
+            with clock.span("model"):
+                logits = head.logits(states[part])
+                measures = measure(logits, following[part], reference)
+            tally.add(row["prompt_key"], measures)
+            view.add(row, start, measures=measures, logits=logits)
 
 
 def _measure_text(model: Any, inputs: "Inputs", row: dict[str, Any], *, tally: "Tally") -> None:
@@ -270,7 +311,11 @@ def _gradient(job: Job, held_out: HeldOut, model: "nn.Module", *, arm: str) -> d
     assert objective is not None
     vocab_size = split_head(model).vocab_size
     packing = Packing(
-        tokens_per_pass=1, shared_rows=False, unstored_temperature=loss.unstored_temperature, vocab_size=vocab_size
+        tokens_per_pass=1,
+        shared_rows=False,
+        unstored_temperature=loss.unstored_temperature,
+        vocab_size=vocab_size,
+        kernel=job.recipe.train.kernel if job.recipe.train else None,
     )
     kept = wanted(score, vocab_size)
     job.progress.say(f"gradient of sparse against full targets ({arm})")
@@ -312,7 +357,7 @@ def _content(job: Job, held_out: HeldOut, found: Measured, *, quiz: Quiz | None)
     """What `evaluation.json` holds."""
     tallies = found.tallies
     results = {arm: _result(tallies.get(arm), held_out) for arm in ("teacher", *found.answers, *tallies)}
-    if quiz:
+    if quiz and quiz.scored:
         for arm, score in quiz.scores(found.answers).items():
             results[arm]["answers"] = score
     others = [arm for arm in ("student_before", "baseline") if arm in tallies]
@@ -324,8 +369,9 @@ def _content(job: Job, held_out: HeldOut, found: Measured, *, quiz: Quiz | None)
         "gradient": found.gradients if any(found.gradients.values()) else None,
         "measured_on": _measured_on(held_out, tallies["student"]),
         "arms": {arm: folder.name for arm, folder in job.train_dirs.items()},
-        "answers": quiz.about() if quiz else None,
+        "answers": quiz.about() if quiz and quiz.scored else None,
         "samples": quiz.samples(found.answers) if quiz else [],
+        "views": found.views.content(),
     }
 
 

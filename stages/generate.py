@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..storage.keys import content_key, row_seed
+from ..storage.sources import open_store
 from ..storage.store import Store
 from .claims import Claims
 from .engine import Completion, Engine, Request, choose_engine, open_engine
@@ -30,12 +31,13 @@ def run(job: Job, author: Identity) -> StageResult:
     """
     settings = job.recipe.generate
     assert settings is not None
-    store = Store.open(job.recipe.storage.dir)
-    ledger, pending = _asked(job, store)
-    name = choose_engine(settings.engine)
-    shard_about, limits = _about(job, author, name), commit_limits(job.recipe)
-    run_dir = Path(job.recipe.run.dir)
-    suspects = find_suspects(run_dir, "generate")
+    with job.clock.span("start"):
+        store = open_store(job.recipe.storage.dir, job.recipe.storage.sources)
+        ledger, pending = _asked(job, store)
+        name = choose_engine(settings.engine)
+        shard_about, limits = _about(job, author, name), commit_limits(job.recipe)
+        run_dir = Path(job.recipe.run.dir)
+        suspects = find_suspects(run_dir, "generate")
     with (
         Journal(job.journal or new_journal(run_dir, "generate")) as journal,
         store.writer("generations", about=shard_about, limits=limits) as rows,
@@ -54,9 +56,10 @@ def run(job: Job, author: Identity) -> StageResult:
             row_key=lambda request: _row_key(job, request),
             reject=lambda request, error, attempts: _reject(job, request, error, attempts),
         )
-        work = _Work(job, store, share)
+        with job.clock.span("start"):
+            work = _Work(job, store, share)
         job.progress.say(f"loading {author.folder} into {name}")
-        engine = open_engine(name, author, settings)
+        engine = open_engine(name, author, settings, job.clock)
         job.stop.check()
         job.progress.start(total=ledger.planned, unit="rows", done=ledger.committed)
         work.write(engine, work.requests())
@@ -150,12 +153,14 @@ class _Work:
         places: dict[str, list[int]] = {}
         for shard, row in sorted({request.prompt for request in block}):
             places.setdefault(shard, []).append(row)
-        rows = self._store.rows("prompts", places, ["prompt_key", "text", "messages"])
-        prompts = {row["prompt_key"]: row for row in rows}
+        with self._job.clock.span("disk"):
+            rows = self._store.rows("prompts", places, ["prompt_key", "text", "messages"])
+            prompts = {row["prompt_key"]: row for row in rows}
         return [prompts[request.prompt_key] for request in block]
 
     def _prompt_ids(self, prompt: dict[str, Any]) -> list[int]:
-        ids = self._renderer.prompt_ids(prompt)
+        with self._job.clock.span("tokenizer"):
+            ids = self._renderer.prompt_ids(prompt)
         if len(ids) >= self._job.context_tokens:
             raise RowError("too_long", f"the prompt has {len(ids)} tokens; the author reads {self._job.context_tokens}")
         return ids

@@ -28,7 +28,7 @@ from ..storage.codec import SoftTargets
 from ..storage.keys import row_seed
 from .batches import Packing
 from .kept import Kept
-from .losses import Objective
+from .losses import Aim, Objective
 from .samples import Sample
 from .targets import targets_of
 
@@ -81,7 +81,7 @@ def compare_gradients(
     """
     weights = [parameter.requires_grad_() for parameter in model.parameters()]
     sparse, full = ([torch.zeros_like(weight) for weight in weights] for _ in range(2))
-    tokens = 0
+    aim, tokens = Aim(soft_weight=1.0, hard_weight=0.0, objective=objective), 0
     for row in rows:
         whole = _whole(row)
         found = kept_of(whole, kept, seed=row_seed(row["generation_key"]))
@@ -90,9 +90,8 @@ def compare_gradients(
             sample = Sample(token_ids=row["token_ids"], targets=targets, **span)
             for batch in packing.batches([sample], objective.temperature):
                 there = batch.to(weights[0].device)
-                soft = packing.losses(model, there, objective=objective, dtype=torch.float32).soft
-                assert soft is not None
-                _add(sums, torch.autograd.grad(soft.sum(), weights, allow_unused=True))
+                total = packing.losses(model, there, aim=aim, dtype=torch.float32).total
+                _add(sums, torch.autograd.grad(total, weights, allow_unused=True))
         tokens += row["span_tokens"]
     angle, ratio = (value if math.isfinite(value) else None for value in angle_and_ratio(sparse, full))
     return {"angle_degrees": angle, "norm_ratio": ratio, "tokens": tokens}

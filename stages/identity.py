@@ -161,6 +161,58 @@ def identify(
     )
 
 
+def identify_unseen(folder: Path, name: str, *, hashes: FileHashes, vocab_size: int | None = None) -> Identity:
+    """A teacher whose weights are not here: known by the name that is given to it, and by its tokenizer.
+
+    Two teachers of one name and tokenizer are one teacher here; nothing can tell them apart.
+
+    Args:
+        folder: Holds the tokenizer, and the config if there is one.
+        name: What to call the teacher.
+        hashes: Where file hashes are remembered.
+        vocab_size: Of the teacher; None: as the config says, else as many ids as the tokenizer has.
+
+    Raises:
+        UsageError: there is no tokenizer, or no way to tell how large the vocabulary is.
+    """
+    field = "--tokenizer"
+    config = _read_json(folder / "config.json", field, missing={})
+    tokenizer_config = _read_json(folder / "tokenizer_config.json", field, missing={})
+    template = tokenizer_config.pop("chat_template", None)
+    if (folder / "chat_template.jinja").is_file():
+        template = (folder / "chat_template.jinja").read_text()
+    found = vocab_size or config.get("text_config", config).get("vocab_size") or _tokenizer_size(folder)
+    parts = {
+        "unseen": name,
+        "vocab_size": int(found),
+        "config": _content(config),
+        "end_tokens": _read_json(folder / "generation_config.json", field, missing={}).get("eos_token_id"),
+        "tokenizer": _tokenizer(folder, hashes, field) | {"config": _content(tokenizer_config)},
+        "chat_template": template,
+    }
+    return Identity(
+        id=content_id("model", **parts),
+        tokenizer_id=content_id("tokenizer", files=parts["tokenizer"]),
+        template_id=content_id("template", template=template),
+        folder=folder,
+        adapter=None,
+        dtype="",
+        vocab_size=int(found),
+        context_tokens=2**31 - 1,
+        parts=parts,
+    )
+
+
+def _tokenizer_size(folder: Path) -> int:
+    content = _read_json(folder / "tokenizer.json", "--tokenizer", missing={})
+    vocabulary = content.get("model", {}).get("vocab", {})
+    ids = [*vocabulary.values()] if isinstance(vocabulary, dict) else [*range(len(vocabulary))]
+    ids += [token["id"] for token in content.get("added_tokens", [])]
+    if not ids:
+        raise UsageError(f"--tokenizer: {folder} does not say how many ids there are. Give --vocab-size.")
+    return max(ids) + 1
+
+
 def tensor_files(folder: Path) -> list[Path]:
     """The weight files of a model or adapter folder."""
     found = sorted(folder.glob("*.safetensors"))

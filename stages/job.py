@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from ..storage.errors import Stopped
+from .clock import Clock
 from .sections import Recipe
 
 Arm = Literal["student", "baseline"]
@@ -21,6 +22,9 @@ class Progress(Protocol):
 
     def advance(self, units: int = 1, *, tokens: int = 0, note: str = "") -> None:
         """Count units and tokens done; `note` stands at the end of the line."""
+
+    def wrote(self, *, rejects: int, size: int) -> None:
+        """Rows rejected and bytes committed by this process, so far."""
 
     def say(self, text: str) -> None:
         """One line of its own."""
@@ -50,6 +54,8 @@ class Job:
     recipe: Recipe
     progress: Progress
     stop: StopFlag
+    clock: Clock = field(default_factory=Clock)
+    """Told what the time is spent on; the worker puts its seconds into the result's details."""
     data_id: str = ""
     """Name of the inputs record: which prompts, in which split."""
     teacher_id: str = ""

@@ -4,7 +4,7 @@ Nothing here imports torch: the plan asks too.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from .sections import Score
 
 FULL_VOCABULARY = 65_536  # reference targets are the whole distribution up to this vocabulary ...
 REFERENCE_K = 4_096  # ... and this many entries plus the tail beyond it
+_NAMES = ("kind", "k", "p", "k_min", "draw", "proposal")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,18 +37,19 @@ class Kept:
 
     def columns(self) -> dict[str, Any]:
         """The settings as columns of a row; `SoftTargets.columns` has the temperatures."""
-        return {name: value for name, value in asdict(self).items() if name != "temperatures"}
+        return {name: getattr(self, name) for name in _NAMES}
 
     def named(self) -> dict[str, Any]:
         """Those that this kind has, for a row's key and a shard's description."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        found = self.columns() | {"temperatures": self.temperatures}
+        return {name: value for name, value in found.items() if value is not None}
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> "Kept":
         """What a stored row was made with."""
-        names = ("kind", "k", "p", "k_min", "draw", "proposal")
         stored = row.get("temperatures")
-        return cls(**{name: row[name] for name in names}, temperatures=() if stored is None else tuple(stored.tolist()))
+        temperatures = () if stored is None else tuple(stored.tolist())
+        return cls(**{name: row[name] for name in _NAMES}, temperatures=temperatures)
 
 
 def wanted(score: Score, vocab_size: int) -> Kept:

@@ -11,11 +11,15 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ..storage.commits import numbers
 from ..storage.index import Index, as_uuid
 from ..storage.inputs import read_inputs
+from ..storage.published import Published
 from ..storage.schema import TableName
+from ..storage.segments import place_of
+from ..storage.sources import FIRST, Joined
 from ..storage.store import Store
 from .sections import Recipe
 
@@ -40,6 +44,8 @@ class Ledger:
     """Of the pending ones; an upper bound where they are still to be written."""
     bytes_to_do: int = 0
     """About what they will take on disk."""
+    sources: dict[str, int] = field(default_factory=dict)
+    """Of the committed rows, those that a read-only source serves, by its name."""
 
     def enter(self, count: int, tokens: int | None, *, served: bool, rejected: str | None, why: str) -> bool:
         """Count requests of one fate; whether they are still to do."""
@@ -92,19 +98,49 @@ class Books:
     """A recipe's prompts beside a store's rows: the views `inputs` and those of `Index`. A context manager."""
 
     def __init__(
-        self, store: Store, recipe: Recipe, *, data_id: str, surveyed: pa.Table | None = None, write: bool = False
+        self,
+        store: Store,
+        recipe: Recipe,
+        *,
+        data_id: str,
+        surveyed: pa.Table | Published | None = None,
+        write: bool = False,
     ) -> None:
-        """`surveyed`: what the source holds, where it was not recorded under `data_id` yet. `write`: keep segments."""
+        """Begin with what the data are.
+
+        Args:
+            store: The store, with its sources.
+            recipe: The recipe.
+            data_id: Name of the record of its prompts.
+            surveyed: What the source holds, where it was not recorded under `data_id` yet; or the published folder
+                whose rows are the data.
+            write: Keep index segments.
+        """
         self.store, self.recipe = store, recipe
-        recorded = read_inputs(store.files, data_id)
         self.index = Index(store, write=write)
+        self.published = surveyed if isinstance(surveyed, Published) else None
+        """The folder whose rows are the data, as they are: prompts and text are not asked for."""
+        self.lenient = self.published is not None
+        """Held-out rows that have no reference targets are judged on those that they have: nobody can make others."""
+        if self.published is None:
+            self._view_inputs(data_id, surveyed if isinstance(surveyed, pa.Table) else None)
+        else:
+            first = next(first for part, first in store.parts if part is self.published)
+            samples = self.published.samples()
+            places = pc.add(samples["place"], place_of(first, 0))
+            self.index.register("published", samples.set_column(samples.column_names.index("place"), "place", places))
+
+    def _view_inputs(self, data_id: str, surveyed: pa.Table | None) -> None:
         if surveyed is not None:
             count = pa.array(np.arange(surveyed.num_rows, dtype=np.int64))
             self.index.register("surveyed", surveyed.append_column("file_row_number", count))
             source = "surveyed"
         else:
-            assert recorded is not None, "the data stage comes first"
-            source = self.index.parquet(store.files, recorded.shard)
+            found = ((part.files, read_inputs(part.files, data_id)) for part, _ in self.store.parts)
+            files, recorded = next((pair for pair in found if pair[1] is not None), (None, None))
+            assert files is not None, "the data stage comes first"
+            assert recorded is not None
+            source = self.index.parquet(files, recorded.shard)
         self.index.execute(
             f"CREATE VIEW inputs AS SELECT {as_uuid('key')}, {as_uuid('prompt_key')}, windows, first, "
             f"split = 'test' AS held_out, file_row_number AS number FROM {source}"
@@ -119,9 +155,9 @@ class Books:
     def lost(self, given_author: str | None) -> int:
         """Inputs whose prompts row, or whose rows of given text, the store has no more: only if some were withdrawn."""
         lost = 0
-        if numbers(self.store.files, "prompts", folder="retired"):
+        if self._withdrew("prompts"):
             ((lost,),) = self.index.rows("SELECT count(*) FROM inputs WHERE key NOT IN (SELECT key FROM prompts)")
-        if given_author is not None and numbers(self.store.files, "generations", folder="retired"):
+        if given_author is not None and self._withdrew("generations"):
             ((windows,),) = self.index.rows(f"""
                 SELECT count(*) FROM inputs LEFT JOIN (
                     SELECT source_key AS key, count(*) AS had FROM generations
@@ -129,6 +165,18 @@ class Books:
                 ) USING (key) WHERE coalesce(had, 0) < windows""")
             lost = max(lost, windows)
         return int(lost)
+
+    def _withdrew(self, table: TableName) -> bool:
+        return any(numbers(part.files, table, folder="retired") for part, _ in self.store.parts)
+
+    def sources(self, view: str, column: str) -> dict[str, int]:
+        """Rows of each read-only source among the places in a column, by the source's name."""
+        if not isinstance(self.store, Joined):
+            return {}
+        names = ["", *self.store.sources]
+        found = self.index.rows(f"""
+            SELECT {column} // {place_of(FIRST, 0)}, count(*) FROM {view} WHERE {column} IS NOT NULL GROUP BY ALL""")
+        return {names[part]: count for part, count in sorted(found) if part}
 
     def place(self, table: TableName, number: int) -> Place:
         """The shard and row behind a `place` of the index."""

@@ -52,9 +52,18 @@ def generation_ledger(
         why = "stored under another max_tokens" if stored else "new"
         ledger.enter(count, tokens, served=served, rejected=reason, why=why)
     _explain_new(books, ledger, author_id, author_parts or {})
+    ledger.sources = books.sources("asked", "place")
     ledger.tokens_to_do = ledger.pending * generate.max_tokens
     ledger.bytes_to_do = ledger.tokens_to_do * GENERATION_BYTES
     return ledger
+
+
+def published_alike(books: Books, *, author_id: str) -> int:
+    """How many of the published rows were written as the recipe says."""
+    ((rows,),) = books.index.rows(f"""
+        SELECT count(*) FROM published p JOIN generations g ON g.key = p.key::UUID
+        WHERE g.sampling_id = '{_sampling_id(books, author_id)}'""")
+    return int(rows)
 
 
 def pending_generations(books: Books, *, author_id: str) -> Pending[GenerationRequest]:

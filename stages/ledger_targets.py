@@ -22,6 +22,10 @@ def choose_generations(books: Books, *, author_id: str) -> None:
     `chosen`: the best row of each request, after `select.where`; comes after `generation_ledger` where text is made.
     `judged`: held-out rows in the order of their hashes, up to `evaluate.tokens` scored tokens, one at least.
     """
+    if books.published is not None:
+        books.index.execute(f"CREATE OR REPLACE VIEW chosen AS {_published(books)}")
+        _judge(books)
+        return
     if books.recipe.generate is None:
         rows = f"JOIN inputs i ON g.source_key = i.key WHERE g.author_id = '{author_id}'"
     else:
@@ -39,6 +43,22 @@ def choose_generations(books: Books, *, author_id: str) -> None:
                 g.prompt_tokens + g.completion_tokens AS tokens, {start} AS start
             FROM generations g {rows}
         ) WHERE start < tokens""")
+    _judge(books)
+
+
+def _published(books: Books) -> str:
+    """The published rows, as they are; `select.where` may leave some out. `place` is that of the text, where it is."""
+    where = "WHERE true" if books.recipe.score else "WHERE g.place IS NOT NULL"
+    if books.recipe.select.where is not None:
+        books.index.register("allowed", _where(books, books.recipe.select.where))
+        where += " AND p.key IN (SELECT key FROM allowed)"
+    return f"""
+        SELECT p.key::UUID AS key, p.prompt_key::UUID AS prompt_key, p.tokens_key::UUID AS tokens_key, g.place,
+            held_out, tokens, start
+        FROM published p LEFT JOIN (SELECT key, place FROM generations) g ON g.key = p.key::UUID {where}"""
+
+
+def _judge(books: Books) -> None:
     held_out = books.index.table(
         "SELECT key::BLOB AS key, tokens - start AS span FROM chosen WHERE held_out ORDER BY prompt_key, chosen.key"
     )
@@ -82,12 +102,13 @@ def target_ledger(
     score, index = books.recipe.score, books.index
     assert score is not None
     judged, trained = reference(score, vocab_size), wanted(score, vocab_size)
+    judging = "coalesce(reference, trained)" if books.lenient else "reference"
     bits = books.recipe.storage.mantissa_bits
     _take_part(books, 0, parts=1)
     index.execute(f"""
         CREATE OR REPLACE VIEW scored AS
         SELECT w.*, coalesce(stored, 0) > 0 AS stored, reason,
-            (CASE WHEN held_out THEN reference ELSE trained END % {PLACES})::BIGINT AS target,
+            (CASE WHEN held_out THEN {judging} ELSE trained END % {PLACES})::BIGINT AS target,
             CASE WHEN held_out THEN reference_lacks ELSE trained_lacks END AS lacks
         FROM (
             SELECT tokens_key, min(key) AS key, any_value(tokens) AS tokens, any_value(start) AS start,
@@ -111,6 +132,7 @@ def target_ledger(
             ledger.tokens_to_do += int(tokens)
             ledger.bytes_to_do += int(tokens * target_bytes(kept))
     _explain_new(books, ledger, teacher_id, teacher_parts or {})
+    ledger.sources = books.sources("scored", "target")
     return ledger
 
 
@@ -186,9 +208,10 @@ _PART = "hash(tokens_key) % getvariable('parts') = getvariable('part')"
 
 
 def _where(books: Books, condition: str) -> pa.Table:
-    for commit in books.index.commits["generations"].values():  # DuckDB would read a flipped bit without a word
-        if books.store.files.sha256(commit.shard.name) != commit.shard.sha256:
-            raise IntegrityError(f"{commit.shard.name}: the file is damaged (its sha256 is another one). {REPAIR}")
+    for part, _ in books.store.parts:  # DuckDB would read a flipped bit without a word
+        for shard in part.shards("generations"):
+            if part.files.sha256(shard.name) != shard.sha256:
+                raise IntegrityError(f"{shard.name}: the file is damaged (its sha256 is another one). {REPAIR}")
     try:
         return query(books.store, f"SELECT key FROM generations WHERE {condition}")
     except UsageError as error:

@@ -1,4 +1,4 @@
-"""Distillation losses with the output head inside: hidden states in, per-token losses out, float32 throughout.
+"""What the losses are: divergence from the teacher and cross-entropy of each token, float32 throughout.
 
 A sparse soft target is K entries and a bucket for all other ids. The student is seen through the same K + 1 outcomes,
 so no mass of either side is thrown away:
@@ -22,7 +22,11 @@ divergence is multiplied by T^2, in value and gradient (Hinton et al. 2015, arXi
 with the token that is there is at temperature 1. Values are never averaged: the caller divides by the scored tokens of
 the whole step.
 
-Letters: N scored tokens, K entries, V the student's vocabulary, D hidden.
+All that is needed of the student's logits is `Seen`: those of the entries and of the label, and two sums. `losses_of`
+is the definition, in these terms. `logits_distillation` sees logits that are there anyway, and autograd finds the way
+back; `fused.py` never holds the logits of all tokens, and takes the way back itself.
+
+Letters: N scored tokens, K entries, V the student's vocabulary.
 """
 
 from collections.abc import Callable
@@ -31,14 +35,11 @@ from typing import Self
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ..storage.errors import UsageError
 from . import divergences
-from .head import Head
-from .sections import Divergence, Tail
-
-CHUNK_BYTES = 64 * 2**20  # float32 logits held at once
+from .fields import Divergence, Tail
+from .passes import Seen
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +79,11 @@ class TargetBatch:
     entropy: Tensor | None = None
     """[N] float32 sampled: entropy of the whole teacher at that temperature, nats."""
 
+    @property
+    def soft(self) -> bool:
+        """Whether there are soft targets."""
+        return self.logprobs is not None or self.probabilities is not None
+
     def rows(self, start: int, stop: int) -> Self:
         """Positions start to stop."""
         return self._map(lambda tensor: tensor[start:stop])
@@ -95,6 +101,28 @@ class TargetBatch:
         return replace(self, **{name: change(value) for name, value in values.items() if value is not None})
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Aim:
+    """What is minimised at one point of the training."""
+
+    soft_weight: float
+    hard_weight: float
+    objective: Objective | None
+    """None: cross-entropy alone, all along."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Distilled:
+    """The loss of one forward pass, and what it is made of."""
+
+    total: Tensor
+    """Sum over the tokens of soft_weight * soft + hard_weight * hard; the one that has a gradient."""
+    hard: Tensor
+    """[N] cross-entropy of each token, nats; a value without a gradient."""
+    soft: Tensor | None
+    """[N] divergence of each token; a value without a gradient. None where it was not asked for."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class LossParts:
     """Per-token losses in nats, not weighted."""
@@ -109,56 +137,52 @@ class LossParts:
         hard = hard_weight * self.hard
         return hard if self.soft is None else soft_weight * self.soft + hard
 
+    def summed(self, aim: Aim) -> Distilled:
+        """Their sum over the tokens, weighted."""
+        soft = None if self.soft is None else self.soft.detach()
+        total = self.weighted(aim.soft_weight, aim.hard_weight).sum()
+        return Distilled(total=total, hard=self.hard.detach(), soft=soft)
 
-def linear_distillation(
-    hidden: Tensor, head: Head, targets: TargetBatch, *, objective: Objective | None, chunk_tokens: int | None = None
-) -> LossParts:
-    """Divergence and cross-entropy of each token in one pass over the vocabulary.
 
-    Logits exist for `chunk_tokens` tokens at a time and are made again in the backward pass; what is kept between the
-    passes does not grow with V.
-
-    Args:
-        hidden: [N, D] states at the predicting positions, in the dtype the matrix product shall run in.
-        head: Output head of the student.
-        targets: N targets, already passed through `fit_vocabulary`.
-        objective: None skips the soft part.
-        chunk_tokens: None: as many as fill `CHUNK_BYTES`.
+def logits_distillation(logits: Tensor, targets: TargetBatch, *, objective: Objective | None) -> LossParts:
+    """Divergence and cross-entropy of each token from logits [N, V] float32; autograd goes through both.
 
     Raises:
         UsageError: the targets are sampled, which serve forward KL only.
     """
-    chunk = chunk_tokens or max(1, CHUNK_BYTES // (4 * head.vocab_size))
-    parts = []
-    for start in range(0, max(len(hidden), 1), chunk):
-        rows = hidden[start : start + chunk], head, targets.rows(start, start + chunk), objective
-        if torch.is_grad_enabled():
-            # The weight is used inside: each chunk adds its gradient in the weight's own float32.
-            parts.append(checkpoint(_chunk, *rows, use_reentrant=False, preserve_rng_state=False))
-        else:
-            parts.append(_chunk(*rows))
-    soft = [part.soft for part in parts if part.soft is not None]
-    return LossParts(hard=torch.cat([part.hard for part in parts]), soft=torch.cat(soft) if soft else None)
+    if objective is None or not targets.soft:
+        normaliser = logits.logsumexp(-1)
+        label = logits.gather(-1, targets.labels[:, None]).squeeze(-1)
+        return LossParts(hard=normaliser - label, soft=None)
+    targets = compared(targets, objective)
+    return losses_of(_seen(logits, targets, objective.temperature), targets, objective=objective)
 
 
-def _chunk(hidden: Tensor, head: Head, targets: TargetBatch, objective: Objective | None) -> LossParts:
-    return logits_distillation(head.logits(hidden), targets, objective=objective)
+def compared(targets: TargetBatch, objective: Objective) -> TargetBatch:
+    """The targets with the entries that the student is seen through: to_label adds one where the label is none."""
+    return _tail_to_label(targets) if objective.tail == "to_label" and targets.logprobs is not None else targets
 
 
-def logits_distillation(logits: Tensor, targets: TargetBatch, *, objective: Objective | None) -> LossParts:
-    """The same as `linear_distillation`, from logits [N, V] float32."""
-    normaliser = logits.logsumexp(-1)
-    hard = normaliser - logits.gather(-1, targets.labels[:, None]).squeeze(-1)
-    if objective is None or (targets.logprobs is None and targets.probabilities is None):
+def losses_of(seen: Seen, targets: TargetBatch, *, objective: Objective | None) -> LossParts:
+    """The definition: divergence and cross-entropy of each token, from what is seen of the student's logits.
+
+    Args:
+        seen: Of N tokens, `rest` at the objective's temperature.
+        targets: As `compared` returned them.
+        objective: None skips the soft part, and so do targets without one.
+
+    Raises:
+        UsageError: the targets are sampled, which serve forward KL only.
+    """
+    hard = seen.normaliser - seen.label
+    if objective is None or not targets.soft:
         return LossParts(hard=hard, soft=None)
     scale = objective.temperature
-    if scale != 1.0:
-        logits = logits / scale
-        normaliser = logits.logsumexp(-1)
+    outcomes = torch.cat([seen.entries if scale == 1.0 else seen.entries / scale, seen.rest[:, None]], -1)
     if targets.probabilities is not None:
-        soft = _sampled_forward_kl(logits, normaliser, targets, objective)
+        soft = _sampled_forward_kl(outcomes.log_softmax(-1), targets, objective)
     else:
-        soft = _divergence(*_outcomes(logits, normaliser, targets, objective), objective)
+        soft = _divergence(_teacher(targets, objective), _student(outcomes, objective), objective)
     return LossParts(hard=hard, soft=soft if scale == 1.0 else scale**2 * soft)
 
 
@@ -184,7 +208,7 @@ def _divergence(teacher: Tensor, student: Tensor, objective: Objective) -> Tenso
             return divergences.adaptive_kl(teacher, student, head_mass=objective.head_mass)
 
 
-def _sampled_forward_kl(logits: Tensor, normaliser: Tensor, targets: TargetBatch, objective: Objective) -> Tensor:
+def _sampled_forward_kl(student: Tensor, targets: TargetBatch, objective: Objective) -> Tensor:
     """-sum_i t_i log p_i - entropy of the teacher [N]; the mean over the draws is forward KL over the vocabulary."""
     if objective.divergence != "forward_kl":
         raise UsageError(
@@ -194,26 +218,26 @@ def _sampled_forward_kl(logits: Tensor, normaliser: Tensor, targets: TargetBatch
     assert targets.ids is not None
     assert targets.probabilities is not None
     assert targets.entropy is not None
-    student = logits.gather(-1, targets.ids.clamp_min(0)) - normaliser[:, None]
-    return -(targets.probabilities * student).sum(-1) - targets.entropy
+    drawn = student[:, :-1].masked_fill(targets.ids < 0, 0.0)
+    return -(targets.probabilities * drawn).sum(-1) - targets.entropy
 
 
-def _outcomes(logits: Tensor, normaliser: Tensor, targets: TargetBatch, objective: Objective) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [N, K + 1] of the teacher and of the student for the same outcomes, the bucket last."""
-    tail = objective.tail
-    if tail == "to_label":
-        targets = _tail_to_label(targets)
+def _teacher(targets: TargetBatch, objective: Objective) -> Tensor:
+    """Log-probabilities [N, K + 1] of the outcomes that are compared, the bucket last."""
     assert targets.logprobs is not None
     assert targets.tail_logprob is not None
-    of_entries, of_tail = targets.logprobs, targets.tail_logprob
-    if tail in ("drop", "renormalize"):
-        of_entries, of_tail = _conditioned(of_entries), torch.full_like(of_tail, -torch.inf)
-    student = _student_entries(logits, targets)
-    student = _conditioned(student) if tail == "renormalize" else student - normaliser[:, None]
-    # Forward KL does not look where the teacher has nothing, which saves a pass over the vocabulary.
-    unseen = tail == "renormalize" or (tail != "bucket" and objective.divergence == "forward_kl")
-    rest = torch.full_like(normaliser, -torch.inf) if unseen else _student_rest(logits, normaliser, targets)
-    return torch.cat([of_entries, of_tail[:, None]], -1), torch.cat([student, rest[:, None]], -1)
+    entries, tail = targets.logprobs, targets.tail_logprob
+    if objective.tail in ("drop", "renormalize"):
+        entries, tail = _conditioned(entries), torch.full_like(tail, -torch.inf)
+    return torch.cat([entries, tail[:, None]], -1)
+
+
+def _student(outcomes: Tensor, objective: Objective) -> Tensor:
+    """Log-probabilities [N, K + 1] of the same outcomes, from their logits; no tail of the teacher hides the bucket."""
+    if objective.tail != "renormalize":
+        return outcomes.log_softmax(-1)
+    unseen = torch.full_like(outcomes[:, -1:], -torch.inf)
+    return torch.cat([_conditioned(outcomes[:, :-1]), unseen], -1)
 
 
 def _conditioned(values: Tensor) -> Tensor:
@@ -241,27 +265,23 @@ def _tail_to_label(targets: TargetBatch) -> TargetBatch:
     )
 
 
-def _student_entries(logits: Tensor, targets: TargetBatch) -> Tensor:
-    """The student's logits of the entries [N, K]; -inf where there is none."""
-    assert targets.logprobs is not None
+def _seen(logits: Tensor, targets: TargetBatch, temperature: float) -> Seen:
+    """Of logits [N, V], by operations that autograd knows."""
+    label = logits.gather(-1, targets.labels[:, None]).squeeze(-1)
     if targets.ids is None:
-        return logits[:, : targets.logprobs.shape[-1]]
-    return logits.gather(-1, targets.ids.clamp_min(0)).masked_fill(targets.ids < 0, -torch.inf)
-
-
-def _student_rest(logits: Tensor, normaliser: Tensor, targets: TargetBatch) -> Tensor:
-    """Log of the student's probability of all ids but the entries [N]; -inf where there are none."""
-    assert targets.logprobs is not None
-    if targets.ids is None:
-        rest = logits[:, targets.logprobs.shape[-1] :]
-        return rest.logsumexp(-1) - normaliser if rest.shape[-1] else torch.full_like(normaliser, -torch.inf)
-    # One column more than the vocabulary takes the marks of absent entries.
-    marks = torch.zeros(logits.shape[0], logits.shape[1] + 1, dtype=torch.bool, device=logits.device)
-    kept = marks.scatter_(-1, targets.ids.masked_fill(targets.ids < 0, logits.shape[1]), True)[:, :-1]
-    # logsumexp over nothing has a gradient of NaN, so where the entries are the whole vocabulary nothing is masked.
-    all_kept = kept.all(-1)
-    rest = logits.masked_fill(kept & ~all_kept[:, None], -torch.inf).logsumexp(-1)
-    return (rest - normaliser).masked_fill(all_kept, -torch.inf)
+        assert targets.logprobs is not None
+        entries, others = logits.tensor_split([targets.logprobs.shape[-1]], -1)
+        rest = (others / temperature).logsumexp(-1) if others.shape[-1] else torch.full_like(label, -torch.inf)
+    else:
+        entries = logits.gather(-1, targets.ids.clamp_min(0)).masked_fill(targets.ids < 0, -torch.inf)
+        # One column more than the vocabulary takes the marks of absent entries.
+        marks = torch.zeros(logits.shape[0], logits.shape[1] + 1, dtype=torch.bool, device=logits.device)
+        kept = marks.scatter_(-1, targets.ids.masked_fill(targets.ids < 0, logits.shape[1]), True)[:, :-1]
+        # logsumexp over nothing has a gradient of NaN, so where the entries are the whole vocabulary nothing is masked.
+        all_kept = kept.all(-1)
+        others = (logits / temperature).masked_fill(kept & ~all_kept[:, None], -torch.inf)
+        rest = others.logsumexp(-1).masked_fill(all_kept, -torch.inf)
+    return Seen(entries=entries, label=label, normaliser=logits.logsumexp(-1), rest=rest)
 
 
 def fit_vocabulary(targets: TargetBatch, student_vocab: int) -> TargetBatch:

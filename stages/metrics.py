@@ -230,8 +230,18 @@ class Tally:
 
     def _mean(self, sums: np.ndarray) -> tuple[float, float | None]:
         """A mean over tokens and its standard error, units being independent: the ratio estimator's."""
-        counts, units = self._column("tokens"), len(sums)
-        mean = sums.sum() / counts.sum()
-        spread = ((sums - mean * counts) ** 2).sum()
-        error = math.sqrt(units / (units - 1) * spread) / counts.sum() if units > 1 else None
-        return float(mean), None if error is None else float(error)
+        return ratio_mean(sums, self._column("tokens"))
+
+
+def ratio_mean(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float | None]:
+    """A mean over tokens and its standard error, units being independent: the ratio estimator's.
+
+    Args:
+        sums: [units] sum over each unit's tokens.
+        counts: [units] number of them, above 0.
+    """
+    units = len(sums)
+    mean = sums.sum() / counts.sum()
+    spread = ((sums - mean * counts) ** 2).sum()
+    error = math.sqrt(units / (units - 1) * spread) / counts.sum() if units > 1 else None
+    return float(mean), None if error is None else float(error)

@@ -3,7 +3,7 @@
 Where the reading stands is a `Cursor`, four integers; from any of them the same steps follow. No torch here.
 """
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import pairwise, repeat
@@ -112,7 +112,7 @@ class Samples:
             return Lengths(**known)
         samples = tokens = scored = longest = 0
         for shard in self.snapshot.shards:
-            table = self._store.shard(self.snapshot.table, shard.sha256).read_all(self._span).take(shard.rows)
+            table = self._store.shard(self.snapshot.table, shard.sha256).select(shard.rows, self._span)
             starts, spans = (table[name].to_numpy() for name in self._span)
             totals = starts + spans
             samples += len(totals)
@@ -158,7 +158,7 @@ def steps(
     tokens_per_step: int,
     stop_tokens: int | None = None,
     stop_samples: int | None = None,
-) -> Iterator[Step]:
+) -> Generator[Step, None, None]:
     """Steps from a cursor on: samples in order until the next one would exceed `tokens_per_step`, at least one.
 
     Epochs follow one another without a seam. Ends before the first step that starts at `stop_tokens` or more, and after

@@ -2,7 +2,7 @@
 
 import math
 
-from .sections import Schedule
+from .fields import Schedule
 
 
 def value_at(setting: float | Schedule, done: float) -> float:

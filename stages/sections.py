@@ -7,31 +7,9 @@ Errors of shape (unknown key, wrong type, out of range) come from these models; 
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from ..storage.keys import canonical_json
-
-
-class Section(BaseModel):
-    """Strict and frozen: a misspelt key is an error, not a silent default."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
-    )
-
-
-def _as_json(options: dict[str, Any]) -> dict[str, Any]:
-    try:
-        canonical_json(options)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"holds a value that JSON does not have ({error}). Put dates in quotes; numbers are finite"
-        ) from error
-    return options
-
-
-Options = Annotated[dict[str, Any], AfterValidator(_as_json)]
-"""Passed on as they are, hashed and sent to stages: so JSON, while YAML also has dates and infinities."""
+from .fields import Divergence, Kernel, Options, Schedule, Scheduled, Section, Tail
 
 
 class Run(Section):
@@ -50,8 +28,8 @@ class Storage(Section):
 
     dir: str
     """Folder of the store, or its URL (`s3://bucket/path`)."""
-    sources: list[str] = []
-    """Read-only stores to take rows from as well."""
+    sources: list[str] = Field([])
+    """Read-only: stores and published folders whose rows serve as well, by folder, URL or `hf://datasets/USER/NAME`."""
     commit_rows: int = Field(256, ge=1)
     """Commit a shard after this many finished rows ..."""
     commit_seconds: float = Field(30.0, gt=0)
@@ -64,7 +42,7 @@ class Teacher(Section):
     """The large model."""
 
     model: str
-    """Folder or Hub id."""
+    """Folder or Hub id; or, as in `data.source`, a store that holds the rows of one teacher."""
     revision: str | None = None
     """Hub revision."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -86,6 +64,8 @@ class Lora(Section):
     """Dropout on the adapter's input."""
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
     """Modules that get an adapter."""
+    keep_adapter: bool = False
+    """Keep the adapter alone too, in `adapter/` beside `student/`, whose weights have it merged in."""
 
 
 class Student(Section):
@@ -117,14 +97,15 @@ class Data(Section):
     """Where prompts or texts come from."""
 
     source: str
-    """File, glob, folder (JSON, JSONL, Parquet, CSV, text; .md only by file or glob) or Hub dataset id."""
+    """File, glob, folder (JSON, JSONL, Parquet, CSV, text; .md only by file or glob) or Hub dataset id. Or
+    `storage.dir` or one of `storage.sources`: its rows are the data, and nothing is written or scored."""
     split: str = "train"
     """Split of a Hub dataset or of a folder saved by `datasets`."""
     format: Literal["text", "prompt", "completion", "messages", "instruction", "labelled"]
     """What one record is."""
-    columns: dict[str, str] = {}
+    columns: dict[str, str] = Field({})
     """Our field name -> the source's column, where they differ."""
-    chat_template_kwargs: Options = {}
+    chat_template_kwargs: Options = Field({})
     """Arguments of the tokenizer's chat template."""
     window_tokens: int | None = Field(None, ge=8)
     """Cut long text into windows of this many tokens; null: the teacher's context."""
@@ -149,11 +130,11 @@ class Generate(Section):
     """Nucleus sampling."""
     max_tokens: int = Field(256, ge=1)
     """Limit on a completion's tokens."""
-    stop: list[str] = []
+    stop: list[str] = Field([])
     """Strings that end a completion."""
     seed: int = 0
     """Seed of the text; each row's own seed is derived from it and the row's content."""
-    engine_args: Options = {}
+    engine_args: Options = Field({})
     """Passed to the engine as they are (vLLM: arguments of `LLM`; hf: `batch_size`, `max_model_len`)."""
 
     @field_validator("engine_args")
@@ -195,60 +176,8 @@ class Score(Section):
     """Loss temperatures that students can be trained at besides 1; sampled: the only one, which is drawn at."""
     batch_tokens: int | None = Field(None, ge=1)
     """Tokens of one forward pass, padding included; halved when memory runs out. null: 8192, on CPUs one row."""
-
-
-class Schedule(Section):
-    """A setting that changes over the training, by the share of all tokens fed."""
-
-    shape: Literal["linear", "cosine", "wsd"]
-    """linear, cosine: from start to end; wsd: linear to peak, stable, cosine to end."""
-    start: float = Field(ge=0)
-    """Value at the start."""
-    end: float = Field(ge=0)
-    """Value at the end."""
-    peak: float | None = Field(None, ge=0)
-    """wsd: value in between."""
-    warmup_fraction: float = Field(0.1, ge=0, lt=1)
-    """wsd: share of the tokens in which it goes from start to peak."""
-    decay_fraction: float = Field(0.1, gt=0, le=1)
-    """wsd: share of the tokens in which it goes from peak to end."""
-
-    @model_validator(mode="after")
-    def _of_its_shape(self) -> Self:
-        for name in ("peak", "warmup_fraction", "decay_fraction"):
-            if self.shape != "wsd" and getattr(self, name) != Schedule.model_fields[name].default:
-                raise ValueError(f"`{name}` belongs to shape 'wsd'; this is {self.shape!r}. Remove it")
-        if self.shape == "wsd" and self.peak is None:
-            raise ValueError("shape 'wsd' needs a `peak`: the value between warm-up and decay")
-        if self.shape == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
-            raise ValueError("`warmup_fraction` and `decay_fraction` together are more than 1. Lower one")
-        return self
-
-
-NUMBER, SCHEDULE = "a number", "a schedule"  # no field's name: pydantic puts them into an error's path
-
-
-def _number_or_schedule(value: object) -> str:
-    return SCHEDULE if isinstance(value, dict | Schedule) else NUMBER
-
-
-Scheduled = Annotated[
-    Annotated[float, Field(ge=0), Tag(NUMBER)] | Annotated[Schedule, Tag(SCHEDULE)], Discriminator(_number_or_schedule)
-]
-"""A number, or a schedule of numbers."""
-
-
-Divergence = Literal[
-    "forward_kl",
-    "reverse_kl",
-    "jsd",
-    "skew_forward_kl",
-    "skew_reverse_kl",
-    "total_variation",
-    "alpha_beta",
-    "adaptive_kl",
-]
-Tail = Literal["bucket", "drop", "renormalize", "to_label"]
+    kernel: Kernel | None = None
+    """Who makes the sums over the vocabulary; null: Triton on an NVIDIA GPU, else torch. Same numbers."""
 
 
 class Loss(Section):
@@ -295,7 +224,8 @@ class Train(Section):
     tokens_per_pass: int = Field(8192, ge=1)
     """Positions per forward pass; a step takes as many passes as it needs (gradient accumulation)."""
     row_tokens: int | None = Field(None, ge=8)
-    """Length of a packed row; null: the longest sample of a step, at least 128."""
+    """Most positions of a packed row. null: a pass is a single row without padding where the student can attend within
+    samples (most can), else rows of about the longest sample of a step, at least 128."""
     learning_rate: float = Field(1.0e-3, gt=0)
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
@@ -312,6 +242,8 @@ class Train(Section):
     """Gradient norm is clipped to this."""
     gradient_checkpointing: bool = False
     """Trade compute for memory."""
+    kernel: Kernel | None = None
+    """Who makes the loss's passes over the vocabulary; null: Triton on an NVIDIA GPU, else torch. Same numbers."""
     snapshot: str | None = None
     """Train on this snapshot id; null: make one from what the recipe selects."""
     evaluate_every_tokens: int | None = Field(None, ge=1)
@@ -324,6 +256,8 @@ class Train(Section):
     """Seconds between checkpoints."""
     checkpoint_every_steps: int | None = Field(None, ge=1)
     """Steps between checkpoints, besides the seconds."""
+    wandb: str | None = Field(None, min_length=1)
+    """Project of Weights & Biases that gets the scalars too; null: TensorBoard alone. WANDB_MODE=offline works."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -367,6 +301,8 @@ class Evaluate(Section):
     the memory of the student's weights."""
     generate: EvaluateGenerate | None = None
     """Answer prompts as well."""
+    samples: int = Field(3, ge=0)
+    """Without `generate`: held-out prompts that each student answers for the report, greedily, in at most 64 tokens."""
 
 
 class Recipe(Section):

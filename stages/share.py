@@ -60,13 +60,15 @@ class Share(Generic[R]):
     _in_flight: dict[bytes, R] = field(default_factory=dict)
     _aside: dict[bytes, R] = field(default_factory=dict)
     _killers: dict[bytes, R] = field(default_factory=dict)
+    _refused: int = 0
     _exhausted: bool = False
     _alone: bool = False
     _next_look: float = 0.0
 
     def blocks(self) -> Iterator[tuple[int, list[R]]]:
         """How many have a block already, and its requests; the next block is claimed when it is asked for."""
-        yield from self.claims.blocks(self.pending.blocks, look=self._look, left=self._left)
+        blocks = self.claims.blocks(self.pending.blocks, look=self._look, left=self._left)
+        yield from self.job.clock.each("disk", blocks)
         self._exhausted = True
 
     def one_by_one(self) -> Iterator[R]:
@@ -88,13 +90,15 @@ class Share(Generic[R]):
             else:
                 taken.append(request)
                 self._in_flight[request.reuse_key] = request
-        self.journal.take([request.reuse_key for request in taken], alone=self._alone)
+        with self.job.clock.span("disk"):
+            self.journal.take([request.reuse_key for request in taken], alone=self._alone)
         return taken
 
     def done(self, requests: Iterable[R]) -> None:
         """Requests came back, whatever became of them."""
         keys = [request.reuse_key for request in requests]
-        self.journal.done(keys)
+        with self.job.clock.span("disk"):
+            self.journal.done(keys)
         for key in keys:
             del self._in_flight[key]
 
@@ -105,18 +109,22 @@ class Share(Generic[R]):
 
     def add(self, row: dict[str, Any], *, tokens: int) -> None:
         """A row is made."""
-        self.rows.add(row)
+        with self.job.clock.span("disk"):
+            self.rows.add(row)
         self.failed.engine_works()
         self.job.progress.advance(tokens=tokens)
 
     def refuse(self, request: R, error: RowError) -> None:
         """A request cannot be handed to the engine."""
-        self.rejects.add(self.reject(request, error, 1))
+        with self.job.clock.span("disk"):
+            self.rejects.add(self.reject(request, error, 1))
+        self._refused += 1
         self.job.progress.advance()
 
     def fail(self, request: R, error: RowError, attempts: int) -> None:
         """The engine failed on a request alone."""
         self.failed.add(self.reject(request, error, attempts + self.suspects.deaths[request.reuse_key]))
+        self._refused += 1
         self.job.progress.advance()
 
     def heartbeat(self) -> None:
@@ -126,8 +134,10 @@ class Share(Generic[R]):
             Stopped: a signal came.
             DoneByOthers: go on without what is in flight.
         """
-        self.rows.tick()
-        self.rejects.tick()
+        with self.job.clock.span("disk"):
+            self.rows.tick()
+            self.rejects.tick()
+        self._tell()
         self.job.stop.check()
         if time.monotonic() < self._next_look:
             return
@@ -142,15 +152,23 @@ class Share(Generic[R]):
             StillroomError: every row failed.
         """
         self.failed.check()
+        with self.job.clock.span("disk"):
+            self.rows.flush()
+            self.rejects.flush()
+        self._tell()
         self.suspects.forget()
+
+    def _tell(self) -> None:
+        self.job.progress.wrote(rejects=self._refused, size=self.rows.bytes + self.rejects.bytes)
 
     def _look(self, commit: bool) -> None:
         """See what others committed; with `commit`, let them see what this worker has done."""
         began = time.monotonic()
-        for writer in (self.rows, self.rejects):
-            if commit:
-                writer.flush()
-            writer.refresh()
+        with self.job.clock.span("disk"):
+            for writer in (self.rows, self.rejects):
+                if commit:
+                    writer.flush()
+                writer.refresh()
         now = time.monotonic()
         self._next_look = now + max(LOOK_SECONDS, LOOK_SHARE * (now - began))
 

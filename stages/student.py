@@ -57,7 +57,9 @@ def initial_student(recipe: Recipe, teacher_dir: Path) -> nn.Module:
             model = _fresh(teacher_dir, recipe.student.config, classes)
         if recipe.student.lora is None:
             return model
-        return _with_lora(model, recipe.student.lora, "SEQ_CLS" if classes else "CAUSAL_LM")
+        adapted = _with_lora(model, recipe.student.lora, "SEQ_CLS" if classes else "CAUSAL_LM")
+        adapted.peft_config["default"].base_model_name_or_path = recipe.student.model  # not where it was found here
+        return adapted
 
 
 def student_tokenizer(recipe: Recipe, teacher_dir: Path) -> PreTrainedTokenizerBase:
@@ -85,18 +87,27 @@ def check_vocabulary(recipe: Recipe, teacher_dir: Path) -> None:
         refuse_other_tokenizer(recipe, folder, teacher_dir)
 
 
-def save_student(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_student(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, adapter: Path | None = None) -> None:
     """Write a plain model folder that transformers and vLLM load; LoRA is merged into the weights for good.
 
-    The folder appears under its name when it is complete.
+    Args:
+        model: The student as it was trained.
+        tokenizer: Saved beside it.
+        folder: Appears under its name when it is complete.
+        adapter: Where the adapter of a LoRA student is kept by itself, as PEFT loads it onto the initial model.
     """
-    plain = merged(model)
+    if adapter is not None:
+        _put_folder(model, tokenizer, adapter)
+    _put_folder(merged(model), tokenizer, folder)
+
+
+def _put_folder(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     part = folder.with_name(folder.name + ".part")
     for old in (part, folder):
         if old.exists():
             shutil.rmtree(old)
     try:
-        plain.save_pretrained(part)
+        model.save_pretrained(part)
         tokenizer.save_pretrained(part)
         part.rename(folder)
     except (OSError, SafetensorError) as error:
@@ -173,7 +184,7 @@ def _changed(config: PreTrainedConfig, overrides: dict[str, Any]) -> PreTrainedC
     return type(config).from_dict(known | overrides)
 
 
-def _with_lora(model: PreTrainedModel, lora: Lora, task: str) -> nn.Module:
+def _with_lora(model: PreTrainedModel, lora: Lora, task: str) -> Any:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -184,8 +195,15 @@ def _with_lora(model: PreTrainedModel, lora: Lora, task: str) -> nn.Module:
         task_type=task,  # of a classifier the head trains whole
     )
     try:
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
     except ValueError as error:
         raise UsageError(
             f"student.lora.target_modules: {lora.target_modules} does not fit the model ({error})."
         ) from error
+    output = model.get_output_embeddings()
+    if hasattr(output, "lora_A") and output.get_base_layer().weight is model.get_input_embeddings().weight:
+        raise UsageError(
+            f"student.lora.target_modules: {lora.target_modules} names the output layer, whose weight is the input "
+            "embedding too; merged into it, the update would change both. Leave the output layer out."
+        )
+    return adapted

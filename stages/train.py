@@ -7,12 +7,15 @@ existence means done.
 
 import json
 import time
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from ..storage.errors import IntegrityError, Stopped, UsageError
 from ..storage.files import LocalFiles
 from ..storage.snapshot import load_snapshot
+from ..storage.sources import open_store
 from ..storage.store import Store
 from .board import Board, loss_scalars, step_scalars
 from .job import Arm, Job, Split, StageResult
@@ -20,10 +23,13 @@ from .kept import wanted
 from .samples import Cursor, Samples, Step, steps
 from .schedules import extremes
 from .sections import Loss, Recipe
+from .speed import Meter, Speed
+from .wandb_board import open_wandb
 
 if TYPE_CHECKING:
     from .batches import Packing
     from .classes import ClassPasses
+    from .prefetch import Prefetch
     from .trainer import StepResult, Trainer
 
 DONE = "train.json"
@@ -40,7 +46,7 @@ def run(job: Job) -> StageResult:
     files = LocalFiles(job.train_dirs[job.arm])
     now = (0, 0) if files.exists(DONE) else _Run(job, files).train()
     summary = json.loads(files.read(DONE))
-    lists = ("history", "validation")
+    lists = ("history", "validation", "speed")
     return StageResult(rows=now[0], tokens=now[1], details={k: v for k, v in summary.items() if k not in lists})
 
 
@@ -57,11 +63,16 @@ class Record:
 
     cursor: Cursor = field(default_factory=Cursor)
     scored_tokens: int = 0
-    seconds: float = 0.0
-    """In steps: reading included, validation and checkpoints not."""
     best: dict[str, Any] | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     validation: list[dict[str, Any]] = field(default_factory=list)
+    speed: Speed = field(default_factory=Speed)
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> Self:
+        """Of a checkpoint."""
+        parts = {"cursor": Cursor(**state["cursor"]), "speed": Speed(**state["speed"])}
+        return cls(**state | parts)
 
 
 class _Run:
@@ -71,21 +82,24 @@ class _Run:
         from .checkpoints import Checkpoints
 
         self._job, self._files, self._train = job, files, job.recipe.train
-        store = Store.open(job.recipe.storage.dir)
-        self._teacher_dir = store.teacher_dir(job.teacher_id)
-        self._loss = arm_loss(job.recipe, job.arm)
-        self._samples = self._open(store, "train")
-        self._lengths = self._samples.lengths()
-        self._validation = None
-        if self._train.evaluate_every_tokens is not None and "validation" in job.snapshots:
-            self._validation = self._open(store, "validation")
+        with job.clock.span("disk"):
+            store = open_store(job.recipe.storage.dir, job.recipe.storage.sources)
+            self._teacher_dir = store.teacher_dir(job.teacher_id)
+            self._loss = arm_loss(job.recipe, job.arm)
+            self._samples = self._open(store, "train")
+            self._lengths = self._samples.lengths()
+            self._validation = None
+            if self._train.evaluate_every_tokens is not None and "validation" in job.snapshots:
+                self._validation = self._open(store, "validation")
         epochs = self._train.epochs
         self._stop_samples = None if epochs is None else max(1, round(epochs * len(self._samples)))
         self._total = self._train.tokens or max(1, round((epochs or 0) * self._lengths.tokens))
         self._checkpoints = Checkpoints(files)
         self._record = Record()
-        self._trainer = self._prepared()
-        self._audit(store)
+        with job.clock.span("start"):
+            self._trainer = self._prepared()
+        with job.clock.span("disk"):
+            self._audit(store)
 
     def _open(self, store: Store, split: Split) -> Samples:
         snapshot = load_snapshot(store, self._job.snapshots[split])
@@ -93,7 +107,9 @@ class _Run:
         return Samples(store, snapshot, soft=soft, seed=seed, classified=self._classified)
 
     def _prepared(self) -> "Trainer":
-        """The student on its device, checked, with the state of the last checkpoint."""
+        """The student on its device, checked, with the state of the last checkpoint; and the meter of its speed."""
+        from .flops import ModelFlops, Peak
+        from .head import split_head
         from .student import check_vocabulary, initial_student
         from .trainer import Trainer, device_and_dtype
 
@@ -103,15 +119,16 @@ class _Run:
         device, dtype = device_and_dtype(recipe.student)
         model: Any = initial_student(recipe, self._teacher_dir).to(device)
         self._check_context(model.config.get_text_config())
-        packing = self._class_passes(model) if self._classified else self._packing(model)
+        packing = self._class_passes(model) if self._classified else self._packing(model, dtype)
         if self._train.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         trainer = Trainer(model, packing=packing, loss=self._loss, train=self._train, dtype=dtype)
         if done := self._checkpoints.steps():
             trainer.load_state(self._checkpoints.tensors(done[-1]))
-            state = self._checkpoints.state(done[-1])
-            self._record = Record(**state | {"cursor": Cursor(**state["cursor"])})
+            self._record = Record.of(self._checkpoints.state(done[-1]))
             self._job.progress.say(f"going on after step {done[-1]}")
+        flops = ModelFlops.of(model, head=None if self._classified else split_head(model).weight)
+        self._meter = Meter(self._record.speed, flops, Peak.at(device, dtype))
         return trainer
 
     def _audit(self, store: Store) -> None:
@@ -131,22 +148,28 @@ class _Run:
         for note in notes:
             self._job.progress.say(note)
 
-    def _packing(self, model: Any) -> "Packing":
+    def _packing(self, model: Any, dtype: Any) -> "Packing":
+        from .attention import attends_apart
         from .batches import Packing, packs_apart
         from .head import check_head, split_head
 
         check_head(model)
-        shared = packs_apart(model)
+        flat = self._train.row_tokens is None and attends_apart(model, self._lengths.longest, dtype)
+        shared = flat or packs_apart(model)
         if not shared:
             self._job.progress.say("this architecture mixes packed samples: each gets a row of its own")
+        elif not flat and self._train.row_tokens is None:
+            self._job.progress.say("this student cannot attend within samples of one row: rows get padding")
         score, vocab_size = self._job.recipe.score, split_head(model).vocab_size
         return Packing(
             tokens_per_pass=self._train.tokens_per_pass,
+            flat=flat,
             row_tokens=self._train.row_tokens,
             shared_rows=shared,
             kept=wanted(score, vocab_size) if score is not None else None,
             unstored_temperature=self._loss.unstored_temperature,
             vocab_size=vocab_size,
+            kernel=self._train.kernel,
         )
 
     def _class_passes(self, model: Any) -> "ClassPasses":
@@ -190,29 +213,31 @@ class _Run:
         return self._record.cursor.epoch * len(self._samples) + self._record.cursor.sample
 
     def _loop(self) -> None:
+        from .prefetch import Prefetch
+
         job, record, train = self._job, self._record, self._train
         job.progress.start(total=self._total, unit="tokens", done=min(record.cursor.tokens, self._total))
         saved = time.monotonic()
-        with Board(self._files.path("tensorboard"), record.cursor.tokens) as board:
+        beside = open_wandb(job, self._files)
+        with Board(self._files.path("tensorboard"), record.cursor.tokens, beside=beside) as board:
             self._validate(board)
-            began = time.monotonic()
-            for step in self._steps():
-                result = self._step(step)
-                seconds = time.monotonic() - began
-                record.seconds += seconds
-                self._note(step, result)
-                board.write(step.after.tokens, step_scalars(result) | {"tokens_per_second": step.tokens / seconds})
-                self._validate(board)
-                every = train.checkpoint_every_steps
-                due = every is not None and record.cursor.step % every == 0
-                if due or time.monotonic() - saved >= train.checkpoint_every_seconds:
-                    self._save()
-                    saved = time.monotonic()
-                job.stop.check()
-                began = time.monotonic()
+            with closing(self._steps()) as read, Prefetch(read, self._passes, clock=job.clock) as feed:
+                began, waited = time.monotonic(), 0.0
+                for step in feed:
+                    result = self._step(step, feed)
+                    now, waited_by_now = time.monotonic(), feed.waited_seconds
+                    self._note(step, result, board, seconds=now - began, waited=waited_by_now - waited)
+                    self._validate(board)
+                    every = train.checkpoint_every_steps
+                    due = every is not None and record.cursor.step % every == 0
+                    if due or time.monotonic() - saved >= train.checkpoint_every_seconds:
+                        self._save()
+                        saved = time.monotonic()
+                    job.stop.check()
+                    began, waited = time.monotonic(), waited_by_now
             self._validate(board, last=True)
 
-    def _steps(self) -> Any:
+    def _steps(self) -> Generator[Step, None, None]:
         return steps(
             self._samples,
             self._record.cursor,
@@ -221,24 +246,34 @@ class _Run:
             stop_samples=self._stop_samples,
         )
 
-    def _step(self, step: Step) -> "StepResult":
+    def _passes(self, step: Step) -> Iterator[Any]:
+        return self._trainer.passes(step, done=step.after.tokens / self._total)
+
+    def _step(self, step: Step, feed: "Prefetch") -> "StepResult":
         tokens_per_pass = self._trainer.tokens_per_pass
         done = step.after.tokens / self._total
-        result = self._trainer.step(step, done=done, between_passes=self._job.stop.check)
+        with self._job.clock.span("model"):
+            result = self._trainer.step(step, done=done, passes=feed.passes, between_passes=self._job.stop.check)
         if self._trainer.tokens_per_pass < tokens_per_pass:
             self._job.progress.say(f"out of memory: passes now hold {self._trainer.tokens_per_pass} tokens")
         return result
 
-    def _note(self, step: Step, result: "StepResult") -> None:
-        """Bring the record up to the end of a step."""
-        record = self._record
+    def _note(self, step: Step, result: "StepResult", board: Board, *, seconds: float, waited: float) -> None:
+        """Bring the record up to the end of a step, and show it."""
+        record, meter = self._record, self._meter
         slots = [min(c.tokens, self._total) * (HISTORY_POINTS - 1) // self._total for c in (record.cursor, step.after)]
         record.cursor = step.after
         record.scored_tokens += step.scored_tokens
+        this = meter.add(step, positions=result.positions, seconds=seconds, waited=waited)
         if not record.history or slots[0] < slots[1]:
             rates = {"learning_rate": result.learning_rate, "grad_norm": result.grad_norm}
             record.history.append({"tokens": step.after.tokens, **asdict(result.losses), **rates, **result.scheduled})
-        self._job.progress.advance(step.tokens, tokens=step.tokens, note=f"loss {result.losses.loss:.4f}")
+            meter.point(step.after.tokens)
+        with self._job.clock.span("disk"):
+            shown = {name: this.rates[name] for name in ("tokens_per_second", "mfu")}
+            board.write(step.after.tokens, step_scalars(result) | shown)
+        note = f"loss {result.losses.loss:.4f}, {meter.note(this)}"
+        self._job.progress.advance(step.tokens, tokens=step.tokens, note=note)
 
     def _validate(self, board: Board, *, last: bool = False) -> None:
         """Validate if it is due: asked of the record, so a run stopped in between makes up for it."""
@@ -255,7 +290,8 @@ class _Run:
             tokens_per_step=self._trainer.tokens_per_pass,
             stop_samples=len(self._validation),
         )
-        losses = self._trainer.validate(passes, between_passes=self._job.stop.check)
+        with self._job.clock.span("model"):
+            losses = self._trainer.validate(passes, between_passes=self._job.stop.check, clock=self._job.clock)
         point = {"step": record.cursor.step, "tokens": tokens, **asdict(losses)}
         record.validation.append(point)
         board.write(tokens, loss_scalars("validation", losses))
@@ -268,8 +304,9 @@ class _Run:
         """Write a checkpoint and keep none but this and the best."""
         record = self._record
         if record.cursor.step:
-            self._checkpoints.save(record.cursor.step, self._trainer.state(), asdict(record))
-            self._checkpoints.keep(record.cursor.step, record.best["step"] if record.best else None)
+            with self._job.clock.span("disk"):
+                self._checkpoints.save(record.cursor.step, self._trainer.state(), asdict(record))
+                self._checkpoints.keep(record.cursor.step, record.best["step"] if record.best else None)
 
     def _finish(self) -> None:
         """Write the student (the best where there was validation, else the last), then `train.json`."""
@@ -277,11 +314,17 @@ class _Run:
 
         self._save()
         record, trainer = self._record, self._trainer
+        clock = self._job.clock
         if record.best is not None and record.best["step"] != record.cursor.step:
-            trainer.load_weights(self._checkpoints.tensors(record.best["step"])["weights"])
+            with clock.span("disk"):
+                trainer.load_weights(self._checkpoints.tensors(record.best["step"])["weights"])
         counts = [sum(p.numel() for p in trainer.model.parameters()), sum(map(_numel, trainer.weights().values()))]
-        tokenizer = student_tokenizer(self._job.recipe, self._teacher_dir)
-        save_student(trainer.model, tokenizer, self._files.path("student"))
+        with clock.span("tokenizer"):
+            tokenizer = student_tokenizer(self._job.recipe, self._teacher_dir)
+        with clock.span("disk"):
+            lora = self._job.recipe.student.lora
+            adapter = self._files.path("adapter") if lora is not None and lora.keep_adapter else None
+            save_student(trainer.model, tokenizer, self._files.path("student"), adapter=adapter)
         summary = {
             "arm": self._job.arm,
             "steps": record.cursor.step,
@@ -289,8 +332,7 @@ class _Run:
             "scored_tokens": record.scored_tokens,
             "samples": self._consumed,
             "epochs": round(self._consumed / len(self._samples), 4),
-            "seconds": round(record.seconds, 3),
-            "tokens_per_second": round(record.cursor.tokens / max(record.seconds, 1e-9), 1),
+            **self._meter.summary(),
             "snapshot": self._job.snapshots["train"],
             "best": record.best,
             "parameters": counts[0] - (counts[1] if self._job.recipe.student.lora else 0),

@@ -5,8 +5,9 @@ forward passes it takes. Weights and optimizer state are float32; the passes com
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +16,14 @@ from torch import nn
 from ..storage.errors import StillroomError
 from .batches import Packing
 from .classes import ClassPasses
-from .losses import LossParts, Objective
+from .clock import Clock
+from .fields import Schedule
+from .losses import Aim, Distilled, Objective
 from .optim import learning_rate, make_optimizer
+from .prefetch import Prefetch
 from .samples import Step
 from .schedules import extremes, value_at
-from .sections import Loss, Schedule, Student, Train
+from .sections import Loss, Student, Train
 
 SCHEDULED = ("soft_weight", "hard_weight", "temperature")
 
@@ -46,16 +50,8 @@ class StepResult:
     """Before clipping."""
     scheduled: dict[str, float]
     """The loss's settings that follow a schedule, as they were at this step."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Aim:
-    """What is minimised at one point of the training."""
-
-    soft_weight: float
-    hard_weight: float
-    objective: Objective | None
-    """None: cross-entropy alone, all along."""
+    positions: int
+    """Computed, padding included."""
 
 
 def aim_at(loss: Loss, done: float) -> Aim:
@@ -108,19 +104,44 @@ class Trainer:
         """Positions of a forward pass: the setting, or less once memory ran out."""
         return self._packing.tokens_per_pass
 
-    def step(self, step: Step, *, done: float, between_passes: Callable[[], None] = lambda: None) -> StepResult:
+    def passes(self, step: Step, *, done: float) -> Iterator[Any]:
+        """The forward passes of a step that ends at the share `done` of all tokens, on the device."""
+        aim = aim_at(self._loss, done)
+        temperature = aim.objective.temperature if aim.objective else None
+        for batch in self._packing.batches(step.samples, temperature):
+            yield batch.to(self._device)
+
+    def step(
+        self,
+        step: Step,
+        *,
+        done: float,
+        passes: Callable[[], Iterable[Any]] | None = None,
+        between_passes: Callable[[], None] = lambda: None,
+    ) -> StepResult:
         """Take one optimizer step; nothing has changed if it raises.
 
         Args:
             step: Its samples.
             done: Share of all tokens at the end of this step; decides the learning rate and what is scheduled.
+            passes: The step's `passes`, made ahead; called again where memory runs out. None: they are made here.
             between_passes: Called before each forward pass; may raise to stop.
 
         Raises:
             StillroomError: the loss or its gradient is not finite, or one sample alone does not fit in memory.
         """
         self.model.train()
-        losses = self._gradients(step, aim_at(self._loss, done), between_passes)
+        positions = 0
+
+        def passes_now() -> Iterator[Any]:
+            nonlocal positions
+            positions = 0
+            for batch in passes() if passes else self.passes(step, done=done):
+                between_passes()
+                positions += batch.positions
+                yield batch
+
+        losses = self._gradients(step, aim_at(self._loss, done), passes_now)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         norm = float(nn.utils.clip_grad_norm_(trained, self._train.clip_norm))
         if not (math.isfinite(losses.loss) and math.isfinite(norm)):
@@ -137,9 +158,11 @@ class Trainer:
         self.optimizer.zero_grad()
         settings = {name: getattr(self._loss, name) for name in SCHEDULED}
         scheduled = {name: value_at(v, done) for name, v in settings.items() if isinstance(v, Schedule)}
-        return StepResult(losses=losses, learning_rate=rate, grad_norm=norm, scheduled=scheduled)
+        return StepResult(losses=losses, learning_rate=rate, grad_norm=norm, scheduled=scheduled, positions=positions)
 
-    def validate(self, steps: Iterable[Step], *, between_passes: Callable[[], None] = lambda: None) -> Losses:
+    def validate(
+        self, steps: Iterable[Step], *, between_passes: Callable[[], None] = lambda: None, clock: Clock | None = None
+    ) -> Losses:
         """Mean losses over all scored tokens of some steps; weights and gradients stay as they are.
 
         What is scheduled has its value at the end of the training, so that validations compare with one another.
@@ -148,11 +171,12 @@ class Trainer:
         aim = aim_at(self._loss, 1.0)
         sums, scored = torch.zeros(2, dtype=torch.float64, device=self._device), 0
         with torch.no_grad():
-            for step in steps:
-                scored += step.scored_tokens
-                for batch in self._batches(step, aim):
-                    between_passes()
-                    sums += _sums(self._pass(batch, aim))
+            with Prefetch(steps, partial(self.passes, done=1.0), clock=clock) as feed:
+                for step in feed:
+                    scored += step.scored_tokens
+                    for batch in feed.passes():
+                        between_passes()
+                        sums += _sums(self._pass(batch, aim))
         return _means(sums, scored, aim)
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -174,22 +198,19 @@ class Trainer:
         self.load_weights(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
 
-    def _batches(self, step: Step, aim: Aim) -> Iterable[Any]:
-        return self._packing.batches(step.samples, aim.objective.temperature if aim.objective else None)
-
-    def _gradients(self, step: Step, aim: Aim, between_passes: Callable[[], None]) -> Losses:
+    def _gradients(self, step: Step, aim: Aim, passes: Callable[[], Iterable[Any]]) -> Losses:
         """Accumulate the step's gradients; out of memory is answered by smaller passes, from the start of the step."""
+        scored = max(step.scored_tokens, 1)
+        shared = replace(aim, soft_weight=aim.soft_weight / scored, hard_weight=aim.hard_weight / scored)
         while True:
             # Dropout is a function of the step's number, so a resumed run draws what an undisturbed one would.
             torch.manual_seed(step.after.step)
             try:
                 sums = torch.zeros(2, dtype=torch.float64, device=self._device)
-                for batch in self._batches(step, aim):
-                    between_passes()
-                    parts = self._pass(batch, aim)
-                    weighted = parts.weighted(aim.soft_weight, aim.hard_weight)
-                    (weighted.sum() / max(step.scored_tokens, 1)).backward()
-                    sums += _sums(parts)
+                for batch in passes():
+                    found = self._pass(batch, shared)
+                    found.total.backward()
+                    sums += _sums(found)
                 return _means(sums, step.scored_tokens, aim)
             except torch.OutOfMemoryError as error:
                 message = str(error)
@@ -210,8 +231,8 @@ class Trainer:
             )
         self._packing = replace(self._packing, tokens_per_pass=max(tokens // 2, step.longest))
 
-    def _pass(self, batch: Any, aim: Aim) -> LossParts:
-        return self._packing.losses(self.model, batch.to(self._device), objective=aim.objective, dtype=self._dtype)
+    def _pass(self, batch: Any, aim: Aim) -> Distilled:
+        return self._packing.losses(self.model, batch, aim=aim, dtype=self._dtype)
 
 
 def _means(sums: torch.Tensor, scored: int, aim: Aim) -> Losses:
@@ -220,8 +241,8 @@ def _means(sums: torch.Tensor, scored: int, aim: Aim) -> Losses:
     return Losses(loss=total, soft=soft if aim.objective else None, hard=hard)
 
 
-def _sums(parts: LossParts) -> torch.Tensor:
+def _sums(found: Distilled) -> torch.Tensor:
     """[2] float64 sums of soft and hard."""
-    hard = parts.hard.detach().double().sum()
-    soft = torch.zeros_like(hard) if parts.soft is None else parts.soft.detach().double().sum()
+    hard = found.hard.double().sum()
+    soft = torch.zeros_like(hard) if found.soft is None else found.soft.double().sum()
     return torch.stack([soft, hard])

@@ -125,6 +125,8 @@ def _snapshot_problems(store: Store, seen: Seen) -> Iterator[Problem]:
             yield Problem(name, None, None, str(error), (name,))
             continue
         for shard in snapshot.shards:
+            if shard.source:  # read only, and not this store's to prove
+                continue
             seen.named.add(shard.name)
             if problem := _chosen_problem(store.files, shard.name, shard.sha256, shard.row_groups, seen):
                 yield Problem(name, None, None, f"its shard {shard.name} {problem}")

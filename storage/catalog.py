@@ -4,7 +4,7 @@ For looking and for choosing rows. DuckDB does not verify page checksums; `Store
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,33 +41,47 @@ _COMMITS_SCHEMA = pa.schema(
 
 
 def connect(store: Store) -> duckdb.DuckDBPyConnection:
-    """A connection with views prompts, generations, soft_targets, rejects, commits and inputs as they are now."""
-    commits = {table: store.commits(table) for table in TABLES}
-    shards = {table: [commit.shard for commit in commits[table]] for table in TABLES}
-    inputs = _inputs(store)
+    """A connection with views prompts, generations, soft_targets, rejects, commits and inputs as they are now.
+
+    Where a store has sources, the views hold their rows too; a row that several have is there as often.
+    """
     connection = duckdb.connect()
-    if isinstance(store.files, ObjectFiles):
-        everything = [*(shard for table in TABLES for shard in shards[table]), *(i.shard for i in inputs.values())]
-        connection.register_filesystem(_Shards(store.files, {shard.name: shard.bytes for shard in everything}))
-        root = _Shards.ROOT
-    else:
-        root = str(Path(store.root).resolve())
+    system, links = _Shards(), list[str]()
+    roots, views = [], {table: list[str]() for table in TABLES}
+    inputs: list[str] = []
+    for number, (part, _) in enumerate(store.parts):
+        if isinstance(part.files, ObjectFiles):
+            roots.append(root := f"{_Shards.ROOT}/{number}")
+        else:
+            roots.append(root := str(Path(part.root).resolve()))
+        shards = {table: part.shards(table) for table in TABLES}
+        known = _inputs(part)
+        everything = [*(s for table in TABLES for s in shards[table]), *(i.shard for i in known.values())]
+        if isinstance(part.files, ObjectFiles):
+            system.add(root, part.files, {shard.name: shard.bytes for shard in everything})
+        else:
+            links += _links(root, [shard.name for shard in everything])
+        for table in TABLES:
+            views[table] += [_parquet(root, shards[table])] if shards[table] else []
+        inputs += [f"SELECT *, {_quoted(i)} AS data_id FROM ({_parquet(root, [known[i].shard])})" for i in known]
+    if system.sizes:
+        connection.register_filesystem(system)
     for setting in (
         "autoinstall_known_extensions = false",
         "autoload_known_extensions = false",
         f"temp_directory = {_quoted(store.files.cache.path('cache').absolute())}",
-        f"allowed_directories = [{_quoted(root)}]",
+        f"allowed_directories = [{', '.join(map(_quoted, roots))}]",
+        f"allowed_paths = [{', '.join(map(_quoted, links))}]",
         "enable_external_access = false",
         "lock_configuration = true",
     ):
         connection.execute(f"SET {setting}")
     with _explained():
         for table in TABLES:
-            _make_view(connection, table, SCHEMAS[table], _parquet(root, shards[table]) if shards[table] else None)
-        selects = [f"SELECT *, {_quoted(i)} AS data_id FROM ({_parquet(root, [inputs[i].shard])})" for i in inputs]
+            _make_view(connection, table, SCHEMAS[table], " UNION ALL BY NAME ".join(views[table]) or None)
         schema = INPUTS_SCHEMA.append(pa.field("data_id", pa.string()))
-        _make_view(connection, "inputs", schema, " UNION ALL ".join(selects) or None)
-        connection.from_arrow(_commits(commit for table in TABLES for commit in commits[table])).create("commits")
+        _make_view(connection, "inputs", schema, " UNION ALL ".join(inputs) or None)
+        connection.from_arrow(_commits(commit for table in TABLES for commit in store.commits(table))).create("commits")
     return connection
 
 
@@ -102,6 +116,13 @@ def _parquet(root: str, shards: list[ShardInfo]) -> str:
     return f"SELECT * FROM read_parquet([{', '.join(paths)}])"
 
 
+def _links(root: str, names: Sequence[str]) -> list[str]:
+    """Where files are that are links, as all are in the Hub's cache."""
+    if not names or not Path(root, names[0]).is_symlink():
+        return []
+    return [str(Path(root, name).resolve()) for name in names]
+
+
 def _inputs(store: Store) -> dict[str, Inputs]:
     names = [name.removesuffix(".json") for name in store.files.names("inputs")]
     return {name: inputs for name in names if (inputs := read_inputs(store.files, name)) is not None}
@@ -133,21 +154,27 @@ def _quoted(value: Path | str) -> str:
 
 
 class _Shards(AbstractFileSystem):
-    """What DuckDB sees of an object store: the files that records name, with the sizes that they give."""
+    """What DuckDB sees of object stores: the files that records name, with the sizes that they give."""
 
     ROOT = "stillroom://store"
     protocol = "stillroom"
     cachable = False
 
-    def __init__(self, files: ObjectFiles, sizes: Mapping[str, int]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._files, self._sizes = files, sizes
+        self._files: dict[str, tuple[ObjectFiles, str]] = {}
+        self.sizes: dict[str, int] = {}
+        """Bytes of each file, by its path."""
+
+    def add(self, root: str, files: ObjectFiles, sizes: Mapping[str, int]) -> None:
+        """Files of one store, below `root`."""
+        self._files |= {f"{root}/{name}": (files, name) for name in sizes}
+        self.sizes |= {f"{root}/{name}": size for name, size in sizes.items()}
 
     def info(self, path: str, **options: Any) -> dict[str, Any]:
-        name = path.removeprefix(f"{self.ROOT}/")
-        if name not in self._sizes:
+        if path not in self.sizes:
             raise FileNotFoundError(path)
-        return {"name": name, "size": self._sizes[name], "type": "file"}
+        return {"name": path, "size": self.sizes[path], "type": "file"}
 
     def glob(self, path: str, **options: Any) -> list[str]:
         return [path]
@@ -156,5 +183,6 @@ class _Shards(AbstractFileSystem):
         return datetime.fromtimestamp(0, UTC)  # they never change
 
     def open(self, path: str, mode: str = "rb", **options: Any) -> ObjectReader:
-        info = self.info(path)
-        return ObjectReader(self._files, info["name"], info["size"])
+        size = self.info(path)["size"]
+        files, name = self._files[path]
+        return ObjectReader(files, name, size)

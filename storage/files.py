@@ -255,6 +255,15 @@ class LocalFiles:
             self._replace(temp, final)
             self._sync_folder(final.parent)
 
+    def move_in(self, path: Path, name: str) -> None:
+        """Move a finished file of this filesystem to `name`, whatever it had; readers see the old or the new."""
+        final = self.path(name)
+        with explained("cannot write", final):
+            self._make_folder(final.parent)
+            self._sync_file(path)
+            self._replace(path, final)
+            self._sync_folder(final.parent)
+
     def point(self, name: str, target: str) -> None:
         """Make `name` a symbolic link to a neighbour, in place of the one it was; readers see the old or the new."""
         final = self.path(name)

@@ -13,7 +13,7 @@ from .commits import Commit
 from .errors import IntegrityError, StillroomError
 from .files import Files, file_sha256
 from .schema import KEY, TABLES, TableName
-from .segments import Segments, complete, read_columns, segment_schema
+from .segments import INDEXED, Indexed, place_of, segment_schema
 from .shard import REPAIR, ShardInfo
 from .store import Store
 
@@ -37,9 +37,13 @@ class Index:
         self.commits: dict[TableName, dict[int, Commit]] = {}
         """The live commits, by number."""
         for table in TABLES:
-            commits = store.commits(table)
-            self.commits[table] = {commit.seq: commit for commit in commits}
-            self._view(store.files, table, commits, write=write)
+            self.commits[table] = {}
+            views: list[str] = []
+            for number, (part, first) in enumerate(store.parts):
+                found = part.indexed(table, write=write and number == 0)
+                self.commits[table] |= {first + commit.seq: commit for commit in found.commits}
+                views.append(self._part(f"{table}_{number}", table, found, first=first))
+            self._view(table, views)
 
     def close(self) -> None:
         """Give memory and disk back."""
@@ -83,23 +87,26 @@ class Index:
         with _explained():
             return self._connection.execute(sql).fetchall()
 
-    def _view(self, files: Files, table: TableName, commits: Sequence[Commit], *, write: bool) -> None:
-        known = Segments(files, table)
-        segments: list[str] = []
-        covered: set[int] = set()
-        for part in complete(commits):
-            name = known.find(part) or (known.put(part) if write else None)
-            if name is not None:
-                segments.append(name)
-                covered.update(commit.seq for commit in part)
-        newest = read_columns(files, table, [commit for commit in commits if commit.seq not in covered])
-        self.register(f"newest_{table}", newest)
+    def _part(self, name: str, table: TableName, found: Indexed, *, first: int) -> str:
+        """A view of the rows of one of the stores; its commits are counted from `first` on."""
+        self.register(f"newest_{name}", found.newest)
         columns = ", ".join(as_uuid(f.name) if f.type == KEY else f.name for f in segment_schema(table))
-        select = f"SELECT {columns} FROM newest_{table}"
-        if segments:
-            paths = ", ".join(f"'{_quoted(files.local(name))}'" for name in segments)
+        select = f"SELECT {columns} FROM newest_{name}"
+        if found.segments:
+            paths = ", ".join(f"'{_quoted(path)}'" for path in found.segments)
             select += f" UNION ALL SELECT {columns} FROM read_parquet([{paths}])"
-        self.execute(f"CREATE VIEW {table} AS {select}")
+        moved = f"* REPLACE (place + {place_of(first, 0)} AS place)" if first else "*"
+        self.execute(f"CREATE VIEW {name} AS SELECT {moved} FROM ({select})")
+        return name
+
+    def _view(self, table: TableName, parts: Sequence[str]) -> None:
+        """All rows; of a row that several stores have, the first one's."""
+        keyed = "key" in INDEXED[table]
+        selects = [f"SELECT * FROM {parts[0]}"]
+        for number, part in enumerate(parts[1:], start=1):
+            before = " UNION ALL ".join(f"SELECT key FROM {earlier}" for earlier in parts[:number])
+            selects.append(f"SELECT * FROM {part}" + (f" WHERE key NOT IN ({before})" if keyed else ""))
+        self.execute(f"CREATE VIEW {table} AS {' UNION ALL '.join(selects)}")
 
 
 @contextmanager

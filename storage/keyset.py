@@ -24,10 +24,10 @@ class KeySet:
             self._new.clear()
 
     def __contains__(self, key: bytes) -> bool:
-        if key in self._new:
-            return True
+        if key in self._new or not len(self._high):
+            return key in self._new
         high, low = np.frombuffer(key, np.uint64)
-        first, last = (int(np.searchsorted(self._high, high, side=side)) for side in ("left", "right"))
+        first, last = (int(self._high.searchsorted(high, side=side)) for side in ("left", "right"))
         return bool((self._low[first:last] == low).any())
 
 

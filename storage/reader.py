@@ -15,7 +15,6 @@ from itertools import count, tee
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from .errors import IntegrityError
 from .order import WINDOW, Order, Window
@@ -108,12 +107,7 @@ class SnapshotReader:
                 f"{shard.name}: row groups of {file.rows_per_group} rows, the snapshot says {shard.row_groups}. "
                 "Run `stillroom verify`."
             )
-        table = file.read(number, self._columns, threads=False)  # row groups are read side by side
-        if len(rows) < table.num_rows:
-            # Not of the numpy array: pyarrow would import pandas for that, and a run that resumes would wait for it.
-            table = table.take(
-                pa.Array.from_buffers(pa.int64(), len(rows), [None, pa.py_buffer(rows.astype(np.int64))])
-            )
+        table = file.select(file.starts[number] + rows, self._columns, threads=False)  # groups are read side by side
         try:
             return self._decode(Rows(table))
         except IntegrityError as error:

@@ -136,7 +136,12 @@ _SPLIT = tuple(
 
 def parquet_options(table: TableName) -> dict[str, Any]:
     """Keyword arguments for `pyarrow.parquet.ParquetWriter` of one table."""
-    leaves = set(_leaf_paths(SCHEMAS[table]))
+    return encodings(SCHEMAS[table])
+
+
+def encodings(schema: pa.Schema) -> dict[str, Any]:
+    """`parquet_options` of some of a table's columns, and of others, which get dictionaries."""
+    leaves = set(_leaf_paths(schema))
     encoding = {c: "DELTA_BINARY_PACKED" for c in _DELTA if c in leaves}
     encoding |= {c: "BYTE_STREAM_SPLIT" for c in _SPLIT if c in leaves}
     return {

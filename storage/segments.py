@@ -8,6 +8,8 @@ import hashlib
 import io
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -62,6 +64,32 @@ def complete(commits: Sequence[Commit]) -> Iterator[Sequence[Commit]]:
         if stop > start:
             yield commits[start:stop]
         start = stop
+
+
+@dataclass(frozen=True, slots=True)
+class Indexed:
+    """What a plan asks of the rows of one table."""
+
+    commits: list[Commit]
+    """The live ones; `place` names them by their numbers."""
+    newest: pa.Table
+    """Rows that are in no segment, as `segment_schema` has them."""
+    segments: list[Path]
+    """Files with the others."""
+
+
+def indexed(files: Files, table: TableName, commits: list[Commit], *, write: bool) -> Indexed:
+    """The rows of these commits; `write`: keep the segments that are missing."""
+    known = Segments(files, table)
+    segments: list[Path] = []
+    covered: set[int] = set()
+    for part in complete(commits):
+        name = known.find(part) or (known.put(part) if write else None)
+        if name is not None:
+            segments.append(files.local(name))
+            covered.update(commit.seq for commit in part)
+    newest = read_columns(files, table, [commit for commit in commits if commit.seq not in covered])
+    return Indexed(commits, newest, segments)
 
 
 class Segments:

@@ -163,6 +163,11 @@ class ShardFile:
         """Rows in the shard."""
         return int(self.starts[-1])
 
+    @property
+    def numbers(self) -> np.ndarray:
+        """Indices of the rows that can be read, ascending: of a shard, all."""
+        return np.arange(self.rows)
+
     def read(self, group: int, columns: Sequence[str] | None = None, *, threads: bool = True) -> pa.Table:
         """One row group, page checksums verified; `threads`: columns are decoded side by side."""
         names = list(self.schema.names if columns is None else columns)
@@ -179,6 +184,20 @@ class ShardFile:
         parts = [self.read(group, columns) for group in range(len(self.rows_per_group))]
         names = self.schema.names if columns is None else columns
         return pa.concat_tables([self.schema.empty_table().select(list(names)), *parts])
+
+    def select(self, rows: np.ndarray, columns: Sequence[str] | None = None, *, threads: bool = True) -> pa.Table:
+        """Rows by ascending index, page checksums verified; row groups that hold none of them are not read."""
+        edges = np.searchsorted(rows, self.starts)
+        parts = [self.schema.empty_table().select(list(self.schema.names if columns is None else columns))]
+        for group in np.flatnonzero(np.diff(edges)).tolist():
+            table = self.read(group, columns, threads=threads)
+            wanted = rows[edges[group] : edges[group + 1]] - self.starts[group]
+            if len(wanted) < table.num_rows:
+                # Not of the numpy array: pyarrow would import pandas for that, and a run that resumes would wait.
+                buffers = [None, pa.py_buffer(wanted.astype(np.int64))]
+                table = table.take(pa.Array.from_buffers(pa.int64(), len(wanted), buffers))
+            parts.append(table)
+        return parts[1] if len(parts) == 2 else pa.concat_tables(parts)
 
     def _damaged_column(self, group: int, names: Sequence[str], error: Exception) -> tuple[str, Exception]:
         for name in names:

@@ -22,6 +22,8 @@ class SnapshotShard:
     """Rows of each row group of the shard."""
     rows: np.ndarray
     """[R] int32 indices of the chosen rows, ascending."""
+    source: str = ""
+    """Name of the read-only source that the shard was in (`sources.py`); empty: the store itself."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,7 +54,9 @@ def make_snapshot(
         if rows.size and not 0 <= rows[0] <= rows[-1] < commit.shard.rows:
             raise UsageError(f"snapshot of {table}: shard {sha256} has {commit.shard.rows} rows (asked: {rows[-1]}).")
         if rows.size:
-            shards.append(SnapshotShard(sha256, commit.shard.name, commit.shard.row_groups, rows.astype(np.int32)))
+            source = store.source_of(table, sha256)
+            shard = commit.shard
+            shards.append(SnapshotShard(sha256, shard.name, shard.row_groups, rows.astype(np.int32), source))
     runs = [[shard.sha256, _runs(shard.rows)] for shard in shards]
     return Snapshot(_snapshot_id(table, runs), table, tuple(shards), dict(about))
 
@@ -70,6 +74,7 @@ def save_snapshot(store: Store, snapshot: Snapshot) -> None:
                 "row_groups": list(shard.row_groups),
                 "rows": _runs(shard.rows),
             }
+            | ({"source": shard.source} if shard.source else {})
             for shard in snapshot.shards
         ],
         "about": dict(snapshot.about),
@@ -78,19 +83,20 @@ def save_snapshot(store: Store, snapshot: Snapshot) -> None:
 
 
 def load_snapshot(store: Store, snapshot_id: str) -> Snapshot:
-    """Read a snapshot that was kept."""
+    """Read a snapshot that was kept, here or in a source."""
     name = f"snapshots/{snapshot_id}.json"
-    if not store.files.exists(name):
-        known = [name.removesuffix(".json") for name in store.files.names("snapshots")]
+    files = next((part.files for part, _ in store.parts if part.files.exists(name)), None)
+    if files is None:
+        known = [name.removesuffix(".json") for part, _ in store.parts for name in part.files.names("snapshots")]
         raise UsageError(
             f"{store.root}: no snapshot {snapshot_id}. Known: {', '.join(known[:10]) or 'none'}. Check the id."
         )
-    record = unseal(store.files.read(name), name)
+    record = unseal(files.read(name), name)
     runs = [[shard["sha256"], shard["rows"]] for shard in record["shards"]]
     if not snapshot_id == record["id"] == _snapshot_id(record["table"], runs):
         raise IntegrityError(f"{name}: the snapshot is not the one its name says. Restore the file or make it again.")
     shards = tuple(
-        SnapshotShard(shard["sha256"], shard["name"], tuple(shard["row_groups"]), rows)
+        SnapshotShard(shard["sha256"], shard["name"], tuple(shard["row_groups"]), rows, shard.get("source", ""))
         for shard, rows in zip(record["shards"], _rows([runs for _, runs in runs]), strict=True)
     )
     return Snapshot(snapshot_id, record["table"], shards, record["about"])

@@ -14,7 +14,8 @@ from .errors import IntegrityError, UsageError
 from .files import Files, open_files
 from .inputs import inputs_table, put_inputs, read_inputs
 from .schema import FORMAT_VERSION, SCHEMAS, TABLES, TableName
-from .shard import ShardFile, shard_name
+from .segments import Indexed, indexed
+from .shard import ShardFile, ShardInfo, shard_name
 from .writer import CommitLimits, ShardWriter
 
 MARKER = "STORE.json"
@@ -61,9 +62,26 @@ class Store:
         """The store's folder, or its URL."""
         return self.files.root
 
+    @property
+    def parts(self) -> list[tuple["Store", int]]:
+        """What it is made of: stores, and the number from which on the commits of each are counted here."""
+        return [(self, 0)]
+
     def commits(self, table: TableName) -> list[Commit]:
         """Live commits of a table, oldest first, other writers' included."""
         return self._logs[table].refresh()
+
+    def shards(self, table: TableName) -> list[ShardInfo]:
+        """The files that hold a table's rows."""
+        return [commit.shard for commit in self.commits(table)]
+
+    def indexed(self, table: TableName, *, write: bool = False) -> Indexed:
+        """What a plan asks of a table's rows; `write`: keep the index segments that are missing."""
+        return indexed(self.files, table, self.commits(table), write=write)
+
+    def source_of(self, table: TableName, sha256: str) -> str:
+        """Which read-only source a shard is in; empty: the store's own."""
+        return ""
 
     def writer(self, table: TableName, *, about: Mapping[str, Any], limits: CommitLimits | None = None) -> ShardWriter:
         """A context manager that adds rows. `about` goes into each shard's metadata: who wrote it, and how."""
@@ -91,7 +109,7 @@ class Store:
                 )
             data = shard.read_all(columns)
             shas = pa.chunked_array([pa.repeat(commit.shard.sha256, data.num_rows)])
-            rows = pa.chunked_array([np.arange(data.num_rows, dtype=np.int32)])
+            rows = pa.chunked_array([shard.numbers.astype(np.int32)])
             parts.append(pa.Table.from_arrays([*data.columns, shas, rows], schema=schema))
         return pa.concat_tables(parts)
 

@@ -1,8 +1,14 @@
-"""The writer of one table: gathers rows, and commits them as a shard every so many rows, seconds or bytes."""
+"""The writer of one table: gathers rows, and commits them as a shard every so many rows, seconds or bytes.
+
+A shard is made (encoded, hashed, synced, read back) in a thread of the writer, while its owner goes on with the next
+rows; Arrow, the hash and the disk leave Python to others meanwhile. The commit record, and all that is known of other
+writers, is the owner's thread's alone. At most one shard is in the making.
+"""
 
 import time
 import uuid
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -21,7 +27,7 @@ TOKENS_COLUMN = {"generations": "completion_tokens", "soft_targets": "span_token
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CommitLimits:
-    """A shard is committed when any of these is reached."""
+    """A shard is made when any of these is reached."""
 
     rows: int = 256
     seconds: float = 30.0
@@ -29,10 +35,19 @@ class CommitLimits:
     bytes: int = 64 << 20
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Making:
+    """A shard in the making."""
+
+    rows: dict[bytes, dict[str, Any]]
+    shard: Future[ShardInfo]
+
+
 class ShardWriter:
     """Adds rows to a table, each key once, whoever else writes. Not for several threads; open one per thread.
 
-    Use as a context manager: leaving the block commits what is finished, also when an exception leaves it.
+    Use as a context manager: leaving the block commits what is finished, also when an exception leaves it. What goes
+    wrong while a shard is made is raised by the next call of `add`, `tick` or `flush`; none of its rows is committed.
     """
 
     def __init__(self, files: Files, log: CommitLog, *, about: Mapping[str, Any], limits: CommitLimits) -> None:
@@ -44,12 +59,16 @@ class ShardWriter:
         self._waiting: dict[bytes, dict[str, Any]] = {}
         self._waiting_bytes = 0
         self._oldest = 0.0
+        self._making: _Making | None = None
+        self._maker = ThreadPoolExecutor(1, thread_name_prefix=f"shards of {log.table}")
         self._last_commit = time.monotonic()
         self._failed = False
         self.rows = 0
         """Rows committed by this writer."""
         self.tokens = 0
         """Tokens committed by this writer."""
+        self.bytes = 0
+        """Bytes of the shards committed by this writer."""
         self.skipped = 0
         """Rows that were there already."""
 
@@ -60,15 +79,18 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._failed:
-            self.flush()
+        try:
+            if not self._failed:
+                self.flush()
+        finally:
+            self._maker.shutdown()
 
     def add(self, row: Mapping[str, Any]) -> bool:
         """Take a row; False if its key is committed or waiting already. A row that does not fit is refused."""
         checked = check_row(self._log.table, row)
         check_shape(self._log.table, checked, self._about)
         key = checked["key"]
-        if key in self._log.keys or key in self._waiting:
+        if key in self._log.keys or key in self._waiting or (self._making is not None and key in self._making.rows):
             self.skipped += 1
             return False
         if not self._waiting:
@@ -76,7 +98,7 @@ class ShardWriter:
         self._waiting[key] = checked
         self._waiting_bytes += row_bytes(checked)
         if len(self._waiting) >= self._limits.rows or self._waiting_bytes >= self._limits.bytes:
-            self.flush()
+            self._make()
         self.tick()
         return True
 
@@ -89,31 +111,51 @@ class ShardWriter:
         self._log.advance()
 
     def tick(self) -> None:
-        """Commit if the time is up; call it while waiting for rows."""
+        """Commit a shard that is made, and make one if the time is up; call it while waiting for rows."""
+        if self._making is not None and self._making.shard.done():
+            self._commit()
         if self._waiting and time.monotonic() - self._oldest >= self._limits.seconds:
-            self.flush()
+            self._make()
 
     def flush(self) -> None:
-        """Commit the rows that wait."""
-        rows = list(self._waiting.values())
+        """Commit the rows that wait; returns when they are."""
+        if self._waiting:
+            self._make()
+        self._commit()
+
+    def _make(self) -> None:
+        """Let the thread make a shard of the rows that wait, once the one before is committed."""
+        self._commit()
+        rows = {key: row for key, row in self._waiting.items() if key not in self._log.keys}
+        self.skipped += len(self._waiting) - len(rows)
+        self._waiting, self._waiting_bytes = {}, 0
+        if rows:
+            self._making = _Making(rows, self._maker.submit(self._write, list(rows.values())))
+
+    def _commit(self) -> None:
+        """Commit the shard in the making, if there is one, when it is made."""
+        if self._making is None:
+            return
         self._failed = True
-        committed = self._commit(rows)
+        rows = list(self._making.rows.values())
+        committed = self._appended(rows, self._making.shard)
         self._failed = False
-        self._waiting.clear()
-        self._waiting_bytes = 0
+        self._making = None
         self.rows += len(committed)
         self.tokens += _count_tokens(self._log.table, committed)
         self.skipped += len(rows) - len(committed)
 
-    def _commit(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        shard = None
+    def _appended(self, rows: list[dict[str, Any]], shard: Future[ShardInfo]) -> list[dict[str, Any]]:
+        """Those of the rows that are committed now, by this writer."""
         while True:
+            made = shard.result()
             left = [row for row in rows if row["key"] not in self._log.keys]
             if not left:
                 return []
-            if shard is None or len(left) < len(rows):
+            if len(left) < len(rows):
                 rows = left
-                shard = self._write(rows)
+                shard = self._maker.submit(self._write, rows)
+                continue
             now = time.monotonic()
             fields = {
                 "writer": self._writer,
@@ -122,8 +164,9 @@ class ShardWriter:
                 "stage": self._about.get("stage", ""),
                 "versions": self._about.get("versions", {}),
             }
-            if self._log.append(fields, shard, (row["key"] for row in rows)) is not None:
+            if self._log.append(fields, made, (row["key"] for row in rows)) is not None:
                 self._last_commit = now
+                self.bytes += made.bytes
                 keep_last_segment(self._files, self._log)
                 return rows
 

@@ -39,7 +39,7 @@ def recipe_tree(folder: Path, teacher: Path, source: Path, **sections: Any) -> d
         "score": {"k": 4, "batch_tokens": 256},
         "loss": {},
         "train": {"epochs": 2, "tokens_per_step": 128, "learning_rate": 5.0e-3},
-        "evaluate": {"tokens": 200},
+        "evaluate": {"tokens": 200, "samples": 1},
     }
     tree |= sections
     return {k: v for k, v in tree.items() if v is not None}

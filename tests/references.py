@@ -141,3 +141,15 @@ def over_bucket(divergence: str, logits: Tensor, ids: Sequence[int], t: Sequence
     """A divergence over the kept ids and one bucket."""
     teacher = [torch.tensor(x, dtype=torch.float64) for x in [*t, tail]]
     return DIVERGENCES[divergence](teacher, outcomes(softmax(logits), ids))
+
+
+def token_losses(
+    logits: Tensor, t: Tensor, ids: Sequence[int], label: int, *, divergence: str, tail: str, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Divergence and cross-entropy of one token: a student's logits [V] and a teacher [V], which is at the temperature.
+
+    `ids` are the entries; all ids where the target is full.
+    """
+    p = softmax(logits / temperature)
+    soft = temperature**2 * DIVERGENCES[divergence](*compared(t, p, ids, tail, label))
+    return soft, cross_entropy(logits, label)

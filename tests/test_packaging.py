@@ -55,7 +55,7 @@ def test_holds_exactly_the_three_packages(wheel):
     expected = {
         path.relative_to(ROOT).as_posix()
         for floor in FLOORS
-        for pattern in ("*.py", "py.typed", "*.yaml")
+        for pattern in ("*.py", "py.typed", "*.yaml", "*.jinja")
         for path in (ROOT / floor).rglob(pattern)
     }
     assert ours == expected

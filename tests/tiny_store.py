@@ -25,6 +25,7 @@ class SilentProgress:
     def __init__(self) -> None:
         self.total, self.done, self.tokens = 0, 0, 0
         self.said: list[str] = []
+        self.notes: list[str] = []
 
     def start(self, *, total: int, unit: str, done: int = 0) -> None:
         self.total, self.done = total, done
@@ -32,6 +33,10 @@ class SilentProgress:
     def advance(self, units: int = 1, *, tokens: int = 0, note: str = "") -> None:
         self.done += units
         self.tokens += tokens
+        self.notes.append(note)
+
+    def wrote(self, *, rejects: int, size: int) -> None:
+        self.rejects, self.size = rejects, size
 
     def say(self, text: str) -> None:
         self.said.append(text)

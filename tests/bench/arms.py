@@ -20,6 +20,8 @@ from stillroom.pipeline import runner, worker
 from stillroom.pipeline.plan import make_plan
 from stillroom.pipeline.progress import StageProgress
 from stillroom.pipeline.recipe import load_recipe
+from stillroom.pipeline.screen import Screen
+from stillroom.stages.clock import Clock
 from stillroom.stages.job import StopFlag
 from stillroom.stages.samples import Sample, Samples
 from stillroom.storage.snapshot import save_snapshot
@@ -94,10 +96,12 @@ def _read(samples: Samples, start: int, stop: int | None = None) -> Generator[Sa
 class _Here:
     """A stage in this process, where the runner expects one in a process of its own."""
 
-    def __init__(self, message: dict[str, Any]) -> None:
+    def __init__(self, message: dict[str, Any], screen: Screen) -> None:
         self._message = message
 
     def finish(self) -> dict[str, Any]:
         """Do it and answer as a stage's process does."""
         progress = StageProgress(self._message["name"], sys.stderr, quiet=True)
-        return worker._answer(worker._run(self._message, progress, StopFlag()))
+        clock = Clock()
+        job = worker._job(self._message, progress, StopFlag(), clock=clock)
+        return worker._answer(worker._run(job, self._message["stage"]), clock)

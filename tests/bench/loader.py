@@ -1,6 +1,6 @@
 """How fast a snapshot is read, against `datasets` and mosaicml-streaming on the same rows; how fast reading resumes.
 
-    python tests/bench/loader.py [--tiny] [--mds-python PYTHON] [--only speed|resume]
+    python tests/bench/loader.py [--tiny] [--mds-python PYTHON] [--only speed|resume|trainer]
 
 Speed: one process, shuffled, batches of 32 rows stacked into arrays by the same function; Stillroom verifies page
 checksums and rescales entries and tail to sum to 1, the others hand out what is stored. `datasets` streams the very
@@ -11,6 +11,9 @@ it decompresses them; it pins an older numpy, so it runs with a Python of its ow
 
 Resume: a snapshot of many small shards is opened in a new process at a random sample; milliseconds from opening the
 store to the first batch, files opened against shards that the batch's samples lie in. Imports are not counted.
+
+Trainer: samples of a store (V = 512, K = 64, as long as short stories) read and packed into passes, and the same
+training a student of 1M parameters, in turns in one process; tokens/s of the one over those of the other. Bar: 5.
 """
 
 import argparse
@@ -33,6 +36,7 @@ import numpy as np
 
 K, T, V = 32, 512, 50_257
 BATCH = 32
+LOADER_BAR = 5
 COLUMNS = ("token_ids", "ids", "logprobs", "tail_logprob", "token_logprob", "entropy")
 
 
@@ -40,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="seconds; the figures mean nothing")
     parser.add_argument("--mds-python", help="a Python that has mosaicml-streaming")
-    parser.add_argument("--only", choices=["speed", "resume"])
+    parser.add_argument("--only", choices=["speed", "resume", "trainer"])
     parser.add_argument("--rows", type=int, default=12288, help="rows to read; a window is about 2900")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--pass", dest="one_pass", nargs=2, metavar=("LOADER", "FOLDER"), help=argparse.SUPPRESS)
@@ -54,10 +58,14 @@ def main() -> None:
     outcome |= {"cpus": os.cpu_count(), "load_average": os.getloadavg()[0]}
     outcome |= {"versions": {name: version(name) for name in ("numpy", "pyarrow", "datasets")}}
     with tempfile.TemporaryDirectory() as folder:
-        if args.only != "resume":
+        if args.only in (None, "speed"):
             rows, repeats = (64, 1) if args.tiny else (args.rows, args.repeats)
             outcome["speed"] = speed(Path(folder), rows=rows, repeats=repeats, mds_python=args.mds_python)
-        if args.only != "speed":
+        if args.only in (None, "trainer"):
+            outcome["trainer"] = against_trainer(Path(folder), turns=1 if args.tiny else 5, tiny=args.tiny)
+            found = {"found": outcome["trainer"]["loader_over_trainer"], "at_least": LOADER_BAR}
+            outcome["bars"] = {"loader's tokens/s over a 1M trainer's": found}
+        if args.only in (None, "resume"):
             shards, rows, repeats = (20, 400, 1) if args.tiny else (5000, 1_000_000, 5)
             outcome["resume"] = resume(Path(folder), shards=shards, rows=rows, repeats=repeats)
     print(json.dumps(outcome))
@@ -312,10 +320,50 @@ def write_shards(root: Path, *, shards: int, rows: int) -> str:
         keys = pa.array([content_key("bench", shard=shard, row=i) for i in range(each)], pa.binary(16))
         table = alike.set_column(column, alike.schema.field(column), keys)
         infos.append(put_parquet(store.files, table, [each], folder="data/soft_targets", about=about))
-    log = types.SimpleNamespace(commits=lambda table: [types.SimpleNamespace(shard=info) for info in infos])
+    commits = [types.SimpleNamespace(shard=info) for info in infos]
+    log = types.SimpleNamespace(commits=lambda table: commits, source_of=lambda table, sha256: "")
     snapshot = make_snapshot(log, "soft_targets", {info.sha256: range(info.rows) for info in infos}, {})
     save_snapshot(store, snapshot)
     return snapshot.id
+
+
+# Trainer
+
+
+def against_trainer(folder: Path, *, turns: int, tiny: bool) -> dict[str, Any]:
+    """Tokens per second of reading and packing, and of training on it; the ratio is the median over the turns."""
+    import torch
+    from train_step import Arm, Scale, make_arm, write_store
+
+    from stillroom.stages.samples import Cursor, steps
+    from stillroom.stages.sections import Loss
+
+    shape = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 5}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 4}
+    size = {"rows": 12, "tokens_per_step": 512} if tiny else {"rows": 600, "tokens_per_step": 4096}
+    scale = Scale(config=shape, k=64, tokens_per_pass=size["tokens_per_step"], steps=1 if tiny else 3, **size)
+    samples = write_store(folder / "trainer", rows=scale.rows, vocab_size=512, k=scale.k)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    arm: Arm = make_arm(scale, samples, Loss(), device)
+    rates, waited = [], []
+    for _ in range(turns):
+        began, tokens = time.perf_counter(), 0
+        for step in steps(samples, Cursor(), tokens_per_step=scale.tokens_per_step, stop_samples=len(samples)):
+            tokens += sum(batch.positions for batch in arm.trainer.passes(step, done=0.5))
+        read = tokens / (time.perf_counter() - began)
+        arm.turn(scale)
+        rates.append((read, arm.turns[-1].tokens / arm.turns[-1].seconds))
+        waited.append(arm.turns[-1].rates["waited_share"])
+    ratio = statistics.median(read / trained for read, trained in rates)
+    table = {"rows": scale.rows, "turns": turns, "parameters": arm.notes["parameters"], "device": device.type}
+    table |= {"loader": [round(read) for read, _ in rates], "trainer": [round(trained) for _, trained in rates]}
+    table |= {"loader_over_trainer": round(ratio, 1), "waited_share": statistics.median(waited)}
+    parameters = arm.notes["parameters"] / 1e6
+    read, trained = (statistics.median(table[name]) for name in ("loader", "trainer"))
+    print(f"\nloader against a trainer of {parameters:.1f}M parameters on {device.type}, tokens/s")
+    print(f"  read and packed {read:.0f}, trained {trained:.0f}: {ratio:.1f} times as fast, bar {LOADER_BAR}")
+    print(f"  the trainer waited {table['waited_share']:.1%} of its time for it")
+    return table
 
 
 PASSES = {

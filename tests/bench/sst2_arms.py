@@ -19,7 +19,7 @@ from torch import nn
 
 from stillroom.pipeline.recipe import load_recipe
 from stillroom.stages.classes import ClassBatch, ClassPasses, Inputs, class_logits
-from stillroom.stages.losses import LossParts, Objective
+from stillroom.stages.losses import Aim, Distilled, LossParts
 from stillroom.stages.metrics import Tally, measure
 from stillroom.stages.samples import Cursor, Sample, Samples, steps
 from stillroom.stages.sections import Loss, Recipe, Train
@@ -81,17 +81,16 @@ class Choice:
 class WithoutLog(ClassPasses):
     """Skew forward KL where the mixture's probabilities stand in for their logarithms: t (log t - m), summed."""
 
-    def losses(
-        self, model: nn.Module, batch: ClassBatch, *, objective: Objective | None, dtype: torch.dtype
-    ) -> LossParts:
+    def losses(self, model: nn.Module, batch: ClassBatch, *, aim: Aim, dtype: torch.dtype) -> Distilled:
         """As of `ClassPasses`, mistaken."""
+        objective = aim.objective
         assert objective is not None
         assert batch.targets.logprobs is not None
         logits = class_logits(model, batch.inputs)
         teacher, student = batch.targets.logprobs, (logits / objective.temperature).softmax(-1)
         mixture = objective.skew * teacher.exp() + (1 - objective.skew) * student
         soft = (teacher.exp() * (teacher - mixture)).sum(-1) * objective.temperature**2
-        return LossParts(hard=torch.zeros_like(soft), soft=soft)
+        return LossParts(hard=torch.zeros_like(soft), soft=soft).summed(aim)
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from stillroom.pipeline.recipe import load_recipe
 from stillroom.stages.batches import Packing
 from stillroom.stages.entries import Reading, soft_part
+from stillroom.stages.fused import linear_distillation
 from stillroom.stages.gradients import angle_and_ratio
 from stillroom.stages.head import hidden_states, split_head
 from stillroom.stages.kept import Kept, wanted
-from stillroom.stages.losses import Objective, linear_distillation
+from stillroom.stages.losses import Objective
 from stillroom.stages.samples import Cursor, Sample, Samples, steps
 from stillroom.stages.sections import Loss, Recipe, Score
 from stillroom.stages.student import initial_student
@@ -156,10 +157,11 @@ def _gradients(student: Any, teacher: nn.Module, *, texts: dict[str, list[Sample
         targets[name] = other.targets.to(head.weight.device), Objective(tail=ARMS[name].loss.get("tail", "bucket"))
     found, kl = [], 0.0
     for name, (target, objective) in targets.items():
-        loss = linear_distillation(predicting, head, target, objective=objective).soft
-        assert loss is not None
-        kl = loss.sum().item() if name == "full" else kl
-        gradient = torch.autograd.grad(loss.sum(), weights, retain_graph=True)
+        loss = linear_distillation(
+            predicting, head, target, objective=objective, soft_weight=1.0, hard_weight=0.0
+        ).total
+        kl = loss.item() if name == "full" else kl
+        gradient = torch.autograd.grad(loss, weights, retain_graph=True)
         found.append(torch.cat([part.flatten() for part in gradient]))
     return torch.stack(found), kl, len(predicting)
 

@@ -1,5 +1,6 @@
 """Benchmarks run one tiny step here, so that they cannot rot; their figures mean nothing at this size."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -71,6 +72,7 @@ def test_the_loader_bench_runs() -> None:
     outcome = json.loads(done.stdout.splitlines()[-1])
     assert set(outcome["speed"]) == {"rows", "tokens", "repeats", "stillroom", "datasets"}
     assert outcome["resume"]["footers_opened"] == outcome["resume"]["footers_needed"]
+    assert outcome["trainer"]["loader_over_trainer"] > 0
 
 
 @pytest.mark.slow
@@ -153,3 +155,127 @@ def test_the_equivalence_bench_runs() -> None:
     outcome = json.loads(done.stdout.splitlines()[-1])
     exact, ten, shifted = (runs[0]["loss_worst"] for runs in (*outcome["by_bits"].values(), outcome["shifted"]))
     assert exact < 1e-5 < ten < 1e-2 < shifted
+
+
+@pytest.mark.slow
+def test_the_gpu_check_rehearses(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    words = [sys.executable, str(HERE / "gpu_check.py"), "--rehearse", "--only", "kernels", "traffic"]
+    done = subprocess.run([*words, "--out", str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    page, figures, log = (
+        next(tmp_path.glob(f"gpu-*-rehearsal.{suffix}")).read_text() for suffix in ("md", "json", "log")
+    )
+    outcome = json.loads(figures)
+    assert [part["status"] for part in outcome["parts"].values()] == ["ok", "ok"]
+    assert {"look", "spread, T = 2", "block_sums, m = 2"} < set(outcome["parts"]["traffic"]["kernels"])
+    assert "spread, softcap" in page
+    assert "4 passed" in log
+
+
+def test_the_gpu_check_goes_on_after_parts_that_fail_or_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("gpu_check", HERE / "gpu_check.py")
+    assert spec is not None
+    assert spec.loader is not None
+    gpu_check = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gpu_check)
+    monkeypatch.setattr(gpu_check, "HERE", tmp_path)
+    (tmp_path / "loss.py").write_text("import signal; signal.pause()")
+    (tmp_path / "score.py").write_text("import sys; print('half'); sys.exit('broken')")
+    bar = {"what": "a ratio", "found": 1.0, "bar": "<= 1.10", "met": True}
+    (tmp_path / "loader.py").write_text(f"import json; print('a table'); print(json.dumps({{'bars': [{bar}]}}))")
+    other = {"bars": {"another": {"found": 0.9, "at_least": 0.95}}}
+    (tmp_path / "traffic.py").write_text(f"import json; print(json.dumps({other}))")
+    report = gpu_check.Report(
+        tmp_path,
+        dict.fromkeys(("gpu", "commit", "driver", "python", "torch"))
+        | {"gpu": "NVIDIA H200", "date": "2026-11-21", "triton": None, "transformers": None},
+    )
+    for name, limit in (
+        ("loss", 1.5),
+        ("score", 60),
+        ("loader", 60),
+        ("traffic", 60),
+        ("pipeline", 60),
+        ("train_step", 0.2),
+    ):
+        report.add(gpu_check.run(name, limit, dict(os.environ), rehearse=False))
+    outcome = json.loads((tmp_path / "gpu-2026-11-21-nvidia-h200.json").read_text())["parts"]
+    assert {name: part["status"] for name, part in outcome.items()} == {
+        "loss": "overran",
+        "score": "failed",
+        "loader": "ok",
+        "traffic": "ok",
+        "pipeline": "failed",
+        "train_step": "no time left",
+    }
+    page = (tmp_path / "gpu-2026-11-21-nvidia-h200.md").read_text()
+    assert "| traffic: another | 0.9 | >= 0.95 | **no** |" in page
+    assert "| loader: a ratio | 1 | <= 1.10 | yes |" in page
+    assert "half\nbroken" in page
+    assert "a table" in page
+
+
+@pytest.mark.slow
+def test_the_pipeline_bench_accounts_for_every_second(tmp_path: Path) -> None:
+    words = [sys.executable, str(HERE / "pipeline.py"), "--tiny", "--out", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads(done.stdout.splitlines()[-1])
+    assert list(outcome["stages"]) == ["runner", "data", "generate", "score", "train", "evaluate"]
+    parts = [seconds for row in outcome["stages"].values() for seconds in row.values()]
+    assert min(parts) >= 0
+    assert sum(parts) == pytest.approx(outcome["seconds"], rel=0.05)
+    worked = {name: row["model"] > 0 for name, row in outcome["stages"].items()}
+    assert worked == {"runner": False, "data": False} | dict.fromkeys(("generate", "score", "train", "evaluate"), True)
+    assert [line["what"].split(":")[0] for line in outcome["bars"]] == [
+        "data",
+        "generate",
+        "score",
+        "train",
+        "evaluate",
+    ]
+    assert (tmp_path / "pipeline.md").read_text().count("\n") > len(outcome["stages"])
+
+
+@pytest.mark.slow
+def test_the_bench_of_the_training_step_runs(tmp_path: Path) -> None:
+    words = [sys.executable, str(HERE / "train_step.py"), "--tiny", "--out", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads(done.stdout.splitlines()[-1])
+    arms = outcome["arms"]
+    assert set(arms) >= {"KL + CE", "CE", "padded rows", "checkpointing", "plain CE"}
+    assert arms["KL + CE"]["padding_share"] == 0 < arms["padded rows"]["padding_share"]
+    assert all(0 < arm["mfu"] < 1 and arm["tokens_per_second"] > 0 for arm in arms.values())
+    assert outcome["kl_over_ce"] > 0
+    assert json.loads((tmp_path / "train_step.json").read_text()) == outcome
+
+
+def test_the_loss_bench_runs(tmp_path: Path) -> None:
+    words = [sys.executable, str(HERE / "loss.py"), "--tiny", "--out", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads(done.stdout.splitlines()[-1])
+    assert {"three products", "ours", "ours, hard alone", "plain torch CE", "plain torch"} <= outcome["time"].keys()
+    assert all(row["seconds"] > 0 for row in outcome["time"].values())
+    met = {bar["what"]: bar["met"] for bar in outcome["bars"]}
+    assert met["float32 error"]
+    assert met["bfloat16 error beyond the usual loss's"]
+    assert sorted(file.suffix for file in tmp_path.iterdir()) == [".json", ".md"]
+
+
+@pytest.mark.slow
+def test_the_scoring_bench_runs(tmp_path: Path) -> None:
+    words = [sys.executable, str(HERE / "score.py"), "--tiny", "--cpu", "--out", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads(done.stdout.splitlines()[-1])
+    assert list(outcome["over_bare"]) == ["bare", "reduced", "stage", "plain torch"]
+    clock = outcome["stage_clock"]
+    assert sum(clock[name] for name in ("model", "tokenizer", "disk", "other")) == pytest.approx(1, abs=1e-3)
+    assert clock["model"] > 0 < clock["disk"]
+    assert max(outcome["errors"]["ours"].values()) < 1e-5
+    assert json.loads((tmp_path / "score.json").read_text()) == outcome

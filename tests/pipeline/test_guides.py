@@ -16,8 +16,8 @@ GUIDES = Path(__file__).parents[2] / "pipeline" / "guides"
 RECORDS = 24  # of a data file, made after the three that its guide shows
 # The guides are written for real models: a run on tiny ones takes smaller numbers and the engine that starts fast.
 SMALLER = {
-    "data": {"holdout": 4, "limit": RECORDS},
-    "generate": {"engine": "hf", "max_tokens": 8, "engine_args": {}},
+    "data": {"holdout": 4},
+    "generate": {"engine": "hf", "max_tokens": 8, "engine_args": {}},  # what guides name there is vLLM's
     "train": {"epochs": 1, "tokens_per_step": 512},
     "evaluate": {"tokens": 100},
 }
@@ -85,7 +85,7 @@ def write_file(block: Block, folder: Path) -> None:
         tree = yaml.safe_load(block.text)
         for section, fields in SMALLER.items():
             if section in tree:
-                tree[section] |= {k: v for k, v in fields.items() if k in tree[section] or k not in ("engine_args",)}
+                tree[section] |= fields
         if "config" in tree["student"]:
             tree["student"]["config"] = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 16}
         (folder / block.title).write_text(yaml.safe_dump(tree))

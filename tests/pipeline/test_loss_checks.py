@@ -10,7 +10,8 @@ from kit import recipe_tree
 
 from stillroom.pipeline.loss_checks import check_loss
 from stillroom.pipeline.recipe import load_recipe
-from stillroom.stages.sections import Divergence, Loss, Score, Tail
+from stillroom.stages.fields import Divergence, Tail
+from stillroom.stages.sections import Loss, Score
 from stillroom.storage.errors import UsageError
 
 DIVERGENCES, TAILS = get_args(Divergence), get_args(Tail)

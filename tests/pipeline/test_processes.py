@@ -1,5 +1,6 @@
 """Stages are processes: one group at a time, none outlives its runner, and a kill at any moment loses nothing."""
 
+import io
 import os
 import random
 import signal
@@ -16,6 +17,7 @@ from running import PATIENCE, alive, at_worker_start, committed, contents, ours,
 from stillroom.pipeline.binding import teacher_identity
 from stillroom.pipeline.process import StageProcess, end_group, group_members
 from stillroom.pipeline.recipe import load_recipe
+from stillroom.pipeline.screen import Screen
 from stillroom.stages.identity import FileHashes
 from stillroom.storage.errors import StillroomError, Stopped
 
@@ -43,8 +45,12 @@ def recipe(tmp_path: Path, tiny_llama: Callable[..., Path]) -> Path:
 
 
 def message_for(folder: Path, stage: str = "score", **more: Any) -> dict[str, Any]:
-    message = {"name": stage, "stage": stage, "recipe": {}, "log": str(folder / "log"), "quiet": True}
+    message = {"name": stage, "stage": stage, "recipe": {}, "log": str(folder / "log")}
     return message | {"train_dirs": {}, "job": {}, "journal": str(folder / "journal")} | more
+
+
+def process_of(folder: Path, stage: str = "score", **more: Any) -> StageProcess:
+    return StageProcess(message_for(folder, stage, **more), Screen(io.StringIO()))
 
 
 def test_teacher_and_student_never_live_at_the_same_time(recipe: Path, tmp_path: Path) -> None:
@@ -131,7 +137,7 @@ def test_a_stage_that_is_killed_is_named_with_its_log(recipe: Path) -> None:
 
 def test_an_answer_that_is_an_error_ends_with_its_code(tmp_path: Path) -> None:
     with pytest.raises(StillroomError, match="The log has more"):
-        StageProcess(message_for(tmp_path)).finish()
+        process_of(tmp_path).finish()
 
 
 def test_a_stage_that_finishes_after_the_signal_is_stopped_all_the_same(
@@ -149,7 +155,7 @@ def test_a_stage_that_finishes_after_the_signal_is_stopped_all_the_same(
         os._exit(0)
     """
     monkeypatch.setenv("PYTHONPATH", at_worker_start(tmp_path / "site", code))
-    process = StageProcess(message_for(tmp_path))
+    process = process_of(tmp_path)
     with pytest.raises(Stopped, match="Run the same command to go on"):
         process.finish()
     assert group_members(process.group) == []
@@ -169,7 +175,7 @@ def test_a_dead_stage_is_noticed_though_its_child_holds_the_line(
         os._exit(7)
     """
     monkeypatch.setenv("PYTHONPATH", at_worker_start(tmp_path / "site", code))
-    process = StageProcess(message_for(tmp_path))
+    process = process_of(tmp_path)
     if said:
         assert process.finish() == {"rows": 3}
     else:
@@ -183,7 +189,7 @@ def test_a_stage_that_dies_before_it_reads_its_job_is_no_traceback(
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", at_worker_start(tmp_path / "site", "os._exit(7)"))
     with pytest.raises(StillroomError, match="exit status 7"):
-        StageProcess(message_for(tmp_path)).finish()
+        process_of(tmp_path).finish()
 
 
 @pytest.mark.parametrize(("stage", "changed"), [("score", "teacher"), ("generate", "generate.model")])
@@ -193,9 +199,8 @@ def test_a_model_that_is_not_the_planned_one_is_not_loaded(
     loaded = load_recipe(recipe, [f"generate.model={tiny_llama('author', seed=1)}"])
     teacher = teacher_identity(loaded, FileHashes(tmp_path / "store", remember=False), download=False)
     ids = {"teacher_id": "0" * 32 if changed == "teacher" else teacher.id, "author_id": "0" * 32}
-    message = message_for(tmp_path, stage, recipe=loaded.model_dump(mode="json"), job=ids)
     with pytest.raises(StillroomError, match=f"^{changed}: the files in .* changed since the plan was made"):
-        StageProcess(message).finish()
+        process_of(tmp_path, stage, recipe=loaded.model_dump(mode="json"), job=ids).finish()
 
 
 def progress_of(recipe: Path, stage: str) -> Callable[[], bool]:

@@ -105,8 +105,9 @@ def test_what_no_stage_does_yet_is_refused_by_name(tmp_path: Path, tree: dict[st
     assert "no stage does it yet" in message
 
 
-def test_later_settings_are_refused_by_name(tmp_path: Path, tree: dict[str, Any]) -> None:
-    assert "storage.sources: read-only sources are planned" in refusal(tmp_path, tree, "storage.sources=[x]")
+def test_a_store_stands_for_teacher_and_data_or_for_neither(tmp_path: Path, tree: dict[str, Any]) -> None:
+    for field in ("teacher.model", "data.source"):
+        assert f"{field}: names a store" in refusal(tmp_path, tree, "storage.sources=[x]", f"{field}=x")
 
 
 def test_every_mistake_is_listed_at_once(tmp_path: Path, tree: dict[str, Any]) -> None:

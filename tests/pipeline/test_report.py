@@ -8,139 +8,52 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import reports
 from kit import last_json, stillroom
+from reports import RECIPE, black_box, difference, finished, train
 from rich.console import Console
 
+from stillroom.pipeline import report_compare, report_markdown
 from stillroom.pipeline.markdown import fenced, nats, significant, size, table
-from stillroom.pipeline.report import compare, outcome, render, results_table, write_report
-from stillroom.pipeline.report_results import results
-from stillroom.pipeline.report_sections import curve, thinned
+from stillroom.pipeline.report import load_report, outcome, page, results_table, write_report
+from stillroom.pipeline.report_results import results as results_section
+from stillroom.pipeline.report_sections import curve as curve_section
+from stillroom.pipeline.report_sections import thinned
 from stillroom.storage.errors import UsageError
 
-RECIPE: dict[str, Any] = {
-    "run": {"dir": "runs/stories", "seed": 0, "task": "causal_lm"},
-    "storage": {"dir": "stores/stories"},
-    "teacher": {"model": "models/big-stories", "dtype": "auto"},
-    "student": {"model": None, "config": {"hidden_size": 64, "num_hidden_layers": 2}, "lora": None},
-    "data": {"source": "prompts.jsonl", "format": "prompt", "holdout": 200},
-    "generate": {"model": None, "samples": 2, "temperature": 1.0},
-    "score": {"targets": "topk", "k": 64},
-    "loss": {"divergence": "forward_kl", "temperature": 1.0, "tail": "bucket", "soft_weight": 1.0, "hard_weight": 0.1},
-    "train": {"tokens": 2_000_000},
-}
+
+def render(report: dict[str, Any]) -> str:
+    return report_markdown.page(page(report))
 
 
-def arm(cross_entropy: float, kl: float | None, agreement: float | None, ece: float) -> dict[str, Any]:
-    variation = kl and kl / (1 + kl)
-    return {
-        "cross_entropy": cross_entropy,
-        "cross_entropy_se": 0.0123,
-        "perplexity": 2.718281828459045**cross_entropy,
-        "kl_teacher": kl,
-        "kl_teacher_se": kl and 0.0045,
-        "tv_teacher": variation,
-        "tv_teacher_se": variation and 0.0023,
-        "acceptance": None if variation is None else 1 - variation,
-        "acceptance_se": variation and 0.0023,
-        "top1_agreement": agreement,
-        "top1_agreement_se": agreement and 0.0067,
-        "ece": ece,
-        "ece_se": 0.0012,
-        "rows": 400,
-        "tokens": 100_123,
-    }
+def compare(runs: list[Path]) -> str:
+    return report_markdown.page(report_compare.page({str(run): load_report(run) for run in runs}))
 
 
-def difference(kl: float, error: float = 0.003) -> dict[str, float]:
-    return {"kl_teacher": kl, "kl_teacher_se": error, "cross_entropy": kl / 2, "cross_entropy_se": error}
+def results(evaluation: dict[str, Any], recipe: dict[str, Any]) -> str:
+    return report_markdown.block(results_section(evaluation, recipe))
+
+
+def curve(name: str, trained: dict[str, Any]) -> str:
+    section = curve_section(name, trained)
+    assert section is not None
+    return report_markdown.block(section)
 
 
 @pytest.fixture
 def evaluation() -> dict[str, Any]:
-    return {
-        "results": {
-            "teacher": arm(1.23456, 0.0, 1.0, 0.0123),
-            "student_before": arm(9.87654, 8.7654, 0.0123, 0.2345),
-            "baseline": arm(1.65432, 0.3531, 0.7123, 0.0345),
-            "student": arm(1.61234, 0.3121, 0.7456, 0.0234),
-        },
-        "differences": {"student_before": difference(-8.4533), "baseline": difference(-0.041)},
-        "reliability": {},
-        "measured_on": {
-            "snapshot": "5" * 32,
-            "table": "soft_targets",
-            "rows": 400,
-            "prompts": 200,
-            "tokens": 100_123,
-            "reference": "full",
-            "k": 32_000,
-            "kl_is_lower_bound": False,
-            "ece_bins": 15,
-        },
-        "arms": {},
-        "answers": None,
-        "samples": [
-            {
-                "prompt": "Once upon",
-                "reference": "a time | there\nwas ```code```",
-                "teacher": "a time | there\nwas ```code```",
-                "student_before": "zzz",
-                "baseline": "a hat",
-                "student": "a time",
-            }
-        ],
-    }
-
-
-def train(loss: float) -> dict[str, Any]:
-    history = [
-        {"tokens": 8192 * i, "loss": loss / i, "soft": 0.9 * loss / i, "hard": loss / i, "learning_rate": 1e-3 / i}
-        for i in range(1, 101)
-    ]
-    return {
-        "steps": 100,
-        "tokens": 819_200,
-        "scored_tokens": 700_001,
-        "epochs": 1.5,
-        "seconds": 321.5,
-        "tokens_per_second": 2548.4,
-        "parameters": 1_234_567,
-        "snapshot": "7" * 32,
-        "history": history,
-    }
+    return reports.evaluation()
 
 
 @pytest.fixture
 def facts() -> dict[str, Any]:
-    return {
-        "stages": {
-            "generate": {"rows": 398, "tokens": 51_234, "bytes": 123_456, "seconds": 61.5, "tokens_per_second": 833.1}
-            | {"bytes_per_token": 2.41, "rejected": 2},
-            "train": {"tokens": 819_200, "seconds": 321.5},
-        },
-        "rejects": {"generate": "too_long"},
-        "store": "/stores/stories",
-        "versions": {"torch": "2.13.0"},
-        "machine": "Linux x86_64",
-    }
+    return reports.facts()
 
 
-@pytest.fixture
-def run(tmp_path: Path, evaluation: dict[str, Any], facts: dict[str, Any]) -> Path:
-    """A finished run of two arms with its report."""
-    return finished(tmp_path / "run", evaluation, facts)
-
-
-def finished(run_dir: Path, evaluation: dict[str, Any], facts: dict[str, Any], recipe: dict[str, Any] = RECIPE) -> Path:
-    folders = {name: run_dir / f"train-{name}" for name in ("student", "baseline") if name in evaluation["results"]}
-    evaluation["arms"] = {name: folder.name for name, folder in folders.items()}
-    for folder in folders.values():
-        folder.mkdir(parents=True)
-        (folder / "train.json").write_text(json.dumps(train(5.0)))
-    (folders["student"] / "settings.json").write_text(json.dumps({"recipe": recipe, "teacher_id": "ab" * 16}))
-    (folders["student"] / "evaluation.json").write_text(json.dumps(evaluation))
-    write_report(run_dir, folders["student"], facts)
-    return run_dir
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two arms with its report; to be read only."""
+    return finished(tmp_path_factory.mktemp("finished") / "run", reports.evaluation(), reports.facts())
 
 
 def cells(markdown: str, heading: str) -> list[list[str]]:
@@ -226,10 +139,20 @@ def test_samples_stand_side_by_side_and_cannot_break_the_page(run: Path) -> None
     assert markdown.count("````") == 2
 
 
-def test_a_report_written_again_replaces_the_old_one(run: Path, facts: dict[str, Any]) -> None:
+def test_tokens_of_the_text_cannot_mean_anything_in_markdown(evaluation: dict[str, Any]) -> None:
+    report = {"title": "t", "outcome": "o", "evaluation": evaluation | {"views": reports.views()}, "train_dir": "d"}
+    text = render(report | {"train": {"student": train(5.0)}, "settings": {"recipe": RECIPE}, "facts": {}})
+    rows = cells(text, "Row 00000000")
+    assert len(rows) == 8
+    assert [row[:3] for row in rows[:2]] == [["34", "`\u2205`", "1.071"], ["33", "`\u2423cat`", "1.036"]]
+    assert "</script>" not in re.sub(r"`[^`]*`", "", text.split("Farthest off at:")[1].split("### ")[0])
+
+
+def test_a_report_written_again_replaces_the_old_one(tmp_path: Path, facts: dict[str, Any]) -> None:
+    run = finished(tmp_path / "run", reports.evaluation(), facts)
     write_report(run, run / "train-student", facts | {"store": "/elsewhere"})
     assert "/elsewhere" in (run / "report.md").read_text()
-    assert sorted(p.name for p in run.iterdir() if p.is_file()) == ["report.json", "report.md"]
+    assert sorted(p.name for p in run.iterdir() if p.is_file()) == ["report.html", "report.json", "report.md"]
 
 
 def test_the_outcome_is_told_whichever_way_it_went(evaluation: dict[str, Any]) -> None:
@@ -247,24 +170,13 @@ def test_the_outcome_is_told_whichever_way_it_went(evaluation: dict[str, Any]) -
     assert "8.453 nats closer to the teacher than before training" in outcome(evaluation)
 
 
-def black_box(evaluation: dict[str, Any]) -> dict[str, Any]:
-    changed = deepcopy(evaluation)
-    del changed["results"]["baseline"], changed["differences"]["baseline"]
-    changed["results"]["teacher"] = dict.fromkeys(changed["results"]["teacher"])
-    for name in ("student_before", "student"):
-        changed["results"][name] |= {"kl_teacher": None, "kl_teacher_se": None, "top1_agreement": None}
-    changed["differences"]["student_before"] = {"cross_entropy": -8.2642, "cross_entropy_se": 0.01}
-    changed["measured_on"] |= {"reference": None, "k": None, "table": "generations"}
-    return changed
-
-
 def test_a_black_box_run_has_no_kl_and_no_teacher_line(tmp_path: Path, evaluation: dict[str, Any]) -> None:
     without = RECIPE | {"score": None}
     markdown = (finished(tmp_path / "run", black_box(evaluation), {}, without) / "report.md").read_text()
     assert "8.264 nats better at predicting the held-out text than before training" in markdown
     rows = cells(markdown, "Results")
     assert [row[0] for row in rows] == ["student before training", "student (distilled)"]
-    assert {row[3] for row in rows} == {"-"}
+    assert "| arm | cross-entropy (nats/token) | perplexity | ECE |" in markdown
     assert "no KL" in markdown
 
 
@@ -358,8 +270,10 @@ def test_runs_that_differ_in_their_seed_are_one_with_an_interval(tmp_path: Path,
 
 def test_the_command_line_says_it_for_people_and_for_machines(tmp_path: Path, evaluation: dict[str, Any]) -> None:
     runs = seeded(tmp_path / "a", evaluation, {0: 0.30, 1: 0.32, 2: 0.34})
-    done = stillroom("report", *runs, "--json")
+    done = stillroom("report", *runs, "--out", tmp_path / "side-by-side.html", "--json")
     assert done.stdout.startswith(compare(runs))
+    assert done.stderr == f"page: {tmp_path / 'side-by-side.html'}\n"
+    assert "3 seeds" in (tmp_path / "side-by-side.html").read_text()
     found = last_json(done)
     assert [run["evaluation"]["results"]["student"]["kl_teacher"] for run in found["runs"]] == [0.30, 0.32, 0.34]
     (group,) = found["over_seeds"]

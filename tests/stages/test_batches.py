@@ -1,5 +1,6 @@
 """Packing: samples in a row do not see each other, and how a step is packed and split never changes its gradient."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -11,10 +12,12 @@ from references import DIVERGENCES
 from tiny_models import CONFIGS, LENGTHS, V, build, make_sample, make_samples
 from transformers import AutoModelForCausalLM, MambaConfig
 
+from stillroom.stages.attention import NAME, attends_apart
 from stillroom.stages.batches import Packing, pack, packs_apart
+from stillroom.stages.fused import linear_distillation
 from stillroom.stages.head import hidden_states, split_head
 from stillroom.stages.kept import Kept
-from stillroom.stages.losses import Objective, linear_distillation
+from stillroom.stages.losses import Objective, logits_distillation
 from stillroom.storage.errors import UsageError
 
 
@@ -27,8 +30,8 @@ def packing(**changes):
 def test_packed_equals_separate(name, attention):
     """Hidden states of every scored position, samples packed two rows deep and more, against each sample alone."""
     model = build(CONFIGS[name], attn_implementation=attention)
-    samples = make_samples(LENGTHS)
-    rows = pack(samples, 24)
+    samples = make_samples([*LENGTHS, *LENGTHS])
+    (rows,) = packing(tokens_per_pass=1000, row_tokens=24)._groups(samples)
     assert len(rows) > 1
     assert max(map(len, rows)) > 2
     (batch,) = packing(tokens_per_pass=1000, row_tokens=24).batches(samples)
@@ -75,12 +78,10 @@ def gradient(model, samples, how, *, chunk_tokens=None, objective=Objective()): 
     model.zero_grad()
     scored, total = sum(s.span_tokens for s in samples), 0.0
     for batch in how.batches(samples, objective.temperature):
-        hidden = hidden_states(model, input_ids=batch.token_ids, position_ids=batch.position_ids)
+        hidden = hidden_states(model, **batch.inputs)
         states = hidden.flatten(0, 1)[batch.predicting]
-        parts = linear_distillation(
-            states, split_head(model), batch.targets, objective=objective, chunk_tokens=chunk_tokens
-        )
-        loss = parts.weighted(1.0, 0.1).sum() / scored
+        weights = {"soft_weight": 1.0 / scored, "hard_weight": 0.1 / scored, "chunk_tokens": chunk_tokens}
+        loss = linear_distillation(states, split_head(model), batch.targets, objective=objective, **weights).total
         loss.backward()
         total += float(loss.detach())
     return total, torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -88,7 +89,7 @@ def gradient(model, samples, how, *, chunk_tokens=None, objective=Objective()): 
 
 @pytest.mark.parametrize("k", [5, None, 0])
 def test_the_gradient_does_not_depend_on_packing_and_passes(k):
-    model = build(CONFIGS["llama"])
+    model = build(copy.deepcopy(CONFIGS["llama"]))
     samples = make_samples(LENGTHS, k=k)
     ways = [
         packing(tokens_per_pass=1000, row_tokens=64),
@@ -97,9 +98,13 @@ def test_the_gradient_does_not_depend_on_packing_and_passes(k):
         packing(tokens_per_pass=1),
         packing(shared_rows=False),
         packing(shared_rows=False, tokens_per_pass=30),
+        packing(flat=True, tokens_per_pass=1000),
+        packing(flat=True, tokens_per_pass=30),
     ]
     loss, expected = gradient(model, samples, ways[0])
     for way in ways[1:]:
+        if way.flat and model.config._attn_implementation != NAME:
+            assert attends_apart(model, max(LENGTHS), torch.float32)
         again, found = gradient(model, samples, way, chunk_tokens=7)
         assert again == pytest.approx(loss, rel=1e-6)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
@@ -151,15 +156,21 @@ def test_hard_targets_alone_read_nothing_of_the_soft_ones():
     lengths=st.lists(st.integers(3, 40), min_size=1, max_size=12),
     tokens_per_pass=st.integers(1, 120),
     row_tokens=st.one_of(st.none(), st.integers(40, 90)),
-    shared=st.booleans(),
+    kind=st.sampled_from([{}, {"shared_rows": False}, {"flat": True}]),
 )
-def test_every_sample_is_whole_in_one_row(lengths, tokens_per_pass, row_tokens, shared):
+def test_every_sample_is_whole_in_one_row(lengths, tokens_per_pass, row_tokens, kind):
     samples = make_samples(lengths, k=0)
-    how = packing(tokens_per_pass=tokens_per_pass, row_tokens=row_tokens, shared_rows=shared)
+    if "flat" in kind:
+        row_tokens = None
+    how = packing(tokens_per_pass=tokens_per_pass, row_tokens=row_tokens, **kind)
     found, scored = [], 0
     for batch in how.batches(samples):
         assert batch.token_ids.numel() <= max(tokens_per_pass, *lengths)
         assert row_tokens is None or batch.token_ids.shape[1] <= row_tokens
+        if how.flat:
+            starts = (batch.position_ids[0] == 0).nonzero().flatten().tolist()
+            assert batch.edges.tolist() == [*starts, batch.positions]
+            assert batch.longest == max(batch.edges.diff())
         for ids, positions in zip(batch.token_ids, batch.position_ids, strict=True):
             starts = (positions == 0).nonzero().flatten().tolist()
             pieces = zip(starts, [*starts[1:], len(ids)], strict=True)
@@ -175,10 +186,32 @@ def test_every_sample_is_whole_in_one_row(lengths, tokens_per_pass, row_tokens, 
     assert scored == sum(n - 2 for n in lengths)
 
 
-def test_first_fit():
-    rows = pack(make_samples([5, 6, 4, 3, 1], k=0), 10)
-    assert [[len(s) for s in row] for row in rows] == [[5, 4, 1], [6, 3]]
-    assert [len(row) for row in pack(make_samples([5, 6, 4], k=0), 0)] == [1, 1, 1]
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=30), rows=st.integers(0, 12), more=st.integers(0, 60))
+def test_rows_hold_about_the_same(lengths, rows, more):
+    """Every sample once; no row empty or beyond the limit; and none could give its least sample to another and gain."""
+    samples, limit = make_samples(lengths, k=0), max(lengths) + more
+    made = pack(samples, rows=rows, limit=limit)
+    assert sorted(map(id, (s for row in made for s in row))) == sorted(map(id, samples))
+    held = [sum(map(len, row)) for row in made]
+    assert 0 < min(held) <= max(held) <= limit
+    assert len(made) >= min(max(rows, 1), len(lengths))
+    assert all(total - min(map(len, row)) <= min(held) for total, row in zip(held, made, strict=True))
+
+
+def test_a_flat_pass_has_no_padding_and_rows_have_little():
+    """Lengths as of short stories: a row of the longest is what first-fit would fill, and pad."""
+    lengths = np.random.default_rng(0).lognormal(5.2, 0.4, 600).astype(int) + 3
+    samples, total = make_samples(lengths.tolist(), k=0), int(lengths.sum())
+
+    def share(**how):
+        positions = [b.positions for b in packing(tokens_per_pass=8192, **how).batches(samples, None)]
+        return 1 - total / sum(positions), len(positions)
+
+    (flat, passes), (rows, _), (alone, _) = share(flat=True), share(), share(shared_rows=False)
+    assert flat == 0
+    assert passes <= total / 8192 + 2
+    assert 0 < rows < 0.02 < alone
 
 
 def test_a_sample_longer_than_a_row_is_refused():
@@ -214,13 +247,12 @@ class TestEntries:
         assert (together.ids[:7, 3:] == -1).all()
         hidden = torch.randn(23, 16, generator=torch.Generator().manual_seed(1))
         head = split_head(build(CONFIGS["llama"]))
-        whole = linear_distillation(hidden, head, together, objective=Objective(divergence="reverse_kl")).soft
+        logits, objective = head.logits(hidden), Objective(divergence="reverse_kl")
+        whole = logits_distillation(logits, together, objective=objective).soft
         start = 0
         for sample in samples:
-            part = hidden[start : start + sample.span_tokens]
-            alone = linear_distillation(
-                part, head, self.only([sample]), objective=Objective(divergence="reverse_kl")
-            ).soft
+            part = logits[start : start + sample.span_tokens]
+            alone = logits_distillation(part, self.only([sample]), objective=objective).soft
             torch.testing.assert_close(whole[start : start + sample.span_tokens], alone)
             start += sample.span_tokens
 

@@ -11,7 +11,7 @@ from tiny_models import save_tiny_bert
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from stillroom.stages.classes import ClassPasses, Inputs, class_logits
-from stillroom.stages.losses import Objective
+from stillroom.stages.losses import Aim, Objective
 from stillroom.stages.samples import Sample
 from stillroom.storage.codec import SoftTargets
 from stillroom.storage.errors import UsageError
@@ -29,7 +29,8 @@ def make_text(length: int, label: int | None, seed: int = 0) -> Sample:
     return Sample(token_ids=ids, span_start=length - 1, span_tokens=1, targets=targets, label=label)
 
 
-TEXTS = [make_text(n, label, seed) for seed, (n, label) in enumerate([(9, 0), (5, None), (14, 2), (7, 1), (12, 1)])]
+LENGTHS = [(14, 2), (12, 1), (9, 0), (7, 1), (5, None)]  # as passes have them: the longest first
+TEXTS = [make_text(n, label, seed) for seed, (n, label) in enumerate(LENGTHS)]
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +49,15 @@ def losses_of(student: Any, samples: list[Sample], objective: Objective | None, 
     temperature = objective.temperature if objective else None
     ready = passes(inputs, **more)
     found = [
-        ready.losses(model, batch, objective=objective, dtype=torch.float32)
+        ready.losses(model, batch, aim=aimed(objective), dtype=torch.float32)
         for batch in ready.batches(samples, temperature)
     ]
     soft = torch.cat([part.soft for part in found]) if objective else None
-    return soft, torch.cat([part.hard for part in found]), len(found)
+    return soft, torch.cat([part.hard for part in found]), [part.total for part in found]
+
+
+def aimed(objective: Objective | None) -> Aim:
+    return Aim(soft_weight=1.0, hard_weight=0.5, objective=objective)
 
 
 class TestLoss:
@@ -60,10 +65,10 @@ class TestLoss:
     def test_value_and_gradient_are_those_of_the_definition(self, student: Any, temperature: float) -> None:
         """T^2 sum t (log t - log p) + 0.5 * cross-entropy, t and p at T; their gradients T (p - t) and p - y."""
         model, _ = student
-        soft, hard, _ = losses_of(student, TEXTS, Objective(temperature=temperature))
+        soft, hard, (total,) = losses_of(student, TEXTS, Objective(temperature=temperature))
         model.zero_grad()
-        (soft + 0.5 * hard).sum().backward()
-        soft, hard = soft.detach(), hard.detach()
+        total.backward()
+        assert float(total.detach()) == pytest.approx(float((soft + 0.5 * hard).sum()), rel=1e-6)
         bias = torch.zeros(3, dtype=torch.float64)
         for number, text in enumerate(TEXTS):
             with torch.no_grad():
@@ -84,22 +89,27 @@ class TestLoss:
         model, _ = student
         found = []
         for tokens in (1, 20, 1000):
-            soft, hard, count = losses_of(student, TEXTS, Objective(temperature=2.0), tokens_per_pass=tokens)
+            soft, hard, totals = losses_of(student, TEXTS, Objective(temperature=2.0), tokens_per_pass=tokens)
             model.zero_grad()
-            (soft + hard).sum().backward()
+            torch.stack(totals).sum().backward()
             gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-            found.append((soft.detach(), hard.detach(), gradient))
-            assert count == {1: 5, 20: 4, 1000: 1}[tokens]
+            found.append((soft, hard, gradient))
+            assert len(totals) == {1: 5, 20: 4, 1000: 1}[tokens]
         for other in found[1:]:
             for one, two in zip(found[0], other, strict=True):
                 torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+    def test_texts_of_like_length_share_a_pass(self, student: Any) -> None:
+        mixed = [TEXTS[i] for i in (4, 0, 3, 1, 2)]
+        shapes = [batch.inputs["input_ids"].shape for batch in passes(student[1], 28).batches(mixed)]
+        assert [tuple(shape) for shape in shapes] == [(2, 14), (3, 9)]
 
     def test_half_precision_moves_the_losses_by_its_rounding_only(self, student: Any) -> None:
         model, inputs = student
         ready, objective = passes(inputs), Objective(temperature=2.0)
         (batch,) = ready.batches(TEXTS, 2.0)
         exact, half = (
-            ready.losses(model, batch, objective=objective, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
+            ready.losses(model, batch, aim=aimed(objective), dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
         )
         for one, two in ((exact.soft, half.soft), (exact.hard, half.hard)):
             assert two.dtype == torch.float32

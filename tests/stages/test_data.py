@@ -231,6 +231,8 @@ class Silent:
     def advance(self, units: int = 1, *, tokens: int = 0, note: str = "") -> None:
         self.meanwhile()
 
+    def wrote(self, *, rejects: int, size: int) -> None: ...
+
     def say(self, text: str) -> None: ...
 
 

@@ -13,8 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from stillroom.stages.batches import Packing
 from stillroom.stages.dataset import Collator, SnapshotDataset, batch_of
+from stillroom.stages.fused import linear_distillation
 from stillroom.stages.head import hidden_states, split_head
-from stillroom.stages.losses import Objective, linear_distillation
+from stillroom.stages.losses import Objective
 from stillroom.stages.samples import Samples
 from stillroom.storage.errors import UsageError
 from stillroom.storage.files import LocalFiles
@@ -175,7 +176,8 @@ def loss_of(model, inputs):
     batch = batch_of(inputs)
     states = hidden_states(model, input_ids=batch.token_ids, position_ids=batch.position_ids)
     predicting = states.flatten(0, 1)[batch.predicting]
-    return linear_distillation(predicting, split_head(model), batch.targets, objective=Objective()).soft.sum()
+    settings = {"objective": Objective(), "soft_weight": 1.0, "hard_weight": 0.0}
+    return linear_distillation(predicting, split_head(model), batch.targets, **settings).total
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -268,5 +270,5 @@ def test_the_loop_of_the_readme_runs(store, samples, tmp_path, monkeypatch):
     names = globals() | {"Store": Store, "load_snapshot": load_snapshot, "snapshot_id": samples.snapshot.id}
     names |= {"model": student(), "done": 2, "total": 4}
     exec(code, names)
-    assert names["losses"].soft.shape == names["inputs"]["labels"].shape
+    assert names["loss"].soft.shape == names["inputs"]["labels"].shape
     assert torch.isfinite(names["model"].lm_head.weight.grad).all()

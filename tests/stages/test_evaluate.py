@@ -190,6 +190,7 @@ def world(tmp_path: Path, made: tuple[Path, LlamaForCausalLM, list[dict[str, Any
         "generate": {"temperature": 0.0},
         "score": {},
         "train": {"tokens": 1},
+        "evaluate": {"samples": 0},
     }
     return World(tmp_path, store, teacher, generations, recipe)
 
@@ -464,6 +465,51 @@ def test_a_student_that_is_the_teacher_answers_as_the_teacher_did(world: World) 
         assert list(sample) == ["prompt", "reference", "teacher", "student_before", "student"]
         assert sample["reference"] == sample["teacher"] == sample["student"]
         assert sample["teacher"] in texts
+
+
+def test_without_being_asked_for_answers_a_few_are_there_to_look_at(world: World) -> None:
+    put_prompts(world, [None] * PROMPTS)
+    result = evaluate.run(world.job(world.score("topk", 8), evaluate={"samples": 2}))
+    written = read(world)
+    assert written["answers"] is None
+    assert all("answers" not in numbers for numbers in result.details["results"].values())
+    assert [list(sample) for sample in written["samples"]] == [
+        ["prompt", "reference", "teacher", "student_before", "student"]
+    ] * 2
+    assert all(sample["student"].startswith(sample["teacher"]) for sample in written["samples"])
+    evaluate.run(world.job(world.score("topk", 8)))
+    assert read(world)["samples"] == []
+
+
+def test_the_means_by_position_are_together_the_mean_of_all_tokens(world: World) -> None:
+    evaluate.run(world.job(world.score("full", VOCABULARY), arms=("student", "baseline"), score={"k": 4}))
+    written = read(world)
+    views, results = written["views"], written["results"]
+    assert list(views["by_position"]["arms"]) == ["student_before", "baseline", "student"]
+    for arm, bins in views["by_position"]["arms"].items():
+        whole = sum(b["tokens"] * b["mean"] for b in bins) / sum(b["tokens"] for b in bins)
+        assert whole == pytest.approx(results[arm]["kl_teacher"], rel=1e-6, abs=1e-9)
+    tokens = written["measured_on"]["tokens"]
+    assert sum(views["entropy"]["tokens"]) == sum(views["kept_mass"]["tokens"]) == tokens
+    assert sum(views["lengths"]["rows"]) == PROMPTS
+    assert views["kept_mass"]["k"] == 4
+    by_key = {
+        row["key"].hex(): row for row in world.store.rows("soft_targets", _everything(world), ["key", "token_ids"])
+    }
+    for row in views["rows"]:
+        shown = [*row["before"], *row["token_ids"]]
+        assert by_key[row["key"]]["token_ids"].tolist() == shown
+        assert [views["pieces"][str(i)] for i in row["token_ids"] if i > END] == [
+            f" w{i}" for i in row["token_ids"] if i > END
+        ]
+        assert row["arms"]["student"]["ids"] == row["teacher"]["ids"]  # the student is the teacher
+
+
+def _everything(world: World) -> dict[str, list[int]]:
+    places: dict[str, list[int]] = {}
+    for place in world.store.index("soft_targets", ["key"]).to_pylist():
+        places.setdefault(place["shard"], []).append(place["row"])
+    return places
 
 
 def test_references_of_the_data_come_first_and_the_teacher_is_scored_on_them_too(world: World) -> None:

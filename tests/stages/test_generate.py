@@ -16,6 +16,7 @@ import torch
 from tiny_jobs import generation_job
 
 from stillroom.stages import generate
+from stillroom.stages.clock import Clock
 from stillroom.stages.engine import Completion, Request, choose_engine, open_engine
 from stillroom.stages.engine_vllm import VllmEngine
 from stillroom.stages.identity import FileHashes, Identity, identify
@@ -218,6 +219,7 @@ def idle_vllm(steps: list[list[object]]) -> tuple[VllmEngine, list[str]]:
         return steps.pop(0)
 
     engine = VllmEngine.__new__(VllmEngine)
+    engine._clock = Clock()
     engine._llm = SimpleNamespace(
         llm_engine=SimpleNamespace(
             has_unfinished_requests=lambda: bool(steps),
@@ -252,7 +254,8 @@ def test_vllm_is_told_a_context_that_is_known(
     monkeypatch.setattr("stillroom.stages.engine_vllm._prepare_cpu", lambda: None)
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
     monkeypatch.setenv("VLLM_NO_USAGE_STATS", "1")
-    VllmEngine(replace(author_at(tiny_llama(), tmp_path), context_tokens=context), Generate(engine="vllm"))
+    author = replace(author_at(tiny_llama(), tmp_path), context_tokens=context)
+    VllmEngine(author, Generate(engine="vllm"), Clock())
     assert {k: v for k, v in told.items() if k == "max_model_len"} == given
 
 

@@ -82,26 +82,103 @@ def test_an_unknown_head_is_refused():
         check_head(build(config))
 
 
-def test_an_adapter_on_the_output_layer_is_refused():
+def with_lora(name="llama_untied", *, modules=("q_proj", "lm_head"), **more):
+    """A model with an adapter that changes its logits."""
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(build(CONFIGS["llama_untied"]), LoraConfig(target_modules=["q_proj", "lm_head"]))
-    with pytest.raises(UsageError, match="output layer is"):
+    model = get_peft_model(build(CONFIGS[name]), LoraConfig(target_modules=list(modules), r=3, **more))
+    make_visible(model)
+    return model.eval()
+
+
+def make_visible(model):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+
+
+def assert_logits_are_the_models_own(model):
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits[0]
+        torch.testing.assert_close(split_head(model).logits(hidden_states(model, input_ids=ids)[0]), expected)
+    check_head(model)
+
+
+@pytest.mark.parametrize("name", ["llama_untied", "llama_tied", "gemma2_softcap", "phi_bias"])
+@pytest.mark.parametrize("settings", [{}, {"lora_alpha": 5}, {"use_rslora": True}], ids=["plain", "scaled", "rs"])
+def test_a_lora_on_the_output_layer(name, settings):
+    model = with_lora(name, **settings)
+    head, layer = split_head(model), model.get_base_model().get_output_embeddings()
+    assert head.low_rank.down is layer.lora_A["default"].weight
+    assert head.low_rank.up is layer.lora_B["default"].weight
+    assert head.weight is layer.get_base_layer().weight
+    assert_logits_are_the_models_own(model)
+
+
+def test_the_dropout_of_a_lora_is_on_in_training_only():
+    model = with_lora(lora_dropout=0.5)
+    hidden = torch.randn(4, 16)
+    head = split_head(model)
+    assert torch.equal(head.logits(hidden), head.logits(hidden))
+    model.train()
+    assert not torch.equal(head.logits(hidden), head.logits(hidden))
+
+
+def test_an_adapter_that_is_off_or_merged_adds_nothing():
+    model = with_lora()
+    plain = split_head(model).logits(torch.eye(16))
+    with model.disable_adapter():
+        assert split_head(model).low_rank is None
+        assert not torch.allclose(split_head(model).logits(torch.eye(16)), plain)
+        assert_logits_are_the_models_own(model)
+    model.merge_adapter()
+    assert split_head(model).low_rank is None
+    torch.testing.assert_close(split_head(model).logits(torch.eye(16)), plain)
+    assert_logits_are_the_models_own(model)
+
+
+def test_of_several_adapters_one_may_be_active():
+    from peft import LoraConfig
+
+    model = with_lora()
+    model.add_adapter("other", LoraConfig(target_modules=["lm_head"], r=2))
+    make_visible(model)
+    assert split_head(model).low_rank.down.shape == (3, 16)
+    model.set_adapter("other")
+    assert split_head(model).low_rank.down.shape == (2, 16)
+    assert_logits_are_the_models_own(model)
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(UsageError, match=r"2 active adapters \(default, other\), expected one"):
         split_head(model)
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}])
+def test_what_is_more_than_a_low_rank_product_is_refused(settings):
+    modules = ["lm_head"]
+    model = with_lora("phi_bias" if "lora_bias" in settings else "llama_untied", modules=modules, **settings)
+    with pytest.raises(UsageError, match="'default' of the output layer is more than a low-rank product"):
+        split_head(model)
+
+
+def test_other_adapters_on_the_output_layer_are_refused():
+    from peft import IA3Config, LoraConfig, get_peft_model
+
+    whole = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    other = IA3Config(target_modules=["lm_head"], feedforward_modules=[])
+    for config in (whole, other):
+        with pytest.raises(UsageError, match=r"the output layer is .*, expected a plain linear layer, or one with"):
+            split_head(get_peft_model(build(CONFIGS["llama_untied"]), config))
 
 
 def test_a_lora_model_is_seen_through_its_adapter():
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(build(CONFIGS["llama_untied"]), LoraConfig(target_modules="all-linear"))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_()
-        ids = torch.randint(0, 40, (1, 9))
-        expected = model(input_ids=ids).logits[0]
-        torch.testing.assert_close(split_head(model).logits(hidden_states(model, input_ids=ids)[0]), expected)
-    check_head(model)
+    make_visible(model)
+    assert_logits_are_the_models_own(model)
 
 
 def test_half_precision_in_float32_out():

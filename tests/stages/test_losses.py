@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from references import DIVERGENCES, cross_entropy, over_bucket, softmax
 
+from stillroom.stages.fused import linear_distillation
 from stillroom.stages.head import Head
-from stillroom.stages.losses import Objective, TargetBatch, fit_vocabulary, linear_distillation
+from stillroom.stages.losses import Objective, TargetBatch, fit_vocabulary
 from stillroom.storage.errors import UsageError
 
 ALL = list(DIVERGENCES)
@@ -68,9 +69,14 @@ def objective(divergence):
 
 
 def measured(hidden, head, targets, divergence, **more):
-    parts = linear_distillation(hidden, head, targets, objective=objective(divergence), **more)
+    found = distilled(hidden, head, targets, objective(divergence), **more)
     leaves = [t for t in (hidden, head.weight, head.bias) if t is not None]
-    return parts.soft, parts.hard, torch.autograd.grad(parts.weighted(0.7, 0.3).sum(), leaves)
+    return found.soft, found.hard, torch.autograd.grad(found.total, leaves)
+
+
+def distilled(hidden, head, targets, objective, *, soft=0.7, hard=0.3, **more):
+    weights = {"soft_weight": soft, "hard_weight": hard}
+    return linear_distillation(hidden, head, targets, objective=objective, **weights, **more)
 
 
 def assert_same(found, expected, *, forward=1e-5, backward=5e-5):
@@ -109,8 +115,8 @@ def test_forward_gradient_is_the_closed_form():
     _, _, teacher = make_problem(v=11)
     logits = torch.randn(7, 11, generator=torch.Generator().manual_seed(3)).requires_grad_()
     targets = make_targets(teacher, 4)
-    parts = linear_distillation(logits, Head(weight=torch.eye(11)), targets, objective=Objective())
-    (gradient,) = torch.autograd.grad(parts.soft.sum(), logits)
+    found = distilled(logits, Head(weight=torch.eye(11)), targets, Objective(), soft=1.0, hard=0.0)
+    (gradient,) = torch.autograd.grad(found.total, logits)
     for n in range(7):
         p = softmax(logits[n].detach())
         kept = dict(zip(targets.ids[n].tolist(), targets.logprobs[n].exp().tolist(), strict=True))
@@ -126,9 +132,9 @@ def test_zero_at_equality(divergence, k):
     hidden, student, _ = make_problem()
     with torch.no_grad():
         targets = make_targets(reference_logits(hidden, student.weight, None, student), k)
-    parts = linear_distillation(hidden, student, targets, objective=Objective(divergence=divergence))
-    gradients = torch.autograd.grad(parts.soft.sum(), [hidden, student.weight])
-    assert parts.soft.abs().max() < 1e-6
+    found = distilled(hidden, student, targets, objective(divergence), soft=1.0, hard=0.0)
+    gradients = torch.autograd.grad(found.total, [hidden, student.weight])
+    assert found.soft.abs().max() < 1e-6
     if divergence != "total_variation":  # has a corner there: any gradient up to p is right
         assert max(g.abs().max() for g in gradients) < 1e-5
 
@@ -204,7 +210,7 @@ def test_coarser_buckets_give_a_lower_bound(divergence):
     hidden, student, teacher = make_problem()
     with torch.no_grad():
         by_k = [
-            linear_distillation(hidden, student, make_targets(teacher, k), objective=objective(divergence)).soft
+            distilled(hidden, student, make_targets(teacher, k), objective(divergence)).soft
             for k in (1, 3, 9, 22, None)
         ]
     assert all((b - a).min() > -1e-6 for a, b in pairwise(by_k))
@@ -213,13 +219,14 @@ def test_coarser_buckets_give_a_lower_bound(divergence):
 
 def test_cross_entropy_alone_looks_at_no_target():
     hidden, student, teacher = make_problem()
-    with_targets = linear_distillation(hidden, student, make_targets(teacher, 5), objective=None)
+    with_targets = distilled(hidden, student, make_targets(teacher, 5), None, soft=1.0, hard=0.5)
     labels_only = TargetBatch(labels=make_targets(teacher, 5).labels)
-    without = linear_distillation(hidden, student, labels_only, objective=Objective())
+    without = distilled(hidden, student, labels_only, Objective(), soft=1.0, hard=0.5)
     assert with_targets.soft is None
     assert without.soft is None
     assert torch.equal(with_targets.hard, without.hard)
-    assert torch.equal(without.weighted(1.0, 0.5), 0.5 * without.hard)
+    assert torch.equal(without.total, with_targets.total)
+    torch.testing.assert_close(without.total.detach(), 0.5 * without.hard.sum())
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
@@ -229,12 +236,8 @@ def test_bfloat16_is_no_worse_than_naive(divergence):
     with torch.no_grad():
         hidden, weight = 0.4 * hidden, student.weight
         targets = make_targets(teacher, 16)
-        truth = linear_distillation(
-            hidden, Head(weight=weight), targets, objective=Objective(divergence=divergence)
-        ).soft
-        ours = linear_distillation(
-            hidden.bfloat16(), Head(weight=weight), targets, objective=Objective(divergence=divergence)
-        ).soft
+        truth = distilled(hidden, Head(weight=weight), targets, objective(divergence)).soft
+        ours = distilled(hidden.bfloat16(), Head(weight=weight), targets, objective(divergence)).soft
         log_p = (hidden.bfloat16() @ weight.bfloat16().T).log_softmax(-1)
         tail = log_p.scatter(-1, targets.ids, -math.inf).logsumexp(-1)
         p = torch.cat([log_p.gather(-1, targets.ids), tail[:, None]], -1)
@@ -250,23 +253,8 @@ def test_the_weights_gradient_is_summed_in_float32():
     weight = torch.zeros(4, 1, requires_grad=True)
     hidden = torch.ones(600, 1, dtype=torch.bfloat16)
     targets = TargetBatch(labels=torch.zeros(600, dtype=torch.long))
-    parts = linear_distillation(hidden, Head(weight=weight), targets, objective=None, chunk_tokens=1)
-    parts.hard.sum().backward()
+    distilled(hidden, Head(weight=weight), targets, None, hard=1.0, chunk_tokens=1).total.backward()
     torch.testing.assert_close(weight.grad.flatten(), torch.tensor([-450.0, 150.0, 150.0, 150.0]))
-
-
-def test_peak_memory_does_not_hold_all_logits():
-    """What autograd keeps between forward and backward is the inputs, not [N, V]."""
-    hidden, student, teacher = make_problem(n=64, v=500)
-    saved = []
-
-    def pack(tensor):
-        saved.append(tensor.numel())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        linear_distillation(hidden, student, make_targets(teacher, 4), objective=Objective(), chunk_tokens=8)
-    assert max(saved, default=0) <= student.weight.numel()
 
 
 class TestFitVocabulary:
@@ -335,9 +323,9 @@ class TestFitVocabulary:
         assert fitted.ids.tolist() == [[3, -1, 5]]
         assert fitted.probabilities.tolist() == [[0.5, 0.0, 0.25]]
         hidden, student, _ = make_problem(n=1, v=15)
-        soft = linear_distillation(hidden, student, fitted, objective=Objective()).soft
+        soft = distilled(hidden, student, fitted, Objective()).soft
         p = softmax(reference_logits(hidden, student.weight, None, student)[0].detach())
-        assert float(soft.detach()) == pytest.approx(-0.5 * math.log(p[3]) - 0.25 * math.log(p[5]) - 1.0, rel=1e-5)
+        assert float(soft) == pytest.approx(-0.5 * math.log(p[3]) - 0.25 * math.log(p[5]) - 1.0, rel=1e-5)
 
     def test_equal_vocabularies_change_nothing(self):
         targets = make_targets(make_problem()[2], 6)

@@ -6,8 +6,9 @@ import math
 import pytest
 from pydantic import ValidationError
 
+from stillroom.stages.fields import Schedule
 from stillroom.stages.schedules import extremes, value_at
-from stillroom.stages.sections import Loss, Schedule
+from stillroom.stages.sections import Loss
 
 WSD = Schedule(shape="wsd", start=0.2, peak=0.9, end=0.5, warmup_fraction=0.1, decay_fraction=0.2)
 

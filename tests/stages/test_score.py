@@ -8,34 +8,25 @@ import numpy as np
 import pytest
 import torch
 from kit import prompts, recipe_tree, write_jsonl
+from tiny_store import SilentProgress
 
 from stillroom.pipeline.binding import bind
 from stillroom.stages import data, score, teacher
-from stillroom.stages.identity import FileHashes
+from stillroom.stages.identity import FileHashes, Identity
+from stillroom.stages.inflight import Journal
 from stillroom.stages.job import Job, StageResult, StopFlag
 from stillroom.stages.kept import Kept
 from stillroom.stages.requests import TargetRequest
 from stillroom.stages.sections import Recipe
+from stillroom.stages.share import DoneByOthers, Share
 from stillroom.storage.codec import SoftTargets
+from stillroom.storage.errors import Stopped
 from stillroom.storage.store import Store
+from stillroom.storage.verify import verify
 
 
-class Silent:
-    """A progress line that nobody sees; keeps what was said."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def start(self, **_: Any) -> None: ...
-
-    def advance(self, units: int = 1, *, tokens: int = 0, note: str = "") -> None: ...
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
-
-
-def scored(tmp_path: Path, folder: Path, **sections: Any) -> tuple[Store, StageResult, Silent]:
-    """`data` and `score` in this process, on given completions."""
+def prepared(tmp_path: Path, folder: Path, **sections: Any) -> tuple[Store, Job, Identity]:
+    """A store with given completions, and the stage's job."""
     records = [
         r | {"completion": "the dog sat on the mat and ran"[: 7 + 4 * (i % 6)]} for i, r in enumerate(prompts(20))
     ]
@@ -46,12 +37,17 @@ def scored(tmp_path: Path, folder: Path, **sections: Any) -> tuple[Store, StageR
     bound = bind(recipe, write=True)
     assert bound.teacher is not None
     store.put_teacher(bound.teacher.id, bound.teacher.files_to_keep())
-    line = Silent()
     b = bound.binding
     ids = {"data_id": b.data_id, "teacher_id": b.teacher_id, "author_id": b.author_id}
-    job = Job(recipe=recipe, progress=line, stop=StopFlag(), context_tokens=b.context_tokens, **ids)
+    job = Job(recipe=recipe, progress=SilentProgress(), stop=StopFlag(), context_tokens=b.context_tokens, **ids)
     data.run(job)
-    return store, score.run(job, bound.teacher), line
+    return store, job, bound.teacher
+
+
+def scored(tmp_path: Path, folder: Path, **sections: Any) -> tuple[Store, StageResult, SilentProgress]:
+    """`data` and `score` in this process, on given completions."""
+    store, job, identity = prepared(tmp_path, folder, **sections)
+    return store, score.run(job, identity), job.progress
 
 
 def rows_of(store: Store) -> list[dict[str, Any]]:
@@ -108,16 +104,16 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(
     tmp_path: Path, tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tiny_llama()
-    forward = score._Scorer._forward
+    launch = score._Scorer._launch
     hopeless: list[bytes] = []
 
-    def small_memory(self: Any, batch: list[TargetRequest]) -> list[dict[str, Any]]:
+    def small_memory(self: Any, batch: list[TargetRequest]) -> Callable[[], list[SoftTargets]]:
         hopeless[:] = hopeless or [batch[0].reuse_key]
         if len(batch) > 2 or batch[0].reuse_key in hopeless:
             raise torch.OutOfMemoryError("fault injected by the test")
-        return forward(self, batch)
+        return launch(self, batch)
 
-    monkeypatch.setattr(score._Scorer, "_forward", small_memory)
+    monkeypatch.setattr(score._Scorer, "_launch", small_memory)
     store, result, line = scored(tmp_path, folder)
     assert (result.rows, result.rejected) == (19, 1)
     assert any("halving" in text for text in line.said)
@@ -127,16 +123,19 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(
 def test_rows_on_which_the_teacher_is_not_a_number_are_rejected(
     tmp_path: Path, tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from stillroom.stages import targets
+    from stillroom.stages.targets import Reducer, Span
 
-    whole, broken = targets.soft_targets, list[list[int]]()
+    launch, broken = Reducer.launch, list[list[int]]()
 
-    def overflowing(states: Any, head: Any, following: torch.Tensor, **kind: Any) -> SoftTargets:
+    def overflowing(self: Any, states: torch.Tensor, following: torch.Tensor, *, spans: list[Span], **kind: Any) -> Any:
         """Every text with the completion that is scored first: three or four of the twenty."""
-        broken[:] = broken or [following.tolist()]
-        return whole(states * torch.nan if following.tolist() in broken else states, head, following, **kind)
+        sizes = [span.positions for span in spans]
+        texts = [text.tolist() for text in following.split(sizes)]
+        broken[:] = broken or texts[:1]
+        parts = [s * torch.nan if text in broken else s for s, text in zip(states.split(sizes), texts, strict=True)]
+        return launch(self, torch.cat(parts), following, spans=spans, **kind)
 
-    monkeypatch.setattr(targets, "soft_targets", overflowing)
+    monkeypatch.setattr(Reducer, "launch", overflowing)
     store, result, _ = scored(tmp_path, tiny_llama(), score={"k": 4, "batch_tokens": 64})
     assert result.rejected in (3, 4)
     assert result.rows == 20 - result.rejected
@@ -184,3 +183,93 @@ def test_an_adapter_on_the_teacher_changes_identity_and_distribution(
     identity = identify(folder, dtype="auto", hashes=hashes, adapter=tmp_path / "adapter")
     assert identity.id != plain.id
     torch.testing.assert_close(teacher.load_causal_lm(identity)(torch.tensor([[1, 5, 6]])).logits, expected)
+
+
+@pytest.fixture
+def overlapping(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Passes as on a GPU: one begins before the one before is collected. What was done, with its first request."""
+    log: list[tuple[str, int]] = []
+    numbers: dict[bytes, int] = {}
+
+    def noted(owner: Any, name: str, requests: Callable[..., Any]) -> None:
+        whole = getattr(owner, name)
+
+        def note(self: Any, *args: Any, **more: Any) -> Any:
+            keys = requests(*args)
+            log.extend([(name, numbers.setdefault(keys[0], len(numbers)))] if keys else [])
+            return whole(self, *args, **more)
+
+        monkeypatch.setattr(owner, name, note)
+
+    monkeypatch.setattr(score._Scorer, "_on_gpu", True)
+    noted(score._Scorer, "_launch", lambda batch: [r.reuse_key for r in batch])
+    noted(Journal, "done", lambda keys: keys)
+    return log
+
+
+SMALL = {"k": 4, "batch_tokens": 64}
+
+
+def test_a_pass_begins_before_the_one_before_is_collected_and_gives_the_same_rows(
+    tmp_path: Path, tiny_llama: Callable[..., Path], overlapping: list[tuple[str, int]]
+) -> None:
+    folder = tiny_llama(initializer_range=0.5)
+    store, result, _ = scored(tmp_path, folder, score=SMALL)
+    batches = 1 + max(number for _, number in overlapping)
+    assert batches > 3
+    assert overlapping[:1] == [("_launch", 0)]
+    for number in range(1, batches):  # a row is done in the journal when its pass came back, not before
+        assert overlapping[2 * number - 1 : 2 * number + 1] == [("_launch", number), ("done", number - 1)]
+    assert overlapping[-1] == ("done", batches - 1)
+    assert result.rows == 20
+    (tmp_path / "alone").mkdir()
+    other, _, _ = scored(tmp_path / "alone", folder, score=SMALL | {"batch_tokens": 1})
+    alone = {row["key"]: row for row in rows_of(other)}
+    for row in rows_of(store):
+        expected = SoftTargets.from_row(alone.pop(row["key"]))
+        found = SoftTargets.from_row(row)
+        np.testing.assert_allclose(found.logprobs, expected.logprobs, rtol=2e-3, atol=1e-4)  # rounded to ten bits
+        np.testing.assert_allclose(found.entropy, expected.entropy, rtol=2e-3, atol=1e-4)
+    assert not alone
+
+
+@pytest.mark.parametrize("error", [Stopped, DoneByOthers])
+def test_a_pass_that_nobody_waits_for_leaves_its_rows_to_the_next_run(
+    tmp_path: Path,
+    tiny_llama: Callable[..., Path],
+    overlapping: list[tuple[str, int]],
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[Exception],
+) -> None:
+    store, job, identity = prepared(tmp_path, tiny_llama(), score=SMALL)
+    heartbeat, beats = Share.heartbeat, list[int]()
+
+    def third(self: Any) -> None:
+        beats.append(1)
+        if len(beats) == 3:
+            raise error()
+        heartbeat(self)
+
+    monkeypatch.setattr(Share, "heartbeat", third)
+    if error is Stopped:
+        with pytest.raises(Stopped):
+            score.run(job, identity)
+        assert [name for name, _ in overlapping] == ["_launch", "_launch", "done"]  # the second is not waited for
+    else:
+        score.run(job, identity)
+    first = len(rows_of(store))
+    assert 0 < first < 20
+    again = score.run(job, identity)
+    assert (first + again.rows, len(rows_of(store)), again.rejected) == (20, 20, 0)
+    assert verify(store).ok
+
+
+def test_who_makes_the_sums_is_no_part_of_a_row_or_of_a_claim(tmp_path: Path, tiny_llama: Callable[..., Path]) -> None:
+    folder = tiny_llama()
+    store, _, _ = scored(tmp_path, folder)
+    claims = store.files.names("claims/score")
+    before = sorted(name for name, _, _ in store.files.walk("claims"))
+    again, job, identity = prepared(tmp_path, folder, score={"k": 4, "batch_tokens": 256, "kernel": "torch"})
+    assert score._claims(job, identity, again)._folder in {Path(name).parent.as_posix() for name in before}
+    assert score.run(job, identity).rows == 0
+    assert store.files.names("claims/score") == claims

@@ -13,6 +13,7 @@ from tiny_jobs import generation_job
 from tiny_store import SilentProgress
 
 from stillroom.stages import generate, share
+from stillroom.stages.clock import Clock
 from stillroom.stages.engine import EngineDied, Request, check_device, open_engine
 from stillroom.stages.engine_hf import HfEngine
 from stillroom.stages.engine_vllm import VllmEngine
@@ -201,7 +202,7 @@ class FakeVllm:
 
 def vllm_on(fake: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> VllmEngine:
     engine = VllmEngine.__new__(VllmEngine)
-    engine._llm = SimpleNamespace(llm_engine=fake)
+    engine._llm, engine._clock = SimpleNamespace(llm_engine=fake), Clock()
     monkeypatch.setattr(VllmEngine, "_submit", lambda self, request: fake.add(request.number))
     return engine
 
@@ -240,3 +241,49 @@ def test_what_vllm_holds_when_it_is_left_is_taken_from_it(monkeypatch: pytest.Mo
     with pytest.raises(share.DoneByOthers):
         next(found)
     assert fake.aborted == ["1", "2"]
+
+
+class BusyVllm(FakeVllm):
+    """Rows take steps of their own number; eight run at once, in the order in which they came."""
+
+    def __init__(self, see: Callable[[], int]) -> None:
+        super().__init__(iter([]))
+        self.step = self._step
+        self._left: dict[str, int] = {}
+        self._see = see
+        self.seen: list[tuple[int, int, int]] = []
+        """At each step: rows that came so far, rows that run, rows in the store."""
+
+    def _step(self) -> list[Any]:
+        running = self.held[: self.vllm_config.scheduler_config.max_num_seqs]
+        self.seen.append((len(self._left), len(running), self._see()))
+        for name in running:
+            self._left[name] -= 1
+        done = [name for name in running if not self._left[name]]
+        self.held = [name for name in self.held if name not in done]
+        text = SimpleNamespace(token_ids=[5], text="cat", finish_reason="stop")
+        return [SimpleNamespace(finished=True, request_id=f"{name}-x", outputs=[text]) for name in done]
+
+    def add(self, number: int) -> None:
+        super().add(number)
+        self._left[str(number)] = 3 + 7 * number % 11
+
+
+def test_vllm_is_full_across_blocks_and_rows_are_committed_while_others_run(
+    tmp_path: Path, tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks hold eight rows, as many as run at once: a barrier between two would show as rows that do not run."""
+    rows = 64
+    job, author = generation_job(tiny_llama, tmp_path, rows=rows, storage={"commit_rows": 4})
+    fake = BusyVllm(lambda: len(table(job, "generations", "key")))
+    engine = vllm_on(fake, monkeypatch)
+    monkeypatch.setattr(generate, "open_engine", lambda *_: engine)
+    assert generate.run(job, author).rows == rows
+    claims = list((Path(job.recipe.storage.dir) / "claims").rglob("*.json"))
+    assert len(claims) == rows // 8
+    came, running, stored = zip(*fake.seen, strict=True)
+    assert {r for c, r in zip(came, running, strict=True) if c < rows} == {8}
+    assert min(came) == 8 + 2  # those that run, and those at the door
+    under_way = [s for c, s in zip(came, stored, strict=True) if c < rows]
+    assert under_way[-1] >= rows // 2
+    assert stored == tuple(sorted(stored))

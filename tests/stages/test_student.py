@@ -112,6 +112,28 @@ def test_save_and_load_keep_the_function(tiny_llama, tmp_path, tied, lora):
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("the cat")["input_ids"] == [1, 4, 6]
 
 
+def test_an_adapter_kept_by_itself_is_the_student_on_its_initial_model(tiny_llama, tmp_path):
+    """What PEFT loads onto the model that the recipe names; the student's own folder has it merged in."""
+    from peft import PeftModel
+
+    folder = tiny_llama()
+    recipe = recipe_for(folder, {"model": str(folder), "lora": {"rank": 2, "keep_adapter": True}})
+    model = initial_student(recipe, folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    expected = logits(model, IDS)
+    save_student(model, student_tokenizer(recipe, folder), tmp_path / "student", adapter=tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        folder
+    )
+    assert not list((tmp_path / "adapter").glob("model*.safetensors"))
+    onto = PeftModel.from_pretrained(load_student(folder), tmp_path / "adapter").merge_and_unload()
+    for found in (onto, load_student(tmp_path / "student")):
+        torch.testing.assert_close(logits(found, IDS), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_lora_trains_the_adapter_only_and_starts_as_the_model(tiny_llama):
     folder = tiny_llama()
     student = {"model": str(folder), "lora": {"rank": 2}}
@@ -120,6 +142,21 @@ def test_lora_trains_the_adapter_only_and_starts_as_the_model(tiny_llama):
     assert torch.equal(logits(model, IDS), logits(load_student(folder), IDS))
     again = initial_student(recipe_for(folder, student), folder)
     assert all(torch.equal(a, b) for a, b in zip(weights(model).values(), weights(again).values(), strict=True))
+
+
+def test_the_output_layer_may_have_a_lora_unless_it_is_the_embedding(tiny_llama, tmp_path):
+    lora = {"rank": 2, "target_modules": ["q_proj", "lm_head"]}
+    folder = tiny_llama("untied", tie_word_embeddings=False)
+    model = initial_student(recipe_for(folder, {"model": str(folder), "lora": lora}), folder)
+    assert not split_head(model).weight.requires_grad
+    with torch.no_grad():
+        split_head(model).low_rank.up.normal_()
+    before = logits(model.eval(), IDS)
+    save_student(model, AutoTokenizer.from_pretrained(folder), tmp_path / "student")
+    torch.testing.assert_close(logits(load_student(tmp_path / "student"), IDS), before)
+    folder = tiny_llama("tied", tie_word_embeddings=True)
+    with pytest.raises(UsageError, match=r"names the output layer, whose weight is the input embedding too"):
+        initial_student(recipe_for(folder, {"model": str(folder), "lora": lora}), folder)
 
 
 def test_lora_modules_that_are_not_there_are_refused(tiny_llama):

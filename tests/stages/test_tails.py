@@ -5,10 +5,11 @@ from itertools import product
 
 import pytest
 import torch
-from references import DIVERGENCES, compared, cross_entropy, kl, softmax
+from references import DIVERGENCES, kl, softmax, token_losses
 
+from stillroom.stages.fused import linear_distillation
 from stillroom.stages.head import Head
-from stillroom.stages.losses import Objective, TargetBatch, linear_distillation, logits_distillation
+from stillroom.stages.losses import Objective, TargetBatch, logits_distillation
 from stillroom.storage.errors import UsageError
 
 N, V, D = 5, 9, 4
@@ -42,17 +43,21 @@ def problem():
     return hidden, weight, 2 * normal(N, V, seed=2)
 
 
+def distilled(hidden, weight, targets, objective, **more):
+    weights = {"soft_weight": 0.7, "hard_weight": 0.3}
+    return linear_distillation(hidden, Head(weight=weight), targets, objective=objective, **weights, **more)
+
+
 def definition(hidden, weight, teacher, targets, objective):
     """(soft [N], hard [N], gradients), float64, token by token, over the whole vocabularies of both."""
     leaves = [x.detach().double().requires_grad_() for x in (hidden, weight)]
-    soft, hard, scale = [], [], objective.temperature
+    scale, settings = objective.temperature, {"divergence": objective.divergence, "tail": objective.tail}
+    losses = []
     for n, row in enumerate(leaves[0] @ leaves[1].T):
         ids = list(range(V)) if targets.ids is None else targets.ids[n].tolist()
-        t, p = softmax(teacher[n].double() / scale), softmax(row / scale)
-        sides = compared(t, p, ids, objective.tail, int(targets.labels[n]))
-        soft.append(scale**2 * DIVERGENCES[objective.divergence](*sides))
-        hard.append(cross_entropy(row, int(targets.labels[n])))
-    soft, hard = torch.stack(soft), torch.stack(hard)
+        t, label = softmax(teacher[n].double() / scale), int(targets.labels[n])
+        losses.append(token_losses(row, t, ids, label, temperature=scale, **settings))
+    soft, hard = map(torch.stack, zip(*losses, strict=True))
     return soft.detach(), hard.detach(), torch.autograd.grad((0.7 * soft + 0.3 * hard).sum(), leaves)
 
 
@@ -63,8 +68,8 @@ def test_value_and_gradient_equal_the_definition(divergence, tail, temperature):
     objective = Objective(divergence=divergence, tail=tail, temperature=temperature)
     for k in (1, 3, V, None):
         targets = targets_of(teacher, k, temperature)
-        parts = linear_distillation(hidden, Head(weight=weight), targets, objective=objective, chunk_tokens=2)
-        gradients = torch.autograd.grad(parts.weighted(0.7, 0.3).sum(), [hidden, weight])
+        parts = distilled(hidden, weight, targets, objective, chunk_tokens=2)
+        gradients = torch.autograd.grad(parts.total, [hidden, weight])
         soft, hard, expected = definition(hidden, weight, teacher, targets, objective)
         torch.testing.assert_close(parts.soft.double(), soft, rtol=2e-5, atol=2e-5)
         torch.testing.assert_close(parts.hard.double(), hard, rtol=1e-5, atol=1e-5)
@@ -112,9 +117,7 @@ def test_only_moving_the_tail_keeps_the_loss_from_zero_at_equality(divergence, t
 def test_full_targets_have_no_tail_to_treat(divergence, tail):
     hidden, weight, teacher = problem()
     found = [
-        linear_distillation(
-            hidden, Head(weight=weight), targets_of(teacher, None), objective=Objective(divergence=divergence, tail=t)
-        ).soft
+        distilled(hidden, weight, targets_of(teacher, None), Objective(divergence=divergence, tail=t)).soft
         for t in ("bucket", tail)
     ]
     torch.testing.assert_close(*found)
@@ -142,12 +145,13 @@ def test_the_token_that_is_there_is_learnt_at_temperature_one():
 def test_logits_and_hidden_states_are_one_loss():
     hidden, weight, teacher = problem()
     for objective in (None, Objective(divergence="jsd", temperature=2.0)):
-        one = linear_distillation(hidden, Head(weight=weight), targets_of(teacher, 3), objective=objective)
+        one = distilled(hidden, weight, targets_of(teacher, 3), objective)
         two = logits_distillation(hidden @ weight.T, targets_of(teacher, 3), objective=objective)
-        assert torch.equal(one.hard, two.hard)
+        torch.testing.assert_close(one.hard, two.hard)
         assert (one.soft is None) == (objective is None)
         if one.soft is not None:
-            assert torch.equal(one.soft, two.soft)
+            torch.testing.assert_close(one.soft, two.soft)
+        torch.testing.assert_close(one.total, two.weighted(0.7, 0.3).sum())
 
 
 class TestSampled:

@@ -1,8 +1,11 @@
-"""Soft targets from hidden states: equal to a float64 log-softmax of the same logits, whatever the chunk.
+"""Soft targets from hidden states: equal to a float64 log-softmax of the same logits, whatever chunk, block and batch.
 
 Sampled targets are checked against the distribution they are drawn from: its mean exactly so far as chance allows, and
 the numbers that a Zipf distribution fixes.
 """
+
+import sys
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -13,8 +16,9 @@ from hypothesis import strategies as st
 from stillroom.stages import targets as module
 from stillroom.stages.head import Head
 from stillroom.stages.kept import Kept
-from stillroom.stages.targets import soft_targets
+from stillroom.stages.targets import Reducer, Span
 from stillroom.storage.codec import SoftTargets
+from stillroom.storage.errors import UsageError
 
 
 def case(n: int, d: int, v: int, *, scale: float, seed: int) -> tuple[torch.Tensor, Head, torch.Tensor, np.ndarray]:
@@ -26,6 +30,12 @@ def case(n: int, d: int, v: int, *, scale: float, seed: int) -> tuple[torch.Tens
     shifted = logits - logits.max(-1, keepdims=True)
     truth = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     return hidden, head, following, truth
+
+
+def soft_targets(hidden: torch.Tensor, head: Head, next_ids: torch.Tensor, *, kept: Kept, seed: int = 0) -> SoftTargets:
+    """Of one row."""
+    (row,) = Reducer(head).launch(hidden, next_ids, kept=kept, spans=[Span(len(hidden), seed)]).rows()
+    return row
 
 
 def topk(k: int, *temperatures: float) -> Kept:
@@ -46,12 +56,16 @@ def sampled(rounds: int, draw: str = "multinomial", proposal: float = 1.0, at: t
     v=st.integers(2, 60),
     k=st.integers(1, 60),
     scale=st.sampled_from([0.1, 1.0, 8.0]),
+    block=st.sampled_from([1, 3, 8, 128]),
     seed=st.integers(0, 999),
 )
-def test_entries_tail_token_and_entropy_equal_float64(n: int, v: int, k: int, scale: float, seed: int) -> None:
+def test_entries_tail_token_and_entropy_equal_float64(
+    n: int, v: int, k: int, scale: float, block: int, seed: int
+) -> None:
     k = min(k, v)
     hidden, head, following, truth = case(n, 5, v, scale=scale, seed=seed)
-    found = soft_targets(hidden, head, following, kept=topk(k))
+    with patch.object(module, "BLOCK", block):
+        found = soft_targets(hidden, head, following, kept=topk(k))
     best = -np.sort(-truth, axis=-1)
     np.testing.assert_allclose(found.logprobs, best[:, :k], atol=2e-5, rtol=1e-5)
     np.testing.assert_allclose(np.take_along_axis(truth, found.ids, 1), found.logprobs, atol=2e-5, rtol=1e-5)
@@ -82,12 +96,82 @@ def test_chunks_change_nothing_and_bound_the_logits(monkeypatch: pytest.MonkeyPa
     hidden, head, following, _ = case(23, 5, 31, scale=1.0, seed=1)
     whole = soft_targets(hidden, head, following, kept=topk(4))
     seen = []
-    monkeypatch.setattr(Head, "logits", lambda self, h, original=Head.logits: seen.append(len(h)) or original(self, h))
+    original = Head.exact_logits
+    monkeypatch.setattr(Head, "exact_logits", lambda self, h: seen.append(len(h)) or original(self, h))
     monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 31 * 5)
     parts = soft_targets(hidden, head, following, kept=topk(4))
     assert max(seen) == 5
     np.testing.assert_allclose(parts.logprobs, whole.logprobs, atol=1e-6)
     np.testing.assert_array_equal(parts.ids, whole.ids)
+
+
+def test_a_tail_far_below_what_float32_can_add_to_the_entries_is_exact() -> None:
+    """Sums per block are relative to the block's own maximum: e^-300 is no number of float32, its logarithm is."""
+    logits = torch.full((300, 1), -300.0)
+    logits[7] = 0.0
+    logits[290:] = -torch.inf
+    found = soft_targets(torch.ones(1, 1), Head(weight=logits), torch.tensor([299]), kept=topk(1, 2.0))
+    assert (found.ids.item(), found.token_logprob[0]) == (7, -np.inf)
+    assert found.tail_logprob[0] == pytest.approx(np.log(289) - 300, rel=1e-6)
+    assert found.tempered_tails[0, 0] == pytest.approx(np.log(289) - 150, rel=1e-6)
+    assert found.entropy[0] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_equal_logits_are_as_many_distinct_entries() -> None:
+    for k in (1, 5, 200, 300):
+        found = soft_targets(torch.ones(2, 1), Head(weight=torch.ones(300, 1)), torch.tensor([0, 299]), kept=topk(k))
+        for row in found.ids:
+            assert len(set(row.tolist())) == k
+            assert (row >= 0).all()
+            assert (row < 300).all()
+        np.testing.assert_allclose(found.logprobs, -np.log(300), rtol=1e-6)
+        expected = np.log((300 - k) / 300) if k < 300 else -np.inf
+        np.testing.assert_allclose(found.tail_logprob, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_one_broken_number_breaks_the_numbers_of_its_position_alone() -> None:
+    hidden, head, following, _ = case(5, 5, 300, scale=1.0, seed=2)
+    hidden[3, 0] = torch.nan
+    for kept in (topk(4), full(300), sampled(5)):
+        found = soft_targets(hidden, head, following, kept=kept)
+        assert np.isnan(found.entropy).tolist() == [False, False, False, True, False]
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        topk(4, 0.5, 2.0),
+        Kept(kind="topp", k=20, p=0.7, k_min=2),
+        sampled(6),
+        sampled(6, draw="systematic", proposal=0.7, at=(2.0,)),
+        full(300),
+    ],
+    ids=lambda kept: kept.kind,
+)
+def test_rows_of_a_batch_are_what_each_is_alone(monkeypatch: pytest.MonkeyPatch, kept: Kept) -> None:
+    hidden, head, following, _ = case(19, 5, 300, scale=1.0, seed=4)
+    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 300 * 7)  # chunks end within rows
+    spans = [Span(4, 11), Span(1, 12), Span(9, 13), Span(5, 14)]
+    start = 0
+    for span, row in zip(spans, Reducer(head).launch(hidden, following, kept=kept, spans=spans).rows(), strict=True):
+        own = slice(start, start + span.positions)
+        alone = soft_targets(hidden[own], head, following[own], kept=kept, seed=span.seed)
+        columns = row.columns(23)
+        for name, value in alone.columns(23).items():
+            if value is None:
+                assert columns[name] is None
+            else:
+                np.testing.assert_allclose(columns[name], value, atol=2e-6, err_msg=name)
+        start += span.positions
+
+
+def test_a_kernel_that_is_not_there_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "stillroom.stages.targets_triton", raising=False)
+    head = Head(weight=torch.ones(3, 1))
+    Reducer(head)
+    with pytest.raises(UsageError, match=r"score.kernel: triton cannot be used here .* Use torch, or leave it out."):
+        Reducer(head, kernel="triton")
 
 
 @pytest.mark.parametrize("bits", [7, 10, 23])
@@ -111,16 +195,18 @@ TEMPERATURES = (0.5, 1.5, 2.0, 4.0)
     v=st.integers(2, 60),
     k=st.integers(1, 60),
     bits=st.sampled_from([10, 23]),
+    block=st.sampled_from([3, 128]),
     seed=st.integers(0, 999),
 )
 def test_a_tempered_distribution_is_the_dense_one_to_the_rounding(
-    kind: str, v: int, k: int, bits: int, seed: int
+    kind: str, v: int, k: int, bits: int, block: int, seed: int
 ) -> None:
     """Against softmax(z / T) in float64: entries, tail and normaliser; each rounded number moves by its own share."""
     n, k = 7, min(k, v)
     hidden, head, following, truth = case(n, 5, v, scale=1.0, seed=seed)
     kept = Kept(kind=kind, k=k, p=0.8 if kind == "topp" else None, k_min=1, temperatures=TEMPERATURES)
-    found = soft_targets(hidden, head, following, kept=kept if kind == "topp" else topk(k, *TEMPERATURES))
+    with patch.object(module, "BLOCK", block):
+        found = soft_targets(hidden, head, following, kept=kept if kind == "topp" else topk(k, *TEMPERATURES))
     row = SoftTargets.from_row(found.columns(bits))
     np.testing.assert_array_equal(row.temperatures, np.array(TEMPERATURES, np.float32))
     for number, t in enumerate(TEMPERATURES):

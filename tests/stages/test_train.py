@@ -4,6 +4,7 @@ import json
 import random
 from copy import copy
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -65,7 +66,8 @@ def same(one, other):
 
 
 def without_time(report):
-    return {k: v for k, v in report.items() if k not in ("seconds", "tokens_per_second")}
+    timed = ("seconds", "tokens_per_second", "mfu", "waited_share", "peak", "speed")
+    return {k: v for k, v in report.items() if k not in timed}
 
 
 def test_a_run_trains_and_reports(world):
@@ -88,6 +90,18 @@ def test_a_run_trains_and_reports(world):
     assert last["loss"] == pytest.approx(last["soft"] + 0.1 * last["hard"])
     assert last["learning_rate"] == pytest.approx(0.1 * 1e-2)
     assert (job.progress.total, job.progress.tokens) == (4000, report["tokens"])
+    assert job.progress.notes[-1].startswith(f"loss {last['loss']:.4f}, ")
+    assert job.progress.notes[-1].endswith("% of a matrix product's rate")  # no vendor states one for a CPU
+    assert not any("padding" in line for line in job.progress.said)
+    assert not report["peak"]["vendor"]
+    assert report["padding_share"] == 0
+    assert 0 < report["mfu"] < 1
+    assert 0 <= report["waited_share"] < 1
+    assert report["tokens_per_second"] == pytest.approx(report["tokens"] / report["seconds"], rel=0.01)
+    assert [point["tokens"] for point in report["speed"]] == [point["tokens"] for point in report["history"]]
+    clock = job.clock.seconds()
+    assert clock["model"] > clock["tokenizer"] > 0
+    assert min(clock["start"], clock["disk"]) > 0
     assert AutoTokenizer.from_pretrained(world.folder / "run" / "student")("the cat")["input_ids"] == [1, 4, 6]
     before = dict(initial_student(recipe, world.teacher).named_parameters())
     assert not same(weights(world.folder / "run"), before)
@@ -106,7 +120,11 @@ def test_history_is_thinned(world):
     train.run(world.job("run", world.recipe(train={"tokens": 6000, "tokens_per_step": 20})))
     report = summary(world.folder / "run")
     assert report["steps"] > 250
-    assert 150 < len(report["history"]) <= train.HISTORY_POINTS
+    assert 150 < len(report["history"]) == len(report["speed"]) <= train.HISTORY_POINTS
+    # What lies between two points, and before the first: together the whole run.
+    tokens = [0] + [point["tokens"] for point in report["speed"]]
+    spent = sum((b - a) / p["tokens_per_second"] for (a, b), p in zip(pairwise(tokens), report["speed"], strict=True))
+    assert spent == pytest.approx(report["seconds"] * tokens[-1] / report["tokens"], rel=0.05)
 
 
 def test_history_and_board_show_what_is_scheduled(world):
@@ -303,7 +321,7 @@ def test_scalars_are_shown_over_tokens(world):
     train.run(world.job("run", recipe, validate=True))
     board = EventAccumulator(str(world.folder / "run" / "tensorboard")).Reload()
     report = summary(world.folder / "run")
-    names = {"loss/total", "loss/soft", "loss/hard", "learning_rate", "grad_norm", "tokens_per_second"}
+    names = {"loss/total", "loss/soft", "loss/hard", "learning_rate", "grad_norm", "tokens_per_second", "mfu"}
     assert names | {"validation/total", "validation/soft", "validation/hard"} == set(board.Tags()["scalars"])
     shown = [event.step for event in board.Scalars("loss/total")]
     assert shown == sorted(set(shown))
@@ -385,3 +403,33 @@ def test_a_real_teacher_teaches(assets, tmp_path):
     train.run(world.job("run", recipe))
     history = summary(world.folder / "run")["history"]
     assert history[-1]["loss"] < 0.5 * history[0]["loss"]
+
+
+def test_rows_with_padding_where_they_are_asked_for_or_needed(world, tiny_llama):
+    """The same training, but for the rounding of its sums."""
+    flat, rows = ({"tokens": 1200}, {"tokens": 1200, "row_tokens": LONGEST})
+    for name, settings in (("flat", flat), ("rows", rows)):
+        train.run(world.job(name, world.recipe(train=settings)))
+    reports = [summary(world.folder / name) for name in ("flat", "rows")]
+    assert reports[0]["padding_share"] == 0 < reports[1]["padding_share"] < 0.5
+    for one, other in zip(*(report["history"] for report in reports), strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_what_a_run_took_counts_over_its_stops(world):
+    recipe = world.recipe(train={"tokens": 3000})
+    with pytest.raises(Stopped):
+        train.run(world.job("run", recipe, stop=StopAfter(40)))
+    train.run(world.job("run", recipe))
+    report = summary(world.folder / "run")
+    steps = [point["tokens"] for point in report["speed"]]
+    assert steps == sorted(set(steps)) == [point["tokens"] for point in report["history"]]
+    assert report["tokens_per_second"] == pytest.approx(report["tokens"] / report["seconds"], rel=0.01)
+
+
+def test_a_student_that_attends_otherwise_gets_rows_with_padding(world, monkeypatch):
+    monkeypatch.setattr("stillroom.stages.attention.attends_apart", lambda *_: False)
+    job = world.job("run", world.recipe(train={"tokens": 300}))
+    train.run(job)
+    assert "this student cannot attend within samples of one row: rows get padding" in job.progress.said
+    assert summary(world.folder / "run")["tokens"] >= 300

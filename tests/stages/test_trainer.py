@@ -1,5 +1,7 @@
 """One step: what its gradient is, and what happens when memory runs out or numbers break."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from references import DIVERGENCES
@@ -7,7 +9,8 @@ from tiny_models import CONFIGS, LENGTHS, V, build, make_samples
 
 from stillroom.stages.batches import Packing
 from stillroom.stages.head import hidden_states, split_head
-from stillroom.stages.losses import Objective, TargetBatch, linear_distillation
+from stillroom.stages.losses import Objective, TargetBatch, logits_distillation
+from stillroom.stages.prefetch import Prefetch
 from stillroom.stages.samples import Cursor, Step
 from stillroom.stages.sections import Loss, Train
 from stillroom.stages.trainer import Trainer, aim_at, device_and_dtype
@@ -42,7 +45,8 @@ def expected_gradient(model, step, loss):
             tail_logprob=torch.from_numpy(sample.targets.tail_logprob),
         )
         states = hidden[sample.span_start - 1 : -1]
-        parts = linear_distillation(states, split_head(model), targets, objective=Objective(divergence=loss.divergence))
+        logits = split_head(model).logits(states)
+        parts = logits_distillation(logits, targets, objective=Objective(divergence=loss.divergence))
         total = total + (loss.soft_weight * parts.soft + loss.hard_weight * parts.hard).sum()
     (total / step.scored_tokens).backward()
     gradients = [p.grad.clone() for p in model.parameters()]
@@ -55,7 +59,7 @@ def test_the_gradient_is_the_mean_over_the_steps_scored_tokens(divergence):
     loss = Loss(divergence=divergence, soft_weight=0.8, hard_weight=0.3)
     trainer, step = make_trainer(loss=loss), make_step()
     value, expected = expected_gradient(trainer.model, step, loss)
-    losses = trainer._gradients(step, aim_at(loss, 0.5), lambda: None)
+    losses = trainer._gradients(step, aim_at(loss, 0.5), lambda: trainer.passes(step, done=0.5))
     assert losses.loss == pytest.approx(value, rel=1e-5)
     assert losses.loss == pytest.approx(0.8 * losses.soft + 0.3 * losses.hard)
     for found, right in zip((p.grad for p in trainer.model.parameters()), expected, strict=True):
@@ -231,3 +235,40 @@ def test_where_to_compute(monkeypatch):
     assert chosen("float32") == (torch.device("cuda"), torch.float32)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
     assert chosen("auto") == (torch.device("cuda"), torch.float32)
+
+
+def fed(trainer, steps, total):
+    """The results of some steps whose passes are made ahead."""
+    with Prefetch(steps, lambda step: trainer.passes(step, done=step.after.step / total)) as feed:
+        return [trainer.step(step, done=step.after.step / total, passes=feed.passes) for step in feed]
+
+
+def test_passes_made_ahead_change_nothing():
+    """What is scheduled goes by the step that a pass belongs to, not by the time at which it is made."""
+    loss = Loss(temperature={"shape": "linear", "start": 3.0, "end": 1.0})
+    plain, ahead = make_trainer(loss=loss), make_trainer(loss=loss)
+    for trainer in (plain, ahead):
+        trainer._packing = replace(trainer._packing, unstored_temperature="approximate")
+    steps = [make_step(n) for n in range(1, 7)]
+    assert fed(ahead, steps, 6) == [plain.step(step, done=step.after.step / 6) for step in steps]
+    for name, weight in plain.weights().items():
+        assert torch.equal(ahead.weights()[name], weight)
+
+
+def test_out_of_memory_throws_away_what_was_made_ahead():
+    """The third step does not fit; passes of the fourth were made in the old size by then."""
+    undisturbed, trainer = make_trainer(tokens_per_pass=25), make_trainer(tokens_per_pass=100)
+    steps = [make_step(1, LENGTHS[:1]), make_step(2, LENGTHS[:2]), make_step(3), make_step(4)]
+    calls = fail_above(trainer, 30, torch.OutOfMemoryError("tried to allocate"))
+    found = fed(trainer, steps, 4)
+    assert [result.losses for result in found] == [
+        undisturbed.step(step, done=step.after.step / 4).losses for step in steps
+    ]
+    assert sum(call > 30 for call in calls) == 2  # 64 positions, then 32
+
+
+def test_positions_are_those_of_the_passes_that_counted():
+    trainer = make_trainer(tokens_per_pass=100)
+    calls = fail_above(trainer, 30, torch.OutOfMemoryError("tried to allocate"))
+    result = trainer.step(make_step(), done=0.5)
+    assert result.positions == sum(call for call in calls if call <= 30) >= sum(LENGTHS)

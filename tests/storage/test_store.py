@@ -108,14 +108,15 @@ def test_a_writer_commits_by_rows_bytes_and_time(store, samples):
     with store.writer("soft_targets", about=samples.ABOUT, limits=limits) as writer:
         for index in range(7):
             assert writer.add(samples.target_row(index))
-        assert (writer.rows, writer.tokens) == (6, 36)
-        writer.tick()
-        assert writer.rows == 6
+            writer.tick()
+    assert (writer.rows, writer.tokens) == (7, 42)
     assert [commit.shard.rows for commit in store.commits("soft_targets")] == [3, 3, 1]
-    for index, limits in enumerate((CommitLimits(bytes=1), CommitLimits(seconds=0)), start=100):
+    for limits in CommitLimits(bytes=1), CommitLimits(seconds=0):
+        before = len(store.commits("soft_targets"))
         with store.writer("soft_targets", about=samples.ABOUT, limits=limits) as writer:
-            writer.add(samples.target_row(index))
-            assert writer.rows == 1
+            for index in range(3):
+                writer.add(samples.target_row(10 * before + index))
+        assert [commit.shard.rows for commit in store.commits("soft_targets")[before:]] == [1, 1, 1]
 
 
 def test_a_known_key_is_skipped(store, samples):

@@ -1,0 +1,126 @@
+"""Numbers of an export for its card: how long the texts are, what the entries keep, how unsure the teacher is."""
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+QUANTILES = {"p05": 0.05, "p50": 0.5, "p95": 0.95}
+_BINS = 10_000
+
+
+class Spread:
+    """Mean, quantiles and largest of numbers from 0 to a limit, in bounded memory: quantiles to 1/10,000 of it."""
+
+    def __init__(self, limit: float) -> None:
+        self._limit = limit
+        self._counts = np.zeros(_BINS, np.int64)
+        self._sum, self._most = 0.0, 0.0
+
+    def add(self, values: np.ndarray) -> None:
+        """Count some numbers; those beyond the limit count as the limit."""
+        values = np.clip(np.asarray(values, np.float64), 0, self._limit)
+        places = np.minimum(values / self._limit * _BINS, _BINS - 1).astype(np.int64)
+        self._counts += np.bincount(places, minlength=_BINS)
+        self._sum += float(values.sum())
+        self._most = max(self._most, float(values.max(initial=0.0)))
+
+    def numbers(self) -> dict[str, float] | None:
+        """Mean, quantiles and largest; None if nothing was added."""
+        below = np.cumsum(self._counts)
+        if not below[-1]:
+            return None
+        places = {name: int(np.searchsorted(below, share * below[-1])) for name, share in QUANTILES.items()}
+        found = {name: (place + 0.5) * self._limit / _BINS for name, place in places.items()}
+        return {name: round(min(value, self._most), 6) for name, value in found.items()} | {
+            "mean": round(self._sum / int(below[-1]), 6),
+            "max": round(self._most, 6),
+        }
+
+
+class Lengths:
+    """Total, mean, quantiles and largest of tokens a row, exact."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[int] = Counter()
+
+    def add(self, values: np.ndarray) -> None:
+        """Count some lengths."""
+        lengths, counts = np.unique(values, return_counts=True)
+        self._counts.update(dict(zip(lengths.tolist(), counts.tolist(), strict=True)))
+
+    def numbers(self) -> dict[str, float]:
+        """All zero if nothing was added."""
+        lengths = np.array(sorted(self._counts), np.int64)
+        below = np.cumsum([self._counts[length] for length in lengths.tolist()])
+        if not len(lengths):
+            return dict.fromkeys(("total", "mean", *QUANTILES, "max"), 0)
+        total = int(np.dot(lengths, np.diff(below, prepend=0)))
+        found = {name: int(lengths[np.searchsorted(below, share * below[-1])]) for name, share in QUANTILES.items()}
+        return {"total": total, "mean": round(total / int(below[-1]), 2), **found, "max": int(lengths[-1])}
+
+
+class TargetNumbers:
+    """Of the soft targets of one split."""
+
+    def __init__(self, outcomes: int) -> None:
+        """`outcomes`: what a distribution is over, V."""
+        self._kinds: Counter[str] = Counter()
+        self._tokens, self._scored, self._entries = Lengths(), Lengths(), Lengths()
+        self._mass, self._entropy = Spread(1.0), Spread(float(np.log(max(outcomes, 2))))
+
+    def add(self, rows: pa.Table) -> None:
+        """Count some rows."""
+        self._kinds.update(rows["kind"].to_pylist())
+        self._tokens.add(_lengths(rows["token_ids"]))
+        spans, k = rows["span_tokens"].to_numpy(), rows["k"].to_numpy()
+        self._scored.add(spans)
+        entries = rows["entries"].combine_chunks()
+        self._entries.add(np.asarray(entries.flatten()))
+        fixed = np.asarray(entries.is_null())
+        self._entries.add(np.repeat(k[fixed], spans[fixed]))
+        self._entropy.add(np.asarray(rows["entropy"].combine_chunks().flatten()))
+        self._mass.add(1.0 - np.exp(np.asarray(rows["tail_logprob"].combine_chunks().flatten(), np.float64)))
+
+    def numbers(self) -> dict[str, Any]:
+        """As the manifest has them."""
+        return {
+            "kinds": dict(sorted(self._kinds.items())),
+            "tokens": self._tokens.numbers(),
+            "scored_tokens": self._scored.numbers(),
+            "entries": self._entries.numbers(),
+            "kept_mass": self._mass.numbers(),
+            "entropy": self._entropy.numbers(),
+        }
+
+
+class TextNumbers:
+    """Of the generations of one split."""
+
+    def __init__(self) -> None:
+        self._prompts, self._completions, self._tokens, self._scored = Lengths(), Lengths(), Lengths(), Lengths()
+        self._finished: Counter[str] = Counter()
+
+    def add(self, rows: pa.Table) -> None:
+        """Count some rows."""
+        prompts, completions = (rows[name].to_numpy() for name in ("prompt_tokens", "completion_tokens"))
+        self._prompts.add(prompts)
+        self._completions.add(completions)
+        self._tokens.add(prompts + completions)
+        self._scored.add(prompts + completions - np.maximum(prompts, 1))  # nothing comes before the first token
+        self._finished.update(rows["finish_reason"].to_pylist())
+
+    def numbers(self) -> dict[str, Any]:
+        """As the manifest has them."""
+        return {
+            "prompt_tokens": self._prompts.numbers(),
+            "completion_tokens": self._completions.numbers(),
+            "tokens": self._tokens.numbers(),
+            "scored_tokens": self._scored.numbers(),
+            "finish_reason": dict(sorted(self._finished.items())),
+        }
+
+
+def _lengths(lists: pa.ChunkedArray) -> np.ndarray:
+    return np.diff(np.asarray(lists.combine_chunks().offsets))

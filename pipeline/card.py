@@ -51,7 +51,7 @@ def dataset_card(published: Published) -> str:
         warnings=warnings(manifest, published.provenance),
         sizes=sizes(manifest, configs),
         code=code(manifest, published.provenance, repo=published.repo),
-        configs={config: columns(manifest, config) for config in configs},
+        configs={config: columns(manifest, published.provenance, config) for config in configs},
         sample=sample(published.folder, manifest),
         numbers=numbers(manifest),
         origin=origin(manifest, published.provenance),
@@ -79,7 +79,7 @@ def _card_data(published: Published, configs: list[str]) -> Any:
         language=list(published.languages) or None,
         task_categories=["text-classification" if classes else "text-generation"],
         size_categories=[_SIZES[min(max(len(str(rows)) - 3, 0), len(_SIZES) - 1)]],
-        tags=[*TAGS, *(kind for kind in ("synthetic",) if provenance["models"])],
+        tags=[*TAGS, *(["synthetic"] if any(model["wrote"] for model in provenance["models"].values()) else [])],
         configs=[
             {"config_name": config, **({"default": True} if first else {}), "data_files": data_files(manifest, config)}
             for config, first in zip(configs, [True, False], strict=False)

@@ -24,7 +24,7 @@ def code(manifest: Manifest, provenance: Mapping[str, Any], *, repo: str | None)
     lines = [f'{names[config]} = load_dataset("{repo or FOLDER}", "{config}", split="{split}")' for config in configs]
     base = f"hf://datasets/{repo}" if repo else FOLDER
     found = {
-        "datasets": "\n".join(["from datasets import load_dataset", "", *lines]),
+        "datasets": "\n".join(["from datasets import load_dataset", "", *lines, _KEY.format(names[configs[0]])]),
         "duckdb": _duckdb(manifest, configs, split, base),
     }
     if scored and scored["complete"] and not manifest.about["soft_targets"].get("class_names"):
@@ -71,6 +71,7 @@ def _duckdb(manifest: Manifest, configs: list[str], split: str, base: str) -> st
     return f'import duckdb\n\nduckdb.sql("""\n{query}\n""").show()'
 
 
+_KEY = 'print({}[0]["key"].hex())  # keys are 16 bytes'
 _HEAD = """\
 import torch
 
@@ -80,16 +81,19 @@ tokens = torch.tensor(row["token_ids"])  # [T]; target i is about token start + 
 """
 _ENTRIES = {
     "topk": """\
-ids = torch.tensor(row["ids"]).reshape(n, k)  # [N, K] best first
+ids = torch.arange(k).repeat(n) if row["ids"] is None else torch.tensor(row["ids"])  # null: kind full, every id
+ids = ids.reshape(n, k)  # [N, K] best first
 logprobs = torch.tensor(row["logprobs"]).reshape(n, k)  # [N, K] of the full softmax
 tail = torch.tensor(row["tail_logprob"])  # [N] all other ids together
 """,
     "topp": """\
-ids = torch.tensor(row["ids"]).split(row["entries"])  # N tensors, as many entries as the position has
-logprobs = torch.tensor(row["logprobs"]).split(row["entries"])
+ids = torch.arange(k).repeat(n) if row["ids"] is None else torch.tensor(row["ids"])  # null: kind full, every id
+ids = ids.split(row["entries"] or k)  # N tensors, as many entries as the position has
+logprobs = torch.tensor(row["logprobs"]).split(row["entries"] or k)
 tail = torch.tensor(row["tail_logprob"])  # [N] all other ids together
 """,
     "sampled": """\
+# of rows of kind full take logprobs, [N * V] in id order: they were not drawn
 ids = torch.tensor(row["ids"]).split(row["entries"])  # N tensors: the ids that were drawn
 shares = torch.tensor(row["counts"] or row["weights"]).split(row["entries"])  # how often of k, or weights
 """,

@@ -54,8 +54,12 @@ def model_name(model_id: str, model: Mapping[str, Any]) -> str:
 def warnings(manifest: Manifest, provenance: Mapping[str, Any]) -> list[str]:
     """What must not be overlooked."""
     found = []
-    if unknown := unknown_licenses(provenance):
-        found.append(f"The licence of {', '.join(unknown)} was not stated. Find it out before you use this.")
+    models, sources = unknown_licenses(provenance)
+    unknown = [f"of the model {model_name(id_, provenance['models'][id_])}" for id_ in models]
+    unknown += [f"of the prompts' source {inline(name)}" for name in sources]
+    unknown += ["of this dataset"] if provenance["license"] == UNKNOWN else []
+    if unknown:
+        found.append(f"Licences not stated: {'; '.join(unknown)}. Find them out before you use this.")
     left_out = [name for name, facts in manifest.tables.items() if not facts["complete"]]
     if left_out:
         found.append(f"Columns were left out of {', '.join(sorted(left_out))}, so these rows cannot be checked whole.")
@@ -78,17 +82,54 @@ def _bytes(files: list[Any]) -> str:
     return size(sum(file.bytes for file in files))
 
 
-def columns(manifest: Manifest, config: str) -> dict[str, Any]:
+def columns(manifest: Manifest, provenance: Mapping[str, Any], config: str) -> dict[str, Any]:
     """What a row of a config is; each column's name, type and meaning."""
     schema, names = PUBLISHED[config], manifest.about.get(config, {}).get("class_names")
-    about = _ABOUT["classes"].format(names=", ".join(map(inline, names))) if names else _ABOUT[config]
+    about = _ABOUT["classes"].format(names=", ".join(map(inline, names))) if names else _ABOUT["soft_targets"]
+    about += "" if names else _whole(manifest)
+    texts = f"{_ABOUT['generations']}\n\n{_reading(manifest, provenance)}"
     fields = [schema.field(name) for name in manifest.tables[config]["columns"]]
     return {
-        "about": about if config == "soft_targets" else _ABOUT[config],
+        "about": about if config == "soft_targets" else texts,
         "columns": [
             [inline(f.name), inline(_type(f)), f.metadata[b"about"].decode().replace("|", "\\|")] for f in fields
         ],
     }
+
+
+def _whole(manifest: Manifest) -> str:
+    """Which splits have whole distributions: there columns mean something else."""
+    kinds = {name: found["soft_targets"]["kinds"] for name, found in manifest.statistics.items()}
+    found = [f"{'all' if len(those) == 1 else 'some'} of `{name}`" for name, those in kinds.items() if "full" in those]
+    if not found:
+        return ""
+    size = manifest.about["soft_targets"]["vocab_size"]
+    return (
+        f"\n\nRows of kind `full` ({', '.join(found)}) are whole distributions: `ids` is null, `logprobs` has `k` = "
+        f"{count(size)} numbers a target, in the order of the ids, and `tail_logprob` is -inf."
+    )
+
+
+def _reading(manifest: Manifest, provenance: Mapping[str, Any]) -> str:
+    """How text and `token_ids` belong together."""
+    folder = f"`{manifest.version}/teachers/<id>/`" + (
+        ", which has its chat template too" if _templates(provenance) else ""
+    )
+    said = f"The tokenizer is in {folder}; {{}} `text` is the completion decoded without special tokens, and encoding "
+    said += "it again may give other ids: take `token_ids`."
+    if manifest.about.get("soft_targets", {}).get("class_names"):
+        return said.format("`token_ids` are what it makes of `prompt` and `text_pair` together.")
+    if any(entry.get("stage") == "import" for entry in provenance["made_with"].get("generations", [])):
+        return said.format("`token_ids` are those of the table that was imported, texts are decoded from them.")
+    return said.format(
+        "`messages` became the first `prompt_tokens` ids by the chat template, with `add_generation_prompt`; a `prompt` "
+        "by the tokenizer, with its special tokens but no closing one. The other ids are the completion: as the model "
+        "wrote them, or (`finish_reason` given) the text's ids with the end token after them."
+    )
+
+
+def _templates(provenance: Mapping[str, Any]) -> bool:
+    return any(model.get("chat_template") for model in provenance["models"].values())
 
 
 def _type(field: Any) -> str:
@@ -183,14 +224,26 @@ def numbers(manifest: Manifest) -> str:
         if "generations" in found
     }
     lines = [f"Kinds of targets in {name}: {_counts(found)}." for name, found in kinds.items()]
+    lines += [
+        f"Temperatures that a student can learn {name} at: {_temperatures(found['soft_targets'])}."
+        for name, found in manifest.statistics.items()
+        if "soft_targets" in found and not manifest.about["soft_targets"].get("class_names")
+    ]
     lines += [f"How texts of {name} ended: {_counts(reasons)}." for name, reasons in finished.items()]
     note = (
         "Kept mass is the teacher's probability inside the entries of a position; what is outside is in `tail_logprob`."
         if "soft_targets" in manifest.tables
         else ""
     )
-    headers = ["split", "", "mean", "5 %", "median", "95 %", "largest"]
+    headers = ["split", "number of each row or position", "mean", "5 %", "median", "95 %", "largest"]
     return "\n\n".join(part for part in (table(headers, rows, text_columns=2), note, "  \n".join(lines)) if part)
+
+
+def _temperatures(found: Mapping[str, Any]) -> str:
+    """Tails are stored at these; at another one the mass outside the entries is not known."""
+    if found["temperatures"] is None:
+        return "any"
+    return ", ".join(f"{value:g}" for value in found["temperatures"]) or "none for all rows"
 
 
 def _counts(found: Mapping[str, int]) -> str:
@@ -202,7 +255,7 @@ def origin(manifest: Manifest, provenance: Mapping[str, Any]) -> str:
     models = [
         [
             model_name(id_, model),
-            "text and targets" if model["scored"] else "text",
+            " and ".join(what for what, made in (("text", model["wrote"]), ("targets", model["scored"])) if made),
             _license(model["license"]),
             f"`{model.get('dtype')}`" + (", with an adapter" if model["adapter"] else ""),
             inline(id_),

@@ -167,9 +167,13 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """One sample, token by token: the teacher's top entries, the tail; of a run, where its student differs."""
+    from rich.console import Console
+
     from .sample import show
 
-    columns, colours = shutil.get_terminal_size().columns if sys.stdout.isatty() else 80, sys.stdout.isatty()
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 80
+    console = Console()
+    colours = sys.stdout.isatty() and console.color_system is not None and not console.no_color
     sample, parts = show(place, key, columns=columns, colours=colours)
     for part in parts:
         _print(part, columns=80)
@@ -187,9 +191,11 @@ def query(
     found = run_query(Store.open(store), sql)
     from rich.table import Table
 
+    from .markdown import printable
+
     table = Table(*found.column_names, box=None, pad_edge=False)
     for row in found.slice(0, 100).to_pylist():
-        table.add_row(*(_cell(v) for v in row.values()))
+        table.add_row(*(printable(_cell(v)) for v in row.values()))
     _print(table)
     if found.num_rows > 100:
         _print(f"({found.num_rows} rows; the first 100 are shown)")

@@ -23,6 +23,7 @@ from ..stages.shift import shifted
 from ..stages.sources import records, source_files
 from ..stages.writing import versions
 from ..storage.errors import UsageError
+from ..storage.files import open_files
 from ..storage.foreign import BadRow, Columns, ForeignRow, convert
 from ..storage.keys import content_id, content_key
 from ..storage.store import Store
@@ -82,9 +83,10 @@ def import_table(asked: Asked, progress: Progress) -> Imported:
         UsageError: a column is missing, a row does not fit (without `skip_bad`), or the targets are other tokens'.
         IntegrityError: the store is damaged.
     """
-    store = Store.open(asked.store, create=True)
-    teacher = _teacher(asked)
-    return _Import(asked, store, teacher, progress).run()
+    if not open_files(asked.store).empty():
+        Store.open(asked.store, create=True)  # refuses what is no store before the work
+    hashes = FileHashes(asked.store, remember=False)
+    return _Import(asked, hashes, _teacher(asked, hashes), progress).run()
 
 
 def recipe_for(asked: Asked, done: Imported) -> dict[str, Any]:
@@ -105,8 +107,7 @@ def _format(done: Imported) -> str:
     return "completion" if done.prompts else "text"
 
 
-def _teacher(asked: Asked) -> Identity:
-    hashes = FileHashes(asked.store, remember=True)
+def _teacher(asked: Asked, hashes: FileHashes) -> Identity:
     if asked.teacher is not None and asked.tokenizer is None and asked.teacher_name is None:
         folder = find_model(asked.teacher, asked.revision, field="--teacher", download=True)
         return identify(folder, dtype="auto", hashes=hashes, field="--teacher")
@@ -123,8 +124,11 @@ def _teacher(asked: Asked) -> Identity:
 class _Import:
     """One table on its way into a store."""
 
-    def __init__(self, asked: Asked, store: Store, teacher: Identity, progress: Progress) -> None:
-        self._asked, self._store, self._teacher, self._progress = asked, store, teacher, progress
+    _store: Store
+    """Made when the first rows were found to be right: an import that is refused leaves nothing."""
+
+    def __init__(self, asked: Asked, hashes: FileHashes, teacher: Identity, progress: Progress) -> None:
+        self._asked, self._hashes, self._teacher, self._progress = asked, hashes, teacher, progress
         self._tokenizer = Renderer(teacher.folder, {}).tokenizer
         self._author = content_id("given", tokenizer=teacher.tokenizer_id, imported=True)
         self._vocab_size = asked.vocab_size or teacher.vocab_size
@@ -137,7 +141,11 @@ class _Import:
         rows = self._rows()
         first = list(islice(rows, AUDITED))
         found = [row for _, row, _ in first if row is not None]
+        if not found and len(first) < AUDITED:
+            self._refuse_empty([error for *_, error in first if error is not None])
         self._audit(found)
+        self._store = Store.open(self._asked.store, create=True)
+        self._hashes.keep()
         k = min((row.targets.probabilities.shape[1] for row in found), default=0)
         self._store.put_teacher(self._teacher.id, self._teacher.files_to_keep())
         with ExitStack() as stack:
@@ -255,6 +263,10 @@ class _Import:
         writer.add(row)
         self._done.rejected[error.reason] = self._done.rejected.get(error.reason, 0) + 1
 
+    def _refuse_empty(self, errors: list[BadRow]) -> None:
+        why = f"all {len(errors)} rows were rejected, the first for: {errors[0]}" if errors else "it holds no rows."
+        raise UsageError(f"{self._asked.source}: nothing to import: {why} Check the columns that you named.")
+
     def _finish(self) -> None:
         """Say which prompts these are, and whose; a table that was imported before says the same again."""
         done, asked = self._done, self._asked
@@ -292,10 +304,14 @@ _TABLES = ("prompts", "generations", "soft_targets", "rejects")
 def _records(asked: Asked) -> Iterator[tuple[str, dict[str, Any] | str]]:
     """Every record, with where it stands."""
     data = Data(source=asked.source, split=asked.split, format="text")
-    files = source_files(asked.source)
-    if not files or any(file.suffix not in (".parquet", ".arrow") for file in files):
-        yield from records(data)
-        return
+    try:
+        files = source_files(asked.source)
+        if not files or any(file.suffix not in (".parquet", ".arrow") for file in files):
+            yield from records(data)
+            return
+    except UsageError as error:  # which names the field of a recipe
+        said = str(error).replace("data.source:", "SOURCE:").replace("data.split:", "--split:")
+        raise UsageError(said) from error
     for file in files:
         yield from _table_rows(file, asked)
 

@@ -5,6 +5,18 @@ from collections.abc import Sequence
 from typing import Any
 
 NOTHING = "-"
+_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
+_PICTURES |= {0x7F: 0x2421} | dict.fromkeys(
+    [*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD
+)
+
+
+def printable(text: str) -> str:
+    """Text that steers nothing: control characters as pictures of themselves, line ends and tabs as they are.
+
+    What a model writes may hold any character: some clear a terminal, some turn the text after them round.
+    """
+    return text.translate(_PICTURES)
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 1) -> str:
@@ -14,10 +26,10 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns
 
 
 def fenced(text: str, language: str = "") -> str:
-    """Text as it is, behind a fence longer than any run of backticks inside it."""
+    """Text as it is, behind a fence longer than any run of backticks inside it; control characters can be seen."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    return f"{fence}{language}\n{text}\n{fence}"
+    return f"{fence}{language}\n{printable(text)}\n{fence}"
 
 
 def inline(text: Any) -> str:
@@ -70,7 +82,7 @@ def size(octets: float | None) -> str:
     if octets is None:
         return NOTHING
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if octets < 1024:
+        if octets < (1024 if unit == "B" else 1023.95):
             return f"{octets:.0f} {unit}" if unit == "B" else f"{octets:.1f} {unit}"
         octets /= 1024
     return f"{octets:.1f} TiB"

@@ -17,7 +17,7 @@ _TELL_SECONDS = 0.2
 def human(count: float, *, digits: int = 1) -> str:
     """12345 as 12.3k."""
     for unit in ("", "k", "M", "G"):
-        if abs(count) < 1000 or unit == "G":
+        if abs(count) < 1000 - 0.5 / 10 ** (digits if unit else 0) or unit == "G":  # 999.96k is printed as 1.0M
             return f"{count:.{digits}f}{unit}" if unit else f"{count:.0f}"
         count /= 1000
     raise AssertionError
@@ -39,7 +39,7 @@ def duration(seconds: float) -> str:
 def size(count: float) -> str:
     """Bytes as 1.2 MB."""
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
+        if count < (1000 if unit == "B" else 999.95) or unit == "GB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     raise AssertionError

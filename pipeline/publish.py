@@ -7,26 +7,30 @@ the old version or the new one, wherever this stops. The same command goes on; a
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ..storage.errors import IntegrityError, UsageError
-from ..storage.export import Choice, Made, find_snapshots, make_tables, place, put
+from ..storage.export import Choice, Made, chosen_columns, find_snapshots, make_tables, place, put
+from ..storage.export_rows import PUBLISHED
 from ..storage.files import LocalFiles, explained
 from ..storage.keys import content_id
 from ..storage.manifest import CARD, Manifest, PublishedFile, current_version, damaged_files, read_manifest
 from ..storage.snapshot import load_snapshot
-from ..storage.store import Store
+from ..storage.store import MARKER, Store
 from .binding import bindings_of
 from .card import Published, dataset_card
 from .publish_provenance import (
     PROVENANCE,
     Licenses,
     check_licenses,
+    check_stated,
     make_provenance,
     read_recipe,
     source_names,
@@ -106,6 +110,10 @@ def export(
         rows = sum(snapshot.rows for snapshot in work.snapshots.values())
         say(f"writing {rows} rows ({', '.join(work.snapshots)}) into {folder}")
         manifest = work.build()
+    for split, snapshot in work.snapshots.items():
+        taken = manifest.splits[split].rows if split in manifest.splits else 0
+        if taken < snapshot.rows:
+            say(f"{split}: {taken} of {snapshot.rows} rows")
     card = work.point(manifest, repo)
     return Exported(folder=folder, manifest=manifest, card=card, built=built)
 
@@ -117,7 +125,7 @@ def publish(asked: Asked, destination: str, *, say: Callable[[str], None], priva
         asked: What.
         destination: A folder, or hf://datasets/USER/NAME.
         say: Told what is being done.
-        private: Make the repository private where it is not there yet.
+        private: Make the repository private where it is not there yet; refuse one that is public.
 
     Returns:
         For `--json`.
@@ -146,14 +154,15 @@ class _Export:
     """One export: what was asked, checked, before anything is written."""
 
     def __init__(self, asked: Asked, folder: Path, *, strict: bool, repo: str | None) -> None:
-        self._asked, self._files = asked, LocalFiles(folder)
+        self._asked, self._files, self._strict = asked, LocalFiles(folder), strict
         self._licenses = check_licenses(asked.license, asked.model_licenses, asked.source_licenses, strict=strict)
         self._store = Store.open(asked.store)
         _refuse_unknown_source(self._store, self._licenses)
+        chosen_columns(asked.choice.columns)
         self.snapshots = find_snapshots(self._store, asked.snapshot)
         _refuse_foreign(self._files)
         self._recipe = read_recipe(asked.run)
-        self._name = asked.name or (repo or str(folder.resolve())).rpartition("/")[2]
+        self._name = asked.name or _human((repo or str(folder.resolve())).rpartition("/")[2])
         licenses = [self._licenses.dataset, list(self._licenses.models), list(self._licenses.sources)]
         self._request = content_id(
             "export",
@@ -170,11 +179,15 @@ class _Export:
             manifest = read_manifest(self._files)
         except (UsageError, IntegrityError):
             return None
-        return manifest if manifest.request == self._request and not damaged_files(self._files, manifest) else None
+        if manifest.request != self._request or damaged_files(self._files, manifest):
+            return None
+        check_stated(self._licenses, self._provenance(manifest), strict=self._strict)
+        return manifest
 
     def build(self) -> Manifest:
         """Build the version in a working folder and move it in."""
         work = self._files.root / _WORK
+        new = not self._files.root.exists()
         with explained("cannot write", work):
             if work.exists():
                 shutil.rmtree(work)  # of an export that was stopped
@@ -196,6 +209,9 @@ class _Export:
             place(self._files, manifest, {path: file.name for path, file in made.files.items()}, small)
         finally:
             shutil.rmtree(work, ignore_errors=True)
+            if new:
+                with suppress(OSError):  # a version is in it: only what is left empty goes again
+                    self._files.root.rmdir()
         return manifest
 
     def _small_files(self, made: Made) -> dict[str, bytes]:
@@ -203,6 +219,7 @@ class _Export:
         provenance = make_provenance(
             self._store, made, self._licenses, teacher=self._asked.teacher, recipe=self._recipe
         )
+        check_stated(self._licenses, provenance, strict=self._strict)
         found = {PROVENANCE: json.dumps(provenance, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"}
         whole = {split.snapshot for split in made.splits.values() if split.whole}
         names = [f"snapshots/{snapshot}.json" for snapshot in sorted(whole)]
@@ -214,18 +231,26 @@ class _Export:
 
     def point(self, manifest: Manifest, repo: str | None) -> str:
         """Let the card point at a version; returns the card."""
-        provenance = json.loads(self._files.read(f"{manifest.version}/{PROVENANCE}"))
         card = dataset_card(
             Published(
                 folder=self._files.root,
                 manifest=manifest,
-                provenance=provenance,
+                provenance=self._provenance(manifest),
                 languages=self._asked.languages,
                 repo=repo,
             )
         )
         put(self._files, CARD, card.encode())
         return card
+
+    def _provenance(self, manifest: Manifest) -> dict[str, Any]:
+        return dict(json.loads(self._files.read(f"{manifest.version}/{PROVENANCE}")))
+
+
+def _human(name: str) -> str:
+    """What a folder or repository is called, as a title: `my-targets` is My targets."""
+    words = re.sub(r"[-_\s]+", " ", name).strip() or name
+    return words[:1].upper() + words[1:]
 
 
 def _refuse_unknown_source(store: Store, licenses: Licenses) -> None:
@@ -238,7 +263,15 @@ def _refuse_unknown_source(store: Store, licenses: Licenses) -> None:
 
 
 def _refuse_foreign(files: LocalFiles) -> None:
-    """A card that is not ours belongs to somebody: it is not overwritten."""
+    """What is not ours belongs to somebody: it is neither overwritten nor deleted."""
+    root = files.root
+    if Path(root).is_file():
+        raise UsageError(f"{root}: is a file. Name a folder for the dataset.")
+    if files.exists(MARKER):
+        raise UsageError(f"{root}: is a store. Name another folder for the dataset.")
+    work = Path(root) / _WORK
+    if work.exists() and not (work.is_dir() and {path.name for path in work.iterdir()} <= PUBLISHED.keys()):
+        raise UsageError(f"{root}: holds a {_WORK} that no export made. Name another folder, or move it away.")
     if files.exists(CARD) and current_version(files.read(CARD).decode(errors="replace")) is None:
         raise UsageError(f"{files.root}: holds a {CARD} that no export wrote. Name another folder, or move it away.")
 

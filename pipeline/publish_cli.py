@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..storage.errors import UsageError
+
 if TYPE_CHECKING:
     from .publish import Asked
 
@@ -57,7 +59,7 @@ MinK = Annotated[
         help="Only targets with K entries or more, cut to K: what is cut joins the tail, exactly [as stored].",
     ),
 ]
-Name = Annotated[str | None, typer.Option(help="What the dataset is called [the last part of where it goes].")]
+Name = Annotated[str | None, typer.Option(help="What the dataset is called [after the last part of where it goes].")]
 Teacher = Annotated[str | None, typer.Option(metavar="NAME", help="What the teacher is called; the store cannot know.")]
 Language = Annotated[
     list[str] | None, typer.Option(metavar="CODE", help="ISO code of the text's language, repeatable.")
@@ -70,7 +72,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object as the las
 
 def export(
     store: Annotated[str, typer.Argument(metavar="STORE", help="Folder or URL of the store.")],
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the dataset; may hold older versions.")],
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="Folder of the dataset; may hold older versions.")],
     license_id: License = None,
     teacher_license: TeacherLicense = None,
     source_license: SourceLicense = None,
@@ -91,13 +93,15 @@ def export(
     """
     from .publish import export as run_export
 
+    if "://" in directory:
+        raise UsageError(f"{directory}: export writes into a folder of this machine. To the Hub: `stillroom publish`.")
     asked = _asked(
         store,
         licenses=(license_id, teacher_license, source_license),
         chosen=(snapshot, where, columns, min_k),
         said={"name": name, "teacher": teacher, "languages": tuple(language or ()), "run": run},
     )
-    _tell(run_export(asked, directory, say=_say).to_json(), as_json)
+    _tell(run_export(asked, Path(directory), say=_say).to_json(), as_json)
 
 
 def publish(
@@ -114,7 +118,9 @@ def publish(
     teacher: Teacher = None,
     language: Language = None,
     run: RunDir = None,
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a new repository private; refuse a public one.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """`export`, and to the Hub: data first, the card last, so that no reader sees half a version; then a tag.
@@ -146,6 +152,8 @@ def _asked(
     own, models, sources = licenses
     snapshot, where, columns, min_k = chosen
     names = tuple(word.strip() for text in columns or () for word in text.split(",") if word.strip())
+    if columns is not None and not names:
+        raise UsageError("--columns: names no column. Name some, or leave it out for all.")
     return Asked(
         store=store,
         license=own,

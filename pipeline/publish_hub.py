@@ -32,7 +32,7 @@ def upload(
         exported: The folder, its manifest and card.
         repo: USER/NAME; made where it is not there.
         say: Told what is being done.
-        private: Make it private.
+        private: Make it private; refuse one that is there and public.
         api: The Hub; None: as the environment says.
 
     Returns:
@@ -63,14 +63,18 @@ class _Hub:
         """Make the repository if need be; refuse one that is not ours, and a card that the Hub would refuse."""
         from huggingface_hub import DatasetCard
 
+        try:
+            DatasetCard(self._exported.card).validate()  # before anything is there
+        except ValueError as error:
+            raise UsageError(f"{self._repo}: the Hub does not take the card: {error}") from error
         url = self._api.create_repo(self._repo, repo_type=_KIND, private=private or None, exist_ok=True)
+        if private and not self._api.repo_info(self._repo, repo_type=_KIND).private:
+            raise UsageError(
+                f"{self._repo}: is public already. Make it private on the Hub first, or leave --private out."
+            )
         card = self._card()
         if card is not None and current_version(card) is None and DatasetCard(card).text.strip():
             raise UsageError(f"{self._repo}: has a {CARD} that no export wrote. Name another repository.")
-        try:
-            DatasetCard(self._exported.card).validate()  # before gigabytes are sent
-        except ValueError as error:
-            raise UsageError(f"{self._repo}: the Hub does not take the card: {error}") from error
         return str(url)
 
     def send_data(self, say: Callable[[str], None]) -> None:

@@ -21,6 +21,8 @@ UNKNOWN = "unknown"
 PROVENANCE = "PROVENANCE.json"
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SECRETS = re.compile(r"(://)[^/@]*@|\?.*")
+"""Name and password in a URL, and its query, which may be a signature."""
 _PATHS = {
     ("run", "dir"),
     ("storage", "dir"),
@@ -31,7 +33,11 @@ _PATHS = {
     ("generate", "model"),
 }
 """Fields of a recipe that may name files of this machine."""
-_PATH_FIELDS = {"_name_or_path", "name_or_path"}  # no part of an identity
+_PATH_FIELDS = {"_name_or_path", "name_or_path", "base_model_name_or_path"} | {
+    "tokenizer_file",
+    "special_tokens_map_file",
+}
+"""Fields of a model's config that may name files of this machine: no part of an identity."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,13 +89,36 @@ def check_licenses(license_id: str | None, models: Sequence[str], sources: Seque
     return Licenses(dataset=str(license_id), models=tuple(models), sources=tuple(sources))
 
 
+def check_stated(licenses: Licenses, provenance: Mapping[str, Any], *, strict: bool) -> None:
+    """Each model that was named is one of these, and (strict) each model and source was spoken of.
+
+    Raises:
+        UsageError: names those that are not, or were not.
+    """
+    models, sources = list(provenance["models"]), [source["name"] for source in provenance["sources"]]
+    named = {name for name, _ in _named(licenses.models)}
+    for name in sorted(named - {""}):
+        if not any(model_id.startswith(name) for model_id in models):
+            known = ", ".join(models) or "none, no model made these rows"
+            raise UsageError(f"--teacher-license {name}: no such model. These rows are of {known}.")
+    silent = [f"--teacher-license {i}=ID" for i in models if not any(i.startswith(name) for name in named)]
+    spoken = {name for name, _ in _named(licenses.sources)}
+    silent += [f"--source-license {name}=ID" for name in sources if not spoken & {name, ""}]
+    if strict and silent:
+        raise UsageError(
+            "nothing leaves without its licences. Missing:\n  " + "\n  ".join(silent) + "\n`ID` alone is of all others."
+        )
+
+
 def _named(given: Sequence[str]) -> list[tuple[str, str]]:
     return [(name, value) for name, _, value in (text.rpartition("=") for text in given)]
 
 
 def public_name(text: str) -> str:
-    """A Hub id or URL as it is; of a path the last part: what lies above it is nobody's business."""
-    if "://" in text or (_HUB_NAME.fullmatch(text) and not Path(text).exists()):
+    """A Hub id or URL without secrets as it is; of a path the last part: what lies above it is nobody's business."""
+    if "://" in text:
+        return _SECRETS.sub(r"\1", text)
+    if _HUB_NAME.fullmatch(text) and not Path(text).exists():
         return text
     return Path(text).name or text
 
@@ -115,6 +144,8 @@ def public_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
     def shown(section: str, name: str, value: Any) -> Any:
         if (section, name) == ("storage", "sources"):
             return [public_name(source) for source in value]
+        if name == "engine_args":
+            return _without_folders(value)
         return public_name(value) if (section, name) in _PATHS and isinstance(value, str) else value
 
     return {
@@ -123,6 +154,15 @@ def public_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
         else fields
         for section, fields in recipe.items()
     }
+
+
+def _without_folders(value: Any) -> Any:
+    """Arguments of an engine: nobody knows which of them name files, so whatever looks like a path is cut."""
+    if isinstance(value, Mapping):
+        return {name: _without_folders(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(part) for part in value]
+    return public_name(value) if isinstance(value, str) and value.startswith(("/", "~", ".")) else value
 
 
 def make_provenance(
@@ -144,6 +184,7 @@ def make_provenance(
     """
     named = teacher or (recipe or {}).get("teacher", {}).get("model")
     scored = {about.get("teacher_id") for about, _ in made.said.get("soft_targets", [])}
+    wrote = {about.get("author_id") for about, _ in made.said.get("generations", [])}
     models = {}
     for model_id in sorted(made.authors):
         parts = store.teacher_parts(model_id)
@@ -151,6 +192,7 @@ def make_provenance(
             models[model_id] = _model(parts) | {
                 "name": named if model_id in scored or not scored else None,
                 "license": licenses.of_model(model_id),
+                "wrote": model_id in wrote,
                 "scored": model_id in scored,
             }
     return {
@@ -183,13 +225,18 @@ def _sources(store: Store, made: Made, licenses: Licenses) -> list[dict[str, Any
     for keys in made.texts.values():
         for data_id, prompts in sources_of(store, keys).items():
             counts[data_id] = counts.get(data_id, 0) + prompts
-    found: dict[str, dict[str, Any]] = {}
+    formats: dict[str, Any] = {}
+    most: dict[str, int] = {}
     for data_id, prompts in counts.items():
         about = store.inputs_about(data_id) or {}
-        name = public_name(str(about.get("source", UNKNOWN)))
-        entry = found.setdefault(name, {"name": name, "format": about.get("format"), "prompts": 0})
-        entry["prompts"] = max(entry["prompts"], prompts)  # the same source, read with other settings
-        entry["license"] = licenses.of_source(name)
+        source = str(about.get("source", UNKNOWN))
+        formats.setdefault(source, about.get("format"))
+        most[source] = max(most.get(source, 0), prompts)  # the same source, read with other settings
+    found: dict[str, dict[str, Any]] = {}
+    for source in sorted(most):
+        name = public_name(source)
+        entry = {"name": name, "format": formats[source], "prompts": 0, "license": licenses.of_source(name)}
+        found.setdefault(name, entry)["prompts"] += most[source]
     return [found[name] for name in sorted(found)]
 
 
@@ -219,20 +266,23 @@ def public_about(about: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_paths(content: bytes, name: str) -> bytes:
-    """A kept file of a model without the folder that some versions of transformers write into their configs."""
-    if name not in ("config.json", "tokenizer_config.json"):
+    """A kept file of a model without the paths that some versions of transformers write into their configs."""
+    if name not in ("config.json", "tokenizer_config.json", "generation_config.json"):
         return content
+
+    def public(value: Any, field: str = "") -> Any:
+        if isinstance(value, dict):
+            return {name: public(part, name) for name, part in value.items()}
+        if isinstance(value, list):
+            return [public(part) for part in value]
+        return public_name(value) if field in _PATH_FIELDS and isinstance(value, str) else value
+
     fields = json.loads(content)
-    found = _PATH_FIELDS & fields.keys()
-    if not found:
-        return content
-    fields |= {field: public_name(str(fields[field])) for field in found}
-    return json.dumps(fields, indent=2, ensure_ascii=False).encode() + b"\n"
+    cut = public(fields)
+    return content if cut == fields else json.dumps(cut, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
-def unknown_licenses(provenance: Mapping[str, Any]) -> list[str]:
-    """Names of the models and sources whose licence nobody stated."""
-    models = [model["name"] or f"model {id_[:8]}" for id_, model in provenance["models"].items()]
-    stated = [model["license"] for model in provenance["models"].values()]
-    sources = [source["name"] for source in provenance["sources"] if source["license"] == UNKNOWN]
-    return [name for name, found in zip(models, stated, strict=True) if found == UNKNOWN] + sources
+def unknown_licenses(provenance: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Ids of the models, and names of the sources, whose licence nobody stated."""
+    models = [id_ for id_, model in provenance["models"].items() if model["license"] == UNKNOWN]
+    return models, [source["name"] for source in provenance["sources"] if source["license"] == UNKNOWN]

@@ -23,19 +23,28 @@ def page(reports: Mapping[str, Mapping[str, Any]]) -> Page:
     groups = grouped(reports)
     seeded, single = [g for g in groups if len(g.seeds) > 1], [g for g in groups if len(g.seeds) == 1]
     differing = _differing([group.recipe() for group in groups])
-    snapshots = {r["evaluation"]["measured_on"]["snapshot"] for g in groups for r in g.reports.values()}
-    warning = "**These runs were judged on different held-out rows: their numbers are not comparable one to one.**"
     named = {_group_name(group): group for group in groups}
     same = Text(f"Nothing{' but the seed' if seeded else ': the recipes are the same'}.")
     fields = Table(["recipe field", *named], differing, text_columns=1 + len(groups))
     found = [
-        Section("What differs", [fields if differing else same, *([Text(warning)] if len(snapshots) > 1 else [])]),
+        Section("What differs", [fields if differing else same, *map(Text, _judged_apart(groups))]),
         _over_seeds(seeded) if seeded else None,
         _side_by_side(single) if single else None,
         _curves(named),
     ]
     lead = [Bullets([f"{name}: {_group_outcome(group)}" for name, group in named.items()])]
     return Page("Comparison", lead, [section for section in found if section])
+
+
+def _judged_apart(groups: Sequence[Group]) -> list[str]:
+    """A warning where the runs' numbers are of different rows, or may be."""
+    judged = [report["evaluation"]["measured_on"] for group in groups for report in group.reports.values()]
+    tables = [one.get("table") for one in judged]
+    if any(len({one["snapshot"] for one in judged if one.get("table") == table}) > 1 for table in tables):
+        return ["**These runs were judged on different held-out rows: their numbers are not comparable one to one.**"]
+    if len(set(tables)) > 1:
+        return ["Some were judged on text alone, others on scored text: the same text if data and holdout agree."]
+    return []
 
 
 def _group_name(group: Group) -> str:
@@ -93,7 +102,8 @@ def _curves(named: Mapping[str, Group]) -> Section | None:
     chosen = [(name, f"run-{n}", group.first) for n, (name, group) in enumerate(named.items()) if n < COLOURS]
     plain = {name: name.replace("`", "") for name, _, _ in chosen}
     trained = [(plain[name], colour, report["train"]["student"]) for name, colour, report in chosen]
-    panels: list[Panel] = figures.losses(trained)
+    of = {str(report["evaluation"]["measured_on"].get("of", "tokens")).removesuffix("s") for _, _, report in chosen}
+    panels: list[Panel] = figures.losses(trained, of=" or ".join(sorted(of)))
     views = [
         (name, colour, (report["evaluation"].get("views") or {}).get("by_position")) for name, colour, report in chosen
     ]

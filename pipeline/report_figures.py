@@ -123,7 +123,7 @@ def distributions(views: Mapping[str, Any], measured: Mapping[str, Any]) -> list
     """Histograms of the held-out rows: kept mass, the teacher's entropy, lengths; and mass by number of entries."""
     found: list[tuple[Panel, Table]] = []
     if about := views.get("kept_mass"):
-        kept = f"best {count(about['k'])}" if about["kind"] == "topk" else f"topp, mass {about['p']}"
+        kept = f"best {count(about['k'])}" if about["kind"] == "topk" else f"topp, mass {about['p']:g}"
         what = f"Mass kept ({kept})"
         found.append(_histogram(what, "mass of the entries", bins=(about["edges"], about["tokens"])))
     if about := views.get("mass_by_k"):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import plots
-from .markdown import decimals
+from .markdown import decimals, printable
 from .report_blocks import Figures, Page, Section, Tokens
 from .token_view import Position, Said, TokenRow, shade
 
@@ -45,6 +45,7 @@ def _environment() -> "Environment":
         "legend": _legend,
         "share": lambda position, arm: f"{shade(position.distance(arm)):.3f}",
         "shown": shown,
+        "printable": printable,
     }
     return environment
 
@@ -77,7 +78,7 @@ def _legend(panel: plots.Panel) -> list[tuple[str, str, bool]]:
 
 def shown(text: str) -> str:
     """A token in running text; a line's end can be seen, and breaks the line."""
-    return text.replace("\r", "").replace("\n", "\u21b5\n") or "\u2205"
+    return printable(text.replace("\r", "").replace("\n", "\u21b5\n")) or "\u2205"
 
 
 def _tokens(sections: Any) -> Iterator[Tokens]:
@@ -99,14 +100,14 @@ def _of_position(position: Position, block: Tokens) -> dict[str, Any]:
     said = {name: _said(found) for name, found in position.said.items()}
     return {
         "i": position.index,
-        "t": position.text,
+        "t": printable(position.text),
         "said": said,
         "v": {a: round(shade(position.distance(a)), 3) for a in block.arms if a in position.said},
     }
 
 
 def _said(said: Said) -> dict[str, Any]:
-    best = [[text, decimals(p, 3), round(p, 3)] for text, p in said.best]
+    best = [[printable(text), decimals(p, 3), round(p, 3)] for text, p in said.best]
     return {"p": decimals(said.token, 3), "kl": None if said.kl is None else decimals(said.kl, 3), "best": best}
 
 

@@ -19,6 +19,7 @@ from ..storage.errors import StillroomError, Stopped, UsageError
 from ..storage.files import LocalFiles
 from ..storage.keys import canonical_json
 from ..storage.snapshot import save_snapshot
+from ..storage.sources import at_commit
 from ..storage.store import Store
 from .binding import write_down
 from .pace import Pace
@@ -122,6 +123,12 @@ def _logs(recipe: Recipe) -> Path:
 def _refuse_waiting(plan: Plan, line: StagePlan) -> None:
     if line.state == "waits":
         raise UsageError(f"{line.name}: waits {line.why}. Run the stages before it first.")
+    if line.name == "generate" and line.state != "done" and plan.bound.published is not None:
+        raise UsageError(
+            f"generate: {line.why}, and what is published is not written again. Leave the section out to take the text "
+            "as it is, give the settings that it was written with (PROVENANCE.json of the published folder), or name "
+            "the prompts' own source and a teacher that is here."
+        )
     if line.name == "generate" and plan.stages[0].state != "done":
         raise UsageError("generate: waits for the prompts, which are not all in the store. Run `--only data` first.")
 
@@ -152,10 +159,12 @@ def _run_stage(recipe: Recipe, plan: Plan, name: str, *, screen: Screen, number:
         raise UsageError(f"{name}: there is work to do{why}, but teacher or data are not here: {plan.bound.missing}")
     if stage == "train":
         _begin_student(recipe, plan, arm)
+    opened = recipe.model_dump(mode="json")
+    opened["storage"]["sources"] = at_commit(recipe.storage.sources, plan.sources)  # what was planned with, and proved
     message = {
         "name": name,
         "stage": stage,
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": opened,
         "log": str(_logs(recipe) / (f"{name}.log" if number == 1 else f"{name}.{number}.log")),
         "train_dirs": {a: str(p) for a, p in plan.train_dirs.items()},
         "job": _job(recipe, plan, stage, arm),

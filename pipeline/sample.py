@@ -17,6 +17,7 @@ from ..storage.codec import SoftTargets
 from ..storage.errors import UsageError
 from ..storage.schema import TableName
 from ..storage.store import Store
+from .markdown import printable
 from .report import load_report
 from .token_view import coloured, drawn, fitting, rows_of, visible
 
@@ -163,14 +164,14 @@ def render(sample: dict[str, Any], *, columns: int, colours: bool) -> list[Any]:
     """The sample for people: its text, on a terminal coloured by -log p of each token, then a line per position."""
     start, positions = sample["span_start"], sample.get("positions")
     if "label" in sample:
-        marked, text = f"gold label: {sample['label'] or 'none'}", Text(sample["text"])
+        marked, text = f"gold label: {sample['label'] or 'none'}", Text(printable(sample["text"]))
     elif positions:
         marked = "coloured by the teacher's -log p" if colours else f"scored from index {start}"
         # Surprise is several nats where a KL is one: the same shades for both.
         scored = zip(sample["texts"][start:], (-p["token_logprob"] / 4 for p in positions), strict=False)
         text = coloured("".join(sample["texts"][:start]), list(scored), colours=colours)
     else:
-        marked, text = f"written from index {start}", Text("".join(sample["texts"]))
+        marked, text = f"written from index {start}", Text(printable("".join(sample["texts"])))
     parts: list[Any] = [Text(f"{sample['table']} {sample['key']}; {marked}\n"), text, Text("")]
     if positions:
         settings = (_setting(name, value) for name, value in sample["kept"].items() if value != ())

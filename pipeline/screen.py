@@ -24,6 +24,9 @@ from .progress import LINE_SECONDS, Meter, duration, human, short, size
 
 _DRAW_SECONDS = 0.2
 _WIDE = 100  # columns from which on there is room for long bars
+# The least widths keep columns where they are while numbers grow; all of it fits 80 columns.
+_COLUMNS = {"done": 18, "tokens": 6, "tokens/s": 8, "rejects": 7, "written": 8, "time": 9}
+_LEFT_OUT = ("tokens", "written", "rejects", "tokens/s")  # in this order, on a narrower terminal
 State = Literal["cached", "running", "waiting", "done", "stopped", "left out"]
 
 
@@ -171,11 +174,13 @@ class Screen:
         table = Table(box=None, pad_edge=False, padding=(0, 2 if wide else 1, 0, 0), header_style="dim")
         table.add_column("stage", no_wrap=True, min_width=8)
         table.add_column("", no_wrap=True, width=max(8, min(40, self._console.width - 88)))
-        # The least widths keep columns where they are while numbers grow; all of it fits 80 columns.
-        for name, least in {"done": 18, "tokens": 6, "tokens/s": 8, "rejects": 7, "written": 8, "time": 9}.items():
-            table.add_column(name, no_wrap=True, justify="right", min_width=least)
+        shown = _fitting(self._console.width)
+        for name in shown:
+            table.add_column(name, no_wrap=True, justify="right", min_width=_COLUMNS[name])
         for name, row in self._rows.items():
-            table.add_row(name, *self._cells(row), style="dim" if row.state in ("waiting", "left out") else "")
+            bar, *cells = self._cells(row)
+            numbers = [cell for column, cell in zip(_COLUMNS, cells, strict=True) if column in shown]
+            table.add_row(name, bar, *numbers, style="dim" if row.state in ("waiting", "left out") else "")
         return Group(table, *(Text(line, no_wrap=True, overflow="ellipsis") for line in self._foot()))
 
     def _cells(self, row: _Row) -> list[Any]:
@@ -231,6 +236,15 @@ class _Console(Console):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.file.fileno())
         os.close(nowhere)
+
+
+def _fitting(width: int) -> list[str]:
+    """The columns of numbers that a terminal has room for, beside the names of stages and their bars."""
+    found = dict(_COLUMNS)
+    for name in _LEFT_OUT:
+        if 8 + 1 + 8 + sum(1 + least for least in found.values()) > width:
+            del found[name]
+    return list(found)
 
 
 def books_line(books: StagePlan) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from math import exp
 from typing import TYPE_CHECKING, Any
 
-from .markdown import decimals, inline
+from .markdown import decimals, inline, printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -99,10 +99,8 @@ def shade(nats: float) -> float:
 
 
 def visible(text: str) -> str:
-    """A token in a table: its spaces and line ends can be seen."""
-    return (
-        text.replace(" ", "\u2423").replace("\n", "\u21b5").replace("\t", "\u21e5").replace("\r", "\u240d") or "\u2205"
-    )
+    """A token in a table: its spaces, line ends and control characters can be seen."""
+    return printable(text.replace(" ", "\u2423").replace("\n", "\u21b5").replace("\t", "\u21e5")) or "\u2205"
 
 
 def code(text: str) -> str:
@@ -153,13 +151,13 @@ def coloured(before: str, tokens: Sequence[tuple[str, float]], *, colours: bool)
     from rich.text import Text
 
     if not colours:
-        return Text(before + "".join(text for text, _ in tokens))
+        return Text(printable(before + "".join(text for text, _ in tokens)))
     found = Text()
-    found.append(before, style="dim")
+    found.append(printable(before), style="dim")
     for text, nats in tokens:
         strength = shade(nats)
         colour = ",".join(str(round(dark + (hot - dark) * strength)) for dark, hot in zip(DARK, HOT, strict=True))
-        found.append(text, style=f"{'#000000' if strength > 0.8 else '#ffffff'} on rgb({colour})")
+        found.append(printable(text), style=f"{'#000000' if strength > 0.8 else '#ffffff'} on rgb({colour})")
     return found
 
 
@@ -173,7 +171,7 @@ def _table(row: TokenRow, arm: str, width: int) -> "RenderableType":
     table.add_column("token", no_wrap=True, max_width=12, overflow="ellipsis")
     table.add_column("KL", justify="right", no_wrap=True)
     for name in ("the teacher's best", "the student's best"):
-        table.add_column(name, no_wrap=True)
+        table.add_column(name, no_wrap=True, max_width=width, overflow="ellipsis")
     for position in row.positions:
         entries = [[(text, decimals(p, 3)) for text, p in position.said[name].best] for name in (TEACHER, arm)]
         best = [Text(fitting(found, width)) for found in entries]

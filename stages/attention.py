@@ -5,12 +5,12 @@ On a GPU in bfloat16 it is the variable-length attention of torch (FlashAttentio
 CPU one call per sample. Where a sample ends comes as transformers' own `cu_seq_lens_q`, so layers of other kinds that
 know it may use it too.
 
-A model may do something else between queries and keys than this (soft-capping, sinks, chunks). So `attends_apart` asks
+A model may do something else between queries and keys than this (soft-capping, sinks, chunks). So `attend_apart` asks
 the model itself, at the lengths of the training; one that answers otherwise keeps its own attention, and its rows get
 padding.
 """
 
-import logging
+import inspect
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .head import hidden_states, split_head
+from .memory import out_of_memory
 
 NAME = "stillroom_samples_apart"
 SHORT = (5, 7)
@@ -31,7 +32,7 @@ def flat_inputs(edges: Tensor, longest: int) -> dict[str, Any]:
     return {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "max_length_q": longest, "max_length_k": longest}
 
 
-def attends_apart(model: nn.Module, longest: int, dtype: torch.dtype) -> bool:
+def attend_apart(model: nn.Module, longest: int, dtype: torch.dtype) -> str | None:
     """Let the model attend within samples of one row, if that is what it computes for each sample alone.
 
     Hidden states of two short samples around one of `longest` tokens are compared with those of each alone, by the
@@ -39,13 +40,16 @@ def attends_apart(model: nn.Module, longest: int, dtype: torch.dtype) -> bool:
     training pass is tried. A model that differs or fails is left as it was.
 
     Returns:
-        Whether it does so from now on.
+        None: it does so from now on. Else why not.
+
+    Raises:
+        StillroomError: one sample of `longest` tokens does not fit in memory.
     """
     plain: Any = model
     plain = plain.get_base_model() if hasattr(plain, "get_base_model") else plain
     device = next(model.parameters()).device
     if device.type == "cuda" and dtype != torch.bfloat16:
-        return False
+        return "on a GPU only bfloat16 has variable-length attention"
     own = plain.config._attn_implementation
     lengths = [SHORT[0], max(longest, 1), SHORT[1]]
     was_training = model.training
@@ -61,19 +65,19 @@ def attends_apart(model: nn.Module, longest: int, dtype: torch.dtype) -> bool:
             _off(found, right) <= 2 * _off(usual, right) + 1e-3
             for found, usual, right in zip(together, rounded, exact, strict=True)
         )
+        obstacle = None if alike else "its hidden states differ from those of each sample alone"
         if alike:
             model.train()
             _states(model, list(SHORT), dtype, flat=True).sum().backward()
-    except torch.OutOfMemoryError:
-        raise
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(longest, str(error)) from error
     except Exception as error:  # whatever a model or a kernel says of what it cannot do
-        logging.getLogger(__name__).info("no attention within samples of one row: %r", error)
-        alike = False
+        obstacle = f"{type(error).__name__}: {error}".partition("\n")[0]  # torch may append a trace
     model.zero_grad()
     model.train(was_training)
-    if not alike:
+    if obstacle is not None:
         plain.set_attn_implementation(own)
-    return alike
+    return obstacle
 
 
 def _off(found: Tensor, right: Tensor) -> float:
@@ -122,12 +126,12 @@ def _attend(
     causal = asked.get("is_causal", getattr(module, "is_causal", True)) is not False
     if beyond or attention_mask is not None or edges is None or not causal:
         raise NotImplementedError(f"attention within samples: {beyond or 'a mask of its own, or no ends of samples'}")
-    how: dict[str, Any] = {"scale": asked.get("scaling"), "enable_gqa": query.shape[1] != key.shape[1]}
     dropout = asked.get("dropout", 0.0)
     if query.is_cuda:
         if dropout:
             raise NotImplementedError("variable-length attention with dropout")
-        return _by_kernel((query, key, value), edges, asked["max_length_q"], window, **how), None
+        return _by_kernel((query, key, value), edges, asked["max_length_q"], window, scale=asked.get("scaling")), None
+    how: dict[str, Any] = {"scale": asked.get("scaling"), "enable_gqa": query.shape[1] != key.shape[1]}
     lengths, parts = edges.diff().tolist(), []
     for q, k, v in zip(*(part.split(lengths, dim=2) for part in (query, key, value)), strict=True):
         mask = None if window is None or q.shape[2] <= window else _within(window, q)
@@ -136,13 +140,21 @@ def _attend(
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
 
 
-def _by_kernel(parts: Sequence[Tensor], edges: Tensor, longest: int, window: int | None, **how: Any) -> Tensor:
+def _by_kernel(
+    parts: Sequence[Tensor], edges: Tensor, longest: int, window: int | None, *, scale: float | None
+) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     # Autocast knows nothing of this kernel, and rotary embeddings may have left float32.
     query, key, value = (part[0].transpose(0, 1).to(torch.bfloat16) for part in parts)
-    near = (-1 if window is None else window - 1, 0)
-    made = varlen_attn(query, key, value, edges, edges, longest, longest, window_size=near, **how)
+    how: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
+    if query.shape[1] != key.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            how["enable_gqa"] = True
+        else:  # torch 2.11
+            times = query.shape[1] // key.shape[1]
+            key, value = (part.repeat_interleave(times, dim=1) for part in (key, value))
+    made = varlen_attn(query, key, value, edges, edges, longest, longest, **how)
     assert isinstance(made, Tensor)  # nothing beside was asked for
     return made[None]
 

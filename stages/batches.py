@@ -57,6 +57,12 @@ class Batch:
         return self.token_ids.numel()
 
     @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        parts = (getattr(self, f.name) for f in fields(self))
+        return sum(part.nbytes for part in parts if isinstance(part, Tensor | TargetBatch))
+
+    @property
     def inputs(self) -> dict[str, Any]:
         """What the model takes."""
         inputs: dict[str, Any] = {"input_ids": self.token_ids, "position_ids": self.position_ids}
@@ -84,7 +90,7 @@ class Packing:
     tokens_per_pass: int
     """Positions of a pass at most, padding included; the tokens of the longest sample where that has more."""
     flat: bool = False
-    """A pass is a single row without padding, of a model that `attends_apart`."""
+    """A pass is a single row without padding, of a model that was let `attend_apart`."""
     row_tokens: int | None = None
     """Positions of a row at most; None: about the longest sample, at least `SHORTEST_ROW`."""
     shared_rows: bool = True

@@ -139,6 +139,11 @@ class ClassBatch:
         """Positions that are computed, padding included."""
         return self.inputs["input_ids"].numel()
 
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        return sum(tensor.nbytes for tensor in self.inputs.values()) + self.targets.nbytes
+
     def to(self, device: torch.device) -> Self:
         """The same on another device."""
         inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}

@@ -315,7 +315,6 @@ def _gradient(job: Job, held_out: HeldOut, model: "nn.Module", *, arm: str) -> d
         shared_rows=False,
         unstored_temperature=loss.unstored_temperature,
         vocab_size=vocab_size,
-        kernel=job.recipe.train.kernel if job.recipe.train else None,
     )
     kept = wanted(score, vocab_size)
     job.progress.say(f"gradient of sparse against full targets ({arm})")

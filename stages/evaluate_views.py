@@ -97,6 +97,7 @@ class Views:
         self._mass = np.zeros(len(MASS_EDGES), np.int64)
         self._ladder = np.zeros(len(LADDER))
         self._lengths: list[int] = []
+        self._tokens = 0
         self._passed = 0
 
     def arm(self, name: str) -> ArmViews:
@@ -106,6 +107,7 @@ class Views:
     def add_length(self, tokens: int) -> None:
         """Count a row; all of them, before anything else."""
         self._lengths.append(tokens)
+        self._tokens += tokens
 
     def add_teacher(self, row: Mapping[str, Any], targets: SoftTargets) -> None:
         """Count a row of the teacher's: `full` or `topk` targets, normalised.
@@ -115,7 +117,7 @@ class Views:
         self._entropy += np.bincount(in_bins(targets.entropy, ENTROPY_EDGES), minlength=len(ENTROPY_EDGES))
         if self._kept is None:
             return
-        stride = -(-sum(self._lengths) // MASS_TOKENS)
+        stride = -(-self._tokens // MASS_TOKENS)
         self._add_mass(targets.positions(slice(-self._passed % stride, None, stride)), self._kept)
         self._passed += row["span_tokens"]
         if len(self._shown) == ROWS or row["prompt_key"] in self._prompts:
@@ -203,7 +205,7 @@ def in_bins(values: np.ndarray, edges: Sequence[float]) -> np.ndarray:
 
 
 def lengths(tokens: Sequence[int]) -> dict[str, Any]:
-    """Histogram of scored tokens per row: at most 24 bins of a round width from 0, and the mean."""
+    """Histogram of scored tokens per row: at most 25 bins of a round width from 0, and the mean."""
     wanted = (max(tokens) + 1) / LENGTH_BINS
     power = 10.0 ** math.floor(math.log10(max(wanted, 1)))
     width = max(1, round(next(f * power for f in (1, 2, 5, 10) if f * power >= wanted)))

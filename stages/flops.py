@@ -8,6 +8,7 @@ that do not train (LoRA), of experts those that a token visits, the head at scor
 looking up embeddings, norms, softmax, loss and optimizer.
 """
 
+import re
 import time
 from dataclasses import dataclass
 from typing import Any, Self
@@ -106,7 +107,7 @@ class Peak:
         """The vendor's dense bfloat16 rate where the GPU is a known one, else that of a matrix product in `dtype`."""
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         for known, rate in _PEAKS.items() if device.type == "cuda" else ():
-            if known in name:
+            if re.search(rf"\b{known}\b", name):  # an A10G is no A10, an RTX A4000 no A40
                 return cls(flops_per_second=rate, of=f"the vendor's dense bfloat16 rate of {name}", vendor=True)
         rate = _product_rate(device, dtype)
         kind = str(dtype).removeprefix("torch.")

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..storage.errors import UsageError
 from . import passes
 from .fields import Kernel
 from .head import Head, whole
+from .kernels import uses_triton
 from .losses import Aim, Distilled, LossParts, Objective, TargetBatch, compared, logits_distillation, losses_of
 from .passes import Asked, Seen, Slopes
 
@@ -71,7 +71,7 @@ def linear_distillation(
         targets=targets if soft else TargetBatch(labels=targets.labels),
         aim=Aim(soft_weight=soft_weight, hard_weight=hard_weight, objective=objective if soft else None),
         head=head,
-        passes=_passes(kernel, hidden.device),
+        kernel=_kernel(kernel, hidden.device),
         chunk_tokens=chunk_tokens,
         backward=torch.is_grad_enabled(),
     )
@@ -85,22 +85,13 @@ def linear_distillation(
     return Distilled(total=total, hard=hard, soft=divergence)
 
 
-def _passes(kernel: Kernel | None, device: torch.device) -> ModuleType:
+def _kernel(asked: Kernel | None, device: torch.device) -> ModuleType:
     """The module whose `look` and `spread` are used."""
-    nvidia = device.type == "cuda" and torch.version.hip is None
-    if kernel == "torch" or (kernel is None and not nvidia):
+    if not uses_triton(asked, device, setting="train.kernel"):
         return passes
-    found = f"the student is on a device of type {device.type!r}, expected an NVIDIA GPU"
-    try:
-        if nvidia:
-            from . import passes_triton
+    from . import passes_triton
 
-            return passes_triton
-    except ImportError as error:
-        if kernel is None:
-            return passes
-        found = f"Triton does not import ({error})"
-    raise UsageError(f"train.kernel: triton cannot run, {found}. Leave it out: then plain torch does the same.")
+    return passes_triton
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -110,7 +101,7 @@ class _Run:
     targets: TargetBatch
     aim: Aim
     head: Head
-    passes: ModuleType
+    kernel: ModuleType
     """Whose `look` and `spread` are used."""
     chunk_tokens: int | None
     backward: bool
@@ -149,7 +140,7 @@ class _Run:
             scale=self.head.scale,
             softcap=self.head.softcap,
         )
-        seen = self.passes.look(raw, asked)
+        seen = self.kernel.look(raw, asked)
         if not backward:
             return losses_of(seen, targets, objective=objective)
         names = [field.name for field in fields(Seen)]
@@ -158,7 +149,7 @@ class _Run:
             parts = losses_of(Seen(**leaves), targets, objective=objective)
         slopes = dict(zip(names, self._derivatives(parts, list(leaves.values())), strict=True))
         slopes["entries"] = slopes["entries"].masked_fill(asked.ids < 0, 0.0)
-        self.passes.spread(raw, asked, seen, Slopes(**slopes))
+        self.kernel.spread(raw, asked, seen, Slopes(**slopes))
         return parts
 
     def _dense_losses(self, raw: Tensor, targets: TargetBatch, *, backward: bool) -> LossParts:

@@ -26,6 +26,8 @@ _NOT_CONTENT = {"transformers_version", "_name_or_path", "_commit_hash", "name_o
     "revision",
     "auto_mapping",
     "peft_version",
+    "tokenizer_file",
+    "special_tokens_map_file",
 }
 
 
@@ -36,6 +38,7 @@ class FileHashes:
         self._files = open_files(store_dir).cache
         self._remember = remember
         self._seen: dict[str, str] = {}
+        self._unkept: dict[str, bytes] = {}
 
     def sha256(self, path: Path) -> str:
         """Hex digest of a file's bytes."""
@@ -52,9 +55,16 @@ class FileHashes:
     def _hash(self, path: Path, name: str) -> str:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
+        self._unkept[name] = canonical_json({"path": str(path), "sha256": digest})
         if self._remember:
-            self._files.put_if_absent(name, canonical_json({"path": str(path), "sha256": digest}))
+            self.keep()
         return digest
+
+    def keep(self) -> None:
+        """Let the store remember what was hashed so far: one that was not there yet when this began."""
+        for name, record in self._unkept.items():
+            self._files.put_if_absent(name, record)
+        self._unkept.clear()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -243,7 +253,14 @@ def _adapter(folder: Path, hashes: FileHashes) -> dict[str, Any]:
 
 
 def _content(config: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in config.items() if k not in _NOT_CONTENT}
+    """A config without those fields, at any depth: configs of parts (text, vision) have them too."""
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: kept(part) for name, part in value.items() if name not in _NOT_CONTENT}
+        return [kept(part) for part in value] if isinstance(value, list) else value
+
+    return dict(kept(config))
 
 
 def _read_json(path: Path, field: str, *, missing: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -84,6 +84,12 @@ class TargetBatch:
         """Whether there are soft targets."""
         return self.logprobs is not None or self.probabilities is not None
 
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        values = (getattr(self, f.name) for f in fields(self))
+        return sum(value.nbytes for value in values if value is not None)
+
     def rows(self, start: int, stop: int) -> Self:
         """Positions start to stop."""
         return self._map(lambda tensor: tensor[start:stop])
@@ -133,9 +139,10 @@ class LossParts:
     """[N] divergence from the teacher; None where it was not asked for."""
 
     def weighted(self, soft_weight: float, hard_weight: float) -> Tensor:
-        """[N] soft_weight * soft + hard_weight * hard, weights used as given."""
-        hard = hard_weight * self.hard
-        return hard if self.soft is None else soft_weight * self.soft + hard
+        """[N] soft_weight * soft + hard_weight * hard, weights used as given; a part whose weight is 0 is left out."""
+        # It may be infinite, as at a label of probability 0, and 0 * inf is no number. Autograd knows the zeros.
+        hard = hard_weight * self.hard if hard_weight else torch.where(self.hard.isnan(), self.hard, 0.0)
+        return hard if self.soft is None or not soft_weight else soft_weight * self.soft + hard
 
     def summed(self, aim: Aim) -> Distilled:
         """Their sum over the tokens, weighted."""

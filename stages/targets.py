@@ -26,16 +26,17 @@ import torch
 from torch import Tensor
 
 from ..storage.codec import SoftTargets
-from ..storage.errors import UsageError
 from .fields import Kernel
 from .head import Head
 from .kept import Kept
+from .kernels import uses_triton
 
-CHUNK_BYTES = (
-    64 * 2**20
-)  # float32 logits held at once; on a GPU, which needs more rows to be busy, so many times as much:
-GPU_CHUNKS = {"topk": 16, "topp": 16, "full": 4, "sampled": 4}  # draws take several arrays of that size, in float64
-CACHE_BYTES = 2**20  # and reduced at once on a CPU: what its second-level cache holds
+# Float32 logits that are held at once.
+CHUNK_BYTES = 64 * 2**20
+# A GPU needs more rows to be busy: so many times as much. Draws take several arrays of that size, in float64.
+GPU_CHUNKS = {"topk": 16, "topp": 16, "full": 4, "sampled": 4}
+# Logits that are reduced at once on a CPU: what its second-level cache holds.
+CACHE_BYTES = 2**20
 BLOCK = 128  # ids
 LEAST = -200.0  # exp of this or less is 0 in float32
 _ENTRIES = ("ids", "logprobs", "counts", "weights")
@@ -88,10 +89,10 @@ class Reducer:
     """Makes soft targets with one head."""
 
     def __init__(self, head: Head, *, kernel: Kernel | None = None) -> None:
-        """`kernel`: who makes the block sums; None: Triton where the head is on a GPU that has it, else torch.
+        """`kernel`: who makes the block sums; None: Triton on an NVIDIA GPU that has it, else torch.
 
         Raises:
-            UsageError: Triton is asked for and not installed.
+            UsageError: Triton is asked for and cannot run here.
         """
         self._head = head
         self._sums_of = _chosen(kernel, head.weight.device)
@@ -180,14 +181,10 @@ SumsOf = Callable[[Tensor, Sequence[float]], BlockSums]
 
 
 def _chosen(kernel: Kernel | None, device: torch.device) -> SumsOf:
-    if kernel == "torch" or (kernel is None and device.type != "cuda"):
+    if not uses_triton(kernel, device, setting="score.kernel"):
         return block_sums
-    try:
-        from .targets_triton import block_sums as fused
-    except ImportError as error:
-        if kernel is None:
-            return block_sums
-        raise UsageError(f"score.kernel: triton cannot be used here ({error}). Use torch, or leave it out.") from error
+    from .targets_triton import block_sums as fused
+
     return fused
 
 
@@ -290,6 +287,7 @@ def _drawn(logprobs: Tensor, points: Tensor, kept: Kept) -> Columns:
     share = scaled.double().exp().cumsum(-1)
     below = torch.nextafter(share[:, -1:], torch.zeros_like(share[:, -1:]))  # a point must not round up to the end
     hits = torch.searchsorted(share, torch.minimum(points * share[:, -1:], below), right=True)
+    hits.clamp_(max=share.shape[-1] - 1)  # past the end where the teacher's numbers are NaN, which the caller refuses
     ids, counts = _counted(hits)
     found |= {"ids": ids.int(), "entries": (counts > 0).sum(-1).int()}
     if kept.proposal == 1.0:

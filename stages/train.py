@@ -70,16 +70,27 @@ class Record:
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> Self:
-        """Of a checkpoint."""
-        parts = {"cursor": Cursor(**state["cursor"]), "speed": Speed(**state["speed"])}
-        return cls(**state | parts)
+        """Of a checkpoint.
+
+        Raises:
+            UsageError: another version of Stillroom wrote it.
+        """
+        try:
+            parts = {"cursor": Cursor(**state["cursor"]), "speed": Speed(**state["speed"])}
+            return cls(**state | parts)
+        except (KeyError, TypeError) as error:
+            raise UsageError(
+                f"train: another version of Stillroom wrote this run's checkpoints ({error}). Remove `checkpoints/` "
+                "from its folder, and it is trained from the start."
+            ) from error
 
 
 class _Run:
     """One arm's training, from where it stands to the end."""
 
     def __init__(self, job: Job, files: LocalFiles) -> None:
-        from .checkpoints import Checkpoints
+        with job.clock.span("start"):
+            from .checkpoints import Checkpoints
 
         self._job, self._files, self._train = job, files, job.recipe.train
         with job.clock.span("disk"):
@@ -149,17 +160,23 @@ class _Run:
             self._job.progress.say(note)
 
     def _packing(self, model: Any, dtype: Any) -> "Packing":
-        from .attention import attends_apart
+        from .attention import attend_apart
         from .batches import Packing, packs_apart
         from .head import check_head, split_head
+        from .kernels import uses_triton
 
         check_head(model)
-        flat = self._train.row_tokens is None and attends_apart(model, self._lengths.longest, dtype)
+        uses_triton(self._train.kernel, split_head(model).weight.device, setting="train.kernel")
+        even = self._train.row_tokens is not None
+        obstacle = None if even else attend_apart(model, self._lengths.longest, dtype)
+        flat = not even and obstacle is None
         shared = flat or packs_apart(model)
         if not shared:
             self._job.progress.say("this architecture mixes packed samples: each gets a row of its own")
-        elif not flat and self._train.row_tokens is None:
-            self._job.progress.say("this student cannot attend within samples of one row: rows get padding")
+        elif obstacle is not None:
+            self._job.progress.say(
+                f"this student cannot attend within samples of one row ({obstacle}): rows get padding"
+            )
         score, vocab_size = self._job.recipe.score, split_head(model).vocab_size
         return Packing(
             tokens_per_pass=self._train.tokens_per_pass,
@@ -254,9 +271,12 @@ class _Run:
         done = step.after.tokens / self._total
         with self._job.clock.span("model"):
             result = self._trainer.step(step, done=done, passes=feed.passes, between_passes=self._job.stop.check)
+        self._say_if_smaller(tokens_per_pass)
+        return result
+
+    def _say_if_smaller(self, tokens_per_pass: int) -> None:
         if self._trainer.tokens_per_pass < tokens_per_pass:
             self._job.progress.say(f"out of memory: passes now hold {self._trainer.tokens_per_pass} tokens")
-        return result
 
     def _note(self, step: Step, result: "StepResult", board: Board, *, seconds: float, waited: float) -> None:
         """Bring the record up to the end of a step, and show it."""
@@ -284,14 +304,11 @@ class _Run:
         before = record.validation[-1]["tokens"] if record.validation else 0
         if not (tokens // every > before // every or (last and tokens > before)):
             return
-        passes = steps(
-            self._validation,
-            Cursor(),
-            tokens_per_step=self._trainer.tokens_per_pass,
-            stop_samples=len(self._validation),
-        )
+        size = self._trainer.tokens_per_pass
+        passes = steps(self._validation, Cursor(), tokens_per_step=size, stop_samples=len(self._validation))
         with self._job.clock.span("model"):
             losses = self._trainer.validate(passes, between_passes=self._job.stop.check, clock=self._job.clock)
+        self._say_if_smaller(size)
         point = {"step": record.cursor.step, "tokens": tokens, **asdict(losses)}
         record.validation.append(point)
         board.write(tokens, loss_scalars("validation", losses))

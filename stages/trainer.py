@@ -19,6 +19,7 @@ from .classes import ClassPasses
 from .clock import Clock
 from .fields import Schedule
 from .losses import Aim, Distilled, Objective
+from .memory import out_of_memory
 from .optim import learning_rate, make_optimizer
 from .prefetch import Prefetch
 from .samples import Step
@@ -166,17 +167,24 @@ class Trainer:
         """Mean losses over all scored tokens of some steps; weights and gradients stay as they are.
 
         What is scheduled has its value at the end of the training, so that validations compare with one another.
+
+        Raises:
+            StillroomError: one sample alone does not fit in memory.
         """
         self.model.eval()
         aim = aim_at(self._loss, 1.0)
         sums, scored = torch.zeros(2, dtype=torch.float64, device=self._device), 0
         with torch.no_grad():
             with Prefetch(steps, partial(self.passes, done=1.0), clock=clock) as feed:
-                for step in feed:
-                    scored += step.scored_tokens
+
+                def passes_now() -> Iterator[Any]:
                     for batch in feed.passes():
                         between_passes()
-                        sums += _sums(self._pass(batch, aim))
+                        yield batch
+
+                for step in feed:
+                    scored += step.scored_tokens
+                    sums += self._summed(step, aim, passes_now)
         return _means(sums, scored, aim)
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -199,19 +207,27 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
 
     def _gradients(self, step: Step, aim: Aim, passes: Callable[[], Iterable[Any]]) -> Losses:
-        """Accumulate the step's gradients; out of memory is answered by smaller passes, from the start of the step."""
+        """Accumulate the step's gradients."""
         scored = max(step.scored_tokens, 1)
         shared = replace(aim, soft_weight=aim.soft_weight / scored, hard_weight=aim.hard_weight / scored)
+        return _means(self._summed(step, shared, passes), step.scored_tokens, aim)
+
+    def _summed(self, step: Step, aim: Aim, passes: Callable[[], Iterable[Any]]) -> torch.Tensor:
+        """`_sums` of a step, gradients accumulated where they are recorded.
+
+        Out of memory is answered by smaller passes, from the start of the step.
+        """
         while True:
             # Dropout is a function of the step's number, so a resumed run draws what an undisturbed one would.
             torch.manual_seed(step.after.step)
             try:
                 sums = torch.zeros(2, dtype=torch.float64, device=self._device)
                 for batch in passes():
-                    found = self._pass(batch, shared)
-                    found.total.backward()
+                    found = self._pass(batch, aim)
+                    if torch.is_grad_enabled():
+                        found.total.backward()
                     sums += _sums(found)
-                return _means(sums, step.scored_tokens, aim)
+                return sums
             except torch.OutOfMemoryError as error:
                 message = str(error)
             except BaseException:
@@ -225,10 +241,7 @@ class Trainer:
         torch.cuda.empty_cache()
         tokens = self._packing.tokens_per_pass
         if tokens <= step.longest:
-            raise StillroomError(
-                f"train: out of memory in a forward pass of {step.longest} tokens, one sample alone ({message}). "
-                "Set train.gradient_checkpointing to true, cut the data shorter, or take a smaller student."
-            )
+            raise out_of_memory(step.longest, message)
         self._packing = replace(self._packing, tokens_per_pass=max(tokens // 2, step.longest))
 
     def _pass(self, batch: Any, aim: Aim) -> Distilled:
@@ -237,7 +250,8 @@ class Trainer:
 
 def _means(sums: torch.Tensor, scored: int, aim: Aim) -> Losses:
     soft, hard = (sums / max(scored, 1)).tolist()
-    total = (aim.soft_weight * soft if aim.objective else 0.0) + aim.hard_weight * hard
+    parts = ((aim.soft_weight, soft), (aim.hard_weight, hard))
+    total = sum((weight * mean for weight, mean in parts if weight), 0.0)  # one that weighs nothing may be infinite
     return Losses(loss=total, soft=soft if aim.objective else None, hard=hard)
 
 

@@ -81,10 +81,17 @@ class WandbBoard:
         try:
             self._run.log({"tokens": tokens, **scalars})
         except Exception as error:
-            self._say(f"wandb: {type(error).__name__}: {error}: nothing more is sent to it")
-            self._run = None
+            self._lost(error)
 
     def close(self) -> None:
         """Send what waits."""
-        if self._run is not None:
+        if self._run is None:
+            return
+        try:
             self._run.finish()
+        except Exception as error:
+            self._lost(error)
+
+    def _lost(self, error: Exception) -> None:
+        self._say(f"wandb: {type(error).__name__}: {error}: nothing more is sent to it")
+        self._run = None

@@ -93,10 +93,18 @@ def _file_problems(files: Files, folder: str, names: set[str], parts: dict[str, 
 
 def _holds(files: Files, folder: str, name: str, content: dict[str, Any]) -> bool:
     try:
-        found = json.loads(files.read(f"{folder}/{name}"))
-        return all(found.get(key) == value for key, value in content.items())
-    except (FileNotFoundError, ValueError, AttributeError):
+        return _within(content, json.loads(files.read(f"{folder}/{name}")))
+    except (FileNotFoundError, ValueError):
         return False
+
+
+def _within(content: Any, found: Any) -> bool:
+    """Whether all that an identity says is there; what no identity holds (paths, versions) may stand beside it."""
+    if isinstance(content, dict) and isinstance(found, dict):
+        return all(name in found and _within(part, found[name]) for name, part in content.items())
+    if isinstance(content, list) and isinstance(found, list):
+        return len(content) == len(found) and all(map(_within, content, found))
+    return bool(content == found)
 
 
 def _text(files: Files, name: str) -> str:

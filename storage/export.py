@@ -102,7 +102,8 @@ def find_snapshots(store: Store, name: str | None) -> dict[str, Snapshot]:
     if source := next((shard.source for shard in chosen.shards if shard.source), None):
         raise UsageError(
             f"{store.root}: snapshot {chosen.id} holds rows of the read-only source {source}, which are not in this "
-            "store. Export from there, or publish the recipe."
+            "store. What a published folder holds is published: name that one. What a store holds can be exported from "
+            "it. Or run the recipe once without storage.sources: then this store has all of its rows."
         )
     found = {split: chosen} | {name: load_snapshot(store, id_) for name, id_ in others.items() if name != split}
     return {name: found[name] for name in SPLITS if name in found}
@@ -117,13 +118,16 @@ def make_tables(store: Store, snapshots: Mapping[str, Snapshot], folder: Path, c
     """
     columns = chosen_columns(choice.columns)
     for snapshot in snapshots.values():
+        if choice.min_k is not None and snapshot.table != "soft_targets":
+            raise UsageError("--min-k: nothing was scored for this snapshot, so there are no entries. Leave it out.")
         _refuse_others_rows(store, snapshot)
     allowed = None if choice.where is None else allowed_generations(store, choice.where)
     made = Made()
     for split, snapshot in snapshots.items():
         _Split(store, snapshot, split, columns=columns, made=made).write(folder, allowed, choice.min_k)
-    if not made.splits:
-        raise UsageError(f"export: --where and --min-k leave no row of {', '.join(snapshots)}. Ask for less.")
+    if next(iter(snapshots)) not in made.splits:  # those that come with it may lose all of theirs
+        gone = [split for split in snapshots if split not in made.splits]
+        raise UsageError(f"export: --where and --min-k leave no row of {', '.join(gone)}. Ask for less.")
     made.tables = {
         table: {"columns": names, "complete": names == PUBLISHED[table].names}
         for table, names in columns.items()

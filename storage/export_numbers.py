@@ -69,6 +69,7 @@ class TargetNumbers:
         self._kinds: Counter[str] = Counter()
         self._tokens, self._scored, self._entries = Lengths(), Lengths(), Lengths()
         self._mass, self._entropy = Spread(1.0), Spread(float(np.log(max(outcomes, 2))))
+        self._temperatures: set[float] | None = None
 
     def add(self, rows: pa.Table) -> None:
         """Count some rows."""
@@ -81,6 +82,10 @@ class TargetNumbers:
         fixed = np.asarray(entries.is_null())
         self._entries.add(np.repeat(k[fixed], spans[fixed]))
         self._entropy.add(np.asarray(rows["entropy"].combine_chunks().flatten()))
+        for kind, others in set(zip(rows["kind"].to_pylist(), map(_numbers, rows["temperatures"].to_pylist()))):
+            if kind != "full":  # which has all of them
+                here = {*others, *([] if kind == "sampled" and others else [1.0])}
+                self._temperatures = here if self._temperatures is None else self._temperatures & here
         self._mass.add(1.0 - np.exp(np.asarray(rows["tail_logprob"].combine_chunks().flatten(), np.float64)))
 
     def numbers(self) -> dict[str, Any]:
@@ -92,7 +97,13 @@ class TargetNumbers:
             "entries": self._entries.numbers(),
             "kept_mass": self._mass.numbers(),
             "entropy": self._entropy.numbers(),
+            "temperatures": None if self._temperatures is None else sorted(self._temperatures),
         }
+
+
+def _numbers(values: list[float] | None) -> tuple[float, ...]:
+    """float32 as it was written."""
+    return tuple(round(value, 6) for value in values or ())
 
 
 class TextNumbers:

@@ -67,12 +67,12 @@ def snapshot_rows(
     for part in snapshot.shards:
         file = store.shard(snapshot.table, part.sha256)
         edges = np.searchsorted(part.rows, file.starts)
-        for group, (low, high) in enumerate(pairwise(edges.tolist())):
-            rows = part.rows[low:high] - file.starts[group]
+        for low, high in pairwise(edges.tolist()):
+            rows = part.rows[low:high]
             if keep is not None:
                 rows = rows[keep[before + low : before + high]]
             if len(rows):
-                yield file.read(group, columns).take(pa.array(rows))
+                yield file.select(rows, columns)
         before += len(part.rows)
 
 
@@ -109,7 +109,8 @@ def generations_of(store: Store, keys: pa.Array) -> Iterator[pa.Table]:
     if found != len(keys):
         raise IntegrityError(
             f"{store.root}: of {len(keys)} generations that the snapshot's rows name, {found} are in the store. "
-            "Run `stillroom verify`; the others were withdrawn: run the recipe again and export its new snapshot."
+            "Are the others in one of its recipe's storage.sources? An export takes rows of one store. If not, they "
+            "were withdrawn: run `stillroom verify`, then the recipe again, and export its new snapshot."
         )
 
 

@@ -144,13 +144,8 @@ def _array(values: Any, column: str, *, at: str = "") -> np.ndarray:
     except (TypeError, ValueError):
         found = None
     if found is None or found.ndim != 1:
-        raise BadRow(
-            "unreadable",
-            column,
-            found=f"something that is no list of numbers{at}",
-            expected="numbers",
-            help="Name another column.",
-        )
+        what = f"something that is no list of numbers{at}"
+        raise BadRow("unreadable", column, found=what, expected="numbers", help="Name another column.")
     if np.isnan(found).any():
         raise BadRow(
             "nan", column, found=f"NaN or null{at}", expected="numbers", help="Leave the row out, or make it again."
@@ -301,6 +296,7 @@ def _targets(
         entries, given = _without_forced(entries, following, columns)
     _check_ids(entries.ids.ravel(), columns.ids, vocab_size)
     _check_distinct(entries.ids, following, columns)
+    _check_whole(entries, columns, vocab_size)
     order = np.argsort(-entries.logprobs, axis=1, kind="stable")[:, : columns.k]
     ids, logprobs, error = (
         np.take_along_axis(x, order, axis=1) for x in (entries.ids, entries.logprobs, entries.error)
@@ -322,7 +318,7 @@ def _targets(
 def _tail(logprobs: np.ndarray, error: np.ndarray, columns: Columns) -> np.ndarray:
     """[N] the log probability outside the entries."""
     kept = np.exp(logprobs)
-    total, hidden = kept.sum(axis=1), (kept * error).sum(axis=1) + logprobs.shape[1] * 2.0**-_FLOAT32_BITS
+    total, hidden = kept.sum(axis=1), _hidden(kept, error)
     if (over := total - 1 > SUM_TOLERANCE + hidden).any():
         raise BadRow(
             "probability",
@@ -333,6 +329,25 @@ def _tail(logprobs: np.ndarray, error: np.ndarray, columns: Columns) -> np.ndarr
         )
     tail: np.ndarray = np.log1p(-np.minimum(total, 1 - hidden))
     return tail
+
+
+def _hidden(kept: np.ndarray, error: np.ndarray) -> np.ndarray:
+    """[N] how much of the sum of these probabilities rounding may hide."""
+    hidden: np.ndarray = (kept * error).sum(axis=1) + kept.shape[1] * 2.0**-_FLOAT32_BITS
+    return hidden
+
+
+def _check_whole(entries: _Entries, columns: Columns, vocab_size: int) -> None:
+    """Entries are the K best, so none of the V - K other ids has more than the least of them."""
+    kept = np.exp(entries.logprobs)
+    total, hidden = kept.sum(axis=1), _hidden(kept, entries.error)
+    most = (vocab_size - kept.shape[1]) * np.exp((entries.logprobs + entries.error).min(axis=1))
+    if (short := 1 - total > most * 1.01 + hidden).any():
+        at = int(np.flatnonzero(short)[0])
+        found = f"entries that sum to {total[at]:.4g} at position {at} of the span"
+        expected = f"{1 - most[at]:.4g} at least, as no other of {vocab_size} ids may have more than the least entry"
+        help = "They must be the best, normalised, at temperature 1 (--values). A forced last one needs --forced."
+        raise BadRow("probability", columns.values, found=found, expected=expected, help=help)
 
 
 def _without_forced(entries: _Entries, following: np.ndarray, columns: Columns) -> tuple[_Entries, np.ndarray]:

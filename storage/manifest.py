@@ -84,8 +84,9 @@ class Manifest:
 
     @property
     def id(self) -> str:
-        """Hash of the files' names and contents."""
-        return content_id("published", files={file.name: file.sha256 for file in self.files})
+        """Hash of the files' names and contents, of the dataset's name and of what was chosen."""
+        files = {file.name: file.sha256 for file in self.files}
+        return content_id("published", files=files, name=self.name, chosen=dict(self.chosen))
 
     @property
     def version(self) -> str:
@@ -157,7 +158,7 @@ def read_manifest(files: Files) -> Manifest:
         IntegrityError: the manifest is missing or damaged.
     """
     try:
-        version = current_version(files.read(CARD).decode())
+        version = current_version(files.read(CARD).decode(errors="replace"))
     except FileNotFoundError:
         version = None
     if version is None:

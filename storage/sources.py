@@ -5,7 +5,7 @@ Commits of the n-th source are counted from n * `FIRST` on, so that a place name
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,19 @@ def open_store(root: Path | str, sources: Sequence[str] = (), *, update: bool = 
     files = open_files(root)
     own = Store(files, "") if sources and files.empty() else Store.from_files(files)
     return Joined(own, {name: Source.open(name, update=update) for name in sources}) if sources else own
+
+
+def at_commit(sources: Sequence[str], pinned: Mapping[str, str]) -> list[str]:
+    """The same sources, those of the Hub at the commit at which they were opened.
+
+    A source that is opened by its name is the newest that is downloaded by then, which another process may change.
+
+    Args:
+        sources: As the recipe names them.
+        pinned: Name -> `Joined.pinned` of it.
+    """
+    parts = {name: pinned.get(name, name).split("/") for name in sources}  # hf: '' datasets USER NAME@COMMIT ...
+    return ["/".join(parts[name][:5]) if name.startswith("hf://") else name for name in sources]
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ class Hub:
 
     url: str = ""
     exists: bool = False
+    private: bool = False
     commits: list[dict[str, bytes]] = field(default_factory=lambda: [{}])
     """The files after each commit."""
     titles: list[str] = field(default_factory=lambda: ["initial commit"])
@@ -62,7 +63,8 @@ def _create(hub: Hub, body: bytes) -> tuple[int, Any]:
     url = {"url": f"{hub.url}/datasets/{json.loads(body)['organization']}/{json.loads(body)['name']}"}
     if hub.exists:
         return 409, {"error": "exists", **url}
-    hub.exists = True
+    asked = json.loads(body)
+    hub.exists, hub.private = True, asked.get("private") is True or asked.get("visibility") == "private"
     return 200, url
 
 
@@ -72,7 +74,7 @@ def _valid(hub: Hub, body: bytes) -> tuple[int, Any]:
 
 
 def _info(hub: Hub, body: bytes, *_: str) -> tuple[int, Any]:
-    return 200, {"id": "user/name", "sha": hub.head, "siblings": [], "private": False, "downloads": 0, "likes": 0}
+    return 200, {"id": "user/name", "sha": hub.head, "siblings": [], "private": hub.private, "downloads": 0, "likes": 0}
 
 
 def _paths(hub: Hub, body: bytes, *_: str) -> tuple[int, Any]:

@@ -89,6 +89,8 @@ def keep_teacher(store: Store) -> None:
         "tokenizer.json": tokenizer.to_str(),
         "config.json": json.dumps(parts["config"] | {"_name_or_path": "/home/somebody/m"}),
     }
+    paths = {"tokenizer_file": "/home/somebody/tokenizer.json", "parts": [{"name_or_path": "/home/somebody/m"}]}
+    contents["tokenizer_config.json"] = json.dumps(paths | {"name_or_path": None})
     contents["identity.json"] = json.dumps(parts)
     store.put_teacher(TEACHER, {name: content.encode() for name, content in contents.items()})
 

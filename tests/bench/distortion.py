@@ -20,7 +20,7 @@ from small_models import SmallModel
 from torch import Tensor
 
 from stillroom.stages.kept import Kept
-from stillroom.stages.targets import soft_targets
+from stillroom.stages.targets import targets_of
 from stillroom.storage.codec import SoftTargets
 
 WIDEST = 512
@@ -45,27 +45,15 @@ class Row:
     """By setting: sampled targets."""
 
 
-class _Remembered:
-    """A head whose logits are known already, so that several kinds are made of one forward pass."""
-
-    def __init__(self, logits: Tensor) -> None:
-        self.weight, self.vocab_size, self._logits = logits, logits.shape[-1], logits
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The part that was asked for; `hidden` [n, 1] holds row numbers."""
-        return self._logits[int(hidden[0, 0]) : int(hidden[-1, 0]) + 1]
-
-
 @torch.no_grad()
 def scored(
     teacher: SmallModel, student: SmallModel, ids: Tensor, *, number: int, draws: dict[str, tuple[str, int]]
 ) -> Row:
     """One row [N + 1] of token ids; `draws` are (draw, rounds) by setting."""
     following = ids[1:]
-    logits = teacher.head.logits(teacher(ids[None, :-1])[0])
-    truth, guess = logits.log_softmax(-1), student.head.logits(student(ids[None, :-1])[0]).log_softmax(-1)
-    head, places = _Remembered(logits), torch.arange(len(following))[:, None].float()
-    best = soft_targets(places, head, following, kept=Kept(kind="topk", k=min(WIDEST, head.vocab_size)))
+    truth = teacher.head.logits(teacher(ids[None, :-1])[0]).log_softmax(-1)
+    guess = student.head.logits(student(ids[None, :-1])[0]).log_softmax(-1)
+    best = targets_of(truth.clone(), following, kept=Kept(kind="topk", k=min(WIDEST, truth.shape[-1])))
     mass = truth.exp()
     row = Row(
         token_ids=ids.numpy().astype(np.int32),
@@ -75,7 +63,7 @@ def scored(
     )
     for name, (draw, rounds) in draws.items():
         kept = Kept(kind="sampled", k=rounds, draw=draw, proposal=1.0)
-        row.drawn[name] = soft_targets(places, head, following, kept=kept, seed=1000 * number + rounds)
+        row.drawn[name] = targets_of(truth.clone(), following, kept=kept, seed=1000 * number + rounds)
     for name, targets in {"best": best, **row.drawn}.items():
         entry = torch.from_numpy(targets.ids).long().clamp(min=0)
         row.about[name] = truth.gather(-1, entry).numpy(), guess.gather(-1, entry).numpy()

@@ -18,9 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stillroom.stages.head import Head
 from stillroom.stages.kept import Kept
-from stillroom.stages.targets import soft_targets
+from stillroom.stages.targets import targets_of
 
 ROUNDS = (4, 13, 50)
 DISTINCT = (2.5, 4.0, 6.0, 10.0, 15.0)
@@ -111,9 +110,9 @@ def measured(t: Tensor, *, rounds: int, draw: str, repeats: int) -> dict[str, fl
 
 def drawn(t: Tensor, *, rounds: int, draw: str, seed: int) -> Tensor:
     """[N, V] what the score stage makes of t: counts over rounds."""
-    head = Head(weight=t.log().clamp_min(-100).T.contiguous().float())  # row n of the identity has t_n for its softmax
-    hidden, none = torch.eye(len(t)), torch.zeros(len(t), dtype=torch.long)
-    made = soft_targets(hidden, head, none, kept=Kept(kind="sampled", k=rounds, draw=draw, proposal=1.0), seed=seed)
+    none = torch.zeros(len(t), dtype=torch.long)
+    kept = Kept(kind="sampled", k=rounds, draw=draw, proposal=1.0)
+    made = targets_of(t.log().clamp_min(-100).float(), none, kept=kept, seed=seed)
     assert made.ids is not None
     assert made.counts is not None
     ids, counts = torch.from_numpy(made.ids).long(), torch.from_numpy(made.counts).to(t.dtype)

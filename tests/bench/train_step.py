@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from stillroom.stages.attention import attends_apart
+from stillroom.stages.attention import attend_apart
 from stillroom.stages.batches import Packing
 from stillroom.stages.flops import ModelFlops, Peak
 from stillroom.stages.head import hidden_states, split_head
@@ -236,7 +236,7 @@ def make_arm(
 ) -> Arm:
     """`how`: `flat` (true by default), `checkpointing`, `compiled`."""
     model = student(scale, device)
-    flat = how.get("flat", True) and attends_apart(model, samples.lengths().longest, scale.dtype)
+    flat = how.get("flat", True) and attend_apart(model, samples.lengths().longest, scale.dtype) is None
     if how.get("checkpointing"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if how.get("compiled"):

@@ -145,7 +145,7 @@ def test_the_same_table_again_adds_nothing_and_a_longer_one_its_rows(
 def test_shifted_targets_are_refused_before_anything_is_written(asked: Callable[..., Asked]) -> None:
     with pytest.raises(UsageError, match=r"the targets are shifted by one position.*--targets-at next\?"):
         imported(asked(columns=replace(COLUMNS, targets_at="same")))
-    assert not Store.open(asked().store).commits("soft_targets")
+    assert not Path(asked().store).exists()
 
 
 def test_a_row_that_does_not_fit_ends_the_import_or_is_left_out(asked: Callable[..., Asked]) -> None:
@@ -156,7 +156,7 @@ def test_a_row_that_does_not_fit_ends_the_import_or_is_left_out(asked: Callable[
         UsageError, match=r"table\.jsonl:2: column ids: id \d+ twice .* expected each id once.*--skip-bad"
     ):
         imported(asked(change=twice))
-    assert not Store.open(asked().store).commits("soft_targets")
+    assert not Path(asked().store).exists()
     done = imported(asked(change=twice, skip_bad=True))
     assert (done.rows, done.rejected) == (ROWS - 1, {"duplicate_id": 1})
     store = Store.open(asked().store)
@@ -172,8 +172,11 @@ def test_a_missing_column_and_a_missing_teacher_are_named(asked: Callable[..., A
         imported(asked(columns=replace(COLUMNS, values="logits")))
     with pytest.raises(UsageError, match="Whose probabilities are these"):
         imported(asked(teacher=None))
-    with pytest.raises(UsageError, match="nothing to import: all 40 rows were rejected"):
+    with pytest.raises(UsageError, match="nothing to import: all 40 rows were rejected, the first for: column values"):
         imported(asked(columns=replace(COLUMNS, kind="probs"), skip_bad=True))
+    with pytest.raises(UsageError, match=r"^SOURCE: nothing to read at .*/none\.jsonl"):
+        imported(replace(asked(), source="/nowhere/none.jsonl"))
+    assert not Path(asked().store).exists()
     with pytest.raises(UsageError, match=r"--holdout: 40 of \d+ prompts"):
         imported(asked(holdout=40))
 

@@ -123,6 +123,32 @@ def test_others_load_it_without_stillroom_by_the_code_of_its_card(folder, store,
 
 
 class TestCard:
+    def test_its_tensors_are_of_whole_distributions_too(self, folder):
+        """The held-out split is `full`: no ids, no tail."""
+        import pyarrow.parquet as pq
+
+        block = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)[2]
+        (path,) = folder.glob("v-*/soft_targets/test-*.parquet")
+        names = {"targets": pq.read_table(path).to_pylist()}
+        assert names["targets"][0]["ids"] is None
+        exec(block, names)
+        logprobs = np.reshape(names["targets"][0]["logprobs"], (-1, 50))
+        uniform = (np.exp(logprobs) * (logprobs + np.log(50))).sum(1)
+        np.testing.assert_allclose(names["kl"].numpy(), uniform, rtol=1e-4, atol=1e-4)
+
+    def test_it_says_what_a_stranger_asks(self, folder):
+        text = (folder / "README.md").read_text()
+        for said in (
+            "Rows of kind `full` (all of `test`) are whole distributions: `ids` is null, `logprobs` has `k` = 50 ",
+            "Temperatures that a student can learn train at: 1.",
+            "Temperatures that a student can learn test at: any.",
+            "`messages` became the first `prompt_tokens` ids by the chat template, with `add_generation_prompt`",
+            "/teachers/<id>/`",
+            'print(texts[0]["key"].hex())',
+        ):
+            assert said in text
+        assert not re.search(r"^\|.*\|  \|", text, flags=re.MULTILINE)  # every column of a table has a name
+
     def test_the_hubs_own_classes_read_it_back(self, folder):
         """Offline: parsed, and written again. The Hub's `validate` asks its server, see test_publish_hub.py."""
         from datasets.info import DatasetInfosDict
@@ -173,6 +199,11 @@ class TestCard:
                 assert b"/home/somebody" not in content, path
                 assert str(store.root).encode() not in content, path
 
+    def test_configs_keep_all_but_paths(self, folder):
+        (path,) = folder.glob("v-*/teachers/*/tokenizer_config.json")
+        expected = {"tokenizer_file": "tokenizer.json", "parts": [{"name_or_path": "m"}], "name_or_path": None}
+        assert json.loads(path.read_text()) == expected
+
     def test_paths_are_cut_to_names(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         (tmp_path / "data" / "texts").mkdir(parents=True)
@@ -184,15 +215,20 @@ class TestCard:
             "hf://datasets/a/b",
             "prompts.jsonl",
         ]
+        secret = "https://me:hf_secret@host.org/a/b.jsonl?X-Amz-Signature=1"
+        assert public_name(secret) == "https://host.org/a/b.jsonl"
+        assert public_name("hf://datasets/a/b@main") == "hf://datasets/a/b@main"
         recipe = {
             "run": {"dir": "/a/b", "seed": 0},
             "storage": {"dir": "s", "sources": ["/x/y"]},
             "teacher": {"model": "/m/t"},
+            "generate": {"engine_args": {"download_dir": "/home/me/cache", "more": ["~/x"], "max_num_seqs": 4}},
         }
         assert public_recipe(recipe) == {
             "run": {"dir": "b", "seed": 0},
             "storage": {"dir": "s", "sources": ["y"]},
             "teacher": {"model": "t"},
+            "generate": {"engine_args": {"download_dir": "cache", "more": ["x"], "max_num_seqs": 4}},
         }
 
 
@@ -235,11 +271,25 @@ class TestOtherRows:
         with pytest.raises(UsageError, match="targets over classes are whole"):
             self.exported(tmp_path, "soft_targets", map(self.classified, range(6)), self.ABOUT, choice=Choice(min_k=2))
 
+    def test_text_that_no_model_wrote_is_not_called_its_work(self, tmp_path):
+        from huggingface_hub import metadata_load
+
+        about = {**samples.ABOUT, "head": "lm", "class_names": None, "teacher_id": "s" * 32}
+        store = Store.open(tmp_path / "store", create=True)
+        parts = json.dumps({"config": {"architectures": ["Scorer"]}, "dtype": "float32"}).encode()
+        store.put_teacher("s" * 32, {"identity.json": parts})
+        rows = (samples.target_row(index) | {"teacher_id": "s" * 32} for index in range(6))
+        done = self.exported(tmp_path, "soft_targets", rows, about)
+        assert re.search(r"^\| Scorer \(`ssssssss`\) \| targets \| ", done.card, flags=re.MULTILINE)
+        assert "synthetic" not in metadata_load(tmp_path / "out" / "README.md")["tags"]
+
     def test_text_alone_is_one_config(self, tmp_path):
         done = self.exported(tmp_path, "generations", (), {})
         assert list(done.manifest.tables) == ["generations"]
         assert done.manifest.splits["train"].scored_tokens == sum(3 + index % 5 for index in range(6))
-        assert "soft_targets" not in done.card.split("# out")[1]
+        assert "soft_targets" not in done.card.split("# Out")[1]
+        with pytest.raises(UsageError, match="--min-k: nothing was scored"):
+            export(asked(Store.open(tmp_path / "store"), choice=Choice(min_k=2)), tmp_path / "out", say=silent)
         assert current_version(done.card) == done.manifest.version
 
 
@@ -266,13 +316,46 @@ class TestLicenses:
 
     def test_an_export_without_the_others_warns_its_readers(self, store, tmp_path):
         done = export(asked(store, model_licenses=(), source_licenses=()), tmp_path / "out", say=silent)
-        assert re.search(r"^> \*\*The licence of .*prompts\.jsonl was not stated", done.card, flags=re.MULTILINE)
+        said = f"Licences not stated: of the model LlamaForCausalLM (`{TEACHER[:8]}`); of the prompts' source `prompts.jsonl`."
+        assert said in done.card
+        half = export(asked(store, source_licenses=()), tmp_path / "my-words_2", say=silent).card
+        assert "Licences not stated: of the prompts' source `prompts.jsonl`. Find" in half
+        assert "\n# My words 2\n" in half
         provenance = json.loads((tmp_path / "out" / done.manifest.version / "PROVENANCE.json").read_text())
         assert provenance["models"][TEACHER]["license"] == "unknown"
 
     def test_a_source_that_is_none_is_refused(self, store, tmp_path):
         with pytest.raises(UsageError, match=r"no source prompt\.jsonl. It has: prompts\.jsonl"):
             export(asked(store, source_licenses=("prompt.jsonl=mit",)), tmp_path / "out", say=silent)
+
+    @pytest.mark.parametrize("strict", [True, False])
+    def test_a_model_that_is_none_is_refused(self, store, tmp_path, strict):
+        with pytest.raises(UsageError, match=f"deadbeef: no such model.*{TEACHER}"):
+            export(asked(store, model_licenses=("deadbeef=mit", "mit")), tmp_path / "out", say=silent, strict=strict)
+        assert list(tmp_path.glob("out/v-*")) == []
+
+    def test_publishing_asks_for_each_not_for_one(self, store, tmp_path):
+        both = make_store(tmp_path / "store")
+        snapshots_of(both)
+        both.put_inputs("e" * 32, both.inputs("d" * 32), {"source": "/x/more.jsonl", "format": "messages"})
+        given = asked(both, source_licenses=("prompts.jsonl=mit",))
+        with pytest.raises(UsageError, match=r"--source-license more\.jsonl=ID"):
+            publish(given, str(tmp_path / "out"), say=silent)
+        assert list(tmp_path.glob("out/v-*")) == []
+        export(given, tmp_path / "out", say=silent)  # warns its readers
+        with pytest.raises(UsageError, match=r"--source-license more\.jsonl=ID"):
+            publish(given, str(tmp_path / "out"), say=silent)
+        publish(asked(both, source_licenses=("prompts.jsonl=mit", "unknown")), str(tmp_path / "out"), say=silent)
+
+    def test_two_files_of_one_name_are_counted_both(self, tmp_path):
+        two = Store.open(make_store(tmp_path / "store").root)
+        snapshots_of(two)
+        inputs = two.inputs("d" * 32)
+        two.put_inputs("e" * 32, inputs.slice(0, 10), {"source": "/other/prompts.jsonl", "format": "messages"})
+        two.put_inputs("f" * 32, inputs.slice(0, 5), {"source": "/other/prompts.jsonl", "format": "messages"})
+        done = export(asked(two), tmp_path / "out", say=silent)
+        provenance = json.loads((tmp_path / "out" / done.manifest.version / "PROVENANCE.json").read_text())
+        assert [source["prompts"] for source in provenance["sources"]] == [ROWS + 10]
 
     def test_models_and_sources_have_their_own(self, store, tmp_path):
         given = {"model_licenses": ("other", f"{TEACHER[:6]}=llama3.1"), "source_licenses": ("prompts.jsonl=odc-by",)}
@@ -285,6 +368,41 @@ class TestLicenses:
 
 
 class TestFolder:
+    def test_another_name_is_another_version_and_the_old_one_stays_as_it_was(self, store, tmp_path):
+        out = tmp_path / "out"
+        first = export(asked(store, name="one"), out, say=silent).manifest.version
+        before = {path: path.read_bytes() for path in (out / first).rglob("*") if path.is_file()}
+        second = export(asked(store, name="two"), out, say=silent).manifest.version
+        assert first != second
+        assert {path: path.read_bytes() for path in (out / first).rglob("*") if path.is_file()} == before
+
+    @pytest.mark.parametrize(
+        ("choice", "message"),
+        [
+            ({"columns": ("nonsense",)}, "no column nonsense"),
+            ({"where": "nonsense"}, "--where"),
+            ({"min_k": 9}, "leave no row of train"),
+        ],
+    )
+    def test_what_cannot_be_done_leaves_no_folder(self, store, tmp_path, choice, message):
+        said: list[str] = []
+        with pytest.raises(UsageError, match=message):
+            export(asked(store, choice=Choice(**choice)), tmp_path / "out", say=said.append)
+        assert not (tmp_path / "out").exists()
+        assert "columns" not in choice or said == []
+
+    def test_columns_of_no_name_are_refused(self, store, tmp_path):
+        done = stillroom("export", store.root, tmp_path / "out", "--license", "mit", "--columns", "", expect=2)
+        assert "--columns: names no column" in done.stderr
+        assert not (tmp_path / "out").exists()
+
+    def test_it_says_how_many_rows_stay_at_home(self, store, tmp_path):
+        said: list[str] = []
+        done = export(asked(store, choice=Choice(where="completion_tokens < 5")), tmp_path / "out", say=said.append)
+        rows = done.manifest.splits["train"].rows
+        assert 0 < rows < TRAIN
+        assert f"train: {rows} of {TRAIN} rows" in said
+
     def test_exporting_again_builds_nothing_and_changes_nothing(self, store, tmp_path):
         first = export(asked(store), tmp_path / "out", say=silent)
         before = {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in (tmp_path / "out").rglob("*")}
@@ -312,11 +430,41 @@ class TestFolder:
         assert again.manifest == done.manifest
         assert damaged_files(LocalFiles(out), done.manifest) == []
 
+    def test_a_card_that_is_no_text_names_no_version(self, tmp_path):
+        (tmp_path / "README.md").write_bytes(b"\xff\xfe---\n")
+        with pytest.raises(UsageError, match="not a folder that Stillroom published"):
+            read_manifest(LocalFiles(tmp_path))
+
     def test_a_card_that_is_not_ours_is_left_alone(self, store, tmp_path):
         (tmp_path / "README.md").write_text("# Mine\n")
         with pytest.raises(UsageError, match=r"holds a README\.md that no export wrote"):
             export(asked(store), tmp_path, say=silent)
         assert (tmp_path / "README.md").read_text() == "# Mine\n"
+
+    def test_what_is_not_an_exports_is_left_alone(self, store, tmp_path):
+        (tmp_path / ".part").mkdir()
+        (tmp_path / ".part" / "mine").write_text("precious")
+        with pytest.raises(UsageError, match=r"holds a \.part that no export made"):
+            export(asked(store), tmp_path, say=silent)
+        assert (tmp_path / ".part" / "mine").read_text() == "precious"
+
+    def test_a_store_is_no_place_for_a_dataset(self, tmp_path):
+        own = make_store(tmp_path / "store")
+        snapshots_of(own)
+        with pytest.raises(UsageError, match="is a store"):
+            export(asked(own), tmp_path / "store", say=silent)
+        assert not (tmp_path / "store" / "README.md").exists()
+
+    def test_a_file_is_no_place_for_a_dataset(self, store, tmp_path):
+        (tmp_path / "out").write_text("mine")
+        with pytest.raises(UsageError, match="is a file"):
+            export(asked(store), tmp_path / "out", say=silent)
+
+    def test_export_does_not_take_the_hub_for_a_folder(self, store, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        done = stillroom("export", store.root, "hf://datasets/a/b", "--license", "mit", expect=2)
+        assert "stillroom publish" in done.stderr
+        assert list(tmp_path.iterdir()) == []
 
     def test_a_recipe_goes_along_when_its_run_is_named(self, store, tmp_path):
         run = tmp_path / "run" / "train-1"

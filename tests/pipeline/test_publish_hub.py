@@ -167,6 +167,20 @@ def test_a_repository_with_another_card_is_refused(hub, versions):
     send(hub, versions["old"])
 
 
+def test_what_is_to_be_private_does_not_go_where_all_can_read(hub, versions):
+    from huggingface_hub import HfApi
+
+    api = HfApi(endpoint=hub.url, token="hf_nobody")
+    hub.exists = True
+    with pytest.raises(UsageError, match="is public"):
+        upload(versions["old"], REPO, say=silent, private=True, api=api)
+    assert len(hub.commits) == 1
+    hub.exists = False
+    upload(versions["old"], REPO, say=silent, private=True, api=api)
+    assert hub.private
+    assert "README.md" in hub.files
+
+
 def test_a_card_that_the_hub_refuses_is_refused_before_the_data(hub, versions):
     from dataclasses import replace
 
@@ -174,6 +188,7 @@ def test_a_card_that_the_hub_refuses_is_refused_before_the_data(hub, versions):
     with pytest.raises(UsageError, match="license is missing"):
         send(hub, replace(versions["old"], card=card))
     assert len(hub.commits) == 1
+    assert not hub.exists
 
 
 def test_publish_goes_by_a_folder_in_the_cache(hub, tmp_path, monkeypatch):

@@ -236,6 +236,10 @@ def test_comparison_shows_what_differs_first_and_warns_of_other_held_out_rows(
     third = finished(tmp_path / "three", other, facts)
     assert "different held-out rows" in compare([first, third])
     assert "the recipes are the same" in compare([first, third])
+    other["measured_on"]["table"] = "generations"  # of whose rows a snapshot's id says nothing about the scored ones
+    fourth = compare([first, finished(tmp_path / "four", other, facts)])
+    assert "different held-out rows" not in fourth
+    assert "judged on text alone, others on scored text" in fourth
 
 
 def seeded(folder: Path, evaluation: dict[str, Any], seeds: dict[int, float], **changed: Any) -> list[Path]:

@@ -4,6 +4,7 @@ import html
 import json
 import re
 import shutil
+import struct
 import subprocess
 from copy import deepcopy
 from html.parser import HTMLParser
@@ -263,6 +264,27 @@ def test_a_comparison_lies_where_it_is_asked_for_else_here(tmp_path: Path, monke
     assert names == ["Loss", "Divergence", "Cross-entropy", "Learning rate", "KL to the teacher by position"]
     with pytest.raises(UsageError, match=r"is a folder\. Name a file with --out"):
         show([first, second], tmp_path)
+
+
+def test_losses_of_classifiers_are_per_text_in_a_comparison_too(tmp_path: Path) -> None:
+    evaluation = reports.evaluation() | {"samples": []}
+    evaluation["measured_on"]["of"] = "texts"
+    for arm in evaluation["results"].values():
+        arm["accuracy"] = 0.9
+    first = finished(tmp_path / "one", deepcopy(evaluation), {})
+    second = finished(tmp_path / "two", evaluation, {}, RECIPE | {"score": {"targets": "topk", "k": 8}})
+    show([first, second], tmp_path / "both.html")
+    drawn = (tmp_path / "both.html").read_text()
+    assert ">nats/text<" in drawn
+    assert "nats/token" not in drawn
+
+
+def test_the_mass_that_topp_keeps_is_called_as_in_the_recipe(tmp_path: Path) -> None:
+    evaluation = whole()
+    single = struct.unpack("f", struct.pack("f", 0.95))[0]  # as rows have it
+    evaluation["views"]["kept_mass"] |= {"kind": "topp", "p": single}
+    drawn = (finished(tmp_path / "run", evaluation, {}) / "report.html").read_text()
+    assert "Mass kept (topp, mass 0.95)" in drawn
 
 
 def test_a_name_in_code_may_break_after_a_dot_and_marks_are_escaped() -> None:

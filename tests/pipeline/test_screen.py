@@ -17,8 +17,9 @@ from conftest import save_tiny_llama
 from kit import ENVIRONMENT, command, prompts, write_jsonl, write_recipe
 
 from stillroom.pipeline import screen as module
+from stillroom.pipeline.markdown import size as octets
 from stillroom.pipeline.plan import StagePlan
-from stillroom.pipeline.progress import Meter, ToldProgress, short
+from stillroom.pipeline.progress import Meter, ToldProgress, human, short, size
 from stillroom.pipeline.screen import Screen
 from stillroom.pipeline.worker import Line
 
@@ -254,6 +255,25 @@ def test_another_width_leaves_no_old_lines_behind(
     assert any(line.split()[:2] == ["score", "stopped"] for line in terminal.lines)
 
 
+@pytest.mark.parametrize(("width", "gone"), [(80, set()), (60, {"tokens", "written", "rejects"})])
+def test_a_narrow_terminal_has_fewer_columns_and_cuts_no_number(
+    hours: Hours, monkeypatch: pytest.MonkeyPatch, width: int, gone: set[str]
+) -> None:
+    for name, value in {"TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "1", "TERM": "xterm", "LINES": "24"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("COLUMNS", str(width))
+    terminal, stream = Terminal(width), io.StringIO()
+    with under_way(stream, {"train": 7300.0}) as screen:
+        hours.now += 1
+        screen.tick()
+        terminal.feed(stream.getvalue())
+    rows = rows_of(terminal)
+    assert set("stage done tokens tokens/s rejects written time".split()) - set(rows["stage"].split()) == gone
+    assert re.search(r" 60/100 rows .* 200 .*40s left$", rows["score"])
+    assert rows["train"].endswith("~2h 01m")
+    assert "\u2026" not in "".join(rows.values())
+
+
 def test_a_stage_does_not_wait_for_a_runner_that_does_not_read() -> None:
     import socket
 
@@ -296,3 +316,9 @@ def test_progress_is_told_a_few_times_a_second_and_its_end_always(capsys: pytest
 )
 def test_a_count_takes_five_characters_at_most(count: int, shown: str) -> None:
     assert short(count) == shown
+
+
+def test_what_rounds_up_to_the_next_unit_is_in_that_unit() -> None:
+    assert [human(count) for count in (999, 999.7, 999_940, 999_960)] == ["999", "1.0k", "999.9k", "1.0M"]
+    assert [size(count) for count in (999, 999_960)] == ["999 B", "1.0 MB"]
+    assert octets(2**20 - 1) == "1.0 MiB"

@@ -1,6 +1,7 @@
 """Students from sources: of a published folder alone the same to the bit; of other stores, only the rest is made."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from kit import last_json, prompts, recipe_tree, stillroom, write_jsonl
 from tiny_jobs import done_until_score
 from tiny_store import SilentProgress
 
+from stillroom.pipeline import runner
 from stillroom.pipeline.binding import write_down
 from stillroom.pipeline.plan import make_plan
 from stillroom.pipeline.publish import Asked, export
@@ -136,11 +138,25 @@ def test_a_folder_is_named_as_teacher_and_data(gone: Made, tmp_path: Path) -> No
     assert books(gone.recipe(tmp_path, gone.published, **named, score={"k": 2}))["score"][:3] == ("done", 40, 0)
     assert books(gone.recipe(tmp_path, gone.published, **named, score={"k": 9}))["score"][:3] == ("to do", 4, 36)
     warmer = named | {"generate": {"temperature": 0.5}}
-    assert books(gone.recipe(tmp_path, gone.published, **warmer))["generate"][:3] == ("to do", 0, 40)
+    other = gone.recipe(tmp_path, gone.published, **warmer)
+    assert books(other)["generate"][:3] == ("to do", 0, 40)
+    with pytest.raises(UsageError, match=r"^generate: 40 published from other settings.*Leave the section out"):
+        runner.run(other, quiet=True)
     # `evaluate.tokens` and `select.where` choose among what is there.
     assert books(gone.recipe(tmp_path, gone.published, **named, evaluate={"tokens": 1}))["evaluate"][2] == 1
     short = gone.recipe(tmp_path, gone.published, **named, select={"where": "completion_tokens < 8"})
     assert 0 < books(short)["score"][1] < 40
+
+
+def test_stages_open_the_commit_that_was_planned_with(made: Made, tmp_path: Path, monkeypatch: Any) -> None:
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(runner, "_to_the_end", lambda message, *_: told.append(message) or {})
+    recipe = made.recipe(tmp_path, made.published, Path("hf://datasets/a/b"))
+    name = recipe.storage.sources[1] = "hf://datasets/a/b"
+    plan = replace(made.plan, sources={name: f"{name}@0123/v-89abcdef"})
+    runner._run_stage(recipe, plan, "evaluate", screen=None, number=1)
+    assert told[0]["recipe"]["storage"]["sources"] == [str(made.published), "hf://datasets/a/b@0123"]
+    assert recipe.storage.sources[1] == name
 
 
 def test_without_its_names_a_missing_teacher_is_missed(gone: Made, tmp_path: Path) -> None:

@@ -2,13 +2,16 @@
 
 import io
 import json
+import os
+import pty
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import reports
-from kit import stillroom
+from kit import ENVIRONMENT, command, stillroom
 from reports import NASTY, finished
 from rich.console import Console
 
@@ -54,6 +57,41 @@ def test_a_wider_terminal_shows_more_and_colours_by_the_distance(run: Path) -> N
     reds = list(dict.fromkeys(red for red, _, _ in backgrounds))
     assert reds == sorted(reds), "the KL of the fixture rises from token to token"
     assert len(reds) > 20
+
+
+def test_sixty_columns_cut_no_number(run: Path) -> None:
+    text = printed(show(str(run), None, columns=60, colours=False)[1], 60, colours=False)
+    assert max(map(len, text.splitlines())) <= 60
+    kl = [line.split()[2] for line in text.splitlines() if re.match(r" +\d+  ", line)]
+    stated = reports.views()["rows"][0]["arms"]["student"]["kl"]
+    assert [float(number) for number in kl] == pytest.approx(stated, abs=5.1e-4)
+
+
+STEERING = "\x1b[2J\x9b31m\x00\x07\u202e"
+"""Clears the screen, turns it red, says nothing, rings the bell, turns the line round."""
+
+
+@pytest.mark.parametrize("colours", [False, True])
+def test_what_a_model_writes_steers_neither_terminal_nor_page(tmp_path: Path, colours: bool) -> None:
+    views = reports.views(rows=1)
+    views["pieces"] |= {"0": STEERING, "3": STEERING}
+    evaluation = reports.evaluation() | {"views": views}
+    evaluation["samples"][0]["student"] = STEERING
+    hostile = finished(tmp_path / "hostile", evaluation, {})
+    drawn = printed(show(str(hostile), None, columns=80, colours=colours)[1], 80, colours=colours)
+    shown = re.sub(r"\x1b\[[\d;]*m", "", drawn) if colours else drawn
+    for text in (shown, *((hostile / name).read_text() for name in ("report.md", "report.html"))):
+        assert "\u241b[2J\ufffd31m\u2400\u2407\ufffd" in text
+        assert not set(text) & set("\x1b\x9b\x00\x07\u202e")
+
+
+def test_without_colours_nothing_is_called_coloured(run: Path) -> None:
+    ours, theirs = pty.openpty()
+    environment = ENVIRONMENT | {"TERM": "xterm", "NO_COLOR": "1"}
+    subprocess.run(command("inspect", run), stdout=theirs, env=environment, check=True)
+    os.close(theirs)
+    assert os.read(ours, 1000).decode().startswith(f"held-out row {'00' * 16}; KL(teacher || student) in nats")
+    os.close(ours)
 
 
 def test_a_row_that_is_not_there_is_named_and_so_is_a_run_without_rows(run: Path, tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ import torch
 from tiny_models import CONFIGS, LENGTHS, V, build, make_samples
 from transformers import AutoModelForCausalLM, GptOssConfig, Llama4TextConfig, MambaConfig, MistralConfig
 
-from stillroom.stages.attention import NAME, _attend, _by_kernel, attends_apart
+from stillroom.stages.attention import NAME, _attend, _by_kernel, attend_apart
 from stillroom.stages.batches import Packing
 from stillroom.stages.head import hidden_states
+from stillroom.storage.errors import StillroomError
 
 SIZES = {
     "vocab_size": V,
@@ -41,7 +42,7 @@ def test_flat_equals_separate(name, checkpointing):
     """Hidden states of every position and the gradient of every weight; each sample alone, by the model's own."""
     model = fresh(WINDOWED if name == "windowed" else CONFIGS[name])
     own, samples = copy.deepcopy(model), make_samples(LENGTHS)
-    assert attends_apart(model, max(LENGTHS), torch.float32)
+    assert attend_apart(model, max(LENGTHS), torch.float32) is None
     assert model.config._attn_implementation == NAME != own.config._attn_implementation
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -72,7 +73,7 @@ def test_a_model_that_attends_otherwise_is_left_alone(kind):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(OTHERS[kind]).train()
     before = model.config._attn_implementation
-    assert not attends_apart(model, 40, torch.float32)
+    assert attend_apart(model, 40, torch.float32) is not None
     assert model.config._attn_implementation == before
     assert model.training
     assert all(p.grad is None for p in model.parameters())
@@ -81,18 +82,40 @@ def test_a_model_that_attends_otherwise_is_left_alone(kind):
 def test_what_only_long_samples_show_is_asked_at_their_length(monkeypatch):
     """Were the window never told to the function, no sample within it could show that."""
     monkeypatch.setattr("stillroom.stages.attention._attend", lambda *a, sliding_window, **more: _attend(*a, **more))
-    assert attends_apart(fresh(WINDOWED), 8, torch.float32)
-    assert not attends_apart(fresh(WINDOWED), 30, torch.float32)
+    assert attend_apart(fresh(WINDOWED), 8, torch.float32) is None
+    assert attend_apart(fresh(WINDOWED), 30, torch.float32) is not None
+
+
+def test_it_says_why_not(monkeypatch):
+    monkeypatch.setattr("stillroom.stages.attention._attend", lambda *a, sliding_window, **more: _attend(*a, **more))
+    found = attend_apart(fresh(WINDOWED), 30, torch.float32)
+    assert found == "its hidden states differ from those of each sample alone"
+
+    def refusing(*_, **more):
+        raise NotImplementedError("variable-length attention with dropout\nframe #0: at 0x7f")
+
+    monkeypatch.setattr("stillroom.stages.attention._attend", refusing)
+    found = attend_apart(fresh(WINDOWED), 30, torch.float32)
+    assert found == "NotImplementedError: variable-length attention with dropout"
+
+
+def test_out_of_memory_with_the_longest_sample_comes_with_advice(monkeypatch):
+    def full(*_, **more):
+        raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr("stillroom.stages.attention._attend", full)
+    with pytest.raises(StillroomError, match=r"of 30 tokens, one sample alone .*20\.00.*train\.gradient_checkpointing"):
+        attend_apart(fresh(WINDOWED), 30, torch.float32)
 
 
 def test_bfloat16_passes_are_near_enough():
     model = fresh(CONFIGS["llama"])
-    assert attends_apart(model, 30, torch.bfloat16)
+    assert attend_apart(model, 30, torch.bfloat16) is None
 
 
 def test_a_student_that_attends_so_is_saved_as_any_other(tmp_path):
     model = fresh(CONFIGS["llama"])
-    assert attends_apart(model, 9, torch.float32)
+    assert attend_apart(model, 9, torch.float32) is None
     model.save_pretrained(tmp_path)
     assert NAME not in (tmp_path / "config.json").read_text()
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation != NAME
@@ -113,17 +136,18 @@ def test_what_it_does_not_do_it_refuses(asked):
 def test_a_model_that_was_changed_refuses_rows_with_padding():
     """Better than to let the samples of a row see each other."""
     model = fresh(CONFIGS["llama"])
-    assert attends_apart(model, 9, torch.float32)
+    assert attend_apart(model, 9, torch.float32) is None
     (batch,) = Packing(tokens_per_pass=1000, vocab_size=V).batches(make_samples(LENGTHS), None)
     with pytest.raises(NotImplementedError, match="ends of samples"):
         hidden_states(model, **batch.inputs)
 
 
 @pytest.mark.parametrize("window", [None, 3])
-def test_the_kernel_is_asked_as_torch_describes_it(monkeypatch, window):
+@pytest.mark.parametrize("version", ["2.11", "2.12"])
+def test_the_kernel_is_asked_as_torch_describes_it(monkeypatch, window, version):
     """Its arguments, by a stand-in written after the documentation of `varlen_attn`."""
 
-    def stand_in(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    def stand_in(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
         assert torch.equal(cu_seq_q, cu_seq_k)
         assert max_q == max_k == max(cu_seq_q.diff())
         assert enable_gqa == (query.shape[1] != key.shape[1])
@@ -138,13 +162,17 @@ def test_the_kernel_is_asked_as_torch_describes_it(monkeypatch, window):
             made.append((scores.softmax(-1) @ v).transpose(0, 1))
         return torch.cat(made).to(query.dtype)
 
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_in)
+    def without_groups(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
+        return stand_in(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
+
+    kernel = without_groups if version == "2.11" else stand_in
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     generator = torch.Generator().manual_seed(0)
     parts = [torch.randn(1, heads, 17, 8, generator=generator).bfloat16().float() for heads in (4, 2, 2)]
     edges = torch.tensor([0, 5, 6, 17], dtype=torch.int32)
     asked = {"cu_seq_lens_q": edges, "scaling": 0.3, "sliding_window": window}
     expected, _ = _attend(torch.nn.Identity(), *parts, None, **asked)
-    found = _by_kernel(parts, edges, 11, window, scale=0.3, enable_gqa=True)
+    found = _by_kernel(parts, edges, 11, window, scale=0.3)
     assert found.shape == expected.shape == (1, 17, 4, 8)
     torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=1e-2)
 
@@ -155,7 +183,7 @@ def test_on_a_gpu_the_kernel_does_it(name):
     config = copy.deepcopy(WINDOWED if name == "windowed" else CONFIGS[name])
     model = build(config).cuda()
     own = copy.deepcopy(model)
-    assert attends_apart(model, 300, torch.bfloat16)
+    assert attend_apart(model, 300, torch.bfloat16) is None
     (batch,) = Packing(tokens_per_pass=1000, flat=True, vocab_size=V).batches(make_samples(LENGTHS), None)
     batch = batch.to(torch.device("cuda"))
     with torch.autocast("cuda", dtype=torch.bfloat16):

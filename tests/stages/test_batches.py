@@ -12,12 +12,12 @@ from references import DIVERGENCES
 from tiny_models import CONFIGS, LENGTHS, V, build, make_sample, make_samples
 from transformers import AutoModelForCausalLM, MambaConfig
 
-from stillroom.stages.attention import NAME, attends_apart
+from stillroom.stages.attention import NAME, attend_apart
 from stillroom.stages.batches import Packing, pack, packs_apart
 from stillroom.stages.fused import linear_distillation
 from stillroom.stages.head import hidden_states, split_head
 from stillroom.stages.kept import Kept
-from stillroom.stages.losses import Objective, logits_distillation
+from stillroom.stages.losses import Objective, TargetBatch, logits_distillation
 from stillroom.storage.errors import UsageError
 
 
@@ -104,7 +104,7 @@ def test_the_gradient_does_not_depend_on_packing_and_passes(k):
     loss, expected = gradient(model, samples, ways[0])
     for way in ways[1:]:
         if way.flat and model.config._attn_implementation != NAME:
-            assert attends_apart(model, max(LENGTHS), torch.float32)
+            assert attend_apart(model, max(LENGTHS), torch.float32) is None
         again, found = gradient(model, samples, way, chunk_tokens=7)
         assert again == pytest.approx(loss, rel=1e-6)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
@@ -255,6 +255,15 @@ class TestEntries:
             alone = logits_distillation(part, self.only([sample]), objective=objective).soft
             torch.testing.assert_close(whole[start : start + sample.span_tokens], alone)
             start += sample.span_tokens
+
+    @pytest.mark.parametrize("k", [0, 5, None])
+    def test_its_bytes_are_those_of_all_that_is_copied(self, k):
+        copied = []
+        (batch,) = packing(flat=True).batches(make_samples([9, 6], k=k), 1.0 if k != 0 else None)
+        batch._map(lambda part: part if isinstance(part, TargetBatch) else copied.append(part))
+        batch.targets._map(copied.append)
+        assert batch.nbytes == sum(part.numel() * part.element_size() for part in copied)
+        assert batch.nbytes > 11 * (V if k is None else k) * 4
 
     def test_full_targets_stay_without_ids(self):
         targets = self.only(make_samples([9, 6], k=None))

@@ -104,6 +104,12 @@ class TestLoss:
         shapes = [batch.inputs["input_ids"].shape for batch in passes(student[1], 28).batches(mixed)]
         assert [tuple(shape) for shape in shapes] == [(2, 14), (3, 9)]
 
+    def test_its_bytes_are_those_of_all_that_is_copied(self, student: Any) -> None:
+        (batch,) = passes(student[1], 1000).batches([TEXTS[0]])
+        targets = batch.targets
+        copied = [*batch.inputs.values(), targets.labels, targets.logprobs, targets.tail_logprob]
+        assert batch.nbytes == sum(part.numel() * part.element_size() for part in copied)
+
     def test_half_precision_moves_the_losses_by_its_rounding_only(self, student: Any) -> None:
         model, inputs = student
         ready, objective = passes(inputs), Objective(temperature=2.0)

@@ -119,6 +119,13 @@ def test_the_peak_is_the_vendors_where_the_gpu_is_known(monkeypatch):
         assert name in peak.of
 
 
+@pytest.mark.parametrize("name", ["NVIDIA A10G", "NVIDIA L40", "NVIDIA RTX A4000", "NVIDIA RTX A1000"])
+def test_a_gpu_whose_name_begins_alike_is_another_one(monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    monkeypatch.setattr("stillroom.stages.flops._product_rate", lambda *_: 1e12)
+    assert not Peak.at(torch.device("cuda"), torch.bfloat16).vendor
+
+
 def test_elsewhere_it_is_measured_and_says_so():
     peak = Peak.at(torch.device("cpu"), torch.float32)
     assert not peak.vendor

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from stillroom.stages.fused import linear_distillation
 from stillroom.stages.head import Head, LowRank
-from stillroom.stages.losses import Objective, TargetBatch
+from stillroom.stages.losses import Objective, TargetBatch, logits_distillation
 from stillroom.storage.errors import UsageError
 
 N, V, D, R = 6, 11, 4, 2
@@ -329,10 +329,47 @@ def test_no_tokens_are_no_loss():
     assert not bias.grad.any()
 
 
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("definition", [False, True])
+def test_a_part_that_weighs_nothing_may_be_infinite(full, definition):
+    """A label of probability 0, a divergence from what is nowhere; total and gradient are those of the other part."""
+    hidden, weight, bias = leaf(N, D, seed=1), leaf(V, D, seed=2), normal(V, seed=3)
+    bias[7] = -math.inf
+    teacher = 2 * normal(N, V, seed=4)
+    teacher[:, 7] = -50.0
+    sides = {"logprobs": teacher.log_softmax(-1), "tail_logprob": torch.full((N,), -math.inf)}
+    if not full:
+        found = ragged(teacher)
+        sides = {name: getattr(found, name) for name in ("ids", "logprobs", "tail_logprob")}
+    infinite, finite = (TargetBatch(labels=torch.arange(start, start + N), **sides) for start in (2, 0))
+
+    def found(asked, soft_weight, hard_weight, objective):
+        if definition:
+            parts = logits_distillation(hidden @ weight.T + bias, asked, objective=objective)
+            total = parts.weighted(soft_weight, hard_weight).sum()
+        else:
+            weights = {"soft_weight": soft_weight, "hard_weight": hard_weight}
+            total = linear_distillation(
+                hidden, Head(weight=weight, bias=bias), asked, objective=objective, **weights
+            ).total
+        return total, *torch.autograd.grad(total, [hidden, weight])
+
+    soft = Objective(divergence="total_variation")  # finite, wherever the two have their mass
+    for one, other in zip(found(infinite, 1.0, 0.0, soft), found(finite, 1.0, 0.0, soft), strict=True):
+        assert other.any()
+        torch.testing.assert_close(one, other)
+    assert not any(part.any() for part in found(infinite, 0.0, 0.0, soft))
+    if not full:
+        endless = Objective(divergence="reverse_kl", tail="drop")
+        for one, other in zip(found(finite, 0.0, 1.0, endless), found(finite, 0.0, 1.0, soft), strict=True):
+            assert other.any()
+            torch.testing.assert_close(one, other)
+
+
 def test_a_kernel_that_cannot_run_is_refused_by_name():
     hidden, weight, targets = usual()
     settings = {"objective": Objective(), **WEIGHTS}
-    with pytest.raises(UsageError, match=r"train\.kernel: triton cannot run, the student is on .* 'cpu', expected an"):
+    with pytest.raises(UsageError, match=r"train\.kernel: triton cannot run, the model is on .* 'cpu', expected an"):
         linear_distillation(hidden, Head(weight=weight), targets, kernel="triton", **settings)
     named = linear_distillation(hidden, Head(weight=weight), targets, kernel="torch", **settings)
     assert torch.equal(named.total, distilled(hidden, weight, targets).total)

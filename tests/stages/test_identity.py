@@ -25,7 +25,11 @@ def test_a_copy_elsewhere_is_the_same_model(
 ) -> None:
     folder = tiny_llama()
     copy = Path(shutil.copytree(folder, tmp_path / "elsewhere" / "renamed"))
-    edit(copy / "config.json", transformers_version="0.0", _name_or_path="/x")
+    edit(copy / "config.json", transformers_version="0.0", _name_or_path="/x", text={"_name_or_path": "/home/me/t"})
+    edit(folder / "config.json", text={})
+    paths = {"tokenizer_file": "/home/me/tokenizer.json", "special_tokens_map_file": "/home/me/map.json"}
+    edit(copy / "tokenizer_config.json", **paths)
+    assert "/home/me" not in str(identify(copy, dtype="auto", hashes=hashes).parts)
     assert identify(folder, dtype="auto", hashes=hashes).id == identify(copy, dtype="auto", hashes=hashes).id
 
 

@@ -2,11 +2,12 @@
 
 import threading
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 
 from stillroom.stages.clock import Clock
-from stillroom.stages.prefetch import AHEAD, THREAD_NAME, Prefetch
+from stillroom.stages.prefetch import AHEAD, AHEAD_BYTES, THREAD_NAME, Prefetch
 from stillroom.stages.samples import Cursor, Step
 
 
@@ -63,6 +64,28 @@ def test_no_more_is_made_than_a_few_things_ahead():
     assert 3 <= len(made) <= 3 + AHEAD
 
 
+@pytest.mark.parametrize(("share", "ahead"), [(1.5, 1), (0.4, 3), (0.0, AHEAD)])
+def test_passes_that_wait_hold_a_bounded_number_of_bytes(share, ahead):
+    """One is always made, however large; none while those that wait hold more than the bound."""
+    made, ready = [], threading.Semaphore(0)
+
+    def make(step):
+        for _ in range(20):
+            made.append(SimpleNamespace(nbytes=int(share * AHEAD_BYTES)))
+            ready.release()
+            yield made[-1]
+
+    with Prefetch(made_up(1), make) as feed:
+        next(iter(feed))
+        passes = feed.passes()
+        for taken in range(10):
+            for _ in range(1 if taken else ahead):
+                assert ready.acquire(timeout=10)  # so many are made
+            assert len(made) <= taken + ahead  # and no more
+            next(passes)
+    assert not threads()  # none waits for room that nobody makes
+
+
 def all_of(feed, into):
     for _ in feed:
         for batch in feed.passes():
@@ -74,6 +97,20 @@ def test_what_a_step_raises_is_raised_in_its_place():
     with Prefetch(made_up(9, upto=3), two_passes) as feed, pytest.raises(OSError, match="step 3 is unreadable"):
         all_of(feed, found)
     assert found == [(n, which) for n in range(3) for which in ("first", "second")]
+    assert not threads()
+
+
+def test_what_could_not_be_read_is_raised_where_passes_were_made_again_meanwhile():
+    """Else a training would end early, and say that it is done."""
+
+    def twice(feed):
+        for _ in feed:
+            list(feed.passes())
+            feed._waiting[-1].exception()  # what can be read ahead is read
+            list(feed.passes())
+
+    with Prefetch(made_up(9, upto=2), two_passes) as feed, pytest.raises(OSError, match="step 2 is unreadable"):
+        twice(feed)
     assert not threads()
 
 

@@ -168,10 +168,33 @@ def test_rows_of_a_batch_are_what_each_is_alone(monkeypatch: pytest.MonkeyPatch,
 def test_a_kernel_that_is_not_there_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "stillroom.stages.targets_triton", raising=False)
-    head = Head(weight=torch.ones(3, 1))
+    gpu, head = torch.device("cuda"), Head(weight=torch.ones(3, 1))
+    assert module._chosen(None, gpu) is module.block_sums
     Reducer(head)
-    with pytest.raises(UsageError, match=r"score.kernel: triton cannot be used here .* Use torch, or leave it out."):
+    with pytest.raises(UsageError, match=r"score\.kernel: triton cannot run, Triton does not import .*Leave it out"):
+        module._chosen("triton", gpu)
+    with pytest.raises(UsageError, match=r"score\.kernel: triton cannot run, .* 'cpu', expected an NVIDIA GPU"):
         Reducer(head, kernel="triton")
+
+
+def test_an_amd_gpu_gets_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch calls it `cuda` too."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert module._chosen(None, torch.device("cuda")) is module.block_sums
+    with pytest.raises(UsageError, match="expected an NVIDIA GPU"):
+        module._chosen("triton", torch.device("cuda"))
+
+
+@pytest.mark.parametrize("proposal", [1.0, 0.7])
+def test_of_a_teacher_that_is_not_a_number_no_id_beyond_the_vocabulary_is_drawn(proposal: float) -> None:
+    """On a GPU such an index ends the process, and whatever it was doing."""
+    logprobs = torch.zeros(1, 9).log_softmax(-1)
+    logprobs[0, 3] = torch.nan
+    kept = Kept(kind="sampled", k=4, draw="multinomial", proposal=proposal)
+    found = module.targets_of(logprobs, torch.zeros(1, dtype=torch.long), kept=kept)
+    assert found.ids is not None
+    assert found.ids.max() < 9
+    assert np.isnan(found.entropy).all()
 
 
 @pytest.mark.parametrize("bits", [7, 10, 23])

@@ -1,5 +1,6 @@
 """The stage from snapshot to student: exact resume, validation, baseline, black-box, refusals."""
 
+import builtins
 import json
 import random
 from copy import copy
@@ -204,6 +205,19 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(world, monkeypatch):
     assert same(weights(world.folder / "killed"), weights(world.folder / "whole"))
 
 
+def test_imports_of_torch_are_start_up(world, monkeypatch):
+    job, charged, real = world.job("run"), {}, builtins.__import__
+
+    def watched(name, *how, **more):
+        if name in ("checkpoints", "trainer"):  # the first that need torch
+            charged.setdefault(name, job.clock._name)
+        return real(name, *how, **more)
+
+    monkeypatch.setattr(builtins, "__import__", watched)
+    train.run(job)
+    assert charged == {"checkpoints": "start", "trainer": "start"}
+
+
 def test_checkpoints_come_by_the_clock_too(world):
     recipe = world.recipe(train={"checkpoint_every_seconds": 1e-6, "tokens": 300})
     train.run(world.job("run", recipe))
@@ -376,6 +390,13 @@ class TestRefusals:
         ):
             train.run(world.job("run", world.recipe(train={"row_tokens": 16})))
 
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, Triton runs")
+    def test_a_kernel_that_cannot_run_here(self, world, monkeypatch):
+        """Before the rows are looked at, which may take long."""
+        monkeypatch.setattr("stillroom.stages.audit_rows.audit_rows", lambda *_: pytest.fail("rows were audited"))
+        with pytest.raises(UsageError, match=r"train\.kernel: triton cannot run, .* 'cpu', expected an NVIDIA GPU"):
+            train.run(world.job("run", world.recipe(train={"kernel": "triton"})))
+
 
 def test_a_larger_teacher_vocabulary_goes_into_the_tail(tiny_llama, tmp_path):
     """The teacher's embedding is padded to 40, the student's ends at 32, as with models of one family."""
@@ -428,8 +449,14 @@ def test_what_a_run_took_counts_over_its_stops(world):
 
 
 def test_a_student_that_attends_otherwise_gets_rows_with_padding(world, monkeypatch):
-    monkeypatch.setattr("stillroom.stages.attention.attends_apart", lambda *_: False)
+    monkeypatch.setattr("stillroom.stages.attention.attend_apart", lambda *_: "it has dropout")
     job = world.job("run", world.recipe(train={"tokens": 300}))
     train.run(job)
-    assert "this student cannot attend within samples of one row: rows get padding" in job.progress.said
+    said = "this student cannot attend within samples of one row (it has dropout): rows get padding"
+    assert said in job.progress.said
     assert summary(world.folder / "run")["tokens"] >= 300
+
+
+def test_a_checkpoint_of_another_version_is_refused_with_what_to_do() -> None:
+    with pytest.raises(UsageError, match=r"another version of Stillroom.*Remove `checkpoints/`"):
+        train.Record.of({"cursor": {}, "seconds": 1.0})

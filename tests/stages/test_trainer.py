@@ -1,5 +1,6 @@
 """One step: what its gradient is, and what happens when memory runs out or numbers break."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,11 +10,11 @@ from tiny_models import CONFIGS, LENGTHS, V, build, make_samples
 
 from stillroom.stages.batches import Packing
 from stillroom.stages.head import hidden_states, split_head
-from stillroom.stages.losses import Objective, TargetBatch, logits_distillation
+from stillroom.stages.losses import Aim, Objective, TargetBatch, logits_distillation
 from stillroom.stages.prefetch import Prefetch
 from stillroom.stages.samples import Cursor, Step
 from stillroom.stages.sections import Loss, Train
-from stillroom.stages.trainer import Trainer, aim_at, device_and_dtype
+from stillroom.stages.trainer import Trainer, _means, aim_at, device_and_dtype
 from stillroom.storage.errors import StillroomError, Stopped
 
 
@@ -121,6 +122,13 @@ def test_cross_entropy_alone_never_reads_the_targets():
     assert trainer.validate([without]).soft is None
 
 
+def test_a_mean_that_weighs_nothing_is_left_out():
+    sums, objective = torch.tensor([6.0, torch.inf], dtype=torch.float64), Objective()
+    found = _means(sums, 3, Aim(soft_weight=0.5, hard_weight=0.0, objective=objective))
+    assert (found.loss, found.soft, found.hard) == (1.0, 2.0, math.inf)
+    assert _means(sums.flip(0), 3, Aim(soft_weight=0.0, hard_weight=0.5, objective=objective)).loss == 1.0
+
+
 def fail_above(trainer, tokens, error):
     """The forward pass fails where it holds more than so many positions."""
     calls, inner = [], trainer._pass
@@ -152,6 +160,17 @@ def test_out_of_memory_with_one_sample_is_said():
     fail_above(trainer, 0, torch.OutOfMemoryError("tried to allocate 20.00 GiB"))
     with pytest.raises(StillroomError, match=r"forward pass of 20 tokens, one sample alone .*gradient_checkpointing"):
         trainer.step(make_step(), done=0.5)
+
+
+def test_out_of_memory_in_a_validation_halves_the_passes_or_is_said():
+    usual, trainer = make_trainer().validate([make_step()]), make_trainer(tokens_per_pass=100)
+    fail_above(trainer, 30, torch.OutOfMemoryError("tried to allocate"))
+    found = trainer.validate([make_step()])
+    assert trainer.tokens_per_pass == 25
+    assert (found.loss, found.soft, found.hard) == pytest.approx((usual.loss, usual.soft, usual.hard))
+    fail_above(trainer, 0, torch.OutOfMemoryError("tried to allocate 20.00 GiB"))
+    with pytest.raises(StillroomError, match=r"forward pass of 20 tokens, one sample alone .*gradient_checkpointing"):
+        trainer.validate([make_step()])
 
 
 @pytest.mark.parametrize("error", [Stopped("stop"), RuntimeError("broken")])

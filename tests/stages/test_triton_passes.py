@@ -263,7 +263,7 @@ def test_the_fused_loss_is_the_same_with_either_kernel(
     )
     found = []
     for module in (passes_triton, passes):
-        monkeypatch.setattr(fused, "_passes", lambda kernel, device, module=module: module)
+        monkeypatch.setattr(fused, "_kernel", lambda kernel, device, module=module: module)
         leaves = [tensor.clone().to(DEVICE).requires_grad_() for tensor in (states, weight, weight[:, 0])]
         head = Head(weight=leaves[1], bias=leaves[2], scale=0.5, softcap=4.0)
         loss = fused.linear_distillation(

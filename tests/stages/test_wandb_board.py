@@ -38,6 +38,7 @@ class FakeWandb:
             points.append(point)
 
         def finish() -> None:
+            self._work("finish")
             self.finished += 1
 
         summary = points[-1] if points else {}
@@ -90,8 +91,9 @@ def test_it_gets_what_tensorboard_gets_in_one_run_also_when_stopped_and_gone_on(
     assert tokens == sorted(tokens)
 
 
-def test_a_training_goes_on_without_it(job: Job, wandb: FakeWandb) -> None:
-    wandb.broken = "log"
+@pytest.mark.parametrize("broken", ["log", "finish"])
+def test_a_training_goes_on_without_it(job: Job, wandb: FakeWandb, broken: str) -> None:
+    wandb.broken = broken
     train.run(job)
     said = [line for line in job.progress.said if line.startswith("wandb: ")]  # type: ignore[attr-defined]
     assert said == ["wandb: ConnectionError: api.wandb.ai: no route: nothing more is sent to it"]

@@ -326,6 +326,11 @@ class TestChoice:
         with pytest.raises(UsageError, match="leave no row of train, test"):
             exported(*published, tmp_path / "out", where="false")
 
+    def test_a_dataset_without_its_training_rows_is_refused(self, tmp_path):
+        store = make_store(tmp_path / "store")  # the held-out rows have whole distributions: those can be cut to any K
+        with pytest.raises(UsageError, match="leave no row of train"):
+            exported(store, snapshots_of(store), tmp_path / "out", min_k=7)
+
     def test_columns_are_left_out_and_the_key_stays(self, published, tmp_path):
         store, snapshots = published
         made, rows = exported(
@@ -376,8 +381,9 @@ class TestStore:
         store = make_store(tmp_path / "store")
         snapshots = snapshots_of(store)
         store.retire(store.commits("generations")[0], reason="test")
-        with pytest.raises(IntegrityError, match="of 20 generations that the snapshot's rows name, "):
+        with pytest.raises(IntegrityError, match="of 20 generations that the snapshot's rows name, ") as error:
             exported(store, snapshots, tmp_path / "out")
+        assert "storage.sources" in str(error.value)  # where text of a source was scored here, nothing is amiss
 
     @pytest.mark.parametrize(
         ("table", "column"), [("generations", "token_ids"), ("prompts", "key"), ("soft_targets", "ids")]
@@ -425,9 +431,10 @@ class TestManifest:
         paths = "".join(f"  - path: {v}/soft_targets/train-*.parquet\n" for v in versions)
         return f"---\nlicense: mit\nconfigs:\n{paths}---\n\n# path: v-00000000/ in the text\n"
 
-    def test_it_is_named_by_its_files(self):
-        other = replace(self.MANIFEST, name="m", request="s")
-        assert other.version == self.MANIFEST.version
+    def test_it_is_named_by_its_files_and_by_what_it_says_of_them(self):
+        assert replace(self.MANIFEST, request="s").version == self.MANIFEST.version
+        for other in ({"name": "m"}, {"chosen": {"where": "true"}}):
+            assert replace(self.MANIFEST, **other).version != self.MANIFEST.version
         files = [replace(self.MANIFEST.files[0], sha256="1" * 64)]
         assert replace(self.MANIFEST, files=files).version != self.MANIFEST.version
 

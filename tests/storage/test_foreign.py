@@ -203,6 +203,25 @@ def test_what_does_not_fit_is_refused(change, reason, message):
     assert refused.value.reason == reason
 
 
+def test_entries_that_sum_to_too_little_are_refused():
+    """No id outside the K best has more than the least of them, so (V - K) p_K bounds what may be missing."""
+    text = Text()
+
+    def less(record, by):
+        return record | {"values": [[value - by for value in row] for row in record["values"]]}
+
+    for columns in (COLUMNS, replace(COLUMNS, k=2)):  # also where fewer are kept: the bound is that of all
+        with pytest.raises(BadRow, match=r"entries that sum to 0\.00\d+ at position 0 .* at least.*--values") as refused:
+            convert(less(text.record(5), 5), columns, vocab_size=V)
+        assert refused.value.reason == "probability"
+    flat = {"tokens": [1, 2, 3], "prompt": 1, "ids": [[4, 5, 6]] * 3, "values": [[-np.log(V)] * 3] * 3}
+    convert(flat, COLUMNS, vocab_size=V)  # as little as can be: every id has the same
+    with pytest.raises(BadRow, match="at least, as no other of 29 ids"):
+        convert(less(flat, 0.03), COLUMNS, vocab_size=V - 1)
+    rounded = round_mantissa(np.full(3, -np.log(V)), 7)  # of bfloat16 the error is in the bound
+    convert(flat | {"values": [rounded.tolist()] * 3}, COLUMNS, vocab_size=V)
+
+
 def test_one_prompt_token_can_be_read_two_ways_and_is_refused():
     with pytest.raises(BadRow, match="8 positions, expected 9"):
         convert(Text(prompt=1).record(of="without"), COLUMNS, vocab_size=V)

@@ -19,7 +19,7 @@ from stillroom.storage.index import Index
 from stillroom.storage.published import Published
 from stillroom.storage.reader import SnapshotReader
 from stillroom.storage.snapshot import load_snapshot, make_snapshot, save_snapshot
-from stillroom.storage.sources import Joined, Source, open_store
+from stillroom.storage.sources import Joined, Source, at_commit, open_store
 from stillroom.storage.store import Store
 from stillroom.storage.vacuum import vacuum
 from stillroom.storage.verify import verify
@@ -263,6 +263,15 @@ def test_a_dataset_of_the_hub_is_read_from_its_commit(made, tmp_path, monkeypatc
         joined.prove(file_sha256)
         version = joined.parts[1][0].manifest.version
         assert {shard.source for shard in snapshot.shards} == {f"hf://datasets/alice/targets@{commit}/{version}"}
+    # Another process downloads a newer commit: who is told what was opened reads that one still.
+    newer = "f" * 40
+    shutil.copytree(repo / "snapshots" / commit, repo / "snapshots" / newer, symlinks=True)
+    (repo / "refs" / "main").write_text(newer)
+    names = ["hf://datasets/alice/targets", str(folder)]
+    pinned = {names[0]: f"hf://datasets/alice/targets@{commit}/{version}", names[1]: f"{folder}/{version}"}
+    again = open_store(tmp_path / "new", at_commit(names, pinned))
+    assert [*again.pinned.values()] == [*pinned.values()]
+    assert at_commit(names, {}) == names
     with pytest.raises(UsageError, match="hf://datasets/alice/others could not be downloaded"):
         open_store(tmp_path / "new", ["hf://datasets/alice/others"], update=True)
 

@@ -81,13 +81,13 @@ tokens = torch.tensor(row["token_ids"])  # [T]; target i is about token start + 
 """
 _ENTRIES = {
     "topk": """\
-ids = torch.arange(k).repeat(n) if row["ids"] is None else torch.tensor(row["ids"])  # null: kind full, every id
+ids = torch.tensor(row["ids"]) if row["ids"] else torch.arange(k).repeat(n)  # null: kind full, every id
 ids = ids.reshape(n, k)  # [N, K] best first
 logprobs = torch.tensor(row["logprobs"]).reshape(n, k)  # [N, K] of the full softmax
 tail = torch.tensor(row["tail_logprob"])  # [N] all other ids together
 """,
     "topp": """\
-ids = torch.arange(k).repeat(n) if row["ids"] is None else torch.tensor(row["ids"])  # null: kind full, every id
+ids = torch.tensor(row["ids"]) if row["ids"] else torch.arange(k).repeat(n)  # null: kind full, every id
 ids = ids.split(row["entries"] or k)  # N tensors, as many entries as the position has
 logprobs = torch.tensor(row["logprobs"]).split(row["entries"] or k)
 tail = torch.tensor(row["tail_logprob"])  # [N] all other ids together

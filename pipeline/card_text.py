@@ -85,12 +85,15 @@ def _bytes(files: list[Any]) -> str:
 def columns(manifest: Manifest, provenance: Mapping[str, Any], config: str) -> dict[str, Any]:
     """What a row of a config is; each column's name, type and meaning."""
     schema, names = PUBLISHED[config], manifest.about.get(config, {}).get("class_names")
-    about = _ABOUT["classes"].format(names=", ".join(map(inline, names))) if names else _ABOUT["soft_targets"]
-    about += "" if names else _whole(manifest)
-    texts = f"{_ABOUT['generations']}\n\n{_reading(manifest, provenance)}"
+    if config == "generations":
+        about = f"{_ABOUT[config]}\n\n{_reading(manifest, provenance)}"
+    elif names:
+        about = _ABOUT["classes"].format(names=", ".join(map(inline, names)))
+    else:
+        about = _ABOUT[config] + _whole(manifest)
     fields = [schema.field(name) for name in manifest.tables[config]["columns"]]
     return {
-        "about": about if config == "soft_targets" else texts,
+        "about": about,
         "columns": [
             [inline(f.name), inline(_type(f)), f.metadata[b"about"].decode().replace("|", "\\|")] for f in fields
         ],
@@ -112,9 +115,9 @@ def _whole(manifest: Manifest) -> str:
 
 def _reading(manifest: Manifest, provenance: Mapping[str, Any]) -> str:
     """How text and `token_ids` belong together."""
-    folder = f"`{manifest.version}/teachers/<id>/`" + (
-        ", which has its chat template too" if _templates(provenance) else ""
-    )
+    model_id = manifest.about.get("soft_targets", {}).get("teacher_id") or next(iter(provenance["models"]), "<id>")
+    folder = f"`{manifest.version}/teachers/{model_id}/`"
+    folder += ", and its chat template" if any(m["chat_template"] for m in provenance["models"].values()) else ""
     said = f"The tokenizer is in {folder}; {{}} `text` is the completion decoded without special tokens, and encoding "
     said += "it again may give other ids: take `token_ids`."
     if manifest.about.get("soft_targets", {}).get("class_names"):
@@ -122,14 +125,10 @@ def _reading(manifest: Manifest, provenance: Mapping[str, Any]) -> str:
     if any(entry.get("stage") == "import" for entry in provenance["made_with"].get("generations", [])):
         return said.format("`token_ids` are those of the table that was imported, texts are decoded from them.")
     return said.format(
-        "`messages` became the first `prompt_tokens` ids by the chat template, with `add_generation_prompt`; a `prompt` "
-        "by the tokenizer, with its special tokens but no closing one. The other ids are the completion: as the model "
-        "wrote them, or (`finish_reason` given) the text's ids with the end token after them."
+        "`messages` became the first `prompt_tokens` ids by the chat template, with `add_generation_prompt`; a "
+        "`prompt` by the tokenizer, with its special tokens but no closing one. The other ids are the completion: as "
+        "the model wrote them, or (`finish_reason` given) the text's ids with the end token after them."
     )
-
-
-def _templates(provenance: Mapping[str, Any]) -> bool:
-    return any(model.get("chat_template") for model in provenance["models"].values())
 
 
 def _type(field: Any) -> str:
@@ -225,7 +224,7 @@ def numbers(manifest: Manifest) -> str:
     }
     lines = [f"Kinds of targets in {name}: {_counts(found)}." for name, found in kinds.items()]
     lines += [
-        f"Temperatures that a student can learn {name} at: {_temperatures(found['soft_targets'])}."
+        f"Temperatures at which a student can be trained on {name}: {_temperatures(found['soft_targets'])}."
         for name, found in manifest.statistics.items()
         if "soft_targets" in found and not manifest.about["soft_targets"].get("class_names")
     ]

@@ -1,9 +1,11 @@
 """The command line. Every command imports what it needs when it needs it, so that help and errors answer at once."""
 
 import json
+import os
 import shutil
 import signal
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,7 +64,13 @@ def _raise(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _fail(error: StillroomError) -> NoReturn:
-    sys.stderr.write(f"error: {error}\n")
+    text = f"error: {error}"
+    if sys.stderr.isatty():  # which would break the lines inside words
+        width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+        text = "\n".join(
+            textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False) for line in text.split("\n")
+        )
+    sys.stderr.write(f"{text}\n")
     if "--json" in sys.argv:
         sys.stdout.write(json.dumps({"error": str(error), "exit_code": error.exit_code}) + "\n")
     sys.exit(error.exit_code)
@@ -116,11 +124,13 @@ def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fals
     from .recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    from .plan import make_plan
+    from .plan import make_plan, refuse_impossible
     from .status import plan_json, plan_table
 
     made = make_plan(loaded)
     _print(plan_table(made))
+    for line in made.stages:
+        refuse_impossible(made, line)  # as `run` would
     _json(plan_json(made), as_json)
 
 
@@ -141,6 +151,8 @@ def run(
 
     outcome = run_recipe(loaded, until=until, only=only, quiet=quiet)
     _outcome(outcome, as_json)
+    for line in _made(outcome):
+        _print(line)
     _json(outcome, as_json)
 
 
@@ -348,6 +360,15 @@ def _outcome(outcome: dict[str, Any], as_json: bool) -> None:
         from .report import results_table
 
         _print(results_table(outcome["results"]))
+
+
+def _made(outcome: dict[str, Any]) -> list[str]:
+    """Where the page and the student are that the stages of this run made, or found made."""
+    places = {"evaluate": ("report", "report.html"), "train": ("student", "latest/student")}
+    found = [
+        (name, Path(outcome["run_dir"]) / file) for stage, (name, file) in places.items() if stage in outcome["stages"]
+    ]
+    return [f"{name}: {path}" for name, path in found if path.exists()]
 
 
 def _print(content: Any, *, columns: int = 400) -> None:

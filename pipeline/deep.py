@@ -129,6 +129,11 @@ def deep_lines(report: DeepReport) -> list[str]:
     found, teacher = report.found, report.teacher
     kinds = ", ".join(f"{count} {kind}" for kind, count in found.kinds.items())
     lines = [f"read again: {found.rows} rows ({kinds}), {found.tokens} scored tokens, by {teacher.folder}"]
+    if found.imported:
+        lines.append(
+            f"imported: {found.imported} of these rows; of them only the entries are compared, for the entropy, the "
+            "tail and tokens outside the entries are bounds"
+        )
     lines += [f"not read: {count} rows of the teacher {other}" for other, count in sorted(report.others.items())]
     if report.classes:
         lines.append(f"not read: {report.classes} rows of a classification head, which deep verification does not know")

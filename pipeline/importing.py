@@ -13,6 +13,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..stages.identity import FileHashes, Identity, find_model, identify, identify_unseen
 from ..stages.intake import Intake
 from ..stages.job import Progress
@@ -26,6 +28,7 @@ from ..storage.errors import UsageError
 from ..storage.files import open_files
 from ..storage.foreign import BadRow, Columns, ForeignRow, convert
 from ..storage.keys import content_id, content_key
+from ..storage.rounding import refuse_renormalised
 from ..storage.store import Store
 from ..storage.writer import ShardWriter
 from .binding import Binding, write_binding
@@ -200,6 +203,8 @@ class _Import:
                 f"{self._asked.source}: in the first {len(rows)} rows, the targets are {found}. Expected each "
                 f"position's own. Is it --targets-at {other}?"
             )
+        left = np.concatenate([row.nothing_left for row in rows])
+        refuse_renormalised(self._asked.source, left, rows=len(rows))
         tokens = sum(len(row.targets.token_logprob) for row in rows)
         self._done.notes.append(f"audit: {len(rows)} rows of {tokens} scored tokens looked at, no shift found")
 

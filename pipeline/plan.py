@@ -104,6 +104,27 @@ def make_plan(recipe: Recipe, *, write: bool = False) -> Plan:
     return plan
 
 
+def refuse_impossible(plan: Plan, line: StagePlan) -> None:
+    """Refuse a stage that has work to do which nobody can do here.
+
+    Raises:
+        UsageError: the text is published and not written again, or teacher or data are not here.
+    """
+    if line.state != "to do":
+        return
+    if line.name == "generate" and plan.bound.published is not None:
+        raise UsageError(
+            f"generate: {line.why}, and what is published is not written again. Leave the section out to take the text "
+            "as it is, give the settings that it was written with (PROVENANCE.json of the published folder), or name "
+            "the prompts' own source and a teacher that is here."
+        )
+    if line.name in ("data", "generate", "score") and plan.bound.teacher is None:
+        why = f" ({line.why})" if line.why else ""
+        raise UsageError(
+            f"{line.name}: there is work to do{why}, but teacher or data are not here: {plan.bound.missing}"
+        )
+
+
 def _refuse_early(recipe: Recipe, bound: Bound) -> None:
     """What would only fail after the teacher's work, and can be seen in small files before it."""
     if bound.teacher is None or bound.author is None:

@@ -19,7 +19,7 @@ from typing import Any
 from ..storage.errors import IntegrityError, UsageError
 from ..storage.export import Choice, Made, chosen_columns, find_snapshots, make_tables, place, put
 from ..storage.export_rows import PUBLISHED
-from ..storage.files import LocalFiles, explained
+from ..storage.files import LocalFiles, explained, make_folder
 from ..storage.keys import content_id
 from ..storage.manifest import CARD, Manifest, PublishedFile, current_version, damaged_files, read_manifest
 from ..storage.snapshot import load_snapshot
@@ -191,7 +191,7 @@ class _Export:
         with explained("cannot write", work):
             if work.exists():
                 shutil.rmtree(work)  # of an export that was stopped
-            work.mkdir(parents=True)
+            make_folder(work)
         try:
             made = make_tables(self._store, self.snapshots, work, self._asked.choice)
             small = self._small_files(made)

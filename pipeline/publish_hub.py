@@ -45,7 +45,7 @@ def upload(
     from huggingface_hub import HfApi
 
     hub = _Hub(api or HfApi(library_name="stillroom"), repo, exported)
-    with _explained(repo):
+    with _explained(hub):
         url = hub.open(private=private)
         hub.send_data(say)
         hub.point(say)
@@ -54,7 +54,9 @@ def upload(
 
 class _Hub:
     def __init__(self, api: "HfApi", repo: str, exported: "Exported") -> None:
-        self._api, self._repo, self._exported = api, repo, exported
+        self._api, self.repo, self._exported = api, repo, exported
+        self.seen: bool | None = None
+        """Whether readers see a version; None: the Hub did not say yet."""
         self._version = exported.manifest.version
         names = [*(file.name for file in exported.manifest.files), MANIFEST]
         self._names = [f"{self._version}/{name}" for name in names]
@@ -66,15 +68,16 @@ class _Hub:
         try:
             DatasetCard(self._exported.card).validate()  # before anything is there
         except ValueError as error:
-            raise UsageError(f"{self._repo}: the Hub does not take the card: {error}") from error
-        url = self._api.create_repo(self._repo, repo_type=_KIND, private=private or None, exist_ok=True)
-        if private and not self._api.repo_info(self._repo, repo_type=_KIND).private:
+            raise UsageError(f"{self.repo}: the Hub does not take the card: {error}") from error
+        url = self._api.create_repo(self.repo, repo_type=_KIND, private=private or None, exist_ok=True)
+        if private and not self._api.repo_info(self.repo, repo_type=_KIND).private:
             raise UsageError(
-                f"{self._repo}: is public already. Make it private on the Hub first, or leave --private out."
+                f"{self.repo}: is public already. Make it private on the Hub first, or leave --private out."
             )
         card = self._card()
         if card is not None and current_version(card) is None and DatasetCard(card).text.strip():
-            raise UsageError(f"{self._repo}: has a {CARD} that no export wrote. Name another repository.")
+            raise UsageError(f"{self.repo}: has a {CARD} that no export wrote. Name another repository.")
+        self.seen = card is not None and current_version(card) is not None
         return str(url)
 
     def send_data(self, say: Callable[[str], None]) -> None:
@@ -84,9 +87,9 @@ class _Hub:
         missing = self._missing()
         for start in range(0, len(missing), BATCH):
             batch = missing[start : start + BATCH]
-            say(f"sending files {start + 1} to {start + len(batch)} of {len(missing)} to {self._repo}")
+            say(f"sending files {start + 1} to {start + len(batch)} of {len(missing)} to {self.repo}")
             self._api.create_commit(
-                self._repo,
+                self.repo,
                 [CommitOperationAdd(name, str(self._path(name))) for name in batch],
                 commit_message=f"{self._version}: data",
                 repo_type=_KIND,
@@ -96,19 +99,20 @@ class _Hub:
         """Let the card point at the version, if all of it is there, and give that state a name."""
         from huggingface_hub import CommitOperationAdd
 
-        head = self._api.repo_info(self._repo, repo_type=_KIND).sha
+        head = self._api.repo_info(self.repo, repo_type=_KIND).sha
         if missing := self._missing():
-            raise StillroomError(f"{self._repo}: {missing[0]} is not there as it was sent. Run the same command again.")
+            raise StillroomError(f"{self.repo}: {missing[0]} is not there as it was sent. Run the same command again.")
         if self._card() != self._exported.card:
             say(f"pointing the card at {self._version}")
             head = self._api.create_commit(
-                self._repo,
+                self.repo,
                 [CommitOperationAdd(CARD, self._exported.card.encode())],
                 commit_message=f"{self._version}: the card points at it",
                 repo_type=_KIND,
                 parent_commit=head,  # refused if somebody else committed since
             ).oid
-        self._api.create_tag(self._repo, tag=self._version, revision=head, repo_type=_KIND, exist_ok=True)
+        self.seen = True
+        self._api.create_tag(self.repo, tag=self._version, revision=head, repo_type=_KIND, exist_ok=True)
 
     def _path(self, name: str) -> Path:
         return self._exported.folder / name
@@ -119,16 +123,16 @@ class _Hub:
         there = set()
         for start in range(0, len(self._names), 1000):
             part = self._names[start : start + 1000]
-            for info in self._api.get_paths_info(self._repo, part, repo_type=_KIND):
+            for info in self._api.get_paths_info(self.repo, part, repo_type=_KIND):
                 if _same(info, self._path(info.path), hashes.get(info.path)):
                     there.add(info.path)
         return [name for name in self._names if name not in there]
 
     def _card(self) -> str | None:
         """The card that is there now."""
-        if not self._api.get_paths_info(self._repo, [CARD], repo_type=_KIND):
+        if not self._api.get_paths_info(self.repo, [CARD], repo_type=_KIND):
             return None
-        return Path(self._api.hf_hub_download(self._repo, CARD, repo_type=_KIND)).read_text()
+        return Path(self._api.hf_hub_download(self.repo, CARD, repo_type=_KIND)).read_text()
 
 
 def _same(info: Any, path: Path, sha256: str | None) -> bool:
@@ -142,13 +146,18 @@ def _same(info: Any, path: Path, sha256: str | None) -> bool:
 
 
 @contextmanager
-def _explained(repo: str) -> Iterator[None]:
+def _explained(hub: _Hub) -> Iterator[None]:
     try:
         yield
     except StillroomError:
         raise
     except Exception as error:  # the library and what it is built on raise what they like
+        there = {
+            True: "readers of the Hub see a whole version",
+            False: "nothing is published yet",
+            None: "nothing of it is published yet; what readers of the Hub saw before, if anything, they still see",
+        }[hub.seen]
         raise StillroomError(
-            f"{repo}: {type(error).__name__}: {error}\nThe dataset is complete on this machine, and readers of the "
-            "Hub see a whole version. Log in with `hf auth login` if that is it; run the same command to go on."
+            f"{hub.repo}: {type(error).__name__}: {error}\nThe dataset is complete on this machine, and {there}. "
+            "Log in with `hf auth login` if that is it; run the same command to go on."
         ) from error

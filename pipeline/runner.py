@@ -23,7 +23,7 @@ from ..storage.sources import at_commit
 from ..storage.store import Store
 from .binding import write_down
 from .pace import Pace
-from .plan import Plan, StagePlan, make_plan
+from .plan import Plan, StagePlan, make_plan, refuse_impossible
 from .process import StageDied, StageProcess
 from .report import write_report
 from .screen import Screen
@@ -123,12 +123,7 @@ def _logs(recipe: Recipe) -> Path:
 def _refuse_waiting(plan: Plan, line: StagePlan) -> None:
     if line.state == "waits":
         raise UsageError(f"{line.name}: waits {line.why}. Run the stages before it first.")
-    if line.name == "generate" and line.state != "done" and plan.bound.published is not None:
-        raise UsageError(
-            f"generate: {line.why}, and what is published is not written again. Leave the section out to take the text "
-            "as it is, give the settings that it was written with (PROVENANCE.json of the published folder), or name "
-            "the prompts' own source and a teacher that is here."
-        )
+    refuse_impossible(plan, line)
     if line.name == "generate" and plan.stages[0].state != "done":
         raise UsageError("generate: waits for the prompts, which are not all in the store. Run `--only data` first.")
 
@@ -153,10 +148,6 @@ def _keep_models(plan: Plan, store: Store) -> None:
 def _run_stage(recipe: Recipe, plan: Plan, name: str, *, screen: Screen, number: int) -> dict[str, Any]:
     arm: Arm = "baseline" if name == "baseline" else "student"
     stage = "train" if name == "baseline" else name
-    if stage in ("data", "generate", "score") and plan.bound.teacher is None:
-        line = plan.stage(name)
-        why = f" ({line.why})" if line and line.why else ""
-        raise UsageError(f"{name}: there is work to do{why}, but teacher or data are not here: {plan.bound.missing}")
     if stage == "train":
         _begin_student(recipe, plan, arm)
     opened = recipe.model_dump(mode="json")

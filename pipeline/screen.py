@@ -189,7 +189,7 @@ class Screen:
             bar = ProgressBar(total=meter.total or None, completed=meter.done, pulse=not meter.total)
             left = meter.left
             spent = duration(time.monotonic() - self._stage_began)
-            time_cell = f"{duration(left)} left" if left is not None and left >= 1 else spent
+            time_cell = self._remaining(left) if left is not None and left >= 1 else spent
             return [bar, meter.count() if meter.total or meter.done else "starts", *self._counts(row), time_cell]
         if row.state in ("waiting", "left out"):
             to_do = f"{short(books.pending)} to do" if books.pending else ""
@@ -199,6 +199,11 @@ class Screen:
             return [row.state, meter.count() if meter.total or meter.done else "", *self._counts(row), ""]
         done = f"{short(books.committed)} rows" if books.committed else ""
         return [row.state, done, *self._counts(row), "" if row.seconds is None else duration(row.seconds)]
+
+    def _remaining(self, left: float) -> str:
+        """Seconds to go; `1m 06s left` is wider than the column of a narrow terminal."""
+        text = f"{duration(left)} left"
+        return text if self._console.width >= _WIDE or len(text) <= _COLUMNS["time"] else f"~{duration(left)}"
 
     @staticmethod
     def _counts(row: _Row) -> list[str]:

@@ -8,6 +8,7 @@ from .remeasure import stored_numbers
 from .rereading import Part, Reader, Reading, compare
 from .rescore import Difference, Fault, Row
 
+_BOUNDED = {"entropy", "tail_logprob"}  # in a row of a foreign table
 _BY_TOKEN = {"token_logprob"}  # of the token that is there: the same under a shift only if it was looked up shifted too
 
 
@@ -26,6 +27,11 @@ def explain(
         parts = _shifted(row, reader, shift)
         if parts and all(part.within(limits[name]) for name, part in parts.items()):
             return "shifted by one position", f"the teacher's at the position {side} their own: shifted by one position"
+    if row.imported:  # its entropy is a bound: it does not tell one text from another
+        return "other numbers", (
+            "other numbers, and not those of the positions beside their own. Another teacher's, another text's, or not "
+            "of the whole vocabulary at temperature 1"
+        )
     entropy = stored_numbers(row.targets)["entropy"]
     own = next(reading.entropy for other, reading in read if other is row)
     if not _same(entropy, own, row, limits):
@@ -54,7 +60,8 @@ def _shifted(row: Row, reader: Reader, shift: int) -> dict[str, Part]:
     measured = reader.measured(row, targets, position=position)
     stored = stored_numbers(targets)
     parts = compare(stored, measured, measured, bits=row.columns["mantissa_bits"])
-    return {name: part for name, part in parts.items() if name not in _BY_TOKEN}
+    left_out = _BY_TOKEN | (_BOUNDED if row.imported else set())
+    return {name: part for name, part in parts.items() if name not in left_out}
 
 
 def _same(stored: np.ndarray, measured: np.ndarray, row: Row, limits: Mapping[str, Difference]) -> bool:

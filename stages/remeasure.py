@@ -32,6 +32,20 @@ def stored_numbers(targets: SoftTargets) -> Numbers:
     return {name: values.reshape(-1) for name, values in found.items() if values is not None}
 
 
+def entries_alone(numbers: Numbers, targets: SoftTargets, following: np.ndarray) -> Numbers:
+    """Of a row's quantities those that a foreign table holds: its entries, and the tokens that are among them.
+
+    Args:
+        numbers: Stored or measured, of all positions.
+        targets: The row's targets, with ids.
+        following: [N] the tokens that follow.
+    """
+    assert targets.ids is not None
+    inside = (targets.ids == following[:, None]).any(axis=1)
+    held = {"logprobs": numbers["logprobs"]}
+    return held | ({"token_logprob": numbers["token_logprob"][inside]} if inside.any() else {})
+
+
 def remeasure(
     states: Tensor, head: Head, stored: SoftTargets, following: Tensor, *, draw: Mapping[str, float] | None = None
 ) -> Numbers:

@@ -11,7 +11,7 @@ from ..storage.codec import SoftTargets
 from .alignment import predicting_positions
 from .head import check_head, hidden_states, split_head
 from .identity import Identity
-from .remeasure import Numbers, remeasure, stored_numbers
+from .remeasure import Numbers, entries_alone, remeasure, stored_numbers
 from .rescore import DEVIATIONS, Difference, Row
 from .teacher import load_causal_lm
 
@@ -65,8 +65,12 @@ class Reader:
         for row, states in zip(rows, together, strict=True):
             measured = self.measured(row, row.targets)
             again = self._measured(row, row.targets, states, row.span[0] - 1)
-            stored = stored_numbers(row.targets)
-            parts = compare(stored, measured, again, bits=row.columns["mantissa_bits"])
+            three = [stored_numbers(row.targets), measured, again]
+            if row.imported:
+                start, n = row.span
+                following = row.columns["token_ids"][start : start + n]
+                three = [entries_alone(numbers, row.targets, following) for numbers in three]
+            parts = compare(*three, bits=row.columns["mantissa_bits"])
             found.append(Reading(parts=parts, entropy=measured["entropy"]))
         return found
 

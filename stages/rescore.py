@@ -7,7 +7,9 @@ rounding may do, |stored| * 2**-(bits + 1), n the difference between the reading
     max(d - r)   <=  ABSOLUTE + 4 eps + NOISE * (max n over all rows)
     mean(d - r)  <=  ABSOLUTE + 4 eps + NOISE * (max over rows of mean n)
 
-with eps of the dtype that the teacher computes in (2**-7 in bfloat16). Nothing is written.
+with eps of the dtype that the teacher computes in (2**-7 in bfloat16). Nothing is written. Of rows from a foreign
+table only the entries are compared, and the token that is there where it is one: what such a table does not hold is
+bounded (`storage/foreign.py`), not said by a teacher.
 """
 
 from collections import Counter
@@ -48,6 +50,8 @@ class Shelf:
     head: str
     rows: dict[str, int]
     """Kind -> rows."""
+    imported: bool = False
+    """Whether the rows come from a foreign table."""
 
 
 def shelves(store: Store, *, damaged: Collection[str] = ()) -> list[Shelf]:
@@ -66,7 +70,8 @@ def shelves(store: Store, *, damaged: Collection[str] = ()) -> list[Shelf]:
         rows = {kind: int(counts["rows"]) for kind, counts in about["statistics"].items()}
         teacher, head = str(about["teacher_id"]), str(about.get("head", "lm"))
         names = {"sha256": commit.shard.sha256, "name": commit.shard.name}
-        found.append(Shelf(**names, teacher_id=teacher, head=head, rows=rows))
+        imported = about.get("stage") == "import"
+        found.append(Shelf(**names, teacher_id=teacher, head=head, rows=rows, imported=imported))
     return found
 
 
@@ -80,6 +85,8 @@ class Row:
     """Index in the shard."""
     columns: dict[str, Any]
     targets: SoftTargets
+    imported: bool = False
+    """Of a foreign table: the entropy, the tail and a token that is no entry are bounds."""
 
     @property
     def span(self) -> tuple[int, int]:
@@ -109,8 +116,8 @@ def choose_rows(store: Store, found: Sequence[Shelf], *, rows: int, seed: int) -
         numbers = _row_numbers(store, shelf.sha256, chosen.get(shelf.sha256, ()))
         for number, columns in zip(numbers, store.rows("soft_targets", {shelf.sha256: numbers}), strict=True):
             targets = SoftTargets.from_row(columns)
-            row = Row(key=columns["key"], shard=shelf.name, number=number, columns=columns, targets=targets)
-            result.append(row)
+            where = {"key": columns["key"], "shard": shelf.name, "number": number}
+            result.append(Row(**where, columns=columns, targets=targets, imported=shelf.imported))
     return result
 
 
@@ -180,6 +187,8 @@ class Rescored:
     rows: int = 0
     tokens: int = 0
     kinds: dict[str, int] = field(default_factory=dict)
+    imported: int = 0
+    """Of the rows, those of which the entries alone were compared."""
     quantities: dict[str, Difference] = field(default_factory=dict)
     off: list[OffRow] = field(default_factory=list)
 
@@ -216,6 +225,7 @@ def rescore(
         progress.advance(len(rows[start : start + TOGETHER]))
     found = Rescored(teacher_id=teacher.id, rows=len(rows), tokens=sum(r.span[1] for r in rows))
     found.kinds = dict(Counter(str(row.columns["kind"]) for row in rows))
+    found.imported = sum(row.imported for row in rows)
     found.quantities = _differences(readings, 4 * reader.eps)
     read = list(zip(rows, readings, strict=True))
     for row, reading in read:

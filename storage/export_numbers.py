@@ -82,7 +82,8 @@ class TargetNumbers:
         fixed = np.asarray(entries.is_null())
         self._entries.add(np.repeat(k[fixed], spans[fixed]))
         self._entropy.add(np.asarray(rows["entropy"].combine_chunks().flatten()))
-        for kind, others in set(zip(rows["kind"].to_pylist(), map(_numbers, rows["temperatures"].to_pylist()))):
+        stored = map(_numbers, rows["temperatures"].to_pylist())
+        for kind, others in set(zip(rows["kind"].to_pylist(), stored, strict=True)):
             if kind != "full":  # which has all of them
                 here = {*others, *([] if kind == "sampled" and others else [1.0])}
                 self._temperatures = here if self._temperatures is None else self._temperatures & here

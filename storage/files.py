@@ -23,8 +23,8 @@ DISK_FULL = "the disk is full. Free space and run the same command again; what w
 _ADVICE = {
     errno.ENOSPC: DISK_FULL,
     errno.EDQUOT: "the disk quota is used up. Free space and run the same command again; what was committed is kept",
-    errno.EACCES: "permission denied. Give this user write access to the folder, or choose another one",
-    errno.EPERM: "not permitted; a filesystem without hard links cannot hold a store. Choose another folder",
+    errno.EACCES: "give this user write access to the folder, or choose another one",
+    errno.EPERM: "a filesystem that takes no new files or no hard links cannot hold a store. Choose another folder",
     errno.EOPNOTSUPP: "the filesystem has no hard links, so it cannot hold a store. Choose another folder",
     errno.EROFS: "the filesystem is read-only. Mount it writable, or choose another folder",
     errno.EIO: "the disk reported an input/output error. Check the disk; `stillroom verify` says what is intact",
@@ -300,7 +300,7 @@ class LocalFiles:
         if below_root:
             self._make_folder(folder.parent)
         existed = folder.is_dir()
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         if below_root or not existed:
             self._sync_folder(folder.parent)
         self._durable.add(folder)
@@ -348,6 +348,15 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it; StillroomError, with what to do, where that cannot be."""
+    try:
+        with explained("cannot make this folder", folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:  # what /proc says of a new name
+        raise StillroomError(f"{folder}: no folder can be made there. Choose another place.") from error
 
 
 @contextmanager

@@ -18,10 +18,10 @@ import numpy as np
 
 from .codec import SoftTargets
 from .invariants import SUM_TOLERANCE
+from .rounding import hidden_mass, leaving_nothing, mantissa_bits
 
 Values = Literal["logprobs", "probs", "logits"]
 Place = Literal["next", "same"]
-_FLOAT32_BITS = 24
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +86,8 @@ class ForeignRow:
     """The first scored token is the one after them, or the second of all."""
     targets: SoftTargets
     """Of every token of the span."""
+    nothing_left: np.ndarray
+    """[M] bool, of positions where a tail would be seen: whether the entries sum to 1 all the same."""
 
 
 def convert(record: Mapping[str, Any], columns: Columns, *, vocab_size: int) -> ForeignRow:
@@ -121,7 +123,10 @@ def convert(record: Mapping[str, Any], columns: Columns, *, vocab_size: int) -> 
     entries = _Entries(ids, *_logprobs(numbers, record, columns, part=part))
     given = _given(record, columns, part=part)
     targets = _targets(entries, following, columns=columns, given=given, vocab_size=vocab_size)
-    return ForeignRow(token_ids=tokens, prompt_tokens=prompt, targets=targets)
+    nothing_left, best = np.empty(0, bool), slice(None, -1 if columns.forced else None)
+    if ids.shape[1] < vocab_size:
+        nothing_left = leaving_nothing(entries.logprobs[:, best], entries.error[:, best])
+    return ForeignRow(token_ids=tokens, prompt_tokens=prompt, targets=targets, nothing_left=nothing_left)
 
 
 def _list(record: Mapping[str, Any], column: str) -> Sequence[Any]:
@@ -318,7 +323,7 @@ def _targets(
 def _tail(logprobs: np.ndarray, error: np.ndarray, columns: Columns) -> np.ndarray:
     """[N] the log probability outside the entries."""
     kept = np.exp(logprobs)
-    total, hidden = kept.sum(axis=1), _hidden(kept, error)
+    total, hidden = kept.sum(axis=1), hidden_mass(kept, error)
     if (over := total - 1 > SUM_TOLERANCE + hidden).any():
         raise BadRow(
             "probability",
@@ -331,16 +336,10 @@ def _tail(logprobs: np.ndarray, error: np.ndarray, columns: Columns) -> np.ndarr
     return tail
 
 
-def _hidden(kept: np.ndarray, error: np.ndarray) -> np.ndarray:
-    """[N] how much of the sum of these probabilities rounding may hide."""
-    hidden: np.ndarray = (kept * error).sum(axis=1) + kept.shape[1] * 2.0**-_FLOAT32_BITS
-    return hidden
-
-
 def _check_whole(entries: _Entries, columns: Columns, vocab_size: int) -> None:
     """Entries are the K best, so none of the V - K other ids has more than the least of them."""
     kept = np.exp(entries.logprobs)
-    total, hidden = kept.sum(axis=1), _hidden(kept, entries.error)
+    total, hidden = kept.sum(axis=1), hidden_mass(kept, entries.error)
     most = (vocab_size - kept.shape[1]) * np.exp((entries.logprobs + entries.error).min(axis=1))
     if (short := 1 - total > most * 1.01 + hidden).any():
         at = int(np.flatnonzero(short)[0])
@@ -389,11 +388,7 @@ def _check_given(given: np.ndarray, token: np.ndarray, inside: np.ndarray, colum
             columns.token_logprobs or columns.ids,
             found=f"log-probability {given[position]:.4g} of the token at position {position} of the span",
             expected=f"{'' if inside[position] else 'at most '}{token[position]:.4g}, as the entries say",
-            help="The lists are about other tokens; set --targets-at to the other value, or name other columns.",
+            help="The lists are about other tokens: set --targets-at to the other value, or name other columns. Or "
+            "this column is: it must count from the first scored position, as the lists do, its n-th number that of "
+            "the token that the n-th list is about.",
         )
-
-
-def mantissa_bits(values: np.ndarray) -> int:
-    """Bits of mantissa, the first one counted, that float32 needs for all values: 8 for bfloat16's, 24 at most."""
-    pattern = int(np.bitwise_or.reduce(values.astype(np.float32).view(np.uint32).ravel(), initial=0)) & 0x7FFFFF
-    return 1 if pattern == 0 else _FLOAT32_BITS - ((pattern & -pattern).bit_length() - 1)

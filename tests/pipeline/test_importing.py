@@ -13,9 +13,11 @@ import pytest
 import torch
 from conftest import save_tiny_llama
 from kit import last_json, stillroom, write_jsonl
+from planting import copied, planted
 from tiny_store import SilentProgress, teacher_targets
 from transformers import AutoModelForCausalLM
 
+from stillroom.pipeline.deep import deep_lines, deep_verify, deeply, find_teacher
 from stillroom.pipeline.importing import Asked, Imported, import_table, recipe_for
 from stillroom.pipeline.plan import make_plan
 from stillroom.stages import train
@@ -110,6 +112,48 @@ def test_a_table_becomes_a_store_that_plan_and_train_know(tmp_path: Path, teache
     # The student is the teacher: what it learns from agrees with what it says, but for the coarse tail.
     first = json.loads((folder / "train.json").read_text())["history"][0]
     assert first["soft_loss" if "soft_loss" in first else "soft"] < 0.01
+
+
+def test_deep_verification_compares_the_entries_of_an_imported_row(
+    asked: Callable[..., Asked], teacher: Path, tmp_path: Path
+) -> None:
+    """Bounds are not what the teacher says; the entries are, and one that is off is found."""
+    imported(asked())
+    store = Store.open(asked().store)
+    how = deeply(str(teacher))
+    found = deep_verify(store, find_teacher(store, how), how, progress=SilentProgress())
+    assert (found.found.off, found.found.imported) == ([], 32)
+    assert found.found.quantities.keys() == {"logprobs", "token_logprob"}
+    assert any("only the entries are compared" in line for line in deep_lines(found))
+
+    def change(row: dict[str, Any]) -> dict[str, Any]:
+        return row | {"logprobs": row["logprobs"] - np.float32(0.1)}
+
+    off = copied(store, tmp_path / "off", change)
+    found = deep_verify(off, find_teacher(store, how), how, progress=SilentProgress())
+    assert {row.fault for row in found.found.off} == {"other numbers"}
+    assert len(found.found.off) == 32
+    back = planted(store, tmp_path / "back", "shifted", consistent=False)
+    found = deep_verify(back, find_teacher(store, how), how, progress=SilentProgress())
+    assert [row.fault for row in found.found.off].count("shifted by one position") >= 28
+
+
+def test_probabilities_of_the_entries_alone_are_refused(asked: Callable[..., Asked], records: list[Record]) -> None:
+    how = replace(COLUMNS, kind="probs")
+    whole = [[np.exp(values).tolist() for values in record["values"]] for record in records]
+
+    def give(rows: list[Record], *, over_entries: bool) -> Asked:
+        table = asked(columns=how)
+        for row, values in zip(rows, whole, strict=True):
+            row["values"] = [[p / (sum(some) if over_entries else 1) for p in some] for some in values]
+        write_jsonl(Path(table.source), rows)
+        return table
+
+    rows = json.loads(json.dumps(records))
+    with pytest.raises(UsageError, match=r"look renormalised over their entries.*Give the values over the whole"):
+        imported(give(rows, over_entries=True))
+    assert not Path(asked().store).exists()
+    assert imported(give(rows, over_entries=False)).rows == ROWS
 
 
 def test_what_is_stored_is_what_the_teacher_says(asked: Callable[..., Asked], teacher: Path) -> None:

@@ -17,7 +17,9 @@ from stillroom.pipeline import runner, worker
 from stillroom.pipeline.plan import make_plan
 from stillroom.pipeline.recipe import load_recipe
 from stillroom.pipeline.sample import describe, find_row, render
+from stillroom.pipeline.screen import Screen
 from stillroom.pipeline.status import stage_facts
+from stillroom.stages.clock import Clock
 from stillroom.stages.job import StopFlag
 from stillroom.stages.kept import Kept, wanted
 from stillroom.storage.catalog import query
@@ -71,11 +73,13 @@ LATER: dict[str, list[tuple[tuple[str, ...], int, str]]] = {
 class InThisProcess:
     """In place of `StageProcess`: the same message, the same answer."""
 
-    def __init__(self, message: dict[str, Any]) -> None:
+    def __init__(self, message: dict[str, Any], screen: Screen) -> None:
         self._message = message
 
     def finish(self) -> dict[str, Any]:
-        return worker._answer(worker._run(self._message, SilentProgress(), StopFlag()))
+        clock = Clock(began=self._message["began"])
+        job = worker._job(self._message, SilentProgress(), StopFlag(), clock=clock)
+        return worker._answer(worker._run(job, self._message["stage"]), clock)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +123,7 @@ def test_from_text_to_a_judged_student(recipe: Path, name: str, monkeypatch: pyt
     sample = describe(find_row(store, rows[0]["key"].hex()), None)
     assert sample["kept"]["kind"] == rows[0]["kind"]
     assert len(sample["positions"]) == rows[0]["span_tokens"]
-    assert render(sample)
+    assert render(sample, columns=80, colours=False)
     for overrides, rows_to_do, why in LATER[name]:
         line = make_plan(load_recipe(recipe, [*KINDS[name], *overrides])).stage("score")
         assert line is not None

@@ -140,14 +140,14 @@ class TestCard:
         text = (folder / "README.md").read_text()
         for said in (
             "Rows of kind `full` (all of `test`) are whole distributions: `ids` is null, `logprobs` has `k` = 50 ",
-            "Temperatures that a student can learn train at: 1.",
-            "Temperatures that a student can learn test at: any.",
+            "Temperatures at which a student can be trained on train: 1.",
+            "Temperatures at which a student can be trained on test: any.",
             "`messages` became the first `prompt_tokens` ids by the chat template, with `add_generation_prompt`",
-            "/teachers/<id>/`",
+            f"/teachers/{TEACHER}/`",
             'print(texts[0]["key"].hex())',
         ):
             assert said in text
-        assert not re.search(r"^\|.*\|  \|", text, flags=re.MULTILINE)  # every column of a table has a name
+        assert not re.search(r"^\|.*\|  \|.*\n\| ?---", text, flags=re.MULTILINE)  # every column of a table has a name
 
     def test_the_hubs_own_classes_read_it_back(self, folder):
         """Offline: parsed, and written again. The Hub's `validate` asks its server, see test_publish_hub.py."""
@@ -316,8 +316,8 @@ class TestLicenses:
 
     def test_an_export_without_the_others_warns_its_readers(self, store, tmp_path):
         done = export(asked(store, model_licenses=(), source_licenses=()), tmp_path / "out", say=silent)
-        said = f"Licences not stated: of the model LlamaForCausalLM (`{TEACHER[:8]}`); of the prompts' source `prompts.jsonl`."
-        assert said in done.card
+        said = f"Licences not stated: of the model LlamaForCausalLM (`{TEACHER[:8]}`); of the prompts' source"
+        assert f"> **{said} `prompts.jsonl`." in done.card
         half = export(asked(store, source_licenses=()), tmp_path / "my-words_2", say=silent).card
         assert "Licences not stated: of the prompts' source `prompts.jsonl`. Find" in half
         assert "\n# My words 2\n" in half

@@ -132,6 +132,25 @@ def test_interrupted_at_every_request_and_resumed_no_reader_sees_a_mixed_version
     assert survived <= 4, "most interruptions end the command"
 
 
+def test_what_is_said_of_readers_is_what_they_see(hub, versions):
+    """Interrupted in the middle, of a first version and of a second one."""
+    hub.fault = (8, "before")
+    with pytest.raises(StillroomError, match=r"and nothing is published yet\. Log in"):
+        send(hub, versions["old"])
+    hub.fault = None
+    send(hub, versions["old"])
+    told = []
+    for number in range(1, 12):
+        hub.fault = (number, "before")
+        try:
+            send(hub, versions["new"])
+        except StillroomError as error:
+            told.append(str(error))
+    assert "what readers of the Hub saw before, if anything, they still see" in told[0], "nothing was asked yet"
+    assert "readers of the Hub see a whole version" in told[-1]
+    assert not any("and nothing is published yet. " in text for text in told)
+
+
 def test_a_half_made_version_is_found_by_the_check_of_these_tests(hub, versions):
     send(hub, versions["old"])
     files = {name: content for name, content in hub.files.items() if "soft_targets/train" not in name}

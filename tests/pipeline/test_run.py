@@ -44,7 +44,10 @@ def test_one_command_from_prompts_to_a_judged_student(tmp_path: Path, teacher: P
     recipe = write_recipe(
         tmp_path, teacher, source, evaluate={"tokens": 200, "baseline": True, "generate": {"prompts": 3}}
     )
-    outcome = run(recipe)
+    done = stillroom("run", recipe, "--json")
+    outcome = last_json(done)
+    told = f"report: {tmp_path}/run/report.html\nstudent: {tmp_path}/run/latest/student\n"
+    assert done.stdout.rpartition('{"run_dir')[0].endswith(told), "where both are, above the JSON line"
     assert list(outcome["results"]) == ["teacher", "student_before", "baseline", "student"]
     for arm in outcome["results"].values():
         assert {"cross_entropy", "perplexity", "kl_teacher", "tv_teacher", "acceptance"} <= arm.keys()

@@ -272,6 +272,21 @@ def test_a_narrow_terminal_has_fewer_columns_and_cuts_no_number(
     assert re.search(r" 60/100 rows .* 200 .*40s left$", rows["score"])
     assert rows["train"].endswith("~2h 01m")
     assert "\u2026" not in "".join(rows.values())
+    meter = Meter(total=100, first=20, done=60, tokens=8000, seconds=66.0, note="a note")
+    with under_way(stream, {"train": 7300.0}) as screen:
+        screen.hear({"event": "at", "meter": asdict(meter)})
+        screen.tick(now=True)
+        later = Terminal(width)
+        later.feed(stream.getvalue())
+    assert re.search(r" 60/100 rows .* ~1m 06s$", rows_of(later)["score"])
+
+
+def test_an_error_is_broken_between_words(recipe: Path) -> None:
+    terminal, _, code = at_a_terminal(command("run", recipe, "--only", "nowhere"), 40)
+    assert code == 2
+    assert " ".join(line.strip() for line in terminal.lines).strip() == (
+        "error: no stage 'nowhere'. The stages are data, generate, score, train, evaluate."
+    )
 
 
 def test_a_stage_does_not_wait_for_a_runner_that_does_not_read() -> None:

@@ -140,8 +140,15 @@ def test_a_folder_is_named_as_teacher_and_data(gone: Made, tmp_path: Path) -> No
     warmer = named | {"generate": {"temperature": 0.5}}
     other = gone.recipe(tmp_path, gone.published, **warmer)
     assert books(other)["generate"][:3] == ("to do", 0, 40)
+    with pytest.raises(UsageError, match=r"^score: there is work to do .*but teacher or data are not here"):
+        runner.run(gone.recipe(tmp_path, gone.published, **named, score={"k": 9}), quiet=True)
     with pytest.raises(UsageError, match=r"^generate: 40 published from other settings.*Leave the section out"):
         runner.run(other, quiet=True)
+    for impossible, says in ((named | {"score": {"k": 9}}, "score: there is work to do"), (warmer, "generate: 40 ")):
+        path = tmp_path / "impossible.yaml"
+        tree = gone.recipe(tmp_path, gone.published, **impossible).model_dump(mode="json", exclude_none=True)
+        path.write_text(yaml.safe_dump(tree))
+        assert f"error: {says}" in stillroom("plan", path, expect=2).stderr, "as `run` would"
     # `evaluate.tokens` and `select.where` choose among what is there.
     assert books(gone.recipe(tmp_path, gone.published, **named, evaluate={"tokens": 1}))["evaluate"][2] == 1
     short = gone.recipe(tmp_path, gone.published, **named, select={"where": "completion_tokens < 8"})

@@ -61,8 +61,9 @@ def test_a_worker_leaves_when_others_have_committed_what_it_has_in_flight(
     at = 1 + 4 * 10 + 2  # one look after loading, ten steps in a batch: in the midst of the fifth of six
     stop = Beside(at, lambda: other.append(generate.run(job, author).rows))
     mine = generate.run(replace(job, stop=stop), author)
-    assert other == [ROWS - 16]
-    assert mine.rows == 16
+    # Four batches are done; the last of them may be in a shard that is still in the making, and is then the other's.
+    assert mine.rows in (8, 16)
+    assert other == [ROWS - mine.rows]
     assert stop.looks == at  # and not to the end of the batch
     assert len(table(job, "generations", "key")) == ROWS
 

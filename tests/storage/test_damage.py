@@ -81,7 +81,7 @@ def chunks_of(path):
 
 def flipped(data: bytes, count: int):
     """`count` copies of some bytes, a different bit flipped in each, and the flipped bit's byte."""
-    for bit in np.random.default_rng().permutation(len(data) * 8)[:count]:
+    for bit in np.random.default_rng(count).permutation(len(data) * 8)[:count]:
         copy = bytearray(data)
         copy[bit // 8] ^= 1 << (bit % 8)
         yield int(bit) // 8, bytes(copy)

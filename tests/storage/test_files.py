@@ -89,9 +89,9 @@ def test_put_content_heals_a_damaged_file_of_that_name(tmp_path):
     ("number", "says"),
     [
         (errno.ENOSPC, "the disk is full. Free space"),
-        (errno.EACCES, "permission denied"),
+        (errno.EACCES, "Permission denied; give this user"),
         (errno.EROFS, "read-only"),
-        (errno.EPERM, "hard links"),
+        (errno.EPERM, "not permitted; a filesystem that takes no new files or no hard links"),
     ],
 )
 @pytest.mark.parametrize("step", ["_write", "_sync_file", "_link", "_sync_folder"])
@@ -109,6 +109,17 @@ def test_a_failed_step_names_file_and_remedy_and_leaves_no_temporary(tmp_path, m
         files.put_content("folder", lambda path: path.write_bytes(b"x"), suffix="")
     assert caught.value.exit_code == 1
     assert not list(tmp_path.rglob(".tmp-*"))
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    """In /proc nobody can: it says that the new name does not exist."""
+    for write in (
+        lambda files: files.put_if_absent("folder/name", b"x"),
+        lambda files: files.put_content("folder", lambda path: path.write_bytes(b"x"), suffix=""),
+        lambda files: files.replace("name", b"x"),
+    ):
+        with pytest.raises(StillroomError, match=r"^/proc/nowhere: no folder can be made there\. Choose another"):
+            write(LocalFiles("/proc/nowhere"))
 
 
 def test_a_folder_that_cannot_be_synced_is_no_error(tmp_path, monkeypatch):

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stillroom.storage.codec import round_mantissa
-from stillroom.storage.foreign import BadRow, Columns, convert, mantissa_bits
+from stillroom.storage.foreign import BadRow, Columns, convert
 from stillroom.storage.invariants import doubts
+from stillroom.storage.rounding import leaving_nothing, mantissa_bits
 
 V = 30
 COLUMNS = Columns(tokens="tokens", ids="ids", values="values", prompt_tokens="prompt", targets_at="next")
@@ -211,7 +212,7 @@ def test_entries_that_sum_to_too_little_are_refused():
         return record | {"values": [[value - by for value in row] for row in record["values"]]}
 
     for columns in (COLUMNS, replace(COLUMNS, k=2)):  # also where fewer are kept: the bound is that of all
-        with pytest.raises(BadRow, match=r"entries that sum to 0\.00\d+ at position 0 .* at least.*--values") as refused:
+        with pytest.raises(BadRow, match=r"entries that sum to 0\.00\d+ at .* at least.*--values") as refused:
             convert(less(text.record(5), 5), columns, vocab_size=V)
         assert refused.value.reason == "probability"
     flat = {"tokens": [1, 2, 3], "prompt": 1, "ids": [[4, 5, 6]] * 3, "values": [[-np.log(V)] * 3] * 3}
@@ -243,7 +244,9 @@ def test_a_forced_token_says_whether_the_lists_are_in_place():
         convert(text.record(20, forced=True), COLUMNS, vocab_size=V)
     with pytest.raises(BadRow, match=r"last entry .*the token that is there"):
         convert(text.record(forced=True), replace(COLUMNS, forced=True, targets_at="same"), vocab_size=V)
-    with pytest.raises(BadRow, match=r"log-probability .* of the token at position"):
+    with pytest.raises(
+        BadRow, match=r"log-probability .* of the token at position.*count from the first scored position"
+    ):
         convert(text.record(), replace(COLUMNS, token_logprobs="token", targets_at="same"), vocab_size=V)
 
 
@@ -252,3 +255,23 @@ def test_how_exact_numbers_are_is_seen_in_them(dtype, bits):
     values = np.random.default_rng(0).normal(0, 3, 1000).astype(dtype).astype(np.float64)
     assert mantissa_bits(values) == bits
     assert mantissa_bits(np.array([1.0, -2.0])) == 1
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
+def test_entries_normalised_over_themselves_are_told_from_those_of_a_sure_teacher(dtype):
+    """At most positions of a real table the next id would be seen; a sure teacher's positions tell nothing."""
+    text = Text(tokens=60)
+    real = text.record(kind="probs")
+    real["values"] = np.array(real["values"]).astype(dtype).tolist()
+    columns = replace(COLUMNS, kind="probs")
+    found = convert(real, columns, vocab_size=V).nothing_left
+    assert len(found) > 20
+    assert found.mean() < 0.2
+    values = np.array(real["values"])
+    again = real | {"values": (values / values.sum(axis=1, keepdims=True)).astype(dtype).tolist()}
+    assert convert(again, columns, vocab_size=V).nothing_left.mean() > 0.95
+    sure = np.sort(1e-9 / np.arange(1, 5))[::-1]
+    sure[0] = 1 - sure[1:].sum()
+    assert len(leaving_nothing(np.log(np.tile(sure, (9, 1))), np.full((9, 4), 2.0**-24))) == 0
+    every = text.record(V, kind="probs")
+    assert len(convert(every, columns, vocab_size=V).nothing_left) == 0, "the whole vocabulary does sum to 1"

@@ -19,7 +19,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..stages.job import Progress
+from ..stages.workers.job import Progress
 
 if TYPE_CHECKING:
     import torch

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_llama import save_tiny_llama
 
 # Before any test module imports transformers or datasets: they read these once.
 for name in [n for n in os.environ if n.startswith(("HF_", "TRANSFORMERS_", "STILLROOM_")) and n != "STILLROOM_ASSETS"]:
     del os.environ[name]
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
-
-WORDS = "the a cat dog sat ran on under mat tree and then saw big small red blue it was happy".split()
 
 
 @pytest.fixture(autouse=True)
@@ -54,43 +53,3 @@ def tiny_llama(tmp_path: Path) -> Callable[..., Path]:
         return save_tiny_llama(tmp_path / name, **options)
 
     return make
-
-
-def save_tiny_llama(folder: Path, *, seed: int = 0, **overrides: Any) -> Path:
-    """Save a small random Llama and the tiny tokenizer; overrides are fields of its config."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    settings = {
-        "vocab_size": 32,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 128,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": None,
-        "tie_word_embeddings": False,
-    }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(LlamaConfig(**settings | overrides))
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def tiny_tokenizer() -> Any:
-    """A word-level tokenizer over `WORDS` that starts every text with <s>."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", "<pad>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )

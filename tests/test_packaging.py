@@ -66,7 +66,7 @@ def test_carries_its_licence_and_command(wheel):
     with zipfile.ZipFile(wheel) as archive:
         info = f"stillroom-{version(wheel)}.dist-info"
         assert b"Apache License" in archive.read(f"{info}/licenses/LICENSE")
-        assert b"stillroom = stillroom.pipeline.cli:main" in archive.read(f"{info}/entry_points.txt")
+        assert b"stillroom = stillroom.pipeline.cli.main:main" in archive.read(f"{info}/entry_points.txt")
 
 
 def version(wheel: Path) -> str:

@@ -16,16 +16,16 @@ from unittest import mock
 
 import numpy as np
 
-from stillroom.pipeline import runner, worker
-from stillroom.pipeline.plan import make_plan
-from stillroom.pipeline.progress import StageProgress
-from stillroom.pipeline.recipe import load_recipe
-from stillroom.pipeline.screen import Screen
-from stillroom.stages.clock import Clock
-from stillroom.stages.job import StopFlag
-from stillroom.stages.samples import Sample, Samples
-from stillroom.storage.snapshot import save_snapshot
-from stillroom.storage.store import Store
+from stillroom.pipeline.plan.plan import make_plan
+from stillroom.pipeline.run import runner, worker
+from stillroom.pipeline.run.progress import StageProgress
+from stillroom.pipeline.run.screen import Screen
+from stillroom.stages.loader.samples import Sample, Samples
+from stillroom.stages.recipe.load import load_recipe
+from stillroom.stages.workers.clock import Clock
+from stillroom.stages.workers.job import StopFlag
+from stillroom.storage.snapshots.snapshot import save_snapshot
+from stillroom.storage.store.store import Store
 
 
 def prepare(recipe_file: Path, overrides: Sequence[str] = ()) -> None:
@@ -34,7 +34,16 @@ def prepare(recipe_file: Path, overrides: Sequence[str] = ()) -> None:
     Raises:
         SystemExit: with what the command line said.
     """
-    words = [sys.executable, "-m", "stillroom.pipeline.cli", "run", str(recipe_file), "--until", "score", "--quiet"]
+    words = [
+        sys.executable,
+        "-m",
+        "stillroom.pipeline.cli.main",
+        "run",
+        str(recipe_file),
+        "--until",
+        "score",
+        "--quiet",
+    ]
     for override in overrides:
         words += ["--set", override]
     done = subprocess.run(words, capture_output=True, text=True)

@@ -27,11 +27,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pyarrow as pa
 
-from stillroom.storage import commits, files, shard, writer
-from stillroom.storage.codec import SoftTargets
+from stillroom.storage.files import local as files
 from stillroom.storage.keys import content_key
-from stillroom.storage.store import Store
-from stillroom.storage.writer import CommitLimits
+from stillroom.storage.store import commits, writer
+from stillroom.storage.store.store import Store
+from stillroom.storage.store.writer import CommitLimits
+from stillroom.storage.tables import shard
+from stillroom.storage.tables.soft_targets import SoftTargets
 
 ROWS, TOKENS, PROMPT, VOCABULARY, BITS = 256, 512, 32, 32_000, 10
 TOKENS_PER_SECOND = 10_000

@@ -19,9 +19,9 @@ import torch
 from small_models import SmallModel
 from torch import Tensor
 
-from stillroom.stages.kept import Kept
-from stillroom.stages.targets import targets_of
-from stillroom.storage.codec import SoftTargets
+from stillroom.stages.targets.reduce import targets_of
+from stillroom.stages.targets.spec import Kept
+from stillroom.storage.tables.soft_targets import SoftTargets
 
 WIDEST = 512
 """Entries of the best that are looked at: limit of topp."""

@@ -3,9 +3,10 @@
     python tests/bench/equivalence.py [--tiny] [--steps 60] [--seeds 3] [--learning-rate 1e-3]
 
 A teacher scores texts with `full` targets; a student is trained from the store by the product, and with the live
-teacher by a plain loop (`tests/live.py`), on the same samples in the same order (each store has its own), in float32.
-Also with targets shifted by one position, for the size of what must not go unseen. STILLROOM_ASSETS names the folder
-with the teacher (stories260k) and the texts (TinyStories); --tiny makes a random teacher, which draws the text itself.
+teacher by a plain loop (`tests/support/live.py`), on the same samples in the same order (each store has its own), in
+float32. Also with targets shifted by one position, for the size of what must not go unseen. STILLROOM_ASSETS names
+the folder with the teacher (stories260k) and the texts (TinyStories); --tiny makes a random teacher, which draws the
+text itself.
 """
 
 import argparse
@@ -19,22 +20,23 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import numpy as np
 import torch
-from conftest import save_tiny_llama
 from kit import recipe_tree, write_jsonl
 from live import LiveRun, live_training, saved_weights
 from planting import planted
 from tiny_jobs import done_until_score, scored_store
+from tiny_llama import save_tiny_llama
 from tiny_store import SilentProgress, snapshot_of
 
-from stillroom.stages import audit_rows, train
-from stillroom.stages.job import Job, StopFlag
-from stillroom.stages.samples import Samples
-from stillroom.stages.sections import Recipe
-from stillroom.storage.store import Store
+from stillroom.stages.audit import before_training as audit_rows
+from stillroom.stages.loader.samples import Samples
+from stillroom.stages.recipe.sections import Recipe
+from stillroom.stages.train import stage as train
+from stillroom.stages.workers.job import Job, StopFlag
+from stillroom.storage.store.store import Store
 
 BITS = (23, 13, 10, 7)
 TEXTS = 60

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stillroom.stages.kept import Kept
-from stillroom.stages.targets import targets_of
+from stillroom.stages.targets.reduce import targets_of
+from stillroom.stages.targets.spec import Kept
 
 ROUNDS = (4, 13, 50)
 DISTINCT = (2.5, 4.0, 6.0, 10.0, 15.0)

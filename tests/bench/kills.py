@@ -27,15 +27,15 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).parents[1] / "storage"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import samples
 
+from stillroom.storage.integrity.verify import verify
 from stillroom.storage.keys import KEY_BYTES
-from stillroom.storage.rows import check_row, rows_to_table
-from stillroom.storage.store import Store
-from stillroom.storage.verify import verify
-from stillroom.storage.writer import CommitLimits
+from stillroom.storage.store.store import Store
+from stillroom.storage.store.writer import CommitLimits
+from stillroom.storage.tables.rows import check_row, rows_to_table
 
 ROWS = 96
 COMMIT_ROWS = 8

@@ -152,9 +152,9 @@ def stored_bytes(folder: Path) -> int:
 
 
 def read_stillroom(folder: Path, number: int) -> dict[str, Any]:
-    from stillroom.stages.samples import Samples
-    from stillroom.storage.snapshot import make_snapshot
-    from stillroom.storage.store import Store
+    from stillroom.stages.loader.samples import Samples
+    from stillroom.storage.snapshots.snapshot import make_snapshot
+    from stillroom.storage.store.store import Store
 
     store = Store.open(folder / "store")
     places = {commit.shard.sha256: range(commit.shard.rows) for commit in store.commits("soft_targets")}
@@ -208,7 +208,7 @@ def read_mds(folder: Path, number: int) -> dict[str, Any]:
 def write_rows(folder: Path, rows: int) -> None:
     """A store of random targets that look like a teacher's, and the same columns as plain arrays."""
     from stillroom.storage.keys import content_key
-    from stillroom.storage.store import Store
+    from stillroom.storage.store.store import Store
 
     about = {"teacher_id": "t" * 32, "tokenizer_id": "k" * 32, "vocab_size": V, "mantissa_bits": 10, "head": "lm"}
     shapes = {name: (rows, T * K if name in ("ids", "logprobs") else T) for name in COLUMNS}
@@ -231,7 +231,7 @@ def write_rows(folder: Path, rows: int) -> None:
 
 def random_targets(rng: np.random.Generator) -> Any:
     """Zipf ids, log-probabilities that fall like a language model's, some mass outside."""
-    from stillroom.storage.codec import SoftTargets
+    from stillroom.storage.tables.soft_targets import SoftTargets
 
     candidates = np.sort((V ** rng.random((T, K))).astype(np.int64), axis=1) - np.arange(K)
     distinct = np.maximum.accumulate(candidates, axis=1) + np.arange(K)
@@ -262,11 +262,11 @@ def resume(folder: Path, *, shards: int, rows: int, repeats: int) -> dict[str, A
 
 
 def resume_once(folder: Path, number: int) -> dict[str, Any]:
-    from stillroom.stages.samples import Samples
-    from stillroom.storage.files import LocalFiles
-    from stillroom.storage.order import Order
-    from stillroom.storage.snapshot import load_snapshot
-    from stillroom.storage.store import Store
+    from stillroom.stages.loader.samples import Samples
+    from stillroom.storage.files.local import LocalFiles
+    from stillroom.storage.snapshots.order import Order
+    from stillroom.storage.snapshots.snapshot import load_snapshot
+    from stillroom.storage.store.store import Store
 
     opened = []
     real = LocalFiles.source
@@ -303,10 +303,10 @@ def write_shards(root: Path, *, shards: int, rows: int) -> str:
     import pyarrow as pa
 
     from stillroom.storage.keys import content_key
-    from stillroom.storage.rows import check_row, rows_to_table
-    from stillroom.storage.shard import put_parquet
-    from stillroom.storage.snapshot import make_snapshot, save_snapshot
-    from stillroom.storage.store import Store
+    from stillroom.storage.snapshots.snapshot import make_snapshot, save_snapshot
+    from stillroom.storage.store.store import Store
+    from stillroom.storage.tables.rows import check_row, rows_to_table
+    from stillroom.storage.tables.shard import put_parquet
 
     store = Store.open(root, create=True)
     about = {"table": "soft_targets", "teacher_id": "t" * 32, "tokenizer_id": "k" * 32, "vocab_size": V}
@@ -336,8 +336,8 @@ def against_trainer(folder: Path, *, turns: int, tiny: bool) -> dict[str, Any]:
     import torch
     from train_step import Arm, Scale, make_arm, write_store
 
-    from stillroom.stages.samples import Cursor, steps
-    from stillroom.stages.sections import Loss
+    from stillroom.stages.loader.samples import Cursor, steps
+    from stillroom.stages.recipe.sections import Loss
 
     shape = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 5}
     shape |= {"num_attention_heads": 4, "num_key_value_heads": 4}

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stillroom.stages.fused import linear_distillation
-from stillroom.stages.head import Head
-from stillroom.stages.losses import Objective, TargetBatch
+from stillroom.stages.losses.definition import Objective, TargetBatch
+from stillroom.stages.losses.fused_linear import linear_distillation
+from stillroom.stages.models.head import Head
 
 SOFT, HARD = 1.0, 0.1
 

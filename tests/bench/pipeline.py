@@ -3,7 +3,7 @@
     python tests/bench/pipeline.py [--tiny] [--out DIR] [--engine vllm|hf]
 
 Makes a tokenizer and a teacher of about 16M parameters (on CUDA 180M) with random weights, V = 16,384, and runs
-`stillroom run` on them in a process of its own. Each stage's process splits its wall time (`stages/clock.py`):
+`stillroom run` on them in a process of its own. Each stage's process splits its wall time (`stages/workers/clock.py`):
 start-up, model (vLLM's steps and a student's steps with their losses count as that), tokenizer, files, and all else.
 The row `runner` is the process of the command line itself: its start, and what it does between the stages. Rows add up
 to the wall time of the command as measured from outside; what they miss is shown.
@@ -142,7 +142,7 @@ def save_teacher(folder: Path, texts: list[str], sizes: Sizes) -> None:
 
 def run(recipe: Path) -> tuple[dict[str, dict[str, float]], float]:
     """Stage -> seconds by name, `runner` first; and the command's wall time."""
-    words = [sys.executable, "-m", "stillroom.pipeline.cli", "run", str(recipe), "--json"]
+    words = [sys.executable, "-m", "stillroom.pipeline.cli.main", "run", str(recipe), "--json"]
     began = time.monotonic()
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
     wall = time.monotonic() - began

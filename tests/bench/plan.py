@@ -22,15 +22,15 @@ import numpy as np
 import pyarrow as pa
 import yaml
 
-from stillroom.pipeline.binding import bind
-from stillroom.pipeline.recipe import load_recipe
-from stillroom.stages.requests import sampling_id, sampling_settings
-from stillroom.storage.commits import CommitLog
-from stillroom.storage.files import LocalFiles
-from stillroom.storage.schema import SCHEMAS, TableName
-from stillroom.storage.segments import keep_last_segment
-from stillroom.storage.shard import put_parquet, shard_folder
-from stillroom.storage.store import Store
+from stillroom.pipeline.plan.resolve import bind
+from stillroom.stages.ledger.requests import sampling_id, sampling_settings
+from stillroom.stages.recipe.load import load_recipe
+from stillroom.storage.files.local import LocalFiles
+from stillroom.storage.store.commits import CommitLog
+from stillroom.storage.store.segments import keep_last_segment
+from stillroom.storage.store.store import Store
+from stillroom.storage.tables.schema import SCHEMAS, TableName
+from stillroom.storage.tables.shard import put_parquet, shard_folder
 
 PROMPT_TOKENS, COMPLETION_TOKENS, MAX_TOKENS = 12, 20, 256
 
@@ -155,7 +155,7 @@ def make_store(recipe_file: Path, prompts: int, done: int) -> None:
 def measure(recipe_file: Path) -> dict[str, Any]:
     """One plan in a process of its own: seconds, peak memory, and what it says."""
     began = time.monotonic()
-    words = [sys.executable, "-m", "stillroom.pipeline.cli", "plan", str(recipe_file), "--json"]
+    words = [sys.executable, "-m", "stillroom.pipeline.cli.main", "plan", str(recipe_file), "--json"]
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)

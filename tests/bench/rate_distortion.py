@@ -38,9 +38,9 @@ from distortion import (
 )
 from small_models import Size, SmallModel, cross_entropy, texts, train, windows
 
-from stillroom.storage.codec import SoftTargets
 from stillroom.storage.keys import content_key
-from stillroom.storage.store import Store
+from stillroom.storage.store.store import Store
+from stillroom.storage.tables.soft_targets import SoftTargets
 
 VOCABULARY = 50_257
 TEACHER = Size(hidden=144, layers=3, steps=520, learning_rate=4e-3)

@@ -32,25 +32,26 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import numpy as np
 import torch
-from conftest import WORDS, tiny_tokenizer
 from kit import recipe_tree, write_jsonl
+from tiny_llama import WORDS, tiny_tokenizer
 from tiny_store import SilentProgress
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from stillroom.pipeline.binding import bind
-from stillroom.stages import data, score
-from stillroom.stages.head import Head, hidden_states, split_head
-from stillroom.stages.job import Job, StopFlag
-from stillroom.stages.kept import Kept
-from stillroom.stages.sections import Recipe
-from stillroom.stages.targets import Reducer, Span, chunk_rows
-from stillroom.stages.teacher import load_causal_lm
-from stillroom.storage.store import Store
+from stillroom.pipeline.plan.resolve import bind
+from stillroom.stages.data import stage as data
+from stillroom.stages.models.head import Head, hidden_states, split_head
+from stillroom.stages.models.loading import load_causal_lm
+from stillroom.stages.recipe.sections import Recipe
+from stillroom.stages.score import stage as score
+from stillroom.stages.targets.reduce import Reducer, Span, chunk_rows
+from stillroom.stages.targets.spec import Kept
+from stillroom.stages.workers.job import Job, StopFlag
+from stillroom.storage.store.store import Store
 
 K = 64
 KEPT = Kept(kind="topk", k=K)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stillroom.stages.head import Head
+from stillroom.stages.models.head import Head
 
 ASSETS = Path(environ.get("STILLROOM_ASSETS", Path(__file__).parents[3] / "shared" / "assets"))
 CHUNK_TOKENS = 512

@@ -17,18 +17,18 @@ import torch
 from arms import run_arm
 from torch import nn
 
-from stillroom.pipeline.recipe import load_recipe
-from stillroom.stages.classes import ClassBatch, ClassPasses, Inputs, class_logits
-from stillroom.stages.losses import Aim, Distilled, LossParts
-from stillroom.stages.metrics import Tally, measure
-from stillroom.stages.samples import Cursor, Sample, Samples, steps
-from stillroom.stages.sections import Loss, Recipe, Train
-from stillroom.stages.student import initial_student, save_student, student_tokenizer
-from stillroom.stages.trainer import Trainer
-from stillroom.storage.codec import SoftTargets
+from stillroom.stages.evaluate.metrics import Tally, measure
+from stillroom.stages.loader.samples import Cursor, Sample, Samples, steps
+from stillroom.stages.losses.definition import Aim, Distilled, LossParts
+from stillroom.stages.models.classifier import ClassBatch, ClassPasses, Inputs, class_logits
+from stillroom.stages.models.student import initial_student, save_student, student_tokenizer
+from stillroom.stages.recipe.load import load_recipe
+from stillroom.stages.recipe.sections import Loss, Recipe, Train
+from stillroom.stages.train.trainer import Trainer
 from stillroom.storage.errors import StillroomError
-from stillroom.storage.snapshot import load_snapshot
-from stillroom.storage.store import Store
+from stillroom.storage.snapshots.snapshot import load_snapshot
+from stillroom.storage.store.store import Store
+from stillroom.storage.tables.soft_targets import SoftTargets
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "skew_forward_kl", "skew_reverse_kl")
 TEMPERATURE = 2.0

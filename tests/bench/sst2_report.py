@@ -15,7 +15,7 @@ from safetensors import safe_open
 from sst2_arms import ARMS, MISTAKES, STARTS
 from sst2_verdicts import Student, accuracy, verdicts
 
-from stillroom.pipeline.seeds import interval
+from stillroom.pipeline.report.seeds import interval
 
 
 def read_students(folder: Path) -> list[Student]:

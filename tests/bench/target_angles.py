@@ -16,20 +16,20 @@ from arms import one_order
 from target_arms import ARMS, MOST, ROUNDS, SMALL_K, SOFT, Arm, Bench, LivePacking, load_teacher
 from torch import Tensor, nn
 
-from stillroom.pipeline.recipe import load_recipe
-from stillroom.stages.batches import Packing
-from stillroom.stages.entries import Reading, soft_part
-from stillroom.stages.fused import linear_distillation
-from stillroom.stages.gradients import angle_and_ratio
-from stillroom.stages.head import hidden_states, split_head
-from stillroom.stages.kept import Kept, wanted
-from stillroom.stages.losses import Objective
-from stillroom.stages.samples import Cursor, Sample, Samples, steps
-from stillroom.stages.sections import Loss, Recipe, Score
-from stillroom.stages.student import initial_student
-from stillroom.stages.trainer import Trainer
-from stillroom.storage.snapshot import load_snapshot
-from stillroom.storage.store import Store
+from stillroom.stages.evaluate.gradients import angle_and_ratio
+from stillroom.stages.loader.packing import Packing
+from stillroom.stages.loader.samples import Cursor, Sample, Samples, steps
+from stillroom.stages.losses.definition import Objective
+from stillroom.stages.losses.fused_linear import linear_distillation
+from stillroom.stages.models.head import hidden_states, split_head
+from stillroom.stages.models.student import initial_student
+from stillroom.stages.recipe.load import load_recipe
+from stillroom.stages.recipe.sections import Loss, Recipe, Score
+from stillroom.stages.targets.spec import Kept, wanted
+from stillroom.stages.targets.stored import Reading, soft_part
+from stillroom.stages.train.trainer import Trainer
+from stillroom.storage.snapshots.snapshot import load_snapshot
+from stillroom.storage.store.store import Store
 
 SMALLEST = 1024
 """Tokens of the smallest batch."""

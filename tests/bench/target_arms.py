@@ -17,10 +17,10 @@ import torch
 from arms import one_order, run_arm
 from torch import nn
 
-from stillroom.stages.batches import Batch, Packing
-from stillroom.stages.head import hidden_states, split_head
-from stillroom.stages.losses import TargetBatch
-from stillroom.stages.samples import Sample
+from stillroom.stages.loader.packing import Batch, Packing
+from stillroom.stages.loader.samples import Sample
+from stillroom.stages.losses.definition import TargetBatch
+from stillroom.stages.models.head import hidden_states, split_head
 
 MOST = 50
 """K of the stored topk targets; smaller K and topp are cuts of it."""
@@ -139,7 +139,7 @@ class Bench:
 
     def _live(self, settings: list[str]) -> dict[str, Any]:
         make = partial(LivePacking, teacher=load_teacher(self.folder / "teacher"))
-        with mock.patch("stillroom.stages.batches.Packing", make):
+        with mock.patch("stillroom.stages.loader.packing.Packing", make):
             return run_arm(self.recipe, settings)
 
     def _held_out(self, snapshot: str) -> list[str]:

@@ -1,7 +1,7 @@
 """From finished arms to a table, verdicts on the expected order, and plots.
 
     share of the gap    (ce - arm) / (ce - full), held-out cross-entropy, seed by seed; percent
-    interval            95 %, of the mean over seeds (`pipeline/seeds.py`)
+    interval            95 %, of the mean over seeds (`pipeline/report/seeds.py`)
 
 Expected, as of Anshumann et al. 2025 (arXiv 2503.16870): full = sampled-50 >= sampled-13 > cross-entropy, "=" within
 10 % of the gap or the interval; bucket better than drop wherever less than 0.97 of the mass is kept; drop at small K
@@ -18,7 +18,7 @@ from typing import Any
 from target_arms import ARMS, ROUNDS
 from target_plots import plot_angles, plot_arms
 
-from stillroom.pipeline.seeds import interval
+from stillroom.pipeline.report.seeds import interval
 
 MEASURES = ("cross_entropy", "kl_teacher", "ece", "acceptance")
 LOSS = "cross_entropy"

@@ -38,7 +38,7 @@ def write_prompts(path: Path, *, count: int = 2000) -> None:
 
 def run(settings: dict[str, object], *arguments: str) -> dict[str, dict[str, float]]:
     """One run of the recipe through the command line; its results per arm."""
-    words = [sys.executable, "-m", "stillroom.pipeline.cli", "run", str(RECIPE), "--json", "--quiet", *arguments]
+    words = [sys.executable, "-m", "stillroom.pipeline.cli.main", "run", str(RECIPE), "--json", "--quiet", *arguments]
     for name, value in settings.items():
         words += ["--set", f"{name}={json.dumps(value)}"]
     environment = environ | {"STILLROOM_ASSETS": str(ASSETS), "OMP_NUM_THREADS": "1"}  # the runs share the cores

@@ -29,9 +29,10 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from stillroom.stages import passes_triton, targets_triton
-from stillroom.stages.passes import Asked, Slopes
-from stillroom.stages.targets import BLOCK
+from stillroom.stages.losses import vocabulary_triton as passes_triton
+from stillroom.stages.losses.vocabulary import Asked, Slopes
+from stillroom.stages.targets import block_sums_triton as targets_triton
+from stillroom.stages.targets.reduce import BLOCK
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

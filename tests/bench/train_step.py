@@ -36,20 +36,20 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from stillroom.stages.attention import attend_apart
-from stillroom.stages.batches import Packing
-from stillroom.stages.flops import ModelFlops, Peak
-from stillroom.stages.head import hidden_states, split_head
-from stillroom.stages.losses import Aim, Distilled
-from stillroom.stages.prefetch import Prefetch
-from stillroom.stages.samples import Cursor, Samples, steps
-from stillroom.stages.sections import Loss, Train
-from stillroom.stages.speed import Meter, Speed
-from stillroom.stages.trainer import Trainer
-from stillroom.storage.codec import SoftTargets
+from stillroom.stages.loader.packing import Packing
+from stillroom.stages.loader.prefetch import Prefetch
+from stillroom.stages.loader.samples import Cursor, Samples, steps
+from stillroom.stages.losses.definition import Aim, Distilled
+from stillroom.stages.models.attention import attend_apart
+from stillroom.stages.models.head import hidden_states, split_head
+from stillroom.stages.recipe.sections import Loss, Train
+from stillroom.stages.train.flops import ModelFlops, Peak
+from stillroom.stages.train.speed import Meter, Speed
+from stillroom.stages.train.trainer import Trainer
 from stillroom.storage.keys import content_key
-from stillroom.storage.snapshot import make_snapshot
-from stillroom.storage.store import Store
+from stillroom.storage.snapshots.snapshot import make_snapshot
+from stillroom.storage.store.store import Store
+from stillroom.storage.tables.soft_targets import SoftTargets
 
 BAR = 0.95
 

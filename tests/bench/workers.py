@@ -19,13 +19,13 @@ import tempfile
 from argparse import ArgumentParser
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
-from conftest import save_tiny_llama
 from kit import command, prompts, stillroom, write_jsonl, write_recipe
 from running import ENVIRONMENT, at_worker_start
+from tiny_llama import save_tiny_llama
 
-from stillroom.storage.store import Store
+from stillroom.storage.store.store import Store
 
 NOTED = """
     import time

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stillroom.pipeline import demo
-from stillroom.pipeline.recipe import load_recipe
+from stillroom.stages.recipe.load import load_recipe
 
 SMALL = demo._Sizes(
     vocabulary=400,

@@ -13,21 +13,17 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import samples
 
-from stillroom.storage import object_files
-from stillroom.storage.store import Store
+from stillroom.storage.files import objects as object_files
+from stillroom.storage.store.store import Store
 
-SAMPLES = Path(__file__).with_name("samples.py")
-S3_SERVER = Path(__file__).with_name("s3_server.py")
+S3_SERVER = Path(samples.__file__).with_name("s3_server.py")
 
 
-@pytest.fixture(scope="session")
-def samples() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("storage_samples", SAMPLES)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="session", name="samples")
+def samples_module() -> ModuleType:
+    return samples
 
 
 @pytest.fixture
@@ -36,7 +32,7 @@ def store(tmp_path) -> Store:
 
 
 @pytest.fixture(scope="session")
-def template(samples, tmp_path_factory) -> Path:
+def template(tmp_path_factory) -> Path:
     store = Store.open(tmp_path_factory.mktemp("template") / "store", create=True)
     samples.add_targets(store, range(40))
     for table, row in (("generations", samples.generation_row), ("prompts", samples.prompt_row)):

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from stillroom.storage.keys import unseal
-from stillroom.storage.schema import SCHEMAS
-from stillroom.storage.store import Store
+from stillroom.storage.store.store import Store
+from stillroom.storage.tables.schema import SCHEMAS
 
 SPELLED = {
     "fixed_size_binary[16]": "binary(16)",

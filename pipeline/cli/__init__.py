@@ -1,0 +1,1 @@
+"""The command line: each verb, what it reads and what it prints."""

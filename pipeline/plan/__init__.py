@@ -1,0 +1,1 @@
+"""The plan: what would run, what is stored already, and why."""

@@ -1,0 +1,362 @@
+"""What a run would do and why: every stage's books, from recipe and store alone. Writes nothing, needs no torch.
+
+The runner asks for a plan before each stage, so what `plan` prints is what `run` does.
+"""
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ...stages.data.stage import survey
+from ...stages.evaluate.stage import NUMBERS
+from ...stages.ledger.books import Books, Ledger
+from ...stages.ledger.generations import generation_ledger, published_alike
+from ...stages.ledger.requests import GENERATION_BYTES
+from ...stages.ledger.splits import choose_snapshots
+from ...stages.ledger.targets import choose_generations, target_ledger
+from ...stages.models.classes import refuse_other_classes, refuse_without_head
+from ...stages.models.identity import FileHashes
+from ...stages.models.same_tokenizer import refuse_other_tokenizer
+from ...stages.recipe.load import changed_fields
+from ...stages.recipe.sections import Recipe
+from ...stages.train.stage import arm_loss
+from ...stages.workers.job import Arm, Split
+from ...storage.errors import UsageError
+from ...storage.files.local import open_files
+from ...storage.joined import Joined, open_store
+from ...storage.keys import content_id
+from ...storage.published.folder import Published
+from ...storage.snapshots.snapshot import Snapshot
+from ...storage.store.store import Store
+from .resolve import Bound, bind, student_id
+
+State = Literal["done", "to do", "waits"]
+STAGES = ("data", "generate", "score", "train", "baseline", "evaluate")
+
+
+@dataclass(kw_only=True, slots=True)
+class StagePlan:
+    """One line of the plan."""
+
+    name: str
+    state: State
+    planned: int = 0
+    committed: int = 0
+    rejected: int = 0
+    pending: int = 0
+    tokens: int = 0
+    tokens_to_do: int = 0
+    """Of the pending rows; an upper bound where they are still to be written."""
+    bytes_to_do: int = 0
+    """Estimate of what they will take on disk."""
+    why: str = ""
+    sources: dict[str, int] = field(default_factory=dict)
+    """Of the committed rows, those that a read-only source serves, by its name."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Plan:
+    """All lines, and what the stages need to know of one another."""
+
+    bound: Bound
+    write: bool
+    """Whether models may be downloaded and hashes remembered."""
+    stages: list[StagePlan] = field(default_factory=list)
+    train_dirs: dict[Arm, Path] = field(default_factory=dict)
+    snapshots: dict[Split, Snapshot] = field(default_factory=dict)
+    settings: dict[Arm, dict[str, Any]] = field(default_factory=dict)
+    evaluation_id: str = ""
+    sources: dict[str, str] = field(default_factory=dict)
+    """Read-only sources by their names in the recipe: what each is, in which version."""
+
+    def stage(self, name: str) -> StagePlan | None:
+        """The line of a stage, None where the recipe has no such stage."""
+        return next((s for s in self.stages if s.name == name), None)
+
+
+def make_plan(recipe: Recipe, *, write: bool = False) -> Plan:
+    """Work out every stage's state.
+
+    Args:
+        recipe: The recipe.
+        write: Let file hashes be remembered and models be downloaded (`run`); `plan` only looks.
+
+    Raises:
+        UsageError: a model or the source is not there.
+    """
+    store = _open(recipe, write=write)
+    plan = Plan(bound=bind(recipe, store, write=write), write=write)
+    plan.sources = store.pinned if isinstance(store, Joined) else {}
+    _refuse_early(recipe, plan.bound)
+    surveyed = plan.bound.published or _survey(recipe, plan, store)
+    if store is None:
+        assert isinstance(surveyed, pa.Table)
+        _plan_empty(recipe, plan, surveyed)
+    else:
+        with Books(store, recipe, data_id=plan.bound.binding.data_id, surveyed=surveyed, write=write) as books:
+            _plan_teacher(recipe, plan, books)
+    _plan_students(recipe, plan, ready=all(line.state == "done" for line in plan.stages))
+    return plan
+
+
+def refuse_impossible(plan: Plan, line: StagePlan) -> None:
+    """Refuse a stage that has work to do which nobody can do here.
+
+    Raises:
+        UsageError: the text is published and not written again, or teacher or data are not here.
+    """
+    if line.state != "to do":
+        return
+    if line.name == "generate" and plan.bound.published is not None:
+        raise UsageError(
+            f"generate: {line.why}, and what is published is not written again. Leave the section out to take the text "
+            "as it is, give the settings that it was written with (PROVENANCE.json of the published folder), or name "
+            "the prompts' own source and a teacher that is here."
+        )
+    if line.name in ("data", "generate", "score") and plan.bound.teacher is None:
+        why = f" ({line.why})" if line.why else ""
+        raise UsageError(
+            f"{line.name}: there is work to do{why}, but teacher or data are not here: {plan.bound.missing}"
+        )
+
+
+def _refuse_early(recipe: Recipe, bound: Bound) -> None:
+    """What would only fail after the teacher's work, and can be seen in small files before it."""
+    if bound.teacher is None or bound.author is None:
+        return
+    if recipe.run.task == "classification":
+        refuse_without_head(bound.teacher.folder, recipe.teacher.model)
+        student = Path(recipe.student.model) if recipe.student.model else None
+        if student is None or student.is_dir():
+            refuse_other_classes(recipe, student, bound.teacher.class_names)
+    elif bound.teacher.class_names:
+        raise UsageError(
+            f"teacher.model: {recipe.teacher.model} classifies texts, it does not continue them. "
+            "Set run.task to classification, or name a causal language model."
+        )
+    if recipe.data.format in ("messages", "instruction") and not bound.author.parts["chat_template"]:
+        raise UsageError(
+            f"data.format: {recipe.data.format!r} needs a chat template, and {bound.author.folder} has none. "
+            "Save one in the model's folder (chat_template.jinja), or use format 'prompt' or 'completion'."
+        )
+    if recipe.student.model is not None and Path(recipe.student.model).is_dir():
+        refuse_other_tokenizer(recipe, Path(recipe.student.model), bound.teacher.folder)
+
+
+def _open(recipe: Recipe, *, write: bool) -> Store | None:
+    """The store with its sources, None where there are none and its folder is still to be made."""
+    where, sources = recipe.storage.dir, recipe.storage.sources
+    if not sources and open_files(where).empty():
+        return None
+    store = open_store(where, sources, update=True)
+    if write and isinstance(store, Joined):
+        store.prove(FileHashes(where, remember=True).sha256)
+    return store
+
+
+def _survey(recipe: Recipe, plan: Plan, store: Store | None) -> pa.Table | None:
+    """Begin with the data stage: what its source holds, None where the store has it on record."""
+    data_id = plan.bound.binding.data_id
+    about = store.inputs_about(data_id) if store else None
+    if about is not None:
+        plan.stages.append(StagePlan(name="data", state="done", rejected=int(about["rejected"])))
+        return None
+    inputs, rejected = survey(recipe, plan.bound.teacher.class_names if plan.bound.teacher else ())
+    why = "the source or the data section changed" if store and store.files.names("inputs") else "new"
+    planned = len(inputs) + rejected
+    plan.stages.append(StagePlan(name="data", state="to do", planned=planned, pending=planned, why=why))
+    return inputs
+
+
+def _plan_empty(recipe: Recipe, plan: Plan, inputs: pa.Table) -> None:
+    """Everything is to do."""
+    if recipe.generate is not None:
+        count = pc.sum(inputs["first"]).as_py() * recipe.generate.samples
+        tokens = count * recipe.generate.max_tokens
+        line = StagePlan(name="generate", state="to do", planned=count, pending=count, why=f"{count} new")
+        line.tokens_to_do, line.bytes_to_do = tokens, tokens * GENERATION_BYTES
+        plan.stages.append(line)
+    if recipe.score is not None:
+        plan.stages.append(StagePlan(name="score", state="waits", why="for the text"))
+
+
+def _plan_teacher(recipe: Recipe, plan: Plan, books: Books) -> None:
+    """The stages that read and write the store, and the snapshots that they leave."""
+    binding, bound = plan.bound.binding, plan.bound
+    books.lenient = books.lenient or binding.imported
+    if books.published is not None:
+        _plan_published(plan, books, books.published)
+    data = plan.stages[0]
+    if books.published is None and data.state == "done":
+        ((inputs,),) = books.index.rows("SELECT count(*) FROM inputs")
+        data.pending = books.lost(binding.author_id if recipe.generate is None else None)
+        data.committed, data.planned = inputs - data.pending, inputs + data.rejected
+        data.state = "to do" if data.pending else "done"
+    if recipe.generate is not None and books.published is None:
+        ledger = generation_ledger(
+            books,
+            author_id=binding.author_id,
+            context_tokens=binding.author_context_tokens,
+            author_parts=bound.author.parts if bound.author else None,
+        )
+        plan.stages.append(_line("generate", ledger))
+    choose_generations(books, author_id=binding.author_id)
+    upstream = all(line.state == "done" for line in plan.stages)
+    if recipe.score is not None:
+        ledger = target_ledger(
+            books,
+            teacher_id=binding.teacher_id,
+            vocab_size=binding.vocab_size,
+            limit=binding.context_tokens,
+            teacher_parts=bound.teacher.parts if bound.teacher else None,
+        )
+        plan.stages.append(_line("score", ledger, upstream=upstream))
+        upstream = upstream and not ledger.pending
+    if upstream:
+        plan.snapshots = choose_snapshots(books, binding)
+
+
+def _plan_published(plan: Plan, books: Books, published: Published) -> None:
+    """Prompts and text that are there already, as they are; the recipe may say how they were made, or nothing."""
+    splits = published.manifest.splits.items()
+    rows = sum(split.rows for _, split in splits)
+    why = f"as published: {', '.join(f'{split.rows} {name}' for name, split in splits)}"
+    plan.stages.append(StagePlan(name="data", state="done", planned=rows, committed=rows, why=why))
+    if books.recipe.generate is not None:
+        alike = published_alike(books, author_id=plan.bound.binding.author_id)
+        line = StagePlan(name="generate", state="done", planned=rows, committed=alike, pending=rows - alike)
+        if line.pending:
+            line.state, line.why = "to do", f"{line.pending} published from other settings"
+        plan.stages.append(line)
+
+
+def _line(name: str, ledger: Ledger, *, upstream: bool = True) -> StagePlan:
+    served = [f"{count} from {source}" for source, count in ledger.sources.items()]
+    why = ", ".join([*served, *filter(None, [_reasons(ledger.why, ledger.rejected)])])
+    return StagePlan(
+        name=name,
+        state="to do" if ledger.pending else "done" if upstream else "waits",
+        planned=ledger.planned,
+        committed=ledger.committed,
+        rejected=ledger.rejected.total(),
+        pending=ledger.pending,
+        tokens=ledger.tokens,
+        tokens_to_do=ledger.tokens_to_do,
+        bytes_to_do=ledger.bytes_to_do,
+        sources=ledger.sources,
+        why=why if upstream else ", ".join(part for part in (why, "more after the stages before it") if part),
+    )
+
+
+def _reasons(why: Counter[str], rejected: Counter[str]) -> str:
+    parts = [f"{count} {reason}" for reason, count in why.most_common()]
+    return ", ".join(parts + [f"{count} rejected: {reason}" for reason, count in rejected.most_common()])
+
+
+def _plan_students(recipe: Recipe, plan: Plan, *, ready: bool) -> None:
+    arms: list[Arm] = ["student", "baseline"] if recipe.evaluate.baseline and recipe.score else ["student"]
+    names: dict[Arm, str] = {"student": "train", "baseline": "baseline"}
+    pinned = recipe.train.snapshot
+    snapshot = pinned or (plan.snapshots["train"].id if "train" in plan.snapshots else None)
+    for arm in arms:
+        if not ready or snapshot is None:
+            why = "for the rows before it" if not ready else "for training rows: all were rejected or set aside"
+            plan.stages.append(StagePlan(name=names[arm], state="waits", why=why))
+            continue
+        settings = train_settings(recipe, snapshot, arm)
+        settings["student"]["identity"] = _student_identity(recipe, plan, settings)
+        folder = Path(recipe.run.dir) / f"train-{content_id('train', **settings)[:8]}"
+        plan.settings[arm], plan.train_dirs[arm] = settings, folder
+        plan.stages.append(_student_line(names[arm], recipe, folder, settings))
+    _plan_evaluate(recipe, plan)
+
+
+def train_settings(recipe: Recipe, snapshot: str, arm: Arm) -> dict[str, Any]:
+    """What decides a student: its hash names the folder, and a change in it is why a student is trained again."""
+    loss = arm_loss(recipe, arm).model_dump(mode="json")
+    if loss["soft_weight"] == 0:
+        loss = {name: loss[name] for name in ("soft_weight", "hard_weight")}
+    no_matter = {"snapshot", "audit", "kernel", "wandb", "checkpoint_every_seconds", "checkpoint_every_steps"}
+    train = recipe.train.model_dump(mode="json", exclude=no_matter)
+    return {
+        "snapshot": snapshot,
+        "student": recipe.student.model_dump(mode="json"),
+        "loss": loss,
+        "train": train,
+        "run": {"seed": recipe.run.seed},
+        "score": _entries(recipe) if recipe.score and arm == "student" else None,
+    }
+
+
+def _entries(recipe: Recipe) -> dict[str, Any]:
+    """What the student sees of targets that may be stored with more than the recipe asks."""
+    assert recipe.score is not None
+    names = {"topk": {"k"}, "topp": {"p", "k", "k_min"}, "sampled": {"rounds", "draw", "proposal"}, "full": set[str]()}
+    return recipe.score.model_dump(mode="json", include={"targets"} | names[recipe.score.targets])
+
+
+def _student_identity(recipe: Recipe, plan: Plan, settings: dict[str, Any]) -> str | None:
+    """Of the student named now; where it is gone, of the one that a run with these settings began with."""
+    try:
+        return student_id(recipe, write=plan.write)
+    except UsageError:
+        for file in Path(recipe.run.dir).glob("train-*/settings.json"):
+            begun = json.loads(file.read_text())["settings"]
+            identity = begun["student"].pop("identity", None)
+            if begun == settings:
+                return str(identity)
+        if plan.write:
+            raise
+        return None
+
+
+def _student_line(name: str, recipe: Recipe, folder: Path, settings: dict[str, Any]) -> StagePlan:
+    done = folder / "train.json"
+    if done.is_file():
+        facts = json.loads(done.read_text())
+        return StagePlan(
+            name=name, state="done", planned=facts["samples"], committed=facts["samples"], tokens=facts["tokens"]
+        )
+    if (folder / "settings.json").is_file():
+        return StagePlan(name=name, state="to do", why="was interrupted: goes on from its last checkpoint")
+    return StagePlan(name=name, state="to do", why=_what_changed(Path(recipe.run.dir), settings) or "new")
+
+
+def _what_changed(run_dir: Path, settings: dict[str, Any]) -> str:
+    """Against the nearest finished student of this run folder: the fields that differ."""
+    differences = []
+    for file in run_dir.glob("train-*/settings.json"):
+        changes = changed_fields(json.loads(file.read_text())["settings"], settings)
+        differences.append(changes)
+    nearest = min(differences, key=len, default=[])
+    return ", ".join(nearest[:4]) + (f" and {len(nearest) - 4} more" if len(nearest) > 4 else "")
+
+
+def _plan_evaluate(recipe: Recipe, plan: Plan) -> None:
+    if recipe.data.holdout == 0:
+        return
+    trained = [s for s in plan.stages if s.name in ("train", "baseline")]
+    if any(s.state == "waits" for s in trained) or "test" not in plan.snapshots:
+        lacks = "for held-out rows: all were rejected or left out"
+        why = "for the student" if any(s.state == "waits" for s in trained) else lacks
+        plan.stages.append(StagePlan(name="evaluate", state="waits", why=why))
+        return
+    test = plan.snapshots["test"]
+    folders = {arm: path.name for arm, path in plan.train_dirs.items()}
+    how = recipe.evaluate.model_dump(mode="json")
+    references = plan.bound.binding.data_id if recipe.evaluate.generate else None
+    plan.evaluation_id = content_id(
+        "evaluate", test=test.id, arms=folders, how=how, references=references, measures=NUMBERS
+    )
+    ready = all(s.state == "done" for s in trained)
+    file = plan.train_dirs["student"] / "evaluation.json"
+    if ready and file.is_file() and json.loads(file.read_text())["id"] == plan.evaluation_id:
+        plan.stages.append(StagePlan(name="evaluate", state="done", planned=test.rows, committed=test.rows))
+        return
+    why = "" if ready else "the student is trained first"
+    plan.stages.append(StagePlan(name="evaluate", state="to do", planned=test.rows, pending=test.rows, why=why))

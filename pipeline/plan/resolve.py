@@ -1,0 +1,172 @@
+"""What a recipe's names stand for right now: teacher, author and data as content hashes.
+
+Stage one writes this down in the store, so that stage two can run where teacher and data are not: the store is enough.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...stages.data.stage import given_author_id, given_text, inputs_id
+from ...stages.ledger.requests import author_context
+from ...stages.models.identity import FileHashes, Identity, find_model, identify
+from ...stages.models.same_tokenizer import compare_tokenizers
+from ...stages.recipe.checks import stores_of
+from ...stages.recipe.sections import Recipe
+from ...storage.errors import UsageError
+from ...storage.files.local import Files, open_files
+from ...storage.joined import Joined
+from ...storage.keys import content_id
+from ...storage.published.folder import Published
+from ...storage.store.bindings import Binding, all_bindings, newest_binding, write_binding
+from ...storage.store.store import Store
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bound:
+    """A binding, and the models it was made from (None where they are gone and the store stands in)."""
+
+    binding: Binding
+    teacher: Identity | None
+    author: Identity | None
+    missing: str = ""
+    """Why they are gone."""
+    published: Published | None = None
+    """The read-only source whose rows are the data, as they are."""
+
+
+def bind(recipe: Recipe, store: Store | None = None, *, write: bool) -> Bound:
+    """Find and hash teacher, author and source; where they are gone, take what the store or a source wrote down.
+
+    Where `data.source` names the store or one of its sources, what is written there is all there is.
+
+    Args:
+        recipe: The recipe.
+        store: The recipe's store with its sources, None where there is none yet.
+        write: Remember file hashes, and download from the Hub where needed; else only look.
+
+    Raises:
+        UsageError: they are not there, and the store never saw them under these names.
+    """
+    if names_store(recipe):
+        return _bind_there(recipe, store)
+    try:
+        return _bind_here(recipe, write=write)
+    except UsageError as error:
+        for part, _ in store.parts if store else ():
+            written = _written(part.files, recipe)
+            if written is not None:
+                published = part if isinstance(part, Published) else None
+                return Bound(binding=written, teacher=None, author=None, missing=str(error), published=published)
+        raise error
+
+
+def names_store(recipe: Recipe) -> bool:
+    """Whether the data are what a store holds: the recipe's own, or one of its sources."""
+    return recipe.data.source in stores_of(recipe)
+
+
+def _bind_there(recipe: Recipe, store: Store | None) -> Bound:
+    """What a store holds, where it holds the rows of one teacher and one source of prompts."""
+    name = recipe.data.source
+    part = store
+    if isinstance(store, Joined):
+        part = store.sources[name] if name in store.sources else store.parts[0][0]
+    why = f"data.source: {name} is a store, so its rows are the data; nothing is generated or scored for it."
+    if isinstance(part, Published):
+        return Bound(binding=_of_published(part), teacher=None, author=None, missing=why, published=part)
+    if recipe.data.format == "prompt" and recipe.generate is None:
+        raise UsageError(
+            f"generate: missing: {name} is a store, and of its texts those are taken that the `generate` section wrote "
+            "which the recipe gives. Give the one that it was filled with; for given text set data.format to that."
+        )
+    found = all_bindings(part.files) if part else []
+    if len(found) != 1:
+        raise UsageError(
+            f"data.source: {name} is a store with {len(found)} pairs of a teacher and its data, expected one. Use the "
+            "names that the recipe had which filled it."
+        )
+    return Bound(binding=found[0], teacher=None, author=None, missing=why)
+
+
+def _of_published(published: Published) -> Binding:
+    """What a published folder says of itself."""
+    about = published.about
+    classes = about.get("class_names") if about.get("head") == "classes" else None
+    found = {
+        "teacher_id": about.get("teacher_id") or about.get("author_id"),
+        "author_id": published.manifest.about.get("generations", about).get("author_id", ""),
+        "vocab_size": len(classes) if classes else about.get("vocab_size", 0),
+    }
+    unlimited = 2**31 - 1  # nothing is read that was not read before
+    return Binding(**found, data_id=published.manifest.id, context_tokens=unlimited, author_context_tokens=unlimited)
+
+
+def write_down(recipe: Recipe, binding: Binding) -> None:
+    """Keep a binding in the store under the recipe's names; the newest counts."""
+    write_binding(open_files(recipe.storage.dir), _folder(recipe), binding)
+
+
+def teacher_identity(recipe: Recipe, hashes: FileHashes, *, download: bool) -> Identity:
+    """The recipe's teacher, found and hashed."""
+    section = recipe.teacher
+    folder = find_model(section.model, section.revision, field="teacher.model", download=download)
+    adapter = section.adapter and find_adapter(section.adapter)
+    return identify(folder, dtype=section.dtype, hashes=hashes, adapter=adapter or None)
+
+
+def author_identity(recipe: Recipe, teacher: Identity, hashes: FileHashes, *, download: bool) -> Identity:
+    """Who writes the completions: the teacher, or the model that `generate.model` names."""
+    model = recipe.generate.model if recipe.generate else None
+    if model is None:
+        return teacher
+    folder = find_model(model, None, field="generate.model", download=download)
+    reason = compare_tokenizers(folder, teacher.folder)
+    if reason is not None:
+        raise UsageError(
+            f"generate.model: {model} writes in other tokens than the teacher {recipe.teacher.model} reads: {reason}. "
+            "Choose an author with the teacher's tokenizer."
+        )
+    return identify(folder, dtype=recipe.teacher.dtype, hashes=hashes, field="generate.model")
+
+
+def student_id(recipe: Recipe, *, write: bool) -> str | None:
+    """Identity of an existing student; None for fresh weights."""
+    section = recipe.student
+    if section.model is None:
+        return None
+    folder = find_model(section.model, section.revision, field="student.model", download=write)
+    hashes = FileHashes(recipe.storage.dir, remember=write)
+    return identify(folder, dtype="auto", hashes=hashes, field="student.model").id
+
+
+def find_adapter(adapter: str, *, field: str = "teacher.adapter") -> Path:
+    """The folder of a LoRA adapter."""
+    folder = Path(adapter).expanduser()
+    if not (folder / "adapter_config.json").is_file():
+        raise UsageError(f"{field}: {adapter} holds no adapter_config.json. Name a PEFT adapter's folder.")
+    return folder
+
+
+def _bind_here(recipe: Recipe, *, write: bool) -> Bound:
+    hashes = FileHashes(recipe.storage.dir, remember=write)
+    teacher = teacher_identity(recipe, hashes, download=write)
+    author = author_identity(recipe, teacher, hashes, download=write)
+    binding = Binding(
+        teacher_id=teacher.id,
+        author_id=given_author_id(recipe, teacher) if given_text(recipe) else author.id,
+        data_id=inputs_id(recipe, teacher, hashes),
+        vocab_size=teacher.outcomes(recipe.run.task),
+        context_tokens=teacher.context_tokens,
+        author_context_tokens=author_context(recipe.generate, author.context_tokens),
+    )
+    return Bound(binding=binding, teacher=teacher, author=author)
+
+
+def _folder(recipe: Recipe) -> str:
+    author = recipe.generate.model if recipe.generate else None
+    names = {"teacher": recipe.teacher.model_dump(), "data": recipe.data.model_dump(), "author": author}
+    return f"bindings/{content_id('binding', given=given_text(recipe), **names)}"
+
+
+def _written(files: Files, recipe: Recipe) -> Binding | None:
+    return newest_binding(files, _folder(recipe))

@@ -1,0 +1,1 @@
+"""Publishing: datasets for others, their cards, the student's card."""

@@ -1,0 +1,109 @@
+"""The card of a published dataset: front matter by the Hub's own classes, then what a reader must know.
+
+Made from a version's MANIFEST and PROVENANCE and one of its rows alone, so the same version has the same card.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files as package_files
+from pathlib import Path
+from typing import Any
+
+from ...storage.published.manifest import Manifest
+from .dataset_card_code import code
+from .dataset_card_text import columns, limits, numbers, origin, sample, sizes, summary, warnings
+
+_SIZES = tuple(
+    "n<1K 1K<n<10K 10K<n<100K 100K<n<1M 1M<n<10M 10M<n<100M 100M<n<1B 1B<n<10B 10B<n<100B 100B<n<1T n>1T".split()
+)
+"""By powers of ten, from a thousand rows."""
+TAGS = ("knowledge-distillation", "soft-targets", "stillroom")
+CONFIGS = ("generations", "soft_targets")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Published:
+    """A version on disk, and what its card says beside it."""
+
+    folder: Path
+    """The published folder."""
+    manifest: Manifest
+    provenance: Mapping[str, Any]
+    languages: tuple[str, ...] = ()
+    """ISO codes."""
+    repo: str | None = None
+    """USER/NAME on the Hub; None: a folder."""
+
+
+def dataset_card(published: Published) -> str:
+    """The card, front matter and text."""
+    from huggingface_hub import DatasetCard
+
+    template = package_files("stillroom.pipeline.templates").joinpath("dataset_card.md.jinja").read_text("utf-8")
+    manifest = published.manifest
+    configs = [config for config in CONFIGS if config in manifest.tables]
+    card = DatasetCard.from_template(
+        _card_data(published, configs),
+        template_str=template,
+        title=manifest.name,
+        version=manifest.version,
+        summary=summary(manifest, published.provenance),
+        warnings=warnings(manifest, published.provenance),
+        sizes=sizes(manifest, configs),
+        code=code(manifest, published.provenance, repo=published.repo),
+        configs={config: columns(manifest, published.provenance, config) for config in configs},
+        sample=sample(published.folder, manifest),
+        numbers=numbers(manifest),
+        origin=origin(manifest, published.provenance),
+        limits=limits(manifest),
+    )
+    return f"{str(card).rstrip()}\n"
+
+
+def data_files(manifest: Manifest, config: str) -> list[dict[str, str]]:
+    """Split -> where its files lie, as `configs` in a card have it."""
+    there = [split for split in manifest.splits if manifest.tables_of(config, split)]
+    return [{"split": split, "path": f"{manifest.version}/{config}/{split}-*.parquet"} for split in there]
+
+
+def _card_data(published: Published, configs: list[str]) -> Any:
+    from datasets.info import DatasetInfosDict
+    from huggingface_hub import DatasetCardData
+
+    manifest, provenance = published.manifest, published.provenance
+    rows = max(sum(file.rows for file in manifest.files if file.table == config) for config in configs)
+    classes = any(about.get("class_names") for about in manifest.about.values())
+    data = DatasetCardData(
+        pretty_name=manifest.name,
+        license=provenance["license"],
+        language=list(published.languages) or None,
+        task_categories=["text-classification" if classes else "text-generation"],
+        size_categories=[_SIZES[min(max(len(str(rows)) - 3, 0), len(_SIZES) - 1)]],
+        tags=[*TAGS, *(["synthetic"] if any(model["wrote"] for model in provenance["models"].values()) else [])],
+        configs=[
+            {"config_name": config, **({"default": True} if first else {}), "data_files": data_files(manifest, config)}
+            for config, first in zip(configs, [True, False], strict=False)
+        ],
+    )
+    DatasetInfosDict({config: _info(published, config) for config in configs}).to_dataset_card_data(data)
+    return data
+
+
+def _info(published: Published, config: str) -> Any:
+    """Features, rows and bytes, by `datasets` itself."""
+    import pyarrow.parquet as pq
+    from datasets import DatasetInfo, Features, SplitDict, SplitInfo
+
+    manifest = published.manifest
+    files = [file for file in manifest.files if file.table == config]
+    schema = pq.read_schema(published.folder / manifest.version / files[0].name).remove_metadata()
+    splits = SplitDict()
+    for split, found in manifest.statistics.items():
+        if config in found:
+            splits.add(SplitInfo(name=split, num_bytes=found[config]["bytes"], num_examples=found[config]["rows"]))
+    return DatasetInfo(
+        features=Features.from_arrow_schema(schema),
+        splits=splits,
+        download_size=sum(file.bytes for file in files),
+        dataset_size=sum(split.num_bytes for split in splits.values()),
+    )

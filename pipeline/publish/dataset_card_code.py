@@ -1,0 +1,120 @@
+"""The code in a published dataset's card: how to load it. Tests run it as it stands."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...storage.published.manifest import Manifest
+
+FOLDER = "path/to/this/folder"
+"""What the code says where only the reader knows."""
+
+
+def code(manifest: Manifest, provenance: Mapping[str, Any], *, repo: str | None) -> dict[str, str]:
+    """Ready to paste, by tool.
+
+    Args:
+        manifest: What there is to load.
+        provenance: How it was made, for the recipe of a student.
+        repo: USER/NAME on the Hub; None: a folder, which is called `FOLDER`.
+    """
+    scored = manifest.tables.get("soft_targets")
+    configs = [config for config in ("generations", "soft_targets") if config in manifest.tables]
+    split = next(iter(manifest.splits))
+    names = {"generations": "texts", "soft_targets": "targets"}
+    lines = [f'{names[config]} = load_dataset("{repo or FOLDER}", "{config}", split="{split}")' for config in configs]
+    base = f"hf://datasets/{repo}" if repo else FOLDER
+    found = {
+        "datasets": "\n".join(["from datasets import load_dataset", "", *lines, _KEY.format(names[configs[0]])]),
+        "duckdb": _duckdb(manifest, configs, split, base),
+    }
+    if scored and scored["complete"] and not manifest.about["soft_targets"].get("class_names"):
+        found["torch"] = _torch(manifest, split)
+    if all(facts["complete"] for facts in manifest.tables.values()) and len(provenance["sources"]) == 1:
+        found["stillroom"] = _recipe(manifest, provenance, base)
+    return found
+
+
+def _recipe(manifest: Manifest, provenance: Mapping[str, Any], base: str) -> str:
+    """The sections that say where teacher, data and targets come from: from here."""
+    (source,) = provenance["sources"]
+    held_out = manifest.splits.get("test")
+    lines = [
+        f'storage: {{dir: stores/mine, sources: ["{base}"]}}',
+        f'teacher: {{model: "{base}"}}',
+        f'data: {{source: "{base}", format: {source["format"]}, holdout: {held_out.rows if held_out else 0}}}',
+    ]
+    kinds = [entry.get("settings") or {} for entry in provenance["made_with"].get("soft_targets", [])]
+    if "soft_targets" in manifest.tables and kinds and "kind" in kinds[0]:
+        own = {"topk": ("k",), "topp": ("p", "k", "k_min"), "sampled": ("draw",), "full": ()}[kinds[0]["kind"]]
+        settings = {"targets": kinds[0]["kind"], **{name: kinds[0][name] for name in own if name in kinds[0]}}
+        if kinds[0]["kind"] == "sampled":
+            settings["rounds"] = kinds[0]["k"]
+        if manifest.chosen.get("min_k") and "k" in settings:
+            settings["k"] = min(settings["k"], manifest.chosen["min_k"])
+        lines.append(f"score: {{{', '.join(f'{name}: {value}' for name, value in settings.items())}}}")
+    return "\n".join([*lines, "# and run, student, loss, train and evaluate, as you like"])
+
+
+def _duckdb(manifest: Manifest, configs: list[str], split: str, base: str) -> str:
+    paths = {config: f"{base}/{manifest.version}/{config}/{split}-*.parquet" for config in configs}
+    if len(configs) == 2 and {"generation_key", "entropy", "span_tokens"} <= set(
+        manifest.tables["soft_targets"]["columns"]
+    ):
+        text = "text" if "text" in manifest.tables["generations"]["columns"] else "hex(g.key) AS key"
+        query = f"""\
+    SELECT {text}, span_tokens, round(list_avg(entropy), 3) AS nats
+    FROM '{paths["soft_targets"]}' t
+    JOIN '{paths["generations"]}' g ON t.generation_key = g.key
+    ORDER BY nats DESC LIMIT 5"""
+    else:
+        query = f"    SELECT * FROM '{paths[configs[0]]}' LIMIT 5"
+    return f'import duckdb\n\nduckdb.sql("""\n{query}\n""").show()'
+
+
+_KEY = 'print({}[0]["key"].hex())  # keys are 16 bytes'
+_HEAD = """\
+import torch
+
+row = targets[0]
+start, n, k = row["span_start"], row["span_tokens"], row["k"]
+tokens = torch.tensor(row["token_ids"])  # [T]; target i is about token start + i
+"""
+_ENTRIES = {
+    "topk": """\
+ids = torch.tensor(row["ids"]) if row["ids"] else torch.arange(k).repeat(n)  # null: kind full, every id
+ids = ids.reshape(n, k)  # [N, K] best first
+logprobs = torch.tensor(row["logprobs"]).reshape(n, k)  # [N, K] of the full softmax
+tail = torch.tensor(row["tail_logprob"])  # [N] all other ids together
+""",
+    "topp": """\
+ids = torch.tensor(row["ids"]) if row["ids"] else torch.arange(k).repeat(n)  # null: kind full, every id
+ids = ids.split(row["entries"] or k)  # N tensors, as many entries as the position has
+logprobs = torch.tensor(row["logprobs"]).split(row["entries"] or k)
+tail = torch.tensor(row["tail_logprob"])  # [N] all other ids together
+""",
+    "sampled": """\
+# of rows of kind full take logprobs, [N * V] in id order: they were not drawn
+ids = torch.tensor(row["ids"]).split(row["entries"])  # N tensors: the ids that were drawn
+shares = torch.tensor(row["counts"] or row["weights"]).split(row["entries"])  # how often of k, or weights
+""",
+    "full": """\
+logprobs = torch.tensor(row["logprobs"]).reshape(n, k)  # [N, V] in id order
+""",
+}
+_LOSS = """
+# logits [T, V] of a student that reads `tokens`: position start + i - 1 predicts token start + i
+logits = torch.zeros(len(tokens), {vocabulary})
+student = logits[start - 1 : start - 1 + n].log_softmax(-1)
+"""
+_KL = """\
+kept = student.gather(-1, ids)  # [N, K]
+rest = torch.log1p(-kept.exp().sum(-1).clamp(max=1 - 1e-6))  # the student's mass outside the entries
+kl = (logprobs.exp() * (logprobs - kept)).sum(-1) + tail.exp() * (tail.clamp(min=-1e4) - rest)  # [N] nats
+"""
+
+
+def _torch(manifest: Manifest, split: str) -> str:
+    kinds = manifest.statistics[split]["soft_targets"]["kinds"]
+    kind = max(kinds, key=lambda name: kinds[name])
+    loss = _LOSS.format(vocabulary=manifest.about["soft_targets"]["vocab_size"])
+    return (_HEAD + _ENTRIES[kind] + loss + (_KL if kind == "topk" else "")).rstrip()

@@ -1,0 +1,325 @@
+"""What a published dataset's card says in words and tables: made from its manifest, its provenance and one row."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...storage.published.export_rows import PUBLISHED
+from ...storage.published.manifest import Manifest
+from ...storage.tables.rows import Rows
+from ..numbers import count, decimals, fenced, inline, percent, size, table
+from ..report.inspect import describe
+from .provenance import UNKNOWN, unknown_licenses
+
+_SHOWN_POSITIONS, _SHOWN_ENTRIES, _SHOWN_CHARACTERS = 8, 3, 1200
+_ABOUT = {
+    "generations": "What the author wrote: one row is one prompt with one completion, as text and as token ids.",
+    "soft_targets": (
+        "The teacher's distribution at N = `span_tokens` of T positions. Target n is about token `span_start + n`, "
+        "given all tokens before it: the model's output at position `span_start + n - 1`. Lists are flat: entries of "
+        "target 0, then those of target 1, E in all; each target has `k` of them, or as many as `entries` says. "
+        "`generation_key` is the `key` of the row in `generations`."
+    ),
+    "classes": (
+        "The teacher's distribution over the classes, one target a text, in the order of `class_names` in the files' "
+        "metadata: {names}. `generation_key` is the `key` of the row in `generations`."
+    ),
+}
+
+
+def summary(manifest: Manifest, provenance: Mapping[str, Any]) -> str:
+    """What this is, in two sentences."""
+    models = [model_name(id_, model) for id_, model in provenance["models"].items()]
+    by = f" of {' and '.join(models)}" if models else ""
+    splits = ", ".join(f"{count(found.rows)} rows in {name}" for name, found in manifest.splits.items())
+    if "soft_targets" not in manifest.tables:
+        return f"Text{by} to train a smaller model on: {splits}."
+    tokens = sum(found.scored_tokens for found in manifest.splits.values())
+    kinds = {kind for found in manifest.statistics.values() for kind in found["soft_targets"]["kinds"]}
+    what = f"the next token at {count(tokens)} positions ({', '.join(sorted(kinds))}), with the text it is about"
+    if manifest.about["soft_targets"].get("class_names"):
+        what = "the classes of each text"
+    return f"Soft targets{by} for knowledge distillation: the distribution over {what}; {splits}."
+
+
+def model_name(model_id: str, model: Mapping[str, Any]) -> str:
+    """What a model is called; where nobody said it, its architecture and the beginning of its id."""
+    if model["name"]:
+        return inline(model["name"])
+    kind = (model.get("architectures") or ["a model"])[0]
+    return f"{kind} (`{model_id[:8]}`)"
+
+
+def warnings(manifest: Manifest, provenance: Mapping[str, Any]) -> list[str]:
+    """What must not be overlooked."""
+    found = []
+    models, sources = unknown_licenses(provenance)
+    unknown = [f"of the model {model_name(id_, provenance['models'][id_])}" for id_ in models]
+    unknown += [f"of the prompts' source {inline(name)}" for name in sources]
+    unknown += ["of this dataset"] if provenance["license"] == UNKNOWN else []
+    if unknown:
+        found.append(f"Licences not stated: {'; '.join(unknown)}. Find them out before you use this.")
+    left_out = [name for name, facts in manifest.tables.items() if not facts["complete"]]
+    if left_out:
+        found.append(f"Columns were left out of {', '.join(sorted(left_out))}, so these rows cannot be checked whole.")
+    return found
+
+
+def sizes(manifest: Manifest, configs: list[str]) -> list[list[str]]:
+    """A line per config and split: rows, positions, scored positions, bytes on disk."""
+    rows = []
+    for config in configs:
+        for split in manifest.splits:
+            files = manifest.tables_of(config, split)
+            numbers = manifest.statistics[split][config]
+            tokens = [count(numbers[name]["total"]) for name in ("tokens", "scored_tokens")]
+            rows.append([inline(config), split, count(sum(f.rows for f in files)), *tokens, _bytes(files)])
+    return rows
+
+
+def _bytes(files: list[Any]) -> str:
+    return size(sum(file.bytes for file in files))
+
+
+def columns(manifest: Manifest, provenance: Mapping[str, Any], config: str) -> dict[str, Any]:
+    """What a row of a config is; each column's name, type and meaning."""
+    schema, names = PUBLISHED[config], manifest.about.get(config, {}).get("class_names")
+    if config == "generations":
+        about = f"{_ABOUT[config]}\n\n{_reading(manifest, provenance)}"
+    elif names:
+        about = _ABOUT["classes"].format(names=", ".join(map(inline, names)))
+    else:
+        about = _ABOUT[config] + _whole(manifest)
+    fields = [schema.field(name) for name in manifest.tables[config]["columns"]]
+    return {
+        "about": about,
+        "columns": [
+            [inline(f.name), inline(_type(f)), f.metadata[b"about"].decode().replace("|", "\\|")] for f in fields
+        ],
+    }
+
+
+def _whole(manifest: Manifest) -> str:
+    """Which splits have whole distributions: there columns mean something else."""
+    kinds = {name: found["soft_targets"]["kinds"] for name, found in manifest.statistics.items()}
+    found = [f"{'all' if len(those) == 1 else 'some'} of `{name}`" for name, those in kinds.items() if "full" in those]
+    if not found:
+        return ""
+    size = manifest.about["soft_targets"]["vocab_size"]
+    return (
+        f"\n\nRows of kind `full` ({', '.join(found)}) are whole distributions: `ids` is null, `logprobs` has `k` = "
+        f"{count(size)} numbers a target, in the order of the ids, and `tail_logprob` is -inf."
+    )
+
+
+def _reading(manifest: Manifest, provenance: Mapping[str, Any]) -> str:
+    """How text and `token_ids` belong together."""
+    model_id = manifest.about.get("soft_targets", {}).get("teacher_id") or next(iter(provenance["models"]), "<id>")
+    folder = f"`{manifest.version}/teachers/{model_id}/`"
+    folder += ", and its chat template" if any(m["chat_template"] for m in provenance["models"].values()) else ""
+    said = f"The tokenizer is in {folder}; {{}} `text` is the completion decoded without special tokens, and encoding "
+    said += "it again may give other ids: take `token_ids`."
+    if manifest.about.get("soft_targets", {}).get("class_names"):
+        return said.format("`token_ids` are what it makes of `prompt` and `text_pair` together.")
+    if any(entry.get("stage") == "import" for entry in provenance["made_with"].get("generations", [])):
+        return said.format("`token_ids` are those of the table that was imported, texts are decoded from them.")
+    return said.format(
+        "`messages` became the first `prompt_tokens` ids by the chat template, with `add_generation_prompt`; a "
+        "`prompt` by the tokenizer, with its special tokens but no closing one. The other ids are the completion: as "
+        "the model wrote them, or (`finish_reason` given) the text's ids with the end token after them."
+    )
+
+
+def _type(field: Any) -> str:
+    kind = str(field.type).replace("fixed_size_binary[16]", "binary(16)").replace("item: ", "")
+    return kind + ("?" if field.nullable else "")
+
+
+def sample(folder: Path, manifest: Manifest) -> str:
+    """One row for people: the text, and where targets are the first of them with the teacher's best entries."""
+    split = next(iter(manifest.splits))
+    parts = []
+    if "generations" in manifest.tables:
+        row = _middle_row(folder, manifest, "generations", split)
+        prompt = row.get("prompt") or _conversation(row.get("messages"))
+        parts += [f"Prompt:\n\n{fenced(_short(prompt))}"] if prompt else []
+        parts += [f"Completion:\n\n{fenced(_short(row['text']))}"] if row.get("text") else []
+    if manifest.tables.get("soft_targets", {}).get("complete"):
+        row = _middle_row(folder, manifest, "soft_targets", split)
+        parts.append(_positions(row, _tokenizer(folder, manifest, row["teacher_id"]), manifest))
+    return "\n\n".join(parts)
+
+
+def _middle_row(folder: Path, manifest: Manifest, config: str, split: str) -> dict[str, Any]:
+    """Row R // 2: rows often lie in the order of their length, so it is a common one."""
+    import pyarrow.parquet as pq
+
+    wanted = sum(file.rows for file in manifest.tables_of(config, split)) // 2
+    for file in manifest.tables_of(config, split):
+        for group, rows in enumerate(file.row_groups):
+            if wanted < rows:
+                read = pq.ParquetFile(folder / manifest.version / file.name).read_row_group(group)
+                return Rows(read.slice(wanted, 1))[0]
+            wanted -= rows
+    raise AssertionError("a published table has rows")
+
+
+def _tokenizer(folder: Path, manifest: Manifest, teacher_id: str) -> Any:
+    from tokenizers import Tokenizer
+
+    path = folder / manifest.version / "teachers" / teacher_id / "tokenizer.json"
+    return Tokenizer.from_file(str(path)) if path.is_file() else None
+
+
+def _positions(row: dict[str, Any], tokenizer: Any, manifest: Manifest) -> str:
+    classes = manifest.about["soft_targets"].get("class_names")
+    found = describe(row | {"table": "soft_targets", "class_names": classes}, tokenizer)
+    lines = []
+    for position in found["positions"][:_SHOWN_POSITIONS]:
+        token = (found.get("label") or "none") if classes else found["tokens"][position["index"]]
+        best = ", ".join(f"{inline(entry[0])} {entry[1]:.3f}" for entry in position["entries"][:_SHOWN_ENTRIES])
+        tail = percent(position["tail"], 2) if position["tail"] is not None else "-"
+        lines.append([inline(token), decimals(position["entropy"], 3), tail, best])
+    headers = ["gold label" if classes else "token that is there", "entropy", "tail", "the teacher's best"]
+    return (
+        "Its targets"
+        + (", the first of them" if len(found["positions"]) > len(lines) else "")
+        + ":\n\n"
+        + table(headers, lines)
+    )
+
+
+def _conversation(messages: Any) -> str:
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages or [])
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
+
+
+def numbers(manifest: Manifest) -> str:
+    """Lengths, kept mass and entropy: mean and quantiles by split."""
+    rows = []
+    shown = {
+        "prompt tokens": ("generations", "prompt_tokens", 0),
+        "completion tokens": ("generations", "completion_tokens", 0),
+        "entries a position": ("soft_targets", "entries", 0),
+        "kept mass": ("soft_targets", "kept_mass", 4),
+        "entropy (nats)": ("soft_targets", "entropy", 3),
+    }
+    for split, found in manifest.statistics.items():
+        for name, (config, number, places) in shown.items():
+            values = found.get(config, {}).get(number)
+            if values is not None:
+                digits = [decimals(values[q], places) for q in ("p05", "p50", "p95", "max")]
+                rows.append([split, name, decimals(values["mean"], max(places, 1)), *digits])
+    kinds = {
+        split: found["soft_targets"]["kinds"] for split, found in manifest.statistics.items() if "soft_targets" in found
+    }
+    finished = {
+        split: found["generations"]["finish_reason"]
+        for split, found in manifest.statistics.items()
+        if "generations" in found
+    }
+    lines = [f"Kinds of targets in {name}: {_counts(found)}." for name, found in kinds.items()]
+    lines += [
+        f"Temperatures at which a student can be trained on {name}: {_temperatures(found['soft_targets'])}."
+        for name, found in manifest.statistics.items()
+        if "soft_targets" in found and not manifest.about["soft_targets"].get("class_names")
+    ]
+    lines += [f"How texts of {name} ended: {_counts(reasons)}." for name, reasons in finished.items()]
+    note = (
+        "Kept mass is the teacher's probability inside the entries of a position; what is outside is in `tail_logprob`."
+        if "soft_targets" in manifest.tables
+        else ""
+    )
+    headers = ["split", "number of each row or position", "mean", "5 %", "median", "95 %", "largest"]
+    return "\n\n".join(part for part in (table(headers, rows, text_columns=2), note, "  \n".join(lines)) if part)
+
+
+def _temperatures(found: Mapping[str, Any]) -> str:
+    """Tails are stored at these; at another one the mass outside the entries is not known."""
+    if found["temperatures"] is None:
+        return "any"
+    return ", ".join(f"{value:g}" for value in found["temperatures"]) or "none for all rows"
+
+
+def _counts(found: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count(number)}" for name, number in found.items())
+
+
+def origin(manifest: Manifest, provenance: Mapping[str, Any]) -> str:
+    """Models, sources, licences, settings and versions."""
+    models = [
+        [
+            model_name(id_, model),
+            " and ".join(what for what, made in (("text", model["wrote"]), ("targets", model["scored"])) if made),
+            _license(model["license"]),
+            f"`{model.get('dtype')}`" + (", with an adapter" if model["adapter"] else ""),
+            inline(id_),
+        ]
+        for id_, model in provenance["models"].items()
+    ]
+    sources = [[inline(s["name"]), _license(s["license"]), count(s["prompts"])] for s in provenance["sources"]]
+    made = [
+        [inline(name), _settings(entry.get("settings")), _settings(entry.get("versions")), count(entry["rows"])]
+        for name, entries in provenance["made_with"].items()
+        for entry in entries
+    ]
+    parts = [
+        f"This dataset: licence {_license(provenance['license'])}.",
+        table(["model", "made", "licence", "dtype", "id (hash of its content)"], models, text_columns=5)
+        if models
+        else "",
+        table(["source of prompts", "licence", "prompts"], sources, text_columns=2) if sources else "",
+        table(["rows of", "settings", "versions", "rows"], made, text_columns=3),
+        _chosen(manifest.chosen),
+        "The recipe is in `PROVENANCE.json`." if provenance["recipe"] else "",
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _license(name: str) -> str:
+    return "**not stated**" if name == UNKNOWN else inline(name)
+
+
+def _settings(found: Mapping[str, Any] | None) -> str:
+    shown = {k: v for k, v in (found or {}).items() if v not in (None, [], {}, "")}
+    return ", ".join(f"{name} {v if isinstance(v, str) else json.dumps(v)}" for name, v in sorted(shown.items()))
+
+
+def _chosen(chosen: Mapping[str, Any]) -> str:
+    said = []
+    if chosen.get("where"):
+        said.append(f"only rows whose generation has {inline(chosen['where'])}")
+    if chosen.get("min_k"):
+        said.append(f"targets cut to {chosen['min_k']} entries, the others in the tail; rows with fewer left out")
+    if chosen.get("columns"):
+        said.append(f"only the columns {', '.join(map(inline, chosen['columns']))}")
+    return f"Chosen for publication: {'; '.join(said)}." if said else ""
+
+
+def limits(manifest: Manifest) -> list[str]:
+    """What this is not."""
+    found = [
+        "Nobody read all of it: a language model's text may be wrong, offensive or repeat what it was trained on.",
+        "Splits differ in their prompts; nothing was searched for near copies of public test sets.",
+    ]
+    about = manifest.about.get("soft_targets")
+    if about and "soft_targets" in manifest.tables:
+        bits = about.get("mantissa_bits", 23)
+        if bits < 23:
+            found.append(
+                f"Floats have {bits} bits of mantissa: a log probability l is off by at most |l| / {2 ** (bits + 1)}."
+            )
+        if not about.get("class_names"):
+            found.append(
+                "Ids are of the teacher's tokenizer (`teachers/` in the version's folder): a student with another one "
+                "cannot use them as they are."
+            )
+            found.append(
+                "Entries are what the teacher said of this text, one pass in its own precision; probabilities of ids "
+                "outside the entries are known as a sum only."
+            )
+    return found

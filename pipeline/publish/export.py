@@ -1,0 +1,280 @@
+"""`export` and `publish`: a snapshot as a dataset that others load, in a folder or on the Hub.
+
+A version is built beside its place, moved in, and only then does the card point at it; so a reader of the folder sees
+the old version or the new one, wherever this stops. The same command goes on; a finished version is not built again.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ...storage.errors import IntegrityError, UsageError
+from ...storage.files.local import LocalFiles, explained, make_folder
+from ...storage.keys import content_id
+from ...storage.published.export import Choice, Made, chosen_columns, find_snapshots, make_tables, place, put
+from ...storage.published.export_rows import PUBLISHED
+from ...storage.published.manifest import CARD, Manifest, PublishedFile, current_version, damaged_files, read_manifest
+from ...storage.snapshots.snapshot import load_snapshot
+from ...storage.store.bindings import bindings_of
+from ...storage.store.store import MARKER, Store
+from .dataset_card import Published, dataset_card
+from .provenance import (
+    PROVENANCE,
+    Licenses,
+    check_licenses,
+    check_stated,
+    make_provenance,
+    read_recipe,
+    source_names,
+    without_paths,
+)
+
+HUB = "hf://datasets/"
+_WORK = ".part"  # a leading dot: no reader looks into it
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """What a user asked to be published, and what was said about it."""
+
+    store: str
+    license: str | None
+    model_licenses: tuple[str, ...] = ()
+    source_licenses: tuple[str, ...] = ()
+    snapshot: str | None = None
+    choice: Choice = field(default_factory=Choice)
+    name: str | None = None
+    """What the dataset is called; None: as its folder or repository."""
+    teacher: str | None = None
+    """What the teacher is called."""
+    languages: tuple[str, ...] = ()
+    run: Path | None = None
+    """Folder of a run, for its recipe."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exported:
+    """A published folder after an export."""
+
+    folder: Path
+    manifest: Manifest
+    card: str
+    built: bool
+    """Whether the version was built now; else it was there."""
+
+    def to_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "dir": str(self.folder),
+            "version": self.manifest.version,
+            "built": self.built,
+            "rows": {
+                table: {
+                    name: sum(f.rows for f in self.manifest.tables_of(table, name)) for name in self.manifest.splits
+                }
+                for table in self.manifest.tables
+            },
+            "files": len(self.manifest.files),
+            "bytes": sum(file.bytes for file in self.manifest.files),
+        }
+
+
+def export(
+    asked: Asked, folder: Path, *, say: Callable[[str], None], strict: bool = False, repo: str | None = None
+) -> Exported:
+    """Write a dataset into a folder.
+
+    Args:
+        asked: What.
+        folder: Where; may hold older versions.
+        say: Told what is being done.
+        strict: Refuse while the licence of a model or a source is not given.
+        repo: USER/NAME on the Hub, if the folder is on its way there.
+
+    Raises:
+        UsageError: a licence, snapshot, column or folder is wrong.
+        IntegrityError: a shard is damaged.
+    """
+    work = _Export(asked, folder, strict=strict, repo=repo)
+    manifest = work.finished()
+    built = manifest is None
+    if manifest is None:
+        rows = sum(snapshot.rows for snapshot in work.snapshots.values())
+        say(f"writing {rows} rows ({', '.join(work.snapshots)}) into {folder}")
+        manifest = work.build()
+    for split, snapshot in work.snapshots.items():
+        taken = manifest.splits[split].rows if split in manifest.splits else 0
+        if taken < snapshot.rows:
+            say(f"{split}: {taken} of {snapshot.rows} rows")
+    card = work.point(manifest, repo)
+    return Exported(folder=folder, manifest=manifest, card=card, built=built)
+
+
+def publish(asked: Asked, destination: str, *, say: Callable[[str], None], private: bool = False) -> dict[str, Any]:
+    """Export with every licence given; to the Hub by way of a folder in the user's cache, which a resumed upload uses.
+
+    Args:
+        asked: What.
+        destination: A folder, or hf://datasets/USER/NAME.
+        say: Told what is being done.
+        private: Make the repository private where it is not there yet; refuse one that is public.
+
+    Returns:
+        For `--json`.
+
+    Raises:
+        UsageError, IntegrityError: as `export`.
+        StillroomError: the Hub refused, or did not answer.
+    """
+    if "://" not in destination:
+        return export(asked, Path(destination), say=say, strict=True).to_json()
+    repo = destination.removeprefix(HUB).strip("/")
+    if not destination.startswith(HUB) or repo.count("/") != 1:
+        raise UsageError(f"{destination}: name a folder, or a dataset of the Hub as {HUB}USER/NAME.")
+    from .hub import upload
+
+    exported = export(asked, _cache() / repo.replace("/", "--"), say=say, strict=True, repo=repo)
+    url = upload(exported, repo, say=say, private=private)
+    return exported.to_json() | {"url": url}
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stillroom" / "publish"
+
+
+class _Export:
+    """One export: what was asked, checked, before anything is written."""
+
+    def __init__(self, asked: Asked, folder: Path, *, strict: bool, repo: str | None) -> None:
+        self._asked, self._files, self._strict = asked, LocalFiles(folder), strict
+        self._licenses = check_licenses(asked.license, asked.model_licenses, asked.source_licenses, strict=strict)
+        self._store = Store.open(asked.store)
+        _refuse_unknown_source(self._store, self._licenses)
+        chosen_columns(asked.choice.columns)
+        self.snapshots = find_snapshots(self._store, asked.snapshot)
+        _refuse_foreign(self._files)
+        self._recipe = read_recipe(asked.run)
+        self._name = asked.name or _human((repo or str(folder.resolve())).rpartition("/")[2])
+        licenses = [self._licenses.dataset, list(self._licenses.models), list(self._licenses.sources)]
+        self._request = content_id(
+            "export",
+            snapshots={split: snapshot.id for split, snapshot in self.snapshots.items()},
+            chosen=asked.choice.to_json(),
+            licenses=licenses,
+            said=[self._name, asked.teacher, self._recipe],
+            versions={package: version(package) for package in ("stillroom", "pyarrow")},
+        )
+
+    def finished(self) -> Manifest | None:
+        """The version that the folder's card points at, if it is this one and whole."""
+        try:
+            manifest = read_manifest(self._files)
+        except (UsageError, IntegrityError):
+            return None
+        if manifest.request != self._request or damaged_files(self._files, manifest):
+            return None
+        check_stated(self._licenses, self._provenance(manifest), strict=self._strict)
+        return manifest
+
+    def build(self) -> Manifest:
+        """Build the version in a working folder and move it in."""
+        work = self._files.root / _WORK
+        new = not self._files.root.exists()
+        with explained("cannot write", work):
+            if work.exists():
+                shutil.rmtree(work)  # of an export that was stopped
+            make_folder(work)
+        try:
+            made = make_tables(self._store, self.snapshots, work, self._asked.choice)
+            small = self._small_files(made)
+            hashed = [PublishedFile(name=n, sha256=_sha256(c), bytes=len(c)) for n, c in sorted(small.items())]
+            manifest = Manifest(
+                name=self._name,
+                splits=made.splits,
+                tables=made.tables,
+                about=made.about,
+                chosen=self._asked.choice.to_json(),
+                statistics=made.statistics,
+                request=self._request,
+                files=[*sorted(made.files.values(), key=lambda file: file.name), *hashed],
+            )
+            place(self._files, manifest, {path: file.name for path, file in made.files.items()}, small)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+            if new:
+                with suppress(OSError):  # a version is in it: only what is left empty goes again
+                    self._files.root.rmdir()
+        return manifest
+
+    def _small_files(self, made: Made) -> dict[str, bytes]:
+        """Names below the version's folder -> contents: provenance, whole snapshots and their recipes, models."""
+        provenance = make_provenance(
+            self._store, made, self._licenses, teacher=self._asked.teacher, recipe=self._recipe
+        )
+        check_stated(self._licenses, provenance, strict=self._strict)
+        found = {PROVENANCE: json.dumps(provenance, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"}
+        whole = {split.snapshot for split in made.splits.values() if split.whole}
+        names = [f"snapshots/{snapshot}.json" for snapshot in sorted(whole)]
+        names += bindings_of(self._store, {load_snapshot(self._store, name).about.get("data_id") for name in whole})
+        for model_id in sorted(made.authors):
+            names += [f"teachers/{model_id}/{name}" for name in self._store.files.names(f"teachers/{model_id}")]
+        read = self._store.files.read
+        return found | {name: without_paths(read(name), name.rpartition("/")[2]) for name in names}
+
+    def point(self, manifest: Manifest, repo: str | None) -> str:
+        """Let the card point at a version; returns the card."""
+        card = dataset_card(
+            Published(
+                folder=self._files.root,
+                manifest=manifest,
+                provenance=self._provenance(manifest),
+                languages=self._asked.languages,
+                repo=repo,
+            )
+        )
+        put(self._files, CARD, card.encode())
+        return card
+
+    def _provenance(self, manifest: Manifest) -> dict[str, Any]:
+        return dict(json.loads(self._files.read(f"{manifest.version}/{PROVENANCE}")))
+
+
+def _human(name: str) -> str:
+    """What a folder or repository is called, as a title: `my-targets` is My targets."""
+    words = re.sub(r"[-_\s]+", " ", name).strip() or name
+    return words[:1].upper() + words[1:]
+
+
+def _refuse_unknown_source(store: Store, licenses: Licenses) -> None:
+    names = source_names(store)
+    for name, _, value in (text.rpartition("=") for text in licenses.sources):
+        if name and name not in names:
+            raise UsageError(
+                f"--source-license {name}={value}: the store has no source {name}. It has: {', '.join(sorted(names))}."
+            )
+
+
+def _refuse_foreign(files: LocalFiles) -> None:
+    """What is not ours belongs to somebody: it is neither overwritten nor deleted."""
+    root = files.root
+    if Path(root).is_file():
+        raise UsageError(f"{root}: is a file. Name a folder for the dataset.")
+    if files.exists(MARKER):
+        raise UsageError(f"{root}: is a store. Name another folder for the dataset.")
+    work = Path(root) / _WORK
+    if work.exists() and not (work.is_dir() and {path.name for path in work.iterdir()} <= PUBLISHED.keys()):
+        raise UsageError(f"{root}: holds a {_WORK} that no export made. Name another folder, or move it away.")
+    if files.exists(CARD) and current_version(files.read(CARD).decode(errors="replace")) is None:
+        raise UsageError(f"{files.root}: holds a {CARD} that no export wrote. Name another folder, or move it away.")
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,176 @@
+"""The model card of a student: what it was distilled from, how, and what came of it; by the Hub's own classes.
+
+It lies in the student's folder as README.md, from when the student is trained; its results come with the evaluation.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from importlib.resources import files as package_files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from ...stages.recipe.sections import Recipe
+from ...stages.workers.shard_about import versions
+from ...storage.files.local import LocalFiles
+from ...storage.published.export import put
+from ...storage.published.manifest import CARD
+from ..numbers import count, inline, table
+from ..report.report import outcome
+from ..report.results import measures, result_headers, result_rows
+from .provenance import public_name, public_recipe
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_DATA = re.compile(r"hf://datasets/([^/]+/[^/@]+)")
+
+
+def write_student_cards(train_dirs: Iterable[Path]) -> None:
+    """Write README.md into the `student/` of each training run that has ended.
+
+    Args:
+        train_dirs: Each holds settings.json; train.json where it ended; evaluation.json where that arm was evaluated.
+    """
+    for folder in train_dirs:
+        found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+        if "train" in found:
+            card = student_card(found["settings"], found["train"], found.get("evaluation"))
+            put(LocalFiles(folder / "student"), CARD, card.encode())
+
+
+def student_card(settings: Mapping[str, Any], trained: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> str:
+    """The card, front matter and text.
+
+    Args:
+        settings: `settings.json` of the training run: recipe, arm, teacher.
+        trained: Its `train.json`.
+        evaluation: Its `evaluation.json`; None: not evaluated yet, or another arm's.
+    """
+    from huggingface_hub import ModelCard
+
+    recipe = settings["recipe"]
+    shown = public_recipe(recipe)
+    teacher, student = shown["teacher"]["model"], shown["student"]
+    distilled = settings["arm"] == "student" and recipe.get("score") is not None
+    begin = f"`{student['model']}`" if student["model"] else "fresh weights of the teacher's architecture, made smaller"
+    learnt = "the teacher's distributions" if distilled else "the teacher's text"
+    card = ModelCard.from_template(
+        _card_data(recipe, settings["arm"]),
+        template_str=package_files("stillroom.pipeline.templates").joinpath("model_card.md.jinja").read_text("utf-8"),
+        title=f"{_name(shown)}, distilled from {teacher.rpartition('/')[2]}",
+        summary=f"A student of `{teacher}`: {begin}, trained by Stillroom on {learnt}.",
+        outcome=outcome(evaluation) if evaluation else "",
+        results=_results(evaluation) if evaluation else "",
+        measured=_measured(evaluation) if evaluation else "",
+        **_code(recipe),
+        made=_made(settings, trained),
+        recipe=yaml.safe_dump(_without_defaults(shown), sort_keys=False, default_flow_style=None, width=100).rstrip(),
+        versions=", ".join(f"{name} {number}" for name, number in versions().items()),
+        limits=_limits(recipe, student),
+    )
+    return f"{str(card).rstrip()}\n"
+
+
+def _name(shown: Mapping[str, Any]) -> str:
+    model = shown["student"]["model"]
+    return model.rpartition("/")[2] if model else "A small model"
+
+
+def _card_data(recipe: Mapping[str, Any], arm: str) -> Any:
+    from huggingface_hub import ModelCardData
+
+    base = recipe["student"]["model"]
+    on_hub = base if base and public_name(base) == base and _HUB_NAME.fullmatch(base) else None
+    classes = recipe["run"]["task"] == "classification"
+    return ModelCardData(
+        base_model=on_hub,
+        base_model_relation="finetune" if on_hub else None,  # LoRA too: its update is merged into the weights
+        datasets=_datasets(recipe) or None,
+        library_name="transformers",
+        pipeline_tag="text-classification" if classes else "text-generation",
+        tags=["knowledge-distillation", "stillroom", *(["baseline"] if arm == "baseline" else [])],
+    )
+
+
+def _datasets(recipe: Mapping[str, Any]) -> list[str]:
+    """Those that the Hub knows by name."""
+    places = [*recipe["storage"]["sources"], recipe["data"]["source"]]
+    names = [match[1] for place in places if (match := _HUB_DATA.match(place))]
+    source = recipe["data"]["source"]
+    if _HUB_NAME.fullmatch(source) and public_name(source) == source and "." not in source.rpartition("/")[2]:
+        names.append(source)
+    return list(dict.fromkeys(names))
+
+
+def _results(evaluation: Mapping[str, Any]) -> str:
+    columns = measures(evaluation["results"].values())
+    headers = result_headers(columns, bound=evaluation["measured_on"]["kl_is_lower_bound"])
+    return table(headers, result_rows(evaluation["results"], columns))
+
+
+def _measured(evaluation: Mapping[str, Any]) -> str:
+    on = evaluation["measured_on"]
+    return (
+        f"On {count(on['tokens'])} {on['of']} of {count(on['prompts'])} held-out prompts, which the student was not "
+        "trained on. ± is one standard error."
+    )
+
+
+def _code(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """How to load the folder, in transformers and vLLM."""
+    if recipe["run"]["task"] == "classification":
+        text = (
+            'from transformers import pipeline\n\nclassify = pipeline("text-classification", model="path/to/student")\n'
+        )
+        vllm = 'from vllm import LLM\n\nllm = LLM("path/to/student", runner="pooling")\n'
+        return {
+            "code": text + 'print(classify("A text to classify"))',
+            "vllm": vllm + 'print(llm.classify("A text to classify")[0].outputs.probs)',
+        }
+    chat = recipe["data"]["format"] in ("messages", "instruction")
+    asked = '[{"role": "user", "content": "Hello!"}]' if chat else '"Once upon a time"'
+    how = f"llm.{'chat' if chat else 'generate'}({asked})"
+    return {
+        "code": 'from transformers import pipeline\n\ngenerate = pipeline("text-generation", model="path/to/student")\n'
+        f'print(generate({asked}, max_new_tokens=40)[0]["generated_text"])',
+        "vllm": f'from vllm import LLM\n\nllm = LLM("path/to/student")\nprint({how}[0].outputs[0].text)',
+    }
+
+
+def _made(settings: Mapping[str, Any], trained: Mapping[str, Any]) -> str:
+    scored = count(trained["scored_tokens"])
+    parts = [
+        f"{count(trained['steps'])} steps, {count(trained['tokens'])} tokens of which {scored} were scored, "
+        f"{trained['epochs']:g} epochs of snapshot {inline(trained['snapshot'])}; "
+        f"{count(trained['parameters'])} parameters, {count(trained['trained_parameters'])} of them trained.",
+        f"The teacher's identity, a hash of its content: {inline(settings['teacher_id'])}.",
+    ]
+    if settings["arm"] == "baseline":
+        parts.insert(0, "This is the baseline: cross-entropy alone, same start, order and tokens as the distilled one.")
+    return " ".join(parts)
+
+
+def _without_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What the recipe says beside the defaults; folders of the machine it was made on say nothing."""
+    try:
+        said = Recipe.model_validate(recipe).model_dump(mode="json", exclude_defaults=True)
+    except ValidationError:  # of another version
+        said = dict(recipe)
+    for section in ("run", "storage"):
+        said[section] = {name: value for name, value in said.get(section, {}).items() if name != "dir"}
+    return {section: fields for section, fields in said.items() if fields}
+
+
+def _limits(recipe: Mapping[str, Any], student: Mapping[str, Any]) -> list[str]:
+    found = [
+        "It knows what its teacher said of this data; outside of it nobody measured it.",
+        "It inherits the teacher's mistakes and biases, and adds its own.",
+        "Before you publish it, see what the licences of the teacher, of the data"
+        + (" and of the initial model" if student["model"] else "")
+        + " ask; none is stated here.",
+    ]
+    if recipe["run"]["task"] == "causal_lm" and recipe["data"]["format"] in ("text", "completion", "prompt"):
+        found.append("It continues text; it was not taught to follow instructions or to hold a conversation.")
+    return found

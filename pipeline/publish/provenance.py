@@ -1,0 +1,288 @@
+"""Where a published dataset comes from: models, settings, versions, prompt sources, and the licence of each.
+
+The rule: a dataset has a licence of its own, and that of every model whose text or distribution is in it and of every
+source of its prompts is named beside it. `export`, into a folder of yours, writes `unknown` for those that were not
+given, and the card warns of it. `publish` refuses until each is given; `unknown` may be given, in so many words.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...storage.errors import UsageError
+from ...storage.published.export import Made
+from ...storage.published.export_rows import sources_of
+from ...storage.store.store import Store
+
+UNKNOWN = "unknown"
+PROVENANCE = "PROVENANCE.json"
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SECRETS = re.compile(r"(://)[^/@]*@|\?.*")
+"""Name and password in a URL, and its query, which may be a signature."""
+_PATHS = {
+    ("run", "dir"),
+    ("storage", "dir"),
+    ("teacher", "model"),
+    ("teacher", "adapter"),
+    ("student", "model"),
+    ("data", "source"),
+    ("generate", "model"),
+}
+"""Fields of a recipe that may name files of this machine."""
+_PATH_FIELDS = {"_name_or_path", "name_or_path", "base_model_name_or_path"} | {
+    "tokenizer_file",
+    "special_tokens_map_file",
+}
+"""Fields of a model's config that may name files of this machine: no part of an identity."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Licenses:
+    """What was said about licences; ids as the Hub spells them, or `name=id`."""
+
+    dataset: str
+    models: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
+
+    def of_model(self, model_id: str) -> str:
+        """Licence of a model by its id, or the beginning of it."""
+        named = [value for name, value in _named(self.models) if name and model_id.startswith(name)]
+        return (named or [value for name, value in _named(self.models) if not name] or [UNKNOWN])[0]
+
+    def of_source(self, source: str) -> str:
+        """Licence of a source by its public name."""
+        named = [value for name, value in _named(self.sources) if name == source]
+        return (named or [value for name, value in _named(self.sources) if not name] or [UNKNOWN])[0]
+
+
+def check_licenses(license_id: str | None, models: Sequence[str], sources: Sequence[str], *, strict: bool) -> Licenses:
+    """What was given, if it suffices.
+
+    Args:
+        license_id: Of the dataset.
+        models: Of the teacher and of who wrote the text.
+        sources: Of the prompts' sources.
+        strict: All must be given.
+
+    Raises:
+        UsageError: names what is missing, or what is no licence id.
+    """
+    missing = [] if license_id else ["--license ID: the licence of this dataset"]
+    if strict and not models:
+        missing.append("--teacher-license ID: the licence or terms of the model that wrote and scored the text")
+    if strict and not sources:
+        missing.append("--source-license ID: the licence of the data that the prompts come from")
+    if missing:
+        raise UsageError(
+            "nothing leaves without its licences. Missing:\n  " + "\n  ".join(missing) + "\nIds as on the Hub: "
+            "apache-2.0, mit, cc-by-4.0, llama3.1, other ...; `unknown` where you do not know, and readers are told."
+        )
+    for _, value in _named([license_id or "", *models, *sources]):
+        if not _LICENSE.fullmatch(value):
+            near = value.lower().replace(" ", "-")
+            hint = f"Did you mean {near}?" if _LICENSE.fullmatch(near) else "Such as apache-2.0 or cc-by-4.0."
+            raise UsageError(f"licence {value!r}: not an id as the Hub spells it. {hint}")
+    return Licenses(dataset=str(license_id), models=tuple(models), sources=tuple(sources))
+
+
+def check_stated(licenses: Licenses, provenance: Mapping[str, Any], *, strict: bool) -> None:
+    """Each model that was named is one of these, and (strict) each model and source was spoken of.
+
+    Raises:
+        UsageError: names those that are not, or were not.
+    """
+    models, sources = list(provenance["models"]), [source["name"] for source in provenance["sources"]]
+    named = {name for name, _ in _named(licenses.models)}
+    for name in sorted(named - {""}):
+        if not any(model_id.startswith(name) for model_id in models):
+            known = ", ".join(models) or "none, no model made these rows"
+            raise UsageError(f"--teacher-license {name}: no such model. These rows are of {known}.")
+    silent = [f"--teacher-license {i}=ID" for i in models if not any(i.startswith(name) for name in named)]
+    spoken = {name for name, _ in _named(licenses.sources)}
+    silent += [f"--source-license {name}=ID" for name in sources if not spoken & {name, ""}]
+    if strict and silent:
+        raise UsageError(
+            "nothing leaves without its licences. Missing:\n  " + "\n  ".join(silent) + "\n`ID` alone is of all others."
+        )
+
+
+def _named(given: Sequence[str]) -> list[tuple[str, str]]:
+    return [(name, value) for name, _, value in (text.rpartition("=") for text in given)]
+
+
+def public_name(text: str) -> str:
+    """A Hub id or URL without secrets as it is; of a path the last part: what lies above it is nobody's business."""
+    if "://" in text:
+        return _SECRETS.sub(r"\1", text)
+    if _HUB_NAME.fullmatch(text) and not Path(text).exists():
+        return text
+    return Path(text).name or text
+
+
+def read_recipe(run_dir: Path | None) -> dict[str, Any] | None:
+    """The recipe of a run, its paths cut to names; None without a run.
+
+    Raises:
+        UsageError: no student was begun in this folder.
+    """
+    if run_dir is None:
+        return None
+    found = [run_dir / "latest", *sorted(run_dir.glob("train-*")), run_dir]
+    for file in (folder / "settings.json" for folder in found):
+        if file.is_file():
+            return public_recipe(json.loads(file.read_text())["recipe"])
+    raise UsageError(f"--run {run_dir}: no settings.json in it or in its train-*. Name the run.dir of a recipe.")
+
+
+def public_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe without the paths of this machine."""
+
+    def shown(section: str, name: str, value: Any) -> Any:
+        if (section, name) == ("storage", "sources"):
+            return [public_name(source) for source in value]
+        if name == "engine_args":
+            return _without_folders(value)
+        return public_name(value) if (section, name) in _PATHS and isinstance(value, str) else value
+
+    return {
+        section: {name: shown(section, name, value) for name, value in fields.items()}
+        if isinstance(fields, Mapping)
+        else fields
+        for section, fields in recipe.items()
+    }
+
+
+def _without_folders(value: Any) -> Any:
+    """Arguments of an engine: nobody knows which of them name files, so whatever looks like a path is cut."""
+    if isinstance(value, Mapping):
+        return {name: _without_folders(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(part) for part in value]
+    return public_name(value) if isinstance(value, str) and value.startswith(("/", "~", ".")) else value
+
+
+def make_provenance(
+    store: Store,
+    made: Made,
+    licenses: Licenses,
+    *,
+    teacher: str | None,
+    recipe: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """All of it as JSON; nothing in it depends on the clock or on this machine's folders.
+
+    Args:
+        store: Where the rows come from.
+        made: What was taken of it.
+        licenses: As given.
+        teacher: What the teacher is called; a store knows its content, not its name.
+        recipe: As `read_recipe` gives it.
+    """
+    named = teacher or (recipe or {}).get("teacher", {}).get("model")
+    scored = {about.get("teacher_id") for about, _ in made.said.get("soft_targets", [])}
+    wrote = {about.get("author_id") for about, _ in made.said.get("generations", [])}
+    models = {}
+    for model_id in sorted(made.authors):
+        parts = store.teacher_parts(model_id)
+        if parts:  # text that was given has no model
+            models[model_id] = _model(parts) | {
+                "name": named if model_id in scored or not scored else None,
+                "license": licenses.of_model(model_id),
+                "wrote": model_id in wrote,
+                "scored": model_id in scored,
+            }
+    return {
+        "license": licenses.dataset,
+        "models": models,
+        "sources": _sources(store, made, licenses),
+        "made_with": {table: _grouped(said) for table, said in sorted(made.said.items())},
+        "snapshots": {split: found.snapshot for split, found in made.splits.items()},
+        "recipe": recipe,
+    }
+
+
+def _model(parts: Mapping[str, Any]) -> dict[str, Any]:
+    config = parts.get("config") or {}
+    text = config.get("text_config", config)
+    names = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
+    return {
+        "architectures": config.get("architectures"),
+        **{name: text[name] for name in names if name in text},
+        "dtype": parts.get("dtype"),
+        "adapter": parts.get("adapter") is not None,
+        "chat_template": bool(parts.get("chat_template")),
+        "weights_sha256": parts.get("weights"),
+    }
+
+
+def _sources(store: Store, made: Made, licenses: Licenses) -> list[dict[str, Any]]:
+    """Per recorded source how many prompts; splits have different prompts, so they add up."""
+    counts: dict[str, int] = {}
+    for keys in made.texts.values():
+        for data_id, prompts in sources_of(store, keys).items():
+            counts[data_id] = counts.get(data_id, 0) + prompts
+    formats: dict[str, Any] = {}
+    most: dict[str, int] = {}
+    for data_id, prompts in counts.items():
+        about = store.inputs_about(data_id) or {}
+        source = str(about.get("source", UNKNOWN))
+        formats.setdefault(source, about.get("format"))
+        most[source] = max(most.get(source, 0), prompts)  # the same source, read with other settings
+    found: dict[str, dict[str, Any]] = {}
+    for source in sorted(most):
+        name = public_name(source)
+        entry = {"name": name, "format": formats[source], "prompts": 0, "license": licenses.of_source(name)}
+        found.setdefault(name, entry)["prompts"] += most[source]
+    return [found[name] for name in sorted(found)]
+
+
+def source_names(store: Store) -> set[str]:
+    """Public names of all sources that the store has a record of."""
+    ids = [name.removesuffix(".json") for name in store.files.names("inputs")]
+    return {public_name(str((store.inputs_about(data_id) or {}).get("source", UNKNOWN))) for data_id in ids}
+
+
+def _grouped(said: Sequence[tuple[Mapping[str, Any], int]]) -> list[dict[str, Any]]:
+    """Shards that say the same are one entry, with how many rows were taken of them."""
+    groups: dict[str, dict[str, Any]] = {}
+    for about, rows in said:
+        kept = public_about(about)
+        entry = groups.setdefault(json.dumps(kept, sort_keys=True), {"rows": 0, **kept})
+        entry["rows"] += rows
+    return [groups[name] for name in sorted(groups)]
+
+
+def public_about(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What a shard says of how its rows were made, without numbers of its own and paths of this machine."""
+    kept = {name: value for name, value in about.items() if name not in ("statistics", "again", "table")}
+    settings = kept.get("settings")
+    if isinstance(settings, Mapping) and isinstance(settings.get("source"), str):
+        kept["settings"] = {**settings, "source": public_name(settings["source"])}
+    return kept
+
+
+def without_paths(content: bytes, name: str) -> bytes:
+    """A kept file of a model without the paths that some versions of transformers write into their configs."""
+    if name not in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        return content
+
+    def public(value: Any, field: str = "") -> Any:
+        if isinstance(value, dict):
+            return {name: public(part, name) for name, part in value.items()}
+        if isinstance(value, list):
+            return [public(part) for part in value]
+        return public_name(value) if field in _PATH_FIELDS and isinstance(value, str) else value
+
+    fields = json.loads(content)
+    cut = public(fields)
+    return content if cut == fields else json.dumps(cut, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def unknown_licenses(provenance: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Ids of the models, and names of the sources, whose licence nobody stated."""
+    models = [id_ for id_, model in provenance["models"].items() if model["license"] == UNKNOWN]
+    return models, [source["name"] for source in provenance["sources"] if source["license"] == UNKNOWN]

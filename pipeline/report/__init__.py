@@ -1,0 +1,1 @@
+"""The report: results as HTML and Markdown, figures, single rows."""

@@ -1,0 +1,211 @@
+"""One sample token by token: of a store, what the teacher thought of the text; of a run, how its student differs."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from ...stages.models.token_text import Pieces
+from ...stages.targets.spec import Kept
+from ...storage.errors import UsageError
+from ...storage.store.store import Store
+from ...storage.tables.schema import TableName
+from ...storage.tables.soft_targets import SoftTargets
+from ..numbers import printable
+from .report import load_report
+from .token_view import coloured, drawn, fitting, rows_of, visible
+
+SHOWN = 5  # entries of a target
+TABLES: tuple[TableName, ...] = ("soft_targets", "generations")
+
+
+def show(place: str, key: str | None, *, columns: int, colours: bool) -> tuple[dict[str, Any], list[Any]]:
+    """A row of a store, or of a run folder one of the held-out rows that its report holds; as data and for people.
+
+    `columns`: characters of a line; `colours`: whether it goes to a terminal.
+
+    Raises:
+        UsageError: no such row, or more than one.
+    """
+    if (Path(place) / "report.json").is_file():
+        return _of_run(place, (key or "").lower(), columns=columns, colours=colours)
+    store = Store.open(place)
+    row = find_row(store, key)
+    sample = describe(row, tokenizer_of(store, row))
+    return sample, render(sample, columns=columns, colours=colours)
+
+
+def _of_run(run_dir: str, begin: str, *, columns: int, colours: bool) -> tuple[dict[str, Any], list[Any]]:
+    rows = [row for row in rows_of(load_report(Path(run_dir))["evaluation"]) if row.arms]
+    if not rows:
+        raise UsageError(
+            f"{run_dir}: its report holds no rows token by token (no teacher's distribution, or texts that are "
+            "classified). Give the store instead of the run folder."
+        )
+    keys = ", ".join(row.key[:8] for row in rows)
+    fitting = [row for row in rows if row.key.startswith(begin)]
+    if not fitting or (begin and len(fitting) > 1):
+        raise UsageError(f"{run_dir}: {len(fitting)} held-out rows have keys that begin with {begin!r}. It has {keys}.")
+    row = fitting[0]
+    title = Text(f"held-out row {row.key}; {'coloured by ' * colours}KL(teacher || student) in nats\n")
+    return asdict(row), [
+        title,
+        *drawn(row, columns=columns, colours=colours),
+        Text(f"rows of this run (--key): {keys}"),
+    ]
+
+
+def find_row(store: Store, key: str | None) -> dict[str, Any]:
+    """A soft-target row by key (hex, any unique beginning), else the first; a generation where nothing is scored.
+
+    Raises:
+        UsageError: no such row, or more than one.
+    """
+    begin = (key or "").lower()
+    fitting = (
+        (table, shard, row)
+        for table in TABLES
+        for found, shard, row in _keys(store, table)
+        if found.hex().startswith(begin)
+    )
+    matches = list(fitting if key is not None else islice(fitting, 1))
+    how = 'List keys with `stillroom query STORE "SELECT hex(key) FROM soft_targets"`.'
+    if not matches:
+        wanted = "row" if key is None else f"row whose key begins with {key}"
+        raise UsageError(f"{store.root}: no {wanted} in soft_targets or generations. {how}")
+    if len(matches) > 1:
+        raise UsageError(f"{store.root}: {len(matches)} rows have keys that begin with {key!r}. Give more of it. {how}")
+    table, shard, row = matches[0]
+    about = store.shard(table, shard).about
+    return next(iter(store.rows(table, {shard: [row]}))) | {"table": table, "class_names": about.get("class_names")}
+
+
+def _keys(store: Store, table: TableName) -> Iterator[tuple[bytes, str, int]]:
+    index = store.index(table, ["key"])
+    return zip(*(index[c].to_pylist() for c in ("key", "shard", "row")), strict=True)
+
+
+def tokenizer_of(store: Store, row: dict[str, Any]) -> Any:
+    """The tokenizer kept with the row's teacher or author; None if the store has none (given text has no model)."""
+    from tokenizers import Tokenizer
+
+    name = row["teacher_id"] if row["table"] == "soft_targets" else row["author_id"]
+    file = f"teachers/{name}/tokenizer.json"
+    return Tokenizer.from_file(str(store.files.local(file))) if store.files.exists(file) else None
+
+
+def describe(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """The sample as plain data, for `--json`."""
+    start = row["span_start"] if row["table"] == "soft_targets" else max(row["prompt_tokens"], 1)
+    ids = row["token_ids"].tolist()
+    tokens, texts = [_show(tokenizer, token) for token in ids], Pieces(tokenizer)
+    found: dict[str, Any] = {
+        "table": row["table"],
+        "key": row["key"].hex(),
+        "tokens": tokens,
+        "texts": [texts[token] for token in ids],
+        "token_ids": ids,
+        "span_start": start,
+    }
+    if row["table"] == "soft_targets":
+        targets, classes = SoftTargets.from_row(row), row.get("class_names")
+        show = classes.__getitem__ if classes else partial(_show, tokenizer)
+        if classes:
+            found["label"] = None if row["label"] is None else classes[row["label"]]
+            found["text"] = tokenizer.decode(ids, skip_special_tokens=False) if tokenizer else " ".join(tokens)
+        found["kept"] = Kept.of_row(row).named() | {"mantissa_bits": row["mantissa_bits"]}
+        found["positions"] = [
+            _position(targets.positions(slice(n, n + 1)), start + n, show) for n in range(row["span_tokens"])
+        ]
+    return found
+
+
+def _position(targets: SoftTargets, index: int, show: Callable[[int], str]) -> dict[str, Any]:
+    (probabilities,) = targets.probabilities
+    best = np.argsort(-probabilities, kind="stable")[:SHOWN]
+    best = best[probabilities[best] > 0]  # no padding
+    ids = best if targets.ids is None else targets.ids[0][best]
+    entries = [[show(int(i)), float(probabilities[b])] for i, b in zip(ids, best, strict=True)]
+    if targets.counts is not None:
+        entries = [[*entry, int(targets.counts[0][b])] for entry, b in zip(entries, best, strict=True)]
+    return {
+        "index": index,
+        "token_logprob": float(targets.token_logprob[0]),
+        "entropy": float(targets.entropy[0]),
+        "tail": None if targets.tail_logprob is None else float(np.exp(targets.tail_logprob[0])),
+        "tempered_tail": _tempered(targets),
+        "entries": entries,
+    }
+
+
+def _tempered(targets: SoftTargets) -> dict[str, float]:
+    """Temperature -> probability outside the entries at it; none for sampled targets."""
+    if targets.logprobs is None or targets.temperatures is None or targets.tempered_tails is None:
+        return {}
+    found = {}
+    for t, tail in zip(targets.temperatures.tolist(), targets.tempered_tails[0].tolist(), strict=True):
+        entries = np.logaddexp.reduce(targets.logprobs[0].astype(np.float64) / t)
+        found[f"{t:g}"] = float(np.exp(tail - np.logaddexp(entries, tail)))
+    return found
+
+
+def _show(tokenizer: Any, token: int) -> str:
+    piece = tokenizer.id_to_token(token) if tokenizer else None
+    return f"[{token}]" if piece is None else str(piece)
+
+
+def render(sample: dict[str, Any], *, columns: int, colours: bool) -> list[Any]:
+    """The sample for people: its text, on a terminal coloured by -log p of each token, then a line per position."""
+    start, positions = sample["span_start"], sample.get("positions")
+    if "label" in sample:
+        marked, text = f"gold label: {sample['label'] or 'none'}", Text(printable(sample["text"]))
+    elif positions:
+        marked = "coloured by the teacher's -log p" if colours else f"scored from index {start}"
+        # Surprise is several nats where a KL is one: the same shades for both.
+        scored = zip(sample["texts"][start:], (-p["token_logprob"] / 4 for p in positions), strict=False)
+        text = coloured("".join(sample["texts"][:start]), list(scored), colours=colours)
+    else:
+        marked, text = f"written from index {start}", Text(printable("".join(sample["texts"])))
+    parts: list[Any] = [Text(f"{sample['table']} {sample['key']}; {marked}\n"), text, Text("")]
+    if positions:
+        settings = (_setting(name, value) for name, value in sample["kept"].items() if value != ())
+        parts += [Text(", ".join(settings) + "\n"), _targets_table(sample, columns)]
+    return parts
+
+
+def _setting(name: str, value: Any) -> str:
+    values = value if isinstance(value, list | tuple) else [value]
+    shown = " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
+    return f"{name.replace('_', ' ')} {shown}"
+
+
+def _targets_table(sample: dict[str, Any], columns: int) -> Table:
+    """A line per scored position; of drawn ids how often they were, in brackets."""
+    sampled = sample["kept"]["kind"] == "sampled"
+    tempered = list(sample["positions"][0]["tempered_tail"])
+    table = Table(box=None, pad_edge=False)
+    table.add_column("index", justify="right", no_wrap=True)
+    table.add_column("gold label" if "label" in sample else "token", no_wrap=True, max_width=12, overflow="ellipsis")
+    numbers = ("p", "entropy", *([] if sampled else ["tail", *(f"tail at {t}" for t in tempered)]))
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("drawn most" if sampled else "the teacher's best", no_wrap=True)
+    width = max(18, columns - 21 - sum(max(len(name), 6) + 2 for name in numbers))
+    for p in sample["positions"]:
+        best = [(_readable(e[0]), f"{e[1]:.3f}", *(f"({count})" for count in e[2:])) for e in p["entries"]]
+        tails = [] if sampled else [f"{p['tail']:.4f}", *(f"{p['tempered_tail'][t]:.4f}" for t in tempered)]
+        token = (sample["label"] or "none") if "label" in sample else visible(sample["texts"][p["index"]])
+        shown = (f"{np.exp(p['token_logprob']):.4f}", f"{p['entropy']:.3f}", *tails)
+        table.add_row(str(p["index"]), Text(token), *shown, Text(fitting(best, width)))
+    return table
+
+
+def _readable(piece: str) -> str:
+    """A piece of a vocabulary without the marks that tokenizers put for white space."""
+    return piece.replace("\u2581", " ").replace("\u0120", " ").replace("\u010a", "\n")

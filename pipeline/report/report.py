@@ -1,0 +1,140 @@
+"""The report of a run: what was gained, in a sentence, a table and the facts behind it; as a page, Markdown and JSON.
+
+It is made from `evaluation.json`, `train.json` and `settings.json` of a training run and from what the runner knows;
+nothing here loads a model or opens a store. `compare.py` lays several over one another.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...storage.errors import UsageError
+from ...storage.files.local import LocalFiles
+from ..numbers import nats, percent
+from . import html as report_html
+from . import markdown as report_markdown
+from . import results as tables
+from . import sections
+from .blocks import Page, Text
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+TRAINED = ("student", "baseline")
+
+
+def write_report(run_dir: Path, train_dir: Path, facts: Mapping[str, Any]) -> Path:
+    """Write `report.html`, `report.md` and `report.json` into the run's folder.
+
+    Args:
+        run_dir: Folder of the run.
+        train_dir: Folder of the student's training run; holds evaluation.json, train.json and settings.json.
+        facts: What the runner knows, each shown where it is there: `stages` (name -> rows, rejected, tokens, bytes,
+            bytes_per_token, seconds, tokens_per_second), `rejects` (stage -> reasons), `store`, `versions`, `machine`.
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        UsageError: a file of the training run is missing or unreadable.
+    """
+    evaluation = _read(train_dir / "evaluation.json")
+    settings = _read(train_dir / "settings.json")
+    trained = {arm: train_dir.with_name(evaluation["arms"][arm]) for arm in TRAINED if arm in evaluation["arms"]}
+    report = {
+        "title": sections.title(settings),
+        "outcome": outcome(evaluation),
+        "run_dir": str(run_dir),
+        "train_dir": str(train_dir),
+        "evaluation": evaluation,
+        "train": {arm: _read(folder / "train.json") for arm, folder in trained.items()},
+        "settings": settings,
+        "facts": dict(facts),
+    }
+    content = page(report)
+    contents = {
+        "report.json": json.dumps(report, indent=1, ensure_ascii=False),
+        "report.md": report_markdown.page(content),
+        "report.html": report_html.page(content),
+    }
+    files = LocalFiles(run_dir)
+    for name, text in contents.items():
+        files.replace(name, text.encode())
+    return run_dir / "report.html"
+
+
+def load_report(run_dir: Path) -> dict[str, Any]:
+    """The content of a run's `report.json`.
+
+    Raises:
+        UsageError: there is none yet.
+    """
+    return _read(Path(run_dir) / "report.json")
+
+
+def page(report: Mapping[str, Any]) -> Page:
+    """What a report says, to be drawn as Markdown or HTML."""
+    evaluation = report["evaluation"]
+    found = [
+        tables.results(evaluation, report["settings"].get("recipe", {})),
+        sections.what_was_run(report),
+        sections.training(report["train"], of=evaluation["measured_on"].get("of", "tokens").removesuffix("s")),
+        sections.distance(evaluation),
+        sections.tokens(evaluation),
+        sections.samples(evaluation),
+        sections.held_out(evaluation),
+        sections.stages(report["facts"]),
+        sections.provenance(report),
+    ]
+    return Page(report["title"], [Text(f"**{report['outcome']}**")], [section for section in found if section])
+
+
+def outcome(evaluation: Mapping[str, Any]) -> str:
+    """What came of it in one sentence, whichever way it went."""
+    results, differences = evaluation["results"], evaluation["differences"]
+    other = "baseline" if "baseline" in differences else "student_before"
+    than = {"baseline": "cross-entropy alone", "student_before": "before training"}[other]
+    measure = "cross_entropy" if results["student"]["kl_teacher"] is None else "kl_teacher"
+    bound = evaluation["measured_on"]["kl_is_lower_bound"]
+    name = "cross-entropy" if measure == "cross_entropy" else "KL, a lower bound," if bound else "KL"
+    values = f"{name} {nats(results['student'][measure])} against {nats(results[other][measure])}"
+    if "accuracy" in results["student"]:
+        accuracies = [percent(results[arm]["accuracy"]) for arm in ("student", other)]
+        values += f"; accuracy {accuracies[0]} against {accuracies[1]}"
+    gap, error = differences[other][measure], differences[other][f"{measure}_se"]
+    if error is not None and abs(gap) <= 2 * error:
+        return (
+            f"The distilled student does not clearly differ from {than}: {nats(gap)} ± {nats(error)} nats ({values})."
+        )
+    if measure == "kl_teacher":
+        how = f"{nats(abs(gap))} nats {'closer to' if gap <= 0 else 'farther from'} the teacher"
+    else:
+        how = f"{nats(abs(gap))} nats {'better' if gap <= 0 else 'worse'} at predicting the held-out text"
+    return f"The distilled student is {how} than {than} ({values})."
+
+
+def results_table(results: tables.Results) -> "Table":
+    """The results for a terminal, 80 columns wide at most; cross-entropy and KL in nats per token."""
+    from rich.table import Table
+
+    columns = tables.measures(results.values())
+    drawn = Table("arm", box=None, pad_edge=False)
+    for measure in columns:
+        drawn.add_column(measure.short, justify="right", vertical="bottom")
+    for arm in tables.known_arms(results):
+        drawn.add_row(arm, *tables.result_cells(results[arm], columns, errors=False))
+    return drawn
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"{path}: no such file, so this run is not finished. Run `stillroom run RECIPE` first."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: not readable as JSON ({error}). Run `stillroom run RECIPE` again.") from error
+    assert isinstance(content, dict)
+    return content

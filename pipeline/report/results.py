@@ -1,0 +1,199 @@
+"""The results of a report: which measures there are, as a table and in words, bounds and errors named."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from ..numbers import count, decimals, inline, percent, significant
+from .blocks import Bullets, Section, Table
+
+Results = Mapping[str, Mapping[str, Any]]
+
+ARMS = {
+    "teacher": "teacher",
+    "student_before": "student before training",
+    "baseline": "baseline (cross-entropy alone)",
+    "student": "student (distilled)",
+}
+LINES = ARMS | {"difference": "student - baseline, seed by seed"}
+"""Lines of a results table; the last one only over seeds."""
+
+
+class Measure(NamedTuple):
+    """A column of the results table."""
+
+    name: str
+    header: str
+    bound: str
+    """What it is where targets are not full: exact there, a bound else."""
+    short: str
+    """Header on a terminal."""
+    show: Callable[..., str]
+    """A value and maybe its `error` as text."""
+
+
+MEASURES = (
+    Measure("cross_entropy", "cross-entropy (nats/token)", "", "cross-\nentropy", decimals),
+    Measure("perplexity", "perplexity", "", "perplexity", significant),
+    Measure(
+        "kl_teacher",
+        "KL to teacher (nats/token)",
+        "KL to teacher, lower bound (nats/token)",
+        "KL to\nteacher",
+        decimals,
+    ),
+    Measure("acceptance", "acceptance", "acceptance, upper bound", "accept\nrate", percent),
+    Measure("top1_agreement", "top-1 agreement", "", "top-1\nagree", percent),
+    Measure("ece", "ECE", "", "ECE", partial(percent, places=2)),
+    Measure("answers", "answers", "", "answers", partial(decimals, places=3)),
+)
+
+
+CLASS_MEASURES = (
+    Measure("accuracy", "accuracy", "", "accuracy", percent),
+    Measure("cross_entropy", "cross-entropy (nats/text)", "", "cross-\nentropy", decimals),
+    Measure("kl_teacher", "KL to teacher (nats/text)", "", "KL to\nteacher", decimals),
+    Measure("top1_agreement", "agreement with teacher", "", "agreement", percent),
+    Measure("ece", "ECE", "", "ECE", partial(percent, places=2)),
+)
+"""The columns where texts are classified."""
+
+PAIRED = (
+    ("accuracy", "accuracy", 100, 2, "points"),
+    ("kl_teacher", "KL", 1, 4, "nats/token"),
+    ("cross_entropy", "cross-entropy", 1, 4, "nats/token"),
+    ("acceptance", "acceptance", 100, 2, "points"),
+    ("top1_agreement", "agreement", 100, 2, "points"),
+    ("ece", "ECE", 100, 2, "points"),
+)
+"""Differences that are printed: name, words, factor, decimals, unit."""
+
+
+def measures(results: Iterable[Mapping[str, Any]]) -> list[Measure]:
+    """The columns of a table of these results: what is known of any arm."""
+    found = list(results)
+    columns = CLASS_MEASURES if any("accuracy" in r for r in found) else MEASURES
+    return [m for m in columns if any(r.get(m.name) is not None for r in found)]
+
+
+def result_headers(columns: Sequence[Measure], *, bound: bool) -> list[str]:
+    """Headers of the results table; what is only bounded is called so."""
+    return ["arm", *(m.bound or m.header if bound else m.header for m in columns)]
+
+
+def result_rows(results: Results, columns: Sequence[Measure]) -> list[list[str]]:
+    """The results table: one line per arm of which anything is known."""
+    return [[LINES[arm], *result_cells(results[arm], columns)] for arm in known_arms(results)]
+
+
+def known_arms(results: Results) -> list[str]:
+    """The arms, teacher first, without a teacher of whom nothing was stored."""
+    return [arm for arm in LINES if arm in results and any(v is not None for v in results[arm].values())]
+
+
+def result_cells(result: Mapping[str, Any], columns: Sequence[Measure], *, errors: bool = True) -> list[str]:
+    """An arm's numbers as text; `errors` adds standard errors."""
+    # The teacher's distance to itself is 0 by definition: its standard error of 0 says nothing.
+    return [m.show(result.get(m.name), error=result.get(f"{m.name}_se") or None if errors else None) for m in columns]
+
+
+def results(evaluation: Mapping[str, Any], recipe: Mapping[str, Any]) -> Section:
+    """The results table and how to read it."""
+    columns, measured = measures(evaluation["results"].values()), evaluation["measured_on"]
+    headers = result_headers(columns, bound=measured["kl_is_lower_bound"])
+    drawn = Table(headers, result_rows(evaluation["results"], columns), strong=ARMS["student"])
+    unshared = evaluation["results"]["student"].get("unshared_mass") or 0.0
+    notes = [*_measured_on(measured, unshared), *_paired(evaluation["differences"]), *_gradient(evaluation)]
+    notes += _sampled_otherwise(recipe)
+    if evaluation["answers"]:
+        notes.append(_answers(evaluation["answers"]))
+    return Section("Results", [drawn, Bullets(notes)])
+
+
+def _sampled_otherwise(recipe: Mapping[str, Any]) -> list[str]:
+    """A caution where the text is no plain sample of its author."""
+    generate = recipe.get("generate") or {}
+    temperature, top_p = generate.get("temperature", 1.0), generate.get("top_p", 1.0)
+    if temperature == 1.0 and top_p == 1.0:
+        return []
+    return [
+        f"The text was sampled at temperature {temperature}, top-p {top_p}: not as its author's probabilities say, so "
+        "even a perfect copy of the author is not calibrated on it (ECE above 0)."
+    ]
+
+
+def _measured_on(measured: Mapping[str, Any], unshared: float) -> list[str]:
+    bins = measured["ece_bins"]
+    if measured.get("of") == "texts":
+        return [
+            f"Measured on {count(measured['rows'])} held-out texts with a gold label; ± is one standard error. "
+            f"Cross-entropy is with the gold labels, KL(teacher || student) exact. ECE: expected calibration error of "
+            f"the most likely class, {bins} equal-width bins. All of it is at temperature 1."
+        ]
+    notes = [
+        f"Measured on {count(measured['tokens'])} held-out tokens ({count(measured['rows'])} rows of "
+        f"{count(measured['prompts'])} prompts); ± is one standard error over prompts. Cross-entropy is on the text "
+        f"that is there. ECE: expected calibration error of the most likely next token, {bins} equal-width bins."
+    ]
+    if measured["reference"] is None:
+        return [f"{notes[0]} No teacher distribution was stored (no `score` section), so there is no KL."]
+    about = (
+        "Acceptance: how often the teacher accepts a token that the arm proposes in speculative decoding, which is 1 "
+        "- total variation. "
+    )
+    if measured["kl_is_lower_bound"]:
+        about += (
+            f"KL(teacher || student) and acceptance are over the teacher's {count(measured['k'])} best tokens and one "
+            "bucket for all others: a lower bound of the KL, an upper bound of the acceptance."
+        )
+    else:
+        about += "KL(teacher || student) and acceptance are exact, over the whole vocabulary."
+    if unshared:
+        how = (
+            "are in the bucket" if measured["kl_is_lower_bound"] else "are left out of the KL, the teacher renormalised"
+        )
+        about += f" Tokens that the student lacks hold {unshared:.2g} of the teacher's probability and {how}."
+    return [*notes, about]
+
+
+def _paired(differences: Results) -> list[str]:
+    """The student minus each other arm, token by token on the same rows."""
+    lines = []
+    for arm, difference in differences.items():
+        classified = "accuracy" in difference
+        parts = [
+            f"{words} {decimals(scale * difference[name], places, error=error and scale * error)} {unit}"
+            for name, words, scale, places, unit in PAIRED
+            for error in [difference.get(f"{name}_se")]
+            if name in difference and not (classified and name == "acceptance")
+        ]
+        parts = [part.replace("nats/token", "nats/text") for part in parts] if classified else parts
+        lines.append(f"Student minus {ARMS[arm]}, paired: {', '.join(parts)}.")
+    return lines
+
+
+def _gradient(evaluation: Mapping[str, Any]) -> list[str]:
+    """How far the recipe's targets turn the gradient of the soft loss."""
+    found = {arm: turned for arm, turned in (evaluation.get("gradient") or {}).items() if turned}
+    if not found:
+        return []
+    parts = [
+        f"{ARMS[arm]} {decimals(turned['angle_degrees'], 2)} degrees, {decimals(turned['norm_ratio'], 3)} of its length"
+        for arm, turned in found.items()
+    ]
+    tokens = next(iter(found.values()))["tokens"]
+    measured = evaluation["measured_on"]
+    best = f"the teacher's {count(measured['k'])} best tokens, renormalised"
+    whole = best if measured["kl_is_lower_bound"] else "the whole distribution"
+    return [
+        f"Gradient of the soft loss on {count(tokens)} held-out tokens, with the recipe's targets against {whole}: "
+        f"{'; '.join(parts)}. (0 degrees and 1 is a student that is taught all that the teacher says.)"
+    ]
+
+
+def _answers(answers: Mapping[str, Any]) -> str:
+    pattern = f" ({inline(answers['pattern'])})" if answers["pattern"] else ""
+    return (
+        f"Answers: {answers['metric']}{pattern}, 0 to 1, of greedy answers (at most {count(answers['max_tokens'])} "
+        f"tokens) to {count(answers['prompts'])} held-out prompts, against {answers['against']}."
+    )

@@ -1,0 +1,325 @@
+"""The sections of a report, each made from one part of `report.json`; None where nothing is known."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..numbers import count, decimals, duration, inline, percent, size
+from . import figures
+from .blocks import Block, Bullets, Code, Figures, Sample, Samples, Section, Table, Text, Tokens
+from .results import ARMS
+from .token_view import rows_of
+
+CURVE_POINTS = 10
+CLOCK = ("start", "model", "tokenizer", "disk", "other")
+"""Where a stage's time goes."""
+
+
+def what_was_run(report: Mapping[str, Any]) -> Section | None:
+    """Models, data, targets, loss and tokens, one line each."""
+    recipe = report["settings"].get("recipe", {})
+    train = report["train"]["student"]
+    if not recipe:
+        return None
+    teacher, student, data, loss = recipe["teacher"], recipe["student"], recipe["data"], recipe["loss"]
+    score, generate = recipe.get("score"), recipe.get("generate")
+    overrides = ", ".join(f"{inline(name)} {value}" for name, value in (student.get("config") or {}).items())
+    fresh = f"fresh weights, the teacher's config with {overrides}"
+    rows = [
+        ["teacher", inline(teacher["model"])],
+        ["student", inline(student["model"]) if student.get("model") else fresh],
+        ["student's parameters", count(train.get("parameters"))],
+        ["data", f"{inline(data['source'])}, format {data['format']}"],
+        ["text", _author(generate)],
+        ["targets", _kept(score) if score else "none: text only (black-box)"],
+        ["loss", _loss(loss, score) if score else "cross-entropy"],
+        ["trained on", _trained_on(train)],
+    ]
+    return Section("What was run", [Table(["", ""], rows, text_columns=2)])
+
+
+def _author(generate: Mapping[str, Any] | None) -> str:
+    if generate is None:
+        return "as given in the data"
+    who = inline(generate["model"]) if generate.get("model") else "the teacher"
+    return f"written by {who}, {generate['samples']} per prompt, temperature {generate['temperature']}"
+
+
+def _kept(score: Mapping[str, Any]) -> str:
+    entries = f"{score['k']} entries per position"
+    return {
+        "topk": f"topk, {entries}",
+        "topp": f"topp, mass {score.get('p')} in at most {entries}",
+        "sampled": f"sampled, {score.get('rounds')} draws per position ({score.get('draw')})",
+        "full": "full, the whole distribution",
+    }[score["targets"]]
+
+
+_PARAMETERS = {
+    "skew_forward_kl": "skew",
+    "skew_reverse_kl": "skew",
+    "jsd": "jsd_weight",
+    "alpha_beta": "alpha_beta",
+    "adaptive_kl": "head_mass",
+}
+"""Divergence -> the field of the recipe that it has for itself."""
+
+
+def _loss(loss: Mapping[str, Any], score: Mapping[str, Any]) -> str:
+    how = [f"temperature {scheduled(loss['temperature'])}"]
+    if score["targets"] in ("topk", "topp"):
+        how.append(f"tail {loss['tail']}")
+    if own := _PARAMETERS.get(loss["divergence"]):
+        how.append(f"{own} {loss[own]}")
+    soft, hard = (scheduled(loss[name]) for name in ("soft_weight", "hard_weight"))
+    return f"{soft} x {loss['divergence']} ({', '.join(how)}) + {hard} x cross-entropy"
+
+
+def scheduled(setting: float | Mapping[str, Any]) -> str:
+    """A number, or where a schedule starts and ends."""
+    if not isinstance(setting, Mapping):
+        return str(setting)
+    if setting["shape"] != "wsd":
+        return f"({setting['shape']}: {setting['start']} to {setting['end']})"
+    return (
+        f"(wsd: {setting['start']} to {setting['peak']} in {setting['warmup_fraction']} of the tokens, to "
+        f"{setting['end']} in the last {setting['decay_fraction']})"
+    )
+
+
+def _trained_on(train: Mapping[str, Any]) -> str:
+    return (
+        f"{count(train.get('tokens'))} tokens ({count(train.get('scored_tokens'))} scored), "
+        f"{count(train.get('steps'))} steps, {decimals(train.get('epochs'), 2)} epochs, "
+        f"{duration(train.get('seconds'))}, {count(train.get('tokens_per_second'))} tokens/s{_rate_of(train)}"
+    )
+
+
+def _rate_of(train: Mapping[str, Any]) -> str:
+    """MFU with what it is measured against; nothing where a run does not know."""
+    if not (peak := train.get("peak")):
+        return ""
+    mfu, padding, waited = (decimals(100 * train[name], 1) for name in ("mfu", "padding_share", "waited_share"))
+    return f" ({mfu} % of {peak['of']}; padding {padding} %, waiting for data {waited} %)"
+
+
+def training(trained: Mapping[str, Mapping[str, Any]], *, of: str) -> Section | None:
+    """Loss parts and learning rate over tokens, of all arms; losses are per token or per text (`of`)."""
+    numbers = [found for arm, train in trained.items() if (found := curve(arm, train))]
+    if not numbers:
+        return None
+    named = [(figures.LEGEND[arm], arm, trained[arm]) for arm in ARMS if arm in trained]
+    return Section("Training", [Figures(figures.losses(named, of=of), numbers)])
+
+
+def curve(arm: str, train: Mapping[str, Any]) -> Section | None:
+    """The training of one arm in ten lines, and its validation if there was any."""
+    headers = ["tokens", "loss", "divergence", "cross-entropy"]
+    blocks: list[Block] = []
+    if history := thinned(train.get("history") or []):
+        moving = [name for name in ("soft_weight", "hard_weight", "temperature") if name in history[0]]
+        rows = [
+            [*_losses(point), f"{point['learning_rate']:.2e}", *(decimals(point[name], 3) for name in moving)]
+            for point in history
+        ]
+        blocks.append(Table([*headers, "learning rate", *(name.replace("_", " ") for name in moving)], rows))
+        if "temperature" in moving:
+            blocks.append(Text("The divergence is that at the temperature of its line, times the temperature squared."))
+    if validation := thinned(train.get("validation") or []):
+        blocks.append(Section(f"Validation: {ARMS[arm]}", [Table(headers, [_losses(point) for point in validation])]))
+    return Section(f"Training: {ARMS[arm]}", blocks) if blocks else None
+
+
+def _losses(point: Mapping[str, Any]) -> list[str]:
+    return [count(point["tokens"]), *(decimals(point.get(name)) for name in ("loss", "soft", "hard"))]
+
+
+def thinned(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """At most ten points, evenly spaced, first and last among them."""
+    last = len(history) - 1
+    if last < CURVE_POINTS:
+        return history
+    return [history[round(i * last / (CURVE_POINTS - 1))] for i in range(CURVE_POINTS)]
+
+
+def distance(evaluation: Mapping[str, Any]) -> Section | None:
+    """Where the students are off: by position, and how far their confidence is what it should be."""
+    panels: list[Any] = []
+    numbers: list[Block] = []
+    about = (evaluation.get("views") or {}).get("by_position")
+    if about and (panel := figures.by_position([(figures.LEGEND[arm], arm, arm, about) for arm in about["arms"]])):
+        panels.append(panel)
+        numbers.append(Section(panel.title, [_by_position(about)]))
+    if reliability := {arm: bins for arm, bins in evaluation["reliability"].items() if bins}:
+        panels.append(figures.reliability(reliability))
+        numbers.append(Section("Reliability", [_reliability(reliability)]))
+    if not panels:
+        return None
+    notes = []
+    by_position = len(panels) > bool(reliability)
+    if by_position:
+        notes.append("Bands by position are two standard errors over prompts.")
+    if reliability:
+        notes.append(f"Bins with less than {percent(figures.RARE)} of the tokens are left out of the diagram.")
+    title = ("By position, and calibration" if reliability else "By position") if by_position else "Calibration"
+    return Section(title, [Figures(panels, numbers), Text(" ".join(notes))])
+
+
+def _by_position(about: Mapping[str, Any]) -> Table:
+    arms = about["arms"]
+    first = next(iter(arms.values()))
+    rows = [
+        [name, count(first[n]["tokens"])] + [decimals(bins[n]["mean"], error=bins[n]["se"]) for bins in arms.values()]
+        for n, name in enumerate(figures.position_names(about["edges"], len(first)))
+        if first[n]["tokens"]
+    ]
+    return Table(["position", "tokens", *(ARMS[arm] for arm in arms)], rows)
+
+
+def _reliability(reliability: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
+    edges = sorted({b["up_to"] for bins in reliability.values() for b in bins})
+    cells = {
+        (arm, b["up_to"]): f"{percent(b['confidence'])} / {percent(b['accuracy'])} ({count(b['tokens'])})"
+        for arm, bins in reliability.items()
+        for b in bins
+    }
+    rows = [[decimals(edge, 3), *(cells.get((arm, edge), "-") for arm in reliability)] for edge in edges]
+    return Table(["confidence up to", *(f"{ARMS[arm]}: confidence / accuracy (number)" for arm in reliability)], rows)
+
+
+def held_out(evaluation: Mapping[str, Any]) -> Section | None:
+    """What the held-out text is like: kept mass, entropy, lengths."""
+    views = evaluation.get("views") or {}
+    panels, numbers = [], []
+    for panel, table in figures.distributions(views, evaluation["measured_on"]):
+        panels.append(panel)
+        numbers.append(Section(panel.title, [table]))
+    return Section("The held-out text", [Figures(panels, numbers)]) if panels else None
+
+
+def tokens(evaluation: Mapping[str, Any]) -> Section | None:
+    """A few held-out rows token by token."""
+    rows = [row for row in rows_of(evaluation) if row.arms]
+    if not rows:
+        return None
+    bound = ", a lower bound" if evaluation["measured_on"]["kl_is_lower_bound"] else ""
+    about = (
+        f"Held-out text, each token coloured by KL(teacher || student) at its position{bound}: what the model says "
+        "before it sees the token."
+    )
+    return Section("Token by token", [Text(about), Tokens(rows, {arm: ARMS[arm] for arm in rows[0].arms})])
+
+
+def samples(evaluation: Mapping[str, Any]) -> Section | None:
+    """Answers of all arms to a few held-out prompts."""
+    found = []
+    for sample in evaluation["samples"]:
+        # Where there is no gold answer the reference is the teacher's text, shown once.
+        same = sample.get("reference") == sample.get("teacher")
+        named = {"reference": "reference", **ARMS}
+        texts = [
+            (words, sample[name])
+            for name, words in named.items()
+            if sample.get(name) is not None and not (name == "reference" and same)
+        ]
+        found.append(Sample(sample["prompt"], texts))
+    return Section("Samples", [Samples(found)]) if found else None
+
+
+def stages(facts: Mapping[str, Any]) -> Section | None:
+    """Time and bytes of each stage."""
+    reasons = facts.get("rejects") or {}
+    if not facts.get("stages"):
+        return None
+    rows = [
+        [
+            name,
+            count(stage.get("rows")),
+            count(stage.get("tokens")),
+            count(stage.get("rejected")) + (f" ({reasons[name]})" if reasons.get(name) else ""),
+            size(stage.get("bytes")),
+            decimals(stage.get("bytes_per_token"), 1),
+            duration(stage.get("seconds")),
+            count(stage.get("tokens_per_second")),
+        ]
+        for name, stage in facts["stages"].items()
+    ]
+    headers = ["stage", "rows", "tokens", "rejected", "bytes", "bytes/token", "time", "tokens/s"]
+    note = "Rows and tokens are this run's; bytes and time are those of the whole store, which runs share."
+    return Section(
+        "Time and bytes", [Table(headers, rows), Text(note), *_columns(facts["stages"]), *_clocks(facts["stages"])]
+    )
+
+
+def _columns(found: Mapping[str, Mapping[str, Any]]) -> list[Block]:
+    """What a token costs in each column; columns of less than a hundredth are taken together."""
+    lines = []
+    for name, stage in found.items():
+        if sizes := stage.get("bytes_per_token_by_column"):
+            whole = sum(sizes.values())
+            shown = {column: value for column, value in sizes.items() if value >= whole / 100}
+            shown["others"] = whole - sum(shown.values())
+            listed = ", ".join(f"{inline(column)} {decimals(value, 2)}" for column, value in shown.items())
+            lines.append(f"{name}, bytes/token by column: {listed}")
+    return [Bullets(lines)] if lines else []
+
+
+def _clocks(found: Mapping[str, Mapping[str, Any]]) -> list[Block]:
+    """Where the time of each stage's process went, where that was noted."""
+    clocks = {name: clock for name, stage in found.items() if (clock := stage.get("clock"))}
+    if not clocks:
+        return []
+    parts = [part for part in CLOCK if any(clock.get(part) for clock in clocks.values())]
+    rows = [
+        [name, *(duration(clock.get(part, 0.0)) for part in parts), duration(sum(clock.values()))]
+        for name, clock in clocks.items()
+    ]
+    table = Table(["stage", *parts, "in all"], rows)
+    note = (
+        "Where the time of a stage's process went. start: imports, loading, warming up; model: the model computes; "
+        "tokenizer: text to tokens and back; disk: the store is read and written."
+    )
+    return [Figures([figures.clocks(clocks, parts)], [Section("Where the time went", [table])]), Text(note)]
+
+
+def provenance(report: Mapping[str, Any]) -> Section:
+    """Where every number can be traced to."""
+    facts, measured = report["facts"], report["evaluation"]["measured_on"]
+    machine, versions = facts.get("machine"), facts.get("versions") or {}
+    lines = {
+        "teacher id": report["settings"].get("teacher_id"),
+        "training snapshot": report["train"]["student"].get("snapshot"),
+        "held-out snapshot": measured["snapshot"],
+        "store": facts.get("store"),
+        **{f"commits of {name}": listed for name, listed in _commits(facts).items()},
+        "training run": report["train_dir"],
+        "versions": ", ".join(f"{k} {v}" for k, v in versions.items()),
+        "machine": ", ".join(f"{k}: {v}" for k, v in machine.items()) if isinstance(machine, Mapping) else machine,
+    }
+    blocks: list[Block] = [Bullets([f"{name}: {inline(value)}" for name, value in lines.items() if value])]
+    if recipe := report["settings"].get("recipe"):
+        as_yaml = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).rstrip()
+        blocks.append(Code(as_yaml, "yaml", folded="The recipe, with every default"))
+    return Section("Provenance", blocks)
+
+
+def _commits(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Stage -> its commits in the store: how many, first and last."""
+    found = {}
+    for name, stage in (facts.get("stages") or {}).items():
+        if commits := stage.get("commits"):
+            found[name] = f"{commits['number']} ({commits['first']:08d} to {commits['last']:08d})"
+    return found
+
+
+def title(report_settings: Mapping[str, Any]) -> str:
+    """Who was distilled into whom."""
+    recipe = report_settings.get("recipe")
+    if not recipe:
+        return "Distillation report"
+    student = recipe["student"].get("model")
+    return (
+        f"{Path(recipe['teacher']['model']).name} distilled into {Path(student).name if student else 'a fresh student'}"
+    )

@@ -1,0 +1,1 @@
+"""The run: one process group a stage, its screen, its timings."""

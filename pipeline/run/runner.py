@@ -1,0 +1,244 @@
+"""Runs a plan: one stage after the other, each in a process group of its own that has ended before the next begins."""
+
+import json
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ...stages.recipe.sections import Recipe
+from ...stages.train.wandb_board import refuse_without_wandb
+from ...stages.workers.clock import Clock
+from ...stages.workers.job import Arm
+from ...stages.workers.journal import mark_seen, new_journal, read_journal
+from ...stages.workers.locks import worker_number
+from ...storage.errors import StillroomError, Stopped, UsageError
+from ...storage.files.local import LocalFiles
+from ...storage.joined import at_commit
+from ...storage.keys import canonical_json
+from ...storage.snapshots.snapshot import save_snapshot
+from ...storage.store.store import Store
+from ..plan.plan import Plan, StagePlan, make_plan, refuse_impossible
+from ..plan.resolve import write_down
+from ..publish.model_card import write_student_cards
+from ..report.report import write_report
+from .process import StageDied, StageProcess
+from .screen import Screen
+from .status import facts
+from .timings import Pace
+
+ORDER = ("data", "generate", "score", "train", "evaluate")  # `train` is the baseline's stage too
+DEATHS = 3  # of a stage's processes in a row that finished no row: then it is not this or that row
+
+
+def run(recipe: Recipe, *, until: str | None = None, only: str | None = None, quiet: bool = False) -> dict[str, Any]:
+    """Do what the plan says is to do; running again goes on where this stopped.
+
+    Args:
+        recipe: The recipe.
+        until: Last stage to run.
+        only: The one stage to run.
+        quiet: Print no progress.
+
+    Returns:
+        `{"run_dir", "stages": {name: {"rows", "tokens", "seconds", "state", "clock"}}, "results": {arm: {...}},
+        "clock": {...}}`; a stage's clock (`stages/workers/clock.py`) splits the seconds of its process, the last one is
+        that of this process without them.
+
+    Raises:
+        StillroomError: a stage failed; finished rows are kept.
+    """
+    clock = Clock(began=time.monotonic() - (time.time() - psutil.Process().create_time()))
+    names = _chosen(until, only)
+    if "train" in names:
+        refuse_without_wandb(recipe.train.wandb)
+    store = _prepare(recipe)
+    with worker_number(_logs(recipe)) as number, Screen(sys.stderr, quiet=quiet) as screen:
+        outcome = _run(recipe, store, names, screen=screen, number=number)
+    spent = clock.seconds()
+    spent["other"] -= sum(sum(entry["clock"].values()) for entry in outcome["stages"].values() if "clock" in entry)
+    return outcome | {"clock": {name: round(seconds, 3) for name, seconds in spent.items()}}
+
+
+def _run(recipe: Recipe, store: Store, names: tuple[str, ...], *, screen: Screen, number: int) -> dict[str, Any]:
+    run_dir = Path(recipe.run.dir)
+    done: dict[str, dict[str, Any]] = {}
+    pace = Pace(run_dir)
+    plan = make_plan(recipe, write=True)
+    _keep_models(plan, store)
+    if plan.bound.published is None:  # else the published folder says so itself
+        write_down(recipe, plan.bound.binding)
+    if len(names) == 1 and plan.stage(names[0]) is None:
+        raise UsageError(
+            f"--only {names[0]}: this recipe has no such stage. It has {', '.join(s.name for s in plan.stages)}."
+        )
+    chosen = [s.name for s in plan.stages if ("train" if s.name == "baseline" else s.name) in names]
+    screen.plan(plan.stages, chosen=chosen, expected=pace.expected(plan.stages))
+    for line in chosen:
+        current = plan.stage(line)
+        assert current is not None
+        _refuse_waiting(plan, current)
+        if current.state == "done":
+            done[line] = _entry(current, seconds=0.0, state="cached")
+            screen.cached(line)
+            continue
+        began = time.monotonic()
+        for snapshot in plan.snapshots.values():
+            save_snapshot(store, snapshot)
+        screen.begin(line)
+        answer = _run_stage(recipe, plan, line, screen=screen, number=number)
+        plan = make_plan(recipe, write=True)
+        done[line] = _finish(plan, line, answer, seconds=time.monotonic() - began)
+        pace.keep(line, rows=answer["rows"], clock=done[line]["clock"])
+        screen.plan(plan.stages, chosen=chosen, expected=pace.expected(plan.stages))
+        screen.end(line, seconds=done[line]["seconds"])
+    student = plan.stage("train")
+    if student is not None and student.state == "done":
+        LocalFiles(run_dir).point("latest", plan.train_dirs["student"].name)
+    write_student_cards(plan.train_dirs.values())
+    results = _results(plan)
+    if results and "evaluate" in names:
+        write_report(run_dir, plan.train_dirs["student"], facts(recipe, plan, done, pace))
+    return {"run_dir": str(run_dir), "stages": done, "results": results}
+
+
+def _chosen(until: str | None, only: str | None) -> tuple[str, ...]:
+    for name in (until, only):
+        if name is not None and name not in ORDER:
+            raise UsageError(f"no stage {name!r}. The stages are {', '.join(ORDER)}.")
+    if only is not None and until is not None:
+        raise UsageError("--only and --until: give one of them.")
+    if only is not None:
+        return (only,)
+    return ORDER[: ORDER.index(until) + 1] if until else ORDER
+
+
+def _logs(recipe: Recipe) -> Path:
+    return Path(recipe.run.dir) / "logs"
+
+
+def _refuse_waiting(plan: Plan, line: StagePlan) -> None:
+    if line.state == "waits":
+        raise UsageError(f"{line.name}: waits {line.why}. Run the stages before it first.")
+    refuse_impossible(plan, line)
+    if line.name == "generate" and plan.stages[0].state != "done":
+        raise UsageError("generate: waits for the prompts, which are not all in the store. Run `--only data` first.")
+
+
+def _prepare(recipe: Recipe) -> Store:
+    store = Store.open(recipe.storage.dir, create=True)
+    try:
+        _logs(recipe).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StillroomError(
+            f"run.dir: {recipe.run.dir} cannot be written ({error.strerror}). Name another folder."
+        ) from error
+    return store
+
+
+def _keep_models(plan: Plan, store: Store) -> None:
+    for identity in (plan.bound.teacher, plan.bound.author):
+        if identity is not None:
+            store.put_teacher(identity.id, identity.files_to_keep())
+
+
+def _run_stage(recipe: Recipe, plan: Plan, name: str, *, screen: Screen, number: int) -> dict[str, Any]:
+    arm: Arm = "baseline" if name == "baseline" else "student"
+    stage = "train" if name == "baseline" else name
+    if stage == "train":
+        _begin_student(recipe, plan, arm)
+    opened = recipe.model_dump(mode="json")
+    opened["storage"]["sources"] = at_commit(recipe.storage.sources, plan.sources)  # what was planned with, and proved
+    message = {
+        "name": name,
+        "stage": stage,
+        "recipe": opened,
+        "log": str(_logs(recipe) / (f"{name}.log" if number == 1 else f"{name}.{number}.log")),
+        "train_dirs": {a: str(p) for a, p in plan.train_dirs.items()},
+        "job": _job(recipe, plan, stage, arm),
+    }
+    return _to_the_end(message, Path(recipe.run.dir), screen)
+
+
+def _to_the_end(message: dict[str, Any], run_dir: Path, screen: Screen) -> dict[str, Any]:
+    """Run a stage's process, and another where it dies with rows in flight (why: `stages/workers/journal.py`)."""
+    in_vain: list[Path] = []
+    while True:
+        journal = new_journal(run_dir, message["stage"])
+        try:
+            return StageProcess(message | {"journal": str(journal), "began": time.monotonic()}, screen).finish()
+        except Stopped:
+            journal.unlink(missing_ok=True)  # what it had in flight is not to blame
+            raise
+        except StageDied as death:
+            flight = read_journal(journal)
+            in_vain = [*([] if flight.came_back else in_vain), journal]
+            if not flight.rows or len(in_vain) == DEATHS:
+                for path in in_vain if flight.rows else [journal]:
+                    path.unlink(missing_ok=True)  # nor is what died with a machine that does no row at all
+                raise
+            mark_seen(journal)
+            rows = "1 row" if len(flight.rows) == 1 else f"{len(flight.rows)} rows"
+            how = "tried alone, after all others; what dies alone is rejected"
+            said = f"{death.what} {message['name']}: starts again. {rows} in flight: {how}."
+            _note(Path(message["log"]), said)
+            screen.say(said)
+
+
+def _job(recipe: Recipe, plan: Plan, stage: str, arm: Arm) -> dict[str, Any]:
+    binding = plan.bound.binding
+    snapshots = {split: s.id for split, s in plan.snapshots.items()}
+    if recipe.train.snapshot is not None:
+        snapshots["train"] = recipe.train.snapshot
+    return {
+        "data_id": binding.data_id,
+        "teacher_id": binding.teacher_id,
+        "author_id": binding.author_id,
+        "context_tokens": binding.context_tokens if stage == "data" else binding.author_context_tokens,
+        "arm": arm,
+        "snapshots": snapshots,
+        "evaluation_id": plan.evaluation_id,
+    }
+
+
+def _begin_student(recipe: Recipe, plan: Plan, arm: Arm) -> None:
+    folder = plan.train_dirs[arm]
+    files = LocalFiles(folder.parent)
+    record = {
+        "settings": plan.settings[arm],
+        "arm": arm,
+        "recipe": recipe.model_dump(mode="json"),
+        "teacher_id": plan.bound.binding.teacher_id,
+    }
+    files.put_if_absent(f"{folder.name}/settings.json", canonical_json(record))
+
+
+def _finish(plan: Plan, name: str, answer: dict[str, Any], *, seconds: float) -> dict[str, Any]:
+    line = plan.stage(name)
+    if line is None or line.state == "to do":
+        left = line.pending if line else 0
+        raise StillroomError(f"{name}: ended with {left} rows still to do. Run the same command to go on.")
+    if name in ("generate", "score") and line.committed == 0:
+        raise StillroomError(f"{name}: all {line.planned} rows were rejected ({line.why}). See `rejects` in the store.")
+    found = {"rows": answer["rows"], "tokens": answer["tokens"], "seconds": round(seconds, 2), "state": "done"}
+    return found | {"clock": answer["details"]["clock"]}
+
+
+def _entry(line: StagePlan, *, seconds: float, state: str) -> dict[str, Any]:
+    return {"rows": line.committed, "tokens": line.tokens, "seconds": seconds, "state": state}
+
+
+def _results(plan: Plan) -> dict[str, Any]:
+    line = plan.stage("evaluate")
+    if line is None or line.state != "done":
+        return {}
+    return dict(json.loads((plan.train_dirs["student"] / "evaluation.json").read_text())["results"])
+
+
+def _note(log: Path, text: str) -> None:
+    """What the runner says of a stage stands in the stage's log too; where the disk is full, it does not."""
+    with suppress(OSError), log.open("a") as file:
+        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")

@@ -1,0 +1,195 @@
+"""What stands in the store and the run folder, stage by stage: tables for people, facts for the report."""
+
+import json
+import platform
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+
+from ...stages.recipe.sections import Recipe
+from ...stages.workers.shard_about import versions
+from ...storage.files.local import open_files
+from ...storage.store.commits import Commit
+from ...storage.store.store import Store
+from ...storage.tables.schema import TableName
+from ..plan.plan import Plan
+from .progress import duration, human
+from .timings import Pace
+
+_TABLE_OF: dict[str, TableName] = {"data": "prompts", "generate": "generations", "score": "soft_targets"}
+_TRAINED = {"train": "student", "baseline": "baseline"}
+FOOTERS = 100
+"""Shards whose footers `status` reads, at most; of more it takes so many, evenly chosen."""
+_REST = "footer, indexes"
+
+
+def stage_facts(recipe: Recipe, plan: Plan) -> dict[str, dict[str, Any]]:
+    """Per stage: its books (this recipe's rows) and what its table costs (the whole store's)."""
+    files = open_files(recipe.storage.dir)
+    store = None if files.empty() else Store.from_files(files)
+    found = {}
+    for line in plan.stages:
+        entry: dict[str, Any] = {
+            "state": line.state,
+            "rows": line.committed,
+            "rejected": line.rejected,
+            "pending": line.pending,
+            "tokens": line.tokens,
+            "why": line.why,
+        }
+        if store is not None and line.name in _TABLE_OF:
+            commits = [c for c in store.commits(_TABLE_OF[line.name]) if c.stage == line.name]
+            entry |= _costs(commits) | column_costs(store, commits)
+        elif line.state == "done" and line.name in _TRAINED:
+            folder = plan.train_dirs["baseline" if line.name == "baseline" else "student"]
+            entry["seconds"] = json.loads((folder / "train.json").read_text())["seconds"]
+        elif line.state == "done" and line.name == "evaluate":
+            record = json.loads((plan.train_dirs["student"] / "evaluation.json").read_text())
+            entry |= {"seconds": record["seconds"], "tokens": record["measured_on"]["tokens"]}
+        seconds = entry.get("seconds") or 0.0
+        work = entry.pop("table_tokens", entry["tokens"])
+        entry["tokens_per_second"] = round(work / seconds, 1) if seconds and work else None
+        found[line.name] = entry
+    return found
+
+
+def _costs(commits: list[Commit]) -> dict[str, Any]:
+    tokens, size = sum(c.tokens for c in commits), sum(c.shard.bytes for c in commits)
+    return {
+        "table_tokens": tokens,
+        "bytes": size,
+        "bytes_per_token": round(size / tokens, 2) if tokens else None,
+        "seconds": round(sum(c.seconds for c in commits), 2),
+        "commits": {"number": len(commits), "first": commits[0].seq, "last": commits[-1].seq} if commits else None,
+    }
+
+
+def column_costs(store: Store, commits: list[Commit]) -> dict[str, Any]:
+    """Compressed bytes per token of each column and of what is no column; of targets, what they keep.
+
+    Nothing where there are no tokens.
+    """
+    chosen = commits[:: -(-len(commits) // FOOTERS)] if commits else []
+    tokens = sum(commit.tokens for commit in chosen)
+    if not tokens:
+        return {}
+    sizes: Counter[str] = Counter()
+    shards = [store.shard(commit.table, commit.shard.sha256) for commit in chosen]
+    for commit, shard in zip(chosen, shards, strict=True):
+        columns = shard.column_bytes()
+        sizes.update(columns | {_REST: commit.shard.bytes - sum(columns.values())})
+    by_column = {name: round(size / tokens, 3) for name, size in sizes.most_common()}
+    found = {"bytes_per_token_by_column": by_column, "shards": len(commits), "footers_read": len(chosen)}
+    kept = _kept(shard.about.get("statistics", {}) for shard in shards)
+    return found | ({"kept": kept} if kept else {})
+
+
+def _kept(parts: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Per kind of target: tokens, their entries, and the mean of the mass that these keep (sampled: None)."""
+    sums: dict[str, Counter[str]] = {}
+    for kind, part in (item for statistics in parts for item in statistics.items()):
+        tokens = part["tokens"]
+        mass = part["kept_mass"]["mean"] * tokens if "kept_mass" in part else 0.0
+        found = {"tokens": tokens, "entries": part["entries_per_token"] * tokens, "mass": mass}
+        sums.setdefault(kind, Counter()).update(found)
+    return {
+        kind: {
+            "tokens": total["tokens"],
+            "entries_per_token": round(total["entries"] / total["tokens"], 3),
+            "kept_mass": None if kind == "sampled" else round(total["mass"] / total["tokens"], 4),
+        }
+        for kind, total in sorted(sums.items())
+    }
+
+
+def facts(recipe: Recipe, plan: Plan, done: dict[str, dict[str, Any]], pace: Pace) -> dict[str, Any]:
+    """What the report says about the run besides its results."""
+    stages = stage_facts(recipe, plan)
+    for name, entry in stages.items():
+        entry["clock"] = pace.clock(name)
+    for name, entry in done.items():
+        if entry["state"] == "done":
+            stages[name]["seconds_this_run"] = entry["seconds"]
+    return {
+        "store": recipe.storage.dir,
+        "sources": plan.sources,
+        "stages": stages,
+        "rejects": {name: entry["why"] for name, entry in stages.items() if entry["rejected"]},
+        "versions": versions(),
+        "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+    }
+
+
+def plan_table(plan: Plan) -> Table:
+    """The plan for people; tokens and bytes are those still to do."""
+    table = Table("stage", "state", box=None, pad_edge=False)
+    for name in ("planned", "done", "rejected", "to do", "tokens", "bytes"):
+        table.add_column(name, justify="right")
+    table.add_column("why")
+    for s in plan.stages:
+        counts = [str(c) if c else "-" for c in (s.planned, s.committed, s.rejected, s.pending)]
+        sizes = [human(c) if c else "-" for c in (s.tokens_to_do, s.bytes_to_do)]
+        table.add_row(s.name, s.state, *counts, *sizes, s.why)
+    return table
+
+
+def status_tables(stages: dict[str, dict[str, Any]]) -> Group:
+    """The status for people: a line per stage, then what each column costs."""
+    table = Table("stage", "state", box=None, pad_edge=False)
+    for name in ("rows", "rejected", "pending", "tokens", "bytes/token", "tokens/s", "wall"):
+        table.add_column(name, justify="right")
+    for name, s in stages.items():
+        table.add_row(
+            name,
+            s["state"],
+            *(str(s[c]) if s[c] else "-" for c in ("rows", "rejected", "pending")),
+            human(s["tokens"]) if s["tokens"] else "-",
+            f"{s['bytes_per_token']:.1f}" if s.get("bytes_per_token") else "-",
+            human(s["tokens_per_second"]) if s["tokens_per_second"] else "-",
+            duration(s["seconds"]) if s.get("seconds") else "-",
+        )
+    stored = [(name, s) for name, s in stages.items() if "bytes_per_token_by_column" in s]
+    kept = [_kept_line(name, s["kept"]) for name, s in stored if "kept" in s]
+    return Group(table, *(_column_line(name, s) for name, s in stored), *kept)
+
+
+def _column_line(name: str, stage: dict[str, Any]) -> str:
+    sizes = stage["bytes_per_token_by_column"]
+    shown = {column: size for column, size in sizes.items() if size >= sum(sizes.values()) / 100}
+    shown["others"] = sum(sizes.values()) - sum(shown.values())
+    sampled = stage["footers_read"] < stage["shards"]
+    of = f" ({stage['footers_read']} of {stage['shards']} shards)" if sampled else ""
+    return f"{name}, bytes/token by column{of}: " + ", ".join(f"{c} {size:.2f}" for c, size in shown.items())
+
+
+def _kept_line(name: str, kept: dict[str, dict[str, Any]]) -> str:
+    """What targets keep, of the same shards."""
+    mass = {kind: "" if s["kept_mass"] is None else f" holding {s['kept_mass']:.4f}" for kind, s in kept.items()}
+    parts = (f"{kind} {s['entries_per_token']:.2f}{mass[kind]} ({human(s['tokens'])})" for kind, s in kept.items())
+    return f"{name}, entries/token of each kind, the mass they hold (tokens): " + ", ".join(parts)
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """The plan for programs."""
+    return {
+        "teacher_id": plan.bound.binding.teacher_id,
+        "sources": plan.sources,
+        "stages": {
+            s.name: {
+                "state": s.state,
+                "planned": s.planned,
+                "committed": s.committed,
+                "rejected": s.rejected,
+                "pending": s.pending,
+                "tokens": s.tokens,
+                "tokens_to_do": s.tokens_to_do,
+                "bytes_to_do": s.bytes_to_do,
+                "why": s.why,
+                "sources": s.sources,
+            }
+            for s in plan.stages
+        },
+    }

@@ -1,0 +1,46 @@
+"""What the stages of a run folder took, the last time that each worked: where its time went, and what to expect."""
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ...storage.errors import StillroomError
+from ...storage.files.local import LocalFiles
+from ..plan.plan import StagePlan
+
+NAME = "pace.json"
+_LIKE = {"train": "baseline", "baseline": "train"}
+"""Stages that take the same time for the same work."""
+
+
+class Pace:
+    """`logs/pace.json` of a run folder: stage -> `{"rows", "seconds", "clock"}`."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._files = LocalFiles(run_dir / "logs")
+        self._kept: dict[str, dict[str, Any]] = json.loads(self._files.read(NAME)) if self._files.exists(NAME) else {}
+
+    def keep(self, name: str, *, rows: int, clock: dict[str, float]) -> None:
+        """A stage was done; `clock` is where the seconds of its process went, by name."""
+        self._kept[name] = {"rows": rows, "seconds": round(sum(clock.values()), 3), "clock": clock}
+        with suppress(StillroomError):  # a full disk: what is not kept is not known later, and nothing more
+            self._files.replace(NAME, json.dumps(self._kept, indent=1).encode())
+
+    def clock(self, name: str) -> dict[str, float] | None:
+        """Where the seconds of a stage's process went, the last time."""
+        found = self._kept.get(name)
+        return None if found is None else dict(found["clock"])
+
+    def expected(self, stages: list[StagePlan]) -> dict[str, float | None]:
+        """Seconds that each stage with work is likely to take; None where nothing like it was measured here."""
+        return {line.name: self._expect(line) for line in stages if line.state != "done"}
+
+    def _expect(self, line: StagePlan) -> float | None:
+        found = self._kept.get(line.name) or self._kept.get(_LIKE.get(line.name, ""))
+        if found is None:
+            return None
+        start = found["clock"]["start"]
+        if not line.pending or not found["rows"]:  # a student's training, or what is to do is not known yet
+            return float(found["seconds"])
+        return float(start + (found["seconds"] - start) / found["rows"] * line.pending)

@@ -1,0 +1,204 @@
+"""The process of one stage: reads its job from the runner, does it, answers, and dies if the runner dies.
+
+Its standard output and error go to the stage's log. What it does and says it tells the runner, who shows it.
+"""
+
+import errno
+import io
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import Any
+
+from ...stages.engines.base import EngineDied
+from ...stages.models.identity import FileHashes, Identity
+from ...stages.recipe.sections import Recipe
+from ...stages.workers.clock import Clock
+from ...stages.workers.job import Job, Progress, StageResult, StopFlag
+from ...stages.workers.locks import only_one
+from ...storage.errors import StillroomError, Stopped
+from ...storage.files.local import DISK_FULL
+from ..plan.resolve import author_identity, teacher_identity
+from .progress import ToldProgress
+
+JOB_FD = "STILLROOM_JOB_FD"
+UNSENT_BYTES = 1 << 16
+
+
+def main() -> None:
+    """Do one job; the exit status is the answer's, the answer says more."""
+    line = Line(socket.socket(fileno=int(os.environ.pop(JOB_FD))))
+    job = line.job()
+    if not job:  # the runner was stopped before it said what to do
+        sys.exit(Stopped.exit_code)
+    message = json.loads(job)
+    clock = Clock(began=message.get("began"))
+    threading.Thread(target=line.die_with_runner, daemon=True).start()
+    stop = StopFlag()
+    stop.listen()
+    _to_log(Path(message["log"]))
+    progress = ToldProgress(message["name"], line.tell)
+    try:
+        answer = _answer(_run(_job(message, progress, stop, clock=clock), message["stage"]), clock)
+    except EngineDied as error:
+        traceback.print_exc()
+        answer = {"error": f"{message['name']}: the engine died: {error}.", "exit_code": 1, "died": True}
+    except StillroomError as error:
+        answer = {"error": str(error), "exit_code": error.exit_code}
+    except MemoryError:
+        answer = {"error": f"{message['name']}: out of memory. Lower the stage's batch tokens.", "exit_code": 1}
+    except Exception as error:
+        traceback.print_exc()
+        answer = {"error": f"{message['name']}: {_cause(error)}", "exit_code": 1, "unexpected": True}
+    progress.finish()
+    sys.stderr.flush()
+    line.answer(answer)
+    # Engines leave threads and children whose clean-up takes seconds; all that matters is committed by now.
+    os._exit(answer.get("exit_code", 0))
+
+
+def _cause(error: Exception) -> str:
+    """What a library said; where the disk is full, what to do about it."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return f"{error}; {DISK_FULL}." if full or "No space left" in str(error) else f"{type(error).__name__}: {error}"
+
+
+class Line:
+    """The way to the runner: events while the stage works, one answer at its end, each a line of JSON."""
+
+    def __init__(self, line: socket.socket) -> None:
+        line.set_inheritable(False)  # what the stage starts must not keep the line open after its death
+        self._line = line
+        self._lock = threading.Lock()
+        self._unsent = b""
+
+    def job(self) -> str:
+        """What the runner says first, and never again; empty if it was stopped before."""
+        return self._line.makefile("r").readline()
+
+    def tell(self, event: dict[str, Any]) -> None:
+        """An event. The stage never waits for a runner that does not read (somebody suspended it): then it is lost."""
+        with self._lock:
+            if len(self._unsent) < UNSENT_BYTES:
+                self._unsent += json.dumps(event).encode() + b"\n"
+            try:
+                sent = self._line.send(self._unsent, socket.MSG_DONTWAIT)
+            except OSError:  # full, or the runner is gone
+                return
+            self._unsent = self._unsent[sent:]
+
+    def answer(self, answer: dict[str, Any]) -> None:
+        """The last that is said."""
+        with self._lock:
+            self._line.sendall(self._unsent + json.dumps(answer).encode() + b"\n")
+
+    def die_with_runner(self) -> None:
+        """What ends this wait is the runner's death. Take the whole process group along."""
+        self._line.recv(1)
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+class _Log(io.FileIO):
+    """The log of a stage. On a full disk its lines are lost, so that the stage lives to say that the disk is full."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes
+
+
+def _to_log(path: Path) -> None:
+    """Send everything that is printed to the log."""
+    try:
+        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError:
+        log = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.stdout = sys.stderr = io.TextIOWrapper(io.BufferedWriter(_Log(2, "w", closefd=False)), line_buffering=True)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+
+
+def _job(message: dict[str, Any], progress: Progress, stop: StopFlag, *, clock: Clock) -> Job:
+    with clock.span("start"):
+        return Job(
+            recipe=Recipe.model_validate(message["recipe"]),
+            progress=progress,
+            stop=stop,
+            clock=clock,
+            train_dirs={arm: Path(path) for arm, path in message["train_dirs"].items()},
+            journal=Path(message["journal"]),
+            **message["job"],
+        )
+
+
+def _run(job: Job, stage: str) -> StageResult:
+    with job.clock.span("start"):
+        from ...stages.data import stage as data
+        from ...stages.evaluate import stage as evaluate
+        from ...stages.generate import stage as generate
+        from ...stages.score import stage as score
+
+        models = _models(job, stage)
+    if stage == "data":
+        return data.run(job)
+    if stage == "generate":
+        return generate.run(job, *models)
+    if stage == "score":
+        return score.run(job, *models)
+    return _train(job) if stage == "train" else evaluate.run(job)
+
+
+def _train(job: Job) -> StageResult:
+    """One process trains a student; any other waits and then finds it done, or goes on where the first one died."""
+    from ...stages.train import stage as train
+
+    def waiting(who: str) -> None:
+        job.progress.say(f"{who} trains this student: waiting for it")
+
+    with only_one(job.train_dirs[job.arm] / ".training", waiting=waiting, look=job.stop.check):
+        return train.run(job)
+
+
+def _models(job: Job, stage: str) -> list[Identity]:
+    """What the teacher's stages load, by the hashes of its files."""
+    if stage not in ("generate", "score"):
+        return []
+    hashes = FileHashes(job.recipe.storage.dir, remember=True)
+    teacher = teacher_identity(job.recipe, hashes, download=True)
+    _check_planned(teacher, job.teacher_id, "teacher")
+    if stage == "score":
+        return [teacher]
+    author = author_identity(job.recipe, teacher, hashes, download=True)
+    _check_planned(author, job.author_id, "generate.model")
+    return [author]
+
+
+def _check_planned(model: Identity, planned: str, field: str) -> None:
+    """Rows are kept under the planned identity, so nothing else may be loaded."""
+    if model.id != planned:
+        raise StillroomError(
+            f"{field}: the files in {model.folder} changed since the plan was made (planned {planned[:8]}, "
+            f"found {model.id[:8]}). Run the same command again."
+        )
+
+
+def _answer(result: StageResult, clock: Clock) -> dict[str, Any]:
+    return {
+        "rows": result.rows,
+        "tokens": result.tokens,
+        "rejected": result.rejected,
+        "details": result.details | {"clock": clock.seconds()},
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Whether targets belong to the tokens that they stand beside, seen without their teacher: by what they find likely.
+
+With l_s(n) the log-probability that the target at position n gives the token at n + s, and H its entropy, targets that
+are in place find their own tokens likely: l_0 is above l_1 and l_-1 in the mean. Measured on texts that small teachers
+were trained on, and on others (verse, encyclopedia, code, another language): by 0.5 nats and more. Otherwise they are
+
+    shifted     where l_s is above l_0 beyond chance, for s = 1 or -1, and l_0 no better than on the other side, or
+                -l_s as low as H says; the same with the tokens of the row after and the row before
+    unknowing   where -l_0 is far above H, beyond chance, and l_0 no better than its neighbours: sure, of nothing here.
+                So are targets of any other tokens, and those of a teacher that does not know such text
+
+Chance is counted over the distinct tokens that predict, not over positions: a text that repeats itself, read by a
+teacher that knows nothing, is one accident many times over. (A teacher without training whose output layer is its
+embedding finds the token before most likely, and looks shifted.)
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ...storage.tables.soft_targets import SoftTargets
+from ..targets.alignment import predicting_positions, scored_tokens
+
+Row = Mapping[str, Any]
+
+NATS = 0.5
+"""Difference in the mean that is no longer a matter of which model or text ..."""
+DEVIATIONS = 6.0
+"""... nor of chance, at so many standard errors ..."""
+DISTINCT = 16
+"""... of so many distinct things, fewer of which say nothing of their spread."""
+
+
+def shifted(rows: Sequence[Row]) -> str | None:
+    """Whose the targets of some `soft_targets` rows are in place of their own, in words; None: nobody else's.
+
+    Rows are in the order of the store.
+    """
+    for found, what in ((_by_position(rows), "position"), (_by_row(rows), "row")):
+        if found is None:
+            continue
+        before, own, after, entropy, predicting = found
+        for there, other, side in ((after, before, "after"), (before, after, "before")):
+            gain = there - own
+            fits = (entropy + there).mean() > (entropy + own).mean() / 4
+            blind = (own - other).mean() < gain.mean() / 4
+            nearest = beyond_chance(gain, of=predicting) and beyond_chance(there - other, of=predicting)
+            if (fits or blind) and nearest:
+                return (
+                    f"shifted by one {what}, those of the {what} {side}: -log p of the tokens there is "
+                    f"{-there.mean():.2f} nats, of their own {-own.mean():.2f}, of those on the other side "
+                    f"{-other.mean():.2f}, their entropy {entropy.mean():.2f}"
+                )
+    return None
+
+
+def unknowing(rows: Sequence[Row]) -> str | None:
+    """How little the targets know of any token here, in words; None: they know something, or claim nothing."""
+    if (found := _by_position(rows)) is None:
+        return None
+    before, own, after, entropy, predicting = found
+    excess, ahead = -own - entropy, min((own - before, own - after), key=np.mean)
+    mean, error = _mean(ahead, of=predicting)
+    if not beyond_chance(excess, of=predicting) or mean + 2 * error > excess.mean() / 10:
+        return None
+    return (
+        f"-log p of the tokens that the targets stand beside is {-own.mean():.2f} nats, of the neighbouring ones "
+        f"{-before.mean():.2f} and {-after.mean():.2f}, where their entropy is {entropy.mean():.2f}"
+    )
+
+
+def surprise(rows: Sequence[Row]) -> float | None:
+    """How much less likely the teacher finds the text than the targets' entropy says, nats; None if that is chance."""
+    found = [-row["token_logprob"].astype(np.float64) - row["entropy"] for row in rows if at_one(row)]
+    excess = np.concatenate(found) if found else np.zeros(1)
+    return float(excess.mean()) if beyond_chance(excess, of=np.arange(len(excess))) else None
+
+
+def at_one(row: Row) -> bool:
+    """Whether a row's entropy and entries are at temperature 1: ids may be drawn at another one."""
+    return row["kind"] != "sampled" or row.get("temperatures") is None
+
+
+def beyond_chance(values: np.ndarray, *, of: np.ndarray) -> bool:
+    """Whether a mean is so far above 0 that neither chance nor a teacher that is a little off explains it.
+
+    Args:
+        values: [N].
+        of: [N] what each value is of; values of the same thing count once.
+    """
+    mean, error = _mean(values, of=of)
+    return len(np.unique(of)) >= DISTINCT and mean > max(NATS, DEVIATIONS * error)
+
+
+def _mean(values: np.ndarray, *, of: np.ndarray) -> tuple[float, float]:
+    """Mean, and its standard error if values of the same thing go up and down together."""
+    _, group = np.unique(of, return_inverse=True)
+    mean = float(values.mean())
+    together = np.bincount(group, values - mean)
+    return mean, float(np.sqrt((together**2).sum()) / len(values))
+
+
+def _by_position(rows: Sequence[Row]) -> np.ndarray | None:
+    """[5, N] of the inner positions of all rows: l_-1, l_0, l_1, entropy, the token that predicts; None if none."""
+    parts = []
+    for row in rows:
+        n = row["span_tokens"]
+        if n < 3 or not at_one(row):
+            continue
+        inner, tokens = slice(1, n - 1), _tokens(row)
+        parts.append(_likelihoods(row, inner, [tokens[1 + s : n - 1 + s] for s in (-1, 0, 1)]))
+    return np.concatenate(parts, axis=1) if parts else None
+
+
+def _by_row(rows: Sequence[Row]) -> np.ndarray | None:
+    """The same with the tokens of the row before, the own and the row after, as far as all three go."""
+    parts = []
+    for before, row, after in zip(rows, rows[1:], rows[2:], strict=False):
+        if at_one(row):
+            n = min(one["span_tokens"] for one in (before, row, after))
+            parts.append(_likelihoods(row, slice(0, n), [_tokens(one)[:n] for one in (before, row, after)]))
+    return np.concatenate(parts, axis=1) if parts else None
+
+
+def _likelihoods(row: Row, part: slice, tokens: Sequence[np.ndarray]) -> np.ndarray:
+    targets = SoftTargets.from_row(row).positions(part)
+    predicting = row["token_ids"][predicting_positions(row["span_start"], row["span_tokens"])][part]
+    return np.stack([*(_logprob_of(targets, one) for one in tokens), targets.entropy, predicting])
+
+
+def _tokens(row: Row) -> np.ndarray:
+    tokens: np.ndarray = scored_tokens(row["token_ids"], row["span_start"], row["span_tokens"])
+    return tokens
+
+
+def _logprob_of(targets: SoftTargets, tokens: np.ndarray) -> np.ndarray:
+    """[N] what targets give some tokens; at most the least entry and the tail where a token is none."""
+    if targets.ids is None:
+        assert targets.logprobs is not None
+        return targets.logprobs[np.arange(len(tokens)), tokens].astype(np.float64)
+    match = targets.ids == tokens[:, None]
+    kept = targets.probabilities.astype(np.float64)
+    least = np.min(kept, axis=1, where=targets.ids >= 0, initial=1.0)
+    if targets.tail_logprob is None:
+        least = least / 2
+    else:
+        least = np.minimum(least, np.exp(targets.tail_logprob.astype(np.float64)))
+    found = np.where(match.any(axis=1), (kept * match).sum(axis=1), least)
+    return np.log(np.maximum(found, np.finfo(np.float32).tiny))

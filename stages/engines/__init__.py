@@ -1,0 +1,1 @@
+"""Engines that write text: what one does, and the ones there are."""

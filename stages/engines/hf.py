@@ -1,0 +1,176 @@
+"""The `hf` engine: transformers' own generate, where vLLM cannot be installed. Slower, same rows.
+
+Sampling is by the Gumbel-max trick: argmax of log p + g with g standard Gumbel noise is a draw from p. The noise comes
+from each row's own seed, so a row's text does not depend on which rows ran beside it, up to the last bit of the logits.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from ...storage.errors import StillroomError, UsageError
+from ..ledger.requests import author_context
+from ..models.identity import Identity
+from ..models.loading import load_causal_lm
+from ..models.rendering import Renderer
+from ..recipe.sections import Generate
+from ..workers.clock import Clock
+from .base import Completion, Request, check_device
+
+ARGUMENTS = ("batch_size", "max_model_len")
+
+
+class _RowNoise(LogitsProcessor):
+    """Adds each row's own Gumbel noise, a function of (row seed, position)."""
+
+    def __init__(self, seeds: list[int]) -> None:
+        self._generators = [np.random.Generator(np.random.Philox(seed)) for seed in seeds]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        noise = np.stack([g.gumbel(size=scores.shape[-1]) for g in self._generators])
+        return torch.log_softmax(scores.float(), -1) + torch.from_numpy(noise).to(scores.device, torch.float32)
+
+
+class _Ends(StoppingCriteria):
+    """Where each row of a batch ends: with an end id, or once a stop string stands in its completion.
+
+    `lengths` holds the completion tokens of the rows that ended. What transformers writes behind an end is not read, so
+    no id has to mean padding; and text is looked for in completions only, never across the end of a prompt.
+    """
+
+    def __init__(self, rows: int, ended: Callable[[list[int]], bool], *, start: int, step: Callable[[], None]) -> None:
+        self.lengths: list[int | None] = [None] * rows
+        self._ended = ended
+        self._start = start
+        self._step = step
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        self._step()
+        for row, ids in enumerate(input_ids[:, self._start :].tolist()):
+            if self.lengths[row] is None and self._ended(ids):
+                self.lengths[row] = len(ids)
+        return torch.tensor([length is not None for length in self.lengths], device=input_ids.device)
+
+
+def _check_arguments(arguments: dict[str, Any]) -> None:
+    unknown = sorted(arguments.keys() - set(ARGUMENTS))
+    if unknown:
+        raise UsageError(
+            f"generate.engine_args: the hf engine has no argument {unknown[0]!r}; it has {' and '.join(ARGUMENTS)}. "
+            "Remove it, or use generate.engine=vllm."
+        )
+    rows = arguments.get("batch_size", 1)
+    if type(rows) is not int or rows < 1:
+        raise UsageError(f"generate.engine_args: batch_size must be a whole number of at least 1 (got {rows!r}).")
+
+
+class HfEngine:
+    """One model in transformers."""
+
+    def __init__(self, author: Identity, settings: Generate, clock: Clock) -> None:
+        _check_arguments(settings.engine_args)
+        self._model = load_causal_lm(author)
+        self._tokenizer = Renderer(author.folder, {}).tokenizer
+        self._settings, self._clock = settings, clock
+        self._context = author_context(settings, author.context_tokens)
+        self._batch = settings.engine_args.get("batch_size", 32)
+        own: Any = self._model.generation_config
+        self._ends = set(own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]) - {None}
+        # Replaced, not passed: transformers fills what is not given (a repetition penalty, say) from the model's own.
+        self._model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
+
+    def generate(self, requests: Iterable[Request], heartbeat: Callable[[], None]) -> Iterator[Completion]:
+        """One batch at a time; its completions come out together.
+
+        A row that the context will cut short is written alone: beside others it would be cut where the longest is.
+        """
+        waiting = iter(requests)
+        room = self._context - self._settings.max_tokens
+        while drawn := list(islice(waiting, self._batch)):
+            fitting = [r for r in drawn if len(r.prompt_ids) <= room]
+            cut = [[r] for r in drawn if len(r.prompt_ids) > room]
+            for batch in [fitting, *cut] if fitting else cut:
+                yield from self._careful(batch, heartbeat)
+
+    def _careful(self, batch: list[Request], heartbeat: Callable[[], None], attempt: int = 1) -> Iterator[Completion]:
+        """A batch's completions. A batch that fails is halved, until the row that it fails on stands alone."""
+        failure = None
+        try:
+            done = self._run(batch, heartbeat)
+        except StillroomError:  # from the heartbeat
+            raise
+        except Exception as error:
+            failure = f"{type(error).__name__}: {error}"
+        # Only here, outside the handler, are the tensors of a failed pass free.
+        if failure is None:
+            yield from done
+            return
+        check_device(self._model.device, failure)
+        if len(batch) == 1:
+            yield Completion(batch[0].number, [], "", "error", failure, attempt)
+            return
+        half = len(batch) // 2
+        yield from self._careful(batch[:half], heartbeat, attempt + 1)
+        yield from self._careful(batch[half:], heartbeat, attempt + 1)
+
+    @torch.inference_mode()
+    def _run(self, batch: list[Request], heartbeat: Callable[[], None]) -> list[Completion]:
+        longest = max(len(r.prompt_ids) for r in batch)
+        ids = torch.zeros(len(batch), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for number, request in enumerate(batch):
+            ids[number, longest - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
+            mask[number, longest - len(request.prompt_ids) :] = 1
+        ends = _Ends(len(batch), self._ended, start=longest, step=heartbeat)
+        device = self._model.device
+        model: Any = self._model
+        with self._clock.span("model"):
+            output = model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                max_new_tokens=min(self._settings.max_tokens, self._context - longest),
+                logits_processor=self._processors([r.seed for r in batch]),
+                stopping_criteria=StoppingCriteriaList([ends]),
+            )
+        return [
+            self._completion(request, row[:length], "length" if length is None else "stop")
+            for request, row, length in zip(batch, output[:, longest:].tolist(), ends.lengths, strict=True)
+        ]
+
+    def _processors(self, seeds: list[int]) -> LogitsProcessorList:
+        s = self._settings
+        if s.temperature == 0:
+            return LogitsProcessorList()
+        warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(s.temperature)]
+        if s.top_p < 1:
+            warpers.append(TopPLogitsWarper(s.top_p))
+        return LogitsProcessorList([*warpers, _RowNoise(seeds)])
+
+    def _ended(self, ids: list[int]) -> bool:
+        if ids[-1] in self._ends:
+            return True
+        if not self._settings.stop:
+            return False
+        text = self._text(ids)
+        return any(stop in text for stop in self._settings.stop)
+
+    def _completion(self, request: Request, ids: list[int], finish_reason: str) -> Completion:
+        text = self._text(ids)
+        cut = min((text.index(stop) for stop in self._settings.stop if stop in text), default=None)
+        return Completion(request.number, ids, text[:cut], finish_reason)
+
+    def _text(self, ids: list[int]) -> str:
+        with self._clock.span("tokenizer"):
+            return str(self._tokenizer.decode(ids, skip_special_tokens=True))

@@ -1,0 +1,1 @@
+"""Stage `evaluate`: teacher and students on the same held-out rows."""

@@ -1,0 +1,260 @@
+"""Greedy answers to held-out prompts, and how they are scored: exact match, a regular expression, or ROUGE-L.
+
+A question is a prompt with a reference. The reference is the data's own where there is one; else the completion that
+the student was to learn; for plain text, which has no prompts, the document goes on where a prefix of it stops.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ...storage.errors import UsageError
+from ...storage.store.store import Store
+from ...storage.tables.schema import TableName
+from ..models.rendering import Renderer
+from ..recipe.sections import EvaluateGenerate
+from ..workers.job import Job
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BATCH_PROMPTS = 16
+PREFIX_TOKENS = 64
+SAMPLES = 8
+SAMPLE_CHARACTERS = 600
+SAMPLE_TOKENS = 64
+"""Of an answer that nobody scores, at most."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """One held-out prompt."""
+
+    prompt_ids: list[int]
+    reference: str
+    teacher: str | None
+    """What the teacher wrote, where it did."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Quiz:
+    """The questions, asked of each student in turn, and how the answers are scored."""
+
+    settings: EvaluateGenerate
+    tokenizer: "PreTrainedTokenizerBase"
+    questions: list[Question]
+    against: str
+    """What the references are, in words."""
+    scored: bool = True
+    """False: the answers are only to be looked at."""
+
+    def answers(self, model: Any, job: Job) -> list[str]:
+        """A model's greedy answers, in batches of prompts of like length; a prompt that fills the context gets none."""
+        prompts = [q.prompt_ids for q in self.questions]
+        order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+        found = [""] * len(prompts)
+        for start in range(0, len(order), BATCH_PROMPTS):
+            job.stop.check()
+            batch = order[start : start + BATCH_PROMPTS]
+            texts = greedy(model, self.tokenizer, [prompts[n] for n in batch], max_tokens=self.settings.max_tokens)
+            for number, text in zip(batch, texts, strict=True):
+                found[number] = text
+            job.progress.advance(len(batch), note="answers")
+        return found
+
+    def scores(self, answers: dict[str, list[str]]) -> dict[str, float]:
+        """Arm -> mean score, 0 to 1; of the teacher too where its text is not itself the reference."""
+        score = scorer(self.settings)
+        written = [q.teacher for q in self.questions]
+        if self.against == GOLD and None not in written:
+            answers = {"teacher": [str(text) for text in written], **answers}
+        return {
+            arm: sum(score(text, q.reference) for text, q in zip(texts, self.questions, strict=True)) / len(texts)
+            for arm, texts in answers.items()
+        }
+
+    def about(self) -> dict[str, Any]:
+        """What the scores mean."""
+        return self.settings.model_dump() | {"prompts": len(self.questions), "against": self.against}
+
+    def samples(self, answers: dict[str, list[str]]) -> list[dict[str, str | None]]:
+        """The first few prompts with everybody's text, cut to a readable length."""
+        return [
+            {
+                "prompt": _short(str(self.tokenizer.decode(question.prompt_ids))),
+                "reference": _short(question.reference),
+                "teacher": _short(question.teacher),
+                **{arm: _short(texts[number]) for arm, texts in answers.items()},
+            }
+            for number, question in enumerate(self.questions[:SAMPLES])
+        ]
+
+
+GOLD = "the data's reference"
+
+
+def prepare_quiz(job: Job, store: Store, rows: Iterable[dict[str, Any]]) -> Quiz | None:
+    """Choose the prompts in the order of their keys: hashes, so a random sample, and the same for every student.
+
+    Without `evaluate.generate` they are few and nothing is scored; None where none are asked for, and for classifiers.
+
+    Args:
+        job: Names inputs, teacher and author.
+        store: Holds prompts and generations.
+        rows: Held-out rows: prompt_key, generation_key, token_ids, start (index of the first scored token).
+
+    Raises:
+        UsageError: no reference matches `evaluate.generate.pattern`.
+    """
+    scored, few = job.recipe.evaluate.generate, job.recipe.evaluate.samples
+    if scored is None and (few == 0 or job.recipe.run.task == "classification"):
+        return None
+    settings = scored or EvaluateGenerate(prompts=few, max_tokens=SAMPLE_TOKENS)
+    tokenizer = Renderer(store.teacher_dir(job.teacher_id), {}).tokenizer
+    first: dict[bytes, dict[str, Any]] = {}
+    for row in rows:
+        first.setdefault(row["prompt_key"], row)
+    chosen = [first[key] for key in sorted(first)]
+    if job.recipe.data.format == "text":
+        questions = [_continuation(row, tokenizer, settings) for row in chosen[: settings.prompts]]
+        against = "the rest of the text"
+    else:
+        questions, against = _questions(job, store, chosen, settings.prompts)
+    if settings.metric == "regex" and not any(scorer(settings)(q.reference, q.reference) for q in questions):
+        raise UsageError(
+            f"evaluate.generate.pattern: {settings.pattern!r} matches none of {len(questions)} references "
+            f"({against}; the first is {questions[0].reference[:80]!r}). Write a pattern that does."
+        )
+    return Quiz(settings=settings, tokenizer=tokenizer, questions=questions, against=against, scored=scored is not None)
+
+
+def _questions(job: Job, store: Store, chosen: list[dict[str, Any]], many: int) -> tuple[list[Question], str]:
+    """Questions with the data's references if it has any, else with what was written, and which of the two it was."""
+    gold = _gold(job, store, {row["prompt_key"] for row in chosen})
+    chosen = [r for r in chosen if not gold or r["prompt_key"] in gold][:many]
+    rows = _rows(store, "generations", {row["generation_key"] for row in chosen}, ["text"])
+    written = {row["key"]: row["text"] for row in rows}
+    by_teacher = job.author_id == job.teacher_id
+    questions = [
+        Question(
+            prompt_ids=[int(i) for i in row["token_ids"][: row["start"]]],
+            reference=gold.get(row["prompt_key"], written[row["generation_key"]]),
+            teacher=written[row["generation_key"]] if by_teacher else None,
+        )
+        for row in chosen
+    ]
+    other = "the given completion" if job.recipe.generate is None else "the text that was generated"
+    return questions, GOLD if gold else "the teacher's own text" if by_teacher else other
+
+
+def _continuation(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", settings: EvaluateGenerate) -> Question:
+    ids = [int(i) for i in row["token_ids"]]
+    start = max(1, min(PREFIX_TOKENS, len(ids) // 2))
+    rest = tokenizer.decode(ids[start : start + settings.max_tokens], skip_special_tokens=True)
+    return Question(prompt_ids=ids[:start], reference=str(rest), teacher=None)
+
+
+def _gold(job: Job, store: Store, prompt_keys: set[bytes]) -> dict[bytes, str]:
+    """Prompt key -> the data's reference, for prompts that have one."""
+    inputs = store.inputs(job.data_id)
+    if inputs is None:
+        return _published_gold(store, prompt_keys)
+    pairs = zip(inputs["key"].to_pylist(), inputs["prompt_key"].to_pylist(), strict=True)
+    keys = {key for key, prompt_key in pairs if prompt_key in prompt_keys}
+    rows = _rows(store, "prompts", keys, ["prompt_key", "reference"])
+    return {row["prompt_key"]: row["reference"] for row in rows if row["reference"] is not None}
+
+
+def _published_gold(store: Store, prompt_keys: set[bytes]) -> dict[bytes, str]:
+    """The same of published text, which carries its references itself."""
+    found: dict[bytes, str] = {}
+    for commit in store.commits("generations"):
+        shard = store.shard("generations", commit.shard.sha256)
+        if "reference" in shard.schema.names:
+            rows = shard.read_all(["prompt_key", "reference"]).to_pylist()
+            gold = {row["prompt_key"]: row["reference"] for row in rows if row["reference"]}
+            found |= {key: gold[key] for key in prompt_keys & gold.keys()}
+    return found
+
+
+def _rows(store: Store, table: TableName, keys: set[bytes], columns: list[str]) -> Iterator[dict[str, Any]]:
+    places: dict[str, list[int]] = {}
+    for place in store.index(table, ["key"]).to_pylist():
+        if place["key"] in keys:
+            places.setdefault(place["shard"], []).append(place["row"])
+    return store.rows(table, places, ["key", *columns])
+
+
+def greedy(model: Any, tokenizer: "PreTrainedTokenizerBase", prompts: list[list[int]], *, max_tokens: int) -> list[str]:
+    """Greedy continuations of one batch, padded on the left; `model` is a transformers or PEFT language model."""
+    import torch
+    from transformers import GenerationConfig
+
+    longest = max(map(len, prompts))
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = max_tokens if context is None else min(max_tokens, context - longest)
+    if room < 1:
+        return [""] * len(prompts)
+    ends = _end_tokens(model, tokenizer)
+    pad = ends[0] if ends else 0
+    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    # Replaced, not passed: transformers fills what is not given (a repetition penalty, say) from the model's own.
+    model.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=room, eos_token_id=ends or None, pad_token_id=pad
+    )
+    with torch.inference_mode():
+        found = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
+    return tokenizer.batch_decode(found[:, longest:], skip_special_tokens=True)
+
+
+def _end_tokens(model: Any, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Every id that ends an answer: the model's own, and the end of the text that it was trained on."""
+    own = model.generation_config.eos_token_id if model.generation_config else None
+    return sorted({*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None})
+
+
+def scorer(settings: EvaluateGenerate) -> Callable[[str, str], float]:
+    """A function of (answer, reference) to a score from 0 to 1."""
+    if settings.metric == "exact_match":
+        return lambda answer, reference: float(_plain(answer) == _plain(reference))
+    if settings.metric == "regex":
+        return _regex_scorer(str(settings.pattern))
+    return _rouge_l_scorer()
+
+
+def _regex_scorer(pattern: str) -> Callable[[str, str], float]:
+    compiled = re.compile(pattern)
+
+    def last(text: str) -> str | None:
+        matches = list(compiled.finditer(text))
+        return _plain(matches[-1].group(min(1, compiled.groups)) or "") if matches else None
+
+    # No match is no answer: it is never right, not even where the reference has none either.
+    return lambda answer, reference: float(last(answer) is not None and last(answer) == last(reference))
+
+
+def _rouge_l_scorer() -> Callable[[str, str], float]:
+    """F-measure of the longest common subsequence of words, no stemming.
+
+    Words are runs of letters and digits of any script. The package's own tokenizer keeps a-z and 0-9 only, which is the
+    same for English and nothing at all for Chinese.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    class Words:
+        def tokenize(self, text: str) -> list[str]:
+            return re.findall(r"[^\W_]+", text.lower())
+
+    rouge = RougeScorer(["rougeL"], tokenizer=Words())
+    return lambda answer, reference: float(rouge.score(reference, answer)["rougeL"].fmeasure)
+
+
+def _plain(text: str) -> str:
+    """White space is not part of an answer."""
+    return " ".join(text.split())
+
+
+def _short(text: str | None) -> str | None:
+    return text if text is None or len(text) <= SAMPLE_CHARACTERS else text[:SAMPLE_CHARACTERS] + " ..."

@@ -1,0 +1,221 @@
+"""What a report shows of held-out rows besides means: distributions, the KL by position, a few rows token by token.
+
+Sums and a handful of rows: its size does not grow with the held-out set. Bin edges are fixed, so that runs can be laid
+over one another; bin i holds edges[i] <= x < edges[i + 1], and the last one whatever is beyond as well.
+
+Letters: n tokens of a chunk, V the model's vocabulary, K entries of a soft target.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...storage.tables.soft_targets import SoftTargets
+from ..models.token_text import Pieces
+from ..targets.spec import Kept
+from .metrics import ratio_mean
+
+ROWS, CONTEXT, TOKENS, BEST = 4, 48, 80, 5
+"""Rows shown, tokens before and in the scored span of each, and entries of each distribution."""
+MASS_TOKENS = 4_096
+"""Tokens on which kept mass is measured, at most, as it sorts: every second, third ... token of more."""
+POSITION_EDGES = (0, *(2**i for i in range(20)))
+ENTROPY_EDGES = tuple(0.25 * i for i in range(57))
+MASS_EDGES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 1.0)
+LENGTH_BINS = 24
+LADDER = tuple(2**i for i in range(9))
+DIGITS = 4
+_MEASURES = ("kl_teacher", "cross_entropy")
+
+
+class ArmViews:
+    """What is gathered of one arm."""
+
+    def __init__(self, shown: Mapping[bytes, Any]) -> None:
+        self._shown = shown
+        self._sums: dict[bytes, np.ndarray] = {}
+        self.measure = ""
+        self.rows: dict[bytes, list[dict[str, list[Any]]]] = {}
+
+    def add(self, row: Mapping[str, Any], start: int, *, measures: Mapping[str, Tensor], logits: Tensor) -> None:
+        """Count tokens `start`, `start` + 1, ... of a row's span.
+
+        Args:
+            row: Has `key` and `prompt_key`.
+            start: Position of the first of these tokens in the span.
+            measures: Of `metrics.measure`, each [n].
+            logits: [n, V] they were made of.
+        """
+        self.measure = next(name for name in _MEASURES if name in measures)
+        values = measures[self.measure].double().cpu().numpy()
+        bins = in_bins(np.arange(start, start + len(values)), POSITION_EDGES)
+        sums = self._sums.setdefault(row["prompt_key"], np.zeros((2, len(POSITION_EDGES))))
+        sums[0] += np.bincount(bins, values, len(POSITION_EDGES))
+        sums[1] += np.bincount(bins, minlength=len(POSITION_EDGES))
+        if row["key"] in self._shown and start < TOKENS:
+            part = slice(0, TOKENS - start)
+            kept = {name: measures[name][part] for name in _MEASURES}
+            self.rows.setdefault(row["key"], []).append(_tokens(kept, logits[part].float().log_softmax(-1)))
+
+    def by_position(self) -> list[dict[str, float | int | None]]:
+        """Up to the last bin that has tokens: their number, the mean and its standard error over prompts."""
+        sums = np.stack(list(self._sums.values()))
+        last = int(np.flatnonzero(sums[:, 1].sum(0)).max(initial=-1))
+        found: list[dict[str, float | int | None]] = []
+        for number in range(last + 1):
+            there = sums[sums[:, 1, number] > 0, :, number]
+            mean, error = ratio_mean(there[:, 0], there[:, 1]) if len(there) else (None, None)
+            found.append({"tokens": round(float(there[:, 1].sum())), "mean": mean, "se": error})
+        return found
+
+
+def _tokens(measures: Mapping[str, Tensor], logprobs: Tensor) -> dict[str, list[Any]]:
+    """Per token: the KL, the probability of the token that is there, the best entries."""
+    best = logprobs.topk(min(BEST, logprobs.shape[-1]), dim=-1)
+    return {
+        "kl": rounded(measures["kl_teacher"]),
+        "token": rounded((-measures["cross_entropy"]).exp()),
+        "ids": best.indices.tolist(),
+        "probabilities": rounded(best.values.exp()),
+    }
+
+
+class Views:
+    """What is gathered of all arms."""
+
+    def __init__(self, *, kept: Kept | None, pieces: Pieces) -> None:
+        """`kept`: what the recipe keeps of the teacher; None: nothing, or classes."""
+        self._kept, self._pieces = kept, pieces
+        self._arms: dict[str, ArmViews] = {}
+        self._shown: dict[bytes, dict[str, Any]] = {}
+        self._prompts: set[bytes] = set()
+        self._entropy = np.zeros(len(ENTROPY_EDGES), np.int64)
+        self._mass = np.zeros(len(MASS_EDGES), np.int64)
+        self._ladder = np.zeros(len(LADDER))
+        self._lengths: list[int] = []
+        self._tokens = 0
+        self._passed = 0
+
+    def arm(self, name: str) -> ArmViews:
+        """Where a student's rows go."""
+        return self._arms.setdefault(name, ArmViews(self._shown))
+
+    def add_length(self, tokens: int) -> None:
+        """Count a row; all of them, before anything else."""
+        self._lengths.append(tokens)
+        self._tokens += tokens
+
+    def add_teacher(self, row: Mapping[str, Any], targets: SoftTargets) -> None:
+        """Count a row of the teacher's: `full` or `topk` targets, normalised.
+
+        Shown are the first few, of different prompts, that are no shorter than half of all rows.
+        """
+        self._entropy += np.bincount(in_bins(targets.entropy, ENTROPY_EDGES), minlength=len(ENTROPY_EDGES))
+        if self._kept is None:
+            return
+        stride = -(-self._tokens // MASS_TOKENS)
+        self._add_mass(targets.positions(slice(-self._passed % stride, None, stride)), self._kept)
+        self._passed += row["span_tokens"]
+        if len(self._shown) == ROWS or row["prompt_key"] in self._prompts:
+            return
+        if row["span_tokens"] >= sorted(self._lengths)[len(self._lengths) // 2]:
+            self._prompts.add(row["prompt_key"])
+            self._shown[row["key"]] = _shown(row, targets.positions(slice(0, TOKENS)))
+
+    def _add_mass(self, targets: SoftTargets, kept: Kept) -> None:
+        assert targets.logprobs is not None
+        asked = kept.k if kept.kind in ("topk", "topp") else 1
+        most = min(max(asked, LADDER[-1]), targets.logprobs.shape[1])
+        best = torch.as_tensor(targets.logprobs).topk(most, dim=-1).values.double().exp().cumsum(-1).numpy()
+        self._ladder += best[:, [min(k, most) - 1 for k in LADDER]].sum(0)
+        self._mass += np.bincount(in_bins(kept_mass(best, kept), MASS_EDGES), minlength=len(MASS_EDGES))
+
+    def content(self) -> dict[str, Any]:
+        """What `evaluation.json` holds of it; parts of which nothing is known are left out."""
+        found: dict[str, Any] = {"lengths": lengths(self._lengths)} if self._lengths else {}
+        if self._entropy.any():
+            found["entropy"] = {"edges": list(ENTROPY_EDGES), "tokens": self._entropy.tolist()}
+        if tokens := int(self._mass.sum()):
+            assert self._kept is not None
+            if self._kept.kind in ("topk", "topp"):
+                kept = {"kind": self._kept.kind, "k": self._kept.k, "p": self._kept.p}
+                found["kept_mass"] = kept | {"edges": list(MASS_EDGES), "tokens": self._mass.tolist()}
+            best = [{"k": k, "mass": float(m)} for k, m in zip(LADDER, self._ladder / tokens, strict=True)]
+            found["mass_by_k"] = {"tokens": tokens, "best": best}
+        if counted := {name: arm for name, arm in self._arms.items() if arm.measure}:
+            arms = {name: arm.by_position() for name, arm in counted.items()}
+            measure = next(iter(counted.values())).measure
+            found["by_position"] = {"measure": measure, "edges": list(POSITION_EDGES), "arms": arms}
+        return found | self._rows()
+
+    def _rows(self) -> dict[str, Any]:
+        rows = []
+        for key, shown in self._shown.items():
+            parts = {name: arm.rows[key] for name, arm in self._arms.items() if key in arm.rows}
+            arms = {name: _joined(part) for name, part in parts.items()}
+            rows.append({"key": key.hex(), **shown, "arms": arms})
+        ids = {i for row in rows for i in (*row["before"], *row["token_ids"])}
+        ids |= {i for row in rows for party in (row["teacher"], *row["arms"].values()) for e in party["ids"] for i in e}
+        return {"rows": rows, "pieces": {str(i): self._pieces[i] for i in sorted(ids)}} if rows else {}
+
+
+def _joined(parts: Sequence[Mapping[str, list[Any]]]) -> dict[str, list[Any]]:
+    """The chunks of a row as one."""
+    return {name: [value for part in parts for value in part[name]] for name in parts[0]}
+
+
+def _shown(row: Mapping[str, Any], targets: SoftTargets) -> dict[str, Any]:
+    """A row of the teacher's for people, cut: tokens before the span, tokens of the span, and what the teacher says."""
+    ids, start, n = row["token_ids"].tolist(), row["start"], len(targets.token_logprob)
+    best = torch.as_tensor(targets.logprobs).topk(min(BEST, targets.probabilities.shape[1]), dim=-1)
+    named = best.indices if targets.ids is None else torch.as_tensor(targets.ids).long().gather(-1, best.indices)
+    return {
+        "before": ids[max(0, start - CONTEXT) : start],
+        "cut_before": max(0, start - CONTEXT),
+        "token_ids": ids[start : start + n],
+        "cut_after": row["span_tokens"] - n,
+        "teacher": {
+            "token": rounded(np.exp(targets.token_logprob)),
+            "ids": named.tolist(),
+            "probabilities": rounded(best.values.exp()),
+        },
+    }
+
+
+def kept_mass(best: np.ndarray, kept: Kept) -> np.ndarray:
+    """[n] mass of the entries that a recipe keeps.
+
+    `best` [n, m] is the mass of the 1, 2, ... m best ids. topp keeps the fewest that hold p, but between k_min and k.
+    """
+    most = best[:, min(kept.k, best.shape[1]) - 1]
+    if kept.kind != "topp" or kept.p is None:
+        return np.asarray(most)
+    needed = (best < kept.p).sum(1)
+    entries = np.clip(needed, (kept.k_min or 1) - 1, min(kept.k, best.shape[1]) - 1)
+    return np.asarray(np.take_along_axis(best, entries[:, None], 1)[:, 0])
+
+
+def in_bins(values: np.ndarray, edges: Sequence[float]) -> np.ndarray:
+    """Each value's bin; what is below the first edge is in the first bin."""
+    return np.clip(np.searchsorted(np.asarray(edges, np.float64), values, side="right") - 1, 0, len(edges) - 1)
+
+
+def lengths(tokens: Sequence[int]) -> dict[str, Any]:
+    """Histogram of scored tokens per row: at most 25 bins of a round width from 0, and the mean."""
+    wanted = (max(tokens) + 1) / LENGTH_BINS
+    power = 10.0 ** math.floor(math.log10(max(wanted, 1)))
+    width = max(1, round(next(f * power for f in (1, 2, 5, 10) if f * power >= wanted)))
+    edges = list(range(0, max(tokens) + width, width))
+    counts = np.bincount(np.asarray(tokens) // width, minlength=len(edges))
+    return {"edges": edges[: len(counts)], "rows": counts.tolist(), "mean": float(np.mean(tokens))}
+
+
+def rounded(values: Any) -> list[Any]:
+    """Nested lists with four significant digits."""
+    if isinstance(values, Tensor | np.ndarray):
+        return rounded(values.tolist())
+    return [rounded(v) if isinstance(v, list) else float(f"{v:.{DIGITS}g}") for v in values]

@@ -1,0 +1,1 @@
+"""Stage `generate`: prompts become generations."""

@@ -1,0 +1,198 @@
+"""The ledger behind plan, generate and score: what a recipe asks of its store, joined with what the store can serve.
+
+planned = committed + rejected + pending. Requests and rows are joined in DuckDB by what was asked for, never by
+position: prompts that are reordered, extended or repeated find their rows, and ten million need no Python objects.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ...storage.joined import FIRST, Joined
+from ...storage.published.folder import Published
+from ...storage.store.commits import numbers
+from ...storage.store.index import Index, as_uuid
+from ...storage.store.inputs import read_inputs
+from ...storage.store.segments import place_of
+from ...storage.store.store import Store
+from ...storage.tables.schema import TableName
+from ..recipe.sections import Recipe
+
+T = TypeVar("T")
+Place = tuple[str, int]
+"""Shard sha256, and row within the shard."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Ledger:
+    """One stage's books."""
+
+    committed: int = 0
+    """Requests that a row serves."""
+    rejected: Counter[str] = field(default_factory=Counter)
+    """Reason -> requests that cannot be done."""
+    why: Counter[str] = field(default_factory=Counter)
+    """Reason -> requests still to do: why what is stored does not serve them."""
+    tokens: int = 0
+    """Completion or scored tokens of the committed rows."""
+    tokens_to_do: int = 0
+    """Of the pending ones; an upper bound where they are still to be written."""
+    bytes_to_do: int = 0
+    """About what they will take on disk."""
+    sources: dict[str, int] = field(default_factory=dict)
+    """Of the committed rows, those that a read-only source serves, by its name."""
+
+    def enter(self, count: int, tokens: int | None, *, served: bool, rejected: str | None, why: str) -> bool:
+        """Count requests of one fate; whether they are still to do."""
+        if served:
+            self.committed += count
+            self.tokens += int(tokens or 0)
+        elif rejected is not None:
+            self.rejected[rejected] += count
+        else:
+            self.why[why] += count
+        return not served and rejected is None
+
+    @property
+    def pending(self) -> int:
+        """Requests still to do."""
+        return self.why.total()
+
+    @property
+    def planned(self) -> int:
+        """All requests."""
+        return self.committed + self.rejected.total() + self.pending
+
+
+class Pending(Generic[T]):
+    """Requests still to do, in blocks: slices of what was planned, in an order that every worker computes alike."""
+
+    def __init__(self, rows: pa.Table, planned: int, make: Callable[[pa.Table], list[T]]) -> None:
+        """`rows` have a `number`, their place among the `planned` requests."""
+        size = max(8, min(512, planned // 64))  # small jobs are cut small, so that workers can share them
+        self._rows, self._make = rows.sort_by("number"), make
+        of = self._rows["number"].to_numpy() // size
+        blocks, starts, counts = np.unique(of, return_index=True, return_counts=True)
+        self._slices = {b: (s, n) for b, s, n in zip(blocks.tolist(), starts.tolist(), counts.tolist(), strict=True)}
+
+    def __len__(self) -> int:
+        return self._rows.num_rows
+
+    @property
+    def blocks(self) -> list[int]:
+        """Blocks that hold a request still to do, ascending."""
+        return list(self._slices)
+
+    def read(self, block: int) -> list[T]:
+        """The requests of a block."""
+        start, count = self._slices[block]
+        return self._make(self._rows.slice(start, count))
+
+
+class Books:
+    """A recipe's prompts beside a store's rows: the views `inputs` and those of `Index`. A context manager."""
+
+    def __init__(
+        self,
+        store: Store,
+        recipe: Recipe,
+        *,
+        data_id: str,
+        surveyed: pa.Table | Published | None = None,
+        write: bool = False,
+    ) -> None:
+        """Begin with what the data are.
+
+        Args:
+            store: The store, with its sources.
+            recipe: The recipe.
+            data_id: Name of the record of its prompts.
+            surveyed: What the source holds, where it was not recorded under `data_id` yet; or the published folder
+                whose rows are the data.
+            write: Keep index segments.
+        """
+        self.store, self.recipe = store, recipe
+        self.index = Index(store, write=write)
+        self.published = surveyed if isinstance(surveyed, Published) else None
+        """The folder whose rows are the data, as they are: prompts and text are not asked for."""
+        self.lenient = self.published is not None
+        """Held-out rows that have no reference targets are judged on those that they have: nobody can make others."""
+        if self.published is None:
+            self._view_inputs(data_id, surveyed if isinstance(surveyed, pa.Table) else None)
+        else:
+            first = next(first for part, first in store.parts if part is self.published)
+            samples = self.published.samples()
+            places = pc.add(samples["place"], place_of(first, 0))
+            self.index.register("published", samples.set_column(samples.column_names.index("place"), "place", places))
+
+    def _view_inputs(self, data_id: str, surveyed: pa.Table | None) -> None:
+        if surveyed is not None:
+            count = pa.array(np.arange(surveyed.num_rows, dtype=np.int64))
+            self.index.register("surveyed", surveyed.append_column("file_row_number", count))
+            source = "surveyed"
+        else:
+            found = ((part.files, read_inputs(part.files, data_id)) for part, _ in self.store.parts)
+            files, recorded = next((pair for pair in found if pair[1] is not None), (None, None))
+            assert files is not None, "the data stage comes first"
+            assert recorded is not None
+            source = self.index.parquet(files, recorded.shard)
+        self.index.execute(
+            f"CREATE VIEW inputs AS SELECT {as_uuid('key')}, {as_uuid('prompt_key')}, windows, first, "
+            f"split = 'test' AS held_out, file_row_number AS number FROM {source}"
+        )
+
+    def __enter__(self) -> "Books":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.index.close()
+
+    def lost(self, given_author: str | None) -> int:
+        """Inputs whose prompts row, or whose rows of given text, the store has no more: only if some were withdrawn."""
+        lost = 0
+        if self._withdrew("prompts"):
+            ((lost,),) = self.index.rows("SELECT count(*) FROM inputs WHERE key NOT IN (SELECT key FROM prompts)")
+        if given_author is not None and self._withdrew("generations"):
+            ((windows,),) = self.index.rows(f"""
+                SELECT count(*) FROM inputs LEFT JOIN (
+                    SELECT source_key AS key, count(*) AS had FROM generations
+                    WHERE author_id = '{given_author}' GROUP BY ALL
+                ) USING (key) WHERE coalesce(had, 0) < windows""")
+            lost = max(lost, windows)
+        return int(lost)
+
+    def _withdrew(self, table: TableName) -> bool:
+        return any(numbers(part.files, table, folder="retired") for part, _ in self.store.parts)
+
+    def sources(self, view: str, column: str) -> dict[str, int]:
+        """Rows of each read-only source among the places in a column, by the source's name."""
+        if not isinstance(self.store, Joined):
+            return {}
+        names = ["", *self.store.sources]
+        found = self.index.rows(f"""
+            SELECT {column} // {place_of(FIRST, 0)}, count(*) FROM {view} WHERE {column} IS NOT NULL GROUP BY ALL""")
+        return {names[part]: count for part, count in sorted(found) if part}
+
+    def place(self, table: TableName, number: int) -> Place:
+        """The shard and row behind a `place` of the index."""
+        return self.index.commits[table][number >> 32].shard.sha256, number & 0xFFFFFFFF
+
+    def places(self, table: TableName, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        """Shard sha256 -> its rows among these places."""
+        numbers = np.sort(numbers)
+        seqs = numbers >> 32
+        starts = np.flatnonzero(np.diff(seqs, prepend=-1))
+        rows = np.split(numbers & 0xFFFFFFFF, starts[1:])
+        commits = self.index.commits[table]
+        return {commits[int(seqs[s])].shard.sha256: part for s, part in zip(starts, rows, strict=False)}
+
+
+def different(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """Names under which two descriptions differ, for people."""
+    names = [name.replace("_", " ") for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name)]
+    return ", ".join(names)

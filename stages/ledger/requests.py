@@ -1,0 +1,125 @@
+"""What a recipe asks of its store, one request at a time: names made from content, and how much each will take.
+
+A request is named by a reuse key (what must agree for a row to serve it); coverage columns (K, max_tokens and finish
+reason) say how far a row serves. Nothing here imports torch.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...storage.errors import UsageError
+from ...storage.keys import content_id, content_key
+from ..recipe.sections import Data, Generate
+from ..targets.alignment import class_span, scored_span
+from ..targets.spec import Kept
+from .books import Place
+
+GENERATION_BYTES = 6  # a token's id and its share of text and keys: 5 to 6 bytes in the stores measured so far
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One completion that is wanted."""
+
+    reuse_key: bytes
+    prompt_key: bytes
+    sample_index: int
+    prompt: Place
+    """The row of `prompts`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TargetRequest:
+    """Soft targets that are wanted for one generation."""
+
+    reuse_key: bytes
+    tokens_key: bytes
+    generation_key: bytes
+    prompt_key: bytes
+    token_ids: np.ndarray
+    span_start: int
+    kept: Kept
+    label: int | None = None
+    """Gold class, where texts are classified."""
+
+    @property
+    def span_tokens(self) -> int:
+        """Scored tokens: the span runs to the end."""
+        return len(self.token_ids) - self.span_start
+
+
+# Engine arguments that change how fast a model writes or how much it holds; any other may change what it writes.
+_ONLY_SPEED = {
+    "batch_size",
+    "block_size",
+    "data_parallel_size",
+    "disable_log_stats",
+    "distributed_executor_backend",
+    "download_dir",
+    "enable_chunked_prefill",
+    "enable_prefix_caching",
+    "enforce_eager",
+    "gpu_memory_utilization",
+    "max_model_len",  # has rules of its own: see `author_context`
+    "max_num_batched_tokens",
+    "max_num_seqs",
+    "pipeline_parallel_size",
+    "swap_space",
+    "tensor_parallel_size",
+}
+
+
+def sampling_settings(generate: Generate, data: Data) -> dict[str, Any]:
+    """What decides a completion's text beside author and prompt; greedy ignores top_p and seed."""
+    greedy = generate.temperature == 0
+    engine = {name: value for name, value in generate.engine_args.items() if name not in _ONLY_SPEED}
+    return {
+        "temperature": generate.temperature,
+        "top_p": 1.0 if greedy else generate.top_p,
+        "seed": 0 if greedy else generate.seed,
+        "stop": sorted(generate.stop),
+        "chat_template_kwargs": data.chat_template_kwargs,
+    } | ({"engine": engine} if engine else {})
+
+
+def sampling_id(author_id: str, settings: dict[str, Any]) -> str:
+    """Name of an author with sampling settings; with a prompt and a sample index it names a completion."""
+    return content_id("sampling", author=author_id, settings=settings)
+
+
+def tokens_key(token_ids: np.ndarray | list[int], prompt_tokens: int) -> bytes:
+    """Name of what a teacher is asked to score: the tokens, and where the scored span starts (it runs to the end)."""
+    start, _ = scored_span(prompt_tokens, len(token_ids))
+    return content_key("tokens", token_ids=np.asarray(token_ids, dtype="<i4").tobytes(), span_start=start)
+
+
+def labelled_key(token_ids: np.ndarray | list[int], label: int | None) -> bytes:
+    """`tokens_key` of a text that is classified: the tokens, and the gold label that goes with them."""
+    start, _ = class_span(len(token_ids))
+    ids = np.asarray(token_ids, dtype="<i4").tobytes()
+    return content_key("tokens", token_ids=ids, span_start=start, label=label)
+
+
+def author_context(generate: Generate | None, model_tokens: int) -> int:
+    """What the author reads at once: the model's context, or less where the engine is told so."""
+    limit = generate.engine_args.get("max_model_len") if generate else None
+    if limit is not None and not (isinstance(limit, int) and limit > 1):
+        raise UsageError(f"generate.engine_args: max_model_len must be a number of tokens (got {limit!r}).")
+    return min(model_tokens, limit or model_tokens)
+
+
+def generation_key(sampling: str, prompt_key: bytes, sample_index: int) -> bytes:
+    """Reuse key of a completion: author and sampling settings (`sampling_id`), the prompt, which sample."""
+    return content_key("generation", sampling=sampling, prompt=prompt_key, sample=sample_index)
+
+
+def target_key(teacher_id: str, tokens: bytes) -> bytes:
+    """Reuse key of a soft-target row: the teacher and what it scored (`tokens_key`)."""
+    return content_key("soft_targets", teacher=teacher_id, tokens=tokens)
+
+
+def reject_key(reuse_key: bytes, limit: int) -> bytes:
+    """Name of a rejected request; another context length is another request."""
+    return content_key("reject", request=reuse_key, limit=limit)

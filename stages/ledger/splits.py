@@ -1,0 +1,77 @@
+"""Which committed rows a recipe trains on, validates on and is judged on: a snapshot of each."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ...storage.errors import UsageError
+from ...storage.snapshots.snapshot import Snapshot, load_snapshot, make_snapshot
+from ...storage.store.bindings import Binding
+from ...storage.tables.schema import TableName
+from ..workers.job import Split
+from .books import Books
+from .targets import target_rows, text_rows
+
+
+def choose_snapshots(books: Books, binding: Binding) -> dict[Split, Snapshot]:
+    """Split what is done into train, validation and test; no prompt that a pinned snapshot trains on is judged on.
+
+    Validation takes the training prompts with the smallest hashes, a random sample; only where the recipe asks for it.
+    """
+    table: TableName = "generations" if books.recipe.score is None else "soft_targets"
+    rows = text_rows(books) if books.recipe.score is None else target_rows(books)
+    validation = _validation_prompts(books, rows)
+    pinned = pc.is_in(rows["prompt_key"], _pinned_prompts(books, binding, table))
+    aside = pc.and_(pc.invert(rows["held_out"]), pc.is_in(rows["prompt_key"], validation))
+    parts: dict[Split, pa.Table] = {
+        "train": rows.filter(pc.invert(pc.or_(rows["held_out"], aside))),
+        "validation": rows.filter(pc.and_(aside, pc.invert(pinned))),
+        "test": rows.filter(pc.and_(rows["held_out"], pc.invert(pinned))),
+    }
+    found = {name: _snapshot(books, binding, table, name, part) for name, part in parts.items() if part.num_rows}
+    splits = {name: snapshot.id for name, snapshot in found.items()}
+    return {name: replace(snapshot, about={**snapshot.about, "splits": splits}) for name, snapshot in found.items()}
+
+
+def _snapshot(books: Books, binding: Binding, table: TableName, split: Split, rows: pa.Table) -> Snapshot:
+    tokens = rows["tokens"].to_numpy().astype(np.int64)
+    lengths = {
+        "samples": rows.num_rows,
+        "tokens": int(tokens.sum()),
+        "scored_tokens": int((tokens - rows["start"].to_numpy()).sum()),
+        "longest": int(tokens.max()),
+    }
+    about: dict[str, Any] = {
+        "split": split,
+        "teacher_id": binding.teacher_id,
+        "data_id": binding.data_id,
+        "lengths": lengths,
+    }
+    return make_snapshot(books.store, table, books.places(table, rows["place"].to_numpy()), about)
+
+
+def _validation_prompts(books: Books, rows: pa.Table) -> pa.Array:
+    train = books.recipe.train
+    count = 0 if train.evaluate_every_tokens is None else train.validation_prompts
+    prompts = pc.unique(rows.filter(pc.invert(rows["held_out"]))["prompt_key"])
+    return prompts.take(pc.array_sort_indices(prompts)[:count])
+
+
+def _pinned_prompts(books: Books, binding: Binding, table: TableName) -> pa.Array:
+    """Prompts in the snapshot that `train.snapshot` names; none if it names none."""
+    name = books.recipe.train.snapshot
+    if name is None:
+        return pa.array([], pa.binary(16))
+    snapshot = load_snapshot(books.store, name)
+    teacher = snapshot.about.get("teacher_id")
+    if snapshot.table != table or teacher != binding.teacher_id:
+        raise UsageError(
+            f"train.snapshot: {snapshot.id} holds {snapshot.table} of teacher {teacher}; this recipe trains on {table} "
+            f"of {binding.teacher_id}. Name a snapshot of this teacher, or leave it out."
+        )
+    shards = ((books.store.shard(table, shard.sha256), shard.rows) for shard in snapshot.shards)
+    keys = [file.select(rows, ["prompt_key"])["prompt_key"] for file, rows in shards]
+    return pc.unique(pa.chunked_array([chunk for key in keys for chunk in key.chunks], pa.binary(16)))

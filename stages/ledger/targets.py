@@ -1,0 +1,234 @@
+"""The books of `score`, and the rows that training and evaluation go on with."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from ...storage.errors import IntegrityError, UsageError
+from ...storage.store.sql import query
+from ...storage.tables.shard import REPAIR
+from ..targets.spec import reference, target_bytes, wanted
+from .books import Books, Ledger, Pending, different
+from .coverage import PLACES, best, lacks, reason
+from .requests import TargetRequest, target_key
+
+PART_ROWS = 2_000_000  # rows whose equal tokens are looked for at once
+
+
+def choose_generations(books: Books, *, author_id: str) -> None:
+    """Make the views `chosen` and `judged`: what a recipe goes on with, and its held-out part.
+
+    `chosen`: the best row of each request, after `select.where`; comes after `generation_ledger` where text is made.
+    `judged`: held-out rows in the order of their hashes, up to `evaluate.tokens` scored tokens, one at least.
+    """
+    if books.published is not None:
+        books.index.execute(f"CREATE OR REPLACE VIEW chosen AS {_published(books)}")
+        _judge(books)
+        return
+    if books.recipe.generate is None:
+        rows = f"JOIN inputs i ON g.source_key = i.key WHERE g.author_id = '{author_id}'"
+    else:
+        rows = "JOIN (SELECT place, held_out FROM asked WHERE place IS NOT NULL) i ON g.place = i.place WHERE true"
+    if books.recipe.select.where is not None:
+        books.index.register("allowed", _where(books, books.recipe.select.where))
+        rows += " AND g.key IN (SELECT key::UUID FROM allowed)"
+    # The scored span starts after the prompt, or at the second token (`alignment.scored_span`); a text that is
+    # classified has one target, at its last token (`alignment.class_span`).
+    classes = books.recipe.run.task == "classification"
+    start = "g.prompt_tokens + g.completion_tokens - 1" if classes else "greatest(g.prompt_tokens, 1)"
+    books.index.execute(f"""
+        CREATE OR REPLACE VIEW chosen AS SELECT * FROM (
+            SELECT g.key, g.prompt_key, g.tokens_key, g.place, i.held_out,
+                g.prompt_tokens + g.completion_tokens AS tokens, {start} AS start
+            FROM generations g {rows}
+        ) WHERE start < tokens""")
+    _judge(books)
+
+
+def _published(books: Books) -> str:
+    """The published rows, as they are; `select.where` may leave some out. `place` is that of the text, where it is."""
+    where = "WHERE true" if books.recipe.score else "WHERE g.place IS NOT NULL"
+    if books.recipe.select.where is not None:
+        books.index.register("allowed", _where(books, books.recipe.select.where))
+        where += " AND p.key IN (SELECT key FROM allowed)"
+    return f"""
+        SELECT p.key::UUID AS key, p.prompt_key::UUID AS prompt_key, p.tokens_key::UUID AS tokens_key, g.place,
+            held_out, tokens, start
+        FROM published p LEFT JOIN (SELECT key, place FROM generations) g ON g.key = p.key::UUID {where}"""
+
+
+def _judge(books: Books) -> None:
+    held_out = books.index.table(
+        "SELECT key::BLOB AS key, tokens - start AS span FROM chosen WHERE held_out ORDER BY prompt_key, chosen.key"
+    )
+    budget = books.recipe.evaluate.tokens
+    keep: list[bool] = []
+    for span in held_out["span"].to_pylist():
+        keep.append(not any(keep) or span <= budget)
+        budget -= span if keep[-1] else 0
+    books.index.register("kept", held_out.filter(pa.array(keep, pa.bool_())))
+    books.index.execute(
+        "CREATE OR REPLACE TEMP TABLE judged AS SELECT * FROM chosen WHERE key IN (SELECT key::UUID FROM kept)"
+    )
+
+
+def text_rows(books: Books) -> pa.Table:
+    """Black-box: rows to train and be judged on; text that is judged on is not trained on.
+
+    Returns held_out, prompt_key, place (of generations), tokens, start.
+    """
+    books.index.use_all_memory()
+    return books.index.table("""
+        SELECT held_out, prompt_key::BLOB AS prompt_key, place, tokens, start FROM (
+            SELECT * FROM chosen WHERE NOT held_out AND tokens_key NOT IN (SELECT tokens_key FROM judged)
+            UNION ALL SELECT * FROM judged)""")
+
+
+def target_ledger(
+    books: Books, *, teacher_id: str, vocab_size: int, limit: int, teacher_parts: dict[str, Any] | None = None
+) -> Ledger:
+    """The books of `score`; leaves the view `scored` behind.
+
+    Equal tokens are scored once, and what is judged on is not trained on.
+
+    Args:
+        books: After `choose_generations`.
+        teacher_id: Whose distribution.
+        vocab_size: Of the teacher; decides what reference targets are.
+        limit: Tokens that the teacher reads at once.
+        teacher_parts: What the teacher's identity is made of, to say how it differs from another's.
+    """
+    score, index = books.recipe.score, books.index
+    assert score is not None
+    judged, trained = reference(score, vocab_size), wanted(score, vocab_size)
+    judging = "coalesce(reference, trained)" if books.lenient else "reference"
+    bits = books.recipe.storage.mantissa_bits
+    _take_part(books, 0, parts=1)
+    index.execute(f"""
+        CREATE OR REPLACE VIEW scored AS
+        SELECT w.*, coalesce(stored, 0) > 0 AS stored, reason,
+            (CASE WHEN held_out THEN {judging} ELSE trained END % {PLACES})::BIGINT AS target,
+            CASE WHEN held_out THEN reference_lacks ELSE trained_lacks END AS lacks
+        FROM (
+            SELECT tokens_key, min(key) AS key, any_value(tokens) AS tokens, any_value(start) AS start,
+                bool_or(held_out) AS held_out
+            FROM (SELECT * FROM judged UNION ALL SELECT * FROM chosen
+                WHERE NOT held_out AND tokens_key NOT IN (SELECT tokens_key FROM judged))
+            WHERE {_PART} GROUP BY tokens_key
+        ) w LEFT JOIN (
+            SELECT tokens_key, count(*) AS stored, {best(trained, bits)} AS trained, {best(judged, bits)} AS reference,
+                {lacks(trained, bits)} AS trained_lacks, {lacks(judged, bits)} AS reference_lacks
+            FROM soft_targets WHERE teacher_id = '{teacher_id}' AND {_PART} GROUP BY tokens_key
+        ) USING (tokens_key) LEFT JOIN (
+            SELECT tokens_key, min(reason) AS reason
+            FROM rejects WHERE context_id = '{teacher_id}' AND limit_tokens = {limit} GROUP BY tokens_key
+        ) USING (tokens_key)""")
+    ledger = Ledger()
+    for served, rejected, lack, held_out, count, tokens in _counts(books):
+        kept = judged if held_out else trained
+        why = "new" if lack is None else reason(kept, lack)
+        if ledger.enter(count, tokens, served=served, rejected=rejected, why=why):
+            ledger.tokens_to_do += int(tokens)
+            ledger.bytes_to_do += int(tokens * target_bytes(kept))
+    _explain_new(books, ledger, teacher_id, teacher_parts or {})
+    ledger.sources = books.sources("scored", "target")
+    return ledger
+
+
+def _counts(books: Books) -> Iterator[tuple[Any, ...]]:
+    """Served, reason, lack, held_out, requests and scored tokens; some tokens at a time, to bound the memory."""
+    ((rows,),) = books.index.rows("SELECT count(*) FROM generations")
+    parts = 1 + rows // PART_ROWS
+    for part in range(parts):
+        _take_part(books, part, parts=parts)
+        yield from books.index.rows("""
+            SELECT target IS NOT NULL, reason, lacks, held_out, count(*), sum(tokens - start)
+            FROM scored GROUP BY ALL""")
+    _take_part(books, 0, parts=1)
+
+
+def _take_part(books: Books, part: int, *, parts: int) -> None:
+    """Let `scored` show the tokens of one part only."""
+    books.index.execute(f"SET VARIABLE parts = {parts}")
+    books.index.execute(f"SET VARIABLE part = {part}")
+
+
+def target_rows(books: Books) -> pa.Table:
+    """White-box: rows to train and be judged on, after `target_ledger`.
+
+    Returns held_out, prompt_key, place (of soft_targets), tokens, start.
+    """
+    books.index.use_all_memory()
+    return books.index.table("""
+        SELECT s.held_out, c.prompt_key::BLOB AS prompt_key, s.target AS place, s.tokens, s.start
+        FROM scored s JOIN chosen c USING (key) WHERE s.target IS NOT NULL""")
+
+
+def pending_targets(books: Books, *, teacher_id: str, vocab_size: int) -> Pending[TargetRequest]:
+    """What is still to be scored, after `target_ledger`: rows of one kind and like length beside one another."""
+    score = books.recipe.score
+    assert score is not None
+    books.index.use_all_memory()
+    # The gold label is the prompt's: joined by key, never by position.
+    label, labelled = "NULL", ""
+    if books.recipe.run.task == "classification":
+        label = "p.label"
+        labelled = "JOIN generations g ON g.key = s.key JOIN prompts p ON p.key = g.source_key"
+    kept = {True: reference(score, vocab_size), False: wanted(score, vocab_size)}
+    rows = books.index.table(f"""
+        SELECT s.number, s.tokens_key::BLOB AS tokens_key, s.key::BLOB AS key, c.prompt_key::BLOB AS prompt_key,
+            c.place, s.start, s.held_out, {label} AS label
+        FROM (SELECT *, row_number() OVER (ORDER BY held_out DESC, tokens, tokens_key) - 1 AS number FROM scored) s
+        JOIN chosen c USING (key) {labelled} WHERE s.target IS NULL AND s.reason IS NULL""")
+    ((planned,),) = books.index.rows("SELECT count(*) FROM scored")
+
+    def make(block: pa.Table) -> list[TargetRequest]:
+        found = block.sort_by("place").to_pylist()
+        places = books.places("generations", block["place"].to_numpy())
+        tokens = books.store.rows("generations", places, ["token_ids"])
+        return [
+            TargetRequest(
+                reuse_key=target_key(teacher_id, row["tokens_key"]),
+                tokens_key=row["tokens_key"],
+                generation_key=row["key"],
+                prompt_key=row["prompt_key"],
+                token_ids=text["token_ids"],
+                span_start=row["start"],
+                kept=kept[row["held_out"]],
+                label=row["label"],
+            )
+            for row, text in zip(found, tokens, strict=True)
+        ]
+
+    return Pending(rows, planned, make)
+
+
+_PART = "hash(tokens_key) % getvariable('parts') = getvariable('part')"
+
+
+def _where(books: Books, condition: str) -> pa.Table:
+    for part, _ in books.store.parts:  # DuckDB would read a flipped bit without a word
+        for shard in part.shards("generations"):
+            if part.files.sha256(shard.name) != shard.sha256:
+                raise IntegrityError(f"{shard.name}: the file is damaged (its sha256 is another one). {REPAIR}")
+    try:
+        return query(books.store, f"SELECT key FROM generations WHERE {condition}")
+    except UsageError as error:
+        raise UsageError(f"select.where: {error}") from error
+
+
+def _explain_new(books: Books, ledger: Ledger, teacher_id: str, teacher_parts: dict[str, Any]) -> None:
+    """Of the new ones, tell those that the store has from another teacher."""
+    others = f"FROM soft_targets WHERE teacher_id <> '{teacher_id}'"
+    if not ledger.why["new"] or not books.index.rows(f"SELECT 1 {others} LIMIT 1"):
+        return
+    for other, count in books.index.rows(f"""
+        SELECT other, count(*) FROM scored
+        JOIN (SELECT tokens_key, arg_max(teacher_id, place) AS other {others} GROUP BY ALL) USING (tokens_key)
+        WHERE target IS NULL AND NOT stored AND reason IS NULL GROUP BY other"""):
+        parts = books.store.teacher_parts(other)
+        how = f"other {different(teacher_parts, parts)}" if teacher_parts and parts else other[:8]
+        ledger.why[f"stored from another teacher ({how})"] += count
+        ledger.why["new"] -= count
+    ledger.why = +ledger.why

@@ -1,0 +1,250 @@
+"""From the samples of a step to forward passes: samples are packed into rows, rows are split into passes.
+
+Where the model can cut attention at the end of a sample (`models/attention.py`), a pass is a single row without
+padding. Else it has rows of like length, filled evenly, and as little padding as that leaves.
+
+How they are packed and split changes speed and memory, never the gradient: samples in a row do not see each other, and
+losses are summed over the whole step.
+
+Letters: B rows, T tokens per row, N scored tokens, K entries, V vocabulary.
+"""
+
+import heapq
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate, pairwise
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...storage.errors import UsageError
+from ..losses.definition import Aim, Distilled, TargetBatch, fit_vocabulary
+from ..losses.fused_linear import linear_distillation
+from ..models.attention import flat_inputs
+from ..models.head import hidden_states, split_head
+from ..recipe.fields import Kernel
+from ..targets.alignment import predicting_positions, scored_tokens
+from ..targets.spec import Kept
+from ..targets.stored import Reading, joined, soft_part
+from .samples import Sample
+
+SHORTEST_ROW = 128  # tokens; shorter samples share a row. Attention costs rows x length^2, so not much longer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Batch:
+    """One forward pass: B rows of T positions, each row several samples and padding at its end."""
+
+    token_ids: Tensor
+    """[B, T] int64, 0 in the padding."""
+    position_ids: Tensor
+    """[B, T] int64, from 0 in each sample and in the padding; where they restart, attention is cut."""
+    predicting: Tensor
+    """[N] int64 indices into the flattened [B * T] of the positions that predict a scored token."""
+    targets: TargetBatch
+    """N targets in terms of the student's vocabulary."""
+    edges: Tensor | None = None
+    """[S + 1] int32 ends of the samples of a flat row; None: rows that transformers cuts by their positions."""
+    longest: int = 0
+    """Tokens of the longest sample of a flat row."""
+
+    @property
+    def positions(self) -> int:
+        """Positions that are computed, padding included."""
+        return self.token_ids.numel()
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        parts = (getattr(self, f.name) for f in fields(self))
+        return sum(part.nbytes for part in parts if isinstance(part, Tensor | TargetBatch))
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What the model takes."""
+        inputs: dict[str, Any] = {"input_ids": self.token_ids, "position_ids": self.position_ids}
+        return inputs if self.edges is None else inputs | flat_inputs(self.edges, self.longest)
+
+    def to(self, device: torch.device) -> Self:
+        """The same on another device; by way of page-locked memory to a GPU, so that the copies do not block."""
+        source = self.pin_memory() if device.type == "cuda" else self
+        return source._map(lambda part: part.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """The same in page-locked memory; a `DataLoader` with `pin_memory=True` calls this by its name."""
+        return self._map(lambda part: part.pin_memory())
+
+    def _map(self, change: Callable[[Any], Any]) -> Self:
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        movable = (Tensor, TargetBatch)
+        return replace(self, **{name: change(part) for name, part in parts.items() if isinstance(part, movable)})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Packing:
+    """How the samples of a step become forward passes."""
+
+    tokens_per_pass: int
+    """Positions of a pass at most, padding included; the tokens of the longest sample where that has more."""
+    flat: bool = False
+    """A pass is a single row without padding, of a model that was let `attend_apart`."""
+    row_tokens: int | None = None
+    """Positions of a row at most; None: about the longest sample, at least `SHORTEST_ROW`."""
+    shared_rows: bool = True
+    """False: one sample per row, for a model that lets packed samples see each other."""
+    kept: Kept | None = None
+    """Entries to take of a sample that is stored with more: topk's or topp's. None: as stored."""
+    unstored_temperature: Literal["refuse", "approximate"] = "refuse"
+    """What to do where the temperature asked for is not stored; `Reading` has the approximation."""
+    vocab_size: int
+    """V of the student."""
+    kernel: Kernel | None = None
+    """Who makes the loss's passes over the vocabulary; `linear_distillation` has it."""
+
+    def batches(self, samples: Sequence[Sample], temperature: float | None = 1.0) -> Iterator[Batch]:
+        """The forward passes of a step.
+
+        Args:
+            samples: The step's.
+            temperature: Of the soft targets; None leaves them out.
+
+        Raises:
+            UsageError: a sample is longer than a row, has a token that the student does not know, or has soft targets
+                that cannot be had at this temperature.
+        """
+        longest = max(len(sample) for sample in samples)
+        if self.row_tokens is not None and longest > self.row_tokens:
+            raise UsageError(
+                f"train.row_tokens: {self.row_tokens} is shorter than a sample of {longest} tokens. "
+                f"Set it to {longest} or more, or leave it out."
+            )
+        for group in self._groups(samples):
+            yield self._batch(group, temperature)
+
+    def _groups(self, samples: Sequence[Sample]) -> Iterator[list[list[Sample]]]:
+        """The rows of each pass."""
+        longest, total = max(map(len, samples)), sum(map(len, samples))
+        most = max(longest, self.tokens_per_pass)
+        if self.flat:
+            yield from ([row] for row in pack(samples, rows=math.ceil(total / most), limit=most))
+            return
+        if self.shared_rows:
+            usual = max(longest, min(self.row_tokens or SHORTEST_ROW, self.tokens_per_pass))
+            rows = pack(samples, rows=total // usual, limit=min(most, self.row_tokens or most))
+        else:
+            rows = [[sample] for sample in samples]
+        group: list[list[Sample]] = []
+        for row in sorted(rows, key=_tokens, reverse=True):  # like beside like
+            if group and (len(group) + 1) * _tokens(group[0]) > self.tokens_per_pass:
+                yield group
+                group = []
+            group.append(row)
+        yield group
+
+    def losses(self, model: nn.Module, batch: Batch, *, aim: Aim, dtype: torch.dtype) -> Distilled:
+        """Summed loss of the scored tokens of one forward pass in `dtype`, weighted as `aim` says."""
+        with torch.autocast(batch.token_ids.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            hidden = hidden_states(model, **batch.inputs)
+        predicting = hidden.flatten(0, 1)[batch.predicting].to(dtype)
+        return linear_distillation(
+            predicting,
+            split_head(model),
+            batch.targets,
+            objective=aim.objective,
+            soft_weight=aim.soft_weight,
+            hard_weight=aim.hard_weight,
+            kernel=self.kernel,
+        )
+
+    def _batch(self, rows: Sequence[Sequence[Sample]], temperature: float | None) -> Batch:
+        width = max(_tokens(row) for row in rows)
+        token_ids = torch.zeros(len(rows), width, dtype=torch.long)
+        position_ids = torch.zeros_like(token_ids)
+        predicting, labels = [], []
+        for number, row in enumerate(rows):
+            edges = np.cumsum([0, *map(len, row), width - _tokens(row)])
+            position_ids[number] = torch.cat([torch.arange(stop - start) for start, stop in pairwise(edges)])
+            for sample, start in zip(row, edges[:-2], strict=True):
+                ids = torch.from_numpy(sample.token_ids.astype(np.int64))
+                token_ids[number, start : start + len(sample)] = ids
+                positions = torch.arange(len(sample))[predicting_positions(sample.span_start, sample.span_tokens)]
+                predicting.append(number * width + int(start) + positions)
+                labels.append(scored_tokens(ids, sample.span_start, sample.span_tokens))
+        if int(token_ids.max()) >= self.vocab_size:
+            raise UsageError(
+                f"student: its vocabulary has {self.vocab_size} ids, but the text has token {int(token_ids.max())}. "
+                "Choose a student with the teacher's tokenizer and at least its vocabulary."
+            )
+        members = [sample for row in rows for sample in row]
+        batch = Batch(
+            token_ids=token_ids,
+            position_ids=position_ids,
+            predicting=torch.cat(predicting),
+            targets=self._targets(labels, members, temperature),
+        )
+        if not self.flat:
+            return batch
+        ends = torch.tensor([0, *accumulate(map(len, members))], dtype=torch.int32)
+        return replace(batch, edges=ends, longest=max(map(len, members)))
+
+    def _targets(self, labels: Sequence[Tensor], samples: Sequence[Sample], temperature: float | None) -> TargetBatch:
+        """One sample after the other; hard targets alone where a sample has no soft ones."""
+        if temperature is None or any(sample.targets is None for sample in samples):
+            return fit_vocabulary(TargetBatch(labels=torch.cat(list(labels))), self.vocab_size)
+        reading = Reading(kept=self.kept, temperature=temperature, unstored=self.unstored_temperature)
+        parts = [
+            soft_part(sample.targets, hard, reading)
+            for sample, hard in zip(samples, labels, strict=True)
+            if sample.targets is not None
+        ]
+        return fit_vocabulary(joined(parts), self.vocab_size)
+
+
+def pack(samples: Sequence[Sample], *, rows: int, limit: int) -> list[list[Sample]]:
+    """At least so many rows of about the same number of tokens; more where one would hold more than `limit`.
+
+    Longest sample first, each into the row that holds the least so far: the widest row is at most 4/3 of what is
+    possible (Graham 1969, LPT rule), and much closer with many short samples. Within a row samples keep their order.
+
+    Args:
+        samples: None longer than `limit`.
+        rows: How many are wished for; one is made at least, and none is empty.
+        limit: Tokens of a row at most.
+    """
+    by_length = sorted(range(len(samples)), key=lambda index: -len(samples[index]))
+    for count in range(max(1, min(rows, len(samples))), len(samples) + 1):
+        made: list[list[int]] = [[] for _ in range(count)]
+        held = [(0, row) for row in range(count)]
+        for index in by_length:
+            tokens, row = held[0]
+            made[row].append(index)
+            heapq.heapreplace(held, (tokens + len(samples[index]), row))
+        if max(held)[0] <= limit:
+            return [[samples[index] for index in sorted(row)] for row in made]
+    raise AssertionError("a sample is longer than the limit")
+
+
+def packs_apart(model: nn.Module) -> bool:
+    """Whether this model keeps samples packed in one row apart when position ids restart between them.
+
+    transformers cuts attention there; a recurrent layer may carry its state on. Asked of the model itself, on two short
+    samples, once.
+    """
+    device = next(model.parameters()).device
+    lengths = (5, 7)
+    ids = (torch.arange(1, 1 + sum(lengths), device=device) % split_head(model).vocab_size)[None]
+    positions = torch.cat([torch.arange(n, device=device) for n in lengths])[None]
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        together = hidden_states(model, input_ids=ids, position_ids=positions)[:, lengths[0] :]
+        alone = hidden_states(model, input_ids=ids[:, lengths[0] :], position_ids=positions[:, lengths[0] :])
+    model.train(was_training)
+    return torch.allclose(together, alone, rtol=1e-3, atol=1e-4 * float(alone.abs().max()))
+
+
+def _tokens(row: Sequence[Sample]) -> int:
+    return sum(len(sample) for sample in row)

@@ -1,0 +1,188 @@
+"""The samples of a snapshot as training steps: whole samples, in an order that only the snapshot and the seed decide.
+
+Where the reading stands is a `Cursor`, four integers; from any of them the same steps follow. No torch here.
+"""
+
+from collections.abc import Generator, Iterable
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import pairwise, repeat
+
+import numpy as np
+
+from ...storage.errors import UsageError
+from ...storage.snapshots.reader import SnapshotReader
+from ...storage.snapshots.snapshot import Snapshot
+from ...storage.store.store import Store
+from ...storage.tables.decode import LISTS, normalised_targets
+from ...storage.tables.rows import Rows
+from ...storage.tables.soft_targets import SoftTargets
+from ..targets.alignment import class_span, scored_span
+
+_SPAN = {"soft_targets": ("span_start", "span_tokens"), "generations": ("prompt_tokens", "completion_tokens")}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cursor:
+    """Where the reading stands: what has been consumed so far."""
+
+    epoch: int = 0
+    sample: int = 0
+    """Samples consumed in this epoch."""
+    step: int = 0
+    tokens: int = 0
+    """Positions consumed, over all epochs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Sample:
+    """One sequence and what it is asked for. Its arrays are parts of its row group's: read only, and kept together."""
+
+    token_ids: np.ndarray
+    """[T] int32."""
+    span_start: int
+    span_tokens: int
+    targets: SoftTargets | None
+    """At the span's positions, summing to 1; None: cross-entropy only."""
+    label: int | None = None
+    """Gold class of a text that is classified; None: it has none."""
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Step:
+    """The samples of one optimizer step, and where the reading stands after it."""
+
+    samples: list[Sample]
+    after: Cursor
+
+    @property
+    def tokens(self) -> int:
+        """Positions fed."""
+        return sum(len(sample) for sample in self.samples)
+
+    @property
+    def scored_tokens(self) -> int:
+        """N of the whole step: what its losses are divided by."""
+        return sum(sample.span_tokens for sample in self.samples)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample."""
+        return max(len(sample) for sample in self.samples)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lengths:
+    """How much a snapshot holds."""
+
+    samples: int
+    tokens: int
+    scored_tokens: int
+    longest: int
+
+
+class Samples:
+    """The samples of a snapshot, in training order; numbered through all epochs, which follow one another."""
+
+    def __init__(
+        self, store: Store, snapshot: Snapshot, *, soft: bool, seed: int = 0, classified: bool = False
+    ) -> None:
+        """`soft`: read the teacher's targets too (the snapshot must be of soft_targets). `classified`: gold labels."""
+        if not snapshot.rows:
+            raise UsageError(f"snapshot {snapshot.id}: holds no rows, so there is nothing to train on. Add data.")
+        if soft and snapshot.table != "soft_targets":
+            raise UsageError(
+                f"snapshot {snapshot.id}: holds {snapshot.table}, which have no soft targets. Name a snapshot of "
+                "soft_targets, or set loss.soft_weight to 0."
+            )
+        self.snapshot, self.seed = snapshot, seed
+        self._store, self._soft, self._length = store, soft, snapshot.rows
+        self._span, self._classified = _SPAN[snapshot.table], classified
+
+    def __len__(self) -> int:
+        """Samples of an epoch."""
+        return self._length
+
+    def lengths(self) -> Lengths:
+        """Counts over the whole snapshot: those that it was made with, or from two integer columns."""
+        if known := self.snapshot.about.get("lengths"):
+            return Lengths(**known)
+        samples = tokens = scored = longest = 0
+        for shard in self.snapshot.shards:
+            table = self._store.shard(self.snapshot.table, shard.sha256).select(shard.rows, self._span)
+            starts, spans = (table[name].to_numpy() for name in self._span)
+            totals = starts + spans
+            samples += len(totals)
+            tokens += int(totals.sum())
+            scored += int((totals - np.maximum(starts, 1)).sum())
+            longest = max(longest, int(totals.max()))
+        return Lengths(samples=samples, tokens=tokens, scored_tokens=scored, longest=longest)
+
+    def read(self, start: int, stop: int | None = None) -> Generator[Sample, None, None]:
+        """Samples `start` to `stop`; without end if `stop` is None."""
+        return self._reader().samples(seed=self.seed, start=start, stop=stop)
+
+    def batches(self, ranges: Iterable[range]) -> Generator[list[Sample], None, None]:
+        """The samples of each range of numbers; ranges ascend."""
+        return self._reader().batches(ranges, seed=self.seed)
+
+    def _reader(self) -> SnapshotReader:
+        columns = ["token_ids", *self._span, *(("k", *LISTS) if self._soft else ())]
+        columns += ["label"] * self._classified
+        return SnapshotReader(self._store, self.snapshot, columns, decode=self._decode)
+
+    def _decode(self, rows: Rows) -> list[Sample]:
+        targets: Iterable[SoftTargets | None] = normalised_targets(rows) if self._soft else repeat(None, len(rows))
+        offsets, ids = rows.flat("token_ids")
+        labels: Iterable[int | None] = rows.values("label") if self._classified else repeat(None, len(rows))
+        samples = []
+        for prompt, edges, target, label in zip(
+            rows.numbers(self._span[0]), pairwise(offsets), targets, labels, strict=True
+        ):
+            length = int(edges[1] - edges[0])
+            start, span = class_span(length) if self._classified else scored_span(int(prompt), length)
+            sample = Sample(
+                token_ids=ids[slice(*edges)], span_start=start, span_tokens=span, targets=target, label=label
+            )
+            samples.append(sample)
+        return samples
+
+
+def steps(
+    samples: Samples,
+    cursor: Cursor,
+    *,
+    tokens_per_step: int,
+    stop_tokens: int | None = None,
+    stop_samples: int | None = None,
+) -> Generator[Step, None, None]:
+    """Steps from a cursor on: samples in order until the next one would exceed `tokens_per_step`, at least one.
+
+    Epochs follow one another without a seam. Ends before the first step that starts at `stop_tokens` or more, and after
+    `stop_samples` samples of all epochs together.
+    """
+    held: list[Sample] = []
+    with closing(_stream(samples, cursor, stop_samples)) as stream:
+        for sample, following in stream:
+            if held and sum(map(len, held)) + len(sample) > tokens_per_step:
+                cursor = replace(cursor, step=cursor.step + 1)
+                yield Step(samples=held, after=cursor)
+                held = []
+            if not held and stop_tokens is not None and cursor.tokens >= stop_tokens:
+                return
+            held.append(sample)
+            cursor = replace(following, step=cursor.step)
+    if held:
+        yield Step(samples=held, after=replace(cursor, step=cursor.step + 1))
+
+
+def _stream(samples: Samples, cursor: Cursor, stop_samples: int | None) -> Generator[tuple[Sample, Cursor], None, None]:
+    start = cursor.epoch * len(samples) + cursor.sample
+    with closing(samples.read(start, stop_samples)) as found:
+        for number, sample in enumerate(found, start):
+            epoch, before = divmod(number, len(samples))
+            cursor = replace(cursor, epoch=epoch, sample=before + 1, tokens=cursor.tokens + len(sample))
+            yield sample, cursor

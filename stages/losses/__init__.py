@@ -1,0 +1,1 @@
+"""Losses: divergences, cross-entropy, and both without ever holding all logits."""

@@ -1,0 +1,1 @@
+"""Models: identity, loading, head, attention, classes, tokenizers."""

@@ -1,0 +1,130 @@
+"""Classes of a model as its config names them, and gold labels by index or by name. No torch: the plan asks too."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...storage.errors import UsageError
+from ..recipe.sections import Recipe
+from .rendering import RowError
+
+HEAD = "ForSequenceClassification"
+NO_LABEL = -1
+"""In place of a gold label where a row has none; Parquet holds null."""
+
+
+def class_names(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the classes of a model with this config.json, in the order of its logits; none if it has no such head.
+
+    transformers leaves out what is its default: two classes, LABEL_0 and LABEL_1.
+    """
+    if not any(str(name).endswith(HEAD) for name in config.get("architectures") or ()):
+        return ()
+    named = config.get("id2label") or {i: f"LABEL_{i}" for i in range(config.get("num_labels", 2))}
+    return tuple(str(named[index]) for index in sorted(named, key=int))
+
+
+def names_in(folder: Path) -> tuple[str, ...]:
+    """`class_names` of the model in a folder; its weights need not be there."""
+    return class_names(_config(folder))
+
+
+def label_index(value: Any, names: Sequence[str]) -> int | None:
+    """A record's gold label as the index of its class; None where it has none.
+
+    Args:
+        value: An index, or a class's name; null or an empty cell: no label.
+        names: The teacher's classes.
+
+    Raises:
+        RowError: no such class.
+    """
+    if value is None or value == "":
+        return None
+    index = _as_index(value, len(names))
+    if str(value) in names:
+        named = list(names).index(str(value))
+        if index not in (None, named):
+            raise RowError(
+                "unknown_label",
+                f"label {value!r} may be the class of that name or the one of that index, which are two. Give names "
+                "that are no numbers, in the data and in the teacher's config.json (id2label)",
+            )
+        return named
+    if index is not None:
+        return index
+    raise RowError(
+        "unknown_label",
+        f"label {value!r} is no class of the teacher. It knows 0 to {len(names) - 1}, or {', '.join(names)}",
+    )
+
+
+def _as_index(value: Any, classes: int) -> int | None:
+    try:
+        index = None if isinstance(value, bool) else int(value)
+        return index if index is not None and index == float(value) and 0 <= index < classes else None
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def refuse_without_head(folder: Path, model: str) -> None:
+    """Refuse a teacher whose classes were never trained: transformers would give it random ones.
+
+    Raises:
+        UsageError: no classification head, or one that is not softmax over two classes or more.
+    """
+    config = _config(folder)
+    names = class_names(config)
+    found = ", ".join(config.get("architectures") or ()) or "no architecture"
+    if not names:
+        raise UsageError(
+            f"teacher.model: {model} has no classification head (config.json names {found}, expected one that ends in "
+            f"{HEAD}). Fine-tune it on labelled rows first, and name the folder of the result."
+        )
+    kind = config.get("problem_type") or "single_label_classification"
+    if len(names) < 2 or kind != "single_label_classification":
+        raise UsageError(
+            f"teacher.model: {model} has {len(names)} outputs and problem_type {kind!r}, expected two classes or more "
+            "of which one is right. Regression and several labels at once are not supported."
+        )
+
+
+def refuse_other_classes(recipe: Recipe, folder: Path | None, names: Sequence[str]) -> None:
+    """Refuse a student that has other classes than its teacher.
+
+    Args:
+        recipe: Its student gives changes to the teacher's config, or names a model.
+        folder: Of that model; None for fresh weights.
+        names: The teacher's classes.
+
+    Raises:
+        UsageError: other classes, other in number, or the same in another order.
+    """
+    if folder is not None:
+        found, where = names_in(folder), f"student.model: {recipe.student.model}"
+    else:
+        overrides = recipe.student.config or {}
+        given = {"id2label", "num_labels"} & overrides.keys()
+        found = class_names({"architectures": [HEAD]} | overrides) if given else ()
+        where = "student.config"
+    if not found:  # a body without this head gets a new one, of the teacher's classes
+        return
+    reordered = found != tuple(names) and sorted(found) == sorted(names)
+    if len(found) != len(names) or reordered:
+        how = "the same in another order" if reordered else f"{len(names)}"
+        raise UsageError(
+            f"{where} has {len(found)} classes ({', '.join(found)}), the teacher {how} ({', '.join(names)}). "
+            "A student learns the teacher's classes one by one: take one with the same, or one without a "
+            "classification head."
+        )
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{folder / 'config.json'}: not readable ({error}). Save the model again.") from error
+    if not isinstance(config, dict):
+        raise UsageError(f"{folder / 'config.json'}: holds {type(config).__name__}, expected an object.")
+    return config

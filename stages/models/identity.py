@@ -1,0 +1,275 @@
+"""Who a model is: hashes of its weights, config, tokenizer, chat template, adapter and dtype; never a path or a name.
+
+Nothing here imports torch: the plan asks for identities too. Weights are hashed once per file; the hash is kept in the
+store's cache under (path, size, mtime, inode), so a second run does not read an 8B teacher again.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...storage.errors import UsageError
+from ...storage.files.local import open_files
+from ...storage.keys import canonical_json, content_id
+from .classes import class_names
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
+# No tokenizer by themselves, but they change what one does: the end token may stand here alone.
+_TOKEN_FILES = ("special_tokens_map.json", "added_tokens.json")
+_KEPT_FILES = (*_TOKENIZER_FILES, *_TOKEN_FILES, "tokenizer_config.json", "chat_template.jinja")
+# Fields that say where a file came from or which version wrote it, not what the model computes.
+_NOT_CONTENT = {"transformers_version", "_name_or_path", "_commit_hash", "name_or_path", "local_files_only"} | {
+    "base_model_name_or_path",
+    "revision",
+    "auto_mapping",
+    "peft_version",
+    "tokenizer_file",
+    "special_tokens_map_file",
+}
+
+
+class FileHashes:
+    """sha256 of files, remembered by a store's `cache`; `remember=False` only reads what is there."""
+
+    def __init__(self, store_dir: str | Path, *, remember: bool) -> None:
+        self._files = open_files(store_dir).cache
+        self._remember = remember
+        self._seen: dict[str, str] = {}
+        self._unkept: dict[str, bytes] = {}
+
+    def sha256(self, path: Path) -> str:
+        """Hex digest of a file's bytes."""
+        stat = path.stat()
+        mark = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        name = f"cache/sha256/{content_id('file', mark=mark)}.json"
+        if name not in self._seen:
+            self._seen[name] = self._cached(name) or self._hash(path, name)
+        return self._seen[name]
+
+    def _cached(self, name: str) -> str | None:
+        return str(json.loads(self._files.read(name))["sha256"]) if self._files.exists(name) else None
+
+    def _hash(self, path: Path, name: str) -> str:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        self._unkept[name] = canonical_json({"path": str(path), "sha256": digest})
+        if self._remember:
+            self.keep()
+        return digest
+
+    def keep(self) -> None:
+        """Let the store remember what was hashed so far: one that was not there yet when this began."""
+        for name, record in self._unkept.items():
+            self._files.put_if_absent(name, record)
+        self._unkept.clear()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Identity:
+    """A model that was found on disk and hashed."""
+
+    id: str
+    tokenizer_id: str
+    template_id: str
+    folder: Path
+    adapter: Path | None
+    dtype: str
+    vocab_size: int
+    class_names: tuple[str, ...] = ()
+    """Of a model with a classification head."""
+    context_tokens: int
+    parts: dict[str, Any]
+
+    def outcomes(self, task: str) -> int:
+        """What a distribution of this model is over: its vocabulary, or its classes."""
+        return len(self.class_names) if task == "classification" else self.vocab_size
+
+    def files_to_keep(self) -> dict[str, bytes]:
+        """What a store keeps of this model, so that its rows can be read and trained from without it."""
+        names = [*_KEPT_FILES, "config.json", "generation_config.json"]
+        files = {n: (self.folder / n).read_bytes() for n in names if (self.folder / n).is_file()}
+        return files | {"identity.json": canonical_json(self.parts)}
+
+
+def find_model(model: str, revision: str | None, *, field: str, download: bool) -> Path:
+    """The folder of a model named by folder or Hub id.
+
+    Raises:
+        UsageError: no such folder, and not (yet) downloaded from the Hub either.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UsageError(
+                f"{field}: {model} holds no config.json, so it is not a model folder. Name another folder."
+            )
+        return folder
+    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1
+    if looks_like_path:
+        raise UsageError(f"{field}: no folder {model} (looked in {Path.cwd()}). Name a model folder or a Hub id.")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, local_files_only=not download))
+    except Exception as error:
+        action = "could not be downloaded from the Hub" if download else "is neither a folder nor downloaded yet"
+        raise UsageError(
+            f"{field}: {model} {action} ({type(error).__name__}). "
+            "Check the name and the network, or name a local folder."
+        ) from error
+
+
+def identify(
+    folder: Path, *, dtype: str, hashes: FileHashes, adapter: Path | None = None, field: str = "teacher.model"
+) -> Identity:
+    """Hash the model in a folder.
+
+    Args:
+        folder: Holds config.json, weights and a tokenizer.
+        dtype: `auto` stands for the dtype of the checkpoint.
+        hashes: Where file hashes are remembered.
+        adapter: Folder of a LoRA adapter, part of the identity.
+        field: The recipe's field, for messages.
+
+    Raises:
+        UsageError: something is missing or unreadable.
+    """
+    config = _read_json(folder / "config.json", field)
+    weights = _weights(folder, hashes, field)
+    tokenizer_config = _read_json(folder / "tokenizer_config.json", field, missing={})
+    template = tokenizer_config.pop("chat_template", None)
+    if (folder / "chat_template.jinja").is_file():
+        template = (folder / "chat_template.jinja").read_text()
+    tokenizer = _tokenizer(folder, hashes, field)
+    end_tokens = _read_json(folder / "generation_config.json", field, missing={}).get("eos_token_id")
+    stored_dtype = str(config.pop("dtype", config.pop("torch_dtype", None)) or "float32")
+    parts = {
+        "weights": weights,
+        "config": _content(config),
+        "tokenizer": tokenizer | {"config": _content(tokenizer_config)},
+        "chat_template": template,
+        "end_tokens": end_tokens,
+        "adapter": _adapter(adapter, hashes) if adapter else None,
+        "dtype": stored_dtype if dtype == "auto" else dtype,
+    }
+    text_config = config.get("text_config", config)
+    return Identity(
+        id=content_id("model", **parts),
+        tokenizer_id=content_id("tokenizer", files=parts["tokenizer"]),
+        template_id=content_id("template", template=template),
+        folder=folder,
+        adapter=adapter,
+        dtype=str(parts["dtype"]),
+        vocab_size=int(text_config.get("vocab_size", 0)),
+        class_names=class_names(config),
+        context_tokens=int(text_config.get("max_position_embeddings") or text_config.get("n_positions") or 2**31 - 1),
+        parts=parts,
+    )
+
+
+def identify_unseen(folder: Path, name: str, *, hashes: FileHashes, vocab_size: int | None = None) -> Identity:
+    """A teacher whose weights are not here: known by the name that is given to it, and by its tokenizer.
+
+    Two teachers of one name and tokenizer are one teacher here; nothing can tell them apart.
+
+    Args:
+        folder: Holds the tokenizer, and the config if there is one.
+        name: What to call the teacher.
+        hashes: Where file hashes are remembered.
+        vocab_size: Of the teacher; None: as the config says, else as many ids as the tokenizer has.
+
+    Raises:
+        UsageError: there is no tokenizer, or no way to tell how large the vocabulary is.
+    """
+    field = "--tokenizer"
+    config = _read_json(folder / "config.json", field, missing={})
+    tokenizer_config = _read_json(folder / "tokenizer_config.json", field, missing={})
+    template = tokenizer_config.pop("chat_template", None)
+    if (folder / "chat_template.jinja").is_file():
+        template = (folder / "chat_template.jinja").read_text()
+    found = vocab_size or config.get("text_config", config).get("vocab_size") or _tokenizer_size(folder)
+    parts = {
+        "unseen": name,
+        "vocab_size": int(found),
+        "config": _content(config),
+        "end_tokens": _read_json(folder / "generation_config.json", field, missing={}).get("eos_token_id"),
+        "tokenizer": _tokenizer(folder, hashes, field) | {"config": _content(tokenizer_config)},
+        "chat_template": template,
+    }
+    return Identity(
+        id=content_id("model", **parts),
+        tokenizer_id=content_id("tokenizer", files=parts["tokenizer"]),
+        template_id=content_id("template", template=template),
+        folder=folder,
+        adapter=None,
+        dtype="",
+        vocab_size=int(found),
+        context_tokens=2**31 - 1,
+        parts=parts,
+    )
+
+
+def _tokenizer_size(folder: Path) -> int:
+    content = _read_json(folder / "tokenizer.json", "--tokenizer", missing={})
+    vocabulary = content.get("model", {}).get("vocab", {})
+    ids = [*vocabulary.values()] if isinstance(vocabulary, dict) else [*range(len(vocabulary))]
+    ids += [token["id"] for token in content.get("added_tokens", [])]
+    if not ids:
+        raise UsageError(f"--tokenizer: {folder} does not say how many ids there are. Give --vocab-size.")
+    return max(ids) + 1
+
+
+def tensor_files(folder: Path) -> list[Path]:
+    """The weight files of a model or adapter folder."""
+    found = sorted(folder.glob("*.safetensors"))
+    return found or sorted(folder.glob("pytorch_model*.bin")) or sorted(folder.glob("adapter_model*.bin"))
+
+
+def _weights(folder: Path, hashes: FileHashes, field: str) -> dict[str, str]:
+    files = tensor_files(folder)
+    if not files:
+        raise UsageError(f"{field}: {folder} holds no weights (*.safetensors). Name a complete model folder.")
+    unreadable = [f for f in files if not os.access(f, os.R_OK)]
+    if unreadable:
+        raise UsageError(f"{field}: {unreadable[0]} cannot be read. Check its permissions.")
+    return {f.name: hashes.sha256(f) for f in files}
+
+
+def _tokenizer(folder: Path, hashes: FileHashes, field: str) -> dict[str, str]:
+    if not any((folder / n).is_file() for n in _TOKENIZER_FILES):
+        raise UsageError(f"{field}: {folder} holds no tokenizer ({', '.join(_TOKENIZER_FILES)}). Save one beside it.")
+    names = (*_TOKENIZER_FILES, *_TOKEN_FILES)
+    return {n: hashes.sha256(folder / n) for n in names if (folder / n).is_file()}
+
+
+def _adapter(folder: Path, hashes: FileHashes) -> dict[str, Any]:
+    """The tensors say what is added, the config how strongly and where (lora_alpha, rank, modules)."""
+    config = _read_json(folder / "adapter_config.json", "teacher.adapter")
+    return {"weights": _weights(folder, hashes, "teacher.adapter"), "config": _content(config)}
+
+
+def _content(config: dict[str, Any]) -> dict[str, Any]:
+    """A config without those fields, at any depth: configs of parts (text, vision) have them too."""
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: kept(part) for name, part in value.items() if name not in _NOT_CONTENT}
+        return [kept(part) for part in value] if isinstance(value, list) else value
+
+    return dict(kept(config))
+
+
+def _read_json(path: Path, field: str, *, missing: dict[str, Any] | None = None) -> dict[str, Any]:
+    if not path.is_file() and missing is not None:
+        return missing.copy()
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{field}: {path} is not readable JSON ({error}). Save the model again.") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{field}: {path} holds {type(content).__name__}, expected an object. Save the model again.")
+    return content

@@ -1,0 +1,117 @@
+"""Whether two tokenizers are one: the same ids for the same text, so that one model's targets mean the same to another.
+
+They are one when they map the same ids to the same tokens over the range of ids that both have, and split text the same
+way: normaliser, pre-tokeniser, merges (or scores) and the options that decide ids. Chat templates, the special tokens
+put around a text, truncation, padding and the bytes of the files may differ. No torch here: the plan asks too.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ...storage.errors import UsageError
+from ..recipe.sections import Recipe
+
+_FILE = "tokenizer.json"
+_OPTIONS = ("byte_fallback", "ignore_merges", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
+# What decides offsets only, and what a file may leave out because it is the default.
+_WITHOUT_EFFECT = {"trim_offsets": (True, False), "use_regex": (True,)}
+
+
+def compare_tokenizers(a: Path, b: Path) -> str | None:
+    """Why the tokenizers in two model folders are not one; None if they are.
+
+    Raises:
+        UsageError: a folder has no readable tokenizer.json.
+    """
+    return compare_specs(_read(a), _read(b))
+
+
+def compare_specs(a: dict[str, Any], b: dict[str, Any]) -> str | None:
+    """The same for two parsed tokenizer.json files; the reason speaks of the first and the second."""
+    one, two = a["model"], b["model"]
+    kinds = one.get("type"), two.get("type")
+    if kinds[0] != kinds[1]:
+        return f"the first is {kinds[0]}, the second {kinds[1]}"
+    return (
+        _different_ids(_tokens(a), _tokens(b))
+        or _different_part(a, b, "normalizer", "normaliser")
+        or _different_part(a, b, "pre_tokenizer", "pre-tokeniser")
+        or _different_merges(one, two)
+        or _different_scores(one, two)
+        or next((f"{o} is {one.get(o)!r} in the first, {two.get(o)!r} in the second"
+                 for o in _OPTIONS if (one.get(o) or None) != (two.get(o) or None)), None)
+    )  # fmt: skip
+
+
+def _different_ids(a: dict[int, str], b: dict[int, str]) -> str | None:
+    shared = min(max(a, default=-1), max(b, default=-1)) + 1
+    for index in range(shared):
+        if a.get(index) != b.get(index):
+            return f"id {index} is {a.get(index)!r} in the first, {b.get(index)!r} in the second"
+    return None
+
+
+def _different_part(a: dict[str, Any], b: dict[str, Any], key: str, name: str) -> str | None:
+    return None if _canonical(a.get(key)) == _canonical(b.get(key)) else f"their {name}s differ"
+
+
+def _different_merges(one: dict[str, Any], two: dict[str, Any]) -> str | None:
+    a, b = _merges(one), _merges(two)
+    if a == b:
+        return None
+    number = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return f"their merges differ from number {number} on ({len(a)} and {len(b)} merges)"
+
+
+def _different_scores(one: dict[str, Any], two: dict[str, Any]) -> str | None:
+    if one.get("type") != "Unigram":
+        return None
+    pieces = enumerate(zip(one["vocab"], two["vocab"], strict=False))
+    return next((f"the score of id {i} differs" for i, ((_, x), (_, y)) in pieces if x != y), None)
+
+
+def _tokens(spec: dict[str, Any]) -> dict[int, str]:
+    vocab = spec["model"]["vocab"]
+    named = vocab.items() if isinstance(vocab, dict) else ((token, i) for i, (token, _) in enumerate(vocab))
+    return {i: token for token, i in named} | {t["id"]: t["content"] for t in spec.get("added_tokens") or []}
+
+
+def _merges(model: dict[str, Any]) -> list[tuple[str, ...]]:
+    # Written as "a b" by older versions, as ["a", "b"] by newer ones.
+    return [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model.get("merges") or []]
+
+
+def _canonical(part: Any) -> Any:
+    """A part without fields that decide nothing, a sequence of one step as that step."""
+    if isinstance(part, list):
+        return [_canonical(item) for item in part]
+    if not isinstance(part, dict):
+        return part
+    kept = {k: _canonical(v) for k, v in part.items() if v is not None and v not in _WITHOUT_EFFECT.get(k, ())}
+    steps = kept.get("normalizers") or kept.get("pretokenizers")
+    return steps[0] if kept.get("type") == "Sequence" and steps and len(steps) == 1 else kept
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / _FILE
+    try:
+        spec = json.loads(path.read_text(encoding="utf-8"))
+        spec["model"]["vocab"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{path}: not a readable tokenizer file ({type(error).__name__}: {error}). "
+            f"Save the tokenizer with its fast version, which writes {_FILE}."
+        ) from error
+    return spec
+
+
+def refuse_other_tokenizer(recipe: Recipe, student: Path, teacher: Path) -> None:
+    """Raise UsageError, with both names and the first difference, where a student reads other tokens."""
+    reason = compare_tokenizers(teacher, student)
+    if reason is not None:
+        raise UsageError(
+            f"student.model: the tokenizer of {recipe.student.model} is not that of the teacher "
+            f"{recipe.teacher.model}: {reason} (first: teacher, second: student). "
+            "Choose a student of its family, or `student.config` for fresh weights with the teacher's tokenizer."
+        )

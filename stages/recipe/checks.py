@@ -1,0 +1,135 @@
+"""What is wrong with a recipe although each of its fields is right: combinations, and what no stage does yet."""
+
+from typing import Any
+
+from .fields import Section
+from .loss_checks import check_loss
+from .sections import COLUMNS, Data, Recipe, Score, Teacher
+
+# Named by the recipe, done by no stage yet: refused by name, never ignored.
+NOT_YET: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    ("generate.engine", ("openai",)),
+    ("score.engine", ("vllm",)),
+)
+
+# Fields of `score` that mean something for some kinds of targets only.
+_ONLY_FOR = {"k": "'topk' and 'topp'"} | dict.fromkeys(("p", "k_min"), "'topp'")
+_ONLY_FOR |= dict.fromkeys(("rounds", "draw", "proposal"), "'sampled'")
+
+
+# Settings for text that is continued; a text that is classified is read as a whole, in a row of its own.
+_ONLY_TEXT = ("generate", "evaluate.generate", "data.window_tokens", "data.chat_template_kwargs", "train.row_tokens")
+
+
+# How a teacher is loaded and data are read: a store that is named for both has been filled already.
+_NOT_OF_A_STORE = tuple(f"teacher.{name}" for name in ("revision", "dtype", "adapter", "device_map"))
+_NOT_OF_A_STORE += tuple(f"data.{name}" for name in ("split", "columns", "window_tokens", "limit"))
+
+
+def lookup(recipe: Recipe, path: str) -> Any:
+    """The value at a dotted path, None where a section is absent."""
+    value: Any = recipe
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    return value
+
+
+def check_together(recipe: Recipe) -> list[tuple[str, str]]:
+    """Errors that need more than one field: (dotted path, message)."""
+    errors = [
+        (path, f"{lookup(recipe, path)!r} is planned but no stage does it yet")
+        for path, values in NOT_YET
+        if lookup(recipe, path) in values
+    ]
+    errors += _unknown_columns(recipe.data) + (_targets(recipe.score) if recipe.score else [])
+    kind = recipe.data.format
+    if kind in ("text", "completion") and recipe.generate is not None:
+        errors.append(("generate", f"format {kind!r} brings its own text. Remove this section, or use format 'prompt'"))
+    errors += _classification(recipe)
+    if kind == "prompt" and recipe.generate is None and recipe.data.source not in stores_of(recipe):
+        errors.append(("generate", f"missing: format {kind!r} has prompts only. Add a `generate` section"))
+    errors += _sources(recipe)
+    kinds_fit = recipe.run.task != "classification" or recipe.score is None or recipe.score.targets == "full"
+    return errors + (check_loss(recipe.loss, recipe.score) if kinds_fit else [])
+
+
+def stores_of(recipe: Recipe) -> list[str]:
+    """The recipe's stores, its own one first."""
+    return [recipe.storage.dir, *recipe.storage.sources]
+
+
+def _sources(recipe: Recipe) -> list[tuple[str, str]]:
+    """Stores that are named as a teacher, as data or as read-only sources."""
+    stores, errors = stores_of(recipe), []
+    if repeated := [name for name in stores if stores.count(name) > 1]:
+        errors.append(
+            ("storage.sources", f"{repeated[0]} is named twice. Name each store once, storage.dir not at all")
+        )
+    if (recipe.teacher.model in stores) != (recipe.data.source in stores):
+        named = "teacher.model" if recipe.teacher.model in stores else "data.source"
+        message = (
+            "names a store, whose rows stand for teacher and data alike. Name it in both, teacher.model and data.source"
+        )
+        errors.append((named, message))
+    elif recipe.data.source in stores:
+        message = f"has no meaning where {recipe.data.source} is teacher and data: its rows are as they are. Remove it"
+        errors += [(path, message) for path in _NOT_OF_A_STORE if lookup(recipe, path) != _default(path)]
+    return errors
+
+
+def _default(path: str) -> Any:
+    section, name = path.split(".")
+    sections: dict[str, type[Section]] = {"teacher": Teacher, "data": Data}
+    return sections[section].model_fields[name].get_default(call_default_factory=True)
+
+
+def _classification(recipe: Recipe) -> list[tuple[str, str]]:
+    """What goes with labelled texts, and what does not."""
+    if recipe.run.task != "classification":
+        if recipe.data.format != "labelled":
+            return []
+        return [("data.format", "'labelled' is for run.task classification. Set that, or use 'completion'")]
+    errors = []
+    if recipe.data.format != "labelled":
+        errors.append(("data.format", f"classification reads 'labelled' records (got {recipe.data.format!r})"))
+    if recipe.score is None:
+        message = "missing: without the teacher's probabilities there is nothing to distil. Add score: {targets: full}"
+        errors.append(("score", message))
+    elif recipe.score.targets != "full":
+        message = f"classification keeps every class: expected 'full' (got {recipe.score.targets!r})"
+        errors.append(("score.targets", message))
+    errors += [(path, "has no meaning for classification. Remove it") for path in _ONLY_TEXT if lookup(recipe, path)]
+    if recipe.teacher.adapter is not None:
+        errors.append(("teacher.adapter", "no stage adds adapters to a classifier yet. Merge it, and name the result"))
+    return errors
+
+
+def _unknown_columns(data: Data) -> list[tuple[str, str]]:
+    if data.format not in COLUMNS:
+        return []
+    known = [name for names in COLUMNS[data.format] for name in names]
+    return [
+        ("data.columns", f"unknown name {name!r}. Known for format {data.format!r}: {', '.join(known)}")
+        for name in data.columns
+        if name not in known
+    ]
+
+
+def _targets(score: Score) -> list[tuple[str, str]]:
+    """Settings that these targets would silently ignore, or cannot do without."""
+    errors = [
+        (f"score.{name}", f"belongs to targets {kinds}; this recipe has {score.targets!r}. Remove it")
+        for name, kinds in _ONLY_FOR.items()
+        if repr(score.targets) not in kinds and getattr(score, name) != Score.model_fields[name].default
+    ]
+    if score.targets == "topp" and score.p is None:
+        errors.append(("score.p", "missing: targets 'topp' keeps the fewest entries that hold a mass of p. Try 0.9"))
+    if score.targets == "topp" and score.k_min > score.k:
+        errors.append(("score.k_min", f"{score.k_min} entries at least are more than score.k, {score.k} at most"))
+    if score.targets == "sampled" and len(set(score.temperatures)) > 1:
+        message = (
+            f"sampled targets are drawn at one temperature, and serve no other (got {score.temperatures}). Name the "
+            "one that loss.temperature has, or use targets 'topk'"
+        )
+        errors.append(("score.temperatures", message))
+    return errors

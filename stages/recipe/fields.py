@@ -1,0 +1,84 @@
+"""Kinds of fields that sections of the recipe are made of, beside numbers and words."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from ...storage.keys import canonical_json
+
+
+class Section(BaseModel):
+    """Strict and frozen: a misspelt key is an error, not a silent default."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+def _as_json(options: dict[str, Any]) -> dict[str, Any]:
+    try:
+        canonical_json(options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"holds a value that JSON does not have ({error}). Put dates in quotes; numbers are finite"
+        ) from error
+    return options
+
+
+Options = Annotated[dict[str, Any], AfterValidator(_as_json)]
+"""Passed on as they are, hashed and sent to stages: so JSON, while YAML also has dates and infinities."""
+
+
+class Schedule(Section):
+    """A setting that changes over the training, by the share of all tokens fed."""
+
+    shape: Literal["linear", "cosine", "wsd"]
+    """linear, cosine: from start to end; wsd: linear to peak, stable, cosine to end."""
+    start: float = Field(ge=0)
+    """Value at the start."""
+    end: float = Field(ge=0)
+    """Value at the end."""
+    peak: float | None = Field(None, ge=0)
+    """wsd: value in between."""
+    warmup_fraction: float = Field(0.1, ge=0, lt=1)
+    """wsd: share of the tokens in which it goes from start to peak."""
+    decay_fraction: float = Field(0.1, gt=0, le=1)
+    """wsd: share of the tokens in which it goes from peak to end."""
+
+    @model_validator(mode="after")
+    def _of_its_shape(self) -> Self:
+        for name in ("peak", "warmup_fraction", "decay_fraction"):
+            if self.shape != "wsd" and getattr(self, name) != Schedule.model_fields[name].default:
+                raise ValueError(f"`{name}` belongs to shape 'wsd'; this is {self.shape!r}. Remove it")
+        if self.shape == "wsd" and self.peak is None:
+            raise ValueError("shape 'wsd' needs a `peak`: the value between warm-up and decay")
+        if self.shape == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
+            raise ValueError("`warmup_fraction` and `decay_fraction` together are more than 1. Lower one")
+        return self
+
+
+NUMBER, SCHEDULE = "a number", "a schedule"  # no field's name: pydantic puts them into an error's path
+
+
+def _number_or_schedule(value: object) -> str:
+    return SCHEDULE if isinstance(value, dict | Schedule) else NUMBER
+
+
+Scheduled = Annotated[
+    Annotated[float, Field(ge=0), Tag(NUMBER)] | Annotated[Schedule, Tag(SCHEDULE)], Discriminator(_number_or_schedule)
+]
+"""A number, or a schedule of numbers."""
+
+
+Divergence = Literal[
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "total_variation",
+    "alpha_beta",
+    "adaptive_kl",
+]
+Tail = Literal["bucket", "drop", "renormalize", "to_label"]
+Kernel = Literal["torch", "triton"]

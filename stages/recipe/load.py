@@ -1,0 +1,171 @@
+"""Loading a recipe: YAML and `--set` in, a checked `Recipe` out; every mistake with its file, line and dotted path."""
+
+import difflib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ...storage.errors import UsageError
+from .checks import check_together
+from .fields import NUMBER, SCHEDULE
+from .sections import Recipe
+
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read, override and check a recipe.
+
+    Args:
+        path: The YAML file.
+        overrides: `section.key=value`, the value as YAML.
+
+    Raises:
+        UsageError: one line for every mistake found.
+    """
+    path = Path(path)
+    text = _read(path)
+    tree, lines = _parse(path, text)
+    for override in overrides or []:
+        _override(tree, override)
+    tree = _expand(tree, path)
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        problems = [_explain(tuple(p for p in e["loc"] if p not in (NUMBER, SCHEDULE)), e) for e in error.errors()]
+    else:
+        problems = check_together(recipe)
+    if problems:
+        places = {name: f"{path}:{line}:" for name, line in lines.items()}
+        places |= {override.partition("=")[0]: "--set" for override in overrides or []}
+        raise UsageError("\n".join(_located(path, places, where, what) for where, what in problems))
+    return recipe
+
+
+def changed_fields(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """`section.key: old -> new` for every field that differs."""
+    changes = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            changes += changed_fields(before, after, f"{prefix}{key}.")
+        elif before != after:
+            changes.append(f"{prefix}{key}: {json.dumps(before)} -> {json.dumps(after)}")
+    return changes
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"{path}: no recipe to read there ({error}). `stillroom init {path.name}` writes one."
+        ) from error
+
+
+def _parse(path: Path, text: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """The tree, and dotted path -> line."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise UsageError(f"{path}: holds {type(tree).__name__}, expected sections. `stillroom init` writes an example.")
+    lines: dict[str, int] = {}
+    _walk(path, node, "", lines)
+    return tree, lines
+
+
+def _walk(path: Path, node: yaml.Node | None, prefix: str, lines: dict[str, int]) -> None:
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        name = f"{prefix}{key.value}"
+        if name in lines:
+            raise UsageError(f"{path}:{key.start_mark.line + 1}: {name}: given twice. Keep one.")
+        lines[name] = key.start_mark.line + 1
+        _walk(path, value, f"{name}.", lines)
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    name, equals, value = override.partition("=")
+    *sections, key = name.split(".")
+    if not equals or not all((*sections, key)):
+        raise UsageError(f"--set {override}: expected section.key=value, for example train.learning_rate=5.0e-4")
+    for section in sections:
+        if tree.get(section) is None:
+            tree[section] = {}
+        tree = tree[section]
+        if not isinstance(tree, dict):
+            raise UsageError(f"--set {override}: {section} is not a section")
+    try:
+        given = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {override}: the value is not YAML ({error})") from error
+    if given is None and key in tree:
+        del tree[key]  # back to the default
+    else:
+        tree[key] = given
+
+
+def _expand(value: Any, path: Path) -> Any:
+    """`${NAME}` in any string stands for an environment variable."""
+    if isinstance(value, dict):
+        return {k: _expand(v, path) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_expand(v, path) for v in value]
+    if not isinstance(value, str):
+        return value
+    missing = [n for n in _VARIABLE.findall(value) if n not in os.environ]
+    if missing:
+        raise UsageError(
+            f"{path}: {value}: the environment variable {missing[0]} is not set. Set it, or write the path."
+        )
+    return _VARIABLE.sub(lambda match: os.environ[match[1]], value)
+
+
+def _explain(loc: tuple[int | str, ...], error: Any) -> tuple[str, str]:
+    """Dotted path and message of one pydantic error."""
+    where = ".".join(str(part) for part in loc)
+    kind, found, limits = error["type"], error.get("input"), error.get("ctx", {})
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(str(loc[-1]), _keys_at(loc[:-1]), n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Known here: {', '.join(_keys_at(loc[:-1]))}."
+        return where, f"unknown key. {hint}"
+    if kind == "missing":
+        return where, "missing; it has no default. Add it (`stillroom init` writes an example)."
+    if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
+        sign = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
+        limit = next(f"{sign[k]} {v:g}" for k, v in limits.items() if k in sign)
+        return where, f"must be {limit} (got {found!r})."
+    if kind == "literal_error":
+        return where, f"must be one of {limits['expected']} (got {found!r})."
+    if kind == "value_error":
+        return where, f"{limits['error']}."
+    return where, f"{error['msg'][0].lower()}{error['msg'][1:]} (got {found!r})."
+
+
+def _keys_at(loc: tuple[int | str, ...]) -> list[str]:
+    model: Any = Recipe
+    for part in loc:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        options = [getattr(a, "__origin__", a) for a in (annotation, *getattr(annotation, "__args__", ()))]
+        model = next((a for a in options if isinstance(a, type) and issubclass(a, BaseModel)), None)
+        if model is None:
+            return []
+    return list(model.model_fields)
+
+
+def _located(path: Path, places: dict[str, str], where: str, what: str) -> str:
+    """Prefix a message with the nearest line of the file, or the `--set` that it comes from."""
+    name = where
+    while name and name not in places:
+        name = name.rpartition(".")[0]
+    place = places.get(name, f"{path}:")
+    return f"{place} {where}: {what}" if where else f"{place} {what}"

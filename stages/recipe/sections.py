@@ -1,0 +1,332 @@
+"""The recipe: one pydantic model per YAML section, every default in this one place.
+
+Errors of shape (unknown key, wrong type, out of range) come from these models; combinations that cannot work are in
+`stages/recipe/checks.py`. `stages/recipe/load.py` turns both into messages with a file and a line.
+"""
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from .fields import Divergence, Kernel, Options, Schedule, Scheduled, Section, Tail
+
+
+class Run(Section):
+    """Where a run's students and reports go."""
+
+    dir: str
+    """Folder of the run: students, logs and the report."""
+    seed: int = 0
+    """Seed of the student's initial weights and of the order of samples; the teacher's text has its own seed."""
+    task: Literal["causal_lm", "classification"] = "causal_lm"
+    """What the models do."""
+
+
+class Storage(Section):
+    """The store: the cache of teacher outputs, shared by any number of recipes."""
+
+    dir: str
+    """Folder of the store, or its URL (`s3://bucket/path`)."""
+    sources: list[str] = Field([])
+    """Read-only: stores and published folders whose rows serve as well, by folder, URL or `hf://datasets/USER/NAME`."""
+    commit_rows: int = Field(256, ge=1)
+    """Commit a shard after this many finished rows ..."""
+    commit_seconds: float = Field(30.0, gt=0)
+    """... or after this many seconds, whichever comes first."""
+    mantissa_bits: int = Field(10, ge=1, le=23)
+    """Bits of mantissa kept in stored floats; 23 is exact float32."""
+
+
+class Teacher(Section):
+    """The large model."""
+
+    model: str
+    """Folder or Hub id; or, as in `data.source`, a store that holds the rows of one teacher."""
+    revision: str | None = None
+    """Hub revision."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: as the checkpoint is stored."""
+    adapter: str | None = None
+    """Folder or Hub id of a LoRA adapter on the teacher."""
+    device_map: str | None = None
+    """`auto` spreads a teacher that is larger than one GPU over all of them."""
+
+
+class Lora(Section):
+    """A LoRA student (PEFT)."""
+
+    rank: int = Field(16, ge=1)
+    """Rank of the update."""
+    scale: float = Field(2.0, gt=0)
+    """The update is multiplied by this (PEFT's lora_alpha / r)."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    """Modules that get an adapter."""
+    keep_adapter: bool = False
+    """Keep the adapter alone too, in `adapter/` beside `student/`, whose weights have it merged in."""
+
+
+class Student(Section):
+    """The small model: an existing one, or fresh weights from a configuration."""
+
+    model: str | None = None
+    """Folder or Hub id."""
+    revision: str | None = None
+    """Hub revision."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the forward and backward passes compute in; weights and optimizer state stay float32."""
+    config: Options | None = None
+    """Fresh weights: the teacher's config with these overrides, and the teacher's tokenizer."""
+    lora: Lora | None = None
+    """Train an adapter in place of the weights."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.model is None) == (self.config is None):
+            raise ValueError(
+                "name either `model` (an existing student) or `config` (fresh weights), not both or neither"
+            )
+        if self.lora is not None and self.model is None:
+            raise ValueError("`lora` needs an existing `model`; an adapter on fresh weights learns next to nothing")
+        return self
+
+
+class Data(Section):
+    """Where prompts or texts come from."""
+
+    source: str
+    """File, glob, folder (JSON, JSONL, Parquet, CSV, text; .md only by file or glob) or Hub dataset id. Or
+    `storage.dir` or one of `storage.sources`: its rows are the data, and nothing is written or scored."""
+    split: str = "train"
+    """Split of a Hub dataset or of a folder saved by `datasets`."""
+    format: Literal["text", "prompt", "completion", "messages", "instruction", "labelled"]
+    """What one record is."""
+    columns: dict[str, str] = Field({})
+    """Our field name -> the source's column, where they differ."""
+    chat_template_kwargs: Options = Field({})
+    """Arguments of the tokenizer's chat template."""
+    window_tokens: int | None = Field(None, ge=8)
+    """Cut long text into windows of this many tokens; null: the teacher's context."""
+    limit: int | None = Field(None, ge=1)
+    """Use the first records only."""
+    holdout: int = Field(200, ge=0)
+    """Prompts kept for evaluation, chosen by hash."""
+
+
+class Generate(Section):
+    """The teacher (or another author) writes completions."""
+
+    engine: Literal["vllm", "hf", "openai"] | None = None
+    """null: vllm where it is installed, else hf."""
+    model: str | None = None
+    """Another author than the teacher: folder or Hub id."""
+    samples: int = Field(1, ge=1)
+    """Completions per prompt."""
+    temperature: float = Field(1.0, ge=0)
+    """Sampling temperature; 0 is greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus sampling."""
+    max_tokens: int = Field(256, ge=1)
+    """Limit on a completion's tokens."""
+    stop: list[str] = Field([])
+    """Strings that end a completion."""
+    seed: int = 0
+    """Seed of the text; each row's own seed is derived from it and the row's content."""
+    engine_args: Options = Field({})
+    """Passed to the engine as they are (vLLM: arguments of `LLM`; hf: `batch_size`, `max_model_len`)."""
+
+    @field_validator("engine_args")
+    @classmethod
+    def _not_the_recipes(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        decided = {"model", "tokenizer", "revision", "dtype", "seed", "enable_lora"} & arguments.keys()
+        if decided:
+            raise ValueError(f"{sorted(decided)[0]!r} is decided by the recipe's own fields. Remove it here")
+        return arguments
+
+
+class Select(Section):
+    """Which generations go on to be scored and trained on."""
+
+    where: str | None = None
+    """SQL condition over the columns of `generations`."""
+
+
+class Score(Section):
+    """The teacher's distribution at every completion position."""
+
+    engine: Literal["hf", "vllm"] = "hf"
+    """hf: one forward pass."""
+    targets: Literal["topk", "topp", "sampled", "full"] = "topk"
+    """What is kept of the distribution."""
+    k: int = Field(64, ge=1)
+    """topk, topp: entries per position at most."""
+    p: float | None = Field(None, gt=0, le=1)
+    """topp: mass to keep."""
+    k_min: int = Field(1, ge=1)
+    """topp: at least this many entries."""
+    rounds: int = Field(50, ge=1)
+    """sampled: draws per position."""
+    draw: Literal["multinomial", "systematic"] = "multinomial"
+    """sampled: how to draw."""
+    proposal: float = Field(1.0, gt=0)
+    """sampled: draw from the teacher to this power, and weigh what is drawn; 1: from the teacher itself."""
+    temperatures: list[Annotated[float, Field(gt=0)]] = Field([1.0], min_length=1)
+    """Loss temperatures that students can be trained at besides 1; sampled: the only one, which is drawn at."""
+    batch_tokens: int | None = Field(None, ge=1)
+    """Tokens of one forward pass, padding included; halved when memory runs out. null: 8192, on CPUs one row."""
+    kernel: Kernel | None = None
+    """Who makes the sums over the vocabulary; null: Triton on an NVIDIA GPU, else torch. Same numbers."""
+
+
+class Loss(Section):
+    """What the student minimises: soft_weight * divergence + hard_weight * cross-entropy."""
+
+    divergence: Divergence = "forward_kl"
+    """forward_kl is KL(teacher || student)."""
+    skew: float = Field(0.1, ge=0, lt=1)
+    """skew_forward_kl, skew_reverse_kl: share of the first distribution in the mixture; 0 is no skew."""
+    jsd_weight: float = Field(0.5, gt=0, lt=1)
+    """jsd: the teacher's share in the mixture."""
+    alpha_beta: tuple[float, float] = (0.2, 0.7)
+    """alpha_beta: exponents of teacher and student; (1, 0) is forward_kl, (0, 1) reverse_kl."""
+    head_mass: float = Field(0.5, gt=0, lt=1)
+    """adaptive_kl: the teacher's mass that counts as its head."""
+    temperature: Scheduled = 1.0
+    """Softens both distributions in the divergence; a number above 0, or a schedule."""
+    unstored_temperature: Literal["refuse", "approximate"] = "refuse"
+    """approximate: where a temperature was not stored, the tail counts as one id."""
+    tail: Tail = "bucket"
+    """What becomes of the teacher's mass outside the entries; sampled and full targets have none."""
+    soft_weight: Scheduled = 1.0
+    """Weight of the divergence, used as given; a number or a schedule."""
+    hard_weight: Scheduled = 0.1
+    """Weight of the cross-entropy, used as given; without `score` the loss is cross-entropy alone."""
+
+    @field_validator("temperature")
+    @classmethod
+    def _above_zero(cls, setting: float | Schedule) -> float | Schedule:
+        if 0 in ((setting.start, setting.end, setting.peak) if isinstance(setting, Schedule) else (setting,)):
+            raise ValueError("must be greater than 0 (got 0). 1.0 is the distributions as they are")
+        return setting
+
+
+class Train(Section):
+    """The student's training."""
+
+    tokens: int | None = Field(None, ge=1)
+    """Stop after this many positions fed. Give this or `epochs`."""
+    epochs: float | None = Field(None, gt=0)
+    """Stop after this many passes over the snapshot."""
+    tokens_per_step: int = Field(8192, ge=1)
+    """Positions per optimizer step."""
+    tokens_per_pass: int = Field(8192, ge=1)
+    """Positions per forward pass; a step takes as many passes as it needs (gradient accumulation)."""
+    row_tokens: int | None = Field(None, ge=8)
+    """Most positions of a packed row. null: a pass is a single row without padding where the student can attend within
+    samples (most can), else rows of about the longest sample of a step, at least 128."""
+    learning_rate: float = Field(1.0e-3, gt=0)
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Shape of the learning rate after warm-up."""
+    warmup_fraction: float = Field(0.05, ge=0, lt=1)
+    """Share of the steps that warm up."""
+    final_fraction: float = Field(0.1, ge=0, le=1)
+    """cosine, linear, wsd: the last learning rate over the peak."""
+    weight_decay: float = Field(0.1, ge=0)
+    """AdamW, on matrices only."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW."""
+    clip_norm: float = Field(1.0, gt=0)
+    """Gradient norm is clipped to this."""
+    gradient_checkpointing: bool = False
+    """Trade compute for memory."""
+    kernel: Kernel | None = None
+    """Who makes the loss's passes over the vocabulary; null: Triton on an NVIDIA GPU, else torch. Same numbers."""
+    snapshot: str | None = None
+    """Train on this snapshot id; null: make one from what the recipe selects."""
+    evaluate_every_tokens: int | None = Field(None, ge=1)
+    """Validate this often, on prompts taken out of the training split."""
+    validation_prompts: int = Field(64, ge=1)
+    """Prompts of that validation split (only with evaluate_every_tokens)."""
+    audit: Literal["refuse", "warn"] = "refuse"
+    """What becomes of a training whose first rows' text, tokens and targets do not belong together."""
+    checkpoint_every_seconds: float = Field(600.0, gt=0)
+    """Seconds between checkpoints."""
+    checkpoint_every_steps: int | None = Field(None, ge=1)
+    """Steps between checkpoints, besides the seconds."""
+    wandb: str | None = Field(None, min_length=1)
+    """Project of Weights & Biases that gets the scalars too; null: TensorBoard alone. WANDB_MODE=offline works."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.tokens is None) == (self.epochs is None):
+            raise ValueError("give either `tokens` or `epochs`, not both or neither")
+        return self
+
+
+class EvaluateGenerate(Section):
+    """Greedy answers to held-out prompts, scored against the reference."""
+
+    metric: Literal["exact_match", "regex", "rouge_l"] = "rouge_l"
+    """How an answer is scored, 0 to 1."""
+    pattern: str | None = None
+    """regex: group 1 (or the whole match) of the last match is compared, in answer and reference alike."""
+    prompts: int = Field(50, ge=1)
+    """How many held-out prompts are answered."""
+    max_tokens: int = Field(128, ge=1)
+    """Limit on an answer's tokens."""
+
+    @model_validator(mode="after")
+    def _usable_pattern(self) -> Self:
+        if self.metric == "regex" and not self.pattern:
+            raise ValueError("metric 'regex' needs a `pattern`, for example '#### (.*)'")
+        try:
+            re.compile(self.pattern or "")
+        except re.error as error:
+            raise ValueError(f"`pattern` is no regular expression ({error}): {self.pattern}") from error
+        return self
+
+
+class Evaluate(Section):
+    """How teacher and students are judged, on held-out prompts."""
+
+    baseline: bool = False
+    """Also train the same student on cross-entropy alone: same start, order and tokens. Without `score` it is that."""
+    tokens: int = Field(100_000, ge=1)
+    """Scored tokens of held-out rows to judge on, at most."""
+    gradient_tokens: int = Field(16_384, ge=0)
+    """Of these, tokens on which the gradients of sparse and full targets are compared; 0: not at all. Takes three times
+    the memory of the student's weights."""
+    generate: EvaluateGenerate | None = None
+    """Answer prompts as well."""
+    samples: int = Field(3, ge=0)
+    """Without `generate`: held-out prompts that each student answers for the report, greedily, in at most 64 tokens."""
+
+
+class Recipe(Section):
+    """A whole recipe."""
+
+    run: Run
+    storage: Storage
+    teacher: Teacher
+    student: Student
+    data: Data
+    generate: Generate | None = None
+    select: Select = Select()
+    score: Score | None = None
+    loss: Loss = Loss()
+    train: Train
+    evaluate: Evaluate = Evaluate()
+
+
+COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "text": (("text",), ()),
+    "prompt": (("prompt",), ("reference",)),
+    "completion": (("prompt", "completion"), ()),
+    "messages": (("messages",), ("reference",)),
+    "instruction": (("instruction",), ("input", "output", "reference")),
+    "labelled": (("text", "label"), ("text_pair",)),
+}
+"""Format -> our names for what a record must have, and may have."""

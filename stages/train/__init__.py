@@ -1,0 +1,1 @@
+"""Stage `train`: soft targets, or text alone, become a student."""

@@ -1,0 +1,45 @@
+"""The optimizer and the learning rate: AdamW that decays matrices only, and a schedule over tokens instead of steps."""
+
+import math
+
+import torch
+from torch import nn
+
+from ..recipe.sections import Train
+
+WSD_DECAY = 0.2  # share of all tokens in which `wsd` falls from the peak to the last rate
+
+
+def make_optimizer(model: nn.Module, train: Train) -> torch.optim.AdamW:
+    """AdamW over the parameters that train; norms and biases (fewer than two dimensions) do not decay."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": train.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=train.learning_rate, betas=train.betas, fused=True)
+
+
+def learning_rate(done: float, train: Train) -> float:
+    """The learning rate of the step that ends at the share `done` of all tokens (0 < done <= 1).
+
+    Linear warm-up from 0 over `warmup_fraction`, then by `schedule` from the peak to `final_fraction` of it; constant
+    stays at the peak, wsd stays there until the last fifth.
+    """
+    return train.learning_rate * _scale(min(done, 1.0), train)
+
+
+def _scale(done: float, train: Train) -> float:
+    if done < train.warmup_fraction:
+        return done / train.warmup_fraction
+    match train.schedule:
+        case "constant":
+            return 1.0
+        case "wsd":
+            start = max(train.warmup_fraction, 1 - WSD_DECAY)
+            left = 1 - max(0.0, done - start) / (1 - start)
+        case "linear":
+            left = (1 - done) / (1 - train.warmup_fraction)
+        case "cosine":
+            left = (1 + math.cos(math.pi * (done - train.warmup_fraction) / (1 - train.warmup_fraction))) / 2
+    return train.final_fraction + (1 - train.final_fraction) * left

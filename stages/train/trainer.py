@@ -1,0 +1,262 @@
+"""One optimizer step and one validation pass: the student, its head inside the loss, gradients, memory.
+
+The gradient of a step is that of sum(loss of each scored token) / (scored tokens of the whole step), however many
+forward passes it takes. Weights and optimizer state are float32; the passes compute in bfloat16 (autocast) where asked.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...storage.errors import StillroomError
+from ..loader.packing import Packing
+from ..loader.prefetch import Prefetch
+from ..loader.samples import Step
+from ..losses.definition import Aim, Distilled, Objective
+from ..models.classifier import ClassPasses
+from ..models.memory import out_of_memory
+from ..recipe.fields import Schedule
+from ..recipe.schedules import extremes, value_at
+from ..recipe.sections import Loss, Student, Train
+from ..workers.clock import Clock
+from .optimizer import learning_rate, make_optimizer
+
+SCHEDULED = ("soft_weight", "hard_weight", "temperature")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Losses:
+    """Means per scored token, nats."""
+
+    loss: float
+    """soft_weight * soft + hard_weight * hard."""
+    soft: float | None
+    """Divergence from the teacher; None where it was not computed."""
+    hard: float
+    """Cross-entropy."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What an optimizer step did."""
+
+    losses: Losses
+    learning_rate: float
+    grad_norm: float
+    """Before clipping."""
+    scheduled: dict[str, float]
+    """The loss's settings that follow a schedule, as they were at this step."""
+    positions: int
+    """Computed, padding included."""
+
+
+def aim_at(loss: Loss, done: float) -> Aim:
+    """What the recipe's loss is at the share `done` of all tokens."""
+    objective = Objective(
+        divergence=loss.divergence,
+        tail=loss.tail,
+        temperature=value_at(loss.temperature, done),
+        skew=loss.skew,
+        jsd_weight=loss.jsd_weight,
+        alpha_beta=loss.alpha_beta,
+        head_mass=loss.head_mass,
+    )
+    return Aim(
+        soft_weight=value_at(loss.soft_weight, done),
+        hard_weight=value_at(loss.hard_weight, done),
+        objective=objective if extremes(loss.soft_weight)[1] > 0 else None,
+    )
+
+
+def device_and_dtype(student: Student) -> tuple[torch.device, torch.dtype]:
+    """Where to compute and in what: a GPU where there is one; `auto` is bfloat16 on a GPU that does it well."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if student.dtype == "auto":
+        half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return device, torch.bfloat16 if half else torch.float32
+    return device, getattr(torch, student.dtype)
+
+
+class Trainer:
+    """A student under training."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        packing: Packing | ClassPasses,
+        loss: Loss,
+        train: Train,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """`model` is on its device already, in float32; `dtype` is what the passes compute in."""
+        self.model = model
+        self.optimizer = make_optimizer(model, train)
+        self._device = next(model.parameters()).device
+        self._packing, self._loss, self._train, self._dtype = packing, loss, train, dtype
+
+    @property
+    def tokens_per_pass(self) -> int:
+        """Positions of a forward pass: the setting, or less once memory ran out."""
+        return self._packing.tokens_per_pass
+
+    def passes(self, step: Step, *, done: float) -> Iterator[Any]:
+        """The forward passes of a step that ends at the share `done` of all tokens, on the device."""
+        aim = aim_at(self._loss, done)
+        temperature = aim.objective.temperature if aim.objective else None
+        for batch in self._packing.batches(step.samples, temperature):
+            yield batch.to(self._device)
+
+    def step(
+        self,
+        step: Step,
+        *,
+        done: float,
+        passes: Callable[[], Iterable[Any]] | None = None,
+        between_passes: Callable[[], None] = lambda: None,
+    ) -> StepResult:
+        """Take one optimizer step; nothing has changed if it raises.
+
+        Args:
+            step: Its samples.
+            done: Share of all tokens at the end of this step; decides the learning rate and what is scheduled.
+            passes: The step's `passes`, made ahead; called again where memory runs out. None: they are made here.
+            between_passes: Called before each forward pass; may raise to stop.
+
+        Raises:
+            StillroomError: the loss or its gradient is not finite, or one sample alone does not fit in memory.
+        """
+        self.model.train()
+        positions = 0
+
+        def passes_now() -> Iterator[Any]:
+            nonlocal positions
+            positions = 0
+            for batch in passes() if passes else self.passes(step, done=done):
+                between_passes()
+                positions += batch.positions
+                yield batch
+
+        losses = self._gradients(step, aim_at(self._loss, done), passes_now)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        norm = float(nn.utils.clip_grad_norm_(trained, self._train.clip_norm))
+        if not (math.isfinite(losses.loss) and math.isfinite(norm)):
+            self.optimizer.zero_grad()
+            raise StillroomError(
+                f"train: at step {step.after.step} the loss is {losses.loss} and its gradient's norm {norm}, expected "
+                "finite numbers. Nothing was changed by this step, and the last checkpoint is kept. Lower "
+                "train.learning_rate or raise train.warmup_fraction, and run again."
+            )
+        rate = learning_rate(done, self._train)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        settings = {name: getattr(self._loss, name) for name in SCHEDULED}
+        scheduled = {name: value_at(v, done) for name, v in settings.items() if isinstance(v, Schedule)}
+        return StepResult(losses=losses, learning_rate=rate, grad_norm=norm, scheduled=scheduled, positions=positions)
+
+    def validate(
+        self, steps: Iterable[Step], *, between_passes: Callable[[], None] = lambda: None, clock: Clock | None = None
+    ) -> Losses:
+        """Mean losses over all scored tokens of some steps; weights and gradients stay as they are.
+
+        What is scheduled has its value at the end of the training, so that validations compare with one another.
+
+        Raises:
+            StillroomError: one sample alone does not fit in memory.
+        """
+        self.model.eval()
+        aim = aim_at(self._loss, 1.0)
+        sums, scored = torch.zeros(2, dtype=torch.float64, device=self._device), 0
+        with torch.no_grad():
+            with Prefetch(steps, partial(self.passes, done=1.0), clock=clock) as feed:
+
+                def passes_now() -> Iterator[Any]:
+                    for batch in feed.passes():
+                        between_passes()
+                        yield batch
+
+                for step in feed:
+                    scored += step.scored_tokens
+                    sums += self._summed(step, aim, passes_now)
+        return _means(sums, scored, aim)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The parameters that train."""
+        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        """Give the parameters that train the values that `weights` returned."""
+        with torch.no_grad():
+            for name, parameter in self.weights().items():
+                parameter.copy_(weights[name])
+
+    def state(self) -> dict[str, Any]:
+        """Tensors to go on from."""
+        return {"weights": self.weights(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        self.load_weights(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def _gradients(self, step: Step, aim: Aim, passes: Callable[[], Iterable[Any]]) -> Losses:
+        """Accumulate the step's gradients."""
+        scored = max(step.scored_tokens, 1)
+        shared = replace(aim, soft_weight=aim.soft_weight / scored, hard_weight=aim.hard_weight / scored)
+        return _means(self._summed(step, shared, passes), step.scored_tokens, aim)
+
+    def _summed(self, step: Step, aim: Aim, passes: Callable[[], Iterable[Any]]) -> torch.Tensor:
+        """`_sums` of a step, gradients accumulated where they are recorded.
+
+        Out of memory is answered by smaller passes, from the start of the step.
+        """
+        while True:
+            # Dropout is a function of the step's number, so a resumed run draws what an undisturbed one would.
+            torch.manual_seed(step.after.step)
+            try:
+                sums = torch.zeros(2, dtype=torch.float64, device=self._device)
+                for batch in passes():
+                    found = self._pass(batch, aim)
+                    if torch.is_grad_enabled():
+                        found.total.backward()
+                    sums += _sums(found)
+                return sums
+            except torch.OutOfMemoryError as error:
+                message = str(error)
+            except BaseException:
+                self.optimizer.zero_grad()
+                raise
+            # Only here, outside the handler, are the tensors of the failed pass free.
+            self._shrink(step, message)
+
+    def _shrink(self, step: Step, message: str) -> None:
+        self.optimizer.zero_grad()
+        torch.cuda.empty_cache()
+        tokens = self._packing.tokens_per_pass
+        if tokens <= step.longest:
+            raise out_of_memory(step.longest, message)
+        self._packing = replace(self._packing, tokens_per_pass=max(tokens // 2, step.longest))
+
+    def _pass(self, batch: Any, aim: Aim) -> Distilled:
+        return self._packing.losses(self.model, batch, aim=aim, dtype=self._dtype)
+
+
+def _means(sums: torch.Tensor, scored: int, aim: Aim) -> Losses:
+    soft, hard = (sums / max(scored, 1)).tolist()
+    parts = ((aim.soft_weight, soft), (aim.hard_weight, hard))
+    total = sum((weight * mean for weight, mean in parts if weight), 0.0)  # one that weighs nothing may be infinite
+    return Losses(loss=total, soft=soft if aim.objective else None, hard=hard)
+
+
+def _sums(found: Distilled) -> torch.Tensor:
+    """[2] float64 sums of soft and hard."""
+    hard = found.hard.double().sum()
+    soft = torch.zeros_like(hard) if found.soft is None else found.soft.double().sum()
+    return torch.stack([soft, hard])

@@ -1,0 +1,1 @@
+"""What any stage is handed, and how several workers share the rows of one."""

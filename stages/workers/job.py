@@ -1,0 +1,85 @@
+"""What a stage is handed and what it hands back: the recipe, a progress line, a stop flag; then a result."""
+
+import signal
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from ...storage.errors import Stopped
+from ..recipe.sections import Recipe
+from .clock import Clock
+
+Arm = Literal["student", "baseline"]
+Split = Literal["train", "validation", "test"]
+
+
+class Progress(Protocol):
+    """Where a stage says how far it is; `pipeline/run/progress.py` shows it."""
+
+    def start(self, *, total: int, unit: str, done: int = 0) -> None:
+        """Begin a bar of `total` units, of which `done` were there before."""
+
+    def advance(self, units: int = 1, *, tokens: int = 0, note: str = "") -> None:
+        """Count units and tokens done; `note` stands at the end of the line."""
+
+    def wrote(self, *, rejects: int, size: int) -> None:
+        """Rows rejected and bytes committed by this process, so far."""
+
+    def say(self, text: str) -> None:
+        """One line of its own."""
+
+
+class StopFlag:
+    """Set by the first SIGINT or SIGTERM; stages look at it between units of work."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def listen(self) -> None:
+        """Turn SIGINT and SIGTERM into this flag (main thread only)."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: self._event.set())
+
+    def check(self) -> None:
+        """Raise `Stopped` if a signal came."""
+        if self._event.is_set():
+            raise Stopped()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """One stage's work."""
+
+    recipe: Recipe
+    progress: Progress
+    stop: StopFlag
+    clock: Clock = field(default_factory=Clock)
+    """Told what the time is spent on; the worker puts its seconds into the result's details."""
+    data_id: str = ""
+    """Name of the inputs record: which prompts, in which split."""
+    teacher_id: str = ""
+    """Identity of the teacher (`models/identity.py`); its tokenizer and config are in the store under this name."""
+    author_id: str = ""
+    """Identity of who wrote the generations: the teacher, another model, or the tokenizer of given text."""
+    context_tokens: int = 0
+    """Tokens that the teacher (data) or the author of the text (generate, score) reads at once."""
+    arm: Arm = "student"
+    train_dirs: dict[Arm, Path] = field(default_factory=dict)
+    """Arm -> folder of its training run; for train and evaluate."""
+    evaluation_id: str = ""
+    """Hash of what `evaluate` is asked for; kept in its result, so that the plan knows whether it still holds."""
+    snapshots: dict[Split, str] = field(default_factory=dict)
+    """Split -> snapshot id; for train and evaluate."""
+    journal: Path | None = None
+    """Where generate and score note the rows in flight (`journal.py`); a name of their own if None."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageResult:
+    """What a stage did, this time."""
+
+    rows: int = 0
+    tokens: int = 0
+    rejected: int = 0
+    details: dict[str, Any] = field(default_factory=dict)

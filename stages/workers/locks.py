@@ -1,0 +1,73 @@
+"""Locks of the operating system: each ends with the process that holds it, however it ends.
+
+Nothing in a store rests on them. They keep the processes that share one run folder out of one another's way.
+"""
+
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+
+from ...storage.files.local import explained
+
+_LOOK_SECONDS = 0.2
+
+
+def try_lock(descriptor: int, *, shared: bool = False) -> bool | None:
+    """Lock an open file without waiting: True if it is ours, False if another process has it, None if it knows none."""
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a filesystem that knows no locks
+        return None
+    return True
+
+
+@contextmanager
+def worker_number(folder: Path) -> Iterator[int]:
+    """The smallest number from 1 that no other living process has taken in this folder; held until the block ends."""
+    for number in count(1):
+        descriptor = _open(folder / f".worker-{number}")
+        if try_lock(descriptor) is not False:
+            break
+        os.close(descriptor)
+    try:
+        yield number
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def only_one(path: Path, *, waiting: Callable[[str], None], look: Callable[[], None]) -> Iterator[None]:
+    """Wait until no other process is inside this block with this path.
+
+    Args:
+        path: A file for the lock; it holds who has it.
+        waiting: Told once who that is, before a wait.
+        look: Called again and again while waiting; what it raises ends the wait.
+    """
+    descriptor = _open(path)
+    try:
+        said = False
+        while try_lock(descriptor) is False:
+            if not said:
+                waiting(path.read_text() or "another process")
+                said = True
+            look()
+            time.sleep(_LOOK_SECONDS)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _open(path: Path) -> int:
+    with explained("cannot write", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)

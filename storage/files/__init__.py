@@ -1,0 +1,1 @@
+"""Files: put-if-absent on a disk and on object stores."""

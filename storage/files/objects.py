@@ -1,0 +1,273 @@
+"""Files on an object store, through fsspec: uploads are whole or not at all, and `mode="create"` has one winner.
+
+An upload may be done although its answer never came. So every answer to a create but a plain yes is settled by reading
+the name back: our bytes mean that we won, other bytes that we lost, nothing that we try again. Commit records carry
+the uuid of their writer, so no two writers put the same one.
+"""
+
+import errno
+import hashlib
+import io
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from ..errors import StillroomError, UsageError
+from .local import Content, LocalFiles, content_of, explained
+
+CREATE_PAUSES = (0.0, 0.1, 0.4, 1.6, 6.4)
+"""Seconds before each attempt to create a name. Drivers try again by themselves, so these are for what they give up."""
+_PROBE = ".probe"
+_HASH_BYTES = 16 << 20
+_AGAIN = "what was committed is kept. Run the same command again"
+
+
+class ObjectFiles:
+    """Files below a URL (`s3://bucket/path`). May be used after a fork and by several threads."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root.rstrip("/")
+        self._exclusive = False
+        _, self._path = self._open()
+
+    @property
+    def cache(self) -> LocalFiles:
+        """Files of this machine, below `cache/`, that only save work; each URL has its own."""
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        return LocalFiles(home / "stillroom" / hashlib.sha256(self.root.encode()).hexdigest()[:32])
+
+    @property
+    def system(self) -> Any:
+        """The fsspec filesystem of this process, which never answers from a listing it has seen before."""
+        return self._open()[0]
+
+    def address(self, name: str) -> str:
+        """The URL of a file."""
+        return f"{self.root}/{name}"
+
+    def empty(self) -> bool:
+        """Whether no name that counts begins with the URL."""
+        return all(entry.startswith(".") for entry, _ in self._list(""))
+
+    def exists(self, name: str) -> bool:
+        """Whether the name is there."""
+        try:
+            self.read_range(name, 0, 1)  # one request, where asking for the size of what is not there takes two
+        except FileNotFoundError:
+            return False
+        return True
+
+    def read(self, name: str) -> bytes:
+        """The content of a file; FileNotFoundError if the name is not there."""
+        return self.read_range(name, 0, None)
+
+    def read_range(self, name: str, start: int, end: int | None) -> bytes:
+        """Some bytes of a file, in one request."""
+        with self._explained("cannot read", name):
+            try:
+                return bytes(self.system.cat_file(self._key(name), start=start, end=end))
+            except OSError as error:
+                if error.errno == errno.EINVAL and self.size(name) == 0:  # an empty file has no range of bytes
+                    return b""
+                raise
+
+    def read_many(self, names: Sequence[str]) -> dict[str, bytes]:
+        """The content of those files that are there, by name; many requests at a time."""
+        if not names:
+            return {}
+        keys = {self._key(name): name for name in names}
+        found = {}
+        for key, data in self.system.cat(list(keys), on_error="return", start=0).items():
+            try:
+                found[keys[key]] = bytes(data) if isinstance(data, bytes) else self.read(keys[key])
+            except FileNotFoundError:
+                continue
+        return found
+
+    def source(self, name: str) -> "ObjectReader":
+        """The file, open for reading; FileNotFoundError if the name is not there."""
+        return ObjectReader(self, name, self.size(name))
+
+    def local(self, name: str) -> Path:
+        """A copy in `cache`; FileNotFoundError if the name is not there."""
+        if not self.cache.exists(name):
+            self.cache.put_if_absent(name, self.read(name))
+        return self.cache.path(name)
+
+    def size(self, name: str) -> int:
+        """Bytes of a file; FileNotFoundError if the name is not there."""
+        with self._explained("cannot read", name):
+            info = self.system.info(self._key(name))
+        if info["type"] != "file":
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.address(name))
+        return int(info["size"])
+
+    def sha256(self, name: str) -> str:
+        """Hex sha256 of a file's bytes; FileNotFoundError if the name is not there."""
+        digest, size = hashlib.sha256(), self.size(name)
+        for start in range(0, size, _HASH_BYTES):
+            digest.update(self.read_range(name, start, min(start + _HASH_BYTES, size)))
+        return digest.hexdigest()
+
+    def names(self, folder: str) -> list[str]:
+        """Names of the files in a folder, sorted; none if the folder is not there. Temporary files are left out."""
+        return sorted(name for name, kind in self._list(folder) if kind == "file" and not name.startswith("."))
+
+    def walk(self, folder: str = "") -> Iterator[tuple[str, int, float]]:
+        """(name, bytes, time of last change by the service's clock) of every file below a folder, sorted."""
+        with self._explained("cannot list", folder):
+            found = self.system.find(self._key(folder), detail=True)
+        for key, info in sorted(found.items()):
+            changed = info.get("LastModified") or info["mtime"]
+            yield key.removeprefix(f"{self._path}/"), int(info["size"]), changed.timestamp()
+
+    def prove_exclusive(self) -> None:
+        """Make sure that a create fails here where the name exists; the name of this probe stays.
+
+        Raises:
+            UsageError: the service ignores the condition.
+        """
+        # The first create makes the probe where there is none yet; the second is one too many everywhere.
+        if not self._exclusive and all(self.put_if_absent(_PROBE, uuid.uuid4().bytes) for _ in range(2)):
+            raise UsageError(
+                f"{self.root}: this service overwrites an object that was to be created only if absent (it ignores "
+                "If-None-Match). Two writers would lose each other's rows without an error, so nothing is written "
+                "there. Write to a service that does not, or to a local folder, and copy the finished store."
+            )
+        self._exclusive = True
+
+    def put_if_absent(self, name: str, data: bytes) -> bool:
+        """Give `name` this content unless it exists. Of racing writers with different contents exactly one gets True.
+
+        A writer that finds its own content there gets True too: it may be its own upload, whose answer was lost.
+        """
+        failed: Exception | None = None
+        for pause in CREATE_PAUSES:
+            time.sleep(pause)
+            try:
+                self._create(self._key(name), data)
+                return True
+            except (PermissionError, ImportError):
+                with self._explained("cannot write", name):
+                    raise
+            except Exception as error:  # drivers raise what they like: what is there decides
+                failed = error
+            try:
+                return self.read(name) == data
+            except FileNotFoundError:
+                continue
+        raise self._failure("cannot write", name, failed) from failed
+
+    def _create(self, key: str, data: bytes) -> None:
+        self.system.pipe_file(key, data, mode="create")
+
+    def put_content(self, folder: str, write: Callable[[Path], object], *, suffix: str) -> Content:
+        """Put what `write` writes into a local file under `<folder>/<2 hex>/<32 hex><suffix>`, named by its sha256."""
+        with TemporaryDirectory(prefix="stillroom-") as temporary:
+            path = Path(temporary) / "content"
+            with explained("cannot write", path):
+                write(path)
+                content = content_of(path, folder, suffix=suffix)
+            fresh = not self.exists(content.name)
+            with self._explained("cannot write", content.name):
+                self.system.put_file(str(path), self._key(content.name))
+        return replace(content, fresh=fresh)
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Give `name` this content whatever it had; readers see the old or the new. Not for anything of a store."""
+        with self._explained("cannot write", name):
+            self.system.pipe_file(self._key(name), data)
+        self.cache.remove(name)
+
+    def remove(self, name: str) -> None:
+        """Delete a file, if it is there. Only for what no record names."""
+        with self._explained("cannot delete", name):
+            try:
+                self.system.rm_file(self._key(name))
+            except FileNotFoundError:
+                pass
+        self.cache.remove(name)
+
+    def _key(self, name: str) -> str:
+        return f"{self._path}/{name}" if name else self._path
+
+    def _list(self, folder: str) -> list[tuple[str, str]]:
+        """(name, `file` or `directory`) of what lies in a folder."""
+        with self._explained("cannot list", folder):
+            try:
+                entries = self.system.ls(self._key(folder), detail=True)
+            except FileNotFoundError:
+                return []
+        found = ((entry["name"].rstrip("/"), entry["type"]) for entry in entries)
+        # What a web console makes for an empty folder is an object with the folder's own name.
+        return [(key.rpartition("/")[2], kind) for key, kind in found if key != self._key(folder)]
+
+    def _open(self) -> tuple[Any, str]:
+        from fsspec.core import url_to_fs
+
+        try:
+            system, path = url_to_fs(self.root, use_listings_cache=False)  # fsspec keeps one per process
+        except ImportError as error:
+            raise UsageError(f"{self.root}: {error}. `pip install 'stillroom[s3]'` (or `[gcs]`) brings it.") from error
+        except ValueError as error:
+            raise UsageError(f"{self.root}: {error}. Name a folder, or a URL such as s3://bucket/path.") from error
+        return system, path.rstrip("/")
+
+    @contextmanager
+    def _explained(self, doing: str, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (FileNotFoundError, StillroomError):
+            raise
+        except Exception as error:  # drivers raise what they like
+            raise self._failure(doing, name, error) from error
+
+    def _failure(self, doing: str, name: str, error: Exception | None) -> StillroomError:
+        if isinstance(error, PermissionError):
+            advice = "Check the credentials and that they may list, read, write and delete there"
+        elif isinstance(error, FileNotFoundError):
+            advice = "Check the bucket's name, or create it"
+        else:
+            advice = f"The service refused or did not answer; {_AGAIN}"
+        return StillroomError(f"{self.address(name)}: {doing}: {type(error).__name__}: {error}. {advice}.")
+
+
+class ObjectReader(io.RawIOBase):
+    """A file on an object store, open for reading by position: each read is one request.
+
+    fsspec's own would do, but what it raises looks like a damaged file when only the network failed.
+    """
+
+    def __init__(self, files: ObjectFiles, name: str, size: int) -> None:
+        self._files, self._name = files, name
+        self._size, self._position = size, 0
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seekable(self) -> bool:
+        """Yes."""
+        return True
+
+    def tell(self) -> int:
+        """Where the next read begins."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a position."""
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        """Bytes from here on; fewer at the end only."""
+        end = self._size if size < 0 else min(self._position + size, self._size)
+        data = self._files.read_range(self._name, self._position, end) if end > self._position else b""
+        self._position += len(data)
+        return data

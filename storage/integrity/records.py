@@ -1,0 +1,160 @@
+"""What a store keeps beside its tables, against its own hashes: inputs, teachers, bindings, snapshots."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+from ..errors import IntegrityError
+from ..files.local import Files
+from ..keys import content_id, unseal
+from ..snapshots.snapshot import load_snapshot
+from ..store.inputs import INPUTS_SCHEMA, inputs_name, read_inputs
+from ..store.store import MARKER, Store
+from ..tables.shard import ShardFile, ShardInfo
+from .shards import Problem, shard_problems
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What the checks so far have met."""
+
+    named: set[str] = field(default_factory=lambda: {MARKER})
+    """Files that a record names, and the records."""
+    sound: dict[str, ShardInfo] = field(default_factory=dict)
+    """Shards without a problem, by name."""
+    damaged: set[str] = field(default_factory=set)
+
+
+def kept_problems(store: Store, seen: Seen) -> Iterator[Problem]:
+    """Everything that is wrong with it; the tables must have been seen."""
+    yield from _inputs_problems(store.files, seen)
+    yield from _teacher_problems(store.files, seen)
+    yield from _binding_problems(store.files, seen)
+    yield from _snapshot_problems(store, seen)
+
+
+def _inputs_problems(files: Files, seen: Seen) -> Iterator[Problem]:
+    for file in files.names("inputs"):
+        data_id = file.removesuffix(".json")
+        name = inputs_name(data_id)
+        seen.named.add(name)
+        try:
+            inputs = read_inputs(files, data_id)
+        except (IntegrityError, KeyError, TypeError) as error:
+            yield Problem(name, None, None, str(error), (name,))
+            continue
+        if inputs is not None:
+            seen.named.add(inputs.shard.name)
+            yield from shard_problems(files, inputs.shard, INPUTS_SCHEMA, mend=name)
+
+
+def _teacher_problems(files: Files, seen: Seen) -> Iterator[Problem]:
+    """`identity.json` is what a teacher's id is the hash of, and holds the hashes of its tokenizer's files."""
+    folders: dict[str, set[str]] = {}
+    for name, _, _ in files.walk("teachers"):
+        path = PurePosixPath(name)
+        if not path.name.startswith("."):
+            folders.setdefault(str(path.parent), set()).add(path.name)
+    for folder, names in folders.items():
+        identity = f"{folder}/identity.json"
+        if "identity.json" not in names:
+            continue
+        seen.named.update(f"{folder}/{name}" for name in names)
+        try:
+            parts = json.loads(files.read(identity))
+            right = content_id("model", **parts) == PurePosixPath(folder).name
+        except (ValueError, TypeError):
+            right = False
+        if not right:
+            yield Problem(identity, None, None, "the identity is not the one its folder is named by", (identity,))
+            continue
+        for name, message in _file_problems(files, folder, names, parts):
+            yield Problem(f"{folder}/{name}", None, None, message, (identity, f"{folder}/{name}"))
+
+
+def _file_problems(files: Files, folder: str, names: set[str], parts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(file, what is wrong) of the files kept beside an identity: hashes where it has them, else their content."""
+    for name, sha256 in parts.get("tokenizer", {}).items():
+        if name != "config" and name not in names:
+            yield name, "the file is missing"
+        elif name != "config" and files.sha256(f"{folder}/{name}") != sha256:
+            yield name, "the file's sha256 is not the one in identity.json"
+    expected = {"config.json": parts.get("config"), "tokenizer_config.json": parts.get("tokenizer", {}).get("config")}
+    if "generation_config.json" in names:
+        expected["generation_config.json"] = {"eos_token_id": parts.get("end_tokens")}
+    for name, content in expected.items():
+        if content and not _holds(files, folder, name, content):
+            yield name, "the file does not say what identity.json says of it"
+    if "chat_template.jinja" in names and parts.get("chat_template") != _text(files, f"{folder}/chat_template.jinja"):
+        yield "chat_template.jinja", "the template is not the one in identity.json"
+
+
+def _holds(files: Files, folder: str, name: str, content: dict[str, Any]) -> bool:
+    try:
+        return _within(content, json.loads(files.read(f"{folder}/{name}")))
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def _within(content: Any, found: Any) -> bool:
+    """Whether all that an identity says is there; what no identity holds (paths, versions) may stand beside it."""
+    if isinstance(content, dict) and isinstance(found, dict):
+        # A name that is left out says None, as of a model without an end token.
+        return all(_within(part, found.get(name)) for name, part in content.items())
+    if isinstance(content, list) and isinstance(found, list):
+        return len(content) == len(found) and all(map(_within, content, found))
+    return bool(content == found)
+
+
+def _text(files: Files, name: str) -> str:
+    return files.read(name).decode(errors="replace").replace("\r\n", "\n")
+
+
+def _binding_problems(files: Files, seen: Seen) -> Iterator[Problem]:
+    """A damaged one takes its whole folder along: the one before it must not count in its place."""
+    names = [name for name, _, _ in files.walk("bindings") if not PurePosixPath(name).name.startswith(".")]
+    for name in names:
+        seen.named.add(name)
+        try:
+            unseal(files.read(name), name)
+        except IntegrityError as error:
+            folder = PurePosixPath(name).parent
+            yield Problem(name, None, None, str(error), tuple(n for n in names if PurePosixPath(n).parent == folder))
+
+
+def _snapshot_problems(store: Store, seen: Seen) -> Iterator[Problem]:
+    for file in store.files.names("snapshots"):
+        name = f"snapshots/{file}"
+        seen.named.add(name)
+        try:
+            snapshot = load_snapshot(store, file.removesuffix(".json"))
+        except (IntegrityError, KeyError, TypeError, ValueError) as error:
+            yield Problem(name, None, None, str(error), (name,))
+            continue
+        for shard in snapshot.shards:
+            if shard.source:  # read only, and not this store's to prove
+                continue
+            seen.named.add(shard.name)
+            if problem := _chosen_problem(store.files, shard.name, shard.sha256, shard.row_groups, seen):
+                yield Problem(name, None, None, f"its shard {shard.name} {problem}")
+            elif len(shard.rows) and int(shard.rows[-1]) >= sum(shard.row_groups):
+                yield Problem(name, None, None, f"it names row {int(shard.rows[-1])} of {shard.name}, which has fewer")
+
+
+def _chosen_problem(files: Files, name: str, sha256: str, row_groups: tuple[int, ...], seen: Seen) -> str | None:
+    """What is wrong with a shard that a snapshot names: live ones are checked already, withdrawn ones are not."""
+    if name in seen.damaged:
+        return "is damaged"
+    if name in seen.sound:
+        return None if seen.sound[name].row_groups == row_groups else "has other row groups"
+    try:
+        if files.sha256(name) != sha256:
+            return "is damaged"
+        if ShardFile(files, name).rows_per_group != row_groups:
+            return "has other row groups"
+    except FileNotFoundError:
+        return "is missing"
+    seen.sound[name] = ShardInfo(name, sha256, files.size(name), sum(row_groups), row_groups)
+    return None

@@ -1,0 +1,1 @@
+"""Published folders: manifest, export, and reading one as a store."""

@@ -1,0 +1,309 @@
+"""Exporting a snapshot: its rows as Parquet files that others read, in a version folder that never changes.
+
+`make_tables` writes the files into a working folder; `place` moves a finished version into the published folder, data
+first, its MANIFEST last. Who reads the folder starts from the card, which the caller replaces after that, so nobody
+sees half a version. `manifest.py` says what lies where. Equal rows and choices give equal bytes.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ..errors import UsageError
+from ..files.local import LocalFiles, file_sha256
+from ..snapshots.snapshot import Snapshot, load_snapshot
+from ..store.store import Store
+from ..tables.schema import FORMAT_VERSION, TableName
+from .export_files import TableFiles
+from .export_numbers import TargetNumbers, TextNumbers
+from .export_rows import (
+    PUBLISHED,
+    allowed_generations,
+    can_be_cut,
+    cut_rows,
+    generations_of,
+    shards_of,
+    snapshot_rows,
+)
+from .manifest import MANIFEST, Manifest, PublishedFile, PublishedSplit
+
+SPLITS = ("train", "validation", "test")
+# What shards say that holds for this or that shard only, or is told in PROVENANCE.json.
+_OF_ONE_SHARD = {"statistics", "again", "versions", "format_version", "table", "settings", "stage"}
+_ONE_FOR_ALL = ("tokenizer_id", "vocab_size", "head", "class_names")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """What of the snapshots leaves the house; by default all of it."""
+
+    where: str | None = None
+    """SQL condition over the columns of `generations`, as in `select.where`."""
+    columns: tuple[str, ...] = ()
+    """Names, or `table.name`; none: all. `key` always goes along; a table of which none is named stays at home."""
+    min_k: int | None = None
+    """Rows of soft targets with fewer entries stay at home; of those with more the others join the tail."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As the manifest has it."""
+        return {"where": self.where, "columns": list(self.columns) or None, "min_k": self.min_k}
+
+
+@dataclass(kw_only=True, slots=True)
+class Made:
+    """What `make_tables` made."""
+
+    splits: dict[str, PublishedSplit] = field(default_factory=dict)
+    files: dict[Path, PublishedFile] = field(default_factory=dict)
+    """Finished Parquet files in the working folder."""
+    tables: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+    """Table -> what all of its shards say."""
+    statistics: dict[str, Any] = field(default_factory=dict)
+    said: dict[str, list[tuple[dict[str, Any], int]]] = field(default_factory=dict)
+    """Table -> what each shard says, and how many rows were taken of it."""
+    texts: dict[str, pa.Array] = field(default_factory=dict)
+    """Split -> keys of its generations."""
+    authors: set[str] = field(default_factory=set)
+    """Ids of the models whose text or distribution is in the rows."""
+
+
+def find_snapshots(store: Store, name: str | None) -> dict[str, Snapshot]:
+    """The snapshot to export and those that belong to it, by split.
+
+    Args:
+        store: Where training runs left their snapshots.
+        name: Id of one, or its unique beginning; None: the only one that was trained on.
+
+    Raises:
+        UsageError: no such snapshot, or several; lists them.
+    """
+    ids = [file.removesuffix(".json") for file in store.files.names("snapshots")]
+    known = [load_snapshot(store, found) for found in ids if found.startswith(name or "")]
+    if name is None:
+        known = [snapshot for snapshot in known if snapshot.about.get("split", "train") == "train"]
+    if len(known) != 1:
+        listed = "".join(
+            f"\n  {s.id}  {s.about.get('split', '-')}, {s.rows} rows of {s.table}"
+            for s in known or [load_snapshot(store, found) for found in ids]
+        )
+        what = "several snapshots" if known else f"no snapshot {name}" if name else "no snapshot of training rows"
+        advice = "Name one with --snapshot" if ids else "Run a recipe up to `train` first, it makes one"
+        raise UsageError(f"{store.root}: {what}. {advice}.{listed}")
+    (chosen,) = known
+    split = chosen.about.get("split", "train")
+    others = {name: found for name, found in chosen.about.get("splits", {}).items() if found in ids}
+    if source := next((shard.source for shard in chosen.shards if shard.source), None):
+        raise UsageError(
+            f"{store.root}: snapshot {chosen.id} holds rows of the read-only source {source}, which are not in this "
+            "store. What a published folder holds is published: name that one. What a store holds can be exported from "
+            "it. Or run the recipe once without storage.sources: then this store has all of its rows."
+        )
+    found = {split: chosen} | {name: load_snapshot(store, id_) for name, id_ in others.items() if name != split}
+    return {name: found[name] for name in SPLITS if name in found}
+
+
+def make_tables(store: Store, snapshots: Mapping[str, Snapshot], folder: Path, choice: Choice) -> Made:
+    """Write the rows of some splits as Parquet files into a working folder.
+
+    Raises:
+        UsageError: the choice names what is not there, or leaves nothing.
+        IntegrityError: a shard is damaged, or a generation is gone.
+    """
+    columns = chosen_columns(choice.columns)
+    for snapshot in snapshots.values():
+        if choice.min_k is not None and snapshot.table != "soft_targets":
+            raise UsageError("--min-k: nothing was scored for this snapshot, so there are no entries. Leave it out.")
+        _refuse_others_rows(store, snapshot)
+    allowed = None if choice.where is None else allowed_generations(store, choice.where)
+    made = Made()
+    for split, snapshot in snapshots.items():
+        _Split(store, snapshot, split, columns=columns, made=made).write(folder, allowed, choice.min_k)
+    if next(iter(snapshots)) not in made.splits:  # those that come with it may lose all of theirs
+        gone = [split for split in snapshots if split not in made.splits]
+        raise UsageError(f"export: --where and --min-k leave no row of {', '.join(gone)}. Ask for less.")
+    made.tables = {
+        table: {"columns": names, "complete": names == PUBLISHED[table].names}
+        for table, names in columns.items()
+        if any(file.table == table for file in made.files.values())
+    }
+    made.about = {table: common([about for about, _ in said]) for table, said in made.said.items() if said}
+    return made
+
+
+def _refuse_others_rows(store: Store, snapshot: Snapshot) -> None:
+    live = {commit.shard.sha256 for commit in store.commits(snapshot.table)}
+    for part in snapshot.shards:
+        if part.sha256 not in live and not store.files.exists(part.name):
+            raise UsageError(
+                f"{store.root}: has no {part.name}, which snapshot {snapshot.id} names. If its recipe has "
+                "storage.sources, export the store that the rows are in; else run `stillroom verify`."
+            )
+
+
+def chosen_columns(wanted: Sequence[str]) -> dict[str, list[str]]:
+    """Columns of each table that goes out, in the schema's order, `key` first.
+
+    Raises:
+        UsageError: no such column.
+    """
+    known = {f"{table}.{name}" for table, schema in PUBLISHED.items() for name in schema.names}
+    plain = {name.split(".")[1] for name in known}
+    for name in wanted:
+        if name not in known | plain:
+            near = difflib.get_close_matches(name, sorted(known | plain), n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(sorted(plain))}."
+            raise UsageError(f"--columns: no column {name}. {hint}")
+    found = {}
+    for table, schema in PUBLISHED.items():
+        names = [n for n in schema.names if not wanted or n in wanted or f"{table}.{n}" in wanted]
+        if names:
+            found[table] = names if "key" in names else ["key", *names]
+    return found
+
+
+def common(abouts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What all of some shards say.
+
+    Raises:
+        UsageError: they do not agree on what the numbers of their rows mean.
+    """
+    first = abouts[0]
+    agreed = {name for name in first if all(name in other and other[name] == first[name] for other in abouts)}
+    for name in _ONE_FOR_ALL:
+        if name in first and name not in agreed:
+            raise UsageError(f"export: the snapshot's rows differ in their {name}: they cannot be one dataset.")
+    return {name: first[name] for name in sorted(agreed - _OF_ONE_SHARD)}
+
+
+class _Split:
+    """One split on its way out."""
+
+    def __init__(
+        self, store: Store, snapshot: Snapshot, split: str, *, columns: Mapping[str, list[str]], made: Made
+    ) -> None:
+        self._store, self._snapshot, self._split = store, snapshot, split
+        self._columns, self._made = columns, made
+        self._scored = snapshot.table == "soft_targets"
+
+    def write(self, folder: Path, allowed: pa.Array | None, min_k: int | None) -> None:
+        """Choose the rows, write the tables, keep the numbers."""
+        keys, keep = self._choose(allowed, min_k)
+        if not len(keys):
+            return
+        numbers: dict[str, Any] = {}
+        if self._scored and "soft_targets" in self._columns:
+            numbers["soft_targets"] = self._targets(folder, keep, min_k)
+        texts = self._made.texts[self._split] = pc.unique(keys)
+        said = self._hear("generations", shards_of(self._store, "generations", texts))
+        if "generations" in self._columns:
+            numbers["generations"] = self._generations(folder, texts, common(said))
+        if not numbers:
+            raise UsageError(f"--columns: none is of {self._snapshot.table}, and the snapshot has no other rows.")
+        lengths = next(iter(numbers.values()))
+        self._made.statistics[self._split] = numbers
+        self._made.splits[self._split] = PublishedSplit(
+            snapshot=self._snapshot.id,
+            table=self._snapshot.table,
+            whole=min_k is None and bool(keep.all()),
+            rows=len(keys),
+            tokens=lengths["tokens"]["total"],
+            scored_tokens=lengths["scored_tokens"]["total"],
+        )
+
+    def _choose(self, allowed: pa.Array | None, min_k: int | None) -> tuple[pa.Array, np.ndarray]:
+        """Keys of the generations that go along, in order; which of the snapshot's rows do."""
+        name = "generation_key" if self._scored else "key"
+        columns = [name, "kind", "k"] if self._scored and min_k is not None else [name]
+        keys, kept = [pa.array([], pa.binary(16))], [np.ones(0, bool)]
+        for rows in snapshot_rows(self._store, self._snapshot, columns):
+            names = rows[name].combine_chunks()
+            chosen = np.ones(len(names), bool)
+            if allowed is not None:
+                chosen &= np.array(pc.is_in(names, value_set=allowed).to_pylist(), bool)
+            if self._scored and min_k is not None:
+                chosen &= can_be_cut(rows, min_k)
+            keys.append(names.filter(pa.array(chosen)))
+            kept.append(chosen)
+        return pa.concat_arrays(keys), np.concatenate(kept)
+
+    def _targets(self, folder: Path, keep: np.ndarray, min_k: int | None) -> dict[str, Any]:
+        shards = [(self._store.shard("soft_targets", part.sha256), len(part.rows)) for part in self._snapshot.shards]
+        about = common(self._hear("soft_targets", [(shard.about, rows) for shard, rows in shards]))
+        classes = about.get("class_names")
+        if min_k is not None and classes:
+            raise UsageError("--min-k: targets over classes are whole, they cannot be cut. Leave it out.")
+        numbers = TargetNumbers(len(classes) if classes else int(about["vocab_size"]))
+        files = self._open(folder, "soft_targets", about, counted="span_tokens")
+        for rows in snapshot_rows(self._store, self._snapshot, PUBLISHED["soft_targets"].names, keep=keep):
+            rows = rows if min_k is None else cut_rows(rows, min_k)
+            numbers.add(rows)
+            files.add(rows)
+        return numbers.numbers() | self._close(files, "soft_targets")
+
+    def _generations(self, folder: Path, keys: pa.Array, about: Mapping[str, Any]) -> dict[str, Any]:
+        numbers, files = TextNumbers(), self._open(folder, "generations", about, counted="completion_tokens")
+        for rows in generations_of(self._store, keys):
+            numbers.add(rows)
+            files.add(rows)
+        return numbers.numbers() | self._close(files, "generations")
+
+    def _hear(self, table: str, said: list[tuple[dict[str, Any], int]]) -> list[dict[str, Any]]:
+        """Keep what shards say, for the provenance; returns it without the rows."""
+        self._made.said.setdefault(table, []).extend(said)
+        names = ("teacher_id", "author_id")
+        self._made.authors |= {about[name] for about, _ in said for name in names if about.get(name)}
+        return [about for about, _ in said]
+
+    def _open(self, folder: Path, table: TableName, about: Mapping[str, Any], *, counted: str) -> TableFiles:
+        parts = folder / table / self._split
+        parts.mkdir(parents=True)
+        schema = pa.schema([PUBLISHED[table].field(name) for name in self._columns[table]])
+        named = {"format_version": FORMAT_VERSION, "table": table, "split": self._split}
+        return TableFiles(parts, schema=schema, about={**about, **named}, counted=counted)
+
+    def _close(self, files: TableFiles, table: str) -> dict[str, Any]:
+        files.close()
+        for number, (path, groups) in enumerate(zip(files.paths, files.row_groups, strict=True)):
+            self._made.files[path] = PublishedFile(
+                name=f"{table}/{self._split}-{number:05d}-of-{len(files.paths):05d}.parquet",
+                sha256=file_sha256(path),
+                bytes=path.stat().st_size,
+                table=table,
+                split=self._split,
+                rows=sum(groups),
+                tokens=files.tokens[number],
+                row_groups=tuple(groups),
+            )
+        return {"bytes": files.bytes, "rows": sum(map(sum, files.row_groups))}
+
+
+def place(files: LocalFiles, manifest: Manifest, made: Mapping[Path, str], small: Mapping[str, bytes]) -> None:
+    """Move a version into a published folder: data and small files first, the manifest last.
+
+    Args:
+        files: The published folder.
+        manifest: Of the version.
+        made: Finished files on the folder's filesystem -> their names below the version's folder.
+        small: Names below the version's folder -> contents.
+    """
+    hashes = {file.name: file.sha256 for file in manifest.files}
+    for path, name in made.items():
+        target = f"{manifest.version}/{name}"
+        if not files.exists(target) or files.sha256(target) != hashes[name]:
+            files.move_in(path, target)
+    for name, content in small.items():
+        put(files, f"{manifest.version}/{name}", content)
+    put(files, f"{manifest.version}/{MANIFEST}", manifest.sealed())
+
+
+def put(files: LocalFiles, name: str, content: bytes) -> None:
+    """Give a name this content, unless it has it."""
+    if not files.exists(name) or files.read(name) != content:
+        files.replace(name, content)

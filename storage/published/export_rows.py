@@ -1,0 +1,203 @@
+"""The rows that an export takes out of a store: in the snapshot's order, a row group at a time, targets cut to K.
+
+Soft targets are read with their checksums, as training reads them. Generations lie in the store in another order than
+the targets made of them, so DuckDB joins and sorts them, on disk where memory does not suffice; it knows no page
+checksums, so the files are hashed before.
+"""
+
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ..errors import IntegrityError, UsageError
+from ..keys import content_key
+from ..snapshots.snapshot import Snapshot
+from ..store.sql import connect, query
+from ..store.store import Store
+from ..tables.rows import Rows, rows_to_table
+from ..tables.schema import KEY, MESSAGES, SCHEMAS, TableName
+from ..tables.shard import REPAIR
+from ..tables.soft_targets import SoftTargets
+
+JOINED = pa.schema(
+    [
+        pa.field("prompt", pa.string(), metadata={"about": "the prompt; null where it is messages or empty"}),
+        pa.field("text_pair", pa.string(), metadata={"about": "second text of a labelled pair"}),
+        pa.field("messages", MESSAGES, metadata={"about": "the conversation before the completion; null for text"}),
+        pa.field("reference", pa.string(), metadata={"about": "gold answer, for evaluation only"}),
+        pa.field("label", pa.int32(), metadata={"about": "gold class index"}),
+    ]
+)
+"""What a published generation has of its prompt. `prompts.source` stays at home: it names files of the publisher's."""
+PUBLISHED: dict[str, pa.Schema] = {
+    "generations": pa.schema([*SCHEMAS["generations"], *JOINED]),
+    "soft_targets": SCHEMAS["soft_targets"],
+}
+"""Tables that are published, and their columns."""
+_BATCH_ROWS = 4096
+
+# A given text's prompts row is named; a generated one knows the prompt's hash, which rows that differ in the reference
+# share: the first by key stands for them. A document is all completion: its windows would repeat it as their prompt.
+_JOIN = """
+    WITH named AS (SELECT prompt_key, min(key) AS key FROM prompts GROUP BY prompt_key)
+    SELECT g.*, CASE WHEN p.format = 'text' THEN NULL ELSE p.text END AS prompt,
+        p.text_pair, p.messages, p.reference, p.label
+    FROM wanted w JOIN generations g ON g.key = w.key
+        LEFT JOIN named n ON n.prompt_key = g.prompt_key
+        LEFT JOIN prompts p ON p.key = coalesce(g.source_key, n.key)
+    ORDER BY w.number"""
+
+
+def snapshot_rows(
+    store: Store, snapshot: Snapshot, columns: list[str], *, keep: np.ndarray | None = None
+) -> Iterator[pa.Table]:
+    """The chosen rows of a snapshot, a row group at a time, checksums verified.
+
+    Args:
+        store: Holds the shards.
+        snapshot: Its shards in order, of each the chosen rows, ascending.
+        columns: Which to read.
+        keep: [rows] which of the chosen rows to take; None: all.
+    """
+    before = 0
+    for part in snapshot.shards:
+        file = store.shard(snapshot.table, part.sha256)
+        edges = np.searchsorted(part.rows, file.starts)
+        for low, high in pairwise(edges.tolist()):
+            rows = part.rows[low:high]
+            if keep is not None:
+                rows = rows[keep[before + low : before + high]]
+            if len(rows):
+                yield file.select(rows, columns)
+        before += len(part.rows)
+
+
+def allowed_generations(store: Store, where: str) -> pa.Array:
+    """Keys of the generations that a condition lets through.
+
+    Raises:
+        UsageError: it is no SQL condition over the columns of `generations`.
+    """
+    _check_bytes(store, "generations")
+    try:
+        return query(store, f"SELECT key FROM generations WHERE {where}")["key"].combine_chunks().cast(KEY)
+    except UsageError as error:
+        raise UsageError(f"--where: {error}") from error
+
+
+def generations_of(store: Store, keys: pa.Array) -> Iterator[pa.Table]:
+    """The generations with these keys, in this order, with what `JOINED` takes of their prompts.
+
+    Raises:
+        IntegrityError: some are not in the store.
+    """
+    if not len(keys):
+        return
+    _check_bytes(store, "generations")
+    _check_bytes(store, "prompts")
+    found = 0
+    with connect(store) as connection:
+        wanted = pa.table({"number": pa.array(np.arange(len(keys))), "key": keys})
+        connection.from_arrow(wanted).create("wanted")
+        for batch in connection.sql(_JOIN).to_arrow_reader(_BATCH_ROWS):
+            found += batch.num_rows
+            yield pa.Table.from_batches([batch]).cast(PUBLISHED["generations"])
+    if found != len(keys):
+        raise IntegrityError(
+            f"{store.root}: of {len(keys)} generations that the snapshot's rows name, {found} are in the store. "
+            "Are the others in one of its recipe's storage.sources? An export takes rows of one store. If not, they "
+            "were withdrawn: run `stillroom verify`, then the recipe again, and export its new snapshot."
+        )
+
+
+def sources_of(store: Store, keys: pa.Array) -> dict[str, int]:
+    """Which recorded data the prompts of these generations are from: data id -> how many prompts."""
+    with connect(store) as connection:
+        connection.from_arrow(pa.table({"key": keys})).create("wanted")
+        found = connection.sql("""
+            SELECT i.data_id, count(DISTINCT i.prompt_key) FROM inputs i
+            WHERE i.prompt_key IN (SELECT prompt_key FROM generations g JOIN wanted w ON g.key = w.key)
+            GROUP BY i.data_id ORDER BY i.data_id""")
+        return dict(found.fetchall())
+
+
+def shards_of(store: Store, table: TableName, keys: pa.Array) -> list[tuple[dict[str, Any], int]]:
+    """What the shards that hold some of these keys say of themselves, and how many rows they give."""
+    found = []
+    for commit in store.commits(table):
+        shard = store.shard(table, commit.shard.sha256)
+        rows = pc.sum(pc.is_in(shard.read_all(["key"])["key"], value_set=keys)).as_py()
+        if rows:
+            found.append((shard.about, rows))
+    return found
+
+
+def can_be_cut(rows: pa.Table, k: int) -> np.ndarray:
+    """[R] whether rows of soft targets (columns kind, k) have K entries to keep; a whole distribution always has.
+
+    Raises:
+        UsageError: draws cannot be cut, they have no order.
+    """
+    kinds = rows["kind"].combine_chunks()
+    if pc.any(pc.equal(kinds, "sampled")).as_py():
+        raise UsageError(
+            "--min-k: some of the snapshot's targets are sampled, and draws cannot be cut to fewer entries. "
+            "Leave --min-k out, or score with topk."
+        )
+    enough = pc.or_(pc.equal(kinds, "full"), pc.greater_equal(rows["k"].combine_chunks(), k))
+    return np.array(enough.to_pylist(), bool)
+
+
+def cut_rows(table: pa.Table, k: int) -> pa.Table:
+    """Rows of soft targets with K entries at most; what is cut joins the tail."""
+    rows = Rows(table)
+    return rows_to_table("soft_targets", [cut_row(rows[index], k) for index in range(len(rows))])
+
+
+def cut_row(row: Mapping[str, Any], k: int) -> dict[str, Any]:
+    """One row cut: as it would have been stored with this K, but for a second rounding; under a name of its own."""
+    if row["k"] <= k:
+        return dict(row)
+    columns = cut(SoftTargets.from_row(row), k).columns(row["mantissa_bits"])
+    kind = "topk" if row["kind"] == "full" else row["kind"]
+    least = None if row["k_min"] is None else min(row["k_min"], k)
+    own = {"key": content_key("cut", key=row["key"], k=k), "kind": kind, "k": k, "k_min": least}
+    return {**row, **columns, **own}
+
+
+def cut(targets: SoftTargets, k: int) -> SoftTargets:
+    """The K best entries of each position; the others join the tail, and at each temperature the tempered tail.
+
+    `full` becomes entries and a tail; the temperatures that it has for being whole are lost.
+    """
+    assert targets.logprobs is not None
+    assert targets.tail_logprob is not None
+    ids, logprobs = targets.ids, targets.logprobs
+    if ids is None:
+        ids = np.argsort(-logprobs, axis=1, kind="stable").astype(np.int32)
+        logprobs = np.take_along_axis(logprobs, ids, axis=1)
+    rest = logprobs[:, k:].astype(np.float64)
+    tempered = targets.tempered_tails
+    if tempered is not None and targets.temperatures is not None:
+        parts = [np.logaddexp.reduce(rest / t, axis=1) for t in targets.temperatures.astype(np.float64)]
+        tempered = np.logaddexp(tempered, np.stack(parts, axis=1)).astype(np.float32)
+    return SoftTargets(
+        ids=ids[:, :k],
+        logprobs=logprobs[:, :k],
+        tail_logprob=np.logaddexp(targets.tail_logprob, np.logaddexp.reduce(rest, axis=1)).astype(np.float32),
+        token_logprob=targets.token_logprob,
+        entropy=targets.entropy,
+        entries=None if targets.entries is None else np.minimum(targets.entries, k).astype(np.int32),
+        temperatures=targets.temperatures,
+        tempered_tails=tempered,
+    )
+
+
+def _check_bytes(store: Store, table: TableName) -> None:
+    for commit in store.commits(table):  # DuckDB would read a flipped bit without a word
+        if store.files.sha256(commit.shard.name) != commit.shard.sha256:
+            raise IntegrityError(f"{commit.shard.name}: the file is damaged (its sha256 is another one). {REPAIR}")

@@ -1,0 +1,304 @@
+"""A published folder as a store that is read only: its rows stand where they stood in the store that they come from.
+
+`export` writes the chosen rows of a snapshot into few large files and keeps the snapshot's record beside them. Here
+each shard of that record is a shard again, which holds the rows that were published. So the same recipe chooses the
+same snapshot, with the same id and the same order of samples, and trains the same student. Rows that were cut on their
+way out have no such record: there each file is a shard.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from graphlib import CycleError, TopologicalSorter
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ..errors import IntegrityError, UsageError
+from ..files.local import Files, LocalFiles, open_files
+from ..snapshots.snapshot import load_snapshot
+from ..store.commits import Commit
+from ..store.segments import INDEXED, Indexed, place_of, segment_schema
+from ..store.store import Store
+from ..tables.schema import SCHEMAS, TableName
+from ..tables.shard import METADATA_KEY, ShardFile, ShardInfo
+from .manifest import MANIFEST, Manifest, read_manifest
+
+_HELP = "Get another copy of it, or publish it again."
+
+
+class PublishedFile(ShardFile):
+    """One file of a published table, which may lack columns."""
+
+    def _read_about(self) -> dict[str, Any]:
+        try:
+            about = json.loads(self.schema.metadata[METADATA_KEY])
+        except (TypeError, KeyError, ValueError) as error:
+            raise IntegrityError(f"{self.name}: not a published table (no `stillroom` metadata). {_HELP}") from error
+        expected = SCHEMAS[about["table"]]
+        for field in self.schema:
+            if field.name in expected.names and not field.type.equals(expected.field(field.name).type):
+                raise IntegrityError(
+                    f"{self.name}: column {field.name} holds {field.type}, expected {expected.field(field.name).type}. "
+                    "Use the version of Stillroom that published it."
+                )
+        return dict(about)
+
+
+class PublishedShard(ShardFile):
+    """A shard of the store that was published from: its published rows, under the numbers that they had there."""
+
+    def __init__(self, table: "_Rows", shard: ShardInfo, rows: np.ndarray, positions: np.ndarray) -> None:
+        """`rows` ascending, `positions` where they are in the published table."""
+        self.name = shard.name
+        self.rows_per_group = shard.row_groups
+        self.starts = np.concatenate([[0], np.cumsum(shard.row_groups, dtype=np.int64)])
+        self._table, self._rows, self._positions = table, rows, positions
+        self.about = table.file(0).about
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The Arrow schema as published."""
+        return self._table.file(0).schema
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """Indices of the published rows."""
+        return self._rows
+
+    def read(self, group: int, columns: Sequence[str] | None = None, *, threads: bool = True) -> pa.Table:
+        """The published rows of one row group."""
+        first, last = np.searchsorted(self._rows, self.starts[group : group + 2])
+        return self._table.select(self._positions[first:last], columns, threads=threads)
+
+    def select(self, rows: np.ndarray, columns: Sequence[str] | None = None, *, threads: bool = True) -> pa.Table:
+        """Rows by ascending index, page checksums verified."""
+        return self._table.select(self._at(rows), columns, threads=threads)
+
+    def take(self, rows: Sequence[int] | np.ndarray, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+        """Rows by index, in the order given."""
+        positions = self._at(np.asarray(rows, np.int64))
+        for file, group in groupby(positions.tolist(), key=self._table.file_of):
+            first = int(self._table.starts[file])
+            yield from self._table.file(file).take([position - first for position in group], columns)
+
+    def _at(self, rows: np.ndarray) -> np.ndarray:
+        found = np.minimum(np.searchsorted(self._rows, rows), len(self._rows) - 1)
+        if len(rows) and not np.array_equal(self._rows[found], rows):
+            missing = int(rows[self._rows[found] != rows][0])
+            raise IntegrityError(f"{self.name}: row {missing} was asked for and was not published. {_HELP}")
+        return self._positions[found]
+
+
+class _Rows:
+    """The files of one published table, one after the other."""
+
+    def __init__(self, files: Files, infos: Sequence[ShardInfo]) -> None:
+        self._files, self.infos = files, infos
+        self.starts = np.concatenate([[0], np.cumsum([info.rows for info in infos], dtype=np.int64)])
+
+    def file_of(self, position: int) -> int:
+        """Which file holds a row."""
+        return int(np.searchsorted(self.starts, position, side="right")) - 1
+
+    def file(self, number: int) -> PublishedFile:
+        """A file, opened."""
+        info = self.infos[number]
+        file = PublishedFile(self._files, info.name)
+        if file.rows != info.rows:
+            raise IntegrityError(
+                f"{self._files.root}/{info.name}: {file.rows} rows, {MANIFEST} says {info.rows}. {_HELP}"
+            )
+        return file
+
+    def select(self, positions: np.ndarray, columns: Sequence[str] | None, *, threads: bool) -> pa.Table:
+        """Rows by ascending position (of one row group of a store, so of very few files)."""
+        of = np.searchsorted(self.starts, positions, side="right") - 1
+        parts = [
+            self.file(number).select(positions[of == number] - self.starts[number], columns, threads=threads)
+            for number in (np.unique(of).tolist() or [0])
+        ]
+        return pa.concat_tables(parts)
+
+    def columns(self, names: Sequence[str]) -> pa.Table:
+        """Some columns of every row."""
+        return pa.concat_tables([self.file(i).read_all(names) for i in range(len(self.infos))])
+
+
+class Published(Store):
+    """The version that a published folder shows."""
+
+    def __init__(self, files: Files, manifest: Manifest) -> None:
+        """`files`: of the version's folder."""
+        super().__init__(files, manifest.id)
+        self.manifest = manifest
+        tables = {split.table for split in manifest.splits.values()}
+        if len(tables) != 1 or not tables <= SCHEMAS.keys():
+            raise IntegrityError(f"{files.root}/{MANIFEST}: its splits are of {sorted(tables)}, expected one table.")
+        self.table: TableName = tables.pop()  # type: ignore[assignment]
+        """The table that its splits are of."""
+
+    @classmethod
+    def open_folder(cls, root: Path | str) -> "Published":
+        """Open the version that the card points at; files that are missing or cut short are found here.
+
+        Raises:
+            UsageError: this is no published folder.
+            IntegrityError: it is damaged.
+        """
+        manifest = read_manifest(open_files(root))
+        published = cls(open_files(f"{root}/{manifest.version}"), manifest)
+        for file in manifest.files:
+            published._check_size(file.name, file.bytes)
+        return published
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What all of its rows have in common: teacher_id, tokenizer_id, vocab_size, head and the like."""
+        return dict(self.manifest.about[self.table])
+
+    def prove(self, sha256: Callable[[Path], str]) -> None:
+        """Hash every file that the manifest lists; `sha256` may remember local files.
+
+        Raises:
+            IntegrityError: a file is missing or is not the one that was published; names it.
+        """
+        local = isinstance(self.files, LocalFiles)
+        for file in self.manifest.files:
+            found = sha256(self.files.local(file.name)) if local else self.files.sha256(file.name)
+            if found != file.sha256:
+                raise IntegrityError(
+                    f"{self.root}/{file.name}: the file is damaged: its sha256 is {found[:16]}, {MANIFEST} says "
+                    f"{file.sha256[:16]}. {_HELP}"
+                )
+
+    def _check_size(self, name: str, size: int) -> None:
+        try:
+            found = self.files.size(name)
+        except FileNotFoundError as error:
+            raise IntegrityError(f"{self.root}/{name}: the file is missing. {_HELP}") from error
+        if found != size:
+            raise IntegrityError(f"{self.root}/{name}: {found} bytes, {MANIFEST} says {size}. {_HELP}")
+
+    def shards(self, table: TableName) -> list[ShardInfo]:
+        """The published files of a table, split after split."""
+        files = [file for split in self.manifest.splits for file in self.manifest.tables_of(table, split)]
+        return [ShardInfo(file.name, file.sha256, file.bytes, file.rows, file.row_groups) for file in files]
+
+    def commits(self, table: TableName) -> list[Commit]:
+        """A commit for each shard of which rows were published, in the order in which they were committed."""
+        infos = [self._chosen[sha256][0] for sha256 in self._order] if table == self.table else self.shards(table)
+        return [_commit(table, seq, info) for seq, info in enumerate(infos)]
+
+    def shard(self, table: TableName, sha256: str) -> ShardFile:
+        """A shard opened for reading."""
+        if table == self.table:
+            return PublishedShard(self._rows(table), *self._chosen[sha256])
+        return PublishedFile(self.files, next(info.name for info in self.shards(table) if info.sha256 == sha256))
+
+    def indexed(self, table: TableName, *, write: bool = False) -> Indexed:
+        """What a plan asks of the rows; nothing is written."""
+        commits = self.commits(table)
+        if not commits:
+            return Indexed(commits, segment_schema(table).empty_table(), [])
+        rows = self._rows(table)
+        if missing := sorted(set(INDEXED[table]) - set(rows.file(0).schema.names)):
+            raise UsageError(
+                f"{self.root}: its {table} were published without the column {missing[0]}, so no plan can be made of "
+                "them. Use a copy that has all columns."
+            )
+        if table == self.table:
+            places = np.empty(rows.starts[-1], np.int64)
+            for commit in commits:
+                _, chosen, positions = self._chosen[commit.shard.sha256]
+                places[positions] = place_of(commit.seq, 0) + chosen
+        else:
+            places = np.concatenate([place_of(c.seq, 0) + np.arange(c.shard.rows) for c in commits])
+        schema = segment_schema(table)
+        return Indexed(commits, pa.Table.from_arrays([places, *rows.columns(INDEXED[table])], schema=schema), [])
+
+    def samples(self) -> pa.Table:
+        """All that there is to train and be judged on.
+
+        Returns key (of the generation), prompt_key, tokens_key, held_out, tokens, start, place (in `table`).
+        """
+        names = ("generation_key", "span_start", "span_tokens")
+        if self.table == "generations":
+            names = ("key", "prompt_tokens", "completion_tokens")
+        rows = self._rows(self.table).columns([*names, "prompt_key", "tokens_key"])
+        first, more = (rows[name].to_numpy() for name in names[1:])
+        held_out = np.concatenate([np.full(s.rows, name == "test") for name, s in self.manifest.splits.items()])
+        return pa.table(
+            {
+                "key": rows[names[0]],
+                "prompt_key": rows["prompt_key"],
+                "tokens_key": rows["tokens_key"],
+                "held_out": held_out,
+                "tokens": first + more,
+                "start": np.maximum(first, 1),
+                "place": self.indexed(self.table).newest["place"],
+            }
+        )
+
+    def _rows(self, table: TableName) -> _Rows:
+        return _Rows(self.files, self.shards(table))
+
+    @cached_property
+    def _snapshots(self) -> dict[str, list[tuple[ShardInfo, np.ndarray]]]:
+        """By split: shards and their published rows, in the split's order."""
+        return {split: self._split(split) for split in self.manifest.splits}
+
+    def _split(self, name: str) -> list[tuple[ShardInfo, np.ndarray]]:
+        split = self.manifest.splits[name]
+        files = self.manifest.tables_of(self.table, name)
+        if not split.whole:
+            infos = [ShardInfo(f.name, f.sha256, f.bytes, f.rows, f.row_groups) for f in files]
+            return [(info, np.arange(info.rows)) for info in infos]
+        snapshot = load_snapshot(self, split.snapshot)
+        if snapshot.table != self.table or snapshot.rows != sum(file.rows for file in files):
+            raise IntegrityError(
+                f"{self.root}: split {name} has {sum(file.rows for file in files)} rows of {self.table}, its snapshot "
+                f"{snapshot.id} {snapshot.rows} of {snapshot.table}. {_HELP}"
+            )
+        return [
+            (ShardInfo(s.name, s.sha256, 0, sum(s.row_groups), s.row_groups), s.rows.astype(np.int64))
+            for s in snapshot.shards
+        ]
+
+    @cached_property
+    def _chosen(self) -> dict[str, tuple[ShardInfo, np.ndarray, np.ndarray]]:
+        """Shard by sha256: itself, its published rows, ascending, and where they are in the published table."""
+        found: dict[str, tuple[ShardInfo, list[np.ndarray], list[np.ndarray]]] = {}
+        first = 0
+        for parts in self._snapshots.values():
+            for info, rows in parts:
+                _, chosen, positions = found.setdefault(info.sha256, (info, [], []))
+                chosen.append(rows)
+                positions.append(first + np.arange(len(rows)))
+                first += len(rows)
+        joined = {}
+        for sha256, (info, chosen, positions) in found.items():
+            rows, at = np.concatenate(chosen), np.concatenate(positions)
+            order = np.argsort(rows)
+            joined[sha256] = (info, rows[order], at[order])
+        return joined
+
+    @cached_property
+    def _order(self) -> list[str]:
+        """Shards in the order in which they were committed, as far as the splits tell."""
+        before: dict[str, set[str]] = {sha256: set() for sha256 in self._chosen}
+        for parts in self._snapshots.values():
+            for earlier, later in pairwise(info.sha256 for info, _ in parts):
+                before[later].add(earlier)
+        try:
+            return list(TopologicalSorter(before).static_order())
+        except CycleError as error:
+            raise IntegrityError(f"{self.root}: its splits order their shards differently. {_HELP}") from error
+
+
+def _commit(table: TableName, seq: int, info: ShardInfo) -> Commit:
+    nothing: dict[str, Any] = {"writer": "", "tokens": 0, "seconds": 0.0, "stage": "", "versions": {}, "created": ""}
+    return Commit(table=table, seq=seq, shard=info, **nothing)

@@ -1,0 +1,188 @@
+"""A published folder: versions of a dataset, the card that names the one that counts, and what its MANIFEST says.
+
+    README.md            the card; its front matter names the current version. Replaced last, in one step
+    v-<8 digits>/        a version, named by its content; nothing in it changes once MANIFEST.json is there
+        MANIFEST.json    every other file of the version with its sha256; put last
+        generations/, soft_targets/    <split>-00000-of-0000N.parquet
+        snapshots/, teachers/, PROVENANCE.json
+
+`storage/README.md` is the format for people.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..errors import IntegrityError, UsageError
+from ..files.local import Files
+from ..keys import content_id, seal, unseal
+from ..tables.schema import FORMAT_VERSION
+
+PUBLISHED_VERSION = 1
+CARD, MANIFEST = "README.md", "MANIFEST.json"
+_FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
+_PATH = re.compile(r"^\s*(?:- )?path: ['\"]?(v-[0-9a-f]{8})/", re.MULTILINE)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PublishedFile:
+    """One file of a version."""
+
+    name: str
+    """Below the version's folder."""
+    sha256: str
+    bytes: int
+    table: str | None = None
+    """Of a Parquet file; the rest too."""
+    split: str | None = None
+    rows: int = 0
+    tokens: int = 0
+    """Completion tokens of generations, scored tokens of soft targets."""
+    row_groups: tuple[int, ...] = ()
+    """Rows of each row group."""
+
+    def to_json(self) -> dict[str, Any]:
+        """What the manifest says; of a file that is no table, name, hash and size."""
+        found = asdict(self) | {"row_groups": list(self.row_groups)}
+        return found if self.table else {name: found[name] for name in ("name", "sha256", "bytes")}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PublishedSplit:
+    """The rows of one split."""
+
+    snapshot: str
+    """Id of the snapshot that the rows were chosen from."""
+    table: str
+    """Of that snapshot: soft_targets, or (black box) generations."""
+    whole: bool
+    """Whether row n is the n-th chosen row of the snapshot, uncut; its record is then in `snapshots/`."""
+    rows: int
+    tokens: int
+    """Positions: prompt and completion."""
+    scored_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What a version holds."""
+
+    name: str
+    splits: Mapping[str, PublishedSplit]
+    tables: Mapping[str, Any]
+    """Table -> `columns`, and `complete`: whether every column of the schema is among them."""
+    about: Mapping[str, Any]
+    """Table -> what all of its shards said of themselves."""
+    chosen: Mapping[str, Any]
+    """`where`, `columns`, `min_k`: what of the snapshots was taken."""
+    statistics: Mapping[str, Any]
+    """Split -> numbers for the card."""
+    request: str
+    """Hash of all that was asked for: an equal request makes the same version."""
+    files: Sequence[PublishedFile] = field(repr=False)
+
+    @property
+    def id(self) -> str:
+        """Hash of the files' names and contents, of the dataset's name and of what was chosen."""
+        files = {file.name: file.sha256 for file in self.files}
+        return content_id("published", files=files, name=self.name, chosen=dict(self.chosen))
+
+    @property
+    def version(self) -> str:
+        """Name of the version's folder."""
+        return f"v-{self.id[:8]}"
+
+    def tables_of(self, table: str, split: str) -> list[PublishedFile]:
+        """The Parquet files of a table's split, in order."""
+        return sorted((f for f in self.files if (f.table, f.split) == (table, split)), key=lambda file: file.name)
+
+    def sealed(self) -> bytes:
+        """The manifest as the file's bytes."""
+        return seal(
+            {
+                "format_version": FORMAT_VERSION,
+                "published_version": PUBLISHED_VERSION,
+                "id": self.id,
+                "name": self.name,
+                "splits": {name: asdict(split) for name, split in self.splits.items()},
+                "tables": dict(self.tables),
+                "about": dict(self.about),
+                "chosen": dict(self.chosen),
+                "statistics": dict(self.statistics),
+                "request": self.request,
+                "files": [file.to_json() for file in self.files],
+            }
+        )
+
+    @classmethod
+    def unsealed(cls, data: bytes, name: str) -> "Manifest":
+        """Read what `sealed` wrote; `name` is the file, for messages.
+
+        Raises:
+            IntegrityError: the manifest was changed, or is of another format.
+        """
+        record = unseal(data, name)
+        versions = record.pop("format_version", None), record.pop("published_version", None)
+        if versions != (FORMAT_VERSION, PUBLISHED_VERSION):
+            raise IntegrityError(
+                f"{name}: formats {versions}, this Stillroom reads {(FORMAT_VERSION, PUBLISHED_VERSION)}. "
+                "Use the version of Stillroom that published it."
+            )
+        files = [PublishedFile(**file | {"row_groups": tuple(file.get("row_groups", ()))}) for file in record["files"]]
+        splits = {split: PublishedSplit(**found) for split, found in record["splits"].items()}
+        found = cls(**{k: v for k, v in record.items() if k != "id"} | {"files": files, "splits": splits})
+        if found.id != record["id"]:
+            raise IntegrityError(f"{name}: names {record['id']}, its files are {found.id}. Publish it again.")
+        return found
+
+
+def current_version(card: str) -> str | None:
+    """The version that a card's front matter points at; None where it is no card of a published folder.
+
+    Raises:
+        IntegrityError: it points at several.
+    """
+    front = _FRONT.match(card)
+    versions = set(_PATH.findall(front[1])) if front else set()
+    if len(versions) > 1:
+        raise IntegrityError(f"{CARD}: points at {', '.join(sorted(versions))} at once. Publish it again.")
+    return versions.pop() if versions else None
+
+
+def read_manifest(files: Files) -> Manifest:
+    """The manifest of the version that a published folder's card points at.
+
+    Raises:
+        UsageError: this is no published folder.
+        IntegrityError: the manifest is missing or damaged.
+    """
+    try:
+        version = current_version(files.read(CARD).decode(errors="replace"))
+    except FileNotFoundError:
+        version = None
+    if version is None:
+        raise UsageError(
+            f"{files.root}: not a folder that Stillroom published (no {CARD} that names a version). Check the path."
+        )
+    name = f"{version}/{MANIFEST}"
+    try:
+        found = Manifest.unsealed(files.read(name), name)
+    except FileNotFoundError as error:
+        raise IntegrityError(f"{files.root}/{name}: missing. Download the folder again, whole.") from error
+    if found.version != version:
+        raise IntegrityError(f"{files.root}/{name}: is of {found.version}. Download the folder again, whole.")
+    return found
+
+
+def damaged_files(files: Files, manifest: Manifest) -> list[str]:
+    """Names, below the folder, of files that are missing or do not have the bytes that the manifest says."""
+    found = []
+    for file in manifest.files:
+        name = f"{manifest.version}/{file.name}"
+        try:
+            if files.sha256(name) != file.sha256:
+                found.append(name)
+        except FileNotFoundError:
+            found.append(name)
+    return found

@@ -1,0 +1,1 @@
+"""Snapshots: which rows, in which order, and reading them."""

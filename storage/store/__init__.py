@@ -1,0 +1,1 @@
+"""The store: commits, writers, the index, SQL."""

@@ -1,0 +1,198 @@
+"""The commit log of one table: numbered records, each put in place once, that say which shards exist.
+
+Contents of a table = commit records minus retired records. Nothing else counts: a data file without a record is not
+there. A writer appends by putting the next number; whoever loses that race reads the winner's record and tries again.
+"""
+
+import base64
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..errors import IntegrityError
+from ..files.local import Files
+from ..keys import KEY_BYTES, seal, unseal
+from ..keyset import KeySet
+from ..tables.schema import FORMAT_VERSION, TableName
+from ..tables.shard import ShardInfo, shard_name
+
+_AT_ONCE = 1024  # records read together: an object store answers many requests in the time of one
+_NUMBERED = re.compile(r"^\d{8}\.json$")
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """One commit record."""
+
+    table: TableName
+    seq: int
+    writer: str
+    """Which writer made it (a uuid)."""
+    shard: ShardInfo
+    tokens: int
+    """Completion tokens of generations, scored tokens of soft targets."""
+    seconds: float
+    """Since the writer's previous commit."""
+    stage: str
+    versions: Mapping[str, str]
+    created: str
+    """For people; nothing depends on it."""
+
+
+def record_name(table: str, seq: int, *, folder: str = "commits") -> str:
+    """Where a record lies, below the store."""
+    return f"{folder}/{table}/{seq:08d}.json"
+
+
+def numbers(files: Files, table: str, *, folder: str = "commits") -> list[int]:
+    """Sequence numbers that a listing shows."""
+    return [int(name[:8]) for name in files.names(f"{folder}/{table}") if _NUMBERED.match(name)]
+
+
+class CommitLog:
+    """The records of one table as known so far."""
+
+    def __init__(self, files: Files, table: TableName, *, track_keys: bool = False) -> None:
+        """`track_keys`: keep the keys of all live rows, as a writer must."""
+        self._files = files
+        self.table: TableName = table
+        self.next = 0
+        """The number after the newest commit known."""
+        self._live: dict[int, Commit] = {}
+        self._retired: set[int] = set()
+        self._track_keys = track_keys
+        self.keys = KeySet()
+        """Keys of every live row, where they are tracked."""
+
+    def refresh(self) -> list[Commit]:
+        """List what there is, read what is new, and return the live commits, oldest first."""
+        retired = set(numbers(self._files, self.table, folder="retired"))
+        for seq in retired - self._retired:
+            read_retired(self._files, self.table, seq)
+        if any(seq < self.next for seq in retired - self._retired):
+            self.next, self._live, self.keys = 0, {}, KeySet()  # rare: read all again, without what was withdrawn
+        self._retired = retired
+        last = max([*numbers(self._files, self.table), *retired], default=-1)  # a withdrawn number is never used again
+        # A listing made while others commit may leave a number out below the last: ask for every number by name.
+        self._read(range(self.next, last + 1))
+        self.next = max(self.next, last + 1)
+        return self.live(0)
+
+    def live(self, first: int) -> list[Commit]:
+        """The live commits known, oldest first, from a number on."""
+        return [self._live[seq] for seq in range(first, self.next) if seq in self._live]
+
+    def advance(self) -> None:
+        """Read the records that follow those known, asking for each by name: cheap, but blind to withdrawals."""
+        while (record := read_commit(self._files, self.table, self.next)) is not None:
+            self._add([record])
+            self.next += 1
+
+    def append(self, fields: Mapping[str, Any], shard: ShardInfo, keys: Iterable[bytes]) -> Commit | None:
+        """Try the next number. None: another writer took it; its records are read, look at `keys` and try again."""
+        commit = Commit(
+            table=self.table,
+            seq=self.next,
+            shard=shard,
+            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            **fields,
+        )
+        joined = b"".join(keys)
+        if not self._files.put_if_absent(record_name(self.table, commit.seq), seal(_to_json(commit, joined))):
+            self.advance()
+            return None
+        if self._files.exists(record_name(self.table, commit.seq, folder="retired")):
+            self.refresh()  # `repair` gave this number up while no record was there: nothing stands under it
+            return None
+        self._add([(commit, joined)])
+        self.next += 1
+        return commit
+
+    def _read(self, seqs: Iterable[int]) -> None:
+        wanted = [seq for seq in seqs if seq not in self._retired]
+        for start in range(0, len(wanted), _AT_ONCE):
+            names = {record_name(self.table, seq): seq for seq in wanted[start : start + _AT_ONCE]}
+            found = self._files.read_many(list(names))
+            self._add([_read_record(data, self.table, names[name]) for name, data in found.items()])
+
+    def _add(self, records: Sequence[tuple[Commit, bytes]]) -> None:
+        live = [(commit, joined) for commit, joined in records if commit.seq not in self._retired]
+        self._live |= {commit.seq: commit for commit, _ in live}
+        if self._track_keys:
+            self.keys.update(b"".join(joined for _, joined in live))
+
+
+def retire(files: Files, table: TableName, seq: int, *, reason: str) -> bool:
+    """Withdraw a commit: its rows are no longer in the store. False if it was withdrawn before."""
+    return files.put_if_absent(record_name(table, seq, folder="retired"), withdrawal(table, seq, reason=reason))
+
+
+def withdrawal(table: TableName, seq: int, *, reason: str) -> bytes:
+    """The record that withdraws a commit."""
+    return seal({"format_version": FORMAT_VERSION, "table": table, "seq": seq, "reason": reason})
+
+
+def read_commit(files: Files, table: TableName, seq: int) -> tuple[Commit, bytes] | None:
+    """One record, checked, and the keys of its rows, 16 bytes each; None if there is none under this number."""
+    try:
+        return _read_record(files.read(record_name(table, seq)), table, seq)
+    except FileNotFoundError:
+        return None
+
+
+def _read_record(data: bytes, table: TableName, seq: int) -> tuple[Commit, bytes]:
+    name = record_name(table, seq)
+    record = unseal(data, name)
+    _check_name(record, name, table=table, seq=seq)
+    try:
+        commit, keys = _from_json(record)
+    except (KeyError, TypeError, ValueError) as error:
+        raise IntegrityError(f"{name}: not a commit record of this format ({error!r}). Restore the file.") from error
+    shard = commit.shard
+    if not len(keys) / KEY_BYTES == shard.rows == sum(shard.row_groups) or shard.name != shard_name(
+        table, shard.sha256
+    ):
+        raise IntegrityError(f"{name}: the record contradicts itself about its shard. Restore the file from a backup.")
+    return commit, keys
+
+
+def read_retired(files: Files, table: TableName, seq: int) -> None:
+    """Check the record that withdraws a commit."""
+    name = record_name(table, seq, folder="retired")
+    _check_name(unseal(files.read(name), name), name, table=table, seq=seq)
+
+
+def _check_name(record: dict[str, Any], name: str, *, table: str, seq: int) -> None:
+    if record.get("format_version") != FORMAT_VERSION:
+        raise IntegrityError(
+            f"{name}: format version {record.get('format_version')}, this Stillroom reads {FORMAT_VERSION}. "
+            "Use the version of Stillroom that wrote the store."
+        )
+    if (record.get("table"), record.get("seq")) != (table, seq):
+        raise IntegrityError(
+            f"{name}: the record inside is {record.get('table')} {record.get('seq')}: it was copied or renamed. "
+            "Restore the file from a backup."
+        )
+
+
+def _to_json(commit: Commit, keys: bytes) -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "table": commit.table,
+        "seq": commit.seq,
+        "writer": commit.writer,
+        "shard": asdict(commit.shard),
+        "keys": base64.b64encode(keys).decode(),
+        "tokens": commit.tokens,
+        "seconds": commit.seconds,
+        "stage": commit.stage,
+        "versions": dict(commit.versions),
+        "created": commit.created,
+    }
+
+
+def _from_json(record: dict[str, Any]) -> tuple[Commit, bytes]:
+    fields = {name: value for name, value in record.items() if name not in ("format_version", "keys")}
+    return Commit(**{**fields, "shard": ShardInfo.from_json(record["shard"])}), base64.b64decode(record["keys"])

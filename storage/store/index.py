@@ -1,0 +1,126 @@
+"""The index: what a plan asks of every committed row, as DuckDB views over segments and the newest commits."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from ..errors import IntegrityError, StillroomError
+from ..files.local import Files, file_sha256
+from ..tables.schema import KEY, TABLES, TableName
+from ..tables.shard import REPAIR, ShardInfo
+from .commits import Commit
+from .segments import INDEXED, Indexed, place_of, segment_schema
+from .store import Store
+
+MEMORY = "800MB"
+"""What DuckDB may hold while it counts; more goes to disk."""
+
+
+class Index:
+    """Views `prompts`, `generations`, `soft_targets`, `rejects`: `place` and the indexed columns of each live row.
+
+    Keys are of type UUID in here; `key::BLOB` gives their bytes.
+    """
+
+    def __init__(self, store: Store, *, write: bool = False) -> None:
+        """`write`: keep the segments that are missing (a plan writes nothing)."""
+        self._spill = TemporaryDirectory(prefix="stillroom-")
+        self._connection = duckdb.connect()
+        self._connection.execute(f"SET memory_limit = '{MEMORY}'")
+        self._connection.execute(f"SET temp_directory = '{self._spill.name}'")
+        self._connection.execute("SET preserve_insertion_order = false")
+        self.commits: dict[TableName, dict[int, Commit]] = {}
+        """The live commits, by number."""
+        for table in TABLES:
+            self.commits[table] = {}
+            views: list[str] = []
+            for number, (part, first) in enumerate(store.parts):
+                found = part.indexed(table, write=write and number == 0)
+                self.commits[table] |= {first + commit.seq: commit for commit in found.commits}
+                views.append(self._part(f"{table}_{number}", table, found, first=first))
+            self._view(table, views)
+
+    def close(self) -> None:
+        """Give memory and disk back."""
+        self._connection.close()
+        self._spill.cleanup()
+
+    def use_all_memory(self) -> None:
+        """Let DuckDB hold what it likes, for results that are large themselves."""
+        self.execute("RESET memory_limit")
+
+    def register(self, name: str, table: pa.Table) -> None:
+        """Make a table known under a name."""
+        self._connection.register(name, table)
+
+    def parquet(self, files: Files, shard: ShardInfo) -> str:
+        """A FROM clause that reads a file of the store, its sha256 verified: DuckDB checks no page.
+
+        Raises:
+            IntegrityError: the file is missing or damaged.
+        """
+        try:
+            whole = file_sha256(files.local(shard.name)) == shard.sha256
+        except FileNotFoundError:
+            whole = False
+        if not whole:
+            raise IntegrityError(f"{shard.name}: the file is missing or damaged (its sha256 is another one). {REPAIR}")
+        return f"read_parquet('{_quoted(files.local(shard.name))}', file_row_number = true)"
+
+    def execute(self, sql: str) -> None:
+        """Run a statement."""
+        with _explained():
+            self._connection.execute(sql)
+
+    def table(self, sql: str) -> pa.Table:
+        """All rows of a query."""
+        with _explained():
+            return self._connection.sql(sql).to_arrow_table()
+
+    def rows(self, sql: str) -> list[tuple[Any, ...]]:
+        """All rows of a small query."""
+        with _explained():
+            return self._connection.execute(sql).fetchall()
+
+    def _part(self, name: str, table: TableName, found: Indexed, *, first: int) -> str:
+        """A view of the rows of one of the stores; its commits are counted from `first` on."""
+        self.register(f"newest_{name}", found.newest)
+        columns = ", ".join(as_uuid(f.name) if f.type == KEY else f.name for f in segment_schema(table))
+        select = f"SELECT {columns} FROM newest_{name}"
+        if found.segments:
+            paths = ", ".join(f"'{_quoted(path)}'" for path in found.segments)
+            select += f" UNION ALL SELECT {columns} FROM read_parquet([{paths}])"
+        moved = f"* REPLACE (place + {place_of(first, 0)} AS place)" if first else "*"
+        self.execute(f"CREATE VIEW {name} AS SELECT {moved} FROM ({select})")
+        return name
+
+    def _view(self, table: TableName, parts: Sequence[str]) -> None:
+        """All rows; of a row that several stores have, the first one's."""
+        keyed = "key" in INDEXED[table]
+        selects = [f"SELECT * FROM {parts[0]}"]
+        for number, part in enumerate(parts[1:], start=1):
+            before = " UNION ALL ".join(f"SELECT key FROM {earlier}" for earlier in parts[:number])
+            selects.append(f"SELECT * FROM {part}" + (f" WHERE key NOT IN ({before})" if keyed else ""))
+        self.execute(f"CREATE VIEW {table} AS {' UNION ALL '.join(selects)}")
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
+        raise StillroomError(f"plan: {error}. Free memory and disk space, and run the same command again.") from error
+
+
+def as_uuid(column: str) -> str:
+    """A column of keys as 128-bit numbers: DuckDB joins them in a third of the memory that it takes for bytes."""
+    return f"{column}::UUID AS {column}"
+
+
+def _quoted(path: Path) -> str:
+    return str(path).replace("'", "''")

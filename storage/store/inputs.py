@@ -1,0 +1,68 @@
+"""Inputs: which prompts a recipe's data are, and in which split. One record and one Parquet file per `data_id`."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from ..errors import IntegrityError
+from ..files.local import Files
+from ..keys import seal, unseal
+from ..tables.schema import FORMAT_VERSION, KEY
+from ..tables.shard import ShardFile, ShardInfo, put_parquet
+
+INPUTS_SCHEMA = pa.schema(
+    [
+        pa.field("key", KEY, nullable=False),
+        pa.field("prompt_key", KEY, nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("windows", pa.int32()),
+        pa.field("first", pa.bool_(), nullable=False),
+    ]
+)
+_GROUP_ROWS = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """The record of one `data_id`."""
+
+    shard: ShardInfo
+    about: dict[str, Any]
+
+
+def inputs_name(data_id: str) -> str:
+    """Where the record lies, below the store."""
+    return f"inputs/{data_id}.json"
+
+
+def put_inputs(files: Files, data_id: str, table: pa.Table, *, about: Mapping[str, Any]) -> None:
+    """Record a table of inputs; the first record of a `data_id` stays."""
+    if files.exists(inputs_name(data_id)):
+        return
+    data = table.select(INPUTS_SCHEMA.names).cast(INPUTS_SCHEMA)
+    groups = [min(_GROUP_ROWS, data.num_rows - start) for start in range(0, data.num_rows, _GROUP_ROWS)]
+    shard = put_parquet(files, data, groups, folder="data/inputs", about={"table": "inputs"})
+    record = {"format_version": FORMAT_VERSION, "data_id": data_id, "shard": asdict(shard), "about": dict(about)}
+    files.put_if_absent(inputs_name(data_id), seal(record))
+
+
+def read_inputs(files: Files, data_id: str) -> Inputs | None:
+    """The record of a `data_id`, checked; None if there is none."""
+    name = inputs_name(data_id)
+    try:
+        record = unseal(files.read(name), name)
+    except FileNotFoundError:
+        return None
+    if (record.get("format_version"), record.get("data_id")) != (FORMAT_VERSION, data_id):
+        raise IntegrityError(
+            f"{name}: the record inside is of {record.get('data_id')}, format version {record.get('format_version')}; "
+            f"expected {data_id}, version {FORMAT_VERSION}. Restore the file, or use the Stillroom that wrote it."
+        )
+    return Inputs(ShardInfo.from_json(record["shard"]), record["about"])
+
+
+def inputs_table(files: Files, inputs: Inputs) -> pa.Table:
+    """The inputs: key, prompt_key, split (train or test), windows (of a cut text), first (of the rows of a prompt)."""
+    return ShardFile(files, inputs.shard.name).read_all().replace_schema_metadata(None)

@@ -1,0 +1,152 @@
+"""Index segments: a few columns of the rows of 256 commits in one Parquet file, so that a plan opens no shard twice.
+
+A cache: made from records and shards, made again when missing, damaged or out of date. A segment's name holds the hash
+of the commits it covers and the sha256 of its own bytes, so one that is not what it should be is never used.
+"""
+
+import hashlib
+import io
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..errors import IntegrityError
+from ..files.local import Files, file_sha256
+from ..keys import content_id
+from ..tables.schema import SCHEMAS, TableName
+from ..tables.shard import ShardFile
+from .commits import Commit, CommitLog
+
+SEGMENT = 256
+"""Commits to a segment."""
+
+_READERS = 8  # shards read side by side: on an object store each is a few round trips
+
+INDEXED: dict[TableName, tuple[str, ...]] = {
+    "prompts": ("key", "prompt_key", "label"),
+    "generations": (
+        *("key", "prompt_key", "source_key", "tokens_key", "author_id", "sampling_id", "sample_index"),
+        *("prompt_tokens", "completion_tokens", "finish_reason"),
+    ),
+    "soft_targets": (
+        *("tokens_key", "teacher_id", "kind", "k", "mantissa_bits"),
+        *("p", "k_min", "draw", "proposal", "temperatures"),
+    ),
+    "rejects": ("context_id", "prompt_key", "sample_index", "tokens_key", "limit_tokens", "reason"),
+}
+"""What a plan asks of a row."""
+
+
+def segment_schema(table: TableName) -> pa.Schema:
+    """`place` (`place_of`) and the indexed columns."""
+    columns = [SCHEMAS[table].field(name).remove_metadata() for name in INDEXED[table]]
+    return pa.schema([pa.field("place", pa.int64(), nullable=False), *columns])
+
+
+def place_of(seq: int, row: int) -> int:
+    """Where a row is, in one number: its commit and its index in the shard."""
+    return seq << 32 | row
+
+
+def complete(commits: Sequence[Commit]) -> Iterator[Sequence[Commit]]:
+    """The live commits, oldest first, by segment; those of a segment that is not full yet are left out."""
+    last = commits[-1].seq if commits else -1
+    start = 0
+    for number in range((last + 1) // SEGMENT):
+        stop = start
+        while stop < len(commits) and commits[stop].seq < (number + 1) * SEGMENT:
+            stop += 1
+        if stop > start:
+            yield commits[start:stop]
+        start = stop
+
+
+@dataclass(frozen=True, slots=True)
+class Indexed:
+    """What a plan asks of the rows of one table."""
+
+    commits: list[Commit]
+    """The live ones; `place` names them by their numbers."""
+    newest: pa.Table
+    """Rows that are in no segment, as `segment_schema` has them."""
+    segments: list[Path]
+    """Files with the others."""
+
+
+def indexed(files: Files, table: TableName, commits: list[Commit], *, write: bool) -> Indexed:
+    """The rows of these commits; `write`: keep the segments that are missing."""
+    known = Segments(files, table)
+    segments: list[Path] = []
+    covered: set[int] = set()
+    for part in complete(commits):
+        name = known.find(part) or (known.put(part) if write else None)
+        if name is not None:
+            segments.append(files.local(name))
+            covered.update(commit.seq for commit in part)
+    newest = read_columns(files, table, [commit for commit in commits if commit.seq not in covered])
+    return Indexed(commits, newest, segments)
+
+
+class Segments:
+    """The segments of one table."""
+
+    def __init__(self, files: Files, table: TableName) -> None:
+        self._files, self._table = files, table
+        self._folder = f"cache/index/{table}"
+        self._names: dict[str, list[str]] = {}
+        for name in files.names(self._folder):
+            self._names.setdefault(name.split("-")[0], []).append(name)
+
+    def find(self, commits: Sequence[Commit]) -> str | None:
+        """The file of these commits' segment; None if there is none, or none that is whole."""
+        names = (f"{self._folder}/{name}" for name in self._names.get(self._id(commits), ()))
+        return next((name for name in names if self._is_whole(name)), None)
+
+    def _is_whole(self, name: str) -> bool:
+        try:
+            return file_sha256(self._files.local(name))[:32] == name.split("-")[1][:32]
+        except FileNotFoundError:  # vacuumed meanwhile
+            return False
+
+    def put(self, commits: Sequence[Commit]) -> str:
+        """Make a segment; returns its name."""
+        buffer = io.BytesIO()
+        pq.write_table(read_columns(self._files, self._table, commits), buffer, compression="zstd", compression_level=1)
+        data = buffer.getvalue()
+        name = f"{self._folder}/{self._id(commits)}-{hashlib.sha256(data).hexdigest()[:32]}.parquet"
+        self._files.replace(name, data)
+        return name
+
+    def _id(self, commits: Sequence[Commit]) -> str:
+        covered = [[commit.seq, commit.shard.sha256] for commit in commits]
+        return content_id("segment", table=self._table, columns=INDEXED[self._table], commits=covered)
+
+
+def keep_last_segment(files: Files, log: CommitLog) -> None:
+    """Make the segment that the newest commit completes, if it completes one, so that a plan finds it made."""
+    if log.next % SEGMENT == 0 and (commits := log.live(log.next - SEGMENT)):
+        try:
+            Segments(files, log.table).put(commits)
+        except IntegrityError:
+            return  # somebody's shard is damaged: that is for the next plan to say, not for this writer
+
+
+def read_columns(files: Files, table: TableName, commits: Sequence[Commit]) -> pa.Table:
+    """The segment's rows, from the shards themselves, page checksums verified."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        parts = list(pool.map(lambda commit: _read(files, table, commit), commits))
+    return pa.concat_tables([segment_schema(table).empty_table(), *parts])
+
+
+def _read(files: Files, table: TableName, commit: Commit) -> pa.Table:
+    shard = ShardFile(files, commit.shard.name)
+    if shard.rows_per_group != commit.shard.row_groups:
+        raise IntegrityError(f"{shard.name}: row groups {shard.rows_per_group}, committed {commit.shard.row_groups}.")
+    data = shard.read_all(INDEXED[table])
+    places = place_of(commit.seq, 0) + np.arange(data.num_rows, dtype=np.int64)
+    return pa.Table.from_arrays([pa.chunked_array([places]), *data.columns], schema=segment_schema(table))

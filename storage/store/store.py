@@ -1,0 +1,172 @@
+"""The store: a folder of teacher outputs. Open it, add rows through a writer, read rows by what the commits say."""
+
+import json
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ..errors import IntegrityError, UsageError
+from ..files.local import Files, open_files
+from ..tables.schema import FORMAT_VERSION, SCHEMAS, TABLES, TableName
+from ..tables.shard import ShardFile, ShardInfo, shard_name
+from .commits import Commit, CommitLog, retire
+from .inputs import inputs_table, put_inputs, read_inputs
+from .segments import Indexed, indexed
+from .writer import CommitLimits, ShardWriter
+
+MARKER = "STORE.json"
+_REQUIRED_ABOUT = {"soft_targets": ("teacher_id", "tokenizer_id", "vocab_size", "mantissa_bits")}
+
+
+class Store:
+    """An open store. `Store.open` makes one."""
+
+    def __init__(self, files: Files, store_id: str) -> None:
+        self.files = files
+        self.id = store_id
+        self._logs = {table: CommitLog(files, table) for table in TABLES}
+
+    @classmethod
+    def open(cls, root: Path | str, *, create: bool = False) -> "Store":
+        """Open the store in a folder or below a URL; with `create`, to write in it: make it if nothing is there."""
+        return cls.from_files(open_files(root), create=create)
+
+    @classmethod
+    def from_files(cls, files: Files, *, create: bool = False) -> "Store":
+        """`open` on given files."""
+        if create:
+            _create(files)
+        if not files.exists(MARKER):
+            raise UsageError(f"{files.root}: no store here (no {MARKER} found). Check the path, or run a recipe first.")
+        try:
+            marker = json.loads(files.read(MARKER))
+            version, store_id = marker["format_version"], str(marker["store_id"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise IntegrityError(
+                f"{files.root}/{MARKER}: the marker is damaged ({error!r}). Write it again, with any id: "
+                f'{{"format_version": {FORMAT_VERSION}, "store_id": "..."}}'
+            ) from error
+        if version != FORMAT_VERSION:
+            raise IntegrityError(
+                f"{files.root}/{MARKER}: format version {version}, this Stillroom reads and writes {FORMAT_VERSION}. "
+                "Use the version of Stillroom that made the store."
+            )
+        return cls(files, store_id)
+
+    @property
+    def root(self) -> Path | str:
+        """The store's folder, or its URL."""
+        return self.files.root
+
+    @property
+    def parts(self) -> list[tuple["Store", int]]:
+        """What it is made of: stores, and the number from which on the commits of each are counted here."""
+        return [(self, 0)]
+
+    def commits(self, table: TableName) -> list[Commit]:
+        """Live commits of a table, oldest first, other writers' included."""
+        return self._logs[table].refresh()
+
+    def shards(self, table: TableName) -> list[ShardInfo]:
+        """The files that hold a table's rows."""
+        return [commit.shard for commit in self.commits(table)]
+
+    def indexed(self, table: TableName, *, write: bool = False) -> Indexed:
+        """What a plan asks of a table's rows; `write`: keep the index segments that are missing."""
+        return indexed(self.files, table, self.commits(table), write=write)
+
+    def source_of(self, table: TableName, sha256: str) -> str:
+        """Which read-only source a shard is in; empty: the store's own."""
+        return ""
+
+    def writer(self, table: TableName, *, about: Mapping[str, Any], limits: CommitLimits | None = None) -> ShardWriter:
+        """A context manager that adds rows. `about` goes into each shard's metadata: who wrote it, and how."""
+        missing = [name for name in _REQUIRED_ABOUT.get(table, ()) if name not in about]
+        if missing:
+            raise ValueError(f"a writer of {table} needs {', '.join(missing)} in `about`: shards describe themselves")
+        self.files.prove_exclusive()
+        log = CommitLog(self.files, table, track_keys=True)
+        return ShardWriter(self.files, log, about=about, limits=limits or CommitLimits())
+
+    def retire(self, commit: Commit, *, reason: str) -> bool:
+        """Withdraw a commit; its rows may then be made again. False if it was withdrawn before."""
+        return retire(self.files, commit.table, commit.seq, reason=reason)
+
+    def index(self, table: TableName, columns: Sequence[str]) -> pa.Table:
+        """Some columns of every committed row, with `shard` (its sha256) and `row` (index in the shard)."""
+        chosen = [SCHEMAS[table].field(name).remove_metadata() for name in columns]
+        schema = pa.schema([*chosen, pa.field("shard", pa.string()), pa.field("row", pa.int32())])
+        parts = [schema.empty_table()]
+        for commit in self.commits(table):
+            shard = self.shard(table, commit.shard.sha256)
+            if shard.rows_per_group != commit.shard.row_groups:
+                raise IntegrityError(
+                    f"{shard.name}: row groups {shard.rows_per_group}, committed {commit.shard.row_groups}."
+                )
+            data = shard.read_all(columns)
+            shas = pa.chunked_array([pa.repeat(commit.shard.sha256, data.num_rows)])
+            rows = pa.chunked_array([shard.numbers.astype(np.int32)])
+            parts.append(pa.Table.from_arrays([*data.columns, shas, rows], schema=schema))
+        return pa.concat_tables(parts)
+
+    def rows(
+        self, table: TableName, places: Mapping[str, Sequence[int] | np.ndarray], columns: Sequence[str] | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """Rows by shard sha256 and row index, in the order given; numeric lists are numpy arrays."""
+        for sha256, rows in places.items():
+            yield from self.shard(table, sha256).take(rows, columns)
+
+    def shard(self, table: TableName, sha256: str) -> ShardFile:
+        """A shard opened for reading."""
+        name = shard_name(table, sha256)
+        return ShardFile(self.files, name)
+
+    def put_inputs(self, data_id: str, table: pa.Table, about: Mapping[str, Any]) -> None:
+        """Record which prompts a recipe's data are, in which split. The first record of a `data_id` stays."""
+        put_inputs(self.files, data_id, table, about=about)
+
+    def inputs(self, data_id: str) -> pa.Table | None:
+        """The prompts recorded under `data_id`: key, prompt_key, split, windows, first. None if there is no record."""
+        inputs = read_inputs(self.files, data_id)
+        return None if inputs is None else inputs_table(self.files, inputs)
+
+    def inputs_about(self, data_id: str) -> dict[str, Any] | None:
+        """What `put_inputs` was told about the data. None if there is no record."""
+        inputs = read_inputs(self.files, data_id)
+        return None if inputs is None else inputs.about
+
+    def put_teacher(self, teacher_id: str, files: Mapping[str, bytes]) -> None:
+        """Keep a teacher's small files (tokenizer, config, template); `identity.json` last, it makes them count."""
+        if self.files.exists(f"teachers/{teacher_id}/identity.json"):
+            return
+        for name in sorted(set(files) - {"identity.json"}):
+            self.files.put_if_absent(f"teachers/{teacher_id}/{name}", files[name])
+        self.files.put_if_absent(f"teachers/{teacher_id}/identity.json", files["identity.json"])
+
+    def teacher_parts(self, teacher_id: str) -> dict[str, Any]:
+        """What a teacher's identity is made of; nothing if the store does not know it."""
+        name = f"teachers/{teacher_id}/identity.json"
+        return dict(json.loads(self.files.read(name))) if self.files.exists(name) else {}
+
+    def teacher_dir(self, teacher_id: str) -> Path:
+        """Folder of this machine with a teacher's tokenizer, config and template."""
+        folder = f"teachers/{teacher_id}"
+        names = self.files.names(folder)
+        if "identity.json" not in names:
+            raise UsageError(f"{self.root}/{folder}: the store does not know this teacher. Run the recipe first.")
+        paths = [self.files.local(f"{folder}/{name}") for name in names]
+        return paths[0].parent
+
+
+def _create(files: Files) -> None:
+    # The marker is a store's first file: entries seen before looking for it must have come after it.
+    occupied = not files.empty()
+    if occupied and not files.exists(MARKER):
+        raise UsageError(f"{files.root}: the folder is not empty and not a store. Choose another folder for the store.")
+    files.prove_exclusive()
+    marker = {"format_version": FORMAT_VERSION, "store_id": str(uuid.uuid4())}
+    files.put_if_absent(MARKER, json.dumps(marker, indent=1).encode() + b"\n")

@@ -1,0 +1,1 @@
+"""Tables: their schemas, rows, soft targets, invariants and shards."""

@@ -1,0 +1,173 @@
+"""The command line: help, init and schema answer without the heavy libraries; plan writes nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from kit import command, last_json, prompts, stillroom, write_jsonl, write_recipe
+
+from stillroom.pipeline.report.inspect import describe, find_row, tokenizer_of
+from stillroom.storage.errors import UsageError
+from stillroom.storage.store.store import Store
+
+COMMANDS = [
+    "demo",
+    "init",
+    "plan",
+    "run",
+    "status",
+    "inspect",
+    "query",
+    "verify",
+    "repair",
+    "vacuum",
+    "report",
+    "schema",
+]
+HEAVY = {"torch", "transformers", "vllm", "datasets", "matplotlib"}
+
+
+def modules_after(*arguments: str) -> set[str]:
+    """Top-level modules that a command has loaded by its end."""
+    code = (
+        "import sys\nfrom stillroom.pipeline.cli import main as cli\n"
+        f"sys.argv = ['stillroom', *{list(arguments)!r}]\n"
+        "try:\n    cli.main()\nexcept SystemExit:\n    pass\n"
+        "sys.stderr.write('\\n' + ' '.join({m.split('.')[0] for m in sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    return set(done.stderr.split("\n")[-1].split())
+
+
+def test_help_lists_every_command() -> None:
+    shown = stillroom("--help").stdout
+    assert all(f"  {name} " in shown for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str) -> None:
+    assert "Usage:" in stillroom(name, "--help").stdout
+
+
+def test_what_needs_no_data_loads_neither_torch_nor_arrow(tmp_path: Path) -> None:
+    for arguments in (
+        ["--help"],
+        ["schema"],
+        ["init", str(tmp_path / "r.yaml")],
+        ["plan", str(tmp_path / "none.yaml")],
+    ):
+        assert not modules_after(*arguments) & (HEAVY | {"pyarrow", "duckdb"}), arguments
+
+
+def test_plan_loads_no_torch_and_writes_nothing(tmp_path: Path, tiny_llama: Callable[..., Path]) -> None:
+    source = write_jsonl(tmp_path / "p.jsonl", prompts(12))
+    recipe = write_recipe(tmp_path, tiny_llama("teacher"), source)
+    before = sorted(tmp_path.rglob("*"))
+    assert not modules_after("plan", str(recipe)) & HEAVY
+    assert sorted(tmp_path.rglob("*")) == before
+    lines = last_json(stillroom("plan", recipe, "--json"))["stages"]
+    assert (lines["data"]["pending"], lines["generate"]["pending"], lines["score"]["state"]) == (12, 12, "waits")
+
+
+def test_init_writes_a_recipe_once(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    assert "stillroom plan" in stillroom("init", path).stdout
+    assert "exists already" in stillroom("init", path, expect=2).stderr
+
+
+def test_init_prints_one_object(tmp_path: Path) -> None:
+    lines = stillroom("init", tmp_path / "mine.yaml", "--json").stdout.splitlines()
+    assert [line for line in lines if line.startswith("{")] == [json.dumps({"recipe": str(tmp_path / "mine.yaml")})]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_outside_a_stage_is_exit_code_130_and_a_message(tmp_path: Path, number: int) -> None:
+    pipe = tmp_path / "recipe.yaml"
+    os.mkfifo(pipe)
+    process = subprocess.Popen(command("run", pipe, "--json"), stdout=-1, stderr=-1, text=True)
+    with pipe.open("w"):  # opens when the command reads; it then waits for a recipe that does not come
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == "error: stopped by a signal; finished rows are kept. Run the same command to go on.\n"
+    assert json.loads(out)["exit_code"] == 130
+
+
+def generations(root: Path, *, author: str, keys: list[bytes]) -> Store:
+    """A store with a generation under every key, and a model `teacher` of one-letter tokens."""
+    from tokenizers import Tokenizer, models
+
+    store = Store.open(root, create=True)
+    tokenizer = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate("abcdef")}, unk_token="a"))
+    store.put_teacher("teacher", {"tokenizer.json": tokenizer.to_str().encode(), "identity.json": b"{}"})
+    with store.writer("generations", about={}) as writer:
+        for key in keys:
+            writer.add(
+                {
+                    "key": key,
+                    "reuse_key": key,
+                    "prompt_key": key,
+                    "author_id": author,
+                    "sampling_id": author,
+                    "tokens_key": bytes(16),
+                    "sample_index": 0,
+                    "token_ids": [1, 2, 3],
+                    "prompt_tokens": 1,
+                    "completion_tokens": 2,
+                    "text": "c d",
+                    "finish_reason": "stop",
+                    "max_tokens": 2,
+                    "row_seed": 0,
+                }
+            )
+    return store
+
+
+def test_inspect_takes_a_unique_beginning_only(tmp_path: Path) -> None:
+    store = generations(tmp_path / "store", author="given", keys=[b"\x12" * 16, b"\x13" * 16, b"\x20" * 16])
+    assert find_row(store, "2")["key"] == b"\x20" * 16
+    assert find_row(store, "131")["key"] == b"\x13" * 16
+    assert find_row(store, None)["key"] == b"\x12" * 16
+    with pytest.raises(UsageError, match="2 rows have keys that begin with '1'"):
+        find_row(store, "1")
+    with pytest.raises(UsageError, match="no row whose key begins with 7"):
+        find_row(store, "7")
+
+
+@pytest.mark.parametrize(("author", "tokens"), [("given", ["[1]", "[2]", "[3]"]), ("teacher", ["b", "c", "d"])])
+def test_inspect_reads_tokens_with_the_rows_own_tokenizer_or_none(
+    tmp_path: Path, author: str, tokens: list[str]
+) -> None:
+    store = generations(tmp_path / "store", author=author, keys=[b"\x12" * 16])
+    row = find_row(store, None)
+    assert describe(row, tokenizer_of(store, row))["tokens"] == tokens
+
+
+def test_schema_is_the_recipes_json_schema() -> None:
+    schema = json.loads(stillroom("schema").stdout)
+    assert set(schema["required"]) == {"run", "storage", "teacher", "student", "data", "train"}
+    assert schema["$defs"]["Score"]["properties"]["k"]["default"] == 64
+    assert "description" in schema["$defs"]["Train"]["properties"]["tokens_per_step"]
+
+
+@pytest.mark.parametrize("arguments", [["verify"], ["repair"], ["vacuum"], ["query", "SELECT 1"], ["inspect"]])
+def test_no_store_is_a_clear_message(tmp_path: Path, arguments: list[str]) -> None:
+    name, *more = arguments
+    done = stillroom(name, tmp_path / "none", *more, "--json", expect=2)
+    assert "no store here" in done.stderr
+    assert last_json(done)["exit_code"] == 2
+
+
+@pytest.mark.parametrize("arguments", [["run"], ["run", "r.yaml", "--nothing"], ["nothing"]])
+def test_bad_usage_is_exit_code_2(arguments: list[str]) -> None:
+    stillroom(*arguments, expect=2)
+
+
+def test_an_unknown_stage_is_refused_by_name(tmp_path: Path, tiny_llama: Callable[..., Path]) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama("teacher"), write_jsonl(tmp_path / "p.jsonl", prompts(12)))
+    assert "no stage 'scores'" in stillroom("run", recipe, "--until", "scores", expect=2).stderr

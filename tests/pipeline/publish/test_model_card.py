@@ -1,0 +1,169 @@
+"""The student's folder: its model card, and that others generate with it as it is."""
+
+import json
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import yaml
+from kit import recipe_tree
+
+from stillroom.pipeline.publish.model_card import student_card, write_student_cards
+from stillroom.stages.recipe.sections import Recipe
+
+TRAINED = {
+    "steps": 10,
+    "tokens": 4096,
+    "scored_tokens": 3000,
+    "epochs": 2.0,
+    "snapshot": "5" * 32,
+    "parameters": 1234,
+    "trained_parameters": 1234,
+}
+NUMBERS = {
+    "cross_entropy": 2.5,
+    "perplexity": 12.18,
+    "kl_teacher": 0.25,
+    "acceptance": 0.9,
+    "top1_agreement": 0.8,
+    "ece": 0.02,
+}
+EVALUATION = {
+    "results": {"student_before": {**NUMBERS, "kl_teacher": 1.25}, "student": NUMBERS},
+    "differences": {"student_before": {"kl_teacher": -1.0, "kl_teacher_se": 0.01}},
+    "measured_on": {"tokens": 500, "prompts": 20, "of": "tokens", "kl_is_lower_bound": False},
+}
+
+
+def settings(arm="student", **sections):
+    tree = recipe_tree(
+        Path("/home/somebody"), Path("/home/somebody/big-8b"), Path("/home/somebody/prompts.jsonl"), **sections
+    )
+    return {"recipe": Recipe(**tree).model_dump(mode="json"), "arm": arm, "teacher_id": "t" * 32}
+
+
+def front(card):
+    from huggingface_hub import ModelCard, ModelCardData
+
+    found = ModelCard(card).data.to_dict()
+    assert ModelCardData(**found).to_dict() == found
+    return found
+
+
+def test_front_matter_names_the_initial_model_where_the_hub_knows_it():
+    known = settings(student={"model": "org/small-1b", "lora": {"rank": 4}})
+    found = front(student_card(known, TRAINED, EVALUATION))
+    assert found["base_model"] == "org/small-1b"
+    assert found["base_model_relation"] == "finetune"
+    assert found["library_name"] == "transformers"
+    assert found["pipeline_tag"] == "text-generation"
+    assert "knowledge-distillation" in found["tags"]
+    for student in ({"model": "/home/somebody/small-1b"}, {"config": {"hidden_size": 8}}):
+        found = front(student_card(settings(student=student), TRAINED, EVALUATION))
+        assert not {"base_model", "base_model_relation"} & found.keys()
+
+
+def test_datasets_are_those_of_the_hub():
+    data = {"source": "org/prompts", "format": "prompt"}
+    storage = {"dir": "store", "sources": ["hf://datasets/org/targets", "/home/somebody/mine"]}
+    assert front(student_card(settings(data=data, storage=storage), TRAINED, None))["datasets"] == [
+        "org/targets",
+        "org/prompts",
+    ]
+    assert "datasets" not in front(student_card(settings(), TRAINED, None))
+
+
+def test_it_says_what_came_of_it_and_how_without_the_machines_folders():
+    card = student_card(settings(), TRAINED, EVALUATION)
+    assert "**The distilled student is 1.000 nats closer to the teacher than before training" in card
+    assert re.search(r"^\| student \(distilled\) \| 2\.5000 \| .*0\.2500", card, flags=re.MULTILINE)
+    assert "On 500 tokens of 20 held-out prompts" in card
+    assert "/home/somebody" not in card
+    assert "`big-8b`" in card
+    recipe = yaml.safe_load(re.search(r"```yaml\n(.*?)```", card, flags=re.DOTALL)[1])
+    assert recipe["generate"] == {"engine": "hf", "temperature": 0.0, "max_tokens": 12}
+    assert recipe["data"]["source"] == "prompts.jsonl"
+
+
+def test_before_the_evaluation_it_claims_nothing():
+    card = student_card(settings("baseline"), TRAINED, None)
+    assert "## Results" not in card
+    assert "This is the baseline: cross-entropy alone" in card
+    assert "baseline" in front(card)["tags"]
+
+
+@pytest.mark.parametrize(("data", "asked"), [("messages", "llm.chat"), ("prompt", "llm.generate")])
+def test_code_asks_as_the_student_was_taught(data, asked):
+    card = student_card(settings(data={"source": "x.jsonl", "format": data}), TRAINED, None)
+    assert asked in card
+
+
+def test_cards_lie_in_the_folders_of_students_that_are_done(tmp_path):
+    done, begun = tmp_path / "train-1", tmp_path / "train-2"
+    for folder in (done, begun):
+        (folder / "student").mkdir(parents=True)
+        (folder / "settings.json").write_text(json.dumps(settings()))
+    (done / "train.json").write_text(json.dumps(TRAINED))
+    write_student_cards([done, begun])
+    card = done / "student" / "README.md"
+    assert "## Results" not in card.read_text()
+    assert not (begun / "student" / "README.md").exists()
+    written = card.stat().st_mtime_ns
+    write_student_cards([done, begun])
+    assert card.stat().st_mtime_ns == written
+    (done / "evaluation.json").write_text(json.dumps(EVALUATION))
+    write_student_cards([done])
+    assert "## Results" in card.read_text()
+
+
+@pytest.mark.assets
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+def test_transformers_and_vllm_generate_with_the_saved_student_alike(assets, tmp_path):
+    """A LoRA student, moved off its initial model: greedy text is the same in both, and not the initial model's."""
+    import torch
+    from tiny_store import make_recipe
+    from transformers import pipeline
+
+    from stillroom.stages.engines.base import Request
+    from stillroom.stages.engines.vllm import VllmEngine
+    from stillroom.stages.models.identity import FileHashes, identify
+    from stillroom.stages.models.student import initial_student, save_student, student_tokenizer
+    from stillroom.stages.recipe.sections import Generate
+    from stillroom.stages.workers.clock import Clock
+
+    folder = assets / "models" / "stories260k-llama-hd32"
+
+    class Root:
+        root = "nowhere"
+
+    recipe = make_recipe(Root(), folder, student={"model": str(folder), "lora": {"rank": 2}})
+    model = initial_student(recipe, folder)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    tokenizer = student_tokenizer(recipe, folder)
+    save_student(model, tokenizer, tmp_path / "student")
+    (tmp_path / "student" / "README.md").write_text("a card")
+
+    texts = {}
+    for place in (folder, tmp_path / "student"):
+        generate = pipeline("text-generation", model=str(place), dtype=torch.float32)
+        (found,) = generate("Once upon a time", max_new_tokens=12, do_sample=False)
+        texts[place] = found["generated_text"]
+    assert texts[folder] != texts[tmp_path / "student"]
+
+    hashes = FileHashes(tmp_path / "store", remember=False)
+    identity = identify(tmp_path / "student", dtype="float32", hashes=hashes)
+    engine = VllmEngine(identity, Generate(engine="vllm", temperature=0.0, max_tokens=12), Clock())
+    ids = tokenizer("Once upon a time")["input_ids"]
+    (completion,) = engine.generate([Request(0, ids, seed=0)], lambda: None)
+    whole = tokenizer.decode([*ids, *completion.token_ids], skip_special_tokens=True)
+    assert whole == texts[tmp_path / "student"]
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()

@@ -1,0 +1,102 @@
+"""Scores of answers by hand, and greedy batches against one prompt at a time."""
+
+from typing import Any
+
+import pytest
+import torch
+from rouge_score.rouge_scorer import RougeScorer
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from stillroom.stages.evaluate.answers import greedy, scorer
+from stillroom.stages.recipe.sections import EvaluateGenerate
+
+
+class Numbers:
+    """A tokenizer whose text is the ids; 0 is a special token and 1 ends an answer."""
+
+    eos_token_id = 1
+
+    def batch_decode(self, rows: torch.Tensor, *, skip_special_tokens: bool) -> list[str]:
+        assert skip_special_tokens
+        return [" ".join(str(i) for i in row.tolist() if i > 1) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        initializer_range=0.5,
+        eos_token_id=7,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def one_by_one(model: LlamaForCausalLM, prompt: list[int], tokens: int) -> list[int]:
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(tokens):
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] in (1, 7):
+                break
+    return ids[len(prompt) :]
+
+
+def test_a_padded_batch_gives_what_each_prompt_alone_gives(model: LlamaForCausalLM) -> None:
+    prompts = [[3, 4, 5], [9, 8, 7, 6, 5, 4], [11], [30, 31]]
+    found = greedy(model, Numbers(), prompts, max_tokens=10)  # type: ignore[arg-type]
+    expected = [[i for i in one_by_one(model, prompt, 10) if i > 1] for prompt in prompts]
+    # An answer that ends early is padded to the length of the others with its end token.
+    assert [text.split() for text in found] == [[str(i) for i in ids] for ids in expected]
+
+
+def test_the_models_own_sampling_settings_play_no_part(model: LlamaForCausalLM) -> None:
+    plain = greedy(model, Numbers(), [[3, 4, 5]], max_tokens=8)  # type: ignore[arg-type]
+    first = int(plain[0].split()[0])
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=2.0, suppress_tokens=[first], eos_token_id=[7], max_length=4
+    )
+    assert greedy(model, Numbers(), [[3, 4, 5]], max_tokens=8) == plain  # type: ignore[arg-type]
+
+
+def test_answers_stay_within_the_context(model: LlamaForCausalLM) -> None:
+    assert len(greedy(model, Numbers(), [[3] * 30], max_tokens=10)[0].split()) <= 2  # type: ignore[arg-type]
+    assert greedy(model, Numbers(), [[3] * 32], max_tokens=10) == [""]  # type: ignore[arg-type]
+
+
+def score(metric: Any, answer: str, reference: str, pattern: str | None = None) -> float:
+    return scorer(EvaluateGenerate(metric=metric, pattern=pattern))(answer, reference)
+
+
+def test_exact_match_forgives_white_space_only() -> None:
+    assert score("exact_match", " a  b\n", "a b") == 1.0
+    assert score("exact_match", "A b", "a b") == 0.0
+
+
+def test_regex_compares_the_last_match_in_both() -> None:
+    pattern = r"#### (.*)"
+    assert score("regex", "first #### 1\nthen #### 42 ", "because\n#### 42", pattern) == 1.0
+    assert score("regex", "#### 42 then #### 1", "#### 42", pattern) == 0.0
+    assert score("regex", "42", "#### 42", pattern) == 0.0
+    assert score("regex", "none", "none", pattern) == 0.0
+    assert score("regex", "it is 7, or 42", "42", r"\d+") == 1.0  # no group: the whole match
+
+
+def test_rouge_l_by_hand_and_as_the_package_scores_english() -> None:
+    # Longest common subsequence "the cat the mat" is 4 words: precision 4/5, recall 4/6, F 8/11.
+    answer, reference = "The cat on the mat.", "the cat sat under the mat"
+    assert score("rouge_l", answer, reference) == pytest.approx(2 * 4 / (5 + 6))
+    package = RougeScorer(["rougeL"], use_stemmer=False)
+    for a, r in ((answer, reference), ("", "x"), ("x-y z", "x y z 3"), ("no overlap", "at all")):
+        assert score("rouge_l", a, r) == pytest.approx(package.score(r, a)["rougeL"].fmeasure)
+
+
+def test_rouge_l_sees_other_scripts() -> None:
+    assert score("rouge_l", "мама мыла раму", "мама мыла раму") == 1.0
+    assert score("rouge_l", "мама ела", "мама мыла") == pytest.approx(0.5)

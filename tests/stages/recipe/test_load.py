@@ -1,0 +1,165 @@
+"""Recipes: every mistake gets its file, line, dotted path and a way out; every shipped recipe is valid."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from kit import recipe_tree
+
+from stillroom.stages.recipe.checks import NOT_YET
+from stillroom.stages.recipe.load import changed_fields, load_recipe
+from stillroom.stages.recipe.sections import Recipe
+from stillroom.storage.errors import UsageError
+
+RECIPES = sorted((Path(__file__).parents[3] / "pipeline" / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> dict[str, Any]:
+    return recipe_tree(tmp_path, tmp_path / "teacher", tmp_path / "prompts.jsonl")
+
+
+def refusal(tmp_path: Path, tree: dict[str, Any], *overrides: str) -> str:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
+    with pytest.raises(UsageError) as caught:
+        load_recipe(path, list(overrides))
+    return str(caught.value)
+
+
+def test_a_misspelt_key_is_refused_with_line_and_nearest_key(tmp_path: Path, tree: dict[str, Any]) -> None:
+    tree["train"]["learning_rat"] = 1
+    message = refusal(tmp_path, tree)
+    line = next(i for i, text in enumerate((tmp_path / "recipe.yaml").read_text().splitlines(), 1) if "rat:" in text)
+    assert message == f"{tmp_path}/recipe.yaml:{line}: train.learning_rat: unknown key. Did you mean 'learning_rate'?"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("score.k=0", "score.k: must be at least 1 (got 0)"),
+        ("score.k=many", "score.k: input should be a valid integer"),
+        ("data.format=chats", "data.format: must be one of 'text'"),
+        ("data.holdout=-1", "data.holdout: must be at least 0 (got -1)"),
+        ("generate.top_p=0", "generate.top_p: must be greater than 0"),
+        ("storage.mantissa_bits=24", "storage.mantissa_bits: must be at most 23"),
+        ("train.warmup_fraction=1", "train.warmup_fraction: must be less than 1"),
+        ("train.tokens=1000", "give either `tokens` or `epochs`"),
+        ("student.model=x", "name either `model`"),
+        ("teacher=null", "teacher: missing"),
+        ("data.format=text", "generate: format 'text' brings its own text"),
+        ("generate=null", "generate: missing: format 'prompt' has prompts only"),
+        ("loss.soft_weight=0", ""),
+        ("evaluate.generate={metric: regex}", "needs a `pattern`"),
+        ("evaluate.generate={metric: regex, pattern: (}", "no regular expression"),
+        ("data.chat_template_kwargs={date: 2024-07-26}", "data.chat_template_kwargs: holds a value that JSON does not"),
+        ("data.chat_template_kwargs={a: [.inf]}", "data.chat_template_kwargs: holds a value that JSON does not"),
+        ("generate.engine_args={since: 2024-07-26}", "generate.engine_args: holds a value that JSON does not"),
+        ("student.config={since: 2024-07-26}", "student.config: holds a value that JSON does not"),
+        ("generate.temperature=.inf", "generate.temperature: input should be a finite number (got inf)"),
+        ("train.learning_rate=.nan", "train.learning_rate: input should be a finite number (got nan)"),
+        ("train.betas=[0.9, .inf]", "train.betas.1: input should be a finite number"),
+        ("data.columns={refrence: a}", "data.columns: unknown name 'refrence'. Known for format 'prompt': prompt, ref"),
+        ("score.p=0.9", "score.p: belongs to targets 'topp'; this recipe has 'topk'"),
+        ("score.k_min=2", "score.k_min: belongs to targets 'topp'"),
+        ("score.rounds=9", "score.rounds: belongs to targets 'sampled'"),
+        ("score.draw=systematic", "score.draw: belongs to targets 'sampled'"),
+        ("score.proposal=0.5", "score.proposal: belongs to targets 'sampled'"),
+        ("score={targets: sampled, k: 9}", "score.k: belongs to targets 'topk' and 'topp'; this recipe has 'sampled'"),
+        ("score={targets: sampled, temperatures: [1, 2]}", "score.temperatures: sampled targets are drawn at one temp"),
+        ("score={targets: topp}", "score.p: missing: targets 'topp' keeps the fewest entries that hold a mass of p"),
+        ("score={targets: topp, p: 0.9, k: 4, k_min: 5}", "score.k_min: 5 entries at least are more than score.k, 4"),
+        ("score.temperatures=[]", "score.temperatures: "),
+        ("score.temperatures=[1, 0]", "score.temperatures.1: must be greater than 0"),
+    ],
+)
+def test_bad_values_are_refused_by_name(tmp_path: Path, tree: dict[str, Any], override: str, expected: str) -> None:
+    if not expected:
+        tree["loss"]["hard_weight"] = 0
+        expected = "nothing to learn"
+    assert expected in refusal(tmp_path, tree, override)
+
+
+def test_what_the_command_line_sets_is_blamed_on_it_and_null_is_the_default(
+    tmp_path: Path, tree: dict[str, Any]
+) -> None:
+    assert refusal(tmp_path, tree, "score.k=0") == "--set score.k: must be at least 1 (got 0)."
+    tree["score"] = {"targets": "topk", "k": 16}
+    assert "recipe.yaml:" in refusal(tmp_path, tree, "score.targets=sampled")
+    recipe = load_recipe(tmp_path / "recipe.yaml", ["score.targets=sampled", "score.k=null"])
+    assert (recipe.score.targets, recipe.score.k) == ("sampled", 64)  # type: ignore[union-attr]
+    assert "unknown key" in refusal(tmp_path, tree, "score.kk=null")
+
+
+def test_conversations_can_bring_their_own_answers(tmp_path: Path, tree: dict[str, Any]) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    assert load_recipe(path, ["data.format=messages", "generate=null"]).generate is None
+
+
+@pytest.mark.parametrize(("path", "value"), [(path, value) for path, values in NOT_YET for value in values])
+def test_what_no_stage_does_yet_is_refused_by_name(tmp_path: Path, tree: dict[str, Any], path: str, value: str) -> None:
+    message = refusal(tmp_path, tree, f"{path}={value}")
+    assert path in message
+    assert "no stage does it yet" in message
+
+
+def test_a_store_stands_for_teacher_and_data_or_for_neither(tmp_path: Path, tree: dict[str, Any]) -> None:
+    for field in ("teacher.model", "data.source"):
+        assert f"{field}: names a store" in refusal(tmp_path, tree, "storage.sources=[x]", f"{field}=x")
+
+
+def test_every_mistake_is_listed_at_once(tmp_path: Path, tree: dict[str, Any]) -> None:
+    tree["score"]["k"], tree["train"]["tokns"] = 0, 1
+    assert len(refusal(tmp_path, tree).splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "expected sections"),
+        ("run: [", "not YAML"),
+        ("- 1", "expected sections"),
+        ("run: {dir: a}\nrun: {dir: b}", ":2: run: given twice"),
+    ],
+)
+def test_files_that_are_no_recipe(tmp_path: Path, text: str, expected: str) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UsageError, match=expected):
+        load_recipe(tmp_path / "r.yaml")
+
+
+def test_a_missing_file_names_init(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="stillroom init"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("override", ["train", "train=1", "=3", "train.=2", "train.x.y=1", "run.seed=["])
+def test_a_malformed_override_is_refused(tmp_path: Path, tree: dict[str, Any], override: str) -> None:
+    assert refusal(tmp_path, tree, override)
+
+
+def test_environment_variables_are_expanded_or_named(
+    tmp_path: Path, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree["teacher"]["model"] = "${MODELS}/teacher"
+    assert "environment variable MODELS is not set" in refusal(tmp_path, tree)
+    monkeypatch.setenv("MODELS", "/models")
+    assert load_recipe(tmp_path / "recipe.yaml").teacher.model == "/models/teacher"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_shipped_recipes_are_valid_and_open_with_their_command(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STILLROOM_ASSETS", "/assets")
+    monkeypatch.setenv("STILLROOM_DEMO", "/demo")
+    assert isinstance(load_recipe(path), Recipe)
+    head = path.read_text().split("\nrun:")[0]
+    assert "stillroom " in head
+    assert all(line.startswith("#") or not line for line in head.splitlines())
+
+
+def test_changed_fields_names_what_differs() -> None:
+    old = {"train": {"learning_rate": 0.1, "tokens": 5}, "loss": {"tail": "bucket"}}
+    new = {"train": {"learning_rate": 0.2, "tokens": 5}, "loss": {"tail": "bucket"}}
+    assert changed_fields(old, new) == ["train.learning_rate: 0.1 -> 0.2"]

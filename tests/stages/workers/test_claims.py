@@ -1,0 +1,125 @@
+"""Claims: workers spread over the blocks, come back to each other's last, and never rest on what a claim says."""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from stillroom.stages.workers.claims import Claims
+from stillroom.storage.files.local import Files, LocalFiles
+
+ROWS = 10  # to a block
+
+
+class Table:
+    """What the workers of a test committed, and how often each row was made."""
+
+    def __init__(self, blocks: int) -> None:
+        self.blocks = range(blocks)
+        self.done: set[tuple[int, int]] = set()
+        self.made: Counter[tuple[int, int]] = Counter()
+
+    @property
+    def rows(self) -> int:
+        return len(self.blocks) * ROWS
+
+    def worker(self, files: Files, backups: list[int] | None = None) -> Iterator[tuple[int, int]]:
+        """One row after the other, committed as soon as the next is asked for; rows that others made are left out."""
+
+        def left(block: int) -> list[tuple[int, int]]:
+            return [(block, row) for row in range(ROWS) if (block, row) not in self.done]
+
+        def look(backup: bool) -> None:
+            if backup and backups is not None:
+                backups.append(len(self.done))
+
+        for _, rows in Claims(files, "generate", data="d").blocks(self.blocks, look=look, left=left):
+            for row in rows:
+                if row not in self.done:
+                    self.made[row] += 1
+                    yield row
+                    self.done.add(row)
+
+
+def alternate(workers: list[Iterator[tuple[int, int]]], choose: Callable[[int], int]) -> Counter[int]:
+    """Give one worker after the other a step until all have ended; rows made by each."""
+    shares: Counter[int] = Counter()
+    running = dict(enumerate(workers))
+    while running:
+        number = sorted(running)[choose(len(running))]
+        try:
+            next(running[number])
+            shares[number] += 1
+        except StopIteration:
+            del running[number]
+    return shares
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 5])
+@pytest.mark.parametrize("seed", range(4))
+def test_workers_share_evenly_and_make_little_twice(tmp_path: Path, workers: int, seed: int) -> None:
+    table, made = Table(24), random.Random(seed)
+    shares = alternate([table.worker(LocalFiles(tmp_path)) for _ in range(workers)], made.randrange)
+    assert table.done == set(table.made)
+    assert len(table.done) == table.rows
+    assert min(shares.values()) > 0.7 * table.rows / workers
+    assert table.made.total() - table.rows <= ROWS * (workers - 1)  # only where they meet, at the very end
+
+
+def test_blocks_of_a_worker_that_vanished_are_taken_last_and_at_once(tmp_path: Path) -> None:
+    table, backups = Table(8), list[int]()
+    vanished = table.worker(LocalFiles(tmp_path))
+    for _ in range(ROWS + 4):  # in its second block, one row not committed
+        next(vanished)
+    vanished.close()
+    assert len(list(table.worker(LocalFiles(tmp_path), backups))) == table.rows - ROWS - 3
+    assert len(table.done) == table.rows
+    assert table.made.total() == table.rows + 1
+    assert backups[0] == table.rows - (ROWS - 3)  # first everything that nobody had claimed
+
+
+def test_a_lost_race_for_a_claim_is_another_choice(tmp_path: Path) -> None:
+    class Late(LocalFiles):
+        """Another worker puts the same claim a moment before."""
+
+        lost = 0
+
+        def put_if_absent(self, name: str, data: bytes) -> bool:
+            if self.lost < 3:
+                self.lost += 1
+                LocalFiles(self.root).put_if_absent(name, b"{}")
+            return super().put_if_absent(name, data)
+
+    table = Table(6)
+    assert len(list(table.worker(Late(tmp_path)))) == table.rows
+    names = [path.name for path in tmp_path.glob("claims/generate/*/*")]
+    assert len(names) == 6 + 3
+    assert sum(name.endswith(".1.json") for name in names) == 3
+
+
+def test_another_recipe_is_other_work(tmp_path: Path) -> None:
+    made = []
+    for settings in ({"temperature": 1.0}, {"temperature": 0.5}):
+        claims = Claims(LocalFiles(tmp_path), "generate", data="d", settings=settings)
+        said: list[bool] = []
+        made.append({block for _, (block,) in claims.blocks([0, 1], look=said.append, left=lambda block: [block])})
+        assert said == [False, False]
+    assert made == [{0, 1}, {0, 1}]
+
+
+def test_nothing_to_do_is_nothing_to_claim(tmp_path: Path) -> None:
+    assert not list(Claims(LocalFiles(tmp_path), "score").blocks([], look=lambda _: None, left=lambda _: [1]))
+    assert not list(Claims(LocalFiles(tmp_path), "score").blocks([3, 4], look=lambda _: None, left=lambda _: []))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_claim_that_is_gone_leaves_no_hole_to_fall_into(tmp_path: Path) -> None:
+    files, table = LocalFiles(tmp_path), Table(2)
+    list(table.worker(files))
+    table.done.clear()
+    for first in tmp_path.glob("claims/**/*.0.json"):
+        first.rename(first.with_name(first.name.replace(".0.", ".3.")))
+    assert len(list(table.worker(files))) == table.rows
+    assert {path.name for path in tmp_path.glob("claims/**/*.4.json")} == {"00000000.4.json", "00000001.4.json"}

@@ -1,0 +1,73 @@
+"""What the tests of the whole pipeline share: small prompts, a small recipe, the real command line in a subprocess."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+OPENINGS = ("the cat sat", "a dog ran", "the big red tree", "then it was happy and", "a small blue mat", "the dog saw")
+
+
+def prompts(count: int) -> list[dict[str, Any]]:
+    """Different prompts in the tiny tokenizer's words."""
+    words = "cat dog tree mat big small red blue happy under on and then ran sat".split()
+    return [
+        {"prompt": f"{OPENINGS[i % 6]} {words[i % 15]} {words[(i // 15) % 15]} {words[(i // 7) % 15]}"}
+        for i in range(count)
+    ]
+
+
+def write_jsonl(path: Path, records: list[Any]) -> Path:
+    """One JSON value per line; strings are written as they are."""
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
+    return path
+
+
+def recipe_tree(folder: Path, teacher: Path, source: Path, **sections: Any) -> dict[str, Any]:
+    """A small white-box recipe on prompts with the `hf` engine; sections given replace or (None) remove its own."""
+    tree: dict[str, Any] = {
+        "run": {"dir": str(folder / "run"), "seed": 0},
+        "storage": {"dir": str(folder / "store"), "commit_rows": 8},
+        "teacher": {"model": str(teacher)},
+        "student": {"config": {"hidden_size": 8, "num_hidden_layers": 1}},
+        "data": {"source": str(source), "format": "prompt", "holdout": 4},
+        "generate": {"engine": "hf", "temperature": 0.0, "max_tokens": 12},
+        "score": {"k": 4, "batch_tokens": 256},
+        "loss": {},
+        "train": {"epochs": 2, "tokens_per_step": 128, "learning_rate": 5.0e-3},
+        "evaluate": {"tokens": 200, "samples": 1},
+    }
+    tree |= sections
+    return {k: v for k, v in tree.items() if v is not None}
+
+
+def write_recipe(folder: Path, teacher: Path, source: Path, **sections: Any) -> Path:
+    """`recipe_tree` as a file."""
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe_tree(folder, teacher, source, **sections)))
+    return path
+
+
+def command(*arguments: Any) -> list[str]:
+    """The real command line."""
+    return [sys.executable, "-m", "stillroom.pipeline.cli.main", *map(str, arguments)]
+
+
+# One thread: sums in one order, so that two runs write the same bits; and room for the other tests.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def stillroom(*arguments: Any, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run the command line to its end and check its exit code."""
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    assert done.returncode == expect, f"exit {done.returncode}, expected {expect}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def last_json(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """The object that `--json` puts on the last line of standard output."""
+    return json.loads(done.stdout.rstrip("\n").split("\n")[-1])

@@ -1,0 +1,116 @@
+"""Training against the live teacher, in plain torch and transformers: what training from a store must equal.
+
+Nothing of the product's own training is used: no packing, no chunks, no head inside the loss, no schedule or optimizer
+of its own. What defines the run (recipe, order of samples) is given.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from stillroom.stages.recipe.sections import Recipe
+
+Text = tuple[Sequence[int], int]
+"""Token ids, and the index of the first that is scored."""
+
+
+@dataclass
+class LiveRun:
+    """What came of it."""
+
+    losses: list[float] = field(default_factory=list)
+    """Per step: soft_weight * KL(teacher || student) + hard_weight * cross-entropy, nats per scored token."""
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+def live_training(recipe: Recipe, texts: Iterable[Text], *, total_tokens: int) -> LiveRun:
+    """Train a fresh student of the recipe on texts in the order given; the teacher reads each as it comes.
+
+    Args:
+        recipe: With a forward KL over the whole vocabulary, AdamW and a cosine schedule.
+        texts: All that is trained on, epoch after epoch.
+        total_tokens: Their tokens together: the schedule's length.
+    """
+    teacher = AutoModelForCausalLM.from_pretrained(recipe.teacher.model, dtype=torch.float32).eval()
+    student = fresh_student(recipe)
+    optimizer = torch.optim.AdamW(_groups(student, recipe.train.weight_decay), lr=0.0, betas=recipe.train.betas)
+    found, done = LiveRun(), 0
+    for step in _steps(texts, recipe.train.tokens_per_step):
+        scored = sum(len(ids) - start for ids, start in step)
+        loss = sum((_loss(recipe, teacher, student, text) for text in step), torch.zeros(())) / scored
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), recipe.train.clip_norm)
+        done += sum(len(ids) for ids, _ in step)
+        for group in optimizer.param_groups:
+            group["lr"] = _rate(recipe, done / total_tokens)
+        optimizer.step()
+        found.losses.append(float(loss.detach()))
+    found.weights = {name: weight.detach().clone() for name, weight in student.state_dict().items()}
+    return found
+
+
+def fresh_student(recipe: Recipe) -> Any:
+    """Fresh weights: the teacher's config with the recipe's changes, `run.seed`."""
+    config = AutoConfig.from_pretrained(recipe.teacher.model)
+    for name, value in (recipe.student.config or {}).items():
+        setattr(config, name, value)
+    torch.manual_seed(recipe.run.seed)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+
+
+def saved_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of a student that was saved."""
+    return dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict())
+
+
+def _loss(recipe: Recipe, teacher: Any, student: Any, text: Text) -> Tensor:
+    """Summed over the scored tokens of one text."""
+    ids, start = torch.tensor([list(text[0])]), text[1]
+    temperature = float(recipe.loss.temperature)  # type: ignore[arg-type]
+    with torch.no_grad():
+        target = (teacher(input_ids=ids).logits[0, start - 1 : -1] / temperature).log_softmax(-1)
+    logits = student(input_ids=ids).logits[0, start - 1 : -1]
+    soft = kl_div((logits / temperature).log_softmax(-1), target, reduction="sum", log_target=True) * temperature**2
+    hard = cross_entropy(logits, ids[0, start:], reduction="sum")
+    return recipe.loss.soft_weight * soft + recipe.loss.hard_weight * hard  # type: ignore[operator]
+
+
+def _steps(texts: Iterable[Text], tokens: int) -> Iterator[list[Text]]:
+    """Texts in order until the next one would exceed so many tokens."""
+    held: list[Text] = []
+    for text in texts:
+        if held and sum(len(ids) for ids, _ in held) + len(text[0]) > tokens:
+            yield held
+            held = []
+        held.append(text)
+    yield held
+
+
+def _groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay, norms and biases do not."""
+    parameters = list(model.parameters())
+    matrices = [p for p in parameters if p.ndim > 1]
+    return [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def _rate(recipe: Recipe, done: float) -> float:
+    """Linear warm-up, then half a cosine down to the last rate."""
+    train = recipe.train
+    assert train.schedule == "cosine"
+    if done < train.warmup_fraction:
+        return train.learning_rate * done / train.warmup_fraction
+    after = (done - train.warmup_fraction) / (1 - train.warmup_fraction)
+    return train.learning_rate * (
+        train.final_fraction + (1 - train.final_fraction) * (1 + math.cos(math.pi * after)) / 2
+    )

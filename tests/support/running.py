@@ -1,0 +1,103 @@
+"""Commands under way: started, looked at while they work, faults put into their stages."""
+
+import os
+import subprocess
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+from kit import ENVIRONMENT, command
+
+from stillroom.storage.store.store import Store
+from stillroom.storage.tables.schema import TABLES
+
+PATIENCE = 180.0
+STARTED: list[subprocess.Popen[str]] = []
+
+
+def start(recipe: Path, *words: Any, **environment: str) -> subprocess.Popen[str]:
+    """`stillroom run`, in a process group of its own."""
+    STARTED.append(
+        subprocess.Popen(
+            command("run", recipe, "--json", *words),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=ENVIRONMENT | environment,
+            start_new_session=True,
+        )
+    )
+    return STARTED[-1]
+
+
+def end_started() -> None:
+    """Kill what a test that failed left behind, suspended stages too."""
+    for process in STARTED:
+        if process.poll() is None:
+            for worker in ours(process):
+                worker.kill()
+            process.kill()
+            process.wait()
+    STARTED.clear()
+
+
+def at_worker_start(folder: Path, code: str) -> str:
+    """Code that every worker runs before its first own line; returns the PYTHONPATH that brings it about."""
+    folder.mkdir()
+    inside = textwrap.indent(textwrap.dedent(code), "    ")
+    (folder / "sitecustomize.py").write_text(f"import os\nif 'STILLROOM_JOB_FD' in os.environ:\n{inside}")
+    return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def workers() -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if "stillroom.pipeline.run.worker" in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    """Look again and again; the wait ends with what is waited for, not with time."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {PATIENCE} s for {what}"
+        time.sleep(0.01)
+
+
+def alive(process: psutil.Process) -> bool:
+    """A zombie is dead."""
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def ours(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The stages of one runner (other tests may run beside this one)."""
+    try:
+        return [w for w in workers() if w.ppid() == process.pid]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def committed(recipe: Path, table: str) -> int:
+    """Commits of a table."""
+    folder = recipe.parent / "store" / "commits" / table
+    return len(list(folder.glob("*.json"))) if folder.is_dir() else 0
+
+
+def contents(store: Path) -> Iterator[tuple[str, dict[bytes, dict[str, object]]]]:
+    """Every row of every table by its key; a key that is there twice is an error."""
+    opened = Store.open(store)
+    for table in TABLES:
+        places: dict[str, list[int]] = {}
+        for row in opened.index(table, ["key"]).to_pylist():
+            places.setdefault(row["shard"], []).append(row["row"])
+        rows = list(opened.rows(table, places))
+        assert len({r["key"] for r in rows}) == len(rows)
+        plain = {r["key"]: {k: v.tobytes() if hasattr(v, "tobytes") else v for k, v in r.items()} for r in rows}
+        yield table, plain

@@ -1,0 +1,62 @@
+"""Small jobs done in this process: a `generate` that is still to do, a store that is scored."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from kit import prompts, recipe_tree, write_jsonl
+from tiny_store import SilentProgress
+
+from stillroom.pipeline.plan.resolve import bind
+from stillroom.stages.data import stage as data
+from stillroom.stages.generate import stage as generate
+from stillroom.stages.models.identity import Identity
+from stillroom.stages.recipe.sections import Recipe
+from stillroom.stages.score import stage as score
+from stillroom.stages.workers.job import Job, StopFlag
+from stillroom.storage.store.store import Store
+
+
+def generation_job(
+    tiny_llama: Callable[..., Path], folder: Path, *, rows: int = 12, storage: Mapping[str, object] | None = None
+) -> tuple[Job, Identity]:
+    """Prompts in a store, to be written in batches of four and ten steps each; the model never ends a text."""
+    settings = {"engine": "hf", "temperature": 0.0, "max_tokens": 10, "engine_args": {"batch_size": 4}}
+    source = write_jsonl(folder / "prompts.jsonl", prompts(rows))
+    tree = recipe_tree(folder, tiny_llama("teacher", eos_token_id=None), source, generate=settings)
+    tree["storage"] = {"dir": str(folder / "store")} | dict(storage or {})
+    recipe = Recipe.model_validate(tree)
+    store = Store.open(folder / "store", create=True)
+    bound = bind(recipe, write=True)
+    author = bound.author
+    assert author is not None
+    store.put_teacher(author.id, author.files_to_keep())
+    ids = {"data_id": bound.binding.data_id, "teacher_id": author.id, "author_id": author.id}
+    job = Job(recipe=recipe, progress=SilentProgress(), stop=StopFlag(), context_tokens=author.context_tokens, **ids)
+    data.run(job)
+    return job, author
+
+
+def scored_store(
+    folder: Path, teacher: Path, /, *, rows: int = 30, **sections: object
+) -> tuple[Recipe, Store, Identity]:
+    """A small recipe whose teacher drew the text (temperature 1) and scored it, by the stages, in this process."""
+    source = write_jsonl(folder / "prompts.jsonl", prompts(rows))
+    spoken = {"engine": "hf", "temperature": 1.0, "max_tokens": 16}
+    recipe = Recipe.model_validate(recipe_tree(folder, teacher, source, generate=spoken) | sections)
+    return recipe, *done_until_score(recipe)
+
+
+def done_until_score(recipe: Recipe) -> tuple[Store, Identity]:
+    """A recipe's text and targets, made by the stages in this process."""
+    store = Store.open(recipe.storage.dir, create=True)
+    bound = bind(recipe, write=True)
+    assert bound.teacher is not None
+    store.put_teacher(bound.teacher.id, bound.teacher.files_to_keep())
+    b = bound.binding
+    ids = {"data_id": b.data_id, "teacher_id": b.teacher_id, "author_id": b.author_id}
+    job = Job(recipe=recipe, progress=SilentProgress(), stop=StopFlag(), context_tokens=b.context_tokens, **ids)
+    data.run(job)
+    if recipe.generate is not None:
+        generate.run(job, bound.teacher)
+    score.run(job, bound.teacher)
+    return store, bound.teacher

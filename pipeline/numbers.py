@@ -1,4 +1,4 @@
-"""Markdown and numbers for the report: tables, fenced text, and one way to print each kind of number."""
+"""Numbers and text for people: tables, fenced text, and one way to print each kind of number."""
 
 import re
 from collections.abc import Sequence
@@ -90,3 +90,34 @@ def size(octets: float | None) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
+
+
+def human(count: float, *, digits: int = 1) -> str:
+    """12345 as 12.3k."""
+    for unit in ("", "k", "M", "G"):
+        if abs(count) < 1000 - 0.5 / 10 ** (digits if unit else 0) or unit == "G":  # 999.96k is printed as 1.0M
+            return f"{count:.{digits}f}{unit}" if unit else f"{count:.0f}"
+        count /= 1000
+    raise AssertionError
+
+
+def short(count: int) -> str:
+    """A count in five characters: as it is up to 99,999, then 123k."""
+    text = str(count) if count < 100_000 else human(count)
+    return text if len(text) <= 5 else human(count, digits=0)
+
+
+def short_duration(seconds: float) -> str:
+    """Seconds as 3m 20s."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {rest:02d}s" if minutes else f"{rest}s"
+
+
+def short_size(count: float) -> str:
+    """Bytes as 1.2 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < (1000 if unit == "B" else 999.95) or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError

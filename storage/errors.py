@@ -36,3 +36,15 @@ class Stopped(StillroomError):
         self, message: str = "stopped by a signal; finished rows are kept. Run the same command to go on."
     ) -> None:
         super().__init__(message)
+
+
+class EngineDied(StillroomError):
+    """The engine can do nothing more in this process; another process may go on."""
+
+
+class RowError(Exception):
+    """This row cannot be done; the others can. `reason` is the code that goes to `rejects`."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason

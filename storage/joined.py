@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from .errors import UsageError
-from .files.local import open_files
+from .files.opening import open_files
 from .published.folder import Published
 from .published.manifest import CARD
 from .store.commits import Commit

@@ -1,10 +1,14 @@
-"""The house rules that imports can show: three floors, heavy libraries in few files and never at import time."""
+"""The house rules that imports can show: floors, rooms, sizes; heavy libraries in few files, inside functions."""
 
 import ast
 import re
+import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,11 +16,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {"storage": 0, "stages": 1, "pipeline": 2}
 MODULES = sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
+FOLDERS = sorted({path.parent for path in MODULES})
 STAGES = ("data", "generate", "score", "train", "evaluate")
 HEAVY = {"torch", "transformers", "vllm", "ray", "matplotlib", "peft", "accelerate", "datasets", "tensorboard"}
+LEAVES = {"torch", "transformers", "peft"}
 # What a command reads before its first stage is free of torch; the other rooms of `stages/` may be all torch.
 LIGHT_ROOMS = ("recipe", "ledger", "workers", "data")
-LIGHT = {"models": ("identity", "classes", "same_tokenizer", "rendering", "token_text"), "engines": ("base", "vllm")}
+LIGHT_FILES = {
+    "models": ("identity", "classes", "same_tokenizer", "rendering", "token_text"),
+    "engines": ("base", "opening", "vllm"),
+}
 TOP_LEVEL = {
     "pyproject.toml",
     "README.md",
@@ -25,20 +34,32 @@ TOP_LEVEL = {
     "CONTRIBUTING.md",
     "Makefile",
     "__init__.py",
+    "__main__.py",
     "docker",
     "tests",
     *FLOORS,
 }
+MOST_ENTRIES, MOST_LINES, MOST_FUNCTION_LINES = 14, 400, 30
 
 
 def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def imports(path: Path, *, at_import_time: bool = False) -> Iterator[str]:
-    """Dotted names a module imports; our own as `stages.losses`, without `stillroom`."""
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text("utf-8"))
+
+
+@cache
+def imports(path: Path, *, at_import_time: bool = False) -> tuple[str, ...]:
+    """Dotted names a module imports; our own as `stages.losses.definition`, without `stillroom`."""
+    return tuple(_imports(path, at_import_time))
+
+
+def _imports(path: Path, at_import_time: bool) -> Iterator[str]:
     package = path.relative_to(ROOT).parent.parts
-    for node in statements(ast.parse(path.read_text("utf-8")), functions=not at_import_time):
+    for node in statements(parsed(path), functions=not at_import_time):
         if isinstance(node, ast.Import):
             yield from (alias.name.removeprefix("stillroom.") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -60,6 +81,43 @@ def statements(node: ast.AST, *, functions: bool) -> Iterator[ast.AST]:
         yield from statements(child, functions=functions)
 
 
+@cache
+def ours(path: Path, *, at_import_time: bool = False) -> frozenset[Path]:
+    """Our own files that a module imports: a name in a file counts as the file, a package as its `__init__`."""
+    found = set()
+    for name in imports(path, at_import_time=at_import_time):
+        parts = name.split(".")
+        if parts[0] not in FLOORS:
+            continue
+        candidates = [ROOT.joinpath(*parts[:end]) for end in (len(parts), len(parts) - 1) if end]
+        files = [file for c in candidates for file in (c.with_suffix(".py"), c / "__init__.py") if file.exists()]
+        found.update(files[:1])
+    return frozenset(found - {path})
+
+
+def room(path: Path) -> str:
+    """`stages/losses` of a file in a room of a floor; files that lie on the floor itself are rooms of their own."""
+    return "/".join(path.relative_to(ROOT).with_suffix("").parts[:2])
+
+
+def arrows() -> dict[tuple[str, str], list[str]]:
+    """Room to room, with the imports that make each arrow."""
+    found = defaultdict(list)
+    for path in MODULES:
+        for other in ours(path):
+            if room(path) != room(other):
+                found[room(path), room(other)].append(f"{name_of(path)} imports {name_of(other)}")
+    return found
+
+
+def circle(graph: Mapping[str, set[str]]) -> list[str]:
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
 def importers(package: str) -> list[str]:
     return [name_of(p) for p in MODULES if any(name.split(".")[0] == package for name in imports(p))]
 
@@ -67,52 +125,84 @@ def importers(package: str) -> list[str]:
 def reached(path: Path, seen: set[Path]) -> set[str]:
     """Libraries that importing a module loads, through our own modules as well."""
     seen.add(path)
-    found: set[str] = set()
-    for name in imports(path, at_import_time=True):
-        parts = name.split(".")
-        if parts[0] not in FLOORS:
-            found.add(parts[0])
-            continue
-        for end in range(1, len(parts) + 1):
-            ours = ROOT.joinpath(*parts[:end]).with_suffix(".py")
-            if ours.exists() and ours not in seen:
-                found |= reached(ours, seen)
+    found = {name.split(".")[0] for name in imports(path, at_import_time=True)} - set(FLOORS)
+    for other in ours(path, at_import_time=True) - seen:
+        found |= reached(other, seen)
     return found
 
 
 def is_light(path: Path) -> bool:
     """Whether importing a module must load no model library."""
-    floor, room, *_ = (*path.relative_to(ROOT).parts, "")
-    if floor != "stages" or room in LIGHT_ROOMS or path.name in ("stage.py", "__init__.py"):
+    floor, name, *_ = (*path.relative_to(ROOT).parts, "")
+    if floor != "stages" or name in LIGHT_ROOMS or path.name in ("stage.py", "__init__.py"):
         return True
-    return path.stem in LIGHT.get(room, ())
+    return path.stem in LIGHT_FILES.get(name, ())
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-class TestModule:
-    def test_says_what_it_is(self, path):
-        assert path.read_text("utf-8").startswith('"""'), "the first line of a module says what it is"
+def test_every_module_says_what_it_is():
+    assert not [name_of(path) for path in MODULES if not ast.get_docstring(parsed(path))]
 
-    def test_imports_its_own_floor_or_below(self, path):
-        floor = FLOORS[path.relative_to(ROOT).parts[0]]
-        above = [name for name in imports(path) if FLOORS.get(name.split(".")[0], -1) > floor]
-        assert not above, "storage <- stages <- pipeline"
 
-    def test_crosses_floors_with_relative_imports(self, path):
-        tree = ast.walk(ast.parse(path.read_text("utf-8")))
-        absolute = [node for node in tree if isinstance(node, ast.Import) or not getattr(node, "level", 1)]
-        assert not [ast.unparse(node) for node in absolute if re.match(r"(from|import) stillroom\b", ast.unparse(node))]
+def test_every_folder_is_a_package():
+    assert not [name_of(folder) for folder in FOLDERS if not (folder / "__init__.py").exists()]
 
-    def test_imports_no_stage_but_from_above(self, path):
-        floor, room, *_ = (*path.relative_to(ROOT).parts, "")
-        if floor != "stages":
-            return
-        others = {("stages", stage, "stage") for stage in STAGES if stage != room}
-        assert not [name for name in imports(path) if tuple(name.split(".")[:3]) in others]
 
-    def test_loads_heavy_libraries_inside_functions(self, path):
-        allowed = set() if is_light(path) else {"torch", "transformers", "peft"}
-        assert reached(path, set()) & HEAVY <= allowed
+def test_floors_import_downward():
+    upward = [
+        f"{name_of(path)} imports {name_of(other)}"
+        for path in MODULES
+        for other in ours(path)
+        if FLOORS[other.relative_to(ROOT).parts[0]] > FLOORS[path.relative_to(ROOT).parts[0]]
+    ]
+    assert not upward, "storage <- stages <- pipeline"
+
+
+def test_no_circle_of_files():
+    assert not circle({name_of(path): {name_of(other) for other in ours(path)} for path in MODULES})
+
+
+def test_no_circle_of_rooms():
+    graph = defaultdict(set)
+    for start, end in arrows():
+        graph[start].add(end)
+    found = circle(graph)
+    assert not found, [arrows()[pair] for pair in zip(found[1:], found, strict=False) if pair in arrows()]
+
+
+def test_no_stage_imports_another():
+    doors = {f"stages/{stage}" for stage in STAGES}
+    assert not {pair: names for pair, names in arrows().items() if set(pair) <= doors}
+
+
+def test_what_stages_share_imports_no_stage():
+    doors = {f"stages/{stage}" for stage in STAGES}
+    assert not [
+        names
+        for (start, end), names in arrows().items()
+        if start.startswith("stages/") and start not in doors and end in doors
+    ]
+
+
+def test_floors_are_crossed_with_relative_imports():
+    absolute = re.compile(r"^\s*(from|import) stillroom\b", re.M)
+    assert not [name_of(path) for path in MODULES if absolute.search(path.read_text("utf-8"))]
+
+
+def test_a_name_with_an_underscore_stays_in_its_file():
+    assert not [
+        f"{name_of(path)} imports {name}"
+        for path in MODULES
+        for name in imports(path)
+        if name.split(".")[0] in FLOORS and name.rsplit(".", 1)[-1].startswith("_")
+    ]
+
+
+def test_heavy_libraries_load_inside_functions():
+    heavy = {}
+    for path in MODULES:
+        found = reached(path, set()) & HEAVY - (set() if is_light(path) else LEAVES)
+        heavy |= {name_of(path): found} if found else {}
+    assert not heavy
 
 
 def test_the_ground_floor_knows_no_models():
@@ -129,21 +219,44 @@ def test_duckdb_is_imported_in_two_files_at_most():
     assert len(found) <= 2, found
 
 
-def test_names_appear_on_disk_in_one_file_only():
+def test_names_appear_on_disk_in_one_room_only():
     """What makes a file visible under its final name, by any spelling (`replace` alone is a method of str too).
 
     A finished student is a folder, which no put-if-absent can make; it moves to its name in one file as well.
     """
     moving = []
     for path in MODULES:
-        if name_of(path) == "storage/files/local.py":
+        if room(path) == "storage/files":
             continue
-        tree = ast.walk(ast.parse(path.read_text("utf-8")))
-        spelled = {ast.unparse(node) for node in tree if isinstance(node, ast.Attribute)} | set(imports(path))
+        spelled = {ast.unparse(node) for node in ast.walk(parsed(path)) if isinstance(node, ast.Attribute)}
+        spelled |= set(imports(path))
         assert not {"os.link", "os.replace", "os.rename", "os.renames"} & spelled, name_of(path)
         if any(name.endswith((".rename", ".hardlink_to")) for name in spelled):
             moving.append(name_of(path))
     assert set(moving) <= {"stages/models/student.py"}
+
+
+def test_a_folder_holds_what_one_sees_at_a_glance():
+    """Modules and rooms, without `__init__.py`."""
+    full = {}
+    for folder in FOLDERS:
+        modules = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+        rooms = [path for path in FOLDERS if path.parent == folder]
+        if len(modules) + len(rooms) > MOST_ENTRIES:
+            full[name_of(folder)] = len(modules) + len(rooms)
+    assert not full
+
+
+def test_files_and_functions_are_short():
+    lines = {name_of(path): path.read_text("utf-8").count("\n") for path in MODULES}
+    assert not {name: count for name, count in lines.items() if count > MOST_LINES}
+    functions = [
+        node.end_lineno - node.lineno + 1
+        for path in MODULES
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    assert statistics.quantiles(functions, n=10)[-1] <= MOST_FUNCTION_LINES
 
 
 @pytest.mark.parametrize(

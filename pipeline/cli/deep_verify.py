@@ -5,7 +5,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ...stages.audit.rescore import OffRow, Rescored, Shelf, choose_rows, rescore, shelves
+from ...stages.audit.rescore import OffRow, Rescored, rescore
+from ...stages.audit.stored_rows import Shelf, choose_rows, shelves
 from ...stages.ledger.books import different
 from ...stages.models.identity import FileHashes, Identity, find_model, identify
 from ...stages.workers.job import Progress

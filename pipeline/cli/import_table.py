@@ -2,11 +2,14 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ...stages.data.importing.row import Columns
+from ...stages.data.importing.table import Asked, Imported, given_format
 from ...storage.errors import UsageError
 
 _Source = Annotated[
@@ -97,8 +100,7 @@ def import_(
     that they stand beside. What does not fit is named by row and column and ends the import, or is left out
     (--skip-bad). Run it again to go on: rows that are there are not written twice. Prints a recipe to train with.
     """
-    from ...stages.data.importing.row import Columns
-    from ...stages.data.importing.table import Asked, as_json_object, import_table, lines
+    from ...stages.data.importing.table import Asked, import_table
     from ..run.progress import StageProgress
 
     choices: dict[str, Any] = {
@@ -148,3 +150,47 @@ def _one_of(value: str, option: str, known: tuple[str, ...]) -> str:
     if value not in known:
         raise UsageError(f"{option}: expected {' or '.join(known)} (got {value!r}).")
     return value
+
+
+def recipe_for(asked: Asked, done: Imported) -> dict[str, Any]:
+    """A recipe that trains a student from what was imported; the student is the user's to name."""
+    data = {"source": asked.store, "format": given_format(done), "holdout": done.holdout}
+    return {
+        "run": {"dir": "runs/imported"},
+        "storage": {"dir": asked.store},
+        "teacher": {"model": asked.store},
+        "student": {"model": "<folder or Hub id>"},
+        "data": data,
+        "score": {"k": done.k},
+        "train": {"epochs": 1},
+    }
+
+
+def lines(asked: Asked, done: Imported) -> Iterator[str]:
+    """What to say of an import."""
+    import yaml
+
+    held = f"{done.holdout} prompts are held out" if done.holdout else "no prompt is held out"
+    again = f", {done.known} were there already" if done.known else ""
+    yield f"{done.rows} rows of {done.tokens} scored tokens imported into {asked.store}{again}; {held}."
+    if done.rejected:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(done.rejected.items()))
+        yield f"{sum(done.rejected.values())} rows left out: {reasons}. They are in `rejects`, each with its reason."
+    yield from done.notes
+    if "unseen" in done.teacher.parts:
+        yield (
+            f"The teacher is known by its name, {asked.teacher_name}, and its tokenizer only: no weights were seen, so "
+            "nothing here proves whose probabilities these are."
+        )
+    yield (
+        "What the table does not hold is bounded: the tail is what the entries leave of 1, the entropy the least that "
+        "it can be, and the log-probability of a token outside the entries the most."
+    )
+    yield "A recipe that trains from it:\n\n" + yaml.safe_dump(recipe_for(asked, done), sort_keys=False)
+
+
+def as_json_object(asked: Asked, done: Imported) -> dict[str, Any]:
+    """The same for programs."""
+    found = {"rows": done.rows, "known": done.known, "rejected": done.rejected, "tokens": done.tokens, "k": done.k}
+    recipe = json.loads(json.dumps(recipe_for(asked, done)))
+    return found | {"teacher_id": done.teacher.id, "holdout": done.holdout, "notes": done.notes, "recipe": recipe}

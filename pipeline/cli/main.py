@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import sys
 import textwrap
@@ -17,21 +16,7 @@ import typer
 from ...storage.errors import StillroomError, Stopped
 from . import import_table as import_cli
 from . import publish as publish_cli
-
-app = typer.Typer(
-    name="stillroom",
-    help="Offline soft-label distillation: run the teacher once, train any number of students from disk.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
-StorePath = Annotated[str, typer.Argument(metavar="STORE", help="Folder or URL of the store.")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a field: section.key=value. Repeatable.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of standard output.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+from .app import AsJson, Overrides, Quiet, RecipePath, app, print_for_people, print_json
 
 
 def main() -> None:
@@ -95,8 +80,8 @@ def demo(
     recipe = load_recipe(recipe_path)
     outcome = run_recipe(recipe, quiet=quiet)
     _outcome(outcome, as_json)
-    _print(f"store:  {recipe.storage.dir}\nreport: {outcome['run_dir']}/report.html\nrecipe: {recipe_path}")
-    _json(outcome, as_json)
+    print_for_people(f"store:  {recipe.storage.dir}\nreport: {outcome['run_dir']}/report.html\nrecipe: {recipe_path}")
+    print_json(outcome, as_json)
 
 
 @app.command()
@@ -115,8 +100,8 @@ def init(
         recipe.write_text(files("stillroom.pipeline.recipes").joinpath("template.yaml").read_text())
     except OSError as error:
         raise UsageError(f"{recipe}: cannot be written ({error.strerror}). Name another file.") from error
-    _print(f"wrote {recipe}. Name your teacher, student and data in it, then: stillroom plan {recipe}")
-    _json({"recipe": str(recipe)}, as_json)
+    print_for_people(f"wrote {recipe}. Name your teacher, student and data in it, then: stillroom plan {recipe}")
+    print_json({"recipe": str(recipe)}, as_json)
 
 
 @app.command()
@@ -129,10 +114,10 @@ def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fals
     from ..run.status import plan_json, plan_table
 
     made = make_plan(loaded)
-    _print(plan_table(made))
+    print_for_people(plan_table(made))
     for line in made.stages:
         refuse_impossible(made, line)  # as `run` would
-    _json(plan_json(made), as_json)
+    print_json(plan_json(made), as_json)
 
 
 @app.command()
@@ -153,8 +138,8 @@ def run(
     outcome = run_recipe(loaded, until=until, only=only, quiet=quiet)
     _outcome(outcome, as_json)
     for line in _made(outcome):
-        _print(line)
-    _json(outcome, as_json)
+        print_for_people(line)
+    print_json(outcome, as_json)
 
 
 @app.command()
@@ -167,160 +152,8 @@ def status(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fa
     from ..run.status import stage_facts, status_tables
 
     stages = stage_facts(loaded, make_plan(loaded))
-    _print(status_tables(stages))
-    _json({"stages": stages}, as_json)
-
-
-@app.command()
-def inspect(
-    place: Annotated[str, typer.Argument(metavar="STORE|RUN_DIR", help="Store (folder or URL), or a run's folder.")],
-    key: Annotated[
-        str | None, typer.Option(help="Key of a row in hex, or its unique beginning; default the first row.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """One sample, token by token: the teacher's top entries, the tail; of a run, where its student differs."""
-    from rich.console import Console
-
-    from ..report.inspect import show
-
-    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 80
-    console = Console()
-    colours = sys.stdout.isatty() and console.color_system is not None and not console.no_color
-    sample, parts = show(place, key, columns=columns, colours=colours)
-    for part in parts:
-        _print(part, columns=80)
-    _json(sample, as_json)
-
-
-@app.command()
-def query(
-    store: StorePath, sql: Annotated[str, typer.Argument(help="A SELECT over the views.")], as_json: AsJson = False
-) -> None:
-    """DuckDB over the store: prompts, generations, soft_targets, rejects, commits, inputs."""
-    from ...storage.store.sql import query as run_query
-    from ...storage.store.store import Store
-
-    found = run_query(Store.open(store), sql)
-    from rich.table import Table
-
-    from ..numbers import printable
-
-    table = Table(*found.column_names, box=None, pad_edge=False)
-    for row in found.slice(0, 100).to_pylist():
-        table.add_row(*(printable(_cell(v)) for v in row.values()))
-    _print(table)
-    if found.num_rows > 100:
-        _print(f"({found.num_rows} rows; the first 100 are shown)")
-    _json({"rows": json.loads(json.dumps(found.to_pylist(), default=_cell))}, as_json)
-
-
-@app.command()
-def verify(
-    store: StorePath,
-    deep: Annotated[bool, typer.Option("--deep", help="Then let the teacher read a sample of rows again.")] = False,
-    teacher: Annotated[str | None, typer.Option(help="deep: the teacher, a folder or Hub id.")] = None,
-    revision: Annotated[str | None, typer.Option(help="deep: its Hub revision.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="deep: its dtype; default: as the store's teacher had it.")] = None,
-    adapter: Annotated[str | None, typer.Option(help="deep: folder of its LoRA adapter.")] = None,
-    device_map: Annotated[str | None, typer.Option(help="deep: `auto` spreads it over all GPUs.")] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="deep: how many rows, over shards and kinds [32].")] = None,
-    seed: Annotated[int | None, typer.Option(help="deep: which rows [0].")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Prove a store: every record, every byte of every shard, every row. Exit code 3 if anything is wrong.
-
-    Damage is named to file, column and row group. A note is a file that no record names: it holds no rows.
-
-    --deep --teacher MODEL finds what no checksum can: targets that are not what this teacher says of these tokens. It
-    reads each chosen row twice, to see how far two readings differ, and writes nothing.
-    """
-    from ...storage.integrity.verify import verify as verify_store
-    from ...storage.store.store import Store
-    from .upkeep import verify_json, verify_lines
-
-    opened = Store.open(store)
-    asked = None
-    given = {"revision": revision, "dtype": dtype, "adapter": adapter, "device_map": device_map}
-    how = {name: value for name, value in (given | {"rows": rows, "seed": seed}).items() if value is not None}
-    if deep or teacher is not None or how:
-        from .deep_verify import deep_json, deep_lines, deep_verify, deeply, find_teacher
-
-        asked = deeply(teacher if deep else None, **how)
-        identity = find_teacher(opened, asked)
-    report = verify_store(opened)
-    for line in verify_lines(report):
-        _print(line)
-    outcome, ok = verify_json(report), report.ok
-    if asked is not None:
-        from ..run.progress import StageProgress
-
-        damaged = {problem.file for problem in report.problems if problem.mend}
-        found = deep_verify(opened, identity, asked, progress=StageProgress("verify", sys.stderr), damaged=damaged)
-        for line in deep_lines(found):
-            _print(line)
-        ok = ok and found.ok
-        outcome |= {"ok": ok, "deep": deep_json(found)}
-    _json(outcome, as_json)
-    if not ok:
-        raise typer.Exit(3)
-
-
-@app.command()
-def repair(
-    store: StorePath,
-    retry_rejects: Annotated[
-        str | None,
-        typer.Option(metavar="REASON[,REASON]", help="Also try rejects with these reasons again: engine, too_long ..."),
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Withdraw what is damaged, so that the next run makes exactly that again. Exit code 3 if something is left.
-
-    Reads the whole store, as verify does. Commits with a damaged, missing or forged record or shard are withdrawn;
-    their files stay until vacuum. Damaged records of inputs, teachers, bindings and snapshots are deleted. Safe while
-    others write, and any number of times.
-    """
-    from ...storage.integrity.repair import repair as repair_store
-    from ...storage.store.store import Store
-    from .upkeep import repair_json, repair_lines
-
-    reasons = _words(retry_rejects)
-    done = repair_store(Store.open(store), retry=reasons)
-    for line in repair_lines(done, retry=reasons):
-        _print(line)
-    _json(repair_json(done), as_json)
-    if not done.ok:
-        raise typer.Exit(3)
-
-
-@app.command()
-def vacuum(
-    store: StorePath,
-    older_than_hours: Annotated[
-        float, typer.Option(min=0.0, help="Keep younger files, by the store's own clock: somebody may be writing them.")
-    ] = 24.0,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run",
-            help="List what would go; remove nothing. (A file is written for a moment, to read the store's clock.)",
-        ),
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Delete what no record and no snapshot names: temporary files, orphaned and withdrawn shards, old claims.
-
-    What a live commit, a snapshot or an inputs record names is never touched.
-    """
-    from ...storage.integrity.vacuum import vacuum as vacuum_store
-    from ...storage.store.store import Store
-    from .upkeep import vacuum_json, vacuum_lines
-
-    done = vacuum_store(Store.open(store), older_than_hours=older_than_hours, dry_run=dry_run)
-    for line in vacuum_lines(done, dry_run=dry_run):
-        _print(line)
-    _json(vacuum_json(done, dry_run=dry_run), as_json)
+    print_for_people(status_tables(stages))
+    print_json({"stages": stages}, as_json)
 
 
 @app.command()
@@ -335,12 +168,12 @@ def report(
 
     Several runs stand side by side, those that differ in the seed only as one.
     """
-    from ..report.show import show
+    from ..report.report import show
 
     text, page, found = show(run_dirs, out)
     sys.stdout.write(text)
     sys.stderr.write(f"page: {page}\n")
-    _json(found, as_json)
+    print_json(found, as_json)
 
 
 @app.command()
@@ -360,7 +193,7 @@ def _outcome(outcome: dict[str, Any], as_json: bool) -> None:
     if outcome["results"]:
         from ..report.report import results_table
 
-        _print(results_table(outcome["results"]))
+        print_for_people(results_table(outcome["results"]))
 
 
 def _made(outcome: dict[str, Any]) -> list[str]:
@@ -370,30 +203,6 @@ def _made(outcome: dict[str, Any]) -> list[str]:
         (name, Path(outcome["run_dir"]) / file) for stage, (name, file) in places.items() if stage in outcome["stages"]
     ]
     return [f"{name}: {path}" for name, path in found if path.exists()]
-
-
-def _print(content: Any, *, columns: int = 400) -> None:
-    """For people: standard output, above the JSON line; `columns` where that is no terminal."""
-    from rich.console import Console
-
-    width = None if sys.stdout.isatty() else columns
-    Console(highlight=False, markup=False, soft_wrap=width == 400, width=width).print(content)
-
-
-def _json(content: dict[str, Any], wanted: bool) -> None:
-    if wanted:
-        sys.stdout.write(json.dumps(content) + "\n")
-
-
-def _words(text: str | None) -> list[str]:
-    return [word.strip() for word in (text or "").split(",") if word.strip()]
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, bytes):
-        return value.hex()
-    text = str(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def publish(
     Refuses until the licence of the dataset, of the teacher and of the prompts is given. Stop it anywhere and run it
     again: what is there is not sent twice. The token is that of `hf auth login` or HF_TOKEN.
     """
-    from ..publish.export import publish as run_publish
+    from ..publish.publish import publish as run_publish
 
     asked = _asked(
         store,

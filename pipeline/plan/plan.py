@@ -3,17 +3,13 @@
 The runner asks for a plan before each stage, so what `plan` prints is what `run` does.
 """
 
-import json
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...stages.data.stage import survey
-from ...stages.evaluate.stage import NUMBERS
 from ...stages.ledger.books import Books, Ledger
 from ...stages.ledger.generations import generation_ledger, published_alike
 from ...stages.ledger.requests import GENERATION_BYTES
@@ -22,61 +18,17 @@ from ...stages.ledger.targets import choose_generations, target_ledger
 from ...stages.models.classes import refuse_other_classes, refuse_without_head
 from ...stages.models.identity import FileHashes
 from ...stages.models.same_tokenizer import refuse_other_tokenizer
-from ...stages.recipe.load import changed_fields
 from ...stages.recipe.sections import Recipe
-from ...stages.train.stage import arm_loss
-from ...stages.workers.job import Arm, Split
 from ...storage.errors import UsageError
-from ...storage.files.local import open_files
+from ...storage.files.opening import open_files
 from ...storage.joined import Joined, open_store
-from ...storage.keys import content_id
 from ...storage.published.folder import Published
-from ...storage.snapshots.snapshot import Snapshot
 from ...storage.store.store import Store
-from .resolve import Bound, bind, student_id
+from .lines import Plan, StagePlan
+from .resolve import Bound, bind
+from .students import plan_students
 
-State = Literal["done", "to do", "waits"]
 STAGES = ("data", "generate", "score", "train", "baseline", "evaluate")
-
-
-@dataclass(kw_only=True, slots=True)
-class StagePlan:
-    """One line of the plan."""
-
-    name: str
-    state: State
-    planned: int = 0
-    committed: int = 0
-    rejected: int = 0
-    pending: int = 0
-    tokens: int = 0
-    tokens_to_do: int = 0
-    """Of the pending rows; an upper bound where they are still to be written."""
-    bytes_to_do: int = 0
-    """Estimate of what they will take on disk."""
-    why: str = ""
-    sources: dict[str, int] = field(default_factory=dict)
-    """Of the committed rows, those that a read-only source serves, by its name."""
-
-
-@dataclass(kw_only=True, slots=True)
-class Plan:
-    """All lines, and what the stages need to know of one another."""
-
-    bound: Bound
-    write: bool
-    """Whether models may be downloaded and hashes remembered."""
-    stages: list[StagePlan] = field(default_factory=list)
-    train_dirs: dict[Arm, Path] = field(default_factory=dict)
-    snapshots: dict[Split, Snapshot] = field(default_factory=dict)
-    settings: dict[Arm, dict[str, Any]] = field(default_factory=dict)
-    evaluation_id: str = ""
-    sources: dict[str, str] = field(default_factory=dict)
-    """Read-only sources by their names in the recipe: what each is, in which version."""
-
-    def stage(self, name: str) -> StagePlan | None:
-        """The line of a stage, None where the recipe has no such stage."""
-        return next((s for s in self.stages if s.name == name), None)
 
 
 def make_plan(recipe: Recipe, *, write: bool = False) -> Plan:
@@ -100,7 +52,7 @@ def make_plan(recipe: Recipe, *, write: bool = False) -> Plan:
     else:
         with Books(store, recipe, data_id=plan.bound.binding.data_id, surveyed=surveyed, write=write) as books:
             _plan_teacher(recipe, plan, books)
-    _plan_students(recipe, plan, ready=all(line.state == "done" for line in plan.stages))
+    plan_students(recipe, plan, ready=all(line.state == "done" for line in plan.stages))
     return plan
 
 
@@ -256,107 +208,3 @@ def _line(name: str, ledger: Ledger, *, upstream: bool = True) -> StagePlan:
 def _reasons(why: Counter[str], rejected: Counter[str]) -> str:
     parts = [f"{count} {reason}" for reason, count in why.most_common()]
     return ", ".join(parts + [f"{count} rejected: {reason}" for reason, count in rejected.most_common()])
-
-
-def _plan_students(recipe: Recipe, plan: Plan, *, ready: bool) -> None:
-    arms: list[Arm] = ["student", "baseline"] if recipe.evaluate.baseline and recipe.score else ["student"]
-    names: dict[Arm, str] = {"student": "train", "baseline": "baseline"}
-    pinned = recipe.train.snapshot
-    snapshot = pinned or (plan.snapshots["train"].id if "train" in plan.snapshots else None)
-    for arm in arms:
-        if not ready or snapshot is None:
-            why = "for the rows before it" if not ready else "for training rows: all were rejected or set aside"
-            plan.stages.append(StagePlan(name=names[arm], state="waits", why=why))
-            continue
-        settings = train_settings(recipe, snapshot, arm)
-        settings["student"]["identity"] = _student_identity(recipe, plan, settings)
-        folder = Path(recipe.run.dir) / f"train-{content_id('train', **settings)[:8]}"
-        plan.settings[arm], plan.train_dirs[arm] = settings, folder
-        plan.stages.append(_student_line(names[arm], recipe, folder, settings))
-    _plan_evaluate(recipe, plan)
-
-
-def train_settings(recipe: Recipe, snapshot: str, arm: Arm) -> dict[str, Any]:
-    """What decides a student: its hash names the folder, and a change in it is why a student is trained again."""
-    loss = arm_loss(recipe, arm).model_dump(mode="json")
-    if loss["soft_weight"] == 0:
-        loss = {name: loss[name] for name in ("soft_weight", "hard_weight")}
-    no_matter = {"snapshot", "audit", "kernel", "wandb", "checkpoint_every_seconds", "checkpoint_every_steps"}
-    train = recipe.train.model_dump(mode="json", exclude=no_matter)
-    return {
-        "snapshot": snapshot,
-        "student": recipe.student.model_dump(mode="json"),
-        "loss": loss,
-        "train": train,
-        "run": {"seed": recipe.run.seed},
-        "score": _entries(recipe) if recipe.score and arm == "student" else None,
-    }
-
-
-def _entries(recipe: Recipe) -> dict[str, Any]:
-    """What the student sees of targets that may be stored with more than the recipe asks."""
-    assert recipe.score is not None
-    names = {"topk": {"k"}, "topp": {"p", "k", "k_min"}, "sampled": {"rounds", "draw", "proposal"}, "full": set[str]()}
-    return recipe.score.model_dump(mode="json", include={"targets"} | names[recipe.score.targets])
-
-
-def _student_identity(recipe: Recipe, plan: Plan, settings: dict[str, Any]) -> str | None:
-    """Of the student named now; where it is gone, of the one that a run with these settings began with."""
-    try:
-        return student_id(recipe, write=plan.write)
-    except UsageError:
-        for file in Path(recipe.run.dir).glob("train-*/settings.json"):
-            begun = json.loads(file.read_text())["settings"]
-            identity = begun["student"].pop("identity", None)
-            if begun == settings:
-                return str(identity)
-        if plan.write:
-            raise
-        return None
-
-
-def _student_line(name: str, recipe: Recipe, folder: Path, settings: dict[str, Any]) -> StagePlan:
-    done = folder / "train.json"
-    if done.is_file():
-        facts = json.loads(done.read_text())
-        return StagePlan(
-            name=name, state="done", planned=facts["samples"], committed=facts["samples"], tokens=facts["tokens"]
-        )
-    if (folder / "settings.json").is_file():
-        return StagePlan(name=name, state="to do", why="was interrupted: goes on from its last checkpoint")
-    return StagePlan(name=name, state="to do", why=_what_changed(Path(recipe.run.dir), settings) or "new")
-
-
-def _what_changed(run_dir: Path, settings: dict[str, Any]) -> str:
-    """Against the nearest finished student of this run folder: the fields that differ."""
-    differences = []
-    for file in run_dir.glob("train-*/settings.json"):
-        changes = changed_fields(json.loads(file.read_text())["settings"], settings)
-        differences.append(changes)
-    nearest = min(differences, key=len, default=[])
-    return ", ".join(nearest[:4]) + (f" and {len(nearest) - 4} more" if len(nearest) > 4 else "")
-
-
-def _plan_evaluate(recipe: Recipe, plan: Plan) -> None:
-    if recipe.data.holdout == 0:
-        return
-    trained = [s for s in plan.stages if s.name in ("train", "baseline")]
-    if any(s.state == "waits" for s in trained) or "test" not in plan.snapshots:
-        lacks = "for held-out rows: all were rejected or left out"
-        why = "for the student" if any(s.state == "waits" for s in trained) else lacks
-        plan.stages.append(StagePlan(name="evaluate", state="waits", why=why))
-        return
-    test = plan.snapshots["test"]
-    folders = {arm: path.name for arm, path in plan.train_dirs.items()}
-    how = recipe.evaluate.model_dump(mode="json")
-    references = plan.bound.binding.data_id if recipe.evaluate.generate else None
-    plan.evaluation_id = content_id(
-        "evaluate", test=test.id, arms=folders, how=how, references=references, measures=NUMBERS
-    )
-    ready = all(s.state == "done" for s in trained)
-    file = plan.train_dirs["student"] / "evaluation.json"
-    if ready and file.is_file() and json.loads(file.read_text())["id"] == plan.evaluation_id:
-        plan.stages.append(StagePlan(name="evaluate", state="done", planned=test.rows, committed=test.rows))
-        return
-    why = "" if ready else "the student is trained first"
-    plan.stages.append(StagePlan(name="evaluate", state="to do", planned=test.rows, pending=test.rows, why=why))

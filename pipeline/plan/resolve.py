@@ -6,14 +6,16 @@ Stage one writes this down in the store, so that stage two can run where teacher
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...stages.data.stage import given_author_id, given_text, inputs_id
+from ...stages.data.given_text import given_author_id, given_text
+from ...stages.data.stage import inputs_id
 from ...stages.ledger.requests import author_context
 from ...stages.models.identity import FileHashes, Identity, find_model, identify
 from ...stages.models.same_tokenizer import compare_tokenizers
 from ...stages.recipe.checks import stores_of
 from ...stages.recipe.sections import Recipe
 from ...storage.errors import UsageError
-from ...storage.files.local import Files, open_files
+from ...storage.files.base import Files
+from ...storage.files.opening import open_files
 from ...storage.joined import Joined
 from ...storage.keys import content_id
 from ...storage.published.folder import Published

@@ -6,7 +6,6 @@ the old version or the new one, wherever this stops. The same command goes on; a
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -17,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ...storage.errors import IntegrityError, UsageError
-from ...storage.files.local import LocalFiles, explained, make_folder
+from ...storage.files.base import explained, make_folder
+from ...storage.files.local import LocalFiles
 from ...storage.keys import content_id
 from ...storage.published.export import Choice, Made, chosen_columns, find_snapshots, make_tables, place, put
 from ...storage.published.export_rows import PUBLISHED
@@ -37,7 +37,6 @@ from .provenance import (
     without_paths,
 )
 
-HUB = "hf://datasets/"
 _WORK = ".part"  # a leading dot: no reader looks into it
 
 
@@ -116,38 +115,6 @@ def export(
             say(f"{split}: {taken} of {snapshot.rows} rows")
     card = work.point(manifest, repo)
     return Exported(folder=folder, manifest=manifest, card=card, built=built)
-
-
-def publish(asked: Asked, destination: str, *, say: Callable[[str], None], private: bool = False) -> dict[str, Any]:
-    """Export with every licence given; to the Hub by way of a folder in the user's cache, which a resumed upload uses.
-
-    Args:
-        asked: What.
-        destination: A folder, or hf://datasets/USER/NAME.
-        say: Told what is being done.
-        private: Make the repository private where it is not there yet; refuse one that is public.
-
-    Returns:
-        For `--json`.
-
-    Raises:
-        UsageError, IntegrityError: as `export`.
-        StillroomError: the Hub refused, or did not answer.
-    """
-    if "://" not in destination:
-        return export(asked, Path(destination), say=say, strict=True).to_json()
-    repo = destination.removeprefix(HUB).strip("/")
-    if not destination.startswith(HUB) or repo.count("/") != 1:
-        raise UsageError(f"{destination}: name a folder, or a dataset of the Hub as {HUB}USER/NAME.")
-    from .hub import upload
-
-    exported = export(asked, _cache() / repo.replace("/", "--"), say=say, strict=True, repo=repo)
-    url = upload(exported, repo, say=say, private=private)
-    return exported.to_json() | {"url": url}
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stillroom" / "publish"
 
 
 class _Export:

@@ -5,21 +5,27 @@ nothing here loads a model or opens a store. `compare.py` lays several over one 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...storage.errors import UsageError
 from ...storage.files.local import LocalFiles
 from ..numbers import nats, percent
+from . import compare as report_compare
 from . import html as report_html
 from . import markdown as report_markdown
 from . import results as tables
 from . import sections
 from .blocks import Page, Text
+from .seeds import grouped
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+COMPARISON = Path("comparison.html")
+"""Where a comparison goes that nobody gave a name."""
+
 
 TRAINED = ("student", "baseline")
 
@@ -138,3 +144,32 @@ def _read(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: not readable as JSON ({error}). Run `stillroom run RECIPE` again.") from error
     assert isinstance(content, dict)
     return content
+
+
+def show(run_dirs: Sequence[Path], out: Path | None) -> tuple[str, Path, dict[str, Any]]:
+    """Markdown, the file that the page is in, and the same for programs.
+
+    A run's page lies in its folder already and is written there only if it is missing; a comparison is written to
+    `comparison.html` in the current folder, or to `out`.
+
+    Raises:
+        UsageError: a run has no report yet, or the page cannot be written.
+    """
+    reports = {str(folder): load_report(folder) for folder in run_dirs}
+    alone = len(reports) == 1
+    content = page(reports[str(run_dirs[0])]) if alone else report_compare.page(reports)
+    target = out or (run_dirs[0] / "report.html" if alone else COMPARISON)
+    if out is not None or not alone or not target.exists():
+        _write(target, report_html.page(content))
+    found = {
+        "page": str(target),
+        "runs": list(reports.values()),
+        "over_seeds": [group.summary() for group in grouped(reports)],
+    }
+    return report_markdown.page(content), target, found
+
+
+def _write(target: Path, text: str) -> None:
+    if target.is_dir():
+        raise UsageError(f"{target}: is a folder. Name a file with --out.")
+    LocalFiles(target.parent).replace(target.name, text.encode())

@@ -9,40 +9,11 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..numbers import human, short, short_duration, short_size
+
 LINE_SECONDS = 10.0
 """Between two lines of progress, where there is no bar."""
 _TELL_SECONDS = 0.2
-
-
-def human(count: float, *, digits: int = 1) -> str:
-    """12345 as 12.3k."""
-    for unit in ("", "k", "M", "G"):
-        if abs(count) < 1000 - 0.5 / 10 ** (digits if unit else 0) or unit == "G":  # 999.96k is printed as 1.0M
-            return f"{count:.{digits}f}{unit}" if unit else f"{count:.0f}"
-        count /= 1000
-    raise AssertionError
-
-
-def short(count: int) -> str:
-    """A count in five characters: as it is up to 99,999, then 123k."""
-    text = str(count) if count < 100_000 else human(count)
-    return text if len(text) <= 5 else human(count, digits=0)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as 3m 20s."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {rest:02d}s" if minutes else f"{rest}s"
-
-
-def size(count: float) -> str:
-    """Bytes as 1.2 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < (1000 if unit == "B" else 999.95) or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError
 
 
 @dataclass(kw_only=True, slots=True)
@@ -91,9 +62,9 @@ class Meter:
             self.count(),
             f"{human(self.rate)} tokens/s" if self.rate else "",
             f"{self.rejects} rejected" if self.rejects else "",
-            f"{size(self.written)} written" if self.written else "",
+            f"{short_size(self.written)} written" if self.written else "",
             self.note,
-            f"{duration(self.left)} left" if self.left else "",
+            f"{short_duration(self.left)} left" if self.left else "",
         ]
         return ", ".join(part for part in parts if part)
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import psutil
 
+from ...stages.recipe.fields import Arm
 from ...stages.recipe.sections import Recipe
-from ...stages.train.wandb_board import refuse_without_wandb
+from ...stages.train.scalars import refuse_without_wandb
 from ...stages.workers.clock import Clock
-from ...stages.workers.job import Arm
 from ...stages.workers.journal import mark_seen, new_journal, read_journal
 from ...stages.workers.locks import worker_number
 from ...storage.errors import StillroomError, Stopped, UsageError
@@ -21,7 +21,8 @@ from ...storage.joined import at_commit
 from ...storage.keys import canonical_json
 from ...storage.snapshots.snapshot import save_snapshot
 from ...storage.store.store import Store
-from ..plan.plan import Plan, StagePlan, make_plan, refuse_impossible
+from ..plan.lines import Plan, StagePlan
+from ..plan.plan import make_plan, refuse_impossible
 from ..plan.resolve import write_down
 from ..publish.model_card import write_student_cards
 from ..report.report import write_report

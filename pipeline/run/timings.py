@@ -7,7 +7,7 @@ from typing import Any
 
 from ...storage.errors import StillroomError
 from ...storage.files.local import LocalFiles
-from ..plan.plan import StagePlan
+from ..plan.lines import StagePlan
 
 NAME = "pace.json"
 _LIKE = {"train": "baseline", "baseline": "train"}

@@ -16,14 +16,13 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from ...stages.engines.base import EngineDied
 from ...stages.models.identity import FileHashes, Identity
 from ...stages.recipe.sections import Recipe
 from ...stages.workers.clock import Clock
 from ...stages.workers.job import Job, Progress, StageResult, StopFlag
 from ...stages.workers.locks import only_one
-from ...storage.errors import StillroomError, Stopped
-from ...storage.files.local import DISK_FULL
+from ...storage.errors import EngineDied, StillroomError, Stopped
+from ...storage.files.base import DISK_FULL
 from ..plan.resolve import author_identity, teacher_identity
 from .progress import ToldProgress
 

@@ -1,12 +1,18 @@
 """Where targets that are off belong: to the position before or after, to other tokens, or to nothing that was read."""
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .differences import Difference, Fault, Part, Reading, compare
 from .numbers import stored_numbers
-from .rescore import Difference, Fault, Row
-from .teacher_reader import Part, Reader, Reading, compare
+from .stored_rows import Row
+from .teacher_reader import Reader
+
+if TYPE_CHECKING:
+    from .differences import Reading
+
 
 _BOUNDED = {"entropy", "tail_logprob"}  # in a row of a foreign table
 _BY_TOKEN = {"token_logprob"}  # of the token that is there: the same under a shift only if it was looked up shifted too

@@ -1,7 +1,6 @@
 """Reading stored rows again: each alone, and among others, so that the difference shows what the arithmetic may do."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,40 +11,9 @@ from ..models.head import check_head, hidden_states, split_head
 from ..models.identity import Identity
 from ..models.loading import load_causal_lm
 from ..targets.alignment import predicting_positions
+from .differences import Reading, compare
 from .numbers import Numbers, entries_alone, remeasure, stored_numbers
-from .rescore import DEVIATIONS, Difference, Row
-
-BOUNDLESS = 1e6
-"""Nats, in place of infinity, which JSON does not have."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
-    """One quantity of one row: differences from what is stored, nats."""
-
-    values: int
-    worst: float
-    mean: float
-    excess_worst: float
-    """The worst and the mean, each value less what rounding or chance may do."""
-    excess_mean: float
-    slack_worst: float
-    """The most that rounding or chance may do."""
-    noise_worst: float
-    noise_mean: float
-
-    def within(self, limit: Difference) -> bool:
-        """Whether this is the teacher's, as far as `limit` goes."""
-        return self.excess_worst <= limit.tolerance_worst and self.excess_mean <= limit.tolerance_mean
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Reading:
-    """What came of reading a row again."""
-
-    parts: dict[str, Part]
-    entropy: np.ndarray
-    """[N] by the teacher."""
+from .stored_rows import Row
 
 
 class Reader:
@@ -100,37 +68,3 @@ class Reader:
         with torch.inference_mode():
             hidden = hidden_states(self._model, input_ids=ids.to(device), attention_mask=mask.to(device))
         return [states[: len(text)] for states, text in zip(hidden, texts, strict=True)]
-
-
-def compare(stored: Numbers, measured: Numbers, again: Numbers, *, bits: int) -> dict[str, Part]:
-    """Stored numbers against a reading, and that against another one, per quantity."""
-    parts = {}
-    for name, values in stored.items():
-        rounding = np.abs(np.where(np.isfinite(values), values, 0.0)) * 2.0 ** -(bits + 1)
-        parts[name] = _part(_apart(values, measured[name]), rounding, _apart(measured[name], again[name]))
-    if "draws" in measured:
-        now, then = (np.array([numbers["draws"].mean(dtype=np.float64)]) for numbers in (measured, again))
-        chance = DEVIATIONS * np.sqrt([measured["draws_variance"].sum(dtype=np.float64)]) / len(measured["draws"])
-        parts["draws"] = _part(_apart(now, np.zeros(1)), chance, _apart(now, then))
-    return parts
-
-
-def _part(found: np.ndarray, slack: np.ndarray, noise: np.ndarray) -> Part:
-    excess = found - slack
-    return Part(
-        values=len(found),
-        worst=float(found.max()),
-        mean=float(found.mean()),
-        excess_worst=float(excess.max()),
-        excess_mean=float(excess.mean()),
-        slack_worst=float(slack.max()),
-        noise_worst=float(noise.max()),
-        noise_mean=float(noise.mean()),
-    )
-
-
-def _apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """|a - b| in float64; 0 where both are -inf, `BOUNDLESS` where one is or where a number is none."""
-    with np.errstate(invalid="ignore"):
-        apart = np.abs(a.astype(np.float64) - b)
-    return np.nan_to_num(np.where(a == b, 0.0, apart), nan=BOUNDLESS, posinf=BOUNDLESS)

@@ -6,8 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ...storage.keys import KEY_BYTES
-from ...storage.keyset import KeySet
+from ...storage.keys import KEY_BYTES, KeySet
 from ...storage.tables.schema import KEY
 
 

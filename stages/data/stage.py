@@ -12,41 +12,20 @@ from typing import Any
 
 import pyarrow as pa
 
-from ...storage.errors import StillroomError, UsageError
+from ...storage.errors import RowError, StillroomError, UsageError
 from ...storage.keys import content_id, content_key
-from ...storage.store.store import CommitLimits, Store
-from ..ledger.requests import labelled_key, tokens_key
-from ..models.classes import label_index, names_in
+from ...storage.store.store import Store
+from ..models.classes import names_in
 from ..models.identity import FileHashes, Identity
-from ..models.rendering import Renderer, RowError
-from ..recipe.sections import COLUMNS, Data, Recipe
+from ..recipe.sections import Data, Recipe
 from ..workers.job import Job, StageResult
 from ..workers.shard_about import about, commit_limits
+from .formats import prompt_row
+from .given_text import GivenText, given_author_id, given_text
 from .inputs import Intake
 from .readers import fingerprint, records
 
 COMMIT_ROWS = 8192  # reading is cheap to do again, and few large shards are quick to plan from
-
-
-def given_text(recipe: Recipe) -> bool:
-    """Whether the data brings the text that is scored and trained on."""
-    return recipe.generate is None
-
-
-def given_author_id(recipe: Recipe, teacher: Identity) -> str:
-    """Who wrote given text, as far as its tokens are concerned: tokenizer, template and how it is cut."""
-    return content_id(
-        "given",
-        tokenizer=teacher.tokenizer_id,
-        template=teacher.template_id,
-        chat_template_kwargs=recipe.data.chat_template_kwargs,
-        window_tokens=window_tokens(recipe.data, teacher.context_tokens),
-    )
-
-
-def window_tokens(data: Data, context_tokens: int) -> int:
-    """Tokens of one window of long text, for a teacher that reads `context_tokens` at once."""
-    return min(data.window_tokens or context_tokens, context_tokens)
 
 
 def inputs_id(recipe: Recipe, teacher: Identity, hashes: FileHashes) -> str:
@@ -85,7 +64,7 @@ def run(job: Job) -> StageResult:
         prompts = stack.enter_context(store.writer("prompts", about=about("data", recipe, settings), limits=limits))
         rejects = stack.enter_context(store.writer("rejects", about=about("data", recipe, settings), limits=limits))
         with clock.span("start"):
-            text = _GivenText(job, store, stack, limits) if given_text(recipe) else None
+            text = GivenText(job, store, stack, limits) if given_text(recipe) else None
         for source, record in islice(clock.each("disk", records(data)), data.limit):
             job.stop.check()
             try:
@@ -130,118 +109,6 @@ def survey(recipe: Recipe, classes: Sequence[str] = ()) -> tuple[pa.Table, int]:
     return rows.table(recipe.data.holdout), rejected
 
 
-def prompt_row(
-    record: dict[str, Any] | str, source: str, data: Data, *, given: bool, classes: Sequence[str] = ()
-) -> dict[str, Any]:
-    """One record as a row of `prompts`.
-
-    Args:
-        record: As the source has it.
-        source: Where it stands.
-        data: The recipe's section.
-        given: Nothing is generated: the record brings what is scored.
-        classes: Names of the teacher's classes (labelled).
-
-    Raises:
-        RowError: this record cannot be used.
-        UsageError: the columns are not those of the format.
-    """
-    if isinstance(record, str):
-        raise RowError("unreadable", record)
-    record = {ours: record[theirs] for ours, theirs in _columns(record, data).items()}
-    row: dict[str, Any] = dict.fromkeys(("text", "text_pair", "messages", "completion", "reference", "label"), None) | {
-        "format": data.format,
-        "source": source,
-    }
-    row |= _FORMATS[data.format](record)
-    if data.format == "labelled":
-        row["label"] = label_index(record["label"], classes)
-    answer, reference = row.pop("answer", None), record.get("reference")
-    if given and data.format not in ("text", "labelled"):
-        row["completion"] = _text(answer, "completion", "no answer to score, and no `generate` section to make one")
-    elif reference in (None, ""):
-        reference = answer
-    row["reference"] = None if reference in (None, "") else _text(reference, "reference")
-    prompt = {"text": row["text"], "messages": row["messages"], "pair": row["text_pair"]}
-    row["prompt_key"] = content_key("prompt", **prompt)
-    rest = {k: row[k] for k in ("format", "completion", "reference", "label")}
-    row["key"] = content_key("prompts", prompt=row["prompt_key"], **rest)
-    return row
-
-
-def _columns(record: dict[str, Any], data: Data) -> dict[str, str]:
-    """Our name -> the record's column."""
-    required, optional = COLUMNS[data.format]
-    names = {n: data.columns.get(n, n) for n in (*required, *optional)}
-    missing = [names[n] for n in required if names[n] not in record]
-    if missing:
-        raise RowError(
-            "missing_column",
-            f"no column {missing[0]!r} (found {', '.join(map(repr, record)) or 'nothing'}). "
-            f"Name it in data.columns, for example {{{required[0]}: ...}}",
-        )
-    return {ours: theirs for ours, theirs in names.items() if theirs in record}
-
-
-def _prompt(record: dict[str, Any]) -> dict[str, Any]:
-    return {"text": _text(record["prompt"], "prompt")}
-
-
-def _completion(record: dict[str, Any]) -> dict[str, Any]:
-    return {"text": _text(record["prompt"], "prompt"), "answer": record["completion"]}
-
-
-def _messages(record: dict[str, Any]) -> dict[str, Any]:
-    messages = record["messages"]
-    try:
-        messages = [{"role": _text(m["role"], "role"), "content": _text(m["content"], "content")} for m in messages]
-    except (TypeError, KeyError) as error:
-        raise RowError("unreadable", f"messages must be a list of {{role, content}} ({error!r})") from error
-    answer = messages.pop()["content"] if messages and messages[-1]["role"] == "assistant" else None
-    if not messages:
-        raise RowError("empty", "the conversation has no message to answer")
-    return {"messages": messages, "answer": answer}
-
-
-def _instruction(record: dict[str, Any]) -> dict[str, Any]:
-    content = _text(record["instruction"], "instruction")
-    if record.get("input") not in (None, ""):
-        content += "\n" + _text(record["input"], "input")
-    return {"messages": [{"role": "user", "content": content}], "answer": record.get("output")}
-
-
-def _document(record: dict[str, Any]) -> dict[str, Any]:
-    return {"text": _text(record["text"], "text")}
-
-
-def _labelled(record: dict[str, Any]) -> dict[str, Any]:
-    pair = record.get("text_pair")
-    second = None if pair in (None, "") else _text(pair, "text_pair")
-    return {"text": _text(record["text"], "text"), "text_pair": second}
-
-
-_FORMATS = {
-    "text": _document,
-    "prompt": _prompt,
-    "completion": _completion,
-    "messages": _messages,
-    "instruction": _instruction,
-    "labelled": _labelled,
-}
-
-
-def _text(value: Any, name: str, if_empty: str | None = None) -> str:
-    if value is None or value == "":
-        raise RowError("empty", if_empty or f"{name} is empty")
-    if not isinstance(value, str):
-        raise RowError("unreadable", f"{name} is a {type(value).__name__}, expected text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise RowError("unreadable", f"{name} is not valid UTF-8 ({error.reason})") from error
-    return value
-
-
 def _reject(source: str, record: Any, error: RowError) -> dict[str, Any]:
     key = content_key("reject", source=source, record=str(record))
     row = {"key": key, "stage": "data", "prompt_key": None, "reason": error.reason, "attempts": 1}
@@ -267,79 +134,3 @@ def _refuse_changed(job: Job, classes: Sequence[str]) -> None:
     now = _inputs_id(job.recipe, hashes, author_id=author, context_tokens=context, classes=classes)
     if now != job.data_id:
         raise StillroomError(f"data.source: {job.recipe.data.source} changed while it was read. Run again.")
-
-
-class _GivenText:
-    """Tokenizes the text that came with the data into generations rows."""
-
-    def __init__(self, job: Job, store: Store, stack: ExitStack, limits: CommitLimits) -> None:
-        folder = store.teacher_dir(job.teacher_id)
-        data, self._clock = job.recipe.data, job.clock
-        self._renderer = Renderer(folder, data.chat_template_kwargs)
-        self._author = job.author_id
-        self._context = job.context_tokens
-        self._window = window_tokens(data, job.context_tokens)
-        settings = {"window_tokens": self._window, "chat_template_kwargs": data.chat_template_kwargs}
-        shard_about = about("data", job.recipe, settings, author_id=job.author_id)
-        writer = store.writer("generations", about=shard_about, limits=limits)
-        self._writer = stack.enter_context(writer)
-        self.tokens = 0
-
-    @property
-    def bytes(self) -> int:
-        """Of what is committed."""
-        return self._writer.bytes
-
-    def add(self, row: dict[str, Any]) -> int:
-        """Write a prompt's rows; returns how many.
-
-        Raises:
-            RowError: nothing to predict, or longer than the context.
-        """
-        with self._clock.span("tokenizer"):
-            pieces = self._pieces(row)
-        # RoBERTa counts its positions from 2: its tokenizer knows what it can read, its config does not say.
-        limit = self._context if row["format"] != "labelled" else min(self._context, self._renderer.longest)
-        for index, (start, ids) in enumerate(pieces):
-            if len(ids) > limit:
-                raise RowError("too_long", f"{len(ids)} tokens; the teacher reads {limit}")
-            self._write(row, index, start, ids)
-        if not pieces:
-            raise RowError("empty", "fewer than two tokens: nothing to predict")
-        return len(pieces)
-
-    def _pieces(self, row: dict[str, Any]) -> list[tuple[int, list[int]]]:
-        """Where each of a prompt's rows begins to be scored, and its token ids."""
-        if row["format"] == "labelled":
-            ids = self._renderer.labelled_ids(row["text"], row["text_pair"])
-            return [(len(ids), ids)]
-        if row["format"] == "text":
-            return [(0, ids) for ids in self._renderer.windows(row["text"], self._window)]
-        prompt = self._renderer.prompt_ids(row)
-        return [(len(prompt), prompt + self._renderer.completion_ids(row["completion"]))]
-
-    def _write(self, row: dict[str, Any], index: int, start: int, ids: list[int]) -> None:
-        reuse_key = content_key("given", author=self._author, source=row["key"], window=index)
-        self.tokens += len(ids) - start
-        with self._clock.span("tokenizer"):
-            text = self._renderer.tokenizer.decode(ids[start:], skip_special_tokens=True)
-        tokens = labelled_key(ids, row["label"]) if row["format"] == "labelled" else tokens_key(ids, start)
-        generation = {
-            "key": content_key("generations", reuse_key=reuse_key, max_tokens=None),
-            "reuse_key": reuse_key,
-            "prompt_key": row["prompt_key"],
-            "source_key": row["key"],
-            "author_id": self._author,
-            "sampling_id": self._author,
-            "sample_index": index,
-            "tokens_key": tokens,
-            "token_ids": ids,
-            "prompt_tokens": start,
-            "completion_tokens": len(ids) - start,
-            "text": text,
-            "finish_reason": "given",
-            "max_tokens": None,
-            "row_seed": None,
-        }
-        with self._clock.span("disk"):
-            self._writer.add(generation)

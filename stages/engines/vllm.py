@@ -9,11 +9,11 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from ...storage.errors import StillroomError, UsageError
+from ...storage.errors import EngineDied, StillroomError, UsageError
 from ..models.identity import Identity
 from ..recipe.sections import Generate
 from ..workers.clock import Clock
-from .base import Completion, EngineDied, Request
+from .base import Completion, Request
 
 UNKNOWN_CONTEXT = 2**31 - 1  # what an identity says where the config names no limit
 

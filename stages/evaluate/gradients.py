@@ -28,7 +28,7 @@ from ...storage.keys import row_seed
 from ...storage.tables.soft_targets import SoftTargets
 from ..loader.packing import Packing
 from ..loader.samples import Sample
-from ..losses.definition import Aim, Objective
+from ..losses.objective import Aim, Objective
 from ..targets.reduce import targets_of
 from ..targets.spec import Kept
 

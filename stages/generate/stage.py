@@ -5,15 +5,17 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from ...storage.errors import RowError
 from ...storage.joined import open_store
 from ...storage.keys import content_key, row_seed
 from ...storage.store.store import Store
-from ..engines.base import Completion, Engine, Request, choose_engine, open_engine
+from ..engines.base import Completion, Engine, Request
+from ..engines.opening import choose_engine, open_engine
 from ..ledger.books import Books, Ledger, Pending
 from ..ledger.generations import generation_ledger, pending_generations
 from ..ledger.requests import GenerationRequest, reject_key, sampling_id, sampling_settings, tokens_key
 from ..models.identity import Identity
-from ..models.rendering import Renderer, RowError
+from ..models.rendering import Renderer
 from ..workers.claims import Claims
 from ..workers.job import Job, StageResult
 from ..workers.journal import Journal, find_suspects, new_journal

@@ -11,7 +11,7 @@ from ...storage.errors import UsageError
 from ...storage.snapshots.snapshot import Snapshot, load_snapshot, make_snapshot
 from ...storage.store.bindings import Binding
 from ...storage.tables.schema import TableName
-from ..workers.job import Split
+from ..recipe.fields import Split
 from .books import Books
 from .targets import target_rows, text_rows
 

@@ -21,14 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from ...storage.errors import UsageError
-from ..losses.definition import Aim, Distilled, TargetBatch, fit_vocabulary
+from ..losses.definition import Distilled
 from ..losses.fused_linear import linear_distillation
+from ..losses.objective import Aim
 from ..models.attention import flat_inputs
 from ..models.head import hidden_states, split_head
 from ..recipe.fields import Kernel
 from ..targets.alignment import predicting_positions, scored_tokens
+from ..targets.batch import TargetBatch, fit_vocabulary, joined
 from ..targets.spec import Kept
-from ..targets.stored import Reading, joined, soft_part
+from ..targets.stored import Reading, soft_part
 from .samples import Sample
 
 SHORTEST_ROW = 128  # tokens; shorter samples share a row. Attention costs rows x length^2, so not much longer

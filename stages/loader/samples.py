@@ -14,9 +14,8 @@ from ...storage.errors import UsageError
 from ...storage.snapshots.reader import SnapshotReader
 from ...storage.snapshots.snapshot import Snapshot
 from ...storage.store.store import Store
-from ...storage.tables.decode import LISTS, normalised_targets
 from ...storage.tables.rows import Rows
-from ...storage.tables.soft_targets import SoftTargets
+from ...storage.tables.soft_targets import LISTS, SoftTargets, normalised_targets
 from ..targets.alignment import class_span, scored_span
 
 _SPAN = {"soft_targets": ("span_start", "span_tokens"), "generations": ("prompt_tokens", "completion_tokens")}

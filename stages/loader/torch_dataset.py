@@ -25,7 +25,7 @@ from torch import Tensor, distributed
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ...storage.errors import UsageError
-from ..losses.definition import TargetBatch
+from ..targets.batch import TargetBatch
 from .packing import Batch, Packing
 from .samples import Sample, Samples
 

@@ -29,92 +29,16 @@ back; `fused_linear.py` never holds the logits of all tokens, and takes the way 
 Letters: N scored tokens, K entries, V the student's vocabulary.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import Self
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ...storage.errors import UsageError
-from ..recipe.fields import Divergence, Tail
+from ..targets.batch import TargetBatch
 from . import divergences
+from .objective import Aim, Objective
 from .vocabulary import Seen
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Objective:
-    """What the soft part of the loss is, at one step."""
-
-    divergence: Divergence = "forward_kl"
-    tail: Tail = "bucket"
-    """Of targets that have a tail; full and sampled ones do not."""
-    temperature: float = 1.0
-    """T; the targets are handed over at this temperature already."""
-    skew: float = 0.1
-    """skew_forward_kl, skew_reverse_kl: share that the first distribution has in the mixture."""
-    jsd_weight: float = 0.5
-    """jsd: the teacher's share in the mixture."""
-    alpha_beta: tuple[float, float] = (0.2, 0.7)
-    """alpha_beta: the two exponents."""
-    head_mass: float = 0.5
-    """adaptive_kl: the teacher's mass that is its head."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class TargetBatch:
-    """What N predicting positions are asked for: hard targets, and maybe soft ones, as log-probabilities or sampled."""
-
-    labels: Tensor
-    """[N] int64 hard targets: the tokens that are there."""
-    ids: Tensor | None = None
-    """[N, K] int64, distinct in a row; -1 is no entry (logprob -inf, probability 0). None with logprobs: full, in id
-    order."""
-    logprobs: Tensor | None = None
-    """[N, K] float32 natural-log probabilities of the teacher, at the objective's temperature."""
-    tail_logprob: Tensor | None = None
-    """[N] float32 log of the teacher's probability outside the entries, at the same temperature; -inf if none."""
-    probabilities: Tensor | None = None
-    """[N, K] float32 sampled: estimate of the teacher's probabilities at that temperature, in place of logprobs."""
-    entropy: Tensor | None = None
-    """[N] float32 sampled: entropy of the whole teacher at that temperature, nats."""
-
-    @property
-    def soft(self) -> bool:
-        """Whether there are soft targets."""
-        return self.logprobs is not None or self.probabilities is not None
-
-    @property
-    def nbytes(self) -> int:
-        """Of all tensors."""
-        values = (getattr(self, f.name) for f in fields(self))
-        return sum(value.nbytes for value in values if value is not None)
-
-    def rows(self, start: int, stop: int) -> Self:
-        """Positions start to stop."""
-        return self._map(lambda tensor: tensor[start:stop])
-
-    def to(self, device: torch.device, *, non_blocking: bool = False) -> Self:
-        """The same on another device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> Self:
-        """The same in page-locked memory, from which copies to a GPU do not block."""
-        return self._map(Tensor.pin_memory)
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: change(value) for name, value in values.items() if value is not None})
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Aim:
-    """What is minimised at one point of the training."""
-
-    soft_weight: float
-    hard_weight: float
-    objective: Objective | None
-    """None: cross-entropy alone, all along."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -289,38 +213,3 @@ def _seen(logits: Tensor, targets: TargetBatch, temperature: float) -> Seen:
         others = (logits / temperature).masked_fill(kept & ~all_kept[:, None], -torch.inf)
         rest = others.logsumexp(-1).masked_fill(all_kept, -torch.inf)
     return Seen(entries=entries, label=label, normaliser=logits.logsumexp(-1), rest=rest)
-
-
-def fit_vocabulary(targets: TargetBatch, student_vocab: int) -> TargetBatch:
-    """Targets in terms of the student's vocabulary: a teacher whose embedding is padded further has ids beyond it.
-
-    Entries with such ids become no entries and their mass joins the tail. Where the entries that remain are the
-    student's whole vocabulary it has no id left for a tail: there the teacher is conditioned on the ids both have. Of
-    sampled targets, which have no tail, draws of such ids are left out.
-
-    Raises:
-        UsageError: a hard target is not in the student's vocabulary.
-    """
-    if targets.labels.numel() and int(targets.labels.max()) >= student_vocab:
-        raise UsageError(
-            f"student: its vocabulary has {student_vocab} ids, but the text has token {int(targets.labels.max())}. "
-            "Choose a student with the teacher's tokenizer and at least its vocabulary."
-        )
-    if targets.probabilities is not None:
-        assert targets.ids is not None
-        foreign = targets.ids >= student_vocab
-        drawn = targets.probabilities.masked_fill(foreign, 0.0)
-        return replace(targets, ids=targets.ids.masked_fill(foreign, -1), probabilities=drawn)
-    if targets.logprobs is None or targets.tail_logprob is None:
-        return targets
-    ids, logprobs, tail = targets.ids, targets.logprobs, targets.tail_logprob
-    if ids is None:
-        logprobs = logprobs[:, :student_vocab]
-        complete = torch.full_like(tail, logprobs.shape[-1] == student_vocab, dtype=torch.bool)
-    else:
-        foreign = ids >= student_vocab
-        tail = torch.logaddexp(tail, logprobs.masked_fill(~foreign, -torch.inf).logsumexp(-1))
-        ids, logprobs = ids.masked_fill(foreign, -1), logprobs.masked_fill(foreign, -torch.inf)
-        complete = (ids >= 0).sum(-1) == student_vocab
-    logprobs = torch.where(complete[:, None], logprobs - logprobs.logsumexp(-1, keepdim=True), logprobs)
-    return replace(targets, ids=ids, logprobs=logprobs, tail_logprob=tail.masked_fill(complete, -torch.inf))

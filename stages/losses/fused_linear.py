@@ -25,8 +25,10 @@ from torch.autograd.function import once_differentiable
 from ..models.device import uses_triton
 from ..models.head import Head, whole
 from ..recipe.fields import Kernel
+from ..targets.batch import TargetBatch
 from . import vocabulary as passes
-from .definition import Aim, Distilled, LossParts, Objective, TargetBatch, compared, logits_distillation, losses_of
+from .definition import Distilled, LossParts, compared, logits_distillation, losses_of
+from .objective import Aim, Objective
 from .vocabulary import Asked, Seen, Slopes
 
 CHUNK_BYTES = 64 * 2**20  # logits of a chunk on a CPU

@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...storage.errors import UsageError
+from ...storage.errors import RowError, UsageError
 from ..recipe.sections import Recipe
-from .rendering import RowError
 
 HEAD = "ForSequenceClassification"
 NO_LABEL = -1

@@ -6,8 +6,8 @@ nothing is shifted: a row is one text (or pair) with padding at its end, and it 
 Letters: B texts, T tokens of the longest, C classes.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,10 +17,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from ...storage.errors import UsageError
-from ...storage.tables.soft_targets import SoftTargets
-from ..loader.samples import Sample
-from ..losses.definition import Aim, Distilled, TargetBatch, logits_distillation
-from .classes import NO_LABEL
 from .identity import Identity
 from .rendering import segments
 
@@ -93,110 +89,3 @@ def class_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """[B, C] float32."""
     logits: Tensor = model(**inputs).logits
     return logits.float()
-
-
-def class_targets(logits: Tensor, labels: Sequence[int | None]) -> list[SoftTargets]:
-    """The teacher's distribution over the classes, a text at a time: all of it, at temperature 1.
-
-    `token_logprob` is that of the gold label, of the best class where there is none.
-
-    Args:
-        logits: [B, C] float32.
-        labels: [B] gold classes.
-
-    Returns:
-        B targets of one position each: logprobs [1, C], tail_logprob [1] (-inf), token_logprob [1], entropy [1] (nats).
-    """
-    logprobs = logits.log_softmax(-1)
-    entropy = -torch.where(logprobs == -torch.inf, 0.0, logprobs.exp() * logprobs).sum(-1)
-    best = logprobs.argmax(-1).tolist()
-    found = []
-    for row, label in enumerate(labels):
-        one = logprobs[row : row + 1].cpu().numpy()
-        found.append(
-            SoftTargets(
-                ids=None,
-                logprobs=one,
-                tail_logprob=np.full(1, -np.inf, np.float32),
-                token_logprob=one[:, best[row] if label is None else label],
-                entropy=entropy[row : row + 1].cpu().numpy(),
-            )
-        )
-    return found
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class ClassBatch:
-    """One forward pass: B texts and what they are asked for."""
-
-    inputs: dict[str, Tensor]
-    """What the model takes, each [B, T]."""
-    targets: TargetBatch
-    """B targets over C classes; a label of `NO_LABEL` is none."""
-
-    @property
-    def positions(self) -> int:
-        """Positions that are computed, padding included."""
-        return self.inputs["input_ids"].numel()
-
-    @property
-    def nbytes(self) -> int:
-        """Of all tensors."""
-        return sum(tensor.nbytes for tensor in self.inputs.values()) + self.targets.nbytes
-
-    def to(self, device: torch.device) -> Self:
-        """The same on another device."""
-        inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
-        return replace(self, inputs=inputs, targets=self.targets.to(device))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ClassPasses:
-    """How the texts of a step become forward passes: those of like length together, for little padding."""
-
-    tokens_per_pass: int
-    """Positions of a pass, padding included; a longer text is a pass of its own."""
-    inputs: Inputs
-    vocab_size: int
-    """Of the student."""
-
-    def batches(self, samples: Sequence[Sample], temperature: float | None = 1.0) -> Iterator[ClassBatch]:
-        """The forward passes of a step, targets at `temperature`; None leaves them out.
-
-        Raises:
-            UsageError: a text has a token that the student does not know.
-        """
-        group: list[Sample] = []
-        for sample in sorted(samples, key=len, reverse=True):
-            if group and (len(group) + 1) * len(group[0]) > self.tokens_per_pass:
-                yield self._batch(group, temperature)
-                group = []
-            group.append(sample)
-        yield self._batch(group, temperature)
-
-    def _batch(self, samples: Sequence[Sample], temperature: float | None) -> ClassBatch:
-        highest = max(int(sample.token_ids.max()) for sample in samples)
-        if highest >= self.vocab_size:
-            raise UsageError(
-                f"student: its vocabulary has {self.vocab_size} ids, but a text has token {highest}. "
-                "Choose a student with the teacher's tokenizer and at least its vocabulary."
-            )
-        labels = torch.tensor([NO_LABEL if sample.label is None else sample.label for sample in samples])
-        targets = TargetBatch(labels=labels)
-        known = [sample.targets for sample in samples if sample.targets is not None]
-        if known and temperature is not None:
-            # All of the distribution is there, so any temperature is exact: softmax(log t / T) = softmax(z / T).
-            stored = torch.from_numpy(np.concatenate([one.logprobs for one in known]))
-            tempered = (stored / temperature).log_softmax(-1)
-            nothing = torch.full((len(known),), -torch.inf)
-            targets = replace(targets, logprobs=tempered, tail_logprob=nothing)
-        return ClassBatch(inputs=self.inputs.tensors([sample.token_ids for sample in samples]), targets=targets)
-
-    def losses(self, model: nn.Module, batch: ClassBatch, *, aim: Aim, dtype: torch.dtype) -> Distilled:
-        """Summed loss of the texts, weighted as `aim` says; a text without a gold label has cross-entropy 0."""
-        labels = batch.targets.labels
-        with torch.autocast(labels.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            logits = class_logits(model, batch.inputs)
-        asked = replace(batch.targets, labels=labels.clamp_min(0))
-        parts = logits_distillation(logits, asked, objective=aim.objective)
-        return replace(parts, hard=parts.hard.masked_fill(labels == NO_LABEL, 0.0)).summed(aim)

@@ -1,11 +1,12 @@
-"""Who works over the vocabulary: Triton's kernels on an NVIDIA GPU that has them, plain torch elsewhere."""
+"""The device: where and in what to compute, whether Triton can, and what to say when it fails."""
 
 from importlib import import_module
 
 import torch
 
-from ...storage.errors import UsageError
+from ...storage.errors import EngineDied, StillroomError, UsageError
 from ..recipe.fields import Kernel
+from ..recipe.sections import Student
 
 
 def uses_triton(asked: Kernel | None, device: torch.device, *, setting: str) -> bool:
@@ -32,3 +33,32 @@ def uses_triton(asked: Kernel | None, device: torch.device, *, setting: str) -> 
     if asked is None:
         return False
     raise UsageError(f"{setting}: triton cannot run, {found}. Leave it out: then plain torch does the same.")
+
+
+def check_device(device: object, failure: str) -> None:
+    """After a failed pass: a GPU may take no more work from this process (a device-side assert, a lost card).
+
+    Raises:
+        EngineDied: it takes none.
+    """
+    try:
+        torch.zeros(1, device=device).cpu()  # type: ignore[call-overload]
+    except RuntimeError:
+        raise EngineDied(f"the device takes no more work: {failure}") from None
+
+
+def device_and_dtype(student: Student) -> tuple[torch.device, torch.dtype]:
+    """Where to compute and in what: a GPU where there is one; `auto` is bfloat16 on a GPU that does it well."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if student.dtype == "auto":
+        half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return device, torch.bfloat16 if half else torch.float32
+    return device, getattr(torch, student.dtype)
+
+
+def out_of_memory(tokens: int, message: str) -> StillroomError:
+    """Of a training pass of so many tokens, which are one sample; `message` is torch's."""
+    return StillroomError(
+        f"train: out of memory in a forward pass of {tokens} tokens, one sample alone ({message}). "
+        "Set train.gradient_checkpointing to true, cut the data shorter, or take a smaller student."
+    )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...storage.errors import UsageError
-from ...storage.files.local import open_files
+from ...storage.files.opening import open_files
 from ...storage.keys import canonical_json, content_id
 from .classes import class_names
 

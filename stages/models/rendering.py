@@ -6,15 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ...storage.errors import UsageError
-
-
-class RowError(Exception):
-    """This row cannot be done; the others can. `reason` is the code that goes to `rejects`."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
+from ...storage.errors import RowError, UsageError
 
 
 class Renderer:

@@ -1,7 +1,6 @@
 """Whether a loss can be had of what `score` stores: which divergence goes with which targets, tail and temperature."""
 
-from .fields import Schedule
-from .schedules import extremes, value_at
+from .fields import Schedule, extremes, value_at
 from .sections import Loss, Score
 
 # The divergences that are finite although the teacher gives nothing to what is outside its entries. `alpha_beta` is

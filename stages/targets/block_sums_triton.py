@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reduce import BLOCK, LEAST, BlockSums
+from .block_sums import BLOCK, LEAST, BlockSums
 
 BLOCKS = 32
 

@@ -16,7 +16,7 @@ The K best ids lie in the K blocks with the largest M_b, so only these are looke
 is the sums of all other blocks and the ids of these blocks that are not kept: nothing is subtracted, nothing cancels.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -29,41 +29,15 @@ from ...storage.tables.soft_targets import SoftTargets
 from ..models.device import uses_triton
 from ..models.head import Head
 from ..recipe.fields import Kernel
+from .block_sums import BLOCK, BlockSums, block_sums
+from .draws import Columns, Span, drawn_columns, points_of
 from .spec import Kept
 
 # Float32 logits that are held at once.
 CHUNK_BYTES = 64 * 2**20
 # A GPU needs more rows to be busy: so many times as much. Draws take several arrays of that size, in float64.
 GPU_CHUNKS = {"topk": 16, "topp": 16, "full": 4, "sampled": 4}
-# Logits that are reduced at once on a CPU: what its second-level cache holds.
-CACHE_BYTES = 2**20
-BLOCK = 128  # ids
-LEAST = -200.0  # exp of this or less is 0 in float32
 _ENTRIES = ("ids", "logprobs", "counts", "weights")
-
-Columns = dict[str, Tensor]
-"""Fields of `SoftTargets` at some positions."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class BlockSums:
-    """Sums over blocks of ids, in order; the last block may be shorter. float32."""
-
-    maxima: Tensor
-    """[n, C] M_b."""
-    sums: Tensor
-    """[n, 1 + m, C] S_b at temperature 1, then at the others; 0 where M_b is -inf."""
-    weighted: Tensor
-    """[n, C] W_b; an id whose logit is -inf adds 0."""
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """The positions of one row in a batch."""
-
-    positions: int
-    seed: int = 0
-    """sampled: the row's. Position n's draws depend on it and on n, not on the batch, the chunk or later positions."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -102,7 +76,7 @@ class Reducer:
 
         `topk`: the K best. `topp`: the fewest best whose mass is at least p, within `k_min` and `k`. Both with the mass
         outside the entries, a logsumexp over what is not kept (1 - sum of the kept would cancel), and for each
-        temperature T the logsumexp of log p / T over the same ids. `full`: all V in id order. `sampled`: see `_drawn`.
+        temperature T the logsumexp of log p / T over the same ids. `full`: all V in id order. `sampled`: `draws.py`.
         On a GPU this returns before it is done.
 
         Args:
@@ -113,7 +87,7 @@ class Reducer:
         """
         device = self._head.weight.device
         hidden, next_ids = (t.to(device) for t in (hidden, next_ids))  # a spread model has it elsewhere
-        points = _points(kept, spans)
+        points = points_of(kept, spans)
         size = chunk_rows(self._head, kept)
         columns: Columns = {}
         for start in range(0, len(hidden), size):
@@ -143,38 +117,9 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
 
 def targets_of(logprobs: Tensor, next_ids: Tensor, *, kept: Kept, seed: int = 0) -> SoftTargets:
     """`Reducer.launch` of one row's distributions that are there already: log-probabilities [N, V], overwritten."""
-    points = _points(kept, [Span(len(logprobs), seed)])
+    points = points_of(kept, [Span(len(logprobs), seed)])
     columns = _reduced(logprobs, next_ids, kept=kept, points=points)
     return _targets({name: values.cpu().numpy() for name, values in columns.items()}, kept)
-
-
-def block_sums(logits: Tensor, temperatures: Sequence[float]) -> BlockSums:
-    """Sums over the blocks of [n, V] logits at 1 and at m other temperatures, rows by the cacheful."""
-    rows = len(logits) if logits.is_cuda else max(1, CACHE_BYTES // (4 * logits.shape[1]))
-    parts = [_sums_of(part, temperatures) for part in logits.split(rows)]
-    maxima, sums, weighted = (torch.cat(found) for found in zip(*parts, strict=True))
-    return BlockSums(maxima, sums, weighted)
-
-
-def _sums_of(logits: Tensor, temperatures: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
-    for blocks in _blocks(logits):
-        blocks = blocks.float()
-        maxima = blocks.amax(-1)
-        below = blocks - maxima.masked_fill(maxima == -torch.inf, 0.0)[..., None]
-        tempered = [(below / t).exp_().sum(-1) for t in temperatures]
-        mass = below.exp()
-        sums = torch.stack([mass.sum(-1), *tempered], dim=1)
-        found.append((maxima, sums, mass.mul_(below.clamp_(min=LEAST)).sum(-1)))
-    maxima, sums, weighted = (torch.cat(parts, dim=-1) for parts in zip(*found, strict=True))
-    return maxima, sums, weighted
-
-
-def _blocks(logits: Tensor) -> list[Tensor]:
-    """[n, c, width] views: the whole blocks, and the shorter one after them."""
-    whole = logits.shape[1] // BLOCK
-    parts = [logits[:, : whole * BLOCK].unflatten(-1, (whole, BLOCK)), logits[:, None, whole * BLOCK :]]
-    return [part for part in parts if part.numel()]
 
 
 SumsOf = Callable[[Tensor, Sequence[float]], BlockSums]
@@ -209,7 +154,7 @@ def _reduced(
     logprobs = logits.float().sub_(highest).sub_(normaliser)
     if points is None:
         return found | {"logprobs": logprobs, "tail_logprob": torch.full_like(found["entropy"], -torch.inf)}
-    return found | _drawn(logprobs, points, kept)
+    return found | drawn_columns(logprobs, points, kept)
 
 
 def _best(logits: Tensor, sums: BlockSums, *, highest: Tensor, normaliser: Tensor, kept: Kept) -> Columns:
@@ -256,69 +201,6 @@ def _candidates(logits: Tensor, maxima: Tensor, most: int) -> tuple[Tensor, Tens
     if not rest.shape[1]:
         return values, blocks * BLOCK
     return torch.cat([values, logits[:, whole * BLOCK :]], dim=-1), torch.cat([blocks, rest], dim=-1) * BLOCK
-
-
-def _drawn(logprobs: Tensor, points: Tensor, kept: Kept) -> Columns:
-    """Ids drawn from the teacher, and how often: an estimate of its distribution whose mean is that distribution.
-
-    With p the teacher at the one temperature, softmax(z / T), and c_i how often id i was drawn in R rounds from q, q
-    proportional to p to the power `proposal`:
-
-        counts c_i          E[c_i / R] = p_i        proposal 1: c_i / R is the target
-        weights w_i         w_i = c_i / R * p_i / q_i, E[w_i] = p_i, else
-
-    `multinomial` draws R independent points of [0, 1) and takes the ids whose share of the cumulative q they hit.
-    `systematic` takes R equidistant points from one random offset: same mean, c_i is R q_i rounded up or down.
-    Anshumann et al. 2025 (Random Sampling KD), arXiv 2503.16870; Kitagawa 1996 for systematic resampling.
-
-    Args:
-        logprobs: [n, V] at temperature 1.
-        points: [n, R] in [0, 1).
-        kept: How it is drawn.
-    """
-    found: Columns = {}
-    for t in kept.temperatures:
-        normaliser = (logprobs / t).logsumexp(-1, keepdim=True)
-        logprobs = logprobs / t - normaliser
-        terms = torch.where(logprobs == -torch.inf, 0.0, logprobs.exp() * logprobs)
-        found = {"entropy": -terms.sum(-1), "tempered_tails": normaliser}
-    assert kept.proposal is not None
-    scaled = logprobs if kept.proposal == 1.0 else (logprobs * kept.proposal).log_softmax(-1)
-    share = scaled.double().exp().cumsum(-1)
-    below = torch.nextafter(share[:, -1:], torch.zeros_like(share[:, -1:]))  # a point must not round up to the end
-    hits = torch.searchsorted(share, torch.minimum(points * share[:, -1:], below), right=True)
-    hits.clamp_(max=share.shape[-1] - 1)  # past the end where the teacher's numbers are NaN, which the caller refuses
-    ids, counts = _counted(hits)
-    found |= {"ids": ids.int(), "entries": (counts > 0).sum(-1).int()}
-    if kept.proposal == 1.0:
-        return found | {"counts": counts.int()}
-    ratio = (logprobs.gather(-1, ids.clamp(min=0)) - scaled.gather(-1, ids.clamp(min=0))).exp()
-    return found | {"weights": (counts / kept.k * ratio).masked_fill(counts == 0, 0.0)}
-
-
-def _points(kept: Kept, spans: Iterable[Span]) -> Tensor | None:
-    """sampled: [N, R] points in [0, 1); a row has a counter-based generator, a position's follow the other's."""
-    if kept.kind != "sampled":
-        return None
-    found = []
-    for span in spans:
-        uniform = np.random.Generator(np.random.Philox(span.seed))
-        if kept.draw == "multinomial":
-            found.append(uniform.random((span.positions, kept.k)))
-        else:
-            found.append((np.arange(kept.k) + uniform.random((span.positions, 1))) / kept.k)
-    return torch.from_numpy(np.concatenate(found))
-
-
-def _counted(drawn: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids and counts [n, R], most drawn first, then by id; -1 and 0 after the last."""
-    ordered, _ = drawn.sort(-1)
-    place = torch.zeros_like(ordered)
-    place[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]).cumsum(-1)
-    counts = torch.zeros_like(ordered).scatter_add_(-1, place, torch.ones_like(ordered))
-    ids = torch.full_like(ordered, -1).scatter_(-1, place, ordered)
-    best = counts.argsort(dim=-1, descending=True, stable=True)
-    return ids.gather(-1, best), counts.gather(-1, best)
 
 
 def _targets(found: dict[str, np.ndarray], kept: Kept) -> SoftTargets:

@@ -10,18 +10,16 @@ which is the softmax of the teacher's logits divided by T. Entries that are cut 
 Letters: N scored tokens, K entries, V vocabulary.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ...storage.errors import UsageError
 from ...storage.tables.soft_targets import SoftTargets
-from ..losses.definition import TargetBatch
+from .batch import TargetBatch
 from .spec import Kept
 
 
@@ -65,35 +63,6 @@ def soft_part(targets: SoftTargets, labels: Tensor, reading: Reading) -> TargetB
         total = torch.logaddexp(tail, logprobs.logsumexp(-1))
         logprobs, tail = logprobs - total[:, None], tail - total
     return TargetBatch(labels=labels, ids=ids, logprobs=logprobs, tail_logprob=tail)
-
-
-def joined(parts: Sequence[TargetBatch]) -> TargetBatch:
-    """One sample's targets after the other's; narrower ones are filled up with no entries.
-
-    Raises:
-        UsageError: some are sampled and others are not.
-    """
-    logprobs = [part.logprobs for part in parts if part.logprobs is not None]
-    drawn = [part.probabilities for part in parts if part.probabilities is not None]
-    if logprobs and drawn:
-        raise UsageError(
-            "train.snapshot: some of its rows have sampled targets and others do not, expected one kind. "
-            "Name a snapshot of one kind, or leave it out."
-        )
-    values = logprobs or drawn
-    ids = None
-    if any(part.ids is not None for part in parts) or len({value.shape[-1] for value in values}) > 1:
-        ids = _wide([_ids(part.ids, value) for part, value in zip(parts, values, strict=True)], -1)
-    tails = [part.tail_logprob for part in parts if part.tail_logprob is not None]
-    entropies = [part.entropy for part in parts if part.entropy is not None]
-    return TargetBatch(
-        labels=torch.cat([part.labels for part in parts]),
-        ids=ids,
-        logprobs=_wide(logprobs, -torch.inf) if logprobs else None,
-        tail_logprob=torch.cat(tails) if tails else None,
-        probabilities=_wide(drawn, 0.0) if drawn else None,
-        entropy=torch.cat(entropies) if entropies else None,
-    )
 
 
 def _sampled(targets: SoftTargets, labels: Tensor, reading: Reading) -> TargetBatch:
@@ -142,13 +111,3 @@ def _wanted(targets: SoftTargets, kept: Kept | None) -> Tensor | None:
     best = targets.logprobs if targets.ids is not None else -np.sort(-targets.logprobs, axis=1)
     mass = np.exp(best, dtype=np.float64).cumsum(axis=1)
     return torch.from_numpy(np.clip((mass < kept.p).sum(axis=1) + 1, kept.k_min, kept.k))
-
-
-def _ids(ids: Tensor | None, values: Tensor) -> Tensor:
-    return torch.arange(values.shape[-1]).expand(values.shape) if ids is None else ids
-
-
-def _wide(parts: Sequence[Tensor], filling: float) -> Tensor:
-    """[N, K] of all parts, K the widest's."""
-    widest = max(part.shape[-1] for part in parts)
-    return torch.cat([functional.pad(part, (0, widest - part.shape[-1]), value=filling) for part in parts])

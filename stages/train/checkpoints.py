@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from ...storage.errors import IntegrityError
-from ...storage.files.local import LocalFiles, file_sha256
+from ...storage.files.base import file_sha256
+from ...storage.files.local import LocalFiles
 
 _FOLDER = "checkpoints"
 

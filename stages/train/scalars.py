@@ -1,11 +1,19 @@
 """Scalars of a training run, over positions fed: on TensorBoard, and where it was asked for on W&B."""
 
+import uuid
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from ...storage.errors import UsageError
+from ...storage.files.local import LocalFiles
+from ..workers.job import Job
 
 if TYPE_CHECKING:
     from .trainer import Losses, StepResult
-    from .wandb_board import WandbBoard
+
+
+ID_FILE = "wandb-id"
 
 
 class Board:
@@ -43,3 +51,89 @@ def loss_scalars(prefix: str, losses: "Losses") -> dict[str, float]:
     """Losses that were computed, as `<prefix>/total`, `soft`, `hard`."""
     values = {"total": losses.loss, "soft": losses.soft, "hard": losses.hard}
     return {f"{prefix}/{name}": value for name, value in values.items() if value is not None}
+
+
+def refuse_without_wandb(project: str | None) -> None:
+    """Before any work.
+
+    Raises:
+        UsageError: a project is named, and the package is not there.
+    """
+    if project is not None and find_spec("wandb") is None:
+        raise UsageError(
+            f"train.wandb: {project!r} asks for Weights & Biases, which is not installed here. "
+            "pip install wandb, or set train.wandb to null (TensorBoard's files are always written)."
+        )
+
+
+def open_wandb(job: Job, files: LocalFiles) -> "WandbBoard | None":
+    """The run of this student in the recipe's project; None where none is named.
+
+    Args:
+        job: Its recipe goes into the run's config.
+        files: The student's folder. The run's id is kept there, so a training that goes on goes on in the same run.
+
+    Raises:
+        UsageError: wandb is not installed, or does not start (no key, no network).
+    """
+    project = job.recipe.train.wandb
+    if project is None:
+        return None
+    refuse_without_wandb(project)
+    with job.clock.span("start"):
+        return WandbBoard(job, files, project)
+
+
+class WandbBoard:
+    """One run of W&B. What is logged is a function of tokens fed, as on TensorBoard.
+
+    A training that goes on from a checkpoint repeats its last steps with the same numbers: what is there already is not
+    logged again. If wandb fails later on, that is said once, and the training goes on without it.
+    """
+
+    def __init__(self, job: Job, files: LocalFiles, project: str) -> None:
+        import wandb
+
+        files.put_if_absent(ID_FILE, uuid.uuid4().hex[:16].encode())
+        folder = job.train_dirs[job.arm]
+        self._say = job.progress.say
+        try:
+            self._run: Any = wandb.init(
+                project=project,
+                id=files.read(ID_FILE).decode(),
+                name=f"{folder.parent.name}/{folder.name}",
+                resume="allow",
+                dir=str(folder),
+                config={"arm": job.arm, "recipe": job.recipe.model_dump(mode="json")},
+                settings=wandb.Settings(console="off"),  # the stage's log is complete without its help
+            )
+            self._run.define_metric("*", step_metric="tokens")
+        except Exception as error:
+            raise UsageError(
+                f"train.wandb: wandb does not start ({type(error).__name__}: {error}). `wandb login` gives it a key, "
+                "WANDB_MODE=offline keeps the run in the student's folder (`wandb sync` sends it later), and "
+                "train.wandb=null leaves it out."
+            ) from error
+        self._logged = int(self._run.summary.get("tokens", 0))
+
+    def write(self, tokens: int, scalars: dict[str, float]) -> None:
+        """Name -> value, as of this many positions fed."""
+        if self._run is None or tokens < self._logged:
+            return
+        try:
+            self._run.log({"tokens": tokens, **scalars})
+        except Exception as error:
+            self._lost(error)
+
+    def close(self) -> None:
+        """Send what waits."""
+        if self._run is None:
+            return
+        try:
+            self._run.finish()
+        except Exception as error:
+            self._lost(error)
+
+    def _lost(self, error: Exception) -> None:
+        self._say(f"wandb: {type(error).__name__}: {error}: nothing more is sent to it")
+        self._run = None

@@ -18,18 +18,17 @@ from ...storage.joined import open_store
 from ...storage.snapshots.snapshot import load_snapshot
 from ...storage.store.store import Store
 from ..loader.samples import Cursor, Samples, Step, steps
-from ..recipe.schedules import extremes
+from ..recipe.fields import Arm, Split, extremes
 from ..recipe.sections import Loss, Recipe
 from ..targets.spec import wanted
-from ..workers.job import Arm, Job, Split, StageResult
-from .scalars import Board, loss_scalars, step_scalars
+from ..workers.job import Job, StageResult
+from .scalars import Board, loss_scalars, open_wandb, step_scalars
 from .speed import Meter, Speed
-from .wandb_board import open_wandb
 
 if TYPE_CHECKING:
+    from ..loader.classification import ClassPasses
     from ..loader.packing import Packing
     from ..loader.prefetch import Prefetch
-    from ..models.classifier import ClassPasses
     from .trainer import StepResult, Trainer
 
 DONE = "train.json"
@@ -119,10 +118,11 @@ class _Run:
 
     def _prepared(self) -> "Trainer":
         """The student on its device, checked, with the state of the last checkpoint; and the meter of its speed."""
+        from ..models.device import device_and_dtype
         from ..models.head import split_head
         from ..models.student import check_vocabulary, initial_student
         from .flops import ModelFlops, Peak
-        from .trainer import Trainer, device_and_dtype
+        from .trainer import Trainer
 
         recipe = self._job.recipe
         check_vocabulary(recipe, self._teacher_dir)
@@ -190,7 +190,8 @@ class _Run:
         )
 
     def _class_passes(self, model: Any) -> "ClassPasses":
-        from ..models.classifier import ClassPasses, Inputs
+        from ..loader.classification import ClassPasses
+        from ..models.classifier import Inputs
 
         inputs = Inputs.of(model, self._teacher_dir)
         vocab_size = model.get_input_embeddings().num_embeddings

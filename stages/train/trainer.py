@@ -14,15 +14,15 @@ import torch
 from torch import nn
 
 from ...storage.errors import StillroomError
+from ..loader.classification import ClassPasses
 from ..loader.packing import Packing
 from ..loader.prefetch import Prefetch
 from ..loader.samples import Step
-from ..losses.definition import Aim, Distilled, Objective
-from ..models.classifier import ClassPasses
-from ..models.memory import out_of_memory
-from ..recipe.fields import Schedule
-from ..recipe.schedules import extremes, value_at
-from ..recipe.sections import Loss, Student, Train
+from ..losses.definition import Distilled
+from ..losses.objective import Aim, aim_at
+from ..models.device import out_of_memory
+from ..recipe.fields import Schedule, value_at
+from ..recipe.sections import Loss, Train
 from ..workers.clock import Clock
 from .optimizer import learning_rate, make_optimizer
 
@@ -53,33 +53,6 @@ class StepResult:
     """The loss's settings that follow a schedule, as they were at this step."""
     positions: int
     """Computed, padding included."""
-
-
-def aim_at(loss: Loss, done: float) -> Aim:
-    """What the recipe's loss is at the share `done` of all tokens."""
-    objective = Objective(
-        divergence=loss.divergence,
-        tail=loss.tail,
-        temperature=value_at(loss.temperature, done),
-        skew=loss.skew,
-        jsd_weight=loss.jsd_weight,
-        alpha_beta=loss.alpha_beta,
-        head_mass=loss.head_mass,
-    )
-    return Aim(
-        soft_weight=value_at(loss.soft_weight, done),
-        hard_weight=value_at(loss.hard_weight, done),
-        objective=objective if extremes(loss.soft_weight)[1] > 0 else None,
-    )
-
-
-def device_and_dtype(student: Student) -> tuple[torch.device, torch.dtype]:
-    """Where to compute and in what: a GPU where there is one; `auto` is bfloat16 on a GPU that does it well."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if student.dtype == "auto":
-        half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return device, torch.bfloat16 if half else torch.float32
-    return device, getattr(torch, student.dtype)
 
 
 class Trainer:

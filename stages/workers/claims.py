@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-from ...storage.files.local import Files
+from ...storage.files.base import Files
 from ...storage.keys import canonical_json, content_id
 
 T = TypeVar("T")

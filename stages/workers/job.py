@@ -4,14 +4,12 @@ import signal
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from ...storage.errors import Stopped
+from ..recipe.fields import Arm, Split
 from ..recipe.sections import Recipe
 from .clock import Clock
-
-Arm = Literal["student", "baseline"]
-Split = Literal["train", "validation", "test"]
 
 
 class Progress(Protocol):

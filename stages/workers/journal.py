@@ -28,8 +28,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from ...storage.files.local import explained
-from ..engines.base import EngineDied
+from ...storage.errors import EngineDied
+from ...storage.files.base import explained
 from .locks import try_lock
 
 _LINE = re.compile(r"[+*-][0-9a-f]{32}|!")

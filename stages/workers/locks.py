@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
-from ...storage.files.local import explained
+from ...storage.files.base import explained
 
 _LOOK_SECONDS = 0.2
 

@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from ...storage.errors import StillroomError
+from ...storage.errors import RowError, StillroomError
 from ..ledger.books import Pending
 from ..ledger.requests import reject_key
-from ..models.rendering import RowError
 from .claims import Claims
 from .job import Job
 from .journal import Journal, Suspects

@@ -19,7 +19,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..errors import StillroomError, UsageError
-from .local import Content, LocalFiles, content_of, explained
+from .base import Content, content_of, explained
+from .local import LocalFiles
 
 CREATE_PAUSES = (0.0, 0.1, 0.4, 1.6, 6.4)
 """Seconds before each attempt to create a name. Drivers try again by themselves, so these are for what they give up."""

@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from ..errors import IntegrityError
-from ..files.local import Files
+from ..files.base import Files
 from ..keys import content_id, unseal
 from ..snapshots.snapshot import load_snapshot
 from ..store.inputs import INPUTS_SCHEMA, inputs_name, read_inputs

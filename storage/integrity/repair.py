@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from ..errors import IntegrityError
-from ..files.local import Files
+from ..files.base import Files
 from ..store.commits import Commit, read_commit, record_name, retire, withdrawal
 from ..store.store import Store
 from ..tables.schema import TABLES, TableName

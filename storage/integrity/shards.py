@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from ..errors import IntegrityError
-from ..files.local import Files
+from ..files.base import Files
 from ..keys import KEY_BYTES
 from ..store.commits import Commit, record_name
 from ..store.writer import TOKENS_COLUMN

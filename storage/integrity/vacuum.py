@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..errors import IntegrityError
-from ..files.local import Files
+from ..files.base import Files
 from ..snapshots.snapshot import load_snapshot
 from ..store.commits import numbers, read_commit, record_name
 from ..store.inputs import read_inputs

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..errors import IntegrityError
-from ..files.local import Files
+from ..files.base import Files
 from ..store.commits import numbers, read_commit, read_retired, record_name
 from ..store.store import Store
 from ..tables.schema import SCHEMAS, TABLES, TableName

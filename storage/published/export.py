@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import UsageError
-from ..files.local import LocalFiles, file_sha256
+from ..files.base import file_sha256
+from ..files.local import LocalFiles
 from ..snapshots.snapshot import Snapshot, load_snapshot
 from ..store.store import Store
 from ..tables.schema import FORMAT_VERSION, TableName

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..files.local import explained
+from ..files.base import explained
 from ..tables.schema import encodings
 from ..tables.shard import METADATA_KEY, ROW_GROUP_BYTES
 

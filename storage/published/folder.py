@@ -18,7 +18,9 @@ import numpy as np
 import pyarrow as pa
 
 from ..errors import IntegrityError, UsageError
-from ..files.local import Files, LocalFiles, open_files
+from ..files.base import Files
+from ..files.local import LocalFiles
+from ..files.opening import open_files
 from ..snapshots.snapshot import load_snapshot
 from ..store.commits import Commit
 from ..store.segments import INDEXED, Indexed, place_of, segment_schema

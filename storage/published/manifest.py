@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import IntegrityError, UsageError
-from ..files.local import Files
+from ..files.base import Files
 from ..keys import content_id, seal, unseal
 from ..tables.schema import FORMAT_VERSION
 

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..files.local import Files
+from ..files.base import Files
 from ..keys import seal, unseal
 from .store import Store
 

@@ -12,9 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import IntegrityError
-from ..files.local import Files
-from ..keys import KEY_BYTES, seal, unseal
-from ..keyset import KeySet
+from ..files.base import Files
+from ..keys import KEY_BYTES, KeySet, seal, unseal
 from ..tables.schema import FORMAT_VERSION, TableName
 from ..tables.shard import ShardInfo, shard_name
 

@@ -10,7 +10,7 @@ import duckdb
 import pyarrow as pa
 
 from ..errors import IntegrityError, StillroomError
-from ..files.local import Files, file_sha256
+from ..files.base import Files, file_sha256
 from ..tables.schema import KEY, TABLES, TableName
 from ..tables.shard import REPAIR, ShardInfo
 from .commits import Commit

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from ..errors import IntegrityError
-from ..files.local import Files
+from ..files.base import Files
 from ..keys import seal, unseal
 from ..tables.schema import FORMAT_VERSION, KEY
 from ..tables.shard import ShardFile, ShardInfo, put_parquet

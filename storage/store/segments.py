@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import IntegrityError
-from ..files.local import Files, file_sha256
+from ..files.base import Files, file_sha256
 from ..keys import content_id
 from ..tables.schema import SCHEMAS, TableName
 from ..tables.shard import ShardFile

@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 
 from ..errors import IntegrityError, UsageError
-from ..files.local import Files, open_files
+from ..files.base import Files
+from ..files.opening import open_files
 from ..tables.schema import FORMAT_VERSION, SCHEMAS, TABLES, TableName
 from ..tables.shard import ShardFile, ShardInfo, shard_name
 from .commits import Commit, CommitLog, retire

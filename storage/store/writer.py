@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from ..files.local import Files
+from ..files.base import Files
 from ..tables.invariants import check_shape, statistics
 from ..tables.rows import check_row, row_bytes
 from ..tables.schema import TableName

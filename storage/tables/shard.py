@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import IntegrityError
-from ..files.local import Content, Files
+from ..files.base import Content, Files
 from .rows import Rows, row_bytes, rows_to_table
 from .schema import FORMAT_VERSION, SCHEMAS, TableName, parquet_options
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stillroom.stages.losses.definition import Objective, TargetBatch
 from stillroom.stages.losses.fused_linear import linear_distillation
+from stillroom.stages.losses.objective import Objective
 from stillroom.stages.models.head import Head
+from stillroom.stages.targets.batch import TargetBatch
 
 SOFT, HARD = 1.0, 0.1
 

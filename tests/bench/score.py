@@ -48,7 +48,9 @@ from stillroom.stages.models.head import Head, hidden_states, split_head
 from stillroom.stages.models.loading import load_causal_lm
 from stillroom.stages.recipe.sections import Recipe
 from stillroom.stages.score import stage as score
-from stillroom.stages.targets.reduce import Reducer, Span, chunk_rows
+from stillroom.stages.score.scorer import GPU_BATCH_TOKENS
+from stillroom.stages.targets.draws import Span
+from stillroom.stages.targets.reduce import Reducer, chunk_rows
 from stillroom.stages.targets.spec import Kept
 from stillroom.stages.workers.job import Job, StopFlag
 from stillroom.storage.store.store import Store
@@ -191,7 +193,7 @@ class Bench:
             for c in store.commits("generations")
         ]
         ids = torch.from_numpy(np.stack([row["token_ids"] for row in rows]).astype(np.int64))
-        per_batch = max(1, score.GPU_BATCH_TOKENS // ids.shape[1]) if self.model.device.type == "cuda" else 1
+        per_batch = max(1, GPU_BATCH_TOKENS // ids.shape[1]) if self.model.device.type == "cuda" else 1
         self.batches = list(ids.split(per_batch))
 
     def _job(self) -> tuple[Job, Any]:

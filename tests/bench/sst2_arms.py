@@ -18,9 +18,11 @@ from arms import run_arm
 from torch import nn
 
 from stillroom.stages.evaluate.metrics import Tally, measure
+from stillroom.stages.loader.classification import ClassBatch, ClassPasses
 from stillroom.stages.loader.samples import Cursor, Sample, Samples, steps
-from stillroom.stages.losses.definition import Aim, Distilled, LossParts
-from stillroom.stages.models.classifier import ClassBatch, ClassPasses, Inputs, class_logits
+from stillroom.stages.losses.definition import Distilled, LossParts
+from stillroom.stages.losses.objective import Aim
+from stillroom.stages.models.classifier import Inputs, class_logits
 from stillroom.stages.models.student import initial_student, save_student, student_tokenizer
 from stillroom.stages.recipe.load import load_recipe
 from stillroom.stages.recipe.sections import Loss, Recipe, Train

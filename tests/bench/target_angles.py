@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from stillroom.stages.evaluate.gradients import angle_and_ratio
 from stillroom.stages.loader.packing import Packing
 from stillroom.stages.loader.samples import Cursor, Sample, Samples, steps
-from stillroom.stages.losses.definition import Objective
 from stillroom.stages.losses.fused_linear import linear_distillation
+from stillroom.stages.losses.objective import Objective
 from stillroom.stages.models.head import hidden_states, split_head
 from stillroom.stages.models.student import initial_student
 from stillroom.stages.recipe.load import load_recipe

@@ -19,8 +19,8 @@ from torch import nn
 
 from stillroom.stages.loader.packing import Batch, Packing
 from stillroom.stages.loader.samples import Sample
-from stillroom.stages.losses.definition import TargetBatch
 from stillroom.stages.models.head import hidden_states, split_head
+from stillroom.stages.targets.batch import TargetBatch
 
 MOST = 50
 """K of the stored topk targets; smaller K and topp are cuts of it."""

@@ -32,7 +32,7 @@ if not torch.cuda.is_available():
 from stillroom.stages.losses import vocabulary_triton as passes_triton
 from stillroom.stages.losses.vocabulary import Asked, Slopes
 from stillroom.stages.targets import block_sums_triton as targets_triton
-from stillroom.stages.targets.reduce import BLOCK
+from stillroom.stages.targets.block_sums import BLOCK
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

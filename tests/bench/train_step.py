@@ -39,7 +39,8 @@ from torch.nn import functional
 from stillroom.stages.loader.packing import Packing
 from stillroom.stages.loader.prefetch import Prefetch
 from stillroom.stages.loader.samples import Cursor, Samples, steps
-from stillroom.stages.losses.definition import Aim, Distilled
+from stillroom.stages.losses.definition import Distilled
+from stillroom.stages.losses.objective import Aim
 from stillroom.stages.models.attention import attend_apart
 from stillroom.stages.models.head import hidden_states, split_head
 from stillroom.stages.recipe.sections import Loss, Train

@@ -11,7 +11,8 @@ from published import HELD_OUT, ROWS, TEACHER, make_store, samples, snapshots_of
 
 from stillroom.pipeline.publish.export import Asked, export
 from stillroom.storage.errors import IntegrityError, UsageError
-from stillroom.storage.files.local import file_sha256, open_files
+from stillroom.storage.files.base import file_sha256
+from stillroom.storage.files.opening import open_files
 from stillroom.storage.integrity.vacuum import vacuum
 from stillroom.storage.integrity.verify import verify
 from stillroom.storage.joined import Joined, Source, at_commit, open_store

@@ -2,7 +2,7 @@
 
 import random
 
-from stillroom.storage.keyset import KeySet
+from stillroom.storage.keys import KeySet
 
 
 def test_it_is_a_set():

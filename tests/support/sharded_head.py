@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillroom.stages.losses.definition import Objective, TargetBatch
 from stillroom.stages.losses.fused_linear import linear_distillation
+from stillroom.stages.losses.objective import Objective
 from stillroom.stages.models.head import Head, LowRank
+from stillroom.stages.targets.batch import TargetBatch
 
 RANKS, TOKENS = 2, 10
 D, V, K, R = 6, 23, 4, 2  # V is odd: the shards differ in size

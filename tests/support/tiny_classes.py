@@ -9,7 +9,8 @@ from tiny_llama import WORDS
 from tiny_models import CLASSES
 from tiny_store import SilentProgress
 
-from stillroom.pipeline.plan.plan import Plan, make_plan
+from stillroom.pipeline.plan.lines import Plan
+from stillroom.pipeline.plan.plan import make_plan
 from stillroom.pipeline.plan.resolve import bind
 from stillroom.stages.data import stage as data
 from stillroom.stages.recipe.checks import check_together

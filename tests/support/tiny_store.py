@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
+from stillroom.stages.recipe.fields import Arm
 from stillroom.stages.recipe.sections import Recipe
-from stillroom.stages.workers.job import Arm, Job, StopFlag
+from stillroom.stages.workers.job import Job, StopFlag
 from stillroom.storage.keys import content_key
 from stillroom.storage.snapshots.snapshot import Snapshot, make_snapshot, save_snapshot
 from stillroom.storage.store.store import Store

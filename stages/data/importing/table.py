@@ -6,7 +6,6 @@ afterwards is what a run with given text leaves: prompts, generations, soft targ
 train and report go on from there.
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ....storage.errors import UsageError
-from ....storage.files.local import open_files
+from ....storage.files.opening import open_files
 from ....storage.keys import content_id, content_key
 from ....storage.store.bindings import Binding, write_binding
 from ....storage.store.store import Store
@@ -93,21 +92,8 @@ def import_table(asked: Asked, progress: Progress) -> Imported:
     return _Import(asked, hashes, _teacher(asked, hashes), progress).run()
 
 
-def recipe_for(asked: Asked, done: Imported) -> dict[str, Any]:
-    """A recipe that trains a student from what was imported; the student is the user's to name."""
-    data = {"source": asked.store, "format": _format(done), "holdout": done.holdout}
-    return {
-        "run": {"dir": "runs/imported"},
-        "storage": {"dir": asked.store},
-        "teacher": {"model": asked.store},
-        "student": {"model": "<folder or Hub id>"},
-        "data": data,
-        "score": {"k": done.k},
-        "train": {"epochs": 1},
-    }
-
-
-def _format(done: Imported) -> str:
+def given_format(done: Imported) -> str:
+    """The `data.format` that fits what was imported."""
     return "completion" if done.prompts else "text"
 
 
@@ -289,7 +275,7 @@ class _Import:
         names = {"teacher": self._teacher.id, "author": self._author}
         content = [key.hex() for key in table["key"].to_pylist()]
         data_id = content_id("inputs", imported=names, keys=content, holdout=done.holdout)
-        about = {"source": asked.source, "rejected": sum(done.rejected.values()), "format": _format(done)}
+        about = {"source": asked.source, "rejected": sum(done.rejected.values()), "format": given_format(done)}
         self._store.put_inputs(data_id, table, about)
         unlimited = 2**31 - 1  # what is there was read
         binding = Binding(
@@ -368,33 +354,3 @@ def _refuse_missing(where: str, record: dict[str, Any], columns: Columns) -> Non
             f"{where}: no column {missing[0]!r} (found {', '.join(map(repr, record)) or 'none that was named'}). "
             "Name the columns: --tokens, --ids, --logprobs and so on."
         )
-
-
-def lines(asked: Asked, done: Imported) -> Iterator[str]:
-    """What to say of an import."""
-    import yaml
-
-    held = f"{done.holdout} prompts are held out" if done.holdout else "no prompt is held out"
-    again = f", {done.known} were there already" if done.known else ""
-    yield f"{done.rows} rows of {done.tokens} scored tokens imported into {asked.store}{again}; {held}."
-    if done.rejected:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(done.rejected.items()))
-        yield f"{sum(done.rejected.values())} rows left out: {reasons}. They are in `rejects`, each with its reason."
-    yield from done.notes
-    if "unseen" in done.teacher.parts:
-        yield (
-            f"The teacher is known by its name, {asked.teacher_name}, and its tokenizer only: no weights were seen, so "
-            "nothing here proves whose probabilities these are."
-        )
-    yield (
-        "What the table does not hold is bounded: the tail is what the entries leave of 1, the entropy the least that "
-        "it can be, and the log-probability of a token outside the entries the most."
-    )
-    yield "A recipe that trains from it:\n\n" + yaml.safe_dump(recipe_for(asked, done), sort_keys=False)
-
-
-def as_json_object(asked: Asked, done: Imported) -> dict[str, Any]:
-    """The same for programs."""
-    found = {"rows": done.rows, "known": done.known, "rejected": done.rejected, "tokens": done.tokens, "k": done.k}
-    recipe = json.loads(json.dumps(recipe_for(asked, done)))
-    return found | {"teacher_id": done.teacher.id, "holdout": done.holdout, "notes": done.notes, "recipe": recipe}

@@ -12,7 +12,7 @@ from tiny_llama import save_tiny_llama
 from tiny_store import SilentProgress
 
 from stillroom.pipeline.cli.deep_verify import DeepReport, deep_lines, deep_verify, deeply, find_teacher
-from stillroom.stages.audit.rescore import shelves
+from stillroom.stages.audit.stored_rows import shelves
 from stillroom.storage.errors import UsageError
 from stillroom.storage.integrity.verify import verify
 from stillroom.storage.store.store import Store

@@ -18,9 +18,10 @@ from tiny_store import SilentProgress, teacher_targets
 from transformers import AutoModelForCausalLM
 
 from stillroom.pipeline.cli.deep_verify import deep_lines, deep_verify, deeply, find_teacher
+from stillroom.pipeline.cli.import_table import recipe_for
 from stillroom.pipeline.plan.plan import make_plan
 from stillroom.stages.data.importing.row import Columns
-from stillroom.stages.data.importing.table import Asked, Imported, import_table, recipe_for
+from stillroom.stages.data.importing.table import Asked, Imported, import_table
 from stillroom.stages.recipe.sections import Recipe
 from stillroom.stages.train import stage as train
 from stillroom.stages.workers.job import Job, StopFlag

@@ -14,8 +14,9 @@ import pytest
 from hub import Hub, serve
 from published import make_store, snapshots_of
 
-from stillroom.pipeline.publish.export import Asked, export, publish
+from stillroom.pipeline.publish.export import Asked, export
 from stillroom.pipeline.publish.hub import upload
+from stillroom.pipeline.publish.publish import publish
 from stillroom.storage.errors import StillroomError, UsageError
 from stillroom.storage.published.export import Choice
 from stillroom.storage.published.manifest import current_version, read_manifest

@@ -15,8 +15,9 @@ from kit import ENVIRONMENT, last_json, stillroom
 from published import HELD_OUT, ROWS, TEACHER, generation_row, make_store, samples, snapshots_of
 
 from stillroom.pipeline.publish.dataset_card_code import FOLDER
-from stillroom.pipeline.publish.export import Asked, export, publish
+from stillroom.pipeline.publish.export import Asked, export
 from stillroom.pipeline.publish.provenance import public_name, public_recipe
+from stillroom.pipeline.publish.publish import publish
 from stillroom.storage.errors import StillroomError, UsageError
 from stillroom.storage.files.local import LocalFiles
 from stillroom.storage.published.export import Choice

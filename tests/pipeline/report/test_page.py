@@ -18,8 +18,7 @@ from reports import NASTY, RECIPE, black_box, finished
 from stillroom.pipeline.report import html as report_html
 from stillroom.pipeline.report import plots
 from stillroom.pipeline.report.blocks import Figures, Page, Section, Table
-from stillroom.pipeline.report.report import load_report, page
-from stillroom.pipeline.report.show import COMPARISON, show
+from stillroom.pipeline.report.report import COMPARISON, load_report, page, show
 from stillroom.storage.errors import UsageError
 
 CHROMIUM = next(

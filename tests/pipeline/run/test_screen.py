@@ -16,10 +16,11 @@ import pytest
 from kit import ENVIRONMENT, command, prompts, write_jsonl, write_recipe
 from tiny_llama import save_tiny_llama
 
+from stillroom.pipeline.numbers import human, short, size
 from stillroom.pipeline.numbers import size as octets
-from stillroom.pipeline.plan.plan import StagePlan
+from stillroom.pipeline.plan.lines import StagePlan
 from stillroom.pipeline.run import screen as module
-from stillroom.pipeline.run.progress import Meter, ToldProgress, human, short, size
+from stillroom.pipeline.run.progress import Meter, ToldProgress
 from stillroom.pipeline.run.screen import Screen
 from stillroom.pipeline.run.worker import Line
 

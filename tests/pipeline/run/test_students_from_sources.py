@@ -23,7 +23,7 @@ from stillroom.stages.score import stage as score
 from stillroom.stages.train import stage as train
 from stillroom.stages.workers.job import Job, StopFlag
 from stillroom.storage.errors import UsageError
-from stillroom.storage.files.local import file_sha256
+from stillroom.storage.files.base import file_sha256
 from stillroom.storage.integrity.verify import verify
 from stillroom.storage.joined import open_store
 from stillroom.storage.snapshots.snapshot import save_snapshot
@@ -175,7 +175,7 @@ def test_without_its_names_a_missing_teacher_is_missed(gone: Made, tmp_path: Pat
 
 def test_references_come_with_the_published_text(gone: Made, tmp_path: Path) -> None:
     from stillroom.stages.evaluate.answers import prepare_quiz
-    from stillroom.stages.evaluate.stage import HeldOut
+    from stillroom.stages.evaluate.held_out import HeldOut
 
     recipe = gone.recipe(tmp_path, gone.published, evaluate={"tokens": 200, "generate": {"prompts": 3}})
     plan = make_plan(recipe)

@@ -13,7 +13,8 @@ from tiny_llama import save_tiny_llama
 from tiny_store import SilentProgress
 
 from stillroom.stages.audit.numbers import remeasure, stored_numbers
-from stillroom.stages.audit.rescore import Rescored, choose_rows, rescore, shelves
+from stillroom.stages.audit.rescore import Rescored, rescore
+from stillroom.stages.audit.stored_rows import choose_rows, shelves
 from stillroom.stages.models.head import Head
 from stillroom.stages.models.identity import Identity
 from stillroom.storage.store.store import Store

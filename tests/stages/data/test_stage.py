@@ -12,13 +12,14 @@ from kit import prompts, recipe_tree, write_jsonl
 
 from stillroom.pipeline.plan.resolve import bind
 from stillroom.stages.data import stage
+from stillroom.stages.data.formats import prompt_row
 from stillroom.stages.data.readers import fingerprint
-from stillroom.stages.data.stage import inputs_id, prompt_row, survey
+from stillroom.stages.data.stage import inputs_id, survey
 from stillroom.stages.models.identity import FileHashes, identify
-from stillroom.stages.models.rendering import Renderer, RowError, cut
+from stillroom.stages.models.rendering import Renderer, cut
 from stillroom.stages.recipe.sections import Data, Recipe
 from stillroom.stages.workers.job import Job, StopFlag
-from stillroom.storage.errors import StillroomError, UsageError
+from stillroom.storage.errors import RowError, StillroomError, UsageError
 from stillroom.storage.store.store import Store
 
 

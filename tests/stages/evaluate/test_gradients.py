@@ -10,7 +10,7 @@ from tiny_models import CONFIGS, V, build
 
 from stillroom.stages.evaluate.gradients import angle_and_ratio, compare_gradients, kept_of
 from stillroom.stages.loader.packing import Packing
-from stillroom.stages.losses.definition import Objective
+from stillroom.stages.losses.objective import Objective
 from stillroom.stages.targets.spec import Kept
 from stillroom.storage.tables.soft_targets import SoftTargets
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 from tiny_jobs import generation_job
 
-from stillroom.stages.engines.base import Completion, Request, choose_engine, open_engine
+from stillroom.stages.engines.base import Completion, Request
+from stillroom.stages.engines.opening import choose_engine, open_engine
 from stillroom.stages.engines.vllm import VllmEngine
 from stillroom.stages.generate import stage as generate
 from stillroom.stages.models.identity import FileHashes, Identity, identify
@@ -112,7 +113,7 @@ def test_noise_per_row_draws_from_the_models_distribution(tiny_llama: Callable[.
 
 
 def test_vllm_by_name_where_it_is_not_installed_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stillroom.stages.engines.base.find_spec", lambda name: None)
+    monkeypatch.setattr("stillroom.stages.engines.opening.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"Install stillroom\[vllm\]"):
         choose_engine("vllm")
     assert choose_engine(None) == "hf"

@@ -10,9 +10,10 @@ import torch
 from tiny_models import save_tiny_bert
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
+from stillroom.stages.loader.classification import ClassPasses
 from stillroom.stages.loader.samples import Sample
-from stillroom.stages.losses.definition import Aim, Objective
-from stillroom.stages.models.classifier import ClassPasses, Inputs, class_logits
+from stillroom.stages.losses.objective import Aim, Objective
+from stillroom.stages.models.classifier import Inputs, class_logits
 from stillroom.storage.errors import UsageError
 from stillroom.storage.tables.soft_targets import SoftTargets
 

@@ -13,10 +13,12 @@ from tiny_models import CONFIGS, LENGTHS, V, build, make_sample, make_samples
 from transformers import AutoModelForCausalLM, MambaConfig
 
 from stillroom.stages.loader.packing import Packing, pack, packs_apart
-from stillroom.stages.losses.definition import Objective, TargetBatch, logits_distillation
+from stillroom.stages.losses.definition import logits_distillation
 from stillroom.stages.losses.fused_linear import linear_distillation
+from stillroom.stages.losses.objective import Objective
 from stillroom.stages.models.attention import NAME, attend_apart
 from stillroom.stages.models.head import hidden_states, split_head
+from stillroom.stages.targets.batch import TargetBatch
 from stillroom.stages.targets.spec import Kept
 from stillroom.storage.errors import UsageError
 

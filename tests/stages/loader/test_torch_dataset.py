@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 from stillroom.stages.loader.packing import Packing
 from stillroom.stages.loader.samples import Samples
 from stillroom.stages.loader.torch_dataset import Collator, SnapshotDataset, batch_of
-from stillroom.stages.losses.definition import Objective
 from stillroom.stages.losses.fused_linear import linear_distillation
+from stillroom.stages.losses.objective import Objective
 from stillroom.stages.models.head import hidden_states, split_head
 from stillroom.storage.errors import UsageError
 from stillroom.storage.files.local import LocalFiles

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from references import DIVERGENCES, cross_entropy, over_bucket, softmax
 
-from stillroom.stages.losses.definition import Objective, TargetBatch, fit_vocabulary
 from stillroom.stages.losses.fused_linear import linear_distillation
+from stillroom.stages.losses.objective import Objective
 from stillroom.stages.models.head import Head
+from stillroom.stages.targets.batch import TargetBatch, fit_vocabulary
 from stillroom.storage.errors import UsageError
 
 ALL = list(DIVERGENCES)

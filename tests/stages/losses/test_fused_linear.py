@@ -14,9 +14,11 @@ from sharded_head import RANKS, TOKENS, Student, gradients
 from torch import nn
 from torch.nn import functional
 
-from stillroom.stages.losses.definition import Objective, TargetBatch, logits_distillation
+from stillroom.stages.losses.definition import logits_distillation
 from stillroom.stages.losses.fused_linear import linear_distillation
+from stillroom.stages.losses.objective import Objective
 from stillroom.stages.models.head import Head, LowRank
+from stillroom.stages.targets.batch import TargetBatch
 from stillroom.storage.errors import UsageError
 
 N, V, D, R = 6, 11, 4, 2

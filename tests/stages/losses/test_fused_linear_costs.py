@@ -9,9 +9,10 @@ from torch.nn import functional
 
 from stillroom.stages.losses import fused_linear as fused
 from stillroom.stages.losses import vocabulary as passes
-from stillroom.stages.losses.definition import Objective, TargetBatch
 from stillroom.stages.losses.fused_linear import linear_distillation
+from stillroom.stages.losses.objective import Objective
 from stillroom.stages.models.head import Head
+from stillroom.stages.targets.batch import TargetBatch
 
 WEIGHTS = {"soft_weight": 0.7, "hard_weight": 0.3}
 

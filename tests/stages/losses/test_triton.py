@@ -56,7 +56,7 @@ def test_the_losses_kernels_compile_for_an_h100(
 @pytest.mark.parametrize("temperatures", [(1.0,), (1.0, 2.0, 4.0)])
 def test_the_scoring_kernel_compiles_for_an_h100(temperatures: tuple[float, ...], own_cache: None) -> None:
     from stillroom.stages.targets import block_sums_triton as targets_triton
-    from stillroom.stages.targets.reduce import BLOCK, LEAST
+    from stillroom.stages.targets.block_sums import BLOCK, LEAST
 
     constants = {"TEMPERATURES": temperatures, "BLOCK": BLOCK, "BLOCKS": targets_triton.BLOCKS, "LEAST": LEAST}
     kernel = targets_triton._block_sums

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from stillroom.stages.losses import fused_linear as fused
 from stillroom.stages.losses import vocabulary as passes
-from stillroom.stages.losses.definition import Objective, TargetBatch
+from stillroom.stages.losses.objective import Objective
 from stillroom.stages.losses.vocabulary import Asked, Seen, Slopes
 from stillroom.stages.models.head import Head
+from stillroom.stages.targets.batch import TargetBatch
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no GPU; test_triton.py runs these under Triton's interpreter", allow_module_level=True)

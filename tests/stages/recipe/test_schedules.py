@@ -6,8 +6,7 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from stillroom.stages.recipe.fields import Schedule
-from stillroom.stages.recipe.schedules import extremes, value_at
+from stillroom.stages.recipe.fields import Schedule, extremes, value_at
 from stillroom.stages.recipe.sections import Loss
 
 WSD = Schedule(shape="wsd", start=0.2, peak=0.9, end=0.5, warmup_fraction=0.1, decay_fraction=0.2)

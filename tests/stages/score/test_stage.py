@@ -16,6 +16,7 @@ from stillroom.stages.ledger.requests import TargetRequest
 from stillroom.stages.models import loading as teacher
 from stillroom.stages.models.identity import FileHashes, Identity
 from stillroom.stages.recipe.sections import Recipe
+from stillroom.stages.score import scorer
 from stillroom.stages.score import stage as score
 from stillroom.stages.targets.spec import Kept
 from stillroom.stages.workers.job import Job, StageResult, StopFlag
@@ -106,7 +107,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(
     tmp_path: Path, tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tiny_llama()
-    launch = score._Scorer._launch
+    launch = scorer.Scorer._launch
     hopeless: list[bytes] = []
 
     def small_memory(self: Any, batch: list[TargetRequest]) -> Callable[[], list[SoftTargets]]:
@@ -115,7 +116,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(
             raise torch.OutOfMemoryError("fault injected by the test")
         return launch(self, batch)
 
-    monkeypatch.setattr(score._Scorer, "_launch", small_memory)
+    monkeypatch.setattr(scorer.Scorer, "_launch", small_memory)
     store, result, line = scored(tmp_path, folder)
     assert (result.rows, result.rejected) == (19, 1)
     assert any("halving" in text for text in line.said)
@@ -125,7 +126,8 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(
 def test_rows_on_which_the_teacher_is_not_a_number_are_rejected(
     tmp_path: Path, tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from stillroom.stages.targets.reduce import Reducer, Span
+    from stillroom.stages.targets.draws import Span
+    from stillroom.stages.targets.reduce import Reducer
 
     launch, broken = Reducer.launch, list[list[int]]()
 
@@ -203,8 +205,8 @@ def overlapping(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
         monkeypatch.setattr(owner, name, note)
 
-    monkeypatch.setattr(score._Scorer, "_on_gpu", True)
-    noted(score._Scorer, "_launch", lambda batch: [r.reuse_key for r in batch])
+    monkeypatch.setattr(scorer.Scorer, "_on_gpu", True)
+    noted(scorer.Scorer, "_launch", lambda batch: [r.reuse_key for r in batch])
     noted(Journal, "done", lambda keys: keys)
     return log
 

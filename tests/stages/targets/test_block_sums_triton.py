@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from stillroom.stages.targets import reduce as targets
-from stillroom.stages.targets.reduce import BLOCK, BlockSums
+from stillroom.stages.targets.block_sums import BLOCK, BlockSums
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no GPU; test_triton.py runs these under Triton's interpreter", allow_module_level=True)

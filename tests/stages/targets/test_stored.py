@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from stillroom.stages.targets.batch import joined
 from stillroom.stages.targets.spec import Kept
-from stillroom.stages.targets.stored import Reading, joined, soft_part
+from stillroom.stages.targets.stored import Reading, soft_part
 from stillroom.storage.errors import UsageError
 from stillroom.storage.tables.soft_targets import SoftTargets
 

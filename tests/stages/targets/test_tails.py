@@ -7,9 +7,11 @@ import pytest
 import torch
 from references import DIVERGENCES, kl, softmax, token_losses
 
-from stillroom.stages.losses.definition import Objective, TargetBatch, logits_distillation
+from stillroom.stages.losses.definition import logits_distillation
 from stillroom.stages.losses.fused_linear import linear_distillation
+from stillroom.stages.losses.objective import Objective
 from stillroom.stages.models.head import Head
+from stillroom.stages.targets.batch import TargetBatch
 from stillroom.storage.errors import UsageError
 
 N, V, D = 5, 9, 4

@@ -11,10 +11,13 @@ from tiny_models import CONFIGS, LENGTHS, V, build, make_samples
 from stillroom.stages.loader.packing import Packing
 from stillroom.stages.loader.prefetch import Prefetch
 from stillroom.stages.loader.samples import Cursor, Step
-from stillroom.stages.losses.definition import Aim, Objective, TargetBatch, logits_distillation
+from stillroom.stages.losses.definition import logits_distillation
+from stillroom.stages.losses.objective import Aim, Objective, aim_at
+from stillroom.stages.models.device import device_and_dtype
 from stillroom.stages.models.head import hidden_states, split_head
 from stillroom.stages.recipe.sections import Loss, Train
-from stillroom.stages.train.trainer import Trainer, _means, aim_at, device_and_dtype
+from stillroom.stages.targets.batch import TargetBatch
+from stillroom.stages.train.trainer import Trainer, _means
 from stillroom.storage.errors import StillroomError, Stopped
 
 

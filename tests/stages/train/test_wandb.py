@@ -11,8 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_llama import save_tiny_llama
 from tiny_store import StopAfter, make_job, make_recipe, make_store, random_texts, snapshot_of
 
+from stillroom.stages.train import scalars
 from stillroom.stages.train import stage as train
-from stillroom.stages.train import wandb_board
 from stillroom.stages.workers.job import Job
 from stillroom.storage.errors import Stopped, UsageError
 
@@ -54,7 +54,7 @@ class FakeWandb:
 def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)  # type: ignore[arg-type]
-    monkeypatch.setattr(wandb_board, "find_spec", lambda name: object())
+    monkeypatch.setattr(scalars, "find_spec", lambda name: object())
     return fake
 
 
@@ -107,15 +107,15 @@ def test_what_cannot_start_is_refused_before_any_step(
     wandb.broken = "init"
     with pytest.raises(UsageError, match=r"train\.wandb: wandb does not start \(ConnectionError.*WANDB_MODE=offline"):
         train.run(job)
-    monkeypatch.setattr(wandb_board, "find_spec", lambda name: None)
+    monkeypatch.setattr(scalars, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"'stories' asks for Weights & Biases.*pip install wandb"):
         train.run(job)
     assert not (job.train_dirs["student"] / "train.json").exists()
-    wandb_board.refuse_without_wandb(None)
+    scalars.refuse_without_wandb(None)
 
 
 def test_it_does_not_decide_the_student(job: Job) -> None:
-    from stillroom.pipeline.plan.plan import train_settings
+    from stillroom.pipeline.plan.students import train_settings
 
     plain = job.recipe.model_copy(update={"train": job.recipe.train.model_copy(update={"wandb": None})})
     assert train_settings(job.recipe, "s", "student") == train_settings(plain, "s", "student")

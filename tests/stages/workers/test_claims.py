@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from stillroom.stages.workers.claims import Claims
-from stillroom.storage.files.local import Files, LocalFiles
+from stillroom.storage.files.base import Files
+from stillroom.storage.files.local import LocalFiles
 
 ROWS = 10  # to a block
 

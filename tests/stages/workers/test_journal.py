@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from stillroom.stages.engines.base import EngineDied
 from stillroom.stages.workers.journal import Journal, find_suspects, mark_seen, new_journal, read_journal
 from stillroom.stages.workers.locks import only_one, worker_number
-from stillroom.storage.errors import Stopped
+from stillroom.storage.errors import EngineDied, Stopped
 
 A, B, C = (bytes([n]) * 16 for n in range(3))
 

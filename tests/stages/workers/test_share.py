@@ -12,17 +12,19 @@ import torch
 from tiny_jobs import generation_job
 from tiny_store import SilentProgress
 
-from stillroom.stages.engines.base import EngineDied, Request, check_device, open_engine
+from stillroom.stages.engines.base import Request
 from stillroom.stages.engines.hf import HfEngine
+from stillroom.stages.engines.opening import open_engine
 from stillroom.stages.engines.vllm import VllmEngine
 from stillroom.stages.generate import stage as generate
+from stillroom.stages.models.device import check_device
 from stillroom.stages.models.identity import Identity
 from stillroom.stages.recipe.sections import Generate
 from stillroom.stages.workers import share
 from stillroom.stages.workers.clock import Clock
 from stillroom.stages.workers.job import Job, StopFlag
 from stillroom.stages.workers.journal import Journal, mark_seen, new_journal
-from stillroom.storage.errors import StillroomError, Stopped
+from stillroom.storage.errors import EngineDied, StillroomError, Stopped
 from stillroom.storage.store.store import Store
 
 ROWS = 24

@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from stillroom.storage.errors import StillroomError
-from stillroom.storage.files.local import LocalFiles, open_files
+from stillroom.storage.files.local import LocalFiles
+from stillroom.storage.files.opening import open_files
 
 RACER = """
 import sys

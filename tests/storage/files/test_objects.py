@@ -21,7 +21,8 @@ from stillroom.pipeline.cli.main import app
 from stillroom.stages.loader.samples import Samples
 from stillroom.stages.loader.torch_dataset import SnapshotDataset
 from stillroom.storage.errors import IntegrityError, StillroomError, UsageError
-from stillroom.storage.files.local import LocalFiles, open_files
+from stillroom.storage.files.local import LocalFiles
+from stillroom.storage.files.opening import open_files
 from stillroom.storage.integrity.repair import repair
 from stillroom.storage.integrity.vacuum import vacuum
 from stillroom.storage.integrity.verify import verify

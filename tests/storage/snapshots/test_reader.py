@@ -14,9 +14,8 @@ from stillroom.storage.snapshots.order import WINDOW
 from stillroom.storage.snapshots.reader import THREAD_NAME, THREADS, SnapshotReader
 from stillroom.storage.snapshots.snapshot import Snapshot, make_snapshot
 from stillroom.storage.store.store import Store
-from stillroom.storage.tables.decode import LISTS, normalised_targets
 from stillroom.storage.tables.rows import Rows, check_row, rows_to_table
-from stillroom.storage.tables.soft_targets import SoftTargets
+from stillroom.storage.tables.soft_targets import LISTS, SoftTargets, normalised_targets
 
 ROWS = 80
 
@@ -168,7 +167,7 @@ def mixed(samples):
 @pytest.mark.parametrize("values", [1, 40, 1 << 17])
 def test_targets_of_many_rows_are_those_of_each(samples, monkeypatch, values):
     """Bit for bit, however many rows are read as one: what a sample holds does not depend on its neighbours."""
-    monkeypatch.setattr("stillroom.storage.tables.decode._VALUES", values)
+    monkeypatch.setattr("stillroom.storage.tables.soft_targets._VALUES", values)
     rows = mixed(samples)
     found = list(normalised_targets(Rows(rows_to_table("soft_targets", rows))))
     for row, targets in zip(rows, found, strict=True):

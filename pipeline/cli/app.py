@@ -1,0 +1,37 @@
+"""The command line's application, the options that its commands share, and how they print."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="stillroom",
+    help="Offline soft-label distillation: run the teacher once, train any number of students from disk.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+StorePath = Annotated[str, typer.Argument(metavar="STORE", help="Folder or URL of the store.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a field: section.key=value. Repeatable.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+
+
+def print_for_people(content: Any, *, columns: int = 400) -> None:
+    """For people: standard output, above the JSON line; `columns` where that is no terminal."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else columns
+    Console(highlight=False, markup=False, soft_wrap=width == 400, width=width).print(content)
+
+
+def print_json(content: dict[str, Any], wanted: bool) -> None:
+    """For programs: the last line of standard output, where `--json` asks for it."""
+    if wanted:
+        sys.stdout.write(json.dumps(content) + "\n")

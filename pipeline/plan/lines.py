@@ -1,0 +1,51 @@
+"""A plan's lines: what each stage has, what it lacks, and why."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ...stages.recipe.fields import Arm, Split
+from ...storage.snapshots.snapshot import Snapshot
+from .resolve import Bound
+
+State = Literal["done", "to do", "waits"]
+
+
+@dataclass(kw_only=True, slots=True)
+class StagePlan:
+    """One line of the plan."""
+
+    name: str
+    state: State
+    planned: int = 0
+    committed: int = 0
+    rejected: int = 0
+    pending: int = 0
+    tokens: int = 0
+    tokens_to_do: int = 0
+    """Of the pending rows; an upper bound where they are still to be written."""
+    bytes_to_do: int = 0
+    """Estimate of what they will take on disk."""
+    why: str = ""
+    sources: dict[str, int] = field(default_factory=dict)
+    """Of the committed rows, those that a read-only source serves, by its name."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Plan:
+    """All lines, and what the stages need to know of one another."""
+
+    bound: Bound
+    write: bool
+    """Whether models may be downloaded and hashes remembered."""
+    stages: list[StagePlan] = field(default_factory=list)
+    train_dirs: dict[Arm, Path] = field(default_factory=dict)
+    snapshots: dict[Split, Snapshot] = field(default_factory=dict)
+    settings: dict[Arm, dict[str, Any]] = field(default_factory=dict)
+    evaluation_id: str = ""
+    sources: dict[str, str] = field(default_factory=dict)
+    """Read-only sources by their names in the recipe: what each is, in which version."""
+
+    def stage(self, name: str) -> StagePlan | None:
+        """The line of a stage, None where the recipe has no such stage."""
+        return next((s for s in self.stages if s.name == name), None)

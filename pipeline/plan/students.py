@@ -1,0 +1,120 @@
+"""The plan of a student: which training runs are done, in which folder, and whether they were judged."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ...stages.evaluate.stage import NUMBERS
+from ...stages.recipe.fields import Arm
+from ...stages.recipe.load import changed_fields
+from ...stages.recipe.sections import Recipe
+from ...stages.train.stage import arm_loss
+from ...storage.errors import UsageError
+from ...storage.keys import content_id
+from .lines import Plan, StagePlan
+from .resolve import student_id
+
+
+def plan_students(recipe: Recipe, plan: Plan, *, ready: bool) -> None:
+    """Add the lines of the student and of its baseline, and where they are kept."""
+    arms: list[Arm] = ["student", "baseline"] if recipe.evaluate.baseline and recipe.score else ["student"]
+    names: dict[Arm, str] = {"student": "train", "baseline": "baseline"}
+    pinned = recipe.train.snapshot
+    snapshot = pinned or (plan.snapshots["train"].id if "train" in plan.snapshots else None)
+    for arm in arms:
+        if not ready or snapshot is None:
+            why = "for the rows before it" if not ready else "for training rows: all were rejected or set aside"
+            plan.stages.append(StagePlan(name=names[arm], state="waits", why=why))
+            continue
+        settings = train_settings(recipe, snapshot, arm)
+        settings["student"]["identity"] = _student_identity(recipe, plan, settings)
+        folder = Path(recipe.run.dir) / f"train-{content_id('train', **settings)[:8]}"
+        plan.settings[arm], plan.train_dirs[arm] = settings, folder
+        plan.stages.append(_student_line(names[arm], recipe, folder, settings))
+    _plan_evaluate(recipe, plan)
+
+
+def train_settings(recipe: Recipe, snapshot: str, arm: Arm) -> dict[str, Any]:
+    """What decides a student: its hash names the folder, and a change in it is why a student is trained again."""
+    loss = arm_loss(recipe, arm).model_dump(mode="json")
+    if loss["soft_weight"] == 0:
+        loss = {name: loss[name] for name in ("soft_weight", "hard_weight")}
+    no_matter = {"snapshot", "audit", "kernel", "wandb", "checkpoint_every_seconds", "checkpoint_every_steps"}
+    train = recipe.train.model_dump(mode="json", exclude=no_matter)
+    return {
+        "snapshot": snapshot,
+        "student": recipe.student.model_dump(mode="json"),
+        "loss": loss,
+        "train": train,
+        "run": {"seed": recipe.run.seed},
+        "score": _entries(recipe) if recipe.score and arm == "student" else None,
+    }
+
+
+def _entries(recipe: Recipe) -> dict[str, Any]:
+    """What the student sees of targets that may be stored with more than the recipe asks."""
+    assert recipe.score is not None
+    names = {"topk": {"k"}, "topp": {"p", "k", "k_min"}, "sampled": {"rounds", "draw", "proposal"}, "full": set[str]()}
+    return recipe.score.model_dump(mode="json", include={"targets"} | names[recipe.score.targets])
+
+
+def _student_identity(recipe: Recipe, plan: Plan, settings: dict[str, Any]) -> str | None:
+    """Of the student named now; where it is gone, of the one that a run with these settings began with."""
+    try:
+        return student_id(recipe, write=plan.write)
+    except UsageError:
+        for file in Path(recipe.run.dir).glob("train-*/settings.json"):
+            begun = json.loads(file.read_text())["settings"]
+            identity = begun["student"].pop("identity", None)
+            if begun == settings:
+                return str(identity)
+        if plan.write:
+            raise
+        return None
+
+
+def _student_line(name: str, recipe: Recipe, folder: Path, settings: dict[str, Any]) -> StagePlan:
+    done = folder / "train.json"
+    if done.is_file():
+        facts = json.loads(done.read_text())
+        return StagePlan(
+            name=name, state="done", planned=facts["samples"], committed=facts["samples"], tokens=facts["tokens"]
+        )
+    if (folder / "settings.json").is_file():
+        return StagePlan(name=name, state="to do", why="was interrupted: goes on from its last checkpoint")
+    return StagePlan(name=name, state="to do", why=_what_changed(Path(recipe.run.dir), settings) or "new")
+
+
+def _what_changed(run_dir: Path, settings: dict[str, Any]) -> str:
+    """Against the nearest finished student of this run folder: the fields that differ."""
+    differences = []
+    for file in run_dir.glob("train-*/settings.json"):
+        changes = changed_fields(json.loads(file.read_text())["settings"], settings)
+        differences.append(changes)
+    nearest = min(differences, key=len, default=[])
+    return ", ".join(nearest[:4]) + (f" and {len(nearest) - 4} more" if len(nearest) > 4 else "")
+
+
+def _plan_evaluate(recipe: Recipe, plan: Plan) -> None:
+    if recipe.data.holdout == 0:
+        return
+    trained = [s for s in plan.stages if s.name in ("train", "baseline")]
+    if any(s.state == "waits" for s in trained) or "test" not in plan.snapshots:
+        lacks = "for held-out rows: all were rejected or left out"
+        why = "for the student" if any(s.state == "waits" for s in trained) else lacks
+        plan.stages.append(StagePlan(name="evaluate", state="waits", why=why))
+        return
+    test = plan.snapshots["test"]
+    folders = {arm: path.name for arm, path in plan.train_dirs.items()}
+    how = recipe.evaluate.model_dump(mode="json")
+    references = plan.bound.binding.data_id if recipe.evaluate.generate else None
+    plan.evaluation_id = content_id(
+        "evaluate", test=test.id, arms=folders, how=how, references=references, measures=NUMBERS
+    )
+    ready = all(s.state == "done" for s in trained)
+    file = plan.train_dirs["student"] / "evaluation.json"
+    if ready and file.is_file() and json.loads(file.read_text())["id"] == plan.evaluation_id:
+        plan.stages.append(StagePlan(name="evaluate", state="done", planned=test.rows, committed=test.rows))
+        return
+    why = "" if ready else "the student is trained first"
+    plan.stages.append(StagePlan(name="evaluate", state="to do", planned=test.rows, pending=test.rows, why=why))

@@ -1,0 +1,43 @@
+"""`publish`: an exported dataset goes to the Hub, data first, the card last."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ...storage.errors import UsageError
+from .export import Asked, export
+
+HUB = "hf://datasets/"
+
+
+def publish(asked: Asked, destination: str, *, say: Callable[[str], None], private: bool = False) -> dict[str, Any]:
+    """Export with every licence given; to the Hub by way of a folder in the user's cache, which a resumed upload uses.
+
+    Args:
+        asked: What.
+        destination: A folder, or hf://datasets/USER/NAME.
+        say: Told what is being done.
+        private: Make the repository private where it is not there yet; refuse one that is public.
+
+    Returns:
+        For `--json`.
+
+    Raises:
+        UsageError, IntegrityError: as `export`.
+        StillroomError: the Hub refused, or did not answer.
+    """
+    if "://" not in destination:
+        return export(asked, Path(destination), say=say, strict=True).to_json()
+    repo = destination.removeprefix(HUB).strip("/")
+    if not destination.startswith(HUB) or repo.count("/") != 1:
+        raise UsageError(f"{destination}: name a folder, or a dataset of the Hub as {HUB}USER/NAME.")
+    from .hub import upload
+
+    exported = export(asked, _cache() / repo.replace("/", "--"), say=say, strict=True, repo=repo)
+    url = upload(exported, repo, say=say, private=private)
+    return exported.to_json() | {"url": url}
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stillroom" / "publish"

@@ -13,6 +13,8 @@ from stillroom.stages.batches import Packing
 from stillroom.stages.head import hidden_states
 from stillroom.storage.errors import StillroomError
 
+pytestmark = pytest.mark.numeric
+
 SIZES = {
     "vocab_size": V,
     "hidden_size": 16,

@@ -26,6 +26,8 @@ from stillroom.storage.invariants import check_shape, doubts
 from stillroom.storage.snapshot import load_snapshot, make_snapshot, save_snapshot
 from stillroom.storage.store import CommitLimits, Store
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
@@ -136,7 +138,8 @@ class TestTraining:
         train.run(replace(job, arm="baseline"))
         student, baseline = summary(tmp_path / "student"), summary(tmp_path / "baseline")
         assert {p["soft"] for p in baseline["history"]} == {None}
-        assert baseline["history"][0]["hard"] == student["history"][0]["hard"]  # the same start and first batch
+        # The same start and first batch, but for the order of the sums: a few eps = 1.2e-7 of a loss.
+        assert baseline["history"][0]["hard"] == pytest.approx(student["history"][0]["hard"], rel=1e-5)
         assert [p["tokens"] for p in baseline["history"]] == [p["tokens"] for p in student["history"]]
 
     def test_evaluation_is_what_its_definitions_say(self, world: World, tmp_path: Path) -> None:

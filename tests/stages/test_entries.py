@@ -12,6 +12,8 @@ from stillroom.stages.kept import Kept
 from stillroom.storage.codec import SoftTargets
 from stillroom.storage.errors import UsageError
 
+pytestmark = pytest.mark.numeric
+
 N, V = 7, 12
 LABELS = torch.arange(N)
 Z = np.random.default_rng(0).normal(scale=1.5, size=(N, V))

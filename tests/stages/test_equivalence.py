@@ -19,6 +19,8 @@ from stillroom.storage.files import LocalFiles
 from stillroom.storage.snapshot import Snapshot
 from stillroom.storage.store import Store
 
+pytestmark = pytest.mark.numeric
+
 SECTIONS = {
     "score": {"targets": "full"},
     "student": {"config": {"num_hidden_layers": 1}},

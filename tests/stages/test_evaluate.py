@@ -24,11 +24,11 @@ from stillroom.storage.keys import content_key
 from stillroom.storage.snapshot import make_snapshot, save_snapshot
 from stillroom.storage.store import Store
 
+pytestmark = pytest.mark.numeric
+
 VOCABULARY, END = 61, 1
 TEACHER, DATA = "ab" * 16, "cd" * 16
 PROMPTS, PROMPT_TOKENS, COMPLETION_TOKENS = 9, (2, 7), 12
-
-torch.set_num_threads(1)
 
 
 @dataclass

@@ -14,6 +14,8 @@ from stillroom.stages.kept import Kept
 from stillroom.stages.losses import Objective
 from stillroom.storage.codec import SoftTargets
 
+pytestmark = pytest.mark.numeric
+
 PACKING = Packing(tokens_per_pass=1, shared_rows=False, vocab_size=V)
 FORWARD_KL = Objective()
 

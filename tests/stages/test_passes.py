@@ -9,6 +9,8 @@ import torch
 from stillroom.stages import passes
 from stillroom.stages.passes import Asked, Slopes, look, spread
 
+pytestmark = pytest.mark.numeric
+
 N, V = 5, 40
 
 

@@ -19,6 +19,8 @@ from stillroom.stages.rescore import Rescored, choose_rows, rescore, shelves
 from stillroom.storage.codec import SoftTargets
 from stillroom.storage.store import Store
 
+pytestmark = pytest.mark.numeric
+
 KINDS: dict[str, dict[str, Any]] = {
     "topk": {"k": 4, "temperatures": [2.0, 0.5]},
     "topp": {"targets": "topp", "p": 0.9, "k": 16, "k_min": 2},

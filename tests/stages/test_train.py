@@ -19,6 +19,8 @@ from stillroom.stages.samples import Cursor, Samples, steps
 from stillroom.stages.student import initial_student, load_student
 from stillroom.storage.errors import StillroomError, Stopped, UsageError
 
+pytestmark = pytest.mark.numeric
+
 TEXTS = random_texts(60)
 LONGEST = max(map(len, TEXTS[12:]))
 
@@ -273,7 +275,9 @@ def test_the_baseline_differs_in_the_loss_alone(world):
         assert student[name] == baseline[name]
     assert [p["tokens"] for p in student["history"]] == [p["tokens"] for p in baseline["history"]]
     assert {p["soft"] for p in baseline["history"]} == {None}
-    assert student["history"][0]["hard"] == baseline["history"][0]["hard"]  # the same start and first batch
+    # The same start and first batch: another of either moves the loss by a hundredth. One arm sums with entries and the
+    # other without, and each logarithm in the sums is known to a few eps = 1.2e-7 of itself.
+    assert student["history"][0]["hard"] == pytest.approx(baseline["history"][0]["hard"], rel=1e-5)
     assert same(weights(world.folder / "baseline"), weights(world.folder / "plain"))
     assert not same(weights(world.folder / "baseline"), weights(world.folder / "student"))
 

@@ -20,7 +20,7 @@ test: lint types ## lint, types and all tests
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
 # Each of the two cores has its own tests. A second thread of a test asks for half of a core: it must not spin for it.
-NUMERIC := OMP_WAIT_POLICY=passive $(BIN)/pytest -m "numeric and not slow" -n 2 --dist worksteal
+NUMERIC := OMP_WAIT_POLICY=passive $(BIN)/pytest -m "numeric and not slow" -n 2 --dist worksteal tests/stages
 PLAIN := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE
 
 processors: setup ## the numeric tests with this processor's kernels and with the plainest, on one thread and on two

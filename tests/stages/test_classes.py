@@ -26,8 +26,6 @@ from stillroom.storage.invariants import check_shape, doubts
 from stillroom.storage.snapshot import load_snapshot, make_snapshot, save_snapshot
 from stillroom.storage.store import CommitLimits, Store
 
-pytestmark = pytest.mark.numeric
-
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
@@ -41,6 +39,7 @@ def prompts(world: World) -> dict[bytes, dict[str, Any]]:
 
 
 class TestStore:
+    @pytest.mark.numeric
     def test_a_row_is_the_teachers_distribution_over_the_classes_of_its_text(
         self, world: World, prompts: dict[bytes, dict[str, Any]]
     ) -> None:
@@ -121,6 +120,7 @@ def same_weights(one: Path, other: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.numeric
 class TestTraining:
     def test_a_stopped_run_goes_on_to_the_same_student(self, world: World, tmp_path: Path) -> None:
         """Dropout of 0.1 included, which BERT's config asks for."""

@@ -284,6 +284,7 @@ class TestLowRank:
             torch.testing.assert_close(gradient, found[1][name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_head_that_is_sharded_over_two_ranks(tmp_path: Path) -> None:
     """FSDP2 on two processes: the mean over the ranks of what one process finds, for the head as for the body."""
     script = Path(__file__).parents[1] / "sharded_head.py"

@@ -5,7 +5,7 @@ BENCH ?= runs/bench
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types docker-check bench gpu-check clean
+.PHONY: help setup demo test processors lint types docker-check bench gpu-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -18,6 +18,16 @@ demo: setup ## make a teacher, distil it and report, on this machine, in minutes
 
 test: lint types ## lint, types and all tests
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
+
+# Each of the two cores has its own tests. A second thread of a test asks for half of a core: it must not spin for it.
+NUMERIC := OMP_WAIT_POLICY=passive $(BIN)/pytest -m "numeric and not slow" -n 2 --dist worksteal tests/stages
+PLAIN := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE
+
+processors: setup ## the numeric tests with this processor's kernels and with the plainest, on one thread and on two
+	STILLROOM_TEST_THREADS=1 $(NUMERIC)
+	STILLROOM_TEST_THREADS=2 $(NUMERIC)
+	STILLROOM_TEST_THREADS=1 $(PLAIN) $(NUMERIC)
+	STILLROOM_TEST_THREADS=2 $(PLAIN) $(NUMERIC)
 
 lint: setup ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Fixtures of the whole suite: no network, one torch thread, tiny models, the shared asset folder."""
+"""Fixtures of the whole suite: no network, as many threads as asked for, tiny models, the shared asset folder."""
 
 import os
 from collections.abc import Callable
@@ -9,7 +9,8 @@ import pytest
 from tiny_llama import save_tiny_llama
 
 # Before any test module imports transformers or datasets: they read these once.
-for name in [n for n in os.environ if n.startswith(("HF_", "TRANSFORMERS_", "STILLROOM_")) and n != "STILLROOM_ASSETS"]:
+KEPT = ("STILLROOM_ASSETS", "STILLROOM_TEST_THREADS")
+for name in [n for n in os.environ if n.startswith(("HF_", "TRANSFORMERS_", "STILLROOM_")) and n not in KEPT]:
     del os.environ[name]
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -25,11 +26,11 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
 
 
 @pytest.fixture(autouse=True, scope="session")
-def one_thread() -> None:
-    """Sums in one order, and room for the other tests on the machine."""
+def threads() -> None:
+    """One, for the sake of the other tests on the machine; `make processors` asks for two as well."""
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("STILLROOM_TEST_THREADS", "1")))
 
 
 @pytest.fixture(scope="session")

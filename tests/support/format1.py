@@ -11,13 +11,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from stillroom.pipeline.binding import bind, student_id
-from stillroom.pipeline.plan import train_settings
-from stillroom.pipeline.recipe import load_recipe
-from stillroom.stages.requests import sampling_id, sampling_settings
+from stillroom.pipeline.plan.resolve import bind, student_id
+from stillroom.pipeline.plan.students import train_settings
+from stillroom.stages.ledger.requests import sampling_id, sampling_settings
+from stillroom.stages.recipe.load import load_recipe
 from stillroom.storage.keys import content_id
 
-FORMAT1 = Path(__file__).parent / "fixtures" / "format1"
+FORMAT1 = Path(__file__).parents[1] / "fixtures" / "format1"
 SNAPSHOT = "0" * 32  # a name that stands for any rows
 
 # Models and data that stand in for those that a shipped recipe names, by the format of its data.

@@ -57,8 +57,8 @@ def command(*arguments: Any) -> list[str]:
     return [sys.executable, "-m", "stillroom.pipeline.cli.main", *map(str, arguments)]
 
 
-# One thread: sums in one order, so that two runs write the same bits; and room for the other tests.
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+# As many threads as this process has: only so do two runs add in one order and write the same bits.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": os.environ.get("STILLROOM_TEST_THREADS", "1")}
 
 
 def stillroom(*arguments: Any, expect: int = 0) -> subprocess.CompletedProcess[str]:

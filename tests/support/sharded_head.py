@@ -51,7 +51,6 @@ def main(rank: int, folder: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=RANKS)
     student, mesh = Student(), init_device_mesh("cpu", (RANKS,))
     fully_shard(student.body, mesh=mesh)

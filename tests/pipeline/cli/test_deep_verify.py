@@ -12,6 +12,7 @@ from tiny_llama import save_tiny_llama
 from tiny_store import SilentProgress
 
 from stillroom.pipeline.cli.deep_verify import DeepReport, deep_lines, deep_verify, deeply, find_teacher
+from stillroom.stages.audit import teacher_reader
 from stillroom.stages.audit.stored_rows import shelves
 from stillroom.storage.errors import UsageError
 from stillroom.storage.integrity.verify import verify
@@ -50,7 +51,17 @@ def deep(store: Store, **how: Any) -> DeepReport:
     return deep_verify(store, find_teacher(store, asked), asked, progress=SilentProgress())
 
 
-def test_the_rows_of_the_teacher_that_is_named_are_read_and_the_others_counted(store: Store) -> None:
+def test_the_rows_of_the_teacher_that_is_named_are_read_and_the_others_counted(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dtypes, load = [], teacher_reader.load_causal_lm
+
+    def noted(*about: Any, **how: Any) -> Any:
+        model = load(*about, **how)
+        dtypes.append(str(model.dtype))
+        return model
+
+    monkeypatch.setattr(teacher_reader, "load_causal_lm", noted)
     plain = deep(store)
     adapted = deep(store, adapter=str(folder_of(store) / "adapter"))
     assert plain.ok
@@ -59,8 +70,10 @@ def test_the_rows_of_the_teacher_that_is_named_are_read_and_the_others_counted(s
     assert plain.others == {adapted.teacher.id: adapted.found.rows}
     assert adapted.others == {plain.teacher.id: plain.found.rows}
     assert any(line == f"not read: 8 rows of the teacher {plain.teacher.id}" for line in deep_lines(adapted))
-    noise = [report.found.quantities["logprobs"].noise_worst for report in (plain, adapted)]
-    assert noise[0] < 1e-4 < noise[1], "bfloat16 computes otherwise in another batch"
+    assert dtypes == ["torch.float32", "torch.bfloat16"]
+    # In another batch float32 is off by some hundred roundings of eps = 1.2e-7. What bfloat16 is off by depends on the
+    # processor, and may be nothing.
+    assert plain.found.quantities["logprobs"].noise_worst < 1e-4
 
 
 def test_a_teacher_that_the_store_does_not_hold_is_refused(store: Store, tmp_path: Path) -> None:

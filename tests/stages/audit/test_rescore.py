@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from planting import FAULTS, Fault, copied, planted
+from planting import FAULTS, Fault, copied, planted, rows_of
 from tiny_jobs import scored_store
 from tiny_llama import save_tiny_llama
 from tiny_store import SilentProgress
@@ -19,6 +19,8 @@ from stillroom.stages.models.head import Head
 from stillroom.stages.models.identity import Identity
 from stillroom.storage.store.store import Store
 from stillroom.storage.tables.soft_targets import SoftTargets
+
+pytestmark = pytest.mark.numeric
 
 KINDS: dict[str, dict[str, Any]] = {
     "topk": {"k": 4, "temperatures": [2.0, 0.5]},
@@ -77,12 +79,18 @@ def test_targets_of_other_tokens_are_found_and_named(
     """Also where the log-probability of the token that is there was looked up in the wrong targets."""
     store = planted(worlds[name].store, tmp_path / "store", fault, consistent=True)
     found = worlds[name].read(store)
-    assert len(found.off) >= 15, "one row may be as long as its fault leaves it"
-    faults = [row.fault for row in found.off]
+    # The teacher drew its text, which is another one on another processor. A row of a few positions may be as it was
+    # with the fault, or leave open which fault it is; so may the one row that got its targets.
+    rows = rows_of(store)
+    clear = {row["key"].hex() for row in rows if row["span_tokens"] > 4}
+    named = 2 * len(clear) - len(rows)
+    assert named >= 10
+    off = {row.key: row for row in found.off if row.key in clear}
+    assert off.keys() == clear
     expected = "shifted by one position" if fault.startswith("shifted") else "other tokens'"
-    assert faults.count(expected) >= 14, faults
+    assert sum(row.fault == expected for row in off.values()) >= named
     side = {"shifted": "position after", "shifted back": "position before", "shuffled": "in another order"}
-    assert sum(side.get(fault, "those of row") in row.message for row in found.off) >= 14
+    assert sum(side.get(fault, "those of row") in row.message for row in off.values()) >= named
 
 
 def test_another_seeds_teacher_under_the_same_id_is_found(worlds: dict[str, World], tmp_path: Path) -> None:

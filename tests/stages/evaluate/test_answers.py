@@ -23,7 +23,6 @@ class Numbers:
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=50,

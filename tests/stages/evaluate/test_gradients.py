@@ -14,6 +14,8 @@ from stillroom.stages.losses.objective import Objective
 from stillroom.stages.targets.spec import Kept
 from stillroom.storage.tables.soft_targets import SoftTargets
 
+pytestmark = pytest.mark.numeric
+
 PACKING = Packing(tokens_per_pass=1, shared_rows=False, vocab_size=V)
 FORWARD_KL = Objective()
 

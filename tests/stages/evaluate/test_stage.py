@@ -30,8 +30,6 @@ VOCABULARY, END = 61, 1
 TEACHER, DATA = "ab" * 16, "cd" * 16
 PROMPTS, PROMPT_TOKENS, COMPLETION_TOKENS = 9, (2, 7), 12
 
-torch.set_num_threads(1)
-
 
 @dataclass
 class Quiet:
@@ -258,6 +256,7 @@ def read(world: World) -> dict[str, Any]:
     return json.loads((world.root / "train-student" / "evaluation.json").read_text())
 
 
+@pytest.mark.numeric
 def test_every_arm_is_measured_as_defined(world: World) -> None:
     job = world.job(world.score("full", VOCABULARY), arms=("student", "baseline"))
     result = evaluate.run(job)
@@ -278,6 +277,7 @@ def test_every_arm_is_measured_as_defined(world: World) -> None:
     assert gap == pytest.approx(results["student"]["kl_teacher"] - results["baseline"]["kl_teacher"], abs=1e-9)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(("kind", "k"), [("full", VOCABULARY), ("topk", 8)])
 def test_a_student_that_is_the_teacher_is_at_no_distance_from_rounded_targets(world: World, kind: str, k: int) -> None:
     results = evaluate.run(world.job(world.score(kind, k, bits=10))).details["results"]
@@ -312,6 +312,7 @@ def test_evaluation_json_says_what_was_measured_on_what(world: World) -> None:
     assert all(sum(b["tokens"] for b in bins) == tokens for bins in written["reliability"].values())
 
 
+@pytest.mark.numeric
 def test_the_bucketed_kl_is_below_the_full_one(world: World) -> None:
     bucketed = evaluate.run(world.job(world.score("topk", 8))).details["results"]["student_before"]
     full = measured(world, student.initial_student(world.job("").recipe, world.store.teacher_dir(TEACHER)))
@@ -319,6 +320,7 @@ def test_the_bucketed_kl_is_below_the_full_one(world: World) -> None:
     assert bucketed["acceptance"] > full["acceptance"]
 
 
+@pytest.mark.numeric
 def test_chunks_of_one_token_give_the_same_numbers(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = world.score("full", VOCABULARY)
     whole = evaluate.run(world.job(snapshot)).details["results"]
@@ -341,6 +343,7 @@ def test_without_scores_there_is_cross_entropy_and_nothing_of_the_teacher(world:
     assert read(world)["measured_on"]["reference"] is None
 
 
+@pytest.mark.numeric
 def test_the_gradient_of_the_recipe_s_targets_is_compared_at_the_start_and_at_the_end(world: World) -> None:
     snapshot = world.score("full", VOCABULARY)
     score = {"targets": "topk", "k": 4}

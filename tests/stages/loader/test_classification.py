@@ -17,6 +17,8 @@ from stillroom.stages.models.classifier import Inputs, class_logits
 from stillroom.storage.errors import UsageError
 from stillroom.storage.tables.soft_targets import SoftTargets
 
+pytestmark = pytest.mark.numeric
+
 
 def make_text(length: int, label: int | None, seed: int = 0) -> Sample:
     """A random text, with a random teacher over three classes."""
@@ -82,9 +84,10 @@ class TestLoss:
             if text.label is not None:
                 cross_entropy = -float(z.log_softmax(-1)[text.label])
                 bias += 0.5 * (z.softmax(-1) - torch.eye(3, dtype=torch.float64)[text.label])
-            assert float(soft[number]) == pytest.approx(expected, abs=2e-6)
-            assert float(hard[number]) == pytest.approx(cross_entropy, abs=2e-6)
-        assert model.classifier.bias.grad.tolist() == pytest.approx(bias.tolist(), abs=1e-5)
+            # Logits of a padded row of five and of a row alone, up to 10: 8 eps of that, and T^2 times it.
+            assert float(soft[number]) == pytest.approx(expected, abs=1e-5 * max(1.0, temperature**2))
+            assert float(hard[number]) == pytest.approx(cross_entropy, abs=1e-5)
+        assert model.classifier.bias.grad.tolist() == pytest.approx(bias.tolist(), abs=5e-5)  # of all five
 
     def test_how_texts_share_passes_changes_nothing(self, student: Any) -> None:
         model, _ = student
@@ -98,7 +101,7 @@ class TestLoss:
             assert len(totals) == {1: 5, 20: 4, 1000: 1}[tokens]
         for other in found[1:]:
             for one, two in zip(found[0], other, strict=True):
-                torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(one, two, rtol=1e-4, atol=5e-5)  # gradients of up to 10
 
     def test_texts_of_like_length_share_a_pass(self, student: Any) -> None:
         mixed = [TEXTS[i] for i in (4, 0, 3, 1, 2)]
@@ -115,12 +118,15 @@ class TestLoss:
         model, inputs = student
         ready, objective = passes(inputs), Objective(temperature=2.0)
         (batch,) = ready.batches(TEXTS, 2.0)
+        made: list[torch.dtype] = []
+        watched = model.classifier.register_forward_hook(lambda *about: made.append(about[-1].dtype))
         exact, half = (
             ready.losses(model, batch, aim=aimed(objective), dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
         )
+        watched.remove()
+        assert made == [torch.float32, torch.bfloat16]
         for one, two in ((exact.soft, half.soft), (exact.hard, half.hard)):
             assert two.dtype == torch.float32
-            assert not torch.equal(one, two)
             torch.testing.assert_close(one, two, rtol=0.1, atol=0.1)
 
     def test_without_an_objective_only_labels_count(self, student: Any) -> None:

@@ -22,6 +22,11 @@ from stillroom.stages.targets.batch import TargetBatch
 from stillroom.stages.targets.spec import Kept
 from stillroom.storage.errors import UsageError
 
+pytestmark = pytest.mark.numeric
+
+
+SUMS = 1e-5  # of 50 float32 losses, added up in another order: 50 eps, and a few for products of other shapes
+
 
 def packing(**changes):
     return Packing(**{"tokens_per_pass": 64, "row_tokens": None, "vocab_size": V} | changes)
@@ -108,7 +113,7 @@ def test_the_gradient_does_not_depend_on_packing_and_passes(k):
         if way.flat and model.config._attn_implementation != NAME:
             assert attend_apart(model, max(LENGTHS), torch.float32) is None
         again, found = gradient(model, samples, way, chunk_tokens=7)
-        assert again == pytest.approx(loss, rel=1e-6)
+        assert again == pytest.approx(loss, rel=SUMS)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -120,7 +125,7 @@ def test_no_divergence_depends_on_packing_and_passes(divergence):
     how = packing(tokens_per_pass=1000, row_tokens=64, unstored_temperature="approximate")
     loss, expected = gradient(model, samples, how, objective=objective)
     again, found = gradient(model, samples, replace(how, tokens_per_pass=1), objective=objective, chunk_tokens=7)
-    assert again == pytest.approx(loss, rel=1e-6)
+    assert again == pytest.approx(loss, rel=SUMS)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -128,7 +133,7 @@ def test_sampled_targets_do_not_depend_on_packing_and_passes():
     model, samples = build(CONFIGS["llama"]), [drawn(sample) for sample in make_samples(LENGTHS)]
     loss, expected = gradient(model, samples, packing(tokens_per_pass=1000, row_tokens=64))
     again, found = gradient(model, samples, packing(tokens_per_pass=1), chunk_tokens=7)
-    assert again == pytest.approx(loss, rel=1e-6)
+    assert again == pytest.approx(loss, rel=SUMS)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 

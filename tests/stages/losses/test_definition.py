@@ -15,7 +15,10 @@ from stillroom.stages.models.head import Head
 from stillroom.stages.targets.batch import TargetBatch, fit_vocabulary
 from stillroom.storage.errors import UsageError
 
+pytestmark = pytest.mark.numeric
+
 ALL = list(DIVERGENCES)
+EPS = torch.finfo(torch.float32).eps
 PLAIN = {"softcap": None, "scale": 1.0, "bias": False}
 CAPPED = {"softcap": 4.0, "scale": 1.5, "bias": True}
 
@@ -65,6 +68,15 @@ def reference(hidden, head, targets, divergence):
     return soft, hard, torch.autograd.grad((0.7 * soft + 0.3 * hard).sum(), leaves)
 
 
+def rounding(divergence, logits):
+    """What float32 leaves of a divergence that is 0.
+
+    A log-probability is a difference of numbers as great as the logits, so it is known to eps times the greatest: four
+    such roundings, two on either side. `alpha_beta` divides its difference of sums by its exponents, 0.2 * 0.7.
+    """
+    return 4 * EPS * max(1.0, float(logits.abs().max())) / (0.2 * 0.7 if divergence == "alpha_beta" else 1)
+
+
 def objective(divergence):
     return None if divergence is None else Objective(divergence=divergence)
 
@@ -102,7 +114,7 @@ def test_every_id_kept_equals_dense(divergence):
     sparse = measured(hidden, student, make_targets(teacher, 23), divergence)
     dense = measured(hidden, student, make_targets(teacher, None), divergence)
     assert_same(
-        sparse, (dense[0].double(), dense[1].double(), [g.double() for g in dense[2]]), forward=1e-6, backward=1e-5
+        sparse, (dense[0].double(), dense[1].double(), [g.double() for g in dense[2]]), forward=5e-6, backward=2e-5
     )
     p, t = (
         logits.double().softmax(-1) for logits in (reference_logits(hidden, student.weight, None, student), teacher)
@@ -132,12 +144,14 @@ def test_forward_gradient_is_the_closed_form():
 def test_zero_at_equality(divergence, k):
     hidden, student, _ = make_problem()
     with torch.no_grad():
-        targets = make_targets(reference_logits(hidden, student.weight, None, student), k)
+        logits = reference_logits(hidden, student.weight, None, student)
+        targets = make_targets(logits, k)
     found = distilled(hidden, student, targets, objective(divergence), soft=1.0, hard=0.0)
     gradients = torch.autograd.grad(found.total, [hidden, student.weight])
-    assert found.soft.abs().max() < 1e-6
+    assert found.soft.abs().max() < rounding(divergence, logits)
     if divergence != "total_variation":  # has a corner there: any gradient up to p is right
-        assert max(g.abs().max() for g in gradients) < 1e-5
+        # A sum over the seven tokens of what is left of p - t, times states and weights, which are below 4.
+        assert max(g.abs().max() for g in gradients) < 7 * 4 * rounding(divergence, logits)
 
 
 @pytest.mark.parametrize("divergence", ALL)
@@ -189,7 +203,8 @@ def test_never_negative_and_always_the_definition(n, v, seed, divergence, spread
     hidden, student, teacher = make_problem(n=n, v=v, seed=seed)
     targets = make_targets(spread * teacher, k)
     found = measured(hidden, student, targets, divergence)
-    assert float(found[0].detach().min()) > -1e-6
+    logits = torch.cat([reference_logits(hidden, student.weight, None, student).detach(), spread * teacher])
+    assert float(found[0].detach().min()) > -rounding(divergence, logits)
     assert_same(found, reference(hidden, student, targets, divergence), forward=3e-5, backward=5e-4)
 
 
@@ -201,7 +216,7 @@ def test_the_chunk_size_does_not_matter(n, chunk, divergence, full):
     whole = measured(hidden, student, targets, divergence)
     parts = measured(hidden, student, targets, divergence, chunk_tokens=chunk)
     for a, b in zip((parts[1], *parts[2]), (whole[1], *whole[2]), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=5e-6)  # sums of up to 9 tokens, in parts
     assert (parts[0] is None) == (divergence is None)
 
 
@@ -214,7 +229,8 @@ def test_coarser_buckets_give_a_lower_bound(divergence):
             distilled(hidden, student, make_targets(teacher, k), objective(divergence)).soft
             for k in (1, 3, 9, 22, None)
         ]
-    assert all((b - a).min() > -1e-6 for a, b in pairwise(by_k))
+    # At 22 and at all 23 ids kept the outcomes are the same, so what is between them is rounding.
+    assert all((b - a).min() > -16 * EPS * by_k[-1].max() for a, b in pairwise(by_k))
     assert (by_k[-1] - by_k[0]).min() > 1e-3
 
 
@@ -289,7 +305,7 @@ class TestFitVocabulary:
         )
         for divergence in ALL:  # one outcome is left, of probability 1 on both sides
             found = measured(hidden, student, fit_vocabulary(targets, 15), divergence)
-            assert found[0].abs().max() < 1e-6
+            assert found[0].abs().max() < rounding(divergence, student.weight.detach())
             assert all(g.isfinite().all() for g in found[2])
 
     @pytest.mark.parametrize("divergence", ALL)

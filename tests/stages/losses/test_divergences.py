@@ -10,6 +10,8 @@ from references import DIVERGENCES, alpha_beta, jsd, skew_forward_kl, skew_rever
 
 from stillroom.stages.losses import divergences as ours
 
+pytestmark = pytest.mark.numeric
+
 SETTINGS = {
     "skew_forward_kl": {"skew": 0.1},
     "skew_reverse_kl": {"skew": 0.1},
@@ -166,7 +168,8 @@ def test_zeros_on_either_side_are_finite_and_the_definition(name, seed):
 @given(name=st.sampled_from(ALL), seed=st.integers(0, 10**6), outcomes=st.integers(2, 8), zeros=st.booleans())
 def test_never_negative_and_zero_at_equality(name, seed, outcomes, zeros):
     teacher, student = sparse(seed) if zeros else distributions(outcomes=outcomes, seed=seed)
-    rounding = 1e-6 / (0.2 * 0.7 if name == "alpha_beta" else 1)  # it divides a difference of sums by a * b
+    # Terms of up to 1 from log-probabilities that are known to eps * 20; alpha_beta divides its sums by a * b.
+    rounding = 20 * torch.finfo(torch.float32).eps / (0.2 * 0.7 if name == "alpha_beta" else 1)
     assert measure(name, teacher, student).min() > -rounding
     for same in (teacher, student):
         assert measure(name, same, same).abs().max() < rounding
@@ -177,4 +180,4 @@ def test_the_alpha_beta_of_exponents_that_sum_to_one_falls_when_outcomes_join():
     joined = [torch.cat([x[:, :3], x[:, 3:].logsumexp(-1, keepdim=True)], -1) for x in (teacher, student)]
     for alpha in (0.3, 0.5, 1.4):
         coarse, fine = (ours.alpha_beta(*pair, alpha=alpha, beta=1 - alpha) for pair in (joined, (teacher, student)))
-        assert (fine - coarse).min() > -1e-6
+        assert (fine - coarse).min() > -1e-5  # 20 eps, divided by exponents whose product is 0.21 at the least

@@ -1,7 +1,6 @@
 """The fused loss: gradients made in the forward pass against float64 autograd of the definition, and what it holds."""
 
 import math
-import os
 import subprocess
 import sys
 from itertools import pairwise, product
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kit import ENVIRONMENT
 from references import DIVERGENCES, cross_entropy, softmax, token_losses
 from sharded_head import RANKS, TOKENS, Student, gradients
 from torch import nn
@@ -20,6 +20,8 @@ from stillroom.stages.losses.objective import Objective
 from stillroom.stages.models.head import Head, LowRank
 from stillroom.stages.targets.batch import TargetBatch
 from stillroom.storage.errors import UsageError
+
+pytestmark = pytest.mark.numeric
 
 N, V, D, R = 6, 11, 4, 2
 HEADS = {"plain": {}, "changed": {"scale": 1.5, "softcap": 4.0}}
@@ -284,12 +286,12 @@ class TestLowRank:
             torch.testing.assert_close(gradient, found[1][name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_head_that_is_sharded_over_two_ranks(tmp_path: Path) -> None:
     """FSDP2 on two processes: the mean over the ranks of what one process finds, for the head as for the body."""
     script = Path(__file__).parents[2] / "support" / "sharded_head.py"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     ranks = [
-        subprocess.Popen([sys.executable, script, str(rank), tmp_path], env=environment, stderr=subprocess.PIPE)
+        subprocess.Popen([sys.executable, script, str(rank), tmp_path], env=ENVIRONMENT, stderr=subprocess.PIPE)
         for rank in range(RANKS)
     ]
     errors = [rank.communicate(timeout=120)[1] for rank in ranks]

@@ -9,6 +9,8 @@ import torch
 from stillroom.stages.losses import vocabulary as passes
 from stillroom.stages.losses.vocabulary import Asked, Slopes, look, spread
 
+pytestmark = pytest.mark.numeric
+
 N, V = 5, 40
 
 

@@ -13,6 +13,8 @@ from stillroom.stages.models.attention import NAME, _attend, _by_kernel, attend_
 from stillroom.stages.models.head import hidden_states
 from stillroom.storage.errors import StillroomError
 
+pytestmark = pytest.mark.numeric
+
 SIZES = {
     "vocab_size": V,
     "hidden_size": 16,

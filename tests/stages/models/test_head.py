@@ -18,6 +18,8 @@ from transformers import (
 from stillroom.stages.models.head import Head, check_head, hidden_states, split_head
 from stillroom.storage.errors import UsageError
 
+pytestmark = pytest.mark.numeric
+
 COMMON = {
     "vocab_size": 40,
     "hidden_size": 16,

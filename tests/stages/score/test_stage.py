@@ -27,6 +27,15 @@ from stillroom.storage.integrity.verify import verify
 from stillroom.storage.store.store import Store
 from stillroom.storage.tables.soft_targets import SoftTargets
 
+pytestmark = pytest.mark.numeric
+
+
+FORWARD = 1e-4
+"""A forward pass in float32 against float64: some hundred roundings of eps = 1.2e-7, of logits of up to 8.
+
+Targets of the position before or after are off by more than 0.1.
+"""
+
 
 def prepared(tmp_path: Path, folder: Path, **sections: Any) -> tuple[Store, Job, Identity]:
     """A store with given completions, and the stage's job."""
@@ -77,12 +86,12 @@ def test_targets_are_the_teachers_distribution_one_position_before_each_token(
         truth = logits.log_softmax(-1).numpy()[row["span_start"] - 1 : row["span_start"] - 1 + row["span_tokens"]]
         targets = SoftTargets.from_row(row)
         following = row["token_ids"][row["span_start"] :]
-        np.testing.assert_allclose(targets.token_logprob, truth[np.arange(len(following)), following], atol=3e-5)
+        np.testing.assert_allclose(targets.token_logprob, truth[np.arange(len(following)), following], atol=FORWARD)
         if row["kind"] == "full":
-            np.testing.assert_allclose(targets.logprobs, truth, atol=3e-5)
+            np.testing.assert_allclose(targets.logprobs, truth, atol=FORWARD)
         else:
-            np.testing.assert_allclose(np.take_along_axis(truth, targets.ids, 1), targets.logprobs, atol=3e-5)
-            np.testing.assert_allclose(targets.logprobs, -np.sort(-truth)[:, :4], atol=3e-5)
+            np.testing.assert_allclose(np.take_along_axis(truth, targets.ids, 1), targets.logprobs, atol=FORWARD)
+            np.testing.assert_allclose(targets.logprobs, -np.sort(-truth)[:, :4], atol=FORWARD)
         total = np.exp(targets.logprobs.astype(float)).sum(-1) + np.exp(targets.tail_logprob.astype(float))
         np.testing.assert_allclose(total, 1.0, atol=1e-5)
 

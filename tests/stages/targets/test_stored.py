@@ -13,6 +13,8 @@ from stillroom.stages.targets.stored import Reading, soft_part
 from stillroom.storage.errors import UsageError
 from stillroom.storage.tables.soft_targets import SoftTargets
 
+pytestmark = pytest.mark.numeric
+
 N, V = 7, 12
 LABELS = torch.arange(N)
 Z = np.random.default_rng(0).normal(scale=1.5, size=(N, V))

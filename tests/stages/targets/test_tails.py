@@ -14,6 +14,8 @@ from stillroom.stages.models.head import Head
 from stillroom.stages.targets.batch import TargetBatch
 from stillroom.storage.errors import UsageError
 
+pytestmark = pytest.mark.numeric
+
 N, V, D = 5, 9, 4
 TAILS = ("bucket", "drop", "renormalize", "to_label")
 # reverse KL, and adaptive KL which holds it, are infinite where a teacher gives nothing to what is outside its entries.
@@ -185,7 +187,7 @@ class TestSampled:
         leaf = logits.detach().double().requires_grad_()
         expected = temperature**2 * kl(list(t), list(softmax(leaf / temperature)))
         (right,) = torch.autograd.grad(expected, leaf)
-        assert float(mean.detach()) == pytest.approx(float(expected.detach()), abs=1e-6)
+        assert float(mean.detach()) == pytest.approx(float(expected.detach()), abs=1e-5)  # T^2 * 16 eps
         torch.testing.assert_close(gradient.double(), right, rtol=1e-5, atol=1e-6)
         assert parts.soft.min() < 0 < parts.soft.max()
 

@@ -40,6 +40,7 @@ def prompts(world: World) -> dict[bytes, dict[str, Any]]:
 
 
 class TestStore:
+    @pytest.mark.numeric
     def test_a_row_is_the_teachers_distribution_over_the_classes_of_its_text(
         self, world: World, prompts: dict[bytes, dict[str, Any]]
     ) -> None:
@@ -120,6 +121,7 @@ def same_weights(one: Path, other: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.numeric
 class TestTraining:
     def test_a_stopped_run_goes_on_to_the_same_student(self, world: World, tmp_path: Path) -> None:
         """Dropout of 0.1 included, which BERT's config asks for."""
@@ -137,7 +139,8 @@ class TestTraining:
         train.run(replace(job, arm="baseline"))
         student, baseline = summary(tmp_path / "student"), summary(tmp_path / "baseline")
         assert {p["soft"] for p in baseline["history"]} == {None}
-        assert baseline["history"][0]["hard"] == student["history"][0]["hard"]  # the same start and first batch
+        # The same start and first batch, but for the order of the sums: a few eps = 1.2e-7 of a loss.
+        assert baseline["history"][0]["hard"] == pytest.approx(student["history"][0]["hard"], rel=1e-5)
         assert [p["tokens"] for p in baseline["history"]] == [p["tokens"] for p in student["history"]]
 
     def test_evaluation_is_what_its_definitions_say(self, world: World, tmp_path: Path) -> None:

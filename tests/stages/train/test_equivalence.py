@@ -20,6 +20,8 @@ from stillroom.storage.files.local import LocalFiles
 from stillroom.storage.snapshots.snapshot import Snapshot
 from stillroom.storage.store.store import Store
 
+pytestmark = pytest.mark.numeric
+
 SECTIONS = {
     "score": {"targets": "full"},
     "student": {"config": {"num_hidden_layers": 1}},

@@ -71,6 +71,7 @@ def without_time(report):
     return {k: v for k, v in report.items() if k not in timed}
 
 
+@pytest.mark.numeric
 def test_a_run_trains_and_reports(world):
     recipe = world.recipe(train={"tokens": 4000})
     job = world.job("run", recipe)
@@ -151,6 +152,7 @@ def test_epochs_feed_every_sample_so_often(world):
     assert texts < report["tokens"] < 2 * texts
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("validate", [False, True])
 def test_stopping_anywhere_and_going_on_changes_nothing(world, validate):
     """Whatever look at the stop flag raises, between passes or steps or in a validation, the end is bit-equal."""
@@ -180,6 +182,7 @@ def test_stopping_anywhere_and_going_on_changes_nothing(world, validate):
         assert same(weights(world.folder / name), weights(world.folder / "whole"))
 
 
+@pytest.mark.numeric
 def test_a_killed_run_goes_on_from_its_last_checkpoint(world, monkeypatch):
     from stillroom.stages.train.trainer import Trainer
 
@@ -225,6 +228,7 @@ def test_checkpoints_come_by_the_clock_too(world):
     assert names == [f"step-{summary(world.folder / 'run')['steps']:08d}"]
 
 
+@pytest.mark.numeric
 def test_validation_keeps_the_best_student(world):
     """Far too high a rate at the end: the last student is worse than one before it."""
     sections = {"learning_rate": 0.6, "schedule": "constant", "warmup_fraction": 0.99, "evaluate_every_tokens": 200}
@@ -262,6 +266,7 @@ def validation_loss(world, folder):
     return total / scored
 
 
+@pytest.mark.numeric
 def test_the_baseline_differs_in_the_loss_alone(world):
     recipe = world.recipe(loss={"soft_weight": 2.0, "hard_weight": 0.5})
     train.run(world.job("student", recipe))
@@ -273,7 +278,9 @@ def test_the_baseline_differs_in_the_loss_alone(world):
         assert student[name] == baseline[name]
     assert [p["tokens"] for p in student["history"]] == [p["tokens"] for p in baseline["history"]]
     assert {p["soft"] for p in baseline["history"]} == {None}
-    assert student["history"][0]["hard"] == baseline["history"][0]["hard"]  # the same start and first batch
+    # The same start and first batch: another of either moves the loss by a hundredth. One arm sums with entries and the
+    # other without, and each logarithm in the sums is known to a few eps = 1.2e-7 of itself.
+    assert student["history"][0]["hard"] == pytest.approx(baseline["history"][0]["hard"], rel=1e-5)
     assert same(weights(world.folder / "baseline"), weights(world.folder / "plain"))
     assert not same(weights(world.folder / "baseline"), weights(world.folder / "student"))
 
@@ -287,6 +294,7 @@ def test_black_box_learns_from_text_alone(world):
     assert history[-1]["hard"] < 0.8 * history[0]["hard"]
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("k", [20, None])
 def test_what_else_the_store_holds_changes_nothing(world, tmp_path, k):
     """Rows stored with more entries, or all of them, serve a recipe that asks for fewer."""
@@ -299,7 +307,8 @@ def test_what_else_the_store_holds_changes_nothing(world, tmp_path, k):
     assert points[0] == pytest.approx(points[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("student", ["tied", "lora", "checkpointing", "bfloat16"])
+@pytest.mark.numeric
+@pytest.mark.parametrize("student", ["tied", "lora", "checkpointing", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_kinds_of_students(world, tiny_llama, student):
     sections = {
         "tied": {"student": {"config": {"tie_word_embeddings": True}}},
@@ -317,6 +326,7 @@ def test_kinds_of_students(world, tiny_llama, student):
     assert {p.dtype for p in weights(world.folder / "run").values()} == {torch.float32}
 
 
+@pytest.mark.numeric
 def test_lora_resumes_exactly(world, tiny_llama):
     recipe = world.recipe(student={"model": str(tiny_llama("small", seed=3)), "lora": {"rank": 2, "dropout": 0.2}})
     train.run(world.job("whole", recipe))
@@ -400,6 +410,7 @@ class TestRefusals:
             train.run(world.job("run", world.recipe(train={"kernel": "triton"})))
 
 
+@pytest.mark.numeric
 def test_a_larger_teacher_vocabulary_goes_into_the_tail(tiny_llama, tmp_path):
     """The teacher's embedding is padded to 40, the student's ends at 32, as with models of one family."""
     world = World(tiny_llama("teacher", vocab_size=40, initializer_range=0.6), tmp_path, k=30)
@@ -428,6 +439,7 @@ def test_a_real_teacher_teaches(assets, tmp_path):
     assert history[-1]["loss"] < 0.5 * history[0]["loss"]
 
 
+@pytest.mark.numeric
 def test_rows_with_padding_where_they_are_asked_for_or_needed(world, tiny_llama):
     """The same training, but for the rounding of its sums."""
     flat, rows = ({"tokens": 1200}, {"tokens": 1200, "row_tokens": LONGEST})

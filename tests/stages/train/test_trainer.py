@@ -20,6 +20,8 @@ from stillroom.stages.targets.batch import TargetBatch
 from stillroom.stages.train.trainer import Trainer, _means
 from stillroom.storage.errors import StillroomError, Stopped
 
+pytestmark = pytest.mark.numeric
+
 
 def make_trainer(model=None, *, loss=None, dtype=torch.float32, tokens_per_pass=40, **changes):
     settings = {"tokens": 1000, "learning_rate": 1e-2, "warmup_fraction": 0.0, "schedule": "constant"} | changes
@@ -170,7 +172,8 @@ def test_out_of_memory_in_a_validation_halves_the_passes_or_is_said():
     fail_above(trainer, 30, torch.OutOfMemoryError("tried to allocate"))
     found = trainer.validate([make_step()])
     assert trainer.tokens_per_pass == 25
-    assert (found.loss, found.soft, found.hard) == pytest.approx((usual.loss, usual.soft, usual.hard))
+    # Passes of 25 tokens instead of 40: other shapes of the same products, a few eps = 1.2e-7 of a loss.
+    assert (found.loss, found.soft, found.hard) == pytest.approx((usual.loss, usual.soft, usual.hard), rel=1e-5)
     fail_above(trainer, 0, torch.OutOfMemoryError("tried to allocate 20.00 GiB"))
     with pytest.raises(StillroomError, match=r"forward pass of 20 tokens, one sample alone .*gradient_checkpointing"):
         trainer.validate([make_step()])
@@ -202,11 +205,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change():
     assert all(torch.equal(w, before[name]) for name, w in trainer.weights().items())
 
 
+def outputs_of(layer):
+    """The dtypes of all that a layer will give."""
+    seen = []
+    layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    return seen
+
+
 def test_bfloat16_passes_keep_float32_weights_and_nearly_the_same_loss():
     exact, half = make_trainer(), make_trainer(dtype=torch.bfloat16)
+    made = [outputs_of(t.model.model.layers[0].mlp.down_proj) for t in (exact, half)]
     first = [t.step(make_step(), done=0.5).losses for t in (exact, half)]
     assert first[1].loss == pytest.approx(first[0].loss, rel=2e-2)
-    assert first[1].loss != first[0].loss
+    assert [set(dtypes) for dtypes in made] == [{torch.float32}, {torch.bfloat16}]
     assert {p.dtype for p in half.model.parameters()} == {torch.float32}
     assert {v.dtype for s in half.optimizer.state.values() for v in s.values()} == {torch.float32}
 

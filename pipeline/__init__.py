@@ -1,1 +1,4 @@
-"""The recipe, the plan, the runner, the command line and the report. Nothing imports this package."""
+"""The recipe, the plan, the runner, the command line and the report.
+
+Nothing imports this package.
+"""

@@ -1,9 +1,10 @@
 """The demonstration's ingredients: prompts, a tokenizer and a small teacher made on the spot, without a network.
 
-The text is English that every Python installation carries: the language reference behind `help()`, and the docstrings
-and comments of the standard library. The teacher is trained for a fixed number of seeded steps, never for a fixed time,
-and on one thread: sums then have one order however many cores there are, and matrices this small wait long for a second
-core that is busy elsewhere. `demo.json` is written last: it exists when everything else does.
+The text is English that every Python installation carries: the language reference behind `help()`,
+and the docstrings and comments of the standard library. The teacher is trained for a fixed number
+of seeded steps, never for a fixed time, and on one thread: sums then have one order however many
+cores there are, and matrices this small wait long for a second core that is busy elsewhere.
+`demo.json` is written last: it exists when everything else does.
 """
 
 import ast
@@ -44,7 +45,8 @@ class _Sizes:
     context: int = 256
     steps: int = 1000
     windows: int = 2
-    """Rows of `context` tokens in one step: few, as so short a training gains more from steps than from calm ones."""
+    """Rows of `context` tokens in one step: few, as so short a training gains more from steps than
+    from calm ones."""
     learning_rate: float = 3e-3
     documents: int | None = None
     """Use the first documents only; None: all."""
@@ -66,10 +68,14 @@ def make_demo(folder: Path, progress: Progress, *, sizes: _Sizes | None = None) 
     tokenizer = _train_tokenizer(texts, sizes.vocabulary)
     rows = [_prompt(text, tokenizer, sizes) for text in texts]
     prompts = random.Random(sizes.seed).sample([row for row in rows if row], sizes.prompts)
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts), encoding="utf-8")
+    (folder / "prompts.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in prompts), encoding="utf-8"
+    )
     facts = _make_teacher(folder / "teacher", texts, tokenizer, sizes=sizes, progress=progress)
     recipe.write_text(_recipe_text(folder), encoding="utf-8")
-    manifest.write_text(json.dumps({"sizes": repr(sizes)} | facts, indent=2) + "\n", encoding="utf-8")
+    manifest.write_text(
+        json.dumps({"sizes": repr(sizes)} | facts, indent=2) + "\n", encoding="utf-8"
+    )
     return recipe
 
 
@@ -108,7 +114,12 @@ def _paragraphs(text: str) -> Iterator[str]:
 
 
 def _is_prose(paragraph: str) -> bool:
-    if len(paragraph) < 60 or not paragraph[0].isupper() or ">>>" in paragraph or not paragraph.isascii():
+    if (
+        len(paragraph) < 60
+        or not paragraph[0].isupper()
+        or ">>>" in paragraph
+        or not paragraph.isascii()
+    ):
         return False
     plain = sum(character.isalpha() or character == " " for character in paragraph)
     return plain / len(paragraph) > 0.9
@@ -131,13 +142,19 @@ def _train_tokenizer(texts: list[str], vocabulary: int) -> "PreTrainedTokenizerF
     bare.post_processor = processors.TemplateProcessing(
         single=f"{START} $A", special_tokens=[(START, bare.token_to_id(START))]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=bare, bos_token=START, eos_token=END, pad_token=PAD)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bare, bos_token=START, eos_token=END, pad_token=PAD
+    )
 
 
-def _prompt(text: str, tokenizer: "PreTrainedTokenizerFast", sizes: _Sizes) -> dict[str, str] | None:
+def _prompt(
+    text: str, tokenizer: "PreTrainedTokenizerFast", sizes: _Sizes
+) -> dict[str, str] | None:
     """The opening of a text, cut at the end of a word, and the rest; None where the text is too short for that."""
     shortest, longest = sizes.prompt_tokens
-    places = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    places = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)[
+        "offset_mapping"
+    ]
     if len(places) <= longest:
         return None
     cut = text.rfind(" ", 0, places[longest][0] + 1)
@@ -147,7 +164,12 @@ def _prompt(text: str, tokenizer: "PreTrainedTokenizerFast", sizes: _Sizes) -> d
 
 
 def _make_teacher(
-    folder: Path, texts: list[str], tokenizer: "PreTrainedTokenizerFast", *, sizes: _Sizes, progress: Progress
+    folder: Path,
+    texts: list[str],
+    tokenizer: "PreTrainedTokenizerFast",
+    *,
+    sizes: _Sizes,
+    progress: Progress,
 ) -> dict[str, Any]:
     import torch
     from transformers import GenerationConfig
@@ -165,16 +187,22 @@ def _make_teacher(
     finally:
         torch.set_num_threads(threads)
     model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    progress.say(f"{parameters / 1e6:.1f}M parameters, training loss {loss:.2f} nats/token: {folder}")
+    progress.say(
+        f"{parameters / 1e6:.1f}M parameters, training loss {loss:.2f} nats/token: {folder}"
+    )
     return {"parameters": parameters, "loss": loss, "corpus_characters": sum(map(len, texts))}
 
 
-def _windows(texts: list[str], tokenizer: "PreTrainedTokenizerFast", sizes: _Sizes) -> "torch.Tensor":
+def _windows(
+    texts: list[str], tokenizer: "PreTrainedTokenizerFast", sizes: _Sizes
+) -> "torch.Tensor":
     """Shuffled documents end to end, cut into rows of context + 1 tokens."""
     import torch
 
@@ -206,12 +234,16 @@ def _fresh_model(tokenizer: "PreTrainedTokenizerFast", sizes: _Sizes) -> "PreTra
     return LlamaForCausalLM(config)
 
 
-def _train(model: "PreTrainedModel", windows: "torch.Tensor", *, sizes: _Sizes, progress: Progress) -> float:
+def _train(
+    model: "PreTrainedModel", windows: "torch.Tensor", *, sizes: _Sizes, progress: Progress
+) -> float:
     """AdamW with a cosine after a short warm-up; returns the mean loss of the last tenth of the steps."""
     import torch
     from torch.nn.functional import cross_entropy
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=sizes.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=sizes.learning_rate, betas=(0.9, 0.95), weight_decay=0.1
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step / sizes.steps))
     generator = torch.Generator().manual_seed(sizes.seed)
     tokens = sizes.windows * sizes.context
@@ -243,7 +275,9 @@ def _rate(done: float) -> float:
 
 def _recipe_text(folder: Path) -> str:
     shipped = resources.files("stillroom.pipeline.recipes").joinpath("demo.yaml").read_text("utf-8")
-    return shipped.replace(RECIPE_FOLDER, json.dumps(str(folder.resolve()), ensure_ascii=False)[1:-1])
+    return shipped.replace(
+        RECIPE_FOLDER, json.dumps(str(folder.resolve()), ensure_ascii=False)[1:-1]
+    )
 
 
 def _made_with(manifest: Path, sizes: _Sizes) -> bool:

@@ -14,7 +14,8 @@ _PICTURES |= {0x7F: 0x2421} | dict.fromkeys(
 def printable(text: str) -> str:
     """Text that steers nothing: control characters as pictures of themselves, line ends and tabs as they are.
 
-    What a model writes may hold any character: some clear a terminal, some turn the text after them round.
+    What a model writes may hold any character: some clear a terminal, some turn the text after them
+    round.
     """
     return text.translate(_PICTURES)
 
@@ -22,7 +23,9 @@ def printable(text: str) -> str:
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 1) -> str:
     """A Markdown table; columns after the first `text_columns` are numbers and stand to the right."""
     rule = ["---" if number < text_columns else "---:" for number in range(len(headers))]
-    return "\n".join("| " + " | ".join(_cell(c) for c in line) + " |" for line in (headers, rule, *rows))
+    return "\n".join(
+        "| " + " | ".join(_cell(c) for c in line) + " |" for line in (headers, rule, *rows)
+    )
 
 
 def fenced(text: str, language: str = "") -> str:
@@ -47,7 +50,11 @@ def decimals(value: float | None, places: int = 4, *, error: float | None = None
 
 def percent(value: float | None, places: int = 1, *, error: float | None = None) -> str:
     """A share as a percentage, with its standard error where there is one."""
-    return NOTHING if value is None else f"{decimals(100 * value, places, error=error and 100 * error)} %"
+    return (
+        NOTHING
+        if value is None
+        else f"{decimals(100 * value, places, error=error and 100 * error)} %"
+    )
 
 
 def significant(value: float | None, *, error: float | None = None) -> str:
@@ -95,7 +102,9 @@ def _cell(text: str) -> str:
 def human(count: float, *, digits: int = 1) -> str:
     """12345 as 12.3k."""
     for unit in ("", "k", "M", "G"):
-        if abs(count) < 1000 - 0.5 / 10 ** (digits if unit else 0) or unit == "G":  # 999.96k is printed as 1.0M
+        if (
+            abs(count) < 1000 - 0.5 / 10 ** (digits if unit else 0) or unit == "G"
+        ):  # 999.96k is printed as 1.0M
             return f"{count:.{digits}f}{unit}" if unit else f"{count:.0f}"
         count /= 1000
     raise AssertionError
@@ -111,7 +120,13 @@ def short_duration(seconds: float) -> str:
     """Seconds as 3m 20s."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {rest:02d}s" if minutes else f"{rest}s"
+    return (
+        f"{hours}h {minutes:02d}m"
+        if hours
+        else f"{minutes}m {rest:02d}s"
+        if minutes
+        else f"{rest}s"
+    )
 
 
 def short_size(count: float) -> str:

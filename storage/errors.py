@@ -33,7 +33,8 @@ class Stopped(StillroomError):
     exit_code = 130
 
     def __init__(
-        self, message: str = "stopped by a signal; finished rows are kept. Run the same command to go on."
+        self,
+        message: str = "stopped by a signal; finished rows are kept. Run the same command to go on.",
     ) -> None:
         super().__init__(message)
 

@@ -1,7 +1,8 @@
 """Read-only sources: other stores, and published folders, whose rows serve requests as the store's own rows do.
 
-A store with sources is a store: what is asked of it comes from all of them, what is written goes into its own folder.
-Commits of the n-th source are counted from n * `FIRST` on, so that a place names one row of all.
+A store with sources is a store: what is asked of it comes from all of them, what is written goes
+into its own folder. Commits of the n-th source are counted from n * `FIRST` on, so that a place
+names one row of all.
 """
 
 import re
@@ -33,7 +34,8 @@ def open_store(root: Path | str, sources: Sequence[str] = (), *, update: bool = 
 
     Args:
         root: The store's folder or URL.
-        sources: Folders or URLs of stores and of published folders, and `hf://datasets/USER/NAME[@REVISION]`.
+        sources: Folders or URLs of stores and of published folders, and
+            `hf://datasets/USER/NAME[@REVISION]`.
         update: Ask the Hub what is there now; else the newest that was downloaded counts.
 
     Raises:
@@ -42,19 +44,26 @@ def open_store(root: Path | str, sources: Sequence[str] = (), *, update: bool = 
     """
     files = open_files(root)
     own = Store(files, "") if sources and files.empty() else Store.from_files(files)
-    return Joined(own, {name: Source.open(name, update=update) for name in sources}) if sources else own
+    return (
+        Joined(own, {name: Source.open(name, update=update) for name in sources})
+        if sources
+        else own
+    )
 
 
 def at_commit(sources: Sequence[str], pinned: Mapping[str, str]) -> list[str]:
     """The same sources, those of the Hub at the commit at which they were opened.
 
-    A source that is opened by its name is the newest that is downloaded by then, which another process may change.
+    A source that is opened by its name is the newest that is downloaded by then, which another
+    process may change.
 
     Args:
         sources: As the recipe names them.
         pinned: Name -> `Joined.pinned` of it.
     """
-    parts = {name: pinned.get(name, name).split("/") for name in sources}  # hf: '' datasets USER NAME@COMMIT ...
+    parts = {
+        name: pinned.get(name, name).split("/") for name in sources
+    }  # hf: '' datasets USER NAME@COMMIT ...
     return ["/".join(parts[name][:5]) if name.startswith("hf://") else name for name in sources]
 
 
@@ -64,7 +73,8 @@ class Source:
 
     store: Store
     pinned: str
-    """What it is and in which version, for the records: a dataset of the Hub at its commit, a published version."""
+    """What it is and in which version, for the records: a dataset of the Hub at its commit, a
+    published version."""
 
     @classmethod
     def open(cls, name: str, *, update: bool = False) -> "Source":
@@ -81,8 +91,8 @@ class Source:
             return cls(published, f"{name.rstrip('/')}/{published.manifest.version}")
         what = "nothing is there" if files.empty() else f"found neither {MARKER} nor {CARD}"
         raise UsageError(
-            f"storage.sources: {name} is no store and no published folder ({what}). Name the folder or URL that holds "
-            "one of them, or hf://datasets/USER/NAME."
+            f"storage.sources: {name} is no store and no published folder ({what}). Name the "
+            "folder or URL that holds one of them, or hf://datasets/USER/NAME."
         )
 
 
@@ -91,13 +101,17 @@ def _downloaded(name: str, *, update: bool) -> Path:
     found = _HUB.match(name)
     if not found:
         raise UsageError(
-            f"storage.sources: {name} is not the name of a dataset on the Hub. Write hf://datasets/USER/NAME, or "
-            "hf://datasets/USER/NAME@REVISION."
+            f"storage.sources: {name} is not the name of a dataset on the Hub. Write "
+            "hf://datasets/USER/NAME, or hf://datasets/USER/NAME@REVISION."
         )
     from huggingface_hub import snapshot_download
 
     def download(*, offline: bool) -> Path:
-        how: dict[str, Any] = {"repo_type": "dataset", "revision": found["revision"], "local_files_only": offline}
+        how: dict[str, Any] = {
+            "repo_type": "dataset",
+            "revision": found["revision"],
+            "local_files_only": offline,
+        }
         return Path(snapshot_download(found["name"], **how))
 
     try:
@@ -107,8 +121,8 @@ def _downloaded(name: str, *, update: bool) -> Path:
             return download(offline=True)  # a network that is down is no reason to stop
         except Exception:
             raise UsageError(
-                f"storage.sources: {name} could not be downloaded ({type(error).__name__}: {error}). Check the name, "
-                "the revision and the network."
+                f"storage.sources: {name} could not be downloaded ({type(error).__name__}: "
+                f"{error}). Check the name, the revision and the network."
             ) from error
 
 
@@ -118,7 +132,10 @@ class Joined(Store):
     def __init__(self, own: Store, sources: dict[str, Source]) -> None:
         super().__init__(own.files, own.id)
         if len(sources) > MOST:
-            raise UsageError(f"storage.sources: {len(sources)} sources; expected {MOST} at most. Join some of them.")
+            raise UsageError(
+                f"storage.sources: {len(sources)} sources; expected {MOST} at most. Join some of "
+                "them."
+            )
         self.sources = {name: source.store for name, source in sources.items()}
         """By the name that the recipe gives them."""
         self.pinned = {name: source.pinned for name, source in sources.items()}
@@ -129,7 +146,10 @@ class Joined(Store):
     @property
     def parts(self) -> list[tuple[Store, int]]:
         """The store itself and its sources, and the number from which on the commits of each are counted."""
-        return [(part, FIRST * number) for number, part in enumerate([self._own, *self.sources.values()])]
+        return [
+            (part, FIRST * number)
+            for number, part in enumerate([self._own, *self.sources.values()])
+        ]
 
     def commits(self, table: TableName) -> list[Commit]:
         """Live commits of all of them; a shard that several have is the first one's."""
@@ -152,7 +172,11 @@ class Joined(Store):
     def _places(self, table: TableName) -> dict[str, str]:
         """Source by shard, of those that the store does not have itself; read once, sources do not change."""
         if table not in self._known:
-            found = {c.shard.sha256: n for n, s in reversed(self.sources.items()) for c in s.commits(table)}
+            found = {
+                c.shard.sha256: n
+                for n, s in reversed(self.sources.items())
+                for c in s.commits(table)
+            }
             for commit in self._own.commits(table):
                 found.pop(commit.shard.sha256, None)
             self._known[table] = found
@@ -164,11 +188,16 @@ class Joined(Store):
 
     def inputs_about(self, data_id: str) -> dict[str, Any] | None:
         """What `put_inputs` was told about the data, here or in a source."""
-        return next((about for part, _ in self.parts if (about := part.inputs_about(data_id)) is not None), None)
+        return next(
+            (about for part, _ in self.parts if (about := part.inputs_about(data_id)) is not None),
+            None,
+        )
 
     def teacher_parts(self, teacher_id: str) -> dict[str, Any]:
         """What a teacher's identity is made of; nothing if nobody knows it."""
-        return next((parts for part, _ in self.parts if (parts := part.teacher_parts(teacher_id))), {})
+        return next(
+            (parts for part, _ in self.parts if (parts := part.teacher_parts(teacher_id))), {}
+        )
 
     def teacher_dir(self, teacher_id: str) -> Path:
         """Folder of this machine with a teacher's tokenizer, config and template."""

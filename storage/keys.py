@@ -16,9 +16,17 @@ _ADVICE = "Restore the file from a backup, or run `stillroom repair` and then th
 
 
 def canonical_json(value: Any) -> bytes:
-    """One spelling for equal values: keys sorted, no spaces, UTF-8, bytes as hex. NaN and infinity are refused."""
+    """One spelling for equal values: keys sorted, no spaces, UTF-8, bytes as hex.
+
+    NaN and infinity are refused.
+    """
     text = json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_bytes_as_hex
+        value,
+        sort_keys=True,
+        separators=(",", ":"),
+        ensure_ascii=False,
+        allow_nan=False,
+        default=_bytes_as_hex,
     )
     return text.encode()
 
@@ -26,7 +34,10 @@ def canonical_json(value: Any) -> bytes:
 def _bytes_as_hex(value: Any) -> str:
     if isinstance(value, bytes):
         return value.hex()
-    raise TypeError(f"{type(value).__name__} has no canonical form; use str, int, float, bool, None, bytes, list, dict")
+    raise TypeError(
+        f"{type(value).__name__} has no canonical form; use str, int, float, bool, None, bytes, "
+        "list, dict"
+    )
 
 
 def content_key(kind: str, /, **parts: Any) -> bytes:
@@ -47,7 +58,9 @@ def row_seed(key: bytes) -> int:
 def seal(record: dict[str, Any]) -> bytes:
     """A record as JSON with `self`, the sha256 of the record without it."""
     digest = hashlib.sha256(canonical_json(record)).hexdigest()
-    text = json.dumps({**record, "self": digest}, indent=1, ensure_ascii=False, default=_bytes_as_hex)
+    text = json.dumps(
+        {**record, "self": digest}, indent=1, ensure_ascii=False, default=_bytes_as_hex
+    )
     return text.encode() + b"\n"
 
 
@@ -58,11 +71,13 @@ def unseal(data: bytes, name: str) -> dict[str, Any]:
         digest = record.pop("self")
         actual = hashlib.sha256(canonical_json(record)).hexdigest()
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise IntegrityError(f"{name}: not a record of this store ({error!r}). {_ADVICE}") from error
+        raise IntegrityError(
+            f"{name}: not a record of this store ({error!r}). {_ADVICE}"
+        ) from error
     if actual != digest:
         raise IntegrityError(
-            f"{name}: the record was changed after it was written (its hash is {actual[:16]}, it says {digest[:16]}). "
-            f"{_ADVICE}"
+            f"{name}: the record was changed after it was written (its hash is {actual[:16]}, it "
+            f"says {digest[:16]}). {_ADVICE}"
         )
     return record
 

@@ -10,18 +10,30 @@ from tiny_llama import save_tiny_llama
 
 # Before any test module imports transformers or datasets: they read these once.
 KEPT = ("STILLROOM_ASSETS", "STILLROOM_TEST_THREADS")
-for name in [n for n in os.environ if n.startswith(("HF_", "TRANSFORMERS_", "STILLROOM_")) and n not in KEPT]:
+for name in [
+    n for n in os.environ if n.startswith(("HF_", "TRANSFORMERS_", "STILLROOM_")) and n not in KEPT
+]:
     del os.environ[name]
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 
 @pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+def clean_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """No test reads the user's Hub cache or token, and none reaches the network through Hugging Face libraries."""
     for name in [n for n in os.environ if n.startswith(("HF_", "TRANSFORMERS_"))]:
         monkeypatch.delenv(name)
     home = tmp_path_factory.getbasetemp() / "hf-home"
-    for name, value in {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}.items():
+    for name, value in {
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }.items():
         monkeypatch.setenv(name, value)
 
 
@@ -39,7 +51,10 @@ def assets() -> Path:
     beside = Path(__file__).parents[2] / "shared" / "assets"
     folder = Path(os.environ.get("STILLROOM_ASSETS", beside))
     if not folder.is_dir():
-        pytest.skip(f"no assets at {folder}: set STILLROOM_ASSETS to the folder that holds models/ and text/")
+        pytest.skip(
+            f"no assets at {folder}: set STILLROOM_ASSETS to the folder that holds models/ and "
+            "text/"
+        )
     return folder
 
 

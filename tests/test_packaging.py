@@ -19,7 +19,9 @@ pytestmark = pytest.mark.slow
 
 def run(*command: str | Path, cwd: Path) -> str:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout
 
@@ -31,8 +33,12 @@ def wheel(tmp_path_factory) -> Path:
     for name in ("__init__.py", "LICENSE", "README.md", "pyproject.toml"):
         shutil.copy(ROOT / name, source)
     for name in ("docker", "tests", *FLOORS):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, ".", cwd=source)
+        shutil.copytree(
+            ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
+        )
+    run(
+        sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, ".", cwd=source
+    )
     return next(out.glob("*.whl"))
 
 
@@ -42,8 +48,22 @@ def installed(wheel, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("environment")
     run(sys.executable, "-m", "venv", folder, cwd=folder)
     binaries = folder / "bin"
-    run(binaries / "python", "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=folder)
-    packages = Path(run(binaries / "python", "-c", "import site; print(site.getsitepackages()[0])", cwd=folder).strip())
+    run(
+        binaries / "python",
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        wheel,
+        cwd=folder,
+    )
+    packages = Path(
+        run(
+            binaries / "python", "-c", "import site; print(site.getsitepackages()[0])", cwd=folder
+        ).strip()
+    )
     # A plain path line: the other environment's own .pth files (the editable install) are not read.
     (packages / "libraries.pth").write_text("\n".join(site.getsitepackages()) + "\n")
     return binaries
@@ -59,14 +79,18 @@ def test_holds_exactly_the_three_packages(wheel):
         for path in (ROOT / floor).rglob(pattern)
     }
     assert ours == expected
-    assert {name.parts[0] for name in names} - {"stillroom"} == {f"stillroom-{version(wheel)}.dist-info"}
+    assert {name.parts[0] for name in names} - {"stillroom"} == {
+        f"stillroom-{version(wheel)}.dist-info"
+    }
 
 
 def test_carries_its_licence_and_command(wheel):
     with zipfile.ZipFile(wheel) as archive:
         info = f"stillroom-{version(wheel)}.dist-info"
         assert b"Apache License" in archive.read(f"{info}/licenses/LICENSE")
-        assert b"stillroom = stillroom.pipeline.cli.main:main" in archive.read(f"{info}/entry_points.txt")
+        assert b"stillroom = stillroom.pipeline.cli.main:main" in archive.read(
+            f"{info}/entry_points.txt"
+        )
 
 
 def version(wheel: Path) -> str:
@@ -86,7 +110,9 @@ def test_help_answers(installed, tmp_path):
 def test_plans_a_recipe(installed, tiny_llama, tmp_path):
     teacher = tiny_llama("teacher")
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"the cat {word}"}) + "\n" for word in ("sat", "ran", "saw")))
+    prompts.write_text(
+        "".join(json.dumps({"prompt": f"the cat {word}"}) + "\n" for word in ("sat", "ran", "saw"))
+    )
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"run: {{dir: {tmp_path}/run}}\n"

@@ -18,8 +18,12 @@ app = typer.Typer(
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 StorePath = Annotated[str, typer.Argument(metavar="STORE", help="Folder or URL of the store.")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a field: section.key=value. Repeatable.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of standard output.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a field: section.key=value. Repeatable.")
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="One JSON object as the last line of standard output.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 
 

@@ -13,9 +13,15 @@ from ...stages.data.importing.table import Asked, Imported, given_format
 from ...storage.errors import UsageError
 
 _Source = Annotated[
-    str, typer.Argument(metavar="SOURCE", help="File, glob or folder (Parquet, JSONL, Arrow), or Hub dataset id.")
+    str,
+    typer.Argument(
+        metavar="SOURCE", help="File, glob or folder (Parquet, JSONL, Arrow), or Hub dataset id."
+    ),
 ]
-_Store = Annotated[str, typer.Argument(metavar="STORE", help="Folder or URL of the store, made if it is not there.")]
+_Store = Annotated[
+    str,
+    typer.Argument(metavar="STORE", help="Folder or URL of the store, made if it is not there."),
+]
 _TargetsAt = Annotated[
     str,
     typer.Option(
@@ -26,7 +32,9 @@ _TargetsAt = Annotated[
 ]
 _Tokens = Annotated[str, typer.Option(help="Column of token ids, prompt and completion [T].")]
 _Ids = Annotated[str, typer.Option(help="Column of the entries' ids [positions][K].")]
-_Logprobs = Annotated[str, typer.Option(help="Column of their numbers [positions][K]; see --values.")]
+_Logprobs = Annotated[
+    str, typer.Option(help="Column of their numbers [positions][K]; see --values.")
+]
 _Values = Annotated[
     str,
     typer.Option(
@@ -35,36 +43,62 @@ _Values = Annotated[
         "probabilities, or logits (with --lse).",
     ),
 ]
-_Lse = Annotated[str | None, typer.Option(help="logits: column of their log-sum-exp over the vocabulary.")]
+_Lse = Annotated[
+    str | None, typer.Option(help="logits: column of their log-sum-exp over the vocabulary.")
+]
 _TokenLogprobs = Annotated[
-    str | None, typer.Option(help="Column with the log-probability of the token that is there [positions].")
+    str | None,
+    typer.Option(help="Column with the log-probability of the token that is there [positions]."),
 ]
 _PromptTokens = Annotated[
-    str | None, typer.Option(help="Column: how many tokens are the prompt [none, all but the first are scored].")
+    str | None,
+    typer.Option(
+        help="Column: how many tokens are the prompt [none, all but the first are scored]."
+    ),
 ]
 _CompletionTokens = Annotated[
-    str | None, typer.Option(help="Column: how many tokens at the end are the completion; in place of the above.")
+    str | None,
+    typer.Option(
+        help="Column: how many tokens at the end are the completion; in place of the above."
+    ),
 ]
 _Forced = Annotated[
-    bool, typer.Option("--forced", help="The last entry is the token that is there, besides the K best.")
+    bool,
+    typer.Option("--forced", help="The last entry is the token that is there, besides the K best."),
 ]
-_K = Annotated[int | None, typer.Option("--k", min=1, help="Keep so many of the best entries [all].")]
-_Teacher = Annotated[str | None, typer.Option(metavar="MODEL", help="Whose probabilities these are: folder or Hub id.")]
+_K = Annotated[
+    int | None, typer.Option("--k", min=1, help="Keep so many of the best entries [all].")
+]
+_Teacher = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", help="Whose probabilities these are: folder or Hub id."),
+]
 _Revision = Annotated[str | None, typer.Option(help="Its Hub revision.")]
 _Tokenizer = Annotated[
-    Path | None, typer.Option(metavar="FOLDER", help="Its tokenizer, where its weights are not here.")
+    Path | None,
+    typer.Option(metavar="FOLDER", help="Its tokenizer, where its weights are not here."),
 ]
 _TeacherName = Annotated[str | None, typer.Option(metavar="NAME", help="What to call it then.")]
-_VocabSize = Annotated[int | None, typer.Option(min=2, help="Ids of its vocabulary [as its config or tokenizer says].")]
+_VocabSize = Annotated[
+    int | None, typer.Option(min=2, help="Ids of its vocabulary [as its config or tokenizer says].")
+]
 _Split = Annotated[str, typer.Option(help="Split of a dataset of the Hub or a saved one.")]
 _Holdout = Annotated[
-    int | None, typer.Option(min=0, help="Prompts kept for evaluation, by hash [a tenth, 200 at most].")
+    int | None,
+    typer.Option(min=0, help="Prompts kept for evaluation, by hash [a tenth, 200 at most]."),
 ]
-_MantissaBits = Annotated[int, typer.Option(min=1, max=23, help="Bits kept of each float; 23 is exact.")]
+_MantissaBits = Annotated[
+    int, typer.Option(min=1, max=23, help="Bits kept of each float; 23 is exact.")
+]
 _SkipBad = Annotated[
-    bool, typer.Option("--skip-bad", help="Leave rows out that do not fit; they go to `rejects`, with the reason.")
+    bool,
+    typer.Option(
+        "--skip-bad", help="Leave rows out that do not fit; they go to `rejects`, with the reason."
+    ),
 ]
-_AsJson = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of standard output.")]
+_AsJson = Annotated[
+    bool, typer.Option("--json", help="One JSON object as the last line of standard output.")
+]
 _Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 
 
@@ -96,9 +130,10 @@ def import_(
 ) -> None:
     """A foreign table of token ids, entries and probabilities becomes a store that students are trained from.
 
-    Every row is checked before it is written: lengths, ids, order, sums, and whether the targets belong to the tokens
-    that they stand beside. What does not fit is named by row and column and ends the import, or is left out
-    (--skip-bad). Run it again to go on: rows that are there are not written twice. Prints a recipe to train with.
+    Every row is checked before it is written: lengths, ids, order, sums, and whether the targets
+    belong to the tokens that they stand beside. What does not fit is named by row and column and
+    ends the import, or is left out (--skip-bad). Run it again to go on: rows that are there are not
+    written twice. Prints a recipe to train with.
     """
     from ...stages.data.importing.table import Asked, import_table
     from ..run.progress import StageProgress
@@ -108,7 +143,10 @@ def import_(
         "kind": _one_of(values, "--values", ("logprobs", "probs", "logits")),
     }
     if (values == "logits") != (lse is not None):
-        raise UsageError("--lse: goes with --values logits, and those with it. Name the column of their log-sum-exp.")
+        raise UsageError(
+            "--lse: goes with --values logits, and those with it. Name the column of their "
+            "log-sum-exp."
+        )
     if prompt_tokens is not None and completion_tokens is not None:
         raise UsageError("--prompt-tokens and --completion-tokens: give one of them.")
     columns = Columns(
@@ -179,18 +217,32 @@ def lines(asked: Asked, done: Imported) -> Iterator[str]:
     yield from done.notes
     if "unseen" in done.teacher.parts:
         yield (
-            f"The teacher is known by its name, {asked.teacher_name}, and its tokenizer only: no weights were seen, so "
-            "nothing here proves whose probabilities these are."
+            f"The teacher is known by its name, {asked.teacher_name}, and its tokenizer only: no "
+            "weights were seen, so nothing here proves whose probabilities these are."
         )
     yield (
-        "What the table does not hold is bounded: the tail is what the entries leave of 1, the entropy the least that "
-        "it can be, and the log-probability of a token outside the entries the most."
+        "What the table does not hold is bounded: the tail is what the entries leave of 1, the "
+        "entropy the least that it can be, and the log-probability of a token outside the "
+        "entries the most."
     )
-    yield "A recipe that trains from it:\n\n" + yaml.safe_dump(recipe_for(asked, done), sort_keys=False)
+    yield "A recipe that trains from it:\n\n" + yaml.safe_dump(
+        recipe_for(asked, done), sort_keys=False
+    )
 
 
 def as_json_object(asked: Asked, done: Imported) -> dict[str, Any]:
     """The same for programs."""
-    found = {"rows": done.rows, "known": done.known, "rejected": done.rejected, "tokens": done.tokens, "k": done.k}
+    found = {
+        "rows": done.rows,
+        "known": done.known,
+        "rejected": done.rejected,
+        "tokens": done.tokens,
+        "k": done.k,
+    }
     recipe = json.loads(json.dumps(recipe_for(asked, done)))
-    return found | {"teacher_id": done.teacher.id, "holdout": done.holdout, "notes": done.notes, "recipe": recipe}
+    return found | {
+        "teacher_id": done.teacher.id,
+        "holdout": done.holdout,
+        "notes": done.notes,
+        "recipe": recipe,
+    }

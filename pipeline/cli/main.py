@@ -1,4 +1,7 @@
-"""The command line. Every command imports what it needs when it needs it, so that help and errors answer at once."""
+"""The command line.
+
+Every command imports what it needs when it needs it, so that help and errors answer at once.
+"""
 
 import json
 import os
@@ -54,7 +57,8 @@ def _fail(error: StillroomError) -> NoReturn:
     if sys.stderr.isatty():  # which would break the lines inside words
         width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
         text = "\n".join(
-            textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False) for line in text.split("\n")
+            textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
+            for line in text.split("\n")
         )
     sys.stderr.write(f"{text}\n")
     if "--json" in sys.argv:
@@ -64,7 +68,9 @@ def _fail(error: StillroomError) -> NoReturn:
 
 @app.command()
 def demo(
-    directory: Annotated[Path, typer.Option("--dir", help="Where the demo keeps everything.")] = Path("stillroom-demo"),
+    directory: Annotated[
+        Path, typer.Option("--dir", help="Where the demo keeps everything.")
+    ] = Path("stillroom-demo"),
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -80,13 +86,17 @@ def demo(
     recipe = load_recipe(recipe_path)
     outcome = run_recipe(recipe, quiet=quiet)
     _outcome(outcome, as_json)
-    print_for_people(f"store:  {recipe.storage.dir}\nreport: {outcome['run_dir']}/report.html\nrecipe: {recipe_path}")
+    print_for_people(
+        f"store:  {recipe.storage.dir}\nreport: {outcome['run_dir']}/report.html\nrecipe: {recipe_path}"
+    )
     print_json(outcome, as_json)
 
 
 @app.command()
 def init(
-    recipe: Annotated[Path, typer.Argument(metavar="[RECIPE]", help="File to write.")] = Path("recipe.yaml"),
+    recipe: Annotated[Path, typer.Argument(metavar="[RECIPE]", help="File to write.")] = Path(
+        "recipe.yaml"
+    ),
     as_json: AsJson = False,
 ) -> None:
     """Write a commented recipe to start from."""
@@ -99,8 +109,12 @@ def init(
     try:
         recipe.write_text(files("stillroom.pipeline.recipes").joinpath("template.yaml").read_text())
     except OSError as error:
-        raise UsageError(f"{recipe}: cannot be written ({error.strerror}). Name another file.") from error
-    print_for_people(f"wrote {recipe}. Name your teacher, student and data in it, then: stillroom plan {recipe}")
+        raise UsageError(
+            f"{recipe}: cannot be written ({error.strerror}). Name another file."
+        ) from error
+    print_for_people(
+        f"wrote {recipe}. Name your teacher, student and data in it, then: stillroom plan {recipe}"
+    )
     print_json({"recipe": str(recipe)}, as_json)
 
 
@@ -158,9 +172,14 @@ def status(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fa
 
 @app.command()
 def report(
-    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Run folders; several are compared.")],
+    run_dirs: Annotated[
+        list[Path], typer.Argument(metavar="RUN_DIR...", help="Run folders; several are compared.")
+    ],
     out: Annotated[
-        Path | None, typer.Option(help="File of the page [RUN_DIR/report.html; of several runs comparison.html, here].")
+        Path | None,
+        typer.Option(
+            help="File of the page [RUN_DIR/report.html; of several runs comparison.html, here]."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -200,7 +219,9 @@ def _made(outcome: dict[str, Any]) -> list[str]:
     """Where the page and the student are that the stages of this run made, or found made."""
     places = {"evaluate": ("report", "report.html"), "train": ("student", "latest/student")}
     found = [
-        (name, Path(outcome["run_dir"]) / file) for stage, (name, file) in places.items() if stage in outcome["stages"]
+        (name, Path(outcome["run_dir"]) / file)
+        for stage, (name, file) in places.items()
+        if stage in outcome["stages"]
     ]
     return [f"{name}: {path}" for name, path in found if path.exists()]
 

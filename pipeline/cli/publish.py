@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from ..publish.export import Asked
 
 License = Annotated[
-    str | None, typer.Option("--license", metavar="ID", help="Licence of this dataset: apache-2.0, cc-by-4.0 ...")
+    str | None,
+    typer.Option(
+        "--license", metavar="ID", help="Licence of this dataset: apache-2.0, cc-by-4.0 ..."
+    ),
 ]
 TeacherLicense = Annotated[
     list[str] | None,
@@ -41,7 +44,10 @@ SnapshotId = Annotated[
     ),
 ]
 Where = Annotated[
-    str | None, typer.Option(metavar="SQL", help="Only rows whose generation fits: SQL over its columns [all].")
+    str | None,
+    typer.Option(
+        metavar="SQL", help="Only rows whose generation fits: SQL over its columns [all]."
+    ),
 ]
 Columns = Annotated[
     list[str] | None,
@@ -59,20 +65,34 @@ MinK = Annotated[
         help="Only targets with K entries or more, cut to K: what is cut joins the tail, exactly [as stored].",
     ),
 ]
-Name = Annotated[str | None, typer.Option(help="What the dataset is called [after the last part of where it goes].")]
-Teacher = Annotated[str | None, typer.Option(metavar="NAME", help="What the teacher is called; the store cannot know.")]
+Name = Annotated[
+    str | None,
+    typer.Option(help="What the dataset is called [after the last part of where it goes]."),
+]
+Teacher = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="What the teacher is called; the store cannot know."),
+]
 Language = Annotated[
-    list[str] | None, typer.Option(metavar="CODE", help="ISO code of the text's language, repeatable.")
+    list[str] | None,
+    typer.Option(metavar="CODE", help="ISO code of the text's language, repeatable."),
 ]
 RunDir = Annotated[
-    Path | None, typer.Option("--run", metavar="RUN_DIR", help="Of which the recipe goes along, without its paths.")
+    Path | None,
+    typer.Option(
+        "--run", metavar="RUN_DIR", help="Of which the recipe goes along, without its paths."
+    ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of standard output.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="One JSON object as the last line of standard output.")
+]
 
 
 def export(
     store: Annotated[str, typer.Argument(metavar="STORE", help="Folder or URL of the store.")],
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="Folder of the dataset; may hold older versions.")],
+    directory: Annotated[
+        str, typer.Argument(metavar="DIR", help="Folder of the dataset; may hold older versions.")
+    ],
     license_id: License = None,
     teacher_license: TeacherLicense = None,
     source_license: SourceLicense = None,
@@ -88,13 +108,17 @@ def export(
 ) -> None:
     """A snapshot as a dataset folder that `datasets`, DuckDB, polars and pyarrow load, with its card.
 
-    Configs `generations` and `soft_targets`, splits as trained; Parquet in a folder named by its content, a MANIFEST
-    with the sha256 of every file, and last the card that points at it. Stop it anywhere and run it again.
+    Configs `generations` and `soft_targets`, splits as trained; Parquet in a folder named by its
+    content, a MANIFEST with the sha256 of every file, and last the card that points at it. Stop it
+    anywhere and run it again.
     """
     from ..publish.export import export as run_export
 
     if "://" in directory:
-        raise UsageError(f"{directory}: export writes into a folder of this machine. To the Hub: `stillroom publish`.")
+        raise UsageError(
+            f"{directory}: export writes into a folder of this machine. To the Hub: `stillroom "
+            "publish`."
+        )
     asked = _asked(
         store,
         licenses=(license_id, teacher_license, source_license),
@@ -106,7 +130,9 @@ def export(
 
 def publish(
     store: Annotated[str, typer.Argument(metavar="STORE", help="Folder or URL of the store.")],
-    destination: Annotated[str, typer.Argument(metavar="DEST", help="hf://datasets/USER/NAME, or a folder.")],
+    destination: Annotated[
+        str, typer.Argument(metavar="DEST", help="hf://datasets/USER/NAME, or a folder.")
+    ],
     license_id: License = None,
     teacher_license: TeacherLicense = None,
     source_license: SourceLicense = None,
@@ -125,8 +151,9 @@ def publish(
 ) -> None:
     """`export`, and to the Hub: data first, the card last, so that no reader sees half a version; then a tag.
 
-    Refuses until the licence of the dataset, of the teacher and of the prompts is given. Stop it anywhere and run it
-    again: what is there is not sent twice. The token is that of `hf auth login` or HF_TOKEN.
+    Refuses until the licence of the dataset, of the teacher and of the prompts is given. Stop it
+    anywhere and run it again: what is there is not sent twice. The token is that of `hf auth login`
+    or HF_TOKEN.
     """
     from ..publish.publish import publish as run_publish
 
@@ -151,7 +178,9 @@ def _asked(
 
     own, models, sources = licenses
     snapshot, where, columns, min_k = chosen
-    names = tuple(word.strip() for text in columns or () for word in text.split(",") if word.strip())
+    names = tuple(
+        word.strip() for text in columns or () for word in text.split(",") if word.strip()
+    )
     if columns is not None and not names:
         raise UsageError("--columns: names no column. Name some, or leave it out for all.")
     return Asked(

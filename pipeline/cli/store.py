@@ -26,9 +26,13 @@ _WHY_LEFT = (
 
 @app.command()
 def inspect(
-    place: Annotated[str, typer.Argument(metavar="STORE|RUN_DIR", help="Store (folder or URL), or a run's folder.")],
+    place: Annotated[
+        str,
+        typer.Argument(metavar="STORE|RUN_DIR", help="Store (folder or URL), or a run's folder."),
+    ],
     key: Annotated[
-        str | None, typer.Option(help="Key of a row in hex, or its unique beginning; default the first row.")
+        str | None,
+        typer.Option(help="Key of a row in hex, or its unique beginning; default the first row."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -48,7 +52,9 @@ def inspect(
 
 @app.command()
 def query(
-    store: StorePath, sql: Annotated[str, typer.Argument(help="A SELECT over the views.")], as_json: AsJson = False
+    store: StorePath,
+    sql: Annotated[str, typer.Argument(help="A SELECT over the views.")],
+    as_json: AsJson = False,
 ) -> None:
     """DuckDB over the store: prompts, generations, soft_targets, rejects, commits, inputs."""
     from ...storage.store.sql import query as run_query
@@ -71,22 +77,36 @@ def query(
 @app.command()
 def verify(
     store: StorePath,
-    deep: Annotated[bool, typer.Option("--deep", help="Then let the teacher read a sample of rows again.")] = False,
-    teacher: Annotated[str | None, typer.Option(help="deep: the teacher, a folder or Hub id.")] = None,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Then let the teacher read a sample of rows again.")
+    ] = False,
+    teacher: Annotated[
+        str | None, typer.Option(help="deep: the teacher, a folder or Hub id.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="deep: its Hub revision.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="deep: its dtype; default: as the store's teacher had it.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="deep: its dtype; default: as the store's teacher had it.")
+    ] = None,
     adapter: Annotated[str | None, typer.Option(help="deep: folder of its LoRA adapter.")] = None,
-    device_map: Annotated[str | None, typer.Option(help="deep: `auto` spreads it over all GPUs.")] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="deep: how many rows, over shards and kinds [32].")] = None,
+    device_map: Annotated[
+        str | None, typer.Option(help="deep: `auto` spreads it over all GPUs.")
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="deep: how many rows, over shards and kinds [32].")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="deep: which rows [0].")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Prove a store: every record, every byte of every shard, every row. Exit code 3 if anything is wrong.
+    """Prove a store: every record, every byte of every shard, every row.
 
-    Damage is named to file, column and row group. A note is a file that no record names: it holds no rows.
+    Exit code 3 if anything is wrong.
 
-    --deep --teacher MODEL finds what no checksum can: targets that are not what this teacher says of these tokens. It
-    reads each chosen row twice, to see how far two readings differ, and writes nothing.
+    Damage is named to file, column and row group. A note is a file that no record names: it holds
+    no rows.
+
+    --deep --teacher MODEL finds what no checksum can: targets that are not what this teacher says
+    of these tokens. It reads each chosen row twice, to see how far two readings differ, and writes
+    nothing.
     """
     from ...storage.integrity.verify import verify as verify_store
     from ...storage.store.store import Store
@@ -94,7 +114,11 @@ def verify(
     opened = Store.open(store)
     asked = None
     given = {"revision": revision, "dtype": dtype, "adapter": adapter, "device_map": device_map}
-    how = {name: value for name, value in (given | {"rows": rows, "seed": seed}).items() if value is not None}
+    how = {
+        name: value
+        for name, value in (given | {"rows": rows, "seed": seed}).items()
+        if value is not None
+    }
     if deep or teacher is not None or how:
         from .deep_verify import deep_json, deep_lines, deep_verify, deeply, find_teacher
 
@@ -108,7 +132,9 @@ def verify(
         from ..run.progress import StageProgress
 
         damaged = {problem.file for problem in report.problems if problem.mend}
-        found = deep_verify(opened, identity, asked, progress=StageProgress("verify", sys.stderr), damaged=damaged)
+        found = deep_verify(
+            opened, identity, asked, progress=StageProgress("verify", sys.stderr), damaged=damaged
+        )
         for line in deep_lines(found):
             print_for_people(line)
         ok = ok and found.ok
@@ -123,15 +149,20 @@ def repair(
     store: StorePath,
     retry_rejects: Annotated[
         str | None,
-        typer.Option(metavar="REASON[,REASON]", help="Also try rejects with these reasons again: engine, too_long ..."),
+        typer.Option(
+            metavar="REASON[,REASON]",
+            help="Also try rejects with these reasons again: engine, too_long ...",
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Withdraw what is damaged, so that the next run makes exactly that again. Exit code 3 if something is left.
+    """Withdraw what is damaged, so that the next run makes exactly that again.
 
-    Reads the whole store, as verify does. Commits with a damaged, missing or forged record or shard are withdrawn;
-    their files stay until vacuum. Damaged records of inputs, teachers, bindings and snapshots are deleted. Safe while
-    others write, and any number of times.
+    Exit code 3 if something is left.
+
+    Reads the whole store, as verify does. Commits with a damaged, missing or forged record or shard
+    are withdrawn; their files stay until vacuum. Damaged records of inputs, teachers, bindings and
+    snapshots are deleted. Safe while others write, and any number of times.
     """
     from ...storage.integrity.repair import repair as repair_store
     from ...storage.store.store import Store
@@ -149,7 +180,11 @@ def repair(
 def vacuum(
     store: StorePath,
     older_than_hours: Annotated[
-        float, typer.Option(min=0.0, help="Keep younger files, by the store's own clock: somebody may be writing them.")
+        float,
+        typer.Option(
+            min=0.0,
+            help="Keep younger files, by the store's own clock: somebody may be writing them.",
+        ),
     ] = 24.0,
     dry_run: Annotated[
         bool,
@@ -187,12 +222,20 @@ def _cell(value: Any) -> str:
 def verify_lines(report: Report) -> list[str]:
     """What `verify` found, for people."""
     tables = [(name, t) for name, t in report.tables.items() if t.shards]
-    lines = [f"{name:<13} {t.rows} rows in {t.shards} shards, {human(t.bytes)}B" for name, t in tables]
+    lines = [
+        f"{name:<13} {t.rows} rows in {t.shards} shards, {human(t.bytes)}B" for name, t in tables
+    ]
     lines += [f"note: {note}" for note in report.notes]
     lines += [f"PROBLEM {_problem(p)}" for p in report.problems]
     if report.ok:
         return [*lines, "the store is whole"]
-    return [*lines, f"{_problems(report.problems)}. `stillroom repair` withdraws what is damaged; then run again."]
+    return [
+        *lines,
+        (
+            f"{_problems(report.problems)}. `stillroom repair` withdraws what is damaged; then run "
+            "again."
+        ),
+    ]
 
 
 def verify_json(report: Report) -> dict[str, Any]:
@@ -211,10 +254,17 @@ def repair_lines(done: Repaired, *, retry: Sequence[str] = ()) -> list[str]:
     for commit in done.withdrawn:
         rows = "an unknown number of rows" if commit.rows is None else f"{commit.rows} rows"
         lines.append(f"withdrawn {commit.record}, {rows}: {commit.reason}")
-    lines += [f"removed   {name}: it is damaged; the next run makes it again" for name in done.removed]
+    lines += [
+        f"removed   {name}: it is damaged; the next run makes it again" for name in done.removed
+    ]
     lines += [f"rewritten {name}: what it withdraws stays withdrawn" for name in done.rewritten]
-    lines += [f"to be tried again: {count} rejects ({reason})" for reason, count in sorted(done.retried.items())]
-    lines += [f"no rejects have the reason {reason}" for reason in retry if reason not in done.retried]
+    lines += [
+        f"to be tried again: {count} rejects ({reason})"
+        for reason, count in sorted(done.retried.items())
+    ]
+    lines += [
+        f"no rejects have the reason {reason}" for reason in retry if reason not in done.retried
+    ]
     lines += [f"LEFT      {_problem(problem)}" for problem in done.left]
     if done.left:
         lines.append(f"{_problems(done.left)} cannot be repaired: {_WHY_LEFT}")
@@ -237,7 +287,9 @@ def vacuum_lines(done: Vacuumed, *, dry_run: bool) -> list[str]:
     what = "would be removed" if dry_run else "removed"
     lines = [*shown, f"{len(done.files)} files {what}, {human(done.bytes)}B"]
     if done.waiting:
-        lines.append(f"{done.waiting} more files that nothing names are too young; see --older-than-hours")
+        lines.append(
+            f"{done.waiting} more files that nothing names are too young; see --older-than-hours"
+        )
     return lines
 
 

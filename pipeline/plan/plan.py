@@ -1,4 +1,6 @@
-"""What a run would do and why: every stage's books, from recipe and store alone. Writes nothing, needs no torch.
+"""What a run would do and why: every stage's books, from recipe and store alone.
+
+Writes nothing, needs no torch.
 
 The runner asks for a plan before each stage, so what `plan` prints is what `run` does.
 """
@@ -50,7 +52,9 @@ def make_plan(recipe: Recipe, *, write: bool = False) -> Plan:
         assert isinstance(surveyed, pa.Table)
         _plan_empty(recipe, plan, surveyed)
     else:
-        with Books(store, recipe, data_id=plan.bound.binding.data_id, surveyed=surveyed, write=write) as books:
+        with Books(
+            store, recipe, data_id=plan.bound.binding.data_id, surveyed=surveyed, write=write
+        ) as books:
             _plan_teacher(recipe, plan, books)
     plan_students(recipe, plan, ready=all(line.state == "done" for line in plan.stages))
     return plan
@@ -66,14 +70,16 @@ def refuse_impossible(plan: Plan, line: StagePlan) -> None:
         return
     if line.name == "generate" and plan.bound.published is not None:
         raise UsageError(
-            f"generate: {line.why}, and what is published is not written again. Leave the section out to take the text "
-            "as it is, give the settings that it was written with (PROVENANCE.json of the published folder), or name "
-            "the prompts' own source and a teacher that is here."
+            f"generate: {line.why}, and what is published is not written again. Leave the section "
+            "out to take the text as it is, give the settings that it was written with "
+            "(PROVENANCE.json of the published folder), or name the prompts' own source and a "
+            "teacher that is here."
         )
     if line.name in ("data", "generate", "score") and plan.bound.teacher is None:
         why = f" ({line.why})" if line.why else ""
         raise UsageError(
-            f"{line.name}: there is work to do{why}, but teacher or data are not here: {plan.bound.missing}"
+            f"{line.name}: there is work to do{why}, but teacher or data are not here: "
+            f"{plan.bound.missing}"
         )
 
 
@@ -91,10 +97,14 @@ def _refuse_early(recipe: Recipe, bound: Bound) -> None:
             f"teacher.model: {recipe.teacher.model} classifies texts, it does not continue them. "
             "Set run.task to classification, or name a causal language model."
         )
-    if recipe.data.format in ("messages", "instruction") and not bound.author.parts["chat_template"]:
+    if (
+        recipe.data.format in ("messages", "instruction")
+        and not bound.author.parts["chat_template"]
+    ):
         raise UsageError(
-            f"data.format: {recipe.data.format!r} needs a chat template, and {bound.author.folder} has none. "
-            "Save one in the model's folder (chat_template.jinja), or use format 'prompt' or 'completion'."
+            f"data.format: {recipe.data.format!r} needs a chat template, and "
+            f"{bound.author.folder} has none. Save one in the model's folder "
+            "(chat_template.jinja), or use format 'prompt' or 'completion'."
         )
     if recipe.student.model is not None and Path(recipe.student.model).is_dir():
         refuse_other_tokenizer(recipe, Path(recipe.student.model), bound.teacher.folder)
@@ -119,9 +129,13 @@ def _survey(recipe: Recipe, plan: Plan, store: Store | None) -> pa.Table | None:
         plan.stages.append(StagePlan(name="data", state="done", rejected=int(about["rejected"])))
         return None
     inputs, rejected = survey(recipe, plan.bound.teacher.class_names if plan.bound.teacher else ())
-    why = "the source or the data section changed" if store and store.files.names("inputs") else "new"
+    why = (
+        "the source or the data section changed" if store and store.files.names("inputs") else "new"
+    )
     planned = len(inputs) + rejected
-    plan.stages.append(StagePlan(name="data", state="to do", planned=planned, pending=planned, why=why))
+    plan.stages.append(
+        StagePlan(name="data", state="to do", planned=planned, pending=planned, why=why)
+    )
     return inputs
 
 
@@ -130,7 +144,9 @@ def _plan_empty(recipe: Recipe, plan: Plan, inputs: pa.Table) -> None:
     if recipe.generate is not None:
         count = pc.sum(inputs["first"]).as_py() * recipe.generate.samples
         tokens = count * recipe.generate.max_tokens
-        line = StagePlan(name="generate", state="to do", planned=count, pending=count, why=f"{count} new")
+        line = StagePlan(
+            name="generate", state="to do", planned=count, pending=count, why=f"{count} new"
+        )
         line.tokens_to_do, line.bytes_to_do = tokens, tokens * GENERATION_BYTES
         plan.stages.append(line)
     if recipe.score is not None:
@@ -181,7 +197,9 @@ def _plan_published(plan: Plan, books: Books, published: Published) -> None:
     plan.stages.append(StagePlan(name="data", state="done", planned=rows, committed=rows, why=why))
     if books.recipe.generate is not None:
         alike = published_alike(books, author_id=plan.bound.binding.author_id)
-        line = StagePlan(name="generate", state="done", planned=rows, committed=alike, pending=rows - alike)
+        line = StagePlan(
+            name="generate", state="done", planned=rows, committed=alike, pending=rows - alike
+        )
         if line.pending:
             line.state, line.why = "to do", f"{line.pending} published from other settings"
         plan.stages.append(line)
@@ -201,10 +219,14 @@ def _line(name: str, ledger: Ledger, *, upstream: bool = True) -> StagePlan:
         tokens_to_do=ledger.tokens_to_do,
         bytes_to_do=ledger.bytes_to_do,
         sources=ledger.sources,
-        why=why if upstream else ", ".join(part for part in (why, "more after the stages before it") if part),
+        why=why
+        if upstream
+        else ", ".join(part for part in (why, "more after the stages before it") if part),
     )
 
 
 def _reasons(why: Counter[str], rejected: Counter[str]) -> str:
     parts = [f"{count} {reason}" for reason, count in why.most_common()]
-    return ", ".join(parts + [f"{count} rejected: {reason}" for reason, count in rejected.most_common()])
+    return ", ".join(
+        parts + [f"{count} rejected: {reason}" for reason, count in rejected.most_common()]
+    )

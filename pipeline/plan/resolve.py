@@ -1,6 +1,7 @@
 """What a recipe's names stand for right now: teacher, author and data as content hashes.
 
-Stage one writes this down in the store, so that stage two can run where teacher and data are not: the store is enough.
+Stage one writes this down in the store, so that stage two can run where teacher and data are not:
+the store is enough.
 """
 
 from dataclasses import dataclass
@@ -39,7 +40,8 @@ class Bound:
 def bind(recipe: Recipe, store: Store | None = None, *, write: bool) -> Bound:
     """Find and hash teacher, author and source; where they are gone, take what the store or a source wrote down.
 
-    Where `data.source` names the store or one of its sources, what is written there is all there is.
+    Where `data.source` names the store or one of its sources, what is written there is all there
+    is.
 
     Args:
         recipe: The recipe.
@@ -58,7 +60,13 @@ def bind(recipe: Recipe, store: Store | None = None, *, write: bool) -> Bound:
             written = _written(part.files, recipe)
             if written is not None:
                 published = part if isinstance(part, Published) else None
-                return Bound(binding=written, teacher=None, author=None, missing=str(error), published=published)
+                return Bound(
+                    binding=written,
+                    teacher=None,
+                    author=None,
+                    missing=str(error),
+                    published=published,
+                )
         raise error
 
 
@@ -75,17 +83,20 @@ def _bind_there(recipe: Recipe, store: Store | None) -> Bound:
         part = store.sources[name] if name in store.sources else store.parts[0][0]
     why = f"data.source: {name} is a store, so its rows are the data; nothing is generated or scored for it."
     if isinstance(part, Published):
-        return Bound(binding=_of_published(part), teacher=None, author=None, missing=why, published=part)
+        return Bound(
+            binding=_of_published(part), teacher=None, author=None, missing=why, published=part
+        )
     if recipe.data.format == "prompt" and recipe.generate is None:
         raise UsageError(
-            f"generate: missing: {name} is a store, and of its texts those are taken that the `generate` section wrote "
-            "which the recipe gives. Give the one that it was filled with; for given text set data.format to that."
+            f"generate: missing: {name} is a store, and of its texts those are taken that the "
+            "`generate` section wrote which the recipe gives. Give the one that it was filled "
+            "with; for given text set data.format to that."
         )
     found = all_bindings(part.files) if part else []
     if len(found) != 1:
         raise UsageError(
-            f"data.source: {name} is a store with {len(found)} pairs of a teacher and its data, expected one. Use the "
-            "names that the recipe had which filled it."
+            f"data.source: {name} is a store with {len(found)} pairs of a teacher and its data, "
+            "expected one. Use the names that the recipe had which filled it."
         )
     return Bound(binding=found[0], teacher=None, author=None, missing=why)
 
@@ -100,7 +111,12 @@ def _of_published(published: Published) -> Binding:
         "vocab_size": len(classes) if classes else about.get("vocab_size", 0),
     }
     unlimited = 2**31 - 1  # nothing is read that was not read before
-    return Binding(**found, data_id=published.manifest.id, context_tokens=unlimited, author_context_tokens=unlimited)
+    return Binding(
+        **found,
+        data_id=published.manifest.id,
+        context_tokens=unlimited,
+        author_context_tokens=unlimited,
+    )
 
 
 def write_down(recipe: Recipe, binding: Binding) -> None:
@@ -116,7 +132,9 @@ def teacher_identity(recipe: Recipe, hashes: FileHashes, *, download: bool) -> I
     return identify(folder, dtype=section.dtype, hashes=hashes, adapter=adapter or None)
 
 
-def author_identity(recipe: Recipe, teacher: Identity, hashes: FileHashes, *, download: bool) -> Identity:
+def author_identity(
+    recipe: Recipe, teacher: Identity, hashes: FileHashes, *, download: bool
+) -> Identity:
     """Who writes the completions: the teacher, or the model that `generate.model` names."""
     model = recipe.generate.model if recipe.generate else None
     if model is None:
@@ -125,8 +143,9 @@ def author_identity(recipe: Recipe, teacher: Identity, hashes: FileHashes, *, do
     reason = compare_tokenizers(folder, teacher.folder)
     if reason is not None:
         raise UsageError(
-            f"generate.model: {model} writes in other tokens than the teacher {recipe.teacher.model} reads: {reason}. "
-            "Choose an author with the teacher's tokenizer."
+            f"generate.model: {model} writes in other tokens than the teacher "
+            f"{recipe.teacher.model} reads: {reason}. Choose an author with the teacher's "
+            "tokenizer."
         )
     return identify(folder, dtype=recipe.teacher.dtype, hashes=hashes, field="generate.model")
 
@@ -145,7 +164,9 @@ def find_adapter(adapter: str, *, field: str = "teacher.adapter") -> Path:
     """The folder of a LoRA adapter."""
     folder = Path(adapter).expanduser()
     if not (folder / "adapter_config.json").is_file():
-        raise UsageError(f"{field}: {adapter} holds no adapter_config.json. Name a PEFT adapter's folder.")
+        raise UsageError(
+            f"{field}: {adapter} holds no adapter_config.json. Name a PEFT adapter's folder."
+        )
     return folder
 
 
@@ -166,7 +187,11 @@ def _bind_here(recipe: Recipe, *, write: bool) -> Bound:
 
 def _folder(recipe: Recipe) -> str:
     author = recipe.generate.model if recipe.generate else None
-    names = {"teacher": recipe.teacher.model_dump(), "data": recipe.data.model_dump(), "author": author}
+    names = {
+        "teacher": recipe.teacher.model_dump(),
+        "data": recipe.data.model_dump(),
+        "author": author,
+    }
     return f"bindings/{content_id('binding', given=given_text(recipe), **names)}"
 
 

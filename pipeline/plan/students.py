@@ -17,13 +17,19 @@ from .resolve import student_id
 
 def plan_students(recipe: Recipe, plan: Plan, *, ready: bool) -> None:
     """Add the lines of the student and of its baseline, and where they are kept."""
-    arms: list[Arm] = ["student", "baseline"] if recipe.evaluate.baseline and recipe.score else ["student"]
+    arms: list[Arm] = (
+        ["student", "baseline"] if recipe.evaluate.baseline and recipe.score else ["student"]
+    )
     names: dict[Arm, str] = {"student": "train", "baseline": "baseline"}
     pinned = recipe.train.snapshot
     snapshot = pinned or (plan.snapshots["train"].id if "train" in plan.snapshots else None)
     for arm in arms:
         if not ready or snapshot is None:
-            why = "for the rows before it" if not ready else "for training rows: all were rejected or set aside"
+            why = (
+                "for the rows before it"
+                if not ready
+                else "for training rows: all were rejected or set aside"
+            )
             plan.stages.append(StagePlan(name=names[arm], state="waits", why=why))
             continue
         settings = train_settings(recipe, snapshot, arm)
@@ -39,7 +45,14 @@ def train_settings(recipe: Recipe, snapshot: str, arm: Arm) -> dict[str, Any]:
     loss = arm_loss(recipe, arm).model_dump(mode="json")
     if loss["soft_weight"] == 0:
         loss = {name: loss[name] for name in ("soft_weight", "hard_weight")}
-    no_matter = {"snapshot", "audit", "kernel", "wandb", "checkpoint_every_seconds", "checkpoint_every_steps"}
+    no_matter = {
+        "snapshot",
+        "audit",
+        "kernel",
+        "wandb",
+        "checkpoint_every_seconds",
+        "checkpoint_every_steps",
+    }
     train = recipe.train.model_dump(mode="json", exclude=no_matter)
     return {
         "snapshot": snapshot,
@@ -54,7 +67,12 @@ def train_settings(recipe: Recipe, snapshot: str, arm: Arm) -> dict[str, Any]:
 def _entries(recipe: Recipe) -> dict[str, Any]:
     """What the student sees of targets that may be stored with more than the recipe asks."""
     assert recipe.score is not None
-    names = {"topk": {"k"}, "topp": {"p", "k", "k_min"}, "sampled": {"rounds", "draw", "proposal"}, "full": set[str]()}
+    names = {
+        "topk": {"k"},
+        "topp": {"p", "k", "k_min"},
+        "sampled": {"rounds", "draw", "proposal"},
+        "full": set[str](),
+    }
     return recipe.score.model_dump(mode="json", include={"targets"} | names[recipe.score.targets])
 
 
@@ -78,11 +96,19 @@ def _student_line(name: str, recipe: Recipe, folder: Path, settings: dict[str, A
     if done.is_file():
         facts = json.loads(done.read_text())
         return StagePlan(
-            name=name, state="done", planned=facts["samples"], committed=facts["samples"], tokens=facts["tokens"]
+            name=name,
+            state="done",
+            planned=facts["samples"],
+            committed=facts["samples"],
+            tokens=facts["tokens"],
         )
     if (folder / "settings.json").is_file():
-        return StagePlan(name=name, state="to do", why="was interrupted: goes on from its last checkpoint")
-    return StagePlan(name=name, state="to do", why=_what_changed(Path(recipe.run.dir), settings) or "new")
+        return StagePlan(
+            name=name, state="to do", why="was interrupted: goes on from its last checkpoint"
+        )
+    return StagePlan(
+        name=name, state="to do", why=_what_changed(Path(recipe.run.dir), settings) or "new"
+    )
 
 
 def _what_changed(run_dir: Path, settings: dict[str, Any]) -> str:
@@ -114,7 +140,11 @@ def _plan_evaluate(recipe: Recipe, plan: Plan) -> None:
     ready = all(s.state == "done" for s in trained)
     file = plan.train_dirs["student"] / "evaluation.json"
     if ready and file.is_file() and json.loads(file.read_text())["id"] == plan.evaluation_id:
-        plan.stages.append(StagePlan(name="evaluate", state="done", planned=test.rows, committed=test.rows))
+        plan.stages.append(
+            StagePlan(name="evaluate", state="done", planned=test.rows, committed=test.rows)
+        )
         return
     why = "" if ready else "the student is trained first"
-    plan.stages.append(StagePlan(name="evaluate", state="to do", planned=test.rows, pending=test.rows, why=why))
+    plan.stages.append(
+        StagePlan(name="evaluate", state="to do", planned=test.rows, pending=test.rows, why=why)
+    )

@@ -1,6 +1,7 @@
 """The card of a published dataset: front matter by the Hub's own classes, then what a reader must know.
 
-Made from a version's MANIFEST and PROVENANCE and one of its rows alone, so the same version has the same card.
+Made from a version's MANIFEST and PROVENANCE and one of its rows alone, so the same version has the
+same card.
 """
 
 from collections.abc import Mapping
@@ -39,7 +40,11 @@ def dataset_card(published: Published) -> str:
     """The card, front matter and text."""
     from huggingface_hub import DatasetCard
 
-    template = package_files("stillroom.pipeline.templates").joinpath("dataset_card.md.jinja").read_text("utf-8")
+    template = (
+        package_files("stillroom.pipeline.templates")
+        .joinpath("dataset_card.md.jinja")
+        .read_text("utf-8")
+    )
     manifest = published.manifest
     configs = [config for config in CONFIGS if config in manifest.tables]
     card = DatasetCard.from_template(
@@ -63,7 +68,10 @@ def dataset_card(published: Published) -> str:
 def data_files(manifest: Manifest, config: str) -> list[dict[str, str]]:
     """Split -> where its files lie, as `configs` in a card have it."""
     there = [split for split in manifest.splits if manifest.tables_of(config, split)]
-    return [{"split": split, "path": f"{manifest.version}/{config}/{split}-*.parquet"} for split in there]
+    return [
+        {"split": split, "path": f"{manifest.version}/{config}/{split}-*.parquet"}
+        for split in there
+    ]
 
 
 def _card_data(published: Published, configs: list[str]) -> Any:
@@ -71,7 +79,9 @@ def _card_data(published: Published, configs: list[str]) -> Any:
     from huggingface_hub import DatasetCardData
 
     manifest, provenance = published.manifest, published.provenance
-    rows = max(sum(file.rows for file in manifest.files if file.table == config) for config in configs)
+    rows = max(
+        sum(file.rows for file in manifest.files if file.table == config) for config in configs
+    )
     classes = any(about.get("class_names") for about in manifest.about.values())
     data = DatasetCardData(
         pretty_name=manifest.name,
@@ -79,13 +89,26 @@ def _card_data(published: Published, configs: list[str]) -> Any:
         language=list(published.languages) or None,
         task_categories=["text-classification" if classes else "text-generation"],
         size_categories=[_SIZES[min(max(len(str(rows)) - 3, 0), len(_SIZES) - 1)]],
-        tags=[*TAGS, *(["synthetic"] if any(model["wrote"] for model in provenance["models"].values()) else [])],
+        tags=[
+            *TAGS,
+            *(
+                ["synthetic"]
+                if any(model["wrote"] for model in provenance["models"].values())
+                else []
+            ),
+        ],
         configs=[
-            {"config_name": config, **({"default": True} if first else {}), "data_files": data_files(manifest, config)}
+            {
+                "config_name": config,
+                **({"default": True} if first else {}),
+                "data_files": data_files(manifest, config),
+            }
             for config, first in zip(configs, [True, False], strict=False)
         ],
     )
-    DatasetInfosDict({config: _info(published, config) for config in configs}).to_dataset_card_data(data)
+    DatasetInfosDict({config: _info(published, config) for config in configs}).to_dataset_card_data(
+        data
+    )
     return data
 
 
@@ -100,7 +123,11 @@ def _info(published: Published, config: str) -> Any:
     splits = SplitDict()
     for split, found in manifest.statistics.items():
         if config in found:
-            splits.add(SplitInfo(name=split, num_bytes=found[config]["bytes"], num_examples=found[config]["rows"]))
+            splits.add(
+                SplitInfo(
+                    name=split, num_bytes=found[config]["bytes"], num_examples=found[config]["rows"]
+                )
+            )
     return DatasetInfo(
         features=Features.from_arrow_schema(schema),
         splits=splits,

@@ -21,15 +21,23 @@ def code(manifest: Manifest, provenance: Mapping[str, Any], *, repo: str | None)
     configs = [config for config in ("generations", "soft_targets") if config in manifest.tables]
     split = next(iter(manifest.splits))
     names = {"generations": "texts", "soft_targets": "targets"}
-    lines = [f'{names[config]} = load_dataset("{repo or FOLDER}", "{config}", split="{split}")' for config in configs]
+    lines = [
+        f'{names[config]} = load_dataset("{repo or FOLDER}", "{config}", split="{split}")'
+        for config in configs
+    ]
     base = f"hf://datasets/{repo}" if repo else FOLDER
     found = {
-        "datasets": "\n".join(["from datasets import load_dataset", "", *lines, _KEY.format(names[configs[0]])]),
+        "datasets": "\n".join(
+            ["from datasets import load_dataset", "", *lines, _KEY.format(names[configs[0]])]
+        ),
         "duckdb": _duckdb(manifest, configs, split, base),
     }
     if scored and scored["complete"] and not manifest.about["soft_targets"].get("class_names"):
         found["torch"] = _torch(manifest, split)
-    if all(facts["complete"] for facts in manifest.tables.values()) and len(provenance["sources"]) == 1:
+    if (
+        all(facts["complete"] for facts in manifest.tables.values())
+        and len(provenance["sources"]) == 1
+    ):
         found["stillroom"] = _recipe(manifest, provenance, base)
     return found
 
@@ -43,15 +51,24 @@ def _recipe(manifest: Manifest, provenance: Mapping[str, Any], base: str) -> str
         f'teacher: {{model: "{base}"}}',
         f'data: {{source: "{base}", format: {source["format"]}, holdout: {held_out.rows if held_out else 0}}}',
     ]
-    kinds = [entry.get("settings") or {} for entry in provenance["made_with"].get("soft_targets", [])]
+    kinds = [
+        entry.get("settings") or {} for entry in provenance["made_with"].get("soft_targets", [])
+    ]
     if "soft_targets" in manifest.tables and kinds and "kind" in kinds[0]:
-        own = {"topk": ("k",), "topp": ("p", "k", "k_min"), "sampled": ("draw",), "full": ()}[kinds[0]["kind"]]
-        settings = {"targets": kinds[0]["kind"], **{name: kinds[0][name] for name in own if name in kinds[0]}}
+        own = {"topk": ("k",), "topp": ("p", "k", "k_min"), "sampled": ("draw",), "full": ()}[
+            kinds[0]["kind"]
+        ]
+        settings = {
+            "targets": kinds[0]["kind"],
+            **{name: kinds[0][name] for name in own if name in kinds[0]},
+        }
         if kinds[0]["kind"] == "sampled":
             settings["rounds"] = kinds[0]["k"]
         if manifest.chosen.get("min_k") and "k" in settings:
             settings["k"] = min(settings["k"], manifest.chosen["min_k"])
-        lines.append(f"score: {{{', '.join(f'{name}: {value}' for name, value in settings.items())}}}")
+        lines.append(
+            f"score: {{{', '.join(f'{name}: {value}' for name, value in settings.items())}}}"
+        )
     return "\n".join([*lines, "# and run, student, loss, train and evaluate, as you like"])
 
 
@@ -60,7 +77,9 @@ def _duckdb(manifest: Manifest, configs: list[str], split: str, base: str) -> st
     if len(configs) == 2 and {"generation_key", "entropy", "span_tokens"} <= set(
         manifest.tables["soft_targets"]["columns"]
     ):
-        text = "text" if "text" in manifest.tables["generations"]["columns"] else "hex(g.key) AS key"
+        text = (
+            "text" if "text" in manifest.tables["generations"]["columns"] else "hex(g.key) AS key"
+        )
         query = f"""\
     SELECT {text}, span_tokens, round(list_avg(entropy), 3) AS nats
     FROM '{paths["soft_targets"]}' t

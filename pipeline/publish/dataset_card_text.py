@@ -16,14 +16,16 @@ _SHOWN_POSITIONS, _SHOWN_ENTRIES, _SHOWN_CHARACTERS = 8, 3, 1200
 _ABOUT = {
     "generations": "What the author wrote: one row is one prompt with one completion, as text and as token ids.",
     "soft_targets": (
-        "The teacher's distribution at N = `span_tokens` of T positions. Target n is about token `span_start + n`, "
-        "given all tokens before it: the model's output at position `span_start + n - 1`. Lists are flat: entries of "
-        "target 0, then those of target 1, E in all; each target has `k` of them, or as many as `entries` says. "
-        "`generation_key` is the `key` of the row in `generations`."
+        "The teacher's distribution at N = `span_tokens` of T positions. Target n is about token "
+        "`span_start + n`, given all tokens before it: the model's output at position "
+        "`span_start + n - 1`. Lists are flat: entries of target 0, then those of target 1, E in "
+        "all; each target has `k` of them, or as many as `entries` says. `generation_key` is the "
+        "`key` of the row in `generations`."
     ),
     "classes": (
-        "The teacher's distribution over the classes, one target a text, in the order of `class_names` in the files' "
-        "metadata: {names}. `generation_key` is the `key` of the row in `generations`."
+        "The teacher's distribution over the classes, one target a text, in the order of "
+        "`class_names` in the files' metadata: {names}. `generation_key` is the `key` of the row "
+        "in `generations`."
     ),
 }
 
@@ -32,11 +34,15 @@ def summary(manifest: Manifest, provenance: Mapping[str, Any]) -> str:
     """What this is, in two sentences."""
     models = [model_name(id_, model) for id_, model in provenance["models"].items()]
     by = f" of {' and '.join(models)}" if models else ""
-    splits = ", ".join(f"{count(found.rows)} rows in {name}" for name, found in manifest.splits.items())
+    splits = ", ".join(
+        f"{count(found.rows)} rows in {name}" for name, found in manifest.splits.items()
+    )
     if "soft_targets" not in manifest.tables:
         return f"Text{by} to train a smaller model on: {splits}."
     tokens = sum(found.scored_tokens for found in manifest.splits.values())
-    kinds = {kind for found in manifest.statistics.values() for kind in found["soft_targets"]["kinds"]}
+    kinds = {
+        kind for found in manifest.statistics.values() for kind in found["soft_targets"]["kinds"]
+    }
     what = f"the next token at {count(tokens)} positions ({', '.join(sorted(kinds))}), with the text it is about"
     if manifest.about["soft_targets"].get("class_names"):
         what = "the classes of each text"
@@ -59,10 +65,15 @@ def warnings(manifest: Manifest, provenance: Mapping[str, Any]) -> list[str]:
     unknown += [f"of the prompts' source {inline(name)}" for name in sources]
     unknown += ["of this dataset"] if provenance["license"] == UNKNOWN else []
     if unknown:
-        found.append(f"Licences not stated: {'; '.join(unknown)}. Find them out before you use this.")
+        found.append(
+            f"Licences not stated: {'; '.join(unknown)}. Find them out before you use this."
+        )
     left_out = [name for name, facts in manifest.tables.items() if not facts["complete"]]
     if left_out:
-        found.append(f"Columns were left out of {', '.join(sorted(left_out))}, so these rows cannot be checked whole.")
+        found.append(
+            f"Columns were left out of {', '.join(sorted(left_out))}, so these rows cannot be "
+            "checked whole."
+        )
     return found
 
 
@@ -74,7 +85,9 @@ def sizes(manifest: Manifest, configs: list[str]) -> list[list[str]]:
             files = manifest.tables_of(config, split)
             numbers = manifest.statistics[split][config]
             tokens = [count(numbers[name]["total"]) for name in ("tokens", "scored_tokens")]
-            rows.append([inline(config), split, count(sum(f.rows for f in files)), *tokens, _bytes(files)])
+            rows.append(
+                [inline(config), split, count(sum(f.rows for f in files)), *tokens, _bytes(files)]
+            )
     return rows
 
 
@@ -95,7 +108,8 @@ def columns(manifest: Manifest, provenance: Mapping[str, Any], config: str) -> d
     return {
         "about": about,
         "columns": [
-            [inline(f.name), inline(_type(f)), f.metadata[b"about"].decode().replace("|", "\\|")] for f in fields
+            [inline(f.name), inline(_type(f)), f.metadata[b"about"].decode().replace("|", "\\|")]
+            for f in fields
         ],
     }
 
@@ -103,7 +117,11 @@ def columns(manifest: Manifest, provenance: Mapping[str, Any], config: str) -> d
 def _whole(manifest: Manifest) -> str:
     """Which splits have whole distributions: there columns mean something else."""
     kinds = {name: found["soft_targets"]["kinds"] for name, found in manifest.statistics.items()}
-    found = [f"{'all' if len(those) == 1 else 'some'} of `{name}`" for name, those in kinds.items() if "full" in those]
+    found = [
+        f"{'all' if len(those) == 1 else 'some'} of `{name}`"
+        for name, those in kinds.items()
+        if "full" in those
+    ]
     if not found:
         return ""
     size = manifest.about["soft_targets"]["vocab_size"]
@@ -115,19 +133,30 @@ def _whole(manifest: Manifest) -> str:
 
 def _reading(manifest: Manifest, provenance: Mapping[str, Any]) -> str:
     """How text and `token_ids` belong together."""
-    model_id = manifest.about.get("soft_targets", {}).get("teacher_id") or next(iter(provenance["models"]), "<id>")
+    model_id = manifest.about.get("soft_targets", {}).get("teacher_id") or next(
+        iter(provenance["models"]), "<id>"
+    )
     folder = f"`{manifest.version}/teachers/{model_id}/`"
-    folder += ", and its chat template" if any(m["chat_template"] for m in provenance["models"].values()) else ""
+    folder += (
+        ", and its chat template"
+        if any(m["chat_template"] for m in provenance["models"].values())
+        else ""
+    )
     said = f"The tokenizer is in {folder}; {{}} `text` is the completion decoded without special tokens, and encoding "
     said += "it again may give other ids: take `token_ids`."
     if manifest.about.get("soft_targets", {}).get("class_names"):
         return said.format("`token_ids` are what it makes of `prompt` and `text_pair` together.")
-    if any(entry.get("stage") == "import" for entry in provenance["made_with"].get("generations", [])):
-        return said.format("`token_ids` are those of the table that was imported, texts are decoded from them.")
+    if any(
+        entry.get("stage") == "import" for entry in provenance["made_with"].get("generations", [])
+    ):
+        return said.format(
+            "`token_ids` are those of the table that was imported, texts are decoded from them."
+        )
     return said.format(
-        "`messages` became the first `prompt_tokens` ids by the chat template, with `add_generation_prompt`; a "
-        "`prompt` by the tokenizer, with its special tokens but no closing one. The other ids are the completion: as "
-        "the model wrote them, or (`finish_reason` given) the text's ids with the end token after them."
+        "`messages` became the first `prompt_tokens` ids by the chat template, with "
+        "`add_generation_prompt`; a `prompt` by the tokenizer, with its special tokens but no "
+        "closing one. The other ids are the completion: as the model wrote them, or "
+        "(`finish_reason` given) the text's ids with the end token after them."
     )
 
 
@@ -178,10 +207,17 @@ def _positions(row: dict[str, Any], tokenizer: Any, manifest: Manifest) -> str:
     lines = []
     for position in found["positions"][:_SHOWN_POSITIONS]:
         token = (found.get("label") or "none") if classes else found["tokens"][position["index"]]
-        best = ", ".join(f"{inline(entry[0])} {entry[1]:.3f}" for entry in position["entries"][:_SHOWN_ENTRIES])
+        best = ", ".join(
+            f"{inline(entry[0])} {entry[1]:.3f}" for entry in position["entries"][:_SHOWN_ENTRIES]
+        )
         tail = percent(position["tail"], 2) if position["tail"] is not None else "-"
         lines.append([inline(token), decimals(position["entropy"], 3), tail, best])
-    headers = ["gold label" if classes else "token that is there", "entropy", "tail", "the teacher's best"]
+    headers = [
+        "gold label" if classes else "token that is there",
+        "entropy",
+        "tail",
+        "the teacher's best",
+    ]
     return (
         "Its targets"
         + (", the first of them" if len(found["positions"]) > len(lines) else "")
@@ -215,7 +251,9 @@ def numbers(manifest: Manifest) -> str:
                 digits = [decimals(values[q], places) for q in ("p05", "p50", "p95", "max")]
                 rows.append([split, name, decimals(values["mean"], max(places, 1)), *digits])
     kinds = {
-        split: found["soft_targets"]["kinds"] for split, found in manifest.statistics.items() if "soft_targets" in found
+        split: found["soft_targets"]["kinds"]
+        for split, found in manifest.statistics.items()
+        if "soft_targets" in found
     }
     finished = {
         split: found["generations"]["finish_reason"]
@@ -228,14 +266,26 @@ def numbers(manifest: Manifest) -> str:
         for name, found in manifest.statistics.items()
         if "soft_targets" in found and not manifest.about["soft_targets"].get("class_names")
     ]
-    lines += [f"How texts of {name} ended: {_counts(reasons)}." for name, reasons in finished.items()]
+    lines += [
+        f"How texts of {name} ended: {_counts(reasons)}." for name, reasons in finished.items()
+    ]
     note = (
         "Kept mass is the teacher's probability inside the entries of a position; what is outside is in `tail_logprob`."
         if "soft_targets" in manifest.tables
         else ""
     )
-    headers = ["split", "number of each row or position", "mean", "5 %", "median", "95 %", "largest"]
-    return "\n\n".join(part for part in (table(headers, rows, text_columns=2), note, "  \n".join(lines)) if part)
+    headers = [
+        "split",
+        "number of each row or position",
+        "mean",
+        "5 %",
+        "median",
+        "95 %",
+        "largest",
+    ]
+    return "\n\n".join(
+        part for part in (table(headers, rows, text_columns=2), note, "  \n".join(lines)) if part
+    )
 
 
 def _temperatures(found: Mapping[str, Any]) -> str:
@@ -254,25 +304,43 @@ def origin(manifest: Manifest, provenance: Mapping[str, Any]) -> str:
     models = [
         [
             model_name(id_, model),
-            " and ".join(what for what, made in (("text", model["wrote"]), ("targets", model["scored"])) if made),
+            " and ".join(
+                what
+                for what, made in (("text", model["wrote"]), ("targets", model["scored"]))
+                if made
+            ),
             _license(model["license"]),
             f"`{model.get('dtype')}`" + (", with an adapter" if model["adapter"] else ""),
             inline(id_),
         ]
         for id_, model in provenance["models"].items()
     ]
-    sources = [[inline(s["name"]), _license(s["license"]), count(s["prompts"])] for s in provenance["sources"]]
+    sources = [
+        [inline(s["name"]), _license(s["license"]), count(s["prompts"])]
+        for s in provenance["sources"]
+    ]
     made = [
-        [inline(name), _settings(entry.get("settings")), _settings(entry.get("versions")), count(entry["rows"])]
+        [
+            inline(name),
+            _settings(entry.get("settings")),
+            _settings(entry.get("versions")),
+            count(entry["rows"]),
+        ]
         for name, entries in provenance["made_with"].items()
         for entry in entries
     ]
     parts = [
         f"This dataset: licence {_license(provenance['license'])}.",
-        table(["model", "made", "licence", "dtype", "id (hash of its content)"], models, text_columns=5)
+        table(
+            ["model", "made", "licence", "dtype", "id (hash of its content)"],
+            models,
+            text_columns=5,
+        )
         if models
         else "",
-        table(["source of prompts", "licence", "prompts"], sources, text_columns=2) if sources else "",
+        table(["source of prompts", "licence", "prompts"], sources, text_columns=2)
+        if sources
+        else "",
         table(["rows of", "settings", "versions", "rows"], made, text_columns=3),
         _chosen(manifest.chosen),
         "The recipe is in `PROVENANCE.json`." if provenance["recipe"] else "",
@@ -286,7 +354,9 @@ def _license(name: str) -> str:
 
 def _settings(found: Mapping[str, Any] | None) -> str:
     shown = {k: v for k, v in (found or {}).items() if v not in (None, [], {}, "")}
-    return ", ".join(f"{name} {v if isinstance(v, str) else json.dumps(v)}" for name, v in sorted(shown.items()))
+    return ", ".join(
+        f"{name} {v if isinstance(v, str) else json.dumps(v)}" for name, v in sorted(shown.items())
+    )
 
 
 def _chosen(chosen: Mapping[str, Any]) -> str:
@@ -294,7 +364,10 @@ def _chosen(chosen: Mapping[str, Any]) -> str:
     if chosen.get("where"):
         said.append(f"only rows whose generation has {inline(chosen['where'])}")
     if chosen.get("min_k"):
-        said.append(f"targets cut to {chosen['min_k']} entries, the others in the tail; rows with fewer left out")
+        said.append(
+            f"targets cut to {chosen['min_k']} entries, the others in the tail; rows with fewer "
+            "left out"
+        )
     if chosen.get("columns"):
         said.append(f"only the columns {', '.join(map(inline, chosen['columns']))}")
     return f"Chosen for publication: {'; '.join(said)}." if said else ""
@@ -303,7 +376,10 @@ def _chosen(chosen: Mapping[str, Any]) -> str:
 def limits(manifest: Manifest) -> list[str]:
     """What this is not."""
     found = [
-        "Nobody read all of it: a language model's text may be wrong, offensive or repeat what it was trained on.",
+        (
+            "Nobody read all of it: a language model's text may be wrong, offensive or repeat what "
+            "it was trained on."
+        ),
         "Splits differ in their prompts; nothing was searched for near copies of public test sets.",
     ]
     about = manifest.about.get("soft_targets")
@@ -311,15 +387,16 @@ def limits(manifest: Manifest) -> list[str]:
         bits = about.get("mantissa_bits", 23)
         if bits < 23:
             found.append(
-                f"Floats have {bits} bits of mantissa: a log probability l is off by at most |l| / {2 ** (bits + 1)}."
+                f"Floats have {bits} bits of mantissa: a log probability l is off by at most |l| "
+                f"/ {2 ** (bits + 1)}."
             )
         if not about.get("class_names"):
             found.append(
-                "Ids are of the teacher's tokenizer (`teachers/` in the version's folder): a student with another one "
-                "cannot use them as they are."
+                "Ids are of the teacher's tokenizer (`teachers/` in the version's folder): a "
+                "student with another one cannot use them as they are."
             )
             found.append(
-                "Entries are what the teacher said of this text, one pass in its own precision; probabilities of ids "
-                "outside the entries are known as a sum only."
+                "Entries are what the teacher said of this text, one pass in its own precision; "
+                "probabilities of ids outside the entries are known as a sum only."
             )
     return found

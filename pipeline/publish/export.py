@@ -1,7 +1,8 @@
 """`export` and `publish`: a snapshot as a dataset that others load, in a folder or on the Hub.
 
-A version is built beside its place, moved in, and only then does the card point at it; so a reader of the folder sees
-the old version or the new one, wherever this stops. The same command goes on; a finished version is not built again.
+A version is built beside its place, moved in, and only then does the card point at it; so a reader
+of the folder sees the old version or the new one, wherever this stops. The same command goes on; a
+finished version is not built again.
 """
 
 import hashlib
@@ -19,9 +20,24 @@ from ...storage.errors import IntegrityError, UsageError
 from ...storage.files.base import explained, make_folder
 from ...storage.files.local import LocalFiles
 from ...storage.keys import content_id
-from ...storage.published.export import Choice, Made, chosen_columns, find_snapshots, make_tables, place, put
+from ...storage.published.export import (
+    Choice,
+    Made,
+    chosen_columns,
+    find_snapshots,
+    make_tables,
+    place,
+    put,
+)
 from ...storage.published.export_rows import PUBLISHED
-from ...storage.published.manifest import CARD, Manifest, PublishedFile, current_version, damaged_files, read_manifest
+from ...storage.published.manifest import (
+    CARD,
+    Manifest,
+    PublishedFile,
+    current_version,
+    damaged_files,
+    read_manifest,
+)
 from ...storage.snapshots.snapshot import load_snapshot
 from ...storage.store.bindings import bindings_of
 from ...storage.store.store import MARKER, Store
@@ -77,7 +93,8 @@ class Exported:
             "built": self.built,
             "rows": {
                 table: {
-                    name: sum(f.rows for f in self.manifest.tables_of(table, name)) for name in self.manifest.splits
+                    name: sum(f.rows for f in self.manifest.tables_of(table, name))
+                    for name in self.manifest.splits
                 }
                 for table in self.manifest.tables
             },
@@ -87,7 +104,12 @@ class Exported:
 
 
 def export(
-    asked: Asked, folder: Path, *, say: Callable[[str], None], strict: bool = False, repo: str | None = None
+    asked: Asked,
+    folder: Path,
+    *,
+    say: Callable[[str], None],
+    strict: bool = False,
+    repo: str | None = None,
 ) -> Exported:
     """Write a dataset into a folder.
 
@@ -122,7 +144,9 @@ class _Export:
 
     def __init__(self, asked: Asked, folder: Path, *, strict: bool, repo: str | None) -> None:
         self._asked, self._files, self._strict = asked, LocalFiles(folder), strict
-        self._licenses = check_licenses(asked.license, asked.model_licenses, asked.source_licenses, strict=strict)
+        self._licenses = check_licenses(
+            asked.license, asked.model_licenses, asked.source_licenses, strict=strict
+        )
         self._store = Store.open(asked.store)
         _refuse_unknown_source(self._store, self._licenses)
         chosen_columns(asked.choice.columns)
@@ -130,7 +154,11 @@ class _Export:
         _refuse_foreign(self._files)
         self._recipe = read_recipe(asked.run)
         self._name = asked.name or _human((repo or str(folder.resolve())).rpartition("/")[2])
-        licenses = [self._licenses.dataset, list(self._licenses.models), list(self._licenses.sources)]
+        licenses = [
+            self._licenses.dataset,
+            list(self._licenses.models),
+            list(self._licenses.sources),
+        ]
         self._request = content_id(
             "export",
             snapshots={split: snapshot.id for split, snapshot in self.snapshots.items()},
@@ -162,7 +190,10 @@ class _Export:
         try:
             made = make_tables(self._store, self.snapshots, work, self._asked.choice)
             small = self._small_files(made)
-            hashed = [PublishedFile(name=n, sha256=_sha256(c), bytes=len(c)) for n, c in sorted(small.items())]
+            hashed = [
+                PublishedFile(name=n, sha256=_sha256(c), bytes=len(c))
+                for n, c in sorted(small.items())
+            ]
             manifest = Manifest(
                 name=self._name,
                 splits=made.splits,
@@ -173,7 +204,9 @@ class _Export:
                 request=self._request,
                 files=[*sorted(made.files.values(), key=lambda file: file.name), *hashed],
             )
-            place(self._files, manifest, {path: file.name for path, file in made.files.items()}, small)
+            place(
+                self._files, manifest, {path: file.name for path, file in made.files.items()}, small
+            )
         finally:
             shutil.rmtree(work, ignore_errors=True)
             if new:
@@ -187,12 +220,22 @@ class _Export:
             self._store, made, self._licenses, teacher=self._asked.teacher, recipe=self._recipe
         )
         check_stated(self._licenses, provenance, strict=self._strict)
-        found = {PROVENANCE: json.dumps(provenance, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"}
+        found = {
+            PROVENANCE: json.dumps(
+                provenance, indent=1, sort_keys=True, ensure_ascii=False
+            ).encode()
+            + b"\n"
+        }
         whole = {split.snapshot for split in made.splits.values() if split.whole}
         names = [f"snapshots/{snapshot}.json" for snapshot in sorted(whole)]
-        names += bindings_of(self._store, {load_snapshot(self._store, name).about.get("data_id") for name in whole})
+        names += bindings_of(
+            self._store, {load_snapshot(self._store, name).about.get("data_id") for name in whole}
+        )
         for model_id in sorted(made.authors):
-            names += [f"teachers/{model_id}/{name}" for name in self._store.files.names(f"teachers/{model_id}")]
+            names += [
+                f"teachers/{model_id}/{name}"
+                for name in self._store.files.names(f"teachers/{model_id}")
+            ]
         read = self._store.files.read
         return found | {name: without_paths(read(name), name.rpartition("/")[2]) for name in names}
 
@@ -225,7 +268,8 @@ def _refuse_unknown_source(store: Store, licenses: Licenses) -> None:
     for name, _, value in (text.rpartition("=") for text in licenses.sources):
         if name and name not in names:
             raise UsageError(
-                f"--source-license {name}={value}: the store has no source {name}. It has: {', '.join(sorted(names))}."
+                f"--source-license {name}={value}: the store has no source {name}. It has: "
+                f"{', '.join(sorted(names))}."
             )
 
 
@@ -237,10 +281,17 @@ def _refuse_foreign(files: LocalFiles) -> None:
     if files.exists(MARKER):
         raise UsageError(f"{root}: is a store. Name another folder for the dataset.")
     work = Path(root) / _WORK
-    if work.exists() and not (work.is_dir() and {path.name for path in work.iterdir()} <= PUBLISHED.keys()):
-        raise UsageError(f"{root}: holds a {_WORK} that no export made. Name another folder, or move it away.")
+    if work.exists() and not (
+        work.is_dir() and {path.name for path in work.iterdir()} <= PUBLISHED.keys()
+    ):
+        raise UsageError(
+            f"{root}: holds a {_WORK} that no export made. Name another folder, or move it away."
+        )
     if files.exists(CARD) and current_version(files.read(CARD).decode(errors="replace")) is None:
-        raise UsageError(f"{files.root}: holds a {CARD} that no export wrote. Name another folder, or move it away.")
+        raise UsageError(
+            f"{files.root}: holds a {CARD} that no export wrote. Name another folder, or move it "
+            "away."
+        )
 
 
 def _sha256(content: bytes) -> str:

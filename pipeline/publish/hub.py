@@ -1,7 +1,7 @@
 """Sending a published folder to the Hub: data first, the card that points at it last, then a tag.
 
-Every step can be interrupted and done again: what is there with the same bytes is not sent again. Retries, chunked
-transfers and tokens are the library's business.
+Every step can be interrupted and done again: what is there with the same bytes is not sent again.
+Retries, chunked transfers and tokens are the library's business.
 """
 
 import hashlib
@@ -24,7 +24,12 @@ _KIND = "dataset"
 
 
 def upload(
-    exported: "Exported", repo: str, *, say: Callable[[str], None], private: bool = False, api: "HfApi | None" = None
+    exported: "Exported",
+    repo: str,
+    *,
+    say: Callable[[str], None],
+    private: bool = False,
+    api: "HfApi | None" = None,
 ) -> str:
     """Bring a version to the Hub and let the card there point at it.
 
@@ -69,14 +74,19 @@ class _Hub:
             DatasetCard(self._exported.card).validate()  # before anything is there
         except ValueError as error:
             raise UsageError(f"{self.repo}: the Hub does not take the card: {error}") from error
-        url = self._api.create_repo(self.repo, repo_type=_KIND, private=private or None, exist_ok=True)
+        url = self._api.create_repo(
+            self.repo, repo_type=_KIND, private=private or None, exist_ok=True
+        )
         if private and not self._api.repo_info(self.repo, repo_type=_KIND).private:
             raise UsageError(
-                f"{self.repo}: is public already. Make it private on the Hub first, or leave --private out."
+                f"{self.repo}: is public already. Make it private on the Hub first, or leave "
+                "--private out."
             )
         card = self._card()
         if card is not None and current_version(card) is None and DatasetCard(card).text.strip():
-            raise UsageError(f"{self.repo}: has a {CARD} that no export wrote. Name another repository.")
+            raise UsageError(
+                f"{self.repo}: has a {CARD} that no export wrote. Name another repository."
+            )
         self.seen = card is not None and current_version(card) is not None
         return str(url)
 
@@ -87,7 +97,10 @@ class _Hub:
         missing = self._missing()
         for start in range(0, len(missing), BATCH):
             batch = missing[start : start + BATCH]
-            say(f"sending files {start + 1} to {start + len(batch)} of {len(missing)} to {self.repo}")
+            say(
+                f"sending files {start + 1} to {start + len(batch)} of {len(missing)} to "
+                f"{self.repo}"
+            )
             self._api.create_commit(
                 self.repo,
                 [CommitOperationAdd(name, str(self._path(name))) for name in batch],
@@ -101,7 +114,10 @@ class _Hub:
 
         head = self._api.repo_info(self.repo, repo_type=_KIND).sha
         if missing := self._missing():
-            raise StillroomError(f"{self.repo}: {missing[0]} is not there as it was sent. Run the same command again.")
+            raise StillroomError(
+                f"{self.repo}: {missing[0]} is not there as it was sent. Run the same command "
+                "again."
+            )
         if self._card() != self._exported.card:
             say(f"pointing the card at {self._version}")
             head = self._api.create_commit(
@@ -112,14 +128,18 @@ class _Hub:
                 parent_commit=head,  # refused if somebody else committed since
             ).oid
         self.seen = True
-        self._api.create_tag(self.repo, tag=self._version, revision=head, repo_type=_KIND, exist_ok=True)
+        self._api.create_tag(
+            self.repo, tag=self._version, revision=head, repo_type=_KIND, exist_ok=True
+        )
 
     def _path(self, name: str) -> Path:
         return self._exported.folder / name
 
     def _missing(self) -> list[str]:
         """Names of files that are not there, or with other bytes; the manifest last."""
-        hashes = {f"{self._version}/{file.name}": file.sha256 for file in self._exported.manifest.files}
+        hashes = {
+            f"{self._version}/{file.name}": file.sha256 for file in self._exported.manifest.files
+        }
         there = set()
         for start in range(0, len(self._names), 1000):
             part = self._names[start : start + 1000]

@@ -1,6 +1,7 @@
 """The model card of a student: what it was distilled from, how, and what came of it; by the Hub's own classes.
 
-It lies in the student's folder as README.md, from when the student is trained; its results come with the evaluation.
+It lies in the student's folder as README.md, from when the student is trained; its results come
+with the evaluation.
 """
 
 import json
@@ -31,7 +32,8 @@ def write_student_cards(train_dirs: Iterable[Path]) -> None:
     """Write README.md into the `student/` of each training run that has ended.
 
     Args:
-        train_dirs: Each holds settings.json; train.json where it ended; evaluation.json where that arm was evaluated.
+        train_dirs: Each holds settings.json; train.json where it ended; evaluation.json where that
+            arm was evaluated.
     """
     for folder in train_dirs:
         found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
@@ -40,7 +42,9 @@ def write_student_cards(train_dirs: Iterable[Path]) -> None:
             put(LocalFiles(folder / "student"), CARD, card.encode())
 
 
-def student_card(settings: Mapping[str, Any], trained: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> str:
+def student_card(
+    settings: Mapping[str, Any], trained: Mapping[str, Any], evaluation: Mapping[str, Any] | None
+) -> str:
     """The card, front matter and text.
 
     Args:
@@ -54,11 +58,17 @@ def student_card(settings: Mapping[str, Any], trained: Mapping[str, Any], evalua
     shown = public_recipe(recipe)
     teacher, student = shown["teacher"]["model"], shown["student"]
     distilled = settings["arm"] == "student" and recipe.get("score") is not None
-    begin = f"`{student['model']}`" if student["model"] else "fresh weights of the teacher's architecture, made smaller"
+    begin = (
+        f"`{student['model']}`"
+        if student["model"]
+        else "fresh weights of the teacher's architecture, made smaller"
+    )
     learnt = "the teacher's distributions" if distilled else "the teacher's text"
     card = ModelCard.from_template(
         _card_data(recipe, settings["arm"]),
-        template_str=package_files("stillroom.pipeline.templates").joinpath("model_card.md.jinja").read_text("utf-8"),
+        template_str=package_files("stillroom.pipeline.templates")
+        .joinpath("model_card.md.jinja")
+        .read_text("utf-8"),
         title=f"{_name(shown)}, distilled from {teacher.rpartition('/')[2]}",
         summary=f"A student of `{teacher}`: {begin}, trained by Stillroom on {learnt}.",
         outcome=outcome(evaluation) if evaluation else "",
@@ -66,7 +76,9 @@ def student_card(settings: Mapping[str, Any], trained: Mapping[str, Any], evalua
         measured=_measured(evaluation) if evaluation else "",
         **_code(recipe),
         made=_made(settings, trained),
-        recipe=yaml.safe_dump(_without_defaults(shown), sort_keys=False, default_flow_style=None, width=100).rstrip(),
+        recipe=yaml.safe_dump(
+            _without_defaults(shown), sort_keys=False, default_flow_style=None, width=100
+        ).rstrip(),
         versions=", ".join(f"{name} {number}" for name, number in versions().items()),
         limits=_limits(recipe, student),
     )
@@ -86,7 +98,9 @@ def _card_data(recipe: Mapping[str, Any], arm: str) -> Any:
     classes = recipe["run"]["task"] == "classification"
     return ModelCardData(
         base_model=on_hub,
-        base_model_relation="finetune" if on_hub else None,  # LoRA too: its update is merged into the weights
+        base_model_relation="finetune"
+        if on_hub
+        else None,  # LoRA too: its update is merged into the weights
         datasets=_datasets(recipe) or None,
         library_name="transformers",
         pipeline_tag="text-classification" if classes else "text-generation",
@@ -99,7 +113,11 @@ def _datasets(recipe: Mapping[str, Any]) -> list[str]:
     places = [*recipe["storage"]["sources"], recipe["data"]["source"]]
     names = [match[1] for place in places if (match := _HUB_DATA.match(place))]
     source = recipe["data"]["source"]
-    if _HUB_NAME.fullmatch(source) and public_name(source) == source and "." not in source.rpartition("/")[2]:
+    if (
+        _HUB_NAME.fullmatch(source)
+        and public_name(source) == source
+        and "." not in source.rpartition("/")[2]
+    ):
         names.append(source)
     return list(dict.fromkeys(names))
 
@@ -122,7 +140,8 @@ def _code(recipe: Mapping[str, Any]) -> dict[str, str]:
     """How to load the folder, in transformers and vLLM."""
     if recipe["run"]["task"] == "classification":
         text = (
-            'from transformers import pipeline\n\nclassify = pipeline("text-classification", model="path/to/student")\n'
+            "from transformers import pipeline\n\n"
+            'classify = pipeline("text-classification", model="path/to/student")\n'
         )
         vllm = 'from vllm import LLM\n\nllm = LLM("path/to/student", runner="pooling")\n'
         return {
@@ -148,7 +167,10 @@ def _made(settings: Mapping[str, Any], trained: Mapping[str, Any]) -> str:
         f"The teacher's identity, a hash of its content: {inline(settings['teacher_id'])}.",
     ]
     if settings["arm"] == "baseline":
-        parts.insert(0, "This is the baseline: cross-entropy alone, same start, order and tokens as the distilled one.")
+        parts.insert(
+            0,
+            "This is the baseline: cross-entropy alone, same start, order and tokens as the distilled one.",
+        )
     return " ".join(parts)
 
 
@@ -159,7 +181,9 @@ def _without_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
     except ValidationError:  # of another version
         said = dict(recipe)
     for section in ("run", "storage"):
-        said[section] = {name: value for name, value in said.get(section, {}).items() if name != "dir"}
+        said[section] = {
+            name: value for name, value in said.get(section, {}).items() if name != "dir"
+        }
     return {section: fields for section, fields in said.items() if fields}
 
 
@@ -171,6 +195,12 @@ def _limits(recipe: Mapping[str, Any], student: Mapping[str, Any]) -> list[str]:
         + (" and of the initial model" if student["model"] else "")
         + " ask; none is stated here.",
     ]
-    if recipe["run"]["task"] == "causal_lm" and recipe["data"]["format"] in ("text", "completion", "prompt"):
-        found.append("It continues text; it was not taught to follow instructions or to hold a conversation.")
+    if recipe["run"]["task"] == "causal_lm" and recipe["data"]["format"] in (
+        "text",
+        "completion",
+        "prompt",
+    ):
+        found.append(
+            "It continues text; it was not taught to follow instructions or to hold a conversation."
+        )
     return found

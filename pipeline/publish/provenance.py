@@ -1,8 +1,9 @@
 """Where a published dataset comes from: models, settings, versions, prompt sources, and the licence of each.
 
-The rule: a dataset has a licence of its own, and that of every model whose text or distribution is in it and of every
-source of its prompts is named beside it. `export`, into a folder of yours, writes `unknown` for those that were not
-given, and the card warns of it. `publish` refuses until each is given; `unknown` may be given, in so many words.
+The rule: a dataset has a licence of its own, and that of every model whose text or distribution is
+in it and of every source of its prompts is named beside it. `export`, into a folder of yours,
+writes `unknown` for those that were not given, and the card warns of it. `publish` refuses until
+each is given; `unknown` may be given, in so many words.
 """
 
 import json
@@ -56,10 +57,14 @@ class Licenses:
     def of_source(self, source: str) -> str:
         """Licence of a source by its public name."""
         named = [value for name, value in _named(self.sources) if name == source]
-        return (named or [value for name, value in _named(self.sources) if not name] or [UNKNOWN])[0]
+        return (named or [value for name, value in _named(self.sources) if not name] or [UNKNOWN])[
+            0
+        ]
 
 
-def check_licenses(license_id: str | None, models: Sequence[str], sources: Sequence[str], *, strict: bool) -> Licenses:
+def check_licenses(
+    license_id: str | None, models: Sequence[str], sources: Sequence[str], *, strict: bool
+) -> Licenses:
     """What was given, if it suffices.
 
     Args:
@@ -73,18 +78,26 @@ def check_licenses(license_id: str | None, models: Sequence[str], sources: Seque
     """
     missing = [] if license_id else ["--license ID: the licence of this dataset"]
     if strict and not models:
-        missing.append("--teacher-license ID: the licence or terms of the model that wrote and scored the text")
+        missing.append(
+            "--teacher-license ID: the licence or terms of the model that wrote and scored the text"
+        )
     if strict and not sources:
         missing.append("--source-license ID: the licence of the data that the prompts come from")
     if missing:
         raise UsageError(
-            "nothing leaves without its licences. Missing:\n  " + "\n  ".join(missing) + "\nIds as on the Hub: "
+            "nothing leaves without its licences. Missing:\n  "
+            + "\n  ".join(missing)
+            + "\nIds as on the Hub: "
             "apache-2.0, mit, cc-by-4.0, llama3.1, other ...; `unknown` where you do not know, and readers are told."
         )
     for _, value in _named([license_id or "", *models, *sources]):
         if not _LICENSE.fullmatch(value):
             near = value.lower().replace(" ", "-")
-            hint = f"Did you mean {near}?" if _LICENSE.fullmatch(near) else "Such as apache-2.0 or cc-by-4.0."
+            hint = (
+                f"Did you mean {near}?"
+                if _LICENSE.fullmatch(near)
+                else "Such as apache-2.0 or cc-by-4.0."
+            )
             raise UsageError(f"licence {value!r}: not an id as the Hub spells it. {hint}")
     return Licenses(dataset=str(license_id), models=tuple(models), sources=tuple(sources))
 
@@ -95,18 +108,25 @@ def check_stated(licenses: Licenses, provenance: Mapping[str, Any], *, strict: b
     Raises:
         UsageError: names those that are not, or were not.
     """
-    models, sources = list(provenance["models"]), [source["name"] for source in provenance["sources"]]
+    models, sources = (
+        list(provenance["models"]),
+        [source["name"] for source in provenance["sources"]],
+    )
     named = {name for name, _ in _named(licenses.models)}
     for name in sorted(named - {""}):
         if not any(model_id.startswith(name) for model_id in models):
             known = ", ".join(models) or "none, no model made these rows"
             raise UsageError(f"--teacher-license {name}: no such model. These rows are of {known}.")
-    silent = [f"--teacher-license {i}=ID" for i in models if not any(i.startswith(name) for name in named)]
+    silent = [
+        f"--teacher-license {i}=ID" for i in models if not any(i.startswith(name) for name in named)
+    ]
     spoken = {name for name, _ in _named(licenses.sources)}
     silent += [f"--source-license {name}=ID" for name in sources if not spoken & {name, ""}]
     if strict and silent:
         raise UsageError(
-            "nothing leaves without its licences. Missing:\n  " + "\n  ".join(silent) + "\n`ID` alone is of all others."
+            "nothing leaves without its licences. Missing:\n  "
+            + "\n  ".join(silent)
+            + "\n`ID` alone is of all others."
         )
 
 
@@ -135,7 +155,9 @@ def read_recipe(run_dir: Path | None) -> dict[str, Any] | None:
     for file in (folder / "settings.json" for folder in found):
         if file.is_file():
             return public_recipe(json.loads(file.read_text())["recipe"])
-    raise UsageError(f"--run {run_dir}: no settings.json in it or in its train-*. Name the run.dir of a recipe.")
+    raise UsageError(
+        f"--run {run_dir}: no settings.json in it or in its train-*. Name the run.dir of a recipe."
+    )
 
 
 def public_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,7 +184,11 @@ def _without_folders(value: Any) -> Any:
         return {name: _without_folders(part) for name, part in value.items()}
     if isinstance(value, list):
         return [_without_folders(part) for part in value]
-    return public_name(value) if isinstance(value, str) and value.startswith(("/", "~", ".")) else value
+    return (
+        public_name(value)
+        if isinstance(value, str) and value.startswith(("/", "~", "."))
+        else value
+    )
 
 
 def make_provenance(
@@ -231,11 +257,18 @@ def _sources(store: Store, made: Made, licenses: Licenses) -> list[dict[str, Any
         about = store.inputs_about(data_id) or {}
         source = str(about.get("source", UNKNOWN))
         formats.setdefault(source, about.get("format"))
-        most[source] = max(most.get(source, 0), prompts)  # the same source, read with other settings
+        most[source] = max(
+            most.get(source, 0), prompts
+        )  # the same source, read with other settings
     found: dict[str, dict[str, Any]] = {}
     for source in sorted(most):
         name = public_name(source)
-        entry = {"name": name, "format": formats[source], "prompts": 0, "license": licenses.of_source(name)}
+        entry = {
+            "name": name,
+            "format": formats[source],
+            "prompts": 0,
+            "license": licenses.of_source(name),
+        }
         found.setdefault(name, entry)["prompts"] += most[source]
     return [found[name] for name in sorted(found)]
 
@@ -243,7 +276,10 @@ def _sources(store: Store, made: Made, licenses: Licenses) -> list[dict[str, Any
 def source_names(store: Store) -> set[str]:
     """Public names of all sources that the store has a record of."""
     ids = [name.removesuffix(".json") for name in store.files.names("inputs")]
-    return {public_name(str((store.inputs_about(data_id) or {}).get("source", UNKNOWN))) for data_id in ids}
+    return {
+        public_name(str((store.inputs_about(data_id) or {}).get("source", UNKNOWN)))
+        for data_id in ids
+    }
 
 
 def _grouped(said: Sequence[tuple[Mapping[str, Any], int]]) -> list[dict[str, Any]]:
@@ -258,7 +294,9 @@ def _grouped(said: Sequence[tuple[Mapping[str, Any], int]]) -> list[dict[str, An
 
 def public_about(about: Mapping[str, Any]) -> dict[str, Any]:
     """What a shard says of how its rows were made, without numbers of its own and paths of this machine."""
-    kept = {name: value for name, value in about.items() if name not in ("statistics", "again", "table")}
+    kept = {
+        name: value for name, value in about.items() if name not in ("statistics", "again", "table")
+    }
     settings = kept.get("settings")
     if isinstance(settings, Mapping) and isinstance(settings.get("source"), str):
         kept["settings"] = {**settings, "source": public_name(settings["source"])}
@@ -279,10 +317,14 @@ def without_paths(content: bytes, name: str) -> bytes:
 
     fields = json.loads(content)
     cut = public(fields)
-    return content if cut == fields else json.dumps(cut, indent=2, ensure_ascii=False).encode() + b"\n"
+    return (
+        content if cut == fields else json.dumps(cut, indent=2, ensure_ascii=False).encode() + b"\n"
+    )
 
 
 def unknown_licenses(provenance: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Ids of the models, and names of the sources, whose licence nobody stated."""
     models = [id_ for id_, model in provenance["models"].items() if model["license"] == UNKNOWN]
-    return models, [source["name"] for source in provenance["sources"] if source["license"] == UNKNOWN]
+    return models, [
+        source["name"] for source in provenance["sources"] if source["license"] == UNKNOWN
+    ]

@@ -11,7 +11,9 @@ from .export import Asked, export
 HUB = "hf://datasets/"
 
 
-def publish(asked: Asked, destination: str, *, say: Callable[[str], None], private: bool = False) -> dict[str, Any]:
+def publish(
+    asked: Asked, destination: str, *, say: Callable[[str], None], private: bool = False
+) -> dict[str, Any]:
     """Export with every licence given; to the Hub by way of a folder in the user's cache, which a resumed upload uses.
 
     Args:
@@ -31,7 +33,9 @@ def publish(asked: Asked, destination: str, *, say: Callable[[str], None], priva
         return export(asked, Path(destination), say=say, strict=True).to_json()
     repo = destination.removeprefix(HUB).strip("/")
     if not destination.startswith(HUB) or repo.count("/") != 1:
-        raise UsageError(f"{destination}: name a folder, or a dataset of the Hub as {HUB}USER/NAME.")
+        raise UsageError(
+            f"{destination}: name a folder, or a dataset of the Hub as {HUB}USER/NAME."
+        )
     from .hub import upload
 
     exported = export(asked, _cache() / repo.replace("/", "--"), say=say, strict=True, repo=repo)
@@ -40,4 +44,6 @@ def publish(asked: Asked, destination: str, *, say: Callable[[str], None], priva
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stillroom" / "publish"
+    return (
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stillroom" / "publish"
+    )

@@ -1,7 +1,7 @@
 """What a report is made of: sections of blocks, written once and drawn twice, as Markdown and as a page.
 
-All text in blocks is finished: numbers are printed already, so both pages show the same digits. It may hold `code` and
-**strong** words, nothing else of Markdown.
+All text in blocks is finished: numbers are printed already, so both pages show the same digits. It
+may hold `code` and **strong** words, nothing else of Markdown.
 """
 
 from collections.abc import Sequence

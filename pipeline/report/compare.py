@@ -17,10 +17,14 @@ COLOURS = 6
 def page(reports: Mapping[str, Mapping[str, Any]]) -> Page:
     """A comparison of reports, by run folder.
 
-    Runs that differ in `run.seed` (and `run.dir`) only are one: means and 95 % intervals over seeds.
+    Runs that differ in `run.seed` (and `run.dir`) only are one: means and 95 % intervals over
+    seeds.
     """
     groups = grouped(reports)
-    seeded, single = [g for g in groups if len(g.seeds) > 1], [g for g in groups if len(g.seeds) == 1]
+    seeded, single = (
+        [g for g in groups if len(g.seeds) > 1],
+        [g for g in groups if len(g.seeds) == 1],
+    )
     differing = _differing([group.recipe() for group in groups])
     named = {_group_name(group): group for group in groups}
     same = Text(f"Nothing{' but the seed' if seeded else ': the recipes are the same'}.")
@@ -37,12 +41,21 @@ def page(reports: Mapping[str, Mapping[str, Any]]) -> Page:
 
 def _judged_apart(groups: Sequence[Group]) -> list[str]:
     """A warning where the runs' numbers are of different rows, or may be."""
-    judged = [report["evaluation"]["measured_on"] for group in groups for report in group.reports.values()]
+    judged = [
+        report["evaluation"]["measured_on"] for group in groups for report in group.reports.values()
+    ]
     tables = [one.get("table") for one in judged]
-    if any(len({one["snapshot"] for one in judged if one.get("table") == table}) > 1 for table in tables):
-        return ["**These runs were judged on different held-out rows: their numbers are not comparable one to one.**"]
+    if any(
+        len({one["snapshot"] for one in judged if one.get("table") == table}) > 1
+        for table in tables
+    ):
+        return [
+            "**These runs were judged on different held-out rows: their numbers are not comparable one to one.**"
+        ]
     if len(set(tables)) > 1:
-        return ["Some were judged on text alone, others on scored text: the same text if data and holdout agree."]
+        return [
+            "Some were judged on text alone, others on scored text: the same text if data and holdout agree."
+        ]
     return []
 
 
@@ -54,7 +67,10 @@ def _group_name(group: Group) -> str:
 def _group_outcome(group: Group) -> str:
     if len(group.seeds) == 1:
         return str(group.first["outcome"])
-    runs = ", ".join(f"seed {seed} in {inline(run)}" for run, seed in zip(group.reports, group.seeds, strict=True))
+    runs = ", ".join(
+        f"seed {seed} in {inline(run)}"
+        for run, seed in zip(group.reports, group.seeds, strict=True)
+    )
     measure = "kl_teacher" if "kl_teacher" in group.difference() else "cross_entropy"
     mean, half = group.difference().get(measure, (0.0, None))
     if half is None:
@@ -66,7 +82,11 @@ def _group_outcome(group: Group) -> str:
 
 def _side_by_side(groups: Sequence[Group]) -> Section:
     """Runs of one seed each."""
-    return _table(groups, [group.first["evaluation"]["results"] for group in groups], "± is one standard error.")
+    return _table(
+        groups,
+        [group.first["evaluation"]["results"] for group in groups],
+        "± is one standard error.",
+    )
 
 
 def _over_seeds(groups: Sequence[Group]) -> Section:
@@ -76,8 +96,8 @@ def _over_seeds(groups: Sequence[Group]) -> Section:
         arms = group.results() | {"difference": group.difference()}
         found.append({arm: _with_errors(intervals) for arm, intervals in arms.items()})
     note = (
-        "± is half of the 95 % interval over seeds (Student's t): what another seed would give, on the same data. The "
-        "difference is taken seed by seed."
+        "± is half of the 95 % interval over seeds (Student's t): what another seed would give, "
+        "on the same data. The difference is taken seed by seed."
     )
     return _table(groups, found, note)
 
@@ -85,7 +105,11 @@ def _over_seeds(groups: Sequence[Group]) -> Section:
 def _table(groups: Sequence[Group], results: Sequence[tables.Results], note: str) -> Section:
     """One block of lines per group."""
     columns = tables.measures([arm for arms in results for arm in arms.values()])
-    bound = any(r["evaluation"]["measured_on"]["kl_is_lower_bound"] for g in groups for r in g.reports.values())
+    bound = any(
+        r["evaluation"]["measured_on"]["kl_is_lower_bound"]
+        for g in groups
+        for r in g.reports.values()
+    )
     rows = [
         [_group_name(group), *row]
         for group, arms in zip(groups, results, strict=True)
@@ -98,13 +122,21 @@ def _table(groups: Sequence[Group], results: Sequence[tables.Results], note: str
 
 def _curves(named: Mapping[str, Group]) -> Section | None:
     """Losses and KL by position of the students, a colour per group; of several seeds the first."""
-    chosen = [(name, f"run-{n}", group.first) for n, (name, group) in enumerate(named.items()) if n < COLOURS]
+    chosen = [
+        (name, f"run-{n}", group.first)
+        for n, (name, group) in enumerate(named.items())
+        if n < COLOURS
+    ]
     plain = {name: name.replace("`", "") for name, _, _ in chosen}
     trained = [(plain[name], colour, report["train"]["student"]) for name, colour, report in chosen]
-    of = {str(report["evaluation"]["measured_on"].get("of", "tokens")).removesuffix("s") for _, _, report in chosen}
+    of = {
+        str(report["evaluation"]["measured_on"].get("of", "tokens")).removesuffix("s")
+        for _, _, report in chosen
+    }
     panels: list[Panel] = figures.losses(trained, of=" or ".join(sorted(of)))
     views = [
-        (name, colour, (report["evaluation"].get("views") or {}).get("by_position")) for name, colour, report in chosen
+        (name, colour, (report["evaluation"].get("views") or {}).get("by_position"))
+        for name, colour, report in chosen
     ]
     lines = [(plain[name], colour, "student", about) for name, colour, about in views if about]
     if apart := [line for line in lines if line[3]["measure"] == "kl_teacher"]:

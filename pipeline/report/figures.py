@@ -8,7 +8,12 @@ from ..numbers import count, percent
 from .blocks import Table
 from .plots import Bars, Line, Lines, Panel, Stacks, short
 
-LEGEND = {"teacher": "teacher", "student_before": "before training", "baseline": "baseline", "student": "student"}
+LEGEND = {
+    "teacher": "teacher",
+    "student_before": "before training",
+    "baseline": "baseline",
+    "student": "student",
+}
 RARE = 0.005
 """Bins of the reliability diagram with a smaller share of the tokens are in its table only."""
 Named = tuple[str, str, Mapping[str, Any]]
@@ -31,10 +36,14 @@ def losses(trained: Sequence[Named], *, of: str = "token") -> list[Panel]:
     """
     panels: list[Panel] = []
     for field, title in _PARTS:
-        lines = [line for name, colour, train in trained for line in _curves(field, name, colour, train)]
+        lines = [
+            line for name, colour, train in trained for line in _curves(field, name, colour, train)
+        ]
         if len({(*line.x, *line.y) for line in lines}) == 1:  # one learning rate for all
             lines = lines[-1:]
-        alone = field == "loss" and not any(_points("soft", train.get("history") or []) for _, _, train in trained)
+        alone = field == "loss" and not any(
+            _points("soft", train.get("history") or []) for _, _, train in trained
+        )
         if lines and not alone:  # the loss of cross-entropy alone is the cross-entropy
             panels.append(
                 Lines(
@@ -49,10 +58,15 @@ def losses(trained: Sequence[Named], *, of: str = "token") -> list[Panel]:
 
 def _curves(field: str, name: str, colour: str, train: Mapping[str, Any]) -> list[Line]:
     found = []
-    for points, what in ((train.get("history") or [], ""), (train.get("validation") or [], ", validation")):
+    for points, what in (
+        (train.get("history") or [], ""),
+        (train.get("validation") or [], ", validation"),
+    ):
         if values := _points(field, points):
             x, y = zip(*values, strict=True)
-            found.append(Line(name=name + what, colour=colour, x=x, y=y, dashed=bool(what), dots=bool(what)))
+            found.append(
+                Line(name=name + what, colour=colour, x=x, y=y, dashed=bool(what), dots=bool(what))
+            )
     return found
 
 
@@ -69,7 +83,9 @@ def by_position(arms: Sequence[tuple[str, str, str, Mapping[str, Any]]]) -> Line
     lines = []
     for name, colour, arm, about in arms:
         bins = [
-            (edge + 1, b) for edge, b in zip(about["edges"], about["arms"].get(arm, ()), strict=False) if b["tokens"]
+            (edge + 1, b)
+            for edge, b in zip(about["edges"], about["arms"].get(arm, ()), strict=False)
+            if b["tokens"]
         ]
         if bins:
             errors = [b["se"] for _, b in bins]
@@ -90,7 +106,14 @@ def by_position(arms: Sequence[tuple[str, str, str, Mapping[str, Any]]]) -> Line
     kl = arms[0][3]["measure"] == "kl_teacher"
     title = ("KL to the teacher" if kl else "Cross-entropy") + " by position"
     far = min(values) > 0 and max(values) > 12 * min(values)
-    return Lines(title=title, x="scored token, counted from 1", y="nats/token", lines=lines, log_x=True, log_y=far)
+    return Lines(
+        title=title,
+        x="scored token, counted from 1",
+        y="nats/token",
+        lines=lines,
+        log_x=True,
+        log_y=far,
+    )
 
 
 def position_names(edges: Sequence[int], bins: int) -> list[str]:
@@ -115,17 +138,27 @@ def reliability(arms: Mapping[str, Sequence[Mapping[str, Any]]]) -> Lines:
         for arm, bins in arms.items()
     ]
     return Lines(
-        title="Reliability", x="confidence in the best token", y="how often it is right", lines=lines, diagonal=True
+        title="Reliability",
+        x="confidence in the best token",
+        y="how often it is right",
+        lines=lines,
+        diagonal=True,
     )
 
 
-def distributions(views: Mapping[str, Any], measured: Mapping[str, Any]) -> list[tuple[Panel, Table]]:
+def distributions(
+    views: Mapping[str, Any], measured: Mapping[str, Any]
+) -> list[tuple[Panel, Table]]:
     """Histograms of the held-out rows: kept mass, the teacher's entropy, lengths; and mass by number of entries."""
     found: list[tuple[Panel, Table]] = []
     if about := views.get("kept_mass"):
-        kept = f"best {count(about['k'])}" if about["kind"] == "topk" else f"topp, mass {about['p']:g}"
+        kept = (
+            f"best {count(about['k'])}" if about["kind"] == "topk" else f"topp, mass {about['p']:g}"
+        )
         what = f"Mass kept ({kept})"
-        found.append(_histogram(what, "mass of the entries", bins=(about["edges"], about["tokens"])))
+        found.append(
+            _histogram(what, "mass of the entries", bins=(about["edges"], about["tokens"]))
+        )
     if about := views.get("mass_by_k"):
         found.append(_ladder(about["best"]))
     if about := views.get("entropy"):
@@ -139,7 +172,12 @@ def distributions(views: Mapping[str, Any], measured: Mapping[str, Any]) -> list
 
 
 def _histogram(
-    title: str, x: str, *, bins: tuple[Sequence[float], Sequence[int]], unit: str = "tokens", merge: int = 1
+    title: str,
+    x: str,
+    *,
+    bins: tuple[Sequence[float], Sequence[int]],
+    unit: str = "tokens",
+    merge: int = 1,
 ) -> tuple[Panel, Table]:
     """Shares per bin (edges, counts), empty ends left out; `merge`: bins that the table takes together."""
     edges, counts = bins
@@ -160,14 +198,26 @@ def _histogram(
         high = labels[low + merge] if low + merge < len(labels) else ""
         held = sum(counts[low : low + merge])
         rows.append(
-            [f"{labels[low]} to {high}" if high else f"{labels[low]} or more", count(held), percent(held / whole)]
+            [
+                f"{labels[low]} to {high}" if high else f"{labels[low]} or more",
+                count(held),
+                percent(held / whole),
+            ]
         )
     return bars, Table([x, unit, "share"], rows)
 
 
 def _ladder(best: Sequence[Mapping[str, Any]]) -> tuple[Panel, Table]:
-    line = Line(name="teacher", colour="teacher", x=[b["k"] for b in best], y=[b["mass"] for b in best], dots=True)
-    panel = Lines(title="Mass of the best K entries", x="K", y="mean mass", lines=[line], log_x=True)
+    line = Line(
+        name="teacher",
+        colour="teacher",
+        x=[b["k"] for b in best],
+        y=[b["mass"] for b in best],
+        dots=True,
+    )
+    panel = Lines(
+        title="Mass of the best K entries", x="K", y="mean mass", lines=[line], log_x=True
+    )
     return panel, Table(["K", "mean mass"], [[count(b["k"]), percent(b["mass"], 2)] for b in best])
 
 

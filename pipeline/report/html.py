@@ -108,7 +108,11 @@ def _of_position(position: Position, block: Tokens) -> dict[str, Any]:
 
 def _said(said: Said) -> dict[str, Any]:
     best = [[printable(text), decimals(p, 3), round(p, 3)] for text, p in said.best]
-    return {"p": decimals(said.token, 3), "kl": None if said.kl is None else decimals(said.kl, 3), "best": best}
+    return {
+        "p": decimals(said.token, 3),
+        "kl": None if said.kl is None else decimals(said.kl, 3),
+        "best": best,
+    }
 
 
 def _anchor(title: str) -> str:

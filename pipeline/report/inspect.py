@@ -25,7 +25,9 @@ SHOWN = 5  # entries of a target
 TABLES: tuple[TableName, ...] = ("soft_targets", "generations")
 
 
-def show(place: str, key: str | None, *, columns: int, colours: bool) -> tuple[dict[str, Any], list[Any]]:
+def show(
+    place: str, key: str | None, *, columns: int, colours: bool
+) -> tuple[dict[str, Any], list[Any]]:
     """A row of a store, or of a run folder one of the held-out rows that its report holds; as data and for people.
 
     `columns`: characters of a line; `colours`: whether it goes to a terminal.
@@ -41,19 +43,26 @@ def show(place: str, key: str | None, *, columns: int, colours: bool) -> tuple[d
     return sample, render(sample, columns=columns, colours=colours)
 
 
-def _of_run(run_dir: str, begin: str, *, columns: int, colours: bool) -> tuple[dict[str, Any], list[Any]]:
+def _of_run(
+    run_dir: str, begin: str, *, columns: int, colours: bool
+) -> tuple[dict[str, Any], list[Any]]:
     rows = [row for row in rows_of(load_report(Path(run_dir))["evaluation"]) if row.arms]
     if not rows:
         raise UsageError(
-            f"{run_dir}: its report holds no rows token by token (no teacher's distribution, or texts that are "
-            "classified). Give the store instead of the run folder."
+            f"{run_dir}: its report holds no rows token by token (no teacher's distribution, or "
+            "texts that are classified). Give the store instead of the run folder."
         )
     keys = ", ".join(row.key[:8] for row in rows)
     fitting = [row for row in rows if row.key.startswith(begin)]
     if not fitting or (begin and len(fitting) > 1):
-        raise UsageError(f"{run_dir}: {len(fitting)} held-out rows have keys that begin with {begin!r}. It has {keys}.")
+        raise UsageError(
+            f"{run_dir}: {len(fitting)} held-out rows have keys that begin with {begin!r}. It has "
+            f"{keys}."
+        )
     row = fitting[0]
-    title = Text(f"held-out row {row.key}; {'coloured by ' * colours}KL(teacher || student) in nats\n")
+    title = Text(
+        f"held-out row {row.key}; {'coloured by ' * colours}KL(teacher || student) in nats\n"
+    )
     return asdict(row), [
         title,
         *drawn(row, columns=columns, colours=colours),
@@ -80,10 +89,16 @@ def find_row(store: Store, key: str | None) -> dict[str, Any]:
         wanted = "row" if key is None else f"row whose key begins with {key}"
         raise UsageError(f"{store.root}: no {wanted} in soft_targets or generations. {how}")
     if len(matches) > 1:
-        raise UsageError(f"{store.root}: {len(matches)} rows have keys that begin with {key!r}. Give more of it. {how}")
+        raise UsageError(
+            f"{store.root}: {len(matches)} rows have keys that begin with {key!r}. Give more of "
+            f"it. {how}"
+        )
     table, shard, row = matches[0]
     about = store.shard(table, shard).about
-    return next(iter(store.rows(table, {shard: [row]}))) | {"table": table, "class_names": about.get("class_names")}
+    return next(iter(store.rows(table, {shard: [row]}))) | {
+        "table": table,
+        "class_names": about.get("class_names"),
+    }
 
 
 def _keys(store: Store, table: TableName) -> Iterator[tuple[bytes, str, int]]:
@@ -118,10 +133,13 @@ def describe(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
         show = classes.__getitem__ if classes else partial(_show, tokenizer)
         if classes:
             found["label"] = None if row["label"] is None else classes[row["label"]]
-            found["text"] = tokenizer.decode(ids, skip_special_tokens=False) if tokenizer else " ".join(tokens)
+            found["text"] = (
+                tokenizer.decode(ids, skip_special_tokens=False) if tokenizer else " ".join(tokens)
+            )
         found["kept"] = Kept.of_row(row).named() | {"mantissa_bits": row["mantissa_bits"]}
         found["positions"] = [
-            _position(targets.positions(slice(n, n + 1)), start + n, show) for n in range(row["span_tokens"])
+            _position(targets.positions(slice(n, n + 1)), start + n, show)
+            for n in range(row["span_tokens"])
         ]
     return found
 
@@ -133,7 +151,9 @@ def _position(targets: SoftTargets, index: int, show: Callable[[int], str]) -> d
     ids = best if targets.ids is None else targets.ids[0][best]
     entries = [[show(int(i)), float(probabilities[b])] for i, b in zip(ids, best, strict=True)]
     if targets.counts is not None:
-        entries = [[*entry, int(targets.counts[0][b])] for entry, b in zip(entries, best, strict=True)]
+        entries = [
+            [*entry, int(targets.counts[0][b])] for entry, b in zip(entries, best, strict=True)
+        ]
     return {
         "index": index,
         "token_logprob": float(targets.token_logprob[0]),
@@ -149,7 +169,9 @@ def _tempered(targets: SoftTargets) -> dict[str, float]:
     if targets.logprobs is None or targets.temperatures is None or targets.tempered_tails is None:
         return {}
     found = {}
-    for t, tail in zip(targets.temperatures.tolist(), targets.tempered_tails[0].tolist(), strict=True):
+    for t, tail in zip(
+        targets.temperatures.tolist(), targets.tempered_tails[0].tolist(), strict=True
+    ):
         entries = np.logaddexp.reduce(targets.logprobs[0].astype(np.float64) / t)
         found[f"{t:g}"] = float(np.exp(tail - np.logaddexp(entries, tail)))
     return found
@@ -168,7 +190,9 @@ def render(sample: dict[str, Any], *, columns: int, colours: bool) -> list[Any]:
     elif positions:
         marked = "coloured by the teacher's -log p" if colours else f"scored from index {start}"
         # Surprise is several nats where a KL is one: the same shades for both.
-        scored = zip(sample["texts"][start:], (-p["token_logprob"] / 4 for p in positions), strict=False)
+        scored = zip(
+            sample["texts"][start:], (-p["token_logprob"] / 4 for p in positions), strict=False
+        )
         text = coloured("".join(sample["texts"][:start]), list(scored), colours=colours)
     else:
         marked, text = f"written from index {start}", Text(printable("".join(sample["texts"])))
@@ -191,16 +215,32 @@ def _targets_table(sample: dict[str, Any], columns: int) -> Table:
     tempered = list(sample["positions"][0]["tempered_tail"])
     table = Table(box=None, pad_edge=False)
     table.add_column("index", justify="right", no_wrap=True)
-    table.add_column("gold label" if "label" in sample else "token", no_wrap=True, max_width=12, overflow="ellipsis")
+    table.add_column(
+        "gold label" if "label" in sample else "token",
+        no_wrap=True,
+        max_width=12,
+        overflow="ellipsis",
+    )
     numbers = ("p", "entropy", *([] if sampled else ["tail", *(f"tail at {t}" for t in tempered)]))
     for name in numbers:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("drawn most" if sampled else "the teacher's best", no_wrap=True)
     width = max(18, columns - 21 - sum(max(len(name), 6) + 2 for name in numbers))
     for p in sample["positions"]:
-        best = [(_readable(e[0]), f"{e[1]:.3f}", *(f"({count})" for count in e[2:])) for e in p["entries"]]
-        tails = [] if sampled else [f"{p['tail']:.4f}", *(f"{p['tempered_tail'][t]:.4f}" for t in tempered)]
-        token = (sample["label"] or "none") if "label" in sample else visible(sample["texts"][p["index"]])
+        best = [
+            (_readable(e[0]), f"{e[1]:.3f}", *(f"({count})" for count in e[2:]))
+            for e in p["entries"]
+        ]
+        tails = (
+            []
+            if sampled
+            else [f"{p['tail']:.4f}", *(f"{p['tempered_tail'][t]:.4f}" for t in tempered)]
+        )
+        token = (
+            (sample["label"] or "none")
+            if "label" in sample
+            else visible(sample["texts"][p["index"]])
+        )
         shown = (f"{np.exp(p['token_logprob']):.4f}", f"{p['entropy']:.3f}", *tails)
         table.add_row(str(p["index"]), Text(token), *shown, Text(fitting(best, width)))
     return table

@@ -12,7 +12,11 @@ WORST = 8
 
 def page(content: Page) -> str:
     """A whole report."""
-    parts = [f"# {content.title}", *(block(b) for b in content.lead), *(block(s) for s in content.sections)]
+    parts = [
+        f"# {content.title}",
+        *(block(b) for b in content.lead),
+        *(block(s) for s in content.sections),
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -32,7 +36,9 @@ def block(content: Block, *, level: int = 2) -> str:
         case Samples():
             return _samples(content, level)
         case Tokens(rows, arms):
-            return "\n\n".join(_tokens(row, next(a for a in row.arms if a in arms), level) for row in rows)
+            return "\n\n".join(
+                _tokens(row, next(a for a in row.arms if a in arms), level) for row in rows
+            )
         case Section(title, blocks):
             return f"{'#' * level} {title}\n\n{_joined(blocks, level + 1)}"
 

@@ -1,6 +1,7 @@
 """Plots of a report: lines and bars by matplotlib, as SVG that lies inside a page and follows its colours.
 
-Colours are names of CSS variables (`--student`, `--ink` ...), so that one drawing serves light and dark; text is text.
+Colours are names of CSS variables (`--student`, `--ink` ...), so that one drawing serves light and
+dark; text is text.
 """
 
 import io
@@ -18,7 +19,8 @@ WIDTH, HEIGHT = 440, 264
 _DPI = 72
 _COLOURS = ["ink", "soft-ink", "grid", "teacher", "student_before", "baseline", "student"]
 _COLOURS += ["start", "model", "tokenizer", "disk", "other", *(f"run-{n}" for n in range(6))]
-# No other colour of matplotlib's is so dark: each stands for one variable, and is replaced by it in the drawing.
+# No other colour of matplotlib's is so dark: each stands for one variable, and is replaced by it in
+# the drawing.
 _STANDS_FOR = {name: f"#0000{number + 1:02x}" for number, name in enumerate(_COLOURS)}
 
 
@@ -79,7 +81,11 @@ def legend(panel: Panel) -> list[tuple[str, str, bool]]:
     if isinstance(panel, Lines):
         found = [(line.name, line.colour, line.dashed) for line in panel.lines]
         return [*found, ("perfect calibration", "soft-ink", True)] if panel.diagonal else found
-    return [(name, colour, False) for name, colour, _ in panel.parts] if isinstance(panel, Stacks) else []
+    return (
+        [(name, colour, False) for name, colour, _ in panel.parts]
+        if isinstance(panel, Stacks)
+        else []
+    )
 
 
 def svg(panel: Panel) -> str:
@@ -112,7 +118,9 @@ def svg(panel: Panel) -> str:
     with mpl.rc_context():
         mpl.rcdefaults()  # not the user's style
         mpl.rcParams.update(settings)
-        figure = Figure(figsize=(WIDTH / _DPI, height / _DPI), dpi=_DPI, layout="constrained", facecolor="none")
+        figure = Figure(
+            figsize=(WIDTH / _DPI, height / _DPI), dpi=_DPI, layout="constrained", facecolor="none"
+        )
         axes = figure.add_subplot(facecolor="none")
         if isinstance(panel, Lines):
             _draw_lines(axes, panel)
@@ -121,7 +129,11 @@ def svg(panel: Panel) -> str:
         else:
             _draw_stacks(axes, panel)
         drawn = io.StringIO()
-        figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None, "Type": None, "Format": None})
+        figure.savefig(
+            drawn,
+            format="svg",
+            metadata={"Date": None, "Creator": None, "Type": None, "Format": None},
+        )
     return _inline(drawn.getvalue(), panel.title)
 
 
@@ -134,7 +146,9 @@ def _draw_lines(axes: "Axes", panel: Lines) -> None:
     for line in panel.lines:
         colour: Any = _STANDS_FOR[line.colour]
         if line.spread:
-            low, high = ([y + sign * s for y, s in zip(line.y, line.spread, strict=True)] for sign in (-1, 1))
+            low, high = (
+                [y + sign * s for y, s in zip(line.y, line.spread, strict=True)] for sign in (-1, 1)
+            )
             axes.fill_between(line.x, low, high, color=colour, alpha=0.18, linewidth=0)
         style: Any = (0, (4, 2)) if line.dashed else "-"
         marker = "o" if line.dots or len(line.x) == 1 else ""

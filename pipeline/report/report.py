@@ -1,7 +1,8 @@
 """The report of a run: what was gained, in a sentence, a table and the facts behind it; as a page, Markdown and JSON.
 
-It is made from `evaluation.json`, `train.json` and `settings.json` of a training run and from what the runner knows;
-nothing here loads a model or opens a store. `compare.py` lays several over one another.
+It is made from `evaluation.json`, `train.json` and `settings.json` of a training run and from what
+the runner knows; nothing here loads a model or opens a store. `compare.py` lays several over one
+another.
 """
 
 import json
@@ -35,9 +36,11 @@ def write_report(run_dir: Path, train_dir: Path, facts: Mapping[str, Any]) -> Pa
 
     Args:
         run_dir: Folder of the run.
-        train_dir: Folder of the student's training run; holds evaluation.json, train.json and settings.json.
-        facts: What the runner knows, each shown where it is there: `stages` (name -> rows, rejected, tokens, bytes,
-            bytes_per_token, seconds, tokens_per_second), `rejects` (stage -> reasons), `store`, `versions`, `machine`.
+        train_dir: Folder of the student's training run; holds evaluation.json, train.json and
+            settings.json.
+        facts: What the runner knows, each shown where it is there: `stages` (name -> rows,
+            rejected, tokens, bytes, bytes_per_token, seconds, tokens_per_second), `rejects` (stage
+            -> reasons), `store`, `versions`, `machine`.
 
     Returns:
         The path of report.html.
@@ -47,7 +50,11 @@ def write_report(run_dir: Path, train_dir: Path, facts: Mapping[str, Any]) -> Pa
     """
     evaluation = _read(train_dir / "evaluation.json")
     settings = _read(train_dir / "settings.json")
-    trained = {arm: train_dir.with_name(evaluation["arms"][arm]) for arm in TRAINED if arm in evaluation["arms"]}
+    trained = {
+        arm: train_dir.with_name(evaluation["arms"][arm])
+        for arm in TRAINED
+        if arm in evaluation["arms"]
+    }
     report = {
         "title": sections.title(settings),
         "outcome": outcome(evaluation),
@@ -85,7 +92,9 @@ def page(report: Mapping[str, Any]) -> Page:
     found = [
         tables.results(evaluation, report["settings"].get("recipe", {})),
         sections.what_was_run(report),
-        sections.training(report["train"], of=evaluation["measured_on"].get("of", "tokens").removesuffix("s")),
+        sections.training(
+            report["train"], of=evaluation["measured_on"].get("of", "tokens").removesuffix("s")
+        ),
         sections.distance(evaluation),
         sections.tokens(evaluation),
         sections.samples(evaluation),
@@ -93,7 +102,11 @@ def page(report: Mapping[str, Any]) -> Page:
         sections.stages(report["facts"]),
         sections.provenance(report),
     ]
-    return Page(report["title"], [Text(f"**{report['outcome']}**")], [section for section in found if section])
+    return Page(
+        report["title"],
+        [Text(f"**{report['outcome']}**")],
+        [section for section in found if section],
+    )
 
 
 def outcome(evaluation: Mapping[str, Any]) -> str:
@@ -103,16 +116,17 @@ def outcome(evaluation: Mapping[str, Any]) -> str:
     than = {"baseline": "cross-entropy alone", "student_before": "before training"}[other]
     measure = "cross_entropy" if results["student"]["kl_teacher"] is None else "kl_teacher"
     bound = evaluation["measured_on"]["kl_is_lower_bound"]
-    name = "cross-entropy" if measure == "cross_entropy" else "KL, a lower bound," if bound else "KL"
+    name = (
+        "cross-entropy" if measure == "cross_entropy" else "KL, a lower bound," if bound else "KL"
+    )
     values = f"{name} {nats(results['student'][measure])} against {nats(results[other][measure])}"
     if "accuracy" in results["student"]:
         accuracies = [percent(results[arm]["accuracy"]) for arm in ("student", other)]
         values += f"; accuracy {accuracies[0]} against {accuracies[1]}"
     gap, error = differences[other][measure], differences[other][f"{measure}_se"]
     if error is not None and abs(gap) <= 2 * error:
-        return (
-            f"The distilled student does not clearly differ from {than}: {nats(gap)} ± {nats(error)} nats ({values})."
-        )
+        gained = f"{nats(gap)} ± {nats(error)} nats"
+        return f"The distilled student does not clearly differ from {than}: {gained} ({values})."
     if measure == "kl_teacher":
         how = f"{nats(abs(gap))} nats {'closer to' if gap <= 0 else 'farther from'} the teacher"
     else:
@@ -141,7 +155,9 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path}: no such file, so this run is not finished. Run `stillroom run RECIPE` first."
         ) from error
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: not readable as JSON ({error}). Run `stillroom run RECIPE` again.") from error
+        raise UsageError(
+            f"{path}: not readable as JSON ({error}). Run `stillroom run RECIPE` again."
+        ) from error
     assert isinstance(content, dict)
     return content
 
@@ -149,7 +165,8 @@ def _read(path: Path) -> dict[str, Any]:
 def show(run_dirs: Sequence[Path], out: Path | None) -> tuple[str, Path, dict[str, Any]]:
     """Markdown, the file that the page is in, and the same for programs.
 
-    A run's page lies in its folder already and is written there only if it is missing; a comparison is written to
+    A run's page lies in its folder already and is written there only if it is missing; a comparison
+    is written to
     `comparison.html` in the current folder, or to `out`.
 
     Raises:

@@ -88,13 +88,20 @@ def result_rows(results: Results, columns: Sequence[Measure]) -> list[list[str]]
 
 def known_arms(results: Results) -> list[str]:
     """The arms, teacher first, without a teacher of whom nothing was stored."""
-    return [arm for arm in LINES if arm in results and any(v is not None for v in results[arm].values())]
+    return [
+        arm for arm in LINES if arm in results and any(v is not None for v in results[arm].values())
+    ]
 
 
-def result_cells(result: Mapping[str, Any], columns: Sequence[Measure], *, errors: bool = True) -> list[str]:
+def result_cells(
+    result: Mapping[str, Any], columns: Sequence[Measure], *, errors: bool = True
+) -> list[str]:
     """An arm's numbers as text; `errors` adds standard errors."""
     # The teacher's distance to itself is 0 by definition: its standard error of 0 says nothing.
-    return [m.show(result.get(m.name), error=result.get(f"{m.name}_se") or None if errors else None) for m in columns]
+    return [
+        m.show(result.get(m.name), error=result.get(f"{m.name}_se") or None if errors else None)
+        for m in columns
+    ]
 
 
 def results(evaluation: Mapping[str, Any], recipe: Mapping[str, Any]) -> Section:
@@ -103,7 +110,11 @@ def results(evaluation: Mapping[str, Any], recipe: Mapping[str, Any]) -> Section
     headers = result_headers(columns, bound=measured["kl_is_lower_bound"])
     drawn = Table(headers, result_rows(evaluation["results"], columns), strong=ARMS["student"])
     unshared = evaluation["results"]["student"].get("unshared_mass") or 0.0
-    notes = [*_measured_on(measured, unshared), *_paired(evaluation["differences"]), *_gradient(evaluation)]
+    notes = [
+        *_measured_on(measured, unshared),
+        *_paired(evaluation["differences"]),
+        *_gradient(evaluation),
+    ]
     notes += _sampled_otherwise(recipe)
     if evaluation["answers"]:
         notes.append(_answers(evaluation["answers"]))
@@ -117,8 +128,9 @@ def _sampled_otherwise(recipe: Mapping[str, Any]) -> list[str]:
     if temperature == 1.0 and top_p == 1.0:
         return []
     return [
-        f"The text was sampled at temperature {temperature}, top-p {top_p}: not as its author's probabilities say, so "
-        "even a perfect copy of the author is not calibrated on it (ECE above 0)."
+        f"The text was sampled at temperature {temperature}, top-p {top_p}: not as its author's "
+        "probabilities say, so even a perfect copy of the author is not calibrated on it (ECE "
+        "above 0)."
     ]
 
 
@@ -126,31 +138,38 @@ def _measured_on(measured: Mapping[str, Any], unshared: float) -> list[str]:
     bins = measured["ece_bins"]
     if measured.get("of") == "texts":
         return [
-            f"Measured on {count(measured['rows'])} held-out texts with a gold label; ± is one standard error. "
-            f"Cross-entropy is with the gold labels, KL(teacher || student) exact. ECE: expected calibration error of "
-            f"the most likely class, {bins} equal-width bins. All of it is at temperature 1."
+            f"Measured on {count(measured['rows'])} held-out texts with a gold label; ± is one "
+            "standard error. Cross-entropy is with the gold labels, KL(teacher || student) "
+            f"exact. ECE: expected calibration error of the most likely class, {bins} equal-width "
+            "bins. All of it is at temperature 1."
         ]
     notes = [
-        f"Measured on {count(measured['tokens'])} held-out tokens ({count(measured['rows'])} rows of "
-        f"{count(measured['prompts'])} prompts); ± is one standard error over prompts. Cross-entropy is on the text "
-        f"that is there. ECE: expected calibration error of the most likely next token, {bins} equal-width bins."
+        f"Measured on {count(measured['tokens'])} held-out tokens ({count(measured['rows'])} rows "
+        f"of {count(measured['prompts'])} prompts); ± is one standard error over prompts. "
+        "Cross-entropy is on the text that is there. ECE: expected calibration error of the most "
+        f"likely next token, {bins} equal-width bins."
     ]
     if measured["reference"] is None:
-        return [f"{notes[0]} No teacher distribution was stored (no `score` section), so there is no KL."]
+        return [
+            f"{notes[0]} No teacher distribution was stored (no `score` section), so there is no KL."
+        ]
     about = (
-        "Acceptance: how often the teacher accepts a token that the arm proposes in speculative decoding, which is 1 "
-        "- total variation. "
+        "Acceptance: how often the teacher accepts a token that the arm proposes in speculative "
+        "decoding, which is 1 - total variation. "
     )
     if measured["kl_is_lower_bound"]:
         about += (
-            f"KL(teacher || student) and acceptance are over the teacher's {count(measured['k'])} best tokens and one "
-            "bucket for all others: a lower bound of the KL, an upper bound of the acceptance."
+            f"KL(teacher || student) and acceptance are over the teacher's {count(measured['k'])} "
+            "best tokens and one bucket for all others: a lower bound of the KL, an upper bound "
+            "of the acceptance."
         )
     else:
         about += "KL(teacher || student) and acceptance are exact, over the whole vocabulary."
     if unshared:
         how = (
-            "are in the bucket" if measured["kl_is_lower_bound"] else "are left out of the KL, the teacher renormalised"
+            "are in the bucket"
+            if measured["kl_is_lower_bound"]
+            else "are left out of the KL, the teacher renormalised"
         )
         about += f" Tokens that the student lacks hold {unshared:.2g} of the teacher's probability and {how}."
     return [*notes, about]
@@ -186,14 +205,16 @@ def _gradient(evaluation: Mapping[str, Any]) -> list[str]:
     best = f"the teacher's {count(measured['k'])} best tokens, renormalised"
     whole = best if measured["kl_is_lower_bound"] else "the whole distribution"
     return [
-        f"Gradient of the soft loss on {count(tokens)} held-out tokens, with the recipe's targets against {whole}: "
-        f"{'; '.join(parts)}. (0 degrees and 1 is a student that is taught all that the teacher says.)"
+        f"Gradient of the soft loss on {count(tokens)} held-out tokens, with the recipe's targets "
+        f"against {whole}: {'; '.join(parts)}. (0 degrees and 1 is a student that is taught all "
+        "that the teacher says.)"
     ]
 
 
 def _answers(answers: Mapping[str, Any]) -> str:
     pattern = f" ({inline(answers['pattern'])})" if answers["pattern"] else ""
     return (
-        f"Answers: {answers['metric']}{pattern}, 0 to 1, of greedy answers (at most {count(answers['max_tokens'])} "
-        f"tokens) to {count(answers['prompts'])} held-out prompts, against {answers['against']}."
+        f"Answers: {answers['metric']}{pattern}, 0 to 1, of greedy answers (at most "
+        f"{count(answers['max_tokens'])} tokens) to {count(answers['prompts'])} held-out prompts, "
+        f"against {answers['against']}."
     )

@@ -23,9 +23,16 @@ def what_was_run(report: Mapping[str, Any]) -> Section | None:
     train = report["train"]["student"]
     if not recipe:
         return None
-    teacher, student, data, loss = recipe["teacher"], recipe["student"], recipe["data"], recipe["loss"]
+    teacher, student, data, loss = (
+        recipe["teacher"],
+        recipe["student"],
+        recipe["data"],
+        recipe["loss"],
+    )
     score, generate = recipe.get("score"), recipe.get("generate")
-    overrides = ", ".join(f"{inline(name)} {value}" for name, value in (student.get("config") or {}).items())
+    overrides = ", ".join(
+        f"{inline(name)} {value}" for name, value in (student.get("config") or {}).items()
+    )
     fresh = f"fresh weights, the teacher's config with {overrides}"
     rows = [
         ["teacher", inline(teacher["model"])],
@@ -44,7 +51,9 @@ def _author(generate: Mapping[str, Any] | None) -> str:
     if generate is None:
         return "as given in the data"
     who = inline(generate["model"]) if generate.get("model") else "the teacher"
-    return f"written by {who}, {generate['samples']} per prompt, temperature {generate['temperature']}"
+    return (
+        f"written by {who}, {generate['samples']} per prompt, temperature {generate['temperature']}"
+    )
 
 
 def _kept(score: Mapping[str, Any]) -> str:
@@ -84,8 +93,8 @@ def scheduled(setting: float | Mapping[str, Any]) -> str:
     if setting["shape"] != "wsd":
         return f"({setting['shape']}: {setting['start']} to {setting['end']})"
     return (
-        f"(wsd: {setting['start']} to {setting['peak']} in {setting['warmup_fraction']} of the tokens, to "
-        f"{setting['end']} in the last {setting['decay_fraction']})"
+        f"(wsd: {setting['start']} to {setting['peak']} in {setting['warmup_fraction']} of the "
+        f"tokens, to {setting['end']} in the last {setting['decay_fraction']})"
     )
 
 
@@ -93,7 +102,8 @@ def _trained_on(train: Mapping[str, Any]) -> str:
     return (
         f"{count(train.get('tokens'))} tokens ({count(train.get('scored_tokens'))} scored), "
         f"{count(train.get('steps'))} steps, {decimals(train.get('epochs'), 2)} epochs, "
-        f"{duration(train.get('seconds'))}, {count(train.get('tokens_per_second'))} tokens/s{_rate_of(train)}"
+        f"{duration(train.get('seconds'))}, {count(train.get('tokens_per_second'))} "
+        f"tokens/s{_rate_of(train)}"
     )
 
 
@@ -101,7 +111,9 @@ def _rate_of(train: Mapping[str, Any]) -> str:
     """MFU with what it is measured against; nothing where a run does not know."""
     if not (peak := train.get("peak")):
         return ""
-    mfu, padding, waited = (decimals(100 * train[name], 1) for name in ("mfu", "padding_share", "waited_share"))
+    mfu, padding, waited = (
+        decimals(100 * train[name], 1) for name in ("mfu", "padding_share", "waited_share")
+    )
     return f" ({mfu} % of {peak['of']}; padding {padding} %, waiting for data {waited} %)"
 
 
@@ -119,21 +131,42 @@ def curve(arm: str, train: Mapping[str, Any]) -> Section | None:
     headers = ["tokens", "loss", "divergence", "cross-entropy"]
     blocks: list[Block] = []
     if history := thinned(train.get("history") or []):
-        moving = [name for name in ("soft_weight", "hard_weight", "temperature") if name in history[0]]
+        moving = [
+            name for name in ("soft_weight", "hard_weight", "temperature") if name in history[0]
+        ]
         rows = [
-            [*_losses(point), f"{point['learning_rate']:.2e}", *(decimals(point[name], 3) for name in moving)]
+            [
+                *_losses(point),
+                f"{point['learning_rate']:.2e}",
+                *(decimals(point[name], 3) for name in moving),
+            ]
             for point in history
         ]
-        blocks.append(Table([*headers, "learning rate", *(name.replace("_", " ") for name in moving)], rows))
+        blocks.append(
+            Table([*headers, "learning rate", *(name.replace("_", " ") for name in moving)], rows)
+        )
         if "temperature" in moving:
-            blocks.append(Text("The divergence is that at the temperature of its line, times the temperature squared."))
+            blocks.append(
+                Text(
+                    "The divergence is that at the temperature of its line, times the "
+                    "temperature squared."
+                )
+            )
     if validation := thinned(train.get("validation") or []):
-        blocks.append(Section(f"Validation: {ARMS[arm]}", [Table(headers, [_losses(point) for point in validation])]))
+        blocks.append(
+            Section(
+                f"Validation: {ARMS[arm]}",
+                [Table(headers, [_losses(point) for point in validation])],
+            )
+        )
     return Section(f"Training: {ARMS[arm]}", blocks) if blocks else None
 
 
 def _losses(point: Mapping[str, Any]) -> list[str]:
-    return [count(point["tokens"]), *(decimals(point.get(name)) for name in ("loss", "soft", "hard"))]
+    return [
+        count(point["tokens"]),
+        *(decimals(point.get(name)) for name in ("loss", "soft", "hard")),
+    ]
 
 
 def thinned(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -149,7 +182,11 @@ def distance(evaluation: Mapping[str, Any]) -> Section | None:
     panels: list[Any] = []
     numbers: list[Block] = []
     about = (evaluation.get("views") or {}).get("by_position")
-    if about and (panel := figures.by_position([(figures.LEGEND[arm], arm, arm, about) for arm in about["arms"]])):
+    if about and (
+        panel := figures.by_position(
+            [(figures.LEGEND[arm], arm, arm, about) for arm in about["arms"]]
+        )
+    ):
         panels.append(panel)
         numbers.append(Section(panel.title, [_by_position(about)]))
     if reliability := {arm: bins for arm, bins in evaluation["reliability"].items() if bins}:
@@ -162,8 +199,15 @@ def distance(evaluation: Mapping[str, Any]) -> Section | None:
     if by_position:
         notes.append("Bands by position are two standard errors over prompts.")
     if reliability:
-        notes.append(f"Bins with less than {percent(figures.RARE)} of the tokens are left out of the diagram.")
-    title = ("By position, and calibration" if reliability else "By position") if by_position else "Calibration"
+        notes.append(
+            f"Bins with less than {percent(figures.RARE)} of the tokens are left out of the "
+            "diagram."
+        )
+    title = (
+        ("By position, and calibration" if reliability else "By position")
+        if by_position
+        else "Calibration"
+    )
     return Section(title, [Figures(panels, numbers), Text(" ".join(notes))])
 
 
@@ -171,7 +215,8 @@ def _by_position(about: Mapping[str, Any]) -> Table:
     arms = about["arms"]
     first = next(iter(arms.values()))
     rows = [
-        [name, count(first[n]["tokens"])] + [decimals(bins[n]["mean"], error=bins[n]["se"]) for bins in arms.values()]
+        [name, count(first[n]["tokens"])]
+        + [decimals(bins[n]["mean"], error=bins[n]["se"]) for bins in arms.values()]
         for n, name in enumerate(figures.position_names(about["edges"], len(first)))
         if first[n]["tokens"]
     ]
@@ -181,12 +226,23 @@ def _by_position(about: Mapping[str, Any]) -> Table:
 def _reliability(reliability: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
     edges = sorted({b["up_to"] for bins in reliability.values() for b in bins})
     cells = {
-        (arm, b["up_to"]): f"{percent(b['confidence'])} / {percent(b['accuracy'])} ({count(b['tokens'])})"
+        (
+            arm,
+            b["up_to"],
+        ): f"{percent(b['confidence'])} / {percent(b['accuracy'])} ({count(b['tokens'])})"
         for arm, bins in reliability.items()
         for b in bins
     }
-    rows = [[decimals(edge, 3), *(cells.get((arm, edge), "-") for arm in reliability)] for edge in edges]
-    return Table(["confidence up to", *(f"{ARMS[arm]}: confidence / accuracy (number)" for arm in reliability)], rows)
+    rows = [
+        [decimals(edge, 3), *(cells.get((arm, edge), "-") for arm in reliability)] for edge in edges
+    ]
+    return Table(
+        [
+            "confidence up to",
+            *(f"{ARMS[arm]}: confidence / accuracy (number)" for arm in reliability),
+        ],
+        rows,
+    )
 
 
 def held_out(evaluation: Mapping[str, Any]) -> Section | None:
@@ -206,10 +262,12 @@ def tokens(evaluation: Mapping[str, Any]) -> Section | None:
         return None
     bound = ", a lower bound" if evaluation["measured_on"]["kl_is_lower_bound"] else ""
     about = (
-        f"Held-out text, each token coloured by KL(teacher || student) at its position{bound}: what the model says "
-        "before it sees the token."
+        f"Held-out text, each token coloured by KL(teacher || student) at its position{bound}: "
+        "what the model says before it sees the token."
     )
-    return Section("Token by token", [Text(about), Tokens(rows, {arm: ARMS[arm] for arm in rows[0].arms})])
+    return Section(
+        "Token by token", [Text(about), Tokens(rows, {arm: ARMS[arm] for arm in rows[0].arms})]
+    )
 
 
 def samples(evaluation: Mapping[str, Any]) -> Section | None:
@@ -249,7 +307,8 @@ def stages(facts: Mapping[str, Any]) -> Section | None:
     headers = ["stage", "rows", "tokens", "rejected", "bytes", "bytes/token", "time", "tokens/s"]
     note = "Rows and tokens are this run's; bytes and time are those of the whole store, which runs share."
     return Section(
-        "Time and bytes", [Table(headers, rows), Text(note), *_columns(facts["stages"]), *_clocks(facts["stages"])]
+        "Time and bytes",
+        [Table(headers, rows), Text(note), *_columns(facts["stages"]), *_clocks(facts["stages"])],
     )
 
 
@@ -261,7 +320,9 @@ def _columns(found: Mapping[str, Mapping[str, Any]]) -> list[Block]:
             whole = sum(sizes.values())
             shown = {column: value for column, value in sizes.items() if value >= whole / 100}
             shown["others"] = whole - sum(shown.values())
-            listed = ", ".join(f"{inline(column)} {decimals(value, 2)}" for column, value in shown.items())
+            listed = ", ".join(
+                f"{inline(column)} {decimals(value, 2)}" for column, value in shown.items()
+            )
             lines.append(f"{name}, bytes/token by column: {listed}")
     return [Bullets(lines)] if lines else []
 
@@ -278,10 +339,14 @@ def _clocks(found: Mapping[str, Mapping[str, Any]]) -> list[Block]:
     ]
     table = Table(["stage", *parts, "in all"], rows)
     note = (
-        "Where the time of a stage's process went. start: imports, loading, warming up; model: the model computes; "
-        "tokenizer: text to tokens and back; disk: the store is read and written."
+        "Where the time of a stage's process went. start: imports, loading, warming up; model: "
+        "the model computes; tokenizer: text to tokens and back; disk: the store is read and "
+        "written."
     )
-    return [Figures([figures.clocks(clocks, parts)], [Section("Where the time went", [table])]), Text(note)]
+    return [
+        Figures([figures.clocks(clocks, parts)], [Section("Where the time went", [table])]),
+        Text(note),
+    ]
 
 
 def provenance(report: Mapping[str, Any]) -> Section:
@@ -296,9 +361,13 @@ def provenance(report: Mapping[str, Any]) -> Section:
         **{f"commits of {name}": listed for name, listed in _commits(facts).items()},
         "training run": report["train_dir"],
         "versions": ", ".join(f"{k} {v}" for k, v in versions.items()),
-        "machine": ", ".join(f"{k}: {v}" for k, v in machine.items()) if isinstance(machine, Mapping) else machine,
+        "machine": ", ".join(f"{k}: {v}" for k, v in machine.items())
+        if isinstance(machine, Mapping)
+        else machine,
     }
-    blocks: list[Block] = [Bullets([f"{name}: {inline(value)}" for name, value in lines.items() if value])]
+    blocks: list[Block] = [
+        Bullets([f"{name}: {inline(value)}" for name, value in lines.items() if value])
+    ]
     if recipe := report["settings"].get("recipe"):
         as_yaml = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).rstrip()
         blocks.append(Code(as_yaml, "yaml", folded="The recipe, with every default"))
@@ -320,6 +389,5 @@ def title(report_settings: Mapping[str, Any]) -> str:
     if not recipe:
         return "Distillation report"
     student = recipe["student"].get("model")
-    return (
-        f"{Path(recipe['teacher']['model']).name} distilled into {Path(student).name if student else 'a fresh student'}"
-    )
+    name = Path(student).name if student else "a fresh student"
+    return f"{Path(recipe['teacher']['model']).name} distilled into {name}"

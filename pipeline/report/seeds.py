@@ -1,8 +1,8 @@
 """Runs that differ in their seed only, taken together: means and 95 % intervals over seeds.
 
-A seed is one draw of the student's initial weights and of the order of samples; data, teacher and held-out rows stay.
-So the intervals say what another seed would give, and nothing about other data: for that see the standard errors over
-prompts of each run.
+A seed is one draw of the student's initial weights and of the order of samples; data, teacher and
+held-out rows stay. So the intervals say what another seed would give, and nothing about other data:
+for that see the standard errors over prompts of each run.
 """
 
 import math
@@ -93,8 +93,8 @@ def interval(values: Sequence[float]) -> Interval:
 def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
     """The t with P(|T| <= t) = confidence, T of Student's distribution with `freedom` degrees of freedom.
 
-    Bisects over the angle arctan(t / sqrt(freedom)), in which that probability is a finite sum (Abramowitz and Stegun
-    1964, 26.7.3 and 26.7.4).
+    Bisects over the angle arctan(t / sqrt(freedom)), in which that probability is a finite sum
+    (Abramowitz and Stegun 1964, 26.7.3 and 26.7.4).
     """
     low, high = 0.0, math.pi / 2
     for _ in range(100):
@@ -116,7 +116,9 @@ def _within(angle: float, freedom: int) -> float:
 
 def _intervals(found: Sequence[Mapping[str, Any]]) -> dict[str, Interval]:
     """Of each number that is there for every seed, but counts and standard errors over prompts."""
-    measured = [name for name in found[0] if name not in ("rows", "tokens") and not name.endswith("_se")]
+    measured = [
+        name for name in found[0] if name not in ("rows", "tokens") and not name.endswith("_se")
+    ]
     names = [name for name in measured if all(_number(f.get(name)) for f in found)]
     return {name: interval([f[name] for f in found]) for name in names}
 

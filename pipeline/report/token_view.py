@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 TEACHER = "teacher"
 DARK, HOT = (38, 36, 33), (232, 93, 47)
-"""Red, green and blue behind a token at which a model is not off at all, and far off, on a terminal."""
+"""Red, green and blue behind a token at which a model is not off at all, and far off, on a
+terminal."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,7 +101,10 @@ def shade(nats: float) -> float:
 
 def visible(text: str) -> str:
     """A token in a table: its spaces, line ends and control characters can be seen."""
-    return printable(text.replace(" ", "\u2423").replace("\n", "\u21b5").replace("\t", "\u21e5")) or "\u2205"
+    return (
+        printable(text.replace(" ", "\u2423").replace("\n", "\u21b5").replace("\t", "\u21e5"))
+        or "\u2205"
+    )
 
 
 def code(text: str) -> str:
@@ -119,7 +123,11 @@ def fitting(best: Sequence[tuple[str, ...]], width: int) -> str:
 
     line = ""
     for text, *numbers in best:
-        longer = f"{line}  {' '.join([visible(text), *numbers])}" if line else " ".join([visible(text), *numbers])
+        longer = (
+            f"{line}  {' '.join([visible(text), *numbers])}"
+            if line
+            else " ".join([visible(text), *numbers])
+        )
         if line and cell_len(longer) > width:
             break
         line = longer
@@ -156,8 +164,12 @@ def coloured(before: str, tokens: Sequence[tuple[str, float]], *, colours: bool)
     found.append(printable(before), style="dim")
     for text, nats in tokens:
         strength = shade(nats)
-        colour = ",".join(str(round(dark + (hot - dark) * strength)) for dark, hot in zip(DARK, HOT, strict=True))
-        found.append(printable(text), style=f"{'#000000' if strength > 0.8 else '#ffffff'} on rgb({colour})")
+        colour = ",".join(
+            str(round(dark + (hot - dark) * strength)) for dark, hot in zip(DARK, HOT, strict=True)
+        )
+        found.append(
+            printable(text), style=f"{'#000000' if strength > 0.8 else '#ffffff'} on rgb({colour})"
+        )
     return found
 
 
@@ -173,7 +185,15 @@ def _table(row: TokenRow, arm: str, width: int) -> "RenderableType":
     for name in ("the teacher's best", "the student's best"):
         table.add_column(name, no_wrap=True, max_width=width, overflow="ellipsis")
     for position in row.positions:
-        entries = [[(text, decimals(p, 3)) for text, p in position.said[name].best] for name in (TEACHER, arm)]
+        entries = [
+            [(text, decimals(p, 3)) for text, p in position.said[name].best]
+            for name in (TEACHER, arm)
+        ]
         best = [Text(fitting(found, width)) for found in entries]
-        table.add_row(str(position.index), Text(visible(position.text)), decimals(position.distance(arm), 3), *best)
+        table.add_row(
+            str(position.index),
+            Text(visible(position.text)),
+            decimals(position.distance(arm), 3),
+            *best,
+        )
     return table

@@ -16,8 +16,9 @@ from ...storage.errors import StillroomError, Stopped
 from .screen import Screen
 from .worker import JOB_FD
 
-# OpenMP threads wait for one another by spinning. On a machine whose cores are shared that burns what the other thread
-# needs: small models then train several times slower. A thousand turns keep the speed where the core is free.
+# OpenMP threads wait for one another by spinning. On a machine whose cores are shared that burns
+# what the other thread needs: small models then train several times slower. A thousand turns keep
+# the speed where the core is free.
 SPIN = "1000"
 GRACE_SECONDS = 30.0  # after the first signal a stage has this long to commit and leave
 
@@ -54,11 +55,15 @@ class StageProcess:
         """Wait for the answer and for the group's end.
 
         Raises:
-            Stopped: a signal came; also where the stage was done before it could stop, so that no other one starts.
+            Stopped: a signal came; also where the stage was done before it could stop, so that no
+                other one starts.
             StageDied: there is no answer, or the answer is that the engine died.
             StillroomError: the stage failed.
         """
-        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {
+            number: signal.signal(number, self._on_signal)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
         try:
             answer = self._talk()
         finally:
@@ -91,8 +96,8 @@ class StageProcess:
             try:
                 chunk = self._line.recv(1 << 20)
             except TimeoutError:
-                # Children that it forked may hold the socket open, so its death need not end the line. Nothing came
-                # after it was seen dead: all that it sent is read.
+                # Children that it forked may hold the socket open, so its death need not end the
+                # line. Nothing came after it was seen dead: all that it sent is read.
                 if died:
                     break
                 died = self._process.poll() is not None
@@ -111,14 +116,19 @@ class StageProcess:
             raise Stopped()
         if answer is None:
             raise StageDied(
-                f"{self._message['name']}: its process died (exit status {self._process.returncode}; -9 is often the "
-                "system running out of memory).",
-                f"Finished rows are kept; see {self._message['log']}. Run the same command to go on.",
+                f"{self._message['name']}: its process died (exit status "
+                f"{self._process.returncode}; -9 is often the system running out of memory).",
+                (
+                    f"Finished rows are kept; see {self._message['log']}. Run the same command to go "
+                    "on."
+                ),
             )
         if answer.get("died"):
             raise StageDied(answer["error"], f"Finished rows are kept; see {self._message['log']}.")
         if "error" in answer:
-            where = f"\nThe log has more: {self._message['log']}" if answer.get("unexpected") else ""
+            where = (
+                f"\nThe log has more: {self._message['log']}" if answer.get("unexpected") else ""
+            )
             error = StillroomError(answer["error"] + where)
             error.exit_code = answer["exit_code"]
             raise error
@@ -138,7 +148,9 @@ def end_group(group: int) -> None:
     deadline = time.monotonic() + GRACE_SECONDS
     while members := group_members(group):
         if time.monotonic() > deadline:
-            raise StillroomError(f"processes {members} of a finished stage do not die. End them, then run again.")
+            raise StillroomError(
+                f"processes {members} of a finished stage do not die. End them, then run again."
+            )
         time.sleep(0.02)
 
 

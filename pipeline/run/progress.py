@@ -149,7 +149,11 @@ class StageProgress(Counting):
             redirect_stdout=False,  # what is printed is no part of the bar
             redirect_stderr=False,
         )
-        self._task = None if not self._console.is_terminal else self._bar.add_task(stage, unit="", rate="", note="")
+        self._task = (
+            None
+            if not self._console.is_terminal
+            else self._bar.add_task(stage, unit="", rate="", note="")
+        )
         self._shown = time.monotonic()
 
     def say(self, text: str) -> None:
@@ -165,7 +169,12 @@ class StageProgress(Counting):
         meter = self.meter
         if self._task is not None:
             rate = f"{human(meter.rate)} tokens/s" if meter.rate else ""
-            told: dict[str, Any] = {"completed": meter.done, "unit": meter.unit, "rate": rate, "note": meter.note}
+            told: dict[str, Any] = {
+                "completed": meter.done,
+                "unit": meter.unit,
+                "rate": rate,
+                "note": meter.note,
+            }
             self._bar.update(self._task, total=meter.total or None, **told)
             if now:
                 self._bar.start()

@@ -35,7 +35,9 @@ ORDER = ("data", "generate", "score", "train", "evaluate")  # `train` is the bas
 DEATHS = 3  # of a stage's processes in a row that finished no row: then it is not this or that row
 
 
-def run(recipe: Recipe, *, until: str | None = None, only: str | None = None, quiet: bool = False) -> dict[str, Any]:
+def run(
+    recipe: Recipe, *, until: str | None = None, only: str | None = None, quiet: bool = False
+) -> dict[str, Any]:
     """Do what the plan says is to do; running again goes on where this stopped.
 
     Args:
@@ -46,8 +48,8 @@ def run(recipe: Recipe, *, until: str | None = None, only: str | None = None, qu
 
     Returns:
         `{"run_dir", "stages": {name: {"rows", "tokens", "seconds", "state", "clock"}}, "results": {arm: {...}},
-        "clock": {...}}`; a stage's clock (`stages/workers/clock.py`) splits the seconds of its process, the last one is
-        that of this process without them.
+        "clock": {...}}`; a stage's clock (`stages/workers/clock.py`) splits the seconds of its
+        process, the last one is that of this process without them.
 
     Raises:
         StillroomError: a stage failed; finished rows are kept.
@@ -60,11 +62,15 @@ def run(recipe: Recipe, *, until: str | None = None, only: str | None = None, qu
     with worker_number(_logs(recipe)) as number, Screen(sys.stderr, quiet=quiet) as screen:
         outcome = _run(recipe, store, names, screen=screen, number=number)
     spent = clock.seconds()
-    spent["other"] -= sum(sum(entry["clock"].values()) for entry in outcome["stages"].values() if "clock" in entry)
+    spent["other"] -= sum(
+        sum(entry["clock"].values()) for entry in outcome["stages"].values() if "clock" in entry
+    )
     return outcome | {"clock": {name: round(seconds, 3) for name, seconds in spent.items()}}
 
 
-def _run(recipe: Recipe, store: Store, names: tuple[str, ...], *, screen: Screen, number: int) -> dict[str, Any]:
+def _run(
+    recipe: Recipe, store: Store, names: tuple[str, ...], *, screen: Screen, number: int
+) -> dict[str, Any]:
     run_dir = Path(recipe.run.dir)
     done: dict[str, dict[str, Any]] = {}
     pace = Pace(run_dir)
@@ -74,7 +80,8 @@ def _run(recipe: Recipe, store: Store, names: tuple[str, ...], *, screen: Screen
         write_down(recipe, plan.bound.binding)
     if len(names) == 1 and plan.stage(names[0]) is None:
         raise UsageError(
-            f"--only {names[0]}: this recipe has no such stage. It has {', '.join(s.name for s in plan.stages)}."
+            f"--only {names[0]}: this recipe has no such stage. It has "
+            f"{', '.join(s.name for s in plan.stages)}."
         )
     chosen = [s.name for s in plan.stages if ("train" if s.name == "baseline" else s.name) in names]
     screen.plan(plan.stages, chosen=chosen, expected=pace.expected(plan.stages))
@@ -126,7 +133,10 @@ def _refuse_waiting(plan: Plan, line: StagePlan) -> None:
         raise UsageError(f"{line.name}: waits {line.why}. Run the stages before it first.")
     refuse_impossible(plan, line)
     if line.name == "generate" and plan.stages[0].state != "done":
-        raise UsageError("generate: waits for the prompts, which are not all in the store. Run `--only data` first.")
+        raise UsageError(
+            "generate: waits for the prompts, which are not all in the store. Run `--only data` "
+            "first."
+        )
 
 
 def _prepare(recipe: Recipe) -> Store:
@@ -146,13 +156,17 @@ def _keep_models(plan: Plan, store: Store) -> None:
             store.put_teacher(identity.id, identity.files_to_keep())
 
 
-def _run_stage(recipe: Recipe, plan: Plan, name: str, *, screen: Screen, number: int) -> dict[str, Any]:
+def _run_stage(
+    recipe: Recipe, plan: Plan, name: str, *, screen: Screen, number: int
+) -> dict[str, Any]:
     arm: Arm = "baseline" if name == "baseline" else "student"
     stage = "train" if name == "baseline" else name
     if stage == "train":
         _begin_student(recipe, plan, arm)
     opened = recipe.model_dump(mode="json")
-    opened["storage"]["sources"] = at_commit(recipe.storage.sources, plan.sources)  # what was planned with, and proved
+    opened["storage"]["sources"] = at_commit(
+        recipe.storage.sources, plan.sources
+    )  # what was planned with, and proved
     message = {
         "name": name,
         "stage": stage,
@@ -170,7 +184,9 @@ def _to_the_end(message: dict[str, Any], run_dir: Path, screen: Screen) -> dict[
     while True:
         journal = new_journal(run_dir, message["stage"])
         try:
-            return StageProcess(message | {"journal": str(journal), "began": time.monotonic()}, screen).finish()
+            return StageProcess(
+                message | {"journal": str(journal), "began": time.monotonic()}, screen
+            ).finish()
         except Stopped:
             journal.unlink(missing_ok=True)  # what it had in flight is not to blame
             raise
@@ -179,7 +195,9 @@ def _to_the_end(message: dict[str, Any], run_dir: Path, screen: Screen) -> dict[
             in_vain = [*([] if flight.came_back else in_vain), journal]
             if not flight.rows or len(in_vain) == DEATHS:
                 for path in in_vain if flight.rows else [journal]:
-                    path.unlink(missing_ok=True)  # nor is what died with a machine that does no row at all
+                    path.unlink(
+                        missing_ok=True
+                    )  # nor is what died with a machine that does no row at all
                 raise
             mark_seen(journal)
             rows = "1 row" if len(flight.rows) == 1 else f"{len(flight.rows)} rows"
@@ -198,7 +216,9 @@ def _job(recipe: Recipe, plan: Plan, stage: str, arm: Arm) -> dict[str, Any]:
         "data_id": binding.data_id,
         "teacher_id": binding.teacher_id,
         "author_id": binding.author_id,
-        "context_tokens": binding.context_tokens if stage == "data" else binding.author_context_tokens,
+        "context_tokens": binding.context_tokens
+        if stage == "data"
+        else binding.author_context_tokens,
         "arm": arm,
         "snapshots": snapshots,
         "evaluation_id": plan.evaluation_id,
@@ -221,10 +241,20 @@ def _finish(plan: Plan, name: str, answer: dict[str, Any], *, seconds: float) ->
     line = plan.stage(name)
     if line is None or line.state == "to do":
         left = line.pending if line else 0
-        raise StillroomError(f"{name}: ended with {left} rows still to do. Run the same command to go on.")
+        raise StillroomError(
+            f"{name}: ended with {left} rows still to do. Run the same command to go on."
+        )
     if name in ("generate", "score") and line.committed == 0:
-        raise StillroomError(f"{name}: all {line.planned} rows were rejected ({line.why}). See `rejects` in the store.")
-    found = {"rows": answer["rows"], "tokens": answer["tokens"], "seconds": round(seconds, 2), "state": "done"}
+        raise StillroomError(
+            f"{name}: all {line.planned} rows were rejected ({line.why}). See `rejects` in the "
+            "store."
+        )
+    found = {
+        "rows": answer["rows"],
+        "tokens": answer["tokens"],
+        "seconds": round(seconds, 2),
+        "state": "done",
+    }
     return found | {"clock": answer["details"]["clock"]}
 
 

@@ -1,7 +1,8 @@
 """What a person sees of a run: one screen with all stages on a terminal, plain lines with the same facts elsewhere.
 
-The runner owns it and feeds it: with the plan's books, with what the process of the stage under way tells
-(`progress.ToldProgress`), and with moments to draw in. Only the runner's process writes to the terminal.
+The runner owns it and feeds it: with the plan's books, with what the process of the stage under way
+tells (`progress.ToldProgress`), and with moments to draw in. Only the runner's process writes to
+the terminal.
 """
 
 import os
@@ -54,7 +55,9 @@ class Screen:
         self._began = self._stage_began = self._drawn = self._printed = time.monotonic()
         self._widths: list[int] = []
         shown = self._console.is_interactive and not self._console.is_dumb_terminal and not quiet
-        self._live = Live(console=self._console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+        self._live = Live(
+            console=self._console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
+        )
         self._animated = shown
 
     def __enter__(self) -> Self:
@@ -63,7 +66,10 @@ class Screen:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._running is not None:
             self._rows[self._running].state, self._running = "stopped", None
@@ -71,7 +77,13 @@ class Screen:
             self._draw()
             self._live.stop()
 
-    def plan(self, stages: Iterable[StagePlan], *, chosen: Iterable[str], expected: dict[str, float | None]) -> None:
+    def plan(
+        self,
+        stages: Iterable[StagePlan],
+        *,
+        chosen: Iterable[str],
+        expected: dict[str, float | None],
+    ) -> None:
         """The books as they stand now.
 
         Args:
@@ -81,7 +93,13 @@ class Screen:
         """
         asked = set(chosen)
         for books in stages:
-            state: State = "cached" if books.state == "done" else "waiting" if books.name in asked else "left out"
+            state: State = (
+                "cached"
+                if books.state == "done"
+                else "waiting"
+                if books.name in asked
+                else "left out"
+            )
             row = self._rows.setdefault(books.name, _Row(state=state, books=books))
             row.books, row.expected = books, expected.get(books.name)
             if row.state not in ("running", "done"):
@@ -107,7 +125,11 @@ class Screen:
         moment = time.monotonic()
         if self._animated and (now or moment - self._drawn >= _DRAW_SECONDS):
             self._draw()
-        elif not self._animated and self._running is not None and moment - self._printed >= LINE_SECONDS:
+        elif (
+            not self._animated
+            and self._running is not None
+            and moment - self._printed >= LINE_SECONDS
+        ):
             self._printed = moment
             self.say(f"{self._running}: {self._line(self._rows[self._running])}")
 
@@ -132,7 +154,11 @@ class Screen:
 
     def _line(self, row: _Row) -> str:
         left = self._left()
-        waits = f"; about {short_duration(left)} left of the run" if left is not None and len(self._waiting()) else ""
+        waits = (
+            f"; about {short_duration(left)} left of the run"
+            if left is not None and len(self._waiting())
+            else ""
+        )
         return row.meter.line() + waits
 
     def _waiting(self) -> list[str]:
@@ -144,7 +170,9 @@ class Screen:
         if self._running is not None:
             row = self._rows[self._running]
             spent = time.monotonic() - self._stage_began
-            parts.append(row.meter.left if row.meter.left is not None else _less(row.expected, spent))
+            parts.append(
+                row.meter.left if row.meter.left is not None else _less(row.expected, spent)
+            )
         known = [part for part in parts if part is not None]
         return sum(known) if len(known) == len(parts) else None
 
@@ -172,7 +200,9 @@ class Screen:
 
     def _screen(self) -> Group:
         wide = self._console.width >= _WIDE
-        table = Table(box=None, pad_edge=False, padding=(0, 2 if wide else 1, 0, 0), header_style="dim")
+        table = Table(
+            box=None, pad_edge=False, padding=(0, 2 if wide else 1, 0, 0), header_style="dim"
+        )
         table.add_column("stage", no_wrap=True, min_width=8)
         table.add_column("", no_wrap=True, width=max(8, min(40, self._console.width - 88)))
         shown = _fitting(self._console.width)
@@ -180,31 +210,62 @@ class Screen:
             table.add_column(name, no_wrap=True, justify="right", min_width=_COLUMNS[name])
         for name, row in self._rows.items():
             bar, *cells = self._cells(row)
-            numbers = [cell for column, cell in zip(_COLUMNS, cells, strict=True) if column in shown]
-            table.add_row(name, bar, *numbers, style="dim" if row.state in ("waiting", "left out") else "")
-        return Group(table, *(Text(line, no_wrap=True, overflow="ellipsis") for line in self._foot()))
+            numbers = [
+                cell for column, cell in zip(_COLUMNS, cells, strict=True) if column in shown
+            ]
+            table.add_row(
+                name, bar, *numbers, style="dim" if row.state in ("waiting", "left out") else ""
+            )
+        return Group(
+            table, *(Text(line, no_wrap=True, overflow="ellipsis") for line in self._foot())
+        )
 
     def _cells(self, row: _Row) -> list[Any]:
         meter, books = row.meter, row.books
         if row.state == "running":
-            bar = ProgressBar(total=meter.total or None, completed=meter.done, pulse=not meter.total)
+            bar = ProgressBar(
+                total=meter.total or None, completed=meter.done, pulse=not meter.total
+            )
             left = meter.left
             spent = short_duration(time.monotonic() - self._stage_began)
             time_cell = self._remaining(left) if left is not None and left >= 1 else spent
-            return [bar, meter.count() if meter.total or meter.done else "starts", *self._counts(row), time_cell]
+            return [
+                bar,
+                meter.count() if meter.total or meter.done else "starts",
+                *self._counts(row),
+                time_cell,
+            ]
         if row.state in ("waiting", "left out"):
             to_do = f"{short(books.pending)} to do" if books.pending else ""
-            expected = f"~{short_duration(row.expected)}" if row.expected and row.state == "waiting" else ""
+            expected = (
+                f"~{short_duration(row.expected)}"
+                if row.expected and row.state == "waiting"
+                else ""
+            )
             return [row.state, to_do, "", "", "", "", expected]
         if row.state == "stopped":
-            return [row.state, meter.count() if meter.total or meter.done else "", *self._counts(row), ""]
+            return [
+                row.state,
+                meter.count() if meter.total or meter.done else "",
+                *self._counts(row),
+                "",
+            ]
         done = f"{short(books.committed)} rows" if books.committed else ""
-        return [row.state, done, *self._counts(row), "" if row.seconds is None else short_duration(row.seconds)]
+        return [
+            row.state,
+            done,
+            *self._counts(row),
+            "" if row.seconds is None else short_duration(row.seconds),
+        ]
 
     def _remaining(self, left: float) -> str:
         """Seconds to go; `1m 06s left` is wider than the column of a narrow terminal."""
         text = f"{short_duration(left)} left"
-        return text if self._console.width >= _WIDE or len(text) <= _COLUMNS["time"] else f"~{short_duration(left)}"
+        return (
+            text
+            if self._console.width >= _WIDE or len(text) <= _COLUMNS["time"]
+            else f"~{short_duration(left)}"
+        )
 
     @staticmethod
     def _counts(row: _Row) -> list[str]:

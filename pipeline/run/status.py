@@ -19,7 +19,11 @@ from ..numbers import human, short_duration
 from ..plan.lines import Plan
 from .timings import Pace
 
-_TABLE_OF: dict[str, TableName] = {"data": "prompts", "generate": "generations", "score": "soft_targets"}
+_TABLE_OF: dict[str, TableName] = {
+    "data": "prompts",
+    "generate": "generations",
+    "score": "soft_targets",
+}
 _TRAINED = {"train": "student", "baseline": "baseline"}
 FOOTERS = 100
 """Shards whose footers `status` reads, at most; of more it takes so many, evenly chosen."""
@@ -63,7 +67,9 @@ def _costs(commits: list[Commit]) -> dict[str, Any]:
         "bytes": size,
         "bytes_per_token": round(size / tokens, 2) if tokens else None,
         "seconds": round(sum(c.seconds for c in commits), 2),
-        "commits": {"number": len(commits), "first": commits[0].seq, "last": commits[-1].seq} if commits else None,
+        "commits": {"number": len(commits), "first": commits[0].seq, "last": commits[-1].seq}
+        if commits
+        else None,
     }
 
 
@@ -82,7 +88,11 @@ def column_costs(store: Store, commits: list[Commit]) -> dict[str, Any]:
         columns = shard.column_bytes()
         sizes.update(columns | {_REST: commit.shard.bytes - sum(columns.values())})
     by_column = {name: round(size / tokens, 3) for name, size in sizes.most_common()}
-    found = {"bytes_per_token_by_column": by_column, "shards": len(commits), "footers_read": len(chosen)}
+    found = {
+        "bytes_per_token_by_column": by_column,
+        "shards": len(commits),
+        "footers_read": len(chosen),
+    }
     kept = _kept(shard.about.get("statistics", {}) for shard in shards)
     return found | ({"kept": kept} if kept else {})
 
@@ -105,7 +115,9 @@ def _kept(parts: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     }
 
 
-def facts(recipe: Recipe, plan: Plan, done: dict[str, dict[str, Any]], pace: Pace) -> dict[str, Any]:
+def facts(
+    recipe: Recipe, plan: Plan, done: dict[str, dict[str, Any]], pace: Pace
+) -> dict[str, Any]:
     """What the report says about the run besides its results."""
     stages = stage_facts(recipe, plan)
     for name, entry in stages.items():
@@ -162,13 +174,21 @@ def _column_line(name: str, stage: dict[str, Any]) -> str:
     shown["others"] = sum(sizes.values()) - sum(shown.values())
     sampled = stage["footers_read"] < stage["shards"]
     of = f" ({stage['footers_read']} of {stage['shards']} shards)" if sampled else ""
-    return f"{name}, bytes/token by column{of}: " + ", ".join(f"{c} {size:.2f}" for c, size in shown.items())
+    return f"{name}, bytes/token by column{of}: " + ", ".join(
+        f"{c} {size:.2f}" for c, size in shown.items()
+    )
 
 
 def _kept_line(name: str, kept: dict[str, dict[str, Any]]) -> str:
     """What targets keep, of the same shards."""
-    mass = {kind: "" if s["kept_mass"] is None else f" holding {s['kept_mass']:.4f}" for kind, s in kept.items()}
-    parts = (f"{kind} {s['entries_per_token']:.2f}{mass[kind]} ({human(s['tokens'])})" for kind, s in kept.items())
+    mass = {
+        kind: "" if s["kept_mass"] is None else f" holding {s['kept_mass']:.4f}"
+        for kind, s in kept.items()
+    }
+    parts = (
+        f"{kind} {s['entries_per_token']:.2f}{mass[kind]} ({human(s['tokens'])})"
+        for kind, s in kept.items()
+    )
     return f"{name}, entries/token of each kind, the mass they hold (tokens): " + ", ".join(parts)
 
 

@@ -19,12 +19,16 @@ class Pace:
 
     def __init__(self, run_dir: Path) -> None:
         self._files = LocalFiles(run_dir / "logs")
-        self._kept: dict[str, dict[str, Any]] = json.loads(self._files.read(NAME)) if self._files.exists(NAME) else {}
+        self._kept: dict[str, dict[str, Any]] = (
+            json.loads(self._files.read(NAME)) if self._files.exists(NAME) else {}
+        )
 
     def keep(self, name: str, *, rows: int, clock: dict[str, float]) -> None:
         """A stage was done; `clock` is where the seconds of its process went, by name."""
         self._kept[name] = {"rows": rows, "seconds": round(sum(clock.values()), 3), "clock": clock}
-        with suppress(StillroomError):  # a full disk: what is not kept is not known later, and nothing more
+        with suppress(
+            StillroomError
+        ):  # a full disk: what is not kept is not known later, and nothing more
             self._files.replace(NAME, json.dumps(self._kept, indent=1).encode())
 
     def clock(self, name: str) -> dict[str, float] | None:
@@ -41,6 +45,8 @@ class Pace:
         if found is None:
             return None
         start = found["clock"]["start"]
-        if not line.pending or not found["rows"]:  # a student's training, or what is to do is not known yet
+        if (
+            not line.pending or not found["rows"]
+        ):  # a student's training, or what is to do is not known yet
             return float(found["seconds"])
         return float(start + (found["seconds"] - start) / found["rows"] * line.pending)

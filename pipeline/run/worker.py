@@ -1,6 +1,7 @@
 """The process of one stage: reads its job from the runner, does it, answers, and dies if the runner dies.
 
-Its standard output and error go to the stage's log. What it does and says it tells the runner, who shows it.
+Its standard output and error go to the stage's log. What it does and says it tells the runner, who
+shows it.
 """
 
 import errno
@@ -47,32 +48,50 @@ def main() -> None:
         answer = _answer(_run(_job(message, progress, stop, clock=clock), message["stage"]), clock)
     except EngineDied as error:
         traceback.print_exc()
-        answer = {"error": f"{message['name']}: the engine died: {error}.", "exit_code": 1, "died": True}
+        answer = {
+            "error": f"{message['name']}: the engine died: {error}.",
+            "exit_code": 1,
+            "died": True,
+        }
     except StillroomError as error:
         answer = {"error": str(error), "exit_code": error.exit_code}
     except MemoryError:
-        answer = {"error": f"{message['name']}: out of memory. Lower the stage's batch tokens.", "exit_code": 1}
+        answer = {
+            "error": f"{message['name']}: out of memory. Lower the stage's batch tokens.",
+            "exit_code": 1,
+        }
     except Exception as error:
         traceback.print_exc()
-        answer = {"error": f"{message['name']}: {_cause(error)}", "exit_code": 1, "unexpected": True}
+        answer = {
+            "error": f"{message['name']}: {_cause(error)}",
+            "exit_code": 1,
+            "unexpected": True,
+        }
     progress.finish()
     sys.stderr.flush()
     line.answer(answer)
-    # Engines leave threads and children whose clean-up takes seconds; all that matters is committed by now.
+    # Engines leave threads and children whose clean-up takes seconds; all that matters is committed
+    # by now.
     os._exit(answer.get("exit_code", 0))
 
 
 def _cause(error: Exception) -> str:
     """What a library said; where the disk is full, what to do about it."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return f"{error}; {DISK_FULL}." if full or "No space left" in str(error) else f"{type(error).__name__}: {error}"
+    return (
+        f"{error}; {DISK_FULL}."
+        if full or "No space left" in str(error)
+        else f"{type(error).__name__}: {error}"
+    )
 
 
 class Line:
     """The way to the runner: events while the stage works, one answer at its end, each a line of JSON."""
 
     def __init__(self, line: socket.socket) -> None:
-        line.set_inheritable(False)  # what the stage starts must not keep the line open after its death
+        line.set_inheritable(
+            False
+        )  # what the stage starts must not keep the line open after its death
         self._line = line
         self._lock = threading.Lock()
         self._unsent = b""
@@ -104,7 +123,10 @@ class Line:
 
 
 class _Log(io.FileIO):
-    """The log of a stage. On a full disk its lines are lost, so that the stage lives to say that the disk is full."""
+    """The log of a stage.
+
+    On a full disk its lines are lost, so that the stage lives to say that the disk is full.
+    """
 
     def write(self, data: Any) -> int:
         try:
@@ -121,9 +143,15 @@ def _to_log(path: Path) -> None:
         log = os.open(os.devnull, os.O_WRONLY)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    sys.stdout = sys.stderr = io.TextIOWrapper(io.BufferedWriter(_Log(2, "w", closefd=False)), line_buffering=True)
+    sys.stdout = sys.stderr = io.TextIOWrapper(
+        io.BufferedWriter(_Log(2, "w", closefd=False)), line_buffering=True
+    )
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.INFO,
+        format="%(asctime)s %(name)s %(levelname)s %(message)s",
+    )
 
 
 def _job(message: dict[str, Any], progress: Progress, stop: StopFlag, *, clock: Clock) -> Job:
@@ -185,8 +213,8 @@ def _check_planned(model: Identity, planned: str, field: str) -> None:
     """Rows are kept under the planned identity, so nothing else may be loaded."""
     if model.id != planned:
         raise StillroomError(
-            f"{field}: the files in {model.folder} changed since the plan was made (planned {planned[:8]}, "
-            f"found {model.id[:8]}). Run the same command again."
+            f"{field}: the files in {model.folder} changed since the plan was made (planned "
+            f"{planned[:8]}, found {model.id[:8]}). Run the same command again."
         )
 
 

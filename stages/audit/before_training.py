@@ -1,12 +1,14 @@
 """The audit before training: do the first rows' tokens and targets belong together, and does the student read them so?
 
-What is found here would else show as a student that learns badly, a day later. Three questions, no teacher needed:
+What is found here would else show as a student that learns badly, a day later. Three questions, no
+teacher needed:
 
     text      do the ids say the same in the student's tokenizer as in the teacher's, and is what the completion's say
               the text that was written down?
     targets   is the stored log-probability of the token that follows the one that the entries give it?
     place     do the targets predict the tokens that they stand beside (`shift.py`)? Is text that the teacher drew as
-              likely as the entropy says? A scorer that is off by one agrees with itself: only this finds it.
+              likely as the entropy says? A scorer that is off by one agrees with itself: only this
+              finds it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,13 +29,14 @@ from .shift import shifted, surprise, unknowing
 
 ROWS = 32
 VALUES = 1 << 24
-"""Numbers of a shard's rows after which no more are looked at: a row of whole distributions may have as many."""
+"""Numbers of a shard's rows after which no more are looked at: a row of whole distributions may
+have as many."""
 SHARDS = 4
 """Of the snapshot, first and last among them, that the rows are taken from."""
 _HELP = (
-    "No step was taken. Score the prompts again into another store (storage.dir); "
-    "`stillroom verify STORE --deep --teacher MODEL` compares this one with its teacher. If the rows are meant as they "
-    "are, set train.audit: warn."
+    "No step was taken. Score the prompts again into another store (storage.dir); `stillroom "
+    "verify STORE --deep --teacher MODEL` compares this one with its teacher. If the rows are "
+    "meant as they are, set train.audit: warn."
 )
 
 Row = dict[str, Any]
@@ -52,22 +55,38 @@ class Fit:
     soft: bool
     """Whether the targets are learnt from."""
     own_text: bool
-    """Whether the teacher drew the text itself, at temperature 1 or lower, and nobody chose among what it drew."""
+    """Whether the teacher drew the text itself, at temperature 1 or lower, and nobody chose among
+    what it drew."""
 
 
 def fit_of(recipe: Recipe, teacher_dir: Path, *, vocab_size: int, soft: bool) -> Fit:
     """What a recipe's student and loss ask of its rows.
 
-    A pinned snapshot may hold text that others wrote, `select.where` may choose what is unlikely, and of many samples
-    of one prompt equal ones are scored once, so rare ones have more than their share.
+    A pinned snapshot may hold text that others wrote, `select.where` may choose what is unlikely,
+    and of many samples of one prompt equal ones are scored once, so rare ones have more than their
+    share.
     """
     from ..models.student import student_tokenizer
 
-    spoken, chosen = recipe.generate, recipe.train.snapshot is not None or recipe.select.where is not None
-    drawn = spoken is not None and spoken.model is None and spoken.temperature <= 1.0 and spoken.samples == 1
+    spoken, chosen = (
+        recipe.generate,
+        recipe.train.snapshot is not None or recipe.select.where is not None,
+    )
+    drawn = (
+        spoken is not None
+        and spoken.model is None
+        and spoken.temperature <= 1.0
+        and spoken.samples == 1
+    )
     own_text = drawn and not chosen
     tokenizer = student_tokenizer(recipe, teacher_dir)
-    return Fit(tokenizer=tokenizer, teacher_dir=teacher_dir, vocab_size=vocab_size, soft=soft, own_text=own_text)
+    return Fit(
+        tokenizer=tokenizer,
+        teacher_dir=teacher_dir,
+        vocab_size=vocab_size,
+        soft=soft,
+        own_text=own_text,
+    )
 
 
 def audit_rows(store: Store, snapshot: Snapshot, fit: Fit) -> list[str]:
@@ -87,7 +106,10 @@ def audit_rows(store: Store, snapshot: Snapshot, fit: Fit) -> list[str]:
     if fit.soft:
         _check_targets(found)
         warnings = _check_place([row for row, _ in language], own_text=fit.own_text)
-    return [f"audit: {len(rows)} rows looked at, their text, tokens and targets belong together", *warnings]
+    return [
+        f"audit: {len(rows)} rows looked at, their text, tokens and targets belong together",
+        *warnings,
+    ]
 
 
 def _first_rows(store: Store, snapshot: Snapshot) -> Iterator[tuple[Row, dict[str, Any]]]:
@@ -108,8 +130,9 @@ def _check_vocabulary(rows: Sequence[Row], fit: Fit) -> None:
     for row in rows:
         if (largest := int(row["token_ids"].max())) >= fit.vocab_size:
             raise UsageError(
-                f"student: its vocabulary has {fit.vocab_size} ids, but the text has token {largest} ({_name(row)}). "
-                "Choose a student with the teacher's tokenizer and at least its vocabulary."
+                f"student: its vocabulary has {fit.vocab_size} ids, but the text has token "
+                f"{largest} ({_name(row)}). Choose a student with the teacher's tokenizer and at "
+                "least its vocabulary."
             )
 
 
@@ -120,11 +143,14 @@ def _check_tokenizers(rows: Sequence[Row], fit: Fit) -> Any:
     teacher: Any = AutoTokenizer.from_pretrained(fit.teacher_dir)
     for row in rows:
         ids = row["token_ids"].tolist()
-        theirs, ours = (t.decode(ids, clean_up_tokenization_spaces=False) for t in (teacher, fit.tokenizer))
+        theirs, ours = (
+            t.decode(ids, clean_up_tokenization_spaces=False) for t in (teacher, fit.tokenizer)
+        )
         if theirs != ours:
             raise UsageError(
-                f"student: its tokenizer reads {_name(row)} as {_cut(ours)}, the teacher's as {_cut(theirs)}. "
-                "Choose a student of the teacher's family, or `student.config` for one with its tokenizer."
+                f"student: its tokenizer reads {_name(row)} as {_cut(ours)}, the teacher's as "
+                f"{_cut(theirs)}. Choose a student of the teacher's family, or `student.config` "
+                "for one with its tokenizer."
             )
     return teacher
 
@@ -132,25 +158,35 @@ def _check_tokenizers(rows: Sequence[Row], fit: Fit) -> Any:
 def _check_text(store: Store, rows: Sequence[Row], tokenizer: Any) -> None:
     """The completion, cut out of the tokens where the span starts, is the text that was written down.
 
-    Read by the teacher's tokenizer, as it was written: which tokens are special may differ between the two.
+    Read by the teacher's tokenizer, as it was written: which tokens are special may differ between
+    the two.
     """
-    written = {row["key"]: row for row in rows} if rows and "text" in rows[0] else _generations(store, rows)
+    written = (
+        {row["key"]: row for row in rows}
+        if rows and "text" in rows[0]
+        else _generations(store, rows)
+    )
     for row in rows:
         text = written.get(row["generation_key"] if "generation_key" in row else row["key"])
         if text is None:
             continue
         start, n = scored_span(text["prompt_tokens"], len(text["token_ids"]))
         same = np.array_equal(row["token_ids"], text["token_ids"])
-        if "span_start" in row and not (same and (row["span_start"], row["span_tokens"]) == (start, n)):
+        if "span_start" in row and not (
+            same and (row["span_start"], row["span_tokens"]) == (start, n)
+        ):
             raise IntegrityError(
-                f"{_name(row)}: scores {row['span_tokens']} tokens from {row['span_start']} on, expected {n} from "
-                f"{start} on, the completion of its generation{'' if same else ', whose tokens are others'}. {_HELP}"
+                f"{_name(row)}: scores {row['span_tokens']} tokens from {row['span_start']} on, "
+                f"expected {n} from {start} on, the completion of its "
+                f"generation{'' if same else ', whose tokens are others'}. {_HELP}"
             )
-        found = tokenizer.decode(row["token_ids"][text["prompt_tokens"] :].tolist(), skip_special_tokens=True)
+        found = tokenizer.decode(
+            row["token_ids"][text["prompt_tokens"] :].tolist(), skip_special_tokens=True
+        )
         if not _plain(found).startswith(_plain(text["text"])):
             raise IntegrityError(
-                f"{_name(row)}: its tokens from {text['prompt_tokens']} on say {_cut(found)}, expected the completion "
-                f"that was written down, {_cut(text['text'])}. {_HELP}"
+                f"{_name(row)}: its tokens from {text['prompt_tokens']} on say {_cut(found)}, "
+                f"expected the completion that was written down, {_cut(text['text'])}. {_HELP}"
             )
 
 
@@ -160,8 +196,14 @@ def _generations(store: Store, rows: Sequence[Row]) -> dict[bytes, Row]:
 
     index = Index(store)
     try:
-        index.register("wanted", pa.table({"key": pa.array([row["generation_key"] for row in rows], pa.binary(16))}))
-        found = index.rows("SELECT place FROM generations WHERE key IN (SELECT key::UUID FROM wanted) ORDER BY place")
+        index.register(
+            "wanted",
+            pa.table({"key": pa.array([row["generation_key"] for row in rows], pa.binary(16))}),
+        )
+        found = index.rows(
+            "SELECT place FROM generations WHERE key IN (SELECT key::UUID FROM wanted) ORDER BY "
+            "place"
+        )
         commits = index.commits["generations"]
     finally:
         index.close()
@@ -173,15 +215,18 @@ def _generations(store: Store, rows: Sequence[Row]) -> dict[bytes, Row]:
 
 
 def _check_targets(rows: Sequence[tuple[Row, dict[str, Any]]]) -> None:
-    doubtful = [(row, column, message) for row, about in rows for column, message in doubts(row, about)]
+    doubtful = [
+        (row, column, message) for row, about in rows for column, message in doubts(row, about)
+    ]
     if not doubtful:
         return
     row, column, message = doubtful[0]
     count = len({row["key"] for row, _, _ in doubtful})
     beside = shifted([row for row, about in rows if about.get("head", "lm") == "lm"])
     raise IntegrityError(
-        f"{_name(row)}: {column}: {message}. {count} of the {len(rows)} rows that were looked at are wrong, expected "
-        f"targets of the tokens that they stand beside{f'; these are {beside}' if beside else ''}. {_HELP}"
+        f"{_name(row)}: {column}: {message}. {count} of the {len(rows)} rows that were looked at "
+        "are wrong, expected targets of the tokens that they stand "
+        f"beside{f'; these are {beside}' if beside else ''}. {_HELP}"
     )
 
 
@@ -189,18 +234,20 @@ def _check_place(rows: Sequence[Row], *, own_text: bool) -> list[str]:
     """What to say of targets that may be in place."""
     if found := shifted(rows):
         raise IntegrityError(
-            f"{_name(rows[0])} and the others that were looked at: the targets are {found}. Expected each position's "
-            f"own. {_HELP}"
+            f"{_name(rows[0])} and the others that were looked at: the targets are {found}. "
+            f"Expected each position's own. {_HELP}"
         )
     if own_text and (excess := surprise(rows)) is not None:
         raise IntegrityError(
-            f"{_name(rows[0])} and the others that were looked at: the teacher finds the text that it drew "
-            f"{excess:.2f} nats a token less likely than the targets' entropy says, expected 0 or less. The targets "
-            f"are other tokens'. {_HELP}"
+            f"{_name(rows[0])} and the others that were looked at: the teacher finds the text "
+            f"that it drew {excess:.2f} nats a token less likely than the targets' entropy says, "
+            f"expected 0 or less. The targets are other tokens'. {_HELP}"
         )
     if found := unknowing(rows):
         told = "These are other tokens' targets, or the teacher knows nothing of such text"
-        return [f"audit: {found}. {told}: `stillroom verify STORE --deep --teacher MODEL` tells which"]
+        return [
+            f"audit: {found}. {told}: `stillroom verify STORE --deep --teacher MODEL` tells which"
+        ]
     return []
 
 

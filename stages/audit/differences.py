@@ -64,7 +64,9 @@ def differences(readings: Sequence["Reading"], allowance: float) -> dict[str, Di
 
 def off_row(reading: "Reading", limits: Mapping[str, Difference]) -> dict[str, float]:
     """The numbers of one row that differ by more than the limits allow."""
-    return {name: part.mean for name, part in reading.parts.items() if not part.within(limits[name])}
+    return {
+        name: part.mean for name, part in reading.parts.items() if not part.within(limits[name])
+    }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +86,9 @@ class Part:
 
     def within(self, limit: Difference) -> bool:
         """Whether this is the teacher's, as far as `limit` goes."""
-        return self.excess_worst <= limit.tolerance_worst and self.excess_mean <= limit.tolerance_mean
+        return (
+            self.excess_worst <= limit.tolerance_worst and self.excess_mean <= limit.tolerance_mean
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -96,15 +100,25 @@ class Reading:
     """[N] by the teacher."""
 
 
-def compare(stored: "Numbers", measured: "Numbers", again: "Numbers", *, bits: int) -> dict[str, Part]:
+def compare(
+    stored: "Numbers", measured: "Numbers", again: "Numbers", *, bits: int
+) -> dict[str, Part]:
     """Stored numbers against a reading, and that against another one, per quantity."""
     parts = {}
     for name, values in stored.items():
         rounding = np.abs(np.where(np.isfinite(values), values, 0.0)) * 2.0 ** -(bits + 1)
-        parts[name] = _part(_apart(values, measured[name]), rounding, _apart(measured[name], again[name]))
+        parts[name] = _part(
+            _apart(values, measured[name]), rounding, _apart(measured[name], again[name])
+        )
     if "draws" in measured:
-        now, then = (np.array([numbers["draws"].mean(dtype=np.float64)]) for numbers in (measured, again))
-        chance = DEVIATIONS * np.sqrt([measured["draws_variance"].sum(dtype=np.float64)]) / len(measured["draws"])
+        now, then = (
+            np.array([numbers["draws"].mean(dtype=np.float64)]) for numbers in (measured, again)
+        )
+        chance = (
+            DEVIATIONS
+            * np.sqrt([measured["draws_variance"].sum(dtype=np.float64)])
+            / len(measured["draws"])
+        )
         parts["draws"] = _part(_apart(now, np.zeros(1)), chance, _apart(now, then))
     return parts
 

@@ -15,11 +15,17 @@ if TYPE_CHECKING:
 
 
 _BOUNDED = {"entropy", "tail_logprob"}  # in a row of a foreign table
-_BY_TOKEN = {"token_logprob"}  # of the token that is there: the same under a shift only if it was looked up shifted too
+_BY_TOKEN = {
+    "token_logprob"
+}  # of the token that is there: the same under a shift only if it was looked up shifted too
 
 
 def explain(
-    row: Row, *, reader: Reader, read: Sequence[tuple[Row, Reading]], limits: Mapping[str, Difference]
+    row: Row,
+    *,
+    reader: Reader,
+    read: Sequence[tuple[Row, Reading]],
+    limits: Mapping[str, Difference],
 ) -> tuple[Fault, str]:
     """What is the matter with a row that is off, and the same for people.
 
@@ -32,11 +38,14 @@ def explain(
     for shift, side in ((1, "after"), (-1, "before")):
         parts = _shifted(row, reader, shift)
         if parts and all(part.within(limits[name]) for name, part in parts.items()):
-            return "shifted by one position", f"the teacher's at the position {side} their own: shifted by one position"
+            return (
+                "shifted by one position",
+                f"the teacher's at the position {side} their own: shifted by one position",
+            )
     if row.imported:  # its entropy is a bound: it does not tell one text from another
         return "other numbers", (
-            "other numbers, and not those of the positions beside their own. Another teacher's, another text's, or not "
-            "of the whole vocabulary at temperature 1"
+            "other numbers, and not those of the positions beside their own. Another teacher's, "
+            "another text's, or not of the whole vocabulary at temperature 1"
         )
     entropy = stored_numbers(row.targets)["entropy"]
     own = next(reading.entropy for other, reading in read if other is row)
@@ -45,17 +54,21 @@ def explain(
             return "other tokens'", "of this row, in another order: they belong to other tokens"
         for other, reading in read:
             if other is not row and _same(entropy, reading.entropy, row, limits):
-                return "other tokens'", f"those of row {other.key.hex()}: they belong to other tokens"
+                return (
+                    "other tokens'",
+                    f"those of row {other.key.hex()}: they belong to other tokens",
+                )
     return "other numbers", (
-        "other numbers: neither those of the positions beside their own nor another row's that was read. Another "
-        "teacher's under this one's id, or damaged before they were written"
+        "other numbers: neither those of the positions beside their own nor another row's that "
+        "was read. Another teacher's under this one's id, or damaged before they were written"
     )
 
 
 def _shifted(row: Row, reader: Reader, shift: int) -> dict[str, Part]:
     """The row's targets against the teacher's distribution `shift` positions on.
 
-    Without the first and the last one, if there are more: what shifted them may have had nothing to put there.
+    Without the first and the last one, if there are more: what shifted them may have had nothing to
+    put there.
     """
     start, n = row.span
     inner = slice(1, n - 1) if n > 2 else slice(0, n)
@@ -70,11 +83,16 @@ def _shifted(row: Row, reader: Reader, shift: int) -> dict[str, Part]:
     return {name: part for name, part in parts.items() if name not in left_out}
 
 
-def _same(stored: np.ndarray, measured: np.ndarray, row: Row, limits: Mapping[str, Difference]) -> bool:
+def _same(
+    stored: np.ndarray, measured: np.ndarray, row: Row, limits: Mapping[str, Difference]
+) -> bool:
     """Whether two lists of entropies are one, as far as both go."""
     n = min(len(stored), len(measured))
     stored, measured = stored[:n], measured[:n]
     (part,) = compare(
-        {"entropy": stored}, {"entropy": measured}, {"entropy": measured}, bits=row.columns["mantissa_bits"]
+        {"entropy": stored},
+        {"entropy": measured},
+        {"entropy": measured},
+        bits=row.columns["mantissa_bits"],
     ).values()
     return n > 1 and part.within(limits["entropy"])

@@ -1,7 +1,7 @@
 """A stored row's numbers as the teacher gives them now, for the same entries: what deep verification compares with.
 
-Everything is read off the dense distribution, not made by the code that made the row: the stored ids are looked up in
-log p = z - logsumexp(z), whatever kind of target they belong to.
+Everything is read off the dense distribution, not made by the code that made the row: the stored
+ids are looked up in log p = z - logsumexp(z), whatever kind of target they belong to.
 
 Letters: N scored tokens, K entries, V vocabulary, D hidden, m temperatures, R draws.
 """
@@ -47,12 +47,18 @@ def entries_alone(numbers: Numbers, targets: SoftTargets, following: np.ndarray)
 
 
 def remeasure(
-    states: Tensor, head: Head, stored: SoftTargets, following: Tensor, *, draw: Mapping[str, float] | None = None
+    states: Tensor,
+    head: Head,
+    stored: SoftTargets,
+    following: Tensor,
+    *,
+    draw: Mapping[str, float] | None = None,
 ) -> Numbers:
     """The same quantities by these hidden states, in the same order.
 
-    Drawn ids do not repeat; for sampled targets it is measured whether they may have been drawn from this teacher. With
-    w_i the stored estimate (counts / R, or weights) of the distribution t that was drawn from through a proposal q,
+    Drawn ids do not repeat; for sampled targets it is measured whether they may have been drawn
+    from this teacher. With w_i the stored estimate (counts / R, or weights) of the distribution t
+    that was drawn from through a proposal q,
 
         draws            sum_i w_i log t_i + H(t)                              its mean over draws is 0
         draws_variance   (sum_i q_i (t_i / q_i log t_i)^2 - H(t)^2) / R        of independent draws; systematic has less
@@ -73,11 +79,15 @@ def remeasure(
         measured = dict(_measured(logprobs, part, following[chunk].to(logprobs.device)))
         if draw is not None:
             measured |= _draws(logprobs, part, draw)
-        parts.append({name: values.float().cpu().numpy().reshape(-1) for name, values in measured.items()})
+        parts.append(
+            {name: values.float().cpu().numpy().reshape(-1) for name, values in measured.items()}
+        )
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _measured(logprobs: Tensor, stored: SoftTargets, following: Tensor) -> Iterator[tuple[str, Tensor]]:
+def _measured(
+    logprobs: Tensor, stored: SoftTargets, following: Tensor
+) -> Iterator[tuple[str, Tensor]]:
     temperatures = [] if stored.temperatures is None else stored.temperatures.tolist()
     outside = logprobs
     if stored.logprobs is None:
@@ -109,7 +119,10 @@ def _draws(logprobs: Tensor, stored: SoftTargets, draw: Mapping[str, float]) -> 
     ids = torch.from_numpy(stored.ids).long().to(t.device)
     estimate = torch.from_numpy(stored.probabilities).to(t.device)
     drawn = (estimate * t.gather(-1, ids.clamp(min=0))).nan_to_num(0.0, neginf=-torch.inf).sum(-1)
-    return {"draws": drawn - mean, "draws_variance": (square - mean**2).clamp(min=0.0) / draw["rounds"]}
+    return {
+        "draws": drawn - mean,
+        "draws_variance": (square - mean**2).clamp(min=0.0) / draw["rounds"],
+    }
 
 
 def _entropy(logprobs: Tensor) -> Tensor:
@@ -118,7 +131,9 @@ def _entropy(logprobs: Tensor) -> Tensor:
 
 def _without(logprobs: Tensor, ids: Tensor) -> Tensor:
     """Log-probabilities with -inf at the ids; -1 is no id."""
-    marks = torch.zeros(logprobs.shape[0], logprobs.shape[1] + 1, dtype=torch.bool, device=logprobs.device)
+    marks = torch.zeros(
+        logprobs.shape[0], logprobs.shape[1] + 1, dtype=torch.bool, device=logprobs.device
+    )
     marks.scatter_(-1, ids.masked_fill(ids < 0, logprobs.shape[1]), True)
     return logprobs.masked_fill(marks[:, :-1], -torch.inf)
 
@@ -127,4 +142,8 @@ def _used(targets: SoftTargets) -> np.ndarray:
     """[N, K] which places hold an entry."""
     assert targets.logprobs is not None
     n, k = targets.logprobs.shape
-    return np.arange(k) < np.full((n, 1), k) if targets.entries is None else np.arange(k) < targets.entries[:, None]
+    return (
+        np.arange(k) < np.full((n, 1), k)
+        if targets.entries is None
+        else np.arange(k) < targets.entries[:, None]
+    )

@@ -1,15 +1,16 @@
 """Deep verification: the teacher reads a sample of rows again, and what it says is compared with what is stored.
 
-How far two forward passes of one teacher may differ is measured, not assumed: each row is read alone and among others,
-padded (the sums inside depend on that). With d the difference of a stored number from the row read alone, r what
-rounding may do, |stored| * 2**-(bits + 1), n the difference between the readings, a row is right if, per quantity,
+How far two forward passes of one teacher may differ is measured, not assumed: each row is read
+alone and among others, padded (the sums inside depend on that). With d the difference of a stored
+number from the row read alone, r what rounding may do, |stored| * 2**-(bits + 1), n the difference
+between the readings, a row is right if, per quantity,
 
     max(d - r)   <=  ABSOLUTE + 4 eps + NOISE * (max n over all rows)
     mean(d - r)  <=  ABSOLUTE + 4 eps + NOISE * (max over rows of mean n)
 
-with eps of the dtype that the teacher computes in (2**-7 in bfloat16). Nothing is written. Of rows from a foreign
-table only the entries are compared, and the token that is there where it is one: what such a table does not hold is
-bounded (`stages/data/importing/row.py`), not said by a teacher.
+with eps of the dtype that the teacher computes in (2**-7 in bfloat16). Nothing is written. Of rows
+from a foreign table only the entries are compared, and the token that is there where it is one:
+what such a table does not hold is bounded (`stages/data/importing/row.py`), not said by a teacher.
 """
 
 from collections import Counter
@@ -66,7 +67,12 @@ class Rescored:
 
 
 def rescore(
-    store: Store, teacher: Identity, rows: Sequence[Row], *, device_map: str | None, progress: Progress
+    store: Store,
+    teacher: Identity,
+    rows: Sequence[Row],
+    *,
+    device_map: str | None,
+    progress: Progress,
 ) -> Rescored:
     """Read rows again and compare.
 
@@ -98,6 +104,11 @@ def rescore(
     for row, reading in read:
         if off := off_row(reading, found.quantities):
             fault, message = explain(row, reader=reader, read=read, limits=found.quantities)
-            where = {"key": row.key.hex(), "shard": row.shard, "row": row.number, "kind": row.columns["kind"]}
+            where = {
+                "key": row.key.hex(),
+                "shard": row.shard,
+                "row": row.number,
+                "kind": row.columns["kind"],
+            }
             found.off.append(OffRow(**where, quantities=off, fault=fault, message=message))
     return found

@@ -1,17 +1,19 @@
 """Whether targets belong to the tokens that they stand beside, seen without their teacher: by what they find likely.
 
-With l_s(n) the log-probability that the target at position n gives the token at n + s, and H its entropy, targets that
-are in place find their own tokens likely: l_0 is above l_1 and l_-1 in the mean. Measured on texts that small teachers
-were trained on, and on others (verse, encyclopedia, code, another language): by 0.5 nats and more. Otherwise they are
+With l_s(n) the log-probability that the target at position n gives the token at n + s, and H its
+entropy, targets that are in place find their own tokens likely: l_0 is above l_1 and l_-1 in the
+mean. Measured on texts that small teachers were trained on, and on others (verse, encyclopedia,
+code, another language): by 0.5 nats and more. Otherwise they are
 
     shifted     where l_s is above l_0 beyond chance, for s = 1 or -1, and l_0 no better than on the other side, or
                 -l_s as low as H says; the same with the tokens of the row after and the row before
     unknowing   where -l_0 is far above H, beyond chance, and l_0 no better than its neighbours: sure, of nothing here.
-                So are targets of any other tokens, and those of a teacher that does not know such text
+                So are targets of any other tokens, and those of a teacher that does not know such
+                text
 
-Chance is counted over the distinct tokens that predict, not over positions: a text that repeats itself, read by a
-teacher that knows nothing, is one accident many times over. (A teacher without training whose output layer is its
-embedding finds the token before most likely, and looks shifted.)
+Chance is counted over the distinct tokens that predict, not over positions: a text that repeats
+itself, read by a teacher that knows nothing, is one accident many times over. (A teacher without
+training whose output layer is its embedding finds the token before most likely, and looks shifted.)
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,12 +47,14 @@ def shifted(rows: Sequence[Row]) -> str | None:
             gain = there - own
             fits = (entropy + there).mean() > (entropy + own).mean() / 4
             blind = (own - other).mean() < gain.mean() / 4
-            nearest = beyond_chance(gain, of=predicting) and beyond_chance(there - other, of=predicting)
+            nearest = beyond_chance(gain, of=predicting) and beyond_chance(
+                there - other, of=predicting
+            )
             if (fits or blind) and nearest:
                 return (
-                    f"shifted by one {what}, those of the {what} {side}: -log p of the tokens there is "
-                    f"{-there.mean():.2f} nats, of their own {-own.mean():.2f}, of those on the other side "
-                    f"{-other.mean():.2f}, their entropy {entropy.mean():.2f}"
+                    f"shifted by one {what}, those of the {what} {side}: -log p of the tokens "
+                    f"there is {-there.mean():.2f} nats, of their own {-own.mean():.2f}, of those "
+                    f"on the other side {-other.mean():.2f}, their entropy {entropy.mean():.2f}"
                 )
     return None
 
@@ -65,14 +69,17 @@ def unknowing(rows: Sequence[Row]) -> str | None:
     if not beyond_chance(excess, of=predicting) or mean + 2 * error > excess.mean() / 10:
         return None
     return (
-        f"-log p of the tokens that the targets stand beside is {-own.mean():.2f} nats, of the neighbouring ones "
-        f"{-before.mean():.2f} and {-after.mean():.2f}, where their entropy is {entropy.mean():.2f}"
+        f"-log p of the tokens that the targets stand beside is {-own.mean():.2f} nats, of the "
+        f"neighbouring ones {-before.mean():.2f} and {-after.mean():.2f}, where their entropy is "
+        f"{entropy.mean():.2f}"
     )
 
 
 def surprise(rows: Sequence[Row]) -> float | None:
     """How much less likely the teacher finds the text than the targets' entropy says, nats; None if that is chance."""
-    found = [-row["token_logprob"].astype(np.float64) - row["entropy"] for row in rows if at_one(row)]
+    found = [
+        -row["token_logprob"].astype(np.float64) - row["entropy"] for row in rows if at_one(row)
+    ]
     excess = np.concatenate(found) if found else np.zeros(1)
     return float(excess.mean()) if beyond_chance(excess, of=np.arange(len(excess))) else None
 
@@ -119,7 +126,9 @@ def _by_row(rows: Sequence[Row]) -> np.ndarray | None:
     for before, row, after in zip(rows, rows[1:], rows[2:], strict=False):
         if at_one(row):
             n = min(one["span_tokens"] for one in (before, row, after))
-            parts.append(_likelihoods(row, slice(0, n), [_tokens(one)[:n] for one in (before, row, after)]))
+            parts.append(
+                _likelihoods(row, slice(0, n), [_tokens(one)[:n] for one in (before, row, after)])
+            )
     return np.concatenate(parts, axis=1) if parts else None
 
 

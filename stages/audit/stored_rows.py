@@ -30,12 +30,17 @@ class Shelf:
 def shelves(store: Store, *, damaged: Collection[str] = ()) -> list[Shelf]:
     """The live shards of soft targets, by what they say of themselves.
 
-    Left out are those that are known to be damaged, by their files' names, and those that cannot be opened.
+    Left out are those that are known to be damaged, by their files' names, and those that cannot be
+    opened.
     """
     found = []
     for commit in store.commits("soft_targets"):
         try:
-            about = {} if commit.shard.name in damaged else store.shard("soft_targets", commit.shard.sha256).about
+            about = (
+                {}
+                if commit.shard.name in damaged
+                else store.shard("soft_targets", commit.shard.sha256).about
+            )
         except IntegrityError:
             about = {}
         if not about:
@@ -70,7 +75,9 @@ class Row:
     def draw(self) -> dict[str, float] | None:
         """How sampled targets were drawn; None for other kinds."""
         sampled = self.columns["kind"] == "sampled"
-        return {"rounds": self.columns["k"], "proposal": self.columns["proposal"]} if sampled else None
+        return (
+            {"rounds": self.columns["k"], "proposal": self.columns["proposal"]} if sampled else None
+        )
 
 
 def choose_rows(store: Store, found: Sequence[Shelf], *, rows: int, seed: int) -> list[Row]:
@@ -87,7 +94,9 @@ def choose_rows(store: Store, found: Sequence[Shelf], *, rows: int, seed: int) -
     result = []
     for shelf in found:
         numbers = _row_numbers(store, shelf.sha256, chosen.get(shelf.sha256, ()))
-        for number, columns in zip(numbers, store.rows("soft_targets", {shelf.sha256: numbers}), strict=True):
+        for number, columns in zip(
+            numbers, store.rows("soft_targets", {shelf.sha256: numbers}), strict=True
+        ):
             targets = SoftTargets.from_row(columns)
             where = {"key": columns["key"], "shard": shelf.name, "number": number}
             result.append(Row(**where, columns=columns, targets=targets, imported=shelf.imported))

@@ -45,15 +45,23 @@ class Reader:
     def measured(self, row: Row, targets: SoftTargets, *, position: int | None = None) -> Numbers:
         """`remeasure` targets of a row, read alone, from a position on; None: from where the row's own span starts."""
         (states,) = self._states([row.columns["token_ids"]])
-        return self._measured(row, targets, states, row.span[0] - 1 if position is None else position)
+        return self._measured(
+            row, targets, states, row.span[0] - 1 if position is None else position
+        )
 
     def _measured(self, row: Row, targets: SoftTargets, states: Tensor, position: int) -> Numbers:
         n = len(targets.entropy)
         tokens = row.columns["token_ids"]
-        following = torch.from_numpy(np.append(tokens, 0)[position + 1 : position + 1 + n].astype(np.int64))
+        following = torch.from_numpy(
+            np.append(tokens, 0)[position + 1 : position + 1 + n].astype(np.int64)
+        )
         with torch.inference_mode():
             return remeasure(
-                states[predicting_positions(position + 1, n)], self._head, targets, following, draw=row.draw
+                states[predicting_positions(position + 1, n)],
+                self._head,
+                targets,
+                following,
+                draw=row.draw,
             )
 
     def _states(self, texts: Sequence[np.ndarray], *, padding: int = 0) -> list[Tensor]:
@@ -66,5 +74,7 @@ class Reader:
             mask[number, : len(text)] = 1
         device = self._model.device
         with torch.inference_mode():
-            hidden = hidden_states(self._model, input_ids=ids.to(device), attention_mask=mask.to(device))
+            hidden = hidden_states(
+                self._model, input_ids=ids.to(device), attention_mask=mask.to(device)
+            )
         return [states[: len(text)] for states, text in zip(hidden, texts, strict=True)]

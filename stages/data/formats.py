@@ -10,7 +10,12 @@ from ..recipe.sections import COLUMNS, Data
 
 
 def prompt_row(
-    record: dict[str, Any] | str, source: str, data: Data, *, given: bool, classes: Sequence[str] = ()
+    record: dict[str, Any] | str,
+    source: str,
+    data: Data,
+    *,
+    given: bool,
+    classes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """One record as a row of `prompts`.
 
@@ -28,7 +33,9 @@ def prompt_row(
     if isinstance(record, str):
         raise RowError("unreadable", record)
     record = {ours: record[theirs] for ours, theirs in _columns(record, data).items()}
-    row: dict[str, Any] = dict.fromkeys(("text", "text_pair", "messages", "completion", "reference", "label"), None) | {
+    row: dict[str, Any] = dict.fromkeys(
+        ("text", "text_pair", "messages", "completion", "reference", "label"), None
+    ) | {
         "format": data.format,
         "source": source,
     }
@@ -37,7 +44,9 @@ def prompt_row(
         row["label"] = label_index(record["label"], classes)
     answer, reference = row.pop("answer", None), record.get("reference")
     if given and data.format not in ("text", "labelled"):
-        row["completion"] = _text(answer, "completion", "no answer to score, and no `generate` section to make one")
+        row["completion"] = _text(
+            answer, "completion", "no answer to score, and no `generate` section to make one"
+        )
     elif reference in (None, ""):
         reference = answer
     row["reference"] = None if reference in (None, "") else _text(reference, "reference")
@@ -73,9 +82,14 @@ def _completion(record: dict[str, Any]) -> dict[str, Any]:
 def _messages(record: dict[str, Any]) -> dict[str, Any]:
     messages = record["messages"]
     try:
-        messages = [{"role": _text(m["role"], "role"), "content": _text(m["content"], "content")} for m in messages]
+        messages = [
+            {"role": _text(m["role"], "role"), "content": _text(m["content"], "content")}
+            for m in messages
+        ]
     except (TypeError, KeyError) as error:
-        raise RowError("unreadable", f"messages must be a list of {{role, content}} ({error!r})") from error
+        raise RowError(
+            "unreadable", f"messages must be a list of {{role, content}} ({error!r})"
+        ) from error
     answer = messages.pop()["content"] if messages and messages[-1]["role"] == "assistant" else None
     if not messages:
         raise RowError("empty", "the conversation has no message to answer")

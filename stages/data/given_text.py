@@ -45,7 +45,10 @@ class GivenText:
         self._author = job.author_id
         self._context = job.context_tokens
         self._window = window_tokens(data, job.context_tokens)
-        settings = {"window_tokens": self._window, "chat_template_kwargs": data.chat_template_kwargs}
+        settings = {
+            "window_tokens": self._window,
+            "chat_template_kwargs": data.chat_template_kwargs,
+        }
         shard_about = about("data", job.recipe, settings, author_id=job.author_id)
         writer = store.writer("generations", about=shard_about, limits=limits)
         self._writer = stack.enter_context(writer)
@@ -64,8 +67,13 @@ class GivenText:
         """
         with self._clock.span("tokenizer"):
             pieces = self._pieces(row)
-        # RoBERTa counts its positions from 2: its tokenizer knows what it can read, its config does not say.
-        limit = self._context if row["format"] != "labelled" else min(self._context, self._renderer.longest)
+        # RoBERTa counts its positions from 2: its tokenizer knows what it can read, its config does
+        # not say.
+        limit = (
+            self._context
+            if row["format"] != "labelled"
+            else min(self._context, self._renderer.longest)
+        )
         for index, (start, ids) in enumerate(pieces):
             if len(ids) > limit:
                 raise RowError("too_long", f"{len(ids)} tokens; the teacher reads {limit}")
@@ -89,7 +97,11 @@ class GivenText:
         self.tokens += len(ids) - start
         with self._clock.span("tokenizer"):
             text = self._renderer.tokenizer.decode(ids[start:], skip_special_tokens=True)
-        tokens = labelled_key(ids, row["label"]) if row["format"] == "labelled" else tokens_key(ids, start)
+        tokens = (
+            labelled_key(ids, row["label"])
+            if row["format"] == "labelled"
+            else tokens_key(ids, start)
+        )
         generation = {
             "key": content_key("generations", reuse_key=reuse_key, max_tokens=None),
             "reuse_key": reuse_key,

@@ -37,18 +37,25 @@ class Intake:
         return len(pc.unique(_column(self._prompts)))
 
     def table(self, holdout: int) -> pa.Table:
-        """The inputs table. Prompt keys are hashes: the smallest are a random sample that order cannot change."""
+        """The inputs table.
+
+        Prompt keys are hashes: the smallest are a random sample that order cannot change.
+        """
         prompts = _column(self._prompts).dictionary_encode()
         numbers = prompts.indices.to_numpy()  # counted up as prompts first appear
         held_out = np.zeros(len(prompts.dictionary), bool)
         if holdout:
-            smallest = pc.select_k_unstable(prompts.dictionary, k=holdout, sort_keys=[("", "ascending")])
+            smallest = pc.select_k_unstable(
+                prompts.dictionary, k=holdout, sort_keys=[("", "ascending")]
+            )
             held_out[smallest.to_numpy()] = True
         return pa.table(
             {
                 "key": _column(self._keys),
                 "prompt_key": _column(self._prompts),
-                "split": pa.DictionaryArray.from_arrays(held_out[numbers].astype(np.int8), ["train", "test"]),
+                "split": pa.DictionaryArray.from_arrays(
+                    held_out[numbers].astype(np.int8), ["train", "test"]
+                ),
                 "windows": pa.array(np.frombuffer(self._windows, np.int32)),
                 "first": pa.array(np.diff(np.maximum.accumulate(numbers), prepend=-1) > 0),
             }
@@ -56,4 +63,6 @@ class Intake:
 
 
 def _column(keys: bytearray) -> pa.FixedSizeBinaryArray:
-    return pa.FixedSizeBinaryArray.from_buffers(KEY, len(keys) // KEY_BYTES, [None, pa.py_buffer(bytes(keys))])
+    return pa.FixedSizeBinaryArray.from_buffers(
+        KEY, len(keys) // KEY_BYTES, [None, pa.py_buffer(bytes(keys))]
+    )

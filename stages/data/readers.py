@@ -16,7 +16,8 @@ _IN_FOLDERS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".txt", ".arrow
 # A README.md beside the data is not data: .md counts where a file or a glob names it.
 _SUFFIXES = (*_IN_FOLDERS, ".md")
 Record = tuple[str, dict[str, Any] | str]
-"""Where it stands ("prompts.jsonl:3") and the record, or in place of it a sentence on why it is unreadable."""
+"""Where it stands ("prompts.jsonl:3") and the record, or in place of it a sentence on why it is
+unreadable."""
 
 
 def source_files(source: str) -> list[Path]:
@@ -37,11 +38,16 @@ def source_files(source: str) -> list[Path]:
         _refuse_unreadable(file)
     if files:
         return files
-    if source.startswith((".", "/", "~")) or path.suffix in _SUFFIXES or source.count("/") != 1 or path.is_dir():
+    if (
+        source.startswith((".", "/", "~"))
+        or path.suffix in _SUFFIXES
+        or source.count("/") != 1
+        or path.is_dir()
+    ):
         raise UsageError(
-            f"data.source: nothing to read at {source} (looked in {Path.cwd()}). "
-            f"Name a file, a glob or a folder of {', '.join(_IN_FOLDERS)} (.md only by file or glob), "
-            "or a Hub dataset id."
+            f"data.source: nothing to read at {source} (looked in {Path.cwd()}). Name a file, a "
+            f"glob or a folder of {', '.join(_IN_FOLDERS)} (.md only by file or glob), or a Hub "
+            "dataset id."
         )
     return []
 
@@ -69,8 +75,8 @@ def fingerprint(data: Data, hashes: FileHashes) -> list[str]:
         return [data.source, data.split, str(HfApi().dataset_info(data.source).sha)]
     except Exception as error:
         raise UsageError(
-            f"data.source: {data.source} is no local file and the Hub does not answer for it ({type(error).__name__}). "
-            "Check the name and the network."
+            f"data.source: {data.source} is no local file and the Hub does not answer for it "
+            f"({type(error).__name__}). Check the name and the network."
         ) from error
 
 
@@ -84,10 +90,13 @@ def records(data: Data) -> Iterator[Record]:
         try:
             yield from _READERS[file.suffix](file)
         except (OSError, csv.Error) as error:
-            raise UsageError(f"data.source: {file} cannot be read ({error}). Mend it, or leave it out.") from error
+            raise UsageError(
+                f"data.source: {file} cannot be read ({error}). Mend it, or leave it out."
+            ) from error
 
 
-# Bytes that are not UTF-8 are let through as surrogates, so that the record they stand in is rejected, not the file.
+# Bytes that are not UTF-8 are let through as surrogates, so that the record they stand in is
+# rejected, not the file.
 def _lines(file: Path) -> Iterator[Record]:
     with file.open(encoding="utf-8", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, 1):
@@ -100,7 +109,11 @@ def _parse(line: str) -> dict[str, Any] | str:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         return f"not JSON: {error}"
-    return record if isinstance(record, dict) else f"a JSON {type(record).__name__}, expected an object"
+    return (
+        record
+        if isinstance(record, dict)
+        else f"a JSON {type(record).__name__}, expected an object"
+    )
 
 
 def _json(file: Path) -> Iterator[Record]:
@@ -130,7 +143,9 @@ def _parquet(file: Path) -> Iterator[Record]:
                     number += 1
                     yield f"{file.name}:{number}", record
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise UsageError(f"data.source: {file} is not readable Parquet ({error}). Write it again.") from error
+        raise UsageError(
+            f"data.source: {file} is not readable Parquet ({error}). Write it again."
+        ) from error
 
 
 def _csv(file: Path) -> Iterator[Record]:
@@ -167,4 +182,6 @@ def _from_datasets(data: Data, *, saved: bool) -> Iterator[Record]:
         for number, record in enumerate(loaded, 1):
             yield f"{data.source}:{number}", dict(record)
     except Exception as error:
-        raise UsageError(f"data.source: `datasets` cannot read {data.source}, split {data.split!r}: {error}") from error
+        raise UsageError(
+            f"data.source: `datasets` cannot read {data.source}, split {data.split!r}: {error}"
+        ) from error

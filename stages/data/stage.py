@@ -1,7 +1,8 @@
 """Stage `data`: reads the source once, into prompts rows of the store; everything after it reads the store alone.
 
-Given text (formats text, completion, and answers that came with the data when nothing is generated) is tokenized here
-too and becomes generations rows whose author is the data, so that later stages know one kind of row only.
+Given text (formats text, completion, and answers that came with the data when nothing is generated)
+is tokenized here too and becomes generations rows whose author is the data, so that later stages
+know one kind of row only.
 """
 
 from collections.abc import Sequence
@@ -31,11 +32,18 @@ COMMIT_ROWS = 8192  # reading is cheap to do again, and few large shards are qui
 def inputs_id(recipe: Recipe, teacher: Identity, hashes: FileHashes) -> str:
     """Name of the inputs record: what the source holds now, and how it is read."""
     author, classes = given_author_id(recipe, teacher), teacher.class_names
-    return _inputs_id(recipe, hashes, author_id=author, context_tokens=teacher.context_tokens, classes=classes)
+    return _inputs_id(
+        recipe, hashes, author_id=author, context_tokens=teacher.context_tokens, classes=classes
+    )
 
 
 def _inputs_id(
-    recipe: Recipe, hashes: FileHashes, *, author_id: str, context_tokens: int, classes: Sequence[str]
+    recipe: Recipe,
+    hashes: FileHashes,
+    *,
+    author_id: str,
+    context_tokens: int,
+    classes: Sequence[str],
 ) -> str:
     how = recipe.data.model_dump(exclude={"source", "chat_template_kwargs", "window_tokens"})
     if recipe.data.format == "labelled":
@@ -49,7 +57,8 @@ def run(job: Job) -> StageResult:
     """Read, normalise, deduplicate, split; commit prompts (and given text), then the inputs record.
 
     Raises:
-        UsageError: the source is missing or empty, lacks a column, or the holdout leaves nothing to train on.
+        UsageError: the source is missing or empty, lacks a column, or the holdout leaves nothing to
+            train on.
         StillroomError: the source is no longer what the job's `data_id` names.
     """
     recipe, data, clock = job.recipe, job.recipe.data, job.clock
@@ -61,8 +70,12 @@ def run(job: Job) -> StageResult:
     classes = names_in(store.teacher_dir(job.teacher_id)) if data.format == "labelled" else ()
     job.progress.start(total=data.limit or 0, unit="records")
     with ExitStack() as stack:
-        prompts = stack.enter_context(store.writer("prompts", about=about("data", recipe, settings), limits=limits))
-        rejects = stack.enter_context(store.writer("rejects", about=about("data", recipe, settings), limits=limits))
+        prompts = stack.enter_context(
+            store.writer("prompts", about=about("data", recipe, settings), limits=limits)
+        )
+        rejects = stack.enter_context(
+            store.writer("rejects", about=about("data", recipe, settings), limits=limits)
+        )
         with clock.span("start"):
             text = GivenText(job, store, stack, limits) if given_text(recipe) else None
         for source, record in islice(clock.each("disk", records(data)), data.limit):
@@ -87,7 +100,9 @@ def run(job: Job) -> StageResult:
     table = rows.table(data.holdout)
     with clock.span("disk"):
         _refuse_changed(job, classes)
-        store.put_inputs(job.data_id, table, {"source": data.source, "rejected": rejected, "format": data.format})
+        store.put_inputs(
+            job.data_id, table, {"source": data.source, "rejected": rejected, "format": data.format}
+        )
     return StageResult(rows=len(rows), rejected=rejected, tokens=text.tokens if text else 0)
 
 
@@ -117,8 +132,15 @@ def _reject(source: str, record: Any, error: RowError) -> dict[str, Any]:
 
 def _refuse_empty(data: Data, rows: Intake, rejected: int, first: str) -> None:
     if not rows:
-        found = f"all {rejected} records were rejected, the first at {first}" if rejected else "it holds no records"
-        raise UsageError(f"data.source: nothing to work on in {data.source}: {found}. Check the file and data.format.")
+        found = (
+            f"all {rejected} records were rejected, the first at {first}"
+            if rejected
+            else "it holds no records"
+        )
+        raise UsageError(
+            f"data.source: nothing to work on in {data.source}: {found}. Check the file and "
+            "data.format."
+        )
     prompts = rows.prompts()
     if data.holdout >= prompts:
         raise UsageError(
@@ -133,4 +155,6 @@ def _refuse_changed(job: Job, classes: Sequence[str]) -> None:
     author, context = job.author_id, job.context_tokens
     now = _inputs_id(job.recipe, hashes, author_id=author, context_tokens=context, classes=classes)
     if now != job.data_id:
-        raise StillroomError(f"data.source: {job.recipe.data.source} changed while it was read. Run again.")
+        raise StillroomError(
+            f"data.source: {job.recipe.data.source} changed while it was read. Run again."
+        )

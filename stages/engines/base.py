@@ -29,7 +29,9 @@ class Completion:
 class Engine(Protocol):
     """A loaded model that writes."""
 
-    def generate(self, requests: Iterable[Request], heartbeat: Callable[[], None]) -> Iterator[Completion]:
+    def generate(
+        self, requests: Iterable[Request], heartbeat: Callable[[], None]
+    ) -> Iterator[Completion]:
         """Completions in the order they finish; draws from `requests` as places become free, not far ahead of them.
 
         `heartbeat` is called at every step (one more token for every row in flight), when all that finished before

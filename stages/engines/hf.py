@@ -1,7 +1,8 @@
 """The `hf` engine: transformers' own generate, where vLLM cannot be installed. Slower, same rows.
 
-Sampling is by the Gumbel-max trick: argmax of log p + g with g standard Gumbel noise is a draw from p. The noise comes
-from each row's own seed, so a row's text does not depend on which rows ran beside it, up to the last bit of the logits.
+Sampling is by the Gumbel-max trick: argmax of log p + g with g standard Gumbel noise is a draw from
+p. The noise comes from each row's own seed, so a row's text does not depend on which rows ran
+beside it, up to the last bit of the logits.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -41,17 +42,22 @@ class _RowNoise(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         noise = np.stack([g.gumbel(size=scores.shape[-1]) for g in self._generators])
-        return torch.log_softmax(scores.float(), -1) + torch.from_numpy(noise).to(scores.device, torch.float32)
+        return torch.log_softmax(scores.float(), -1) + torch.from_numpy(noise).to(
+            scores.device, torch.float32
+        )
 
 
 class _Ends(StoppingCriteria):
     """Where each row of a batch ends: with an end id, or once a stop string stands in its completion.
 
     `lengths` holds the completion tokens of the rows that ended. What transformers writes behind an end is not read, so
-    no id has to mean padding; and text is looked for in completions only, never across the end of a prompt.
+    no id has to mean padding; and text is looked for in completions only, never across the end of a
+    prompt.
     """
 
-    def __init__(self, rows: int, ended: Callable[[list[int]], bool], *, start: int, step: Callable[[], None]) -> None:
+    def __init__(
+        self, rows: int, ended: Callable[[list[int]], bool], *, start: int, step: Callable[[], None]
+    ) -> None:
         self.lengths: list[int | None] = [None] * rows
         self._ended = ended
         self._start = start
@@ -62,19 +68,23 @@ class _Ends(StoppingCriteria):
         for row, ids in enumerate(input_ids[:, self._start :].tolist()):
             if self.lengths[row] is None and self._ended(ids):
                 self.lengths[row] = len(ids)
-        return torch.tensor([length is not None for length in self.lengths], device=input_ids.device)
+        return torch.tensor(
+            [length is not None for length in self.lengths], device=input_ids.device
+        )
 
 
 def _check_arguments(arguments: dict[str, Any]) -> None:
     unknown = sorted(arguments.keys() - set(ARGUMENTS))
     if unknown:
         raise UsageError(
-            f"generate.engine_args: the hf engine has no argument {unknown[0]!r}; it has {' and '.join(ARGUMENTS)}. "
-            "Remove it, or use generate.engine=vllm."
+            f"generate.engine_args: the hf engine has no argument {unknown[0]!r}; it has "
+            f"{' and '.join(ARGUMENTS)}. Remove it, or use generate.engine=vllm."
         )
     rows = arguments.get("batch_size", 1)
     if type(rows) is not int or rows < 1:
-        raise UsageError(f"generate.engine_args: batch_size must be a whole number of at least 1 (got {rows!r}).")
+        raise UsageError(
+            f"generate.engine_args: batch_size must be a whole number of at least 1 (got {rows!r})."
+        )
 
 
 class HfEngine:
@@ -88,14 +98,20 @@ class HfEngine:
         self._context = author_context(settings, author.context_tokens)
         self._batch = settings.engine_args.get("batch_size", 32)
         own: Any = self._model.generation_config
-        self._ends = set(own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]) - {None}
-        # Replaced, not passed: transformers fills what is not given (a repetition penalty, say) from the model's own.
+        self._ends = set(
+            own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+        ) - {None}
+        # Replaced, not passed: transformers fills what is not given (a repetition penalty, say)
+        # from the model's own.
         self._model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
 
-    def generate(self, requests: Iterable[Request], heartbeat: Callable[[], None]) -> Iterator[Completion]:
+    def generate(
+        self, requests: Iterable[Request], heartbeat: Callable[[], None]
+    ) -> Iterator[Completion]:
         """One batch at a time; its completions come out together.
 
-        A row that the context will cut short is written alone: beside others it would be cut where the longest is.
+        A row that the context will cut short is written alone: beside others it would be cut where
+        the longest is.
         """
         waiting = iter(requests)
         room = self._context - self._settings.max_tokens
@@ -105,8 +121,13 @@ class HfEngine:
             for batch in [fitting, *cut] if fitting else cut:
                 yield from self._careful(batch, heartbeat)
 
-    def _careful(self, batch: list[Request], heartbeat: Callable[[], None], attempt: int = 1) -> Iterator[Completion]:
-        """A batch's completions. A batch that fails is halved, until the row that it fails on stands alone."""
+    def _careful(
+        self, batch: list[Request], heartbeat: Callable[[], None], attempt: int = 1
+    ) -> Iterator[Completion]:
+        """A batch's completions.
+
+        A batch that fails is halved, until the row that it fails on stands alone.
+        """
         failure = None
         try:
             done = self._run(batch, heartbeat)
@@ -147,7 +168,9 @@ class HfEngine:
             )
         return [
             self._completion(request, row[:length], "length" if length is None else "stop")
-            for request, row, length in zip(batch, output[:, longest:].tolist(), ends.lengths, strict=True)
+            for request, row, length in zip(
+                batch, output[:, longest:].tolist(), ends.lengths, strict=True
+            )
         ]
 
     def _processors(self, seeds: list[int]) -> LogitsProcessorList:

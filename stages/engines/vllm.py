@@ -1,8 +1,9 @@
 """The vLLM engine: offline, continuous batching; the one file that imports vllm.
 
-Each row has its own seed, so its text does not depend on which rows ran beside it, as far as the arithmetic allows:
-vLLM sums in an order that depends on the batch, and logits that differ in the last bit can turn a sampled token when
-two candidates are that close. On the CPU in float32 we have not seen it happen; on GPUs in bf16 expect it now and then.
+Each row has its own seed, so its text does not depend on which rows ran beside it, as far as the
+arithmetic allows: vLLM sums in an order that depends on the batch, and logits that differ in the
+last bit can turn a sampled token when two candidates are that close. On the CPU in float32 we have
+not seen it happen; on GPUs in bf16 expect it now and then.
 """
 
 import os
@@ -49,7 +50,8 @@ class VllmEngine:
         if author.context_tokens < UNKNOWN_CONTEXT:
             arguments["max_model_len"] = author.context_tokens
         if on_cpu:
-            # A prompt cut in two makes vLLM 0.32 rewind the seeded row's generator, which CPU generators cannot do.
+            # A prompt cut in two makes vLLM 0.32 rewind the seeded row's generator, which CPU
+            # generators cannot do.
             arguments["enable_chunked_prefill"] = False
         try:
             self._llm = LLM(**arguments | settings.engine_args)
@@ -58,11 +60,15 @@ class VllmEngine:
         self._settings, self._clock = settings, clock
         self._adapter = author.adapter
 
-    def generate(self, requests: Iterable[Request], heartbeat: Callable[[], None]) -> Iterator[Completion]:
+    def generate(
+        self, requests: Iterable[Request], heartbeat: Callable[[], None]
+    ) -> Iterator[Completion]:
         """Keep the engine full and hand out completions as they finish."""
         engine = self._llm.llm_engine
         rows = engine.vllm_config.scheduler_config.max_num_seqs
-        in_flight = rows + max(1, rows // 4)  # the next ones wait at its door; more would only be lost with it
+        in_flight = rows + max(
+            1, rows // 4
+        )  # the next ones wait at its door; more would only be lost with it
         waiting = iter(requests)
         held: set[str] = set()
         more = True
@@ -85,7 +91,9 @@ class VllmEngine:
             try:
                 with self._clock.span("model"):
                     outputs = engine.step()
-            except Exception as error:  # its state is then unknown, in this process or in the engine's own
+            except (
+                Exception
+            ) as error:  # its state is then unknown, in this process or in the engine's own
                 raise EngineDied(f"vLLM: {type(error).__name__}: {error}") from error
             for output in outputs:
                 if output.finished:
@@ -100,7 +108,8 @@ class VllmEngine:
         from vllm.sampling_params import RequestOutputKind
 
         s = self._settings
-        # Given in full: of the model's generation_config.json, vLLM then takes the end ids and nothing else.
+        # Given in full: of the model's generation_config.json, vLLM then takes the end ids and
+        # nothing else.
         sampling = SamplingParams(
             temperature=s.temperature,
             top_p=s.top_p if s.temperature > 0 else 1.0,
@@ -112,7 +121,10 @@ class VllmEngine:
         adapter = LoRARequest("teacher", 1, str(self._adapter)) if self._adapter else None
         try:
             self._llm.llm_engine.add_request(
-                str(request.number), {"prompt_token_ids": request.prompt_ids}, sampling, lora_request=adapter
+                str(request.number),
+                {"prompt_token_ids": request.prompt_ids},
+                sampling,
+                lora_request=adapter,
             )
         except ValueError as error:
             return str(error)
@@ -124,5 +136,8 @@ class VllmEngine:
     def _completion(output: Any) -> Completion:
         best = output.outputs[0]
         return Completion(
-            int(output.request_id.split("-")[0]), list(best.token_ids), best.text, best.finish_reason or "stop"
+            int(output.request_id.split("-")[0]),
+            list(best.token_ids),
+            best.text,
+            best.finish_reason or "stop",
         )

@@ -1,7 +1,8 @@
 """Greedy answers to held-out prompts, and how they are scored: exact match, a regular expression, or ROUGE-L.
 
-A question is a prompt with a reference. The reference is the data's own where there is one; else the completion that
-the student was to learn; for plain text, which has no prompts, the document goes on where a prefix of it stops.
+A question is a prompt with a reference. The reference is the data's own where there is one; else
+the completion that the student was to learn; for plain text, which has no prompts, the document
+goes on where a prefix of it stops.
 """
 
 import re
@@ -57,7 +58,12 @@ class Quiz:
         for start in range(0, len(order), BATCH_PROMPTS):
             job.stop.check()
             batch = order[start : start + BATCH_PROMPTS]
-            texts = greedy(model, self.tokenizer, [prompts[n] for n in batch], max_tokens=self.settings.max_tokens)
+            texts = greedy(
+                model,
+                self.tokenizer,
+                [prompts[n] for n in batch],
+                max_tokens=self.settings.max_tokens,
+            )
             for number, text in zip(batch, texts, strict=True):
                 found[number] = text
             job.progress.advance(len(batch), note="answers")
@@ -70,13 +76,19 @@ class Quiz:
         if self.against == GOLD and None not in written:
             answers = {"teacher": [str(text) for text in written], **answers}
         return {
-            arm: sum(score(text, q.reference) for text, q in zip(texts, self.questions, strict=True)) / len(texts)
+            arm: sum(
+                score(text, q.reference) for text, q in zip(texts, self.questions, strict=True)
+            )
+            / len(texts)
             for arm, texts in answers.items()
         }
 
     def about(self) -> dict[str, Any]:
         """What the scores mean."""
-        return self.settings.model_dump() | {"prompts": len(self.questions), "against": self.against}
+        return self.settings.model_dump() | {
+            "prompts": len(self.questions),
+            "against": self.against,
+        }
 
     def samples(self, answers: dict[str, list[str]]) -> list[dict[str, str | None]]:
         """The first few prompts with everybody's text, cut to a readable length."""
@@ -97,12 +109,14 @@ GOLD = "the data's reference"
 def prepare_quiz(job: Job, store: Store, rows: Iterable[dict[str, Any]]) -> Quiz | None:
     """Choose the prompts in the order of their keys: hashes, so a random sample, and the same for every student.
 
-    Without `evaluate.generate` they are few and nothing is scored; None where none are asked for, and for classifiers.
+    Without `evaluate.generate` they are few and nothing is scored; None where none are asked for,
+    and for classifiers.
 
     Args:
         job: Names inputs, teacher and author.
         store: Holds prompts and generations.
-        rows: Held-out rows: prompt_key, generation_key, token_ids, start (index of the first scored token).
+        rows: Held-out rows: prompt_key, generation_key, token_ids, start (index of the first scored
+            token).
 
     Raises:
         UsageError: no reference matches `evaluate.generate.pattern`.
@@ -121,15 +135,26 @@ def prepare_quiz(job: Job, store: Store, rows: Iterable[dict[str, Any]]) -> Quiz
         against = "the rest of the text"
     else:
         questions, against = _questions(job, store, chosen, settings.prompts)
-    if settings.metric == "regex" and not any(scorer(settings)(q.reference, q.reference) for q in questions):
+    if settings.metric == "regex" and not any(
+        scorer(settings)(q.reference, q.reference) for q in questions
+    ):
         raise UsageError(
-            f"evaluate.generate.pattern: {settings.pattern!r} matches none of {len(questions)} references "
-            f"({against}; the first is {questions[0].reference[:80]!r}). Write a pattern that does."
+            f"evaluate.generate.pattern: {settings.pattern!r} matches none of {len(questions)} "
+            f"references ({against}; the first is {questions[0].reference[:80]!r}). Write a "
+            "pattern that does."
         )
-    return Quiz(settings=settings, tokenizer=tokenizer, questions=questions, against=against, scored=scored is not None)
+    return Quiz(
+        settings=settings,
+        tokenizer=tokenizer,
+        questions=questions,
+        against=against,
+        scored=scored is not None,
+    )
 
 
-def _questions(job: Job, store: Store, chosen: list[dict[str, Any]], many: int) -> tuple[list[Question], str]:
+def _questions(
+    job: Job, store: Store, chosen: list[dict[str, Any]], many: int
+) -> tuple[list[Question], str]:
     """Questions with the data's references if it has any, else with what was written, and which of the two it was."""
     gold = _gold(job, store, {row["prompt_key"] for row in chosen})
     chosen = [r for r in chosen if not gold or r["prompt_key"] in gold][:many]
@@ -148,7 +173,9 @@ def _questions(job: Job, store: Store, chosen: list[dict[str, Any]], many: int) 
     return questions, GOLD if gold else "the teacher's own text" if by_teacher else other
 
 
-def _continuation(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", settings: EvaluateGenerate) -> Question:
+def _continuation(
+    row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", settings: EvaluateGenerate
+) -> Question:
     ids = [int(i) for i in row["token_ids"]]
     start = max(1, min(PREFIX_TOKENS, len(ids) // 2))
     rest = tokenizer.decode(ids[start : start + settings.max_tokens], skip_special_tokens=True)
@@ -178,7 +205,9 @@ def _published_gold(store: Store, prompt_keys: set[bytes]) -> dict[bytes, str]:
     return found
 
 
-def _rows(store: Store, table: TableName, keys: set[bytes], columns: list[str]) -> Iterator[dict[str, Any]]:
+def _rows(
+    store: Store, table: TableName, keys: set[bytes], columns: list[str]
+) -> Iterator[dict[str, Any]]:
     places: dict[str, list[int]] = {}
     for place in store.index(table, ["key"]).to_pylist():
         if place["key"] in keys:
@@ -186,7 +215,9 @@ def _rows(store: Store, table: TableName, keys: set[bytes], columns: list[str]) 
     return store.rows(table, places, ["key", *columns])
 
 
-def greedy(model: Any, tokenizer: "PreTrainedTokenizerBase", prompts: list[list[int]], *, max_tokens: int) -> list[str]:
+def greedy(
+    model: Any, tokenizer: "PreTrainedTokenizerBase", prompts: list[list[int]], *, max_tokens: int
+) -> list[str]:
     """Greedy continuations of one batch, padded on the left; `model` is a transformers or PEFT language model."""
     import torch
     from transformers import GenerationConfig
@@ -200,7 +231,8 @@ def greedy(model: Any, tokenizer: "PreTrainedTokenizerBase", prompts: list[list[
     pad = ends[0] if ends else 0
     ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    # Replaced, not passed: transformers fills what is not given (a repetition penalty, say) from the model's own.
+    # Replaced, not passed: transformers fills what is not given (a repetition penalty, say) from
+    # the model's own.
     model.generation_config = GenerationConfig(
         do_sample=False, max_new_tokens=room, eos_token_id=ends or None, pad_token_id=pad
     )
@@ -232,14 +264,16 @@ def _regex_scorer(pattern: str) -> Callable[[str, str], float]:
         return _plain(matches[-1].group(min(1, compiled.groups)) or "") if matches else None
 
     # No match is no answer: it is never right, not even where the reference has none either.
-    return lambda answer, reference: float(last(answer) is not None and last(answer) == last(reference))
+    return lambda answer, reference: float(
+        last(answer) is not None and last(answer) == last(reference)
+    )
 
 
 def _rouge_l_scorer() -> Callable[[str, str], float]:
     """F-measure of the longest common subsequence of words, no stemming.
 
-    Words are runs of letters and digits of any script. The package's own tokenizer keeps a-z and 0-9 only, which is the
-    same for English and nothing at all for Chinese.
+    Words are runs of letters and digits of any script. The package's own tokenizer keeps a-z and
+    0-9 only, which is the same for English and nothing at all for Chinese.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -257,4 +291,8 @@ def _plain(text: str) -> str:
 
 
 def _short(text: str | None) -> str | None:
-    return text if text is None or len(text) <= SAMPLE_CHARACTERS else text[:SAMPLE_CHARACTERS] + " ..."
+    return (
+        text
+        if text is None or len(text) <= SAMPLE_CHARACTERS
+        else text[:SAMPLE_CHARACTERS] + " ..."
+    )

@@ -9,7 +9,14 @@ from ..targets.alignment import scored_span
 from ..workers.clock import Clock
 
 _SPAN = {
-    "soft_targets": ("key", "prompt_key", "generation_key", "token_ids", "span_start", "span_tokens"),
+    "soft_targets": (
+        "key",
+        "prompt_key",
+        "generation_key",
+        "token_ids",
+        "span_start",
+        "span_tokens",
+    ),
     "generations": ("prompt_key", "key", "token_ids", "prompt_tokens"),
 }
 
@@ -19,12 +26,18 @@ _TARGETS = ("kind", "k", "ids", "logprobs", "tail_logprob", "token_logprob", "en
 class HeldOut:
     """The rows of the test snapshot: soft targets, or (black-box) generations."""
 
-    def __init__(self, store: Store, snapshot: Snapshot, clock: Clock, *, classified: bool = False) -> None:
+    def __init__(
+        self, store: Store, snapshot: Snapshot, clock: Clock, *, classified: bool = False
+    ) -> None:
         """`classified`: texts with their classes; those without a gold label are left out, they judge nobody."""
         self._store, self.classified, self._clock = store, classified, clock
         self.snapshot = snapshot
         self.scored = snapshot.table == "soft_targets"
-        self.rows = sum(row["label"] is not None for row in self._read("label")) if classified else snapshot.rows
+        self.rows = (
+            sum(row["label"] is not None for row in self._read("label"))
+            if classified
+            else snapshot.rows
+        )
         """How many rows are held out."""
 
     def spans(self) -> Iterator[dict[str, Any]]:
@@ -41,7 +54,9 @@ class HeldOut:
 
     def references(self) -> set[tuple[str, int]]:
         """Kinds of reference targets and their entries per position."""
-        return {(row["kind"], row["k"]) for row in self._read("kind", "k")} if self.scored else set()
+        return (
+            {(row["kind"], row["k"]) for row in self._read("kind", "k")} if self.scored else set()
+        )
 
     def _read(self, *columns: str) -> Iterator[dict[str, Any]]:
         for shard in self.snapshot.shards:

@@ -40,7 +40,9 @@ class Measured:
     """Of the student before and after training, sparse against full."""
 
 
-def measure_arms(job: Job, held_out: HeldOut, students: Arms, *, quiz: Quiz | None, found: Measured) -> None:
+def measure_arms(
+    job: Job, held_out: HeldOut, students: Arms, *, quiz: Quiz | None, found: Measured
+) -> None:
     """All arms, one model at a time, into `found`."""
     with job.clock.span("start"):
         import torch
@@ -56,7 +58,9 @@ def measure_arms(job: Job, held_out: HeldOut, students: Arms, *, quiz: Quiz | No
         with job.clock.span("start"):
             model: Any = merged(load())
             model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        found.tallies[arm] = _student_tally(job, held_out, model, view=found.views.arm(arm), arm=arm)
+        found.tallies[arm] = _student_tally(
+            job, held_out, model, view=found.views.arm(arm), arm=arm
+        )
         if quiz:
             with job.clock.span("model"):
                 found.answers[arm] = quiz.answers(model, job)
@@ -76,7 +80,9 @@ def _teacher_tally(job: Job, held_out: HeldOut, views: "Views") -> "Tally":
         job.stop.check()
         with job.clock.span("disk"):
             targets = SoftTargets.from_row(row).normalised()
-        with job.clock.span("model"):  # no pass of the teacher, but the same sums over its vocabulary
+        with job.clock.span(
+            "model"
+        ):  # no pass of the teacher, but the same sums over its vocabulary
             measures = measure_teacher(targets, torch.as_tensor(_asked(row)))
         views.add_teacher(row, targets)
         tally.add(row["prompt_key"], measures | _accuracy(row, measures))
@@ -84,7 +90,9 @@ def _teacher_tally(job: Job, held_out: HeldOut, views: "Views") -> "Tally":
     return tally
 
 
-def _student_tally(job: Job, held_out: HeldOut, model: "nn.Module", *, view: "ArmViews", arm: str) -> "Tally":
+def _student_tally(
+    job: Job, held_out: HeldOut, model: "nn.Module", *, view: "ArmViews", arm: str
+) -> "Tally":
     from .metrics import Tally
 
     tally = Tally()
@@ -105,7 +113,9 @@ def _student_tally(job: Job, held_out: HeldOut, model: "nn.Module", *, view: "Ar
     return tally
 
 
-def _measure_row(model: "nn.Module", row: dict[str, Any], tally: "Tally", *, view: "ArmViews", clock: Clock) -> None:
+def _measure_row(
+    model: "nn.Module", row: dict[str, Any], tally: "Tally", *, view: "ArmViews", clock: Clock
+) -> None:
     import torch
 
     from ..models.head import hidden_states, split_head
@@ -138,10 +148,15 @@ def _measure_text(model: Any, inputs: "Inputs", row: dict[str, Any], *, tally: "
     from ..models.classifier import class_logits
     from .metrics import measure
 
-    _check_fits(model, torch.as_tensor(row["token_ids"]), model.get_input_embeddings().num_embeddings)
+    _check_fits(
+        model, torch.as_tensor(row["token_ids"]), model.get_input_embeddings().num_embeddings
+    )
     targets = SoftTargets.from_row(row).normalised()
     with torch.inference_mode():
-        tensors = {name: tensor.to(model.device) for name, tensor in inputs.tensors([row["token_ids"]]).items()}
+        tensors = {
+            name: tensor.to(model.device)
+            for name, tensor in inputs.tensors([row["token_ids"]]).items()
+        }
         label = torch.as_tensor(_asked(row)).to(model.device)
         measures = measure(class_logits(model, tensors), label, targets)
     tally.add(row["prompt_key"], measures | _accuracy(row, measures))
@@ -155,15 +170,20 @@ def _asked(row: dict[str, Any]) -> np.ndarray:
     return tokens
 
 
-def _accuracy(row: dict[str, Any], measures: dict[str, "torch.Tensor"]) -> dict[str, "torch.Tensor"]:
+def _accuracy(
+    row: dict[str, Any], measures: dict[str, "torch.Tensor"]
+) -> dict[str, "torch.Tensor"]:
     """How often the best class is the gold one; of text, that would be how often the next token is guessed."""
     return {"accuracy": measures["correct"]} if "label" in row else {}
 
 
-def _gradient(job: Job, held_out: HeldOut, model: "nn.Module", *, arm: str) -> dict[str, float | int | None] | None:
+def _gradient(
+    job: Job, held_out: HeldOut, model: "nn.Module", *, arm: str
+) -> dict[str, float | int | None] | None:
     """How far the recipe's targets turn the gradient of the soft loss, as training begins or as it ends.
 
-    None where there is no such loss, or no choice of targets (black-box, classification, soft_weight 0), or where
+    None where there is no such loss, or no choice of targets (black-box, classification,
+    soft_weight 0), or where
     `evaluate.gradient_tokens` is 0.
     """
     import torch
@@ -190,7 +210,9 @@ def _gradient(job: Job, held_out: HeldOut, model: "nn.Module", *, arm: str) -> d
     kept = wanted(score, vocab_size)
     job.progress.say(f"gradient of sparse against full targets ({arm})")
     try:
-        return compare_gradients(model, _first_rows(job, held_out), kept=kept, objective=objective, packing=packing)
+        return compare_gradients(
+            model, _first_rows(job, held_out), kept=kept, objective=objective, packing=packing
+        )
     except torch.OutOfMemoryError:
         job.progress.say("out of memory: the gradient, three times the weights, is left out")
         return None
@@ -213,11 +235,13 @@ def _check_fits(model: "nn.Module", ids: "torch.Tensor", vocab_size: int) -> Non
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and len(ids) > limit:
         raise UsageError(
-            f"student: reads at most {limit} tokens (max_position_embeddings), a held-out row has {len(ids)}. "
-            "Lower data.window_tokens or generate.max_tokens, or take a student with a longer context."
+            f"student: reads at most {limit} tokens (max_position_embeddings), a held-out row has "
+            f"{len(ids)}. Lower data.window_tokens or generate.max_tokens, or take a student with "
+            "a longer context."
         )
     if int(ids.max()) >= vocab_size:
         raise UsageError(
-            f"student: its vocabulary has {vocab_size} ids, but a held-out row contains token {int(ids.max())}. "
-            "Choose a student with the teacher's tokenizer and at least its vocabulary."
+            f"student: its vocabulary has {vocab_size} ids, but a held-out row contains token "
+            f"{int(ids.max())}. Choose a student with the teacher's tokenizer and at least its "
+            "vocabulary."
         )

@@ -1,25 +1,27 @@
 """How good a model's next-token distribution is, and how close to the teacher's: measures per token, sums over rows.
 
-Every arm is measured on the same tokens, a chunk of logits at a time. Per token, with t the teacher's distribution, p
-the model's and x the token that is there:
+Every arm is measured on the same tokens, a chunk of logits at a time. Per token, with t the
+teacher's distribution, p the model's and x the token that is there:
 
     cross_entropy   -log p(x), nats; perplexity is exp of its mean
     kl_teacher      KL(t || p) = sum_i t_i (log t_i - log p_i), nats
     tv_teacher      total variation, 1/2 sum_i |t_i - p_i|, 0 to 1
     acceptance      sum_i min(t_i, p_i) = 1 - tv_teacher: how often the teacher accepts a token that the model proposes
-                    in speculative decoding (Leviathan et al. 2023, arXiv 2211.17192, theorem 3.5 and corollary 3.6)
-    top1_agreement  1 if the model's best id is the teacher's best (ids that tie in the stored targets are all best)
+                    in speculative decoding (Leviathan et al. 2023, arXiv 2211.17192, theorem 3.5
+                    and corollary 3.6)
+    top1_agreement 1 if the model's best id is the teacher's best (ids that tie in the stored
+    targets are all best)
     ece             expected calibration error of the model's best id: 15 equal-width bins of its probability
                     (Guo et al. 2017, arXiv 1706.04599, equation 3)
 
-On `full` targets all of them are exact. On entries and a tail, t and p are seen through the entries and one bucket for
-all other ids: KL and total variation are then lower bounds and the acceptance an upper bound, since merging outcomes
-never raises a divergence.
+On `full` targets all of them are exact. On entries and a tail, t and p are seen through the entries
+and one bucket for all other ids: KL and total variation are then lower bounds and the acceptance an
+upper bound, since merging outcomes never raises a divergence.
 
-Ids that only the teacher has: the model gives them no probability at all, so KL would be infinite. Entries with such
-ids go into the bucket. `full` targets have no bucket, so there the KL is of t conditioned on the ids that both have;
-total variation is finite and counts them. What they hold is reported as `unshared_mass`. Ids that only the model has
-need nothing: t is 0 there.
+Ids that only the teacher has: the model gives them no probability at all, so KL would be infinite.
+Entries with such ids go into the bucket. `full` targets have no bucket, so there the KL is of t
+conditioned on the ids that both have; total variation is finite and counts them. What they hold is
+reported as `unshared_mass`. Ids that only the model has need nothing: t is 0 there.
 
 Letters: N tokens of a chunk, V the model's vocabulary, W the teacher's, K entries of a soft target.
 """
@@ -39,7 +41,15 @@ from ..losses.divergences import forward_kl, total_variation
 BINS = 15
 CHUNK_BYTES = 64 * 2**20
 
-JUDGED = ("cross_entropy", "accuracy", "kl_teacher", "tv_teacher", "acceptance", "top1_agreement", "ece")
+JUDGED = (
+    "cross_entropy",
+    "accuracy",
+    "kl_teacher",
+    "tv_teacher",
+    "acceptance",
+    "top1_agreement",
+    "ece",
+)
 """Measures that have standard errors, and by which arms are compared."""
 
 # Columns of a row of bin sums.
@@ -53,7 +63,9 @@ def chunk_tokens(vocab_size: int) -> int:
     return max(1, CHUNK_BYTES // (4 * vocab_size))
 
 
-def measure(logits: Tensor, tokens: Tensor, reference: SoftTargets | None = None) -> dict[str, Tensor]:
+def measure(
+    logits: Tensor, tokens: Tensor, reference: SoftTargets | None = None
+) -> dict[str, Tensor]:
     """The measures of a model at N positions.
 
     Args:
@@ -71,7 +83,8 @@ def measure(logits: Tensor, tokens: Tensor, reference: SoftTargets | None = None
     confidence, best = logprobs.max(-1)
     if confidence.isnan().any():
         raise StillroomError(
-            "the model's logits are not numbers (NaN): its training diverged. Lower train.learning_rate."
+            "the model's logits are not numbers (NaN): its training diverged. Lower "
+            "train.learning_rate."
         )
     found = {
         "cross_entropy": -logprobs.gather(-1, tokens[:, None]).squeeze(-1),
@@ -107,10 +120,14 @@ def _against_teacher(logprobs: Tensor, best: Tensor, reference: SoftTargets) -> 
     teacher = torch.as_tensor(reference.logprobs, device=logprobs.device)
     if reference.ids is None:
         unshared = teacher[:, vocab_size:].exp().sum(-1)
-        shared = functional.pad(teacher[:, :vocab_size], (0, max(0, vocab_size - teacher.shape[-1])), value=-torch.inf)
+        shared = functional.pad(
+            teacher[:, :vocab_size], (0, max(0, vocab_size - teacher.shape[-1])), value=-torch.inf
+        )
         is_best = shared.gather(-1, best[:, None]).squeeze(-1) == shared.amax(-1)
         variation = total_variation(shared, logprobs) + unshared / 2
-        kl = forward_kl(shared.log_softmax(-1) if teacher.shape[-1] > vocab_size else shared, logprobs)
+        kl = forward_kl(
+            shared.log_softmax(-1) if teacher.shape[-1] > vocab_size else shared, logprobs
+        )
     else:
         ids = torch.as_tensor(reference.ids, device=logprobs.device).long()
         tail = torch.as_tensor(reference.tail_logprob, device=logprobs.device)
@@ -127,11 +144,14 @@ def _against_teacher(logprobs: Tensor, best: Tensor, reference: SoftTargets) -> 
     }
 
 
-def bucketed(ids: Tensor, teacher: Tensor, tail: Tensor, *, logprobs: Tensor) -> tuple[Tensor, Tensor]:
+def bucketed(
+    ids: Tensor, teacher: Tensor, tail: Tensor, *, logprobs: Tensor
+) -> tuple[Tensor, Tensor]:
     """Teacher and model through the same K + 1 outcomes: the entries, and one bucket that holds every other id.
 
     Args:
-        ids: [N, K] entries; an id of V or more is one that the model lacks, and is moved into the bucket.
+        ids: [N, K] entries; an id of V or more is one that the model lacks, and is moved into the
+            bucket.
         teacher: [N, K] the teacher's log-probabilities.
         tail: [N] log of the teacher's mass outside the entries.
         logprobs: [N, V] the model's log-probabilities.
@@ -141,7 +161,9 @@ def bucketed(ids: Tensor, teacher: Tensor, tail: Tensor, *, logprobs: Tensor) ->
     """
     vocab_size = logprobs.shape[-1]
     lacking = ids >= vocab_size
-    tail = torch.cat([tail[:, None], teacher.masked_fill(~lacking, -torch.inf)], -1).logsumexp(-1, keepdim=True)
+    tail = torch.cat([tail[:, None], teacher.masked_fill(~lacking, -torch.inf)], -1).logsumexp(
+        -1, keepdim=True
+    )
     teacher = teacher.masked_fill(lacking, -torch.inf)
     # One more column, of probability 0, stands for every id that the model lacks.
     padded = functional.pad(logprobs, (0, 1), value=-torch.inf)
@@ -152,7 +174,10 @@ def bucketed(ids: Tensor, teacher: Tensor, tail: Tensor, *, logprobs: Tensor) ->
 
 
 class Tally:
-    """Sums of measures over rows, in float64. A unit is what was drawn independently: a prompt with all of its rows."""
+    """Sums of measures over rows, in float64.
+
+    A unit is what was drawn independently: a prompt with all of its rows.
+    """
 
     def __init__(self) -> None:
         self._units: dict[bytes, dict[str, float]] = defaultdict(lambda: defaultdict(float))
@@ -169,7 +194,11 @@ class Tally:
         # Bin m of M covers ((m - 1) / M, m / M].
         index = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
         correct = measures["correct"].cpu().numpy()
-        for column, weights in ((_COUNT, np.ones_like(confidence)), (_CONFIDENCE, confidence), (_CORRECT, correct)):
+        for column, weights in (
+            (_COUNT, np.ones_like(confidence)),
+            (_CONFIDENCE, confidence),
+            (_CORRECT, correct),
+        ):
             self._bins[unit][:, column] += np.bincount(index, weights, BINS)
 
     @property
@@ -212,7 +241,9 @@ class Tally:
                 "confidence": float(confidence / count),
                 "accuracy": float(correct / count),
             }
-            for number, (count, confidence, correct) in enumerate(np.sum(list(self._bins.values()), axis=0))
+            for number, (count, confidence, correct) in enumerate(
+                np.sum(list(self._bins.values()), axis=0)
+            )
             if count
         ]
 

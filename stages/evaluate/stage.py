@@ -1,8 +1,8 @@
 """Stage `evaluate`: teacher and students on the same held-out tokens, one model in memory at a time.
 
-The teacher is never loaded: its numbers come from the stored targets. Rows go through a model one by one and its logits
-a chunk of tokens at a time, so memory grows with one row and not with the held-out set. `evaluation.json` is written
-last: that it exists means that the evaluation is done.
+The teacher is never loaded: its numbers come from the stored targets. Rows go through a model one
+by one and its logits a chunk of tokens at a time, so memory grows with one row and not with the
+held-out set. `evaluation.json` is written last: that it exists means that the evaluation is done.
 """
 
 import json
@@ -50,11 +50,18 @@ def run(job: Job) -> StageResult:
     started = time.monotonic()
     store = open_store(job.recipe.storage.dir, job.recipe.storage.sources)
     classified = job.recipe.run.task == "classification"
-    held_out = HeldOut(store, load_snapshot(store, job.snapshots["test"]), job.clock, classified=classified)
+    held_out = HeldOut(
+        store, load_snapshot(store, job.snapshots["test"]), job.clock, classified=classified
+    )
     if not held_out.rows:
-        what = "held-out row has a gold label" if classified and held_out.snapshot.rows else "held-out rows"
+        what = (
+            "held-out row has a gold label"
+            if classified and held_out.snapshot.rows
+            else "held-out rows"
+        )
         raise UsageError(
-            f"data.holdout: no {what}, so nothing to evaluate on. Set data.holdout higher, or to 0: no evaluation."
+            f"data.holdout: no {what}, so nothing to evaluate on. Set data.holdout higher, or to "
+            "0: no evaluation."
         )
     with job.clock.span("start"):
         quiz = prepare_quiz(job, store, held_out.spans())
@@ -66,9 +73,13 @@ def run(job: Job) -> StageResult:
     encoded = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
     files = LocalFiles(job.train_dirs["student"])
     with job.clock.span("disk"):
-        files.replace("evaluation.json", encoded.encode())  # in place of one that was asked for differently
+        files.replace(
+            "evaluation.json", encoded.encode()
+        )  # in place of one that was asked for differently
     measured = content["measured_on"]
-    return StageResult(rows=measured["rows"], tokens=measured["tokens"], details={"results": content["results"]})
+    return StageResult(
+        rows=measured["rows"], tokens=measured["tokens"], details={"results": content["results"]}
+    )
 
 
 def _students(job: Job, store: Store) -> Arms:
@@ -102,7 +113,9 @@ def _views(job: Job, held_out: HeldOut, store: Store) -> "Views":
 def _content(job: Job, held_out: HeldOut, found: Measured, *, quiz: Quiz | None) -> dict[str, Any]:
     """What `evaluation.json` holds."""
     tallies = found.tallies
-    results = {arm: _result(tallies.get(arm), held_out) for arm in ("teacher", *found.answers, *tallies)}
+    results = {
+        arm: _result(tallies.get(arm), held_out) for arm in ("teacher", *found.answers, *tallies)
+    }
     if quiz and quiz.scored:
         for arm, score in quiz.scores(found.answers).items():
             results[arm]["answers"] = score

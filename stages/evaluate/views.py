@@ -1,7 +1,8 @@
 """What a report shows of held-out rows besides means: distributions, the KL by position, a few rows token by token.
 
-Sums and a handful of rows: its size does not grow with the held-out set. Bin edges are fixed, so that runs can be laid
-over one another; bin i holds edges[i] <= x < edges[i + 1], and the last one whatever is beyond as well.
+Sums and a handful of rows: its size does not grow with the held-out set. Bin edges are fixed, so
+that runs can be laid over one another; bin i holds edges[i] <= x < edges[i + 1], and the last one
+whatever is beyond as well.
 
 Letters: n tokens of a chunk, V the model's vocabulary, K entries of a soft target.
 """
@@ -22,10 +23,29 @@ from .metrics import ratio_mean
 ROWS, CONTEXT, TOKENS, BEST = 4, 48, 80, 5
 """Rows shown, tokens before and in the scored span of each, and entries of each distribution."""
 MASS_TOKENS = 4_096
-"""Tokens on which kept mass is measured, at most, as it sorts: every second, third ... token of more."""
+"""Tokens on which kept mass is measured, at most, as it sorts: every second, third ... token of
+more."""
 POSITION_EDGES = (0, *(2**i for i in range(20)))
 ENTROPY_EDGES = tuple(0.25 * i for i in range(57))
-MASS_EDGES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 1.0)
+MASS_EDGES = (
+    0.0,
+    0.1,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.6,
+    0.7,
+    0.8,
+    0.9,
+    0.95,
+    0.98,
+    0.99,
+    0.995,
+    0.998,
+    0.999,
+    1.0,
+)
 LENGTH_BINS = 24
 LADDER = tuple(2**i for i in range(9))
 DIGITS = 4
@@ -41,7 +61,9 @@ class ArmViews:
         self.measure = ""
         self.rows: dict[bytes, list[dict[str, list[Any]]]] = {}
 
-    def add(self, row: Mapping[str, Any], start: int, *, measures: Mapping[str, Tensor], logits: Tensor) -> None:
+    def add(
+        self, row: Mapping[str, Any], start: int, *, measures: Mapping[str, Tensor], logits: Tensor
+    ) -> None:
         """Count tokens `start`, `start` + 1, ... of a row's span.
 
         Args:
@@ -59,7 +81,9 @@ class ArmViews:
         if row["key"] in self._shown and start < TOKENS:
             part = slice(0, TOKENS - start)
             kept = {name: measures[name][part] for name in _MEASURES}
-            self.rows.setdefault(row["key"], []).append(_tokens(kept, logits[part].float().log_softmax(-1)))
+            self.rows.setdefault(row["key"], []).append(
+                _tokens(kept, logits[part].float().log_softmax(-1))
+            )
 
     def by_position(self) -> list[dict[str, float | int | None]]:
         """Up to the last bin that has tokens: their number, the mean and its standard error over prompts."""
@@ -114,7 +138,9 @@ class Views:
 
         Shown are the first few, of different prompts, that are no shorter than half of all rows.
         """
-        self._entropy += np.bincount(in_bins(targets.entropy, ENTROPY_EDGES), minlength=len(ENTROPY_EDGES))
+        self._entropy += np.bincount(
+            in_bins(targets.entropy, ENTROPY_EDGES), minlength=len(ENTROPY_EDGES)
+        )
         if self._kept is None:
             return
         stride = -(-self._tokens // MASS_TOKENS)
@@ -130,9 +156,18 @@ class Views:
         assert targets.logprobs is not None
         asked = kept.k if kept.kind in ("topk", "topp") else 1
         most = min(max(asked, LADDER[-1]), targets.logprobs.shape[1])
-        best = torch.as_tensor(targets.logprobs).topk(most, dim=-1).values.double().exp().cumsum(-1).numpy()
+        best = (
+            torch.as_tensor(targets.logprobs)
+            .topk(most, dim=-1)
+            .values.double()
+            .exp()
+            .cumsum(-1)
+            .numpy()
+        )
         self._ladder += best[:, [min(k, most) - 1 for k in LADDER]].sum(0)
-        self._mass += np.bincount(in_bins(kept_mass(best, kept), MASS_EDGES), minlength=len(MASS_EDGES))
+        self._mass += np.bincount(
+            in_bins(kept_mass(best, kept), MASS_EDGES), minlength=len(MASS_EDGES)
+        )
 
     def content(self) -> dict[str, Any]:
         """What `evaluation.json` holds of it; parts of which nothing is known are left out."""
@@ -143,8 +178,14 @@ class Views:
             assert self._kept is not None
             if self._kept.kind in ("topk", "topp"):
                 kept = {"kind": self._kept.kind, "k": self._kept.k, "p": self._kept.p}
-                found["kept_mass"] = kept | {"edges": list(MASS_EDGES), "tokens": self._mass.tolist()}
-            best = [{"k": k, "mass": float(m)} for k, m in zip(LADDER, self._ladder / tokens, strict=True)]
+                found["kept_mass"] = kept | {
+                    "edges": list(MASS_EDGES),
+                    "tokens": self._mass.tolist(),
+                }
+            best = [
+                {"k": k, "mass": float(m)}
+                for k, m in zip(LADDER, self._ladder / tokens, strict=True)
+            ]
             found["mass_by_k"] = {"tokens": tokens, "best": best}
         if counted := {name: arm for name, arm in self._arms.items() if arm.measure}:
             arms = {name: arm.by_position() for name, arm in counted.items()}
@@ -159,8 +200,16 @@ class Views:
             arms = {name: _joined(part) for name, part in parts.items()}
             rows.append({"key": key.hex(), **shown, "arms": arms})
         ids = {i for row in rows for i in (*row["before"], *row["token_ids"])}
-        ids |= {i for row in rows for party in (row["teacher"], *row["arms"].values()) for e in party["ids"] for i in e}
-        return {"rows": rows, "pieces": {str(i): self._pieces[i] for i in sorted(ids)}} if rows else {}
+        ids |= {
+            i
+            for row in rows
+            for party in (row["teacher"], *row["arms"].values())
+            for e in party["ids"]
+            for i in e
+        }
+        return (
+            {"rows": rows, "pieces": {str(i): self._pieces[i] for i in sorted(ids)}} if rows else {}
+        )
 
 
 def _joined(parts: Sequence[Mapping[str, list[Any]]]) -> dict[str, list[Any]]:
@@ -172,7 +221,11 @@ def _shown(row: Mapping[str, Any], targets: SoftTargets) -> dict[str, Any]:
     """A row of the teacher's for people, cut: tokens before the span, tokens of the span, and what the teacher says."""
     ids, start, n = row["token_ids"].tolist(), row["start"], len(targets.token_logprob)
     best = torch.as_tensor(targets.logprobs).topk(min(BEST, targets.probabilities.shape[1]), dim=-1)
-    named = best.indices if targets.ids is None else torch.as_tensor(targets.ids).long().gather(-1, best.indices)
+    named = (
+        best.indices
+        if targets.ids is None
+        else torch.as_tensor(targets.ids).long().gather(-1, best.indices)
+    )
     return {
         "before": ids[max(0, start - CONTEXT) : start],
         "cut_before": max(0, start - CONTEXT),
@@ -201,7 +254,9 @@ def kept_mass(best: np.ndarray, kept: Kept) -> np.ndarray:
 
 def in_bins(values: np.ndarray, edges: Sequence[float]) -> np.ndarray:
     """Each value's bin; what is below the first edge is in the first bin."""
-    return np.clip(np.searchsorted(np.asarray(edges, np.float64), values, side="right") - 1, 0, len(edges) - 1)
+    return np.clip(
+        np.searchsorted(np.asarray(edges, np.float64), values, side="right") - 1, 0, len(edges) - 1
+    )
 
 
 def lengths(tokens: Sequence[int]) -> dict[str, Any]:

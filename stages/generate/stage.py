@@ -13,7 +13,13 @@ from ..engines.base import Completion, Engine, Request
 from ..engines.opening import choose_engine, open_engine
 from ..ledger.books import Books, Ledger, Pending
 from ..ledger.generations import generation_ledger, pending_generations
-from ..ledger.requests import GenerationRequest, reject_key, sampling_id, sampling_settings, tokens_key
+from ..ledger.requests import (
+    GenerationRequest,
+    reject_key,
+    sampling_id,
+    sampling_settings,
+    tokens_key,
+)
 from ..models.identity import Identity
 from ..models.rendering import Renderer
 from ..workers.claims import Claims
@@ -73,7 +79,9 @@ def run(job: Job, author: Identity) -> StageResult:
 
 def _asked(job: Job, store: Store) -> tuple[Ledger, Pending[GenerationRequest]]:
     with Books(store, job.recipe, data_id=job.data_id) as books:
-        ledger = generation_ledger(books, author_id=job.author_id, context_tokens=job.context_tokens)
+        ledger = generation_ledger(
+            books, author_id=job.author_id, context_tokens=job.context_tokens
+        )
         return ledger, pending_generations(books, author_id=job.author_id)
 
 
@@ -95,7 +103,11 @@ def _about(job: Job, author: Identity, engine: str) -> dict[str, Any]:
 def _claims(job: Job, store: Store) -> Claims:
     settings = job.recipe.generate
     assert settings is not None
-    how = {"sampling": _sampling_id(job), "samples": settings.samples, "max_tokens": settings.max_tokens}
+    how = {
+        "sampling": _sampling_id(job),
+        "samples": settings.samples,
+        "max_tokens": settings.max_tokens,
+    }
     return Claims(store.files, "generate", data=job.data_id, context=job.context_tokens, **how)
 
 
@@ -106,7 +118,9 @@ class _Work:
         self._job = job
         self._store = store
         self._share = share
-        self._renderer = Renderer(store.teacher_dir(job.author_id), job.recipe.data.chat_template_kwargs)
+        self._renderer = Renderer(
+            store.teacher_dir(job.author_id), job.recipe.data.chat_template_kwargs
+        )
         self._numbers = count()
         self._taken: dict[int, tuple[GenerationRequest, list[int]]] = {}
 
@@ -135,7 +149,9 @@ class _Work:
         for claims, block in self._share.blocks():
             yield from self.rendered(block, by_length=claims == 0)
 
-    def rendered(self, block: list[GenerationRequest], *, by_length: bool = False) -> Iterator[Request]:
+    def rendered(
+        self, block: list[GenerationRequest], *, by_length: bool = False
+    ) -> Iterator[Request]:
         """What can be rendered of some requests, each taken when it is asked for; the others are rejected."""
         ready = []
         for request, prompt in zip(block, self._prompts(block), strict=True):
@@ -164,7 +180,10 @@ class _Work:
         with self._job.clock.span("tokenizer"):
             ids = self._renderer.prompt_ids(prompt)
         if len(ids) >= self._job.context_tokens:
-            raise RowError("too_long", f"the prompt has {len(ids)} tokens; the author reads {self._job.context_tokens}")
+            raise RowError(
+                "too_long",
+                f"the prompt has {len(ids)} tokens; the author reads {self._job.context_tokens}",
+            )
         return ids
 
 
@@ -190,10 +209,14 @@ def _sampling_id(job: Job) -> str:
 def _row_key(job: Job, request: GenerationRequest) -> bytes:
     assert job.recipe.generate is not None
     limit = job.recipe.generate.max_tokens
-    return content_key("generations", reuse_key=request.reuse_key, max_tokens=limit, context=job.context_tokens)
+    return content_key(
+        "generations", reuse_key=request.reuse_key, max_tokens=limit, context=job.context_tokens
+    )
 
 
-def _row(job: Job, request: GenerationRequest, prompt_ids: list[int], completion: Completion) -> dict[str, Any]:
+def _row(
+    job: Job, request: GenerationRequest, prompt_ids: list[int], completion: Completion
+) -> dict[str, Any]:
     assert job.recipe.generate is not None
     return {
         "key": _row_key(job, request),

@@ -1,7 +1,8 @@
 """The ledger behind plan, generate and score: what a recipe asks of its store, joined with what the store can serve.
 
-planned = committed + rejected + pending. Requests and rows are joined in DuckDB by what was asked for, never by
-position: prompts that are reordered, extended or repeated find their rows, and ten million need no Python objects.
+planned = committed + rejected + pending. Requests and rows are joined in DuckDB by what was asked
+for, never by position: prompts that are reordered, extended or repeated find their rows, and ten
+million need no Python objects.
 """
 
 from collections import Counter
@@ -47,7 +48,9 @@ class Ledger:
     sources: dict[str, int] = field(default_factory=dict)
     """Of the committed rows, those that a read-only source serves, by its name."""
 
-    def enter(self, count: int, tokens: int | None, *, served: bool, rejected: str | None, why: str) -> bool:
+    def enter(
+        self, count: int, tokens: int | None, *, served: bool, rejected: str | None, why: str
+    ) -> bool:
         """Count requests of one fate; whether they are still to do."""
         if served:
             self.committed += count
@@ -74,11 +77,16 @@ class Pending(Generic[T]):
 
     def __init__(self, rows: pa.Table, planned: int, make: Callable[[pa.Table], list[T]]) -> None:
         """`rows` have a `number`, their place among the `planned` requests."""
-        size = max(8, min(512, planned // 64))  # small jobs are cut small, so that workers can share them
+        size = max(
+            8, min(512, planned // 64)
+        )  # small jobs are cut small, so that workers can share them
         self._rows, self._make = rows.sort_by("number"), make
         of = self._rows["number"].to_numpy() // size
         blocks, starts, counts = np.unique(of, return_index=True, return_counts=True)
-        self._slices = {b: (s, n) for b, s, n in zip(blocks.tolist(), starts.tolist(), counts.tolist(), strict=True)}
+        self._slices = {
+            b: (s, n)
+            for b, s, n in zip(blocks.tolist(), starts.tolist(), counts.tolist(), strict=True)
+        }
 
     def __len__(self) -> int:
         return self._rows.num_rows
@@ -95,7 +103,10 @@ class Pending(Generic[T]):
 
 
 class Books:
-    """A recipe's prompts beside a store's rows: the views `inputs` and those of `Index`. A context manager."""
+    """A recipe's prompts beside a store's rows: the views `inputs` and those of `Index`.
+
+    A context manager.
+    """
 
     def __init__(
         self,
@@ -112,8 +123,8 @@ class Books:
             store: The store, with its sources.
             recipe: The recipe.
             data_id: Name of the record of its prompts.
-            surveyed: What the source holds, where it was not recorded under `data_id` yet; or the published folder
-                whose rows are the data.
+            surveyed: What the source holds, where it was not recorded under `data_id` yet; or the
+                published folder whose rows are the data.
             write: Keep index segments.
         """
         self.store, self.recipe = store, recipe
@@ -121,14 +132,18 @@ class Books:
         self.published = surveyed if isinstance(surveyed, Published) else None
         """The folder whose rows are the data, as they are: prompts and text are not asked for."""
         self.lenient = self.published is not None
-        """Held-out rows that have no reference targets are judged on those that they have: nobody can make others."""
+        """Held-out rows that have no reference targets are judged on those that they have: nobody
+        can make others."""
         if self.published is None:
             self._view_inputs(data_id, surveyed if isinstance(surveyed, pa.Table) else None)
         else:
             first = next(first for part, first in store.parts if part is self.published)
             samples = self.published.samples()
             places = pc.add(samples["place"], place_of(first, 0))
-            self.index.register("published", samples.set_column(samples.column_names.index("place"), "place", places))
+            self.index.register(
+                "published",
+                samples.set_column(samples.column_names.index("place"), "place", places),
+            )
 
     def _view_inputs(self, data_id: str, surveyed: pa.Table | None) -> None:
         if surveyed is not None:
@@ -142,8 +157,8 @@ class Books:
             assert recorded is not None
             source = self.index.parquet(files, recorded.shard)
         self.index.execute(
-            f"CREATE VIEW inputs AS SELECT {as_uuid('key')}, {as_uuid('prompt_key')}, windows, first, "
-            f"split = 'test' AS held_out, file_row_number AS number FROM {source}"
+            f"CREATE VIEW inputs AS SELECT {as_uuid('key')}, {as_uuid('prompt_key')}, windows, "
+            f"first, split = 'test' AS held_out, file_row_number AS number FROM {source}"
         )
 
     def __enter__(self) -> "Books":
@@ -156,7 +171,9 @@ class Books:
         """Inputs whose prompts row, or whose rows of given text, the store has no more: only if some were withdrawn."""
         lost = 0
         if self._withdrew("prompts"):
-            ((lost,),) = self.index.rows("SELECT count(*) FROM inputs WHERE key NOT IN (SELECT key FROM prompts)")
+            ((lost,),) = self.index.rows(
+                "SELECT count(*) FROM inputs WHERE key NOT IN (SELECT key FROM prompts)"
+            )
         if given_author is not None and self._withdrew("generations"):
             ((windows,),) = self.index.rows(f"""
                 SELECT count(*) FROM inputs LEFT JOIN (
@@ -189,10 +206,16 @@ class Books:
         starts = np.flatnonzero(np.diff(seqs, prepend=-1))
         rows = np.split(numbers & 0xFFFFFFFF, starts[1:])
         commits = self.index.commits[table]
-        return {commits[int(seqs[s])].shard.sha256: part for s, part in zip(starts, rows, strict=False)}
+        return {
+            commits[int(seqs[s])].shard.sha256: part for s, part in zip(starts, rows, strict=False)
+        }
 
 
 def different(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
     """Names under which two descriptions differ, for people."""
-    names = [name.replace("_", " ") for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name)]
+    names = [
+        name.replace("_", " ")
+        for name in sorted({*mine, *theirs})
+        if mine.get(name) != theirs.get(name)
+    ]
     return ", ".join(names)

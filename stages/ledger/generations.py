@@ -5,7 +5,13 @@ from typing import Any
 import pyarrow as pa
 
 from .books import Books, Ledger, Pending, different
-from .requests import GENERATION_BYTES, GenerationRequest, generation_key, sampling_id, sampling_settings
+from .requests import (
+    GENERATION_BYTES,
+    GenerationRequest,
+    generation_key,
+    sampling_id,
+    sampling_settings,
+)
 
 SERVES = """
     CASE WHEN finish_reason <> 'length'
@@ -30,7 +36,9 @@ def generation_ledger(
     assert generate is not None
     sampling = _sampling_id(books, author_id)
     serves = SERVES.format(max_tokens=generate.max_tokens, context=context_tokens)
-    books.index.execute("CREATE TYPE reject_reason AS ENUM (SELECT DISTINCT reason FROM rejects UNION SELECT '')")
+    books.index.execute(
+        "CREATE TYPE reject_reason AS ENUM (SELECT DISTINCT reason FROM rejects UNION SELECT '')"
+    )
     books.index.execute(f"""
         CREATE TEMP TABLE asked AS
         SELECT number, held_out, place, coalesce(stored, 0) > 0 AS stored, tokens, reason::reject_reason AS reason
@@ -98,7 +106,9 @@ def _sampling_id(books: Books, author_id: str) -> str:
     return sampling_id(author_id, sampling_settings(books.recipe.generate, books.recipe.data))
 
 
-def _explain_new(books: Books, ledger: Ledger, author_id: str, author_parts: dict[str, Any]) -> None:
+def _explain_new(
+    books: Books, ledger: Ledger, author_id: str, author_parts: dict[str, Any]
+) -> None:
     """Of the new ones, tell those that the store has from another author or under other settings."""
     generate = books.recipe.generate
     assert generate is not None
@@ -115,10 +125,16 @@ def _explain_new(books: Books, ledger: Ledger, author_id: str, author_parts: dic
         WHERE a.place IS NULL AND NOT a.stored AND a.reason IS NULL GROUP BY ALL"""):
         sha256, _ = books.place("generations", newest)
         about = books.store.shard("generations", sha256).about
-        how = different(settings, {name: value for name, value in about["settings"].items() if name in settings})
+        how = different(
+            settings, {name: value for name, value in about["settings"].items() if name in settings}
+        )
         if about["author_id"] != author_id:
             parts = books.store.teacher_parts(about["author_id"])
-            how = f"other {different(author_parts, parts)}" if author_parts and parts else f"author {other[:8]}"
+            how = (
+                f"other {different(author_parts, parts)}"
+                if author_parts and parts
+                else f"author {other[:8]}"
+            )
             reason = f"stored from another author ({how})"
         else:
             reason = f"stored with another {how}"

@@ -1,7 +1,7 @@
 """What a recipe asks of its store, one request at a time: names made from content, and how much each will take.
 
-A request is named by a reuse key (what must agree for a row to serve it); coverage columns (K, max_tokens and finish
-reason) say how far a row serves. Nothing here imports torch.
+A request is named by a reuse key (what must agree for a row to serve it); coverage columns (K,
+max_tokens and finish reason) say how far a row serves. Nothing here imports torch.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,9 @@ from ..targets.alignment import class_span, scored_span
 from ..targets.spec import Kept
 from .books import Place
 
-GENERATION_BYTES = 6  # a token's id and its share of text and keys: 5 to 6 bytes in the stores measured so far
+GENERATION_BYTES = (
+    6  # a token's id and its share of text and keys: 5 to 6 bytes in the stores measured so far
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,8 @@ class TargetRequest:
         return len(self.token_ids) - self.span_start
 
 
-# Engine arguments that change how fast a model writes or how much it holds; any other may change what it writes.
+# Engine arguments that change how fast a model writes or how much it holds; any other may change
+# what it writes.
 _ONLY_SPEED = {
     "batch_size",
     "block_size",
@@ -74,7 +77,9 @@ _ONLY_SPEED = {
 def sampling_settings(generate: Generate, data: Data) -> dict[str, Any]:
     """What decides a completion's text beside author and prompt; greedy ignores top_p and seed."""
     greedy = generate.temperature == 0
-    engine = {name: value for name, value in generate.engine_args.items() if name not in _ONLY_SPEED}
+    engine = {
+        name: value for name, value in generate.engine_args.items() if name not in _ONLY_SPEED
+    }
     return {
         "temperature": generate.temperature,
         "top_p": 1.0 if greedy else generate.top_p,
@@ -92,7 +97,9 @@ def sampling_id(author_id: str, settings: dict[str, Any]) -> str:
 def tokens_key(token_ids: np.ndarray | list[int], prompt_tokens: int) -> bytes:
     """Name of what a teacher is asked to score: the tokens, and where the scored span starts (it runs to the end)."""
     start, _ = scored_span(prompt_tokens, len(token_ids))
-    return content_key("tokens", token_ids=np.asarray(token_ids, dtype="<i4").tobytes(), span_start=start)
+    return content_key(
+        "tokens", token_ids=np.asarray(token_ids, dtype="<i4").tobytes(), span_start=start
+    )
 
 
 def labelled_key(token_ids: np.ndarray | list[int], label: int | None) -> bytes:
@@ -106,7 +113,9 @@ def author_context(generate: Generate | None, model_tokens: int) -> int:
     """What the author reads at once: the model's context, or less where the engine is told so."""
     limit = generate.engine_args.get("max_model_len") if generate else None
     if limit is not None and not (isinstance(limit, int) and limit > 1):
-        raise UsageError(f"generate.engine_args: max_model_len must be a number of tokens (got {limit!r}).")
+        raise UsageError(
+            f"generate.engine_args: max_model_len must be a number of tokens (got {limit!r})."
+        )
     return min(model_tokens, limit or model_tokens)
 
 

@@ -19,7 +19,8 @@ from .targets import target_rows, text_rows
 def choose_snapshots(books: Books, binding: Binding) -> dict[Split, Snapshot]:
     """Split what is done into train, validation and test; no prompt that a pinned snapshot trains on is judged on.
 
-    Validation takes the training prompts with the smallest hashes, a random sample; only where the recipe asks for it.
+    Validation takes the training prompts with the smallest hashes, a random sample; only where the
+    recipe asks for it.
     """
     table: TableName = "generations" if books.recipe.score is None else "soft_targets"
     rows = text_rows(books) if books.recipe.score is None else target_rows(books)
@@ -31,12 +32,21 @@ def choose_snapshots(books: Books, binding: Binding) -> dict[Split, Snapshot]:
         "validation": rows.filter(pc.and_(aside, pc.invert(pinned))),
         "test": rows.filter(pc.and_(rows["held_out"], pc.invert(pinned))),
     }
-    found = {name: _snapshot(books, binding, table, name, part) for name, part in parts.items() if part.num_rows}
+    found = {
+        name: _snapshot(books, binding, table, name, part)
+        for name, part in parts.items()
+        if part.num_rows
+    }
     splits = {name: snapshot.id for name, snapshot in found.items()}
-    return {name: replace(snapshot, about={**snapshot.about, "splits": splits}) for name, snapshot in found.items()}
+    return {
+        name: replace(snapshot, about={**snapshot.about, "splits": splits})
+        for name, snapshot in found.items()
+    }
 
 
-def _snapshot(books: Books, binding: Binding, table: TableName, split: Split, rows: pa.Table) -> Snapshot:
+def _snapshot(
+    books: Books, binding: Binding, table: TableName, split: Split, rows: pa.Table
+) -> Snapshot:
     tokens = rows["tokens"].to_numpy().astype(np.int64)
     lengths = {
         "samples": rows.num_rows,
@@ -69,9 +79,12 @@ def _pinned_prompts(books: Books, binding: Binding, table: TableName) -> pa.Arra
     teacher = snapshot.about.get("teacher_id")
     if snapshot.table != table or teacher != binding.teacher_id:
         raise UsageError(
-            f"train.snapshot: {snapshot.id} holds {snapshot.table} of teacher {teacher}; this recipe trains on {table} "
-            f"of {binding.teacher_id}. Name a snapshot of this teacher, or leave it out."
+            f"train.snapshot: {snapshot.id} holds {snapshot.table} of teacher {teacher}; this "
+            f"recipe trains on {table} of {binding.teacher_id}. Name a snapshot of this teacher, "
+            "or leave it out."
         )
     shards = ((books.store.shard(table, shard.sha256), shard.rows) for shard in snapshot.shards)
     keys = [file.select(rows, ["prompt_key"])["prompt_key"] for file, rows in shards]
-    return pc.unique(pa.chunked_array([chunk for key in keys for chunk in key.chunks], pa.binary(16)))
+    return pc.unique(
+        pa.chunked_array([chunk for key in keys for chunk in key.chunks], pa.binary(16))
+    )

@@ -33,10 +33,12 @@ def choose_generations(books: Books, *, author_id: str) -> None:
     if books.recipe.select.where is not None:
         books.index.register("allowed", _where(books, books.recipe.select.where))
         rows += " AND g.key IN (SELECT key::UUID FROM allowed)"
-    # The scored span starts after the prompt, or at the second token (`alignment.scored_span`); a text that is
-    # classified has one target, at its last token (`alignment.class_span`).
+    # The scored span starts after the prompt, or at the second token (`alignment.scored_span`); a
+    # text that is classified has one target, at its last token (`alignment.class_span`).
     classes = books.recipe.run.task == "classification"
-    start = "g.prompt_tokens + g.completion_tokens - 1" if classes else "greatest(g.prompt_tokens, 1)"
+    start = (
+        "g.prompt_tokens + g.completion_tokens - 1" if classes else "greatest(g.prompt_tokens, 1)"
+    )
     books.index.execute(f"""
         CREATE OR REPLACE VIEW chosen AS SELECT * FROM (
             SELECT g.key, g.prompt_key, g.tokens_key, g.place, i.held_out,
@@ -47,7 +49,10 @@ def choose_generations(books: Books, *, author_id: str) -> None:
 
 
 def _published(books: Books) -> str:
-    """The published rows, as they are; `select.where` may leave some out. `place` is that of the text, where it is."""
+    """The published rows, as they are; `select.where` may leave some out.
+
+    `place` is that of the text, where it is.
+    """
     where = "WHERE true" if books.recipe.score else "WHERE g.place IS NOT NULL"
     if books.recipe.select.where is not None:
         books.index.register("allowed", _where(books, books.recipe.select.where))
@@ -60,7 +65,8 @@ def _published(books: Books) -> str:
 
 def _judge(books: Books) -> None:
     held_out = books.index.table(
-        "SELECT key::BLOB AS key, tokens - start AS span FROM chosen WHERE held_out ORDER BY prompt_key, chosen.key"
+        "SELECT key::BLOB AS key, tokens - start AS span FROM chosen WHERE held_out ORDER BY "
+        "prompt_key, chosen.key"
     )
     budget = books.recipe.evaluate.tokens
     keep: list[bool] = []
@@ -69,7 +75,8 @@ def _judge(books: Books) -> None:
         budget -= span if keep[-1] else 0
     books.index.register("kept", held_out.filter(pa.array(keep, pa.bool_())))
     books.index.execute(
-        "CREATE OR REPLACE TEMP TABLE judged AS SELECT * FROM chosen WHERE key IN (SELECT key::UUID FROM kept)"
+        "CREATE OR REPLACE TEMP TABLE judged AS SELECT * FROM chosen WHERE key IN (SELECT "
+        "key::UUID FROM kept)"
     )
 
 
@@ -86,7 +93,12 @@ def text_rows(books: Books) -> pa.Table:
 
 
 def target_ledger(
-    books: Books, *, teacher_id: str, vocab_size: int, limit: int, teacher_parts: dict[str, Any] | None = None
+    books: Books,
+    *,
+    teacher_id: str,
+    vocab_size: int,
+    limit: int,
+    teacher_parts: dict[str, Any] | None = None,
 ) -> Ledger:
     """The books of `score`; leaves the view `scored` behind.
 
@@ -211,14 +223,18 @@ def _where(books: Books, condition: str) -> pa.Table:
     for part, _ in books.store.parts:  # DuckDB would read a flipped bit without a word
         for shard in part.shards("generations"):
             if part.files.sha256(shard.name) != shard.sha256:
-                raise IntegrityError(f"{shard.name}: the file is damaged (its sha256 is another one). {REPAIR}")
+                raise IntegrityError(
+                    f"{shard.name}: the file is damaged (its sha256 is another one). {REPAIR}"
+                )
     try:
         return query(books.store, f"SELECT key FROM generations WHERE {condition}")
     except UsageError as error:
         raise UsageError(f"select.where: {error}") from error
 
 
-def _explain_new(books: Books, ledger: Ledger, teacher_id: str, teacher_parts: dict[str, Any]) -> None:
+def _explain_new(
+    books: Books, ledger: Ledger, teacher_id: str, teacher_parts: dict[str, Any]
+) -> None:
     """Of the new ones, tell those that the store has from another teacher."""
     others = f"FROM soft_targets WHERE teacher_id <> '{teacher_id}'"
     if not ledger.why["new"] or not books.index.rows(f"SELECT 1 {others} LIMIT 1"):

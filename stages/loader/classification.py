@@ -52,7 +52,9 @@ class ClassPasses:
     vocab_size: int
     """Of the student."""
 
-    def batches(self, samples: Sequence[Sample], temperature: float | None = 1.0) -> Iterator[ClassBatch]:
+    def batches(
+        self, samples: Sequence[Sample], temperature: float | None = 1.0
+    ) -> Iterator[ClassBatch]:
         """The forward passes of a step, targets at `temperature`; None leaves them out.
 
         Raises:
@@ -70,24 +72,34 @@ class ClassPasses:
         highest = max(int(sample.token_ids.max()) for sample in samples)
         if highest >= self.vocab_size:
             raise UsageError(
-                f"student: its vocabulary has {self.vocab_size} ids, but a text has token {highest}. "
-                "Choose a student with the teacher's tokenizer and at least its vocabulary."
+                f"student: its vocabulary has {self.vocab_size} ids, but a text has token "
+                f"{highest}. Choose a student with the teacher's tokenizer and at least its "
+                "vocabulary."
             )
-        labels = torch.tensor([NO_LABEL if sample.label is None else sample.label for sample in samples])
+        labels = torch.tensor(
+            [NO_LABEL if sample.label is None else sample.label for sample in samples]
+        )
         targets = TargetBatch(labels=labels)
         known = [sample.targets for sample in samples if sample.targets is not None]
         if known and temperature is not None:
-            # All of the distribution is there, so any temperature is exact: softmax(log t / T) = softmax(z / T).
+            # All of the distribution is there, so any temperature is exact: softmax(log t / T) =
+            # softmax(z / T).
             stored = torch.from_numpy(np.concatenate([one.logprobs for one in known]))
             tempered = (stored / temperature).log_softmax(-1)
             nothing = torch.full((len(known),), -torch.inf)
             targets = replace(targets, logprobs=tempered, tail_logprob=nothing)
-        return ClassBatch(inputs=self.inputs.tensors([sample.token_ids for sample in samples]), targets=targets)
+        return ClassBatch(
+            inputs=self.inputs.tensors([sample.token_ids for sample in samples]), targets=targets
+        )
 
-    def losses(self, model: nn.Module, batch: ClassBatch, *, aim: Aim, dtype: torch.dtype) -> Distilled:
+    def losses(
+        self, model: nn.Module, batch: ClassBatch, *, aim: Aim, dtype: torch.dtype
+    ) -> Distilled:
         """Summed loss of the texts, weighted as `aim` says; a text without a gold label has cross-entropy 0."""
         labels = batch.targets.labels
-        with torch.autocast(labels.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.autocast(
+            labels.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16
+        ):
             logits = class_logits(model, batch.inputs)
         asked = replace(batch.targets, labels=labels.clamp_min(0))
         parts = logits_distillation(logits, asked, objective=aim.objective)

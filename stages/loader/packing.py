@@ -1,10 +1,11 @@
 """From the samples of a step to forward passes: samples are packed into rows, rows are split into passes.
 
-Where the model can cut attention at the end of a sample (`models/attention.py`), a pass is a single row without
-padding. Else it has rows of like length, filled evenly, and as little padding as that leaves.
+Where the model can cut attention at the end of a sample (`models/attention.py`), a pass is a single
+row without padding. Else it has rows of like length, filled evenly, and as little padding as that
+leaves.
 
-How they are packed and split changes speed and memory, never the gradient: samples in a row do not see each other, and
-losses are summed over the whole step.
+How they are packed and split changes speed and memory, never the gradient: samples in a row do not
+see each other, and losses are summed over the whole step.
 
 Letters: B rows, T tokens per row, N scored tokens, K entries, V vocabulary.
 """
@@ -33,7 +34,9 @@ from ..targets.spec import Kept
 from ..targets.stored import Reading, soft_part
 from .samples import Sample
 
-SHORTEST_ROW = 128  # tokens; shorter samples share a row. Attention costs rows x length^2, so not much longer
+SHORTEST_ROW = (
+    128  # tokens; shorter samples share a row. Attention costs rows x length^2, so not much longer
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -43,13 +46,15 @@ class Batch:
     token_ids: Tensor
     """[B, T] int64, 0 in the padding."""
     position_ids: Tensor
-    """[B, T] int64, from 0 in each sample and in the padding; where they restart, attention is cut."""
+    """[B, T] int64, from 0 in each sample and in the padding; where they restart, attention is
+    cut."""
     predicting: Tensor
     """[N] int64 indices into the flattened [B * T] of the positions that predict a scored token."""
     targets: TargetBatch
     """N targets in terms of the student's vocabulary."""
     edges: Tensor | None = None
-    """[S + 1] int32 ends of the samples of a flat row; None: rows that transformers cuts by their positions."""
+    """[S + 1] int32 ends of the samples of a flat row; None: rows that transformers cuts by their
+    positions."""
     longest: int = 0
     """Tokens of the longest sample of a flat row."""
 
@@ -82,7 +87,10 @@ class Batch:
     def _map(self, change: Callable[[Any], Any]) -> Self:
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
         movable = (Tensor, TargetBatch)
-        return replace(self, **{name: change(part) for name, part in parts.items() if isinstance(part, movable)})
+        return replace(
+            self,
+            **{name: change(part) for name, part in parts.items() if isinstance(part, movable)},
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +98,8 @@ class Packing:
     """How the samples of a step become forward passes."""
 
     tokens_per_pass: int
-    """Positions of a pass at most, padding included; the tokens of the longest sample where that has more."""
+    """Positions of a pass at most, padding included; the tokens of the longest sample where that
+    has more."""
     flat: bool = False
     """A pass is a single row without padding, of a model that was let `attend_apart`."""
     row_tokens: int | None = None
@@ -106,7 +115,9 @@ class Packing:
     kernel: Kernel | None = None
     """Who makes the loss's passes over the vocabulary; `linear_distillation` has it."""
 
-    def batches(self, samples: Sequence[Sample], temperature: float | None = 1.0) -> Iterator[Batch]:
+    def batches(
+        self, samples: Sequence[Sample], temperature: float | None = 1.0
+    ) -> Iterator[Batch]:
         """The forward passes of a step.
 
         Args:
@@ -114,14 +125,14 @@ class Packing:
             temperature: Of the soft targets; None leaves them out.
 
         Raises:
-            UsageError: a sample is longer than a row, has a token that the student does not know, or has soft targets
-                that cannot be had at this temperature.
+            UsageError: a sample is longer than a row, has a token that the student does not know,
+                or has soft targets that cannot be had at this temperature.
         """
         longest = max(len(sample) for sample in samples)
         if self.row_tokens is not None and longest > self.row_tokens:
             raise UsageError(
-                f"train.row_tokens: {self.row_tokens} is shorter than a sample of {longest} tokens. "
-                f"Set it to {longest} or more, or leave it out."
+                f"train.row_tokens: {self.row_tokens} is shorter than a sample of {longest} "
+                f"tokens. Set it to {longest} or more, or leave it out."
             )
         for group in self._groups(samples):
             yield self._batch(group, temperature)
@@ -148,7 +159,9 @@ class Packing:
 
     def losses(self, model: nn.Module, batch: Batch, *, aim: Aim, dtype: torch.dtype) -> Distilled:
         """Summed loss of the scored tokens of one forward pass in `dtype`, weighted as `aim` says."""
-        with torch.autocast(batch.token_ids.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.autocast(
+            batch.token_ids.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16
+        ):
             hidden = hidden_states(model, **batch.inputs)
         predicting = hidden.flatten(0, 1)[batch.predicting].to(dtype)
         return linear_distillation(
@@ -168,17 +181,22 @@ class Packing:
         predicting, labels = [], []
         for number, row in enumerate(rows):
             edges = np.cumsum([0, *map(len, row), width - _tokens(row)])
-            position_ids[number] = torch.cat([torch.arange(stop - start) for start, stop in pairwise(edges)])
+            position_ids[number] = torch.cat(
+                [torch.arange(stop - start) for start, stop in pairwise(edges)]
+            )
             for sample, start in zip(row, edges[:-2], strict=True):
                 ids = torch.from_numpy(sample.token_ids.astype(np.int64))
                 token_ids[number, start : start + len(sample)] = ids
-                positions = torch.arange(len(sample))[predicting_positions(sample.span_start, sample.span_tokens)]
+                positions = torch.arange(len(sample))[
+                    predicting_positions(sample.span_start, sample.span_tokens)
+                ]
                 predicting.append(number * width + int(start) + positions)
                 labels.append(scored_tokens(ids, sample.span_start, sample.span_tokens))
         if int(token_ids.max()) >= self.vocab_size:
             raise UsageError(
-                f"student: its vocabulary has {self.vocab_size} ids, but the text has token {int(token_ids.max())}. "
-                "Choose a student with the teacher's tokenizer and at least its vocabulary."
+                f"student: its vocabulary has {self.vocab_size} ids, but the text has token "
+                f"{int(token_ids.max())}. Choose a student with the teacher's tokenizer and at "
+                "least its vocabulary."
             )
         members = [sample for row in rows for sample in row]
         batch = Batch(
@@ -192,11 +210,15 @@ class Packing:
         ends = torch.tensor([0, *accumulate(map(len, members))], dtype=torch.int32)
         return replace(batch, edges=ends, longest=max(map(len, members)))
 
-    def _targets(self, labels: Sequence[Tensor], samples: Sequence[Sample], temperature: float | None) -> TargetBatch:
+    def _targets(
+        self, labels: Sequence[Tensor], samples: Sequence[Sample], temperature: float | None
+    ) -> TargetBatch:
         """One sample after the other; hard targets alone where a sample has no soft ones."""
         if temperature is None or any(sample.targets is None for sample in samples):
             return fit_vocabulary(TargetBatch(labels=torch.cat(list(labels))), self.vocab_size)
-        reading = Reading(kept=self.kept, temperature=temperature, unstored=self.unstored_temperature)
+        reading = Reading(
+            kept=self.kept, temperature=temperature, unstored=self.unstored_temperature
+        )
         parts = [
             soft_part(sample.targets, hard, reading)
             for sample, hard in zip(samples, labels, strict=True)
@@ -208,8 +230,9 @@ class Packing:
 def pack(samples: Sequence[Sample], *, rows: int, limit: int) -> list[list[Sample]]:
     """At least so many rows of about the same number of tokens; more where one would hold more than `limit`.
 
-    Longest sample first, each into the row that holds the least so far: the widest row is at most 4/3 of what is
-    possible (Graham 1969, LPT rule), and much closer with many short samples. Within a row samples keep their order.
+    Longest sample first, each into the row that holds the least so far: the widest row is at most
+    4/3 of what is possible (Graham 1969, LPT rule), and much closer with many short samples. Within
+    a row samples keep their order.
 
     Args:
         samples: None longer than `limit`.
@@ -232,8 +255,8 @@ def pack(samples: Sequence[Sample], *, rows: int, limit: int) -> list[list[Sampl
 def packs_apart(model: nn.Module) -> bool:
     """Whether this model keeps samples packed in one row apart when position ids restart between them.
 
-    transformers cuts attention there; a recurrent layer may carry its state on. Asked of the model itself, on two short
-    samples, once.
+    transformers cuts attention there; a recurrent layer may carry its state on. Asked of the model
+    itself, on two short samples, once.
     """
     device = next(model.parameters()).device
     lengths = (5, 7)
@@ -243,7 +266,9 @@ def packs_apart(model: nn.Module) -> bool:
     model.eval()
     with torch.no_grad():
         together = hidden_states(model, input_ids=ids, position_ids=positions)[:, lengths[0] :]
-        alone = hidden_states(model, input_ids=ids[:, lengths[0] :], position_ids=positions[:, lengths[0] :])
+        alone = hidden_states(
+            model, input_ids=ids[:, lengths[0] :], position_ids=positions[:, lengths[0] :]
+        )
     model.train(was_training)
     return torch.allclose(together, alone, rtol=1e-3, atol=1e-4 * float(alone.abs().max()))
 

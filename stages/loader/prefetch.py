@@ -1,10 +1,12 @@
 """Forward passes made ahead: a thread reads, packs and copies to the device while the passes before are computed.
 
-The order is that of the steps, with or without the thread. At most `AHEAD` things wait, and while passes that wait hold
-more than `AHEAD_BYTES` no other is made: so many bytes and one pass, on the device and again in page-locked memory. A
-pass of 8,192 tokens with 100 entries each has 10 MB; with full targets of V = 65,536 it has 2.1 GB, and one waits. What
-was made ahead plays no part in where a run stands: that is the cursor of the step that was taken last. Copies go to the
-stream that computes, behind what is queued there, so nothing has to be synchronised; at 10 MB a pass they are short.
+The order is that of the steps, with or without the thread. At most `AHEAD` things wait, and while
+passes that wait hold more than `AHEAD_BYTES` no other is made: so many bytes and one pass, on the
+device and again in page-locked memory. A pass of 8,192 tokens with 100 entries each has 10 MB; with
+full targets of V = 65,536 it has 2.1 GB, and one waits. What was made ahead plays no part in where
+a run stands: that is the cursor of the step that was taken last. Copies go to the stream that
+computes, behind what is queued there, so nothing has to be synchronised; at 10 MB a pass they are
+short.
 """
 
 import time
@@ -39,15 +41,21 @@ class Prefetch:
     """
 
     def __init__(
-        self, steps: Iterable[Step], make: Callable[[Step], Iterable[Any]], *, clock: Clock | None = None
+        self,
+        steps: Iterable[Step],
+        make: Callable[[Step], Iterable[Any]],
+        *,
+        clock: Clock | None = None,
     ) -> None:
         """Begin to read.
 
         Args:
             steps: What is trained on.
-            make: The passes of a step, on the device; called in a thread, one step after the other. What has no
+            make: The passes of a step, on the device; called in a thread, one step after the other.
+                What has no
                 `nbytes` counts as holding nothing.
-            clock: What the caller waits for is charged to its "disk": reading and decoding, and packing behind it.
+            clock: What the caller waits for is charged to its "disk": reading and decoding, and
+                packing behind it.
         """
         self._steps, self._make, self._clock = iter(steps), make, clock or Clock()
         self._taken: deque[Step] = deque()  # from the current step to the last one that was read
@@ -63,7 +71,10 @@ class Prefetch:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._stop()
 
@@ -76,7 +87,10 @@ class Prefetch:
             self._taken.popleft()
 
     def passes(self) -> Iterator[Any]:
-        """Those of the current step. Asked for again they are made again, and so are those of the steps that follow."""
+        """Those of the current step.
+
+        Asked for again they are made again, and so are those of the steps that follow.
+        """
         if self._asked:
             self._stop()
             self._start()

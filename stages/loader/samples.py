@@ -1,6 +1,7 @@
 """The samples of a snapshot as training steps: whole samples, in an order that only the snapshot and the seed decide.
 
-Where the reading stands is a `Cursor`, four integers; from any of them the same steps follow. No torch here.
+Where the reading stands is a `Cursor`, four integers; from any of them the same steps follow. No
+torch here.
 """
 
 from collections.abc import Generator, Iterable
@@ -18,7 +19,10 @@ from ...storage.tables.rows import Rows
 from ...storage.tables.soft_targets import LISTS, SoftTargets, normalised_targets
 from ..targets.alignment import class_span, scored_span
 
-_SPAN = {"soft_targets": ("span_start", "span_tokens"), "generations": ("prompt_tokens", "completion_tokens")}
+_SPAN = {
+    "soft_targets": ("span_start", "span_tokens"),
+    "generations": ("prompt_tokens", "completion_tokens"),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +39,10 @@ class Cursor:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Sample:
-    """One sequence and what it is asked for. Its arrays are parts of its row group's: read only, and kept together."""
+    """One sequence and what it is asked for.
+
+    Its arrays are parts of its row group's: read only, and kept together.
+    """
 
     token_ids: np.ndarray
     """[T] int32."""
@@ -87,15 +94,26 @@ class Samples:
     """The samples of a snapshot, in training order; numbered through all epochs, which follow one another."""
 
     def __init__(
-        self, store: Store, snapshot: Snapshot, *, soft: bool, seed: int = 0, classified: bool = False
+        self,
+        store: Store,
+        snapshot: Snapshot,
+        *,
+        soft: bool,
+        seed: int = 0,
+        classified: bool = False,
     ) -> None:
-        """`soft`: read the teacher's targets too (the snapshot must be of soft_targets). `classified`: gold labels."""
+        """`soft`: read the teacher's targets too (the snapshot must be of soft_targets).
+
+        `classified`: gold labels.
+        """
         if not snapshot.rows:
-            raise UsageError(f"snapshot {snapshot.id}: holds no rows, so there is nothing to train on. Add data.")
+            raise UsageError(
+                f"snapshot {snapshot.id}: holds no rows, so there is nothing to train on. Add data."
+            )
         if soft and snapshot.table != "soft_targets":
             raise UsageError(
-                f"snapshot {snapshot.id}: holds {snapshot.table}, which have no soft targets. Name a snapshot of "
-                "soft_targets, or set loss.soft_weight to 0."
+                f"snapshot {snapshot.id}: holds {snapshot.table}, which have no soft targets. "
+                "Name a snapshot of soft_targets, or set loss.soft_weight to 0."
             )
         self.snapshot, self.seed = snapshot, seed
         self._store, self._soft, self._length = store, soft, snapshot.rows
@@ -111,7 +129,9 @@ class Samples:
             return Lengths(**known)
         samples = tokens = scored = longest = 0
         for shard in self.snapshot.shards:
-            table = self._store.shard(self.snapshot.table, shard.sha256).select(shard.rows, self._span)
+            table = self._store.shard(self.snapshot.table, shard.sha256).select(
+                shard.rows, self._span
+            )
             starts, spans = (table[name].to_numpy() for name in self._span)
             totals = starts + spans
             samples += len(totals)
@@ -134,17 +154,27 @@ class Samples:
         return SnapshotReader(self._store, self.snapshot, columns, decode=self._decode)
 
     def _decode(self, rows: Rows) -> list[Sample]:
-        targets: Iterable[SoftTargets | None] = normalised_targets(rows) if self._soft else repeat(None, len(rows))
+        targets: Iterable[SoftTargets | None] = (
+            normalised_targets(rows) if self._soft else repeat(None, len(rows))
+        )
         offsets, ids = rows.flat("token_ids")
-        labels: Iterable[int | None] = rows.values("label") if self._classified else repeat(None, len(rows))
+        labels: Iterable[int | None] = (
+            rows.values("label") if self._classified else repeat(None, len(rows))
+        )
         samples = []
         for prompt, edges, target, label in zip(
             rows.numbers(self._span[0]), pairwise(offsets), targets, labels, strict=True
         ):
             length = int(edges[1] - edges[0])
-            start, span = class_span(length) if self._classified else scored_span(int(prompt), length)
+            start, span = (
+                class_span(length) if self._classified else scored_span(int(prompt), length)
+            )
             sample = Sample(
-                token_ids=ids[slice(*edges)], span_start=start, span_tokens=span, targets=target, label=label
+                token_ids=ids[slice(*edges)],
+                span_start=start,
+                span_tokens=span,
+                targets=target,
+                label=label,
             )
             samples.append(sample)
         return samples
@@ -160,7 +190,8 @@ def steps(
 ) -> Generator[Step, None, None]:
     """Steps from a cursor on: samples in order until the next one would exceed `tokens_per_step`, at least one.
 
-    Epochs follow one another without a seam. Ends before the first step that starts at `stop_tokens` or more, and after
+    Epochs follow one another without a seam. Ends before the first step that starts at
+    `stop_tokens` or more, and after
     `stop_samples` samples of all epochs together.
     """
     held: list[Sample] = []
@@ -178,10 +209,14 @@ def steps(
         yield Step(samples=held, after=replace(cursor, step=cursor.step + 1))
 
 
-def _stream(samples: Samples, cursor: Cursor, stop_samples: int | None) -> Generator[tuple[Sample, Cursor], None, None]:
+def _stream(
+    samples: Samples, cursor: Cursor, stop_samples: int | None
+) -> Generator[tuple[Sample, Cursor], None, None]:
     start = cursor.epoch * len(samples) + cursor.sample
     with closing(samples.read(start, stop_samples)) as found:
         for number, sample in enumerate(found, start):
             epoch, before = divmod(number, len(samples))
-            cursor = replace(cursor, epoch=epoch, sample=before + 1, tokens=cursor.tokens + len(sample))
+            cursor = replace(
+                cursor, epoch=epoch, sample=before + 1, tokens=cursor.tokens + len(sample)
+            )
             yield sample, cursor

@@ -1,12 +1,14 @@
 """A snapshot as a torch `IterableDataset`: global batches that ranks and workers share, resumable at any of them.
 
-Global batch n is samples [n * B, (n + 1) * B) of the snapshot's order, through all epochs without a seam or an end.
-Rank r of R takes the r-th of its R equal parts; worker w of W makes the batches n with (n - first) % W = w, which is
-the order in which a `DataLoader` asks its workers. So what a global batch holds depends on neither. A row group is
-decoded by every worker that wants a row of it: workers spread collating, not decoding; 0 or 1 is most often best.
+Global batch n is samples [n * B, (n + 1) * B) of the snapshot's order, through all epochs without a
+seam or an end. Rank r of R takes the r-th of its R equal parts; worker w of W makes the batches n
+with (n - first) % W = w, which is the order in which a `DataLoader` asks its workers. So what a
+global batch holds depends on neither. A row group is decoded by every worker that wants a row of
+it: workers spread collating, not decoding; 0 or 1 is most often best.
 
-State is a function of how many global batches were consumed, which the training loop knows (its step number times its
-accumulation): `state_at(n)`. Nothing has to travel from the workers, and what they prefetched plays no part.
+State is a function of how many global batches were consumed, which the training loop knows (its
+step number times its accumulation): `state_at(n)`. Nothing has to travel from the workers, and what
+they prefetched plays no part.
 
     dataset = SnapshotDataset(samples, global_batch=64, collate=Collator(packing))
     dataset.load_state_dict(dataset.state_at(n))  # to go on after n batches
@@ -53,18 +55,28 @@ class SnapshotDataset(IterableDataset[Any]):
         """
         together = distributed.is_available() and distributed.is_initialized()
         self._rank = rank if rank is not None else distributed.get_rank() if together else 0
-        self._ranks = world_size if world_size is not None else distributed.get_world_size() if together else 1
+        self._ranks = (
+            world_size
+            if world_size is not None
+            else distributed.get_world_size()
+            if together
+            else 1
+        )
         if not 0 <= self._rank < self._ranks or global_batch < 1 or global_batch % self._ranks:
             raise UsageError(
-                f"global_batch: {global_batch} samples cannot be shared equally by {self._ranks} ranks (rank "
-                f"{self._rank}). Choose a multiple of the number of ranks, and a rank below it."
+                f"global_batch: {global_batch} samples cannot be shared equally by {self._ranks} "
+                f"ranks (rank {self._rank}). Choose a multiple of the number of ranks, and a rank "
+                "below it."
             )
         self._samples, self._global_batch, self._collate = samples, global_batch, collate
         self._batches = 0
         self._iterated = False
 
     def __iter__(self) -> Iterator[Any]:
-        """Batches from the state on. Without workers the state goes along with what is handed out."""
+        """Batches from the state on.
+
+        Without workers the state goes along with what is handed out.
+        """
         self._iterated = True
         worker = get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
@@ -73,7 +85,9 @@ class SnapshotDataset(IterableDataset[Any]):
             (self._batches + first) * self._global_batch + self._rank * part,
             step * self._global_batch,
         )
-        with closing(self._samples.batches(range(start, start + part) for start in starts)) as batches:
+        with closing(
+            self._samples.batches(range(start, start + part) for start in starts)
+        ) as batches:
             for samples in batches:
                 self._batches += step
                 yield self._collate(samples)
@@ -89,12 +103,16 @@ class SnapshotDataset(IterableDataset[Any]):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The state after what this object handed out itself: without workers only. Everywhere else use `state_at`."""
+        """The state after what this object handed out itself: without workers only.
+
+        Everywhere else use `state_at`.
+        """
         if get_worker_info() is not None or not self._iterated:
             raise UsageError(
-                "SnapshotDataset.state_dict: this object handed nothing out itself, or it is a worker's, which does "
-                "not know what was consumed. Take `state_at(batches)` of the dataset in the training process, with the "
-                "number of global batches consumed there."
+                "SnapshotDataset.state_dict: this object handed nothing out itself, or it is a "
+                "worker's, which does not know what was consumed. Take `state_at(batches)` of "
+                "the dataset in the training process, with the number of global batches consumed "
+                "there."
             )
         return self.state_at(self._batches)
 
@@ -102,15 +120,17 @@ class SnapshotDataset(IterableDataset[Any]):
         """Go on after what `state` had consumed, before iterating.
 
         Raises:
-            UsageError: it is the state of another order, or lies within a global batch of this size.
+            UsageError: it is the state of another order, or lies within a global batch of this
+                size.
         """
         batches, rest = divmod(state["samples"], self._global_batch)
         expected = self.state_at(batches)
         if rest or any(state[name] != expected[name] for name in ("snapshot", "seed")):
             raise UsageError(
-                f"SnapshotDataset: the state is {dict(state)}, expected snapshot {expected['snapshot']}, seed "
-                f"{expected['seed']} and a multiple of {self._global_batch} samples. Resume with the snapshot, seed "
-                "and global_batch of the run that was stopped."
+                f"SnapshotDataset: the state is {dict(state)}, expected snapshot "
+                f"{expected['snapshot']}, seed {expected['seed']} and a multiple of "
+                f"{self._global_batch} samples. Resume with the snapshot, seed and global_batch "
+                "of the run that was stopped."
             )
         self._batches = batches
 
@@ -118,7 +138,8 @@ class SnapshotDataset(IterableDataset[Any]):
 class Collator:
     """Samples as one forward pass, in a dict of tensors: what `transformers.Trainer` and its like hand to a loss.
 
-    Keys are `input_ids` and `position_ids` [B, T], `predicting` and `labels` [N], and where there are targets
+    Keys are `input_ids` and `position_ids` [B, T], `predicting` and `labels` [N], and where there
+    are targets
     `target_ids`, `target_logprobs` [N, K] and `target_tail_logprob` [N], or sampled `target_ids`,
     `target_probabilities` [N, K] and `target_entropy` [N]; `batch_of` is the way back.
     """
@@ -134,16 +155,24 @@ class Collator:
     def __call__(self, samples: list[Sample]) -> dict[str, Tensor]:
         """The pass of these samples."""
         (batch,) = self._packing.batches(samples, self._temperature)
-        targets = {field.name: getattr(batch.targets, field.name) for field in fields(batch.targets)}
+        targets = {
+            field.name: getattr(batch.targets, field.name) for field in fields(batch.targets)
+        }
         labels = targets.pop("labels")
-        found = {"input_ids": batch.token_ids, "position_ids": batch.position_ids, "predicting": batch.predicting}
+        found = {
+            "input_ids": batch.token_ids,
+            "position_ids": batch.position_ids,
+            "predicting": batch.predicting,
+        }
         soft = {f"target_{name}": tensor for name, tensor in targets.items() if tensor is not None}
         return {**found, "labels": labels, **soft}
 
 
 def batch_of(inputs: Mapping[str, Tensor]) -> Batch:
     """The batch that `Collator` made a dict of."""
-    soft = {name.removeprefix("target_"): inputs[name] for name in inputs if name.startswith("target_")}
+    soft = {
+        name.removeprefix("target_"): inputs[name] for name in inputs if name.startswith("target_")
+    }
     return Batch(
         token_ids=inputs["input_ids"],
         position_ids=inputs["position_ids"],

@@ -1,7 +1,7 @@
 """What the losses are: divergence from the teacher and cross-entropy of each token, float32 throughout.
 
-A sparse soft target is K entries and a bucket for all other ids. The student is seen through the same K + 1 outcomes,
-so no mass of either side is thrown away:
+A sparse soft target is K entries and a bucket for all other ids. The student is seen through the
+same K + 1 outcomes, so no mass of either side is thrown away:
 
     t_i  teacher's probability of entry i          t_B = 1 - sum t_i    stored as a log, `tail_logprob`
     p_i  student's probability of the same id      p_B = 1 - sum p_i    computed as a logsumexp over what is not kept
@@ -13,18 +13,19 @@ Other tail policies, for comparison, change what is compared:
     renormalize   t_i / sum t and p_i / sum p: only the entries are seen
     to_label      t_B joins the token that is there, which becomes an entry if it is none; the student as in drop
 
-A sampled target has no tail: its K probabilities are an estimate whose mean is the teacher, and forward KL is
--sum t_i log p_i - (entropy of the teacher), p over the whole vocabulary: right in the mean, in value and gradient, and
-below 0 for some tokens.
+A sampled target has no tail: its K probabilities are an estimate whose mean is the teacher, and
+forward KL is -sum t_i log p_i - (entropy of the teacher), p over the whole vocabulary: right in the
+mean, in value and gradient, and below 0 for some tokens.
 
-At a temperature T the student's logits are divided by T, targets are of the teacher's logits divided by T, and the
-divergence is multiplied by T^2, in value and gradient (Hinton et al. 2015, arXiv 1503.02531, section 2). Cross-entropy
-with the token that is there is at temperature 1. Values are never averaged: the caller divides by the scored tokens of
-the whole step.
+At a temperature T the student's logits are divided by T, targets are of the teacher's logits
+divided by T, and the divergence is multiplied by T^2, in value and gradient (Hinton et al. 2015,
+arXiv 1503.02531, section 2). Cross-entropy with the token that is there is at temperature 1. Values
+are never averaged: the caller divides by the scored tokens of the whole step.
 
-All that is needed of the student's logits is `Seen`: those of the entries and of the label, and two sums. `losses_of`
-is the definition, in these terms. `logits_distillation` sees logits that are there anyway, and autograd finds the way
-back; `fused_linear.py` never holds the logits of all tokens, and takes the way back itself.
+All that is needed of the student's logits is `Seen`: those of the entries and of the label, and two
+sums. `losses_of` is the definition, in these terms. `logits_distillation` sees logits that are
+there anyway, and autograd finds the way back; `fused_linear.py` never holds the logits of all
+tokens, and takes the way back itself.
 
 Letters: N scored tokens, K entries, V the student's vocabulary.
 """
@@ -46,7 +47,8 @@ class Distilled:
     """The loss of one forward pass, and what it is made of."""
 
     total: Tensor
-    """Sum over the tokens of soft_weight * soft + hard_weight * hard; the one that has a gradient."""
+    """Sum over the tokens of soft_weight * soft + hard_weight * hard; the one that has a
+    gradient."""
     hard: Tensor
     """[N] cross-entropy of each token, nats; a value without a gradient."""
     soft: Tensor | None
@@ -64,8 +66,13 @@ class LossParts:
 
     def weighted(self, soft_weight: float, hard_weight: float) -> Tensor:
         """[N] soft_weight * soft + hard_weight * hard, weights used as given; a part whose weight is 0 is left out."""
-        # It may be infinite, as at a label of probability 0, and 0 * inf is no number. Autograd knows the zeros.
-        hard = hard_weight * self.hard if hard_weight else torch.where(self.hard.isnan(), self.hard, 0.0)
+        # It may be infinite, as at a label of probability 0, and 0 * inf is no number. Autograd
+        # knows the zeros.
+        hard = (
+            hard_weight * self.hard
+            if hard_weight
+            else torch.where(self.hard.isnan(), self.hard, 0.0)
+        )
         return hard if self.soft is None or not soft_weight else soft_weight * self.soft + hard
 
     def summed(self, aim: Aim) -> Distilled:
@@ -75,7 +82,9 @@ class LossParts:
         return Distilled(total=total, hard=self.hard.detach(), soft=soft)
 
 
-def logits_distillation(logits: Tensor, targets: TargetBatch, *, objective: Objective | None) -> LossParts:
+def logits_distillation(
+    logits: Tensor, targets: TargetBatch, *, objective: Objective | None
+) -> LossParts:
     """Divergence and cross-entropy of each token from logits [N, V] float32; autograd goes through both.
 
     Raises:
@@ -91,7 +100,11 @@ def logits_distillation(logits: Tensor, targets: TargetBatch, *, objective: Obje
 
 def compared(targets: TargetBatch, objective: Objective) -> TargetBatch:
     """The targets with the entries that the student is seen through: to_label adds one where the label is none."""
-    return _tail_to_label(targets) if objective.tail == "to_label" and targets.logprobs is not None else targets
+    return (
+        _tail_to_label(targets)
+        if objective.tail == "to_label" and targets.logprobs is not None
+        else targets
+    )
 
 
 def losses_of(seen: Seen, targets: TargetBatch, *, objective: Objective | None) -> LossParts:
@@ -109,7 +122,9 @@ def losses_of(seen: Seen, targets: TargetBatch, *, objective: Objective | None) 
     if objective is None or not targets.soft:
         return LossParts(hard=hard, soft=None)
     scale = objective.temperature
-    outcomes = torch.cat([seen.entries if scale == 1.0 else seen.entries / scale, seen.rest[:, None]], -1)
+    outcomes = torch.cat(
+        [seen.entries if scale == 1.0 else seen.entries / scale, seen.rest[:, None]], -1
+    )
     if targets.probabilities is not None:
         soft = _sampled_forward_kl(outcomes.log_softmax(-1), targets, objective)
     else:
@@ -143,8 +158,9 @@ def _sampled_forward_kl(student: Tensor, targets: TargetBatch, objective: Object
     """-sum_i t_i log p_i - entropy of the teacher [N]; the mean over the draws is forward KL over the vocabulary."""
     if objective.divergence != "forward_kl":
         raise UsageError(
-            f"loss.divergence: {objective.divergence} needs the teacher's probability of each outcome, sampled targets "
-            "say it in the mean only. Use forward_kl, or score the rows with targets topk, topp or full."
+            f"loss.divergence: {objective.divergence} needs the teacher's probability of each "
+            "outcome, sampled targets say it in the mean only. Use forward_kl, or score the rows "
+            "with targets topk, topp or full."
         )
     assert targets.ids is not None
     assert targets.probabilities is not None
@@ -202,13 +218,24 @@ def _seen(logits: Tensor, targets: TargetBatch, temperature: float) -> Seen:
     if targets.ids is None:
         assert targets.logprobs is not None
         entries, others = logits.tensor_split([targets.logprobs.shape[-1]], -1)
-        rest = (others / temperature).logsumexp(-1) if others.shape[-1] else torch.full_like(label, -torch.inf)
+        rest = (
+            (others / temperature).logsumexp(-1)
+            if others.shape[-1]
+            else torch.full_like(label, -torch.inf)
+        )
     else:
-        entries = logits.gather(-1, targets.ids.clamp_min(0)).masked_fill(targets.ids < 0, -torch.inf)
+        entries = logits.gather(-1, targets.ids.clamp_min(0)).masked_fill(
+            targets.ids < 0, -torch.inf
+        )
         # One column more than the vocabulary takes the marks of absent entries.
-        marks = torch.zeros(logits.shape[0], logits.shape[1] + 1, dtype=torch.bool, device=logits.device)
-        kept = marks.scatter_(-1, targets.ids.masked_fill(targets.ids < 0, logits.shape[1]), True)[:, :-1]
-        # logsumexp over nothing has a gradient of NaN, so where the entries are the whole vocabulary nothing is masked.
+        marks = torch.zeros(
+            logits.shape[0], logits.shape[1] + 1, dtype=torch.bool, device=logits.device
+        )
+        kept = marks.scatter_(-1, targets.ids.masked_fill(targets.ids < 0, logits.shape[1]), True)[
+            :, :-1
+        ]
+        # logsumexp over nothing has a gradient of NaN, so where the entries are the whole
+        # vocabulary nothing is masked.
         all_kept = kept.all(-1)
         others = (logits / temperature).masked_fill(kept & ~all_kept[:, None], -torch.inf)
         rest = others.logsumexp(-1).masked_fill(all_kept, -torch.inf)

@@ -1,9 +1,10 @@
 """Divergences of a student from a teacher over the same outcomes, per token, float32: pure functions, no vocabulary.
 
-Each takes log-probabilities `teacher` and `student` [N, K + 1]: K entries and, last, the bucket for all other ids (-inf
-where there is none), and returns [N]: nats, but for total variation and alpha-beta. Each is 0 where the two are equal
-and never negative. An outcome that neither has adds nothing, to the value or to the gradient. Where a divergence asks
-for the logarithm of a probability of 0, the least normal float32 stands for it (log: -87.3), so that all are finite.
+Each takes log-probabilities `teacher` and `student` [N, K + 1]: K entries and, last, the bucket for
+all other ids (-inf where there is none), and returns [N]: nats, but for total variation and
+alpha-beta. Each is 0 where the two are equal and never negative. An outcome that neither has adds
+nothing, to the value or to the gradient. Where a divergence asks for the logarithm of a probability
+of 0, the least normal float32 stands for it (log: -87.3), so that all are finite.
 
 Only `student` has a gradient. t and p are the two distributions, m a mixture of them.
 """
@@ -19,32 +20,44 @@ _LOG_TINY = math.log(torch.finfo(torch.float32).tiny)
 def forward_kl(teacher: Tensor, student: Tensor) -> Tensor:
     """KL(t || p) = sum_i t_i (log t_i - log p_i).
 
-    Hinton et al. 2015, arXiv 1503.02531 (cross-entropy with soft targets, which has the same gradient). Gradient with
-    respect to the student's logits over the whole vocabulary: p_j - t_j for an entry, p_j (1 - t_B / p_B) for an id in
-    the bucket B.
+    Hinton et al. 2015, arXiv 1503.02531 (cross-entropy with soft targets, which has the same
+    gradient). Gradient with respect to the student's logits over the whole vocabulary: p_j - t_j
+    for an entry, p_j (1 - t_B / p_B) for an id in the bucket B.
     """
     return _kl(teacher, student)
 
 
 def reverse_kl(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(p || t) = sum_i p_i (log p_i - log t_i). Gu et al. 2024 (MiniLLM), arXiv 2306.08543, on given text."""
+    """KL(p || t) = sum_i p_i (log p_i - log t_i).
+
+    Gu et al. 2024 (MiniLLM), arXiv 2306.08543, on given text.
+    """
     return _kl(student, teacher.clamp_min(_LOG_TINY))
 
 
 def skew_forward_kl(teacher: Tensor, student: Tensor, *, skew: float) -> Tensor:
-    """KL(t || m), m = skew t + (1 - skew) p. Ko et al. 2024 (DistiLLM), arXiv 2402.03898. At most -log(skew)."""
+    """KL(t || m), m = skew t + (1 - skew) p.
+
+    Ko et al. 2024 (DistiLLM), arXiv 2402.03898. At most -log(skew).
+    """
     return _kl(teacher, _mixture(teacher, student, skew))
 
 
 def skew_reverse_kl(teacher: Tensor, student: Tensor, *, skew: float) -> Tensor:
-    """KL(p || m), m = (1 - skew) t + skew p. As `skew_forward_kl`; the gradient goes through p in the mixture too."""
-    return _kl(student, _mixture(student, teacher.clamp_min(_LOG_TINY) if skew == 0 else teacher, skew))
+    """KL(p || m), m = (1 - skew) t + skew p.
+
+    As `skew_forward_kl`; the gradient goes through p in the mixture too.
+    """
+    return _kl(
+        student, _mixture(student, teacher.clamp_min(_LOG_TINY) if skew == 0 else teacher, skew)
+    )
 
 
 def jsd(teacher: Tensor, student: Tensor, *, weight: float) -> Tensor:
     """Generalised Jensen-Shannon: weight KL(t || m) + (1 - weight) KL(p || m), m = weight t + (1 - weight) p.
 
-    Agarwal et al. 2024 (GKD), arXiv 2306.13649; 0 < weight < 1. At weight 1/2 it is symmetric and at most log 2.
+    Agarwal et al. 2024 (GKD), arXiv 2306.13649; 0 < weight < 1. At weight 1/2 it is symmetric and
+    at most log 2.
     """
     middle = _mixture(teacher, student, weight)
     return weight * _kl(teacher, middle) + (1 - weight) * _kl(student, middle)
@@ -61,14 +74,16 @@ def total_variation(teacher: Tensor, student: Tensor) -> Tensor:
 def alpha_beta(teacher: Tensor, student: Tensor, *, alpha: float, beta: float) -> Tensor:
     """-1/(ab) sum_i [t_i^a p_i^b - a/(a+b) t_i^(a+b) - b/(a+b) p_i^(a+b)], with a = alpha and b = beta.
 
-    Wang et al. 2025 (ABKD), arXiv 2505.04560; the divergence and its limits are Cichocki et al. 2011's:
+    Wang et al. 2025 (ABKD), arXiv 2505.04560; the divergence and its limits are Cichocki et al.
+    2011's:
 
         a = 0           1/b^2 sum_i [p_i^b (b log p_i - b log t_i) - p_i^b + t_i^b]
         b = 0           1/a^2 sum_i [t_i^a (a log t_i - a log p_i) - t_i^a + p_i^a]
         a + b = 0       1/a^2 sum_i [a log p_i - a log t_i + (t_i / p_i)^a - 1]
         a = b = 0       1/2 sum_i (log t_i - log p_i)^2
 
-    forward_kl at (1, 0), reverse_kl at (0, 1). A lower bound of the value over all ids only where a + b = 1.
+    forward_kl at (1, 0), reverse_kl at (0, 1). A lower bound of the value over all ids only where a
+    + b = 1.
     """
     nothing = (teacher == -torch.inf) & (student == -torch.inf)
     t = teacher.masked_fill(nothing, 0.0).clamp_min(_LOG_TINY)
@@ -91,15 +106,16 @@ def alpha_beta(teacher: Tensor, student: Tensor, *, alpha: float, beta: float) -
 def adaptive_kl(teacher: Tensor, student: Tensor, *, head_mass: float) -> Tensor:
     """g_h / (g_h + g_t) KL(t || p) + g_t / (g_h + g_t) KL(p || t), with g = sum_i |t_i - p_i| over head and tail.
 
-    The head is the teacher's best entries as long as their mass together is at most `head_mass`, the best one always;
-    the tail is all else, the bucket included. As in the authors' code the two shares are constants: no gradient goes
-    through them. Wu et al. 2024 (AKL), arXiv 2404.02657.
+    The head is the teacher's best entries as long as their mass together is at most `head_mass`,
+    the best one always; the tail is all else, the bucket included. As in the authors' code the two
+    shares are constants: no gradient goes through them. Wu et al. 2024 (AKL), arXiv 2404.02657.
     """
     gap = (teacher.exp() - student.exp()).abs().detach()
     best, order = teacher[:, :-1].sort(-1, descending=True)
     ranked = best.exp().cumsum(-1) <= head_mass
     ranked[:, :1] = True
-    # `ranked` is in the order of the teacher's probabilities, the gaps are in the order of the entries.
+    # `ranked` is in the order of the teacher's probabilities, the gaps are in the order of the
+    # entries.
     head = torch.zeros_like(gap, dtype=torch.bool).scatter_(-1, order, ranked)
     whole = gap.sum(-1)
     share = torch.where(whole > 0, gap.masked_fill(~head, 0.0).sum(-1) / whole, 0.5)
@@ -124,4 +140,6 @@ def _mixture(a: Tensor, b: Tensor, share: float) -> Tensor:
         return b
     nothing = (a == -torch.inf) & (b == -torch.inf)
     a, b = a.masked_fill(nothing, 0.0), b.masked_fill(nothing, 0.0)
-    return torch.logaddexp(a + math.log(share), b + math.log1p(-share)).masked_fill(nothing, -torch.inf)
+    return torch.logaddexp(a + math.log(share), b + math.log1p(-share)).masked_fill(
+        nothing, -torch.inf
+    )

@@ -2,15 +2,18 @@
 
     raw = h W^T (+ b + u B^T)      dh = G W      dW = G^T h         G = d loss / d raw, in raw's own memory
 
-Logits exist for one chunk of tokens at a time. Of each chunk the loss sees a few numbers (`vocabulary.py`); its
-derivatives with respect to those come from autograd over [n, K] tensors, and one pass over the vocabulary turns the
-logits into G. So all gradients are made in the forward pass and the backward pass only scales them; nothing of size
-[N, V] is stored. This holds for every divergence, of targets that have entries. Full targets have none to single out:
-there autograd goes through the logits themselves, a few rows of the chunk at a time.
+Logits exist for one chunk of tokens at a time. Of each chunk the loss sees a few numbers
+(`vocabulary.py`); its derivatives with respect to those come from autograd over [n, K] tensors, and
+one pass over the vocabulary turns the logits into G. So all gradients are made in the forward pass
+and the backward pass only scales them; nothing of size [N, V] is stored. This holds for every
+divergence, of targets that have entries. Full targets have none to single out: there autograd goes
+through the logits themselves, a few rows of the chunk at a time.
 
-dW is summed over the chunks in float32, whatever the products run in. Where the head does not train it is not made.
+dW is summed over the chunks in float32, whatever the products run in. Where the head does not train
+it is not made.
 
-Letters: N scored tokens, n of a chunk, K entries, V vocabulary, D hidden, r rank of a LoRA on the head.
+Letters: N scored tokens, n of a chunk, K entries, V vocabulary, D hidden, r rank of a LoRA on the
+head.
 """
 
 from collections.abc import Iterator, Sequence
@@ -50,28 +53,33 @@ def linear_distillation(
 ) -> Distilled:
     """Sum of the weighted divergence and cross-entropy of all tokens, both as `losses.losses_of` defines them.
 
-    The gradient is made here, of the total, and scaled by one number in the backward pass: what is done to single
-    tokens afterwards has no gradient. Weights that are divided by the scored tokens of the step already leave that
-    number at 1, which spares a pass over dW on a CPU. The gradient can be taken once.
+    The gradient is made here, of the total, and scaled by one number in the backward pass: what is
+    done to single tokens afterwards has no gradient. Weights that are divided by the scored tokens
+    of the step already leave that number at 1, which spares a pass over dW on a CPU. The gradient
+    can be taken once.
 
     Args:
-        hidden: [N, D] states at the predicting positions, in the dtype the matrix products shall run in: float32 or
-            bfloat16; others become float32.
+        hidden: [N, D] states at the predicting positions, in the dtype the matrix products shall
+            run in: float32 or bfloat16; others become float32.
         head: Output head of the student.
         targets: N targets, already passed through `fit_vocabulary`.
         objective: None skips the soft part.
         soft_weight: Of the divergence.
         hard_weight: Of the cross-entropy.
-        kernel: Who makes the passes over the vocabulary; None: Triton on an NVIDIA GPU that has it, else torch.
+        kernel: Who makes the passes over the vocabulary; None: Triton on an NVIDIA GPU that has it,
+            else torch.
         chunk_tokens: None: as many as fill `CHUNK_BYTES`.
 
     Raises:
-        UsageError: the targets are sampled, which serve forward KL only; or the kernel cannot run here.
+        UsageError: the targets are sampled, which serve forward KL only; or the kernel cannot run
+            here.
     """
     soft = objective is not None and targets.soft
     run = _Run(
         targets=targets if soft else TargetBatch(labels=targets.labels),
-        aim=Aim(soft_weight=soft_weight, hard_weight=hard_weight, objective=objective if soft else None),
+        aim=Aim(
+            soft_weight=soft_weight, hard_weight=hard_weight, objective=objective if soft else None
+        ),
         head=head,
         kernel=_kernel(kernel, hidden.device),
         chunk_tokens=chunk_tokens,
@@ -83,7 +91,9 @@ def linear_distillation(
         sides = [hidden, whole(head.weight)]
         if head.low_rank is not None:
             sides += [head.low_rank.narrow(hidden), whole(head.low_rank.up)]
-        total, hard, divergence = _Loss.apply(run, None if head.bias is None else whole(head.bias), *sides)
+        total, hard, divergence = _Loss.apply(
+            run, None if head.bias is None else whole(head.bias), *sides
+        )
     return Distilled(total=total, hard=hard, soft=divergence)
 
 
@@ -162,13 +172,17 @@ class _Run:
             leaf = rows.detach().requires_grad_(backward)
             with torch.set_grad_enabled(backward):
                 here = targets.rows(start, start + size)
-                parts = logits_distillation(self.head.finished(leaf), here, objective=self.aim.objective)
+                parts = logits_distillation(
+                    self.head.finished(leaf), here, objective=self.aim.objective
+                )
             if backward:
                 (gradient,) = self._derivatives(parts, [leaf])
                 rows.copy_(gradient)
             found.append(parts)
         soft = [parts.soft for parts in found if parts.soft is not None]
-        return LossParts(hard=torch.cat([parts.hard.detach() for parts in found]), soft=torch.cat(soft).detach())
+        return LossParts(
+            hard=torch.cat([parts.hard.detach() for parts in found]), soft=torch.cat(soft).detach()
+        )
 
     def _derivatives(self, parts: LossParts, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
         with torch.enable_grad():
@@ -180,15 +194,24 @@ class _Loss(torch.autograd.Function):
     """Of the bias [V] and of pairs, left [N, d] and right [V, d]: states and weight, then U and B of a LoRA."""
 
     @staticmethod
-    def forward(ctx: Any, run: _Run, bias: Tensor | None, *sides: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(
+        ctx: Any, run: _Run, bias: Tensor | None, *sides: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         ctx.dtypes = [None if side is None else side.dtype for side in (bias, *sides)]
         needed = ctx.needs_input_grad[1:] if run.backward else [False] * len(ctx.dtypes)
         lefts, rights = sides[::2], [right.to(sides[0].dtype) for right in sides[1::2]]
         bias = None if bias is None else bias.to(sides[0].dtype)
         hidden, weight = sides[0], rights[0]
         # What belongs to a token is written once, what all tokens share is summed over the chunks.
-        d_bias = bias.new_zeros(bias.shape, dtype=torch.float32) if bias is not None and needed[0] else None
-        d_lefts = [torch.empty_like(t) if need else None for t, need in zip(lefts, needed[1::2], strict=True)]
+        d_bias = (
+            bias.new_zeros(bias.shape, dtype=torch.float32)
+            if bias is not None and needed[0]
+            else None
+        )
+        d_lefts = [
+            torch.empty_like(t) if need else None
+            for t, need in zip(lefts, needed[1::2], strict=True)
+        ]
         d_rights = [
             torch.zeros_like(t, dtype=torch.float32) if need else None
             for t, need in zip(rights, needed[2::2], strict=True)
@@ -220,7 +243,9 @@ class _Loss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError("the gradient of this loss was taken before and is gone; compute the loss again")
+            raise RuntimeError(
+                "the gradient of this loss was taken before and is gone; compute the loss again"
+            )
         gradients, ctx.gradients = ctx.gradients, None
         # To look at the number would be to wait for a GPU, so there it is multiplied in any case.
         one = upstream.device.type == "cpu" and float(upstream) == 1.0
@@ -238,7 +263,9 @@ def _room(hidden: Tensor, weight: Tensor) -> Tensor:
     return hidden.new_empty(len(hidden), width)[:, :vocab_size]
 
 
-def _multiply(lefts: Sequence[Tensor], rights: Sequence[Tensor], *, bias: Tensor | None, out: Tensor) -> None:
+def _multiply(
+    lefts: Sequence[Tensor], rights: Sequence[Tensor], *, bias: Tensor | None, out: Tensor
+) -> None:
     """Sum of the products left right^T, and the bias, into `out` [n, V]."""
     if bias is None:
         torch.mm(lefts[0], rights[0].T, out=out)
@@ -256,7 +283,8 @@ def _add_product(total: Tensor, raw: Tensor, left: Tensor) -> None:
         # cuBLAS takes bfloat16 factors and adds to float32 in place; torch has this for CUDA alone.
         torch.addmm(total, raw.T, left, out_dtype=torch.float32, out=total)
     else:
-        # Elsewhere each chunk's product is rounded to bfloat16 before it is added, a few ids at a time.
+        # Elsewhere each chunk's product is rounded to bfloat16 before it is added, a few ids at a
+        # time.
         size = max(1, SLICE_BYTES // (left.shape[1] * left.element_size()))
         for start in range(0, len(total), size):
             total[start : start + size] += raw[:, start : start + size].T @ left

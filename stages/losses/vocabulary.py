@@ -1,19 +1,22 @@
 """What a loss sees of the logits, and the way back: two passes over the vocabulary, in plain torch.
 
-No loss here sees logits z [n, V] other than through the logits of K entries, the label's, and two sums over ids:
+No loss here sees logits z [n, V] other than through the logits of K entries, the label's, and two
+sums over ids:
 
     normaliser  log sum_j exp(z_j)         over all ids
     rest        log sum_j exp(z_j / T)     over the ids that are no entry: never the whole minus the entries, which
                                            cancels where the entries hold nearly all mass
 
-So the gradient of any of them is that of a function of [n, K] numbers, carried back over the vocabulary once:
+So the gradient of any of them is that of a function of [n, K] numbers, carried back over the
+vocabulary once:
 
-    dz_j = slope(normaliser) exp(z_j - normaliser) + slope(rest) exp(z_j / T - rest) / T  [j no entry]
+    dz_j = slope(normaliser) exp(z_j - normaliser) + slope(rest) exp(z_j / T - rest) / T [j no
+    entry]
          + slope(entry i) at its id + slope(label) at the label, which may be an entry
 
-and through z = softcap(scale * raw), d raw_j = dz_j * scale * (1 - (z_j / c)^2). `look` takes the entries out of the
-logits and leaves -inf in their places, so that one read gives maximum and sum of what is left, and adds them to the
-normaliser again; `spread` relies on these places.
+and through z = softcap(scale * raw), d raw_j = dz_j * scale * (1 - (z_j / c)^2). `look` takes the
+entries out of the logits and leaves -inf in their places, so that one read gives maximum and sum of
+what is left, and adds them to the normaliser again; `spread` relies on these places.
 
 Letters: n tokens of a chunk, K entries, V vocabulary.
 """
@@ -79,8 +82,8 @@ def look(raw: Tensor, asked: Asked) -> Seen:
     """What a loss sees of n rows.
 
     Args:
-        raw: [n, V] products of states and head (and bias), before scale and softcap; bfloat16 or float32. On return it
-            holds what `spread` goes on from.
+        raw: [n, V] products of states and head (and bias), before scale and softcap; bfloat16 or
+            float32. On return it holds what `spread` goes on from.
         asked: Of these rows.
     """
     places = _places(asked)
@@ -92,7 +95,8 @@ def look(raw: Tensor, asked: Asked) -> Seen:
         raw.scatter_(-1, places, torch.where(none, raw[:, :1], -torch.inf).expand_as(places))
     if _one_softmax(raw, asked):
         highest = (raw if asked.scale == 1.0 else raw.mul_(asked.scale)).amax(-1)
-        # Where all that is left is -inf the softmax would be NaN: id 0 stands in for it, and is taken away again.
+        # Where all that is left is -inf the softmax would be NaN: id 0 stands in for it, and is
+        # taken away again.
         nothing, first = highest == -torch.inf, raw[:, 0]
         first.masked_fill_(nothing, 0.0)
         torch.softmax(raw, -1, out=raw)
@@ -114,7 +118,10 @@ def spread(raw: Tensor, asked: Asked, seen: Seen, slopes: Slopes) -> Tensor:
         seen: What it saw.
         slopes: Derivatives with respect to that.
     """
-    at_entries = slopes.entries + slopes.normaliser[:, None] * (seen.entries - seen.normaliser[:, None]).exp()
+    at_entries = (
+        slopes.entries
+        + slopes.normaliser[:, None] * (seen.entries - seen.normaliser[:, None]).exp()
+    )
     at_entries = (at_entries * _steepness(seen.entries, asked)).masked_fill(asked.ids < 0, 0.0)
     at_label = slopes.label * _steepness(seen.label, asked)
     if _one_softmax(raw, asked):
@@ -125,7 +132,8 @@ def spread(raw: Tensor, asked: Asked, seen: Seen, slopes: Slopes) -> Tensor:
         rows = slice(start, start + size)
         logits = _logits(raw[rows], asked)
         normaliser, rest = seen.normaliser[rows, None], seen.rest[rows, None]
-        # -inf where nothing is outside the entries; there exp(-inf - rest) would be NaN instead of 0.
+        # -inf where nothing is outside the entries; there exp(-inf - rest) would be NaN instead of
+        # 0.
         rest = rest.masked_fill(rest == -torch.inf, 0.0)
         gradient = slopes.normaliser[rows, None] * (logits - normaliser).exp_()
         slope = slopes.rest[rows, None] / asked.temperature
@@ -139,7 +147,8 @@ def spread(raw: Tensor, asked: Asked, seen: Seen, slopes: Slopes) -> Tensor:
 def _one_softmax(raw: Tensor, asked: Asked) -> bool:
     """Whether both sums and their gradients follow from one softmax over the ids that are no entry, made in place.
 
-    Then the exponentials are made once and nothing is allocated. There must be such an id in each row.
+    Then the exponentials are made once and nothing is allocated. There must be such an id in each
+    row.
     """
     plain = asked.temperature == 1.0 and asked.softcap is None and raw.dtype == torch.float32
     return plain and asked.ids.shape[1] < raw.shape[1]
@@ -149,7 +158,9 @@ def _sums(raw: Tensor, asked: Asked) -> tuple[Tensor, Tensor]:
     """Logsumexp of z and of z / T [rows] over what is left."""
     logits = _logits(raw, asked)
     others = logits.logsumexp(-1)
-    return others, others if asked.temperature == 1.0 else (logits / asked.temperature).logsumexp(-1)
+    return others, others if asked.temperature == 1.0 else (logits / asked.temperature).logsumexp(
+        -1
+    )
 
 
 def _add_at_ids(gradient: Tensor, asked: Asked, at_entries: Tensor, at_label: Tensor) -> Tensor:
@@ -171,7 +182,9 @@ def _logits(raw: Tensor, asked: Asked) -> Tensor:
         logits = logits * asked.scale
     if asked.softcap is None:
         return logits
-    return (asked.softcap * torch.tanh(logits / asked.softcap)).masked_fill(raw == -torch.inf, -torch.inf)
+    return (asked.softcap * torch.tanh(logits / asked.softcap)).masked_fill(
+        raw == -torch.inf, -torch.inf
+    )
 
 
 def _steepness(logits: Tensor, asked: Asked) -> Tensor | float:

@@ -1,20 +1,22 @@
 """`look` and `spread` of `vocabulary.py` as Triton kernels, for logits on a GPU; same functions, same meaning.
 
-One program takes one row. `look` reads it once, `spread` reads it once and writes it once, in place; what is read or
-written besides is O(n K). Nothing is converted beforehand: a row stays in the dtype of the matrix product, scale and
-softcap are applied on the way, all sums are float32. Bytes per token in bfloat16, and how long they take beside the
-three products of the head (D = 4,096, V = 151,936, 6 D V operations) at 4.3 TB/s and 790 TFLOP/s:
+One program takes one row. `look` reads it once, `spread` reads it once and writes it once, in
+place; what is read or written besides is O(n K). Nothing is converted beforehand: a row stays in
+the dtype of the matrix product, scale and softcap are applied on the way, all sums are float32.
+Bytes per token in bfloat16, and how long they take beside the three products of the head (D =
+4,096, V = 151,936, 6 D V operations) at 4.3 TB/s and 790 TFLOP/s:
 
     look        2 V       0.07 us
     spread      4 V       0.14 us
     products    -         4.73 us
 
-Memory leaves time for one exponential per logit, not for two: an SM does 16 a cycle and is handed 9 values of bfloat16.
-So at T = 1 one serves both the normaliser and the rest, in both kernels, and `look` rescales its sums once per thread
-and tile, not per logit, each thread by a maximum of its own: threads exchange nothing before the row's end.
+Memory leaves time for one exponential per logit, not for two: an SM does 16 a cycle and is handed 9
+values of bfloat16. So at T = 1 one serves both the normaliser and the rest, in both kernels, and
+`look` rescales its sums once per thread and tile, not per logit, each thread by a maximum of its
+own: threads exchange nothing before the row's end.
 
-A thread moves 16 bytes at once where the rows begin at multiples of 16 bytes: a caller whose V is no such multiple does
-well to pad the row stride.
+A thread moves 16 bytes at once where the rows begin at multiples of 16 bytes: a caller whose V is
+no such multiple does well to pad the row stride.
 
 Letters: n tokens of a chunk, K entries, V vocabulary, T temperature.
 """
@@ -37,7 +39,8 @@ def look(raw: Tensor, asked: Asked) -> Seen:
     """What a loss sees of n rows; `passes.look`.
 
     Args:
-        raw: [n, V] of any row stride, bfloat16, float16 or float32. On return the entries' places hold -inf.
+        raw: [n, V] of any row stride, bfloat16, float16 or float32. On return the entries' places
+            hold -inf.
         asked: Of these rows.
     """
     n, k = asked.ids.shape
@@ -55,7 +58,11 @@ def spread(raw: Tensor, asked: Asked, seen: Seen, slopes: Slopes) -> Tensor:
         seen: What it saw.
         slopes: Derivatives with respect to that.
     """
-    held = (of for part in (seen, slopes) for of in (part.entries, part.label, part.normaliser, part.rest))
+    held = (
+        of
+        for part in (seen, slopes)
+        for of in (part.entries, part.label, part.normaliser, part.rest)
+    )
     _launch(_spread, raw, asked, *(tensor.contiguous() for tensor in held))
     return raw
 
@@ -69,7 +76,13 @@ def _launch(kernel: triton.JITFunction, raw: Tensor, asked: Asked, *tensors: Ten
     unit = math.gcd(raw.stride(0), width)  # shows the compiler that rows begin at such multiples
     with torch.cuda.device_of(raw):
         kernel[(n,)](
-            *(raw, raw.stride(0) // unit, asked.ids.contiguous(), asked.labels.contiguous(), *tensors),
+            *(
+                raw,
+                raw.stride(0) // unit,
+                asked.ids.contiguous(),
+                asked.labels.contiguous(),
+                *tensors,
+            ),
             *(raw.shape[1], k, 1 / asked.temperature),
             TEMPERED=asked.temperature != 1.0,
             SCALE=asked.scale,
@@ -82,7 +95,8 @@ def _launch(kernel: triton.JITFunction, raw: Tensor, asked: Asked, *tensors: Ten
         )
 
 
-# A kernel's parameters are its pointers: what they point to is named as in `Asked`, `Seen` and `Slopes`.
+# A kernel's parameters are its pointers: what they point to is named as in `Asked`, `Seen` and
+# `Slopes`.
 
 
 @triton.jit
@@ -110,7 +124,8 @@ def _look(
     raw, ids, entries = raw + row * stride * UNIT, ids + row * K, entries + row * K
     tl.store(label + row, _logits(tl.load(raw + tl.load(labels + row)), SCALE, SOFTCAP))
 
-    # The entries: first all are read, then all are taken out, then the rest is read; threads share the row.
+    # The entries: first all are read, then all are taken out, then the rest is read; threads share
+    # the row.
     entry_top, entry_sum = tl.full([], LEAST, tl.float32), tl.zeros([], tl.float32)
     for start in range(0, K, ENTRIES):
         column = start + tl.arange(0, ENTRIES)
@@ -145,7 +160,9 @@ def _look(
     others = tl.sum(total * _exp(top - highest), 0)
     of_rest = highest + tl.log(others)
     if TEMPERED:
-        of_rest = highest * coolness + tl.log(tl.sum(tempered * _exp((top - highest) * coolness), 0))
+        of_rest = highest * coolness + tl.log(
+            tl.sum(tempered * _exp((top - highest) * coolness), 0)
+        )
     tl.store(rest + row, of_rest)
     both = tl.maximum(highest, entry_top)
     others = others * _exp(highest - both) + entry_sum * _exp(entry_top - both)
@@ -186,7 +203,8 @@ def _spread(
     to_all, to_rest = tl.load(by_normaliser + row) * SCALE, tl.load(by_rest + row) * SCALE
     if TEMPERED:
         to_rest *= coolness
-    else:  # exp(z - total) is exp(z - others) times the mass outside the entries, which is at most 1
+    # exp(z - total) is exp(z - others) times the mass outside the entries, which is at most 1
+    else:
         to_rest += to_all * _exp(others - total)
 
     TILE: tl.constexpr = UNROLL * LANES * WIDTH
@@ -194,7 +212,10 @@ def _spread(
     whole = V // TILE * TILE
     for start in range(0, whole, TILE):
         z = _logits(tl.load(raw + start + tile), SCALE, SOFTCAP)
-        tl.store(raw + start + tile, _slopes(z, total, others, to_all, to_rest, coolness, TEMPERED, SOFTCAP))
+        tl.store(
+            raw + start + tile,
+            _slopes(z, total, others, to_all, to_rest, coolness, TEMPERED, SOFTCAP),
+        )
     if whole < V:
         inside = whole + tile < V
         z = _logits(tl.load(raw + whole + tile, mask=inside, other=-float("inf")), SCALE, SOFTCAP)
@@ -208,7 +229,9 @@ def _spread(
         column = start + tl.arange(0, ENTRIES)
         place = tl.load(ids + column, mask=column < K, other=-1)
         z = tl.load(entries + column, mask=column < K, other=-float("inf"))
-        slope = tl.load(by_entries + column, mask=column < K, other=0.0) * SCALE + to_all * _exp(z - total)
+        slope = tl.load(by_entries + column, mask=column < K, other=0.0) * SCALE + to_all * _exp(
+            z - total
+        )
         slope += tl.where(place == token, to_label, 0.0)
         tl.store(raw + place, slope * _steepness(z, SOFTCAP), mask=place >= 0)
         entry_labels += tl.sum((place == token).to(tl.int32), 0)
@@ -226,12 +249,16 @@ def _take_in(z, top, total, tempered, coolness, WIDTH: tl.constexpr, TEMPERED: t
     below = z - higher[None, :, None]
     total = total * _exp(top - higher) + tl.sum(tl.sum(_exp(below), 2), 0)
     if TEMPERED:
-        tempered = tempered * _exp((top - higher) * coolness) + tl.sum(tl.sum(_exp(below * coolness), 2), 0)
+        tempered = tempered * _exp((top - higher) * coolness) + tl.sum(
+            tl.sum(_exp(below * coolness), 2), 0
+        )
     return higher, total, tempered
 
 
 @triton.jit
-def _slopes(z, total, others, to_all, to_rest, coolness, TEMPERED: tl.constexpr, SOFTCAP: tl.constexpr):
+def _slopes(
+    z, total, others, to_all, to_rest, coolness, TEMPERED: tl.constexpr, SOFTCAP: tl.constexpr
+):
     """Derivative with respect to raw where there is no entry, without what the label adds."""
     if TEMPERED:
         slopes = to_rest * _exp(z * coolness - others) + to_all * _exp(z - total)

@@ -1,13 +1,13 @@
 """Attention of samples that follow one another in a single row: each by itself, no mask, no padding.
 
-transformers hands its models' queries, keys and values to a function by name. This one cuts them where a sample ends.
-On a GPU in bfloat16 it is the variable-length attention of torch (FlashAttention 2: Dao 2023, arXiv 2307.08691), on a
-CPU one call per sample. Where a sample ends comes as transformers' own `cu_seq_lens_q`, so layers of other kinds that
-know it may use it too.
+transformers hands its models' queries, keys and values to a function by name. This one cuts them
+where a sample ends. On a GPU in bfloat16 it is the variable-length attention of torch
+(FlashAttention 2: Dao 2023, arXiv 2307.08691), on a CPU one call per sample. Where a sample ends
+comes as transformers' own `cu_seq_lens_q`, so layers of other kinds that know it may use it too.
 
-A model may do something else between queries and keys than this (soft-capping, sinks, chunks). So `attend_apart` asks
-the model itself, at the lengths of the training; one that answers otherwise keeps its own attention, and its rows get
-padding.
+A model may do something else between queries and keys than this (soft-capping, sinks, chunks). So
+`attend_apart` asks the model itself, at the lengths of the training; one that answers otherwise
+keeps its own attention, and its rows get padding.
 """
 
 import inspect
@@ -29,15 +29,21 @@ SHORT = (5, 7)
 
 def flat_inputs(edges: Tensor, longest: int) -> dict[str, Any]:
     """What a model takes beside ids and positions [1, T]: `edges` [S + 1] int32 of S samples, tokens of the longest."""
-    return {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "max_length_q": longest, "max_length_k": longest}
+    return {
+        "cu_seq_lens_q": edges,
+        "cu_seq_lens_k": edges,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
 
 
 def attend_apart(model: nn.Module, longest: int, dtype: torch.dtype) -> str | None:
     """Let the model attend within samples of one row, if that is what it computes for each sample alone.
 
-    Hidden states of two short samples around one of `longest` tokens are compared with those of each alone, by the
-    model's own attention in float32; in bfloat16 they may be off by twice as much as the model's own are. Then a
-    training pass is tried. A model that differs or fails is left as it was.
+    Hidden states of two short samples around one of `longest` tokens are compared with those of
+    each alone, by the model's own attention in float32; in bfloat16 they may be off by twice as
+    much as the model's own are. Then a training pass is tried. A model that differs or fails is
+    left as it was.
 
     Returns:
         None: it does so from now on. Else why not.
@@ -57,7 +63,9 @@ def attend_apart(model: nn.Module, longest: int, dtype: torch.dtype) -> str | No
     try:
         with torch.no_grad():
             exact = [_states(model, [n], torch.float32) for n in lengths]
-            rounded = exact if dtype == torch.float32 else [_states(model, [n], dtype) for n in lengths]
+            rounded = (
+                exact if dtype == torch.float32 else [_states(model, [n], dtype) for n in lengths]
+            )
             _register()
             plain.set_attn_implementation(NAME)
             together = _states(model, lengths, dtype, flat=True).split(lengths, dim=1)
@@ -85,7 +93,9 @@ def _off(found: Tensor, right: Tensor) -> float:
     return float((found.float() - right).norm() / right.norm().clamp_min(1e-30))
 
 
-def _states(model: nn.Module, lengths: list[int], dtype: torch.dtype, *, flat: bool = False) -> Tensor:
+def _states(
+    model: nn.Module, lengths: list[int], dtype: torch.dtype, *, flat: bool = False
+) -> Tensor:
     """Hidden states [1, T, D] of made-up samples; token n of a sample is the same whatever stands around it."""
     device = next(model.parameters()).device
     positions = torch.cat([torch.arange(n) for n in lengths]).to(device)[None]
@@ -103,7 +113,12 @@ def _register() -> None:
 
 
 def _attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **asked: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **asked: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each sample; the interface of transformers' attention functions.
 
@@ -122,16 +137,27 @@ def _attend(
         NotImplementedError: something else is asked for, or nobody says where samples end.
     """
     window, edges = asked.get("sliding_window"), asked.get("cu_seq_lens_q")
-    beyond = [name for name in ("softcap", "s_aux", "sinks", "position_bias", "cache") if asked.get(name) is not None]
+    beyond = [
+        name
+        for name in ("softcap", "s_aux", "sinks", "position_bias", "cache")
+        if asked.get(name) is not None
+    ]
     causal = asked.get("is_causal", getattr(module, "is_causal", True)) is not False
     if beyond or attention_mask is not None or edges is None or not causal:
-        raise NotImplementedError(f"attention within samples: {beyond or 'a mask of its own, or no ends of samples'}")
+        raise NotImplementedError(
+            f"attention within samples: {beyond or 'a mask of its own, or no ends of samples'}"
+        )
     dropout = asked.get("dropout", 0.0)
     if query.is_cuda:
         if dropout:
             raise NotImplementedError("variable-length attention with dropout")
-        return _by_kernel((query, key, value), edges, asked["max_length_q"], window, scale=asked.get("scaling")), None
-    how: dict[str, Any] = {"scale": asked.get("scaling"), "enable_gqa": query.shape[1] != key.shape[1]}
+        return _by_kernel(
+            (query, key, value), edges, asked["max_length_q"], window, scale=asked.get("scaling")
+        ), None
+    how: dict[str, Any] = {
+        "scale": asked.get("scaling"),
+        "enable_gqa": query.shape[1] != key.shape[1],
+    }
     lengths, parts = edges.diff().tolist(), []
     for q, k, v in zip(*(part.split(lengths, dim=2) for part in (query, key, value)), strict=True):
         mask = None if window is None or q.shape[2] <= window else _within(window, q)

@@ -1,4 +1,7 @@
-"""Classes of a model as its config names them, and gold labels by index or by name. No torch: the plan asks too."""
+"""Classes of a model as its config names them, and gold labels by index or by name.
+
+No torch: the plan asks too.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -47,22 +50,28 @@ def label_index(value: Any, names: Sequence[str]) -> int | None:
         if index not in (None, named):
             raise RowError(
                 "unknown_label",
-                f"label {value!r} may be the class of that name or the one of that index, which are two. Give names "
-                "that are no numbers, in the data and in the teacher's config.json (id2label)",
+                f"label {value!r} may be the class of that name or the one of that index, which "
+                "are two. Give names that are no numbers, in the data and in the teacher's "
+                "config.json (id2label)",
             )
         return named
     if index is not None:
         return index
     raise RowError(
         "unknown_label",
-        f"label {value!r} is no class of the teacher. It knows 0 to {len(names) - 1}, or {', '.join(names)}",
+        (
+            f"label {value!r} is no class of the teacher. It knows 0 to {len(names) - 1}, or "
+            f"{', '.join(names)}"
+        ),
     )
 
 
 def _as_index(value: Any, classes: int) -> int | None:
     try:
         index = None if isinstance(value, bool) else int(value)
-        return index if index is not None and index == float(value) and 0 <= index < classes else None
+        return (
+            index if index is not None and index == float(value) and 0 <= index < classes else None
+        )
     except (TypeError, ValueError, OverflowError):
         return None
 
@@ -78,14 +87,16 @@ def refuse_without_head(folder: Path, model: str) -> None:
     found = ", ".join(config.get("architectures") or ()) or "no architecture"
     if not names:
         raise UsageError(
-            f"teacher.model: {model} has no classification head (config.json names {found}, expected one that ends in "
-            f"{HEAD}). Fine-tune it on labelled rows first, and name the folder of the result."
+            f"teacher.model: {model} has no classification head (config.json names {found}, "
+            f"expected one that ends in {HEAD}). Fine-tune it on labelled rows first, and name "
+            "the folder of the result."
         )
     kind = config.get("problem_type") or "single_label_classification"
     if len(names) < 2 or kind != "single_label_classification":
         raise UsageError(
-            f"teacher.model: {model} has {len(names)} outputs and problem_type {kind!r}, expected two classes or more "
-            "of which one is right. Regression and several labels at once are not supported."
+            f"teacher.model: {model} has {len(names)} outputs and problem_type {kind!r}, expected "
+            "two classes or more of which one is right. Regression and several labels at once "
+            "are not supported."
         )
 
 
@@ -113,9 +124,9 @@ def refuse_other_classes(recipe: Recipe, folder: Path | None, names: Sequence[st
     if len(found) != len(names) or reordered:
         how = "the same in another order" if reordered else f"{len(names)}"
         raise UsageError(
-            f"{where} has {len(found)} classes ({', '.join(found)}), the teacher {how} ({', '.join(names)}). "
-            "A student learns the teacher's classes one by one: take one with the same, or one without a "
-            "classification head."
+            f"{where} has {len(found)} classes ({', '.join(found)}), the teacher {how} "
+            f"({', '.join(names)}). A student learns the teacher's classes one by one: take one "
+            "with the same, or one without a classification head."
         )
 
 
@@ -123,7 +134,11 @@ def _config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"{folder / 'config.json'}: not readable ({error}). Save the model again.") from error
+        raise UsageError(
+            f"{folder / 'config.json'}: not readable ({error}). Save the model again."
+        ) from error
     if not isinstance(config, dict):
-        raise UsageError(f"{folder / 'config.json'}: holds {type(config).__name__}, expected an object.")
+        raise UsageError(
+            f"{folder / 'config.json'}: holds {type(config).__name__}, expected an object."
+        )
     return config

@@ -32,7 +32,9 @@ def uses_triton(asked: Kernel | None, device: torch.device, *, setting: str) -> 
             found = f"Triton does not import ({error})"
     if asked is None:
         return False
-    raise UsageError(f"{setting}: triton cannot run, {found}. Leave it out: then plain torch does the same.")
+    raise UsageError(
+        f"{setting}: triton cannot run, {found}. Leave it out: then plain torch does the same."
+    )
 
 
 def check_device(device: object, failure: str) -> None:

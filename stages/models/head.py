@@ -2,9 +2,10 @@
 
     z = softcap( scale * (h W^T + b + u B^T) )        softcap(x) = c * tanh(x / c), or x where the model has none
 
-with u = s * dropout(h) A^T where the output layer has a LoRA. Scoring, training and evaluation all make logits of this
-form and no other. `check_head` compares it with the model's own logits once, before any work: an architecture with a
-head of another form is refused instead of being silently wrong.
+with u = s * dropout(h) A^T where the output layer has a LoRA. Scoring, training and evaluation all
+make logits of this form and no other. `check_head` compares it with the model's own logits once,
+before any work: an architecture with a head of another form is refused instead of being silently
+wrong.
 
 Letters: B rows, T tokens per row, N tokens, V vocabulary, D hidden, r rank.
 """
@@ -33,7 +34,9 @@ class LowRank:
 
     def narrow(self, hidden: Tensor) -> Tensor:
         """The u [N, r] of states [N, D], in their dtype; autograd goes through it."""
-        return self.scale * functional.linear(self.dropout(hidden), whole(self.down).to(hidden.dtype))
+        return self.scale * functional.linear(
+            self.dropout(hidden), whole(self.down).to(hidden.dtype)
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -59,8 +62,8 @@ class Head:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [N, V] in float32 of states [N, D].
 
-        The matrix product runs in the dtype of `hidden` (autocast has no say, the weights are cast to it), what follows
-        in float32.
+        The matrix product runs in the dtype of `hidden` (autocast has no say, the weights are cast
+        to it), what follows in float32.
         """
         with torch.autocast(hidden.device.type, enabled=False):
             return self.finished(self._product(hidden))
@@ -84,14 +87,17 @@ class Head:
         product = functional.linear(hidden, whole(self.weight).to(hidden.dtype), bias)
         if self.low_rank is None:
             return product
-        return product + functional.linear(self.low_rank.narrow(hidden), whole(self.low_rank.up).to(hidden.dtype))
+        return product + functional.linear(
+            self.low_rank.narrow(hidden), whole(self.low_rank.up).to(hidden.dtype)
+        )
 
 
 def split_head(model: nn.Module) -> Head:
     """The head of a Hugging Face causal language model (or of a PEFT model around one).
 
     Raises:
-        UsageError: the model's output layer is neither a plain linear layer nor one with a single plain LoRA.
+        UsageError: the model's output layer is neither a plain linear layer nor one with a single
+            plain LoRA.
     """
     plain = _plain(model)
     layer = plain.get_output_embeddings()
@@ -100,9 +106,9 @@ def split_head(model: nn.Module) -> Head:
         layer, low_rank = layer.get_base_layer(), _low_rank(layer, _name(plain))
     if not isinstance(layer, nn.Linear):
         raise UsageError(
-            f"{_name(plain)}: the output layer is {type(layer).__name__}, expected a plain linear layer, or one with a "
-            "LoRA. Quantised heads are not supported, nor are output layers of other adapters: leave the output layer "
-            "out of what they change."
+            f"{_name(plain)}: the output layer is {type(layer).__name__}, expected a plain linear "
+            "layer, or one with a LoRA. Quantised heads are not supported, nor are output layers "
+            "of other adapters: leave the output layer out of what they change."
         )
     config = plain.config.get_text_config()
     divisor, factor = getattr(config, "logits_scaling", None), getattr(config, "logit_scale", None)
@@ -119,22 +125,23 @@ def _low_rank(layer: Any, name: str) -> LowRank | None:
     """What PEFT's layer adds to its base layer now: nothing where the adapter is off, or merged into the weight."""
     if not hasattr(layer, "lora_A"):
         raise UsageError(
-            f"{name}: the output layer is {type(layer).__name__}, expected a plain linear layer, or one with a LoRA. "
-            "Leave the output layer out of what this adapter changes."
+            f"{name}: the output layer is {type(layer).__name__}, expected a plain linear layer, "
+            "or one with a LoRA. Leave the output layer out of what this adapter changes."
         )
     active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
     if layer.disable_adapters or layer.merged or not active:
         return None
     if len(active) > 1:
         raise UsageError(
-            f"{name}: the output layer has {len(active)} active adapters ({', '.join(active)}), expected one. "
-            "Activate one of them, or merge the others first."
+            f"{name}: the output layer has {len(active)} active adapters ({', '.join(active)}), "
+            "expected one. Activate one of them, or merge the others first."
         )
     (adapter,) = active
     if adapter in layer.lora_variant or layer.lora_bias.get(adapter):
         raise UsageError(
-            f"{name}: the adapter {adapter!r} of the output layer is more than a low-rank product (DoRA, a bias, ...), "
-            "expected a plain LoRA there. Leave the output layer out of its target_modules."
+            f"{name}: the adapter {adapter!r} of the output layer is more than a low-rank product "
+            "(DoRA, a bias, ...), expected a plain LoRA there. Leave the output layer out of its "
+            "target_modules."
         )
     return LowRank(
         down=layer.lora_A[adapter].weight,
@@ -147,8 +154,9 @@ def _low_rank(layer: Any, name: str) -> LowRank | None:
 def whole(tensor: Tensor) -> Tensor:
     """A parameter as every rank needs it: itself, or all of it where FSDP2 has sharded it.
 
-    The head is used outside its module's own forward, whose hooks would gather it and reduce its gradient. So both is
-    done here, and as there: the gradient of a shard is the mean over the ranks.
+    The head is used outside its module's own forward, whose hooks would gather it and reduce its
+    gradient. So both is done here, and as there: the gradient of a shard is the mean over the
+    ranks.
     """
     if not hasattr(tensor, "full_tensor"):
         return tensor
@@ -163,12 +171,14 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
-    """Last hidden states [B, T, D] after the final norm: what the head is applied to. No logits are made.
+    """Last hidden states [B, T, D] after the final norm: what the head is applied to.
+
+    No logits are made.
 
     Args:
         model: A causal language model, or a PEFT model around one.
-        inputs: `input_ids` [B, T] and what else the model takes; a cache is never used, because transformers only
-            looks for packed samples in `position_ids` where there is none.
+        inputs: `input_ids` [B, T] and what else the model takes; a cache is never used, because
+            transformers only looks for packed samples in `position_ids` where there is none.
     """
     return _plain(model).base_model(**inputs, use_cache=False).last_hidden_state
 
@@ -177,12 +187,14 @@ def check_head(model: nn.Module) -> None:
     """Compare `split_head` and `hidden_states` with the model's own logits on eight tokens.
 
     Raises:
-        UsageError: they differ, so this architecture does something between hidden states and logits that `Head` does
-            not know.
+        UsageError: they differ, so this architecture does something between hidden states and
+            logits that `Head` does not know.
     """
     head, inner = split_head(model), _plain(model)
     if inner.base_model is inner:
-        raise UsageError(f"{_name(inner)}: has no backbone apart from its head. Use a causal language model.")
+        raise UsageError(
+            f"{_name(inner)}: has no backbone apart from its head. Use a causal language model."
+        )
     was_training = model.training
     model.eval()
     with torch.no_grad():
@@ -195,10 +207,12 @@ def check_head(model: nn.Module) -> None:
     if not same_shape or not torch.allclose(
         found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())
     ):
-        worst = f"by up to {float((found - expected).abs().max()):.3g}" if same_shape else "in shape"
+        worst = (
+            f"by up to {float((found - expected).abs().max()):.3g}" if same_shape else "in shape"
+        )
         raise UsageError(
-            f"{_name(inner)}: its logits are not softcap(scale * (hidden W^T + b)); they differ {worst}. "
-            "This architecture's output head is not supported; use another model."
+            f"{_name(inner)}: its logits are not softcap(scale * (hidden W^T + b)); they differ "
+            f"{worst}. This architecture's output head is not supported; use another model."
         )
 
 

@@ -1,7 +1,8 @@
 """Who a model is: hashes of its weights, config, tokenizer, chat template, adapter and dtype; never a path or a name.
 
-Nothing here imports torch: the plan asks for identities too. Weights are hashed once per file; the hash is kept in the
-store's cache under (path, size, mtime, inode), so a second run does not read an 8B teacher again.
+Nothing here imports torch: the plan asks for identities too. Weights are hashed once per file; the
+hash is kept in the store's cache under (path, size, mtime, inode), so a second run does not read an
+8B teacher again.
 """
 
 import hashlib
@@ -21,7 +22,13 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.t
 _TOKEN_FILES = ("special_tokens_map.json", "added_tokens.json")
 _KEPT_FILES = (*_TOKENIZER_FILES, *_TOKEN_FILES, "tokenizer_config.json", "chat_template.jinja")
 # Fields that say where a file came from or which version wrote it, not what the model computes.
-_NOT_CONTENT = {"transformers_version", "_name_or_path", "_commit_hash", "name_or_path", "local_files_only"} | {
+_NOT_CONTENT = {
+    "transformers_version",
+    "_name_or_path",
+    "_commit_hash",
+    "name_or_path",
+    "local_files_only",
+} | {
     "base_model_name_or_path",
     "revision",
     "auto_mapping",
@@ -50,7 +57,9 @@ class FileHashes:
         return self._seen[name]
 
     def _cached(self, name: str) -> str | None:
-        return str(json.loads(self._files.read(name))["sha256"]) if self._files.exists(name) else None
+        return (
+            str(json.loads(self._files.read(name))["sha256"]) if self._files.exists(name) else None
+        )
 
     def _hash(self, path: Path, name: str) -> str:
         with path.open("rb") as file:
@@ -104,19 +113,30 @@ def find_model(model: str, revision: str | None, *, field: str, download: bool) 
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UsageError(
-                f"{field}: {model} holds no config.json, so it is not a model folder. Name another folder."
+                f"{field}: {model} holds no config.json, so it is not a model folder. Name "
+                "another folder."
             )
         return folder
     looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1
     if looks_like_path:
-        raise UsageError(f"{field}: no folder {model} (looked in {Path.cwd()}). Name a model folder or a Hub id.")
+        raise UsageError(
+            f"{field}: no folder {model} (looked in {Path.cwd()}). Name a model folder or a Hub id."
+        )
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, local_files_only=not download))
+        return Path(
+            snapshot_download(
+                model, revision=revision, allow_patterns=patterns, local_files_only=not download
+            )
+        )
     except Exception as error:
-        action = "could not be downloaded from the Hub" if download else "is neither a folder nor downloaded yet"
+        action = (
+            "could not be downloaded from the Hub"
+            if download
+            else "is neither a folder nor downloaded yet"
+        )
         raise UsageError(
             f"{field}: {model} {action} ({type(error).__name__}). "
             "Check the name and the network, or name a local folder."
@@ -124,7 +144,12 @@ def find_model(model: str, revision: str | None, *, field: str, download: bool) 
 
 
 def identify(
-    folder: Path, *, dtype: str, hashes: FileHashes, adapter: Path | None = None, field: str = "teacher.model"
+    folder: Path,
+    *,
+    dtype: str,
+    hashes: FileHashes,
+    adapter: Path | None = None,
+    field: str = "teacher.model",
 ) -> Identity:
     """Hash the model in a folder.
 
@@ -145,7 +170,9 @@ def identify(
     if (folder / "chat_template.jinja").is_file():
         template = (folder / "chat_template.jinja").read_text()
     tokenizer = _tokenizer(folder, hashes, field)
-    end_tokens = _read_json(folder / "generation_config.json", field, missing={}).get("eos_token_id")
+    end_tokens = _read_json(folder / "generation_config.json", field, missing={}).get(
+        "eos_token_id"
+    )
     stored_dtype = str(config.pop("dtype", config.pop("torch_dtype", None)) or "float32")
     parts = {
         "weights": weights,
@@ -166,12 +193,18 @@ def identify(
         dtype=str(parts["dtype"]),
         vocab_size=int(text_config.get("vocab_size", 0)),
         class_names=class_names(config),
-        context_tokens=int(text_config.get("max_position_embeddings") or text_config.get("n_positions") or 2**31 - 1),
+        context_tokens=int(
+            text_config.get("max_position_embeddings")
+            or text_config.get("n_positions")
+            or 2**31 - 1
+        ),
         parts=parts,
     )
 
 
-def identify_unseen(folder: Path, name: str, *, hashes: FileHashes, vocab_size: int | None = None) -> Identity:
+def identify_unseen(
+    folder: Path, name: str, *, hashes: FileHashes, vocab_size: int | None = None
+) -> Identity:
     """A teacher whose weights are not here: known by the name that is given to it, and by its tokenizer.
 
     Two teachers of one name and tokenizer are one teacher here; nothing can tell them apart.
@@ -191,12 +224,16 @@ def identify_unseen(folder: Path, name: str, *, hashes: FileHashes, vocab_size: 
     template = tokenizer_config.pop("chat_template", None)
     if (folder / "chat_template.jinja").is_file():
         template = (folder / "chat_template.jinja").read_text()
-    found = vocab_size or config.get("text_config", config).get("vocab_size") or _tokenizer_size(folder)
+    found = (
+        vocab_size or config.get("text_config", config).get("vocab_size") or _tokenizer_size(folder)
+    )
     parts = {
         "unseen": name,
         "vocab_size": int(found),
         "config": _content(config),
-        "end_tokens": _read_json(folder / "generation_config.json", field, missing={}).get("eos_token_id"),
+        "end_tokens": _read_json(folder / "generation_config.json", field, missing={}).get(
+            "eos_token_id"
+        ),
         "tokenizer": _tokenizer(folder, hashes, field) | {"config": _content(tokenizer_config)},
         "chat_template": template,
     }
@@ -219,20 +256,28 @@ def _tokenizer_size(folder: Path) -> int:
     ids = [*vocabulary.values()] if isinstance(vocabulary, dict) else [*range(len(vocabulary))]
     ids += [token["id"] for token in content.get("added_tokens", [])]
     if not ids:
-        raise UsageError(f"--tokenizer: {folder} does not say how many ids there are. Give --vocab-size.")
+        raise UsageError(
+            f"--tokenizer: {folder} does not say how many ids there are. Give --vocab-size."
+        )
     return max(ids) + 1
 
 
 def tensor_files(folder: Path) -> list[Path]:
     """The weight files of a model or adapter folder."""
     found = sorted(folder.glob("*.safetensors"))
-    return found or sorted(folder.glob("pytorch_model*.bin")) or sorted(folder.glob("adapter_model*.bin"))
+    return (
+        found
+        or sorted(folder.glob("pytorch_model*.bin"))
+        or sorted(folder.glob("adapter_model*.bin"))
+    )
 
 
 def _weights(folder: Path, hashes: FileHashes, field: str) -> dict[str, str]:
     files = tensor_files(folder)
     if not files:
-        raise UsageError(f"{field}: {folder} holds no weights (*.safetensors). Name a complete model folder.")
+        raise UsageError(
+            f"{field}: {folder} holds no weights (*.safetensors). Name a complete model folder."
+        )
     unreadable = [f for f in files if not os.access(f, os.R_OK)]
     if unreadable:
         raise UsageError(f"{field}: {unreadable[0]} cannot be read. Check its permissions.")
@@ -241,7 +286,10 @@ def _weights(folder: Path, hashes: FileHashes, field: str) -> dict[str, str]:
 
 def _tokenizer(folder: Path, hashes: FileHashes, field: str) -> dict[str, str]:
     if not any((folder / n).is_file() for n in _TOKENIZER_FILES):
-        raise UsageError(f"{field}: {folder} holds no tokenizer ({', '.join(_TOKENIZER_FILES)}). Save one beside it.")
+        raise UsageError(
+            f"{field}: {folder} holds no tokenizer ({', '.join(_TOKENIZER_FILES)}). Save one "
+            "beside it."
+        )
     names = (*_TOKENIZER_FILES, *_TOKEN_FILES)
     return {n: hashes.sha256(folder / n) for n in names if (folder / n).is_file()}
 
@@ -269,7 +317,12 @@ def _read_json(path: Path, field: str, *, missing: dict[str, Any] | None = None)
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UsageError(f"{field}: {path} is not readable JSON ({error}). Save the model again.") from error
+        raise UsageError(
+            f"{field}: {path} is not readable JSON ({error}). Save the model again."
+        ) from error
     if not isinstance(content, dict):
-        raise UsageError(f"{field}: {path} holds {type(content).__name__}, expected an object. Save the model again.")
+        raise UsageError(
+            f"{field}: {path} holds {type(content).__name__}, expected an object. Save the model "
+            "again."
+        )
     return content

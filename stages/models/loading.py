@@ -14,7 +14,8 @@ def load_causal_lm(identity: Identity, *, device_map: str | None = None) -> PreT
 
     Args:
         identity: Folder, dtype and adapter.
-        device_map: `auto` spreads the layers over all GPUs (accelerate); None puts the model on one device.
+        device_map: `auto` spreads the layers over all GPUs (accelerate); None puts the model on one
+            device.
 
     Raises:
         UsageError: the folder does not hold a causal language model that transformers can load.
@@ -25,8 +26,12 @@ def load_causal_lm(identity: Identity, *, device_map: str | None = None) -> PreT
         )
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # what transformers and safetensors raise for a bad folder has no common type
-        raise UsageError(f"{identity.folder}: the model does not load ({error}). Check the folder.") from error
+    except (
+        Exception
+    ) as error:  # what transformers and safetensors raise for a bad folder has no common type
+        raise UsageError(
+            f"{identity.folder}: the model does not load ({error}). Check the folder."
+        ) from error
     if identity.adapter is not None:
         model = _with_adapter(model, identity)
     if device_map is None and torch.cuda.is_available():
@@ -41,4 +46,6 @@ def _with_adapter(model: Any, identity: Identity) -> Any:
     try:
         return PeftModel.from_pretrained(model, str(identity.adapter)).merge_and_unload()
     except (OSError, ValueError, RuntimeError) as error:
-        raise UsageError(f"teacher.adapter: {identity.adapter} does not fit {identity.folder} ({error}).") from error
+        raise UsageError(
+            f"teacher.adapter: {identity.adapter} does not fit {identity.folder} ({error})."
+        ) from error

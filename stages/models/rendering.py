@@ -18,7 +18,9 @@ class Renderer:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
         except Exception as error:
-            raise UsageError(f"{folder}: the tokenizer does not load ({error}). Save the model again.") from error
+            raise UsageError(
+                f"{folder}: the tokenizer does not load ({error}). Save the model again."
+            ) from error
         self._kwargs = chat_template_kwargs
 
     @property
@@ -32,7 +34,11 @@ class Renderer:
         Raises:
             RowError: the prompt is empty, or template or tokenizer fail on it.
         """
-        ids = self._chat_ids(row["messages"]) if row["messages"] is not None else self._text_ids(row["text"])
+        ids = (
+            self._chat_ids(row["messages"])
+            if row["messages"] is not None
+            else self._text_ids(row["text"])
+        )
         if not ids:
             raise RowError("empty", "the prompt has no tokens")
         return ids
@@ -51,7 +57,8 @@ class Renderer:
         """A text or a pair, joined as the tokenizer does it for a model that classifies.
 
         Raises:
-            RowError: the tokenizer fails on it, or the pair's segments could not be told from its tokens later on.
+            RowError: the tokenizer fails on it, or the pair's segments could not be told from its
+                tokens later on.
         """
         try:
             found = self.tokenizer(text, text_pair)
@@ -61,18 +68,22 @@ class Renderer:
         if not len(ids):
             raise RowError("empty", "the text has no tokens")
         segment_ids = found.get("token_type_ids")
-        if segment_ids is not None and list(segment_ids) != segments(ids, self.tokenizer.sep_token_id).tolist():
+        if (
+            segment_ids is not None
+            and list(segment_ids) != segments(ids, self.tokenizer.sep_token_id).tolist()
+        ):
             raise RowError(
                 "unreadable",
-                f"its segments do not part at the first separator ({self.tokenizer.sep_token!r}): a text holds that "
-                "token itself, or the tokenizer joins pairs without it",
+                f"its segments do not part at the first separator ({self.tokenizer.sep_token!r}): "
+                "a text holds that token itself, or the tokenizer joins pairs without it",
             )
         return ids.tolist()
 
     def windows(self, text: str, window_tokens: int) -> list[list[int]]:
         """A document cut into windows; each starts with the last token of the one before.
 
-        So every token but the first is predicted exactly once: [a b c d e] in windows of 3 is [a b c], [c d e].
+        So every token but the first is predicted exactly once: [a b c d e] in windows of 3 is [a b
+        c], [c d e].
 
         Raises:
             RowError: the tokenizer fails on it.
@@ -88,30 +99,42 @@ class Renderer:
     def _text_ids(self, text: str) -> list[int]:
         ids = self._encode(text)
         # Some tokenizers close what they encode; a prompt must stay open.
-        while ids and ids[-1] == self.tokenizer.eos_token_id and not text.endswith(self.tokenizer.eos_token):
+        while (
+            ids
+            and ids[-1] == self.tokenizer.eos_token_id
+            and not text.endswith(self.tokenizer.eos_token)
+        ):
             ids.pop()
         return ids
 
     def _chat_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
         if not self.tokenizer.chat_template:
             raise UsageError(
-                "data.format: messages and instructions need a chat template, and this tokenizer has none. "
-                "Save one in the model's folder (chat_template.jinja), or use format 'prompt' or 'completion'."
+                "data.format: messages and instructions need a chat template, and this tokenizer "
+                "has none. Save one in the model's folder (chat_template.jinja), or use format "
+                "'prompt' or 'completion'."
             )
         try:
             return list(
                 self.tokenizer.apply_chat_template(
-                    list(messages), add_generation_prompt=True, tokenize=True, return_dict=False, **self._kwargs
+                    list(messages),
+                    add_generation_prompt=True,
+                    tokenize=True,
+                    return_dict=False,
+                    **self._kwargs,
                 )
             )
         except Exception as error:
-            raise RowError("unreadable", f"the chat template refuses this conversation: {error}") from error
+            raise RowError(
+                "unreadable", f"the chat template refuses this conversation: {error}"
+            ) from error
 
 
 def segments(token_ids: np.ndarray, separator: int | None) -> np.ndarray:
     """[T] int64 which text of a pair a token belongs to, as BERT counts: 1 from after the first separator on, else 0.
 
-    So a pair's segments need not be stored: its tokens show them, which `labelled_ids` makes sure of.
+    So a pair's segments need not be stored: its tokens show them, which `labelled_ids` makes sure
+    of.
     """
     here = token_ids == separator if separator is not None else np.zeros(len(token_ids), bool)
     return (np.cumsum(here) - here > 0).astype(np.int64)

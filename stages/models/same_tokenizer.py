@@ -1,8 +1,9 @@
 """Whether two tokenizers are one: the same ids for the same text, so that one model's targets mean the same to another.
 
-They are one when they map the same ids to the same tokens over the range of ids that both have, and split text the same
-way: normaliser, pre-tokeniser, merges (or scores) and the options that decide ids. Chat templates, the special tokens
-put around a text, truncation, padding and the bytes of the files may differ. No torch here: the plan asks too.
+They are one when they map the same ids to the same tokens over the range of ids that both have, and
+split text the same way: normaliser, pre-tokeniser, merges (or scores) and the options that decide
+ids. Chat templates, the special tokens put around a text, truncation, padding and the bytes of the
+files may differ. No torch here: the plan asks too.
 """
 
 import json
@@ -13,7 +14,13 @@ from ...storage.errors import UsageError
 from ..recipe.sections import Recipe
 
 _FILE = "tokenizer.json"
-_OPTIONS = ("byte_fallback", "ignore_merges", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
+_OPTIONS = (
+    "byte_fallback",
+    "ignore_merges",
+    "unk_token",
+    "continuing_subword_prefix",
+    "end_of_word_suffix",
+)
 # What decides offsets only, and what a file may leave out because it is the default.
 _WITHOUT_EFFECT = {"trim_offsets": (True, False), "use_regex": (True,)}
 
@@ -60,7 +67,9 @@ def _different_merges(one: dict[str, Any], two: dict[str, Any]) -> str | None:
     a, b = _merges(one), _merges(two)
     if a == b:
         return None
-    number = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    number = next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
     return f"their merges differ from number {number} on ({len(a)} and {len(b)} merges)"
 
 
@@ -73,13 +82,22 @@ def _different_scores(one: dict[str, Any], two: dict[str, Any]) -> str | None:
 
 def _tokens(spec: dict[str, Any]) -> dict[int, str]:
     vocab = spec["model"]["vocab"]
-    named = vocab.items() if isinstance(vocab, dict) else ((token, i) for i, (token, _) in enumerate(vocab))
-    return {i: token for token, i in named} | {t["id"]: t["content"] for t in spec.get("added_tokens") or []}
+    named = (
+        vocab.items()
+        if isinstance(vocab, dict)
+        else ((token, i) for i, (token, _) in enumerate(vocab))
+    )
+    return {i: token for token, i in named} | {
+        t["id"]: t["content"] for t in spec.get("added_tokens") or []
+    }
 
 
 def _merges(model: dict[str, Any]) -> list[tuple[str, ...]]:
     # Written as "a b" by older versions, as ["a", "b"] by newer ones.
-    return [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model.get("merges") or []]
+    return [
+        tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m)
+        for m in model.get("merges") or []
+    ]
 
 
 def _canonical(part: Any) -> Any:
@@ -88,7 +106,11 @@ def _canonical(part: Any) -> Any:
         return [_canonical(item) for item in part]
     if not isinstance(part, dict):
         return part
-    kept = {k: _canonical(v) for k, v in part.items() if v is not None and v not in _WITHOUT_EFFECT.get(k, ())}
+    kept = {
+        k: _canonical(v)
+        for k, v in part.items()
+        if v is not None and v not in _WITHOUT_EFFECT.get(k, ())
+    }
     steps = kept.get("normalizers") or kept.get("pretokenizers")
     return steps[0] if kept.get("type") == "Sequence" and steps and len(steps) == 1 else kept
 
@@ -112,6 +134,7 @@ def refuse_other_tokenizer(recipe: Recipe, student: Path, teacher: Path) -> None
     if reason is not None:
         raise UsageError(
             f"student.model: the tokenizer of {recipe.student.model} is not that of the teacher "
-            f"{recipe.teacher.model}: {reason} (first: teacher, second: student). "
-            "Choose a student of its family, or `student.config` for fresh weights with the teacher's tokenizer."
+            f"{recipe.teacher.model}: {reason} (first: teacher, second: student). Choose a "
+            "student of its family, or `student.config` for fresh weights with the teacher's "
+            "tokenizer."
         )

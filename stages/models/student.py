@@ -38,7 +38,8 @@ def initial_student(recipe: Recipe, teacher_dir: Path) -> nn.Module:
         teacher_dir: Folder with the teacher's config.json and tokenizer; weights are not needed.
 
     Returns:
-        A causal language model, or a classifier with the teacher's classes, in float32, inside a PEFT model if
+        A causal language model, or a classifier with the teacher's classes, in float32, inside a
+        PEFT model if
         `student.lora` is set.
 
     Raises:
@@ -58,14 +59,17 @@ def initial_student(recipe: Recipe, teacher_dir: Path) -> nn.Module:
         if recipe.student.lora is None:
             return model
         adapted = _with_lora(model, recipe.student.lora, "SEQ_CLS" if classes else "CAUSAL_LM")
-        adapted.peft_config["default"].base_model_name_or_path = recipe.student.model  # not where it was found here
+        adapted.peft_config[
+            "default"
+        ].base_model_name_or_path = recipe.student.model  # not where it was found here
         return adapted
 
 
 def student_tokenizer(recipe: Recipe, teacher_dir: Path) -> PreTrainedTokenizerBase:
     """The student's tokenizer; with the teacher's chat template if the teacher has one.
 
-    The template goes with the text: the student learns to answer prompts as the teacher's template writes them.
+    The template goes with the text: the student learns to answer prompts as the teacher's template
+    writes them.
     """
     teacher = AutoTokenizer.from_pretrained(teacher_dir)
     folder = _folder(recipe)
@@ -87,14 +91,17 @@ def check_vocabulary(recipe: Recipe, teacher_dir: Path) -> None:
         refuse_other_tokenizer(recipe, folder, teacher_dir)
 
 
-def save_student(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, adapter: Path | None = None) -> None:
+def save_student(
+    model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, adapter: Path | None = None
+) -> None:
     """Write a plain model folder that transformers and vLLM load; LoRA is merged into the weights for good.
 
     Args:
         model: The student as it was trained.
         tokenizer: Saved beside it.
         folder: Appears under its name when it is complete.
-        adapter: Where the adapter of a LoRA student is kept by itself, as PEFT loads it onto the initial model.
+        adapter: Where the adapter of a LoRA student is kept by itself, as PEFT loads it onto the
+            initial model.
     """
     if adapter is not None:
         _put_folder(model, tokenizer, adapter)
@@ -112,8 +119,8 @@ def _put_folder(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) ->
         part.rename(folder)
     except (OSError, SafetensorError) as error:
         raise StillroomError(
-            f"{folder}: cannot write the student ({error}). Free space or fix permissions there, and run the same "
-            "command again; its checkpoint is kept."
+            f"{folder}: cannot write the student ({error}). Free space or fix permissions there, "
+            "and run the same command again; its checkpoint is kept."
         ) from error
 
 
@@ -129,9 +136,13 @@ def load_student(folder: Path, classes: Sequence[str] = ()) -> PreTrainedModel:
         if not classes:
             return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         named = _named(classes)
-        return AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, **named)
+        return AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=torch.float32, **named
+        )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UsageError(f"{folder}: the student does not load ({error}). Check the folder.") from error
+        raise UsageError(
+            f"{folder}: the student does not load ({error}). Check the folder."
+        ) from error
 
 
 def merged(model: Any) -> PreTrainedModel:
@@ -148,7 +159,10 @@ def _folder(recipe: Recipe) -> Path | None:
 
 def _named(classes: Sequence[str]) -> dict[str, Any]:
     """Fields of a config that say which classes there are."""
-    return {"id2label": dict(enumerate(classes)), "label2id": {name: index for index, name in enumerate(classes)}}
+    return {
+        "id2label": dict(enumerate(classes)),
+        "label2id": {name: index for index, name in enumerate(classes)},
+    }
 
 
 def _fresh(teacher_dir: Path, overrides: dict[str, Any], classes: Sequence[str]) -> PreTrainedModel:
@@ -162,9 +176,12 @@ def _fresh(teacher_dir: Path, overrides: dict[str, Any], classes: Sequence[str])
             model.base_model(input_ids=torch.zeros(1, 2, dtype=torch.long))
     except UsageError:
         raise
-    except Exception as error:  # transformers has many kinds for a config that does not hold together
+    except (
+        Exception
+    ) as error:  # transformers has many kinds for a config that does not hold together
         raise UsageError(
-            f"student.config: {overrides} does not fit the teacher's config ({error}). Change the numbers."
+            f"student.config: {overrides} does not fit the teacher's config ({error}). Change the "
+            "numbers."
         ) from error
     if (teacher_dir / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(teacher_dir)
@@ -176,7 +193,11 @@ def _changed(config: PreTrainedConfig, overrides: dict[str, Any]) -> PreTrainedC
     for name in overrides:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            hint = f"Did you mean {near[0]}?" if near else f"{config.model_type} has: {', '.join(sorted(known))}."
+            hint = (
+                f"Did you mean {near[0]}?"
+                if near
+                else f"{config.model_type} has: {', '.join(sorted(known))}."
+            )
             raise UsageError(f"student.config.{name}: not a field of the teacher's config. {hint}")
     if "num_hidden_layers" in overrides and "layer_types" not in overrides:
         # One entry per layer of the teacher; left out, the architecture's own pattern fills it in.
@@ -189,7 +210,8 @@ def _with_lora(model: PreTrainedModel, lora: Lora, task: str) -> Any:
 
     config = LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.scale * lora.rank,  # type: ignore[arg-type]  # PEFT divides by r: any number will do
+        # type: ignore[arg-type]  # PEFT divides by r: any number will do
+        lora_alpha=lora.scale * lora.rank,
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
         task_type=task,  # of a classifier the head trains whole
@@ -201,9 +223,13 @@ def _with_lora(model: PreTrainedModel, lora: Lora, task: str) -> Any:
             f"student.lora.target_modules: {lora.target_modules} does not fit the model ({error})."
         ) from error
     output = model.get_output_embeddings()
-    if hasattr(output, "lora_A") and output.get_base_layer().weight is model.get_input_embeddings().weight:
+    if (
+        hasattr(output, "lora_A")
+        and output.get_base_layer().weight is model.get_input_embeddings().weight
+    ):
         raise UsageError(
-            f"student.lora.target_modules: {lora.target_modules} names the output layer, whose weight is the input "
-            "embedding too; merged into it, the update would change both. Leave the output layer out."
+            f"student.lora.target_modules: {lora.target_modules} names the output layer, whose "
+            "weight is the input embedding too; merged into it, the update would change both. "
+            "Leave the output layer out."
         )
     return adapted

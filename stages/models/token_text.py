@@ -30,6 +30,8 @@ class Pieces:
         if self._tokenizer is None:
             return f"[{token}]"
         # Twice, less once: decoders drop the space before the first token, and only there.
-        once, twice = (str(self._tokenizer.decode([token] * n, skip_special_tokens=False)) for n in (1, 2))
+        once, twice = (
+            str(self._tokenizer.decode([token] * n, skip_special_tokens=False)) for n in (1, 2)
+        )
         piece = self._tokenizer.id_to_token(token)
         return twice[len(once) :] or (f"[{token}]" if piece is None else str(piece))

@@ -17,12 +17,21 @@ _ONLY_FOR = {"k": "'topk' and 'topp'"} | dict.fromkeys(("p", "k_min"), "'topp'")
 _ONLY_FOR |= dict.fromkeys(("rounds", "draw", "proposal"), "'sampled'")
 
 
-# Settings for text that is continued; a text that is classified is read as a whole, in a row of its own.
-_ONLY_TEXT = ("generate", "evaluate.generate", "data.window_tokens", "data.chat_template_kwargs", "train.row_tokens")
+# Settings for text that is continued; a text that is classified is read as a whole, in a row of its
+# own.
+_ONLY_TEXT = (
+    "generate",
+    "evaluate.generate",
+    "data.window_tokens",
+    "data.chat_template_kwargs",
+    "train.row_tokens",
+)
 
 
 # How a teacher is loaded and data are read: a store that is named for both has been filled already.
-_NOT_OF_A_STORE = tuple(f"teacher.{name}" for name in ("revision", "dtype", "adapter", "device_map"))
+_NOT_OF_A_STORE = tuple(
+    f"teacher.{name}" for name in ("revision", "dtype", "adapter", "device_map")
+)
 _NOT_OF_A_STORE += tuple(f"data.{name}" for name in ("split", "columns", "window_tokens", "limit"))
 
 
@@ -44,12 +53,23 @@ def check_together(recipe: Recipe) -> list[tuple[str, str]]:
     errors += _unknown_columns(recipe.data) + (_targets(recipe.score) if recipe.score else [])
     kind = recipe.data.format
     if kind in ("text", "completion") and recipe.generate is not None:
-        errors.append(("generate", f"format {kind!r} brings its own text. Remove this section, or use format 'prompt'"))
+        errors.append(
+            (
+                "generate",
+                f"format {kind!r} brings its own text. Remove this section, or use format 'prompt'",
+            )
+        )
     errors += _classification(recipe)
     if kind == "prompt" and recipe.generate is None and recipe.data.source not in stores_of(recipe):
-        errors.append(("generate", f"missing: format {kind!r} has prompts only. Add a `generate` section"))
+        errors.append(
+            ("generate", f"missing: format {kind!r} has prompts only. Add a `generate` section")
+        )
     errors += _sources(recipe)
-    kinds_fit = recipe.run.task != "classification" or recipe.score is None or recipe.score.targets == "full"
+    kinds_fit = (
+        recipe.run.task != "classification"
+        or recipe.score is None
+        or recipe.score.targets == "full"
+    )
     return errors + (check_loss(recipe.loss, recipe.score) if kinds_fit else [])
 
 
@@ -63,17 +83,23 @@ def _sources(recipe: Recipe) -> list[tuple[str, str]]:
     stores, errors = stores_of(recipe), []
     if repeated := [name for name in stores if stores.count(name) > 1]:
         errors.append(
-            ("storage.sources", f"{repeated[0]} is named twice. Name each store once, storage.dir not at all")
+            (
+                "storage.sources",
+                f"{repeated[0]} is named twice. Name each store once, storage.dir not at all",
+            )
         )
     if (recipe.teacher.model in stores) != (recipe.data.source in stores):
         named = "teacher.model" if recipe.teacher.model in stores else "data.source"
         message = (
-            "names a store, whose rows stand for teacher and data alike. Name it in both, teacher.model and data.source"
+            "names a store, whose rows stand for teacher and data alike. Name it in both, "
+            "teacher.model and data.source"
         )
         errors.append((named, message))
     elif recipe.data.source in stores:
         message = f"has no meaning where {recipe.data.source} is teacher and data: its rows are as they are. Remove it"
-        errors += [(path, message) for path in _NOT_OF_A_STORE if lookup(recipe, path) != _default(path)]
+        errors += [
+            (path, message) for path in _NOT_OF_A_STORE if lookup(recipe, path) != _default(path)
+        ]
     return errors
 
 
@@ -88,19 +114,37 @@ def _classification(recipe: Recipe) -> list[tuple[str, str]]:
     if recipe.run.task != "classification":
         if recipe.data.format != "labelled":
             return []
-        return [("data.format", "'labelled' is for run.task classification. Set that, or use 'completion'")]
+        return [
+            (
+                "data.format",
+                "'labelled' is for run.task classification. Set that, or use 'completion'",
+            )
+        ]
     errors = []
     if recipe.data.format != "labelled":
-        errors.append(("data.format", f"classification reads 'labelled' records (got {recipe.data.format!r})"))
+        errors.append(
+            ("data.format", f"classification reads 'labelled' records (got {recipe.data.format!r})")
+        )
     if recipe.score is None:
         message = "missing: without the teacher's probabilities there is nothing to distil. Add score: {targets: full}"
         errors.append(("score", message))
     elif recipe.score.targets != "full":
-        message = f"classification keeps every class: expected 'full' (got {recipe.score.targets!r})"
+        message = (
+            f"classification keeps every class: expected 'full' (got {recipe.score.targets!r})"
+        )
         errors.append(("score.targets", message))
-    errors += [(path, "has no meaning for classification. Remove it") for path in _ONLY_TEXT if lookup(recipe, path)]
+    errors += [
+        (path, "has no meaning for classification. Remove it")
+        for path in _ONLY_TEXT
+        if lookup(recipe, path)
+    ]
     if recipe.teacher.adapter is not None:
-        errors.append(("teacher.adapter", "no stage adds adapters to a classifier yet. Merge it, and name the result"))
+        errors.append(
+            (
+                "teacher.adapter",
+                "no stage adds adapters to a classifier yet. Merge it, and name the result",
+            )
+        )
     return errors
 
 
@@ -109,7 +153,10 @@ def _unknown_columns(data: Data) -> list[tuple[str, str]]:
         return []
     known = [name for names in COLUMNS[data.format] for name in names]
     return [
-        ("data.columns", f"unknown name {name!r}. Known for format {data.format!r}: {', '.join(known)}")
+        (
+            "data.columns",
+            f"unknown name {name!r}. Known for format {data.format!r}: {', '.join(known)}",
+        )
         for name in data.columns
         if name not in known
     ]
@@ -118,18 +165,32 @@ def _unknown_columns(data: Data) -> list[tuple[str, str]]:
 def _targets(score: Score) -> list[tuple[str, str]]:
     """Settings that these targets would silently ignore, or cannot do without."""
     errors = [
-        (f"score.{name}", f"belongs to targets {kinds}; this recipe has {score.targets!r}. Remove it")
+        (
+            f"score.{name}",
+            f"belongs to targets {kinds}; this recipe has {score.targets!r}. Remove it",
+        )
         for name, kinds in _ONLY_FOR.items()
-        if repr(score.targets) not in kinds and getattr(score, name) != Score.model_fields[name].default
+        if repr(score.targets) not in kinds
+        and getattr(score, name) != Score.model_fields[name].default
     ]
     if score.targets == "topp" and score.p is None:
-        errors.append(("score.p", "missing: targets 'topp' keeps the fewest entries that hold a mass of p. Try 0.9"))
+        errors.append(
+            (
+                "score.p",
+                "missing: targets 'topp' keeps the fewest entries that hold a mass of p. Try 0.9",
+            )
+        )
     if score.targets == "topp" and score.k_min > score.k:
-        errors.append(("score.k_min", f"{score.k_min} entries at least are more than score.k, {score.k} at most"))
+        errors.append(
+            (
+                "score.k_min",
+                f"{score.k_min} entries at least are more than score.k, {score.k} at most",
+            )
+        )
     if score.targets == "sampled" and len(set(score.temperatures)) > 1:
         message = (
-            f"sampled targets are drawn at one temperature, and serve no other (got {score.temperatures}). Name the "
-            "one that loss.temperature has, or use targets 'topk'"
+            "sampled targets are drawn at one temperature, and serve no other (got "
+            f"{score.temperatures}). Name the one that loss.temperature has, or use targets 'topk'"
         )
         errors.append(("score.temperatures", message))
     return errors

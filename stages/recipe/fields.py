@@ -3,7 +3,15 @@
 import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 
 from ...storage.keys import canonical_json
 
@@ -16,7 +24,11 @@ class Section(BaseModel):
     """Strict and frozen: a misspelt key is an error, not a silent default."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
     )
 
 
@@ -25,13 +37,15 @@ def _as_json(options: dict[str, Any]) -> dict[str, Any]:
         canonical_json(options)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"holds a value that JSON does not have ({error}). Put dates in quotes; numbers are finite"
+            f"holds a value that JSON does not have ({error}). Put dates in quotes; numbers are "
+            "finite"
         ) from error
     return options
 
 
 Options = Annotated[dict[str, Any], AfterValidator(_as_json)]
-"""Passed on as they are, hashed and sent to stages: so JSON, while YAML also has dates and infinities."""
+"""Passed on as they are, hashed and sent to stages: so JSON, while YAML also has dates and
+infinities."""
 
 
 class Schedule(Section):
@@ -54,15 +68,22 @@ class Schedule(Section):
     def _of_its_shape(self) -> Self:
         for name in ("peak", "warmup_fraction", "decay_fraction"):
             if self.shape != "wsd" and getattr(self, name) != Schedule.model_fields[name].default:
-                raise ValueError(f"`{name}` belongs to shape 'wsd'; this is {self.shape!r}. Remove it")
+                raise ValueError(
+                    f"`{name}` belongs to shape 'wsd'; this is {self.shape!r}. Remove it"
+                )
         if self.shape == "wsd" and self.peak is None:
             raise ValueError("shape 'wsd' needs a `peak`: the value between warm-up and decay")
         if self.shape == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
-            raise ValueError("`warmup_fraction` and `decay_fraction` together are more than 1. Lower one")
+            raise ValueError(
+                "`warmup_fraction` and `decay_fraction` together are more than 1. Lower one"
+            )
         return self
 
 
-NUMBER, SCHEDULE = "a number", "a schedule"  # no field's name: pydantic puts them into an error's path
+NUMBER, SCHEDULE = (
+    "a number",
+    "a schedule",
+)  # no field's name: pydantic puts them into an error's path
 
 
 def _number_or_schedule(value: object) -> str:
@@ -70,7 +91,8 @@ def _number_or_schedule(value: object) -> str:
 
 
 Scheduled = Annotated[
-    Annotated[float, Field(ge=0), Tag(NUMBER)] | Annotated[Schedule, Tag(SCHEDULE)], Discriminator(_number_or_schedule)
+    Annotated[float, Field(ge=0), Tag(NUMBER)] | Annotated[Schedule, Tag(SCHEDULE)],
+    Discriminator(_number_or_schedule),
 ]
 """A number, or a schedule of numbers."""
 
@@ -90,9 +112,12 @@ Kernel = Literal["torch", "triton"]
 
 
 def value_at(setting: float | Schedule, done: float) -> float:
-    """The value at the share `done` of all tokens (0 to 1; beyond 1 as at 1). A number is its own value.
+    """The value at the share `done` of all tokens (0 to 1; beyond 1 as at 1).
 
-    A function of nothing but `done`, so a run that was stopped goes on with the values that it would have had.
+    A number is its own value.
+
+    A function of nothing but `done`, so a run that was stopped goes on with the values that it
+    would have had.
     """
     if not isinstance(setting, Schedule):
         return setting

@@ -37,7 +37,10 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        problems = [_explain(tuple(p for p in e["loc"] if p not in (NUMBER, SCHEDULE)), e) for e in error.errors()]
+        problems = [
+            _explain(tuple(p for p in e["loc"] if p not in (NUMBER, SCHEDULE)), e)
+            for e in error.errors()
+        ]
     else:
         problems = check_together(recipe)
     if problems:
@@ -76,7 +79,10 @@ def _parse(path: Path, text: str) -> tuple[dict[str, Any], dict[str, int]]:
     except yaml.YAMLError as error:
         raise UsageError(f"{path}: not YAML: {error}") from error
     if not isinstance(tree, dict):
-        raise UsageError(f"{path}: holds {type(tree).__name__}, expected sections. `stillroom init` writes an example.")
+        raise UsageError(
+            f"{path}: holds {type(tree).__name__}, expected sections. `stillroom init` writes an "
+            "example."
+        )
     lines: dict[str, int] = {}
     _walk(path, node, "", lines)
     return tree, lines
@@ -97,7 +103,9 @@ def _override(tree: dict[str, Any], override: str) -> None:
     name, equals, value = override.partition("=")
     *sections, key = name.split(".")
     if not equals or not all((*sections, key)):
-        raise UsageError(f"--set {override}: expected section.key=value, for example train.learning_rate=5.0e-4")
+        raise UsageError(
+            f"--set {override}: expected section.key=value, for example train.learning_rate=5.0e-4"
+        )
     for section in sections:
         if tree.get(section) is None:
             tree[section] = {}
@@ -125,7 +133,8 @@ def _expand(value: Any, path: Path) -> Any:
     missing = [n for n in _VARIABLE.findall(value) if n not in os.environ]
     if missing:
         raise UsageError(
-            f"{path}: {value}: the environment variable {missing[0]} is not set. Set it, or write the path."
+            f"{path}: {value}: the environment variable {missing[0]} is not set. Set it, or write "
+            "the path."
         )
     return _VARIABLE.sub(lambda match: os.environ[match[1]], value)
 
@@ -136,7 +145,11 @@ def _explain(loc: tuple[int | str, ...], error: Any) -> tuple[str, str]:
     kind, found, limits = error["type"], error.get("input"), error.get("ctx", {})
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(str(loc[-1]), _keys_at(loc[:-1]), n=1)
-        hint = f"Did you mean {near[0]!r}?" if near else f"Known here: {', '.join(_keys_at(loc[:-1]))}."
+        hint = (
+            f"Did you mean {near[0]!r}?"
+            if near
+            else f"Known here: {', '.join(_keys_at(loc[:-1]))}."
+        )
         return where, f"unknown key. {hint}"
     if kind == "missing":
         return where, "missing; it has no default. Add it (`stillroom init` writes an example)."
@@ -155,7 +168,9 @@ def _keys_at(loc: tuple[int | str, ...]) -> list[str]:
     model: Any = Recipe
     for part in loc:
         annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        options = [getattr(a, "__origin__", a) for a in (annotation, *getattr(annotation, "__args__", ()))]
+        options = [
+            getattr(a, "__origin__", a) for a in (annotation, *getattr(annotation, "__args__", ()))
+        ]
         model = next((a for a in options if isinstance(a, type) and issubclass(a, BaseModel)), None)
         if model is None:
             return []

@@ -3,8 +3,8 @@
 from .fields import Schedule, extremes, value_at
 from .sections import Loss, Score
 
-# The divergences that are finite although the teacher gives nothing to what is outside its entries. `alpha_beta` is
-# for some exponents; the others are infinite as soon as the student has mass there.
+# The divergences that are finite although the teacher gives nothing to what is outside its entries.
+# `alpha_beta` is for some exponents; the others are infinite as soon as the student has mass there.
 _WITHOUT_TAIL = ("forward_kl", "skew_forward_kl", "skew_reverse_kl", "jsd", "total_variation")
 
 # Settings of one divergence only.
@@ -20,13 +20,18 @@ def check_loss(loss: Loss, score: Score | None) -> list[tuple[str, str]]:
     """What is wrong with the loss: (dotted path, message)."""
     errors = []
     if value_at(loss.soft_weight, 1.0) == 0 and value_at(loss.hard_weight, 1.0) == 0:
-        when = " at the end" if extremes(loss.soft_weight)[1] + extremes(loss.hard_weight)[1] > 0 else ""
+        when = (
+            " at the end"
+            if extremes(loss.soft_weight)[1] + extremes(loss.hard_weight)[1] > 0
+            else ""
+        )
         message = f"soft_weight and hard_weight are both 0{when}: nothing to learn. Set one above 0"
         errors.append(("loss.soft_weight", message))
     if min(loss.alpha_beta) < 0 or max(loss.alpha_beta) == 0:
         message = (
-            f"must be two numbers of at least 0, one above 0 (got {list(loss.alpha_beta)}): with others the loss is "
-            "huge wherever one side finds an id unlikely. Use [0.2, 0.7] to start"
+            f"must be two numbers of at least 0, one above 0 (got {list(loss.alpha_beta)}): with "
+            "others the loss is huge wherever one side finds an id unlikely. Use [0.2, 0.7] to "
+            "start"
         )
         errors.append(("loss.alpha_beta", message))
     errors += _idle(loss)
@@ -40,7 +45,10 @@ def _idle(loss: Loss) -> list[tuple[str, str]]:
     return [
         (
             f"loss.{name}",
-            f"belongs to divergence {' and '.join(map(repr, names))}; this recipe has {loss.divergence!r}. Remove it",
+            (
+                f"belongs to divergence {' and '.join(map(repr, names))}; this recipe has "
+                f"{loss.divergence!r}. Remove it"
+            ),
         )
         for name, names in _ONLY_FOR.items()
         if loss.divergence not in names and getattr(loss, name) != Loss.model_fields[name].default
@@ -51,8 +59,9 @@ def _divergence(loss: Loss, score: Score) -> list[tuple[str, str]]:
     if score.targets != "sampled" or loss.divergence == "forward_kl":
         return []
     message = (
-        f"{loss.divergence!r} needs the teacher's probability of each outcome, and sampled targets say it in the mean "
-        "only. Use 'forward_kl', or score.targets 'topk', 'topp' or 'full'"
+        f"{loss.divergence!r} needs the teacher's probability of each outcome, and sampled "
+        "targets say it in the mean only. Use 'forward_kl', or score.targets 'topk', 'topp' or "
+        "'full'"
     )
     return [("loss.divergence", message)]
 
@@ -61,19 +70,24 @@ def _tail(loss: Loss, score: Score) -> list[tuple[str, str]]:
     if loss.tail == "bucket":
         return []
     if score.targets in ("sampled", "full"):
-        return [("loss.tail", f"targets {score.targets!r} have no tail (got {loss.tail!r}). Remove it")]
+        return [
+            ("loss.tail", f"targets {score.targets!r} have no tail (got {loss.tail!r}). Remove it")
+        ]
     if loss.tail == "renormalize":
         if score.k > 1:
             return []
         message = "'renormalize' compares entries with one another, and score.k is 1. Raise it, or use 'bucket'"
         return [("loss.tail", message)]
-    if loss.divergence in _WITHOUT_TAIL and not (loss.divergence == "skew_reverse_kl" and loss.skew == 0):
+    if loss.divergence in _WITHOUT_TAIL and not (
+        loss.divergence == "skew_reverse_kl" and loss.skew == 0
+    ):
         return []
     if loss.divergence == "alpha_beta" and loss.alpha_beta[0] > 0 and sum(loss.alpha_beta) > 0:
         return []
     message = (
-        f"{loss.tail!r} leaves the teacher nothing outside its entries, and {loss.divergence!r} is infinite where a "
-        "student has mass there. Use 'bucket' or 'renormalize', or divergence 'forward_kl' or 'skew_reverse_kl'"
+        f"{loss.tail!r} leaves the teacher nothing outside its entries, and {loss.divergence!r} "
+        "is infinite where a student has mass there. Use 'bucket' or 'renormalize', or "
+        "divergence 'forward_kl' or 'skew_reverse_kl'"
     )
     return [("loss.tail", message)]
 
@@ -88,21 +102,21 @@ def _temperature(loss: Loss, score: Score) -> list[tuple[str, str]]:
         if not moving and least == drawn:
             return []
         message = (
-            f"sampled targets serve the temperature they are drawn at, score.temperatures {score.temperatures}, and no "
-            f"other (got {_shown(loss)}). Give both the same number"
+            "sampled targets serve the temperature they are drawn at, score.temperatures "
+            f"{score.temperatures}, and no other (got {_shown(loss)}). Give both the same number"
         )
         return [("loss.temperature", message)]
     if loss.unstored_temperature == "approximate" or (not moving and least in score.temperatures):
         return []
     if moving:
         message = (
-            "a schedule passes through temperatures that no store has. Use score.targets 'full', a number that "
-            "score.temperatures names, or unstored_temperature: approximate"
+            "a schedule passes through temperatures that no store has. Use score.targets 'full', "
+            "a number that score.temperatures names, or unstored_temperature: approximate"
         )
     else:
         message = (
-            f"{least:g} is not stored: score.temperatures is {score.temperatures}. Add it there, or set "
-            "unstored_temperature: approximate"
+            f"{least:g} is not stored: score.temperatures is {score.temperatures}. Add it there, "
+            "or set unstored_temperature: approximate"
         )
     return [("loss.temperature", message)]
 

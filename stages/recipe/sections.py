@@ -1,6 +1,7 @@
 """The recipe: one pydantic model per YAML section, every default in this one place.
 
-Errors of shape (unknown key, wrong type, out of range) come from these models; combinations that cannot work are in
+Errors of shape (unknown key, wrong type, out of range) come from these models; combinations that
+cannot work are in
 `stages/recipe/checks.py`. `stages/recipe/load.py` turns both into messages with a file and a line.
 """
 
@@ -18,7 +19,8 @@ class Run(Section):
     dir: str
     """Folder of the run: students, logs and the report."""
     seed: int = 0
-    """Seed of the student's initial weights and of the order of samples; the teacher's text has its own seed."""
+    """Seed of the student's initial weights and of the order of samples; the teacher's text has its
+    own seed."""
     task: Literal["causal_lm", "classification"] = "causal_lm"
     """What the models do."""
 
@@ -29,7 +31,8 @@ class Storage(Section):
     dir: str
     """Folder of the store, or its URL (`s3://bucket/path`)."""
     sources: list[str] = Field([])
-    """Read-only: stores and published folders whose rows serve as well, by folder, URL or `hf://datasets/USER/NAME`."""
+    """Read-only: stores and published folders whose rows serve as well, by folder, URL or
+    `hf://datasets/USER/NAME`."""
     commit_rows: int = Field(256, ge=1)
     """Commit a shard after this many finished rows ..."""
     commit_seconds: float = Field(30.0, gt=0)
@@ -65,7 +68,8 @@ class Lora(Section):
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
     """Modules that get an adapter."""
     keep_adapter: bool = False
-    """Keep the adapter alone too, in `adapter/` beside `student/`, whose weights have it merged in."""
+    """Keep the adapter alone too, in `adapter/` beside `student/`, whose weights have it merged
+    in."""
 
 
 class Student(Section):
@@ -86,10 +90,14 @@ class Student(Section):
     def _one_origin(self) -> Self:
         if (self.model is None) == (self.config is None):
             raise ValueError(
-                "name either `model` (an existing student) or `config` (fresh weights), not both or neither"
+                "name either `model` (an existing student) or `config` (fresh weights), not both "
+                "or neither"
             )
         if self.lora is not None and self.model is None:
-            raise ValueError("`lora` needs an existing `model`; an adapter on fresh weights learns next to nothing")
+            raise ValueError(
+                "`lora` needs an existing `model`; an adapter on fresh weights learns next to "
+                "nothing"
+            )
         return self
 
 
@@ -97,7 +105,8 @@ class Data(Section):
     """Where prompts or texts come from."""
 
     source: str
-    """File, glob, folder (JSON, JSONL, Parquet, CSV, text; .md only by file or glob) or Hub dataset id. Or
+    """File, glob, folder (JSON, JSONL, Parquet, CSV, text; .md only by file or glob) or Hub dataset
+    id. Or
     `storage.dir` or one of `storage.sources`: its rows are the data, and nothing is written or scored."""
     split: str = "train"
     """Split of a Hub dataset or of a folder saved by `datasets`."""
@@ -135,14 +144,24 @@ class Generate(Section):
     seed: int = 0
     """Seed of the text; each row's own seed is derived from it and the row's content."""
     engine_args: Options = Field({})
-    """Passed to the engine as they are (vLLM: arguments of `LLM`; hf: `batch_size`, `max_model_len`)."""
+    """Passed to the engine as they are (vLLM: arguments of `LLM`; hf: `batch_size`,
+    `max_model_len`)."""
 
     @field_validator("engine_args")
     @classmethod
     def _not_the_recipes(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        decided = {"model", "tokenizer", "revision", "dtype", "seed", "enable_lora"} & arguments.keys()
+        decided = {
+            "model",
+            "tokenizer",
+            "revision",
+            "dtype",
+            "seed",
+            "enable_lora",
+        } & arguments.keys()
         if decided:
-            raise ValueError(f"{sorted(decided)[0]!r} is decided by the recipe's own fields. Remove it here")
+            raise ValueError(
+                f"{sorted(decided)[0]!r} is decided by the recipe's own fields. Remove it here"
+            )
         return arguments
 
 
@@ -171,13 +190,17 @@ class Score(Section):
     draw: Literal["multinomial", "systematic"] = "multinomial"
     """sampled: how to draw."""
     proposal: float = Field(1.0, gt=0)
-    """sampled: draw from the teacher to this power, and weigh what is drawn; 1: from the teacher itself."""
+    """sampled: draw from the teacher to this power, and weigh what is drawn; 1: from the teacher
+    itself."""
     temperatures: list[Annotated[float, Field(gt=0)]] = Field([1.0], min_length=1)
-    """Loss temperatures that students can be trained at besides 1; sampled: the only one, which is drawn at."""
+    """Loss temperatures that students can be trained at besides 1; sampled: the only one, which is
+    drawn at."""
     batch_tokens: int | None = Field(None, ge=1)
-    """Tokens of one forward pass, padding included; halved when memory runs out. null: 8192, on CPUs one row."""
+    """Tokens of one forward pass, padding included; halved when memory runs out. null: 8192, on
+    CPUs one row."""
     kernel: Kernel | None = None
-    """Who makes the sums over the vocabulary; null: Triton on an NVIDIA GPU, else torch. Same numbers."""
+    """Who makes the sums over the vocabulary; null: Triton on an NVIDIA GPU, else torch. Same
+    numbers."""
 
 
 class Loss(Section):
@@ -186,7 +209,8 @@ class Loss(Section):
     divergence: Divergence = "forward_kl"
     """forward_kl is KL(teacher || student)."""
     skew: float = Field(0.1, ge=0, lt=1)
-    """skew_forward_kl, skew_reverse_kl: share of the first distribution in the mixture; 0 is no skew."""
+    """skew_forward_kl, skew_reverse_kl: share of the first distribution in the mixture; 0 is no
+    skew."""
     jsd_weight: float = Field(0.5, gt=0, lt=1)
     """jsd: the teacher's share in the mixture."""
     alpha_beta: tuple[float, float] = (0.2, 0.7)
@@ -198,16 +222,22 @@ class Loss(Section):
     unstored_temperature: Literal["refuse", "approximate"] = "refuse"
     """approximate: where a temperature was not stored, the tail counts as one id."""
     tail: Tail = "bucket"
-    """What becomes of the teacher's mass outside the entries; sampled and full targets have none."""
+    """What becomes of the teacher's mass outside the entries; sampled and full targets have
+    none."""
     soft_weight: Scheduled = 1.0
     """Weight of the divergence, used as given; a number or a schedule."""
     hard_weight: Scheduled = 0.1
-    """Weight of the cross-entropy, used as given; without `score` the loss is cross-entropy alone."""
+    """Weight of the cross-entropy, used as given; without `score` the loss is cross-entropy
+    alone."""
 
     @field_validator("temperature")
     @classmethod
     def _above_zero(cls, setting: float | Schedule) -> float | Schedule:
-        if 0 in ((setting.start, setting.end, setting.peak) if isinstance(setting, Schedule) else (setting,)):
+        if 0 in (
+            (setting.start, setting.end, setting.peak)
+            if isinstance(setting, Schedule)
+            else (setting,)
+        ):
             raise ValueError("must be greater than 0 (got 0). 1.0 is the distributions as they are")
         return setting
 
@@ -222,10 +252,12 @@ class Train(Section):
     tokens_per_step: int = Field(8192, ge=1)
     """Positions per optimizer step."""
     tokens_per_pass: int = Field(8192, ge=1)
-    """Positions per forward pass; a step takes as many passes as it needs (gradient accumulation)."""
+    """Positions per forward pass; a step takes as many passes as it needs (gradient
+    accumulation)."""
     row_tokens: int | None = Field(None, ge=8)
-    """Most positions of a packed row. null: a pass is a single row without padding where the student can attend within
-    samples (most can), else rows of about the longest sample of a step, at least 128."""
+    """Most positions of a packed row. null: a pass is a single row without padding where the
+    student can attend within samples (most can), else rows of about the longest sample of a step,
+    at least 128."""
     learning_rate: float = Field(1.0e-3, gt=0)
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
@@ -243,7 +275,8 @@ class Train(Section):
     gradient_checkpointing: bool = False
     """Trade compute for memory."""
     kernel: Kernel | None = None
-    """Who makes the loss's passes over the vocabulary; null: Triton on an NVIDIA GPU, else torch. Same numbers."""
+    """Who makes the loss's passes over the vocabulary; null: Triton on an NVIDIA GPU, else torch.
+    Same numbers."""
     snapshot: str | None = None
     """Train on this snapshot id; null: make one from what the recipe selects."""
     evaluate_every_tokens: int | None = Field(None, ge=1)
@@ -251,13 +284,15 @@ class Train(Section):
     validation_prompts: int = Field(64, ge=1)
     """Prompts of that validation split (only with evaluate_every_tokens)."""
     audit: Literal["refuse", "warn"] = "refuse"
-    """What becomes of a training whose first rows' text, tokens and targets do not belong together."""
+    """What becomes of a training whose first rows' text, tokens and targets do not belong
+    together."""
     checkpoint_every_seconds: float = Field(600.0, gt=0)
     """Seconds between checkpoints."""
     checkpoint_every_steps: int | None = Field(None, ge=1)
     """Steps between checkpoints, besides the seconds."""
     wandb: str | None = Field(None, min_length=1)
-    """Project of Weights & Biases that gets the scalars too; null: TensorBoard alone. WANDB_MODE=offline works."""
+    """Project of Weights & Biases that gets the scalars too; null: TensorBoard alone.
+    WANDB_MODE=offline works."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -272,7 +307,8 @@ class EvaluateGenerate(Section):
     metric: Literal["exact_match", "regex", "rouge_l"] = "rouge_l"
     """How an answer is scored, 0 to 1."""
     pattern: str | None = None
-    """regex: group 1 (or the whole match) of the last match is compared, in answer and reference alike."""
+    """regex: group 1 (or the whole match) of the last match is compared, in answer and reference
+    alike."""
     prompts: int = Field(50, ge=1)
     """How many held-out prompts are answered."""
     max_tokens: int = Field(128, ge=1)
@@ -285,7 +321,9 @@ class EvaluateGenerate(Section):
         try:
             re.compile(self.pattern or "")
         except re.error as error:
-            raise ValueError(f"`pattern` is no regular expression ({error}): {self.pattern}") from error
+            raise ValueError(
+                f"`pattern` is no regular expression ({error}): {self.pattern}"
+            ) from error
         return self
 
 
@@ -293,16 +331,18 @@ class Evaluate(Section):
     """How teacher and students are judged, on held-out prompts."""
 
     baseline: bool = False
-    """Also train the same student on cross-entropy alone: same start, order and tokens. Without `score` it is that."""
+    """Also train the same student on cross-entropy alone: same start, order and tokens. Without
+    `score` it is that."""
     tokens: int = Field(100_000, ge=1)
     """Scored tokens of held-out rows to judge on, at most."""
     gradient_tokens: int = Field(16_384, ge=0)
-    """Of these, tokens on which the gradients of sparse and full targets are compared; 0: not at all. Takes three times
-    the memory of the student's weights."""
+    """Of these, tokens on which the gradients of sparse and full targets are compared; 0: not at
+    all. Takes three times the memory of the student's weights."""
     generate: EvaluateGenerate | None = None
     """Answer prompts as well."""
     samples: int = Field(3, ge=0)
-    """Without `generate`: held-out prompts that each student answers for the report, greedily, in at most 64 tokens."""
+    """Without `generate`: held-out prompts that each student answers for the report, greedily, in
+    at most 64 tokens."""
 
 
 class Recipe(Section):

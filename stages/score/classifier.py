@@ -25,7 +25,8 @@ def class_targets(logits: Tensor, labels: Sequence[int | None]) -> list[SoftTarg
         labels: [B] gold classes.
 
     Returns:
-        B targets of one position each: logprobs [1, C], tail_logprob [1] (-inf), token_logprob [1], entropy [1] (nats).
+        B targets of one position each: logprobs [1, C], tail_logprob [1] (-inf), token_logprob [1],
+        entropy [1] (nats).
     """
     logprobs = logits.log_softmax(-1)
     entropy = -torch.where(logprobs == -torch.inf, 0.0, logprobs.exp() * logprobs).sum(-1)

@@ -116,7 +116,10 @@ class Scorer:
             with torch.inference_mode():
                 return work()
         except torch.OutOfMemoryError:
-            return RowError("out_of_memory", f"{len(batch[-1].token_ids)} tokens do not fit in memory, even alone")
+            return RowError(
+                "out_of_memory",
+                f"{len(batch[-1].token_ids)} tokens do not fit in memory, even alone",
+            )
         except Exception as error:
             return RowError("engine", f"{type(error).__name__}: {error}")
 
@@ -155,17 +158,25 @@ class Scorer:
             ids[row, : len(request.token_ids)] = request.token_ids
             mask[row, : len(request.token_ids)] = 1
             span = request.span_start, request.span_tokens
-            places.append(np.arange(row * longest, (row + 1) * longest)[predicting_positions(*span)])
+            places.append(
+                np.arange(row * longest, (row + 1) * longest)[predicting_positions(*span)]
+            )
             following.append(scored_tokens(request.token_ids, *span))
             drawn = request.kept.kind == "sampled"
-            spans.append(Span(request.span_tokens, row_seed(row_key(self._job, request)) if drawn else 0))
+            spans.append(
+                Span(request.span_tokens, row_seed(row_key(self._job, request)) if drawn else 0)
+            )
         with self._job.clock.span("model"):
             there = [moved(torch.from_numpy(array), self._model.device) for array in (ids, mask)]
-            hidden = hidden_states(self._model, input_ids=there[0], attention_mask=there[1]).flatten(0, 1)
+            hidden = hidden_states(
+                self._model, input_ids=there[0], attention_mask=there[1]
+            ).flatten(0, 1)
             scored = hidden[moved(torch.from_numpy(np.concatenate(places)), hidden.device)]
             next_ids = torch.from_numpy(np.concatenate(following, dtype=np.int64))
             kept = batch[0].kept
-            return self._reducer.launch(scored, moved(next_ids, hidden.device), kept=kept, spans=spans).rows
+            return self._reducer.launch(
+                scored, moved(next_ids, hidden.device), kept=kept, spans=spans
+            ).rows
 
     def _rows(self, flight: _Flight) -> list[dict[str, Any]]:
         with self._job.clock.span("model"):
@@ -198,4 +209,6 @@ class Scorer:
 def row_key(job: Job, request: TargetRequest) -> bytes:
     """The name of the row that a request becomes."""
     bits = job.recipe.storage.mantissa_bits
-    return content_key("soft_targets_row", reuse_key=request.reuse_key, mantissa_bits=bits, **request.kept.named())
+    return content_key(
+        "soft_targets_row", reuse_key=request.reuse_key, mantissa_bits=bits, **request.kept.named()
+    )

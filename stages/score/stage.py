@@ -1,10 +1,11 @@
 """Stage `score`: one forward pass of the teacher over prompt + completion; soft targets at every completion position.
 
-Rows of like length share a forward pass on a GPU. On a CPU, where that gains nothing, each row is alone: its bits then
-do not depend on the rows beside it, and a run that was killed writes what one that was not would have written.
+Rows of like length share a forward pass on a GPU. On a CPU, where that gains nothing, each row is
+alone: its bits then do not depend on the rows beside it, and a run that was killed writes what one
+that was not would have written.
 
-A GPU is kept busy: a pass is begun before what the one before it gave is collected, made into rows and added, and the
-writer makes its shards in a thread of its own.
+A GPU is kept busy: a pass is begun before what the one before it gave is collected, made into rows
+and added, and the writer makes its shards in a thread of its own.
 """
 
 import random
@@ -68,11 +69,16 @@ def run(job: Job, teacher: Identity) -> StageResult:
         )
         job.progress.say(f"loading {teacher.folder}")
         if score.targets in ("topk", "topp") and kept.k < score.k:
-            job.progress.say(f"score.k: {score.k} is above the teacher's vocabulary, all {kept.k} entries are kept")
+            job.progress.say(
+                f"score.k: {score.k} is above the teacher's vocabulary, all {kept.k} entries are "
+                "kept"
+            )
         with job.clock.span("start"):
             from .classifier import ClassScorer
 
-            scorer = (ClassScorer if recipe.run.task == "classification" else Scorer)(job, teacher, share)
+            scorer = (ClassScorer if recipe.run.task == "classification" else Scorer)(
+                job, teacher, share
+            )
         job.progress.start(total=ledger.planned, unit="rows", done=ledger.committed)
         _score_all(share, scorer, score.batch_tokens or scorer.batch_tokens)
         share.finish()
@@ -118,14 +124,26 @@ def _asked(job: Job, teacher: Identity, store: Store) -> tuple[Ledger, Pending[T
 def _claims(job: Job, teacher: Identity, store: Store) -> Claims:
     recipe = job.recipe
     assert recipe.score is not None
-    text: dict[str, Any] = {"data": job.data_id, "author": job.author_id, "context": job.context_tokens}
+    text: dict[str, Any] = {
+        "data": job.data_id,
+        "author": job.author_id,
+        "context": job.context_tokens,
+    }
     if recipe.generate is not None:
         text["sampling"] = sampling_settings(recipe.generate, recipe.data)
         text |= {"samples": recipe.generate.samples, "max_tokens": recipe.generate.max_tokens}
     chosen = {"where": recipe.select.where, "held_out": recipe.evaluate.tokens}
     targets = recipe.score.model_dump(mode="json", exclude={"engine", "batch_tokens", "kernel"})
     bits = recipe.storage.mantissa_bits
-    return Claims(store.files, "score", teacher=teacher.id, text=text, chosen=chosen, targets=targets, bits=bits)
+    return Claims(
+        store.files,
+        "score",
+        teacher=teacher.id,
+        text=text,
+        chosen=chosen,
+        targets=targets,
+        bits=bits,
+    )
 
 
 def batches(requests: list[TargetRequest], batch_tokens: int) -> Iterator[Batch]:
@@ -134,7 +152,9 @@ def batches(requests: list[TargetRequest], batch_tokens: int) -> Iterator[Batch]
     for request in sorted(requests, key=lambda r: (r.kept.kind, len(r.token_ids), r.reuse_key)):
         same_kind = not batch or batch[0].kept.kind == request.kept.kind
         tokens = (len(batch) + 1) * len(request.token_ids)
-        if batch and (not same_kind or tokens > batch_tokens or tokens * 4 * request.kept.k > BATCH_BYTES):
+        if batch and (
+            not same_kind or tokens > batch_tokens or tokens * 4 * request.kept.k > BATCH_BYTES
+        ):
             yield batch
             batch = []
         batch.append(request)
@@ -142,7 +162,9 @@ def batches(requests: list[TargetRequest], batch_tokens: int) -> Iterator[Batch]
         yield batch
 
 
-def _reject(request: TargetRequest, teacher: Identity, error: RowError, attempts: int) -> dict[str, Any]:
+def _reject(
+    request: TargetRequest, teacher: Identity, error: RowError, attempts: int
+) -> dict[str, Any]:
     return {
         "key": reject_key(request.reuse_key, teacher.context_tokens),
         "stage": "score",

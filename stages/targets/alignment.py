@@ -1,14 +1,15 @@
 """The one shift of the project: the hidden state at position t predicts the token at position t + 1.
 
-By hand, six tokens, the first two a prompt, so the scored span starts at index 2 and holds 4 tokens:
+By hand, six tokens, the first two a prompt, so the scored span starts at index 2 and holds 4
+tokens:
 
     index              0     1     2     3     4     5
     token_ids          <s>   hi    a     b     c     </s>
     scored tokens                  a     b     c     </s>      token_ids[2:6]
     predicted from           hi    a     b     c               positions 1..4, slice(1, 5)
 
-Nothing else adds or subtracts one. A text that is classified has one target and no shift (`class_span`). Works on numpy
-arrays and torch tensors alike.
+Nothing else adds or subtracts one. A text that is classified has one target and no shift
+(`class_span`). Works on numpy arrays and torch tensors alike.
 """
 
 from typing import Any, TypeVar
@@ -25,7 +26,8 @@ def scored_span(prompt_tokens: int, total_tokens: int) -> tuple[int, int]:
 def class_span(total_tokens: int) -> tuple[int, int]:
     """Start and length of what is scored where a text is classified: one target, at its last token, not shifted.
 
-    All of the text has been read there. What the target is about is the text's class, not that token.
+    All of the text has been read there. What the target is about is the text's class, not that
+    token.
     """
     return total_tokens - 1, 1
 

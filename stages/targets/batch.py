@@ -18,14 +18,16 @@ class TargetBatch:
     labels: Tensor
     """[N] int64 hard targets: the tokens that are there."""
     ids: Tensor | None = None
-    """[N, K] int64, distinct in a row; -1 is no entry (logprob -inf, probability 0). None with logprobs: full, in id
-    order."""
+    """[N, K] int64, distinct in a row; -1 is no entry (logprob -inf, probability 0). None with
+    logprobs: full, in id order."""
     logprobs: Tensor | None = None
     """[N, K] float32 natural-log probabilities of the teacher, at the objective's temperature."""
     tail_logprob: Tensor | None = None
-    """[N] float32 log of the teacher's probability outside the entries, at the same temperature; -inf if none."""
+    """[N] float32 log of the teacher's probability outside the entries, at the same temperature;
+    -inf if none."""
     probabilities: Tensor | None = None
-    """[N, K] float32 sampled: estimate of the teacher's probabilities at that temperature, in place of logprobs."""
+    """[N, K] float32 sampled: estimate of the teacher's probabilities at that temperature, in place
+    of logprobs."""
     entropy: Tensor | None = None
     """[N] float32 sampled: entropy of the whole teacher at that temperature, nats."""
 
@@ -54,23 +56,27 @@ class TargetBatch:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: change(value) for name, value in values.items() if value is not None})
+        return replace(
+            self, **{name: change(value) for name, value in values.items() if value is not None}
+        )
 
 
 def fit_vocabulary(targets: TargetBatch, student_vocab: int) -> TargetBatch:
     """Targets in terms of the student's vocabulary: a teacher whose embedding is padded further has ids beyond it.
 
-    Entries with such ids become no entries and their mass joins the tail. Where the entries that remain are the
-    student's whole vocabulary it has no id left for a tail: there the teacher is conditioned on the ids both have. Of
-    sampled targets, which have no tail, draws of such ids are left out.
+    Entries with such ids become no entries and their mass joins the tail. Where the entries that
+    remain are the student's whole vocabulary it has no id left for a tail: there the teacher is
+    conditioned on the ids both have. Of sampled targets, which have no tail, draws of such ids are
+    left out.
 
     Raises:
         UsageError: a hard target is not in the student's vocabulary.
     """
     if targets.labels.numel() and int(targets.labels.max()) >= student_vocab:
         raise UsageError(
-            f"student: its vocabulary has {student_vocab} ids, but the text has token {int(targets.labels.max())}. "
-            "Choose a student with the teacher's tokenizer and at least its vocabulary."
+            f"student: its vocabulary has {student_vocab} ids, but the text has token "
+            f"{int(targets.labels.max())}. Choose a student with the teacher's tokenizer and at "
+            "least its vocabulary."
         )
     if targets.probabilities is not None:
         assert targets.ids is not None
@@ -88,8 +94,12 @@ def fit_vocabulary(targets: TargetBatch, student_vocab: int) -> TargetBatch:
         tail = torch.logaddexp(tail, logprobs.masked_fill(~foreign, -torch.inf).logsumexp(-1))
         ids, logprobs = ids.masked_fill(foreign, -1), logprobs.masked_fill(foreign, -torch.inf)
         complete = (ids >= 0).sum(-1) == student_vocab
-    logprobs = torch.where(complete[:, None], logprobs - logprobs.logsumexp(-1, keepdim=True), logprobs)
-    return replace(targets, ids=ids, logprobs=logprobs, tail_logprob=tail.masked_fill(complete, -torch.inf))
+    logprobs = torch.where(
+        complete[:, None], logprobs - logprobs.logsumexp(-1, keepdim=True), logprobs
+    )
+    return replace(
+        targets, ids=ids, logprobs=logprobs, tail_logprob=tail.masked_fill(complete, -torch.inf)
+    )
 
 
 def joined(parts: Sequence[TargetBatch]) -> TargetBatch:
@@ -102,12 +112,15 @@ def joined(parts: Sequence[TargetBatch]) -> TargetBatch:
     drawn = [part.probabilities for part in parts if part.probabilities is not None]
     if logprobs and drawn:
         raise UsageError(
-            "train.snapshot: some of its rows have sampled targets and others do not, expected one kind. "
-            "Name a snapshot of one kind, or leave it out."
+            "train.snapshot: some of its rows have sampled targets and others do not, expected "
+            "one kind. Name a snapshot of one kind, or leave it out."
         )
     values = logprobs or drawn
     ids = None
-    if any(part.ids is not None for part in parts) or len({value.shape[-1] for value in values}) > 1:
+    if (
+        any(part.ids is not None for part in parts)
+        or len({value.shape[-1] for value in values}) > 1
+    ):
         ids = _wide([_ids(part.ids, value) for part, value in zip(parts, values, strict=True)], -1)
     tails = [part.tail_logprob for part in parts if part.tail_logprob is not None]
     entropies = [part.entropy for part in parts if part.entropy is not None]
@@ -128,4 +141,6 @@ def _ids(ids: Tensor | None, values: Tensor) -> Tensor:
 def _wide(parts: Sequence[Tensor], filling: float) -> Tensor:
     """[N, K] of all parts, K the widest's."""
     widest = max(part.shape[-1] for part in parts)
-    return torch.cat([functional.pad(part, (0, widest - part.shape[-1]), value=filling) for part in parts])
+    return torch.cat(
+        [functional.pad(part, (0, widest - part.shape[-1]), value=filling) for part in parts]
+    )

@@ -51,5 +51,8 @@ def _sums_of(logits: Tensor, temperatures: Sequence[float]) -> tuple[Tensor, Ten
 def _blocks(logits: Tensor) -> list[Tensor]:
     """[n, c, width] views: the whole blocks, and the shorter one after them."""
     whole = logits.shape[1] // BLOCK
-    parts = [logits[:, : whole * BLOCK].unflatten(-1, (whole, BLOCK)), logits[:, None, whole * BLOCK :]]
+    parts = [
+        logits[:, : whole * BLOCK].unflatten(-1, (whole, BLOCK)),
+        logits[:, None, whole * BLOCK :],
+    ]
     return [part for part in parts if part.numel()]

@@ -1,9 +1,10 @@
 """`block_sums` of `reduce.py` as a Triton kernel, for logits on a GPU; same function, same meaning.
 
-One program takes `BLOCKS` blocks of one row and reads them once, as they are, bfloat16 or float32. Per token that is
-2 V bytes in bfloat16, and 12 + 4 m written for each of C = V / 128 blocks, 5 % more: at V = 151,936 and 4.3 TB/s
-0.07 us, where a teacher of 1B parameters (2e9 operations a token at 790 TFLOP/s) takes 2.5 us at the very least. Logits
-that are converted to float32 first cost 8 V bytes more, 0.28 us or 11 % of that teacher.
+One program takes `BLOCKS` blocks of one row and reads them once, as they are, bfloat16 or float32.
+Per token that is 2 V bytes in bfloat16, and 12 + 4 m written for each of C = V / 128 blocks, 5 %
+more: at V = 151,936 and 4.3 TB/s 0.07 us, where a teacher of 1B parameters (2e9 operations a token
+at 790 TFLOP/s) takes 2.5 us at the very least. Logits that are converted to float32 first cost 8 V
+bytes more, 0.28 us or 11 % of that teacher.
 
 Letters: n tokens of a chunk, V vocabulary, m temperatures other than 1, C blocks.
 """

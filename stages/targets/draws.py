@@ -19,21 +19,23 @@ class Span:
 
     positions: int
     seed: int = 0
-    """sampled: the row's. Position n's draws depend on it and on n, not on the batch, the chunk or later positions."""
+    """sampled: the row's. Position n's draws depend on it and on n, not on the batch, the chunk or
+    later positions."""
 
 
 def drawn_columns(logprobs: Tensor, points: Tensor, kept: Kept) -> Columns:
     """Ids drawn from the teacher, and how often: an estimate of its distribution whose mean is that distribution.
 
-    With p the teacher at the one temperature, softmax(z / T), and c_i how often id i was drawn in R rounds from q, q
-    proportional to p to the power `proposal`:
+    With p the teacher at the one temperature, softmax(z / T), and c_i how often id i was drawn in R
+    rounds from q, q proportional to p to the power `proposal`:
 
         counts c_i          E[c_i / R] = p_i        proposal 1: c_i / R is the target
         weights w_i         w_i = c_i / R * p_i / q_i, E[w_i] = p_i, else
 
     `multinomial` draws R independent points of [0, 1) and takes the ids whose share of the cumulative q they hit.
     `systematic` takes R equidistant points from one random offset: same mean, c_i is R q_i rounded up or down.
-    Anshumann et al. 2025 (Random Sampling KD), arXiv 2503.16870; Kitagawa 1996 for systematic resampling.
+    Anshumann et al. 2025 (Random Sampling KD), arXiv 2503.16870; Kitagawa 1996 for systematic
+    resampling.
 
     Args:
         logprobs: [n, V] at temperature 1.
@@ -49,9 +51,13 @@ def drawn_columns(logprobs: Tensor, points: Tensor, kept: Kept) -> Columns:
     assert kept.proposal is not None
     scaled = logprobs if kept.proposal == 1.0 else (logprobs * kept.proposal).log_softmax(-1)
     share = scaled.double().exp().cumsum(-1)
-    below = torch.nextafter(share[:, -1:], torch.zeros_like(share[:, -1:]))  # a point must not round up to the end
+    below = torch.nextafter(
+        share[:, -1:], torch.zeros_like(share[:, -1:])
+    )  # a point must not round up to the end
     hits = torch.searchsorted(share, torch.minimum(points * share[:, -1:], below), right=True)
-    hits.clamp_(max=share.shape[-1] - 1)  # past the end where the teacher's numbers are NaN, which the caller refuses
+    hits.clamp_(
+        max=share.shape[-1] - 1
+    )  # past the end where the teacher's numbers are NaN, which the caller refuses
     ids, counts = _counted(hits)
     found |= {"ids": ids.int(), "entries": (counts > 0).sum(-1).int()}
     if kept.proposal == 1.0:

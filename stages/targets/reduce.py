@@ -1,9 +1,9 @@
 """From hidden states to soft targets, a chunk of positions at a time: [N, V] never exists whole.
 
-Letters: N scored tokens, K entries, V vocabulary, D hidden, m temperatures, C blocks of `BLOCK` ids. With z the logits,
-log p = z - logsumexp(z) over the full vocabulary, in float32; every kind has `token_logprob` [N] and `entropy` [N]
-(nats) of that, but for sampled targets at another temperature, whose entropy is that of the distribution they are drawn
-from.
+Letters: N scored tokens, K entries, V vocabulary, D hidden, m temperatures, C blocks of `BLOCK`
+ids. With z the logits, log p = z - logsumexp(z) over the full vocabulary, in float32; every kind
+has `token_logprob` [N] and `entropy` [N] (nats) of that, but for sampled targets at another
+temperature, whose entropy is that of the distribution they are drawn from.
 
 The logits of a chunk are read once. Per block of ids b, with M_b its largest logit:
 
@@ -12,8 +12,9 @@ The logits of a chunk are read once. Per block of ids b, with M_b its largest lo
     logsumexp(z / T) = logsumexp_b(M_b / T + log S_b(T))
     entropy          = sum_b exp(M_b - Z) ((Z - M_b) S_b(1) - W_b)     Z = logsumexp(z)
 
-The K best ids lie in the K blocks with the largest M_b, so only these are looked at again; what is outside the entries
-is the sums of all other blocks and the ids of these blocks that are not kept: nothing is subtracted, nothing cancels.
+The K best ids lie in the K blocks with the largest M_b, so only these are looked at again; what is
+outside the entries is the sums of all other blocks and the ids of these blocks that are not kept:
+nothing is subtracted, nothing cancels.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,7 +36,8 @@ from .spec import Kept
 
 # Float32 logits that are held at once.
 CHUNK_BYTES = 64 * 2**20
-# A GPU needs more rows to be busy: so many times as much. Draws take several arrays of that size, in float64.
+# A GPU needs more rows to be busy: so many times as much. Draws take several arrays of that size,
+# in float64.
 GPU_CHUNKS = {"topk": 16, "topp": 16, "full": 4, "sampled": 4}
 _ENTRIES = ("ids", "logprobs", "counts", "weights")
 
@@ -54,9 +56,14 @@ class Arriving:
         if self.event is not None:
             self.event.synchronize()
         ends = list(accumulate(span.positions for span in self.spans))
-        parts = [slice(end - span.positions, end) for span, end in zip(self.spans, ends, strict=True)]
+        parts = [
+            slice(end - span.positions, end) for span, end in zip(self.spans, ends, strict=True)
+        ]
         found = {name: values.numpy() for name, values in self.columns.items()}
-        return [_targets({name: values[part] for name, values in found.items()}, self.kept) for part in parts]
+        return [
+            _targets({name: values[part] for name, values in found.items()}, self.kept)
+            for part in parts
+        ]
 
 
 class Reducer:
@@ -71,13 +78,15 @@ class Reducer:
         self._head = head
         self._sums_of = _chosen(kernel, head.weight.device)
 
-    def launch(self, hidden: Tensor, next_ids: Tensor, *, kept: Kept, spans: Sequence[Span]) -> Arriving:
+    def launch(
+        self, hidden: Tensor, next_ids: Tensor, *, kept: Kept, spans: Sequence[Span]
+    ) -> Arriving:
         """The distribution of the next token at each position, as far as it is kept.
 
         `topk`: the K best. `topp`: the fewest best whose mass is at least p, within `k_min` and `k`. Both with the mass
-        outside the entries, a logsumexp over what is not kept (1 - sum of the kept would cancel), and for each
-        temperature T the logsumexp of log p / T over the same ids. `full`: all V in id order. `sampled`: `draws.py`.
-        On a GPU this returns before it is done.
+        outside the entries, a logsumexp over what is not kept (1 - sum of the kept would cancel),
+        and for each temperature T the logsumexp of log p / T over the same ids. `full`: all V in id
+        order. `sampled`: `draws.py`. On a GPU this returns before it is done.
 
         Args:
             hidden: [N, D] states at the predicting positions, after the final norm.
@@ -86,7 +95,9 @@ class Reducer:
             spans: Which positions are one row's, in order.
         """
         device = self._head.weight.device
-        hidden, next_ids = (t.to(device) for t in (hidden, next_ids))  # a spread model has it elsewhere
+        hidden, next_ids = (
+            t.to(device) for t in (hidden, next_ids)
+        )  # a spread model has it elsewhere
         points = points_of(kept, spans)
         size = chunk_rows(self._head, kept)
         columns: Columns = {}
@@ -94,11 +105,15 @@ class Reducer:
             chunk = slice(start, start + size)
             drawn = None if points is None else moved(points[chunk], device)
             logits = self._head.exact_logits(hidden[chunk])
-            found = _reduced(logits, next_ids[chunk], kept=kept, points=drawn, sums_of=self._sums_of)
+            found = _reduced(
+                logits, next_ids[chunk], kept=kept, points=drawn, sums_of=self._sums_of
+            )
             for name, values in found.items():
                 if name not in columns:
                     shape = (len(hidden), *values.shape[1:])
-                    columns[name] = torch.empty(shape, dtype=values.dtype, pin_memory=hidden.is_cuda)
+                    columns[name] = torch.empty(
+                        shape, dtype=values.dtype, pin_memory=hidden.is_cuda
+                    )
                 columns[name][chunk].copy_(values, non_blocking=True)
         event = torch.cuda.current_stream(device).record_event() if hidden.is_cuda else None
         return Arriving(columns=columns, kept=kept, spans=spans, event=event)
@@ -134,12 +149,18 @@ def _chosen(kernel: Kernel | None, device: torch.device) -> SumsOf:
 
 
 def _reduced(
-    logits: Tensor, next_ids: Tensor, *, kept: Kept, points: Tensor | None, sums_of: SumsOf = block_sums
+    logits: Tensor,
+    next_ids: Tensor,
+    *,
+    kept: Kept,
+    points: Tensor | None,
+    sums_of: SumsOf = block_sums,
 ) -> Columns:
     """What is kept at n positions; overwrites the logits [n, V]."""
     ragged = kept.kind in ("topk", "topp")
     sums = sums_of(logits, kept.temperatures if ragged else ())
-    # All relative to a row's largest logit: at logits of 30, float32 has five digits after the point.
+    # All relative to a row's largest logit: at logits of 30, float32 has five digits after the
+    # point.
     highest = sums.maxima.amax(-1, keepdim=True)
     below = sums.maxima - highest
     normaliser = (below.exp() * sums.sums[:, 0]).sum(-1, keepdim=True).log()
@@ -147,17 +168,24 @@ def _reduced(
     token = logits.gather(-1, next_ids[:, None]).float() - highest - normaliser
     found = {
         "token_logprob": token[:, 0],
-        "entropy": surprise.masked_fill(below == -torch.inf, 0.0).sum(-1),  # 0 * inf is 0 here, and a NaN stays one
+        "entropy": surprise.masked_fill(below == -torch.inf, 0.0).sum(
+            -1
+        ),  # 0 * inf is 0 here, and a NaN stays one
     }
     if ragged:
         return found | _best(logits, sums, highest=highest, normaliser=normaliser, kept=kept)
     logprobs = logits.float().sub_(highest).sub_(normaliser)
     if points is None:
-        return found | {"logprobs": logprobs, "tail_logprob": torch.full_like(found["entropy"], -torch.inf)}
+        return found | {
+            "logprobs": logprobs,
+            "tail_logprob": torch.full_like(found["entropy"], -torch.inf),
+        }
     return found | drawn_columns(logprobs, points, kept)
 
 
-def _best(logits: Tensor, sums: BlockSums, *, highest: Tensor, normaliser: Tensor, kept: Kept) -> Columns:
+def _best(
+    logits: Tensor, sums: BlockSums, *, highest: Tensor, normaliser: Tensor, kept: Kept
+) -> Columns:
     """Entries of `topk` and `topp`, and what is outside them."""
     most = min(kept.k, logits.shape[-1])
     values, starts = _candidates(logits, sums.maxima, most)
@@ -172,7 +200,10 @@ def _best(logits: Tensor, sums: BlockSums, *, highest: Tensor, normaliser: Tenso
         entries = needed.clamp(min(kept.k_min, most), most)
         used = torch.arange(most, device=best.device) < entries[:, None]
         found["entries"] = entries.int()
-    found |= {"ids": ids.int().masked_fill(~used, -1), "logprobs": logprobs.masked_fill(~used, -torch.inf)}
+    found |= {
+        "ids": ids.int().masked_fill(~used, -1),
+        "logprobs": logprobs.masked_fill(~used, -torch.inf),
+    }
     values.scatter_(-1, places, best.masked_fill(used, -torch.inf))
     below, masses = sums.maxima - highest, sums.sums.log()
     tails = []
@@ -189,7 +220,8 @@ def _best(logits: Tensor, sums: BlockSums, *, highest: Tensor, normaliser: Tenso
 def _candidates(logits: Tensor, maxima: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """Logits [n, w] among which the `most` best are, whole blocks after one another; [n, w / BLOCK] where each begins.
 
-    A last block that is shorter is always among them, at the end: nothing is padded, so no id is made up.
+    A last block that is shorter is always among them, at the end: nothing is padded, so no id is
+    made up.
     """
     n, whole = len(logits), logits.shape[1] // BLOCK
     rest = torch.arange(whole, maxima.shape[1], device=logits.device).expand(n, -1)
@@ -200,7 +232,9 @@ def _candidates(logits: Tensor, maxima: Tensor, most: int) -> tuple[Tensor, Tens
     values = logits[:, : whole * BLOCK].unflatten(-1, (whole, BLOCK))[rows, blocks].flatten(1)
     if not rest.shape[1]:
         return values, blocks * BLOCK
-    return torch.cat([values, logits[:, whole * BLOCK :]], dim=-1), torch.cat([blocks, rest], dim=-1) * BLOCK
+    return torch.cat([values, logits[:, whole * BLOCK :]], dim=-1), torch.cat(
+        [blocks, rest], dim=-1
+    ) * BLOCK
 
 
 def _targets(found: dict[str, np.ndarray], kept: Kept) -> SoftTargets:

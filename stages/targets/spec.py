@@ -58,10 +58,14 @@ def wanted(score: Score, vocab_size: int) -> Kept:
     kind, most = score.targets, min(score.k, vocab_size)
     if kind == "topp":
         least = min(score.k_min, most)
-        return Kept(kind=kind, k=most, p=_single(score.p or 1.0), k_min=least, temperatures=temperatures)
+        return Kept(
+            kind=kind, k=most, p=_single(score.p or 1.0), k_min=least, temperatures=temperatures
+        )
     if kind == "sampled":
         proposal = _single(score.proposal)
-        return Kept(kind=kind, k=score.rounds, draw=score.draw, proposal=proposal, temperatures=temperatures)
+        return Kept(
+            kind=kind, k=score.rounds, draw=score.draw, proposal=proposal, temperatures=temperatures
+        )
     if kind == "full":  # has every temperature
         return Kept(kind=kind, k=vocab_size)
     return Kept(kind=kind, k=most, temperatures=temperatures)

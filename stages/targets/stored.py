@@ -1,11 +1,13 @@
 """What the loss takes of a sample's stored targets: the entries that the recipe asks for, at its temperature.
 
-A store holds what any recipe asked for, so a row may have more entries than this one wants, and several temperatures.
-With p the stored distribution at temperature 1 (entries i and a tail), the one at temperature T is
+A store holds what any recipe asked for, so a row may have more entries than this one wants, and
+several temperatures. With p the stored distribution at temperature 1 (entries i and a tail), the
+one at temperature T is
 
     p_i^(1/T) / Z      Z = sum over all ids of p^(1/T), the tail's part of it stored: `SoftTargets.tempered_tails`
 
-which is the softmax of the teacher's logits divided by T. Entries that are cut join the tail, at T their p_i^(1/T).
+which is the softmax of the teacher's logits divided by T. Entries that are cut join the tail, at T
+their p_i^(1/T).
 
 Letters: N scored tokens, K entries, V vocabulary.
 """
@@ -32,8 +34,9 @@ class Reading:
     temperature: float = 1.0
     """T."""
     unstored: Literal["refuse", "approximate"] = "refuse"
-    """Where T is not stored; approximate: the tail, of mass q, counts as one id, q^(1/T). The n ids that it is made of
-    have up to n^(1 - 1/T) times as much for T > 1, so the entries become too heavy; for T < 1 too light."""
+    """Where T is not stored; approximate: the tail, of mass q, counts as one id, q^(1/T). The n ids
+    that it is made of have up to n^(1 - 1/T) times as much for T > 1, so the entries become too
+    heavy; for T < 1 too light."""
 
 
 def soft_part(targets: SoftTargets, labels: Tensor, reading: Reading) -> TargetBatch:
@@ -69,8 +72,9 @@ def _sampled(targets: SoftTargets, labels: Tensor, reading: Reading) -> TargetBa
     drawn = 1.0 if targets.temperatures is None else float(targets.temperatures[0])
     if np.float32(reading.temperature) != np.float32(drawn):
         raise UsageError(
-            f"loss.temperature: is {reading.temperature:g}, but the sampled targets were drawn at {drawn:g}, and draws "
-            f"cannot be tempered. Set it to {drawn:g}, or score with score.temperatures: [{reading.temperature:g}]."
+            f"loss.temperature: is {reading.temperature:g}, but the sampled targets were drawn at "
+            f"{drawn:g}, and draws cannot be tempered. Set it to {drawn:g}, or score with "
+            f"score.temperatures: [{reading.temperature:g}]."
         )
     assert targets.ids is not None
     return TargetBatch(
@@ -89,12 +93,14 @@ def _tempered_tail(targets: SoftTargets, reading: Reading) -> Tensor:
     if len(place) and targets.tempered_tails is not None:
         return torch.tensor(targets.tempered_tails[:, place[0]])
     as_one_id = torch.tensor(targets.tail_logprob) / reading.temperature
-    if reading.unstored == "approximate" or bool((as_one_id == -torch.inf).all()):  # no tail has no tempered tail
+    if reading.unstored == "approximate" or bool(
+        (as_one_id == -torch.inf).all()
+    ):  # no tail has no tempered tail
         return as_one_id
     raise UsageError(
         f"loss.temperature: {reading.temperature:g} is not stored with these targets, which have "
-        f"{', '.join(f'{t:g}' for t in (1.0, *stored))}. Score with it in score.temperatures, take one that is stored, "
-        "or set loss.unstored_temperature to approximate."
+        f"{', '.join(f'{t:g}' for t in (1.0, *stored))}. Score with it in score.temperatures, "
+        "take one that is stored, or set loss.unstored_temperature to approximate."
     )
 
 

@@ -3,7 +3,8 @@
     checkpoints/step-00000120/<2 hex>/<32 hex>.pt    weights and optimizer, named by their sha256
     checkpoints/step-00000120/state.json             that name, and the integers and lists a run goes on from
 
-The tensors are written and synced first, `state.json` last: a run that was killed while writing has no such checkpoint.
+The tensors are written and synced first, `state.json` last: a run that was killed while writing has
+no such checkpoint.
 """
 
 import json
@@ -29,7 +30,9 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Steps that have a complete checkpoint, ascending."""
         folders = self._files.path(_FOLDER).glob("step-*")
-        return sorted(int(f.name.removeprefix("step-")) for f in folders if (f / "state.json").is_file())
+        return sorted(
+            int(f.name.removeprefix("step-")) for f in folders if (f / "state.json").is_file()
+        )
 
     def save(self, step: int, tensors: dict[str, Any], state: dict[str, Any]) -> None:
         """Write a checkpoint; one of the same step stays as it is."""
@@ -60,8 +63,9 @@ class Checkpoints:
         path = self._files.path(record["tensors"])
         if not path.is_file() or file_sha256(path) != record["sha256"]:
             raise IntegrityError(
-                f"{path}: the checkpoint is damaged (its sha256 is not the recorded one). "
-                f"Delete {self._files.path(self._folder(step))} to go on from an earlier one, or from the start."
+                f"{path}: the checkpoint is damaged (its sha256 is not the recorded one). Delete "
+                f"{self._files.path(self._folder(step))} to go on from an earlier one, or from "
+                "the start."
             )
         return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -79,7 +83,8 @@ class Checkpoints:
             return json.loads(self._files.read(name))
         except ValueError as error:
             raise IntegrityError(
-                f"{self._files.path(name)}: not readable ({error}). Delete its folder to go on without it."
+                f"{self._files.path(name)}: not readable ({error}). Delete its folder to go on "
+                "without it."
             ) from error
 
     def _folder(self, step: int) -> str:

@@ -1,11 +1,12 @@
 """How much arithmetic a training step needs, and what share of the device's rate it got out of it (MFU).
 
-Model FLOPs after Kaplan et al. (2020, arXiv 2001.08361, section 2.1) and PaLM (Chowdhery et al. 2022, arXiv 2204.02311,
-appendix B): a weight that takes part in a matrix product costs 2 FLOPs a token forward, 2 for the gradient of its input
-and 2 for its own; attention costs 12 H d L n^2 for a sample of n tokens (H heads of d, L layers; no discount for the
-causal half). Only what is needed counts: no padding, no recomputation by gradient checkpointing, no gradient of weights
-that do not train (LoRA), of experts those that a token visits, the head at scored positions alone, and nothing for
-looking up embeddings, norms, softmax, loss and optimizer.
+Model FLOPs after Kaplan et al. (2020, arXiv 2001.08361, section 2.1) and PaLM (Chowdhery et al.
+2022, arXiv 2204.02311, appendix B): a weight that takes part in a matrix product costs 2 FLOPs a
+token forward, 2 for the gradient of its input and 2 for its own; attention costs 12 H d L n^2 for a
+sample of n tokens (H heads of d, L layers; no discount for the causal half). Only what is needed
+counts: no padding, no recomputation by gradient checkpointing, no gradient of weights that do not
+train (LoRA), of experts those that a token visits, the head at scored positions alone, and nothing
+for looking up embeddings, norms, softmax, loss and optimizer.
 """
 
 import re
@@ -18,7 +19,8 @@ from torch import nn
 
 from ..loader.samples import Step
 
-# Dense bfloat16 with float32 sums, as the vendors' data sheets have it. The first name that fits is taken.
+# Dense bfloat16 with float32 sums, as the vendors' data sheets have it. The first name that fits is
+# taken.
 _PEAKS = {
     "B200": 2250e12,
     "GH200": 989e12,
@@ -45,14 +47,17 @@ class ModelFlops:
     scored_token: float
     """FLOPs of a scored token, in the head."""
     layers: tuple[tuple[float, int | None], ...]
-    """Of each attention layer: FLOPs of a pair of positions, and how many positions one sees at most (None: all)."""
+    """Of each attention layer: FLOPs of a pair of positions, and how many positions one sees at
+    most (None: all)."""
 
     @classmethod
     def of(cls, model: nn.Module, *, head: torch.Tensor | None) -> Self:
         """Count a transformer's matrices; `head` [V, D] is the output layer's weight, None where there is none."""
         named: Any = model
         config = named.config.get_text_config()
-        looked_up = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+        looked_up = {
+            id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
+        }
         skipped = looked_up if head is None else looked_up | {id(head)}
         body = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in skipped]
         return cls(
@@ -84,7 +89,9 @@ def _visited(weight: torch.Tensor, config: Any) -> float:
 def _attention(config: Any) -> tuple[tuple[float, int | None], ...]:
     heads = config.num_attention_heads
     usual = getattr(config, "head_dim", None) or config.hidden_size // heads
-    widths = (getattr(config, "qk_head_dim", None) or usual) + (getattr(config, "v_head_dim", None) or usual)
+    widths = (getattr(config, "qk_head_dim", None) or usual) + (
+        getattr(config, "v_head_dim", None) or usual
+    )
     window = getattr(config, "sliding_window", None)
     seen = {"full_attention": None, "sliding_attention": window}
     alike = "sliding_attention" if window else "full_attention"
@@ -108,7 +115,11 @@ class Peak:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         for known, rate in _PEAKS.items() if device.type == "cuda" else ():
             if re.search(rf"\b{known}\b", name):  # an A10G is no A10, an RTX A4000 no A40
-                return cls(flops_per_second=rate, of=f"the vendor's dense bfloat16 rate of {name}", vendor=True)
+                return cls(
+                    flops_per_second=rate,
+                    of=f"the vendor's dense bfloat16 rate of {name}",
+                    vendor=True,
+                )
         rate = _product_rate(device, dtype)
         kind = str(dtype).removeprefix("torch.")
         product = f"a {kind} matrix product's rate on this {name}, {_PRODUCT} x {_PRODUCT}"

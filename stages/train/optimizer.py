@@ -17,14 +17,16 @@ def make_optimizer(model: nn.Module, train: Train) -> torch.optim.AdamW:
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": train.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=train.learning_rate, betas=train.betas, fused=True)
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=train.learning_rate, betas=train.betas, fused=True
+    )
 
 
 def learning_rate(done: float, train: Train) -> float:
     """The learning rate of the step that ends at the share `done` of all tokens (0 < done <= 1).
 
-    Linear warm-up from 0 over `warmup_fraction`, then by `schedule` from the peak to `final_fraction` of it; constant
-    stays at the peak, wsd stays there until the last fifth.
+    Linear warm-up from 0 over `warmup_fraction`, then by `schedule` from the peak to
+    `final_fraction` of it; constant stays at the peak, wsd stays there until the last fifth.
     """
     return train.learning_rate * _scale(min(done, 1.0), train)
 
@@ -41,5 +43,7 @@ def _scale(done: float, train: Train) -> float:
         case "linear":
             left = (1 - done) / (1 - train.warmup_fraction)
         case "cosine":
-            left = (1 + math.cos(math.pi * (done - train.warmup_fraction) / (1 - train.warmup_fraction))) / 2
+            left = (
+                1 + math.cos(math.pi * (done - train.warmup_fraction) / (1 - train.warmup_fraction))
+            ) / 2
     return train.final_fraction + (1 - train.final_fraction) * left

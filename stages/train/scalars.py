@@ -62,7 +62,8 @@ def refuse_without_wandb(project: str | None) -> None:
     if project is not None and find_spec("wandb") is None:
         raise UsageError(
             f"train.wandb: {project!r} asks for Weights & Biases, which is not installed here. "
-            "pip install wandb, or set train.wandb to null (TensorBoard's files are always written)."
+            "pip install wandb, or set train.wandb to null (TensorBoard's files are always "
+            "written)."
         )
 
 
@@ -71,7 +72,8 @@ def open_wandb(job: Job, files: LocalFiles) -> "WandbBoard | None":
 
     Args:
         job: Its recipe goes into the run's config.
-        files: The student's folder. The run's id is kept there, so a training that goes on goes on in the same run.
+        files: The student's folder. The run's id is kept there, so a training that goes on goes on
+            in the same run.
 
     Raises:
         UsageError: wandb is not installed, or does not start (no key, no network).
@@ -87,8 +89,9 @@ def open_wandb(job: Job, files: LocalFiles) -> "WandbBoard | None":
 class WandbBoard:
     """One run of W&B. What is logged is a function of tokens fed, as on TensorBoard.
 
-    A training that goes on from a checkpoint repeats its last steps with the same numbers: what is there already is not
-    logged again. If wandb fails later on, that is said once, and the training goes on without it.
+    A training that goes on from a checkpoint repeats its last steps with the same numbers: what is
+    there already is not logged again. If wandb fails later on, that is said once, and the training
+    goes on without it.
     """
 
     def __init__(self, job: Job, files: LocalFiles, project: str) -> None:
@@ -105,14 +108,16 @@ class WandbBoard:
                 resume="allow",
                 dir=str(folder),
                 config={"arm": job.arm, "recipe": job.recipe.model_dump(mode="json")},
-                settings=wandb.Settings(console="off"),  # the stage's log is complete without its help
+                settings=wandb.Settings(
+                    console="off"
+                ),  # the stage's log is complete without its help
             )
             self._run.define_metric("*", step_metric="tokens")
         except Exception as error:
             raise UsageError(
-                f"train.wandb: wandb does not start ({type(error).__name__}: {error}). `wandb login` gives it a key, "
-                "WANDB_MODE=offline keeps the run in the student's folder (`wandb sync` sends it later), and "
-                "train.wandb=null leaves it out."
+                f"train.wandb: wandb does not start ({type(error).__name__}: {error}). `wandb "
+                "login` gives it a key, WANDB_MODE=offline keeps the run in the student's folder "
+                "(`wandb sync` sends it later), and train.wandb=null leaves it out."
             ) from error
         self._logged = int(self._run.summary.get("tokens", 0))
 

@@ -52,7 +52,11 @@ class Meter:
         """Count a step; returns that step alone."""
         peak_seconds = self._flops.step(step) / self.peak.flops_per_second
         this = Speed(
-            tokens=step.tokens, positions=positions, seconds=seconds, waited_seconds=waited, peak_seconds=peak_seconds
+            tokens=step.tokens,
+            positions=positions,
+            seconds=seconds,
+            waited_seconds=waited,
+            peak_seconds=peak_seconds,
         )
         for name in ("tokens", "positions", "seconds", "waited_seconds", "peak_seconds"):
             setattr(self.speed, name, getattr(self.speed, name) + getattr(this, name))

@@ -1,8 +1,10 @@
-"""Stage `train`: a student learns from a snapshot. Steps, checkpoints, validation, and the folder it ends up in.
+"""Stage `train`: a student learns from a snapshot.
 
-A run that was stopped or killed goes on from its last checkpoint and sees what an undisturbed run would have seen. In
-the run's folder: `checkpoints/` (the last and the best), `tensorboard/`, `student/`, and last `train.json`, whose
-existence means done.
+Steps, checkpoints, validation, and the folder it ends up in.
+
+A run that was stopped or killed goes on from its last checkpoint and sees what an undisturbed run
+would have seen. In the run's folder: `checkpoints/` (the last and the best), `tensorboard/`,
+`student/`, and last `train.json`, whose existence means done.
 """
 
 import json
@@ -46,7 +48,9 @@ def run(job: Job) -> StageResult:
     now = (0, 0) if files.exists(DONE) else _Run(job, files).train()
     summary = json.loads(files.read(DONE))
     lists = ("history", "validation", "speed")
-    return StageResult(rows=now[0], tokens=now[1], details={k: v for k, v in summary.items() if k not in lists})
+    return StageResult(
+        rows=now[0], tokens=now[1], details={k: v for k, v in summary.items() if k not in lists}
+    )
 
 
 def arm_loss(recipe: Recipe, arm: Arm) -> Loss:
@@ -79,8 +83,8 @@ class Record:
             return cls(**state | parts)
         except (KeyError, TypeError) as error:
             raise UsageError(
-                f"train: another version of Stillroom wrote this run's checkpoints ({error}). Remove `checkpoints/` "
-                "from its folder, and it is trained from the start."
+                f"train: another version of Stillroom wrote this run's checkpoints ({error}). "
+                "Remove `checkpoints/` from its folder, and it is trained from the start."
             ) from error
 
 
@@ -132,7 +136,9 @@ class _Run:
         self._check_context(model.config.get_text_config())
         packing = self._class_passes(model) if self._classified else self._packing(model, dtype)
         if self._train.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
         trainer = Trainer(model, packing=packing, loss=self._loss, train=self._train, dtype=dtype)
         if done := self._checkpoints.steps():
             trainer.load_state(self._checkpoints.tensors(done[-1]))
@@ -172,10 +178,13 @@ class _Run:
         flat = not even and obstacle is None
         shared = flat or packs_apart(model)
         if not shared:
-            self._job.progress.say("this architecture mixes packed samples: each gets a row of its own")
+            self._job.progress.say(
+                "this architecture mixes packed samples: each gets a row of its own"
+            )
         elif obstacle is not None:
             self._job.progress.say(
-                f"this student cannot attend within samples of one row ({obstacle}): rows get padding"
+                f"this student cannot attend within samples of one row ({obstacle}): rows get "
+                "padding"
             )
         score, vocab_size = self._job.recipe.score, split_head(model).vocab_size
         return Packing(
@@ -195,7 +204,9 @@ class _Run:
 
         inputs = Inputs.of(model, self._teacher_dir)
         vocab_size = model.get_input_embeddings().num_embeddings
-        return ClassPasses(tokens_per_pass=self._train.tokens_per_pass, inputs=inputs, vocab_size=vocab_size)
+        return ClassPasses(
+            tokens_per_pass=self._train.tokens_per_pass, inputs=inputs, vocab_size=vocab_size
+        )
 
     @property
     def _classified(self) -> bool:
@@ -206,13 +217,14 @@ class _Run:
         longest, limit = self._lengths.longest, getattr(config, "max_position_embeddings", None)
         if limit is not None and longest > limit:
             raise UsageError(
-                f"student: reads at most {limit} tokens (max_position_embeddings), the longest sample has {longest}. "
-                "Lower data.window_tokens or generate.max_tokens, or take a student with a longer context."
+                f"student: reads at most {limit} tokens (max_position_embeddings), the longest "
+                f"sample has {longest}. Lower data.window_tokens or generate.max_tokens, or take "
+                "a student with a longer context."
             )
         if self._train.row_tokens is not None and longest > self._train.row_tokens:
             raise UsageError(
-                f"train.row_tokens: {self._train.row_tokens} is shorter than the longest sample ({longest} tokens). "
-                f"Set it to {longest} or more, or leave it out."
+                f"train.row_tokens: {self._train.row_tokens} is shorter than the longest sample "
+                f"({longest} tokens). Set it to {longest} or more, or leave it out."
             )
 
     def train(self) -> tuple[int, int]:
@@ -234,17 +246,24 @@ class _Run:
         from ..loader.prefetch import Prefetch
 
         job, record, train = self._job, self._record, self._train
-        job.progress.start(total=self._total, unit="tokens", done=min(record.cursor.tokens, self._total))
+        job.progress.start(
+            total=self._total, unit="tokens", done=min(record.cursor.tokens, self._total)
+        )
         saved = time.monotonic()
         beside = open_wandb(job, self._files)
         with Board(self._files.path("tensorboard"), record.cursor.tokens, beside=beside) as board:
             self._validate(board)
-            with closing(self._steps()) as read, Prefetch(read, self._passes, clock=job.clock) as feed:
+            with (
+                closing(self._steps()) as read,
+                Prefetch(read, self._passes, clock=job.clock) as feed,
+            ):
                 began, waited = time.monotonic(), 0.0
                 for step in feed:
                     result = self._step(step, feed)
                     now, waited_by_now = time.monotonic(), feed.waited_seconds
-                    self._note(step, result, board, seconds=now - began, waited=waited_by_now - waited)
+                    self._note(
+                        step, result, board, seconds=now - began, waited=waited_by_now - waited
+                    )
                     self._validate(board)
                     every = train.checkpoint_every_steps
                     due = every is not None and record.cursor.step % every == 0
@@ -271,24 +290,35 @@ class _Run:
         tokens_per_pass = self._trainer.tokens_per_pass
         done = step.after.tokens / self._total
         with self._job.clock.span("model"):
-            result = self._trainer.step(step, done=done, passes=feed.passes, between_passes=self._job.stop.check)
+            result = self._trainer.step(
+                step, done=done, passes=feed.passes, between_passes=self._job.stop.check
+            )
         self._say_if_smaller(tokens_per_pass)
         return result
 
     def _say_if_smaller(self, tokens_per_pass: int) -> None:
         if self._trainer.tokens_per_pass < tokens_per_pass:
-            self._job.progress.say(f"out of memory: passes now hold {self._trainer.tokens_per_pass} tokens")
+            self._job.progress.say(
+                f"out of memory: passes now hold {self._trainer.tokens_per_pass} tokens"
+            )
 
-    def _note(self, step: Step, result: "StepResult", board: Board, *, seconds: float, waited: float) -> None:
+    def _note(
+        self, step: Step, result: "StepResult", board: Board, *, seconds: float, waited: float
+    ) -> None:
         """Bring the record up to the end of a step, and show it."""
         record, meter = self._record, self._meter
-        slots = [min(c.tokens, self._total) * (HISTORY_POINTS - 1) // self._total for c in (record.cursor, step.after)]
+        slots = [
+            min(c.tokens, self._total) * (HISTORY_POINTS - 1) // self._total
+            for c in (record.cursor, step.after)
+        ]
         record.cursor = step.after
         record.scored_tokens += step.scored_tokens
         this = meter.add(step, positions=result.positions, seconds=seconds, waited=waited)
         if not record.history or slots[0] < slots[1]:
             rates = {"learning_rate": result.learning_rate, "grad_norm": result.grad_norm}
-            record.history.append({"tokens": step.after.tokens, **asdict(result.losses), **rates, **result.scheduled})
+            record.history.append(
+                {"tokens": step.after.tokens, **asdict(result.losses), **rates, **result.scheduled}
+            )
             meter.point(step.after.tokens)
         with self._job.clock.span("disk"):
             shown = {name: this.rates[name] for name in ("tokens_per_second", "mfu")}
@@ -306,9 +336,13 @@ class _Run:
         if not (tokens // every > before // every or (last and tokens > before)):
             return
         size = self._trainer.tokens_per_pass
-        passes = steps(self._validation, Cursor(), tokens_per_step=size, stop_samples=len(self._validation))
+        passes = steps(
+            self._validation, Cursor(), tokens_per_step=size, stop_samples=len(self._validation)
+        )
         with self._job.clock.span("model"):
-            losses = self._trainer.validate(passes, between_passes=self._job.stop.check, clock=self._job.clock)
+            losses = self._trainer.validate(
+                passes, between_passes=self._job.stop.check, clock=self._job.clock
+            )
         self._say_if_smaller(size)
         point = {"step": record.cursor.step, "tokens": tokens, **asdict(losses)}
         record.validation.append(point)
@@ -324,7 +358,9 @@ class _Run:
         if record.cursor.step:
             with self._job.clock.span("disk"):
                 self._checkpoints.save(record.cursor.step, self._trainer.state(), asdict(record))
-                self._checkpoints.keep(record.cursor.step, record.best["step"] if record.best else None)
+                self._checkpoints.keep(
+                    record.cursor.step, record.best["step"] if record.best else None
+                )
 
     def _finish(self) -> None:
         """Write the student (the best where there was validation, else the last), then `train.json`."""
@@ -336,12 +372,17 @@ class _Run:
         if record.best is not None and record.best["step"] != record.cursor.step:
             with clock.span("disk"):
                 trainer.load_weights(self._checkpoints.tensors(record.best["step"])["weights"])
-        counts = [sum(p.numel() for p in trainer.model.parameters()), sum(map(_numel, trainer.weights().values()))]
+        counts = [
+            sum(p.numel() for p in trainer.model.parameters()),
+            sum(map(_numel, trainer.weights().values())),
+        ]
         with clock.span("tokenizer"):
             tokenizer = student_tokenizer(self._job.recipe, self._teacher_dir)
         with clock.span("disk"):
             lora = self._job.recipe.student.lora
-            adapter = self._files.path("adapter") if lora is not None and lora.keep_adapter else None
+            adapter = (
+                self._files.path("adapter") if lora is not None and lora.keep_adapter else None
+            )
             save_student(trainer.model, tokenizer, self._files.path("student"), adapter=adapter)
         summary = {
             "arm": self._job.arm,

@@ -1,7 +1,8 @@
 """One optimizer step and one validation pass: the student, its head inside the loss, gradients, memory.
 
-The gradient of a step is that of sum(loss of each scored token) / (scored tokens of the whole step), however many
-forward passes it takes. Weights and optimizer state are float32; the passes compute in bfloat16 (autocast) where asked.
+The gradient of a step is that of sum(loss of each scored token) / (scored tokens of the whole
+step), however many forward passes it takes. Weights and optimizer state are float32; the passes
+compute in bfloat16 (autocast) where asked.
 """
 
 import math
@@ -97,12 +98,15 @@ class Trainer:
 
         Args:
             step: Its samples.
-            done: Share of all tokens at the end of this step; decides the learning rate and what is scheduled.
-            passes: The step's `passes`, made ahead; called again where memory runs out. None: they are made here.
+            done: Share of all tokens at the end of this step; decides the learning rate and what is
+                scheduled.
+            passes: The step's `passes`, made ahead; called again where memory runs out. None: they
+                are made here.
             between_passes: Called before each forward pass; may raise to stop.
 
         Raises:
-            StillroomError: the loss or its gradient is not finite, or one sample alone does not fit in memory.
+            StillroomError: the loss or its gradient is not finite, or one sample alone does not fit
+                in memory.
         """
         self.model.train()
         positions = 0
@@ -121,9 +125,10 @@ class Trainer:
         if not (math.isfinite(losses.loss) and math.isfinite(norm)):
             self.optimizer.zero_grad()
             raise StillroomError(
-                f"train: at step {step.after.step} the loss is {losses.loss} and its gradient's norm {norm}, expected "
-                "finite numbers. Nothing was changed by this step, and the last checkpoint is kept. Lower "
-                "train.learning_rate or raise train.warmup_fraction, and run again."
+                f"train: at step {step.after.step} the loss is {losses.loss} and its gradient's "
+                f"norm {norm}, expected finite numbers. Nothing was changed by this step, and the "
+                "last checkpoint is kept. Lower train.learning_rate or raise "
+                "train.warmup_fraction, and run again."
             )
         rate = learning_rate(done, self._train)
         for group in self.optimizer.param_groups:
@@ -131,15 +136,28 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         settings = {name: getattr(self._loss, name) for name in SCHEDULED}
-        scheduled = {name: value_at(v, done) for name, v in settings.items() if isinstance(v, Schedule)}
-        return StepResult(losses=losses, learning_rate=rate, grad_norm=norm, scheduled=scheduled, positions=positions)
+        scheduled = {
+            name: value_at(v, done) for name, v in settings.items() if isinstance(v, Schedule)
+        }
+        return StepResult(
+            losses=losses,
+            learning_rate=rate,
+            grad_norm=norm,
+            scheduled=scheduled,
+            positions=positions,
+        )
 
     def validate(
-        self, steps: Iterable[Step], *, between_passes: Callable[[], None] = lambda: None, clock: Clock | None = None
+        self,
+        steps: Iterable[Step],
+        *,
+        between_passes: Callable[[], None] = lambda: None,
+        clock: Clock | None = None,
     ) -> Losses:
         """Mean losses over all scored tokens of some steps; weights and gradients stay as they are.
 
-        What is scheduled has its value at the end of the training, so that validations compare with one another.
+        What is scheduled has its value at the end of the training, so that validations compare with
+        one another.
 
         Raises:
             StillroomError: one sample alone does not fit in memory.
@@ -182,7 +200,9 @@ class Trainer:
     def _gradients(self, step: Step, aim: Aim, passes: Callable[[], Iterable[Any]]) -> Losses:
         """Accumulate the step's gradients."""
         scored = max(step.scored_tokens, 1)
-        shared = replace(aim, soft_weight=aim.soft_weight / scored, hard_weight=aim.hard_weight / scored)
+        shared = replace(
+            aim, soft_weight=aim.soft_weight / scored, hard_weight=aim.hard_weight / scored
+        )
         return _means(self._summed(step, shared, passes), step.scored_tokens, aim)
 
     def _summed(self, step: Step, aim: Aim, passes: Callable[[], Iterable[Any]]) -> torch.Tensor:
@@ -191,7 +211,8 @@ class Trainer:
         Out of memory is answered by smaller passes, from the start of the step.
         """
         while True:
-            # Dropout is a function of the step's number, so a resumed run draws what an undisturbed one would.
+            # Dropout is a function of the step's number, so a resumed run draws what an undisturbed
+            # one would.
             torch.manual_seed(step.after.step)
             try:
                 sums = torch.zeros(2, dtype=torch.float64, device=self._device)
@@ -224,7 +245,9 @@ class Trainer:
 def _means(sums: torch.Tensor, scored: int, aim: Aim) -> Losses:
     soft, hard = (sums / max(scored, 1)).tolist()
     parts = ((aim.soft_weight, soft), (aim.hard_weight, hard))
-    total = sum((weight * mean for weight, mean in parts if weight), 0.0)  # one that weighs nothing may be infinite
+    total = sum(
+        (weight * mean for weight, mean in parts if weight), 0.0
+    )  # one that weighs nothing may be infinite
     return Losses(loss=total, soft=soft if aim.objective else None, hard=hard)
 
 

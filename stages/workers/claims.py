@@ -1,13 +1,15 @@
 """Claims: which part of a stage's work a worker takes next, so that workers of one store share it.
 
-A block is a slice of the planned requests, the same for every worker. Before it works on a block a worker puts a
-claim, `claims/<stage>/<work id>/<block>.<n>.json`, where n counts the claims that the block had; of all blocks it takes
-one with the fewest. So blocks that nobody has claimed go first, then those with one claim, whose worker vanished or is
-busy with it still, and so on; a worker takes no block twice.
+A block is a slice of the planned requests, the same for every worker. Before it works on a block a
+worker puts a claim, `claims/<stage>/<work id>/<block>.<n>.json`, where n counts the claims that the
+block had; of all blocks it takes one with the fewest. So blocks that nobody has claimed go first,
+then those with one claim, whose worker vanished or is busy with it still, and so on; a worker takes
+no block twice.
 
-Claims are advice. That each row is in the store once is the commit log's doing, whatever workers do. So a claim is
-never withdrawn, and nobody asks how old it is: no lease, no heartbeat, no clock. Work done twice is wasted at worst,
-and whoever commits first wins (backup tasks, as in MapReduce, Dean and Ghemawat 2004).
+Claims are advice. That each row is in the store once is the commit log's doing, whatever workers
+do. So a claim is never withdrawn, and nobody asks how old it is: no lease, no heartbeat, no clock.
+Work done twice is wasted at worst, and whoever commits first wins (backup tasks, as in MapReduce,
+Dean and Ghemawat 2004).
 """
 
 import os
@@ -35,16 +37,22 @@ class Claims:
         self._random = random.Random(self._worker)
 
     def blocks(
-        self, pending: Iterable[int], *, look: Callable[[bool], None], left: Callable[[int], list[T]]
+        self,
+        pending: Iterable[int],
+        *,
+        look: Callable[[bool], None],
+        left: Callable[[int], list[T]],
     ) -> Iterator[tuple[int, list[T]]]:
         """Claim one block after the other, until none has anything left; how many had it before, and what is left.
 
-        Each block is chosen when the next is asked for. One that others had comes in an order of its own, so that two
-        workers on the same block meet somewhere instead of doing every row twice.
+        Each block is chosen when the next is asked for. One that others had comes in an order of
+        its own, so that two workers on the same block meet somewhere instead of doing every row
+        twice.
 
         Args:
             pending: The blocks that have work.
-            look: Called before each choice, to read what others committed; told whether all that is left is claimed.
+            look: Called before each choice, to read what others committed; told whether all that is
+                left is claimed.
             left: The requests of a block that nobody has committed.
         """
         open_blocks = dict.fromkeys(self._turned(pending))
@@ -63,7 +71,9 @@ class Claims:
                     if had:
                         self._random.shuffle(requests)
                     yield had, requests
-                if had or block in open_blocks:  # the others have come this far: look where they are
+                if (
+                    had or block in open_blocks
+                ):  # the others have come this far: look where they are
                     claims = self._counts()
                 break
 
@@ -75,11 +85,15 @@ class Claims:
 
     def _counts(self) -> Counter[int]:
         counts = Counter[int]()
-        for name in self._files.names(self._folder):  # old claims may have been vacuumed: the highest number counts
+        for name in self._files.names(
+            self._folder
+        ):  # old claims may have been vacuumed: the highest number counts
             block, number = name.split(".")[:2]
             counts[int(block)] = max(counts[int(block)], int(number) + 1)
         return counts
 
     def _claim(self, block: int, number: int) -> bool:
         who = {"worker": self._worker, "host": socket.gethostname(), "process": os.getpid()}
-        return self._files.put_if_absent(f"{self._folder}/{block:08d}.{number}.json", canonical_json(who))
+        return self._files.put_if_absent(
+            f"{self._folder}/{block:08d}.{number}.json", canonical_json(who)
+        )

@@ -3,9 +3,10 @@
     with clock.span("model"):
         logits = model(ids)
 
-At every moment one name is charged: that of the innermost span, "other" outside of all. So the seconds of all names
-together are the wall time. What runs beside the main thread, such as writes that overlap with the model, costs no wall
-time and is not counted. A GPU works behind the calls that start it: there, seconds are those of waiting for it.
+At every moment one name is charged: that of the innermost span, "other" outside of all. So the
+seconds of all names together are the wall time. What runs beside the main thread, such as writes
+that overlap with the model, costs no wall time and is not counted. A GPU works behind the calls
+that start it: there, seconds are those of waiting for it.
 
 A span must end before its function yields; `each` is for what a generator makes.
 """
@@ -18,8 +19,9 @@ from typing import Literal, TypeVar
 
 Name = Literal["start", "model", "tokenizer", "disk"]
 NAMES: tuple[Name, ...] = ("start", "model", "tokenizer", "disk")
-"""Start-up (imports, identity, loading, warm-up); the model's passes with what is computed of their logits, and its
-updates; the tokenizer; reading and writing, with the decoding and encoding that belong to it."""
+"""Start-up (imports, identity, loading, warm-up); the model's passes with what is computed of their
+logits, and its updates; the tokenizer; reading and writing, with the decoding and encoding that
+belong to it."""
 OTHER = "other"
 
 T = TypeVar("T")
@@ -89,6 +91,9 @@ class _Span:
         self._clock.enter(self._name)
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._clock.leave()

@@ -57,20 +57,24 @@ class Job:
     data_id: str = ""
     """Name of the inputs record: which prompts, in which split."""
     teacher_id: str = ""
-    """Identity of the teacher (`models/identity.py`); its tokenizer and config are in the store under this name."""
+    """Identity of the teacher (`models/identity.py`); its tokenizer and config are in the store
+    under this name."""
     author_id: str = ""
-    """Identity of who wrote the generations: the teacher, another model, or the tokenizer of given text."""
+    """Identity of who wrote the generations: the teacher, another model, or the tokenizer of given
+    text."""
     context_tokens: int = 0
     """Tokens that the teacher (data) or the author of the text (generate, score) reads at once."""
     arm: Arm = "student"
     train_dirs: dict[Arm, Path] = field(default_factory=dict)
     """Arm -> folder of its training run; for train and evaluate."""
     evaluation_id: str = ""
-    """Hash of what `evaluate` is asked for; kept in its result, so that the plan knows whether it still holds."""
+    """Hash of what `evaluate` is asked for; kept in its result, so that the plan knows whether it
+    still holds."""
     snapshots: dict[Split, str] = field(default_factory=dict)
     """Split -> snapshot id; for train and evaluate."""
     journal: Path | None = None
-    """Where generate and score note the rows in flight (`journal.py`); a name of their own if None."""
+    """Where generate and score note the rows in flight (`journal.py`); a name of their own if
+    None."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,20 +1,22 @@
 """Rows in an engine's hands, kept on disk: who was there when an engine died.
 
-A row can kill the process that works on it, and then nothing in memory says which row it was. So a stage notes each row
-before the engine gets it and again when it is done, in a journal in the run folder which the living process has locked:
+A row can kill the process that works on it, and then nothing in memory says which row it was. So a
+stage notes each row before the engine gets it and again when it is done, in a journal in the run
+folder which the living process has locked:
 
     +<reuse key>   the engine has it         *<reuse key>   the engine has it, and nothing else
     -<reuse key>   it came back              !              the runner saw the process die
     # ...          whose journal it is, for people
 
-Nothing is synced: a journal survives its process, and a power cut may well clear everybody of suspicion.
+Nothing is synced: a journal survives its process, and a power cut may well clear everybody of
+suspicion.
 
-Rows in flight at a death are suspects. A death that the runner saw weighs two: the engine or the system did it. One
-that took the runner along weighs one: most likely somebody killed everything, and that must not put rows under
-suspicion. At a weight of two a row is tried alone, one at a time, after everything else. A row that was alone at deaths
-of weight two is what kills, and is rejected. So a row that kills the engine costs two restarts and the time of trying
-its neighbours alone, also where a death takes the whole container along; and no row is rejected for what happened
-beside it.
+Rows in flight at a death are suspects. A death that the runner saw weighs two: the engine or the
+system did it. One that took the runner along weighs one: most likely somebody killed everything,
+and that must not put rows under suspicion. At a weight of two a row is tried alone, one at a time,
+after everything else. A row that was alone at deaths of weight two is what kills, and is rejected.
+So a row that kills the engine costs two restarts and the time of trying its neighbours alone, also
+where a death takes the whole container along; and no row is rejected for what happened beside it.
 """
 
 import os
@@ -56,7 +58,10 @@ class Journal:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if not isinstance(error, EngineDied):
             self._path.unlink(missing_ok=True)
@@ -102,7 +107,9 @@ def read_journal(path: Path) -> Flight:
             rows[key] = mark == "*"
         elif mark == "-":
             rows.pop(key, None)
-    return Flight(rows=frozenset(rows), alone=all(rows.values()), came_back=marks["-"], seen="!" in marks)
+    return Flight(
+        rows=frozenset(rows), alone=all(rows.values()), came_back=marks["-"], seen="!" in marks
+    )
 
 
 def mark_seen(path: Path) -> None:

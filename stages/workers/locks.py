@@ -1,6 +1,7 @@
 """Locks of the operating system: each ends with the process that holds it, however it ends.
 
-Nothing in a store rests on them. They keep the processes that share one run folder out of one another's way.
+Nothing in a store rests on them. They keep the processes that share one run folder out of one
+another's way.
 """
 
 import fcntl
@@ -43,7 +44,9 @@ def worker_number(folder: Path) -> Iterator[int]:
 
 
 @contextmanager
-def only_one(path: Path, *, waiting: Callable[[str], None], look: Callable[[], None]) -> Iterator[None]:
+def only_one(
+    path: Path, *, waiting: Callable[[str], None], look: Callable[[], None]
+) -> Iterator[None]:
     """Wait until no other process is inside this block with this path.
 
     Args:

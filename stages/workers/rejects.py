@@ -11,8 +11,9 @@ if TYPE_CHECKING:
 class Rejects:
     """Takes rows that failed in the engine.
 
-    A wrong driver, a broken build or too little memory fails every row, and none of that is the rows' fault. So a row
-    that fails in the engine is rejected only where the engine is known to do rows; until then it is held back.
+    A wrong driver, a broken build or too little memory fails every row, and none of that is the
+    rows' fault. So a row that fails in the engine is rejected only where the engine is known to do
+    rows; until then it is held back.
     """
 
     def __init__(self, writer: "ShardWriter", *, proven: bool) -> None:
@@ -43,7 +44,7 @@ class Rejects:
         if self._held:
             first = self._held[0]
             raise StillroomError(
-                f"{first['stage']}: all {len(self._held)} rows that were tried failed ({first['reason']}: "
-                f"{first['message']}), and none was ever done here, so none was rejected. Check model, engine and "
-                "machine, then run the same command again."
+                f"{first['stage']}: all {len(self._held)} rows that were tried failed "
+                f"({first['reason']}: {first['message']}), and none was ever done here, so none "
+                "was rejected. Check model, engine and machine, then run the same command again."
             )

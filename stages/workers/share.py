@@ -122,7 +122,9 @@ class Share(Generic[R]):
 
     def fail(self, request: R, error: RowError, attempts: int) -> None:
         """The engine failed on a request alone."""
-        self.failed.add(self.reject(request, error, attempts + self.suspects.deaths[request.reuse_key]))
+        self.failed.add(
+            self.reject(request, error, attempts + self.suspects.deaths[request.reuse_key])
+        )
         self._refused += 1
         self.job.progress.advance()
 

@@ -11,7 +11,9 @@ from typing import Any, Protocol
 
 from ..errors import StillroomError
 
-DISK_FULL = "the disk is full. Free space and run the same command again; what was committed is kept"
+DISK_FULL = (
+    "the disk is full. Free space and run the same command again; what was committed is kept"
+)
 
 _ADVICE = {
     errno.ENOSPC: DISK_FULL,
@@ -37,7 +39,9 @@ class Content:
 
 
 class Files(Protocol):
-    """Where a store lies. Names are relative to its root, with forward slashes; those with a leading dot do not count.
+    """Where a store lies.
+
+    Names are relative to its root, with forward slashes; those with a leading dot do not count.
 
     Every method raises StillroomError, with what to do, where the place itself fails.
     """
@@ -75,7 +79,10 @@ class Files(Protocol):
         """Hex sha256 of a file's bytes; FileNotFoundError if the name is not there."""
 
     def names(self, folder: str) -> list[str]:
-        """Names of the files in a folder, sorted; none if the folder is not there. Temporary files are left out."""
+        """Names of the files in a folder, sorted; none if the folder is not there.
+
+        Temporary files are left out.
+        """
 
     def walk(self, folder: str = "") -> Iterator[tuple[str, int, float]]:
         """(name, bytes, time of last change) of every file below a folder, sorted, temporary ones too."""
@@ -84,7 +91,9 @@ class Files(Protocol):
         """Make sure that `put_if_absent` has one winner here; UsageError where it has not."""
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
-        """Give `name` this content unless it exists. Of racing writers with different contents exactly one gets True.
+        """Give `name` this content unless it exists.
+
+        Of racing writers with different contents exactly one gets True.
 
         Once this returns the name has a content, and keeps it.
         """
@@ -92,11 +101,15 @@ class Files(Protocol):
     def put_content(self, folder: str, write: Callable[[Path], object], *, suffix: str) -> Content:
         """Put what `write` writes under `<folder>/<2 hex>/<32 hex><suffix>`, named by its sha256.
 
-        A file of that name with other bytes is a damaged one: it is replaced, the name says what its bytes must be.
+        A file of that name with other bytes is a damaged one: it is replaced, the name says what
+        its bytes must be.
         """
 
     def replace(self, name: str, data: bytes) -> None:
-        """Give `name` this content whatever it had; readers see the old or the new. Not for anything of a store."""
+        """Give `name` this content whatever it had; readers see the old or the new.
+
+        Not for anything of a store.
+        """
 
     def remove(self, name: str) -> None:
         """Delete a file, if it is there. Only for what no record names."""
@@ -136,7 +149,9 @@ def make_folder(folder: Path) -> None:
         with explained("cannot make this folder", folder):
             folder.mkdir(parents=True, exist_ok=True)
     except FileNotFoundError as error:  # what /proc says of a new name
-        raise StillroomError(f"{folder}: no folder can be made there. Choose another place.") from error
+        raise StillroomError(
+            f"{folder}: no folder can be made there. Choose another place."
+        ) from error
 
 
 @contextmanager
@@ -147,5 +162,9 @@ def explained(doing: str, path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except OSError as error:
-        advice = _ADVICE.get(error.errno or 0, "Check the disk and the folder, then run the same command again")
-        raise StillroomError(f"{error.filename or path}: {doing}: {error.strerror or error}; {advice}.") from error
+        advice = _ADVICE.get(
+            error.errno or 0, "Check the disk and the folder, then run the same command again"
+        )
+        raise StillroomError(
+            f"{error.filename or path}: {doing}: {error.strerror or error}; {advice}."
+        ) from error

@@ -1,8 +1,9 @@
 """Files by name, put in place whole or not at all: what a store asks of the place it lies in, and the local one.
 
-The only module that links, replaces or syncs. Every file is written under a temporary name, synced, and then linked to
-its final name, so that a name that exists has its complete content. `os.link` fails where the name exists already:
-that is the one atomic step on which exactly-once rests. Temporary names start with a dot and mean nothing.
+The only module that links, replaces or syncs. Every file is written under a temporary name, synced,
+and then linked to its final name, so that a name that exists has its complete content. `os.link`
+fails where the name exists already: that is the one atomic step on which exactly-once rests.
+Temporary names start with a dot and mean nothing.
 `objects.py` does the same on object stores.
 """
 
@@ -38,7 +39,9 @@ class LocalFiles:
     def empty(self) -> bool:
         """Whether the folder is not there or holds temporary files at most."""
         with explained("cannot list", self.root):
-            return not self.root.is_dir() or all(entry.name.startswith(".") for entry in self.root.iterdir())
+            return not self.root.is_dir() or all(
+                entry.name.startswith(".") for entry in self.root.iterdir()
+            )
 
     def exists(self, name: str) -> bool:
         """Whether the name is there."""
@@ -96,19 +99,28 @@ class LocalFiles:
                 self._sync_folder(path.parent)
 
     def names(self, folder: str) -> list[str]:
-        """Names of the files in a folder, sorted; none if the folder is not there. Temporary files are left out."""
+        """Names of the files in a folder, sorted; none if the folder is not there.
+
+        Temporary files are left out.
+        """
         with explained("cannot list", self.path(folder)):
             try:
                 entries = list(os.scandir(self.path(folder)))
             except FileNotFoundError:
                 return []
-            return sorted(entry.name for entry in entries if entry.is_file() and not entry.name.startswith("."))
+            return sorted(
+                entry.name
+                for entry in entries
+                if entry.is_file() and not entry.name.startswith(".")
+            )
 
     def prove_exclusive(self) -> None:
         """Nothing to prove: a link fails where the name exists."""
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
-        """Give `name` this content unless it exists. Of any number of racing processes exactly one gets True.
+        """Give `name` this content unless it exists.
+
+        Of any number of racing processes exactly one gets True.
 
         Either way the name survives a power cut once this returns.
         """
@@ -127,10 +139,13 @@ class LocalFiles:
     def put_content(self, folder: str, write: Callable[[Path], object], *, suffix: str) -> Content:
         """Put what `write` writes under `<folder>/<2 hex>/<32 hex><suffix>`, named by its sha256.
 
-        A name that exists already is left as it is if it holds these very bytes. If it does not (a damaged file, being
-        made again), it is replaced: the name says what its bytes must be.
+        A name that exists already is left as it is if it holds these very bytes. If it does not (a
+        damaged file, being made again), it is replaced: the name says what its bytes must be.
         """
-        with explained("cannot write", self.path(folder)), self._temporary(self.path(folder)) as temp:
+        with (
+            explained("cannot write", self.path(folder)),
+            self._temporary(self.path(folder)) as temp,
+        ):
             self._write(temp, write)
             self._sync_file(temp)
             content = content_of(temp, folder, suffix=suffix)
@@ -143,7 +158,10 @@ class LocalFiles:
             return replace(content, fresh=fresh)
 
     def replace(self, name: str, data: bytes) -> None:
-        """Give `name` this content whatever it had; readers see the old or the new. Not for anything of a store."""
+        """Give `name` this content whatever it had; readers see the old or the new.
+
+        Not for anything of a store.
+        """
         final = self.path(name)
         with explained("cannot write", final), self._temporary(final.parent) as temp:
             self._write(temp, lambda path: path.write_bytes(data))
@@ -171,7 +189,8 @@ class LocalFiles:
         try:
             self._link(temp, final)
         except OSError as error:
-            # A network filesystem may do the link and lose the answer: the inode tells whose file it is.
+            # A network filesystem may do the link and lose the answer: the inode tells whose file
+            # it is.
             if final.exists() and os.path.samefile(temp, final):
                 return True
             if isinstance(error, FileExistsError):
@@ -222,5 +241,7 @@ class LocalFiles:
         try:
             sync(folder)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # what network filesystems say that cannot sync a folder
+            if (
+                error.errno != errno.EINVAL
+            ):  # what network filesystems say that cannot sync a folder
                 raise

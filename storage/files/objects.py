@@ -1,8 +1,8 @@
 """Files on an object store, through fsspec: uploads are whole or not at all, and `mode="create"` has one winner.
 
-An upload may be done although its answer never came. So every answer to a create but a plain yes is settled by reading
-the name back: our bytes mean that we won, other bytes that we lost, nothing that we try again. Commit records carry
-the uuid of their writer, so no two writers put the same one.
+An upload may be done although its answer never came. So every answer to a create but a plain yes is
+settled by reading the name back: our bytes mean that we won, other bytes that we lost, nothing that
+we try again. Commit records carry the uuid of their writer, so no two writers put the same one.
 """
 
 import errno
@@ -23,7 +23,8 @@ from .base import Content, content_of, explained
 from .local import LocalFiles
 
 CREATE_PAUSES = (0.0, 0.1, 0.4, 1.6, 6.4)
-"""Seconds before each attempt to create a name. Drivers try again by themselves, so these are for what they give up."""
+"""Seconds before each attempt to create a name. Drivers try again by themselves, so these are for
+what they give up."""
 _PROBE = ".probe"
 _HASH_BYTES = 16 << 20
 _AGAIN = "what was committed is kept. Run the same command again"
@@ -59,7 +60,9 @@ class ObjectFiles:
     def exists(self, name: str) -> bool:
         """Whether the name is there."""
         try:
-            self.read_range(name, 0, 1)  # one request, where asking for the size of what is not there takes two
+            self.read_range(
+                name, 0, 1
+            )  # one request, where asking for the size of what is not there takes two
         except FileNotFoundError:
             return False
         return True
@@ -74,7 +77,9 @@ class ObjectFiles:
             try:
                 return bytes(self.system.cat_file(self._key(name), start=start, end=end))
             except OSError as error:
-                if error.errno == errno.EINVAL and self.size(name) == 0:  # an empty file has no range of bytes
+                if (
+                    error.errno == errno.EINVAL and self.size(name) == 0
+                ):  # an empty file has no range of bytes
                     return b""
                 raise
 
@@ -117,8 +122,13 @@ class ObjectFiles:
         return digest.hexdigest()
 
     def names(self, folder: str) -> list[str]:
-        """Names of the files in a folder, sorted; none if the folder is not there. Temporary files are left out."""
-        return sorted(name for name, kind in self._list(folder) if kind == "file" and not name.startswith("."))
+        """Names of the files in a folder, sorted; none if the folder is not there.
+
+        Temporary files are left out.
+        """
+        return sorted(
+            name for name, kind in self._list(folder) if kind == "file" and not name.startswith(".")
+        )
 
     def walk(self, folder: str = "") -> Iterator[tuple[str, int, float]]:
         """(name, bytes, time of last change by the service's clock) of every file below a folder, sorted."""
@@ -134,19 +144,26 @@ class ObjectFiles:
         Raises:
             UsageError: the service ignores the condition.
         """
-        # The first create makes the probe where there is none yet; the second is one too many everywhere.
-        if not self._exclusive and all(self.put_if_absent(_PROBE, uuid.uuid4().bytes) for _ in range(2)):
+        # The first create makes the probe where there is none yet; the second is one too many
+        # everywhere.
+        if not self._exclusive and all(
+            self.put_if_absent(_PROBE, uuid.uuid4().bytes) for _ in range(2)
+        ):
             raise UsageError(
-                f"{self.root}: this service overwrites an object that was to be created only if absent (it ignores "
-                "If-None-Match). Two writers would lose each other's rows without an error, so nothing is written "
-                "there. Write to a service that does not, or to a local folder, and copy the finished store."
+                f"{self.root}: this service overwrites an object that was to be created only if "
+                "absent (it ignores If-None-Match). Two writers would lose each other's rows "
+                "without an error, so nothing is written there. Write to a service that does "
+                "not, or to a local folder, and copy the finished store."
             )
         self._exclusive = True
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
-        """Give `name` this content unless it exists. Of racing writers with different contents exactly one gets True.
+        """Give `name` this content unless it exists.
 
-        A writer that finds its own content there gets True too: it may be its own upload, whose answer was lost.
+        Of racing writers with different contents exactly one gets True.
+
+        A writer that finds its own content there gets True too: it may be its own upload, whose
+        answer was lost.
         """
         failed: Exception | None = None
         for pause in CREATE_PAUSES:
@@ -181,7 +198,10 @@ class ObjectFiles:
         return replace(content, fresh=fresh)
 
     def replace(self, name: str, data: bytes) -> None:
-        """Give `name` this content whatever it had; readers see the old or the new. Not for anything of a store."""
+        """Give `name` this content whatever it had; readers see the old or the new.
+
+        Not for anything of a store.
+        """
         with self._explained("cannot write", name):
             self.system.pipe_file(self._key(name), data)
         self.cache.remove(name)
@@ -213,11 +233,17 @@ class ObjectFiles:
         from fsspec.core import url_to_fs
 
         try:
-            system, path = url_to_fs(self.root, use_listings_cache=False)  # fsspec keeps one per process
+            system, path = url_to_fs(
+                self.root, use_listings_cache=False
+            )  # fsspec keeps one per process
         except ImportError as error:
-            raise UsageError(f"{self.root}: {error}. `pip install 'stillroom[s3]'` (or `[gcs]`) brings it.") from error
+            raise UsageError(
+                f"{self.root}: {error}. `pip install 'stillroom[s3]'` (or `[gcs]`) brings it."
+            ) from error
         except ValueError as error:
-            raise UsageError(f"{self.root}: {error}. Name a folder, or a URL such as s3://bucket/path.") from error
+            raise UsageError(
+                f"{self.root}: {error}. Name a folder, or a URL such as s3://bucket/path."
+            ) from error
         return system, path.rstrip("/")
 
     @contextmanager
@@ -236,13 +262,16 @@ class ObjectFiles:
             advice = "Check the bucket's name, or create it"
         else:
             advice = f"The service refused or did not answer; {_AGAIN}"
-        return StillroomError(f"{self.address(name)}: {doing}: {type(error).__name__}: {error}. {advice}.")
+        return StillroomError(
+            f"{self.address(name)}: {doing}: {type(error).__name__}: {error}. {advice}."
+        )
 
 
 class ObjectReader(io.RawIOBase):
     """A file on an object store, open for reading by position: each read is one request.
 
-    fsspec's own would do, but what it raises looks like a damaged file when only the network failed.
+    fsspec's own would do, but what it raises looks like a damaged file when only the network
+    failed.
     """
 
     def __init__(self, files: ObjectFiles, name: str, size: int) -> None:
@@ -263,12 +292,16 @@ class ObjectReader(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """Go to a position."""
-        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = (
+            offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        )
         return self._position
 
     def read(self, size: int = -1) -> bytes:
         """Bytes from here on; fewer at the end only."""
         end = self._size if size < 0 else min(self._position + size, self._size)
-        data = self._files.read_range(self._name, self._position, end) if end > self._position else b""
+        data = (
+            self._files.read_range(self._name, self._position, end) if end > self._position else b""
+        )
         self._position += len(data)
         return data

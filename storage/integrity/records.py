@@ -68,26 +68,39 @@ def _teacher_problems(files: Files, seen: Seen) -> Iterator[Problem]:
         except (ValueError, TypeError):
             right = False
         if not right:
-            yield Problem(identity, None, None, "the identity is not the one its folder is named by", (identity,))
+            yield Problem(
+                identity,
+                None,
+                None,
+                "the identity is not the one its folder is named by",
+                (identity,),
+            )
             continue
         for name, message in _file_problems(files, folder, names, parts):
             yield Problem(f"{folder}/{name}", None, None, message, (identity, f"{folder}/{name}"))
 
 
-def _file_problems(files: Files, folder: str, names: set[str], parts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _file_problems(
+    files: Files, folder: str, names: set[str], parts: dict[str, Any]
+) -> Iterator[tuple[str, str]]:
     """(file, what is wrong) of the files kept beside an identity: hashes where it has them, else their content."""
     for name, sha256 in parts.get("tokenizer", {}).items():
         if name != "config" and name not in names:
             yield name, "the file is missing"
         elif name != "config" and files.sha256(f"{folder}/{name}") != sha256:
             yield name, "the file's sha256 is not the one in identity.json"
-    expected = {"config.json": parts.get("config"), "tokenizer_config.json": parts.get("tokenizer", {}).get("config")}
+    expected = {
+        "config.json": parts.get("config"),
+        "tokenizer_config.json": parts.get("tokenizer", {}).get("config"),
+    }
     if "generation_config.json" in names:
         expected["generation_config.json"] = {"eos_token_id": parts.get("end_tokens")}
     for name, content in expected.items():
         if content and not _holds(files, folder, name, content):
             yield name, "the file does not say what identity.json says of it"
-    if "chat_template.jinja" in names and parts.get("chat_template") != _text(files, f"{folder}/chat_template.jinja"):
+    if "chat_template.jinja" in names and parts.get("chat_template") != _text(
+        files, f"{folder}/chat_template.jinja"
+    ):
         yield "chat_template.jinja", "the template is not the one in identity.json"
 
 
@@ -114,14 +127,24 @@ def _text(files: Files, name: str) -> str:
 
 def _binding_problems(files: Files, seen: Seen) -> Iterator[Problem]:
     """A damaged one takes its whole folder along: the one before it must not count in its place."""
-    names = [name for name, _, _ in files.walk("bindings") if not PurePosixPath(name).name.startswith(".")]
+    names = [
+        name
+        for name, _, _ in files.walk("bindings")
+        if not PurePosixPath(name).name.startswith(".")
+    ]
     for name in names:
         seen.named.add(name)
         try:
             unseal(files.read(name), name)
         except IntegrityError as error:
             folder = PurePosixPath(name).parent
-            yield Problem(name, None, None, str(error), tuple(n for n in names if PurePosixPath(n).parent == folder))
+            yield Problem(
+                name,
+                None,
+                None,
+                str(error),
+                tuple(n for n in names if PurePosixPath(n).parent == folder),
+            )
 
 
 def _snapshot_problems(store: Store, seen: Seen) -> Iterator[Problem]:
@@ -137,13 +160,22 @@ def _snapshot_problems(store: Store, seen: Seen) -> Iterator[Problem]:
             if shard.source:  # read only, and not this store's to prove
                 continue
             seen.named.add(shard.name)
-            if problem := _chosen_problem(store.files, shard.name, shard.sha256, shard.row_groups, seen):
+            if problem := _chosen_problem(
+                store.files, shard.name, shard.sha256, shard.row_groups, seen
+            ):
                 yield Problem(name, None, None, f"its shard {shard.name} {problem}")
             elif len(shard.rows) and int(shard.rows[-1]) >= sum(shard.row_groups):
-                yield Problem(name, None, None, f"it names row {int(shard.rows[-1])} of {shard.name}, which has fewer")
+                yield Problem(
+                    name,
+                    None,
+                    None,
+                    f"it names row {int(shard.rows[-1])} of {shard.name}, which has fewer",
+                )
 
 
-def _chosen_problem(files: Files, name: str, sha256: str, row_groups: tuple[int, ...], seen: Seen) -> str | None:
+def _chosen_problem(
+    files: Files, name: str, sha256: str, row_groups: tuple[int, ...], seen: Seen
+) -> str | None:
     """What is wrong with a shard that a snapshot names: live ones are checked already, withdrawn ones are not."""
     if name in seen.damaged:
         return "is damaged"

@@ -1,6 +1,9 @@
-"""Withdraw what is damaged, so that the next run makes exactly that again. Nothing intact is touched.
+"""Withdraw what is damaged, so that the next run makes exactly that again.
 
-A commit is withdrawn by a record that is put if absent: safe while writers run, and any number of times.
+Nothing intact is touched.
+
+A commit is withdrawn by a record that is put if absent: safe while writers run, and any number of
+times.
 """
 
 import re
@@ -36,7 +39,8 @@ class Repaired:
 
     withdrawn: list[Withdrawn]
     removed: list[str]
-    """Records and files of inputs, teachers, bindings and snapshots; the next run makes them again."""
+    """Records and files of inputs, teachers, bindings and snapshots; the next run makes them
+    again."""
     rewritten: list[str]
     """Withdrawals that could not be read."""
     retried: dict[str, int]
@@ -55,8 +59,8 @@ def repair(store: Store, *, retry: Collection[str] = ()) -> Repaired:
 
     Args:
         store: The store.
-        retry: Reasons of rejects of generate and score: commits of rejects with one of them are withdrawn too, with all
-            rejects that they hold, so that these are tried again.
+        retry: Reasons of rejects of generate and score: commits of rejects with one of them are
+            withdrawn too, with all rejects that they hold, so that these are tried again.
     """
     problems = verify(store).problems
     reasons: dict[str, str] = {}
@@ -79,7 +83,9 @@ def _mend(files: Files, name: str, reason: str, done: Repaired) -> None:
         return
     table = next(table for table in TABLES if table == match[2])
     seq = int(match[3])
-    if match[1] == "retired":  # its name says what was withdrawn; rows of it may have been made again since
+    if (
+        match[1] == "retired"
+    ):  # its name says what was withdrawn; rows of it may have been made again since
         files.replace(name, withdrawal(table, seq, reason="written again by repair"))
         done.rewritten.append(name)
     elif retire(files, table, seq, reason=reason):
@@ -101,8 +107,14 @@ def _retry(store: Store, reasons: set[str], withdrawn: list[Withdrawn]) -> Count
         # What the data stage rejected is read again only where the recipe's data change.
         if commit.stage == "data" or not reasons & found.keys():
             continue
-        if store.retire(commit, reason=f"to be tried again: {', '.join(sorted(reasons & found.keys()))}"):
-            withdrawn.append(Withdrawn(record_name("rejects", commit.seq), commit.shard.rows, "to be tried again"))
+        if store.retire(
+            commit, reason=f"to be tried again: {', '.join(sorted(reasons & found.keys()))}"
+        ):
+            withdrawn.append(
+                Withdrawn(
+                    record_name("rejects", commit.seq), commit.shard.rows, "to be tried again"
+                )
+            )
             counted.update(found)
     return counted
 

@@ -1,7 +1,7 @@
 """One shard against its record: size, hash, the checksum of every page, every row.
 
-Damage is named to column and row group where a page shows it. Page headers, page index and footer have no checksum of
-their own: the hash of the whole file finds what is wrong there.
+Damage is named to column and row group where a page shows it. Page headers, page index and footer
+have no checksum of their own: the hash of the whole file finds what is wrong there.
 """
 
 from collections.abc import Iterator, Mapping
@@ -32,7 +32,8 @@ class Problem:
     row_group: int | None
     message: str
     mend: tuple[str, ...] = ()
-    """Records that `repair` withdraws (commits) or removes (others), so that this is made again; none: nothing can."""
+    """Records that `repair` withdraws (commits) or removes (others), so that this is made again;
+    none: nothing can."""
 
 
 def shard_problems(
@@ -68,7 +69,10 @@ def shard_problems(
 def _content_problems(
     files: Files, shard: ShardInfo, schema: pa.Schema, *, record: Record | None, mend: str
 ) -> Iterator[Problem]:
-    """What a reader finds. `mend` stands where the record is wrong though the file is the one it names."""
+    """What a reader finds.
+
+    `mend` stands where the record is wrong though the file is the one it names.
+    """
     try:
         file = ShardFile(files, shard.name)
     except IntegrityError as error:
@@ -78,7 +82,11 @@ def _content_problems(
         yield Problem(shard.name, None, None, "the columns are not those of the table", (mend,))
     elif file.rows_per_group != shard.row_groups:
         yield Problem(
-            shard.name, None, None, f"row groups {file.rows_per_group}, committed {shard.row_groups}", (mend,)
+            shard.name,
+            None,
+            None,
+            f"row groups {file.rows_per_group}, committed {shard.row_groups}",
+            (mend,),
         )
     elif record is None:
         yield from _page_problems(file)
@@ -126,7 +134,9 @@ def _row_problems(file: ShardFile, record: Record, *, mend: str) -> Iterator[Pro
         message = f"the keys are not those of {record_name(commit.table, commit.seq)}"
         yield Problem(file.name, "key", None, message, (mend,))
     if tokens != commit.tokens:
-        yield Problem(file.name, None, None, f"{tokens} tokens, {commit.tokens} were committed", (mend,))
+        yield Problem(
+            file.name, None, None, f"{tokens} tokens, {commit.tokens} were committed", (mend,)
+        )
 
 
 def split_keys(joined: bytes) -> list[bytes]:
@@ -134,7 +144,9 @@ def split_keys(joined: bytes) -> list[bytes]:
     return [joined[i : i + KEY_BYTES] for i in range(0, len(joined), KEY_BYTES)]
 
 
-def _value_problems(file: ShardFile, table: TableName, rows: Rows, *, group: int) -> Iterator[Problem]:
+def _value_problems(
+    file: ShardFile, table: TableName, rows: Rows, *, group: int
+) -> Iterator[Problem]:
     """One problem per column of a row group: the first row that has it, and how many more."""
     found: dict[str | None, dict[int, str]] = {}
     for index in range(len(rows)):
@@ -146,7 +158,9 @@ def _value_problems(file: ShardFile, table: TableName, rows: Rows, *, group: int
         yield Problem(file.name, column, group, first_of(list(messages.values())))
 
 
-def _row_doubts(table: TableName, row: Mapping[str, Any], about: Mapping[str, Any]) -> Iterator[tuple[str | None, str]]:
+def _row_doubts(
+    table: TableName, row: Mapping[str, Any], about: Mapping[str, Any]
+) -> Iterator[tuple[str | None, str]]:
     try:
         check_shape(table, row, about)
         if table == "soft_targets":

@@ -1,8 +1,9 @@
 """Remove what no record and no snapshot names, once it is old enough that nobody can be about to name it.
 
-A shard is new when its writer names it: `put_parquet` never relies on a file that was there before. So a file that
-stands unnamed for longer than any writer takes from shard to record (24 hours, by the store's own clock) never gets a
-name. Files are listed first and records read afterwards, so what was named meanwhile is known.
+A shard is new when its writer names it: `put_parquet` never relies on a file that was there before.
+So a file that stands unnamed for longer than any writer takes from shard to record (24 hours, by
+the store's own clock) never gets a name. Files are listed first and records read afterwards, so
+what was named meanwhile is known.
 """
 
 import uuid
@@ -54,13 +55,17 @@ def vacuum(store: Store, *, older_than_hours: float = HOURS, dry_run: bool = Fal
     files = store.files
     latest = _now(files) - older_than_hours * 3600
     listed = list(files.walk())
-    named = _named(store, {name for name, _, changed in listed if name.startswith("retired/") and changed > latest})
+    named = _named(
+        store,
+        {name for name, _, changed in listed if name.startswith("retired/") and changed > latest},
+    )
     useless = [item for item in listed if _is_useless(item[0], named)]
     at_work = {name.rpartition("/")[0] for name, _, changed in listed if changed > latest}
     old = {
         name: size
         for name, size, changed in useless
-        if changed <= latest and not (name.startswith("claims/") and name.rpartition("/")[0] in at_work)
+        if changed <= latest
+        and not (name.startswith("claims/") and name.rpartition("/")[0] in at_work)
     }
     if not dry_run:
         for name in old:
@@ -97,11 +102,13 @@ def _named(store: Store, recent: set[str]) -> set[str]:
             if (inputs := read_inputs(store.files, file.removesuffix(".json"))) is not None:
                 named.add(inputs.shard.name)
         for file in store.files.names("snapshots"):
-            named.update(shard.name for shard in load_snapshot(store, file.removesuffix(".json")).shards)
+            named.update(
+                shard.name for shard in load_snapshot(store, file.removesuffix(".json")).shards
+            )
     except (IntegrityError, KeyError, TypeError, ValueError) as error:
         raise IntegrityError(
-            f"vacuum: nothing was removed, for a record cannot be read, and what it names must stay: {error} "
-            "Run `stillroom repair` first."
+            "vacuum: nothing was removed, for a record cannot be read, and what it names must "
+            f"stay: {error} Run `stillroom repair` first."
         ) from error
     return named
 

@@ -1,7 +1,7 @@
 """Prove a store: every record, every byte of every shard, every row, against what was committed.
 
-Nothing here trusts a check made while writing. What is wrong is a `Problem`; what is merely left over is a note. One
-record and one row group are in memory at a time, and 8 bytes a key.
+Nothing here trusts a check made while writing. What is wrong is a `Problem`; what is merely left
+over is a note. One record and one row group are in memory at a time, and 8 bytes a key.
 """
 
 from collections.abc import Iterator
@@ -35,7 +35,8 @@ class Report:
     tables: dict[TableName, TableReport] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """Files that no record names, and withdrawn records that cannot be read: harmless, they hold no rows."""
+    """Files that no record names, and withdrawn records that cannot be read: harmless, they hold no
+    rows."""
 
     @property
     def ok(self) -> bool:
@@ -65,7 +66,9 @@ def _record(files: Files, table: TableName, seq: int) -> Record | Problem:
         record = read_commit(files, table, seq)
     except IntegrityError as error:
         return Problem(name, None, None, str(error), (name,))
-    return record or Problem(name, None, None, "the record is missing, but later ones exist", (name,))
+    return record or Problem(
+        name, None, None, "the record is missing, but later ones exist", (name,)
+    )
 
 
 def _commit_problems(files: Files, record: Record) -> list[Problem]:
@@ -108,7 +111,9 @@ def _verify_table(files: Files, table: TableName, report: Report, seen: Seen) ->
     return found
 
 
-def _withdrawal_problems(files: Files, table: TableName, withdrawn: set[int], seen: Seen) -> Iterator[Problem]:
+def _withdrawal_problems(
+    files: Files, table: TableName, withdrawn: set[int], seen: Seen
+) -> Iterator[Problem]:
     for seq in sorted(withdrawn):
         name = record_name(table, seq, folder="retired")
         seen.named.add(name)
@@ -129,8 +134,13 @@ def _withdrawn_notes(files: Files, table: TableName, seq: int, seen: Seen) -> It
             seen.named.add(record[0].shard.name)
 
 
-def _repeated_keys(files: Files, table: TableName, live: list[int], halves: list[np.ndarray]) -> Iterator[Problem]:
-    """No key may be in two live commits. First by half keys in order, then exactly, where halves are equal."""
+def _repeated_keys(
+    files: Files, table: TableName, live: list[int], halves: list[np.ndarray]
+) -> Iterator[Problem]:
+    """No key may be in two live commits.
+
+    First by half keys in order, then exactly, where halves are equal.
+    """
     ordered = np.sort(np.concatenate([np.empty(0, np.uint64), *halves]))
     doubtful = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
     first: dict[bytes, int] = {}

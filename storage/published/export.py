@@ -1,8 +1,9 @@
 """Exporting a snapshot: its rows as Parquet files that others read, in a version folder that never changes.
 
 `make_tables` writes the files into a working folder; `place` moves a finished version into the published folder, data
-first, its MANIFEST last. Who reads the folder starts from the card, which the caller replaces after that, so nobody
-sees half a version. `manifest.py` says what lies where. Equal rows and choices give equal bytes.
+first, its MANIFEST last. Who reads the folder starts from the card, which the caller replaces after
+that, so nobody sees half a version. `manifest.py` says what lies where. Equal rows and choices give
+equal bytes.
 """
 
 import difflib
@@ -47,9 +48,11 @@ class Choice:
     where: str | None = None
     """SQL condition over the columns of `generations`, as in `select.where`."""
     columns: tuple[str, ...] = ()
-    """Names, or `table.name`; none: all. `key` always goes along; a table of which none is named stays at home."""
+    """Names, or `table.name`; none: all. `key` always goes along; a table of which none is named
+    stays at home."""
     min_k: int | None = None
-    """Rows of soft targets with fewer entries stay at home; of those with more the others join the tail."""
+    """Rows of soft targets with fewer entries stay at home; of those with more the others join the
+    tail."""
 
     def to_json(self) -> dict[str, Any]:
         """As the manifest has it."""
@@ -94,23 +97,36 @@ def find_snapshots(store: Store, name: str | None) -> dict[str, Snapshot]:
             f"\n  {s.id}  {s.about.get('split', '-')}, {s.rows} rows of {s.table}"
             for s in known or [load_snapshot(store, found) for found in ids]
         )
-        what = "several snapshots" if known else f"no snapshot {name}" if name else "no snapshot of training rows"
-        advice = "Name one with --snapshot" if ids else "Run a recipe up to `train` first, it makes one"
+        what = (
+            "several snapshots"
+            if known
+            else f"no snapshot {name}"
+            if name
+            else "no snapshot of training rows"
+        )
+        advice = (
+            "Name one with --snapshot" if ids else "Run a recipe up to `train` first, it makes one"
+        )
         raise UsageError(f"{store.root}: {what}. {advice}.{listed}")
     (chosen,) = known
     split = chosen.about.get("split", "train")
     others = {name: found for name, found in chosen.about.get("splits", {}).items() if found in ids}
     if source := next((shard.source for shard in chosen.shards if shard.source), None):
         raise UsageError(
-            f"{store.root}: snapshot {chosen.id} holds rows of the read-only source {source}, which are not in this "
-            "store. What a published folder holds is published: name that one. What a store holds can be exported from "
-            "it. Or run the recipe once without storage.sources: then this store has all of its rows."
+            f"{store.root}: snapshot {chosen.id} holds rows of the read-only source {source}, "
+            "which are not in this store. What a published folder holds is published: name that "
+            "one. What a store holds can be exported from it. Or run the recipe once without "
+            "storage.sources: then this store has all of its rows."
         )
-    found = {split: chosen} | {name: load_snapshot(store, id_) for name, id_ in others.items() if name != split}
+    found = {split: chosen} | {
+        name: load_snapshot(store, id_) for name, id_ in others.items() if name != split
+    }
     return {name: found[name] for name in SPLITS if name in found}
 
 
-def make_tables(store: Store, snapshots: Mapping[str, Snapshot], folder: Path, choice: Choice) -> Made:
+def make_tables(
+    store: Store, snapshots: Mapping[str, Snapshot], folder: Path, choice: Choice
+) -> Made:
     """Write the rows of some splits as Parquet files into a working folder.
 
     Raises:
@@ -120,21 +136,30 @@ def make_tables(store: Store, snapshots: Mapping[str, Snapshot], folder: Path, c
     columns = chosen_columns(choice.columns)
     for snapshot in snapshots.values():
         if choice.min_k is not None and snapshot.table != "soft_targets":
-            raise UsageError("--min-k: nothing was scored for this snapshot, so there are no entries. Leave it out.")
+            raise UsageError(
+                "--min-k: nothing was scored for this snapshot, so there are no entries. Leave "
+                "it out."
+            )
         _refuse_others_rows(store, snapshot)
     allowed = None if choice.where is None else allowed_generations(store, choice.where)
     made = Made()
     for split, snapshot in snapshots.items():
-        _Split(store, snapshot, split, columns=columns, made=made).write(folder, allowed, choice.min_k)
+        _Split(store, snapshot, split, columns=columns, made=made).write(
+            folder, allowed, choice.min_k
+        )
     if next(iter(snapshots)) not in made.splits:  # those that come with it may lose all of theirs
         gone = [split for split in snapshots if split not in made.splits]
-        raise UsageError(f"export: --where and --min-k leave no row of {', '.join(gone)}. Ask for less.")
+        raise UsageError(
+            f"export: --where and --min-k leave no row of {', '.join(gone)}. Ask for less."
+        )
     made.tables = {
         table: {"columns": names, "complete": names == PUBLISHED[table].names}
         for table, names in columns.items()
         if any(file.table == table for file in made.files.values())
     }
-    made.about = {table: common([about for about, _ in said]) for table, said in made.said.items() if said}
+    made.about = {
+        table: common([about for about, _ in said]) for table, said in made.said.items() if said
+    }
     return made
 
 
@@ -143,8 +168,9 @@ def _refuse_others_rows(store: Store, snapshot: Snapshot) -> None:
     for part in snapshot.shards:
         if part.sha256 not in live and not store.files.exists(part.name):
             raise UsageError(
-                f"{store.root}: has no {part.name}, which snapshot {snapshot.id} names. If its recipe has "
-                "storage.sources, export the store that the rows are in; else run `stillroom verify`."
+                f"{store.root}: has no {part.name}, which snapshot {snapshot.id} names. If its "
+                "recipe has storage.sources, export the store that the rows are in; else run "
+                "`stillroom verify`."
             )
 
 
@@ -176,10 +202,16 @@ def common(abouts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         UsageError: they do not agree on what the numbers of their rows mean.
     """
     first = abouts[0]
-    agreed = {name for name in first if all(name in other and other[name] == first[name] for other in abouts)}
+    agreed = {
+        name
+        for name in first
+        if all(name in other and other[name] == first[name] for other in abouts)
+    }
     for name in _ONE_FOR_ALL:
         if name in first and name not in agreed:
-            raise UsageError(f"export: the snapshot's rows differ in their {name}: they cannot be one dataset.")
+            raise UsageError(
+                f"export: the snapshot's rows differ in their {name}: they cannot be one dataset."
+            )
     return {name: first[name] for name in sorted(agreed - _OF_ONE_SHARD)}
 
 
@@ -187,7 +219,13 @@ class _Split:
     """One split on its way out."""
 
     def __init__(
-        self, store: Store, snapshot: Snapshot, split: str, *, columns: Mapping[str, list[str]], made: Made
+        self,
+        store: Store,
+        snapshot: Snapshot,
+        split: str,
+        *,
+        columns: Mapping[str, list[str]],
+        made: Made,
     ) -> None:
         self._store, self._snapshot, self._split = store, snapshot, split
         self._columns, self._made = columns, made
@@ -206,7 +244,9 @@ class _Split:
         if "generations" in self._columns:
             numbers["generations"] = self._generations(folder, texts, common(said))
         if not numbers:
-            raise UsageError(f"--columns: none is of {self._snapshot.table}, and the snapshot has no other rows.")
+            raise UsageError(
+                f"--columns: none is of {self._snapshot.table}, and the snapshot has no other rows."
+            )
         lengths = next(iter(numbers.values()))
         self._made.statistics[self._split] = numbers
         self._made.splits[self._split] = PublishedSplit(
@@ -235,21 +275,33 @@ class _Split:
         return pa.concat_arrays(keys), np.concatenate(kept)
 
     def _targets(self, folder: Path, keep: np.ndarray, min_k: int | None) -> dict[str, Any]:
-        shards = [(self._store.shard("soft_targets", part.sha256), len(part.rows)) for part in self._snapshot.shards]
+        shards = [
+            (self._store.shard("soft_targets", part.sha256), len(part.rows))
+            for part in self._snapshot.shards
+        ]
         about = common(self._hear("soft_targets", [(shard.about, rows) for shard, rows in shards]))
         classes = about.get("class_names")
         if min_k is not None and classes:
-            raise UsageError("--min-k: targets over classes are whole, they cannot be cut. Leave it out.")
+            raise UsageError(
+                "--min-k: targets over classes are whole, they cannot be cut. Leave it out."
+            )
         numbers = TargetNumbers(len(classes) if classes else int(about["vocab_size"]))
         files = self._open(folder, "soft_targets", about, counted="span_tokens")
-        for rows in snapshot_rows(self._store, self._snapshot, PUBLISHED["soft_targets"].names, keep=keep):
+        for rows in snapshot_rows(
+            self._store, self._snapshot, PUBLISHED["soft_targets"].names, keep=keep
+        ):
             rows = rows if min_k is None else cut_rows(rows, min_k)
             numbers.add(rows)
             files.add(rows)
         return numbers.numbers() | self._close(files, "soft_targets")
 
-    def _generations(self, folder: Path, keys: pa.Array, about: Mapping[str, Any]) -> dict[str, Any]:
-        numbers, files = TextNumbers(), self._open(folder, "generations", about, counted="completion_tokens")
+    def _generations(
+        self, folder: Path, keys: pa.Array, about: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        numbers, files = (
+            TextNumbers(),
+            self._open(folder, "generations", about, counted="completion_tokens"),
+        )
         for rows in generations_of(self._store, keys):
             numbers.add(rows)
             files.add(rows)
@@ -259,10 +311,14 @@ class _Split:
         """Keep what shards say, for the provenance; returns it without the rows."""
         self._made.said.setdefault(table, []).extend(said)
         names = ("teacher_id", "author_id")
-        self._made.authors |= {about[name] for about, _ in said for name in names if about.get(name)}
+        self._made.authors |= {
+            about[name] for about, _ in said for name in names if about.get(name)
+        }
         return [about for about, _ in said]
 
-    def _open(self, folder: Path, table: TableName, about: Mapping[str, Any], *, counted: str) -> TableFiles:
+    def _open(
+        self, folder: Path, table: TableName, about: Mapping[str, Any], *, counted: str
+    ) -> TableFiles:
         parts = folder / table / self._split
         parts.mkdir(parents=True)
         schema = pa.schema([PUBLISHED[table].field(name) for name in self._columns[table]])
@@ -285,7 +341,9 @@ class _Split:
         return {"bytes": files.bytes, "rows": sum(map(sum, files.row_groups))}
 
 
-def place(files: LocalFiles, manifest: Manifest, made: Mapping[Path, str], small: Mapping[str, bytes]) -> None:
+def place(
+    files: LocalFiles, manifest: Manifest, made: Mapping[Path, str], small: Mapping[str, bytes]
+) -> None:
     """Move a version into a published folder: data and small files first, the manifest last.
 
     Args:

@@ -1,7 +1,8 @@
 """Parquet files to publish: rows become row groups, row groups become files of a bounded size.
 
-What they have beside a store's shards: content-defined chunking, by which a Hub stores and sends the pages that two
-versions share only once. Sizes do not depend on how the rows come in, so equal rows give equal bytes.
+What they have beside a store's shards: content-defined chunking, by which a Hub stores and sends
+the pages that two versions share only once. Sizes do not depend on how the rows come in, so equal
+rows give equal bytes.
 """
 
 import json
@@ -27,8 +28,13 @@ CHUNKING = {"min_chunk_size": 256 << 10, "max_chunk_size": 1 << 20, "norm_level"
 class TableFiles:
     """The files of one table's split, written into a folder under numbers; their final names need the last number."""
 
-    def __init__(self, folder: Path, *, schema: pa.Schema, about: Mapping[str, Any], counted: str) -> None:
-        """`schema`: columns to write. `about`: goes into each file's metadata. `counted`: column of tokens to sum."""
+    def __init__(
+        self, folder: Path, *, schema: pa.Schema, about: Mapping[str, Any], counted: str
+    ) -> None:
+        """`schema`: columns to write.
+
+        `about`: goes into each file's metadata. `counted`: column of tokens to sum.
+        """
         self._folder, self._counted = folder, counted
         metadata = {METADATA_KEY: json.dumps(about, sort_keys=True, ensure_ascii=False)}
         self._schema = schema.with_metadata(metadata)
@@ -105,7 +111,9 @@ def row_sizes(table: pa.Table) -> np.ndarray:
     """[R] bytes of each row in Arrow's memory: values and offsets, without validity bits."""
     sizes = np.zeros(table.num_rows, np.int64)
     for column in table.columns:
-        sizes += np.concatenate([np.zeros(0, np.int64), *(_sizes(chunk) for chunk in column.chunks)])
+        sizes += np.concatenate(
+            [np.zeros(0, np.int64), *(_sizes(chunk) for chunk in column.chunks)]
+        )
     return sizes
 
 

@@ -31,7 +31,10 @@ class Spread:
         below = np.cumsum(self._counts)
         if not below[-1]:
             return None
-        places = {name: int(np.searchsorted(below, share * below[-1])) for name, share in QUANTILES.items()}
+        places = {
+            name: int(np.searchsorted(below, share * below[-1]))
+            for name, share in QUANTILES.items()
+        }
         found = {name: (place + 0.5) * self._limit / _BINS for name, place in places.items()}
         return {name: round(min(value, self._most), 6) for name, value in found.items()} | {
             "mean": round(self._sum / int(below[-1]), 6),
@@ -57,8 +60,16 @@ class Lengths:
         if not len(lengths):
             return dict.fromkeys(("total", "mean", *QUANTILES, "max"), 0)
         total = int(np.dot(lengths, np.diff(below, prepend=0)))
-        found = {name: int(lengths[np.searchsorted(below, share * below[-1])]) for name, share in QUANTILES.items()}
-        return {"total": total, "mean": round(total / int(below[-1]), 2), **found, "max": int(lengths[-1])}
+        found = {
+            name: int(lengths[np.searchsorted(below, share * below[-1])])
+            for name, share in QUANTILES.items()
+        }
+        return {
+            "total": total,
+            "mean": round(total / int(below[-1]), 2),
+            **found,
+            "max": int(lengths[-1]),
+        }
 
 
 class TargetNumbers:
@@ -86,8 +97,12 @@ class TargetNumbers:
         for kind, others in set(zip(rows["kind"].to_pylist(), stored, strict=True)):
             if kind != "full":  # which has all of them
                 here = {*others, *([] if kind == "sampled" and others else [1.0])}
-                self._temperatures = here if self._temperatures is None else self._temperatures & here
-        self._mass.add(1.0 - np.exp(np.asarray(rows["tail_logprob"].combine_chunks().flatten(), np.float64)))
+                self._temperatures = (
+                    here if self._temperatures is None else self._temperatures & here
+                )
+        self._mass.add(
+            1.0 - np.exp(np.asarray(rows["tail_logprob"].combine_chunks().flatten(), np.float64))
+        )
 
     def numbers(self) -> dict[str, Any]:
         """As the manifest has them."""
@@ -111,16 +126,25 @@ class TextNumbers:
     """Of the generations of one split."""
 
     def __init__(self) -> None:
-        self._prompts, self._completions, self._tokens, self._scored = Lengths(), Lengths(), Lengths(), Lengths()
+        self._prompts, self._completions, self._tokens, self._scored = (
+            Lengths(),
+            Lengths(),
+            Lengths(),
+            Lengths(),
+        )
         self._finished: Counter[str] = Counter()
 
     def add(self, rows: pa.Table) -> None:
         """Count some rows."""
-        prompts, completions = (rows[name].to_numpy() for name in ("prompt_tokens", "completion_tokens"))
+        prompts, completions = (
+            rows[name].to_numpy() for name in ("prompt_tokens", "completion_tokens")
+        )
         self._prompts.add(prompts)
         self._completions.add(completions)
         self._tokens.add(prompts + completions)
-        self._scored.add(prompts + completions - np.maximum(prompts, 1))  # nothing comes before the first token
+        self._scored.add(
+            prompts + completions - np.maximum(prompts, 1)
+        )  # nothing comes before the first token
         self._finished.update(rows["finish_reason"].to_pylist())
 
     def numbers(self) -> dict[str, Any]:

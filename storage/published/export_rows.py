@@ -1,8 +1,8 @@
 """The rows that an export takes out of a store: in the snapshot's order, a row group at a time, targets cut to K.
 
-Soft targets are read with their checksums, as training reads them. Generations lie in the store in another order than
-the targets made of them, so DuckDB joins and sorts them, on disk where memory does not suffice; it knows no page
-checksums, so the files are hashed before.
+Soft targets are read with their checksums, as training reads them. Generations lie in the store in
+another order than the targets made of them, so DuckDB joins and sorts them, on disk where memory
+does not suffice; it knows no page checksums, so the files are hashed before.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,14 +25,23 @@ from ..tables.soft_targets import SoftTargets
 
 JOINED = pa.schema(
     [
-        pa.field("prompt", pa.string(), metadata={"about": "the prompt; null where it is messages or empty"}),
+        pa.field(
+            "prompt",
+            pa.string(),
+            metadata={"about": "the prompt; null where it is messages or empty"},
+        ),
         pa.field("text_pair", pa.string(), metadata={"about": "second text of a labelled pair"}),
-        pa.field("messages", MESSAGES, metadata={"about": "the conversation before the completion; null for text"}),
+        pa.field(
+            "messages",
+            MESSAGES,
+            metadata={"about": "the conversation before the completion; null for text"},
+        ),
         pa.field("reference", pa.string(), metadata={"about": "gold answer, for evaluation only"}),
         pa.field("label", pa.int32(), metadata={"about": "gold class index"}),
     ]
 )
-"""What a published generation has of its prompt. `prompts.source` stays at home: it names files of the publisher's."""
+"""What a published generation has of its prompt. `prompts.source` stays at home: it names files of
+the publisher's."""
 PUBLISHED: dict[str, pa.Schema] = {
     "generations": pa.schema([*SCHEMAS["generations"], *JOINED]),
     "soft_targets": SCHEMAS["soft_targets"],
@@ -40,8 +49,9 @@ PUBLISHED: dict[str, pa.Schema] = {
 """Tables that are published, and their columns."""
 _BATCH_ROWS = 4096
 
-# A given text's prompts row is named; a generated one knows the prompt's hash, which rows that differ in the reference
-# share: the first by key stands for them. A document is all completion: its windows would repeat it as their prompt.
+# A given text's prompts row is named; a generated one knows the prompt's hash, which rows that
+# differ in the reference share: the first by key stands for them. A document is all completion: its
+# windows would repeat it as their prompt.
 _JOIN = """
     WITH named AS (SELECT prompt_key, min(key) AS key FROM prompts GROUP BY prompt_key)
     SELECT g.*, CASE WHEN p.format = 'text' THEN NULL ELSE p.text END AS prompt,
@@ -84,7 +94,11 @@ def allowed_generations(store: Store, where: str) -> pa.Array:
     """
     _check_bytes(store, "generations")
     try:
-        return query(store, f"SELECT key FROM generations WHERE {where}")["key"].combine_chunks().cast(KEY)
+        return (
+            query(store, f"SELECT key FROM generations WHERE {where}")["key"]
+            .combine_chunks()
+            .cast(KEY)
+        )
     except UsageError as error:
         raise UsageError(f"--where: {error}") from error
 
@@ -108,9 +122,10 @@ def generations_of(store: Store, keys: pa.Array) -> Iterator[pa.Table]:
             yield pa.Table.from_batches([batch]).cast(PUBLISHED["generations"])
     if found != len(keys):
         raise IntegrityError(
-            f"{store.root}: of {len(keys)} generations that the snapshot's rows name, {found} are in the store. "
-            "Are the others in one of its recipe's storage.sources? An export takes rows of one store. If not, they "
-            "were withdrawn: run `stillroom verify`, then the recipe again, and export its new snapshot."
+            f"{store.root}: of {len(keys)} generations that the snapshot's rows name, {found} are "
+            "in the store. Are the others in one of its recipe's storage.sources? An export "
+            "takes rows of one store. If not, they were withdrawn: run `stillroom verify`, then "
+            "the recipe again, and export its new snapshot."
         )
 
 
@@ -145,8 +160,8 @@ def can_be_cut(rows: pa.Table, k: int) -> np.ndarray:
     kinds = rows["kind"].combine_chunks()
     if pc.any(pc.equal(kinds, "sampled")).as_py():
         raise UsageError(
-            "--min-k: some of the snapshot's targets are sampled, and draws cannot be cut to fewer entries. "
-            "Leave --min-k out, or score with topk."
+            "--min-k: some of the snapshot's targets are sampled, and draws cannot be cut to "
+            "fewer entries. Leave --min-k out, or score with topk."
         )
     enough = pc.or_(pc.equal(kinds, "full"), pc.greater_equal(rows["k"].combine_chunks(), k))
     return np.array(enough.to_pylist(), bool)
@@ -183,15 +198,21 @@ def cut(targets: SoftTargets, k: int) -> SoftTargets:
     rest = logprobs[:, k:].astype(np.float64)
     tempered = targets.tempered_tails
     if tempered is not None and targets.temperatures is not None:
-        parts = [np.logaddexp.reduce(rest / t, axis=1) for t in targets.temperatures.astype(np.float64)]
+        parts = [
+            np.logaddexp.reduce(rest / t, axis=1) for t in targets.temperatures.astype(np.float64)
+        ]
         tempered = np.logaddexp(tempered, np.stack(parts, axis=1)).astype(np.float32)
     return SoftTargets(
         ids=ids[:, :k],
         logprobs=logprobs[:, :k],
-        tail_logprob=np.logaddexp(targets.tail_logprob, np.logaddexp.reduce(rest, axis=1)).astype(np.float32),
+        tail_logprob=np.logaddexp(targets.tail_logprob, np.logaddexp.reduce(rest, axis=1)).astype(
+            np.float32
+        ),
         token_logprob=targets.token_logprob,
         entropy=targets.entropy,
-        entries=None if targets.entries is None else np.minimum(targets.entries, k).astype(np.int32),
+        entries=None
+        if targets.entries is None
+        else np.minimum(targets.entries, k).astype(np.int32),
         temperatures=targets.temperatures,
         tempered_tails=tempered,
     )
@@ -200,4 +221,6 @@ def cut(targets: SoftTargets, k: int) -> SoftTargets:
 def _check_bytes(store: Store, table: TableName) -> None:
     for commit in store.commits(table):  # DuckDB would read a flipped bit without a word
         if store.files.sha256(commit.shard.name) != commit.shard.sha256:
-            raise IntegrityError(f"{commit.shard.name}: the file is damaged (its sha256 is another one). {REPAIR}")
+            raise IntegrityError(
+                f"{commit.shard.name}: the file is damaged (its sha256 is another one). {REPAIR}"
+            )

@@ -1,9 +1,9 @@
 """A published folder as a store that is read only: its rows stand where they stood in the store that they come from.
 
 `export` writes the chosen rows of a snapshot into few large files and keeps the snapshot's record beside them. Here
-each shard of that record is a shard again, which holds the rows that were published. So the same recipe chooses the
-same snapshot, with the same id and the same order of samples, and trains the same student. Rows that were cut on their
-way out have no such record: there each file is a shard.
+each shard of that record is a shard again, which holds the rows that were published. So the same
+recipe chooses the same snapshot, with the same id and the same order of samples, and trains the
+same student. Rows that were cut on their way out have no such record: there each file is a shard.
 """
 
 import json
@@ -39,13 +39,18 @@ class PublishedFile(ShardFile):
         try:
             about = json.loads(self.schema.metadata[METADATA_KEY])
         except (TypeError, KeyError, ValueError) as error:
-            raise IntegrityError(f"{self.name}: not a published table (no `stillroom` metadata). {_HELP}") from error
+            raise IntegrityError(
+                f"{self.name}: not a published table (no `stillroom` metadata). {_HELP}"
+            ) from error
         expected = SCHEMAS[about["table"]]
         for field in self.schema:
-            if field.name in expected.names and not field.type.equals(expected.field(field.name).type):
+            if field.name in expected.names and not field.type.equals(
+                expected.field(field.name).type
+            ):
                 raise IntegrityError(
-                    f"{self.name}: column {field.name} holds {field.type}, expected {expected.field(field.name).type}. "
-                    "Use the version of Stillroom that published it."
+                    f"{self.name}: column {field.name} holds {field.type}, expected "
+                    f"{expected.field(field.name).type}. Use the version of Stillroom that "
+                    "published it."
                 )
         return dict(about)
 
@@ -53,7 +58,9 @@ class PublishedFile(ShardFile):
 class PublishedShard(ShardFile):
     """A shard of the store that was published from: its published rows, under the numbers that they had there."""
 
-    def __init__(self, table: "_Rows", shard: ShardInfo, rows: np.ndarray, positions: np.ndarray) -> None:
+    def __init__(
+        self, table: "_Rows", shard: ShardInfo, rows: np.ndarray, positions: np.ndarray
+    ) -> None:
         """`rows` ascending, `positions` where they are in the published table."""
         self.name = shard.name
         self.rows_per_group = shard.row_groups
@@ -71,27 +78,37 @@ class PublishedShard(ShardFile):
         """Indices of the published rows."""
         return self._rows
 
-    def read(self, group: int, columns: Sequence[str] | None = None, *, threads: bool = True) -> pa.Table:
+    def read(
+        self, group: int, columns: Sequence[str] | None = None, *, threads: bool = True
+    ) -> pa.Table:
         """The published rows of one row group."""
         first, last = np.searchsorted(self._rows, self.starts[group : group + 2])
         return self._table.select(self._positions[first:last], columns, threads=threads)
 
-    def select(self, rows: np.ndarray, columns: Sequence[str] | None = None, *, threads: bool = True) -> pa.Table:
+    def select(
+        self, rows: np.ndarray, columns: Sequence[str] | None = None, *, threads: bool = True
+    ) -> pa.Table:
         """Rows by ascending index, page checksums verified."""
         return self._table.select(self._at(rows), columns, threads=threads)
 
-    def take(self, rows: Sequence[int] | np.ndarray, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    def take(
+        self, rows: Sequence[int] | np.ndarray, columns: Sequence[str] | None = None
+    ) -> Iterator[dict[str, Any]]:
         """Rows by index, in the order given."""
         positions = self._at(np.asarray(rows, np.int64))
         for file, group in groupby(positions.tolist(), key=self._table.file_of):
             first = int(self._table.starts[file])
-            yield from self._table.file(file).take([position - first for position in group], columns)
+            yield from self._table.file(file).take(
+                [position - first for position in group], columns
+            )
 
     def _at(self, rows: np.ndarray) -> np.ndarray:
         found = np.minimum(np.searchsorted(self._rows, rows), len(self._rows) - 1)
         if len(rows) and not np.array_equal(self._rows[found], rows):
             missing = int(rows[self._rows[found] != rows][0])
-            raise IntegrityError(f"{self.name}: row {missing} was asked for and was not published. {_HELP}")
+            raise IntegrityError(
+                f"{self.name}: row {missing} was asked for and was not published. {_HELP}"
+            )
         return self._positions[found]
 
 
@@ -100,7 +117,9 @@ class _Rows:
 
     def __init__(self, files: Files, infos: Sequence[ShardInfo]) -> None:
         self._files, self.infos = files, infos
-        self.starts = np.concatenate([[0], np.cumsum([info.rows for info in infos], dtype=np.int64)])
+        self.starts = np.concatenate(
+            [[0], np.cumsum([info.rows for info in infos], dtype=np.int64)]
+        )
 
     def file_of(self, position: int) -> int:
         """Which file holds a row."""
@@ -112,15 +131,20 @@ class _Rows:
         file = PublishedFile(self._files, info.name)
         if file.rows != info.rows:
             raise IntegrityError(
-                f"{self._files.root}/{info.name}: {file.rows} rows, {MANIFEST} says {info.rows}. {_HELP}"
+                f"{self._files.root}/{info.name}: {file.rows} rows, {MANIFEST} says {info.rows}. "
+                f"{_HELP}"
             )
         return file
 
-    def select(self, positions: np.ndarray, columns: Sequence[str] | None, *, threads: bool) -> pa.Table:
+    def select(
+        self, positions: np.ndarray, columns: Sequence[str] | None, *, threads: bool
+    ) -> pa.Table:
         """Rows by ascending position (of one row group of a store, so of very few files)."""
         of = np.searchsorted(self.starts, positions, side="right") - 1
         parts = [
-            self.file(number).select(positions[of == number] - self.starts[number], columns, threads=threads)
+            self.file(number).select(
+                positions[of == number] - self.starts[number], columns, threads=threads
+            )
             for number in (np.unique(of).tolist() or [0])
         ]
         return pa.concat_tables(parts)
@@ -139,7 +163,9 @@ class Published(Store):
         self.manifest = manifest
         tables = {split.table for split in manifest.splits.values()}
         if len(tables) != 1 or not tables <= SCHEMAS.keys():
-            raise IntegrityError(f"{files.root}/{MANIFEST}: its splits are of {sorted(tables)}, expected one table.")
+            raise IntegrityError(
+                f"{files.root}/{MANIFEST}: its splits are of {sorted(tables)}, expected one table."
+            )
         self.table: TableName = tables.pop()  # type: ignore[assignment]
         """The table that its splits are of."""
 
@@ -173,8 +199,8 @@ class Published(Store):
             found = sha256(self.files.local(file.name)) if local else self.files.sha256(file.name)
             if found != file.sha256:
                 raise IntegrityError(
-                    f"{self.root}/{file.name}: the file is damaged: its sha256 is {found[:16]}, {MANIFEST} says "
-                    f"{file.sha256[:16]}. {_HELP}"
+                    f"{self.root}/{file.name}: the file is damaged: its sha256 is {found[:16]}, "
+                    f"{MANIFEST} says {file.sha256[:16]}. {_HELP}"
                 )
 
     def _check_size(self, name: str, size: int) -> None:
@@ -183,23 +209,36 @@ class Published(Store):
         except FileNotFoundError as error:
             raise IntegrityError(f"{self.root}/{name}: the file is missing. {_HELP}") from error
         if found != size:
-            raise IntegrityError(f"{self.root}/{name}: {found} bytes, {MANIFEST} says {size}. {_HELP}")
+            raise IntegrityError(
+                f"{self.root}/{name}: {found} bytes, {MANIFEST} says {size}. {_HELP}"
+            )
 
     def shards(self, table: TableName) -> list[ShardInfo]:
         """The published files of a table, split after split."""
-        files = [file for split in self.manifest.splits for file in self.manifest.tables_of(table, split)]
-        return [ShardInfo(file.name, file.sha256, file.bytes, file.rows, file.row_groups) for file in files]
+        files = [
+            file for split in self.manifest.splits for file in self.manifest.tables_of(table, split)
+        ]
+        return [
+            ShardInfo(file.name, file.sha256, file.bytes, file.rows, file.row_groups)
+            for file in files
+        ]
 
     def commits(self, table: TableName) -> list[Commit]:
         """A commit for each shard of which rows were published, in the order in which they were committed."""
-        infos = [self._chosen[sha256][0] for sha256 in self._order] if table == self.table else self.shards(table)
+        infos = (
+            [self._chosen[sha256][0] for sha256 in self._order]
+            if table == self.table
+            else self.shards(table)
+        )
         return [_commit(table, seq, info) for seq, info in enumerate(infos)]
 
     def shard(self, table: TableName, sha256: str) -> ShardFile:
         """A shard opened for reading."""
         if table == self.table:
             return PublishedShard(self._rows(table), *self._chosen[sha256])
-        return PublishedFile(self.files, next(info.name for info in self.shards(table) if info.sha256 == sha256))
+        return PublishedFile(
+            self.files, next(info.name for info in self.shards(table) if info.sha256 == sha256)
+        )
 
     def indexed(self, table: TableName, *, write: bool = False) -> Indexed:
         """What a plan asks of the rows; nothing is written."""
@@ -209,8 +248,8 @@ class Published(Store):
         rows = self._rows(table)
         if missing := sorted(set(INDEXED[table]) - set(rows.file(0).schema.names)):
             raise UsageError(
-                f"{self.root}: its {table} were published without the column {missing[0]}, so no plan can be made of "
-                "them. Use a copy that has all columns."
+                f"{self.root}: its {table} were published without the column {missing[0]}, so no "
+                "plan can be made of them. Use a copy that has all columns."
             )
         if table == self.table:
             places = np.empty(rows.starts[-1], np.int64)
@@ -220,19 +259,26 @@ class Published(Store):
         else:
             places = np.concatenate([place_of(c.seq, 0) + np.arange(c.shard.rows) for c in commits])
         schema = segment_schema(table)
-        return Indexed(commits, pa.Table.from_arrays([places, *rows.columns(INDEXED[table])], schema=schema), [])
+        return Indexed(
+            commits,
+            pa.Table.from_arrays([places, *rows.columns(INDEXED[table])], schema=schema),
+            [],
+        )
 
     def samples(self) -> pa.Table:
         """All that there is to train and be judged on.
 
-        Returns key (of the generation), prompt_key, tokens_key, held_out, tokens, start, place (in `table`).
+        Returns key (of the generation), prompt_key, tokens_key, held_out, tokens, start, place (in
+        `table`).
         """
         names = ("generation_key", "span_start", "span_tokens")
         if self.table == "generations":
             names = ("key", "prompt_tokens", "completion_tokens")
         rows = self._rows(self.table).columns([*names, "prompt_key", "tokens_key"])
         first, more = (rows[name].to_numpy() for name in names[1:])
-        held_out = np.concatenate([np.full(s.rows, name == "test") for name, s in self.manifest.splits.items()])
+        held_out = np.concatenate(
+            [np.full(s.rows, name == "test") for name, s in self.manifest.splits.items()]
+        )
         return pa.table(
             {
                 "key": rows[names[0]],
@@ -262,11 +308,15 @@ class Published(Store):
         snapshot = load_snapshot(self, split.snapshot)
         if snapshot.table != self.table or snapshot.rows != sum(file.rows for file in files):
             raise IntegrityError(
-                f"{self.root}: split {name} has {sum(file.rows for file in files)} rows of {self.table}, its snapshot "
-                f"{snapshot.id} {snapshot.rows} of {snapshot.table}. {_HELP}"
+                f"{self.root}: split {name} has {sum(file.rows for file in files)} rows of "
+                f"{self.table}, its snapshot {snapshot.id} {snapshot.rows} of {snapshot.table}. "
+                f"{_HELP}"
             )
         return [
-            (ShardInfo(s.name, s.sha256, 0, sum(s.row_groups), s.row_groups), s.rows.astype(np.int64))
+            (
+                ShardInfo(s.name, s.sha256, 0, sum(s.row_groups), s.row_groups),
+                s.rows.astype(np.int64),
+            )
             for s in snapshot.shards
         ]
 
@@ -298,9 +348,18 @@ class Published(Store):
         try:
             return list(TopologicalSorter(before).static_order())
         except CycleError as error:
-            raise IntegrityError(f"{self.root}: its splits order their shards differently. {_HELP}") from error
+            raise IntegrityError(
+                f"{self.root}: its splits order their shards differently. {_HELP}"
+            ) from error
 
 
 def _commit(table: TableName, seq: int, info: ShardInfo) -> Commit:
-    nothing: dict[str, Any] = {"writer": "", "tokens": 0, "seconds": 0.0, "stage": "", "versions": {}, "created": ""}
+    nothing: dict[str, Any] = {
+        "writer": "",
+        "tokens": 0,
+        "seconds": 0.0,
+        "stage": "",
+        "versions": {},
+        "created": "",
+    }
     return Commit(table=table, seq=seq, shard=info, **nothing)

@@ -57,7 +57,8 @@ class PublishedSplit:
     table: str
     """Of that snapshot: soft_targets, or (black box) generations."""
     whole: bool
-    """Whether row n is the n-th chosen row of the snapshot, uncut; its record is then in `snapshots/`."""
+    """Whether row n is the n-th chosen row of the snapshot, uncut; its record is then in
+    `snapshots/`."""
     rows: int
     tokens: int
     """Positions: prompt and completion."""
@@ -95,7 +96,10 @@ class Manifest:
 
     def tables_of(self, table: str, split: str) -> list[PublishedFile]:
         """The Parquet files of a table's split, in order."""
-        return sorted((f for f in self.files if (f.table, f.split) == (table, split)), key=lambda file: file.name)
+        return sorted(
+            (f for f in self.files if (f.table, f.split) == (table, split)),
+            key=lambda file: file.name,
+        )
 
     def sealed(self) -> bytes:
         """The manifest as the file's bytes."""
@@ -126,14 +130,22 @@ class Manifest:
         versions = record.pop("format_version", None), record.pop("published_version", None)
         if versions != (FORMAT_VERSION, PUBLISHED_VERSION):
             raise IntegrityError(
-                f"{name}: formats {versions}, this Stillroom reads {(FORMAT_VERSION, PUBLISHED_VERSION)}. "
-                "Use the version of Stillroom that published it."
+                f"{name}: formats {versions}, this Stillroom reads "
+                f"{(FORMAT_VERSION, PUBLISHED_VERSION)}. Use the version of Stillroom that "
+                "published it."
             )
-        files = [PublishedFile(**file | {"row_groups": tuple(file.get("row_groups", ()))}) for file in record["files"]]
+        files = [
+            PublishedFile(**file | {"row_groups": tuple(file.get("row_groups", ()))})
+            for file in record["files"]
+        ]
         splits = {split: PublishedSplit(**found) for split, found in record["splits"].items()}
-        found = cls(**{k: v for k, v in record.items() if k != "id"} | {"files": files, "splits": splits})
+        found = cls(
+            **{k: v for k, v in record.items() if k != "id"} | {"files": files, "splits": splits}
+        )
         if found.id != record["id"]:
-            raise IntegrityError(f"{name}: names {record['id']}, its files are {found.id}. Publish it again.")
+            raise IntegrityError(
+                f"{name}: names {record['id']}, its files are {found.id}. Publish it again."
+            )
         return found
 
 
@@ -146,7 +158,9 @@ def current_version(card: str) -> str | None:
     front = _FRONT.match(card)
     versions = set(_PATH.findall(front[1])) if front else set()
     if len(versions) > 1:
-        raise IntegrityError(f"{CARD}: points at {', '.join(sorted(versions))} at once. Publish it again.")
+        raise IntegrityError(
+            f"{CARD}: points at {', '.join(sorted(versions))} at once. Publish it again."
+        )
     return versions.pop() if versions else None
 
 
@@ -163,15 +177,20 @@ def read_manifest(files: Files) -> Manifest:
         version = None
     if version is None:
         raise UsageError(
-            f"{files.root}: not a folder that Stillroom published (no {CARD} that names a version). Check the path."
+            f"{files.root}: not a folder that Stillroom published (no {CARD} that names a "
+            "version). Check the path."
         )
     name = f"{version}/{MANIFEST}"
     try:
         found = Manifest.unsealed(files.read(name), name)
     except FileNotFoundError as error:
-        raise IntegrityError(f"{files.root}/{name}: missing. Download the folder again, whole.") from error
+        raise IntegrityError(
+            f"{files.root}/{name}: missing. Download the folder again, whole."
+        ) from error
     if found.version != version:
-        raise IntegrityError(f"{files.root}/{name}: is of {found.version}. Download the folder again, whole.")
+        raise IntegrityError(
+            f"{files.root}/{name}: is of {found.version}. Download the folder again, whole."
+        )
     return found
 
 

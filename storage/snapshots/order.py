@@ -1,7 +1,8 @@
 """The order of samples: a pure function of snapshot, seed and epoch, made of windows so that reading stays local.
 
-Row groups are permuted and taken `window` at a time; within a window the chosen samples are permuted. World size,
-workers and clocks play no part, so a run goes on exactly where it stopped, on any number of machines.
+Row groups are permuted and taken `window` at a time; within a window the chosen samples are
+permuted. World size, workers and clocks play no part, so a run goes on exactly where it stopped, on
+any number of machines.
 
 Samples are numbered through all epochs: number n is sample n % rows of epoch n // rows.
 """
@@ -49,7 +50,9 @@ class Order:
         first = np.cumsum(counts) - counts  # row group of each shard
         bases = starts[first]
         chosen = [shard.rows + base for shard, base in zip(snapshot.shards, bases, strict=True)]
-        edges = np.searchsorted(np.concatenate([np.empty(0, np.int64), *chosen]), np.append(starts, sizes.sum()))
+        edges = np.searchsorted(
+            np.concatenate([np.empty(0, np.int64), *chosen]), np.append(starts, sizes.sum())
+        )
         kept = np.flatnonzero(np.diff(edges))
         self.shards = shards[kept]
         """[G] index of the shard in the snapshot."""
@@ -57,7 +60,9 @@ class Order:
         """[G] number of the row group in its shard."""
         self._starts = (starts - bases[shards])[kept]
         before = np.cumsum([0, *map(len, chosen)])[self.shards]
-        self._chosen = np.stack([edges[kept] - before, edges[kept + 1] - before], axis=1)  # of the shard's chosen rows
+        self._chosen = np.stack(
+            [edges[kept] - before, edges[kept + 1] - before], axis=1
+        )  # of the shard's chosen rows
         self.rows = int(edges[-1])
         """Samples of an epoch."""
 
@@ -65,12 +70,21 @@ class Order:
         """From the window that holds sample `start` on, without end; those before it are not made."""
         while self.rows:
             epoch, offset = divmod(start, self.rows)
-            name = {"snapshot": self._snapshot.id, "seed": seed, "epoch": epoch, "window": self._window}
+            name = {
+                "snapshot": self._snapshot.id,
+                "seed": seed,
+                "epoch": epoch,
+                "window": self._window,
+            }
             groups = _permutation(len(self.shards), part="groups", **name)
-            lengths = np.add.reduceat(np.diff(self._chosen)[groups, 0], np.arange(0, len(groups), self._window))
+            lengths = np.add.reduceat(
+                np.diff(self._chosen)[groups, 0], np.arange(0, len(groups), self._window)
+            )
             edges = np.concatenate([[0], np.cumsum(lengths)])
             skipped = int(np.searchsorted(edges, offset, side="right")) - 1
-            for number, (first, stop) in enumerate(pairwise(edges[skipped:].tolist()), start=skipped):
+            for number, (first, stop) in enumerate(
+                pairwise(edges[skipped:].tolist()), start=skipped
+            ):
                 shuffled = _permutation(stop - first, part=number, **name)
                 part = groups[number * self._window : (number + 1) * self._window]
                 yield self._made(epoch * self.rows + first, part, shuffled)
@@ -78,7 +92,8 @@ class Order:
 
     def _made(self, first: int, groups: np.ndarray, shuffled: np.ndarray) -> Window:
         rows = [
-            self._snapshot.shards[self.shards[group]].rows[slice(*self._chosen[group])] - self._starts[group]
+            self._snapshot.shards[self.shards[group]].rows[slice(*self._chosen[group])]
+            - self._starts[group]
             for group in groups
         ]
         of = np.repeat(groups, [len(part) for part in rows])
@@ -86,6 +101,7 @@ class Order:
 
 
 def _permutation(length: int, **name: Any) -> np.ndarray:
-    # numpy promises that a bit generator's raw stream never changes; it does not promise that of `permutation`.
+    # numpy promises that a bit generator's raw stream never changes; it does not promise that of
+    # `permutation`.
     stream = np.random.PCG64(int.from_bytes(content_key("order", **name), "big"))
     return np.argsort(stream.random_raw(length), kind="stable") if length else np.empty(0, np.int64)

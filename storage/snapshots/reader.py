@@ -1,8 +1,9 @@
 """Reading a snapshot in training order: row groups are decoded by a few threads, a bounded way ahead.
 
-Row groups of the current window stay decoded until its last sample is handed out, and at most a window of them is read
-ahead: at most two windows exist at once, 2 x 16 row groups of 24 MiB (more only where a single row is larger), and of
-these only the rows that were asked for. How large the store is plays no part.
+Row groups of the current window stay decoded until its last sample is handed out, and at most a
+window of them is read ahead: at most two windows exist at once, 2 x 16 row groups of 24 MiB (more
+only where a single row is larger), and of these only the rows that were asked for. How large the
+store is plays no part.
 """
 
 import os
@@ -54,21 +55,26 @@ class SnapshotReader:
         self._decode = decode
         self._order = Order(snapshot)
 
-    def samples(self, *, seed: int, start: int = 0, stop: int | None = None) -> Generator[Any, None, None]:
+    def samples(
+        self, *, seed: int, start: int = 0, stop: int | None = None
+    ) -> Generator[Any, None, None]:
         """Samples `start` to `stop`, one at a time; without end if `stop` is None."""
         numbers = count(start) if stop is None else range(start, stop)
-        with closing(self.batches((range(number, number + 1) for number in numbers), seed=seed)) as batches:
+        with closing(
+            self.batches((range(number, number + 1) for number in numbers), seed=seed)
+        ) as batches:
             for (sample,) in batches:
                 yield sample
 
     def batches(self, ranges: Iterable[range], *, seed: int) -> Generator[list[Any], None, None]:
         """The samples of each range of numbers; ranges ascend. Page checksums are verified.
 
-        Nothing is read ahead before the first batch is handed out, so a run that resumes opens the files of that batch
-        and no other. The threads end with the iterator.
+        Nothing is read ahead before the first batch is handed out, so a run that resumes opens the
+        files of that batch and no other. The threads end with the iterator.
 
         Raises:
-            IntegrityError: a file is damaged or not the one that was chosen; names file, column and row group.
+            IntegrityError: a file is damaged or not the one that was chosen; names file, column and
+                row group.
         """
         if not self._order.rows:
             return
@@ -104,10 +110,12 @@ class SnapshotReader:
         file = self._store.shard(self._snapshot.table, shard.sha256)
         if file.rows_per_group != shard.row_groups:
             raise IntegrityError(
-                f"{shard.name}: row groups of {file.rows_per_group} rows, the snapshot says {shard.row_groups}. "
-                "Run `stillroom verify`."
+                f"{shard.name}: row groups of {file.rows_per_group} rows, the snapshot says "
+                f"{shard.row_groups}. Run `stillroom verify`."
             )
-        table = file.select(file.starts[number] + rows, self._columns, threads=False)  # groups are read side by side
+        table = file.select(
+            file.starts[number] + rows, self._columns, threads=False
+        )  # groups are read side by side
         try:
             return self._decode(Rows(table))
         except IntegrityError as error:

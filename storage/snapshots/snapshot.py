@@ -1,4 +1,7 @@
-"""A snapshot: an immutable, ordered choice of rows, named by the hash of that choice. What a training run reads."""
+"""A snapshot: an immutable, ordered choice of rows, named by the hash of that choice.
+
+What a training run reads.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -42,21 +45,32 @@ class Snapshot:
 
 
 def make_snapshot(
-    store: Store, table: TableName, places: Mapping[str, Sequence[int] | np.ndarray], about: Mapping[str, Any]
+    store: Store,
+    table: TableName,
+    places: Mapping[str, Sequence[int] | np.ndarray],
+    about: Mapping[str, Any],
 ) -> Snapshot:
     """Choose rows by shard sha256 and row index. Writes nothing; equal choices have equal ids."""
     commits = {commit.shard.sha256: commit for commit in store.commits(table)}
     if unknown := sorted(set(places) - set(commits)):
-        raise UsageError(f"snapshot of {table}: no commit has the shard {unknown[0]}. Choose rows with `Store.index`.")
+        raise UsageError(
+            f"snapshot of {table}: no commit has the shard {unknown[0]}. Choose rows with "
+            "`Store.index`."
+        )
     shards = []
     for sha256, commit in commits.items():
         rows = np.unique(np.asarray(places.get(sha256, ()), dtype=np.int64))
         if rows.size and not 0 <= rows[0] <= rows[-1] < commit.shard.rows:
-            raise UsageError(f"snapshot of {table}: shard {sha256} has {commit.shard.rows} rows (asked: {rows[-1]}).")
+            raise UsageError(
+                f"snapshot of {table}: shard {sha256} has {commit.shard.rows} rows (asked: "
+                f"{rows[-1]})."
+            )
         if rows.size:
             source = store.source_of(table, sha256)
             shard = commit.shard
-            shards.append(SnapshotShard(sha256, shard.name, shard.row_groups, rows.astype(np.int32), source))
+            shards.append(
+                SnapshotShard(sha256, shard.name, shard.row_groups, rows.astype(np.int32), source)
+            )
     runs = [[shard.sha256, _runs(shard.rows)] for shard in shards]
     return Snapshot(_snapshot_id(table, runs), table, tuple(shards), dict(about))
 
@@ -87,16 +101,29 @@ def load_snapshot(store: Store, snapshot_id: str) -> Snapshot:
     name = f"snapshots/{snapshot_id}.json"
     files = next((part.files for part, _ in store.parts if part.files.exists(name)), None)
     if files is None:
-        known = [name.removesuffix(".json") for part, _ in store.parts for name in part.files.names("snapshots")]
+        known = [
+            name.removesuffix(".json")
+            for part, _ in store.parts
+            for name in part.files.names("snapshots")
+        ]
         raise UsageError(
-            f"{store.root}: no snapshot {snapshot_id}. Known: {', '.join(known[:10]) or 'none'}. Check the id."
+            f"{store.root}: no snapshot {snapshot_id}. Known: {', '.join(known[:10]) or 'none'}. "
+            "Check the id."
         )
     record = unseal(files.read(name), name)
     runs = [[shard["sha256"], shard["rows"]] for shard in record["shards"]]
     if not snapshot_id == record["id"] == _snapshot_id(record["table"], runs):
-        raise IntegrityError(f"{name}: the snapshot is not the one its name says. Restore the file or make it again.")
+        raise IntegrityError(
+            f"{name}: the snapshot is not the one its name says. Restore the file or make it again."
+        )
     shards = tuple(
-        SnapshotShard(shard["sha256"], shard["name"], tuple(shard["row_groups"]), rows, shard.get("source", ""))
+        SnapshotShard(
+            shard["sha256"],
+            shard["name"],
+            tuple(shard["row_groups"]),
+            rows,
+            shard.get("source", ""),
+        )
         for shard, rows in zip(record["shards"], _rows([runs for _, runs in runs]), strict=True)
     )
     return Snapshot(snapshot_id, record["table"], shards, record["about"])

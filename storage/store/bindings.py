@@ -20,13 +20,16 @@ class Binding:
     context_tokens: int
     author_context_tokens: int
     imported: bool = False
-    """Whether the rows came with `stillroom import`: nobody can make reference targets of held-out rows."""
+    """Whether the rows came with `stillroom import`: nobody can make reference targets of held-out
+    rows."""
 
 
 def write_binding(files: Files, folder: str, binding: Binding) -> None:
     """Keep a binding in a folder of a store."""
     record = seal(asdict(binding))
-    while newest_binding(files, folder) != binding and not files.put_if_absent(_next(files, folder), record):
+    while newest_binding(files, folder) != binding and not files.put_if_absent(
+        _next(files, folder), record
+    ):
         pass  # another writer took the number
 
 
@@ -47,15 +50,29 @@ def newest_binding(files: Files, folder: str) -> Binding | None:
 
 def bindings_of(store: Store, data_ids: set[Any]) -> list[str]:
     """The records that bind names to these data, by which the recipes that made them know a published folder."""
-    folders = {name.rpartition("/")[0] for name, _, _ in store.files.walk("bindings") if name.endswith(".json")}
+    folders = {
+        name.rpartition("/")[0]
+        for name, _, _ in store.files.walk("bindings")
+        if name.endswith(".json")
+    }
     newest = {folder: newest_binding(store.files, folder) for folder in sorted(folders)}
-    fits = [folder for folder, found in newest.items() if found is not None and found.data_id in data_ids]
+    fits = [
+        folder
+        for folder, found in newest.items()
+        if found is not None and found.data_id in data_ids
+    ]
     return [f"{folder}/{store.files.names(folder)[-1]}" for folder in fits]
 
 
 def all_bindings(files: Files) -> list[Binding]:
     """The newest binding of each recipe's names; equal ones once."""
-    folders = {name.rpartition("/")[0] for name, _, _ in files.walk("bindings") if name.endswith(".json")}
+    folders = {
+        name.rpartition("/")[0] for name, _, _ in files.walk("bindings") if name.endswith(".json")
+    }
     return list(
-        dict.fromkeys(found for folder in sorted(folders) if (found := newest_binding(files, folder)) is not None)
+        dict.fromkeys(
+            found
+            for folder in sorted(folders)
+            if (found := newest_binding(files, folder)) is not None
+        )
     )

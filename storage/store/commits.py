@@ -1,7 +1,8 @@
 """The commit log of one table: numbered records, each put in place once, that say which shards exist.
 
-Contents of a table = commit records minus retired records. Nothing else counts: a data file without a record is not
-there. A writer appends by putting the next number; whoever loses that race reads the winner's record and tries again.
+Contents of a table = commit records minus retired records. Nothing else counts: a data file without
+a record is not there. A writer appends by putting the next number; whoever loses that race reads
+the winner's record and tries again.
 """
 
 import base64
@@ -71,10 +72,17 @@ class CommitLog:
         for seq in retired - self._retired:
             read_retired(self._files, self.table, seq)
         if any(seq < self.next for seq in retired - self._retired):
-            self.next, self._live, self.keys = 0, {}, KeySet()  # rare: read all again, without what was withdrawn
+            self.next, self._live, self.keys = (
+                0,
+                {},
+                KeySet(),
+            )  # rare: read all again, without what was withdrawn
         self._retired = retired
-        last = max([*numbers(self._files, self.table), *retired], default=-1)  # a withdrawn number is never used again
-        # A listing made while others commit may leave a number out below the last: ask for every number by name.
+        last = max(
+            [*numbers(self._files, self.table), *retired], default=-1
+        )  # a withdrawn number is never used again
+        # A listing made while others commit may leave a number out below the last: ask for every
+        # number by name.
         self._read(range(self.next, last + 1))
         self.next = max(self.next, last + 1)
         return self.live(0)
@@ -89,8 +97,13 @@ class CommitLog:
             self._add([record])
             self.next += 1
 
-    def append(self, fields: Mapping[str, Any], shard: ShardInfo, keys: Iterable[bytes]) -> Commit | None:
-        """Try the next number. None: another writer took it; its records are read, look at `keys` and try again."""
+    def append(
+        self, fields: Mapping[str, Any], shard: ShardInfo, keys: Iterable[bytes]
+    ) -> Commit | None:
+        """Try the next number.
+
+        None: another writer took it; its records are read, look at `keys` and try again.
+        """
         commit = Commit(
             table=self.table,
             seq=self.next,
@@ -99,11 +112,14 @@ class CommitLog:
             **fields,
         )
         joined = b"".join(keys)
-        if not self._files.put_if_absent(record_name(self.table, commit.seq), seal(_to_json(commit, joined))):
+        if not self._files.put_if_absent(
+            record_name(self.table, commit.seq), seal(_to_json(commit, joined))
+        ):
             self.advance()
             return None
         if self._files.exists(record_name(self.table, commit.seq, folder="retired")):
-            self.refresh()  # `repair` gave this number up while no record was there: nothing stands under it
+            # `repair` gave this number up while no record was there: nothing stands under it
+            self.refresh()
             return None
         self._add([(commit, joined)])
         self.next += 1
@@ -125,7 +141,9 @@ class CommitLog:
 
 def retire(files: Files, table: TableName, seq: int, *, reason: str) -> bool:
     """Withdraw a commit: its rows are no longer in the store. False if it was withdrawn before."""
-    return files.put_if_absent(record_name(table, seq, folder="retired"), withdrawal(table, seq, reason=reason))
+    return files.put_if_absent(
+        record_name(table, seq, folder="retired"), withdrawal(table, seq, reason=reason)
+    )
 
 
 def withdrawal(table: TableName, seq: int, *, reason: str) -> bytes:
@@ -148,12 +166,17 @@ def _read_record(data: bytes, table: TableName, seq: int) -> tuple[Commit, bytes
     try:
         commit, keys = _from_json(record)
     except (KeyError, TypeError, ValueError) as error:
-        raise IntegrityError(f"{name}: not a commit record of this format ({error!r}). Restore the file.") from error
+        raise IntegrityError(
+            f"{name}: not a commit record of this format ({error!r}). Restore the file."
+        ) from error
     shard = commit.shard
     if not len(keys) / KEY_BYTES == shard.rows == sum(shard.row_groups) or shard.name != shard_name(
         table, shard.sha256
     ):
-        raise IntegrityError(f"{name}: the record contradicts itself about its shard. Restore the file from a backup.")
+        raise IntegrityError(
+            f"{name}: the record contradicts itself about its shard. Restore the file from a "
+            "backup."
+        )
     return commit, keys
 
 
@@ -166,13 +189,13 @@ def read_retired(files: Files, table: TableName, seq: int) -> None:
 def _check_name(record: dict[str, Any], name: str, *, table: str, seq: int) -> None:
     if record.get("format_version") != FORMAT_VERSION:
         raise IntegrityError(
-            f"{name}: format version {record.get('format_version')}, this Stillroom reads {FORMAT_VERSION}. "
-            "Use the version of Stillroom that wrote the store."
+            f"{name}: format version {record.get('format_version')}, this Stillroom reads "
+            f"{FORMAT_VERSION}. Use the version of Stillroom that wrote the store."
         )
     if (record.get("table"), record.get("seq")) != (table, seq):
         raise IntegrityError(
-            f"{name}: the record inside is {record.get('table')} {record.get('seq')}: it was copied or renamed. "
-            "Restore the file from a backup."
+            f"{name}: the record inside is {record.get('table')} {record.get('seq')}: it was "
+            "copied or renamed. Restore the file from a backup."
         )
 
 
@@ -193,5 +216,9 @@ def _to_json(commit: Commit, keys: bytes) -> dict[str, Any]:
 
 
 def _from_json(record: dict[str, Any]) -> tuple[Commit, bytes]:
-    fields = {name: value for name, value in record.items() if name not in ("format_version", "keys")}
-    return Commit(**{**fields, "shard": ShardInfo.from_json(record["shard"])}), base64.b64decode(record["keys"])
+    fields = {
+        name: value for name, value in record.items() if name not in ("format_version", "keys")
+    }
+    return Commit(**{**fields, "shard": ShardInfo.from_json(record["shard"])}), base64.b64decode(
+        record["keys"]
+    )

@@ -69,7 +69,10 @@ class Index:
         except FileNotFoundError:
             whole = False
         if not whole:
-            raise IntegrityError(f"{shard.name}: the file is missing or damaged (its sha256 is another one). {REPAIR}")
+            raise IntegrityError(
+                f"{shard.name}: the file is missing or damaged (its sha256 is another one). "
+                f"{REPAIR}"
+            )
         return f"read_parquet('{_quoted(files.local(shard.name))}', file_row_number = true)"
 
     def execute(self, sql: str) -> None:
@@ -90,7 +93,9 @@ class Index:
     def _part(self, name: str, table: TableName, found: Indexed, *, first: int) -> str:
         """A view of the rows of one of the stores; its commits are counted from `first` on."""
         self.register(f"newest_{name}", found.newest)
-        columns = ", ".join(as_uuid(f.name) if f.type == KEY else f.name for f in segment_schema(table))
+        columns = ", ".join(
+            as_uuid(f.name) if f.type == KEY else f.name for f in segment_schema(table)
+        )
         select = f"SELECT {columns} FROM newest_{name}"
         if found.segments:
             paths = ", ".join(f"'{_quoted(path)}'" for path in found.segments)
@@ -105,7 +110,9 @@ class Index:
         selects = [f"SELECT * FROM {parts[0]}"]
         for number, part in enumerate(parts[1:], start=1):
             before = " UNION ALL ".join(f"SELECT key FROM {earlier}" for earlier in parts[:number])
-            selects.append(f"SELECT * FROM {part}" + (f" WHERE key NOT IN ({before})" if keyed else ""))
+            selects.append(
+                f"SELECT * FROM {part}" + (f" WHERE key NOT IN ({before})" if keyed else "")
+            )
         self.execute(f"CREATE VIEW {table} AS {' UNION ALL '.join(selects)}")
 
 
@@ -114,7 +121,9 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
-        raise StillroomError(f"plan: {error}. Free memory and disk space, and run the same command again.") from error
+        raise StillroomError(
+            f"plan: {error}. Free memory and disk space, and run the same command again."
+        ) from error
 
 
 def as_uuid(column: str) -> str:

@@ -1,4 +1,7 @@
-"""Inputs: which prompts a recipe's data are, and in which split. One record and one Parquet file per `data_id`."""
+"""Inputs: which prompts a recipe's data are, and in which split.
+
+One record and one Parquet file per `data_id`.
+"""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -42,9 +45,16 @@ def put_inputs(files: Files, data_id: str, table: pa.Table, *, about: Mapping[st
     if files.exists(inputs_name(data_id)):
         return
     data = table.select(INPUTS_SCHEMA.names).cast(INPUTS_SCHEMA)
-    groups = [min(_GROUP_ROWS, data.num_rows - start) for start in range(0, data.num_rows, _GROUP_ROWS)]
+    groups = [
+        min(_GROUP_ROWS, data.num_rows - start) for start in range(0, data.num_rows, _GROUP_ROWS)
+    ]
     shard = put_parquet(files, data, groups, folder="data/inputs", about={"table": "inputs"})
-    record = {"format_version": FORMAT_VERSION, "data_id": data_id, "shard": asdict(shard), "about": dict(about)}
+    record = {
+        "format_version": FORMAT_VERSION,
+        "data_id": data_id,
+        "shard": asdict(shard),
+        "about": dict(about),
+    }
     files.put_if_absent(inputs_name(data_id), seal(record))
 
 
@@ -57,8 +67,9 @@ def read_inputs(files: Files, data_id: str) -> Inputs | None:
         return None
     if (record.get("format_version"), record.get("data_id")) != (FORMAT_VERSION, data_id):
         raise IntegrityError(
-            f"{name}: the record inside is of {record.get('data_id')}, format version {record.get('format_version')}; "
-            f"expected {data_id}, version {FORMAT_VERSION}. Restore the file, or use the Stillroom that wrote it."
+            f"{name}: the record inside is of {record.get('data_id')}, format version "
+            f"{record.get('format_version')}; expected {data_id}, version {FORMAT_VERSION}. "
+            "Restore the file, or use the Stillroom that wrote it."
         )
     return Inputs(ShardInfo.from_json(record["shard"]), record["about"])
 

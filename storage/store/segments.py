@@ -1,7 +1,8 @@
 """Index segments: a few columns of the rows of 256 commits in one Parquet file, so that a plan opens no shard twice.
 
-A cache: made from records and shards, made again when missing, damaged or out of date. A segment's name holds the hash
-of the commits it covers and the sha256 of its own bytes, so one that is not what it should be is never used.
+A cache: made from records and shards, made again when missing, damaged or out of date. A segment's
+name holds the hash of the commits it covers and the sha256 of its own bytes, so one that is not
+what it should be is never used.
 """
 
 import hashlib
@@ -30,7 +31,15 @@ _READERS = 8  # shards read side by side: on an object store each is a few round
 INDEXED: dict[TableName, tuple[str, ...]] = {
     "prompts": ("key", "prompt_key", "label"),
     "generations": (
-        *("key", "prompt_key", "source_key", "tokens_key", "author_id", "sampling_id", "sample_index"),
+        *(
+            "key",
+            "prompt_key",
+            "source_key",
+            "tokens_key",
+            "author_id",
+            "sampling_id",
+            "sample_index",
+        ),
         *("prompt_tokens", "completion_tokens", "finish_reason"),
     ),
     "soft_targets": (
@@ -116,7 +125,12 @@ class Segments:
     def put(self, commits: Sequence[Commit]) -> str:
         """Make a segment; returns its name."""
         buffer = io.BytesIO()
-        pq.write_table(read_columns(self._files, self._table, commits), buffer, compression="zstd", compression_level=1)
+        pq.write_table(
+            read_columns(self._files, self._table, commits),
+            buffer,
+            compression="zstd",
+            compression_level=1,
+        )
         data = buffer.getvalue()
         name = f"{self._folder}/{self._id(commits)}-{hashlib.sha256(data).hexdigest()[:32]}.parquet"
         self._files.replace(name, data)
@@ -124,7 +138,9 @@ class Segments:
 
     def _id(self, commits: Sequence[Commit]) -> str:
         covered = [[commit.seq, commit.shard.sha256] for commit in commits]
-        return content_id("segment", table=self._table, columns=INDEXED[self._table], commits=covered)
+        return content_id(
+            "segment", table=self._table, columns=INDEXED[self._table], commits=covered
+        )
 
 
 def keep_last_segment(files: Files, log: CommitLog) -> None:
@@ -133,7 +149,8 @@ def keep_last_segment(files: Files, log: CommitLog) -> None:
         try:
             Segments(files, log.table).put(commits)
         except IntegrityError:
-            return  # somebody's shard is damaged: that is for the next plan to say, not for this writer
+            # somebody's shard is damaged: that is for the next plan to say, not for this writer
+            return
 
 
 def read_columns(files: Files, table: TableName, commits: Sequence[Commit]) -> pa.Table:
@@ -146,7 +163,11 @@ def read_columns(files: Files, table: TableName, commits: Sequence[Commit]) -> p
 def _read(files: Files, table: TableName, commit: Commit) -> pa.Table:
     shard = ShardFile(files, commit.shard.name)
     if shard.rows_per_group != commit.shard.row_groups:
-        raise IntegrityError(f"{shard.name}: row groups {shard.rows_per_group}, committed {commit.shard.row_groups}.")
+        raise IntegrityError(
+            f"{shard.name}: row groups {shard.rows_per_group}, committed {commit.shard.row_groups}."
+        )
     data = shard.read_all(INDEXED[table])
     places = place_of(commit.seq, 0) + np.arange(data.num_rows, dtype=np.int64)
-    return pa.Table.from_arrays([pa.chunked_array([places]), *data.columns], schema=segment_schema(table))
+    return pa.Table.from_arrays(
+        [pa.chunked_array([places]), *data.columns], schema=segment_schema(table)
+    )

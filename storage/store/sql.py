@@ -43,7 +43,8 @@ _COMMITS_SCHEMA = pa.schema(
 def connect(store: Store) -> duckdb.DuckDBPyConnection:
     """A connection with views prompts, generations, soft_targets, rejects, commits and inputs as they are now.
 
-    Where a store has sources, the views hold their rows too; a row that several have is there as often.
+    Where a store has sources, the views hold their rows too; a row that several have is there as
+    often.
     """
     connection = duckdb.connect()
     system, links = _Shards(), list[str]()
@@ -56,14 +57,20 @@ def connect(store: Store) -> duckdb.DuckDBPyConnection:
             roots.append(root := str(Path(part.root).resolve()))
         shards = {table: part.shards(table) for table in TABLES}
         known = _inputs(part)
-        everything = [*(s for table in TABLES for s in shards[table]), *(i.shard for i in known.values())]
+        everything = [
+            *(s for table in TABLES for s in shards[table]),
+            *(i.shard for i in known.values()),
+        ]
         if isinstance(part.files, ObjectFiles):
             system.add(root, part.files, {shard.name: shard.bytes for shard in everything})
         else:
             links += _links(root, [shard.name for shard in everything])
         for table in TABLES:
             views[table] += [_parquet(root, shards[table])] if shards[table] else []
-        inputs += [f"SELECT *, {_quoted(i)} AS data_id FROM ({_parquet(root, [known[i].shard])})" for i in known]
+        inputs += [
+            f"SELECT *, {_quoted(i)} AS data_id FROM ({_parquet(root, [known[i].shard])})"
+            for i in known
+        ]
     if system.sizes:
         connection.register_filesystem(system)
     for setting in (
@@ -78,10 +85,14 @@ def connect(store: Store) -> duckdb.DuckDBPyConnection:
         connection.execute(f"SET {setting}")
     with _explained():
         for table in TABLES:
-            _make_view(connection, table, SCHEMAS[table], " UNION ALL BY NAME ".join(views[table]) or None)
+            _make_view(
+                connection, table, SCHEMAS[table], " UNION ALL BY NAME ".join(views[table]) or None
+            )
         schema = INPUTS_SCHEMA.append(pa.field("data_id", pa.string()))
         _make_view(connection, "inputs", schema, " UNION ALL ".join(inputs) or None)
-        connection.from_arrow(_commits(commit for table in TABLES for commit in store.commits(table))).create("commits")
+        connection.from_arrow(
+            _commits(commit for table in TABLES for commit in store.commits(table))
+        ).create("commits")
     return connection
 
 
@@ -90,7 +101,9 @@ def query(store: Store, sql: str) -> pa.Table:
     with connect(store) as connection, _explained():
         statements = connection.extract_statements(sql)
         if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
-            raise UsageError("query: not one SELECT statement. A store is never changed by SQL; give one query.")
+            raise UsageError(
+                "query: not one SELECT statement. A store is never changed by SQL; give one query."
+            )
         return connection.sql(sql).to_arrow_table()
 
 
@@ -99,12 +112,16 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except duckdb.IOException as error:
-        raise IntegrityError(f"query: a shard cannot be read ({error}). Run `stillroom verify`.") from error
+        raise IntegrityError(
+            f"query: a shard cannot be read ({error}). Run `stillroom verify`."
+        ) from error
     except duckdb.Error as error:
         raise UsageError(f"query: {error}") from error
 
 
-def _make_view(connection: duckdb.DuckDBPyConnection, name: str, schema: pa.Schema, select: str | None) -> None:
+def _make_view(
+    connection: duckdb.DuckDBPyConnection, name: str, schema: pa.Schema, select: str | None
+) -> None:
     if select is None:
         connection.from_arrow(schema.empty_table()).create(name)
     else:
@@ -125,7 +142,9 @@ def _links(root: str, names: Sequence[str]) -> list[str]:
 
 def _inputs(store: Store) -> dict[str, Inputs]:
     names = [name.removesuffix(".json") for name in store.files.names("inputs")]
-    return {name: inputs for name in names if (inputs := read_inputs(store.files, name)) is not None}
+    return {
+        name: inputs for name in names if (inputs := read_inputs(store.files, name)) is not None
+    }
 
 
 def _commits(commits: Iterable[Commit]) -> pa.Table:

@@ -1,4 +1,7 @@
-"""The store: a folder of teacher outputs. Open it, add rows through a writer, read rows by what the commits say."""
+"""The store: a folder of teacher outputs.
+
+Open it, add rows through a writer, read rows by what the commits say.
+"""
 
 import json
 import uuid
@@ -42,7 +45,10 @@ class Store:
         if create:
             _create(files)
         if not files.exists(MARKER):
-            raise UsageError(f"{files.root}: no store here (no {MARKER} found). Check the path, or run a recipe first.")
+            raise UsageError(
+                f"{files.root}: no store here (no {MARKER} found). Check the path, or run a "
+                "recipe first."
+            )
         try:
             marker = json.loads(files.read(MARKER))
             version, store_id = marker["format_version"], str(marker["store_id"])
@@ -53,8 +59,8 @@ class Store:
             ) from error
         if version != FORMAT_VERSION:
             raise IntegrityError(
-                f"{files.root}/{MARKER}: format version {version}, this Stillroom reads and writes {FORMAT_VERSION}. "
-                "Use the version of Stillroom that made the store."
+                f"{files.root}/{MARKER}: format version {version}, this Stillroom reads and "
+                f"writes {FORMAT_VERSION}. Use the version of Stillroom that made the store."
             )
         return cls(files, store_id)
 
@@ -84,11 +90,19 @@ class Store:
         """Which read-only source a shard is in; empty: the store's own."""
         return ""
 
-    def writer(self, table: TableName, *, about: Mapping[str, Any], limits: CommitLimits | None = None) -> ShardWriter:
-        """A context manager that adds rows. `about` goes into each shard's metadata: who wrote it, and how."""
+    def writer(
+        self, table: TableName, *, about: Mapping[str, Any], limits: CommitLimits | None = None
+    ) -> ShardWriter:
+        """A context manager that adds rows.
+
+        `about` goes into each shard's metadata: who wrote it, and how.
+        """
         missing = [name for name in _REQUIRED_ABOUT.get(table, ()) if name not in about]
         if missing:
-            raise ValueError(f"a writer of {table} needs {', '.join(missing)} in `about`: shards describe themselves")
+            raise ValueError(
+                f"a writer of {table} needs {', '.join(missing)} in `about`: shards describe "
+                "themselves"
+            )
         self.files.prove_exclusive()
         log = CommitLog(self.files, table, track_keys=True)
         return ShardWriter(self.files, log, about=about, limits=limits or CommitLimits())
@@ -106,7 +120,8 @@ class Store:
             shard = self.shard(table, commit.shard.sha256)
             if shard.rows_per_group != commit.shard.row_groups:
                 raise IntegrityError(
-                    f"{shard.name}: row groups {shard.rows_per_group}, committed {commit.shard.row_groups}."
+                    f"{shard.name}: row groups {shard.rows_per_group}, committed "
+                    f"{commit.shard.row_groups}."
                 )
             data = shard.read_all(columns)
             shas = pa.chunked_array([pa.repeat(commit.shard.sha256, data.num_rows)])
@@ -115,7 +130,10 @@ class Store:
         return pa.concat_tables(parts)
 
     def rows(
-        self, table: TableName, places: Mapping[str, Sequence[int] | np.ndarray], columns: Sequence[str] | None = None
+        self,
+        table: TableName,
+        places: Mapping[str, Sequence[int] | np.ndarray],
+        columns: Sequence[str] | None = None,
     ) -> Iterator[dict[str, Any]]:
         """Rows by shard sha256 and row index, in the order given; numeric lists are numpy arrays."""
         for sha256, rows in places.items():
@@ -127,11 +145,17 @@ class Store:
         return ShardFile(self.files, name)
 
     def put_inputs(self, data_id: str, table: pa.Table, about: Mapping[str, Any]) -> None:
-        """Record which prompts a recipe's data are, in which split. The first record of a `data_id` stays."""
+        """Record which prompts a recipe's data are, in which split.
+
+        The first record of a `data_id` stays.
+        """
         put_inputs(self.files, data_id, table, about=about)
 
     def inputs(self, data_id: str) -> pa.Table | None:
-        """The prompts recorded under `data_id`: key, prompt_key, split, windows, first. None if there is no record."""
+        """The prompts recorded under `data_id`: key, prompt_key, split, windows, first.
+
+        None if there is no record.
+        """
         inputs = read_inputs(self.files, data_id)
         return None if inputs is None else inputs_table(self.files, inputs)
 
@@ -158,16 +182,22 @@ class Store:
         folder = f"teachers/{teacher_id}"
         names = self.files.names(folder)
         if "identity.json" not in names:
-            raise UsageError(f"{self.root}/{folder}: the store does not know this teacher. Run the recipe first.")
+            raise UsageError(
+                f"{self.root}/{folder}: the store does not know this teacher. Run the recipe first."
+            )
         paths = [self.files.local(f"{folder}/{name}") for name in names]
         return paths[0].parent
 
 
 def _create(files: Files) -> None:
-    # The marker is a store's first file: entries seen before looking for it must have come after it.
+    # The marker is a store's first file: entries seen before looking for it must have come after
+    # it.
     occupied = not files.empty()
     if occupied and not files.exists(MARKER):
-        raise UsageError(f"{files.root}: the folder is not empty and not a store. Choose another folder for the store.")
+        raise UsageError(
+            f"{files.root}: the folder is not empty and not a store. Choose another folder for "
+            "the store."
+        )
     files.prove_exclusive()
     marker = {"format_version": FORMAT_VERSION, "store_id": str(uuid.uuid4())}
     files.put_if_absent(MARKER, json.dumps(marker, indent=1).encode() + b"\n")

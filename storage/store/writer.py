@@ -1,8 +1,9 @@
 """The writer of one table: gathers rows, and commits them as a shard every so many rows, seconds or bytes.
 
-A shard is made (encoded, hashed, synced, read back) in a thread of the writer, while its owner goes on with the next
-rows; Arrow, the hash and the disk leave Python to others meanwhile. The commit record, and all that is known of other
-writers, is the owner's thread's alone. At most one shard is in the making.
+A shard is made (encoded, hashed, synced, read back) in a thread of the writer, while its owner goes
+on with the next rows; Arrow, the hash and the disk leave Python to others meanwhile. The commit
+record, and all that is known of other writers, is the owner's thread's alone. At most one shard is
+in the making.
 """
 
 import time
@@ -44,13 +45,18 @@ class _Making:
 
 
 class ShardWriter:
-    """Adds rows to a table, each key once, whoever else writes. Not for several threads; open one per thread.
+    """Adds rows to a table, each key once, whoever else writes.
 
-    Use as a context manager: leaving the block commits what is finished, also when an exception leaves it. What goes
-    wrong while a shard is made is raised by the next call of `add`, `tick` or `flush`; none of its rows is committed.
+    Not for several threads; open one per thread.
+
+    Use as a context manager: leaving the block commits what is finished, also when an exception
+    leaves it. What goes wrong while a shard is made is raised by the next call of `add`, `tick` or
+    `flush`; none of its rows is committed.
     """
 
-    def __init__(self, files: Files, log: CommitLog, *, about: Mapping[str, Any], limits: CommitLimits) -> None:
+    def __init__(
+        self, files: Files, log: CommitLog, *, about: Mapping[str, Any], limits: CommitLimits
+    ) -> None:
         self._files = files
         self._log = log
         self._about = dict(about)
@@ -77,7 +83,10 @@ class ShardWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         try:
             if not self._failed:
@@ -86,11 +95,18 @@ class ShardWriter:
             self._maker.shutdown()
 
     def add(self, row: Mapping[str, Any]) -> bool:
-        """Take a row; False if its key is committed or waiting already. A row that does not fit is refused."""
+        """Take a row; False if its key is committed or waiting already.
+
+        A row that does not fit is refused.
+        """
         checked = check_row(self._log.table, row)
         check_shape(self._log.table, checked, self._about)
         key = checked["key"]
-        if key in self._log.keys or key in self._waiting or (self._making is not None and key in self._making.rows):
+        if (
+            key in self._log.keys
+            or key in self._waiting
+            or (self._making is not None and key in self._making.rows)
+        ):
             self.skipped += 1
             return False
         if not self._waiting:
@@ -145,7 +161,9 @@ class ShardWriter:
         self.tokens += _count_tokens(self._log.table, committed)
         self.skipped += len(rows) - len(committed)
 
-    def _appended(self, rows: list[dict[str, Any]], shard: Future[ShardInfo]) -> list[dict[str, Any]]:
+    def _appended(
+        self, rows: list[dict[str, Any]], shard: Future[ShardInfo]
+    ) -> list[dict[str, Any]]:
         """Those of the rows that are committed now, by this writer."""
         while True:
             made = shard.result()

@@ -1,7 +1,8 @@
 """What must hold in a row: its shape, checked before it is written, and the numbers of targets, checked by verify.
 
-Integers must agree exactly (so many targets as scored tokens, counts that sum to the draws), floats to their rounding.
-Tolerances: `bits` mantissa bits round a log probability l by at most |l| * 2**-(bits + 1).
+Integers must agree exactly (so many targets as scored tokens, counts that sum to the draws), floats
+to their rounding. Tolerances: `bits` mantissa bits round a log probability l by at most |l| *
+2**-(bits + 1).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,8 @@ from .schema import TableName
 from .soft_targets import SoftTargets
 
 SUM_TOLERANCE = 2e-3
-"""Entries and tail may miss 1 by this much, besides what rounding does: teachers compute in half precision."""
+"""Entries and tail may miss 1 by this much, besides what rounding does: teachers compute in half
+precision."""
 DEVIATIONS = 8.0
 """Standard deviations at which draws that miss the tokens that are there are no longer chance."""
 # What the entries of a kind are written in; the other columns of this list are null.
@@ -33,10 +35,15 @@ def check_shape(table: TableName, row: Mapping[str, Any], about: Mapping[str, An
     if table == "soft_targets":
         aligned_targets(row, about)
     if table == "generations":
-        prompt, completion, total = row["prompt_tokens"], row["completion_tokens"], len(row["token_ids"])
+        prompt, completion, total = (
+            row["prompt_tokens"],
+            row["completion_tokens"],
+            len(row["token_ids"]),
+        )
         if prompt < 0 or completion < 0 or prompt + completion != total:
             raise IntegrityError(
-                f"generations row: {prompt} prompt tokens and {completion} completion tokens are not {total} token ids."
+                f"generations row: {prompt} prompt tokens and {completion} completion tokens are "
+                f"not {total} token ids."
             )
 
 
@@ -47,18 +54,32 @@ def aligned_targets(row: Mapping[str, Any], about: Mapping[str, Any]) -> SoftTar
         _check_classes(row, about["class_names"])
     elif n < 1 or k < 1 or start < 1 or start + n > total:
         raise IntegrityError(
-            f"soft_targets row: span_start {start}, span_tokens {n} and k {k} do not fit a row of {total} tokens. "
-            "A span starts at 1 or later, because position t predicts token t + 1, and ends within the row."
+            f"soft_targets row: span_start {start}, span_tokens {n} and k {k} do not fit a row of "
+            f"{total} tokens. A span starts at 1 or later, because position t predicts token t + "
+            "1, and ends within the row."
         )
     _kind_columns(row)
     if row["kind"] == "full" and k != _outcomes(about):
-        raise IntegrityError(f"soft_targets row: kind 'full' with k {k}, the vocabulary has {_outcomes(about)}.")
+        raise IntegrityError(
+            f"soft_targets row: kind 'full' with k {k}, the vocabulary has {_outcomes(about)}."
+        )
     if row["teacher_id"] != about["teacher_id"]:
-        raise IntegrityError(f"soft_targets row: teacher {row['teacher_id']} in a shard of {about['teacher_id']}.")
+        raise IntegrityError(
+            f"soft_targets row: teacher {row['teacher_id']} in a shard of {about['teacher_id']}."
+        )
     targets = SoftTargets.from_row(row)
-    for name in ("logprobs", "weights", "tail_logprob", "token_logprob", "entropy", "tempered_tails"):
+    for name in (
+        "logprobs",
+        "weights",
+        "tail_logprob",
+        "token_logprob",
+        "entropy",
+        "tempered_tails",
+    ):
         if row.get(name) is not None and np.isnan(row[name]).any():
-            raise IntegrityError(f"soft_targets row: {name} holds NaN. The teacher's numbers are broken.")
+            raise IntegrityError(
+                f"soft_targets row: {name} holds NaN. The teacher's numbers are broken."
+            )
     _entry_numbers(row, targets)
     _check_temperatures(row["kind"], targets)
     return targets
@@ -75,24 +96,33 @@ def _check_classes(row: Mapping[str, Any], names: Sequence[str]) -> None:
     expected = len(row["token_ids"]) - 1, 1, "full"
     if found != expected:
         raise IntegrityError(
-            f"soft_targets row: span_start, span_tokens and kind are {found}, expected {expected}: where texts are "
-            "classified, each has one target over all classes, at its last token."
+            f"soft_targets row: span_start, span_tokens and kind are {found}, expected "
+            f"{expected}: where texts are classified, each has one target over all classes, at "
+            "its last token."
         )
     label = row.get("label")
     if label is not None and not 0 <= label < len(names):
-        raise IntegrityError(f"soft_targets row: label {label}, expected 0 to {len(names) - 1} ({', '.join(names)}).")
+        raise IntegrityError(
+            f"soft_targets row: label {label}, expected 0 to {len(names) - 1} ({', '.join(names)})."
+        )
 
 
 def _kind_columns(row: Mapping[str, Any]) -> None:
     """A kind has the columns it needs and no other's."""
     kind = row["kind"]
     if kind not in _COLUMNS:
-        raise IntegrityError(f"soft_targets row: kind {kind!r}, expected one of {', '.join(_COLUMNS)}.")
+        raise IntegrityError(
+            f"soft_targets row: kind {kind!r}, expected one of {', '.join(_COLUMNS)}."
+        )
     expected = _WEIGHTED if kind == "sampled" and row.get("proposal") != 1.0 else _COLUMNS[kind]
     for name in _OPTIONAL:
         if (row.get(name) is not None) != (name in expected):
-            found, wanted = ("with", "has none") if name not in expected else ("without", "needs it")
-            raise IntegrityError(f"soft_targets row: kind {kind!r} {found} {name}; this kind {wanted}.")
+            found, wanted = (
+                ("with", "has none") if name not in expected else ("without", "needs it")
+            )
+            raise IntegrityError(
+                f"soft_targets row: kind {kind!r} {found} {name}; this kind {wanted}."
+            )
 
 
 def _entry_numbers(row: Mapping[str, Any], targets: SoftTargets) -> None:
@@ -103,10 +133,15 @@ def _entry_numbers(row: Mapping[str, Any], targets: SoftTargets) -> None:
     least = min(row["k_min"], k) if row["kind"] == "topp" else 1
     if entries.min() < max(1, least) or entries.max() > k:
         raise IntegrityError(
-            f"soft_targets row: positions with {entries.min()} to {entries.max()} entries, expected {least} to {k}."
+            f"soft_targets row: positions with {entries.min()} to {entries.max()} entries, "
+            f"expected {least} to {k}."
         )
-    if targets.counts is not None and (row["counts"].min() < 1 or (targets.counts.sum(axis=1) != k).any()):
-        raise IntegrityError(f"soft_targets row: the counts of a position do not sum to its {k} draws.")
+    if targets.counts is not None and (
+        row["counts"].min() < 1 or (targets.counts.sum(axis=1) != k).any()
+    ):
+        raise IntegrityError(
+            f"soft_targets row: the counts of a position do not sum to its {k} draws."
+        )
 
 
 def _check_temperatures(kind: str, targets: SoftTargets) -> None:
@@ -118,13 +153,17 @@ def _check_temperatures(kind: str, targets: SoftTargets) -> None:
     sound = found is not None and tails is not None and 1 <= len(found) <= most
     if found is not None and sound:
         sound = bool(
-            np.isfinite(found).all() and (found > 0).all() and (found != 1).all() and (np.diff(found) > 0).all()
+            np.isfinite(found).all()
+            and (found > 0).all()
+            and (found != 1).all()
+            and (np.diff(found) > 0).all()
         )
     if not sound:
         raise IntegrityError(
-            f"soft_targets row: kind {kind!r} with temperatures {None if found is None else found.tolist()} and "
-            f"{'no' if tails is None else 'their'} sums. Expected temperatures above 0 other than 1, ascending, each "
-            "with a sum at every position; sampled: one at most; full: none."
+            f"soft_targets row: kind {kind!r} with temperatures "
+            f"{None if found is None else found.tolist()} and "
+            f"{'no' if tails is None else 'their'} sums. Expected temperatures above 0 other than "
+            "1, ascending, each with a sum at every position; sampled: one at most; full: none."
         )
 
 
@@ -142,7 +181,8 @@ def doubts(row: Mapping[str, Any], about: Mapping[str, Any]) -> Iterator[tuple[s
     elif targets.ids is not None:
         yield from _doubtful_ids(row["ids"], targets.ids, vocabulary)
     if not (
-        (targets.entropy >= -_slack(0.0, bits)) & (targets.entropy <= np.log(_outcomes(about)) * 1.01 + 1e-3)
+        (targets.entropy >= -_slack(0.0, bits))
+        & (targets.entropy <= np.log(_outcomes(about)) * 1.01 + 1e-3)
     ).all():
         yield "entropy", f"an entropy is outside 0 to log({_outcomes(about)}) nats"
     if targets.temperatures is not None:
@@ -152,7 +192,10 @@ def doubts(row: Mapping[str, Any], about: Mapping[str, Any]) -> Iterator[tuple[s
     else:
         yield from _doubtful_logprobs(row, targets, bits)
         if misplaced := _misplaced(targets, tokens, bits):
-            yield "token_logprob", f"{misplaced} positions disagree with the entries about the token that follows"
+            yield (
+                "token_logprob",
+                f"{misplaced} positions disagree with the entries about the token that follows",
+            )
 
 
 def _doubtful_ids(flat: np.ndarray, ids: np.ndarray, vocabulary: int) -> Iterator[tuple[str, str]]:
@@ -163,7 +206,9 @@ def _doubtful_ids(flat: np.ndarray, ids: np.ndarray, vocabulary: int) -> Iterato
         yield "ids", "an id stands twice at one position"
 
 
-def _doubtful_logprobs(row: Mapping[str, Any], targets: SoftTargets, bits: int) -> Iterator[tuple[str, str]]:
+def _doubtful_logprobs(
+    row: Mapping[str, Any], targets: SoftTargets, bits: int
+) -> Iterator[tuple[str, str]]:
     logprobs = targets.logprobs
     assert logprobs is not None
     if logprobs.max() > _slack(logprobs.max(), bits):
@@ -177,7 +222,10 @@ def _doubtful_logprobs(row: Mapping[str, Any], targets: SoftTargets, bits: int) 
         yield "logprobs", f"entries and tail miss a sum of 1 by up to {off.max():.2g}"
     kept = np.exp(logprobs).sum(axis=1, dtype=np.float64)
     if abs(np.minimum(kept, 1.0).mean() - row["kept_mass"]) > SUM_TOLERANCE + rounding.mean():
-        yield "kept_mass", f"says {row['kept_mass']:.4f}, the entries hold {np.minimum(kept, 1.0).mean():.4f}"
+        yield (
+            "kept_mass",
+            f"says {row['kept_mass']:.4f}, the entries hold {np.minimum(kept, 1.0).mean():.4f}",
+        )
     if row["kind"] == "topp":
         assert targets.entries is not None
         slack = SUM_TOLERANCE + rounding
@@ -188,10 +236,13 @@ def _doubtful_logprobs(row: Mapping[str, Any], targets: SoftTargets, bits: int) 
             yield "entries", f"a position has more entries than a mass of {row['p']:.4g} needs"
 
 
-def _doubtful_temperatures(targets: SoftTargets, vocabulary: int, bits: int) -> Iterator[tuple[str, str]]:
+def _doubtful_temperatures(
+    targets: SoftTargets, vocabulary: int, bits: int
+) -> Iterator[tuple[str, str]]:
     """What n ids of mass m, each at most c, can sum to when each is raised to 1/T.
 
-    The sum is m * c^(1/T - 1) where as few as possible hold the mass, n^(1 - 1/T) * m^(1/T) where all hold the same.
+    The sum is m * c^(1/T - 1) where as few as possible hold the mass, n^(1 - 1/T) * m^(1/T) where
+    all hold the same.
     """
     assert targets.temperatures is not None
     assert targets.tempered_tails is not None
@@ -201,17 +252,33 @@ def _doubtful_temperatures(targets: SoftTargets, vocabulary: int, bits: int) -> 
     else:
         mass = targets.tail_logprob.astype(np.float64)
         most = np.minimum(mass, _least(targets))
-        ids = vocabulary - (targets.logprobs.shape[1] if targets.entries is None else targets.entries)
-    for temperature, found in zip(targets.temperatures.tolist(), targets.tempered_tails.T, strict=True):
+        ids = vocabulary - (
+            targets.logprobs.shape[1] if targets.entries is None else targets.entries
+        )
+    for temperature, found in zip(
+        targets.temperatures.tolist(), targets.tempered_tails.T, strict=True
+    ):
         some = np.isfinite(mass) & (ids > 0)
         m, c, f, count = mass[some], most[some], found[some], np.broadcast_to(ids, n)[some]
-        ends = np.stack([m + (1 / temperature - 1) * c, (1 - 1 / temperature) * np.log(count) + m / temperature])
-        slack = (1 + 1 / temperature) * (SUM_TOLERANCE + (np.abs(m) + np.abs(c)) * 2.0**-bits) + _slack(f, bits)
-        if np.isfinite(found[~some]).any() or ((f < ends.min(axis=0) - slack) | (f > ends.max(axis=0) + slack)).any():
-            yield "tempered_tails", f"no mass outside the entries has this sum at temperature {temperature:g}"
+        ends = np.stack(
+            [m + (1 / temperature - 1) * c, (1 - 1 / temperature) * np.log(count) + m / temperature]
+        )
+        slack = (1 + 1 / temperature) * (
+            SUM_TOLERANCE + (np.abs(m) + np.abs(c)) * 2.0**-bits
+        ) + _slack(f, bits)
+        if (
+            np.isfinite(found[~some]).any()
+            or ((f < ends.min(axis=0) - slack) | (f > ends.max(axis=0) + slack)).any()
+        ):
+            yield (
+                "tempered_tails",
+                f"no mass outside the entries has this sum at temperature {temperature:g}",
+            )
 
 
-def _doubtful_draws(row: Mapping[str, Any], targets: SoftTargets, tokens: np.ndarray) -> Iterator[tuple[str, str]]:
+def _doubtful_draws(
+    row: Mapping[str, Any], targets: SoftTargets, tokens: np.ndarray
+) -> Iterator[tuple[str, str]]:
     """The token that is there has probability t, so k draws hold it with chance 1 - (1 - t)**k, or min(1, k t)."""
     if targets.weights is not None:
         if row["weights"].min() <= 0:
@@ -221,7 +288,11 @@ def _doubtful_draws(row: Mapping[str, Any], targets: SoftTargets, tokens: np.nda
     if targets.temperatures is not None and targets.tempered_tails is not None:
         logprob = logprob / targets.temperatures[0] - targets.tempered_tails[:, 0]
     chance = np.exp(np.minimum(logprob, 0.0))
-    drawn = np.minimum(1.0, row["k"] * chance) if row["draw"] == "systematic" else 1 - (1 - chance) ** row["k"]
+    drawn = (
+        np.minimum(1.0, row["k"] * chance)
+        if row["draw"] == "systematic"
+        else 1 - (1 - chance) ** row["k"]
+    )
     hits = np.any(targets.ids == tokens[:, None], axis=1).sum()
     if abs(hits - drawn.sum()) > DEVIATIONS * np.sqrt((drawn * (1 - drawn)).sum()) + 1:
         yield "token_logprob", f"{hits} tokens that follow were drawn, expected {drawn.sum():.1f}"
@@ -237,10 +308,14 @@ def _misplaced(targets: SoftTargets, tokens: np.ndarray, bits: int) -> int:
     else:
         match = targets.ids == tokens[:, None]
         kept = match.any(axis=1)
-        entry = np.where(kept, targets.logprobs[np.arange(n), match.argmax(axis=1)], _least(targets))
+        entry = np.where(
+            kept, targets.logprobs[np.arange(n), match.argmax(axis=1)], _least(targets)
+        )
     with np.errstate(invalid="ignore"):  # -inf against -inf are equal, and NaN exceeds nothing
         above = targets.token_logprob - entry
-        return int((np.where(kept, np.abs(above), above) > _slack(targets.token_logprob, bits)).sum())
+        return int(
+            (np.where(kept, np.abs(above), above) > _slack(targets.token_logprob, bits)).sum()
+        )
 
 
 def _least(targets: SoftTargets) -> np.ndarray:
@@ -259,7 +334,9 @@ def _sum_rounding(targets: SoftTargets, bits: int) -> np.ndarray:
     assert targets.logprobs is not None
     assert targets.tail_logprob is not None
     with np.errstate(invalid="ignore"):
-        moved = np.nan_to_num(np.exp(targets.logprobs) * np.abs(targets.logprobs)).sum(axis=1, dtype=np.float64)
+        moved = np.nan_to_num(np.exp(targets.logprobs) * np.abs(targets.logprobs)).sum(
+            axis=1, dtype=np.float64
+        )
         moved += np.nan_to_num(np.exp(targets.tail_logprob) * np.abs(targets.tail_logprob))
     return moved * 2.0 ** -(bits + 1)
 
@@ -267,7 +344,8 @@ def _sum_rounding(targets: SoftTargets, bits: int) -> np.ndarray:
 def statistics(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Per kind: rows, scored tokens, entries per token, and the mass that the entries keep (mean and quantiles).
 
-    Kinds whose positions differ have quantiles of their entries; sampled targets have no mass that is kept.
+    Kinds whose positions differ have quantiles of their entries; sampled targets have no mass that
+    is kept.
     """
     result: dict[str, Any] = {}
     for kind in sorted({row["kind"] for row in rows}):
@@ -276,7 +354,9 @@ def statistics(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         total = sum(len(row["logprobs"] if row["ids"] is None else row["ids"]) for row in chosen)
         result[kind] = {"rows": len(chosen), "tokens": tokens, "entries_per_token": total / tokens}
         if chosen[0]["entries"] is not None:
-            result[kind]["entries"] = _quantiles(np.concatenate([row["entries"] for row in chosen]), 0.5, 0.99)
+            result[kind]["entries"] = _quantiles(
+                np.concatenate([row["entries"] for row in chosen]), 0.5, 0.99
+            )
         if chosen[0]["tail_logprob"] is not None:
             tail = np.concatenate([row["tail_logprob"] for row in chosen]).astype(np.float64)
             result[kind]["kept_mass"] = _quantiles(1 - np.exp(tail), 0.01, 0.1, 0.5)
@@ -285,4 +365,6 @@ def statistics(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _quantiles(values: np.ndarray, *at: float) -> dict[str, float]:
     found = np.quantile(values, at)
-    return {"mean": float(values.mean())} | {f"q{round(q * 100):02}": float(x) for q, x in zip(at, found, strict=True)}
+    return {"mean": float(values.mean())} | {
+        f"q{round(q * 100):02}": float(x) for q, x in zip(at, found, strict=True)
+    }

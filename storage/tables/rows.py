@@ -1,4 +1,7 @@
-"""Rows between dicts and Arrow tables. Numeric list columns are numpy arrays, everything else is plain Python."""
+"""Rows between dicts and Arrow tables.
+
+Numeric list columns are numpy arrays, everything else is plain Python.
+"""
 
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -21,10 +24,14 @@ def check_row(table: TableName, row: Mapping[str, Any]) -> dict[str, Any]:
     """The row with every column of its table, absent ones None; IntegrityError if it does not fit the table."""
     columns = _columns(table)
     if unknown := sorted(row.keys() - columns.keys()):
-        raise IntegrityError(f"{table} row: no such column: {', '.join(unknown)}. Columns: {', '.join(columns)}.")
+        raise IntegrityError(
+            f"{table} row: no such column: {', '.join(unknown)}. Columns: {', '.join(columns)}."
+        )
     checked = {name: _checked(table, name, row.get(name)) for name in columns}
     if len(checked["key"]) != KEY_BYTES:
-        raise IntegrityError(f"{table} row: the key has {len(checked['key'])} bytes, not {KEY_BYTES}.")
+        raise IntegrityError(
+            f"{table} row: the key has {len(checked['key'])} bytes, not {KEY_BYTES}."
+        )
     return checked
 
 
@@ -32,7 +39,10 @@ def check_row(table: TableName, row: Mapping[str, Any]) -> dict[str, Any]:
 def _columns(table: TableName) -> dict[str, tuple[bool, Any]]:
     """Whether a column may be null, and the dtype of its lists or None: asked of Arrow once, not for every row."""
     return {
-        field.name: (field.nullable, field.type.value_type.to_pandas_dtype() if is_numeric_list(field.type) else None)
+        field.name: (
+            field.nullable,
+            field.type.value_type.to_pandas_dtype() if is_numeric_list(field.type) else None,
+        )
         for field in SCHEMAS[table]
     }
 
@@ -47,7 +57,9 @@ def _checked(table: TableName, name: str, value: Any) -> Any:
         return value
     array = np.asarray(value)
     if array.ndim != 1:
-        raise IntegrityError(f"{table} row: {name} has shape {array.shape}, lists are flat: {_about(table, name)}.")
+        raise IntegrityError(
+            f"{table} row: {name} has shape {array.shape}, lists are flat: {_about(table, name)}."
+        )
     if array.size and not np.can_cast(array.dtype, dtype, "same_kind"):
         expected = f"{SCHEMAS[table].field(name).type}: {_about(table, name)}"
         raise IntegrityError(f"{table} row: {name} holds {array.dtype}, expected {expected}.")
@@ -86,7 +98,9 @@ def _column(table: TableName, field: pa.Field, values: list[Any]) -> pa.Array:
     try:
         return pa.array(values, type=field.type)
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-        raise IntegrityError(f"{table} rows: column {field.name} takes {field.type} ({error}).") from error
+        raise IntegrityError(
+            f"{table} rows: column {field.name} takes {field.type} ({error})."
+        ) from error
 
 
 def _list_column(kind: pa.ListType, values: list[np.ndarray | None]) -> pa.Array:
@@ -117,7 +131,10 @@ class Rows:
         return {name: self._value(name, row) for name in self._columns}
 
     def flat(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """A numeric list column, not copied: offsets [R + 1], and the values of all rows. A null row has no values."""
+        """A numeric list column, not copied: offsets [R + 1], and the values of all rows.
+
+        A null row has no values.
+        """
         return self._lists[name]
 
     def present(self, name: str) -> np.ndarray:
@@ -149,7 +166,8 @@ class Rows:
 
 
 def _numbers(array: pa.Array) -> np.ndarray:
-    # Not `to_numpy`: that imports pandas, which takes longer than the first batch of a run that resumes.
+    # Not `to_numpy`: that imports pandas, which takes longer than the first batch of a run that
+    # resumes.
     assert array.null_count == 0
     dtype = array.type.to_pandas_dtype()
     values = np.empty(0, dtype) if len(array) == 0 else np.frombuffer(array.buffers()[1], dtype)

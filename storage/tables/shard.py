@@ -1,7 +1,8 @@
 """One shard: a Parquet file of rows of one table, immutable, described by its own metadata.
 
-Writing checks every row, reads the finished file back and compares. Reading verifies the checksum of every page it
-touches: without that, a flipped bit in a Parquet file is read as a wrong number, silently.
+Writing checks every row, reads the finished file back and compares. Reading verifies the checksum
+of every page it touches: without that, a flipped bit in a Parquet file is read as a wrong number,
+silently.
 """
 
 import json
@@ -60,13 +61,19 @@ def write_shard(
     """Write checked rows as one shard and read it back. Others see it only once it is committed."""
     data = rows_to_table(table, rows)
     groups = _row_groups([row_bytes(row) for row in rows])
-    info = put_parquet(files, data, groups, folder=shard_folder(table), about={"table": table, **about})
+    info = put_parquet(
+        files, data, groups, folder=shard_folder(table), about={"table": table, **about}
+    )
     written = ShardFile(files, info.name)
     same = written.rows_per_group == info.row_groups and all(
-        written.read(group).equals(data.slice(int(written.starts[group]), count)) for group, count in enumerate(groups)
+        written.read(group).equals(data.slice(int(written.starts[group]), count))
+        for group, count in enumerate(groups)
     )
     if not same:
-        raise IntegrityError(f"{info.name}: reading it back gave other rows than were written. Check disk and memory.")
+        raise IntegrityError(
+            f"{info.name}: reading it back gave other rows than were written. Check disk and "
+            "memory."
+        )
     return info
 
 
@@ -75,20 +82,31 @@ def put_parquet(
 ) -> ShardInfo:
     """Put a table as a new Parquet file named by its content, with `about` in its metadata.
 
-    Where a file of these bytes is there already, the new one gets another name, by a number of its own in the metadata.
-    An old file that no record names may be about to be vacuumed: nobody may come to rely on it.
+    Where a file of these bytes is there already, the new one gets another name, by a number of its
+    own in the metadata. An old file that no record names may be about to be vacuumed: nobody may
+    come to rely on it.
     """
     content = _put(files, data, groups, folder=folder, about=about)
     while not content.fresh:
-        content = _put(files, data, groups, folder=folder, about={**about, "again": uuid.uuid4().hex})
+        content = _put(
+            files, data, groups, folder=folder, about={**about, "again": uuid.uuid4().hex}
+        )
     return ShardInfo(content.name, content.sha256, content.bytes, data.num_rows, tuple(groups))
 
 
-def _put(files: Files, data: pa.Table, groups: Sequence[int], *, folder: str, about: Mapping[str, Any]) -> Content:
+def _put(
+    files: Files, data: pa.Table, groups: Sequence[int], *, folder: str, about: Mapping[str, Any]
+) -> Content:
     table = about["table"]
     metadata = {"format_version": FORMAT_VERSION, **about}
-    data = data.replace_schema_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True, ensure_ascii=False)})
-    options = parquet_options(table) if table in SCHEMAS else {"compression": "zstd", "write_page_checksum": True}
+    data = data.replace_schema_metadata(
+        {METADATA_KEY: json.dumps(metadata, sort_keys=True, ensure_ascii=False)}
+    )
+    options = (
+        parquet_options(table)
+        if table in SCHEMAS
+        else {"compression": "zstd", "write_page_checksum": True}
+    )
 
     def write(path: Path) -> None:
         with pq.ParquetWriter(path, data.schema, **options) as writer:
@@ -120,15 +138,20 @@ class ShardFile:
         """Below the store."""
         try:
             source = files.source(name)
-            # Reading ahead joins the columns of a row group into few requests; a local file is read as fast without.
+            # Reading ahead joins the columns of a row group into few requests; a local file is read
+            # as fast without.
             remote = not isinstance(source, str)
             self._file = pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=remote)
         except FileNotFoundError as error:
             raise IntegrityError(f"{name}: the file is missing. {REPAIR}") from error
         except _DAMAGED as error:
-            raise IntegrityError(f"{name}: not a readable Parquet file ({error}). {REPAIR}") from error
+            raise IntegrityError(
+                f"{name}: not a readable Parquet file ({error}). {REPAIR}"
+            ) from error
         metadata = self._file.metadata
-        self.rows_per_group = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+        self.rows_per_group = tuple(
+            metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)
+        )
         self.starts = np.concatenate([[0], np.cumsum(self.rows_per_group, dtype=np.int64)])
         self.about = self._read_about()
 
@@ -137,19 +160,24 @@ class ShardFile:
             about = json.loads(self.schema.metadata[METADATA_KEY])
             version, table = about["format_version"], about["table"]
         except (TypeError, KeyError, ValueError) as error:
-            raise IntegrityError(f"{self.name}: not a shard (no `stillroom` metadata). {REPAIR}") from error
+            raise IntegrityError(
+                f"{self.name}: not a shard (no `stillroom` metadata). {REPAIR}"
+            ) from error
         if version != FORMAT_VERSION:
             raise IntegrityError(
                 f"{self.name}: format version {version}, this Stillroom reads {FORMAT_VERSION}. "
                 "Use the version of Stillroom that wrote the store."
             )
         if not self.name.startswith(f"{shard_folder(table)}/"):
-            raise IntegrityError(f"{self.name}: holds {table}, which do not belong in this folder. {REPAIR}")
+            raise IntegrityError(
+                f"{self.name}: holds {table}, which do not belong in this folder. {REPAIR}"
+            )
         expected = SCHEMAS.get(table)
         if expected is not None and not self.schema.equals(expected):
             raise IntegrityError(
-                f"{self.name}: the columns are not those of {table} in this version of Stillroom. Go on with the "
-                "version that wrote the store, or run the recipe into a new folder (storage.dir)."
+                f"{self.name}: the columns are not those of {table} in this version of Stillroom. "
+                "Go on with the version that wrote the store, or run the recipe into a new "
+                "folder (storage.dir)."
             )
         return about
 
@@ -168,16 +196,23 @@ class ShardFile:
         """Indices of the rows that can be read, ascending: of a shard, all."""
         return np.arange(self.rows)
 
-    def read(self, group: int, columns: Sequence[str] | None = None, *, threads: bool = True) -> pa.Table:
+    def read(
+        self, group: int, columns: Sequence[str] | None = None, *, threads: bool = True
+    ) -> pa.Table:
         """One row group, page checksums verified; `threads`: columns are decoded side by side."""
         names = list(self.schema.names if columns is None else columns)
         if unknown := sorted(set(names) - set(self.schema.names)):
-            raise IntegrityError(f"{self.name}: no column {', '.join(unknown)}. It has {', '.join(self.schema.names)}.")
+            raise IntegrityError(
+                f"{self.name}: no column {', '.join(unknown)}. It has "
+                f"{', '.join(self.schema.names)}."
+            )
         try:
             return self._read_group(group, names, threads=threads)
         except _DAMAGED as error:
             column, cause = self._damaged_column(group, names, error)
-            raise IntegrityError(f"{self.name}: {column}row group {group} is damaged ({cause}). {REPAIR}") from error
+            raise IntegrityError(
+                f"{self.name}: {column}row group {group} is damaged ({cause}). {REPAIR}"
+            ) from error
 
     def read_all(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Every row, page checksums verified."""
@@ -185,21 +220,30 @@ class ShardFile:
         names = self.schema.names if columns is None else columns
         return pa.concat_tables([self.schema.empty_table().select(list(names)), *parts])
 
-    def select(self, rows: np.ndarray, columns: Sequence[str] | None = None, *, threads: bool = True) -> pa.Table:
+    def select(
+        self, rows: np.ndarray, columns: Sequence[str] | None = None, *, threads: bool = True
+    ) -> pa.Table:
         """Rows by ascending index, page checksums verified; row groups that hold none of them are not read."""
         edges = np.searchsorted(rows, self.starts)
-        parts = [self.schema.empty_table().select(list(self.schema.names if columns is None else columns))]
+        parts = [
+            self.schema.empty_table().select(
+                list(self.schema.names if columns is None else columns)
+            )
+        ]
         for group in np.flatnonzero(np.diff(edges)).tolist():
             table = self.read(group, columns, threads=threads)
             wanted = rows[edges[group] : edges[group + 1]] - self.starts[group]
             if len(wanted) < table.num_rows:
-                # Not of the numpy array: pyarrow would import pandas for that, and a run that resumes would wait.
+                # Not of the numpy array: pyarrow would import pandas for that, and a run that
+                # resumes would wait.
                 buffers = [None, pa.py_buffer(wanted.astype(np.int64))]
                 table = table.take(pa.Array.from_buffers(pa.int64(), len(wanted), buffers))
             parts.append(table)
         return parts[1] if len(parts) == 2 else pa.concat_tables(parts)
 
-    def _damaged_column(self, group: int, names: Sequence[str], error: Exception) -> tuple[str, Exception]:
+    def _damaged_column(
+        self, group: int, names: Sequence[str], error: Exception
+    ) -> tuple[str, Exception]:
         for name in names:
             try:
                 self._read_group(group, [name])
@@ -209,7 +253,9 @@ class ShardFile:
 
     def _read_group(self, group: int, names: list[str], *, threads: bool = True) -> pa.Table:
         table = self._file.read_row_group(group, columns=names, use_threads=threads)
-        if table.num_rows != self.rows_per_group[group]:  # a page header, which no checksum covers, may say so
+        if (
+            table.num_rows != self.rows_per_group[group]
+        ):  # a page header, which no checksum covers, may say so
             raise ValueError(f"{table.num_rows} rows can be read of {self.rows_per_group[group]}")
         return table
 
@@ -225,10 +271,14 @@ class ShardFile:
     def group_of(self, row: int) -> int:
         """The row group that holds a row."""
         if not 0 <= row < self.rows:
-            raise IntegrityError(f"{self.name}: row {row} was asked for, the shard has {self.rows}. {REPAIR}")
+            raise IntegrityError(
+                f"{self.name}: row {row} was asked for, the shard has {self.rows}. {REPAIR}"
+            )
         return int(np.searchsorted(self.starts, row, side="right")) - 1
 
-    def take(self, rows: Sequence[int] | np.ndarray, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    def take(
+        self, rows: Sequence[int] | np.ndarray, columns: Sequence[str] | None = None
+    ) -> Iterator[dict[str, Any]]:
         """Rows by index, in the order given; ascending indices read each row group once."""
         group, loaded = -1, Rows(self.schema.empty_table())
         for row in rows:

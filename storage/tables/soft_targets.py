@@ -1,8 +1,8 @@
 """Soft targets between memory and columns: rounding, flattening, and the way back.
 
-N scored tokens, K entries, V vocabulary. In memory the entries are [N, K] arrays; where positions differ in how many
-they have (`topp`, `sampled`), K is the widest position's number and the rest is padding. On disk they are flat lists,
-one position after another, without padding.
+N scored tokens, K entries, V vocabulary. In memory the entries are [N, K] arrays; where positions
+differ in how many they have (`topp`, `sampled`), K is the widest position's number and the rest is
+padding. On disk they are flat lists, one position after another, without padding.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,10 +16,20 @@ from ..errors import IntegrityError
 from .rows import Rows
 
 LISTS = (
-    *("entries", "ids", "logprobs", "counts", "weights", "tail_logprob", "token_logprob", "entropy"),
+    *(
+        "entries",
+        "ids",
+        "logprobs",
+        "counts",
+        "weights",
+        "tail_logprob",
+        "token_logprob",
+        "entropy",
+    ),
     *("temperatures", "tempered_tails"),
 )
-"""The list columns that hold a distribution: with `k` and `span_tokens`, all that `normalised_targets` reads."""
+"""The list columns that hold a distribution: with `k` and `span_tokens`, all that
+`normalised_targets` reads."""
 
 _PER_ENTRY = {"ids", "logprobs", "counts", "weights"}
 
@@ -61,28 +71,35 @@ class SoftTargets:
     """
 
     ids: np.ndarray | None
-    """[N, K] int32 token ids, best first, -1 for padding; None: all of the vocabulary, in id order."""
+    """[N, K] int32 token ids, best first, -1 for padding; None: all of the vocabulary, in id
+    order."""
     logprobs: np.ndarray | None
-    """[N, K] float32 natural-log probabilities of the full softmax, -inf for padding; None: sampled."""
+    """[N, K] float32 natural-log probabilities of the full softmax, -inf for padding; None:
+    sampled."""
     tail_logprob: np.ndarray | None
     """[N] float32 log probability outside the entries, -inf if there is none; None: sampled."""
     token_logprob: np.ndarray
     """[N] float32 log probability of the token that is there."""
     entropy: np.ndarray
-    """[N] float32 entropy of the full distribution, nats; sampled: of the one that was drawn from."""
+    """[N] float32 entropy of the full distribution, nats; sampled: of the one that was drawn
+    from."""
     entries: np.ndarray | None = None
     """[N] int32 entries of each position; None: K everywhere."""
     counts: np.ndarray | None = None
-    """[N, K] int32 how often each id was drawn, 0 for padding; counts / draws has the teacher as its mean."""
+    """[N, K] int32 how often each id was drawn, 0 for padding; counts / draws has the teacher as
+    its mean."""
     weights: np.ndarray | None = None
-    """[N, K] float32 estimate of the probability of each id, 0 for padding; its mean is the teacher."""
+    """[N, K] float32 estimate of the probability of each id, 0 for padding; its mean is the
+    teacher."""
     temperatures: np.ndarray | None = None
     """[m] float32 other temperatures than 1 that can be had of the entries, ascending; None: none.
 
-    sampled: [1], the one whose distribution was drawn from. `full` has all temperatures and names none.
+    sampled: [1], the one whose distribution was drawn from. `full` has all temperatures and names
+    none.
     """
     tempered_tails: np.ndarray | None = None
-    """[N, m] float32 log of the sum of p_i^(1/T) over the ids that are no entry (sampled: over all ids).
+    """[N, m] float32 log of the sum of p_i^(1/T) over the ids that are no entry (sampled: over all
+    ids).
 
     p is the softmax at temperature 1, so the log-normaliser of softmax(z / T) in these terms is
     logaddexp(logsumexp(logprobs / T), tempered_tails).
@@ -91,16 +108,24 @@ class SoftTargets:
     def __post_init__(self) -> None:
         stated = [x for x in (self.logprobs, self.counts, self.weights) if x is not None]
         if len(stated) != 1:
-            raise IntegrityError(f"soft targets: {len(stated)} of logprobs, counts and weights are there, expected one")
+            raise IntegrityError(
+                f"soft targets: {len(stated)} of logprobs, counts and weights are there, expected "
+                "one"
+            )
         n, k = stated[0].shape
-        shapes = dict.fromkeys(("tail_logprob", "token_logprob", "entropy", "entries"), (n,)) | {"ids": (n, k)}
+        shapes = dict.fromkeys(("tail_logprob", "token_logprob", "entropy", "entries"), (n,)) | {
+            "ids": (n, k)
+        }
         if self.temperatures is not None or self.tempered_tails is not None:
             m = 0 if self.temperatures is None else len(self.temperatures)
             shapes |= {"temperatures": (m,), "tempered_tails": (n, m)}
         for name, shape in shapes.items():
             array = getattr(self, name)
             if array is not None and array.shape != shape:
-                raise IntegrityError(f"soft targets: {name} has shape {array.shape}, entries {(n, k)} ask for {shape}")
+                raise IntegrityError(
+                    f"soft targets: {name} has shape {array.shape}, entries {(n, k)} ask for "
+                    f"{shape}"
+                )
         widest = k if self.entries is None else int(self.entries.max(initial=0))
         if widest != k:
             raise IntegrityError(f"soft targets: {k} columns for at most {widest} entries")
@@ -111,11 +136,19 @@ class SoftTargets:
         `k` is the widest position's number of entries; a kind that has a limit or draws (`topp`, `sampled`) says that.
         """
         n = len(self.token_logprob)
-        kept = None if self.logprobs is None else np.exp(self.logprobs).sum(axis=1, dtype=np.float64)
+        kept = (
+            None if self.logprobs is None else np.exp(self.logprobs).sum(axis=1, dtype=np.float64)
+        )
         return {name: self._column(name, mantissa_bits) for name in _LISTS} | {
             "mantissa_bits": mantissa_bits,
-            "kept_mass": None if kept is None else float(np.minimum(kept, 1.0).mean()) if n else 1.0,
-            "k": next(x.shape[1] for x in (self.logprobs, self.counts, self.weights) if x is not None),
+            "kept_mass": None
+            if kept is None
+            else float(np.minimum(kept, 1.0).mean())
+            if n
+            else 1.0,
+            "k": next(
+                x.shape[1] for x in (self.logprobs, self.counts, self.weights) if x is not None
+            ),
             "span_tokens": n,
         }
 
@@ -128,7 +161,11 @@ class SoftTargets:
         if name == "tempered_tails":
             values = values.reshape(-1)
         if values.ndim == 2:
-            values = values.reshape(-1) if self.entries is None else values[_used(self.entries, values.shape[1])]
+            values = (
+                values.reshape(-1)
+                if self.entries is None
+                else values[_used(self.entries, values.shape[1])]
+            )
         if _LISTS[name] is np.float32:
             return round_mantissa(values, mantissa_bits)
         return values.astype(np.int32, copy=False)
@@ -138,10 +175,15 @@ class SoftTargets:
         """Read the columns that `columns` wrote; columns of other kinds may be null or absent.
 
         Raises:
-            IntegrityError: a list does not have the length that `span_tokens`, `k` and `entries` ask for.
+            IntegrityError: a list does not have the length that `span_tokens`, `k` and `entries`
+                ask for.
         """
         n, k = row["span_tokens"], row["k"]
-        found = {name: np.asarray(row[name], kind) for name, kind in _LISTS.items() if row.get(name) is not None}
+        found = {
+            name: np.asarray(row[name], kind)
+            for name, kind in _LISTS.items()
+            if row.get(name) is not None
+        }
         entries = found.get("entries")
         temperatures = len(found.get("temperatures", ()))
         lengths = dict.fromkeys(_PADDING, n * k if entries is None else int(entries.sum()))
@@ -171,7 +213,11 @@ class SoftTargets:
 
     def positions(self, part: slice) -> "SoftTargets":
         """The targets of some of the positions."""
-        found = {name: values[part] for name in _PER_POSITION if (values := getattr(self, name)) is not None}
+        found = {
+            name: values[part]
+            for name in _PER_POSITION
+            if (values := getattr(self, name)) is not None
+        }
         if self.entries is not None:
             width = int(found["entries"].max(initial=0))
             found |= {name: found[name][:, :width] for name in _PADDING.keys() & found.keys()}
@@ -180,15 +226,17 @@ class SoftTargets:
     def normalised(self) -> "SoftTargets":
         """Entries and tail rescaled, in log space, so that each position sums to 1; so a divergence is never negative.
 
-        Rounding moves the sum by up to 2**-(bits + 1) * sum(p * |log p|). `token_logprob` and `entropy` stay as stored;
-        a tempered tail, a sum of p^(1/T), moves by total / T.
-        Sampled targets stay as they are: their mean is the teacher, rescaled it would not be.
+        Rounding moves the sum by up to 2**-(bits + 1) * sum(p * |log p|). `token_logprob` and
+        `entropy` stay as stored; a tempered tail, a sum of p^(1/T), moves by total / T. Sampled
+        targets stay as they are: their mean is the teacher, rescaled it would not be.
         """
         if self.logprobs is None or self.tail_logprob is None:
             return self
         total = self.log_total().astype(np.float32)
         if not np.isfinite(total).all():
-            raise IntegrityError("soft targets: a position has no probability at all. Run `stillroom verify`.")
+            raise IntegrityError(
+                "soft targets: a position has no probability at all. Run `stillroom verify`."
+            )
         tempered = self.tempered_tails
         if tempered is not None and self.temperatures is not None:
             tempered = tempered - total[:, None] / self.temperatures
@@ -200,10 +248,14 @@ class SoftTargets:
         )
 
     def log_total(self) -> np.ndarray:
-        """[N] float64 log of the sum of entries and tail: 0 but for rounding. Not for sampled targets."""
+        """[N] float64 log of the sum of entries and tail: 0 but for rounding.
+
+        Not for sampled targets.
+        """
         assert self.logprobs is not None
         assert self.tail_logprob is not None
-        # Log probabilities that sum to about 1: exponentials neither overflow nor all vanish, so nothing is shifted.
+        # Log probabilities that sum to about 1: exponentials neither overflow nor all vanish, so
+        # nothing is shifted.
         kept = np.exp(self.logprobs).sum(axis=1)
         with np.errstate(divide="ignore"):
             return np.log(kept + np.exp(self.tail_logprob, dtype=np.float64))
@@ -214,7 +266,9 @@ def _used(entries: np.ndarray, k: int) -> np.ndarray:
     return np.arange(k) < entries[:, None]
 
 
-def _widened(flat: np.ndarray, shape: tuple[int, int], entries: np.ndarray | None, padding: float) -> np.ndarray:
+def _widened(
+    flat: np.ndarray, shape: tuple[int, int], entries: np.ndarray | None, padding: float
+) -> np.ndarray:
     """[N, K] of a flat list."""
     if entries is None:
         return flat.reshape(shape)
@@ -227,7 +281,8 @@ def normalised_targets(rows: Rows) -> Iterator[SoftTargets]:
     """`SoftTargets.from_row(row).normalised()` of each row; neighbours share memory.
 
     Raises:
-        IntegrityError: a list does not have the length that its row asks for, or a position has no probability.
+        IntegrityError: a list does not have the length that its row asks for, or a position has no
+            probability.
     """
     spans, k = rows.numbers("span_tokens").astype(np.int64), rows.numbers("k").astype(np.int64)
     stored = np.stack([rows.present(name) for name in LISTS], axis=1)
@@ -235,12 +290,19 @@ def normalised_targets(rows: Rows) -> Iterator[SoftTargets]:
         SoftTargets.from_row(rows[row])  # raises
     for start, stop in _runs(np.column_stack([k, stored, _temperatures(rows)]), spans * k):
         edges = np.concatenate([[0], np.cumsum(spans[start:stop])]).tolist()
-        lists = {name: rows.flat(name) for name, there in zip(LISTS, stored[start], strict=True) if there}
-        part = {name: values[offsets[start] : offsets[stop]] for name, (offsets, values) in lists.items()}
+        lists = {
+            name: rows.flat(name) for name, there in zip(LISTS, stored[start], strict=True) if there
+        }
+        part = {
+            name: values[offsets[start] : offsets[stop]]
+            for name, (offsets, values) in lists.items()
+        }
         if "temperatures" in lists:  # one list for all of the run
             offsets, values = lists["temperatures"]
             part["temperatures"] = values[offsets[start] : offsets[start + 1]]
-        whole = SoftTargets.from_row({"span_tokens": edges[-1], "k": int(k[start]), **part}).normalised()
+        whole = SoftTargets.from_row(
+            {"span_tokens": edges[-1], "k": int(k[start]), **part}
+        ).normalised()
         yield from (whole.positions(slice(*pair)) for pair in pairwise(edges))
 
 

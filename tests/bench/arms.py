@@ -1,8 +1,8 @@
 """Many arms of one recipe in this process: the runner's own plan and stages, without a process for each stage.
 
-A stage's process takes seconds to start, an arm of a small experiment as long to train. Arms whose targets are of other
-kinds come from other snapshots, and the order of samples is a function of the snapshot: `one_order` gives all arms of a
-seed the same one. Nothing else is changed.
+A stage's process takes seconds to start, an arm of a small experiment as long to train. Arms whose
+targets are of other kinds come from other snapshots, and the order of samples is a function of the
+snapshot: `one_order` gives all arms of a seed the same one. Nothing else is changed.
 """
 
 import json
@@ -51,7 +51,9 @@ def prepare(recipe_file: Path, overrides: Sequence[str] = ()) -> None:
         raise SystemExit(f"{' '.join(words)}\n{done.stderr}")
 
 
-def run_arm(recipe_file: Path, overrides: Sequence[str] = (), *, until: str | None = None) -> dict[str, Any]:
+def run_arm(
+    recipe_file: Path, overrides: Sequence[str] = (), *, until: str | None = None
+) -> dict[str, Any]:
     """Run a recipe's stages here; what is done already is not done again.
 
     Arms that run at the same time need a `run.dir` each.
@@ -73,7 +75,9 @@ def run_arm(recipe_file: Path, overrides: Sequence[str] = (), *, until: str | No
     plan = make_plan(recipe)
     for snapshot in plan.snapshots.values():
         save_snapshot(Store.open(recipe.storage.dir), snapshot)
-    found: dict[str, Any] = {"snapshots": {split: snapshot.id for split, snapshot in plan.snapshots.items()}}
+    found: dict[str, Any] = {
+        "snapshots": {split: snapshot.id for split, snapshot in plan.snapshots.items()}
+    }
     if folder := plan.train_dirs.get("student"):
         found["train_dir"] = str(folder)
         for name in ("train.json", "evaluation.json"):

@@ -2,11 +2,12 @@
 
     python tests/bench/commit.py [--entries 32 64] [--commits 8] [--tiny]
 
-Rows are soft targets of 512 scored tokens with K entries of a vocabulary of 32,000: distinct ids by Zipf's law, log
-probabilities of a softmax. Making them is not counted. Everything a writer does is: checking each row, statistics, the
-Arrow table, Parquet, fsync, sha256, reading back with page checksums and comparing, the record. Steps are timed one
-inside the other and shown without what is inside, in one thread; in a run a shard is made beside the rest. Prints a
-table, then one line of JSON.
+Rows are soft targets of 512 scored tokens with K entries of a vocabulary of 32,000: distinct ids by
+Zipf's law, log probabilities of a softmax. Making them is not counted. Everything a writer does is:
+checking each row, statistics, the Arrow table, Parquet, fsync, sha256, reading back with page
+checksums and comparing, the record. Steps are timed one inside the other and shown without what is
+inside, in one thread; in a run a shard is made beside the rest. Prints a table, then one line of
+JSON.
 """
 
 import argparse
@@ -114,12 +115,20 @@ def main() -> None:
     clock = Clock()
     clock.watch()
     setattr(writer, "ThreadPoolExecutor", InTurn)  # noqa: B010
-    results = {str(k): _measure(clock, k, words.commits, rows=8 if words.tiny else ROWS) for k in words.entries}
+    results = {
+        str(k): _measure(clock, k, words.commits, rows=8 if words.tiny else ROWS)
+        for k in words.entries
+    }
     _print(results)
 
 
 def _measure(clock: Clock, k: int, count: int, *, rows: int) -> dict[str, Any]:
-    about = {"teacher_id": "t" * 32, "tokenizer_id": "k" * 32, "vocab_size": VOCABULARY, "mantissa_bits": BITS}
+    about = {
+        "teacher_id": "t" * 32,
+        "tokenizer_id": "k" * 32,
+        "vocab_size": VOCABULARY,
+        "mantissa_bits": BITS,
+    }
     made = _rows(k, rows)
     walls, cpus = [], []
     with tempfile.TemporaryDirectory(prefix="stillroom-commit-", dir=".") as folder:
@@ -127,7 +136,10 @@ def _measure(clock: Clock, k: int, count: int, *, rows: int) -> dict[str, Any]:
         limits = CommitLimits(rows=rows, seconds=1e9, bytes=1 << 40)
         with store.writer("soft_targets", about=about, limits=limits) as open_writer:
             for number in range(count + 1):
-                batch = [{**row, "key": content_key("bench", number=number, row=i)} for i, row in enumerate(made)]
+                batch = [
+                    {**row, "key": content_key("bench", number=number, row=i)}
+                    for i, row in enumerate(made)
+                ]
                 if number == 1:  # the first one warms up
                     clock.seconds.clear()
                 wall, cpu = time.perf_counter(), time.process_time()
@@ -173,7 +185,10 @@ def _row(rng: np.random.Generator, k: int, index: int) -> dict[str, Any]:
         token_logprob=here,
         entropy=-(np.exp(logprobs) * logprobs).sum(axis=1),
     )
-    names = {name: content_key("bench", name=name, index=index) for name in ("reuse_key", "tokens_key", "prompt_key")}
+    names = {
+        name: content_key("bench", name=name, index=index)
+        for name in ("reuse_key", "tokens_key", "prompt_key")
+    }
     return {
         **names,
         "generation_key": names["reuse_key"],
@@ -186,14 +201,25 @@ def _row(rng: np.random.Generator, k: int, index: int) -> dict[str, Any]:
 
 
 def _print(results: dict[str, dict[str, Any]]) -> None:
-    sys.stdout.write(f"{'milliseconds a commit':<24}" + "".join(f"{'K = ' + k:>10}" for k in results) + "\n")
+    sys.stdout.write(
+        f"{'milliseconds a commit':<24}" + "".join(f"{'K = ' + k:>10}" for k in results) + "\n"
+    )
     for name in STEPS:
-        sys.stdout.write(f"{name:<24}" + "".join(f"{r['milliseconds'][name]:>10}" for r in results.values()) + "\n")
+        sys.stdout.write(
+            f"{name:<24}"
+            + "".join(f"{r['milliseconds'][name]:>10}" for r in results.values())
+            + "\n"
+        )
     for name in ("commit_milliseconds", "commit_milliseconds_max", "cpu_milliseconds", "megabytes"):
         sys.stdout.write(f"{name:<24}" + "".join(f"{r[name]:>10}" for r in results.values()) + "\n")
     for name in ("share_of_one_core", "share_of_wall"):
-        sys.stdout.write(f"{name:<24}" + "".join(f"{r[name]:>10.2%}" for r in results.values()) + "\n")
-    sys.stdout.write(json.dumps({"tokens_per_second": TOKENS_PER_SECOND, "bar": BAR, "by_entries": results}) + "\n")
+        sys.stdout.write(
+            f"{name:<24}" + "".join(f"{r[name]:>10.2%}" for r in results.values()) + "\n"
+        )
+    sys.stdout.write(
+        json.dumps({"tokens_per_second": TOKENS_PER_SECOND, "bar": BAR, "by_entries": results})
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

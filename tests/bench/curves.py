@@ -1,8 +1,8 @@
 """From points to curves: the bytes at which a family is as good as another's setting, and the plot, as SVG by hand.
 
-Sizes of the formats of others, bytes per token at a vocabulary of 50,257 (16 bits per id), without token ids, tail or
-the token's own log probability: DistillKit (16 exact_k + 32 terms + 16 K bits), bf16 values and 16-bit ids, Megatron
-(5 bytes per entry before zstd, about 3 after).
+Sizes of the formats of others, bytes per token at a vocabulary of 50,257 (16 bits per id), without
+token ids, tail or the token's own log probability: DistillKit (16 exact_k + 32 terms + 16 K bits),
+bf16 values and 16-bit ids, Megatron (5 bytes per entry before zstd, about 3 after).
 """
 
 import math
@@ -45,7 +45,9 @@ def name_of(point: Point) -> str:
     return f"{point['family']} {point['setting']} {point['bits']} bits"
 
 
-def families(points: list[Point], values: dict[str, float]) -> dict[str, list[tuple[float, float, str]]]:
+def families(
+    points: list[Point], values: dict[str, float]
+) -> dict[str, list[tuple[float, float, str]]]:
     """(bytes, value, setting) of each family and number of bits, by bytes; a family needs two points."""
     found: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
     for point in points:
@@ -58,7 +60,8 @@ def families(points: list[Point], values: dict[str, float]) -> dict[str, list[tu
 def bytes_at(curve: list[tuple[float, float, str]], value: float) -> tuple[float, bool] | None:
     """Bytes at which a curve comes down to a value, between its points in logarithms.
 
-    True beside it: its first point is better already, so it is at most that. None: it does not come down so far.
+    True beside it: its first point is better already, so it is at most that. None: it does not come
+    down so far.
     """
     if curve[0][1] <= value:
         return curve[0][0], True
@@ -69,13 +72,20 @@ def bytes_at(curve: list[tuple[float, float, str]], value: float) -> tuple[float
     return None
 
 
-def verdicts(points: list[Point], dropped: dict[str, Any]) -> tuple[list[str], list[dict[str, Any]]]:
+def verdicts(
+    points: list[Point], dropped: dict[str, Any]
+) -> tuple[list[str], list[dict[str, Any]]]:
     """A table of every point; then, by metric, the bytes of the best family that is as good as top-50 and top-128."""
     lines = list(_table(points))
     for name, gradient in dropped.items():
-        angles = ", ".join(f"{angle:.1f} at {tokens} tokens" for tokens, (angle, _) in gradient.items())
+        angles = ", ".join(
+            f"{angle:.1f} at {tokens} tokens" for tokens, (angle, _) in gradient.items()
+        )
         lines.append(f"{name}: angle of its gradient {angles}")
-    lines += ["", "| as good as | in | bytes/token | best | needs | share | of DistillKit | half or less |"]
+    lines += [
+        "",
+        "| as good as | in | bytes/token | best | needs | share | of DistillKit | half or less |",
+    ]
     lines.append("| --- | --- | ---: | --- | ---: | ---: | ---: | --- |")
     found = []
     sizes = {name_of(point): point["bytes"] for point in points}
@@ -113,10 +123,13 @@ def _table(points: list[Point]) -> Iterator[str]:
     yield f"| kind | setting | bits | entries | bytes/token | squared error | KL gap | rms KL error (4096) |{angles}"
     yield "| --- | --- |" + " ---: |" * (6 + len(batches))
     for p in points:
-        angles = "".join(f" {p['gradient'][n][0]:.2f} |" if n in p["gradient"] else " |" for n in batches)
+        angles = "".join(
+            f" {p['gradient'][n][0]:.2f} |" if n in p["gradient"] else " |" for n in batches
+        )
         yield (
-            f"| {p['family']} | {p['setting']} | {p['bits']} | {p['entries']:.1f} | {p['bytes']:.1f} | "
-            f"{p['squared_error']:.5f} | {p['kl_bias']:.4f} | {p['kl_rms']['4096']:.4f} |{angles}"
+            f"| {p['family']} | {p['setting']} | {p['bits']} | {p['entries']:.1f} | "
+            f"{p['bytes']:.1f} | {p['squared_error']:.5f} | {p['kl_bias']:.4f} | "
+            f"{p['kl_rms']['4096']:.4f} |{angles}"
         )
 
 
@@ -126,7 +139,8 @@ WIDTH, HEIGHT, LEFT, TOP = 440, 330, 70, 46
 def plot(points: list[Point]) -> str:
     """Three panels over bytes/token, both axes in logarithms: gradient angle, KL error of a batch, squared error.
 
-    Rings are the formats of others, as if their values were exact: top-50 and top-128 at their size.
+    Rings are the formats of others, as if their values were exact: top-50 and top-128 at their
+    size.
     """
     at_ten = [point for point in points if point["bits"] == 10]
     chosen = [name for name in metrics(points) if "gradient" in name][-1:]
@@ -147,7 +161,9 @@ def plot(points: list[Point]) -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _panel(curves: dict[str, list[tuple[float, float, str]]], title: str, left: int) -> Iterator[str]:
+def _panel(
+    curves: dict[str, list[tuple[float, float, str]]], title: str, left: int
+) -> Iterator[str]:
     xs = [x for curve in curves.values() for x, _, _ in curve]
     ys = [max(y, 1e-9) for curve in curves.values() for _, y, _ in curve]
 

@@ -4,10 +4,12 @@ Per token, in float64 from stored columns (rounded, read back, normalised):
 
     squared error       sum_i (t'_i - t_i)^2, t' = the entries, 0 elsewhere
     KL error            KL' - KL(t || s).  topk, topp: KL' over the entries and one bucket for the rest, so never above
-                        the truth; sampled: KL' = -entropy - sum_i t'_i log s_i, which has the truth as its mean
+                        the truth; sampled: KL' = -entropy - sum_i t'_i log s_i, which has the truth
+                        as its mean
     gradient            of the mean loss over a batch with respect to all weights of the student: angle and length
-                        against that of KL(t || s). d loss / d logit_j = r s_j + v_j with v sparse. Bucket:
-                        r = 1 - T / S, T and S the masses outside the entries; sampled, and tail dropped: r = 1
+                        against that of KL(t || s). d loss / d logit_j = r s_j + v_j with v sparse.
+                        Bucket: r = 1 - T / S, T and S the masses outside the entries; sampled, and
+                        tail dropped: r = 1
 
 Letters: B rows, N tokens, K entries, V vocabulary, D hidden.
 """
@@ -47,13 +49,20 @@ class Row:
 
 @torch.no_grad()
 def scored(
-    teacher: SmallModel, student: SmallModel, ids: Tensor, *, number: int, draws: dict[str, tuple[str, int]]
+    teacher: SmallModel,
+    student: SmallModel,
+    ids: Tensor,
+    *,
+    number: int,
+    draws: dict[str, tuple[str, int]],
 ) -> Row:
     """One row [N + 1] of token ids; `draws` are (draw, rounds) by setting."""
     following = ids[1:]
     truth = teacher.head.logits(teacher(ids[None, :-1])[0]).log_softmax(-1)
     guess = student.head.logits(student(ids[None, :-1])[0]).log_softmax(-1)
-    best = targets_of(truth.clone(), following, kept=Kept(kind="topk", k=min(WIDEST, truth.shape[-1])))
+    best = targets_of(
+        truth.clone(), following, kept=Kept(kind="topk", k=min(WIDEST, truth.shape[-1]))
+    )
     mass = truth.exp()
     row = Row(
         token_ids=ids.numpy().astype(np.int32),
@@ -63,7 +72,9 @@ def scored(
     )
     for name, (draw, rounds) in draws.items():
         kept = Kept(kind="sampled", k=rounds, draw=draw, proposal=1.0)
-        row.drawn[name] = targets_of(truth.clone(), following, kept=kept, seed=1000 * number + rounds)
+        row.drawn[name] = targets_of(
+            truth.clone(), following, kept=kept, seed=1000 * number + rounds
+        )
     for name, targets in {"best": best, **row.drawn}.items():
         entry = torch.from_numpy(targets.ids).long().clamp(min=0)
         row.about[name] = truth.gather(-1, entry).numpy(), guess.gather(-1, entry).numpy()
@@ -72,7 +83,11 @@ def scored(
 
 def best_k(row: Row, k: int) -> SoftTargets:
     """The K best; what is cut goes to the tail."""
-    rest = np.logaddexp.reduce(row.best.logprobs[:, k:], axis=1, dtype=np.float64) if k < WIDEST else -np.inf
+    rest = (
+        np.logaddexp.reduce(row.best.logprobs[:, k:], axis=1, dtype=np.float64)
+        if k < WIDEST
+        else -np.inf
+    )
     tail = np.logaddexp(row.best.tail_logprob, rest).astype(np.float32)
     entries = (row.best.ids[:, :k], row.best.logprobs[:, :k], tail)
     return SoftTargets(*entries, row.best.token_logprob, row.best.entropy)
@@ -87,7 +102,9 @@ def ragged(row: Row, entries: np.ndarray) -> SoftTargets:
     ids = np.where(used, row.best.ids, -1)[:, :widest]
     logprobs = np.where(used, row.best.logprobs, -np.inf)[:, :widest].astype(np.float32)
     entries = entries.astype(np.int32)
-    return SoftTargets(ids, logprobs, tail, row.best.token_logprob, row.best.entropy, entries=entries)
+    return SoftTargets(
+        ids, logprobs, tail, row.best.token_logprob, row.best.entropy, entries=entries
+    )
 
 
 def above_p(row: Row, p: float) -> SoftTargets:
@@ -97,7 +114,10 @@ def above_p(row: Row, p: float) -> SoftTargets:
 
 
 def above(row: Row, least: float) -> SoftTargets:
-    """The entries whose probability is at least `least`, or the best one. Not a kind of the recipe."""
+    """The entries whose probability is at least `least`, or the best one.
+
+    Not a kind of the recipe.
+    """
     return ragged(row, np.maximum((row.best.logprobs >= np.log(least)).sum(axis=1), 1))
 
 
@@ -165,7 +185,9 @@ def sparse_form(e: Entries, *, drop_tail: bool) -> tuple[np.ndarray, np.ndarray]
 
 
 def gradients(
-    models: tuple[SmallModel, SmallModel], rows: list[Row], forms: dict[str, list[tuple[np.ndarray, ...]]]
+    models: tuple[SmallModel, SmallModel],
+    rows: list[Row],
+    forms: dict[str, list[tuple[np.ndarray, ...]]],
 ) -> dict[str, tuple[float, float]]:
     """By setting: angle in degrees and length ratio of its gradient to the full one, over the rows.
 
@@ -183,22 +205,32 @@ def gradients(
         for number, row in enumerate(rows):
             h = states[number].detach()
             s = student.head.logits(h).softmax(-1)
-            t = teacher.head.logits(teacher(torch.from_numpy(row.token_ids[None, :-1]).long())[0]).softmax(-1)
+            t = teacher.head.logits(
+                teacher(torch.from_numpy(row.token_ids[None, :-1]).long())[0]
+            ).softmax(-1)
             through, down, total = s @ weight, s.T @ h, s.sum(0)
             of_weight["full"] += down - t.T @ h
             of_bias["full"] += total - t.sum(0)
             of_states["full"].append(through - t @ weight)
             scales = {name: torch.from_numpy(forms[name][number][1]).float() for name in forms}
-            wide = s.T @ torch.cat([scales[name][:, None] * h for name in bucket], 1) if bucket else None
+            wide = (
+                s.T @ torch.cat([scales[name][:, None] * h for name in bucket], 1)
+                if bucket
+                else None
+            )
             for name in forms:
                 ids, v = (torch.from_numpy(forms[name][number][i]) for i in (0, 2))
                 ids, v, r = ids.long(), v.float(), scales[name]
                 at = bucket.index(name) * h.shape[1] if name in bucket else -1
                 of_weight[name] += down if at < 0 else wide[:, at : at + h.shape[1]]
-                of_weight[name].index_add_(0, ids.flatten(), (v[..., None] * h[:, None]).flatten(0, 1))
+                of_weight[name].index_add_(
+                    0, ids.flatten(), (v[..., None] * h[:, None]).flatten(0, 1)
+                )
                 of_bias[name] += total if at < 0 else r @ s
                 of_bias[name].index_add_(0, ids.flatten(), v.flatten())
-                sparse = torch.nn.functional.embedding_bag(ids, weight, per_sample_weights=v, mode="sum")
+                sparse = torch.nn.functional.embedding_bag(
+                    ids, weight, per_sample_weights=v, mode="sum"
+                )
                 of_states[name].append(r[:, None] * through + sparse)
     found = {}
     body = [p for p in student.body.parameters() if p.requires_grad]
@@ -209,5 +241,8 @@ def gradients(
         flat = torch.cat([*(p.flatten() for p in parts), of_bias[name]]).double()
         full = flat if full is None else full
         cosine = float(flat @ full / (flat.norm() * full.norm()))
-        found[name] = float(np.degrees(np.arccos(min(1.0, cosine)))), float(flat.norm() / full.norm())
+        found[name] = (
+            float(np.degrees(np.arccos(min(1.0, cosine)))),
+            float(flat.norm() / full.norm()),
+        )
     return found

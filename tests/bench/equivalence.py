@@ -2,11 +2,11 @@
 
     python tests/bench/equivalence.py [--tiny] [--steps 60] [--seeds 3] [--learning-rate 1e-3]
 
-A teacher scores texts with `full` targets; a student is trained from the store by the product, and with the live
-teacher by a plain loop (`tests/support/live.py`), on the same samples in the same order (each store has its own), in
-float32. Also with targets shifted by one position, for the size of what must not go unseen. STILLROOM_ASSETS names
-the folder with the teacher (stories260k) and the texts (TinyStories); --tiny makes a random teacher, which draws the
-text itself.
+A teacher scores texts with `full` targets; a student is trained from the store by the product, and
+with the live teacher by a plain loop (`tests/support/live.py`), on the same samples in the same
+order (each store has its own), in float32. Also with targets shifted by one position, for the size
+of what must not go unseen. STILLROOM_ASSETS names the folder with the teacher (stories260k) and the
+texts (TinyStories); --tiny makes a random teacher, which draws the text itself.
 """
 
 import argparse
@@ -43,29 +43,50 @@ TEXTS = 60
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tiny", action="store_true", help="seconds; the figures mean nothing")
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps, about")
-    parser.add_argument("--seeds", type=int, default=3, help="students, each with an order of its own")
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="students, each with an order of its own"
+    )
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     args = parser.parse_args()
     steps, all_bits, seeds = (6, (23, 10), 1) if args.tiny else (args.steps, BITS, args.seeds)
-    outcome: dict[str, Any] = {"python": platform.python_version(), "cpus": os.cpu_count(), "tiny": args.tiny}
+    outcome: dict[str, Any] = {
+        "python": platform.python_version(),
+        "cpus": os.cpu_count(),
+        "tiny": args.tiny,
+    }
     outcome |= {"threads": torch.get_num_threads(), "learning_rate": args.learning_rate}
-    outcome |= {"versions": {name: version(name) for name in ("torch", "transformers")}, "by_bits": {}}
+    outcome |= {
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "by_bits": {},
+    }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for bits in all_bits:
             part = folder / str(bits)
             part.mkdir()
-            how = {"tokens": steps * (64 if args.tiny else 1024), "learning_rate": args.learning_rate}
+            how = {
+                "tokens": steps * (64 if args.tiny else 1024),
+                "learning_rate": args.learning_rate,
+            }
             recipe, store, teacher_id = (tiny if args.tiny else stories)(part, bits=bits, how=how)
-            runs = [measured(recipe, store, teacher_id, folder=part / f"run-{s}", seed=s) for s in range(seeds)]
+            runs = [
+                measured(recipe, store, teacher_id, folder=part / f"run-{s}", seed=s)
+                for s in range(seeds)
+            ]
             outcome["by_bits"][bits] = runs
             if bits == all_bits[0]:
-                outcome["scored_tokens"] = sum(commit.tokens for commit in store.commits("soft_targets"))
+                outcome["scored_tokens"] = sum(
+                    commit.tokens for commit in store.commits("soft_targets")
+                )
                 shifted = planted(store, part / "shifted", "shifted")
-                outcome["shifted"] = [measured(recipe, shifted, teacher_id, folder=part / "shifted-run", seed=0)]
+                outcome["shifted"] = [
+                    measured(recipe, shifted, teacher_id, folder=part / "shifted-run", seed=0)
+                ]
     show(outcome)
     print(json.dumps(outcome))
 
@@ -75,7 +96,11 @@ def stories(folder: Path, *, bits: int, how: dict[str, Any]) -> tuple[Recipe, St
     import pyarrow.parquet as pq
 
     assets = Path(os.environ["STILLROOM_ASSETS"])
-    texts = pq.read_table(assets / "text" / "tinystories-8k" / "train.parquet").slice(0, TEXTS)["text"].to_pylist()
+    texts = (
+        pq.read_table(assets / "text" / "tinystories-8k" / "train.parquet")
+        .slice(0, TEXTS)["text"]
+        .to_pylist()
+    )
     source = write_jsonl(folder / "texts.jsonl", [{"text": text} for text in texts])
     teacher = assets / "models" / "stories260k-llama-hd32"
     recipe = Recipe.model_validate(
@@ -100,7 +125,11 @@ def tiny(folder: Path, *, bits: int, how: dict[str, Any]) -> tuple[Recipe, Store
     teacher = save_tiny_llama(folder / "teacher", initializer_range=0.5)
     storage = {"dir": str(folder / "store"), "mantissa_bits": bits}
     student = {"config": {"num_hidden_layers": 1}}
-    sections = {"score": {"targets": "full"}, "student": student, "train": how | {"tokens_per_step": 64}}
+    sections = {
+        "score": {"targets": "full"},
+        "student": student,
+        "train": how | {"tokens_per_step": 64},
+    }
     recipe, store, identity = scored_store(folder, teacher, rows=12, storage=storage, **sections)
     return recipe, store, identity.id
 
@@ -120,13 +149,19 @@ def trained_live(recipe: Recipe, store: Store) -> LiveRun:
     return live_training(recipe, texts, total_tokens=recipe.train.tokens)
 
 
-def measured(recipe: Recipe, store: Store, teacher_id: str, *, folder: Path, seed: int) -> dict[str, Any]:
+def measured(
+    recipe: Recipe, store: Store, teacher_id: str, *, folder: Path, seed: int
+) -> dict[str, Any]:
     """A training from a store against the live one."""
     changed = {"storage": {"dir": str(store.root)}, "run": {"dir": str(folder), "seed": seed}}
     tree = recipe.model_dump(mode="json", exclude_none=True) | changed
     live = trained_live(Recipe.model_validate(tree), store)
     snapshots = {"train": snapshot_of(store).id}
-    ids: dict[str, Any] = {"teacher_id": teacher_id, "train_dirs": {"student": folder}, "snapshots": snapshots}
+    ids: dict[str, Any] = {
+        "teacher_id": teacher_id,
+        "train_dirs": {"student": folder},
+        "snapshots": snapshots,
+    }
     job = Job(recipe=Recipe.model_validate(tree), progress=SilentProgress(), stop=StopFlag(), **ids)
     with mock.patch.object(audit_rows, "audit_rows", return_value=[]):  # it refuses what is shifted
         train.run(job)

@@ -4,11 +4,12 @@ For t [N, V], the teacher at N positions, and R draws with replacement, in close
 
     multinomial   distinct ids  sum_i 1 - (1 - t_i)^R      variance  sum_i t_i (1 - t_i) / R
     systematic    distinct ids  sum_i min(1, R t_i)        variance  sum_i f_i (1 - f_i) / R^2, f_i = R t_i mod 1
-    top-m + tail  the m best exactly, R draws of either kind from what is left, weighted with its mass; distinct ids are
+    top-m + tail the m best exactly, R draws of either kind from what is left, weighted with its
+    mass; distinct ids are
                   m more than the tail's, variance is the tail's times its mass squared
 
-The variance is that of the target, the mean over positions of E |t' - t|^2. The small case is Zipf's law over 100,000
-ids (Anshumann et al. 2025, arXiv 2503.16870, figure 2a).
+The variance is that of the target, the mean over positions of E |t' - t|^2. The small case is
+Zipf's law over 100,000 ids (Anshumann et al. 2025, arXiv 2503.16870, figure 2a).
 """
 
 from collections.abc import Callable
@@ -59,14 +60,22 @@ def at_equal_ids(t: Tensor) -> list[dict[str, float]]:
     """
     most = 200
     curves = {
-        name: [_curve(t, draw, most)] for name, draw in (("multinomial", multinomial), ("systematic", systematic))
+        name: [_curve(t, draw, most)]
+        for name, draw in (("multinomial", multinomial), ("systematic", systematic))
     }
     for name, draw in (("head + multinomial", multinomial), ("head + systematic", systematic)):
-        curves[name] = [_curve(t, head_and_tail(best, draw), most) for best in HEADS if best < t.shape[-1]]
+        curves[name] = [
+            _curve(t, head_and_tail(best, draw), most) for best in HEADS if best < t.shape[-1]
+        ]
     found = []
     for distinct in DISTINCT:
-        values = {name: min(_at(curve, distinct) for curve in some) for name, some in curves.items()}
-        rounds = {f"{name} draws": _at(curves[name][0], distinct, 2) for name in ("multinomial", "systematic")}
+        values = {
+            name: min(_at(curve, distinct) for curve in some) for name, some in curves.items()
+        }
+        rounds = {
+            f"{name} draws": _at(curves[name][0], distinct, 2)
+            for name in ("multinomial", "systematic")
+        }
         found.append({"distinct_ids": distinct} | values | rounds)
     return [row for row in found if all(map(np.isfinite, row.values()))]
 
@@ -76,7 +85,9 @@ def by_entropy(t: Tensor) -> dict[str, Tensor]:
     entropy = -(t * t.clamp_min(1e-30).log()).sum(-1)
     sure = entropy.argsort()[: len(t) // 2]
     parts = {"all positions": torch.arange(len(t)), "the surer half": sure}
-    return {f"{name}, {float(entropy[part].mean()):.2f} nats": t[part] for name, part in parts.items()}
+    return {
+        f"{name}, {float(entropy[part].mean()):.2f} nats": t[part] for name, part in parts.items()
+    }
 
 
 def _curve(t: Tensor, draw: Estimate, most: int) -> np.ndarray:
@@ -89,13 +100,17 @@ def _at(curve: np.ndarray, distinct: float, row: int = 1) -> float:
     """Value where the curve has so many distinct ids; infinite where it never has."""
     if not curve[0, 0] <= distinct <= curve[0, -1]:
         return float("inf")
-    return float(np.exp(np.interp(np.log(distinct), np.log(curve[0]), np.log(np.maximum(curve[row], 1e-12)))))
+    return float(
+        np.exp(np.interp(np.log(distinct), np.log(curve[0]), np.log(np.maximum(curve[row], 1e-12))))
+    )
 
 
 def distinct_ids(t: Tensor) -> dict[str, dict[str, float]]:
     """Expected distinct ids per token by number of draws."""
     draws = {"multinomial": multinomial, "systematic": systematic}
-    return {name: {str(n): float(draw(t, n)[0].mean()) for n in ROUNDS} for name, draw in draws.items()}
+    return {
+        name: {str(n): float(draw(t, n)[0].mean()) for n in ROUNDS} for name, draw in draws.items()
+    }
 
 
 def measured(t: Tensor, *, rounds: int, draw: str, repeats: int) -> dict[str, float]:
@@ -124,7 +139,10 @@ def zipf_case(*, vocab_size: int = 100_000, k: int = 20, rows: int = 64) -> dict
     t = 1 / torch.arange(1, vocab_size + 1, dtype=torch.float64)
     t /= t.sum()
     mass = float(t[:k].sum())
-    estimate = sum(drawn(t[None], rounds=50, draw="multinomial", seed=seed)[0] for seed in range(rows)) / rows
+    estimate = (
+        sum(drawn(t[None], rounds=50, draw="multinomial", seed=seed)[0] for seed in range(rows))
+        / rows
+    )
     error = (t * (1 - t) / (50 * rows)).sqrt()
     return {
         "kept_mass": mass,
@@ -133,5 +151,7 @@ def zipf_case(*, vocab_size: int = 100_000, k: int = 20, rows: int = 64) -> dict
         "to label, the tail's factor": 1 - mass,
         "bucket, id 2": float(t[1]),
         "distinct_ids": distinct_ids(t[None])["multinomial"],
-        "largest error of the mean, standard errors": float(((estimate - t).abs() / error)[:k].max()),
+        "largest error of the mean, standard errors": float(
+            ((estimate - t).abs() / error)[:k].max()
+        ),
     }

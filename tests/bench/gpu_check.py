@@ -1,14 +1,16 @@
 """Kernel tests and all benches of the fast paths on one NVIDIA GPU, in one command of under nine minutes.
 
-    python tests/bench/gpu_check.py [--out DIR] [--wheels DIR] [--only PART ...] [--commit NAME] [--rehearse]
+    python tests/bench/gpu_check.py [--out DIR] [--wheels DIR] [--only PART ...] [--commit NAME]
+    [--rehearse]
 
-Runs with whatever Python starts it, needs no network and no installed `stillroom`: the checkout is made importable
-by links in a temporary folder. Wheels that the machine lacks (README.md beside this says which) are installed into
-another one. Each part is a process with a time limit of its own; one that fails or overruns is reported, and the others
-go on. After every part the report is written anew: gpu-DATE-NAME.md and .json, and .log with all that was printed.
+Runs with whatever Python starts it, needs no network and no installed `stillroom`: the checkout is
+made importable by links in a temporary folder. Wheels that the machine lacks (README.md beside this
+says which) are installed into another one. Each part is a process with a time limit of its own; one
+that fails or overruns is reported, and the others go on. After every part the report is written
+anew: gpu-DATE-NAME.md and .json, and .log with all that was printed.
 
-Exit status: 0, or 1 where a kernel test failed, 2 where there is no GPU. --rehearse does without one: tiny sizes on the
-CPU, kernels interpreted; its figures mean nothing.
+Exit status: 0, or 1 where a kernel test failed, 2 where there is no GPU. --rehearse does without
+one: tiny sizes on the CPU, kernels interpreted; its figures mean nothing.
 """
 
 import argparse
@@ -33,9 +35,19 @@ ROOT = HERE.parents[1]
 SECONDS = 530  # all parts together
 KERNEL_TESTS = [f"tests/stages/test_triton_{name}.py" for name in ("passes", "targets")]
 QUICK = "no_rows or lie_apart"  # the kernel tests of a rehearsal
-LIMITS = {"kernels": 90, "traffic": 40, "loss": 150, "score": 90, "train_step": 150, "loader": 60, "pipeline": 90}
+LIMITS = {
+    "kernels": 90,
+    "traffic": 40,
+    "loss": 150,
+    "score": 90,
+    "train_step": 150,
+    "loader": 60,
+    "pipeline": 90,
+}
 """Seconds of each part; but for the first, a part is the bench of that name."""
-MORE = {"loader": ["--only", "trainer"]}  # what else it shows has nothing to do with a GPU, and takes minutes
+MORE = {
+    "loader": ["--only", "trainer"]
+}  # what else it shows has nothing to do with a GPU, and takes minutes
 PROBE = """
 import json, platform
 from importlib.metadata import version
@@ -69,22 +81,36 @@ class Part:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="folder for the report [results/; of a rehearsal a temporary one]")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder for the report [results/; of a rehearsal a temporary one]"
+    )
     parser.add_argument("--wheels", type=Path, help="folder of wheels that this machine lacks")
     parser.add_argument("--only", nargs="+", choices=LIMITS, help="parts to run")
     parser.add_argument("--commit", help="of the checkout, where git is not at hand")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU")
     words = parser.parse_args()
     with prepared(words.wheels, rehearse=words.rehearse) as environment:
-        facts = json.loads(subprocess.check_output([sys.executable, "-c", PROBE], env=environment, text=True))
+        facts = json.loads(
+            subprocess.check_output([sys.executable, "-c", PROBE], env=environment, text=True)
+        )
         if facts["gpu"] is None and not words.rehearse:
             sys.stderr.write(
                 "gpu-check: torch sees no NVIDIA GPU here. Nothing was run; --rehearse does without one.\n"
             )
             return 2
-        facts |= {"date": datetime.date.today().isoformat(), "driver": driver(), "commit": words.commit or commit()}
-        made = tempfile.mkdtemp(prefix="stillroom-rehearsal-") if words.rehearse and not words.out else None
+        facts |= {
+            "date": datetime.date.today().isoformat(),
+            "driver": driver(),
+            "commit": words.commit or commit(),
+        }
+        made = (
+            tempfile.mkdtemp(prefix="stillroom-rehearsal-")
+            if words.rehearse and not words.out
+            else None
+        )
         out = Path(made) if made else words.out or HERE / "results"
         report = Report(out, facts)
         began = time.monotonic()
@@ -105,16 +131,45 @@ def prepared(wheels: Path | None, *, rehearse: bool) -> Iterator[dict[str, str]]
         for package in ("pipeline", "stages", "storage"):
             (tree / "stillroom" / package).symlink_to(ROOT / package)
         if wheels:
-            pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--no-cache-dir"]
-            done = subprocess.run([*pip, "--target", str(site), *map(str, sorted(wheels.glob("*.whl")))])
+            pip = [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "-q",
+                "--no-deps",
+                "--no-index",
+                "--no-cache-dir",
+            ]
+            done = subprocess.run(
+                [*pip, "--target", str(site), *map(str, sorted(wheels.glob("*.whl")))]
+            )
             if done.returncode:  # the kernel tests need none of them
-                sys.stderr.write(f"gpu-check: the wheels in {wheels} were not installed; going on without.\n")
-        paths = [str(tree), str(site), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
-        own = {"PYTHONPATH": os.pathsep.join(paths), "TMPDIR": folder, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
-        own |= {"TRITON_CACHE_DIR": str(home / "triton"), "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+                sys.stderr.write(
+                    f"gpu-check: the wheels in {wheels} were not installed; going on without.\n"
+                )
+        paths = [
+            str(tree),
+            str(site),
+            str(ROOT / "tests"),
+            *filter(None, [os.environ.get("PYTHONPATH")]),
+        ]
+        own = {
+            "PYTHONPATH": os.pathsep.join(paths),
+            "TMPDIR": folder,
+            "HF_HOME": str(home),
+            "HF_HUB_OFFLINE": "1",
+        }
+        own |= {
+            "TRITON_CACHE_DIR": str(home / "triton"),
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONUNBUFFERED": "1",
+        }
         if rehearse:
             own |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        yield {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | own
+        yield {
+            name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")
+        } | own
 
 
 def run(name: str, limit: float, environment: dict[str, str], *, rehearse: bool) -> Part:
@@ -125,7 +180,15 @@ def run(name: str, limit: float, environment: dict[str, str], *, rehearse: bool)
     if limit < 1:
         return Part(name=name, status="no time left")
     if name == "kernels":
-        words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *KERNEL_TESTS, *(["-k", QUICK] if rehearse else [])]
+        words = [
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            *KERNEL_TESTS,
+            *(["-k", QUICK] if rehearse else []),
+        ]
     elif bench.exists():
         words = [str(bench), *MORE.get(name, []), *(["--tiny"] if rehearse else [])]
     else:
@@ -133,7 +196,12 @@ def run(name: str, limit: float, environment: dict[str, str], *, rehearse: bool)
     began = time.monotonic()
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
-            [sys.executable, *words], stdout=output, stderr=errors, env=environment, cwd=ROOT, start_new_session=True
+            [sys.executable, *words],
+            stdout=output,
+            stderr=errors,
+            env=environment,
+            cwd=ROOT,
+            start_new_session=True,
         )
         try:
             status = "failed" if process.wait(limit) else "ok"
@@ -154,7 +222,10 @@ def run(name: str, limit: float, environment: dict[str, str], *, rehearse: bool)
             if rehearse:
                 part.bars = [bar | {"met": None} for bar in part.bars]
         except (IndexError, ValueError, KeyError, AttributeError, TypeError) as error:
-            part.status, part.errors = "failed", f"{part.errors}\nthe last line is not what it should be: {error!r}"
+            part.status, part.errors = (
+                "failed",
+                f"{part.errors}\nthe last line is not what it should be: {error!r}",
+            )
     return part
 
 
@@ -162,14 +233,28 @@ def bars(stated: Any) -> list[dict[str, Any]]:
     """Rows of `what`, `found`, `bar`, `met`, `why`; a bench has such, or by name `found`, `at_most` or `at_least`."""
     if isinstance(stated, list):
         return [
-            {name: bar[name] for name in ("what", "found", "bar", "met")} | {"why": bar.get("why")} for bar in stated
+            {name: bar[name] for name in ("what", "found", "bar", "met")} | {"why": bar.get("why")}
+            for bar in stated
         ]
     rows = []
     for what, bar in stated.items():
-        found, (side, bound) = bar["found"], next((s, bar[s]) for s in ("at_most", "at_least") if s in bar)
-        met = None if found is None else bool(found <= bound if side == "at_most" else found >= bound)
+        found, (side, bound) = (
+            bar["found"],
+            next((s, bar[s]) for s in ("at_most", "at_least") if s in bar),
+        )
+        met = (
+            None if found is None else bool(found <= bound if side == "at_most" else found >= bound)
+        )
         sign = "<=" if side == "at_most" else ">="
-        rows.append({"what": what, "found": found, "bar": f"{sign} {bound:.4g}", "met": met, "why": bar.get("why")})
+        rows.append(
+            {
+                "what": what,
+                "found": found,
+                "bar": f"{sign} {bound:.4g}",
+                "met": met,
+                "why": bar.get("why"),
+            }
+        )
     return rows
 
 
@@ -187,15 +272,21 @@ def driver() -> str | None:
     if not (tool := shutil.which("nvidia-smi")):
         return None
     words = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(words, capture_output=True, text=True).stdout.split("\n")[0].strip() or None
+    return (
+        subprocess.run(words, capture_output=True, text=True).stdout.split("\n")[0].strip() or None
+    )
 
 
 def commit() -> str | None:
     """Of the checkout, with a plus sign where files differ from it."""
     git = ["git", "-C", str(ROOT)]
     try:
-        found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+        found = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        )
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True
+        )
     except FileNotFoundError:
         return None
     return None if found.returncode else found.stdout.strip() + ("+" if changed.stdout else "")
@@ -216,14 +307,21 @@ class Report:
         self.parts.append(part)
         sys.stdout.write(f"{part.name:<12}{part.status:<14}{part.seconds:>6.1f} s\n")
         for bar in part.bars:
-            sys.stdout.write(f"    {shown(bar['met']):<14}{shown(bar['found']):>10}  {bar['bar']:<10} {bar['what']}\n")
+            sys.stdout.write(
+                f"    {shown(bar['met']):<14}{shown(bar['found']):>10}  {bar['bar']:<10} {bar['what']}\n"
+            )
         if part.status != "ok":
             sys.stdout.write("".join(f"    {line}\n" for line in last(part, 8)))
         sys.stdout.flush()
-        figures = {p.name: {"status": p.status, "seconds": p.seconds, **p.outcome} for p in self.parts}
+        figures = {
+            p.name: {"status": p.status, "seconds": p.seconds, **p.outcome} for p in self.parts
+        }
         self._write(".json", json.dumps({**self._facts, "parts": figures}, indent=1) + "\n")
         self._write(".md", "\n".join(self._page()) + "\n")
-        printed = (f"===== {p.name}: {p.status}\n{p.output}\n----- stderr\n{p.errors}\n" for p in self.parts)
+        printed = (
+            f"===== {p.name}: {p.status}\n{p.output}\n----- stderr\n{p.errors}\n"
+            for p in self.parts
+        )
         self._write(".log", "\n".join(printed))
 
     def _write(self, suffix: str, text: str) -> None:
@@ -232,7 +330,9 @@ class Report:
     def _page(self) -> Iterator[str]:
         facts = self._facts
         yield f"# {facts['gpu'] or 'Rehearsal without a GPU: the figures mean nothing'}\n"
-        versions = ", ".join(f"{name} {facts[name]}" for name in ("python", "torch", "triton", "transformers"))
+        versions = ", ".join(
+            f"{name} {facts[name]}" for name in ("python", "torch", "triton", "transformers")
+        )
         yield f"{facts['date']}, commit {facts['commit']}, driver {facts['driver']}, {versions}\n"
         yield "    python tests/bench/gpu_check.py\n"
         yield "| part | | seconds |\n|---|---|---:|"

@@ -2,14 +2,15 @@
 
     python tests/bench/kills.py [--kills 1000] [--seed 0] [--tiny]
 
-Workers are processes forked from this one (so that a thousand of them cost minutes), each with a writer of its own and
-all rows of the store in an order of its own. Each is killed at a random moment of its life, most often in the middle of
-a commit. When all are dead the store is verified, and other workers go on, until every row is there; then another store
-begins. A worker says what it adds before it adds it, and what is committed once the writer says so.
+Workers are processes forked from this one (so that a thousand of them cost minutes), each with a
+writer of its own and all rows of the store in an order of its own. Each is killed at a random
+moment of its life, most often in the middle of a commit. When all are dead the store is verified,
+and other workers go on, until every row is there; then another store begins. A worker says what it
+adds before it adds it, and what is committed once the writer says so.
 
-Rows lost: said to be committed, and not there. Duplicated: in two commits. Redone: added by a killed worker and not in
-the store, so that somebody has to make them again; at most two commit intervals, the rows that wait and the shard in
-the making. Prints a table, then one line of JSON.
+Rows lost: said to be committed, and not there. Duplicated: in two commits. Redone: added by a
+killed worker and not in the store, so that somebody has to make them again; at most two commit
+intervals, the rows that wait and the shard in the making. Prints a table, then one line of JSON.
 """
 
 import argparse
@@ -42,7 +43,8 @@ COMMIT_ROWS = 8
 BOUND = 2 * COMMIT_ROWS
 """Rows to be made again after a kill: those that wait, and those of the shard in the making."""
 LIFE_SECONDS = 0.25
-"""A worker is killed at a moment between 0 and this after its start; alone and undisturbed it lives about as long."""
+"""A worker is killed at a moment between 0 and this after its start; alone and undisturbed it lives
+about as long."""
 
 
 @dataclass
@@ -64,7 +66,9 @@ class Worker:
         return [int(word[1:]) for word in self._words() if word.startswith(b"c")]
 
     def _words(self) -> list[bytes]:
-        return self.said.split(b"\n")[:-1]  # what follows the last line end was cut short by the kill
+        return self.said.split(b"\n")[
+            :-1
+        ]  # what follows the last line end was cut short by the kill
 
 
 @dataclass
@@ -92,7 +96,9 @@ def main() -> None:
     kills = 30 if words.tiny else words.kills
     rng = random.Random(words.seed)
     rows = [samples.target_row(index, tokens=4) for index in range(ROWS)]
-    rows_to_table("soft_targets", [check_row("soft_targets", row) for row in rows])  # what Arrow loads late, load once
+    rows_to_table(
+        "soft_targets", [check_row("soft_targets", row) for row in rows]
+    )  # what Arrow loads late, load once
     tally = Tally()
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="stillroom-kills-") as folder:
@@ -102,7 +108,9 @@ def main() -> None:
     _print(tally, time.monotonic() - began)
 
 
-def _one_store(root: Path, rows: list[dict[str, Any]], rng: random.Random, tally: Tally, *, kills: int) -> None:
+def _one_store(
+    root: Path, rows: list[dict[str, Any]], rng: random.Random, tally: Tally, *, kills: int
+) -> None:
     """Workers, killed and followed by others, until every row is in the store."""
     committed: set[int] = set()
     done = False
@@ -168,14 +176,18 @@ def _watch(workers: list[Worker]) -> None:
                     os.close(key.data.line)
                     status = os.waitpid(key.data.pid, 0)[1]
                     key.data.killed = os.WIFSIGNALED(status)
-                    assert key.data.killed or os.waitstatus_to_exitcode(status) == 0, "a worker failed"
+                    assert key.data.killed or os.waitstatus_to_exitcode(status) == 0, (
+                        "a worker failed"
+                    )
             for key in list(selector.get_map().values()):
                 if time.monotonic() >= key.data.dies and not key.data.killed:
                     key.data.killed = True
                     os.kill(key.data.pid, signal.SIGKILL)
 
 
-def _count(root: Path, rows: list[dict[str, Any]], workers: list[Worker], committed: set[int], tally: Tally) -> bool:
+def _count(
+    root: Path, rows: list[dict[str, Any]], workers: list[Worker], committed: set[int], tally: Tally
+) -> bool:
     """Verify the store and compare it with what the workers said; whether every row is there."""
     there, problems = _verified(root)
     numbers = {row["key"]: index for index, row in enumerate(rows)}

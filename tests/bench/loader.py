@@ -2,18 +2,21 @@
 
     python tests/bench/loader.py [--tiny] [--mds-python PYTHON] [--only speed|resume|trainer]
 
-Speed: one process, shuffled, batches of 32 rows stacked into arrays by the same function; Stillroom verifies page
-checksums and rescales entries and tail to sum to 1, the others hand out what is stored. `datasets` streams the very
-same Parquet files in numpy format through its default shuffle buffer. mosaicml-streaming reads the rows from MDS with
-zstd (log-probabilities as float16, which has the same 10 bits of mantissa), its first pass over fresh files, for which
-it decompresses them; it pins an older numpy, so it runs with a Python of its own: a virtual environment with
+Speed: one process, shuffled, batches of 32 rows stacked into arrays by the same function; Stillroom
+verifies page checksums and rescales entries and tail to sum to 1, the others hand out what is
+stored. `datasets` streams the very same Parquet files in numpy format through its default shuffle
+buffer. mosaicml-streaming reads the rows from MDS with zstd (log-probabilities as float16, which
+has the same 10 bits of mantissa), its first pass over fresh files, for which it decompresses them;
+it pins an older numpy, so it runs with a Python of its own: a virtual environment with
 `mosaicml-streaming==0.13.0 torch==2.13.0`. Without --mds-python that row is left out.
 
-Resume: a snapshot of many small shards is opened in a new process at a random sample; milliseconds from opening the
-store to the first batch, files opened against shards that the batch's samples lie in. Imports are not counted.
+Resume: a snapshot of many small shards is opened in a new process at a random sample; milliseconds
+from opening the store to the first batch, files opened against shards that the batch's samples lie
+in. Imports are not counted.
 
-Trainer: samples of a store (V = 512, K = 64, as long as short stories) read and packed into passes, and the same
-training a student of 1M parameters, in turns in one process; tokens/s of the one over those of the other. Bar: 5.
+Trainer: samples of a store (V = 512, K = 64, as long as short stories) read and packed into passes,
+and the same training a student of 1M parameters, in turns in one process; tokens/s of the one over
+those of the other. Bar: 5.
 """
 
 import argparse
@@ -41,13 +44,19 @@ COLUMNS = ("token_ids", "ids", "logprobs", "tail_logprob", "token_logprob", "ent
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tiny", action="store_true", help="seconds; the figures mean nothing")
     parser.add_argument("--mds-python", help="a Python that has mosaicml-streaming")
     parser.add_argument("--only", choices=["speed", "resume", "trainer"])
-    parser.add_argument("--rows", type=int, default=12288, help="rows to read; a window is about 2900")
+    parser.add_argument(
+        "--rows", type=int, default=12288, help="rows to read; a window is about 2900"
+    )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--pass", dest="one_pass", nargs=2, metavar=("LOADER", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--pass", dest="one_pass", nargs=2, metavar=("LOADER", "FOLDER"), help=argparse.SUPPRESS
+    )
     parser.add_argument("--number", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one_pass:
@@ -60,9 +69,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if args.only in (None, "speed"):
             rows, repeats = (64, 1) if args.tiny else (args.rows, args.repeats)
-            outcome["speed"] = speed(Path(folder), rows=rows, repeats=repeats, mds_python=args.mds_python)
+            outcome["speed"] = speed(
+                Path(folder), rows=rows, repeats=repeats, mds_python=args.mds_python
+            )
         if args.only in (None, "trainer"):
-            outcome["trainer"] = against_trainer(Path(folder), turns=1 if args.tiny else 5, tiny=args.tiny)
+            outcome["trainer"] = against_trainer(
+                Path(folder), turns=1 if args.tiny else 5, tiny=args.tiny
+            )
             found = {"found": outcome["trainer"]["loader_over_trainer"], "at_least": LOADER_BAR}
             if not args.tiny:  # tiny figures mean nothing
                 outcome["bars"] = {"loader's tokens/s over a 1M trainer's": found}
@@ -78,7 +91,9 @@ def main() -> None:
 def speed(folder: Path, *, rows: int, repeats: int, mds_python: str | None) -> dict[str, Any]:
     """Tokens per second of each loader, in turns; ratios are medians over the turns."""
     write_rows(folder, rows)
-    pythons = {"stillroom": sys.executable, "datasets": sys.executable} | ({"mds": mds_python} if mds_python else {})
+    pythons = {"stillroom": sys.executable, "datasets": sys.executable} | (
+        {"mds": mds_python} if mds_python else {}
+    )
     if mds_python:
         one_pass(mds_python, "mds-write", folder)
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in pythons}
@@ -92,14 +107,18 @@ def speed(folder: Path, *, rows: int, repeats: int, mds_python: str | None) -> d
         ours = [turn["tokens"] / turn["seconds"] for turn in turns["stillroom"]]
         table[name] = {
             "tokens_per_second": [round(rate) for rate in rates],
-            "stillroom_is_times_as_fast": round(statistics.median(a / b for a, b in zip(ours, rates, strict=True)), 2),
+            "stillroom_is_times_as_fast": round(
+                statistics.median(a / b for a, b in zip(ours, rates, strict=True)), 2
+            ),
             "cpu_seconds": [round(turn["cpu_seconds"], 2) for turn in found],
             "first_batch_seconds": [turn["first_batch_seconds"] for turn in found],
             "peak_rss_mb": max(turn["peak_rss_mb"] for turn in found),
             "bytes_per_token": round(found[0]["bytes"] / found[0]["tokens"], 1),
         }
     print(f"{rows} rows, T = {T}, K = {K}, batches of {BATCH}, {repeats} turns")
-    print(f"{'loader':<12}{'ktok/s':>8}{'stillroom is':>14}{'first batch s':>15}{'peak RSS MB':>13}{'bytes/token':>13}")
+    print(
+        f"{'loader':<12}{'ktok/s':>8}{'stillroom is':>14}{'first batch s':>15}{'peak RSS MB':>13}{'bytes/token':>13}"
+    )
     for name in pythons:
         row = table[name]
         rate = statistics.median(row["tokens_per_second"]) / 1000
@@ -130,7 +149,9 @@ def consume(samples: Iterator[dict[str, np.ndarray]], stored: int) -> dict[str, 
     for sample in samples:
         held.append(sample)
         if len(held) == BATCH:
-            arrays = arrays or {name: np.empty((BATCH, *held[0][name].shape), kind) for name, kind in kinds.items()}
+            arrays = arrays or {
+                name: np.empty((BATCH, *held[0][name].shape), kind) for name, kind in kinds.items()
+            }
             for name, array in arrays.items():
                 np.stack([sample[name] for sample in held], out=array, casting="same_kind")
             rows += BATCH
@@ -157,8 +178,12 @@ def read_stillroom(folder: Path, number: int) -> dict[str, Any]:
     from stillroom.storage.store.store import Store
 
     store = Store.open(folder / "store")
-    places = {commit.shard.sha256: range(commit.shard.rows) for commit in store.commits("soft_targets")}
-    samples = Samples(store, make_snapshot(store, "soft_targets", places, {}), soft=True, seed=number)
+    places = {
+        commit.shard.sha256: range(commit.shard.rows) for commit in store.commits("soft_targets")
+    }
+    samples = Samples(
+        store, make_snapshot(store, "soft_targets", places, {}), soft=True, seed=number
+    )
 
     def rows() -> Iterator[dict[str, np.ndarray]]:
         for sample in samples.read(0, len(samples)):
@@ -174,7 +199,9 @@ def read_datasets(folder: Path, number: int) -> dict[str, Any]:
 
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # else each pass ends with a pause of 5 s
     files = sorted(str(path) for path in (folder / "store" / "data").rglob("*.parquet"))
-    rows = datasets.load_dataset("parquet", data_files=files, streaming=True, split="train", columns=list(COLUMNS))
+    rows = datasets.load_dataset(
+        "parquet", data_files=files, streaming=True, split="train", columns=list(COLUMNS)
+    )
     rows = rows.shuffle(seed=number).with_format("numpy")
     return consume(iter(rows), stored_bytes(folder / "store" / "data"))
 
@@ -191,9 +218,13 @@ def write_mds(folder: Path, _: int) -> dict[str, Any]:
     columns = {name: "ndarray:int32" for name in ("token_ids", "ids")}
     columns |= {name: "ndarray:float16" for name in COLUMNS[2:]}
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in COLUMNS}
-    with mosaic().MDSWriter(out=str(folder / "mds"), columns=columns, compression="zstd", hashes=["xxh3_64"]) as out:
+    with mosaic().MDSWriter(
+        out=str(folder / "mds"), columns=columns, compression="zstd", hashes=["xxh3_64"]
+    ) as out:
         for row in range(len(arrays["ids"])):
-            out.write({name: array[row].astype(columns[name][8:]) for name, array in arrays.items()})
+            out.write(
+                {name: array[row].astype(columns[name][8:]) for name, array in arrays.items()}
+            )
     return {}
 
 
@@ -201,7 +232,9 @@ def read_mds(folder: Path, number: int) -> dict[str, Any]:
     stored = stored_bytes(folder / "mds")
     fresh = folder / f"mds-{number}"
     shutil.copytree(folder / "mds", fresh)
-    rows = mosaic().StreamingDataset(local=str(fresh), shuffle=True, shuffle_seed=number, batch_size=BATCH)
+    rows = mosaic().StreamingDataset(
+        local=str(fresh), shuffle=True, shuffle_seed=number, batch_size=BATCH
+    )
     return consume(iter(rows), stored)
 
 
@@ -210,7 +243,13 @@ def write_rows(folder: Path, rows: int) -> None:
     from stillroom.storage.keys import content_key
     from stillroom.storage.store.store import Store
 
-    about = {"teacher_id": "t" * 32, "tokenizer_id": "k" * 32, "vocab_size": V, "mantissa_bits": 10, "head": "lm"}
+    about = {
+        "teacher_id": "t" * 32,
+        "tokenizer_id": "k" * 32,
+        "vocab_size": V,
+        "mantissa_bits": 10,
+        "head": "lm",
+    }
     shapes = {name: (rows, T * K if name in ("ids", "logprobs") else T) for name in COLUMNS}
     shapes["token_ids"] = (rows, T + 1)
     kinds = {name: np.int32 if name in ("token_ids", "ids") else np.float32 for name in COLUMNS}
@@ -222,11 +261,17 @@ def write_rows(folder: Path, rows: int) -> None:
         for number in range(rows):
             key = content_key("bench", number=number)
             row = random_targets(np.random.default_rng(number)).columns(10)
-            row["token_ids"] = np.concatenate([[0], row["ids"].reshape(T, K)[:, 0]]).astype(np.int32)
+            row["token_ids"] = np.concatenate([[0], row["ids"].reshape(T, K)[:, 0]]).astype(
+                np.int32
+            )
             for name in COLUMNS:
                 arrays[name][number] = row[name]
-            names = dict.fromkeys(("key", "reuse_key", "tokens_key", "generation_key", "prompt_key"), key)
-            writer.add(names | {"teacher_id": about["teacher_id"], "kind": "topk", "span_start": 1} | row)
+            names = dict.fromkeys(
+                ("key", "reuse_key", "tokens_key", "generation_key", "prompt_key"), key
+            )
+            writer.add(
+                names | {"teacher_id": about["teacher_id"], "kind": "topk", "span_start": 1} | row
+            )
 
 
 def random_targets(rng: np.random.Generator) -> Any:
@@ -240,7 +285,9 @@ def random_targets(rng: np.random.Generator) -> Any:
     kept = rng.beta(12.0, 1.0, (T, 1))
     logprobs = heights - np.log(np.exp(heights).sum(axis=1, keepdims=True)) + np.log(kept)
     entropy = -(np.exp(logprobs) * logprobs).sum(axis=1)
-    floats = [x.astype(np.float32) for x in (logprobs, np.log1p(-kept[:, 0]), logprobs[:, 0], entropy)]
+    floats = [
+        x.astype(np.float32) for x in (logprobs, np.log1p(-kept[:, 0]), logprobs[:, 0], entropy)
+    ]
     return SoftTargets(ids, *floats)
 
 
@@ -255,9 +302,16 @@ def resume(folder: Path, *, shards: int, rows: int, repeats: int) -> dict[str, A
     table = {"shards": shards, "rows": rows, "repeats": repeats, "batch": BATCH}
     table |= {name: [turn[name] for turn in found] for name in found[0]}
     milliseconds = statistics.median(table["milliseconds"])
-    print(f"\nresume, {shards} shards, {rows} rows, batch of {BATCH}: first batch after {milliseconds:.0f} ms (median)")
-    print(f"  of these to load the snapshot: {statistics.median(table['snapshot_milliseconds']):.0f} ms")
-    print(f"  files opened {table['footers_opened']}, shards of the batch {table['footers_needed']}")
+    print(
+        f"\nresume, {shards} shards, {rows} rows, batch of {BATCH}: first batch after {milliseconds:.0f} ms (median)"
+    )
+    print(
+        "  of these to load the snapshot: "
+        f"{statistics.median(table['snapshot_milliseconds']):.0f} ms"
+    )
+    print(
+        f"  files opened {table['footers_opened']}, shards of the batch {table['footers_needed']}"
+    )
     return table
 
 
@@ -270,7 +324,8 @@ def resume_once(folder: Path, number: int) -> dict[str, Any]:
 
     opened = []
     real = LocalFiles.source
-    LocalFiles.source = lambda self, name: opened.append(name) or real(self, name)  # type: ignore[method-assign]
+    # type: ignore[method-assign]
+    LocalFiles.source = lambda self, name: opened.append(name) or real(self, name)
     snapshot_id = (folder / "snapshot").read_text()
     began = time.perf_counter()
     store = Store.open(folder / "many")
@@ -278,7 +333,9 @@ def resume_once(folder: Path, number: int) -> dict[str, Any]:
     loaded = time.perf_counter()
     samples = Samples(store, snapshot, soft=True, seed=7)
     start = int(np.random.default_rng(number).integers(3 * len(samples)))
-    batches = samples.batches([range(start, start + BATCH), range(start + BATCH, start + 2 * BATCH)])
+    batches = samples.batches(
+        [range(start, start + BATCH), range(start + BATCH, start + 2 * BATCH)]
+    )
     batch = next(batches)
     done = time.perf_counter()
     count = len(opened)
@@ -309,21 +366,39 @@ def write_shards(root: Path, *, shards: int, rows: int) -> str:
     from stillroom.storage.tables.shard import put_parquet
 
     store = Store.open(root, create=True)
-    about = {"table": "soft_targets", "teacher_id": "t" * 32, "tokenizer_id": "k" * 32, "vocab_size": V}
+    about = {
+        "table": "soft_targets",
+        "teacher_id": "t" * 32,
+        "tokenizer_id": "k" * 32,
+        "vocab_size": V,
+    }
     each = rows // shards
     row = random_targets(np.random.default_rng(0)).positions(slice(8)).columns(10)
-    row |= dict.fromkeys(("key", "reuse_key", "tokens_key", "generation_key", "prompt_key"), bytes(16))
-    row |= {"teacher_id": about["teacher_id"], "kind": "topk", "span_start": 1, "token_ids": np.arange(9)}
+    row |= dict.fromkeys(
+        ("key", "reuse_key", "tokens_key", "generation_key", "prompt_key"), bytes(16)
+    )
+    row |= {
+        "teacher_id": about["teacher_id"],
+        "kind": "topk",
+        "span_start": 1,
+        "token_ids": np.arange(9),
+    }
     alike = rows_to_table("soft_targets", [check_row("soft_targets", row)] * each)
     column = alike.schema.get_field_index("key")
     infos = []
     for shard in range(shards):
-        keys = pa.array([content_key("bench", shard=shard, row=i) for i in range(each)], pa.binary(16))
+        keys = pa.array(
+            [content_key("bench", shard=shard, row=i) for i in range(each)], pa.binary(16)
+        )
         table = alike.set_column(column, alike.schema.field(column), keys)
-        infos.append(put_parquet(store.files, table, [each], folder="data/soft_targets", about=about))
+        infos.append(
+            put_parquet(store.files, table, [each], folder="data/soft_targets", about=about)
+        )
     commits = [types.SimpleNamespace(shard=info) for info in infos]
     log = types.SimpleNamespace(commits=lambda table: commits, source_of=lambda table, sha256: "")
-    snapshot = make_snapshot(log, "soft_targets", {info.sha256: range(info.rows) for info in infos}, {})
+    snapshot = make_snapshot(
+        log, "soft_targets", {info.sha256: range(info.rows) for info in infos}, {}
+    )
     save_snapshot(store, snapshot)
     return snapshot.id
 
@@ -339,25 +414,42 @@ def against_trainer(folder: Path, *, turns: int, tiny: bool) -> dict[str, Any]:
     from stillroom.stages.loader.samples import Cursor, steps
     from stillroom.stages.recipe.sections import Loss
 
-    shape = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 5}
+    shape = {
+        "vocab_size": 512,
+        "hidden_size": 128,
+        "intermediate_size": 352,
+        "num_hidden_layers": 5,
+    }
     shape |= {"num_attention_heads": 4, "num_key_value_heads": 4}
     size = {"rows": 12, "tokens_per_step": 512} if tiny else {"rows": 600, "tokens_per_step": 4096}
-    scale = Scale(config=shape, k=64, tokens_per_pass=size["tokens_per_step"], steps=1 if tiny else 3, **size)
+    scale = Scale(
+        config=shape, k=64, tokens_per_pass=size["tokens_per_step"], steps=1 if tiny else 3, **size
+    )
     samples = write_store(folder / "trainer", rows=scale.rows, vocab_size=512, k=scale.k)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     arm: Arm = make_arm(scale, samples, Loss(), device)
     rates, waited = [], []
     for _ in range(turns):
         began, tokens = time.perf_counter(), 0
-        for step in steps(samples, Cursor(), tokens_per_step=scale.tokens_per_step, stop_samples=len(samples)):
+        for step in steps(
+            samples, Cursor(), tokens_per_step=scale.tokens_per_step, stop_samples=len(samples)
+        ):
             tokens += sum(batch.positions for batch in arm.trainer.passes(step, done=0.5))
         read = tokens / (time.perf_counter() - began)
         arm.turn(scale)
         rates.append((read, arm.turns[-1].tokens / arm.turns[-1].seconds))
         waited.append(arm.turns[-1].rates["waited_share"])
     ratio = statistics.median(read / trained for read, trained in rates)
-    table = {"rows": scale.rows, "turns": turns, "parameters": arm.notes["parameters"], "device": device.type}
-    table |= {"loader": [round(read) for read, _ in rates], "trainer": [round(trained) for _, trained in rates]}
+    table = {
+        "rows": scale.rows,
+        "turns": turns,
+        "parameters": arm.notes["parameters"],
+        "device": device.type,
+    }
+    table |= {
+        "loader": [round(read) for read, _ in rates],
+        "trainer": [round(trained) for _, trained in rates],
+    }
     table |= {"loader_over_trainer": round(ratio, 1), "waited_share": statistics.median(waited)}
     parameters = arm.notes["parameters"] / 1e6
     read, trained = (statistics.median(table[name]) for name in ("loader", "trainer"))

@@ -2,12 +2,14 @@
 
     python tests/bench/loss.py [--tiny] [--out DIR]
 
-On a GPU in bfloat16 with a vocabulary of 151,936, else on the CPU in float32 with 32,768. Time: forward and backward of
-the same problem in turns, medians of each round's ratios. Memory: on a GPU the allocator's peak, on a CPU the peak of a
-fresh process, beyond inputs and gradients. Error: against float64, beside the loss as it is usually written.
+On a GPU in bfloat16 with a vocabulary of 151,936, else on the CPU in float32 with 32,768. Time:
+forward and backward of the same problem in turns, medians of each round's ratios. Memory: on a GPU
+the allocator's peak, on a CPU the peak of a fresh process, beyond inputs and gradients. Error:
+against float64, beside the loss as it is usually written.
 
-Peers that compute something else than KL + CE + tail from stored entries say so in their row. On a CPU liger's fused
-kernels and cut-cross-entropy are left out: without a GPU they would only run in Triton's interpreter.
+Peers that compute something else than KL + CE + tail from stored entries say so in their row. On a
+CPU liger's fused kernels and cut-cross-entropy are left out: without a GPU they would only run in
+Triton's interpreter.
 """
 
 import argparse
@@ -44,13 +46,20 @@ CPU = Size(n=2048, d=512, v=32768, k=64, device="cpu", dtype=torch.float32)
 GPU = Size(n=8192, d=4096, v=151_936, k=64, device="cuda", dtype=torch.bfloat16)
 PEER_ROUNDS = 2  # on a CPU; some take twenty times as long
 TINY = {"n": 64, "d": 32, "v": 1024, "k": 8}
-WAYS = {"ours": ours, "ours, hard alone": ours_hard, "plain torch CE": plain_cross_entropy, "plain torch": plain}
+WAYS = {
+    "ours": ours,
+    "ours, hard alone": ours_hard,
+    "plain torch CE": plain_cross_entropy,
+    "plain torch": plain,
+}
 PACKAGES = ("torch", "triton", "liger-kernel", "trl", "cut-cross-entropy")
 
 
 def main() -> None:
     """Parse the command line, run, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tiny", action="store_true", help="seconds; the figures mean nothing")
     parser.add_argument("--rounds", type=int, help="5 on a CPU, 10 on a GPU")
     parser.add_argument("--out", type=Path, help="folder for the table and the figures, as files")
@@ -62,7 +71,12 @@ def main() -> None:
         print(resident(args.alone[0], replace(size, n=int(args.alone[1]))))
         return
     rounds = args.rounds or (2 if args.tiny else 10 if size.device == "cuda" else 5)
-    outcome: dict[str, Any] = {"bench": "loss", "tiny": args.tiny, "machine": machine(), "rounds": rounds}
+    outcome: dict[str, Any] = {
+        "bench": "loss",
+        "tiny": args.tiny,
+        "machine": machine(),
+        "rounds": rounds,
+    }
     outcome["size"] = {"N": size.n, "D": size.d, "V": size.v, "K": size.k, "dtype": str(size.dtype)}
     outcome["time"], words = speed(size, rounds)
     outcome["memory"] = memory(size, args.tiny)
@@ -116,7 +130,9 @@ def speed(size: Size, rounds: int) -> tuple[dict[str, Any], dict[str, str]]:
                 continue
             try:
                 taken = timed(problem, way)
-            except Exception as error:  # what a peer that does not run here raises has no common type
+            except (
+                Exception
+            ) as error:  # what a peer that does not run here raises has no common type
                 if name.startswith(("ours", "three")):
                     raise
                 print(f"{name} is left out: {repr(error)[:200]}", file=sys.stderr)
@@ -127,7 +143,13 @@ def speed(size: Size, rounds: int) -> tuple[dict[str, Any], dict[str, str]]:
     table = {}
     for name, taken in seconds.items():
         table[name] = {"seconds": statistics.median(taken)}
-        for base in ("three products", "ours, hard alone", "plain torch CE", "liger fused linear CE", "plain torch"):
+        for base in (
+            "three products",
+            "ours, hard alone",
+            "plain torch CE",
+            "liger fused linear CE",
+            "plain torch",
+        ):
             if base in seconds:
                 ratios = [one / other for one, other in zip(taken, seconds[base], strict=False)]
                 table[name][f"times {base}"] = round(statistics.median(ratios), 3)
@@ -154,7 +176,10 @@ def memory(size: Size, tiny: bool) -> dict[str, Any]:
     if size.device == "cpu":
         counts = (size.n,) if tiny else (size.n // 2, size.n, 2 * size.n)
         ways = ("ours", "plain torch") if tiny else ("ours", "plain torch CE", "plain torch")
-        return {way: {str(n): in_process(way, n, tiny) for n in counts if way == "ours" or n == size.n} for way in ways}
+        return {
+            way: {str(n): in_process(way, n, tiny) for n in counts if way == "ours" or n == size.n}
+            for way in ways
+        }
     found: dict[str, Any] = {}
     counts = (size.n, 4 * size.n, 32 * size.n)
     for way, n in [*(("ours", n) for n in counts), *(("plain torch", n) for n in counts[:2])]:
@@ -182,7 +207,11 @@ def on_gpu(way: str, size: Size) -> dict[str, float] | None:
 def in_process(way: str, n: int, tiny: bool) -> dict[str, float]:
     words = [sys.executable, __file__, "--alone", way, str(n), *(["--tiny"] if tiny else [])]
     done = subprocess.run(
-        words, capture_output=True, text=True, check=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+        words,
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
     )
     return {"beyond_mib": round(float(done.stdout) / 2**20, 1)}
 
@@ -213,7 +242,10 @@ def errors(size: Size) -> dict[str, Any]:
         exact = [x.detach().double().requires_grad_() for x in (problem.hidden, problem.weight)]
         truth = _gradients(naive(*exact, problem.targets, torch.float64), exact)
         leaves = [problem.hidden, problem.weight]
-        for name, total in (("ours", ours(problem)), ("usual", naive(*leaves, problem.targets, dtype))):
+        for name, total in (
+            ("ours", ours(problem)),
+            ("usual", naive(*leaves, problem.targets, dtype)),
+        ):
             parts = zip(_gradients(total, leaves), truth, strict=True)
             values = [float((one.double() - right).norm() / right.norm()) for one, right in parts]
             found[f"{name}, {str(dtype).removeprefix('torch.')}"] = dict(
@@ -235,7 +267,10 @@ def bars(outcome: dict[str, Any]) -> list[dict[str, Any]]:
     n = outcome["size"]["N"]
     found: dict[str, tuple[Any, float]] = {}
     if "gpu" in outcome["machine"]:
-        found["times liger's fused linear cross-entropy"] = ours_.get("times liger fused linear CE"), 1.10
+        found["times liger's fused linear cross-entropy"] = (
+            ours_.get("times liger fused linear CE"),
+            1.10,
+        )
         found["times three products"] = ours_["times three products"], 1.25
         found["MiB beyond, 4N tokens"] = memory_["ours"][str(4 * n)]["beyond_mib"], 2048
         found["MiB in all, 32N tokens"] = memory_["ours"][str(32 * n)]["in_all_mib"], 12 * 1024
@@ -248,10 +283,16 @@ def bars(outcome: dict[str, Any]) -> list[dict[str, Any]]:
         found["times hard alone"] = ours_["times ours, hard alone"], 1.15
         found["times plain torch CE"] = ours_["times plain torch CE"], 1.25
         beyond = {count: figures["beyond_mib"] for count, figures in memory_["ours"].items()}
-        found["share of plain torch's memory"] = beyond[str(n)] / memory_["plain torch"][str(n)]["beyond_mib"], 1 / 6
+        found["share of plain torch's memory"] = (
+            beyond[str(n)] / memory_["plain torch"][str(n)]["beyond_mib"],
+            1 / 6,
+        )
         found["memory, most tokens over fewest"] = max(beyond.values()) / min(beyond.values()), 1.1
     found["float32 error"] = max(error["ours, float32"].values()), 1e-5
-    worse = [error["ours, bfloat16"][part] - error["usual, bfloat16"][part] for part in ("value", "dX", "dW")]
+    worse = [
+        error["ours, bfloat16"][part] - error["usual, bfloat16"][part]
+        for part in ("value", "dX", "dW")
+    ]
     found["bfloat16 error beyond the usual loss's"] = max(worse), 1e-2
     unknown = outcome["tiny"]  # tiny figures mean nothing
     return [
@@ -273,8 +314,9 @@ def written(outcome: dict[str, Any], words: dict[str, str]) -> str:
     size, figures = outcome["size"], outcome["time"]
     bases = [name for name in next(iter(figures.values())) if name != "seconds"]
     lines = [
-        f"Forward and backward, N = {size['N']:,}, D = {size['D']:,}, V = {size['V']:,}, K = {size['K']}, "
-        f"{size['dtype']}; {outcome['rounds']} rounds in turns, medians; {outcome['machine']}",
+        f"Forward and backward, N = {size['N']:,}, D = {size['D']:,}, V = {size['V']:,}, K = "
+        f"{size['K']}, {size['dtype']}; {outcome['rounds']} rounds in turns, medians; "
+        f"{outcome['machine']}",
         "",
         "| way | computes | ms | " + " | ".join(bases) + " |",
         "| --- | --- | ---: |" + " ---: |" * len(bases),
@@ -285,7 +327,9 @@ def written(outcome: dict[str, Any], words: dict[str, str]) -> str:
     lines += ["", "| memory beyond inputs and gradients | tokens | MiB |", "| --- | ---: | ---: |"]
     for way, by_count in outcome["memory"].items():
         for count, found in by_count.items():
-            lines.append(f"| {way} | {int(count):,} | {found['beyond_mib'] if found else 'out of memory'} |")
+            lines.append(
+                f"| {way} | {int(count):,} | {found['beyond_mib'] if found else 'out of memory'} |"
+            )
     lines += ["", "| error against float64 | value | dX | dW |", "| --- | ---: | ---: | ---: |"]
     for name, row in outcome["error"].items():
         lines.append(f"| {name} | " + " | ".join(f"{value:.1e}" for value in row.values()) + " |")

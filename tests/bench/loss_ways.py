@@ -41,7 +41,9 @@ class Problem:
     def __init__(self, size: Size) -> None:
         self.size, self._generator = size, torch.Generator(size.device).manual_seed(0)
         self.hidden = self._normal(size.n, size.d).to(size.dtype).requires_grad_()
-        self.weight = (self._normal(size.v, size.d) / math.sqrt(size.d)).to(size.dtype).requires_grad_()
+        self.weight = (
+            (self._normal(size.v, size.d) / math.sqrt(size.d)).to(size.dtype).requires_grad_()
+        )
         first = torch.randint(size.v, (size.n, 1), generator=self._generator, device=size.device)
         logprobs = (2 * self._normal(size.n, size.k + 1)).log_softmax(-1)
         self.targets = TargetBatch(
@@ -92,7 +94,9 @@ def ours_torch(problem: Problem) -> Tensor:
 
 def plain_cross_entropy(problem: Problem) -> Tensor:
     """`F.cross_entropy(F.linear(x))`."""
-    return functional.cross_entropy(functional.linear(problem.hidden, problem.weight), problem.targets.labels)
+    return functional.cross_entropy(
+        functional.linear(problem.hidden, problem.weight), problem.targets.labels
+    )
 
 
 def plain(problem: Problem) -> Tensor:
@@ -117,7 +121,9 @@ def naive(hidden: Tensor, weight: Tensor, targets: TargetBatch, dtype: torch.dty
 def torch_linear_cross_entropy(problem: Problem) -> Tensor:
     """The chunked linear cross-entropy that torch has."""
     options = torch.nn.LinearCrossEntropyOptions()
-    return functional.linear_cross_entropy(problem.hidden, problem.weight, problem.targets.labels, options=options)
+    return functional.linear_cross_entropy(
+        problem.hidden, problem.weight, problem.targets.labels, options=options
+    )
 
 
 def three_products(problem: Problem) -> None:
@@ -138,10 +144,19 @@ def three_products(problem: Problem) -> None:
 
 def peers(problem: Problem) -> Iterator[tuple[str, Callable[[], Any], str]]:
     """Name, loss and what it computes, of the peers that are installed and run here."""
-    hidden, weight, labels, size = problem.hidden, problem.weight, problem.targets.labels, problem.size
+    hidden, weight, labels, size = (
+        problem.hidden,
+        problem.weight,
+        problem.targets.labels,
+        problem.size,
+    )
     on_gpu = size.device == "cuda"
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        yield "torch linear_cross_entropy", lambda: torch_linear_cross_entropy(problem), "CE, chunked"
+        yield (
+            "torch linear_cross_entropy",
+            lambda: torch_linear_cross_entropy(problem),
+            "CE, chunked",
+        )
     teacher = torch.randn_like(hidden)
     with suppress(ImportError):
         if on_gpu:
@@ -150,15 +165,26 @@ def peers(problem: Problem) -> Iterator[tuple[str, Callable[[], Any], str]]:
             yield "cut-cross-entropy", lambda: linear_cross_entropy(hidden, weight, labels), "CE"
     with suppress(ImportError):
         if on_gpu:
-            from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss, LigerFusedLinearJSD
+            from liger_kernel.transformers import (
+                LigerFusedLinearCrossEntropyLoss,
+                LigerFusedLinearJSD,
+            )
 
             exact, usual = (
                 LigerFusedLinearCrossEntropyLoss(accum_dtype=torch.float32),
                 LigerFusedLinearCrossEntropyLoss(),
             )
             live = LigerFusedLinearJSD()
-            yield "liger fused linear CE", lambda: exact(weight, hidden, labels), "CE, dW summed in float32"
-            yield "liger fused linear CE, default", lambda: usual(weight, hidden, labels), "CE, dW summed in bfloat16"
+            yield (
+                "liger fused linear CE",
+                lambda: exact(weight, hidden, labels),
+                "CE, dW summed in float32",
+            )
+            yield (
+                "liger fused linear CE, default",
+                lambda: usual(weight, hidden, labels),
+                "CE, dW summed in bfloat16",
+            )
             head = weight.detach()
             yield (
                 "liger fused linear JSD",

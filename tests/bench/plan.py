@@ -1,10 +1,13 @@
-"""How long, and in how much memory, is a large job planned? Ten million prompts, six million of them answered.
+"""How long, and in how much memory, is a large job planned?
+
+Ten million prompts, six million of them answered.
 
     python tests/bench/plan.py DIR [--prompts 10000000] [--done 6000000] [--runs 3] [--tiny]
 
-Makes a store in DIR whose rows are as a run writes them (256 to a commit, keys random as hashes are; the texts are
-short, a plan does not read them), then runs `stillroom plan` on it in a process of its own. The source is hashed before
-anything else, so that is measured beside it: reading the source once.
+Makes a store in DIR whose rows are as a run writes them (256 to a commit, keys random as hashes
+are; the texts are short, a plan does not read them), then runs `stillroom plan` on it in a process
+of its own. The source is hashed before anything else, so that is measured beside it: reading the
+source once.
 """
 
 import hashlib
@@ -51,7 +54,12 @@ def make_teacher(folder: Path) -> None:
     from tokenizers import Tokenizer, models
 
     folder.mkdir(exist_ok=True)
-    config = {"model_type": "llama", "vocab_size": 32_000, "max_position_embeddings": 2048, "dtype": "bfloat16"}
+    config = {
+        "model_type": "llama",
+        "vocab_size": 32_000,
+        "max_position_embeddings": 2048,
+        "dtype": "bfloat16",
+    }
     (folder / "config.json").write_text(json.dumps(config))
     Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(folder / "tokenizer.json"))
     save_file({"w": np.zeros(4, np.float32)}, folder / "model.safetensors")
@@ -62,7 +70,10 @@ def make_source(path: Path, count: int) -> None:
     with path.open("w") as file:
         for start in range(0, count, 100_000):
             numbers = range(start, min(count, start + 100_000))
-            file.writelines(f'{{"prompt": "Tell me something about number {n} in plain words."}}\n' for n in numbers)
+            file.writelines(
+                f'{{"prompt": "Tell me something about number {n} in plain words."}}\n'
+                for n in numbers
+            )
 
 
 def make_recipe(folder: Path) -> Path:
@@ -84,7 +95,9 @@ def make_recipe(folder: Path) -> Path:
 
 def keys(count: int, rng: np.random.Generator) -> pa.Array:
     """Random keys of 16 bytes."""
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), count, [None, pa.py_buffer(rng.bytes(16 * count))])
+    return pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(16), count, [None, pa.py_buffer(rng.bytes(16 * count))]
+    )
 
 
 def commit(store: Store, log: CommitLog, data: pa.Table) -> None:
@@ -120,7 +133,9 @@ def make_store(recipe_file: Path, prompts: int, done: int) -> None:
     for start in range(0, prompts, 8192):
         mine = prompt_keys.slice(start, 8192)
         constant = {"format": "prompt", "text": "Tell me something.", "source": "bench"}
-        commit(store, log, columns("prompts", {"key": mine, "prompt_key": mine, **constant}, len(mine)))
+        commit(
+            store, log, columns("prompts", {"key": mine, "prompt_key": mine, **constant}, len(mine))
+        )
     held_out = np.zeros(prompts, bool)
     held_out[:: max(1, prompts // 200)] = True
     inputs = {
@@ -130,11 +145,15 @@ def make_store(recipe_file: Path, prompts: int, done: int) -> None:
         "windows": pa.array(np.ones(prompts, np.int32)),
         "first": pa.array(np.ones(prompts, bool)),
     }
-    store.put_inputs(binding.data_id, pa.table(inputs), {"source": "bench", "rejected": 0, "format": "prompt"})
+    store.put_inputs(
+        binding.data_id, pa.table(inputs), {"source": "bench", "rejected": 0, "format": "prompt"}
+    )
     assert recipe.generate is not None
     constant = {
         "author_id": binding.author_id,
-        "sampling_id": sampling_id(binding.author_id, sampling_settings(recipe.generate, recipe.data)),
+        "sampling_id": sampling_id(
+            binding.author_id, sampling_settings(recipe.generate, recipe.data)
+        ),
         "sample_index": 0,
         "token_ids": [1] * (PROMPT_TOKENS + COMPLETION_TOKENS),
         "prompt_tokens": PROMPT_TOKENS,
@@ -155,7 +174,14 @@ def make_store(recipe_file: Path, prompts: int, done: int) -> None:
 def measure(recipe_file: Path) -> dict[str, Any]:
     """One plan in a process of its own: seconds, peak memory, and what it says."""
     began = time.monotonic()
-    words = [sys.executable, "-m", "stillroom.pipeline.cli.main", "plan", str(recipe_file), "--json"]
+    words = [
+        sys.executable,
+        "-m",
+        "stillroom.pipeline.cli.main",
+        "plan",
+        str(recipe_file),
+        "--json",
+    ]
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -173,7 +199,9 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
-    prompts, done, runs = (3000, 1800, 1) if options.tiny else (options.prompts, options.done, options.runs)
+    prompts, done, runs = (
+        (3000, 1800, 1) if options.tiny else (options.prompts, options.done, options.runs)
+    )
     folder: Path = options.dir
     folder.mkdir(parents=True, exist_ok=True)
     recipe_file = make_recipe(folder)
@@ -198,13 +226,17 @@ def main() -> None:
         "peak_gib": round(max(p["peak_gib"] for p in plans), 3),
         "reading_the_source_seconds": round(reading, 2),
         "stages": {
-            name: {k: s[k] for k in ("planned", "committed", "pending")} for name, s in plans[0]["stages"].items()
+            name: {k: s[k] for k in ("planned", "committed", "pending")}
+            for name, s in plans[0]["stages"].items()
         },
     }
-    print(f"{'prompts':>12} {'done':>12} {'commits':>8} {'plan, s':>8} {'peak, GiB':>10} {'reading source, s':>18}")
     print(
-        f"{prompts:>12,} {done:>12,} {result['commits']:>8,} {result['median_seconds']:>8} {result['peak_gib']:>10} "
-        f"{result['reading_the_source_seconds']:>18}"
+        f"{'prompts':>12} {'done':>12} {'commits':>8} {'plan, s':>8} {'peak, GiB':>10} "
+        f"{'reading source, s':>18}"
+    )
+    print(
+        f"{prompts:>12,} {done:>12,} {result['commits']:>8,} {result['median_seconds']:>8} "
+        f"{result['peak_gib']:>10} {result['reading_the_source_seconds']:>18}"
     )
     print(json.dumps(result))
 

@@ -1,8 +1,9 @@
 """Text that every machine with Python has: the sources of installed packages, held out by package, with a tokenizer.
 
-Files come in the order of their hashes, so the corpus is a function of what is installed. A file is dropped where most
-of its long lines were seen in files before it (copies, generated code, vendored packages). Held-out packages share
-no file with the others. The student's texts are excerpts of files that the teacher is not trained on.
+Files come in the order of their hashes, so the corpus is a function of what is installed. A file is
+dropped where most of its long lines were seen in files before it (copies, generated code, vendored
+packages). Held-out packages share no file with the others. The student's texts are excerpts of
+files that the teacher is not trained on.
 """
 
 import json
@@ -66,9 +67,17 @@ def texts(shares: Shares) -> Texts:
         if all(filled[part] >= limits[part] for part in parts):
             break
     if short := [name for name in parts if filled[name] < limits[name] * 0.9]:
-        print(f"less text than asked for: {', '.join(f'{n} {filled[n]} of {limits[n]}' for n in short)}", flush=True)
+        print(
+            (
+                "less text than asked for: "
+                f"{', '.join(f'{n} {filled[n]} of {limits[n]}' for n in short)}"
+            ),
+            flush=True,
+        )
     if not all(parts.values()):
-        raise SystemExit("the packages of this interpreter hold too little Python. Install more of them.")
+        raise SystemExit(
+            "the packages of this interpreter hold too little Python. Install more of them."
+        )
     return Texts(**parts)
 
 
@@ -84,7 +93,9 @@ def excerpt(text: str, characters: int) -> str:
     return "".join(lines[first:stop])[: 2 * characters]
 
 
-def train_tokenizer(documents: list[str], folder: Path, *, vocab_size: int, characters: int = 6_000_000) -> None:
+def train_tokenizer(
+    documents: list[str], folder: Path, *, vocab_size: int, characters: int = 6_000_000
+) -> None:
     """A byte-level BPE of these documents, saved as transformers loads it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -102,7 +113,9 @@ def train_tokenizer(documents: list[str], folder: Path, *, vocab_size: int, char
 
 def write_documents(path: Path, documents: list[str]) -> None:
     """One JSON object per line, as `data.format: text` reads it."""
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8"
+    )
 
 
 def write_corpus(folder: Path, shares: Shares, *, vocab_size: int) -> None:
@@ -121,7 +134,10 @@ def write_corpus(folder: Path, shares: Shares, *, vocab_size: int) -> None:
     np.save(folder / "teacher.npy", np.concatenate(ids))
     write_documents(folder / "held_out.jsonl", found.held_out)
     write_documents(folder / "student.jsonl", found.student)
-    about = {"documents": {name: len(part) for name, part in vars(found).items()}, "shares": asdict(shares)}
+    about = {
+        "documents": {name: len(part) for name, part in vars(found).items()},
+        "shares": asdict(shares),
+    }
     about["teacher_tokens"] = sum(map(len, ids))
     (folder / "corpus.json").write_text(json.dumps(about))
 
@@ -139,7 +155,9 @@ def _documents(shares: Shares) -> Iterator[tuple[str, str]]:
     for digest in sorted(files):
         package, text = files[digest]
         lines = text.splitlines()
-        if taken[package] >= shares.package or max(map(len, lines)) > 400:  # the latter is data more than code
+        if (
+            taken[package] >= shares.package or max(map(len, lines)) > 400
+        ):  # the latter is data more than code
             continue
         marks = {hash(line) for line in map(str.strip, lines) if len(line) >= LONG_LINE}
         if len(marks & seen) <= len(marks) / 2:

@@ -60,7 +60,9 @@ def train_teacher(folder: Path, ids: np.ndarray, *, size: TeacherSize, vocab_siz
     )
     smooth, began = None, time.monotonic()
     for step in range(steps):
-        rate = min(1.0, (step + 1) / min(100, steps)) * (0.05 + 0.475 * (1 + math.cos(math.pi * step / steps)))
+        rate = min(1.0, (step + 1) / min(100, steps)) * (
+            0.05 + 0.475 * (1 + math.cos(math.pi * step / steps))
+        )
         for group in optimizer.param_groups:
             group["lr"] = size.learning_rate * rate
         starts = order[step * per_step : (step + 1) * per_step, None] * size.window
@@ -73,7 +75,13 @@ def train_teacher(folder: Path, ids: np.ndarray, *, size: TeacherSize, vocab_siz
         if step % 50 == 49 or step + 1 == steps:
             smooth = loss.item() if smooth is None else 0.8 * smooth + 0.2 * loss.item()
             done, seconds = (step + 1) * per_step * size.window, time.monotonic() - began
-            print(f"teacher: {done} tokens, cross-entropy {smooth:.3f} nats, {done / seconds:.0f} tokens/s", flush=True)
+            print(
+                (
+                    f"teacher: {done} tokens, cross-entropy {smooth:.3f} nats, {done / seconds:.0f} "
+                    "tokens/s"
+                ),
+                flush=True,
+            )
     model.float().save_pretrained(folder)
 
 

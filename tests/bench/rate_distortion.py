@@ -2,10 +2,10 @@
 
     python tests/bench/rate_distortion.py DIR [--tiny]
 
-Trains a teacher and a smaller student on TinyStories and WikiText-2 with GPT-2's tokenizer (a quarter of an hour on two
-cores; kept in DIR, so a second call goes on), scores held-out text, writes every kind and setting with the store's own
-writer, reads it back and measures the files and `distortion.py`'s errors. DIR/rate-distortion.svg is the plot. The last
-line is JSON.
+Trains a teacher and a smaller student on TinyStories and WikiText-2 with GPT-2's tokenizer (a
+quarter of an hour on two cores; kept in DIR, so a second call goes on), scores held-out text,
+writes every kind and setting with the store's own writer, reads it back and measures the files and
+`distortion.py`'s errors. DIR/rate-distortion.svg is the plot. The last line is JSON.
 """
 
 import json
@@ -70,11 +70,13 @@ class Point:
     kl_bias: float
     """Mean over tokens of the error of KL, nats."""
     kl_rms: dict[str, float]
-    """Root mean square error of a batch's mean KL, nats, by tokens in the batch: bias and spread of the tokens."""
+    """Root mean square error of a batch's mean KL, nats, by tokens in the batch: bias and spread of
+    the tokens."""
     bytes: float = 0.0
     """Per scored token, of the whole files."""
     columns: dict[str, float] = field(default_factory=dict)
-    """The same by column, from 0.01 on; what is missing to `bytes` are small columns, footers and indexes."""
+    """The same by column, from 0.01 on; what is missing to `bytes` are small columns, footers and
+    indexes."""
     gradient: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Angle to the full gradient in degrees, and ratio of lengths, by tokens in the batch."""
 
@@ -94,13 +96,20 @@ class Point:
             bits=bits,
             entries=float(np.mean([(e.truth > 0).sum(axis=1).mean() for e in seen])),
             kept_mass=float(np.mean(tails)) if tails else None,
-            squared_error=float(np.mean([squared_error(row, e) for row, e in zip(rows, seen, strict=True)])),
+            squared_error=float(
+                np.mean([squared_error(row, e) for row, e in zip(rows, seen, strict=True)])
+            ),
             kl_bias=float(wrong.mean()),
-            kl_rms={str(n): float(np.hypot(wrong.mean(), wrong.std() / np.sqrt(n))) for n in (1, 4096, 32768)},
+            kl_rms={
+                str(n): float(np.hypot(wrong.mean(), wrong.std() / np.sqrt(n)))
+                for n in (1, 4096, 32768)
+            },
         )
 
 
-def models(folder: Path, *, tiny: bool) -> tuple[SmallModel, SmallModel, dict[str, float], list[torch.Tensor]]:
+def models(
+    folder: Path, *, tiny: bool
+) -> tuple[SmallModel, SmallModel, dict[str, float], list[torch.Tensor]]:
     """Teacher, student, the teacher's perplexity by source, and the rows to score (half of them of each source)."""
     if tiny:
         size = Size(hidden=32, layers=1, steps=0, learning_rate=0.0, window=32)
@@ -160,7 +169,13 @@ def settings() -> Iterator[Setting]:
         for rounds in ROUNDS:
             name, columns = f"{draw} {rounds}", {"draw": draw, "proposal": 1.0, "k": rounds}
             yield Setting(
-                draw, "sampled", f"N={rounds}", (10, 7), lambda row, name=name: row.drawn[name], name, columns
+                draw,
+                "sampled",
+                f"N={rounds}",
+                (10, 7),
+                lambda row, name=name: row.drawn[name],
+                name,
+                columns,
             )
 
 
@@ -168,14 +183,27 @@ def stored(
     rows: list[Row], made: list[SoftTargets], setting: Setting, bits: int
 ) -> tuple[float, dict[str, float], list[SoftTargets]]:
     """Write one setting's rows as the store does, and read them: bytes/token, the same by column, the targets."""
-    about = {"teacher_id": "t", "tokenizer_id": "gpt2", "vocab_size": VOCABULARY, "mantissa_bits": bits, "head": "lm"}
+    about = {
+        "teacher_id": "t",
+        "tokenizer_id": "gpt2",
+        "vocab_size": VOCABULARY,
+        "mantissa_bits": bits,
+        "head": "lm",
+    }
     with TemporaryDirectory() as folder:
         store = Store.open(Path(folder) / "store", create=True)
         with store.writer("soft_targets", about=about) as writer:
             for number, (row, targets) in enumerate(zip(rows, made, strict=True)):
                 key = content_key("row", number=number)
-                names = dict.fromkeys(("key", "reuse_key", "tokens_key", "generation_key", "prompt_key"), key)
-                names |= {"teacher_id": "t", "kind": setting.kind, "token_ids": row.token_ids, "span_start": 1}
+                names = dict.fromkeys(
+                    ("key", "reuse_key", "tokens_key", "generation_key", "prompt_key"), key
+                )
+                names |= {
+                    "teacher_id": "t",
+                    "kind": setting.kind,
+                    "token_ids": row.token_ids,
+                    "span_start": 1,
+                }
                 writer.add(names | targets.columns(bits) | setting.columns)
         commits = store.commits("soft_targets")
         tokens, columns = sum(commit.tokens for commit in commits), Counter[str]()
@@ -184,7 +212,11 @@ def stored(
         places = {commit.shard.sha256: range(commit.shard.rows) for commit in commits}
         back = [SoftTargets.from_row(row) for row in store.rows("soft_targets", places)]
     size = sum(commit.shard.bytes for commit in commits)
-    return size / tokens, {name: round(x / tokens, 3) for name, x in columns.most_common() if x >= tokens / 100}, back
+    return (
+        size / tokens,
+        {name: round(x / tokens, 3) for name, x in columns.most_common() if x >= tokens / 100},
+        back,
+    )
 
 
 def measure(folder: Path, *, tiny: bool) -> dict[str, Any]:
@@ -202,15 +234,23 @@ def measure(folder: Path, *, tiny: bool) -> dict[str, Any]:
         made = [setting.make(row) for row in rows]
         for bits in setting.bits:
             size, columns, back = stored(rows, made, setting, bits)
-            seen = [entries(row, setting.truth, targets) for row, targets in zip(rows, back, strict=True)]
+            seen = [
+                entries(row, setting.truth, targets)
+                for row, targets in zip(rows, back, strict=True)
+            ]
             point = Point.of(setting, bits, rows=rows, seen=seen)
             point.bytes, point.columns = size, columns
             points.append(point)
-            print(f"{point.family:<12} {setting.name:<7} {bits:>2} bits {size:8.2f} bytes/token", flush=True)
+            print(
+                f"{point.family:<12} {setting.name:<7} {bits:>2} bits {size:8.2f} bytes/token",
+                flush=True,
+            )
             if bits == 10 or setting.name == "K=50":
                 forms[point.name] = [(e.ids, *sparse_form(e, drop_tail=False)) for e in seen]
             if bits == 10 and setting.name in ("K=50", "K=128"):
-                forms[f"{point.name}, tail dropped"] = [(e.ids, *sparse_form(e, drop_tail=True)) for e in seen]
+                forms[f"{point.name}, tail dropped"] = [
+                    (e.ids, *sparse_form(e, drop_tail=True)) for e in seen
+                ]
     found: dict[str, dict[str, tuple[float, float]]] = {}
     for batch in (SMALL_BATCH, len(rows)):
         tokens = str(sum(len(row.kl) for row in rows[:batch]))
@@ -221,7 +261,11 @@ def measure(folder: Path, *, tiny: bool) -> dict[str, Any]:
     for point in points:
         point.gradient = found.get(point.name, {})
     dropped = {name: value for name, value in found.items() if name.endswith("dropped")}
-    about = {"tokens": sum(len(row.kl) for row in rows), "perplexity": perplexity, "kl": float(_mean(rows, "kl"))}
+    about = {
+        "tokens": sum(len(row.kl) for row in rows),
+        "perplexity": perplexity,
+        "kl": float(_mean(rows, "kl")),
+    }
     about["entropy"] = float(np.mean([row.best.entropy.mean() for row in rows]))
     return {"about": about, "points": [asdict(point) for point in points], "tail_dropped": dropped}
 
@@ -234,7 +278,11 @@ def main() -> None:
     """Parse the command line, measure, show."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--tiny", action="store_true", help="random models and a few tokens, in seconds; shows nothing")
+    parser.add_argument(
+        "--tiny",
+        action="store_true",
+        help="random models and a few tokens, in seconds; shows nothing",
+    )
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     result = measure(arguments.folder, tiny=arguments.tiny)

@@ -2,19 +2,21 @@
 
     python tests/bench/score.py [--tiny] [--out DIR] [--rows N] [--rounds N] [--cpu]
 
-On an NVIDIA GPU the teacher has the shape of a 1B-parameter Llama in bfloat16, V = 128,256; on a CPU 15M parameters in
-float32, V = 32,768. Its weights are random: they cost what trained ones cost. Texts are random words of one length, and
-every token but the first is scored.
+On an NVIDIA GPU the teacher has the shape of a 1B-parameter Llama in bfloat16, V = 128,256; on a
+CPU 15M parameters in float32, V = 32,768. Its weights are random: they cost what trained ones cost.
+Texts are random words of one length, and every token but the first is scored.
 
     bare         hidden states, and the logits of every scored position, a chunk at a time
     reduced      the same, and what is kept of each position: on the host, as numpy arrays
     stage        the real stage: journal, rows, shards written, synced, read back and committed; without start-up
-    plain torch  bare, and log_softmax, topk, entropy and the logsumexp of the rest, in float32, a chunk at a time
+    plain torch bare, and log_softmax, topk, entropy and the logsumexp of the rest, in float32, a
+    chunk at a time
 
-All go through the same rows in the same batches. Each round does them all, in an order that turns; ratios to `bare`
-are taken within a round, then the median. Besides: where the stage's seconds went, by its clock, and the largest
-differences of what is kept to float64. vLLM's prompt log-probabilities are left out: they have no tail, and come from
-an engine whose bare forward pass is another.
+All go through the same rows in the same batches. Each round does them all, in an order that turns;
+ratios to `bare` are taken within a round, then the median. Besides: where the stage's seconds went,
+by its clock, and the largest differences of what is kept to float64. vLLM's prompt
+log-probabilities are left out: they have no tail, and come from an engine whose bare forward pass
+is another.
 
 Prints a table, then one line of JSON; with --out writes both there too.
 """
@@ -60,9 +62,24 @@ KEPT = Kept(kind="topk", k=K)
 Batch = Tensor
 """[B, T] token ids."""
 SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {"vocab_size": 1000, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
-    "cpu": {"vocab_size": 32_768, "hidden_size": 288, "intermediate_size": 1024, "num_hidden_layers": 5},
-    "cuda": {"vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16},
+    "tiny": {
+        "vocab_size": 1000,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+    },
+    "cpu": {
+        "vocab_size": 32_768,
+        "hidden_size": 288,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 5,
+    },
+    "cuda": {
+        "vocab_size": 128_256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+    },
 }
 HEADS = {"tiny": (2, 1), "cpu": (6, 2), "cuda": (32, 8)}
 SIZES = {"tiny": (12, 24, 1), "cpu": (64, 256, 5), "cuda": (160, 1024, 3)}
@@ -119,15 +136,21 @@ def measured(folder: Path, shape: str, device: str, words: Namespace) -> dict[st
         "device": torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPUs",
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers")},
-        "teacher": SHAPES[shape] | {"parameters": bench.parameters, "dtype": str(bench.dtype).removeprefix("torch.")},
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "transformers")},
+        "teacher": SHAPES[shape]
+        | {"parameters": bench.parameters, "dtype": str(bench.dtype).removeprefix("torch.")},
         "k": K,
         "rows": rows,
         "row_tokens": length,
         "rounds": rounds,
-        "tokens_per_second": {name: round(tokens / statistics.median(found)) for name, found in turns.items()},
+        "tokens_per_second": {
+            name: round(tokens / statistics.median(found)) for name, found in turns.items()
+        },
         "over_bare": {
-            name: round(statistics.median(a / b for a, b in zip(found, turns["bare"], strict=True)), 4)
+            name: round(
+                statistics.median(a / b for a, b in zip(found, turns["bare"], strict=True)), 4
+            )
             for name, found in turns.items()
         },
         "stage_clock": shares(bench.clocks),
@@ -150,7 +173,9 @@ def save_teacher(folder: Path, shape: str, length: int) -> Path:
     )
     torch.manual_seed(0)
     with torch.device("cuda" if shape == "cuda" else "cpu"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if shape == "cuda" else torch.float32)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16 if shape == "cuda" else torch.float32
+        )
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
@@ -193,7 +218,9 @@ class Bench:
             for c in store.commits("generations")
         ]
         ids = torch.from_numpy(np.stack([row["token_ids"] for row in rows]).astype(np.int64))
-        per_batch = max(1, GPU_BATCH_TOKENS // ids.shape[1]) if self.model.device.type == "cuda" else 1
+        per_batch = (
+            max(1, GPU_BATCH_TOKENS // ids.shape[1]) if self.model.device.type == "cuda" else 1
+        )
         self.batches = list(ids.split(per_batch))
 
     def _job(self) -> tuple[Job, Any]:
@@ -201,7 +228,14 @@ class Bench:
         self._runs += 1
         place = self._folder / str(self._runs)
         place.mkdir()
-        tree = recipe_tree(place, self._teacher, self._source, generate=None, score={"k": K}, evaluate={"tokens": 1})
+        tree = recipe_tree(
+            place,
+            self._teacher,
+            self._source,
+            generate=None,
+            score={"k": K},
+            evaluate={"tokens": 1},
+        )
         tree["data"] = {"source": str(self._source), "format": "text", "holdout": 0}
         tree["storage"] = {"dir": str(place / "store"), "commit_rows": 32}
         recipe = Recipe.model_validate(tree)
@@ -211,10 +245,20 @@ class Bench:
         store.put_teacher(bound.teacher.id, bound.teacher.files_to_keep())
         b = bound.binding
         ids = {"data_id": b.data_id, "teacher_id": b.teacher_id, "author_id": b.author_id}
-        job = Job(recipe=recipe, progress=SilentProgress(), stop=StopFlag(), context_tokens=b.context_tokens, **ids)
+        job = Job(
+            recipe=recipe,
+            progress=SilentProgress(),
+            stop=StopFlag(),
+            context_tokens=b.context_tokens,
+            **ids,
+        )
         data.run(job)
         return Job(
-            recipe=recipe, progress=SilentProgress(), stop=StopFlag(), context_tokens=b.context_tokens, **ids
+            recipe=recipe,
+            progress=SilentProgress(),
+            stop=StopFlag(),
+            context_tokens=b.context_tokens,
+            **ids,
         ), bound.teacher
 
     def _states(self) -> Iterator[tuple[Batch, Tensor, Tensor]]:
@@ -228,7 +272,10 @@ class Bench:
         size = chunk_rows(self._head, KEPT)
         for _, states, following in self._states():
             for start in range(0, len(states), size):
-                yield self._head.exact_logits(states[start : start + size]), following[start : start + size]
+                yield (
+                    self._head.exact_logits(states[start : start + size]),
+                    following[start : start + size],
+                )
 
     @torch.inference_mode()
     def bare(self) -> None:
@@ -268,9 +315,12 @@ class Bench:
         _, states, following = next(self._states())
         states, following = states[:64], following[:64]
         truth = wide(self._head, states).log_softmax(-1).cpu()
-        (ours,) = self._reducer.launch(states, following, kept=KEPT, spans=[Span(len(states))]).rows()
+        (ours,) = self._reducer.launch(
+            states, following, kept=KEPT, spans=[Span(len(states))]
+        ).rows()
         plain = {
-            name: values.cpu() for name, values in plain_reduction(self._head.exact_logits(states), following).items()
+            name: values.cpu()
+            for name, values in plain_reduction(self._head.exact_logits(states), following).items()
         }
         assert ours.ids is not None
         sides = {
@@ -292,7 +342,13 @@ def plain_reduction(logits: Tensor, following: Tensor) -> dict[str, Tensor]:
     entropy = -(logprobs.exp() * logprobs).sum(-1)
     best, ids = logprobs.topk(K, dim=-1)
     tail = logprobs.scatter_(-1, ids, -torch.inf).logsumexp(-1)
-    return {"ids": ids, "logprobs": best, "tail_logprob": tail, "token_logprob": token, "entropy": entropy}
+    return {
+        "ids": ids,
+        "logprobs": best,
+        "tail_logprob": tail,
+        "token_logprob": token,
+        "entropy": entropy,
+    }
 
 
 def differences(found: dict[str, Tensor], truth: Tensor, following: Tensor) -> dict[str, float]:
@@ -317,12 +373,25 @@ def shares(clocks: list[dict[str, float]]) -> dict[str, float]:
 
 def bars(found: dict[str, Any], device: str) -> list[dict[str, Any]]:
     """What must hold, and whether it does."""
-    limits = [("share of the stage's time outside model, tokenizer and disk", found["stage_clock"]["other"], 0.10)]
+    limits = [
+        (
+            "share of the stage's time outside model, tokenizer and disk",
+            found["stage_clock"]["other"],
+            0.10,
+        )
+    ]
     if device == "cuda":
-        limits.append(("time of scoring over the bare forward pass", found["over_bare"]["reduced"], 1.05))
+        limits.append(
+            ("time of scoring over the bare forward pass", found["over_bare"]["reduced"], 1.05)
+        )
     judged = not found["tiny"]  # tiny figures mean nothing
     return [
-        {"what": what, "found": value, "bar": f"<= {bar:.2f}", "met": value <= bar if judged else None}
+        {
+            "what": what,
+            "found": value,
+            "bar": f"<= {bar:.2f}",
+            "met": value <= bar if judged else None,
+        }
         for what, value, bar in limits
     ]
 
@@ -340,9 +409,14 @@ def table(outcome: dict[str, Any]) -> str:
     ]
     for name, ratio in outcome["over_bare"].items():
         lines.append(f"| {name} | {outcome['tokens_per_second'][name]:,} | {ratio:.3f} |")
-    names = ", ".join(f"{name} {100 * clock[name]:.1f} %" for name in ("model", "tokenizer", "disk", "other"))
+    names = ", ".join(
+        f"{name} {100 * clock[name]:.1f} %" for name in ("model", "tokenizer", "disk", "other")
+    )
     lines += ["", f"The stage's time: {names}; start-up {clock['start_seconds']} s apart.", ""]
-    lines += ["| largest difference to float64, nats | logprobs | tail | token | entropy |", "| --- |" + " ---: |" * 4]
+    lines += [
+        "| largest difference to float64, nats | logprobs | tail | token | entropy |",
+        "| --- |" + " ---: |" * 4,
+    ]
     for side, found in outcome["errors"].items():
         lines.append(f"| {side} | " + " | ".join(f"{value:.1e}" for value in found.values()) + " |")
     lines += ["", "| bar | | found | |", "| --- | ---: | ---: | --- |"]

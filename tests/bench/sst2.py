@@ -1,16 +1,18 @@
 """Classification, and the comparison of losses that practitioners start from: a sentiment teacher and small students.
 
-    python tests/bench/sst2.py DIR [--only teacher|pipeline|study] [--seeds 0,1,2] [--report] [--tiny]
+    python tests/bench/sst2.py DIR [--only teacher|pipeline|study] [--seeds 0,1,2] [--report]
+    [--tiny]
 
 teacher    a small BERT trained on sst2's labels, on the spot, in DIR/teacher
 pipeline   pipeline/recipes/sst2.yaml from end to end: teacher, student on labels alone, student distilled; each arm at
            the learning rate whose cross-entropy on validation rows is best
 study      forward, reverse, skew forward and skew reverse KL, with and without cross-entropy, from a fresh student and
-           from one fine-tuned on labels; each at the learning rate whose accuracy on validation rows is best, and all
-           at one common rate: forward KL's. 5,000 training rows, two epochs, temperature 2
+           from one fine-tuned on labels; each at the learning rate whose accuracy on validation
+           rows is best, and all at one common rate: forward KL's. 5,000 training rows, two epochs,
+           temperature 2
 
-Everything that is done stays in DIR, student by student: a second call goes on. `--report` trains nothing. The last
-line is JSON, which DIR/report.json has too, as DIR/report.md has the tables.
+Everything that is done stays in DIR, student by student: a second call goes on. `--report` trains
+nothing. The last line is JSON, which DIR/report.json has too, as DIR/report.md has the tables.
 """
 
 import json
@@ -107,12 +109,17 @@ class Bench:
             (self.folder / "teacher.json").write_text(json.dumps(facts))
 
     def _split(self) -> dict[str, Sentences]:
-        return split(read_sentences(self.scale.limit), test=self.scale.test, validation=self.scale.validation)
+        return split(
+            read_sentences(self.scale.limit), test=self.scale.test, validation=self.scale.validation
+        )
 
     def overrides(self, name: str) -> list[str]:
         """Changes of the recipe that put all of it into this folder."""
         places = {"run.dir": f"runs/{name}", "storage.dir": "store", "teacher.model": "teacher"}
-        return [*(f"{key}={self.folder / place}" for key, place in places.items()), *self.scale.settings]
+        return [
+            *(f"{key}={self.folder / place}" for key, place in places.items()),
+            *self.scale.settings,
+        ]
 
     def pipeline(self, seeds: tuple[int, ...]) -> None:
         """The recipe itself at every learning rate at the first seed, and at each arm's best one at all."""
@@ -124,7 +131,13 @@ class Bench:
                 facts = json.loads(file.read_text())
                 trained[facts["arm"], rate, seed] = facts
                 nats = facts["best"]["hard"]
-                print(f"pipeline: {facts['arm']}, rate {rate:g}, seed {seed}: validation {nats:.4f} nats", flush=True)
+                print(
+                    (
+                        f"pipeline: {facts['arm']}, rate {rate:g}, seed {seed}: validation {nats:.4f} "
+                        "nats"
+                    ),
+                    flush=True,
+                )
 
         rates = self.scale.pipeline_rates
         for rate in rates:
@@ -146,7 +159,11 @@ class Bench:
         (self.folder / "pipeline.json").write_text(json.dumps(found))
 
     def _settings(self, rate: float, seed: int) -> list[str]:
-        return [*self.overrides(f"{rate:g}-{seed}"), f"train.learning_rate={rate}", f"run.seed={seed}"]
+        return [
+            *self.overrides(f"{rate:g}-{seed}"),
+            f"train.learning_rate={rate}",
+            f"run.seed={seed}",
+        ]
 
     def study(self, seeds: tuple[int, ...]) -> None:
         """The students of the comparison: the whole grid at the first seed, then what it chose at the others."""
@@ -154,8 +171,16 @@ class Bench:
         study = Study(self.folder, RECIPE, self.overrides("score"), rows=scale.rows)
         for part, sentences in self._split().items():
             if set(prompt_keys(sentences.texts)) != study.prompts[part]:
-                raise SystemExit(f"the recipe's {part} rows are not those that the teacher was trained with in mind")
-        facts = {"rows": study.rows, "teacher": study.teacher(), "seeds": seeds, "first_seed": seeds[0]}
+                raise SystemExit(
+                    f"the recipe's {part} rows are not those that the teacher was trained with in "
+                    "mind"
+                )
+        facts = {
+            "rows": study.rows,
+            "teacher": study.teacher(),
+            "seeds": seeds,
+            "first_seed": seeds[0],
+        }
         (self.folder / "study.json").write_text(json.dumps(facts))
         for start, rates in zip(STARTS, scale.rates, strict=True):
             if start == "fine-tuned":
@@ -186,11 +211,17 @@ class Bench:
         rate = best_rate(study.folder, "labels", "fresh")
         for seed in seeds:
             found = study.fine_tune(seed, rate=rate, epochs=self.scale.tuning_epochs)
-            print(f"fine-tuned, seed {seed}: validation {found['validation']['accuracy']:.4f}", flush=True)
+            print(
+                f"fine-tuned, seed {seed}: validation {found['validation']['accuracy']:.4f}",
+                flush=True,
+            )
 
 
 def _say(found: dict[str, Any]) -> None:
-    shown = " ".join(f"{epoch['validation']['accuracy']:.4f}" for epoch in found["after"]) or found["failed"]
+    shown = (
+        " ".join(f"{epoch['validation']['accuracy']:.4f}" for epoch in found["after"])
+        or found["failed"]
+    )
     name = f"{found['arm']}, {found['start']}, rate {found['rate']:g}, seed {found['seed']}"
     print(f"{name}: validation accuracy {shown}", flush=True)
 
@@ -200,11 +231,15 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", choices=PARTS, help="all three if left out")
-    parser.add_argument("--seeds", default="0,1,2", help="the first one sees every learning rate of the study")
+    parser.add_argument(
+        "--seeds", default="0,1,2", help="the first one sees every learning rate of the study"
+    )
     parser.add_argument("--report", action="store_true", help="of what is there already")
     parser.add_argument("--tiny", action="store_true", help="seconds; shows nothing")
     arguments = parser.parse_args()
-    bench = Bench(folder=arguments.folder.resolve(), scale=SCALES["tiny" if arguments.tiny else "cpu"])
+    bench = Bench(
+        folder=arguments.folder.resolve(), scale=SCALES["tiny" if arguments.tiny else "cpu"]
+    )
     bench.folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("STILLROOM_ASSETS", str(ASSETS))  # the recipe asks for it
     disable_progress_bar()
@@ -218,7 +253,11 @@ def main() -> None:
         bench.study(seeds)
     lines, outcome = report(bench.folder)
     print("\n".join(lines))
-    print(json.dumps({"bench": "sst2", "threads": torch.get_num_threads(), "cpus": os.cpu_count(), **outcome}))
+    print(
+        json.dumps(
+            {"bench": "sst2", "threads": torch.get_num_threads(), "cpus": os.cpu_count(), **outcome}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Students of one sentiment teacher: which losses, from which start, at which learning rates; each trained and judged.
 
-Targets come from the product's store; its trainer, its losses and its measures do the work, without a run folder for
-each of some hundred students. One file per student; what is there is not done again.
+Targets come from the product's store; its trainer, its losses and its measures do the work, without
+a run folder for each of some hundred students. One file per student; what is there is not done
+again.
 """
 
 import json
@@ -83,7 +84,9 @@ class Choice:
 class WithoutLog(ClassPasses):
     """Skew forward KL where the mixture's probabilities stand in for their logarithms: t (log t - m), summed."""
 
-    def losses(self, model: nn.Module, batch: ClassBatch, *, aim: Aim, dtype: torch.dtype) -> Distilled:
+    def losses(
+        self, model: nn.Module, batch: ClassBatch, *, aim: Aim, dtype: torch.dtype
+    ) -> Distilled:
         """As of `ClassPasses`, mistaken."""
         objective = aim.objective
         assert objective is not None
@@ -119,7 +122,9 @@ def _order(seed: int, epoch: int, count: int) -> np.ndarray:
 class Study:
     """The folder of the comparison: what every student reads, and a file per student."""
 
-    def __init__(self, folder: Path, recipe_file: Path, overrides: Sequence[str], *, rows: int) -> None:
+    def __init__(
+        self, folder: Path, recipe_file: Path, overrides: Sequence[str], *, rows: int
+    ) -> None:
         """`rows`: students are trained on so many of the training rows."""
         self.folder, self.overrides = folder / "study", list(overrides)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -131,8 +136,12 @@ class Study:
             chosen = load_snapshot(store, snapshot)
             samples = Samples(store, chosen, soft=True, classified=True)
             shards = {shard.sha256: shard.rows for shard in chosen.shards}
-            self.prompts[split] = {row["prompt_key"] for row in store.rows(chosen.table, shards, ("prompt_key",))}
-            self._parts[split] = list(samples.read(0, min(rows, len(samples)) if split == "train" else len(samples)))
+            self.prompts[split] = {
+                row["prompt_key"] for row in store.rows(chosen.table, shards, ("prompt_key",))
+            }
+            self._parts[split] = list(
+                samples.read(0, min(rows, len(samples)) if split == "train" else len(samples))
+            )
         snapshot = load_snapshot(store, found["train"])
         self.teacher_dir = store.teacher_dir(snapshot.about["teacher_id"])
 
@@ -145,7 +154,9 @@ class Study:
         """What the stored probabilities are worth on each split, as for a student."""
         found = {}
         for split, part in self._parts.items():
-            logprobs = torch.from_numpy(np.concatenate([sample.targets.logprobs for sample in part]))
+            logprobs = torch.from_numpy(
+                np.concatenate([sample.targets.logprobs for sample in part])
+            )
             tally = Tally()
             tally.add(b"", measure(logprobs, torch.tensor([sample.label for sample in part])))
             found[split] = _numbers(tally)
@@ -157,13 +168,20 @@ class Study:
         if not file.is_file():
             arm = (ARMS | MISTAKES)[choice.arm]
             model = self._start(choice)
-            train = self.recipe.train.model_copy(update={"epochs": 2.0, "learning_rate": choice.rate})
+            train = self.recipe.train.model_copy(
+                update={"epochs": 2.0, "learning_rate": choice.rate}
+            )
             before = self._judge(model) if choice.start == "fine-tuned" else None
             try:
                 after, failed = list(self._epochs(model, arm, train, seed=choice.seed)), None
             except StillroomError as error:
                 after, failed = [], str(error)
-            about = {"arm": choice.arm, "start": choice.start, "rate": choice.rate, "seed": choice.seed}
+            about = {
+                "arm": choice.arm,
+                "start": choice.start,
+                "rate": choice.rate,
+                "seed": choice.seed,
+            }
             _write(file, about | {"before": before, "after": after, "failed": failed})
         return json.loads(file.read_text())
 
@@ -172,7 +190,9 @@ class Study:
         folder = self.folder / f"fine-tuned-{seed}"
         if not (folder.with_suffix(".json")).is_file():
             model = self._fresh(seed)
-            train = self.recipe.train.model_copy(update={"epochs": float(epochs), "learning_rate": rate})
+            train = self.recipe.train.model_copy(
+                update={"epochs": float(epochs), "learning_rate": rate}
+            )
             best: dict[str, Any] = {}
             for epoch, found in enumerate(self._epochs(model, ARMS["labels"], train, seed=seed), 1):
                 if not best or found["validation"]["accuracy"] > best["validation"]["accuracy"]:
@@ -186,13 +206,17 @@ class Study:
             return self._fresh(choice.seed)
         folder = self.folder / f"fine-tuned-{choice.seed}"
         student = self.recipe.student.model_copy(update={"config": None, "model": str(folder)})
-        return initial_student(self.recipe.model_copy(update={"student": student}), self.teacher_dir)
+        return initial_student(
+            self.recipe.model_copy(update={"student": student}), self.teacher_dir
+        )
 
     def _fresh(self, seed: int) -> Any:
         return initial_student(self._seeded(seed), self.teacher_dir)
 
     def _seeded(self, seed: int) -> Recipe:
-        return self.recipe.model_copy(update={"run": self.recipe.run.model_copy(update={"seed": seed})})
+        return self.recipe.model_copy(
+            update={"run": self.recipe.run.model_copy(update={"seed": seed})}
+        )
 
     def _epochs(self, model: Any, arm: Arm, train: Train, *, seed: int) -> Iterator[dict[str, Any]]:
         """Train; the student's numbers after each epoch."""
@@ -224,7 +248,10 @@ class Study:
             for at in range(0, len(part), 64):
                 texts = part[at : at + 64]
                 logits = class_logits(model, inputs.tensors([text.token_ids for text in texts]))
-                tally.add(b"", measure(logits, torch.tensor([text.label for text in texts]), _stacked(texts)))
+                tally.add(
+                    b"",
+                    measure(logits, torch.tensor([text.label for text in texts]), _stacked(texts)),
+                )
             found[split] = _numbers(tally)
         return found
 
@@ -236,12 +263,21 @@ def _epochs_done(cursor: Cursor, count: int) -> int:
 def _stacked(texts: Sequence[Sample]) -> SoftTargets:
     parts = [text.targets for text in texts]
     columns = ("logprobs", "tail_logprob", "token_logprob", "entropy")
-    return SoftTargets(ids=None, **{name: np.concatenate([getattr(part, name) for part in parts]) for name in columns})
+    return SoftTargets(
+        ids=None,
+        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in columns},
+    )
 
 
 def _numbers(tally: Tally) -> dict[str, float]:
-    found = tally.results() | {"accuracy": sum(b["accuracy"] * b["tokens"] for b in tally.reliability()) / tally.tokens}
-    return {name: found[name] for name in ("accuracy", "ece", "cross_entropy", "kl_teacher") if name in found}
+    found = tally.results() | {
+        "accuracy": sum(b["accuracy"] * b["tokens"] for b in tally.reliability()) / tally.tokens
+    }
+    return {
+        name: found[name]
+        for name in ("accuracy", "ece", "cross_entropy", "kl_teacher")
+        if name in found
+    }
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:

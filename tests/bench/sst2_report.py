@@ -27,10 +27,14 @@ def read_students(folder: Path) -> list[Student]:
 def best_rate(folder: Path, arm: str, start: str) -> float:
     """Learning rate whose students are best on validation rows after two epochs: mean accuracy of the seeds it has.
 
-    A rate that was best at one seed and fails at others is not: so the rate is asked for again when they are there.
+    A rate that was best at one seed and fails at others is not: so the rate is asked for again when
+    they are there.
     """
     mine = _of(read_students(folder), arm=arm, start=start)
-    worth = {rate: [_worth(s) for s in mine if s["rate"] == rate] for rate in sorted({s["rate"] for s in mine})}
+    worth = {
+        rate: [_worth(s) for s in mine if s["rate"] == rate]
+        for rate in sorted({s["rate"] for s in mine})
+    }
     return max(worth, key=lambda rate: fmean(worth[rate]))
 
 
@@ -39,7 +43,11 @@ def _worth(student: Student) -> float:
 
 
 def _of(students: Iterable[Student], **wanted: Any) -> list[Student]:
-    return [student for student in students if all(student[name] == value for name, value in wanted.items())]
+    return [
+        student
+        for student in students
+        if all(student[name] == value for name, value in wanted.items())
+    ]
 
 
 def report(folder: Path) -> tuple[list[str], dict[str, Any]]:
@@ -51,7 +59,10 @@ def report(folder: Path) -> tuple[list[str], dict[str, Any]]:
             outcome[name] = json.loads(file.read_text())
     if "pipeline" in outcome:
         students = sorted((folder / "runs").glob("*/train-*/student"))
-        outcome["parameters"] = {"teacher": _parameters(folder / "teacher"), "student": _parameters(students[0])}
+        outcome["parameters"] = {
+            "teacher": _parameters(folder / "teacher"),
+            "student": _parameters(students[0]),
+        }
         lines += _sizes(outcome["parameters"]) + _pipeline(outcome["pipeline"], outcome["teacher"])
     if "study" in outcome and (students := read_students(folder / "study")):
         lines += _study(folder, outcome, students)
@@ -65,7 +76,10 @@ def report(folder: Path) -> tuple[list[str], dict[str, Any]]:
 
 def _short(student: Student) -> Student:
     """One student with accuracies only, after each epoch."""
-    named = {split: [epoch[split]["accuracy"] for epoch in student["after"]] for split in ("validation", "test")}
+    named = {
+        split: [epoch[split]["accuracy"] for epoch in student["after"]]
+        for split in ("validation", "test")
+    }
     return {name: student[name] for name in ("arm", "start", "rate", "seed", "failed")} | named
 
 
@@ -73,11 +87,16 @@ def _parameters(model: Path) -> tuple[int, int]:
     """Of a saved model: all, and those that are no embeddings."""
     with safe_open(model / "model.safetensors", "pt") as file:
         sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}
-    return sum(sizes.values()), sum(size for name, size in sizes.items() if "embeddings" not in name)
+    return sum(sizes.values()), sum(
+        size for name, size in sizes.items() if "embeddings" not in name
+    )
 
 
 def _sizes(found: dict[str, tuple[int, int]]) -> list[str]:
-    of = {name: f"{whole:,} weights ({rest:,} without the embeddings)" for name, (whole, rest) in found.items()}
+    of = {
+        name: f"{whole:,} weights ({rest:,} without the embeddings)"
+        for name, (whole, rest) in found.items()
+    }
     shares = [100 * found["student"][index] / found["teacher"][index] for index in (0, 1)]
     return [
         f"Teacher: {of['teacher']}. Student: {of['student']}: {shares[0]:.0f} % and {shares[1]:.0f} % of it.",
@@ -92,16 +111,26 @@ def _pipeline(found: dict[str, Any], about: dict[str, float]) -> list[str]:
         "| arm | learning rate | accuracy % | ECE | cross-entropy (nats) | KL to teacher (nats) |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    named = {"teacher": "teacher", "baseline": "student, labels alone", "student": "student, distilled"}
+    named = {
+        "teacher": "teacher",
+        "baseline": "student, labels alone",
+        "student": "student, distilled",
+    }
     for arm, name in named.items():
         results = found[arm]["results"]
         cells = [
             _cell([result["accuracy"] for result in results], scale=100, digits=1),
-            *(_cell([result[key] for result in results], digits=4) for key in ("ece", "cross_entropy", "kl_teacher")),
+            *(
+                _cell([result[key] for result in results], digits=4)
+                for key in ("ece", "cross_entropy", "kl_teacher")
+            ),
         ]
         lines.append(f"| {name} | {found[arm].get('rate', '')} | {' | '.join(cells)} |")
     gains = [
-        [s[key] - b[key] for s, b in zip(found["student"]["results"], found["baseline"]["results"], strict=True)]
+        [
+            s[key] - b[key]
+            for s, b in zip(found["student"]["results"], found["baseline"]["results"], strict=True)
+        ]
         for key in ("accuracy", "ece", "cross_entropy", "kl_teacher")
     ]
     cells = [_cell(gains[0], scale=100, digits=1), *(_cell(gain, digits=4) for gain in gains[1:])]
@@ -122,7 +151,10 @@ def _study(folder: Path, outcome: dict[str, Any], students: list[Student]) -> li
         if _of(students, arm=arm, start=start, seed=about["first_seed"])
     }
     about["common_rate"] = common = best.get(("forward_kl", "fresh"))
-    tuned = [json.loads(file.read_text()) for file in sorted((folder / "study").glob("fine-tuned-?.json"))]
+    tuned = [
+        json.loads(file.read_text())
+        for file in sorted((folder / "study").glob("fine-tuned-?.json"))
+    ]
     about["fine_tuned"] = [found["test"] for found in tuned]
     lines = [
         f"Teacher {100 * about['teacher']['test']['accuracy']:.1f} % on {about['rows']['test']} test rows; fine-tuned "
@@ -130,32 +162,62 @@ def _study(folder: Path, outcome: dict[str, Any], students: list[Student]) -> li
     ]
     table = about["arms"] = []
     for start in STARTS:
-        lines += ["", f"Start: {start}. Accuracy on test rows, %; the common learning rate is {common}.", ""]
-        lines += ["| loss | own rate | one epoch | two epochs | ECE | common rate, one epoch | two epochs |"]
+        lines += [
+            "",
+            f"Start: {start}. Accuracy on test rows, %; the common learning rate is {common}.",
+            "",
+        ]
+        lines += [
+            "| loss | own rate | one epoch | two epochs | ECE | common rate, one epoch | two epochs |"
+        ]
         lines += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
         for arm in [arm for arm in (*ARMS, *MISTAKES) if (arm, start) in best]:
             own = _of(students, arm=arm, start=start, rate=best[arm, start])
             same = _of(students, arm=arm, start=start, rate=common)
             row = {"arm": arm, "start": start, "rate": best[arm, start]}
-            row |= {f"own_{epoch}": [accuracy(student, epoch) for student in own] for epoch in (1, 2)}
-            row |= {f"common_{epoch}": [accuracy(student, epoch) for student in same] for epoch in (1, 2)}
-            row["ece"] = [student["after"][-1]["test"]["ece"] for student in own if student["after"]]
+            row |= {
+                f"own_{epoch}": [accuracy(student, epoch) for student in own] for epoch in (1, 2)
+            }
+            row |= {
+                f"common_{epoch}": [accuracy(student, epoch) for student in same]
+                for epoch in (1, 2)
+            }
+            row["ece"] = [
+                student["after"][-1]["test"]["ece"] for student in own if student["after"]
+            ]
             table.append(row)
-            cells = [_cell(row[name], scale=100, digits=1) if row[name] else "" for name in ("own_1", "own_2")]
+            cells = [
+                _cell(row[name], scale=100, digits=1) if row[name] else ""
+                for name in ("own_1", "own_2")
+            ]
             cells.append(_cell(row["ece"], digits=3) if row["ece"] else "")
-            cells += [_cell(row[name], scale=100, digits=1) if row[name] else "" for name in ("common_1", "common_2")]
+            cells += [
+                _cell(row[name], scale=100, digits=1) if row[name] else ""
+                for name in ("common_1", "common_2")
+            ]
             lines.append(f"| {arm} | {best[arm, start]:g} | {' | '.join(cells)} |")
-    outcome["verdicts"] = verdicts(students, best=best, common=common or 0.0, first_seed=about["first_seed"])
+    outcome["verdicts"] = verdicts(
+        students, best=best, common=common or 0.0, first_seed=about["first_seed"]
+    )
     return [*lines, *_verdicts(outcome["verdicts"]), *_grid(students, about["first_seed"])]
 
 
 def _verdicts(found: list[dict[str, Any]]) -> list[str]:
-    lines = ["", "| finding | write-up | here, own rates | common rate | along the rates, first seed | verdict |"]
+    lines = [
+        "",
+        "| finding | write-up | here, own rates | common rate | along the rates, first seed | verdict |",
+    ]
     lines += ["| --- | --- | ---: | ---: | --- | --- |"]
     for one in found:
-        own, same = (_cell(one[name], scale=100, digits=1) if one[name] else "" for name in ("own", "common"))
-        grid = ", ".join(f"{rate:g}: {100 * difference:+.1f}" for rate, difference in one["grid"].items())
-        lines.append(f"| {one['says']} | {one['claimed']} | {own} | {same} | {grid} | {one['verdict']} |")
+        own, same = (
+            _cell(one[name], scale=100, digits=1) if one[name] else "" for name in ("own", "common")
+        )
+        grid = ", ".join(
+            f"{rate:g}: {100 * difference:+.1f}" for rate, difference in one["grid"].items()
+        )
+        lines.append(
+            f"| {one['says']} | {one['claimed']} | {own} | {same} | {grid} | {one['verdict']} |"
+        )
     return lines
 
 
@@ -168,8 +230,15 @@ def _grid(students: list[Student], seed: int) -> list[str]:
         found: dict[str, dict[float, Student]] = defaultdict(dict)
         for student in mine:
             found[student["arm"]][student["rate"]] = student
-        lines += ["", f"Start: {start}, seed {seed}: accuracy after two epochs, %, validation / test.", ""]
-        lines += [f"| loss | {' | '.join(f'{rate:g}' for rate in rates)} |", f"| --- |{' ---: |' * len(rates)}"]
+        lines += [
+            "",
+            f"Start: {start}, seed {seed}: accuracy after two epochs, %, validation / test.",
+            "",
+        ]
+        lines += [
+            f"| loss | {' | '.join(f'{rate:g}' for rate in rates)} |",
+            f"| --- |{' ---: |' * len(rates)}",
+        ]
         for arm in [arm for arm in (*ARMS, *MISTAKES) if arm in found]:
             cells = [_both(found[arm][rate]) if rate in found[arm] else "" for rate in rates]
             lines.append(f"| {arm} | {' | '.join(cells)} |")

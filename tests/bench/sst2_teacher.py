@@ -1,7 +1,7 @@
 """A BERT-class teacher of sentiment, trained on the spot: fresh weights, sst2's 6,920 sentences, no pretraining.
 
-Which rows are for judging, for choosing and for learning is decided by the product's own hash of a text, so that the
-teacher has seen no row that `stillroom run pipeline/recipes/sst2.yaml` holds out.
+Which rows are for judging, for choosing and for learning is decided by the product's own hash of a
+text, so that the teacher has seen no row that `stillroom run pipeline/recipes/sst2.yaml` holds out.
 """
 
 import json
@@ -40,7 +40,8 @@ class Size:
     rows: int = 32
     """Sentences of a step."""
     masked: float = 0.4
-    """Share of the words that training hides, anew each time: what keeps so small a set from being learnt by heart."""
+    """Share of the words that training hides, anew each time: what keeps so small a set from being
+    learnt by heart."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,9 @@ def read_sentences(limit: int | None = None) -> Sentences:
     """sst2's test, training and validation files, one after the other as the recipe reads them; the first `limit`."""
     import pyarrow.parquet as pq
 
-    tables = [pq.read_table(file) for file in sorted((ASSETS / "classify" / "sst2").glob("*.parquet"))]
+    tables = [
+        pq.read_table(file) for file in sorted((ASSETS / "classify" / "sst2").glob("*.parquet"))
+    ]
     texts = [text for table in tables for text in table["text"].to_pylist()]
     labels = np.concatenate([np.asarray(table["label"], np.int64) for table in tables])
     return Sentences(texts[:limit], labels[:limit])
@@ -73,9 +76,14 @@ def split(sentences: Sentences, *, test: int, validation: int) -> dict[str, Sent
     keys = prompt_keys(sentences.texts)
     ranks = {key: rank for rank, key in enumerate(sorted(set(keys)))}
     order = np.array([ranks[key] for key in keys])
-    bounds = {"test": (0, test), "validation": (test, test + validation), "train": (test + validation, len(keys))}
+    bounds = {
+        "test": (0, test),
+        "validation": (test, test + validation),
+        "train": (test + validation, len(keys)),
+    }
     return {
-        name: sentences.take(np.flatnonzero((order >= low) & (order < high))) for name, (low, high) in bounds.items()
+        name: sentences.take(np.flatnonzero((order >= low) & (order < high)))
+        for name, (low, high) in bounds.items()
     }
 
 
@@ -87,12 +95,16 @@ def prompt_keys(texts: Sequence[str]) -> list[bytes]:
 def naive_bayes(train: Sentences, test: Sentences) -> float:
     """Accuracy of multinomial naive Bayes on words, add-one smoothing: what any teacher must beat."""
     counts = [
-        Counter(w for t in train.take(np.flatnonzero(train.labels == c)).texts for w in t.split()) for c in (0, 1)
+        Counter(w for t in train.take(np.flatnonzero(train.labels == c)).texts for w in t.split())
+        for c in (0, 1)
     ]
     words = set(counts[0]) | set(counts[1])
     totals = [c.total() + len(words) for c in counts]
     prior = math.log((train.labels == 1).mean() / (train.labels == 0).mean())
-    odds = {word: math.log((counts[1][word] + 1) / totals[1] * totals[0] / (counts[0][word] + 1)) for word in words}
+    odds = {
+        word: math.log((counts[1][word] + 1) / totals[1] * totals[0] / (counts[0][word] + 1))
+        for word in words
+    }
     found = [prior + sum(odds.get(word, 0.0) for word in text.split()) > 0 for text in test.texts]
     return float((np.array(found) == test.labels).mean())
 
@@ -102,10 +114,20 @@ def small_tokenizer(texts: Sequence[str]) -> Any:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    whole = Tokenizer.from_file(str(ASSETS / "models" / "tokenizer-bert-base-uncased" / "tokenizer.json"))
-    counts = Counter(piece for e in whole.encode_batch(list(texts), add_special_tokens=False) for piece in e.tokens)
+    whole = Tokenizer.from_file(
+        str(ASSETS / "models" / "tokenizer-bert-base-uncased" / "tokenizer.json")
+    )
+    counts = Counter(
+        piece
+        for e in whole.encode_batch(list(texts), add_special_tokens=False)
+        for piece in e.tokens
+    )
     pieces = sorted(whole.get_vocab(), key=lambda piece: whole.token_to_id(piece))
-    kept = [p for p in pieces if p in SPECIAL or counts[p] >= SEEN or (len(p.removeprefix("##")) == 1 and p.isascii())]
+    kept = [
+        p
+        for p in pieces
+        if p in SPECIAL or counts[p] >= SEEN or (len(p.removeprefix("##")) == 1 and p.isascii())
+    ]
     ids = {piece: i for i, piece in enumerate(kept)}
     described = json.loads(whole.to_str())
     described["model"]["vocab"] = ids
@@ -114,7 +136,9 @@ def small_tokenizer(texts: Sequence[str]) -> Any:
     for name, token in described["post_processor"]["special_tokens"].items():
         token["ids"] = [ids[name]]
     names = {f"{name.strip('[]').lower()}_token": name for name in SPECIAL}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(described)), **names)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(described)), **names
+    )
 
 
 def train_teacher(folder: Path, train: Sentences, validation: Sentences, size: Size) -> None:
@@ -137,19 +161,38 @@ def train_teacher(folder: Path, train: Sentences, validation: Sentences, size: S
     model = BertForSequenceClassification(config)
     ids, judged = (tokenizer(part.texts)["input_ids"] for part in (train, validation))
     best, kept = 0.0, dict[str, Tensor]()
-    for epoch, loss in enumerate(_epochs(model, ids, train.labels, size, mask=tokenizer.mask_token_id), 1):
-        accuracy = float((predict(model, judged).argmax(-1) == torch.from_numpy(validation.labels)).float().mean())
-        print(f"teacher, epoch {epoch}/{size.epochs}: loss {loss:.3f}, validation accuracy {accuracy:.4f}", flush=True)
+    for epoch, loss in enumerate(
+        _epochs(model, ids, train.labels, size, mask=tokenizer.mask_token_id), 1
+    ):
+        accuracy = float(
+            (predict(model, judged).argmax(-1) == torch.from_numpy(validation.labels))
+            .float()
+            .mean()
+        )
+        print(
+            (
+                f"teacher, epoch {epoch}/{size.epochs}: loss {loss:.3f}, validation accuracy "
+                f"{accuracy:.4f}"
+            ),
+            flush=True,
+        )
         if accuracy > best:
-            best, kept = accuracy, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            best, kept = (
+                accuracy,
+                {name: tensor.clone() for name, tensor in model.state_dict().items()},
+            )
     model.load_state_dict(kept)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def _epochs(model: nn.Module, ids: list[list[int]], labels: np.ndarray, size: Size, *, mask: int) -> Iterator[float]:
+def _epochs(
+    model: nn.Module, ids: list[list[int]], labels: np.ndarray, size: Size, *, mask: int
+) -> Iterator[float]:
     """Train an epoch, give its mean loss, and so on: AdamW, 50 steps of warm-up, then linear to 0."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=size.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=size.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+    )
     total, step = size.epochs * math.ceil(len(ids) / size.rows), 0
     rng, gold = np.random.default_rng(0), torch.from_numpy(labels)
     for _ in range(size.epochs):
@@ -160,7 +203,9 @@ def _epochs(model: nn.Module, ids: list[list[int]], labels: np.ndarray, size: Si
                 group["lr"] = size.learning_rate * min(1, (step + 1) / 50) * (1 - step / total)
             tokens, attention = _padded([ids[row] for row in batch])
             hidden = (torch.rand(tokens.shape) < size.masked) & (tokens >= len(SPECIAL))
-            logits = model(input_ids=tokens.masked_fill(hidden, mask), attention_mask=attention).logits
+            logits = model(
+                input_ids=tokens.masked_fill(hidden, mask), attention_mask=attention
+            ).logits
             loss = nn.functional.cross_entropy(logits, gold[batch])
             optimizer.zero_grad()
             loss.backward()
@@ -185,7 +230,9 @@ def _padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, [B, T] each; the padding's id is 0."""
     longest = max(map(len, rows))
     tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-    return tokens, (torch.arange(longest) < torch.tensor([len(row) for row in rows])[:, None]).long()
+    return tokens, (
+        torch.arange(longest) < torch.tensor([len(row) for row in rows])[:, None]
+    ).long()
 
 
 @torch.no_grad()
@@ -193,7 +240,9 @@ def predict(model: nn.Module, ids: list[list[int]]) -> Tensor:
     """[B, C] logits."""
     model.eval()
     found = [
-        model(**dict(zip(("input_ids", "attention_mask"), _padded(ids[at : at + 64]), strict=True))).logits
+        model(
+            **dict(zip(("input_ids", "attention_mask"), _padded(ids[at : at + 64]), strict=True))
+        ).logits
         for at in range(0, len(ids), 64)
     ]
     return torch.cat(found)

@@ -1,15 +1,17 @@
 """The findings of a public write-up, one by one: do they stand when each loss has a learning rate of its own?
 
-The write-up (Qwen2.5-3B, fine-tuned, to Qwen2.5-0.5B with LoRA; 5,000 training and 1,000 test rows; temperature 2; all
-at one learning rate) reported: teacher 81.1 %; forward KL alone 70.5 % after one epoch and 73 % after two; with half
-cross-entropy 70.5 %; a fine-tuned student 80.3 %, and 61.9 % when distilled from there; reverse KL 54 %; skew forward
-KL collapsed.
+The write-up (Qwen2.5-3B, fine-tuned, to Qwen2.5-0.5B with LoRA; 5,000 training and 1,000 test rows;
+temperature 2; all at one learning rate) reported: teacher 81.1 %; forward KL alone 70.5 % after one
+epoch and 73 % after two; with half cross-entropy 70.5 %; a fine-tuned student 80.3 %, and 61.9 %
+when distilled from there; reverse KL 54 %; skew forward KL collapsed.
 
-A finding is a difference of two students in accuracy on test rows, paired by seed. It is there if the mean difference
-is `MARGIN` or more in its direction and every seed has that direction; "changes nothing" is there below `MARGIN`.
+A finding is a difference of two students in accuracy on test rows, paired by seed. It is there if
+the mean difference is `MARGIN` or more in its direction and every seed has that direction; "changes
+nothing" is there below `MARGIN`.
 
     stands                        it is there at each student's own learning rate
-    artefact of the learning rate not there at their own rates, but at the common one, or at one of the grid
+    artefact of the learning rate not there at their own rates, but at the common one, or at one of
+    the grid
     not seen at this size         at none
 """
 
@@ -19,8 +21,8 @@ from statistics import fmean
 from typing import Any
 
 MARGIN = 0.02
-"""Points of accuracy, as a share. The write-up's differences are 2.5 points and more; the test rows' own standard error
-is about 0.9 points for one student, less for two on the same rows."""
+"""Points of accuracy, as a share. The write-up's differences are 2.5 points and more; the test
+rows' own standard error is about 0.9 points for one student, less for two on the same rows."""
 Student = dict[str, Any]
 
 
@@ -109,17 +111,28 @@ def verdicts(
     at_first = [s for s in students if s["seed"] == first_seed]
     found = []
     for finding in FINDINGS:
-        own = _differences(students, finding, [best.get(_name(side)) for side in (finding.first, finding.second)])
+        own = _differences(
+            students, finding, [best.get(_name(side)) for side in (finding.first, finding.second)]
+        )
         same = _differences(students, finding, [common, common])
         grid = {}
-        for rate in sorted({s["rate"] for s in at_first if (s["arm"], s["start"]) == _name(finding.first)}):
-            # The first student's rate moves; the second keeps its own, unless it is the same student.
+        for rate in sorted(
+            {s["rate"] for s in at_first if (s["arm"], s["start"]) == _name(finding.first)}
+        ):
+            # The first student's rate moves; the second keeps its own, unless it is the same
+            # student.
             alike = _name(finding.first) == _name(finding.second)
             pair = [rate, rate if alike else best.get(_name(finding.second))]
             if difference := _differences(at_first, finding, pair):
                 grid[rate] = difference[0]
         found.append(
-            {"says": finding.says, "claimed": finding.claimed, "own": own, "common": same, "grid": grid}
+            {
+                "says": finding.says,
+                "claimed": finding.claimed,
+                "own": own,
+                "common": same,
+                "grid": grid,
+            }
             | {"verdict": _verdict(finding.sign, own, same, grid)}
         )
     return found
@@ -129,7 +142,9 @@ def _name(side: Side) -> tuple[str, str]:
     return side.arm, side.start
 
 
-def _differences(students: Iterable[Student], finding: Finding, rates: Sequence[float | None]) -> list[float]:
+def _differences(
+    students: Iterable[Student], finding: Finding, rates: Sequence[float | None]
+) -> list[float]:
     """First minus second, for every seed that both have."""
     sides = []
     for side, rate in zip((finding.first, finding.second), rates, strict=True):
@@ -143,7 +158,9 @@ def _verdict(sign: int, own: list[float], same: list[float], grid: dict[float, f
         return "not run"
     if _there(sign, own):
         return "stands"
-    if _there(sign, same) or (sign and max(sign * difference for difference in grid.values()) >= MARGIN):
+    if _there(sign, same) or (
+        sign and max(sign * difference for difference in grid.values()) >= MARGIN
+    ):
         return "artefact of the learning rate"
     return "not seen at this size"
 
@@ -153,4 +170,6 @@ def _there(sign: int, differences: list[float]) -> bool:
         return False
     if sign == 0:
         return abs(fmean(differences)) < MARGIN
-    return sign * fmean(differences) >= MARGIN and all(sign * difference > 0 for difference in differences)
+    return sign * fmean(differences) >= MARGIN and all(
+        sign * difference > 0 for difference in differences
+    )

@@ -1,9 +1,9 @@
 """Angle between the gradient of a student's loss on stored targets and on the live teacher's, against batch size.
 
-The student is trained on the live teacher; at the start, half-way and at the end of that, every estimator's gradient is
-taken on the same batches, through the product's own loss, from what the store gives back. Batches of 2n tokens are sums
-of two of n, so one reading gives every size. Bias stays as batches grow, sampling noise falls as one over the square
-root of the tokens.
+The student is trained on the live teacher; at the start, half-way and at the end of that, every
+estimator's gradient is taken on the same batches, through the product's own loss, from what the
+store gives back. Batches of 2n tokens are sums of two of n, so one reading gives every size. Bias
+stays as batches grow, sampling noise falls as one over the square root of the tokens.
 """
 
 from collections import defaultdict
@@ -44,20 +44,31 @@ def angles(bench: Bench, tokens: int, *, names: tuple[str, ...]) -> dict[str, An
     """Train a student on the live teacher and measure at three points of it.
 
     Returns:
-        Point -> what `_sweep` returns, with `kl`, the student's distance to the teacher there in nats.
+        Point -> what `_sweep` returns, with `kl`, the student's distance to the teacher there in
+        nats.
     """
     snapshots = {name: bench.prepare(ARMS[name])[0] for name in names}
     recipe, store = load_recipe(bench.recipe), Store.open(str(bench.folder / "store"))
     teacher = load_teacher(bench.folder / "teacher")
-    student: Any = initial_student(recipe, bench.folder / "teacher").to(split_head(teacher).weight.device)
+    student: Any = initial_student(recipe, bench.folder / "teacher").to(
+        split_head(teacher).weight.device
+    )
     found = {}
     with one_order():
         for point in _training(
-            student, teacher, recipe=recipe, samples=_samples(store, snapshots[names[0]], soft=False)
+            student,
+            teacher,
+            recipe=recipe,
+            samples=_samples(store, snapshots[names[0]], soft=False),
         ):
             print(f"gradients at the {point} of the training", flush=True)
-            sources = {snapshot: _samples(store, snapshot, soft=True) for snapshot in set(snapshots.values())}
-            found[point] = _sweep(student, teacher, chunks=_Chunks(sources, snapshots), tokens=tokens)
+            sources = {
+                snapshot: _samples(store, snapshot, soft=True)
+                for snapshot in set(snapshots.values())
+            }
+            found[point] = _sweep(
+                student, teacher, chunks=_Chunks(sources, snapshots), tokens=tokens
+            )
     return found
 
 
@@ -65,11 +76,15 @@ def _samples(store: Store, snapshot: str, *, soft: bool) -> Samples:
     return Samples(store, load_snapshot(store, snapshot), soft=soft, seed=0)
 
 
-def _training(student: Any, teacher: nn.Module, *, recipe: Recipe, samples: Samples) -> Iterator[str]:
+def _training(
+    student: Any, teacher: nn.Module, *, recipe: Recipe, samples: Samples
+) -> Iterator[str]:
     """Train, stopping at `start`, `middle` and `end`."""
     train = recipe.train
     packing = LivePacking(
-        teacher=teacher, tokens_per_pass=train.tokens_per_pass, vocab_size=split_head(student).vocab_size
+        teacher=teacher,
+        tokens_per_pass=train.tokens_per_pass,
+        vocab_size=split_head(student).vocab_size,
     )
     trainer = Trainer(student, packing=packing, loss=Loss(**SOFT), train=train)
     total = train.tokens or round((train.epochs or 1) * samples.lengths().tokens)
@@ -106,13 +121,17 @@ class _Chunks:
 class _Sums:
     """Gradients of batches that grow: the sum of two neighbours is the gradient of the batch that holds both."""
 
-    angles: dict[int, list[list[tuple[float, float]]]] = field(default_factory=lambda: defaultdict(list))
+    angles: dict[int, list[list[tuple[float, float]]]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
     """By doublings of the smallest batch: for every batch, angle and ratio of every estimator."""
     waiting: dict[int, Tensor] = field(default_factory=dict)
 
     def add(self, gradients: Tensor, doublings: int = 0) -> None:
         """[E + 1, P] summed gradients of one batch, the full one first."""
-        self.angles[doublings].append([angle_and_ratio(found, gradients[0]) for found in gradients[1:]])
+        self.angles[doublings].append(
+            [angle_and_ratio(found, gradients[0]) for found in gradients[1:]]
+        )
         if doublings in self.waiting:
             self.add(self.waiting.pop(doublings) + gradients, doublings + 1)
         else:
@@ -141,7 +160,9 @@ def _sweep(student: Any, teacher: nn.Module, *, chunks: _Chunks, tokens: int) ->
     }
 
 
-def _gradients(student: Any, teacher: nn.Module, *, texts: dict[str, list[Sample]]) -> tuple[Tensor, float, int]:
+def _gradients(
+    student: Any, teacher: nn.Module, *, texts: dict[str, list[Sample]]
+) -> tuple[Tensor, float, int]:
     """[E + 1, P] gradients of the summed loss, the full one first; the full divergence; the scored tokens."""
     head = split_head(student)
     weights = [p for p in student.parameters() if p.requires_grad]
@@ -154,7 +175,10 @@ def _gradients(student: Any, teacher: nn.Module, *, texts: dict[str, list[Sample
     for name, samples in texts.items():
         (other,) = Packing(kept=_kept(ARMS[name], head.vocab_size), **settings).batches(samples)
         assert torch.equal(other.token_ids, batch.token_ids.cpu()), "the texts are not in one order"
-        targets[name] = other.targets.to(head.weight.device), Objective(tail=ARMS[name].loss.get("tail", "bucket"))
+        targets[name] = (
+            other.targets.to(head.weight.device),
+            Objective(tail=ARMS[name].loss.get("tail", "bucket")),
+        )
     found, kl = [], 0.0
     for name, (target, objective) in targets.items():
         loss = linear_distillation(
@@ -190,7 +214,9 @@ def kept_of(bench: Bench, arm: Arm) -> dict[str, float | None]:
 
 def reference_positions(bench: Bench, held_out: str, count: int) -> Tensor:
     """[N, V] float64 the teacher's whole distribution at N held-out positions, evenly spread."""
-    rows = [sample.targets.logprobs for sample in _all(bench, held_out) if sample.targets is not None]
+    rows = [
+        sample.targets.logprobs for sample in _all(bench, held_out) if sample.targets is not None
+    ]
     logprobs = torch.cat([torch.from_numpy(row) for row in rows if row is not None])
     chosen = torch.linspace(0, len(logprobs) - 1, min(count, len(logprobs))).long()
     return logprobs[chosen].double().softmax(-1)

@@ -1,8 +1,8 @@
 """The arms of the experiment: which targets each one reads, one store for all, and a live teacher in the loop.
 
-Students are trained and judged by the product's own stages (`arms.py`). Training texts and held-out texts are two
-sources of one store: an arm's recipe names the held-out source and pins the snapshot of the training texts, so no
-package is in both.
+Students are trained and judged by the product's own stages (`arms.py`). Training texts and held-out
+texts are two sources of one store: an arm's recipe names the held-out source and pins the snapshot
+of the training texts, so no package is in both.
 """
 
 import json
@@ -38,7 +38,8 @@ class Arm:
     """Section of the recipe: what it reads of the store."""
     loss: dict[str, Any]
     live: bool = False
-    """The teacher itself is asked at every step, for all of its distribution; what is stored is not read."""
+    """The teacher itself is asked at every step, for all of its distribution; what is stored is not
+    read."""
 
     @property
     def stored(self) -> dict[str, Any]:
@@ -51,7 +52,9 @@ ARMS = {
     "ce": Arm(score=TOPK, loss={"soft_weight": 0.0, "hard_weight": 1.0}),
     "full": Arm(score=TOPK, loss=SOFT, live=True),
     **{
-        f"sampled{rounds}-{draw}": Arm(score={"targets": "sampled", "rounds": rounds, "draw": draw}, loss=SOFT)
+        f"sampled{rounds}-{draw}": Arm(
+            score={"targets": "sampled", "rounds": rounds, "draw": draw}, loss=SOFT
+        )
         for rounds in ROUNDS
         for draw in ("multinomial", "systematic")
     },
@@ -63,8 +66,22 @@ ARMS = {
     f"topp{P}-bucket": Arm(score={"targets": "topp", "p": P, "k": MOST}, loss=SOFT),
 }
 DECISIVE = (
-    *("ce", "full", "sampled50-multinomial", "sampled13-multinomial", "top3-drop", "top3-bucket", "top12-drop"),
-    *("top12-bucket", "sampled4-multinomial", "sampled4-systematic", "top12-to_label", "top3-to_label"),
+    *(
+        "ce",
+        "full",
+        "sampled50-multinomial",
+        "sampled13-multinomial",
+        "top3-drop",
+        "top3-bucket",
+        "top12-drop",
+    ),
+    *(
+        "top12-bucket",
+        "sampled4-multinomial",
+        "sampled4-systematic",
+        "top12-to_label",
+        "top3-to_label",
+    ),
     *("sampled13-systematic", "sampled50-systematic"),
 )
 """Those that the expected order speaks of, first what it needs most."""
@@ -76,7 +93,9 @@ class LivePacking(Packing):
 
     teacher: nn.Module
 
-    def batches(self, samples: Sequence[Sample], temperature: float | None = 1.0) -> Iterator[Batch]:
+    def batches(
+        self, samples: Sequence[Sample], temperature: float | None = 1.0
+    ) -> Iterator[Batch]:
         """As of `Packing`, at temperature 1."""
         for batch in Packing.batches(self, samples, None):
             yield replace(batch, targets=dense_targets(self.teacher, batch))
@@ -87,10 +106,14 @@ def dense_targets(teacher: nn.Module, batch: Batch) -> TargetBatch:
     """[N, V] log-probabilities of the teacher at the predicting positions, in float32."""
     head = split_head(teacher)
     device = head.weight.device
-    hidden = hidden_states(teacher, input_ids=batch.token_ids.to(device), position_ids=batch.position_ids.to(device))
+    hidden = hidden_states(
+        teacher, input_ids=batch.token_ids.to(device), position_ids=batch.position_ids.to(device)
+    )
     logprobs = head.logits(hidden.flatten(0, 1)[batch.predicting.to(device)]).log_softmax(-1)
     nothing_left = torch.full_like(logprobs[:, 0], -torch.inf)
-    return TargetBatch(labels=batch.targets.labels.to(device), logprobs=logprobs, tail_logprob=nothing_left)
+    return TargetBatch(
+        labels=batch.targets.labels.to(device), logprobs=logprobs, tail_logprob=nothing_left
+    )
 
 
 def load_teacher(folder: Path) -> nn.Module:
@@ -116,7 +139,9 @@ class Bench:
         if score not in self._prepared:
             own = [score, f"run.dir={self.folder / 'runs' / 'score'}"]
             train = run_arm(self.recipe, own, until="score")["snapshots"]["train"]
-            held_out = run_arm(self.recipe, [*own, *self._held_out(train)], until="score")["snapshots"]["test"]
+            held_out = run_arm(self.recipe, [*own, *self._held_out(train)], until="score")[
+                "snapshots"
+            ]["test"]
             self._prepared[score] = train, held_out
         return self._prepared[score]
 
@@ -125,11 +150,20 @@ class Bench:
         arm, file = ARMS[name], self.results / f"{name}-{seed}.json"
         if not file.is_file():
             train, _ = self.prepare(arm)
-            settings = [_setting("score", arm.score), _setting("loss", arm.loss), f"run.seed={seed}"]
-            settings += [f"run.dir={self.folder / 'runs' / f'{name}-{seed}'}", *self._held_out(train)]
+            settings = [
+                _setting("score", arm.score),
+                _setting("loss", arm.loss),
+                f"run.seed={seed}",
+            ]
+            settings += [
+                f"run.dir={self.folder / 'runs' / f'{name}-{seed}'}",
+                *self._held_out(train),
+            ]
             with one_order():
                 found = self._live(settings) if arm.live else run_arm(self.recipe, settings)
-            numbers = found["results"]["student"] | {key: found[key] for key in ("tokens", "steps", "parameters")}
+            numbers = found["results"]["student"] | {
+                key: found[key] for key in ("tokens", "steps", "parameters")
+            }
             about = {
                 "teacher": found["results"]["teacher"],
                 "train_seconds": found["tokens"] / found["tokens_per_second"],
@@ -144,8 +178,15 @@ class Bench:
 
     def _held_out(self, snapshot: str) -> list[str]:
         source = self.folder / "held_out.jsonl"
-        count = len(source.read_text().splitlines()) - 1  # a recipe trains on something: one text is not held out
-        return [f"data.source={source}", "data.limit=null", f"data.holdout={count}", f"train.snapshot={snapshot}"]
+        count = (
+            len(source.read_text().splitlines()) - 1
+        )  # a recipe trains on something: one text is not held out
+        return [
+            f"data.source={source}",
+            "data.limit=null",
+            f"data.holdout={count}",
+            f"train.snapshot={snapshot}",
+        ]
 
 
 def _setting(section: str, settings: dict[str, Any]) -> str:

@@ -32,9 +32,14 @@ def plot_arms(arms: dict[str, dict[str, Any]]) -> str:
     parts = [HEAD.format(LEFT + 2 * WIDTH, height)]
     for row, name in enumerate(names):
         y = TOP + LINE * row + LINE / 2
-        parts.append(f'<text x="{LEFT - 12}" y="{y + 4}" text-anchor="end" fill="{colour(name)}">{name}</text>')
+        parts.append(
+            f'<text x="{LEFT - 12}" y="{y + 4}" text-anchor="end" fill="{colour(name)}">{name}</text>'
+        )
     for number, (measure, title, factor) in enumerate(
-        (("share", "share of the gap from ce to full, %", 1.0), ("ece", "expected calibration error, %", 100.0))
+        (
+            ("share", "share of the gap from ce to full, %", 1.0),
+            ("ece", "expected calibration error, %", 100.0),
+        )
     ):
         values = [[factor * x for x in _ends(arms[name][measure])] for name in names]
         parts += _dots(names, values, title=title, left=LEFT + number * WIDTH)
@@ -43,7 +48,11 @@ def plot_arms(arms: dict[str, dict[str, Any]]) -> str:
 
 def _ends(value: tuple[float, float | None] | None) -> list[float]:
     """Mean, low end, high end; nothing if it is not there."""
-    return [] if value is None else [value[0], value[0] - (value[1] or 0.0), value[0] + (value[1] or 0.0)]
+    return (
+        []
+        if value is None
+        else [value[0], value[0] - (value[1] or 0.0), value[0] + (value[1] or 0.0)]
+    )
 
 
 def _dots(names: list[str], values: list[list[float]], *, title: str, left: float) -> Iterator[str]:
@@ -51,7 +60,10 @@ def _dots(names: list[str], values: list[list[float]], *, title: str, left: floa
     if not means:
         return
     span = max(max(means) - min(0.0, *means), 1e-9)
-    low, high = min(0.0, *means) - 0.1 * span, max(means) + 0.15 * span  # intervals may be cut, means are not
+    low, high = (
+        min(0.0, *means) - 0.1 * span,
+        max(means) + 0.15 * span,
+    )  # intervals may be cut, means are not
 
     def across(value: float) -> float:
         return round(left + (min(max(value, low), high) - low) / (high - low) * (WIDTH - 30), 1)
@@ -99,20 +111,30 @@ def plot_angles(found: dict[str, Any]) -> str:
         for tokens in of["tokens"]:
             x, y = at(tokens, low)
             parts.append(f'<path d="M{x} {TOP}V{y}" stroke="#e4e4e4"/>')
-            parts.append(f'<text x="{x}" y="{y + 16}" text-anchor="middle">{tokens / 1024:.0f}k</text>')
-        for tick in [t * 10.0**p for p in range(-3, 3) for t in (1, 2, 5) if low <= t * 10.0**p <= high]:
+            parts.append(
+                f'<text x="{x}" y="{y + 16}" text-anchor="middle">{tokens / 1024:.0f}k</text>'
+            )
+        for tick in [
+            t * 10.0**p for p in range(-3, 3) for t in (1, 2, 5) if low <= t * 10.0**p <= high
+        ]:
             (x, y), (end, _) = at(of["tokens"][0], tick), at(of["tokens"][-1], tick)
             parts.append(f'<path d="M{x} {y}H{end}" stroke="#e4e4e4"/>')
             parts.append(f'<text x="{x - 6}" y="{y + 4}" text-anchor="end">{tick:g}</text>')
         for name, angles in of["angle"].items():
             places = [at(tokens, angle) for tokens, angle in zip(of["tokens"], angles, strict=True)]
             line = " ".join(f"{x},{y}" for x, y in places)
-            parts.append(f'<polyline points="{line}" fill="none" stroke="{colour(name)}" stroke-width="1.5"/>')
+            parts.append(
+                f'<polyline points="{line}" fill="none" stroke="{colour(name)}" stroke-width="1.5"/>'
+            )
             x, y = places[-1]
             label = name.partition("-")[0].replace("sampled", "N=").replace("top", "K=")
-            parts.append(f'<text x="{x + 4}" y="{y + 3}" font-size="9" fill="{colour(name)}">{label}</text>')
+            parts.append(
+                f'<text x="{x + 4}" y="{y + 3}" font-size="9" fill="{colour(name)}">{label}</text>'
+            )
     for number, name in enumerate(("drop", "bucket", "to_label", "multinomial", "systematic")):
         x = left + number * 120
-        parts.append(f'<rect x="{x}" y="{height - 14}" width="14" height="4" fill="{COLOURS[name]}"/>')
+        parts.append(
+            f'<rect x="{x}" y="{height - 14}" width="14" height="4" fill="{COLOURS[name]}"/>'
+        )
         parts.append(f'<text x="{x + 20}" y="{height - 8}">{name}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"

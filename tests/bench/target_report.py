@@ -3,9 +3,10 @@
     share of the gap    (ce - arm) / (ce - full), held-out cross-entropy, seed by seed; percent
     interval            95 %, of the mean over seeds (`pipeline/report/seeds.py`)
 
-Expected, as of Anshumann et al. 2025 (arXiv 2503.16870): full = sampled-50 >= sampled-13 > cross-entropy, "=" within
-10 % of the gap or the interval; bucket better than drop wherever less than 0.97 of the mass is kept; drop at small K
-worse than cross-entropy and over-confident, while cross-entropy, sampled and full are not.
+Expected, as of Anshumann et al. 2025 (arXiv 2503.16870): full = sampled-50 >= sampled-13 >
+cross-entropy, "=" within 10 % of the gap or the interval; bucket better than drop wherever less
+than 0.97 of the mass is kept; drop at small K worse than cross-entropy and over-confident, while
+cross-entropy, sampled and full are not.
 """
 
 import json
@@ -33,7 +34,10 @@ def report(folder: Path) -> tuple[list[str], dict[str, Any]]:
     """Markdown lines and what a machine reads; writes report.md, arms.svg and angles.svg into `folder`."""
     found = _read(folder / "results")
     arms = _arms(found, folder)
-    outcome: dict[str, Any] = {"arms": arms, "runs": {name: list(of.values()) for name, of in found.items()}}
+    outcome: dict[str, Any] = {
+        "arms": arms,
+        "runs": {name: list(of.values()) for name, of in found.items()},
+    }
     lines = [*_teacher(found), *_table(arms)]
     for name in ("corpus", "estimators", "angles"):
         if (file := folder / f"{name}.json").is_file():
@@ -46,7 +50,9 @@ def report(folder: Path) -> tuple[list[str], dict[str, Any]]:
     outcome["verdicts"] = verdicts(found, arms, outcome.get("angles", {}))
     lines += ["", "| expected | found | holds |", "| --- | --- | --- |"]
     said = {True: "yes", False: "NO", None: "not told apart"}
-    lines += [f"| {v['expected']} | {v['found']} | {said[v['holds']]} |" for v in outcome["verdicts"]]
+    lines += [
+        f"| {v['expected']} | {v['found']} | {said[v['holds']]} |" for v in outcome["verdicts"]
+    ]
     if arms:
         (folder / "arms.svg").write_text(plot_arms(arms))
     (folder / "report.md").write_text("\n".join(lines) + "\n")
@@ -69,12 +75,21 @@ def _arms(found: Found, folder: Path) -> dict[str, dict[str, Any]]:
     gaps = {seed: ce[seed][LOSS] - full[seed][LOSS] for seed in ce if seed in full}
     arms = {}
     for name, of in found.items():
-        made: dict[str, Any] = {"seeds": list(of), "train_seconds": fmean(r["train_seconds"] for r in of.values())}
+        made: dict[str, Any] = {
+            "seeds": list(of),
+            "train_seconds": fmean(r["train_seconds"] for r in of.values()),
+        }
         made |= {measure: interval([r[measure] for r in of.values()]) for measure in MEASURES}
-        shares = [100 * (ce[seed][LOSS] - run[LOSS]) / gaps[seed] for seed, run in of.items() if seed in gaps]
+        shares = [
+            100 * (ce[seed][LOSS] - run[LOSS]) / gaps[seed]
+            for seed, run in of.items()
+            if seed in gaps
+        ]
         made["share"] = interval(shares) if shares else None
         kept = folder / "results" / f"kept-{name}.json"
-        made |= json.loads(kept.read_text()) if kept.is_file() else {"kept_mass": None, "entries": None}
+        made |= (
+            json.loads(kept.read_text()) if kept.is_file() else {"kept_mass": None, "entries": None}
+        )
         arms[name] = made
     return arms
 
@@ -91,23 +106,27 @@ def _teacher(found: Found) -> list[str]:
         return []
     about = some["teacher"]
     return [
-        f"Teacher: cross-entropy {about['cross_entropy']:.4f} nats on {about['tokens']} held-out tokens, entropy "
-        f"{about['entropy']:.4f}, ECE {100 * about['ece']:.2f} %. Student: {some['parameters']} weights, "
-        f"{some['tokens']} tokens in {some['steps']} steps.",
+        f"Teacher: cross-entropy {about['cross_entropy']:.4f} nats on {about['tokens']} held-out "
+        f"tokens, entropy {about['entropy']:.4f}, ECE {100 * about['ece']:.2f} %. Student: "
+        f"{some['parameters']} weights, {some['tokens']} tokens in {some['steps']} steps.",
         "",
     ]
 
 
 def _table(arms: dict[str, dict[str, Any]]) -> list[str]:
     head = "| arm | seeds | cross-entropy, nats | share of the gap, % | KL to teacher, nats | ECE, % | acceptance, % |"
-    lines = [f"{head} kept mass | ids/token |", "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
+    lines = [
+        f"{head} kept mass | ids/token |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
     for name, arm in arms.items():
         kept = "" if arm["kept_mass"] is None else f"{arm['kept_mass']:.3f}"
         entries = "" if arm["entries"] is None else f"{arm['entries']:.1f}"
         lines.append(
-            f"| {name} | {len(arm['seeds'])} | {_shown(arm['cross_entropy'], 4)} | {_shown(arm['share'], 1)} | "
-            f"{_shown(arm['kl_teacher'], 4)} | {_shown(arm['ece'], 2, 100)} | {_shown(arm['acceptance'], 2, 100)} | "
-            f"{kept} | {entries} |"
+            f"| {name} | {len(arm['seeds'])} | {_shown(arm['cross_entropy'], 4)} | "
+            f"{_shown(arm['share'], 1)} | {_shown(arm['kl_teacher'], 4)} | "
+            f"{_shown(arm['ece'], 2, 100)} | {_shown(arm['acceptance'], 2, 100)} | {kept} | "
+            f"{entries} |"
         )
     return lines
 
@@ -116,14 +135,17 @@ def _shown(value: tuple[float, float | None] | None, digits: int, factor: float 
     if value is None:
         return ""
     mean, half = value
-    return f"{factor * mean:.{digits}f}" + ("" if half is None else f" ± {factor * half:.{digits}f}")
+    return f"{factor * mean:.{digits}f}" + (
+        "" if half is None else f" ± {factor * half:.{digits}f}"
+    )
 
 
 def _estimators(found: dict[str, Any]) -> list[str]:
     zipf = found["zipf"]
     lines = [
         "",
-        "Zipf(1), 100,000 ids, K = 20: " + ", ".join(f"{k} {v:.4f}" for k, v in zipf.items() if k != "distinct_ids"),
+        "Zipf(1), 100,000 ids, K = 20: "
+        + ", ".join(f"{k} {v:.4f}" for k, v in zipf.items() if k != "distinct_ids"),
     ]
     lines += ["", "| distinct ids per token | " + " | ".join(f"N = {n}" for n in ROUNDS) + " |"]
     lines += ["| --- |" + " ---: |" * len(ROUNDS)]
@@ -132,11 +154,24 @@ def _estimators(found: dict[str, Any]) -> list[str]:
     for draw in found["distinct_ids"]:
         of = {str(n): found["measured"][f"{draw} {n}"]["distinct_ids"] for n in ROUNDS}
         rows[f"this teacher, {draw}, as drawn"] = of
-    lines += [f"| {name} | " + " | ".join(f"{ids[str(n)]:.2f}" for n in ROUNDS) + " |" for name, ids in rows.items()]
-    drawn = [[found["measured"][f"{draw} {n}"]["variance"] for n in ROUNDS] for draw in found["distinct_ids"]]
+    lines += [
+        f"| {name} | " + " | ".join(f"{ids[str(n)]:.2f}" for n in ROUNDS) + " |"
+        for name, ids in rows.items()
+    ]
+    drawn = [
+        [found["measured"][f"{draw} {n}"]["variance"] for n in ROUNDS]
+        for draw in found["distinct_ids"]
+    ]
     ratios = ", ".join(f"{b / a:.2f} at N = {n}" for a, b, n in zip(*drawn, ROUNDS, strict=True))
     lines += ["", f"Variance as drawn, systematic over multinomial at equal draws: {ratios}."]
-    lines += ["", "Variance of the target at equal distinct ids: multinomial's, and the others as a share of it:", ""]
+    lines += [
+        "",
+        (
+            "Variance of the target at equal distinct ids: multinomial's, and the others as a share "
+            "of it:"
+        ),
+        "",
+    ]
     names = ("multinomial", "systematic", "head + multinomial", "head + systematic")
     lines += ["| on | distinct ids | " + " | ".join(names) + " | draws: multinomial, systematic |"]
     lines += ["| --- | ---: |" + " ---: |" * 5]
@@ -144,7 +179,10 @@ def _estimators(found: dict[str, Any]) -> list[str]:
         for row in rows_of:
             shares = " | ".join(f"{row[name] / row['multinomial']:.2f}" for name in names[1:])
             draws = f"{row['multinomial draws']:.1f}, {row['systematic draws']:.1f}"
-            lines.append(f"| {part} | {row['distinct_ids']:g} | {row['multinomial']:.5f} | {shares} | {draws} |")
+            lines.append(
+                f"| {part} | {row['distinct_ids']:g} | {row['multinomial']:.5f} | {shares} | "
+                f"{draws} |"
+            )
     return lines
 
 
@@ -153,7 +191,10 @@ def _angles(found: dict[str, Any]) -> list[str]:
     for point, of in found.items():
         lines += [
             "",
-            f"Angle to the live teacher's gradient, degrees, at the {point} (KL to the teacher {of['kl']:.3f} nats):",
+            (
+                f"Angle to the live teacher's gradient, degrees, at the {point} (KL to the teacher "
+                f"{of['kl']:.3f} nats):"
+            ),
         ]
         lines += ["", "| tokens | " + " | ".join(map(str, of["tokens"])) + " | norm ratio |"]
         lines += ["| --- |" + " ---: |" * (len(of["tokens"]) + 1)]
@@ -163,24 +204,36 @@ def _angles(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def verdicts(found: Found, arms: dict[str, dict[str, Any]], angles: dict[str, Any]) -> list[dict[str, Any]]:
+def verdicts(
+    found: Found, arms: dict[str, dict[str, Any]], angles: dict[str, Any]
+) -> list[dict[str, Any]]:
     """What was expected and what came of it; nothing of arms that are not there."""
     made: list[dict[str, Any]] = []
 
     def say(expected: str, what: str, holds: bool | None) -> None:
         made.append({"expected": expected, "found": what, "holds": holds})
 
-    def less(better: str, worse: str, measure: str = LOSS, factor: float = 1.0, unit: str = "nats") -> None:
+    def less(
+        better: str, worse: str, measure: str = LOSS, factor: float = 1.0, unit: str = "nats"
+    ) -> None:
         if values := _differences(found, worse, better, measure):
             mean, half = interval([factor * value for value in values])
             holds = mean > 0 if abs(mean) > (half or 0.0) else None
-            say(f"{better} has less {measure} than {worse}", f"{_shown((mean, half), 4)} {unit} less", holds)
+            say(
+                f"{better} has less {measure} than {worse}",
+                f"{_shown((mean, half), 4)} {unit} less",
+                holds,
+            )
 
     shares = {name: arm["share"] for name, arm in arms.items() if arm["share"] is not None}
     for name in (f"sampled50-{draw}" for draw in ("multinomial", "systematic")):
         if name in shares:
             mean, half = shares[name]
-            say(f"{name} equals full", f"{_shown(shares[name], 1)} %", abs(mean - 100) <= max(EQUAL, half or 0.0))
+            say(
+                f"{name} equals full",
+                f"{_shown(shares[name], 1)} %",
+                abs(mean - 100) <= max(EQUAL, half or 0.0),
+            )
     for draw in ("multinomial", "systematic"):
         less(f"sampled50-{draw}", f"sampled13-{draw}")
         less(f"sampled13-{draw}", f"sampled4-{draw}")
@@ -213,12 +266,16 @@ def _verdicts_on_angles(point: str, of: dict[str, Any]) -> list[dict[str, Any]]:
         else:
             continue
         what = f"tokens^{power:.2f} in the last doubling, {overall:.2f} over all"
-        made.append({"expected": f"{point}: angle of {name} {expected}", "found": what, "holds": holds})
+        made.append(
+            {"expected": f"{point}: angle of {name} {expected}", "found": what, "holds": holds}
+        )
     last = {name: values[-1] for name, values in of["angle"].items()}
     if point == "end" and {"top12-drop", "sampled50-multinomial"} <= last.keys():
         for draw in ("multinomial", "systematic"):
             ratio = last["top12-drop"] / last[f"sampled50-{draw}"]
-            expected = f"end: top12-drop at least 3 times sampled50-{draw} at {of['tokens'][-1]} tokens"
+            expected = (
+                f"end: top12-drop at least 3 times sampled50-{draw} at {of['tokens'][-1]} tokens"
+            )
             made.append({"expected": expected, "found": f"{ratio:.1f} times", "holds": ratio >= 3})
     return made
 
@@ -229,4 +286,6 @@ def _power(tokens: list[int], values: list[float]) -> float:
     if len(x) < 2:
         return 0.0
     mx, my = fmean(x), fmean(y)
-    return sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / sum((a - mx) ** 2 for a in x)
+    return sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / sum(
+        (a - mx) ** 2 for a in x
+    )

@@ -1,12 +1,14 @@
 """What stored targets are worth to a student: one teacher, one store, arms side by side at equal student tokens.
 
-    python tests/bench/targets.py DIR [--scale cpu|h200] [--tiny] [--arms a,b] [--seeds 0,1,2] [--report]
+    python tests/bench/targets.py DIR [--scale cpu|h200] [--tiny] [--arms a,b] [--seeds 0,1,2]
+    [--report]
 
-Makes its own corpus of the Python sources of installed packages (held out by package), trains a teacher on most of it,
-scores a small part with every kind of target, and trains the same student on that part again and again: on the text
-alone, with the live teacher in the loop, and from the store. Everything that is done stays in DIR: a second call goes
-on, arm by arm. `--arms` takes names of arms, `angles` and `estimators`; `--report` trains nothing. In DIR: report.md,
-report.json, arms.svg, angles.svg. The last line is JSON.
+Makes its own corpus of the Python sources of installed packages (held out by package), trains a
+teacher on most of it, scores a small part with every kind of target, and trains the same student on
+that part again and again: on the text alone, with the live teacher in the loop, and from the store.
+Everything that is done stays in DIR: a second call goes on, arm by arm. `--arms` takes names of
+arms, `angles` and `estimators`; `--report` trains nothing. In DIR: report.md, report.json,
+arms.svg, angles.svg. The last line is JSON.
 """
 
 import json
@@ -51,14 +53,27 @@ class Scale:
 
 SCALES = {
     "tiny": Scale(
-        shares=Shares(package=200_000, teacher=150_000, student=6_000, held_out=4_000, excerpt=1000, files=150),
+        shares=Shares(
+            package=200_000, teacher=150_000, student=6_000, held_out=4_000, excerpt=1000, files=150
+        ),
         vocab_size=300,
         teacher=TeacherSize(
-            hidden=32, layers=1, head_dim=16, window=32, tokens=20_000, step_tokens=512, learning_rate=5e-3
+            hidden=32,
+            layers=1,
+            head_dim=16,
+            window=32,
+            tokens=20_000,
+            step_tokens=512,
+            learning_rate=5e-3,
         ),
         student={"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1},
         documents=None,
-        train={"tokens": 1500, "tokens_per_step": 256, "tokens_per_pass": 512, "learning_rate": 5e-3},
+        train={
+            "tokens": 1500,
+            "tokens_per_step": 256,
+            "tokens_per_pass": 512,
+            "learning_rate": 5e-3,
+        },
         evaluate_tokens=500,
         angle_tokens=512,
         seeds=(0,),
@@ -67,12 +82,25 @@ SCALES = {
         estimators=("top3-drop", "top3-bucket", "sampled4-systematic"),
     ),
     "cpu": Scale(
-        shares=Shares(package=4_000_000, teacher=30_000_000, student=400_000, held_out=150_000, excerpt=1500),
+        shares=Shares(
+            package=4_000_000, teacher=30_000_000, student=400_000, held_out=150_000, excerpt=1500
+        ),
         vocab_size=2048,
         teacher=TeacherSize(
-            hidden=192, layers=4, head_dim=32, window=128, tokens=4_000_000, step_tokens=2048, learning_rate=3e-3
+            hidden=192,
+            layers=4,
+            head_dim=32,
+            window=128,
+            tokens=4_000_000,
+            step_tokens=2048,
+            learning_rate=3e-3,
         ),
-        student={"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "initializer_range": 0.1},
+        student={
+            "hidden_size": 64,
+            "intermediate_size": 192,
+            "num_hidden_layers": 2,
+            "initializer_range": 0.1,
+        },
         documents=200,
         train={
             "epochs": 3,
@@ -87,14 +115,31 @@ SCALES = {
         positions=256,
     ),
     "h200": Scale(
-        shares=Shares(package=30_000_000, teacher=200_000_000, student=12_000_000, held_out=400_000, excerpt=4000),
+        shares=Shares(
+            package=30_000_000,
+            teacher=200_000_000,
+            student=12_000_000,
+            held_out=400_000,
+            excerpt=4000,
+        ),
         vocab_size=16_384,
         teacher=TeacherSize(
-            hidden=640, layers=12, head_dim=64, window=512, tokens=150_000_000, step_tokens=65_536, learning_rate=1e-3
+            hidden=640,
+            layers=12,
+            head_dim=64,
+            window=512,
+            tokens=150_000_000,
+            step_tokens=65_536,
+            learning_rate=1e-3,
         ),
         student={"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4},
         documents=None,
-        train={"epochs": 6, "tokens_per_step": 16_384, "tokens_per_pass": 16_384, "learning_rate": 2e-3},
+        train={
+            "epochs": 6,
+            "tokens_per_step": 16_384,
+            "tokens_per_pass": 16_384,
+            "learning_rate": 2e-3,
+        },
         evaluate_tokens=30_000,
         angle_tokens=65_536,
         seeds=(0, 1, 2),
@@ -110,7 +155,9 @@ def write_recipe(folder: Path, scale: Scale) -> None:
         "run": {"dir": str(folder / "runs" / "base")},
         "storage": {"dir": str(folder / "store"), "commit_rows": 8192},
         "teacher": {"model": str(folder / "teacher")},
-        "student": {"config": scale.student | {"num_attention_heads": heads, "num_key_value_heads": heads}},
+        "student": {
+            "config": scale.student | {"num_attention_heads": heads, "num_key_value_heads": heads}
+        },
         "data": {
             "source": str(folder / "student.jsonl"),
             "format": "text",
@@ -120,7 +167,10 @@ def write_recipe(folder: Path, scale: Scale) -> None:
         },
         "score": TOPK,
         "train": scale.train,
-        "evaluate": {"tokens": scale.evaluate_tokens, "gradient_tokens": 0},  # `target_angles.py` has the gradients
+        "evaluate": {
+            "tokens": scale.evaluate_tokens,
+            "gradient_tokens": 0,
+        },  # `target_angles.py` has the gradients
     }
     (folder / "recipe.yaml").write_text(json.dumps(recipe, indent=1))  # JSON is YAML
 
@@ -167,12 +217,17 @@ def measure(bench: Bench, scale: Scale, *, names: tuple[str, ...], seeds: tuple[
     for seed in seeds:
         for name in [n for n in names if n not in OTHERS]:
             found = bench.run(name, seed)
-            print(f"{name}, seed {seed}: cross-entropy {found['cross_entropy']:.4f} nats", flush=True)
+            print(
+                f"{name}, seed {seed}: cross-entropy {found['cross_entropy']:.4f} nats", flush=True
+            )
             _once(bench.results / f"kept-{name}.json", lambda name=name: kept_of(bench, ARMS[name]))
     if "estimators" in names:
         _once(bench.folder / "estimators.json", lambda: estimators(bench, scale))
     if "angles" in names:
-        _once(bench.folder / "angles.json", lambda: angles(bench, scale.angle_tokens, names=scale.estimators))
+        _once(
+            bench.folder / "angles.json",
+            lambda: angles(bench, scale.angle_tokens, names=scale.estimators),
+        )
 
 
 def main() -> None:
@@ -188,7 +243,10 @@ def main() -> None:
     scale = SCALES["tiny" if arguments.tiny else arguments.scale]
     names = tuple(arguments.arms.split(",")) if arguments.arms else (*scale.arms, *OTHERS)
     if unknown := set(names) - {*ARMS, *OTHERS}:
-        parser.error(f"--arms: there is no {', '.join(sorted(unknown))}. There are {', '.join((*ARMS, *OTHERS))}.")
+        parser.error(
+            f"--arms: there is no {', '.join(sorted(unknown))}. There are "
+            f"{', '.join((*ARMS, *OTHERS))}."
+        )
     folder = arguments.folder.resolve()
     prepare(folder, scale)
     bench = Bench(folder)
@@ -198,7 +256,9 @@ def main() -> None:
     lines, outcome = report(folder)
     print("\n".join(lines))
     about = {"bench": "targets", "threads": torch.get_num_threads(), "cpus": os.cpu_count()}
-    found = json.loads(json.dumps(about | outcome), parse_float=lambda number: float(f"{float(number):.6g}"))
+    found = json.loads(
+        json.dumps(about | outcome), parse_float=lambda number: float(f"{float(number):.6g}")
+    )
     (folder / "report.json").write_text(json.dumps(found) + "\n")
     print(json.dumps(found))
 

@@ -30,7 +30,11 @@ def test_the_tinystories_comparison_runs(tmp_path: Path, assets: Path) -> None:
 def test_thirty_kills_lose_nothing(tmp_path: Path) -> None:
     words = [sys.executable, str(HERE / "kills.py"), "--tiny"]
     done = subprocess.run(
-        words, capture_output=True, text=True, env=os.environ | {"TMPDIR": str(tmp_path)}, timeout=300
+        words,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     outcome = json.loads(done.stdout.splitlines()[-1])
@@ -48,20 +52,30 @@ def test_the_rate_distortion_curves_run(tmp_path: Path) -> None:
     outcome = json.loads(done.stdout.splitlines()[-1])
     families = {point["family"] for point in outcome["points"]}
     assert families == {"topk", "topp", "threshold", "multinomial", "systematic"}
-    top = next(p for p in outcome["points"] if (p["family"], p["setting"], p["bits"]) == ("topk", "K=50", 10))
+    top = next(
+        p
+        for p in outcome["points"]
+        if (p["family"], p["setting"], p["bits"]) == ("topk", "K=50", 10)
+    )
     assert top["kl_bias"] < 0 < top["bytes"]  # a bucket's KL is a lower bound
     assert (tmp_path / "rate-distortion.svg").read_text().startswith("<svg")
 
 
 def test_the_commit_bench_runs() -> None:
     done = subprocess.run(
-        [sys.executable, str(HERE / "commit.py"), "--tiny"], capture_output=True, text=True, timeout=300
+        [sys.executable, str(HERE / "commit.py"), "--tiny"],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     (measured,) = json.loads(done.stdout.splitlines()[-1])["by_entries"].values()
     assert measured["tokens"] == 8 * 512
     steps = measured["milliseconds"]
-    assert all(steps[name] > 0 for name in ("check rows", "encode", "fsync", "sha256", "read back", "record"))
+    assert all(
+        steps[name] > 0
+        for name in ("check rows", "encode", "fsync", "sha256", "read back", "record")
+    )
 
 
 @pytest.mark.slow
@@ -110,13 +124,22 @@ def test_the_experiment_on_targets_runs_and_goes_on_where_it_stopped(tmp_path: P
     assert zipf["to label, id 1"] == pytest.approx(0.1408, abs=5e-5)
     assert zipf["distinct_ids"] == pytest.approx({"4": 3.94, "13": 12.29, "50": 43.03}, abs=5e-3)
     assert zipf["largest error of the mean, standard errors"] < 3
-    for draw, ids in outcome["estimators"]["distinct_ids"].items():  # the closed form, against what is drawn
-        assert outcome["estimators"]["measured"][f"{draw} 13"]["distinct_ids"] == pytest.approx(ids["13"], rel=0.05)
+    for draw, ids in outcome["estimators"][
+        "distinct_ids"
+    ].items():  # the closed form, against what is drawn
+        assert outcome["estimators"]["measured"][f"{draw} 13"]["distinct_ids"] == pytest.approx(
+            ids["13"], rel=0.05
+        )
     assert (arms["ce"]["share"][0], arms["full"]["share"][0]) == pytest.approx((0, 100))
     assert arms["top3-drop"]["kept_mass"] == arms["top3-bucket"]["kept_mass"] < 1
     assert (arms["top3-drop"]["entries"], arms["ce"]["entries"]) == (3.0, None)
     assert list(points) == ["start", "middle", "end"]
-    assert all(0 < angle < 180 for of in points.values() for angles in of["angle"].values() for angle in angles)
+    assert all(
+        0 < angle < 180
+        for of in points.values()
+        for angles in of["angle"].values()
+        for angle in angles
+    )
     assert (tmp_path / "arms.svg").read_text().startswith("<svg")
     assert (tmp_path / "angles.svg").read_text().startswith("<svg")
     assert run("--report")["arms"] == arms
@@ -153,28 +176,43 @@ def test_the_equivalence_bench_runs() -> None:
     done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     outcome = json.loads(done.stdout.splitlines()[-1])
-    exact, ten, shifted = (runs[0]["loss_worst"] for runs in (*outcome["by_bits"].values(), outcome["shifted"]))
+    exact, ten, shifted = (
+        runs[0]["loss_worst"] for runs in (*outcome["by_bits"].values(), outcome["shifted"])
+    )
     assert exact < 1e-5 < ten < 1e-2 < shifted
 
 
 @pytest.mark.slow
 def test_the_gpu_check_rehearses(tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    words = [sys.executable, str(HERE / "gpu_check.py"), "--rehearse", "--only", "kernels", "traffic"]
+    words = [
+        sys.executable,
+        str(HERE / "gpu_check.py"),
+        "--rehearse",
+        "--only",
+        "kernels",
+        "traffic",
+    ]
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     out = Path(done.stdout.splitlines()[-1].removeprefix("report: "))
     assert out.parent == tmp_path, "not where results are kept"
-    page, figures, log = (next(out.glob(f"gpu-*-rehearsal.{suffix}")).read_text() for suffix in ("md", "json", "log"))
+    page, figures, log = (
+        next(out.glob(f"gpu-*-rehearsal.{suffix}")).read_text() for suffix in ("md", "json", "log")
+    )
     outcome = json.loads(figures)
     assert [part["status"] for part in outcome["parts"].values()] == ["ok", "ok"]
-    assert {"look", "spread, T = 2", "block_sums, m = 2"} < set(outcome["parts"]["traffic"]["kernels"])
+    assert {"look", "spread, T = 2", "block_sums, m = 2"} < set(
+        outcome["parts"]["traffic"]["kernels"]
+    )
     assert "spread, softcap" in page
     assert "4 passed" in log
 
 
-def test_the_gpu_check_goes_on_after_parts_that_fail_or_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpu_check_goes_on_after_parts_that_fail_or_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = importlib.util.spec_from_file_location("gpu_check", HERE / "gpu_check.py")
     assert spec is not None
     assert spec.loader is not None
@@ -184,7 +222,9 @@ def test_the_gpu_check_goes_on_after_parts_that_fail_or_hang(tmp_path: Path, mon
     (tmp_path / "loss.py").write_text("import signal; signal.pause()")
     (tmp_path / "score.py").write_text("import sys; print('half'); sys.exit('broken')")
     bar = {"what": "a ratio", "found": 1.0, "bar": "<= 1.10", "met": True}
-    (tmp_path / "loader.py").write_text(f"import json; print('a table'); print(json.dumps({{'bars': [{bar}]}}))")
+    (tmp_path / "loader.py").write_text(
+        f"import json; print('a table'); print(json.dumps({{'bars': [{bar}]}}))"
+    )
     other = {"bars": {"another": {"found": 0.9, "at_least": 0.95}}}
     (tmp_path / "traffic.py").write_text(f"import json; print(json.dumps({other}))")
     report = gpu_check.Report(
@@ -228,7 +268,9 @@ def test_the_pipeline_bench_accounts_for_every_second(tmp_path: Path) -> None:
     assert min(parts) >= 0
     assert sum(parts) == pytest.approx(outcome["seconds"], rel=0.05)
     worked = {name: row["model"] > 0 for name, row in outcome["stages"].items()}
-    assert worked == {"runner": False, "data": False} | dict.fromkeys(("generate", "score", "train", "evaluate"), True)
+    assert worked == {"runner": False, "data": False} | dict.fromkeys(
+        ("generate", "score", "train", "evaluate"), True
+    )
     assert [line["what"].split(":")[0] for line in outcome["bars"]] == [
         "data",
         "generate",
@@ -259,7 +301,13 @@ def test_the_loss_bench_runs(tmp_path: Path) -> None:
     done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     outcome = json.loads(done.stdout.splitlines()[-1])
-    assert {"three products", "ours", "ours, hard alone", "plain torch CE", "plain torch"} <= outcome["time"].keys()
+    assert {
+        "three products",
+        "ours",
+        "ours, hard alone",
+        "plain torch CE",
+        "plain torch",
+    } <= outcome["time"].keys()
     assert all(row["seconds"] > 0 for row in outcome["time"].values())
     found = {bar["what"]: bar["found"] for bar in outcome["bars"]}
     assert found["float32 error"] < 1e-5
@@ -278,7 +326,9 @@ def test_the_scoring_bench_runs(tmp_path: Path) -> None:
     outcome = json.loads(done.stdout.splitlines()[-1])
     assert list(outcome["over_bare"]) == ["bare", "reduced", "stage", "plain torch"]
     clock = outcome["stage_clock"]
-    assert sum(clock[name] for name in ("model", "tokenizer", "disk", "other")) == pytest.approx(1, abs=1e-3)
+    assert sum(clock[name] for name in ("model", "tokenizer", "disk", "other")) == pytest.approx(
+        1, abs=1e-3
+    )
     assert clock["model"] > 0 < clock["disk"]
     assert max(outcome["errors"]["ours"].values()) < 1e-5
     assert json.loads((tmp_path / "score.json").read_text()) == outcome

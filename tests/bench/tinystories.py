@@ -3,10 +3,11 @@
     python tests/bench/tinystories.py prompts stories.jsonl        # the first words of stories, for the recipe
     python tests/bench/tinystories.py compare DIR [--tiny]         # the comparison; a table, then one JSON line
 
-Teacher: stories260k; text at temperature 1 by vLLM where it is installed; K = 16. Student: fresh, about 100k weights.
-Each arm (soft targets and a little cross-entropy; cross-entropy alone) gets the same start, order and tokens, three
-learning rates and three seeds, at one pass over the data and at four. Compared at each arm's own best learning rate
-(by mean held-out KL over seeds), paired by seed. A run that was stopped goes on where it was.
+Teacher: stories260k; text at temperature 1 by vLLM where it is installed; K = 16. Student: fresh,
+about 100k weights. Each arm (soft targets and a little cross-entropy; cross-entropy alone) gets the
+same start, order and tokens, three learning rates and three seeds, at one pass over the data and at
+four. Compared at each arm's own best learning rate (by mean held-out KL over seeds), paired by
+seed. A run that was stopped goes on where it was.
 """
 
 import json
@@ -30,7 +31,9 @@ def write_prompts(path: Path, *, count: int = 2000) -> None:
     """The first words of `count` different stories, one JSON object per line."""
     import pyarrow.parquet as pq
 
-    stories = pq.read_table(ASSETS / "text" / "tinystories-8k" / "train.parquet", columns=["text"])["text"].to_pylist()
+    stories = pq.read_table(ASSETS / "text" / "tinystories-8k" / "train.parquet", columns=["text"])[
+        "text"
+    ].to_pylist()
     openings = dict.fromkeys(" ".join(story.split()[:WORDS]) for story in stories)
     lines = [json.dumps({"prompt": opening}) for opening in list(openings)[:count]]
     path.write_text("\n".join(lines) + "\n")
@@ -38,10 +41,22 @@ def write_prompts(path: Path, *, count: int = 2000) -> None:
 
 def run(settings: dict[str, object], *arguments: str) -> dict[str, dict[str, float]]:
     """One run of the recipe through the command line; its results per arm."""
-    words = [sys.executable, "-m", "stillroom.pipeline.cli.main", "run", str(RECIPE), "--json", "--quiet", *arguments]
+    words = [
+        sys.executable,
+        "-m",
+        "stillroom.pipeline.cli.main",
+        "run",
+        str(RECIPE),
+        "--json",
+        "--quiet",
+        *arguments,
+    ]
     for name, value in settings.items():
         words += ["--set", f"{name}={json.dumps(value)}"]
-    environment = environ | {"STILLROOM_ASSETS": str(ASSETS), "OMP_NUM_THREADS": "1"}  # the runs share the cores
+    environment = environ | {
+        "STILLROOM_ASSETS": str(ASSETS),
+        "OMP_NUM_THREADS": "1",
+    }  # the runs share the cores
     done = subprocess.run(words, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(words)}\n{done.stderr}")
@@ -63,14 +78,21 @@ def compare(folder: Path, *, tiny: bool) -> dict[str, object]:
         "run.dir": str(folder / "runs" / "first"),
     }
     if tiny:
-        base |= {"generate.max_tokens": 12, "data.holdout": 6, "evaluate.tokens": 60, "generate.engine": "hf"}
+        base |= {
+            "generate.max_tokens": 12,
+            "data.holdout": 6,
+            "evaluate.tokens": 60,
+            "generate.engine": "hf",
+        }
     run(base, "--until", "score")
     found = {}
 
     def one(choice: tuple[int, float, int]) -> None:
         epochs, rate, seed = choice
         settings = base | {"train.epochs": epochs, "train.learning_rate": rate, "run.seed": seed}
-        found[choice] = run(settings | {"run.dir": str(folder / "runs" / f"{epochs}-{rate}-{seed}")})
+        found[choice] = run(
+            settings | {"run.dir": str(folder / "runs" / f"{epochs}-{rate}-{seed}")}
+        )
         kl = ", ".join(f"{arm} {found[choice][arm]['kl_teacher']:.4f}" for arm in ARMS)
         print(f"passes {epochs}, learning rate {rate}, seed {seed}: held-out KL {kl}", flush=True)
 
@@ -79,13 +101,20 @@ def compare(folder: Path, *, tiny: bool) -> dict[str, object]:
     return {str(epochs): _at_best(found, epochs, rates, seeds) for epochs in passes}
 
 
-def _at_best(found: dict, epochs: int, rates: tuple[float, ...], seeds: tuple[int, ...]) -> dict[str, object]:
+def _at_best(
+    found: dict, epochs: int, rates: tuple[float, ...], seeds: tuple[int, ...]
+) -> dict[str, object]:
     best, values = {}, {}
     for arm in ARMS:
-        means = {r: statistics.mean(found[epochs, r, s][arm]["kl_teacher"] for s in seeds) for r in rates}
+        means = {
+            r: statistics.mean(found[epochs, r, s][arm]["kl_teacher"] for s in seeds) for r in rates
+        }
         best[arm] = min(means, key=lambda rate: means[rate])
         values[arm] = {m: [found[epochs, best[arm], s][arm][m] for s in seeds] for m in METRICS}
-    gains = {m: [b - s for s, b in zip(values["student"][m], values["baseline"][m], strict=True)] for m in METRICS}
+    gains = {
+        m: [b - s for s, b in zip(values["student"][m], values["baseline"][m], strict=True)]
+        for m in METRICS
+    }
     teacher = found[epochs, rates[0], seeds[0]]["teacher"]["cross_entropy"]
     return {"learning_rate": best, "teacher_cross_entropy": teacher, **values, "gain": gains}
 
@@ -100,7 +129,9 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["prompts", "compare"])
     parser.add_argument("path", type=Path)
-    parser.add_argument("--tiny", action="store_true", help="seconds instead of half an hour; shows nothing")
+    parser.add_argument(
+        "--tiny", action="store_true", help="seconds instead of half an hour; shows nothing"
+    )
     arguments = parser.parse_args()
     if arguments.what == "prompts":
         write_prompts(arguments.path)

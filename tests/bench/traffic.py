@@ -2,11 +2,12 @@
 
     python tests/bench/traffic.py [--tiny] [--out DIR]
 
-One chunk of a large model's logits: n = 4,096 tokens, V = 151,936, K = 64, bfloat16, random; products with D = 4,096.
-Bytes are those that a kernel cannot do without: the logits read once (`spread`: written once, too) and the block sums.
-Each kernel is timed alone by events on the device, after fresh logits were copied to where it works, which are far more
-than the cache holds; medians of 20 rounds in turns. Without a GPU only --tiny runs, in Triton's interpreter, so that
-this file cannot rot.
+One chunk of a large model's logits: n = 4,096 tokens, V = 151,936, K = 64, bfloat16, random;
+products with D = 4,096. Bytes are those that a kernel cannot do without: the logits read once
+(`spread`: written once, too) and the block sums. Each kernel is timed alone by events on the
+device, after fresh logits were copied to where it works, which are far more than the cache holds;
+medians of 20 rounds in turns. Without a GPU only --tiny runs, in Triton's interpreter, so that this
+file cannot rot.
 
 Prints a table, then one line of JSON.
 """
@@ -59,17 +60,25 @@ class Arm:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tiny", action="store_true", help="seconds; the figures mean nothing")
     parser.add_argument("--out", type=Path, help="folder for traffic.json")
     words = parser.parse_args()
     if DEVICE == "cpu" and not words.tiny:
         sys.exit("traffic: torch sees no GPU here; --tiny runs without one.")
-    sizes = Sizes(tokens=4, vocabulary=1000, entries=5, hidden=16, rounds=1) if words.tiny else Sizes()
+    sizes = (
+        Sizes(tokens=4, vocabulary=1000, entries=5, hidden=16, rounds=1) if words.tiny else Sizes()
+    )
     outcome = measured(sizes)
-    print(f"{'':<26}{'bytes/token':>12}{'us/token':>10}{'TB/s':>7}{'of a copy':>11}{'of the products':>17}")
+    print(
+        f"{'':<26}{'bytes/token':>12}{'us/token':>10}{'TB/s':>7}{'of a copy':>11}{'of the products':>17}"
+    )
     for name, row in outcome["kernels"].items():
-        figures = f"{row['bytes_per_token']:>12}{row['us_per_token']:>10.4f}{row['tb_per_second']:>7.2f}"
+        figures = (
+            f"{row['bytes_per_token']:>12}{row['us_per_token']:>10.4f}{row['tb_per_second']:>7.2f}"
+        )
         print(f"{name:<26}{figures}{row['of_a_copy']:>11.1%}{row['of_the_products']:>17.1%}")
     if words.out:
         words.out.mkdir(parents=True, exist_ok=True)
@@ -105,7 +114,10 @@ def measured(sizes: Sizes) -> dict[str, Any]:
         for name, arm in arms.items()
     }
     tflops = round(6 * sizes.hidden * v / medians["three products"] / 1e12, 1)
-    return {"device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu", "sizes": {"n": n, "v": v}} | {
+    return {
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
+        "sizes": {"n": n, "v": v},
+    } | {
         "products_tflops": tflops,
         "kernels": rows,
     }
@@ -114,17 +126,28 @@ def measured(sizes: Sizes) -> dict[str, Any]:
 def kernels(raw: Tensor, sizes: Sizes, random: torch.Generator) -> dict[str, Arm]:
     """The paths of each kernel."""
     n, v, k = sizes.tokens, sizes.vocabulary, sizes.entries
-    # Distinct ids without a permutation of the vocabulary for every token: equally far apart, from anywhere.
+    # Distinct ids without a permutation of the vocabulary for every token: equally far apart, from
+    # anywhere.
     first = torch.randint(v, (n, 1), device=DEVICE, generator=random)
     ids = (first + torch.arange(k, device=DEVICE) * (v // k)) % v
     arms = {}
-    for name, temperature, softcap in (("", 1.0, None), (", T = 2", 2.0, None), (", softcap", 1.0, 30.0)):
-        asked = Asked(ids=ids, labels=first[:, 0], temperature=temperature, scale=1.0, softcap=softcap)
+    for name, temperature, softcap in (
+        ("", 1.0, None),
+        (", T = 2", 2.0, None),
+        (", softcap", 1.0, 30.0),
+    ):
+        asked = Asked(
+            ids=ids, labels=first[:, 0], temperature=temperature, scale=1.0, softcap=softcap
+        )
         seen = passes_triton.look(raw.clone(), asked)
         ones = torch.ones(n, device=DEVICE)
-        slopes = Slopes(entries=torch.ones(n, k, device=DEVICE), label=-ones, normaliser=ones, rest=ones)
+        slopes = Slopes(
+            entries=torch.ones(n, k, device=DEVICE), label=-ones, normaliser=ones, rest=ones
+        )
         arms[f"look{name}"] = Arm(work=partial(passes_triton.look, raw, asked), bytes=2 * v)
-        arms[f"spread{name}"] = Arm(work=partial(passes_triton.spread, raw, asked, seen, slopes), bytes=4 * v)
+        arms[f"spread{name}"] = Arm(
+            work=partial(passes_triton.spread, raw, asked, seen, slopes), bytes=4 * v
+        )
     several: tuple[tuple[float, ...], ...] = ((), (2.0, 4.0))
     for temperatures in several:
         written = (12 + 4 * len(temperatures)) * -(-v // BLOCK)

@@ -2,9 +2,10 @@
 
     python tests/bench/train_step.py [--tiny] [--out DIR] [--turns N] [--compile]
 
-All arms train the same student on the same samples in the same order, in turns in one process; ratios are medians over
-the turns. On a GPU the student is of the size of Qwen2.5-0.5B (V = 151,936, K = 64, bfloat16), on a CPU about 15M
-parameters (V = 32,768, K = 64, float32); samples are as long as short stories, written to a store as a teacher's.
+All arms train the same student on the same samples in the same order, in turns in one process;
+ratios are medians over the turns. On a GPU the student is of the size of Qwen2.5-0.5B (V = 151,936,
+K = 64, bfloat16), on a CPU about 15M parameters (V = 32,768, K = 64, float32); samples are as long
+as short stories, written to a store as a teacher's.
 
     KL + CE         the product: divergence and cross-entropy
     CE              the product with soft targets switched off, which it then does not read
@@ -14,9 +15,9 @@ parameters (V = 32,768, K = 64, float32); samples are as long as short stories, 
     liger CE        Liger's fused linear cross-entropy, likewise (GPU)
     compiled        as KL + CE, the body through torch.compile (--compile; its first steps are not counted, but shown)
 
-"by CPU": the same ratio by CPU seconds of the process, which other work on the machine disturbs less; of a GPU it says
-nothing. Tokens are those of the samples: padding counts as nothing. MFU and waiting are as in `train.json`. Bar on an
-H200: KL + CE at least 0.95 of the tokens/s of CE.
+"by CPU": the same ratio by CPU seconds of the process, which other work on the machine disturbs
+less; of a GPU it says nothing. Tokens are those of the samples: padding counts as nothing. MFU and
+waiting are as in `train.json`. Bar on an H200: KL + CE at least 0.95 of the tokens/s of CE.
 """
 
 import argparse
@@ -119,17 +120,26 @@ TINY = Scale(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tiny", action="store_true", help="seconds; the figures mean nothing")
     parser.add_argument("--out", type=Path, help="write the outcome to train_step.json there, too")
     parser.add_argument("--turns", type=int, help="of every arm")
-    parser.add_argument("--compile", action="store_true", help="torch.compile as well: a minute or two to compile")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile as well: a minute or two to compile"
+    )
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scale = TINY if args.tiny else GPU if device.type == "cuda" else CPU
     turns = args.turns or (2 if args.tiny else 5)
     with tempfile.TemporaryDirectory() as folder:
-        samples = write_store(Path(folder) / "store", rows=scale.rows, vocab_size=scale.config["vocab_size"], k=scale.k)
+        samples = write_store(
+            Path(folder) / "store",
+            rows=scale.rows,
+            vocab_size=scale.config["vocab_size"],
+            k=scale.k,
+        )
         arms = make_arms(scale, samples, device, compiled=args.compile)
         for _ in range(turns):
             for arm in arms.values():
@@ -137,7 +147,9 @@ def main() -> None:
     outcome = described(device, scale, turns, tiny=args.tiny) | {"arms": table(arms)}
     outcome["kl_over_ce"] = outcome["arms"]["KL + CE"]["over_ce"]
     if device.type == "cuda" and not args.tiny:
-        outcome["bars"] = {"KL + CE over CE, tokens/s": {"found": outcome["kl_over_ce"], "at_least": BAR}}
+        outcome["bars"] = {
+            "KL + CE over CE, tokens/s": {"found": outcome["kl_over_ce"], "at_least": BAR}
+        }
     show(outcome)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -173,9 +185,18 @@ class Arm:
                 spent += (time.process_time() - cpu) if number else 0.0
                 if number:
                     this = self._meter.add(
-                        step, positions=result.positions, seconds=seconds, waited=feed.waited_seconds - waited
+                        step,
+                        positions=result.positions,
+                        seconds=seconds,
+                        waited=feed.waited_seconds - waited,
                     )
-                    for name in ("tokens", "positions", "seconds", "waited_seconds", "peak_seconds"):
+                    for name in (
+                        "tokens",
+                        "positions",
+                        "seconds",
+                        "waited_seconds",
+                        "peak_seconds",
+                    ):
                         setattr(total, name, getattr(total, name) + getattr(this, name))
                 else:
                     self.first_seconds = self.first_seconds or seconds
@@ -210,11 +231,15 @@ class Liger(Plain):
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
         weight = split_head(self.model).weight.to(states.dtype)
-        total: torch.Tensor = LigerFusedLinearCrossEntropyLoss(reduction="sum")(weight, states, labels)
+        total: torch.Tensor = LigerFusedLinearCrossEntropyLoss(reduction="sum")(
+            weight, states, labels
+        )
         return total
 
 
-def make_arms(scale: Scale, soft: Samples, device: torch.device, *, compiled: bool) -> dict[str, Arm]:
+def make_arms(
+    scale: Scale, soft: Samples, device: torch.device, *, compiled: bool
+) -> dict[str, Arm]:
     hard = Samples(soft._store, soft.snapshot, soft=False)
     kl, ce = Loss(soft_weight=1.0, hard_weight=0.1), Loss(soft_weight=0.0, hard_weight=1.0)
     arms = {
@@ -227,22 +252,36 @@ def make_arms(scale: Scale, soft: Samples, device: torch.device, *, compiled: bo
     if device.type == "cuda":
         arms["liger CE"] = make_arm(scale, hard, ce, device, kind=Liger)
     if compiled:
-        # On a CPU a flat row is a loop over samples, unrolled and compiled anew for every number of them.
-        arms["compiled"] = make_arm(scale, soft, kl, device, compiled=True, flat=device.type == "cuda")
+        # On a CPU a flat row is a loop over samples, unrolled and compiled anew for every number of
+        # them.
+        arms["compiled"] = make_arm(
+            scale, soft, kl, device, compiled=True, flat=device.type == "cuda"
+        )
     return arms
 
 
 def make_arm(
-    scale: Scale, samples: Samples, loss: Loss, device: torch.device, *, kind: type[Trainer] = Trainer, **how: bool
+    scale: Scale,
+    samples: Samples,
+    loss: Loss,
+    device: torch.device,
+    *,
+    kind: type[Trainer] = Trainer,
+    **how: bool,
 ) -> Arm:
     """`how`: `flat` (true by default), `checkpointing`, `compiled`."""
     model = student(scale, device)
-    flat = how.get("flat", True) and attend_apart(model, samples.lengths().longest, scale.dtype) is None
+    flat = (
+        how.get("flat", True)
+        and attend_apart(model, samples.lengths().longest, scale.dtype) is None
+    )
     if how.get("checkpointing"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if how.get("compiled"):
         model.base_model.compile(dynamic=True)
-    packing = Packing(tokens_per_pass=scale.tokens_per_pass, flat=flat, vocab_size=scale.config["vocab_size"])
+    packing = Packing(
+        tokens_per_pass=scale.tokens_per_pass, flat=flat, vocab_size=scale.config["vocab_size"]
+    )
     train = Train(tokens=1, learning_rate=1e-4)
     trainer = kind(model, packing=packing, loss=loss, train=train, dtype=scale.dtype)
     flops = ModelFlops.of(model, head=split_head(model).weight)
@@ -272,7 +311,12 @@ def student(scale: Scale, device: torch.device) -> Any:
 def write_store(root: Path, *, rows: int, vocab_size: int, k: int, seed: int = 0) -> Samples:
     """Samples as long as short stories (median 180 tokens), prompts of a tenth; random targets of K entries."""
     rng = np.random.default_rng(seed)
-    about = {"teacher_id": "t" * 32, "tokenizer_id": "k" * 32, "vocab_size": vocab_size, "mantissa_bits": 10}
+    about = {
+        "teacher_id": "t" * 32,
+        "tokenizer_id": "k" * 32,
+        "vocab_size": vocab_size,
+        "mantissa_bits": 10,
+    }
     store = Store.open(root, create=True)
     with store.writer("soft_targets", about=about | {"head": "lm"}) as writer:
         for number in range(rows):
@@ -283,22 +327,37 @@ def write_store(root: Path, *, rows: int, vocab_size: int, k: int, seed: int = 0
             ids = rng.integers(0, vocab_size, length)
             ids[start:] = targets.ids[:, 0]
             key = content_key("bench", number=number)
-            names = dict.fromkeys(("key", "reuse_key", "tokens_key", "generation_key", "prompt_key"), key)
-            more = {"teacher_id": about["teacher_id"], "kind": "topk", "span_start": start, "token_ids": ids}
+            names = dict.fromkeys(
+                ("key", "reuse_key", "tokens_key", "generation_key", "prompt_key"), key
+            )
+            more = {
+                "teacher_id": about["teacher_id"],
+                "kind": "topk",
+                "span_start": start,
+                "token_ids": ids,
+            }
             writer.add(names | more | targets.columns(10))
-    places = {commit.shard.sha256: range(commit.shard.rows) for commit in store.commits("soft_targets")}
+    places = {
+        commit.shard.sha256: range(commit.shard.rows) for commit in store.commits("soft_targets")
+    }
     return Samples(store, make_snapshot(store, "soft_targets", places, {}), soft=True)
 
 
-def random_targets(rng: np.random.Generator, positions: int, *, vocab_size: int, k: int) -> SoftTargets:
+def random_targets(
+    rng: np.random.Generator, positions: int, *, vocab_size: int, k: int
+) -> SoftTargets:
     """Distinct ids anywhere; log-probabilities that fall like a language model's, some mass outside."""
     steps_apart = rng.integers(1, vocab_size // k + 1, (positions, k)).cumsum(axis=1) - 1
     ids = rng.permuted(steps_apart, axis=1).astype(np.int32)
-    heights = -np.sort(rng.gamma(0.7, 3.0, (positions, k)), axis=1) * rng.gamma(2.0, 0.7, (positions, 1))
+    heights = -np.sort(rng.gamma(0.7, 3.0, (positions, k)), axis=1) * rng.gamma(
+        2.0, 0.7, (positions, 1)
+    )
     kept = rng.beta(12.0, 1.0, (positions, 1))
     logprobs = heights - np.log(np.exp(heights).sum(axis=1, keepdims=True)) + np.log(kept)
     entropy = -(np.exp(logprobs) * logprobs).sum(axis=1)
-    floats = [x.astype(np.float32) for x in (logprobs, np.log1p(-kept[:, 0]), logprobs[:, 0], entropy)]
+    floats = [
+        x.astype(np.float32) for x in (logprobs, np.log1p(-kept[:, 0]), logprobs[:, 0], entropy)
+    ]
     return SoftTargets(ids, *floats)
 
 
@@ -330,11 +389,16 @@ def table(arms: dict[str, Arm]) -> dict[str, dict[str, Any]]:
     for name, arm in arms.items():
         rates = [turn.tokens / turn.seconds for turn in arm.turns]
         base = [turn.tokens / turn.seconds for turn in arms["CE"].turns]
-        worked, usual = ([s / t.tokens for s, t in zip(a.cpu_seconds, a.turns, strict=True)] for a in (arm, arms["CE"]))
+        worked, usual = (
+            [s / t.tokens for s, t in zip(a.cpu_seconds, a.turns, strict=True)]
+            for a in (arm, arms["CE"])
+        )
         found[name] = {
             "tokens_per_second": round(statistics.median(rates)),
             "over_ce": round(statistics.median(a / b for a, b in zip(rates, base, strict=True)), 3),
-            "cpu_over_ce": round(statistics.median(b / a for a, b in zip(worked, usual, strict=True)), 3),
+            "cpu_over_ce": round(
+                statistics.median(b / a for a, b in zip(worked, usual, strict=True)), 3
+            ),
             "mfu": statistics.median(turn.rates["mfu"] for turn in arm.turns),
             "waited_share": statistics.median(turn.rates["waited_share"] for turn in arm.turns),
             "padding_share": statistics.median(turn.padding_share for turn in arm.turns),
@@ -348,7 +412,10 @@ def table(arms: dict[str, Arm]) -> dict[str, dict[str, Any]]:
 def show(outcome: dict[str, Any]) -> None:
     arms = outcome["arms"]
     first = next(iter(arms.values()))
-    print(f"{outcome['device']}, {first['parameters'] / 1e6:.1f}M parameters, {outcome['dtype']}, K = {outcome['k']}")
+    print(
+        f"{outcome['device']}, {first['parameters'] / 1e6:.1f}M parameters, {outcome['dtype']}, K "
+        f"= {outcome['k']}"
+    )
     print(f"MFU against: {first['peak']}")
     print(
         f"{'arm':<15}{'tokens/s':>10}{'of CE':>8}{'by CPU':>8}{'MFU':>8}{'padding':>9}{'waited':>8}{'first step s':>14}"

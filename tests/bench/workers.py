@@ -1,12 +1,15 @@
-"""How much faster are two workers than one? The real command line on one store, a tiny teacher, one thread each.
+"""How much faster are two workers than one?
+
+The real command line on one store, a tiny teacher, one thread each.
 
     python tests/bench/workers.py [--tiny] [--rows N] [--rounds N] [--engine hf]
 
-Each round does the same prompts three times: by one worker; by two workers that share a store; and, as a control, by
-two workers that share nothing, each on a store and all prompts of its own, which is what the machine can do at best.
-The rate is rows over the time from the moment when every worker has committed to the last commit of all: so loading is
-out, and the end, when workers run out of blocks of their own, is in. Of workers apart it is the sum of their own rates.
-Rows made twice are counted where they are made. CPU time per committed row, from a worker's first row to its last, says
+Each round does the same prompts three times: by one worker; by two workers that share a store; and,
+as a control, by two workers that share nothing, each on a store and all prompts of its own, which
+is what the machine can do at best. The rate is rows over the time from the moment when every worker
+has committed to the last commit of all: so loading is out, and the end, when workers run out of
+blocks of their own, is in. Of workers apart it is the sum of their own rates. Rows made twice are
+counted where they are made. CPU time per committed row, from a worker's first row to its last, says
 what sharing costs also where other processes take a part of the machine.
 """
 
@@ -44,7 +47,8 @@ def work(folder: Path, recipes: list[Path], counted: Path) -> list[subprocess.Po
     site = at_worker_start(folder, NOTED.format(path=str(counted)))
     started = [
         subprocess.Popen(
-            command("run", recipe, "--only", "generate", "--quiet"), env=ENVIRONMENT | {"PYTHONPATH": site}
+            command("run", recipe, "--only", "generate", "--quiet"),
+            env=ENVIRONMENT | {"PYTHONPATH": site},
         )
         for recipe in recipes
     ]
@@ -58,7 +62,11 @@ def commits(store: Path) -> list[tuple[float, str, int]]:
     """(time, writer, rows) of each commit; the time is that of the record's file."""
     opened = Store.open(store)
     return [
-        ((store / "commits" / "generations" / f"{c.seq:08d}.json").stat().st_mtime, c.writer, c.shard.rows)
+        (
+            (store / "commits" / "generations" / f"{c.seq:08d}.json").stat().st_mtime,
+            c.writer,
+            c.shard.rows,
+        )
         for c in opened.commits("generations")
     ]
 
@@ -84,7 +92,9 @@ def cpu_seconds(made: Path) -> float:
     return sum(max(seconds) - min(seconds) for seconds in times.values())
 
 
-def one_round(folder: Path, teacher: Path, source: Path, settings: dict[str, object]) -> dict[str, object]:
+def one_round(
+    folder: Path, teacher: Path, source: Path, settings: dict[str, object]
+) -> dict[str, object]:
     """The three ways, each in a fresh store."""
     result: dict[str, object] = {}
     for way, count, stores in (("one", 1, 1), ("shared", 2, 1), ("apart", 2, 2)):
@@ -92,7 +102,9 @@ def one_round(folder: Path, teacher: Path, source: Path, settings: dict[str, obj
         for number in range(stores):
             place = folder / f"{way}-{number}"
             place.mkdir(parents=True)
-            recipes.append(write_recipe(place, teacher, source, generate=settings, storage=storage(place)))
+            recipes.append(
+                write_recipe(place, teacher, source, generate=settings, storage=storage(place))
+            )
             stillroom("run", recipes[-1], "--only", "data")
         made = folder / f"{way}-made"
         work(folder / f"{way}-site", recipes * (count // stores), made)
@@ -122,22 +134,33 @@ def median(rounds: list[dict[str, object]], way: str, what: str = "rows_per_seco
 def main() -> None:
     """Parse the command line, run, print."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tiny", action="store_true", help="seconds instead of minutes; shows nothing")
+    parser.add_argument(
+        "--tiny", action="store_true", help="seconds instead of minutes; shows nothing"
+    )
     parser.add_argument("--rows", type=int, default=2400)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--engine", default="hf")
     arguments = parser.parse_args()
     count, rounds = (96, 1) if arguments.tiny else (arguments.rows, arguments.rounds)
-    settings: dict[str, object] = {"engine": arguments.engine, "max_tokens": 8 if arguments.tiny else 48}
-    settings["engine_args"] = {"batch_size": 16} if arguments.engine == "hf" else {"max_num_seqs": 16}
+    settings: dict[str, object] = {
+        "engine": arguments.engine,
+        "max_tokens": 8 if arguments.tiny else 48,
+    }
+    settings["engine_args"] = (
+        {"batch_size": 16} if arguments.engine == "hf" else {"max_num_seqs": 16}
+    )
     found = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        teacher = save_tiny_llama(folder / "teacher", hidden_size=64, num_hidden_layers=4, eos_token_id=None)
+        teacher = save_tiny_llama(
+            folder / "teacher", hidden_size=64, num_hidden_layers=4, eos_token_id=None
+        )
         source = write_jsonl(folder / "prompts.jsonl", prompts(count))
         for number in range(rounds):
             load = round(os.getloadavg()[0], 1)
-            found.append(one_round(folder / str(number), teacher, source, settings) | {"load_before": load})
+            found.append(
+                one_round(folder / str(number), teacher, source, settings) | {"load_before": load}
+            )
             print(f"round {number}: {json.dumps(found[-1])}", file=sys.stderr, flush=True)
     one, shared, apart = (median(found, way) for way in ("one", "shared", "apart"))
     print("| workers | rows/s | times one worker | CPU ms per row | rows made twice, each round |")
@@ -146,9 +169,24 @@ def main() -> None:
         redone = ", ".join(str(r[way]["rows_redone"]) for r in found)
         cpu = median(found, way, "cpu_ms_per_row")
         print(f"| {way} | {per_second:.1f} | {per_second / one:.2f} | {cpu:.2f} | {redone} |")
-    ratios = {"speedup": round(shared / one, 3), "of_what_the_machine_can": round(shared / apart, 3)}
-    ratios["cpu_per_row"] = round(median(found, "shared", "cpu_ms_per_row") / median(found, "one", "cpu_ms_per_row"), 3)
-    print(json.dumps({"bench": "workers", "engine": arguments.engine, "rows": count, **ratios, "rounds": found}))
+    ratios = {
+        "speedup": round(shared / one, 3),
+        "of_what_the_machine_can": round(shared / apart, 3),
+    }
+    ratios["cpu_per_row"] = round(
+        median(found, "shared", "cpu_ms_per_row") / median(found, "one", "cpu_ms_per_row"), 3
+    )
+    print(
+        json.dumps(
+            {
+                "bench": "workers",
+                "engine": arguments.engine,
+                "rows": count,
+                **ratios,
+                "rounds": found,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -85,7 +85,11 @@ def test_prompts_are_openings(made, texts):
     shortest, longest = SMALL.prompt_tokens
     assert len(rows) == SMALL.prompts
     for row in rows:
-        assert shortest <= len(tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]) <= longest
+        assert (
+            shortest
+            <= len(tokenizer(row["prompt"], add_special_tokens=False)["input_ids"])
+            <= longest
+        )
         assert f"{row['prompt']} {row['reference']}" in texts
 
 
@@ -94,7 +98,9 @@ def test_teacher_loads_and_has_learned(made):
     tokenizer = AutoTokenizer.from_pretrained(made[0] / "teacher")
     assert teacher.config.vocab_size == len(tokenizer) == SMALL.vocabulary
     assert teacher.generation_config.eos_token_id == tokenizer.eos_token_id
-    first, last = (float(note.removeprefix("loss ")) for note in (made[1].notes[0], made[1].notes[-1]))
+    first, last = (
+        float(note.removeprefix("loss ")) for note in (made[1].notes[0], made[1].notes[-1])
+    )
     assert last < first - 0.5
 
 

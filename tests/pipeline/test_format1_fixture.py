@@ -16,7 +16,9 @@ pytestmark = pytest.mark.slow
 
 EXPECTED = json.loads((FORMAT1 / "expected.json").read_text())
 RECIPES = ("prompt", "text", "completion", "messages", "instruction", "labelled")
-LICENSES = [word for name in ("", "teacher-", "source-") for word in (f"--{name}license", "cc0-1.0")]
+LICENSES = [
+    word for name in ("", "teacher-", "source-") for word in (f"--{name}license", "cc0-1.0")
+]
 
 
 @pytest.fixture(autouse=True)
@@ -84,9 +86,9 @@ def assert_close_losses(found: list[dict[str, Any]], expected: list[dict[str, An
 def assert_close_weights(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
     """Another processor sums in another order: a gradient is off by about 1e-6 of the largest one.
 
-    Adam divides a gradient by its own size, so one that is a hundredth of the largest moves its weight wrongly by
-    1e-4 of the learning rate, 5e-3, in each of eleven steps: together 5e-6. Four times that is allowed. The steps
-    themselves moved every tensor by 1e-2 or more.
+    Adam divides a gradient by its own size, so one that is a hundredth of the largest moves its
+    weight wrongly by 1e-4 of the learning rate, 5e-3, in each of eleven steps: together 5e-6. Four
+    times that is allowed. The steps themselves moved every tensor by 1e-2 or more.
     """
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -95,12 +97,29 @@ def assert_close_weights(found: dict[str, np.ndarray], expected: dict[str, np.nd
 
 NAMES = {
     "prompts": ["key", "prompt_key"],
-    "generations": ["key", "reuse_key", "prompt_key", "source_key", "sampling_id", "tokens_key", "row_seed"],
-    "soft_targets": ["key", "reuse_key", "prompt_key", "generation_key", "tokens_key", "teacher_id"],
+    "generations": [
+        "key",
+        "reuse_key",
+        "prompt_key",
+        "source_key",
+        "sampling_id",
+        "tokens_key",
+        "row_seed",
+    ],
+    "soft_targets": [
+        "key",
+        "reuse_key",
+        "prompt_key",
+        "generation_key",
+        "tokens_key",
+        "teacher_id",
+    ],
 }
 
 
-@pytest.mark.parametrize(("name", "last"), [("prompt", "generate"), ("messages", "score"), ("labelled", "data")])
+@pytest.mark.parametrize(
+    ("name", "last"), [("prompt", "generate"), ("messages", "score"), ("labelled", "data")]
+)
 def test_rows_made_again_have_the_same_names(name: str, last: str) -> None:
     """In an empty store; so what is asked for is found in an old one, and found as what it is."""
     Path("store").rename("before")

@@ -14,10 +14,15 @@ import pytest
 
 GUIDES = Path(__file__).parents[2] / "pipeline" / "guides"
 RECORDS = 24  # of a data file, made after the three that its guide shows
-# The guides are written for real models: a run on tiny ones takes smaller numbers and the engine that starts fast.
+# The guides are written for real models: a run on tiny ones takes smaller numbers and the engine
+# that starts fast.
 SMALLER = {
     "data": {"holdout": 4},
-    "generate": {"engine": "hf", "max_tokens": 8, "engine_args": {}},  # what guides name there is vLLM's
+    "generate": {
+        "engine": "hf",
+        "max_tokens": 8,
+        "engine_args": {},
+    },  # what guides name there is vLLM's
     "train": {"epochs": 1, "tokens_per_step": 512},
     "evaluate": {"tokens": 100},
 }
@@ -33,7 +38,9 @@ class Block:
 
 
 def blocks(guide: Path) -> list[Block]:
-    found = re.findall(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', guide.read_text(), re.MULTILINE | re.DOTALL)
+    found = re.findall(
+        r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', guide.read_text(), re.MULTILINE | re.DOTALL
+    )
     return [Block(language, title or None, text) for language, title, text in found]
 
 
@@ -50,14 +57,15 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
     folder = tmp_path_factory.mktemp("stand-in")
-    vocab = {token: i for i, token in enumerate(["<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    vocab = {
+        token: i for i, token in enumerate(["<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())])
+    }
     tokenizer = Tokenizer(models.BPE(vocab, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
-    fast.chat_template = (
-        "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant: "
-    )
+    turns = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    fast.chat_template = turns + "assistant: "
     fast.save_pretrained(folder)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256}
@@ -87,7 +95,11 @@ def write_file(block: Block, folder: Path) -> None:
             if section in tree:
                 tree[section] |= fields
         if "config" in tree["student"]:
-            tree["student"]["config"] = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 16}
+            tree["student"]["config"] = {
+                "num_hidden_layers": 1,
+                "hidden_size": 8,
+                "intermediate_size": 16,
+            }
         (folder / block.title).write_text(yaml.safe_dump(tree))
         return
     shown = [json.loads(line) for line in block.text.splitlines()]
@@ -96,7 +108,10 @@ def write_file(block: Block, folder: Path) -> None:
 
 
 def numbered(record: dict[str, Any], number: int) -> dict[str, Any]:
-    return {name: f"{value} ({number})" if isinstance(value, str) else value for name, value in record.items()}
+    return {
+        name: f"{value} ({number})" if isinstance(value, str) else value
+        for name, value in record.items()
+    }
 
 
 def commands(folder: Path) -> Path:
@@ -125,7 +140,9 @@ def test_every_command_of_a_guide_runs(guide: Path, stand_in: Path, tmp_path: Pa
             write_file(block, folder)
         elif block.language == "sh":
             words = ["sh", "-ec", block.text]
-            done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+            done = subprocess.run(
+                words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+            )
             assert done.returncode == 0, f"{block.text}\n{done.stdout}\n{done.stderr}"
             ran += 1
     assert ran
@@ -133,7 +150,11 @@ def test_every_command_of_a_guide_runs(guide: Path, stand_in: Path, tmp_path: Pa
 
 def test_the_guides_are_all_named_in_the_readme() -> None:
     readme = (GUIDES.parents[1] / "README.md").read_text()
-    assert [guide.name for guide in sorted(GUIDES.glob("*.md")) if f"pipeline/guides/{guide.name}" not in readme] == []
+    assert [
+        guide.name
+        for guide in sorted(GUIDES.glob("*.md"))
+        if f"pipeline/guides/{guide.name}" not in readme
+    ] == []
 
 
 def test_every_fenced_block_is_a_file_or_commands() -> None:

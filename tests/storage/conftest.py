@@ -82,13 +82,17 @@ class Server:
 
     def _tell(self, path: str, method: str, content: Any = None) -> bytes:
         data = json.dumps(content).encode() if content else b""
-        with urllib.request.urlopen(urllib.request.Request(f"{self.url}/{path}", data, method=method)) as answer:
+        with urllib.request.urlopen(
+            urllib.request.Request(f"{self.url}/{path}", data, method=method)
+        ) as answer:
             return answer.read()
 
 
 @pytest.fixture(scope="session")
 def port() -> Iterator[int]:
-    if missing := [name for name in ("moto", "s3fs", "flask") if importlib.util.find_spec(name) is None]:
+    if missing := [
+        name for name in ("moto", "s3fs", "flask") if importlib.util.find_spec(name) is None
+    ]:
         pytest.skip(f"not installed: {', '.join(missing)} (extra `dev`)")
     process = subprocess.Popen(
         [sys.executable, S3_SERVER], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -102,7 +106,12 @@ def port() -> Iterator[int]:
 def s3(port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
     """Environment as a user sets it, but the driver tries once, so that our own care is what is tested."""
     server = Server(port, f"bucket-{abs(hash(str(tmp_path)))}")
-    settings = {"ENDPOINT_URL": server.url, "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b", "MAX_ATTEMPTS": "1"}
+    settings = {
+        "ENDPOINT_URL": server.url,
+        "ACCESS_KEY_ID": "a",
+        "SECRET_ACCESS_KEY": "b",
+        "MAX_ATTEMPTS": "1",
+    }
     for name, value in settings.items():
         monkeypatch.setenv(f"AWS_{name}", value)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")

@@ -64,7 +64,10 @@ def places_of(snapshot):
 def order(store, snapshot, **how):
     reader = SnapshotReader(store, snapshot, COLUMNS)
     rows = reader.samples(stop=3 * snapshot.rows, **how)
-    return [(row["key"], *(None if row[name] is None else row[name].tobytes() for name in COLUMNS[1:])) for row in rows]
+    return [
+        (row["key"], *(None if row[name] is None else row[name].tobytes() for name in COLUMNS[1:]))
+        for row in rows
+    ]
 
 
 def test_the_same_choice_is_the_same_snapshot_in_the_same_order(made, tmp_path):
@@ -135,7 +138,9 @@ def test_a_snapshot_of_a_source_is_not_the_stores_to_prove(made, tmp_path):
     snapshot = make_snapshot(joined, "soft_targets", places_of(snapshots["train"]), {})
     save_snapshot(own, snapshot)
     kept = json.loads((own.root / "snapshots" / f"{snapshot.id}.json").read_text())
-    assert {shard["source"] for shard in kept["shards"]} == {f"{folder}/{joined.parts[1][0].manifest.version}"}
+    assert {shard["source"] for shard in kept["shards"]} == {
+        f"{folder}/{joined.parts[1][0].manifest.version}"
+    }
     assert verify(own).ok
     assert not vacuum(own, older_than_hours=0.0).files
     assert order(joined, load_snapshot(own, snapshot.id), seed=0) == order(joined, snapshot, seed=0)
@@ -162,11 +167,15 @@ def test_rows_that_several_have_count_once(tmp_path):
     shutil.copytree(first.root, tmp_path / "second")
     other = make_store(tmp_path / "other", rows=12, commit_rows=5)
     joined = open_store(first.root, [str(tmp_path / "second"), str(other.root)])
-    assert len(joined.commits("generations")) == len(first.commits("generations")) + len(other.commits("generations"))
+    assert len(joined.commits("generations")) == len(first.commits("generations")) + len(
+        other.commits("generations")
+    )
     index = Index(joined)
     try:
         for table in ("prompts", "generations"):
-            assert index.rows(f"SELECT count(*), count(DISTINCT key), max(place) >> 32 FROM {table}") == [(12, 12, 1)]
+            assert index.rows(
+                f"SELECT count(*), count(DISTINCT key), max(place) >> 32 FROM {table}"
+            ) == [(12, 12, 1)]
     finally:
         index.close()
     sha256 = other.commits("soft_targets")[0].shard.sha256
@@ -177,18 +186,25 @@ def test_rows_that_several_have_count_once(tmp_path):
 def test_sql_sees_all_of_them(made, tmp_path):
     store, _, folder = made
     joined = open_store(tmp_path / "new", [str(folder)])
-    rows = query(joined, "SELECT key, text FROM generations WHERE row_seed % 2 = 1 ORDER BY key").to_pylist()
+    rows = query(
+        joined, "SELECT key, text FROM generations WHERE row_seed % 2 = 1 ORDER BY key"
+    ).to_pylist()
     assert rows == [
         row
-        for row in query(store, "SELECT key, text FROM generations WHERE row_seed % 2 = 1 ORDER BY key").to_pylist()
-        if row["key"] in {found["key"] for found in joined.index("generations", ["key"]).to_pylist()}
+        for row in query(
+            store, "SELECT key, text FROM generations WHERE row_seed % 2 = 1 ORDER BY key"
+        ).to_pylist()
+        if row["key"]
+        in {found["key"] for found in joined.index("generations", ["key"]).to_pylist()}
     ]
     assert len(rows) > 5
     with pytest.raises(UsageError, match="query: "):
         query(joined, f"SELECT * FROM read_parquet('{store.root}/data/prompts/*/*.parquet')")
 
 
-@pytest.mark.parametrize("which", ["soft_targets/train", "generations/test", "snapshots/", "teachers/"])
+@pytest.mark.parametrize(
+    "which", ["soft_targets/train", "generations/test", "snapshots/", "teachers/"]
+)
 def test_damage_is_found_at_first_use_and_named(copy, tmp_path, which):
     file = next(path for path in sorted(copy.rglob("*")) if which in str(path) and path.is_file())
     data = bytearray(file.read_bytes())
@@ -215,11 +231,17 @@ def test_a_page_that_changed_after_the_first_use_is_found_while_reading(made, co
     snapshot = make_snapshot(joined, "soft_targets", places_of(snapshots["train"]), {})
     file = next(copy.rglob("soft_targets/train-*"))
     group = pq.ParquetFile(file).metadata.row_group(0)
-    column = next(c for i in range(group.num_columns) if (c := group.column(i)).path_in_schema.startswith("logprobs"))
+    column = next(
+        c
+        for i in range(group.num_columns)
+        if (c := group.column(i)).path_in_schema.startswith("logprobs")
+    )
     data = bytearray(file.read_bytes())
     data[column.data_page_offset + column.total_compressed_size - 9] ^= 0xFF
     file.write_bytes(data)
-    with pytest.raises(IntegrityError, match=f"{file.name}: column logprobs, row group 0 is damaged"):
+    with pytest.raises(
+        IntegrityError, match=f"{file.name}: column logprobs, row group 0 is damaged"
+    ):
         order(joined, snapshot, seed=0)
 
 
@@ -233,8 +255,14 @@ def test_a_manifest_that_was_changed_is_refused(copy, tmp_path):
 def test_what_is_no_source_is_refused_by_name(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "notes.txt").write_text("notes")
-    for name, what in (("folder", "neither STORE.json nor README.md"), ("nothing", "nothing is there")):
-        with pytest.raises(UsageError, match=f"storage.sources: .*{name} is no store and no published folder.*{what}"):
+    for name, what in (
+        ("folder", "neither STORE.json nor README.md"),
+        ("nothing", "nothing is there"),
+    ):
+        with pytest.raises(
+            UsageError,
+            match=f"storage.sources: .*{name} is no store and no published folder.*{what}",
+        ):
             open_store(tmp_path / "new", [str(tmp_path / name)])
     with pytest.raises(UsageError, match="hf://datasets/USER/NAME"):
         open_store(tmp_path / "new", ["hf://models/a/b"])
@@ -247,7 +275,10 @@ def test_a_dataset_of_the_hub_is_read_from_its_commit(made, tmp_path, monkeypatc
     cache = tmp_path / "hub"
     repo = cache / "datasets--alice--targets"
     for path in [path for path in folder.rglob("*") if path.is_file()]:
-        blob, link = repo / "blobs" / file_sha256(path), repo / "snapshots" / commit / path.relative_to(folder)
+        blob, link = (
+            repo / "blobs" / file_sha256(path),
+            repo / "snapshots" / commit / path.relative_to(folder),
+        )
         for made_folder in (blob.parent, link.parent):
             made_folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, blob)
@@ -263,13 +294,18 @@ def test_a_dataset_of_the_hub_is_read_from_its_commit(made, tmp_path, monkeypatc
         assert query(joined, "SELECT key FROM generations").num_rows == ROWS - 4
         joined.prove(file_sha256)
         version = joined.parts[1][0].manifest.version
-        assert {shard.source for shard in snapshot.shards} == {f"hf://datasets/alice/targets@{commit}/{version}"}
+        assert {shard.source for shard in snapshot.shards} == {
+            f"hf://datasets/alice/targets@{commit}/{version}"
+        }
     # Another process downloads a newer commit: who is told what was opened reads that one still.
     newer = "f" * 40
     shutil.copytree(repo / "snapshots" / commit, repo / "snapshots" / newer, symlinks=True)
     (repo / "refs" / "main").write_text(newer)
     names = ["hf://datasets/alice/targets", str(folder)]
-    pinned = {names[0]: f"hf://datasets/alice/targets@{commit}/{version}", names[1]: f"{folder}/{version}"}
+    pinned = {
+        names[0]: f"hf://datasets/alice/targets@{commit}/{version}",
+        names[1]: f"{folder}/{version}",
+    }
     again = open_store(tmp_path / "new", at_commit(names, pinned))
     assert [*again.pinned.values()] == [*pinned.values()]
     assert at_commit(names, {}) == names
@@ -287,7 +323,10 @@ def test_sources_may_lie_on_an_object_store(made, s3, tmp_path):
             if path.is_file():
                 files.put_if_absent(str(path.relative_to(local)), path.read_bytes())
     sql = "SELECT count(*) AS n, count(DISTINCT key) AS keys FROM generations"
-    for roots, rows, keys in (([*places], 2 * ROWS - 4, ROWS), ([f"{s3.root}/published"], ROWS - 4, ROWS - 4)):
+    for roots, rows, keys in (
+        ([*places], 2 * ROWS - 4, ROWS),
+        ([f"{s3.root}/published"], ROWS - 4, ROWS - 4),
+    ):
         joined = open_store(tmp_path / "own", roots)
         joined.prove(file_sha256)
         snapshot = make_snapshot(joined, "soft_targets", places_of(snapshots["train"]), {})

@@ -10,8 +10,14 @@ from stillroom.storage.errors import IntegrityError
 from stillroom.storage.keys import canonical_json, content_id, content_key, row_seed, seal, unseal
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text("aé☃"),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("xyz", max_size=3), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text("aé☃"),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text("xyz", max_size=3), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 
@@ -36,7 +42,10 @@ def test_values_without_a_canonical_form_are_refused():
 def test_keys_are_stable_across_versions():
     # Written down: if these change, every store made before is worthless.
     assert content_id("prompt", text="Hello", format="prompt") == "b5aa05532ec53b91cc1500457cb78c38"
-    assert content_key("prompt", format="prompt", text="Hello").hex() == "b5aa05532ec53b91cc1500457cb78c38"
+    assert (
+        content_key("prompt", format="prompt", text="Hello").hex()
+        == "b5aa05532ec53b91cc1500457cb78c38"
+    )
     assert row_seed(bytes.fromhex("ffffffffffffffff" + "00" * 8)) == 2**63 - 1
     assert row_seed(bytes(16)) == 0
 

@@ -27,7 +27,12 @@ def test_columns_are_those_of_the_schema(table):
     section = README.split(f"### `{table}`\n")[1].split("\n\n`type?`")[0].split("\n###")[0]
     listed = re.findall(r"^\| `(\w+)` \| `(.+?)(\??)` \| (.+) \|$", section, flags=re.MULTILINE)
     expected = [
-        (f.name, SPELLED.get(str(f.type), str(f.type)), "?" if f.nullable else "", f.metadata[b"about"].decode())
+        (
+            f.name,
+            SPELLED.get(str(f.type), str(f.type)),
+            "?" if f.nullable else "",
+            f.metadata[b"about"].decode(),
+        )
         for f in SCHEMAS[table]
     ]
     assert listed == expected

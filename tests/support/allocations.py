@@ -9,7 +9,9 @@ def allocated(function: Callable[[], object]) -> tuple[int, int]:
     """(most, left): bytes at once while it runs, and bytes that are still there while its result is."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         kept = function()
-    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = [
+        event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
     live = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         live += event.nbytes()

@@ -1,6 +1,7 @@
 """What is read of `tests/fixtures/format1`: names made from content, by today's code, and what an export holds.
 
-Everything that is imported from Stillroom for that fixture is imported here, so that one place follows a move.
+Everything that is imported from Stillroom for that fixture is imported here, so that one place
+follows a move.
 """
 
 import hashlib
@@ -74,7 +75,10 @@ def names_in(store: Path) -> dict[str, list[str]]:
     """Of what a store keeps beside its tables: the names that were made from content."""
     depths = {"bindings": 1, "claims": 2, "inputs": 1, "teachers": 1}
     return {
-        folder: sorted(path.relative_to(store).with_suffix("").as_posix() for path in store.glob(folder + "/*" * depth))
+        folder: sorted(
+            path.relative_to(store).with_suffix("").as_posix()
+            for path in store.glob(folder + "/*" * depth)
+        )
         for folder, depth in depths.items()
     }
 

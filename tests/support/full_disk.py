@@ -18,13 +18,19 @@ PATIENCE = 200.0
 
 def main(folder: Path, teacher: Path, source: Path) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "none", folder], check=True)
-    recipe = write_recipe(folder, teacher, source, data={"source": str(source), "format": "prompt", "holdout": 4})
+    recipe = write_recipe(
+        folder, teacher, source, data={"source": str(source), "format": "prompt", "holdout": 4}
+    )
     found = {}
     for stage in STAGES:
         found[stage] = full_in(recipe, stage)
-    last = subprocess.run(command("run", recipe, "--json"), capture_output=True, text=True, env=ENVIRONMENT)
+    last = subprocess.run(
+        command("run", recipe, "--json"), capture_output=True, text=True, env=ENVIRONMENT
+    )
     found["finished"] = {"code": last.returncode, "said": last.stdout + last.stderr}
-    checked = subprocess.run(command("verify", folder / "store"), capture_output=True, text=True, env=ENVIRONMENT)
+    checked = subprocess.run(
+        command("verify", folder / "store"), capture_output=True, text=True, env=ENVIRONMENT
+    )
     found["verified"] = {"code": checked.returncode, "said": checked.stdout}
     sys.stdout.write(json.dumps(found) + "\n")
 
@@ -33,7 +39,11 @@ def full_in(recipe: Path, stage: str) -> dict[str, object]:
     """Run; once the stage has begun take all space; what came of it."""
     log = recipe.parent / "run" / "logs" / f"{stage}.log"
     runner = subprocess.Popen(
-        command("run", recipe), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+        command("run", recipe),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
     )
     deadline = time.monotonic() + PATIENCE
     while not log.exists() and runner.poll() is None and time.monotonic() < deadline:

@@ -1,8 +1,9 @@
 """A stand-in for the Hub's HTTP interface, as much of it as publishing a dataset uses; in memory, on a port of its own.
 
-What huggingface_hub asks of it is real HTTP; that it answers as the Hub does was checked by nobody but this library:
-repositories, files by path with their sha256, preupload, LFS transfers, commits in one step with a parent to hold on
-to, tags, the card's check. Without xet: `HF_HUB_DISABLE_XET` makes the library transfer by LFS.
+What huggingface_hub asks of it is real HTTP; that it answers as the Hub does was checked by nobody
+but this library: repositories, files by path with their sha256, preupload, LFS transfers, commits
+in one step with a parent to hold on to, tags, the card's check. Without xet: `HF_HUB_DISABLE_XET`
+makes the library transfer by LFS.
 """
 
 import base64
@@ -60,32 +61,56 @@ class Hub:
 
 
 def _create(hub: Hub, body: bytes) -> tuple[int, Any]:
-    url = {"url": f"{hub.url}/datasets/{json.loads(body)['organization']}/{json.loads(body)['name']}"}
+    url = {
+        "url": f"{hub.url}/datasets/{json.loads(body)['organization']}/{json.loads(body)['name']}"
+    }
     if hub.exists:
         return 409, {"error": "exists", **url}
     asked = json.loads(body)
-    hub.exists, hub.private = True, asked.get("private") is True or asked.get("visibility") == "private"
+    hub.exists, hub.private = (
+        True,
+        asked.get("private") is True or asked.get("visibility") == "private",
+    )
     return 200, url
 
 
 def _valid(hub: Hub, body: bytes) -> tuple[int, Any]:
     front = json.loads(body)["content"].split("---")[1]
-    return (200, {}) if "license:" in front else (400, {"errors": [{"message": "license is missing"}], "warnings": []})
+    return (
+        (200, {})
+        if "license:" in front
+        else (400, {"errors": [{"message": "license is missing"}], "warnings": []})
+    )
 
 
 def _info(hub: Hub, body: bytes, *_: str) -> tuple[int, Any]:
-    return 200, {"id": "user/name", "sha": hub.head, "siblings": [], "private": hub.private, "downloads": 0, "likes": 0}
+    return 200, {
+        "id": "user/name",
+        "sha": hub.head,
+        "siblings": [],
+        "private": hub.private,
+        "downloads": 0,
+        "likes": 0,
+    }
 
 
 def _paths(hub: Hub, body: bytes, *_: str) -> tuple[int, Any]:
-    asked = json.loads(body)["paths"] if body.startswith(b"{") else re.findall(r"paths=([^&]+)", body.decode())
+    asked = (
+        json.loads(body)["paths"]
+        if body.startswith(b"{")
+        else re.findall(r"paths=([^&]+)", body.decode())
+    )
     found = []
     for name in map(unquote, asked):
         if name in hub.files:
             content = hub.files[name]
             info = {"type": "file", "path": name, "size": len(content), "oid": _git(content)}
             if _large(name, len(content)):
-                info["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+                info["lfs"] = {
+                    "oid": hashlib.sha256(content).hexdigest(),
+                    "size": len(content),
+                    "pointerSize": 130,
+                }
             found.append(info)
     return 200, found
 
@@ -107,7 +132,11 @@ def _batch(hub: Hub, body: bytes, *_: str) -> tuple[int, Any]:
     for wanted in json.loads(body)["objects"]:
         actions = {"upload": {"href": f"{hub.url}/lfs/{wanted['oid']}"}}
         objects.append(
-            {**wanted, "authenticated": True, **({} if wanted["oid"] in hub.stored else {"actions": actions})}
+            {
+                **wanted,
+                "authenticated": True,
+                **({} if wanted["oid"] in hub.stored else {"actions": actions}),
+            }
         )
     return 200, {"transfer": "basic", "objects": objects}
 
@@ -190,7 +219,9 @@ class _Handler(BaseHTTPRequestHandler):
             hub = self.hub
             hub.requests.append(f"{self.command} {self.path.split('?')[0]}")
             when = hub.fault[1] if hub.fault and hub.fault[0] == len(hub.requests) else ""
-            status, content = (403, {}) if when == "before" else hub.answer(self.command, self.path, body)
+            status, content = (
+                (403, {}) if when == "before" else hub.answer(self.command, self.path, body)
+            )
             hub.after_each(hub)
             if when:
                 status, content = 403, {"error": "the stand-in was told to fail here"}

@@ -9,14 +9,23 @@ from typing import Any
 
 import yaml
 
-OPENINGS = ("the cat sat", "a dog ran", "the big red tree", "then it was happy and", "a small blue mat", "the dog saw")
+OPENINGS = (
+    "the cat sat",
+    "a dog ran",
+    "the big red tree",
+    "then it was happy and",
+    "a small blue mat",
+    "the dog saw",
+)
 
 
 def prompts(count: int) -> list[dict[str, Any]]:
     """Different prompts in the tiny tokenizer's words."""
     words = "cat dog tree mat big small red blue happy under on and then ran sat".split()
     return [
-        {"prompt": f"{OPENINGS[i % 6]} {words[i % 15]} {words[(i // 15) % 15]} {words[(i // 7) % 15]}"}
+        {
+            "prompt": f"{OPENINGS[i % 6]} {words[i % 15]} {words[(i // 15) % 15]} {words[(i // 7) % 15]}"
+        }
         for i in range(count)
     ]
 
@@ -63,8 +72,12 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": os.environ.get("STILLROOM_TEST_TH
 
 def stillroom(*arguments: Any, expect: int = 0) -> subprocess.CompletedProcess[str]:
     """Run the command line to its end and check its exit code."""
-    done = subprocess.run(command(*arguments), capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
-    assert done.returncode == expect, f"exit {done.returncode}, expected {expect}\n{done.stdout}\n{done.stderr}"
+    done = subprocess.run(
+        command(*arguments), capture_output=True, text=True, env=ENVIRONMENT, timeout=300
+    )
+    assert done.returncode == expect, (
+        f"exit {done.returncode}, expected {expect}\n{done.stdout}\n{done.stderr}"
+    )
     return done
 
 

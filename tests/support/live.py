@@ -1,7 +1,7 @@
 """Training against the live teacher, in plain torch and transformers: what training from a store must equal.
 
-Nothing of the product's own training is used: no packing, no chunks, no head inside the loss, no schedule or optimizer
-of its own. What defines the run (recipe, order of samples) is given.
+Nothing of the product's own training is used: no packing, no chunks, no head inside the loss, no
+schedule or optimizer of its own. What defines the run (recipe, order of samples) is given.
 """
 
 import math
@@ -26,7 +26,8 @@ class LiveRun:
     """What came of it."""
 
     losses: list[float] = field(default_factory=list)
-    """Per step: soft_weight * KL(teacher || student) + hard_weight * cross-entropy, nats per scored token."""
+    """Per step: soft_weight * KL(teacher || student) + hard_weight * cross-entropy, nats per scored
+    token."""
     weights: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -40,11 +41,15 @@ def live_training(recipe: Recipe, texts: Iterable[Text], *, total_tokens: int) -
     """
     teacher = AutoModelForCausalLM.from_pretrained(recipe.teacher.model, dtype=torch.float32).eval()
     student = fresh_student(recipe)
-    optimizer = torch.optim.AdamW(_groups(student, recipe.train.weight_decay), lr=0.0, betas=recipe.train.betas)
+    optimizer = torch.optim.AdamW(
+        _groups(student, recipe.train.weight_decay), lr=0.0, betas=recipe.train.betas
+    )
     found, done = LiveRun(), 0
     for step in _steps(texts, recipe.train.tokens_per_step):
         scored = sum(len(ids) - start for ids, start in step)
-        loss = sum((_loss(recipe, teacher, student, text) for text in step), torch.zeros(())) / scored
+        loss = (
+            sum((_loss(recipe, teacher, student, text) for text in step), torch.zeros(())) / scored
+        )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), recipe.train.clip_norm)
@@ -78,7 +83,10 @@ def _loss(recipe: Recipe, teacher: Any, student: Any, text: Text) -> Tensor:
     with torch.no_grad():
         target = (teacher(input_ids=ids).logits[0, start - 1 : -1] / temperature).log_softmax(-1)
     logits = student(input_ids=ids).logits[0, start - 1 : -1]
-    soft = kl_div((logits / temperature).log_softmax(-1), target, reduction="sum", log_target=True) * temperature**2
+    soft = (
+        kl_div((logits / temperature).log_softmax(-1), target, reduction="sum", log_target=True)
+        * temperature**2
+    )
     hard = cross_entropy(logits, ids[0, start:], reduction="sum")
     return recipe.loss.soft_weight * soft + recipe.loss.hard_weight * hard  # type: ignore[operator]
 

@@ -29,10 +29,12 @@ def planted(store: Store, root: Path, fault: Fault, *, consistent: bool = False)
     Args:
         store: Is read.
         root: Where the copy goes.
-        fault: `shifted`: position n has the targets of n + 1; `shifted back`: of n - 1; `shuffled`: of a random one;
+        fault: `shifted`: position n has the targets of n + 1; `shifted back`: of n - 1; `shuffled`:
+            of a random one;
             `another row`: of the next row of its kind.
-        consistent: The teacher's log-probability of the token that is there is looked up in the wrong targets, as a
-            scorer with the fault would (where they have the token; else it stays as it came).
+        consistent: The teacher's log-probability of the token that is there is looked up in the
+            wrong targets, as a scorer with the fault would (where they have the token; else it
+            stays as it came).
     """
     rows = rows_of(store)
     others = {}
@@ -54,7 +56,11 @@ def planted(store: Store, root: Path, fault: Fault, *, consistent: bool = False)
 
 
 def copied(
-    store: Store, root: Path, change: Callable[[dict[str, Any]], dict[str, Any]], *, table: str = "soft_targets"
+    store: Store,
+    root: Path,
+    change: Callable[[dict[str, Any]], dict[str, Any]],
+    *,
+    table: str = "soft_targets",
 ) -> Store:
     """A copy of a store with the rows of a table changed."""
     copy = Store.open(root, create=True)
@@ -63,7 +69,11 @@ def copied(
     for name in TABLES:
         for commit in store.commits(name):
             shard = store.shard(name, commit.shard.sha256)
-            about = {k: v for k, v in shard.about.items() if k not in ("format_version", "table", "statistics")}
+            about = {
+                k: v
+                for k, v in shard.about.items()
+                if k not in ("format_version", "table", "statistics")
+            }
             with copy.writer(name, about=about) as writer:
                 for row in shard.take(range(shard.rows)):
                     writer.add(change(row) if name == table else row)
@@ -75,13 +85,32 @@ def _files(store: Store) -> Iterator[Any]:
         yield from store.files.walk(folder)
 
 
-def _columns(row: dict[str, Any], source: dict[str, Any], taken: np.ndarray, *, consistent: bool) -> dict[str, Any]:
+def _columns(
+    row: dict[str, Any], source: dict[str, Any], taken: np.ndarray, *, consistent: bool
+) -> dict[str, Any]:
     targets = SoftTargets.from_row(source)
-    names = ("ids", "logprobs", "tail_logprob", "token_logprob", "entropy", "entries", "counts", "weights")
-    found = {name: value[taken] for name in (*names, "tempered_tails") if (value := getattr(targets, name)) is not None}
+    names = (
+        "ids",
+        "logprobs",
+        "tail_logprob",
+        "token_logprob",
+        "entropy",
+        "entries",
+        "counts",
+        "weights",
+    )
+    found = {
+        name: value[taken]
+        for name in (*names, "tempered_tails")
+        if (value := getattr(targets, name)) is not None
+    }
     if targets.entries is not None:
         width = int(found["entries"].max())
-        found |= {name: found[name][:, :width] for name in ("ids", "logprobs", "counts", "weights") if name in found}
+        found |= {
+            name: found[name][:, :width]
+            for name in ("ids", "logprobs", "counts", "weights")
+            if name in found
+        }
     tokens = row["token_ids"][row["span_start"] :]
     if consistent and "logprobs" in found:
         ids = np.arange(found["logprobs"].shape[1])[None] if targets.ids is None else found["ids"]
@@ -92,9 +121,12 @@ def _columns(row: dict[str, Any], source: dict[str, Any], taken: np.ndarray, *, 
         own = taken == np.arange(len(taken)) if source is row else np.zeros(len(taken), bool)
         found["token_logprob"] = np.where(own, row["token_logprob"], looked_up)
     changed = SoftTargets(
-        **{"ids": None, "logprobs": None, "tail_logprob": None} | found, temperatures=targets.temperatures
+        **{"ids": None, "logprobs": None, "tail_logprob": None} | found,
+        temperatures=targets.temperatures,
     )
-    columns = changed.columns(row["mantissa_bits"]) | {"key": content_key("planted", key=row["key"])}
+    columns = changed.columns(row["mantissa_bits"]) | {
+        "key": content_key("planted", key=row["key"])
+    }
     if row["kind"] in ("topp", "sampled"):
         columns["k"] = row["k"]
     return row | columns

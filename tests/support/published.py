@@ -16,7 +16,9 @@ TEACHER = samples.ABOUT["teacher_id"]
 ROWS, HELD_OUT = 24, 4
 
 
-def make_store(root: Path | str, *, kind: str = "topk", rows: int = ROWS, commit_rows: int = 8) -> Store:
+def make_store(
+    root: Path | str, *, kind: str = "topk", rows: int = ROWS, commit_rows: int = 8
+) -> Store:
     """`rows` prompts, each with a generation and targets; the last few are held out, with whole distributions."""
     store = Store.open(root, create=True)
     limits = CommitLimits(rows=commit_rows)
@@ -24,9 +26,14 @@ def make_store(root: Path | str, *, kind: str = "topk", rows: int = ROWS, commit
     with store.writer("prompts", about=samples.GENERATIONS_ABOUT, limits=limits) as writer:
         for index in range(rows):
             writer.add(samples.prompt_row(index))
-    about = samples.GENERATIONS_ABOUT | {"settings": {"temperature": 1.0}, "versions": {"vllm": "0"}}
+    about = samples.GENERATIONS_ABOUT | {
+        "settings": {"temperature": 1.0},
+        "versions": {"vllm": "0"},
+    }
     with store.writer("generations", about=about, limits=limits) as writer:
-        for index in reversed(range(rows)):  # as a store has them: in another order than the targets
+        for index in reversed(
+            range(rows)
+        ):  # as a store has them: in another order than the targets
             writer.add(generation_row(index))
     with store.writer(
         "soft_targets", about=samples.ABOUT | {"head": "lm", "class_names": None}, limits=limits
@@ -43,7 +50,9 @@ def make_store(root: Path | str, *, kind: str = "topk", rows: int = ROWS, commit
             "first": [True] * rows,
         }
     )
-    store.put_inputs("d" * 32, inputs, {"source": "/home/somebody/secret/prompts.jsonl", "format": "messages"})
+    store.put_inputs(
+        "d" * 32, inputs, {"source": "/home/somebody/secret/prompts.jsonl", "format": "messages"}
+    )
     return store
 
 
@@ -68,19 +77,30 @@ def keep_teacher(store: Store) -> None:
 
     words = {f"w{number}": number for number in range(samples.VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    parts = {"config": {"architectures": ["LlamaForCausalLM"], "vocab_size": samples.VOCABULARY}, "dtype": "float32"}
+    parts = {
+        "config": {"architectures": ["LlamaForCausalLM"], "vocab_size": samples.VOCABULARY},
+        "dtype": "float32",
+    }
     contents = {
         "tokenizer.json": tokenizer.to_str(),
         "config.json": json.dumps(parts["config"] | {"_name_or_path": "/home/somebody/m"}),
     }
-    paths = {"tokenizer_file": "/home/somebody/tokenizer.json", "parts": [{"name_or_path": "/home/somebody/m"}]}
+    paths = {
+        "tokenizer_file": "/home/somebody/tokenizer.json",
+        "parts": [{"name_or_path": "/home/somebody/m"}],
+    }
     contents["tokenizer_config.json"] = json.dumps(paths | {"name_or_path": None})
     contents["identity.json"] = json.dumps(parts)
     store.put_teacher(TEACHER, {name: content.encode() for name, content in contents.items()})
 
 
-def snapshots_of(store: Store, *, held_out: int = HELD_OUT, left_out: Sequence[int] = ()) -> dict[str, Snapshot]:
-    """Train and test, kept as a run keeps them: each knows the other. `left_out`: numbers of training rows."""
+def snapshots_of(
+    store: Store, *, held_out: int = HELD_OUT, left_out: Sequence[int] = ()
+) -> dict[str, Snapshot]:
+    """Train and test, kept as a run keeps them: each knows the other.
+
+    `left_out`: numbers of training rows.
+    """
     index = store.index("soft_targets", ["key"])
     pairs = list(zip(index["shard"].to_pylist(), index["row"].to_pylist(), strict=True))
     parts = {"train": pairs[: len(pairs) - held_out], "test": pairs[len(pairs) - held_out :]}
@@ -91,7 +111,9 @@ def snapshots_of(store: Store, *, held_out: int = HELD_OUT, left_out: Sequence[i
         for shard, row in chosen:
             places.setdefault(shard, []).append(row)
         if places:
-            made[split] = make_snapshot(store, "soft_targets", places, {"split": split, "teacher_id": TEACHER})
+            made[split] = make_snapshot(
+                store, "soft_targets", places, {"split": split, "teacher_id": TEACHER}
+            )
     splits = {split: snapshot.id for split, snapshot in made.items()}
     for split, snapshot in made.items():
         about = {**snapshot.about, "splits": splits}

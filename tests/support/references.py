@@ -1,7 +1,9 @@
-"""Float64 definitions of the losses, one token at a time, straight from the mathematics. Slow and obvious on purpose.
+"""Float64 definitions of the losses, one token at a time, straight from the mathematics.
 
-They share nothing with `stages/losses/definition.py`: probabilities instead of log-probabilities, sums over ids
-instead of masks, and only terms with mass are ever written down.
+Slow and obvious on purpose.
+
+They share nothing with `stages/losses/definition.py`: probabilities instead of log-probabilities,
+sums over ids instead of masks, and only terms with mass are ever written down.
 """
 
 import math
@@ -29,19 +31,27 @@ def cross_entropy(logits: Tensor, label: int) -> Tensor:
 def outcomes(p: Tensor, ids: Sequence[int]) -> list[Tensor]:
     """P on each kept id, then the sum of p over every other id."""
     others = [p[j] for j in range(len(p)) if j not in set(ids)]
-    return [p[i] for i in ids] + [torch.stack(others).sum() if others else torch.zeros((), dtype=p.dtype)]
+    return [p[i] for i in ids] + [
+        torch.stack(others).sum() if others else torch.zeros((), dtype=p.dtype)
+    ]
 
 
-def compared(t: Tensor, p: Tensor, ids: Sequence[int], tail: str, label: int) -> tuple[list[Tensor], list[Tensor]]:
+def compared(
+    t: Tensor, p: Tensor, ids: Sequence[int], tail: str, label: int
+) -> tuple[list[Tensor], list[Tensor]]:
     """What a tail policy compares of a teacher and a student over the whole vocabulary: the bucket is the last."""
     nothing = torch.zeros((), dtype=torch.float64)
     if tail == "to_label" and label not in ids:
         ids = [*ids, label]
-        t = torch.where(torch.arange(len(t)) == label, nothing, t)  # its own mass comes with the rest of the tail
+        t = torch.where(
+            torch.arange(len(t)) == label, nothing, t
+        )  # its own mass comes with the rest of the tail
     teacher, student = outcomes(t, ids), outcomes(p, ids)
     if tail == "to_label":
         rest = 1.0 - torch.stack(teacher[:-1]).sum()
-        teacher = [x + rest if i == label else x for i, x in zip(ids, teacher, strict=False)] + [nothing]
+        teacher = [x + rest if i == label else x for i, x in zip(ids, teacher, strict=False)] + [
+            nothing
+        ]
     if tail in ("drop", "renormalize"):
         teacher = [x / torch.stack(teacher[:-1]).sum() for x in teacher[:-1]] + [nothing]
     if tail == "renormalize":
@@ -54,7 +64,9 @@ def kl(a: Outcomes, b: Outcomes) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
     for x, y in zip(a, b, strict=True):
         if x > 0:
-            total = total + x * torch.log(x / (y if y > 0 else torch.tensor(LEAST, dtype=torch.float64)))
+            total = total + x * torch.log(
+                x / (y if y > 0 else torch.tensor(LEAST, dtype=torch.float64))
+            )
     return total
 
 
@@ -108,7 +120,9 @@ def alpha_beta(t: Outcomes, p: Outcomes, a: float = 0.2, b: float = 0.7) -> Tens
         elif a + b == 0:
             total = total + (torch.log(y**a / x**a) + x**a / y**a - 1) / a**2
         else:
-            total = total - (x**a * y**b - a / (a + b) * x ** (a + b) - b / (a + b) * y ** (a + b)) / (a * b)
+            total = total - (
+                x**a * y**b - a / (a + b) * x ** (a + b) - b / (a + b) * y ** (a + b)
+            ) / (a * b)
     return total
 
 
@@ -137,14 +151,23 @@ DIVERGENCES: dict[str, Callable[[Outcomes, Outcomes], Tensor]] = {
 }
 
 
-def over_bucket(divergence: str, logits: Tensor, ids: Sequence[int], t: Sequence[float], tail: float) -> Tensor:
+def over_bucket(
+    divergence: str, logits: Tensor, ids: Sequence[int], t: Sequence[float], tail: float
+) -> Tensor:
     """A divergence over the kept ids and one bucket."""
     teacher = [torch.tensor(x, dtype=torch.float64) for x in [*t, tail]]
     return DIVERGENCES[divergence](teacher, outcomes(softmax(logits), ids))
 
 
 def token_losses(
-    logits: Tensor, t: Tensor, ids: Sequence[int], label: int, *, divergence: str, tail: str, temperature: float
+    logits: Tensor,
+    t: Tensor,
+    ids: Sequence[int],
+    label: int,
+    *,
+    divergence: str,
+    tail: str,
+    temperature: float,
 ) -> tuple[Tensor, Tensor]:
     """Divergence and cross-entropy of one token: a student's logits [V] and a teacher [V], which is at the temperature.
 

@@ -15,12 +15,20 @@ RECIPE: dict[str, Any] = {
     "data": {"source": "prompts.jsonl", "format": "prompt", "holdout": 200},
     "generate": {"model": None, "samples": 2, "temperature": 1.0},
     "score": {"targets": "topk", "k": 64},
-    "loss": {"divergence": "forward_kl", "temperature": 1.0, "tail": "bucket", "soft_weight": 1.0, "hard_weight": 0.1},
+    "loss": {
+        "divergence": "forward_kl",
+        "temperature": 1.0,
+        "tail": "bucket",
+        "soft_weight": 1.0,
+        "hard_weight": 0.1,
+    },
     "train": {"tokens": 2_000_000},
 }
 
 
-def arm(cross_entropy: float, kl: float | None, agreement: float | None, ece: float) -> dict[str, Any]:
+def arm(
+    cross_entropy: float, kl: float | None, agreement: float | None, ece: float
+) -> dict[str, Any]:
     variation = kl and kl / (1 + kl)
     return {
         "cross_entropy": cross_entropy,
@@ -42,7 +50,12 @@ def arm(cross_entropy: float, kl: float | None, agreement: float | None, ece: fl
 
 
 def difference(kl: float, error: float = 0.003) -> dict[str, float]:
-    return {"kl_teacher": kl, "kl_teacher_se": error, "cross_entropy": kl / 2, "cross_entropy_se": error}
+    return {
+        "kl_teacher": kl,
+        "kl_teacher_se": error,
+        "cross_entropy": kl / 2,
+        "cross_entropy_se": error,
+    }
 
 
 def evaluation() -> dict[str, Any]:
@@ -83,7 +96,13 @@ def evaluation() -> dict[str, Any]:
 
 def train(loss: float) -> dict[str, Any]:
     history = [
-        {"tokens": 8192 * i, "loss": loss / i, "soft": 0.9 * loss / i, "hard": loss / i, "learning_rate": 1e-3 / i}
+        {
+            "tokens": 8192 * i,
+            "loss": loss / i,
+            "soft": 0.9 * loss / i,
+            "hard": loss / i,
+            "learning_rate": 1e-3 / i,
+        }
         for i in range(1, 101)
     ]
     return {
@@ -102,7 +121,13 @@ def train(loss: float) -> dict[str, Any]:
 def facts() -> dict[str, Any]:
     return {
         "stages": {
-            "generate": {"rows": 398, "tokens": 51_234, "bytes": 123_456, "seconds": 61.5, "tokens_per_second": 833.1}
+            "generate": {
+                "rows": 398,
+                "tokens": 51_234,
+                "bytes": 123_456,
+                "seconds": 61.5,
+                "tokens_per_second": 833.1,
+            }
             | {"bytes_per_token": 2.41, "rejected": 2},
             "train": {"tokens": 819_200, "seconds": 321.5},
         },
@@ -113,13 +138,24 @@ def facts() -> dict[str, Any]:
     }
 
 
-def finished(run_dir: Path, evaluation: dict[str, Any], facts: dict[str, Any], recipe: dict[str, Any] = RECIPE) -> Path:
-    folders = {name: run_dir / f"train-{name}" for name in ("student", "baseline") if name in evaluation["results"]}
+def finished(
+    run_dir: Path,
+    evaluation: dict[str, Any],
+    facts: dict[str, Any],
+    recipe: dict[str, Any] = RECIPE,
+) -> Path:
+    folders = {
+        name: run_dir / f"train-{name}"
+        for name in ("student", "baseline")
+        if name in evaluation["results"]
+    }
     evaluation["arms"] = {name: folder.name for name, folder in folders.items()}
     for folder in folders.values():
         folder.mkdir(parents=True)
         (folder / "train.json").write_text(json.dumps(train(5.0)))
-    (folders["student"] / "settings.json").write_text(json.dumps({"recipe": recipe, "teacher_id": "ab" * 16}))
+    (folders["student"] / "settings.json").write_text(
+        json.dumps({"recipe": recipe, "teacher_id": "ab" * 16})
+    )
     (folders["student"] / "evaluation.json").write_text(json.dumps(evaluation))
     write_report(run_dir, folders["student"], facts)
     return run_dir
@@ -154,7 +190,11 @@ def views(rows: int = 2, tokens: int = 30) -> dict[str, Any]:
             "ids": [[(n + shift + i) % len(NASTY) for i in range(5)] for n in range(tokens)],
             "probabilities": [[0.5, 0.25, 0.1, 0.05, 0.0125] for _ in range(tokens)],
         }
-        return found if kl is None else found | {"kl": [round(kl * (n + 1) / 7, 4) for n in range(tokens)]}
+        return (
+            found
+            if kl is None
+            else found | {"kl": [round(kl * (n + 1) / 7, 4) for n in range(tokens)]}
+        )
 
     def position(scale: float) -> list[dict[str, Any]]:
         return [{"tokens": 100 - n, "mean": scale / (n + 1), "se": 0.01 * scale} for n in range(7)]
@@ -170,9 +210,21 @@ def views(rows: int = 2, tokens: int = 30) -> dict[str, Any]:
     masses = [0.0, 0.5, 0.9, 0.99, 1.0]
     return {
         "lengths": {"edges": [0, 10, 20, 30], "rows": [3, 0, 250, 147], "mean": 24.5},
-        "entropy": {"edges": [0.25 * i for i in range(57)], "tokens": [0] * 4 + list(range(1, 21)) + [0] * 33},
-        "kept_mass": {"kind": "topk", "k": 64, "p": None, "edges": masses, "tokens": [0, 5, 95, 800, 100]},
-        "mass_by_k": {"tokens": 1000, "best": [{"k": 2**i, "mass": 1 - 0.5 ** (i + 1)} for i in range(9)]},
+        "entropy": {
+            "edges": [0.25 * i for i in range(57)],
+            "tokens": [0] * 4 + list(range(1, 21)) + [0] * 33,
+        },
+        "kept_mass": {
+            "kind": "topk",
+            "k": 64,
+            "p": None,
+            "edges": masses,
+            "tokens": [0, 5, 95, 800, 100],
+        },
+        "mass_by_k": {
+            "tokens": 1000,
+            "best": [{"k": 2**i, "mass": 1 - 0.5 ** (i + 1)} for i in range(9)],
+        },
         "by_position": {
             "measure": "kl_teacher",
             "edges": [0, *(2**i for i in range(20))],
@@ -186,7 +238,8 @@ def views(rows: int = 2, tokens: int = 30) -> dict[str, Any]:
 def reliability() -> dict[str, list[dict[str, Any]]]:
     """Bins of every arm, the last of next to no tokens."""
     bins = [
-        {"up_to": (n + 1) / 15, "tokens": 5000, "confidence": (n + 0.5) / 15, "accuracy": n / 15} for n in range(14)
+        {"up_to": (n + 1) / 15, "tokens": 5000, "confidence": (n + 0.5) / 15, "accuracy": n / 15}
+        for n in range(14)
     ]
     last = {"up_to": 1.0, "tokens": 3, "confidence": 0.98, "accuracy": 1 / 3}
     return {arm: [*bins, last] for arm in ("teacher", "student_before", "baseline", "student")}

@@ -48,7 +48,9 @@ def at_worker_start(folder: Path, code: str) -> str:
     """Code that every worker runs before its first own line; returns the PYTHONPATH that brings it about."""
     folder.mkdir()
     inside = textwrap.indent(textwrap.dedent(code), "    ")
-    (folder / "sitecustomize.py").write_text(f"import os\nif 'STILLROOM_JOB_FD' in os.environ:\n{inside}")
+    (folder / "sitecustomize.py").write_text(
+        f"import os\nif 'STILLROOM_JOB_FD' in os.environ:\n{inside}"
+    )
     return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
@@ -56,7 +58,10 @@ def workers() -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if "stillroom.pipeline.run.worker" in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE:
+            if (
+                "stillroom.pipeline.run.worker" in process.cmdline()
+                and process.status() != psutil.STATUS_ZOMBIE
+            ):
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
@@ -99,5 +104,8 @@ def contents(store: Path) -> Iterator[tuple[str, dict[bytes, dict[str, object]]]
             places.setdefault(row["shard"], []).append(row["row"])
         rows = list(opened.rows(table, places))
         assert len({r["key"] for r in rows}) == len(rows)
-        plain = {r["key"]: {k: v.tobytes() if hasattr(v, "tobytes") else v for k, v in r.items()} for r in rows}
+        plain = {
+            r["key"]: {k: v.tobytes() if hasattr(v, "tobytes") else v for k, v in r.items()}
+            for r in rows
+        }
         yield table, plain

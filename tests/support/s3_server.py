@@ -1,8 +1,9 @@
 """An S3 server for tests: moto in a process of its own, on 127.0.0.1, which fails and counts requests when told to.
 
-It prints its port, and `POST /_fault {"kind": ..., "number": ..., "times": ...}` sets what happens from the given
-upload on (1 is the next): "lost" does it and closes the connection, "unheard" closes it without doing it, "500" and
-"409" refuse it, "500 done" does it and says 500; "ignore" is a service that never heard of If-None-Match.
+It prints its port, and `POST /_fault {"kind": ..., "number": ..., "times": ...}` sets what happens
+from the given upload on (1 is the next): "lost" does it and closes the connection, "unheard" closes
+it without doing it, "500" and "409" refuse it, "500 done" does it and says 500; "ignore" is a
+service that never heard of If-None-Match.
 `POST /_log` gives the requests since the last time, as "METHOD key status".
 """
 
@@ -16,7 +17,10 @@ from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
 Answer = tuple[str, list[tuple[str, str]], bytes]
-CODES = {"500": ("500 Internal Server Error", "InternalError"), "409": ("409 Conflict", "ConditionalRequestConflict")}
+CODES = {
+    "500": ("500 Internal Server Error", "InternalError"),
+    "409": ("409 Conflict", "ConditionalRequestConflict"),
+}
 
 
 class Service:
@@ -33,7 +37,9 @@ class Service:
         size = int(environ.get("CONTENT_LENGTH") or 0)
         with self._lock:
             told = {"/_fault": self._set_fault, "/_log": self._take_log}.get(environ["PATH_INFO"])
-            status, headers, body = told(environ["wsgi.input"].read(size)) if told else self._serve(environ)
+            status, headers, body = (
+                told(environ["wsgi.input"].read(size)) if told else self._serve(environ)
+            )
         start_response(status, headers)
         return [body]
 
@@ -51,9 +57,17 @@ class Service:
             environ.pop("HTTP_IF_NONE_MATCH", None)
         if kind in ("unheard", "500", "409"):
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-        answer = self._refusal(kind) if kind in CODES else ("", [], b"") if kind == "unheard" else self._ask(environ)
+        answer = (
+            self._refusal(kind)
+            if kind in CODES
+            else ("", [], b"")
+            if kind == "unheard"
+            else self._ask(environ)
+        )
         answer = self._refusal("500") if kind == "500 done" else answer
-        self._log.append(f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']} {kind or answer[0][:3]}")
+        self._log.append(
+            f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']} {kind or answer[0][:3]}"
+        )
         if kind in ("lost", "unheard"):
             environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
         return answer
@@ -68,13 +82,21 @@ class Service:
 
     def _ask(self, environ: dict[str, Any]) -> Answer:
         found: list[Any] = []
-        body = b"".join(self._app(environ, lambda status, headers, exc_info=None: found.extend((status, headers))))
+        body = b"".join(
+            self._app(
+                environ, lambda status, headers, exc_info=None: found.extend((status, headers))
+            )
+        )
         return found[0], found[1], body
 
     def _refusal(self, kind: str) -> Answer:
         status, code = CODES[kind]
         body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>on purpose</Message></Error>".encode()
-        return status, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))], body
+        return (
+            status,
+            [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))],
+            body,
+        )
 
 
 if __name__ == "__main__":

@@ -27,7 +27,12 @@ ABOUT = {
     "stage": "score",
     "versions": {"stillroom": "0"},
 }
-GENERATIONS_ABOUT = {"author_id": "t" * 32, "tokenizer_id": "k" * 32, "vocab_size": VOCABULARY, "stage": "generate"}
+GENERATIONS_ABOUT = {
+    "author_id": "t" * 32,
+    "tokenizer_id": "k" * 32,
+    "vocab_size": VOCABULARY,
+    "stage": "generate",
+}
 
 
 def target_key(index: int) -> bytes:
@@ -36,8 +41,8 @@ def target_key(index: int) -> bytes:
 
 P, K_MIN = 0.8, 2
 KINDS = ("topk", "topp", "sampled", "weighted", "full", "tempered", "hot")
-"""`weighted` is `sampled` from another distribution than the teacher's, `tempered` is `topp` with temperatures, `hot`
-is `sampled` at one."""
+"""`weighted` is `sampled` from another distribution than the teacher's, `tempered` is `topp` with
+temperatures, `hot` is `sampled` at one."""
 TEMPERATURES = {"tempered": (0.5, 2.0), "hot": (2.0,)}
 
 
@@ -47,7 +52,9 @@ def target_row(index: int, *, tokens: int = 6, k: int = 4, kind: str = "topk") -
     token_ids = rng.integers(0, VOCABULARY, tokens + 2, dtype=np.int32)
     logits = rng.normal(0, 3, (tokens, VOCABULARY))
     logprobs = (logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))).astype(np.float32)
-    token_ids[2:] = [rng.choice(VOCABULARY, p=p / p.sum()) for p in np.exp(logprobs.astype(np.float64))]
+    token_ids[2:] = [
+        rng.choice(VOCABULARY, p=p / p.sum()) for p in np.exp(logprobs.astype(np.float64))
+    ]
     settings: dict[str, Any] = dict.fromkeys(("p", "k_min", "draw", "proposal"))
     plain = {"tempered": "topp", "hot": "sampled"}.get(kind, kind)
     if plain == "topp":
@@ -90,13 +97,20 @@ def _tempered(logprobs: np.ndarray, ids: np.ndarray | None, kind: str) -> dict[s
     with np.errstate(divide="ignore"):  # nothing is left when the entries are the vocabulary
         sums = [np.log((rest ** (1 / t)).sum(axis=1)) for t in TEMPERATURES[kind]]
     temperatures = np.array(TEMPERATURES[kind], np.float32)
-    return {"temperatures": temperatures, "tempered_tails": np.stack(sums, axis=1).astype(np.float32)}
+    return {
+        "temperatures": temperatures,
+        "tempered_tails": np.stack(sums, axis=1).astype(np.float32),
+    }
 
 
 def _entries(logprobs: np.ndarray, kind: str, k: int, rng: np.random.Generator) -> dict[str, Any]:
     """What `SoftTargets` of a kind hold about the entries, from [N, V] log probabilities."""
     if kind == "full":
-        return {"ids": None, "logprobs": logprobs, "tail_logprob": np.full(len(logprobs), -np.inf, np.float32)}
+        return {
+            "ids": None,
+            "logprobs": logprobs,
+            "tail_logprob": np.full(len(logprobs), -np.inf, np.float32),
+        }
     order = np.argsort(-logprobs, axis=1, kind="stable")
     ordered = np.take_along_axis(logprobs, order, axis=1)
     entries = np.full(len(logprobs), k, np.int32)
@@ -111,15 +125,23 @@ def _entries(logprobs: np.ndarray, kind: str, k: int, rng: np.random.Generator) 
         counts = np.stack([rng.multinomial(k, q) for q in proposal])
         order = np.argsort(-counts, axis=1, kind="stable")
         entries = (counts > 0).sum(axis=1).astype(np.int32)
-        values = np.take_along_axis(counts if kind == "sampled" else counts / k * teacher / proposal, order, axis=1)
+        values = np.take_along_axis(
+            counts if kind == "sampled" else counts / k * teacher / proposal, order, axis=1
+        )
     used = np.arange(entries.max()) < entries[:, None]
     ids, values = order[:, : entries.max()].astype(np.int32), values[:, : entries.max()]
     if kind in ("sampled", "weighted"):
         name = "counts" if kind == "sampled" else "weights"
         values = np.where(used, values, 0).astype(np.int32 if kind == "sampled" else np.float32)
         nothing = {"logprobs": None, "tail_logprob": None}
-        return nothing | {"ids": np.where(used, ids, -1).astype(np.int32), name: values, "entries": entries}
-    rest = np.where(np.arange(VOCABULARY) < entries[:, None], 0, np.exp(ordered)).sum(axis=1, dtype=np.float64)
+        return nothing | {
+            "ids": np.where(used, ids, -1).astype(np.int32),
+            name: values,
+            "entries": entries,
+        }
+    rest = np.where(np.arange(VOCABULARY) < entries[:, None], 0, np.exp(ordered)).sum(
+        axis=1, dtype=np.float64
+    )
     with np.errstate(divide="ignore"):  # nothing is left when k is the vocabulary
         tail = np.log(rest).astype(np.float32)
     return {
@@ -180,7 +202,11 @@ def flip(path: Path, column: str) -> None:
     group = pq.ParquetFile(path).metadata.row_group(0)
     chunks = [group.column(i) for i in range(group.num_columns)]
     chunk = next(chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] == column)
-    start = chunk.data_page_offset if chunk.dictionary_page_offset is None else chunk.dictionary_page_offset
+    start = (
+        chunk.data_page_offset
+        if chunk.dictionary_page_offset is None
+        else chunk.dictionary_page_offset
+    )
     data = bytearray(path.read_bytes())
     data[start + chunk.total_compressed_size - 2] ^= 0x10
     path.write_bytes(data)

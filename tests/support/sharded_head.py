@@ -33,16 +33,23 @@ def gradients(student: Any, rows: slice) -> dict[str, Tensor]:
     inputs, teacher = (torch.randn(TOKENS, size, generator=generator) for size in (D, V))
     logprobs, ids = teacher.log_softmax(-1).topk(K)
     tail = teacher.log_softmax(-1).scatter(-1, ids, -torch.inf).logsumexp(-1)
-    targets = TargetBatch(labels=torch.arange(TOKENS), ids=ids, logprobs=logprobs, tail_logprob=tail)
+    targets = TargetBatch(
+        labels=torch.arange(TOKENS), ids=ids, logprobs=logprobs, tail_logprob=tail
+    )
     hidden = student.body(inputs[rows])
     hidden.retain_grad()
     low_rank = LowRank(down=student.down, up=student.up, scale=0.5, dropout=nn.Identity())
     head = Head(weight=student.head.weight, bias=student.head.bias, low_rank=low_rank)
     weights = {"soft_weight": 0.7, "hard_weight": 0.3}
     chosen = targets.rows(rows.start, rows.stop)
-    linear_distillation(hidden, head, chosen, objective=Objective(), chunk_tokens=3, **weights).total.backward()
+    linear_distillation(
+        hidden, head, chosen, objective=Objective(), chunk_tokens=3, **weights
+    ).total.backward()
     found = {name: parameter.grad for name, parameter in student.named_parameters()}
-    whole = {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in found.items()}
+    whole = {
+        name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+        for name, grad in found.items()
+    }
     return whole | {"hidden": hidden.grad}
 
 
@@ -51,7 +58,9 @@ def main(rank: int, folder: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=RANKS)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=RANKS
+    )
     student, mesh = Student(), init_device_mesh("cpu", (RANKS,))
     fully_shard(student.body, mesh=mesh)
     fully_shard(student, mesh=mesh)

@@ -43,7 +43,9 @@ def words(rng: np.random.Generator, shortest: int, longest: int) -> str:
 class World:
     """A teacher, labelled records, and the stages done in this process."""
 
-    def __init__(self, folder: Path, teacher: Path, rows: list[dict[str, Any]], **sections: Any) -> None:
+    def __init__(
+        self, folder: Path, teacher: Path, rows: list[dict[str, Any]], **sections: Any
+    ) -> None:
         self.folder, self.teacher = folder, teacher
         self.source = write_jsonl(folder / "rows.jsonl", rows)
         self.recipe = self.changed(**sections)
@@ -58,7 +60,12 @@ class World:
             "data": {"source": str(self.source), "format": "labelled", "holdout": 12},
             "score": {"targets": "full"},
             "loss": {"temperature": 2.0, "soft_weight": 1.0, "hard_weight": 0.5},
-            "train": {"epochs": 2, "tokens_per_step": 80, "tokens_per_pass": 40, "learning_rate": 1e-2},
+            "train": {
+                "epochs": 2,
+                "tokens_per_step": 80,
+                "tokens_per_pass": 40,
+                "learning_rate": 1e-2,
+            },
         }
         recipe = Recipe.model_validate(tree | sections)
         assert not check_together(recipe)
@@ -69,7 +76,10 @@ class World:
         bound = bind(self.recipe, write=True)
         assert bound.teacher is not None
         self.store.put_teacher(bound.teacher.id, bound.teacher.files_to_keep())
-        ids = {name: getattr(bound.binding, name) for name in ("data_id", "teacher_id", "author_id", "context_tokens")}
+        ids = {
+            name: getattr(bound.binding, name)
+            for name in ("data_id", "teacher_id", "author_id", "context_tokens")
+        }
         job = Job(recipe=self.recipe, progress=SilentProgress(), stop=StopFlag(), **ids)
         data.run(job)
         score.run(job, bound.teacher)

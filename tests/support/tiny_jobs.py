@@ -17,10 +17,19 @@ from stillroom.storage.store.store import Store
 
 
 def generation_job(
-    tiny_llama: Callable[..., Path], folder: Path, *, rows: int = 12, storage: Mapping[str, object] | None = None
+    tiny_llama: Callable[..., Path],
+    folder: Path,
+    *,
+    rows: int = 12,
+    storage: Mapping[str, object] | None = None,
 ) -> tuple[Job, Identity]:
     """Prompts in a store, to be written in batches of four and ten steps each; the model never ends a text."""
-    settings = {"engine": "hf", "temperature": 0.0, "max_tokens": 10, "engine_args": {"batch_size": 4}}
+    settings = {
+        "engine": "hf",
+        "temperature": 0.0,
+        "max_tokens": 10,
+        "engine_args": {"batch_size": 4},
+    }
     source = write_jsonl(folder / "prompts.jsonl", prompts(rows))
     tree = recipe_tree(folder, tiny_llama("teacher", eos_token_id=None), source, generate=settings)
     tree["storage"] = {"dir": str(folder / "store")} | dict(storage or {})
@@ -31,7 +40,13 @@ def generation_job(
     assert author is not None
     store.put_teacher(author.id, author.files_to_keep())
     ids = {"data_id": bound.binding.data_id, "teacher_id": author.id, "author_id": author.id}
-    job = Job(recipe=recipe, progress=SilentProgress(), stop=StopFlag(), context_tokens=author.context_tokens, **ids)
+    job = Job(
+        recipe=recipe,
+        progress=SilentProgress(),
+        stop=StopFlag(),
+        context_tokens=author.context_tokens,
+        **ids,
+    )
     data.run(job)
     return job, author
 
@@ -54,7 +69,13 @@ def done_until_score(recipe: Recipe) -> tuple[Store, Identity]:
     store.put_teacher(bound.teacher.id, bound.teacher.files_to_keep())
     b = bound.binding
     ids = {"data_id": b.data_id, "teacher_id": b.teacher_id, "author_id": b.author_id}
-    job = Job(recipe=recipe, progress=SilentProgress(), stop=StopFlag(), context_tokens=b.context_tokens, **ids)
+    job = Job(
+        recipe=recipe,
+        progress=SilentProgress(),
+        stop=StopFlag(),
+        context_tokens=b.context_tokens,
+        **ids,
+    )
     data.run(job)
     if recipe.generate is not None:
         generate.run(job, bound.teacher)

@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-WORDS = "the a cat dog sat ran on under mat tree and then saw big small red blue it was happy".split()
+WORDS = (
+    "the a cat dog sat ran on under mat tree and then saw big small red blue it was happy".split()
+)
 
 
 def save_tiny_llama(folder: Path, *, seed: int = 0, **overrides: Any) -> Path:
@@ -40,7 +42,13 @@ def tiny_tokenizer() -> Any:
     vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", "<pad>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
     )

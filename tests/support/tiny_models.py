@@ -52,11 +52,15 @@ def make_sample(length, *, start=2, k=5, seed=0, vocab=V):
         return Sample(token_ids=ids, span_start=start, span_tokens=span, targets=None)
     logprobs = torch.from_numpy(rng.normal(size=(span, vocab))).log_softmax(-1)
     kept, order = logprobs.sort(-1, descending=True)
-    entries, chosen = (kept[:, :k], order[:, :k].numpy().astype(np.int32)) if k else (logprobs, None)
+    entries, chosen = (
+        (kept[:, :k], order[:, :k].numpy().astype(np.int32)) if k else (logprobs, None)
+    )
     tail = kept[:, k:].logsumexp(-1) if k else torch.full((span,), -torch.inf)
     entries, tail = entries.float().numpy(), tail.float().numpy()
     nothing = np.zeros(span, np.float32)
-    targets = SoftTargets(ids=chosen, logprobs=entries, tail_logprob=tail, token_logprob=nothing, entropy=nothing)
+    targets = SoftTargets(
+        ids=chosen, logprobs=entries, tail_logprob=tail, token_logprob=nothing, entropy=nothing
+    )
     return Sample(token_ids=ids, span_start=start, span_tokens=span, targets=targets)
 
 
@@ -88,6 +92,8 @@ def save_tiny_bert(folder, *, seed=0, classes=CLASSES, **overrides):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         BertForSequenceClassification(config).save_pretrained(folder)
-    vocab = {token: i for i, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
+    vocab = {
+        token: i for i, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])
+    }
     BertTokenizerFast(vocab=vocab, model_max_length=48).save_pretrained(folder)
     return folder

@@ -72,7 +72,10 @@ def random_texts(
 
 
 def teacher_targets(model: Any, ids: Sequence[int], start: int, k: int | None) -> SoftTargets:
-    """Targets of tokens `start` to the end; k = None: full. Written here, not taken from the product."""
+    """Targets of tokens `start` to the end; k = None: full.
+
+    Written here, not taken from the product.
+    """
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([ids])).logits[0, start - 1 : -1]
     logprobs = logits.double().log_softmax(-1)
@@ -82,10 +85,18 @@ def teacher_targets(model: Any, ids: Sequence[int], start: int, k: int | None) -
     if k is None:
         entries, chosen, tail = logprobs, None, torch.full_like(token, -torch.inf)
     else:
-        entries, chosen, tail = kept[:, :k], order[:, :k].numpy().astype(np.int32), kept[:, k:].logsumexp(-1)
+        entries, chosen, tail = (
+            kept[:, :k],
+            order[:, :k].numpy().astype(np.int32),
+            kept[:, k:].logsumexp(-1),
+        )
     floats = [x.float().numpy() for x in (entries, tail, token, entropy)]
     return SoftTargets(
-        ids=chosen, logprobs=floats[0], tail_logprob=floats[1], token_logprob=floats[2], entropy=floats[3]
+        ids=chosen,
+        logprobs=floats[0],
+        tail_logprob=floats[1],
+        token_logprob=floats[2],
+        entropy=floats[3],
     )
 
 
@@ -100,16 +111,32 @@ def make_store(
     store.put_teacher(TEACHER, files | {"identity.json": json.dumps({"model": TEACHER}).encode()})
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
     vocab = model.config.vocab_size
-    about = {"teacher_id": TEACHER, "tokenizer_id": "words", "vocab_size": vocab, "mantissa_bits": 23, "head": "lm"}
+    about = {
+        "teacher_id": TEACHER,
+        "tokenizer_id": "words",
+        "vocab_size": vocab,
+        "mantissa_bits": 23,
+        "head": "lm",
+    }
     with (
         store.writer("soft_targets", about=about, limits=CommitLimits(rows=8)) as targets,
         store.writer("generations", about=about, limits=CommitLimits(rows=8)) as generations,
     ):
         for number, ids in enumerate(texts):
             key = content_key("text", number=number, ids=ids)
-            common = {"key": key, "reuse_key": key, "prompt_key": key, "tokens_key": key, "token_ids": ids}
+            common = {
+                "key": key,
+                "reuse_key": key,
+                "prompt_key": key,
+                "tokens_key": key,
+                "token_ids": ids,
+            }
             columns = teacher_targets(model, ids, prompt_tokens, k).columns(23)
-            kind = {"kind": "full" if k is None else "topk", "generation_key": key, "teacher_id": TEACHER}
+            kind = {
+                "kind": "full" if k is None else "topk",
+                "generation_key": key,
+                "teacher_id": TEACHER,
+            }
             targets.add(common | columns | kind | {"span_start": prompt_tokens, "label": None})
             generations.add(
                 common
@@ -146,16 +173,30 @@ def make_recipe(store: Store, teacher: Path, **sections: Mapping[str, Any] | Non
         "student": {"config": {"num_hidden_layers": 1}},
         "data": {"source": "unused", "format": "text"},
         "score": {"k": 6},
-        "train": {"tokens": 1200, "tokens_per_step": 100, "tokens_per_pass": 60, "learning_rate": 1e-2},
+        "train": {
+            "tokens": 1200,
+            "tokens_per_step": 100,
+            "tokens_per_pass": 60,
+            "learning_rate": 1e-2,
+        },
     }
     replaced = {"student"}
     for name, section in sections.items():
-        content[name] = section if section is None or name in replaced else content.get(name, {}) | dict(section)
+        content[name] = (
+            section
+            if section is None or name in replaced
+            else content.get(name, {}) | dict(section)
+        )
     return Recipe(**content)
 
 
 def make_job(
-    recipe: Recipe, folder: Path, *, arm: Arm = "student", stop: StopFlag | None = None, **snapshots: str
+    recipe: Recipe,
+    folder: Path,
+    *,
+    arm: Arm = "student",
+    stop: StopFlag | None = None,
+    **snapshots: str,
 ) -> Job:
     """A training job into a folder."""
     return Job(

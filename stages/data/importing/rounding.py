@@ -6,14 +6,18 @@ from ....storage.errors import UsageError
 
 _FLOAT32_BITS = 24
 _SEEN = 4.0
-"""How often over what rounding may hide the least entry must be, for a tail beyond it to be seen."""
+"""How often over what rounding may hide the least entry must be, for a tail beyond it to be
+seen."""
 _NEARLY_ALL = 0.9
 _ENOUGH = 3
 
 
 def mantissa_bits(values: np.ndarray) -> int:
     """Bits of mantissa, the first one counted, that float32 needs for all values: 8 for bfloat16's, 24 at most."""
-    pattern = int(np.bitwise_or.reduce(values.astype(np.float32).view(np.uint32).ravel(), initial=0)) & 0x7FFFFF
+    pattern = (
+        int(np.bitwise_or.reduce(values.astype(np.float32).view(np.uint32).ravel(), initial=0))
+        & 0x7FFFFF
+    )
     return 1 if pattern == 0 else _FLOAT32_BITS - ((pattern & -pattern).bit_length() - 1)
 
 
@@ -31,9 +35,10 @@ def hidden_mass(kept: np.ndarray, error: np.ndarray) -> np.ndarray:
 def leaving_nothing(logprobs: np.ndarray, error: np.ndarray) -> np.ndarray:
     """[M] bool: whether the entries sum to 1, of the M <= N positions where an id beyond them would be seen.
 
-    The best of the other ids is seldom much less likely than the least entry. Where that entry is well above what
-    rounding may hide, entries that sum to 1 all the same were normalised over themselves. Where it is not, because the
-    teacher is that sure, nothing can be told, and the position is left out.
+    The best of the other ids is seldom much less likely than the least entry. Where that entry is
+    well above what rounding may hide, entries that sum to 1 all the same were normalised over
+    themselves. Where it is not, because the teacher is that sure, nothing can be told, and the
+    position is left out.
 
     Args:
         logprobs: [N, K] natural-log probabilities, all entries that the table has.
@@ -49,7 +54,8 @@ def leaving_nothing(logprobs: np.ndarray, error: np.ndarray) -> np.ndarray:
 def refuse_renormalised(source: str, nothing_left: np.ndarray, *, rows: int) -> None:
     """Refuse a table whose probabilities are of its entries alone: what the tail was is lost.
 
-    Nine in ten of the positions that can tell must say so, and three at least: a single row may have been written so.
+    Nine in ten of the positions that can tell must say so, and three at least: a single row may
+    have been written so.
 
     Args:
         source: The table's name, for the message.
@@ -62,9 +68,10 @@ def refuse_renormalised(source: str, nothing_left: np.ndarray, *, rows: int) -> 
     if len(nothing_left) < _ENOUGH or nothing_left.mean() < _NEARLY_ALL:
         return
     raise UsageError(
-        f"{source}: in the first {rows} rows, the entries sum to 1 at {int(nothing_left.sum())} of {len(nothing_left)} "
-        "positions whose least entry leaves room for others. Expected less than 1, for the vocabulary has more ids "
-        "than the lists have entries. These look renormalised over their entries: the tail cannot be told, and the "
-        "targets would be wrong. Give the values over the whole vocabulary, as the softmax of all logits has them "
+        f"{source}: in the first {rows} rows, the entries sum to 1 at {int(nothing_left.sum())} "
+        f"of {len(nothing_left)} positions whose least entry leaves room for others. Expected "
+        "less than 1, for the vocabulary has more ids than the lists have entries. These look "
+        "renormalised over their entries: the tail cannot be told, and the targets would be "
+        "wrong. Give the values over the whole vocabulary, as the softmax of all logits has them "
         "(--values logits with --lse, where only logits are left)."
     )

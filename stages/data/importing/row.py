@@ -1,11 +1,12 @@
 """One row of a foreign table of token ids and teacher probabilities, as a soft target of this store; or why it is none.
 
-Nobody else's table says how its lists stand to its tokens, so that is asked for (`Columns`), and everything that can
-be checked is: lengths, ids, order, sums. What such a table does not hold is bounded:
+Nobody else's table says how its lists stand to its tokens, so that is asked for (`Columns`), and
+everything that can be checked is: lengths, ids, order, sums. What such a table does not hold is
+bounded:
 
 * `tail_logprob` is log(1 - sum of the entries), by `log1p`. Where rounding of the numbers may hide all of it, it is the
-  log of what rounding may hide: sum_i p_i e_i + K 2^-24, e_i = |x_i| 2^-b the error of a log-probability or logit x_i
-  that has b bits of mantissa (of a probability 2^-b).
+  log of what rounding may hide: sum_i p_i e_i + K 2^-24, e_i = |x_i| 2^-b the error of a
+  log-probability or logit x_i that has b bits of mantissa (of a probability 2^-b).
 * `token_logprob` of a token that is no entry, and is not given, is the most that it can be: least entry or tail.
 * `entropy` is that of entries and tail as one outcome, the least that it can be.
 """
@@ -44,7 +45,8 @@ class Columns:
     completion_tokens: str | None = None
     """... or how many at the end are not; None: no prompt, all but the first token are scored."""
     targets_at: Place
-    """next: what stands at a token predicts the token after it. same: it is the distribution of that very token."""
+    """next: what stands at a token predicts the token after it. same: it is the distribution of
+    that very token."""
     forced: bool = False
     """Each position's last entry is the token that is there, besides the K best: K + 1 entries."""
     k: int | None = None
@@ -53,7 +55,11 @@ class Columns:
     def named(self) -> list[str]:
         """The columns that a table must have."""
         counts = (self.prompt_tokens, self.completion_tokens)
-        return [c for c in (self.tokens, self.ids, self.values, self.lse, self.token_logprobs, *counts) if c]
+        return [
+            c
+            for c in (self.tokens, self.ids, self.values, self.lse, self.token_logprobs, *counts)
+            if c
+        ]
 
 
 class BadRow(Exception):
@@ -87,7 +93,8 @@ class ForeignRow:
     targets: SoftTargets
     """Of every token of the span."""
     nothing_left: np.ndarray
-    """[M] bool, of positions where a tail would be seen: whether the entries sum to 1 all the same."""
+    """[M] bool, of positions where a tail would be seen: whether the entries sum to 1 all the
+    same."""
 
 
 def convert(record: Mapping[str, Any], columns: Columns, *, vocab_size: int) -> ForeignRow:
@@ -126,7 +133,9 @@ def convert(record: Mapping[str, Any], columns: Columns, *, vocab_size: int) -> 
     nothing_left, best = np.empty(0, bool), slice(None, -1 if columns.forced else None)
     if ids.shape[1] < vocab_size:
         nothing_left = leaving_nothing(entries.logprobs[:, best], entries.error[:, best])
-    return ForeignRow(token_ids=tokens, prompt_tokens=prompt, targets=targets, nothing_left=nothing_left)
+    return ForeignRow(
+        token_ids=tokens, prompt_tokens=prompt, targets=targets, nothing_left=nothing_left
+    )
 
 
 def _list(record: Mapping[str, Any], column: str) -> Sequence[Any]:
@@ -150,10 +159,16 @@ def _array(values: Any, column: str, *, at: str = "") -> np.ndarray:
         found = None
     if found is None or found.ndim != 1:
         what = f"something that is no list of numbers{at}"
-        raise BadRow("unreadable", column, found=what, expected="numbers", help="Name another column.")
+        raise BadRow(
+            "unreadable", column, found=what, expected="numbers", help="Name another column."
+        )
     if np.isnan(found).any():
         raise BadRow(
-            "nan", column, found=f"NaN or null{at}", expected="numbers", help="Leave the row out, or make it again."
+            "nan",
+            column,
+            found=f"NaN or null{at}",
+            expected="numbers",
+            help="Leave the row out, or make it again.",
         )
     return found
 
@@ -162,7 +177,11 @@ def _tokens(record: Mapping[str, Any], column: str, vocab_size: int) -> np.ndarr
     tokens = _array(_list(record, column), column)
     if len(tokens) < 2:
         raise BadRow(
-            "empty", column, found=f"{len(tokens)} tokens", expected="two at least", help="Nothing can be predicted."
+            "empty",
+            column,
+            found=f"{len(tokens)} tokens",
+            expected="two at least",
+            help="Nothing can be predicted.",
         )
     _check_ids(tokens, column, vocab_size)
     return tokens.astype(np.int32)
@@ -196,7 +215,11 @@ def _prompt(record: Mapping[str, Any], columns: Columns, total: int) -> int:
     prompt = count if columns.prompt_tokens else total - count
     if prompt >= total:
         raise BadRow(
-            "empty", column, found="a text that is all prompt", expected="a completion", help="Leave the row out."
+            "empty",
+            column,
+            found="a text that is all prompt",
+            expected="a completion",
+            help="Leave the row out.",
         )
     return prompt
 
@@ -208,11 +231,15 @@ def _part(columns: Columns, length: int, *, tokens: int, prompt: int) -> tuple[s
     shift = 1 if columns.targets_at == "next" else 0
     if length == tokens:  # one for each token
         return slice(start - shift, tokens - shift), prompt
-    if length == tokens - 1 and length != span:  # one for each but the first, which nothing predicts; or but the last
+    if (
+        length == tokens - 1 and length != span
+    ):  # one for each but the first, which nothing predicts; or but the last
         return slice(start - 1, tokens - 1), prompt
     if length == span and (shift == 0 or prompt == 0):  # one for each scored token
         return slice(0, span), prompt
-    if length == span and prompt > 1 and span > 1:  # one at each token of the completion: none for its first token
+    if (
+        length == span and prompt > 1 and span > 1
+    ):  # one at each token of the completion: none for its first token
         return slice(0, span - 1), prompt + 1
     raise BadRow(
         "lengths",
@@ -254,7 +281,9 @@ def _logprobs(
         if not (wrong := (numbers <= 0) | (numbers > 1 + SUM_TOLERANCE)).any():
             return np.minimum(np.log(numbers), 0.0), np.full_like(numbers, error)
         found, expected = f"a probability of {numbers[wrong][0]:g}", "more than 0, and 1 at most"
-        raise BadRow("probability", columns.values, found=found, expected=expected, help="See --values.")
+        raise BadRow(
+            "probability", columns.values, found=found, expected=expected, help="See --values."
+        )
     errors = np.abs(numbers) * error
     if columns.kind == "logits":
         assert columns.lse is not None
@@ -262,13 +291,19 @@ def _logprobs(
         numbers, errors = numbers - lse, errors + np.abs(lse) * 2.0 ** -mantissa_bits(lse)
     most = float(numbers.max())
     if most > SUM_TOLERANCE or not np.isfinite(numbers).all():
-        found = f"a log-probability of {most:g}" if most > SUM_TOLERANCE else "a number that is not finite"
+        found = (
+            f"a log-probability of {most:g}"
+            if most > SUM_TOLERANCE
+            else "a number that is not finite"
+        )
         help = "Probabilities are --values probs; logits need --lse, the log of their sum of exp over the vocabulary."
         raise BadRow("probability", columns.values, found=found, expected="0 at most", help=help)
     return np.minimum(numbers, 0.0), errors
 
 
-def _aligned(record: Mapping[str, Any], column: str, columns: Columns, *, part: slice) -> np.ndarray:
+def _aligned(
+    record: Mapping[str, Any], column: str, columns: Columns, *, part: slice
+) -> np.ndarray:
     """[N] of a list that has one number for each position."""
     found, positions = _list(record, column), len(record[columns.ids])
     if len(found) != positions:
@@ -289,13 +324,22 @@ def _given(record: Mapping[str, Any], columns: Columns, *, part: slice) -> np.nd
     if given.max() > SUM_TOLERANCE:
         found = f"a log-probability of {given.max():g}"
         raise BadRow(
-            "probability", columns.token_logprobs, found=found, expected="0 at most", help="Name another column."
+            "probability",
+            columns.token_logprobs,
+            found=found,
+            expected="0 at most",
+            help="Name another column.",
         )
     return np.minimum(given, 0.0)
 
 
 def _targets(
-    entries: _Entries, following: np.ndarray, *, columns: Columns, given: np.ndarray | None, vocab_size: int
+    entries: _Entries,
+    following: np.ndarray,
+    *,
+    columns: Columns,
+    given: np.ndarray | None,
+    vocab_size: int,
 ) -> SoftTargets:
     if columns.forced:
         entries, given = _without_forced(entries, following, columns)
@@ -309,13 +353,18 @@ def _targets(
     tail = _tail(logprobs, error, columns)
     match = ids == following[:, None]
     inside = match.any(axis=1)
-    token = np.where(inside, np.where(match, logprobs, 0.0).sum(axis=1), np.minimum(logprobs[:, -1], tail))
+    token = np.where(
+        inside, np.where(match, logprobs, 0.0).sum(axis=1), np.minimum(logprobs[:, -1], tail)
+    )
     if given is not None:
         _check_given(given, np.where(inside, token, logprobs[:, -1]), inside, columns)
         tail = np.where(inside, tail, np.maximum(tail, np.minimum(given, logprobs[:, -1])))
         token = np.where(inside, token, np.minimum(given, logprobs[:, -1]))
     entropy = -(np.exp(logprobs) * logprobs).sum(axis=1) - np.exp(tail) * tail
-    floats = (x.astype(np.float32) for x in (logprobs, tail, token, np.clip(entropy, 0.0, np.log(vocab_size))))
+    floats = (
+        x.astype(np.float32)
+        for x in (logprobs, tail, token, np.clip(entropy, 0.0, np.log(vocab_size)))
+    )
     names = ("logprobs", "tail_logprob", "token_logprob", "entropy")
     return SoftTargets(ids=ids.astype(np.int32), **dict(zip(names, floats, strict=True)))
 
@@ -349,7 +398,9 @@ def _check_whole(entries: _Entries, columns: Columns, vocab_size: int) -> None:
         raise BadRow("probability", columns.values, found=found, expected=expected, help=help)
 
 
-def _without_forced(entries: _Entries, following: np.ndarray, columns: Columns) -> tuple[_Entries, np.ndarray]:
+def _without_forced(
+    entries: _Entries, following: np.ndarray, columns: Columns
+) -> tuple[_Entries, np.ndarray]:
     """The K best, and the log-probability of the token that is there, which was the last entry."""
     ids = entries.ids
     if (wrong := ids[:, -1] != following).any():
@@ -361,7 +412,9 @@ def _without_forced(entries: _Entries, following: np.ndarray, columns: Columns) 
             expected=f"{following[position]}, the token that is there (--forced)",
             help="Leave --forced out, or set --targets-at to the other value.",
         )
-    return _Entries(ids[:, :-1], entries.logprobs[:, :-1], entries.error[:, :-1]), entries.logprobs[:, -1]
+    return _Entries(ids[:, :-1], entries.logprobs[:, :-1], entries.error[:, :-1]), entries.logprobs[
+        :, -1
+    ]
 
 
 def _check_distinct(ids: np.ndarray, following: np.ndarray, columns: Columns) -> None:
@@ -372,12 +425,18 @@ def _check_distinct(ids: np.ndarray, following: np.ndarray, columns: Columns) ->
     position = int(np.flatnonzero(twice)[0])
     repeated = ordered[position, 1:][np.diff(ordered[position]) == 0][0]
     last = (ids[:, -1] == following).all()
-    help = "Each position's last entry is the token that is there: give --forced." if last else "Name another column."
+    help = (
+        "Each position's last entry is the token that is there: give --forced."
+        if last
+        else "Name another column."
+    )
     found = f"id {repeated:g} twice at position {position} of the span"
     raise BadRow("duplicate_id", columns.ids, found=found, expected="each id once", help=help)
 
 
-def _check_given(given: np.ndarray, token: np.ndarray, inside: np.ndarray, columns: Columns) -> None:
+def _check_given(
+    given: np.ndarray, token: np.ndarray, inside: np.ndarray, columns: Columns
+) -> None:
     """What is said of the token that is there must be what its entry says, or less than every entry."""
     slack = 1e-2 + 1e-2 * np.abs(token)
     wrong = np.where(inside, np.abs(given - token) > slack, given > token + slack)

@@ -1,9 +1,9 @@
 """`stillroom import`: a foreign table of token ids and teacher probabilities becomes rows of a store.
 
-Every row is checked (`stages/data/importing/row.py`), the first ones also for targets that belong to other tokens
-than those they stand beside (`stages/audit/shift.py`), before anything is written. What stands in the store
-afterwards is what a run with given text leaves: prompts, generations, soft targets, inputs and a binding, so plan,
-train and report go on from there.
+Every row is checked (`stages/data/importing/row.py`), the first ones also for targets that belong
+to other tokens than those they stand beside (`stages/audit/shift.py`), before anything is written.
+What stands in the store afterwards is what a run with given text leaves: prompts, generations, soft
+targets, inputs and a binding, so plan, train and report go on from there.
 """
 
 from collections.abc import Iterable, Iterator
@@ -83,7 +83,8 @@ def import_table(asked: Asked, progress: Progress) -> Imported:
     """Read the table into the store.
 
     Raises:
-        UsageError: a column is missing, a row does not fit (without `skip_bad`), or the targets are other tokens'.
+        UsageError: a column is missing, a row does not fit (without `skip_bad`), or the targets are
+            other tokens'.
         IntegrityError: the store is damaged.
     """
     if not open_files(asked.store).empty():
@@ -103,11 +104,16 @@ def _teacher(asked: Asked, hashes: FileHashes) -> Identity:
         return identify(folder, dtype="auto", hashes=hashes, field="--teacher")
     if asked.teacher is None and asked.tokenizer is not None and asked.teacher_name:
         if not asked.tokenizer.is_dir():
-            raise UsageError(f"--tokenizer: no folder {asked.tokenizer}. Name a folder with the teacher's tokenizer.")
-        return identify_unseen(asked.tokenizer, asked.teacher_name, hashes=hashes, vocab_size=asked.vocab_size)
+            raise UsageError(
+                f"--tokenizer: no folder {asked.tokenizer}. Name a folder with the teacher's "
+                "tokenizer."
+            )
+        return identify_unseen(
+            asked.tokenizer, asked.teacher_name, hashes=hashes, vocab_size=asked.vocab_size
+        )
     raise UsageError(
-        "Whose probabilities are these? Give --teacher MODEL (a folder or Hub id), or, where its weights are not "
-        "here, --tokenizer FOLDER and --teacher-name NAME."
+        "Whose probabilities are these? Give --teacher MODEL (a folder or Hub id), or, where its "
+        "weights are not here, --tokenizer FOLDER and --teacher-name NAME."
     )
 
 
@@ -117,7 +123,9 @@ class _Import:
     _store: Store
     """Made when the first rows were found to be right: an import that is refused leaves nothing."""
 
-    def __init__(self, asked: Asked, hashes: FileHashes, teacher: Identity, progress: Progress) -> None:
+    def __init__(
+        self, asked: Asked, hashes: FileHashes, teacher: Identity, progress: Progress
+    ) -> None:
         self._asked, self._hashes, self._teacher, self._progress = asked, hashes, teacher, progress
         self._tokenizer = Renderer(teacher.folder, {}).tokenizer
         self._author = content_id("given", tokenizer=teacher.tokenizer_id, imported=True)
@@ -172,12 +180,16 @@ class _Import:
         for where, record in _records(self._asked):
             try:
                 if isinstance(record, str):
-                    raise BadRow("unreadable", "-", found=record, expected="a record", help="Mend the file.")
+                    raise BadRow(
+                        "unreadable", "-", found=record, expected="a record", help="Mend the file."
+                    )
                 _refuse_missing(where, record, columns)
                 yield where, convert(record, columns, vocab_size=self._vocab_size), None
             except BadRow as error:
                 if not self._asked.skip_bad:
-                    raise UsageError(f"{where}: {error} --skip-bad leaves such rows out.") from error
+                    raise UsageError(
+                        f"{where}: {error} --skip-bad leaves such rows out."
+                    ) from error
                 yield where, None, error
 
     def _audit(self, rows: list[ForeignRow]) -> None:
@@ -187,13 +199,15 @@ class _Import:
         if found := shifted([self._targets(row) for row in rows]):
             other = "same" if self._asked.columns.targets_at == "next" else "next"
             raise UsageError(
-                f"{self._asked.source}: in the first {len(rows)} rows, the targets are {found}. Expected each "
-                f"position's own. Is it --targets-at {other}?"
+                f"{self._asked.source}: in the first {len(rows)} rows, the targets are {found}. "
+                f"Expected each position's own. Is it --targets-at {other}?"
             )
         left = np.concatenate([row.nothing_left for row in rows])
         refuse_renormalised(self._asked.source, left, rows=len(rows))
         tokens = sum(len(row.targets.token_logprob) for row in rows)
-        self._done.notes.append(f"audit: {len(rows)} rows of {tokens} scored tokens looked at, no shift found")
+        self._done.notes.append(
+            f"audit: {len(rows)} rows of {tokens} scored tokens looked at, no shift found"
+        )
 
     def _write(self, writers: dict[str, ShardWriter], where: str, row: ForeignRow) -> None:
         ids, start = row.token_ids, row.prompt_tokens
@@ -202,7 +216,13 @@ class _Import:
         text, completion = (self._decoded(part) for part in (ids[:start], ids[start:]))
         given = {"text": text, "completion": completion} if start else {"text": completion}
         writers["prompts"].add(
-            {"key": key, "prompt_key": prompt, "format": "completion" if start else "text", "source": where} | given
+            {
+                "key": key,
+                "prompt_key": prompt,
+                "format": "completion" if start else "text",
+                "source": where,
+            }
+            | given
         )
         reuse_key = content_key("given", author=self._author, source=key, window=0)
         generation = {
@@ -235,7 +255,12 @@ class _Import:
         columns = row.targets.columns(self._asked.mantissa_bits)
         tokens = tokens_key(row.token_ids, row.prompt_tokens)
         reuse_key = target_key(self._teacher.id, tokens)
-        how = {"mantissa_bits": self._asked.mantissa_bits, "kind": "topk", "k": columns["k"], "imported": True}
+        how = {
+            "mantissa_bits": self._asked.mantissa_bits,
+            "kind": "topk",
+            "k": columns["k"],
+            "imported": True,
+        }
         return columns | {
             "key": content_key("soft_targets_row", reuse_key=reuse_key, **how),
             "reuse_key": reuse_key,
@@ -251,31 +276,54 @@ class _Import:
 
     def _reject(self, writer: ShardWriter, where: str, error: BadRow) -> None:
         key = content_key("reject", source=self._asked.source, row=where, reason=error.reason)
-        row = {"key": key, "stage": "import", "reason": error.reason, "message": f"{where}: {error}", "attempts": 1}
+        row = {
+            "key": key,
+            "stage": "import",
+            "reason": error.reason,
+            "message": f"{where}: {error}",
+            "attempts": 1,
+        }
         writer.add(row)
         self._done.rejected[error.reason] = self._done.rejected.get(error.reason, 0) + 1
 
     def _refuse_empty(self, errors: list[BadRow]) -> None:
-        why = f"all {len(errors)} rows were rejected, the first for: {errors[0]}" if errors else "it holds no rows."
-        raise UsageError(f"{self._asked.source}: nothing to import: {why} Check the columns that you named.")
+        why = (
+            f"all {len(errors)} rows were rejected, the first for: {errors[0]}"
+            if errors
+            else "it holds no rows."
+        )
+        raise UsageError(
+            f"{self._asked.source}: nothing to import: {why} Check the columns that you named."
+        )
 
     def _finish(self) -> None:
         """Say which prompts these are, and whose; a table that was imported before says the same again."""
         done, asked = self._done, self._asked
         prompts = self._intake.prompts()
         if not prompts:
-            why = f"all {sum(done.rejected.values())} rows were rejected" if done.rejected else "it holds no rows"
-            raise UsageError(f"{asked.source}: nothing to import: {why}. Check the columns that you named.")
+            why = (
+                f"all {sum(done.rejected.values())} rows were rejected"
+                if done.rejected
+                else "it holds no rows"
+            )
+            raise UsageError(
+                f"{asked.source}: nothing to import: {why}. Check the columns that you named."
+            )
         done.holdout = min(200, prompts // 10) if asked.holdout is None else asked.holdout
         if done.holdout >= prompts:
             raise UsageError(
-                f"--holdout: {done.holdout} of {prompts} prompts leaves nothing to train on. Use fewer than {prompts}."
+                f"--holdout: {done.holdout} of {prompts} prompts leaves nothing to train on. Use "
+                f"fewer than {prompts}."
             )
         table = self._intake.table(done.holdout)
         names = {"teacher": self._teacher.id, "author": self._author}
         content = [key.hex() for key in table["key"].to_pylist()]
         data_id = content_id("inputs", imported=names, keys=content, holdout=done.holdout)
-        about = {"source": asked.source, "rejected": sum(done.rejected.values()), "format": given_format(done)}
+        about = {
+            "source": asked.source,
+            "rejected": sum(done.rejected.values()),
+            "format": given_format(done),
+        }
         self._store.put_inputs(data_id, table, about)
         unlimited = 2**31 - 1  # what is there was read
         binding = Binding(
@@ -287,7 +335,9 @@ class _Import:
             author_context_tokens=unlimited,
             imported=True,
         )
-        write_binding(self._store.files, f"bindings/{content_id('binding', imported=names)}", binding)
+        write_binding(
+            self._store.files, f"bindings/{content_id('binding', imported=names)}", binding
+        )
 
 
 _TABLES = ("prompts", "generations", "soft_targets", "rejects")
@@ -318,7 +368,9 @@ def _table_rows(file: Path, asked: Asked) -> Iterator[tuple[str, dict[str, Any]]
         if file.suffix == ".parquet":
             with pq.ParquetFile(file) as parquet:
                 known = parquet.schema_arrow.names
-                batches = parquet.iter_batches(64, columns=[name for name in names if name in known])
+                batches = parquet.iter_batches(
+                    64, columns=[name for name in names if name in known]
+                )
                 yield from _numbered(file, batches)
             return
         with pa.memory_map(str(file)) as memory:
@@ -330,7 +382,9 @@ def _table_rows(file: Path, asked: Asked) -> Iterator[tuple[str, dict[str, Any]]
 def _numbered(file: Path, batches: Iterable[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     number = 0
     for batch in batches:
-        for row in range(batch.num_rows):  # one at a time: as Python objects numbers take ten times their room
+        for row in range(
+            batch.num_rows
+        ):  # one at a time: as Python objects numbers take ten times their room
             number += 1
             yield f"{file.name}:{number}", batch.slice(row, 1).to_pylist()[0]
 
@@ -351,6 +405,7 @@ def _refuse_missing(where: str, record: dict[str, Any], columns: Columns) -> Non
     missing = [name for name in columns.named() if name not in record]
     if missing:
         raise UsageError(
-            f"{where}: no column {missing[0]!r} (found {', '.join(map(repr, record)) or 'none that was named'}). "
-            "Name the columns: --tokens, --ids, --logprobs and so on."
+            f"{where}: no column {missing[0]!r} (found "
+            f"{', '.join(map(repr, record)) or 'none that was named'}). Name the columns: "
+            "--tokens, --ids, --logprobs and so on."
         )

@@ -11,7 +11,13 @@ from tiny_jobs import scored_store
 from tiny_llama import save_tiny_llama
 from tiny_store import SilentProgress
 
-from stillroom.pipeline.cli.deep_verify import DeepReport, deep_lines, deep_verify, deeply, find_teacher
+from stillroom.pipeline.cli.deep_verify import (
+    DeepReport,
+    deep_lines,
+    deep_verify,
+    deeply,
+    find_teacher,
+)
 from stillroom.stages.audit import teacher_reader
 from stillroom.stages.audit.stored_rows import shelves
 from stillroom.storage.errors import UsageError
@@ -37,7 +43,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     folder = tmp_path_factory.mktemp("two")
     teacher = save_tiny_llama(folder / "teacher", initializer_range=0.5)
     scored_store(folder, teacher, rows=8)
-    adapted = {"model": str(teacher), "adapter": str(lora(folder / "adapter", teacher)), "dtype": "bfloat16"}
+    adapted = {
+        "model": str(teacher),
+        "adapter": str(lora(folder / "adapter", teacher)),
+        "dtype": "bfloat16",
+    }
     _, store, _ = scored_store(folder, teacher, rows=8, teacher=adapted, score={"k": 8})
     return store
 
@@ -66,13 +76,18 @@ def test_the_rows_of_the_teacher_that_is_named_are_read_and_the_others_counted(
     adapted = deep(store, adapter=str(folder_of(store) / "adapter"))
     assert plain.ok
     assert adapted.ok
-    assert (plain.teacher.dtype, adapted.teacher.dtype) == ("float32", "bfloat16"), "as the store's teacher had it"
+    assert (plain.teacher.dtype, adapted.teacher.dtype) == ("float32", "bfloat16"), (
+        "as the store's teacher had it"
+    )
     assert plain.others == {adapted.teacher.id: adapted.found.rows}
     assert adapted.others == {plain.teacher.id: plain.found.rows}
-    assert any(line == f"not read: 8 rows of the teacher {plain.teacher.id}" for line in deep_lines(adapted))
+    assert any(
+        line == f"not read: 8 rows of the teacher {plain.teacher.id}"
+        for line in deep_lines(adapted)
+    )
     assert dtypes == ["torch.float32", "torch.bfloat16"]
-    # In another batch float32 is off by some hundred roundings of eps = 1.2e-7. What bfloat16 is off by depends on the
-    # processor, and may be nothing.
+    # In another batch float32 is off by some hundred roundings of eps = 1.2e-7. What bfloat16 is
+    # off by depends on the processor, and may be nothing.
     assert plain.found.quantities["logprobs"].noise_worst < 1e-4
 
 
@@ -104,19 +119,32 @@ def test_rows_of_damaged_shards_are_left_out_and_counted(store: Store, tmp_path:
     copy = Store.open(tmp_path / "store")
     (tmp_path / "store" / copy.commits("soft_targets")[0].shard.name).write_bytes(b"damaged")
     damaged = {problem.file for problem in verify(copy).problems if problem.mend}
-    asked = deeply(str(folder_of(store) / "teacher"), adapter=str(folder_of(store) / "adapter"), dtype=None)
+    asked = deeply(
+        str(folder_of(store) / "teacher"), adapter=str(folder_of(store) / "adapter"), dtype=None
+    )
     teacher = find_teacher(store, asked)
     report = deep_verify(copy, teacher, asked, progress=SilentProgress(), damaged=damaged)
     assert report.damaged
     assert report.ok
     everything = {commit.shard.name for commit in copy.commits("soft_targets")}
-    with pytest.raises(UsageError, match=r"none of this teacher's rows can be read again.*16 of the store's are in"):
+    with pytest.raises(
+        UsageError, match=r"none of this teacher's rows can be read again.*16 of the store's are in"
+    ):
         deep_verify(copy, teacher, asked, progress=SilentProgress(), damaged=everything)
 
 
 def test_the_command_names_the_rows_and_ends_with_three(store: Store, tmp_path: Path) -> None:
     wrong = planted(store, tmp_path / "store", "shifted", consistent=True)
-    words = ["verify", wrong.root, "--deep", "--teacher", folder_of(store) / "teacher", "--rows", 6, "--json"]
+    words = [
+        "verify",
+        wrong.root,
+        "--deep",
+        "--teacher",
+        folder_of(store) / "teacher",
+        "--rows",
+        6,
+        "--json",
+    ]
     done = stillroom(*words, expect=3)
     found = last_json(done)
     assert found["problems"] == [], "each row is valid by itself"

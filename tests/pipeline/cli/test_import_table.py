@@ -31,14 +31,18 @@ from stillroom.storage.snapshots.snapshot import save_snapshot
 from stillroom.storage.store.store import Store
 from stillroom.storage.tables.soft_targets import SoftTargets
 
-COLUMNS = Columns(tokens="tokens", ids="ids", values="values", prompt_tokens="prompt", targets_at="next")
+COLUMNS = Columns(
+    tokens="tokens", ids="ids", values="values", prompt_tokens="prompt", targets_at="next"
+)
 K, ROWS = 5, 40
 Record = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_llama(tmp_path_factory.mktemp("import") / "teacher", hidden_size=32, initializer_range=0.5)
+    return save_tiny_llama(
+        tmp_path_factory.mktemp("import") / "teacher", hidden_size=32, initializer_range=0.5
+    )
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +59,9 @@ def records(teacher: Path) -> list[Record]:
                 ids.append(int(torch.multinomial(last, 1, generator=draw)))
             logprobs = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
         values, entries = logprobs.topk(K)
-        found.append({"tokens": ids, "prompt": 3, "ids": entries.tolist(), "values": values.tolist()})
+        found.append(
+            {"tokens": ids, "prompt": 3, "ids": entries.tolist(), "values": values.tolist()}
+        )
     return found
 
 
@@ -84,12 +90,31 @@ def targets(store: Store) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_a_table_becomes_a_store_that_plan_and_train_know(tmp_path: Path, teacher: Path, records: list[Record]) -> None:
+def test_a_table_becomes_a_store_that_plan_and_train_know(
+    tmp_path: Path, teacher: Path, records: list[Record]
+) -> None:
     """The real command on Parquet, the recipe that it prints, and a student trained by it."""
     pq.write_table(pa.Table.from_pylist(records), tmp_path / "table.parquet")
-    words = ("--tokens", "tokens", "--ids", "ids", "--logprobs", "values", "--prompt-tokens", "prompt")
+    words = (
+        "--tokens",
+        "tokens",
+        "--ids",
+        "ids",
+        "--logprobs",
+        "values",
+        "--prompt-tokens",
+        "prompt",
+    )
     store = tmp_path / "store"
-    source = ("import", tmp_path / "table.parquet", store, "--targets-at", "next", "--teacher", teacher)
+    source = (
+        "import",
+        tmp_path / "table.parquet",
+        store,
+        "--targets-at",
+        "next",
+        "--teacher",
+        teacher,
+    )
     done = last_json(stillroom(*source, *words, "--holdout", "4", "--json"))
     assert {name: done[name] for name in ("rows", "known", "rejected", "k")} == {
         "rows": ROWS,
@@ -98,19 +123,36 @@ def test_a_table_becomes_a_store_that_plan_and_train_know(tmp_path: Path, teache
         "k": K,
     }
     assert verify(Store.open(store)).ok
-    tree = done["recipe"] | {"run": {"dir": str(tmp_path / "run")}, "student": {"model": str(teacher)}}
-    recipe = Recipe.model_validate(tree | {"train": {"epochs": 1, "tokens_per_step": 128}, "evaluate": {"tokens": 100}})
+    tree = done["recipe"] | {
+        "run": {"dir": str(tmp_path / "run")},
+        "student": {"model": str(teacher)},
+    }
+    recipe = Recipe.model_validate(
+        tree | {"train": {"epochs": 1, "tokens_per_step": 128}, "evaluate": {"tokens": 100}}
+    )
     plan = make_plan(recipe, write=True)
     lines = {line.name: line for line in plan.stages}
     assert (lines["score"].state, lines["score"].committed) == ("done", ROWS - 0)
     assert lines["evaluate"].planned >= 1
     for snapshot in plan.snapshots.values():
         save_snapshot(Store.open(store), snapshot)
-    b, snapshots = plan.bound.binding, {split: snapshot.id for split, snapshot in plan.snapshots.items()}
+    b, snapshots = (
+        plan.bound.binding,
+        {split: snapshot.id for split, snapshot in plan.snapshots.items()},
+    )
     ids: dict[str, Any] = {"teacher_id": b.teacher_id, "data_id": b.data_id, "snapshots": snapshots}
     folder = tmp_path / "train"
-    train.run(Job(recipe=recipe, progress=SilentProgress(), stop=StopFlag(), train_dirs={"student": folder}, **ids))
-    # The student is the teacher: what it learns from agrees with what it says, but for the coarse tail.
+    train.run(
+        Job(
+            recipe=recipe,
+            progress=SilentProgress(),
+            stop=StopFlag(),
+            train_dirs={"student": folder},
+            **ids,
+        )
+    )
+    # The student is the teacher: what it learns from agrees with what it says, but for the coarse
+    # tail.
     first = json.loads((folder / "train.json").read_text())["history"][0]
     assert first["soft_loss" if "soft_loss" in first else "soft"] < 0.01
 
@@ -139,25 +181,33 @@ def test_deep_verification_compares_the_entries_of_an_imported_row(
     assert [row.fault for row in found.found.off].count("shifted by one position") >= 28
 
 
-def test_probabilities_of_the_entries_alone_are_refused(asked: Callable[..., Asked], records: list[Record]) -> None:
+def test_probabilities_of_the_entries_alone_are_refused(
+    asked: Callable[..., Asked], records: list[Record]
+) -> None:
     how = replace(COLUMNS, kind="probs")
     whole = [[np.exp(values).tolist() for values in record["values"]] for record in records]
 
     def give(rows: list[Record], *, over_entries: bool) -> Asked:
         table = asked(columns=how)
         for row, values in zip(rows, whole, strict=True):
-            row["values"] = [[p / (sum(some) if over_entries else 1) for p in some] for some in values]
+            row["values"] = [
+                [p / (sum(some) if over_entries else 1) for p in some] for some in values
+            ]
         write_jsonl(Path(table.source), rows)
         return table
 
     rows = json.loads(json.dumps(records))
-    with pytest.raises(UsageError, match=r"look renormalised over their entries.*Give the values over the whole"):
+    with pytest.raises(
+        UsageError, match=r"look renormalised over their entries.*Give the values over the whole"
+    ):
         imported(give(rows, over_entries=True))
     assert not Path(asked().store).exists()
     assert imported(give(rows, over_entries=False)).rows == ROWS
 
 
-def test_what_is_stored_is_what_the_teacher_says(asked: Callable[..., Asked], teacher: Path) -> None:
+def test_what_is_stored_is_what_the_teacher_says(
+    asked: Callable[..., Asked], teacher: Path
+) -> None:
     done = imported(asked(mantissa_bits=23))
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
     rows = targets(Store.open(asked().store))
@@ -167,7 +217,9 @@ def test_what_is_stored_is_what_the_teacher_says(asked: Callable[..., Asked], te
         found = SoftTargets.from_row(row)
         np.testing.assert_array_equal(found.ids, truth.ids)
         np.testing.assert_allclose(found.logprobs, truth.logprobs, atol=1e-5)
-        np.testing.assert_allclose(np.exp(found.tail_logprob), np.exp(truth.tail_logprob), atol=1e-5)
+        np.testing.assert_allclose(
+            np.exp(found.tail_logprob), np.exp(truth.tail_logprob), atol=1e-5
+        )
         assert (found.token_logprob >= truth.token_logprob - 1e-5).all()
         assert (found.entropy <= truth.entropy + 1e-5).all()
 
@@ -187,18 +239,25 @@ def test_the_same_table_again_adds_nothing_and_a_longer_one_its_rows(
     assert plan.stages[0].committed == ROWS + 1
 
 
-def test_shifted_targets_are_refused_before_anything_is_written(asked: Callable[..., Asked]) -> None:
-    with pytest.raises(UsageError, match=r"the targets are shifted by one position.*--targets-at next\?"):
+def test_shifted_targets_are_refused_before_anything_is_written(
+    asked: Callable[..., Asked],
+) -> None:
+    with pytest.raises(
+        UsageError, match=r"the targets are shifted by one position.*--targets-at next\?"
+    ):
         imported(asked(columns=replace(COLUMNS, targets_at="same")))
     assert not Path(asked().store).exists()
 
 
-def test_a_row_that_does_not_fit_ends_the_import_or_is_left_out(asked: Callable[..., Asked]) -> None:
+def test_a_row_that_does_not_fit_ends_the_import_or_is_left_out(
+    asked: Callable[..., Asked],
+) -> None:
     def twice(row: Record) -> None:
         row["ids"][4][1] = row["ids"][4][0]
 
     with pytest.raises(
-        UsageError, match=r"table\.jsonl:2: column ids: id \d+ twice .* expected each id once.*--skip-bad"
+        UsageError,
+        match=r"table\.jsonl:2: column ids: id \d+ twice .* expected each id once.*--skip-bad",
     ):
         imported(asked(change=twice))
     assert not Path(asked().store).exists()
@@ -213,11 +272,16 @@ def test_a_row_that_does_not_fit_ends_the_import_or_is_left_out(asked: Callable[
 
 
 def test_a_missing_column_and_a_missing_teacher_are_named(asked: Callable[..., Asked]) -> None:
-    with pytest.raises(UsageError, match=r"table\.jsonl:1: no column 'logits' \(found 'tokens', 'prompt'"):
+    with pytest.raises(
+        UsageError, match=r"table\.jsonl:1: no column 'logits' \(found 'tokens', 'prompt'"
+    ):
         imported(asked(columns=replace(COLUMNS, values="logits")))
     with pytest.raises(UsageError, match="Whose probabilities are these"):
         imported(asked(teacher=None))
-    with pytest.raises(UsageError, match="nothing to import: all 40 rows were rejected, the first for: column values"):
+    with pytest.raises(
+        UsageError,
+        match="nothing to import: all 40 rows were rejected, the first for: column values",
+    ):
         imported(asked(columns=replace(COLUMNS, kind="probs"), skip_bad=True))
     with pytest.raises(UsageError, match=r"^SOURCE: nothing to read at .*/none\.jsonl"):
         imported(replace(asked(), source="/nowhere/none.jsonl"))
@@ -226,7 +290,9 @@ def test_a_missing_column_and_a_missing_teacher_are_named(asked: Callable[..., A
         imported(asked(holdout=40))
 
 
-def test_a_teacher_without_weights_is_known_by_name_and_tokenizer(asked: Callable[..., Asked], teacher: Path) -> None:
+def test_a_teacher_without_weights_is_known_by_name_and_tokenizer(
+    asked: Callable[..., Asked], teacher: Path
+) -> None:
     one = asked(teacher=None, tokenizer=teacher, teacher_name="org/teacher-405b")
     done = imported(one)
     store = Store.open(one.store)
@@ -237,7 +303,9 @@ def test_a_teacher_without_weights_is_known_by_name_and_tokenizer(asked: Callabl
     assert other.teacher.id != done.teacher.id
 
 
-def test_arrow_files_are_read_too(asked: Callable[..., Asked], tmp_path: Path, records: list[Record]) -> None:
+def test_arrow_files_are_read_too(
+    asked: Callable[..., Asked], tmp_path: Path, records: list[Record]
+) -> None:
     one = asked()
     table = pa.Table.from_pylist(records)
     for name, write in (("stream.arrow", pa.ipc.new_stream), ("file.arrow", pa.ipc.new_file)):

@@ -64,14 +64,20 @@ def test_what_needs_no_data_loads_neither_torch_nor_arrow(tmp_path: Path) -> Non
         assert not modules_after(*arguments) & (HEAVY | {"pyarrow", "duckdb"}), arguments
 
 
-def test_plan_loads_no_torch_and_writes_nothing(tmp_path: Path, tiny_llama: Callable[..., Path]) -> None:
+def test_plan_loads_no_torch_and_writes_nothing(
+    tmp_path: Path, tiny_llama: Callable[..., Path]
+) -> None:
     source = write_jsonl(tmp_path / "p.jsonl", prompts(12))
     recipe = write_recipe(tmp_path, tiny_llama("teacher"), source)
     before = sorted(tmp_path.rglob("*"))
     assert not modules_after("plan", str(recipe)) & HEAVY
     assert sorted(tmp_path.rglob("*")) == before
     lines = last_json(stillroom("plan", recipe, "--json"))["stages"]
-    assert (lines["data"]["pending"], lines["generate"]["pending"], lines["score"]["state"]) == (12, 12, "waits")
+    assert (lines["data"]["pending"], lines["generate"]["pending"], lines["score"]["state"]) == (
+        12,
+        12,
+        "waits",
+    )
 
 
 def test_init_writes_a_recipe_once(tmp_path: Path) -> None:
@@ -82,19 +88,28 @@ def test_init_writes_a_recipe_once(tmp_path: Path) -> None:
 
 def test_init_prints_one_object(tmp_path: Path) -> None:
     lines = stillroom("init", tmp_path / "mine.yaml", "--json").stdout.splitlines()
-    assert [line for line in lines if line.startswith("{")] == [json.dumps({"recipe": str(tmp_path / "mine.yaml")})]
+    assert [line for line in lines if line.startswith("{")] == [
+        json.dumps({"recipe": str(tmp_path / "mine.yaml")})
+    ]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_outside_a_stage_is_exit_code_130_and_a_message(tmp_path: Path, number: int) -> None:
+def test_a_signal_outside_a_stage_is_exit_code_130_and_a_message(
+    tmp_path: Path, number: int
+) -> None:
     pipe = tmp_path / "recipe.yaml"
     os.mkfifo(pipe)
     process = subprocess.Popen(command("run", pipe, "--json"), stdout=-1, stderr=-1, text=True)
-    with pipe.open("w"):  # opens when the command reads; it then waits for a recipe that does not come
+    with pipe.open(
+        "w"
+    ):  # opens when the command reads; it then waits for a recipe that does not come
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err == "error: stopped by a signal; finished rows are kept. Run the same command to go on.\n"
+    assert (
+        err
+        == "error: stopped by a signal; finished rows are kept. Run the same command to go on.\n"
+    )
     assert json.loads(out)["exit_code"] == 130
 
 
@@ -103,8 +118,12 @@ def generations(root: Path, *, author: str, keys: list[bytes]) -> Store:
     from tokenizers import Tokenizer, models
 
     store = Store.open(root, create=True)
-    tokenizer = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate("abcdef")}, unk_token="a"))
-    store.put_teacher("teacher", {"tokenizer.json": tokenizer.to_str().encode(), "identity.json": b"{}"})
+    tokenizer = Tokenizer(
+        models.WordLevel({letter: i for i, letter in enumerate("abcdef")}, unk_token="a")
+    )
+    store.put_teacher(
+        "teacher", {"tokenizer.json": tokenizer.to_str().encode(), "identity.json": b"{}"}
+    )
     with store.writer("generations", about={}) as writer:
         for key in keys:
             writer.add(
@@ -129,7 +148,9 @@ def generations(root: Path, *, author: str, keys: list[bytes]) -> Store:
 
 
 def test_inspect_takes_a_unique_beginning_only(tmp_path: Path) -> None:
-    store = generations(tmp_path / "store", author="given", keys=[b"\x12" * 16, b"\x13" * 16, b"\x20" * 16])
+    store = generations(
+        tmp_path / "store", author="given", keys=[b"\x12" * 16, b"\x13" * 16, b"\x20" * 16]
+    )
     assert find_row(store, "2")["key"] == b"\x20" * 16
     assert find_row(store, "131")["key"] == b"\x13" * 16
     assert find_row(store, None)["key"] == b"\x12" * 16
@@ -139,7 +160,9 @@ def test_inspect_takes_a_unique_beginning_only(tmp_path: Path) -> None:
         find_row(store, "7")
 
 
-@pytest.mark.parametrize(("author", "tokens"), [("given", ["[1]", "[2]", "[3]"]), ("teacher", ["b", "c", "d"])])
+@pytest.mark.parametrize(
+    ("author", "tokens"), [("given", ["[1]", "[2]", "[3]"]), ("teacher", ["b", "c", "d"])]
+)
 def test_inspect_reads_tokens_with_the_rows_own_tokenizer_or_none(
     tmp_path: Path, author: str, tokens: list[str]
 ) -> None:
@@ -155,7 +178,9 @@ def test_schema_is_the_recipes_json_schema() -> None:
     assert "description" in schema["$defs"]["Train"]["properties"]["tokens_per_step"]
 
 
-@pytest.mark.parametrize("arguments", [["verify"], ["repair"], ["vacuum"], ["query", "SELECT 1"], ["inspect"]])
+@pytest.mark.parametrize(
+    "arguments", [["verify"], ["repair"], ["vacuum"], ["query", "SELECT 1"], ["inspect"]]
+)
 def test_no_store_is_a_clear_message(tmp_path: Path, arguments: list[str]) -> None:
     name, *more = arguments
     done = stillroom(name, tmp_path / "none", *more, "--json", expect=2)
@@ -168,6 +193,10 @@ def test_bad_usage_is_exit_code_2(arguments: list[str]) -> None:
     stillroom(*arguments, expect=2)
 
 
-def test_an_unknown_stage_is_refused_by_name(tmp_path: Path, tiny_llama: Callable[..., Path]) -> None:
-    recipe = write_recipe(tmp_path, tiny_llama("teacher"), write_jsonl(tmp_path / "p.jsonl", prompts(12)))
+def test_an_unknown_stage_is_refused_by_name(
+    tmp_path: Path, tiny_llama: Callable[..., Path]
+) -> None:
+    recipe = write_recipe(
+        tmp_path, tiny_llama("teacher"), write_jsonl(tmp_path / "p.jsonl", prompts(12))
+    )
     assert "no stage 'scores'" in stillroom("run", recipe, "--until", "scores", expect=2).stderr

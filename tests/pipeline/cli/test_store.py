@@ -35,14 +35,21 @@ def rows_of(store: Store) -> dict[str, dict[bytes, dict[str, Any]]]:
         for row in store.index(table, ["key"]).to_pylist():
             places.setdefault(row["shard"], []).append(row["row"])
         rows = list(store.rows(table, places))
-        plain = {r["key"]: {k: v.tobytes() if hasattr(v, "tobytes") else v for k, v in r.items()} for r in rows}
+        plain = {
+            r["key"]: {k: v.tobytes() if hasattr(v, "tobytes") else v for k, v in r.items()}
+            for r in rows
+        }
         assert len(plain) == len(rows)
         found[table] = plain
     return found
 
 
 def commits_of(files: LocalFiles, table: Any) -> list[Commit]:
-    return [record[0] for n in numbers(files, table) if (record := read_commit(files, table, n)) is not None]
+    return [
+        record[0]
+        for n in numbers(files, table)
+        if (record := read_commit(files, table, n)) is not None
+    ]
 
 
 def flip(path: Path) -> None:
@@ -56,17 +63,24 @@ def test_exactly_the_rows_of_damaged_shards_are_made_again(finished: Path) -> No
     files = LocalFiles(store.root)
     before = rows_of(store)
     commits = {table: store.commits(table) for table in ("prompts", "generations", "soft_targets")}
-    damaged = {table: random.sample(commits[table], random.randint(1, len(commits[table]))) for table in commits}
+    damaged = {
+        table: random.sample(commits[table], random.randint(1, len(commits[table])))
+        for table in commits
+    }
     for table in damaged:
         for commit in damaged[table]:
             flip(files.path(commit.shard.name))
     found = last_json(stillroom("verify", store.root, "--json", expect=3))
-    assert {p["file"] for p in found["problems"]} == {c.shard.name for t in damaged.values() for c in t}
+    assert {p["file"] for p in found["problems"]} == {
+        c.shard.name for t in damaged.values() for c in t
+    }
 
     done = last_json(stillroom("repair", store.root, "--json"))
     assert done["ok"]
     assert sorted((c["record"], c["rows"]) for c in done["withdrawn"]) == sorted(
-        (f"commits/{table}/{c.seq:08d}.json", c.shard.rows) for table in damaged for c in damaged[table]
+        (f"commits/{table}/{c.seq:08d}.json", c.shard.rows)
+        for table in damaged
+        for c in damaged[table]
     )
     assert "nothing to repair" in stillroom("repair", store.root).stdout
     last_json(stillroom("run", finished, "--until", "score", "--json"))
@@ -91,5 +105,8 @@ def test_what_cannot_be_repaired_is_said(finished: Path, tiny_llama: Callable[..
     save_snapshot(store, snapshot)
     LocalFiles(store.root).remove(commit.shard.name)
     done = stillroom("repair", store.root, "--json", expect=3)
-    assert f"LEFT      snapshots/{snapshot.id}.json: its shard {commit.shard.name} is damaged" in done.stdout
+    assert (
+        f"LEFT      snapshots/{snapshot.id}.json: its shard {commit.shard.name} is damaged"
+        in done.stdout
+    )
     assert [p["file"] for p in last_json(done)["left"]] == [f"snapshots/{snapshot.id}.json"]

@@ -12,9 +12,16 @@ from stillroom.storage.store.store import Store
 
 
 def test_a_lost_binding_leaves_no_hole_to_fall_into(tmp_path: Path) -> None:
-    recipe = Recipe.model_validate(recipe_tree(tmp_path, tmp_path / "teacher", tmp_path / "prompts"))
+    recipe = Recipe.model_validate(
+        recipe_tree(tmp_path, tmp_path / "teacher", tmp_path / "prompts")
+    )
     Store.open(tmp_path / "store", create=True)
-    ids: dict[str, Any] = {"teacher_id": "t", "author_id": "a", "vocab_size": 9, "context_tokens": 9}
+    ids: dict[str, Any] = {
+        "teacher_id": "t",
+        "author_id": "a",
+        "vocab_size": 9,
+        "context_tokens": 9,
+    }
     bindings = [Binding(**ids, author_context_tokens=9, data_id=data) for data in "xyz"]
     for binding in bindings[:2]:
         write_down(recipe, binding)

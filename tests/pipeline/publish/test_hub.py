@@ -1,7 +1,8 @@
 """Publishing to a stand-in for the Hub's HTTP interface (tests/support/hub.py), interrupted at every request.
 
-Real requests of huggingface_hub over a socket, answered by a stand-in: that the Hub itself answers so is not shown.
-Transfers go by LFS; the xet protocol, which the library prefers where the Hub offers it, is left out.
+Real requests of huggingface_hub over a socket, answered by a stand-in: that the Hub itself answers
+so is not shown. Transfers go by LFS; the xet protocol, which the library prefers where the Hub
+offers it, is left out.
 """
 
 import copy
@@ -34,7 +35,12 @@ def versions(tmp_path_factory):
     root = tmp_path_factory.mktemp("published")
     store = make_store(root / "store")
     snapshots_of(store)
-    asked = {"store": str(store.root), "license": "mit", "model_licenses": ("mit",), "source_licenses": ("mit",)}
+    asked = {
+        "store": str(store.root),
+        "license": "mit",
+        "model_licenses": ("mit",),
+        "source_licenses": ("mit",),
+    }
     choices = {"old": Choice(), "new": Choice(min_k=3)}
     return {
         name: export(Asked(**asked, choice=choice), root / name, say=silent, strict=True, repo=REPO)
@@ -101,7 +107,9 @@ def test_what_is_there_is_not_sent_again(hub, versions):
     sent, commits = hub.sent, list(hub.titles)
     send(hub, versions["old"])
     assert (hub.sent, hub.titles) == (sent, commits)
-    hub.commits.append({**hub.files, next(n for n in hub.files if n.endswith("PROVENANCE.json")): b"somebody's"})
+    hub.commits.append(
+        {**hub.files, next(n for n in hub.files if n.endswith("PROVENANCE.json")): b"somebody's"}
+    )
     hub.titles.append("somebody's")
     send(hub, versions["old"])
     assert hub.sent == sent
@@ -109,10 +117,14 @@ def test_what_is_there_is_not_sent_again(hub, versions):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_interrupted_at_every_request_and_resumed_no_reader_sees_a_mixed_version(hub, versions, when):
+def test_interrupted_at_every_request_and_resumed_no_reader_sees_a_mixed_version(
+    hub, versions, when
+):
     """`before`: the request does nothing; `after`: it does what it says, and the answer is lost."""
     send(hub, versions["old"])
-    start = copy.deepcopy({name: getattr(hub, name) for name in ("commits", "titles", "tags", "stored")})
+    start = copy.deepcopy(
+        {name: getattr(hub, name) for name in ("commits", "titles", "tags", "stored")}
+    )
     send(hub, versions["new"])
     asked, new = len(hub.requests), versions["new"].manifest.version
     assert asked > 10
@@ -147,14 +159,18 @@ def test_what_is_said_of_readers_is_what_they_see(hub, versions):
             send(hub, versions["new"])
         except StillroomError as error:
             told.append(str(error))
-    assert "what readers of the Hub saw before, if anything, they still see" in told[0], "nothing was asked yet"
+    assert "what readers of the Hub saw before, if anything, they still see" in told[0], (
+        "nothing was asked yet"
+    )
     assert "readers of the Hub see a whole version" in told[-1]
     assert not any("and nothing is published yet. " in text for text in told)
 
 
 def test_a_half_made_version_is_found_by_the_check_of_these_tests(hub, versions):
     send(hub, versions["old"])
-    files = {name: content for name, content in hub.files.items() if "soft_targets/train" not in name}
+    files = {
+        name: content for name, content in hub.files.items() if "soft_targets/train" not in name
+    }
     hub.commits.append(files)
     what_readers_see(hub)
     assert len(hub.wrong) == 1
@@ -170,7 +186,9 @@ def test_a_commit_of_somebody_else_in_between_stops_the_card(hub, versions):
             hub.titles.append("theirs")
 
     hub.after_each = intrude
-    with pytest.raises(StillroomError, match=r"commit has happened since[^$]*run the same command to go on"):
+    with pytest.raises(
+        StillroomError, match=r"commit has happened since[^$]*run the same command to go on"
+    ):
         send(hub, versions["old"])
     assert "README.md" not in hub.files
     hub.after_each = what_readers_see
@@ -229,8 +247,12 @@ def test_publish_goes_by_a_folder_in_the_cache(hub, tmp_path, monkeypatch):
     assert publish(asked, f"hf://datasets/{REPO}", say=silent)["built"] is False
 
 
-@pytest.mark.parametrize("place", ["hf://models/user/name", "s3://bucket/name", "hf://datasets/name"])
+@pytest.mark.parametrize(
+    "place", ["hf://models/user/name", "s3://bucket/name", "hf://datasets/name"]
+)
 def test_other_places_are_refused(tmp_path, place):
-    asked = Asked(store=str(tmp_path), license="mit", model_licenses=("mit",), source_licenses=("mit",))
+    asked = Asked(
+        store=str(tmp_path), license="mit", model_licenses=("mit",), source_licenses=("mit",)
+    )
     with pytest.raises(UsageError, match="hf://datasets/USER/NAME"):
         publish(asked, place, say=silent)

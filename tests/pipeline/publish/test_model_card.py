@@ -38,7 +38,10 @@ EVALUATION = {
 
 def settings(arm="student", **sections):
     tree = recipe_tree(
-        Path("/home/somebody"), Path("/home/somebody/big-8b"), Path("/home/somebody/prompts.jsonl"), **sections
+        Path("/home/somebody"),
+        Path("/home/somebody/big-8b"),
+        Path("/home/somebody/prompts.jsonl"),
+        **sections,
     )
     return {"recipe": Recipe(**tree).model_dump(mode="json"), "arm": arm, "teacher_id": "t" * 32}
 
@@ -76,7 +79,9 @@ def test_datasets_are_those_of_the_hub():
 
 def test_it_says_what_came_of_it_and_how_without_the_machines_folders():
     card = student_card(settings(), TRAINED, EVALUATION)
-    assert "**The distilled student is 1.000 nats closer to the teacher than before training" in card
+    assert (
+        "**The distilled student is 1.000 nats closer to the teacher than before training" in card
+    )
     assert re.search(r"^\| student \(distilled\) \| 2\.5000 \| .*0\.2500", card, flags=re.MULTILINE)
     assert "On 500 tokens of 20 held-out prompts" in card
     assert "/home/somebody" not in card

@@ -44,7 +44,14 @@ def store(tmp_path_factory):
 def folder(store, tmp_path_factory):
     """Exported by the real command."""
     folder = tmp_path_factory.mktemp("exported") / "targets"
-    words = ("--license", "cc-by-4.0", "--teacher-license", "apache-2.0", "--source-license", "prompts.jsonl=mit")
+    words = (
+        "--license",
+        "cc-by-4.0",
+        "--teacher-license",
+        "apache-2.0",
+        "--source-license",
+        "prompts.jsonl=mit",
+    )
     more = ("--language", "en", "--teacher", "org/teacher-8b", "--name", "Words", "--json")
     done = last_json(stillroom("export", store.root, folder, *words, *more))
     assert done["rows"] == {"generations": {"train": TRAIN, "test": HELD_OUT}} | {
@@ -57,7 +64,8 @@ def asked(store, **more):
     return Asked(store=str(store.root), **{**GIVEN, **more})
 
 
-# Without `site` no .pth file is read, so the editable install is not there: the libraries are, Stillroom is not.
+# Without `site` no .pth file is read, so the editable install is not there: the libraries are,
+# Stillroom is not.
 WITHOUT_STILLROOM = """
 import sys
 sys.path += {packages!r}
@@ -112,14 +120,23 @@ def test_others_load_it_without_stillroom_by_the_code_of_its_card(folder, store,
     assert found["texts"] == found["named"]
     expected = store.index("soft_targets", ["key"])["key"].to_pylist()[:TRAIN]
     assert found["keys"] == found["polars"] == [key.hex() for key in expected]
-    row = next(iter(store.rows("soft_targets", {store.commits("soft_targets")[0].shard.sha256: [3]})))
+    row = next(
+        iter(store.rows("soft_targets", {store.commits("soft_targets")[0].shard.sha256: [3]}))
+    )
     np.testing.assert_array_equal(np.float32(found["logprobs"]), row["logprobs"])
     assert found["features"]["logprobs"] == "List(Value('float32'))"
-    first = next(iter(store.rows("soft_targets", {store.commits("soft_targets")[0].shard.sha256: [0]})))
+    first = next(
+        iter(store.rows("soft_targets", {store.commits("soft_targets")[0].shard.sha256: [0]}))
+    )
     assert found["shape"] == [first["span_tokens"], first["k"]]
     # The student of the card is uniform: its mass in K of V entries is K / V.
-    logprobs, tail = first["logprobs"].reshape(found["shape"]).astype(float), first["tail_logprob"].astype(float)
-    uniform = (np.exp(logprobs) * (logprobs + np.log(50))).sum(1) + np.exp(tail) * (tail - np.log(1 - 6 / 50))
+    logprobs, tail = (
+        first["logprobs"].reshape(found["shape"]).astype(float),
+        first["tail_logprob"].astype(float),
+    )
+    uniform = (np.exp(logprobs) * (logprobs + np.log(50))).sum(1) + np.exp(tail) * (
+        tail - np.log(1 - 6 / 50)
+    )
     np.testing.assert_allclose(found["kl"], uniform, rtol=1e-4, atol=1e-5)
 
 
@@ -128,7 +145,9 @@ class TestCard:
         """The held-out split is `full`: no ids, no tail."""
         import pyarrow.parquet as pq
 
-        block = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)[2]
+        block = re.findall(
+            r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL
+        )[2]
         (path,) = folder.glob("v-*/soft_targets/test-*.parquet")
         names = {"targets": pq.read_table(path).to_pylist()}
         assert names["targets"][0]["ids"] is None
@@ -140,18 +159,29 @@ class TestCard:
     def test_it_says_what_a_stranger_asks(self, folder):
         text = (folder / "README.md").read_text()
         for said in (
-            "Rows of kind `full` (all of `test`) are whole distributions: `ids` is null, `logprobs` has `k` = 50 ",
+            (
+                "Rows of kind `full` (all of `test`) are whole distributions: `ids` is null, "
+                "`logprobs` has `k` = 50 "
+            ),
             "Temperatures at which a student can be trained on train: 1.",
             "Temperatures at which a student can be trained on test: any.",
-            "`messages` became the first `prompt_tokens` ids by the chat template, with `add_generation_prompt`",
+            (
+                "`messages` became the first `prompt_tokens` ids by the chat template, with "
+                "`add_generation_prompt`"
+            ),
             f"/teachers/{TEACHER}/`",
             'print(texts[0]["key"].hex())',
         ):
             assert said in text
-        assert not re.search(r"^\|.*\|  \|.*\n\| ?---", text, flags=re.MULTILINE)  # every column of a table has a name
+        assert not re.search(
+            r"^\|.*\|  \|.*\n\| ?---", text, flags=re.MULTILINE
+        )  # every column of a table has a name
 
     def test_the_hubs_own_classes_read_it_back(self, folder):
-        """Offline: parsed, and written again. The Hub's `validate` asks its server, see test_publish_hub.py."""
+        """Offline: parsed, and written again.
+
+        The Hub's `validate` asks its server, see test_publish_hub.py.
+        """
         from datasets.info import DatasetInfosDict
         from datasets.utils.metadata import MetadataConfigs
         from huggingface_hub import DatasetCard, DatasetCardData, metadata_load
@@ -161,7 +191,11 @@ class TestCard:
         assert DatasetCardData(**data).to_dict() == data
         card = DatasetCard.load(path)
         assert str(card) == path.read_text()
-        assert (data["license"], data["language"], data["pretty_name"]) == ("cc-by-4.0", ["en"], "Words")
+        assert (data["license"], data["language"], data["pretty_name"]) == (
+            "cc-by-4.0",
+            ["en"],
+            "Words",
+        )
         assert data["size_categories"] == ["n<1K"]
         assert "knowledge-distillation" in data["tags"]
         configs = MetadataConfigs.from_dataset_card_data(card.data)
@@ -174,14 +208,18 @@ class TestCard:
                 "test": HELD_OUT,
             }
             assert info.dataset_size == sum(split.num_bytes for split in info.splits.values())
-            assert info.download_size == sum(p.stat().st_size for p in folder.glob(f"v-*/{config}/*.parquet"))
+            assert info.download_size == sum(
+                p.stat().st_size for p in folder.glob(f"v-*/{config}/*.parquet")
+            )
 
     def test_it_says_what_each_column_is_and_where_it_comes_from(self, folder):
         text = (folder / "README.md").read_text()
         manifest = read_manifest(LocalFiles(folder))
         for facts in manifest.tables.values():
             for name in facts["columns"]:
-                assert re.search(rf"^\| `{name}` \| `[^`]+` \| .+ \|$", text, flags=re.MULTILINE), name
+                assert re.search(rf"^\| `{name}` \| `[^`]+` \| .+ \|$", text, flags=re.MULTILINE), (
+                    name
+                )
         for said in (
             "`org/teacher-8b`",
             "| `prompts.jsonl` | `mit` | 24 |",
@@ -202,13 +240,23 @@ class TestCard:
 
     def test_configs_keep_all_but_paths(self, folder):
         (path,) = folder.glob("v-*/teachers/*/tokenizer_config.json")
-        expected = {"tokenizer_file": "tokenizer.json", "parts": [{"name_or_path": "m"}], "name_or_path": None}
+        expected = {
+            "tokenizer_file": "tokenizer.json",
+            "parts": [{"name_or_path": "m"}],
+            "name_or_path": None,
+        }
         assert json.loads(path.read_text()) == expected
 
     def test_paths_are_cut_to_names(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         (tmp_path / "data" / "texts").mkdir(parents=True)
-        names = ("org/model-8b", "/home/me/model", "data/texts", "hf://datasets/a/b", "prompts.jsonl")
+        names = (
+            "org/model-8b",
+            "/home/me/model",
+            "data/texts",
+            "hf://datasets/a/b",
+            "prompts.jsonl",
+        )
         assert [public_name(n) for n in names] == [
             "org/model-8b",
             "model",
@@ -223,13 +271,21 @@ class TestCard:
             "run": {"dir": "/a/b", "seed": 0},
             "storage": {"dir": "s", "sources": ["/x/y"]},
             "teacher": {"model": "/m/t"},
-            "generate": {"engine_args": {"download_dir": "/home/me/cache", "more": ["~/x"], "max_num_seqs": 4}},
+            "generate": {
+                "engine_args": {
+                    "download_dir": "/home/me/cache",
+                    "more": ["~/x"],
+                    "max_num_seqs": 4,
+                }
+            },
         }
         assert public_recipe(recipe) == {
             "run": {"dir": "b", "seed": 0},
             "storage": {"dir": "s", "sources": ["y"]},
             "teacher": {"model": "t"},
-            "generate": {"engine_args": {"download_dir": "cache", "more": ["x"], "max_num_seqs": 4}},
+            "generate": {
+                "engine_args": {"download_dir": "cache", "more": ["x"], "max_num_seqs": 4}
+            },
         }
 
 
@@ -252,9 +308,24 @@ class TestOtherRows:
     def classified(self, index):
         row = samples.target_row(index, kind="full")
         tokens, logprobs = row["token_ids"], np.log(np.float32([0.5, 0.25, 0.25]))
-        one = {"span_start": len(tokens) - 1, "span_tokens": 1, "k": 3, "logprobs": logprobs, "label": index % 3}
-        floats = {"tail_logprob": [-np.inf], "token_logprob": logprobs[[index % 3]], "entropy": [1.04]}
-        return row | one | {name: np.float32(value) for name, value in floats.items()} | {"kept_mass": 1.0}
+        one = {
+            "span_start": len(tokens) - 1,
+            "span_tokens": 1,
+            "k": 3,
+            "logprobs": logprobs,
+            "label": index % 3,
+        }
+        floats = {
+            "tail_logprob": [-np.inf],
+            "token_logprob": logprobs[[index % 3]],
+            "entropy": [1.04],
+        }
+        return (
+            row
+            | one
+            | {name: np.float32(value) for name, value in floats.items()}
+            | {"kept_mass": 1.0}
+        )
 
     ABOUT = samples.ABOUT | {"head": "classes", "class_names": ["bad", "fair", "good"]}
 
@@ -264,13 +335,23 @@ class TestOtherRows:
         done = self.exported(tmp_path, "soft_targets", map(self.classified, range(6)), self.ABOUT)
         assert "the distribution over the classes of each text" in done.card
         assert "metadata: `bad`, `fair`, `good`" in done.card
-        assert re.search(r"^\| `bad` \| 1\.04\d \| 0\.00 % \| `bad` 0\.500, ", done.card, flags=re.MULTILINE)
+        assert re.search(
+            r"^\| `bad` \| 1\.04\d \| 0\.00 % \| `bad` 0\.500, ", done.card, flags=re.MULTILINE
+        )
         assert "import torch" not in done.card
-        assert metadata_load(tmp_path / "out" / "README.md")["task_categories"] == ["text-classification"]
+        assert metadata_load(tmp_path / "out" / "README.md")["task_categories"] == [
+            "text-classification"
+        ]
 
     def test_targets_over_classes_cannot_be_cut(self, tmp_path):
         with pytest.raises(UsageError, match="targets over classes are whole"):
-            self.exported(tmp_path, "soft_targets", map(self.classified, range(6)), self.ABOUT, choice=Choice(min_k=2))
+            self.exported(
+                tmp_path,
+                "soft_targets",
+                map(self.classified, range(6)),
+                self.ABOUT,
+                choice=Choice(min_k=2),
+            )
 
     def test_text_that_no_model_wrote_is_not_called_its_work(self, tmp_path):
         from huggingface_hub import metadata_load
@@ -287,10 +368,16 @@ class TestOtherRows:
     def test_text_alone_is_one_config(self, tmp_path):
         done = self.exported(tmp_path, "generations", (), {})
         assert list(done.manifest.tables) == ["generations"]
-        assert done.manifest.splits["train"].scored_tokens == sum(3 + index % 5 for index in range(6))
+        assert done.manifest.splits["train"].scored_tokens == sum(
+            3 + index % 5 for index in range(6)
+        )
         assert "soft_targets" not in done.card.split("# Out")[1]
         with pytest.raises(UsageError, match="--min-k: nothing was scored"):
-            export(asked(Store.open(tmp_path / "store"), choice=Choice(min_k=2)), tmp_path / "out", say=silent)
+            export(
+                asked(Store.open(tmp_path / "store"), choice=Choice(min_k=2)),
+                tmp_path / "out",
+                say=silent,
+            )
         assert current_version(done.card) == done.manifest.version
 
 
@@ -312,33 +399,49 @@ class TestLicenses:
 
     @pytest.mark.parametrize("license_id", ["Apache 2.0", "MIT", "CC BY"])
     def test_an_id_is_spelt_as_on_the_hub(self, store, tmp_path, license_id):
-        with pytest.raises(UsageError, match=r"not an id as the Hub spells it\. Did you mean (apache-2\.0|mit|cc-by)"):
+        with pytest.raises(
+            UsageError,
+            match=r"not an id as the Hub spells it\. Did you mean (apache-2\.0|mit|cc-by)",
+        ):
             export(asked(store, license=license_id), tmp_path / "out", say=silent)
 
     def test_an_export_without_the_others_warns_its_readers(self, store, tmp_path):
-        done = export(asked(store, model_licenses=(), source_licenses=()), tmp_path / "out", say=silent)
+        done = export(
+            asked(store, model_licenses=(), source_licenses=()), tmp_path / "out", say=silent
+        )
         said = f"Licences not stated: of the model LlamaForCausalLM (`{TEACHER[:8]}`); of the prompts' source"
         assert f"> **{said} `prompts.jsonl`." in done.card
         half = export(asked(store, source_licenses=()), tmp_path / "my-words_2", say=silent).card
         assert "Licences not stated: of the prompts' source `prompts.jsonl`. Find" in half
         assert "\n# My words 2\n" in half
-        provenance = json.loads((tmp_path / "out" / done.manifest.version / "PROVENANCE.json").read_text())
+        provenance = json.loads(
+            (tmp_path / "out" / done.manifest.version / "PROVENANCE.json").read_text()
+        )
         assert provenance["models"][TEACHER]["license"] == "unknown"
 
     def test_a_source_that_is_none_is_refused(self, store, tmp_path):
         with pytest.raises(UsageError, match=r"no source prompt\.jsonl. It has: prompts\.jsonl"):
-            export(asked(store, source_licenses=("prompt.jsonl=mit",)), tmp_path / "out", say=silent)
+            export(
+                asked(store, source_licenses=("prompt.jsonl=mit",)), tmp_path / "out", say=silent
+            )
 
     @pytest.mark.parametrize("strict", [True, False])
     def test_a_model_that_is_none_is_refused(self, store, tmp_path, strict):
         with pytest.raises(UsageError, match=f"deadbeef: no such model.*{TEACHER}"):
-            export(asked(store, model_licenses=("deadbeef=mit", "mit")), tmp_path / "out", say=silent, strict=strict)
+            export(
+                asked(store, model_licenses=("deadbeef=mit", "mit")),
+                tmp_path / "out",
+                say=silent,
+                strict=strict,
+            )
         assert list(tmp_path.glob("out/v-*")) == []
 
     def test_publishing_asks_for_each_not_for_one(self, store, tmp_path):
         both = make_store(tmp_path / "store")
         snapshots_of(both)
-        both.put_inputs("e" * 32, both.inputs("d" * 32), {"source": "/x/more.jsonl", "format": "messages"})
+        both.put_inputs(
+            "e" * 32, both.inputs("d" * 32), {"source": "/x/more.jsonl", "format": "messages"}
+        )
         given = asked(both, source_licenses=("prompts.jsonl=mit",))
         with pytest.raises(UsageError, match=r"--source-license more\.jsonl=ID"):
             publish(given, str(tmp_path / "out"), say=silent)
@@ -346,22 +449,37 @@ class TestLicenses:
         export(given, tmp_path / "out", say=silent)  # warns its readers
         with pytest.raises(UsageError, match=r"--source-license more\.jsonl=ID"):
             publish(given, str(tmp_path / "out"), say=silent)
-        publish(asked(both, source_licenses=("prompts.jsonl=mit", "unknown")), str(tmp_path / "out"), say=silent)
+        publish(
+            asked(both, source_licenses=("prompts.jsonl=mit", "unknown")),
+            str(tmp_path / "out"),
+            say=silent,
+        )
 
     def test_two_files_of_one_name_are_counted_both(self, tmp_path):
         two = Store.open(make_store(tmp_path / "store").root)
         snapshots_of(two)
         inputs = two.inputs("d" * 32)
-        two.put_inputs("e" * 32, inputs.slice(0, 10), {"source": "/other/prompts.jsonl", "format": "messages"})
-        two.put_inputs("f" * 32, inputs.slice(0, 5), {"source": "/other/prompts.jsonl", "format": "messages"})
+        two.put_inputs(
+            "e" * 32, inputs.slice(0, 10), {"source": "/other/prompts.jsonl", "format": "messages"}
+        )
+        two.put_inputs(
+            "f" * 32, inputs.slice(0, 5), {"source": "/other/prompts.jsonl", "format": "messages"}
+        )
         done = export(asked(two), tmp_path / "out", say=silent)
-        provenance = json.loads((tmp_path / "out" / done.manifest.version / "PROVENANCE.json").read_text())
+        provenance = json.loads(
+            (tmp_path / "out" / done.manifest.version / "PROVENANCE.json").read_text()
+        )
         assert [source["prompts"] for source in provenance["sources"]] == [ROWS + 10]
 
     def test_models_and_sources_have_their_own(self, store, tmp_path):
-        given = {"model_licenses": ("other", f"{TEACHER[:6]}=llama3.1"), "source_licenses": ("prompts.jsonl=odc-by",)}
+        given = {
+            "model_licenses": ("other", f"{TEACHER[:6]}=llama3.1"),
+            "source_licenses": ("prompts.jsonl=odc-by",),
+        }
         done = export(asked(store, **given), tmp_path / "out", say=silent)
-        provenance = json.loads((tmp_path / "out" / done.manifest.version / "PROVENANCE.json").read_text())
+        provenance = json.loads(
+            (tmp_path / "out" / done.manifest.version / "PROVENANCE.json").read_text()
+        )
         assert provenance["models"][TEACHER]["license"] == "llama3.1"
         assert provenance["sources"] == [
             {"name": "prompts.jsonl", "format": "messages", "prompts": ROWS, "license": "odc-by"}
@@ -375,7 +493,9 @@ class TestFolder:
         before = {path: path.read_bytes() for path in (out / first).rglob("*") if path.is_file()}
         second = export(asked(store, name="two"), out, say=silent).manifest.version
         assert first != second
-        assert {path: path.read_bytes() for path in (out / first).rglob("*") if path.is_file()} == before
+        assert {
+            path: path.read_bytes() for path in (out / first).rglob("*") if path.is_file()
+        } == before
 
     @pytest.mark.parametrize(
         ("choice", "message"),
@@ -393,13 +513,19 @@ class TestFolder:
         assert "columns" not in choice or said == []
 
     def test_columns_of_no_name_are_refused(self, store, tmp_path):
-        done = stillroom("export", store.root, tmp_path / "out", "--license", "mit", "--columns", "", expect=2)
+        done = stillroom(
+            "export", store.root, tmp_path / "out", "--license", "mit", "--columns", "", expect=2
+        )
         assert "--columns: names no column" in done.stderr
         assert not (tmp_path / "out").exists()
 
     def test_it_says_how_many_rows_stay_at_home(self, store, tmp_path):
         said: list[str] = []
-        done = export(asked(store, choice=Choice(where="completion_tokens < 5")), tmp_path / "out", say=said.append)
+        done = export(
+            asked(store, choice=Choice(where="completion_tokens < 5")),
+            tmp_path / "out",
+            say=said.append,
+        )
         rows = done.manifest.splits["train"].rows
         assert 0 < rows < TRAIN
         assert f"train: {rows} of {TRAIN} rows" in said
@@ -409,13 +535,19 @@ class TestFolder:
         before = {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in (tmp_path / "out").rglob("*")}
         again = export(asked(store), tmp_path / "out", say=silent)
         assert (first.built, again.built) == (True, False)
-        assert {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in (tmp_path / "out").rglob("*")} == before
+        assert {
+            p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in (tmp_path / "out").rglob("*")
+        } == before
 
     def test_two_folders_have_the_same_bytes(self, store, tmp_path):
         for name in ("one", "two"):
             export(asked(store, name="same"), tmp_path / name, say=silent)
         files = [
-            {p.relative_to(tmp_path / n): p.read_bytes() for p in (tmp_path / n).rglob("*") if p.is_file()}
+            {
+                p.relative_to(tmp_path / n): p.read_bytes()
+                for p in (tmp_path / n).rglob("*")
+                if p.is_file()
+            }
             for n in ("one", "two")
         ]
         assert files[0] == files[1]
@@ -477,7 +609,9 @@ class TestFolder:
         }
         (run / "settings.json").write_text(json.dumps({"recipe": recipe}))
         done = export(asked(store, run=tmp_path / "run"), tmp_path / "out", say=silent)
-        provenance = json.loads((tmp_path / "out" / done.manifest.version / "PROVENANCE.json").read_text())
+        provenance = json.loads(
+            (tmp_path / "out" / done.manifest.version / "PROVENANCE.json").read_text()
+        )
         assert provenance["recipe"] == {
             "teacher": {"model": "big"},
             "data": {"source": "prompts.jsonl"},
@@ -583,5 +717,13 @@ def test_interrupted_at_every_step_a_reader_sees_the_old_version_or_the_new_and_
 
 def test_help_names_units_and_defaults():
     text = " ".join(stillroom("publish", "--help").stdout.split())
-    for said in ("hf://datasets/USER/NAME", "--license", "--min-k", "--where", "--columns", "[all]", "[as stored]"):
+    for said in (
+        "hf://datasets/USER/NAME",
+        "--license",
+        "--min-k",
+        "--where",
+        "--columns",
+        "[all]",
+        "[as stored]",
+    ):
         assert said in text

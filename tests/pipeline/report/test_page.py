@@ -22,7 +22,12 @@ from stillroom.pipeline.report.report import COMPARISON, load_report, page, show
 from stillroom.storage.errors import UsageError
 
 CHROMIUM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+    (
+        found
+        for name in ("chromium", "chromium-browser", "google-chrome")
+        if (found := shutil.which(name))
+    ),
+    None,
 )
 LIMIT = 3_000_000
 
@@ -34,7 +39,13 @@ def whole() -> dict[str, Any]:
 
 def clocked() -> dict[str, Any]:
     facts = deepcopy(reports.facts())
-    facts["stages"]["train"]["clock"] = {"start": 4.5, "model": 300.25, "tokenizer": 0.0, "disk": 12.5, "other": 3.0}
+    facts["stages"]["train"]["clock"] = {
+        "start": 4.5,
+        "model": 300.25,
+        "tokenizer": 0.0,
+        "disk": 12.5,
+        "other": 3.0,
+    }
     facts["stages"]["generate"] |= {"commits": {"number": 2, "first": 0, "last": 1}, "clock": None}
     return facts
 
@@ -60,7 +71,9 @@ class Parsed(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         named = dict(attrs)
         self.ids += [i] if (i := named.get("id")) else []
-        self.addresses += [str(v) for n, v in named.items() if n in ("src", "href", "xlink:href", "data", "action")]
+        self.addresses += [
+            str(v) for n, v in named.items() if n in ("src", "href", "xlink:href", "data", "action")
+        ]
         if tag == "table":
             self.tables.append([])
         elif tag == "tr":
@@ -101,11 +114,14 @@ def tables(content: Any) -> list[Table]:
     return found
 
 
-def test_every_cell_of_the_page_is_a_cell_of_the_markdown_and_each_result_the_json_s(run: Path) -> None:
+def test_every_cell_of_the_page_is_a_cell_of_the_markdown_and_each_result_the_json_s(
+    run: Path,
+) -> None:
     parsed = Parsed((run / "report.html").read_text())
     markdown = (run / "report.md").read_text()
     plain = [
-        [[re.sub(r"[`*]", "", cell) for cell in row] for row in t.rows] for t in tables(page(load_report(run)).sections)
+        [[re.sub(r"[`*]", "", cell) for cell in row] for row in t.rows]
+        for t in tables(page(load_report(run)).sections)
     ]
     drawn = [[row for row in rows if row] for rows in parsed.tables]
     assert [rows[-len(p) :] for rows, p in zip(drawn, plain, strict=True)] == plain
@@ -113,7 +129,9 @@ def test_every_cell_of_the_page_is_a_cell_of_the_markdown_and_each_result_the_js
         for row in table.rows:
             assert "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" in markdown
     results = json.loads((run / "report.json").read_text())["evaluation"]["results"]
-    for row, name in zip(parsed.tables[0][1:], ("teacher", "student_before", "baseline", "student"), strict=True):
+    for row, name in zip(
+        parsed.tables[0][1:], ("teacher", "student_before", "baseline", "student"), strict=True
+    ):
         shown = [float(re.sub(r"[,%]|±.*", "", cell)) for cell in row[1:]]
         measures = ("cross_entropy", "kl_teacher", "acceptance", "top1_agreement", "ece")
         expected = [results[name][m] * (1 if m in measures[:2] else 100) for m in measures]
@@ -131,10 +149,14 @@ def test_what_a_token_s_box_shows_are_the_numbers_of_the_json(run: Path) -> None
             assert list(token["v"]) == ["student", "baseline", "student_before"]
             for arm, party in row["arms"].items():
                 assert float(token["said"][arm]["kl"]) == pytest.approx(party["kl"][n], abs=5.1e-4)
-                assert float(token["said"][arm]["p"]) == pytest.approx(party["token"][n], abs=5.1e-4)
+                assert float(token["said"][arm]["p"]) == pytest.approx(
+                    party["token"][n], abs=5.1e-4
+                )
             for party in ("teacher", "student"):
                 best = row["teacher"] if party == "teacher" else row["arms"][party]
-                assert [text for text, *_ in token["said"][party]["best"]] == [NASTY[i] for i in best["ids"][n]]
+                assert [text for text, *_ in token["said"][party]["best"]] == [
+                    NASTY[i] for i in best["ids"][n]
+                ]
                 assert [float(p) for _, p, _ in token["said"][party]["best"]] == pytest.approx(
                     best["probabilities"][n], abs=5.1e-4
                 )
@@ -159,9 +181,17 @@ def test_every_colour_that_is_drawn_with_is_given_in_light_and_in_dark(run: Path
     text = (run / "report.html").read_text()
     used = set(re.findall(r"var\(--([\w-]+)\)", text)) - {"sans", "mono", "v", "p", "c", ""}
     light, dark = (
-        set(re.findall(r"--([\w-]+):", part)) for part in re.findall(r":root \{(.*?)\}", text, re.DOTALL)[:2]
+        set(re.findall(r"--([\w-]+):", part))
+        for part in re.findall(r":root \{(.*?)\}", text, re.DOTALL)[:2]
     )
-    assert {f"run-{n}" for n in range(6)} | {"start", "model", "disk", "student", "hot", "edge"} <= used | light
+    assert {f"run-{n}" for n in range(6)} | {
+        "start",
+        "model",
+        "disk",
+        "student",
+        "hot",
+        "edge",
+    } <= used | light
     assert used <= light | {"sans", "mono"}
     assert used - dark <= {"sans", "mono"}
     assert not re.search(r"#0000[0-9a-f]{2}\b", text), "a colour that stands for a variable is left"
@@ -188,10 +218,14 @@ def test_text_in_drawings_is_text_and_each_has_a_name(run: Path) -> None:
     assert all('role="img"' in drawing for drawing in drawings)
 
 
-def headings(evaluation: dict[str, Any], recipe: dict[str, Any], folder: Path, facts: dict[str, Any]) -> list[str]:
+def headings(
+    evaluation: dict[str, Any], recipe: dict[str, Any], folder: Path, facts: dict[str, Any]
+) -> list[str]:
     text = (finished(folder, evaluation, facts, recipe) / "report.html").read_text()
     assert "<svg" not in text or "NaN" not in text
-    assert not re.search(r"<(figure|ul|table|tbody|div class=\"figures\")[^>]*>\s*</", text), "an empty frame"
+    assert not re.search(r"<(figure|ul|table|tbody|div class=\"figures\")[^>]*>\s*</", text), (
+        "an empty frame"
+    )
     return Parsed(text).headings[1:]
 
 
@@ -238,7 +272,14 @@ def test_texts_that_are_classified_have_their_own_page(tmp_path: Path) -> None:
     evaluation["measured_on"]["of"] = "texts"
     evaluation["views"] = {name: reports.views()[name] for name in ("lengths", "entropy")}
     found = headings(evaluation, RECIPE, tmp_path / "run", {})
-    assert found == ["Results", "What was run", "Training", "Calibration", "The held-out text", "Provenance"]
+    assert found == [
+        "Results",
+        "What was run",
+        "Training",
+        "Calibration",
+        "The held-out text",
+        "Provenance",
+    ]
 
 
 def test_a_report_of_before_has_a_page_too(tmp_path: Path) -> None:
@@ -250,10 +291,14 @@ def test_a_report_of_before_has_a_page_too(tmp_path: Path) -> None:
     assert Parsed(target.read_text()).headings[1] == "Results"
 
 
-def test_a_comparison_lies_where_it_is_asked_for_else_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_comparison_lies_where_it_is_asked_for_else_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     first = finished(tmp_path / "one", whole(), {})
-    second = finished(tmp_path / "two", whole(), {}, RECIPE | {"score": {"targets": "topk", "k": 8}})
+    second = finished(
+        tmp_path / "two", whole(), {}, RECIPE | {"score": {"targets": "topk", "k": 8}}
+    )
     _, target, found = show([first, second], None)
     assert target == COMPARISON
     assert found["page"] == "comparison.html"
@@ -261,7 +306,13 @@ def test_a_comparison_lies_where_it_is_asked_for_else_here(tmp_path: Path, monke
     assert drawn.headings == ["Comparison", "What differs", "Results", "Curves of the students"]
     assert drawn.tables[0][1] == ["score.k", "64", "8"]
     names = re.findall(r"<title>(.*?)</title>", (tmp_path / "comparison.html").read_text())[1:]
-    assert names == ["Loss", "Divergence", "Cross-entropy", "Learning rate", "KL to the teacher by position"]
+    assert names == [
+        "Loss",
+        "Divergence",
+        "Cross-entropy",
+        "Learning rate",
+        "KL to the teacher by position",
+    ]
     with pytest.raises(UsageError, match=r"is a folder\. Name a file with --out"):
         show([first, second], tmp_path)
 
@@ -272,7 +323,9 @@ def test_losses_of_classifiers_are_per_text_in_a_comparison_too(tmp_path: Path) 
     for arm in evaluation["results"].values():
         arm["accuracy"] = 0.9
     first = finished(tmp_path / "one", deepcopy(evaluation), {})
-    second = finished(tmp_path / "two", evaluation, {}, RECIPE | {"score": {"targets": "topk", "k": 8}})
+    second = finished(
+        tmp_path / "two", evaluation, {}, RECIPE | {"score": {"targets": "topk", "k": 8}}
+    )
     show([first, second], tmp_path / "both.html")
     drawn = (tmp_path / "both.html").read_text()
     assert ">nats/text<" in drawn
@@ -288,14 +341,17 @@ def test_the_mass_that_topp_keeps_is_called_as_in_the_recipe(tmp_path: Path) -> 
 
 
 def test_a_name_in_code_may_break_after_a_dot_and_marks_are_escaped() -> None:
-    drawn = report_html.page(Page("a <b>", [], [Section("S", [Table(["", ""], [["`x.y_z`", "1 < 2 & **so**"]])])]))
+    drawn = report_html.page(
+        Page("a <b>", [], [Section("S", [Table(["", ""], [["`x.y_z`", "1 < 2 & **so**"]])])])
+    )
     assert "<code>x.<wbr>y_<wbr>z</code>" in drawn
     assert "1 &lt; 2 &amp; <strong>so</strong>" in drawn
     assert "<title>a &lt;b&gt;</title>" in drawn
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0, "0"), (200_000, "200k"), (1.5e6, "1.5M"), (2e9, "2G"), (0.0005, "5e-4"), (0.25, "0.25")]
+    ("value", "text"),
+    [(0, "0"), (200_000, "200k"), (1.5e6, "1.5M"), (2e9, "2G"), (0.0005, "5e-4"), (0.25, "0.25")],
 )
 def test_numbers_on_axes_are_short(value: float, text: str) -> None:
     assert plots.short(value) == text
@@ -323,7 +379,9 @@ addEventListener("load", () => {
 </script></body>"""
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: the page is not drawn by a browser")
+@pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium is installed: the page is not drawn by a browser"
+)
 def test_a_browser_draws_it_on_a_phone_without_an_error(run: Path, tmp_path: Path) -> None:
     text = (run / "report.html").read_text().replace("</body>", LOOK)
     probe = tmp_path / "probe.html"
@@ -337,12 +395,17 @@ def test_a_browser_draws_it_on_a_phone_without_an_error(run: Path, tmp_path: Pat
     ]
     profile = f"--user-data-dir={tmp_path / 'profile'}"
     done = subprocess.run(
-        [str(CHROMIUM), *options, profile, "--dump-dom", probe.as_uri()], capture_output=True, text=True, timeout=120
+        [str(CHROMIUM), *options, profile, "--dump-dom", probe.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     told = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
     assert told is not None, done.stderr[-2000:]
     found = json.loads(html.unescape(told[1]))
-    assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert "CONSOLE" not in done.stderr, [
+        line for line in done.stderr.splitlines() if "CONSOLE" in line
+    ]
     assert found["width"] == 390
     assert found["scroll"] <= 390
     assert len(found["boxes"]) == 60
@@ -350,6 +413,9 @@ def test_a_browser_draws_it_on_a_phone_without_an_error(run: Path, tmp_path: Pat
         assert 0 <= left < right <= 390
         assert 0 <= top < bottom <= 844
     last = reports.views()["rows"][-1]["arms"]
-    assert f"student {last['student']['kl'][-1]:.3f}, baseline {last['baseline']['kl'][-1]:.3f}" in found["text"]
+    assert (
+        f"student {last['student']['kl'][-1]:.3f}, baseline {last['baseline']['kl'][-1]:.3f}"
+        in found["text"]
+    )
     shades = [token["v"]["baseline"] for token in json.loads(Parsed(text).scripts[0])[0][:3]]
     assert [float(shade) for shade in found["shades"]] == shades

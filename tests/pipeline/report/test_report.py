@@ -54,14 +54,19 @@ def facts() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of two arms with its report; to be read only."""
-    return finished(tmp_path_factory.mktemp("finished") / "run", reports.evaluation(), reports.facts())
+    return finished(
+        tmp_path_factory.mktemp("finished") / "run", reports.evaluation(), reports.facts()
+    )
 
 
 def cells(markdown: str, heading: str) -> list[list[str]]:
     """The first table below a heading, header and rule left out."""
     lines = markdown.split(f"## {heading}\n")[1].splitlines()
     rows = [line for line in lines if line.startswith("|")]
-    end = next((i for i, line in enumerate(lines) if rows and line == "" and lines.index(rows[0]) < i), len(lines))
+    end = next(
+        (i for i, line in enumerate(lines) if rows and line == "" and lines.index(rows[0]) < i),
+        len(lines),
+    )
     rows = [line for line in lines[:end] if line.startswith("|")]
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
 
@@ -94,21 +99,40 @@ def test_the_curve_has_ten_points_with_the_numbers_of_the_history(run: Path) -> 
     assert (first_number(rows[0][0]), first_number(rows[-1][0])) == (8192, 819_200)
     for row in rows:
         point = history[int(first_number(row[0]))]
-        assert [first_number(c) for c in row[1:4]] == [round(point[n], 4) for n in ("loss", "soft", "hard")]
+        assert [first_number(c) for c in row[1:4]] == [
+            round(point[n], 4) for n in ("loss", "soft", "hard")
+        ]
         assert float(row[4]) == pytest.approx(point["learning_rate"], rel=1e-2)
     assert "## Training: baseline" in markdown
 
 
 def test_stages_show_rows_bytes_time_and_why_rows_were_rejected(run: Path) -> None:
     generate, trained = cells((run / "report.md").read_text(), "Time and bytes")
-    assert generate == ["generate", "398", "51,234", "2 (too_long)", "120.6 KiB", "2.4", "61.5 s", "833"]
+    assert generate == [
+        "generate",
+        "398",
+        "51,234",
+        "2 (too_long)",
+        "120.6 KiB",
+        "2.4",
+        "61.5 s",
+        "833",
+    ]
     assert trained == ["train", "-", "819,200", "-", "-", "-", "5.4 min", "-"]
 
 
 def test_the_report_says_where_it_comes_from(run: Path) -> None:
     markdown = (run / "report.md").read_text()
     assert markdown.startswith("# big-stories distilled into a fresh student\n")
-    for fact in ("ab" * 16, "7" * 32, "5" * 32, "torch 2.13.0", "Linux x86_64", "/stores/stories", "topk, 64 entries"):
+    for fact in (
+        "ab" * 16,
+        "7" * 32,
+        "5" * 32,
+        "torch 2.13.0",
+        "Linux x86_64",
+        "/stores/stories",
+        "topk, 64 entries",
+    ):
         assert fact in markdown
     assert json.loads((run / "report.json").read_text())["settings"]["recipe"] == RECIPE
 
@@ -122,10 +146,20 @@ def test_the_loss_is_named_with_its_own_settings_and_schedules(run: Path) -> Non
         return dict(cells(render(report), "What was run"))["loss"]
 
     assert line() == "1.0 x forward_kl (temperature 1.0, tail bucket) + 0.1 x cross-entropy"
-    assert "skew_reverse_kl (temperature 1.0, tail bucket, skew 0.2)" in line(divergence="skew_reverse_kl", skew=0.2)
-    wsd = {"shape": "wsd", "start": 0.1, "peak": 0.9, "end": 0.2, "warmup_fraction": 0.1, "decay_fraction": 0.1}
+    assert "skew_reverse_kl (temperature 1.0, tail bucket, skew 0.2)" in line(
+        divergence="skew_reverse_kl", skew=0.2
+    )
+    wsd = {
+        "shape": "wsd",
+        "start": 0.1,
+        "peak": 0.9,
+        "end": 0.2,
+        "warmup_fraction": 0.1,
+        "decay_fraction": 0.1,
+    }
     assert line(soft_weight=wsd, temperature=2.0).startswith(
-        "(wsd: 0.1 to 0.9 in 0.1 of the tokens, to 0.2 in the last 0.1) x forward_kl (temperature 2.0"
+        "(wsd: 0.1 to 0.9 in 0.1 of the tokens, to 0.2 in the last 0.1) x forward_kl "
+        "(temperature 2.0"
     )
     recipe["score"] = {"targets": "full", "k": 64}
     assert line(hard_weight={"shape": "linear", "start": 1.0, "end": 0.0, "peak": None}) == (
@@ -141,24 +175,41 @@ def test_samples_stand_side_by_side_and_cannot_break_the_page(run: Path) -> None
 
 
 def test_tokens_of_the_text_cannot_mean_anything_in_markdown(evaluation: dict[str, Any]) -> None:
-    report = {"title": "t", "outcome": "o", "evaluation": evaluation | {"views": reports.views()}, "train_dir": "d"}
-    text = render(report | {"train": {"student": train(5.0)}, "settings": {"recipe": RECIPE}, "facts": {}})
+    report = {
+        "title": "t",
+        "outcome": "o",
+        "evaluation": evaluation | {"views": reports.views()},
+        "train_dir": "d",
+    }
+    text = render(
+        report | {"train": {"student": train(5.0)}, "settings": {"recipe": RECIPE}, "facts": {}}
+    )
     rows = cells(text, "Row 00000000")
     assert len(rows) == 8
-    assert [row[:3] for row in rows[:2]] == [["34", "`\u2205`", "1.071"], ["33", "`\u2423cat`", "1.036"]]
-    assert "</script>" not in re.sub(r"`[^`]*`", "", text.split("Farthest off at:")[1].split("### ")[0])
+    assert [row[:3] for row in rows[:2]] == [
+        ["34", "`\u2205`", "1.071"],
+        ["33", "`\u2423cat`", "1.036"],
+    ]
+    assert "</script>" not in re.sub(
+        r"`[^`]*`", "", text.split("Farthest off at:")[1].split("### ")[0]
+    )
 
 
 def test_a_report_written_again_replaces_the_old_one(tmp_path: Path, facts: dict[str, Any]) -> None:
     run = finished(tmp_path / "run", reports.evaluation(), facts)
     write_report(run, run / "train-student", facts | {"store": "/elsewhere"})
     assert "/elsewhere" in (run / "report.md").read_text()
-    assert sorted(p.name for p in run.iterdir() if p.is_file()) == ["report.html", "report.json", "report.md"]
+    assert sorted(p.name for p in run.iterdir() if p.is_file()) == [
+        "report.html",
+        "report.json",
+        "report.md",
+    ]
 
 
 def test_the_outcome_is_told_whichever_way_it_went(evaluation: dict[str, Any]) -> None:
     assert outcome(evaluation) == (
-        "The distilled student is 0.041 nats closer to the teacher than cross-entropy alone (KL 0.312 against 0.353)."
+        "The distilled student is 0.041 nats closer to the teacher than cross-entropy alone (KL "
+        "0.312 against 0.353)."
     )
     evaluation["differences"]["baseline"] = difference(0.041)
     assert "0.041 nats farther from the teacher than cross-entropy alone" in outcome(evaluation)
@@ -171,9 +222,13 @@ def test_the_outcome_is_told_whichever_way_it_went(evaluation: dict[str, Any]) -
     assert "8.453 nats closer to the teacher than before training" in outcome(evaluation)
 
 
-def test_a_black_box_run_has_no_kl_and_no_teacher_line(tmp_path: Path, evaluation: dict[str, Any]) -> None:
+def test_a_black_box_run_has_no_kl_and_no_teacher_line(
+    tmp_path: Path, evaluation: dict[str, Any]
+) -> None:
     without = RECIPE | {"score": None}
-    markdown = (finished(tmp_path / "run", black_box(evaluation), {}, without) / "report.md").read_text()
+    markdown = (
+        finished(tmp_path / "run", black_box(evaluation), {}, without) / "report.md"
+    ).read_text()
     assert "8.264 nats better at predicting the held-out text than before training" in markdown
     rows = cells(markdown, "Results")
     assert [row[0] for row in rows] == ["student before training", "student (distilled)"]
@@ -181,7 +236,9 @@ def test_a_black_box_run_has_no_kl_and_no_teacher_line(tmp_path: Path, evaluatio
     assert "no KL" in markdown
 
 
-def test_answers_are_a_column_only_where_they_were_scored(evaluation: dict[str, Any], run: Path) -> None:
+def test_answers_are_a_column_only_where_they_were_scored(
+    evaluation: dict[str, Any], run: Path
+) -> None:
     report = json.loads((run / "report.json").read_text())
     assert "answers" not in render(report).split("## What was run")[0]
     report["evaluation"]["results"]["student"]["answers"] = 0.4321
@@ -195,19 +252,32 @@ def test_answers_are_a_column_only_where_they_were_scored(evaluation: dict[str, 
     report["evaluation"]["answers"] = settings
     rows = cells(render(report), "Results")
     assert [row[-1] for row in rows] == ["-", "-", "-", "0.432"]
-    assert "rouge_l, 0 to 1, of greedy answers (at most 128 tokens) to 50 held-out prompts" in render(report)
+    assert (
+        "rouge_l, 0 to 1, of greedy answers (at most 128 tokens) to 50 held-out prompts"
+        in render(report)
+    )
 
 
-def test_the_terminal_table_has_the_same_numbers_in_80_columns(evaluation: dict[str, Any], run: Path) -> None:
+def test_the_terminal_table_has_the_same_numbers_in_80_columns(
+    evaluation: dict[str, Any], run: Path
+) -> None:
     evaluation["results"]["student"]["answers"] = 0.4321
     console = Console(width=80, file=io.StringIO())
     console.print(results_table(evaluation["results"]))
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert max(map(len, lines)) == 80
-    assert all(word in lines[0] + lines[1] for word in ("entropy", "perplexity", "KL", "accept", "top-1", "ECE"))
+    assert all(
+        word in lines[0] + lines[1]
+        for word in ("entropy", "perplexity", "KL", "accept", "top-1", "ECE")
+    )
     drawn = lines[2:]
     rows = cells((run / "report.md").read_text(), "Results")
-    assert [line.split()[0] for line in drawn] == ["teacher", "student_before", "baseline", "student"]
+    assert [line.split()[0] for line in drawn] == [
+        "teacher",
+        "student_before",
+        "baseline",
+        "student",
+    ]
     for line, row in zip(drawn, rows, strict=True):
         assert all(cell.split("±")[0].strip(" %") in line for cell in row[1:])
     assert drawn[-1].endswith("0.432")
@@ -231,30 +301,41 @@ def test_comparison_shows_what_differs_first_and_warns_of_other_held_out_rows(
     assert differing["`generate.samples`"] == ["2", "-"]
     assert not {"`run.dir`", "`score.targets`", "`run.seed`"} & set(differing)
     results = cells(page, "Results")
-    assert [first_number(row[4]) for row in results if row[1] == "student (distilled)"] == [0.3121, 0.2999]
+    assert [first_number(row[4]) for row in results if row[1] == "student (distilled)"] == [
+        0.3121,
+        0.2999,
+    ]
     assert "different held-out rows" not in page
     other["measured_on"]["snapshot"] = "6" * 32
     third = finished(tmp_path / "three", other, facts)
     assert "different held-out rows" in compare([first, third])
     assert "the recipes are the same" in compare([first, third])
-    other["measured_on"]["table"] = "generations"  # of whose rows a snapshot's id says nothing about the scored ones
+    other["measured_on"]["table"] = (
+        "generations"  # of whose rows a snapshot's id says nothing about the scored ones
+    )
     fourth = compare([first, finished(tmp_path / "four", other, facts)])
     assert "different held-out rows" not in fourth
     assert "judged on text alone, others on scored text" in fourth
 
 
-def seeded(folder: Path, evaluation: dict[str, Any], seeds: dict[int, float], **changed: Any) -> list[Path]:
+def seeded(
+    folder: Path, evaluation: dict[str, Any], seeds: dict[int, float], **changed: Any
+) -> list[Path]:
     """Finished runs of one recipe, by seed the student's KL."""
     made = []
     for seed, kl in seeds.items():
         found = deepcopy(evaluation)
         found["results"]["student"]["kl_teacher"] = kl
-        recipe = RECIPE | changed | {"run": RECIPE["run"] | {"dir": f"{folder}-{seed}", "seed": seed}}
+        recipe = (
+            RECIPE | changed | {"run": RECIPE["run"] | {"dir": f"{folder}-{seed}", "seed": seed}}
+        )
         made.append(finished(folder.with_name(f"{folder.name}-{seed}"), found, {}, recipe))
     return made
 
 
-def test_runs_that_differ_in_their_seed_are_one_with_an_interval(tmp_path: Path, evaluation: dict[str, Any]) -> None:
+def test_runs_that_differ_in_their_seed_are_one_with_an_interval(
+    tmp_path: Path, evaluation: dict[str, Any]
+) -> None:
     runs = seeded(tmp_path / "a", evaluation, {0: 0.30, 1: 0.32, 2: 0.34})
     page = compare(runs)
     assert "## What differs\n\nNothing but the seed." in page
@@ -263,9 +344,12 @@ def test_runs_that_differ_in_their_seed_are_one_with_an_interval(tmp_path: Path,
     assert rows["student (distilled)"][2] == f"0.3200 ± {half:.4f}"
     assert rows["teacher"][2] == "0.0000"
     assert rows["student - baseline, seed by seed"][2] == f"{0.32 - 0.3531:.4f} ± {half:.4f}"
-    assert rows["student - baseline, seed by seed"][0] == "-0.0420"  # the same for every seed: no interval
     assert (
-        f"`{runs[0]}` (3 seeds): KL to the teacher -0.033 ± 0.050 nats against cross-entropy alone, so it does" in page
+        rows["student - baseline, seed by seed"][0] == "-0.0420"
+    )  # the same for every seed: no interval
+    assert (
+        f"`{runs[0]}` (3 seeds): KL to the teacher -0.033 ± 0.050 nats against cross-entropy alone, so it does"
+        in page
     )
     assert all(f"seed {seed} in `{run}`" in page for seed, run in enumerate(runs))
     assert "\n## Results\n" not in page
@@ -273,14 +357,20 @@ def test_runs_that_differ_in_their_seed_are_one_with_an_interval(tmp_path: Path,
     assert "± 0.0025 nats against cross-entropy alone (seed 0" in closer
 
 
-def test_the_command_line_says_it_for_people_and_for_machines(tmp_path: Path, evaluation: dict[str, Any]) -> None:
+def test_the_command_line_says_it_for_people_and_for_machines(
+    tmp_path: Path, evaluation: dict[str, Any]
+) -> None:
     runs = seeded(tmp_path / "a", evaluation, {0: 0.30, 1: 0.32, 2: 0.34})
     done = stillroom("report", *runs, "--out", tmp_path / "side-by-side.html", "--json")
     assert done.stdout.startswith(compare(runs))
     assert done.stderr == f"page: {tmp_path / 'side-by-side.html'}\n"
     assert "3 seeds" in (tmp_path / "side-by-side.html").read_text()
     found = last_json(done)
-    assert [run["evaluation"]["results"]["student"]["kl_teacher"] for run in found["runs"]] == [0.30, 0.32, 0.34]
+    assert [run["evaluation"]["results"]["student"]["kl_teacher"] for run in found["runs"]] == [
+        0.30,
+        0.32,
+        0.34,
+    ]
     (group,) = found["over_seeds"]
     assert group["seeds"] == [0, 1, 2]
     assert group["results"]["student"]["kl_teacher"]["mean"] == pytest.approx(0.32)
@@ -288,7 +378,9 @@ def test_the_command_line_says_it_for_people_and_for_machines(tmp_path: Path, ev
     assert half == pytest.approx(4.302653 * 0.02 / 3**0.5, rel=1e-6)
 
 
-def test_other_runs_stand_beside_those_of_several_seeds(tmp_path: Path, evaluation: dict[str, Any]) -> None:
+def test_other_runs_stand_beside_those_of_several_seeds(
+    tmp_path: Path, evaluation: dict[str, Any]
+) -> None:
     many = seeded(tmp_path / "a", evaluation, {0: 0.30, 1: 0.32})
     few = seeded(tmp_path / "b", evaluation, {0: 0.31}, score=RECIPE["score"] | {"k": 8})
     page = compare([few[0], *many])
@@ -299,7 +391,9 @@ def test_other_runs_stand_beside_those_of_several_seeds(tmp_path: Path, evaluati
     assert "different held-out rows" not in page
     evaluation["measured_on"]["snapshot"] = "6" * 32
     elsewhere = seeded(tmp_path / "c", evaluation, {5: 0.30})
-    assert "different held-out rows" in compare([*many, *elsewhere])  # another seed of the same recipe
+    assert "different held-out rows" in compare(
+        [*many, *elsewhere]
+    )  # another seed of the same recipe
 
 
 def test_the_gradient_of_the_recipe_s_targets_is_in_the_report(evaluation: dict[str, Any]) -> None:
@@ -314,7 +408,9 @@ def test_the_gradient_of_the_recipe_s_targets_is_in_the_report(evaluation: dict[
     assert "student (distilled) - degrees, 0.000 of its length" in results(evaluation, {})
 
 
-def test_what_is_only_bounded_is_called_so_and_differences_are_in_points(evaluation: dict[str, Any]) -> None:
+def test_what_is_only_bounded_is_called_so_and_differences_are_in_points(
+    evaluation: dict[str, Any],
+) -> None:
     evaluation["differences"]["baseline"] |= {"acceptance": 0.0123, "acceptance_se": 0.0011}
     assert "acceptance 1.23 ± 0.11 points" in results(evaluation, {})
     assert "acceptance are exact" in results(evaluation, {})
@@ -335,12 +431,16 @@ def test_an_unfinished_run_is_named(tmp_path: Path) -> None:
 
 def test_text_that_is_no_plain_sample_is_pointed_out(evaluation: dict[str, Any]) -> None:
     assert "is not calibrated on it" not in results(evaluation, RECIPE)
-    assert "temperature 0.0, top-p 1.0" in results(evaluation, {"generate": {"temperature": 0.0, "top_p": 1.0}})
+    assert "temperature 0.0, top-p 1.0" in results(
+        evaluation, {"generate": {"temperature": 0.0, "top_p": 1.0}}
+    )
     assert "is not calibrated on it" not in results(evaluation, {"generate": None})
 
 
 def test_validation_follows_the_curve() -> None:
-    trained = train(5.0) | {"validation": [{"step": 1, "tokens": 8192, "loss": 4.321, "soft": None, "hard": 4.321}]}
+    trained = train(5.0) | {
+        "validation": [{"step": 1, "tokens": 8192, "loss": 4.321, "soft": None, "hard": 4.321}]
+    }
     assert "### Validation: student (distilled)" in curve("student", trained)
     assert "| 8,192 | 4.3210 | - | 4.3210 |" in curve("student", trained)
     assert "Validation" not in curve("student", train(5.0))
@@ -367,7 +467,14 @@ def test_numbers_are_printed_in_the_unit_that_fits() -> None:
 
 
 def test_what_is_scheduled_has_a_column_beside_the_losses() -> None:
-    point = {"tokens": 512, "loss": 2.0, "soft": 1.5, "hard": 3.0, "learning_rate": 1e-3, "temperature": 4.0}
+    point = {
+        "tokens": 512,
+        "loss": 2.0,
+        "soft": 1.5,
+        "hard": 3.0,
+        "learning_rate": 1e-3,
+        "temperature": 4.0,
+    }
     shown = curve("student", {"history": [point, point | {"tokens": 1024, "temperature": 1.0}]})
     assert "| learning rate | temperature |" in shown
     assert "| 1.00e-03 | 4.000 |" in shown

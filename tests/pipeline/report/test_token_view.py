@@ -22,12 +22,18 @@ from stillroom.storage.errors import UsageError
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return finished(tmp_path_factory.mktemp("view") / "run", reports.evaluation() | {"views": reports.views()}, {})
+    return finished(
+        tmp_path_factory.mktemp("view") / "run",
+        reports.evaluation() | {"views": reports.views()},
+        {},
+    )
 
 
 def printed(parts: list[Any], columns: int, *, colours: bool) -> str:
     system: Any = "truecolor" if colours else None
-    console = Console(width=columns, file=io.StringIO(), force_terminal=colours, color_system=system)
+    console = Console(
+        width=columns, file=io.StringIO(), force_terminal=colours, color_system=system
+    )
     for part in parts:
         console.print(part)
     return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
@@ -41,17 +47,26 @@ def test_a_run_s_rows_are_shown_with_the_kl_and_the_best_of_both(run: Path) -> N
     stated = reports.views()["rows"][0]
     lines = [line.split() for line in text.splitlines() if re.match(r" +\d+  ", line)]
     assert [int(line[0]) for line in lines] == list(range(5, 35))
-    assert [float(line[2]) for line in lines] == pytest.approx(stated["arms"]["student"]["kl"], abs=5.1e-4)
+    assert [float(line[2]) for line in lines] == pytest.approx(
+        stated["arms"]["student"]["kl"], abs=5.1e-4
+    )
     assert [line[1] for line in lines][:3] == ["\u2423the", "</script><b>", "&amp;"]
     assert "(12 more scored tokens are not shown)" in text
     assert sample["key"] == "00" * 16
-    assert [p["said"]["student"]["kl"] for p in sample["positions"]] == stated["arms"]["student"]["kl"]
+    assert [p["said"]["student"]["kl"] for p in sample["positions"]] == stated["arms"]["student"][
+        "kl"
+    ]
 
 
 def test_a_wider_terminal_shows_more_and_colours_by_the_distance(run: Path) -> None:
-    narrow, wide = (printed(show(str(run), "01", columns=c, colours=True)[1], c, colours=True) for c in (80, 140))
+    narrow, wide = (
+        printed(show(str(run), "01", columns=c, colours=True)[1], c, colours=True)
+        for c in (80, 140)
+    )
     plain = [re.sub(r"\x1b\[[\d;]*m", "", text) for text in (narrow, wide)]
-    assert [max(map(len, text.splitlines())) <= c for text, c in zip(plain, (80, 140), strict=True)] == [True, True]
+    assert [
+        max(map(len, text.splitlines())) <= c for text, c in zip(plain, (80, 140), strict=True)
+    ] == [True, True]
     assert len(re.findall(r"0\.\d{3}", plain[1])) > len(re.findall(r"0\.\d{3}", plain[0]))
     backgrounds = [tuple(map(int, found)) for found in re.findall(r"48;2;(\d+);(\d+);(\d+)m", wide)]
     reds = list(dict.fromkeys(red for red, _, _ in backgrounds))
@@ -72,7 +87,9 @@ STEERING = "\x1b[2J\x9b31m\x00\x07\u202e"
 
 
 @pytest.mark.parametrize("colours", [False, True])
-def test_what_a_model_writes_steers_neither_terminal_nor_page(tmp_path: Path, colours: bool) -> None:
+def test_what_a_model_writes_steers_neither_terminal_nor_page(
+    tmp_path: Path, colours: bool
+) -> None:
     views = reports.views(rows=1)
     views["pieces"] |= {"0": STEERING, "3": STEERING}
     evaluation = reports.evaluation() | {"views": views}
@@ -90,12 +107,21 @@ def test_without_colours_nothing_is_called_coloured(run: Path) -> None:
     environment = ENVIRONMENT | {"TERM": "xterm", "NO_COLOR": "1"}
     subprocess.run(command("inspect", run), stdout=theirs, env=environment, check=True)
     os.close(theirs)
-    assert os.read(ours, 1000).decode().startswith(f"held-out row {'00' * 16}; KL(teacher || student) in nats")
+    assert (
+        os.read(ours, 1000)
+        .decode()
+        .startswith(f"held-out row {'00' * 16}; KL(teacher || student) in nats")
+    )
     os.close(ours)
 
 
-def test_a_row_that_is_not_there_is_named_and_so_is_a_run_without_rows(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"0 held-out rows have keys that begin with 'ff'\. It has 00000000, 01010101"):
+def test_a_row_that_is_not_there_is_named_and_so_is_a_run_without_rows(
+    run: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        UsageError,
+        match=r"0 held-out rows have keys that begin with 'ff'\. It has 00000000, 01010101",
+    ):
         show(str(run), "ff", columns=80, colours=False)
     with pytest.raises(UsageError, match="2 held-out rows have keys that begin with '0'"):
         show(str(run), "0", columns=80, colours=False)
@@ -115,7 +141,9 @@ def test_the_command_line_shows_it_for_people_and_for_machines(run: Path) -> Non
 def test_the_worst_are_where_the_kl_is_greatest() -> None:
     (row, _) = rows_of(reports.evaluation() | {"views": reports.views()})
     kl = reports.views()["rows"][0]["arms"]["baseline"]["kl"]
-    assert [p.distance("baseline") for p in worst(row, "baseline", 4)] == sorted(kl, reverse=True)[:4]
+    assert [p.distance("baseline") for p in worst(row, "baseline", 4)] == sorted(kl, reverse=True)[
+        :4
+    ]
     assert row.before == NASTY[0] + NASTY[8]
 
 
@@ -125,9 +153,17 @@ def test_as_many_entries_as_fit() -> None:
     assert fitting(best, 20) == "\u2423the 0.500  \u21b5 0.250"
     assert fitting(best, 10) == "\u2423the 0.500"
     assert fitting(best[2:], 10) == "averylong\u2026"
-    assert fitting([("\u65e5" * 3, "0.5"), ("a", "0.1")], 15) == "\u65e5\u65e5\u65e5 0.5"  # two columns each
+    assert (
+        fitting([("\u65e5" * 3, "0.5"), ("a", "0.1")], 15) == "\u65e5\u65e5\u65e5 0.5"
+    )  # two columns each
     assert visible("") == "\u2205"
 
 
 def test_colour_grows_with_the_distance() -> None:
-    assert [round(shade(nats), 2) for nats in (-1.0, 0.0, 0.1, 0.7, 3.0)] == [0.0, 0.0, 0.1, 0.5, 0.95]
+    assert [round(shade(nats), 2) for nats in (-1.0, 0.0, 0.1, 0.7, 3.0)] == [
+        0.0,
+        0.0,
+        0.1,
+        0.5,
+        0.95,
+    ]

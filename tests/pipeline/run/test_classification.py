@@ -18,7 +18,9 @@ pytestmark = pytest.mark.slow
 def test_one_command_from_labelled_rows_to_a_judged_student(tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
-    source = write_jsonl(tmp_path / "rows.jsonl", [*records(48), {"text": "a cat", "label": "awful"}])
+    source = write_jsonl(
+        tmp_path / "rows.jsonl", [*records(48), {"text": "a cat", "label": "awful"}]
+    )
     recipe = write_recipe(
         tmp_path,
         save_tiny_bert(tmp_path / "teacher"),
@@ -42,7 +44,9 @@ def test_one_command_from_labelled_rows_to_a_judged_student(tmp_path: Path) -> N
         assert {"cross_entropy", "kl_teacher", "tv_teacher", "top1_agreement", "ece"} <= arm.keys()
     assert (results["teacher"]["kl_teacher"], results["teacher"]["top1_agreement"]) == (0, 1)
     assert results["student"]["kl_teacher"] < results["student_before"]["kl_teacher"]
-    student = AutoModelForSequenceClassification.from_pretrained(Path(outcome["run_dir"]) / "latest" / "student")
+    student = AutoModelForSequenceClassification.from_pretrained(
+        Path(outcome["run_dir"]) / "latest" / "student"
+    )
     assert list(student.config.id2label.values()) == list(CLASSES)
 
     def told(*words: Any) -> dict[str, Any]:
@@ -69,4 +73,7 @@ def test_one_command_from_labelled_rows_to_a_judged_student(tmp_path: Path) -> N
     report = (tmp_path / "run" / "report.md").read_text()
     assert "| arm | accuracy | cross-entropy (nats/text) |" in report
     assert "token)" not in report.split("## What was run")[0]
-    assert json.loads((tmp_path / "run" / "report.json").read_text())["evaluation"]["results"] == results
+    assert (
+        json.loads((tmp_path / "run" / "report.json").read_text())["evaluation"]["results"]
+        == results
+    )

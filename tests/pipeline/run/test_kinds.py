@@ -1,6 +1,7 @@
 """Every kind of target from text to a judged student: one store for all, a scoring run for each.
 
-The stages run in this process, in place of one of their own, but for one run of the whole command line.
+The stages run in this process, in place of one of their own, but for one run of the whole command
+line.
 """
 
 from pathlib import Path
@@ -42,7 +43,8 @@ KINDS: dict[str, tuple[str, ...]] = {
 }
 
 
-# What may be asked of a store that has the kind, and those before it: overrides, rows to score, why.
+# What may be asked of a store that has the kind, and those before it: overrides, rows to score,
+# why.
 LATER: dict[str, list[tuple[tuple[str, ...], int, str]]] = {
     "topk": [
         (("score.k=4", "score.temperatures=[2.0]"), 0, ""),
@@ -59,12 +61,25 @@ LATER: dict[str, list[tuple[tuple[str, ...], int, str]]] = {
     "sampled": [
         (("score.rounds=12",), 20, "20 stored with other draws"),
         (("score.draw=systematic",), 20, "20 stored with other draws"),
-        (("score.temperatures=[2.0]", "loss.temperature=2.0"), 20, "20 stored as drawn at another temperature than 2"),
+        (
+            ("score.temperatures=[2.0]", "loss.temperature=2.0"),
+            20,
+            "20 stored as drawn at another temperature than 2",
+        ),
     ],
     "systematic": [],
     "weighted": [(("score.proposal=0.8",), 20, "20 stored with other draws")],
     "full": [
-        (("score.targets=topk", "score.k=30", "score.temperatures=[5.0]", "loss.temperature=5.0"), 0, ""),
+        (
+            (
+                "score.targets=topk",
+                "score.k=30",
+                "score.temperatures=[5.0]",
+                "loss.temperature=5.0",
+            ),
+            0,
+            "",
+        ),
         (("score.targets=topp", "score.p=0.99"), 0, ""),
     ],
 }
@@ -85,26 +100,40 @@ class InThisProcess:
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kinds")
-    teacher = save_tiny_llama(folder / "teacher", hidden_size=32, intermediate_size=64, initializer_range=0.3)
+    teacher = save_tiny_llama(
+        folder / "teacher", hidden_size=32, intermediate_size=64, initializer_range=0.3
+    )
     records = [
-        r | {"completion": "the dog sat on the mat and ran"[: 7 + 4 * (i % 6)]} for i, r in enumerate(prompts(24))
+        r | {"completion": "the dog sat on the mat and ran"[: 7 + 4 * (i % 6)]}
+        for i, r in enumerate(prompts(24))
     ]
     source = write_jsonl(folder / "pairs.jsonl", records)
     data = {"source": str(source), "format": "completion", "holdout": 4}
     train = {"epochs": 2, "tokens_per_step": 256, "learning_rate": 5.0e-3}
     storage = {"dir": str(folder / "store"), "mantissa_bits": 10}
     return write_recipe(
-        folder, teacher, source, generate=None, data=data, train=train, score={"batch_tokens": 256}, storage=storage
+        folder,
+        teacher,
+        source,
+        generate=None,
+        data=data,
+        train=train,
+        score={"batch_tokens": 256},
+        storage=storage,
     )
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_from_text_to_a_judged_student(recipe: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_text_to_a_judged_student(
+    recipe: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(runner, "StageProcess", InThisProcess)
     asked = load_recipe(recipe, KINDS[name])
     first = not (recipe.parent / "store").is_dir()
     outcome = runner.run(asked, quiet=True)
-    assert outcome["stages"]["score"]["rows"] == (24 if first else 20)  # held-out rows are the same for all
+    assert outcome["stages"]["score"]["rows"] == (
+        24 if first else 20
+    )  # held-out rows are the same for all
     results = outcome["results"]
     assert results["teacher"]["kl_teacher"] == 0
     assert results["student"]["kl_teacher"] < results["student_before"]["kl_teacher"]
@@ -119,7 +148,10 @@ def test_from_text_to_a_judged_student(recipe: Path, name: str, monkeypatch: pyt
     facts = stage_facts(asked, make_plan(asked))["score"]
     assert facts["state"] == "done"
     assert facts["kept"][rows[0]["kind"]]["entries_per_token"] > 1
-    assert name not in ("topp", "systematic") or facts["bytes_per_token_by_column"]["tempered_tails"] > 0
+    assert (
+        name not in ("topp", "systematic")
+        or facts["bytes_per_token_by_column"]["tempered_tails"] > 0
+    )
     sample = describe(find_row(store, rows[0]["key"].hex()), None)
     assert sample["kept"]["kind"] == rows[0]["kind"]
     assert len(sample["positions"]) == rows[0]["span_tokens"]
@@ -130,13 +162,19 @@ def test_from_text_to_a_judged_student(recipe: Path, name: str, monkeypatch: pyt
         assert (line.pending, line.why) == (rows_to_do, why)
 
 
-def test_rows_that_are_made_again_are_the_same(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_are_made_again_are_the_same(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Draws depend on the row: after a damaged shard was withdrawn, all ids and counts are as they were.
 
-    The passes are of another size, so a number that lies between two of its ten bits may go to the other one.
+    The passes are of another size, so a number that lies between two of its ten bits may go to the
+    other one.
     """
     monkeypatch.setattr(runner, "StageProcess", InThisProcess)
-    words = [*KINDS["systematic"], "score.rounds=5"]  # of no snapshot: one that names a damaged shard is lost
+    words = [
+        *KINDS["systematic"],
+        "score.rounds=5",
+    ]  # of no snapshot: one that names a damaged shard is lost
     asked = load_recipe(recipe, words)
     runner.run(asked, quiet=True, until="score")
     store = Store.open(asked.storage.dir)
@@ -148,7 +186,9 @@ def test_rows_that_are_made_again_are_the_same(recipe: Path, monkeypatch: pytest
     shard.write_bytes(data)
     assert {p.file for p in verify(store).problems} == {commit.shard.name}
     assert repair(store).ok
-    again = runner.run(load_recipe(recipe, [*words, "score.batch_tokens=40"]), quiet=True, until="score")
+    again = runner.run(
+        load_recipe(recipe, [*words, "score.batch_tokens=40"]), quiet=True, until="score"
+    )
     assert again["stages"]["score"]["rows"] == commit.shard.rows
     after = {row["key"]: row for row in rows_of(Store.open(asked.storage.dir), "systematic")}
     assert len(before) == 20
@@ -163,7 +203,12 @@ def test_rows_that_are_made_again_are_the_same(recipe: Path, monkeypatch: pytest
 @pytest.mark.slow
 def test_the_whole_command_line(recipe: Path) -> None:
     """Stages in their own processes; the recipe's words for everything that sampled targets may say."""
-    words = ["score.targets=sampled", "score.rounds=11", "score.draw=systematic", "score.proposal=0.8"]
+    words = [
+        "score.targets=sampled",
+        "score.rounds=11",
+        "score.draw=systematic",
+        "score.proposal=0.8",
+    ]
     overrides = [w for o in [*words, *KINDS["systematic"][3:]] for w in ("--set", o)]
     outcome = last_json(stillroom("run", recipe, "--json", *overrides))
     results = outcome["results"]
@@ -201,18 +246,34 @@ def check_against_the_teacher(rows: list[dict[str, Any]], folder: Path) -> None:
         truth = logits.log_softmax(-1).numpy()[span]
         targets = SoftTargets.from_row(row)
         following = row["token_ids"][row["span_start"] :]
-        np.testing.assert_allclose(targets.token_logprob, truth[np.arange(len(truth)), following], rtol=1e-3, atol=1e-4)
-        temperature = 1.0 if row["kind"] != "sampled" or row["temperatures"] is None else float(row["temperatures"][0])
+        np.testing.assert_allclose(
+            targets.token_logprob, truth[np.arange(len(truth)), following], rtol=1e-3, atol=1e-4
+        )
+        temperature = (
+            1.0
+            if row["kind"] != "sampled" or row["temperatures"] is None
+            else float(row["temperatures"][0])
+        )
         teacher = truth / temperature - np.log(np.exp(truth / temperature).sum(-1, keepdims=True))
-        np.testing.assert_allclose(targets.entropy, -(np.exp(teacher) * teacher).sum(-1), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(
+            targets.entropy, -(np.exp(teacher) * teacher).sum(-1), rtol=1e-3, atol=1e-4
+        )
         if targets.logprobs is None:
             estimate = np.zeros((len(truth), truth.shape[1] + 1))
             np.put_along_axis(estimate, targets.ids, targets.probabilities, axis=1)
             drawn.append(estimate[:, :-1] - np.exp(teacher))
             continue
-        dense = truth if targets.ids is None else np.take_along_axis(truth, np.maximum(targets.ids, 0), 1)
-        np.testing.assert_allclose(np.where(np.isfinite(targets.logprobs), targets.logprobs - dense, 0), 0, atol=1e-2)
+        dense = (
+            truth
+            if targets.ids is None
+            else np.take_along_axis(truth, np.maximum(targets.ids, 0), 1)
+        )
+        np.testing.assert_allclose(
+            np.where(np.isfinite(targets.logprobs), targets.logprobs - dense, 0), 0, atol=1e-2
+        )
     if drawn:
-        errors = np.concatenate(drawn)  # of all positions: their sum over ids is 0, their mean over positions near it
+        errors = np.concatenate(
+            drawn
+        )  # of all positions: their sum over ids is 0, their mean over positions near it
         standard = errors.std(0, ddof=1) / np.sqrt(len(errors))
         assert (np.abs(errors.mean(0)) <= 4 * standard + 1e-9).all()

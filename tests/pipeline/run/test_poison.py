@@ -18,7 +18,9 @@ POISON = "under the tree"
 POISON_ID = 11  # "under", at the beginning of no other prompt
 
 
-def fault(folder: Path, action: str, *, when: str = f"((ids[:-1] == 1) & (ids[1:] == {POISON_ID})).any()") -> str:
+def fault(
+    folder: Path, action: str, *, when: str = f"((ids[:-1] == 1) & (ids[1:] == {POISON_ID})).any()"
+) -> str:
     """PYTHONPATH of workers whose models do `action` on a pass over a text that starts with the poison."""
     return at_worker_start(
         folder,
@@ -38,13 +40,17 @@ def fault(folder: Path, action: str, *, when: str = f"((ids[:-1] == 1) & (ids[1:
 def run(recipe: Path, site: str, *words: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
     environment = ENVIRONMENT | {"PYTHONPATH": site}
     words = tuple(command("run", recipe, "--json", *words))
-    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=2 * PATIENCE)
+    done = subprocess.run(
+        words, capture_output=True, text=True, env=environment, timeout=2 * PATIENCE
+    )
     assert done.returncode == expect, done.stderr
     return done
 
 
 def rejects(store: Path) -> list[dict[str, Any]]:
-    table = Store.open(store).index("rejects", ["stage", "reason", "message", "attempts", "prompt_key"])
+    table = Store.open(store).index(
+        "rejects", ["stage", "reason", "message", "attempts", "prompt_key"]
+    )
     return table.to_pylist()
 
 
@@ -58,25 +64,38 @@ def written_by_hf(tmp_path: Path, tiny_llama: Callable[..., Path], **sections: A
 
 def given(tmp_path: Path, tiny_llama: Callable[..., Path], **sections: Any) -> Path:
     records = [
-        r | {"completion": "the dog sat on the mat and ran"[: 7 + 4 * (i % 6)]} for i, r in enumerate(prompts(60))
+        r | {"completion": "the dog sat on the mat and ran"[: 7 + 4 * (i % 6)]}
+        for i, r in enumerate(prompts(60))
     ]
     records.insert(23, {"prompt": POISON, "completion": "and then"})
     source = write_jsonl(tmp_path / "pairs.jsonl", records)
     data = {"source": str(source), "format": "completion", "holdout": 4}
-    return write_recipe(tmp_path, tiny_llama("teacher"), source, **{"generate": None, "data": data} | sections)
+    return write_recipe(
+        tmp_path, tiny_llama("teacher"), source, **{"generate": None, "data": data} | sections
+    )
 
 
 @pytest.mark.parametrize(
-    ("action", "reason", "restarts", "attempts"), [(KILL, "engine_died", 2, 2), (RAISE, "engine", 0, 4)]
+    ("action", "reason", "restarts", "attempts"),
+    [(KILL, "engine_died", 2, 2), (RAISE, "engine", 0, 4)],
 )
 def test_a_prompt_that_breaks_the_engine_is_rejected_and_the_others_are_written(
-    tmp_path: Path, tiny_llama: Callable[..., Path], action: str, reason: str, restarts: int, attempts: int
+    tmp_path: Path,
+    tiny_llama: Callable[..., Path],
+    action: str,
+    reason: str,
+    restarts: int,
+    attempts: int,
 ) -> None:
     recipe = written_by_hf(tmp_path, tiny_llama)
     done = run(recipe, fault(tmp_path / "site", action), "--until", "generate")
     assert done.stderr.count("generate: starts again") == restarts
     (rejected,) = rejects(tmp_path / "store")
-    assert (rejected["stage"], rejected["reason"], rejected["attempts"]) == ("generate", reason, attempts)
+    assert (rejected["stage"], rejected["reason"], rejected["attempts"]) == (
+        "generate",
+        reason,
+        attempts,
+    )
     line = last_json(stillroom("plan", recipe, "--json"))["stages"]["generate"]
     assert (line["planned"], line["committed"], line["rejected"], line["pending"]) == (61, 60, 1, 0)
     assert last_json(stillroom("verify", tmp_path / "store", "--json"))["ok"]
@@ -99,32 +118,48 @@ def test_where_every_row_kills_the_engine_the_stage_fails_and_rejects_none(
     tmp_path: Path, tiny_llama: Callable[..., Path]
 ) -> None:
     recipe = written_by_hf(tmp_path, tiny_llama)
-    failed = run(recipe, fault(tmp_path / "site", KILL, when="True"), "--until", "generate", expect=1)
+    failed = run(
+        recipe, fault(tmp_path / "site", KILL, when="True"), "--until", "generate", expect=1
+    )
     assert "its process died" in failed.stderr
     assert failed.stderr.count("generate: starts again") == 2
     assert rejects(tmp_path / "store") == []
-    done = last_json(stillroom("run", recipe, "--json", "--until", "generate"))  # on a machine that is well
+    done = last_json(
+        stillroom("run", recipe, "--json", "--until", "generate")
+    )  # on a machine that is well
     assert done["stages"]["generate"]["rows"] == 61
 
 
 @pytest.mark.vllm
 @pytest.mark.assets
-def test_a_prompt_that_kills_vllm_is_rejected_and_the_others_are_written(tmp_path: Path, assets: Path) -> None:
+def test_a_prompt_that_kills_vllm_is_rejected_and_the_others_are_written(
+    tmp_path: Path, assets: Path
+) -> None:
     from transformers import AutoTokenizer
 
     pytest.importorskip("vllm")
     folder = assets / "models" / "stories260k-llama-hd32"
-    texts = [f"{name} had a {thing}" for name in ("Lily", "Tom", "Ben", "Mia") for thing in ("dog", "cat", "ball")]
+    texts = [
+        f"{name} had a {thing}"
+        for name in ("Lily", "Tom", "Ben", "Mia")
+        for thing in ("dog", "cat", "ball")
+    ]
     texts.append("zoo")
     second = [AutoTokenizer.from_pretrained(folder)(text)["input_ids"][1] for text in texts]
     assert second.count(second[-1]) == 1
     source = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": text} for text in texts])
     recipe = write_recipe(
-        tmp_path, folder, source, generate={"engine": "vllm", "max_tokens": 8, "engine_args": {"max_num_seqs": 4}}
+        tmp_path,
+        folder,
+        source,
+        generate={"engine": "vllm", "max_tokens": 8, "engine_args": {"max_num_seqs": 4}},
     )
     when = f"((ids[:-1] == 1) & (ids[1:] == {second[-1]})).any()"
     done = run(recipe, fault(tmp_path / "site", KILL, when=when), "--until", "generate")
     assert done.stderr.count("generate: starts again") == 2
     (rejected,) = rejects(tmp_path / "store")
     assert (rejected["reason"], rejected["attempts"]) == ("engine_died", 2)
-    assert last_json(stillroom("plan", recipe, "--json"))["stages"]["generate"]["committed"] == len(texts) - 1
+    assert (
+        last_json(stillroom("plan", recipe, "--json"))["stages"]["generate"]["committed"]
+        == len(texts) - 1
+    )

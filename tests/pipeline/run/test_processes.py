@@ -33,7 +33,12 @@ def recipe(tmp_path: Path, tiny_llama: Callable[..., Path]) -> Path:
         teacher,
         source,
         storage={"dir": str(tmp_path / "store"), "commit_rows": 2},
-        generate={"engine": "hf", "temperature": 0.0, "max_tokens": 12, "engine_args": {"batch_size": 2}},
+        generate={
+            "engine": "hf",
+            "temperature": 0.0,
+            "max_tokens": 12,
+            "engine_args": {"batch_size": 2},
+        },
         score={"k": 4},
         train={
             "epochs": 8,
@@ -67,7 +72,9 @@ def test_teacher_and_student_never_live_at_the_same_time(recipe: Path, tmp_path:
         living = {w.pid for w in ours(runner)}
         assert len(living) <= 1
         for pid in living - set(groups):
-            assert not any(group_members(group) for group in groups), "the group before is still there"
+            assert not any(group_members(group) for group in groups), (
+                "the group before is still there"
+            )
             groups.append(pid)
     out, err = runner.communicate()
     assert runner.returncode == 0, err
@@ -75,7 +82,9 @@ def test_teacher_and_student_never_live_at_the_same_time(recipe: Path, tmp_path:
     assert '"train"' in out
     started = [[int(pid) for pid in line.split()] for line in children.read_text().splitlines()]
     assert [worker for worker, _ in started] == groups
-    assert not any(psutil.pid_exists(child) and alive(psutil.Process(child)) for _, child in started)
+    assert not any(
+        psutil.pid_exists(child) and alive(psutil.Process(child)) for _, child in started
+    )
 
 
 def test_the_next_stage_waits_for_every_process_of_the_group(tmp_path: Path) -> None:
@@ -101,7 +110,9 @@ def test_a_stage_dies_with_its_runner(recipe: Path, stage: str) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_commits_what_is_finished_and_says_how_to_go_on(recipe: Path, number: int) -> None:
+def test_the_first_signal_commits_what_is_finished_and_says_how_to_go_on(
+    recipe: Path, number: int
+) -> None:
     runner = start(recipe)
     until(lambda: committed(recipe, "generations") >= 1, "a first commit")
     runner.send_signal(number)
@@ -192,14 +203,20 @@ def test_a_stage_that_dies_before_it_reads_its_job_is_no_traceback(
         process_of(tmp_path).finish()
 
 
-@pytest.mark.parametrize(("stage", "changed"), [("score", "teacher"), ("generate", "generate.model")])
+@pytest.mark.parametrize(
+    ("stage", "changed"), [("score", "teacher"), ("generate", "generate.model")]
+)
 def test_a_model_that_is_not_the_planned_one_is_not_loaded(
     recipe: Path, tmp_path: Path, tiny_llama: Callable[..., Path], stage: str, changed: str
 ) -> None:
     loaded = load_recipe(recipe, [f"generate.model={tiny_llama('author', seed=1)}"])
-    teacher = teacher_identity(loaded, FileHashes(tmp_path / "store", remember=False), download=False)
+    teacher = teacher_identity(
+        loaded, FileHashes(tmp_path / "store", remember=False), download=False
+    )
     ids = {"teacher_id": "0" * 32 if changed == "teacher" else teacher.id, "author_id": "0" * 32}
-    with pytest.raises(StillroomError, match=f"^{changed}: the files in .* changed since the plan was made"):
+    with pytest.raises(
+        StillroomError, match=f"^{changed}: the files in .* changed since the plan was made"
+    ):
         process_of(tmp_path, stage, recipe=loaded.model_dump(mode="json"), job=ids).finish()
 
 
@@ -224,7 +241,9 @@ def kill_in_the_middle(recipe: Path, stage: str) -> None:
     until(lambda: not any(alive(w) for w in worker), "its death")
 
 
-def test_killed_in_every_stage_the_store_ends_as_if_undisturbed(recipe: Path, tmp_path: Path) -> None:
+def test_killed_in_every_stage_the_store_ends_as_if_undisturbed(
+    recipe: Path, tmp_path: Path
+) -> None:
     for stage in ("data", "generate", "score", "train", "evaluate"):
         kill_in_the_middle(recipe, stage)
     disturbed = last_json(stillroom("run", recipe, "--json"))
@@ -235,7 +254,9 @@ def test_killed_in_every_stage_the_store_ends_as_if_undisturbed(recipe: Path, tm
         assert line["pending"] == 0
 
     words = [f"storage.dir={tmp_path}/store2", f"run.dir={tmp_path}/run2"]
-    undisturbed = last_json(stillroom("run", recipe, "--json", *(w for o in words for w in ("--set", o))))
+    undisturbed = last_json(
+        stillroom("run", recipe, "--json", *(w for o in words for w in ("--set", o)))
+    )
     assert dict(contents(tmp_path / "store")) == dict(contents(tmp_path / "store2"))
     for arm in ("teacher", "student_before"):
         assert disturbed["results"][arm] == undisturbed["results"][arm]

@@ -18,7 +18,9 @@ def test_stories_by_vllm_teach_a_student(assets: Path, tmp_path: Path) -> None:
     import duckdb
     import pyarrow.parquet as pq
 
-    stories = pq.read_table(assets / "text" / "tinystories-8k" / "validation.parquet")["text"].to_pylist()
+    stories = pq.read_table(assets / "text" / "tinystories-8k" / "validation.parquet")[
+        "text"
+    ].to_pylist()
     openings = list(dict.fromkeys(" ".join(s.split()[:8]) for s in stories))[:60]
     source = write_jsonl(tmp_path / "stories.jsonl", [{"prompt": o} for o in openings])
     recipe = write_recipe(
@@ -26,7 +28,14 @@ def test_stories_by_vllm_teach_a_student(assets: Path, tmp_path: Path) -> None:
         assets / "models" / "stories260k-llama-hd32",
         source,
         storage={"dir": str(tmp_path / "store")},
-        student={"config": {"hidden_size": 32, "num_hidden_layers": 2, "head_dim": 8, "intermediate_size": 64}},
+        student={
+            "config": {
+                "hidden_size": 32,
+                "num_hidden_layers": 2,
+                "head_dim": 8,
+                "intermediate_size": 64,
+            }
+        },
         data={"source": str(source), "format": "prompt", "holdout": 10},
         generate={"engine": "vllm", "max_tokens": 24},
         score={"k": 16},
@@ -42,11 +51,15 @@ def test_stories_by_vllm_teach_a_student(assets: Path, tmp_path: Path) -> None:
     assert store.commits("generations")[0].versions["vllm"]
     shards = [str(store.root / c.shard.name) for c in store.commits("soft_targets")]
     with duckdb.connect() as connection:
-        by_duckdb = connection.execute("SELECT sum(span_tokens) FROM read_parquet($1)", [shards]).fetchall()
+        by_duckdb = connection.execute(
+            "SELECT sum(span_tokens) FROM read_parquet($1)", [shards]
+        ).fetchall()
     assert by_duckdb == [(sum(pq.read_table(s)["span_tokens"].to_numpy().sum() for s in shards),)]
     import datasets
 
-    loaded = datasets.load_dataset("parquet", data_files=shards, split="train", cache_dir=str(tmp_path / "cache"))
+    loaded = datasets.load_dataset(
+        "parquet", data_files=shards, split="train", cache_dir=str(tmp_path / "cache")
+    )
     row = loaded.filter(lambda r: r["kind"] == "topk")[0]
     mass = np.exp(row["logprobs"]).reshape(-1, 16).sum(1) + np.exp(row["tail_logprob"])
     np.testing.assert_allclose(mass, 1.0, atol=2e-3)
@@ -57,7 +70,14 @@ def test_plain_text_is_scored_and_taught(assets: Path, tmp_path: Path) -> None:
         tmp_path,
         assets / "models" / "stories260k-llama-hd32",
         assets / "text" / "tinystories-8k" / "validation.parquet",
-        student={"config": {"hidden_size": 32, "num_hidden_layers": 2, "head_dim": 8, "intermediate_size": 64}},
+        student={
+            "config": {
+                "hidden_size": 32,
+                "num_hidden_layers": 2,
+                "head_dim": 8,
+                "intermediate_size": 64,
+            }
+        },
         data={
             "source": str(assets / "text" / "tinystories-8k" / "validation.parquet"),
             "format": "text",
@@ -72,5 +92,7 @@ def test_plain_text_is_scored_and_taught(assets: Path, tmp_path: Path) -> None:
         evaluate={"tokens": 600},
     )
     results = last_json(stillroom("run", recipe, "--json"))["results"]
-    assert results["teacher"]["perplexity"] < 6  # the teacher knows these stories: perplexity 3.7 on the test split
+    assert (
+        results["teacher"]["perplexity"] < 6
+    )  # the teacher knows these stories: perplexity 3.7 on the test split
     assert results["student"]["kl_teacher"] < results["student_before"]["kl_teacher"]

@@ -38,19 +38,32 @@ def plan(recipe: Path, *arguments: Any) -> dict[str, Any]:
     return last_json(stillroom("plan", recipe, "--json", *arguments))["stages"]
 
 
-def test_one_command_from_prompts_to_a_judged_student(tmp_path: Path, teacher: Path, source: Path) -> None:
+def test_one_command_from_prompts_to_a_judged_student(
+    tmp_path: Path, teacher: Path, source: Path
+) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     recipe = write_recipe(
-        tmp_path, teacher, source, evaluate={"tokens": 200, "baseline": True, "generate": {"prompts": 3}}
+        tmp_path,
+        teacher,
+        source,
+        evaluate={"tokens": 200, "baseline": True, "generate": {"prompts": 3}},
     )
     done = stillroom("run", recipe, "--json")
     outcome = last_json(done)
     told = f"report: {tmp_path}/run/report.html\nstudent: {tmp_path}/run/latest/student\n"
-    assert done.stdout.rpartition('{"run_dir')[0].endswith(told), "where both are, above the JSON line"
+    assert done.stdout.rpartition('{"run_dir')[0].endswith(told), (
+        "where both are, above the JSON line"
+    )
     assert list(outcome["results"]) == ["teacher", "student_before", "baseline", "student"]
     for arm in outcome["results"].values():
-        assert {"cross_entropy", "perplexity", "kl_teacher", "tv_teacher", "acceptance"} <= arm.keys()
+        assert {
+            "cross_entropy",
+            "perplexity",
+            "kl_teacher",
+            "tv_teacher",
+            "acceptance",
+        } <= arm.keys()
         assert {"top1_agreement", "ece"} <= arm.keys()
     assert outcome["results"]["teacher"]["kl_teacher"] == 0
     assert set(states(outcome).values()) == {"done"}
@@ -96,10 +109,14 @@ def test_one_command_from_prompts_to_a_judged_student(tmp_path: Path, teacher: P
 
     status = last_json(stillroom("status", recipe, "--json"))["stages"]
     score = status["score"]
-    assert sum(score["bytes_per_token_by_column"].values()) == pytest.approx(score["bytes_per_token"], abs=0.05)
+    assert sum(score["bytes_per_token_by_column"].values()) == pytest.approx(
+        score["bytes_per_token"], abs=0.05
+    )
     sample = last_json(stillroom("inspect", tmp_path / "store", "--json"))
     assert len(sample["positions"]) == len(sample["tokens"]) - sample["span_start"]
-    counted = last_json(stillroom("query", tmp_path / "store", "SELECT count(*) AS n FROM generations", "--json"))
+    counted = last_json(
+        stillroom("query", tmp_path / "store", "SELECT count(*) AS n FROM generations", "--json")
+    )
     assert counted == {"rows": [{"n": 26}]}
 
 
@@ -117,7 +134,10 @@ def test_what_still_serves_is_reused_and_the_plan_says_why_the_rest_is_not(
     assert pending("score.k=2") == (0, 0)
     assert pending("score.k=8") == (0, 20)  # held-out rows have the whole distribution already
     assert pending("storage.mantissa_bits=7") == (0, 0)
-    assert pending("storage.mantissa_bits=23") == (0, 24)  # exact floats were asked for, and are not there
+    assert pending("storage.mantissa_bits=23") == (
+        0,
+        24,
+    )  # exact floats were asked for, and are not there
     assert pending("generate.samples=2")[0] == 24
     assert pending("generate.seed=5") == (0, 0)  # greedy text has no seed
     assert pending("generate.temperature=1.0")[0] == 24
@@ -133,7 +153,10 @@ def test_what_still_serves_is_reused_and_the_plan_says_why_the_rest_is_not(
     data[-1] ^= 1
     weights.unlink()
     weights.write_bytes(data)
-    assert pending() == (24, 0)  # a changed weight is another teacher: nothing of the old one is its
+    assert pending() == (
+        24,
+        0,
+    )  # a changed weight is another teacher: nothing of the old one is its
 
 
 def test_black_box_needs_no_distribution(tmp_path: Path, teacher: Path, source: Path) -> None:
@@ -144,16 +167,25 @@ def test_black_box_needs_no_distribution(tmp_path: Path, teacher: Path, source: 
     assert student["kl_teacher"] is None
 
 
-def test_given_text_is_scored_and_learned_from(tmp_path: Path, tiny_llama: Callable[..., Path]) -> None:
+def test_given_text_is_scored_and_learned_from(
+    tmp_path: Path, tiny_llama: Callable[..., Path]
+) -> None:
     teacher = tiny_llama("teacher", initializer_range=0.5)
     texts = [{"text": " ".join(r["prompt"] for r in prompts(40)[i : i + 6])} for i in range(30)]
     source = write_jsonl(tmp_path / "texts.jsonl", texts)
     data = {"source": str(source), "format": "text", "holdout": 4, "window_tokens": 16}
-    outcome = run(write_recipe(tmp_path, teacher, source, data=data, generate=None, loss={"hard_weight": 0.0}))
+    outcome = run(
+        write_recipe(tmp_path, teacher, source, data=data, generate=None, loss={"hard_weight": 0.0})
+    )
     assert list(outcome["stages"]) == ["data", "score", "train", "evaluate"]
-    rows = Store.open(tmp_path / "store").index("generations", ["source_key", "completion_tokens", "token_ids"])
+    rows = Store.open(tmp_path / "store").index(
+        "generations", ["source_key", "completion_tokens", "token_ids"]
+    )
     assert all(len(ids) <= 16 for ids in rows["token_ids"].to_pylist())
-    assert outcome["results"]["student"]["kl_teacher"] < outcome["results"]["student_before"]["kl_teacher"]
+    assert (
+        outcome["results"]["student"]["kl_teacher"]
+        < outcome["results"]["student_before"]["kl_teacher"]
+    )
     assert set(states(run(tmp_path / "recipe.yaml")).values()) == {"cached"}
 
 
@@ -162,14 +194,24 @@ def test_given_completions_are_scored_from_where_they_begin(tmp_path: Path, teac
     source = write_jsonl(tmp_path / "pairs.jsonl", records)
     data = {"source": str(source), "format": "completion", "holdout": 2}
     run(write_recipe(tmp_path, teacher, source, data=data, generate=None), "--until", "score")
-    rows = Store.open(tmp_path / "store").index("soft_targets", ["token_ids", "span_start", "span_tokens"]).to_pylist()
+    rows = (
+        Store.open(tmp_path / "store")
+        .index("soft_targets", ["token_ids", "span_start", "span_tokens"])
+        .to_pylist()
+    )
     assert {row["span_tokens"] for row in rows} == {7}  # six words and the end of the sequence
     assert all(row["token_ids"][-1] == 2 for row in rows)
 
 
-def test_a_prompt_longer_than_the_context_is_rejected_and_the_others_are_done(tmp_path: Path, teacher: Path) -> None:
-    source = write_jsonl(tmp_path / "p.jsonl", [*prompts(12), {"prompt": "cat " * 200}, {"prompt": ""}])
-    recipe = write_recipe(tmp_path, teacher, source, data={"source": str(source), "format": "prompt", "holdout": 2})
+def test_a_prompt_longer_than_the_context_is_rejected_and_the_others_are_done(
+    tmp_path: Path, teacher: Path
+) -> None:
+    source = write_jsonl(
+        tmp_path / "p.jsonl", [*prompts(12), {"prompt": "cat " * 200}, {"prompt": ""}]
+    )
+    recipe = write_recipe(
+        tmp_path, teacher, source, data={"source": str(source), "format": "prompt", "holdout": 2}
+    )
     outcome = run(recipe)
     assert outcome["stages"]["generate"]["rows"] == 12
     lines = plan(recipe)
@@ -177,21 +219,33 @@ def test_a_prompt_longer_than_the_context_is_rejected_and_the_others_are_done(tm
     for line in lines.values():
         assert line["planned"] == line["committed"] + line["rejected"] + line["pending"]
     found = last_json(
-        stillroom("query", tmp_path / "store", "SELECT stage, reason, message FROM rejects ORDER BY 1", "--json")
+        stillroom(
+            "query",
+            tmp_path / "store",
+            "SELECT stage, reason, message FROM rejects ORDER BY 1",
+            "--json",
+        )
     )
-    assert [(r["stage"], r["reason"]) for r in found["rows"]] == [("data", "empty"), ("generate", "too_long")]
+    assert [(r["stage"], r["reason"]) for r in found["rows"]] == [
+        ("data", "empty"),
+        ("generate", "too_long"),
+    ]
     assert "201 tokens; the author reads 128" in found["rows"][1]["message"]
 
 
 def test_select_chooses_what_is_scored(tmp_path: Path, teacher: Path, source: Path) -> None:
-    recipe = write_recipe(tmp_path, teacher, source, select={"where": "finish_reason = 'nothing like this'"})
+    recipe = write_recipe(
+        tmp_path, teacher, source, select={"where": "finish_reason = 'nothing like this'"}
+    )
     done = stillroom("run", recipe, "--until", "train", expect=2)
     assert "waits for training rows" in done.stderr
     done = stillroom("plan", recipe, "--set", "select.where=no_such_column > 1", expect=2)
     assert "select.where" in done.stderr
 
 
-def test_students_are_trained_where_teacher_and_data_are_not(tmp_path: Path, teacher: Path, source: Path) -> None:
+def test_students_are_trained_where_teacher_and_data_are_not(
+    tmp_path: Path, teacher: Path, source: Path
+) -> None:
     recipe = write_recipe(tmp_path, teacher, source)
     run(recipe, "--until", "score")
     shutil.move(teacher, tmp_path / "gone")
@@ -235,7 +289,9 @@ def test_what_cannot_work_is_one_clear_message_without_a_traceback(
     assert "Traceback" not in done.stderr
 
 
-def test_a_damaged_model_is_named_before_anything_runs(tmp_path: Path, teacher: Path, source: Path) -> None:
+def test_a_damaged_model_is_named_before_anything_runs(
+    tmp_path: Path, teacher: Path, source: Path
+) -> None:
     (teacher / "model.safetensors").write_bytes(b"not a tensor file")
     done = stillroom("run", write_recipe(tmp_path, teacher, source), expect=2)
     assert "does not load" in done.stderr
@@ -243,13 +299,17 @@ def test_a_damaged_model_is_named_before_anything_runs(tmp_path: Path, teacher: 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs mount namespaces")
-def test_a_read_only_store_keeps_everything_and_says_so(tmp_path: Path, teacher: Path, source: Path) -> None:
+def test_a_read_only_store_keeps_everything_and_says_so(
+    tmp_path: Path, teacher: Path, source: Path
+) -> None:
     recipe = write_recipe(tmp_path, teacher, source)
     run(recipe, "--until", "generate")
     before = Store.open(tmp_path / "store").index("generations", ["key"])
     script = f"mount --bind {tmp_path}/store {tmp_path}/store && mount -o remount,ro,bind {tmp_path}/store && "
     inner = f"{sys.executable} -m stillroom.pipeline.cli.main run {recipe} --json"
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", script + inner], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script + inner], capture_output=True, text=True, timeout=120
+    )
     if "unshare" in done.stderr or "mount:" in done.stderr:
         pytest.skip("this machine gives tests no mount namespace")
     assert done.returncode == 1
@@ -287,7 +347,9 @@ def test_a_pinned_snapshot_trains_on_nothing_it_is_judged_on(
 
     def prompts_of(snapshot_id: str) -> set[bytes]:
         snapshot = load_snapshot(store, snapshot_id)
-        rows = store.rows("soft_targets", {s.sha256: s.rows for s in snapshot.shards}, ["prompt_key"])
+        rows = store.rows(
+            "soft_targets", {s.sha256: s.rows for s in snapshot.shards}, ["prompt_key"]
+        )
         return {row["prompt_key"] for row in rows}
 
     judged = prompts_of(evaluation["measured_on"]["snapshot"])
@@ -326,11 +388,16 @@ def test_only_and_until_do_not_go_together_and_name_stages_of_the_recipe(
     tmp_path: Path, teacher: Path, source: Path
 ) -> None:
     recipe = write_recipe(tmp_path, teacher, source, score=None, loss={"hard_weight": 1.0})
-    assert "one of them" in stillroom("run", recipe, "--only", "data", "--until", "data", expect=2).stderr
+    assert (
+        "one of them"
+        in stillroom("run", recipe, "--only", "data", "--until", "data", expect=2).stderr
+    )
     assert "no such stage" in stillroom("run", recipe, "--only", "score", expect=2).stderr
 
 
-def test_latest_is_the_student_of_the_last_run_that_has_one(tmp_path: Path, teacher: Path, source: Path) -> None:
+def test_latest_is_the_student_of_the_last_run_that_has_one(
+    tmp_path: Path, teacher: Path, source: Path
+) -> None:
     recipe = write_recipe(tmp_path, teacher, source)
     latest = tmp_path / "run" / "latest"
     run(recipe)
@@ -355,12 +422,19 @@ def test_what_small_files_show_is_refused_before_the_teacher_works(
     (student / "tokenizer.json").write_text(json.dumps(tokenizer))
     recipe = write_recipe(tmp_path, teacher, source, student={"model": str(student)})
     assert "student.model: the tokenizer of" in stillroom("plan", recipe, expect=2).stderr
-    data = {"source": str(source), "format": "instruction", "columns": {"instruction": "prompt"}, "holdout": 4}
+    data = {
+        "source": str(source),
+        "format": "instruction",
+        "columns": {"instruction": "prompt"},
+        "holdout": 4,
+    }
     recipe = write_recipe(tmp_path, teacher, source, data=data)
     assert "chat template" in stillroom("plan", recipe, expect=2).stderr
     (tmp_path / "occupied").mkdir()
     (tmp_path / "occupied" / "file").touch()
     done = stillroom(
-        "plan", write_recipe(tmp_path, teacher, source, storage={"dir": str(tmp_path / "occupied")}), expect=2
+        "plan",
+        write_recipe(tmp_path, teacher, source, storage={"dir": str(tmp_path / "occupied")}),
+        expect=2,
     )
     assert "no store here" in done.stderr

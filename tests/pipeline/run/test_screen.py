@@ -28,7 +28,10 @@ CONTROL = re.compile(r"\x1b\[(\??[0-9;]*)([A-Za-z])")
 
 
 class Terminal:
-    """Enough of a terminal: text, carriage return, line feed, cursor up, erase line. Colours are passed over."""
+    """Enough of a terminal: text, carriage return, line feed, cursor up, erase line.
+
+    Colours are passed over.
+    """
 
     def __init__(self, width: int) -> None:
         self.width = width
@@ -47,7 +50,12 @@ class Terminal:
         """Lines that are too long now are broken, as terminals do; the cursor stays where it was, at the end."""
         above = self.lines[: self.row + 1]
         broken = [line[i : i + width] for line in above for i in range(0, max(1, len(line)), width)]
-        self.width, self.lines, self.row, self.column = width, broken, len(broken) - 1, len(broken[-1])
+        self.width, self.lines, self.row, self.column = (
+            width,
+            broken,
+            len(broken) - 1,
+            len(broken[-1]),
+        )
 
     def _write(self, character: str) -> None:
         if character == "\r":
@@ -76,8 +84,12 @@ def at_a_terminal(words: list[str], width: int) -> tuple[Terminal, str, int]:
     """Run a command whose standard error is a terminal; what stands there in the end, its output, its exit code."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
-    environment = {k: v for k, v in ENVIRONMENT.items() if k not in ("COLUMNS", "LINES")} | {"TERM": "xterm"}
-    with subprocess.Popen(words, stdin=theirs, stdout=subprocess.PIPE, stderr=theirs, env=environment) as process:
+    environment = {k: v for k, v in ENVIRONMENT.items() if k not in ("COLUMNS", "LINES")} | {
+        "TERM": "xterm"
+    }
+    with subprocess.Popen(
+        words, stdin=theirs, stdout=subprocess.PIPE, stderr=theirs, env=environment
+    ) as process:
         os.close(theirs)
         said = b""
         while True:
@@ -114,7 +126,9 @@ def rows_of(terminal: Terminal) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_eighty_columns_hold_every_stage_and_what_was_said_stands_above(narrow: tuple[Terminal, str, int]) -> None:
+def test_eighty_columns_hold_every_stage_and_what_was_said_stands_above(
+    narrow: tuple[Terminal, str, int],
+) -> None:
     terminal, printed, code = narrow
     assert code == 0
     assert '"state": "done"' in printed
@@ -124,12 +138,16 @@ def test_eighty_columns_hold_every_stage_and_what_was_said_stands_above(narrow: 
     assert re.match(r"data +done +24 rows +1 +[\d.]+ kB +\d+s$", rows["data"])
     assert re.match(r"generate +done +24 rows +\d+ +[\d.]+k? +[\d.]+ kB +\d+s$", rows["generate"])
     assert rows["score"].split()[:3] == ["score", "left", "out"]
-    above = terminal.lines[: terminal.lines.index(next(li for li in terminal.lines if li.startswith("stage ")))]
+    above = terminal.lines[
+        : terminal.lines.index(next(li for li in terminal.lines if li.startswith("stage ")))
+    ]
     assert any(line.startswith("generate: loading ") for line in above)
 
 
 @pytest.mark.slow
-def test_a_wide_terminal_and_a_run_with_nothing_to_do(recipe: Path, narrow: tuple[Terminal, str, int]) -> None:
+def test_a_wide_terminal_and_a_run_with_nothing_to_do(
+    recipe: Path, narrow: tuple[Terminal, str, int]
+) -> None:
     terminal, _, code = at_a_terminal(command("run", recipe, "--until", "generate"), 140)
     assert code == 0
     rows = rows_of(terminal)
@@ -138,7 +156,9 @@ def test_a_wide_terminal_and_a_run_with_nothing_to_do(recipe: Path, narrow: tupl
 
 
 @pytest.mark.slow
-def test_the_log_has_all_that_was_said_and_how_far_it_came(recipe: Path, narrow: tuple[Terminal, str, int]) -> None:
+def test_the_log_has_all_that_was_said_and_how_far_it_came(
+    recipe: Path, narrow: tuple[Terminal, str, int]
+) -> None:
     log = (recipe.parent / "run" / "logs" / "generate.log").read_text()
     assert f"generate: loading {recipe.parent / 'teacher'} into hf" in log
     assert re.search(r"generate: 24/24 rows, .* tokens/s, .* written", log)
@@ -146,19 +166,36 @@ def test_the_log_has_all_that_was_said_and_how_far_it_came(recipe: Path, narrow:
 
 @pytest.mark.slow
 def test_a_pipe_gets_plain_lines_and_quiet_gets_none(recipe: Path, tmp_path: Path) -> None:
-    fresh = ["--set", f"storage.dir={tmp_path}/store", "--set", f"run.dir={tmp_path}/run", "--until", "data"]
-    done = subprocess.run(command("run", recipe, *fresh), capture_output=True, text=True, env=ENVIRONMENT)
+    fresh = [
+        "--set",
+        f"storage.dir={tmp_path}/store",
+        "--set",
+        f"run.dir={tmp_path}/run",
+        "--until",
+        "data",
+    ]
+    done = subprocess.run(
+        command("run", recipe, *fresh), capture_output=True, text=True, env=ENVIRONMENT
+    )
     assert re.fullmatch(r"data: done in \d+s \(24 rows, 1 rejected\)\n", done.stderr)
     quiet = command("run", recipe, *fresh, "--quiet", "--set", "data.limit=20")
     terminal, _, code = at_a_terminal(quiet, 80)
     assert (terminal.lines, code) == ([""], 0)
     assert "data: 20/20 records" in (tmp_path / "run" / "logs" / "data.log").read_text()
-    failed = subprocess.run([*quiet, "--set", "data.holdout=20"], capture_output=True, text=True, env=ENVIRONMENT)
+    failed = subprocess.run(
+        [*quiet, "--set", "data.holdout=20"], capture_output=True, text=True, env=ENVIRONMENT
+    )
     assert failed.stderr.startswith("error: data.holdout: 20 of")
 
 
-BOOKS = {"data": StagePlan(name="data", state="done", committed=9), "score": StagePlan(name="score", state="to do")}
-BOOKS |= {"train": StagePlan(name="train", state="waits"), "evaluate": StagePlan(name="evaluate", state="waits")}
+BOOKS = {
+    "data": StagePlan(name="data", state="done", committed=9),
+    "score": StagePlan(name="score", state="to do"),
+}
+BOOKS |= {
+    "train": StagePlan(name="train", state="waits"),
+    "evaluate": StagePlan(name="evaluate", state="waits"),
+}
 
 
 SHOWN = ["stage", *BOOKS, "score:", "run"]
@@ -185,7 +222,16 @@ def under_way(stream: Any, expected: dict[str, float | None]) -> Screen:
     screen = Screen(stream)
     screen.plan(BOOKS.values(), chosen=["data", "score", "train"], expected=expected)
     screen.begin("score")
-    meter = Meter(total=100, first=20, done=60, tokens=8000, seconds=40.0, note="a note", rejects=2, written=2_500_000)
+    meter = Meter(
+        total=100,
+        first=20,
+        done=60,
+        tokens=8000,
+        seconds=40.0,
+        note="a note",
+        rejects=2,
+        written=2_500_000,
+    )
     screen.hear({"event": "at", "meter": asdict(meter)})
     return screen
 
@@ -199,9 +245,15 @@ def test_a_line_every_ten_seconds_says_what_the_screen_would(hours: Hours) -> No
     screen.hear({"event": "say", "text": "score: something"})
     screen.end("score", seconds=41.0)
     line = (
-        "score: 60/100 rows, 200 tokens/s, 2 rejected, 2.5 MB written, a note, 40s left; about 1m 40s left of the run"
+        "score: 60/100 rows, 200 tokens/s, 2 rejected, 2.5 MB written, a note, 40s left; "
+        "about 1m 40s left of the run"
     )
-    assert stream.getvalue().splitlines() == [line, line, "score: something", "score: done in 41s (0 rows)"]
+    assert stream.getvalue().splitlines() == [
+        line,
+        line,
+        "score: something",
+        "score: done in 41s (0 rows)",
+    ]
 
 
 def test_the_time_left_of_the_run_is_not_made_up(hours: Hours) -> None:
@@ -227,7 +279,12 @@ def test_a_reader_that_went_away_stops_nothing(hours: Hours) -> None:
 def test_another_width_leaves_no_old_lines_behind(
     hours: Hours, monkeypatch: pytest.MonkeyPatch, widths: tuple[int, ...]
 ) -> None:
-    for name, value in {"TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "1", "TERM": "xterm", "LINES": "24"}.items():
+    for name, value in {
+        "TTY_COMPATIBLE": "1",
+        "TTY_INTERACTIVE": "1",
+        "TERM": "xterm",
+        "LINES": "24",
+    }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("COLUMNS", str(widths[0]))
@@ -252,7 +309,9 @@ def test_another_width_leaves_no_old_lines_behind(
             assert [line.split()[0] for line in terminal.lines if line.strip()][-7:] == SHOWN
     drawn()
     assert sum(line.startswith("stage ") for line in terminal.lines) == 1
-    assert [line.rstrip() for line in terminal.lines if line.startswith("at ")] == [f"at {w}" for w in widths]
+    assert [line.rstrip() for line in terminal.lines if line.startswith("at ")] == [
+        f"at {w}" for w in widths
+    ]
     assert any(line.split()[:2] == ["score", "stopped"] for line in terminal.lines)
 
 
@@ -260,7 +319,12 @@ def test_another_width_leaves_no_old_lines_behind(
 def test_a_narrow_terminal_has_fewer_columns_and_cuts_no_number(
     hours: Hours, monkeypatch: pytest.MonkeyPatch, width: int, gone: set[str]
 ) -> None:
-    for name, value in {"TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "1", "TERM": "xterm", "LINES": "24"}.items():
+    for name, value in {
+        "TTY_COMPATIBLE": "1",
+        "TTY_INTERACTIVE": "1",
+        "TERM": "xterm",
+        "LINES": "24",
+    }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("COLUMNS", str(width))
     terminal, stream = Terminal(width), io.StringIO()
@@ -269,7 +333,10 @@ def test_a_narrow_terminal_has_fewer_columns_and_cuts_no_number(
         screen.tick()
         terminal.feed(stream.getvalue())
     rows = rows_of(terminal)
-    assert set("stage done tokens tokens/s rejects written time".split()) - set(rows["stage"].split()) == gone
+    assert (
+        set("stage done tokens tokens/s rejects written time".split()) - set(rows["stage"].split())
+        == gone
+    )
     assert re.search(r" 60/100 rows .* 200 .*40s left$", rows["score"])
     assert rows["train"].endswith("~2h 01m")
     assert "\u2026" not in "".join(rows.values())
@@ -312,7 +379,9 @@ def test_a_stage_does_not_wait_for_a_runner_that_does_not_read() -> None:
     assert all(said.endswith("}\n") for said in heard)
 
 
-def test_progress_is_told_a_few_times_a_second_and_its_end_always(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_told_a_few_times_a_second_and_its_end_always(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     told: list[dict[str, Any]] = []
     progress = ToldProgress("score", told.append)
     progress.start(total=5000, unit="rows")
@@ -328,13 +397,19 @@ def test_progress_is_told_a_few_times_a_second_and_its_end_always(capsys: pytest
 
 
 @pytest.mark.parametrize(
-    ("count", "shown"), [(0, "0"), (99_999, "99999"), (102_912, "103k"), (1_234_567, "1.2M"), (123_456_789, "123M")]
+    ("count", "shown"),
+    [(0, "0"), (99_999, "99999"), (102_912, "103k"), (1_234_567, "1.2M"), (123_456_789, "123M")],
 )
 def test_a_count_takes_five_characters_at_most(count: int, shown: str) -> None:
     assert short(count) == shown
 
 
 def test_what_rounds_up_to_the_next_unit_is_in_that_unit() -> None:
-    assert [human(count) for count in (999, 999.7, 999_940, 999_960)] == ["999", "1.0k", "999.9k", "1.0M"]
+    assert [human(count) for count in (999, 999.7, 999_940, 999_960)] == [
+        "999",
+        "1.0k",
+        "999.9k",
+        "1.0M",
+    ]
     assert [size(count) for count in (999, 999_960)] == ["999 B", "1.0 MB"]
     assert octets(2**20 - 1) == "1.0 MiB"

@@ -20,8 +20,21 @@ def store(tmp_path) -> Store:
             key = content_key("test", index=index)
             row = dict.fromkeys(("key", "reuse_key", "prompt_key", "tokens_key"), key)
             row |= dict.fromkeys(("author_id", "sampling_id"), "a")
-            row |= {"sample_index": 0, "token_ids": [1, 2, *range(index + 1)], "prompt_tokens": 2, "text": "x"}
-            writer.add(row | {"completion_tokens": index + 1, "finish_reason": "stop", "max_tokens": 9, "row_seed": 0})
+            row |= {
+                "sample_index": 0,
+                "token_ids": [1, 2, *range(index + 1)],
+                "prompt_tokens": 2,
+                "text": "x",
+            }
+            writer.add(
+                row
+                | {
+                    "completion_tokens": index + 1,
+                    "finish_reason": "stop",
+                    "max_tokens": 9,
+                    "row_seed": 0,
+                }
+            )
     return store
 
 
@@ -30,7 +43,9 @@ def test_columns_and_the_rest_are_the_whole_file(store):
     found = status.column_costs(store, commits)
     size, tokens = sum(c.shard.bytes for c in commits), sum(c.tokens for c in commits)
     assert (found["shards"], found["footers_read"]) == (7, 7)
-    assert sum(found["bytes_per_token_by_column"].values()) == pytest.approx(size / tokens, abs=0.05)
+    assert sum(found["bytes_per_token_by_column"].values()) == pytest.approx(
+        size / tokens, abs=0.05
+    )
     assert list(found["bytes_per_token_by_column"].values()) == sorted(
         found["bytes_per_token_by_column"].values(), reverse=True
     )
@@ -59,7 +74,14 @@ def test_of_many_shards_some_are_read_and_that_is_said(store, monkeypatch):
     chosen = commits[::3]
     expected = sum(c.shard.bytes for c in chosen) / sum(c.tokens for c in chosen)
     assert sum(found["bytes_per_token_by_column"].values()) == pytest.approx(expected, abs=0.05)
-    stage = {"state": "done", "rows": 7, "rejected": 0, "pending": 0, "tokens": 28, "tokens_per_second": None}
+    stage = {
+        "state": "done",
+        "rows": 7,
+        "rejected": 0,
+        "pending": 0,
+        "tokens": 28,
+        "tokens_per_second": None,
+    }
     console = Console(record=True, width=500)
     console.print(status.status_tables({"generate": stage | found}))
     text = console.export_text()

@@ -31,8 +31,18 @@ def recipe(tmp_path: Path, tiny_llama: Callable[..., Path]) -> Path:
         tmp_path,
         tiny_llama("teacher", eos_token_id=None, num_hidden_layers=4),
         source,
-        generate={"engine": "hf", "temperature": 0.0, "max_tokens": 24, "engine_args": {"batch_size": BATCH}},
-        train={"epochs": 2, "tokens_per_step": 512, "learning_rate": 5.0e-3, "checkpoint_every_steps": 2},
+        generate={
+            "engine": "hf",
+            "temperature": 0.0,
+            "max_tokens": 24,
+            "engine_args": {"batch_size": BATCH},
+        },
+        train={
+            "epochs": 2,
+            "tokens_per_step": 512,
+            "learning_rate": 5.0e-3,
+            "checkpoint_every_steps": 2,
+        },
     )
 
 
@@ -91,7 +101,10 @@ def test_two_workers_share_what_one_would_do_row_for_row(recipe: Path, tmp_path:
     times = made(tmp_path / "site")
     assert len(times) == rows
     assert times.total() - rows <= 2 * (BLOCK + BATCH)
-    assert {p.name for p in (tmp_path / "run" / "logs").iterdir()} >= {"generate.log", "generate.2.log"}
+    assert {p.name for p in (tmp_path / "run" / "logs").iterdir()} >= {
+        "generate.log",
+        "generate.2.log",
+    }
     assert not list((tmp_path / "run" / "logs").glob("*.inflight"))
 
     other = [f"storage.dir={tmp_path}/store2", f"run.dir={tmp_path}/run2"]
@@ -100,7 +113,9 @@ def test_two_workers_share_what_one_would_do_row_for_row(recipe: Path, tmp_path:
     assert last_json(stillroom("verify", tmp_path / "store", "--json"))["ok"]
 
 
-def test_the_work_of_a_worker_that_was_killed_is_done_by_the_other(recipe: Path, tmp_path: Path) -> None:
+def test_the_work_of_a_worker_that_was_killed_is_done_by_the_other(
+    recipe: Path, tmp_path: Path
+) -> None:
     stillroom("run", recipe, "--only", "data")
     site = together(tmp_path / "site", 2)
     killed, other = [start(recipe, "--only", "generate", PYTHONPATH=site) for _ in range(2)]
@@ -140,4 +155,6 @@ def test_full_runs_at_once_train_one_student(recipe: Path, tmp_path: Path) -> No
 
 
 def test_workers_wait_for_the_prompts(recipe: Path) -> None:
-    assert "Run `--only data` first" in stillroom("run", recipe, "--only", "generate", expect=2).stderr
+    assert (
+        "Run `--only data` first" in stillroom("run", recipe, "--only", "generate", expect=2).stderr
+    )

@@ -31,9 +31,13 @@ class World:
         teacher = save_tiny_llama(folder / "teacher", initializer_range=0.5)
         self.recipe, self.store, identity = scored_store(folder, teacher, rows=24, score=settings)
         self.teacher_id = identity.id
-        self.fit = fit_of(self.recipe, self.store.teacher_dir(identity.id), vocab_size=32, soft=True)
+        self.fit = fit_of(
+            self.recipe, self.store.teacher_dir(identity.id), vocab_size=32, soft=True
+        )
 
-    def audit(self, store: Store | None = None, fit: Fit | None = None, table: str = "soft_targets") -> list[str]:
+    def audit(
+        self, store: Store | None = None, fit: Fit | None = None, table: str = "soft_targets"
+    ) -> list[str]:
         store = store or self.store
         return audit_rows(store, snapshot_of(store, table), fit or self.fit)
 
@@ -56,14 +60,18 @@ def test_rows_that_belong_together_pass(topk: World, sampled: World) -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize(("kind", "consistent"), [("topk", False), ("topk", True), ("sampled", True)])
+@pytest.mark.parametrize(
+    ("kind", "consistent"), [("topk", False), ("topk", True), ("sampled", True)]
+)
 def test_targets_of_other_tokens_are_refused(
     kind: str, fault: Fault, consistent: bool, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """`consistent`: the scorer that was off looked the token's log-probability up in what it had."""
     world: World = request.getfixturevalue(kind)
     store = planted(world.store, tmp_path / "store", fault, consistent=consistent)
-    with pytest.raises(IntegrityError, match=r"(?s)row [0-9a-f]{32} of data/.*[Ee]xpected.*Score the prompts"):
+    with pytest.raises(
+        IntegrityError, match=r"(?s)row [0-9a-f]{32} of data/.*[Ee]xpected.*Score the prompts"
+    ):
         world.audit(store)
 
 
@@ -81,11 +89,15 @@ def test_a_shift_is_refused_before_any_step(topk: World, tmp_path: Path) -> None
         train_dirs=folders,  # type: ignore[arg-type]
         snapshots=snapshots,  # type: ignore[arg-type]
     )
-    with pytest.raises(IntegrityError, match="shifted by one position, those of the position after"):
+    with pytest.raises(
+        IntegrityError, match="shifted by one position, those of the position after"
+    ):
         train.run(job)
     assert not list((tmp_path / "run").glob("checkpoints/*"))
     assert not (tmp_path / "run" / "student").exists()
-    warned = Recipe.model_validate(recipe.model_dump() | {"train": recipe.train.model_dump() | {"audit": "warn"}})
+    warned = Recipe.model_validate(
+        recipe.model_dump() | {"train": recipe.train.model_dump() | {"audit": "warn"}}
+    )
     assert train.run(replace(job, recipe=warned, train_dirs={"student": tmp_path / "warned"})).rows
     assert any("shifted by one position" in line for line in job.progress.said)  # type: ignore[attr-defined]
     baseline = replace(job, arm="baseline", train_dirs={"baseline": tmp_path / "baseline"})
@@ -93,18 +105,26 @@ def test_a_shift_is_refused_before_any_step(topk: World, tmp_path: Path) -> None
     assert any(line.startswith("audit: 24 rows") for line in job.progress.said)  # type: ignore[attr-defined]
 
 
-def with_text(store: Store, root: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Store:
+def with_text(
+    store: Store, root: Path, change: Callable[[dict[str, Any]], dict[str, Any]]
+) -> Store:
     return copied(store, root, change, table="generations")
 
 
-def test_a_completion_that_is_not_the_text_written_down_is_refused(topk: World, tmp_path: Path) -> None:
+def test_a_completion_that_is_not_the_text_written_down_is_refused(
+    topk: World, tmp_path: Path
+) -> None:
     store = with_text(topk.store, tmp_path / "a", lambda row: row | {"text": "red " + row["text"]})
-    with pytest.raises(IntegrityError, match="expected the completion that was written down, 'red "):
+    with pytest.raises(
+        IntegrityError, match="expected the completion that was written down, 'red "
+    ):
         topk.audit(store)
     with pytest.raises(IntegrityError, match="expected the completion that was written down"):
         topk.audit(store, table="generations", fit=replace(topk.fit, soft=False))
     # What a stop string or half a character takes from the text, and blanks, are no fault.
-    store = with_text(topk.store, tmp_path / "b", lambda row: row | {"text": f" {row['text'][:9]}\ufffd"})
+    store = with_text(
+        topk.store, tmp_path / "b", lambda row: row | {"text": f" {row['text'][:9]}\ufffd"}
+    )
     assert topk.audit(store) == [TOGETHER]
 
 
@@ -113,9 +133,15 @@ def test_a_span_that_starts_elsewhere_is_refused(topk: World, tmp_path: Path) ->
         if row["span_tokens"] < 2:
             return row
         inner = SoftTargets.from_row(row).positions(slice(1, None))
-        return row | inner.columns(row["mantissa_bits"]) | {"span_start": row["span_start"] + 1, "k": row["k"]}
+        return (
+            row
+            | inner.columns(row["mantissa_bits"])
+            | {"span_start": row["span_start"] + 1, "k": row["k"]}
+        )
 
-    with pytest.raises(IntegrityError, match=r"scores \d+ tokens from (\d+) on, expected \d+ from \d+ on"):
+    with pytest.raises(
+        IntegrityError, match=r"scores \d+ tokens from (\d+) on, expected \d+ from \d+ on"
+    ):
         topk.audit(copied(topk.store, tmp_path / "store", late))
 
 
@@ -126,28 +152,40 @@ def test_a_student_that_reads_other_text_is_refused(topk: World) -> None:
     spec = (topk.fit.teacher_dir / "tokenizer.json").read_text()
     swapped = spec.replace('"the":', '"@":').replace('"a":', '"the":').replace('"@":', '"a":')
     other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(swapped))
-    with pytest.raises(UsageError, match=r"student: its tokenizer reads row .* as '.*', the teacher's as '.*'. Choose"):
+    with pytest.raises(
+        UsageError,
+        match=r"student: its tokenizer reads row .* as '.*', the teacher's as '.*'. Choose",
+    ):
         topk.audit(fit=replace(topk.fit, tokenizer=other))
-    with pytest.raises(UsageError, match=r"student: its vocabulary has 9 ids, but the text has token \d+ \(row "):
+    with pytest.raises(
+        UsageError, match=r"student: its vocabulary has 9 ids, but the text has token \d+ \(row "
+    ):
         topk.audit(fit=replace(topk.fit, vocab_size=9))
 
 
 def test_a_student_with_more_special_tokens_reads_the_same_text(topk: World) -> None:
     from transformers import AutoTokenizer
 
-    student = AutoTokenizer.from_pretrained(topk.fit.teacher_dir, additional_special_tokens=["the", "a"])
+    student = AutoTokenizer.from_pretrained(
+        topk.fit.teacher_dir, additional_special_tokens=["the", "a"]
+    )
     assert topk.audit(fit=replace(topk.fit, tokenizer=student)) == [TOGETHER]
 
 
 @pytest.mark.parametrize(
-    "chosen", [{"select": {"where": "text LIKE 'a%'"}}, {"generate": {"engine": "hf", "samples": 2}}]
+    "chosen",
+    [{"select": {"where": "text LIKE 'a%'"}}, {"generate": {"engine": "hf", "samples": 2}}],
 )
-def test_text_that_was_chosen_among_what_the_teacher_drew_need_not_be_likely(topk: World, chosen: Any) -> None:
+def test_text_that_was_chosen_among_what_the_teacher_drew_need_not_be_likely(
+    topk: World, chosen: Any
+) -> None:
     recipe = Recipe.model_validate(topk.recipe.model_dump() | chosen)
     assert not fit_of(recipe, topk.fit.teacher_dir, vocab_size=32, soft=True).own_text
 
 
-def markov_rows(teacher: np.ndarray, text: np.ndarray, *, rows: int, n: int, seed: int = 0) -> list[dict[str, Any]]:
+def markov_rows(
+    teacher: np.ndarray, text: np.ndarray, *, rows: int, n: int, seed: int = 0
+) -> list[dict[str, Any]]:
     """Text drawn from one Markov chain [V, V], targets of another (in place, K = V): what the statistics are about."""
     rng = np.random.default_rng(seed)
     found = []
@@ -170,7 +208,11 @@ def chain(seed: int, *, sharp: float, vocab: int = 40) -> np.ndarray:
 
 
 def test_a_teacher_that_knows_the_text_or_claims_nothing_passes() -> None:
-    known, half, vague = chain(0, sharp=3.0), 0.5 * chain(0, sharp=3.0) + 0.5 * chain(1, sharp=3.0), chain(1, sharp=0.1)
+    known, half, vague = (
+        chain(0, sharp=3.0),
+        0.5 * chain(0, sharp=3.0) + 0.5 * chain(1, sharp=3.0),
+        chain(1, sharp=0.1),
+    )
     for teacher in (known, half, vague):
         rows = markov_rows(teacher, known, rows=20, n=60)
         assert (shifted(rows), unknowing(rows)) == (None, None)
@@ -185,7 +227,8 @@ def test_a_shift_and_other_tokens_are_told_apart() -> None:
 
     def moved(order: np.ndarray) -> list[dict[str, Any]]:
         targets = [SoftTargets.from_row(row) for row in rows]
-        return [row | t.positions(order).columns(23) for row, t in zip(rows, targets, strict=True)]  # type: ignore[arg-type]
+        # type: ignore[arg-type]
+        return [row | t.positions(order).columns(23) for row, t in zip(rows, targets, strict=True)]
 
     there = np.arange(60)
     assert "those of the position after" in str(shifted(moved(np.minimum(there + 1, 59))))
@@ -194,8 +237,12 @@ def test_a_shift_and_other_tokens_are_told_apart() -> None:
     assert shifted(anywhere) is None
     assert "nats, of the neighbouring ones" in str(unknowing(anywhere))
     targets = [SoftTargets.from_row(row).columns(23) for row in rows]
-    assert "those of the row after" in str(shifted([r | t for r, t in zip(rows, targets[1:], strict=False)]))
-    assert "those of the row before" in str(shifted([r | t for r, t in zip(rows[1:], targets, strict=False)]))
+    assert "those of the row after" in str(
+        shifted([r | t for r, t in zip(rows, targets[1:], strict=False)])
+    )
+    assert "those of the row before" in str(
+        shifted([r | t for r, t in zip(rows[1:], targets, strict=False)])
+    )
 
 
 def test_chance_is_counted_over_what_predicts() -> None:

@@ -26,7 +26,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "topk": {"k": 4, "temperatures": [2.0, 0.5]},
     "topp": {"targets": "topp", "p": 0.9, "k": 16, "k_min": 2},
     "sampled": {"targets": "sampled", "rounds": 50},
-    "weighted": {"targets": "sampled", "draw": "systematic", "rounds": 50, "proposal": 0.7, "temperatures": [2.0]},
+    "weighted": {
+        "targets": "sampled",
+        "draw": "systematic",
+        "rounds": 50,
+        "proposal": 0.7,
+        "temperatures": [2.0],
+    },
 }
 
 
@@ -36,10 +42,14 @@ class World:
     teacher: Identity
     folder: Path
 
-    def read(self, store: Store | None = None, *, teacher: Identity | None = None, rows: int = 64) -> Rescored:
+    def read(
+        self, store: Store | None = None, *, teacher: Identity | None = None, rows: int = 64
+    ) -> Rescored:
         store = store or self.store
         chosen = choose_rows(store, shelves(store), rows=rows, seed=0)
-        return rescore(store, teacher or self.teacher, chosen, device_map=None, progress=SilentProgress())
+        return rescore(
+            store, teacher or self.teacher, chosen, device_map=None, progress=SilentProgress()
+        )
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +68,10 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, World]:
 def test_a_teacher_agrees_with_itself_to_the_rounding(worlds: dict[str, World], name: str) -> None:
     found = worlds[name].read()
     assert (found.rows, found.off) == (16, [])
-    assert found.kinds == {"full": 4, worlds[name].store.index("soft_targets", ["kind"])["kind"].to_pylist()[-1]: 12}
+    assert found.kinds == {
+        "full": 4,
+        worlds[name].store.index("soft_targets", ["kind"])["kind"].to_pylist()[-1]: 12,
+    }
     expected = {"entropy", "logprobs", "token_logprob"} | {
         "topk": {"tail_logprob", "tempered_tails"},
         "topp": {"tail_logprob"},
@@ -67,7 +80,11 @@ def test_a_teacher_agrees_with_itself_to_the_rounding(worlds: dict[str, World], 
     }[name]
     assert found.quantities.keys() == expected
     for difference in found.quantities.values():
-        assert difference.mean <= difference.worst <= difference.tolerance_worst + difference.slack_worst
+        assert (
+            difference.mean
+            <= difference.worst
+            <= difference.tolerance_worst + difference.slack_worst
+        )
         assert 0 <= difference.noise_mean <= difference.noise_worst < 1e-4, "float32, a small model"
 
 
@@ -79,8 +96,9 @@ def test_targets_of_other_tokens_are_found_and_named(
     """Also where the log-probability of the token that is there was looked up in the wrong targets."""
     store = planted(worlds[name].store, tmp_path / "store", fault, consistent=True)
     found = worlds[name].read(store)
-    # The teacher drew its text, which is another one on another processor. A row of a few positions may be as it was
-    # with the fault, or leave open which fault it is; so may the one row that got its targets.
+    # The teacher drew its text, which is another one on another processor. A row of a few positions
+    # may be as it was with the fault, or leave open which fault it is; so may the one row that got
+    # its targets.
     rows = rows_of(store)
     clear = {row["key"].hex() for row in rows if row["span_tokens"] > 4}
     named = 2 * len(clear) - len(rows)
@@ -89,11 +107,17 @@ def test_targets_of_other_tokens_are_found_and_named(
     assert off.keys() == clear
     expected = "shifted by one position" if fault.startswith("shifted") else "other tokens'"
     assert sum(row.fault == expected for row in off.values()) >= named
-    side = {"shifted": "position after", "shifted back": "position before", "shuffled": "in another order"}
+    side = {
+        "shifted": "position after",
+        "shifted back": "position before",
+        "shuffled": "in another order",
+    }
     assert sum(side.get(fault, "those of row") in row.message for row in off.values()) >= named
 
 
-def test_another_seeds_teacher_under_the_same_id_is_found(worlds: dict[str, World], tmp_path: Path) -> None:
+def test_another_seeds_teacher_under_the_same_id_is_found(
+    worlds: dict[str, World], tmp_path: Path
+) -> None:
     world = worlds["topk"]
     other = save_tiny_llama(tmp_path / "other", initializer_range=0.5, seed=1)
     found = world.read(teacher=replace(world.teacher, folder=other))
@@ -115,7 +139,9 @@ def test_one_number_that_is_off_is_found(worlds: dict[str, World], tmp_path: Pat
         return row | {off[row["key"]]: values}
 
     found = worlds["topk"].read(copied(worlds["topk"].store, tmp_path / "store", change))
-    assert {row.key: list(row.quantities) for row in found.off} == {key.hex(): [name] for key, name in off.items()}
+    assert {row.key: list(row.quantities) for row in found.off} == {
+        key.hex(): [name] for key, name in off.items()
+    }
     assert {row.fault for row in found.off} == {"other numbers"}
 
 
@@ -124,8 +150,12 @@ def test_rows_are_chosen_over_shards_and_kinds(worlds: dict[str, World]) -> None
     found = shelves(store)
     few = choose_rows(store, found, rows=6, seed=0)
     assert sorted(row.columns["kind"] for row in few) == ["full"] * 3 + ["topk"] * 3
-    assert [row.key for row in choose_rows(store, found, rows=6, seed=0)] == [row.key for row in few]
-    assert {row.key for row in choose_rows(store, found, rows=6, seed=1)} != {row.key for row in few}
+    assert [row.key for row in choose_rows(store, found, rows=6, seed=0)] == [
+        row.key for row in few
+    ]
+    assert {row.key for row in choose_rows(store, found, rows=6, seed=1)} != {
+        row.key for row in few
+    }
     all_of_them = choose_rows(store, found, rows=1000, seed=0)
     assert len({row.key for row in all_of_them}) == 16
     assert choose_rows(store, [], rows=6, seed=0) == []

@@ -13,7 +13,9 @@ from stillroom.storage.tables.invariants import doubts
 from stillroom.storage.tables.soft_targets import round_mantissa
 
 V = 30
-COLUMNS = Columns(tokens="tokens", ids="ids", values="values", prompt_tokens="prompt", targets_at="next")
+COLUMNS = Columns(
+    tokens="tokens", ids="ids", values="values", prompt_tokens="prompt", targets_at="next"
+)
 
 
 class Text:
@@ -33,12 +35,24 @@ class Text:
         best = [np.argsort(-row, kind="stable")[:k] for row in self.logprobs]
         return best if shuffled is None else [shuffled.permutation(row) for row in best]
 
-    def record(self, k: int = 4, *, at: str = "next", of: str = "all", kind: str = "logprobs", forced: bool = False):
+    def record(
+        self,
+        k: int = 4,
+        *,
+        at: str = "next",
+        of: str = "all",
+        kind: str = "logprobs",
+        forced: bool = False,
+    ):
         """The row as somebody may have written it."""
         ids = self.entries(k, shuffled=np.random.default_rng(1))
         if forced:
             ids = [np.append(row, token) for row, token in zip(ids, self.ids, strict=True)]
-        numbers = {"logprobs": self.logprobs, "probs": np.exp(self.logprobs), "logits": self.logits}[kind]
+        numbers = {
+            "logprobs": self.logprobs,
+            "probs": np.exp(self.logprobs),
+            "logits": self.logits,
+        }[kind]
         values = [numbers[t, row] for t, row in enumerate(ids)]
         lists = {
             "ids": ids,
@@ -46,11 +60,21 @@ class Text:
             "lse": list(self.lse),
             "token": list(self.logprobs[np.arange(len(self.ids)), self.ids]),
         }
-        part = {"all": slice(None), "completion": slice(self.prompt, None), "without": slice(1, None)}[of]
+        part = {
+            "all": slice(None),
+            "completion": slice(self.prompt, None),
+            "without": slice(1, None),
+        }[of]
         if at == "next":  # what stands at a token is about the next one: the last has nobody's
             lists = {name: [*values[1:], values[0]] for name, values in lists.items()}
-            part = {"all": slice(None), "completion": slice(self.prompt, None), "without": slice(None, -1)}[of]
-        found = {name: [np.asarray(x).tolist() for x in values[part]] for name, values in lists.items()}
+            part = {
+                "all": slice(None),
+                "completion": slice(self.prompt, None),
+                "without": slice(None, -1),
+            }[of]
+        found = {
+            name: [np.asarray(x).tolist() for x in values[part]] for name, values in lists.items()
+        }
         return found | {"tokens": self.ids.tolist(), "prompt": self.prompt}
 
 
@@ -59,7 +83,13 @@ def expected(text: Text, k: int, start: int):
     rows = []
     for t in range(start, len(text.ids)):
         order = np.argsort(-text.logprobs[t], kind="stable")
-        rows.append((order[:k], text.logprobs[t, order[:k]], np.log(np.exp(text.logprobs[t, order[k:]]).sum())))
+        rows.append(
+            (
+                order[:k],
+                text.logprobs[t, order[:k]],
+                np.log(np.exp(text.logprobs[t, order[k:]]).sum()),
+            )
+        )
     return rows
 
 
@@ -95,7 +125,9 @@ def check(text: Text, row, k: int, start: int, *, token_known: bool) -> None:
 )
 def test_however_it_was_written_it_is_the_same(seed, tokens, prompt, k, at, of, kind, forced):
     text = Text(seed=seed, tokens=tokens + 1, prompt=prompt)
-    columns = replace(COLUMNS, targets_at=at, kind=kind, lse="lse" if kind == "logits" else None, forced=forced)
+    columns = replace(
+        COLUMNS, targets_at=at, kind=kind, lse="lse" if kind == "logits" else None, forced=forced
+    )
     row = convert(text.record(k, at=at, of=of, kind=kind, forced=forced), columns, vocab_size=V)
     # Lists at the completion's own tokens, about the next ones, have none about its first.
     start = prompt + 1 if (at, of) == ("next", "completion") else prompt
@@ -107,7 +139,10 @@ def test_a_text_without_a_prompt_is_scored_from_its_second_token_on(at):
     text = Text(prompt=0)
     record = text.record(at=at)
     if at == "same":
-        record["ids"][0], record["values"][0] = None, None  # engines have nothing to say of a first token
+        record["ids"][0], record["values"][0] = (
+            None,
+            None,
+        )  # engines have nothing to say of a first token
     row = convert(record, replace(COLUMNS, targets_at=at, prompt_tokens=None), vocab_size=V)
     check(text, row, 4, 1, token_known=False)
 
@@ -115,7 +150,9 @@ def test_a_text_without_a_prompt_is_scored_from_its_second_token_on(at):
 def test_a_completion_may_be_counted_from_the_end():
     text = Text()
     record = text.record() | {"completion": len(text.ids) - text.prompt}
-    row = convert(record, replace(COLUMNS, prompt_tokens=None, completion_tokens="completion"), vocab_size=V)
+    row = convert(
+        record, replace(COLUMNS, prompt_tokens=None, completion_tokens="completion"), vocab_size=V
+    )
     check(text, row, 4, text.prompt, token_known=False)
 
 
@@ -127,14 +164,25 @@ def test_the_log_probability_of_the_token_that_is_there_may_have_a_column_of_its
 
 def test_fewer_entries_may_be_kept():
     text = Text()
-    check(text, convert(text.record(8), replace(COLUMNS, k=3), vocab_size=V), 3, text.prompt, token_known=False)
+    check(
+        text,
+        convert(text.record(8), replace(COLUMNS, k=3), vocab_size=V),
+        3,
+        text.prompt,
+        token_known=False,
+    )
 
 
 @pytest.mark.parametrize("bits", [8, 11, 24])
 def test_what_rounding_may_hide_is_the_tail(bits):
     """Entries that hold everything but rounding: nobody knows whether 1e-5 is outside or nothing."""
     logprobs = round_mantissa(np.log(np.array([0.7, 0.2, 0.1])), bits - 1)
-    record = {"tokens": [1, 2, 3], "prompt": 1, "ids": [[4, 5, 6]] * 3, "values": [logprobs.tolist()] * 3}
+    record = {
+        "tokens": [1, 2, 3],
+        "prompt": 1,
+        "ids": [[4, 5, 6]] * 3,
+        "values": [logprobs.tolist()] * 3,
+    }
     row = convert(record, COLUMNS, vocab_size=V)
     hidden = float((np.exp(logprobs) * np.abs(logprobs)).sum()) * 2.0**-bits + 3 * 2.0**-24
     missing = max(1 - np.exp(logprobs.astype(np.float64)).sum(), hidden)
@@ -146,10 +194,17 @@ def test_what_rounding_may_hide_is_the_tail(bits):
 def test_rows_hold_what_verify_asks_of_them():
     for seed in range(20):
         text = Text(seed=seed)
-        row = convert(text.record(forced=seed % 2 == 0), replace(COLUMNS, forced=seed % 2 == 0), vocab_size=V)
+        row = convert(
+            text.record(forced=seed % 2 == 0), replace(COLUMNS, forced=seed % 2 == 0), vocab_size=V
+        )
         about = {"vocab_size": V, "mantissa_bits": 10, "teacher_id": "t", "head": "lm"}
         columns = row.targets.columns(10)
-        names = {"kind": "topk", "teacher_id": "t", "token_ids": row.token_ids, "span_start": row.prompt_tokens}
+        names = {
+            "kind": "topk",
+            "teacher_id": "t",
+            "token_ids": row.token_ids,
+            "span_start": row.prompt_tokens,
+        }
         assert not list(doubts(columns | names, about))
 
 
@@ -168,15 +223,31 @@ def changed(of=None, **fields):
 
 
 BAD = {
-    "token outside": (changed(4, tokens=V), "vocabulary", "column tokens: found id 30|column tokens: id 30"),
+    "token outside": (
+        changed(4, tokens=V),
+        "vocabulary",
+        "column tokens: found id 30|column tokens: id 30",
+    ),
     "token negative": (changed(0, tokens=-1), "vocabulary", "id -1"),
     "one token": (changed(tokens=[1]), "empty", "1 tokens"),
     "no list": (changed(ids=None), "unreadable", "nothing, expected a list"),
-    "a number in place of a list": (changed(5, ids=7), "unreadable", "no list of numbers at position 5"),
+    "a number in place of a list": (
+        changed(5, ids=7),
+        "unreadable",
+        "no list of numbers at position 5",
+    ),
     "words": (changed(5, values=["a"] * 4), "unreadable", "position 5"),
-    "positions differ": (changed(values=[[0.0] * 4]), "lengths", "1 positions, expected 9, as in ids"),
+    "positions differ": (
+        changed(values=[[0.0] * 4]),
+        "lengths",
+        "1 positions, expected 9, as in ids",
+    ),
     "entries differ": (changed(5, ids=[1, 2], values=[-1.0, -2.0]), "lengths", "2 to 4 entries"),
-    "numbers differ": (changed(values=[[-9.0] * 3] * 9), "lengths", "3 numbers at a position, expected 4"),
+    "numbers differ": (
+        changed(values=[[-9.0] * 3] * 9),
+        "lengths",
+        "3 numbers at a position, expected 4",
+    ),
     "no entries": (changed(ids=[[]] * 9, values=[[]] * 9), "lengths", "0 to 0 entries"),
     "too few positions": (
         lambda r: r | {"ids": r["ids"][:4], "values": r["values"][:4]},
@@ -185,12 +256,24 @@ BAD = {
     ),
     "entry outside": (changed(5, ids=[1, 2, 3, V]), "vocabulary", "id 30, expected 0 to 29"),
     "no whole id": (changed(5, ids=[1, 2, 3, 4.5]), "vocabulary", "id 4.5"),
-    "an id twice": (changed(5, ids=[1, 2, 3, 1]), "duplicate_id", "id 1 twice at position 3 of the span"),
-    "above 0": (changed(5, values=[0.5, -1, -2, -3]), "probability", "a log-probability of 0.5, expected 0 at most"),
+    "an id twice": (
+        changed(5, ids=[1, 2, 3, 1]),
+        "duplicate_id",
+        "id 1 twice at position 3 of the span",
+    ),
+    "above 0": (
+        changed(5, values=[0.5, -1, -2, -3]),
+        "probability",
+        "a log-probability of 0.5, expected 0 at most",
+    ),
     "NaN": (changed(5, values=[float("nan"), -1, -2, -3]), "nan", "NaN or null at position 5"),
     "null": (changed(5, values=[None, -1, -2, -3]), "nan", "NaN or null at position 5"),
     "no end": (changed(5, values=[-np.inf, -1, -2, -3]), "probability", "not finite"),
-    "more than all": (changed(5, values=[-0.1, -0.2, -2, -3]), "probability", "sum to 1.9.* at position 3 of the span"),
+    "more than all": (
+        changed(5, values=[-0.1, -0.2, -2, -3]),
+        "probability",
+        "sum to 1.9.* at position 3 of the span",
+    ),
     "all prompt": (changed(prompt=9), "empty", "all prompt"),
     "prompt longer": (changed(prompt=10), "lengths", "10, expected 0 to 9"),
     "prompt no number": (changed(prompt="3"), "lengths", "'3'"),
@@ -211,11 +294,21 @@ def test_entries_that_sum_to_too_little_are_refused():
     def less(record, by):
         return record | {"values": [[value - by for value in row] for row in record["values"]]}
 
-    for columns in (COLUMNS, replace(COLUMNS, k=2)):  # also where fewer are kept: the bound is that of all
-        with pytest.raises(BadRow, match=r"entries that sum to 0\.00\d+ at .* at least.*--values") as refused:
+    for columns in (
+        COLUMNS,
+        replace(COLUMNS, k=2),
+    ):  # also where fewer are kept: the bound is that of all
+        with pytest.raises(
+            BadRow, match=r"entries that sum to 0\.00\d+ at .* at least.*--values"
+        ) as refused:
             convert(less(text.record(5), 5), columns, vocab_size=V)
         assert refused.value.reason == "probability"
-    flat = {"tokens": [1, 2, 3], "prompt": 1, "ids": [[4, 5, 6]] * 3, "values": [[-np.log(V)] * 3] * 3}
+    flat = {
+        "tokens": [1, 2, 3],
+        "prompt": 1,
+        "ids": [[4, 5, 6]] * 3,
+        "values": [[-np.log(V)] * 3] * 3,
+    }
     convert(flat, COLUMNS, vocab_size=V)  # as little as can be: every id has the same
     with pytest.raises(BadRow, match="at least, as no other of 29 ids"):
         convert(less(flat, 0.03), COLUMNS, vocab_size=V - 1)
@@ -235,7 +328,11 @@ def test_numbers_of_another_kind_are_refused():
     with pytest.raises(BadRow, match="a probability of -"):
         convert(text.record(), replace(COLUMNS, kind="probs"), vocab_size=V)
     with pytest.raises(BadRow, match="log-probability of"):
-        convert(text.record() | {"lse": [-9.0] * 9}, replace(COLUMNS, kind="logits", lse="lse"), vocab_size=V)
+        convert(
+            text.record() | {"lse": [-9.0] * 9},
+            replace(COLUMNS, kind="logits", lse="lse"),
+            vocab_size=V,
+        )
 
 
 def test_a_forced_token_says_whether_the_lists_are_in_place():
@@ -243,11 +340,16 @@ def test_a_forced_token_says_whether_the_lists_are_in_place():
     with pytest.raises(BadRow, match=r"twice.*give --forced"):
         convert(text.record(20, forced=True), COLUMNS, vocab_size=V)
     with pytest.raises(BadRow, match=r"last entry .*the token that is there"):
-        convert(text.record(forced=True), replace(COLUMNS, forced=True, targets_at="same"), vocab_size=V)
+        convert(
+            text.record(forced=True), replace(COLUMNS, forced=True, targets_at="same"), vocab_size=V
+        )
     with pytest.raises(
-        BadRow, match=r"log-probability .* of the token at position.*count from the first scored position"
+        BadRow,
+        match=r"log-probability .* of the token at position.*count from the first scored position",
     ):
-        convert(text.record(), replace(COLUMNS, token_logprobs="token", targets_at="same"), vocab_size=V)
+        convert(
+            text.record(), replace(COLUMNS, token_logprobs="token", targets_at="same"), vocab_size=V
+        )
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [(np.float32, 24), (np.float16, 11)])
@@ -274,4 +376,6 @@ def test_entries_normalised_over_themselves_are_told_from_those_of_a_sure_teache
     sure[0] = 1 - sure[1:].sum()
     assert len(leaving_nothing(np.log(np.tile(sure, (9, 1))), np.full((9, 4), 2.0**-24))) == 0
     every = text.record(V, kind="probs")
-    assert len(convert(every, columns, vocab_size=V).nothing_left) == 0, "the whole vocabulary does sum to 1"
+    assert len(convert(every, columns, vocab_size=V).nothing_left) == 0, (
+        "the whole vocabulary does sum to 1"
+    )

@@ -8,7 +8,10 @@ from stillroom.stages.data.inputs import Intake
 def test_it_agrees_with_its_definition() -> None:
     rng = random.Random()
     pool = [rng.randbytes(16) for _ in range(20)]
-    rows = [(rng.choice([rng.randbytes(16), *pool]), rng.choice(pool), rng.randrange(1, 4)) for _ in range(200)]
+    rows = [
+        (rng.choice([rng.randbytes(16), *pool]), rng.choice(pool), rng.randrange(1, 4))
+        for _ in range(200)
+    ]
     intake = Intake()
     for key, prompt, windows in rows:
         intake.add(key, prompt, windows=windows)

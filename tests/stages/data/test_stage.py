@@ -53,7 +53,9 @@ def test_instruction_and_input_are_joined_by_a_newline() -> None:
     made = row({"instruction": "Add.", "input": "1 2", "output": "3"}, "instruction")
     assert made["messages"] == [{"role": "user", "content": "Add.\n1 2"}]
     assert (made["reference"], made["completion"]) == ("3", None)
-    assert row({"instruction": "Add.", "input": ""}, "instruction")["messages"][0]["content"] == "Add."
+    assert (
+        row({"instruction": "Add.", "input": ""}, "instruction")["messages"][0]["content"] == "Add."
+    )
 
 
 def test_the_output_is_scored_where_nothing_is_generated() -> None:
@@ -98,7 +100,9 @@ def test_metadata_and_order_do_not_change_a_key() -> None:
         ({"prompt": "p", "reference": 5}, "prompt", "unreadable"),
     ],
 )
-def test_a_bad_record_is_refused_with_its_reason(record: dict[str, Any], format: str, reason: str) -> None:
+def test_a_bad_record_is_refused_with_its_reason(
+    record: dict[str, Any], format: str, reason: str
+) -> None:
     with pytest.raises(RowError) as caught:
         row(record, format)
     assert caught.value.reason == reason
@@ -111,7 +115,11 @@ def test_an_empty_reference_is_no_reference() -> None:
 
 def test_a_conversation_without_an_answer_has_nothing_to_score() -> None:
     with pytest.raises(RowError, match="no answer to score"):
-        row({"messages": [{"role": "user", "content": "hi"}], "reference": "r"}, "messages", given=True)
+        row(
+            {"messages": [{"role": "user", "content": "hi"}], "reference": "r"},
+            "messages",
+            given=True,
+        )
 
 
 def test_sources_of_every_kind_give_the_same_prompts(tmp_path: Path) -> None:
@@ -123,7 +131,10 @@ def test_sources_of_every_kind_give_the_same_prompts(tmp_path: Path) -> None:
     import datasets
 
     datasets.Dataset.from_list(records).save_to_disk(str(tmp_path / "saved"))
-    tables = [surveyed(section(tmp_path / n))[0] for n in ("a.jsonl", "b.json", "c.parquet", "d.csv", "saved")]
+    tables = [
+        surveyed(section(tmp_path / n))[0]
+        for n in ("a.jsonl", "b.json", "c.parquet", "d.csv", "saved")
+    ]
     assert all(table.equals(tables[0]) for table in tables)
     assert len(tables[0]) == 12
 
@@ -174,13 +185,17 @@ def test_a_document_that_is_not_utf_8_is_rejected(tmp_path: Path) -> None:
 
 
 def test_broken_lines_are_counted_and_the_others_are_read(tmp_path: Path) -> None:
-    source = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a"}, "{broken", "[1]", {"prompt": "b"}, {"prompt": ""}])
+    source = write_jsonl(
+        tmp_path / "a.jsonl", [{"prompt": "a"}, "{broken", "[1]", {"prompt": "b"}, {"prompt": ""}]
+    )
     table, rejected = surveyed(section(source))
     assert (len(table), rejected) == (2, 3)
 
 
 def test_limit_and_duplicates(tmp_path: Path) -> None:
-    source = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a"}, {"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}])
+    source = write_jsonl(
+        tmp_path / "a.jsonl", [{"prompt": "a"}, {"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}]
+    )
     assert len(surveyed(section(source, limit=3))[0]) == 2
 
 
@@ -191,7 +206,11 @@ def test_holdout_is_chosen_by_hash_and_survives_reordering(tmp_path: Path) -> No
     def held_out(path: Path) -> set[bytes]:
         table = surveyed(section(path, holdout=7))[0]
         return {
-            k for k, s in zip(table["prompt_key"].to_pylist(), table["split"].to_pylist(), strict=True) if s == "test"
+            k
+            for k, s in zip(
+                table["prompt_key"].to_pylist(), table["split"].to_pylist(), strict=True
+            )
+            if s == "test"
         }
 
     assert held_out(source) == held_out(turned)
@@ -207,11 +226,16 @@ def test_holdout_is_chosen_by_hash_and_survives_reordering(tmp_path: Path) -> No
         (lambda p: (p / "a.json", (p / "a.json").write_text("[1,"))[0], "is not JSON"),
         (lambda p: (p / "a.parquet", (p / "a.parquet").write_text("x"))[0], "not readable Parquet"),
         (lambda p: (p, (p / "a.jsonl").symlink_to(p / "gone"))[0], "a.jsonl is a broken link"),
-        (lambda p: (p / "a.xlsx", (p / "a.xlsx").write_text("x"))[0], "an ending that nothing here reads"),
+        (
+            lambda p: (p / "a.xlsx", (p / "a.xlsx").write_text("x"))[0],
+            "an ending that nothing here reads",
+        ),
         (lambda p: write_jsonl(p / "a.jsonl", ["[" * 100_000]), "all 1 records were rejected"),
     ],
 )
-def test_a_source_without_prompts_is_a_clear_error(tmp_path: Path, make: Callable[[Path], Path], message: str) -> None:
+def test_a_source_without_prompts_is_a_clear_error(
+    tmp_path: Path, make: Callable[[Path], Path], message: str
+) -> None:
     with pytest.raises(UsageError, match=message):
         surveyed(section(make(tmp_path)))
 
@@ -245,7 +269,11 @@ def test_a_source_that_changes_after_the_plan_gets_no_inputs_record(
     records = [r | {"completion": "the cat"} for r in prompts(6)]
     source = write_jsonl(tmp_path / "a.jsonl", records)
     tree = recipe_tree(tmp_path, tiny_llama(), source)
-    tree["data"] = {"source": str(source), "format": "completion" if given else "prompt", "holdout": 1}
+    tree["data"] = {
+        "source": str(source),
+        "format": "completion" if given else "prompt",
+        "holdout": 1,
+    }
     recipe = Recipe.model_validate(tree | ({"generate": None} if given else {}))
     store = Store.open(recipe.storage.dir, create=True)
     bound = bind(recipe, write=True)
@@ -260,7 +288,9 @@ def test_a_source_that_changes_after_the_plan_gets_no_inputs_record(
     progress = Silent(change) if when == "while" else Silent()
     if when == "before":
         change()
-    job = Job(recipe=recipe, progress=progress, stop=StopFlag(), context_tokens=b.context_tokens, **ids)
+    job = Job(
+        recipe=recipe, progress=progress, stop=StopFlag(), context_tokens=b.context_tokens, **ids
+    )
     if when == "never":
         stage.run(job)
     else:
@@ -277,7 +307,8 @@ def test_the_context_names_the_inputs_of_given_text(
     made = recipe(section(source, "completion", window_tokens=16), generate=generate)
     hashes = FileHashes(tmp_path / "store", remember=False)
     teachers = [
-        identify(tiny_llama(f"t{n}", max_position_embeddings=n), dtype="auto", hashes=hashes) for n in (64, 128)
+        identify(tiny_llama(f"t{n}", max_position_embeddings=n), dtype="auto", hashes=hashes)
+        for n in (64, 128)
     ]
     assert (inputs_id(made, teachers[0], hashes) == inputs_id(made, teachers[1], hashes)) == same
 

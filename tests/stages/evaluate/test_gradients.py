@@ -36,7 +36,11 @@ def held_out_row(length: int, *, start: int, seed: int, k: int | None = None) ->
         "entropy": nothing,
     }
     if k is None:
-        return row | {"ids": None, "logprobs": logprobs.float().numpy().reshape(-1), "tail_logprob": nothing - np.inf}
+        return row | {
+            "ids": None,
+            "logprobs": logprobs.float().numpy().reshape(-1),
+            "tail_logprob": nothing - np.inf,
+        }
     kept, ids = logprobs.topk(k)
     tail = logprobs.scatter(-1, ids, -torch.inf).logsumexp(-1).float().numpy()
     entries = {"ids": ids.int().numpy().reshape(-1), "logprobs": kept.float().numpy().reshape(-1)}
@@ -48,7 +52,9 @@ def rows(k: int | None = None) -> list[dict[str, object]]:
 
 
 def compared(model, kept: Kept, objective: Objective = FORWARD_KL, found=None) -> dict[str, float]:
-    return compare_gradients(model, found or rows(), kept=kept, objective=objective, packing=PACKING)
+    return compare_gradients(
+        model, found or rows(), kept=kept, objective=objective, packing=PACKING
+    )
 
 
 def test_angle_and_ratio_of_vectors_whose_geometry_is_known() -> None:
@@ -56,14 +62,18 @@ def test_angle_and_ratio_of_vectors_whose_geometry_is_known() -> None:
     assert angle_and_ratio(a, a) == (0.0, 1.0)
     assert angle_and_ratio(-2 * a, a) == (180.0, 2.0)
     for degrees in (1e-7, 0.01, 30.0, 60.0, 90.0, 179.0, 180 - 1e-7):
-        turned = torch.tensor([math.cos(math.radians(degrees)), math.sin(math.radians(degrees))], dtype=torch.float64)
+        turned = torch.tensor(
+            [math.cos(math.radians(degrees)), math.sin(math.radians(degrees))], dtype=torch.float64
+        )
         angle, ratio = angle_and_ratio(5e-20 * turned, 1e-20 * torch.tensor([1.0, 0.0]).double())
         assert angle == pytest.approx(degrees, rel=1e-6)
         assert ratio == pytest.approx(5.0)
 
 
 def test_a_gradient_in_parts_is_the_same_as_all_of_it_flat() -> None:
-    one, other = (torch.randn(7, 5, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    one, other = (
+        torch.randn(7, 5, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)
+    )
     whole = angle_and_ratio(one, other)
     assert angle_and_ratio([one[:3], one[3:]], [other[:3], other[3:]]) == pytest.approx(whole)
     cosine = float((one * other).sum() / one.norm() / other.norm())
@@ -96,7 +106,9 @@ def to_label(t: torch.Tensor, log_p: torch.Tensor, best: list[int], label: int) 
 
 @pytest.mark.parametrize("loss", [bucket, drop, to_label])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_the_angle_is_that_of_plain_autograd_on_the_whole_model(loss: Callable[..., torch.Tensor], temperature) -> None:
+def test_the_angle_is_that_of_plain_autograd_on_the_whole_model(
+    loss: Callable[..., torch.Tensor], temperature
+) -> None:
     model = build(CONFIGS["llama"])
     kept = Kept(kind="topk", k=4, temperatures=() if temperature == 1.0 else (temperature,))
     objective = Objective(tail=loss.__name__, temperature=temperature)  # type: ignore[arg-type]
@@ -109,11 +121,21 @@ def test_the_angle_is_that_of_plain_autograd_on_the_whole_model(loss: Callable[.
         logits = exact(input_ids=ids[None]).logits[0]
         teacher = torch.tensor(row["logprobs"]).double().reshape(-1, V)
         for n, z in enumerate(teacher):
-            t, log_p = (z / temperature).softmax(-1), (logits[start - 1 + n] / temperature).log_softmax(-1)
-            sparse = sparse + loss(t, log_p, z.argsort(descending=True)[:4].tolist(), int(ids[start + n]))
+            t, log_p = (
+                (z / temperature).softmax(-1),
+                (logits[start - 1 + n] / temperature).log_softmax(-1),
+            )
+            sparse = sparse + loss(
+                t, log_p, z.argsort(descending=True)[:4].tolist(), int(ids[start + n])
+            )
             full = full + (t * (t.log() - log_p)).sum()
     one, other = (
-        torch.cat([g.flatten() for g in torch.autograd.grad(total, list(exact.parameters()), retain_graph=True)])
+        torch.cat(
+            [
+                g.flatten()
+                for g in torch.autograd.grad(total, list(exact.parameters()), retain_graph=True)
+            ]
+        )
         for total in (sparse, full)
     )
     angle = math.degrees(math.acos(float(one @ other / one.norm() / other.norm())))
@@ -168,10 +190,16 @@ def test_of_entries_and_a_tail_the_teacher_is_conditioned_on_the_entries() -> No
     model, k = build(CONFIGS["llama"]), 9
     assert compared(model, Kept(kind="topk", k=k), found=rows(k))["angle_degrees"] < 1e-3
     stored = [
-        row | {"temperatures": np.float32([2.0]), "tempered_tails": np.zeros(row["span_tokens"], np.float32)}
+        row
+        | {
+            "temperatures": np.float32([2.0]),
+            "tempered_tails": np.zeros(row["span_tokens"], np.float32),
+        }
         for row in rows(k)
     ]
-    tempered = compared(model, Kept(kind="topk", k=k, temperatures=(2.0,)), Objective(temperature=2.0), stored)
+    tempered = compared(
+        model, Kept(kind="topk", k=k, temperatures=(2.0,)), Objective(temperature=2.0), stored
+    )
     assert tempered["angle_degrees"] < 1e-3
     found = compared(model, Kept(kind="topk", k=3), Objective(tail="drop"), rows(k))
     conditioned = []
@@ -193,10 +221,14 @@ def test_draws_are_of_the_ids_that_the_entries_have() -> None:
     n = row["span_tokens"]
     ids, values = row["ids"].reshape(n, 5), row["logprobs"].reshape(n, 5)  # type: ignore[attr-defined]
     reference = SoftTargets(ids, values, row["tail_logprob"], row["token_logprob"], row["entropy"])  # type: ignore[arg-type]
-    drawn = kept_of(reference, Kept(kind="sampled", k=4000, draw="systematic", proposal=1.0), seed=3)
+    drawn = kept_of(
+        reference, Kept(kind="sampled", k=4000, draw="systematic", proposal=1.0), seed=3
+    )
     assert drawn.ids is not None
     share = np.exp(values) / np.exp(values).sum(1, keepdims=True)
     for position in range(n):
-        found = dict(zip(drawn.ids[position].tolist(), drawn.probabilities[position].tolist(), strict=True))
+        found = dict(
+            zip(drawn.ids[position].tolist(), drawn.probabilities[position].tolist(), strict=True)
+        )
         for i, probability in zip(ids[position].tolist(), share[position], strict=True):
             assert found.get(i, 0.0) == pytest.approx(probability, abs=1 / 4000)

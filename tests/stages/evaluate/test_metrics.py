@@ -8,17 +8,29 @@ import numpy as np
 import pytest
 import torch
 
-from stillroom.stages.evaluate.metrics import BINS, JUDGED, Tally, bucketed, chunk_tokens, measure, measure_teacher
+from stillroom.stages.evaluate.metrics import (
+    BINS,
+    JUDGED,
+    Tally,
+    bucketed,
+    chunk_tokens,
+    measure,
+    measure_teacher,
+)
 from stillroom.storage.errors import StillroomError
 from stillroom.storage.tables.soft_targets import SoftTargets
 
 pytestmark = pytest.mark.numeric
 
 N, V = 40, 23
-ROUNDING = 5e-6  # float32 holds a logit of up to 16 to eps / 2 = 6e-8 of it, and so do teacher and model
+ROUNDING = (
+    5e-6  # float32 holds a logit of up to 16 to eps / 2 = 6e-8 of it, and so do teacher and model
+)
 
 
-def distribution(rng: np.random.Generator, shape: tuple[int, int], sharpness: float = 2.0) -> np.ndarray:
+def distribution(
+    rng: np.random.Generator, shape: tuple[int, int], sharpness: float = 2.0
+) -> np.ndarray:
     z = np.exp(sharpness * rng.normal(size=shape))
     return z / z.sum(axis=1, keepdims=True)
 
@@ -70,14 +82,22 @@ def logits_of(p: np.ndarray) -> torch.Tensor:
         return torch.tensor(np.log(p) + np.arange(len(p))[:, None] % 7, dtype=torch.float32)
 
 
-def slow_kl(t: Sequence[Sequence[float]] | np.ndarray, p: Sequence[Sequence[float]] | np.ndarray) -> list[float]:
+def slow_kl(
+    t: Sequence[Sequence[float]] | np.ndarray, p: Sequence[Sequence[float]] | np.ndarray
+) -> list[float]:
     return [
-        math.fsum(ti * (math.log(ti) - math.log(pi)) for ti, pi in zip(t_row, p_row, strict=True) if ti > 0)
+        math.fsum(
+            ti * (math.log(ti) - math.log(pi))
+            for ti, pi in zip(t_row, p_row, strict=True)
+            if ti > 0
+        )
         for t_row, p_row in zip(t, p, strict=True)
     ]
 
 
-def slow_tv(t: Sequence[Sequence[float]] | np.ndarray, p: Sequence[Sequence[float]] | np.ndarray) -> list[float]:
+def slow_tv(
+    t: Sequence[Sequence[float]] | np.ndarray, p: Sequence[Sequence[float]] | np.ndarray
+) -> list[float]:
     """The largest difference of the probabilities that the two give to one event: that of all ids with t > p."""
     return [
         math.fsum(ti - pi for ti, pi in zip(t_row, p_row, strict=True) if ti > pi)
@@ -98,7 +118,10 @@ def merge(t: np.ndarray, p: np.ndarray, kept: list[list[int]]) -> list[list[list
     merged = []
     for side in (t, p):
         rows = [[row[i] for i in ids] for row, ids in zip(side, kept, strict=True)]
-        rest = [math.fsum(v for i, v in enumerate(row) if i not in ids) for row, ids in zip(side, kept, strict=True)]
+        rest = [
+            math.fsum(v for i, v in enumerate(row) if i not in ids)
+            for row, ids in zip(side, kept, strict=True)
+        ]
         merged.append([[*row, r] for row, r in zip(rows, rest, strict=True)])
     return merged
 
@@ -115,7 +138,9 @@ def test_cross_entropy_is_the_mean_of_minus_log_p_and_perplexity_its_exponential
     expected = -sum(math.log(p[i, tokens[i]]) for i in range(N)) / N
     results = tally.results()
     assert results["cross_entropy"] == pytest.approx(expected, rel=1e-6)
-    assert results["perplexity"] == pytest.approx(math.prod(p[i, tokens[i]] ** (-1 / N) for i in range(N)), rel=1e-5)
+    assert results["perplexity"] == pytest.approx(
+        math.prod(p[i, tokens[i]] ** (-1 / N) for i in range(N)), rel=1e-5
+    )
 
 
 def test_full_kl_is_the_sum_over_the_vocabulary(case) -> None:
@@ -130,7 +155,9 @@ def test_bucket_kl_merges_what_is_not_kept_and_bounds_the_full_kl_from_below(cas
     reference = topk_targets(t, tokens, k)
     found = measure(logits_of(p), torch.tensor(tokens), reference)["kl_teacher"].numpy()
     assert reference.ids is not None
-    np.testing.assert_allclose(found, slow_bucket_kl(t, p, reference.ids.tolist()), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        found, slow_bucket_kl(t, p, reference.ids.tolist()), rtol=1e-5, atol=1e-6
+    )
     assert (found <= np.array(slow_kl(t, p)) + 1e-5).all()
 
 
@@ -149,7 +176,9 @@ def test_a_model_that_is_the_teacher_has_no_kl_and_agrees_everywhere(case, k: in
     assert found["top1_agreement"].all()
 
 
-def test_ids_that_only_the_model_has_are_ids_of_no_teacher_probability(case, rng: np.random.Generator) -> None:
+def test_ids_that_only_the_model_has_are_ids_of_no_teacher_probability(
+    case, rng: np.random.Generator
+) -> None:
     t, _, tokens = case
     p = distribution(rng, (N, V + 9))
     padded = np.concatenate([t, np.zeros((N, 9))], axis=1)
@@ -170,12 +199,18 @@ def test_entries_that_the_model_lacks_go_into_the_bucket(case, rng: np.random.Ge
     assert any(len(ids) < 9 for ids in kept)
     with_nothing = np.concatenate([p, np.zeros((N, V - shared))], axis=1)
     found = measure(logits_of(p), torch.tensor(tokens), reference)
-    np.testing.assert_allclose(found["kl_teacher"], slow_bucket_kl(t, with_nothing, kept), rtol=1e-5, atol=1e-6)
-    lacking = [sum(t[row, i] for i in ids if i >= shared) for row, ids in enumerate(reference.ids.tolist())]
+    np.testing.assert_allclose(
+        found["kl_teacher"], slow_bucket_kl(t, with_nothing, kept), rtol=1e-5, atol=1e-6
+    )
+    lacking = [
+        sum(t[row, i] for i in ids if i >= shared) for row, ids in enumerate(reference.ids.tolist())
+    ]
     np.testing.assert_allclose(found["unshared_mass"], lacking, rtol=1e-5, atol=1e-7)
 
 
-def test_full_targets_with_ids_that_the_model_lacks_are_conditioned_on_the_shared_ids(case, rng) -> None:
+def test_full_targets_with_ids_that_the_model_lacks_are_conditioned_on_the_shared_ids(
+    case, rng
+) -> None:
     t, _, _ = case
     shared = V - 6
     tokens = rng.integers(0, shared, N)
@@ -233,7 +268,9 @@ def test_a_certain_and_right_model_is_perfectly_calibrated() -> None:
     assert tally.ece() == 0.0
 
 
-def test_standard_errors_are_the_ratio_estimators_over_units_and_pairing_cancels_what_arms_share(rng) -> None:
+def test_standard_errors_are_the_ratio_estimators_over_units_and_pairing_cancels_what_arms_share(
+    rng,
+) -> None:
     first, second = Tally(), Tally()
     counts, sums, other = [3, 10, 4, 7], [], []
     for unit, n in enumerate(counts):
@@ -242,7 +279,9 @@ def test_standard_errors_are_the_ratio_estimators_over_units_and_pairing_cancels
         for tally, model, kept in ((first, p, sums), (second, q, other)):
             half = n // 2
             for part in (slice(0, half), slice(half, n)):  # two rows of one prompt are one unit
-                tally.add(bytes([unit]), measure(logits_of(model)[part], torch.tensor(tokens[part])))
+                tally.add(
+                    bytes([unit]), measure(logits_of(model)[part], torch.tensor(tokens[part]))
+                )
             kept.append(-sum(math.log(model[i, tokens[i]]) for i in range(n)))
 
     def slow_error(values: list[float]) -> float:
@@ -302,7 +341,11 @@ def test_putting_all_others_in_a_bucket_does_not_touch_the_inputs(case) -> None:
     reference = topk_targets(t, tokens, 4)
     logprobs = logits_of(p).log_softmax(-1)
     before = logprobs.clone()
-    parts = [torch.tensor(reference.ids).long(), torch.tensor(reference.logprobs), torch.tensor(reference.tail_logprob)]
+    parts = [
+        torch.tensor(reference.ids).long(),
+        torch.tensor(reference.logprobs),
+        torch.tensor(reference.tail_logprob),
+    ]
     bucketed(*parts, logprobs=logprobs)
     assert torch.equal(logprobs, before)
 
@@ -316,7 +359,9 @@ def test_on_full_targets_total_variation_and_acceptance_are_what_they_are_define
 
 
 @pytest.mark.parametrize("k", [1, 4, V - 1, V])
-def test_over_a_bucket_total_variation_is_a_lower_bound_and_acceptance_an_upper_one(case, k: int) -> None:
+def test_over_a_bucket_total_variation_is_a_lower_bound_and_acceptance_an_upper_one(
+    case, k: int
+) -> None:
     t, p, tokens = case
     reference = topk_targets(t, tokens, k)
     assert reference.ids is not None
@@ -327,12 +372,16 @@ def test_over_a_bucket_total_variation_is_a_lower_bound_and_acceptance_an_upper_
     whole, bound = np.array(slow_tv(t, p)), found["tv_teacher"].numpy()
     assert (bound <= whole + ROUNDING).all()
     assert (found["acceptance"].numpy() >= np.array(slow_acceptance(t, p)) - ROUNDING).all()
-    assert (bound[whole > 0.01] < whole[whole > 0.01] - 1e-4).any() == (k < V - 1)  # one id alone is no bucket
+    assert (bound[whole > 0.01] < whole[whole > 0.01] - 1e-4).any() == (
+        k < V - 1
+    )  # one id alone is no bucket
     assert (found["tv_teacher"] <= (found["kl_teacher"] / 2).sqrt() + ROUNDING).all()
 
 
 @pytest.mark.parametrize("k", [None, 5])
-def test_a_model_that_is_the_teacher_has_all_its_tokens_accepted_and_its_opposite_none(case, k: int | None) -> None:
+def test_a_model_that_is_the_teacher_has_all_its_tokens_accepted_and_its_opposite_none(
+    case, k: int | None
+) -> None:
     t, _, tokens = case
     reference = full_targets(t, tokens) if k is None else topk_targets(t, tokens, k)
     found = measure(logits_of(t), torch.tensor(tokens), reference)
@@ -340,7 +389,11 @@ def test_a_model_that_is_the_teacher_has_all_its_tokens_accepted_and_its_opposit
     np.testing.assert_allclose(found["acceptance"], 1.0, atol=ROUNDING)
     certain = np.zeros((2, V))
     certain[:, 3] = 1.0
-    reference = full_targets(certain, np.full(2, 3)) if k is None else topk_targets(certain, np.full(2, 3), 1)
+    reference = (
+        full_targets(certain, np.full(2, 3))
+        if k is None
+        else topk_targets(certain, np.full(2, 3), 1)
+    )
     elsewhere = torch.full((2, V), -200.0)
     elsewhere[:, 4] = 200.0
     found = measure(elsewhere, torch.full((2,), 3), reference)
@@ -348,19 +401,25 @@ def test_a_model_that_is_the_teacher_has_all_its_tokens_accepted_and_its_opposit
     assert found["acceptance"].tolist() == [0.0, 0.0]
 
 
-def test_ids_that_the_model_lacks_are_never_proposed_and_never_accepted(case, rng: np.random.Generator) -> None:
+def test_ids_that_the_model_lacks_are_never_proposed_and_never_accepted(
+    case, rng: np.random.Generator
+) -> None:
     t, _, _ = case
     shared = V - 6
     tokens, p = rng.integers(0, shared, N), distribution(rng, (N, shared))
     with_nothing = np.concatenate([p, np.zeros((N, V - shared))], axis=1)
     whole = measure(logits_of(p), torch.tensor(tokens), full_targets(t, tokens))
     np.testing.assert_allclose(whole["tv_teacher"], slow_tv(t, with_nothing), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(whole["acceptance"], slow_acceptance(t, with_nothing), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        whole["acceptance"], slow_acceptance(t, with_nothing), rtol=1e-5, atol=1e-6
+    )
     reference = topk_targets(t, tokens, 9)
     assert reference.ids is not None
     kept = [[i for i in ids if i < shared] for ids in reference.ids.tolist()]
     found = measure(logits_of(p), torch.tensor(tokens), reference)
-    np.testing.assert_allclose(found["tv_teacher"], slow_tv(*merge(t, with_nothing, kept)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        found["tv_teacher"], slow_tv(*merge(t, with_nothing, kept)), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_every_measure_has_a_standard_error_and_so_has_every_paired_difference(rng) -> None:
@@ -369,7 +428,10 @@ def test_every_measure_has_a_standard_error_and_so_has_every_paired_difference(r
         t, tokens = distribution(rng, (n, V)), rng.integers(0, V, n)
         p = 0.4 * t + 0.6 * distribution(rng, (n, V))
         for tally, model in ((first, p), (second, 0.9 * p + 0.1 / V)):
-            tally.add(bytes([unit]), measure(logits_of(model), torch.tensor(tokens), full_targets(t, tokens)))
+            tally.add(
+                bytes([unit]),
+                measure(logits_of(model), torch.tensor(tokens), full_targets(t, tokens)),
+            )
     one, other, gap = first.results(), second.results(), first.minus(second)
     names = [name for name in JUDGED if name != "accuracy"]  # of classes only
     assert list(gap) == [key for name in names for key in (name, f"{name}_se")]
@@ -397,7 +459,9 @@ def test_the_standard_error_of_the_calibration_error_is_its_spread_over_draws_of
         found.append(results["ece"])
         stated.append(results["ece_se"])
     assert np.mean(found) == pytest.approx(0.3, abs=0.01)
-    assert np.mean(stated) == pytest.approx(np.std(found), rel=0.2)  # a spread of 150 draws is known to 6 %
+    assert np.mean(stated) == pytest.approx(
+        np.std(found), rel=0.2
+    )  # a spread of 150 draws is known to 6 %
 
 
 def test_logits_that_are_not_numbers_are_refused() -> None:

@@ -120,7 +120,12 @@ class World:
 
     def score(self, kind: str, k: int, bits: int = 23) -> str:
         """Write the teacher's targets of every generation; returns the snapshot of them."""
-        about = {"teacher_id": TEACHER, "tokenizer_id": "t", "vocab_size": VOCABULARY, "mantissa_bits": bits}
+        about = {
+            "teacher_id": TEACHER,
+            "tokenizer_id": "t",
+            "vocab_size": VOCABULARY,
+            "mantissa_bits": bits,
+        }
         with self.store.writer("soft_targets", about=about) as writer:
             for row in self.generations:
                 writer.add(self._target_row(row, kind, k, bits))
@@ -135,7 +140,9 @@ class World:
         np.put_along_axis(outside, best, -np.inf, axis=1)
         targets = SoftTargets(
             ids=None if kind == "full" else best.astype(np.int32),
-            logprobs=(logprobs if kind == "full" else np.take_along_axis(logprobs, best, 1)).astype(np.float32),
+            logprobs=(logprobs if kind == "full" else np.take_along_axis(logprobs, best, 1)).astype(
+                np.float32
+            ),
             tail_logprob=np.full(len(logprobs), -np.inf, np.float32)
             if kind == "full"
             else np.log(np.exp(outside).sum(axis=1)).astype(np.float32),
@@ -157,7 +164,9 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LlamaForCausalLM, list[dict[str, Any]]]:
+def made(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, LlamaForCausalLM, list[dict[str, Any]]]:
     """The parts that every test starts from: a folder to copy, the teacher, what it wrote."""
     root = tmp_path_factory.mktemp("made")
     store = Store.open(root / "store", create=True)
@@ -195,7 +204,9 @@ def world(tmp_path: Path, made: tuple[Path, LlamaForCausalLM, list[dict[str, Any
     return World(tmp_path, store, teacher, generations, recipe)
 
 
-def generation(teacher: LlamaForCausalLM, tokenizer: Any, rng: np.random.Generator) -> dict[str, Any]:
+def generation(
+    teacher: LlamaForCausalLM, tokenizer: Any, rng: np.random.Generator
+) -> dict[str, Any]:
     """A random prompt and the teacher's greedy continuation, token by token."""
     prompt = [int(i) for i in rng.integers(2, VOCABULARY, rng.integers(*PROMPT_TOKENS))]
     ids = list(prompt)
@@ -234,7 +245,10 @@ def put_prompts(world: World, references: list[str | None]) -> None:
         for row in rows:
             writer.add(row)
     columns = {name: [row[name] for row in rows] for name in ("key", "prompt_key")}
-    table = pa.table(columns | {"split": ["test"] * len(rows), "windows": [1] * len(rows), "first": [True] * len(rows)})
+    table = pa.table(
+        columns
+        | {"split": ["test"] * len(rows), "windows": [1] * len(rows), "first": [True] * len(rows)}
+    )
     world.store.put_inputs(DATA, table, {})
 
 
@@ -263,27 +277,43 @@ def test_every_arm_is_measured_as_defined(world: World) -> None:
     results = result.details["results"]
     assert list(results) == ["teacher", "student_before", "baseline", "student"]
     before = student.initial_student(job.recipe, world.store.teacher_dir(TEACHER))
-    for arm, model in (("student_before", before), ("baseline", tiny_llama(2)), ("student", world.teacher)):
+    for arm, model in (
+        ("student_before", before),
+        ("baseline", tiny_llama(2)),
+        ("student", world.teacher),
+    ):
         expected = measured(world, model)
         assert results[arm]["cross_entropy"] == pytest.approx(expected["cross_entropy"], rel=1e-5)
-        assert results[arm]["kl_teacher"] == pytest.approx(expected["kl_teacher"], rel=1e-4, abs=1e-6)
-        assert results[arm]["perplexity"] == pytest.approx(math.exp(expected["cross_entropy"]), rel=1e-4)
+        assert results[arm]["kl_teacher"] == pytest.approx(
+            expected["kl_teacher"], rel=1e-4, abs=1e-6
+        )
+        assert results[arm]["perplexity"] == pytest.approx(
+            math.exp(expected["cross_entropy"]), rel=1e-4
+        )
         assert results[arm]["acceptance"] == pytest.approx(expected["acceptance"], rel=1e-5)
-        assert results[arm]["tv_teacher"] == pytest.approx(1 - expected["acceptance"], rel=1e-5, abs=1e-6)
+        assert results[arm]["tv_teacher"] == pytest.approx(
+            1 - expected["acceptance"], rel=1e-5, abs=1e-6
+        )
     assert results["teacher"]["cross_entropy"] == pytest.approx(
         measured(world, world.teacher)["cross_entropy"], rel=1e-5
     )
     gap = read(world)["differences"]["baseline"]["kl_teacher"]
-    assert gap == pytest.approx(results["student"]["kl_teacher"] - results["baseline"]["kl_teacher"], abs=1e-9)
+    assert gap == pytest.approx(
+        results["student"]["kl_teacher"] - results["baseline"]["kl_teacher"], abs=1e-9
+    )
 
 
 @pytest.mark.numeric
 @pytest.mark.parametrize(("kind", "k"), [("full", VOCABULARY), ("topk", 8)])
-def test_a_student_that_is_the_teacher_is_at_no_distance_from_rounded_targets(world: World, kind: str, k: int) -> None:
+def test_a_student_that_is_the_teacher_is_at_no_distance_from_rounded_targets(
+    world: World, kind: str, k: int
+) -> None:
     results = evaluate.run(world.job(world.score(kind, k, bits=10))).details["results"]
     assert 0 <= results["student"]["kl_teacher"] < 1e-5
     assert results["student"]["top1_agreement"] == 1.0
-    assert results["student"]["cross_entropy"] == pytest.approx(results["teacher"]["cross_entropy"], rel=1e-3)
+    assert results["student"]["cross_entropy"] == pytest.approx(
+        results["teacher"]["cross_entropy"], rel=1e-3
+    )
     assert results["student"]["ece"] == pytest.approx(results["teacher"]["ece"], abs=1e-3)
     assert results["student_before"]["kl_teacher"] > 0.5
 
@@ -315,20 +345,26 @@ def test_evaluation_json_says_what_was_measured_on_what(world: World) -> None:
 @pytest.mark.numeric
 def test_the_bucketed_kl_is_below_the_full_one(world: World) -> None:
     bucketed = evaluate.run(world.job(world.score("topk", 8))).details["results"]["student_before"]
-    full = measured(world, student.initial_student(world.job("").recipe, world.store.teacher_dir(TEACHER)))
+    full = measured(
+        world, student.initial_student(world.job("").recipe, world.store.teacher_dir(TEACHER))
+    )
     assert bucketed["kl_teacher"] < full["kl_teacher"]
     assert bucketed["acceptance"] > full["acceptance"]
 
 
 @pytest.mark.numeric
-def test_chunks_of_one_token_give_the_same_numbers(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_of_one_token_give_the_same_numbers(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     snapshot = world.score("full", VOCABULARY)
     whole = evaluate.run(world.job(snapshot)).details["results"]
     monkeypatch.setattr(metrics, "CHUNK_BYTES", 1)
     assert metrics.chunk_tokens(VOCABULARY) == 1
     pieces = evaluate.run(world.job(snapshot)).details["results"]
     for name in ("cross_entropy", "kl_teacher", "ece"):
-        assert pieces["student_before"][name] == pytest.approx(whole["student_before"][name], rel=1e-5)
+        assert pieces["student_before"][name] == pytest.approx(
+            whole["student_before"][name], rel=1e-5
+        )
 
 
 def test_without_scores_there_is_cross_entropy_and_nothing_of_the_teacher(world: World) -> None:
@@ -344,19 +380,27 @@ def test_without_scores_there_is_cross_entropy_and_nothing_of_the_teacher(world:
 
 
 @pytest.mark.numeric
-def test_the_gradient_of_the_recipe_s_targets_is_compared_at_the_start_and_at_the_end(world: World) -> None:
+def test_the_gradient_of_the_recipe_s_targets_is_compared_at_the_start_and_at_the_end(
+    world: World,
+) -> None:
     snapshot = world.score("full", VOCABULARY)
     score = {"targets": "topk", "k": 4}
-    evaluate.run(world.job(snapshot, arms=("student", "baseline"), score=score, loss={"tail": "drop"}))
+    evaluate.run(
+        world.job(snapshot, arms=("student", "baseline"), score=score, loss={"tail": "drop"})
+    )
     turned = read(world)["gradient"]
     assert list(turned) == ["student_before", "student"]
     before = turned["student_before"]
     assert 5 < before["angle_degrees"] < 120
     lengths = [row["completion_tokens"] for row in world.generations]
     assert before["tokens"] == sum(lengths)
-    on_a_gpu = world.recipe["train"] | {"kernel": "triton"}  # where it was trained, not where it is evaluated
+    on_a_gpu = world.recipe["train"] | {
+        "kernel": "triton"
+    }  # where it was trained, not where it is evaluated
     evaluate.run(world.job(snapshot, score=score, train=on_a_gpu, evaluate={"gradient_tokens": 1}))
-    assert read(world)["gradient"]["student"]["tokens"] in lengths  # the row that reaches the bound is the last
+    assert (
+        read(world)["gradient"]["student"]["tokens"] in lengths
+    )  # the row that reaches the bound is the last
     evaluate.run(world.job(snapshot, score=score, loss={"tail": "bucket"}))
     bucket = read(world)["gradient"]["student_before"]
     assert bucket["angle_degrees"] < before["angle_degrees"]
@@ -374,7 +418,9 @@ def test_there_is_no_gradient_to_compare_without_a_soft_loss(world: World) -> No
     assert read(world)["gradient"] is None
 
 
-def test_gradients_that_do_not_fit_in_memory_cost_nothing_else(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_that_do_not_fit_in_memory_cost_nothing_else(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("no room")
 
@@ -399,7 +445,9 @@ def test_one_model_is_in_memory_at_a_time(world: World, monkeypatch: pytest.Monk
     def watched(make: Any) -> Any:
         def load(*arguments: Any) -> Any:
             gc.collect()
-            assert not [r for r in alive if r() is not None], "the model before this one is still there"
+            assert not [r for r in alive if r() is not None], (
+                "the model before this one is still there"
+            )
             model = make(*arguments)
             alive.append(weakref.ref(model))
             return model
@@ -431,7 +479,9 @@ def test_nothing_held_out_and_a_student_of_another_vocabulary_are_refused(world:
     with pytest.raises(UsageError, match=r"data\.holdout"):
         evaluate.run(world.job(world.snapshot("soft_targets", rows=0)))
     tiny_llama(3, vocabulary=20).save_pretrained(world.root / "train-student" / "student")
-    with pytest.raises(UsageError, match="its vocabulary has 20 ids, but a held-out row contains token"):
+    with pytest.raises(
+        UsageError, match="its vocabulary has 20 ids, but a held-out row contains token"
+    ):
         evaluate.run(world.job(world.score("topk", 8)))
 
 
@@ -445,14 +495,24 @@ def test_a_lora_student_before_training_is_its_base_model(world: World) -> None:
     base = {"model": str(world.root / "train-baseline" / "student"), "lora": {"rank": 2}}
     words().save_pretrained(base["model"])
     put_prompts(world, [None] * PROMPTS)
-    quiz, score, snapshot = {"generate": {"prompts": 2, "max_tokens": 4}}, {"k": 3}, world.score("topk", 8)
-    job = world.job(snapshot, arms=("student", "baseline"), student=base, evaluate=quiz, score=score)
+    quiz, score, snapshot = (
+        {"generate": {"prompts": 2, "max_tokens": 4}},
+        {"k": 3},
+        world.score("topk", 8),
+    )
+    job = world.job(
+        snapshot, arms=("student", "baseline"), student=base, evaluate=quiz, score=score
+    )
     results = evaluate.run(job).details["results"]
-    assert results["student_before"]["cross_entropy"] == pytest.approx(results["baseline"]["cross_entropy"], rel=1e-5)
+    assert results["student_before"]["cross_entropy"] == pytest.approx(
+        results["baseline"]["cross_entropy"], rel=1e-5
+    )
     assert results["student_before"]["answers"] == results["baseline"]["answers"]
     adapted = read(world)["gradient"]["student_before"]
     evaluate.run(world.job(snapshot, student={"model": base["model"]}, score=score))
-    assert read(world)["gradient"]["student_before"] == pytest.approx(adapted, rel=1e-4)  # of all weights, once merged
+    assert read(world)["gradient"]["student_before"] == pytest.approx(
+        adapted, rel=1e-4
+    )  # of all weights, once merged
     assert adapted["angle_degrees"] > 1
 
 
@@ -488,7 +548,9 @@ def test_without_being_asked_for_answers_a_few_are_there_to_look_at(world: World
 
 
 def test_the_means_by_position_are_together_the_mean_of_all_tokens(world: World) -> None:
-    evaluate.run(world.job(world.score("full", VOCABULARY), arms=("student", "baseline"), score={"k": 4}))
+    evaluate.run(
+        world.job(world.score("full", VOCABULARY), arms=("student", "baseline"), score={"k": 4})
+    )
     written = read(world)
     views, results = written["views"], written["results"]
     assert list(views["by_position"]["arms"]) == ["student_before", "baseline", "student"]
@@ -500,7 +562,8 @@ def test_the_means_by_position_are_together_the_mean_of_all_tokens(world: World)
     assert sum(views["lengths"]["rows"]) == PROMPTS
     assert views["kept_mass"]["k"] == 4
     by_key = {
-        row["key"].hex(): row for row in world.store.rows("soft_targets", _everything(world), ["key", "token_ids"])
+        row["key"].hex(): row
+        for row in world.store.rows("soft_targets", _everything(world), ["key", "token_ids"])
     }
     for row in views["rows"]:
         shown = [*row["before"], *row["token_ids"]]
@@ -518,12 +581,16 @@ def _everything(world: World) -> dict[str, list[int]]:
     return places
 
 
-def test_references_of_the_data_come_first_and_the_teacher_is_scored_on_them_too(world: World) -> None:
+def test_references_of_the_data_come_first_and_the_teacher_is_scored_on_them_too(
+    world: World,
+) -> None:
     texts = [row["text"] for row in world.generations]
     references = [None, *("no " + text for text in texts[1:5]), *texts[5:]]
     put_prompts(world, references)
     quiz = {"generate": {"metric": "exact_match", "max_tokens": COMPLETION_TOKENS}}
-    results = evaluate.run(world.job(world.snapshot("generations"), score=None, evaluate=quiz)).details["results"]
+    results = evaluate.run(
+        world.job(world.snapshot("generations"), score=None, evaluate=quiz)
+    ).details["results"]
     assert results["teacher"]["answers"] == results["student"]["answers"] == 4 / 8
     assert results["teacher"]["cross_entropy"] is None
     assert read(world)["answers"]["prompts"] == 8
@@ -532,7 +599,9 @@ def test_references_of_the_data_come_first_and_the_teacher_is_scored_on_them_too
 def test_plain_text_is_continued_from_a_prefix(world: World) -> None:
     quiz = {"generate": {"max_tokens": 3}}
     data = {"source": "unused", "format": "text"}
-    job = world.job(world.snapshot("generations"), score=None, generate=None, data=data, evaluate=quiz)
+    job = world.job(
+        world.snapshot("generations"), score=None, generate=None, data=data, evaluate=quiz
+    )
     evaluate.run(job)
     written = read(world)
     assert written["answers"]["against"] == "the rest of the text"

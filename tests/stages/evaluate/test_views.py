@@ -44,8 +44,13 @@ class HeldOut:
         self.rows = []
         for number, span in enumerate(spans):
             ids = rng.integers(0, VOCABULARY, 5 + span)
-            row = {"key": bytes([number]) * 16, "prompt_key": bytes([number // rows_per_prompt]) * 16}
-            self.rows.append(row | {"token_ids": ids.astype(np.int32), "start": 5, "span_tokens": span})
+            row = {
+                "key": bytes([number]) * 16,
+                "prompt_key": bytes([number // rows_per_prompt]) * 16,
+            }
+            self.rows.append(
+                row | {"token_ids": ids.astype(np.int32), "start": 5, "span_tokens": span}
+            )
         self.teacher = [log_softmax(rng.normal(size=(n, VOCABULARY)) * 3) for n in spans]
         self.logits = [rng.normal(size=(n, VOCABULARY)) * 3 for n in spans]
 
@@ -67,7 +72,9 @@ class HeldOut:
         teacher, student = self.teacher[number], log_softmax(self.logits[number])
         return (np.exp(teacher) * (teacher - student)).sum(1)
 
-    def views(self, *, kept: Kept | None = TOPK, chunk: int = 7, scored: bool = True) -> dict[str, Any]:
+    def views(
+        self, *, kept: Kept | None = TOPK, chunk: int = 7, scored: bool = True
+    ) -> dict[str, Any]:
         """As `evaluate` fills them."""
         views = Views(kept=kept, pieces=Pieces(None))
         for row in self.rows:
@@ -79,7 +86,9 @@ class HeldOut:
                 part = slice(start, start + chunk)
                 logits = torch.as_tensor(self.logits[number][part]).float()
                 reference = self.targets(number).positions(part) if scored else None
-                measures = measure(logits, torch.as_tensor(self.asked(number)[part]).long(), reference)
+                measures = measure(
+                    logits, torch.as_tensor(self.asked(number)[part]).long(), reference
+                )
                 views.arm("student").add(row, start, measures=measures, logits=logits)
         return views.content()
 
@@ -90,8 +99,12 @@ def test_the_kl_by_position_is_the_mean_of_its_bin_with_the_error_of_the_ratio_e
     assert found["measure"] == "kl_teacher"
     assert found["edges"] == list(POSITION_EDGES)
     assert len(found["arms"]["student"]) == 7  # positions 0, 1, 2-3, 4-7, 8-15, 16-31, 32-63
-    for low, high, stated in zip(found["edges"], found["edges"][1:], found["arms"]["student"], strict=False):
-        by_prompt = [np.concatenate([held_out.kl(n)[low:high] for n in (2 * p, 2 * p + 1)]) for p in range(3)]
+    for low, high, stated in zip(
+        found["edges"], found["edges"][1:], found["arms"]["student"], strict=False
+    ):
+        by_prompt = [
+            np.concatenate([held_out.kl(n)[low:high] for n in (2 * p, 2 * p + 1)]) for p in range(3)
+        ]
         units = [values for values in by_prompt if len(values)]
         values = np.concatenate(units)
         assert stated["tokens"] == len(values)
@@ -110,7 +123,9 @@ def test_without_a_teacher_it_is_the_cross_entropy_and_nothing_is_shown_of_one()
     assert set(found) == {"lengths", "by_position"}
     assert found["by_position"]["measure"] == "cross_entropy"
     first = [-log_softmax(held_out.logits[n])[0, held_out.asked(n)[0]] for n in range(2)]
-    assert found["by_position"]["arms"]["student"][0]["mean"] == pytest.approx(np.mean(first), rel=1e-5)
+    assert found["by_position"]["arms"]["student"][0]["mean"] == pytest.approx(
+        np.mean(first), rel=1e-5
+    )
 
 
 def test_texts_that_are_classified_have_no_positions() -> None:
@@ -152,14 +167,18 @@ def test_entropy_and_kept_mass_are_counted_once_per_token() -> None:
         assert line["mass"] == pytest.approx(best[:, : line["k"]].sum(1).mean(), rel=1e-5)
 
 
-def test_of_many_tokens_every_so_many_th_is_measured_wherever_rows_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_many_tokens_every_so_many_th_is_measured_wherever_rows_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     held_out = HeldOut([30, 1, 20, 2, 47])
     monkeypatch.setattr(evaluate_views, "MASS_TOKENS", 40)
     found = held_out.views()
     chosen = np.concatenate(held_out.teacher)[::3]  # 100 tokens in 34
     assert found["mass_by_k"]["tokens"] == sum(found["kept_mass"]["tokens"]) == len(chosen) == 34
     best = -np.sort(-np.exp(chosen), axis=1)
-    assert found["mass_by_k"]["best"][2]["mass"] == pytest.approx(best[:, :4].sum(1).mean(), rel=1e-5)
+    assert found["mass_by_k"]["best"][2]["mass"] == pytest.approx(
+        best[:, :4].sum(1).mean(), rel=1e-5
+    )
     assert sum(found["entropy"]["tokens"]) == 100
 
 
@@ -167,8 +186,12 @@ def test_topp_keeps_the_fewest_entries_that_hold_its_mass_within_its_bounds() ->
     best = np.cumsum([[0.5, 0.3, 0.1, 0.06], [0.9, 0.05, 0.02, 0.01]], axis=1)
     kept = kept_mass(best, Kept(kind="topp", k=4, p=0.8, k_min=1))
     assert kept.tolist() == pytest.approx([0.8, 0.9])
-    assert kept_mass(best, Kept(kind="topp", k=4, p=0.85, k_min=2)).tolist() == pytest.approx([0.9, 0.95])
-    assert kept_mass(best, Kept(kind="topp", k=3, p=0.99, k_min=1)).tolist() == pytest.approx([0.9, 0.97])
+    assert kept_mass(best, Kept(kind="topp", k=4, p=0.85, k_min=2)).tolist() == pytest.approx(
+        [0.9, 0.95]
+    )
+    assert kept_mass(best, Kept(kind="topp", k=3, p=0.99, k_min=1)).tolist() == pytest.approx(
+        [0.9, 0.97]
+    )
 
 
 def test_drawn_entries_have_no_kept_mass() -> None:
@@ -187,8 +210,13 @@ def test_rows_are_shown_token_by_token_with_the_best_of_teacher_and_student() ->
         assert row["token_ids"] == held_out.asked(number)[:n].tolist()
         assert row["before"] == held_out.rows[number]["token_ids"][:5].tolist()
         assert row["cut_after"] == held_out.rows[number]["span_tokens"] - n
-        parties = {"teacher": held_out.teacher[number], "student": log_softmax(held_out.logits[number])}
-        assert row["arms"]["student"]["kl"] == pytest.approx(held_out.kl(number)[:n].tolist(), rel=1e-3)
+        parties = {
+            "teacher": held_out.teacher[number],
+            "student": log_softmax(held_out.logits[number]),
+        }
+        assert row["arms"]["student"]["kl"] == pytest.approx(
+            held_out.kl(number)[:n].tolist(), rel=1e-3
+        )
         for name, logprobs in parties.items():
             stated = row["teacher"] if name == "teacher" else row["arms"][name]
             assert len(stated["ids"]) == n
@@ -198,7 +226,12 @@ def test_rows_are_shown_token_by_token_with_the_best_of_teacher_and_student() ->
             assert np.asarray(stated["probabilities"]) == pytest.approx(expected, rel=1e-3)
             there = np.exp(logprobs[np.arange(n), held_out.asked(number)[:n]])
             assert stated["token"] == pytest.approx(there.tolist(), rel=1e-3)
-        shown = {i for party in (row["teacher"], row["arms"]["student"]) for best in party["ids"] for i in best}
+        shown = {
+            i
+            for party in (row["teacher"], row["arms"]["student"])
+            for best in party["ids"]
+            for i in best
+        }
         assert {str(i) for i in (*shown, *row["token_ids"], *row["before"])} <= set(found["pieces"])
 
 
@@ -211,7 +244,9 @@ def test_its_size_does_not_grow_with_the_held_out_rows() -> None:
         ]
 
 
-@pytest.mark.parametrize("tokens", [[1], [1, 2, 3], [96] * 30 + [5], list(range(1, 1000)), [4096, 17, 2]])
+@pytest.mark.parametrize(
+    "tokens", [[1], [1, 2, 3], [96] * 30 + [5], list(range(1, 1000)), [4096, 17, 2]]
+)
 def test_every_row_is_in_the_bin_of_its_length(tokens: list[int]) -> None:
     found = lengths(tokens)
     edges = [*found["edges"], math.inf]
@@ -221,14 +256,22 @@ def test_every_row_is_in_the_bin_of_its_length(tokens: list[int]) -> None:
 
 
 def test_a_value_on_an_edge_begins_the_bin_above_and_what_is_beyond_is_in_the_last() -> None:
-    assert in_bins(np.array([-1.0, 0.0, 0.5, 1.0, 7.0]), (0.0, 0.5, 1.0)).tolist() == [0, 0, 1, 2, 2]
+    assert in_bins(np.array([-1.0, 0.0, 0.5, 1.0, 7.0]), (0.0, 0.5, 1.0)).tolist() == [
+        0,
+        0,
+        1,
+        2,
+        2,
+    ]
 
 
 def test_a_token_s_text_keeps_its_space_whatever_the_alphabet() -> None:
     byte_level = Tokenizer(models.BPE({"Ġthe": 0, "the": 1, "Ċ": 2, "Ã": 3}, []))
     byte_level.decoder = decoders.ByteLevel()
     assert [Pieces(byte_level)[i] for i in range(4)] == [" the", "the", "\n", "\ufffd"]
-    metaspace = Tokenizer(models.Unigram([("▁the", -1.0), ("the", -1.0), ("<0x0A>", -2.0)], 0, byte_fallback=True))
+    metaspace = Tokenizer(
+        models.Unigram([("▁the", -1.0), ("the", -1.0), ("<0x0A>", -2.0)], 0, byte_fallback=True)
+    )
     metaspace.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
     assert [Pieces(metaspace)[i] for i in range(3)] == [" the", "the", "\n"]
     wordpiece = Tokenizer(models.WordPiece({"[UNK]": 0, "the": 1, "##ing": 2}, unk_token="[UNK]"))

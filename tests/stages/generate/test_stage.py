@@ -34,7 +34,9 @@ def author_at(folder: Path, store: Path) -> Identity:
     return identify(folder, dtype="auto", hashes=FileHashes(store, remember=False))
 
 
-def written(name: str, author: Identity, requests: list[Request], **settings: object) -> dict[int, Completion]:
+def written(
+    name: str, author: Identity, requests: list[Request], **settings: object
+) -> dict[int, Completion]:
     engine = open_engine(name, author, Generate.model_validate({"engine": name} | settings))
     return {c.number: c for c in engine.generate(requests, lambda: None)}
 
@@ -62,7 +64,9 @@ def test_greedy_text_is_what_transformers_writes(name: str, assets: Path, tmp_pa
     requests = [Request(n, tokenizer(t)["input_ids"], seed=n) for n, t in enumerate(texts)]
     found = written(name, author_at(folder, tmp_path), requests, temperature=0.0, max_tokens=24)
     for request in requests:
-        alone = model.generate(torch.tensor([request.prompt_ids]), do_sample=False, max_new_tokens=24)
+        alone = model.generate(
+            torch.tensor([request.prompt_ids]), do_sample=False, max_new_tokens=24
+        )
         expected = alone[0, len(request.prompt_ids) :].tolist()
         assert found[request.number].token_ids == expected
         assert found[request.number].finish_reason == ("length" if len(expected) == 24 else "stop")
@@ -70,7 +74,9 @@ def test_greedy_text_is_what_transformers_writes(name: str, assets: Path, tmp_pa
 
 @pytest.mark.assets
 @pytest.mark.parametrize("name", ENGINES)
-def test_a_rows_text_does_not_depend_on_the_rows_beside_it(name: str, assets: Path, tmp_path: Path) -> None:
+def test_a_rows_text_does_not_depend_on_the_rows_beside_it(
+    name: str, assets: Path, tmp_path: Path
+) -> None:
     author = author_at(assets / STORIES, tmp_path)
     requests = [Request(n, [1, 403, 407][: 1 + n % 3], seed=1000 + n) for n in range(12)]
     settings = {"temperature": 1.0, "top_p": 0.95, "max_tokens": 12}
@@ -78,7 +84,9 @@ def test_a_rows_text_does_not_depend_on_the_rows_beside_it(name: str, assets: Pa
     turned = written(name, author, requests[::-1][:7], **settings)
     for number, completion in turned.items():
         assert completion.token_ids == together[number].token_ids
-    assert len({tuple(c.token_ids) for c in together.values()}) > 6  # and rows differ from one another
+    assert (
+        len({tuple(c.token_ids) for c in together.values()}) > 6
+    )  # and rows differ from one another
 
 
 @pytest.mark.assets
@@ -95,7 +103,9 @@ def test_a_stop_string_ends_the_text_before_it(name: str, assets: Path, tmp_path
     assert free.token_ids[: len(cut.token_ids)] == cut.token_ids
 
 
-def test_noise_per_row_draws_from_the_models_distribution(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+def test_noise_per_row_draws_from_the_models_distribution(
+    tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
     """1,500 first tokens against the probabilities, within 4.5 standard deviations for every token."""
     from transformers import AutoModelForCausalLM
 
@@ -105,14 +115,21 @@ def test_noise_per_row_draws_from_the_models_distribution(tiny_llama: Callable[.
     expected = (logits / 1.5).softmax(-1).tolist()
     requests = [Request(n, prompt, seed=n) for n in range(draws)]
     found = written(
-        "hf", author_at(folder, tmp_path), requests, temperature=1.5, max_tokens=1, engine_args={"batch_size": 500}
+        "hf",
+        author_at(folder, tmp_path),
+        requests,
+        temperature=1.5,
+        max_tokens=1,
+        engine_args={"batch_size": 500},
     )
     counts = Counter(c.token_ids[0] for c in found.values())
     for token, p in enumerate(expected):
         assert abs(counts[token] - draws * p) < 4.5 * (draws * p * (1 - p)) ** 0.5 + 1
 
 
-def test_vllm_by_name_where_it_is_not_installed_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_by_name_where_it_is_not_installed_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("stillroom.stages.engines.opening.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"Install stillroom\[vllm\]"):
         choose_engine("vllm")
@@ -129,10 +146,17 @@ def test_a_row_that_the_context_cuts_does_not_shorten_its_neighbours(
     assert len(found[1].token_ids) == 24 - 19 or found[1].finish_reason == "stop"
 
 
-CAT_THE, DOG, CAT, THE = "cat the", "dog", 6, 4  # stop strings in the tiny tokenizer's words, and ids of the first
+CAT_THE, DOG, CAT, THE = (
+    "cat the",
+    "dog",
+    6,
+    4,
+)  # stop strings in the tiny tokenizer's words, and ids of the first
 
 
-def test_rows_end_where_their_own_completion_does(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+def test_rows_end_where_their_own_completion_does(
+    tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
     """End id 0, prompts that end in the beginning of a stop string; the rows of an endless model say where ends are."""
     sampled = {"temperature": 1.0, "max_tokens": 16, "engine_args": {"batch_size": 64}}
     requests = [Request(n, [1, *[5] * (n % 3), CAT], seed=n) for n in range(64)]
@@ -157,14 +181,20 @@ def test_rows_end_where_their_own_completion_does(tiny_llama: Callable[..., Path
         how[kind] += 1
     assert len({len(c.token_ids) for c in found.values()}) > 8
     assert min(how[kind] for kind in ("length", "end id", "stop string")) > 3
-    assert any(c.token_ids[0] == THE and len(c.token_ids) > 1 for c in found.values())  # "cat | the" does not end it
+    assert any(
+        c.token_ids[0] == THE and len(c.token_ids) > 1 for c in found.values()
+    )  # "cat | the" does not end it
 
 
 @pytest.mark.assets
 @pytest.mark.parametrize("name", ENGINES)
-def test_a_stop_string_is_not_found_across_the_end_of_the_prompt(name: str, assets: Path, tmp_path: Path) -> None:
+def test_a_stop_string_is_not_found_across_the_end_of_the_prompt(
+    name: str, assets: Path, tmp_path: Path
+) -> None:
     author = author_at(assets / STORIES, tmp_path)
-    requests = [Request(0, [1, 403, 407, 261, 378], seed=0)]  # "Once upon a time", which goes on with ", there"
+    requests = [
+        Request(0, [1, 403, 407, 261, 378], seed=0)
+    ]  # "Once upon a time", which goes on with ", there"
     free = written(name, author, requests, temperature=0.0, max_tokens=12)
     assert free[0].text.lstrip().startswith(",")
     assert written(name, author, requests, temperature=0.0, max_tokens=12, stop=["time, "]) == free
@@ -172,7 +202,9 @@ def test_a_stop_string_is_not_found_across_the_end_of_the_prompt(name: str, asse
 
 @pytest.mark.assets
 @pytest.mark.parametrize("name", ENGINES)
-def test_of_a_models_generation_config_only_the_end_ids_count(name: str, assets: Path, tmp_path: Path) -> None:
+def test_of_a_models_generation_config_only_the_end_ids_count(
+    name: str, assets: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "model"
     shutil.copytree(assets / STORIES, folder)
     path = folder / "generation_config.json"
@@ -182,7 +214,13 @@ def test_of_a_models_generation_config_only_the_end_ids_count(name: str, assets:
     path.write_text(
         json.dumps(
             json.loads(path.read_text())
-            | {"do_sample": True, "repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "top_k": 1, "temperature": 0.1}
+            | {
+                "do_sample": True,
+                "repetition_penalty": 5.0,
+                "no_repeat_ngram_size": 1,
+                "top_k": 1,
+                "temperature": 0.1,
+            }
         )
     )
     assert written(name, author_at(folder, tmp_path), requests, **settings) == plain
@@ -232,7 +270,9 @@ def idle_vllm(steps: list[list[object]]) -> tuple[VllmEngine, list[str]]:
     return engine, calls
 
 
-def test_vllm_is_not_asked_for_a_step_when_it_refused_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_is_not_asked_for_a_step_when_it_refused_everything(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(VllmEngine, "_submit", lambda self, request: "too long")
     engine, calls = idle_vllm([])
     found = list(engine.generate([Request(n, [1], seed=n) for n in range(3)], lambda: None))
@@ -248,7 +288,11 @@ def test_vllm_beats_at_every_step() -> None:
 
 @pytest.mark.parametrize(("context", "given"), [(128, {"max_model_len": 128}), (2**31 - 1, {})])
 def test_vllm_is_told_a_context_that_is_known(
-    tiny_llama: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, context: int, given: dict
+    tiny_llama: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    context: int,
+    given: dict,
 ) -> None:
     told: dict[str, object] = {}
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=told.update))
@@ -276,7 +320,9 @@ class SlowStop(StopFlag):
         super().check()
 
 
-def test_a_signal_does_not_wait_for_a_busy_engine(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_signal_does_not_wait_for_a_busy_engine(
+    tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
     job, author = generation_job(tiny_llama, tmp_path)
     stop = SlowStop(tmp_path / "store", last=17)  # one look before the first step, ten in a batch
     with pytest.raises(Stopped):
@@ -286,10 +332,14 @@ def test_a_signal_does_not_wait_for_a_busy_engine(tiny_llama: Callable[..., Path
     assert Store.open(tmp_path / "store").index("generations", ["key"]).num_rows == 4
 
 
-def test_rows_are_committed_in_time_while_the_engine_is_busy(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+def test_rows_are_committed_in_time_while_the_engine_is_busy(
+    tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
     job, author = generation_job(tiny_llama, tmp_path, storage={"commit_seconds": 0.1})
     stop = SlowStop(tmp_path / "store", last=1000)
     result = generate.run(replace(job, stop=stop), author)
     assert result.rows == 12
     assert len(stop.committed) == 1 + 3 * 10
-    assert stop.committed[20] == 4  # the end of the second batch: the first was committed on the way
+    assert (
+        stop.committed[20] == 4
+    )  # the end of the second batch: the first was committed on the way

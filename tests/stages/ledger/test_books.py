@@ -10,8 +10,19 @@ import pytest
 
 from stillroom.stages.ledger.books import Books, Ledger, Pending
 from stillroom.stages.ledger.generations import generation_ledger, pending_generations
-from stillroom.stages.ledger.requests import generation_key, sampling_id, sampling_settings, tokens_key
-from stillroom.stages.ledger.targets import choose_generations, pending_targets, target_ledger, target_rows, text_rows
+from stillroom.stages.ledger.requests import (
+    generation_key,
+    sampling_id,
+    sampling_settings,
+    tokens_key,
+)
+from stillroom.stages.ledger.targets import (
+    choose_generations,
+    pending_targets,
+    target_ledger,
+    target_rows,
+    text_rows,
+)
 from stillroom.stages.recipe.sections import Recipe
 from stillroom.storage.errors import IntegrityError
 from stillroom.storage.keys import content_key
@@ -47,7 +58,9 @@ def inputs(names: list[Any], held_out: int = 0) -> pa.Table:
     test = set(sorted(set(keys))[:held_out])
     return pa.table(
         {
-            "key": pa.array([content_key("row", n=n, i=i) for i, n in enumerate(names)], pa.binary(16)),
+            "key": pa.array(
+                [content_key("row", n=n, i=i) for i, n in enumerate(names)], pa.binary(16)
+            ),
             "prompt_key": pa.array(keys, pa.binary(16)),
             "split": ["test" if k in test else "train" for k in keys],
             "windows": pa.array([1] * len(keys), pa.int32()),
@@ -59,19 +72,31 @@ def inputs(names: list[Any], held_out: int = 0) -> pa.Table:
 def add_prompts(store: Store, names: list[Any]) -> None:
     with store.writer("prompts", about={}) as writer:
         for name in names:
-            row = {"key": prompt_key(name), "prompt_key": prompt_key(name), "format": "prompt", "text": str(name)}
+            row = {
+                "key": prompt_key(name),
+                "prompt_key": prompt_key(name),
+                "format": "prompt",
+                "text": str(name),
+            }
             writer.add(row | {"source": "test"})
 
 
-def generation(r: Recipe, name: Any, sample: int, *, tokens: int, reason: str = "stop", author: str = AUTHOR) -> dict:
+def generation(
+    r: Recipe, name: Any, sample: int, *, tokens: int, reason: str = "stop", author: str = AUTHOR
+) -> dict:
     assert r.generate is not None
     sampling = sampling_id(author, sampling_settings(r.generate, r.data))
     ids = [
-        4 + byte % 20 for byte in (prompt_key(name) + content_key("text", name=name, sample=sample))[13 : 16 + tokens]
+        4 + byte % 20
+        for byte in (prompt_key(name) + content_key("text", name=name, sample=sample))[
+            13 : 16 + tokens
+        ]
     ]
     reuse = generation_key(sampling, prompt_key(name), sample)
     return {
-        "key": content_key("generations", reuse_key=reuse, max_tokens=r.generate.max_tokens, tokens=tokens),
+        "key": content_key(
+            "generations", reuse_key=reuse, max_tokens=r.generate.max_tokens, tokens=tokens
+        ),
         "reuse_key": reuse,
         "prompt_key": prompt_key(name),
         "author_id": author,
@@ -90,11 +115,18 @@ def generation(r: Recipe, name: Any, sample: int, *, tokens: int, reason: str = 
 
 def about(r: Recipe, author: str = AUTHOR) -> dict[str, Any]:
     assert r.generate is not None
-    return {"author_id": author, "settings": sampling_settings(r.generate, r.data) | {"max_tokens": 8, "engine": "hf"}}
+    return {
+        "author_id": author,
+        "settings": sampling_settings(r.generate, r.data) | {"max_tokens": 8, "engine": "hf"},
+    }
 
 
-def write(store: Store, r: Recipe, rows: list[dict], author: str = AUTHOR, commit_rows: int = 3) -> None:
-    with store.writer("generations", about=about(r, author), limits=CommitLimits(rows=commit_rows)) as writer:
+def write(
+    store: Store, r: Recipe, rows: list[dict], author: str = AUTHOR, commit_rows: int = 3
+) -> None:
+    with store.writer(
+        "generations", about=about(r, author), limits=CommitLimits(rows=commit_rows)
+    ) as writer:
         for row in rows:
             writer.add(row)
 
@@ -153,7 +185,9 @@ def test_a_row_serves_what_would_have_come_out_the_same(
     assert ledger.why == ({} if expected else {"stored under another max_tokens": 1})
 
 
-def test_it_agrees_with_its_definition_on_random_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_agrees_with_its_definition_on_random_stores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows, rejects and repeated prompts at random, index segments of two commits: the same books as one loop gives."""
     monkeypatch.setattr(segments, "SEGMENT", 2)
     rng = random.Random()
@@ -178,17 +212,25 @@ def test_it_agrees_with_its_definition_on_random_stores(tmp_path: Path, monkeypa
         served = {
             (row["prompt_key"], row["sample_index"])
             for row in rows
-            if (row["completion_tokens"] <= 8 if row["finish_reason"] == "stop" else row["completion_tokens"] == 8)
+            if (
+                row["completion_tokens"] <= 8
+                if row["finish_reason"] == "stop"
+                else row["completion_tokens"] == 8
+            )
         }
         asked = [(n, s) for n in dict.fromkeys(names) for s in range(2)]
-        left = [(n, s) for n, s in asked if (prompt_key(n), s) not in served and (n, s) not in refused]
+        left = [
+            (n, s) for n, s in asked if (prompt_key(n), s) not in served and (n, s) not in refused
+        ]
         ledger, pending = generate_books(store, r, names)
         assert ledger.committed == sum((prompt_key(n), s) in served for n, s in asked)
         rejected = [a for a in asked if a in refused and (prompt_key(a[0]), a[1]) not in served]
         assert ledger.rejected == Counter({"too_long": len(rejected)} if rejected else {})
         assert ledger.pending == len(pending) == len(left)
         assert ledger.planned == len(asked)
-        found = [(q.prompt_key, q.sample_index) for block in pending.blocks for q in pending.read(block)]
+        found = [
+            (q.prompt_key, q.sample_index) for block in pending.blocks for q in pending.read(block)
+        ]
         assert found == [(prompt_key(n), s) for n, s in left]  # in the order of the source
         places = {q.prompt: q.prompt_key for block in pending.blocks for q in pending.read(block)}
         for (shard, row), key in places.items():
@@ -233,7 +275,9 @@ def test_moved_extended_and_repeated_prompts_and_other_columns_miss_nothing(tmp_
         ({"top_p": 0.9, "stop": ["."]}, "stored with another stop, top p"),
     ],
 )
-def test_another_sampling_setting_is_a_miss_and_says_so(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
+def test_another_sampling_setting_is_a_miss_and_says_so(
+    tmp_path: Path, change: dict[str, Any], reason: str
+) -> None:
     store, r = Store.open(tmp_path, create=True), recipe(tmp_path)
     add_prompts(store, ["p", "q"])
     write(store, r, [generation(r, "p", s, tokens=5) for s in range(2)])
@@ -249,11 +293,15 @@ def test_another_author_is_a_miss_and_says_what_differs(tmp_path: Path) -> None:
     write(store, r, [generation(r, "p", s, tokens=5, author=other) for s in range(2)], author=other)
     with books_of(store, r, ["p"]) as books:
         mine = {"weights": {"a": "2"}, "tokenizer": "t"}
-        ledger = generation_ledger(books, author_id=AUTHOR, context_tokens=CONTEXT, author_parts=mine)
+        ledger = generation_ledger(
+            books, author_id=AUTHOR, context_tokens=CONTEXT, author_parts=mine
+        )
     assert ledger.why == {"stored from another author (other weights)": 2}
 
 
-def target(row: dict[str, Any], *, kind: str = "topk", k: int = 4, bits: int = 10, teacher: str = TEACHER) -> dict:
+def target(
+    row: dict[str, Any], *, kind: str = "topk", k: int = 4, bits: int = 10, teacher: str = TEACHER
+) -> dict:
     import numpy as np
 
     from stillroom.storage.tables.soft_targets import SoftTargets
@@ -265,7 +313,9 @@ def target(row: dict[str, Any], *, kind: str = "topk", k: int = 4, bits: int = 1
         tail = np.full(n, np.log(1 - k / VOCABULARY), np.float32)
     flat = np.full(n, -np.log(VOCABULARY), np.float32)
     ids = None if kind == "full" else np.tile(np.arange(k, dtype=np.int32), (n, 1))
-    targets = SoftTargets(ids=ids, logprobs=logprobs, tail_logprob=tail, token_logprob=flat, entropy=-flat)
+    targets = SoftTargets(
+        ids=ids, logprobs=logprobs, tail_logprob=tail, token_logprob=flat, entropy=-flat
+    )
     return {
         "key": content_key("target", of=row["key"], kind=kind, k=k, bits=bits, teacher=teacher),
         "reuse_key": content_key("t", teacher=teacher, tokens=row["tokens_key"]),
@@ -281,13 +331,20 @@ def target(row: dict[str, Any], *, kind: str = "topk", k: int = 4, bits: int = 1
 
 
 def score(store: Store, rows: list[dict], teacher: str = TEACHER) -> None:
-    whose = {"teacher_id": teacher, "tokenizer_id": "k", "vocab_size": VOCABULARY, "mantissa_bits": 23}
+    whose = {
+        "teacher_id": teacher,
+        "tokenizer_id": "k",
+        "vocab_size": VOCABULARY,
+        "mantissa_bits": 23,
+    }
     with store.writer("soft_targets", about=whose, limits=CommitLimits(rows=2)) as writer:
         for row in rows:
             writer.add(row)
 
 
-def score_books(store: Store, r: Recipe, names: list[Any], held_out: int = 1) -> tuple[Ledger, list[Any], pa.Table]:
+def score_books(
+    store: Store, r: Recipe, names: list[Any], held_out: int = 1
+) -> tuple[Ledger, list[Any], pa.Table]:
     with books_of(store, r, names, held_out) as books:
         generation_ledger(books, author_id=AUTHOR, context_tokens=CONTEXT)
         choose_generations(books, author_id=AUTHOR)
@@ -310,7 +367,9 @@ def test_a_smaller_k_is_served_a_larger_one_or_more_bits_are_not(tmp_path: Path)
 
     assert again().committed == again(score={"k": 2}).committed == 5
     assert again(score={"k": 2}).tokens == 25
-    assert again(score={"k": 5}).why == {"stored with fewer entries": 4}  # the held-out row is whole
+    assert again(score={"k": 5}).why == {
+        "stored with fewer entries": 4
+    }  # the held-out row is whole
     assert again(storage={"mantissa_bits": 11}).why == {"stored with fewer bits": 5}
     _, _, chosen = score_books(store, recipe(tmp_path, generate={"samples": 1}), names)
     assert sorted(chosen["held_out"].to_pylist()) == [False] * 4 + [True]
@@ -320,7 +379,16 @@ def test_of_several_rows_the_one_that_covers_best_is_chosen(tmp_path: Path) -> N
     store, r = Store.open(tmp_path, create=True), recipe(tmp_path, generate={"samples": 1})
     row = generation(r, "p", 0, tokens=5)
     write(store, r, [row])
-    score(store, [target(row, kind="full"), target(row, k=8), target(row, k=4, bits=23), target(row, k=4), target(row)])
+    score(
+        store,
+        [
+            target(row, kind="full"),
+            target(row, k=8),
+            target(row, k=4, bits=23),
+            target(row, k=4),
+            target(row),
+        ],
+    )
     _, wanted, chosen = score_books(store, r, ["p"], held_out=0)
     assert wanted == []
     (place,) = chosen["place"].to_pylist()
@@ -362,7 +430,9 @@ def test_another_teacher_is_a_miss_and_says_so(tmp_path: Path) -> None:
     row = generation(r, "p", 0, tokens=5)
     write(store, r, [row])
     score(store, [target(row, teacher="u" * 32)], teacher="u" * 32)
-    assert score_books(store, r, ["p"], held_out=0)[0].why == {"stored from another teacher (uuuuuuuu)": 1}
+    assert score_books(store, r, ["p"], held_out=0)[0].why == {
+        "stored from another teacher (uuuuuuuu)": 1
+    }
 
 
 def test_a_condition_on_generations_chooses(tmp_path: Path) -> None:
@@ -398,7 +468,9 @@ def test_a_segment_is_used_only_for_the_commits_it_was_made_from(
     assert ledger.committed == expected
 
 
-def test_of_two_files_of_one_segment_the_sound_one_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_files_of_one_segment_the_sound_one_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(segments, "SEGMENT", 2)
     store, r = Store.open(tmp_path, create=True), recipe(tmp_path)
     write(store, r, [generation(r, n, 0, tokens=5) for n in "pqrs"], commit_rows=2)

@@ -17,7 +17,9 @@ from stillroom.storage.tables.schema import SCHEMAS
 
 V = 24
 COLUMNS = ("kind", "k", "p", "k_min", "draw", "proposal", "temperatures", "mantissa_bits")
-TEMPERATURES = st.sets(st.sampled_from([0.7, 2.0, 4.0])).map(lambda found: tuple(sorted(map(single, found))))
+TEMPERATURES = st.sets(st.sampled_from([0.7, 2.0, 4.0])).map(
+    lambda found: tuple(sorted(map(single, found)))
+)
 
 CONNECTION = duckdb.connect(config={"threads": 1})
 
@@ -32,7 +34,14 @@ def kept() -> st.SearchStrategy[Kept]:
     return st.one_of(
         st.just(Kept(kind="full", k=V)),
         st.builds(Kept, kind=st.just("topk"), k=few, temperatures=TEMPERATURES),
-        st.builds(Kept, kind=st.just("topp"), k=few, p=shares, k_min=st.integers(1, 2), temperatures=TEMPERATURES),
+        st.builds(
+            Kept,
+            kind=st.just("topp"),
+            k=few,
+            p=shares,
+            k_min=st.integers(1, 2),
+            temperatures=TEMPERATURES,
+        ),
         st.builds(
             Kept,
             kind=st.just("sampled"),
@@ -52,7 +61,11 @@ def serves(row: Kept, bits: int, asked: Kept, asked_bits: int) -> bool:
         return row == asked
     if row.kind == "full":
         return True
-    if row.kind == "sampled" or asked.kind == "full" or not set(asked.temperatures) <= set(row.temperatures):
+    if (
+        row.kind == "sampled"
+        or asked.kind == "full"
+        or not set(asked.temperatures) <= set(row.temperatures)
+    ):
         return False
     if asked.kind == "topk":
         return row.kind == "topk" and row.k >= asked.k
@@ -68,10 +81,15 @@ def answers(rows: list[tuple[Kept, int]], asked: Kept, bits: int) -> tuple[Any, 
     lists = {name: [row.columns().get(name) for row, _ in rows] for name in COLUMNS[:-2]}
     lists["temperatures"] = [list(row.temperatures) or None for row, _ in rows]
     lists["mantissa_bits"] = [b for _, b in rows]
-    arrays = {name: pa.array(values, SCHEMAS["soft_targets"].field(name).type) for name, values in lists.items()}
+    arrays = {
+        name: pa.array(values, SCHEMAS["soft_targets"].field(name).type)
+        for name, values in lists.items()
+    }
     stored = pa.table(arrays | {"place": pa.array(range(len(rows)), pa.int64())})
     CONNECTION.register("stored", stored)
-    (found,) = CONNECTION.execute(f"SELECT {best(asked, bits)}, {lacks(asked, bits)} FROM stored").fetchall()
+    (found,) = CONNECTION.execute(
+        f"SELECT {best(asked, bits)}, {lacks(asked, bits)} FROM stored"
+    ).fetchall()
     return found
 
 
@@ -98,15 +116,27 @@ def test_the_sql_is_the_rules(rows: list[tuple[Kept, int]], asked: Kept, bits: i
     ("row", "asked", "says"),
     [
         (Kept(kind="topk", k=4), Kept(kind="topk", k=5), "stored with fewer entries"),
-        (Kept(kind="topk", k=4), Kept(kind="topk", k=4, temperatures=(2.0,)), "stored without temperature 2"),
+        (
+            Kept(kind="topk", k=4),
+            Kept(kind="topk", k=4, temperatures=(2.0,)),
+            "stored without temperature 2",
+        ),
         (
             Kept(kind="topk", k=4),
             Kept(kind="topk", k=4, temperatures=(1.5, 2.0)),
             "stored without temperature 1.5 and 2",
         ),
         (Kept(kind="topk", k=4), Kept(kind="full", k=V), "stored as other targets than full"),
-        (Kept(kind="topp", k=4, p=0.5, k_min=1), Kept(kind="topk", k=4), "stored as other targets than topk"),
-        (Kept(kind="topp", k=4, p=0.5, k_min=1), Kept(kind="topp", k=4, p=0.9, k_min=1), "stored with fewer entries"),
+        (
+            Kept(kind="topp", k=4, p=0.5, k_min=1),
+            Kept(kind="topk", k=4),
+            "stored as other targets than topk",
+        ),
+        (
+            Kept(kind="topp", k=4, p=0.5, k_min=1),
+            Kept(kind="topp", k=4, p=0.9, k_min=1),
+            "stored with fewer entries",
+        ),
     ],
 )
 def test_the_nearest_row_says_what_is_missing(row: Kept, asked: Kept, says: str) -> None:
@@ -116,7 +146,12 @@ def test_the_nearest_row_says_what_is_missing(row: Kept, asked: Kept, says: str)
 
 
 def drawn(rounds: int, *temperatures: float, **more: Any) -> Kept:
-    return Kept(kind="sampled", k=rounds, temperatures=temperatures, **{"draw": "multinomial", "proposal": 1.0} | more)
+    return Kept(
+        kind="sampled",
+        k=rounds,
+        temperatures=temperatures,
+        **{"draw": "multinomial", "proposal": 1.0} | more,
+    )
 
 
 @pytest.mark.parametrize(
@@ -133,7 +168,9 @@ def test_draws_serve_only_themselves(asked: Kept, says: str) -> None:
     assert chosen is None
     assert reason(asked, lack) == says
     assert answers([(drawn(50), 7)], drawn(50), 10)[0] is None
-    assert reason(drawn(50), answers([(drawn(50), 7)], drawn(50), 10)[1]) == "stored with fewer bits"
+    assert (
+        reason(drawn(50), answers([(drawn(50), 7)], drawn(50), 10)[1]) == "stored with fewer bits"
+    )
     assert answers([(drawn(50, 2.0), 10)], drawn(50, 2.0), 10)[0] is not None
 
 
@@ -153,11 +190,18 @@ def settings_of() -> Iterator[tuple[dict[str, Any], int, Kept, Kept]]:
     topp = {"targets": "topp", "p": 0.9, "k_min": 3}
     yield topp, 2, Kept(kind="topp", k=2, p=single(0.9), k_min=2), Kept(kind="full", k=2)
     yield {"targets": "sampled", "temperatures": [1.0]}, V, drawn(50), everything
-    yield {"targets": "sampled", "temperatures": [1.7], "rounds": 4}, V, drawn(4, single(1.7)), everything
+    yield (
+        {"targets": "sampled", "temperatures": [1.7], "rounds": 4},
+        V,
+        drawn(4, single(1.7)),
+        everything,
+    )
 
 
 @pytest.mark.parametrize(("score", "vocabulary", "trained", "judged"), list(settings_of()))
-def test_what_a_recipe_wants(score: dict[str, Any], vocabulary: int, trained: Kept, judged: Kept) -> None:
+def test_what_a_recipe_wants(
+    score: dict[str, Any], vocabulary: int, trained: Kept, judged: Kept
+) -> None:
     section = Score.model_validate(score)
     assert wanted(section, vocabulary) == trained
     assert reference(section, vocabulary) == judged

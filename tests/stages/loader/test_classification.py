@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import save_tiny_bert
-from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
 from stillroom.stages.loader.classification import ClassPasses
 from stillroom.stages.loader.samples import Sample
@@ -26,7 +30,12 @@ def make_text(length: int, label: int | None, seed: int = 0) -> Sample:
     logprobs = torch.from_numpy(rng.normal(scale=2, size=(1, 3))).log_softmax(-1).float().numpy()
     one = np.zeros(1, np.float32)
     targets = SoftTargets(
-        ids=None, logprobs=logprobs, tail_logprob=one - np.inf, token_logprob=one, entropy=one, entries=None
+        ids=None,
+        logprobs=logprobs,
+        tail_logprob=one - np.inf,
+        token_logprob=one,
+        entropy=one,
+        entries=None,
     )
     ids = np.array([2, *rng.integers(5, 24, length - 2), 3], np.int32)
     return Sample(token_ids=ids, span_start=length - 1, span_tokens=1, targets=targets, label=label)
@@ -65,7 +74,9 @@ def aimed(objective: Objective | None) -> Aim:
 
 class TestLoss:
     @pytest.mark.parametrize("temperature", [1.0, 2.0, 0.5])
-    def test_value_and_gradient_are_those_of_the_definition(self, student: Any, temperature: float) -> None:
+    def test_value_and_gradient_are_those_of_the_definition(
+        self, student: Any, temperature: float
+    ) -> None:
         """T^2 sum t (log t - log p) + 0.5 * cross-entropy, t and p at T; their gradients T (p - t) and p - y."""
         model, _ = student
         soft, hard, (total,) = losses_of(student, TEXTS, Objective(temperature=temperature))
@@ -75,7 +86,11 @@ class TestLoss:
         bias = torch.zeros(3, dtype=torch.float64)
         for number, text in enumerate(TEXTS):
             with torch.no_grad():
-                z = model(input_ids=torch.from_numpy(text.token_ids[None]).long()).logits[0].double()
+                z = (
+                    model(input_ids=torch.from_numpy(text.token_ids[None]).long())
+                    .logits[0]
+                    .double()
+                )
             t = (torch.from_numpy(text.targets.logprobs[0]).double() / temperature).softmax(-1)
             p = (z / temperature).softmax(-1)
             expected = temperature**2 * float((t * (t.log() - p.log())).sum())
@@ -84,19 +99,28 @@ class TestLoss:
             if text.label is not None:
                 cross_entropy = -float(z.log_softmax(-1)[text.label])
                 bias += 0.5 * (z.softmax(-1) - torch.eye(3, dtype=torch.float64)[text.label])
-            # Logits of a padded row of five and of a row alone, up to 10: 8 eps of that, and T^2 times it.
-            assert float(soft[number]) == pytest.approx(expected, abs=1e-5 * max(1.0, temperature**2))
+            # Logits of a padded row of five and of a row alone, up to 10: 8 eps of that, and T^2
+            # times it.
+            assert float(soft[number]) == pytest.approx(
+                expected, abs=1e-5 * max(1.0, temperature**2)
+            )
             assert float(hard[number]) == pytest.approx(cross_entropy, abs=1e-5)
-        assert model.classifier.bias.grad.tolist() == pytest.approx(bias.tolist(), abs=5e-5)  # of all five
+        assert model.classifier.bias.grad.tolist() == pytest.approx(
+            bias.tolist(), abs=5e-5
+        )  # of all five
 
     def test_how_texts_share_passes_changes_nothing(self, student: Any) -> None:
         model, _ = student
         found = []
         for tokens in (1, 20, 1000):
-            soft, hard, totals = losses_of(student, TEXTS, Objective(temperature=2.0), tokens_per_pass=tokens)
+            soft, hard, totals = losses_of(
+                student, TEXTS, Objective(temperature=2.0), tokens_per_pass=tokens
+            )
             model.zero_grad()
             torch.stack(totals).sum().backward()
-            gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+            gradient = torch.cat(
+                [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+            )
             found.append((soft, hard, gradient))
             assert len(totals) == {1: 5, 20: 4, 1000: 1}[tokens]
         for other in found[1:]:
@@ -105,7 +129,9 @@ class TestLoss:
 
     def test_texts_of_like_length_share_a_pass(self, student: Any) -> None:
         mixed = [TEXTS[i] for i in (4, 0, 3, 1, 2)]
-        shapes = [batch.inputs["input_ids"].shape for batch in passes(student[1], 28).batches(mixed)]
+        shapes = [
+            batch.inputs["input_ids"].shape for batch in passes(student[1], 28).batches(mixed)
+        ]
         assert [tuple(shape) for shape in shapes] == [(2, 14), (3, 9)]
 
     def test_its_bytes_are_those_of_all_that_is_copied(self, student: Any) -> None:
@@ -119,9 +145,12 @@ class TestLoss:
         ready, objective = passes(inputs), Objective(temperature=2.0)
         (batch,) = ready.batches(TEXTS, 2.0)
         made: list[torch.dtype] = []
-        watched = model.classifier.register_forward_hook(lambda *about: made.append(about[-1].dtype))
+        watched = model.classifier.register_forward_hook(
+            lambda *about: made.append(about[-1].dtype)
+        )
         exact, half = (
-            ready.losses(model, batch, aim=aimed(objective), dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
+            ready.losses(model, batch, aim=aimed(objective), dtype=dtype)
+            for dtype in (torch.float32, torch.bfloat16)
         )
         watched.remove()
         assert made == [torch.float32, torch.bfloat16]
@@ -142,8 +171,15 @@ class TestLoss:
 
 
 def test_a_decoder_classifies_by_its_last_token_whatever_the_padding(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=32, **sizes, num_key_value_heads=1, pad_token_id=0, num_labels=3)
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    config = LlamaConfig(
+        vocab_size=32, **sizes, num_key_value_heads=1, pad_token_id=0, num_labels=3
+    )
     model = LlamaForSequenceClassification(config).eval()
     inputs = Inputs(padding=0, separator=None)
     texts = [text.token_ids for text in TEXTS]

@@ -25,7 +25,8 @@ from stillroom.storage.errors import UsageError
 pytestmark = pytest.mark.numeric
 
 
-SUMS = 1e-5  # of 50 float32 losses, added up in another order: 50 eps, and a few for products of other shapes
+# of 50 float32 losses, added up in another order: 50 eps, and a few for products of other shapes
+SUMS = 1e-5
 
 
 def packing(**changes):
@@ -87,8 +88,14 @@ def gradient(model, samples, how, *, chunk_tokens=None, objective=Objective()): 
     for batch in how.batches(samples, objective.temperature):
         hidden = hidden_states(model, **batch.inputs)
         states = hidden.flatten(0, 1)[batch.predicting]
-        weights = {"soft_weight": 1.0 / scored, "hard_weight": 0.1 / scored, "chunk_tokens": chunk_tokens}
-        loss = linear_distillation(states, split_head(model), batch.targets, objective=objective, **weights).total
+        weights = {
+            "soft_weight": 1.0 / scored,
+            "hard_weight": 0.1 / scored,
+            "chunk_tokens": chunk_tokens,
+        }
+        loss = linear_distillation(
+            states, split_head(model), batch.targets, objective=objective, **weights
+        ).total
         loss.backward()
         total += float(loss.detach())
     return total, torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -124,7 +131,9 @@ def test_no_divergence_depends_on_packing_and_passes(divergence):
     objective = Objective(divergence=divergence, temperature=2.0)
     how = packing(tokens_per_pass=1000, row_tokens=64, unstored_temperature="approximate")
     loss, expected = gradient(model, samples, how, objective=objective)
-    again, found = gradient(model, samples, replace(how, tokens_per_pass=1), objective=objective, chunk_tokens=7)
+    again, found = gradient(
+        model, samples, replace(how, tokens_per_pass=1), objective=objective, chunk_tokens=7
+    )
     assert again == pytest.approx(loss, rel=SUMS)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
@@ -145,7 +154,13 @@ def drawn(sample):
     counts[entries == 1, 1] = 0
     ids = np.where(counts > 0, targets.ids[:, :2], -1).astype(np.int32)
     estimate = replace(
-        targets, ids=ids, logprobs=None, tail_logprob=None, entries=entries, counts=counts, entropy=targets.entropy + 1
+        targets,
+        ids=ids,
+        logprobs=None,
+        tail_logprob=None,
+        entries=entries,
+        counts=counts,
+        entropy=targets.entropy + 1,
     )
     return replace(sample, targets=estimate)
 
@@ -182,7 +197,9 @@ def test_every_sample_is_whole_in_one_row(lengths, tokens_per_pass, row_tokens, 
             starts = (positions == 0).nonzero().flatten().tolist()
             pieces = zip(starts, [*starts[1:], len(ids)], strict=True)
             found += [tuple(ids[a:b].tolist()) for a, b in pieces]
-            assert all(positions[i] == positions[i - 1] + 1 for i in range(1, len(ids)) if i not in starts)
+            assert all(
+                positions[i] == positions[i - 1] + 1 for i in range(1, len(ids)) if i not in starts
+            )
         flat = batch.token_ids.flatten()
         assert torch.equal(flat[batch.predicting + 1], batch.targets.labels)
         scored += len(batch.predicting)
@@ -194,7 +211,11 @@ def test_every_sample_is_whole_in_one_row(lengths, tokens_per_pass, row_tokens, 
 
 
 @settings(max_examples=60, deadline=None)
-@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=30), rows=st.integers(0, 12), more=st.integers(0, 60))
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=30),
+    rows=st.integers(0, 12),
+    more=st.integers(0, 60),
+)
 def test_rows_hold_about_the_same(lengths, rows, more):
     """Every sample once; no row empty or beyond the limit; and none could give its least sample to another and gain."""
     samples, limit = make_samples(lengths, k=0), max(lengths) + more
@@ -203,7 +224,9 @@ def test_rows_hold_about_the_same(lengths, rows, more):
     held = [sum(map(len, row)) for row in made]
     assert 0 < min(held) <= max(held) <= limit
     assert len(made) >= min(max(rows, 1), len(lengths))
-    assert all(total - min(map(len, row)) <= min(held) for total, row in zip(held, made, strict=True))
+    assert all(
+        total - min(map(len, row)) <= min(held) for total, row in zip(held, made, strict=True)
+    )
 
 
 def test_a_flat_pass_has_no_padding_and_rows_have_little():
@@ -212,7 +235,9 @@ def test_a_flat_pass_has_no_padding_and_rows_have_little():
     samples, total = make_samples(lengths.tolist(), k=0), int(lengths.sum())
 
     def share(**how):
-        positions = [b.positions for b in packing(tokens_per_pass=8192, **how).batches(samples, None)]
+        positions = [
+            b.positions for b in packing(tokens_per_pass=8192, **how).batches(samples, None)
+        ]
         return 1 - total / sum(positions), len(positions)
 
     (flat, passes), (rows, _), (alone, _) = share(flat=True), share(), share(shared_rows=False)
@@ -222,7 +247,10 @@ def test_a_flat_pass_has_no_padding_and_rows_have_little():
 
 
 def test_a_sample_longer_than_a_row_is_refused():
-    with pytest.raises(UsageError, match=r"train\.row_tokens: 16 is shorter than a sample of 20 tokens\. Set it to 20"):
+    with pytest.raises(
+        UsageError,
+        match=r"train\.row_tokens: 16 is shorter than a sample of 20 tokens\. Set it to 20",
+    ):
         list(packing(row_tokens=16).batches(make_samples(LENGTHS)))
 
 
@@ -248,7 +276,11 @@ class TestEntries:
         torch.testing.assert_close(cut.tail_logprob, asked.tail_logprob)
 
     def test_different_numbers_of_entries_go_together(self):
-        samples = [make_sample(9, k=3), make_sample(12, k=7, seed=1), make_sample(8, k=None, seed=2)]
+        samples = [
+            make_sample(9, k=3),
+            make_sample(12, k=7, seed=1),
+            make_sample(8, k=None, seed=2),
+        ]
         together = self.only(samples)
         assert together.ids.shape == (7 + 10 + 6, V)
         assert (together.ids[:7, 3:] == -1).all()

@@ -94,7 +94,10 @@ def all_of(feed, into):
 
 def test_what_a_step_raises_is_raised_in_its_place():
     found = []
-    with Prefetch(made_up(9, upto=3), two_passes) as feed, pytest.raises(OSError, match="step 3 is unreadable"):
+    with (
+        Prefetch(made_up(9, upto=3), two_passes) as feed,
+        pytest.raises(OSError, match="step 3 is unreadable"),
+    ):
         all_of(feed, found)
     assert found == [(n, which) for n in range(3) for which in ("first", "second")]
     assert not threads()
@@ -109,7 +112,10 @@ def test_what_could_not_be_read_is_raised_where_passes_were_made_again_meanwhile
             feed._waiting[-1].exception()  # what can be read ahead is read
             list(feed.passes())
 
-    with Prefetch(made_up(9, upto=2), two_passes) as feed, pytest.raises(OSError, match="step 2 is unreadable"):
+    with (
+        Prefetch(made_up(9, upto=2), two_passes) as feed,
+        pytest.raises(OSError, match="step 2 is unreadable"),
+    ):
         twice(feed)
     assert not threads()
 
@@ -199,5 +205,7 @@ def test_waiting_is_charged_to_the_disk_and_nothing_else_is():
             assert not inside[0]
             for _ in feed.passes():
                 assert not inside[0]
-    assert spans == ["disk"] * (2 * 4 + 1)  # of each step itself, two passes and its end; and of the end of all
+    assert spans == ["disk"] * (
+        2 * 4 + 1
+    )  # of each step itself, two passes and its end; and of the end of all
     assert feed.waited_seconds > 0

@@ -18,7 +18,12 @@ def store(tmp_path_factory):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("samples")
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
     LlamaForCausalLM(LlamaConfig(vocab_size=24, **sizes)).save_pretrained(folder / "teacher")
     return make_store(folder / "store", folder / "teacher", texts=TEXTS)
 
@@ -56,7 +61,9 @@ def test_an_epoch_holds_every_sample_once_and_no_step_is_too_long(samples, limit
     assert all(step.tokens <= limit or len(step.samples) == 1 for step in found)
     for step, following in pairwise(found):  # no step could have held one more
         assert step.tokens + len(following.samples[0]) > limit
-    assert found[-1].after == Cursor(epoch=0, sample=40, step=len(found), tokens=sum(map(len, TEXTS)))
+    assert found[-1].after == Cursor(
+        epoch=0, sample=40, step=len(found), tokens=sum(map(len, TEXTS))
+    )
 
 
 def test_targets_belong_to_their_sample_and_sum_to_one(samples):
@@ -101,7 +108,9 @@ def test_black_box_rows_have_no_targets(store):
 
 
 def test_soft_targets_are_not_asked_of_plain_text(store):
-    with pytest.raises(UsageError, match=r"holds generations, which have no soft targets\..*loss\.soft_weight"):
+    with pytest.raises(
+        UsageError, match=r"holds generations, which have no soft targets\..*loss\.soft_weight"
+    ):
         Samples(store, snapshot_of(store, "generations"), soft=True)
 
 

@@ -27,7 +27,13 @@ TEXTS = [list(text) for text in dict.fromkeys(map(tuple, random_texts(60)))][:50
 README = Path(__file__).parents[3].joinpath("stages", "README.md").read_text()
 B = 12
 V = 24
-SIZES = {"vocab_size": V, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+SIZES = {
+    "vocab_size": V,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +56,10 @@ def names(batch):
     """What is in the samples of a batch: the text, and all of its targets."""
     return [
         content_id(
-            "sample", ids=s.token_ids.tobytes(), ids_of=s.targets.ids.tobytes(), logs=s.targets.logprobs.tobytes()
+            "sample",
+            ids=s.token_ids.tobytes(),
+            ids_of=s.targets.ids.tobytes(),
+            logs=s.targets.logprobs.tobytes(),
         )
         for s in batch
     ]
@@ -78,7 +87,9 @@ def test_stopped_and_resumed_on_other_ranks_and_workers_the_batches_are_the_same
     whole = [names(batch) for batch in islice(dataset, sum(counts))]
     found, done = [], 0
     for (workers, ranks), count in zip(places, counts, strict=True):
-        found += global_batches(samples, dataset.state_at(done), workers=workers, ranks=ranks, count=count)
+        found += global_batches(
+            samples, dataset.state_at(done), workers=workers, ranks=ranks, count=count
+        )
         done += count
     assert found == whole
     stream = list(chain(*found))
@@ -94,7 +105,10 @@ def test_a_worker_that_is_spawned_reads_the_same(samples):
     dataset = SnapshotDataset(samples, global_batch=B)
     whole = [names(batch) for batch in islice(dataset, 7)]
     options = {"multiprocessing_context": "spawn"}
-    assert global_batches(samples, dataset.state_at(3), workers=1, ranks=1, count=4, **options) == whole[3:]
+    assert (
+        global_batches(samples, dataset.state_at(3), workers=1, ranks=1, count=4, **options)
+        == whole[3:]
+    )
 
 
 def test_the_state_is_that_of_what_was_handed_out(samples):
@@ -118,7 +132,10 @@ def test_the_state_is_that_of_what_was_handed_out(samples):
 def test_a_state_of_another_order_is_refused(samples, store):
     state = SnapshotDataset(samples, global_batch=B).state_at(3)
     for change in ({"snapshot": "other"}, {"seed": 4}, {"samples": 3 * B + 1}):
-        with pytest.raises(UsageError, match=f"expected snapshot {samples.snapshot.id}, seed 3 and a multiple of {B}"):
+        with pytest.raises(
+            UsageError,
+            match=f"expected snapshot {samples.snapshot.id}, seed 3 and a multiple of {B}",
+        ):
             SnapshotDataset(samples, global_batch=B).load_state_dict(state | change)
 
 
@@ -153,7 +170,9 @@ def test_the_state_is_not_asked_of_an_object_whose_workers_read(samples):
 def test_a_resumed_dataset_opens_the_files_of_its_batch_only(samples, monkeypatch):
     opened = []
     real = LocalFiles.source
-    monkeypatch.setattr(LocalFiles, "source", lambda self, name: opened.append(name) or real(self, name))
+    monkeypatch.setattr(
+        LocalFiles, "source", lambda self, name: opened.append(name) or real(self, name)
+    )
     dataset = SnapshotDataset(samples, global_batch=4)
     for number in (0, 3, 11, 30):
         dataset.load_state_dict(dataset.state_at(number))
@@ -193,13 +212,20 @@ def test_the_collator_gives_batches_as_packing_does(samples, temperature):
     for name in ("labels", "ids", "logprobs", "tail_logprob"):
         assert torch.equal(getattr(found.targets, name), getattr(expected.targets, name))
     plain = Samples(samples._store, samples.snapshot, soft=False)
-    assert set(collator()(list(plain.read(0, 2)))) == {"input_ids", "position_ids", "predicting", "labels"}
+    assert set(collator()(list(plain.read(0, 2)))) == {
+        "input_ids",
+        "position_ids",
+        "predicting",
+        "labels",
+    }
 
 
 def test_a_plain_loop_learns(samples):
     model = student()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    loader = DataLoader(SnapshotDataset(samples, global_batch=B, collate=collator()), batch_size=None)
+    loader = DataLoader(
+        SnapshotDataset(samples, global_batch=B, collate=collator()), batch_size=None
+    )
     losses = []
     for inputs in islice(loader, math.ceil(6 * len(samples) / B)):
         loss = loss_of(model, inputs) / len(inputs["labels"])
@@ -214,7 +240,9 @@ class DistillationTrainer(Trainer):
     """What a user of `transformers.Trainer` writes: the loader and the loss."""
 
     def get_train_dataloader(self):
-        return DataLoader(self.train_dataset, batch_size=None, num_workers=self.args.dataloader_num_workers)
+        return DataLoader(
+            self.train_dataset, batch_size=None, num_workers=self.args.dataloader_num_workers
+        )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         return loss_of(model, inputs) / num_items_in_batch
@@ -250,7 +278,9 @@ def train(samples, folder, *, stop=8, workers=0, resume=None):
         dataset.load_state_dict(dataset.state_at(resume * accumulation))
     if stop < 8:
         trainer.add_callback(StopAt(stop))
-    trainer.train(resume_from_checkpoint=None if resume is None else str(folder / f"checkpoint-{resume}"))
+    trainer.train(
+        resume_from_checkpoint=None if resume is None else str(folder / f"checkpoint-{resume}")
+    )
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
@@ -270,7 +300,11 @@ def test_the_loop_of_the_readme_runs(store, samples, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     section = README.split("## Reading a snapshot from another training loop")[1]
     code = section.split("```python\n")[1].split("```")[0]
-    names = globals() | {"Store": Store, "load_snapshot": load_snapshot, "snapshot_id": samples.snapshot.id}
+    names = globals() | {
+        "Store": Store,
+        "load_snapshot": load_snapshot,
+        "snapshot_id": samples.snapshot.id,
+    }
     names |= {"model": student(), "done": 2, "total": 4}
     exec(code, names)
     assert names["loss"].soft.shape == names["inputs"]["labels"].shape

@@ -28,7 +28,9 @@ def make_targets(teacher_logits, k):
     logprobs = teacher_logits.log_softmax(-1)
     labels = torch.arange(len(logprobs)) % logprobs.shape[-1]
     if k is None:
-        return TargetBatch(labels=labels, logprobs=logprobs, tail_logprob=torch.full((len(logprobs),), -math.inf))
+        return TargetBatch(
+            labels=labels, logprobs=logprobs, tail_logprob=torch.full((len(logprobs),), -math.inf)
+        )
     kept, ids = logprobs.topk(k, -1)
     tail = logprobs.scatter(-1, ids, -math.inf).logsumexp(-1)
     return TargetBatch(labels=labels, ids=ids, logprobs=kept, tail_logprob=tail)
@@ -44,7 +46,11 @@ def make_problem(n=7, v=23, d=6, seed=0, head=PLAIN, dtype=torch.float32):
     hidden = normal(n, d).to(dtype).requires_grad_()
     weight = normal(v, d).to(dtype).requires_grad_()
     bias = normal(v).to(dtype).requires_grad_() if head["bias"] else None
-    return hidden, Head(weight=weight, bias=bias, softcap=head["softcap"], scale=head["scale"]), 2 * normal(n, v)
+    return (
+        hidden,
+        Head(weight=weight, bias=bias, softcap=head["softcap"], scale=head["scale"]),
+        2 * normal(n, v),
+    )
 
 
 def reference_logits(hidden, weight, bias, head):
@@ -55,14 +61,24 @@ def reference_logits(hidden, weight, bias, head):
 
 def reference(hidden, head, targets, divergence):
     """(soft [N], hard [N], gradients of 0.7 * sum soft + 0.3 * sum hard), all float64."""
-    leaves = [t.detach().double().requires_grad_() for t in (hidden, head.weight, head.bias) if t is not None]
+    leaves = [
+        t.detach().double().requires_grad_()
+        for t in (hidden, head.weight, head.bias)
+        if t is not None
+    ]
     logits = reference_logits(leaves[0], leaves[1], leaves[2] if len(leaves) == 3 else None, head)
     soft, hard = [], []
     for n, row in enumerate(logits):
         ids = range(targets.logprobs.shape[-1]) if targets.ids is None else targets.ids[n].tolist()
-        entries = [(i, math.exp(x)) for i, x in zip(ids, targets.logprobs[n].double().tolist(), strict=True) if i >= 0]
+        entries = [
+            (i, math.exp(x))
+            for i, x in zip(ids, targets.logprobs[n].double().tolist(), strict=True)
+            if i >= 0
+        ]
         tail = math.exp(float(targets.tail_logprob[n].double()))
-        soft.append(over_bucket(divergence, row, [i for i, _ in entries], [t for _, t in entries], tail))
+        soft.append(
+            over_bucket(divergence, row, [i for i, _ in entries], [t for _, t in entries], tail)
+        )
         hard.append(cross_entropy(row, int(targets.labels[n])))
     soft, hard = torch.stack(soft), torch.stack(hard)
     return soft, hard, torch.autograd.grad((0.7 * soft + 0.3 * hard).sum(), leaves)
@@ -71,10 +87,16 @@ def reference(hidden, head, targets, divergence):
 def rounding(divergence, logits):
     """What float32 leaves of a divergence that is 0.
 
-    A log-probability is a difference of numbers as great as the logits, so it is known to eps times the greatest: four
-    such roundings, two on either side. `alpha_beta` divides its difference of sums by its exponents, 0.2 * 0.7.
+    A log-probability is a difference of numbers as great as the logits, so it is known to eps times
+    the greatest: four such roundings, two on either side. `alpha_beta` divides its difference of
+    sums by its exponents, 0.2 * 0.7.
     """
-    return 4 * EPS * max(1.0, float(logits.abs().max())) / (0.2 * 0.7 if divergence == "alpha_beta" else 1)
+    return (
+        4
+        * EPS
+        * max(1.0, float(logits.abs().max()))
+        / (0.2 * 0.7 if divergence == "alpha_beta" else 1)
+    )
 
 
 def objective(divergence):
@@ -105,7 +127,10 @@ def assert_same(found, expected, *, forward=1e-5, backward=5e-5):
 def test_value_and_gradient_equal_the_definition(divergence, head, k):
     hidden, student, teacher = make_problem(head=head)
     targets = make_targets(teacher, k)
-    assert_same(measured(hidden, student, targets, divergence), reference(hidden, student, targets, divergence))
+    assert_same(
+        measured(hidden, student, targets, divergence),
+        reference(hidden, student, targets, divergence),
+    )
 
 
 @pytest.mark.parametrize("divergence", ALL)
@@ -114,10 +139,14 @@ def test_every_id_kept_equals_dense(divergence):
     sparse = measured(hidden, student, make_targets(teacher, 23), divergence)
     dense = measured(hidden, student, make_targets(teacher, None), divergence)
     assert_same(
-        sparse, (dense[0].double(), dense[1].double(), [g.double() for g in dense[2]]), forward=5e-6, backward=2e-5
+        sparse,
+        (dense[0].double(), dense[1].double(), [g.double() for g in dense[2]]),
+        forward=5e-6,
+        backward=2e-5,
     )
     p, t = (
-        logits.double().softmax(-1) for logits in (reference_logits(hidden, student.weight, None, student), teacher)
+        logits.double().softmax(-1)
+        for logits in (reference_logits(hidden, student.weight, None, student), teacher)
     )
     expected = [DIVERGENCES[divergence](list(a), list(b)) for a, b in zip(t, p, strict=True)]
     torch.testing.assert_close(dense[0].double(), torch.stack(expected), rtol=1e-5, atol=1e-5)
@@ -135,7 +164,9 @@ def test_forward_gradient_is_the_closed_form():
         kept = dict(zip(targets.ids[n].tolist(), targets.logprobs[n].exp().tolist(), strict=True))
         outside = sum(float(p[j]) for j in range(11) if j not in kept)
         ratio = math.exp(float(targets.tail_logprob[n])) / outside
-        expected = [float(p[j]) - kept[j] if j in kept else float(p[j]) * (1 - ratio) for j in range(11)]
+        expected = [
+            float(p[j]) - kept[j] if j in kept else float(p[j]) * (1 - ratio) for j in range(11)
+        ]
         assert gradient[n].tolist() == pytest.approx(expected, abs=1e-6)
 
 
@@ -150,7 +181,8 @@ def test_zero_at_equality(divergence, k):
     gradients = torch.autograd.grad(found.total, [hidden, student.weight])
     assert found.soft.abs().max() < rounding(divergence, logits)
     if divergence != "total_variation":  # has a corner there: any gradient up to p is right
-        # A sum over the seven tokens of what is left of p - t, times states and weights, which are below 4.
+        # A sum over the seven tokens of what is left of p - t, times states and weights, which are
+        # below 4.
         assert max(g.abs().max() for g in gradients) < 7 * 4 * rounding(divergence, logits)
 
 
@@ -161,7 +193,9 @@ def test_finite_where_the_entries_hold_all_mass(divergence, k):
     hidden, student, teacher = make_problem()
     kept = make_targets(teacher, k)
     certain = kept.logprobs - kept.logprobs.logsumexp(-1, keepdim=True)
-    targets = TargetBatch(labels=kept.labels, ids=kept.ids, logprobs=certain, tail_logprob=torch.full((7,), -math.inf))
+    targets = TargetBatch(
+        labels=kept.labels, ids=kept.ids, logprobs=certain, tail_logprob=torch.full((7,), -math.inf)
+    )
     found = measured(hidden, student, targets, divergence)
     assert all(g.isfinite().all() for g in found[2])
     assert_same(found, reference(hidden, student, targets, divergence), backward=5e-4)
@@ -203,13 +237,20 @@ def test_never_negative_and_always_the_definition(n, v, seed, divergence, spread
     hidden, student, teacher = make_problem(n=n, v=v, seed=seed)
     targets = make_targets(spread * teacher, k)
     found = measured(hidden, student, targets, divergence)
-    logits = torch.cat([reference_logits(hidden, student.weight, None, student).detach(), spread * teacher])
+    logits = torch.cat(
+        [reference_logits(hidden, student.weight, None, student).detach(), spread * teacher]
+    )
     assert float(found[0].detach().min()) > -rounding(divergence, logits)
     assert_same(found, reference(hidden, student, targets, divergence), forward=3e-5, backward=5e-4)
 
 
 @settings(max_examples=25, deadline=None)
-@given(n=st.integers(0, 9), chunk=st.integers(1, 12), divergence=st.sampled_from([*ALL, None]), full=st.booleans())
+@given(
+    n=st.integers(0, 9),
+    chunk=st.integers(1, 12),
+    divergence=st.sampled_from([*ALL, None]),
+    full=st.booleans(),
+)
 def test_the_chunk_size_does_not_matter(n, chunk, divergence, full):
     hidden, student, teacher = make_problem(n=n, head=CAPPED)
     targets = make_targets(teacher, None if full else 5)
@@ -220,7 +261,9 @@ def test_the_chunk_size_does_not_matter(n, chunk, divergence, full):
     assert (parts[0] is None) == (divergence is None)
 
 
-@pytest.mark.parametrize("divergence", [name for name in ALL if name not in ("alpha_beta", "adaptive_kl")])
+@pytest.mark.parametrize(
+    "divergence", [name for name in ALL if name not in ("alpha_beta", "adaptive_kl")]
+)
 def test_coarser_buckets_give_a_lower_bound(divergence):
     """Every f-divergence falls when outcomes are put together; alpha-beta is one where its exponents sum to 1."""
     hidden, student, teacher = make_problem()
@@ -254,12 +297,16 @@ def test_bfloat16_is_no_worse_than_naive(divergence):
         hidden, weight = 0.4 * hidden, student.weight
         targets = make_targets(teacher, 16)
         truth = distilled(hidden, Head(weight=weight), targets, objective(divergence)).soft
-        ours = distilled(hidden.bfloat16(), Head(weight=weight), targets, objective(divergence)).soft
+        ours = distilled(
+            hidden.bfloat16(), Head(weight=weight), targets, objective(divergence)
+        ).soft
         log_p = (hidden.bfloat16() @ weight.bfloat16().T).log_softmax(-1)
         tail = log_p.scatter(-1, targets.ids, -math.inf).logsumexp(-1)
         p = torch.cat([log_p.gather(-1, targets.ids), tail[:, None]], -1)
         t = torch.cat([targets.logprobs, targets.tail_logprob[:, None]], -1).bfloat16()
-        naive = (t.exp() * (t - p) if divergence == "forward_kl" else p.exp() * (p - t)).sum(-1).float()
+        naive = (
+            (t.exp() * (t - p) if divergence == "forward_kl" else p.exp() * (p - t)).sum(-1).float()
+        )
     assert ours.dtype == torch.float32
     assert (ours - truth).abs().mean() <= (naive - truth).abs().mean()
     assert (ours - truth).abs().max() <= (naive - truth).abs().max() + 1e-2
@@ -284,7 +331,9 @@ class TestFitVocabulary:
             assert fitted.ids[n].tolist() == torch.where(kept, targets.ids[n], -1).tolist()
             dropped = targets.logprobs[n][~kept].exp().sum() + targets.tail_logprob[n].exp()
             assert float(fitted.tail_logprob[n].exp()) == pytest.approx(float(dropped), rel=1e-5)
-            assert float(fitted.logprobs[n].exp().sum() + fitted.tail_logprob[n].exp()) == pytest.approx(1, rel=1e-5)
+            assert float(
+                fitted.logprobs[n].exp().sum() + fitted.tail_logprob[n].exp()
+            ) == pytest.approx(1, rel=1e-5)
 
     @pytest.mark.parametrize("divergence", ALL)
     @pytest.mark.parametrize("k", [1, 6])
@@ -293,7 +342,10 @@ class TestFitVocabulary:
         _, _, teacher = make_problem(v=20, seed=1)
         targets = fit_vocabulary(make_targets(teacher, k), 15)
         assert (targets.ids < 0).any()
-        assert_same(measured(hidden, student, targets, divergence), reference(hidden, student, targets, divergence))
+        assert_same(
+            measured(hidden, student, targets, divergence),
+            reference(hidden, student, targets, divergence),
+        )
 
     def test_a_row_may_lose_all_its_entries(self):
         hidden, student, _ = make_problem(v=15)
@@ -315,7 +367,10 @@ class TestFitVocabulary:
         fitted = fit_vocabulary(make_targets(teacher, None), 15)
         expected = make_targets(teacher[:, :15], None)
         torch.testing.assert_close(fitted.logprobs, expected.logprobs)
-        assert_same(measured(hidden, student, fitted, divergence), reference(hidden, student, expected, divergence))
+        assert_same(
+            measured(hidden, student, fitted, divergence),
+            reference(hidden, student, expected, divergence),
+        )
 
     @pytest.mark.parametrize("divergence", ALL)
     @pytest.mark.parametrize("k", [4, None])
@@ -342,7 +397,9 @@ class TestFitVocabulary:
         hidden, student, _ = make_problem(n=1, v=15)
         soft = distilled(hidden, student, fitted, Objective()).soft
         p = softmax(reference_logits(hidden, student.weight, None, student)[0].detach())
-        assert float(soft) == pytest.approx(-0.5 * math.log(p[3]) - 0.25 * math.log(p[5]) - 1.0, rel=1e-5)
+        assert float(soft) == pytest.approx(
+            -0.5 * math.log(p[3]) - 0.25 * math.log(p[5]) - 1.0, rel=1e-5
+        )
 
     def test_equal_vocabularies_change_nothing(self):
         targets = make_targets(make_problem()[2], 6)

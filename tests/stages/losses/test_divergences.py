@@ -20,7 +20,16 @@ SETTINGS = {
     "adaptive_kl": {"head_mass": 0.5},
 }
 ALL = list(DIVERGENCES)
-EXPONENTS = [(0.2, 0.7), (1.5, -0.4), (0.0, 0.8), (0.8, 0.0), (0.5, -0.5), (0.0, 0.0), (1.0, 0.0), (0.0, 1.0)]
+EXPONENTS = [
+    (0.2, 0.7),
+    (1.5, -0.4),
+    (0.0, 0.8),
+    (0.8, 0.0),
+    (0.5, -0.5),
+    (0.0, 0.0),
+    (1.0, 0.0),
+    (0.0, 1.0),
+]
 
 
 def measure(name, teacher, student, **changes):
@@ -42,7 +51,9 @@ def value_and_gradient(function, teacher, student):
 
 def by_rows(definition):
     """A definition of one token's divergence as a function of log-probabilities [N, K + 1]."""
-    return lambda t, p: torch.stack([definition(list(a), list(b)) for a, b in zip(t.exp(), p.exp(), strict=True)])
+    return lambda t, p: torch.stack(
+        [definition(list(a), list(b)) for a, b in zip(t.exp(), p.exp(), strict=True)]
+    )
 
 
 def assert_is(function, definition, teacher, student, tolerance=2e-5):
@@ -56,7 +67,9 @@ def assert_is(function, definition, teacher, student, tolerance=2e-5):
 def test_alpha_beta_and_its_limits(exponents):
     a, b = exponents
     assert_is(
-        lambda t, p: ours.alpha_beta(t, p, alpha=a, beta=b), lambda t, p: alpha_beta(t, p, a, b), *distributions()
+        lambda t, p: ours.alpha_beta(t, p, alpha=a, beta=b),
+        lambda t, p: alpha_beta(t, p, a, b),
+        *distributions(),
     )
 
 
@@ -80,7 +93,10 @@ def test_alpha_beta_holds_both_kls():
 @pytest.mark.parametrize("skew", [0.0, 0.3, 0.9])
 def test_skews(skew):
     teacher, student = distributions()
-    for name, definition in (("skew_forward_kl", skew_forward_kl), ("skew_reverse_kl", skew_reverse_kl)):
+    for name, definition in (
+        ("skew_forward_kl", skew_forward_kl),
+        ("skew_reverse_kl", skew_reverse_kl),
+    ):
         assert_is(
             lambda t, p, name=name: measure(name, t, p, skew=skew),
             lambda t, p, definition=definition: definition(t, p, skew),
@@ -95,7 +111,9 @@ def test_skews(skew):
 @pytest.mark.parametrize("weight", [0.1, 0.5, 0.9])
 def test_jsd_at_other_weights(weight):
     teacher, student = distributions()
-    assert_is(lambda t, p: ours.jsd(t, p, weight=weight), lambda t, p: jsd(t, p, weight), teacher, student)
+    assert_is(
+        lambda t, p: ours.jsd(t, p, weight=weight), lambda t, p: jsd(t, p, weight), teacher, student
+    )
     mirrored = ours.jsd(student, teacher, weight=1 - weight)
     torch.testing.assert_close(ours.jsd(teacher, student, weight=weight), mirrored)
     assert (ours.jsd(teacher, student, weight=0.5) <= math.log(2)).all()
@@ -115,12 +133,15 @@ class TestAdaptive:
         teacher, student = distributions(outcomes=9)
         mixed = torch.cat([torch.randperm(8), torch.tensor([8])])
         a = value_and_gradient(lambda t, p: measure("adaptive_kl", t, p), teacher, student)
-        b = value_and_gradient(lambda t, p: measure("adaptive_kl", t, p), teacher[:, mixed], student[:, mixed])
+        b = value_and_gradient(
+            lambda t, p: measure("adaptive_kl", t, p), teacher[:, mixed], student[:, mixed]
+        )
         torch.testing.assert_close(a[0], b[0])
         torch.testing.assert_close(a[1][:, mixed], b[1])
 
     @pytest.mark.parametrize(
-        ("mass", "head"), [(0.29, [0]), (0.31, [0]), (0.56, [0, 1]), (0.81, [0, 1, 2]), (0.99, [0, 1, 2])]
+        ("mass", "head"),
+        [(0.29, [0]), (0.31, [0]), (0.56, [0, 1]), (0.81, [0, 1, 2]), (0.99, [0, 1, 2])],
     )
     def test_the_shares_by_hand(self, mass, head):
         t, p = torch.tensor([0.3, 0.25, 0.25, 0.2]), torch.tensor([0.1, 0.2, 0.3, 0.4])
@@ -165,10 +186,16 @@ def test_zeros_on_either_side_are_finite_and_the_definition(name, seed):
 
 
 @settings(max_examples=60, deadline=None)
-@given(name=st.sampled_from(ALL), seed=st.integers(0, 10**6), outcomes=st.integers(2, 8), zeros=st.booleans())
+@given(
+    name=st.sampled_from(ALL),
+    seed=st.integers(0, 10**6),
+    outcomes=st.integers(2, 8),
+    zeros=st.booleans(),
+)
 def test_never_negative_and_zero_at_equality(name, seed, outcomes, zeros):
     teacher, student = sparse(seed) if zeros else distributions(outcomes=outcomes, seed=seed)
-    # Terms of up to 1 from log-probabilities that are known to eps * 20; alpha_beta divides its sums by a * b.
+    # Terms of up to 1 from log-probabilities that are known to eps * 20; alpha_beta divides its
+    # sums by a * b.
     rounding = 20 * torch.finfo(torch.float32).eps / (0.2 * 0.7 if name == "alpha_beta" else 1)
     assert measure(name, teacher, student).min() > -rounding
     for same in (teacher, student):
@@ -177,7 +204,14 @@ def test_never_negative_and_zero_at_equality(name, seed, outcomes, zeros):
 
 def test_the_alpha_beta_of_exponents_that_sum_to_one_falls_when_outcomes_join():
     teacher, student = distributions(outcomes=6)
-    joined = [torch.cat([x[:, :3], x[:, 3:].logsumexp(-1, keepdim=True)], -1) for x in (teacher, student)]
+    joined = [
+        torch.cat([x[:, :3], x[:, 3:].logsumexp(-1, keepdim=True)], -1) for x in (teacher, student)
+    ]
     for alpha in (0.3, 0.5, 1.4):
-        coarse, fine = (ours.alpha_beta(*pair, alpha=alpha, beta=1 - alpha) for pair in (joined, (teacher, student)))
-        assert (fine - coarse).min() > -1e-5  # 20 eps, divided by exponents whose product is 0.21 at the least
+        coarse, fine = (
+            ours.alpha_beta(*pair, alpha=alpha, beta=1 - alpha)
+            for pair in (joined, (teacher, student))
+        )
+        assert (
+            fine - coarse
+        ).min() > -1e-5  # 20 eps, divided by exponents whose product is 0.21 at the least

@@ -37,7 +37,9 @@ WEIGHTS = {"soft_weight": 0.7, "hard_weight": 0.3}
 
 
 def distilled(hidden, weight, targets, **objective):
-    return linear_distillation(hidden, Head(weight=weight), targets, objective=Objective(**objective), **WEIGHTS)
+    return linear_distillation(
+        hidden, Head(weight=weight), targets, objective=Objective(**objective), **WEIGHTS
+    )
 
 
 def usual():
@@ -61,16 +63,26 @@ def ragged(teacher, *, temperature=1.0, empty=False):
     if empty:
         absent[0] = True
     shuffled = torch.tensor([3, 0, 4, 1, 2])
-    kept, ids = kept.masked_fill(absent, -math.inf)[:, shuffled], ids.masked_fill(absent, -1)[:, shuffled]
+    kept, ids = (
+        kept.masked_fill(absent, -math.inf)[:, shuffled],
+        ids.masked_fill(absent, -1)[:, shuffled],
+    )
     outside = [[i for i in range(V) if i not in row] for row in ids.tolist()]
-    tail = torch.stack([row[others].logsumexp(-1) for row, others in zip(logprobs, outside, strict=True)])
+    tail = torch.stack(
+        [row[others].logsumexp(-1) for row, others in zip(logprobs, outside, strict=True)]
+    )
     labels = torch.where(torch.arange(len(ids)) % 2 == 0, ids.amax(-1).clamp_min(0), 7)
     return TargetBatch(labels=labels, ids=ids, logprobs=kept.float(), tail_logprob=tail.float())
 
 
 def sampled(teacher, *, temperature=1.0):
     """Shares of draws of ids, with what is no draw among them."""
-    ids = torch.stack([torch.randperm(V, generator=torch.Generator().manual_seed(i))[:4] for i in range(len(teacher))])
+    ids = torch.stack(
+        [
+            torch.randperm(V, generator=torch.Generator().manual_seed(i))[:4]
+            for i in range(len(teacher))
+        ]
+    )
     shares = normal(len(ids), 4, seed=8).softmax(-1).masked_fill(torch.arange(4)[None] == 2, 0.0)
     log_t = (teacher / temperature).log_softmax(-1)
     return TargetBatch(
@@ -92,15 +104,21 @@ def assert_is_the_definition(targets, objective, head, define):
     head = Head(weight=weight, bias=bias, **head)
     leaves = [x.detach().double().requires_grad_() for x in (hidden, weight, bias)]
     logits = reference_logits(*leaves, head)
-    soft, hard = map(torch.stack, zip(*(define(row, n) for n, row in enumerate(logits)), strict=True))
+    soft, hard = map(
+        torch.stack, zip(*(define(row, n) for n, row in enumerate(logits)), strict=True)
+    )
     right = torch.autograd.grad((0.7 * soft + 0.3 * hard).sum(), leaves)
     for chunk in (1, 4, None):
         weights = {"soft_weight": 0.7, "hard_weight": 0.3, "chunk_tokens": chunk}
         found = linear_distillation(hidden, head, targets, objective=objective, **weights)
         torch.testing.assert_close(found.soft.double(), soft.detach(), rtol=2e-5, atol=2e-5)
         torch.testing.assert_close(found.hard.double(), hard.detach(), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(found.total.double(), (0.7 * soft + 0.3 * hard).sum(), rtol=1e-5, atol=1e-5)
-        for one, other in zip(torch.autograd.grad(found.total, [hidden, weight, bias]), right, strict=True):
+        torch.testing.assert_close(
+            found.total.double(), (0.7 * soft + 0.3 * hard).sum(), rtol=1e-5, atol=1e-5
+        )
+        for one, other in zip(
+            torch.autograd.grad(found.total, [hidden, weight, bias]), right, strict=True
+        ):
             torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
 
 
@@ -114,7 +132,11 @@ def test_ragged_entries_value_and_gradient(divergence, tail, temperature):
 
     def define(row, n):
         return token_losses(
-            row, t[n], [i for i in targets.ids[n].tolist() if i >= 0], int(targets.labels[n]), **settings
+            row,
+            t[n],
+            [i for i in targets.ids[n].tolist() if i >= 0],
+            int(targets.labels[n]),
+            **settings,
         )
 
     for head in HEADS.values():
@@ -129,7 +151,10 @@ def test_sampled_targets_value_and_gradient(head, temperature):
     def define(row, n):
         log_p = softmax(row / temperature).log()
         drawn = zip(targets.ids[n].tolist(), targets.probabilities[n].double(), strict=True)
-        soft = -torch.stack([share * log_p[i] for i, share in drawn if i >= 0]).sum() - targets.entropy[n]
+        soft = (
+            -torch.stack([share * log_p[i] for i, share in drawn if i >= 0]).sum()
+            - targets.entropy[n]
+        )
         return temperature**2 * soft, cross_entropy(row, n)
 
     assert_is_the_definition(targets, Objective(temperature=temperature), HEADS[head], define)
@@ -158,7 +183,9 @@ def test_a_pass_is_the_sum_of_its_tokens():
     for size in (6, 3, 1):
         hidden.grad = weight.grad = None
         for start in range(0, N, size):
-            distilled(hidden[start : start + size], weight, targets.rows(start, start + size)).total.backward()
+            distilled(
+                hidden[start : start + size], weight, targets.rows(start, start + size)
+            ).total.backward()
         found.append((hidden.grad, weight.grad))
     for one, other in pairwise(found):
         torch.testing.assert_close(one, other)
@@ -197,7 +224,9 @@ def products_of(function):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as record:
         function()
     events = record.key_averages()
-    return sum(event.count for event in events if event.key in ("aten::mm", "aten::addmm", "aten::addmm_"))
+    return sum(
+        event.count for event in events if event.key in ("aten::mm", "aten::addmm", "aten::addmm_")
+    )
 
 
 def test_only_what_trains_costs_a_product():
@@ -212,7 +241,9 @@ def test_only_what_trains_costs_a_product():
             total.backward()
         return hidden.grad, weight.grad, total
 
-    assert [products_of(lambda a=a, b=b: step(a, b)) for a, b in product((True, False), repeat=2)] == [3, 2, 2, 1]
+    assert [
+        products_of(lambda a=a, b=b: step(a, b)) for a, b in product((True, False), repeat=2)
+    ] == [3, 2, 2, 1]
     both, frozen, evaluated = step(True, True), step(True, False), step(False, False)
     torch.testing.assert_close(both[0], frozen[0])
     assert frozen[1] is None
@@ -227,25 +258,42 @@ def test_without_gradients_there_is_one_product():
 
 class TestLowRank:
     def problem(self, base_trains):
-        parts = {"hidden": normal(N, D, seed=1), "down": normal(R, D, seed=5), "up": normal(V, R, seed=6)}
+        parts = {
+            "hidden": normal(N, D, seed=1),
+            "down": normal(R, D, seed=5),
+            "up": normal(V, R, seed=6),
+        }
         parts |= {"weight": normal(V, D, seed=2), "bias": normal(V, seed=3)}
-        return {k: v.requires_grad_(base_trains or k not in ("weight", "bias")) for k, v in parts.items()}
+        return {
+            k: v.requires_grad_(base_trains or k not in ("weight", "bias"))
+            for k, v in parts.items()
+        }
 
     @pytest.mark.parametrize("base_trains", [False, True])
     @pytest.mark.parametrize("settings", HEADS)
     def test_value_and_gradients(self, settings, base_trains):
         parts, targets = self.problem(base_trains), ragged(2 * normal(N, V, seed=4))
         low_rank = LowRank(down=parts["down"], up=parts["up"], scale=0.5, dropout=nn.Identity())
-        head = Head(weight=parts["weight"], bias=parts["bias"], low_rank=low_rank, **HEADS[settings])
+        head = Head(
+            weight=parts["weight"], bias=parts["bias"], low_rank=low_rank, **HEADS[settings]
+        )
         found = linear_distillation(
-            parts["hidden"], head, targets, objective=Objective(divergence="jsd"), chunk_tokens=4, **WEIGHTS
+            parts["hidden"],
+            head,
+            targets,
+            objective=Objective(divergence="jsd"),
+            chunk_tokens=4,
+            **WEIGHTS,
         )
         exact = {k: v.detach().double().requires_grad_(v.requires_grad) for k, v in parts.items()}
         weight = exact["weight"] + 0.5 * exact["up"] @ exact["down"]
         logits = reference_logits(exact["hidden"], weight, exact["bias"], head)
         total = 0.0
         for n, row in enumerate(logits):
-            t, ids = softmax(2 * normal(N, V, seed=4)[n]), [i for i in targets.ids[n].tolist() if i >= 0]
+            t, ids = (
+                softmax(2 * normal(N, V, seed=4)[n]),
+                [i for i in targets.ids[n].tolist() if i >= 0],
+            )
             sides = {"divergence": "jsd", "tail": "bucket", "temperature": 1.0}
             soft, hard = token_losses(row, t, ids, int(targets.labels[n]), **sides)
             total = total + 0.7 * soft + 0.3 * hard
@@ -279,7 +327,9 @@ class TestLowRank:
                 settings = {"objective": None, "soft_weight": 0.0, "hard_weight": 1.0}
                 linear_distillation(hidden, split_head(model), targets, **settings).total.backward()
             else:
-                functional.cross_entropy(model(input_ids=ids).logits[0], labels, reduction="sum").backward()
+                functional.cross_entropy(
+                    model(input_ids=ids).logits[0], labels, reduction="sum"
+                ).backward()
             found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
         assert any("lm_head.lora_B" in name for name in found[0])
         for name, gradient in found[0].items():
@@ -291,14 +341,18 @@ def test_a_head_that_is_sharded_over_two_ranks(tmp_path: Path) -> None:
     """FSDP2 on two processes: the mean over the ranks of what one process finds, for the head as for the body."""
     script = Path(__file__).parents[2] / "support" / "sharded_head.py"
     ranks = [
-        subprocess.Popen([sys.executable, script, str(rank), tmp_path], env=ENVIRONMENT, stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [sys.executable, script, str(rank), tmp_path], env=ENVIRONMENT, stderr=subprocess.PIPE
+        )
         for rank in range(RANKS)
     ]
     errors = [rank.communicate(timeout=120)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * RANKS, errors
     expected = gradients(Student(), slice(0, TOKENS))
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)]
-    torch.testing.assert_close(torch.cat([rank.pop("hidden") for rank in found]), expected.pop("hidden"))
+    torch.testing.assert_close(
+        torch.cat([rank.pop("hidden") for rank in found]), expected.pop("hidden")
+    )
     for rank in found:
         assert rank.keys() == expected.keys()
         for name, gradient in rank.items():
@@ -345,7 +399,9 @@ def test_a_part_that_weighs_nothing_may_be_infinite(full, definition):
     if not full:
         found = ragged(teacher)
         sides = {name: getattr(found, name) for name in ("ids", "logprobs", "tail_logprob")}
-    infinite, finite = (TargetBatch(labels=torch.arange(start, start + N), **sides) for start in (2, 0))
+    infinite, finite = (
+        TargetBatch(labels=torch.arange(start, start + N), **sides) for start in (2, 0)
+    )
 
     def found(asked, soft_weight, hard_weight, objective):
         if definition:
@@ -359,13 +415,17 @@ def test_a_part_that_weighs_nothing_may_be_infinite(full, definition):
         return total, *torch.autograd.grad(total, [hidden, weight])
 
     soft = Objective(divergence="total_variation")  # finite, wherever the two have their mass
-    for one, other in zip(found(infinite, 1.0, 0.0, soft), found(finite, 1.0, 0.0, soft), strict=True):
+    for one, other in zip(
+        found(infinite, 1.0, 0.0, soft), found(finite, 1.0, 0.0, soft), strict=True
+    ):
         assert other.any()
         torch.testing.assert_close(one, other)
     assert not any(part.any() for part in found(infinite, 0.0, 0.0, soft))
     if not full:
         endless = Objective(divergence="reverse_kl", tail="drop")
-        for one, other in zip(found(finite, 0.0, 1.0, endless), found(finite, 0.0, 1.0, soft), strict=True):
+        for one, other in zip(
+            found(finite, 0.0, 1.0, endless), found(finite, 0.0, 1.0, soft), strict=True
+        ):
             assert other.any()
             torch.testing.assert_close(one, other)
 
@@ -373,7 +433,9 @@ def test_a_part_that_weighs_nothing_may_be_infinite(full, definition):
 def test_a_kernel_that_cannot_run_is_refused_by_name():
     hidden, weight, targets = usual()
     settings = {"objective": Objective(), **WEIGHTS}
-    with pytest.raises(UsageError, match=r"train\.kernel: triton cannot run, the model is on .* 'cpu', expected an"):
+    with pytest.raises(
+        UsageError, match=r"train\.kernel: triton cannot run, the model is on .* 'cpu', expected an"
+    ):
         linear_distillation(hidden, Head(weight=weight), targets, kernel="triton", **settings)
     named = linear_distillation(hidden, Head(weight=weight), targets, kernel="torch", **settings)
     assert torch.equal(named.total, distilled(hidden, weight, targets).total)

@@ -22,7 +22,9 @@ def normal(*shape, seed):
 
 
 def distilled(hidden, weight, targets, **objective):
-    return linear_distillation(hidden, Head(weight=weight), targets, objective=Objective(**objective), **WEIGHTS)
+    return linear_distillation(
+        hidden, Head(weight=weight), targets, objective=Objective(**objective), **WEIGHTS
+    )
 
 
 def naive(hidden, weight, targets):
@@ -39,7 +41,11 @@ def naive(hidden, weight, targets):
 def test_the_error_is_that_of_the_products(dtype):
     """Against float64: float32 to 1e-5, bfloat16 no worse than the naive loss in bfloat16 and a hundredth."""
     n, v, d = 96, 500, 48
-    hidden, weight, teacher = 0.4 * normal(n, d, seed=1), normal(v, d, seed=2), 2 * normal(n, v, seed=4)
+    hidden, weight, teacher = (
+        0.4 * normal(n, d, seed=1),
+        normal(v, d, seed=2),
+        2 * normal(n, v, seed=4),
+    )
     kept, ids = teacher.log_softmax(-1).topk(16, -1)
     tail = teacher.log_softmax(-1).scatter(-1, ids, -math.inf).logsumexp(-1)
     targets = TargetBatch(labels=torch.arange(n), ids=ids, logprobs=kept, tail_logprob=tail)
@@ -69,17 +75,33 @@ class TestMemory:
 
     def problem(self, n, v=V):
         teacher = normal(n, self.K + 1, seed=4).log_softmax(-1)
-        ids = torch.stack([torch.randperm(v, generator=torch.Generator().manual_seed(i))[: self.K] for i in range(n)])
-        targets = TargetBatch(
-            labels=torch.arange(n), ids=ids, logprobs=teacher[:, :-1].contiguous(), tail_logprob=teacher[:, -1]
+        ids = torch.stack(
+            [
+                torch.randperm(v, generator=torch.Generator().manual_seed(i))[: self.K]
+                for i in range(n)
+            ]
         )
-        return normal(n, self.D, seed=1).requires_grad_(), normal(v, self.D, seed=2).requires_grad_(), targets
+        targets = TargetBatch(
+            labels=torch.arange(n),
+            ids=ids,
+            logprobs=teacher[:, :-1].contiguous(),
+            tail_logprob=teacher[:, -1],
+        )
+        return (
+            normal(n, self.D, seed=1).requires_grad_(),
+            normal(v, self.D, seed=2).requires_grad_(),
+            targets,
+        )
 
     def full(self, n):
         hidden, weight, targets = self.problem(n)
         whole = normal(n, self.V, seed=4).log_softmax(-1)
         nothing = torch.full((n,), -math.inf)
-        return hidden, weight, TargetBatch(labels=targets.labels, logprobs=whole, tail_logprob=nothing)
+        return (
+            hidden,
+            weight,
+            TargetBatch(labels=targets.labels, logprobs=whole, tail_logprob=nothing),
+        )
 
     def step(self, hidden, weight, targets, **objective):
         def run():
@@ -93,7 +115,9 @@ class TestMemory:
     def gradients_and_losses(self, n):
         return 4 * (n * self.D + self.V * self.D + 2 * n)
 
-    @pytest.mark.parametrize("objective", [{}, {"temperature": 2.0}, {"divergence": "jsd", "tail": "to_label"}])
+    @pytest.mark.parametrize(
+        "objective", [{}, {"temperature": 2.0}, {"divergence": "jsd", "tail": "to_label"}]
+    )
     @pytest.mark.parametrize("kind", ["problem", "full"])
     def test_the_peak_is_flat_in_the_tokens(self, kind, objective):
         """Beyond gradients and the losses of the tokens: a chunk of logits, whatever their number."""

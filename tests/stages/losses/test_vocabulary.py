@@ -38,7 +38,9 @@ def definition(raw, asked):
     rest = []
     for row, ids in zip(z, asked.ids.tolist(), strict=True):
         others = [j for j in range(len(row)) if j not in ids]
-        rest.append((row[others] / asked.temperature).logsumexp(-1) if others else row.new_tensor(-math.inf))
+        rest.append(
+            (row[others] / asked.temperature).logsumexp(-1) if others else row.new_tensor(-math.inf)
+        )
     entries = z.gather(-1, asked.ids.clamp_min(0)).masked_fill(asked.ids < 0, -math.inf)
     return entries, z.gather(-1, asked.labels[:, None])[:, 0], z.logsumexp(-1), torch.stack(rest)
 
@@ -60,7 +62,8 @@ def test_what_is_seen_and_the_way_back(k, temperature, dtype, monkeypatch):
         leaf = raw.double().requires_grad_()
         expected = definition(leaf, asked)
         slopes = [
-            normal(*part.shape, seed=seed).masked_fill(part == -math.inf, 0.0) for seed, part in enumerate(expected)
+            normal(*part.shape, seed=seed).masked_fill(part == -math.inf, 0.0)
+            for seed, part in enumerate(expected)
         ]
         sums = [
             (slope * part.masked_fill(part == -math.inf, 0.0)).sum()
@@ -73,7 +76,9 @@ def test_what_is_seen_and_the_way_back(k, temperature, dtype, monkeypatch):
             assert found.dtype == torch.float32
             torch.testing.assert_close(found.double(), part.detach(), rtol=1e-5, atol=1e-5)
         entries, label, normaliser, rest = slopes
-        found = spread(raw, asked, seen, Slopes(entries=entries, label=label, normaliser=normaliser, rest=rest))
+        found = spread(
+            raw, asked, seen, Slopes(entries=entries, label=label, normaliser=normaliser, rest=rest)
+        )
         assert (found.data_ptr(), found.dtype) == (memory, dtype)
         torch.testing.assert_close(found.double(), right, rtol=tolerance, atol=tolerance)
 
@@ -86,7 +91,9 @@ def test_the_rest_does_not_cancel():
     seen = look(raw, asked)
     torch.testing.assert_close(seen.rest.double(), expected, rtol=1e-6, atol=1e-6)
     nothing = torch.zeros(N)
-    slopes = Slopes(entries=torch.zeros(N, 2), label=nothing, normaliser=nothing, rest=torch.ones(N))
+    slopes = Slopes(
+        entries=torch.zeros(N, 2), label=nothing, normaliser=nothing, rest=torch.ones(N)
+    )
     torch.testing.assert_close(spread(raw, asked, seen, slopes).sum(-1), torch.ones(N))
 
 
@@ -102,7 +109,10 @@ def test_great_logits_do_not_overflow():
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_ids_that_cannot_be_drawn_get_no_gradient_and_make_no_nan(scale, temperature, dtype):
-    """As a bias of -inf makes them. Row 0 has others that are no entry, in the rest of the rows the rest is empty."""
+    """As a bias of -inf makes them.
+
+    Row 0 has others that are no entry, in the rest of the rows the rest is empty.
+    """
     ids = torch.tensor([[0, 7, 9]]).expand(N, 3)
     labels = torch.zeros(N, dtype=torch.long)
     asked = Asked(ids=ids, labels=labels, temperature=temperature, scale=scale, softcap=None)

@@ -15,7 +15,9 @@ from stillroom.stages.models.head import Head
 from stillroom.stages.targets.batch import TargetBatch
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("no GPU; test_triton.py runs these under Triton's interpreter", allow_module_level=True)
+    pytest.skip(
+        "no GPU; test_triton.py runs these under Triton's interpreter", allow_module_level=True
+    )
 
 passes_triton = pytest.importorskip("stillroom.stages.losses.vocabulary_triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,7 +49,9 @@ def logits(n: int, vocabulary: int, dtype: torch.dtype = torch.float32, *, seed:
     return values.to(dtype).to(DEVICE)
 
 
-def question(n: int, vocabulary: int, k: int, head: tuple[float, float, float | None] = (1.0, 1.0, None)) -> Asked:
+def question(
+    n: int, vocabulary: int, k: int, head: tuple[float, float, float | None] = (1.0, 1.0, None)
+) -> Asked:
     """Row 0's label is an entry (if there are any), row 1's is none (if it can be); row 2 lacks an entry, row 3 all."""
     random = torch.Generator().manual_seed(1)
     ids = torch.stack([torch.randperm(vocabulary, generator=random) for _ in range(n)])
@@ -57,7 +61,13 @@ def question(n: int, vocabulary: int, k: int, head: tuple[float, float, float | 
     if n > 3 and 0 < k < vocabulary:
         ids[2, k // 2], ids[3] = -1, -1
     temperature, scale, softcap = head
-    return Asked(ids=ids.to(DEVICE), labels=labels.to(DEVICE), temperature=temperature, scale=scale, softcap=softcap)
+    return Asked(
+        ids=ids.to(DEVICE),
+        labels=labels.to(DEVICE),
+        temperature=temperature,
+        scale=scale,
+        softcap=softcap,
+    )
 
 
 def definition(raw: Tensor, asked: Asked) -> Seen:
@@ -75,10 +85,15 @@ def definition(raw: Tensor, asked: Asked) -> Seen:
 def derivatives(asked: Asked, seen: Seen) -> Slopes:
     """Of a loss that is linear in what was seen, with random weights."""
     random = torch.Generator().manual_seed(2)
-    entries = torch.randn(asked.ids.shape, generator=random).to(DEVICE).masked_fill(asked.ids < 0, 0.0)
+    entries = (
+        torch.randn(asked.ids.shape, generator=random).to(DEVICE).masked_fill(asked.ids < 0, 0.0)
+    )
     label, normaliser, rest = torch.randn(3, len(asked.ids), generator=random).to(DEVICE)
     return Slopes(
-        entries=entries, label=label, normaliser=normaliser, rest=rest.masked_fill(seen.rest == -torch.inf, 0.0)
+        entries=entries,
+        label=label,
+        normaliser=normaliser,
+        rest=rest.masked_fill(seen.rest == -torch.inf, 0.0),
     )
 
 
@@ -96,15 +111,27 @@ def gradient(raw: Tensor, asked: Asked, slopes: Slopes) -> Tensor:
 def assert_seen(found: Seen, expected: Seen, *, tolerance: float = 1e-5) -> None:
     for name in FIELDS:
         torch.testing.assert_close(
-            getattr(found, name).double(), getattr(expected, name).double(), rtol=tolerance, atol=tolerance, msg=name
+            getattr(found, name).double(),
+            getattr(expected, name).double(),
+            rtol=tolerance,
+            atol=tolerance,
+            msg=name,
         )
 
 
-# Not every head with every shape: on a GPU most pairs are kernels of their own, which have to be compiled.
-PAIRS = [(shape, head) for shape in SHAPES for head in HEADS if shape == "tiles and a bit" or head in BOTH]
+# Not every head with every shape: on a GPU most pairs are kernels of their own, which have to be
+# compiled.
+PAIRS = [
+    (shape, head)
+    for shape in SHAPES
+    for head in HEADS
+    if shape == "tiles and a bit" or head in BOTH
+]
 
 
-@pytest.mark.parametrize(("shape", "head"), [pytest.param(SHAPES[s], HEADS[h], id=f"{s}, {h}") for s, h in PAIRS])
+@pytest.mark.parametrize(
+    ("shape", "head"), [pytest.param(SHAPES[s], HEADS[h], id=f"{s}, {h}") for s, h in PAIRS]
+)
 def test_values_and_gradient_are_those_of_float64(
     shape: tuple[int, int], head: tuple[float, float, float | None]
 ) -> None:
@@ -143,7 +170,9 @@ def test_plain_torch_says_the_same(dtype: torch.dtype) -> None:
     slopes = derivatives(asked, seen)
     found = passes_triton.spread(ours, asked, expected, slopes)
     wanted = passes.spread(theirs, asked, expected, slopes)
-    torch.testing.assert_close(found, wanted, rtol=2.0**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        found, wanted, rtol=2.0**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -163,7 +192,9 @@ def test_entries_with_nearly_all_mass_leave_an_exact_rest(temperature: float) ->
 
 
 @pytest.mark.parametrize("head", [HEADS["plain"], HEADS["tempered"]], ids=["plain", "tempered"])
-def test_ids_that_cannot_be_drawn_get_no_gradient_and_make_no_nan(head: tuple[float, float, float | None]) -> None:
+def test_ids_that_cannot_be_drawn_get_no_gradient_and_make_no_nan(
+    head: tuple[float, float, float | None],
+) -> None:
     """Logits of -inf outside the entries, in one row all of them: then there is no rest."""
     asked, raw = question(2, 60, 6, head), logits(2, 60)
     banned = torch.ones_like(raw, dtype=torch.bool).scatter_(1, asked.ids, False)
@@ -182,7 +213,10 @@ def test_rows_may_lie_apart_and_nothing_else_is_touched() -> None:
     asked, raw = question(4, 5001, 16), logits(4, 5001, torch.bfloat16)
     held = torch.full((6, 5024), 7.0, dtype=torch.bfloat16, device=DEVICE)
     work = held[1:5, :5001].copy_(raw)
-    seen, alone = passes_triton.look(work, asked), passes_triton.look(together := raw.clone(), asked)
+    seen, alone = (
+        passes_triton.look(work, asked),
+        passes_triton.look(together := raw.clone(), asked),
+    )
     assert_seen(seen, alone)  # sums in another order, perhaps: such rows are read by wider loads
     slopes = derivatives(asked, seen)
     passes_triton.spread(work, asked, seen, slopes)
@@ -202,9 +236,17 @@ def test_what_is_asked_and_slopes_may_be_views() -> None:
     assert_seen(passes_triton.look(raw, asked), seen, tolerance=0)
     one = torch.ones((), device=DEVICE)
     views = Slopes(
-        entries=torch.ones(8, 4, device=DEVICE).T, label=one.expand(4), normaliser=one.expand(4), rest=one.expand(4)
+        entries=torch.ones(8, 4, device=DEVICE).T,
+        label=one.expand(4),
+        normaliser=one.expand(4),
+        rest=one.expand(4),
     )
-    copies = Slopes(**{name: getattr(views, name).clone(memory_format=torch.contiguous_format) for name in FIELDS})
+    copies = Slopes(
+        **{
+            name: getattr(views, name).clone(memory_format=torch.contiguous_format)
+            for name in FIELDS
+        }
+    )
     expected = passes_triton.spread(raw.clone(), asked, seen, copies)
     assert torch.equal(passes_triton.spread(raw, asked, seen, views), expected)
 
@@ -227,7 +269,9 @@ def test_rows_beyond_two_to_the_31_logits() -> None:
 
 def test_no_rows() -> None:
     asked = question(1, 10, 2)
-    asked = Asked(ids=asked.ids[:0], labels=asked.labels[:0], temperature=1.0, scale=1.0, softcap=None)
+    asked = Asked(
+        ids=asked.ids[:0], labels=asked.labels[:0], temperature=1.0, scale=1.0, softcap=None
+    )
     seen = passes_triton.look(raw := logits(1, 10)[:0], asked)
     assert seen.entries.shape == (0, 2)
     assert seen.rest.shape == (0,)
@@ -266,14 +310,26 @@ def test_the_fused_loss_is_the_same_with_either_kernel(
     found = []
     for module in (passes_triton, passes):
         monkeypatch.setattr(fused, "_kernel", lambda kernel, device, module=module: module)
-        leaves = [tensor.clone().to(DEVICE).requires_grad_() for tensor in (states, weight, weight[:, 0])]
+        leaves = [
+            tensor.clone().to(DEVICE).requires_grad_() for tensor in (states, weight, weight[:, 0])
+        ]
         head = Head(weight=leaves[1], bias=leaves[2], scale=0.5, softcap=4.0)
         loss = fused.linear_distillation(
-            leaves[0].to(dtype), head, targets, objective=objective, soft_weight=0.7, hard_weight=0.3, chunk_tokens=3
+            leaves[0].to(dtype),
+            head,
+            targets,
+            objective=objective,
+            soft_weight=0.7,
+            hard_weight=0.3,
+            chunk_tokens=3,
         )
         loss.total.backward()
         found.append([loss.total.detach(), loss.hard, *(leaf.grad for leaf in leaves)])
-    tolerance = 1e-5 if dtype == torch.float32 else 2.0**-6  # of the largest: products round their sums
+    tolerance = (
+        1e-5 if dtype == torch.float32 else 2.0**-6
+    )  # of the largest: products round their sums
     for ours, theirs in zip(*found, strict=True):
         assert ours.dtype == torch.float32
-        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max()))
+        torch.testing.assert_close(
+            ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max())
+        )

@@ -6,7 +6,13 @@ from itertools import pairwise
 import pytest
 import torch
 from tiny_models import CONFIGS, LENGTHS, V, build, make_samples
-from transformers import AutoModelForCausalLM, GptOssConfig, Llama4TextConfig, MambaConfig, MistralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GptOssConfig,
+    Llama4TextConfig,
+    MambaConfig,
+    MistralConfig,
+)
 
 from stillroom.stages.loader.packing import Packing
 from stillroom.stages.models.attention import NAME, _attend, _by_kernel, attend_apart
@@ -28,7 +34,9 @@ WINDOWED = MistralConfig(**SIZES, sliding_window=8)
 OTHERS = {
     "soft-capped": CONFIGS["gemma2"],
     "with sinks": GptOssConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1),
-    "in chunks": Llama4TextConfig(**SIZES, intermediate_size_mlp=32, num_local_experts=2, attention_chunk_size=8),
+    "in chunks": Llama4TextConfig(
+        **SIZES, intermediate_size_mlp=32, num_local_experts=2, attention_chunk_size=8
+    ),
     "recurrent": MambaConfig(vocab_size=V, hidden_size=16, state_size=4, num_hidden_layers=2),
 }
 
@@ -60,7 +68,9 @@ def test_flat_equals_separate(name, checkpointing):
         texts.append(batch.token_ids[:, start:stop])
         states.append(hidden_states(own, input_ids=texts[-1])[0])
     alone = torch.cat(states)
-    assert sorted(tuple(text[0].tolist()) for text in texts) == sorted(tuple(s.token_ids.tolist()) for s in samples)
+    assert sorted(tuple(text[0].tolist()) for text in texts) == sorted(
+        tuple(s.token_ids.tolist()) for s in samples
+    )
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
     weights = torch.randn(alone.shape, generator=torch.Generator().manual_seed(0))
     for found in (together, alone):
@@ -84,7 +94,8 @@ def test_a_model_that_attends_otherwise_is_left_alone(kind):
 def test_what_only_long_samples_show_is_asked_at_their_length(monkeypatch):
     """Were the window never told to the function, no sample within it could show that."""
     monkeypatch.setattr(
-        "stillroom.stages.models.attention._attend", lambda *a, sliding_window, **more: _attend(*a, **more)
+        "stillroom.stages.models.attention._attend",
+        lambda *a, sliding_window, **more: _attend(*a, **more),
     )
     assert attend_apart(fresh(WINDOWED), 8, torch.float32) is None
     assert attend_apart(fresh(WINDOWED), 30, torch.float32) is not None
@@ -92,7 +103,8 @@ def test_what_only_long_samples_show_is_asked_at_their_length(monkeypatch):
 
 def test_it_says_why_not(monkeypatch):
     monkeypatch.setattr(
-        "stillroom.stages.models.attention._attend", lambda *a, sliding_window, **more: _attend(*a, **more)
+        "stillroom.stages.models.attention._attend",
+        lambda *a, sliding_window, **more: _attend(*a, **more),
     )
     found = attend_apart(fresh(WINDOWED), 30, torch.float32)
     assert found == "its hidden states differ from those of each sample alone"
@@ -110,7 +122,10 @@ def test_out_of_memory_with_the_longest_sample_comes_with_advice(monkeypatch):
         raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
 
     monkeypatch.setattr("stillroom.stages.models.attention._attend", full)
-    with pytest.raises(StillroomError, match=r"of 30 tokens, one sample alone .*20\.00.*train\.gradient_checkpointing"):
+    with pytest.raises(
+        StillroomError,
+        match=r"of 30 tokens, one sample alone .*20\.00.*train\.gradient_checkpointing",
+    ):
         attend_apart(fresh(WINDOWED), 30, torch.float32)
 
 
@@ -128,13 +143,22 @@ def test_a_student_that_attends_so_is_saved_as_any_other(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "asked", [{"softcap": 50.0}, {"s_aux": torch.zeros(2)}, {"position_bias": torch.zeros(1)}, {"is_causal": False}]
+    "asked",
+    [
+        {"softcap": 50.0},
+        {"s_aux": torch.zeros(2)},
+        {"position_bias": torch.zeros(1)},
+        {"is_causal": False},
+    ],
 )
 def test_what_it_does_not_do_it_refuses(asked):
     tensors = [torch.zeros(1, 2, 3, 4)] * 3
     edges = torch.tensor([0, 3], dtype=torch.int32)
     _attend(torch.nn.Identity(), *tensors, None, cu_seq_lens_q=edges)
-    for mask, more in ((None, asked | {"cu_seq_lens_q": edges}), (torch.ones(1, 1, 3, 3), {"cu_seq_lens_q": edges})):
+    for mask, more in (
+        (None, asked | {"cu_seq_lens_q": edges}),
+        (torch.ones(1, 1, 3, 3), {"cu_seq_lens_q": edges}),
+    ):
         with pytest.raises(NotImplementedError):
             _attend(torch.nn.Identity(), *tensors, mask, **more)
 
@@ -153,7 +177,9 @@ def test_a_model_that_was_changed_refuses_rows_with_padding():
 def test_the_kernel_is_asked_as_torch_describes_it(monkeypatch, window, version):
     """Its arguments, by a stand-in written after the documentation of `varlen_attn`."""
 
-    def stand_in(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
+    def stand_in(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa=False
+    ):
         assert torch.equal(cu_seq_q, cu_seq_k)
         assert max_q == max_k == max(cu_seq_q.diff())
         assert enable_gqa == (query.shape[1] != key.shape[1])
@@ -169,12 +195,24 @@ def test_the_kernel_is_asked_as_torch_describes_it(monkeypatch, window, version)
         return torch.cat(made).to(query.dtype)
 
     def without_groups(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
-        return stand_in(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
+        return stand_in(
+            query,
+            key,
+            value,
+            cu_seq_q,
+            cu_seq_k,
+            max_q,
+            max_k,
+            scale=scale,
+            window_size=window_size,
+        )
 
     kernel = without_groups if version == "2.11" else stand_in
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     generator = torch.Generator().manual_seed(0)
-    parts = [torch.randn(1, heads, 17, 8, generator=generator).bfloat16().float() for heads in (4, 2, 2)]
+    parts = [
+        torch.randn(1, heads, 17, 8, generator=generator).bfloat16().float() for heads in (4, 2, 2)
+    ]
     edges = torch.tensor([0, 5, 6, 17], dtype=torch.int32)
     asked = {"cu_seq_lens_q": edges, "scaling": 0.3, "sliding_window": window}
     expected, _ = _attend(torch.nn.Identity(), *parts, None, **asked)
@@ -190,7 +228,9 @@ def test_on_a_gpu_the_kernel_does_it(name):
     model = build(config).cuda()
     own = copy.deepcopy(model)
     assert attend_apart(model, 300, torch.bfloat16) is None
-    (batch,) = Packing(tokens_per_pass=1000, flat=True, vocab_size=V).batches(make_samples(LENGTHS), None)
+    (batch,) = Packing(tokens_per_pass=1000, flat=True, vocab_size=V).batches(
+        make_samples(LENGTHS), None
+    )
     batch = batch.to(torch.device("cuda"))
     with torch.autocast("cuda", dtype=torch.bfloat16):
         together = hidden_states(model, **batch.inputs)[0]

@@ -43,7 +43,15 @@ CONFIGS = {
     "granite_divides": GraniteConfig(**COMMON, logits_scaling=4.0),
     "cohere_multiplies": CohereConfig(**COMMON, logit_scale=0.0625),
     "phi_bias": PhiConfig(**COMMON),
-    "gpt2": GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=2),
+    "gpt2": GPT2Config(
+        vocab_size=40,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=64,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
 }
 
 
@@ -88,7 +96,9 @@ def with_lora(name="llama_untied", *, modules=("q_proj", "lm_head"), **more):
     """A model with an adapter that changes its logits."""
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(build(CONFIGS[name]), LoraConfig(target_modules=list(modules), r=3, **more))
+    model = get_peft_model(
+        build(CONFIGS[name]), LoraConfig(target_modules=list(modules), r=3, **more)
+    )
     make_visible(model)
     return model.eval()
 
@@ -105,12 +115,16 @@ def assert_logits_are_the_models_own(model):
     ids = torch.arange(9)[None]
     with torch.no_grad():
         expected = model(input_ids=ids).logits[0]
-        torch.testing.assert_close(split_head(model).logits(hidden_states(model, input_ids=ids)[0]), expected)
+        torch.testing.assert_close(
+            split_head(model).logits(hidden_states(model, input_ids=ids)[0]), expected
+        )
     check_head(model)
 
 
 @pytest.mark.parametrize("name", ["llama_untied", "llama_tied", "gemma2_softcap", "phi_bias"])
-@pytest.mark.parametrize("settings", [{}, {"lora_alpha": 5}, {"use_rslora": True}], ids=["plain", "scaled", "rs"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"lora_alpha": 5}, {"use_rslora": True}], ids=["plain", "scaled", "rs"]
+)
 def test_a_lora_on_the_output_layer(name, settings):
     model = with_lora(name, **settings)
     head, layer = split_head(model), model.get_base_model().get_output_embeddings()
@@ -160,8 +174,12 @@ def test_of_several_adapters_one_may_be_active():
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}])
 def test_what_is_more_than_a_low_rank_product_is_refused(settings):
     modules = ["lm_head"]
-    model = with_lora("phi_bias" if "lora_bias" in settings else "llama_untied", modules=modules, **settings)
-    with pytest.raises(UsageError, match="'default' of the output layer is more than a low-rank product"):
+    model = with_lora(
+        "phi_bias" if "lora_bias" in settings else "llama_untied", modules=modules, **settings
+    )
+    with pytest.raises(
+        UsageError, match="'default' of the output layer is more than a low-rank product"
+    ):
         split_head(model)
 
 
@@ -171,7 +189,9 @@ def test_other_adapters_on_the_output_layer_are_refused():
     whole = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
     other = IA3Config(target_modules=["lm_head"], feedforward_modules=[])
     for config in (whole, other):
-        with pytest.raises(UsageError, match=r"the output layer is .*, expected a plain linear layer, or one with"):
+        with pytest.raises(
+            UsageError, match=r"the output layer is .*, expected a plain linear layer, or one with"
+        ):
             split_head(get_peft_model(build(CONFIGS["llama_untied"]), config))
 
 

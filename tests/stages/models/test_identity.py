@@ -25,12 +25,23 @@ def test_a_copy_elsewhere_is_the_same_model(
 ) -> None:
     folder = tiny_llama()
     copy = Path(shutil.copytree(folder, tmp_path / "elsewhere" / "renamed"))
-    edit(copy / "config.json", transformers_version="0.0", _name_or_path="/x", text={"_name_or_path": "/home/me/t"})
+    edit(
+        copy / "config.json",
+        transformers_version="0.0",
+        _name_or_path="/x",
+        text={"_name_or_path": "/home/me/t"},
+    )
     edit(folder / "config.json", text={})
-    paths = {"tokenizer_file": "/home/me/tokenizer.json", "special_tokens_map_file": "/home/me/map.json"}
+    paths = {
+        "tokenizer_file": "/home/me/tokenizer.json",
+        "special_tokens_map_file": "/home/me/map.json",
+    }
     edit(copy / "tokenizer_config.json", **paths)
     assert "/home/me" not in str(identify(copy, dtype="auto", hashes=hashes).parts)
-    assert identify(folder, dtype="auto", hashes=hashes).id == identify(copy, dtype="auto", hashes=hashes).id
+    assert (
+        identify(folder, dtype="auto", hashes=hashes).id
+        == identify(copy, dtype="auto", hashes=hashes).id
+    )
 
 
 @pytest.mark.parametrize("part", ["weights", "config", "tokenizer", "template", "end", "dtype"])
@@ -47,7 +58,10 @@ def test_every_part_of_a_model_is_part_of_its_identity(
     elif part == "config":
         edit(folder / "config.json", rms_norm_eps=1e-3)
     elif part == "tokenizer":
-        edit(folder / "tokenizer.json", truncation={"max_length": 3, "strategy": "LongestFirst", "stride": 0})
+        edit(
+            folder / "tokenizer.json",
+            truncation={"max_length": 3, "strategy": "LongestFirst", "stride": 0},
+        )
     elif part == "template":
         (folder / "chat_template.jinja").write_text("{{ messages }}")
     elif part == "end":
@@ -76,21 +90,34 @@ def test_an_adapter_is_its_tensors_and_what_its_config_makes_of_them(
     folder, adapter = tiny_llama(), tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_model.safetensors").write_bytes(b"tensors")
-    (adapter / "adapter_config.json").write_text(json.dumps({"r": 8, "lora_alpha": 8, "peft_version": "1"}))
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"r": 8, "lora_alpha": 8, "peft_version": "1"})
+    )
 
     def identity() -> str:
         return identify(folder, dtype="auto", hashes=hashes, adapter=adapter).id
 
     before = identity()
-    edit(adapter / "adapter_config.json", base_model_name_or_path="/x", revision="y", auto_mapping={}, peft_version="2")
+    edit(
+        adapter / "adapter_config.json",
+        base_model_name_or_path="/x",
+        revision="y",
+        auto_mapping={},
+        peft_version="2",
+    )
     assert identity() == before
     edit(adapter / "adapter_config.json", lora_alpha=64)
     assert identity() != before
 
 
-def test_auto_is_the_checkpoints_own_dtype(tiny_llama: Callable[..., Path], hashes: FileHashes) -> None:
+def test_auto_is_the_checkpoints_own_dtype(
+    tiny_llama: Callable[..., Path], hashes: FileHashes
+) -> None:
     folder = tiny_llama()
-    assert identify(folder, dtype="auto", hashes=hashes).id == identify(folder, dtype="float32", hashes=hashes).id
+    assert (
+        identify(folder, dtype="auto", hashes=hashes).id
+        == identify(folder, dtype="float32", hashes=hashes).id
+    )
 
 
 def test_weights_are_read_once_per_file_and_again_when_they_change(
@@ -124,7 +151,10 @@ def test_looking_writes_nothing(tiny_llama: Callable[..., Path], tmp_path: Path)
     ],
 )
 def test_a_broken_folder_is_named_with_the_field(
-    tiny_llama: Callable[..., Path], hashes: FileHashes, breakage: Callable[[Path], object], expected: str
+    tiny_llama: Callable[..., Path],
+    hashes: FileHashes,
+    breakage: Callable[[Path], object],
+    expected: str,
 ) -> None:
     folder = tiny_llama()
     breakage(folder)

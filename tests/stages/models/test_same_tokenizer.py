@@ -46,10 +46,24 @@ def test_equal_is_one(bpe):
         {"model__merges": [["a", "b"], ["ab", "c"]]},
         {"model__unk_token": ""},
         {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}]}},
-        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}},
+        {
+            "pre_tokenizer": {
+                "type": "ByteLevel",
+                "add_prefix_space": False,
+                "trim_offsets": False,
+                "use_regex": True,
+            }
+        },
         {"added_tokens": [{"id": 5, "content": "<end>"}, {"id": 6, "content": "<think>"}]},
     ],
-    ids=["around the text", "merges as pairs", "empty for none", "sequence of one", "defaults", "more ids at the end"],
+    ids=[
+        "around the text",
+        "merges as pairs",
+        "empty for none",
+        "sequence of one",
+        "defaults",
+        "more ids at the end",
+    ],
 )
 def test_what_may_differ(bpe, parts):
     assert compare_specs(bpe, change(bpe, **parts)) is None
@@ -59,14 +73,23 @@ def test_what_may_differ(bpe, parts):
 @pytest.mark.parametrize(
     ("parts", "reason"),
     [
-        ({"model__vocab": {"a": 0, "b": 2, "c": 1, "ab": 3, "abc": 4}}, "id 1 is 'b' in the first, 'c' in the second"),
+        (
+            {"model__vocab": {"a": 0, "b": 2, "c": 1, "ab": 3, "abc": 4}},
+            "id 1 is 'b' in the first, 'c' in the second",
+        ),
         ({"model__merges": ["a b", "b c"]}, "merges differ from number 1"),
         ({"model__merges": ["a b"]}, "merges differ from number 1 on"),
         ({"normalizer": None}, "normalisers differ"),
-        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "pre-tokenisers differ"),
+        (
+            {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}},
+            "pre-tokenisers differ",
+        ),
         ({"model__byte_fallback": True}, "byte_fallback is False in the first, True in the second"),
         ({"model__type": "WordPiece"}, "the first is BPE, the second WordPiece"),
-        ({"added_tokens": [{"id": 5, "content": "<stop>"}]}, "id 5 is '<end>' in the first, '<stop>'"),
+        (
+            {"added_tokens": [{"id": 5, "content": "<stop>"}]},
+            "id 5 is '<end>' in the first, '<stop>'",
+        ),
         ({"added_tokens": [{"id": 6, "content": "<end>"}]}, "id 5 is '<end>' in the first, None"),
     ],
 )
@@ -95,5 +118,7 @@ def test_folders(bpe, tmp_path):
 def test_real_tokenizers(assets):
     models = assets / "models"
     assert compare_tokenizers(models / "tokenizer-gpt2", models / "tokenizer-gpt2") is None
-    reason = compare_tokenizers(models / "stories260k-llama-hd32", models / "babyllama-tok105-1m-hd32")
+    reason = compare_tokenizers(
+        models / "stories260k-llama-hd32", models / "babyllama-tok105-1m-hd32"
+    )
     assert reason.startswith("id 3 is")

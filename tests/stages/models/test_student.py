@@ -45,10 +45,16 @@ IDS = torch.tensor([[1, 5, 9, 4, 2]])
 def test_fresh_weights_are_a_function_of_the_seed(tiny_llama):
     teacher = tiny_llama("teacher", num_hidden_layers=3)
     student = {"config": {"num_hidden_layers": 1, "hidden_size": 8, "tie_word_embeddings": True}}
-    one, same, other = (initial_student(recipe_for(teacher, student, seed), teacher) for seed in (5, 5, 6))
+    one, same, other = (
+        initial_student(recipe_for(teacher, student, seed), teacher) for seed in (5, 5, 6)
+    )
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
     assert not torch.equal(next(one.parameters()), next(other.parameters()))
-    assert (one.config.num_hidden_layers, one.config.hidden_size, one.config.vocab_size) == (1, 8, 32)
+    assert (one.config.num_hidden_layers, one.config.hidden_size, one.config.vocab_size) == (
+        1,
+        8,
+        32,
+    )
     assert one.get_output_embeddings().weight is one.get_input_embeddings().weight
 
 
@@ -63,7 +69,9 @@ def test_the_callers_random_state_is_left_alone(tiny_llama):
 
 def test_layer_patterns_follow_the_number_of_layers(tmp_path):
     sizes = {"vocab_size": 32, "hidden_size": 16, "head_dim": 8, "intermediate_size": 16}
-    Qwen3Config(**sizes, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=4).save_pretrained(tmp_path)
+    Qwen3Config(
+        **sizes, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=4
+    ).save_pretrained(tmp_path)
     assert len(json.loads((tmp_path / "config.json").read_text())["layer_types"]) == 4
     model = initial_student(recipe_for(tmp_path, {"config": {"num_hidden_layers": 2}}), tmp_path)
     assert len(model.base_model.layers) == 2
@@ -73,12 +81,15 @@ def test_layer_patterns_follow_the_number_of_layers(tmp_path):
 def test_an_unknown_field_is_refused_with_the_nearest(tiny_llama):
     teacher = tiny_llama()
     with pytest.raises(
-        UsageError, match=r"student\.config\.num_hiden_layers: not a field .* Did you mean num_hidden_layers"
+        UsageError,
+        match=r"student\.config\.num_hiden_layers: not a field .* Did you mean num_hidden_layers",
     ):
         initial_student(recipe_for(teacher, {"config": {"num_hiden_layers": 1}}), teacher)
 
 
-@pytest.mark.parametrize("change", [{"num_hidden_layers": "two"}, {"num_attention_heads": 4, "num_key_value_heads": 3}])
+@pytest.mark.parametrize(
+    "change", [{"num_hidden_layers": "two"}, {"num_attention_heads": 4, "num_key_value_heads": 3}]
+)
 def test_a_config_that_does_not_hold_together_is_refused(tiny_llama, change):
     teacher = tiny_llama()
     with pytest.raises(UsageError, match=r"student\.config: .* does not fit the teacher's config"):
@@ -93,7 +104,9 @@ def test_a_missing_folder_is_refused(tiny_llama, tmp_path):
 def test_half_precision_weights_become_float32(tiny_llama, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama("full")).bfloat16()
     model.save_pretrained(tmp_path / "half")
-    student = initial_student(recipe_for("unused", {"model": str(tmp_path / "half")}), tmp_path / "full")
+    student = initial_student(
+        recipe_for("unused", {"model": str(tmp_path / "half")}), tmp_path / "full"
+    )
     assert {p.dtype for p in student.parameters()} == {torch.float32}
 
 
@@ -130,10 +143,12 @@ def test_an_adapter_kept_by_itself_is_the_student_on_its_initial_model(tiny_llam
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     expected = logits(model, IDS)
-    save_student(model, student_tokenizer(recipe, folder), tmp_path / "student", adapter=tmp_path / "adapter")
-    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
-        folder
+    save_student(
+        model, student_tokenizer(recipe, folder), tmp_path / "student", adapter=tmp_path / "adapter"
     )
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())[
+        "base_model_name_or_path"
+    ] == str(folder)
     assert not list((tmp_path / "adapter").glob("model*.safetensors"))
     onto = PeftModel.from_pretrained(load_student(folder), tmp_path / "adapter").merge_and_unload()
     for found in (onto, load_student(tmp_path / "student")):
@@ -147,7 +162,10 @@ def test_lora_trains_the_adapter_only_and_starts_as_the_model(tiny_llama):
     assert {"lora_" in name for name, p in model.named_parameters() if p.requires_grad} == {True}
     assert torch.equal(logits(model, IDS), logits(load_student(folder), IDS))
     again = initial_student(recipe_for(folder, student), folder)
-    assert all(torch.equal(a, b) for a, b in zip(weights(model).values(), weights(again).values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(weights(model).values(), weights(again).values(), strict=True)
+    )
 
 
 def test_the_output_layer_may_have_a_lora_unless_it_is_the_embedding(tiny_llama, tmp_path):
@@ -161,7 +179,9 @@ def test_the_output_layer_may_have_a_lora_unless_it_is_the_embedding(tiny_llama,
     save_student(model, AutoTokenizer.from_pretrained(folder), tmp_path / "student")
     torch.testing.assert_close(logits(load_student(tmp_path / "student"), IDS), before)
     folder = tiny_llama("tied", tie_word_embeddings=True)
-    with pytest.raises(UsageError, match=r"names the output layer, whose weight is the input embedding too"):
+    with pytest.raises(
+        UsageError, match=r"names the output layer, whose weight is the input embedding too"
+    ):
         initial_student(recipe_for(folder, {"model": str(folder), "lora": lora}), folder)
 
 
@@ -179,7 +199,10 @@ def test_a_full_disk_is_said_and_leaves_no_student(tiny_llama, tmp_path, monkeyp
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(model, "save_pretrained", full)
-    with pytest.raises(StillroomError, match=r"out: cannot write the student .*No space left.*its checkpoint is kept"):
+    with pytest.raises(
+        StillroomError,
+        match=r"out: cannot write the student .*No space left.*its checkpoint is kept",
+    ):
         save_student(model, tiny_tokenizer(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -195,7 +218,8 @@ class TestTokenizer:
         path = student / "tokenizer.json"
         path.write_text(path.read_text().replace('"cat": 6', '"lynx": 6'))
         with pytest.raises(
-            UsageError, match=r"student is not that of the teacher .*teacher: id 6 is 'cat' in the first"
+            UsageError,
+            match=r"student is not that of the teacher .*teacher: id 6 is 'cat' in the first",
         ):
             check_vocabulary(recipe_for(teacher, {"model": str(student)}), teacher)
 

@@ -28,11 +28,20 @@ def refusal(tmp_path: Path, tree: dict[str, Any], *overrides: str) -> str:
     return str(caught.value)
 
 
-def test_a_misspelt_key_is_refused_with_line_and_nearest_key(tmp_path: Path, tree: dict[str, Any]) -> None:
+def test_a_misspelt_key_is_refused_with_line_and_nearest_key(
+    tmp_path: Path, tree: dict[str, Any]
+) -> None:
     tree["train"]["learning_rat"] = 1
     message = refusal(tmp_path, tree)
-    line = next(i for i, text in enumerate((tmp_path / "recipe.yaml").read_text().splitlines(), 1) if "rat:" in text)
-    assert message == f"{tmp_path}/recipe.yaml:{line}: train.learning_rat: unknown key. Did you mean 'learning_rate'?"
+    line = next(
+        i
+        for i, text in enumerate((tmp_path / "recipe.yaml").read_text().splitlines(), 1)
+        if "rat:" in text
+    )
+    assert (
+        message
+        == f"{tmp_path}/recipe.yaml:{line}: train.learning_rat: unknown key. Did you mean 'learning_rate'?"
+    )
 
 
 @pytest.mark.parametrize(
@@ -53,28 +62,60 @@ def test_a_misspelt_key_is_refused_with_line_and_nearest_key(tmp_path: Path, tre
         ("loss.soft_weight=0", ""),
         ("evaluate.generate={metric: regex}", "needs a `pattern`"),
         ("evaluate.generate={metric: regex, pattern: (}", "no regular expression"),
-        ("data.chat_template_kwargs={date: 2024-07-26}", "data.chat_template_kwargs: holds a value that JSON does not"),
-        ("data.chat_template_kwargs={a: [.inf]}", "data.chat_template_kwargs: holds a value that JSON does not"),
-        ("generate.engine_args={since: 2024-07-26}", "generate.engine_args: holds a value that JSON does not"),
+        (
+            "data.chat_template_kwargs={date: 2024-07-26}",
+            "data.chat_template_kwargs: holds a value that JSON does not",
+        ),
+        (
+            "data.chat_template_kwargs={a: [.inf]}",
+            "data.chat_template_kwargs: holds a value that JSON does not",
+        ),
+        (
+            "generate.engine_args={since: 2024-07-26}",
+            "generate.engine_args: holds a value that JSON does not",
+        ),
         ("student.config={since: 2024-07-26}", "student.config: holds a value that JSON does not"),
-        ("generate.temperature=.inf", "generate.temperature: input should be a finite number (got inf)"),
-        ("train.learning_rate=.nan", "train.learning_rate: input should be a finite number (got nan)"),
+        (
+            "generate.temperature=.inf",
+            "generate.temperature: input should be a finite number (got inf)",
+        ),
+        (
+            "train.learning_rate=.nan",
+            "train.learning_rate: input should be a finite number (got nan)",
+        ),
         ("train.betas=[0.9, .inf]", "train.betas.1: input should be a finite number"),
-        ("data.columns={refrence: a}", "data.columns: unknown name 'refrence'. Known for format 'prompt': prompt, ref"),
+        (
+            "data.columns={refrence: a}",
+            "data.columns: unknown name 'refrence'. Known for format 'prompt': prompt, ref",
+        ),
         ("score.p=0.9", "score.p: belongs to targets 'topp'; this recipe has 'topk'"),
         ("score.k_min=2", "score.k_min: belongs to targets 'topp'"),
         ("score.rounds=9", "score.rounds: belongs to targets 'sampled'"),
         ("score.draw=systematic", "score.draw: belongs to targets 'sampled'"),
         ("score.proposal=0.5", "score.proposal: belongs to targets 'sampled'"),
-        ("score={targets: sampled, k: 9}", "score.k: belongs to targets 'topk' and 'topp'; this recipe has 'sampled'"),
-        ("score={targets: sampled, temperatures: [1, 2]}", "score.temperatures: sampled targets are drawn at one temp"),
-        ("score={targets: topp}", "score.p: missing: targets 'topp' keeps the fewest entries that hold a mass of p"),
-        ("score={targets: topp, p: 0.9, k: 4, k_min: 5}", "score.k_min: 5 entries at least are more than score.k, 4"),
+        (
+            "score={targets: sampled, k: 9}",
+            "score.k: belongs to targets 'topk' and 'topp'; this recipe has 'sampled'",
+        ),
+        (
+            "score={targets: sampled, temperatures: [1, 2]}",
+            "score.temperatures: sampled targets are drawn at one temp",
+        ),
+        (
+            "score={targets: topp}",
+            "score.p: missing: targets 'topp' keeps the fewest entries that hold a mass of p",
+        ),
+        (
+            "score={targets: topp, p: 0.9, k: 4, k_min: 5}",
+            "score.k_min: 5 entries at least are more than score.k, 4",
+        ),
         ("score.temperatures=[]", "score.temperatures: "),
         ("score.temperatures=[1, 0]", "score.temperatures.1: must be greater than 0"),
     ],
 )
-def test_bad_values_are_refused_by_name(tmp_path: Path, tree: dict[str, Any], override: str, expected: str) -> None:
+def test_bad_values_are_refused_by_name(
+    tmp_path: Path, tree: dict[str, Any], override: str, expected: str
+) -> None:
     if not expected:
         tree["loss"]["hard_weight"] = 0
         expected = "nothing to learn"
@@ -98,16 +139,24 @@ def test_conversations_can_bring_their_own_answers(tmp_path: Path, tree: dict[st
     assert load_recipe(path, ["data.format=messages", "generate=null"]).generate is None
 
 
-@pytest.mark.parametrize(("path", "value"), [(path, value) for path, values in NOT_YET for value in values])
-def test_what_no_stage_does_yet_is_refused_by_name(tmp_path: Path, tree: dict[str, Any], path: str, value: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "value"), [(path, value) for path, values in NOT_YET for value in values]
+)
+def test_what_no_stage_does_yet_is_refused_by_name(
+    tmp_path: Path, tree: dict[str, Any], path: str, value: str
+) -> None:
     message = refusal(tmp_path, tree, f"{path}={value}")
     assert path in message
     assert "no stage does it yet" in message
 
 
-def test_a_store_stands_for_teacher_and_data_or_for_neither(tmp_path: Path, tree: dict[str, Any]) -> None:
+def test_a_store_stands_for_teacher_and_data_or_for_neither(
+    tmp_path: Path, tree: dict[str, Any]
+) -> None:
     for field in ("teacher.model", "data.source"):
-        assert f"{field}: names a store" in refusal(tmp_path, tree, "storage.sources=[x]", f"{field}=x")
+        assert f"{field}: names a store" in refusal(
+            tmp_path, tree, "storage.sources=[x]", f"{field}=x"
+        )
 
 
 def test_every_mistake_is_listed_at_once(tmp_path: Path, tree: dict[str, Any]) -> None:
@@ -135,8 +184,12 @@ def test_a_missing_file_names_init(tmp_path: Path) -> None:
         load_recipe(tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize("override", ["train", "train=1", "=3", "train.=2", "train.x.y=1", "run.seed=["])
-def test_a_malformed_override_is_refused(tmp_path: Path, tree: dict[str, Any], override: str) -> None:
+@pytest.mark.parametrize(
+    "override", ["train", "train=1", "=3", "train.=2", "train.x.y=1", "run.seed=["]
+)
+def test_a_malformed_override_is_refused(
+    tmp_path: Path, tree: dict[str, Any], override: str
+) -> None:
     assert refusal(tmp_path, tree, override)
 
 
@@ -150,7 +203,9 @@ def test_environment_variables_are_expanded_or_named(
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
-def test_shipped_recipes_are_valid_and_open_with_their_command(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shipped_recipes_are_valid_and_open_with_their_command(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("STILLROOM_ASSETS", "/assets")
     monkeypatch.setenv("STILLROOM_DEMO", "/demo")
     assert isinstance(load_recipe(path), Recipe)

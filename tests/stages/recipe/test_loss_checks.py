@@ -33,7 +33,9 @@ def test_the_whole_table(divergence: str, tail: str) -> None:
         assert ("is infinite where" in found) == infinite
         assert bool(found) == infinite
     assert bool(refusals(named, {"targets": "full"})) == (tail != "bucket")
-    assert bool(refusals(named, {"targets": "sampled"})) == (tail != "bucket" or divergence != "forward_kl")
+    assert bool(refusals(named, {"targets": "sampled"})) == (
+        tail != "bucket" or divergence != "forward_kl"
+    )
     assert not refusals(named | {"soft_weight": 0.0}, {"targets": "sampled"})
     assert not refusals(named, None)
 
@@ -41,40 +43,101 @@ def test_the_whole_table(divergence: str, tail: str) -> None:
 @pytest.mark.parametrize(
     ("loss", "score", "expected"),
     [
-        ({"divergence": "jsd"}, {"targets": "sampled"}, "loss.divergence: 'jsd' needs the teacher's probability"),
-        ({"tail": "drop"}, {"targets": "full"}, "loss.tail: targets 'full' have no tail (got 'drop'). Remove it"),
-        ({"tail": "renormalize"}, {"k": 1}, "loss.tail: 'renormalize' compares entries with one another, and score.k"),
-        ({"divergence": "skew_reverse_kl", "skew": 0.0, "tail": "drop"}, {}, "'skew_reverse_kl' is infinite where"),
-        ({"divergence": "alpha_beta", "alpha_beta": [0, 1], "tail": "drop"}, {}, "'alpha_beta' is infinite where"),
+        (
+            {"divergence": "jsd"},
+            {"targets": "sampled"},
+            "loss.divergence: 'jsd' needs the teacher's probability",
+        ),
+        (
+            {"tail": "drop"},
+            {"targets": "full"},
+            "loss.tail: targets 'full' have no tail (got 'drop'). Remove it",
+        ),
+        (
+            {"tail": "renormalize"},
+            {"k": 1},
+            "loss.tail: 'renormalize' compares entries with one another, and score.k",
+        ),
+        (
+            {"divergence": "skew_reverse_kl", "skew": 0.0, "tail": "drop"},
+            {},
+            "'skew_reverse_kl' is infinite where",
+        ),
+        (
+            {"divergence": "alpha_beta", "alpha_beta": [0, 1], "tail": "drop"},
+            {},
+            "'alpha_beta' is infinite where",
+        ),
         ({"divergence": "alpha_beta", "alpha_beta": [0.2, 0.7], "tail": "drop"}, {}, ""),
-        ({"divergence": "alpha_beta", "alpha_beta": [-1, 0.5]}, {}, "must be two numbers of at least 0"),
-        ({"divergence": "alpha_beta", "alpha_beta": [0, 0]}, {}, "must be two numbers of at least 0"),
+        (
+            {"divergence": "alpha_beta", "alpha_beta": [-1, 0.5]},
+            {},
+            "must be two numbers of at least 0",
+        ),
+        (
+            {"divergence": "alpha_beta", "alpha_beta": [0, 0]},
+            {},
+            "must be two numbers of at least 0",
+        ),
         (
             {"skew": 0.3},
             {},
-            "loss.skew: belongs to divergence 'skew_forward_kl' and 'skew_reverse_kl'; this recipe has",
+            (
+                "loss.skew: belongs to divergence 'skew_forward_kl' and 'skew_reverse_kl'; this "
+                "recipe has"
+            ),
         ),
-        ({"divergence": "jsd", "head_mass": 0.3}, {}, "loss.head_mass: belongs to divergence 'adaptive_kl'"),
+        (
+            {"divergence": "jsd", "head_mass": 0.3},
+            {},
+            "loss.head_mass: belongs to divergence 'adaptive_kl'",
+        ),
         ({"divergence": "jsd", "jsd_weight": 0.3}, {}, ""),
         ({"soft_weight": 0, "hard_weight": 0}, None, "both 0: nothing to learn"),
-        ({"soft_weight": MOVING | {"end": 0}, "hard_weight": 0}, {}, "both 0 at the end: nothing to learn"),
+        (
+            {"soft_weight": MOVING | {"end": 0}, "hard_weight": 0},
+            {},
+            "both 0 at the end: nothing to learn",
+        ),
         ({"soft_weight": MOVING | {"end": 0}}, {}, ""),
-        ({"temperature": 2.0}, {}, "loss.temperature: 2 is not stored: score.temperatures is [1.0]. Add it there"),
+        (
+            {"temperature": 2.0},
+            {},
+            "loss.temperature: 2 is not stored: score.temperatures is [1.0]. Add it there",
+        ),
         ({"temperature": 2.0}, {"temperatures": [1.0, 2.0]}, ""),
         ({"temperature": 2.0}, {"temperatures": [2.0]}, ""),
         ({"temperature": 2.0}, {"targets": "full"}, ""),
         ({"temperature": 2.0, "unstored_temperature": "approximate"}, {}, ""),
-        ({"temperature": MOVING}, {"temperatures": [1.0, 2.0]}, "a schedule passes through temperatures that no store"),
+        (
+            {"temperature": MOVING},
+            {"temperatures": [1.0, 2.0]},
+            "a schedule passes through temperatures that no store",
+        ),
         ({"temperature": MOVING | {"end": 2.0}}, {"temperatures": [2.0]}, ""),
         ({"temperature": MOVING}, {"targets": "full"}, ""),
         ({"temperature": MOVING, "unstored_temperature": "approximate"}, {}, ""),
         ({"temperature": 2.0}, {"targets": "sampled", "temperatures": [2.0]}, ""),
-        ({}, {"targets": "sampled", "temperatures": [2.0]}, "loss.temperature: sampled targets serve the temperature"),
-        ({"temperature": 2.0, "unstored_temperature": "approximate"}, {"targets": "sampled"}, "(got 2). Give both the"),
-        ({"temperature": MOVING}, {"targets": "sampled", "temperatures": [2.0]}, "(got a schedule)"),
+        (
+            {},
+            {"targets": "sampled", "temperatures": [2.0]},
+            "loss.temperature: sampled targets serve the temperature",
+        ),
+        (
+            {"temperature": 2.0, "unstored_temperature": "approximate"},
+            {"targets": "sampled"},
+            "(got 2). Give both the",
+        ),
+        (
+            {"temperature": MOVING},
+            {"targets": "sampled", "temperatures": [2.0]},
+            "(got a schedule)",
+        ),
     ],
 )
-def test_what_is_refused_and_what_is_not(loss: dict[str, Any], score: dict[str, Any] | None, expected: str) -> None:
+def test_what_is_refused_and_what_is_not(
+    loss: dict[str, Any], score: dict[str, Any] | None, expected: str
+) -> None:
     found = refusals(loss, score)
     assert expected in found
     assert bool(found) == bool(expected)
@@ -86,11 +149,23 @@ def test_what_is_refused_and_what_is_not(loss: dict[str, Any], score: dict[str, 
         ("loss.soft_weight=-1", "loss.soft_weight: must be at least 0 (got -1)"),
         ("loss.soft_weight=much", "loss.soft_weight: input should be a valid number"),
         ("loss.temperature=0", "loss.temperature: must be greater than 0"),
-        ("loss.temperature={shape: linear, start: 2, end: 0}", "loss.temperature: must be greater than 0"),
-        ("loss.soft_weight={shape: linear, start: 1, ed: 0}", "loss.soft_weight.ed: unknown key. Did you mean 'end'?"),
+        (
+            "loss.temperature={shape: linear, start: 2, end: 0}",
+            "loss.temperature: must be greater than 0",
+        ),
+        (
+            "loss.soft_weight={shape: linear, start: 1, ed: 0}",
+            "loss.soft_weight.ed: unknown key. Did you mean 'end'?",
+        ),
         ("loss.soft_weight={shape: linear, start: 1}", "loss.soft_weight.end: missing"),
-        ("loss.soft_weight={shape: up, start: 1, end: 0}", "loss.soft_weight.shape: must be one of 'linear', 'cosine'"),
-        ("loss.soft_weight={shape: wsd, start: 1, end: 0}", "loss.soft_weight: shape 'wsd' needs a `peak`"),
+        (
+            "loss.soft_weight={shape: up, start: 1, end: 0}",
+            "loss.soft_weight.shape: must be one of 'linear', 'cosine'",
+        ),
+        (
+            "loss.soft_weight={shape: wsd, start: 1, end: 0}",
+            "loss.soft_weight: shape 'wsd' needs a `peak`",
+        ),
         ("loss.skew=1", "loss.skew: must be less than 1"),
         ("loss.jsd_weight=1", "loss.jsd_weight: must be less than 1"),
         ("loss.divergence=kl", "loss.divergence: must be one of 'forward_kl'"),
@@ -98,7 +173,9 @@ def test_what_is_refused_and_what_is_not(loss: dict[str, Any], score: dict[str, 
 )
 def test_mistakes_have_their_path(tmp_path: Path, override: str, expected: str) -> None:
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe_tree(tmp_path, tmp_path / "teacher", tmp_path / "prompts.jsonl")))
+    path.write_text(
+        yaml.safe_dump(recipe_tree(tmp_path, tmp_path / "teacher", tmp_path / "prompts.jsonl"))
+    )
     with pytest.raises(UsageError) as caught:
         load_recipe(path, [override])
     assert expected in str(caught.value)
@@ -110,10 +187,16 @@ def test_mistakes_have_their_line(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree))
     line = next(i for i, text in enumerate(path.read_text().splitlines(), 1) if "end: -1.0" in text)
-    with pytest.raises(UsageError, match=rf"recipe\.yaml:{line}: loss\.soft_weight\.end: must be at least 0"):
+    with pytest.raises(
+        UsageError, match=rf"recipe\.yaml:{line}: loss\.soft_weight\.end: must be at least 0"
+    ):
         load_recipe(path)
     tree["loss"] = {"divergence": "reverse_kl", "tail": "drop"}
     path.write_text(yaml.safe_dump(tree))
-    line = next(i for i, text in enumerate(path.read_text().splitlines(), 1) if "tail: drop" in text)
-    with pytest.raises(UsageError, match=rf"recipe\.yaml:{line}: loss\.tail: 'drop' leaves the teacher nothing"):
+    line = next(
+        i for i, text in enumerate(path.read_text().splitlines(), 1) if "tail: drop" in text
+    )
+    with pytest.raises(
+        UsageError, match=rf"recipe\.yaml:{line}: loss\.tail: 'drop' leaves the teacher nothing"
+    ):
         load_recipe(path)

@@ -22,7 +22,9 @@ def test_a_number_is_itself_and_so_is_a_flat_schedule(number, done):
     assert value_at(Schedule(shape="wsd", peak=number, **flat), done) == number
 
 
-@pytest.mark.parametrize(("shape", "quarter"), [("linear", 1.75), ("cosine", 1.5 + math.cos(math.pi / 4) / 2)])
+@pytest.mark.parametrize(
+    ("shape", "quarter"), [("linear", 1.75), ("cosine", 1.5 + math.cos(math.pi / 4) / 2)]
+)
 def test_from_start_to_end(shape, quarter):
     schedule = Schedule(shape=shape, start=2.0, end=1.0)
     at = [value_at(schedule, done) for done in (0.0, 0.25, 0.5, 1.0, 1.3)]
@@ -39,7 +41,9 @@ def test_warm_up_stable_decay():
 
 
 def test_no_warm_up_and_a_decay_all_along():
-    schedule = Schedule(shape="wsd", start=0.2, peak=1.0, end=0.0, warmup_fraction=0.0, decay_fraction=1.0)
+    schedule = Schedule(
+        shape="wsd", start=0.2, peak=1.0, end=0.0, warmup_fraction=0.0, decay_fraction=1.0
+    )
     assert [value_at(schedule, done) for done in (0.0, 0.5, 1.0)] == pytest.approx([1.0, 0.5, 0.0])
 
 
@@ -58,10 +62,20 @@ def test_a_recipe_survives_being_written_and_read_again():
     ("settings", "message"),
     [
         ({"shape": "linear", "start": 0.0, "end": 1.0, "peak": 1.0}, "belongs to shape 'wsd'"),
-        ({"shape": "cosine", "start": 0.0, "end": 1.0, "decay_fraction": 0.3}, "belongs to shape 'wsd'"),
+        (
+            {"shape": "cosine", "start": 0.0, "end": 1.0, "decay_fraction": 0.3},
+            "belongs to shape 'wsd'",
+        ),
         ({"shape": "wsd", "start": 0.0, "end": 1.0}, "needs a `peak`"),
         (
-            {"shape": "wsd", "start": 0, "peak": 1, "end": 0, "warmup_fraction": 0.6, "decay_fraction": 0.6},
+            {
+                "shape": "wsd",
+                "start": 0,
+                "peak": 1,
+                "end": 0,
+                "warmup_fraction": 0.6,
+                "decay_fraction": 0.6,
+            },
             "together are more than 1",
         ),
         ({"shape": "wsd", "start": -0.1, "peak": 1, "end": 0}, "greater than or equal to 0"),

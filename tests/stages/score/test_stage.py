@@ -31,7 +31,8 @@ pytestmark = pytest.mark.numeric
 
 
 FORWARD = 1e-4
-"""A forward pass in float32 against float64: some hundred roundings of eps = 1.2e-7, of logits of up to 8.
+"""A forward pass in float32 against float64: some hundred roundings of eps = 1.2e-7, of logits of
+up to 8.
 
 Targets of the position before or after are off by more than 0.1.
 """
@@ -40,23 +41,34 @@ Targets of the position before or after are off by more than 0.1.
 def prepared(tmp_path: Path, folder: Path, **sections: Any) -> tuple[Store, Job, Identity]:
     """A store with given completions, and the stage's job."""
     records = [
-        r | {"completion": "the dog sat on the mat and ran"[: 7 + 4 * (i % 6)]} for i, r in enumerate(prompts(20))
+        r | {"completion": "the dog sat on the mat and ran"[: 7 + 4 * (i % 6)]}
+        for i, r in enumerate(prompts(20))
     ]
     source = write_jsonl(tmp_path / "pairs.jsonl", records)
     tree = recipe_tree(tmp_path, folder, source, generate=None, **sections)
-    recipe = Recipe.model_validate(tree | {"data": {"source": str(source), "format": "completion", "holdout": 3}})
+    recipe = Recipe.model_validate(
+        tree | {"data": {"source": str(source), "format": "completion", "holdout": 3}}
+    )
     store = Store.open(recipe.storage.dir, create=True)
     bound = bind(recipe, write=True)
     assert bound.teacher is not None
     store.put_teacher(bound.teacher.id, bound.teacher.files_to_keep())
     b = bound.binding
     ids = {"data_id": b.data_id, "teacher_id": b.teacher_id, "author_id": b.author_id}
-    job = Job(recipe=recipe, progress=SilentProgress(), stop=StopFlag(), context_tokens=b.context_tokens, **ids)
+    job = Job(
+        recipe=recipe,
+        progress=SilentProgress(),
+        stop=StopFlag(),
+        context_tokens=b.context_tokens,
+        **ids,
+    )
     data.run(job)
     return store, job, bound.teacher
 
 
-def scored(tmp_path: Path, folder: Path, **sections: Any) -> tuple[Store, StageResult, SilentProgress]:
+def scored(
+    tmp_path: Path, folder: Path, **sections: Any
+) -> tuple[Store, StageResult, SilentProgress]:
     """`data` and `score` in this process, on given completions."""
     store, job, identity = prepared(tmp_path, folder, **sections)
     return store, score.run(job, identity), job.progress
@@ -75,7 +87,9 @@ def test_targets_are_the_teachers_distribution_one_position_before_each_token(
     from transformers import AutoModelForCausalLM
 
     folder = tiny_llama(initializer_range=0.5)
-    store, result, _ = scored(tmp_path, folder, storage={"dir": str(tmp_path / "store"), "mantissa_bits": 23})
+    store, result, _ = scored(
+        tmp_path, folder, storage={"dir": str(tmp_path / "store"), "mantissa_bits": 23}
+    )
     model = AutoModelForCausalLM.from_pretrained(folder).double()
     rows = rows_of(store)
     assert result.rows == len(rows) == 20
@@ -83,24 +97,36 @@ def test_targets_are_the_teachers_distribution_one_position_before_each_token(
     for row in rows:
         with torch.no_grad():
             logits = model(torch.as_tensor(row["token_ids"])[None].long()).logits[0]
-        truth = logits.log_softmax(-1).numpy()[row["span_start"] - 1 : row["span_start"] - 1 + row["span_tokens"]]
+        truth = logits.log_softmax(-1).numpy()[
+            row["span_start"] - 1 : row["span_start"] - 1 + row["span_tokens"]
+        ]
         targets = SoftTargets.from_row(row)
         following = row["token_ids"][row["span_start"] :]
-        np.testing.assert_allclose(targets.token_logprob, truth[np.arange(len(following)), following], atol=FORWARD)
+        np.testing.assert_allclose(
+            targets.token_logprob, truth[np.arange(len(following)), following], atol=FORWARD
+        )
         if row["kind"] == "full":
             np.testing.assert_allclose(targets.logprobs, truth, atol=FORWARD)
         else:
-            np.testing.assert_allclose(np.take_along_axis(truth, targets.ids, 1), targets.logprobs, atol=FORWARD)
+            np.testing.assert_allclose(
+                np.take_along_axis(truth, targets.ids, 1), targets.logprobs, atol=FORWARD
+            )
             np.testing.assert_allclose(targets.logprobs, -np.sort(-truth)[:, :4], atol=FORWARD)
-        total = np.exp(targets.logprobs.astype(float)).sum(-1) + np.exp(targets.tail_logprob.astype(float))
+        total = np.exp(targets.logprobs.astype(float)).sum(-1) + np.exp(
+            targets.tail_logprob.astype(float)
+        )
         np.testing.assert_allclose(total, 1.0, atol=1e-5)
 
 
-def test_every_row_sums_to_one_as_stored_by_default(tmp_path: Path, tiny_llama: Callable[..., Path]) -> None:
+def test_every_row_sums_to_one_as_stored_by_default(
+    tmp_path: Path, tiny_llama: Callable[..., Path]
+) -> None:
     store, _, _ = scored(tmp_path, tiny_llama(initializer_range=0.5))
     for row in rows_of(store):
         targets = SoftTargets.from_row(row)
-        total = np.exp(targets.logprobs.astype(float)).sum(-1) + np.exp(targets.tail_logprob.astype(float))
+        total = np.exp(targets.logprobs.astype(float)).sum(-1) + np.exp(
+            targets.tail_logprob.astype(float)
+        )
         np.testing.assert_allclose(total, 1.0, atol=2e-3)
 
 
@@ -140,12 +166,17 @@ def test_rows_on_which_the_teacher_is_not_a_number_are_rejected(
 
     launch, broken = Reducer.launch, list[list[int]]()
 
-    def overflowing(self: Any, states: torch.Tensor, following: torch.Tensor, *, spans: list[Span], **kind: Any) -> Any:
+    def overflowing(
+        self: Any, states: torch.Tensor, following: torch.Tensor, *, spans: list[Span], **kind: Any
+    ) -> Any:
         """Every text with the completion that is scored first: three or four of the twenty."""
         sizes = [span.positions for span in spans]
         texts = [text.tolist() for text in following.split(sizes)]
         broken[:] = broken or texts[:1]
-        parts = [s * torch.nan if text in broken else s for s, text in zip(states.split(sizes), texts, strict=True)]
+        parts = [
+            s * torch.nan if text in broken else s
+            for s, text in zip(states.split(sizes), texts, strict=True)
+        ]
         return launch(self, torch.cat(parts), following, spans=spans, **kind)
 
     monkeypatch.setattr(Reducer, "launch", overflowing)
@@ -153,7 +184,10 @@ def test_rows_on_which_the_teacher_is_not_a_number_are_rejected(
     assert result.rejected in (3, 4)
     assert result.rows == 20 - result.rejected
     for reject in store.index("rejects", ["reason", "message"]).to_pylist():
-        assert (reject["reason"], reject["message"]) == ("engine", "FloatingPointError: the teacher's numbers are NaN")
+        assert (reject["reason"], reject["message"]) == (
+            "engine",
+            "FloatingPointError: the teacher's numbers are NaN",
+        )
 
 
 @pytest.mark.parametrize("budget", [32, 100, 10_000])
@@ -189,18 +223,25 @@ def test_an_adapter_on_the_teacher_changes_identity_and_distribution(
     from stillroom.stages.models.identity import identify
 
     model = teacher.load_causal_lm(identify(folder, dtype="auto", hashes=hashes))
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    adapted = get_peft_model(
+        model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    )
     adapted.save_pretrained(tmp_path / "adapter")
     expected = adapted(torch.tensor([[1, 5, 6]])).logits
     plain = identify(folder, dtype="auto", hashes=hashes)
     identity = identify(folder, dtype="auto", hashes=hashes, adapter=tmp_path / "adapter")
     assert identity.id != plain.id
-    torch.testing.assert_close(teacher.load_causal_lm(identity)(torch.tensor([[1, 5, 6]])).logits, expected)
+    torch.testing.assert_close(
+        teacher.load_causal_lm(identity)(torch.tensor([[1, 5, 6]])).logits, expected
+    )
 
 
 @pytest.fixture
 def overlapping(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """Passes as on a GPU: one begins before the one before is collected. What was done, with its first request."""
+    """Passes as on a GPU: one begins before the one before is collected.
+
+    What was done, with its first request.
+    """
     log: list[tuple[str, int]] = []
     numbers: dict[bytes, int] = {}
 
@@ -231,8 +272,13 @@ def test_a_pass_begins_before_the_one_before_is_collected_and_gives_the_same_row
     batches = 1 + max(number for _, number in overlapping)
     assert batches > 3
     assert overlapping[:1] == [("_launch", 0)]
-    for number in range(1, batches):  # a row is done in the journal when its pass came back, not before
-        assert overlapping[2 * number - 1 : 2 * number + 1] == [("_launch", number), ("done", number - 1)]
+    for number in range(
+        1, batches
+    ):  # a row is done in the journal when its pass came back, not before
+        assert overlapping[2 * number - 1 : 2 * number + 1] == [
+            ("_launch", number),
+            ("done", number - 1),
+        ]
     assert overlapping[-1] == ("done", batches - 1)
     assert result.rows == 20
     (tmp_path / "alone").mkdir()
@@ -241,7 +287,9 @@ def test_a_pass_begins_before_the_one_before_is_collected_and_gives_the_same_row
     for row in rows_of(store):
         expected = SoftTargets.from_row(alone.pop(row["key"]))
         found = SoftTargets.from_row(row)
-        np.testing.assert_allclose(found.logprobs, expected.logprobs, rtol=2e-3, atol=1e-4)  # rounded to ten bits
+        np.testing.assert_allclose(
+            found.logprobs, expected.logprobs, rtol=2e-3, atol=1e-4
+        )  # rounded to ten bits
         np.testing.assert_allclose(found.entropy, expected.entropy, rtol=2e-3, atol=1e-4)
     assert not alone
 
@@ -267,7 +315,11 @@ def test_a_pass_that_nobody_waits_for_leaves_its_rows_to_the_next_run(
     if error is Stopped:
         with pytest.raises(Stopped):
             score.run(job, identity)
-        assert [name for name, _ in overlapping] == ["_launch", "_launch", "done"]  # the second is not waited for
+        assert [name for name, _ in overlapping] == [
+            "_launch",
+            "_launch",
+            "done",
+        ]  # the second is not waited for
     else:
         score.run(job, identity)
     first = len(rows_of(store))
@@ -277,12 +329,18 @@ def test_a_pass_that_nobody_waits_for_leaves_its_rows_to_the_next_run(
     assert verify(store).ok
 
 
-def test_who_makes_the_sums_is_no_part_of_a_row_or_of_a_claim(tmp_path: Path, tiny_llama: Callable[..., Path]) -> None:
+def test_who_makes_the_sums_is_no_part_of_a_row_or_of_a_claim(
+    tmp_path: Path, tiny_llama: Callable[..., Path]
+) -> None:
     folder = tiny_llama()
     store, _, _ = scored(tmp_path, folder)
     claims = store.files.names("claims/score")
     before = sorted(name for name, _, _ in store.files.walk("claims"))
-    again, job, identity = prepared(tmp_path, folder, score={"k": 4, "batch_tokens": 256, "kernel": "torch"})
-    assert score._claims(job, identity, again)._folder in {Path(name).parent.as_posix() for name in before}
+    again, job, identity = prepared(
+        tmp_path, folder, score={"k": 4, "batch_tokens": 256, "kernel": "torch"}
+    )
+    assert score._claims(job, identity, again)._folder in {
+        Path(name).parent.as_posix() for name in before
+    }
     assert score.run(job, identity).rows == 0
     assert store.files.names("claims/score") == claims

@@ -10,7 +10,9 @@ from stillroom.stages.targets import reduce as targets
 from stillroom.stages.targets.block_sums import BLOCK, BlockSums
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("no GPU; test_triton.py runs these under Triton's interpreter", allow_module_level=True)
+    pytest.skip(
+        "no GPU; test_triton.py runs these under Triton's interpreter", allow_module_level=True
+    )
 
 targets_triton = pytest.importorskip("stillroom.stages.targets.block_sums_triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -20,7 +22,9 @@ FIELDS = ("maxima", "sums", "weighted")
 
 
 def logits(n: int, vocabulary: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    values = 5 * torch.randn(n, vocabulary, generator=torch.Generator().manual_seed(vocabulary)) + 20
+    values = (
+        5 * torch.randn(n, vocabulary, generator=torch.Generator().manual_seed(vocabulary)) + 20
+    )
     return values.to(dtype).to(DEVICE)
 
 
@@ -31,9 +35,13 @@ def definition(z: Tensor, temperatures: tuple[float, ...]) -> BlockSums:
         blocks = [block[block > -torch.inf] for block in row.split(BLOCK)]
         below = [block - block.max() if len(block) else block for block in blocks]
         nothing = torch.tensor(-torch.inf, dtype=torch.float64, device=z.device)
-        found["maxima"].append(torch.stack([block.max() if len(block) else nothing for block in blocks]))
+        found["maxima"].append(
+            torch.stack([block.max() if len(block) else nothing for block in blocks])
+        )
         found["weighted"].append(torch.stack([(block.exp() * block).sum() for block in below]))
-        sums = [torch.stack([(block / t).exp().sum() for block in below]) for t in (1.0, *temperatures)]
+        sums = [
+            torch.stack([(block / t).exp().sum() for block in below]) for t in (1.0, *temperatures)
+        ]
         found["sums"].append(torch.stack(sums))
     return BlockSums(*(torch.stack(found[name]) for name in FIELDS))
 
@@ -48,7 +56,9 @@ def assert_same(found: BlockSums, expected: BlockSums) -> None:
 @pytest.mark.parametrize("temperatures", [(), (0.5, 2.0, 4.0)], ids=["one temperature", "four"])
 @pytest.mark.parametrize("vocabulary", [1, 37, BLOCK, BLOCK + 1, SPAN, SPAN + 130, 2 * SPAN + 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sums_are_those_of_float64(dtype: torch.dtype, vocabulary: int, temperatures: tuple[float, ...]) -> None:
+def test_sums_are_those_of_float64(
+    dtype: torch.dtype, vocabulary: int, temperatures: tuple[float, ...]
+) -> None:
     z = logits(3, vocabulary, dtype)
     assert_same(targets_triton.block_sums(z, temperatures), definition(z, temperatures))
 

@@ -1,7 +1,7 @@
 """Soft targets from hidden states: equal to a float64 log-softmax of the same logits, whatever chunk, block and batch.
 
-Sampled targets are checked against the distribution they are drawn from: its mean exactly so far as chance allows, and
-the numbers that a Zipf distribution fixes.
+Sampled targets are checked against the distribution they are drawn from: its mean exactly so far as
+chance allows, and the numbers that a Zipf distribution fixes.
 """
 
 import sys
@@ -24,7 +24,9 @@ from stillroom.storage.tables.soft_targets import SoftTargets
 pytestmark = pytest.mark.numeric
 
 
-def case(n: int, d: int, v: int, *, scale: float, seed: int) -> tuple[torch.Tensor, Head, torch.Tensor, np.ndarray]:
+def case(
+    n: int, d: int, v: int, *, scale: float, seed: int
+) -> tuple[torch.Tensor, Head, torch.Tensor, np.ndarray]:
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(n, d, generator=generator) * scale
     head = Head(weight=torch.randn(v, d, generator=generator))
@@ -35,9 +37,13 @@ def case(n: int, d: int, v: int, *, scale: float, seed: int) -> tuple[torch.Tens
     return hidden, head, following, truth
 
 
-def soft_targets(hidden: torch.Tensor, head: Head, next_ids: torch.Tensor, *, kept: Kept, seed: int = 0) -> SoftTargets:
+def soft_targets(
+    hidden: torch.Tensor, head: Head, next_ids: torch.Tensor, *, kept: Kept, seed: int = 0
+) -> SoftTargets:
     """Of one row."""
-    (row,) = Reducer(head).launch(hidden, next_ids, kept=kept, spans=[Span(len(hidden), seed)]).rows()
+    (row,) = (
+        Reducer(head).launch(hidden, next_ids, kept=kept, spans=[Span(len(hidden), seed)]).rows()
+    )
     return row
 
 
@@ -49,7 +55,9 @@ def full(v: int) -> Kept:
     return Kept(kind="full", k=v)
 
 
-def sampled(rounds: int, draw: str = "multinomial", proposal: float = 1.0, at: tuple[float, ...] = ()) -> Kept:
+def sampled(
+    rounds: int, draw: str = "multinomial", proposal: float = 1.0, at: tuple[float, ...] = ()
+) -> Kept:
     return Kept(kind="sampled", k=rounds, draw=draw, proposal=proposal, temperatures=at)
 
 
@@ -71,9 +79,15 @@ def test_entries_tail_token_and_entropy_equal_float64(
         found = soft_targets(hidden, head, following, kept=topk(k))
     best = -np.sort(-truth, axis=-1)
     np.testing.assert_allclose(found.logprobs, best[:, :k], atol=2e-5, rtol=1e-5)
-    np.testing.assert_allclose(np.take_along_axis(truth, found.ids, 1), found.logprobs, atol=2e-5, rtol=1e-5)
-    np.testing.assert_allclose(np.exp(found.tail_logprob), np.exp(best[:, k:]).sum(-1), atol=1e-6, rtol=1e-4)
-    np.testing.assert_allclose(found.token_logprob, truth[np.arange(n), following], atol=2e-5, rtol=1e-5)
+    np.testing.assert_allclose(
+        np.take_along_axis(truth, found.ids, 1), found.logprobs, atol=2e-5, rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        np.exp(found.tail_logprob), np.exp(best[:, k:]).sum(-1), atol=1e-6, rtol=1e-4
+    )
+    np.testing.assert_allclose(
+        found.token_logprob, truth[np.arange(n), following], atol=2e-5, rtol=1e-5
+    )
     np.testing.assert_allclose(found.entropy, -(np.exp(truth) * truth).sum(-1), atol=1e-4)
     if k == v:
         assert np.isneginf(found.tail_logprob).all()
@@ -100,11 +114,15 @@ def test_chunks_change_nothing_and_bound_the_logits(monkeypatch: pytest.MonkeyPa
     whole = soft_targets(hidden, head, following, kept=topk(4))
     seen = []
     original = Head.exact_logits
-    monkeypatch.setattr(Head, "exact_logits", lambda self, h: seen.append(len(h)) or original(self, h))
+    monkeypatch.setattr(
+        Head, "exact_logits", lambda self, h: seen.append(len(h)) or original(self, h)
+    )
     monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 31 * 5)
     parts = soft_targets(hidden, head, following, kept=topk(4))
     assert max(seen) == 5
-    np.testing.assert_allclose(parts.logprobs, whole.logprobs, rtol=1e-6, atol=5e-6)  # logits to 8 eps of up to 5
+    np.testing.assert_allclose(
+        parts.logprobs, whole.logprobs, rtol=1e-6, atol=5e-6
+    )  # logits to 8 eps of up to 5
     np.testing.assert_array_equal(parts.ids, whole.ids)
 
 
@@ -113,7 +131,9 @@ def test_a_tail_far_below_what_float32_can_add_to_the_entries_is_exact() -> None
     logits = torch.full((300, 1), -300.0)
     logits[7] = 0.0
     logits[290:] = -torch.inf
-    found = soft_targets(torch.ones(1, 1), Head(weight=logits), torch.tensor([299]), kept=topk(1, 2.0))
+    found = soft_targets(
+        torch.ones(1, 1), Head(weight=logits), torch.tensor([299]), kept=topk(1, 2.0)
+    )
     assert (found.ids.item(), found.token_logprob[0]) == (7, -np.inf)
     assert found.tail_logprob[0] == pytest.approx(np.log(289) - 300, rel=1e-6)
     assert found.tempered_tails[0, 0] == pytest.approx(np.log(289) - 150, rel=1e-6)
@@ -122,7 +142,9 @@ def test_a_tail_far_below_what_float32_can_add_to_the_entries_is_exact() -> None
 
 def test_equal_logits_are_as_many_distinct_entries() -> None:
     for k in (1, 5, 200, 300):
-        found = soft_targets(torch.ones(2, 1), Head(weight=torch.ones(300, 1)), torch.tensor([0, 299]), kept=topk(k))
+        found = soft_targets(
+            torch.ones(2, 1), Head(weight=torch.ones(300, 1)), torch.tensor([0, 299]), kept=topk(k)
+        )
         for row in found.ids:
             assert len(set(row.tolist())) == k
             assert (row >= 0).all()
@@ -151,12 +173,16 @@ def test_one_broken_number_breaks_the_numbers_of_its_position_alone() -> None:
     ],
     ids=lambda kept: kept.kind,
 )
-def test_rows_of_a_batch_are_what_each_is_alone(monkeypatch: pytest.MonkeyPatch, kept: Kept) -> None:
+def test_rows_of_a_batch_are_what_each_is_alone(
+    monkeypatch: pytest.MonkeyPatch, kept: Kept
+) -> None:
     hidden, head, following, _ = case(19, 5, 300, scale=1.0, seed=4)
     monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 300 * 7)  # chunks end within rows
     spans = [Span(4, 11), Span(1, 12), Span(9, 13), Span(5, 14)]
     start = 0
-    for span, row in zip(spans, Reducer(head).launch(hidden, following, kept=kept, spans=spans).rows(), strict=True):
+    for span, row in zip(
+        spans, Reducer(head).launch(hidden, following, kept=kept, spans=spans).rows(), strict=True
+    ):
         own = slice(start, start + span.positions)
         alone = soft_targets(hidden[own], head, following[own], kept=kept, seed=span.seed)
         columns = row.columns(23)
@@ -164,7 +190,8 @@ def test_rows_of_a_batch_are_what_each_is_alone(monkeypatch: pytest.MonkeyPatch,
             if value is None:
                 assert columns[name] is None
             else:
-                # Logits of up to 14, from products of other shapes: 8 eps of them. Ids and counts are integers.
+                # Logits of up to 14, from products of other shapes: 8 eps of them. Ids and counts
+                # are integers.
                 np.testing.assert_allclose(columns[name], value, atol=1.5e-5, err_msg=name)
         start += span.positions
 
@@ -175,9 +202,13 @@ def test_a_kernel_that_is_not_there_is_refused_by_name(monkeypatch: pytest.Monke
     gpu, head = torch.device("cuda"), Head(weight=torch.ones(3, 1))
     assert module._chosen(None, gpu) is module.block_sums
     Reducer(head)
-    with pytest.raises(UsageError, match=r"score\.kernel: triton cannot run, Triton does not import .*Leave it out"):
+    with pytest.raises(
+        UsageError, match=r"score\.kernel: triton cannot run, Triton does not import .*Leave it out"
+    ):
         module._chosen("triton", gpu)
-    with pytest.raises(UsageError, match=r"score\.kernel: triton cannot run, .* 'cpu', expected an NVIDIA GPU"):
+    with pytest.raises(
+        UsageError, match=r"score\.kernel: triton cannot run, .* 'cpu', expected an NVIDIA GPU"
+    ):
         Reducer(head, kernel="triton")
 
 
@@ -190,7 +221,9 @@ def test_an_amd_gpu_gets_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("proposal", [1.0, 0.7])
-def test_of_a_teacher_that_is_not_a_number_no_id_beyond_the_vocabulary_is_drawn(proposal: float) -> None:
+def test_of_a_teacher_that_is_not_a_number_no_id_beyond_the_vocabulary_is_drawn(
+    proposal: float,
+) -> None:
     """On a GPU such an index ends the process, and whatever it was doing."""
     logprobs = torch.zeros(1, 9).log_softmax(-1)
     logprobs[0, 3] = torch.nan
@@ -231,25 +264,40 @@ def test_a_tempered_distribution_is_the_dense_one_to_the_rounding(
     """Against softmax(z / T) in float64: entries, tail and normaliser; each rounded number moves by its own share."""
     n, k = 7, min(k, v)
     hidden, head, following, truth = case(n, 5, v, scale=1.0, seed=seed)
-    kept = Kept(kind=kind, k=k, p=0.8 if kind == "topp" else None, k_min=1, temperatures=TEMPERATURES)
+    kept = Kept(
+        kind=kind, k=k, p=0.8 if kind == "topp" else None, k_min=1, temperatures=TEMPERATURES
+    )
     with patch.object(module, "BLOCK", block):
-        found = soft_targets(hidden, head, following, kept=kept if kind == "topp" else topk(k, *TEMPERATURES))
+        found = soft_targets(
+            hidden, head, following, kept=kept if kind == "topp" else topk(k, *TEMPERATURES)
+        )
     row = SoftTargets.from_row(found.columns(bits))
     np.testing.assert_array_equal(row.temperatures, np.array(TEMPERATURES, np.float32))
     for number, t in enumerate(TEMPERATURES):
         dense = truth / t - np.log(np.exp(truth / t).sum(-1, keepdims=True))
         outside = np.ones((n, v + 1), bool)
         np.put_along_axis(outside, row.ids, False, axis=1)  # padding, id -1, goes to the last place
-        entries, tail = row.logprobs.astype(np.float64) / t, row.tempered_tails[:, number].astype(np.float64)
+        entries, tail = (
+            row.logprobs.astype(np.float64) / t,
+            row.tempered_tails[:, number].astype(np.float64),
+        )
         normaliser = np.logaddexp(np.log(np.exp(entries).sum(-1)), tail)
         unit = 2.0 ** -(bits + 1)
-        worst = unit * np.maximum(np.abs(truth).max(-1) / t, np.nan_to_num(np.abs(tail), posinf=0)) + 3e-5
+        worst = (
+            unit * np.maximum(np.abs(truth).max(-1) / t, np.nan_to_num(np.abs(tail), posinf=0))
+            + 3e-5
+        )
         for position in range(n):
             used = row.ids[position] >= 0
             exact = dense[position, row.ids[position, used]]
-            assert np.abs(entries[position, used] - normaliser[position] - exact).max() <= 2 * worst[position]
+            assert (
+                np.abs(entries[position, used] - normaliser[position] - exact).max()
+                <= 2 * worst[position]
+            )
             rest = np.exp(dense[position, outside[position, :v]]).sum()
-            assert abs(np.exp(tail[position] - normaliser[position]) - rest) <= 2 * worst[position] * max(rest, 1e-3)
+            assert abs(np.exp(tail[position] - normaliser[position]) - rest) <= 2 * worst[
+                position
+            ] * max(rest, 1e-3)
 
 
 def zipf(v: int, positions: int) -> tuple[torch.Tensor, Head, torch.Tensor, np.ndarray]:
@@ -263,7 +311,9 @@ def zipf(v: int, positions: int) -> tuple[torch.Tensor, Head, torch.Tensor, np.n
 def dense(targets: SoftTargets, v: int) -> np.ndarray:
     """[N, V] what the entries say, 0 elsewhere."""
     found = np.zeros((len(targets.entropy), v + 1))
-    np.put_along_axis(found, targets.ids, targets.probabilities, axis=1)  # padding, id -1, goes to the last place
+    np.put_along_axis(
+        found, targets.ids, targets.probabilities, axis=1
+    )  # padding, id -1, goes to the last place
     return found[:, :v]
 
 
@@ -282,7 +332,8 @@ def test_topp_keeps_the_fewest_that_hold_p_and_the_rest_exactly(
     hidden, head, following, truth = case(n, 5, v, scale=1.0, seed=seed)
     found = soft_targets(hidden, head, following, kept=Kept(kind="topp", p=p, k=k, k_min=k_min))
     best = -np.sort(-truth, axis=-1)
-    room = 1e-5  # up to 60 shares are added in float32, and each comes from a logit of up to 20: (60 + 20) eps
+    # up to 60 shares are added in float32, and each comes from a logit of up to 20: (60 + 20) eps
+    room = 1e-5
     for t in range(n):
         mass, most = np.exp(best[t]).cumsum(), min(k, v)
         count = found.entries[t]
@@ -292,25 +343,35 @@ def test_topp_keeps_the_fewest_that_hold_p_and_the_rest_exactly(
         np.testing.assert_allclose(found.logprobs[t, :count], best[t, :count], atol=2e-5, rtol=1e-5)
         assert np.isneginf(found.logprobs[t, count:]).all()
         assert (found.ids[t, count:] == -1).all()
-        np.testing.assert_allclose(np.exp(found.tail_logprob[t]), np.exp(best[t, count:]).sum(), atol=1e-6, rtol=1e-4)
+        np.testing.assert_allclose(
+            np.exp(found.tail_logprob[t]), np.exp(best[t, count:]).sum(), atol=1e-6, rtol=1e-4
+        )
     same = soft_targets(hidden, head, following, kept=full(v))
     np.testing.assert_allclose(found.token_logprob, same.token_logprob, rtol=1e-6, atol=1e-5)
     np.testing.assert_allclose(found.entropy, same.entropy, rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("draw", ["multinomial", "systematic"])
-@pytest.mark.parametrize(("proposal", "at"), [(1.0, ()), (1.0, (2.0,)), (0.7, ()), (1.3, ()), (0.7, (2.0,))])
-def test_the_mean_of_sampled_targets_is_the_teacher(draw: str, proposal: float, at: tuple[float, ...]) -> None:
+@pytest.mark.parametrize(
+    ("proposal", "at"), [(1.0, ()), (1.0, (2.0,)), (0.7, ()), (1.3, ()), (0.7, (2.0,))]
+)
+def test_the_mean_of_sampled_targets_is_the_teacher(
+    draw: str, proposal: float, at: tuple[float, ...]
+) -> None:
     """4,000 positions of one distribution; every id within its share of 3 standard errors, most within them."""
     n, v = 4000, 40
     hidden, head, following, teacher = zipf(v, n)
     truth = teacher if not at else teacher ** (1 / at[0]) / (teacher ** (1 / at[0])).sum()
-    found = soft_targets(hidden, head, following, kept=sampled(7, draw=draw, proposal=proposal, at=at), seed=3)
+    found = soft_targets(
+        hidden, head, following, kept=sampled(7, draw=draw, proposal=proposal, at=at), seed=3
+    )
     estimate = dense(found, v)
     assert found.entropy == pytest.approx(-(truth * np.log(truth)).sum(), abs=1e-4)
     assert found.token_logprob == pytest.approx(np.log(teacher[0]), abs=1e-5)
     if at:
-        assert found.tempered_tails == pytest.approx(np.log((teacher ** (1 / at[0])).sum()), abs=1e-4)
+        assert found.tempered_tails == pytest.approx(
+            np.log((teacher ** (1 / at[0])).sum()), abs=1e-4
+        )
     error = np.abs(estimate.mean(0) - truth)
     standard = estimate.std(0, ddof=1) / np.sqrt(n)
     assert (error <= 3 * standard + 1e-9).mean() >= 0.95
@@ -348,7 +409,9 @@ def test_the_exact_numbers_of_zipf() -> None:
     kept = np.exp(best.logprobs[0], dtype=np.float64)
     assert kept.sum() == pytest.approx(0.2976, abs=5e-5)
     assert kept[1] / kept.sum() == pytest.approx(0.1390, abs=5e-5)  # the tail dropped
-    assert kept[0] * (2 - kept.sum()) == pytest.approx(0.1408, abs=5e-5)  # the tail given to the token that is there
+    assert kept[0] * (2 - kept.sum()) == pytest.approx(
+        0.1408, abs=5e-5
+    )  # the tail given to the token that is there
     for rounds, unique in ((4, 3.94), (13, 12.29), (50, 43.03)):
         assert (1 - (1 - truth) ** rounds).sum() == pytest.approx(unique, abs=5e-3)
         found = soft_targets(hidden, head, following, kept=sampled(rounds), seed=0)
@@ -357,7 +420,9 @@ def test_the_exact_numbers_of_zipf() -> None:
 
 
 @pytest.mark.parametrize("draw", ["multinomial", "systematic"])
-def test_draws_depend_on_seed_and_position_alone(monkeypatch: pytest.MonkeyPatch, draw: str) -> None:
+def test_draws_depend_on_seed_and_position_alone(
+    monkeypatch: pytest.MonkeyPatch, draw: str
+) -> None:
     hidden, head, following, _ = case(23, 5, 31, scale=1.0, seed=1)
     kept = sampled(6, draw=draw, at=(2.0,))
     whole = soft_targets(hidden, head, following, kept=kept, seed=11).columns(23)

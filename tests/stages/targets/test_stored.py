@@ -33,7 +33,10 @@ def stored(k=None, temperatures=()):
     if k is None:
         tail = np.full(N, -np.inf, np.float32)
         return SoftTargets(None, logprobs.astype(np.float32), tail, nothing, nothing)
-    outside = [np.log(np.exp(best[:, k:] / t).sum(1)) if k < V else np.full(N, -np.inf) for t in (1.0, *temperatures)]
+    outside = [
+        np.log(np.exp(best[:, k:] / t).sum(1)) if k < V else np.full(N, -np.inf)
+        for t in (1.0, *temperatures)
+    ]
     return SoftTargets(
         ids=order[:, :k].astype(np.int32),
         logprobs=best[:, :k].astype(np.float32),
@@ -78,7 +81,9 @@ def assert_is_softmax(batch, temperature, widths):
         np.testing.assert_allclose(logprobs[:width], truth[n][best], rtol=1e-5)
         assert (logprobs[width:] == 0).all()
         rest = truth[n].sum() - truth[n][best].sum()
-        assert float(batch.tail_logprob[n].double().exp()) == pytest.approx(rest, rel=1e-4, abs=1e-7)
+        assert float(batch.tail_logprob[n].double().exp()) == pytest.approx(
+            rest, rel=1e-4, abs=1e-7
+        )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 0.5])
@@ -86,7 +91,9 @@ def assert_is_softmax(batch, temperature, widths):
 @pytest.mark.parametrize("have", [8, 12, None])
 def test_fewer_entries_at_any_stored_temperature(temperature, asked, have):
     targets = stored(have, (0.5, 2.0))
-    assert_is_softmax(read(targets, kept=topk(asked), temperature=temperature), temperature, [asked] * N)
+    assert_is_softmax(
+        read(targets, kept=topk(asked), temperature=temperature), temperature, [asked] * N
+    )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -131,7 +138,9 @@ def test_what_is_not_cut_stays_as_it_is(kept):
 @pytest.mark.parametrize("temperature", [2.0, 0.3])
 def test_full_targets_serve_every_temperature(temperature):
     found = read(stored(None), temperature=temperature)
-    np.testing.assert_allclose(found.logprobs.numpy(), log_softmax(Z / temperature), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        found.logprobs.numpy(), log_softmax(Z / temperature), rtol=1e-5, atol=1e-5
+    )
     assert (found.tail_logprob == -math.inf).all()
 
 
@@ -140,7 +149,10 @@ def test_entries_that_are_all_ids_serve_every_temperature():
 
 
 def test_a_temperature_that_is_not_stored_is_refused():
-    with pytest.raises(UsageError, match=r"loss\.temperature: 3 is not stored .* have 1, 0\.5, 2\. Score with it in"):
+    with pytest.raises(
+        UsageError,
+        match=r"loss\.temperature: 3 is not stored .* have 1, 0\.5, 2\. Score with it in",
+    ):
         read(stored(5, (0.5, 2.0)), temperature=3.0)
     with pytest.raises(UsageError, match=r"which have 1\. .*unstored_temperature to approximate"):
         read(stored(5), temperature=2.0)
@@ -149,7 +161,9 @@ def test_a_temperature_that_is_not_stored_is_refused():
 @pytest.mark.parametrize("temperature", [3.0, 0.5])
 def test_or_approximated_with_the_tail_as_one_id(temperature):
     found = read(stored(5), temperature=temperature, unstored="approximate")
-    p = np.exp(np.concatenate([stored(5).logprobs, stored(5).tail_logprob[:, None]], 1, dtype=np.float64))
+    p = np.exp(
+        np.concatenate([stored(5).logprobs, stored(5).tail_logprob[:, None]], 1, dtype=np.float64)
+    )
     expected = p ** (1 / temperature) / (p ** (1 / temperature)).sum(1, keepdims=True)
     outcomes = torch.cat([found.logprobs, found.tail_logprob[:, None]], 1).double().exp()
     np.testing.assert_allclose(outcomes.numpy(), expected, rtol=1e-5)
@@ -161,7 +175,9 @@ def test_or_approximated_with_the_tail_as_one_id(temperature):
 
 class TestSampled:
     def test_draws_are_shares_and_the_entropy_comes_along(self):
-        found = read(sampled(ids=((3, 1), (5, -1)), counts=((3, 1), (4, 0))), labels=torch.tensor([0, 1]))
+        found = read(
+            sampled(ids=((3, 1), (5, -1)), counts=((3, 1), (4, 0))), labels=torch.tensor([0, 1])
+        )
         assert found.ids.tolist() == [[3, 1], [5, -1]]
         assert found.probabilities.tolist() == [[0.75, 0.25], [1.0, 0.0]]
         assert found.entropy.tolist() == [1.5, 1.5]
@@ -180,7 +196,9 @@ class TestSampled:
     def test_weights_stay_as_they_are(self):
         drawn = replace(sampled(), counts=None, weights=np.tile(np.float32([0.6, 0.5]), (N, 1)))
         drawn.weights.flags.writeable = False  # as it comes from a file
-        torch.testing.assert_close(read(drawn).probabilities, torch.tensor([[0.6, 0.5]]).expand(N, 2))
+        torch.testing.assert_close(
+            read(drawn).probabilities, torch.tensor([[0.6, 0.5]]).expand(N, 2)
+        )
 
 
 class TestJoined:

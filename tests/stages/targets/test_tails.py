@@ -18,7 +18,8 @@ pytestmark = pytest.mark.numeric
 
 N, V, D = 5, 9, 4
 TAILS = ("bucket", "drop", "renormalize", "to_label")
-# reverse KL, and adaptive KL which holds it, are infinite where a teacher gives nothing to what is outside its entries.
+# reverse KL, and adaptive KL which holds it, are infinite where a teacher gives nothing to what is
+# outside its entries.
 PERMITTED = [
     (divergence, tail)
     for divergence, tail in product(DIVERGENCES, TAILS)
@@ -49,20 +50,29 @@ def problem():
 
 def distilled(hidden, weight, targets, objective, **more):
     weights = {"soft_weight": 0.7, "hard_weight": 0.3}
-    return linear_distillation(hidden, Head(weight=weight), targets, objective=objective, **weights, **more)
+    return linear_distillation(
+        hidden, Head(weight=weight), targets, objective=objective, **weights, **more
+    )
 
 
 def definition(hidden, weight, teacher, targets, objective):
     """(soft [N], hard [N], gradients), float64, token by token, over the whole vocabularies of both."""
     leaves = [x.detach().double().requires_grad_() for x in (hidden, weight)]
-    scale, settings = objective.temperature, {"divergence": objective.divergence, "tail": objective.tail}
+    scale, settings = (
+        objective.temperature,
+        {"divergence": objective.divergence, "tail": objective.tail},
+    )
     losses = []
     for n, row in enumerate(leaves[0] @ leaves[1].T):
         ids = list(range(V)) if targets.ids is None else targets.ids[n].tolist()
         t, label = softmax(teacher[n].double() / scale), int(targets.labels[n])
         losses.append(token_losses(row, t, ids, label, temperature=scale, **settings))
     soft, hard = map(torch.stack, zip(*losses, strict=True))
-    return soft.detach(), hard.detach(), torch.autograd.grad((0.7 * soft + 0.3 * hard).sum(), leaves)
+    return (
+        soft.detach(),
+        hard.detach(),
+        torch.autograd.grad((0.7 * soft + 0.3 * hard).sum(), leaves),
+    )
 
 
 @pytest.mark.parametrize(("divergence", "tail"), PERMITTED)
@@ -92,7 +102,10 @@ def test_finite_where_nothing_is_outside(divergence, tail):
             ids[:, -1], logprobs = -1, torch.full((3, k), -math.log(k - 1))
             logprobs[:, -1] = -math.inf
         targets = TargetBatch(
-            labels=torch.tensor([0, 4, 8]), ids=ids, logprobs=logprobs, tail_logprob=torch.full((3,), tail_logprob)
+            labels=torch.tensor([0, 4, 8]),
+            ids=ids,
+            logprobs=logprobs,
+            tail_logprob=torch.full((3,), tail_logprob),
         )
         objective = Objective(divergence=divergence, tail=tail, temperature=2.0)
         parts = logits_distillation(logits, targets, objective=objective)
@@ -112,7 +125,9 @@ def test_only_moving_the_tail_keeps_the_loss_from_zero_at_equality(divergence, t
         objective = Objective(divergence=divergence, tail=tail, temperature=temperature)
         soft = logits_distillation(logits, targets, objective=objective).soft
         if tail in ("bucket", "renormalize"):
-            assert soft.abs().max() < 3e-5  # rounding of float32, times T^2, divided by the exponents of alpha_beta
+            assert (
+                soft.abs().max() < 3e-5
+            )  # rounding of float32, times T^2, divided by the exponents of alpha_beta
         else:
             assert soft.min() > 1e-3
 
@@ -121,7 +136,9 @@ def test_only_moving_the_tail_keeps_the_loss_from_zero_at_equality(divergence, t
 def test_full_targets_have_no_tail_to_treat(divergence, tail):
     hidden, weight, teacher = problem()
     found = [
-        distilled(hidden, weight, targets_of(teacher, None), Objective(divergence=divergence, tail=t)).soft
+        distilled(
+            hidden, weight, targets_of(teacher, None), Objective(divergence=divergence, tail=t)
+        ).soft
         for t in ("bucket", tail)
     ]
     torch.testing.assert_close(*found)
@@ -132,8 +149,12 @@ def test_temperature_counts_squared(divergence):
     """Once in the value, as its own power; and in the gradient, which does not vanish at high temperatures."""
     logits, teacher = normal(N, V).requires_grad_(), normal(N, V, seed=3)
     targets = targets_of(teacher, 4, 3.0)
-    warm = logits_distillation(logits, targets, objective=Objective(divergence=divergence, temperature=3.0)).soft
-    cool = logits_distillation(logits / 3.0, targets, objective=Objective(divergence=divergence)).soft
+    warm = logits_distillation(
+        logits, targets, objective=Objective(divergence=divergence, temperature=3.0)
+    ).soft
+    cool = logits_distillation(
+        logits / 3.0, targets, objective=Objective(divergence=divergence)
+    ).soft
     torch.testing.assert_close(warm, 9 * cool)
     gradients = [torch.autograd.grad(value.sum(), logits)[0] for value in (warm, cool)]
     torch.testing.assert_close(gradients[0], 9 * gradients[1])
@@ -187,7 +208,9 @@ class TestSampled:
         leaf = logits.detach().double().requires_grad_()
         expected = temperature**2 * kl(list(t), list(softmax(leaf / temperature)))
         (right,) = torch.autograd.grad(expected, leaf)
-        assert float(mean.detach()) == pytest.approx(float(expected.detach()), abs=1e-5)  # T^2 * 16 eps
+        assert float(mean.detach()) == pytest.approx(
+            float(expected.detach()), abs=1e-5
+        )  # T^2 * 16 eps
         torch.testing.assert_close(gradient.double(), right, rtol=1e-5, atol=1e-6)
         assert parts.soft.min() < 0 < parts.soft.max()
 
@@ -209,7 +232,9 @@ class TestSampled:
         logits = normal(1, V).requires_grad_()
         soft = logits_distillation(logits, targets, objective=Objective()).soft
         p = softmax(logits[0].detach())
-        assert float(soft.detach()) == pytest.approx(-0.5 * math.log(p[2]) - 0.2 * math.log(p[0]) - 0.9, rel=1e-6)
+        assert float(soft.detach()) == pytest.approx(
+            -0.5 * math.log(p[2]) - 0.2 * math.log(p[0]) - 0.9, rel=1e-6
+        )
         (gradient,) = torch.autograd.grad(soft.sum(), logits)
         estimate = torch.zeros(V).index_add(0, torch.tensor([2, 0]), torch.tensor([0.5, 0.2]))
         torch.testing.assert_close(gradient[0], 0.7 * p.float() - estimate)
@@ -221,7 +246,10 @@ class TestSampled:
 
 
 class TestZipf:
-    """One position, 100,000 ids with t_i ~ 1/i, the 20 best kept: what each policy teaches. Ids count from 0 here."""
+    """One position, 100,000 ids with t_i ~ 1/i, the 20 best kept: what each policy teaches.
+
+    Ids count from 0 here.
+    """
 
     V, K = 100_000, 20
 
@@ -233,8 +261,8 @@ class TestZipf:
     def taught(self, teacher, tail, labels):
         """[N, V] what the student's probabilities are where the gradient of forward KL is zero.
 
-        The gradient with respect to logit j is p_j - target_j at any student for all policies here, so the target is
-        p - gradient; that the gradient is zero there is asked of the loss itself.
+        The gradient with respect to logit j is p_j - target_j at any student for all policies here,
+        so the target is p - gradient; that the gradient is zero there is asked of the loss itself.
         """
         targets = TargetBatch(
             labels=torch.tensor(labels),
@@ -244,10 +272,14 @@ class TestZipf:
         )
         objective = Objective(tail=tail)
         logits = torch.zeros(len(labels), self.V).requires_grad_()
-        (gradient,) = torch.autograd.grad(logits_distillation(logits, targets, objective=objective).soft.sum(), logits)
+        (gradient,) = torch.autograd.grad(
+            logits_distillation(logits, targets, objective=objective).soft.sum(), logits
+        )
         target = (1 / self.V - gradient).clamp_min(1e-30)
         logits = target.log().requires_grad_()
-        (gradient,) = torch.autograd.grad(logits_distillation(logits, targets, objective=objective).soft.sum(), logits)
+        (gradient,) = torch.autograd.grad(
+            logits_distillation(logits, targets, objective=objective).soft.sum(), logits
+        )
         assert gradient.abs().max() < 1e-6
         return target.double()
 
@@ -266,14 +298,18 @@ class TestZipf:
         chance = torch.cat([teacher[: self.K], torch.tensor([1 - kept], dtype=torch.float64)])
         mean = (chance[:, None] * targets).sum(0)
         assert float(mean[0]) == pytest.approx(0.1408, abs=5e-5)
-        torch.testing.assert_close(mean[: self.K], teacher[: self.K] * (2 - kept), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            mean[: self.K], teacher[: self.K] * (2 - kept), rtol=1e-4, atol=1e-6
+        )
         # The label 777 stands for all ids outside, so it gets what all of them get.
         assert float(mean[777]) == pytest.approx((1 - kept) ** 2, rel=1e-4)
 
     def test_the_bucket_leaves_the_head_as_it_is(self, teacher):
         (target,) = self.taught(teacher, "bucket", [0])
         torch.testing.assert_close(target[: self.K], teacher[: self.K], rtol=1e-4, atol=1e-6)
-        assert float(target[self.K :].sum()) == pytest.approx(float(teacher[self.K :].sum()), rel=1e-4)
+        assert float(target[self.K :].sum()) == pytest.approx(
+            float(teacher[self.K :].sum()), rel=1e-4
+        )
 
     def test_renormalize_says_nothing_about_the_mass_of_the_entries(self, teacher):
         """Students with the right ratios and any mass on the entries have a loss of zero."""
@@ -285,7 +321,12 @@ class TestZipf:
         )
         for mass in (0.03, 0.9):
             p = torch.cat(
-                [teacher[: self.K] / teacher[: self.K].sum() * mass, teacher[self.K :] * 0 + (1 - mass) / 99_980]
+                [
+                    teacher[: self.K] / teacher[: self.K].sum() * mass,
+                    teacher[self.K :] * 0 + (1 - mass) / 99_980,
+                ]
             )
-            soft = logits_distillation(p.log().float()[None], targets, objective=Objective(tail="renormalize")).soft
+            soft = logits_distillation(
+                p.log().float()[None], targets, objective=Objective(tail="renormalize")
+            ).soft
             assert float(soft) == pytest.approx(0, abs=1e-6)

@@ -42,7 +42,10 @@ def test_only_the_named_are_kept(checkpoints, tmp_path):
     folder(tmp_path, 9).mkdir()
     checkpoints.keep(4, 2)
     checkpoints.keep(4, 2, None)
-    assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
+    assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == [
+        "step-00000002",
+        "step-00000004",
+    ]
 
 
 def test_half_written_ones_do_not_exist(checkpoints, tmp_path):
@@ -64,7 +67,9 @@ def test_damage_is_found(checkpoints, tmp_path, damage):
     else:
         data[len(data) // 2] ^= 1
         path.write_bytes(data[: len(data) // 3] if damage == "truncate" else data)
-    with pytest.raises(IntegrityError, match=r"checkpoint is damaged .* Delete .*step-00000003 to go on"):
+    with pytest.raises(
+        IntegrityError, match=r"checkpoint is damaged .* Delete .*step-00000003 to go on"
+    ):
         checkpoints.tensors(3)
 
 

@@ -59,7 +59,9 @@ class TestStore:
             assert row["logprobs"].tolist() == pytest.approx(expected.tolist(), abs=2e-6)
             asked = int(expected.argmax()) if row["label"] is None else row["label"]
             assert row["token_logprob"][0] == row["logprobs"][asked]
-            assert row["entropy"][0] == pytest.approx(float(-(expected.exp() * expected).sum()), abs=2e-6)
+            assert row["entropy"][0] == pytest.approx(
+                float(-(expected.exp() * expected).sum()), abs=2e-6
+            )
 
     def test_labels_are_those_of_the_source_by_index_and_by_name(
         self, world: World, prompts: dict[bytes, dict[str, Any]]
@@ -67,17 +69,25 @@ class TestStore:
         expected = {}
         for record in records(60):
             label = record["label"]
-            expected[record["text"], record.get("text_pair")] = CLASSES.index(label) if label in CLASSES else label
+            expected[record["text"], record.get("text_pair")] = (
+                CLASSES.index(label) if label in CLASSES else label
+            )
         found = [(prompts[row["prompt_key"]], row["label"]) for row in world.rows()]
         assert {(prompt["text"], prompt["text_pair"]): label for prompt, label in found} == expected
         assert sum(label is None for _, label in found) == 5
 
-    def test_a_pair_is_read_as_two_texts(self, world: World, prompts: dict[bytes, dict[str, Any]]) -> None:
+    def test_a_pair_is_read_as_two_texts(
+        self, world: World, prompts: dict[bytes, dict[str, Any]]
+    ) -> None:
         """Without its segments the same tokens would give other numbers."""
         model = AutoModelForSequenceClassification.from_pretrained(world.teacher).eval()
         (row, *_) = [row for row in world.rows() if prompts[row["prompt_key"]]["text_pair"]]
         with torch.no_grad():
-            blind = model(input_ids=torch.tensor(row["token_ids"][None]).long()).logits[0].log_softmax(-1)
+            blind = (
+                model(input_ids=torch.tensor(row["token_ids"][None]).long())
+                .logits[0]
+                .log_softmax(-1)
+            )
         assert float(np.abs(row["logprobs"] - blind.numpy()).max()) > 1e-3
 
     def test_shards_say_that_these_are_classes(self, world: World) -> None:
@@ -87,8 +97,16 @@ class TestStore:
 
     def test_the_books_close_and_nothing_is_left_to_do(self, world: World) -> None:
         lines = {line.name: line for line in world.plan().stages}
-        assert (lines["data"].state, lines["score"].state, lines["train"].state) == ("done", "done", "to do")
-        assert (lines["score"].planned, lines["score"].committed, lines["score"].tokens) == (60, 60, 60)
+        assert (lines["data"].state, lines["score"].state, lines["train"].state) == (
+            "done",
+            "done",
+            "to do",
+        )
+        assert (lines["score"].planned, lines["score"].committed, lines["score"].tokens) == (
+            60,
+            60,
+            60,
+        )
 
     def test_a_label_that_is_put_right_is_another_row(self, tmp_path: Path) -> None:
         """What the teacher says of the text is the same; a row that kept the old label would teach the mistake."""
@@ -103,7 +121,11 @@ class TestStore:
         plan = world.plan()
         assert sum(snapshot.rows for snapshot in plan.snapshots.values()) == 20
         judged = [row for s in plan.snapshots.values() for row in rows_of(world.store, s)]
-        labels = [row["label"] for row in judged if row["prompt_key"] == _prompt_key(world, rows[0]["text"])]
+        labels = [
+            row["label"]
+            for row in judged
+            if row["prompt_key"] == _prompt_key(world, rows[0]["text"])
+        ]
         assert labels == [rows[0]["label"]]
 
 
@@ -117,7 +139,10 @@ def summary(folder: Path) -> dict[str, Any]:
 
 
 def same_weights(one: Path, other: Path) -> bool:
-    a, b = (dict(load_student(folder / "student", CLASSES).named_parameters()) for folder in (one, other))
+    a, b = (
+        dict(load_student(folder / "student", CLASSES).named_parameters())
+        for folder in (one, other)
+    )
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -139,9 +164,14 @@ class TestTraining:
         train.run(replace(job, arm="baseline"))
         student, baseline = summary(tmp_path / "student"), summary(tmp_path / "baseline")
         assert {p["soft"] for p in baseline["history"]} == {None}
-        # The same start and first batch, but for the order of the sums: a few eps = 1.2e-7 of a loss.
-        assert baseline["history"][0]["hard"] == pytest.approx(student["history"][0]["hard"], rel=1e-5)
-        assert [p["tokens"] for p in baseline["history"]] == [p["tokens"] for p in student["history"]]
+        # The same start and first batch, but for the order of the sums: a few eps = 1.2e-7 of a
+        # loss.
+        assert baseline["history"][0]["hard"] == pytest.approx(
+            student["history"][0]["hard"], rel=1e-5
+        )
+        assert [p["tokens"] for p in baseline["history"]] == [
+            p["tokens"] for p in student["history"]
+        ]
 
     def test_evaluation_is_what_its_definitions_say(self, world: World, tmp_path: Path) -> None:
         train_section = {"epochs": 8, "tokens_per_step": 80, "learning_rate": 2e-2}
@@ -150,32 +180,47 @@ class TestTraining:
         evaluate.run(replace(job, train_dirs={"student": tmp_path / "student"}))
         content = json.loads((tmp_path / "student" / "evaluation.json").read_text())
         rows = [
-            r for r in rows_of(world.store, load_snapshot(world.store, job.snapshots["test"])) if r["label"] is not None
+            r
+            for r in rows_of(world.store, load_snapshot(world.store, job.snapshots["test"]))
+            if r["label"] is not None
         ]
         tokenizer = AutoTokenizer.from_pretrained(world.teacher)
         model = load_student(tmp_path / "student" / "student", CLASSES).eval()
         teacher = np.stack([row["logprobs"] for row in rows]).astype(np.float64)
         labels = np.array([row["label"] for row in rows])
         found = []
-        texts = {row["prompt_key"]: (row["text"], row["text_pair"]) for row in world.rows("prompts")}
+        texts = {
+            row["prompt_key"]: (row["text"], row["text_pair"]) for row in world.rows("prompts")
+        }
         for row in rows:
             with torch.no_grad():
-                logits = model(**tokenizer(*texts[row["prompt_key"]], return_tensors="pt")).logits[0]
+                logits = model(**tokenizer(*texts[row["prompt_key"]], return_tensors="pt")).logits[
+                    0
+                ]
             found.append(logits.double().log_softmax(-1).numpy())
         student = np.stack(found)
         for arm, logprobs in (("teacher", teacher), ("student", student)):
             result = content["results"][arm]
             right = logprobs.argmax(1) == labels
             assert result["accuracy"] == pytest.approx(right.mean())
-            assert result["cross_entropy"] == pytest.approx(-logprobs[np.arange(len(rows)), labels].mean(), abs=1e-5)
+            assert result["cross_entropy"] == pytest.approx(
+                -logprobs[np.arange(len(rows)), labels].mean(), abs=1e-5
+            )
             kl = (np.exp(teacher) * (teacher - logprobs)).sum(1).mean()
             assert result["kl_teacher"] == pytest.approx(kl, abs=1e-5)
             assert result["tv_teacher"] == pytest.approx(
                 np.abs(np.exp(teacher) - np.exp(logprobs)).sum(1).mean() / 2, abs=1e-5
             )
-            assert result["top1_agreement"] == pytest.approx((logprobs.argmax(1) == teacher.argmax(1)).mean())
-            assert result["ece"] == pytest.approx(expected_calibration_error(np.exp(logprobs.max(1)), right), abs=1e-5)
-        assert content["results"]["student"]["kl_teacher"] < 0.9 * content["results"]["student_before"]["kl_teacher"]
+            assert result["top1_agreement"] == pytest.approx(
+                (logprobs.argmax(1) == teacher.argmax(1)).mean()
+            )
+            assert result["ece"] == pytest.approx(
+                expected_calibration_error(np.exp(logprobs.max(1)), right), abs=1e-5
+            )
+        assert (
+            content["results"]["student"]["kl_teacher"]
+            < 0.9 * content["results"]["student_before"]["kl_teacher"]
+        )
         assert content["measured_on"]["rows"] == len(rows) < 12
         assert (content["measured_on"]["of"], content["measured_on"]["ece_bins"]) == ("texts", 15)
 
@@ -194,7 +239,9 @@ def test_labels_of_other_rows_are_seen_before_a_step(world: World, tmp_path: Pat
     """Planted: the targets of a text under the label of another one."""
     planted = Store.open(tmp_path / "store", create=True)
     for folder in (world.store.root / "teachers").iterdir():
-        planted.put_teacher(folder.name, {file.name: file.read_bytes() for file in folder.iterdir()})
+        planted.put_teacher(
+            folder.name, {file.name: file.read_bytes() for file in folder.iterdir()}
+        )
     rows = [row for row in world.rows() if row["label"] is not None]
     commit = next(iter(world.store.commits("soft_targets")))
     about = world.store.shard("soft_targets", commit.shard.sha256).about
@@ -206,7 +253,9 @@ def test_labels_of_other_rows_are_seen_before_a_step(world: World, tmp_path: Pat
     save_snapshot(planted, snapshot)
     recipe = world.changed(storage={"dir": str(tmp_path / "store"), "mantissa_bits": 23})
     job = replace(world.job(tmp_path), recipe=recipe, snapshots={"train": snapshot.id})
-    with pytest.raises(IntegrityError, match=r"token_logprob: .* rows that were looked at are wrong"):
+    with pytest.raises(
+        IntegrityError, match=r"token_logprob: .* rows that were looked at are wrong"
+    ):
         train.run(job)
     assert not (tmp_path / "student" / "train.json").exists()
 
@@ -218,18 +267,23 @@ class TestStudents:
         assert model.classifier.out_features == 3
 
     def test_a_body_without_a_head_gets_one_by_the_seed(self, world: World, tmp_path: Path) -> None:
-        full = AutoModelForSequenceClassification.from_pretrained(save_tiny_bert(tmp_path / "full", seed=4))
+        full = AutoModelForSequenceClassification.from_pretrained(
+            save_tiny_bert(tmp_path / "full", seed=4)
+        )
         full.base_model.save_pretrained(tmp_path / "body")
         AutoTokenizer.from_pretrained(world.teacher).save_pretrained(tmp_path / "body")
         recipe = world.changed(student={"model": str(tmp_path / "body")})
         one, same = (initial_student(recipe, world.teacher) for _ in range(2))
         other = initial_student(
-            recipe.model_copy(update={"run": recipe.run.model_copy(update={"seed": 1})}), world.teacher
+            recipe.model_copy(update={"run": recipe.run.model_copy(update={"seed": 1})}),
+            world.teacher,
         )
         assert torch.equal(one.classifier.weight, same.classifier.weight)
         assert not torch.equal(one.classifier.weight, other.classifier.weight)
         body = BertModel.from_pretrained(tmp_path / "body")
-        assert torch.equal(one.base_model.embeddings.word_embeddings.weight, body.embeddings.word_embeddings.weight)
+        assert torch.equal(
+            one.base_model.embeddings.word_embeddings.weight, body.embeddings.word_embeddings.weight
+        )
 
     def test_lora_trains_adapters_and_the_head(self, world: World, tmp_path: Path) -> None:
         folder = save_tiny_bert(tmp_path / "small", seed=4)
@@ -284,8 +338,13 @@ class TestInvariants:
 def test_samples_carry_labels(world: World) -> None:
     snapshot = world.plan().snapshots["train"]
     samples = Samples(world.store, snapshot, soft=True, classified=True)
-    found = {sample.token_ids.tobytes() + str(sample.label).encode() for sample in samples.read(0, len(samples))}
-    assert found == {r["token_ids"].tobytes() + str(r["label"]).encode() for r in rows_of(world.store, snapshot)}
+    found = {
+        sample.token_ids.tobytes() + str(sample.label).encode()
+        for sample in samples.read(0, len(samples))
+    }
+    assert found == {
+        r["token_ids"].tobytes() + str(r["label"]).encode() for r in rows_of(world.store, snapshot)
+    }
     assert (samples.lengths().scored_tokens, samples.lengths().samples) == (48, 48)
 
 
@@ -300,7 +359,9 @@ def test_real_sentences_with_a_real_tokenizer(assets: Path, tmp_path: Path) -> N
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (teacher / name).unlink()
     tokenizer.save_pretrained(teacher)
-    rows = pq.read_table(assets / "classify" / "sst2" / "validation.parquet").slice(0, 40).to_pylist()
+    rows = (
+        pq.read_table(assets / "classify" / "sst2" / "validation.parquet").slice(0, 40).to_pylist()
+    )
     section = {"source": str(tmp_path / "rows.jsonl"), "format": "labelled", "holdout": 8}
     world = World(tmp_path, teacher, rows, data=section).scored()
     found = {row["text"]: row["label"] for row in world.rows("prompts")}

@@ -43,7 +43,11 @@ class World:
         for section, fields in {"storage": {"dir": str(store.root)}, **changes}.items():
             tree[section] |= fields
         recipe, snapshot = Recipe.model_validate(tree), snapshot_of(store)
-        ids = {"teacher_id": self.teacher_id, "train_dirs": {"student": folder}, "snapshots": {"train": snapshot.id}}
+        ids = {
+            "teacher_id": self.teacher_id,
+            "train_dirs": {"student": folder},
+            "snapshots": {"train": snapshot.id},
+        }
         return Job(recipe=recipe, progress=SilentProgress(), stop=StopFlag(), **ids), snapshot
 
 

@@ -5,7 +5,13 @@ import pytest
 import torch
 from tiny_models import make_sample
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen3MoeConfig,
+)
 
 from stillroom.stages.loader.samples import Cursor, Sample, Step
 from stillroom.stages.models.head import hidden_states, split_head
@@ -28,7 +34,9 @@ CONFIGS = {
 
 
 def build(config):
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager")  # torch does not count its CPU kernel
+    return AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager"
+    )  # torch does not count its CPU kernel
 
 
 def one(lengths, start=2):
@@ -88,7 +96,10 @@ def test_a_window_limits_what_a_position_sees():
         model = build(config)
         return of(model).step(one([n])) - of(model).token * n - of(model).scored_token * (n - 2)
 
-    windowed, whole = MistralConfig(**SIZES, sliding_window=10), MistralConfig(**SIZES, sliding_window=None)
+    windowed, whole = (
+        MistralConfig(**SIZES, sliding_window=10),
+        MistralConfig(**SIZES, sliding_window=None),
+    )
     assert pairs(whole, 40) == 3 * 12 * 48 * 40 * 40
     assert pairs(windowed, 40) == pairs(whole, 40) * 10 / 40
     assert pairs(windowed, 8) == pairs(whole, 8)
@@ -119,7 +130,9 @@ def test_the_peak_is_the_vendors_where_the_gpu_is_known(monkeypatch):
         assert name in peak.of
 
 
-@pytest.mark.parametrize("name", ["NVIDIA A10G", "NVIDIA L40", "NVIDIA RTX A4000", "NVIDIA RTX A1000"])
+@pytest.mark.parametrize(
+    "name", ["NVIDIA A10G", "NVIDIA L40", "NVIDIA RTX A4000", "NVIDIA RTX A1000"]
+)
 def test_a_gpu_whose_name_begins_alike_is_another_one(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
     monkeypatch.setattr("stillroom.stages.train.flops._product_rate", lambda *_: 1e12)

@@ -11,7 +11,10 @@ from stillroom.stages.train.optimizer import learning_rate, make_optimizer
 
 
 def train(**changes):
-    return Train(**{"tokens": 1000, "learning_rate": 2.0, "warmup_fraction": 0.1, "final_fraction": 0.25} | changes)
+    return Train(
+        **{"tokens": 1000, "learning_rate": 2.0, "warmup_fraction": 0.1, "final_fraction": 0.25}
+        | changes
+    )
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
@@ -24,7 +27,9 @@ def test_warms_up_to_the_peak_and_never_rises_again(schedule):
     assert rates[-1] == pytest.approx(2.0 if schedule == "constant" else 0.5)
 
 
-@pytest.mark.parametrize(("schedule", "halfway"), [("cosine", 1.25), ("linear", 1.25), ("constant", 2.0), ("wsd", 2.0)])
+@pytest.mark.parametrize(
+    ("schedule", "halfway"), [("cosine", 1.25), ("linear", 1.25), ("constant", 2.0), ("wsd", 2.0)]
+)
 def test_halfway_between_warm_up_and_end(schedule, halfway):
     assert learning_rate(0.55, train(schedule=schedule)) == pytest.approx(halfway)
 
@@ -57,5 +62,6 @@ def test_a_step_is_adamw_by_hand():
     optimizer = make_optimizer(model, train(weight_decay=0.1, learning_rate=0.5))
     parameter.grad = torch.tensor([[3.0]])
     optimizer.step()
-    # In the first step both moments are unbiased to g and g^2, so the update is the sign of g; the rest is decay.
+    # In the first step both moments are unbiased to g and g^2, so the update is the sign of g; the
+    # rest is decay.
     assert float(parameter.detach()) == pytest.approx(2 - 0.5 * 0.1 * 2 - 0.5)

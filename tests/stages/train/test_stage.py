@@ -93,18 +93,26 @@ def test_a_run_trains_and_reports(world):
     assert last["learning_rate"] == pytest.approx(0.1 * 1e-2)
     assert (job.progress.total, job.progress.tokens) == (4000, report["tokens"])
     assert job.progress.notes[-1].startswith(f"loss {last['loss']:.4f}, ")
-    assert job.progress.notes[-1].endswith("% of a matrix product's rate")  # no vendor states one for a CPU
+    assert job.progress.notes[-1].endswith(
+        "% of a matrix product's rate"
+    )  # no vendor states one for a CPU
     assert not any("padding" in line for line in job.progress.said)
     assert not report["peak"]["vendor"]
     assert report["padding_share"] == 0
     assert 0 < report["mfu"] < 1
     assert 0 <= report["waited_share"] < 1
-    assert report["tokens_per_second"] == pytest.approx(report["tokens"] / report["seconds"], rel=0.01)
-    assert [point["tokens"] for point in report["speed"]] == [point["tokens"] for point in report["history"]]
+    assert report["tokens_per_second"] == pytest.approx(
+        report["tokens"] / report["seconds"], rel=0.01
+    )
+    assert [point["tokens"] for point in report["speed"]] == [
+        point["tokens"] for point in report["history"]
+    ]
     clock = job.clock.seconds()
     assert clock["model"] > clock["tokenizer"] > 0
     assert min(clock["start"], clock["disk"]) > 0
-    assert AutoTokenizer.from_pretrained(world.folder / "run" / "student")("the cat")["input_ids"] == [1, 4, 6]
+    assert AutoTokenizer.from_pretrained(world.folder / "run" / "student")("the cat")[
+        "input_ids"
+    ] == [1, 4, 6]
     before = dict(initial_student(recipe, world.teacher).named_parameters())
     assert not same(weights(world.folder / "run"), before)
 
@@ -125,7 +133,10 @@ def test_history_is_thinned(world):
     assert 150 < len(report["history"]) == len(report["speed"]) <= train.HISTORY_POINTS
     # What lies between two points, and before the first: together the whole run.
     tokens = [0] + [point["tokens"] for point in report["speed"]]
-    spent = sum((b - a) / p["tokens_per_second"] for (a, b), p in zip(pairwise(tokens), report["speed"], strict=True))
+    spent = sum(
+        (b - a) / p["tokens_per_second"]
+        for (a, b), p in zip(pairwise(tokens), report["speed"], strict=True)
+    )
     assert spent == pytest.approx(report["seconds"] * tokens[-1] / report["tokens"], rel=0.05)
 
 
@@ -136,7 +147,9 @@ def test_history_and_board_show_what_is_scheduled(world):
     for point in report["history"]:
         assert "hard_weight" not in point
         assert point["soft_weight"] == pytest.approx(max(0.0, 1 - point["tokens"] / 1200))
-        assert point["loss"] == pytest.approx(point["soft_weight"] * point["soft"] + 0.5 * point["hard"])
+        assert point["loss"] == pytest.approx(
+            point["soft_weight"] * point["soft"] + 0.5 * point["hard"]
+        )
     board = EventAccumulator(str(world.folder / "run" / "tensorboard")).Reload()
     assert len(board.Scalars("soft_weight")) == report["steps"]
     assert "hard_weight" not in board.Tags()["scalars"]
@@ -174,7 +187,14 @@ def test_stopping_anywhere_and_going_on_changes_nothing(world, validate):
         stops = 0
         while not (world.folder / name / "train.json").exists():
             try:
-                train.run(world.job(name, recipe, validate=validate, stop=StopAfter(random.randint(1, looks // 2))))
+                train.run(
+                    world.job(
+                        name,
+                        recipe,
+                        validate=validate,
+                        stop=StopAfter(random.randint(1, looks // 2)),
+                    )
+                )
             except Stopped:
                 stops += 1
         assert stops or name == "second"
@@ -198,13 +218,17 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(world, monkeypatch):
     monkeypatch.setattr(Trainer, "step", killed_at_eight)
     with pytest.raises(SystemExit):
         train.run(world.job("killed", recipe))
-    assert [f.name for f in (world.folder / "killed" / "checkpoints").iterdir()] == ["step-00000006"]
+    assert [f.name for f in (world.folder / "killed" / "checkpoints").iterdir()] == [
+        "step-00000006"
+    ]
     monkeypatch.setattr(Trainer, "step", step)
     job = world.job("killed", recipe)
     train.run(job)
     assert "going on after step 6" in job.progress.said
     assert 0 < job.progress.tokens < summary(world.folder / "whole")["tokens"]
-    assert without_time(summary(world.folder / "killed")) == without_time(summary(world.folder / "whole"))
+    assert without_time(summary(world.folder / "killed")) == without_time(
+        summary(world.folder / "whole")
+    )
     assert same(weights(world.folder / "killed"), weights(world.folder / "whole"))
 
 
@@ -231,7 +255,12 @@ def test_checkpoints_come_by_the_clock_too(world):
 @pytest.mark.numeric
 def test_validation_keeps_the_best_student(world):
     """Far too high a rate at the end: the last student is worse than one before it."""
-    sections = {"learning_rate": 0.6, "schedule": "constant", "warmup_fraction": 0.99, "evaluate_every_tokens": 200}
+    sections = {
+        "learning_rate": 0.6,
+        "schedule": "constant",
+        "warmup_fraction": 0.99,
+        "evaluate_every_tokens": 200,
+    }
     recipe = world.recipe(train=sections | {"tokens": 3000})
     train.run(world.job("run", recipe, validate=True))
     report = summary(world.folder / "run")
@@ -241,7 +270,9 @@ def test_validation_keeps_the_best_student(world):
     assert [p["tokens"] // 200 for p in report["validation"]][:3] == [1, 2, 3]
     kept = sorted(f.name for f in (world.folder / "run" / "checkpoints").iterdir())
     assert kept == [f"step-{report['best']['step']:08d}", f"step-{report['steps']:08d}"]
-    assert validation_loss(world, world.folder / "run") == pytest.approx(report["best"]["loss"], rel=1e-4)
+    assert validation_loss(world, world.folder / "run") == pytest.approx(
+        report["best"]["loss"], rel=1e-4
+    )
 
 
 def validation_loss(world, folder):
@@ -260,8 +291,12 @@ def validation_loss(world, folder):
             position = sample.span_start - 1 + n
             t = torch.from_numpy(sample.targets.logprobs[n]).double().exp().tolist()
             tail = float(torch.tensor(float(sample.targets.tail_logprob[n])).exp())
-            total += float(over_bucket("forward_kl", logits[position], sample.targets.ids[n].tolist(), t, tail))
-            total += 0.1 * float(cross_entropy(logits[position], int(sample.token_ids[position + 1])))
+            total += float(
+                over_bucket("forward_kl", logits[position], sample.targets.ids[n].tolist(), t, tail)
+            )
+            total += 0.1 * float(
+                cross_entropy(logits[position], int(sample.token_ids[position + 1]))
+            )
         scored += sample.span_tokens
     return total / scored
 
@@ -278,8 +313,9 @@ def test_the_baseline_differs_in_the_loss_alone(world):
         assert student[name] == baseline[name]
     assert [p["tokens"] for p in student["history"]] == [p["tokens"] for p in baseline["history"]]
     assert {p["soft"] for p in baseline["history"]} == {None}
-    # The same start and first batch: another of either moves the loss by a hundredth. One arm sums with entries and the
-    # other without, and each logarithm in the sums is known to a few eps = 1.2e-7 of itself.
+    # The same start and first batch: another of either moves the loss by a hundredth. One arm sums
+    # with entries and the other without, and each logarithm in the sums is known to a few eps =
+    # 1.2e-7 of itself.
     assert student["history"][0]["hard"] == pytest.approx(baseline["history"][0]["hard"], rel=1e-5)
     assert same(weights(world.folder / "baseline"), weights(world.folder / "plain"))
     assert not same(weights(world.folder / "baseline"), weights(world.folder / "student"))
@@ -308,11 +344,18 @@ def test_what_else_the_store_holds_changes_nothing(world, tmp_path, k):
 
 
 @pytest.mark.numeric
-@pytest.mark.parametrize("student", ["tied", "lora", "checkpointing", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "student", ["tied", "lora", "checkpointing", pytest.param("bfloat16", marks=pytest.mark.slow)]
+)
 def test_kinds_of_students(world, tiny_llama, student):
     sections = {
         "tied": {"student": {"config": {"tie_word_embeddings": True}}},
-        "lora": {"student": {"model": str(tiny_llama("small", seed=3, initializer_range=0.6)), "lora": {"rank": 2}}},
+        "lora": {
+            "student": {
+                "model": str(tiny_llama("small", seed=3, initializer_range=0.6)),
+                "lora": {"rank": 2},
+            }
+        },
         "checkpointing": {"train": {"gradient_checkpointing": True}},
         "bfloat16": {"student": {"config": {}, "dtype": "bfloat16"}},
     }
@@ -322,13 +365,17 @@ def test_kinds_of_students(world, tiny_llama, student):
     losses = [point["loss"] for point in report["history"]]
     assert sum(losses[-3:]) < sum(losses[:3])
     assert (report["trained_parameters"] < report["parameters"]) == (student == "lora")
-    assert report["parameters"] == sum(p.numel() for p in load_student(world.folder / "run" / "student").parameters())
+    assert report["parameters"] == sum(
+        p.numel() for p in load_student(world.folder / "run" / "student").parameters()
+    )
     assert {p.dtype for p in weights(world.folder / "run").values()} == {torch.float32}
 
 
 @pytest.mark.numeric
 def test_lora_resumes_exactly(world, tiny_llama):
-    recipe = world.recipe(student={"model": str(tiny_llama("small", seed=3)), "lora": {"rank": 2, "dropout": 0.2}})
+    recipe = world.recipe(
+        student={"model": str(tiny_llama("small", seed=3)), "lora": {"rank": 2, "dropout": 0.2}}
+    )
     train.run(world.job("whole", recipe))
     with pytest.raises(Stopped):
         train.run(world.job("stopped", recipe, stop=StopAfter(9)))
@@ -345,8 +392,18 @@ def test_scalars_are_shown_over_tokens(world):
     train.run(world.job("run", recipe, validate=True))
     board = EventAccumulator(str(world.folder / "run" / "tensorboard")).Reload()
     report = summary(world.folder / "run")
-    names = {"loss/total", "loss/soft", "loss/hard", "learning_rate", "grad_norm", "tokens_per_second", "mfu"}
-    assert names | {"validation/total", "validation/soft", "validation/hard"} == set(board.Tags()["scalars"])
+    names = {
+        "loss/total",
+        "loss/soft",
+        "loss/hard",
+        "learning_rate",
+        "grad_norm",
+        "tokens_per_second",
+        "mfu",
+    }
+    assert names | {"validation/total", "validation/soft", "validation/hard"} == set(
+        board.Tags()["scalars"]
+    )
     shown = [event.step for event in board.Scalars("loss/total")]
     assert shown == sorted(set(shown))
     assert len(shown) == report["steps"]
@@ -375,13 +432,18 @@ class TestRefusals:
         student = tiny_llama("other")
         path = student / "tokenizer.json"
         path.write_text(path.read_text().replace('"cat": 6', '"lynx": 6'))
-        with pytest.raises(UsageError, match=r"student\.model: the tokenizer of .*other is not that of the teacher"):
+        with pytest.raises(
+            UsageError, match=r"student\.model: the tokenizer of .*other is not that of the teacher"
+        ):
             train.run(world.job("run", world.recipe(student={"model": str(student)})))
 
     def test_a_temperature_that_the_rows_do_not_have(self, world):
         """As a snapshot named in the recipe may: `plan` looks at the recipe only."""
         recipe = world.recipe(loss={"temperature": 2.0}, score={"temperatures": [1.0, 2.0]})
-        with pytest.raises(UsageError, match=r"loss\.temperature: 2 is not stored with these targets, which have 1\."):
+        with pytest.raises(
+            UsageError,
+            match=r"loss\.temperature: 2 is not stored with these targets, which have 1\.",
+        ):
             train.run(world.job("run", recipe))
         assert not (world.folder / "run" / "train.json").exists()
 
@@ -391,12 +453,15 @@ class TestRefusals:
 
     def test_a_student_with_too_short_a_context(self, world):
         recipe = world.recipe(student={"config": {"max_position_embeddings": 20}})
-        with pytest.raises(UsageError, match=f"reads at most 20 tokens .* the longest sample has {LONGEST}"):
+        with pytest.raises(
+            UsageError, match=f"reads at most 20 tokens .* the longest sample has {LONGEST}"
+        ):
             train.run(world.job("run", recipe))
 
     def test_rows_that_are_too_short(self, world):
         with pytest.raises(
-            UsageError, match=rf"train\.row_tokens: 16 is shorter than the longest sample \({LONGEST} tokens\)"
+            UsageError,
+            match=rf"train\.row_tokens: 16 is shorter than the longest sample \({LONGEST} tokens\)",
         ):
             train.run(world.job("run", world.recipe(train={"row_tokens": 16})))
 
@@ -404,9 +469,12 @@ class TestRefusals:
     def test_a_kernel_that_cannot_run_here(self, world, monkeypatch):
         """Before the rows are looked at, which may take long."""
         monkeypatch.setattr(
-            "stillroom.stages.audit.before_training.audit_rows", lambda *_: pytest.fail("rows were audited")
+            "stillroom.stages.audit.before_training.audit_rows",
+            lambda *_: pytest.fail("rows were audited"),
         )
-        with pytest.raises(UsageError, match=r"train\.kernel: triton cannot run, .* 'cpu', expected an NVIDIA GPU"):
+        with pytest.raises(
+            UsageError, match=r"train\.kernel: triton cannot run, .* 'cpu', expected an NVIDIA GPU"
+        ):
             train.run(world.job("run", world.recipe(train={"kernel": "triton"})))
 
 
@@ -414,7 +482,9 @@ class TestRefusals:
 def test_a_larger_teacher_vocabulary_goes_into_the_tail(tiny_llama, tmp_path):
     """The teacher's embedding is padded to 40, the student's ends at 32, as with models of one family."""
     world = World(tiny_llama("teacher", vocab_size=40, initializer_range=0.6), tmp_path, k=30)
-    recipe = world.recipe(score={"k": 30}, student={"model": str(tiny_llama("small", seed=3, vocab_size=32))})
+    recipe = world.recipe(
+        score={"k": 30}, student={"model": str(tiny_llama("small", seed=3, vocab_size=32))}
+    )
     train.run(world.job("run", recipe))
     history = summary(world.folder / "run")["history"]
     assert history[-1]["soft"] < history[0]["soft"]
@@ -426,13 +496,22 @@ def test_a_real_teacher_teaches(assets, tmp_path):
     teacher = assets / "models" / "stories260k-llama-hd32"
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     story = "Once upon a time, there was a little girl named Lily. She loved to play outside with her dog {} in the {}."
-    pairs = [(a, b) for a in ("Max", "Spot", "Tim", "Sam") for b in ("park", "sun", "garden", "rain", "snow")]
+    pairs = [
+        (a, b)
+        for a in ("Max", "Spot", "Tim", "Sam")
+        for b in ("park", "sun", "garden", "rain", "snow")
+    ]
     texts = [tokenizer(story.format(*pair))["input_ids"] for pair in pairs]
     world = World(teacher, tmp_path, texts=texts, k=16)
     recipe = world.recipe(
         score={"k": 16},
         student={"config": {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64}},
-        train={"tokens": 6000, "tokens_per_step": 300, "tokens_per_pass": 300, "learning_rate": 2e-2},
+        train={
+            "tokens": 6000,
+            "tokens_per_step": 300,
+            "tokens_per_pass": 300,
+            "learning_rate": 2e-2,
+        },
     )
     train.run(world.job("run", recipe))
     history = summary(world.folder / "run")["history"]
@@ -459,11 +538,15 @@ def test_what_a_run_took_counts_over_its_stops(world):
     report = summary(world.folder / "run")
     steps = [point["tokens"] for point in report["speed"]]
     assert steps == sorted(set(steps)) == [point["tokens"] for point in report["history"]]
-    assert report["tokens_per_second"] == pytest.approx(report["tokens"] / report["seconds"], rel=0.01)
+    assert report["tokens_per_second"] == pytest.approx(
+        report["tokens"] / report["seconds"], rel=0.01
+    )
 
 
 def test_a_student_that_attends_otherwise_gets_rows_with_padding(world, monkeypatch):
-    monkeypatch.setattr("stillroom.stages.models.attention.attend_apart", lambda *_: "it has dropout")
+    monkeypatch.setattr(
+        "stillroom.stages.models.attention.attend_apart", lambda *_: "it has dropout"
+    )
     job = world.job("run", world.recipe(train={"tokens": 300}))
     train.run(job)
     said = "this student cannot attend within samples of one row (it has dropout): rows get padding"

@@ -24,7 +24,12 @@ pytestmark = pytest.mark.numeric
 
 
 def make_trainer(model=None, *, loss=None, dtype=torch.float32, tokens_per_pass=40, **changes):
-    settings = {"tokens": 1000, "learning_rate": 1e-2, "warmup_fraction": 0.0, "schedule": "constant"} | changes
+    settings = {
+        "tokens": 1000,
+        "learning_rate": 1e-2,
+        "warmup_fraction": 0.0,
+        "schedule": "constant",
+    } | changes
     return Trainer(
         build(CONFIGS["llama"]) if model is None else model,
         packing=Packing(tokens_per_pass=tokens_per_pass, vocab_size=V),
@@ -52,7 +57,9 @@ def expected_gradient(model, step, loss):
         )
         states = hidden[sample.span_start - 1 : -1]
         logits = split_head(model).logits(states)
-        parts = logits_distillation(logits, targets, objective=Objective(divergence=loss.divergence))
+        parts = logits_distillation(
+            logits, targets, objective=Objective(divergence=loss.divergence)
+        )
         total = total + (loss.soft_weight * parts.soft + loss.hard_weight * parts.hard).sum()
     (total / step.scored_tokens).backward()
     gradients = [p.grad.clone() for p in model.parameters()]
@@ -100,13 +107,22 @@ def test_gradient_norm_is_reported_before_clipping_and_clipped():
 def test_a_schedule_that_never_changes_is_the_number_bit_for_bit():
     def constant(value):
         flat = {"start": value, "end": value}
-        return [value, flat | {"shape": "linear"}, flat | {"shape": "cosine"}, flat | {"shape": "wsd", "peak": value}]
+        return [
+            value,
+            flat | {"shape": "linear"},
+            flat | {"shape": "cosine"},
+            flat | {"shape": "wsd", "peak": value},
+        ]
 
     found = []
     for soft, hard, temperature in zip(constant(0.7), constant(0.3), constant(1.0), strict=True):
-        trainer = make_trainer(loss=Loss(soft_weight=soft, hard_weight=hard, temperature=temperature))
+        trainer = make_trainer(
+            loss=Loss(soft_weight=soft, hard_weight=hard, temperature=temperature)
+        )
         results = [trainer.step(make_step(n), done=n / 3) for n in (1, 2, 3)]
-        found.append(([r.losses for r in results], trainer.validate([make_step()]), trainer.weights()))
+        found.append(
+            ([r.losses for r in results], trainer.validate([make_step()]), trainer.weights())
+        )
     for losses, validation, weights in found[1:]:
         assert (losses, validation) == found[0][:2]
         assert all(torch.equal(weight, found[0][2][name]) for name, weight in weights.items())
@@ -131,7 +147,10 @@ def test_a_mean_that_weighs_nothing_is_left_out():
     sums, objective = torch.tensor([6.0, torch.inf], dtype=torch.float64), Objective()
     found = _means(sums, 3, Aim(soft_weight=0.5, hard_weight=0.0, objective=objective))
     assert (found.loss, found.soft, found.hard) == (1.0, 2.0, math.inf)
-    assert _means(sums.flip(0), 3, Aim(soft_weight=0.0, hard_weight=0.5, objective=objective)).loss == 1.0
+    assert (
+        _means(sums.flip(0), 3, Aim(soft_weight=0.0, hard_weight=0.5, objective=objective)).loss
+        == 1.0
+    )
 
 
 def fail_above(trainer, tokens, error):
@@ -163,7 +182,10 @@ def test_out_of_memory_halves_the_passes_and_retries_the_step():
 def test_out_of_memory_with_one_sample_is_said():
     trainer = make_trainer()
     fail_above(trainer, 0, torch.OutOfMemoryError("tried to allocate 20.00 GiB"))
-    with pytest.raises(StillroomError, match=r"forward pass of 20 tokens, one sample alone .*gradient_checkpointing"):
+    with pytest.raises(
+        StillroomError,
+        match=r"forward pass of 20 tokens, one sample alone .*gradient_checkpointing",
+    ):
         trainer.step(make_step(), done=0.5)
 
 
@@ -172,10 +194,16 @@ def test_out_of_memory_in_a_validation_halves_the_passes_or_is_said():
     fail_above(trainer, 30, torch.OutOfMemoryError("tried to allocate"))
     found = trainer.validate([make_step()])
     assert trainer.tokens_per_pass == 25
-    # Passes of 25 tokens instead of 40: other shapes of the same products, a few eps = 1.2e-7 of a loss.
-    assert (found.loss, found.soft, found.hard) == pytest.approx((usual.loss, usual.soft, usual.hard), rel=1e-5)
+    # Passes of 25 tokens instead of 40: other shapes of the same products, a few eps = 1.2e-7 of a
+    # loss.
+    assert (found.loss, found.soft, found.hard) == pytest.approx(
+        (usual.loss, usual.soft, usual.hard), rel=1e-5
+    )
     fail_above(trainer, 0, torch.OutOfMemoryError("tried to allocate 20.00 GiB"))
-    with pytest.raises(StillroomError, match=r"forward pass of 20 tokens, one sample alone .*gradient_checkpointing"):
+    with pytest.raises(
+        StillroomError,
+        match=r"forward pass of 20 tokens, one sample alone .*gradient_checkpointing",
+    ):
         trainer.validate([make_step()])
 
 
@@ -200,7 +228,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change():
     with torch.no_grad():
         trainer.model.get_output_embeddings().weight[3, 0] = torch.inf
     before = {name: w.clone() for name, w in trainer.weights().items()}
-    with pytest.raises(StillroomError, match=r"at step 4 the loss is (nan|inf).*Lower train\.learning_rate"):
+    with pytest.raises(
+        StillroomError, match=r"at step 4 the loss is (nan|inf).*Lower train\.learning_rate"
+    ):
         trainer.step(make_step(4), done=0.5)
     assert all(torch.equal(w, before[name]) for name, w in trainer.weights().items())
 
@@ -224,7 +254,9 @@ def test_bfloat16_passes_keep_float32_weights_and_nearly_the_same_loss():
 
 def test_gradient_checkpointing_changes_nothing_but_memory():
     plain, saving = make_trainer(), make_trainer()
-    saving.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    saving.model.gradient_checkpointing_enable(
+        gradient_checkpointing_kwargs={"use_reentrant": False}
+    )
     for trainer in (plain, saving):
         trainer.step(make_step(), done=0.5)
     for name, weight in plain.weights().items():
@@ -273,7 +305,9 @@ def test_where_to_compute(monkeypatch):
 def fed(trainer, steps, total):
     """The results of some steps whose passes are made ahead."""
     with Prefetch(steps, lambda step: trainer.passes(step, done=step.after.step / total)) as feed:
-        return [trainer.step(step, done=step.after.step / total, passes=feed.passes) for step in feed]
+        return [
+            trainer.step(step, done=step.after.step / total, passes=feed.passes) for step in feed
+        ]
 
 
 def test_passes_made_ahead_change_nothing():

@@ -43,7 +43,9 @@ class FakeWandb:
             self.finished += 1
 
         summary = points[-1] if points else {}
-        return SimpleNamespace(log=log, finish=finish, summary=summary, define_metric=lambda *_, **__: None)
+        return SimpleNamespace(
+            log=log, finish=finish, summary=summary, define_metric=lambda *_, **__: None
+        )
 
     def _work(self, name: str) -> None:
         if self.broken == name:
@@ -73,20 +75,30 @@ def job(shared: tuple[Any, Any, str], tmp_path: Any) -> Job:
     return make_job(recipe, tmp_path / "run" / "train-1", train=snapshot)
 
 
-def test_it_gets_what_tensorboard_gets_in_one_run_also_when_stopped_and_gone_on(job: Job, wandb: FakeWandb) -> None:
+def test_it_gets_what_tensorboard_gets_in_one_run_also_when_stopped_and_gone_on(
+    job: Job, wandb: FakeWandb
+) -> None:
     with pytest.raises(Stopped):
         train.run(replace(job, stop=StopAfter(9)))
     train.run(job)
     first, second = wandb.started
     assert first["id"] == second["id"]
-    assert (second["project"], second["resume"], second["name"]) == ("stories", "allow", "run/train-1")
+    assert (second["project"], second["resume"], second["name"]) == (
+        "stories",
+        "allow",
+        "run/train-1",
+    )
     assert second["config"]["recipe"]["train"]["tokens"] == 900
     assert wandb.finished == 2
     board = EventAccumulator(str(job.train_dirs["student"] / "tensorboard")).Reload()
     (points,) = wandb.runs.values()
-    shown = {name: {e.step: e.value for e in board.Scalars(name)} for name in board.Tags()["scalars"]}
+    shown = {
+        name: {e.step: e.value for e in board.Scalars(name)} for name in board.Tags()["scalars"]
+    }
     logged = {name: {p["tokens"]: p[name] for p in points if name in p} for name in shown}
-    assert {name: set(values) for name, values in logged.items()} == {name: set(v) for name, v in shown.items()}
+    assert {name: set(values) for name, values in logged.items()} == {
+        name: set(v) for name, v in shown.items()
+    }
     assert logged["loss/total"] == pytest.approx(shown["loss/total"], rel=1e-5)
     tokens = [point["tokens"] for point in points]
     assert tokens == sorted(tokens)
@@ -105,7 +117,10 @@ def test_what_cannot_start_is_refused_before_any_step(
     job: Job, wandb: FakeWandb, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wandb.broken = "init"
-    with pytest.raises(UsageError, match=r"train\.wandb: wandb does not start \(ConnectionError.*WANDB_MODE=offline"):
+    with pytest.raises(
+        UsageError,
+        match=r"train\.wandb: wandb does not start \(ConnectionError.*WANDB_MODE=offline",
+    ):
         train.run(job)
     monkeypatch.setattr(scalars, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"'stories' asks for Weights & Biases.*pip install wandb"):
@@ -117,5 +132,7 @@ def test_what_cannot_start_is_refused_before_any_step(
 def test_it_does_not_decide_the_student(job: Job) -> None:
     from stillroom.pipeline.plan.students import train_settings
 
-    plain = job.recipe.model_copy(update={"train": job.recipe.train.model_copy(update={"wandb": None})})
+    plain = job.recipe.model_copy(
+        update={"train": job.recipe.train.model_copy(update={"wandb": None})}
+    )
     assert train_settings(job.recipe, "s", "student") == train_settings(plain, "s", "student")

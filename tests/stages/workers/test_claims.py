@@ -36,7 +36,9 @@ class Table:
             if backup and backups is not None:
                 backups.append(len(self.done))
 
-        for _, rows in Claims(files, "generate", data="d").blocks(self.blocks, look=look, left=left):
+        for _, rows in Claims(files, "generate", data="d").blocks(
+            self.blocks, look=look, left=left
+        ):
             for row in rows:
                 if row not in self.done:
                     self.made[row] += 1
@@ -44,7 +46,9 @@ class Table:
                     self.done.add(row)
 
 
-def alternate(workers: list[Iterator[tuple[int, int]]], choose: Callable[[int], int]) -> Counter[int]:
+def alternate(
+    workers: list[Iterator[tuple[int, int]]], choose: Callable[[int], int]
+) -> Counter[int]:
     """Give one worker after the other a step until all have ended; rows made by each."""
     shares: Counter[int] = Counter()
     running = dict(enumerate(workers))
@@ -60,13 +64,17 @@ def alternate(workers: list[Iterator[tuple[int, int]]], choose: Callable[[int], 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 5])
 @pytest.mark.parametrize("seed", range(4))
-def test_workers_share_evenly_and_make_little_twice(tmp_path: Path, workers: int, seed: int) -> None:
+def test_workers_share_evenly_and_make_little_twice(
+    tmp_path: Path, workers: int, seed: int
+) -> None:
     table, made = Table(24), random.Random(seed)
     shares = alternate([table.worker(LocalFiles(tmp_path)) for _ in range(workers)], made.randrange)
     assert table.done == set(table.made)
     assert len(table.done) == table.rows
     assert min(shares.values()) > 0.7 * table.rows / workers
-    assert table.made.total() - table.rows <= ROWS * (workers - 1)  # only where they meet, at the very end
+    assert table.made.total() - table.rows <= ROWS * (
+        workers - 1
+    )  # only where they meet, at the very end
 
 
 def test_blocks_of_a_worker_that_vanished_are_taken_last_and_at_once(tmp_path: Path) -> None:
@@ -105,14 +113,25 @@ def test_another_recipe_is_other_work(tmp_path: Path) -> None:
     for settings in ({"temperature": 1.0}, {"temperature": 0.5}):
         claims = Claims(LocalFiles(tmp_path), "generate", data="d", settings=settings)
         said: list[bool] = []
-        made.append({block for _, (block,) in claims.blocks([0, 1], look=said.append, left=lambda block: [block])})
+        made.append(
+            {
+                block
+                for _, (block,) in claims.blocks(
+                    [0, 1], look=said.append, left=lambda block: [block]
+                )
+            }
+        )
         assert said == [False, False]
     assert made == [{0, 1}, {0, 1}]
 
 
 def test_nothing_to_do_is_nothing_to_claim(tmp_path: Path) -> None:
-    assert not list(Claims(LocalFiles(tmp_path), "score").blocks([], look=lambda _: None, left=lambda _: [1]))
-    assert not list(Claims(LocalFiles(tmp_path), "score").blocks([3, 4], look=lambda _: None, left=lambda _: []))
+    assert not list(
+        Claims(LocalFiles(tmp_path), "score").blocks([], look=lambda _: None, left=lambda _: [1])
+    )
+    assert not list(
+        Claims(LocalFiles(tmp_path), "score").blocks([3, 4], look=lambda _: None, left=lambda _: [])
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -123,4 +142,7 @@ def test_a_claim_that_is_gone_leaves_no_hole_to_fall_into(tmp_path: Path) -> Non
     for first in tmp_path.glob("claims/**/*.0.json"):
         first.rename(first.with_name(first.name.replace(".0.", ".3.")))
     assert len(list(table.worker(files))) == table.rows
-    assert {path.name for path in tmp_path.glob("claims/**/*.4.json")} == {"00000000.4.json", "00000001.4.json"}
+    assert {path.name for path in tmp_path.glob("claims/**/*.4.json")} == {
+        "00000000.4.json",
+        "00000001.4.json",
+    }

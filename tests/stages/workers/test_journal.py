@@ -8,7 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from stillroom.stages.workers.journal import Journal, find_suspects, mark_seen, new_journal, read_journal
+from stillroom.stages.workers.journal import (
+    Journal,
+    find_suspects,
+    mark_seen,
+    new_journal,
+    read_journal,
+)
 from stillroom.stages.workers.locks import only_one, worker_number
 from stillroom.storage.errors import EngineDied, Stopped
 
@@ -40,7 +46,9 @@ def test_a_journal_says_what_is_in_flight(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [Stopped, ValueError])
-def test_only_the_death_of_an_engine_leaves_a_journal(tmp_path: Path, error: type[Exception]) -> None:
+def test_only_the_death_of_an_engine_leaves_a_journal(
+    tmp_path: Path, error: type[Exception]
+) -> None:
     path = new_journal(tmp_path, "generate")
     with suppress(error), Journal(path) as journal:
         journal.take([A])

@@ -11,7 +11,13 @@ from stillroom.storage.store.store import Store
 
 
 def reject(number: int, reason: str) -> dict[str, Any]:
-    return {"key": bytes([number]) * 16, "stage": "score", "reason": reason, "message": "no", "attempts": 1}
+    return {
+        "key": bytes([number]) * 16,
+        "stage": "score",
+        "reason": reason,
+        "message": "no",
+        "attempts": 1,
+    }
 
 
 def reasons(tmp_path: Path, *, proven: bool, works: bool) -> list[str]:
@@ -23,7 +29,9 @@ def reasons(tmp_path: Path, *, proven: bool, works: bool) -> list[str]:
             rejects.engine_works()
         rejects.add(reject(2, "engine_died"))
         if not (proven or works):
-            with pytest.raises(StillroomError, match=r"all 2 rows that were tried failed \(engine: no\)"):
+            with pytest.raises(
+                StillroomError, match=r"all 2 rows that were tried failed \(engine: no\)"
+            ):
                 rejects.check()
         else:
             rejects.check()
@@ -31,7 +39,9 @@ def reasons(tmp_path: Path, *, proven: bool, works: bool) -> list[str]:
 
 
 @pytest.mark.parametrize(("proven", "works"), [(True, False), (False, True), (True, True)])
-def test_failed_rows_are_rejected_where_the_engine_works(tmp_path: Path, proven: bool, works: bool) -> None:
+def test_failed_rows_are_rejected_where_the_engine_works(
+    tmp_path: Path, proven: bool, works: bool
+) -> None:
     assert reasons(tmp_path, proven=proven, works=works) == ["engine", "engine_died"]
 
 

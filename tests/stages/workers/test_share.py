@@ -61,10 +61,13 @@ def test_a_worker_leaves_when_others_have_committed_what_it_has_in_flight(
     monkeypatch.setattr(share, "LOOK_SECONDS", 0.0)
     monkeypatch.setattr(share, "LOOK_SHARE", 0)
     other: list[int] = []
-    at = 1 + 4 * 10 + 2  # one look after loading, ten steps in a batch: in the midst of the fifth of six
+    at = (
+        1 + 4 * 10 + 2
+    )  # one look after loading, ten steps in a batch: in the midst of the fifth of six
     stop = Beside(at, lambda: other.append(generate.run(job, author).rows))
     mine = generate.run(replace(job, stop=stop), author)
-    # Four batches are done; the last of them may be in a shard that is still in the making, and is then the other's.
+    # Four batches are done; the last of them may be in a shard that is still in the making, and is
+    # then the other's.
     assert mine.rows in (8, 16)
     assert other == [ROWS - mine.rows]
     assert stop.looks == at  # and not to the end of the batch
@@ -165,7 +168,9 @@ def test_a_batch_that_fails_is_halved_down_to_the_row_it_fails_on(
     assert failed.attempts == 5  # 11, 6, 3, 2 and 1 rows
 
 
-def test_a_device_that_takes_no_more_work_is_an_engine_that_died(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_takes_no_more_work_is_an_engine_that_died(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     check_device(torch.device("cpu"), "a row's own fault")
 
     def lost(*_: Any, **__: Any) -> None:
@@ -225,7 +230,9 @@ def test_a_step_of_vllm_that_raises_is_the_engines_death(monkeypatch: pytest.Mon
         raise ValueError("EngineCore encountered an issue")
 
     fake = FakeVllm(iter([lambda: fake.finish(), broken]))
-    found = vllm_on(fake, monkeypatch).generate([Request(n, [1], seed=n) for n in range(3)], lambda: None)
+    found = vllm_on(fake, monkeypatch).generate(
+        [Request(n, [1], seed=n) for n in range(3)], lambda: None
+    )
     assert next(found).number == 0
     with pytest.raises(EngineDied, match="vLLM: ValueError: EngineCore encountered an issue"):
         next(found)
@@ -239,7 +246,9 @@ def test_what_vllm_holds_when_it_is_left_is_taken_from_it(monkeypatch: pytest.Mo
         if next(beats, Stopped) is not None:
             raise share.DoneByOthers
 
-    found = vllm_on(fake, monkeypatch).generate([Request(n, [1], seed=n) for n in range(3)], heartbeat)
+    found = vllm_on(fake, monkeypatch).generate(
+        [Request(n, [1], seed=n) for n in range(3)], heartbeat
+    )
     fake.step = lambda: fake.finish() if len(fake.held) > 2 else []
     assert next(found).number == 0
     with pytest.raises(share.DoneByOthers):
@@ -266,7 +275,9 @@ class BusyVllm(FakeVllm):
         done = [name for name in running if not self._left[name]]
         self.held = [name for name in self.held if name not in done]
         text = SimpleNamespace(token_ids=[5], text="cat", finish_reason="stop")
-        return [SimpleNamespace(finished=True, request_id=f"{name}-x", outputs=[text]) for name in done]
+        return [
+            SimpleNamespace(finished=True, request_id=f"{name}-x", outputs=[text]) for name in done
+        ]
 
     def add(self, number: int) -> None:
         super().add(number)

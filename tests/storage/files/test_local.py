@@ -66,7 +66,9 @@ def test_a_link_that_worked_but_said_it_failed_is_a_win(tmp_path):
             raise FileExistsError(errno.EEXIST, "answer lost", str(final))
 
     assert Lost(tmp_path).put_if_absent("a", b"x")
-    assert Lost(tmp_path).put_content("d", lambda path: path.write_bytes(b"x"), suffix="").bytes == 1
+    assert (
+        Lost(tmp_path).put_content("d", lambda path: path.write_bytes(b"x"), suffix="").bytes == 1
+    )
 
 
 def test_put_content_is_named_by_its_bytes(tmp_path):
@@ -75,7 +77,10 @@ def test_put_content_is_named_by_its_bytes(tmp_path):
     content = files.put_content("data", lambda path: path.write_bytes(b"content"), suffix=".bin")
     assert content.name == f"data/{sha256[:2]}/{sha256[:32]}.bin"
     assert (content.sha256, content.bytes) == (sha256, 7)
-    assert files.put_content("data", lambda path: path.write_bytes(b"content"), suffix=".bin") == content
+    assert (
+        files.put_content("data", lambda path: path.write_bytes(b"content"), suffix=".bin")
+        == content
+    )
 
 
 def test_put_content_heals_a_damaged_file_of_that_name(tmp_path):
@@ -96,7 +101,9 @@ def test_put_content_heals_a_damaged_file_of_that_name(tmp_path):
     ],
 )
 @pytest.mark.parametrize("step", ["_write", "_sync_file", "_link", "_sync_folder"])
-def test_a_failed_step_names_file_and_remedy_and_leaves_no_temporary(tmp_path, monkeypatch, number, says, step):
+def test_a_failed_step_names_file_and_remedy_and_leaves_no_temporary(
+    tmp_path, monkeypatch, number, says, step
+):
     def fail(self, path, *rest):
         raise OSError(number, os.strerror(number), str(path))
 
@@ -119,7 +126,9 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
         lambda files: files.put_content("folder", lambda path: path.write_bytes(b"x"), suffix=""),
         lambda files: files.replace("name", b"x"),
     ):
-        with pytest.raises(StillroomError, match=r"^/proc/nowhere: no folder can be made there\. Choose another"):
+        with pytest.raises(
+            StillroomError, match=r"^/proc/nowhere: no folder can be made there\. Choose another"
+        ):
             write(LocalFiles("/proc/nowhere"))
 
 

@@ -1,6 +1,7 @@
 """A store on S3 has each key once, whatever becomes of an upload and its answer.
 
-The faults are the server's (`s3_server.py`), so that drivers and connections see what they would see of S3.
+The faults are the server's (`s3_server.py`), so that drivers and connections see what they would
+see of S3.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,9 @@ from stillroom.storage.files.objects import ObjectFiles
 from stillroom.storage.store.store import Store
 
 COMMIT_UPLOADS = 2  # the shard and its record
-UPLOADS = 3 + 2 * COMMIT_UPLOADS  # a new store with two commits: two probes and the marker come first
+UPLOADS = (
+    3 + 2 * COMMIT_UPLOADS
+)  # a new store with two commits: two probes and the marker come first
 
 
 def add(store: Store, samples: Any, rows: range) -> int:
@@ -69,7 +72,9 @@ class LateFiles(ObjectFiles):
 
 @pytest.mark.parametrize("number", range(1, 6))
 def test_an_upload_that_arrives_after_a_rival_took_its_number_is_dropped(s3, samples, number):
-    files = LateFiles(s3.root, number, lambda: add(Store.open(s3.root, create=True), samples, range(2, 5)))
+    files = LateFiles(
+        s3.root, number, lambda: add(Store.open(s3.root, create=True), samples, range(2, 5))
+    )
     add(Store.from_files(files, create=True), samples, range(6))
     assert files.left <= 0
     samples.assert_each_key_once(s3.root, 6)
@@ -98,7 +103,9 @@ def test_an_outage_that_lasts_says_so_and_nothing_is_lost(s3, samples):
     store = Store.open(s3.root, create=True)
     add(store, samples, range(3))
     s3.fault("409", number=2, times=100)
-    with pytest.raises(StillroomError, match=r"commits/soft_targets/00000001\.json: cannot write.*Run the same"):
+    with pytest.raises(
+        StillroomError, match=r"commits/soft_targets/00000001\.json: cannot write.*Run the same"
+    ):
         add(store, samples, range(6))
     s3.fault("")
     add(Store.open(s3.root, create=True), samples, range(6))

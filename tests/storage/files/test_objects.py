@@ -70,12 +70,18 @@ def test_workers_that_a_loader_forks_read_the_same(s3, samples):
 
     store = Store.open(s3.root, create=True)
     add(store, samples, range(12))
-    shards = {commit.shard.sha256: range(commit.shard.rows) for commit in store.commits("soft_targets")}
+    shards = {
+        commit.shard.sha256: range(commit.shard.rows) for commit in store.commits("soft_targets")
+    }
     training = Samples(store, make_snapshot(store, "soft_targets", shards, {}), soft=True)
     read = []
     for workers in (0, 2):  # the first of them uses the connections that the forks then find
-        loader = DataLoader(SnapshotDataset(training, global_batch=4), batch_size=None, num_workers=workers)
-        read.append([[sample.token_ids.tobytes() for sample in batch] for batch in islice(loader, 6)])
+        loader = DataLoader(
+            SnapshotDataset(training, global_batch=4), batch_size=None, num_workers=workers
+        )
+        read.append(
+            [[sample.token_ids.tobytes() for sample in batch] for batch in islice(loader, 6)]
+        )
     assert read[0] == read[1]
 
 
@@ -83,7 +89,11 @@ def test_sql_reads_what_records_name_and_nothing_else(s3, samples, tmp_path):
     store = Store.open(s3.root, create=True)
     add(store, samples, range(3))
     (tmp_path / "secret.csv").write_text("a\n1\n")
-    for source in (tmp_path / "secret.csv", f"{s3.root}/STORE.json", "stillroom://store/STORE.json"):
+    for source in (
+        tmp_path / "secret.csv",
+        f"{s3.root}/STORE.json",
+        "stillroom://store/STORE.json",
+    ):
         with pytest.raises((UsageError, IntegrityError)):
             query(store, f"SELECT * FROM read_csv('{source}')")
     assert query(store, "SELECT shard FROM commits")["shard"].to_pylist() == [
@@ -163,7 +173,10 @@ def test_files_are_listed_with_sizes_and_read_many_at_a_time(s3):
     assert files.names("nowhere") == []
     assert files.read_many([*contents, "folder/none"]) == contents
     found = {name: size for name, size, changed in files.walk("folder") if changed > 0}
-    assert found == {name: len(data) for name, data in contents.items()} | {"folder/deeper/x": 1, "folder/.hidden": 0}
+    assert found == {name: len(data) for name, data in contents.items()} | {
+        "folder/deeper/x": 1,
+        "folder/.hidden": 0,
+    }
     assert files.read("folder/.hidden") == b""
     assert not files.exists("folder")
     with pytest.raises(FileNotFoundError):
@@ -181,7 +194,8 @@ def test_a_commit_takes_seven_requests(s3, samples):
         s3.log()
         writer.flush()
         methods = [line.split()[0] for line in s3.log()]
-    # Is the name taken? The shard; its size, footer and rows, read back. The record; is its number withdrawn by now?
+    # Is the name taken? The shard; its size, footer and rows, read back. The record; is its number
+    # withdrawn by now?
     assert methods == ["GET", "PUT", "HEAD", "GET", "GET", "PUT", "GET"]
 
 
@@ -293,14 +307,18 @@ def test_a_run_on_s3_is_killed_resumed_and_ends_with_a_report(s3, tiny_llama, tm
     source = write_jsonl(tmp_path / "prompts.jsonl", prompts(24))
     storage = {"dir": s3.root, "commit_rows": 4}
     recipe = write_recipe(tmp_path, tiny_llama("teacher"), source, storage=storage)
-    killed = subprocess.Popen(command("run", recipe, "--quiet"), env=environment, start_new_session=True)
+    killed = subprocess.Popen(
+        command("run", recipe, "--quiet"), env=environment, start_new_session=True
+    )
     files = open_files(s3.root)
     while not files.names("commits/generations") and killed.poll() is None:
         time.sleep(0.05)
     os.killpg(killed.pid, 9)
     killed.communicate()
 
-    resumed = subprocess.run(command("run", recipe, "--json"), capture_output=True, text=True, env=environment)
+    resumed = subprocess.run(
+        command("run", recipe, "--json"), capture_output=True, text=True, env=environment
+    )
     assert resumed.returncode == 0, resumed.stderr
     assert {"teacher", "student"} <= last_json(resumed)["results"].keys()
     assert s3.root in (tmp_path / "run" / "report.json").read_text()
@@ -312,7 +330,11 @@ def test_a_run_on_s3_is_killed_resumed_and_ends_with_a_report(s3, tiny_llama, tm
     sample = stillroom("inspect", s3.root)
     assert len(sample["positions"]) == len(sample["tokens"]) - sample["span_start"]
     assert sample["tokens"][0] == "<s>"  # its tokenizer was found
-    counted = stillroom("query", s3.root, "SELECT count(*) AS n, count(DISTINCT key) AS keys FROM generations")
+    counted = stillroom(
+        "query", s3.root, "SELECT count(*) AS n, count(DISTINCT key) AS keys FROM generations"
+    )
     assert counted == {"rows": [{"n": 24, "keys": 24}]}
     assert not [path for path in tmp_path.rglob("s3:*")]
-    assert list((tmp_path / "user-cache").rglob("sha256/*.json"))  # hashes of weights stay on this machine
+    assert list(
+        (tmp_path / "user-cache").rglob("sha256/*.json")
+    )  # hashes of weights stay on this machine

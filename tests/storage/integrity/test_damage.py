@@ -22,7 +22,9 @@ def shard_of(store, number: int = 0):
     return commit, store.files.path(commit.shard.name)
 
 
-@pytest.mark.parametrize("column", ["logprobs", "ids", "token_ids", "tail_logprob", "key", "kept_mass"])
+@pytest.mark.parametrize(
+    "column", ["logprobs", "ids", "token_ids", "tail_logprob", "key", "kept_mass"]
+)
 def test_a_flipped_bit_is_detected_on_read_and_by_verify(filled, samples, column):
     commit, path = shard_of(filled, 2)
     samples.flip(path, column)
@@ -63,7 +65,9 @@ def test_no_flipped_bit_gives_wrong_rows(filled, samples):
         rows, error = rows_or_error(filled, commit.shard.sha256)
         detected += error is not None
         assert error is None or commit.shard.name in error
-        for row, right in zip(rows, expected, strict=not error):  # a bit of the footer that means nothing to these rows
+        for row, right in zip(
+            rows, expected, strict=not error
+        ):  # a bit of the footer that means nothing to these rows
             for name, value in right.items():
                 np.testing.assert_array_equal(row[name], value)
     assert detected > 50
@@ -75,8 +79,15 @@ def chunks_of(path):
     for group in range(metadata.num_row_groups):
         for number in range(metadata.num_columns):
             chunk = metadata.row_group(group).column(number)
-            starts = [s for s in (chunk.dictionary_page_offset, chunk.data_page_offset) if s is not None]
-            yield min(starts), min(starts) + chunk.total_compressed_size, group, chunk.path_in_schema.split(".")[0]
+            starts = [
+                s for s in (chunk.dictionary_page_offset, chunk.data_page_offset) if s is not None
+            ]
+            yield (
+                min(starts),
+                min(starts) + chunk.total_compressed_size,
+                group,
+                chunk.path_in_schema.split(".")[0],
+            )
 
 
 def flipped(data: bytes, count: int):
@@ -92,7 +103,11 @@ def test_single_bit_flips_in_a_shard_and_its_record(store, samples, monkeypatch)
     monkeypatch.setattr("stillroom.storage.tables.shard.ROW_GROUP_BYTES", 40_000)
     with store.writer("soft_targets", about=samples.ABOUT) as writer:
         for index in range(8):
-            writer.add(samples.target_row(index, tokens=60, k=16, kind=samples.KINDS[index % len(samples.KINDS)]))
+            writer.add(
+                samples.target_row(
+                    index, tokens=60, k=16, kind=samples.KINDS[index % len(samples.KINDS)]
+                )
+            )
     commit, path = shard_of(store)
     assert len(commit.shard.row_groups) > 1
     chunks = list(chunks_of(path))
@@ -104,13 +119,19 @@ def test_single_bit_flips_in_a_shard_and_its_record(store, samples, monkeypatch)
         assert problems, f"byte {byte} of the shard"
         assert {p.file for p in problems} == {commit.shard.name}
         assert all(p.mend == ("commits/soft_targets/00000000.json",) for p in problems)
-        if place := next(((group, column) for start, end, group, column in chunks if start <= byte < end), None):
+        if place := next(
+            ((group, column) for start, end, group, column in chunks if start <= byte < end), None
+        ):
             in_pages += 1
             found = place in {(p.row_group, p.column) for p in problems}
             named += found
-            assert found or "every page holds, so the damage is outside them" in problems[0].message, place
+            assert (
+                found or "every page holds, so the damage is outside them" in problems[0].message
+            ), place
     assert in_pages > 100
-    assert named > 0.8 * in_pages  # the rest are page headers: no checksum covers them, the file's hash does
+    assert (
+        named > 0.8 * in_pages
+    )  # the rest are page headers: no checksum covers them, the file's hash does
     path.write_bytes(whole)
 
     record = store.files.path("commits/soft_targets/00000000.json")
@@ -136,7 +157,9 @@ def test_a_missing_shard(filled):
     path.unlink()
     with pytest.raises(IntegrityError, match=f"{commit.shard.name}: the file is missing"):
         filled.index("soft_targets", ["key"])
-    assert [(p.file, p.message) for p in verify(filled).problems] == [(commit.shard.name, "the file is missing")]
+    assert [(p.file, p.message) for p in verify(filled).problems] == [
+        (commit.shard.name, "the file is missing")
+    ]
 
 
 def test_another_shard_in_its_place(filled):
@@ -148,7 +171,9 @@ def test_another_shard_in_its_place(filled):
 
     generations = filled.files.path(filled.commits("generations")[0].shard.name)
     shutil.copy(generations, path)
-    with pytest.raises(IntegrityError, match="holds generations, which do not belong in this folder"):
+    with pytest.raises(
+        IntegrityError, match="holds generations, which do not belong in this folder"
+    ):
         filled.index("soft_targets", ["key"])
     pq.write_table(pa.table({"x": [1]}), path)
     with pytest.raises(IntegrityError, match="not a shard"):
@@ -166,7 +191,11 @@ def test_a_shard_of_another_format_version(filled):
 
 
 def test_foreign_files_are_notes(filled):
-    foreign = ["data/soft_targets/ab/foreign.parquet", "data/soft_targets/.tmp-1", "commits/soft_targets/old.json"]
+    foreign = [
+        "data/soft_targets/ab/foreign.parquet",
+        "data/soft_targets/.tmp-1",
+        "commits/soft_targets/old.json",
+    ]
     for name in foreign:
         filled.files.path(name).parent.mkdir(exist_ok=True)
         filled.files.path(name).write_bytes(b"x")
@@ -188,7 +217,10 @@ def test_a_forged_record(filled):
     record = unseal(original, name)
     path.write_bytes(seal(record | {"tokens": 49}))  # a forger who knows how to seal
     (problem,) = verify(filled).problems
-    assert (problem.file, problem.message) == (record["shard"]["name"], "48 tokens, 49 were committed")
+    assert (problem.file, problem.message) == (
+        record["shard"]["name"],
+        "48 tokens, 49 were committed",
+    )
 
     other = unseal(filled.files.read("commits/soft_targets/00000002.json"), name)
     path.write_bytes(seal(record | {"keys": other["keys"]}))
@@ -196,7 +228,10 @@ def test_a_forged_record(filled):
     assert {p.column for p in problems} == {"key"}
     assert any("is in commit 2 already" in p.message for p in problems)
 
-    for change, says in (({"seq": 2}, "copied or renamed"), ({"format_version": 9}, "format version 9")):
+    for change, says in (
+        ({"seq": 2}, "copied or renamed"),
+        ({"format_version": 9}, "format version 9"),
+    ):
         path.write_bytes(seal(record | change))
         with pytest.raises(IntegrityError, match=says):
             Store.open(filled.root).commits("soft_targets")
@@ -227,7 +262,13 @@ def test_a_damaged_withdrawal_stops_reading(filled):
 
 def test_damaged_inputs_and_snapshots(filled, samples):
     inputs = pa.table(
-        {"key": [b"k" * 16], "prompt_key": [b"p" * 16], "split": ["train"], "windows": [None], "first": [True]}
+        {
+            "key": [b"k" * 16],
+            "prompt_key": [b"p" * 16],
+            "split": ["train"],
+            "windows": [None],
+            "first": [True],
+        }
     )
     filled.put_inputs(
         "d",
@@ -274,7 +315,11 @@ def test_damaged_inputs_and_snapshots(filled, samples):
             lambda row: np.roll(row["token_ids"], 1),
             "disagree with the entries about the token that follows",
         ),
-        ("token_logprob", lambda row: np.roll(row["token_logprob"], 1), "disagree with the entries"),
+        (
+            "token_logprob",
+            lambda row: np.roll(row["token_logprob"], 1),
+            "disagree with the entries",
+        ),
         ("token_ids", lambda row: row["token_ids"] + 50, "outside the vocabulary of 50"),
         ("ids", lambda row: row["ids"] * 0, "an id stands twice"),
         ("ids", lambda row: row["ids"] + 50, "an entry is outside the vocabulary"),

@@ -82,7 +82,9 @@ def test_a_key_in_two_commits_is_kept_in_the_first(filled, samples):
     filled.files.put_if_absent(record_name("soft_targets", 5), seal(record | {"seq": 5}))
     (problem,) = verify(filled).problems
     assert "is in commit 1 already (and 7 more)" in problem.message
-    assert [commit.record for commit in repair(filled).withdrawn] == [record_name("soft_targets", 5)]
+    assert [commit.record for commit in repair(filled).withdrawn] == [
+        record_name("soft_targets", 5)
+    ]
     keys_once(Store.open(filled.root), samples)
 
 
@@ -97,7 +99,11 @@ def test_a_damaged_withdrawal_is_written_again(filled):
 
 
 def put_a_teacher(store):
-    parts = {"tokenizer": {"tokenizer.json": "", "config": {"a": 1}}, "config": {"b": [2]}, "chat_template": "{{x}}"}
+    parts = {
+        "tokenizer": {"tokenizer.json": "", "config": {"a": 1}},
+        "config": {"b": [2]},
+        "chat_template": "{{x}}",
+    }
     files = {
         "tokenizer.json": b'{"model": 1}',
         "tokenizer_config.json": b'{"a": 1}',
@@ -111,8 +117,16 @@ def put_a_teacher(store):
 
 
 def put_some_inputs(store, data_id="d"):
-    columns = {"key": [b"k" * 16], "prompt_key": [b"p" * 16], "split": ["train"], "windows": [None], "first": [True]}
-    store.put_inputs(data_id, pa.table({n: columns[n] for n in INPUTS_SCHEMA.names}, schema=INPUTS_SCHEMA), {})
+    columns = {
+        "key": [b"k" * 16],
+        "prompt_key": [b"p" * 16],
+        "split": ["train"],
+        "windows": [None],
+        "first": [True],
+    }
+    store.put_inputs(
+        data_id, pa.table({n: columns[n] for n in INPUTS_SCHEMA.names}, schema=INPUTS_SCHEMA), {}
+    )
 
 
 def test_other_records_are_removed_so_that_they_are_made_again(filled):
@@ -127,14 +141,21 @@ def test_other_records_are_removed_so_that_they_are_made_again(filled):
     put_some_inputs(filled)
     filled.files.put_if_absent("bindings/b/00000000.json", seal({"teacher_id": "old"}))
     filled.files.put_if_absent("bindings/b/00000001.json", seal({"teacher_id": "new"}))
-    snapshot = make_snapshot(filled, "soft_targets", {filled.commits("soft_targets")[0].shard.sha256: [0, 1]}, {})
+    snapshot = make_snapshot(
+        filled, "soft_targets", {filled.commits("soft_targets")[0].shard.sha256: [0, 1]}, {}
+    )
     save_snapshot(filled, snapshot)
     kept = f"snapshots/{snapshot.id}.json"
     assert verify(filled).ok
     for name in ("inputs/d.json", "bindings/b/00000001.json", kept):
         flip_anywhere(filled.files.path(name))
     done = repair(filled)
-    assert set(done.removed) == {"inputs/d.json", "bindings/b/00000000.json", "bindings/b/00000001.json", kept}
+    assert set(done.removed) == {
+        "inputs/d.json",
+        "bindings/b/00000000.json",
+        "bindings/b/00000001.json",
+        kept,
+    }
     assert done.ok
     put_some_inputs(filled)
     save_snapshot(filled, snapshot)
@@ -179,12 +200,16 @@ def test_two_repairs_at_once_withdraw_each_commit_once(filled, samples):
         flip_anywhere(shard_path(filled, seq))
     stores = [Store.open(filled.root) for _ in range(3)]
     done = []
-    threads = [threading.Thread(target=lambda store=store: done.append(repair(store))) for store in stores]
+    threads = [
+        threading.Thread(target=lambda store=store: done.append(repair(store))) for store in stores
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(c.record for d in done for c in d.withdrawn) == [record_name("soft_targets", n) for n in (0, 2, 3)]
+    assert sorted(c.record for d in done for c in d.withdrawn) == [
+        record_name("soft_targets", n) for n in (0, 2, 3)
+    ]
     assert samples.add_targets(filled, range(40)) == 24
     keys_once(filled, samples)
 
@@ -195,7 +220,9 @@ def test_rejects_are_tried_again_by_reason(store):
         return {"key": key, "stage": "score", "reason": reason, "message": "", "attempts": 1}
 
     with store.writer("rejects", about={"stage": "score"}, limits=CommitLimits(rows=2)) as writer:
-        for index, reason in enumerate(["too_long", "empty", "engine", "too_long", "out_of_memory", "engine"]):
+        for index, reason in enumerate(
+            ["too_long", "empty", "engine", "too_long", "out_of_memory", "engine"]
+        ):
             writer.add(reject(index, reason))
     done = repair(store, retry=["engine", "never_heard_of"])
     assert done.retried == {"engine": 2, "too_long": 1, "out_of_memory": 1}
@@ -205,7 +232,13 @@ def test_rejects_are_tried_again_by_reason(store):
 
 def test_what_the_data_stage_rejected_stays(store):
     """Its inputs record makes it done: nothing would try them again."""
-    row = {"key": content_key("r"), "stage": "data", "reason": "too_long", "message": "", "attempts": 1}
+    row = {
+        "key": content_key("r"),
+        "stage": "data",
+        "reason": "too_long",
+        "message": "",
+        "attempts": 1,
+    }
     with store.writer("rejects", about={"stage": "data"}) as writer:
         writer.add(row)
     assert repair(store, retry=["too_long"]).retried == {}
@@ -216,7 +249,13 @@ def test_what_the_data_stage_rejected_stays(store):
 def test_a_read_that_fails_is_no_damage(filled, folder):
     """A disk or a network that fails for a moment must not make repair remove or withdraw anything."""
     save_snapshot(filled, make_snapshot(filled, "soft_targets", {}, {}))
-    columns = {"key": [b"k" * 16], "prompt_key": [b"p" * 16], "split": ["train"], "windows": [1], "first": [True]}
+    columns = {
+        "key": [b"k" * 16],
+        "prompt_key": [b"p" * 16],
+        "split": ["train"],
+        "windows": [1],
+        "first": [True],
+    }
     filled.put_inputs("d", pa.table(columns).cast(INPUTS_SCHEMA), {})
     before = sorted(filled.files.walk())
 
@@ -332,8 +371,14 @@ def test_commits_that_race_with_retirements_lose_nothing(tmp_path, samples, part
                 baton.leave()
 
         files = [SteppedFiles(root, baton) for _ in range(3)]
-        work = [(write_all, files[0], samples, orders[0]), (write_all, files[1], samples, orders[1])]
-        threads = [threading.Thread(target=party, args=words) for words in [*work, (withdraw_some, files[2], rng)]]
+        work = [
+            (write_all, files[0], samples, orders[0]),
+            (write_all, files[1], samples, orders[1]),
+        ]
+        threads = [
+            threading.Thread(target=party, args=words)
+            for words in [*work, (withdraw_some, files[2], rng)]
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -22,7 +22,11 @@ def age(files, hours, folder=""):
 
 def litter(store):
     """Files that nothing names."""
-    names = ["data/soft_targets/.tmp-1", "data/soft_targets/ab/orphan.parquet", "commits/rejects/.tmp-2"]
+    names = [
+        "data/soft_targets/.tmp-1",
+        "data/soft_targets/ab/orphan.parquet",
+        "commits/rejects/.tmp-2",
+    ]
     names += ["claims/score/abc/00000001.0.json", "cache/index/prompts/x-y.parquet", ".probe-1"]
     for name in names:
         store.files.path(name).parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +78,9 @@ def test_withdrawn_shards_go_unless_a_snapshot_or_a_live_commit_names_them(fille
     for commit in commits[:3]:
         filled.retire(commit, reason="test")
     age(filled.files, 25, "data")
-    assert vacuum(filled).files == {}  # somebody who read the records an hour ago may be reading the rows
+    assert (
+        vacuum(filled).files == {}
+    )  # somebody who read the records an hour ago may be reading the rows
     assert vacuum(filled, older_than_hours=0, dry_run=True).files.keys() == {shards[0], shards[2]}
     age(filled.files, 25, "retired")
     assert vacuum(filled).files.keys() == {shards[0], shards[2]}

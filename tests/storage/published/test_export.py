@@ -44,7 +44,9 @@ def exported(store, snapshots, folder, **choice):
     rows = {}
     for path, file in files:
         read = pq.read_table(path, page_checksum_verification=True)
-        rows.setdefault((file.table, file.split), []).extend(Rows(read)[n] for n in range(read.num_rows))
+        rows.setdefault((file.table, file.split), []).extend(
+            Rows(read)[n] for n in range(read.num_rows)
+        )
     return made, rows
 
 
@@ -116,13 +118,20 @@ def test_a_document_is_not_repeated_as_the_prompt_of_its_windows(tmp_path):
             "format": "text",
         }
         writer.add(row)
-    given = samples.generation_row(0) | {"key": key, "prompt_key": key, "source_key": key, "finish_reason": "given"}
+    given = samples.generation_row(0) | {
+        "key": key,
+        "prompt_key": key,
+        "source_key": key,
+        "finish_reason": "given",
+    }
     with store.writer("generations", about=samples.GENERATIONS_ABOUT) as writer:
         writer.add(given)
     index = store.index("generations", ["key"])
     places = {
         shard: [row]
-        for shard, row, k in zip(*(index[c].to_pylist() for c in ("shard", "row", "key")), strict=True)
+        for shard, row, k in zip(
+            *(index[c].to_pylist() for c in ("shard", "row", "key")), strict=True
+        )
         if k == key
     }
     snapshot = make_snapshot(store, "generations", places, {"split": "train"})
@@ -158,12 +167,18 @@ class TestFiles:
         assert export_files.ROW_GROUP_BYTES <= 100_000_000
         assert export_files.FILE_BYTES + export_files.ROW_GROUP_BYTES <= 500_000_000
 
-    def test_row_groups_and_files_are_bounded_and_lose_nothing(self, published, tmp_path, monkeypatch):
+    def test_row_groups_and_files_are_bounded_and_lose_nothing(
+        self, published, tmp_path, monkeypatch
+    ):
         monkeypatch.setattr(export_files, "ROW_GROUP_BYTES", 900)
         monkeypatch.setattr(export_files, "FILE_BYTES", 12_000)
         store, snapshots = published
         made, rows = exported(store, snapshots, tmp_path / "out")
-        train = [(path, f) for path, f in made.files.items() if (f.table, f.split) == ("soft_targets", "train")]
+        train = [
+            (path, f)
+            for path, f in made.files.items()
+            if (f.table, f.split) == ("soft_targets", "train")
+        ]
         assert len(train) > 1
         assert [f.name for _, f in train] == [
             f"soft_targets/train-{n:05d}-of-{len(train):05d}.parquet" for n in range(len(train))
@@ -188,7 +203,10 @@ class TestFiles:
             metadata = pq.ParquetFile(path).metadata
             for number in range(metadata.num_row_groups):
                 group = metadata.row_group(number)
-                columns = {group.column(i).path_in_schema: group.column(i) for i in range(group.num_columns)}
+                columns = {
+                    group.column(i).path_in_schema: group.column(i)
+                    for i in range(group.num_columns)
+                }
                 assert all(column.has_offset_index for column in columns.values())
                 assert columns["key"].has_column_index
                 assert {column.compression for column in columns.values()} == {"ZSTD"}
@@ -217,7 +235,11 @@ class TestFiles:
             folder.mkdir()
             lists = pa.array(list(ids[skipped:]), pa.list_(pa.int32()))
             rows = pa.table(
-                {"key": pa.array([bytes(16)] * len(lists), pa.binary(16)), "token_ids": lists, "n": [1] * len(lists)}
+                {
+                    "key": pa.array([bytes(16)] * len(lists), pa.binary(16)),
+                    "token_ids": lists,
+                    "n": [1] * len(lists),
+                }
             )
             schema = pa.schema([("key", pa.binary(16)), ("token_ids", pa.list_(pa.int32()))])
             files = export_files.TableFiles(folder, schema=schema, about={}, counted="n")
@@ -262,8 +284,12 @@ class TestCut:
             for name in ("logprobs", "token_logprob", "entropy"):
                 np.testing.assert_array_equal(found[name], expected[name])
             for name in ("tail_logprob", "tempered_tails"):
-                if expected[name] is not None:  # rounded twice: each stored number by 2**-11 of itself
-                    np.testing.assert_allclose(np.exp(found[name]), np.exp(expected[name]), rtol=1e-2, atol=1e-6)
+                if (
+                    expected[name] is not None
+                ):  # rounded twice: each stored number by 2**-11 of itself
+                    np.testing.assert_allclose(
+                        np.exp(found[name]), np.exp(expected[name]), rtol=1e-2, atol=1e-6
+                    )
             assert found["key"] != samples.target_key(index)
             assert found["reuse_key"] == expected["reuse_key"]
 
@@ -280,7 +306,9 @@ class TestCut:
         np.testing.assert_array_equal(found["ids"], order.reshape(-1))
         best = np.take_along_axis(logprobs, order, axis=1)
         rest = np.exp(logprobs).sum(axis=1) - np.exp(best).sum(axis=1)
-        np.testing.assert_allclose(np.exp(found["tail_logprob"].astype(np.float64)), rest, rtol=5e-3, atol=1e-6)
+        np.testing.assert_allclose(
+            np.exp(found["tail_logprob"].astype(np.float64)), rest, rtol=5e-3, atol=1e-6
+        )
         assert (found["kind"], found["k"]) == ("topk", k)
         made = SoftTargets.from_row(found)
         np.testing.assert_allclose(np.exp(made.log_total()), 1.0, atol=2e-3)
@@ -288,15 +316,20 @@ class TestCut:
     def test_the_tail_is_exact_before_it_is_rounded(self):
         exact = SoftTargets.from_row(samples.target_row(1, k=8))
         found = cut(exact, 3)
-        whole = np.exp(exact.tail_logprob.astype(np.float64)) + np.exp(exact.logprobs[:, 3:].astype(np.float64)).sum(1)
+        whole = np.exp(exact.tail_logprob.astype(np.float64)) + np.exp(
+            exact.logprobs[:, 3:].astype(np.float64)
+        ).sum(1)
         np.testing.assert_allclose(np.exp(found.tail_logprob.astype(np.float64)), whole, rtol=1e-6)
 
     def test_rows_with_fewer_entries_stay_at_home(self, tmp_path):
         store = make_store(tmp_path / "store", kind="topk")
-        with store.writer("soft_targets", about=samples.ABOUT | {"head": "lm", "class_names": None}) as writer:
+        with store.writer(
+            "soft_targets", about=samples.ABOUT | {"head": "lm", "class_names": None}
+        ) as writer:
             for index in range(100, 104):
                 writer.add(
-                    samples.target_row(index, k=3) | {"generation_key": samples.generation_row(index - 100)["key"]}
+                    samples.target_row(index, k=3)
+                    | {"generation_key": samples.generation_row(index - 100)["key"]}
                 )
         snapshots = {"train": snapshots_of(store, held_out=0)["train"]}
         made, rows = exported(store, snapshots, tmp_path / "out", min_k=4)
@@ -316,9 +349,13 @@ class TestCut:
 class TestChoice:
     def test_where_chooses_generations_and_their_targets(self, published, tmp_path):
         store, snapshots = published
-        made, rows = exported(store, snapshots, tmp_path / "out", where="row_seed % 2 = 0 AND length(text) > 3")
+        made, rows = exported(
+            store, snapshots, tmp_path / "out", where="row_seed % 2 = 0 AND length(text) > 3"
+        )
         kept = [row["row_seed"] for row in rows["generations", "train"]]
-        assert kept == [number for number in range(TRAIN) if number not in (0, 5, 11) and number % 2 == 0]
+        assert kept == [
+            number for number in range(TRAIN) if number not in (0, 5, 11) and number % 2 == 0
+        ]
         names = [row["key"] for row in rows["generations", "train"]]
         assert [row["generation_key"] for row in rows["soft_targets", "train"]] == names
         assert made.splits["train"].whole is False
@@ -333,14 +370,19 @@ class TestChoice:
             exported(*published, tmp_path / "out", where="false")
 
     def test_a_dataset_without_its_training_rows_is_refused(self, tmp_path):
-        store = make_store(tmp_path / "store")  # the held-out rows have whole distributions: those can be cut to any K
+        store = make_store(
+            tmp_path / "store"
+        )  # the held-out rows have whole distributions: those can be cut to any K
         with pytest.raises(UsageError, match="leave no row of train"):
             exported(store, snapshots_of(store), tmp_path / "out", min_k=7)
 
     def test_columns_are_left_out_and_the_key_stays(self, published, tmp_path):
         store, snapshots = published
         made, rows = exported(
-            store, snapshots, tmp_path / "out", columns=("text", "soft_targets.token_ids", "messages")
+            store,
+            snapshots,
+            tmp_path / "out",
+            columns=("text", "soft_targets.token_ids", "messages"),
         )
         assert {name: facts["columns"] for name, facts in made.tables.items()} == {
             "generations": ["key", "text", "messages"],
@@ -371,7 +413,9 @@ class TestStore:
     def test_several_are_listed(self, tmp_path):
         store = make_store(tmp_path / "store")
         first, second = snapshots_of(store), snapshots_of(store, left_out=(1,))
-        with pytest.raises(UsageError, match=r"several snapshots\. Name one with --snapshot") as error:
+        with pytest.raises(
+            UsageError, match=r"several snapshots\. Name one with --snapshot"
+        ) as error:
             find_snapshots(store, None)
         for snapshot in (first["train"], second["train"]):
             assert f"{snapshot.id}  train, {snapshot.rows} rows of soft_targets" in str(error.value)
@@ -380,19 +424,26 @@ class TestStore:
             find_snapshots(store, "zz")
 
     def test_a_store_that_trained_nobody_says_so(self, store):
-        with pytest.raises(UsageError, match=r"no snapshot of training rows\. Run a recipe up to `train`"):
+        with pytest.raises(
+            UsageError, match=r"no snapshot of training rows\. Run a recipe up to `train`"
+        ):
             find_snapshots(store, None)
 
     def test_a_generation_that_is_gone_is_missed(self, tmp_path):
         store = make_store(tmp_path / "store")
         snapshots = snapshots_of(store)
         store.retire(store.commits("generations")[0], reason="test")
-        with pytest.raises(IntegrityError, match="of 20 generations that the snapshot's rows name, ") as error:
+        with pytest.raises(
+            IntegrityError, match="of 20 generations that the snapshot's rows name, "
+        ) as error:
             exported(store, snapshots, tmp_path / "out")
-        assert "storage.sources" in str(error.value)  # where text of a source was scored here, nothing is amiss
+        assert "storage.sources" in str(
+            error.value
+        )  # where text of a source was scored here, nothing is amiss
 
     @pytest.mark.parametrize(
-        ("table", "column"), [("generations", "token_ids"), ("prompts", "key"), ("soft_targets", "ids")]
+        ("table", "column"),
+        [("generations", "token_ids"), ("prompts", "key"), ("soft_targets", "ids")],
     )
     def test_a_flipped_bit_in_the_store_stops_the_export(self, tmp_path, table, column):
         store = make_store(tmp_path / "store")
@@ -415,7 +466,11 @@ def test_a_store_in_a_bucket_leaves_as_one_in_a_folder_does(s3, tmp_path):
     for root in (s3.root, tmp_path / "store"):
         store = make_store(root, rows=8)
         made, _ = exported(
-            store, snapshots_of(store, held_out=2), tmp_path / f"out-{len(found)}", where="true", min_k=3
+            store,
+            snapshots_of(store, held_out=2),
+            tmp_path / f"out-{len(found)}",
+            where="true",
+            min_k=3,
         )
         found.append(list(made.files.values()))
     assert found[0] == found[1]
@@ -468,7 +523,9 @@ class TestManifest:
         with pytest.raises(UsageError, match="not a folder that Stillroom published"):
             read_manifest(files)
         files.replace("README.md", self.card(version).encode())
-        with pytest.raises(IntegrityError, match=r"MANIFEST\.json: missing\. Download the folder again"):
+        with pytest.raises(
+            IntegrityError, match=r"MANIFEST\.json: missing\. Download the folder again"
+        ):
             read_manifest(files)
         files.replace(f"{version}/MANIFEST.json", self.MANIFEST.sealed())
         assert read_manifest(files) == self.MANIFEST
@@ -508,6 +565,10 @@ def test_lengths_are_exact():
 def test_the_snapshots_that_a_run_saves_know_each_other(tmp_path):
     """As `save_snapshot` keeps them; without that only the named one goes out."""
     store = make_store(tmp_path / "store")
-    alone = make_snapshot(store, "soft_targets", {store.commits("soft_targets")[0].shard.sha256: [1, 2]}, {})
+    alone = make_snapshot(
+        store, "soft_targets", {store.commits("soft_targets")[0].shard.sha256: [1, 2]}, {}
+    )
     save_snapshot(store, alone)
-    assert {split: found.id for split, found in find_snapshots(store, None).items()} == {"train": alone.id}
+    assert {split: found.id for split, found in find_snapshots(store, None).items()} == {
+        "train": alone.id
+    }

@@ -13,13 +13,22 @@ from hypothesis import strategies as st
 from stillroom.storage.errors import IntegrityError, UsageError
 from stillroom.storage.keys import content_id, seal, unseal
 from stillroom.storage.snapshots.order import Order
-from stillroom.storage.snapshots.snapshot import Snapshot, SnapshotShard, load_snapshot, make_snapshot, save_snapshot
+from stillroom.storage.snapshots.snapshot import (
+    Snapshot,
+    SnapshotShard,
+    load_snapshot,
+    make_snapshot,
+    save_snapshot,
+)
 from stillroom.storage.store.store import Store
 
 
 @pytest.fixture
 def snapshot(filled):
-    places = {commit.shard.sha256: range(0, 8, 1 + i % 2) for i, commit in enumerate(filled.commits("soft_targets"))}
+    places = {
+        commit.shard.sha256: range(0, 8, 1 + i % 2)
+        for i, commit in enumerate(filled.commits("soft_targets"))
+    }
     return make_snapshot(filled, "soft_targets", places, {"recipe": "test"})
 
 
@@ -27,7 +36,9 @@ def test_a_snapshot_is_named_by_what_it_chooses(filled, snapshot):
     assert snapshot.rows == 8 + 4 + 8 + 4 + 8
     places = {shard.sha256: list(shard.rows)[::-1] for shard in reversed(snapshot.shards)}
     assert make_snapshot(filled, "soft_targets", places, {"recipe": "other"}).id == snapshot.id
-    assert [shard.sha256 for shard in snapshot.shards] == [c.shard.sha256 for c in filled.commits("soft_targets")]
+    assert [shard.sha256 for shard in snapshot.shards] == [
+        c.shard.sha256 for c in filled.commits("soft_targets")
+    ]
     places[snapshot.shards[0].sha256] = [0]
     assert make_snapshot(filled, "soft_targets", places, {}).id != snapshot.id
     assert filled.files.names("snapshots") == []
@@ -44,7 +55,11 @@ def test_a_snapshot_is_kept_and_later_commits_do_not_change_it(filled, snapshot,
     loaded = load_snapshot(filled, snapshot.id)
     assert (loaded.id, loaded.table, loaded.about) == (snapshot.id, snapshot.table, snapshot.about)
     for found, made in zip(loaded.shards, snapshot.shards, strict=True):
-        assert (found.sha256, found.name, found.row_groups) == (made.sha256, made.name, made.row_groups)
+        assert (found.sha256, found.name, found.row_groups) == (
+            made.sha256,
+            made.name,
+            made.row_groups,
+        )
         assert found.rows.tolist() == made.rows.tolist()
     with pytest.raises(UsageError, match=f"no snapshot nope. Known: {snapshot.id}"):
         load_snapshot(filled, "nope")
@@ -64,8 +79,12 @@ def test_a_snapshot_that_is_not_the_one_its_name_says(filled, snapshot):
 @settings(deadline=None)
 def test_an_id_is_the_hash_of_shards_and_runs(filled_once, chosen):
     """Written down here a second time, by hand: snapshots that are kept must stay what their names say."""
-    places = dict(zip([c.shard.sha256 for c in filled_once.commits("soft_targets")], chosen, strict=False))
-    snapshot = make_snapshot(filled_once, "soft_targets", {k: np.array(sorted(v)) for k, v in places.items()}, {})
+    places = dict(
+        zip([c.shard.sha256 for c in filled_once.commits("soft_targets")], chosen, strict=False)
+    )
+    snapshot = make_snapshot(
+        filled_once, "soft_targets", {k: np.array(sorted(v)) for k, v in places.items()}, {}
+    )
     runs = []
     for sha256, rows in places.items():
         pairs = []
@@ -78,7 +97,9 @@ def test_an_id_is_the_hash_of_shards_and_runs(filled_once, chosen):
     assert snapshot.id == content_id("snapshot", table="soft_targets", shards=runs)
     save_snapshot(filled_once, snapshot)
     loaded = load_snapshot(filled_once, snapshot.id)
-    assert [shard.rows.tolist() for shard in loaded.shards] == [sorted(rows) for rows in places.values()]
+    assert [shard.rows.tolist() for shard in loaded.shards] == [
+        sorted(rows) for rows in places.values()
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -118,12 +139,17 @@ def places(snapshot, *, seed, epoch, window=16):
 @given(snapshots(), st.integers(0, 3), st.integers(0, 3), st.integers(1, 4))
 def test_the_order_is_a_permutation_in_windows(snapshot, seed, epoch, window):
     windows = places(snapshot, seed=seed, epoch=epoch, window=window)
-    chosen = [(index, row) for index, shard in enumerate(snapshot.shards) for row in shard.rows.tolist()]
+    chosen = [
+        (index, row) for index, shard in enumerate(snapshot.shards) for row in shard.rows.tolist()
+    ]
     assert sorted(sample for part in windows for sample in part) == chosen
     assert windows == places(snapshot, seed=seed, epoch=epoch, window=window)
 
     def group(index, row):
-        starts = [sum(snapshot.shards[index].row_groups[:i]) for i in range(len(snapshot.shards[index].row_groups))]
+        starts = [
+            sum(snapshot.shards[index].row_groups[:i])
+            for i in range(len(snapshot.shards[index].row_groups))
+        ]
         return index, max(i for i, start in enumerate(starts) if start <= row)
 
     groups = [{group(*sample) for sample in part} for part in windows]
@@ -159,7 +185,9 @@ order = Order(load_snapshot(Store.open({str(filled.root)!r}), {snapshot.id!r}))
 (window,) = islice(order.windows(seed=1, start=2 * order.rows), 1)
 print([*zip(order.shards[window.groups].tolist(), window.rows.tolist())])
 """
-    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout
     assert output == f"{order(1, 2)}\n"
 
 

@@ -31,7 +31,9 @@ def many(samples, tmp_path_factory):
 
 
 def whole(store):
-    rows = {commit.shard.sha256: range(commit.shard.rows) for commit in store.commits("soft_targets")}
+    rows = {
+        commit.shard.sha256: range(commit.shard.rows) for commit in store.commits("soft_targets")
+    }
     return make_snapshot(store, "soft_targets", rows, {})
 
 
@@ -40,7 +42,9 @@ def opened(monkeypatch):
     """Names of the files that were opened."""
     names = []
     real = LocalFiles.source
-    monkeypatch.setattr(LocalFiles, "source", lambda self, name: names.append(name) or real(self, name))
+    monkeypatch.setattr(
+        LocalFiles, "source", lambda self, name: names.append(name) or real(self, name)
+    )
     return names
 
 
@@ -69,17 +73,33 @@ def test_parts_of_batches_are_parts_of_the_order(filled):
     """Ranges with gaps, within and across windows, of row groups that are only partly wanted."""
     reader = SnapshotReader(filled, whole(filled), ["key"])
     order = keys(reader.samples(seed=2, stop=200))
-    ranges = [range(3, 5), range(5, 6), range(6, 6), range(30, 55), range(120, 121), range(158, 163)]
-    assert [keys(batch) for batch in reader.batches(ranges, seed=2)] == [order[r.start : r.stop] for r in ranges]
+    ranges = [
+        range(3, 5),
+        range(5, 6),
+        range(6, 6),
+        range(30, 55),
+        range(120, 121),
+        range(158, 163),
+    ]
+    assert [keys(batch) for batch in reader.batches(ranges, seed=2)] == [
+        order[r.start : r.stop] for r in ranges
+    ]
     assert list(reader.batches([], seed=2)) == []
-    assert list(SnapshotReader(filled, Snapshot("s", "soft_targets", (), {}), ["key"]).samples(seed=0)) == []
+    assert (
+        list(SnapshotReader(filled, Snapshot("s", "soft_targets", (), {}), ["key"]).samples(seed=0))
+        == []
+    )
 
 
 @pytest.mark.parametrize("start", [0, 7, 100, 171])
 def test_the_first_batch_opens_its_own_files_and_no_other(many, samples, opened, start):
     snapshot = whole(many)
     reader = SnapshotReader(many, snapshot, ["key"])
-    names = {samples.target_key(2 * i + j): shard.name for i, shard in enumerate(snapshot.shards) for j in range(2)}
+    names = {
+        samples.target_key(2 * i + j): shard.name
+        for i, shard in enumerate(snapshot.shards)
+        for j in range(2)
+    }
     opened.clear()
     batches = reader.batches([range(start, start + 8), range(start + 8, start + 16)], seed=3)
     batch = next(batches)
@@ -116,7 +136,8 @@ def test_at_most_two_windows_are_decoded_at_once(many):
 
     reader = SnapshotReader(many, whole(many), ["key"], decode=decode)
     for number, _ in enumerate(reader.samples(seed=0, stop=2 * ROWS)):
-        # A row group per sample: one more is read for each that is consumed. Wait for it, that is the worst there is.
+        # A row group per sample: one more is read for each that is consumed. Wait for it, that is
+        # the worst there is.
         expected = 1 + WINDOW if number == 1 else 1
         for _ in range(expected if number + WINDOW < 2 * ROWS else 0):
             assert done.acquire(timeout=60)
@@ -149,7 +170,9 @@ def test_a_file_with_other_row_groups_than_were_chosen_is_named(filled):
     snapshot = whole(filled)
     shards = tuple(replace(shard, row_groups=(4, 4)) for shard in snapshot.shards)
     reader = SnapshotReader(filled, replace(snapshot, shards=shards), ["key"])
-    with pytest.raises(IntegrityError, match=r"row groups of \(8,\) rows, the snapshot says \(4, 4\)"):
+    with pytest.raises(
+        IntegrityError, match=r"row groups of \(8,\) rows, the snapshot says \(4, 4\)"
+    ):
         list(reader.samples(seed=0, stop=1))
 
 
@@ -157,7 +180,10 @@ def mixed(samples):
     """Rows of every kind, of several K and temperatures, alike ones next to each other and not."""
     kinds = [kind for kind in samples.KINDS for _ in range(4)]
     kinds += list(np.random.default_rng(0).choice(samples.KINDS, 20))
-    rows = [samples.target_row(i, kind=kind, k=3 + i % 7 // 4, tokens=2 + i % 5) for i, kind in enumerate(kinds)]
+    rows = [
+        samples.target_row(i, kind=kind, k=3 + i % 7 // 4, tokens=2 + i % 5)
+        for i, kind in enumerate(kinds)
+    ]
     for row in rows[::2]:
         if row["temperatures"] is not None:
             row["temperatures"] = row["temperatures"] + 0.25
@@ -181,7 +207,9 @@ def test_targets_of_many_rows_are_those_of_each(samples, monkeypatch, values):
 
 def test_targets_are_normalised_as_in_float64(samples):
     rows = [row for row in mixed(samples) if row["logprobs"] is not None]
-    for row, targets in zip(rows, normalised_targets(Rows(rows_to_table("soft_targets", rows))), strict=True):
+    for row, targets in zip(
+        rows, normalised_targets(Rows(rows_to_table("soft_targets", rows))), strict=True
+    ):
         stored = SoftTargets.from_row(row)
         entries, tail = stored.logprobs.astype(np.float64), stored.tail_logprob.astype(np.float64)
         total = np.log(np.exp(entries).sum(axis=1) + np.exp(tail))
@@ -202,7 +230,9 @@ def test_lists_that_disagree_within_a_row_are_refused(samples, column):
 
 def test_broken_targets_are_named_by_file_and_row_group(filled, snapshot_of_two):
     reader = SnapshotReader(filled, snapshot_of_two, ["key"], decode=broken)
-    with pytest.raises(IntegrityError, match=rf"^{snapshot_of_two.shards[0].name}: row group 0: no probability"):
+    with pytest.raises(
+        IntegrityError, match=rf"^{snapshot_of_two.shards[0].name}: row group 0: no probability"
+    ):
         list(reader.samples(seed=0, stop=2))
 
 

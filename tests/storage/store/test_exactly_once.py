@@ -1,4 +1,7 @@
-"""Every key exactly once: after kill -9, with writers that race, on a disk that is full. `test_faults.py`: faults."""
+"""Every key exactly once: after kill -9, with writers that race, on a disk that is full.
+
+`test_faults.py`: faults.
+"""
 
 import random
 import shutil
@@ -113,7 +116,9 @@ def test_two_workers_one_task_five_hundred_trials(tmp_path, samples):
         assert sum(committed) == 6, trial
         shared += all(committed)
         files = LocalFiles(tmp_path / str(trial))
-        keys = b"".join(read_commit(files, "soft_targets", n)[1] for n in numbers(files, "soft_targets"))
+        keys = b"".join(
+            read_commit(files, "soft_targets", n)[1] for n in numbers(files, "soft_targets")
+        )
         assert sorted(split_keys(keys)) == expected, trial
         if trial % 50 == 0:
             assert verify(Store.open(files.root)).problems == []
@@ -161,11 +166,21 @@ exit $status
 
 
 @pytest.mark.skipif(
-    not shutil.which("unshare") or subprocess.run([*NAMESPACE, "true"], capture_output=True).returncode != 0,
+    not shutil.which("unshare")
+    or subprocess.run([*NAMESPACE, "true"], capture_output=True).returncode != 0,
     reason="needs a mount namespace of its own",
 )
 def test_a_disk_that_really_is_full(tmp_path, samples):
-    command = [*NAMESPACE, "sh", "-c", FULL_DISK, "sh", str(tmp_path), sys.executable, samples.__file__]
+    command = [
+        *NAMESPACE,
+        "sh",
+        "-c",
+        FULL_DISK,
+        "sh",
+        str(tmp_path),
+        sys.executable,
+        samples.__file__,
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode != 0
     assert "the disk is full. Free space and run the same command again" in result.stderr

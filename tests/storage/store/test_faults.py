@@ -1,7 +1,8 @@
 """A fault at every single step of everything that writes: all recover, no acknowledged row is lost, none is silent.
 
-The steps are those of `LocalFiles`. For each scenario the fault comes at step 1, 2, 3 and so on until the scenario ends
-before it; then it is run again without faults, and the store must be whole and complete.
+The steps are those of `LocalFiles`. For each scenario the fault comes at step 1, 2, 3 and so on
+until the scenario ends before it; then it is run again without faults, and the store must be whole
+and complete.
 """
 
 import errno
@@ -53,10 +54,10 @@ KINDS = [*ERRORS, "crash", "power cut", "torn write", "answer lost", "late"]
 class FaultyFiles(UnsyncedFiles):
     """Fails at the step with a given number; remembers what a power cut would take.
 
-    An error leaves half of what was to be written. A crash ends the process. A power cut also takes what was not
-    synced: contents, new names, replaced and removed ones; in a torn write some of that is there and some is noise. A
-    lost answer is an error although the step was done; a late step is an error too, and is done after the process has
-    given up.
+    An error leaves half of what was to be written. A crash ends the process. A power cut also takes
+    what was not synced: contents, new names, replaced and removed ones; in a torn write some of
+    that is there and some is noise. A lost answer is an error although the step was done; a late
+    step is an error too, and is done after the process has given up.
     """
 
     def __init__(self, root: Path, step: int, kind: str) -> None:
@@ -130,7 +131,9 @@ class FaultyFiles(UnsyncedFiles):
     def _sync_folder(self, folder):
         def sync():
             self.unlisted.pop(folder, None)
-            self.before = {path: data for path, data in self.before.items() if path.parent != folder}
+            self.before = {
+                path: data for path, data in self.before.items() if path.parent != folder
+            }
 
         self._step(sync)
 
@@ -154,7 +157,11 @@ class FaultyFiles(UnsyncedFiles):
             if path.exists():
                 data = path.read_bytes()
                 kept = self.random.randrange(len(data) + 1) if torn else 0
-                noise = self.random.randbytes(len(data) - kept) if torn and self.random.random() < 0.5 else b""
+                noise = (
+                    self.random.randbytes(len(data) - kept)
+                    if torn and self.random.random() < 0.5
+                    else b""
+                )
                 path.write_bytes(data[:kept] + noise)
         for path in [path for paths in self.unlisted.values() for path in paths]:
             if not torn or self.random.random() < 0.5:
@@ -183,8 +190,16 @@ def write(store: Store, attempt: Attempt, *, rows: int = ROWS) -> None:
 
 
 def put_inputs(store: Store, attempt: Attempt) -> None:
-    columns = {"key": [b"k" * 16], "prompt_key": [b"p" * 16], "split": ["train"], "windows": [None], "first": [True]}
-    store.put_inputs("d", pa.table({n: columns[n] for n in INPUTS_SCHEMA.names}, schema=INPUTS_SCHEMA), {})
+    columns = {
+        "key": [b"k" * 16],
+        "prompt_key": [b"p" * 16],
+        "split": ["train"],
+        "windows": [None],
+        "first": [True],
+    }
+    store.put_inputs(
+        "d", pa.table({n: columns[n] for n in INPUTS_SCHEMA.names}, schema=INPUTS_SCHEMA), {}
+    )
 
 
 def put_teacher(store: Store, attempt: Attempt) -> None:
@@ -240,16 +255,24 @@ class Scenario:
 
 
 SCENARIOS = {
-    "create and write": Scenario(write, (), lambda store: store.index("soft_targets", ["key"]).num_rows == ROWS),
+    "create and write": Scenario(
+        write, (), lambda store: store.index("soft_targets", ["key"]).num_rows == ROWS
+    ),
     "inputs": Scenario(put_inputs, (), lambda store: store.inputs("d") is not None),
-    "teacher": Scenario(put_teacher, (), lambda store: bool(store.files.exists(f"teachers/{TEACHER}/identity.json"))),
+    "teacher": Scenario(
+        put_teacher, (), lambda store: bool(store.files.exists(f"teachers/{TEACHER}/identity.json"))
+    ),
     "snapshot": Scenario(
         keep_snapshot,
-        done=lambda store: any(load_snapshot(store, n[:-5]).rows == 1 for n in store.files.names("snapshots")),
+        done=lambda store: any(
+            load_snapshot(store, n[:-5]).rows == 1 for n in store.files.names("snapshots")
+        ),
     ),
     "retire": Scenario(withdraw, done=lambda store: len(store.commits("soft_targets")) == 1),
     "repair": Scenario(mend, (write, damage), lambda store: store.commits("soft_targets") == []),
-    "vacuum": Scenario(clean, (write, litter), lambda store: len(list(store.files.walk("data"))) == 1),
+    "vacuum": Scenario(
+        clean, (write, litter), lambda store: len(list(store.files.walk("data"))) == 1
+    ),
 }
 
 

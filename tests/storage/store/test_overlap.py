@@ -71,7 +71,9 @@ def test_one_shard_is_in_the_making_at_a_time(gated, samples):
 
 
 @pytest.mark.parametrize("call", ["add", "tick", "flush", "leave"])
-def test_what_fails_in_the_thread_is_raised_by_the_next_call_and_commits_nothing(gated, samples, call):
+def test_what_fails_in_the_thread_is_raised_by_the_next_call_and_commits_nothing(
+    gated, samples, call
+):
     files, store = gated
     files.broken = True
     files.gate.set()

@@ -28,7 +28,9 @@ def mixed(filled, samples):
 
 
 def expected(samples) -> list[dict]:
-    return [samples.target_row(100 + number, kind=kind) for number, kind in enumerate(samples.KINDS)]
+    return [
+        samples.target_row(100 + number, kind=kind) for number, kind in enumerate(samples.KINDS)
+    ]
 
 
 def same(found, row) -> None:
@@ -66,18 +68,28 @@ print(json.dumps([dict(zip(names, row)) for row in cursor.fetchall()], default=b
 """
 
 
-@pytest.mark.skipif("DUCKDB_1_5_PYTHON" not in os.environ, reason="names a Python that has DuckDB 1.5")
+@pytest.mark.skipif(
+    "DUCKDB_1_5_PYTHON" not in os.environ, reason="names a Python that has DuckDB 1.5"
+)
 def test_duckdb_1_5_reads_a_shard(mixed, samples):
     words = [os.environ["DUCKDB_1_5_PYTHON"], "-c", OLD_DUCKDB, path_of(mixed)]
     read = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
     for found, row in zip(read, expected(samples), strict=True):
-        same({name: bytes.fromhex(x) if isinstance(row.get(name), bytes) else x for name, x in found.items()}, row)
+        same(
+            {
+                name: bytes.fromhex(x) if isinstance(row.get(name), bytes) else x
+                for name, x in found.items()
+            },
+            row,
+        )
 
 
 def test_datasets_reads_a_shard(mixed, samples, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     datasets = pytest.importorskip("datasets")
-    rows = datasets.load_dataset("parquet", data_files=path_of(mixed), split="train", cache_dir=str(tmp_path / "cache"))
+    rows = datasets.load_dataset(
+        "parquet", data_files=path_of(mixed), split="train", cache_dir=str(tmp_path / "cache")
+    )
     for found, row in zip(rows, expected(samples), strict=True):
         same(found, row)
 
@@ -92,7 +104,9 @@ def test_sql_cuts_a_row_into_targets_whatever_the_kind(mixed, samples):
         assert len(ids) == row["span_tokens"]
         whole = SoftTargets.from_row(row).ids
         assert ids == (
-            [None] * len(ids) if whole is None else [[i for i in position if i >= 0] for position in whole.tolist()]
+            [None] * len(ids)
+            if whole is None
+            else [[i for i in position if i >= 0] for position in whole.tolist()]
         )
 
 
@@ -103,12 +117,16 @@ READ_BY_DUCKDB_1_5 = {
     "BYTE_ARRAY": {"PLAIN", "RLE", "RLE_DICTIONARY"},
     "FIXED_LEN_BYTE_ARRAY": {"PLAIN", "RLE", "RLE_DICTIONARY"},
 }
-"""Encodings by physical type; RLE is that of levels. BYTE_STREAM_SPLIT of integers came with 2.0, float16 never did."""
+"""Encodings by physical type; RLE is that of levels. BYTE_STREAM_SPLIT of integers came with 2.0,
+float16 never did."""
 
 
 def test_encodings_are_those_duckdb_1_5_reads(mixed):
     group = pq.ParquetFile(path_of(mixed)).metadata.row_group(0)
-    columns = {group.column(i).path_in_schema.split(".")[0]: group.column(i) for i in range(group.num_columns)}
+    columns = {
+        group.column(i).path_in_schema.split(".")[0]: group.column(i)
+        for i in range(group.num_columns)
+    }
     for name, column in columns.items():
         assert set(column.encodings) <= READ_BY_DUCKDB_1_5[column.physical_type], name
     encoded = {name: set(columns[name].encodings) - {"PLAIN", "RLE"} for name in columns}
@@ -120,7 +138,9 @@ def test_encodings_are_those_duckdb_1_5_reads(mixed):
 
 
 def test_top_k_of_a_large_vocabulary_fits_the_budget(store, samples):
-    """At most 3.75 K + 12 bytes a token, footers and all. A position's candidates are drawn anew by Zipf's law.
+    """At most 3.75 K + 12 bytes a token, footers and all.
+
+    A position's candidates are drawn anew by Zipf's law.
 
     Real teachers repeat themselves more (tests/bench).
     """
@@ -132,16 +152,22 @@ def test_top_k_of_a_large_vocabulary_fits_the_budget(store, samples):
         for index in range(rows):
             ranks = 30 * (vocabulary / 30) ** rng.random((tokens, k)) - 30
             logits = np.sort(rng.gumbel(size=(tokens, k)) * 1.5, axis=1)[:, ::-1]
-            logprobs = (logits - np.log(np.exp(logits).sum(axis=1, keepdims=True) * 1.15)).astype(np.float32)
+            logprobs = (logits - np.log(np.exp(logits).sum(axis=1, keepdims=True) * 1.15)).astype(
+                np.float32
+            )
             targets = SoftTargets(
                 ids=names[ranks.astype(int)],
                 logprobs=logprobs,
-                tail_logprob=np.log1p(-np.exp(logprobs.astype(np.float64)).sum(axis=1)).astype(np.float32),
+                tail_logprob=np.log1p(-np.exp(logprobs.astype(np.float64)).sum(axis=1)).astype(
+                    np.float32
+                ),
                 token_logprob=logprobs[:, 0] - 1e-2,
                 entropy=rng.gamma(4, 0.6, tokens),
             )
             row = samples.target_row(index) | targets.columns(10)
-            writer.add(row | {"token_ids": names[rng.zipf(1.3, tokens + 1) % vocabulary], "span_start": 1})
+            writer.add(
+                row | {"token_ids": names[rng.zipf(1.3, tokens + 1) % vocabulary], "span_start": 1}
+            )
     commits = store.commits("soft_targets")
     assert sum(c.shard.bytes for c in commits) / sum(c.tokens for c in commits) <= 3.75 * k + 12
 
@@ -150,21 +176,30 @@ def test_views_show_what_is_committed(filled):
     def count(sql):
         return query(filled, sql).to_pylist()[0]
 
-    assert count("SELECT count(*) AS n, sum(span_tokens)::INT AS t FROM soft_targets") == {"n": 40, "t": 240}
+    assert count("SELECT count(*) AS n, sum(span_tokens)::INT AS t FROM soft_targets") == {
+        "n": 40,
+        "t": 240,
+    }
     assert count("SELECT count(*) AS n FROM generations WHERE text LIKE 'text%'") == {"n": 5}
     assert count("SELECT messages[1].content AS c FROM prompts ORDER BY c") == {"c": "prompt 0"}
     assert count("SELECT count(*) AS n FROM rejects") == {"n": 0}
     assert count("SELECT count(*) AS n FROM inputs") == {"n": 0}
-    assert count("SELECT sum(rows)::INT AS n, count(*) AS c FROM commits WHERE table_name = 'soft_targets'") == {
+    assert count(
+        "SELECT sum(rows)::INT AS n, count(*) AS c FROM commits WHERE table_name = 'soft_targets'"
+    ) == {
         "n": 40,
         "c": 5,
     }
-    joined = "SELECT count(*) AS n FROM soft_targets s JOIN generations g ON s.generation_key = g.key"
+    joined = (
+        "SELECT count(*) AS n FROM soft_targets s JOIN generations g ON s.generation_key = g.key"
+    )
     assert count(joined) == {"n": 5}
 
     (first, *_) = filled.commits("soft_targets")
     filled.files.path("data/soft_targets/zz").mkdir()
-    filled.files.path("data/soft_targets/zz/orphan.parquet").write_bytes(filled.files.read(first.shard.name))
+    filled.files.path("data/soft_targets/zz/orphan.parquet").write_bytes(
+        filled.files.read(first.shard.name)
+    )
     filled.retire(first, reason="test")
     assert count("SELECT count(*) AS n FROM soft_targets") == {"n": 32}
 
@@ -181,11 +216,18 @@ def test_an_empty_store_has_the_same_views_with_the_same_types(store, filled, sa
 
 def test_inputs_view(filled):
     keys = query(
-        filled, "SELECT key, key AS prompt_key, 'train' AS split, NULL::INT AS windows, true AS first FROM prompts"
+        filled,
+        (
+            "SELECT key, key AS prompt_key, 'train' AS split, NULL::INT AS windows, true AS first "
+            "FROM prompts"
+        ),
     )
     filled.put_inputs("it's one", keys, {})
     filled.put_inputs("two", keys.slice(3), {})
-    rows = query(filled, "SELECT data_id, count(*) AS n FROM inputs JOIN prompts USING (key) GROUP BY 1 ORDER BY 1")
+    rows = query(
+        filled,
+        "SELECT data_id, count(*) AS n FROM inputs JOIN prompts USING (key) GROUP BY 1 ORDER BY 1",
+    )
     assert rows.to_pylist() == [{"data_id": "it's one", "n": 5}, {"data_id": "two", "n": 2}]
 
 
@@ -201,10 +243,15 @@ def test_inputs_view(filled):
         ("CREATE TABLE t AS SELECT 1", "one SELECT"),
         ("ATTACH 'x.db'", "one SELECT"),
         ("SELECT * FROM read_text('/etc/hostname')", "disabled by configuration"),
-        ("SELECT * FROM read_parquet('https://example.org/x.parquet')", "disabled by configuration"),
+        (
+            "SELECT * FROM read_parquet('https://example.org/x.parquet')",
+            "disabled by configuration",
+        ),
     ],
 )
-def test_bad_sql_says_why_and_other_files_are_out_of_reach(filled, sql, says, monkeypatch, tmp_path):
+def test_bad_sql_says_why_and_other_files_are_out_of_reach(
+    filled, sql, says, monkeypatch, tmp_path
+):
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UsageError, match=says):

@@ -21,15 +21,23 @@ def test_open_finds_the_store_or_says_what_to_do(tmp_path):
         Store.open(tmp_path / "absent")
     assert not (tmp_path / "absent").exists()
     made = Store.open(tmp_path / "a" / "b", create=True)
-    assert Store.open(tmp_path / "a" / "b").id == Store.open(tmp_path / "a" / "b", create=True).id == made.id
+    assert (
+        Store.open(tmp_path / "a" / "b").id
+        == Store.open(tmp_path / "a" / "b", create=True).id
+        == made.id
+    )
 
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     with pytest.raises(UsageError, match="not empty and not a store"):
         Store.open(tmp_path / "full", create=True)
 
-    (tmp_path / "a" / "b" / "STORE.json").write_text(json.dumps({"format_version": 99, "store_id": "x"}))
-    with pytest.raises(IntegrityError, match="format version 99, this Stillroom reads and writes 1"):
+    (tmp_path / "a" / "b" / "STORE.json").write_text(
+        json.dumps({"format_version": 99, "store_id": "x"})
+    )
+    with pytest.raises(
+        IntegrityError, match="format version 99, this Stillroom reads and writes 1"
+    ):
         Store.open(tmp_path / "a" / "b")
 
 
@@ -46,7 +54,9 @@ def test_rows_come_back_by_place(filled, samples):
         assert row.pop("label") is None
         assert set(row) == set(expected)
         for name, value in expected.items():
-            np.testing.assert_array_equal(row[name], np.float32(value) if name == "kept_mass" else value)
+            np.testing.assert_array_equal(
+                row[name], np.float32(value) if name == "kept_mass" else value
+            )
             if isinstance(value, np.ndarray):
                 assert row[name].dtype == value.dtype
                 assert row[name].flags.writeable
@@ -83,10 +93,16 @@ def test_shards_describe_themselves(filled, samples):
     assert about["table"] == "soft_targets"
     assert about["head"] == "lm"
     statistics = about["statistics"]["topk"]
-    assert (statistics["rows"], statistics["tokens"], statistics["entries_per_token"]) == (8, 48, 4.0)
+    assert (statistics["rows"], statistics["tokens"], statistics["entries_per_token"]) == (
+        8,
+        48,
+        4.0,
+    )
     row_masses = [samples.target_row(i)["kept_mass"] for i in range(8)]
     assert statistics["kept_mass"]["mean"] == pytest.approx(np.mean(row_masses), abs=1e-3)
-    with pytest.raises(ValueError, match="needs teacher_id, tokenizer_id, vocab_size, mantissa_bits"):
+    with pytest.raises(
+        ValueError, match="needs teacher_id, tokenizer_id, vocab_size, mantissa_bits"
+    ):
         filled.writer("soft_targets", about={})
 
 
@@ -147,13 +163,22 @@ def test_leaving_by_an_exception_commits_what_is_finished(store, samples, error)
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda row: {"logprobs": row["logprobs"][:-4]}, r"logprobs has 20 values, expected 24 \(span_tokens 6, k 4\)"),
+        (
+            lambda row: {"logprobs": row["logprobs"][:-4]},
+            r"logprobs has 20 values, expected 24 \(span_tokens 6, k 4\)",
+        ),
         (lambda row: {"ids": row["ids"][1:]}, "ids has 23 values, expected 24"),
         (lambda row: {"entropy": row["entropy"][1:]}, "entropy has 5 values, expected 6"),
         (lambda row: {"token_logprob": row["token_logprob"][1:]}, "token_logprob has 5 values"),
-        (lambda row: {"tail_logprob": np.append(row["tail_logprob"], 0)}, "tail_logprob has 7 values"),
+        (
+            lambda row: {"tail_logprob": np.append(row["tail_logprob"], 0)},
+            "tail_logprob has 7 values",
+        ),
         (lambda row: {"span_start": 0}, "position t predicts token t"),
-        (lambda row: {"span_start": 3}, "span_start 3, span_tokens 6 and k 4 do not fit a row of 8 tokens"),
+        (
+            lambda row: {"span_start": 3},
+            "span_start 3, span_tokens 6 and k 4 do not fit a row of 8 tokens",
+        ),
         (lambda row: {"token_ids": row["token_ids"][:-1]}, "do not fit a row of 7 tokens"),
         (lambda row: {"span_tokens": 0}, "span_tokens 0"),
         (lambda row: {"ids": None}, "kind 'topk' without ids"),
@@ -165,7 +190,10 @@ def test_leaving_by_an_exception_commits_what_is_finished(store, samples, error)
         (lambda row: {"reuse_key": None}, r"column reuse_key \(hash of teacher"),
         (lambda row: {"key": b"short"}, "the key has 5 bytes, not 16"),
         (lambda row: {"ids": row["ids"] * 1.5}, "ids holds float64, expected list<item: int32>"),
-        (lambda row: {"logprobs": row["logprobs"].reshape(6, 4)}, r"logprobs has shape \(6, 4\), lists are flat"),
+        (
+            lambda row: {"logprobs": row["logprobs"].reshape(6, 4)},
+            r"logprobs has shape \(6, 4\), lists are flat",
+        ),
     ],
 )
 def test_the_writer_refuses_rows_that_do_not_fit(store, samples, change, says):
@@ -179,8 +207,13 @@ def test_the_writer_refuses_rows_that_do_not_fit(store, samples, change, says):
 
 def test_a_generation_whose_parts_do_not_add_up_is_refused(store, samples):
     with store.writer("generations", about=samples.GENERATIONS_ABOUT) as writer:
-        writer.add(samples.generation_row(0) | {"token_ids": [1, 2], "prompt_tokens": 2, "completion_tokens": 0})
-        with pytest.raises(IntegrityError, match="3 prompt tokens and 2 completion tokens are not 4 token ids"):
+        writer.add(
+            samples.generation_row(0)
+            | {"token_ids": [1, 2], "prompt_tokens": 2, "completion_tokens": 0}
+        )
+        with pytest.raises(
+            IntegrityError, match="3 prompt tokens and 2 completion tokens are not 4 token ids"
+        ):
             writer.add(samples.generation_row(1) | {"prompt_tokens": 3})
     assert writer.rows == 1
 
@@ -263,7 +296,9 @@ def test_inputs(store):
 def test_teachers(store):
     with pytest.raises(UsageError, match="does not know this teacher"):
         store.teacher_dir("t1")
-    store.put_teacher("t1", {"identity.json": b"{}", "tokenizer.json": b"tok", "config.json": b"conf"})
+    store.put_teacher(
+        "t1", {"identity.json": b"{}", "tokenizer.json": b"tok", "config.json": b"conf"}
+    )
     folder = store.teacher_dir("t1")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
         "identity.json": b"{}",
@@ -276,5 +311,8 @@ def test_the_schema_on_disk_is_the_schema(filled):
     for table in ("soft_targets", "generations", "prompts"):
         shard = filled.shard(table, filled.commits(table)[0].shard.sha256)
         assert shard.schema.equals(SCHEMAS[table])
-        assert shard.schema.field("key").metadata[b"about"] == SCHEMAS[table].field("key").metadata[b"about"]
+        assert (
+            shard.schema.field("key").metadata[b"about"]
+            == SCHEMAS[table].field("key").metadata[b"about"]
+        )
         assert METADATA_KEY in shard.schema.metadata

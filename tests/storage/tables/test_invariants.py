@@ -13,7 +13,12 @@ KINDS = ("topk", "topp", "sampled", "weighted", "full", "tempered", "hot")
 
 
 @settings(max_examples=60, deadline=None)
-@given(kind=st.sampled_from(KINDS), index=st.integers(0, 10**6), tokens=st.integers(1, 40), k=st.integers(2, 30))
+@given(
+    kind=st.sampled_from(KINDS),
+    index=st.integers(0, 10**6),
+    tokens=st.integers(1, 40),
+    k=st.integers(2, 30),
+)
 def test_a_row_of_any_kind_holds_and_nothing_in_it_is_doubted(samples, kind, index, tokens, k):
     k = samples.VOCABULARY if kind == "full" else k
     row = samples.target_row(index, tokens=tokens, k=k, kind=kind)
@@ -30,8 +35,19 @@ def test_a_row_of_any_kind_holds_and_nothing_in_it_is_doubted(samples, kind, ind
     k=st.integers(2, 9),
 )
 def test_a_row_with_a_target_too_many_or_too_few_is_refused(samples, kind, data, tokens, by, k):
-    row = samples.target_row(5, tokens=tokens, k=samples.VOCABULARY if kind == "full" else k, kind=kind)
-    lists = ["entries", "ids", "logprobs", "counts", "weights", "tail_logprob", "token_logprob", "entropy"]
+    row = samples.target_row(
+        5, tokens=tokens, k=samples.VOCABULARY if kind == "full" else k, kind=kind
+    )
+    lists = [
+        "entries",
+        "ids",
+        "logprobs",
+        "counts",
+        "weights",
+        "tail_logprob",
+        "token_logprob",
+        "entropy",
+    ]
     lists += ["temperatures", "tempered_tails"]
     name = data.draw(st.sampled_from([name for name in lists if row[name] is not None]))
     longer = row[name][:-1] if by < 0 else np.append(row[name], row[name][-1:])
@@ -63,23 +79,46 @@ def changed(values, position, value):
         ("sampled", {"counts": lambda counts: changed(counts, 0, 0)}, "do not sum to its 9 draws"),
         ("sampled", {"proposal": 0.5}, "kind 'sampled' with counts; this kind has none"),
         ("weighted", {"proposal": 1.0}, "kind 'sampled' without counts; this kind needs it"),
-        ("weighted", {"weights": lambda weights: weights * np.float32(np.nan)}, "weights holds NaN"),
+        (
+            "weighted",
+            {"weights": lambda weights: weights * np.float32(np.nan)},
+            "weights holds NaN",
+        ),
         ("full", {"ids": np.zeros(6 * 50, np.int32)}, "kind 'full' with ids"),
         ("full", {"kind": "topk"}, "kind 'topk' without ids"),
-        ("full", {"temperatures": [2.0], "tempered_tails": np.zeros(6, np.float32)}, r"temperatures \[2.0\]"),
-        ("hot", {"temperatures": [2.0, 3.0], "tempered_tails": np.zeros(12, np.float32)}, "sampled: one at most"),
-        ("tempered", {"temperatures": None, "tempered_tails": None, "p": None}, "kind 'topp' without p"),
+        (
+            "full",
+            {"temperatures": [2.0], "tempered_tails": np.zeros(6, np.float32)},
+            r"temperatures \[2.0\]",
+        ),
+        (
+            "hot",
+            {"temperatures": [2.0, 3.0], "tempered_tails": np.zeros(12, np.float32)},
+            "sampled: one at most",
+        ),
+        (
+            "tempered",
+            {"temperatures": None, "tempered_tails": None, "p": None},
+            "kind 'topp' without p",
+        ),
         ("tempered", {"tempered_tails": None}, "and no sums"),
         ("tempered", {"temperatures": [2.0, 0.5]}, "above 0 other than 1, ascending"),
         ("tempered", {"temperatures": [0.5, 1.0]}, "above 0 other than 1, ascending"),
         ("tempered", {"temperatures": [0.0, 2.0]}, "above 0 other than 1, ascending"),
-        ("tempered", {"tempered_tails": lambda tails: tails * np.float32(np.nan)}, "tempered_tails holds NaN"),
+        (
+            "tempered",
+            {"tempered_tails": lambda tails: tails * np.float32(np.nan)},
+            "tempered_tails holds NaN",
+        ),
     ],
 )
 def test_the_writer_refuses_a_row_that_contradicts_its_kind(store, samples, kind, change, says):
     row = samples.target_row(3, k=9, kind=kind)
     row |= {name: value(row[name]) if callable(value) else value for name, value in change.items()}
-    with store.writer("soft_targets", about=samples.ABOUT) as writer, pytest.raises(IntegrityError, match=says):
+    with (
+        store.writer("soft_targets", about=samples.ABOUT) as writer,
+        pytest.raises(IntegrityError, match=says),
+    ):
         writer.add(row)
     assert store.commits("soft_targets") == []
 
@@ -93,15 +132,29 @@ def test_the_writer_refuses_a_row_that_contradicts_its_kind(store, samples, kind
         ("sampled", {"ids": lambda ids: ids * 0}, ("ids", "an id stands twice")),
         ("sampled", {"ids": lambda ids: changed(ids, 1, 50)}, ("ids", "outside the vocabulary")),
         ("weighted", {"weights": lambda weights: -weights}, ("weights", "not above 0")),
-        ("tempered", {"tempered_tails": lambda tails: np.roll(tails, 1)}, ("tempered_tails", "at temperature 0.5")),
-        ("tempered", {"tempered_tails": lambda tails: tails + 3}, ("tempered_tails", "at temperature 2")),
-        ("hot", {"tempered_tails": lambda tails: tails + 3}, ("tempered_tails", "at temperature 2")),
+        (
+            "tempered",
+            {"tempered_tails": lambda tails: np.roll(tails, 1)},
+            ("tempered_tails", "at temperature 0.5"),
+        ),
+        (
+            "tempered",
+            {"tempered_tails": lambda tails: tails + 3},
+            ("tempered_tails", "at temperature 2"),
+        ),
+        (
+            "hot",
+            {"tempered_tails": lambda tails: tails + 3},
+            ("tempered_tails", "at temperature 2"),
+        ),
     ],
 )
 def test_verify_doubts_numbers_of_ragged_kinds(samples, kind, change, says):
     row = samples.target_row(3, tokens=40, k=9, kind=kind)
     row |= {name: value(row[name]) if callable(value) else value for name, value in change.items()}
-    assert any(column == says[0] and says[1] in message for column, message in doubts(row, samples.ABOUT))
+    assert any(
+        column == says[0] and says[1] in message for column, message in doubts(row, samples.ABOUT)
+    )
 
 
 @pytest.mark.parametrize("kind", ["topk", "topp", "sampled", "full", "hot"])
@@ -116,7 +169,12 @@ def test_targets_of_the_token_before_are_doubted(samples, kind):
 def test_statistics_by_kind(samples):
     rows = [samples.target_row(i, tokens=30, k=9, kind=kind) for i, kind in enumerate(KINDS)]
     found = statistics(rows)
-    assert {kind: x["rows"] for kind, x in found.items()} == {"full": 1, "sampled": 3, "topk": 1, "topp": 2}
+    assert {kind: x["rows"] for kind, x in found.items()} == {
+        "full": 1,
+        "sampled": 3,
+        "topk": 1,
+        "topp": 2,
+    }
     assert found["topk"]["entries_per_token"] == 9
     assert found["full"]["entries_per_token"] == samples.VOCABULARY
     entries = np.concatenate([rows[1]["entries"], rows[5]["entries"]])
@@ -142,13 +200,17 @@ def random_targets(kind: str, n: int, width: int, seed: int) -> SoftTargets:
     used = np.arange(width) < (entries if ragged else np.full(n, width))[:, None]
     floats = [rng.normal(size=shape).astype(np.float32) for shape in [(n, width), n, n, n]]
     values = {
-        "ids": None if kind == "full" else np.where(used, rng.integers(0, 99, (n, width)), -1).astype(np.int32),
+        "ids": None
+        if kind == "full"
+        else np.where(used, rng.integers(0, 99, (n, width)), -1).astype(np.int32),
         "logprobs": np.where(used, floats[0], -np.inf).astype(np.float32),
         "tail_logprob": floats[1],
     }
     if kind in ("tempered", "hot"):
         values["temperatures"] = np.array([2.0] if kind == "hot" else [0.5, 2.0], np.float32)
-        values["tempered_tails"] = rng.normal(size=(n, len(values["temperatures"]))).astype(np.float32)
+        values["tempered_tails"] = rng.normal(size=(n, len(values["temperatures"]))).astype(
+            np.float32
+        )
     if kind in ("sampled", "weighted", "hot"):
         values |= {"logprobs": None, "tail_logprob": None}
         values |= (
@@ -156,11 +218,18 @@ def random_targets(kind: str, n: int, width: int, seed: int) -> SoftTargets:
             if kind in ("sampled", "hot")
             else {"weights": np.where(used, floats[0], 0)}
         )
-    return SoftTargets(**values, token_logprob=floats[2], entropy=floats[3], entries=entries if ragged else None)
+    return SoftTargets(
+        **values, token_logprob=floats[2], entropy=floats[3], entries=entries if ragged else None
+    )
 
 
 @settings(max_examples=80, deadline=None)
-@given(kind=st.sampled_from(KINDS), n=st.integers(1, 9), width=st.integers(1, 12), seed=st.integers(0, 9999))
+@given(
+    kind=st.sampled_from(KINDS),
+    n=st.integers(1, 9),
+    width=st.integers(1, 12),
+    seed=st.integers(0, 9999),
+)
 def test_columns_and_back_is_the_same(kind, n, width, seed):
     targets = random_targets(kind, n, width, seed)
     columns = targets.columns(23)
@@ -174,8 +243,13 @@ def test_columns_and_back_is_the_same(kind, n, width, seed):
         else:
             assert (after.dtype, after.shape) == (before.dtype, before.shape)
             if name in ("temperatures", "tempered_tails"):
-                np.testing.assert_array_equal(later, before if name == "temperatures" else before[n // 2 :])
+                np.testing.assert_array_equal(
+                    later, before if name == "temperatures" else before[n // 2 :]
+                )
                 continue
             np.testing.assert_array_equal(
-                later, before[n // 2 :, : part.probabilities.shape[1]] if before.ndim == 2 else before[n // 2 :]
+                later,
+                before[n // 2 :, : part.probabilities.shape[1]]
+                if before.ndim == 2
+                else before[n // 2 :],
             )

@@ -11,7 +11,11 @@ from stillroom.storage.errors import IntegrityError
 from stillroom.storage.tables.soft_targets import SoftTargets, round_mantissa
 
 FLOATS = st.floats(width=32, allow_nan=False, min_value=-(2.0**99), max_value=2.0**99)
-SHORT = st.builds(lambda mantissa, exponent: mantissa * 2.0**exponent, st.integers(-4095, 4095), st.integers(-30, 30))
+SHORT = st.builds(
+    lambda mantissa, exponent: mantissa * 2.0**exponent,
+    st.integers(-4095, 4095),
+    st.integers(-30, 30),
+)
 """Few bits of mantissa: often exactly between two values of fewer bits."""
 
 
@@ -52,15 +56,21 @@ def test_targets_come_back(samples, k, bits):
     again = SoftTargets.from_row(columns)
     np.testing.assert_array_equal(again.ids, targets.ids)
     np.testing.assert_array_equal(again.logprobs, round_mantissa(targets.logprobs, bits))
-    np.testing.assert_allclose(columns["kept_mass"], np.exp(targets.logprobs).sum(axis=1).clip(max=1).mean(), rtol=1e-5)
+    np.testing.assert_allclose(
+        columns["kept_mass"], np.exp(targets.logprobs).sum(axis=1).clip(max=1).mean(), rtol=1e-5
+    )
 
 
-@pytest.mark.parametrize(("k", "kind"), [(1, "topk"), (4, "topk"), (50, "topk"), (50, "full"), (20, "topp")])
+@pytest.mark.parametrize(
+    ("k", "kind"), [(1, "topk"), (4, "topk"), (50, "topk"), (50, "full"), (20, "topp")]
+)
 @pytest.mark.parametrize("bits", [2, 10])
 def test_normalised_sums_to_one(samples, k, kind, bits):
     targets = SoftTargets.from_row(samples.target_row(3, k=k, kind=kind))
     targets = SoftTargets.from_row(targets.columns(bits)).normalised()
-    total = np.exp(targets.logprobs.astype(np.float64)).sum(axis=1) + np.exp(targets.tail_logprob.astype(np.float64))
+    total = np.exp(targets.logprobs.astype(np.float64)).sum(axis=1) + np.exp(
+        targets.tail_logprob.astype(np.float64)
+    )
     np.testing.assert_allclose(total, 1.0, atol=1e-6)
     assert kind == "topp" or np.isfinite(targets.logprobs).all()
     if k == 50:
@@ -85,16 +95,22 @@ def test_a_tempered_tail_is_rescaled_with_its_entries(samples, bits):
 
 
 def test_temperatures_are_names_and_not_rounded(samples):
-    targets = SoftTargets.from_row(samples.target_row(3, kind="tempered") | {"temperatures": [0.3, 1.7]})
+    targets = SoftTargets.from_row(
+        samples.target_row(3, kind="tempered") | {"temperatures": [0.3, 1.7]}
+    )
     columns = targets.columns(4)
     np.testing.assert_array_equal(columns["temperatures"], np.array([0.3, 1.7], np.float32))
-    np.testing.assert_array_equal(columns["tempered_tails"], round_mantissa(targets.tempered_tails.reshape(-1), 4))
+    np.testing.assert_array_equal(
+        columns["tempered_tails"], round_mantissa(targets.tempered_tails.reshape(-1), 4)
+    )
 
 
 def test_normalised_with_all_mass_on_one_entry():
     one = np.zeros((2, 1), np.float32)
     nothing = np.full(2, -np.inf, np.float32)
-    targets = SoftTargets(np.zeros((2, 1), np.int32), one, nothing, np.zeros(2, np.float32), np.zeros(2, np.float32))
+    targets = SoftTargets(
+        np.zeros((2, 1), np.int32), one, nothing, np.zeros(2, np.float32), np.zeros(2, np.float32)
+    )
     np.testing.assert_array_equal(targets.normalised().logprobs, one)
     assert targets.columns(10)["kept_mass"] == 1.0
     empty = SoftTargets(targets.ids, nothing[:, None], nothing, nothing, nothing)
@@ -105,7 +121,9 @@ def test_normalised_with_all_mass_on_one_entry():
 @pytest.mark.parametrize("name", ["ids", "logprobs", "tail_logprob", "token_logprob", "entropy"])
 def test_a_row_whose_lengths_disagree_is_refused(samples, name):
     row = samples.target_row(1)
-    with pytest.raises(IntegrityError, match=rf"{name} has {len(row[name]) - 1} values, expected {len(row[name])}"):
+    with pytest.raises(
+        IntegrityError, match=rf"{name} has {len(row[name]) - 1} values, expected {len(row[name])}"
+    ):
         SoftTargets.from_row({**row, name: row[name][:-1]})
 
 

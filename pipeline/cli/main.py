@@ -17,8 +17,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from ...storage.errors import StillroomError, Stopped
-from . import import_table as import_cli
-from . import publish as publish_cli
+from . import import_table, publish, store
 from .app import AsJson, Overrides, Quiet, RecipePath, app, print_for_people, print_json
 
 
@@ -203,9 +202,11 @@ def schema() -> None:
     sys.stdout.write(json.dumps(Recipe.model_json_schema(), indent=2) + "\n")
 
 
-app.command()(publish_cli.export)
-app.command()(publish_cli.publish)
-app.command("import")(import_cli.import_)
+for command in (store.inspect, store.query, store.verify, store.repair, store.vacuum):
+    app.command()(command)
+app.command()(publish.export)
+app.command()(publish.publish)
+app.command("import")(import_table.import_)
 
 
 def _outcome(outcome: dict[str, Any], as_json: bool) -> None:

@@ -32,7 +32,7 @@ from stillroom.storage.store.store import Store
 
 NOTED = """
     import time
-    from stillroom.stages.generate import _Work
+    from stillroom.stages.generate.stage import _Work
     keep = _Work._keep
     def noted(self, completion):
         with open({path!r}, "a") as file:

@@ -52,7 +52,7 @@ def together(folder: Path, count: int) -> str:
         folder,
         f"""
         import time
-        from stillroom.stages.engine_hf import HfEngine
+        from stillroom.stages.engines.hf import HfEngine
         load, completion = HfEngine.__init__, HfEngine._completion
         def loaded(self, *arguments):
             load(self, *arguments)

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stillroom.stages.models.head import Head
+from stillroom.stages.targets import block_sums
 from stillroom.stages.targets import reduce as module
 from stillroom.stages.targets.draws import Span
 from stillroom.stages.targets.reduce import Reducer
@@ -75,7 +76,7 @@ def test_entries_tail_token_and_entropy_equal_float64(
 ) -> None:
     k = min(k, v)
     hidden, head, following, truth = case(n, 5, v, scale=scale, seed=seed)
-    with patch.object(module, "BLOCK", block):
+    with patch.object(module, "BLOCK", block), patch.object(block_sums, "BLOCK", block):
         found = soft_targets(hidden, head, following, kept=topk(k))
     best = -np.sort(-truth, axis=-1)
     np.testing.assert_allclose(found.logprobs, best[:, :k], atol=2e-5, rtol=1e-5)
@@ -267,7 +268,7 @@ def test_a_tempered_distribution_is_the_dense_one_to_the_rounding(
     kept = Kept(
         kind=kind, k=k, p=0.8 if kind == "topp" else None, k_min=1, temperatures=TEMPERATURES
     )
-    with patch.object(module, "BLOCK", block):
+    with patch.object(module, "BLOCK", block), patch.object(block_sums, "BLOCK", block):
         found = soft_targets(
             hidden, head, following, kept=kept if kind == "topp" else topk(k, *TEMPERATURES)
         )

@@ -86,7 +86,7 @@ def test_rows_of_a_living_process_are_no_suspects(tmp_path: Path) -> None:
     code = """
         import sys
         from pathlib import Path
-        from stillroom.stages.inflight import Journal
+        from stillroom.stages.workers.journal import Journal
         with Journal(Path(sys.argv[1])) as journal:
             journal.take([bytes(16)])
             print("in flight", flush=True)

@@ -14,7 +14,7 @@ from stillroom.storage.files.opening import open_files
 
 RACER = """
 import sys
-from stillroom.storage.files import LocalFiles
+from stillroom.storage.files.local import LocalFiles
 root, me = sys.argv[1:]
 files = LocalFiles(root)
 print("ready", flush=True)

@@ -178,9 +178,9 @@ def test_the_order_depends_on_seed_and_epoch_and_nothing_else(filled, snapshot):
     save_snapshot(filled, snapshot)
     script = f"""
 from itertools import islice
-from stillroom.storage.order import Order
-from stillroom.storage.snapshot import load_snapshot
-from stillroom.storage.store import Store
+from stillroom.storage.snapshots.order import Order
+from stillroom.storage.snapshots.snapshot import load_snapshot
+from stillroom.storage.store.store import Store
 order = Order(load_snapshot(Store.open({str(filled.root)!r}), {snapshot.id!r}))
 (window,) = islice(order.windows(seed=1, start=2 * order.rows), 1)
 print([*zip(order.shards[window.groups].tolist(), window.rows.tolist())])

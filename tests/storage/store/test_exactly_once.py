@@ -75,8 +75,8 @@ def test_two_processes_given_the_same_keys(tmp_path, samples):
 TRIALS = 500
 RACER = """
 import importlib.util, random, sys
-from stillroom.storage.store import Store
-from stillroom.storage.writer import CommitLimits
+from stillroom.storage.store.store import Store
+from stillroom.storage.store.writer import CommitLimits
 spec = importlib.util.spec_from_file_location("samples", sys.argv[2])
 samples = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(samples)
@@ -156,8 +156,8 @@ echo | "$2" "$3" "$1/store" 0 4000
 status=$?
 "$2" -c '
 import sys
-from stillroom.storage.store import Store
-from stillroom.storage.verify import verify
+from stillroom.storage.store.store import Store
+from stillroom.storage.integrity.verify import verify
 report = verify(Store.open(sys.argv[1]))
 print("verified", report.tables["soft_targets"].rows, len(report.problems), len(report.notes))
 ' "$1/store"

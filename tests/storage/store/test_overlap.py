@@ -113,9 +113,9 @@ def test_rows_that_others_commit_while_a_shard_is_made_are_left_out_of_it(gated,
 
 KILLED = """
 import importlib.util, sys, threading
-from stillroom.storage.files import LocalFiles
-from stillroom.storage.store import Store
-from stillroom.storage.writer import CommitLimits
+from stillroom.storage.files.local import LocalFiles
+from stillroom.storage.store.store import Store
+from stillroom.storage.store.writer import CommitLimits
 spec = importlib.util.spec_from_file_location("samples", sys.argv[2])
 samples = importlib.util.module_from_spec(spec)
 sys.modules["samples"] = samples

@@ -46,6 +46,10 @@ class Plan:
     sources: dict[str, str] = field(default_factory=dict)
     """Read-only sources by their names in the recipe: what each is, in which version."""
 
+    def line(self, name: str) -> StagePlan:
+        """The line of a stage that the recipe has."""
+        return next(line for line in self.stages if line.name == name)
+
     def stage(self, name: str) -> StagePlan | None:
         """The line of a stage, None where the recipe has no such stage."""
-        return next((s for s in self.stages if s.name == name), None)
+        return next((line for line in self.stages if line.name == name), None)

@@ -2,10 +2,10 @@
 
 Writes nothing, needs no torch.
 
-The runner asks for a plan before each stage, so what `plan` prints is what `run` does.
+A run makes this plan once, before its first stage, and asks again for the lines that a stage may
+have changed when it has ended. So what `plan` prints is what `run` does.
 """
 
-from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,16 +21,15 @@ from ...stages.models.classes import refuse_other_classes, refuse_without_head
 from ...stages.models.identity import FileHashes
 from ...stages.models.same_tokenizer import refuse_other_tokenizer
 from ...stages.recipe.sections import Recipe
+from ...stages.recipe.stages import stage_named
 from ...storage.errors import UsageError
 from ...storage.files.opening import open_files
 from ...storage.joined import Joined, open_store
 from ...storage.published.folder import Published
 from ...storage.store.store import Store
-from .lines import Plan, StagePlan
+from .lines import Plan, StagePlan, State
 from .resolve import Bound, bind
 from .students import plan_students
-
-STAGES = ("data", "generate", "score", "train", "baseline", "evaluate")
 
 
 def make_plan(recipe: Recipe, *, write: bool = False) -> Plan:
@@ -44,20 +43,31 @@ def make_plan(recipe: Recipe, *, write: bool = False) -> Plan:
         UsageError: a model or the source is not there.
     """
     store = _open(recipe, write=write)
-    plan = Plan(bound=bind(recipe, store, write=write), write=write)
-    plan.sources = store.pinned if isinstance(store, Joined) else {}
-    _refuse_early(recipe, plan.bound)
-    surveyed = plan.bound.published or _survey(recipe, plan, store)
-    if store is None:
-        assert isinstance(surveyed, pa.Table)
-        _plan_empty(recipe, plan, surveyed)
+    bound = bind(recipe, store, write=write)
+    _refuse_early(recipe, bound)
+    plan = Plan(bound=bound, write=write)
+    _plan_tables(recipe, plan, store)
+    return _with_students(recipe, plan)
+
+
+def plan_again(recipe: Recipe, plan: Plan, ended: str) -> Plan:
+    """The plan after a stage has ended, with what was resolved before it: teacher, author, data.
+
+    A stage that fills a table of the store changes its own line and the lines after it. A stage
+    that trains or evaluates changes no line of a table, and the snapshots stay too.
+
+    Args:
+        recipe: The recipe.
+        plan: As it was before the stage.
+        ended: Name of the stage's line.
+    """
+    again = Plan(bound=plan.bound, write=plan.write, sources=plan.sources)
+    if stage_named(ended).table is not None:
+        _plan_tables(recipe, again, _open(recipe, write=plan.write))
     else:
-        with Books(
-            store, recipe, data_id=plan.bound.binding.data_id, surveyed=surveyed, write=write
-        ) as books:
-            _plan_teacher(recipe, plan, books)
-    plan_students(recipe, plan, ready=all(line.state == "done" for line in plan.stages))
-    return plan
+        again.stages = [line for line in plan.stages if stage_named(line.name).table is not None]
+        again.snapshots = plan.snapshots
+    return _with_students(recipe, again)
 
 
 def refuse_impossible(plan: Plan, line: StagePlan) -> None:
@@ -75,7 +85,7 @@ def refuse_impossible(plan: Plan, line: StagePlan) -> None:
             "(PROVENANCE.json of the published folder), or name the prompts' own source and a "
             "teacher that is here."
         )
-    if line.name in ("data", "generate", "score") and plan.bound.teacher is None:
+    if stage_named(line.name).table is not None and plan.bound.teacher is None:
         why = f" ({line.why})" if line.why else ""
         raise UsageError(
             f"{line.name}: there is work to do{why}, but teacher or data are not here: "
@@ -121,6 +131,24 @@ def _open(recipe: Recipe, *, write: bool) -> Store | None:
     return store
 
 
+def _plan_tables(recipe: Recipe, plan: Plan, store: Store | None) -> None:
+    """The lines of the stages that fill a table, and the snapshots that these leave."""
+    plan.sources = store.pinned if isinstance(store, Joined) else {}
+    surveyed = plan.bound.published or _survey(recipe, plan, store)
+    if store is None:
+        assert isinstance(surveyed, pa.Table)
+        _plan_empty(recipe, plan, surveyed)
+        return
+    data_id = plan.bound.binding.data_id
+    with Books(store, recipe, data_id=data_id, surveyed=surveyed, write=plan.write) as books:
+        _plan_stored(recipe, plan, books)
+
+
+def _with_students(recipe: Recipe, plan: Plan) -> Plan:
+    plan_students(recipe, plan, ready=all(line.state == "done" for line in plan.stages))
+    return plan
+
+
 def _survey(recipe: Recipe, plan: Plan, store: Store | None) -> pa.Table | None:
     """Begin with the data stage: what its source holds, None where the store has it on record."""
     data_id = plan.bound.binding.data_id
@@ -153,8 +181,8 @@ def _plan_empty(recipe: Recipe, plan: Plan, inputs: pa.Table) -> None:
         plan.stages.append(StagePlan(name="score", state="waits", why="for the text"))
 
 
-def _plan_teacher(recipe: Recipe, plan: Plan, books: Books) -> None:
-    """The stages that read and write the store, and the snapshots that they leave."""
+def _plan_stored(recipe: Recipe, plan: Plan, books: Books) -> None:
+    """What a store has of each table that the recipe fills."""
     binding, bound = plan.bound.binding, plan.bound
     books.lenient = books.lenient or binding.imported
     if books.published is not None:
@@ -207,10 +235,15 @@ def _plan_published(plan: Plan, books: Books, published: Published) -> None:
 
 def _line(name: str, ledger: Ledger, *, upstream: bool = True) -> StagePlan:
     served = [f"{count} from {source}" for source, count in ledger.sources.items()]
-    why = ", ".join([*served, *filter(None, [_reasons(ledger.why, ledger.rejected)])])
+    new = [f"{count} {reason}" for reason, count in ledger.why.most_common()]
+    refused = [f"{count} rejected: {reason}" for reason, count in ledger.rejected.most_common()]
+    why = ", ".join(served + new + refused)
+    if not upstream:
+        why = ", ".join(filter(None, [why, "more after the stages before it"]))
+    state: State = "done" if upstream else "waits"
     return StagePlan(
         name=name,
-        state="to do" if ledger.pending else "done" if upstream else "waits",
+        state="to do" if ledger.pending else state,
         planned=ledger.planned,
         committed=ledger.committed,
         rejected=ledger.rejected.total(),
@@ -219,14 +252,5 @@ def _line(name: str, ledger: Ledger, *, upstream: bool = True) -> StagePlan:
         tokens_to_do=ledger.tokens_to_do,
         bytes_to_do=ledger.bytes_to_do,
         sources=ledger.sources,
-        why=why
-        if upstream
-        else ", ".join(part for part in (why, "more after the stages before it") if part),
-    )
-
-
-def _reasons(why: Counter[str], rejected: Counter[str]) -> str:
-    parts = [f"{count} {reason}" for reason, count in why.most_common()]
-    return ", ".join(
-        parts + [f"{count} rejected: {reason}" for reason, count in rejected.most_common()]
+        why=why,
     )

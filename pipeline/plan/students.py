@@ -7,7 +7,8 @@ from typing import Any
 from ...stages.evaluate.stage import NUMBERS
 from ...stages.recipe.fields import Arm
 from ...stages.recipe.load import changed_fields
-from ...stages.recipe.sections import Recipe
+from ...stages.recipe.sections import Recipe, Score
+from ...stages.recipe.stages import STAGES, Stage, stage_named
 from ...stages.train.stage import arm_loss
 from ...storage.errors import UsageError
 from ...storage.keys import content_id
@@ -17,26 +18,24 @@ from .resolve import student_id
 
 def plan_students(recipe: Recipe, plan: Plan, *, ready: bool) -> None:
     """Add the lines of the student and of its baseline, and where they are kept."""
-    arms: list[Arm] = (
-        ["student", "baseline"] if recipe.evaluate.baseline and recipe.score else ["student"]
-    )
-    names: dict[Arm, str] = {"student": "train", "baseline": "baseline"}
-    pinned = recipe.train.snapshot
-    snapshot = pinned or (plan.snapshots["train"].id if "train" in plan.snapshots else None)
-    for arm in arms:
+    with_baseline = recipe.evaluate.baseline and recipe.score is not None
+    snapshot = recipe.train.snapshot
+    if snapshot is None and "train" in plan.snapshots:
+        snapshot = plan.snapshots["train"].id
+    lacks = "for training rows: all were rejected or set aside"
+    for stage in STAGES:
+        arm = stage.arm
+        if arm is None or (arm == "baseline" and not with_baseline):
+            continue
         if not ready or snapshot is None:
-            why = (
-                "for the rows before it"
-                if not ready
-                else "for training rows: all were rejected or set aside"
-            )
-            plan.stages.append(StagePlan(name=names[arm], state="waits", why=why))
+            why = lacks if ready else "for the rows before it"
+            plan.stages.append(StagePlan(name=stage.name, state="waits", why=why))
             continue
         settings = train_settings(recipe, snapshot, arm)
         settings["student"]["identity"] = _student_identity(recipe, plan, settings)
         folder = Path(recipe.run.dir) / f"train-{content_id('train', **settings)[:8]}"
         plan.settings[arm], plan.train_dirs[arm] = settings, folder
-        plan.stages.append(_student_line(names[arm], recipe, folder, settings))
+        plan.stages.append(_student_line(stage, recipe, folder, settings))
     _plan_evaluate(recipe, plan)
 
 
@@ -60,20 +59,19 @@ def train_settings(recipe: Recipe, snapshot: str, arm: Arm) -> dict[str, Any]:
         "loss": loss,
         "train": train,
         "run": {"seed": recipe.run.seed},
-        "score": _entries(recipe) if recipe.score and arm == "student" else None,
+        "score": _entries(recipe.score) if recipe.score and arm == "student" else None,
     }
 
 
-def _entries(recipe: Recipe) -> dict[str, Any]:
+def _entries(score: Score) -> dict[str, Any]:
     """What the student sees of targets that may be stored with more than the recipe asks."""
-    assert recipe.score is not None
     names = {
         "topk": {"k"},
         "topp": {"p", "k", "k_min"},
         "sampled": {"rounds", "draw", "proposal"},
         "full": set[str](),
     }
-    return recipe.score.model_dump(mode="json", include={"targets"} | names[recipe.score.targets])
+    return score.model_dump(mode="json", include={"targets"} | names[score.targets])
 
 
 def _student_identity(recipe: Recipe, plan: Plan, settings: dict[str, Any]) -> str | None:
@@ -91,24 +89,20 @@ def _student_identity(recipe: Recipe, plan: Plan, settings: dict[str, Any]) -> s
         return None
 
 
-def _student_line(name: str, recipe: Recipe, folder: Path, settings: dict[str, Any]) -> StagePlan:
-    done = folder / "train.json"
+def _student_line(
+    stage: Stage, recipe: Recipe, folder: Path, settings: dict[str, Any]
+) -> StagePlan:
+    line = StagePlan(name=stage.name, state="to do")
+    done = folder / stage.record
     if done.is_file():
         facts = json.loads(done.read_text())
-        return StagePlan(
-            name=name,
-            state="done",
-            planned=facts["samples"],
-            committed=facts["samples"],
-            tokens=facts["tokens"],
-        )
-    if (folder / "settings.json").is_file():
-        return StagePlan(
-            name=name, state="to do", why="was interrupted: goes on from its last checkpoint"
-        )
-    return StagePlan(
-        name=name, state="to do", why=_what_changed(Path(recipe.run.dir), settings) or "new"
-    )
+        line.state, line.tokens = "done", facts["tokens"]
+        line.planned = line.committed = facts["samples"]
+    elif (folder / "settings.json").is_file():
+        line.why = "was interrupted: goes on from its last checkpoint"
+    else:
+        line.why = _what_changed(Path(recipe.run.dir), settings) or "new"
+    return line
 
 
 def _what_changed(run_dir: Path, settings: dict[str, Any]) -> str:
@@ -124,11 +118,14 @@ def _what_changed(run_dir: Path, settings: dict[str, Any]) -> str:
 def _plan_evaluate(recipe: Recipe, plan: Plan) -> None:
     if recipe.data.holdout == 0:
         return
-    trained = [s for s in plan.stages if s.name in ("train", "baseline")]
-    if any(s.state == "waits" for s in trained) or "test" not in plan.snapshots:
-        lacks = "for held-out rows: all were rejected or left out"
-        why = "for the student" if any(s.state == "waits" for s in trained) else lacks
-        plan.stages.append(StagePlan(name="evaluate", state="waits", why=why))
+    line = StagePlan(name="evaluate", state="waits")
+    plan.stages.append(line)
+    trained = [other.state for other in plan.stages if stage_named(other.name).arm]
+    if "waits" in trained:
+        line.why = "for the student"
+        return
+    if "test" not in plan.snapshots:
+        line.why = "for held-out rows: all were rejected or left out"
         return
     test = plan.snapshots["test"]
     folders = {arm: path.name for arm, path in plan.train_dirs.items()}
@@ -137,14 +134,11 @@ def _plan_evaluate(recipe: Recipe, plan: Plan) -> None:
     plan.evaluation_id = content_id(
         "evaluate", test=test.id, arms=folders, how=how, references=references, measures=NUMBERS
     )
-    ready = all(s.state == "done" for s in trained)
-    file = plan.train_dirs["student"] / "evaluation.json"
-    if ready and file.is_file() and json.loads(file.read_text())["id"] == plan.evaluation_id:
-        plan.stages.append(
-            StagePlan(name="evaluate", state="done", planned=test.rows, committed=test.rows)
-        )
+    line.planned = test.rows
+    all_trained = set(trained) == {"done"}
+    file = plan.train_dirs["student"] / stage_named("evaluate").record
+    if all_trained and file.is_file() and json.loads(file.read_text())["id"] == plan.evaluation_id:
+        line.state, line.committed = "done", test.rows
         return
-    why = "" if ready else "the student is trained first"
-    plan.stages.append(
-        StagePlan(name="evaluate", state="to do", planned=test.rows, pending=test.rows, why=why)
-    )
+    line.state, line.pending = "to do", test.rows
+    line.why = "" if all_trained else "the student is trained first"

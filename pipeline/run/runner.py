@@ -11,6 +11,7 @@ import psutil
 
 from ...stages.recipe.fields import Arm
 from ...stages.recipe.sections import Recipe
+from ...stages.recipe.stages import STAGES, Stage, stage_named
 from ...stages.train.scalars import refuse_without_wandb
 from ...stages.workers.clock import Clock
 from ...stages.workers.journal import mark_seen, new_journal, read_journal
@@ -22,7 +23,7 @@ from ...storage.keys import canonical_json
 from ...storage.snapshots.snapshot import save_snapshot
 from ...storage.store.store import Store
 from ..plan.lines import Plan, StagePlan
-from ..plan.plan import make_plan, refuse_impossible
+from ..plan.plan import make_plan, plan_again, refuse_impossible
 from ..plan.resolve import write_down
 from ..publish.model_card import write_student_cards
 from ..report.report import write_report
@@ -31,7 +32,7 @@ from .screen import Screen
 from .status import facts
 from .timings import Pace
 
-ORDER = ("data", "generate", "score", "train", "evaluate")  # `train` is the baseline's stage too
+ROOMS = tuple(dict.fromkeys(stage.room for stage in STAGES))
 DEATHS = 3  # of a stage's processes in a row that finished no row: then it is not this or that row
 
 
@@ -74,37 +75,27 @@ def _run(
     run_dir = Path(recipe.run.dir)
     done: dict[str, dict[str, Any]] = {}
     pace = Pace(run_dir)
-    plan = make_plan(recipe, write=True)
-    _keep_models(plan, store)
-    if plan.bound.published is None:  # else the published folder says so itself
-        write_down(recipe, plan.bound.binding)
-    if len(names) == 1 and plan.stage(names[0]) is None:
-        raise UsageError(
-            f"--only {names[0]}: this recipe has no such stage. It has "
-            f"{', '.join(s.name for s in plan.stages)}."
-        )
-    chosen = [s.name for s in plan.stages if ("train" if s.name == "baseline" else s.name) in names]
+    plan = _first_plan(recipe, store)
+    chosen = _lines(plan, names)
     screen.plan(plan.stages, chosen=chosen, expected=pace.expected(plan.stages))
-    for line in chosen:
-        current = plan.stage(line)
-        assert current is not None
-        _refuse_waiting(plan, current)
-        if current.state == "done":
-            done[line] = _entry(current, seconds=0.0, state="cached")
-            screen.cached(line)
+    for name in chosen:
+        line = plan.line(name)
+        _refuse_waiting(plan, line)
+        if line.state == "done":
+            done[name] = _cached(line)
+            screen.cached(name)
             continue
         began = time.monotonic()
         for snapshot in plan.snapshots.values():
             save_snapshot(store, snapshot)
-        screen.begin(line)
-        answer = _run_stage(recipe, plan, line, screen=screen, number=number)
-        plan = make_plan(recipe, write=True)
-        done[line] = _finish(plan, line, answer, seconds=time.monotonic() - began)
-        pace.keep(line, rows=answer["rows"], clock=done[line]["clock"])
+        screen.begin(name)
+        answer = _run_stage(recipe, plan, name, screen=screen, number=number)
+        plan = plan_again(recipe, plan, name)
+        done[name] = _finish(plan.line(name), answer, seconds=time.monotonic() - began)
+        pace.keep(name, rows=answer["rows"], clock=done[name]["clock"])
         screen.plan(plan.stages, chosen=chosen, expected=pace.expected(plan.stages))
-        screen.end(line, seconds=done[line]["seconds"])
-    student = plan.stage("train")
-    if student is not None and student.state == "done":
+        screen.end(name, seconds=done[name]["seconds"])
+    if _is_done(plan, "train"):
         LocalFiles(run_dir).point("latest", plan.train_dirs["student"].name)
     write_student_cards(plan.train_dirs.values())
     results = _results(plan)
@@ -113,15 +104,36 @@ def _run(
     return {"run_dir": str(run_dir), "stages": done, "results": results}
 
 
+def _first_plan(recipe: Recipe, store: Store) -> Plan:
+    """The plan, with what it resolved written down in the store."""
+    plan = make_plan(recipe, write=True)
+    for identity in (plan.bound.teacher, plan.bound.author):
+        if identity is not None:
+            store.put_teacher(identity.id, identity.files_to_keep())
+    if plan.bound.published is None:  # else the published folder says so itself
+        write_down(recipe, plan.bound.binding)
+    return plan
+
+
+def _lines(plan: Plan, names: tuple[str, ...]) -> list[str]:
+    """The lines of the plan that were asked for."""
+    if len(names) == 1 and plan.stage(names[0]) is None:
+        raise UsageError(
+            f"--only {names[0]}: this recipe has no such stage. It has "
+            f"{', '.join(line.name for line in plan.stages)}."
+        )
+    return [line.name for line in plan.stages if stage_named(line.name).room in names]
+
+
 def _chosen(until: str | None, only: str | None) -> tuple[str, ...]:
     for name in (until, only):
-        if name is not None and name not in ORDER:
-            raise UsageError(f"no stage {name!r}. The stages are {', '.join(ORDER)}.")
+        if name is not None and name not in ROOMS:
+            raise UsageError(f"no stage {name!r}. The stages are {', '.join(ROOMS)}.")
     if only is not None and until is not None:
         raise UsageError("--only and --until: give one of them.")
     if only is not None:
         return (only,)
-    return ORDER[: ORDER.index(until) + 1] if until else ORDER
+    return ROOMS[: ROOMS.index(until) + 1] if until else ROOMS
 
 
 def _logs(recipe: Recipe) -> Path:
@@ -150,30 +162,23 @@ def _prepare(recipe: Recipe) -> Store:
     return store
 
 
-def _keep_models(plan: Plan, store: Store) -> None:
-    for identity in (plan.bound.teacher, plan.bound.author):
-        if identity is not None:
-            store.put_teacher(identity.id, identity.files_to_keep())
-
-
 def _run_stage(
     recipe: Recipe, plan: Plan, name: str, *, screen: Screen, number: int
 ) -> dict[str, Any]:
-    arm: Arm = "baseline" if name == "baseline" else "student"
-    stage = "train" if name == "baseline" else name
-    if stage == "train":
-        _begin_student(recipe, plan, arm)
+    stage = stage_named(name)
+    if stage.arm is not None:
+        _begin_student(recipe, plan, stage.arm)
     opened = recipe.model_dump(mode="json")
-    opened["storage"]["sources"] = at_commit(
-        recipe.storage.sources, plan.sources
-    )  # what was planned with, and proved
+    # The stage reads the sources at the commits that were planned with and proved.
+    opened["storage"]["sources"] = at_commit(recipe.storage.sources, plan.sources)
+    log = f"{name}.log" if number == 1 else f"{name}.{number}.log"
     message = {
         "name": name,
-        "stage": stage,
+        "stage": stage.room,
         "recipe": opened,
-        "log": str(_logs(recipe) / (f"{name}.log" if number == 1 else f"{name}.{number}.log")),
-        "train_dirs": {a: str(p) for a, p in plan.train_dirs.items()},
-        "job": _job(recipe, plan, stage, arm),
+        "log": str(_logs(recipe) / log),
+        "train_dirs": {arm: str(folder) for arm, folder in plan.train_dirs.items()},
+        "job": _job(recipe, plan, stage),
     }
     return _to_the_end(message, Path(recipe.run.dir), screen)
 
@@ -183,10 +188,9 @@ def _to_the_end(message: dict[str, Any], run_dir: Path, screen: Screen) -> dict[
     in_vain: list[Path] = []
     while True:
         journal = new_journal(run_dir, message["stage"])
+        asked = message | {"journal": str(journal), "began": time.monotonic()}
         try:
-            return StageProcess(
-                message | {"journal": str(journal), "began": time.monotonic()}, screen
-            ).finish()
+            return StageProcess(asked, screen).finish()
         except Stopped:
             journal.unlink(missing_ok=True)  # what it had in flight is not to blame
             raise
@@ -194,10 +198,9 @@ def _to_the_end(message: dict[str, Any], run_dir: Path, screen: Screen) -> dict[
             flight = read_journal(journal)
             in_vain = [*([] if flight.came_back else in_vain), journal]
             if not flight.rows or len(in_vain) == DEATHS:
+                # No row is to blame for what died on a machine that does no row at all.
                 for path in in_vain if flight.rows else [journal]:
-                    path.unlink(
-                        missing_ok=True
-                    )  # nor is what died with a machine that does no row at all
+                    path.unlink(missing_ok=True)
                 raise
             mark_seen(journal)
             rows = "1 row" if len(flight.rows) == 1 else f"{len(flight.rows)} rows"
@@ -207,19 +210,19 @@ def _to_the_end(message: dict[str, Any], run_dir: Path, screen: Screen) -> dict[
             screen.say(said)
 
 
-def _job(recipe: Recipe, plan: Plan, stage: str, arm: Arm) -> dict[str, Any]:
+def _job(recipe: Recipe, plan: Plan, stage: Stage) -> dict[str, Any]:
     binding = plan.bound.binding
     snapshots = {split: s.id for split, s in plan.snapshots.items()}
     if recipe.train.snapshot is not None:
         snapshots["train"] = recipe.train.snapshot
+    # The teacher's context limits the prompts that are read, the author's the text that is written.
+    reads = binding.context_tokens if stage.name == "data" else binding.author_context_tokens
     return {
         "data_id": binding.data_id,
         "teacher_id": binding.teacher_id,
         "author_id": binding.author_id,
-        "context_tokens": binding.context_tokens
-        if stage == "data"
-        else binding.author_context_tokens,
-        "arm": arm,
+        "context_tokens": reads,
+        "arm": stage.arm or "student",
         "snapshots": snapshots,
         "evaluation_id": plan.evaluation_id,
     }
@@ -237,36 +240,41 @@ def _begin_student(recipe: Recipe, plan: Plan, arm: Arm) -> None:
     files.put_if_absent(f"{folder.name}/settings.json", canonical_json(record))
 
 
-def _finish(plan: Plan, name: str, answer: dict[str, Any], *, seconds: float) -> dict[str, Any]:
-    line = plan.stage(name)
-    if line is None or line.state == "to do":
-        left = line.pending if line else 0
+def _finish(line: StagePlan, answer: dict[str, Any], *, seconds: float) -> dict[str, Any]:
+    """What a stage did, after its line was planned again."""
+    if line.state == "to do":
         raise StillroomError(
-            f"{name}: ended with {left} rows still to do. Run the same command to go on."
+            f"{line.name}: ended with {line.pending} rows still to do. Run the same command to go "
+            "on."
         )
-    if name in ("generate", "score") and line.committed == 0:
+    if stage_named(line.name).loads and line.committed == 0:
         raise StillroomError(
-            f"{name}: all {line.planned} rows were rejected ({line.why}). See `rejects` in the "
-            "store."
+            f"{line.name}: all {line.planned} rows were rejected ({line.why}). See `rejects` in "
+            "the store."
         )
-    found = {
+    return {
         "rows": answer["rows"],
         "tokens": answer["tokens"],
         "seconds": round(seconds, 2),
         "state": "done",
+        "clock": answer["details"]["clock"],
     }
-    return found | {"clock": answer["details"]["clock"]}
 
 
-def _entry(line: StagePlan, *, seconds: float, state: str) -> dict[str, Any]:
-    return {"rows": line.committed, "tokens": line.tokens, "seconds": seconds, "state": state}
+def _cached(line: StagePlan) -> dict[str, Any]:
+    return {"rows": line.committed, "tokens": line.tokens, "seconds": 0.0, "state": "cached"}
+
+
+def _is_done(plan: Plan, name: str) -> bool:
+    line = plan.stage(name)
+    return line is not None and line.state == "done"
 
 
 def _results(plan: Plan) -> dict[str, Any]:
-    line = plan.stage("evaluate")
-    if line is None or line.state != "done":
+    if not _is_done(plan, "evaluate"):
         return {}
-    return dict(json.loads((plan.train_dirs["student"] / "evaluation.json").read_text())["results"])
+    record = plan.train_dirs["student"] / stage_named("evaluate").record
+    return dict(json.loads(record.read_text())["results"])
 
 
 def _note(log: Path, text: str) -> None:

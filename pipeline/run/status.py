@@ -10,21 +10,15 @@ from rich.console import Group
 from rich.table import Table
 
 from ...stages.recipe.sections import Recipe
+from ...stages.recipe.stages import stage_named
 from ...stages.workers.shard_about import versions
 from ...storage.files.opening import open_files
 from ...storage.store.commits import Commit
 from ...storage.store.store import Store
-from ...storage.tables.schema import TableName
 from ..numbers import human, short_duration
 from ..plan.lines import Plan
 from .timings import Pace
 
-_TABLE_OF: dict[str, TableName] = {
-    "data": "prompts",
-    "generate": "generations",
-    "score": "soft_targets",
-}
-_TRAINED = {"train": "student", "baseline": "baseline"}
 FOOTERS = 100
 """Shards whose footers `status` reads, at most; of more it takes so many, evenly chosen."""
 _REST = "footer, indexes"
@@ -44,15 +38,15 @@ def stage_facts(recipe: Recipe, plan: Plan) -> dict[str, dict[str, Any]]:
             "tokens": line.tokens,
             "why": line.why,
         }
-        if store is not None and line.name in _TABLE_OF:
-            commits = [c for c in store.commits(_TABLE_OF[line.name]) if c.stage == line.name]
+        stage = stage_named(line.name)
+        if store is not None and stage.table is not None:
+            commits = [c for c in store.commits(stage.table) if c.stage == line.name]
             entry |= _costs(commits) | column_costs(store, commits)
-        elif line.state == "done" and line.name in _TRAINED:
-            folder = plan.train_dirs["baseline" if line.name == "baseline" else "student"]
-            entry["seconds"] = json.loads((folder / "train.json").read_text())["seconds"]
-        elif line.state == "done" and line.name == "evaluate":
-            record = json.loads((plan.train_dirs["student"] / "evaluation.json").read_text())
-            entry |= {"seconds": record["seconds"], "tokens": record["measured_on"]["tokens"]}
+        elif stage.record and line.state == "done":
+            folder = plan.train_dirs[stage.arm or "student"]
+            record = json.loads((folder / stage.record).read_text())
+            worked_on = record.get("measured_on", record)
+            entry |= {"seconds": record["seconds"], "tokens": worked_on["tokens"]}
         seconds = entry.get("seconds") or 0.0
         work = entry.pop("table_tokens", entry["tokens"])
         entry["tokens_per_second"] = round(work / seconds, 1) if seconds and work else None

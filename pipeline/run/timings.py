@@ -5,13 +5,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ...stages.recipe.stages import STAGES, stage_named
 from ...storage.errors import StillroomError
 from ...storage.files.local import LocalFiles
 from ..plan.lines import StagePlan
 
 NAME = "pace.json"
-_LIKE = {"train": "baseline", "baseline": "train"}
-"""Stages that take the same time for the same work."""
 
 
 class Pace:
@@ -41,12 +40,16 @@ class Pace:
         return {line.name: self._expect(line) for line in stages if line.state != "done"}
 
     def _expect(self, line: StagePlan) -> float | None:
-        found = self._kept.get(line.name) or self._kept.get(_LIKE.get(line.name, ""))
+        # Lines of one room, as the student and its baseline, take the same time for the same work.
+        room = stage_named(line.name).room
+        alike = [stage.name for stage in STAGES if stage.room == room]
+        names = [line.name, *alike]
+        found = next((self._kept[name] for name in names if name in self._kept), None)
         if found is None:
             return None
-        start = found["clock"]["start"]
-        if (
-            not line.pending or not found["rows"]
-        ):  # a student's training, or what is to do is not known yet
-            return float(found["seconds"])
-        return float(start + (found["seconds"] - start) / found["rows"] * line.pending)
+        seconds, start = found["seconds"], found["clock"]["start"]
+        # A student's training counts no pending rows, nor does a stage that waits.
+        if not line.pending or not found["rows"]:
+            return float(seconds)
+        seconds_a_row = (seconds - start) / found["rows"]
+        return float(start + seconds_a_row * line.pending)

@@ -14,11 +14,14 @@ import socket
 import sys
 import threading
 import traceback
+from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from ...stages.models.identity import FileHashes, Identity
 from ...stages.recipe.sections import Recipe
+from ...stages.recipe.stages import Stage, stage_named
 from ...stages.workers.clock import Clock
 from ...stages.workers.job import Job, Progress, StageResult, StopFlag
 from ...stages.workers.locks import only_one
@@ -34,10 +37,10 @@ UNSENT_BYTES = 1 << 16
 def main() -> None:
     """Do one job; the exit status is the answer's, the answer says more."""
     line = Line(socket.socket(fileno=int(os.environ.pop(JOB_FD))))
-    job = line.job()
-    if not job:  # the runner was stopped before it said what to do
+    asked = line.job()
+    if not asked:  # the runner was stopped before it said what to do
         sys.exit(Stopped.exit_code)
-    message = json.loads(job)
+    message = json.loads(asked)
     clock = Clock(began=message.get("began"))
     threading.Thread(target=line.die_with_runner, daemon=True).start()
     stop = StopFlag()
@@ -45,7 +48,9 @@ def main() -> None:
     _to_log(Path(message["log"]))
     progress = ToldProgress(message["name"], line.tell)
     try:
-        answer = _answer(_run(_job(message, progress, stop, clock=clock), message["stage"]), clock)
+        job = _job(message, progress, stop, clock=clock)
+        result = _run(job, message["stage"])
+        answer = _answer(result, clock)
     except EngineDied as error:
         traceback.print_exc()
         answer = {
@@ -167,46 +172,37 @@ def _job(message: dict[str, Any], progress: Progress, stop: StopFlag, *, clock: 
         )
 
 
-def _run(job: Job, stage: str) -> StageResult:
+def _run(job: Job, room: str) -> StageResult:
+    stage = stage_named(room)
     with job.clock.span("start"):
-        from ...stages.data import stage as data
-        from ...stages.evaluate import stage as evaluate
-        from ...stages.generate import stage as generate
-        from ...stages.score import stage as score
-
-        models = _models(job, stage)
-    if stage == "data":
-        return data.run(job)
-    if stage == "generate":
-        return generate.run(job, *models)
-    if stage == "score":
-        return score.run(job, *models)
-    return _train(job) if stage == "train" else evaluate.run(job)
-
-
-def _train(job: Job) -> StageResult:
-    """One process trains a student; any other waits and then finds it done, or goes on where the first one died."""
-    from ...stages.train import stage as train
+        entry = import_module(f"...stages.{room}.stage", __package__)
+        models = [_model(job, stage)] if stage.loads else []
 
     def waiting(who: str) -> None:
         job.progress.say(f"{who} trains this student: waiting for it")
 
-    with only_one(job.train_dirs[job.arm] / ".training", waiting=waiting, look=job.stop.check):
-        return train.run(job)
+    # One process trains a student. Any other waits: then it finds the student done, or goes on
+    # where the first one died.
+    alone = (
+        only_one(job.train_dirs[job.arm] / ".training", waiting=waiting, look=job.stop.check)
+        if stage.arm
+        else nullcontext()
+    )
+    with alone:
+        result: StageResult = entry.run(job, *models)
+    return result
 
 
-def _models(job: Job, stage: str) -> list[Identity]:
-    """What the teacher's stages load, by the hashes of its files."""
-    if stage not in ("generate", "score"):
-        return []
+def _model(job: Job, stage: Stage) -> Identity:
+    """What a stage loads, by the hashes of its files."""
     hashes = FileHashes(job.recipe.storage.dir, remember=True)
     teacher = teacher_identity(job.recipe, hashes, download=True)
     _check_planned(teacher, job.teacher_id, "teacher")
-    if stage == "score":
-        return [teacher]
+    if stage.loads == "teacher":
+        return teacher
     author = author_identity(job.recipe, teacher, hashes, download=True)
     _check_planned(author, job.author_id, "generate.model")
-    return [author]
+    return author
 
 
 def _check_planned(model: Identity, planned: str, field: str) -> None:

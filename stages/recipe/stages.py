@@ -1,0 +1,43 @@
+"""The stages in their order: what each one reads and fills. Plan, runner, worker and status ask this table.
+
+To add a stage: a row here, its folder under `stages/` with a `run(job)` in `stage.py`, and its
+line in `pipeline/plan/`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ...storage.tables.schema import TableName
+from .fields import Arm
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """A line of the plan, and the process behind it."""
+
+    name: str
+    room: str
+    """Its folder under `stages/`; `--only` and `--until` call it by this name."""
+    table: TableName | None = None
+    """The table of the store that it fills."""
+    loads: Literal["author", "teacher"] | None = None
+    """The model that its process runs; each row of such a stage may be rejected."""
+    arm: Arm | None = None
+    """The run variant that it trains."""
+    record: str = ""
+    """The file that it leaves in a student's folder when it is done."""
+
+
+STAGES = (
+    Stage(name="data", room="data", table="prompts"),
+    Stage(name="generate", room="generate", table="generations", loads="author"),
+    Stage(name="score", room="score", table="soft_targets", loads="teacher"),
+    Stage(name="train", room="train", arm="student", record="train.json"),
+    Stage(name="baseline", room="train", arm="baseline", record="train.json"),
+    Stage(name="evaluate", room="evaluate", record="evaluation.json"),
+)
+
+
+def stage_named(name: str) -> Stage:
+    """The row of a line of the plan."""
+    return next(stage for stage in STAGES if stage.name == name)

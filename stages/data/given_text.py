@@ -4,8 +4,9 @@ from contextlib import ExitStack
 from typing import Any
 
 from ...storage.errors import RowError
-from ...storage.keys import content_id, content_key
+from ...storage.keys import content_id
 from ...storage.store.store import CommitLimits, Store
+from ...storage.tables.row_builders import given_row
 from ..ledger.requests import labelled_key, tokens_key
 from ..models.identity import Identity
 from ..models.rendering import Renderer
@@ -93,7 +94,6 @@ class GivenText:
         return [(len(prompt), prompt + self._renderer.completion_ids(row["completion"]))]
 
     def _write(self, row: dict[str, Any], index: int, start: int, ids: list[int]) -> None:
-        reuse_key = content_key("given", author=self._author, source=row["key"], window=index)
         self.tokens += len(ids) - start
         with self._clock.span("tokenizer"):
             text = self._renderer.tokenizer.decode(ids[start:], skip_special_tokens=True)
@@ -102,22 +102,15 @@ class GivenText:
             if row["format"] == "labelled"
             else tokens_key(ids, start)
         )
-        generation = {
-            "key": content_key("generations", reuse_key=reuse_key, max_tokens=None),
-            "reuse_key": reuse_key,
-            "prompt_key": row["prompt_key"],
-            "source_key": row["key"],
-            "author_id": self._author,
-            "sampling_id": self._author,
-            "sample_index": index,
-            "tokens_key": tokens,
-            "token_ids": ids,
-            "prompt_tokens": start,
-            "completion_tokens": len(ids) - start,
-            "text": text,
-            "finish_reason": "given",
-            "max_tokens": None,
-            "row_seed": None,
-        }
+        generation = given_row(
+            author_id=self._author,
+            source_key=row["key"],
+            prompt_key=row["prompt_key"],
+            window=index,
+            tokens_key=tokens,
+            token_ids=ids,
+            prompt_tokens=start,
+            text=text,
+        )
         with self._clock.span("disk"):
             self._writer.add(generation)

@@ -9,6 +9,7 @@ from ...storage.errors import RowError
 from ...storage.joined import open_store
 from ...storage.keys import content_key, row_seed
 from ...storage.store.store import Store
+from ...storage.tables.row_builders import generation_row
 from ..engines.base import Completion, Engine, Request
 from ..engines.opening import choose_engine, open_engine
 from ..ledger.books import Books, Ledger, Pending
@@ -218,20 +219,19 @@ def _row(
     job: Job, request: GenerationRequest, prompt_ids: list[int], completion: Completion
 ) -> dict[str, Any]:
     assert job.recipe.generate is not None
-    return {
-        "key": _row_key(job, request),
-        "reuse_key": request.reuse_key,
-        "prompt_key": request.prompt_key,
-        "source_key": None,
-        "author_id": job.author_id,
-        "sampling_id": _sampling_id(job),
-        "sample_index": request.sample_index,
-        "tokens_key": tokens_key(prompt_ids + completion.token_ids, len(prompt_ids)),
-        "token_ids": prompt_ids + completion.token_ids,
-        "prompt_tokens": len(prompt_ids),
-        "completion_tokens": len(completion.token_ids),
-        "text": completion.text,
-        "finish_reason": completion.finish_reason,
-        "max_tokens": job.recipe.generate.max_tokens,
-        "row_seed": row_seed(request.reuse_key),
-    }
+    token_ids = prompt_ids + completion.token_ids
+    return generation_row(
+        key=_row_key(job, request),
+        reuse_key=request.reuse_key,
+        prompt_key=request.prompt_key,
+        author_id=job.author_id,
+        sampling_id=_sampling_id(job),
+        sample_index=request.sample_index,
+        tokens_key=tokens_key(token_ids, len(prompt_ids)),
+        token_ids=token_ids,
+        prompt_tokens=len(prompt_ids),
+        text=completion.text,
+        finish_reason=completion.finish_reason,
+        max_tokens=job.recipe.generate.max_tokens,
+        row_seed=row_seed(request.reuse_key),
+    )

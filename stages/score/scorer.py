@@ -8,6 +8,7 @@ import numpy as np
 
 from ...storage.errors import RowError
 from ...storage.keys import content_key, row_seed
+from ...storage.tables.row_builders import target_row
 from ..ledger.requests import TargetRequest
 from ..models.identity import Identity
 from ..targets.alignment import predicting_positions, scored_tokens
@@ -185,25 +186,24 @@ class Scorer:
         for request, targets in zip(flight.batch, found, strict=True):
             if np.isnan(targets.entropy).any():
                 raise FloatingPointError("the teacher's numbers are NaN")
-            done.append(self._row(request) | targets.columns(self._bits) | request.kept.columns())
+            done.append(self._row(request, targets))
         return done
 
-    @property
-    def _bits(self) -> int:
-        return self._job.recipe.storage.mantissa_bits
-
-    def _row(self, request: TargetRequest) -> dict[str, Any]:
-        return {
-            "key": row_key(self._job, request),
-            "reuse_key": request.reuse_key,
-            "tokens_key": request.tokens_key,
-            "generation_key": request.generation_key,
-            "prompt_key": request.prompt_key,
-            "teacher_id": self._teacher_id,
-            "token_ids": request.token_ids,
-            "span_start": request.span_start,
-            "label": request.label,
-        }
+    def _row(self, request: TargetRequest, targets: "SoftTargets") -> dict[str, Any]:
+        return target_row(
+            key=row_key(self._job, request),
+            reuse_key=request.reuse_key,
+            tokens_key=request.tokens_key,
+            generation_key=request.generation_key,
+            prompt_key=request.prompt_key,
+            teacher_id=self._teacher_id,
+            token_ids=request.token_ids,
+            span_start=request.span_start,
+            targets=targets,
+            mantissa_bits=self._job.recipe.storage.mantissa_bits,
+            settings=request.kept.columns(),
+            label=request.label,
+        )
 
 
 def row_key(job: Job, request: TargetRequest) -> bytes:

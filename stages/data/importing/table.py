@@ -21,6 +21,7 @@ from ....storage.keys import content_id, content_key
 from ....storage.store.bindings import Binding, write_binding
 from ....storage.store.store import Store
 from ....storage.store.writer import ShardWriter
+from ....storage.tables.row_builders import given_row, target_row
 from ...audit.shift import shifted
 from ...ledger.requests import target_key, tokens_key
 from ...models.identity import FileHashes, Identity, find_model, identify, identify_unseen
@@ -196,7 +197,7 @@ class _Import:
         """Refuse targets that are other tokens', seen by what they find likely."""
         if not rows:
             return
-        if found := shifted([self._targets(row) for row in rows]):
+        if found := shifted([self._targets(row, self._generation(row)) for row in rows]):
             other = "same" if self._asked.columns.targets_at == "next" else "next"
             raise UsageError(
                 f"{self._asked.source}: in the first {len(rows)} rows, the targets are {found}. "
@@ -211,10 +212,11 @@ class _Import:
 
     def _write(self, writers: dict[str, ShardWriter], where: str, row: ForeignRow) -> None:
         ids, start = row.token_ids, row.prompt_tokens
-        prompt = content_key("prompt", token_ids=ids[:start].tobytes() if start else ids.tobytes())
-        key = content_key("prompts", prompt=prompt, token_ids=ids.tobytes())
-        text, completion = (self._decoded(part) for part in (ids[:start], ids[start:]))
-        given = {"text": text, "completion": completion} if start else {"text": completion}
+        generation = self._generation(row)
+        key, prompt = generation["source_key"], generation["prompt_key"]
+        given = {"text": generation["text"]}
+        if start:
+            given = {"text": self._decoded(ids[:start]), "completion": generation["text"]}
         writers["prompts"].add(
             {
                 "key": key,
@@ -224,24 +226,8 @@ class _Import:
             }
             | given
         )
-        reuse_key = content_key("given", author=self._author, source=key, window=0)
-        generation = {
-            "key": content_key("generations", reuse_key=reuse_key, max_tokens=None),
-            "reuse_key": reuse_key,
-            "prompt_key": prompt,
-            "source_key": key,
-            "author_id": self._author,
-            "sampling_id": self._author,
-            "sample_index": 0,
-            "tokens_key": tokens_key(ids, start),
-            "token_ids": ids,
-            "prompt_tokens": start,
-            "completion_tokens": len(ids) - start,
-            "text": completion,
-            "finish_reason": "given",
-        }
         writers["generations"].add(generation)
-        targets = self._targets(row) | {"generation_key": generation["key"], "prompt_key": prompt}
+        targets = self._targets(row, generation)
         new = writers["soft_targets"].add(targets)
         self._intake.add(key, prompt)
         done = self._done
@@ -250,26 +236,40 @@ class _Import:
         done.k = min(done.k or targets["k"], targets["k"])
         done.prompts = done.prompts or start > 0
 
-    def _targets(self, row: ForeignRow) -> dict[str, Any]:
-        """The columns of a soft-targets row, less those that name others."""
-        columns = row.targets.columns(self._asked.mantissa_bits)
-        tokens = tokens_key(row.token_ids, row.prompt_tokens)
-        reuse_key = target_key(self._teacher.id, tokens)
-        how = {
-            "mantissa_bits": self._asked.mantissa_bits,
-            "kind": "topk",
-            "k": columns["k"],
-            "imported": True,
-        }
-        return columns | {
-            "key": content_key("soft_targets_row", reuse_key=reuse_key, **how),
-            "reuse_key": reuse_key,
-            "tokens_key": tokens,
-            "teacher_id": self._teacher.id,
-            "kind": "topk",
-            "token_ids": row.token_ids,
-            "span_start": max(row.prompt_tokens, 1),
-        }
+    def _generation(self, row: ForeignRow) -> dict[str, Any]:
+        """The text as a row of `generations`."""
+        ids, start = row.token_ids, row.prompt_tokens
+        prompt = content_key("prompt", token_ids=(ids[:start] if start else ids).tobytes())
+        return given_row(
+            author_id=self._author,
+            source_key=content_key("prompts", prompt=prompt, token_ids=ids.tobytes()),
+            prompt_key=prompt,
+            window=0,
+            tokens_key=tokens_key(ids, start),
+            token_ids=ids,
+            prompt_tokens=start,
+            text=self._decoded(ids[start:]),
+        )
+
+    def _targets(self, row: ForeignRow, generation: dict[str, Any]) -> dict[str, Any]:
+        """Its row of `soft_targets`."""
+        bits = self._asked.mantissa_bits
+        reuse_key = target_key(self._teacher.id, generation["tokens_key"])
+        settings = {"kind": "topk", "k": row.targets.probabilities.shape[1]}
+        named = {"mantissa_bits": bits, "imported": True, **settings}
+        return target_row(
+            key=content_key("soft_targets_row", reuse_key=reuse_key, **named),
+            reuse_key=reuse_key,
+            tokens_key=generation["tokens_key"],
+            generation_key=generation["key"],
+            prompt_key=generation["prompt_key"],
+            teacher_id=self._teacher.id,
+            token_ids=row.token_ids,
+            span_start=max(row.prompt_tokens, 1),
+            targets=row.targets,
+            mantissa_bits=bits,
+            settings=settings,
+        )
 
     def _decoded(self, ids: Any) -> str:
         return str(self._tokenizer.decode(ids.tolist(), skip_special_tokens=True))

@@ -1,0 +1,116 @@
+"""Row builders: one function for each kind of row, a keyword for each of its columns, so that nobody spells a row."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..keys import content_key
+from .soft_targets import SoftTargets
+
+TokenIds = Sequence[int] | np.ndarray
+
+
+def generation_row(
+    *,
+    key: bytes,
+    reuse_key: bytes,
+    prompt_key: bytes,
+    author_id: str,
+    sampling_id: str,
+    sample_index: int,
+    tokens_key: bytes,
+    token_ids: TokenIds,
+    prompt_tokens: int,
+    text: str,
+    finish_reason: str,
+    source_key: bytes | None = None,
+    max_tokens: int | None = None,
+    row_seed: int | None = None,
+) -> dict[str, Any]:
+    """A row of `generations`; `token_ids` are the prompt's and then the completion's."""
+    return {
+        "key": key,
+        "reuse_key": reuse_key,
+        "prompt_key": prompt_key,
+        "source_key": source_key,
+        "author_id": author_id,
+        "sampling_id": sampling_id,
+        "sample_index": sample_index,
+        "tokens_key": tokens_key,
+        "token_ids": token_ids,
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": len(token_ids) - prompt_tokens,
+        "text": text,
+        "finish_reason": finish_reason,
+        "max_tokens": max_tokens,
+        "row_seed": row_seed,
+    }
+
+
+def given_row(
+    *,
+    author_id: str,
+    source_key: bytes,
+    prompt_key: bytes,
+    window: int,
+    tokens_key: bytes,
+    token_ids: TokenIds,
+    prompt_tokens: int,
+    text: str,
+) -> dict[str, Any]:
+    """A row of `generations` for text that came with the data: one window of a row of `prompts`.
+
+    Nobody sampled it, so its author stands for the sampling settings, and it has no limit and no
+    seed.
+    """
+    reuse_key = content_key("given", author=author_id, source=source_key, window=window)
+    return generation_row(
+        key=content_key("generations", reuse_key=reuse_key, max_tokens=None),
+        reuse_key=reuse_key,
+        prompt_key=prompt_key,
+        source_key=source_key,
+        author_id=author_id,
+        sampling_id=author_id,
+        sample_index=window,
+        tokens_key=tokens_key,
+        token_ids=token_ids,
+        prompt_tokens=prompt_tokens,
+        text=text,
+        finish_reason="given",
+    )
+
+
+def target_row(
+    *,
+    key: bytes,
+    reuse_key: bytes,
+    tokens_key: bytes,
+    generation_key: bytes,
+    prompt_key: bytes,
+    teacher_id: str,
+    token_ids: TokenIds,
+    span_start: int,
+    targets: SoftTargets,
+    mantissa_bits: int,
+    settings: Mapping[str, Any],
+    label: int | None = None,
+) -> dict[str, Any]:
+    """A row of `soft_targets`: the targets of `token_ids[span_start:]`, one for each scored token.
+
+    `settings`: the columns that say what was kept of the distribution: `kind`, and those of `k`,
+    `p`, `k_min`, `draw` and `proposal` that the kind has.
+    """
+    names = {
+        "key": key,
+        "reuse_key": reuse_key,
+        "tokens_key": tokens_key,
+        "generation_key": generation_key,
+        "prompt_key": prompt_key,
+        "teacher_id": teacher_id,
+        "token_ids": token_ids,
+        "span_start": span_start,
+        "label": label,
+    }
+    # The settings come last: `k` of a ragged kind is its limit, not the widest position's entries.
+    return {**names, **targets.columns(mantissa_bits), **settings}

@@ -2,11 +2,10 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-from ...stages.audit.rescore import OffRow, Rescored, rescore
-from ...stages.audit.stored_rows import Shelf, choose_rows, shelves
+from ...stages.audit.stored_rows import TargetShard, choose_rows, target_shards
 from ...stages.ledger.books import different
 from ...stages.models.identity import FileHashes, Identity, find_model, identify
 from ...stages.workers.job import Progress
@@ -14,12 +13,15 @@ from ...storage.errors import UsageError
 from ...storage.store.store import Store
 from ..plan.resolve import find_adapter
 
+if TYPE_CHECKING:
+    from ...stages.audit.rescore import OffRow, Rescored
+
 SHOWN = 20
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Deep:
+class DeepRequest:
     """What is asked for."""
 
     teacher: str
@@ -33,26 +35,7 @@ class Deep:
     seed: int = 0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DeepReport:
-    """What was found, and what was not looked at."""
-
-    teacher: Identity
-    found: Rescored
-    others: dict[str, int]
-    """Other teachers -> their rows."""
-    classes: int
-    """Rows of a classification head."""
-    damaged: int
-    """Rows of shards that are damaged."""
-
-    @property
-    def ok(self) -> bool:
-        """Whether what was read is right."""
-        return self.found.ok
-
-
-def deeply(teacher: str | None, **how: Any) -> Deep:
+def deeply(teacher: str | None, **how: Any) -> DeepRequest:
     """The options of a command line; `teacher` is None where `--deep` and `--teacher` do not come together.
 
     Raises:
@@ -68,16 +51,16 @@ def deeply(teacher: str | None, **how: Any) -> Deep:
             f"--dtype: {how['dtype']} is no dtype of a teacher. Use {', '.join(_DTYPES)}, or "
             "leave it out."
         )
-    return Deep(teacher=teacher, **how)
+    return DeepRequest(teacher=teacher, **how)
 
 
-def find_teacher(store: Store, asked: Deep) -> Identity:
+def find_teacher(store: Store, asked: DeepRequest) -> Identity:
     """The teacher that is named, if the store has rows of it.
 
     Raises:
         UsageError: it is not there, or the store has rows of others only.
     """
-    rows = _rows_by_teacher(shelves(store))
+    rows = _rows_by_teacher(target_shards(store))
     if not rows:
         raise UsageError(
             f"{store.root}: no soft targets, so there is nothing to read again. Run a recipe's "
@@ -87,43 +70,45 @@ def find_teacher(store: Store, asked: Deep) -> Identity:
     adapter = None if asked.adapter is None else find_adapter(asked.adapter, field="--adapter")
     hashes = FileHashes(store.root, remember=False)
     known = {teacher: store.teacher_parts(teacher) for teacher in rows}
+    # The dtype is part of a teacher's identity. Where none is named, the one that the checkpoint
+    # says comes first, then those of the store's teachers.
     stored = sorted({str(parts["dtype"]) for parts in known.values() if "dtype" in parts})
+    dtypes = ["auto", *stored] if asked.dtype is None else [asked.dtype]
     tried = []
-    for dtype in ["auto", *stored] if asked.dtype is None else [asked.dtype]:
-        tried.append(
-            identify(folder, dtype=dtype, hashes=hashes, adapter=adapter, field="--teacher")
-        )
-        if tried[-1].id in rows:
-            return tried[-1]
-    lines = [
+    for dtype in dtypes:
+        found = identify(folder, dtype=dtype, hashes=hashes, adapter=adapter, field="--teacher")
+        if found.id in rows:
+            return found
+        tried.append(found)
+    others = "\n".join(
         f"  {teacher}: {rows[teacher]} rows, {_how_other(tried, known[teacher])}"
         for teacher in sorted(rows)
-    ]
+    )
     raise UsageError(
-        f"--teacher: {asked.teacher} is {tried[0].id}, and the store has no soft targets of it. It has those of\n"
-        + "\n".join(lines)
-        + "\nName one of these: its folder, and --adapter and --dtype as they were."
+        f"--teacher: {asked.teacher} is {tried[0].id}, and the store has no soft targets of it. "
+        f"It has those of\n{others}\n"
+        "Name one of these: its folder, and --adapter and --dtype as they were."
     )
 
 
 def deep_verify(
     store: Store,
     teacher: Identity,
-    asked: Deep,
+    asked: DeepRequest,
     *,
     progress: Progress,
     damaged: Collection[str] = (),
-) -> DeepReport:
+) -> "Rescored":
     """Read a random sample of the teacher's rows again; `damaged`: files of shards to be left out.
 
     Raises:
         UsageError: there is none that could be read.
     """
-    found = shelves(store, damaged=damaged)
-    mine = [shelf for shelf in found if shelf.teacher_id == teacher.id]
-    language = [shelf for shelf in mine if shelf.head == "lm"]
-    classes = _count(shelf for shelf in mine if shelf.head != "lm")
-    broken = sum(commit.shard.rows for commit in store.commits("soft_targets")) - _count(found)
+    shards = target_shards(store, damaged=damaged)
+    mine = [shard for shard in shards if shard.teacher_id == teacher.id]
+    language = [shard for shard in mine if shard.head == "lm"]
+    classes = _count(shard for shard in mine if shard.head != "lm")
+    broken = sum(commit.shard.rows for commit in store.commits("soft_targets")) - _count(shards)
     rows = choose_rows(store, language, rows=asked.rows, seed=asked.seed)
     if not rows:
         raise UsageError(
@@ -131,20 +116,57 @@ def deep_verify(
             f"of its targets ({classes} are of a classification head, {broken} of the store's are "
             "in damaged shards). Leave --deep out to check the files alone."
         )
-    others = _rows_by_teacher(found)
+    from ...stages.audit.rescore import rescore
+
+    found = rescore(teacher, rows, device_map=asked.device_map, progress=progress)
+    others = _rows_by_teacher(shards)
     others.pop(teacher.id, None)
-    rescored = rescore(store, teacher, rows, device_map=asked.device_map, progress=progress)
-    return DeepReport(
-        teacher=teacher, found=rescored, others=dict(others), classes=classes, damaged=broken
-    )
+    return replace(found, other_teachers=dict(others), classes=classes, damaged=broken)
 
 
-def deep_lines(report: DeepReport) -> list[str]:
+def deep_lines(found: "Rescored") -> list[str]:
     """What was found, for people."""
-    found, teacher = report.found, report.teacher
+    lines = [*_read_lines(found), *_quantity_lines(found)]
+    lines += [f"PROBLEM {_problem(row)}" for row in found.off[:SHOWN]]
+    if len(found.off) > SHOWN:
+        lines.append(f"... and {len(found.off) - SHOWN} more")
+    if found.ok:
+        return [*lines, "what was read again is what the teacher says"]
+    counts = Counter(row.fault for row in found.off).most_common()
+    faults = ", ".join(f"{count} {fault}" for fault, count in counts)
+    return [
+        *lines,
+        f"{len(found.off)} of {found.rows} rows are not what the teacher says ({faults}). Do not "
+        "train on this store: score the prompts again into another one (storage.dir).",
+    ]
+
+
+def deep_json(found: "Rescored") -> dict[str, Any]:
+    """What was found, for programs."""
+    return {
+        "ok": found.ok,
+        "dtype": found.teacher.dtype,
+        "teacher_id": found.teacher.id,
+        "rows": found.rows,
+        "tokens": found.tokens,
+        "kinds": found.kinds,
+        "imported": found.imported,
+        "quantities": {name: asdict(quantity) for name, quantity in found.quantities.items()},
+        "off": [asdict(row) for row in found.off],
+        "not_read": {
+            "other_teachers": found.other_teachers,
+            "classes": found.classes,
+            "damaged": found.damaged,
+        },
+    }
+
+
+def _read_lines(found: "Rescored") -> list[str]:
+    """What was read and what was not."""
     kinds = ", ".join(f"{count} {kind}" for kind, count in found.kinds.items())
     lines = [
-        f"read again: {found.rows} rows ({kinds}), {found.tokens} scored tokens, by {teacher.folder}"
+        f"read again: {found.rows} rows ({kinds}), {found.tokens} scored tokens, by "
+        f"{found.teacher.folder}"
     ]
     if found.imported:
         lines.append(
@@ -153,70 +175,47 @@ def deep_lines(report: DeepReport) -> list[str]:
         )
     lines += [
         f"not read: {count} rows of the teacher {other}"
-        for other, count in sorted(report.others.items())
+        for other, count in sorted(found.other_teachers.items())
     ]
-    if report.classes:
+    if found.classes:
         lines.append(
-            f"not read: {report.classes} rows of a classification head, which deep verification "
+            f"not read: {found.classes} rows of a classification head, which deep verification "
             "does not know"
         )
-    if report.damaged:
-        lines.append(f"not read: {report.damaged} rows of shards that are damaged")
-    if found.quantities:
-        lines.append(f"{'nats':<16}{'worst':>11}{'allowed':>11}{'mean':>11}{'noise':>11}")
-    for name, q in found.quantities.items():
-        allowed = q.tolerance_worst + q.slack_worst
-        lines.append(
-            f"{name:<16}{q.worst:>11.2g}{allowed:>11.2g}{q.mean:>11.2g}{q.noise_worst:>11.2g}"
-        )
-    lines += [f"PROBLEM {_problem(row)}" for row in found.off[:SHOWN]]
-    if len(found.off) > SHOWN:
-        lines.append(f"... and {len(found.off) - SHOWN} more")
-    if found.ok:
-        return [*lines, "what was read again is what the teacher says"]
-    faults = ", ".join(
-        f"{count} {fault}" for fault, count in Counter(row.fault for row in found.off).most_common()
-    )
-    return [
-        *lines,
-        f"{len(found.off)} of {found.rows} rows are not what the teacher says ({faults}). Do not "
-        "train on this store: score the prompts again into another one (storage.dir).",
-    ]
+    if found.damaged:
+        lines.append(f"not read: {found.damaged} rows of shards that are damaged")
+    return lines
 
 
-def deep_json(report: DeepReport) -> dict[str, Any]:
-    """What was found, for programs."""
-    left_out = {
-        "other_teachers": report.others,
-        "classes": report.classes,
-        "damaged": report.damaged,
-    }
-    return {
-        "ok": report.ok,
-        "dtype": report.teacher.dtype,
-        **asdict(report.found),
-        "not_read": left_out,
-    }
+def _quantity_lines(found: "Rescored") -> list[str]:
+    """A table of what was compared."""
+    lines = [f"{'nats':<16}{'worst':>11}{'allowed':>11}{'mean':>11}{'noise':>11}"]
+    for name, of in found.quantities.items():
+        allowed = of.tolerance_worst + of.slack_worst
+        numbers = (of.worst, allowed, of.mean, of.noise_worst)
+        lines.append(f"{name:<16}" + "".join(f"{number:>11.2g}" for number in numbers))
+    return lines
 
 
-def _problem(row: OffRow) -> str:
+def _problem(row: "OffRow") -> str:
     apart = ", ".join(f"{name} {mean:.3g}" for name, mean in row.quantities.items())
     where = f"{row.shard}, row {row.row} ({row.key}, {row.kind})"
     return f"{where}: off by {apart} nats in the mean. Its targets are {row.message}"
 
 
-def _rows_by_teacher(found: Sequence[Shelf]) -> Counter[str]:
+def _rows_by_teacher(shards: Sequence[TargetShard]) -> Counter[str]:
     rows: Counter[str] = Counter()
-    for shelf in found:
-        rows[shelf.teacher_id] += sum(shelf.rows.values())
+    for shard in shards:
+        rows[shard.teacher_id] += sum(shard.rows.values())
     return rows
 
 
-def _count(found: Iterable[Shelf]) -> int:
-    return sum(sum(shelf.rows.values()) for shelf in found)
+def _count(shards: Iterable[TargetShard]) -> int:
+    return sum(sum(shard.rows.values()) for shard in shards)
 
 
 def _how_other(tried: Sequence[Identity], parts: dict[str, Any]) -> str:
+    """How a teacher of the store differs from the nearest of those that were tried."""
     if not parts:
         return "about which the store knows nothing"
     return "with other " + min((different(identity.parts, parts) for identity in tried), key=len)

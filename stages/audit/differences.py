@@ -1,144 +1,180 @@
-"""How far two readings of the same rows differ, and which differences are no rounding."""
+"""How far a stored row is from what its teacher says now, and how far it may be.
+
+The teacher reads each row twice: alone, and among others, padded, which changes the order of the
+sums inside. So what arithmetic alone may do is measured, not assumed. Per quantity of a row, in
+nats, one value per position or entry:
+
+    d = |stored - measured|             what is judged; measured: the row read alone
+    r = |stored| * 2**-(bits + 1)       the most that rounding to `bits` bits of mantissa did
+    n = |measured - measured again|     the noise of the arithmetic
+
+A row is right if, for each quantity,
+
+    max(d - r)   <=  ABSOLUTE + 4 eps + NOISE * (largest max(n) of any row)
+    mean(d - r)  <=  ABSOLUTE + 4 eps + NOISE * (largest mean(n) of any row)
+
+with eps of the dtype that the teacher computes in (2**-7 in bfloat16). Drawn ids do not repeat: of
+sampled targets `draws` is compared, a mean that is 0 in expectation (`numbers.py`), and chance
+takes the place of r.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from .stored_rows import StoredRow
 
 if TYPE_CHECKING:
     from .numbers import Numbers
 
+ABSOLUTE = 1e-3
+"""Nats: what float32 sums of another machine may differ by."""
 
-Fault = Literal["shifted by one position", "other tokens'", "other numbers"]
+NOISE = 4.0
+"""How often the noise that was seen a difference may be: few rows were read, and each twice."""
 
+DEVIATIONS = 6.0
+"""Standard deviations at which drawn ids are no longer drawn from this teacher."""
 
 BOUNDLESS = 1e6
 """Nats, in place of infinity, which JSON does not have."""
 
 
-ABSOLUTE = 1e-3
-"""Nats: float32 sums of another machine."""
-
-NOISE = 4.0
-
-DEVIATIONS = 6.0
-"""Standard deviations at which drawn ids are no longer drawn from this teacher."""
-
-
 @dataclass(kw_only=True, slots=True)
-class Difference:
+class Quantity:
     """One quantity over all rows that were read, in nats; `draws`: over rows, their mean over positions."""
 
     values: int = 0
     worst: float = 0.0
+    """Of d, as `mean`."""
     mean: float = 0.0
     noise_worst: float = 0.0
-    """Between the two readings of the teacher."""
+    """Of n, as `noise_mean`."""
     noise_mean: float = 0.0
     tolerance_worst: float = 0.0
-    """Rounding comes on top, and in `draws` chance."""
+    """The right sides of the two inequalities, as `tolerance_mean`."""
     tolerance_mean: float = 0.0
     slack_worst: float = 0.0
-    """What comes on top, at most."""
-
-
-def differences(readings: Sequence["Reading"], allowance: float) -> dict[str, Difference]:
-    """What all readings together differ by, for each number; `allowance` is added to what noise explains."""
-    result: dict[str, Difference] = {}
-    for name in sorted({name for reading in readings for name in reading.parts}):
-        parts = [reading.parts[name] for reading in readings if name in reading.parts]
-        values = sum(part.values for part in parts)
-        result[name] = Difference(
-            values=values,
-            worst=max(part.worst for part in parts),
-            mean=sum(part.mean * part.values for part in parts) / values,
-            noise_worst=max(part.noise_worst for part in parts),
-            noise_mean=sum(part.noise_mean * part.values for part in parts) / values,
-            tolerance_worst=ABSOLUTE + allowance + NOISE * max(part.noise_worst for part in parts),
-            tolerance_mean=ABSOLUTE + allowance + NOISE * max(part.noise_mean for part in parts),
-            slack_worst=max(part.slack_worst for part in parts),
-        )
-    return result
-
-
-def off_row(reading: "Reading", limits: Mapping[str, Difference]) -> dict[str, float]:
-    """The numbers of one row that differ by more than the limits allow."""
-    return {
-        name: part.mean for name, part in reading.parts.items() if not part.within(limits[name])
-    }
+    """The largest r, which comes on top."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
-    """One quantity of one row: differences from what is stored, nats."""
+class Difference:
+    """One quantity of one row, in nats: of d, of d - r, of r and of n what is needed to judge it."""
 
     values: int
     worst: float
     mean: float
-    excess_worst: float
-    """The worst and the mean, each value less what rounding or chance may do."""
-    excess_mean: float
+    beyond_worst: float
+    """The left sides of the two inequalities, as `beyond_mean`."""
+    beyond_mean: float
     slack_worst: float
-    """The most that rounding or chance may do."""
     noise_worst: float
     noise_mean: float
 
-    def within(self, limit: Difference) -> bool:
-        """Whether this is the teacher's, as far as `limit` goes."""
+    def within(self, limit: Quantity) -> bool:
+        """Whether both inequalities hold: the numbers are the teacher's."""
         return (
-            self.excess_worst <= limit.tolerance_worst and self.excess_mean <= limit.tolerance_mean
+            self.beyond_worst <= limit.tolerance_worst and self.beyond_mean <= limit.tolerance_mean
         )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Reading:
-    """What came of reading a row again."""
+class SecondReading:
+    """What a second reading of a row gave."""
 
-    parts: dict[str, Part]
+    row: StoredRow
+    differences: dict[str, Difference]
+    """By quantity."""
     entropy: np.ndarray
-    """[N] by the teacher."""
+    """[N] as the teacher has it now."""
+
+    def off(self, limits: Mapping[str, Quantity]) -> dict[str, float]:
+        """The quantities that differ by more than they may, with their mean difference."""
+        return {
+            name: difference.mean
+            for name, difference in self.differences.items()
+            if not difference.within(limits[name])
+        }
+
+
+def over_rows(readings: Sequence[SecondReading], eps: float) -> dict[str, Quantity]:
+    """Each quantity over all rows that have it, and how far it may be off; `eps` of the teacher's dtype."""
+    names = sorted({name for reading in readings for name in reading.differences})
+    found = {}
+    for name in names:
+        rows = [reading.differences[name] for reading in readings if name in reading.differences]
+        values = sum(row.values for row in rows)
+        noise_worst = max(row.noise_worst for row in rows)
+        noise_mean = max(row.noise_mean for row in rows)
+        found[name] = Quantity(
+            values=values,
+            worst=max(row.worst for row in rows),
+            # Rows count by their values: these are means over all values, not over rows.
+            mean=sum(row.mean * row.values for row in rows) / values,
+            noise_worst=noise_worst,
+            noise_mean=sum(row.noise_mean * row.values for row in rows) / values,
+            tolerance_worst=ABSOLUTE + 4 * eps + NOISE * noise_worst,
+            tolerance_mean=ABSOLUTE + 4 * eps + NOISE * noise_mean,
+            slack_worst=max(row.slack_worst for row in rows),
+        )
+    return found
 
 
 def compare(
-    stored: "Numbers", measured: "Numbers", again: "Numbers", *, bits: int
-) -> dict[str, Part]:
-    """Stored numbers against a reading, and that against another one, per quantity."""
-    parts = {}
-    for name, values in stored.items():
-        rounding = np.abs(np.where(np.isfinite(values), values, 0.0)) * 2.0 ** -(bits + 1)
-        parts[name] = _part(
-            _apart(values, measured[name]), rounding, _apart(measured[name], again[name])
-        )
+    stored: "Numbers", measured: "Numbers", *, again: "Numbers", bits: int
+) -> dict[str, Difference]:
+    """A row's stored numbers against two readings, per quantity; `bits` of mantissa were stored."""
+    found = {
+        name: difference(values, measured[name], again=again[name], slack=rounding(values, bits))
+        for name, values in stored.items()
+    }
     if "draws" in measured:
-        now, then = (
-            np.array([numbers["draws"].mean(dtype=np.float64)]) for numbers in (measured, again)
-        )
-        chance = (
-            DEVIATIONS
-            * np.sqrt([measured["draws_variance"].sum(dtype=np.float64)])
-            / len(measured["draws"])
-        )
-        parts["draws"] = _part(_apart(now, np.zeros(1)), chance, _apart(now, then))
-    return parts
+        found["draws"] = _compare_draws(measured, again)
+    return found
 
 
-def _part(found: np.ndarray, slack: np.ndarray, noise: np.ndarray) -> Part:
-    excess = found - slack
-    return Part(
-        values=len(found),
-        worst=float(found.max()),
-        mean=float(found.mean()),
-        excess_worst=float(excess.max()),
-        excess_mean=float(excess.mean()),
+def difference(
+    stored: np.ndarray, measured: np.ndarray, *, again: np.ndarray, slack: np.ndarray
+) -> Difference:
+    """The numbers of one quantity; `slack` is r."""
+    apart = _apart(stored, measured)  # d
+    noise = _apart(measured, again)  # n
+    beyond = apart - slack  # d - r
+    return Difference(
+        values=len(apart),
+        worst=float(apart.max()),
+        mean=float(apart.mean()),
+        beyond_worst=float(beyond.max()),
+        beyond_mean=float(beyond.mean()),
         slack_worst=float(slack.max()),
         noise_worst=float(noise.max()),
         noise_mean=float(noise.mean()),
     )
 
 
+def rounding(stored: np.ndarray, bits: int) -> np.ndarray:
+    """What rounding to nearest did at most, half of the last bit: r = |stored| * 2**-(bits + 1)."""
+    finite = np.where(np.isfinite(stored), stored, 0.0)
+    return np.abs(finite) * 2.0 ** -(bits + 1)
+
+
+def _compare_draws(measured: "Numbers", again: "Numbers") -> Difference:
+    """The mean over N positions against its expectation, 0.
+
+    Positions are drawn apart, so the variance of the mean is (sum of the variances) / N^2.
+    """
+    mean = measured["draws"].mean(dtype=np.float64, keepdims=True)
+    mean_again = again["draws"].mean(dtype=np.float64, keepdims=True)
+    variances = measured["draws_variance"].sum(dtype=np.float64, keepdims=True)
+    chance = DEVIATIONS * np.sqrt(variances) / len(measured["draws"])
+    return difference(np.zeros(1), mean, again=mean_again, slack=chance)
+
+
 def _apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """|a - b| in float64; 0 where both are -inf, `BOUNDLESS` where one is or where a number is none."""
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore"):  # -inf - -inf
         apart = np.abs(a.astype(np.float64) - b)
     return np.nan_to_num(np.where(a == b, 0.0, apart), nan=BOUNDLESS, posinf=BOUNDLESS)

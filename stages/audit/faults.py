@@ -1,98 +1,84 @@
-"""Where targets that are off belong: to the position before or after, to other tokens, or to nothing that was read."""
+"""What is the matter with a row whose targets are off: another position's, other tokens', or nobody's that was read."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Literal
 
 import numpy as np
 
-from .differences import Difference, Fault, Part, Reading, compare
+from .differences import Quantity, SecondReading, compare, difference, rounding
 from .numbers import stored_numbers
-from .stored_rows import Row
-from .teacher_reader import Reader
+from .stored_rows import StoredRow
+from .teacher_reader import TeacherReader
 
-if TYPE_CHECKING:
-    from .differences import Reading
-
-
-_BOUNDED = {"entropy", "tail_logprob"}  # in a row of a foreign table
-_BY_TOKEN = {
-    "token_logprob"
-}  # of the token that is there: the same under a shift only if it was looked up shifted too
+Fault = Literal["shifted by one position", "other tokens'", "other numbers"]
 
 
 def explain(
-    row: Row,
+    reading: SecondReading,
     *,
-    reader: Reader,
-    read: Sequence[tuple[Row, Reading]],
-    limits: Mapping[str, Difference],
+    reader: TeacherReader,
+    readings: Sequence[SecondReading],
+    limits: Mapping[str, Quantity],
 ) -> tuple[Fault, str]:
-    """What is the matter with a row that is off, and the same for people.
+    """The fault of a row that is off, and the same in words.
 
     Args:
-        row: The row.
+        reading: Of the row.
         reader: The teacher.
-        read: All rows that were read, with their readings; this one too.
-        limits: Tolerances per quantity.
+        readings: Of all rows, this one too.
+        limits: How far each quantity may be off.
     """
+    row = reading.row
     for shift, side in ((1, "after"), (-1, "before")):
-        parts = _shifted(row, reader, shift)
-        if parts and all(part.within(limits[name]) for name, part in parts.items()):
-            return (
-                "shifted by one position",
-                f"the teacher's at the position {side} their own: shifted by one position",
-            )
-    if row.imported:  # its entropy is a bound: it does not tell one text from another
+        if _fits_shifted(row, reader, shift=shift, limits=limits):
+            fits = f"the teacher's at the position {side} their own: shifted by one position"
+            return "shifted by one position", fits
+    # From here on a text is known by its entropies. Those of an imported row are bounds, which do
+    # not tell one text from another.
+    if row.imported:
         return "other numbers", (
             "other numbers, and not those of the positions beside their own. Another teacher's, "
             "another text's, or not of the whole vocabulary at temperature 1"
         )
-    entropy = stored_numbers(row.targets)["entropy"]
-    own = next(reading.entropy for other, reading in read if other is row)
-    if not _same(entropy, own, row, limits):
-        if _same(np.sort(entropy), np.sort(own), row, limits):
+    entropy, limit = stored_numbers(row.targets)["entropy"], limits["entropy"]
+    bits = row.columns["mantissa_bits"]
+    if not _same(entropy, reading.entropy, bits=bits, limit=limit):
+        if _same(np.sort(entropy), np.sort(reading.entropy), bits=bits, limit=limit):
             return "other tokens'", "of this row, in another order: they belong to other tokens"
-        for other, reading in read:
-            if other is not row and _same(entropy, reading.entropy, row, limits):
-                return (
-                    "other tokens'",
-                    f"those of row {other.key.hex()}: they belong to other tokens",
-                )
+        for other in readings:
+            if other is not reading and _same(entropy, other.entropy, bits=bits, limit=limit):
+                whose = f"those of row {other.row.key.hex()}: they belong to other tokens"
+                return "other tokens'", whose
     return "other numbers", (
         "other numbers: neither those of the positions beside their own nor another row's that "
         "was read. Another teacher's under this one's id, or damaged before they were written"
     )
 
 
-def _shifted(row: Row, reader: Reader, shift: int) -> dict[str, Part]:
-    """The row's targets against the teacher's distribution `shift` positions on.
-
-    Without the first and the last one, if there are more: what shifted them may have had nothing to
-    put there.
-    """
-    start, n = row.span
-    inner = slice(1, n - 1) if n > 2 else slice(0, n)
-    position = start - 1 + shift + inner.start
-    if position < 0:
-        return {}
-    targets = row.targets.positions(inner)
-    measured = reader.measured(row, targets, position=position)
-    stored = stored_numbers(targets)
-    parts = compare(stored, measured, measured, bits=row.columns["mantissa_bits"])
-    left_out = _BY_TOKEN | (_BOUNDED if row.imported else set())
-    return {name: part for name, part in parts.items() if name not in left_out}
-
-
-def _same(
-    stored: np.ndarray, measured: np.ndarray, row: Row, limits: Mapping[str, Difference]
+def _fits_shifted(
+    row: StoredRow, reader: TeacherReader, *, shift: int, limits: Mapping[str, Quantity]
 ) -> bool:
-    """Whether two lists of entropies are one, as far as both go."""
+    """Whether the row's targets are the teacher's `shift` positions on."""
+    # The first and the last are left out if there are more: what shifted the targets may have had
+    # nothing to put there.
+    n = row.span_tokens
+    inner = slice(1, n - 1) if n > 2 else slice(0, n)
+    position = row.first_position + inner.start + shift
+    if position < 0:
+        return False
+    targets = row.targets.positions(inner)
+    stored = stored_numbers(targets)
+    measured = reader.numbers(row, targets, position=position)
+    found = compare(stored, measured, again=measured, bits=row.columns["mantissa_bits"])
+    # `token_logprob` would fit only if the token, too, was looked up in the wrong place. Of an
+    # imported row the entropy and the tail are bounds.
+    named = {"logprobs"} if row.imported else found.keys() - {"token_logprob"}
+    return all(found[name].within(limits[name]) for name in named)
+
+
+def _same(stored: np.ndarray, measured: np.ndarray, *, bits: int, limit: Quantity) -> bool:
+    """Whether two texts have the same entropies, as far as both go; one position says nothing."""
     n = min(len(stored), len(measured))
     stored, measured = stored[:n], measured[:n]
-    (part,) = compare(
-        {"entropy": stored},
-        {"entropy": measured},
-        {"entropy": measured},
-        bits=row.columns["mantissa_bits"],
-    ).values()
-    return n > 1 and part.within(limits["entropy"])
+    slack = rounding(stored, bits)
+    return n > 1 and difference(stored, measured, again=measured, slack=slack).within(limit)

@@ -1,7 +1,7 @@
-"""A stored row's numbers as the teacher gives them now, for the same entries: what deep verification compares with.
+"""A row's numbers as they are stored, and as the teacher gives them now for the same entries.
 
-Everything is read off the dense distribution, not made by the code that made the row: the stored
-ids are looked up in log p = z - logsumexp(z), whatever kind of target they belong to.
+What the teacher gives is read off the dense distribution, not made by the code that made the row:
+the stored ids are looked up in log p = z - logsumexp(z), whatever kind of target they belong to.
 
 Letters: N scored tokens, K entries, V vocabulary, D hidden, m temperatures, R draws.
 """
@@ -22,8 +22,10 @@ Numbers = dict[str, np.ndarray]
 
 def stored_numbers(targets: SoftTargets) -> Numbers:
     """The quantities of a row as they are stored; padding is left out."""
+    logprobs = targets.logprobs
     found: dict[str, np.ndarray | None] = {
-        "logprobs": None if targets.logprobs is None else targets.logprobs[_used(targets)],
+        "logprobs": None if logprobs is None else logprobs[_used(logprobs, targets.entries)],
+        # Where every id is an entry, nothing is outside.
         "tail_logprob": None if targets.ids is None else targets.tail_logprob,
         "tempered_tails": targets.tempered_tails,
         "token_logprob": targets.token_logprob,
@@ -40,42 +42,37 @@ def entries_alone(numbers: Numbers, targets: SoftTargets, following: np.ndarray)
         targets: The row's targets, with ids.
         following: [N] the tokens that follow.
     """
-    assert targets.ids is not None
-    inside = (targets.ids == following[:, None]).any(axis=1)
+    inside = np.any(targets.ids == following[:, None], axis=1)
     held = {"logprobs": numbers["logprobs"]}
-    return held | ({"token_logprob": numbers["token_logprob"][inside]} if inside.any() else {})
+    if inside.any():
+        held["token_logprob"] = numbers["token_logprob"][inside]
+    return held
 
 
-def remeasure(
+def measured_numbers(
     states: Tensor,
     head: Head,
-    stored: SoftTargets,
-    following: Tensor,
     *,
+    targets: SoftTargets,
+    following: Tensor,
     draw: Mapping[str, float] | None = None,
 ) -> Numbers:
-    """The same quantities by these hidden states, in the same order.
-
-    Drawn ids do not repeat; for sampled targets it is measured whether they may have been drawn
-    from this teacher. With w_i the stored estimate (counts / R, or weights) of the distribution t
-    that was drawn from through a proposal q,
-
-        draws            sum_i w_i log t_i + H(t)                              its mean over draws is 0
-        draws_variance   (sum_i q_i (t_i / q_i log t_i)^2 - H(t)^2) / R        of independent draws; systematic has less
+    """The same quantities by these hidden states, in the same order; of drawn ids also `draws`.
 
     Args:
         states: [N, D] hidden states at the predicting positions, after the final norm.
         head: The teacher's output head.
-        stored: The row's targets: which ids, which temperatures.
+        targets: The row's: which ids, which temperatures.
         following: [N] the tokens that follow.
         draw: Sampled: `rounds` R and the exponent `proposal`.
     """
+    # [positions, V] float32 logits, so many positions at once.
     size = max(1, CHUNK_BYTES // (4 * head.vocab_size))
     parts: list[Numbers] = []
     for start in range(0, len(states), size):
         chunk = slice(start, start + size)
         logprobs = head.logits(states[chunk].to(head.weight.device)).log_softmax(-1)
-        part = stored.positions(chunk)
+        part = targets.positions(chunk)
         measured = dict(_measured(logprobs, part, following[chunk].to(logprobs.device)))
         if draw is not None:
             measured |= _draws(logprobs, part, draw)
@@ -86,64 +83,81 @@ def remeasure(
 
 
 def _measured(
-    logprobs: Tensor, stored: SoftTargets, following: Tensor
+    logprobs: Tensor, targets: SoftTargets, following: Tensor
 ) -> Iterator[tuple[str, Tensor]]:
-    temperatures = [] if stored.temperatures is None else stored.temperatures.tolist()
+    temperatures = [] if targets.temperatures is None else targets.temperatures.tolist()
+    ids = _ids(targets, logprobs)
     outside = logprobs
-    if stored.logprobs is None:
+    if targets.logprobs is None:
+        # Sampled: the entropy is that of the distribution that was drawn from.
         drawn_at = temperatures[0] if temperatures else 1.0
         yield "entropy", _entropy((logprobs / drawn_at).log_softmax(-1))
+    elif targets.ids is None:
+        # Full: every id is an entry.
+        yield "entropy", _entropy(logprobs)
+        yield "logprobs", logprobs
     else:
         yield "entropy", _entropy(logprobs)
-        if stored.ids is None:
-            yield "logprobs", logprobs
-        else:
-            ids = torch.from_numpy(stored.ids).long().to(logprobs.device)
-            kept = logprobs.gather(-1, ids.clamp(min=0))
-            yield "logprobs", kept[torch.from_numpy(_used(stored)).to(kept.device)]
-            outside = _without(logprobs, ids)
-            yield "tail_logprob", outside.logsumexp(-1)
+        used = torch.from_numpy(_used(targets.logprobs, targets.entries)).to(ids.device)
+        yield "logprobs", logprobs.gather(-1, ids.clamp(min=0))[used]
+        outside = _without(logprobs, ids)
+        yield "tail_logprob", outside.logsumexp(-1)
     if temperatures:
+        # log sum p_i^(1/T) over the ids outside the entries; sampled: over all ids.
         yield "tempered_tails", torch.stack([(outside / t).logsumexp(-1) for t in temperatures], -1)
     yield "token_logprob", logprobs.gather(-1, following.long()[:, None]).squeeze(-1)
 
 
-def _draws(logprobs: Tensor, stored: SoftTargets, draw: Mapping[str, float]) -> dict[str, Tensor]:
-    assert stored.ids is not None
-    temperature = 1.0 if stored.temperatures is None else float(stored.temperatures[0])
-    t = (logprobs.double() / temperature).log_softmax(-1)
-    q = (t * draw["proposal"]).log_softmax(-1)
-    information = t.masked_fill(t == -torch.inf, 0.0)
-    mean = (t.exp() * information).sum(-1)
-    square = ((2 * t - q).exp() * information**2).nan_to_num(0.0).sum(-1)
-    ids = torch.from_numpy(stored.ids).long().to(t.device)
-    estimate = torch.from_numpy(stored.probabilities).to(t.device)
-    drawn = (estimate * t.gather(-1, ids.clamp(min=0))).nan_to_num(0.0, neginf=-torch.inf).sum(-1)
+def _draws(logprobs: Tensor, targets: SoftTargets, draw: Mapping[str, float]) -> dict[str, Tensor]:
+    """Whether ids may have been drawn from this teacher: a number that is 0 in the mean, and its variance.
+
+    t is the distribution that is estimated, softmax(z / T); R ids were drawn from q, its power
+    `proposal`, normalised; w_i is the stored estimate of t_i (counts / R, or weights).
+
+        draws            sum_i w_i log t_i + H(t)                         E[w_i] = t_i: its mean over draws is 0
+        draws_variance   (sum_i q_i (t_i / q_i log t_i)^2 - H(t)^2) / R   of R independent draws; systematic has less
+    """
+    temperature = 1.0 if targets.temperatures is None else float(targets.temperatures[0])
+    # float64: what is left of the sums is small beside their terms.
+    log_t = (logprobs.double() / temperature).log_softmax(-1)
+    log_q = (log_t * draw["proposal"]).log_softmax(-1)
+    # An id without probability adds nothing: 0 log 0 = 0.
+    finite_log_t = log_t.masked_fill(log_t == -torch.inf, 0.0)
+    negative_entropy = (log_t.exp() * finite_log_t).sum(-1)
+    # q (t / q)^2 = t^2 / q
+    square = ((2 * log_t - log_q).exp() * finite_log_t**2).nan_to_num(0.0).sum(-1)
+    estimate = torch.from_numpy(targets.probabilities).to(log_t.device)
+    of_entries = log_t.gather(-1, _ids(targets, logprobs).clamp(min=0))
+    # Padding has estimate 0. An id that this teacher cannot say stays -inf: it was not drawn here.
+    drawn = (estimate * of_entries).nan_to_num(0.0, neginf=-torch.inf).sum(-1)
     return {
-        "draws": drawn - mean,
-        "draws_variance": (square - mean**2).clamp(min=0.0) / draw["rounds"],
+        "draws": drawn - negative_entropy,
+        "draws_variance": (square - negative_entropy**2).clamp(min=0.0) / draw["rounds"],
     }
 
 
 def _entropy(logprobs: Tensor) -> Tensor:
+    """-sum p log p, where 0 log 0 is 0."""
     return -(logprobs.exp() * logprobs).nan_to_num(0.0).sum(-1)
 
 
 def _without(logprobs: Tensor, ids: Tensor) -> Tensor:
     """Log-probabilities with -inf at the ids; -1 is no id."""
-    marks = torch.zeros(
-        logprobs.shape[0], logprobs.shape[1] + 1, dtype=torch.bool, device=logprobs.device
-    )
-    marks.scatter_(-1, ids.masked_fill(ids < 0, logprobs.shape[1]), True)
-    return logprobs.masked_fill(marks[:, :-1], -torch.inf)
+    n, vocab_size = logprobs.shape
+    # One column more than there are ids takes the marks of the padding.
+    marks = torch.zeros(n, vocab_size + 1, dtype=torch.bool, device=logprobs.device)
+    marks.scatter_(-1, ids.masked_fill(ids < 0, vocab_size), True)
+    return logprobs.masked_fill(marks[:, :vocab_size], -torch.inf)
 
 
-def _used(targets: SoftTargets) -> np.ndarray:
-    """[N, K] which places hold an entry."""
-    assert targets.logprobs is not None
-    n, k = targets.logprobs.shape
-    return (
-        np.arange(k) < np.full((n, 1), k)
-        if targets.entries is None
-        else np.arange(k) < targets.entries[:, None]
-    )
+def _ids(targets: SoftTargets, logprobs: Tensor) -> Tensor:
+    """[N, K] the entries' ids beside the log-probabilities; of full targets none."""
+    ids = np.empty((len(logprobs), 0), np.int32) if targets.ids is None else targets.ids
+    return torch.from_numpy(ids).long().to(logprobs.device)
+
+
+def _used(logprobs: np.ndarray, entries: np.ndarray | None) -> np.ndarray:
+    """[N, K] which places hold an entry; the rest is padding."""
+    n, k = logprobs.shape
+    counts = np.full(n, k) if entries is None else entries
+    return np.arange(k) < counts[:, None]

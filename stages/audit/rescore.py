@@ -1,32 +1,21 @@
 """Deep verification: the teacher reads a sample of rows again, and what it says is compared with what is stored.
 
-How far two forward passes of one teacher may differ is measured, not assumed: each row is read
-alone and among others, padded (the sums inside depend on that). With d the difference of a stored
-number from the row read alone, r what rounding may do, |stored| * 2**-(bits + 1), n the difference
-between the readings, a row is right if, per quantity,
-
-    max(d - r)   <=  ABSOLUTE + 4 eps + NOISE * (max n over all rows)
-    mean(d - r)  <=  ABSOLUTE + 4 eps + NOISE * (max over rows of mean n)
-
-with eps of the dtype that the teacher computes in (2**-7 in bfloat16). Nothing is written. Of rows
-from a foreign table only the entries are compared, and the token that is there where it is one:
-what such a table does not hold is bounded (`stages/data/importing/row.py`), not said by a teacher.
+`differences.py` has the comparison and what a row may be off by, `faults.py` what is the matter with
+one that is. Nothing is written. Of imported rows only the entries are compared, and the token that
+is there where it is one: what a foreign table does not hold is bounded
+(`stages/data/importing/row.py`), not said by a teacher.
 """
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-from ...storage.store.store import Store
 from ..models.identity import Identity
 from ..workers.job import Progress
-from .differences import Difference, Fault, differences, off_row
-from .stored_rows import Row
-
-if TYPE_CHECKING:
-    from .differences import Reading
-
+from .differences import Quantity, SecondReading, over_rows
+from .faults import Fault, explain
+from .stored_rows import StoredRow
+from .teacher_reader import TeacherReader
 
 TOGETHER = 4
 """Rows read among one another."""
@@ -47,18 +36,25 @@ class OffRow:
     """The fault in words."""
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Rescored:
-    """What deep verification found."""
+    """What deep verification found, and what it did not look at."""
 
-    teacher_id: str
-    rows: int = 0
-    tokens: int = 0
-    kinds: dict[str, int] = field(default_factory=dict)
-    imported: int = 0
+    teacher: Identity
+    rows: int
+    tokens: int
+    kinds: dict[str, int]
+    """Rows of each kind."""
+    imported: int
     """Of the rows, those of which the entries alone were compared."""
-    quantities: dict[str, Difference] = field(default_factory=dict)
-    off: list[OffRow] = field(default_factory=list)
+    quantities: dict[str, Quantity]
+    off: list[OffRow]
+    other_teachers: dict[str, int] = field(default_factory=dict)
+    """Not read: other teachers -> their rows."""
+    classes: int = 0
+    """Not read: rows of a classification head."""
+    damaged: int = 0
+    """Not read: rows of shards that are damaged."""
 
     @property
     def ok(self) -> bool:
@@ -67,17 +63,11 @@ class Rescored:
 
 
 def rescore(
-    store: Store,
-    teacher: Identity,
-    rows: Sequence[Row],
-    *,
-    device_map: str | None,
-    progress: Progress,
+    teacher: Identity, rows: Sequence[StoredRow], *, device_map: str | None, progress: Progress
 ) -> Rescored:
     """Read rows again and compare.
 
     Args:
-        store: Where they are; not written to.
         teacher: Whose rows they are; is loaded.
         rows: Of language-model heads, by `choose_rows`.
         device_map: As the recipe's `teacher.device_map`.
@@ -86,29 +76,38 @@ def rescore(
     Raises:
         UsageError: the teacher does not load, or its head is not understood.
     """
-    from .faults import explain
-    from .teacher_reader import Reader
-
     progress.say(f"loading {teacher.folder}")
-    reader = Reader(teacher, device_map=device_map)
+    reader = TeacherReader(teacher, device_map=device_map)
     progress.start(total=len(rows), unit="rows")
-    readings: list[Reading] = []
+    readings: list[SecondReading] = []
     for start in range(0, len(rows), TOGETHER):
-        readings += reader.read(rows[start : start + TOGETHER])
-        progress.advance(len(rows[start : start + TOGETHER]))
-    found = Rescored(teacher_id=teacher.id, rows=len(rows), tokens=sum(r.span[1] for r in rows))
-    found.kinds = dict(Counter(str(row.columns["kind"]) for row in rows))
-    found.imported = sum(row.imported for row in rows)
-    found.quantities = differences(readings, 4 * reader.eps)
-    read = list(zip(rows, readings, strict=True))
-    for row, reading in read:
-        if off := off_row(reading, found.quantities):
-            fault, message = explain(row, reader=reader, read=read, limits=found.quantities)
-            where = {
-                "key": row.key.hex(),
-                "shard": row.shard,
-                "row": row.number,
-                "kind": row.columns["kind"],
-            }
-            found.off.append(OffRow(**where, quantities=off, fault=fault, message=message))
-    return found
+        few = rows[start : start + TOGETHER]
+        readings += reader.read(few)
+        progress.advance(len(few))
+    limits = over_rows(readings, reader.eps)
+    off = []
+    for reading in readings:
+        if quantities := reading.off(limits):
+            fault, message = explain(reading, reader=reader, readings=readings, limits=limits)
+            off.append(_off_row(reading.row, quantities, fault=fault, message=message))
+    return Rescored(
+        teacher=teacher,
+        rows=len(rows),
+        tokens=sum(row.span_tokens for row in rows),
+        kinds=dict(Counter(row.kind for row in rows)),
+        imported=sum(row.imported for row in rows),
+        quantities=limits,
+        off=off,
+    )
+
+
+def _off_row(row: StoredRow, quantities: dict[str, float], *, fault: Fault, message: str) -> OffRow:
+    return OffRow(
+        key=row.key.hex(),
+        shard=row.shard,
+        row=row.number,
+        kind=row.kind,
+        quantities=quantities,
+        fault=fault,
+        message=message,
+    )

@@ -1,6 +1,6 @@
-"""Stored rows to read again: which are chosen, and what they hold."""
+"""Stored rows to read again: which shards have any, which rows are chosen, and what they hold."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -11,11 +11,12 @@ import numpy as np
 from ...storage.errors import IntegrityError
 from ...storage.store.store import Store
 from ...storage.tables.soft_targets import SoftTargets
+from ..targets.alignment import predicting_positions, scored_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Shelf:
-    """What a shard of soft targets holds."""
+class TargetShard:
+    """What a shard of soft targets says of itself."""
 
     sha256: str
     name: str
@@ -23,38 +24,12 @@ class Shelf:
     head: str
     rows: dict[str, int]
     """Kind -> rows."""
-    imported: bool = False
+    imported: bool
     """Whether the rows come from a foreign table."""
 
 
-def shelves(store: Store, *, damaged: Collection[str] = ()) -> list[Shelf]:
-    """The live shards of soft targets, by what they say of themselves.
-
-    Left out are those that are known to be damaged, by their files' names, and those that cannot be
-    opened.
-    """
-    found = []
-    for commit in store.commits("soft_targets"):
-        try:
-            about = (
-                {}
-                if commit.shard.name in damaged
-                else store.shard("soft_targets", commit.shard.sha256).about
-            )
-        except IntegrityError:
-            about = {}
-        if not about:
-            continue
-        rows = {kind: int(counts["rows"]) for kind, counts in about["statistics"].items()}
-        teacher, head = str(about["teacher_id"]), str(about.get("head", "lm"))
-        names = {"sha256": commit.shard.sha256, "name": commit.shard.name}
-        imported = about.get("stage") == "import"
-        found.append(Shelf(**names, teacher_id=teacher, head=head, rows=rows, imported=imported))
-    return found
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class StoredRow:
     """A stored row that is read again."""
 
     key: bytes
@@ -63,67 +38,116 @@ class Row:
     """Index in the shard."""
     columns: dict[str, Any]
     targets: SoftTargets
-    imported: bool = False
+    imported: bool
     """Of a foreign table: the entropy, the tail and a token that is no entry are bounds."""
 
     @property
-    def span(self) -> tuple[int, int]:
-        """`span_start` and `span_tokens`."""
-        return self.columns["span_start"], self.columns["span_tokens"]
+    def kind(self) -> str:
+        """Of its targets."""
+        return str(self.columns["kind"])
+
+    @property
+    def token_ids(self) -> np.ndarray:
+        """[T] the text."""
+        ids: np.ndarray = self.columns["token_ids"]
+        return ids
+
+    @property
+    def span_tokens(self) -> int:
+        """N, the scored tokens."""
+        return int(self.columns["span_tokens"])
+
+    @property
+    def first_position(self) -> int:
+        """The position that predicts the first scored token."""
+        start: int = predicting_positions(self.columns["span_start"], self.span_tokens).start
+        return start
+
+    @property
+    def scored(self) -> np.ndarray:
+        """[N] the scored tokens."""
+        tokens: np.ndarray = scored_tokens(
+            self.token_ids, self.columns["span_start"], self.span_tokens
+        )
+        return tokens
 
     @property
     def draw(self) -> dict[str, float] | None:
         """How sampled targets were drawn; None for other kinds."""
-        sampled = self.columns["kind"] == "sampled"
-        return (
-            {"rounds": self.columns["k"], "proposal": self.columns["proposal"]} if sampled else None
+        if self.kind != "sampled":
+            return None
+        return {"rounds": self.columns["k"], "proposal": self.columns["proposal"]}
+
+
+def target_shards(store: Store, *, damaged: Collection[str] = ()) -> list[TargetShard]:
+    """The live shards of soft targets, without those that cannot be opened or whose files are known as damaged."""
+    found = []
+    for commit in store.commits("soft_targets"):
+        sha256, name = commit.shard.sha256, commit.shard.name
+        if name in damaged:
+            continue
+        try:
+            about = store.shard("soft_targets", sha256).about
+        except IntegrityError:
+            continue
+        statistics = about["statistics"]
+        shard = TargetShard(
+            sha256=sha256,
+            name=name,
+            teacher_id=str(about["teacher_id"]),
+            head=str(about.get("head", "lm")),
+            rows={kind: int(counts["rows"]) for kind, counts in statistics.items()},
+            imported=about.get("stage") == "import",
         )
+        found.append(shard)
+    return found
 
 
-def choose_rows(store: Store, found: Sequence[Shelf], *, rows: int, seed: int) -> list[Row]:
+def choose_rows(
+    store: Store, shards: Sequence[TargetShard], *, rows: int, seed: int
+) -> list[StoredRow]:
     """Random rows of some shards: as many of each kind as there are, up to `rows` together; in shard order."""
     rng = np.random.default_rng(seed)
     totals: Counter[str] = Counter()
-    for shelf in found:
-        totals.update(shelf.rows)
-    chosen: dict[str, list[tuple[str, int]]] = {}
+    for shard in shards:
+        totals.update(shard.rows)
+    chosen: defaultdict[str, list[tuple[str, int]]] = defaultdict(list)
     for kind, count in _shares(totals, rows).items():
+        # The rows of this kind, counted through all shards: a shard's are those up to its end.
+        ends = np.cumsum([shard.rows.get(kind, 0) for shard in shards])
         for number in rng.choice(totals[kind], count, replace=False).tolist():
-            sha256, place = _on_shelf(found, kind, number)
-            chosen.setdefault(sha256, []).append((kind, place))
-    result = []
-    for shelf in found:
-        numbers = _row_numbers(store, shelf.sha256, chosen.get(shelf.sha256, ()))
-        for number, columns in zip(
-            numbers, store.rows("soft_targets", {shelf.sha256: numbers}), strict=True
-        ):
-            targets = SoftTargets.from_row(columns)
-            where = {"key": columns["key"], "shard": shelf.name, "number": number}
-            result.append(Row(**where, columns=columns, targets=targets, imported=shelf.imported))
-    return result
+            at = int(np.searchsorted(ends, number, side="right"))
+            before = int(ends[at]) - shards[at].rows[kind]
+            chosen[shards[at].sha256].append((kind, number - before))
+    return [row for shard in shards for row in _read(store, shard, chosen[shard.sha256])]
 
 
 def _shares(totals: Mapping[str, int], rows: int) -> dict[str, int]:
+    """Kind -> how many rows of it are chosen: one of each in turn, until there are enough or no more."""
     shares = dict.fromkeys(sorted(totals), 0)
     for kind in cycle(shares):
         if sum(shares.values()) >= min(rows, sum(totals.values())):
-            return shares
+            break
         shares[kind] += shares[kind] < totals[kind]
     return shares
 
 
-def _on_shelf(found: Sequence[Shelf], kind: str, number: int) -> tuple[str, int]:
-    """The shard with the `number`-th row of a kind, and which of its rows of that kind it is."""
-    for shelf in found:
-        if number < shelf.rows.get(kind, 0):
-            return shelf.sha256, number
-        number -= shelf.rows.get(kind, 0)
-    raise AssertionError
-
-
-def _row_numbers(store: Store, sha256: str, places: Sequence[tuple[str, int]]) -> list[int]:
-    """The rows of a shard that are the n-th of their kinds, ascending."""
+def _read(store: Store, shard: TargetShard, places: Sequence[tuple[str, int]]) -> list[StoredRow]:
+    """Rows of a shard, ascending; a place (kind, n) is its n-th row of a kind."""
     if not places:
         return []
-    kinds = np.array(store.shard("soft_targets", sha256).read_all(["kind"])["kind"].to_pylist())
-    return sorted(int(np.flatnonzero(kinds == kind)[place]) for kind, place in places)
+    column = store.shard("soft_targets", shard.sha256).read_all(["kind"])["kind"]
+    kinds = np.array(column.to_pylist())
+    numbers = sorted(int(np.flatnonzero(kinds == kind)[n]) for kind, n in places)
+    read = store.rows("soft_targets", {shard.sha256: numbers})
+    return [
+        StoredRow(
+            key=columns["key"],
+            shard=shard.name,
+            number=number,
+            columns=columns,
+            targets=SoftTargets.from_row(columns),
+            imported=shard.imported,
+        )
+        for number, columns in zip(numbers, read, strict=True)
+    ]

@@ -1,4 +1,4 @@
-"""Reading stored rows again: each alone, and among others, so that the difference shows what the arithmetic may do."""
+"""A teacher that reads stored rows again: each alone, and among others."""
 
 from collections.abc import Sequence
 
@@ -11,13 +11,13 @@ from ..models.head import check_head, hidden_states, split_head
 from ..models.identity import Identity
 from ..models.loading import load_causal_lm
 from ..targets.alignment import predicting_positions
-from .differences import Reading, compare
-from .numbers import Numbers, entries_alone, remeasure, stored_numbers
-from .stored_rows import Row
+from .differences import SecondReading, compare
+from .numbers import Numbers, entries_alone, measured_numbers, stored_numbers
+from .stored_rows import StoredRow
 
 
-class Reader:
-    """A teacher that reads rows."""
+class TeacherReader:
+    """A loaded teacher."""
 
     def __init__(self, teacher: Identity, *, device_map: str | None = None) -> None:
         self._model = load_causal_lm(teacher, device_map=device_map)
@@ -26,41 +26,44 @@ class Reader:
         self.eps: float = torch.finfo(self._head.weight.dtype).eps
         """Of the dtype that it computes in."""
 
-    def read(self, rows: Sequence[Row]) -> list[Reading]:
+    def read(self, rows: Sequence[StoredRow]) -> list[SecondReading]:
         """Read each row alone, and all of them together."""
-        together = self._states([row.columns["token_ids"] for row in rows], padding=1)
-        found = []
-        for row, states in zip(rows, together, strict=True):
-            measured = self.measured(row, row.targets)
-            again = self._measured(row, row.targets, states, row.span[0] - 1)
-            three = [stored_numbers(row.targets), measured, again]
-            if row.imported:
-                start, n = row.span
-                following = row.columns["token_ids"][start : start + n]
-                three = [entries_alone(numbers, row.targets, following) for numbers in three]
-            parts = compare(*three, bits=row.columns["mantissa_bits"])
-            found.append(Reading(parts=parts, entropy=measured["entropy"]))
-        return found
+        together = self._states([row.token_ids for row in rows], padding=1)
+        return [self._compared(row, states) for row, states in zip(rows, together, strict=True)]
 
-    def measured(self, row: Row, targets: SoftTargets, *, position: int | None = None) -> Numbers:
-        """`remeasure` targets of a row, read alone, from a position on; None: from where the row's own span starts."""
-        (states,) = self._states([row.columns["token_ids"]])
-        return self._measured(
-            row, targets, states, row.span[0] - 1 if position is None else position
-        )
+    def numbers(self, row: StoredRow, targets: SoftTargets, *, position: int) -> Numbers:
+        """What the teacher, reading a row alone, says of these targets' entries at as many positions from one on."""
+        (states,) = self._states([row.token_ids])
+        return self._numbers(row, targets, states=states, position=position)
 
-    def _measured(self, row: Row, targets: SoftTargets, states: Tensor, position: int) -> Numbers:
+    def _compared(self, row: StoredRow, among_others: Tensor) -> SecondReading:
+        """A row read alone, compared with what is stored and with its states among others."""
+        targets, position = row.targets, row.first_position
+        stored = stored_numbers(targets)
+        measured = self.numbers(row, targets, position=position)
+        again = self._numbers(row, targets, states=among_others, position=position)
+        entropy = measured["entropy"]
+        if row.imported:
+            stored, measured, again = (
+                entries_alone(numbers, targets, row.scored) for numbers in (stored, measured, again)
+            )
+        found = compare(stored, measured, again=again, bits=row.columns["mantissa_bits"])
+        return SecondReading(row=row, differences=found, entropy=entropy)
+
+    def _numbers(
+        self, row: StoredRow, targets: SoftTargets, *, states: Tensor, position: int
+    ) -> Numbers:
         n = len(targets.entropy)
-        tokens = row.columns["token_ids"]
-        following = torch.from_numpy(
-            np.append(tokens, 0)[position + 1 : position + 1 + n].astype(np.int64)
-        )
+        # Shifted by one, the last position predicts a token that is not there: any id will do, for
+        # its log-probability is then not compared.
+        tokens = np.append(row.token_ids, 0)
+        following = tokens[position + 1 : position + 1 + n].astype(np.int64)
         with torch.inference_mode():
-            return remeasure(
+            return measured_numbers(
                 states[predicting_positions(position + 1, n)],
                 self._head,
-                targets,
-                following,
+                targets=targets,
+                following=torch.from_numpy(following),
                 draw=row.draw,
             )
 

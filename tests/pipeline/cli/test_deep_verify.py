@@ -12,14 +12,14 @@ from tiny_llama import save_tiny_llama
 from tiny_store import SilentProgress
 
 from stillroom.pipeline.cli.deep_verify import (
-    DeepReport,
     deep_lines,
     deep_verify,
     deeply,
     find_teacher,
 )
 from stillroom.stages.audit import teacher_reader
-from stillroom.stages.audit.stored_rows import shelves
+from stillroom.stages.audit.rescore import Rescored
+from stillroom.stages.audit.stored_rows import target_shards
 from stillroom.storage.errors import UsageError
 from stillroom.storage.integrity.verify import verify
 from stillroom.storage.store.store import Store
@@ -56,7 +56,7 @@ def folder_of(store: Store) -> Path:
     return Path(str(store.root)).parent
 
 
-def deep(store: Store, **how: Any) -> DeepReport:
+def deep(store: Store, **how: Any) -> Rescored:
     asked = deeply(str(folder_of(store) / "teacher"), **{"dtype": None, **how})
     return deep_verify(store, find_teacher(store, asked), asked, progress=SilentProgress())
 
@@ -79,8 +79,8 @@ def test_the_rows_of_the_teacher_that_is_named_are_read_and_the_others_counted(
     assert (plain.teacher.dtype, adapted.teacher.dtype) == ("float32", "bfloat16"), (
         "as the store's teacher had it"
     )
-    assert plain.others == {adapted.teacher.id: adapted.found.rows}
-    assert adapted.others == {plain.teacher.id: plain.found.rows}
+    assert plain.other_teachers == {adapted.teacher.id: adapted.rows}
+    assert adapted.other_teachers == {plain.teacher.id: plain.rows}
     assert any(
         line == f"not read: 8 rows of the teacher {plain.teacher.id}"
         for line in deep_lines(adapted)
@@ -88,7 +88,7 @@ def test_the_rows_of_the_teacher_that_is_named_are_read_and_the_others_counted(
     assert dtypes == ["torch.float32", "torch.bfloat16"]
     # In another batch float32 is off by some hundred roundings of eps = 1.2e-7. What bfloat16 is
     # off by depends on the processor, and may be nothing.
-    assert plain.found.quantities["logprobs"].noise_worst < 1e-4
+    assert plain.quantities["logprobs"].noise_worst < 1e-4
 
 
 def test_a_teacher_that_the_store_does_not_hold_is_refused(store: Store, tmp_path: Path) -> None:
@@ -96,8 +96,8 @@ def test_a_teacher_that_the_store_does_not_hold_is_refused(store: Store, tmp_pat
     with pytest.raises(UsageError) as refused:
         find_teacher(store, deeply(str(other), dtype=None))
     assert str(refused.value).startswith(f"--teacher: {other} is ")
-    for shelf in shelves(store):
-        assert shelf.teacher_id in str(refused.value)
+    for shard in target_shards(store):
+        assert shard.teacher_id in str(refused.value)
     assert "8 rows, with other weights" in str(refused.value)
     with pytest.raises(UsageError, match="with other dtype"):
         deep(store, dtype="float16")

@@ -165,8 +165,8 @@ def test_deep_verification_compares_the_entries_of_an_imported_row(
     store = Store.open(asked().store)
     how = deeply(str(teacher))
     found = deep_verify(store, find_teacher(store, how), how, progress=SilentProgress())
-    assert (found.found.off, found.found.imported) == ([], 32)
-    assert found.found.quantities.keys() == {"logprobs", "token_logprob"}
+    assert (found.off, found.imported) == ([], 32)
+    assert found.quantities.keys() == {"logprobs", "token_logprob"}
     assert any("only the entries are compared" in line for line in deep_lines(found))
 
     def change(row: dict[str, Any]) -> dict[str, Any]:
@@ -174,11 +174,11 @@ def test_deep_verification_compares_the_entries_of_an_imported_row(
 
     off = copied(store, tmp_path / "off", change)
     found = deep_verify(off, find_teacher(store, how), how, progress=SilentProgress())
-    assert {row.fault for row in found.found.off} == {"other numbers"}
-    assert len(found.found.off) == 32
+    assert {row.fault for row in found.off} == {"other numbers"}
+    assert len(found.off) == 32
     back = planted(store, tmp_path / "back", "shifted", consistent=False)
     found = deep_verify(back, find_teacher(store, how), how, progress=SilentProgress())
-    assert [row.fault for row in found.found.off].count("shifted by one position") >= 28
+    assert [row.fault for row in found.off].count("shifted by one position") >= 28
 
 
 def test_probabilities_of_the_entries_alone_are_refused(

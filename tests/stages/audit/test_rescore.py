@@ -12,9 +12,9 @@ from tiny_jobs import scored_store
 from tiny_llama import save_tiny_llama
 from tiny_store import SilentProgress
 
-from stillroom.stages.audit.numbers import remeasure, stored_numbers
+from stillroom.stages.audit.numbers import measured_numbers, stored_numbers
 from stillroom.stages.audit.rescore import Rescored, rescore
-from stillroom.stages.audit.stored_rows import choose_rows, shelves
+from stillroom.stages.audit.stored_rows import choose_rows, target_shards
 from stillroom.stages.models.head import Head
 from stillroom.stages.models.identity import Identity
 from stillroom.storage.store.store import Store
@@ -46,10 +46,8 @@ class World:
         self, store: Store | None = None, *, teacher: Identity | None = None, rows: int = 64
     ) -> Rescored:
         store = store or self.store
-        chosen = choose_rows(store, shelves(store), rows=rows, seed=0)
-        return rescore(
-            store, teacher or self.teacher, chosen, device_map=None, progress=SilentProgress()
-        )
+        chosen = choose_rows(store, target_shards(store), rows=rows, seed=0)
+        return rescore(teacher or self.teacher, chosen, device_map=None, progress=SilentProgress())
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +145,7 @@ def test_one_number_that_is_off_is_found(worlds: dict[str, World], tmp_path: Pat
 
 def test_rows_are_chosen_over_shards_and_kinds(worlds: dict[str, World]) -> None:
     store = worlds["topk"].store
-    found = shelves(store)
+    found = target_shards(store)
     few = choose_rows(store, found, rows=6, seed=0)
     assert sorted(row.columns["kind"] for row in few) == ["full"] * 3 + ["topk"] * 3
     assert [row.key for row in choose_rows(store, found, rows=6, seed=0)] == [
@@ -194,7 +192,13 @@ def test_the_measure_of_drawn_ids_has_the_mean_and_variance_it_says() -> None:
     )
     head = Head(weight=torch.from_numpy(np.log(t))[:, None].float())
     states, following = torch.ones(positions, 1), torch.zeros(positions, dtype=torch.long)
-    found = remeasure(states, head, targets, following, draw={"rounds": rounds, "proposal": 0.5})
+    found = measured_numbers(
+        states,
+        head,
+        targets=targets,
+        following=following,
+        draw={"rounds": rounds, "proposal": 0.5},
+    )
     np.testing.assert_allclose(found["draws"], (weights * np.log(t)).sum(1) + entropy, atol=1e-5)
     spread = ((t * np.log(t)) ** 2 / q).sum() - entropy**2
     np.testing.assert_allclose(found["draws_variance"], spread / rounds, rtol=1e-5)

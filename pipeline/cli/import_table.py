@@ -4,13 +4,14 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ...stages.data.importing.row import Columns
-from ...stages.data.importing.table import Asked, Imported, given_format
 from ...storage.errors import UsageError
+
+if TYPE_CHECKING:
+    from ...stages.data.importing.table import Asked, Imported
 
 _Source = Annotated[
     str,
@@ -135,6 +136,7 @@ def import_(
     ends the import, or is left out (--skip-bad). Run it again to go on: rows that are there are not
     written twice. Prints a recipe to train with.
     """
+    from ...stages.data.importing.row import Columns
     from ...stages.data.importing.table import Asked, import_table
     from ..run.progress import StageProgress
 
@@ -190,8 +192,10 @@ def _one_of(value: str, option: str, known: tuple[str, ...]) -> str:
     return value
 
 
-def recipe_for(asked: Asked, done: Imported) -> dict[str, Any]:
+def recipe_for(asked: "Asked", done: "Imported") -> dict[str, Any]:
     """A recipe that trains a student from what was imported; the student is the user's to name."""
+    from ...stages.data.importing.table import given_format
+
     data = {"source": asked.store, "format": given_format(done), "holdout": done.holdout}
     return {
         "run": {"dir": "runs/imported"},
@@ -204,7 +208,7 @@ def recipe_for(asked: Asked, done: Imported) -> dict[str, Any]:
     }
 
 
-def lines(asked: Asked, done: Imported) -> Iterator[str]:
+def lines(asked: "Asked", done: "Imported") -> Iterator[str]:
     """What to say of an import."""
     import yaml
 
@@ -230,7 +234,7 @@ def lines(asked: Asked, done: Imported) -> Iterator[str]:
     )
 
 
-def as_json_object(asked: Asked, done: Imported) -> dict[str, Any]:
+def as_json_object(asked: "Asked", done: "Imported") -> dict[str, Any]:
     """The same for programs."""
     found = {
         "rows": done.rows,

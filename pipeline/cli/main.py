@@ -17,8 +17,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from ...storage.errors import StillroomError, Stopped
-from . import import_table as import_cli
-from . import publish as publish_cli
+from . import import_table, publish, store
 from .app import AsJson, Overrides, Quiet, RecipePath, app, print_for_people, print_json
 
 
@@ -203,9 +202,14 @@ def schema() -> None:
     sys.stdout.write(json.dumps(Recipe.model_json_schema(), indent=2) + "\n")
 
 
-app.command()(publish_cli.export)
-app.command()(publish_cli.publish)
-app.command("import")(import_cli.import_)
+app.command()(publish.export)
+app.command()(publish.publish)
+app.command("import")(import_table.import_)
+app.command()(store.inspect)
+app.command()(store.query)
+app.command()(store.verify)
+app.command()(store.repair)
+app.command()(store.vacuum)
 
 
 def _outcome(outcome: dict[str, Any], as_json: bool) -> None:
@@ -224,7 +228,3 @@ def _made(outcome: dict[str, Any]) -> list[str]:
         if stage in outcome["stages"]
     ]
     return [f"{name}: {path}" for name, path in found if path.exists()]
-
-
-if __name__ == "__main__":
-    main()

@@ -5,16 +5,18 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ...storage.integrity.repair import Repaired
-from ...storage.integrity.shards import Problem
-from ...storage.integrity.vacuum import Vacuumed
-from ...storage.integrity.verify import Report
 from ..numbers import human
-from .app import AsJson, StorePath, app, print_for_people, print_json
+from .app import AsJson, StorePath, print_for_people, print_json
+
+if TYPE_CHECKING:
+    from ...storage.integrity.repair import Repaired
+    from ...storage.integrity.shards import Problem
+    from ...storage.integrity.vacuum import Vacuumed
+    from ...storage.integrity.verify import Report
 
 _SHOWN = 20
 
@@ -24,7 +26,6 @@ _WHY_LEFT = (
 )
 
 
-@app.command()
 def inspect(
     place: Annotated[
         str,
@@ -50,7 +51,6 @@ def inspect(
     print_json(sample, as_json)
 
 
-@app.command()
 def query(
     store: StorePath,
     sql: Annotated[str, typer.Argument(help="A SELECT over the views.")],
@@ -74,7 +74,6 @@ def query(
     print_json({"rows": json.loads(json.dumps(found.to_pylist(), default=_cell))}, as_json)
 
 
-@app.command()
 def verify(
     store: StorePath,
     deep: Annotated[
@@ -144,7 +143,6 @@ def verify(
         raise typer.Exit(3)
 
 
-@app.command()
 def repair(
     store: StorePath,
     retry_rejects: Annotated[
@@ -176,7 +174,6 @@ def repair(
         raise typer.Exit(3)
 
 
-@app.command()
 def vacuum(
     store: StorePath,
     older_than_hours: Annotated[
@@ -219,7 +216,7 @@ def _cell(value: Any) -> str:
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
-def verify_lines(report: Report) -> list[str]:
+def verify_lines(report: "Report") -> list[str]:
     """What `verify` found, for people."""
     tables = [(name, t) for name, t in report.tables.items() if t.shards]
     lines = [
@@ -238,7 +235,7 @@ def verify_lines(report: Report) -> list[str]:
     ]
 
 
-def verify_json(report: Report) -> dict[str, Any]:
+def verify_json(report: "Report") -> dict[str, Any]:
     """What `verify` found, for programs."""
     return {
         "ok": report.ok,
@@ -248,7 +245,7 @@ def verify_json(report: Report) -> dict[str, Any]:
     }
 
 
-def repair_lines(done: Repaired, *, retry: Sequence[str] = ()) -> list[str]:
+def repair_lines(done: "Repaired", *, retry: Sequence[str] = ()) -> list[str]:
     """What `repair` did, for people; `retry`: reasons of rejects that were to be tried again."""
     lines = []
     for commit in done.withdrawn:
@@ -274,12 +271,12 @@ def repair_lines(done: Repaired, *, retry: Sequence[str] = ()) -> list[str]:
     return lines if changed or done.left else [*lines, "nothing to repair"]
 
 
-def repair_json(done: Repaired) -> dict[str, Any]:
+def repair_json(done: "Repaired") -> dict[str, Any]:
     """What `repair` did, for programs."""
     return {"ok": done.ok, **asdict(done)}
 
 
-def vacuum_lines(done: Vacuumed, *, dry_run: bool) -> list[str]:
+def vacuum_lines(done: "Vacuumed", *, dry_run: bool) -> list[str]:
     """What `vacuum` removed, for people."""
     shown = [f"{name} ({size} bytes)" for name, size in done.files.items()]
     if not dry_run and len(shown) > _SHOWN:
@@ -293,16 +290,16 @@ def vacuum_lines(done: Vacuumed, *, dry_run: bool) -> list[str]:
     return lines
 
 
-def vacuum_json(done: Vacuumed, *, dry_run: bool) -> dict[str, Any]:
+def vacuum_json(done: "Vacuumed", *, dry_run: bool) -> dict[str, Any]:
     """What `vacuum` removed, for programs."""
     return {"dry_run": dry_run, "bytes": done.bytes, **asdict(done)}
 
 
-def _problems(problems: Sequence[Problem]) -> str:
+def _problems(problems: Sequence["Problem"]) -> str:
     return "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
 
 
-def _problem(problem: Problem) -> str:
+def _problem(problem: "Problem") -> str:
     where = [
         problem.file,
         problem.column and f"column {problem.column}",

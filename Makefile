@@ -5,7 +5,7 @@ BENCH ?= runs/bench
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test processors lint types docker-check bench gpu-check clean
+.PHONY: help setup demo test processors lint types docker-check bench gpu-check clean .types
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -39,7 +39,7 @@ types: setup .types ## mypy
 # mypy does not follow the import hook of an editable install; it follows this tree of links.
 .types:
 	mkdir -p .types/stillroom
-	for package in pipeline stages storage; do ln -sfn ../../$$package .types/stillroom/$$package; done
+	for name in __init__.py __main__.py pipeline stages storage; do ln -sfn ../../$$name .types/stillroom/$$name; done
 
 docker-check: ## build and try the CPU image, with buildah and no container engine
 	docker/check.sh
@@ -52,5 +52,5 @@ gpu-check: ## kernel tests and all benches on an NVIDIA GPU, in under nine minut
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tests/bench/gpu_check.py --out $(BENCH)
 
 clean: ## remove what make made, except .venv, runs and stores
-	rm -rf .types build dist *.egg-info docker/cpu/shims/*/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .types __pycache__ build dist *.egg-info docker/cpu/shims/*/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find pipeline stages storage tests -name __pycache__ -prune -exec rm -rf {} +

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import stillroom
+
 ROOT = Path(__file__).parent.parent
 FLOORS = {"storage": 0, "stages": 1, "pipeline": 2}
 MODULES = sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
@@ -208,6 +210,12 @@ def test_what_stages_share_imports_no_stage():
 def test_floors_are_crossed_with_relative_imports():
     absolute = re.compile(r"^\s*(from|import) stillroom\b", re.M)
     assert not [name_of(path) for path in MODULES if absolute.search(path.read_text("utf-8"))]
+
+
+def test_the_face_is_for_users_only():
+    """What is inside imports from the rooms, never from the public names."""
+    public = set(stillroom.__all__)
+    assert not {name_of(path): found for path in MODULES if (found := public & set(imports(path)))}
 
 
 def test_a_name_with_an_underscore_stays_in_its_file():

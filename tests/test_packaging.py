@@ -1,4 +1,4 @@
-"""The wheel: holds the three packages and nothing else, and works where only the wheel is."""
+"""The wheel: holds the public face and the three floors, nothing else, and works where only the wheel is."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import shutil
 import site
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path, PurePosixPath
 
@@ -13,6 +14,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = ("pipeline", "stages", "storage")
+FACE = ("__init__.py", "__main__.py")
+SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +33,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 def wheel(tmp_path_factory) -> Path:
     """Built from a copy, so that no `build/` folder of earlier days slips in."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("__init__.py", "LICENSE", "README.md", "pyproject.toml"):
+    for name in (*FACE, "LICENSE", "README.md", "pyproject.toml"):
         shutil.copy(ROOT / name, source)
     for name in ("docker", "tests", *FLOORS):
         shutil.copytree(
@@ -69,10 +72,20 @@ def installed(wheel, tmp_path_factory) -> Path:
     return binaries
 
 
-def test_holds_exactly_the_three_packages(wheel):
+def test_the_packages_that_are_listed_are_the_folders():
+    folders = {path.parent for floor in FLOORS for path in (ROOT / floor).rglob("*.py")}
+    names = [".".join(("stillroom", *folder.relative_to(ROOT).parts)) for folder in folders]
+    assert SETUPTOOLS["packages"] == sorted(["stillroom", *names])
+    assert SETUPTOOLS["package-dir"] == {
+        "stillroom": ".",
+        **{f"stillroom.{floor}": floor for floor in FLOORS},
+    }
+
+
+def test_holds_exactly_the_face_and_the_three_floors(wheel):
     names = [PurePosixPath(name) for name in zipfile.ZipFile(wheel).namelist()]
     ours = {str(name.relative_to("stillroom")) for name in names if name.parts[0] == "stillroom"}
-    expected = {
+    expected = set(FACE) | {
         path.relative_to(ROOT).as_posix()
         for floor in FLOORS
         for pattern in ("*.py", "py.typed", "*.yaml", "*.jinja")
@@ -98,13 +111,19 @@ def version(wheel: Path) -> str:
 
 
 def test_imports_from_the_wheel(installed, tmp_path):
-    code = "import stillroom.pipeline; print(stillroom.pipeline.__file__)"
-    found = Path(run(installed / "python", "-c", code, cwd=tmp_path).strip())
-    assert found.is_relative_to(installed.parent)
+    code = (
+        "import stillroom, stillroom.pipeline as floor; print(stillroom.__file__, floor.__file__)"
+    )
+    face, floor = run(installed / "python", "-c", code, cwd=tmp_path).split()
+    assert Path(face).is_relative_to(installed.parent)
+    assert Path(floor).is_relative_to(installed.parent)
 
 
 def test_help_answers(installed, tmp_path):
-    assert "plan" in run(installed / "stillroom", "--help", cwd=tmp_path)
+    shown = run(installed / "stillroom", "--help", cwd=tmp_path)
+    assert "plan" in shown
+    module = run(installed / "python", "-m", "stillroom", "--help", cwd=tmp_path)
+    assert module == shown.replace("Usage: stillroom", "Usage: python -m stillroom")
 
 
 def test_plans_a_recipe(installed, tiny_llama, tmp_path):

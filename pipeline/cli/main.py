@@ -202,11 +202,14 @@ def schema() -> None:
     sys.stdout.write(json.dumps(Recipe.model_json_schema(), indent=2) + "\n")
 
 
-for command in (store.inspect, store.query, store.verify, store.repair, store.vacuum):
-    app.command()(command)
 app.command()(publish.export)
 app.command()(publish.publish)
 app.command("import")(import_table.import_)
+app.command()(store.inspect)
+app.command()(store.query)
+app.command()(store.verify)
+app.command()(store.repair)
+app.command()(store.vacuum)
 
 
 def _outcome(outcome: dict[str, Any], as_json: bool) -> None:
@@ -225,7 +228,3 @@ def _made(outcome: dict[str, Any]) -> list[str]:
         if stage in outcome["stages"]
     ]
     return [f"{name}: {path}" for name, path in found if path.exists()]
-
-
-if __name__ == "__main__":
-    main()

@@ -37,7 +37,7 @@ def prepare(recipe_file: Path, overrides: Sequence[str] = ()) -> None:
     words = [
         sys.executable,
         "-m",
-        "stillroom.pipeline.cli.main",
+        "stillroom",
         "run",
         str(recipe_file),
         "--until",

@@ -196,7 +196,7 @@ def save_teacher(folder: Path, texts: list[str], sizes: Sizes) -> None:
 
 def run(recipe: Path) -> tuple[dict[str, dict[str, float]], float]:
     """Stage -> seconds by name, `runner` first; and the command's wall time."""
-    words = [sys.executable, "-m", "stillroom.pipeline.cli.main", "run", str(recipe), "--json"]
+    words = [sys.executable, "-m", "stillroom", "run", str(recipe), "--json"]
     began = time.monotonic()
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
     wall = time.monotonic() - began

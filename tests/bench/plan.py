@@ -177,7 +177,7 @@ def measure(recipe_file: Path) -> dict[str, Any]:
     words = [
         sys.executable,
         "-m",
-        "stillroom.pipeline.cli.main",
+        "stillroom",
         "plan",
         str(recipe_file),
         "--json",

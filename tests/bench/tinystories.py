@@ -44,7 +44,7 @@ def run(settings: dict[str, object], *arguments: str) -> dict[str, dict[str, flo
     words = [
         sys.executable,
         "-m",
-        "stillroom.pipeline.cli.main",
+        "stillroom",
         "run",
         str(RECIPE),
         "--json",

@@ -117,7 +117,7 @@ def numbered(record: dict[str, Any], number: int) -> dict[str, Any]:
 def commands(folder: Path) -> Path:
     """A folder with `stillroom` and `python` as a user's shell finds them."""
     (folder / "bin").mkdir()
-    for name, words in {"stillroom": "-m stillroom.pipeline.cli.main ", "python": ""}.items():
+    for name, words in {"stillroom": "-m stillroom ", "python": ""}.items():
         script = folder / "bin" / name
         script.write_text(f'#!/bin/sh\nexec "{sys.executable}" {words}"$@"\n')
         script.chmod(script.stat().st_mode | stat.S_IXUSR)

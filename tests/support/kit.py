@@ -63,7 +63,7 @@ def write_recipe(folder: Path, teacher: Path, source: Path, **sections: Any) -> 
 
 def command(*arguments: Any) -> list[str]:
     """The real command line."""
-    return [sys.executable, "-m", "stillroom.pipeline.cli.main", *map(str, arguments)]
+    return [sys.executable, "-m", "stillroom", *map(str, arguments)]
 
 
 # As many threads as this process has: only so do two runs add in one order and write the same bits.

@@ -306,7 +306,7 @@ def test_a_read_only_store_keeps_everything_and_says_so(
     run(recipe, "--until", "generate")
     before = Store.open(tmp_path / "store").index("generations", ["key"])
     script = f"mount --bind {tmp_path}/store {tmp_path}/store && mount -o remount,ro,bind {tmp_path}/store && "
-    inner = f"{sys.executable} -m stillroom.pipeline.cli.main run {recipe} --json"
+    inner = f"{sys.executable} -m stillroom run {recipe} --json"
     done = subprocess.run(
         ["unshare", "-rm", "sh", "-c", script + inner], capture_output=True, text=True, timeout=120
     )

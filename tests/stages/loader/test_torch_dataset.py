@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from kit import write_recipe
 from tiny_store import make_store, random_texts, snapshot_of
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -20,8 +21,6 @@ from stillroom.stages.models.head import hidden_states, split_head
 from stillroom.storage.errors import UsageError
 from stillroom.storage.files.local import LocalFiles
 from stillroom.storage.keys import content_id
-from stillroom.storage.snapshots.snapshot import load_snapshot
-from stillroom.storage.store.store import Store
 
 TEXTS = [list(text) for text in dict.fromkeys(map(tuple, random_texts(60)))][:50]  # no two alike
 README = Path(__file__).parents[3].joinpath("stages", "README.md").read_text()
@@ -298,14 +297,10 @@ def test_the_loop_of_the_readme_runs(store, samples, tmp_path, monkeypatch):
     (tmp_path / "stores").mkdir()
     (tmp_path / "stores" / "example").symlink_to(store.root)
     monkeypatch.chdir(tmp_path)
+    write_recipe(tmp_path, tmp_path / "teacher", tmp_path, storage={"dir": "stores/example"})
     section = README.split("## Reading a snapshot from another training loop")[1]
     code = section.split("```python\n")[1].split("```")[0]
-    names = globals() | {
-        "Store": Store,
-        "load_snapshot": load_snapshot,
-        "snapshot_id": samples.snapshot.id,
-    }
-    names |= {"model": student(), "done": 2, "total": 4}
+    names = {"snapshot_id": samples.snapshot.id, "model": student(), "done": 2, "total": 4}
     exec(code, names)
     assert names["loss"].soft.shape == names["inputs"]["labels"].shape
     assert torch.isfinite(names["model"].lm_head.weight.grad).all()

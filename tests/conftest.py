@@ -18,6 +18,8 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    # Every process that a test starts, too: threads that share a core wait for one another by spinning.
+    "OMP_NUM_THREADS": os.environ.get("STILLROOM_TEST_THREADS", "1"),
 }
 
 

@@ -1,13 +1,23 @@
-"""What the tests of the whole pipeline share: small prompts, a small recipe, the real command line in a subprocess."""
+"""What the tests of the whole pipeline share: small prompts, a small recipe, the command line here and in a process."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import yaml
+from tiny_store import SilentProgress
+
+from stillroom.pipeline.cli.main import main
+from stillroom.pipeline.run import worker
+from stillroom.pipeline.run.screen import Screen
+from stillroom.stages.workers.clock import Clock
+from stillroom.stages.workers.job import StopFlag
 
 OPENINGS = (
     "the cat sat",
@@ -61,6 +71,41 @@ def write_recipe(folder: Path, teacher: Path, source: Path, **sections: Any) -> 
     return path
 
 
+class InThisProcess:
+    """In place of `StageProcess`: the same message, the same answer, and no process to start."""
+
+    def __init__(self, message: dict[str, Any], screen: Screen) -> None:
+        self._message = message
+
+    def finish(self) -> dict[str, Any]:
+        clock = Clock(began=self._message["began"])
+        job = worker._job(self._message, SilentProgress(), StopFlag(), clock=clock)
+        return worker._answer(worker._run(job, self._message["stage"]), clock)
+
+
+def stillroom(*arguments: Any, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    """The command line to its end, its stages too, in this process; checks the exit code.
+
+    A process of its own imports torch and transformers for seconds. Where processes, logs or what
+    they say meanwhile are the subject, use `stillroom_processes`.
+    """
+    words = ["stillroom", *map(str, arguments)]
+    out, err = io.StringIO(), io.StringIO()
+    code = 0
+    with (
+        patch.object(sys, "argv", words),
+        patch("stillroom.pipeline.run.runner.StageProcess", InThisProcess),
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
+        try:
+            main()
+        except SystemExit as left:
+            code = int(left.code or 0)
+    done = subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+    return _checked(done, expect)
+
+
 def command(*arguments: Any) -> list[str]:
     """The real command line."""
     return [sys.executable, "-m", "stillroom", *map(str, arguments)]
@@ -70,11 +115,17 @@ def command(*arguments: Any) -> list[str]:
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": os.environ.get("STILLROOM_TEST_THREADS", "1")}
 
 
-def stillroom(*arguments: Any, expect: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run the command line to its end and check its exit code."""
+def stillroom_processes(*arguments: Any, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    """The command line to its end, and each of its stages, in processes of their own; checks the exit code."""
     done = subprocess.run(
         command(*arguments), capture_output=True, text=True, env=ENVIRONMENT, timeout=300
     )
+    return _checked(done, expect)
+
+
+def _checked(
+    done: subprocess.CompletedProcess[str], expect: int
+) -> subprocess.CompletedProcess[str]:
     assert done.returncode == expect, (
         f"exit {done.returncode}, expected {expect}\n{done.stdout}\n{done.stderr}"
     )

@@ -10,19 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kit import last_json, prompts, stillroom, write_jsonl, write_recipe
+from kit import InThisProcess, last_json, prompts, stillroom_processes, write_jsonl, write_recipe
 from tiny_llama import save_tiny_llama
-from tiny_store import SilentProgress
 
 from stillroom.pipeline.plan.plan import make_plan
 from stillroom.pipeline.report.inspect import describe, find_row, render
-from stillroom.pipeline.run import runner, worker
-from stillroom.pipeline.run.screen import Screen
+from stillroom.pipeline.run import runner
 from stillroom.pipeline.run.status import stage_facts
 from stillroom.stages.recipe.load import load_recipe
 from stillroom.stages.targets.spec import Kept, wanted
-from stillroom.stages.workers.clock import Clock
-from stillroom.stages.workers.job import StopFlag
 from stillroom.storage.integrity.repair import repair
 from stillroom.storage.integrity.verify import verify
 from stillroom.storage.store.sql import query
@@ -83,18 +79,6 @@ LATER: dict[str, list[tuple[tuple[str, ...], int, str]]] = {
         (("score.targets=topp", "score.p=0.99"), 0, ""),
     ],
 }
-
-
-class InThisProcess:
-    """In place of `StageProcess`: the same message, the same answer."""
-
-    def __init__(self, message: dict[str, Any], screen: Screen) -> None:
-        self._message = message
-
-    def finish(self) -> dict[str, Any]:
-        clock = Clock(began=self._message["began"])
-        job = worker._job(self._message, SilentProgress(), StopFlag(), clock=clock)
-        return worker._answer(worker._run(job, self._message["stage"]), clock)
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +194,7 @@ def test_the_whole_command_line(recipe: Path) -> None:
         "score.proposal=0.8",
     ]
     overrides = [w for o in [*words, *KINDS["systematic"][3:]] for w in ("--set", o)]
-    outcome = last_json(stillroom("run", recipe, "--json", *overrides))
+    outcome = last_json(stillroom_processes("run", recipe, "--json", *overrides))
     results = outcome["results"]
     assert results["student"]["kl_teacher"] < results["student_before"]["kl_teacher"]
 

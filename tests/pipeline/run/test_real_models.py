@@ -42,7 +42,7 @@ def test_stories_by_vllm_teach_a_student(assets: Path, tmp_path: Path) -> None:
         train={"epochs": 4, "tokens_per_step": 512, "learning_rate": 1.0e-2},
         evaluate={"tokens": 300},
     )
-    outcome = last_json(stillroom("run", recipe, "--json"))
+    outcome = last_json(stillroom_processes("run", recipe, "--json"))
     results = outcome["results"]
     assert results["student"]["kl_teacher"] < 0.8 * results["student_before"]["kl_teacher"]
     assert results["student"]["cross_entropy"] < results["student_before"]["cross_entropy"]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kit import last_json, prompts, stillroom, write_jsonl, write_recipe
+from kit import last_json, prompts, stillroom, stillroom_processes, write_jsonl, write_recipe
 
 from stillroom.storage.store.store import Store
 
@@ -49,7 +49,7 @@ def test_one_command_from_prompts_to_a_judged_student(
         source,
         evaluate={"tokens": 200, "baseline": True, "generate": {"prompts": 3}},
     )
-    done = stillroom("run", recipe, "--json")
+    done = stillroom_processes("run", recipe, "--json")
     outcome = last_json(done)
     told = f"report: {tmp_path}/run/report.html\nstudent: {tmp_path}/run/latest/student\n"
     assert done.stdout.rpartition('{"run_dir')[0].endswith(told), (
@@ -80,7 +80,7 @@ def test_one_command_from_prompts_to_a_judged_student(
     # The same command again does nothing: every stage is found done, and no stage's process starts.
     for log in (tmp_path / "run" / "logs").glob("*.log"):
         log.unlink()
-    again = run(recipe)
+    again = last_json(stillroom_processes("run", recipe, "--json"))
     assert set(states(again).values()) == {"cached"}
     assert again["results"] == outcome["results"]
     assert not list((tmp_path / "run" / "logs").glob("*.log"))

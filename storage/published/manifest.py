@@ -6,7 +6,7 @@
         generations/, soft_targets/    <split>-00000-of-0000N.parquet
         snapshots/, teachers/, PROVENANCE.json
 
-`storage/README.md` is the format for people.
+`storage/published/README.md` is the format for people.
 """
 
 import re

@@ -332,3 +332,25 @@ def test_the_scoring_bench_runs(tmp_path: Path) -> None:
     assert clock["model"] > 0 < clock["disk"]
     assert max(outcome["errors"]["ours"].values()) < 1e-5
     assert json.loads((tmp_path / "score.json").read_text()) == outcome
+
+
+def test_the_bench_of_the_house_counts_what_is_there(tmp_path: Path) -> None:
+    sources = {
+        "storage/__init__.py": '"""One line."""\n',
+        "storage/a.py": "from .b import second\n\n# why\nfirst = second\n",
+        "storage/b.py": "from .rooms import c\nfrom .a import first\nsecond: int = c.one()\n",
+        "storage/rooms/__init__.py": "",
+        "storage/rooms/c.py": "def one():\n    return 1\n",
+    }
+    for name, source in sources.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(source)
+    words = [sys.executable, str(HERE / "house.py"), str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])[str(tmp_path)]
+    assert found["entries"] == {"storage": 3, "stages": 0, "pipeline": 0}
+    assert found["arrows of files"]["storage"] == found["arrows of rooms"]["storage"] == 3
+    assert (found["circles of files"], found["files"], found["lines of code"]) == (1, 5, 7)
+    assert (found["statements"], found["top-level names"]) == (8, 3)
+    assert found["comment lines, %"] == pytest.approx(100 / 9, abs=0.01)

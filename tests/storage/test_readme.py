@@ -1,4 +1,4 @@
-"""storage/README.md says what is: its columns are the schema's, its record is sealed, its code runs."""
+"""The pages of storage say what is: their columns are the schema's, their record is sealed, their code runs."""
 
 import re
 from pathlib import Path
@@ -15,16 +15,20 @@ SPELLED = {
     "list<item: float>": "list<float>",
     "list<item: struct<role: string, content: string>>": "list<struct<role, content>>",
 }
-README = Path(__file__).parents[2].joinpath("storage", "README.md").read_text()
+STORAGE = Path(__file__).parents[2] / "storage"
+
+
+def page(room: str) -> str:
+    return STORAGE.joinpath(room, "README.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", page("store"), flags=re.DOTALL)
 
 
 @pytest.mark.parametrize("table", SCHEMAS)
 def test_columns_are_those_of_the_schema(table):
-    section = README.split(f"### `{table}`\n")[1].split("\n\n`type?`")[0].split("\n###")[0]
+    section = page("tables").split(f"### `{table}`\n")[1].split("\n\n`type?`")[0].split("\n###")[0]
     listed = re.findall(r"^\| `(\w+)` \| `(.+?)(\??)` \| (.+) \|$", section, flags=re.MULTILINE)
     expected = [
         (

@@ -54,7 +54,7 @@ def kept() -> st.SearchStrategy[Kept]:
 
 
 def serves(row: Kept, bits: int, asked: Kept, asked_bits: int) -> bool:
-    """The rules, in words: `stages/README.md`, "The ledger"."""
+    """The rules, in words: `stages/ledger/README.md`."""
     if bits < asked_bits:
         return False
     if asked.kind == "sampled":

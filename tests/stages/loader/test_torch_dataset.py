@@ -23,7 +23,7 @@ from stillroom.storage.files.local import LocalFiles
 from stillroom.storage.keys import content_id
 
 TEXTS = [list(text) for text in dict.fromkeys(map(tuple, random_texts(60)))][:50]  # no two alike
-README = Path(__file__).parents[3].joinpath("stages", "README.md").read_text()
+README = Path(__file__).parents[3].joinpath("stages", "loader", "README.md").read_text()
 B = 12
 V = 24
 SIZES = {

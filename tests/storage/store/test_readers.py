@@ -95,8 +95,8 @@ def test_datasets_reads_a_shard(mixed, samples, tmp_path, monkeypatch):
 
 
 def test_sql_cuts_a_row_into_targets_whatever_the_kind(mixed, samples):
-    """The query of storage/README.md."""
-    code = (Path(__file__).parents[3] / "storage" / "README.md").read_text()
+    """The query of storage/store/README.md."""
+    code = (Path(__file__).parents[3] / "storage" / "store" / "README.md").read_text()
     query = re.search(r'targets = duckdb.sql\(f"""(.*?)"""\)', code, flags=re.DOTALL)[1]
     found = duckdb.sql(query.replace("{shards}", repr([path_of(mixed)]))).fetchall()
     for row in expected(samples):

@@ -1,0 +1,54 @@
+"""The pages of rooms: a floor's page names every file of it, no page is long, and paths in pages exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FLOORS = ("storage", "stages", "pipeline")
+PAGES = sorted(page for floor in FLOORS for page in (ROOT / floor).rglob("README.md"))
+MOST_LINES = 200
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def tree(floor: str) -> dict[str, set[str]]:
+    """Folder -> the files that the floor's page lists below it; "" is the floor itself."""
+    text = ROOT.joinpath(floor, "README.md").read_text("utf-8")
+    found: dict[str, set[str]] = {"": set()}
+    for block in re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        folder = ""
+        for line in block.splitlines():
+            if not line.startswith(" "):
+                folder = (re.findall(r"^(\w+)/", line) or [""])[0]
+            names = re.findall(r"\b\w+\.py\b", line)
+            found.setdefault(folder, set()).update(names)
+    return found
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_a_floors_page_names_every_file(floor: str) -> None:
+    listed = tree(floor)
+    missing = []
+    for path in (ROOT / floor).rglob("*.py"):
+        parts = path.relative_to(ROOT / floor).parts
+        room = parts[0] if len(parts) > 1 else ""
+        if path.name != "__init__.py" and path.name not in listed.get(room, set()):
+            missing.append(name_of(path))
+    assert not missing, f"{floor}/README.md has no line for these"
+
+
+def test_no_page_is_long() -> None:
+    lengths = {name_of(page): page.read_text("utf-8").count("\n") for page in PAGES}
+    assert not {name: lines for name, lines in lengths.items() if lines > MOST_LINES}
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=name_of
+)
+def test_links_of_a_page_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text("utf-8"))
+    assert not [link for link in links if not (page.parent / link).exists()]

@@ -42,7 +42,8 @@ def plan_students(recipe: Recipe, plan: Plan, *, ready: bool) -> None:
 
 def train_settings(recipe: Recipe, snapshot: str, arm: Arm) -> dict[str, Any]:
     """What decides a student: its hash names the folder, and a change in it is why a student is trained again."""
-    loss = arm_loss(recipe, arm).model_dump(mode="json")
+    asked = arm_loss(recipe, arm)
+    loss = asked.model_dump(mode="json", exclude=asked.unhashed())
     if loss["soft_weight"] == 0:
         loss = {name: loss[name] for name in ("soft_weight", "hard_weight")}
     no_matter = {

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from ...stages.recipe.divergences import DIVERGENCES
 from ..numbers import count, decimals, duration, inline, percent, size
 from . import figures
 from .blocks import Block, Bullets, Code, Figures, Sample, Samples, Section, Table, Text, Tokens
@@ -66,22 +67,11 @@ def _kept(score: Mapping[str, Any]) -> str:
     }[score["targets"]]
 
 
-_PARAMETERS = {
-    "skew_forward_kl": "skew",
-    "skew_reverse_kl": "skew",
-    "jsd": "jsd_weight",
-    "alpha_beta": "alpha_beta",
-    "adaptive_kl": "head_mass",
-}
-"""Divergence -> the field of the recipe that it has for itself."""
-
-
 def _loss(loss: Mapping[str, Any], score: Mapping[str, Any]) -> str:
     how = [f"temperature {scheduled(loss['temperature'])}"]
     if score["targets"] in ("topk", "topp"):
         how.append(f"tail {loss['tail']}")
-    if own := _PARAMETERS.get(loss["divergence"]):
-        how.append(f"{own} {loss[own]}")
+    how += [f"{name} {loss[name]}" for name in DIVERGENCES[loss["divergence"]].parameters]
     soft, hard = (scheduled(loss[name]) for name in ("soft_weight", "hard_weight"))
     return f"{soft} x {loss['divergence']} ({', '.join(how)}) + {hard} x cross-entropy"
 

@@ -8,13 +8,14 @@ import pytest
 import yaml
 from kit import recipe_tree
 
-from stillroom.stages.recipe.fields import Divergence, Tail
+from stillroom.stages.recipe.divergences import DIVERGENCES
+from stillroom.stages.recipe.fields import Tail
 from stillroom.stages.recipe.load import load_recipe
 from stillroom.stages.recipe.loss_checks import check_loss
 from stillroom.stages.recipe.sections import Loss, Score
 from stillroom.storage.errors import UsageError
 
-DIVERGENCES, TAILS = get_args(Divergence), get_args(Tail)
+TAILS = get_args(Tail)
 MOVING = {"shape": "linear", "start": 2.0, "end": 1.0}
 
 

@@ -68,13 +68,8 @@ def train_settings(recipe: Recipe, snapshot: str, arm: Arm) -> dict[str, Any]:
 def _entries(recipe: Recipe) -> dict[str, Any]:
     """What the student sees of targets that may be stored with more than the recipe asks."""
     assert recipe.score is not None
-    names = {
-        "topk": {"k"},
-        "topp": {"p", "k", "k_min"},
-        "sampled": {"rounds", "draw", "proposal"},
-        "full": set[str](),
-    }
-    return recipe.score.model_dump(mode="json", include={"targets"} | names[recipe.score.targets])
+    seen = {"targets", *recipe.score.kind.settings}
+    return recipe.score.model_dump(mode="json", include=seen)
 
 
 def _student_identity(recipe: Recipe, plan: Plan, settings: dict[str, Any]) -> str | None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from ...storage.errors import IntegrityError
 from ...storage.store.store import Store
+from ...storage.tables.kinds import STRUCTURES
 from ...storage.tables.soft_targets import SoftTargets
 
 
@@ -74,7 +75,7 @@ class Row:
     @property
     def draw(self) -> dict[str, float] | None:
         """How sampled targets were drawn; None for other kinds."""
-        sampled = self.columns["kind"] == "sampled"
+        sampled = STRUCTURES[self.columns["kind"]].drawn
         return (
             {"rounds": self.columns["k"], "proposal": self.columns["proposal"]} if sampled else None
         )

@@ -37,7 +37,7 @@ def _idle(loss: Loss) -> list[tuple[str, str]]:
 
 
 def _divergence(loss: Loss, score: Score) -> list[tuple[str, str]]:
-    if score.targets != "sampled" or loss.kind.draws_suffice:
+    if not score.structure.drawn or loss.kind.draws_suffice:
         return []
     message = (
         f"{loss.divergence!r} needs the teacher's probability of each outcome, and sampled "
@@ -50,7 +50,7 @@ def _divergence(loss: Loss, score: Score) -> list[tuple[str, str]]:
 def _tail(loss: Loss, score: Score) -> list[tuple[str, str]]:
     if loss.tail == "bucket":
         return []
-    if score.targets in ("sampled", "full"):
+    if not score.structure.has_tail:
         return [
             ("loss.tail", f"targets {score.targets!r} have no tail (got {loss.tail!r}). Remove it")
         ]
@@ -71,10 +71,12 @@ def _tail(loss: Loss, score: Score) -> list[tuple[str, str]]:
 
 def _temperature(loss: Loss, score: Score) -> list[tuple[str, str]]:
     least, greatest = extremes(loss.temperature)
-    if score.targets == "full" or (least == greatest == 1.0 and score.targets != "sampled"):
+    if score.structure.whole:
+        return []
+    if least == greatest == 1.0 and not score.structure.drawn:
         return []
     moving = isinstance(loss.temperature, Schedule) and least != greatest
-    if score.targets == "sampled":
+    if score.structure.drawn:
         drawn = score.temperatures[0] if score.temperatures else 1.0
         if not moving and least == drawn:
             return []

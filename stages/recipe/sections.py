@@ -10,8 +10,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from ...storage.tables.kinds import STRUCTURES, Structure
 from .divergences import DivergenceSettings
 from .fields import Kernel, Options, Schedule, Scheduled, Section, Tail
+from .kinds import KINDS, TargetKind, Targets
 
 
 class Run(Section):
@@ -178,7 +180,7 @@ class Score(Section):
 
     engine: Literal["hf", "vllm"] = "hf"
     """hf: one forward pass."""
-    targets: Literal["topk", "topp", "sampled", "full"] = "topk"
+    targets: Targets = "topk"
     """What is kept of the distribution."""
     k: int = Field(64, ge=1)
     """topk, topp: entries per position at most."""
@@ -202,6 +204,16 @@ class Score(Section):
     kernel: Kernel | None = None
     """Who makes the sums over the vocabulary; null: Triton on an NVIDIA GPU, else torch. Same
     numbers."""
+
+    @property
+    def kind(self) -> TargetKind:
+        """What a recipe can say of these targets, and what serves them."""
+        return KINDS[self.targets]
+
+    @property
+    def structure(self) -> Structure:
+        """What the rows of these targets consist of."""
+        return STRUCTURES[self.targets]
 
 
 class Loss(DivergenceSettings):

@@ -41,7 +41,8 @@ def plan_students(recipe: Recipe, plan: Plan, *, ready: bool) -> None:
 
 def train_settings(recipe: Recipe, snapshot: str, arm: Arm) -> dict[str, Any]:
     """What decides a student: its hash names the folder, and a change in it is why a student is trained again."""
-    loss = arm_loss(recipe, arm).model_dump(mode="json")
+    asked = arm_loss(recipe, arm)
+    loss = asked.model_dump(mode="json", exclude=asked.unhashed())
     if loss["soft_weight"] == 0:
         loss = {name: loss[name] for name in ("soft_weight", "hard_weight")}
     no_matter = {
@@ -65,13 +66,8 @@ def train_settings(recipe: Recipe, snapshot: str, arm: Arm) -> dict[str, Any]:
 
 def _entries(score: Score) -> dict[str, Any]:
     """What the student sees of targets that may be stored with more than the recipe asks."""
-    names = {
-        "topk": {"k"},
-        "topp": {"p", "k", "k_min"},
-        "sampled": {"rounds", "draw", "proposal"},
-        "full": set[str](),
-    }
-    return score.model_dump(mode="json", include={"targets"} | names[score.targets])
+    seen = {"targets", *score.kind.settings}
+    return score.model_dump(mode="json", include=seen)
 
 
 def _student_identity(recipe: Recipe, plan: Plan, settings: dict[str, Any]) -> str | None:

@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ...stages.recipe.kinds import KINDS
 from ...storage.published.manifest import Manifest
+from ...storage.tables.kinds import STRUCTURES, Structure
 
 FOLDER = "path/to/this/folder"
 """What the code says where only the reader knows."""
@@ -55,15 +57,11 @@ def _recipe(manifest: Manifest, provenance: Mapping[str, Any], base: str) -> str
         entry.get("settings") or {} for entry in provenance["made_with"].get("soft_targets", [])
     ]
     if "soft_targets" in manifest.tables and kinds and "kind" in kinds[0]:
-        own = {"topk": ("k",), "topp": ("p", "k", "k_min"), "sampled": ("draw",), "full": ()}[
-            kinds[0]["kind"]
-        ]
-        settings = {
-            "targets": kinds[0]["kind"],
-            **{name: kinds[0][name] for name in own if name in kinds[0]},
-        }
-        if kinds[0]["kind"] == "sampled":
-            settings["rounds"] = kinds[0]["k"]
+        stored = kinds[0] | {"rounds": kinds[0].get("k")}  # how draws name it in a recipe
+        settings = {"targets": stored["kind"]}
+        for name in KINDS[stored["kind"]].settings:
+            if name in stored:
+                settings[name] = stored[name]
         if manifest.chosen.get("min_k") and "k" in settings:
             settings["k"] = min(settings["k"], manifest.chosen["min_k"])
         lines.append(
@@ -99,24 +97,24 @@ start, n, k = row["span_start"], row["span_tokens"], row["k"]
 tokens = torch.tensor(row["token_ids"])  # [T]; target i is about token start + i
 """
 _ENTRIES = {
-    "topk": """\
+    "fixed": """\
 ids = torch.tensor(row["ids"]) if row["ids"] else torch.arange(k).repeat(n)  # null: kind full, every id
 ids = ids.reshape(n, k)  # [N, K] best first
 logprobs = torch.tensor(row["logprobs"]).reshape(n, k)  # [N, K] of the full softmax
 tail = torch.tensor(row["tail_logprob"])  # [N] all other ids together
 """,
-    "topp": """\
+    "ragged": """\
 ids = torch.tensor(row["ids"]) if row["ids"] else torch.arange(k).repeat(n)  # null: kind full, every id
 ids = ids.split(row["entries"] or k)  # N tensors, as many entries as the position has
 logprobs = torch.tensor(row["logprobs"]).split(row["entries"] or k)
 tail = torch.tensor(row["tail_logprob"])  # [N] all other ids together
 """,
-    "sampled": """\
+    "drawn": """\
 # of rows of kind full take logprobs, [N * V] in id order: they were not drawn
 ids = torch.tensor(row["ids"]).split(row["entries"])  # N tensors: the ids that were drawn
 shares = torch.tensor(row["counts"] or row["weights"]).split(row["entries"])  # how often of k, or weights
 """,
-    "full": """\
+    "whole": """\
 logprobs = torch.tensor(row["logprobs"]).reshape(n, k)  # [N, V] in id order
 """,
 }
@@ -136,4 +134,14 @@ def _torch(manifest: Manifest, split: str) -> str:
     kinds = manifest.statistics[split]["soft_targets"]["kinds"]
     kind = max(kinds, key=lambda name: kinds[name])
     loss = _LOSS.format(vocabulary=manifest.about["soft_targets"]["vocab_size"])
-    return (_HEAD + _ENTRIES[kind] + loss + (_KL if kind == "topk" else "")).rstrip()
+    shape = _shape(STRUCTURES[kind])
+    return (_HEAD + _ENTRIES[shape] + loss + (_KL if shape == "fixed" else "")).rstrip()
+
+
+def _shape(structure: Structure) -> str:
+    """What a row's entries are, of the four that the example knows."""
+    if structure.whole:
+        return "whole"
+    if structure.drawn:
+        return "drawn"
+    return "ragged" if structure.ragged else "fixed"

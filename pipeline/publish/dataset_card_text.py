@@ -7,6 +7,7 @@ from typing import Any
 
 from ...storage.published.export_rows import PUBLISHED
 from ...storage.published.manifest import Manifest
+from ...storage.tables.kinds import STRUCTURES
 from ...storage.tables.rows import Rows
 from ..numbers import count, decimals, fenced, inline, percent, size, table
 from ..report.inspect import describe
@@ -120,7 +121,7 @@ def _whole(manifest: Manifest) -> str:
     found = [
         f"{'all' if len(those) == 1 else 'some'} of `{name}`"
         for name, those in kinds.items()
-        if "full" in those
+        if any(STRUCTURES[kind].whole for kind in those)
     ]
     if not found:
         return ""

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from ...stages.recipe.kinds import KINDS
 from ..numbers import count, percent
 from .blocks import Table
 from .plots import Bars, Line, Lines, Panel, Stacks, short
@@ -152,9 +153,7 @@ def distributions(
     """Histograms of the held-out rows: kept mass, the teacher's entropy, lengths; and mass by number of entries."""
     found: list[tuple[Panel, Table]] = []
     if about := views.get("kept_mass"):
-        kept = (
-            f"best {count(about['k'])}" if about["kind"] == "topk" else f"topp, mass {about['p']:g}"
-        )
+        kept = KINDS[about["kind"]].kept.format(**about)
         what = f"Mass kept ({kept})"
         found.append(
             _histogram(what, "mass of the entries", bins=(about["edges"], about["tokens"]))

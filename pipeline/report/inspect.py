@@ -15,6 +15,7 @@ from ...stages.models.token_text import Pieces
 from ...stages.targets.spec import Kept
 from ...storage.errors import UsageError
 from ...storage.store.store import Store
+from ...storage.tables.kinds import STRUCTURES
 from ...storage.tables.schema import TableName
 from ...storage.tables.soft_targets import SoftTargets
 from ..numbers import printable
@@ -211,7 +212,7 @@ def _setting(name: str, value: Any) -> str:
 
 def _targets_table(sample: dict[str, Any], columns: int) -> Table:
     """A line per scored position; of drawn ids how often they were, in brackets."""
-    sampled = sample["kept"]["kind"] == "sampled"
+    sampled = STRUCTURES[sample["kept"]["kind"]].drawn
     tempered = list(sample["positions"][0]["tempered_tail"])
     table = Table(box=None, pad_edge=False)
     table.add_column("index", justify="right", no_wrap=True)

@@ -6,6 +6,9 @@ from typing import Any
 
 import yaml
 
+from ...stages.recipe.divergences import DIVERGENCES
+from ...stages.recipe.kinds import KINDS
+from ...storage.tables.kinds import STRUCTURES
 from ..numbers import count, decimals, duration, inline, percent, size
 from . import figures
 from .blocks import Block, Bullets, Code, Figures, Sample, Samples, Section, Table, Text, Tokens
@@ -57,31 +60,14 @@ def _author(generate: Mapping[str, Any] | None) -> str:
 
 
 def _kept(score: Mapping[str, Any]) -> str:
-    entries = f"{score['k']} entries per position"
-    return {
-        "topk": f"topk, {entries}",
-        "topp": f"topp, mass {score.get('p')} in at most {entries}",
-        "sampled": f"sampled, {score.get('rounds')} draws per position ({score.get('draw')})",
-        "full": "full, the whole distribution",
-    }[score["targets"]]
-
-
-_PARAMETERS = {
-    "skew_forward_kl": "skew",
-    "skew_reverse_kl": "skew",
-    "jsd": "jsd_weight",
-    "alpha_beta": "alpha_beta",
-    "adaptive_kl": "head_mass",
-}
-"""Divergence -> the field of the recipe that it has for itself."""
+    return KINDS[score["targets"]].words.format(**score)
 
 
 def _loss(loss: Mapping[str, Any], score: Mapping[str, Any]) -> str:
     how = [f"temperature {scheduled(loss['temperature'])}"]
-    if score["targets"] in ("topk", "topp"):
+    if STRUCTURES[score["targets"]].has_tail:
         how.append(f"tail {loss['tail']}")
-    if own := _PARAMETERS.get(loss["divergence"]):
-        how.append(f"{own} {loss[own]}")
+    how += [f"{name} {loss[name]}" for name in DIVERGENCES[loss["divergence"]].parameters]
     soft, hard = (scheduled(loss[name]) for name in ("soft_weight", "hard_weight"))
     return f"{soft} x {loss['divergence']} ({', '.join(how)}) + {hard} x cross-entropy"
 

@@ -15,6 +15,7 @@ from ...stages.workers.shard_about import versions
 from ...storage.files.opening import open_files
 from ...storage.store.commits import Commit
 from ...storage.store.store import Store
+from ...storage.tables.kinds import STRUCTURES
 from ..numbers import human, short_duration
 from ..plan.lines import Plan
 from .timings import Pace
@@ -103,7 +104,9 @@ def _kept(parts: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         kind: {
             "tokens": total["tokens"],
             "entries_per_token": round(total["entries"] / total["tokens"], 3),
-            "kept_mass": None if kind == "sampled" else round(total["mass"] / total["tokens"], 4),
+            "kept_mass": (
+                None if STRUCTURES[kind].drawn else round(total["mass"] / total["tokens"], 4)
+            ),
         }
         for kind, total in sorted(sums.items())
     }

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from ...storage.tables.kinds import STRUCTURES
 from ...storage.tables.soft_targets import SoftTargets
 from ..targets.alignment import predicting_positions, scored_tokens
 
@@ -86,7 +87,7 @@ def surprise(rows: Sequence[Row]) -> float | None:
 
 def at_one(row: Row) -> bool:
     """Whether a row's entropy and entries are at temperature 1: ids may be drawn at another one."""
-    return row["kind"] != "sampled" or row.get("temperatures") is None
+    return not STRUCTURES[row["kind"]].drawn or row.get("temperatures") is None
 
 
 def beyond_chance(values: np.ndarray, *, of: np.ndarray) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 
 from ...storage.errors import IntegrityError
 from ...storage.store.store import Store
+from ...storage.tables.kinds import STRUCTURES
 from ...storage.tables.soft_targets import SoftTargets
 from ..targets.alignment import predicting_positions, scored_tokens
 
@@ -74,7 +75,7 @@ class StoredRow:
     @property
     def draw(self) -> dict[str, float] | None:
         """How sampled targets were drawn; None for other kinds."""
-        if self.kind != "sampled":
+        if not STRUCTURES[self.kind].drawn:
             return None
         return {"rounds": self.columns["k"], "proposal": self.columns["proposal"]}
 

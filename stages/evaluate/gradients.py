@@ -129,7 +129,7 @@ def kept_of(reference: SoftTargets, kept: Kept, *, seed: int) -> SoftTargets:
         kept: What is kept.
         seed: sampled: of the draws.
     """
-    if kept.kind == "full":
+    if kept.structure.whole:
         return reference
     logprobs = torch.tensor(reference.logprobs)
     nothing = torch.zeros(len(logprobs), dtype=torch.long)  # which token follows matters to no loss

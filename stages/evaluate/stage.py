@@ -15,6 +15,7 @@ from ...storage.files.local import LocalFiles
 from ...storage.joined import open_store
 from ...storage.snapshots.snapshot import load_snapshot
 from ...storage.store.store import Store
+from ...storage.tables.kinds import STRUCTURES
 from ..models.classes import names_in
 from ..targets.spec import wanted
 from ..workers.job import Job, StageResult
@@ -152,7 +153,7 @@ def _measured_on(held_out: HeldOut, tally: "Tally") -> dict[str, Any]:
         "tokens": tally.tokens,
         "reference": "+".join(dict.fromkeys(kind for kind, _ in references)) or None,
         "k": min((k for _, k in references), default=None),
-        "kl_is_lower_bound": any(kind != "full" for kind, _ in references),
+        "kl_is_lower_bound": any(not STRUCTURES[kind].whole for kind, _ in references),
         "ece_bins": BINS,
         "of": "texts" if held_out.classified else "tokens",
     }

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...storage.tables.soft_targets import SoftTargets
 from ..models.token_text import Pieces
+from ..targets.best_entries import ENTRIES
 from ..targets.spec import Kept
 from .metrics import ratio_mean
 
@@ -154,7 +155,7 @@ class Views:
 
     def _add_mass(self, targets: SoftTargets, kept: Kept) -> None:
         assert targets.logprobs is not None
-        asked = kept.k if kept.kind in ("topk", "topp") else 1
+        asked = kept.k if kept.structure.has_tail else 1
         most = min(max(asked, LADDER[-1]), targets.logprobs.shape[1])
         best = (
             torch.as_tensor(targets.logprobs)
@@ -176,7 +177,7 @@ class Views:
             found["entropy"] = {"edges": list(ENTROPY_EDGES), "tokens": self._entropy.tolist()}
         if tokens := int(self._mass.sum()):
             assert self._kept is not None
-            if self._kept.kind in ("topk", "topp"):
+            if self._kept.structure.has_tail:
                 kept = {"kind": self._kept.kind, "k": self._kept.k, "p": self._kept.p}
                 found["kept_mass"] = kept | {
                     "edges": list(MASS_EDGES),
@@ -242,14 +243,13 @@ def _shown(row: Mapping[str, Any], targets: SoftTargets) -> dict[str, Any]:
 def kept_mass(best: np.ndarray, kept: Kept) -> np.ndarray:
     """[n] mass of the entries that a recipe keeps.
 
-    `best` [n, m] is the mass of the 1, 2, ... m best ids. topp keeps the fewest that hold p, but between k_min and k.
+    `best` [n, m] is the mass of the 1, 2, ... m best ids.
     """
-    most = best[:, min(kept.k, best.shape[1]) - 1]
-    if kept.kind != "topp" or kept.p is None:
-        return np.asarray(most)
-    needed = (best < kept.p).sum(1)
-    entries = np.clip(needed, (kept.k_min or 1) - 1, min(kept.k, best.shape[1]) - 1)
-    return np.asarray(np.take_along_axis(best, entries[:, None], 1)[:, 0])
+    best = best[:, : kept.k]
+    if kept.kind not in ENTRIES:
+        return best[:, -1]
+    entries = ENTRIES[kept.kind](best, kept)
+    return np.asarray(np.take_along_axis(best, entries[:, None] - 1, 1)[:, 0])
 
 
 def in_bins(values: np.ndarray, edges: Sequence[float]) -> np.ndarray:

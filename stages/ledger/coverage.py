@@ -10,6 +10,9 @@ Each with the mantissa bits and the temperatures that are asked for, or more; `f
 temperature.
 """
 
+from collections.abc import Iterable
+
+from ..recipe.kinds import KINDS, WHOLE
 from ..targets.spec import Kept
 
 PLACES = 2**64
@@ -37,7 +40,7 @@ def lacks(kept: Kept, mantissa_bits: int) -> str:
 def reason(kept: Kept, lack: int) -> str:
     """Why rows that are stored do not serve, for people."""
     named = " and ".join(f"{t:g}" for t in kept.temperatures) or "1"
-    if kept.kind == "sampled" and lack in (_ENTRIES, _TEMPERATURES):
+    if kept.structure.drawn and lack in (_ENTRIES, _TEMPERATURES):
         return (
             "stored with other draws"
             if lack == _ENTRIES
@@ -52,27 +55,39 @@ def reason(kept: Kept, lack: int) -> str:
 
 def _conditions(kept: Kept, mantissa_bits: int) -> tuple[str, str, str, str]:
     """Kind, entries, temperatures and bits, none of them null."""
-    kinds = {"topk": ("topk", "full"), "topp": ("topp", "topk", "full")}.get(
-        kept.kind, (kept.kind,)
-    )
-    kind = f"kind IN ({', '.join(map(repr, kinds))})"
-    temperatures = f"[{', '.join(f'{t!r}::FLOAT' for t in kept.temperatures)}]"
-    enough = f"list_has_all(temperatures, {temperatures}::FLOAT[])" if kept.temperatures else "true"
-    if kept.kind == "sampled":
-        draws = f"k = {kept.k} AND draw = '{kept.draw}' AND proposal = {kept.proposal!r}::FLOAT"
-        alike = enough if kept.temperatures else "temperatures IS NULL"
-        return (
-            kind,
-            f"coalesce({draws}, false)",
-            f"coalesce({alike}, false)",
-            f"mantissa_bits >= {mantissa_bits}",
-        )
-    entries = f"kind = 'full' OR k >= {kept.k}"
-    if kept.kind == "topp":
-        entries += f" AND (kind = 'topk' OR (p >= {kept.p!r}::FLOAT AND k_min >= {kept.k_min}))"
-    return (
-        kind,
-        f"coalesce({entries}, false)",
-        f"kind = 'full' OR coalesce({enough}, false)",
-        f"mantissa_bits >= {mantissa_bits}",
-    )
+    kind = f"kind IN {_names((kept.kind, *KINDS[kept.kind].served_by))}"
+    bits = f"mantissa_bits >= {mantissa_bits}"
+    entries, temperatures = _entries(kept), _temperatures(kept)
+    return kind, f"coalesce({entries}, false)", f"coalesce({temperatures}, false)", bits
+
+
+def _entries(kept: Kept) -> str:
+    """A row of its kind as the kind says; of another kind, one with as many entries or with all."""
+    asked = kept.columns()
+    own = [f"kind = '{kept.kind}'"]
+    for column, sign in KINDS[kept.kind].covers.items():
+        own.append(f"{column} {sign} {_literal(asked[column])}")
+    others = f"kind <> '{kept.kind}' AND k >= {kept.k}"
+    return f"{_WHOLE} OR ({' AND '.join(own)}) OR ({others})"
+
+
+def _temperatures(kept: Kept) -> str:
+    if kept.structure.drawn and not kept.temperatures:
+        return "temperatures IS NULL"
+    if not kept.temperatures:
+        return "true"
+    asked = ", ".join(_literal(t) for t in kept.temperatures)
+    enough = f"list_has_all(temperatures, [{asked}]::FLOAT[])"
+    return f"{_WHOLE} OR coalesce({enough}, false)"
+
+
+def _names(kinds: Iterable[str]) -> str:
+    return f"({', '.join(map(repr, kinds))})"
+
+
+def _literal(value: float | str) -> str:
+    """SQL; what is no whole number is stored as float32."""
+    return f"{value!r}::FLOAT" if isinstance(value, float) else repr(value)
+
+
+_WHOLE = f"kind IN {_names(WHOLE)}"

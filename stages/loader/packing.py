@@ -168,9 +168,7 @@ class Packing:
             predicting,
             split_head(model),
             batch.targets,
-            objective=aim.objective,
-            soft_weight=aim.soft_weight,
-            hard_weight=aim.hard_weight,
+            aim=aim,
             kernel=self.kernel,
         )
 

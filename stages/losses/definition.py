@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from ...storage.errors import UsageError
+from ..recipe.divergences import DIVERGENCES
 from ..targets.batch import TargetBatch
 from . import divergences
 from .objective import Aim, Objective
@@ -134,29 +135,13 @@ def losses_of(seen: Seen, targets: TargetBatch, *, objective: Objective | None) 
 
 def _divergence(teacher: Tensor, student: Tensor, objective: Objective) -> Tensor:
     """[N] of the log-probabilities of the same outcomes."""
-    match objective.divergence:
-        case "forward_kl":
-            return divergences.forward_kl(teacher, student)
-        case "reverse_kl":
-            return divergences.reverse_kl(teacher, student)
-        case "skew_forward_kl":
-            return divergences.skew_forward_kl(teacher, student, skew=objective.skew)
-        case "skew_reverse_kl":
-            return divergences.skew_reverse_kl(teacher, student, skew=objective.skew)
-        case "jsd":
-            return divergences.jsd(teacher, student, weight=objective.jsd_weight)
-        case "total_variation":
-            return divergences.total_variation(teacher, student)
-        case "alpha_beta":
-            alpha, beta = objective.alpha_beta
-            return divergences.alpha_beta(teacher, student, alpha=alpha, beta=beta)
-        case "adaptive_kl":
-            return divergences.adaptive_kl(teacher, student, head_mass=objective.head_mass)
+    divergence = getattr(divergences, objective.divergence)
+    return divergence(teacher, student, **objective.parameters)
 
 
 def _sampled_forward_kl(student: Tensor, targets: TargetBatch, objective: Objective) -> Tensor:
     """-sum_i t_i log p_i - entropy of the teacher [N]; the mean over the draws is forward KL over the vocabulary."""
-    if objective.divergence != "forward_kl":
+    if not DIVERGENCES[objective.divergence].draws_suffice:
         raise UsageError(
             f"loss.divergence: {objective.divergence} needs the teacher's probability of each "
             "outcome, sampled targets say it in the mean only. Use forward_kl, or score the rows "

@@ -53,14 +53,15 @@ def skew_reverse_kl(teacher: Tensor, student: Tensor, *, skew: float) -> Tensor:
     )
 
 
-def jsd(teacher: Tensor, student: Tensor, *, weight: float) -> Tensor:
-    """Generalised Jensen-Shannon: weight KL(t || m) + (1 - weight) KL(p || m), m = weight t + (1 - weight) p.
+def jsd(teacher: Tensor, student: Tensor, *, jsd_weight: float) -> Tensor:
+    """Generalised Jensen-Shannon: w KL(t || m) + (1 - w) KL(p || m), m = w t + (1 - w) p, w = jsd_weight.
 
-    Agarwal et al. 2024 (GKD), arXiv 2306.13649; 0 < weight < 1. At weight 1/2 it is symmetric and
+    Agarwal et al. 2024 (GKD), arXiv 2306.13649; 0 < w < 1. At w = 1/2 it is symmetric and
     at most log 2.
     """
-    middle = _mixture(teacher, student, weight)
-    return weight * _kl(teacher, middle) + (1 - weight) * _kl(student, middle)
+    middle = _mixture(teacher, student, jsd_weight)
+    from_teacher, from_student = _kl(teacher, middle), _kl(student, middle)
+    return jsd_weight * from_teacher + (1 - jsd_weight) * from_student
 
 
 def total_variation(teacher: Tensor, student: Tensor) -> Tensor:
@@ -71,8 +72,8 @@ def total_variation(teacher: Tensor, student: Tensor) -> Tensor:
     return (teacher.exp() - student.exp()).abs().sum(-1) / 2
 
 
-def alpha_beta(teacher: Tensor, student: Tensor, *, alpha: float, beta: float) -> Tensor:
-    """-1/(ab) sum_i [t_i^a p_i^b - a/(a+b) t_i^(a+b) - b/(a+b) p_i^(a+b)], with a = alpha and b = beta.
+def alpha_beta(teacher: Tensor, student: Tensor, *, alpha_beta: tuple[float, float]) -> Tensor:
+    """-1/(ab) sum_i [t_i^a p_i^b - a/(a+b) t_i^(a+b) - b/(a+b) p_i^(a+b)], with (a, b) = alpha_beta.
 
     Wang et al. 2025 (ABKD), arXiv 2505.04560; the divergence and its limits are Cichocki et al.
     2011's:
@@ -88,6 +89,7 @@ def alpha_beta(teacher: Tensor, student: Tensor, *, alpha: float, beta: float) -
     nothing = (teacher == -torch.inf) & (student == -torch.inf)
     t = teacher.masked_fill(nothing, 0.0).clamp_min(_LOG_TINY)
     p = _above_zero(student.masked_fill(nothing, 0.0))
+    alpha, beta = alpha_beta
     total = alpha + beta
     if alpha == beta == 0:
         terms = (t - p).square() / 2

@@ -17,7 +17,7 @@ head.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import ModuleType
 from typing import Any
 
@@ -31,7 +31,7 @@ from ..recipe.fields import Kernel
 from ..targets.batch import TargetBatch
 from . import vocabulary as passes
 from .definition import Distilled, LossParts, compared, logits_distillation, losses_of
-from .objective import Aim, Objective
+from .objective import Aim
 from .vocabulary import Asked, Seen, Slopes
 
 CHUNK_BYTES = 64 * 2**20  # logits of a chunk on a CPU
@@ -45,9 +45,7 @@ def linear_distillation(
     head: Head,
     targets: TargetBatch,
     *,
-    objective: Objective | None,
-    soft_weight: float,
-    hard_weight: float,
+    aim: Aim,
     kernel: Kernel | None = None,
     chunk_tokens: int | None = None,
 ) -> Distilled:
@@ -63,9 +61,7 @@ def linear_distillation(
             run in: float32 or bfloat16; others become float32.
         head: Output head of the student.
         targets: N targets, already passed through `fit_vocabulary`.
-        objective: None skips the soft part.
-        soft_weight: Of the divergence.
-        hard_weight: Of the cross-entropy.
+        aim: Divergence and weights; without an objective, cross-entropy alone.
         kernel: Who makes the passes over the vocabulary; None: Triton on an NVIDIA GPU that has it,
             else torch.
         chunk_tokens: None: as many as fill `CHUNK_BYTES`.
@@ -74,12 +70,12 @@ def linear_distillation(
         UsageError: the targets are sampled, which serve forward KL only; or the kernel cannot run
             here.
     """
-    soft = objective is not None and targets.soft
+    if aim.objective is None or not targets.soft:
+        targets = TargetBatch(labels=targets.labels)
+        aim = replace(aim, objective=None)
     run = _Run(
-        targets=targets if soft else TargetBatch(labels=targets.labels),
-        aim=Aim(
-            soft_weight=soft_weight, hard_weight=hard_weight, objective=objective if soft else None
-        ),
+        targets=targets,
+        aim=aim,
         head=head,
         kernel=_kernel(kernel, hidden.device),
         chunk_tokens=chunk_tokens,

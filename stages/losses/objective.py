@@ -1,8 +1,11 @@
 """What is minimised at a point of the training: divergence, tail, temperature, weights."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from ..recipe.fields import Divergence, Tail, extremes, value_at
+from ..recipe.divergences import Divergence
+from ..recipe.fields import Tail, extremes, value_at
 from ..recipe.sections import Loss
 
 
@@ -10,19 +13,13 @@ from ..recipe.sections import Loss
 class Objective:
     """What the soft part of the loss is, at one step."""
 
-    divergence: Divergence = "forward_kl"
-    tail: Tail = "bucket"
+    divergence: Divergence
+    parameters: Mapping[str, Any]
+    """Of this divergence, by name."""
+    tail: Tail
     """Of targets that have a tail; full and sampled ones do not."""
-    temperature: float = 1.0
+    temperature: float
     """T; the targets are handed over at this temperature already."""
-    skew: float = 0.1
-    """skew_forward_kl, skew_reverse_kl: share that the first distribution has in the mixture."""
-    jsd_weight: float = 0.5
-    """jsd: the teacher's share in the mixture."""
-    alpha_beta: tuple[float, float] = (0.2, 0.7)
-    """alpha_beta: the two exponents."""
-    head_mass: float = 0.5
-    """adaptive_kl: the teacher's mass that is its head."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,17 +34,19 @@ class Aim:
 
 def aim_at(loss: Loss, done: float) -> Aim:
     """What the recipe's loss is at the share `done` of all tokens."""
-    objective = Objective(
-        divergence=loss.divergence,
-        tail=loss.tail,
-        temperature=value_at(loss.temperature, done),
-        skew=loss.skew,
-        jsd_weight=loss.jsd_weight,
-        alpha_beta=loss.alpha_beta,
-        head_mass=loss.head_mass,
-    )
+    _, highest = extremes(loss.soft_weight)
     return Aim(
         soft_weight=value_at(loss.soft_weight, done),
         hard_weight=value_at(loss.hard_weight, done),
-        objective=objective if extremes(loss.soft_weight)[1] > 0 else None,
+        objective=objective_at(loss, done) if highest > 0 else None,
+    )
+
+
+def objective_at(loss: Loss, done: float) -> Objective:
+    """What the soft part of the recipe's loss is at the share `done` of all tokens."""
+    return Objective(
+        divergence=loss.divergence,
+        parameters=loss.parameters(),
+        tail=loss.tail,
+        temperature=value_at(loss.temperature, done),
     )

@@ -3,6 +3,7 @@
 from typing import Any
 
 from .fields import Section
+from .kinds import kinds_with
 from .loss_checks import check_loss
 from .sections import COLUMNS, Data, Recipe, Score, Teacher
 
@@ -11,10 +12,6 @@ NOT_YET: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("generate.engine", ("openai",)),
     ("score.engine", ("vllm",)),
 )
-
-# Fields of `score` that mean something for some kinds of targets only.
-_ONLY_FOR = {"k": "'topk' and 'topp'"} | dict.fromkeys(("p", "k_min"), "'topp'")
-_ONLY_FOR |= dict.fromkeys(("rounds", "draw", "proposal"), "'sampled'")
 
 
 # Settings for text that is continued; a text that is classified is read as a whole, in a row of its
@@ -66,9 +63,7 @@ def check_together(recipe: Recipe) -> list[tuple[str, str]]:
         )
     errors += _sources(recipe)
     kinds_fit = (
-        recipe.run.task != "classification"
-        or recipe.score is None
-        or recipe.score.targets == "full"
+        recipe.run.task != "classification" or recipe.score is None or recipe.score.structure.whole
     )
     return errors + (check_loss(recipe.loss, recipe.score) if kinds_fit else [])
 
@@ -128,7 +123,7 @@ def _classification(recipe: Recipe) -> list[tuple[str, str]]:
     if recipe.score is None:
         message = "missing: without the teacher's probabilities there is nothing to distil. Add score: {targets: full}"
         errors.append(("score", message))
-    elif recipe.score.targets != "full":
+    elif not recipe.score.structure.whole:
         message = (
             f"classification keeps every class: expected 'full' (got {recipe.score.targets!r})"
         )
@@ -167,27 +162,27 @@ def _targets(score: Score) -> list[tuple[str, str]]:
     errors = [
         (
             f"score.{name}",
-            f"belongs to targets {kinds}; this recipe has {score.targets!r}. Remove it",
+            f"belongs to targets {' and '.join(map(repr, kinds))}; this recipe has "
+            f"{score.targets!r}. Remove it",
         )
-        for name, kinds in _ONLY_FOR.items()
-        if repr(score.targets) not in kinds
-        and getattr(score, name) != Score.model_fields[name].default
+        for name, field in Score.model_fields.items()
+        if (kinds := kinds_with(name))
+        and score.targets not in kinds
+        and getattr(score, name) != field.default
     ]
-    if score.targets == "topp" and score.p is None:
-        errors.append(
-            (
-                "score.p",
-                "missing: targets 'topp' keeps the fewest entries that hold a mass of p. Try 0.9",
-            )
-        )
-    if score.targets == "topp" and score.k_min > score.k:
+    errors += [
+        (f"score.{name}", f"missing: targets {score.targets!r} {why}")
+        for name, why in score.kind.needs.items()
+        if getattr(score, name) is None
+    ]
+    if "k_min" in score.kind.settings and score.k_min > score.k:
         errors.append(
             (
                 "score.k_min",
                 f"{score.k_min} entries at least are more than score.k, {score.k} at most",
             )
         )
-    if score.targets == "sampled" and len(set(score.temperatures)) > 1:
+    if score.structure.drawn and len(set(score.temperatures)) > 1:
         message = (
             "sampled targets are drawn at one temperature, and serve no other (got "
             f"{score.temperatures}). Name the one that loss.temperature has, or use targets 'topk'"

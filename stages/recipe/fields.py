@@ -97,16 +97,6 @@ Scheduled = Annotated[
 """A number, or a schedule of numbers."""
 
 
-Divergence = Literal[
-    "forward_kl",
-    "reverse_kl",
-    "jsd",
-    "skew_forward_kl",
-    "skew_reverse_kl",
-    "total_variation",
-    "alpha_beta",
-    "adaptive_kl",
-]
 Tail = Literal["bucket", "drop", "renormalize", "to_label"]
 Kernel = Literal["torch", "triton"]
 

@@ -1,19 +1,8 @@
 """Whether a loss can be had of what `score` stores: which divergence goes with which targets, tail and temperature."""
 
+from .divergences import owners
 from .fields import Schedule, extremes, value_at
 from .sections import Loss, Score
-
-# The divergences that are finite although the teacher gives nothing to what is outside its entries.
-# `alpha_beta` is for some exponents; the others are infinite as soon as the student has mass there.
-_WITHOUT_TAIL = ("forward_kl", "skew_forward_kl", "skew_reverse_kl", "jsd", "total_variation")
-
-# Settings of one divergence only.
-_ONLY_FOR = {
-    "skew": ("skew_forward_kl", "skew_reverse_kl"),
-    "jsd_weight": ("jsd",),
-    "alpha_beta": ("alpha_beta",),
-    "head_mass": ("adaptive_kl",),
-}
 
 
 def check_loss(loss: Loss, score: Score | None) -> list[tuple[str, str]]:
@@ -27,13 +16,6 @@ def check_loss(loss: Loss, score: Score | None) -> list[tuple[str, str]]:
         )
         message = f"soft_weight and hard_weight are both 0{when}: nothing to learn. Set one above 0"
         errors.append(("loss.soft_weight", message))
-    if min(loss.alpha_beta) < 0 or max(loss.alpha_beta) == 0:
-        message = (
-            f"must be two numbers of at least 0, one above 0 (got {list(loss.alpha_beta)}): with "
-            "others the loss is huge wherever one side finds an id unlikely. Use [0.2, 0.7] to "
-            "start"
-        )
-        errors.append(("loss.alpha_beta", message))
     errors += _idle(loss)
     if score is not None and extremes(loss.soft_weight)[1] > 0:
         errors += _divergence(loss, score) + _tail(loss, score) + _temperature(loss, score)
@@ -46,17 +28,16 @@ def _idle(loss: Loss) -> list[tuple[str, str]]:
         (
             f"loss.{name}",
             (
-                f"belongs to divergence {' and '.join(map(repr, names))}; this recipe has "
+                f"belongs to divergence {' and '.join(map(repr, owners(name)))}; this recipe has "
                 f"{loss.divergence!r}. Remove it"
             ),
         )
-        for name, names in _ONLY_FOR.items()
-        if loss.divergence not in names and getattr(loss, name) != Loss.model_fields[name].default
+        for name in loss.idle()
     ]
 
 
 def _divergence(loss: Loss, score: Score) -> list[tuple[str, str]]:
-    if score.targets != "sampled" or loss.divergence == "forward_kl":
+    if not score.structure.drawn or loss.kind.draws_suffice:
         return []
     message = (
         f"{loss.divergence!r} needs the teacher's probability of each outcome, and sampled "
@@ -69,7 +50,7 @@ def _divergence(loss: Loss, score: Score) -> list[tuple[str, str]]:
 def _tail(loss: Loss, score: Score) -> list[tuple[str, str]]:
     if loss.tail == "bucket":
         return []
-    if score.targets in ("sampled", "full"):
+    if not score.structure.has_tail:
         return [
             ("loss.tail", f"targets {score.targets!r} have no tail (got {loss.tail!r}). Remove it")
         ]
@@ -78,11 +59,7 @@ def _tail(loss: Loss, score: Score) -> list[tuple[str, str]]:
             return []
         message = "'renormalize' compares entries with one another, and score.k is 1. Raise it, or use 'bucket'"
         return [("loss.tail", message)]
-    if loss.divergence in _WITHOUT_TAIL and not (
-        loss.divergence == "skew_reverse_kl" and loss.skew == 0
-    ):
-        return []
-    if loss.divergence == "alpha_beta" and loss.alpha_beta[0] > 0 and sum(loss.alpha_beta) > 0:
+    if loss.is_finite_without_tail():
         return []
     message = (
         f"{loss.tail!r} leaves the teacher nothing outside its entries, and {loss.divergence!r} "
@@ -94,10 +71,12 @@ def _tail(loss: Loss, score: Score) -> list[tuple[str, str]]:
 
 def _temperature(loss: Loss, score: Score) -> list[tuple[str, str]]:
     least, greatest = extremes(loss.temperature)
-    if score.targets == "full" or (least == greatest == 1.0 and score.targets != "sampled"):
+    if score.structure.whole:
+        return []
+    if least == greatest == 1.0 and not score.structure.drawn:
         return []
     moving = isinstance(loss.temperature, Schedule) and least != greatest
-    if score.targets == "sampled":
+    if score.structure.drawn:
         drawn = score.temperatures[0] if score.temperatures else 1.0
         if not moving and least == drawn:
             return []

@@ -10,7 +10,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from .fields import Divergence, Kernel, Options, Schedule, Scheduled, Section, Tail
+from ...storage.tables.kinds import STRUCTURES, Structure
+from .divergences import DivergenceSettings
+from .fields import Kernel, Options, Schedule, Scheduled, Section, Tail
+from .kinds import KINDS, TargetKind, Targets
 
 
 class Run(Section):
@@ -177,7 +180,7 @@ class Score(Section):
 
     engine: Literal["hf", "vllm"] = "hf"
     """hf: one forward pass."""
-    targets: Literal["topk", "topp", "sampled", "full"] = "topk"
+    targets: Targets = "topk"
     """What is kept of the distribution."""
     k: int = Field(64, ge=1)
     """topk, topp: entries per position at most."""
@@ -202,21 +205,20 @@ class Score(Section):
     """Who makes the sums over the vocabulary; null: Triton on an NVIDIA GPU, else torch. Same
     numbers."""
 
+    @property
+    def kind(self) -> TargetKind:
+        """What a recipe can say of these targets, and what serves them."""
+        return KINDS[self.targets]
 
-class Loss(Section):
+    @property
+    def structure(self) -> Structure:
+        """What the rows of these targets consist of."""
+        return STRUCTURES[self.targets]
+
+
+class Loss(DivergenceSettings):
     """What the student minimises: soft_weight * divergence + hard_weight * cross-entropy."""
 
-    divergence: Divergence = "forward_kl"
-    """forward_kl is KL(teacher || student)."""
-    skew: float = Field(0.1, ge=0, lt=1)
-    """skew_forward_kl, skew_reverse_kl: share of the first distribution in the mixture; 0 is no
-    skew."""
-    jsd_weight: float = Field(0.5, gt=0, lt=1)
-    """jsd: the teacher's share in the mixture."""
-    alpha_beta: tuple[float, float] = (0.2, 0.7)
-    """alpha_beta: exponents of teacher and student; (1, 0) is forward_kl, (0, 1) reverse_kl."""
-    head_mass: float = Field(0.5, gt=0, lt=1)
-    """adaptive_kl: the teacher's mass that counts as its head."""
     temperature: Scheduled = 1.0
     """Softens both distributions in the divergence; a number above 0, or a schedule."""
     unstored_temperature: Literal["refuse", "approximate"] = "refuse"

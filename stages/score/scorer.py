@@ -163,7 +163,7 @@ class Scorer:
                 np.arange(row * longest, (row + 1) * longest)[predicting_positions(*span)]
             )
             following.append(scored_tokens(request.token_ids, *span))
-            drawn = request.kept.kind == "sampled"
+            drawn = request.kept.structure.drawn
             spans.append(
                 Span(request.span_tokens, row_seed(row_key(self._job, request)) if drawn else 0)
             )

@@ -68,7 +68,7 @@ def run(job: Job, teacher: Identity) -> StageResult:
             reject=lambda request, error, attempts: _reject(request, teacher, error, attempts),
         )
         job.progress.say(f"loading {teacher.folder}")
-        if score.targets in ("topk", "topp") and kept.k < score.k:
+        if "k" in score.kind.settings and kept.k < score.k:
             job.progress.say(
                 f"score.k: {score.k} is above the teacher's vocabulary, all {kept.k} entries are "
                 "kept"

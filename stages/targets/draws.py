@@ -68,7 +68,7 @@ def drawn_columns(logprobs: Tensor, points: Tensor, kept: Kept) -> Columns:
 
 def points_of(kept: Kept, spans: Iterable[Span]) -> Tensor | None:
     """sampled: [N, R] points in [0, 1); a row has a counter-based generator, a position's follow the other's."""
-    if kept.kind != "sampled":
+    if not kept.structure.drawn:
         return None
     found = []
     for span in spans:

@@ -30,15 +30,17 @@ from ...storage.tables.soft_targets import SoftTargets
 from ..models.device import uses_triton
 from ..models.head import Head
 from ..recipe.fields import Kernel
+from .best_entries import ENTRIES
 from .block_sums import BLOCK, BlockSums, block_sums
 from .draws import Columns, Span, drawn_columns, points_of
 from .spec import Kept
 
 # Float32 logits that are held at once.
 CHUNK_BYTES = 64 * 2**20
-# A GPU needs more rows to be busy: so many times as much. Draws take several arrays of that size,
-# in float64.
-GPU_CHUNKS = {"topk": 16, "topp": 16, "full": 4, "sampled": 4}
+# A GPU needs more rows to be busy: so many times as much ...
+GPU_CHUNKS = 16
+# ... but fewer where whole distributions are written: draws take several such arrays, in float64.
+GPU_CHUNKS_WHOLE = 4
 _ENTRIES = ("ids", "logprobs", "counts", "weights")
 
 
@@ -121,7 +123,8 @@ class Reducer:
 
 def chunk_rows(head: Head, kept: Kept) -> int:
     """Positions whose logits are held at once."""
-    chunks = GPU_CHUNKS[kept.kind] if head.weight.is_cuda else 1
+    busy = GPU_CHUNKS if kept.structure.has_tail else GPU_CHUNKS_WHOLE
+    chunks = busy if head.weight.is_cuda else 1
     return max(1, chunks * CHUNK_BYTES // (4 * head.vocab_size))
 
 
@@ -157,8 +160,8 @@ def _reduced(
     sums_of: SumsOf = block_sums,
 ) -> Columns:
     """What is kept at n positions; overwrites the logits [n, V]."""
-    ragged = kept.kind in ("topk", "topp")
-    sums = sums_of(logits, kept.temperatures if ragged else ())
+    has_tail = kept.structure.has_tail
+    sums = sums_of(logits, kept.temperatures if has_tail else ())
     # All relative to a row's largest logit: at logits of 30, float32 has five digits after the
     # point.
     highest = sums.maxima.amax(-1, keepdim=True)
@@ -172,7 +175,7 @@ def _reduced(
             -1
         ),  # 0 * inf is 0 here, and a NaN stays one
     }
-    if ragged:
+    if has_tail:
         return found | _best(logits, sums, highest=highest, normaliser=normaliser, kept=kept)
     logprobs = logits.float().sub_(highest).sub_(normaliser)
     if points is None:
@@ -186,7 +189,7 @@ def _reduced(
 def _best(
     logits: Tensor, sums: BlockSums, *, highest: Tensor, normaliser: Tensor, kept: Kept
 ) -> Columns:
-    """Entries of `topk` and `topp`, and what is outside them."""
+    """The best entries, as many as the kind keeps, and what is outside them."""
     most = min(kept.k, logits.shape[-1])
     values, starts = _candidates(logits, sums.maxima, most)
     values = values - highest  # float32, whatever the logits are
@@ -195,9 +198,9 @@ def _best(
     logprobs = best - normaliser
     found: Columns = {}
     used = torch.ones_like(ids, dtype=torch.bool)
-    if kept.p is not None and kept.k_min is not None:
-        needed = (logprobs.double().exp().cumsum(-1) < kept.p).sum(-1) + 1
-        entries = needed.clamp(min(kept.k_min, most), most)
+    if kept.kind in ENTRIES:
+        mass = logprobs.double().exp().cumsum(-1)
+        entries = ENTRIES[kept.kind](mass, kept)
         used = torch.arange(most, device=best.device) < entries[:, None]
         found["entries"] = entries.int()
     found |= {

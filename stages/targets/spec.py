@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ...storage.tables.kinds import STRUCTURES, Structure
+from ..recipe.kinds import KINDS
 from ..recipe.sections import Score
 
 FULL_VOCABULARY = 65_536  # reference targets are the whole distribution up to this vocabulary ...
@@ -21,7 +23,7 @@ class Kept:
     """Settings of soft targets; all but `temperatures` are named and stored as the columns of `soft_targets` are."""
 
     kind: str
-    """`topk`, `topp`, `sampled` or `full`."""
+    """A row of `KINDS`: `topk`, `topp`, `sampled`, `full` ..."""
     k: int
     """Entries at most; sampled: draws per position; full: the vocabulary size."""
     p: float | None = None
@@ -34,6 +36,11 @@ class Kept:
     """sampled: drawn from the teacher to this power."""
     temperatures: tuple[float, ...] = ()
     """Others than 1, ascending, in float32's values; sampled: the one that is drawn at."""
+
+    @property
+    def structure(self) -> Structure:
+        """What rows of this kind consist of."""
+        return STRUCTURES[self.kind]
 
     def columns(self) -> dict[str, Any]:
         """The settings as columns of a row; `SoftTargets.columns` has the temperatures."""
@@ -54,21 +61,19 @@ class Kept:
 
 def wanted(score: Score, vocab_size: int) -> Kept:
     """What a recipe keeps of a teacher with this vocabulary (V)."""
-    temperatures = tempered(score)
-    kind, most = score.targets, min(score.k, vocab_size)
-    if kind == "topp":
-        least = min(score.k_min, most)
-        return Kept(
-            kind=kind, k=most, p=_single(score.p or 1.0), k_min=least, temperatures=temperatures
-        )
-    if kind == "sampled":
-        proposal = _single(score.proposal)
-        return Kept(
-            kind=kind, k=score.rounds, draw=score.draw, proposal=proposal, temperatures=temperatures
-        )
-    if kind == "full":  # has every temperature
-        return Kept(kind=kind, k=vocab_size)
-    return Kept(kind=kind, k=most, temperatures=temperatures)
+    structure, most = score.structure, min(score.k, vocab_size)
+    if structure.whole:  # has every temperature
+        return Kept(kind=score.targets, k=vocab_size)
+    has = set(score.kind.settings)
+    return Kept(
+        kind=score.targets,
+        k=score.rounds if structure.drawn else most,
+        p=_single(score.p or 1.0) if "p" in has else None,
+        k_min=min(score.k_min, most) if "k_min" in has else None,
+        draw=score.draw if "draw" in has else None,
+        proposal=_single(score.proposal) if "proposal" in has else None,
+        temperatures=tempered(score),
+    )
 
 
 def reference(score: Score, vocab_size: int) -> Kept:
@@ -85,7 +90,8 @@ def tempered(score: Score) -> tuple[float, ...]:
 
 def target_bytes(kept: Kept) -> float:
     """About what one scored token takes on disk at 10 mantissa bits, compressed; topp: at most."""
-    entries = {"full": 1.5 * kept.k, "sampled": 1.1 * kept.k + 8}.get(kept.kind, 2.6 * kept.k + 8)
+    kind = KINDS[kept.kind]
+    entries = kind.bytes_per_entry * kept.k + kind.bytes_per_token
     return entries + 2 * len(kept.temperatures)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from ...storage.errors import UsageError
 from ...storage.tables.soft_targets import SoftTargets
 from .batch import TargetBatch
+from .best_entries import ENTRIES
 from .spec import Kept
 
 
@@ -106,14 +107,12 @@ def _tempered_tail(targets: SoftTargets, reading: Reading) -> Tensor:
 
 def _wanted(targets: SoftTargets, kept: Kept | None) -> Tensor | None:
     """[N] how many of the best entries to take; None: all that there are."""
-    if kept is None or kept.kind not in ("topk", "topp"):
+    if kept is None or not kept.structure.has_tail:
         return None
     assert targets.logprobs is not None
     n, stored = targets.logprobs.shape
-    if kept.kind == "topk":
+    if kept.kind not in ENTRIES:
         return torch.full((n,), kept.k) if kept.k < stored else None
-    assert kept.p is not None
-    assert kept.k_min is not None
     best = targets.logprobs if targets.ids is not None else -np.sort(-targets.logprobs, axis=1)
     mass = np.exp(best, dtype=np.float64).cumsum(axis=1)
-    return torch.from_numpy(np.clip((mass < kept.p).sum(axis=1) + 1, kept.k_min, kept.k))
+    return torch.from_numpy(ENTRIES[kept.kind](mass[:, : kept.k], kept))

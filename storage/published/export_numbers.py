@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from ..tables.kinds import STRUCTURES
+
 QUANTILES = {"p05": 0.05, "p50": 0.5, "p95": 0.95}
 _BINS = 10_000
 
@@ -95,8 +97,8 @@ class TargetNumbers:
         self._entropy.add(np.asarray(rows["entropy"].combine_chunks().flatten()))
         stored = map(_numbers, rows["temperatures"].to_pylist())
         for kind, others in set(zip(rows["kind"].to_pylist(), stored, strict=True)):
-            if kind != "full":  # which has all of them
-                here = {*others, *([] if kind == "sampled" and others else [1.0])}
+            if not STRUCTURES[kind].whole:  # which has all of them
+                here = {*others, *([] if STRUCTURES[kind].drawn and others else [1.0])}
                 self._temperatures = (
                     here if self._temperatures is None else self._temperatures & here
                 )

@@ -18,6 +18,7 @@ from ..keys import content_key
 from ..snapshots.snapshot import Snapshot
 from ..store.sql import connect, query
 from ..store.store import Store
+from ..tables.kinds import STRUCTURES
 from ..tables.rows import Rows, rows_to_table
 from ..tables.schema import KEY, MESSAGES, SCHEMAS, TableName
 from ..tables.shard import REPAIR
@@ -158,13 +159,14 @@ def can_be_cut(rows: pa.Table, k: int) -> np.ndarray:
         UsageError: draws cannot be cut, they have no order.
     """
     kinds = rows["kind"].combine_chunks()
-    if pc.any(pc.equal(kinds, "sampled")).as_py():
+    structures = [STRUCTURES[kind] for kind in kinds.to_pylist()]
+    if any(structure.drawn for structure in structures):
         raise UsageError(
             "--min-k: some of the snapshot's targets are sampled, and draws cannot be cut to "
             "fewer entries. Leave --min-k out, or score with topk."
         )
-    enough = pc.or_(pc.equal(kinds, "full"), pc.greater_equal(rows["k"].combine_chunks(), k))
-    return np.array(enough.to_pylist(), bool)
+    whole = np.array([structure.whole for structure in structures], bool)
+    return whole | (rows["k"].to_numpy() >= k)
 
 
 def cut_rows(table: pa.Table, k: int) -> pa.Table:
@@ -178,7 +180,7 @@ def cut_row(row: Mapping[str, Any], k: int) -> dict[str, Any]:
     if row["k"] <= k:
         return dict(row)
     columns = cut(SoftTargets.from_row(row), k).columns(row["mantissa_bits"])
-    kind = "topk" if row["kind"] == "full" else row["kind"]
+    kind = "topk" if STRUCTURES[row["kind"]].whole else row["kind"]
     least = None if row["k_min"] is None else min(row["k_min"], k)
     own = {"key": content_key("cut", key=row["key"], k=k), "kind": kind, "k": k, "k_min": least}
     return {**row, **columns, **own}

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import IntegrityError
+from .kinds import STRUCTURES
 from .schema import TableName
 from .soft_targets import SoftTargets
 
@@ -19,15 +20,14 @@ SUM_TOLERANCE = 2e-3
 precision."""
 DEVIATIONS = 8.0
 """Standard deviations at which draws that miss the tokens that are there are no longer chance."""
-# What the entries of a kind are written in; the other columns of this list are null.
-_COLUMNS = {
-    "topk": ("ids", "logprobs", "tail_logprob"),
-    "topp": ("entries", "ids", "logprobs", "tail_logprob", "p", "k_min"),
-    "sampled": ("entries", "ids", "counts", "draw", "proposal"),
-    "full": ("logprobs", "tail_logprob"),
-}
-_WEIGHTED = ("entries", "ids", "weights", "draw", "proposal")
-_OPTIONAL = sorted({*_WEIGHTED, *(name for names in _COLUMNS.values() for name in names)})
+# Columns of some kinds only; where a kind does not have one it is null.
+_OPTIONAL = sorted(
+    {
+        name
+        for structure in STRUCTURES.values()
+        for name in (*structure.columns, *(structure.weighted or ()))
+    }
+)
 
 
 def check_shape(table: TableName, row: Mapping[str, Any], about: Mapping[str, Any]) -> None:
@@ -59,9 +59,9 @@ def aligned_targets(row: Mapping[str, Any], about: Mapping[str, Any]) -> SoftTar
             "1, and ends within the row."
         )
     _kind_columns(row)
-    if row["kind"] == "full" and k != _outcomes(about):
+    if STRUCTURES[row["kind"]].whole and k != _outcomes(about):
         raise IntegrityError(
-            f"soft_targets row: kind 'full' with k {k}, the vocabulary has {_outcomes(about)}."
+            f"soft_targets row: kind {row['kind']!r} with k {k}, the vocabulary has {_outcomes(about)}."
         )
     if row["teacher_id"] != about["teacher_id"]:
         raise IntegrityError(
@@ -110,11 +110,11 @@ def _check_classes(row: Mapping[str, Any], names: Sequence[str]) -> None:
 def _kind_columns(row: Mapping[str, Any]) -> None:
     """A kind has the columns it needs and no other's."""
     kind = row["kind"]
-    if kind not in _COLUMNS:
+    if kind not in STRUCTURES:
         raise IntegrityError(
-            f"soft_targets row: kind {kind!r}, expected one of {', '.join(_COLUMNS)}."
+            f"soft_targets row: kind {kind!r}, expected one of {', '.join(STRUCTURES)}."
         )
-    expected = _WEIGHTED if kind == "sampled" and row.get("proposal") != 1.0 else _COLUMNS[kind]
+    expected = STRUCTURES[kind].columns_of(row.get("proposal"))
     for name in _OPTIONAL:
         if (row.get(name) is not None) != (name in expected):
             found, wanted = (
@@ -130,7 +130,7 @@ def _entry_numbers(row: Mapping[str, Any], targets: SoftTargets) -> None:
     entries, k = targets.entries, row["k"]
     if entries is None:
         return
-    least = min(row["k_min"], k) if row["kind"] == "topp" else 1
+    least = 1 if row["k_min"] is None else min(row["k_min"], k)
     if entries.min() < max(1, least) or entries.max() > k:
         raise IntegrityError(
             f"soft_targets row: positions with {entries.min()} to {entries.max()} entries, "
@@ -149,7 +149,7 @@ def _check_temperatures(kind: str, targets: SoftTargets) -> None:
     found, tails = targets.temperatures, targets.tempered_tails
     if found is None and tails is None:
         return
-    most = {"full": 0, "sampled": 1}.get(kind, np.inf)
+    most = STRUCTURES[kind].most_temperatures
     sound = found is not None and tails is not None and 1 <= len(found) <= most
     if found is not None and sound:
         sound = bool(
@@ -226,7 +226,7 @@ def _doubtful_logprobs(
             "kept_mass",
             f"says {row['kept_mass']:.4f}, the entries hold {np.minimum(kept, 1.0).mean():.4f}",
         )
-    if row["kind"] == "topp":
+    if STRUCTURES[row["kind"]].holds_mass:
         assert targets.entries is not None
         slack = SUM_TOLERANCE + rounding
         last = np.exp(logprobs[np.arange(len(kept)), targets.entries - 1])

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from objectives import objective_of
 from torch import Tensor
 from torch.nn import functional
 
 from stillroom.stages.losses.fused_linear import linear_distillation
-from stillroom.stages.losses.objective import Objective
+from stillroom.stages.losses.objective import Aim, Objective
 from stillroom.stages.models.head import Head
 from stillroom.stages.targets.batch import TargetBatch
 
@@ -65,16 +66,14 @@ class Problem:
         return found[0], found[1]
 
 
-def ours(problem: Problem, objective: Objective | None = Objective()) -> Tensor:  # noqa: B008
+def ours(problem: Problem, objective: Objective | None = objective_of()) -> Tensor:  # noqa: B008
     """Forward KL with the tail, and cross-entropy; mean over the tokens."""
     n = problem.size.n
     return linear_distillation(
         problem.hidden,
         Head(weight=problem.weight),
         problem.targets,
-        objective=objective,
-        soft_weight=SOFT / n,
-        hard_weight=HARD / n,
+        aim=Aim(objective=objective, soft_weight=SOFT / n, hard_weight=HARD / n),
     ).total
 
 
@@ -85,10 +84,10 @@ def ours_hard(problem: Problem) -> Tensor:
 
 def ours_torch(problem: Problem) -> Tensor:
     """The portable version by name, where Triton would be taken."""
-    n, settings = problem.size.n, {"objective": Objective(), "kernel": "torch"}
-    weights = {"soft_weight": SOFT / n, "hard_weight": HARD / n}
+    n = problem.size.n
+    aim = Aim(objective=objective_of(), soft_weight=SOFT / n, hard_weight=HARD / n)
     return linear_distillation(
-        problem.hidden, Head(weight=problem.weight), problem.targets, **settings, **weights
+        problem.hidden, Head(weight=problem.weight), problem.targets, aim=aim, kernel="torch"
     ).total
 
 

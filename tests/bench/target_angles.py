@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from arms import one_order
+from objectives import objective_of
 from target_arms import ARMS, MOST, ROUNDS, SMALL_K, SOFT, Arm, Bench, LivePacking, load_teacher
 from torch import Tensor, nn
 
@@ -20,7 +21,7 @@ from stillroom.stages.evaluate.gradients import angle_and_ratio
 from stillroom.stages.loader.packing import Packing
 from stillroom.stages.loader.samples import Cursor, Sample, Samples, steps
 from stillroom.stages.losses.fused_linear import linear_distillation
-from stillroom.stages.losses.objective import Objective
+from stillroom.stages.losses.objective import Aim
 from stillroom.stages.models.head import hidden_states, split_head
 from stillroom.stages.models.student import initial_student
 from stillroom.stages.recipe.load import load_recipe
@@ -171,18 +172,18 @@ def _gradients(
     batch = batch.to(head.weight.device)
     hidden = hidden_states(student, input_ids=batch.token_ids, position_ids=batch.position_ids)
     predicting = hidden.flatten(0, 1)[batch.predicting]
-    targets = {"full": (batch.targets, Objective())}
+    targets = {"full": (batch.targets, objective_of())}
     for name, samples in texts.items():
         (other,) = Packing(kept=_kept(ARMS[name], head.vocab_size), **settings).batches(samples)
         assert torch.equal(other.token_ids, batch.token_ids.cpu()), "the texts are not in one order"
         targets[name] = (
             other.targets.to(head.weight.device),
-            Objective(tail=ARMS[name].loss.get("tail", "bucket")),
+            objective_of(tail=ARMS[name].loss.get("tail", "bucket")),
         )
     found, kl = [], 0.0
     for name, (target, objective) in targets.items():
         loss = linear_distillation(
-            predicting, head, target, objective=objective, soft_weight=1.0, hard_weight=0.0
+            predicting, head, target, aim=Aim(objective=objective, soft_weight=1.0, hard_weight=0.0)
         ).total
         kl = loss.item() if name == "full" else kl
         gradient = torch.autograd.grad(loss, weights, retain_graph=True)

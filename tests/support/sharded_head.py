@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from objectives import objective_of
 from torch import Tensor, nn
 
 from stillroom.stages.losses.fused_linear import linear_distillation
-from stillroom.stages.losses.objective import Objective
+from stillroom.stages.losses.objective import Aim
 from stillroom.stages.models.head import Head, LowRank
 from stillroom.stages.targets.batch import TargetBatch
 
@@ -40,11 +41,9 @@ def gradients(student: Any, rows: slice) -> dict[str, Tensor]:
     hidden.retain_grad()
     low_rank = LowRank(down=student.down, up=student.up, scale=0.5, dropout=nn.Identity())
     head = Head(weight=student.head.weight, bias=student.head.bias, low_rank=low_rank)
-    weights = {"soft_weight": 0.7, "hard_weight": 0.3}
+    aim = Aim(objective=objective_of(), soft_weight=0.7, hard_weight=0.3)
     chosen = targets.rows(rows.start, rows.stop)
-    linear_distillation(
-        hidden, head, chosen, objective=Objective(), chunk_tokens=3, **weights
-    ).total.backward()
+    linear_distillation(hidden, head, chosen, aim=aim, chunk_tokens=3).total.backward()
     found = {name: parameter.grad for name, parameter in student.named_parameters()}
     whole = {
         name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from objectives import objective_of
 from tiny_models import CONFIGS, V, build
 
 from stillroom.stages.evaluate.gradients import angle_and_ratio, compare_gradients, kept_of
@@ -17,7 +18,7 @@ from stillroom.storage.tables.soft_targets import SoftTargets
 pytestmark = pytest.mark.numeric
 
 PACKING = Packing(tokens_per_pass=1, shared_rows=False, vocab_size=V)
-FORWARD_KL = Objective()
+FORWARD_KL = objective_of()
 
 
 def held_out_row(length: int, *, start: int, seed: int, k: int | None = None) -> dict[str, object]:
@@ -111,7 +112,7 @@ def test_the_angle_is_that_of_plain_autograd_on_the_whole_model(
 ) -> None:
     model = build(CONFIGS["llama"])
     kept = Kept(kind="topk", k=4, temperatures=() if temperature == 1.0 else (temperature,))
-    objective = Objective(tail=loss.__name__, temperature=temperature)  # type: ignore[arg-type]
+    objective = objective_of(tail=loss.__name__, temperature=temperature)  # type: ignore[arg-type]
     found = compared(model, kept, objective)
 
     exact = build(CONFIGS["llama"]).double()
@@ -150,14 +151,14 @@ def test_every_architecture_has_one_even_after_passes_without_gradients(name: st
     model = build(CONFIGS[name])
     with torch.inference_mode():  # what a model keeps of such a pass must not be in the way
         model(input_ids=torch.arange(12)[None])
-    found = compared(model, Kept(kind="topk", k=4), Objective(tail="drop"), rows()[:2])
+    found = compared(model, Kept(kind="topk", k=4), objective_of(tail="drop"), rows()[:2])
     assert 0.1 < found["angle_degrees"] < 179
     assert found["norm_ratio"] > 0.1
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
 def test_with_every_entry_kept_nothing_turns(divergence) -> None:
-    model, objective = build(CONFIGS["llama"]), Objective(divergence=divergence)
+    model, objective = build(CONFIGS["llama"]), objective_of(divergence=divergence)
     for kept in (Kept(kind="topk", k=V), Kept(kind="topp", k=V, p=1.0, k_min=V)):
         found = compared(model, kept, objective)
         assert found["angle_degrees"] < 1e-3
@@ -198,10 +199,10 @@ def test_of_entries_and_a_tail_the_teacher_is_conditioned_on_the_entries() -> No
         for row in rows(k)
     ]
     tempered = compared(
-        model, Kept(kind="topk", k=k, temperatures=(2.0,)), Objective(temperature=2.0), stored
+        model, Kept(kind="topk", k=k, temperatures=(2.0,)), objective_of(temperature=2.0), stored
     )
     assert tempered["angle_degrees"] < 1e-3
-    found = compared(model, Kept(kind="topk", k=3), Objective(tail="drop"), rows(k))
+    found = compared(model, Kept(kind="topk", k=3), objective_of(tail="drop"), rows(k))
     conditioned = []
     for row in rows(k):
         n = row["span_tokens"]
@@ -211,7 +212,7 @@ def test_of_entries_and_a_tail_the_teacher_is_conditioned_on_the_entries() -> No
         none = np.full(n, -np.inf, np.float32)
         full = {"ids": None, "logprobs": wide.numpy().reshape(-1), "tail_logprob": none, "k": V}
         conditioned.append(row | full)
-    expected = compared(model, Kept(kind="topk", k=3), Objective(tail="drop"), conditioned)
+    expected = compared(model, Kept(kind="topk", k=3), objective_of(tail="drop"), conditioned)
     assert found["angle_degrees"] == pytest.approx(expected["angle_degrees"], rel=1e-4)
     assert found["angle_degrees"] > 1
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from objectives import objective_of
 from tiny_models import save_tiny_bert
 from transformers import (
     AutoModelForSequenceClassification,
@@ -79,7 +80,7 @@ class TestLoss:
     ) -> None:
         """T^2 sum t (log t - log p) + 0.5 * cross-entropy, t and p at T; their gradients T (p - t) and p - y."""
         model, _ = student
-        soft, hard, (total,) = losses_of(student, TEXTS, Objective(temperature=temperature))
+        soft, hard, (total,) = losses_of(student, TEXTS, objective_of(temperature=temperature))
         model.zero_grad()
         total.backward()
         assert float(total.detach()) == pytest.approx(float((soft + 0.5 * hard).sum()), rel=1e-6)
@@ -114,7 +115,7 @@ class TestLoss:
         found = []
         for tokens in (1, 20, 1000):
             soft, hard, totals = losses_of(
-                student, TEXTS, Objective(temperature=2.0), tokens_per_pass=tokens
+                student, TEXTS, objective_of(temperature=2.0), tokens_per_pass=tokens
             )
             model.zero_grad()
             torch.stack(totals).sum().backward()
@@ -142,7 +143,7 @@ class TestLoss:
 
     def test_half_precision_moves_the_losses_by_its_rounding_only(self, student: Any) -> None:
         model, inputs = student
-        ready, objective = passes(inputs), Objective(temperature=2.0)
+        ready, objective = passes(inputs), objective_of(temperature=2.0)
         (batch,) = ready.batches(TEXTS, 2.0)
         made: list[torch.dtype] = []
         watched = model.classifier.register_forward_hook(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from objectives import objective_of
 from references import DIVERGENCES
 from tiny_models import CONFIGS, LENGTHS, V, build, make_sample, make_samples
 from transformers import AutoModelForCausalLM, MambaConfig
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, MambaConfig
 from stillroom.stages.loader.packing import Packing, pack, packs_apart
 from stillroom.stages.losses.definition import logits_distillation
 from stillroom.stages.losses.fused_linear import linear_distillation
-from stillroom.stages.losses.objective import Objective
+from stillroom.stages.losses.objective import Aim
 from stillroom.stages.models.attention import NAME, attend_apart
 from stillroom.stages.models.head import hidden_states, split_head
 from stillroom.stages.targets.batch import TargetBatch
@@ -81,20 +82,16 @@ def test_a_model_that_lets_samples_see_each_other_is_noticed():
     assert not packs_apart(Careless())
 
 
-def gradient(model, samples, how, *, chunk_tokens=None, objective=Objective()):  # noqa: B008
+def gradient(model, samples, how, *, chunk_tokens=None, objective=objective_of()):  # noqa: B008
     """Gradient of the step's mean loss, and the loss, however the step is packed."""
     model.zero_grad()
     scored, total = sum(s.span_tokens for s in samples), 0.0
     for batch in how.batches(samples, objective.temperature):
         hidden = hidden_states(model, **batch.inputs)
         states = hidden.flatten(0, 1)[batch.predicting]
-        weights = {
-            "soft_weight": 1.0 / scored,
-            "hard_weight": 0.1 / scored,
-            "chunk_tokens": chunk_tokens,
-        }
+        aim = Aim(objective=objective, soft_weight=1.0 / scored, hard_weight=0.1 / scored)
         loss = linear_distillation(
-            states, split_head(model), batch.targets, objective=objective, **weights
+            states, split_head(model), batch.targets, aim=aim, chunk_tokens=chunk_tokens
         ).total
         loss.backward()
         total += float(loss.detach())
@@ -128,7 +125,7 @@ def test_the_gradient_does_not_depend_on_packing_and_passes(k):
 def test_no_divergence_depends_on_packing_and_passes(divergence):
     """One batch of all samples against a pass for each, at a temperature."""
     model, samples = build(CONFIGS["llama"]), make_samples(LENGTHS)
-    objective = Objective(divergence=divergence, temperature=2.0)
+    objective = objective_of(divergence=divergence, temperature=2.0)
     how = packing(tokens_per_pass=1000, row_tokens=64, unstored_temperature="approximate")
     loss, expected = gradient(model, samples, how, objective=objective)
     again, found = gradient(
@@ -286,7 +283,7 @@ class TestEntries:
         assert (together.ids[:7, 3:] == -1).all()
         hidden = torch.randn(23, 16, generator=torch.Generator().manual_seed(1))
         head = split_head(build(CONFIGS["llama"]))
-        logits, objective = head.logits(hidden), Objective(divergence="reverse_kl")
+        logits, objective = head.logits(hidden), objective_of(divergence="reverse_kl")
         whole = logits_distillation(logits, together, objective=objective).soft
         start = 0
         for sample in samples:

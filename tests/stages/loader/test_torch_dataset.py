@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from kit import write_recipe
+from objectives import objective_of
 from tiny_store import make_store, random_texts, snapshot_of
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -16,7 +17,7 @@ from stillroom.stages.loader.packing import Packing
 from stillroom.stages.loader.samples import Samples
 from stillroom.stages.loader.torch_dataset import Collator, SnapshotDataset, batch_of
 from stillroom.stages.losses.fused_linear import linear_distillation
-from stillroom.stages.losses.objective import Objective
+from stillroom.stages.losses.objective import Aim
 from stillroom.stages.models.head import hidden_states, split_head
 from stillroom.storage.errors import UsageError
 from stillroom.storage.files.local import LocalFiles
@@ -196,8 +197,8 @@ def loss_of(model, inputs):
     batch = batch_of(inputs)
     states = hidden_states(model, input_ids=batch.token_ids, position_ids=batch.position_ids)
     predicting = states.flatten(0, 1)[batch.predicting]
-    settings = {"objective": Objective(), "soft_weight": 1.0, "hard_weight": 0.0}
-    return linear_distillation(predicting, split_head(model), batch.targets, **settings).total
+    aim = Aim(objective=objective_of(), soft_weight=1.0, hard_weight=0.0)
+    return linear_distillation(predicting, split_head(model), batch.targets, aim=aim).total
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

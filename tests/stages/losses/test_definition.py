@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from objectives import objective_of
 from references import DIVERGENCES, cross_entropy, over_bucket, softmax
 
 from stillroom.stages.losses.fused_linear import linear_distillation
-from stillroom.stages.losses.objective import Objective
+from stillroom.stages.losses.objective import Aim
 from stillroom.stages.models.head import Head
 from stillroom.stages.targets.batch import TargetBatch, fit_vocabulary
 from stillroom.storage.errors import UsageError
@@ -100,7 +101,7 @@ def rounding(divergence, logits):
 
 
 def objective(divergence):
-    return None if divergence is None else Objective(divergence=divergence)
+    return None if divergence is None else objective_of(divergence=divergence)
 
 
 def measured(hidden, head, targets, divergence, **more):
@@ -110,8 +111,8 @@ def measured(hidden, head, targets, divergence, **more):
 
 
 def distilled(hidden, head, targets, objective, *, soft=0.7, hard=0.3, **more):
-    weights = {"soft_weight": soft, "hard_weight": hard}
-    return linear_distillation(hidden, head, targets, objective=objective, **weights, **more)
+    aim = Aim(objective=objective, soft_weight=soft, hard_weight=hard)
+    return linear_distillation(hidden, head, targets, aim=aim, **more)
 
 
 def assert_same(found, expected, *, forward=1e-5, backward=5e-5):
@@ -157,7 +158,9 @@ def test_forward_gradient_is_the_closed_form():
     _, _, teacher = make_problem(v=11)
     logits = torch.randn(7, 11, generator=torch.Generator().manual_seed(3)).requires_grad_()
     targets = make_targets(teacher, 4)
-    found = distilled(logits, Head(weight=torch.eye(11)), targets, Objective(), soft=1.0, hard=0.0)
+    found = distilled(
+        logits, Head(weight=torch.eye(11)), targets, objective_of(), soft=1.0, hard=0.0
+    )
     (gradient,) = torch.autograd.grad(found.total, logits)
     for n in range(7):
         p = softmax(logits[n].detach())
@@ -281,7 +284,7 @@ def test_cross_entropy_alone_looks_at_no_target():
     hidden, student, teacher = make_problem()
     with_targets = distilled(hidden, student, make_targets(teacher, 5), None, soft=1.0, hard=0.5)
     labels_only = TargetBatch(labels=make_targets(teacher, 5).labels)
-    without = distilled(hidden, student, labels_only, Objective(), soft=1.0, hard=0.5)
+    without = distilled(hidden, student, labels_only, objective_of(), soft=1.0, hard=0.5)
     assert with_targets.soft is None
     assert without.soft is None
     assert torch.equal(with_targets.hard, without.hard)
@@ -395,7 +398,7 @@ class TestFitVocabulary:
         assert fitted.ids.tolist() == [[3, -1, 5]]
         assert fitted.probabilities.tolist() == [[0.5, 0.0, 0.25]]
         hidden, student, _ = make_problem(n=1, v=15)
-        soft = distilled(hidden, student, fitted, Objective()).soft
+        soft = distilled(hidden, student, fitted, objective_of()).soft
         p = softmax(reference_logits(hidden, student.weight, None, student)[0].detach())
         assert float(soft) == pytest.approx(
             -0.5 * math.log(p[3]) - 0.25 * math.log(p[5]) - 1.0, rel=1e-5

@@ -15,8 +15,8 @@ pytestmark = pytest.mark.numeric
 SETTINGS = {
     "skew_forward_kl": {"skew": 0.1},
     "skew_reverse_kl": {"skew": 0.1},
-    "jsd": {"weight": 0.5},
-    "alpha_beta": {"alpha": 0.2, "beta": 0.7},
+    "jsd": {"jsd_weight": 0.5},
+    "alpha_beta": {"alpha_beta": (0.2, 0.7)},
     "adaptive_kl": {"head_mass": 0.5},
 }
 ALL = list(DIVERGENCES)
@@ -67,7 +67,7 @@ def assert_is(function, definition, teacher, student, tolerance=2e-5):
 def test_alpha_beta_and_its_limits(exponents):
     a, b = exponents
     assert_is(
-        lambda t, p: ours.alpha_beta(t, p, alpha=a, beta=b),
+        lambda t, p: ours.alpha_beta(t, p, alpha_beta=(a, b)),
         lambda t, p: alpha_beta(t, p, a, b),
         *distributions(),
     )
@@ -78,15 +78,15 @@ def test_the_limits_of_alpha_beta_are_limits(exponents):
     """The general form close by; float64, since there it is a small difference over a small number."""
     a, b = exponents
     teacher, student = distributions(dtype=torch.float64)
-    limit = ours.alpha_beta(teacher, student, alpha=a, beta=b)
-    near = ours.alpha_beta(teacher, student, alpha=a + 1e-5, beta=b + 2e-5)
+    limit = ours.alpha_beta(teacher, student, alpha_beta=(a, b))
+    near = ours.alpha_beta(teacher, student, alpha_beta=(a + 1e-5, b + 2e-5))
     torch.testing.assert_close(limit, near, rtol=1e-3, atol=1e-3)
 
 
 def test_alpha_beta_holds_both_kls():
     teacher, student = distributions()
     for exponents, name in (((1.0, 0.0), "forward_kl"), ((0.0, 1.0), "reverse_kl")):
-        found = ours.alpha_beta(teacher, student, alpha=exponents[0], beta=exponents[1])
+        found = ours.alpha_beta(teacher, student, alpha_beta=exponents)
         torch.testing.assert_close(found, measure(name, teacher, student))
 
 
@@ -112,11 +112,14 @@ def test_skews(skew):
 def test_jsd_at_other_weights(weight):
     teacher, student = distributions()
     assert_is(
-        lambda t, p: ours.jsd(t, p, weight=weight), lambda t, p: jsd(t, p, weight), teacher, student
+        lambda t, p: ours.jsd(t, p, jsd_weight=weight),
+        lambda t, p: jsd(t, p, weight),
+        teacher,
+        student,
     )
-    mirrored = ours.jsd(student, teacher, weight=1 - weight)
-    torch.testing.assert_close(ours.jsd(teacher, student, weight=weight), mirrored)
-    assert (ours.jsd(teacher, student, weight=0.5) <= math.log(2)).all()
+    mirrored = ours.jsd(student, teacher, jsd_weight=1 - weight)
+    torch.testing.assert_close(ours.jsd(teacher, student, jsd_weight=weight), mirrored)
+    assert (ours.jsd(teacher, student, jsd_weight=0.5) <= math.log(2)).all()
 
 
 def test_total_variation_is_half_of_l1_and_complements_acceptance():
@@ -209,7 +212,7 @@ def test_the_alpha_beta_of_exponents_that_sum_to_one_falls_when_outcomes_join():
     ]
     for alpha in (0.3, 0.5, 1.4):
         coarse, fine = (
-            ours.alpha_beta(*pair, alpha=alpha, beta=1 - alpha)
+            ours.alpha_beta(*pair, alpha_beta=(alpha, 1 - alpha))
             for pair in (joined, (teacher, student))
         )
         assert (

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from kit import ENVIRONMENT
+from objectives import objective_of
 from references import DIVERGENCES, cross_entropy, softmax, token_losses
 from sharded_head import RANKS, TOKENS, Student, gradients
 from torch import nn
@@ -16,7 +17,7 @@ from torch.nn import functional
 
 from stillroom.stages.losses.definition import logits_distillation
 from stillroom.stages.losses.fused_linear import linear_distillation
-from stillroom.stages.losses.objective import Objective
+from stillroom.stages.losses.objective import Aim
 from stillroom.stages.models.head import Head, LowRank
 from stillroom.stages.targets.batch import TargetBatch
 from stillroom.storage.errors import UsageError
@@ -38,7 +39,10 @@ WEIGHTS = {"soft_weight": 0.7, "hard_weight": 0.3}
 
 def distilled(hidden, weight, targets, **objective):
     return linear_distillation(
-        hidden, Head(weight=weight), targets, objective=Objective(**objective), **WEIGHTS
+        hidden,
+        Head(weight=weight),
+        targets,
+        aim=Aim(objective=objective_of(**objective), **WEIGHTS),
     )
 
 
@@ -109,8 +113,8 @@ def assert_is_the_definition(targets, objective, head, define):
     )
     right = torch.autograd.grad((0.7 * soft + 0.3 * hard).sum(), leaves)
     for chunk in (1, 4, None):
-        weights = {"soft_weight": 0.7, "hard_weight": 0.3, "chunk_tokens": chunk}
-        found = linear_distillation(hidden, head, targets, objective=objective, **weights)
+        aim = Aim(objective=objective, **WEIGHTS)
+        found = linear_distillation(hidden, head, targets, aim=aim, chunk_tokens=chunk)
         torch.testing.assert_close(found.soft.double(), soft.detach(), rtol=2e-5, atol=2e-5)
         torch.testing.assert_close(found.hard.double(), hard.detach(), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(
@@ -140,7 +144,7 @@ def test_ragged_entries_value_and_gradient(divergence, tail, temperature):
         )
 
     for head in HEADS.values():
-        assert_is_the_definition(targets, Objective(**settings), head, define)
+        assert_is_the_definition(targets, objective_of(**settings), head, define)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -157,7 +161,7 @@ def test_sampled_targets_value_and_gradient(head, temperature):
         )
         return temperature**2 * soft, cross_entropy(row, n)
 
-    assert_is_the_definition(targets, Objective(temperature=temperature), HEADS[head], define)
+    assert_is_the_definition(targets, objective_of(temperature=temperature), HEADS[head], define)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -173,7 +177,7 @@ def test_full_targets_value_and_gradient(divergence, temperature):
         return token_losses(row, softmax(teacher[n] / temperature), range(V), n, **settings)
 
     for head in HEADS.values():
-        assert_is_the_definition(targets, Objective(**settings), head, define)
+        assert_is_the_definition(targets, objective_of(**settings), head, define)
 
 
 def test_a_pass_is_the_sum_of_its_tokens():
@@ -281,9 +285,8 @@ class TestLowRank:
             parts["hidden"],
             head,
             targets,
-            objective=Objective(divergence="jsd"),
+            aim=Aim(objective=objective_of(divergence="jsd"), **WEIGHTS),
             chunk_tokens=4,
-            **WEIGHTS,
         )
         exact = {k: v.detach().double().requires_grad_(v.requires_grad) for k, v in parts.items()}
         weight = exact["weight"] + 0.5 * exact["up"] @ exact["down"]
@@ -324,8 +327,8 @@ class TestLowRank:
             if own:
                 hidden = hidden_states(model, input_ids=ids)[0]
                 targets = TargetBatch(labels=labels)
-                settings = {"objective": None, "soft_weight": 0.0, "hard_weight": 1.0}
-                linear_distillation(hidden, split_head(model), targets, **settings).total.backward()
+                aim = Aim(objective=None, soft_weight=0.0, hard_weight=1.0)
+                linear_distillation(hidden, split_head(model), targets, aim=aim).total.backward()
             else:
                 functional.cross_entropy(
                     model(input_ids=ids).logits[0], labels, reduction="sum"
@@ -379,7 +382,7 @@ def test_no_tokens_are_no_loss():
     hidden, weight, bias = leaf(0, D, seed=1), leaf(V, D, seed=2), leaf(V, seed=3)
     targets = ragged(2 * normal(N, V, seed=4)).rows(0, 0)
     head = Head(weight=weight, bias=bias)
-    found = linear_distillation(hidden, head, targets, objective=Objective(), **WEIGHTS)
+    found = linear_distillation(hidden, head, targets, aim=Aim(objective=objective_of(), **WEIGHTS))
     found.total.backward()
     assert float(found.total.detach()) == 0
     assert found.soft.shape == found.hard.shape == (0,)
@@ -410,11 +413,14 @@ def test_a_part_that_weighs_nothing_may_be_infinite(full, definition):
         else:
             weights = {"soft_weight": soft_weight, "hard_weight": hard_weight}
             total = linear_distillation(
-                hidden, Head(weight=weight, bias=bias), asked, objective=objective, **weights
+                hidden,
+                Head(weight=weight, bias=bias),
+                asked,
+                aim=Aim(objective=objective, **weights),
             ).total
         return total, *torch.autograd.grad(total, [hidden, weight])
 
-    soft = Objective(divergence="total_variation")  # finite, wherever the two have their mass
+    soft = objective_of(divergence="total_variation")  # finite, wherever the two have their mass
     for one, other in zip(
         found(infinite, 1.0, 0.0, soft), found(finite, 1.0, 0.0, soft), strict=True
     ):
@@ -422,7 +428,7 @@ def test_a_part_that_weighs_nothing_may_be_infinite(full, definition):
         torch.testing.assert_close(one, other)
     assert not any(part.any() for part in found(infinite, 0.0, 0.0, soft))
     if not full:
-        endless = Objective(divergence="reverse_kl", tail="drop")
+        endless = objective_of(divergence="reverse_kl", tail="drop")
         for one, other in zip(
             found(finite, 0.0, 1.0, endless), found(finite, 0.0, 1.0, soft), strict=True
         ):
@@ -432,7 +438,7 @@ def test_a_part_that_weighs_nothing_may_be_infinite(full, definition):
 
 def test_a_kernel_that_cannot_run_is_refused_by_name():
     hidden, weight, targets = usual()
-    settings = {"objective": Objective(), **WEIGHTS}
+    settings = {"aim": Aim(objective=objective_of(), **WEIGHTS)}
     with pytest.raises(
         UsageError, match=r"train\.kernel: triton cannot run, the model is on .* 'cpu', expected an"
     ):

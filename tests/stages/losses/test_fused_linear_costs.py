@@ -5,12 +5,13 @@ import math
 import pytest
 import torch
 from allocations import allocated
+from objectives import objective_of
 from torch.nn import functional
 
 from stillroom.stages.losses import fused_linear as fused
 from stillroom.stages.losses import vocabulary as passes
 from stillroom.stages.losses.fused_linear import linear_distillation
-from stillroom.stages.losses.objective import Objective
+from stillroom.stages.losses.objective import Aim
 from stillroom.stages.models.head import Head
 from stillroom.stages.targets.batch import TargetBatch
 
@@ -23,7 +24,10 @@ def normal(*shape, seed):
 
 def distilled(hidden, weight, targets, **objective):
     return linear_distillation(
-        hidden, Head(weight=weight), targets, objective=Objective(**objective), **WEIGHTS
+        hidden,
+        Head(weight=weight),
+        targets,
+        aim=Aim(objective=objective_of(**objective), **WEIGHTS),
     )
 
 
@@ -106,7 +110,10 @@ class TestMemory:
     def step(self, hidden, weight, targets, **objective):
         def run():
             loss = linear_distillation(
-                hidden, Head(weight=weight), targets, objective=Objective(**objective), **WEIGHTS
+                hidden,
+                Head(weight=weight),
+                targets,
+                aim=Aim(objective=objective_of(**objective), **WEIGHTS),
             )
             loss.total.backward()
 

@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from objectives import objective_of
 from torch import Tensor
 
 from stillroom.stages.losses import fused_linear as fused
 from stillroom.stages.losses import vocabulary as passes
-from stillroom.stages.losses.objective import Objective
+from stillroom.stages.losses.objective import Aim, Objective
 from stillroom.stages.losses.vocabulary import Asked, Seen, Slopes
 from stillroom.stages.models.head import Head
 from stillroom.stages.targets.batch import TargetBatch
@@ -280,9 +281,9 @@ def test_no_rows() -> None:
 
 OBJECTIVES = {
     "cross-entropy alone": None,
-    "forward KL": Objective(),
-    "reverse KL at a temperature": Objective(divergence="reverse_kl", temperature=2.0),
-    "Jensen-Shannon": Objective(divergence="jsd", jsd_weight=0.3),
+    "forward KL": objective_of(),
+    "reverse KL at a temperature": objective_of(divergence="reverse_kl", temperature=2.0),
+    "Jensen-Shannon": objective_of(divergence="jsd", jsd_weight=0.3),
 }
 
 
@@ -318,9 +319,7 @@ def test_the_fused_loss_is_the_same_with_either_kernel(
             leaves[0].to(dtype),
             head,
             targets,
-            objective=objective,
-            soft_weight=0.7,
-            hard_weight=0.3,
+            aim=Aim(objective=objective, soft_weight=0.7, hard_weight=0.3),
             chunk_tokens=3,
         )
         loss.total.backward()

@@ -5,11 +5,12 @@ from itertools import product
 
 import pytest
 import torch
+from objectives import objective_of
 from references import DIVERGENCES, kl, softmax, token_losses
 
 from stillroom.stages.losses.definition import logits_distillation
 from stillroom.stages.losses.fused_linear import linear_distillation
-from stillroom.stages.losses.objective import Objective
+from stillroom.stages.losses.objective import Aim
 from stillroom.stages.models.head import Head
 from stillroom.stages.targets.batch import TargetBatch
 from stillroom.storage.errors import UsageError
@@ -49,10 +50,8 @@ def problem():
 
 
 def distilled(hidden, weight, targets, objective, **more):
-    weights = {"soft_weight": 0.7, "hard_weight": 0.3}
-    return linear_distillation(
-        hidden, Head(weight=weight), targets, objective=objective, **weights, **more
-    )
+    aim = Aim(objective=objective, soft_weight=0.7, hard_weight=0.3)
+    return linear_distillation(hidden, Head(weight=weight), targets, aim=aim, **more)
 
 
 def definition(hidden, weight, teacher, targets, objective):
@@ -79,7 +78,7 @@ def definition(hidden, weight, teacher, targets, objective):
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_value_and_gradient_equal_the_definition(divergence, tail, temperature):
     hidden, weight, teacher = problem()
-    objective = Objective(divergence=divergence, tail=tail, temperature=temperature)
+    objective = objective_of(divergence=divergence, tail=tail, temperature=temperature)
     for k in (1, 3, V, None):
         targets = targets_of(teacher, k, temperature)
         parts = distilled(hidden, weight, targets, objective, chunk_tokens=2)
@@ -107,7 +106,7 @@ def test_finite_where_nothing_is_outside(divergence, tail):
             logprobs=logprobs,
             tail_logprob=torch.full((3,), tail_logprob),
         )
-        objective = Objective(divergence=divergence, tail=tail, temperature=2.0)
+        objective = objective_of(divergence=divergence, tail=tail, temperature=2.0)
         parts = logits_distillation(logits, targets, objective=objective)
         (gradient,) = torch.autograd.grad(parts.soft.sum(), logits)
         assert parts.soft.isfinite().all()
@@ -122,7 +121,7 @@ def test_only_moving_the_tail_keeps_the_loss_from_zero_at_equality(divergence, t
     logits = normal(N, V)
     for k, temperature in product((2, 5), (1.0, 2.0)):
         targets = targets_of(logits, k, temperature)
-        objective = Objective(divergence=divergence, tail=tail, temperature=temperature)
+        objective = objective_of(divergence=divergence, tail=tail, temperature=temperature)
         soft = logits_distillation(logits, targets, objective=objective).soft
         if tail in ("bucket", "renormalize"):
             assert (
@@ -137,7 +136,7 @@ def test_full_targets_have_no_tail_to_treat(divergence, tail):
     hidden, weight, teacher = problem()
     found = [
         distilled(
-            hidden, weight, targets_of(teacher, None), Objective(divergence=divergence, tail=t)
+            hidden, weight, targets_of(teacher, None), objective_of(divergence=divergence, tail=t)
         ).soft
         for t in ("bucket", tail)
     ]
@@ -150,10 +149,10 @@ def test_temperature_counts_squared(divergence):
     logits, teacher = normal(N, V).requires_grad_(), normal(N, V, seed=3)
     targets = targets_of(teacher, 4, 3.0)
     warm = logits_distillation(
-        logits, targets, objective=Objective(divergence=divergence, temperature=3.0)
+        logits, targets, objective=objective_of(divergence=divergence, temperature=3.0)
     ).soft
     cool = logits_distillation(
-        logits / 3.0, targets, objective=Objective(divergence=divergence)
+        logits / 3.0, targets, objective=objective_of(divergence=divergence)
     ).soft
     torch.testing.assert_close(warm, 9 * cool)
     gradients = [torch.autograd.grad(value.sum(), logits)[0] for value in (warm, cool)]
@@ -163,13 +162,13 @@ def test_temperature_counts_squared(divergence):
 def test_the_token_that_is_there_is_learnt_at_temperature_one():
     logits = normal(N, V)
     targets = targets_of(normal(N, V, seed=3), 4, 3.0)
-    parts = logits_distillation(logits, targets, objective=Objective(temperature=3.0))
+    parts = logits_distillation(logits, targets, objective=objective_of(temperature=3.0))
     assert torch.equal(parts.hard, logits_distillation(logits, targets, objective=None).hard)
 
 
 def test_logits_and_hidden_states_are_one_loss():
     hidden, weight, teacher = problem()
-    for objective in (None, Objective(divergence="jsd", temperature=2.0)):
+    for objective in (None, objective_of(divergence="jsd", temperature=2.0)):
         one = distilled(hidden, weight, targets_of(teacher, 3), objective)
         two = logits_distillation(hidden @ weight.T, targets_of(teacher, 3), objective=objective)
         torch.testing.assert_close(one.hard, two.hard)
@@ -200,7 +199,7 @@ class TestSampled:
         chance = torch.tensor([float(t[a] * t[b]) for a, b in pairs])
         ids = [[a, b] if a != b else [a, -1] for a, b in pairs]
         counts = [[1, 1] if a != b else [2, 0] for a, b in pairs]
-        objective = Objective(temperature=temperature)
+        objective = objective_of(temperature=temperature)
         targets = self.drawn(ids, counts, t)
         parts = logits_distillation(logits.expand(16, 4), targets, objective=objective)
         mean = (chance * parts.soft).sum()
@@ -218,7 +217,7 @@ class TestSampled:
         t = softmax(normal(4, seed=4))
         targets = self.drawn([[0], [1], [2], [3]], [[1]] * 4, t)
         logits = t.log().float().expand(4, 4)
-        soft = logits_distillation(logits, targets, objective=Objective()).soft
+        soft = logits_distillation(logits, targets, objective=objective_of()).soft
         assert float((t * soft).sum()) == pytest.approx(0, abs=1e-6)
 
     def test_weights_count_as_they_are(self):
@@ -230,7 +229,7 @@ class TestSampled:
             entropy=torch.tensor([0.9]),
         )
         logits = normal(1, V).requires_grad_()
-        soft = logits_distillation(logits, targets, objective=Objective()).soft
+        soft = logits_distillation(logits, targets, objective=objective_of()).soft
         p = softmax(logits[0].detach())
         assert float(soft.detach()) == pytest.approx(
             -0.5 * math.log(p[2]) - 0.2 * math.log(p[0]) - 0.9, rel=1e-6
@@ -242,7 +241,7 @@ class TestSampled:
     def test_other_divergences_are_refused(self):
         targets = self.drawn([[0]], [[1]], softmax(normal(4)))
         with pytest.raises(UsageError, match=r"loss\.divergence: jsd needs.*Use forward_kl"):
-            logits_distillation(normal(1, 4), targets, objective=Objective(divergence="jsd"))
+            logits_distillation(normal(1, 4), targets, objective=objective_of(divergence="jsd"))
 
 
 class TestZipf:
@@ -270,7 +269,7 @@ class TestZipf:
             logprobs=teacher[: self.K].log().float().expand(len(labels), -1),
             tail_logprob=teacher[self.K :].sum().log().float().expand(len(labels)),
         )
-        objective = Objective(tail=tail)
+        objective = objective_of(tail=tail)
         logits = torch.zeros(len(labels), self.V).requires_grad_()
         (gradient,) = torch.autograd.grad(
             logits_distillation(logits, targets, objective=objective).soft.sum(), logits
@@ -327,6 +326,6 @@ class TestZipf:
                 ]
             )
             soft = logits_distillation(
-                p.log().float()[None], targets, objective=Objective(tail="renormalize")
+                p.log().float()[None], targets, objective=objective_of(tail="renormalize")
             ).soft
             assert float(soft) == pytest.approx(0, abs=1e-6)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from objectives import objective_of
 from references import DIVERGENCES
 from tiny_models import CONFIGS, LENGTHS, V, build, make_samples
 
@@ -12,7 +13,7 @@ from stillroom.stages.loader.packing import Packing
 from stillroom.stages.loader.prefetch import Prefetch
 from stillroom.stages.loader.samples import Cursor, Step
 from stillroom.stages.losses.definition import logits_distillation
-from stillroom.stages.losses.objective import Aim, Objective, aim_at
+from stillroom.stages.losses.objective import Aim, aim_at
 from stillroom.stages.models.device import device_and_dtype
 from stillroom.stages.models.head import hidden_states, split_head
 from stillroom.stages.recipe.sections import Loss, Train
@@ -58,7 +59,7 @@ def expected_gradient(model, step, loss):
         states = hidden[sample.span_start - 1 : -1]
         logits = split_head(model).logits(states)
         parts = logits_distillation(
-            logits, targets, objective=Objective(divergence=loss.divergence)
+            logits, targets, objective=objective_of(divergence=loss.divergence)
         )
         total = total + (loss.soft_weight * parts.soft + loss.hard_weight * parts.hard).sum()
     (total / step.scored_tokens).backward()
@@ -144,7 +145,7 @@ def test_cross_entropy_alone_never_reads_the_targets():
 
 
 def test_a_mean_that_weighs_nothing_is_left_out():
-    sums, objective = torch.tensor([6.0, torch.inf], dtype=torch.float64), Objective()
+    sums, objective = torch.tensor([6.0, torch.inf], dtype=torch.float64), objective_of()
     found = _means(sums, 3, Aim(soft_weight=0.5, hard_weight=0.0, objective=objective))
     assert (found.loss, found.soft, found.hard) == (1.0, 2.0, math.inf)
     assert (

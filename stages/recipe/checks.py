@@ -2,13 +2,14 @@
 
 from typing import Any
 
+from .engines import PLANNED
 from .fields import Section
 from .loss_checks import check_loss
 from .sections import COLUMNS, Data, Recipe, Score, Teacher
 
 # Named by the recipe, done by no stage yet: refused by name, never ignored.
 NOT_YET: tuple[tuple[str, tuple[Any, ...]], ...] = (
-    ("generate.engine", ("openai",)),
+    ("generate.engine", PLANNED),
     ("score.engine", ("vllm",)),
 )
 

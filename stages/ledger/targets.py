@@ -111,8 +111,7 @@ def target_ledger(
         limit: Tokens that the teacher reads at once.
         teacher_parts: What the teacher's identity is made of, to say how it differs from another's.
     """
-    score, index = books.recipe.score, books.index
-    assert score is not None
+    score, index = books.score, books.index
     judged, trained = reference(score, vocab_size), wanted(score, vocab_size)
     judging = "coalesce(reference, trained)" if books.lenient else "reference"
     bits = books.recipe.storage.mantissa_bits
@@ -179,8 +178,7 @@ def target_rows(books: Books) -> pa.Table:
 
 def pending_targets(books: Books, *, teacher_id: str, vocab_size: int) -> Pending[TargetRequest]:
     """What is still to be scored, after `target_ledger`: rows of one kind and like length beside one another."""
-    score = books.recipe.score
-    assert score is not None
+    score = books.score
     books.index.use_all_memory()
     # The gold label is the prompt's: joined by key, never by position.
     label, labelled = "NULL", ""

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from .engines import PLANNED
 from .fields import Section
 from .kinds import kinds_with
 from .loss_checks import check_loss
@@ -9,7 +10,7 @@ from .sections import COLUMNS, Data, Recipe, Score, Teacher
 
 # Named by the recipe, done by no stage yet: refused by name, never ignored.
 NOT_YET: tuple[tuple[str, tuple[Any, ...]], ...] = (
-    ("generate.engine", ("openai",)),
+    ("generate.engine", PLANNED),
     ("score.engine", ("vllm",)),
 )
 

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ...storage.tables.kinds import STRUCTURES, Structure
 from .divergences import DivergenceSettings
+from .engines import EngineName
 from .fields import Kernel, Options, Schedule, Scheduled, Section, Tail
 from .kinds import KINDS, TargetKind, Targets
 
@@ -130,7 +131,7 @@ class Data(Section):
 class Generate(Section):
     """The teacher (or another author) writes completions."""
 
-    engine: Literal["vllm", "hf", "openai"] | None = None
+    engine: EngineName | None = None
     """null: vllm where it is installed, else hf."""
     model: str | None = None
     """Another author than the teacher: folder or Hub id."""

@@ -5,10 +5,13 @@ line in `pipeline/plan/`.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
+from ...storage.errors import UsageError
 from ...storage.tables.schema import TableName
 from .fields import Arm
+
+S = TypeVar("S")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,3 +44,17 @@ STAGES = (
 def stage_named(name: str) -> Stage:
     """The row of a line of the plan."""
     return next(stage for stage in STAGES if stage.name == name)
+
+
+def needed(section: S | None, name: str) -> S:
+    """A section of the recipe that a stage cannot do without.
+
+    Raises:
+        UsageError: the recipe has no such section.
+    """
+    if section is None:
+        raise UsageError(
+            f"{name}: missing, and the stage {name} was asked for. Add the section, or leave the "
+            "stage out."
+        )
+    return section

@@ -53,10 +53,9 @@ class Scorer:
         from ..models.loading import load_causal_lm
         from ..targets.reduce import Reducer
 
-        assert self._job.recipe.score is not None
         model = load_causal_lm(teacher, device_map=device_map)
         check_head(model)
-        self._reducer = Reducer(split_head(model), kernel=self._job.recipe.score.kernel)
+        self._reducer = Reducer(split_head(model), kernel=self._job.score.kernel)
         return model
 
     @property

@@ -10,24 +10,20 @@ and added, and the writer makes its shards in a thread of its own.
 
 import random
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from ...storage.errors import RowError
 from ...storage.joined import open_store
 from ...storage.store.store import Store
 from ..ledger.books import Books, Ledger, Pending
 from ..ledger.generations import generation_ledger
-from ..ledger.requests import TargetRequest, reject_key, sampling_settings
+from ..ledger.requests import TargetRequest, sampling_settings
 from ..ledger.targets import choose_generations, pending_targets, target_ledger
 from ..models.identity import Identity
 from ..targets.spec import Kept, wanted
 from ..workers.claims import Claims
 from ..workers.job import Job, StageResult
-from ..workers.journal import Journal, find_suspects, new_journal
-from ..workers.rejects import Rejects
-from ..workers.shard_about import about, commit_limits
-from ..workers.share import Share
+from ..workers.shard_about import about
+from ..workers.share import Share, StageWork, open_share
 from .scorer import Batch, Scorer, row_key
 
 BATCH_BYTES = 256 * 2**20  # of the entries of a batch
@@ -40,33 +36,22 @@ def run(job: Job, teacher: Identity) -> StageResult:
         UsageError: the teacher does not load, or its head is not understood.
         EngineDied: the teacher's device does, on one of the rows in flight.
     """
-    recipe, score = job.recipe, job.recipe.score
-    assert score is not None
+    recipe, score = job.recipe, job.score
     with job.clock.span("start"):
         store = open_store(recipe.storage.dir, recipe.storage.sources)
         ledger, pending = _asked(job, teacher, store)
         kept = wanted(score, teacher.outcomes(recipe.run.task))
-        shard_about, limits = _about(job, teacher, kept), commit_limits(recipe)
-        run_dir = Path(recipe.run.dir)
-        suspects = find_suspects(run_dir, "score")
-    with (
-        Journal(job.journal or new_journal(run_dir, "score")) as journal,
-        store.writer("soft_targets", about=shard_about, limits=limits) as rows,
-        store.writer("rejects", about=shard_about, limits=limits) as rejects,
-    ):
-        share = Share(
-            job=job,
-            rows=rows,
-            rejects=rejects,
-            failed=Rejects(rejects, proven=ledger.committed > 0),
-            claims=_claims(job, teacher, store),
+        work = StageWork(
+            stage="score",
+            about=_about(job, teacher, kept),
+            ledger=ledger,
             pending=pending,
-            journal=journal,
-            suspects=suspects,
+            claims=_claims(job, teacher, store),
             limit_tokens=teacher.context_tokens,
-            row_key=lambda request: row_key(job, request),
-            reject=lambda request, error, attempts: _reject(request, teacher, error, attempts),
+            row_key=row_key,
+            names=_reject_names,
         )
+    with open_share(job, store, work) as share:
         job.progress.say(f"loading {teacher.folder}")
         if "k" in score.kind.settings and kept.k < score.k:
             job.progress.say(
@@ -82,7 +67,7 @@ def run(job: Job, teacher: Identity) -> StageResult:
         job.progress.start(total=ledger.planned, unit="rows", done=ledger.committed)
         _score_all(share, scorer, score.batch_tokens or scorer.batch_tokens)
         share.finish()
-    return StageResult(rows=rows.rows, tokens=rows.tokens, rejected=rejects.rows)
+    return share.result()
 
 
 def _score_all(share: Share[TargetRequest], scorer: "Scorer", batch_tokens: int) -> None:
@@ -123,7 +108,6 @@ def _asked(job: Job, teacher: Identity, store: Store) -> tuple[Ledger, Pending[T
 
 def _claims(job: Job, teacher: Identity, store: Store) -> Claims:
     recipe = job.recipe
-    assert recipe.score is not None
     text: dict[str, Any] = {
         "data": job.data_id,
         "author": job.author_id,
@@ -133,7 +117,7 @@ def _claims(job: Job, teacher: Identity, store: Store) -> Claims:
         text["sampling"] = sampling_settings(recipe.generate, recipe.data)
         text |= {"samples": recipe.generate.samples, "max_tokens": recipe.generate.max_tokens}
     chosen = {"where": recipe.select.where, "held_out": recipe.evaluate.tokens}
-    targets = recipe.score.model_dump(mode="json", exclude={"engine", "batch_tokens", "kernel"})
+    targets = job.score.model_dump(mode="json", exclude={"engine", "batch_tokens", "kernel"})
     bits = recipe.storage.mantissa_bits
     return Claims(
         store.files,
@@ -162,17 +146,5 @@ def batches(requests: list[TargetRequest], batch_tokens: int) -> Iterator[Batch]
         yield batch
 
 
-def _reject(
-    request: TargetRequest, teacher: Identity, error: RowError, attempts: int
-) -> dict[str, Any]:
-    return {
-        "key": reject_key(request.reuse_key, teacher.context_tokens),
-        "stage": "score",
-        "prompt_key": request.prompt_key,
-        "context_id": teacher.id,
-        "tokens_key": request.tokens_key,
-        "limit_tokens": teacher.context_tokens,
-        "reason": error.reason,
-        "message": str(error),
-        "attempts": attempts,
-    }
+def _reject_names(job: Job, request: TargetRequest) -> dict[str, Any]:
+    return {"context_id": job.teacher_id, "tokens_key": request.tokens_key}

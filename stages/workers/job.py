@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 from ...storage.errors import Stopped
 from ..recipe.fields import Arm, Split
-from ..recipe.sections import Recipe
+from ..recipe.sections import Generate, Recipe, Score
+from ..recipe.stages import needed
 from .clock import Clock
 
 
@@ -75,6 +76,16 @@ class Job:
     journal: Path | None = None
     """Where generate and score note the rows in flight (`journal.py`); a name of their own if
     None."""
+
+    @property
+    def generate(self) -> Generate:
+        """The recipe's section; the stage `generate` has one."""
+        return needed(self.recipe.generate, "generate")
+
+    @property
+    def score(self) -> Score:
+        """The recipe's section; the stage `score` has one."""
+        return needed(self.recipe.score, "score")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,16 +5,21 @@ What others committed meanwhile is left out, before a request is started and whi
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from ...storage.errors import RowError, StillroomError
-from ..ledger.books import Pending
+from ...storage.store.store import Store
+from ..ledger.books import Ledger, Pending
 from ..ledger.requests import reject_key
+from ..recipe.stages import stage_named
 from .claims import Claims
-from .job import Job
-from .journal import Journal, Suspects
+from .job import Job, StageResult
+from .journal import Journal, Suspects, find_suspects, new_journal
 from .rejects import Rejects
+from .shard_about import commit_limits
 
 if TYPE_CHECKING:
     from ...storage.store.writer import ShardWriter
@@ -30,6 +35,10 @@ class Asked(Protocol):
     def reuse_key(self) -> bytes:
         """Its name."""
 
+    @property
+    def prompt_key(self) -> bytes:
+        """Whose prompt it begins with."""
+
 
 R = TypeVar("R", bound=Asked)
 
@@ -38,24 +47,54 @@ class DoneByOthers(StillroomError):
     """Others have committed all that this worker has in flight."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageWork(Generic[R]):
+    """What a stage says of the rows that it is to make."""
+
+    stage: str
+    about: dict[str, Any]
+    """What its shards say of their rows."""
+    ledger: Ledger
+    pending: Pending[R]
+    claims: Claims
+    limit_tokens: int
+    """What the model reads at once; a part of a reject's name."""
+    row_key: Callable[[Job, R], bytes]
+    """Key of the row that would serve a request."""
+    names: Callable[[Job, R], dict[str, Any]]
+    """What a rejects row calls the request, besides its prompt."""
+
+
+@contextmanager
+def open_share(job: Job, store: Store, work: StageWork[R]) -> Iterator["Share[R]"]:
+    """A worker's share of a stage's work, with the journal and the two tables that it writes."""
+    run_dir, stage = Path(job.recipe.run.dir), work.stage
+    table = stage_named(stage).table
+    assert table is not None
+    limits = commit_limits(job.recipe)
+    with job.clock.span("start"):
+        suspects = find_suspects(run_dir, stage)
+    with (
+        Journal(job.journal or new_journal(run_dir, stage)) as journal,
+        store.writer(table, about=work.about, limits=limits) as rows,
+        store.writer("rejects", about=work.about, limits=limits) as rejects,
+    ):
+        yield Share(
+            job=job, work=work, rows=rows, rejects=rejects, journal=journal, suspects=suspects
+        )
+
+
 @dataclass(kw_only=True, slots=True)
 class Share(Generic[R]):
     """Hands out requests until none is left in the store's books."""
 
     job: Job
+    work: StageWork[R]
     rows: "ShardWriter"
     rejects: "ShardWriter"
-    failed: Rejects
-    claims: Claims
-    pending: Pending[R]
     journal: Journal
     suspects: Suspects
-    limit_tokens: int
-    """What the model reads at once; a part of a reject's name."""
-    row_key: Callable[[R], bytes]
-    """Key of the row that would serve a request."""
-    reject: Callable[[R, RowError, int], dict[str, Any]]
-    """The rejects row of a request, for a reason, after so many attempts."""
+    _failed: Rejects = field(init=False)
     _in_flight: dict[bytes, R] = field(default_factory=dict)
     _aside: dict[bytes, R] = field(default_factory=dict)
     _killers: dict[bytes, R] = field(default_factory=dict)
@@ -64,9 +103,13 @@ class Share(Generic[R]):
     _alone: bool = False
     _next_look: float = 0.0
 
+    def __post_init__(self) -> None:
+        self._failed = Rejects(self.rejects, proven=self.work.ledger.committed > 0)
+
     def blocks(self) -> Iterator[tuple[int, list[R]]]:
         """How many have a block already, and its requests; the next block is claimed when it is asked for."""
-        blocks = self.claims.blocks(self.pending.blocks, look=self._look, left=self._left)
+        pending = self.work.pending.blocks
+        blocks = self.work.claims.blocks(pending, look=self._look, left=self._left)
         yield from self.job.clock.each("disk", blocks)
         self._exhausted = True
 
@@ -110,21 +153,20 @@ class Share(Generic[R]):
         """A row is made."""
         with self.job.clock.span("disk"):
             self.rows.add(row)
-        self.failed.engine_works()
+        self._failed.engine_works()
         self.job.progress.advance(tokens=tokens)
 
     def refuse(self, request: R, error: RowError) -> None:
         """A request cannot be handed to the engine."""
         with self.job.clock.span("disk"):
-            self.rejects.add(self.reject(request, error, 1))
+            self.rejects.add(self._reject(request, error, attempts=1))
         self._refused += 1
         self.job.progress.advance()
 
     def fail(self, request: R, error: RowError, attempts: int) -> None:
         """The engine failed on a request alone."""
-        self.failed.add(
-            self.reject(request, error, attempts + self.suspects.deaths[request.reuse_key])
-        )
+        attempts += self.suspects.deaths[request.reuse_key]
+        self._failed.add(self._reject(request, error, attempts=attempts))
         self._refused += 1
         self.job.progress.advance()
 
@@ -152,12 +194,29 @@ class Share(Generic[R]):
         Raises:
             StillroomError: every row failed.
         """
-        self.failed.check()
+        self._failed.check()
         with self.job.clock.span("disk"):
             self.rows.flush()
             self.rejects.flush()
         self._tell()
         self.suspects.forget()
+
+    def result(self) -> StageResult:
+        """What this worker committed."""
+        return StageResult(rows=self.rows.rows, tokens=self.rows.tokens, rejected=self.rejects.rows)
+
+    def _reject(self, request: R, error: RowError, *, attempts: int) -> dict[str, Any]:
+        limit = self.work.limit_tokens
+        row = {
+            "key": reject_key(request.reuse_key, limit),
+            "stage": self.work.stage,
+            "prompt_key": request.prompt_key,
+            "limit_tokens": limit,
+            "reason": error.reason,
+            "message": str(error),
+            "attempts": attempts,
+        }
+        return row | self.work.names(self.job, request)
 
     def _tell(self) -> None:
         self.job.progress.wrote(rejects=self._refused, size=self.rows.bytes + self.rejects.bytes)
@@ -174,12 +233,13 @@ class Share(Generic[R]):
         self._next_look = now + max(LOOK_SECONDS, LOOK_SHARE * (now - began))
 
     def _gone(self, request: R) -> bool:
-        refused = reject_key(request.reuse_key, self.limit_tokens)
-        return self.rows.committed(self.row_key(request)) or self.rejects.committed(refused)
+        done = self.work.row_key(self.job, request)
+        refused = reject_key(request.reuse_key, self.work.limit_tokens)
+        return self.rows.committed(done) or self.rejects.committed(refused)
 
     def _left(self, block: int) -> list[R]:
         left = []
-        for request in self.pending.read(block):
+        for request in self.work.pending.read(block):
             key = request.reuse_key
             if self._gone(request):
                 self.job.progress.advance()

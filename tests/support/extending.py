@@ -1,0 +1,67 @@
+"""A copy of the product with an example applied to it: what somebody changes who adds an engine, say.
+
+An example's folder mirrors the product's. A file is copied to its place. A file `NAME.insert` adds
+lines to NAME: its first line stands in NAME once, and the others come after it.
+"""
+
+import filecmp
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from kit import ENVIRONMENT, command, last_json
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = Path(__file__).parent / "examples"
+FLOORS = ("storage", "stages", "pipeline")
+
+
+def extended(folder: Path, example: str) -> Path:
+    """A folder to import `stillroom` from: the product's copy, with the example's changes."""
+    product = folder / "stillroom"
+    caches = shutil.ignore_patterns("__pycache__")
+    for floor in FLOORS:
+        shutil.copytree(ROOT / floor, product / floor, ignore=caches)
+    for file in ROOT.glob("__*__.py"):
+        shutil.copy(file, product)
+    for file in sorted((EXAMPLES / example).rglob("*.*")):
+        place = product / file.relative_to(EXAMPLES / example)
+        if file.suffix == ".insert":
+            _insert(place.with_suffix(""), file.read_text())
+        elif file.suffix == ".py":
+            shutil.copy(file, place)
+    return folder
+
+
+def _insert(file: Path, lines: str) -> None:
+    anchor, added = lines.split("\n", 1)
+    text = file.read_text()
+    assert text.count(f"{anchor}\n") == 1, f"{file}: {anchor!r} should stand there once"
+    file.write_text(text.replace(f"{anchor}\n", f"{anchor}\n{added}"))
+
+
+def changed_files(folder: Path) -> list[str]:
+    """The product's files that differ from this checkout's, or are new."""
+    product = folder / "stillroom"
+    files = [path for path in product.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    names = [path.relative_to(product) for path in files]
+    return sorted(
+        name.as_posix()
+        for name in names
+        if not (ROOT / name).exists() or not filecmp.cmp(product / name, ROOT / name, shallow=False)
+    )
+
+
+def stillroom_in(folder: Path, *arguments: Any) -> dict[str, Any]:
+    """Run the extended command line to its end; what it prints for programs."""
+    done = subprocess.run(
+        command(*arguments, "--json"),
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT | {"PYTHONPATH": str(folder)},
+        cwd=folder,
+        timeout=300,
+    )
+    assert done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr}"
+    return last_json(done)

@@ -1,4 +1,4 @@
-"""Read-only sources: other stores, and published folders, whose rows serve requests as the store's own rows do.
+"""A store joined with read-only sources: other stores and published folders serve requests as its own rows do.
 
 A store with sources is a store: what is asked of it comes from all of them, what is written goes
 into its own folder. Commits of the n-th source are counted from n * `FIRST` on, so that a place
@@ -43,12 +43,10 @@ def open_store(root: Path | str, sources: Sequence[str] = (), *, update: bool = 
         IntegrityError: a source is damaged.
     """
     files = open_files(root)
-    own = Store(files, "") if sources and files.empty() else Store.from_files(files)
-    return (
-        Joined(own, {name: Source.open(name, update=update) for name in sources})
-        if sources
-        else own
-    )
+    if not sources:
+        return Store.from_files(files)
+    own = Store(files, "") if files.empty() else Store.from_files(files)
+    return Joined(own, {name: Source.open(name, update=update) for name in sources})
 
 
 def at_commit(sources: Sequence[str], pinned: Mapping[str, str]) -> list[str]:
@@ -61,10 +59,14 @@ def at_commit(sources: Sequence[str], pinned: Mapping[str, str]) -> list[str]:
         sources: As the recipe names them.
         pinned: Name -> `Joined.pinned` of it.
     """
-    parts = {
-        name: pinned.get(name, name).split("/") for name in sources
-    }  # hf: '' datasets USER NAME@COMMIT ...
-    return ["/".join(parts[name][:5]) if name.startswith("hf://") else name for name in sources]
+    found = []
+    for name in sources:
+        if name.startswith("hf://"):
+            # hf: '' datasets USER NAME@COMMIT; what follows names a version inside.
+            parts = pinned.get(name, name).split("/")
+            name = "/".join(parts[:5])
+        found.append(name)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,10 +148,8 @@ class Joined(Store):
     @property
     def parts(self) -> list[tuple[Store, int]]:
         """The store itself and its sources, and the number from which on the commits of each are counted."""
-        return [
-            (part, FIRST * number)
-            for number, part in enumerate([self._own, *self.sources.values()])
-        ]
+        stores = [self._own, *self.sources.values()]
+        return [(part, FIRST * number) for number, part in enumerate(stores)]
 
     def commits(self, table: TableName) -> list[Commit]:
         """Live commits of all of them; a shard that several have is the first one's."""
@@ -172,11 +172,10 @@ class Joined(Store):
     def _places(self, table: TableName) -> dict[str, str]:
         """Source by shard, of those that the store does not have itself; read once, sources do not change."""
         if table not in self._known:
-            found = {
-                c.shard.sha256: n
-                for n, s in reversed(self.sources.items())
-                for c in s.commits(table)
-            }
+            found: dict[str, str] = {}
+            for name, source in self.sources.items():
+                for commit in source.commits(table):
+                    found.setdefault(commit.shard.sha256, name)  # several may have it
             for commit in self._own.commits(table):
                 found.pop(commit.shard.sha256, None)
             self._known[table] = found
@@ -184,20 +183,18 @@ class Joined(Store):
 
     def inputs(self, data_id: str) -> pa.Table | None:
         """The prompts recorded under `data_id`, here or in a source."""
-        return next((t for part, _ in self.parts if (t := part.inputs(data_id)) is not None), None)
+        found = (part.inputs(data_id) for part, _ in self.parts)
+        return next((table for table in found if table is not None), None)
 
     def inputs_about(self, data_id: str) -> dict[str, Any] | None:
         """What `put_inputs` was told about the data, here or in a source."""
-        return next(
-            (about for part, _ in self.parts if (about := part.inputs_about(data_id)) is not None),
-            None,
-        )
+        found = (part.inputs_about(data_id) for part, _ in self.parts)
+        return next((about for about in found if about is not None), None)
 
     def teacher_parts(self, teacher_id: str) -> dict[str, Any]:
         """What a teacher's identity is made of; nothing if nobody knows it."""
-        return next(
-            (parts for part, _ in self.parts if (parts := part.teacher_parts(teacher_id))), {}
-        )
+        found = (part.teacher_parts(teacher_id) for part, _ in self.parts)
+        return next((parts for parts in found if parts), {})
 
     def teacher_dir(self, teacher_id: str) -> Path:
         """Folder of this machine with a teacher's tokenizer, config and template."""

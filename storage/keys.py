@@ -1,4 +1,4 @@
-"""Names made from content: canonical JSON, hashes of it, and records that carry their own hash."""
+"""Names made from content: canonical JSON, keys that are its hashes, sealed records, and sets of keys."""
 
 import hashlib
 import json
@@ -8,10 +8,8 @@ import numpy as np
 
 from .errors import IntegrityError
 
-_MERGE = 1 << 16
-
-
 KEY_BYTES = 16
+_MERGE = 1 << 16  # new keys held as Python objects before they join the arrays
 _ADVICE = "Restore the file from a backup, or run `stillroom repair` and then the recipe, which makes it again."
 
 
@@ -83,7 +81,7 @@ def unseal(data: bytes, name: str) -> dict[str, Any]:
 
 
 class KeySet:
-    """Keys of 16 bytes; grows only."""
+    """Keys of 16 bytes; grows only. Held as two arrays, ordered by the first half: 16 bytes a key."""
 
     def __init__(self, joined: bytes = b"") -> None:
         """`joined`: keys one after the other."""
@@ -102,7 +100,8 @@ class KeySet:
         if key in self._new or not len(self._high):
             return key in self._new
         high, low = np.frombuffer(key, np.uint64)
-        first, last = (int(self._high.searchsorted(high, side=side)) for side in ("left", "right"))
+        first = self._high.searchsorted(high, side="left")
+        last = self._high.searchsorted(high, side="right")
         return bool((self._low[first:last] == low).any())
 
 

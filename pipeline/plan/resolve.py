@@ -92,7 +92,7 @@ def _bind_there(recipe: Recipe, store: Store | None) -> Bound:
             "`generate` section wrote which the recipe gives. Give the one that it was filled "
             "with; for given text set data.format to that."
         )
-    found = all_bindings(part.files) if part else []
+    found = list(set(all_bindings(part.files).values())) if part else []
     if len(found) != 1:
         raise UsageError(
             f"data.source: {name} is a store with {len(found)} pairs of a teacher and its data, "

@@ -39,7 +39,7 @@ from ...storage.published.manifest import (
     read_manifest,
 )
 from ...storage.snapshots.snapshot import load_snapshot
-from ...storage.store.bindings import bindings_of
+from ...storage.store.bindings import all_bindings
 from ...storage.store.store import MARKER, Store
 from .dataset_card import Published, dataset_card
 from .provenance import (
@@ -228,9 +228,9 @@ class _Export:
         }
         whole = {split.snapshot for split in made.splits.values() if split.whole}
         names = [f"snapshots/{snapshot}.json" for snapshot in sorted(whole)]
-        names += bindings_of(
-            self._store, {load_snapshot(self._store, name).about.get("data_id") for name in whole}
-        )
+        data_ids = {load_snapshot(self._store, name).about.get("data_id") for name in whole}
+        bindings = all_bindings(self._store.files)
+        names += [name for name, found in bindings.items() if found.data_id in data_ids]
         for model_id in sorted(made.authors):
             names += [
                 f"teachers/{model_id}/{name}"

@@ -22,7 +22,7 @@ from ...storage.errors import IntegrityError, UsageError
 from ...storage.snapshots.snapshot import Snapshot
 from ...storage.store.index import Index
 from ...storage.store.store import Store
-from ...storage.tables.invariants import doubts
+from ...storage.tables.doubts import doubts
 from ..recipe.sections import Recipe
 from ..targets.alignment import scored_span
 from .shift import shifted, surprise, unknowing

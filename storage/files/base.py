@@ -46,9 +46,8 @@ class Files(Protocol):
     Every method raises StillroomError, with what to do, where the place itself fails.
     """
 
-    @property
-    def root(self) -> Path | str:
-        """The folder, or the URL."""
+    root: Path | str
+    """The folder, or the URL."""
 
     @property
     def cache(self) -> "FilesOnDisk":
@@ -85,7 +84,10 @@ class Files(Protocol):
         """
 
     def walk(self, folder: str = "") -> Iterator[tuple[str, int, float]]:
-        """(name, bytes, time of last change) of every file below a folder, sorted, temporary ones too."""
+        """(name, bytes, time of last change) of every file below a folder, sorted, temporary ones too.
+
+        The time is by the place's own clock.
+        """
 
     def prove_exclusive(self) -> None:
         """Make sure that `put_if_absent` has one winner here; UsageError where it has not."""

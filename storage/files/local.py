@@ -1,10 +1,10 @@
-"""Files by name, put in place whole or not at all: what a store asks of the place it lies in, and the local one.
+"""Files on a disk of this machine: put in place whole or not at all, by a link that fails where the name exists.
 
 The only module that links, replaces or syncs. Every file is written under a temporary name, synced,
 and then linked to its final name, so that a name that exists has its complete content. `os.link`
 fails where the name exists already: that is the one atomic step on which exactly-once rests.
 Temporary names start with a dot and mean nothing.
-`objects.py` does the same on object stores.
+`base.py` says what each method promises; `objects.py` keeps the same promises on object stores.
 """
 
 import errno
@@ -17,71 +17,75 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .base import Content, content_of, explained, file_sha256, make_folder, sync
+from typing_extensions import override
+
+from .base import Content, FilesOnDisk, content_of, explained, file_sha256, make_folder, sync
 
 
-class LocalFiles:
+class LocalFiles(FilesOnDisk):
     """Files below one folder of a filesystem with hard links."""
+
+    root: Path
 
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root)
         self._durable: set[Path] = set()
 
     @property
+    @override
     def cache(self) -> "LocalFiles":
-        """These files themselves."""
         return self
 
+    @override
     def path(self, name: str) -> Path:
-        """Where a name lies on disk."""
         return self.root / name
 
+    @override
     def empty(self) -> bool:
-        """Whether the folder is not there or holds temporary files at most."""
         with explained("cannot list", self.root):
             return not self.root.is_dir() or all(
                 entry.name.startswith(".") for entry in self.root.iterdir()
             )
 
+    @override
     def exists(self, name: str) -> bool:
-        """Whether the name is there."""
         return self.path(name).exists()
 
+    @override
     def read(self, name: str) -> bytes:
-        """The content of a file; FileNotFoundError if the name is not there."""
         with explained("cannot read", self.path(name)):
             return self.path(name).read_bytes()
 
+    @override
     def read_many(self, names: Sequence[str]) -> dict[str, bytes]:
-        """The content of those files that are there, by name."""
         found = {}
         for name in names:
             with suppress(FileNotFoundError):
                 found[name] = self.read(name)
         return found
 
+    @override
     def source(self, name: str) -> Any:
-        """The file's path."""
         return str(self.path(name))
 
+    @override
     def local(self, name: str) -> Path:
-        """The file's path."""
         if not self.exists(name):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path(name)))
         return self.path(name)
 
+    @override
     def size(self, name: str) -> int:
-        """Bytes of a file; FileNotFoundError if the name is not there."""
         with explained("cannot read", self.path(name)):
             return self.path(name).stat().st_size
 
+    @override
     def sha256(self, name: str) -> str:
-        """Hex sha256 of a file's bytes; FileNotFoundError if the name is not there."""
         with explained("cannot read", self.path(name)):
             return file_sha256(self.path(name))
 
+    @override
     def walk(self, folder: str = "") -> Iterator[tuple[str, int, float]]:
-        """(name, bytes, time of last change) of every file below a folder, sorted, temporary ones too."""
         for path in sorted(self.path(folder).rglob("*")):
             try:
                 state = path.lstat()
@@ -90,19 +94,16 @@ class LocalFiles:
             if stat.S_ISREG(state.st_mode):
                 yield path.relative_to(self.root).as_posix(), state.st_size, state.st_mtime
 
+    @override
     def remove(self, name: str) -> None:
-        """Delete a file, if it is there. Only for what no record names."""
         path = self.path(name)
         with explained("cannot delete", path):
             if path.exists():
                 self._unlink(path)
                 self._sync_folder(path.parent)
 
+    @override
     def names(self, folder: str) -> list[str]:
-        """Names of the files in a folder, sorted; none if the folder is not there.
-
-        Temporary files are left out.
-        """
         with explained("cannot list", self.path(folder)):
             try:
                 entries = list(os.scandir(self.path(folder)))
@@ -114,19 +115,16 @@ class LocalFiles:
                 if entry.is_file() and not entry.name.startswith(".")
             )
 
+    @override
     def prove_exclusive(self) -> None:
         """Nothing to prove: a link fails where the name exists."""
 
+    @override
     def put_if_absent(self, name: str, data: bytes) -> bool:
-        """Give `name` this content unless it exists.
-
-        Of any number of racing processes exactly one gets True.
-
-        Either way the name survives a power cut once this returns.
-        """
         final = self.path(name)
         with explained("cannot write", final):
             won = not final.exists() and self._put(final, data)
+            # Whoever won, the name must survive a power cut from here on.
             self._sync_folder(final.parent)
             return won
 
@@ -136,12 +134,8 @@ class LocalFiles:
             self._sync_file(temp)
             return self._linked(temp, final)
 
+    @override
     def put_content(self, folder: str, write: Callable[[Path], object], *, suffix: str) -> Content:
-        """Put what `write` writes under `<folder>/<2 hex>/<32 hex><suffix>`, named by its sha256.
-
-        A name that exists already is left as it is if it holds these very bytes. If it does not (a
-        damaged file, being made again), it is replaced: the name says what its bytes must be.
-        """
         with (
             explained("cannot write", self.path(folder)),
             self._temporary(self.path(folder)) as temp,
@@ -157,11 +151,8 @@ class LocalFiles:
             self._sync_folder(final.parent)
             return replace(content, fresh=fresh)
 
+    @override
     def replace(self, name: str, data: bytes) -> None:
-        """Give `name` this content whatever it had; readers see the old or the new.
-
-        Not for anything of a store.
-        """
         final = self.path(name)
         with explained("cannot write", final), self._temporary(final.parent) as temp:
             self._write(temp, lambda path: path.write_bytes(data))
@@ -241,7 +232,6 @@ class LocalFiles:
         try:
             sync(folder)
         except OSError as error:
-            if (
-                error.errno != errno.EINVAL
-            ):  # what network filesystems say that cannot sync a folder
+            # EINVAL is what network filesystems say that cannot sync a folder.
+            if error.errno != errno.EINVAL:
                 raise

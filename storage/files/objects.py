@@ -18,8 +18,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from typing_extensions import override
+
 from ..errors import StillroomError, UsageError
-from .base import Content, content_of, explained
+from .base import Content, Files, content_of, explained
 from .local import LocalFiles
 
 CREATE_PAUSES = (0.0, 0.1, 0.4, 1.6, 6.4)
@@ -30,8 +32,10 @@ _HASH_BYTES = 16 << 20
 _AGAIN = "what was committed is kept. Run the same command again"
 
 
-class ObjectFiles:
+class ObjectFiles(Files):
     """Files below a URL (`s3://bucket/path`). May be used after a fork and by several threads."""
+
+    root: str
 
     def __init__(self, root: str) -> None:
         self.root = root.rstrip("/")
@@ -39,10 +43,11 @@ class ObjectFiles:
         _, self._path = self._open()
 
     @property
+    @override
     def cache(self) -> LocalFiles:
-        """Files of this machine, below `cache/`, that only save work; each URL has its own."""
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        return LocalFiles(home / "stillroom" / hashlib.sha256(self.root.encode()).hexdigest()[:32])
+        own = hashlib.sha256(self.root.encode()).hexdigest()[:32]  # each URL has its own
+        return LocalFiles(home / "stillroom" / own)
 
     @property
     def system(self) -> Any:
@@ -53,22 +58,21 @@ class ObjectFiles:
         """The URL of a file."""
         return f"{self.root}/{name}"
 
+    @override
     def empty(self) -> bool:
-        """Whether no name that counts begins with the URL."""
         return all(entry.startswith(".") for entry, _ in self._list(""))
 
+    @override
     def exists(self, name: str) -> bool:
-        """Whether the name is there."""
         try:
-            self.read_range(
-                name, 0, 1
-            )  # one request, where asking for the size of what is not there takes two
+            # One request, where asking for the size of what is not there takes two.
+            self.read_range(name, 0, 1)
         except FileNotFoundError:
             return False
         return True
 
+    @override
     def read(self, name: str) -> bytes:
-        """The content of a file; FileNotFoundError if the name is not there."""
         return self.read_range(name, 0, None)
 
     def read_range(self, name: str, start: int, end: int | None) -> bytes:
@@ -77,14 +81,13 @@ class ObjectFiles:
             try:
                 return bytes(self.system.cat_file(self._key(name), start=start, end=end))
             except OSError as error:
-                if (
-                    error.errno == errno.EINVAL and self.size(name) == 0
-                ):  # an empty file has no range of bytes
+                # An empty file has no range of bytes.
+                if error.errno == errno.EINVAL and self.size(name) == 0:
                     return b""
                 raise
 
+    @override
     def read_many(self, names: Sequence[str]) -> dict[str, bytes]:
-        """The content of those files that are there, by name; many requests at a time."""
         if not names:
             return {}
         keys = {self._key(name): name for name in names}
@@ -96,59 +99,57 @@ class ObjectFiles:
                 continue
         return found
 
+    @override
     def source(self, name: str) -> "ObjectReader":
-        """The file, open for reading; FileNotFoundError if the name is not there."""
         return ObjectReader(self, name, self.size(name))
 
+    @override
     def local(self, name: str) -> Path:
-        """A copy in `cache`; FileNotFoundError if the name is not there."""
         if not self.cache.exists(name):
             self.cache.put_if_absent(name, self.read(name))
         return self.cache.path(name)
 
+    @override
     def size(self, name: str) -> int:
-        """Bytes of a file; FileNotFoundError if the name is not there."""
         with self._explained("cannot read", name):
             info = self.system.info(self._key(name))
         if info["type"] != "file":
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.address(name))
         return int(info["size"])
 
+    @override
     def sha256(self, name: str) -> str:
-        """Hex sha256 of a file's bytes; FileNotFoundError if the name is not there."""
         digest, size = hashlib.sha256(), self.size(name)
         for start in range(0, size, _HASH_BYTES):
             digest.update(self.read_range(name, start, min(start + _HASH_BYTES, size)))
         return digest.hexdigest()
 
+    @override
     def names(self, folder: str) -> list[str]:
-        """Names of the files in a folder, sorted; none if the folder is not there.
-
-        Temporary files are left out.
-        """
         return sorted(
             name for name, kind in self._list(folder) if kind == "file" and not name.startswith(".")
         )
 
+    @override
     def walk(self, folder: str = "") -> Iterator[tuple[str, int, float]]:
-        """(name, bytes, time of last change by the service's clock) of every file below a folder, sorted."""
         with self._explained("cannot list", folder):
             found = self.system.find(self._key(folder), detail=True)
         for key, info in sorted(found.items()):
             changed = info.get("LastModified") or info["mtime"]
             yield key.removeprefix(f"{self._path}/"), int(info["size"]), changed.timestamp()
 
+    @override
     def prove_exclusive(self) -> None:
-        """Make sure that a create fails here where the name exists; the name of this probe stays.
+        """Create a probe twice; the name of it stays.
 
         Raises:
-            UsageError: the service ignores the condition.
+            UsageError: the service ignores that the name was to be absent.
         """
+        if self._exclusive:
+            return
         # The first create makes the probe where there is none yet; the second is one too many
         # everywhere.
-        if not self._exclusive and all(
-            self.put_if_absent(_PROBE, uuid.uuid4().bytes) for _ in range(2)
-        ):
+        if self._make_probe() and self._make_probe():
             raise UsageError(
                 f"{self.root}: this service overwrites an object that was to be created only if "
                 "absent (it ignores If-None-Match). Two writers would lose each other's rows "
@@ -157,13 +158,14 @@ class ObjectFiles:
             )
         self._exclusive = True
 
+    def _make_probe(self) -> bool:
+        return self.put_if_absent(_PROBE, uuid.uuid4().bytes)
+
+    @override
     def put_if_absent(self, name: str, data: bytes) -> bool:
-        """Give `name` this content unless it exists.
+        """As the protocol says; and a writer that finds its own content there gets True too.
 
-        Of racing writers with different contents exactly one gets True.
-
-        A writer that finds its own content there gets True too: it may be its own upload, whose
-        answer was lost.
+        It may be its own upload, whose answer was lost.
         """
         failed: Exception | None = None
         for pause in CREATE_PAUSES:
@@ -185,8 +187,8 @@ class ObjectFiles:
     def _create(self, key: str, data: bytes) -> None:
         self.system.pipe_file(key, data, mode="create")
 
+    @override
     def put_content(self, folder: str, write: Callable[[Path], object], *, suffix: str) -> Content:
-        """Put what `write` writes into a local file under `<folder>/<2 hex>/<32 hex><suffix>`, named by its sha256."""
         with TemporaryDirectory(prefix="stillroom-") as temporary:
             path = Path(temporary) / "content"
             with explained("cannot write", path):
@@ -197,17 +199,14 @@ class ObjectFiles:
                 self.system.put_file(str(path), self._key(content.name))
         return replace(content, fresh=fresh)
 
+    @override
     def replace(self, name: str, data: bytes) -> None:
-        """Give `name` this content whatever it had; readers see the old or the new.
-
-        Not for anything of a store.
-        """
         with self._explained("cannot write", name):
             self.system.pipe_file(self._key(name), data)
         self.cache.remove(name)
 
+    @override
     def remove(self, name: str) -> None:
-        """Delete a file, if it is there. Only for what no record names."""
         with self._explained("cannot delete", name):
             try:
                 self.system.rm_file(self._key(name))
@@ -233,9 +232,8 @@ class ObjectFiles:
         from fsspec.core import url_to_fs
 
         try:
-            system, path = url_to_fs(
-                self.root, use_listings_cache=False
-            )  # fsspec keeps one per process
+            # fsspec keeps one system per process.
+            system, path = url_to_fs(self.root, use_listings_cache=False)
         except ImportError as error:
             raise UsageError(
                 f"{self.root}: {error}. `pip install 'stillroom[s3]'` (or `[gcs]`) brings it."
@@ -292,16 +290,15 @@ class ObjectReader(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """Go to a position."""
-        self._position = (
-            offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        )
+        origins = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}
+        self._position = origins[whence] + offset
         return self._position
 
     def read(self, size: int = -1) -> bytes:
         """Bytes from here on; fewer at the end only."""
         end = self._size if size < 0 else min(self._position + size, self._size)
-        data = (
-            self._files.read_range(self._name, self._position, end) if end > self._position else b""
-        )
+        if end <= self._position:
+            return b""
+        data = self._files.read_range(self._name, self._position, end)
         self._position += len(data)
         return data

@@ -1,4 +1,4 @@
-"""What a store keeps beside its tables, against its own hashes: inputs, teachers, bindings, snapshots."""
+"""Records beside the tables, checked against their own hashes: inputs, teachers, bindings, snapshots."""
 
 import json
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import IntegrityError
 from ..files.base import Files
 from ..keys import content_id, unseal
-from ..snapshots.snapshot import load_snapshot
+from ..snapshots.snapshot import SnapshotShard, load_snapshot
 from ..store.inputs import INPUTS_SCHEMA, inputs_name, read_inputs
 from ..store.store import MARKER, Store
 from ..tables.shard import ShardFile, ShardInfo
@@ -52,7 +52,7 @@ def _inputs_problems(files: Files, seen: Seen) -> Iterator[Problem]:
 
 def _teacher_problems(files: Files, seen: Seen) -> Iterator[Problem]:
     """`identity.json` is what a teacher's id is the hash of, and holds the hashes of its tokenizer's files."""
-    folders: dict[str, set[str]] = {}
+    folders: dict[str, set[str]] = {}  # names of the files in each
     for name, _, _ in files.walk("teachers"):
         path = PurePosixPath(name)
         if not path.name.startswith("."):
@@ -84,10 +84,11 @@ def _file_problems(
     files: Files, folder: str, names: set[str], parts: dict[str, Any]
 ) -> Iterator[tuple[str, str]]:
     """(file, what is wrong) of the files kept beside an identity: hashes where it has them, else their content."""
-    for name, sha256 in parts.get("tokenizer", {}).items():
-        if name != "config" and name not in names:
+    hashes = {name: h for name, h in parts.get("tokenizer", {}).items() if name != "config"}
+    for name, sha256 in hashes.items():
+        if name not in names:
             yield name, "the file is missing"
-        elif name != "config" and files.sha256(f"{folder}/{name}") != sha256:
+        elif files.sha256(f"{folder}/{name}") != sha256:
             yield name, "the file's sha256 is not the one in identity.json"
     expected = {
         "config.json": parts.get("config"),
@@ -98,10 +99,9 @@ def _file_problems(
     for name, content in expected.items():
         if content and not _holds(files, folder, name, content):
             yield name, "the file does not say what identity.json says of it"
-    if "chat_template.jinja" in names and parts.get("chat_template") != _text(
-        files, f"{folder}/chat_template.jinja"
-    ):
-        yield "chat_template.jinja", "the template is not the one in identity.json"
+    template = "chat_template.jinja"
+    if template in names and _text(files, f"{folder}/{template}") != parts.get("chat_template"):
+        yield template, "the template is not the one in identity.json"
 
 
 def _holds(files: Files, folder: str, name: str, content: dict[str, Any]) -> bool:
@@ -138,13 +138,8 @@ def _binding_problems(files: Files, seen: Seen) -> Iterator[Problem]:
             unseal(files.read(name), name)
         except IntegrityError as error:
             folder = PurePosixPath(name).parent
-            yield Problem(
-                name,
-                None,
-                None,
-                str(error),
-                tuple(n for n in names if PurePosixPath(n).parent == folder),
-            )
+            together = tuple(other for other in names if PurePosixPath(other).parent == folder)
+            yield Problem(name, None, None, str(error), together)
 
 
 def _snapshot_problems(store: Store, seen: Seen) -> Iterator[Problem]:
@@ -160,33 +155,27 @@ def _snapshot_problems(store: Store, seen: Seen) -> Iterator[Problem]:
             if shard.source:  # read only, and not this store's to prove
                 continue
             seen.named.add(shard.name)
-            if problem := _chosen_problem(
-                store.files, shard.name, shard.sha256, shard.row_groups, seen
-            ):
+            last = int(shard.rows[-1]) if len(shard.rows) else -1
+            if problem := _chosen_problem(store.files, shard, seen):
                 yield Problem(name, None, None, f"its shard {shard.name} {problem}")
-            elif len(shard.rows) and int(shard.rows[-1]) >= sum(shard.row_groups):
-                yield Problem(
-                    name,
-                    None,
-                    None,
-                    f"it names row {int(shard.rows[-1])} of {shard.name}, which has fewer",
-                )
+            elif last >= sum(shard.row_groups):
+                message = f"it names row {last} of {shard.name}, which has fewer"
+                yield Problem(name, None, None, message)
 
 
-def _chosen_problem(
-    files: Files, name: str, sha256: str, row_groups: tuple[int, ...], seen: Seen
-) -> str | None:
+def _chosen_problem(files: Files, shard: SnapshotShard, seen: Seen) -> str | None:
     """What is wrong with a shard that a snapshot names: live ones are checked already, withdrawn ones are not."""
+    name, row_groups = shard.name, shard.row_groups
     if name in seen.damaged:
         return "is damaged"
     if name in seen.sound:
         return None if seen.sound[name].row_groups == row_groups else "has other row groups"
     try:
-        if files.sha256(name) != sha256:
+        if files.sha256(name) != shard.sha256:
             return "is damaged"
         if ShardFile(files, name).rows_per_group != row_groups:
             return "has other row groups"
     except FileNotFoundError:
         return "is missing"
-    seen.sound[name] = ShardInfo(name, sha256, files.size(name), sum(row_groups), row_groups)
+    seen.sound[name] = ShardInfo(name, shard.sha256, files.size(name), sum(row_groups), row_groups)
     return None

@@ -83,9 +83,8 @@ def _mend(files: Files, name: str, reason: str, done: Repaired) -> None:
         return
     table = next(table for table in TABLES if table == match[2])
     seq = int(match[3])
-    if (
-        match[1] == "retired"
-    ):  # its name says what was withdrawn; rows of it may have been made again since
+    if match[1] == "retired":
+        # Its name says what was withdrawn; rows of it may have been made again since.
         files.replace(name, withdrawal(table, seq, reason="written again by repair"))
         done.rewritten.append(name)
     elif retire(files, table, seq, reason=reason):
@@ -104,17 +103,13 @@ def _retry(store: Store, reasons: set[str], withdrawn: list[Withdrawn]) -> Count
     """Withdraw the commits that hold rejects with these reasons; returns the rejects withdrawn, by reason."""
     counted: Counter[str] = Counter()
     for commit, found in _rejects(store):
+        wanted = sorted(reasons & found.keys())
         # What the data stage rejected is read again only where the recipe's data change.
-        if commit.stage == "data" or not reasons & found.keys():
+        if commit.stage == "data" or not wanted:
             continue
-        if store.retire(
-            commit, reason=f"to be tried again: {', '.join(sorted(reasons & found.keys()))}"
-        ):
-            withdrawn.append(
-                Withdrawn(
-                    record_name("rejects", commit.seq), commit.shard.rows, "to be tried again"
-                )
-            )
+        if store.retire(commit, reason=f"to be tried again: {', '.join(wanted)}"):
+            record = record_name("rejects", commit.seq)
+            withdrawn.append(Withdrawn(record, commit.shard.rows, "to be tried again"))
             counted.update(found)
     return counted
 

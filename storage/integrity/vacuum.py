@@ -55,22 +55,21 @@ def vacuum(store: Store, *, older_than_hours: float = HOURS, dry_run: bool = Fal
     files = store.files
     latest = _now(files) - older_than_hours * 3600
     listed = list(files.walk())
-    named = _named(
-        store,
-        {name for name, _, changed in listed if name.startswith("retired/") and changed > latest},
-    )
-    useless = [item for item in listed if _is_useless(item[0], named)]
-    at_work = {name.rpartition("/")[0] for name, _, changed in listed if changed > latest}
-    old = {
-        name: size
-        for name, size, changed in useless
-        if changed <= latest
-        and not (name.startswith("claims/") and name.rpartition("/")[0] in at_work)
-    }
+    young = {name for name, _, changed in listed if changed > latest}
+    named = _named(store, {name for name in young if name.startswith("retired/")})
+    useless = {name: size for name, size, _ in listed if _is_useless(name, named)}
+    # A folder of claims in which somebody is at work stays whole.
+    at_work = {_folder(name) for name in young}
+    claimed = {name for name in useless if name.startswith("claims/") and _folder(name) in at_work}
+    old = {name: size for name, size in useless.items() if name not in young | claimed}
     if not dry_run:
         for name in old:
             files.remove(name)
     return Vacuumed(old, len(useless) - len(old))
+
+
+def _folder(name: str) -> str:
+    return name.rpartition("/")[0]
 
 
 def _now(files: Files) -> float:
@@ -96,15 +95,15 @@ def _named(store: Store, recent: set[str]) -> set[str]:
             commits = store.commits(table)
             named.update(commit.shard.name for commit in commits)
             named.update(_withdrawn(store.files, table, recent))
-            known = Segments(store.files, table)
-            named.update(name for name in map(known.find, complete(commits)) if name is not None)
+            segments = map(Segments(store.files, table).find, complete(commits))
+            named.update(name for name in segments if name is not None)
         for file in store.files.names("inputs"):
-            if (inputs := read_inputs(store.files, file.removesuffix(".json"))) is not None:
+            inputs = read_inputs(store.files, file.removesuffix(".json"))
+            if inputs is not None:
                 named.add(inputs.shard.name)
         for file in store.files.names("snapshots"):
-            named.update(
-                shard.name for shard in load_snapshot(store, file.removesuffix(".json")).shards
-            )
+            snapshot = load_snapshot(store, file.removesuffix(".json"))
+            named.update(shard.name for shard in snapshot.shards)
     except (IntegrityError, KeyError, TypeError, ValueError) as error:
         raise IntegrityError(
             "vacuum: nothing was removed, for a record cannot be read, and what it names must "

@@ -54,12 +54,6 @@ def verify(store: Store) -> Report:
     return report
 
 
-def verify_commit(files: Files, table: TableName, seq: int) -> list[Problem]:
-    """Check one commit, its record and its shard."""
-    record = _record(files, table, seq)
-    return [record] if isinstance(record, Problem) else _commit_problems(files, record)
-
-
 def _record(files: Files, table: TableName, seq: int) -> Record | Problem:
     name = record_name(table, seq)
     try:
@@ -81,10 +75,11 @@ def _verify_table(files: Files, table: TableName, report: Report, seen: Seen) ->
     """Every number from 0 on must have its record, or be withdrawn."""
     withdrawn = set(numbers(files, table, folder="retired"))
     report.problems.extend(_withdrawal_problems(files, table, withdrawn, seen))
+    last = max([*numbers(files, table), *withdrawn], default=-1)
     found = TableReport()
-    halves: list[np.ndarray] = []
     live: list[int] = []
-    for seq in range(max([*numbers(files, table), *withdrawn], default=-1) + 1):
+    halves: list[np.ndarray] = []  # the first 8 bytes of each key, by live commit
+    for seq in range(last + 1):
         seen.named.add(record_name(table, seq))
         if seq in withdrawn:
             report.notes.extend(_withdrawn_notes(files, table, seq, seen))
@@ -142,13 +137,16 @@ def _repeated_keys(
     First by half keys in order, then exactly, where halves are equal.
     """
     ordered = np.sort(np.concatenate([np.empty(0, np.uint64), *halves]))
-    doubtful = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
-    first: dict[bytes, int] = {}
+    equals_next = ordered[1:] == ordered[:-1]
+    doubtful = np.unique(ordered[1:][equals_next])
+    first: dict[bytes, int] = {}  # the commit that has a key first
     for seq, half in zip(live, halves, strict=True):
         if not np.isin(half, doubtful).any():
             continue
-        record = read_commit(files, table, seq)
-        assert record is not None
+        record = _record(files, table, seq)
+        if isinstance(record, Problem):  # it was whole a moment ago
+            yield record
+            continue
         messages = []
         for key in split_keys(record[1]):
             if first.setdefault(key, seq) != seq:

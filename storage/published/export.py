@@ -89,39 +89,41 @@ def find_snapshots(store: Store, name: str | None) -> dict[str, Snapshot]:
         UsageError: no such snapshot, or several; lists them.
     """
     ids = [file.removesuffix(".json") for file in store.files.names("snapshots")]
-    known = [load_snapshot(store, found) for found in ids if found.startswith(name or "")]
-    if name is None:
-        known = [snapshot for snapshot in known if snapshot.about.get("split", "train") == "train"]
-    if len(known) != 1:
-        listed = "".join(
-            f"\n  {s.id}  {s.about.get('split', '-')}, {s.rows} rows of {s.table}"
-            for s in known or [load_snapshot(store, found) for found in ids]
-        )
-        what = (
-            "several snapshots"
-            if known
-            else f"no snapshot {name}"
-            if name
-            else "no snapshot of training rows"
-        )
-        advice = (
-            "Name one with --snapshot" if ids else "Run a recipe up to `train` first, it makes one"
-        )
-        raise UsageError(f"{store.root}: {what}. {advice}.{listed}")
-    (chosen,) = known
-    split = chosen.about.get("split", "train")
-    others = {name: found for name, found in chosen.about.get("splits", {}).items() if found in ids}
-    if source := next((shard.source for shard in chosen.shards if shard.source), None):
+    chosen = _chosen_snapshot(store, ids, name)
+    source = next((shard.source for shard in chosen.shards if shard.source), None)
+    if source is not None:
         raise UsageError(
             f"{store.root}: snapshot {chosen.id} holds rows of the read-only source {source}, "
             "which are not in this store. What a published folder holds is published: name that "
             "one. What a store holds can be exported from it. Or run the recipe once without "
             "storage.sources: then this store has all of its rows."
         )
-    found = {split: chosen} | {
-        name: load_snapshot(store, id_) for name, id_ in others.items() if name != split
-    }
-    return {name: found[name] for name in SPLITS if name in found}
+    split = chosen.about.get("split", "train")
+    found = {split: chosen}
+    for other, snapshot_id in chosen.about.get("splits", {}).items():
+        if other != split and snapshot_id in ids:
+            found[other] = load_snapshot(store, snapshot_id)
+    return {split: found[split] for split in SPLITS if split in found}
+
+
+def _chosen_snapshot(store: Store, ids: list[str], name: str | None) -> Snapshot:
+    known = [load_snapshot(store, found) for found in ids if found.startswith(name or "")]
+    if name is None:
+        known = [snapshot for snapshot in known if snapshot.about.get("split", "train") == "train"]
+    if len(known) == 1:
+        return known[0]
+    if known:
+        what = "several snapshots"
+    else:
+        what = f"no snapshot {name}" if name else "no snapshot of training rows"
+    advice = "Run a recipe up to `train` first, it makes one"
+    if ids:
+        advice = "Name one with --snapshot"
+    listed = "".join(
+        f"\n  {one.id}  {one.about.get('split', '-')}, {one.rows} rows of {one.table}"
+        for one in known or [load_snapshot(store, found) for found in ids]
+    )
+    raise UsageError(f"{store.root}: {what}. {advice}.{listed}")
 
 
 def make_tables(
@@ -202,10 +204,11 @@ def common(abouts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         UsageError: they do not agree on what the numbers of their rows mean.
     """
     first = abouts[0]
+    nothing = object()
     agreed = {
         name
-        for name in first
-        if all(name in other and other[name] == first[name] for other in abouts)
+        for name, said in first.items()
+        if all(other.get(name, nothing) == said for other in abouts)
     }
     for name in _ONE_FOR_ALL:
         if name in first and name not in agreed:
@@ -298,10 +301,8 @@ class _Split:
     def _generations(
         self, folder: Path, keys: pa.Array, about: Mapping[str, Any]
     ) -> dict[str, Any]:
-        numbers, files = (
-            TextNumbers(),
-            self._open(folder, "generations", about, counted="completion_tokens"),
-        )
+        numbers = TextNumbers()
+        files = self._open(folder, "generations", about, counted="completion_tokens")
         for rows in generations_of(self._store, keys):
             numbers.add(rows)
             files.add(rows)

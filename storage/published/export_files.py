@@ -7,6 +7,7 @@ rows give equal bytes.
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,14 @@ CHUNKING = {"min_chunk_size": 256 << 10, "max_chunk_size": 1 << 20, "norm_level"
 """Bytes of a page, decoded; those that `datasets` writes with."""
 
 
+@dataclass(frozen=True, slots=True)
+class _OpenFile:
+    """A Parquet file that is being written."""
+
+    sink: pa.NativeFile
+    writer: pq.ParquetWriter
+
+
 class TableFiles:
     """The files of one table's split, written into a folder under numbers; their final names need the last number."""
 
@@ -41,8 +50,7 @@ class TableFiles:
         self._options = encodings(schema) | {"use_content_defined_chunking": CHUNKING}
         self._pending: list[pa.Table] = []
         self._held, self._tokens = 0, 0  # bytes and tokens of what is pending
-        self._writer: pq.ParquetWriter | None = None
-        self._sink: pa.NativeFile | None = None
+        self._file: _OpenFile | None = None
         self.paths: list[Path] = []
         self.row_groups: list[list[int]] = []
         """Rows of each row group, per file."""
@@ -70,9 +78,9 @@ class TableFiles:
         """Write what is left; a table without rows is one file without rows."""
         self._flush()
         if not self.paths:
-            self._open()
-        if self._writer is not None:
-            self._close_file()
+            self._file = self._open()
+        if self._file is not None:
+            self._close_file(self._file)
 
     def _flush(self) -> None:
         group = pa.concat_tables([self._schema.empty_table(), *self._pending]).combine_chunks()
@@ -80,31 +88,29 @@ class TableFiles:
         self._pending, self._held = [], 0
         if not group.num_rows:
             return
-        writer = self._writer or self._open()
+        file = self._file = self._file or self._open()
         with explained("cannot write", self.paths[-1]):
-            writer.write_table(group, row_group_size=group.num_rows)
+            file.writer.write_table(group, row_group_size=group.num_rows)
             self.row_groups[-1].append(group.num_rows)
             self.tokens[-1] += tokens
-            if self._sink is not None and self._sink.tell() >= FILE_BYTES:
-                self._close_file()
+            if file.sink.tell() >= FILE_BYTES:
+                self._close_file(file)
 
-    def _open(self) -> pq.ParquetWriter:
+    def _open(self) -> _OpenFile:
         path = self._folder / f"{len(self.paths):05d}"
         with explained("cannot write", path):
-            self._sink = pa.OSFile(str(path), "wb")
-            self._writer = pq.ParquetWriter(self._sink, self._schema, **self._options)
+            sink = pa.OSFile(str(path), "wb")
+            writer = pq.ParquetWriter(sink, self._schema, **self._options)
         self.paths.append(path)
         self.row_groups.append([])
         self.tokens.append(0)
-        return self._writer
+        return _OpenFile(sink, writer)
 
-    def _close_file(self) -> None:
-        assert self._writer is not None
-        assert self._sink is not None
+    def _close_file(self, file: _OpenFile) -> None:
         with explained("cannot write", self.paths[-1]):
-            self._writer.close()
-            self._sink.close()
-        self._writer = self._sink = None
+            file.writer.close()
+            file.sink.close()
+        self._file = None
 
 
 def row_sizes(table: pa.Table) -> np.ndarray:

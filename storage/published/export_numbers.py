@@ -30,18 +30,18 @@ class Spread:
 
     def numbers(self) -> dict[str, float] | None:
         """Mean, quantiles and largest; None if nothing was added."""
-        below = np.cumsum(self._counts)
-        if not below[-1]:
+        below = np.cumsum(self._counts)  # numbers in each bin and those before it
+        total = below[-1]
+        if not total:
             return None
-        places = {
-            name: int(np.searchsorted(below, share * below[-1]))
-            for name, share in QUANTILES.items()
-        }
-        found = {name: (place + 0.5) * self._limit / _BINS for name, place in places.items()}
-        return {name: round(min(value, self._most), 6) for name, value in found.items()} | {
-            "mean": round(self._sum / int(below[-1]), 6),
-            "max": round(self._most, 6),
-        }
+        found = {}
+        for name, share in QUANTILES.items():
+            place = int(np.searchsorted(below, share * total))
+            middle = (place + 0.5) * self._limit / _BINS
+            found[name] = round(min(middle, self._most), 6)
+        found["mean"] = round(self._sum / int(total), 6)
+        found["max"] = round(self._most, 6)
+        return found
 
 
 class Lengths:
@@ -57,19 +57,18 @@ class Lengths:
 
     def numbers(self) -> dict[str, float]:
         """All zero if nothing was added."""
-        lengths = np.array(sorted(self._counts), np.int64)
-        below = np.cumsum([self._counts[length] for length in lengths.tolist()])
-        if not len(lengths):
+        if not self._counts:
             return dict.fromkeys(("total", "mean", *QUANTILES, "max"), 0)
-        total = int(np.dot(lengths, np.diff(below, prepend=0)))
-        found = {
-            name: int(lengths[np.searchsorted(below, share * below[-1])])
-            for name, share in QUANTILES.items()
-        }
+        lengths = np.array(sorted(self._counts), np.int64)
+        counts = np.array([self._counts[length] for length in lengths.tolist()], np.int64)
+        below = np.cumsum(counts)  # rows of each length and shorter
+        rows = below[-1]
+        places = {name: np.searchsorted(below, share * rows) for name, share in QUANTILES.items()}
+        total = int(np.dot(lengths, counts))
         return {
             "total": total,
-            "mean": round(total / int(below[-1]), 2),
-            **found,
+            "mean": round(total / int(rows), 2),
+            **{name: int(lengths[place]) for name, place in places.items()},
             "max": int(lengths[-1]),
         }
 
@@ -95,16 +94,19 @@ class TargetNumbers:
         fixed = np.asarray(entries.is_null())
         self._entries.add(np.repeat(k[fixed], spans[fixed]))
         self._entropy.add(np.asarray(rows["entropy"].combine_chunks().flatten()))
+        tails = np.asarray(rows["tail_logprob"].combine_chunks().flatten(), np.float64)
+        self._mass.add(1.0 - np.exp(tails))
         stored = map(_numbers, rows["temperatures"].to_pylist())
         for kind, others in set(zip(rows["kind"].to_pylist(), stored, strict=True)):
-            if not STRUCTURES[kind].whole:  # which has all of them
-                here = {*others, *([] if STRUCTURES[kind].drawn and others else [1.0])}
-                self._temperatures = (
-                    here if self._temperatures is None else self._temperatures & here
-                )
-        self._mass.add(
-            1.0 - np.exp(np.asarray(rows["tail_logprob"].combine_chunks().flatten(), np.float64))
-        )
+            self._meet(kind, set(others))
+
+    def _meet(self, kind: str, others: set[float]) -> None:
+        """Keep the temperatures that these rows can be read at too."""
+        if STRUCTURES[kind].whole:  # at all of them
+            return
+        drawn_at_another = STRUCTURES[kind].drawn and others
+        here = others if drawn_at_another else {1.0, *others}
+        self._temperatures = here if self._temperatures is None else self._temperatures & here
 
     def numbers(self) -> dict[str, Any]:
         """As the manifest has them."""
@@ -128,25 +130,19 @@ class TextNumbers:
     """Of the generations of one split."""
 
     def __init__(self) -> None:
-        self._prompts, self._completions, self._tokens, self._scored = (
-            Lengths(),
-            Lengths(),
-            Lengths(),
-            Lengths(),
-        )
+        self._prompts, self._completions = Lengths(), Lengths()
+        self._tokens, self._scored = Lengths(), Lengths()
         self._finished: Counter[str] = Counter()
 
     def add(self, rows: pa.Table) -> None:
         """Count some rows."""
-        prompts, completions = (
-            rows[name].to_numpy() for name in ("prompt_tokens", "completion_tokens")
-        )
+        prompts = rows["prompt_tokens"].to_numpy()
+        completions = rows["completion_tokens"].to_numpy()
+        tokens = prompts + completions
         self._prompts.add(prompts)
         self._completions.add(completions)
-        self._tokens.add(prompts + completions)
-        self._scored.add(
-            prompts + completions - np.maximum(prompts, 1)
-        )  # nothing comes before the first token
+        self._tokens.add(tokens)
+        self._scored.add(tokens - np.maximum(prompts, 1))  # nothing predicts the first token
         self._finished.update(rows["finish_reason"].to_pylist())
 
     def numbers(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ does not suffice; it knows no page checksums, so the files are hashed before.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -50,17 +51,40 @@ PUBLISHED: dict[str, pa.Schema] = {
 """Tables that are published, and their columns."""
 _BATCH_ROWS = 4096
 
-# A given text's prompts row is named; a generated one knows the prompt's hash, which rows that
-# differ in the reference share: the first by key stands for them. A document is all completion: its
-# windows would repeat it as their prompt.
-_JOIN = """
-    WITH named AS (SELECT prompt_key, min(key) AS key FROM prompts GROUP BY prompt_key)
-    SELECT g.*, CASE WHEN p.format = 'text' THEN NULL ELSE p.text END AS prompt,
-        p.text_pair, p.messages, p.reference, p.label
-    FROM wanted w JOIN generations g ON g.key = w.key
-        LEFT JOIN named n ON n.prompt_key = g.prompt_key
-        LEFT JOIN prompts p ON p.key = coalesce(g.source_key, n.key)
-    ORDER BY w.number"""
+# The wanted generations, in their order, each with what `JOINED` has of its prompt. A given text
+# names its row of `prompts`. A generated one knows the prompt's hash, which rows that differ in the
+# reference share: the first by key stands for them. A document is all completion: its windows would
+# repeat it as their prompt.
+_WITH_PROMPTS = """
+    WITH first_rows AS (
+        SELECT prompt_key, min(key) AS key FROM prompts GROUP BY prompt_key
+    ),
+    texts AS (
+        SELECT g.*, w.number, coalesce(g.source_key, f.key) AS row_of_prompts
+        FROM wanted w
+        JOIN generations g ON g.key = w.key
+        LEFT JOIN first_rows f ON f.prompt_key = g.prompt_key
+    )
+    SELECT
+        t.* EXCLUDE (number, row_of_prompts),
+        CASE WHEN p.format = 'text' THEN NULL ELSE p.text END AS prompt,
+        p.text_pair,
+        p.messages,
+        p.reference,
+        p.label
+    FROM texts t
+    LEFT JOIN prompts p ON p.key = t.row_of_prompts
+    ORDER BY t.number"""
+
+_SOURCES = """
+    WITH asked AS (
+        SELECT DISTINCT g.prompt_key FROM generations g JOIN wanted w ON g.key = w.key
+    )
+    SELECT i.data_id, count(DISTINCT i.prompt_key)
+    FROM inputs i
+    JOIN asked a ON a.prompt_key = i.prompt_key
+    GROUP BY i.data_id
+    ORDER BY i.data_id"""
 
 
 def snapshot_rows(
@@ -74,14 +98,15 @@ def snapshot_rows(
         columns: Which to read.
         keep: [rows] which of the chosen rows to take; None: all.
     """
-    before = 0
+    before = 0  # chosen rows of the shards before
     for part in snapshot.shards:
         file = store.shard(snapshot.table, part.sha256)
-        edges = np.searchsorted(part.rows, file.starts)
+        edges = np.searchsorted(part.rows, file.starts)  # of the row groups, in chosen rows
         for low, high in pairwise(edges.tolist()):
             rows = part.rows[low:high]
             if keep is not None:
-                rows = rows[keep[before + low : before + high]]
+                kept = keep[before + low : before + high]
+                rows = rows[kept]
             if len(rows):
                 yield file.select(rows, columns)
         before += len(part.rows)
@@ -95,13 +120,10 @@ def allowed_generations(store: Store, where: str) -> pa.Array:
     """
     _check_bytes(store, "generations")
     try:
-        return (
-            query(store, f"SELECT key FROM generations WHERE {where}")["key"]
-            .combine_chunks()
-            .cast(KEY)
-        )
+        found = query(store, f"SELECT key FROM generations WHERE {where}")
     except UsageError as error:
         raise UsageError(f"--where: {error}") from error
+    return found["key"].combine_chunks().cast(KEY)
 
 
 def generations_of(store: Store, keys: pa.Array) -> Iterator[pa.Table]:
@@ -118,7 +140,7 @@ def generations_of(store: Store, keys: pa.Array) -> Iterator[pa.Table]:
     with connect(store) as connection:
         wanted = pa.table({"number": pa.array(np.arange(len(keys))), "key": keys})
         connection.from_arrow(wanted).create("wanted")
-        for batch in connection.sql(_JOIN).to_arrow_reader(_BATCH_ROWS):
+        for batch in connection.sql(_WITH_PROMPTS).to_arrow_reader(_BATCH_ROWS):
             found += batch.num_rows
             yield pa.Table.from_batches([batch]).cast(PUBLISHED["generations"])
     if found != len(keys):
@@ -134,11 +156,7 @@ def sources_of(store: Store, keys: pa.Array) -> dict[str, int]:
     """Which recorded data the prompts of these generations are from: data id -> how many prompts."""
     with connect(store) as connection:
         connection.from_arrow(pa.table({"key": keys})).create("wanted")
-        found = connection.sql("""
-            SELECT i.data_id, count(DISTINCT i.prompt_key) FROM inputs i
-            WHERE i.prompt_key IN (SELECT prompt_key FROM generations g JOIN wanted w ON g.key = w.key)
-            GROUP BY i.data_id ORDER BY i.data_id""")
-        return dict(found.fetchall())
+        return dict(connection.sql(_SOURCES).fetchall())
 
 
 def shards_of(store: Store, table: TableName, keys: pa.Array) -> list[tuple[dict[str, Any], int]]:
@@ -146,7 +164,8 @@ def shards_of(store: Store, table: TableName, keys: pa.Array) -> list[tuple[dict
     found = []
     for commit in store.commits(table):
         shard = store.shard(table, commit.shard.sha256)
-        rows = pc.sum(pc.is_in(shard.read_all(["key"])["key"], value_set=keys)).as_py()
+        own = shard.read_all(["key"])["key"]
+        rows = pc.sum(pc.is_in(own, value_set=keys)).as_py()
         if rows:
             found.append((shard.about, rows))
     return found
@@ -191,37 +210,48 @@ def cut(targets: SoftTargets, k: int) -> SoftTargets:
 
     `full` becomes entries and a tail; the temperatures that it has for being whole are lost.
     """
-    assert targets.logprobs is not None
-    assert targets.tail_logprob is not None
-    ids, logprobs = targets.ids, targets.logprobs
+    ids, logprobs, tail = targets.ids, targets.logprobs, targets.tail_logprob
+    if logprobs is None or tail is None:
+        raise ValueError("draws cannot be cut: they have no order (`can_be_cut` refuses them)")
     if ids is None:
         ids = np.argsort(-logprobs, axis=1, kind="stable").astype(np.int32)
         logprobs = np.take_along_axis(logprobs, ids, axis=1)
     rest = logprobs[:, k:].astype(np.float64)
-    tempered = targets.tempered_tails
-    if tempered is not None and targets.temperatures is not None:
-        parts = [
-            np.logaddexp.reduce(rest / t, axis=1) for t in targets.temperatures.astype(np.float64)
-        ]
-        tempered = np.logaddexp(tempered, np.stack(parts, axis=1)).astype(np.float32)
-    return SoftTargets(
+    entries = targets.entries
+    if entries is not None:
+        entries = np.minimum(entries, k).astype(np.int32)
+    return replace(
+        targets,
         ids=ids[:, :k],
         logprobs=logprobs[:, :k],
-        tail_logprob=np.logaddexp(targets.tail_logprob, np.logaddexp.reduce(rest, axis=1)).astype(
-            np.float32
-        ),
-        token_logprob=targets.token_logprob,
-        entropy=targets.entropy,
-        entries=None
-        if targets.entries is None
-        else np.minimum(targets.entries, k).astype(np.int32),
-        temperatures=targets.temperatures,
-        tempered_tails=tempered,
+        tail_logprob=_with_rest(tail, rest),
+        entries=entries,
+        tempered_tails=_tempered_with_rest(targets, rest),
     )
 
 
+def _with_rest(tail: np.ndarray, rest: np.ndarray) -> np.ndarray:
+    """[N] log(exp(tail) + sum_i exp(rest_i)), of a tail [N] and what joins it [N, R] float64."""
+    joining = np.logaddexp.reduce(rest, axis=1)
+    joined: np.ndarray = np.logaddexp(tail, joining).astype(np.float32)
+    return joined
+
+
+def _tempered_with_rest(targets: SoftTargets, rest: np.ndarray) -> np.ndarray | None:
+    """[N, m] the same at each temperature T: p_i^(1/T) join, whose logs are rest_i / T."""
+    temperatures, tails = targets.temperatures, targets.tempered_tails
+    if temperatures is None or tails is None:
+        return tails
+    parts = [
+        _with_rest(tails[:, number], rest / temperature)
+        for number, temperature in enumerate(temperatures.astype(np.float64))
+    ]
+    return np.stack(parts, axis=1)
+
+
 def _check_bytes(store: Store, table: TableName) -> None:
-    for commit in store.commits(table):  # DuckDB would read a flipped bit without a word
+    # DuckDB would read a flipped bit without a word.
+    for commit in store.commits(table):
         if store.files.sha256(commit.shard.name) != commit.shard.sha256:
             raise IntegrityError(
                 f"{commit.shard.name}: the file is damaged (its sha256 is another one). {REPAIR}"

@@ -140,13 +140,11 @@ class _Rows:
         self, positions: np.ndarray, columns: Sequence[str] | None, *, threads: bool
     ) -> pa.Table:
         """Rows by ascending position (of one row group of a store, so of very few files)."""
-        of = np.searchsorted(self.starts, positions, side="right") - 1
-        parts = [
-            self.file(number).select(
-                positions[of == number] - self.starts[number], columns, threads=threads
-            )
-            for number in (np.unique(of).tolist() or [0])
-        ]
+        of = np.searchsorted(self.starts, positions, side="right") - 1  # file of each row
+        parts = []
+        for number in np.unique(of).tolist() or [0]:
+            rows = positions[of == number] - self.starts[number]
+            parts.append(self.file(number).select(rows, columns, threads=threads))
         return pa.concat_tables(parts)
 
     def columns(self, names: Sequence[str]) -> pa.Table:
@@ -194,9 +192,11 @@ class Published(Store):
         Raises:
             IntegrityError: a file is missing or is not the one that was published; names it.
         """
-        local = isinstance(self.files, LocalFiles)
         for file in self.manifest.files:
-            found = sha256(self.files.local(file.name)) if local else self.files.sha256(file.name)
+            if isinstance(self.files, LocalFiles):
+                found = sha256(self.files.local(file.name))
+            else:
+                found = self.files.sha256(file.name)
             if found != file.sha256:
                 raise IntegrityError(
                     f"{self.root}/{file.name}: the file is damaged: its sha256 is {found[:16]}, "
@@ -225,20 +225,18 @@ class Published(Store):
 
     def commits(self, table: TableName) -> list[Commit]:
         """A commit for each shard of which rows were published, in the order in which they were committed."""
-        infos = (
-            [self._chosen[sha256][0] for sha256 in self._order]
-            if table == self.table
-            else self.shards(table)
-        )
+        if table == self.table:
+            infos = [self._chosen[sha256][0] for sha256 in self._order]
+        else:
+            infos = self.shards(table)
         return [_commit(table, seq, info) for seq, info in enumerate(infos)]
 
     def shard(self, table: TableName, sha256: str) -> ShardFile:
         """A shard opened for reading."""
         if table == self.table:
             return PublishedShard(self._rows(table), *self._chosen[sha256])
-        return PublishedFile(
-            self.files, next(info.name for info in self.shards(table) if info.sha256 == sha256)
-        )
+        name = next(info.name for info in self.shards(table) if info.sha256 == sha256)
+        return PublishedFile(self.files, name)
 
     def indexed(self, table: TableName, *, write: bool = False) -> Indexed:
         """What a plan asks of the rows; nothing is written."""
@@ -251,19 +249,22 @@ class Published(Store):
                 f"{self.root}: its {table} were published without the column {missing[0]}, so no "
                 "plan can be made of them. Use a copy that has all columns."
             )
-        if table == self.table:
-            places = np.empty(rows.starts[-1], np.int64)
-            for commit in commits:
-                _, chosen, positions = self._chosen[commit.shard.sha256]
-                places[positions] = place_of(commit.seq, 0) + chosen
-        else:
-            places = np.concatenate([place_of(c.seq, 0) + np.arange(c.shard.rows) for c in commits])
-        schema = segment_schema(table)
-        return Indexed(
-            commits,
-            pa.Table.from_arrays([places, *rows.columns(INDEXED[table])], schema=schema),
-            [],
-        )
+        columns = [self._places(table, commits), *rows.columns(INDEXED[table])]
+        newest = pa.Table.from_arrays(columns, schema=segment_schema(table))
+        return Indexed(commits, newest, [])
+
+    def _places(self, table: TableName, commits: Sequence[Commit]) -> np.ndarray:
+        """Where each published row stood (`place_of`), in the order of the files."""
+        firsts = [place_of(commit.seq, 0) for commit in commits]
+        if table != self.table:
+            counts = [commit.shard.rows for commit in commits]
+            parts = [first + np.arange(n) for first, n in zip(firsts, counts, strict=True)]
+            return np.concatenate(parts)
+        places = np.empty(self._rows(table).starts[-1], np.int64)
+        for first, commit in zip(firsts, commits, strict=True):
+            _, chosen, positions = self._chosen[commit.shard.sha256]
+            places[positions] = first + chosen
+        return places
 
     def samples(self) -> pa.Table:
         """All that there is to train and be judged on.
@@ -271,17 +272,16 @@ class Published(Store):
         Returns key (of the generation), prompt_key, tokens_key, held_out, tokens, start, place (in
         `table`).
         """
-        names = ("generation_key", "span_start", "span_tokens")
+        key, before, scored = "generation_key", "span_start", "span_tokens"
         if self.table == "generations":
-            names = ("key", "prompt_tokens", "completion_tokens")
-        rows = self._rows(self.table).columns([*names, "prompt_key", "tokens_key"])
-        first, more = (rows[name].to_numpy() for name in names[1:])
-        held_out = np.concatenate(
-            [np.full(s.rows, name == "test") for name, s in self.manifest.splits.items()]
-        )
+            key, before, scored = "key", "prompt_tokens", "completion_tokens"
+        rows = self._rows(self.table).columns([key, before, scored, "prompt_key", "tokens_key"])
+        first, more = rows[before].to_numpy(), rows[scored].to_numpy()
+        splits = self.manifest.splits.items()
+        held_out = np.concatenate([np.full(split.rows, name == "test") for name, split in splits])
         return pa.table(
             {
-                "key": rows[names[0]],
+                "key": rows[key],
                 "prompt_key": rows["prompt_key"],
                 "tokens_key": rows["tokens_key"],
                 "held_out": held_out,
@@ -306,25 +306,24 @@ class Published(Store):
             infos = [ShardInfo(f.name, f.sha256, f.bytes, f.rows, f.row_groups) for f in files]
             return [(info, np.arange(info.rows)) for info in infos]
         snapshot = load_snapshot(self, split.snapshot)
-        if snapshot.table != self.table or snapshot.rows != sum(file.rows for file in files):
+        published = sum(file.rows for file in files)
+        if snapshot.table != self.table or snapshot.rows != published:
             raise IntegrityError(
-                f"{self.root}: split {name} has {sum(file.rows for file in files)} rows of "
-                f"{self.table}, its snapshot {snapshot.id} {snapshot.rows} of {snapshot.table}. "
-                f"{_HELP}"
+                f"{self.root}: split {name} has {published} rows of {self.table}, its snapshot "
+                f"{snapshot.id} {snapshot.rows} of {snapshot.table}. {_HELP}"
             )
-        return [
-            (
-                ShardInfo(s.name, s.sha256, 0, sum(s.row_groups), s.row_groups),
-                s.rows.astype(np.int64),
-            )
-            for s in snapshot.shards
-        ]
+        found = []
+        for shard in snapshot.shards:
+            size = sum(shard.row_groups)
+            info = ShardInfo(shard.name, shard.sha256, 0, size, shard.row_groups)
+            found.append((info, shard.rows.astype(np.int64)))
+        return found
 
     @cached_property
     def _chosen(self) -> dict[str, tuple[ShardInfo, np.ndarray, np.ndarray]]:
         """Shard by sha256: itself, its published rows, ascending, and where they are in the published table."""
         found: dict[str, tuple[ShardInfo, list[np.ndarray], list[np.ndarray]]] = {}
-        first = 0
+        first = 0  # position of the part's first row in the published table
         for parts in self._snapshots.values():
             for info, rows in parts:
                 _, chosen, positions = found.setdefault(info.sha256, (info, [], []))

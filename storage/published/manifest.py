@@ -44,8 +44,9 @@ class PublishedFile:
 
     def to_json(self) -> dict[str, Any]:
         """What the manifest says; of a file that is no table, name, hash and size."""
-        found = asdict(self) | {"row_groups": list(self.row_groups)}
-        return found if self.table else {name: found[name] for name in ("name", "sha256", "bytes")}
+        if not self.table:
+            return {"name": self.name, "sha256": self.sha256, "bytes": self.bytes}
+        return asdict(self) | {"row_groups": list(self.row_groups)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,10 +97,8 @@ class Manifest:
 
     def tables_of(self, table: str, split: str) -> list[PublishedFile]:
         """The Parquet files of a table's split, in order."""
-        return sorted(
-            (f for f in self.files if (f.table, f.split) == (table, split)),
-            key=lambda file: file.name,
-        )
+        files = [file for file in self.files if (file.table, file.split) == (table, split)]
+        return sorted(files, key=lambda file: file.name)
 
     def sealed(self) -> bytes:
         """The manifest as the file's bytes."""
@@ -139,12 +138,11 @@ class Manifest:
             for file in record["files"]
         ]
         splits = {split: PublishedSplit(**found) for split, found in record["splits"].items()}
-        found = cls(
-            **{k: v for k, v in record.items() if k != "id"} | {"files": files, "splits": splits}
-        )
-        if found.id != record["id"]:
+        stated = record.pop("id")
+        found = cls(**{**record, "files": files, "splits": splits})
+        if found.id != stated:
             raise IntegrityError(
-                f"{name}: names {record['id']}, its files are {found.id}. Publish it again."
+                f"{name}: names {stated}, its files are {found.id}. Publish it again."
             )
         return found
 

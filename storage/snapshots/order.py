@@ -43,26 +43,27 @@ class Order:
 
     def __init__(self, snapshot: Snapshot, *, window: int = WINDOW) -> None:
         self._snapshot, self._window = snapshot, window
+        # All row groups of all shards, one after another; rows are counted through all of them.
         counts = np.array([len(shard.row_groups) for shard in snapshot.shards], np.int64)
         sizes = np.array([rows for shard in snapshot.shards for rows in shard.row_groups], np.int64)
-        shards = np.repeat(np.arange(len(counts)), counts)
-        starts = np.cumsum(sizes) - sizes  # in rows of all shards together
-        first = np.cumsum(counts) - counts  # row group of each shard
-        bases = starts[first]
+        shards = np.repeat(np.arange(len(counts)), counts)  # shard of each row group
+        starts = np.cumsum(sizes) - sizes  # first row of each row group
+        first = np.cumsum(counts) - counts  # first row group of each shard
+        bases = starts[first]  # first row of each shard
+
+        # Row group g holds the chosen rows edges[g] to edges[g + 1].
         chosen = [shard.rows + base for shard, base in zip(snapshot.shards, bases, strict=True)]
-        edges = np.searchsorted(
-            np.concatenate([np.empty(0, np.int64), *chosen]), np.append(starts, sizes.sum())
-        )
-        kept = np.flatnonzero(np.diff(edges))
+        every = np.concatenate([np.empty(0, np.int64), *chosen])
+        edges = np.searchsorted(every, np.append(starts, sizes.sum()))
+        kept = np.flatnonzero(np.diff(edges))  # row groups with chosen rows
         self.shards = shards[kept]
         """[G] index of the shard in the snapshot."""
         self.numbers = kept - first[self.shards]
         """[G] number of the row group in its shard."""
+        # The same within the shard: its first row, and which of the shard's chosen rows it holds.
         self._starts = (starts - bases[shards])[kept]
         before = np.cumsum([0, *map(len, chosen)])[self.shards]
-        self._chosen = np.stack(
-            [edges[kept] - before, edges[kept + 1] - before], axis=1
-        )  # of the shard's chosen rows
+        self._chosen = np.stack([edges[kept] - before, edges[kept + 1] - before], axis=1)
         self.rows = int(edges[-1])
         """Samples of an epoch."""
 
@@ -77,31 +78,40 @@ class Order:
                 "window": self._window,
             }
             groups = _permutation(len(self.shards), part="groups", **name)
-            lengths = np.add.reduceat(
-                np.diff(self._chosen)[groups, 0], np.arange(0, len(groups), self._window)
-            )
-            edges = np.concatenate([[0], np.cumsum(lengths)])
+            edges = self._edges(groups)
             skipped = int(np.searchsorted(edges, offset, side="right")) - 1
-            for number, (first, stop) in enumerate(
-                pairwise(edges[skipped:].tolist()), start=skipped
-            ):
-                shuffled = _permutation(stop - first, part=number, **name)
+            left = pairwise(edges[skipped:].tolist())
+            for number, (first, stop) in enumerate(left, start=skipped):
                 part = groups[number * self._window : (number + 1) * self._window]
+                shuffled = _permutation(stop - first, part=number, **name)
                 yield self._made(epoch * self.rows + first, part, shuffled)
             start = (epoch + 1) * self.rows
 
+    def _edges(self, groups: np.ndarray) -> np.ndarray:
+        """Which samples of an epoch each window holds: window w has `edges[w]` to `edges[w + 1]`."""
+        lengths = np.diff(self._chosen)[groups, 0]
+        firsts = np.arange(0, len(groups), self._window)
+        sums = np.add.reduceat(lengths, firsts)
+        return np.concatenate([[0], np.cumsum(sums)])
+
     def _made(self, first: int, groups: np.ndarray, shuffled: np.ndarray) -> Window:
-        rows = [
-            self._snapshot.shards[self.shards[group]].rows[slice(*self._chosen[group])]
-            - self._starts[group]
-            for group in groups
-        ]
-        of = np.repeat(groups, [len(part) for part in rows])
-        return Window(first, of[shuffled], np.concatenate(rows)[shuffled])
+        rows = [self._rows_of(group) for group in groups]
+        group_of_sample = np.repeat(groups, [len(part) for part in rows])
+        return Window(first, group_of_sample[shuffled], np.concatenate(rows)[shuffled])
+
+    def _rows_of(self, group: int) -> np.ndarray:
+        """The chosen rows of a row group, counted from its own first."""
+        shard = self._snapshot.shards[self.shards[group]]
+        low, high = self._chosen[group]
+        own: np.ndarray = shard.rows[low:high] - self._starts[group]
+        return own
 
 
 def _permutation(length: int, **name: Any) -> np.ndarray:
+    """[length] a permutation that its name alone decides."""
+    if not length:
+        return np.empty(0, np.int64)
     # numpy promises that a bit generator's raw stream never changes; it does not promise that of
     # `permutation`.
     stream = np.random.PCG64(int.from_bytes(content_key("order", **name), "big"))
-    return np.argsort(stream.random_raw(length), kind="stable") if length else np.empty(0, np.int64)
+    return np.argsort(stream.random_raw(length), kind="stable")

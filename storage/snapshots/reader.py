@@ -94,11 +94,11 @@ class SnapshotReader:
         if asked is None:
             return
         for window in self._order.windows(seed=seed, start=asked.start):
-            numbers = []
+            numbers = []  # of the samples asked for that this window holds
             while asked is not None and asked.start < window.stop:
                 numbers.append(np.arange(asked.start, min(asked.stop, window.stop)))
-                rest = range(window.stop, asked.stop)
-                asked = rest if rest else next(ranges, None)
+                in_next_window = range(window.stop, asked.stop)
+                asked = in_next_window if in_next_window else next(ranges, None)
             if numbers:
                 yield _part(window, np.concatenate(numbers) - window.first)
             if asked is None:
@@ -113,9 +113,8 @@ class SnapshotReader:
                 f"{shard.name}: row groups of {file.rows_per_group} rows, the snapshot says "
                 f"{shard.row_groups}. Run `stillroom verify`."
             )
-        table = file.select(
-            file.starts[number] + rows, self._columns, threads=False
-        )  # groups are read side by side
+        # Groups are read side by side, so the columns of one need not be.
+        table = file.select(file.starts[number] + rows, self._columns, threads=False)
         try:
             return self._decode(Rows(table))
         except IntegrityError as error:
@@ -125,15 +124,19 @@ class SnapshotReader:
 def _part(window: Window, wanted: np.ndarray) -> _Part:
     """`wanted`: ascending indices into the window's samples."""
     groups, rows = window.groups[wanted], window.rows[wanted]
+    # `slots`: the sample's row group, counted in the order in which they are first needed.
     distinct, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
     needed = np.argsort(first)
     slots = np.argsort(needed)[inverse]
+    # `index`: where the sample's row stands among those wanted of its row group, ascending.
     by_row = np.lexsort((rows, slots))
     edges = np.cumsum(np.bincount(slots))[:-1]
+    starts = np.concatenate([[0], edges])
     index = np.empty_like(slots)
-    index[by_row] = np.arange(len(slots)) - np.concatenate([[0], edges])[slots[by_row]]
+    index[by_row] = np.arange(len(slots)) - starts[slots[by_row]]
     loads = zip(distinct[needed].tolist(), np.split(rows[by_row], edges), strict=True)
-    return _Part(list(loads), list(zip(slots.tolist(), index.tolist(), strict=True)))
+    places = zip(slots.tolist(), index.tolist(), strict=True)
+    return _Part(list(loads), list(places))
 
 
 def _samples(parts: Iterable[_Part], loads: "_ReadAhead") -> Iterator[Any]:

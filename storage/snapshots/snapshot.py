@@ -60,17 +60,21 @@ def make_snapshot(
     shards = []
     for sha256, commit in commits.items():
         rows = np.unique(np.asarray(places.get(sha256, ()), dtype=np.int64))
-        if rows.size and not 0 <= rows[0] <= rows[-1] < commit.shard.rows:
+        if not rows.size:
+            continue
+        if not 0 <= rows[0] <= rows[-1] < commit.shard.rows:
             raise UsageError(
                 f"snapshot of {table}: shard {sha256} has {commit.shard.rows} rows (asked: "
                 f"{rows[-1]})."
             )
-        if rows.size:
-            source = store.source_of(table, sha256)
-            shard = commit.shard
-            shards.append(
-                SnapshotShard(sha256, shard.name, shard.row_groups, rows.astype(np.int32), source)
-            )
+        chosen = SnapshotShard(
+            sha256=sha256,
+            name=commit.shard.name,
+            row_groups=commit.shard.row_groups,
+            rows=rows.astype(np.int32),
+            source=store.source_of(table, sha256),
+        )
+        shards.append(chosen)
     runs = [[shard.sha256, _runs(shard.rows)] for shard in shards]
     return Snapshot(_snapshot_id(table, runs), table, tuple(shards), dict(about))
 
@@ -116,15 +120,16 @@ def load_snapshot(store: Store, snapshot_id: str) -> Snapshot:
         raise IntegrityError(
             f"{name}: the snapshot is not the one its name says. Restore the file or make it again."
         )
+    rows_of_each = _rows([runs for _, runs in runs])
     shards = tuple(
         SnapshotShard(
-            shard["sha256"],
-            shard["name"],
-            tuple(shard["row_groups"]),
-            rows,
-            shard.get("source", ""),
+            sha256=shard["sha256"],
+            name=shard["name"],
+            row_groups=tuple(shard["row_groups"]),
+            rows=rows,
+            source=shard.get("source", ""),
         )
-        for shard, rows in zip(record["shards"], _rows([runs for _, runs in runs]), strict=True)
+        for shard, rows in zip(record["shards"], rows_of_each, strict=True)
     )
     return Snapshot(snapshot_id, record["table"], shards, record["about"])
 
@@ -136,16 +141,25 @@ def _snapshot_id(table: TableName, shards: Sequence[Sequence[Any]]) -> str:
 
 def _runs(rows: np.ndarray) -> list[list[int]]:
     """Ascending rows as half-open runs: 0, 1, 2, 5 -> [[0, 3], [5, 6]]."""
-    gaps = np.flatnonzero(np.diff(rows) != 1) + 1
+    gaps = np.flatnonzero(np.diff(rows) != 1) + 1  # where a run begins, but for the first
     edges = np.concatenate([[0], gaps, [len(rows)]])
-    return np.stack([rows[edges[:-1]], rows[edges[1:] - 1] + 1], axis=1).tolist()
+    firsts = rows[edges[:-1]]
+    lasts = rows[edges[1:] - 1]
+    return np.stack([firsts, lasts + 1], axis=1).tolist()
 
 
 def _rows(shards: Sequence[list[list[int]]]) -> list[np.ndarray]:
     """The rows of each shard's runs; of all shards at once, for a snapshot may hold thousands of them."""
+    if not len(shards):
+        return []
     runs = np.array([run for runs in shards for run in runs], dtype=np.int64).reshape(-1, 2)
-    lengths = runs[:, 1] - runs[:, 0]
+    firsts, stops = runs[:, 0], runs[:, 1]
+    lengths = stops - firsts
     ends = np.cumsum(lengths)
-    rows = np.arange(lengths.sum()) + np.repeat(runs[:, 0] - (ends - lengths), lengths)
-    last_runs = np.cumsum([len(runs) for runs in shards], dtype=np.int64)
-    return np.split(rows.astype(np.int32), ends[last_runs[:-1] - 1]) if len(shards) else []
+    # The j-th row of all belongs to the run that starts at j = ends - lengths.
+    shifts = firsts - (ends - lengths)
+    rows = np.arange(lengths.sum()) + np.repeat(shifts, lengths)
+    # Cut after the last run of each shard but the last shard.
+    runs_so_far = np.cumsum([len(runs) for runs in shards], dtype=np.int64)
+    cuts = ends[runs_so_far[:-1] - 1]
+    return np.split(rows.astype(np.int32), cuts)

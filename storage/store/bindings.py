@@ -1,11 +1,14 @@
-"""Bindings: the ids that a recipe's names stood for, kept in the store by number; the newest counts."""
+"""Bindings: the ids that a recipe's names stood for, one record each time they changed; the newest counts.
+
+A recipe names a model and a source; what lies under these names may change. `bindings/<names>/`
+holds what they stood for, counted up from 00000000.json.
+"""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import PurePosixPath
 
 from ..files.base import Files
 from ..keys import seal, unseal
-from .store import Store
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,54 +28,35 @@ class Binding:
 
 
 def write_binding(files: Files, folder: str, binding: Binding) -> None:
-    """Keep a binding in a folder of a store."""
+    """Keep a binding in a folder of a store, as its newest."""
     record = seal(asdict(binding))
-    while newest_binding(files, folder) != binding and not files.put_if_absent(
-        _next(files, folder), record
-    ):
-        pass  # another writer took the number
+    while newest_binding(files, folder) != binding:
+        if files.put_if_absent(_next(files, folder), record):
+            return
+        # Another writer took the number, perhaps for the same binding.
 
 
 def _next(files: Files, folder: str) -> str:
-    newest = files.names(folder)[-1:]  # not how many there are: one may have been lost
-    number = int(newest[0].removesuffix(".json")) + 1 if newest else 0
+    newest = _newest(files, folder)  # not how many there are: one may have been lost
+    number = 0 if newest is None else int(PurePosixPath(newest).stem) + 1
     return f"{folder}/{number:08d}.json"
 
 
 def newest_binding(files: Files, folder: str) -> Binding | None:
     """What was written last into a folder, None if nothing was."""
+    name = _newest(files, folder)
+    return None if name is None else Binding(**unseal(files.read(name), name))
+
+
+def all_bindings(files: Files) -> dict[str, Binding]:
+    """The newest binding of each recipe's names, by the record that holds it."""
+    written = [name for name, *_ in files.walk("bindings") if name.endswith(".json")]
+    folders = sorted({name.rpartition("/")[0] for name in written})
+    newest = [name for folder in folders if (name := _newest(files, folder)) is not None]
+    return {name: Binding(**unseal(files.read(name), name)) for name in newest}
+
+
+def _newest(files: Files, folder: str) -> str | None:
+    """The record with the highest number."""
     names = files.names(folder)
-    if not names:
-        return None
-    name = f"{folder}/{names[-1]}"
-    return Binding(**unseal(files.read(name), name))
-
-
-def bindings_of(store: Store, data_ids: set[Any]) -> list[str]:
-    """The records that bind names to these data, by which the recipes that made them know a published folder."""
-    folders = {
-        name.rpartition("/")[0]
-        for name, _, _ in store.files.walk("bindings")
-        if name.endswith(".json")
-    }
-    newest = {folder: newest_binding(store.files, folder) for folder in sorted(folders)}
-    fits = [
-        folder
-        for folder, found in newest.items()
-        if found is not None and found.data_id in data_ids
-    ]
-    return [f"{folder}/{store.files.names(folder)[-1]}" for folder in fits]
-
-
-def all_bindings(files: Files) -> list[Binding]:
-    """The newest binding of each recipe's names; equal ones once."""
-    folders = {
-        name.rpartition("/")[0] for name, _, _ in files.walk("bindings") if name.endswith(".json")
-    }
-    return list(
-        dict.fromkeys(
-            found
-            for folder in sorted(folders)
-            if (found := newest_binding(files, folder)) is not None
-        )
-    )
+    return f"{folder}/{names[-1]}" if names else None

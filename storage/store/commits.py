@@ -69,18 +69,15 @@ class CommitLog:
     def refresh(self) -> list[Commit]:
         """List what there is, read what is new, and return the live commits, oldest first."""
         retired = set(numbers(self._files, self.table, folder="retired"))
-        for seq in retired - self._retired:
+        fresh = retired - self._retired
+        for seq in fresh:
             read_retired(self._files, self.table, seq)
-        if any(seq < self.next for seq in retired - self._retired):
-            self.next, self._live, self.keys = (
-                0,
-                {},
-                KeySet(),
-            )  # rare: read all again, without what was withdrawn
+        if any(seq < self.next for seq in fresh):
+            # Rare: read all again, without what was withdrawn.
+            self.next, self._live, self.keys = 0, {}, KeySet()
         self._retired = retired
-        last = max(
-            [*numbers(self._files, self.table), *retired], default=-1
-        )  # a withdrawn number is never used again
+        # A withdrawn number is never used again.
+        last = max([*numbers(self._files, self.table), *retired], default=-1)
         # A listing made while others commit may leave a number out below the last: ask for every
         # number by name.
         self._read(range(self.next, last + 1))
@@ -112,13 +109,12 @@ class CommitLog:
             **fields,
         )
         joined = b"".join(keys)
-        if not self._files.put_if_absent(
-            record_name(self.table, commit.seq), seal(_to_json(commit, joined))
-        ):
+        record = seal(_to_json(commit, joined))
+        if not self._files.put_if_absent(record_name(self.table, commit.seq), record):
             self.advance()
             return None
         if self._files.exists(record_name(self.table, commit.seq, folder="retired")):
-            # `repair` gave this number up while no record was there: nothing stands under it
+            # `repair` gave this number up while no record was there: nothing stands under it.
             self.refresh()
             return None
         self._add([(commit, joined)])
@@ -170,9 +166,8 @@ def _read_record(data: bytes, table: TableName, seq: int) -> tuple[Commit, bytes
             f"{name}: not a commit record of this format ({error!r}). Restore the file."
         ) from error
     shard = commit.shard
-    if not len(keys) / KEY_BYTES == shard.rows == sum(shard.row_groups) or shard.name != shard_name(
-        table, shard.sha256
-    ):
+    rows_agree = len(keys) / KEY_BYTES == shard.rows == sum(shard.row_groups)
+    if not rows_agree or shard.name != shard_name(table, shard.sha256):
         raise IntegrityError(
             f"{name}: the record contradicts itself about its shard. Restore the file from a "
             "backup."
@@ -216,9 +211,6 @@ def _to_json(commit: Commit, keys: bytes) -> dict[str, Any]:
 
 
 def _from_json(record: dict[str, Any]) -> tuple[Commit, bytes]:
-    fields = {
-        name: value for name, value in record.items() if name not in ("format_version", "keys")
-    }
-    return Commit(**{**fields, "shard": ShardInfo.from_json(record["shard"])}), base64.b64decode(
-        record["keys"]
-    )
+    fields = {name: record[name] for name in record.keys() - {"format_version", "keys"}}
+    fields["shard"] = ShardInfo.from_json(record["shard"])
+    return Commit(**fields), base64.b64decode(record["keys"])

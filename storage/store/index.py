@@ -1,7 +1,10 @@
-"""The index: what a plan asks of every committed row, as DuckDB views over segments and the newest commits."""
+"""The index: what a plan asks of every committed row, as DuckDB views over segments and the newest commits.
+
+For Stillroom's own questions; `sql.py` is for those of people.
+"""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -64,16 +67,15 @@ class Index:
         Raises:
             IntegrityError: the file is missing or damaged.
         """
-        try:
-            whole = file_sha256(files.local(shard.name)) == shard.sha256
-        except FileNotFoundError:
-            whole = False
-        if not whole:
+        path = None
+        with suppress(FileNotFoundError):
+            path = files.local(shard.name)
+        if path is None or file_sha256(path) != shard.sha256:
             raise IntegrityError(
                 f"{shard.name}: the file is missing or damaged (its sha256 is another one). "
                 f"{REPAIR}"
             )
-        return f"read_parquet('{_quoted(files.local(shard.name))}', file_row_number = true)"
+        return f"read_parquet('{_quoted(path)}', file_row_number = true)"
 
     def execute(self, sql: str) -> None:
         """Run a statement."""
@@ -100,19 +102,20 @@ class Index:
         if found.segments:
             paths = ", ".join(f"'{_quoted(path)}'" for path in found.segments)
             select += f" UNION ALL SELECT {columns} FROM read_parquet([{paths}])"
+        # The commits of a source are counted from `first` on.
         moved = f"* REPLACE (place + {place_of(first, 0)} AS place)" if first else "*"
         self.execute(f"CREATE VIEW {name} AS SELECT {moved} FROM ({select})")
         return name
 
     def _view(self, table: TableName, parts: Sequence[str]) -> None:
         """All rows; of a row that several stores have, the first one's."""
-        keyed = "key" in INDEXED[table]
-        selects = [f"SELECT * FROM {parts[0]}"]
-        for number, part in enumerate(parts[1:], start=1):
-            before = " UNION ALL ".join(f"SELECT key FROM {earlier}" for earlier in parts[:number])
-            selects.append(
-                f"SELECT * FROM {part}" + (f" WHERE key NOT IN ({before})" if keyed else "")
-            )
+        selects = []
+        for number, part in enumerate(parts):
+            select = f"SELECT * FROM {part}"
+            keys = [f"SELECT key FROM {earlier}" for earlier in parts[:number]]
+            if keys and "key" in INDEXED[table]:
+                select += f" WHERE key NOT IN ({' UNION ALL '.join(keys)})"
+            selects.append(select)
         self.execute(f"CREATE VIEW {table} AS {' UNION ALL '.join(selects)}")
 
 

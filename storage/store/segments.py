@@ -31,20 +31,28 @@ _READERS = 8  # shards read side by side: on an object store each is a few round
 INDEXED: dict[TableName, tuple[str, ...]] = {
     "prompts": ("key", "prompt_key", "label"),
     "generations": (
-        *(
-            "key",
-            "prompt_key",
-            "source_key",
-            "tokens_key",
-            "author_id",
-            "sampling_id",
-            "sample_index",
-        ),
-        *("prompt_tokens", "completion_tokens", "finish_reason"),
+        "key",
+        "prompt_key",
+        "source_key",
+        "tokens_key",
+        "author_id",
+        "sampling_id",
+        "sample_index",
+        "prompt_tokens",
+        "completion_tokens",
+        "finish_reason",
     ),
     "soft_targets": (
-        *("tokens_key", "teacher_id", "kind", "k", "mantissa_bits"),
-        *("p", "k_min", "draw", "proposal", "temperatures"),
+        "tokens_key",
+        "teacher_id",
+        "kind",
+        "k",
+        "mantissa_bits",
+        "p",
+        "k_min",
+        "draw",
+        "proposal",
+        "temperatures",
     ),
     "rejects": ("context_id", "prompt_key", "sample_index", "tokens_key", "limit_tokens", "reason"),
 }
@@ -58,7 +66,7 @@ def segment_schema(table: TableName) -> pa.Schema:
 
 
 def place_of(seq: int, row: int) -> int:
-    """Where a row is, in one number: its commit and its index in the shard."""
+    """Where a row is, in one number: its commit above 32 bits, its index in the shard below."""
     return seq << 32 | row
 
 
@@ -117,22 +125,20 @@ class Segments:
         return next((name for name in names if self._is_whole(name)), None)
 
     def _is_whole(self, name: str) -> bool:
+        digest = name.split("-")[1].removesuffix(".parquet")
         try:
-            return file_sha256(self._files.local(name))[:32] == name.split("-")[1][:32]
+            return file_sha256(self._files.local(name))[:32] == digest
         except FileNotFoundError:  # vacuumed meanwhile
             return False
 
     def put(self, commits: Sequence[Commit]) -> str:
         """Make a segment; returns its name."""
+        rows = read_columns(self._files, self._table, commits)
         buffer = io.BytesIO()
-        pq.write_table(
-            read_columns(self._files, self._table, commits),
-            buffer,
-            compression="zstd",
-            compression_level=1,
-        )
+        pq.write_table(rows, buffer, compression="zstd", compression_level=1)
         data = buffer.getvalue()
-        name = f"{self._folder}/{self._id(commits)}-{hashlib.sha256(data).hexdigest()[:32]}.parquet"
+        digest = hashlib.sha256(data).hexdigest()[:32]
+        name = f"{self._folder}/{self._id(commits)}-{digest}.parquet"
         self._files.replace(name, data)
         return name
 
@@ -145,12 +151,16 @@ class Segments:
 
 def keep_last_segment(files: Files, log: CommitLog) -> None:
     """Make the segment that the newest commit completes, if it completes one, so that a plan finds it made."""
-    if log.next % SEGMENT == 0 and (commits := log.live(log.next - SEGMENT)):
-        try:
-            Segments(files, log.table).put(commits)
-        except IntegrityError:
-            # somebody's shard is damaged: that is for the next plan to say, not for this writer
-            return
+    if log.next % SEGMENT:
+        return
+    commits = log.live(log.next - SEGMENT)
+    if not commits:
+        return
+    try:
+        Segments(files, log.table).put(commits)
+    except IntegrityError:
+        # Somebody's shard is damaged: that is for the next plan to say, not for this writer.
+        return
 
 
 def read_columns(files: Files, table: TableName, commits: Sequence[Commit]) -> pa.Table:

@@ -47,53 +47,35 @@ def connect(store: Store) -> duckdb.DuckDBPyConnection:
     often.
     """
     connection = duckdb.connect()
-    system, links = _Shards(), list[str]()
-    roots, views = [], {table: list[str]() for table in TABLES}
-    inputs: list[str] = []
+    sight = _Sight()
     for number, (part, _) in enumerate(store.parts):
-        if isinstance(part.files, ObjectFiles):
-            roots.append(root := f"{_Shards.ROOT}/{number}")
-        else:
-            roots.append(root := str(Path(part.root).resolve()))
-        shards = {table: part.shards(table) for table in TABLES}
-        known = _inputs(part)
-        everything = [
-            *(s for table in TABLES for s in shards[table]),
-            *(i.shard for i in known.values()),
-        ]
-        if isinstance(part.files, ObjectFiles):
-            system.add(root, part.files, {shard.name: shard.bytes for shard in everything})
-        else:
-            links += _links(root, [shard.name for shard in everything])
+        sight.add(part, number)
+    if sight.system.sizes:
+        connection.register_filesystem(sight.system)
+    _shut_off(connection, sight, spill=store.files.cache.path("cache").absolute())
+    commits = _commits(commit for table in TABLES for commit in store.commits(table))
+    with _explained():
         for table in TABLES:
-            views[table] += [_parquet(root, shards[table])] if shards[table] else []
-        inputs += [
-            f"SELECT *, {_quoted(i)} AS data_id FROM ({_parquet(root, [known[i].shard])})"
-            for i in known
-        ]
-    if system.sizes:
-        connection.register_filesystem(system)
+            select = " UNION ALL BY NAME ".join(sight.selects[table])
+            _make_view(connection, table, SCHEMAS[table], select)
+        inputs = INPUTS_SCHEMA.append(pa.field("data_id", pa.string()))
+        _make_view(connection, "inputs", inputs, " UNION ALL ".join(sight.inputs))
+        connection.from_arrow(commits).create("commits")
+    return connection
+
+
+def _shut_off(connection: duckdb.DuckDBPyConnection, sight: "_Sight", *, spill: Path) -> None:
+    """Let DuckDB read the files in sight and no others, nor the network; it cannot be undone."""
     for setting in (
         "autoinstall_known_extensions = false",
         "autoload_known_extensions = false",
-        f"temp_directory = {_quoted(store.files.cache.path('cache').absolute())}",
-        f"allowed_directories = [{', '.join(map(_quoted, roots))}]",
-        f"allowed_paths = [{', '.join(map(_quoted, links))}]",
+        f"temp_directory = {_quoted(spill)}",
+        f"allowed_directories = [{', '.join(map(_quoted, sight.roots))}]",
+        f"allowed_paths = [{', '.join(map(_quoted, sight.links))}]",
         "enable_external_access = false",
         "lock_configuration = true",
     ):
         connection.execute(f"SET {setting}")
-    with _explained():
-        for table in TABLES:
-            _make_view(
-                connection, table, SCHEMAS[table], " UNION ALL BY NAME ".join(views[table]) or None
-            )
-        schema = INPUTS_SCHEMA.append(pa.field("data_id", pa.string()))
-        _make_view(connection, "inputs", schema, " UNION ALL ".join(inputs) or None)
-        connection.from_arrow(
-            _commits(commit for table in TABLES for commit in store.commits(table))
-        ).create("commits")
-    return connection
 
 
 def query(store: Store, sql: str) -> pa.Table:
@@ -120,12 +102,12 @@ def _explained() -> Iterator[None]:
 
 
 def _make_view(
-    connection: duckdb.DuckDBPyConnection, name: str, schema: pa.Schema, select: str | None
+    connection: duckdb.DuckDBPyConnection, name: str, schema: pa.Schema, select: str
 ) -> None:
-    if select is None:
-        connection.from_arrow(schema.empty_table()).create(name)
-    else:
+    if select:
         connection.execute(f"CREATE VIEW {name} AS {select}")
+    else:  # nothing is there to select from
+        connection.from_arrow(schema.empty_table()).create(name)
 
 
 def _parquet(root: str, shards: list[ShardInfo]) -> str:
@@ -141,10 +123,9 @@ def _links(root: str, names: Sequence[str]) -> list[str]:
 
 
 def _inputs(store: Store) -> dict[str, Inputs]:
-    names = [name.removesuffix(".json") for name in store.files.names("inputs")]
-    return {
-        name: inputs for name in names if (inputs := read_inputs(store.files, name)) is not None
-    }
+    ids = [name.removesuffix(".json") for name in store.files.names("inputs")]
+    found = {data_id: read_inputs(store.files, data_id) for data_id in ids}
+    return {data_id: inputs for data_id, inputs in found.items() if inputs is not None}
 
 
 def _commits(commits: Iterable[Commit]) -> pa.Table:
@@ -205,3 +186,40 @@ class _Shards(AbstractFileSystem):
         size = self.info(path)["size"]
         files, name = self._files[path]
         return ObjectReader(files, name, size)
+
+
+class _Sight:
+    """What of some stores DuckDB may see: where they lie, and a SELECT for each table of each store."""
+
+    def __init__(self) -> None:
+        self.system = _Shards()
+        self.roots: list[str] = []
+        self.links: list[str] = []
+        """Files outside the roots, which links there lead to."""
+        self.selects: dict[str, list[str]] = {table: [] for table in TABLES}
+        self.inputs: list[str] = []
+
+    def add(self, store: Store, number: int) -> None:
+        """Take one more store."""
+        shards = {table: store.shards(table) for table in TABLES}
+        inputs = _inputs(store)
+        files = [shard for table in TABLES for shard in shards[table]]
+        files += [record.shard for record in inputs.values()]
+        root = self._place(store, number, files)
+        for table in TABLES:
+            if shards[table]:
+                self.selects[table].append(_parquet(root, shards[table]))
+        for data_id, record in inputs.items():
+            rows = _parquet(root, [record.shard])
+            self.inputs.append(f"SELECT *, {_quoted(data_id)} AS data_id FROM ({rows})")
+
+    def _place(self, store: Store, number: int, shards: list[ShardInfo]) -> str:
+        """Make a store's files known; the folder, or the URL, that DuckDB finds them below."""
+        if isinstance(store.files, ObjectFiles):
+            root = f"{_Shards.ROOT}/{number}"
+            self.system.add(root, store.files, {shard.name: shard.bytes for shard in shards})
+        else:
+            root = str(Path(store.root).resolve())
+            self.links += _links(root, [shard.name for shard in shards])
+        self.roots.append(root)
+        return root

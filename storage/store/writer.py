@@ -15,10 +15,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from ..files.base import Files
-from ..tables.invariants import check_shape, statistics
+from ..tables.invariants import check_shape
 from ..tables.rows import check_row, row_bytes
 from ..tables.schema import TableName
 from ..tables.shard import ShardInfo, write_shard
+from ..tables.statistics import statistics
 from .commits import CommitLog
 from .segments import keep_last_segment
 
@@ -102,11 +103,8 @@ class ShardWriter:
         checked = check_row(self._log.table, row)
         check_shape(self._log.table, checked, self._about)
         key = checked["key"]
-        if (
-            key in self._log.keys
-            or key in self._waiting
-            or (self._making is not None and key in self._making.rows)
-        ):
+        making = () if self._making is None else self._making.rows
+        if key in self._log.keys or key in self._waiting or key in making:
             self.skipped += 1
             return False
         if not self._waiting:
@@ -170,7 +168,7 @@ class ShardWriter:
             left = [row for row in rows if row["key"] not in self._log.keys]
             if not left:
                 return []
-            if len(left) < len(rows):
+            if len(left) < len(rows):  # others have committed some meanwhile: a shard without them
                 rows = left
                 shard = self._maker.submit(self._write, rows)
                 continue

@@ -1,1 +1,1 @@
-"""Tables: their schemas, rows, soft targets, invariants and shards."""
+"""Tables: their schemas, rows, soft targets, what must hold in them, and shards."""

@@ -1,4 +1,4 @@
-"""Rows between dicts and Arrow tables.
+"""Rows between dicts and Arrow tables: checked against the schema on the way in, numpy arrays on the way out.
 
 Numeric list columns are numpy arrays, everything else is plain Python.
 """

@@ -64,17 +64,23 @@ def write_shard(
     info = put_parquet(
         files, data, groups, folder=shard_folder(table), about={"table": table, **about}
     )
-    written = ShardFile(files, info.name)
-    same = written.rows_per_group == info.row_groups and all(
-        written.read(group).equals(data.slice(int(written.starts[group]), count))
-        for group, count in enumerate(groups)
-    )
-    if not same:
+    if not _reads_back(ShardFile(files, info.name), data, info.row_groups):
         raise IntegrityError(
             f"{info.name}: reading it back gave other rows than were written. Check disk and "
             "memory."
         )
     return info
+
+
+def _reads_back(shard: "ShardFile", data: pa.Table, row_groups: tuple[int, ...]) -> bool:
+    if shard.rows_per_group != row_groups:
+        return False
+    start = 0
+    for group, count in enumerate(row_groups):
+        if not shard.read(group).equals(data.slice(start, count)):
+            return False
+        start += count
+    return True
 
 
 def put_parquet(
@@ -97,16 +103,12 @@ def put_parquet(
 def _put(
     files: Files, data: pa.Table, groups: Sequence[int], *, folder: str, about: Mapping[str, Any]
 ) -> Content:
-    table = about["table"]
     metadata = {"format_version": FORMAT_VERSION, **about}
-    data = data.replace_schema_metadata(
-        {METADATA_KEY: json.dumps(metadata, sort_keys=True, ensure_ascii=False)}
-    )
-    options = (
-        parquet_options(table)
-        if table in SCHEMAS
-        else {"compression": "zstd", "write_page_checksum": True}
-    )
+    text = json.dumps(metadata, sort_keys=True, ensure_ascii=False)
+    data = data.replace_schema_metadata({METADATA_KEY: text})
+    options: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
+    if about["table"] in SCHEMAS:
+        options = parquet_options(about["table"])
 
     def write(path: Path) -> None:
         with pq.ParquetWriter(path, data.schema, **options) as writer:
@@ -119,10 +121,11 @@ def _put(
 
 
 def _row_groups(sizes: Sequence[int]) -> list[int]:
+    """How many rows of these sizes go into each row group: what `ROW_GROUP_BYTES` holds, or one."""
     groups: list[int] = []
-    filled = ROW_GROUP_BYTES
+    filled = 0
     for size in sizes:
-        if filled + size > ROW_GROUP_BYTES:
+        if not groups or filled + size > ROW_GROUP_BYTES:
             groups.append(0)
             filled = 0
         groups[-1] += 1
@@ -224,12 +227,9 @@ class ShardFile:
         self, rows: np.ndarray, columns: Sequence[str] | None = None, *, threads: bool = True
     ) -> pa.Table:
         """Rows by ascending index, page checksums verified; row groups that hold none of them are not read."""
-        edges = np.searchsorted(rows, self.starts)
-        parts = [
-            self.schema.empty_table().select(
-                list(self.schema.names if columns is None else columns)
-            )
-        ]
+        edges = np.searchsorted(rows, self.starts)  # row group g holds edges[g] to edges[g + 1]
+        names = self.schema.names if columns is None else columns
+        parts = [self.schema.empty_table().select(list(names))]
         for group in np.flatnonzero(np.diff(edges)).tolist():
             table = self.read(group, columns, threads=threads)
             wanted = rows[edges[group] : edges[group + 1]] - self.starts[group]
@@ -253,10 +253,10 @@ class ShardFile:
 
     def _read_group(self, group: int, names: list[str], *, threads: bool = True) -> pa.Table:
         table = self._file.read_row_group(group, columns=names, use_threads=threads)
-        if (
-            table.num_rows != self.rows_per_group[group]
-        ):  # a page header, which no checksum covers, may say so
-            raise ValueError(f"{table.num_rows} rows can be read of {self.rows_per_group[group]}")
+        expected = self.rows_per_group[group]
+        # A page header, which no checksum covers, may say another number.
+        if table.num_rows != expected:
+            raise ValueError(f"{table.num_rows} rows can be read of {expected}")
         return table
 
     def column_bytes(self) -> dict[str, int]:
@@ -280,9 +280,9 @@ class ShardFile:
         self, rows: Sequence[int] | np.ndarray, columns: Sequence[str] | None = None
     ) -> Iterator[dict[str, Any]]:
         """Rows by index, in the order given; ascending indices read each row group once."""
-        group, loaded = -1, Rows(self.schema.empty_table())
+        held, loaded = -1, Rows(self.schema.empty_table())
         for row in rows:
-            if self.group_of(row) != group:
-                group = self.group_of(row)
-                loaded = Rows(self.read(group, columns))
+            group = self.group_of(row)
+            if group != held:
+                held, loaded = group, Rows(self.read(group, columns))
             yield loaded[int(row - self.starts[group])]

@@ -15,34 +15,28 @@ import numpy as np
 from ..errors import IntegrityError
 from .rows import Rows
 
-LISTS = (
-    *(
-        "entries",
-        "ids",
-        "logprobs",
-        "counts",
-        "weights",
-        "tail_logprob",
-        "token_logprob",
-        "entropy",
-    ),
-    *("temperatures", "tempered_tails"),
-)
-"""The list columns that hold a distribution: with `k` and `span_tokens`, all that
-`normalised_targets` reads."""
-
-_PER_ENTRY = {"ids", "logprobs", "counts", "weights"}
-
-_VALUES = 1 << 17  # entries normalised at once: more would leave the processor's cache
-
-
 EXACT_BITS = 23
 """Mantissa bits of float32: keeping all of them changes nothing."""
-_LISTS: dict[str, Any] = dict.fromkeys(("entries", "ids", "counts"), np.int32)
-_LISTS |= dict.fromkeys(("logprobs", "weights", "tail_logprob", "tempered_tails"), np.float32)
-_LISTS |= dict.fromkeys(("temperatures", "token_logprob", "entropy"), np.float32)
-_PER_POSITION = tuple(name for name in _LISTS if name != "temperatures")
+
+_DTYPES: dict[str, Any] = {
+    "entries": np.int32,
+    "ids": np.int32,
+    "logprobs": np.float32,
+    "counts": np.int32,
+    "weights": np.float32,
+    "tail_logprob": np.float32,
+    "token_logprob": np.float32,
+    "entropy": np.float32,
+    "temperatures": np.float32,
+    "tempered_tails": np.float32,
+}
+LISTS = tuple(_DTYPES)
+"""The list columns that hold a distribution: with `k` and `span_tokens`, all that
+`normalised_targets` reads."""
 _PADDING = {"ids": -1, "logprobs": -np.inf, "counts": 0, "weights": 0.0}
+"""The lists with a number for each entry, and what fills the places of shorter positions."""
+
+_VALUES = 1 << 17  # entries normalised at once: more would leave the processor's cache
 
 
 def round_mantissa(values: np.ndarray, bits: int) -> np.ndarray:
@@ -55,10 +49,14 @@ def round_mantissa(values: np.ndarray, bits: int) -> np.ndarray:
     values = np.asarray(values, dtype=np.float32)
     if bits == EXACT_BITS:
         return values
-    drop = np.uint32(EXACT_BITS - bits)
+    drop = EXACT_BITS - bits
     pattern = values.view(np.uint32)
-    half = np.uint32((1 << (int(drop) - 1)) - 1) + ((pattern >> drop) & np.uint32(1))
-    rounded = ((pattern + half) >> drop << drop).view(np.float32)
+    # Adding just under half of the last bit kept, and that bit itself, carries into it where the
+    # rest is above half, or is half and the bit odd.
+    under_half = np.uint32((1 << (drop - 1)) - 1)
+    last_kept = (pattern >> np.uint32(drop)) & np.uint32(1)
+    carried = pattern + under_half + last_kept
+    rounded = (carried >> np.uint32(drop) << np.uint32(drop)).view(np.float32)
     return np.where(np.isnan(values), values, rounded)
 
 
@@ -113,13 +111,7 @@ class SoftTargets:
                 "one"
             )
         n, k = stated[0].shape
-        shapes = dict.fromkeys(("tail_logprob", "token_logprob", "entropy", "entries"), (n,)) | {
-            "ids": (n, k)
-        }
-        if self.temperatures is not None or self.tempered_tails is not None:
-            m = 0 if self.temperatures is None else len(self.temperatures)
-            shapes |= {"temperatures": (m,), "tempered_tails": (n, m)}
-        for name, shape in shapes.items():
+        for name, shape in self._shapes(n, k).items():
             array = getattr(self, name)
             if array is not None and array.shape != shape:
                 raise IntegrityError(
@@ -130,45 +122,57 @@ class SoftTargets:
         if widest != k:
             raise IntegrityError(f"soft targets: {k} columns for at most {widest} entries")
 
+    def _shapes(self, n: int, k: int) -> dict[str, tuple[int, ...]]:
+        """What the arrays must have beside entries of [n, k]."""
+        per_position = ("tail_logprob", "token_logprob", "entropy", "entries")
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(per_position, (n,))
+        shapes["ids"] = (n, k)
+        m = 0 if self.temperatures is None else len(self.temperatures)
+        shapes["temperatures"] = (m,)
+        shapes["tempered_tails"] = (n, m)
+        return shapes
+
+    @property
+    def _stated(self) -> np.ndarray:
+        """[N, K] the one of `logprobs`, `counts` and `weights` that is there."""
+        return next(x for x in (self.logprobs, self.counts, self.weights) if x is not None)
+
     def columns(self, mantissa_bits: int) -> dict[str, Any]:
         """The columns of a `soft_targets` row that hold the distribution; floats rounded to `mantissa_bits`.
 
         `k` is the widest position's number of entries; a kind that has a limit or draws (`topp`, `sampled`) says that.
         """
-        n = len(self.token_logprob)
-        kept = (
-            None if self.logprobs is None else np.exp(self.logprobs).sum(axis=1, dtype=np.float64)
-        )
-        return {name: self._column(name, mantissa_bits) for name in _LISTS} | {
+        lists = {name: self._column(name, mantissa_bits) for name in LISTS}
+        n, k = self._stated.shape
+        numbers = {
             "mantissa_bits": mantissa_bits,
-            "kept_mass": None
-            if kept is None
-            else float(np.minimum(kept, 1.0).mean())
-            if n
-            else 1.0,
-            "k": next(
-                x.shape[1] for x in (self.logprobs, self.counts, self.weights) if x is not None
-            ),
+            "kept_mass": self._kept_mass(),
+            "k": k,
             "span_tokens": n,
         }
+        return lists | numbers
+
+    def _kept_mass(self) -> float | None:
+        """Mean over the positions of min(1, sum_i p_i); None: drawn entries keep no mass."""
+        if self.logprobs is None:
+            return None
+        if not len(self.logprobs):
+            return 1.0
+        held = np.exp(self.logprobs).sum(axis=1, dtype=np.float64)
+        return float(np.minimum(held, 1.0).mean())
 
     def _column(self, name: str, mantissa_bits: int) -> np.ndarray | None:
         values: np.ndarray | None = getattr(self, name)
         if values is None:
             return None
-        if name == "temperatures":  # names, to be found again
+        if name == "temperatures":  # names, to be found again: never rounded
             return values.astype(np.float32, copy=False)
-        if name == "tempered_tails":
-            values = values.reshape(-1)
-        if values.ndim == 2:
-            values = (
-                values.reshape(-1)
-                if self.entries is None
-                else values[_used(self.entries, values.shape[1])]
-            )
-        if _LISTS[name] is np.float32:
-            return round_mantissa(values, mantissa_bits)
-        return values.astype(np.int32, copy=False)
+        if name in _PADDING and self.entries is not None:
+            values = values[_used(self.entries, values.shape[1])]
+        flat = values.reshape(-1)
+        if _DTYPES[name] is np.float32:
+            return round_mantissa(flat, mantissa_bits)
+        return flat.astype(np.int32, copy=False)
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> "SoftTargets":
@@ -179,17 +183,16 @@ class SoftTargets:
                 ask for.
         """
         n, k = row["span_tokens"], row["k"]
-        found = {
-            name: np.asarray(row[name], kind)
-            for name, kind in _LISTS.items()
-            if row.get(name) is not None
-        }
+        there = [name for name in LISTS if row.get(name) is not None]
+        found = {name: np.asarray(row[name], _DTYPES[name]) for name in there}
         entries = found.get("entries")
         temperatures = len(found.get("temperatures", ()))
-        lengths = dict.fromkeys(_PADDING, n * k if entries is None else int(entries.sum()))
+        lengths = dict.fromkeys(LISTS, n)
+        lengths |= dict.fromkeys(_PADDING, n * k if entries is None else int(entries.sum()))
         lengths |= {"temperatures": temperatures, "tempered_tails": n * temperatures}
         for name, values in found.items():
-            if len(values) != (expected := lengths.get(name, n)):
+            expected = lengths[name]
+            if len(values) != expected:
                 raise IntegrityError(
                     f"soft_targets row: {name} has {len(values)} values, expected {expected} "
                     f"(span_tokens {n}, k {k}): each scored token has its own target."
@@ -204,23 +207,22 @@ class SoftTargets:
     @property
     def probabilities(self) -> np.ndarray:
         """[N, K] float32 what the entries say of the teacher: its probabilities, or a draw's estimate of them."""
-        if self.weights is not None:
-            return self.weights
-        if self.counts is not None:
-            return (self.counts / self.counts.sum(axis=1, keepdims=True)).astype(np.float32)
-        assert self.logprobs is not None
-        return np.exp(self.logprobs)
+        stated = self._stated
+        if stated is self.logprobs:
+            return np.exp(stated)
+        if stated is self.counts:
+            draws = stated.sum(axis=1, keepdims=True)
+            return (stated / draws).astype(np.float32)
+        return stated
 
     def positions(self, part: slice) -> "SoftTargets":
         """The targets of some of the positions."""
-        found = {
-            name: values[part]
-            for name in _PER_POSITION
-            if (values := getattr(self, name)) is not None
-        }
+        there = [name for name in LISTS if getattr(self, name) is not None]
+        found = {name: getattr(self, name)[part] for name in there if name != "temperatures"}
         if self.entries is not None:
             width = int(found["entries"].max(initial=0))
-            found |= {name: found[name][:, :width] for name in _PADDING.keys() & found.keys()}
+            for name in _PADDING.keys() & found.keys():
+                found[name] = found[name][:, :width]
         return replace(self, **found)
 
     def normalised(self) -> "SoftTargets":
@@ -232,7 +234,8 @@ class SoftTargets:
         """
         if self.logprobs is None or self.tail_logprob is None:
             return self
-        total = self.log_total().astype(np.float32)
+        # l_i - log(sum of entries and tail), for entries and tail alike
+        total = log_total(self.logprobs, self.tail_logprob).astype(np.float32)
         if not np.isfinite(total).all():
             raise IntegrityError(
                 "soft targets: a position has no probability at all. Run `stillroom verify`."
@@ -247,18 +250,14 @@ class SoftTargets:
             tempered_tails=tempered,
         )
 
-    def log_total(self) -> np.ndarray:
-        """[N] float64 log of the sum of entries and tail: 0 but for rounding.
 
-        Not for sampled targets.
-        """
-        assert self.logprobs is not None
-        assert self.tail_logprob is not None
-        # Log probabilities that sum to about 1: exponentials neither overflow nor all vanish, so
-        # nothing is shifted.
-        kept = np.exp(self.logprobs).sum(axis=1)
-        with np.errstate(divide="ignore"):
-            return np.log(kept + np.exp(self.tail_logprob, dtype=np.float64))
+def log_total(logprobs: np.ndarray, tail_logprob: np.ndarray) -> np.ndarray:
+    """[N] float64 log of the sum of entries [N, K] and tail [N]: 0 but for rounding."""
+    # Log probabilities that sum to about 1: exponentials neither overflow nor all vanish, so
+    # nothing is shifted.
+    kept = np.exp(logprobs).sum(axis=1)
+    with np.errstate(divide="ignore"):
+        return np.log(kept + np.exp(tail_logprob, dtype=np.float64))
 
 
 def _used(entries: np.ndarray, k: int) -> np.ndarray:
@@ -284,39 +283,43 @@ def normalised_targets(rows: Rows) -> Iterator[SoftTargets]:
         IntegrityError: a list does not have the length that its row asks for, or a position has no
             probability.
     """
-    spans, k = rows.numbers("span_tokens").astype(np.int64), rows.numbers("k").astype(np.int64)
-    stored = np.stack([rows.present(name) for name in LISTS], axis=1)
+    spans = rows.numbers("span_tokens").astype(np.int64)
+    k = rows.numbers("k").astype(np.int64)
     for row in np.flatnonzero(~_aligned(rows, spans, k)):
         SoftTargets.from_row(rows[row])  # raises
-    for start, stop in _runs(np.column_stack([k, stored, _temperatures(rows)]), spans * k):
+    # Neighbours with the same k, lists and temperatures are decoded as one row.
+    stored = np.stack([rows.present(name) for name in LISTS], axis=1)
+    kinds = np.column_stack([k, stored, _temperatures(rows)])
+    for start, stop in _runs(kinds, spans * k):
         edges = np.concatenate([[0], np.cumsum(spans[start:stop])]).tolist()
-        lists = {
-            name: rows.flat(name) for name, there in zip(LISTS, stored[start], strict=True) if there
-        }
-        part = {
-            name: values[offsets[start] : offsets[stop]]
-            for name, (offsets, values) in lists.items()
-        }
-        if "temperatures" in lists:  # one list for all of the run
-            offsets, values = lists["temperatures"]
-            part["temperatures"] = values[offsets[start] : offsets[start + 1]]
-        whole = SoftTargets.from_row(
-            {"span_tokens": edges[-1], "k": int(k[start]), **part}
-        ).normalised()
-        yield from (whole.positions(slice(*pair)) for pair in pairwise(edges))
+        names = [name for name, there in zip(LISTS, stored[start], strict=True) if there]
+        lists = {name: _joined(rows, name, start, stop) for name in names}
+        joined = {"span_tokens": edges[-1], "k": int(k[start]), **lists}
+        whole = SoftTargets.from_row(joined).normalised()
+        for first, last in pairwise(edges):
+            yield whole.positions(slice(first, last))
+
+
+def _joined(rows: Rows, name: str, start: int, stop: int) -> np.ndarray:
+    """The list of rows `start` to `stop`, one after another; temperatures, which they share, once."""
+    offsets, values = rows.flat(name)
+    last = start + 1 if name == "temperatures" else stop
+    return values[offsets[start] : offsets[last]]
 
 
 def _aligned(rows: Rows, spans: np.ndarray, k: np.ndarray) -> np.ndarray:
     """[R] whether the row's lists have the lengths that its spans, k and entries ask for."""
     offsets, entries = rows.flat("entries")
-    counted = np.concatenate([[0], np.cumsum(entries, dtype=np.int64)])[offsets]
-    total = np.where(rows.present("entries"), np.diff(counted), spans * k)
-    expected = dict.fromkeys(LISTS, spans) | dict.fromkeys(_PER_ENTRY, total)
-    expected["temperatures"] = np.diff(rows.flat("temperatures")[0])
+    before = np.concatenate([[0], np.cumsum(entries, dtype=np.int64)])
+    counted = np.diff(before[offsets])  # sum of each row's `entries`
+    expected = dict.fromkeys(LISTS, spans)
+    expected |= dict.fromkeys(_PADDING, np.where(rows.present("entries"), counted, spans * k))
+    expected["temperatures"] = np.diff(rows.flat("temperatures")[0])  # as many as there are
     expected["tempered_tails"] = spans * expected["temperatures"]
     fits = np.ones(len(rows), bool)
     for name in LISTS:
-        fits &= ~rows.present(name) | (np.diff(rows.flat(name)[0]) == expected[name])
+        lengths = np.diff(rows.flat(name)[0])
+        fits &= ~rows.present(name) | (lengths == expected[name])
     return fits
 
 

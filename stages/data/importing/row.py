@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ....storage.tables.invariants import SUM_TOLERANCE
+from ....storage.tables.doubts import SUM_TOLERANCE
 from ....storage.tables.soft_targets import SoftTargets
 from .rounding import hidden_mass, leaving_nothing, mantissa_bits
 

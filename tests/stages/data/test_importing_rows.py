@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from stillroom.stages.data.importing.rounding import leaving_nothing, mantissa_bits
 from stillroom.stages.data.importing.row import BadRow, Columns, convert
-from stillroom.storage.tables.invariants import doubts
+from stillroom.storage.tables.doubts import doubts
 from stillroom.storage.tables.soft_targets import round_mantissa
 
 V = 30

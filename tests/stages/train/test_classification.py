@@ -25,7 +25,8 @@ from stillroom.stages.train import stage as train
 from stillroom.storage.errors import IntegrityError, Stopped
 from stillroom.storage.snapshots.snapshot import load_snapshot, make_snapshot, save_snapshot
 from stillroom.storage.store.store import CommitLimits, Store
-from stillroom.storage.tables.invariants import check_shape, doubts
+from stillroom.storage.tables.doubts import doubts
+from stillroom.storage.tables.invariants import check_shape
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from stillroom.storage.errors import IntegrityError
-from stillroom.storage.integrity.verify import verify, verify_commit
+from stillroom.storage.integrity.verify import verify
 from stillroom.storage.keys import seal, unseal
 from stillroom.storage.snapshots.snapshot import make_snapshot, save_snapshot
 from stillroom.storage.store.store import Store
@@ -115,7 +115,7 @@ def test_single_bit_flips_in_a_shard_and_its_record(store, samples, monkeypatch)
     in_pages = named = 0
     for byte, damaged in flipped(whole, 400):
         path.write_bytes(damaged)
-        problems = verify_commit(store.files, "soft_targets", 0)
+        problems = verify(store).problems
         assert problems, f"byte {byte} of the shard"
         assert {p.file for p in problems} == {commit.shard.name}
         assert all(p.mend == ("commits/soft_targets/00000000.json",) for p in problems)
@@ -137,7 +137,7 @@ def test_single_bit_flips_in_a_shard_and_its_record(store, samples, monkeypatch)
     record = store.files.path("commits/soft_targets/00000000.json")
     for byte, damaged in flipped(record.read_bytes(), 400):
         record.write_bytes(damaged)
-        (problem,) = verify_commit(store.files, "soft_targets", 0)
+        (problem,) = verify(store).problems
         assert problem.file == problem.mend[0] == "commits/soft_targets/00000000.json", byte
 
 

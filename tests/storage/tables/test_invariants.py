@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stillroom.storage.errors import IntegrityError
-from stillroom.storage.tables.invariants import check_shape, doubts, statistics
+from stillroom.storage.tables.doubts import doubts
+from stillroom.storage.tables.invariants import check_shape
 from stillroom.storage.tables.soft_targets import SoftTargets
+from stillroom.storage.tables.statistics import statistics
 
 KINDS = ("topk", "topp", "sampled", "weighted", "full", "tempered", "hot")
 

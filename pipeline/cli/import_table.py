@@ -11,7 +11,7 @@ import typer
 from ...storage.errors import UsageError
 
 if TYPE_CHECKING:
-    from ...stages.data.importing.table import Asked, Imported
+    from ...stages.data.importing.table import Imported, ImportRequest
 
 _Source = Annotated[
     str,
@@ -136,8 +136,8 @@ def import_(
     ends the import, or is left out (--skip-bad). Run it again to go on: rows that are there are not
     written twice. Prints a recipe to train with.
     """
-    from ...stages.data.importing.row import Columns
-    from ...stages.data.importing.table import Asked, import_table
+    from ...stages.data.importing.columns import Columns
+    from ...stages.data.importing.table import ImportRequest, import_table
     from ..run.progress import StageProgress
 
     choices: dict[str, Any] = {
@@ -163,7 +163,7 @@ def import_(
         k=k,
         **choices,
     )
-    asked = Asked(
+    asked = ImportRequest(
         source=source,
         store=store,
         columns=columns,
@@ -192,7 +192,7 @@ def _one_of(value: str, option: str, known: tuple[str, ...]) -> str:
     return value
 
 
-def recipe_for(asked: "Asked", done: "Imported") -> dict[str, Any]:
+def recipe_for(asked: "ImportRequest", done: "Imported") -> dict[str, Any]:
     """A recipe that trains a student from what was imported; the student is the user's to name."""
     from ...stages.data.importing.table import given_format
 
@@ -208,7 +208,7 @@ def recipe_for(asked: "Asked", done: "Imported") -> dict[str, Any]:
     }
 
 
-def lines(asked: "Asked", done: "Imported") -> Iterator[str]:
+def lines(asked: "ImportRequest", done: "Imported") -> Iterator[str]:
     """What to say of an import."""
     import yaml
 
@@ -234,7 +234,7 @@ def lines(asked: "Asked", done: "Imported") -> Iterator[str]:
     )
 
 
-def as_json_object(asked: "Asked", done: "Imported") -> dict[str, Any]:
+def as_json_object(asked: "ImportRequest", done: "Imported") -> dict[str, Any]:
     """The same for programs."""
     found = {
         "rows": done.rows,

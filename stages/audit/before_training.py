@@ -68,24 +68,20 @@ def fit_of(recipe: Recipe, teacher_dir: Path, *, vocab_size: int, soft: bool) ->
     """
     from ..models.student import student_tokenizer
 
-    spoken, chosen = (
-        recipe.generate,
-        recipe.train.snapshot is not None or recipe.select.where is not None,
-    )
+    generate = recipe.generate
     drawn = (
-        spoken is not None
-        and spoken.model is None
-        and spoken.temperature <= 1.0
-        and spoken.samples == 1
+        generate is not None
+        and generate.model is None
+        and generate.temperature <= 1.0
+        and generate.samples == 1
     )
-    own_text = drawn and not chosen
-    tokenizer = student_tokenizer(recipe, teacher_dir)
+    chosen = recipe.train.snapshot is not None or recipe.select.where is not None
     return Fit(
-        tokenizer=tokenizer,
+        tokenizer=student_tokenizer(recipe, teacher_dir),
         teacher_dir=teacher_dir,
         vocab_size=vocab_size,
         soft=soft,
-        own_text=own_text,
+        own_text=drawn and not chosen,
     )
 
 
@@ -128,7 +124,8 @@ def _first_rows(store: Store, snapshot: Snapshot) -> Iterator[tuple[Row, dict[st
 
 def _check_vocabulary(rows: Sequence[Row], fit: Fit) -> None:
     for row in rows:
-        if (largest := int(row["token_ids"].max())) >= fit.vocab_size:
+        largest = int(row["token_ids"].max())
+        if largest >= fit.vocab_size:
             raise UsageError(
                 f"student: its vocabulary has {fit.vocab_size} ids, but the text has token "
                 f"{largest} ({_name(row)}). Choose a student with the teacher's tokenizer and at "
@@ -143,9 +140,8 @@ def _check_tokenizers(rows: Sequence[Row], fit: Fit) -> Any:
     teacher: Any = AutoTokenizer.from_pretrained(fit.teacher_dir)
     for row in rows:
         ids = row["token_ids"].tolist()
-        theirs, ours = (
-            t.decode(ids, clean_up_tokenization_spaces=False) for t in (teacher, fit.tokenizer)
-        )
+        theirs = teacher.decode(ids, clean_up_tokenization_spaces=False)
+        ours = fit.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         if theirs != ours:
             raise UsageError(
                 f"student: its tokenizer reads {_name(row)} as {_cut(ours)}, the teacher's as "
@@ -161,45 +157,46 @@ def _check_text(store: Store, rows: Sequence[Row], tokenizer: Any) -> None:
     Read by the teacher's tokenizer, as it was written: which tokens are special may differ between
     the two.
     """
-    written = (
-        {row["key"]: row for row in rows}
-        if rows and "text" in rows[0]
-        else _generations(store, rows)
-    )
+    if rows and "text" in rows[0]:
+        # Black-box: the rows are generations themselves.
+        written = {row["key"]: row for row in rows}
+    else:
+        written = _generations(store, rows)
     for row in rows:
-        text = written.get(row["generation_key"] if "generation_key" in row else row["key"])
+        text = written.get(row.get("generation_key", row["key"]))
         if text is None:
             continue
-        start, n = scored_span(text["prompt_tokens"], len(text["token_ids"]))
-        same = np.array_equal(row["token_ids"], text["token_ids"])
-        if "span_start" in row and not (
-            same and (row["span_start"], row["span_tokens"]) == (start, n)
-        ):
-            raise IntegrityError(
-                f"{_name(row)}: scores {row['span_tokens']} tokens from {row['span_start']} on, "
-                f"expected {n} from {start} on, the completion of its "
-                f"generation{'' if same else ', whose tokens are others'}. {_HELP}"
-            )
-        found = tokenizer.decode(
-            row["token_ids"][text["prompt_tokens"] :].tolist(), skip_special_tokens=True
-        )
+        if "span_start" in row:
+            _check_span(row, text)
+        prompt = text["prompt_tokens"]
+        found = tokenizer.decode(row["token_ids"][prompt:].tolist(), skip_special_tokens=True)
         if not _plain(found).startswith(_plain(text["text"])):
             raise IntegrityError(
-                f"{_name(row)}: its tokens from {text['prompt_tokens']} on say {_cut(found)}, "
+                f"{_name(row)}: its tokens from {prompt} on say {_cut(found)}, "
                 f"expected the completion that was written down, {_cut(text['text'])}. {_HELP}"
             )
+
+
+def _check_span(row: Row, text: Row) -> None:
+    """A row of targets scores its generation's completion, in the same tokens."""
+    start, n = scored_span(text["prompt_tokens"], len(text["token_ids"]))
+    same = np.array_equal(row["token_ids"], text["token_ids"])
+    if not same or (row["span_start"], row["span_tokens"]) != (start, n):
+        raise IntegrityError(
+            f"{_name(row)}: scores {row['span_tokens']} tokens from {row['span_start']} on, "
+            f"expected {n} from {start} on, the completion of its "
+            f"generation{'' if same else ', whose tokens are others'}. {_HELP}"
+        )
 
 
 def _generations(store: Store, rows: Sequence[Row]) -> dict[bytes, Row]:
     """Generations by key: those that the rows were made for, as far as the store has them."""
     import pyarrow as pa
 
+    keys = pa.array([row["generation_key"] for row in rows], pa.binary(16))
     index = Index(store)
     try:
-        index.register(
-            "wanted",
-            pa.table({"key": pa.array([row["generation_key"] for row in rows], pa.binary(16))}),
-        )
+        index.register("wanted", pa.table({"key": keys}))
         found = index.rows(
             "SELECT place FROM generations WHERE key IN (SELECT key::UUID FROM wanted) ORDER BY "
             "place"
@@ -207,6 +204,7 @@ def _generations(store: Store, rows: Sequence[Row]) -> dict[bytes, Row]:
         commits = index.commits["generations"]
     finally:
         index.close()
+    # A place is the commit's number in the high 32 bits, and the row in its shard in the low ones.
     places: dict[str, list[int]] = {}
     for (place,) in found:
         places.setdefault(commits[place >> 32].shard.sha256, []).append(place & 0xFFFFFFFF)
@@ -215,6 +213,7 @@ def _generations(store: Store, rows: Sequence[Row]) -> dict[bytes, Row]:
 
 
 def _check_targets(rows: Sequence[tuple[Row, dict[str, Any]]]) -> None:
+    """Every row's numbers agree with one another."""
     doubtful = [
         (row, column, message) for row, about in rows for column, message in doubts(row, about)
     ]
@@ -222,11 +221,12 @@ def _check_targets(rows: Sequence[tuple[Row, dict[str, Any]]]) -> None:
         return
     row, column, message = doubtful[0]
     count = len({row["key"] for row, _, _ in doubtful})
+    # A shift is the likely cause, and says more than a number that is off.
     beside = shifted([row for row, about in rows if about.get("head", "lm") == "lm"])
+    cause = f"; these are {beside}" if beside else ""
     raise IntegrityError(
         f"{_name(row)}: {column}: {message}. {count} of the {len(rows)} rows that were looked at "
-        "are wrong, expected targets of the tokens that they stand "
-        f"beside{f'; these are {beside}' if beside else ''}. {_HELP}"
+        f"are wrong, expected targets of the tokens that they stand beside{cause}. {_HELP}"
     )
 
 

@@ -5,8 +5,11 @@ entropy, targets that are in place find their own tokens likely: l_0 is above l_
 mean. Measured on texts that small teachers were trained on, and on others (verse, encyclopedia,
 code, another language): by 0.5 nats and more. Otherwise they are
 
-    shifted     where l_s is above l_0 beyond chance, for s = 1 or -1, and l_0 no better than on the other side, or
-                -l_s as low as H says; the same with the tokens of the row after and the row before
+    shifted     where the token beside, s = 1 or -1, is the likely one, beyond chance: above their own and above
+                that of the other side; and one of two more things says that it is their own:
+                it fits:  -l_s is as low as H says, much lower than -l_0 beside H
+                blind:    their own token is no likelier than that on the other side
+                The same with the tokens of the row after and the row before.
     unknowing   where -l_0 is far above H, beyond chance, and l_0 no better than its neighbours: sure, of nothing here.
                 So are targets of any other tokens, and those of a teacher that does not know such
                 text
@@ -33,6 +36,11 @@ DEVIATIONS = 6.0
 """... nor of chance, at so many standard errors ..."""
 DISTINCT = 16
 """... of so many distinct things, fewer of which say nothing of their spread."""
+LITTLE = 1 / 4
+"""What is less than a quarter of a difference between shifted and own is little beside it: targets
+in place that merely like the neighbour have their own token closer than that."""
+NOTHING = 1 / 10
+"""How little of what they are surprised by unknowing targets may win on their own tokens."""
 
 
 def shifted(rows: Sequence[Row]) -> str | None:
@@ -45,13 +53,7 @@ def shifted(rows: Sequence[Row]) -> str | None:
             continue
         before, own, after, entropy, predicting = found
         for there, other, side in ((after, before, "after"), (before, after, "before")):
-            gain = there - own
-            fits = (entropy + there).mean() > (entropy + own).mean() / 4
-            blind = (own - other).mean() < gain.mean() / 4
-            nearest = beyond_chance(gain, of=predicting) and beyond_chance(
-                there - other, of=predicting
-            )
-            if (fits or blind) and nearest:
+            if _belong(there, own, other, entropy=entropy, predicting=predicting):
                 return (
                     f"shifted by one {what}, those of the {what} {side}: -log p of the tokens "
                     f"there is {-there.mean():.2f} nats, of their own {-own.mean():.2f}, of those "
@@ -60,14 +62,45 @@ def shifted(rows: Sequence[Row]) -> str | None:
     return None
 
 
+def _belong(
+    there: np.ndarray,
+    own: np.ndarray,
+    other: np.ndarray,
+    *,
+    entropy: np.ndarray,
+    predicting: np.ndarray,
+) -> bool:
+    """Whether targets are those of the tokens on one side.
+
+    Args:
+        there: [N] log-probabilities of the tokens there, l_s.
+        own: [N] of their own, l_0.
+        other: [N] of those on the other side, l_-s.
+        entropy: [N] of the targets.
+        predicting: [N] the tokens that predict.
+    """
+    gain = there - own
+    nearest = beyond_chance(gain, of=predicting) and beyond_chance(there - other, of=predicting)
+    # -l_s is H in the mean if the text is the teacher's: the excess -l_s - H is little beside the
+    # excess of their own, or negative. Both are written with their sign turned.
+    fits = (there + entropy).mean() > LITTLE * (own + entropy).mean()
+    # Their own token is no likelier than the other side's, beside what the shift gains.
+    blind = (own - other).mean() < LITTLE * gain.mean()
+    return nearest and bool(fits or blind)
+
+
 def unknowing(rows: Sequence[Row]) -> str | None:
     """How little the targets know of any token here, in words; None: they know something, or claim nothing."""
     if (found := _by_position(rows)) is None:
         return None
     before, own, after, entropy, predicting = found
-    excess, ahead = -own - entropy, min((own - before, own - after), key=np.mean)
+    # How much less likely the tokens are than the targets' entropy says: -l_0 - H.
+    excess = -own - entropy
+    # How much likelier than their neighbours, whichever comes closer; two standard errors in doubt.
+    ahead = min((own - before, own - after), key=np.mean)
     mean, error = _mean(ahead, of=predicting)
-    if not beyond_chance(excess, of=predicting) or mean + 2 * error > excess.mean() / 10:
+    know_something = mean + 2 * error > NOTHING * excess.mean()
+    if know_something or not beyond_chance(excess, of=predicting):
         return None
     return (
         f"-log p of the tokens that the targets stand beside is {-own.mean():.2f} nats, of the "
@@ -116,8 +149,10 @@ def _by_position(rows: Sequence[Row]) -> np.ndarray | None:
         n = row["span_tokens"]
         if n < 3 or not at_one(row):
             continue
-        inner, tokens = slice(1, n - 1), _tokens(row)
-        parts.append(_likelihoods(row, inner, [tokens[1 + s : n - 1 + s] for s in (-1, 0, 1)]))
+        # The first and the last position have no neighbour on one side.
+        tokens = _tokens(row)
+        beside = [tokens[1 + s : n - 1 + s] for s in (-1, 0, 1)]
+        parts.append(_likelihoods(row, slice(1, n - 1), beside))
     return np.concatenate(parts, axis=1) if parts else None
 
 
@@ -126,16 +161,17 @@ def _by_row(rows: Sequence[Row]) -> np.ndarray | None:
     parts = []
     for before, row, after in zip(rows, rows[1:], rows[2:], strict=False):
         if at_one(row):
-            n = min(one["span_tokens"] for one in (before, row, after))
-            parts.append(
-                _likelihoods(row, slice(0, n), [_tokens(one)[:n] for one in (before, row, after)])
-            )
+            three = (before, row, after)
+            n = min(one["span_tokens"] for one in three)
+            parts.append(_likelihoods(row, slice(0, n), [_tokens(one)[:n] for one in three]))
     return np.concatenate(parts, axis=1) if parts else None
 
 
 def _likelihoods(row: Row, part: slice, tokens: Sequence[np.ndarray]) -> np.ndarray:
+    """[5, N] the log-probabilities that some targets give three lists of tokens, their entropy, what predicts."""
     targets = SoftTargets.from_row(row).positions(part)
-    predicting = row["token_ids"][predicting_positions(row["span_start"], row["span_tokens"])][part]
+    positions = predicting_positions(row["span_start"], row["span_tokens"])
+    predicting = row["token_ids"][positions][part]
     return np.stack([*(_logprob_of(targets, one) for one in tokens), targets.entropy, predicting])
 
 
@@ -145,16 +181,19 @@ def _tokens(row: Row) -> np.ndarray:
 
 
 def _logprob_of(targets: SoftTargets, tokens: np.ndarray) -> np.ndarray:
-    """[N] what targets give some tokens; at most the least entry and the tail where a token is none."""
+    """[N] what targets give some tokens; where a token is no entry, the most that it can be."""
     if targets.ids is None:
+        # Full: every token is an entry.
         assert targets.logprobs is not None
         return targets.logprobs[np.arange(len(tokens)), tokens].astype(np.float64)
     match = targets.ids == tokens[:, None]
-    kept = targets.probabilities.astype(np.float64)
-    least = np.min(kept, axis=1, where=targets.ids >= 0, initial=1.0)
+    probs = targets.probabilities.astype(np.float64)
+    least = np.min(probs, axis=1, where=targets.ids >= 0, initial=1.0)
     if targets.tail_logprob is None:
-        least = least / 2
+        # Sampled: half of what was drawn least, for what was not drawn at all.
+        outside = least / 2
     else:
-        least = np.minimum(least, np.exp(targets.tail_logprob.astype(np.float64)))
-    found = np.where(match.any(axis=1), (kept * match).sum(axis=1), least)
+        tail = np.exp(targets.tail_logprob.astype(np.float64))
+        outside = np.minimum(least, tail)
+    found = np.where(match.any(axis=1), (probs * match).sum(axis=1), outside)
     return np.log(np.maximum(found, np.finfo(np.float32).tiny))

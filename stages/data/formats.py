@@ -1,4 +1,4 @@
-"""The formats of `data`: what a record of each becomes, as a row of `prompts`."""
+"""The formats of `data`: how a record of each becomes a row of `prompts`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -33,27 +33,31 @@ def prompt_row(
     if isinstance(record, str):
         raise RowError("unreadable", record)
     record = {ours: record[theirs] for ours, theirs in _columns(record, data).items()}
-    row: dict[str, Any] = dict.fromkeys(
-        ("text", "text_pair", "messages", "completion", "reference", "label"), None
-    ) | {
-        "format": data.format,
-        "source": source,
-    }
+    row: dict[str, Any] = {"format": data.format, "source": source, **_EMPTY}
     row |= _FORMATS[data.format](record)
     if data.format == "labelled":
         row["label"] = label_index(record["label"], classes)
     answer, reference = row.pop("answer", None), record.get("reference")
     if given and data.format not in ("text", "labelled"):
-        row["completion"] = _text(
-            answer, "completion", "no answer to score, and no `generate` section to make one"
-        )
-    elif reference in (None, ""):
+        # Nothing is generated, so the record's answer is what is scored ...
+        no_answer = "no answer to score, and no `generate` section to make one"
+        row["completion"] = _text(answer, "completion", if_empty=no_answer)
+    elif _missing(reference):
+        # ... else it is only what the generated text can be compared with.
         reference = answer
-    row["reference"] = None if reference in (None, "") else _text(reference, "reference")
-    prompt = {"text": row["text"], "messages": row["messages"], "pair": row["text_pair"]}
-    row["prompt_key"] = content_key("prompt", **prompt)
-    rest = {k: row[k] for k in ("format", "completion", "reference", "label")}
-    row["key"] = content_key("prompts", prompt=row["prompt_key"], **rest)
+    row["reference"] = None if _missing(reference) else _text(reference, "reference")
+    # Keys are hashes of what is named here; the source is not, so a row that moved is the same row.
+    row["prompt_key"] = content_key(
+        "prompt", text=row["text"], messages=row["messages"], pair=row["text_pair"]
+    )
+    row["key"] = content_key(
+        "prompts",
+        prompt=row["prompt_key"],
+        format=row["format"],
+        completion=row["completion"],
+        reference=row["reference"],
+        label=row["label"],
+    )
     return row
 
 
@@ -90,7 +94,9 @@ def _messages(record: dict[str, Any]) -> dict[str, Any]:
         raise RowError(
             "unreadable", f"messages must be a list of {{role, content}} ({error!r})"
         ) from error
-    answer = messages.pop()["content"] if messages and messages[-1]["role"] == "assistant" else None
+    # The last turn of the assistant is the answer to the others.
+    answered = messages and messages[-1]["role"] == "assistant"
+    answer = messages.pop()["content"] if answered else None
     if not messages:
         raise RowError("empty", "the conversation has no message to answer")
     return {"messages": messages, "answer": answer}
@@ -98,7 +104,7 @@ def _messages(record: dict[str, Any]) -> dict[str, Any]:
 
 def _instruction(record: dict[str, Any]) -> dict[str, Any]:
     content = _text(record["instruction"], "instruction")
-    if record.get("input") not in (None, ""):
+    if not _missing(record.get("input")):
         content += "\n" + _text(record["input"], "input")
     return {"messages": [{"role": "user", "content": content}], "answer": record.get("output")}
 
@@ -109,12 +115,16 @@ def _document(record: dict[str, Any]) -> dict[str, Any]:
 
 def _labelled(record: dict[str, Any]) -> dict[str, Any]:
     pair = record.get("text_pair")
-    second = None if pair in (None, "") else _text(pair, "text_pair")
+    second = None if _missing(pair) else _text(pair, "text_pair")
     return {"text": _text(record["text"], "text"), "text_pair": second}
 
 
-def _text(value: Any, name: str, if_empty: str | None = None) -> str:
-    if value is None or value == "":
+def _missing(value: Any) -> bool:
+    return value in (None, "")
+
+
+def _text(value: Any, name: str, *, if_empty: str | None = None) -> str:
+    if _missing(value):
         raise RowError("empty", if_empty or f"{name} is empty")
     if not isinstance(value, str):
         raise RowError("unreadable", f"{name} is a {type(value).__name__}, expected text")
@@ -125,6 +135,7 @@ def _text(value: Any, name: str, if_empty: str | None = None) -> str:
     return value
 
 
+_EMPTY = dict.fromkeys(("text", "text_pair", "messages", "completion", "reference", "label"))
 _FORMATS = {
     "text": _document,
     "prompt": _prompt,

@@ -1,4 +1,4 @@
-"""Text that is given and not generated: its windows and spans, as rows of `generations`."""
+"""Text that came with the data and is not generated: tokenized and cut into rows of `generations`."""
 
 from contextlib import ExitStack
 from typing import Any
@@ -40,9 +40,9 @@ class GivenText:
     """Tokenizes the text that came with the data into generations rows."""
 
     def __init__(self, job: Job, store: Store, stack: ExitStack, limits: CommitLimits) -> None:
-        folder = store.teacher_dir(job.teacher_id)
-        data, self._clock = job.recipe.data, job.clock
-        self._renderer = Renderer(folder, data.chat_template_kwargs)
+        data = job.recipe.data
+        self._clock = job.clock
+        self._renderer = Renderer(store.teacher_dir(job.teacher_id), data.chat_template_kwargs)
         self._author = job.author_id
         self._context = job.context_tokens
         self._window = window_tokens(data, job.context_tokens)
@@ -67,28 +67,28 @@ class GivenText:
             RowError: nothing to predict, or longer than the context.
         """
         with self._clock.span("tokenizer"):
-            pieces = self._pieces(row)
-        # RoBERTa counts its positions from 2: its tokenizer knows what it can read, its config does
-        # not say.
-        limit = (
-            self._context
-            if row["format"] != "labelled"
-            else min(self._context, self._renderer.longest)
-        )
-        for index, (start, ids) in enumerate(pieces):
+            texts = self._tokenized(row)
+        limit = self._context
+        if row["format"] == "labelled":
+            # RoBERTa counts its positions from 2: its tokenizer knows what it can read, its config
+            # does not say.
+            limit = min(limit, self._renderer.longest)
+        for index, (start, ids) in enumerate(texts):
             if len(ids) > limit:
                 raise RowError("too_long", f"{len(ids)} tokens; the teacher reads {limit}")
             self._write(row, index, start, ids)
-        if not pieces:
+        if not texts:
             raise RowError("empty", "fewer than two tokens: nothing to predict")
-        return len(pieces)
+        return len(texts)
 
-    def _pieces(self, row: dict[str, Any]) -> list[tuple[int, list[int]]]:
-        """Where each of a prompt's rows begins to be scored, and its token ids."""
+    def _tokenized(self, row: dict[str, Any]) -> list[tuple[int, list[int]]]:
+        """Of each generations row that a prompt becomes, how many tokens are its prompt, and all its token ids."""
         if row["format"] == "labelled":
+            # The target is the class: no token is predicted.
             ids = self._renderer.labelled_ids(row["text"], row["text_pair"])
             return [(len(ids), ids)]
         if row["format"] == "text":
+            # Long text becomes several windows, all of it scored.
             return [(0, ids) for ids in self._renderer.windows(row["text"], self._window)]
         prompt = self._renderer.prompt_ids(row)
         return [(len(prompt), prompt + self._renderer.completion_ids(row["completion"]))]
@@ -96,7 +96,7 @@ class GivenText:
     def _write(self, row: dict[str, Any], index: int, start: int, ids: list[int]) -> None:
         self.tokens += len(ids) - start
         with self._clock.span("tokenizer"):
-            text = self._renderer.tokenizer.decode(ids[start:], skip_special_tokens=True)
+            text = str(self._renderer.tokenizer.decode(ids[start:], skip_special_tokens=True))
         tokens = (
             labelled_key(ids, row["label"])
             if row["format"] == "labelled"

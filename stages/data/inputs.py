@@ -43,21 +43,23 @@ class Intake:
         """
         prompts = _column(self._prompts).dictionary_encode()
         numbers = prompts.indices.to_numpy()  # counted up as prompts first appear
+        # So a row is the first of its prompt where the count goes up.
+        first = np.diff(np.maximum.accumulate(numbers), prepend=-1) > 0
         held_out = np.zeros(len(prompts.dictionary), bool)
         if holdout:
             smallest = pc.select_k_unstable(
                 prompts.dictionary, k=holdout, sort_keys=[("", "ascending")]
             )
             held_out[smallest.to_numpy()] = True
+        # All rows of a prompt are on one side.
+        split = pa.DictionaryArray.from_arrays(held_out[numbers].astype(np.int8), ["train", "test"])
         return pa.table(
             {
                 "key": _column(self._keys),
                 "prompt_key": _column(self._prompts),
-                "split": pa.DictionaryArray.from_arrays(
-                    held_out[numbers].astype(np.int8), ["train", "test"]
-                ),
+                "split": split,
                 "windows": pa.array(np.frombuffer(self._windows, np.int32)),
-                "first": pa.array(np.diff(np.maximum.accumulate(numbers), prepend=-1) > 0),
+                "first": pa.array(first),
             }
         )
 

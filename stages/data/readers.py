@@ -38,12 +38,9 @@ def source_files(source: str) -> list[Path]:
         _refuse_unreadable(file)
     if files:
         return files
-    if (
-        source.startswith((".", "/", "~"))
-        or path.suffix in _SUFFIXES
-        or source.count("/") != 1
-        or path.is_dir()
-    ):
+    # A Hub id is owner/name: anything else was meant as a path.
+    looks_local = source.startswith((".", "/", "~")) or path.suffix in _SUFFIXES
+    if looks_local or source.count("/") != 1 or path.is_dir():
         raise UsageError(
             f"data.source: nothing to read at {source} (looked in {Path.cwd()}). Name a file, a "
             f"glob or a folder of {', '.join(_IN_FOLDERS)} (.md only by file or glob), or a Hub "
@@ -109,11 +106,9 @@ def _parse(line: str) -> dict[str, Any] | str:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         return f"not JSON: {error}"
-    return (
-        record
-        if isinstance(record, dict)
-        else f"a JSON {type(record).__name__}, expected an object"
-    )
+    if not isinstance(record, dict):
+        return f"a JSON {type(record).__name__}, expected an object"
+    return record
 
 
 def _json(file: Path) -> Iterator[Record]:
@@ -176,7 +171,8 @@ def _from_datasets(data: Data, *, saved: bool) -> Iterator[Record]:
     try:
         if saved:
             loaded = datasets.load_from_disk(data.source)
-            loaded = loaded[data.split] if isinstance(loaded, datasets.DatasetDict) else loaded
+            if isinstance(loaded, datasets.DatasetDict):
+                loaded = loaded[data.split]
         else:
             loaded = datasets.load_dataset(data.source, split=data.split, streaming=True)
         for number, record in enumerate(loaded, 1):

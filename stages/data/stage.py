@@ -1,8 +1,7 @@
 """Stage `data`: reads the source once, into prompts rows of the store; everything after it reads the store alone.
 
-Given text (formats text, completion, and answers that came with the data when nothing is generated)
-is tokenized here too and becomes generations rows whose author is the data, so that later stages
-know one kind of row only.
+Where nothing is generated, the text that came with the data is tokenized here too (`given_text.py`)
+and becomes generations rows, so that later stages know one kind of row only.
 """
 
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ import pyarrow as pa
 from ...storage.errors import RowError, StillroomError, UsageError
 from ...storage.keys import content_id, content_key
 from ...storage.store.store import Store
+from ...storage.tables.schema import TableName
 from ..models.classes import names_in
 from ..models.identity import FileHashes, Identity
 from ..recipe.sections import Data, Recipe
@@ -27,13 +27,17 @@ from .inputs import Intake
 from .readers import fingerprint, records
 
 COMMIT_ROWS = 8192  # reading is cheap to do again, and few large shards are quick to plan from
+_TABLES: tuple[TableName, ...] = ("prompts", "rejects")
 
 
 def inputs_id(recipe: Recipe, teacher: Identity, hashes: FileHashes) -> str:
     """Name of the inputs record: what the source holds now, and how it is read."""
-    author, classes = given_author_id(recipe, teacher), teacher.class_names
     return _inputs_id(
-        recipe, hashes, author_id=author, context_tokens=teacher.context_tokens, classes=classes
+        recipe,
+        hashes,
+        author_id=given_author_id(recipe, teacher),
+        context_tokens=teacher.context_tokens,
+        classes=teacher.class_names,
     )
 
 
@@ -63,18 +67,16 @@ def run(job: Job) -> StageResult:
     """
     recipe, data, clock = job.recipe, job.recipe.data, job.clock
     store = Store.open(recipe.storage.dir)
-    settings = data.model_dump(exclude={"limit", "holdout"})
+    shard_about = about("data", recipe, data.model_dump(exclude={"limit", "holdout"}))
     limits = replace(commit_limits(recipe), rows=max(COMMIT_ROWS, recipe.storage.commit_rows))
+    classes = names_in(store.teacher_dir(job.teacher_id)) if data.format == "labelled" else ()
     rows = Intake()
     rejected, first = 0, ""
-    classes = names_in(store.teacher_dir(job.teacher_id)) if data.format == "labelled" else ()
     job.progress.start(total=data.limit or 0, unit="records")
     with ExitStack() as stack:
-        prompts = stack.enter_context(
-            store.writer("prompts", about=about("data", recipe, settings), limits=limits)
-        )
-        rejects = stack.enter_context(
-            store.writer("rejects", about=about("data", recipe, settings), limits=limits)
+        prompts, rejects = (
+            stack.enter_context(store.writer(table, about=shard_about, limits=limits))
+            for table in _TABLES
         )
         with clock.span("start"):
             text = GivenText(job, store, stack, limits) if given_text(recipe) else None
@@ -82,11 +84,13 @@ def run(job: Job) -> StageResult:
             job.stop.check()
             try:
                 row = prompt_row(record, source, data, given=text is not None, classes=classes)
+                # A record that is there twice is one prompt, whose text is written once.
                 windows = text.add(row) if text and row["key"] not in rows else 1
             except RowError as error:
                 with clock.span("disk"):
                     rejects.add(_reject(source, record, error))
-                rejected, first = rejected + 1, first or f"{source}: {error}"
+                rejected += 1
+                first = first or f"{source}: {error}"
                 job.progress.wrote(rejects=rejected, size=prompts.bytes)
                 continue
             with clock.span("disk"):
@@ -95,14 +99,15 @@ def run(job: Job) -> StageResult:
             job.progress.advance()
         with clock.span("disk"):
             stack.close()
-        job.progress.wrote(rejects=rejected, size=prompts.bytes + (text.bytes if text else 0))
-    _refuse_empty(data, rows, rejected, first)
+        size = prompts.bytes + (text.bytes if text else 0)
+        job.progress.wrote(rejects=rejected, size=size)
+    _refuse_empty(data, rows, rejected=rejected, first=first)
     table = rows.table(data.holdout)
     with clock.span("disk"):
         _refuse_changed(job, classes)
-        store.put_inputs(
-            job.data_id, table, {"source": data.source, "rejected": rejected, "format": data.format}
-        )
+        # The record comes last: that it is there says that all of it was read.
+        record_about = {"source": data.source, "rejected": rejected, "format": data.format}
+        store.put_inputs(job.data_id, table, record_about)
     return StageResult(rows=len(rows), rejected=rejected, tokens=text.tokens if text else 0)
 
 
@@ -117,10 +122,11 @@ def survey(recipe: Recipe, classes: Sequence[str] = ()) -> tuple[pa.Table, int]:
         try:
             row = prompt_row(record, source, recipe.data, given=given_text(recipe), classes=classes)
         except RowError as error:
-            rejected, first = rejected + 1, first or f"{source}: {error}"
+            rejected += 1
+            first = first or f"{source}: {error}"
             continue
         rows.add(row["key"], row["prompt_key"])
-    _refuse_empty(recipe.data, rows, rejected, first)
+    _refuse_empty(recipe.data, rows, rejected=rejected, first=first)
     return rows.table(recipe.data.holdout), rejected
 
 
@@ -130,7 +136,8 @@ def _reject(source: str, record: Any, error: RowError) -> dict[str, Any]:
     return row | {"message": f"{source}: {error}"}
 
 
-def _refuse_empty(data: Data, rows: Intake, rejected: int, first: str) -> None:
+def _refuse_empty(data: Data, rows: Intake, *, rejected: int, first: str) -> None:
+    """Raise UsageError where nothing is left, to work on or to train on."""
     if not rows:
         found = (
             f"all {rejected} records were rejected, the first at {first}"
@@ -151,9 +158,13 @@ def _refuse_empty(data: Data, rows: Intake, rejected: int, first: str) -> None:
 
 def _refuse_changed(job: Job, classes: Sequence[str]) -> None:
     """What was read must be what the plan named: else changed prompts would stand under the old name for good."""
-    hashes = FileHashes(job.recipe.storage.dir, remember=False)
-    author, context = job.author_id, job.context_tokens
-    now = _inputs_id(job.recipe, hashes, author_id=author, context_tokens=context, classes=classes)
+    now = _inputs_id(
+        job.recipe,
+        FileHashes(job.recipe.storage.dir, remember=False),
+        author_id=job.author_id,
+        context_tokens=job.context_tokens,
+        classes=classes,
+    )
     if now != job.data_id:
         raise StillroomError(
             f"data.source: {job.recipe.data.source} changed while it was read. Run again."

@@ -8,7 +8,7 @@ import pyarrow as pa
 from ...storage.errors import IntegrityError, UsageError
 from ...storage.store.sql import query
 from ...storage.tables.shard import REPAIR
-from ..targets.spec import reference, target_bytes, wanted
+from ..targets.spec import Kept, reference, target_bytes, wanted
 from .books import Books, Ledger, Pending, different
 from .coverage import PLACES, best, lacks, reason
 from .requests import TargetRequest, target_key
@@ -111,30 +111,10 @@ def target_ledger(
         limit: Tokens that the teacher reads at once.
         teacher_parts: What the teacher's identity is made of, to say how it differs from another's.
     """
-    score, index = books.score, books.index
+    score = books.score
     judged, trained = reference(score, vocab_size), wanted(score, vocab_size)
-    judging = "coalesce(reference, trained)" if books.lenient else "reference"
-    bits = books.recipe.storage.mantissa_bits
     _take_part(books, 0, parts=1)
-    index.execute(f"""
-        CREATE OR REPLACE VIEW scored AS
-        SELECT w.*, coalesce(stored, 0) > 0 AS stored, reason,
-            (CASE WHEN held_out THEN {judging} ELSE trained END % {PLACES})::BIGINT AS target,
-            CASE WHEN held_out THEN reference_lacks ELSE trained_lacks END AS lacks
-        FROM (
-            SELECT tokens_key, min(key) AS key, any_value(tokens) AS tokens, any_value(start) AS start,
-                bool_or(held_out) AS held_out
-            FROM (SELECT * FROM judged UNION ALL SELECT * FROM chosen
-                WHERE NOT held_out AND tokens_key NOT IN (SELECT tokens_key FROM judged))
-            WHERE {_PART} GROUP BY tokens_key
-        ) w LEFT JOIN (
-            SELECT tokens_key, count(*) AS stored, {best(trained, bits)} AS trained, {best(judged, bits)} AS reference,
-                {lacks(trained, bits)} AS trained_lacks, {lacks(judged, bits)} AS reference_lacks
-            FROM soft_targets WHERE teacher_id = '{teacher_id}' AND {_PART} GROUP BY tokens_key
-        ) USING (tokens_key) LEFT JOIN (
-            SELECT tokens_key, min(reason) AS reason
-            FROM rejects WHERE context_id = '{teacher_id}' AND limit_tokens = {limit} GROUP BY tokens_key
-        ) USING (tokens_key)""")
+    _view_scored(books, teacher_id=teacher_id, judged=judged, trained=trained, limit=limit)
     ledger = Ledger()
     for served, rejected, lack, held_out, count, tokens in _counts(books):
         kept = judged if held_out else trained
@@ -145,6 +125,58 @@ def target_ledger(
     _explain_new(books, ledger, teacher_id, teacher_parts or {})
     ledger.sources = books.sources("scored", "target")
     return ledger
+
+
+def _view_scored(books: Books, *, teacher_id: str, judged: Kept, trained: Kept, limit: int) -> None:
+    """Make the view `scored`: each text once, with the stored row that can be reused for it or why there is none.
+
+    Its columns: tokens_key, key, tokens, start, held_out; stored (whether there is a row of this
+    teacher at all), reason (why it was rejected), target (the row to reuse, its place) and lacks
+    (what the nearest row lacks, for `reason`).
+    """
+    bits = books.recipe.storage.mantissa_bits
+    # Held-out rows are judged on reference targets; where nobody can make them, on what there is.
+    judging = "coalesce(reference, trained)" if books.lenient else "reference"
+    # Not materialized: DuckDB then reads of each step only the columns and parts that are asked for.
+    books.index.execute(f"""
+        CREATE OR REPLACE VIEW scored AS
+        WITH
+        -- What is judged on, and what is trained on: never a text that is judged on.
+        texts AS NOT MATERIALIZED (
+            SELECT * FROM judged
+            UNION ALL
+            SELECT * FROM chosen
+            WHERE NOT held_out AND tokens_key NOT IN (SELECT tokens_key FROM judged)
+        ),
+        -- Equal tokens are scored once.
+        requests AS NOT MATERIALIZED (
+            SELECT tokens_key, min(key) AS key, any_value(tokens) AS tokens,
+                any_value(start) AS start, bool_or(held_out) AS held_out
+            FROM texts WHERE {_PART} GROUP BY tokens_key
+        ),
+        -- The teacher's stored rows of each text: the best one for either purpose, and what the
+        -- nearest one lacks.
+        stored_rows AS NOT MATERIALIZED (
+            SELECT tokens_key, count(*) AS stored,
+                {best(trained, bits)} AS trained,
+                {lacks(trained, bits)} AS trained_lacks,
+                {best(judged, bits)} AS reference,
+                {lacks(judged, bits)} AS reference_lacks
+            FROM soft_targets WHERE teacher_id = '{teacher_id}' AND {_PART} GROUP BY tokens_key
+        ),
+        -- What this teacher, reading as many tokens at once, could not score.
+        rejected AS NOT MATERIALIZED (
+            SELECT tokens_key, min(reason) AS reason
+            FROM rejects WHERE context_id = '{teacher_id}' AND limit_tokens = {limit}
+            GROUP BY tokens_key
+        )
+        -- `best` has the row's place in its low bits, below how good it is.
+        SELECT requests.*, coalesce(stored, 0) > 0 AS stored, reason,
+            (CASE WHEN held_out THEN {judging} ELSE trained END % {PLACES})::BIGINT AS target,
+            CASE WHEN held_out THEN reference_lacks ELSE trained_lacks END AS lacks
+        FROM requests
+        LEFT JOIN stored_rows USING (tokens_key)
+        LEFT JOIN rejected USING (tokens_key)""")
 
 
 def _counts(books: Books) -> Iterator[tuple[Any, ...]]:

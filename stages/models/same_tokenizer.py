@@ -40,15 +40,15 @@ def compare_specs(a: dict[str, Any], b: dict[str, Any]) -> str | None:
     kinds = one.get("type"), two.get("type")
     if kinds[0] != kinds[1]:
         return f"the first is {kinds[0]}, the second {kinds[1]}"
-    return (
-        _different_ids(_tokens(a), _tokens(b))
-        or _different_part(a, b, "normalizer", "normaliser")
-        or _different_part(a, b, "pre_tokenizer", "pre-tokeniser")
-        or _different_merges(one, two)
-        or _different_scores(one, two)
-        or next((f"{o} is {one.get(o)!r} in the first, {two.get(o)!r} in the second"
-                 for o in _OPTIONS if (one.get(o) or None) != (two.get(o) or None)), None)
-    )  # fmt: skip
+    differences = (
+        _different_ids(_tokens(a), _tokens(b)),
+        _different_part(a, b, "normalizer", name="normaliser"),
+        _different_part(a, b, "pre_tokenizer", name="pre-tokeniser"),
+        _different_merges(one, two),
+        _different_scores(one, two),
+        _different_options(one, two),
+    )
+    return next((found for found in differences if found is not None), None)
 
 
 def _different_ids(a: dict[int, str], b: dict[int, str]) -> str | None:
@@ -59,7 +59,7 @@ def _different_ids(a: dict[int, str], b: dict[int, str]) -> str | None:
     return None
 
 
-def _different_part(a: dict[str, Any], b: dict[str, Any], key: str, name: str) -> str | None:
+def _different_part(a: dict[str, Any], b: dict[str, Any], key: str, *, name: str) -> str | None:
     return None if _canonical(a.get(key)) == _canonical(b.get(key)) else f"their {name}s differ"
 
 
@@ -67,36 +67,51 @@ def _different_merges(one: dict[str, Any], two: dict[str, Any]) -> str | None:
     a, b = _merges(one), _merges(two)
     if a == b:
         return None
-    number = next(
-        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
-    )
+    # Where one list is the beginning of the other, they differ from its end on.
+    number = min(len(a), len(b))
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            number = i
+            break
     return f"their merges differ from number {number} on ({len(a)} and {len(b)} merges)"
 
 
 def _different_scores(one: dict[str, Any], two: dict[str, Any]) -> str | None:
     if one.get("type") != "Unigram":
         return None
-    pieces = enumerate(zip(one["vocab"], two["vocab"], strict=False))
-    return next((f"the score of id {i} differs" for i, ((_, x), (_, y)) in pieces if x != y), None)
+    for index, (a, b) in enumerate(zip(one["vocab"], two["vocab"], strict=False)):
+        (_, score), (_, other) = a, b
+        if score != other:
+            return f"the score of id {index} differs"
+    return None
+
+
+def _different_options(one: dict[str, Any], two: dict[str, Any]) -> str | None:
+    for option in _OPTIONS:
+        a, b = one.get(option), two.get(option)
+        # Absent, null, false and "" say the same: without it.
+        if (a or None) != (b or None):
+            return f"{option} is {a!r} in the first, {b!r} in the second"
+    return None
 
 
 def _tokens(spec: dict[str, Any]) -> dict[int, str]:
+    """Id -> token, the added ones too."""
     vocab = spec["model"]["vocab"]
-    named = (
-        vocab.items()
-        if isinstance(vocab, dict)
-        else ((token, i) for i, (token, _) in enumerate(vocab))
-    )
-    return {i: token for token, i in named} | {
-        t["id"]: t["content"] for t in spec.get("added_tokens") or []
-    }
+    if isinstance(vocab, dict):
+        found = {index: token for token, index in vocab.items()}
+    else:
+        # Unigram: a list of (token, score) in the order of ids.
+        found = {index: token for index, (token, _) in enumerate(vocab)}
+    added = spec.get("added_tokens") or []
+    return found | {token["id"]: token["content"] for token in added}
 
 
 def _merges(model: dict[str, Any]) -> list[tuple[str, ...]]:
     # Written as "a b" by older versions, as ["a", "b"] by newer ones.
     return [
-        tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m)
-        for m in model.get("merges") or []
+        tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge)
+        for merge in model.get("merges") or []
     ]
 
 
@@ -107,12 +122,13 @@ def _canonical(part: Any) -> Any:
     if not isinstance(part, dict):
         return part
     kept = {
-        k: _canonical(v)
-        for k, v in part.items()
-        if v is not None and v not in _WITHOUT_EFFECT.get(k, ())
+        key: _canonical(value)
+        for key, value in part.items()
+        if value is not None and value not in _WITHOUT_EFFECT.get(key, ())
     }
     steps = kept.get("normalizers") or kept.get("pretokenizers")
-    return steps[0] if kept.get("type") == "Sequence" and steps and len(steps) == 1 else kept
+    one_step = kept.get("type") == "Sequence" and steps and len(steps) == 1
+    return steps[0] if steps and one_step else kept
 
 
 def _read(folder: Path) -> dict[str, Any]:

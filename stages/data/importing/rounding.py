@@ -5,31 +5,41 @@ import numpy as np
 from ....storage.errors import UsageError
 
 _FLOAT32_BITS = 24
+"""Bits of mantissa, the first one counted, which is not stored."""
+_STORED = 0x7FFFFF
+"""The 23 that are stored, in the pattern of a float32."""
 _SEEN = 4.0
 """How often over what rounding may hide the least entry must be, for a tail beyond it to be
 seen."""
 _NEARLY_ALL = 0.9
+"""Of the positions that can tell, so many must say that a table is renormalised ..."""
 _ENOUGH = 3
+"""... and so many at least."""
 
 
 def mantissa_bits(values: np.ndarray) -> int:
     """Bits of mantissa, the first one counted, that float32 needs for all values: 8 for bfloat16's, 24 at most."""
-    pattern = (
-        int(np.bitwise_or.reduce(values.astype(np.float32).view(np.uint32).ravel(), initial=0))
-        & 0x7FFFFF
-    )
-    return 1 if pattern == 0 else _FLOAT32_BITS - ((pattern & -pattern).bit_length() - 1)
+    patterns = values.astype(np.float32).view(np.uint32).ravel()
+    # A bit is set here if it is set in any value.
+    used = int(np.bitwise_or.reduce(patterns, initial=0)) & _STORED
+    if used == 0:
+        return 1
+    # used & -used is its lowest bit alone: the zeros below it are not needed.
+    zeros = (used & -used).bit_length() - 1
+    return _FLOAT32_BITS - zeros
 
 
 def hidden_mass(kept: np.ndarray, error: np.ndarray) -> np.ndarray:
-    """[N] how much of the sum of these probabilities rounding may hide.
+    """[N] how much of the sum of these probabilities rounding may hide: sum_i p_i e_i + K 2^-24.
+
+    The last term is what summing K float32 numbers may lose.
 
     Args:
         kept: [N, K] probabilities.
         error: [N, K] relative error of each.
     """
-    hidden: np.ndarray = (kept * error).sum(axis=1) + kept.shape[1] * 2.0**-_FLOAT32_BITS
-    return hidden
+    of_entries: np.ndarray = (kept * error).sum(axis=1)
+    return of_entries + kept.shape[1] * 2.0**-_FLOAT32_BITS
 
 
 def leaving_nothing(logprobs: np.ndarray, error: np.ndarray) -> np.ndarray:
@@ -47,8 +57,8 @@ def leaving_nothing(logprobs: np.ndarray, error: np.ndarray) -> np.ndarray:
     kept = np.exp(logprobs)
     hidden = hidden_mass(kept, error)
     seen = kept.min(axis=1) > _SEEN * hidden
-    nothing: np.ndarray = (1 - kept.sum(axis=1) <= hidden)[seen]
-    return nothing
+    nothing: np.ndarray = 1 - kept.sum(axis=1) <= hidden
+    return nothing[seen]
 
 
 def refuse_renormalised(source: str, nothing_left: np.ndarray, *, rows: int) -> None:

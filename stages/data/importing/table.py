@@ -1,12 +1,12 @@
 """`stillroom import`: a foreign table of token ids and teacher probabilities becomes rows of a store.
 
-Every row is checked (`stages/data/importing/row.py`), the first ones also for targets that belong
-to other tokens than those they stand beside (`stages/audit/shift.py`), before anything is written.
+Every row is checked (`row.py`), the first ones also for targets that belong to other tokens than
+those they stand beside (`stages/audit/shift.py`), before anything is written.
 What stands in the store afterwards is what a run with given text leaves: prompts, generations, soft
 targets, inputs and a binding, so plan, train and report go on from there.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -26,20 +26,21 @@ from ...audit.shift import shifted
 from ...ledger.requests import target_key, tokens_key
 from ...models.identity import FileHashes, Identity, find_model, identify, identify_unseen
 from ...models.rendering import Renderer
-from ...recipe.sections import Data, Storage
+from ...recipe.sections import Storage
 from ...workers.job import Progress
 from ...workers.shard_about import versions
 from ..inputs import Intake
-from ..readers import records, source_files
+from .columns import BadRow, Columns
+from .records import table_records
 from .rounding import refuse_renormalised
-from .row import BadRow, Columns, ForeignRow, convert
+from .row import ForeignRow, convert
 
 AUDITED = 64
 """Rows that are looked at together, before any is written."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
+class ImportRequest:
     """What the command line asks for."""
 
     source: str
@@ -80,7 +81,7 @@ class Imported:
     notes: list[str] = field(default_factory=list)
 
 
-def import_table(asked: Asked, progress: Progress) -> Imported:
+def import_table(request: ImportRequest, progress: Progress) -> Imported:
     """Read the table into the store.
 
     Raises:
@@ -88,10 +89,10 @@ def import_table(asked: Asked, progress: Progress) -> Imported:
             other tokens'.
         IntegrityError: the store is damaged.
     """
-    if not open_files(asked.store).empty():
-        Store.open(asked.store, create=True)  # refuses what is no store before the work
-    hashes = FileHashes(asked.store, remember=False)
-    return _Import(asked, hashes, _teacher(asked, hashes), progress).run()
+    if not open_files(request.store).empty():
+        Store.open(request.store, create=True)  # refuses what is no store before the work
+    hashes = FileHashes(request.store, remember=False)
+    return _Import(request, hashes, _teacher(request, hashes), progress).run()
 
 
 def given_format(done: Imported) -> str:
@@ -99,18 +100,18 @@ def given_format(done: Imported) -> str:
     return "completion" if done.prompts else "text"
 
 
-def _teacher(asked: Asked, hashes: FileHashes) -> Identity:
-    if asked.teacher is not None and asked.tokenizer is None and asked.teacher_name is None:
-        folder = find_model(asked.teacher, asked.revision, field="--teacher", download=True)
+def _teacher(request: ImportRequest, hashes: FileHashes) -> Identity:
+    if request.teacher is not None and request.tokenizer is None and request.teacher_name is None:
+        folder = find_model(request.teacher, request.revision, field="--teacher", download=True)
         return identify(folder, dtype="auto", hashes=hashes, field="--teacher")
-    if asked.teacher is None and asked.tokenizer is not None and asked.teacher_name:
-        if not asked.tokenizer.is_dir():
+    if request.teacher is None and request.tokenizer is not None and request.teacher_name:
+        if not request.tokenizer.is_dir():
             raise UsageError(
-                f"--tokenizer: no folder {asked.tokenizer}. Name a folder with the teacher's "
+                f"--tokenizer: no folder {request.tokenizer}. Name a folder with the teacher's "
                 "tokenizer."
             )
         return identify_unseen(
-            asked.tokenizer, asked.teacher_name, hashes=hashes, vocab_size=asked.vocab_size
+            request.tokenizer, request.teacher_name, hashes=hashes, vocab_size=request.vocab_size
         )
     raise UsageError(
         "Whose probabilities are these? Give --teacher MODEL (a folder or Hub id), or, where its "
@@ -125,34 +126,35 @@ class _Import:
     """Made when the first rows were found to be right: an import that is refused leaves nothing."""
 
     def __init__(
-        self, asked: Asked, hashes: FileHashes, teacher: Identity, progress: Progress
+        self, request: ImportRequest, hashes: FileHashes, teacher: Identity, progress: Progress
     ) -> None:
-        self._asked, self._hashes, self._teacher, self._progress = asked, hashes, teacher, progress
+        self._request, self._hashes = request, hashes
+        self._teacher, self._progress = teacher, progress
         self._tokenizer = Renderer(teacher.folder, {}).tokenizer
         self._author = content_id("given", tokenizer=teacher.tokenizer_id, imported=True)
-        self._vocab_size = asked.vocab_size or teacher.vocab_size
+        self._vocab_size = request.vocab_size or teacher.vocab_size
         self._intake = Intake()
         self._done = Imported(teacher=teacher)
+        self._first_error: BadRow | None = None
 
     def run(self) -> Imported:
         """Read, check, write; the binding last."""
         self._progress.start(total=0, unit="rows")
         rows = self._rows()
         first = list(islice(rows, AUDITED))
-        found = [row for _, row, _ in first if row is not None]
+        found = [row for _, row in first if isinstance(row, ForeignRow)]
         if not found and len(first) < AUDITED:
-            self._refuse_empty([error for *_, error in first if error is not None])
+            self._refuse_empty(rejected=len(first))
         self._audit(found)
-        self._store = Store.open(self._asked.store, create=True)
+        self._store = Store.open(self._request.store, create=True)
         self._hashes.keep()
         k = min((row.targets.probabilities.shape[1] for row in found), default=0)
         self._store.put_teacher(self._teacher.id, self._teacher.files_to_keep())
         with ExitStack() as stack:
             writers = {table: stack.enter_context(self._writer(table, k)) for table in _TABLES}
-            for where, row, error in chain(first, rows):
-                if row is None:
-                    assert error is not None
-                    self._reject(writers["rejects"], where, error)
+            for where, row in chain(first, rows):
+                if isinstance(row, BadRow):
+                    self._reject(writers["rejects"], where, row)
                 else:
                     self._write(writers, where, row)
                 self._progress.advance()
@@ -160,7 +162,7 @@ class _Import:
         return self._done
 
     def _writer(self, table: Any, k: int) -> ShardWriter:
-        columns = self._asked.columns
+        columns = self._request.columns
         settings = {"targets_at": columns.targets_at, "values": columns.kind}
         about = {
             "stage": "import",
@@ -170,41 +172,43 @@ class _Import:
             "teacher_id": self._teacher.id,
             "tokenizer_id": self._teacher.tokenizer_id,
             "vocab_size": self._vocab_size,
-            "mantissa_bits": self._asked.mantissa_bits,
+            "mantissa_bits": self._request.mantissa_bits,
             "settings": settings | ({"kind": "topk", "k": k} if table == "soft_targets" else {}),
             "versions": versions(),
         }
         return self._store.writer(table, about=about)
 
-    def _rows(self) -> Iterator[tuple[str, ForeignRow | None, BadRow | None]]:
-        columns = self._asked.columns
-        for where, record in _records(self._asked):
+    def _rows(self) -> Iterator[tuple[str, ForeignRow | BadRow]]:
+        """Where each row stands, and what it is in this store's terms, or why it is rejected."""
+        request, columns = self._request, self._request.columns
+        for where, record in table_records(request.source, request.split, columns.named()):
             try:
                 if isinstance(record, str):
                     raise BadRow(
                         "unreadable", "-", found=record, expected="a record", help="Mend the file."
                     )
                 _refuse_missing(where, record, columns)
-                yield where, convert(record, columns, vocab_size=self._vocab_size), None
+                yield where, convert(record, columns, vocab_size=self._vocab_size)
             except BadRow as error:
-                if not self._asked.skip_bad:
+                if not request.skip_bad:
                     raise UsageError(
                         f"{where}: {error} --skip-bad leaves such rows out."
                     ) from error
-                yield where, None, error
+                self._first_error = self._first_error or error
+                yield where, error
 
     def _audit(self, rows: list[ForeignRow]) -> None:
         """Refuse targets that are other tokens', seen by what they find likely."""
         if not rows:
             return
         if found := shifted([self._targets(row, self._generation(row)) for row in rows]):
-            other = "same" if self._asked.columns.targets_at == "next" else "next"
+            other = "same" if self._request.columns.targets_at == "next" else "next"
             raise UsageError(
-                f"{self._asked.source}: in the first {len(rows)} rows, the targets are {found}. "
+                f"{self._request.source}: in the first {len(rows)} rows, the targets are {found}. "
                 f"Expected each position's own. Is it --targets-at {other}?"
             )
         left = np.concatenate([row.nothing_left for row in rows])
-        refuse_renormalised(self._asked.source, left, rows=len(rows))
+        refuse_renormalised(self._request.source, left, rows=len(rows))
         tokens = sum(len(row.targets.token_logprob) for row in rows)
         self._done.notes.append(
             f"audit: {len(rows)} rows of {tokens} scored tokens looked at, no shift found"
@@ -253,7 +257,7 @@ class _Import:
 
     def _targets(self, row: ForeignRow, generation: dict[str, Any]) -> dict[str, Any]:
         """Its row of `soft_targets`."""
-        bits = self._asked.mantissa_bits
+        bits = self._request.mantissa_bits
         reuse_key = target_key(self._teacher.id, generation["tokens_key"])
         settings = {"kind": "topk", "k": row.targets.probabilities.shape[1]}
         named = {"mantissa_bits": bits, "imported": True, **settings}
@@ -275,7 +279,7 @@ class _Import:
         return str(self._tokenizer.decode(ids.tolist(), skip_special_tokens=True))
 
     def _reject(self, writer: ShardWriter, where: str, error: BadRow) -> None:
-        key = content_key("reject", source=self._asked.source, row=where, reason=error.reason)
+        key = content_key("reject", source=self._request.source, row=where, reason=error.reason)
         row = {
             "key": key,
             "stage": "import",
@@ -286,30 +290,25 @@ class _Import:
         writer.add(row)
         self._done.rejected[error.reason] = self._done.rejected.get(error.reason, 0) + 1
 
-    def _refuse_empty(self, errors: list[BadRow]) -> None:
+    def _refuse_empty(self, *, rejected: int) -> None:
         why = (
-            f"all {len(errors)} rows were rejected, the first for: {errors[0]}"
-            if errors
+            f"all {rejected} rows were rejected, the first for: {self._first_error}"
+            if rejected
             else "it holds no rows."
         )
         raise UsageError(
-            f"{self._asked.source}: nothing to import: {why} Check the columns that you named."
+            f"{self._request.source}: nothing to import: {why} Check the columns that you named."
         )
 
     def _finish(self) -> None:
         """Say which prompts these are, and whose; a table that was imported before says the same again."""
-        done, asked = self._done, self._asked
+        done, request = self._done, self._request
         prompts = self._intake.prompts()
+        rejected = sum(done.rejected.values())
         if not prompts:
-            why = (
-                f"all {sum(done.rejected.values())} rows were rejected"
-                if done.rejected
-                else "it holds no rows"
-            )
-            raise UsageError(
-                f"{asked.source}: nothing to import: {why}. Check the columns that you named."
-            )
-        done.holdout = min(200, prompts // 10) if asked.holdout is None else asked.holdout
+            self._refuse_empty(rejected=rejected)
+        # A tenth is held out, of a large table 200.
+        done.holdout = min(200, prompts // 10) if request.holdout is None else request.holdout
         if done.holdout >= prompts:
             raise UsageError(
                 f"--holdout: {done.holdout} of {prompts} prompts leaves nothing to train on. Use "
@@ -320,8 +319,8 @@ class _Import:
         content = [key.hex() for key in table["key"].to_pylist()]
         data_id = content_id("inputs", imported=names, keys=content, holdout=done.holdout)
         about = {
-            "source": asked.source,
-            "rejected": sum(done.rejected.values()),
+            "source": request.source,
+            "rejected": rejected,
             "format": given_format(done),
         }
         self._store.put_inputs(data_id, table, about)
@@ -341,64 +340,6 @@ class _Import:
 
 
 _TABLES = ("prompts", "generations", "soft_targets", "rejects")
-
-
-def _records(asked: Asked) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    """Every record, with where it stands."""
-    data = Data(source=asked.source, split=asked.split, format="text")
-    try:
-        files = source_files(asked.source)
-        if not files or any(file.suffix not in (".parquet", ".arrow") for file in files):
-            yield from records(data)
-            return
-    except UsageError as error:  # which names the field of a recipe
-        said = str(error).replace("data.source:", "SOURCE:").replace("data.split:", "--split:")
-        raise UsageError(said) from error
-    for file in files:
-        yield from _table_rows(file, asked)
-
-
-def _table_rows(file: Path, asked: Asked) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of a Parquet or Arrow file, few at a time: the lists of one row may be long."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    names = asked.columns.named()
-    try:
-        if file.suffix == ".parquet":
-            with pq.ParquetFile(file) as parquet:
-                known = parquet.schema_arrow.names
-                batches = parquet.iter_batches(
-                    64, columns=[name for name in names if name in known]
-                )
-                yield from _numbered(file, batches)
-            return
-        with pa.memory_map(str(file)) as memory:
-            yield from _numbered(file, _arrow(memory))
-    except (OSError, pa.ArrowException) as error:
-        raise UsageError(f"{file}: not readable ({error}). Write it again.") from error
-
-
-def _numbered(file: Path, batches: Iterable[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    number = 0
-    for batch in batches:
-        for row in range(
-            batch.num_rows
-        ):  # one at a time: as Python objects numbers take ten times their room
-            number += 1
-            yield f"{file.name}:{number}", batch.slice(row, 1).to_pylist()[0]
-
-
-def _arrow(memory: Any) -> Any:
-    """The batches of an Arrow file in either of its two formats."""
-    import pyarrow as pa
-
-    try:
-        return pa.ipc.open_stream(memory)
-    except pa.ArrowInvalid:
-        memory.seek(0)
-        reader = pa.ipc.open_file(memory)
-        return (reader.get_batch(number) for number in range(reader.num_record_batches))
 
 
 def _refuse_missing(where: str, record: dict[str, Any], columns: Columns) -> None:

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stillroom.stages.data.importing.columns import BadRow, Columns
 from stillroom.stages.data.importing.rounding import leaving_nothing, mantissa_bits
-from stillroom.stages.data.importing.row import BadRow, Columns, convert
+from stillroom.stages.data.importing.row import convert
 from stillroom.storage.tables.doubts import doubts
 from stillroom.storage.tables.soft_targets import round_mantissa
 

@@ -1,0 +1,71 @@
+"""The records of a foreign table, from wherever they are, with where each stands."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ....storage.errors import UsageError
+from ...recipe.sections import Data
+from ..readers import Record, records, source_files
+
+BATCH = 64
+"""Rows of a Parquet file read at once: the lists of one row may be long."""
+
+
+def table_records(source: str, split: str, columns: Sequence[str]) -> Iterator[Record]:
+    """Every record; of a Parquet file the named columns alone are read.
+
+    Raises:
+        UsageError: nothing readable is there.
+    """
+    data = Data(source=source, split=split, format="text")
+    try:
+        files = source_files(source)
+        if not files or any(file.suffix not in (".parquet", ".arrow") for file in files):
+            yield from records(data)
+            return
+    except UsageError as error:
+        # The readers name the fields of a recipe; here an argument and an option were given.
+        said = str(error).replace("data.source:", "SOURCE:").replace("data.split:", "--split:")
+        raise UsageError(said) from error
+    for file in files:
+        yield from _rows(file, columns)
+
+
+def _rows(file: Path, columns: Sequence[str]) -> Iterator[Record]:
+    """Rows of a Parquet or Arrow file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        if file.suffix == ".parquet":
+            with pq.ParquetFile(file) as parquet:
+                known = parquet.schema_arrow.names
+                found = [name for name in columns if name in known]
+                yield from _numbered(file, parquet.iter_batches(BATCH, columns=found))
+        else:
+            with pa.memory_map(str(file)) as memory:
+                yield from _numbered(file, _arrow(memory))
+    except (OSError, pa.ArrowException) as error:
+        raise UsageError(f"{file}: not readable ({error}). Write it again.") from error
+
+
+def _numbered(file: Path, batches: Iterable[Any]) -> Iterator[Record]:
+    number = 0
+    for batch in batches:
+        # One row at a time: as Python objects numbers take ten times their room.
+        for row in range(batch.num_rows):
+            number += 1
+            yield f"{file.name}:{number}", batch.slice(row, 1).to_pylist()[0]
+
+
+def _arrow(memory: Any) -> Any:
+    """The batches of an Arrow file in either of its two formats."""
+    import pyarrow as pa
+
+    try:
+        return pa.ipc.open_stream(memory)
+    except pa.ArrowInvalid:
+        memory.seek(0)
+        reader = pa.ipc.open_file(memory)
+        return (reader.get_batch(number) for number in range(reader.num_record_batches))

@@ -246,7 +246,8 @@ def _part(columns: Columns, length: int, *, tokens: int, prompt: int) -> tuple[s
         columns.ids,
         found=f"{length} positions",
         expected=f"{tokens} (one for each token), {tokens - 1} or {span} (one for each of the completion)",
-        help="Say which tokens the lists are about: --prompt-tokens or --completion-tokens.",
+        help="Say which tokens the lists are about: --columns prompt_tokens=COLUMN or "
+        "completion_tokens=COLUMN.",
     )
 
 
@@ -296,7 +297,10 @@ def _logprobs(
             if most > SUM_TOLERANCE
             else "a number that is not finite"
         )
-        help = "Probabilities are --values probs; logits need --lse, the log of their sum of exp over the vocabulary."
+        help = (
+            "Probabilities are --values probs; logits need --columns lse=COLUMN, the log of their "
+            "sum of exp over the vocabulary."
+        )
         raise BadRow("probability", columns.values, found=found, expected="0 at most", help=help)
     return np.minimum(numbers, 0.0), errors
 

@@ -38,7 +38,7 @@ AUDITED = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
+class ImportRequest:
     """What the command line asks for."""
 
     source: str
@@ -79,7 +79,7 @@ class Imported:
     notes: list[str] = field(default_factory=list)
 
 
-def import_table(asked: Asked, progress: Progress) -> Imported:
+def import_table(asked: ImportRequest, progress: Progress) -> Imported:
     """Read the table into the store.
 
     Raises:
@@ -98,7 +98,7 @@ def given_format(done: Imported) -> str:
     return "completion" if done.prompts else "text"
 
 
-def _teacher(asked: Asked, hashes: FileHashes) -> Identity:
+def _teacher(asked: ImportRequest, hashes: FileHashes) -> Identity:
     if asked.teacher is not None and asked.tokenizer is None and asked.teacher_name is None:
         folder = find_model(asked.teacher, asked.revision, field="--teacher", download=True)
         return identify(folder, dtype="auto", hashes=hashes, field="--teacher")
@@ -124,7 +124,7 @@ class _Import:
     """Made when the first rows were found to be right: an import that is refused leaves nothing."""
 
     def __init__(
-        self, asked: Asked, hashes: FileHashes, teacher: Identity, progress: Progress
+        self, asked: ImportRequest, hashes: FileHashes, teacher: Identity, progress: Progress
     ) -> None:
         self._asked, self._hashes, self._teacher, self._progress = asked, hashes, teacher, progress
         self._tokenizer = Renderer(teacher.folder, {}).tokenizer
@@ -343,7 +343,7 @@ class _Import:
 _TABLES = ("prompts", "generations", "soft_targets", "rejects")
 
 
-def _records(asked: Asked) -> Iterator[tuple[str, dict[str, Any] | str]]:
+def _records(asked: ImportRequest) -> Iterator[tuple[str, dict[str, Any] | str]]:
     """Every record, with where it stands."""
     data = Data(source=asked.source, split=asked.split, format="text")
     try:
@@ -358,7 +358,7 @@ def _records(asked: Asked) -> Iterator[tuple[str, dict[str, Any] | str]]:
         yield from _table_rows(file, asked)
 
 
-def _table_rows(file: Path, asked: Asked) -> Iterator[tuple[str, dict[str, Any]]]:
+def _table_rows(file: Path, asked: ImportRequest) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows of a Parquet or Arrow file, few at a time: the lists of one row may be long."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -407,5 +407,5 @@ def _refuse_missing(where: str, record: dict[str, Any], columns: Columns) -> Non
         raise UsageError(
             f"{where}: no column {missing[0]!r} (found "
             f"{', '.join(map(repr, record)) or 'none that was named'}). Name the columns: "
-            "--tokens, --ids, --logprobs and so on."
+            "--columns tokens=COLUMN,ids=COLUMN,values=COLUMN and so on."
         )

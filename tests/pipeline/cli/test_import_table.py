@@ -18,10 +18,10 @@ from tiny_store import SilentProgress, teacher_targets
 from transformers import AutoModelForCausalLM
 
 from stillroom.pipeline.cli.deep_verify import deep_lines, deep_verify, deeply, find_teacher
-from stillroom.pipeline.cli.import_table import recipe_for
+from stillroom.pipeline.cli.import_table import column_names, recipe_for
 from stillroom.pipeline.plan.plan import make_plan
 from stillroom.stages.data.importing.row import Columns
-from stillroom.stages.data.importing.table import Asked, Imported, import_table
+from stillroom.stages.data.importing.table import Imported, ImportRequest, import_table
 from stillroom.stages.recipe.sections import Recipe
 from stillroom.stages.train import stage as train
 from stillroom.stages.workers.job import Job, StopFlag
@@ -66,19 +66,21 @@ def records(teacher: Path) -> list[Record]:
 
 
 @pytest.fixture
-def asked(tmp_path: Path, teacher: Path, records: list[Record]) -> Callable[..., Asked]:
-    def make(*, change: Callable[[Record], None] | None = None, row: int = 1, **how: Any) -> Asked:
+def asked(tmp_path: Path, teacher: Path, records: list[Record]) -> Callable[..., ImportRequest]:
+    def make(
+        *, change: Callable[[Record], None] | None = None, row: int = 1, **how: Any
+    ) -> ImportRequest:
         rows = json.loads(json.dumps(records))
         if change is not None:
             change(rows[row])
         source = write_jsonl(tmp_path / "table.jsonl", rows)
         given = {"columns": COLUMNS, "teacher": str(teacher)} | how
-        return Asked(source=str(source), store=str(tmp_path / "store"), **given)
+        return ImportRequest(source=str(source), store=str(tmp_path / "store"), **given)
 
     return make
 
 
-def imported(asked: Asked) -> Imported:
+def imported(asked: ImportRequest) -> Imported:
     return import_table(asked, SilentProgress())
 
 
@@ -96,14 +98,10 @@ def test_a_table_becomes_a_store_that_plan_and_train_know(
     """The real command on Parquet, the recipe that it prints, and a student trained by it."""
     pq.write_table(pa.Table.from_pylist(records), tmp_path / "table.parquet")
     words = (
-        "--tokens",
-        "tokens",
-        "--ids",
-        "ids",
-        "--logprobs",
-        "values",
-        "--prompt-tokens",
-        "prompt",
+        "--columns",
+        "tokens=tokens,ids=ids,values=values",
+        "--columns",
+        "prompt_tokens=prompt",
     )
     store = tmp_path / "store"
     source = (
@@ -158,7 +156,7 @@ def test_a_table_becomes_a_store_that_plan_and_train_know(
 
 
 def test_deep_verification_compares_the_entries_of_an_imported_row(
-    asked: Callable[..., Asked], teacher: Path, tmp_path: Path
+    asked: Callable[..., ImportRequest], teacher: Path, tmp_path: Path
 ) -> None:
     """Bounds are not what the teacher says; the entries are, and one that is off is found."""
     imported(asked())
@@ -182,12 +180,12 @@ def test_deep_verification_compares_the_entries_of_an_imported_row(
 
 
 def test_probabilities_of_the_entries_alone_are_refused(
-    asked: Callable[..., Asked], records: list[Record]
+    asked: Callable[..., ImportRequest], records: list[Record]
 ) -> None:
     how = replace(COLUMNS, kind="probs")
     whole = [[np.exp(values).tolist() for values in record["values"]] for record in records]
 
-    def give(rows: list[Record], *, over_entries: bool) -> Asked:
+    def give(rows: list[Record], *, over_entries: bool) -> ImportRequest:
         table = asked(columns=how)
         for row, values in zip(rows, whole, strict=True):
             row["values"] = [
@@ -206,7 +204,7 @@ def test_probabilities_of_the_entries_alone_are_refused(
 
 
 def test_what_is_stored_is_what_the_teacher_says(
-    asked: Callable[..., Asked], teacher: Path
+    asked: Callable[..., ImportRequest], teacher: Path
 ) -> None:
     done = imported(asked(mantissa_bits=23))
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
@@ -225,7 +223,7 @@ def test_what_is_stored_is_what_the_teacher_says(
 
 
 def test_the_same_table_again_adds_nothing_and_a_longer_one_its_rows(
-    asked: Callable[..., Asked], records: list[Record]
+    asked: Callable[..., ImportRequest], records: list[Record]
 ) -> None:
     assert imported(asked()).rows == ROWS
     again = imported(asked())
@@ -240,7 +238,7 @@ def test_the_same_table_again_adds_nothing_and_a_longer_one_its_rows(
 
 
 def test_shifted_targets_are_refused_before_anything_is_written(
-    asked: Callable[..., Asked],
+    asked: Callable[..., ImportRequest],
 ) -> None:
     with pytest.raises(
         UsageError, match=r"the targets are shifted by one position.*--targets-at next\?"
@@ -250,7 +248,7 @@ def test_shifted_targets_are_refused_before_anything_is_written(
 
 
 def test_a_row_that_does_not_fit_ends_the_import_or_is_left_out(
-    asked: Callable[..., Asked],
+    asked: Callable[..., ImportRequest],
 ) -> None:
     def twice(row: Record) -> None:
         row["ids"][4][1] = row["ids"][4][0]
@@ -271,7 +269,9 @@ def test_a_row_that_does_not_fit_ends_the_import_or_is_left_out(
     assert verify(store).ok
 
 
-def test_a_missing_column_and_a_missing_teacher_are_named(asked: Callable[..., Asked]) -> None:
+def test_a_missing_column_and_a_missing_teacher_are_named(
+    asked: Callable[..., ImportRequest],
+) -> None:
     with pytest.raises(
         UsageError, match=r"table\.jsonl:1: no column 'logits' \(found 'tokens', 'prompt'"
     ):
@@ -290,8 +290,27 @@ def test_a_missing_column_and_a_missing_teacher_are_named(asked: Callable[..., A
         imported(asked(holdout=40))
 
 
+def test_columns_are_named_as_in_a_recipe() -> None:
+    assert column_names(["prompt_tokens=prompt, ids=best"], kind="logprobs") == {
+        "tokens": "token_ids",
+        "ids": "best",
+        "values": "teacher_topk_logprobs",
+        "prompt_tokens": "prompt",
+    }
+    for wrong, kind, message in (
+        ("logprob=x", "logprobs", r"NAME=COLUMN, NAME one of tokens, ids, .* \(got 'logprob=x'\)"),
+        ("ids", "logprobs", "got 'ids'"),
+        ("ids=", "logprobs", "got 'ids='"),
+        ("lse=z", "probs", "lse goes with --values logits"),
+        ("ids=best", "logits", "--columns lse=COLUMN"),
+        ("prompt_tokens=a,completion_tokens=b", "probs", "say the same. Name one"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            column_names([wrong], kind=kind)
+
+
 def test_a_teacher_without_weights_is_known_by_name_and_tokenizer(
-    asked: Callable[..., Asked], teacher: Path
+    asked: Callable[..., ImportRequest], teacher: Path
 ) -> None:
     one = asked(teacher=None, tokenizer=teacher, teacher_name="org/teacher-405b")
     done = imported(one)
@@ -304,7 +323,7 @@ def test_a_teacher_without_weights_is_known_by_name_and_tokenizer(
 
 
 def test_arrow_files_are_read_too(
-    asked: Callable[..., Asked], tmp_path: Path, records: list[Record]
+    asked: Callable[..., ImportRequest], tmp_path: Path, records: list[Record]
 ) -> None:
     one = asked()
     table = pa.Table.from_pylist(records)

@@ -75,13 +75,15 @@ def count(value: float | None) -> str:
     return NOTHING if value is None else f"{value:,.0f}"
 
 
-def duration(seconds: float | None) -> str:
-    """Seconds, minutes or hours."""
+def duration(seconds: float | None, *, places: int = 0) -> str:
+    """200 as 3m 20s; `places`: decimals of what is shorter than a minute."""
     if seconds is None:
         return NOTHING
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    if seconds < 60 - 0.5 / 10**places:  # 59.96 with one decimal is 1m 00s, not 60.0s
+        return f"{seconds:.{places}f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {rest:02d}s"
 
 
 def size(octets: float | None) -> str:
@@ -93,10 +95,6 @@ def size(octets: float | None) -> str:
             return f"{octets:.0f} {unit}" if unit == "B" else f"{octets:.1f} {unit}"
         octets /= 1024
     return f"{octets:.1f} TiB"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def human(count: float, *, digits: int = 1) -> str:
@@ -116,23 +114,5 @@ def short(count: int) -> str:
     return text if len(text) <= 5 else human(count, digits=0)
 
 
-def short_duration(seconds: float) -> str:
-    """Seconds as 3m 20s."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours}h {minutes:02d}m"
-        if hours
-        else f"{minutes}m {rest:02d}s"
-        if minutes
-        else f"{rest}s"
-    )
-
-
-def short_size(count: float) -> str:
-    """Bytes as 1.2 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < (1000 if unit == "B" else 999.95) or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

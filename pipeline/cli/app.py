@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +26,12 @@ AsJson = Annotated[
     bool, typer.Option("--json", help="One JSON object as the last line of standard output.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+
+
+def words(given: Iterable[str]) -> list[str]:
+    """The values of an option that takes several, separated by commas, and may be given again."""
+    found = [word.strip() for text in given for word in text.split(",")]
+    return [word for word in found if word]
 
 
 def print_for_people(content: Any, *, columns: int = 400) -> None:

@@ -1,17 +1,21 @@
-"""The command `import`."""
+"""The command `import`: other people's tables of entries become a store."""
 
-import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ...storage.errors import UsageError
+from .app import AsJson, Quiet, print_json, words
 
 if TYPE_CHECKING:
     from ...stages.data.importing.table import Imported, ImportRequest
+
+_USUAL = {"tokens": "token_ids", "ids": "teacher_topk_ids", "values": "teacher_topk_logprobs"}
+"""Our name of a column -> what most tables call it."""
+_NAMES = (*_USUAL, "lse", "token_logprobs", "prompt_tokens", "completion_tokens")
 
 _Source = Annotated[
     str,
@@ -27,40 +31,29 @@ _TargetsAt = Annotated[
     str,
     typer.Option(
         metavar="next|same",
-        help="next: the list at a token predicts the token after it (a model's output there). same: it is the "
-        "distribution of that very token (prompt log-probabilities of an engine).",
+        help="next: the list at a token predicts the token after it (a model's output there). "
+        "same: it is the distribution of that very token (prompt log-probabilities of an engine).",
     ),
 ]
-_Tokens = Annotated[str, typer.Option(help="Column of token ids, prompt and completion [T].")]
-_Ids = Annotated[str, typer.Option(help="Column of the entries' ids [positions][K].")]
-_Logprobs = Annotated[
-    str, typer.Option(help="Column of their numbers [positions][K]; see --values.")
+_Columns = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=COLUMN[,NAME=COLUMN]",
+        help="Our name of a column and the table's. tokens: ids of prompt and completion [T]; "
+        "ids: of the entries [positions][K]; values: their numbers [positions][K], see --values; "
+        "lse: for logits, the log-sum-exp over the vocabulary; token_logprobs: of the tokens that "
+        "are there [positions]; prompt_tokens: how many tokens are the prompt, or "
+        "completion_tokens: how many at the end are the completion (with neither, all tokens but "
+        "the first are scored) "
+        "[tokens=token_ids,ids=teacher_topk_ids,values=teacher_topk_logprobs].",
+    ),
 ]
 _Values = Annotated[
     str,
     typer.Option(
         metavar="logprobs|probs|logits",
-        help="What the numbers are, of the whole vocabulary at temperature 1: natural logs of probabilities, "
-        "probabilities, or logits (with --lse).",
-    ),
-]
-_Lse = Annotated[
-    str | None, typer.Option(help="logits: column of their log-sum-exp over the vocabulary.")
-]
-_TokenLogprobs = Annotated[
-    str | None,
-    typer.Option(help="Column with the log-probability of the token that is there [positions]."),
-]
-_PromptTokens = Annotated[
-    str | None,
-    typer.Option(
-        help="Column: how many tokens are the prompt [none, all but the first are scored]."
-    ),
-]
-_CompletionTokens = Annotated[
-    str | None,
-    typer.Option(
-        help="Column: how many tokens at the end are the completion; in place of the above."
+        help="What the values are, of the whole vocabulary at temperature 1: natural logs of "
+        "probabilities, probabilities, or logits (which need the column lse).",
     ),
 ]
 _Forced = Annotated[
@@ -68,7 +61,7 @@ _Forced = Annotated[
     typer.Option("--forced", help="The last entry is the token that is there, besides the K best."),
 ]
 _K = Annotated[
-    int | None, typer.Option("--k", min=1, help="Keep so many of the best entries [all].")
+    int | None, typer.Option("--k", min=1, help="Store so many of the best entries [all].")
 ]
 _Teacher = Annotated[
     str | None,
@@ -86,10 +79,10 @@ _VocabSize = Annotated[
 _Split = Annotated[str, typer.Option(help="Split of a dataset of the Hub or a saved one.")]
 _Holdout = Annotated[
     int | None,
-    typer.Option(min=0, help="Prompts kept for evaluation, by hash [a tenth, 200 at most]."),
+    typer.Option(min=0, help="Prompts for evaluation only, by hash [a tenth, 200 at most]."),
 ]
 _MantissaBits = Annotated[
-    int, typer.Option(min=1, max=23, help="Bits kept of each float; 23 is exact.")
+    int, typer.Option(min=1, max=23, help="Bits stored of each float's mantissa; 23 is exact.")
 ]
 _SkipBad = Annotated[
     bool,
@@ -97,24 +90,14 @@ _SkipBad = Annotated[
         "--skip-bad", help="Leave rows out that do not fit; they go to `rejects`, with the reason."
     ),
 ]
-_AsJson = Annotated[
-    bool, typer.Option("--json", help="One JSON object as the last line of standard output.")
-]
-_Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 
 
 def import_(
     source: _Source,
     store: _Store,
     targets_at: _TargetsAt,
-    tokens: _Tokens = "token_ids",
-    ids: _Ids = "teacher_topk_ids",
-    logprobs: _Logprobs = "teacher_topk_logprobs",
+    columns: _Columns = None,
     values: _Values = "logprobs",
-    lse: _Lse = None,
-    token_logprobs: _TokenLogprobs = None,
-    prompt_tokens: _PromptTokens = None,
-    completion_tokens: _CompletionTokens = None,
     forced: _Forced = False,
     k: _K = None,
     teacher: _Teacher = None,
@@ -126,8 +109,8 @@ def import_(
     holdout: _Holdout = None,
     mantissa_bits: _MantissaBits = 10,
     skip_bad: _SkipBad = False,
-    as_json: _AsJson = False,
-    quiet: _Quiet = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """A foreign table of token ids, entries and probabilities becomes a store that students are trained from.
 
@@ -144,29 +127,11 @@ def import_(
         "targets_at": _one_of(targets_at, "--targets-at", ("next", "same")),
         "kind": _one_of(values, "--values", ("logprobs", "probs", "logits")),
     }
-    if (values == "logits") != (lse is not None):
-        raise UsageError(
-            "--lse: goes with --values logits, and those with it. Name the column of their "
-            "log-sum-exp."
-        )
-    if prompt_tokens is not None and completion_tokens is not None:
-        raise UsageError("--prompt-tokens and --completion-tokens: give one of them.")
-    columns = Columns(
-        tokens=tokens,
-        ids=ids,
-        values=logprobs,
-        lse=lse,
-        token_logprobs=token_logprobs,
-        prompt_tokens=prompt_tokens,
-        completion_tokens=completion_tokens,
-        forced=forced,
-        k=k,
-        **choices,
-    )
-    asked = ImportRequest(
+    names = column_names(columns or (), kind=values)
+    request = ImportRequest(
         source=source,
         store=store,
-        columns=columns,
+        columns=Columns(**names, **choices, forced=forced, k=k),
         teacher=teacher,
         revision=revision,
         tokenizer=tokenizer,
@@ -178,12 +143,35 @@ def import_(
         skip_bad=skip_bad,
     )
     progress = StageProgress("import", sys.stderr, quiet=quiet)
-    done = import_table(asked, progress)
+    done = import_table(request, progress)
     progress.finish()
-    for line in lines(asked, done):
+    for line in lines(request, done):
         sys.stdout.write(f"{line}\n")
-    if as_json:
-        sys.stdout.write(json.dumps(as_json_object(asked, done)) + "\n")
+    print_json(as_json_object(request, done), as_json)
+
+
+def column_names(given: Sequence[str], *, kind: str) -> dict[str, str]:
+    """Our name of a column -> the table's, of `--columns name=column,...` and what most tables have.
+
+    Raises:
+        UsageError: no such name, or columns that do not go together.
+    """
+    names = dict(_USUAL)
+    for word in words(given):
+        name, _, column = word.partition("=")
+        if name not in _NAMES or not column:
+            raise UsageError(
+                f"--columns: expected NAME=COLUMN, NAME one of {', '.join(_NAMES)} (got {word!r})."
+            )
+        names[name] = column
+    if (kind == "logits") != ("lse" in names):
+        raise UsageError(
+            "--columns: lse goes with --values logits, and those with it. Name the column of "
+            "their log-sum-exp: --columns lse=COLUMN."
+        )
+    if {"prompt_tokens", "completion_tokens"} <= names.keys():
+        raise UsageError("--columns: prompt_tokens and completion_tokens say the same. Name one.")
+    return names
 
 
 def _one_of(value: str, option: str, known: tuple[str, ...]) -> str:
@@ -192,36 +180,41 @@ def _one_of(value: str, option: str, known: tuple[str, ...]) -> str:
     return value
 
 
-def recipe_for(asked: "ImportRequest", done: "Imported") -> dict[str, Any]:
+def recipe_for(request: "ImportRequest", done: "Imported") -> dict[str, Any]:
     """A recipe that trains a student from what was imported; the student is the user's to name."""
     from ...stages.data.importing.table import given_format
 
-    data = {"source": asked.store, "format": given_format(done), "holdout": done.holdout}
     return {
         "run": {"dir": "runs/imported"},
-        "storage": {"dir": asked.store},
-        "teacher": {"model": asked.store},
+        "storage": {"dir": request.store},
+        "teacher": {"model": request.store},
         "student": {"model": "<folder or Hub id>"},
-        "data": data,
+        "data": {
+            "source": request.store,
+            "format": given_format(done),
+            "holdout": done.holdout,
+        },
         "score": {"k": done.k},
         "train": {"epochs": 1},
     }
 
 
-def lines(asked: "ImportRequest", done: "Imported") -> Iterator[str]:
+def lines(request: "ImportRequest", done: "Imported") -> Iterator[str]:
     """What to say of an import."""
     import yaml
 
     held = f"{done.holdout} prompts are held out" if done.holdout else "no prompt is held out"
     again = f", {done.known} were there already" if done.known else ""
-    yield f"{done.rows} rows of {done.tokens} scored tokens imported into {asked.store}{again}; {held}."
+    made = f"{done.rows} rows of {done.tokens} scored tokens imported into {request.store}"
+    yield f"{made}{again}; {held}."
     if done.rejected:
+        left_out = sum(done.rejected.values())
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(done.rejected.items()))
-        yield f"{sum(done.rejected.values())} rows left out: {reasons}. They are in `rejects`, each with its reason."
+        yield f"{left_out} rows left out: {reasons}. They are in `rejects`, each with its reason."
     yield from done.notes
     if "unseen" in done.teacher.parts:
         yield (
-            f"The teacher is known by its name, {asked.teacher_name}, and its tokenizer only: no "
+            f"The teacher is known by its name, {request.teacher_name}, and its tokenizer only: no "
             "weights were seen, so nothing here proves whose probabilities these are."
         )
     yield (
@@ -229,24 +222,20 @@ def lines(asked: "ImportRequest", done: "Imported") -> Iterator[str]:
         "entropy the least that it can be, and the log-probability of a token outside the "
         "entries the most."
     )
-    yield "A recipe that trains from it:\n\n" + yaml.safe_dump(
-        recipe_for(asked, done), sort_keys=False
-    )
+    recipe = yaml.safe_dump(recipe_for(request, done), sort_keys=False)
+    yield f"A recipe that trains from it:\n\n{recipe}"
 
 
-def as_json_object(asked: "ImportRequest", done: "Imported") -> dict[str, Any]:
+def as_json_object(request: "ImportRequest", done: "Imported") -> dict[str, Any]:
     """The same for programs."""
-    found = {
+    return {
         "rows": done.rows,
         "known": done.known,
         "rejected": done.rejected,
         "tokens": done.tokens,
         "k": done.k,
-    }
-    recipe = json.loads(json.dumps(recipe_for(asked, done)))
-    return found | {
         "teacher_id": done.teacher.id,
         "holdout": done.holdout,
         "notes": done.notes,
-        "recipe": recipe,
+        "recipe": recipe_for(request, done),
     }

@@ -1,109 +1,135 @@
-"""The commands `export` and `publish`."""
+"""The commands `export` and `publish`, and the options that both have."""
 
-import json
 import sys
+from collections.abc import Callable
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ...storage.errors import UsageError
+from .app import AsJson, StorePath, print_json, words
 
 if TYPE_CHECKING:
-    from ..publish.export import Asked
-
-License = Annotated[
-    str | None,
-    typer.Option(
-        "--license", metavar="ID", help="Licence of this dataset: apache-2.0, cc-by-4.0 ..."
-    ),
-]
-TeacherLicense = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--teacher-license",
-        metavar="ID",
-        help="Licence or terms of the model that wrote and scored the text, or `unknown`. Of several models: "
-        "MODELID=ID each, its first digits suffice.",
-    ),
-]
-SourceLicense = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--source-license",
-        metavar="ID",
-        help="Licence of the data that the prompts come from, or `unknown`. Of several sources: NAME=ID each.",
-    ),
-]
-SnapshotId = Annotated[
-    str | None,
-    typer.Option(
-        "--snapshot",
-        metavar="ID",
-        help="Of a training run, or its first digits; its validation and test splits come along [the only one].",
-    ),
-]
-Where = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SQL", help="Only rows whose generation fits: SQL over its columns [all]."
-    ),
-]
-Columns = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="NAME[,NAME]",
-        help="Only these columns, plain or as table.name; `key` always, a table without any not at all [all].",
-    ),
-]
-MinK = Annotated[
-    int | None,
-    typer.Option(
-        "--min-k",
-        min=1,
-        metavar="K",
-        help="Only targets with K entries or more, cut to K: what is cut joins the tail, exactly [as stored].",
-    ),
-]
-Name = Annotated[
-    str | None,
-    typer.Option(help="What the dataset is called [after the last part of where it goes]."),
-]
-Teacher = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help="What the teacher is called; the store cannot know."),
-]
-Language = Annotated[
-    list[str] | None,
-    typer.Option(metavar="CODE", help="ISO code of the text's language, repeatable."),
-]
-RunDir = Annotated[
-    Path | None,
-    typer.Option(
-        "--run", metavar="RUN_DIR", help="Of which the recipe goes along, without its paths."
-    ),
-]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="One JSON object as the last line of standard output.")
-]
+    from ..publish.export import PublishRequest
 
 
+def publish_request(
+    store: StorePath,
+    license: Annotated[
+        str | None,
+        typer.Option(metavar="ID", help="Licence of this dataset: apache-2.0, cc-by-4.0 ..."),
+    ] = None,
+    teacher_license: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ID",
+            help="Licence or terms of the model that wrote and scored the text, or `unknown`. Of "
+            "several models: MODELID=ID each, its first digits suffice.",
+        ),
+    ] = None,
+    source_license: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ID",
+            help="Licence of the data that the prompts come from, or `unknown`. Of several "
+            "sources: NAME=ID each.",
+        ),
+    ] = None,
+    snapshot: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID",
+            help="Of a training run, or its first digits; its validation and test splits come "
+            "along [the only one].",
+        ),
+    ] = None,
+    where: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SQL", help="Only rows whose generation fits: SQL over its columns [all]."
+        ),
+    ] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[,NAME]",
+            help="Only these columns, plain or as table.name; `key` always, a table without any "
+            "not at all [all].",
+        ),
+    ] = None,
+    min_k: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="K",
+            help="Only targets with K entries or more, cut to K: what is cut joins the tail, "
+            "exactly [as stored].",
+        ),
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(help="What the dataset is called [after the last part of where it goes]."),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="What the teacher is called; the store cannot know."),
+    ] = None,
+    language: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CODE", help="ISO code of the text's language, repeatable."),
+    ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN_DIR", help="Of which the recipe goes along, without its paths."),
+    ] = None,
+) -> "PublishRequest":
+    """What to publish, as the options of both commands say it."""
+    from ...storage.published.export import Choice
+    from ..publish.export import PublishRequest
+
+    names = tuple(words(columns or ()))
+    if columns is not None and not names:
+        raise UsageError("--columns: names no column. Name some, or leave it out for all.")
+    return PublishRequest(
+        store=store,
+        license=license,
+        model_licenses=tuple(teacher_license or ()),
+        source_licenses=tuple(source_license or ()),
+        snapshot=snapshot,
+        choice=Choice(where=where, columns=names, min_k=min_k),
+        name=name,
+        teacher=teacher,
+        languages=tuple(language or ()),
+        run=run,
+    )
+
+
+def _of_a_request(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose first parameter is a request: on the command line, the options of one."""
+    shared = signature(publish_request).parameters
+    own = list(signature(command).parameters.values())[1:]
+
+    @wraps(command)
+    def called(**given: Any) -> None:
+        request = publish_request(**{name: given.pop(name) for name in shared})
+        command(request, **given)
+
+    # Typer reads these two. What has no default is an argument, and those come first.
+    parameters = sorted([*shared.values(), *own], key=lambda p: p.default is not Parameter.empty)
+    called.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    called.__annotations__ = {p.name: p.annotation for p in parameters}
+    return called
+
+
+@_of_a_request
 def export(
-    store: Annotated[str, typer.Argument(metavar="STORE", help="Folder or URL of the store.")],
+    request: "PublishRequest",
     directory: Annotated[
         str, typer.Argument(metavar="DIR", help="Folder of the dataset; may hold older versions.")
     ],
-    license_id: License = None,
-    teacher_license: TeacherLicense = None,
-    source_license: SourceLicense = None,
-    snapshot: SnapshotId = None,
-    where: Where = None,
-    columns: Columns = None,
-    min_k: MinK = None,
-    name: Name = None,
-    teacher: Teacher = None,
-    language: Language = None,
-    run: RunDir = None,
     as_json: AsJson = False,
 ) -> None:
     """A snapshot as a dataset folder that `datasets`, DuckDB, polars and pyarrow load, with its card.
@@ -119,31 +145,16 @@ def export(
             f"{directory}: export writes into a folder of this machine. To the Hub: `stillroom "
             "publish`."
         )
-    asked = _asked(
-        store,
-        licenses=(license_id, teacher_license, source_license),
-        chosen=(snapshot, where, columns, min_k),
-        said={"name": name, "teacher": teacher, "languages": tuple(language or ()), "run": run},
-    )
-    _tell(run_export(asked, Path(directory), say=_say).to_json(), as_json)
+    exported = run_export(request, Path(directory), say=_say)
+    _tell(exported.to_json(), as_json)
 
 
+@_of_a_request
 def publish(
-    store: Annotated[str, typer.Argument(metavar="STORE", help="Folder or URL of the store.")],
+    request: "PublishRequest",
     destination: Annotated[
         str, typer.Argument(metavar="DEST", help="hf://datasets/USER/NAME, or a folder.")
     ],
-    license_id: License = None,
-    teacher_license: TeacherLicense = None,
-    source_license: SourceLicense = None,
-    snapshot: SnapshotId = None,
-    where: Where = None,
-    columns: Columns = None,
-    min_k: MinK = None,
-    name: Name = None,
-    teacher: Teacher = None,
-    language: Language = None,
-    run: RunDir = None,
     private: Annotated[
         bool, typer.Option("--private", help="Make a new repository private; refuse a public one.")
     ] = False,
@@ -157,41 +168,7 @@ def publish(
     """
     from ..publish.publish import publish as run_publish
 
-    asked = _asked(
-        store,
-        licenses=(license_id, teacher_license, source_license),
-        chosen=(snapshot, where, columns, min_k),
-        said={"name": name, "teacher": teacher, "languages": tuple(language or ()), "run": run},
-    )
-    _tell(run_publish(asked, destination, say=_say, private=private), as_json)
-
-
-def _asked(
-    store: str,
-    *,
-    licenses: tuple[str | None, list[str] | None, list[str] | None],
-    chosen: tuple[str | None, str | None, list[str] | None, int | None],
-    said: dict[str, Any],
-) -> "Asked":
-    from ...storage.published.export import Choice
-    from ..publish.export import Asked
-
-    own, models, sources = licenses
-    snapshot, where, columns, min_k = chosen
-    names = tuple(
-        word.strip() for text in columns or () for word in text.split(",") if word.strip()
-    )
-    if columns is not None and not names:
-        raise UsageError("--columns: names no column. Name some, or leave it out for all.")
-    return Asked(
-        store=store,
-        license=own,
-        model_licenses=tuple(models or ()),
-        source_licenses=tuple(sources or ()),
-        snapshot=snapshot,
-        choice=Choice(where=where, columns=names, min_k=min_k),
-        **said,
-    )
+    _tell(run_publish(request, destination, say=_say, private=private), as_json)
 
 
 def _say(text: str) -> None:
@@ -199,11 +176,11 @@ def _say(text: str) -> None:
 
 
 def _tell(done: dict[str, Any], as_json: bool) -> None:
-    rows = "; ".join(
-        f"{table}: {', '.join(f'{split} {count}' for split, count in splits.items())}"
-        for table, splits in done["rows"].items()
-    )
+    tables = []
+    for table, splits in done["rows"].items():
+        rows = ", ".join(f"{split} {count}" for split, count in splits.items())
+        tables.append(f"{table}: {rows}")
     made = "" if done["built"] else " (it was there)"
-    sys.stdout.write(f"{done['version']}{made} in {done.get('url', done['dir'])}\nrows of {rows}\n")
-    if as_json:
-        sys.stdout.write(json.dumps(done) + "\n")
+    place = done.get("url", done["dir"])
+    sys.stdout.write(f"{done['version']}{made} in {place}\nrows of {'; '.join(tables)}\n")
+    print_json(done, as_json)

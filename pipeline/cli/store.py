@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..numbers import human
-from .app import AsJson, StorePath, print_for_people, print_json
+from .app import AsJson, StorePath, print_for_people, print_json, words
 
 if TYPE_CHECKING:
     from ...storage.integrity.repair import Repaired
@@ -165,7 +165,7 @@ def repair(
     from ...storage.integrity.repair import repair as repair_store
     from ...storage.store.store import Store
 
-    reasons = _words(retry_rejects)
+    reasons = words([retry_rejects or ""])
     done = repair_store(Store.open(store), retry=reasons)
     for line in repair_lines(done, retry=reasons):
         print_for_people(line)
@@ -203,10 +203,6 @@ def vacuum(
     for line in vacuum_lines(done, dry_run=dry_run):
         print_for_people(line)
     print_json(vacuum_json(done, dry_run=dry_run), as_json)
-
-
-def _words(text: str | None) -> list[str]:
-    return [word.strip() for word in (text or "").split(",") if word.strip()]
 
 
 def _cell(value: Any) -> str:

@@ -57,7 +57,7 @@ _WORK = ".part"  # a leading dot: no reader looks into it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
+class PublishRequest:
     """What a user asked to be published, and what was said about it."""
 
     store: str
@@ -104,7 +104,7 @@ class Exported:
 
 
 def export(
-    asked: Asked,
+    request: PublishRequest,
     folder: Path,
     *,
     say: Callable[[str], None],
@@ -114,7 +114,7 @@ def export(
     """Write a dataset into a folder.
 
     Args:
-        asked: What.
+        request: What to publish.
         folder: Where; may hold older versions.
         say: Told what is being done.
         strict: Refuse while the licence of a model or a source is not given.
@@ -124,7 +124,7 @@ def export(
         UsageError: a licence, snapshot, column or folder is wrong.
         IntegrityError: a shard is damaged.
     """
-    work = _Export(asked, folder, strict=strict, repo=repo)
+    work = _Export(request, folder, strict=strict, repo=repo)
     manifest = work.finished()
     built = manifest is None
     if manifest is None:
@@ -142,29 +142,31 @@ def export(
 class _Export:
     """One export: what was asked, checked, before anything is written."""
 
-    def __init__(self, asked: Asked, folder: Path, *, strict: bool, repo: str | None) -> None:
-        self._asked, self._files, self._strict = asked, LocalFiles(folder), strict
+    def __init__(
+        self, request: PublishRequest, folder: Path, *, strict: bool, repo: str | None
+    ) -> None:
+        self._request, self._files, self._strict = request, LocalFiles(folder), strict
         self._licenses = check_licenses(
-            asked.license, asked.model_licenses, asked.source_licenses, strict=strict
+            request.license, request.model_licenses, request.source_licenses, strict=strict
         )
-        self._store = Store.open(asked.store)
+        self._store = Store.open(request.store)
         _refuse_unknown_source(self._store, self._licenses)
-        chosen_columns(asked.choice.columns)
-        self.snapshots = find_snapshots(self._store, asked.snapshot)
+        chosen_columns(request.choice.columns)
+        self.snapshots = find_snapshots(self._store, request.snapshot)
         _refuse_foreign(self._files)
-        self._recipe = read_recipe(asked.run)
-        self._name = asked.name or _human((repo or str(folder.resolve())).rpartition("/")[2])
+        self._recipe = read_recipe(request.run)
+        self._name = request.name or _human((repo or str(folder.resolve())).rpartition("/")[2])
         licenses = [
             self._licenses.dataset,
             list(self._licenses.models),
             list(self._licenses.sources),
         ]
-        self._request = content_id(
+        self._content_id = content_id(
             "export",
             snapshots={split: snapshot.id for split, snapshot in self.snapshots.items()},
-            chosen=asked.choice.to_json(),
+            chosen=request.choice.to_json(),
             licenses=licenses,
-            said=[self._name, asked.teacher, self._recipe],
+            said=[self._name, request.teacher, self._recipe],
             versions={package: version(package) for package in ("stillroom", "pyarrow")},
         )
 
@@ -174,7 +176,7 @@ class _Export:
             manifest = read_manifest(self._files)
         except (UsageError, IntegrityError):
             return None
-        if manifest.request != self._request or damaged_files(self._files, manifest):
+        if manifest.request != self._content_id or damaged_files(self._files, manifest):
             return None
         check_stated(self._licenses, self._provenance(manifest), strict=self._strict)
         return manifest
@@ -188,7 +190,7 @@ class _Export:
                 shutil.rmtree(work)  # of an export that was stopped
             make_folder(work)
         try:
-            made = make_tables(self._store, self.snapshots, work, self._asked.choice)
+            made = make_tables(self._store, self.snapshots, work, self._request.choice)
             small = self._small_files(made)
             hashed = [
                 PublishedFile(name=n, sha256=_sha256(c), bytes=len(c))
@@ -199,9 +201,9 @@ class _Export:
                 splits=made.splits,
                 tables=made.tables,
                 about=made.about,
-                chosen=self._asked.choice.to_json(),
+                chosen=self._request.choice.to_json(),
                 statistics=made.statistics,
-                request=self._request,
+                request=self._content_id,
                 files=[*sorted(made.files.values(), key=lambda file: file.name), *hashed],
             )
             place(
@@ -217,7 +219,7 @@ class _Export:
     def _small_files(self, made: Made) -> dict[str, bytes]:
         """Names below the version's folder -> contents: provenance, whole snapshots and their recipes, models."""
         provenance = make_provenance(
-            self._store, made, self._licenses, teacher=self._asked.teacher, recipe=self._recipe
+            self._store, made, self._licenses, teacher=self._request.teacher, recipe=self._recipe
         )
         check_stated(self._licenses, provenance, strict=self._strict)
         found = {
@@ -246,7 +248,7 @@ class _Export:
                 folder=self._files.root,
                 manifest=manifest,
                 provenance=self._provenance(manifest),
-                languages=self._asked.languages,
+                languages=self._request.languages,
                 repo=repo,
             )
         )

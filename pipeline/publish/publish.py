@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from ...storage.errors import UsageError
-from .export import Asked, export
+from .export import PublishRequest, export
 
 HUB = "hf://datasets/"
 
 
 def publish(
-    asked: Asked, destination: str, *, say: Callable[[str], None], private: bool = False
+    request: PublishRequest, destination: str, *, say: Callable[[str], None], private: bool = False
 ) -> dict[str, Any]:
     """Export with every licence given; to the Hub by way of a folder in the user's cache, which a resumed upload uses.
 
     Args:
-        asked: What.
+        request: What to publish.
         destination: A folder, or hf://datasets/USER/NAME.
         say: Told what is being done.
         private: Make the repository private where it is not there yet; refuse one that is public.
@@ -30,7 +30,7 @@ def publish(
         StillroomError: the Hub refused, or did not answer.
     """
     if "://" not in destination:
-        return export(asked, Path(destination), say=say, strict=True).to_json()
+        return export(request, Path(destination), say=say, strict=True).to_json()
     repo = destination.removeprefix(HUB).strip("/")
     if not destination.startswith(HUB) or repo.count("/") != 1:
         raise UsageError(
@@ -38,7 +38,7 @@ def publish(
         )
     from .hub import upload
 
-    exported = export(asked, _cache() / repo.replace("/", "--"), say=say, strict=True, repo=repo)
+    exported = export(request, _cache() / repo.replace("/", "--"), say=say, strict=True, repo=repo)
     url = upload(exported, repo, say=say, private=private)
     return exported.to_json() | {"url": url}
 

@@ -88,7 +88,7 @@ def _trained_on(train: Mapping[str, Any]) -> str:
     return (
         f"{count(train.get('tokens'))} tokens ({count(train.get('scored_tokens'))} scored), "
         f"{count(train.get('steps'))} steps, {decimals(train.get('epochs'), 2)} epochs, "
-        f"{duration(train.get('seconds'))}, {count(train.get('tokens_per_second'))} "
+        f"{duration(train.get('seconds'), places=1)}, {count(train.get('tokens_per_second'))} "
         f"tokens/s{_rate_of(train)}"
     )
 
@@ -285,7 +285,7 @@ def stages(facts: Mapping[str, Any]) -> Section | None:
             count(stage.get("rejected")) + (f" ({reasons[name]})" if reasons.get(name) else ""),
             size(stage.get("bytes")),
             decimals(stage.get("bytes_per_token"), 1),
-            duration(stage.get("seconds")),
+            duration(stage.get("seconds"), places=1),
             count(stage.get("tokens_per_second")),
         ]
         for name, stage in facts["stages"].items()
@@ -320,7 +320,7 @@ def _clocks(found: Mapping[str, Mapping[str, Any]]) -> list[Block]:
         return []
     parts = [part for part in CLOCK if any(clock.get(part) for clock in clocks.values())]
     rows = [
-        [name, *(duration(clock.get(part, 0.0)) for part in parts), duration(sum(clock.values()))]
+        [name, *(duration(seconds, places=1) for seconds in _spent(clock, parts))]
         for name, clock in clocks.items()
     ]
     table = Table(["stage", *parts, "in all"], rows)
@@ -333,6 +333,11 @@ def _clocks(found: Mapping[str, Mapping[str, Any]]) -> list[Block]:
         Figures([figures.clocks(clocks, parts)], [Section("Where the time went", [table])]),
         Text(note),
     ]
+
+
+def _spent(clock: Mapping[str, float], parts: Sequence[str]) -> list[float]:
+    """Seconds of each part, and of all."""
+    return [*(clock.get(part, 0.0) for part in parts), sum(clock.values())]
 
 
 def provenance(report: Mapping[str, Any]) -> Section:

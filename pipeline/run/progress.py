@@ -9,7 +9,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..numbers import human, short, short_duration, short_size
+from ..numbers import duration, human, short, size
 
 LINE_SECONDS = 10.0
 """Between two lines of progress, where there is no bar."""
@@ -62,9 +62,9 @@ class Meter:
             self.count(),
             f"{human(self.rate)} tokens/s" if self.rate else "",
             f"{self.rejects} rejected" if self.rejects else "",
-            f"{short_size(self.written)} written" if self.written else "",
+            f"{size(self.written)} written" if self.written else "",
             self.note,
-            f"{short_duration(self.left)} left" if self.left else "",
+            f"{duration(self.left)} left" if self.left else "",
         ]
         return ", ".join(part for part in parts if part)
 

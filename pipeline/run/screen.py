@@ -20,14 +20,14 @@ from rich.segment import ControlType
 from rich.table import Table
 from rich.text import Text
 
-from ..numbers import human, short, short_duration, short_size
+from ..numbers import duration, human, short, size
 from ..plan.lines import StagePlan
 from .progress import LINE_SECONDS, Meter
 
 _DRAW_SECONDS = 0.2
 _WIDE = 100  # columns from which on there is room for long bars
 # The least widths keep columns where they are while numbers grow; all of it fits 80 columns.
-_COLUMNS = {"done": 18, "tokens": 6, "tokens/s": 8, "rejects": 7, "written": 8, "time": 9}
+_COLUMNS = {"done": 18, "tokens": 6, "tokens/s": 8, "rejects": 7, "written": 9, "time": 9}
 _LEFT_OUT = ("tokens", "written", "rejects", "tokens/s")  # in this order, on a narrower terminal
 State = Literal["cached", "running", "waiting", "done", "stopped", "left out"]
 
@@ -138,7 +138,7 @@ class Screen:
         row, self._running = self._rows[name], None
         row.state, row.seconds = "done", seconds
         if not self._animated:
-            self.say(f"{name}: done in {short_duration(seconds)} ({books_line(row.books)})")
+            self.say(f"{name}: done in {duration(seconds)} ({books_line(row.books)})")
         self.tick(now=True)
 
     def cached(self, name: str) -> None:
@@ -155,7 +155,7 @@ class Screen:
     def _line(self, row: _Row) -> str:
         left = self._left()
         waits = (
-            f"; about {short_duration(left)} left of the run"
+            f"; about {duration(left)} left of the run"
             if left is not None and len(self._waiting())
             else ""
         )
@@ -227,7 +227,7 @@ class Screen:
                 total=meter.total or None, completed=meter.done, pulse=not meter.total
             )
             left = meter.left
-            spent = short_duration(time.monotonic() - self._stage_began)
+            spent = duration(time.monotonic() - self._stage_began)
             time_cell = self._remaining(left) if left is not None and left >= 1 else spent
             return [
                 bar,
@@ -238,9 +238,7 @@ class Screen:
         if row.state in ("waiting", "left out"):
             to_do = f"{short(books.pending)} to do" if books.pending else ""
             expected = (
-                f"~{short_duration(row.expected)}"
-                if row.expected and row.state == "waiting"
-                else ""
+                f"~{duration(row.expected)}" if row.expected and row.state == "waiting" else ""
             )
             return [row.state, to_do, "", "", "", "", expected]
         if row.state == "stopped":
@@ -255,16 +253,16 @@ class Screen:
             row.state,
             done,
             *self._counts(row),
-            "" if row.seconds is None else short_duration(row.seconds),
+            "" if row.seconds is None else duration(row.seconds),
         ]
 
     def _remaining(self, left: float) -> str:
         """Seconds to go; `1m 06s left` is wider than the column of a narrow terminal."""
-        text = f"{short_duration(left)} left"
+        text = f"{duration(left)} left"
         return (
             text
             if self._console.width >= _WIDE or len(text) <= _COLUMNS["time"]
-            else f"~{short_duration(left)}"
+            else f"~{duration(left)}"
         )
 
     @staticmethod
@@ -278,18 +276,18 @@ class Screen:
             human(tokens) if tokens else "",
             human(meter.rate) if meter.rate else "",
             short(rejects) if rejects else "",
-            short_size(meter.written) if meter.written else "",
+            size(meter.written) if meter.written else "",
         ]
 
     def _foot(self) -> list[str]:
         """What the stage says of itself; of the run how long, and how long still."""
-        spent = f"run        {short_duration(time.monotonic() - self._began)}"
+        spent = f"run        {duration(time.monotonic() - self._began)}"
         if self._running is None:
             return [spent]
         left, note = self._left(), self._rows[self._running].meter.note
         unknown = [name for name in self._waiting() if self._rows[name].expected is None]
         if left is not None:
-            spent += f", about {short_duration(left)} left"
+            spent += f", about {duration(left)} left"
         elif unknown:
             spent += f"; not measured here yet: {', '.join(unknown)}"
         return [f"{self._running}: {note}", spent] if note else [spent]

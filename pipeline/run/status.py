@@ -16,7 +16,7 @@ from ...storage.files.opening import open_files
 from ...storage.store.commits import Commit
 from ...storage.store.store import Store
 from ...storage.tables.kinds import STRUCTURES
-from ..numbers import human, short_duration
+from ..numbers import duration, human
 from ..plan.lines import Plan
 from .timings import Pace
 
@@ -158,7 +158,7 @@ def status_tables(stages: dict[str, dict[str, Any]]) -> Group:
             human(s["tokens"]) if s["tokens"] else "-",
             f"{s['bytes_per_token']:.1f}" if s.get("bytes_per_token") else "-",
             human(s["tokens_per_second"]) if s["tokens_per_second"] else "-",
-            short_duration(s["seconds"]) if s.get("seconds") else "-",
+            duration(s["seconds"]) if s.get("seconds") else "-",
         )
     stored = [(name, s) for name, s in stages.items() if "bytes_per_token_by_column" in s]
     kept = [_kept_line(name, s["kept"]) for name, s in stored if "kept" in s]

@@ -83,5 +83,5 @@ def refuse_renormalised(source: str, nothing_left: np.ndarray, *, rows: int) -> 
         "less than 1, for the vocabulary has more ids than the lists have entries. These look "
         "renormalised over their entries: the tail cannot be told, and the targets would be "
         "wrong. Give the values over the whole vocabulary, as the softmax of all logits has them "
-        "(--values logits with --lse, where only logits are left)."
+        "(--values logits with --columns lse=COLUMN, where only logits are left)."
     )

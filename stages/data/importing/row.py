@@ -132,7 +132,8 @@ def _part(columns: Columns, length: int, *, tokens: int, prompt: int) -> tuple[s
         columns.ids,
         found=f"{length} positions",
         expected=f"{tokens} (one for each token), {tokens - 1} or {span} (one for each of the completion)",
-        help="Say which tokens the lists are about: --prompt-tokens or --completion-tokens.",
+        help="Say which tokens the lists are about: --columns prompt_tokens=COLUMN or "
+        "completion_tokens=COLUMN.",
     )
 
 
@@ -194,7 +195,7 @@ def _from_logs(
             columns.values,
             found=f"a log-probability of {most:g}" if over else "a number that is not finite",
             expected="0 at most",
-            help="Probabilities are --values probs; logits need --lse, the log of their sum of "
+            help="Probabilities are --values probs; logits need --columns lse=COLUMN, the log of their sum of "
             "exp over the vocabulary.",
         )
     return np.minimum(logprobs, 0.0), errors

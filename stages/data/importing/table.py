@@ -348,5 +348,5 @@ def _refuse_missing(where: str, record: dict[str, Any], columns: Columns) -> Non
         raise UsageError(
             f"{where}: no column {missing[0]!r} (found "
             f"{', '.join(map(repr, record)) or 'none that was named'}). Name the columns: "
-            "--tokens, --ids, --logprobs and so on."
+            "--columns tokens=COLUMN,ids=COLUMN,values=COLUMN and so on."
         )

@@ -18,7 +18,7 @@ from tiny_store import SilentProgress, teacher_targets
 from transformers import AutoModelForCausalLM
 
 from stillroom.pipeline.cli.deep_verify import deep_lines, deep_verify, deeply, find_teacher
-from stillroom.pipeline.cli.import_table import recipe_for
+from stillroom.pipeline.cli.import_table import column_names, recipe_for
 from stillroom.pipeline.plan.plan import make_plan
 from stillroom.stages.data.importing.columns import Columns
 from stillroom.stages.data.importing.table import Imported, ImportRequest, import_table
@@ -98,14 +98,10 @@ def test_a_table_becomes_a_store_that_plan_and_train_know(
     """The real command on Parquet, the recipe that it prints, and a student trained by it."""
     pq.write_table(pa.Table.from_pylist(records), tmp_path / "table.parquet")
     words = (
-        "--tokens",
-        "tokens",
-        "--ids",
-        "ids",
-        "--logprobs",
-        "values",
-        "--prompt-tokens",
-        "prompt",
+        "--columns",
+        "tokens=tokens,ids=ids,values=values",
+        "--columns",
+        "prompt_tokens=prompt",
     )
     store = tmp_path / "store"
     source = (
@@ -292,6 +288,25 @@ def test_a_missing_column_and_a_missing_teacher_are_named(
     assert not Path(asked().store).exists()
     with pytest.raises(UsageError, match=r"--holdout: 40 of \d+ prompts"):
         imported(asked(holdout=40))
+
+
+def test_columns_are_named_as_in_a_recipe() -> None:
+    assert column_names(["prompt_tokens=prompt, ids=best"], kind="logprobs") == {
+        "tokens": "token_ids",
+        "ids": "best",
+        "values": "teacher_topk_logprobs",
+        "prompt_tokens": "prompt",
+    }
+    for wrong, kind, message in (
+        ("logprob=x", "logprobs", r"NAME=COLUMN, NAME one of tokens, ids, .* \(got 'logprob=x'\)"),
+        ("ids", "logprobs", "got 'ids'"),
+        ("ids=", "logprobs", "got 'ids='"),
+        ("lse=z", "probs", "lse goes with --values logits"),
+        ("ids=best", "logits", "--columns lse=COLUMN"),
+        ("prompt_tokens=a,completion_tokens=b", "probs", "say the same. Name one"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            column_names([wrong], kind=kind)
 
 
 def test_a_teacher_without_weights_is_known_by_name_and_tokenizer(

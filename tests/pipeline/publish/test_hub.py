@@ -15,7 +15,7 @@ import pytest
 from hub import Hub, serve
 from published import make_store, snapshots_of
 
-from stillroom.pipeline.publish.export import Asked, export
+from stillroom.pipeline.publish.export import PublishRequest, export
 from stillroom.pipeline.publish.hub import upload
 from stillroom.pipeline.publish.publish import publish
 from stillroom.storage.errors import StillroomError, UsageError
@@ -43,7 +43,9 @@ def versions(tmp_path_factory):
     }
     choices = {"old": Choice(), "new": Choice(min_k=3)}
     return {
-        name: export(Asked(**asked, choice=choice), root / name, say=silent, strict=True, repo=REPO)
+        name: export(
+            PublishRequest(**asked, choice=choice), root / name, say=silent, strict=True, repo=REPO
+        )
         for name, choice in choices.items()
     }
 
@@ -234,7 +236,7 @@ def test_publish_goes_by_a_folder_in_the_cache(hub, tmp_path, monkeypatch):
     store = make_store(tmp_path / "store")
     snapshots_of(store)
     given = {"license": "mit", "model_licenses": ("mit",), "source_licenses": ("mit",)}
-    asked = Asked(store=str(store.root), **given)
+    asked = PublishRequest(store=str(store.root), **given)
     done = publish(asked, f"hf://datasets/{REPO}", say=silent)
     assert done["built"] is True
     assert done["url"].endswith(REPO)
@@ -251,7 +253,7 @@ def test_publish_goes_by_a_folder_in_the_cache(hub, tmp_path, monkeypatch):
     "place", ["hf://models/user/name", "s3://bucket/name", "hf://datasets/name"]
 )
 def test_other_places_are_refused(tmp_path, place):
-    asked = Asked(
+    asked = PublishRequest(
         store=str(tmp_path), license="mit", model_licenses=("mit",), source_licenses=("mit",)
     )
     with pytest.raises(UsageError, match="hf://datasets/USER/NAME"):

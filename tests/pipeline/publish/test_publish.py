@@ -15,7 +15,7 @@ from kit import ENVIRONMENT, last_json, stillroom
 from published import HELD_OUT, ROWS, TEACHER, generation_row, make_store, samples, snapshots_of
 
 from stillroom.pipeline.publish.dataset_card_code import FOLDER
-from stillroom.pipeline.publish.export import Asked, export
+from stillroom.pipeline.publish.export import PublishRequest, export
 from stillroom.pipeline.publish.provenance import public_name, public_recipe
 from stillroom.pipeline.publish.publish import publish
 from stillroom.storage.errors import StillroomError, UsageError
@@ -61,7 +61,7 @@ def folder(store, tmp_path_factory):
 
 
 def asked(store, **more):
-    return Asked(store=str(store.root), **{**GIVEN, **more})
+    return PublishRequest(store=str(store.root), **{**GIVEN, **more})
 
 
 # Without `site` no .pth file is read, so the editable install is not there: the libraries are,

@@ -115,10 +115,10 @@ def test_stages_show_rows_bytes_time_and_why_rows_were_rejected(run: Path) -> No
         "2 (too_long)",
         "120.6 KiB",
         "2.4",
-        "61.5 s",
+        "1m 02s",
         "833",
     ]
-    assert trained == ["train", "-", "819,200", "-", "-", "-", "5.4 min", "-"]
+    assert trained == ["train", "-", "819,200", "-", "-", "-", "5m 22s", "-"]
 
 
 def test_the_report_says_where_it_comes_from(run: Path) -> None:

@@ -16,8 +16,7 @@ import pytest
 from kit import ENVIRONMENT, command, prompts, write_jsonl, write_recipe
 from tiny_llama import save_tiny_llama
 
-from stillroom.pipeline.numbers import human, short, size
-from stillroom.pipeline.numbers import size as octets
+from stillroom.pipeline.numbers import duration, human, short, size
 from stillroom.pipeline.plan.lines import StagePlan
 from stillroom.pipeline.run import screen as module
 from stillroom.pipeline.run.progress import Meter, ToldProgress
@@ -135,8 +134,8 @@ def test_eighty_columns_hold_every_stage_and_what_was_said_stands_above(
     assert sum(line.startswith("stage ") for line in terminal.lines) == 1
     rows = rows_of(terminal)
     assert list(rows) == ["stage", "data", "generate", "score", "train", "evaluate", "run"]
-    assert re.match(r"data +done +24 rows +1 +[\d.]+ kB +\d+s$", rows["data"])
-    assert re.match(r"generate +done +24 rows +\d+ +[\d.]+k? +[\d.]+ kB +\d+s$", rows["generate"])
+    assert re.match(r"data +done +24 rows +1 +[\d.]+ KiB +\d+s$", rows["data"])
+    assert re.match(r"generate +done +24 rows +\d+ +[\d.]+k? +[\d.]+ KiB +\d+s$", rows["generate"])
     assert rows["score"].split()[:3] == ["score", "left", "out"]
     above = terminal.lines[
         : terminal.lines.index(next(li for li in terminal.lines if li.startswith("stage ")))
@@ -245,7 +244,7 @@ def test_a_line_every_ten_seconds_says_what_the_screen_would(hours: Hours) -> No
     screen.hear({"event": "say", "text": "score: something"})
     screen.end("score", seconds=41.0)
     line = (
-        "score: 60/100 rows, 200 tokens/s, 2 rejected, 2.5 MB written, a note, 40s left; "
+        "score: 60/100 rows, 200 tokens/s, 2 rejected, 2.4 MiB written, a note, 40s left; "
         "about 1m 40s left of the run"
     )
     assert stream.getvalue().splitlines() == [
@@ -411,5 +410,6 @@ def test_what_rounds_up_to_the_next_unit_is_in_that_unit() -> None:
         "999.9k",
         "1.0M",
     ]
-    assert [size(count) for count in (999, 999_960)] == ["999 B", "1.0 MB"]
-    assert octets(2**20 - 1) == "1.0 MiB"
+    assert [size(octets) for octets in (999, 2**20 - 1)] == ["999 B", "1.0 MiB"]
+    assert [duration(seconds) for seconds in (59.4, 59.5, 3599.6)] == ["59s", "1m 00s", "1h 00m"]
+    assert [duration(seconds, places=1) for seconds in (59.94, 59.96)] == ["59.9s", "1m 00s"]

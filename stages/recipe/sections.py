@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from .fields import Divergence, Kernel, Options, Schedule, Scheduled, Section, Tail
+from .tasks import TaskName
 
 
 class Run(Section):
@@ -21,7 +22,7 @@ class Run(Section):
     seed: int = 0
     """Seed of the student's initial weights and of the order of samples; the teacher's text has its
     own seed."""
-    task: Literal["causal_lm", "classification"] = "causal_lm"
+    task: TaskName = "causal_lm"
     """What the models do."""
 
 

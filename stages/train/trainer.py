@@ -15,8 +15,7 @@ import torch
 from torch import nn
 
 from ...storage.errors import StillroomError
-from ..loader.classification import ClassPasses
-from ..loader.packing import Packing
+from ..loader.passes import Passes
 from ..loader.prefetch import Prefetch
 from ..loader.samples import Step
 from ..losses.definition import Distilled
@@ -63,7 +62,7 @@ class Trainer:
         self,
         model: nn.Module,
         *,
-        packing: Packing | ClassPasses,
+        packing: Passes,
         loss: Loss,
         train: Train,
         dtype: torch.dtype = torch.float32,

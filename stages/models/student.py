@@ -186,8 +186,8 @@ def _with_lora(model: PreTrainedModel, lora: Lora, task: str) -> Any:
 
     config = LoraConfig(
         r=lora.rank,
-        # type: ignore[arg-type]  # PEFT divides by r: any number will do
-        lora_alpha=lora.scale * lora.rank,
+        # PEFT divides by r: any number will do.
+        lora_alpha=lora.scale * lora.rank,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
         task_type=task,  # a new head over classes trains whole

@@ -1,6 +1,5 @@
 """Whether a recipe's data, targets and settings are those of its task."""
 
-from functools import reduce
 from typing import Any
 
 from .sections import Recipe
@@ -9,7 +8,10 @@ from .tasks import TASKS, Task
 
 def lookup(recipe: Recipe, path: str) -> Any:
     """The value at a dotted path, None where a section is absent."""
-    return reduce(lambda value, name: getattr(value, name, None), path.split("."), recipe)
+    value: Any = recipe
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    return value
 
 
 def check_task(recipe: Recipe) -> list[tuple[str, str]]:

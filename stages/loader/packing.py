@@ -36,9 +36,8 @@ from ..targets.stored import Reading, soft_part
 from .passes import Passes
 from .samples import Sample
 
-SHORTEST_ROW = (
-    128  # tokens; shorter samples share a row. Attention costs rows x length^2, so not much longer
-)
+SHORTEST_ROW = 128
+"""Tokens; shorter samples share a row. Attention costs rows x length^2, so not much longer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -139,15 +138,17 @@ class Packing(Passes):
         longest, total = max(map(len, samples)), sum(map(len, samples))
         most = max(longest, self.tokens_per_pass)
         if self.flat:
-            yield from ([row] for row in pack(samples, rows=math.ceil(total / most), limit=most))
+            # As few passes as hold all tokens, a row each.
+            for row in pack(samples, rows=math.ceil(total / most), limit=most):
+                yield [row]
             return
+        rows = [[sample] for sample in samples]
         if self.shared_rows:
             usual = max(longest, min(self.row_tokens or SHORTEST_ROW, self.tokens_per_pass))
             rows = pack(samples, rows=total // usual, limit=min(most, self.row_tokens or most))
-        else:
-            rows = [[sample] for sample in samples]
+        # A pass is as wide as its longest row: rows of like length go together.
         group: list[list[Sample]] = []
-        for row in sorted(rows, key=_tokens, reverse=True):  # like beside like
+        for row in sorted(rows, key=_tokens, reverse=True):
             if group and (len(group) + 1) * _tokens(group[0]) > self.tokens_per_pass:
                 yield group
                 group = []
@@ -181,18 +182,18 @@ class Packing(Passes):
         position_ids = torch.zeros_like(token_ids)
         predicting, labels = [], []
         for number, row in enumerate(rows):
+            # Where each sample begins, where the padding does, and the end of the row.
             edges = np.cumsum([0, *map(len, row), width - _tokens(row)])
-            position_ids[number] = torch.cat(
-                [torch.arange(stop - start) for start, stop in pairwise(edges)]
-            )
+            counted = [torch.arange(stop - start) for start, stop in pairwise(edges)]
+            position_ids[number] = torch.cat(counted)
             for sample, start in zip(row, edges[:-2], strict=True):
                 ids = torch.from_numpy(sample.token_ids.astype(np.int64))
                 token_ids[number, start : start + len(sample)] = ids
-                positions = torch.arange(len(sample))[
-                    predicting_positions(sample.span_start, sample.span_tokens)
-                ]
+                span = sample.span_start, sample.span_tokens
+                positions = torch.arange(len(sample))[predicting_positions(*span)]
+                # Row `number` of the flattened [B * T] begins at number * T.
                 predicting.append(number * width + int(start) + positions)
-                labels.append(scored_tokens(ids, sample.span_start, sample.span_tokens))
+                labels.append(scored_tokens(ids, *span))
         check_ids(int(token_ids.max()), self.vocab_size, "the text has")
         members = [sample for row in rows for sample in row]
         batch = Batch(

@@ -178,13 +178,11 @@ class Run:
     def _loop(self) -> None:
         from ..loader.prefetch import Prefetch
 
-        job, record, train = self._job, self._record, self._train
-        job.progress.start(
-            total=self._total, unit="tokens", done=min(record.cursor.tokens, self._total)
-        )
+        job, tokens = self._job, self._record.cursor.tokens
+        job.progress.start(total=self._total, unit="tokens", done=min(tokens, self._total))
         saved = time.monotonic()
         beside = open_wandb(job, self._files)
-        with Board(self._files.path("tensorboard"), record.cursor.tokens, beside=beside) as board:
+        with Board(self._files.path("tensorboard"), tokens, beside=beside) as board:
             self._validate(board)
             with (
                 closing(self._steps()) as read,
@@ -193,19 +191,23 @@ class Run:
                 began, waited = time.monotonic(), 0.0
                 for step in feed:
                     result = self._step(step, feed)
-                    now, waited_by_now = time.monotonic(), feed.waited_seconds
-                    self._note(
-                        step, result, board, seconds=now - began, waited=waited_by_now - waited
-                    )
+                    seconds = time.monotonic() - began
+                    waiting = feed.waited_seconds - waited
+                    self._note(step, result, board, seconds=seconds, waited=waiting)
                     self._validate(board)
-                    every = train.checkpoint_every_steps
-                    due = every is not None and record.cursor.step % every == 0
-                    if due or time.monotonic() - saved >= train.checkpoint_every_seconds:
+                    if self._due(time.monotonic() - saved):
                         self._save()
                         saved = time.monotonic()
                     job.stop.check()
-                    began, waited = time.monotonic(), waited_by_now
+                    began, waited = time.monotonic(), feed.waited_seconds
             self._validate(board, last=True)
+
+    def _due(self, seconds: float) -> bool:
+        """Whether a checkpoint is to be written, so many seconds after the one before."""
+        every = self._train.checkpoint_every_steps
+        if every is not None and self._record.cursor.step % every == 0:
+            return True
+        return seconds >= self._train.checkpoint_every_seconds
 
     def _steps(self) -> Generator[Step, None, None]:
         return steps(
@@ -240,18 +242,18 @@ class Run:
     ) -> None:
         """Bring the record up to the end of a step, and show it."""
         record, meter = self._record, self._meter
-        slots = [
-            min(c.tokens, self._total) * (HISTORY_POINTS - 1) // self._total
-            for c in (record.cursor, step.after)
-        ]
+        # The curve has about HISTORY_POINTS points, evenly over the tokens: one where a slot begins.
+        before, after = (
+            min(cursor.tokens, self._total) * (HISTORY_POINTS - 1) // self._total
+            for cursor in (record.cursor, step.after)
+        )
         record.cursor = step.after
         record.scored_tokens += step.scored_tokens
         this = meter.add(step, positions=result.positions, seconds=seconds, waited=waited)
-        if not record.history or slots[0] < slots[1]:
+        if not record.history or before < after:
             rates = {"learning_rate": result.learning_rate, "grad_norm": result.grad_norm}
-            record.history.append(
-                {"tokens": step.after.tokens, **asdict(result.losses), **rates, **result.scheduled}
-            )
+            losses = {"tokens": step.after.tokens} | asdict(result.losses)
+            record.history.append(losses | rates | result.scheduled)
             meter.point(step.after.tokens)
         with self._job.clock.span("disk"):
             shown = {name: this.rates[name] for name in ("tokens_per_second", "mfu")}

@@ -127,11 +127,11 @@ def import_(
         "targets_at": _one_of(targets_at, "--targets-at", ("next", "same")),
         "kind": _one_of(values, "--values", ("logprobs", "probs", "logits")),
     }
-    names = column_names(columns or (), kind=values)
+    choices |= column_names(columns or (), kind=values)
     request = ImportRequest(
         source=source,
         store=store,
-        columns=Columns(**names, **choices, forced=forced, k=k),
+        columns=Columns(**choices, forced=forced, k=k),
         teacher=teacher,
         revision=revision,
         tokenizer=tokenizer,

@@ -17,7 +17,7 @@ from ...stages.ledger.generations import generation_ledger, published_alike
 from ...stages.ledger.requests import GENERATION_BYTES
 from ...stages.ledger.splits import choose_snapshots
 from ...stages.ledger.targets import choose_generations, target_ledger
-from ...stages.models.classes import refuse_other_classes, refuse_without_head
+from ...stages.models.classes import refuse_other_classes, refuse_other_head
 from ...stages.models.identity import FileHashes
 from ...stages.models.same_tokenizer import refuse_other_tokenizer
 from ...stages.recipe.sections import Recipe
@@ -97,16 +97,10 @@ def _refuse_early(recipe: Recipe, bound: Bound) -> None:
     """What would only fail after the teacher's work, and can be seen in small files before it."""
     if bound.teacher is None or bound.author is None:
         return
-    if recipe.run.task == "classification":
-        refuse_without_head(bound.teacher.folder, recipe.teacher.model)
-        student = Path(recipe.student.model) if recipe.student.model else None
-        if student is None or student.is_dir():
-            refuse_other_classes(recipe, student, bound.teacher.class_names)
-    elif bound.teacher.class_names:
-        raise UsageError(
-            f"teacher.model: {recipe.teacher.model} classifies texts, it does not continue them. "
-            "Set run.task to classification, or name a causal language model."
-        )
+    refuse_other_head(recipe, bound.teacher.folder)
+    student = Path(recipe.student.model) if recipe.student.model else None
+    if student is None or student.is_dir():
+        refuse_other_classes(recipe, student, bound.teacher.class_names)
     if (
         recipe.data.format in ("messages", "instruction")
         and not bound.author.parts["chat_template"]
@@ -116,8 +110,8 @@ def _refuse_early(recipe: Recipe, bound: Bound) -> None:
             f"{bound.author.folder} has none. Save one in the model's folder "
             "(chat_template.jinja), or use format 'prompt' or 'completion'."
         )
-    if recipe.student.model is not None and Path(recipe.student.model).is_dir():
-        refuse_other_tokenizer(recipe, Path(recipe.student.model), bound.teacher.folder)
+    if student is not None and student.is_dir():
+        refuse_other_tokenizer(recipe, student, bound.teacher.folder)
 
 
 def _open(recipe: Recipe, *, write: bool) -> Store | None:

@@ -10,6 +10,7 @@ from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
+from ...stages.recipe.tasks import TASKS
 from ...storage.published.manifest import Manifest
 from .dataset_card_code import code
 from .dataset_card_text import columns, limits, numbers, origin, sample, sizes, summary, warnings
@@ -82,12 +83,14 @@ def _card_data(published: Published, configs: list[str]) -> Any:
     rows = max(
         sum(file.rows for file in manifest.files if file.table == config) for config in configs
     )
-    classes = any(about.get("class_names") for about in manifest.about.values())
+    heads = {about.get("head", "lm") for about in manifest.about.values()}
+    head = "classes" if "classes" in heads else "lm"
+    task = next(task for task in TASKS.values() if task.head == head)
     data = DatasetCardData(
         pretty_name=manifest.name,
         license=provenance["license"],
         language=list(published.languages) or None,
-        task_categories=["text-classification" if classes else "text-generation"],
+        task_categories=[task.hub_name],
         size_categories=[_SIZES[min(max(len(str(rows)) - 3, 0), len(_SIZES) - 1)]],
         tags=[
             *TAGS,

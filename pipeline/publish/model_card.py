@@ -15,6 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from ...stages.recipe.sections import Recipe
+from ...stages.recipe.tasks import TASKS
 from ...stages.workers.shard_about import versions
 from ...storage.files.local import LocalFiles
 from ...storage.published.export import put
@@ -95,7 +96,6 @@ def _card_data(recipe: Mapping[str, Any], arm: str) -> Any:
 
     base = recipe["student"]["model"]
     on_hub = base if base and public_name(base) == base and _HUB_NAME.fullmatch(base) else None
-    classes = recipe["run"]["task"] == "classification"
     return ModelCardData(
         base_model=on_hub,
         base_model_relation="finetune"
@@ -103,7 +103,7 @@ def _card_data(recipe: Mapping[str, Any], arm: str) -> Any:
         else None,  # LoRA too: its update is merged into the weights
         datasets=_datasets(recipe) or None,
         library_name="transformers",
-        pipeline_tag="text-classification" if classes else "text-generation",
+        pipeline_tag=TASKS[recipe["run"]["task"]].hub_name,
         tags=["knowledge-distillation", "stillroom", *(["baseline"] if arm == "baseline" else [])],
     )
 
@@ -138,7 +138,7 @@ def _measured(evaluation: Mapping[str, Any]) -> str:
 
 def _code(recipe: Mapping[str, Any]) -> dict[str, str]:
     """How to load the folder, in transformers and vLLM."""
-    if recipe["run"]["task"] == "classification":
+    if TASKS[recipe["run"]["task"]].labelled:
         text = (
             "from transformers import pipeline\n\n"
             'classify = pipeline("text-classification", model="path/to/student")\n'
@@ -195,11 +195,7 @@ def _limits(recipe: Mapping[str, Any], student: Mapping[str, Any]) -> list[str]:
         + (" and of the initial model" if student["model"] else "")
         + " ask; none is stated here.",
     ]
-    if recipe["run"]["task"] == "causal_lm" and recipe["data"]["format"] in (
-        "text",
-        "completion",
-        "prompt",
-    ):
+    if recipe["data"]["format"] in ("text", "completion", "prompt"):
         found.append(
             "It continues text; it was not taught to follow instructions or to hold a conversation."
         )

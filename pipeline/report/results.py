@@ -56,7 +56,7 @@ CLASS_MEASURES = (
     Measure("top1_agreement", "agreement with teacher", "", "agreement", percent),
     Measure("ece", "ECE", "", "ECE", partial(percent, places=2)),
 )
-"""The columns where texts are classified."""
+"""The columns of labelled texts."""
 
 PAIRED = (
     ("accuracy", "accuracy", 100, 2, "points"),
@@ -179,14 +179,14 @@ def _paired(differences: Results) -> list[str]:
     """The student minus each other arm, token by token on the same rows."""
     lines = []
     for arm, difference in differences.items():
-        classified = "accuracy" in difference
+        labelled = "accuracy" in difference
         parts = [
             f"{words} {decimals(scale * difference[name], places, error=error and scale * error)} {unit}"
             for name, words, scale, places, unit in PAIRED
             for error in [difference.get(f"{name}_se")]
-            if name in difference and not (classified and name == "acceptance")
+            if name in difference and not (labelled and name == "acceptance")
         ]
-        parts = [part.replace("nats/token", "nats/text") for part in parts] if classified else parts
+        parts = [part.replace("nats/token", "nats/text") for part in parts] if labelled else parts
         lines.append(f"Student minus {ARMS[arm]}, paired: {', '.join(parts)}.")
     return lines
 

@@ -23,6 +23,7 @@ from ...storage.snapshots.snapshot import Snapshot
 from ...storage.store.index import Index
 from ...storage.store.store import Store
 from ...storage.tables.doubts import doubts
+from ..models.reads import check_ids
 from ..recipe.sections import Recipe
 from ..targets.alignment import scored_span
 from .shift import shifted, surprise, unknowing
@@ -124,13 +125,8 @@ def _first_rows(store: Store, snapshot: Snapshot) -> Iterator[tuple[Row, dict[st
 
 def _check_vocabulary(rows: Sequence[Row], fit: Fit) -> None:
     for row in rows:
-        largest = int(row["token_ids"].max())
-        if largest >= fit.vocab_size:
-            raise UsageError(
-                f"student: its vocabulary has {fit.vocab_size} ids, but the text has token "
-                f"{largest} ({_name(row)}). Choose a student with the teacher's tokenizer and at "
-                "least its vocabulary."
-            )
+        highest = int(row["token_ids"].max())
+        check_ids(highest, fit.vocab_size, "the text has", where=f" ({_name(row)})")
 
 
 def _check_tokenizers(rows: Sequence[Row], fit: Fit) -> Any:

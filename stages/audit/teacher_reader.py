@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from ...storage.tables.soft_targets import SoftTargets
+from ..models.causal_lm import load_causal_lm
 from ..models.head import check_head, hidden_states, split_head
 from ..models.identity import Identity
-from ..models.loading import load_causal_lm
 from ..targets.alignment import predicting_positions
 from .differences import SecondReading, compare
 from .numbers import Numbers, entries_alone, measured_numbers, stored_numbers

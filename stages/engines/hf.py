@@ -23,9 +23,9 @@ from transformers import (
 
 from ...storage.errors import StillroomError, UsageError
 from ..ledger.requests import author_context
+from ..models.causal_lm import load_causal_lm
 from ..models.device import check_device
 from ..models.identity import Identity
-from ..models.loading import load_causal_lm
 from ..models.rendering import Renderer
 from ..recipe.sections import Generate
 from ..workers.clock import Clock

@@ -15,6 +15,7 @@ from ...storage.store.store import Store
 from ...storage.tables.schema import TableName
 from ..models.rendering import Renderer
 from ..recipe.sections import EvaluateGenerate
+from ..recipe.tasks import TASKS
 from ..workers.job import Job
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def prepare_quiz(job: Job, store: Store, rows: Iterable[dict[str, Any]]) -> Quiz
     """Choose the prompts in the order of their keys: hashes, so a random sample, and the same for every student.
 
     Without `evaluate.generate` they are few and nothing is scored; None where none are asked for,
-    and for classifiers.
+    and for labelled texts.
 
     Args:
         job: Names inputs, teacher and author.
@@ -122,7 +123,7 @@ def prepare_quiz(job: Job, store: Store, rows: Iterable[dict[str, Any]]) -> Quiz
         UsageError: no reference matches `evaluate.generate.pattern`.
     """
     scored, few = job.recipe.evaluate.generate, job.recipe.evaluate.samples
-    if scored is None and (few == 0 or job.recipe.run.task == "classification"):
+    if scored is None and (few == 0 or TASKS[job.recipe.run.task].labelled):
         return None
     settings = scored or EvaluateGenerate(prompts=few, max_tokens=SAMPLE_TOKENS)
     tokenizer = Renderer(store.teacher_dir(job.teacher_id), {}).tokenizer

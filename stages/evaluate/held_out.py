@@ -27,18 +27,16 @@ class HeldOut:
     """The rows of the test snapshot: soft targets, or (black-box) generations."""
 
     def __init__(
-        self, store: Store, snapshot: Snapshot, clock: Clock, *, classified: bool = False
+        self, store: Store, snapshot: Snapshot, clock: Clock, *, labelled: bool = False
     ) -> None:
-        """`classified`: texts with their classes; those without a gold label are left out, they judge nobody."""
-        self._store, self.classified, self._clock = store, classified, clock
-        self.snapshot = snapshot
+        """`labelled`: texts with their classes; those without a gold label are left out, they judge nobody."""
+        self._store, self._clock = store, clock
+        self.snapshot, self.labelled = snapshot, labelled
         self.scored = snapshot.table == "soft_targets"
-        self.rows = (
-            sum(row["label"] is not None for row in self._read("label"))
-            if classified
-            else snapshot.rows
-        )
+        self.rows = snapshot.rows
         """How many rows are held out."""
+        if labelled:
+            self.rows = sum(row["label"] is not None for row in self._read("label"))
 
     def spans(self) -> Iterator[dict[str, Any]]:
         """Rows with prompt_key, generation_key, token_ids, start and span_tokens."""
@@ -46,11 +44,11 @@ class HeldOut:
 
     def targets(self) -> Iterator[dict[str, Any]]:
         """`spans` with what is stored of the teacher's distribution, where it is."""
-        more = _TARGETS if self.scored else ()
-        if self.classified:
-            found = self._read(*_SPAN[self.snapshot.table], *more, "label")
-            return (_with_span(row) for row in found if row["label"] is not None)
-        return map(_with_span, self._read(*_SPAN[self.snapshot.table], *more))
+        columns = [*_SPAN[self.snapshot.table], *(_TARGETS if self.scored else ())]
+        if not self.labelled:
+            return map(_with_span, self._read(*columns))
+        rows = self._read(*columns, "label")
+        return (_with_span(row) for row in rows if row["label"] is not None)
 
     def references(self) -> set[tuple[str, int]]:
         """Kinds of reference targets and their entries per position."""

@@ -16,7 +16,7 @@ from ...storage.joined import open_store
 from ...storage.snapshots.snapshot import load_snapshot
 from ...storage.store.store import Store
 from ...storage.tables.kinds import STRUCTURES
-from ..models.classes import names_in
+from ..recipe.tasks import TASKS
 from ..targets.spec import wanted
 from ..workers.job import Job, StageResult
 from .answers import Quiz, prepare_quiz
@@ -50,16 +50,11 @@ def run(job: Job) -> StageResult:
     """
     started = time.monotonic()
     store = open_store(job.recipe.storage.dir, job.recipe.storage.sources)
-    classified = job.recipe.run.task == "classification"
-    held_out = HeldOut(
-        store, load_snapshot(store, job.snapshots["test"]), job.clock, classified=classified
-    )
+    snapshot = load_snapshot(store, job.snapshots["test"])
+    labelled = TASKS[job.recipe.run.task].labelled
+    held_out = HeldOut(store, snapshot, job.clock, labelled=labelled)
     if not held_out.rows:
-        what = (
-            "held-out row has a gold label"
-            if classified and held_out.snapshot.rows
-            else "held-out rows"
-        )
+        what = "held-out row has a gold label" if snapshot.rows else "held-out rows"
         raise UsageError(
             f"data.holdout: no {what}, so nothing to evaluate on. Set data.holdout higher, or to "
             "0: no evaluation."
@@ -74,9 +69,8 @@ def run(job: Job) -> StageResult:
     encoded = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
     files = LocalFiles(job.train_dirs["student"])
     with job.clock.span("disk"):
-        files.replace(
-            "evaluation.json", encoded.encode()
-        )  # in place of one that was asked for differently
+        # In place of one that was asked for differently.
+        files.replace("evaluation.json", encoded.encode())
     measured = content["measured_on"]
     return StageResult(
         rows=measured["rows"], tokens=measured["tokens"], details={"results": content["results"]}
@@ -88,11 +82,11 @@ def _students(job: Job, store: Store) -> Arms:
     from ..models.student import initial_student, load_student
 
     teacher_dir = store.teacher_dir(job.teacher_id)
-    classes = (names_in(teacher_dir),) if job.recipe.run.task == "classification" else ()
     arms: Arms = {"student_before": partial(initial_student, job.recipe, teacher_dir)}
     for arm in ("baseline", "student"):
         if arm in job.train_dirs:
-            arms[arm] = partial(load_student, job.train_dirs[arm] / "student", *classes)
+            folder = job.train_dirs[arm] / "student"
+            arms[arm] = partial(load_student, job.recipe, teacher_dir, folder)
     return arms
 
 
@@ -103,17 +97,17 @@ def _views(job: Job, held_out: HeldOut, store: Store) -> "Views":
 
     score, teacher_dir = job.recipe.score, store.teacher_dir(job.teacher_id)
     kept = None
-    if score is not None and held_out.scored and not held_out.classified:
+    if score is not None and held_out.scored and not held_out.labelled:
         kept = wanted(score, max(k for _, k in held_out.references()))
     views = Views(kept=kept, pieces=Pieces.of_folder(teacher_dir))
     for row in held_out.spans():
-        views.add_length(len(row["token_ids"]) if held_out.classified else row["span_tokens"])
+        views.add_length(len(row["token_ids"]) if held_out.labelled else row["span_tokens"])
     return views
 
 
 def _content(job: Job, held_out: HeldOut, found: Measured, *, quiz: Quiz | None) -> dict[str, Any]:
     """What `evaluation.json` holds."""
-    tallies = found.tallies
+    tallies, unit = found.tallies, TASKS[job.recipe.run.task].unit
     results = {
         arm: _result(tallies.get(arm), held_out) for arm in ("teacher", *found.answers, *tallies)
     }
@@ -127,7 +121,7 @@ def _content(job: Job, held_out: HeldOut, found: Measured, *, quiz: Quiz | None)
         "differences": {arm: tallies["student"].minus(tallies[arm]) for arm in others},
         "reliability": {arm: tally.reliability() for arm, tally in tallies.items()},
         "gradient": found.gradients if any(found.gradients.values()) else None,
-        "measured_on": _measured_on(held_out, tallies["student"]),
+        "measured_on": _measured_on(held_out, tallies["student"], unit),
         "arms": {arm: folder.name for arm, folder in job.train_dirs.items()},
         "answers": quiz.about() if quiz and quiz.scored else None,
         "samples": quiz.samples(found.answers) if quiz else [],
@@ -141,7 +135,7 @@ def _result(tally: "Tally | None", held_out: HeldOut) -> dict[str, Any]:
     return numbers if tally is None else numbers | tally.results() | {"rows": held_out.rows}
 
 
-def _measured_on(held_out: HeldOut, tally: "Tally") -> dict[str, Any]:
+def _measured_on(held_out: HeldOut, tally: "Tally", unit: str) -> dict[str, Any]:
     from .metrics import BINS
 
     references = sorted(held_out.references())
@@ -155,5 +149,5 @@ def _measured_on(held_out: HeldOut, tally: "Tally") -> dict[str, Any]:
         "k": min((k for _, k in references), default=None),
         "kl_is_lower_bound": any(not STRUCTURES[kind].whole for kind, _ in references),
         "ece_bins": BINS,
-        "of": "texts" if held_out.classified else "tokens",
+        "of": f"{unit}s",
     }

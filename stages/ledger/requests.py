@@ -44,7 +44,7 @@ class TargetRequest:
     span_start: int
     kept: Kept
     label: int | None = None
-    """Gold class, where texts are classified."""
+    """Gold class of a labelled text."""
 
     @property
     def span_tokens(self) -> int:
@@ -103,7 +103,7 @@ def tokens_key(token_ids: np.ndarray | list[int], prompt_tokens: int) -> bytes:
 
 
 def labelled_key(token_ids: np.ndarray | list[int], label: int | None) -> bytes:
-    """`tokens_key` of a text that is classified: the tokens, and the gold label that goes with them."""
+    """`tokens_key` of a labelled text: the tokens, and the gold label that goes with them."""
     start, _ = class_span(len(token_ids))
     ids = np.asarray(token_ids, dtype="<i4").tobytes()
     return content_key("tokens", token_ids=ids, span_start=start, label=label)

@@ -8,6 +8,7 @@ import pyarrow as pa
 from ...storage.errors import IntegrityError, UsageError
 from ...storage.store.sql import query
 from ...storage.tables.shard import REPAIR
+from ..recipe.tasks import TASKS
 from ..targets.spec import Kept, reference, target_bytes, wanted
 from .books import Books, Ledger, Pending, different
 from .coverage import PLACES, best, lacks, reason
@@ -34,11 +35,9 @@ def choose_generations(books: Books, *, author_id: str) -> None:
         books.index.register("allowed", _where(books, books.recipe.select.where))
         rows += " AND g.key IN (SELECT key::UUID FROM allowed)"
     # The scored span starts after the prompt, or at the second token (`alignment.scored_span`); a
-    # text that is classified has one target, at its last token (`alignment.class_span`).
-    classes = books.recipe.run.task == "classification"
-    start = (
-        "g.prompt_tokens + g.completion_tokens - 1" if classes else "greatest(g.prompt_tokens, 1)"
-    )
+    # labelled text has one target, at its last token (`alignment.class_span`).
+    last, first = "g.prompt_tokens + g.completion_tokens - 1", "greatest(g.prompt_tokens, 1)"
+    start = last if TASKS[books.recipe.run.task].labelled else first
     books.index.execute(f"""
         CREATE OR REPLACE VIEW chosen AS SELECT * FROM (
             SELECT g.key, g.prompt_key, g.tokens_key, g.place, i.held_out,
@@ -214,7 +213,7 @@ def pending_targets(books: Books, *, teacher_id: str, vocab_size: int) -> Pendin
     books.index.use_all_memory()
     # The gold label is the prompt's: joined by key, never by position.
     label, labelled = "NULL", ""
-    if books.recipe.run.task == "classification":
+    if TASKS[books.recipe.run.task].labelled:
         label = "p.label"
         labelled = "JOIN generations g ON g.key = s.key JOIN prompts p ON p.key = g.source_key"
     kept = {True: reference(score, vocab_size), False: wanted(score, vocab_size)}

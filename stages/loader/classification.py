@@ -1,19 +1,22 @@
-"""Forward passes over texts that are classified: which texts together, and their loss."""
+"""Forward passes over labelled texts: which texts together, and their loss over classes."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...storage.errors import UsageError
 from ..losses.definition import Distilled, logits_distillation
 from ..losses.objective import Aim
 from ..models.classes import NO_LABEL
-from ..models.classifier import Inputs, class_logits
+from ..models.classification import Inputs, class_logits
+from ..models.reads import check_ids
 from ..targets.batch import TargetBatch
+from ..workers.job import Job
+from .passes import Passes
 from .samples import Sample
 
 
@@ -43,14 +46,10 @@ class ClassBatch:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ClassPasses:
-    """How the texts of a step become forward passes: those of like length together, for little padding."""
+class ClassPasses(Passes):
+    """Passes over labelled texts: those of like length together, for little padding."""
 
-    tokens_per_pass: int
-    """Positions of a pass, padding included; a longer text is a pass of its own."""
     inputs: Inputs
-    vocab_size: int
-    """Of the student."""
 
     def batches(
         self, samples: Sequence[Sample], temperature: float | None = 1.0
@@ -70,37 +69,43 @@ class ClassPasses:
 
     def _batch(self, samples: Sequence[Sample], temperature: float | None) -> ClassBatch:
         highest = max(int(sample.token_ids.max()) for sample in samples)
-        if highest >= self.vocab_size:
-            raise UsageError(
-                f"student: its vocabulary has {self.vocab_size} ids, but a text has token "
-                f"{highest}. Choose a student with the teacher's tokenizer and at least its "
-                "vocabulary."
-            )
-        labels = torch.tensor(
-            [NO_LABEL if sample.label is None else sample.label for sample in samples]
-        )
-        targets = TargetBatch(labels=labels)
+        check_ids(highest, self.vocab_size, "a text has")
+        labels = [NO_LABEL if sample.label is None else sample.label for sample in samples]
+        targets = TargetBatch(labels=torch.tensor(labels))
         known = [sample.targets for sample in samples if sample.targets is not None]
         if known and temperature is not None:
-            # All of the distribution is there, so any temperature is exact: softmax(log t / T) =
-            # softmax(z / T).
             stored = torch.from_numpy(np.concatenate([one.logprobs for one in known]))
+            # All classes are stored, so any temperature is exact: softmax(log t / T) = softmax(z / T).
             tempered = (stored / temperature).log_softmax(-1)
-            nothing = torch.full((len(known),), -torch.inf)
-            targets = replace(targets, logprobs=tempered, tail_logprob=nothing)
-        return ClassBatch(
-            inputs=self.inputs.tensors([sample.token_ids for sample in samples]), targets=targets
-        )
+            no_tail = torch.full((len(known),), -torch.inf)
+            targets = replace(targets, logprobs=tempered, tail_logprob=no_tail)
+        inputs = self.inputs.tensors([sample.token_ids for sample in samples])
+        return ClassBatch(inputs=inputs, targets=targets)
 
     def losses(
         self, model: nn.Module, batch: ClassBatch, *, aim: Aim, dtype: torch.dtype
     ) -> Distilled:
         """Summed loss of the texts, weighted as `aim` says; a text without a gold label has cross-entropy 0."""
         labels = batch.targets.labels
-        with torch.autocast(
-            labels.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16
-        ):
+        half = dtype == torch.bfloat16
+        with torch.autocast(labels.device.type, dtype=torch.bfloat16, enabled=half):
             logits = class_logits(model, batch.inputs)
+        # Where there is no label, class 0 stands in, and its cross-entropy is not counted.
         asked = replace(batch.targets, labels=labels.clamp_min(0))
         parts = logits_distillation(logits, asked, objective=aim.objective)
         return replace(parts, hard=parts.hard.masked_fill(labels == NO_LABEL, 0.0)).summed(aim)
+
+    def head_weight(self, model: nn.Module) -> None:
+        """The body has it all: the head is a small layer over one position a text."""
+
+
+def training_passes(
+    model: nn.Module, job: Job, *, teacher_dir: Path, longest: int, dtype: torch.dtype
+) -> ClassPasses:
+    """The same for every model with a head over classes."""
+    embeddings: Any = model
+    return ClassPasses(
+        tokens_per_pass=job.recipe.train.tokens_per_pass,
+        inputs=Inputs.of(model, teacher_dir),
+        vocab_size=embeddings.get_input_embeddings().num_embeddings,
+    )

@@ -27,16 +27,17 @@ from ..losses.fused_linear import linear_distillation
 from ..losses.objective import Aim
 from ..models.attention import flat_inputs
 from ..models.head import hidden_states, split_head
+from ..models.reads import check_ids
 from ..recipe.fields import Kernel
 from ..targets.alignment import predicting_positions, scored_tokens
 from ..targets.batch import TargetBatch, fit_vocabulary, joined
 from ..targets.spec import Kept
 from ..targets.stored import Reading, soft_part
+from .passes import Passes
 from .samples import Sample
 
-SHORTEST_ROW = (
-    128  # tokens; shorter samples share a row. Attention costs rows x length^2, so not much longer
-)
+SHORTEST_ROW = 128
+"""Tokens; shorter samples share a row. Attention costs rows x length^2, so not much longer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -94,12 +95,9 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Packing:
-    """How the samples of a step become forward passes."""
+class Packing(Passes):
+    """Passes over text that is continued: samples packed into rows."""
 
-    tokens_per_pass: int
-    """Positions of a pass at most, padding included; the tokens of the longest sample where that
-    has more."""
     flat: bool = False
     """A pass is a single row without padding, of a model that was let `attend_apart`."""
     row_tokens: int | None = None
@@ -110,8 +108,6 @@ class Packing:
     """Entries to take of a sample that is stored with more: topk's or topp's. None: as stored."""
     unstored_temperature: Literal["refuse", "approximate"] = "refuse"
     """What to do where the temperature asked for is not stored; `Reading` has the approximation."""
-    vocab_size: int
-    """V of the student."""
     kernel: Kernel | None = None
     """Who makes the loss's passes over the vocabulary; `linear_distillation` has it."""
 
@@ -142,15 +138,17 @@ class Packing:
         longest, total = max(map(len, samples)), sum(map(len, samples))
         most = max(longest, self.tokens_per_pass)
         if self.flat:
-            yield from ([row] for row in pack(samples, rows=math.ceil(total / most), limit=most))
+            # As few passes as hold all tokens, a row each.
+            for row in pack(samples, rows=math.ceil(total / most), limit=most):
+                yield [row]
             return
+        rows = [[sample] for sample in samples]
         if self.shared_rows:
             usual = max(longest, min(self.row_tokens or SHORTEST_ROW, self.tokens_per_pass))
             rows = pack(samples, rows=total // usual, limit=min(most, self.row_tokens or most))
-        else:
-            rows = [[sample] for sample in samples]
+        # A pass is as wide as its longest row: rows of like length go together.
         group: list[list[Sample]] = []
-        for row in sorted(rows, key=_tokens, reverse=True):  # like beside like
+        for row in sorted(rows, key=_tokens, reverse=True):
             if group and (len(group) + 1) * _tokens(group[0]) > self.tokens_per_pass:
                 yield group
                 group = []
@@ -172,30 +170,29 @@ class Packing:
             kernel=self.kernel,
         )
 
+    def head_weight(self, model: nn.Module) -> Tensor:
+        """The weight of the output layer [V, D]: hidden states of other positions never meet it."""
+        return split_head(model).weight
+
     def _batch(self, rows: Sequence[Sequence[Sample]], temperature: float | None) -> Batch:
         width = max(_tokens(row) for row in rows)
         token_ids = torch.zeros(len(rows), width, dtype=torch.long)
         position_ids = torch.zeros_like(token_ids)
         predicting, labels = [], []
         for number, row in enumerate(rows):
+            # Where each sample begins, where the padding does, and the end of the row.
             edges = np.cumsum([0, *map(len, row), width - _tokens(row)])
-            position_ids[number] = torch.cat(
-                [torch.arange(stop - start) for start, stop in pairwise(edges)]
-            )
+            counted = [torch.arange(stop - start) for start, stop in pairwise(edges)]
+            position_ids[number] = torch.cat(counted)
             for sample, start in zip(row, edges[:-2], strict=True):
                 ids = torch.from_numpy(sample.token_ids.astype(np.int64))
                 token_ids[number, start : start + len(sample)] = ids
-                positions = torch.arange(len(sample))[
-                    predicting_positions(sample.span_start, sample.span_tokens)
-                ]
+                span = sample.span_start, sample.span_tokens
+                positions = torch.arange(len(sample))[predicting_positions(*span)]
+                # Row `number` of the flattened [B * T] begins at number * T.
                 predicting.append(number * width + int(start) + positions)
-                labels.append(scored_tokens(ids, sample.span_start, sample.span_tokens))
-        if int(token_ids.max()) >= self.vocab_size:
-            raise UsageError(
-                f"student: its vocabulary has {self.vocab_size} ids, but the text has token "
-                f"{int(token_ids.max())}. Choose a student with the teacher's tokenizer and at "
-                "least its vocabulary."
-            )
+                labels.append(scored_tokens(ids, *span))
+        check_ids(int(token_ids.max()), self.vocab_size, "the text has")
         members = [sample for row in rows for sample in row]
         batch = Batch(
             token_ids=token_ids,

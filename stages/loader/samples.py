@@ -51,7 +51,7 @@ class Sample:
     targets: SoftTargets | None
     """At the span's positions, summing to 1; None: cross-entropy only."""
     label: int | None = None
-    """Gold class of a text that is classified; None: it has none."""
+    """Gold class of a labelled text; None: it has none."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -100,11 +100,11 @@ class Samples:
         *,
         soft: bool,
         seed: int = 0,
-        classified: bool = False,
+        labelled: bool = False,
     ) -> None:
         """`soft`: read the teacher's targets too (the snapshot must be of soft_targets).
 
-        `classified`: gold labels.
+        `labelled`: texts with one target and a gold label.
         """
         if not snapshot.rows:
             raise UsageError(
@@ -117,7 +117,7 @@ class Samples:
             )
         self.snapshot, self.seed = snapshot, seed
         self._store, self._soft, self._length = store, soft, snapshot.rows
-        self._span, self._classified = _SPAN[snapshot.table], classified
+        self._span, self._labelled = _SPAN[snapshot.table], labelled
 
     def __len__(self) -> int:
         """Samples of an epoch."""
@@ -150,7 +150,7 @@ class Samples:
 
     def _reader(self) -> SnapshotReader:
         columns = ["token_ids", *self._span, *(("k", *LISTS) if self._soft else ())]
-        columns += ["label"] * self._classified
+        columns += ["label"] * self._labelled
         return SnapshotReader(self._store, self.snapshot, columns, decode=self._decode)
 
     def _decode(self, rows: Rows) -> list[Sample]:
@@ -159,16 +159,14 @@ class Samples:
         )
         offsets, ids = rows.flat("token_ids")
         labels: Iterable[int | None] = (
-            rows.values("label") if self._classified else repeat(None, len(rows))
+            rows.values("label") if self._labelled else repeat(None, len(rows))
         )
+        prompts, spans = rows.numbers(self._span[0]), pairwise(offsets)
         samples = []
-        for prompt, edges, target, label in zip(
-            rows.numbers(self._span[0]), pairwise(offsets), targets, labels, strict=True
-        ):
+        for prompt, edges, target, label in zip(prompts, spans, targets, labels, strict=True):
             length = int(edges[1] - edges[0])
-            start, span = (
-                class_span(length) if self._classified else scored_span(int(prompt), length)
-            )
+            span_of_text = scored_span(int(prompt), length)
+            start, span = class_span(length) if self._labelled else span_of_text
             sample = Sample(
                 token_ids=ids[slice(*edges)],
                 span_start=start,

@@ -10,6 +10,7 @@ from typing import Any
 
 from ...storage.errors import RowError, UsageError
 from ..recipe.sections import Recipe
+from ..recipe.tasks import TASKS
 
 HEAD = "ForSequenceClassification"
 NO_LABEL = -1
@@ -100,17 +101,35 @@ def refuse_without_head(folder: Path, model: str) -> None:
         )
 
 
+def refuse_other_head(recipe: Recipe, folder: Path) -> None:
+    """Refuse a teacher whose head is not the one that the recipe's task distils.
+
+    Raises:
+        UsageError: classes where text is to be continued, or no trained classes where they are
+            asked for.
+    """
+    if TASKS[recipe.run.task].labelled:
+        refuse_without_head(folder, recipe.teacher.model)
+    elif names_in(folder):
+        raise UsageError(
+            f"teacher.model: {recipe.teacher.model} classifies texts, it does not continue them. "
+            "Set run.task to classification, or name a causal language model."
+        )
+
+
 def refuse_other_classes(recipe: Recipe, folder: Path | None, names: Sequence[str]) -> None:
     """Refuse a student that has other classes than its teacher.
 
     Args:
         recipe: Its student gives changes to the teacher's config, or names a model.
         folder: Of that model; None for fresh weights.
-        names: The teacher's classes.
+        names: The teacher's classes; (): it has none, and any student will do.
 
     Raises:
         UsageError: other classes, other in number, or the same in another order.
     """
+    if not names:
+        return
     if folder is not None:
         found, where = names_in(folder), f"student.model: {recipe.student.model}"
     else:

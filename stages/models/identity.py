@@ -15,6 +15,7 @@ from typing import Any
 from ...storage.errors import UsageError
 from ...storage.files.opening import open_files
 from ...storage.keys import canonical_json, content_id
+from ..recipe.tasks import TASKS
 from .classes import class_names
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
@@ -88,13 +89,13 @@ class Identity:
     dtype: str
     vocab_size: int
     class_names: tuple[str, ...] = ()
-    """Of a model with a classification head."""
+    """Of a model whose head is over classes."""
     context_tokens: int
     parts: dict[str, Any]
 
     def outcomes(self, task: str) -> int:
         """What a distribution of this model is over: its vocabulary, or its classes."""
-        return len(self.class_names) if task == "classification" else self.vocab_size
+        return len(self.class_names) if TASKS[task].labelled else self.vocab_size
 
     def files_to_keep(self) -> dict[str, bytes]:
         """What a store keeps of this model, so that its rows can be read and trained from without it."""

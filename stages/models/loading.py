@@ -1,51 +1,88 @@
-"""Loading a causal language model as it was identified: dtype, device map, LoRA adapter."""
+"""Loading a model in the class of transformers that its task asks for: as it was identified, or as a student."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...storage.errors import UsageError
 from .identity import Identity
 
 
-def load_causal_lm(identity: Identity, *, device_map: str | None = None) -> PreTrainedModel:
-    """The model, in evaluation mode, on the GPU if there is one.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelKind:
+    """What a task's models are to transformers and PEFT."""
 
-    Args:
-        identity: Folder, dtype and adapter.
-        device_map: `auto` spreads the layers over all GPUs (accelerate); None puts the model on one
-            device.
+    auto: Any
+    """The class of transformers that makes and loads them."""
+    adapter: str
+    """What PEFT calls the task."""
+    classes: Sequence[str] = ()
+    """Names of the classes, in the order of the logits; (): the vocabulary."""
 
-    Raises:
-        UsageError: the folder does not hold a causal language model that transformers can load.
-    """
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            identity.folder, dtype=getattr(torch, identity.dtype), device_map=device_map
-        )
-    except torch.OutOfMemoryError:
-        raise
-    except (
-        Exception
-    ) as error:  # what transformers and safetensors raise for a bad folder has no common type
-        raise UsageError(
-            f"{identity.folder}: the model does not load ({error}). Check the folder."
-        ) from error
-    if identity.adapter is not None:
-        model = _with_adapter(model, identity)
+    def teacher(
+        self, identity: Identity, *, device_map: str | None
+    ) -> tuple[PreTrainedModel, list[str]]:
+        """A model in evaluation mode, in the dtype that it was identified with, and the weights that its folder lacks.
+
+        Args:
+            identity: Folder and dtype.
+            device_map: `auto` spreads the layers over all GPUs (accelerate); None leaves the model
+                where transformers puts it.
+
+        Raises:
+            UsageError: the folder does not hold such a model.
+        """
+        try:
+            model, report = self.auto.from_pretrained(
+                identity.folder,
+                dtype=getattr(torch, identity.dtype),
+                device_map=device_map,
+                output_loading_info=True,
+            )
+        except torch.OutOfMemoryError:
+            raise
+        # What transformers and safetensors raise for a bad folder has no common type.
+        except Exception as error:
+            raise UsageError(
+                f"{identity.folder}: the model does not load ({error}). Check the folder."
+            ) from error
+        return model, sorted(report["missing_keys"])
+
+    def student(self, folder: Path) -> PreTrainedModel:
+        """A saved or downloaded model, in float32; a body without this kind's head gets a new one.
+
+        Raises:
+            UsageError: the folder holds none.
+        """
+        try:
+            return self.auto.from_pretrained(folder, dtype=torch.float32, **self._named())
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise UsageError(
+                f"{folder}: the student does not load ({error}). Check the folder."
+            ) from error
+
+    def fresh(self, config: PreTrainedConfig) -> PreTrainedModel:
+        """Fresh weights, in float32."""
+        config.update(self._named())
+        return self.auto.from_config(config, dtype=torch.float32)
+
+    def _named(self) -> dict[str, Any]:
+        """Fields of a config that say which classes there are."""
+        if not self.classes:
+            return {}
+        return {
+            "id2label": dict(enumerate(self.classes)),
+            "label2id": {name: index for index, name in enumerate(self.classes)},
+        }
+
+
+def placed(model: Any, device_map: str | None) -> PreTrainedModel:
+    """In evaluation mode, on the GPU if there is one and nothing else was asked for."""
     if device_map is None and torch.cuda.is_available():
         model = model.to("cuda")
     model.eval()
     return model
-
-
-def _with_adapter(model: Any, identity: Identity) -> Any:
-    from peft import PeftModel
-
-    try:
-        return PeftModel.from_pretrained(model, str(identity.adapter)).merge_and_unload()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UsageError(
-            f"teacher.adapter: {identity.adapter} does not fit {identity.folder} ({error})."
-        ) from error

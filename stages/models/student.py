@@ -5,7 +5,6 @@ Weights are always float32 here; what a pass computes in is the training loop's 
 
 import difflib
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,6 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -25,8 +22,10 @@ from transformers import (
 
 from ...storage.errors import StillroomError, UsageError
 from ..recipe.sections import Lora, Recipe
-from .classes import names_in, refuse_other_classes
+from ..recipe.tasks import module_of
+from .classes import refuse_other_classes
 from .identity import find_model
+from .loading import ModelKind
 from .same_tokenizer import refuse_other_tokenizer
 
 
@@ -38,31 +37,41 @@ def initial_student(recipe: Recipe, teacher_dir: Path) -> nn.Module:
         teacher_dir: Folder with the teacher's config.json and tokenizer; weights are not needed.
 
     Returns:
-        A causal language model, or a classifier with the teacher's classes, in float32, inside a
-        PEFT model if
-        `student.lora` is set.
+        A model of the task's kind in float32, inside a PEFT model if `student.lora` is set.
 
     Raises:
         UsageError: the model, the config or the adapter cannot be made.
     """
-    folder = _folder(recipe)
-    classes = names_in(teacher_dir) if recipe.run.task == "classification" else ()
-    if classes:
-        refuse_other_classes(recipe, folder, classes)
+    folder, kind = _folder(recipe), kind_of(recipe, teacher_dir)
+    refuse_other_classes(recipe, folder, kind.classes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.run.seed)
         if folder is not None:
-            model = load_student(folder, classes)
+            model = kind.student(folder)
         else:
             assert recipe.student.config is not None
-            model = _fresh(teacher_dir, recipe.student.config, classes)
+            model = _fresh(teacher_dir, recipe.student.config, kind)
         if recipe.student.lora is None:
             return model
-        adapted = _with_lora(model, recipe.student.lora, "SEQ_CLS" if classes else "CAUSAL_LM")
-        adapted.peft_config[
-            "default"
-        ].base_model_name_or_path = recipe.student.model  # not where it was found here
+        adapted = _with_lora(model, recipe.student.lora, kind.adapter)
+        # As the recipe names it, not where it was found here.
+        adapted.peft_config["default"].base_model_name_or_path = recipe.student.model
         return adapted
+
+
+def load_student(recipe: Recipe, teacher_dir: Path, folder: Path) -> PreTrainedModel:
+    """A student that was trained before, in float32.
+
+    Raises:
+        UsageError: the folder holds none.
+    """
+    return kind_of(recipe, teacher_dir).student(folder)
+
+
+def kind_of(recipe: Recipe, teacher_dir: Path) -> ModelKind:
+    """What the recipe's task makes of a student of this teacher."""
+    kind: ModelKind = module_of(recipe.run.task, __package__).student_kind(teacher_dir)
+    return kind
 
 
 def student_tokenizer(recipe: Recipe, teacher_dir: Path) -> PreTrainedTokenizerBase:
@@ -124,27 +133,6 @@ def _put_folder(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) ->
         ) from error
 
 
-def load_student(folder: Path, classes: Sequence[str] = ()) -> PreTrainedModel:
-    """A saved or downloaded causal language model, or a classifier where there are `classes`, in float32.
-
-    A body that has no classification head yet gets a new one.
-
-    Raises:
-        UsageError: the folder holds none.
-    """
-    try:
-        if not classes:
-            return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        named = _named(classes)
-        return AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=torch.float32, **named
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UsageError(
-            f"{folder}: the student does not load ({error}). Check the folder."
-        ) from error
-
-
 def merged(model: Any) -> PreTrainedModel:
     """The plain model: LoRA is added to the weights for good."""
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
@@ -157,28 +145,16 @@ def _folder(recipe: Recipe) -> Path | None:
     return find_model(student.model, student.revision, field="student.model", download=True)
 
 
-def _named(classes: Sequence[str]) -> dict[str, Any]:
-    """Fields of a config that say which classes there are."""
-    return {
-        "id2label": dict(enumerate(classes)),
-        "label2id": {name: index for index, name in enumerate(classes)},
-    }
-
-
-def _fresh(teacher_dir: Path, overrides: dict[str, Any], classes: Sequence[str]) -> PreTrainedModel:
+def _fresh(teacher_dir: Path, overrides: dict[str, Any], kind: ModelKind) -> PreTrainedModel:
     try:
         config = _changed(AutoConfig.from_pretrained(teacher_dir).get_text_config(), overrides)
-        if classes:
-            config.update(_named(classes))
-        kind = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
-        model = kind.from_config(config, dtype=torch.float32)
+        model = kind.fresh(config)
         with torch.no_grad():  # numbers of heads that do not divide show up here only
             model.base_model(input_ids=torch.zeros(1, 2, dtype=torch.long))
     except UsageError:
         raise
-    except (
-        Exception
-    ) as error:  # transformers has many kinds for a config that does not hold together
+    # transformers has many kinds for a config that does not hold together.
+    except Exception as error:
         raise UsageError(
             f"student.config: {overrides} does not fit the teacher's config ({error}). Change the "
             "numbers."
@@ -214,7 +190,7 @@ def _with_lora(model: PreTrainedModel, lora: Lora, task: str) -> Any:
         lora_alpha=lora.scale * lora.rank,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
-        task_type=task,  # of a classifier the head trains whole
+        task_type=task,  # a new head over classes trains whole
     )
     try:
         adapted = get_peft_model(model, config)

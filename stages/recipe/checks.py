@@ -7,6 +7,7 @@ from .fields import Section
 from .kinds import kinds_with
 from .loss_checks import check_loss
 from .sections import COLUMNS, Data, Recipe, Score, Teacher
+from .task_checks import check_task, lookup, targets_fit
 
 # Named by the recipe, done by no stage yet: refused by name, never ignored.
 NOT_YET: tuple[tuple[str, tuple[Any, ...]], ...] = (
@@ -15,30 +16,11 @@ NOT_YET: tuple[tuple[str, tuple[Any, ...]], ...] = (
 )
 
 
-# Settings for text that is continued; a text that is classified is read as a whole, in a row of its
-# own.
-_ONLY_TEXT = (
-    "generate",
-    "evaluate.generate",
-    "data.window_tokens",
-    "data.chat_template_kwargs",
-    "train.row_tokens",
-)
-
-
 # How a teacher is loaded and data are read: a store that is named for both has been filled already.
 _NOT_OF_A_STORE = tuple(
     f"teacher.{name}" for name in ("revision", "dtype", "adapter", "device_map")
 )
 _NOT_OF_A_STORE += tuple(f"data.{name}" for name in ("split", "columns", "window_tokens", "limit"))
-
-
-def lookup(recipe: Recipe, path: str) -> Any:
-    """The value at a dotted path, None where a section is absent."""
-    value: Any = recipe
-    for name in path.split("."):
-        value = getattr(value, name, None)
-    return value
 
 
 def check_together(recipe: Recipe) -> list[tuple[str, str]]:
@@ -57,16 +39,13 @@ def check_together(recipe: Recipe) -> list[tuple[str, str]]:
                 f"format {kind!r} brings its own text. Remove this section, or use format 'prompt'",
             )
         )
-    errors += _classification(recipe)
+    errors += check_task(recipe)
     if kind == "prompt" and recipe.generate is None and recipe.data.source not in stores_of(recipe):
         errors.append(
             ("generate", f"missing: format {kind!r} has prompts only. Add a `generate` section")
         )
     errors += _sources(recipe)
-    kinds_fit = (
-        recipe.run.task != "classification" or recipe.score is None or recipe.score.structure.whole
-    )
-    return errors + (check_loss(recipe.loss, recipe.score) if kinds_fit else [])
+    return errors + (check_loss(recipe.loss, recipe.score) if targets_fit(recipe) else [])
 
 
 def stores_of(recipe: Recipe) -> list[str]:
@@ -103,45 +82,6 @@ def _default(path: str) -> Any:
     section, name = path.split(".")
     sections: dict[str, type[Section]] = {"teacher": Teacher, "data": Data}
     return sections[section].model_fields[name].get_default(call_default_factory=True)
-
-
-def _classification(recipe: Recipe) -> list[tuple[str, str]]:
-    """What goes with labelled texts, and what does not."""
-    if recipe.run.task != "classification":
-        if recipe.data.format != "labelled":
-            return []
-        return [
-            (
-                "data.format",
-                "'labelled' is for run.task classification. Set that, or use 'completion'",
-            )
-        ]
-    errors = []
-    if recipe.data.format != "labelled":
-        errors.append(
-            ("data.format", f"classification reads 'labelled' records (got {recipe.data.format!r})")
-        )
-    if recipe.score is None:
-        message = "missing: without the teacher's probabilities there is nothing to distil. Add score: {targets: full}"
-        errors.append(("score", message))
-    elif not recipe.score.structure.whole:
-        message = (
-            f"classification keeps every class: expected 'full' (got {recipe.score.targets!r})"
-        )
-        errors.append(("score.targets", message))
-    errors += [
-        (path, "has no meaning for classification. Remove it")
-        for path in _ONLY_TEXT
-        if lookup(recipe, path)
-    ]
-    if recipe.teacher.adapter is not None:
-        errors.append(
-            (
-                "teacher.adapter",
-                "no stage adds adapters to a classifier yet. Merge it, and name the result",
-            )
-        )
-    return errors
 
 
 def _unknown_columns(data: Data) -> list[tuple[str, str]]:

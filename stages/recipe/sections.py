@@ -15,6 +15,7 @@ from .divergences import DivergenceSettings
 from .engines import EngineName
 from .fields import Kernel, Options, Schedule, Scheduled, Section, Tail
 from .kinds import KINDS, TargetKind, Targets
+from .tasks import TaskName
 
 
 class Run(Section):
@@ -25,7 +26,7 @@ class Run(Section):
     seed: int = 0
     """Seed of the student's initial weights and of the order of samples; the teacher's text has its
     own seed."""
-    task: Literal["causal_lm", "classification"] = "causal_lm"
+    task: TaskName = "causal_lm"
     """What the models do."""
 
 

@@ -2,21 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
 from ...storage.errors import RowError
-from ...storage.keys import content_key, row_seed
+from ...storage.keys import content_key
 from ...storage.tables.row_builders import target_row
 from ..ledger.requests import TargetRequest
 from ..models.identity import Identity
-from ..targets.alignment import predicting_positions, scored_tokens
+from ..recipe.tasks import module_of
 from ..workers.job import Job
 from ..workers.share import DoneByOthers, Share
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    import torch
 
     from ...storage.tables.soft_targets import SoftTargets
 
@@ -37,30 +37,32 @@ class _Flight:
     """The targets of each row; waits for the device."""
 
 
+class Teacher(Protocol):
+    """A task's teacher, ready to be asked; the class of this name in the module that bears the task's name."""
+
+    device: "torch.device"
+
+    def begin(self, batch: Batch) -> "Callable[[], list[SoftTargets]]":
+        """Begin a forward pass over a batch.
+
+        Returns:
+            Waits for the device and gives the targets of each row.
+        """
+
+
 class Scorer:
-    """The teacher, and how a batch becomes rows."""
+    """How batches become rows, whatever the task."""
 
-    def __init__(self, job: Job, teacher: Identity, share: Share[TargetRequest]) -> None:
-        self._job = job
-        self._share = share
-        self._teacher_id = teacher.id
-        self._limit = teacher.context_tokens
-        self._model = self._load(teacher, job.recipe.teacher.device_map)
+    def __init__(self, job: Job, identity: Identity, share: Share[TargetRequest]) -> None:
+        self._job, self._share = job, share
+        self._teacher_id, self._limit = identity.id, identity.context_tokens
+        room = module_of(job.recipe.run.task, __package__)
+        self._teacher: Teacher = room.Teacher(job, identity)
         self._flight: _Flight | None = None
-
-    def _load(self, teacher: Identity, device_map: str | None) -> "PreTrainedModel":
-        from ..models.head import check_head, split_head
-        from ..models.loading import load_causal_lm
-        from ..targets.reduce import Reducer
-
-        model = load_causal_lm(teacher, device_map=device_map)
-        check_head(model)
-        self._reducer = Reducer(split_head(model), kernel=self._job.score.kernel)
-        return model
 
     @property
     def _on_gpu(self) -> bool:
-        return self._model.device.type == "cuda"
+        return self._teacher.device.type == "cuda"
 
     @property
     def batch_tokens(self) -> int:
@@ -99,7 +101,7 @@ class Scorer:
 
     def _begin(self, batch: Batch, *, attempt: int) -> None:
         """Begin a pass, and collect the one before: on a GPU while this one runs."""
-        targets = self._tried(batch, lambda: self._launch(batch))
+        targets = self._tried(batch, lambda: self._teacher.begin(batch))
         self.collect()
         if isinstance(targets, RowError):
             self._halve(batch, targets, attempt=attempt)
@@ -131,7 +133,7 @@ class Scorer:
 
         if failure.reason == "out_of_memory":
             torch.cuda.empty_cache()
-        check_device(self._model.device, str(failure))
+        check_device(self._teacher.device, str(failure))
         if len(batch) == 1:
             self._share.done(batch)
             self._share.fail(batch[0], failure, attempt)
@@ -142,41 +144,6 @@ class Scorer:
         for part in (batch[:half], batch[half:]):
             self._begin(part, attempt=attempt + 1)
             self.collect()
-
-    def _launch(self, batch: Batch) -> Callable[[], list["SoftTargets"]]:
-        """Begin a pass over a batch; only scored positions go through the head, those of all rows together."""
-        import torch
-
-        from ..models.head import hidden_states
-        from ..targets.draws import Span
-        from ..targets.reduce import moved
-
-        longest = max(len(r.token_ids) for r in batch)
-        ids, mask = np.zeros((2, len(batch), longest), np.int64)
-        places, following, spans = [], [], []
-        for row, request in enumerate(batch):
-            ids[row, : len(request.token_ids)] = request.token_ids
-            mask[row, : len(request.token_ids)] = 1
-            span = request.span_start, request.span_tokens
-            places.append(
-                np.arange(row * longest, (row + 1) * longest)[predicting_positions(*span)]
-            )
-            following.append(scored_tokens(request.token_ids, *span))
-            drawn = request.kept.structure.drawn
-            spans.append(
-                Span(request.span_tokens, row_seed(row_key(self._job, request)) if drawn else 0)
-            )
-        with self._job.clock.span("model"):
-            there = [moved(torch.from_numpy(array), self._model.device) for array in (ids, mask)]
-            hidden = hidden_states(
-                self._model, input_ids=there[0], attention_mask=there[1]
-            ).flatten(0, 1)
-            scored = hidden[moved(torch.from_numpy(np.concatenate(places)), hidden.device)]
-            next_ids = torch.from_numpy(np.concatenate(following, dtype=np.int64))
-            kept = batch[0].kept
-            return self._reducer.launch(
-                scored, moved(next_ids, hidden.device), kept=kept, spans=spans
-            ).rows
 
     def _rows(self, flight: _Flight) -> list[dict[str, Any]]:
         with self._job.clock.span("model"):

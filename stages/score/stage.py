@@ -59,11 +59,7 @@ def run(job: Job, teacher: Identity) -> StageResult:
                 "kept"
             )
         with job.clock.span("start"):
-            from .classifier import ClassScorer
-
-            scorer = (ClassScorer if recipe.run.task == "classification" else Scorer)(
-                job, teacher, share
-            )
+            scorer = Scorer(job, teacher, share)
         job.progress.start(total=ledger.planned, unit="rows", done=ledger.committed)
         _score_all(share, scorer, score.batch_tokens or scorer.batch_tokens)
         share.finish()

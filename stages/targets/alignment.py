@@ -8,7 +8,7 @@ tokens:
     scored tokens                  a     b     c     </s>      token_ids[2:6]
     predicted from           hi    a     b     c               positions 1..4, slice(1, 5)
 
-Nothing else adds or subtracts one. A text that is classified has one target and no shift
+Nothing else adds or subtracts one. A labelled text has one target and no shift
 (`class_span`). Works on numpy arrays and torch tensors alike.
 """
 
@@ -24,7 +24,7 @@ def scored_span(prompt_tokens: int, total_tokens: int) -> tuple[int, int]:
 
 
 def class_span(total_tokens: int) -> tuple[int, int]:
-    """Start and length of what is scored where a text is classified: one target, at its last token, not shifted.
+    """Start and length of what is scored of a labelled text: one target, at its last token, not shifted.
 
     All of the text has been read there. What the target is about is the text's class, not that
     token.

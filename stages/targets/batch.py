@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...storage.errors import UsageError
+from ..models.reads import check_ids
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -72,12 +73,8 @@ def fit_vocabulary(targets: TargetBatch, student_vocab: int) -> TargetBatch:
     Raises:
         UsageError: a hard target is not in the student's vocabulary.
     """
-    if targets.labels.numel() and int(targets.labels.max()) >= student_vocab:
-        raise UsageError(
-            f"student: its vocabulary has {student_vocab} ids, but the text has token "
-            f"{int(targets.labels.max())}. Choose a student with the teacher's tokenizer and at "
-            "least its vocabulary."
-        )
+    if targets.labels.numel():
+        check_ids(int(targets.labels.max()), student_vocab, "the text has")
     if targets.probabilities is not None:
         assert targets.ids is not None
         foreign = targets.ids >= student_vocab

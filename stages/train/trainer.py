@@ -15,8 +15,7 @@ import torch
 from torch import nn
 
 from ...storage.errors import StillroomError
-from ..loader.classification import ClassPasses
-from ..loader.packing import Packing
+from ..loader.passes import Passes
 from ..loader.prefetch import Prefetch
 from ..loader.samples import Step
 from ..losses.definition import Distilled
@@ -63,7 +62,7 @@ class Trainer:
         self,
         model: nn.Module,
         *,
-        packing: Packing | ClassPasses,
+        packing: Passes,
         loss: Loss,
         train: Train,
         dtype: torch.dtype = torch.float32,
@@ -135,17 +134,18 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        settings = {name: getattr(self._loss, name) for name in SCHEDULED}
-        scheduled = {
-            name: value_at(v, done) for name, v in settings.items() if isinstance(v, Schedule)
-        }
         return StepResult(
             losses=losses,
             learning_rate=rate,
             grad_norm=norm,
-            scheduled=scheduled,
+            scheduled=self._scheduled(done),
             positions=positions,
         )
+
+    def _scheduled(self, done: float) -> dict[str, float]:
+        """The loss's settings that follow a schedule, by name."""
+        settings = {name: getattr(self._loss, name) for name in SCHEDULED}
+        return {name: value_at(v, done) for name, v in settings.items() if isinstance(v, Schedule)}
 
     def validate(
         self,
@@ -200,9 +200,8 @@ class Trainer:
     def _gradients(self, step: Step, aim: Aim, passes: Callable[[], Iterable[Any]]) -> Losses:
         """Accumulate the step's gradients."""
         scored = max(step.scored_tokens, 1)
-        shared = replace(
-            aim, soft_weight=aim.soft_weight / scored, hard_weight=aim.hard_weight / scored
-        )
+        soft_weight, hard_weight = aim.soft_weight / scored, aim.hard_weight / scored
+        shared = replace(aim, soft_weight=soft_weight, hard_weight=hard_weight)
         return _means(self._summed(step, shared, passes), step.scored_tokens, aim)
 
     def _summed(self, step: Step, aim: Aim, passes: Callable[[], Iterable[Any]]) -> torch.Tensor:
@@ -245,9 +244,8 @@ class Trainer:
 def _means(sums: torch.Tensor, scored: int, aim: Aim) -> Losses:
     soft, hard = (sums / max(scored, 1)).tolist()
     parts = ((aim.soft_weight, soft), (aim.hard_weight, hard))
-    total = sum(
-        (weight * mean for weight, mean in parts if weight), 0.0
-    )  # one that weighs nothing may be infinite
+    # One that weighs nothing may be infinite: left out, as 0 * inf is no number.
+    total = sum((weight * mean for weight, mean in parts if weight), 0.0)
     return Losses(loss=total, soft=soft if aim.objective else None, hard=hard)
 
 

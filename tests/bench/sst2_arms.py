@@ -23,7 +23,7 @@ from stillroom.stages.loader.classification import ClassBatch, ClassPasses
 from stillroom.stages.loader.samples import Cursor, Sample, Samples, steps
 from stillroom.stages.losses.definition import Distilled, LossParts
 from stillroom.stages.losses.objective import Aim
-from stillroom.stages.models.classifier import Inputs, class_logits
+from stillroom.stages.models.classification import Inputs, class_logits
 from stillroom.stages.models.student import initial_student, save_student, student_tokenizer
 from stillroom.stages.recipe.load import load_recipe
 from stillroom.stages.recipe.sections import Loss, Recipe, Train
@@ -134,7 +134,7 @@ class Study:
         self._parts, self.prompts = {}, dict[str, set[bytes]]()
         for split, snapshot in found.items():
             chosen = load_snapshot(store, snapshot)
-            samples = Samples(store, chosen, soft=True, classified=True)
+            samples = Samples(store, chosen, soft=True, labelled=True)
             shards = {shard.sha256: shard.rows for shard in chosen.shards}
             self.prompts[split] = {
                 row["prompt_key"] for row in store.rows(chosen.table, shards, ("prompt_key",))

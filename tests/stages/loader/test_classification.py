@@ -18,7 +18,7 @@ from transformers import (
 from stillroom.stages.loader.classification import ClassPasses
 from stillroom.stages.loader.samples import Sample
 from stillroom.stages.losses.objective import Aim, Objective
-from stillroom.stages.models.classifier import Inputs, class_logits
+from stillroom.stages.models.classification import Inputs, class_logits
 from stillroom.storage.errors import UsageError
 from stillroom.storage.tables.soft_targets import SoftTargets
 

@@ -9,11 +9,11 @@ from tiny_llama import tiny_tokenizer
 from tiny_store import make_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
+from stillroom.stages.models.causal_lm import KIND
 from stillroom.stages.models.head import check_head, hidden_states, split_head
 from stillroom.stages.models.student import (
     check_vocabulary,
     initial_student,
-    load_student,
     save_student,
     student_tokenizer,
 )
@@ -121,9 +121,9 @@ def test_save_and_load_keep_the_function(tiny_llama, tmp_path, tied, lora):
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     expected = logits(model, IDS)
-    before = logits(load_student(folder), IDS)
+    before = logits(KIND.student(folder), IDS)
     save_student(model, student_tokenizer(recipe, folder), tmp_path / "out")
-    found = logits(load_student(tmp_path / "out"), IDS)
+    found = logits(KIND.student(tmp_path / "out"), IDS)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(found, before, atol=1e-3)
     assert not list((tmp_path / "out").glob("adapter*"))
@@ -150,8 +150,8 @@ def test_an_adapter_kept_by_itself_is_the_student_on_its_initial_model(tiny_llam
         "base_model_name_or_path"
     ] == str(folder)
     assert not list((tmp_path / "adapter").glob("model*.safetensors"))
-    onto = PeftModel.from_pretrained(load_student(folder), tmp_path / "adapter").merge_and_unload()
-    for found in (onto, load_student(tmp_path / "student")):
+    onto = PeftModel.from_pretrained(KIND.student(folder), tmp_path / "adapter").merge_and_unload()
+    for found in (onto, KIND.student(tmp_path / "student")):
         torch.testing.assert_close(logits(found, IDS), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -160,7 +160,7 @@ def test_lora_trains_the_adapter_only_and_starts_as_the_model(tiny_llama):
     student = {"model": str(folder), "lora": {"rank": 2}}
     model = initial_student(recipe_for(folder, student), folder)
     assert {"lora_" in name for name, p in model.named_parameters() if p.requires_grad} == {True}
-    assert torch.equal(logits(model, IDS), logits(load_student(folder), IDS))
+    assert torch.equal(logits(model, IDS), logits(KIND.student(folder), IDS))
     again = initial_student(recipe_for(folder, student), folder)
     assert all(
         torch.equal(a, b)
@@ -177,7 +177,7 @@ def test_the_output_layer_may_have_a_lora_unless_it_is_the_embedding(tiny_llama,
         split_head(model).low_rank.up.normal_()
     before = logits(model.eval(), IDS)
     save_student(model, AutoTokenizer.from_pretrained(folder), tmp_path / "student")
-    torch.testing.assert_close(logits(load_student(tmp_path / "student"), IDS), before)
+    torch.testing.assert_close(logits(KIND.student(tmp_path / "student"), IDS), before)
     folder = tiny_llama("tied", tie_word_embeddings=True)
     with pytest.raises(
         UsageError, match=r"names the output layer, whose weight is the input embedding too"
@@ -193,7 +193,7 @@ def test_lora_modules_that_are_not_there_are_refused(tiny_llama):
 
 
 def test_a_full_disk_is_said_and_leaves_no_student(tiny_llama, tmp_path, monkeypatch):
-    model = load_student(tiny_llama())
+    model = KIND.student(tiny_llama())
 
     def full(folder):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -241,4 +241,4 @@ def test_a_real_model_is_its_own_student(assets, tmp_path):
     check_head(model)
     expected = logits(model, IDS)
     save_student(model, student_tokenizer(recipe, folder), tmp_path / "out")
-    assert torch.equal(logits(load_student(tmp_path / "out"), IDS), expected)
+    assert torch.equal(logits(KIND.student(tmp_path / "out"), IDS), expected)

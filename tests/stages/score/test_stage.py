@@ -13,10 +13,10 @@ from tiny_store import SilentProgress
 from stillroom.pipeline.plan.resolve import bind
 from stillroom.stages.data import stage as data
 from stillroom.stages.ledger.requests import TargetRequest
-from stillroom.stages.models import loading as teacher
+from stillroom.stages.models import causal_lm as teacher
 from stillroom.stages.models.identity import FileHashes, Identity
 from stillroom.stages.recipe.sections import Recipe
-from stillroom.stages.score import scorer
+from stillroom.stages.score import causal_lm, scorer
 from stillroom.stages.score import stage as score
 from stillroom.stages.targets.spec import Kept
 from stillroom.stages.workers.job import Job, StageResult, StopFlag
@@ -142,16 +142,16 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(
     tmp_path: Path, tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tiny_llama()
-    launch = scorer.Scorer._launch
+    begin = causal_lm.Teacher.begin
     hopeless: list[bytes] = []
 
     def small_memory(self: Any, batch: list[TargetRequest]) -> Callable[[], list[SoftTargets]]:
         hopeless[:] = hopeless or [batch[0].reuse_key]
         if len(batch) > 2 or batch[0].reuse_key in hopeless:
             raise torch.OutOfMemoryError("fault injected by the test")
-        return launch(self, batch)
+        return begin(self, batch)
 
-    monkeypatch.setattr(scorer.Scorer, "_launch", small_memory)
+    monkeypatch.setattr(causal_lm.Teacher, "begin", small_memory)
     store, result, line = scored(tmp_path, folder)
     assert (result.rows, result.rejected) == (19, 1)
     assert any("halving" in text for text in line.said)
@@ -256,7 +256,7 @@ def overlapping(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         monkeypatch.setattr(owner, name, note)
 
     monkeypatch.setattr(scorer.Scorer, "_on_gpu", True)
-    noted(scorer.Scorer, "_launch", lambda batch: [r.reuse_key for r in batch])
+    noted(causal_lm.Teacher, "begin", lambda batch: [r.reuse_key for r in batch])
     noted(Journal, "done", lambda keys: keys)
     return log
 
@@ -271,12 +271,12 @@ def test_a_pass_begins_before_the_one_before_is_collected_and_gives_the_same_row
     store, result, _ = scored(tmp_path, folder, score=SMALL)
     batches = 1 + max(number for _, number in overlapping)
     assert batches > 3
-    assert overlapping[:1] == [("_launch", 0)]
+    assert overlapping[:1] == [("begin", 0)]
     for number in range(
         1, batches
     ):  # a row is done in the journal when its pass came back, not before
         assert overlapping[2 * number - 1 : 2 * number + 1] == [
-            ("_launch", number),
+            ("begin", number),
             ("done", number - 1),
         ]
     assert overlapping[-1] == ("done", batches - 1)
@@ -316,8 +316,8 @@ def test_a_pass_that_nobody_waits_for_leaves_its_rows_to_the_next_run(
         with pytest.raises(Stopped):
             score.run(job, identity)
         assert [name for name, _ in overlapping] == [
-            "_launch",
-            "_launch",
+            "begin",
+            "begin",
             "done",
         ]  # the second is not waited for
     else:

@@ -20,7 +20,8 @@ from transformers import (
 
 from stillroom.stages.evaluate import stage as evaluate
 from stillroom.stages.loader.samples import Samples
-from stillroom.stages.models.student import initial_student, load_student
+from stillroom.stages.models.classification import of_classes
+from stillroom.stages.models.student import initial_student
 from stillroom.stages.train import stage as train
 from stillroom.storage.errors import IntegrityError, Stopped
 from stillroom.storage.snapshots.snapshot import load_snapshot, make_snapshot, save_snapshot
@@ -141,7 +142,7 @@ def summary(folder: Path) -> dict[str, Any]:
 
 def same_weights(one: Path, other: Path) -> bool:
     a, b = (
-        dict(load_student(folder / "student", CLASSES).named_parameters())
+        dict(of_classes(CLASSES).student(folder / "student").named_parameters())
         for folder in (one, other)
     )
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
@@ -186,7 +187,7 @@ class TestTraining:
             if r["label"] is not None
         ]
         tokenizer = AutoTokenizer.from_pretrained(world.teacher)
-        model = load_student(tmp_path / "student" / "student", CLASSES).eval()
+        model = of_classes(CLASSES).student(tmp_path / "student" / "student").eval()
         teacher = np.stack([row["logprobs"] for row in rows]).astype(np.float64)
         labels = np.array([row["label"] for row in rows])
         found = []
@@ -292,7 +293,7 @@ class TestStudents:
         train.run(world.job(tmp_path, recipe))
         report = summary(tmp_path / "student")
         assert report["trained_parameters"] < report["parameters"]
-        trained = load_student(tmp_path / "student" / "student", CLASSES)
+        trained = of_classes(CLASSES).student(tmp_path / "student" / "student")
         before = AutoModelForSequenceClassification.from_pretrained(folder)
         assert not torch.equal(trained.classifier.weight, before.classifier.weight)
         name = "bert.encoder.layer.0.attention.self.query.weight"
@@ -338,7 +339,7 @@ class TestInvariants:
 
 def test_samples_carry_labels(world: World) -> None:
     snapshot = world.plan().snapshots["train"]
-    samples = Samples(world.store, snapshot, soft=True, classified=True)
+    samples = Samples(world.store, snapshot, soft=True, labelled=True)
     found = {
         sample.token_ids.tobytes() + str(sample.label).encode()
         for sample in samples.read(0, len(samples))

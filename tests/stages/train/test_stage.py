@@ -15,8 +15,10 @@ from tiny_store import StopAfter, make_job, make_recipe, make_store, random_text
 from transformers import AutoTokenizer
 
 from stillroom.stages.loader.samples import Cursor, Samples, steps
-from stillroom.stages.models.student import initial_student, load_student
+from stillroom.stages.models.causal_lm import KIND
+from stillroom.stages.models.student import initial_student
 from stillroom.stages.train import stage as train
+from stillroom.stages.train.run import HISTORY_POINTS, Record
 from stillroom.storage.errors import StillroomError, Stopped, UsageError
 
 TEXTS = random_texts(60)
@@ -59,7 +61,7 @@ def summary(folder):
 
 
 def weights(folder):
-    return dict(load_student(folder / "student").named_parameters())
+    return dict(KIND.student(folder / "student").named_parameters())
 
 
 def same(one, other):
@@ -130,7 +132,7 @@ def test_history_is_thinned(world):
     train.run(world.job("run", world.recipe(train={"tokens": 6000, "tokens_per_step": 20})))
     report = summary(world.folder / "run")
     assert report["steps"] > 250
-    assert 150 < len(report["history"]) == len(report["speed"]) <= train.HISTORY_POINTS
+    assert 150 < len(report["history"]) == len(report["speed"]) <= HISTORY_POINTS
     # What lies between two points, and before the first: together the whole run.
     tokens = [0] + [point["tokens"] for point in report["speed"]]
     spent = sum(
@@ -281,7 +283,7 @@ def validation_loss(world, folder):
 
     from stillroom.storage.snapshots.snapshot import load_snapshot
 
-    model, total, scored = load_student(folder / "student").eval(), 0.0, 0
+    model, total, scored = KIND.student(folder / "student").eval(), 0.0, 0
     samples = Samples(world.store, load_snapshot(world.store, world.validation), soft=True)
     for step in steps(samples, Cursor(), tokens_per_step=1, stop_samples=len(samples)):
         (sample,) = step.samples
@@ -366,7 +368,7 @@ def test_kinds_of_students(world, tiny_llama, student):
     assert sum(losses[-3:]) < sum(losses[:3])
     assert (report["trained_parameters"] < report["parameters"]) == (student == "lora")
     assert report["parameters"] == sum(
-        p.numel() for p in load_student(world.folder / "run" / "student").parameters()
+        p.numel() for p in KIND.student(world.folder / "run" / "student").parameters()
     )
     assert {p.dtype for p in weights(world.folder / "run").values()} == {torch.float32}
 
@@ -556,4 +558,4 @@ def test_a_student_that_attends_otherwise_gets_rows_with_padding(world, monkeypa
 
 def test_a_checkpoint_of_another_version_is_refused_with_what_to_do() -> None:
     with pytest.raises(UsageError, match=r"another version of Stillroom.*Remove `checkpoints/`"):
-        train.Record.of({"cursor": {}, "seconds": 1.0})
+        Record.of({"cursor": {}, "seconds": 1.0})

@@ -1,8 +1,7 @@
-"""Texts that are classified as a whole: one text a row, logits over the classes, targets and losses of them.
+"""Models of the task classification: a head over classes, one text a row, logits [B, C].
 
-The counterpart of `head.py` and `loader/packing.py` for models with a classification head. Nothing
-is packed and nothing is shifted: a row is one text (or pair) with padding at its end, and it has
-one target.
+The counterpart of `causal_lm.py` and `head.py`. Nothing is packed and nothing is shifted: a row is
+one text (or pair) with padding at its end.
 
 Letters: B texts, T tokens of the longest, C classes.
 """
@@ -18,41 +17,36 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from ...storage.errors import UsageError
+from .classes import names_in
 from .identity import Identity
+from .loading import ModelKind, placed
 from .rendering import segments
 
 
+def student_kind(teacher_dir: Path) -> ModelKind:
+    """A student has its teacher's classes."""
+    return of_classes(names_in(teacher_dir))
+
+
+def of_classes(names: Sequence[str]) -> ModelKind:
+    """Models with a head over these classes."""
+    return ModelKind(auto=AutoModelForSequenceClassification, adapter="SEQ_CLS", classes=names)
+
+
 def load_teacher(identity: Identity, *, device_map: str | None = None) -> PreTrainedModel:
-    """A model with a trained classification head, in evaluation mode, on the GPU if there is one.
+    """A model with a trained head, in evaluation mode, on the GPU if there is one.
 
     Raises:
         UsageError: the folder does not hold one; a head that transformers would have to make up is
             none.
     """
-    try:
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
-            identity.folder,
-            dtype=getattr(torch, identity.dtype),
-            device_map=device_map,
-            output_loading_info=True,
-        )
-    except torch.OutOfMemoryError:
-        raise
-    except (
-        Exception
-    ) as error:  # what transformers and safetensors raise for a bad folder has no common type
-        raise UsageError(
-            f"{identity.folder}: the model does not load ({error}). Check the folder."
-        ) from error
-    if loading["missing_keys"]:
+    model, missing = of_classes(()).teacher(identity, device_map=device_map)
+    if missing:
         raise UsageError(
             f"teacher.model: {identity.folder} lacks weights of its classification head "
-            f"({', '.join(sorted(loading['missing_keys']))}). Fine-tune it on labelled rows, and "
-            "save it whole."
+            f"({', '.join(missing)}). Fine-tune it on labelled rows, and save it whole."
         )
-    if device_map is None and torch.cuda.is_available():
-        model = model.to("cuda")
-    return model.eval()
+    return placed(model, device_map)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,28 +74,23 @@ class Inputs:
                 "(for a decoder the end-of-sequence id will do)."
             )
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-        told_apart = (
-            "token_type_ids" in tokenizer.model_input_names
-            and getattr(config, "type_vocab_size", 0) > 1
-        )
-        return cls(
-            padding=config.pad_token_id, separator=tokenizer.sep_token_id if told_apart else None
-        )
+        segments_known = getattr(config, "type_vocab_size", 0) > 1
+        told_apart = segments_known and "token_type_ids" in tokenizer.model_input_names
+        separator = tokenizer.sep_token_id if told_apart else None
+        return cls(padding=config.pad_token_id, separator=separator)
 
     def tensors(self, texts: Sequence[np.ndarray]) -> dict[str, Tensor]:
         """`input_ids`, `attention_mask` and maybe `token_type_ids`, each [B, T] int64."""
-        longest = max(len(text) for text in texts)
-        names = ["input_ids", "attention_mask"] + ["token_type_ids"] * (self.separator is not None)
-        made = {name: torch.zeros(len(texts), longest, dtype=torch.long) for name in names}
-        made["input_ids"].fill_(self.padding)
+        shape = len(texts), max(len(text) for text in texts)
+        ids = torch.full(shape, self.padding, dtype=torch.long)
+        mask, kinds = torch.zeros_like(ids), torch.zeros_like(ids)
         for row, text in enumerate(texts):
-            made["input_ids"][row, : len(text)] = torch.from_numpy(np.asarray(text, np.int64))
-            made["attention_mask"][row, : len(text)] = 1
-            if self.separator is not None:
-                made["token_type_ids"][row, : len(text)] = torch.from_numpy(
-                    segments(text, self.separator)
-                )
-        return made
+            there = slice(0, len(text))
+            ids[row, there] = torch.from_numpy(np.asarray(text, np.int64))
+            mask[row, there] = 1
+            kinds[row, there] = torch.from_numpy(segments(text, self.separator))
+        made = {"input_ids": ids, "attention_mask": mask}
+        return made if self.separator is None else made | {"token_type_ids": kinds}
 
 
 def class_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:

@@ -1,0 +1,57 @@
+"""Measuring labelled texts: the distribution over classes, and how often the best one is the gold one."""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...storage.joined import open_store
+from ...storage.tables.soft_targets import SoftTargets
+from ..models.classification import Inputs, class_logits
+from ..models.reads import check_ids, check_length
+from ..workers.job import Job
+from .held_out import HeldOut
+from .measure import MeasureRow, Row
+from .metrics import Tally, measure
+from .views import ArmViews
+
+
+class Measuring:
+    """The measures of texts; see `measure.Measuring`."""
+
+    def __init__(self, job: Job, held_out: HeldOut) -> None:
+        self._job = job
+
+    def outcomes(self, row: Row) -> np.ndarray:
+        """[1] the gold class."""
+        return np.array([row["label"]], np.int64)
+
+    def named(self, measures: dict[str, Tensor]) -> dict[str, Tensor]:
+        """With accuracy: how often the best class is the gold one."""
+        return measures | {"accuracy": measures["correct"]}
+
+    def of_student(self, model: Any) -> MeasureRow:
+        """A text at a time."""
+        storage = self._job.recipe.storage
+        store = open_store(storage.dir, storage.sources)
+        inputs = Inputs.of(model, store.teacher_dir(self._job.teacher_id))
+        return partial(self._measure, model, inputs)
+
+    def _measure(self, model: Any, inputs: Inputs, row: Row, tally: Tally, view: ArmViews) -> None:
+        """Nothing goes into `view`: a text has no positions to show."""
+        ids = row["token_ids"]
+        check_length(len(ids), model, "a held-out row has")
+        vocab_size = model.get_input_embeddings().num_embeddings
+        check_ids(int(ids.max()), vocab_size, "a held-out row contains")
+        with self._job.clock.span("model"), torch.inference_mode():
+            targets = SoftTargets.from_row(row).normalised()
+            made = inputs.tensors([ids])
+            there = {name: tensor.to(model.device) for name, tensor in made.items()}
+            label = torch.as_tensor(self.outcomes(row)).to(model.device)
+            measures = measure(class_logits(model, there), label, targets)
+        tally.add(row["prompt_key"], self.named(measures))
+
+    def gradient(self, model: Any, arm: str) -> None:
+        """None: all classes are stored, so there is no choice of targets."""

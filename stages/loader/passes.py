@@ -1,0 +1,86 @@
+"""What a task makes of the samples of a step: forward passes, and the loss of each.
+
+The module that bears a task's name has its passes of a training: `training_passes(...)`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from ..losses.definition import Distilled
+from ..losses.objective import Aim
+from ..recipe.tasks import module_of
+from ..workers.job import Job
+from .samples import Sample
+
+
+class PassBatch(Protocol):
+    """One forward pass: what the model takes, and what it is asked for."""
+
+    @property
+    def positions(self) -> int:
+        """Positions that are computed, padding included."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+
+    def to(self, device: torch.device) -> Self:
+        """The same on another device."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Passes(ABC):
+    """How the samples of a step become forward passes."""
+
+    tokens_per_pass: int
+    """Positions of a pass at most, padding included; the tokens of the longest sample where that
+    has more."""
+    vocab_size: int
+    """V of the student."""
+
+    @abstractmethod
+    def batches(
+        self, samples: Sequence[Sample], temperature: float | None = 1.0
+    ) -> Iterator[PassBatch]:
+        """The forward passes of a step, soft targets at `temperature`; None leaves them out.
+
+        Raises:
+            UsageError: the student cannot read a sample, or its targets cannot be had at this
+                temperature.
+        """
+
+    @abstractmethod
+    def losses(self, model: nn.Module, batch: Any, *, aim: Aim, dtype: torch.dtype) -> Distilled:
+        """Summed loss of the targets of one pass, computed in `dtype`, weighted as `aim` says."""
+
+    @abstractmethod
+    def head_weight(self, model: nn.Module) -> Tensor | None:
+        """The output layer's weight [V, D] where it runs at scored positions alone; None: the body has it all."""
+
+
+def training_passes(
+    model: nn.Module, job: Job, *, teacher_dir: Path, longest: int, dtype: torch.dtype
+) -> Passes:
+    """Those of the job's task.
+
+    Args:
+        model: The student, on its device.
+        job: Its recipe, and where to say what this student cannot do.
+        teacher_dir: With the tokenizer that made the token ids.
+        longest: Tokens of the longest sample.
+        dtype: What passes compute in.
+
+    Raises:
+        UsageError: the student is none that this task can train.
+    """
+    room = module_of(job.recipe.run.task, __package__)
+    found: Passes = room.training_passes(
+        model, job, teacher_dir=teacher_dir, longest=longest, dtype=dtype
+    )
+    return found

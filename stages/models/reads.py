@@ -1,0 +1,40 @@
+"""Whether a student can read a text: it has every token's id, and room for all of them."""
+
+from typing import Any
+
+from ...storage.errors import UsageError
+
+
+def check_ids(highest: int, vocab_size: int, what: str, *, where: str = "") -> None:
+    """Refuse a text with an id that the student does not have, before an embedding does so in its own words.
+
+    Args:
+        highest: The highest id of the text.
+        vocab_size: Ids that the student has.
+        what: Subject and verb of the message: `the text has`.
+        where: Which text it is, where that is known.
+
+    Raises:
+        UsageError: it does not have that id.
+    """
+    if highest < vocab_size:
+        return
+    raise UsageError(
+        f"student: its vocabulary has {vocab_size} ids, but {what} token {highest}{where}. Choose "
+        "a student with the teacher's tokenizer and at least its vocabulary."
+    )
+
+
+def check_length(tokens: int, model: Any, what: str) -> None:
+    """Refuse a text that is longer than the student's context; `what` as of `check_ids`.
+
+    Raises:
+        UsageError: it is.
+    """
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is None or tokens <= most:
+        return
+    raise UsageError(
+        f"student: reads at most {most} tokens (max_position_embeddings), {what} {tokens}. Lower "
+        "data.window_tokens or generate.max_tokens, or take a student with a longer context."
+    )

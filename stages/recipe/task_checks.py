@@ -1,0 +1,56 @@
+"""Whether a recipe's data, targets and settings are those of its task."""
+
+from typing import Any
+
+from .sections import Recipe
+from .tasks import TASKS, Task
+
+
+def lookup(recipe: Recipe, path: str) -> Any:
+    """The value at a dotted path, None where a section is absent."""
+    value: Any = recipe
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    return value
+
+
+def check_task(recipe: Recipe) -> list[tuple[str, str]]:
+    """What does not go with the task: (dotted path, message)."""
+    name = recipe.run.task
+    task = TASKS[name]
+    errors = _format(recipe.data.format, name, task) + _targets(recipe, name, task)
+    errors += [(path, said) for path, said in task.refused.items() if lookup(recipe, path)]
+    return errors
+
+
+def targets_fit(recipe: Recipe) -> bool:
+    """Whether the stored targets are some that the task has; else nothing more can be said of them."""
+    known = TASKS[recipe.run.task].targets
+    return recipe.score is None or not known or recipe.score.targets in known
+
+
+def _format(found: str, name: str, task: Task) -> list[tuple[str, str]]:
+    if found in task.formats:
+        return []
+    if len(task.formats) == 1:
+        message = f"{name} reads {task.formats[0]!r} records (got {found!r})"
+    else:
+        others = " or ".join(other for other in TASKS if found in TASKS[other].formats)
+        message = f"{found!r} is for run.task {others}. Set that, or use {task.formats[0]!r}"
+    return [("data.format", message)]
+
+
+def _targets(recipe: Recipe, name: str, task: Task) -> list[tuple[str, str]]:
+    if recipe.score is None:
+        if task.text_alone:
+            return []
+        message = (
+            "missing: without the teacher's probabilities there is nothing to distil. "
+            f"Add score: {{targets: {task.targets[0]}}}"
+        )
+        return [("score", message)]
+    if targets_fit(recipe):
+        return []
+    kinds = " or ".join(map(repr, task.targets))
+    message = f"{name} keeps every class: expected {kinds} (got {recipe.score.targets!r})"
+    return [("score.targets", message)]

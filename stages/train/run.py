@@ -1,0 +1,334 @@
+"""One training run, from where it stands to the end: steps, checkpoints, validation, the student.
+
+What it has done so far is its record, which each checkpoint keeps.
+"""
+
+import json
+import time
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Self
+
+from ...storage.errors import IntegrityError, Stopped, UsageError
+from ...storage.files.local import LocalFiles
+from ...storage.joined import open_store
+from ...storage.snapshots.snapshot import load_snapshot
+from ...storage.store.store import Store
+from ..loader.samples import Cursor, Samples, Step, steps
+from ..recipe.fields import Split, extremes
+from ..recipe.sections import Loss
+from ..recipe.tasks import TASKS
+from ..workers.job import Job
+from .scalars import Board, loss_scalars, open_wandb, step_scalars
+from .speed import Meter, Speed
+
+if TYPE_CHECKING:
+    from ..loader.prefetch import Prefetch
+    from .trainer import StepResult, Trainer
+
+DONE = "train.json"
+HISTORY_POINTS = 200
+
+
+@dataclass(kw_only=True, slots=True)
+class Record:
+    """What a run has done so far; kept in each checkpoint."""
+
+    cursor: Cursor = field(default_factory=Cursor)
+    scored_tokens: int = 0
+    best: dict[str, Any] | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    validation: list[dict[str, Any]] = field(default_factory=list)
+    speed: Speed = field(default_factory=Speed)
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> Self:
+        """Of a checkpoint.
+
+        Raises:
+            UsageError: another version of Stillroom wrote it.
+        """
+        try:
+            parts = {"cursor": Cursor(**state["cursor"]), "speed": Speed(**state["speed"])}
+            return cls(**state | parts)
+        except (KeyError, TypeError) as error:
+            raise UsageError(
+                f"train: another version of Stillroom wrote this run's checkpoints ({error}). "
+                "Remove `checkpoints/` from its folder, and it is trained from the start."
+            ) from error
+
+
+class Run:
+    """One arm's training, from where it stands to the end."""
+
+    def __init__(self, job: Job, files: LocalFiles, loss: Loss) -> None:
+        with job.clock.span("start"):
+            from .checkpoints import Checkpoints
+
+        self._job, self._files = job, files
+        self._train, self._loss = job.recipe.train, loss
+        with job.clock.span("disk"):
+            store = open_store(job.recipe.storage.dir, job.recipe.storage.sources)
+            self._teacher_dir = store.teacher_dir(job.teacher_id)
+            self._samples = self._open(store, "train")
+            self._lengths = self._samples.lengths()
+            self._validation = None
+            if self._train.evaluate_every_tokens is not None and "validation" in job.snapshots:
+                self._validation = self._open(store, "validation")
+        epochs = self._train.epochs
+        self._stop_samples = None if epochs is None else max(1, round(epochs * len(self._samples)))
+        self._total = self._train.tokens or max(1, round((epochs or 0) * self._lengths.tokens))
+        self._checkpoints = Checkpoints(files)
+        self._record = Record()
+        with job.clock.span("start"):
+            self._trainer = self._prepared()
+        with job.clock.span("disk"):
+            self._audit(store)
+
+    def _open(self, store: Store, split: Split) -> Samples:
+        snapshot = load_snapshot(store, self._job.snapshots[split])
+        run = self._job.recipe.run
+        labelled = TASKS[run.task].labelled
+        return Samples(store, snapshot, soft=self._soft, seed=run.seed, labelled=labelled)
+
+    @property
+    def _soft(self) -> bool:
+        """Whether the teacher's targets are learnt from, at some time at least."""
+        return extremes(self._loss.soft_weight)[1] > 0
+
+    def _prepared(self) -> "Trainer":
+        """The student on its device, checked, with the state of the last checkpoint; and the meter of its speed."""
+        from ..loader.passes import training_passes
+        from ..models.device import device_and_dtype
+        from ..models.student import check_vocabulary, initial_student
+        from .flops import ModelFlops, Peak
+        from .trainer import Trainer
+
+        recipe = self._job.recipe
+        check_vocabulary(recipe, self._teacher_dir)
+        self._job.progress.say(f"loading the student ({self._job.arm})")
+        device, dtype = device_and_dtype(recipe.student)
+        model: Any = initial_student(recipe, self._teacher_dir).to(device)
+        self._check_lengths(model)
+        passes = training_passes(
+            model,
+            self._job,
+            teacher_dir=self._teacher_dir,
+            longest=self._lengths.longest,
+            dtype=dtype,
+        )
+        if self._train.gradient_checkpointing:
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
+        trainer = Trainer(model, packing=passes, loss=self._loss, train=self._train, dtype=dtype)
+        if done := self._checkpoints.steps():
+            trainer.load_state(self._checkpoints.tensors(done[-1]))
+            self._record = Record.of(self._checkpoints.state(done[-1]))
+            self._job.progress.say(f"going on after step {done[-1]}")
+        flops = ModelFlops.of(model, head=passes.head_weight(model))
+        self._meter = Meter(self._record.speed, flops, Peak.at(device, dtype))
+        return trainer
+
+    def _audit(self, store: Store) -> None:
+        """Refuse rows whose text, tokens and targets do not belong together, before any step."""
+        from ..audit.before_training import audit_rows, fit_of
+
+        model: Any = self._trainer.model
+        vocab_size = model.config.get_text_config().vocab_size
+        fit = fit_of(self._job.recipe, self._teacher_dir, vocab_size=vocab_size, soft=self._soft)
+        try:
+            notes = audit_rows(store, self._samples.snapshot, fit)
+        except IntegrityError as error:
+            if self._train.audit == "refuse":
+                raise
+            notes = [f"audit: {error}"]
+        for note in notes:
+            self._job.progress.say(note)
+
+    def _check_lengths(self, model: Any) -> None:
+        """Refuse samples that do not fit into the student or a row, before any step."""
+        from ..models.reads import check_length
+
+        longest = self._lengths.longest
+        check_length(longest, model, "the longest sample has")
+        most = self._train.row_tokens
+        if most is not None and longest > most:
+            raise UsageError(
+                f"train.row_tokens: {most} is shorter than the longest sample "
+                f"({longest} tokens). Set it to {longest} or more, or leave it out."
+            )
+
+    def train(self) -> tuple[int, int]:
+        """Train to the end and write the student; samples and tokens of this process."""
+        samples, tokens = self._consumed, self._record.cursor.tokens
+        try:
+            self._loop()
+            self._finish()
+        except Stopped:
+            self._save()
+            raise
+        return self._consumed - samples, self._record.cursor.tokens - tokens
+
+    @property
+    def _consumed(self) -> int:
+        return self._record.cursor.epoch * len(self._samples) + self._record.cursor.sample
+
+    def _loop(self) -> None:
+        from ..loader.prefetch import Prefetch
+
+        job, tokens = self._job, self._record.cursor.tokens
+        job.progress.start(total=self._total, unit="tokens", done=min(tokens, self._total))
+        saved = time.monotonic()
+        beside = open_wandb(job, self._files)
+        with Board(self._files.path("tensorboard"), tokens, beside=beside) as board:
+            self._validate(board)
+            with (
+                closing(self._steps()) as read,
+                Prefetch(read, self._passes, clock=job.clock) as feed,
+            ):
+                began, waited = time.monotonic(), 0.0
+                for step in feed:
+                    result = self._step(step, feed)
+                    seconds = time.monotonic() - began
+                    waiting = feed.waited_seconds - waited
+                    self._note(step, result, board, seconds=seconds, waited=waiting)
+                    self._validate(board)
+                    if self._due(time.monotonic() - saved):
+                        self._save()
+                        saved = time.monotonic()
+                    job.stop.check()
+                    began, waited = time.monotonic(), feed.waited_seconds
+            self._validate(board, last=True)
+
+    def _due(self, seconds: float) -> bool:
+        """Whether a checkpoint is to be written, so many seconds after the one before."""
+        every = self._train.checkpoint_every_steps
+        if every is not None and self._record.cursor.step % every == 0:
+            return True
+        return seconds >= self._train.checkpoint_every_seconds
+
+    def _steps(self) -> Generator[Step, None, None]:
+        return steps(
+            self._samples,
+            self._record.cursor,
+            tokens_per_step=self._train.tokens_per_step,
+            stop_tokens=self._train.tokens,
+            stop_samples=self._stop_samples,
+        )
+
+    def _passes(self, step: Step) -> Iterator[Any]:
+        return self._trainer.passes(step, done=step.after.tokens / self._total)
+
+    def _step(self, step: Step, feed: "Prefetch") -> "StepResult":
+        tokens_per_pass = self._trainer.tokens_per_pass
+        done = step.after.tokens / self._total
+        with self._job.clock.span("model"):
+            result = self._trainer.step(
+                step, done=done, passes=feed.passes, between_passes=self._job.stop.check
+            )
+        self._say_if_smaller(tokens_per_pass)
+        return result
+
+    def _say_if_smaller(self, tokens_per_pass: int) -> None:
+        if self._trainer.tokens_per_pass < tokens_per_pass:
+            self._job.progress.say(
+                f"out of memory: passes now hold {self._trainer.tokens_per_pass} tokens"
+            )
+
+    def _note(
+        self, step: Step, result: "StepResult", board: Board, *, seconds: float, waited: float
+    ) -> None:
+        """Bring the record up to the end of a step, and show it."""
+        record, meter = self._record, self._meter
+        # The curve has about HISTORY_POINTS points, evenly over the tokens: one where a slot begins.
+        before, after = (
+            min(cursor.tokens, self._total) * (HISTORY_POINTS - 1) // self._total
+            for cursor in (record.cursor, step.after)
+        )
+        record.cursor = step.after
+        record.scored_tokens += step.scored_tokens
+        this = meter.add(step, positions=result.positions, seconds=seconds, waited=waited)
+        if not record.history or before < after:
+            rates = {"learning_rate": result.learning_rate, "grad_norm": result.grad_norm}
+            losses = {"tokens": step.after.tokens} | asdict(result.losses)
+            record.history.append(losses | rates | result.scheduled)
+            meter.point(step.after.tokens)
+        with self._job.clock.span("disk"):
+            shown = {name: this.rates[name] for name in ("tokens_per_second", "mfu")}
+            board.write(step.after.tokens, step_scalars(result) | shown)
+        note = f"loss {result.losses.loss:.4f}, {meter.note(this)}"
+        self._job.progress.advance(step.tokens, tokens=step.tokens, note=note)
+
+    def _validate(self, board: Board, *, last: bool = False) -> None:
+        """Validate if it is due: asked of the record, so a run stopped in between makes up for it."""
+        record, every = self._record, self._train.evaluate_every_tokens
+        if self._validation is None or every is None:
+            return
+        tokens = record.cursor.tokens
+        before = record.validation[-1]["tokens"] if record.validation else 0
+        if not (tokens // every > before // every or (last and tokens > before)):
+            return
+        size = self._trainer.tokens_per_pass
+        passes = steps(
+            self._validation, Cursor(), tokens_per_step=size, stop_samples=len(self._validation)
+        )
+        with self._job.clock.span("model"):
+            losses = self._trainer.validate(
+                passes, between_passes=self._job.stop.check, clock=self._job.clock
+            )
+        self._say_if_smaller(size)
+        point = {"step": record.cursor.step, "tokens": tokens, **asdict(losses)}
+        record.validation.append(point)
+        board.write(tokens, loss_scalars("validation", losses))
+        self._job.progress.say(f"validation after {tokens} tokens: loss {losses.loss:.4f}")
+        if record.best is None or losses.loss < record.best["loss"]:
+            record.best = point
+            self._save()
+
+    def _save(self) -> None:
+        """Write a checkpoint and keep none but this and the best."""
+        record = self._record
+        if record.cursor.step:
+            with self._job.clock.span("disk"):
+                self._checkpoints.save(record.cursor.step, self._trainer.state(), asdict(record))
+                self._checkpoints.keep(
+                    record.cursor.step, record.best["step"] if record.best else None
+                )
+
+    def _finish(self) -> None:
+        """Write the student (the best where there was validation, else the last), then `train.json`."""
+        from ..models.student import save_student, student_tokenizer
+
+        self._save()
+        record, trainer = self._record, self._trainer
+        clock = self._job.clock
+        if record.best is not None and record.best["step"] != record.cursor.step:
+            with clock.span("disk"):
+                trainer.load_weights(self._checkpoints.tensors(record.best["step"])["weights"])
+        parameters = sum(weight.numel() for weight in trainer.model.parameters())
+        trained = sum(weight.numel() for weight in trainer.weights().values())
+        with clock.span("tokenizer"):
+            tokenizer = student_tokenizer(self._job.recipe, self._teacher_dir)
+        lora = self._job.recipe.student.lora
+        adapter = self._files.path("adapter") if lora is not None and lora.keep_adapter else None
+        with clock.span("disk"):
+            save_student(trainer.model, tokenizer, self._files.path("student"), adapter=adapter)
+        summary = {
+            "arm": self._job.arm,
+            "steps": record.cursor.step,
+            "tokens": record.cursor.tokens,
+            "scored_tokens": record.scored_tokens,
+            "samples": self._consumed,
+            "epochs": round(self._consumed / len(self._samples), 4),
+            **self._meter.summary(),
+            "snapshot": self._job.snapshots["train"],
+            "best": record.best,
+            # An adapter is merged into the weights: it adds none.
+            "parameters": parameters - (trained if lora else 0),
+            "trained_parameters": trained,
+            "history": record.history,
+            "validation": record.validation,
+        }
+        self._files.put_if_absent(DONE, json.dumps(summary, indent=1).encode() + b"\n")

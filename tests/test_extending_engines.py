@@ -7,6 +7,9 @@ from extending import changed_files, extended, stillroom_in
 from kit import prompts, write_jsonl, write_recipe
 from tiny_llama import save_tiny_llama
 
+from stillroom.storage.store.sql import query
+from stillroom.storage.store.store import Store
+
 FILES = ["stages/engines/sentence.py", "stages/recipe/engines.py"]
 STAGES = ["data", "generate", "score", "train", "evaluate"]
 SENTENCE = "the dog sat on the mat"
@@ -32,7 +35,7 @@ def test_a_recipe_with_a_new_engine_runs_from_plan_to_card(tmp_path: Path) -> No
     assert outcome["stages"]["generate"]["rows"] == outcome["stages"]["score"]["rows"] == 12
     assert outcome["results"]["student"]["kl_teacher"] > 0
     texts = "SELECT DISTINCT text, finish_reason FROM generations"
-    rows = stillroom_in(code, "query", tmp_path / "store", texts)["rows"]
+    rows = query(Store.open(tmp_path / "store"), texts).to_pylist()
     assert rows == [{"text": SENTENCE, "finish_reason": "stop"}]
 
     run_dir = Path(outcome["run_dir"])

@@ -123,15 +123,15 @@ def import_(
     from ...stages.data.importing.table import ImportRequest, import_table
     from ..run.progress import StageProgress
 
-    choices: dict[str, Any] = {
+    how: dict[str, Any] = {
         "targets_at": _one_of(targets_at, "--targets-at", ("next", "same")),
         "kind": _one_of(values, "--values", ("logprobs", "probs", "logits")),
     }
-    choices |= column_names(columns or (), kind=values)
+    how |= column_names(columns or (), kind=values)
     request = ImportRequest(
         source=source,
         store=store,
-        columns=Columns(**choices, forced=forced, k=k),
+        columns=Columns(**how, forced=forced, k=k),
         teacher=teacher,
         revision=revision,
         tokenizer=tokenizer,

@@ -1,4 +1,4 @@
-"""The commands on a store: inspect, query, verify, repair, vacuum, and what they say."""
+"""The commands on a store (inspect, query, verify, repair, vacuum), and how their findings are printed."""
 
 import json
 import shutil

@@ -13,7 +13,8 @@ from typing import Any
 from ...stages.recipe.tasks import TASKS
 from ...storage.published.manifest import Manifest
 from .dataset_card_code import code
-from .dataset_card_text import columns, limits, numbers, origin, sample, sizes, summary, warnings
+from .dataset_card_origin import origin
+from .dataset_card_text import columns, limits, numbers, sample, sizes, summary, warnings
 
 _SIZES = tuple(
     "n<1K 1K<n<10K 10K<n<100K 100K<n<1M 1M<n<10M 10M<n<100M 100M<n<1B 1B<n<10B 10B<n<100B 100B<n<1T n>1T".split()

@@ -1,6 +1,5 @@
 """What a published dataset's card says in words and tables: made from its manifest, its provenance and one row."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,12 @@ from ...storage.tables.kinds import STRUCTURES
 from ...storage.tables.rows import Rows
 from ..numbers import count, decimals, fenced, inline, percent, size, table
 from ..report.inspect import describe
+from .dataset_card_origin import model_name
 from .provenance import UNKNOWN, unknown_licenses
 
 _SHOWN_POSITIONS, _SHOWN_ENTRIES, _SHOWN_CHARACTERS = 8, 3, 1200
 _ABOUT = {
-    "generations": "What the author wrote: one row is one prompt with one completion, as text and as token ids.",
+    "generations": "What the model wrote: one row is one prompt with one completion, as text and as token ids.",
     "soft_targets": (
         "The teacher's distribution at N = `span_tokens` of T positions. Target n is about token "
         "`span_start + n`, given all tokens before it: the model's output at position "
@@ -48,14 +48,6 @@ def summary(manifest: Manifest, provenance: Mapping[str, Any]) -> str:
     if manifest.about["soft_targets"].get("class_names"):
         what = "the classes of each text"
     return f"Soft targets{by} for knowledge distillation: the distribution over {what}; {splits}."
-
-
-def model_name(model_id: str, model: Mapping[str, Any]) -> str:
-    """What a model is called; where nobody said it, its architecture and the beginning of its id."""
-    if model["name"]:
-        return inline(model["name"])
-    kind = (model.get("architectures") or ["a model"])[0]
-    return f"{kind} (`{model_id[:8]}`)"
 
 
 def warnings(manifest: Manifest, provenance: Mapping[str, Any]) -> list[str]:
@@ -298,80 +290,6 @@ def _temperatures(found: Mapping[str, Any]) -> str:
 
 def _counts(found: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {count(number)}" for name, number in found.items())
-
-
-def origin(manifest: Manifest, provenance: Mapping[str, Any]) -> str:
-    """Models, sources, licences, settings and versions."""
-    models = [
-        [
-            model_name(id_, model),
-            " and ".join(
-                what
-                for what, made in (("text", model["wrote"]), ("targets", model["scored"]))
-                if made
-            ),
-            _license(model["license"]),
-            f"`{model.get('dtype')}`" + (", with an adapter" if model["adapter"] else ""),
-            inline(id_),
-        ]
-        for id_, model in provenance["models"].items()
-    ]
-    sources = [
-        [inline(s["name"]), _license(s["license"]), count(s["prompts"])]
-        for s in provenance["sources"]
-    ]
-    made = [
-        [
-            inline(name),
-            _settings(entry.get("settings")),
-            _settings(entry.get("versions")),
-            count(entry["rows"]),
-        ]
-        for name, entries in provenance["made_with"].items()
-        for entry in entries
-    ]
-    parts = [
-        f"This dataset: licence {_license(provenance['license'])}.",
-        table(
-            ["model", "made", "licence", "dtype", "id (hash of its content)"],
-            models,
-            text_columns=5,
-        )
-        if models
-        else "",
-        table(["source of prompts", "licence", "prompts"], sources, text_columns=2)
-        if sources
-        else "",
-        table(["rows of", "settings", "versions", "rows"], made, text_columns=3),
-        _chosen(manifest.chosen),
-        "The recipe is in `PROVENANCE.json`." if provenance["recipe"] else "",
-    ]
-    return "\n\n".join(part for part in parts if part)
-
-
-def _license(name: str) -> str:
-    return "**not stated**" if name == UNKNOWN else inline(name)
-
-
-def _settings(found: Mapping[str, Any] | None) -> str:
-    shown = {k: v for k, v in (found or {}).items() if v not in (None, [], {}, "")}
-    return ", ".join(
-        f"{name} {v if isinstance(v, str) else json.dumps(v)}" for name, v in sorted(shown.items())
-    )
-
-
-def _chosen(chosen: Mapping[str, Any]) -> str:
-    said = []
-    if chosen.get("where"):
-        said.append(f"only rows whose generation has {inline(chosen['where'])}")
-    if chosen.get("min_k"):
-        said.append(
-            f"targets cut to {chosen['min_k']} entries, the others in the tail; rows with fewer "
-            "left out"
-        )
-    if chosen.get("columns"):
-        said.append(f"only the columns {', '.join(map(inline, chosen['columns']))}")
-    return f"Chosen for publication: {'; '.join(said)}." if said else ""
 
 
 def limits(manifest: Manifest) -> list[str]:

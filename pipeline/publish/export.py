@@ -1,4 +1,4 @@
-"""`export` and `publish`: a snapshot as a dataset that others load, in a folder or on the Hub.
+"""`export`: a snapshot as a dataset folder that others load.
 
 A version is built beside its place, moved in, and only then does the card point at it; so a reader
 of the folder sees the old version or the new one, wherever this stops. The same command goes on; a

@@ -1,4 +1,4 @@
-"""`publish`: an exported dataset goes to the Hub, data first, the card last."""
+"""`publish`: export with every licence stated, and on to the Hub where that is the destination."""
 
 import os
 from collections.abc import Callable

@@ -5,9 +5,9 @@ from typing import Any
 
 from ..numbers import inline, nats
 from . import figures, sections
-from . import results as tables
 from .blocks import Block, Bullets, Figures, Page, Section, Table, Text
 from .plots import Panel
+from .results import Results, measures, result_headers, result_rows
 from .seeds import Group, Interval, grouped
 
 COLOURS = 6
@@ -102,9 +102,9 @@ def _over_seeds(groups: Sequence[Group]) -> Section:
     return _table(groups, found, note)
 
 
-def _table(groups: Sequence[Group], results: Sequence[tables.Results], note: str) -> Section:
+def _table(groups: Sequence[Group], results: Sequence[Results], note: str) -> Section:
     """One block of lines per group."""
-    columns = tables.measures([arm for arms in results for arm in arms.values()])
+    columns = measures([arm for arms in results for arm in arms.values()])
     bound = any(
         r["evaluation"]["measured_on"]["kl_is_lower_bound"]
         for g in groups
@@ -113,10 +113,10 @@ def _table(groups: Sequence[Group], results: Sequence[tables.Results], note: str
     rows = [
         [_group_name(group), *row]
         for group, arms in zip(groups, results, strict=True)
-        for row in tables.result_rows(arms, columns)
+        for row in result_rows(arms, columns)
     ]
     seeds = "" if len(groups[0].seeds) == 1 else " over seeds"
-    headers = tables.result_headers(columns, bound=bound)
+    headers = result_headers(columns, bound=bound)
     return Section(f"Results{seeds}", [Table(["run", *headers], rows, text_columns=2), Text(note)])
 
 

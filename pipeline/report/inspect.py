@@ -108,7 +108,7 @@ def _keys(store: Store, table: TableName) -> Iterator[tuple[bytes, str, int]]:
 
 
 def tokenizer_of(store: Store, row: dict[str, Any]) -> Any:
-    """The tokenizer kept with the row's teacher or author; None if the store has none (given text has no model)."""
+    """The tokenizer stored with the teacher, or with the model that wrote the text; None if there is none."""
     from tokenizers import Tokenizer
 
     name = row["teacher_id"] if row["table"] == "soft_targets" else row["author_id"]

@@ -1,4 +1,4 @@
-"""The report of a run: what was gained, in a sentence, a table and the facts behind it; as a page, Markdown and JSON.
+"""The report of a run, made and shown: what was gained, and the facts behind it; as a page, Markdown and JSON.
 
 It is made from `evaluation.json`, `train.json` and `settings.json` of a training run and from what
 the runner knows; nothing here loads a model or opens a store. `compare.py` lays several over one
@@ -13,21 +13,17 @@ from typing import TYPE_CHECKING, Any
 from ...storage.errors import UsageError
 from ...storage.files.local import LocalFiles
 from ..numbers import nats, percent
-from . import compare as report_compare
-from . import html as report_html
-from . import markdown as report_markdown
-from . import results as tables
-from . import sections
+from . import compare, html, markdown, run_facts, sections
 from .blocks import Page, Text
+from .results import Results, known_arms, measures, result_cells
+from .results import results as results_section
 from .seeds import grouped
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 COMPARISON = Path("comparison.html")
-"""Where a comparison goes that nobody gave a name."""
-
-
+"""Where a comparison is written, if nobody names a file."""
 TRAINED = ("student", "baseline")
 
 
@@ -68,8 +64,8 @@ def write_report(run_dir: Path, train_dir: Path, facts: Mapping[str, Any]) -> Pa
     content = page(report)
     contents = {
         "report.json": json.dumps(report, indent=1, ensure_ascii=False),
-        "report.md": report_markdown.page(content),
-        "report.html": report_html.page(content),
+        "report.md": markdown.page(content),
+        "report.html": html.page(content),
     }
     files = LocalFiles(run_dir)
     for name, text in contents.items():
@@ -90,7 +86,7 @@ def page(report: Mapping[str, Any]) -> Page:
     """What a report says, to be drawn as Markdown or HTML."""
     evaluation = report["evaluation"]
     found = [
-        tables.results(evaluation, report["settings"].get("recipe", {})),
+        results_section(evaluation, report["settings"].get("recipe", {})),
         sections.what_was_run(report),
         sections.training(
             report["train"], of=evaluation["measured_on"].get("of", "tokens").removesuffix("s")
@@ -99,8 +95,8 @@ def page(report: Mapping[str, Any]) -> Page:
         sections.tokens(evaluation),
         sections.samples(evaluation),
         sections.held_out(evaluation),
-        sections.stages(report["facts"]),
-        sections.provenance(report),
+        run_facts.stages(report["facts"]),
+        run_facts.provenance(report),
     ]
     return Page(
         report["title"],
@@ -134,16 +130,16 @@ def outcome(evaluation: Mapping[str, Any]) -> str:
     return f"The distilled student is {how} than {than} ({values})."
 
 
-def results_table(results: tables.Results) -> "Table":
+def results_table(results: Results) -> "Table":
     """The results for a terminal, 80 columns wide at most; cross-entropy and KL in nats per token."""
     from rich.table import Table
 
-    columns = tables.measures(results.values())
+    columns = measures(results.values())
     drawn = Table("arm", box=None, pad_edge=False)
     for measure in columns:
         drawn.add_column(measure.short, justify="right", vertical="bottom")
-    for arm in tables.known_arms(results):
-        drawn.add_row(arm, *tables.result_cells(results[arm], columns, errors=False))
+    for arm in known_arms(results):
+        drawn.add_row(arm, *result_cells(results[arm], columns, errors=False))
     return drawn
 
 
@@ -174,16 +170,16 @@ def show(run_dirs: Sequence[Path], out: Path | None) -> tuple[str, Path, dict[st
     """
     reports = {str(folder): load_report(folder) for folder in run_dirs}
     alone = len(reports) == 1
-    content = page(reports[str(run_dirs[0])]) if alone else report_compare.page(reports)
+    content = page(reports[str(run_dirs[0])]) if alone else compare.page(reports)
     target = out or (run_dirs[0] / "report.html" if alone else COMPARISON)
     if out is not None or not alone or not target.exists():
-        _write(target, report_html.page(content))
+        _write(target, html.page(content))
     found = {
         "page": str(target),
         "runs": list(reports.values()),
         "over_seeds": [group.summary() for group in grouped(reports)],
     }
-    return report_markdown.page(content), target, found
+    return markdown.page(content), target, found
 
 
 def _write(target: Path, text: str) -> None:

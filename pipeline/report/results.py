@@ -122,15 +122,15 @@ def results(evaluation: Mapping[str, Any], recipe: Mapping[str, Any]) -> Section
 
 
 def _sampled_otherwise(recipe: Mapping[str, Any]) -> list[str]:
-    """A caution where the text is no plain sample of its author."""
+    """A caution where the text is no plain sample of the model that wrote it."""
     generate = recipe.get("generate") or {}
     temperature, top_p = generate.get("temperature", 1.0), generate.get("top_p", 1.0)
     if temperature == 1.0 and top_p == 1.0:
         return []
     return [
-        f"The text was sampled at temperature {temperature}, top-p {top_p}: not as its author's "
-        "probabilities say, so even a perfect copy of the author is not calibrated on it (ECE "
-        "above 0)."
+        f"The text was sampled at temperature {temperature}, top-p {top_p}: not as the "
+        "probabilities of the model that wrote it say, so even a perfect copy of that model is not "
+        "calibrated on it (ECE above 0)."
     ]
 
 

@@ -4,20 +4,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ...stages.recipe.divergences import DIVERGENCES
 from ...stages.recipe.kinds import KINDS
 from ...storage.tables.kinds import STRUCTURES
-from ..numbers import count, decimals, duration, inline, percent, size
+from ..numbers import count, decimals, duration, inline, percent
 from . import figures
-from .blocks import Block, Bullets, Code, Figures, Sample, Samples, Section, Table, Text, Tokens
+from .blocks import Block, Figures, Sample, Samples, Section, Table, Text, Tokens
 from .results import ARMS
 from .token_view import rows_of
 
 CURVE_POINTS = 10
-CLOCK = ("start", "model", "tokenizer", "disk", "other")
-"""Where a stage's time goes."""
 
 
 def what_was_run(report: Mapping[str, Any]) -> Section | None:
@@ -42,15 +38,15 @@ def what_was_run(report: Mapping[str, Any]) -> Section | None:
         ["student", inline(student["model"]) if student.get("model") else fresh],
         ["student's parameters", count(train.get("parameters"))],
         ["data", f"{inline(data['source'])}, format {data['format']}"],
-        ["text", _author(generate)],
-        ["targets", _kept(score) if score else "none: text only (black-box)"],
+        ["text", _written_by(generate)],
+        ["targets", _stored(score) if score else "none: text only (black-box)"],
         ["loss", _loss(loss, score) if score else "cross-entropy"],
         ["trained on", _trained_on(train)],
     ]
     return Section("What was run", [Table(["", ""], rows, text_columns=2)])
 
 
-def _author(generate: Mapping[str, Any] | None) -> str:
+def _written_by(generate: Mapping[str, Any] | None) -> str:
     if generate is None:
         return "as given in the data"
     who = inline(generate["model"]) if generate.get("model") else "the teacher"
@@ -59,7 +55,7 @@ def _author(generate: Mapping[str, Any] | None) -> str:
     )
 
 
-def _kept(score: Mapping[str, Any]) -> str:
+def _stored(score: Mapping[str, Any]) -> str:
     return KINDS[score["targets"]].words.format(**score)
 
 
@@ -270,108 +266,6 @@ def samples(evaluation: Mapping[str, Any]) -> Section | None:
         ]
         found.append(Sample(sample["prompt"], texts))
     return Section("Samples", [Samples(found)]) if found else None
-
-
-def stages(facts: Mapping[str, Any]) -> Section | None:
-    """Time and bytes of each stage."""
-    reasons = facts.get("rejects") or {}
-    if not facts.get("stages"):
-        return None
-    rows = [
-        [
-            name,
-            count(stage.get("rows")),
-            count(stage.get("tokens")),
-            count(stage.get("rejected")) + (f" ({reasons[name]})" if reasons.get(name) else ""),
-            size(stage.get("bytes")),
-            decimals(stage.get("bytes_per_token"), 1),
-            duration(stage.get("seconds"), places=1),
-            count(stage.get("tokens_per_second")),
-        ]
-        for name, stage in facts["stages"].items()
-    ]
-    headers = ["stage", "rows", "tokens", "rejected", "bytes", "bytes/token", "time", "tokens/s"]
-    note = "Rows and tokens are this run's; bytes and time are those of the whole store, which runs share."
-    return Section(
-        "Time and bytes",
-        [Table(headers, rows), Text(note), *_columns(facts["stages"]), *_clocks(facts["stages"])],
-    )
-
-
-def _columns(found: Mapping[str, Mapping[str, Any]]) -> list[Block]:
-    """What a token costs in each column; columns of less than a hundredth are taken together."""
-    lines = []
-    for name, stage in found.items():
-        if sizes := stage.get("bytes_per_token_by_column"):
-            whole = sum(sizes.values())
-            shown = {column: value for column, value in sizes.items() if value >= whole / 100}
-            shown["others"] = whole - sum(shown.values())
-            listed = ", ".join(
-                f"{inline(column)} {decimals(value, 2)}" for column, value in shown.items()
-            )
-            lines.append(f"{name}, bytes/token by column: {listed}")
-    return [Bullets(lines)] if lines else []
-
-
-def _clocks(found: Mapping[str, Mapping[str, Any]]) -> list[Block]:
-    """Where the time of each stage's process went, where that was noted."""
-    clocks = {name: clock for name, stage in found.items() if (clock := stage.get("clock"))}
-    if not clocks:
-        return []
-    parts = [part for part in CLOCK if any(clock.get(part) for clock in clocks.values())]
-    rows = [
-        [name, *(duration(seconds, places=1) for seconds in _spent(clock, parts))]
-        for name, clock in clocks.items()
-    ]
-    table = Table(["stage", *parts, "in all"], rows)
-    note = (
-        "Where the time of a stage's process went. start: imports, loading, warming up; model: "
-        "the model computes; tokenizer: text to tokens and back; disk: the store is read and "
-        "written."
-    )
-    return [
-        Figures([figures.clocks(clocks, parts)], [Section("Where the time went", [table])]),
-        Text(note),
-    ]
-
-
-def _spent(clock: Mapping[str, float], parts: Sequence[str]) -> list[float]:
-    """Seconds of each part, and of all."""
-    return [*(clock.get(part, 0.0) for part in parts), sum(clock.values())]
-
-
-def provenance(report: Mapping[str, Any]) -> Section:
-    """Where every number can be traced to."""
-    facts, measured = report["facts"], report["evaluation"]["measured_on"]
-    machine, versions = facts.get("machine"), facts.get("versions") or {}
-    lines = {
-        "teacher id": report["settings"].get("teacher_id"),
-        "training snapshot": report["train"]["student"].get("snapshot"),
-        "held-out snapshot": measured["snapshot"],
-        "store": facts.get("store"),
-        **{f"commits of {name}": listed for name, listed in _commits(facts).items()},
-        "training run": report["train_dir"],
-        "versions": ", ".join(f"{k} {v}" for k, v in versions.items()),
-        "machine": ", ".join(f"{k}: {v}" for k, v in machine.items())
-        if isinstance(machine, Mapping)
-        else machine,
-    }
-    blocks: list[Block] = [
-        Bullets([f"{name}: {inline(value)}" for name, value in lines.items() if value])
-    ]
-    if recipe := report["settings"].get("recipe"):
-        as_yaml = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).rstrip()
-        blocks.append(Code(as_yaml, "yaml", folded="The recipe, with every default"))
-    return Section("Provenance", blocks)
-
-
-def _commits(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Stage -> its commits in the store: how many, first and last."""
-    found = {}
-    for name, stage in (facts.get("stages") or {}).items():
-        if commits := stage.get("commits"):
-            found[name] = f"{commits['number']} ({commits['first']:08d} to {commits['last']:08d})"
-    return found
 
 
 def title(report_settings: Mapping[str, Any]) -> str:

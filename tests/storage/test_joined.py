@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from published import HELD_OUT, ROWS, TEACHER, make_store, samples, snapshots_of
 
-from stillroom.pipeline.publish.export import Asked, export
+from stillroom.pipeline.publish.export import PublishRequest, export
 from stillroom.storage.errors import IntegrityError, UsageError
 from stillroom.storage.files.base import file_sha256
 from stillroom.storage.files.opening import open_files
@@ -29,7 +29,7 @@ COLUMNS = ["key", "token_ids", "ids", "logprobs"]
 
 
 def published(store, folder, **choice):
-    asked = Asked(store=str(store.root), license="cc0-1.0", choice=Choice(**choice))
+    asked = PublishRequest(store=str(store.root), license="cc0-1.0", choice=Choice(**choice))
     export(asked, folder, say=lambda text: None)
     return folder
 

@@ -14,7 +14,7 @@ from tiny_store import SilentProgress
 
 from stillroom.pipeline.plan.plan import make_plan
 from stillroom.pipeline.plan.resolve import write_down
-from stillroom.pipeline.publish.export import Asked, export
+from stillroom.pipeline.publish.export import PublishRequest, export
 from stillroom.pipeline.run import runner
 from stillroom.stages.data import stage as data
 from stillroom.stages.recipe.load import load_recipe
@@ -53,7 +53,7 @@ class Made:
             save_snapshot(self.store, snapshot)
         self.published = folder / "published"
         export(
-            Asked(store=str(self.store.root), license="cc0-1.0"),
+            PublishRequest(store=str(self.store.root), license="cc0-1.0"),
             self.published,
             say=lambda text: None,
         )
@@ -316,7 +316,7 @@ def test_published_text_alone_is_learned_from(made: Made, tmp_path: Path) -> Non
         save_snapshot(Store.open(copy), snapshot)
     folder = tmp_path / "text"
     export(
-        Asked(store=str(copy), license="cc0-1.0", snapshot=original["train"].id),
+        PublishRequest(store=str(copy), license="cc0-1.0", snapshot=original["train"].id),
         folder,
         say=lambda text: None,
     )

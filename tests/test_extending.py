@@ -76,8 +76,14 @@ class Copy:
         return found
 
 
+def last_line(printed: str) -> dict[str, Any]:
+    """The object that `--json` puts there."""
+    found: dict[str, Any] = json.loads(printed.rstrip("\n").split("\n")[-1])
+    return found
+
+
 def assert_learnt(run: str) -> None:
-    results = json.loads(run.rstrip("\n").split("\n")[-1])["results"]
+    results = last_line(run)["results"]
     assert results["student"]["kl_teacher"] < results["student_before"]["kl_teacher"]
 
 
@@ -103,8 +109,7 @@ def test_a_target_kind_costs_three_files(tmp_path: Path) -> None:
     assert "minp, at least 0.1 times the best one" in report_of(tmp_path)
     # What is stored serves a recipe that asks for less.
     fewer = copy.stillroom("plan", copy.recipe, "--set", "score.p=0.2", "--json")
-    stages = {stage["name"]: stage for stage in json.loads(fewer)["stages"]}
-    assert stages["score"]["state"] == "done"
+    assert last_line(fewer)["stages"]["score"]["state"] == "done"
     copy.stillroom("verify", tmp_path / "store")
     copy.stillroom("export", tmp_path / "store", tmp_path / "published", "--license", "mit")
     card = (tmp_path / "published" / "README.md").read_text()

@@ -52,7 +52,7 @@ TOP_LEVEL = {
     "tests",
     *FLOORS,
 }
-MOST_ENTRIES, MOST_LINES, MOST_FUNCTION_LINES = 14, 460, 36
+MOST_ENTRIES, MOST_LINES, MOST_FUNCTION_LINES = 14, 400, 30
 
 
 def name_of(path: Path) -> str:

@@ -41,6 +41,15 @@ def test_a_floors_page_names_every_file(floor: str) -> None:
     assert not missing, f"{floor}/README.md has no line for these"
 
 
+@pytest.mark.parametrize("floor", FLOORS)
+def test_a_floors_page_names_no_file_that_is_gone(floor: str) -> None:
+    gone = []
+    for room, names in tree(floor).items():
+        there = {path.name for path in (ROOT / floor / room).rglob("*.py")}
+        gone += [f"{room}/{name}" for name in names - there]
+    assert not gone
+
+
 def test_no_page_is_long() -> None:
     lengths = {name_of(page): page.read_text("utf-8").count("\n") for page in PAGES}
     assert not {name: lines for name, lines in lengths.items() if lines > MOST_LINES}

@@ -6,9 +6,9 @@ teacher needed:
     text      do the ids say the same in the student's tokenizer as in the teacher's, and is what the completion's say
               the text that was written down?
     targets   is the stored log-probability of the token that follows the one that the entries give it?
-    place     do the targets predict the tokens that they stand beside (`shift.py`)? Is text that the teacher drew as
-              likely as the entropy says? A scorer that is off by one agrees with itself: only this
-              finds it.
+    place     do the targets predict the tokens that they stand beside (`misplaced_targets.py`)? Is
+              text that the teacher drew as likely as the entropy says? A scorer that is off by one
+              agrees with itself: only this finds it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ from ...storage.tables.doubts import doubts
 from ..models.reads import check_ids
 from ..recipe.sections import Recipe
 from ..targets.alignment import scored_span
-from .shift import shifted, surprise, unknowing
+from .misplaced_targets import shifted, surprise, unknowing
 
 ROWS = 32
 VALUES = 1 << 24

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...storage.tables.soft_targets import SoftTargets
 from ..models.head import Head
-from ..targets.reduce import CHUNK_BYTES
+from ..targets.entries_and_tail import CHUNK_BYTES
 
 Numbers = dict[str, np.ndarray]
 """Quantity -> values in nats, position after position; `draws` and `draws_variance` are [N]."""

@@ -30,7 +30,7 @@ from ...storage.tables.soft_targets import SoftTargets
 from ..loader.packing import Packing
 from ..loader.samples import Sample
 from ..losses.objective import Aim, Objective
-from ..targets.reduce import targets_of
+from ..targets.entries_and_tail import targets_of
 from ..targets.spec import Kept
 
 Gradient = Tensor | Sequence[Tensor]

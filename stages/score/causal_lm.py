@@ -13,7 +13,7 @@ from ..models.head import check_head, hidden_states, split_head
 from ..models.identity import Identity
 from ..targets.alignment import predicting_positions, scored_tokens
 from ..targets.draws import Span
-from ..targets.reduce import Reducer, moved
+from ..targets.entries_and_tail import Reducer, moved
 from ..workers.job import Job
 from .scorer import Batch, row_key
 

@@ -21,7 +21,7 @@ import torch
 from small_models import SmallModel
 from torch import Tensor
 
-from stillroom.stages.targets.reduce import targets_of
+from stillroom.stages.targets.entries_and_tail import targets_of
 from stillroom.stages.targets.spec import Kept
 from stillroom.storage.tables.soft_targets import SoftTargets
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stillroom.stages.targets.reduce import targets_of
+from stillroom.stages.targets.entries_and_tail import targets_of
 from stillroom.stages.targets.spec import Kept
 
 ROUNDS = (4, 13, 50)

@@ -52,7 +52,7 @@ from stillroom.stages.recipe.sections import Recipe
 from stillroom.stages.score import stage as score
 from stillroom.stages.score.scorer import GPU_BATCH_TOKENS
 from stillroom.stages.targets.draws import Span
-from stillroom.stages.targets.reduce import Reducer, chunk_rows
+from stillroom.stages.targets.entries_and_tail import Reducer, chunk_rows
 from stillroom.stages.targets.spec import Kept
 from stillroom.stages.workers.job import Job, StopFlag
 from stillroom.storage.store.store import Store

@@ -1,7 +1,7 @@
 """`stillroom import`: a foreign table of token ids and teacher probabilities becomes rows of a store.
 
 Every row is checked (`row.py`), the first ones also for targets that belong to other tokens than
-those they stand beside (`stages/audit/shift.py`), before anything is written.
+those they stand beside (`stages/audit/misplaced_targets.py`), before anything is written.
 What stands in the store afterwards is what a run with given text leaves: prompts, generations, soft
 targets, inputs and a binding, so plan, train and report go on from there.
 """
@@ -22,7 +22,7 @@ from ....storage.store.bindings import Binding, write_binding
 from ....storage.store.store import Store
 from ....storage.store.writer import ShardWriter
 from ....storage.tables.row_builders import given_row, target_row
-from ...audit.shift import shifted
+from ...audit.misplaced_targets import shifted
 from ...ledger.requests import target_key, tokens_key
 from ...models.identity import FileHashes, Identity, find_model, identify, identify_unseen
 from ...models.rendering import Renderer

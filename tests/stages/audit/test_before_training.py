@@ -13,7 +13,7 @@ from tiny_llama import save_tiny_llama
 from tiny_store import SilentProgress, snapshot_of
 
 from stillroom.stages.audit.before_training import Fit, audit_rows, fit_of
-from stillroom.stages.audit.shift import shifted, surprise, unknowing
+from stillroom.stages.audit.misplaced_targets import shifted, surprise, unknowing
 from stillroom.stages.recipe.sections import Recipe
 from stillroom.stages.train import stage as train
 from stillroom.stages.workers.job import Job, StopFlag

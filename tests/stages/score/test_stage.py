@@ -162,7 +162,7 @@ def test_rows_on_which_the_teacher_is_not_a_number_are_rejected(
     tmp_path: Path, tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from stillroom.stages.targets.draws import Span
-    from stillroom.stages.targets.reduce import Reducer
+    from stillroom.stages.targets.entries_and_tail import Reducer
 
     launch, broken = Reducer.launch, list[list[int]]()
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stillroom.stages.targets import reduce as targets
+from stillroom.stages.targets import entries_and_tail as targets
 from stillroom.stages.targets.block_sums import BLOCK, BlockSums
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from stillroom.stages.models.head import Head
 from stillroom.stages.targets import block_sums
-from stillroom.stages.targets import reduce as module
+from stillroom.stages.targets import entries_and_tail as module
 from stillroom.stages.targets.draws import Span
-from stillroom.stages.targets.reduce import Reducer
+from stillroom.stages.targets.entries_and_tail import Reducer
 from stillroom.stages.targets.spec import Kept
 from stillroom.storage.errors import UsageError
 from stillroom.storage.tables.soft_targets import SoftTargets

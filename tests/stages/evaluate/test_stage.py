@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from stillroom.stages.evaluate import gradients, metrics
+from stillroom.stages.evaluate import causal_lm, metrics
 from stillroom.stages.evaluate import stage as evaluate
 from stillroom.stages.models import student
 from stillroom.stages.recipe.sections import Recipe
@@ -424,7 +424,7 @@ def test_gradients_that_do_not_fit_in_memory_cost_nothing_else(
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(gradients, "compare_gradients", full)
+    monkeypatch.setattr(causal_lm, "compare_gradients", full)
     results = evaluate.run(world.job(world.score("topk", 8))).details["results"]
     assert results["student"]["kl_teacher"] is not None
     assert read(world)["gradient"] is None

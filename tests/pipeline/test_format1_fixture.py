@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.dataset as ds
 import pytest
 from format1 import FORMAT1, SHIPPED, contents, identities, names_in, trained, unpack
-from kit import last_json, stillroom
+from kit import last_json, stillroom, stillroom_processes
 from safetensors.numpy import load_file
 
 pytestmark = pytest.mark.slow
@@ -66,7 +66,7 @@ def test_a_training_goes_on_from_its_checkpoint() -> None:
     (folder / "train.json").unlink()
     shutil.rmtree(folder / "student")
 
-    done = stillroom("run", recipe("prompt"), "--only", "train", "--json")
+    done = stillroom_processes("run", recipe("prompt"), "--only", "train", "--json")
     assert "going on after step 6" in done.stderr
     states = {name: stage["state"] for name, stage in last_json(done)["stages"].items()}
     assert states == {"train": "done", "baseline": "cached"}

@@ -28,6 +28,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pyarrow as pa
 
+from stillroom.storage.files import base
 from stillroom.storage.files import local as files
 from stillroom.storage.keys import content_key
 from stillroom.storage.store import commits, writer
@@ -45,7 +46,7 @@ STEPS = {
     "arrow table": [(shard, "rows_to_table")],
     "encode": [(files.LocalFiles, "_write")],
     "fsync": [(files.LocalFiles, "_sync_file"), (files.LocalFiles, "_sync_folder")],
-    "sha256": [(files, "file_sha256")],
+    "sha256": [(base, "file_sha256")],
     "read back": [(shard, "write_shard"), (writer, "write_shard")],
     "record": [(commits.CommitLog, "append")],
     "leave": [(writer.ShardWriter, "flush")],

@@ -32,13 +32,13 @@ from stillroom.storage.store.store import Store
 
 NOTED = """
     import time
-    from stillroom.stages.generate.stage import _Work
-    keep = _Work._keep
+    from stillroom.stages.generate.stage import _Writing
+    keep = _Writing._keep
     def noted(self, completion):
         with open({path!r}, "a") as file:
             print(os.getpid(), time.process_time(), file=file)
         keep(self, completion)
-    _Work._keep = noted
+    _Writing._keep = noted
 """
 
 

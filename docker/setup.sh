@@ -65,7 +65,8 @@ get_uv() {
     for place in ${PIP_FIND_LINKS-}; do installer+=(--find-links "$place"); done
 }
 
-installer=(.venv/bin/python -m pip install -qq --disable-pip-version-check)
+pip=(.venv/bin/python -m pip install -qq --disable-pip-version-check)
+installer=("${pip[@]}")
 
 used_megabytes() { df -Pm .venv | awk 'NR == 2 { print $3 }'; }
 
@@ -77,17 +78,25 @@ tick() {  # a line a second, for as long as this script lives
     done
 }
 
-install() {
-    if [ -t 2 ] && [[ ${installer[0]} == */uv ]]; then  # it shows its progress itself
-        "${installer[@]}" "$@"
+with_progress() {
+    if [ -t 2 ] && [[ $1 == */uv ]]; then  # it shows its progress itself
+        "$@"
         return
     fi
     local ticker status=0
     tick &
     ticker=$!
-    "${installer[@]}" "$@" || status=$?
+    "$@" || status=$?
     kill "$ticker"
     return "$status"
+}
+
+install() {
+    with_progress "${installer[@]}" "$@" && return
+    [ "${installer[0]}" = "${pip[0]}" ] && return 1
+    say "uv could not install this (it reads no configuration of pip's): pip tries the same"
+    installer=("${pip[@]}")
+    with_progress "${installer[@]}" "$@"
 }
 
 install_with_vllm() {

@@ -93,7 +93,7 @@ def touched(product: Path) -> list[str]:
 def told(product: Path, *words: Any, expect: int = 0) -> subprocess.CompletedProcess[str]:
     """The copy's own command line."""
     done = subprocess.run(
-        [sys.executable, "-m", "stillroom.pipeline.cli.main", *map(str, words)],
+        [sys.executable, "-m", "stillroom", *map(str, words)],
         capture_output=True,
         text=True,
         cwd=product.parent,

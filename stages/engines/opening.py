@@ -18,7 +18,7 @@ def choose_engine(name: str | None) -> str:
         UsageError: the engine was asked for by name and is not installed.
     """
     if name is None:
-        return next(engine.name for engine in ENGINES if _installed(engine))
+        return next(engine.name for engine in ENGINES if engine.opened_by and _installed(engine))
     engine = _named(name)
     if not _installed(engine):
         raise UsageError(

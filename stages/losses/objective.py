@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..recipe.divergences import Divergence
+from ...storage.errors import UsageError
+from ..recipe.divergences import DIVERGENCES, Divergence, DivergenceSettings
 from ..recipe.fields import Tail, extremes, value_at
 from ..recipe.sections import Loss
 
@@ -15,11 +16,26 @@ class Objective:
 
     divergence: Divergence = "forward_kl"
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    """All of this divergence, by name."""
+    """Those of this divergence, by name; one that is left out has the recipe's default."""
     tail: Tail = "bucket"
     """Of targets that have a tail; full and sampled ones do not."""
     temperature: float = 1.0
     """T; the targets are handed over at this temperature already."""
+
+    def __post_init__(self) -> None:
+        """Fill in the defaults.
+
+        Raises:
+            UsageError: a parameter is another divergence's.
+        """
+        known = DIVERGENCES[self.divergence].parameters
+        if foreign := sorted(set(self.parameters) - set(known)):
+            raise UsageError(
+                f"Objective: {self.divergence!r} has no parameter {foreign[0]!r}. Expected "
+                f"{' and '.join(known) or 'none'}."
+            )
+        defaults = {name: DivergenceSettings.model_fields[name].default for name in known}
+        object.__setattr__(self, "parameters", defaults | dict(self.parameters))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,7 +17,8 @@ class EngineKind:
     """What brings that package."""
 
 
-# A recipe that names no engine gets the first one that is installed.
+# A recipe that names no engine gets the first one that is installed: `hf`, which needs nothing more,
+# ends the choice.
 ENGINES = (
     EngineKind(
         name="vllm",

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from .invariants import aligned_targets, outcomes
+from .kinds import STRUCTURES
 from .soft_targets import SoftTargets, log_total
 
 SUM_TOLERANCE = 2e-3
@@ -135,7 +136,7 @@ def _doubtful_sums(row: Mapping[str, Any], stated: _Stated, bits: int) -> Iterat
     if abs(kept_mass - row["kept_mass"]) > tolerance.mean():
         yield "kept_mass", f"says {row['kept_mass']:.4f}, the entries hold {kept_mass:.4f}"
 
-    if row.get("p") is not None:
+    if STRUCTURES[row["kind"]].holds_mass:
         yield from _doubtful_nucleus(row, stated, held, tolerance)
 
 

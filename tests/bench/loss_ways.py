@@ -1,15 +1,20 @@
 """The losses that `loss.py` times, each forward and backward on the same states, head and targets."""
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from objectives import objective_of
 from torch import Tensor
 from torch.nn import functional
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+from objectives import objective_of
 
 from stillroom.stages.losses.fused_linear import linear_distillation
 from stillroom.stages.losses.objective import Aim, Objective

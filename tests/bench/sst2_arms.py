@@ -93,7 +93,10 @@ class WithoutLog(ClassPasses):
         assert batch.targets.logprobs is not None
         logits = class_logits(model, batch.inputs)
         teacher, student = batch.targets.logprobs, (logits / objective.temperature).softmax(-1)
-        mixture = objective.parameters["skew"] * teacher.exp() + (1 - objective.parameters["skew"]) * student
+        mixture = (
+            objective.parameters["skew"] * teacher.exp()
+            + (1 - objective.parameters["skew"]) * student
+        )
         soft = (teacher.exp() * (teacher - mixture)).sum(-1) * objective.temperature**2
         return LossParts(hard=torch.zeros_like(soft), soft=soft).summed(aim)
 

@@ -65,7 +65,7 @@ def seal(record: dict[str, Any]) -> bytes:
 def unseal(data: bytes, name: str) -> dict[str, Any]:
     """The record that `seal` wrote; `name` is the file, for the message."""
     try:
-        record = json.loads(data)
+        record: dict[str, Any] = json.loads(data)
         digest = record.pop("self")
         actual = hashlib.sha256(canonical_json(record)).hexdigest()
     except (ValueError, KeyError, AttributeError, TypeError) as error:

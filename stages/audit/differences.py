@@ -158,7 +158,8 @@ def difference(
 def rounding(stored: np.ndarray, bits: int) -> np.ndarray:
     """What rounding to nearest did at most, half of the last bit: r = |stored| * 2**-(bits + 1)."""
     finite = np.where(np.isfinite(stored), stored, 0.0)
-    return np.abs(finite) * 2.0 ** -(bits + 1)
+    half: np.ndarray = np.abs(finite) * 2.0 ** -(bits + 1)
+    return half
 
 
 def _compare_draws(measured: "Numbers", again: "Numbers") -> Difference:
@@ -177,4 +178,6 @@ def _apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """|a - b| in float64; 0 where both are -inf, `BOUNDLESS` where one is or where a number is none."""
     with np.errstate(invalid="ignore"):  # -inf - -inf
         apart = np.abs(a.astype(np.float64) - b)
-    return np.nan_to_num(np.where(a == b, 0.0, apart), nan=BOUNDLESS, posinf=BOUNDLESS)
+    apart = np.where(a == b, 0.0, apart)
+    bounded: np.ndarray = np.nan_to_num(apart, nan=BOUNDLESS, posinf=BOUNDLESS)
+    return bounded

@@ -185,7 +185,8 @@ def _logprob_of(targets: SoftTargets, tokens: np.ndarray) -> np.ndarray:
     if targets.ids is None:
         # Full: every token is an entry.
         assert targets.logprobs is not None
-        return targets.logprobs[np.arange(len(tokens)), tokens].astype(np.float64)
+        stated: np.ndarray = targets.logprobs[np.arange(len(tokens)), tokens]
+        return stated.astype(np.float64)
     match = targets.ids == tokens[:, None]
     probs = targets.probabilities.astype(np.float64)
     least = np.min(probs, axis=1, where=targets.ids >= 0, initial=1.0)
@@ -196,4 +197,5 @@ def _logprob_of(targets: SoftTargets, tokens: np.ndarray) -> np.ndarray:
         tail = np.exp(targets.tail_logprob.astype(np.float64))
         outside = np.minimum(least, tail)
     found = np.where(match.any(axis=1), (probs * match).sum(axis=1), outside)
-    return np.log(np.maximum(found, np.finfo(np.float32).tiny))
+    logprobs: np.ndarray = np.log(np.maximum(found, np.finfo(np.float32).tiny))
+    return logprobs

@@ -5,7 +5,8 @@ from typing import Any
 
 from ...storage.errors import RowError
 from ...storage.keys import content_id
-from ...storage.store.store import CommitLimits, Store
+from ...storage.store.store import Store
+from ...storage.store.writer import CommitLimits
 from ...storage.tables.row_builders import given_row
 from ..ledger.requests import labelled_key, tokens_key
 from ..models.identity import Identity

@@ -91,7 +91,8 @@ class Pending(Generic[T]):
         }
 
     def __len__(self) -> int:
-        return self._rows.num_rows
+        rows: int = self._rows.num_rows
+        return rows
 
     @property
     def blocks(self) -> list[int]:

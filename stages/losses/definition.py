@@ -136,7 +136,8 @@ def losses_of(seen: Seen, targets: TargetBatch, *, objective: Objective | None) 
 def _divergence(teacher: Tensor, student: Tensor, objective: Objective) -> Tensor:
     """[N] of the log-probabilities of the same outcomes."""
     divergence = getattr(divergences, objective.divergence)
-    return divergence(teacher, student, **objective.parameters)
+    of_positions: Tensor = divergence(teacher, student, **objective.parameters)
+    return of_positions
 
 
 def _sampled_forward_kl(student: Tensor, targets: TargetBatch, objective: Objective) -> Tensor:

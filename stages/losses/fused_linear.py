@@ -87,7 +87,7 @@ def linear_distillation(
         sides = [hidden, whole(head.weight)]
         if head.low_rank is not None:
             sides += [head.low_rank.narrow(hidden), whole(head.low_rank.up)]
-        total, hard, divergence = _Loss.apply(
+        total, hard, divergence = _Loss.apply(  # type: ignore[no-untyped-call]  # torch's
             run, None if head.bias is None else whole(head.bias), *sides
         )
     return Distilled(total=total, hard=hard, soft=divergence)

@@ -180,7 +180,8 @@ def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
         inputs: `input_ids` [B, T] and what else the model takes; a cache is never used, because
             transformers only looks for packed samples in `position_ids` where there is none.
     """
-    return _plain(model).base_model(**inputs, use_cache=False).last_hidden_state
+    hidden: Tensor = _plain(model).base_model(**inputs, use_cache=False).last_hidden_state
+    return hidden
 
 
 def check_head(model: nn.Module) -> None:

@@ -260,7 +260,8 @@ def _tokenizer_size(folder: Path) -> int:
         raise UsageError(
             f"--tokenizer: {folder} does not say how many ids there are. Give --vocab-size."
         )
-    return max(ids) + 1
+    size: int = max(ids) + 1
+    return size
 
 
 def tensor_files(folder: Path) -> list[Path]:

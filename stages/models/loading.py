@@ -59,7 +59,10 @@ class ModelKind:
             UsageError: the folder holds none.
         """
         try:
-            return self.auto.from_pretrained(folder, dtype=torch.float32, **self._named())
+            model: PreTrainedModel = self.auto.from_pretrained(
+                folder, dtype=torch.float32, **self._named()
+            )
+            return model
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise UsageError(
                 f"{folder}: the student does not load ({error}). Check the folder."
@@ -68,7 +71,8 @@ class ModelKind:
     def fresh(self, config: PreTrainedConfig) -> PreTrainedModel:
         """Fresh weights, in float32."""
         config.update(self._named())
-        return self.auto.from_config(config, dtype=torch.float32)
+        model: PreTrainedModel = self.auto.from_config(config, dtype=torch.float32)
+        return model
 
     def _named(self) -> dict[str, Any]:
         """Fields of a config that say which classes there are."""
@@ -80,9 +84,10 @@ class ModelKind:
         }
 
 
-def placed(model: Any, device_map: str | None) -> PreTrainedModel:
+def placed(model: PreTrainedModel, device_map: str | None) -> PreTrainedModel:
     """In evaluation mode, on the GPU if there is one and nothing else was asked for."""
     if device_map is None and torch.cuda.is_available():
         model = model.to("cuda")
     model.eval()
-    return model
+    loaded: PreTrainedModel = model
+    return loaded

@@ -77,7 +77,8 @@ class Renderer:
                 f"its segments do not part at the first separator ({self.tokenizer.sep_token!r}): "
                 "a text holds that token itself, or the tokenizer joins pairs without it",
             )
-        return ids.tolist()
+        token_ids: list[int] = ids.tolist()
+        return token_ids
 
     def windows(self, text: str, window_tokens: int) -> list[list[int]]:
         """A document cut into windows; each starts with the last token of the one before.
@@ -137,7 +138,8 @@ def segments(token_ids: np.ndarray, separator: int | None) -> np.ndarray:
     of.
     """
     here = token_ids == separator if separator is not None else np.zeros(len(token_ids), bool)
-    return (np.cumsum(here) - here > 0).astype(np.int64)
+    second: np.ndarray = np.cumsum(here) - here > 0
+    return second.astype(np.int64)
 
 
 def cut(ids: list[int], window_tokens: int) -> list[list[int]]:

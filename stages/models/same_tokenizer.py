@@ -134,7 +134,7 @@ def _canonical(part: Any) -> Any:
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / _FILE
     try:
-        spec = json.loads(path.read_text(encoding="utf-8"))
+        spec: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         spec["model"]["vocab"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(

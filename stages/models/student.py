@@ -46,17 +46,19 @@ def initial_student(recipe: Recipe, teacher_dir: Path) -> nn.Module:
     refuse_other_classes(recipe, folder, kind.classes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.run.seed)
+        student: nn.Module
         if folder is not None:
-            model = kind.student(folder)
+            student = kind.student(folder)
         else:
             assert recipe.student.config is not None
-            model = _fresh(teacher_dir, recipe.student.config, kind)
+            student = _fresh(teacher_dir, recipe.student.config, kind)
         if recipe.student.lora is None:
-            return model
-        adapted = _with_lora(model, recipe.student.lora, kind.adapter)
+            return student
+        adapted = _with_lora(student, recipe.student.lora, kind.adapter)
         # As the recipe names it, not where it was found here.
         adapted.peft_config["default"].base_model_name_or_path = recipe.student.model
-        return adapted
+        student = adapted
+        return student
 
 
 def load_student(recipe: Recipe, teacher_dir: Path, folder: Path) -> PreTrainedModel:
@@ -135,7 +137,10 @@ def _put_folder(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) ->
 
 def merged(model: Any) -> PreTrainedModel:
     """The plain model: LoRA is added to the weights for good."""
-    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    plain: PreTrainedModel = (
+        model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    )
+    return plain
 
 
 def _folder(recipe: Recipe) -> Path | None:

@@ -46,4 +46,5 @@ def predicting_positions(span_start: int, span_tokens: int) -> slice:
 def scored_tokens(token_ids: Array, span_start: int, span_tokens: int) -> Array:
     """[N] the tokens of the span: what the positions of `predicting_positions` are asked for."""
     assert 1 <= span_start <= len(token_ids) - span_tokens, "the span leaves the sequence"
-    return token_ids[span_start : span_start + span_tokens]
+    scored: Array = token_ids[span_start : span_start + span_tokens]
+    return scored

@@ -51,7 +51,8 @@ class Checkpoints:
 
     def state(self, step: int) -> dict[str, Any]:
         """What `save` was given beside the tensors."""
-        return self._record(step)["state"]
+        state: dict[str, Any] = self._record(step)["state"]
+        return state
 
     def tensors(self, step: int) -> dict[str, Any]:
         """The tensors of a checkpoint, on the CPU.
@@ -67,7 +68,8 @@ class Checkpoints:
                 f"{self._files.path(self._folder(step))} to go on from an earlier one, or from "
                 "the start."
             )
-        return torch.load(path, map_location="cpu", weights_only=True)
+        tensors: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return tensors
 
     def keep(self, *steps: int | None) -> None:
         """Delete all other checkpoints, and what killed runs left half written."""
@@ -80,7 +82,8 @@ class Checkpoints:
     def _record(self, step: int) -> dict[str, Any]:
         name = f"{self._folder(step)}/state.json"
         try:
-            return json.loads(self._files.read(name))
+            record: dict[str, Any] = json.loads(self._files.read(name))
+            return record
         except ValueError as error:
             raise IntegrityError(
                 f"{self._files.path(name)}: not readable ({error}). Delete its folder to go on "

@@ -3,7 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from ...storage.store.store import CommitLimits
+from ...storage.store.writer import CommitLimits
 from ..recipe.sections import Recipe
 from ..recipe.tasks import TASKS
 

@@ -129,7 +129,8 @@ def _sizes(array: pa.Array) -> np.ndarray:
         lengths = _filled(pc.list_value_length(array))
         before = np.concatenate([[0], np.cumsum(_sizes(array.flatten()))])
         ends = np.cumsum(lengths)
-        return before[ends] - before[ends - lengths] + 4
+        of_lists: np.ndarray = before[ends] - before[ends - lengths] + 4
+        return of_lists
     if pa.types.is_struct(kind):
         fields = (_sizes(part) for part in array.flatten())
         return sum(fields, start=np.zeros(len(array), np.int64))
@@ -139,4 +140,5 @@ def _sizes(array: pa.Array) -> np.ndarray:
 
 
 def _filled(lengths: pa.Array) -> np.ndarray:
-    return lengths.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+    filled: np.ndarray = lengths.fill_null(0).to_numpy(zero_copy_only=False)
+    return filled.astype(np.int64)

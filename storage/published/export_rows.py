@@ -185,7 +185,8 @@ def can_be_cut(rows: pa.Table, k: int) -> np.ndarray:
             "fewer entries. Leave --min-k out, or score with topk."
         )
     whole = np.array([structure.whole for structure in structures], bool)
-    return whole | (rows["k"].to_numpy() >= k)
+    enough: np.ndarray = whole | (rows["k"].to_numpy() >= k)
+    return enough
 
 
 def cut_rows(table: pa.Table, k: int) -> pa.Table:

@@ -109,7 +109,8 @@ class PublishedShard(ShardFile):
             raise IntegrityError(
                 f"{self.name}: row {missing} was asked for and was not published. {_HELP}"
             )
-        return self._positions[found]
+        positions: np.ndarray = self._positions[found]
+        return positions
 
 
 class _Rows:

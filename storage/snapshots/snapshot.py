@@ -145,7 +145,8 @@ def _runs(rows: np.ndarray) -> list[list[int]]:
     edges = np.concatenate([[0], gaps, [len(rows)]])
     firsts = rows[edges[:-1]]
     lasts = rows[edges[1:] - 1]
-    return np.stack([firsts, lasts + 1], axis=1).tolist()
+    runs: list[list[int]] = np.stack([firsts, lasts + 1], axis=1).tolist()
+    return runs
 
 
 def _rows(shards: Sequence[list[list[int]]]) -> list[np.ndarray]:

@@ -153,7 +153,7 @@ def _quoted(value: Path | str) -> str:
     return "'" + str(value).replace("'", "''") + "'"
 
 
-class _Shards(AbstractFileSystem):
+class _Shards(AbstractFileSystem):  # type: ignore[misc]  # fsspec carries no types
     """What DuckDB sees of object stores: the files that records name, with the sizes that they give."""
 
     ROOT = "stillroom://store"

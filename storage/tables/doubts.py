@@ -166,7 +166,8 @@ def _sum_rounding(stated: _Stated, bits: int) -> np.ndarray:
         entries = np.nan_to_num(np.exp(stated.logprobs) * np.abs(stated.logprobs))
         tail = np.nan_to_num(np.exp(stated.tail) * np.abs(stated.tail))
     moved = entries.sum(axis=1, dtype=np.float64) + tail
-    return moved * 2.0 ** -(bits + 1)
+    rounding: np.ndarray = moved * 2.0 ** -(bits + 1)
+    return rounding
 
 
 def _misplaced(targets: SoftTargets, stated: _Stated, tokens: np.ndarray, bits: int) -> int:

@@ -17,7 +17,8 @@ from .schema import SCHEMAS, TableName
 
 def is_numeric_list(kind: pa.DataType) -> bool:
     """Whether a column's rows are arrays of numbers."""
-    return pa.types.is_list(kind) and pa.types.is_primitive(kind.value_type)
+    numeric: bool = pa.types.is_list(kind) and pa.types.is_primitive(kind.value_type)
+    return numeric
 
 
 def check_row(table: TableName, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,7 +68,8 @@ def _checked(table: TableName, name: str, value: Any) -> Any:
 
 
 def _about(table: TableName, name: str) -> str:
-    return SCHEMAS[table].field(name).metadata[b"about"].decode()
+    about: bytes = SCHEMAS[table].field(name).metadata[b"about"]
+    return about.decode()
 
 
 def row_bytes(row: Mapping[str, Any]) -> int:
@@ -117,7 +119,7 @@ class Rows:
     """The rows of an Arrow table, made when asked for; each array is the row's own, so it keeps no table alive."""
 
     def __init__(self, table: pa.Table) -> None:
-        self._length = table.num_rows
+        self._length: int = table.num_rows
         self._columns = {name: table[name].combine_chunks() for name in table.column_names}
         self._lists: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         for name, column in self._columns.items():

@@ -160,7 +160,7 @@ class ShardFile:
 
     def _read_about(self) -> dict[str, Any]:
         try:
-            about = json.loads(self.schema.metadata[METADATA_KEY])
+            about: dict[str, Any] = json.loads(self.schema.metadata[METADATA_KEY])
             version, table = about["format_version"], about["table"]
         except (TypeError, KeyError, ValueError) as error:
             raise IntegrityError(

@@ -209,10 +209,12 @@ class SoftTargets:
         """[N, K] float32 what the entries say of the teacher: its probabilities, or a draw's estimate of them."""
         stated = self._stated
         if stated is self.logprobs:
-            return np.exp(stated)
+            probabilities: np.ndarray = np.exp(stated)
+            return probabilities
         if stated is self.counts:
             draws = stated.sum(axis=1, keepdims=True)
-            return (stated / draws).astype(np.float32)
+            shares: np.ndarray = stated / draws
+            return shares.astype(np.float32)
         return stated
 
     def positions(self, part: slice) -> "SoftTargets":
@@ -257,7 +259,8 @@ def log_total(logprobs: np.ndarray, tail_logprob: np.ndarray) -> np.ndarray:
     # nothing is shifted.
     kept = np.exp(logprobs).sum(axis=1)
     with np.errstate(divide="ignore"):
-        return np.log(kept + np.exp(tail_logprob, dtype=np.float64))
+        total: np.ndarray = np.log(kept + np.exp(tail_logprob, dtype=np.float64))
+        return total
 
 
 def _used(entries: np.ndarray, k: int) -> np.ndarray:

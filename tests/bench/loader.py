@@ -324,7 +324,6 @@ def resume_once(folder: Path, number: int) -> dict[str, Any]:
 
     opened = []
     real = LocalFiles.source
-    # type: ignore[method-assign]
     LocalFiles.source = lambda self, name: opened.append(name) or real(self, name)
     snapshot_id = (folder / "snapshot").read_text()
     began = time.perf_counter()

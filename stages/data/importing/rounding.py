@@ -39,7 +39,9 @@ def hidden_mass(kept: np.ndarray, error: np.ndarray) -> np.ndarray:
         error: [N, K] relative error of each.
     """
     of_entries: np.ndarray = (kept * error).sum(axis=1)
-    return of_entries + kept.shape[1] * 2.0**-_FLOAT32_BITS
+    of_summing = kept.shape[1] * 2.0**-_FLOAT32_BITS
+    hidden: np.ndarray = of_entries + of_summing
+    return hidden
 
 
 def leaving_nothing(logprobs: np.ndarray, error: np.ndarray) -> np.ndarray:
@@ -57,8 +59,9 @@ def leaving_nothing(logprobs: np.ndarray, error: np.ndarray) -> np.ndarray:
     kept = np.exp(logprobs)
     hidden = hidden_mass(kept, error)
     seen = kept.min(axis=1) > _SEEN * hidden
-    nothing: np.ndarray = 1 - kept.sum(axis=1) <= hidden
-    return nothing[seen]
+    nothing = 1 - kept.sum(axis=1) <= hidden
+    nothing_seen: np.ndarray = nothing[seen]
+    return nothing_seen
 
 
 def refuse_renormalised(source: str, nothing_left: np.ndarray, *, rows: int) -> None:

@@ -214,7 +214,8 @@ def _given(record: Mapping[str, Any], columns: Columns, *, part: slice) -> np.nd
             expected="0 at most",
             help="Name another column.",
         )
-    return np.minimum(given, 0.0)
+    capped: np.ndarray = np.minimum(given, 0.0)
+    return capped
 
 
 def _aligned(

@@ -227,7 +227,6 @@ def test_a_shift_and_other_tokens_are_told_apart() -> None:
 
     def moved(order: np.ndarray) -> list[dict[str, Any]]:
         targets = [SoftTargets.from_row(row) for row in rows]
-        # type: ignore[arg-type]
         return [row | t.positions(order).columns(23) for row, t in zip(rows, targets, strict=True)]
 
     there = np.arange(60)

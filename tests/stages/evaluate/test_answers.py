@@ -65,7 +65,6 @@ def test_the_models_own_sampling_settings_play_no_part(model: LlamaForCausalLM) 
 
 
 def test_answers_stay_within_the_context(model: LlamaForCausalLM) -> None:
-    # type: ignore[arg-type]
     assert len(greedy(model, Numbers(), [[3] * 30], max_tokens=10)[0].split()) <= 2
     assert greedy(model, Numbers(), [[3] * 32], max_tokens=10) == [""]  # type: ignore[arg-type]
 

@@ -84,7 +84,7 @@ class ModelKind:
         }
 
 
-def placed(model: PreTrainedModel, device_map: str | None) -> PreTrainedModel:
+def placed(model: Any, device_map: str | None) -> PreTrainedModel:
     """In evaluation mode, on the GPU if there is one and nothing else was asked for."""
     if device_map is None and torch.cuda.is_available():
         model = model.to("cuda")

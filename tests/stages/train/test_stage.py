@@ -547,7 +547,7 @@ def test_what_a_run_took_counts_over_its_stops(world):
 
 def test_a_student_that_attends_otherwise_gets_rows_with_padding(world, monkeypatch):
     monkeypatch.setattr(
-        "stillroom.stages.models.attention.attend_apart", lambda *_: "it has dropout"
+        "stillroom.stages.loader.causal_lm.attend_apart", lambda *_: "it has dropout"
     )
     job = world.job("run", world.recipe(train={"tokens": 300}))
     train.run(job)

@@ -5,7 +5,7 @@ BENCH ?= runs/bench
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test processors lint types docker-check bench gpu-check clean .types
+.PHONY: help setup demo check light test processors lint types docker-check bench gpu-check clean .types
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -18,12 +18,15 @@ demo: ## make a teacher, distil it and report, on this machine, in minutes (DIR=
 	$(BIN)/stillroom demo $(if $(DIR),--dir $(DIR))
 
 # The rooms whose tests run no model.
-LIGHT := test_docker.py test_layers.py pipeline/cli/test_main.py pipeline/report pipeline/run/test_status.py stages/ledger \
+LIGHT := test_docker.py test_layers.py pipeline/cli/test_main.py pipeline/run/test_status.py stages/ledger \
     stages/losses/test_divergences.py stages/recipe stages/workers storage/snapshots storage/tables storage/test_keys.py \
     storage/test_keyset.py
 
-check: lint types ## lint, types and the tests that run no model, in under three minutes
-	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal -m "not slow and not assets and not vllm" $(addprefix tests/,$(LIGHT))
+check: setup .types ## lint, types and the tests that run no model, beside one another
+	@$(MAKE) --no-print-directory -j 3 lint types light
+
+light: setup
+	$(BIN)/pytest -q -m "not slow and not assets and not vllm" $(addprefix tests/,$(LIGHT))
 
 test: lint types ## lint, types and all tests
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal

@@ -10,17 +10,9 @@ import numpy as np
 
 from ..errors import IntegrityError
 from .kinds import STRUCTURES
-from .schema import TableName
+from .schema import FLOATS, TableName
 from .soft_targets import SoftTargets
 
-_NUMBERS = (
-    "logprobs",
-    "weights",
-    "tail_logprob",
-    "token_logprob",
-    "entropy",
-    "tempered_tails",
-)
 # Columns of some kinds only; where a kind does not have one it is null.
 _OPTIONAL = sorted(
     {
@@ -73,7 +65,7 @@ def aligned_targets(row: Mapping[str, Any], about: Mapping[str, Any]) -> SoftTar
 
 
 def _refuse_nan(row: Mapping[str, Any]) -> None:
-    for name in _NUMBERS:
+    for name in FLOATS:
         if row.get(name) is not None and np.isnan(row[name]).any():
             raise IntegrityError(
                 f"soft_targets row: {name} holds NaN. The teacher's numbers are broken."

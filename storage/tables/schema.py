@@ -242,17 +242,9 @@ SCHEMAS: dict[TableName, pa.Schema] = {
 # Floats keep their bytes apart, so that the rounded low bytes compress to nothing. Never float16
 # here: DuckDB 1.5 reads float16 + BYTE_STREAM_SPLIT as NaN without an error.
 _DELTA = ("token_ids.list.element",)
-_SPLIT = tuple(
-    f"{name}.list.element"
-    for name in (
-        "logprobs",
-        "weights",
-        "tail_logprob",
-        "token_logprob",
-        "entropy",
-        "tempered_tails",
-    )
-)
+# The columns of `soft_targets` that hold the teacher's numbers.
+FLOATS = ("logprobs", "weights", "tail_logprob", "token_logprob", "entropy", "tempered_tails")
+_SPLIT = tuple(f"{name}.list.element" for name in FLOATS)
 
 
 def parquet_options(table: TableName) -> dict[str, Any]:

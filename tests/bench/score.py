@@ -39,12 +39,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import numpy as np
 import torch
 from kit import recipe_tree, write_jsonl
+from tiny_jobs import teacher_job
 from tiny_llama import WORDS, tiny_tokenizer
-from tiny_store import SilentProgress
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from stillroom.pipeline.plan.resolve import bind
 from stillroom.stages.data import stage as data
 from stillroom.stages.models.causal_lm import load_causal_lm
 from stillroom.stages.models.head import Head, hidden_states, split_head
@@ -54,7 +53,7 @@ from stillroom.stages.score.scorer import GPU_BATCH_TOKENS
 from stillroom.stages.targets.draws import Span
 from stillroom.stages.targets.entries_and_tail import Reducer, chunk_rows
 from stillroom.stages.targets.spec import Kept
-from stillroom.stages.workers.job import Job, StopFlag
+from stillroom.stages.workers.job import Job
 from stillroom.storage.store.store import Store
 
 K = 64
@@ -239,27 +238,9 @@ class Bench:
         tree["data"] = {"source": str(self._source), "format": "text", "holdout": 0}
         tree["storage"] = {"dir": str(place / "store"), "commit_rows": 32}
         recipe = Recipe.model_validate(tree)
-        store = Store.open(recipe.storage.dir, create=True)
-        bound = bind(recipe, write=True)
-        assert bound.teacher is not None
-        store.put_teacher(bound.teacher.id, bound.teacher.files_to_keep())
-        b = bound.binding
-        ids = {"data_id": b.data_id, "teacher_id": b.teacher_id, "author_id": b.author_id}
-        job = Job(
-            recipe=recipe,
-            progress=SilentProgress(),
-            stop=StopFlag(),
-            context_tokens=b.context_tokens,
-            **ids,
-        )
+        _, job, teacher = teacher_job(recipe)
         data.run(job)
-        return Job(
-            recipe=recipe,
-            progress=SilentProgress(),
-            stop=StopFlag(),
-            context_tokens=b.context_tokens,
-            **ids,
-        ), bound.teacher
+        return job, teacher
 
     def _states(self) -> Iterator[tuple[Batch, Tensor, Tensor]]:
         """Batches, the hidden states [N, D] of all but their last positions, and the tokens that follow."""

@@ -63,6 +63,16 @@ def scored_store(
 
 def done_until_score(recipe: Recipe) -> tuple[Store, Identity]:
     """A recipe's text and targets, made by the stages in this process."""
+    store, job, teacher = teacher_job(recipe)
+    data.run(job)
+    if recipe.generate is not None:
+        generate.run(job, teacher)
+    score.run(job, teacher)
+    return store, teacher
+
+
+def teacher_job(recipe: Recipe) -> tuple[Store, Job, Identity]:
+    """The job of a recipe's teacher, who is here, in a store of the recipe's own."""
     store = Store.open(recipe.storage.dir, create=True)
     bound = bind(recipe, write=True)
     assert bound.teacher is not None
@@ -76,8 +86,4 @@ def done_until_score(recipe: Recipe) -> tuple[Store, Identity]:
         context_tokens=b.context_tokens,
         **ids,
     )
-    data.run(job)
-    if recipe.generate is not None:
-        generate.run(job, bound.teacher)
-    score.run(job, bound.teacher)
-    return store, bound.teacher
+    return store, job, bound.teacher

@@ -1,6 +1,7 @@
 """The divergences as functions of outcomes: their limits, their bounds, and zero probabilities on either side."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from references import DIVERGENCES, alpha_beta, jsd, skew_forward_kl, skew_reverse_kl
 
 from stillroom.stages.losses import divergences as ours
+from stillroom.stages.recipe.divergences import DIVERGENCES as TABLE
 
 pytestmark = pytest.mark.numeric
 
@@ -218,3 +220,11 @@ def test_the_alpha_beta_of_exponents_that_sum_to_one_falls_when_outcomes_join():
         assert (
             fine - coarse
         ).min() > -1e-5  # 20 eps, divided by exponents whose product is 0.21 at the least
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_the_table_says_what_the_function_does(name):
+    """The equation stands beside the code that needs it and in the table; the source likewise."""
+    row, said = TABLE[name], " ".join(getattr(ours, name).__doc__.split())
+    assert row.equation in said
+    assert row.source.rpartition("arXiv ")[2] in Path(ours.__file__).read_text("utf-8")

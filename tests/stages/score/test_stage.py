@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from kit import prompts, recipe_tree, write_jsonl
+from tiny_jobs import teacher_job
 from tiny_store import SilentProgress
 
-from stillroom.pipeline.plan.resolve import bind
 from stillroom.stages.data import stage as data
 from stillroom.stages.ledger.requests import TargetRequest
 from stillroom.stages.models import causal_lm as teacher
@@ -19,7 +19,7 @@ from stillroom.stages.recipe.sections import Recipe
 from stillroom.stages.score import causal_lm, scorer
 from stillroom.stages.score import stage as score
 from stillroom.stages.targets.spec import Kept
-from stillroom.stages.workers.job import Job, StageResult, StopFlag
+from stillroom.stages.workers.job import Job, StageResult
 from stillroom.stages.workers.journal import Journal
 from stillroom.stages.workers.share import DoneByOthers, Share
 from stillroom.storage.errors import Stopped
@@ -49,21 +49,9 @@ def prepared(tmp_path: Path, folder: Path, **sections: Any) -> tuple[Store, Job,
     recipe = Recipe.model_validate(
         tree | {"data": {"source": str(source), "format": "completion", "holdout": 3}}
     )
-    store = Store.open(recipe.storage.dir, create=True)
-    bound = bind(recipe, write=True)
-    assert bound.teacher is not None
-    store.put_teacher(bound.teacher.id, bound.teacher.files_to_keep())
-    b = bound.binding
-    ids = {"data_id": b.data_id, "teacher_id": b.teacher_id, "author_id": b.author_id}
-    job = Job(
-        recipe=recipe,
-        progress=SilentProgress(),
-        stop=StopFlag(),
-        context_tokens=b.context_tokens,
-        **ids,
-    )
+    store, job, teacher = teacher_job(recipe)
     data.run(job)
-    return store, job, bound.teacher
+    return store, job, teacher
 
 
 def scored(

@@ -67,6 +67,8 @@ def doubts(row: Mapping[str, Any], about: Mapping[str, Any]) -> Iterator[Doubt]:
         return
     yield from _doubtful_order(targets, stated, bits)
     yield from _doubtful_sums(row, stated, bits)
+    if tokens.min() < 0 or tokens.max() >= outcomes(about):
+        return  # doubted above, and no distribution has a place for them
     if misplaced := _misplaced(targets, stated, tokens, bits):
         message = f"{misplaced} positions disagree with the entries about the token that follows"
         yield "token_logprob", message

@@ -255,3 +255,15 @@ def test_columns_and_back_is_the_same(kind, n, width, seed):
                 if before.ndim == 2
                 else before[n // 2 :],
             )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("foreign", [-1, "the first beyond"])
+def test_a_scored_token_outside_the_vocabulary_is_doubted_in_words(samples, kind, foreign):
+    """Looked up in a whole distribution it would be another position's, or none's."""
+    k = samples.VOCABULARY if kind == "full" else 6
+    row = samples.target_row(3, tokens=5, k=k, kind=kind)
+    token_ids = row["token_ids"].copy()
+    token_ids[row["span_start"]] = samples.VOCABULARY if foreign != -1 else foreign
+    found = list(doubts(row | {"token_ids": token_ids}, samples.ABOUT))
+    assert ("token_ids", f"a token id is outside the vocabulary of {samples.VOCABULARY}") in found

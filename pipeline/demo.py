@@ -65,7 +65,9 @@ def make_demo(folder: Path, progress: Progress, *, sizes: _Sizes | None = None) 
     folder.mkdir(parents=True, exist_ok=True)
     progress.say("reading the English that this Python carries")
     texts = documents()[: sizes.documents]
+    progress.say(f"{len(texts):,} texts; training a tokenizer of {sizes.vocabulary:,} ids on them")
     tokenizer = _train_tokenizer(texts, sizes.vocabulary)
+    progress.say(f"cutting {sizes.prompts:,} prompts out of them")
     rows = [_prompt(text, tokenizer, sizes) for text in texts]
     prompts = random.Random(sizes.seed).sample([row for row in rows if row], sizes.prompts)
     (folder / "prompts.jsonl").write_text(
@@ -176,6 +178,7 @@ def _make_teacher(
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    progress.say("tokenizing the texts that the teacher learns")
     windows = _windows(texts, tokenizer, sizes)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

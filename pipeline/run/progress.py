@@ -49,6 +49,11 @@ class Meter:
             return None
         return self.seconds / fresh * max(0, self.total - self.done)
 
+    @property
+    def counts(self) -> bool:
+        """Whether anything is counted yet; before that libraries and models are loaded."""
+        return bool(self.total or self.done)
+
     def count(self) -> str:
         """Units done, of how many."""
         numbers = [self.done, self.total] if self.total else [self.done]
@@ -56,8 +61,8 @@ class Meter:
 
     def line(self) -> str:
         """All of it, for a line of text."""
-        if not (self.total or self.done):
-            return "starts"
+        if not self.counts:
+            return "loading libraries and models"
         parts = [
             self.count(),
             f"{human(self.rate)} tokens/s" if self.rate else "",

@@ -153,6 +153,9 @@ class Screen:
         self._measure()
 
     def _line(self, row: _Row) -> str:
+        if not row.meter.counts:
+            spent = duration(time.monotonic() - self._stage_began)
+            return f"{row.meter.line()}, {spent} so far"
         left = self._left()
         waits = (
             f"; about {duration(left)} left of the run"
@@ -231,7 +234,7 @@ class Screen:
             time_cell = self._remaining(left) if left is not None and left >= 1 else spent
             return [
                 bar,
-                meter.count() if meter.total or meter.done else "starts",
+                meter.count() if meter.counts else "loading",
                 *self._counts(row),
                 time_cell,
             ]
@@ -244,7 +247,7 @@ class Screen:
         if row.state == "stopped":
             return [
                 row.state,
-                meter.count() if meter.total or meter.done else "",
+                meter.count() if meter.counts else "",
                 *self._counts(row),
                 "",
             ]

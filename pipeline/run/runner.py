@@ -175,7 +175,6 @@ def _run_stage(
     log = f"{name}.log" if number == 1 else f"{name}.{number}.log"
     message = {
         "name": name,
-        "stage": stage.room,
         "recipe": opened,
         "log": str(_logs(recipe) / log),
         "train_dirs": {arm: str(folder) for arm, folder in plan.train_dirs.items()},
@@ -188,7 +187,7 @@ def _to_the_end(message: dict[str, Any], run_dir: Path, screen: Screen) -> dict[
     """Run a stage's process, and another where it dies with rows in flight (why: `stages/workers/journal.py`)."""
     in_vain: list[Path] = []
     while True:
-        journal = new_journal(run_dir, message["stage"])
+        journal = new_journal(run_dir, message["name"])
         asked = message | {"journal": str(journal), "began": time.monotonic()}
         try:
             return StageProcess(asked, screen).finish()

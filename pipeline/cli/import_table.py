@@ -45,7 +45,8 @@ _Columns = Annotated[
         "are there [positions]; prompt_tokens: how many tokens are the prompt, or "
         "completion_tokens: how many at the end are the completion (with neither, all tokens but "
         "the first are scored) "
-        "[tokens=token_ids,ids=teacher_topk_ids,values=teacher_topk_logprobs].",
+        "[tokens=token_ids,ids=teacher_topk_ids,values=teacher_topk_logprobs]. "
+        "Example: --columns tokens=input_ids,ids=top_ids,values=top_logprobs.",
     ),
 ]
 _Values = Annotated[

@@ -75,6 +75,7 @@ def demo(
 ) -> None:
     """Everything on a laptop CPU in minutes: no network, no downloads, a teacher made on the spot."""
     from ...stages.recipe.load import load_recipe
+    from ...stages.recipe.run_folder import REPORT_PAGE
     from ..demo import make_demo
     from ..run.progress import StageProgress
     from ..run.runner import run as run_recipe
@@ -86,7 +87,7 @@ def demo(
     outcome = run_recipe(recipe, quiet=quiet)
     _outcome(outcome, as_json)
     print_for_people(
-        f"store:  {recipe.storage.dir}\nreport: {outcome['run_dir']}/report.html\nrecipe: {recipe_path}"
+        f"store:  {recipe.storage.dir}\nreport: {outcome['run_dir']}/{REPORT_PAGE}\nrecipe: {recipe_path}"
     )
     print_json(outcome, as_json)
 
@@ -221,7 +222,9 @@ def _outcome(outcome: dict[str, Any], as_json: bool) -> None:
 
 def _made(outcome: dict[str, Any]) -> list[str]:
     """Where the page and the student are that the stages of this run made, or found made."""
-    places = {"evaluate": ("report", "report.html"), "train": ("student", "latest/student")}
+    from ...stages.recipe.run_folder import LATEST, REPORT_PAGE, STUDENT
+
+    places = {"evaluate": ("report", REPORT_PAGE), "train": ("student", f"{LATEST}/{STUDENT}")}
     found = [
         (name, Path(outcome["run_dir"]) / file)
         for stage, (name, file) in places.items()

@@ -7,6 +7,7 @@ from typing import Any
 from ...stages.evaluate.stage import NUMBERS
 from ...stages.recipe.fields import Arm
 from ...stages.recipe.load import changed_fields
+from ...stages.recipe.run_folder import EVALUATED, SETTINGS, begun_runs, training_run
 from ...stages.recipe.sections import Recipe, Score
 from ...stages.recipe.stages import STAGES, Stage, stage_named
 from ...stages.train.stage import arm_loss
@@ -33,7 +34,7 @@ def plan_students(recipe: Recipe, plan: Plan, *, ready: bool) -> None:
             continue
         settings = train_settings(recipe, snapshot, arm)
         settings["student"]["identity"] = _student_identity(recipe, plan, settings)
-        folder = Path(recipe.run.dir) / f"train-{content_id('train', **settings)[:8]}"
+        folder = training_run(Path(recipe.run.dir), content_id("train", **settings))
         plan.settings[arm], plan.train_dirs[arm] = settings, folder
         plan.stages.append(_student_line(stage, recipe, folder, settings))
     _plan_evaluate(recipe, plan)
@@ -75,7 +76,7 @@ def _student_identity(recipe: Recipe, plan: Plan, settings: dict[str, Any]) -> s
     try:
         return student_id(recipe, write=plan.write)
     except UsageError:
-        for file in Path(recipe.run.dir).glob("train-*/settings.json"):
+        for file in begun_runs(Path(recipe.run.dir)):
             begun = json.loads(file.read_text())["settings"]
             identity = begun["student"].pop("identity", None)
             if begun == settings:
@@ -94,7 +95,7 @@ def _student_line(
         facts = json.loads(done.read_text())
         line.state, line.tokens = "done", facts["tokens"]
         line.planned = line.committed = facts["samples"]
-    elif (folder / "settings.json").is_file():
+    elif (folder / SETTINGS).is_file():
         line.why = "was interrupted: goes on from its last checkpoint"
     else:
         line.why = _what_changed(Path(recipe.run.dir), settings) or "new"
@@ -104,7 +105,7 @@ def _student_line(
 def _what_changed(run_dir: Path, settings: dict[str, Any]) -> str:
     """Against the nearest finished student of this run folder: the fields that differ."""
     differences = []
-    for file in run_dir.glob("train-*/settings.json"):
+    for file in begun_runs(run_dir):
         changes = changed_fields(json.loads(file.read_text())["settings"], settings)
         differences.append(changes)
     nearest = min(differences, key=len, default=[])
@@ -132,7 +133,7 @@ def _plan_evaluate(recipe: Recipe, plan: Plan) -> None:
     )
     line.planned = test.rows
     all_trained = set(trained) == {"done"}
-    file = plan.train_dirs["student"] / stage_named("evaluate").record
+    file = plan.train_dirs["student"] / EVALUATED
     if all_trained and file.is_file() and json.loads(file.read_text())["id"] == plan.evaluation_id:
         line.state, line.committed = "done", test.rows
         return

@@ -84,14 +84,11 @@ def _card_data(published: Published, configs: list[str]) -> Any:
     rows = max(
         sum(file.rows for file in manifest.files if file.table == config) for config in configs
     )
-    heads = {about.get("head", "lm") for about in manifest.about.values()}
-    head = "classes" if "classes" in heads else "lm"
-    task = next(task for task in TASKS.values() if task.head == head)
     data = DatasetCardData(
         pretty_name=manifest.name,
         license=provenance["license"],
         language=list(published.languages) or None,
-        task_categories=[task.hub_name],
+        task_categories=_task_categories(manifest),
         size_categories=[_SIZES[min(max(len(str(rows)) - 3, 0), len(_SIZES) - 1)]],
         tags=[
             *TAGS,
@@ -114,6 +111,17 @@ def _card_data(published: Published, configs: list[str]) -> Any:
         data
     )
     return data
+
+
+def _task_categories(manifest: Manifest) -> list[str]:
+    """What the rows can teach.
+
+    A shard says its head (what a teacher's distribution is over) and no task: the same rows serve
+    every task with that head, so all of them are named.
+    """
+    heads = {about.get("head", "lm") for about in manifest.about.values()}
+    head = "classes" if "classes" in heads else "lm"
+    return sorted({task.hub_name for task in TASKS.values() if task.head == head})
 
 
 def _info(published: Published, config: str) -> Any:

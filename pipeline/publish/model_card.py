@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from ...stages.recipe.run_folder import EVALUATED, SETTINGS, STUDENT, TRAINED
 from ...stages.recipe.sections import Recipe
 from ...stages.recipe.tasks import TASKS
 from ...stages.workers.shard_about import versions
@@ -37,10 +38,10 @@ def write_student_cards(train_dirs: Iterable[Path]) -> None:
             arm was evaluated.
     """
     for folder in train_dirs:
-        found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
-        if "train" in found:
-            card = student_card(found["settings"], found["train"], found.get("evaluation"))
-            put(LocalFiles(folder / "student"), CARD, card.encode())
+        found = {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
+        if TRAINED in found:
+            card = student_card(found[SETTINGS], found[TRAINED], found.get(EVALUATED))
+            put(LocalFiles(folder / STUDENT), CARD, card.encode())
 
 
 def student_card(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...stages.recipe.run_folder import LATEST, SETTINGS, begun_runs
 from ...storage.errors import UsageError
 from ...storage.published.export import Made
 from ...storage.published.export_rows import sources_of
@@ -151,12 +152,11 @@ def read_recipe(run_dir: Path | None) -> dict[str, Any] | None:
     """
     if run_dir is None:
         return None
-    found = [run_dir / "latest", *sorted(run_dir.glob("train-*")), run_dir]
-    for file in (folder / "settings.json" for folder in found):
+    for file in (run_dir / LATEST / SETTINGS, *begun_runs(run_dir), run_dir / SETTINGS):
         if file.is_file():
             return public_recipe(json.loads(file.read_text())["recipe"])
     raise UsageError(
-        f"--run {run_dir}: no settings.json in it or in its train-*. Name the run.dir of a recipe."
+        f"--run {run_dir}: no {SETTINGS} in it or in its train-*. Name the run.dir of a recipe."
     )
 
 

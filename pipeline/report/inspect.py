@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ...stages.models.token_text import Pieces
+from ...stages.recipe.run_folder import REPORT
 from ...stages.targets.spec import Kept
 from ...storage.errors import UsageError
 from ...storage.store.store import Store
@@ -36,7 +37,7 @@ def show(
     Raises:
         UsageError: no such row, or more than one.
     """
-    if (Path(place) / "report.json").is_file():
+    if (Path(place) / REPORT).is_file():
         return _of_run(place, (key or "").lower(), columns=columns, colours=colours)
     store = Store.open(place)
     row = find_row(store, key)

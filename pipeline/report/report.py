@@ -10,6 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...stages.recipe.run_folder import (
+    EVALUATED,
+    REPORT,
+    REPORT_PAGE,
+    REPORT_TEXT,
+    SETTINGS,
+    TRAINED,
+)
 from ...storage.errors import UsageError
 from ...storage.files.local import LocalFiles
 from ..numbers import nats, percent
@@ -24,7 +32,6 @@ if TYPE_CHECKING:
 
 COMPARISON = Path("comparison.html")
 """Where a comparison is written, if nobody names a file."""
-TRAINED = ("student", "baseline")
 
 
 def write_report(run_dir: Path, train_dir: Path, facts: Mapping[str, Any]) -> Path:
@@ -44,11 +51,11 @@ def write_report(run_dir: Path, train_dir: Path, facts: Mapping[str, Any]) -> Pa
     Raises:
         UsageError: a file of the training run is missing or unreadable.
     """
-    evaluation = _read(train_dir / "evaluation.json")
-    settings = _read(train_dir / "settings.json")
+    evaluation = _read(train_dir / EVALUATED)
+    settings = _read(train_dir / SETTINGS)
     trained = {
         arm: train_dir.with_name(evaluation["arms"][arm])
-        for arm in TRAINED
+        for arm in ("student", "baseline")
         if arm in evaluation["arms"]
     }
     report = {
@@ -57,20 +64,20 @@ def write_report(run_dir: Path, train_dir: Path, facts: Mapping[str, Any]) -> Pa
         "run_dir": str(run_dir),
         "train_dir": str(train_dir),
         "evaluation": evaluation,
-        "train": {arm: _read(folder / "train.json") for arm, folder in trained.items()},
+        "train": {arm: _read(folder / TRAINED) for arm, folder in trained.items()},
         "settings": settings,
         "facts": dict(facts),
     }
     content = page(report)
     contents = {
-        "report.json": json.dumps(report, indent=1, ensure_ascii=False),
-        "report.md": markdown.page(content),
-        "report.html": html.page(content),
+        REPORT: json.dumps(report, indent=1, ensure_ascii=False),
+        REPORT_TEXT: markdown.page(content),
+        REPORT_PAGE: html.page(content),
     }
     files = LocalFiles(run_dir)
     for name, text in contents.items():
         files.replace(name, text.encode())
-    return run_dir / "report.html"
+    return run_dir / REPORT_PAGE
 
 
 def load_report(run_dir: Path) -> dict[str, Any]:
@@ -79,7 +86,7 @@ def load_report(run_dir: Path) -> dict[str, Any]:
     Raises:
         UsageError: there is none yet.
     """
-    return _read(Path(run_dir) / "report.json")
+    return _read(Path(run_dir) / REPORT)
 
 
 def page(report: Mapping[str, Any]) -> Page:
@@ -171,7 +178,7 @@ def show(run_dirs: Sequence[Path], out: Path | None) -> tuple[str, Path, dict[st
     reports = {str(folder): load_report(folder) for folder in run_dirs}
     alone = len(reports) == 1
     content = page(reports[str(run_dirs[0])]) if alone else compare.page(reports)
-    target = out or (run_dirs[0] / "report.html" if alone else COMPARISON)
+    target = out or (run_dirs[0] / REPORT_PAGE if alone else COMPARISON)
     if out is not None or not alone or not target.exists():
         _write(target, html.page(content))
     found = {

@@ -41,6 +41,7 @@ def what_was_run(report: Mapping[str, Any]) -> Section | None:
         ["text", _written_by(generate)],
         ["targets", _stored(score) if score else "none: text only (black-box)"],
         ["loss", _loss(loss, score) if score else "cross-entropy"],
+        *([["divergence", _equation(loss)]] if score else []),
         ["trained on", _trained_on(train)],
     ]
     return Section("What was run", [Table(["", ""], rows, text_columns=2)])
@@ -66,6 +67,11 @@ def _loss(loss: Mapping[str, Any], score: Mapping[str, Any]) -> str:
     how += [f"{name} {loss[name]}" for name in DIVERGENCES[loss["divergence"]].parameters]
     soft, hard = (scheduled(loss[name]) for name in ("soft_weight", "hard_weight"))
     return f"{soft} x {loss['divergence']} ({', '.join(how)}) + {hard} x cross-entropy"
+
+
+def _equation(loss: Mapping[str, Any]) -> str:
+    kind = DIVERGENCES[loss["divergence"]]
+    return f"{inline(kind.equation)}, t the teacher, p the student ({kind.source})"
 
 
 def scheduled(setting: float | Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 
 from ...stages.recipe.fields import Arm
+from ...stages.recipe.run_folder import EVALUATED, LATEST, LOGS, SETTINGS
 from ...stages.recipe.sections import Recipe
 from ...stages.recipe.stages import STAGES, Stage, stage_named
 from ...stages.train.scalars import refuse_without_wandb
@@ -96,7 +97,7 @@ def _run(
         screen.plan(plan.stages, chosen=chosen, expected=pace.expected(plan.stages))
         screen.end(name, seconds=done[name]["seconds"])
     if _is_done(plan, "train"):
-        LocalFiles(run_dir).point("latest", plan.train_dirs["student"].name)
+        LocalFiles(run_dir).point(LATEST, plan.train_dirs["student"].name)
     write_student_cards(plan.train_dirs.values())
     results = _results(plan)
     if results and "evaluate" in names:
@@ -137,7 +138,7 @@ def _chosen(until: str | None, only: str | None) -> tuple[str, ...]:
 
 
 def _logs(recipe: Recipe) -> Path:
-    return Path(recipe.run.dir) / "logs"
+    return Path(recipe.run.dir) / LOGS
 
 
 def _refuse_waiting(plan: Plan, line: StagePlan) -> None:
@@ -174,7 +175,6 @@ def _run_stage(
     log = f"{name}.log" if number == 1 else f"{name}.{number}.log"
     message = {
         "name": name,
-        "stage": stage.room,
         "recipe": opened,
         "log": str(_logs(recipe) / log),
         "train_dirs": {arm: str(folder) for arm, folder in plan.train_dirs.items()},
@@ -187,7 +187,7 @@ def _to_the_end(message: dict[str, Any], run_dir: Path, screen: Screen) -> dict[
     """Run a stage's process, and another where it dies with rows in flight (why: `stages/workers/journal.py`)."""
     in_vain: list[Path] = []
     while True:
-        journal = new_journal(run_dir, message["stage"])
+        journal = new_journal(run_dir, message["name"])
         asked = message | {"journal": str(journal), "began": time.monotonic()}
         try:
             return StageProcess(asked, screen).finish()
@@ -237,7 +237,7 @@ def _begin_student(recipe: Recipe, plan: Plan, arm: Arm) -> None:
         "recipe": recipe.model_dump(mode="json"),
         "teacher_id": plan.bound.binding.teacher_id,
     }
-    files.put_if_absent(f"{folder.name}/settings.json", canonical_json(record))
+    files.put_if_absent(f"{folder.name}/{SETTINGS}", canonical_json(record))
 
 
 def _finish(line: StagePlan, answer: dict[str, Any], *, seconds: float) -> dict[str, Any]:
@@ -273,7 +273,7 @@ def _is_done(plan: Plan, name: str) -> bool:
 def _results(plan: Plan) -> dict[str, Any]:
     if not _is_done(plan, "evaluate"):
         return {}
-    record = plan.train_dirs["student"] / stage_named("evaluate").record
+    record = plan.train_dirs["student"] / EVALUATED
     return dict(json.loads(record.read_text())["results"])
 
 

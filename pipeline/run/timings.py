@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ...stages.recipe.run_folder import LOGS
 from ...stages.recipe.stages import STAGES, stage_named
 from ...storage.errors import StillroomError
 from ...storage.files.local import LocalFiles
@@ -17,7 +18,7 @@ class Pace:
     """`logs/pace.json` of a run folder: stage -> `{"rows", "seconds", "clock"}`."""
 
     def __init__(self, run_dir: Path) -> None:
-        self._files = LocalFiles(run_dir / "logs")
+        self._files = LocalFiles(run_dir / LOGS)
         self._kept: dict[str, dict[str, Any]] = (
             json.loads(self._files.read(NAME)) if self._files.exists(NAME) else {}
         )

@@ -49,7 +49,7 @@ def main() -> None:
     progress = ToldProgress(message["name"], line.tell)
     try:
         job = _job(message, progress, stop, clock=clock)
-        result = _run(job, message["stage"])
+        result = _run(job, message["name"])
         answer = _answer(result, clock)
     except EngineDied as error:
         traceback.print_exc()
@@ -172,10 +172,10 @@ def _job(message: dict[str, Any], progress: Progress, stop: StopFlag, *, clock: 
         )
 
 
-def _run(job: Job, room: str) -> StageResult:
-    stage = stage_named(room)
+def _run(job: Job, name: str) -> StageResult:
+    stage = stage_named(name)
     with job.clock.span("start"):
-        entry = import_module(f"...stages.{room}.stage", __package__)
+        entry = import_module(f"...stages.{stage.room}.stage", __package__)
         models = [_model(job, stage)] if stage.loads else []
 
     def waiting(who: str) -> None:

@@ -10,6 +10,7 @@ from typing import Literal, TypeVar
 from ...storage.errors import UsageError
 from ...storage.tables.schema import TableName
 from .fields import Arm
+from .run_folder import EVALUATED, TRAINED
 
 S = TypeVar("S")
 
@@ -35,9 +36,9 @@ STAGES = (
     Stage(name="data", room="data", table="prompts"),
     Stage(name="generate", room="generate", table="generations", loads="author"),
     Stage(name="score", room="score", table="soft_targets", loads="teacher"),
-    Stage(name="train", room="train", arm="student", record="train.json"),
-    Stage(name="baseline", room="train", arm="baseline", record="train.json"),
-    Stage(name="evaluate", room="evaluate", record="evaluation.json"),
+    Stage(name="train", room="train", arm="student", record=TRAINED),
+    Stage(name="baseline", room="train", arm="baseline", record=TRAINED),
+    Stage(name="evaluate", room="evaluate", record=EVALUATED),
 )
 
 

@@ -8,9 +8,7 @@ is a line here and a module in each of these rooms.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, Literal
-
-TaskName = Literal["causal_lm", "classification"]
+from typing import TYPE_CHECKING, Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +68,11 @@ TASKS: dict[str, Task] = {
         hub_name="text-classification",
     ),
 }
+
+if TYPE_CHECKING:
+    TaskName = str
+else:
+    TaskName = Literal[tuple(TASKS)]
 
 
 def module_of(task: str, room: str) -> Any:

@@ -19,6 +19,7 @@ from ...storage.files.base import file_sha256
 from ...storage.files.local import LocalFiles
 
 _FOLDER = "checkpoints"
+_STATE = "state.json"
 
 
 class Checkpoints:
@@ -30,9 +31,7 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Steps that have a complete checkpoint, ascending."""
         folders = self._files.path(_FOLDER).glob("step-*")
-        return sorted(
-            int(f.name.removeprefix("step-")) for f in folders if (f / "state.json").is_file()
-        )
+        return sorted(int(f.name.removeprefix("step-")) for f in folders if (f / _STATE).is_file())
 
     def save(self, step: int, tensors: dict[str, Any], state: dict[str, Any]) -> None:
         """Write a checkpoint; one of the same step stays as it is."""
@@ -47,7 +46,7 @@ class Checkpoints:
 
         content = self._files.put_content(folder, write, suffix=".pt")
         record = {"tensors": content.name, "sha256": content.sha256, "state": state}
-        self._files.put_if_absent(f"{folder}/state.json", json.dumps(record, indent=1).encode())
+        self._files.put_if_absent(f"{folder}/{_STATE}", json.dumps(record, indent=1).encode())
 
     def state(self, step: int) -> dict[str, Any]:
         """What `save` was given beside the tensors."""
@@ -73,14 +72,14 @@ class Checkpoints:
 
     def keep(self, *steps: int | None) -> None:
         """Delete all other checkpoints, and what killed runs left half written."""
-        names = {f"step-{step:08d}" for step in steps if step is not None}
+        kept = {self._files.path(self._folder(step)) for step in steps if step is not None}
         for folder in self._files.path(_FOLDER).glob("step-*"):
-            if folder.name not in names:
-                (folder / "state.json").unlink(missing_ok=True)
+            if folder not in kept:
+                (folder / _STATE).unlink(missing_ok=True)
                 shutil.rmtree(folder)
 
     def _record(self, step: int) -> dict[str, Any]:
-        name = f"{self._folder(step)}/state.json"
+        name = f"{self._folder(step)}/{_STATE}"
         try:
             record: dict[str, Any] = json.loads(self._files.read(name))
             return record

@@ -17,6 +17,7 @@ from ...storage.snapshots.snapshot import load_snapshot
 from ...storage.store.store import Store
 from ..loader.samples import Cursor, Samples, Step, steps
 from ..recipe.fields import Split, extremes
+from ..recipe.run_folder import STUDENT, TRAINED
 from ..recipe.sections import Loss
 from ..recipe.tasks import TASKS
 from ..workers.job import Job
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from ..loader.prefetch import Prefetch
     from .trainer import StepResult, Trainer
 
-DONE = "train.json"
 HISTORY_POINTS = 200
 
 
@@ -314,7 +314,7 @@ class Run:
         lora = self._job.recipe.student.lora
         adapter = self._files.path("adapter") if lora is not None and lora.keep_adapter else None
         with clock.span("disk"):
-            save_student(trainer.model, tokenizer, self._files.path("student"), adapter=adapter)
+            save_student(trainer.model, tokenizer, self._files.path(STUDENT), adapter=adapter)
         summary = {
             "arm": self._job.arm,
             "steps": record.cursor.step,
@@ -331,4 +331,4 @@ class Run:
             "history": record.history,
             "validation": record.validation,
         }
-        self._files.put_if_absent(DONE, json.dumps(summary, indent=1).encode() + b"\n")
+        self._files.put_if_absent(TRAINED, json.dumps(summary, indent=1).encode() + b"\n")

@@ -9,9 +9,10 @@ import json
 
 from ...storage.files.local import LocalFiles
 from ..recipe.fields import Arm
+from ..recipe.run_folder import TRAINED
 from ..recipe.sections import Loss, Recipe
 from ..workers.job import Job, StageResult
-from .run import DONE, Run
+from .run import Run
 
 CURVES = ("history", "validation", "speed")
 """Lists of `train.json`, which are not repeated in what a stage says."""
@@ -26,9 +27,9 @@ def run(job: Job) -> StageResult:
     """
     files = LocalFiles(job.train_dirs[job.arm])
     samples, tokens = 0, 0
-    if not files.exists(DONE):
+    if not files.exists(TRAINED):
         samples, tokens = Run(job, files, arm_loss(job.recipe, job.arm)).train()
-    summary = json.loads(files.read(DONE))
+    summary = json.loads(files.read(TRAINED))
     details = {name: value for name, value in summary.items() if name not in CURVES}
     return StageResult(rows=samples, tokens=tokens, details=details)
 

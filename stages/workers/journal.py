@@ -32,6 +32,7 @@ from typing import Self
 
 from ...storage.errors import EngineDied
 from ...storage.files.base import explained
+from ..recipe.run_folder import LOGS
 from .locks import try_lock
 
 _LINE = re.compile(r"[+*-][0-9a-f]{32}|!")
@@ -40,7 +41,7 @@ PROOF = 2  # weight of deaths, see above
 
 def new_journal(run_dir: Path, stage: str) -> Path:
     """A name for the journal of one process."""
-    return run_dir / "logs" / f"{stage}-{uuid.uuid4().hex}.inflight"
+    return run_dir / LOGS / f"{stage}-{uuid.uuid4().hex}.inflight"
 
 
 class Journal:
@@ -139,7 +140,7 @@ class Suspects:
 def find_suspects(run_dir: Path, stage: str) -> Suspects:
     """Read the journals that dead processes of a stage left in a run folder."""
     suspects, weights, proof = Suspects(), Counter[bytes](), Counter[bytes]()
-    for path in sorted((run_dir / "logs").glob(f"{stage}-*.inflight")):
+    for path in sorted((run_dir / LOGS).glob(f"{stage}-*.inflight")):
         abandoned = _abandoned(path)
         flight = read_journal(path)
         if not (flight.seen or abandoned):

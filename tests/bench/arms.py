@@ -117,4 +117,4 @@ class _Here:
         progress = StageProgress(self._message["name"], sys.stderr, quiet=True)
         clock = Clock()
         job = worker._job(self._message, progress, StopFlag(), clock=clock)
-        return worker._answer(worker._run(job, self._message["stage"]), clock)
+        return worker._answer(worker._run(job, self._message["name"]), clock)

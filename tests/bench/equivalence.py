@@ -165,7 +165,7 @@ def measured(
     job = Job(recipe=Recipe.model_validate(tree), progress=SilentProgress(), stop=StopFlag(), **ids)
     with mock.patch.object(audit_rows, "audit_rows", return_value=[]):  # it refuses what is shifted
         train.run(job)
-    history = json.loads((folder / train.DONE).read_text())["history"]
+    history = json.loads((folder / "train.json").read_text())["history"]
     losses = np.array([point["loss"] for point in history])
     apart = np.abs(losses - np.array(live.losses))
     weights = saved_weights(folder / "student")

@@ -1,7 +1,8 @@
 """A copy of the product with an example applied to it: what somebody changes who adds an engine, say.
 
 An example's folder mirrors the product's. A file is copied to its place. A file `NAME.insert` adds
-lines to NAME: its first line stands in NAME once, and the others come after it.
+lines to NAME, in parts between lines of `====`: a part's first line stands in NAME once, and the
+others come after it.
 """
 
 import filecmp
@@ -10,7 +11,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from kit import ENVIRONMENT, command, last_json
+from kit import ENVIRONMENT, command
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = Path(__file__).parent / "examples"
@@ -34,11 +35,13 @@ def extended(folder: Path, example: str) -> Path:
     return folder
 
 
-def _insert(file: Path, lines: str) -> None:
-    anchor, added = lines.split("\n", 1)
+def _insert(file: Path, parts: str) -> None:
     text = file.read_text()
-    assert text.count(f"{anchor}\n") == 1, f"{file}: {anchor!r} should stand there once"
-    file.write_text(text.replace(f"{anchor}\n", f"{anchor}\n{added}"))
+    for part in parts.split("====\n"):
+        anchor = part[: part.index("\n") + 1]
+        assert text.count(anchor) == 1, f"{file}: {anchor!r} should stand there once"
+        text = text.replace(anchor, part)
+    file.write_text(text)
 
 
 def changed_files(folder: Path) -> list[str]:
@@ -53,15 +56,17 @@ def changed_files(folder: Path) -> list[str]:
     )
 
 
-def stillroom_in(folder: Path, *arguments: Any) -> dict[str, Any]:
-    """Run the extended command line to its end; what it prints for programs."""
+def stillroom_in(
+    folder: Path, *arguments: Any, expect: int = 0
+) -> subprocess.CompletedProcess[str]:
+    """Run the extended command line to its end; checks the exit code."""
     done = subprocess.run(
-        command(*arguments, "--json"),
+        command(*arguments),
         capture_output=True,
         text=True,
         env=ENVIRONMENT | {"PYTHONPATH": str(folder)},
         cwd=folder,
         timeout=300,
     )
-    assert done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr}"
-    return last_json(done)
+    assert done.returncode == expect, f"{arguments}\n{done.stdout}\n{done.stderr}"
+    return done

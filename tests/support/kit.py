@@ -80,7 +80,7 @@ class InThisProcess:
     def finish(self) -> dict[str, Any]:
         clock = Clock(began=self._message["began"])
         job = worker._job(self._message, SilentProgress(), StopFlag(), clock=clock)
-        return worker._answer(worker._run(job, self._message["stage"]), clock)
+        return worker._answer(worker._run(job, self._message["name"]), clock)
 
 
 def stillroom(*arguments: Any, expect: int = 0) -> subprocess.CompletedProcess[str]:

@@ -68,7 +68,7 @@ def cells(markdown: str, heading: str) -> list[list[str]]:
         len(lines),
     )
     rows = [line for line in lines[:end] if line.startswith("|")]
-    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", row.strip("|"))] for row in rows[2:]]
 
 
 def first_number(cell: str) -> float:
@@ -141,11 +141,15 @@ def test_the_loss_is_named_with_its_own_settings_and_schedules(run: Path) -> Non
     report = json.loads((run / "report.json").read_text())
     recipe = report["settings"]["recipe"]
 
-    def line(**loss: Any) -> str:
+    def line(name: str = "loss", **loss: Any) -> str:
         recipe["loss"] = RECIPE["loss"] | loss
-        return dict(cells(render(report), "What was run"))["loss"]
+        return dict(cells(render(report), "What was run"))[name]
 
     assert line() == "1.0 x forward_kl (temperature 1.0, tail bucket) + 0.1 x cross-entropy"
+    assert line("divergence") == (
+        r"`KL(t \|\| p) = sum_i t_i (log t_i - log p_i)`, t the teacher, p the student "
+        "(Hinton et al. 2015, arXiv 1503.02531)"
+    )
     assert "skew_reverse_kl (temperature 1.0, tail bucket, skew 0.2)" in line(
         divergence="skew_reverse_kl", skew=0.2
     )
@@ -234,6 +238,7 @@ def test_a_black_box_run_has_no_kl_and_no_teacher_line(
     assert [row[0] for row in rows] == ["student before training", "student (distilled)"]
     assert "| arm | cross-entropy (nats/token) | perplexity | ECE |" in markdown
     assert "no KL" in markdown
+    assert "KL(t" not in markdown
 
 
 def test_answers_are_a_column_only_where_they_were_scored(

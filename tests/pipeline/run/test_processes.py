@@ -50,7 +50,7 @@ def recipe(tmp_path: Path, tiny_llama: Callable[..., Path]) -> Path:
 
 
 def message_for(folder: Path, stage: str = "score", **more: Any) -> dict[str, Any]:
-    message = {"name": stage, "stage": stage, "recipe": {}, "log": str(folder / "log")}
+    message = {"name": stage, "recipe": {}, "log": str(folder / "log")}
     return message | {"train_dirs": {}, "job": {}, "journal": str(folder / "journal")} | more
 
 

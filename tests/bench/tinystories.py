@@ -6,8 +6,9 @@
 Teacher: stories260k; text at temperature 1 by vLLM where it is installed; K = 16. Student: fresh,
 about 100k weights. Each arm (soft targets and a little cross-entropy; cross-entropy alone) gets the
 same start, order and tokens, three learning rates and three seeds, at one pass over the data and at
-four. Compared at each arm's own best learning rate (by mean held-out KL over seeds), paired by
-seed. A run that was stopped goes on where it was.
+four. Compared at each arm's own best learning rate (by mean held-out KL over seeds: the rows that
+judge also choose), paired by seed; `±` is half a 95 % interval over seeds. A run that was stopped
+goes on where it was.
 """
 
 import json
@@ -19,6 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from os import cpu_count, environ
 from pathlib import Path
+
+from stillroom.pipeline.report.seeds import interval
 
 RECIPE = Path(__file__).parents[2] / "pipeline" / "recipes" / "tinystories.yaml"
 ASSETS = Path(environ.get("STILLROOM_ASSETS", Path(__file__).parents[3] / "shared" / "assets"))
@@ -120,8 +123,8 @@ def _at_best(
 
 
 def _spread(values: list[float]) -> str:
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.4f} ± {spread:.4f}"
+    mean, half = interval(values)
+    return f"{mean:.4f}" + ("" if half is None else f" ± {half:.4f}")
 
 
 def main() -> None:

@@ -3,13 +3,14 @@
 import filecmp
 import json
 import shutil
-import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from examples import minp, renyi
-from kit import ENVIRONMENT, command, prompts, write_jsonl, write_recipe
+from extending import last_line, stillroom_in
+from kit import prompts, write_jsonl, write_recipe
 from tiny_llama import save_tiny_llama
 
 ROOT = Path(__file__).parents[1]
@@ -60,26 +61,15 @@ class Copy:
         data = {"source": str(source), "format": "completion", "holdout": 4}
         self.recipe = write_recipe(folder, teacher, source, generate=None, data=data, **sections)
 
-    def stillroom(self, *words: Any) -> str:
-        """What the command prints; it must succeed."""
-        environment = ENVIRONMENT | {"PYTHONPATH": str(self.package.parent)}
-        done = subprocess.run(
-            command(*words), capture_output=True, text=True, env=environment, cwd=self.folder
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+    def stillroom(self, *lines: Sequence[Any]) -> list[str]:
+        """What each command line prints; it must succeed."""
+        return stillroom_in(self.package.parent, *lines)
 
     def settings(self) -> dict[str, Any]:
         """What decided the student that was trained."""
         (trained,) = (self.folder / "run").glob("train-*/settings.json")
         found: dict[str, Any] = json.loads(trained.read_text())["settings"]
         return found
-
-
-def last_line(printed: str) -> dict[str, Any]:
-    """The object that `--json` puts there."""
-    found: dict[str, Any] = json.loads(printed.rstrip("\n").split("\n")[-1])
-    return found
 
 
 def assert_learnt(run: str) -> None:
@@ -91,11 +81,13 @@ def test_a_divergence_costs_two_files(tmp_path: Path) -> None:
     loss = {"divergence": "renyi", "renyi_order": 0.3, "tail": "drop"}
     copy = Copy(tmp_path, renyi.EDITS, loss=loss)
     assert len(changed_files(copy.package)) <= 2
-    assert "score" in copy.stillroom("plan", copy.recipe)
-    assert_learnt(copy.stillroom("run", copy.recipe, "--json"))
+    plan, run, _ = copy.stillroom(
+        ["plan", copy.recipe], ["run", copy.recipe, "--json"], export(tmp_path)
+    )
+    assert "score" in plan
+    assert_learnt(run)
     assert copy.settings()["loss"].items() >= loss.items()
     assert "renyi (temperature 1.0, tail drop, renyi_order 0.3)" in report_of(tmp_path)
-    copy.stillroom("export", tmp_path / "store", tmp_path / "published", "--license", "mit")
     assert (tmp_path / "published" / "README.md").is_file()
 
 
@@ -103,17 +95,25 @@ def test_a_target_kind_costs_three_files(tmp_path: Path) -> None:
     score = {"targets": "minp", "p": 0.1, "k": 8, "batch_tokens": 256, "temperatures": [1.0, 2.0]}
     copy = Copy(tmp_path, minp.EDITS, score=score, loss={"temperature": 2.0})
     assert len(changed_files(copy.package)) <= 3
-    assert "score" in copy.stillroom("plan", copy.recipe)
-    assert_learnt(copy.stillroom("run", copy.recipe, "--json"))
+    plan, run, fewer, *_ = copy.stillroom(
+        ["plan", copy.recipe],
+        ["run", copy.recipe, "--json"],
+        ["plan", copy.recipe, "--set", "score.p=0.2", "--json"],
+        ["verify", tmp_path / "store"],
+        export(tmp_path),
+    )
+    assert "score" in plan
+    assert_learnt(run)
     assert copy.settings()["score"] == {"targets": "minp", "p": 0.1, "k": 8}
     assert "minp, at least 0.1 times the best one" in report_of(tmp_path)
     # What is stored serves a recipe that asks for less.
-    fewer = copy.stillroom("plan", copy.recipe, "--set", "score.p=0.2", "--json")
     assert last_line(fewer)["stages"]["score"]["state"] == "done"
-    copy.stillroom("verify", tmp_path / "store")
-    copy.stillroom("export", tmp_path / "store", tmp_path / "published", "--license", "mit")
     card = (tmp_path / "published" / "README.md").read_text()
     assert "score: {targets: minp, p: 0.1" in card
+
+
+def export(folder: Path) -> list[Any]:
+    return ["export", folder / "store", folder / "published", "--license", "mit"]
 
 
 def report_of(folder: Path) -> str:

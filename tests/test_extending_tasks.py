@@ -2,15 +2,14 @@
 
 import filecmp
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from kit import ENVIRONMENT, last_json, write_jsonl, write_recipe
+from extending import last_line, stillroom_in
+from kit import ENVIRONMENT, command, write_jsonl, write_recipe
 from tiny_classes import records
 from tiny_models import save_tiny_bert
 
@@ -90,20 +89,6 @@ def touched(product: Path) -> list[str]:
     return sorted(changed | (before ^ after))
 
 
-def told(product: Path, *words: Any, expect: int = 0) -> subprocess.CompletedProcess[str]:
-    """The copy's own command line."""
-    done = subprocess.run(
-        [sys.executable, "-m", "stillroom", *map(str, words)],
-        capture_output=True,
-        text=True,
-        cwd=product.parent,
-        env=ENVIRONMENT | os.environ | {"PYTHONPATH": str(product.parent)},
-        timeout=300,
-    )
-    assert done.returncode == expect, f"{done.stdout}\n{done.stderr}"
-    return done
-
-
 def test_every_task_has_its_module_in_every_room() -> None:
     assert get_args(TaskName) == tuple(TASKS)
     for task in TASKS:
@@ -136,13 +121,19 @@ def test_a_new_task_goes_from_recipe_to_card(product: Path, tmp_path: Path) -> N
     }
     teacher = save_tiny_bert(tmp_path / "teacher")
     wrong = sections | {"score": {"targets": "topk"}}
-    refused = told(product, "plan", write_recipe(tmp_path, teacher, source, **wrong), expect=2)
+    refused = subprocess.run(
+        command("plan", write_recipe(tmp_path, teacher, source, **wrong)),
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT | {"PYTHONPATH": str(product.parent)},
+    )
+    assert refused.returncode == 2
     assert "screening keeps every class" in refused.stderr
 
     recipe = write_recipe(tmp_path, teacher, source, **sections)
-    planned = last_json(told(product, "plan", recipe, "--json"))["stages"]
-    assert {name: stage["state"] for name, stage in planned.items()}["score"] == "waits"
-    outcome = last_json(told(product, "run", recipe, "--json"))
+    lines = (["plan", recipe, "--json"], ["run", recipe, "--json"])
+    plan, outcome = map(last_line, stillroom_in(product.parent, *lines))
+    assert plan["stages"]["score"]["state"] == "waits"
     assert {stage["state"] for stage in outcome["stages"].values()} == {"done"}
     for arm in outcome["results"].values():
         assert 0 <= arm["surely_right"] <= arm["accuracy"] <= 1

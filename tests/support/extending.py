@@ -5,15 +5,19 @@ lines to NAME: its first line stands in NAME once, and the others come after it.
 """
 
 import filecmp
+import json
 import shutil
 import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kit import ENVIRONMENT, command, last_json
+from kit import ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = Path(__file__).parent / "examples"
+COMMANDS = Path(__file__).parent / "commands.py"
 FLOORS = ("storage", "stages", "pipeline")
 
 
@@ -53,15 +57,23 @@ def changed_files(folder: Path) -> list[str]:
     )
 
 
-def stillroom_in(folder: Path, *arguments: Any) -> dict[str, Any]:
-    """Run the extended command line to its end; what it prints for programs."""
+def stillroom_in(folder: Path, *lines: Sequence[Any]) -> list[str]:
+    """Run command lines of the extended product to their end, in one process; what each printed."""
     done = subprocess.run(
-        command(*arguments, "--json"),
+        [sys.executable, COMMANDS],
+        input=json.dumps([[str(word) for word in line] for line in lines]),
         capture_output=True,
         text=True,
         env=ENVIRONMENT | {"PYTHONPATH": str(folder)},
         cwd=folder,
         timeout=300,
     )
-    assert done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr}"
-    return last_json(done)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    printed: list[str] = json.loads(done.stdout.splitlines()[-1])
+    return printed
+
+
+def last_line(printed: str) -> dict[str, Any]:
+    """The object that `--json` puts there."""
+    found: dict[str, Any] = json.loads(printed.rstrip("\n").split("\n")[-1])
+    return found

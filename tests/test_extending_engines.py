@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from extending import changed_files, extended, stillroom_in
-from kit import last_json, prompts, write_jsonl, write_recipe
+from extending import changed_files, extended, last_line, stillroom_in
+from kit import prompts, write_jsonl, write_recipe
 from tiny_llama import save_tiny_llama
 
 from stillroom.storage.store.sql import query
@@ -25,10 +25,10 @@ def test_a_recipe_with_a_new_engine_runs_from_plan_to_card(tmp_path: Path) -> No
     recipe = write_recipe(
         tmp_path, teacher, source, generate={"engine": "sentence", "max_tokens": 12}
     )
-    planned = last_json(stillroom_in(code, "plan", recipe, "--json"))["stages"]
-    assert (planned["generate"]["state"], planned["generate"]["pending"]) == ("to do", 12)
-
-    outcome = last_json(stillroom_in(code, "run", recipe, "--quiet", "--json"))
+    lines = (["plan", recipe, "--json"], ["run", recipe, "--quiet", "--json"])
+    plan, outcome = map(last_line, stillroom_in(code, *lines))
+    planned = plan["stages"]["generate"]
+    assert (planned["state"], planned["pending"]) == ("to do", 12)
     assert {name: outcome["stages"][name]["state"] for name in STAGES} == dict.fromkeys(
         STAGES, "done"
     )

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from extending import FLOORS, ROOT, changed_files, extended, stillroom_in
-from kit import last_json, write_jsonl, write_recipe
+from extending import FLOORS, ROOT, changed_files, extended, last_line, refused_in, stillroom_in
+from kit import write_jsonl, write_recipe
 from tiny_classes import records
 from tiny_models import save_tiny_bert
 
@@ -53,13 +53,12 @@ def test_a_new_task_goes_from_recipe_to_card(tmp_path: Path) -> None:
     teacher = save_tiny_bert(tmp_path / "teacher")
     wrong = sections | {"score": {"targets": "topk"}}
     mistaken = write_recipe(tmp_path, teacher, source, **wrong)
-    refused = stillroom_in(code, "plan", mistaken, expect=2)
-    assert "screening keeps every class" in refused.stderr
+    assert "screening keeps every class" in refused_in(code, "plan", mistaken)
 
     recipe = write_recipe(tmp_path, teacher, source, **sections)
-    planned = last_json(stillroom_in(code, "plan", recipe, "--json"))["stages"]
-    assert {name: stage["state"] for name, stage in planned.items()}["score"] == "waits"
-    outcome = last_json(stillroom_in(code, "run", recipe, "--json"))
+    lines = (["plan", recipe, "--json"], ["run", recipe, "--json"])
+    plan, outcome = map(last_line, stillroom_in(code, *lines))
+    assert plan["stages"]["score"]["state"] == "waits"
     assert {stage["state"] for stage in outcome["stages"].values()} == {"done"}
     for arm in outcome["results"].values():
         assert 0 <= arm["surely_right"] <= arm["accuracy"] <= 1

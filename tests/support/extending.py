@@ -6,8 +6,11 @@ others come after it.
 """
 
 import filecmp
+import json
 import shutil
 import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from kit import ENVIRONMENT, command
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = Path(__file__).parent / "examples"
+COMMANDS = Path(__file__).parent / "commands.py"
 FLOORS = ("storage", "stages", "pipeline")
 
 
@@ -56,17 +60,35 @@ def changed_files(folder: Path) -> list[str]:
     )
 
 
-def stillroom_in(
-    folder: Path, *arguments: Any, expect: int = 0
-) -> subprocess.CompletedProcess[str]:
-    """Run the extended command line to its end; checks the exit code."""
+def stillroom_in(folder: Path, *lines: Sequence[Any]) -> list[str]:
+    """Run command lines of the extended product to their end, in one process; what each printed."""
     done = subprocess.run(
-        command(*arguments),
+        [sys.executable, COMMANDS],
+        input=json.dumps([[str(word) for word in line] for line in lines]),
         capture_output=True,
         text=True,
         env=ENVIRONMENT | {"PYTHONPATH": str(folder)},
         cwd=folder,
         timeout=300,
     )
-    assert done.returncode == expect, f"{arguments}\n{done.stdout}\n{done.stderr}"
-    return done
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    printed: list[str] = json.loads(done.stdout.splitlines()[-1])
+    return printed
+
+
+def refused_in(folder: Path, *words: Any) -> str:
+    """What a command line of the extended product says that ends with exit code 2."""
+    done = subprocess.run(
+        command(*words),
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT | {"PYTHONPATH": str(folder)},
+    )
+    assert done.returncode == 2, f"{done.stdout}\n{done.stderr}"
+    return done.stderr
+
+
+def last_line(printed: str) -> dict[str, Any]:
+    """The object that `--json` puts there."""
+    found: dict[str, Any] = json.loads(printed.rstrip("\n").split("\n")[-1])
+    return found

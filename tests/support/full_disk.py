@@ -1,7 +1,8 @@
 """In a mount namespace of its own: fills a small disk in the middle of every stage, frees it, and goes on.
 
 `full_disk.py FOLDER TEACHER PROMPTS` mounts a tmpfs at FOLDER, where store and run folder lie. Each stage's log shows
-that the stage has begun; then a ballast takes all that is left. Prints one JSON object.
+that the stage has begun; then a ballast takes all that is left. What the stage left undone is done
+in this process, which loads torch once. Prints one JSON object.
 """
 
 import json
@@ -9,8 +10,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-from kit import ENVIRONMENT, command, write_recipe
+from kit import ENVIRONMENT, command, last_json, stillroom, write_recipe
 
 STAGES = ("data", "generate", "score", "train", "evaluate")
 PATIENCE = 200.0
@@ -21,17 +23,12 @@ def main(folder: Path, teacher: Path, source: Path) -> None:
     recipe = write_recipe(
         folder, teacher, source, data={"source": str(source), "format": "prompt", "holdout": 4}
     )
-    found = {}
+    found: dict[str, Any] = {}
     for stage in STAGES:
         found[stage] = full_in(recipe, stage)
-    last = subprocess.run(
-        command("run", recipe, "--json"), capture_output=True, text=True, env=ENVIRONMENT
-    )
-    found["finished"] = {"code": last.returncode, "said": last.stdout + last.stderr}
-    checked = subprocess.run(
-        command("verify", folder / "store"), capture_output=True, text=True, env=ENVIRONMENT
-    )
-    found["verified"] = {"code": checked.returncode, "said": checked.stdout}
+        stillroom("run", recipe, "--until", stage)
+    found["results"] = last_json(stillroom("run", recipe, "--json"))["results"]
+    found["verified"] = last_json(stillroom("verify", folder / "store", "--json"))["ok"]
     sys.stdout.write(json.dumps(found) + "\n")
 
 

@@ -15,9 +15,11 @@ from tiny_store import SilentProgress
 
 from stillroom.pipeline.cli.main import main
 from stillroom.pipeline.run import worker
+from stillroom.pipeline.run.process import StageDied
 from stillroom.pipeline.run.screen import Screen
 from stillroom.stages.workers.clock import Clock
 from stillroom.stages.workers.job import StopFlag
+from stillroom.storage.errors import EngineDied
 
 OPENINGS = (
     "the cat sat",
@@ -80,7 +82,11 @@ class InThisProcess:
     def finish(self) -> dict[str, Any]:
         clock = Clock(began=self._message["began"])
         job = worker._job(self._message, SilentProgress(), StopFlag(), clock=clock)
-        return worker._answer(worker._run(job, self._message["name"]), clock)
+        try:
+            return worker._answer(worker._run(job, self._message["name"]), clock)
+        except EngineDied as error:
+            what = f"{self._message['name']}: the engine died: {error}."
+            raise StageDied(what, "Finished rows are kept.") from error
 
 
 def stillroom(*arguments: Any, expect: int = 0) -> subprocess.CompletedProcess[str]:

@@ -54,20 +54,6 @@ def at_worker_start(folder: Path, code: str) -> str:
     return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-def workers() -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if (
-                "stillroom.pipeline.run.worker" in process.cmdline()
-                and process.status() != psutil.STATUS_ZOMBIE
-            ):
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return found
-
-
 def until(condition: Callable[[], bool], what: str) -> None:
     """Look again and again; the wait ends with what is waited for, not with time."""
     deadline = time.monotonic() + PATIENCE
@@ -84,9 +70,16 @@ def alive(process: psutil.Process) -> bool:
 def ours(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """The stages of one runner (other tests may run beside this one)."""
     try:
-        return [w for w in workers() if w.ppid() == process.pid]
+        return [child for child in psutil.Process(process.pid).children() if _is_stage(child)]
     except psutil.NoSuchProcess:
         return []
+
+
+def _is_stage(process: psutil.Process) -> bool:
+    try:
+        return "stillroom.pipeline.run.worker" in process.cmdline() and alive(process)
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return False
 
 
 def committed(recipe: Path, table: str) -> int:

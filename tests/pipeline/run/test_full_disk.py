@@ -42,7 +42,5 @@ def test_a_disk_that_is_full_in_every_stage(
             f"{stage}: {said}"
         )
         assert "Traceback" not in said, f"{stage}: {said}"
-    assert found["finished"]["code"] == 0, found["finished"]["said"]
-    assert found["verified"]["code"] == 0, found["verified"]["said"]
-    result = json.loads(found["finished"]["said"].split("\n{")[-1].join(["{", ""]).splitlines()[0])
-    assert set(result["results"]) >= {"teacher", "student"}
+    assert set(found["results"]) >= {"teacher", "student"}
+    assert found["verified"]

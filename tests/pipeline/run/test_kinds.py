@@ -1,7 +1,6 @@
 """Every kind of target from text to a judged student: one store for all, a scoring run for each.
 
-The stages run in this process, in place of one of their own, but for one run of the whole command
-line.
+The stages run in this process, in place of one of their own.
 """
 
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kit import InThisProcess, last_json, prompts, stillroom_processes, write_jsonl, write_recipe
+from kit import InThisProcess, last_json, prompts, stillroom, write_jsonl, write_recipe
 from tiny_llama import save_tiny_llama
 
 from stillroom.pipeline.plan.plan import make_plan
@@ -186,7 +185,7 @@ def test_rows_that_are_made_again_are_the_same(
 
 @pytest.mark.slow
 def test_the_whole_command_line(recipe: Path) -> None:
-    """Stages in their own processes; the recipe's words for everything that sampled targets may say."""
+    """The recipe's words for everything that sampled targets may say."""
     words = [
         "score.targets=sampled",
         "score.rounds=11",
@@ -194,7 +193,7 @@ def test_the_whole_command_line(recipe: Path) -> None:
         "score.proposal=0.8",
     ]
     overrides = [w for o in [*words, *KINDS["systematic"][3:]] for w in ("--set", o)]
-    outcome = last_json(stillroom_processes("run", recipe, "--json", *overrides))
+    outcome = last_json(stillroom("run", recipe, "--json", *overrides))
     results = outcome["results"]
     assert results["student"]["kl_teacher"] < results["student_before"]["kl_teacher"]
 

@@ -1,27 +1,31 @@
-"""One row that makes the engine raise, or kills its process: it is found and rejected, and all the others are done."""
+"""One row that makes the engine raise, or kills it: it is found and rejected, and all the others are done.
+
+Where the engine's process dies, stages are processes; where it raises they are in this one.
+"""
 
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from kit import command, last_json, prompts, stillroom, write_jsonl, write_recipe
 from running import ENVIRONMENT, PATIENCE, at_worker_start
+from torch import Tensor
+from torch.nn import functional
 
+from stillroom.storage.errors import EngineDied
 from stillroom.storage.store.store import Store
 
 pytestmark = pytest.mark.slow
 KILL = "os.kill(os.getpid(), 9)"
-RAISE = "raise RuntimeError('no kernel for this')"
 POISON = "under the tree"
 POISON_ID = 11  # "under", at the beginning of no other prompt
 
 
-def fault(
-    folder: Path, action: str, *, when: str = f"((ids[:-1] == 1) & (ids[1:] == {POISON_ID})).any()"
-) -> str:
-    """PYTHONPATH of workers whose models do `action` on a pass over a text that starts with the poison."""
+def fatal(folder: Path) -> str:
+    """PYTHONPATH of workers that are killed by a pass over a text that starts with the poison."""
     return at_worker_start(
         folder,
         f"""
@@ -29,21 +33,34 @@ def fault(
         plain = torch.nn.functional.embedding
         def embedding(input, *arguments, **more):
             ids = input.flatten()
-            if {when}:
-                {action}
+            if ((ids[:-1] == 1) & (ids[1:] == {POISON_ID})).any():
+                {KILL}
             return plain(input, *arguments, **more)
         torch.nn.functional.embedding = embedding
         """,
     )
 
 
-def run(recipe: Path, site: str, *words: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
+def faulty(error: Exception, poison: int | None) -> Any:
+    """While it lasts, models in this process raise on a text that starts with the poison (None: on every text)."""
+    plain = functional.embedding
+
+    def embedding(ids: Tensor, *arguments: Any, **more: Any) -> Tensor:
+        flat = ids.flatten()
+        if poison is None or ((flat[:-1] == 1) & (flat[1:] == poison)).any():
+            raise error
+        return plain(ids, *arguments, **more)
+
+    return patch.object(functional, "embedding", embedding)
+
+
+def run(recipe: Path, site: str, *words: str) -> subprocess.CompletedProcess[str]:
     environment = ENVIRONMENT | {"PYTHONPATH": site}
     words = tuple(command("run", recipe, "--json", *words))
     done = subprocess.run(
         words, capture_output=True, text=True, env=environment, timeout=2 * PATIENCE
     )
-    assert done.returncode == expect, done.stderr
+    assert done.returncode == 0, done.stderr
     return done
 
 
@@ -75,38 +92,41 @@ def given(tmp_path: Path, tiny_llama: Callable[..., Path], **sections: Any) -> P
     )
 
 
-@pytest.mark.parametrize(
-    ("action", "reason", "restarts", "attempts"),
-    [(KILL, "engine_died", 2, 2), (RAISE, "engine", 0, 4)],
-)
-def test_a_prompt_that_breaks_the_engine_is_rejected_and_the_others_are_written(
-    tmp_path: Path,
-    tiny_llama: Callable[..., Path],
-    action: str,
-    reason: str,
-    restarts: int,
-    attempts: int,
+def test_a_prompt_that_kills_the_engine_is_rejected_and_the_others_are_written(
+    tmp_path: Path, tiny_llama: Callable[..., Path]
 ) -> None:
     recipe = written_by_hf(tmp_path, tiny_llama)
-    done = run(recipe, fault(tmp_path / "site", action), "--until", "generate")
-    assert done.stderr.count("generate: starts again") == restarts
-    (rejected,) = rejects(tmp_path / "store")
-    assert (rejected["stage"], rejected["reason"], rejected["attempts"]) == (
-        "generate",
-        reason,
-        attempts,
-    )
+    done = run(recipe, fatal(tmp_path / "site"), "--until", "generate")
+    assert done.stderr.count("generate: starts again") == 2
+    assert_only_the_poison_is_rejected(recipe, "engine_died", attempts=2)
+
+
+def test_a_prompt_that_the_engine_refuses_is_rejected_and_the_others_are_written(
+    tmp_path: Path, tiny_llama: Callable[..., Path]
+) -> None:
+    recipe = written_by_hf(tmp_path, tiny_llama)
+    with faulty(RuntimeError("no kernel for this"), POISON_ID):
+        done = stillroom("run", recipe, "--until", "generate")
+    assert "starts again" not in done.stderr
+    assert_only_the_poison_is_rejected(recipe, "engine", attempts=4)
+
+
+def assert_only_the_poison_is_rejected(recipe: Path, reason: str, *, attempts: int) -> None:
+    folder = recipe.parent
+    (rejected,) = rejects(folder / "store")
+    found = (rejected["stage"], rejected["reason"], rejected["attempts"])
+    assert found == ("generate", reason, attempts)
     line = last_json(stillroom("plan", recipe, "--json"))["stages"]["generate"]
     assert (line["planned"], line["committed"], line["rejected"], line["pending"]) == (61, 60, 1, 0)
-    assert last_json(stillroom("verify", tmp_path / "store", "--json"))["ok"]
-    assert not list((tmp_path / "run" / "logs").glob("*.inflight"))
+    assert last_json(stillroom("verify", folder / "store", "--json"))["ok"]
+    assert not list((folder / "run" / "logs").glob("*.inflight"))
 
 
 def test_a_text_that_kills_the_teacher_is_rejected_and_the_others_are_scored(
     tmp_path: Path, tiny_llama: Callable[..., Path]
 ) -> None:
     recipe = given(tmp_path, tiny_llama)
-    done = run(recipe, fault(tmp_path / "site", KILL), "--until", "score")
+    done = run(recipe, fatal(tmp_path / "site"), "--until", "score")
     assert done.stderr.count("score: starts again") == 2
     (rejected,) = rejects(tmp_path / "store")
     assert (rejected["stage"], rejected["reason"]) == ("score", "engine_died")
@@ -118,10 +138,9 @@ def test_where_every_row_kills_the_engine_the_stage_fails_and_rejects_none(
     tmp_path: Path, tiny_llama: Callable[..., Path]
 ) -> None:
     recipe = written_by_hf(tmp_path, tiny_llama)
-    failed = run(
-        recipe, fault(tmp_path / "site", KILL, when="True"), "--until", "generate", expect=1
-    )
-    assert "its process died" in failed.stderr
+    with faulty(EngineDied("the device is lost"), None):
+        failed = stillroom("run", recipe, "--until", "generate", expect=1)
+    assert "the engine died: the device is lost" in failed.stderr
     assert failed.stderr.count("generate: starts again") == 2
     assert rejects(tmp_path / "store") == []
     done = last_json(
@@ -154,12 +173,13 @@ def test_a_prompt_that_kills_vllm_is_rejected_and_the_others_are_written(
         source,
         generate={"engine": "vllm", "max_tokens": 8, "engine_args": {"max_num_seqs": 4}},
     )
-    when = f"((ids[:-1] == 1) & (ids[1:] == {second[-1]})).any()"
-    done = run(recipe, fault(tmp_path / "site", KILL, when=when), "--until", "generate")
+    with faulty(RuntimeError("no kernel for this"), second[-1]):
+        done = stillroom("run", recipe, "--until", "generate")
     assert done.stderr.count("generate: starts again") == 2
     (rejected,) = rejects(tmp_path / "store")
     assert (rejected["reason"], rejected["attempts"]) == ("engine_died", 2)
-    assert (
-        last_json(stillroom("plan", recipe, "--json"))["stages"]["generate"]["committed"]
-        == len(texts) - 1
-    )
+    line = last_json(stillroom("plan", recipe, "--json"))["stages"]["generate"]
+    assert line["committed"] == len(texts) - 1
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()

@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
-from kit import last_json, prompts, stillroom, write_jsonl, write_recipe
+from kit import InThisProcess, last_json, prompts, stillroom, write_jsonl, write_recipe
 from running import PATIENCE, alive, at_worker_start, committed, contents, ours, start, until
 
 from stillroom.pipeline.plan.resolve import teacher_identity
@@ -60,25 +60,30 @@ def process_of(folder: Path, stage: str = "score", **more: Any) -> StageProcess:
 
 def test_teacher_and_student_never_live_at_the_same_time(recipe: Path, tmp_path: Path) -> None:
     """Every stage here leaves a child behind, as an engine may."""
+    stillroom("run", recipe, "--until", "generate")
     children = tmp_path / "children"
     code = f"""
         import subprocess
         child = subprocess.Popen(["sleep", "600"])
         open({str(children)!r}, "a").write(f"{{os.getpid()}} {{child.pid}}\\n")
     """
-    runner = start(recipe, PYTHONPATH=at_worker_start(tmp_path / "site", code))
+    site = at_worker_start(tmp_path / "site", code)
+    runner = start(recipe, "--until", "train", PYTHONPATH=site)
     groups: list[int] = []
-    while runner.poll() is None:
+
+    def ended() -> bool:
         living = {w.pid for w in ours(runner)}
         assert len(living) <= 1
         for pid in living - set(groups):
-            assert not any(group_members(group) for group in groups), (
-                "the group before is still there"
-            )
+            before = [group for group in groups if group_members(group)]
+            assert not before, "the group before is still there"
             groups.append(pid)
+        return runner.poll() is not None
+
+    until(ended, "the end of the run")
     out, err = runner.communicate()
     assert runner.returncode == 0, err
-    assert len(groups) == 5
+    assert len(groups) == 2  # the teacher's, the student's
     assert '"train"' in out
     started = [[int(pid) for pid in line.split()] for line in children.read_text().splitlines()]
     assert [worker for worker, _ in started] == groups
@@ -97,25 +102,10 @@ def test_the_next_stage_waits_for_every_process_of_the_group(tmp_path: Path) -> 
     end_group(group.pid)  # a group that is gone is no error
 
 
-@pytest.mark.parametrize("stage", ["generate", "train"])
-def test_a_stage_dies_with_its_runner(recipe: Path, stage: str) -> None:
-    runner = start(recipe)
-    log = recipe.parent / "run" / "logs" / f"{stage}.log"
-    until(log.exists, f"stage {stage}")
-    worker = ours(runner)
-    os.kill(runner.pid, signal.SIGKILL)
-    runner.wait()
-    until(lambda: not any(alive(w) for w in worker), "the stage's death")
-    runner.communicate()
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_commits_what_is_finished_and_says_how_to_go_on(
-    recipe: Path, number: int
-) -> None:
+def test_the_first_signal_commits_what_is_finished_and_says_how_to_go_on(recipe: Path) -> None:
     runner = start(recipe)
     until(lambda: committed(recipe, "generations") >= 1, "a first commit")
-    runner.send_signal(number)
+    runner.send_signal(signal.SIGTERM)
     _, err = runner.communicate(timeout=PATIENCE)
     assert runner.returncode == 130
     assert "Run the same command to go on" in err
@@ -214,10 +204,12 @@ def test_a_model_that_is_not_the_planned_one_is_not_loaded(
         loaded, FileHashes(tmp_path / "store", remember=False), download=False
     )
     ids = {"teacher_id": "0" * 32 if changed == "teacher" else teacher.id, "author_id": "0" * 32}
+    message = message_for(tmp_path, stage, recipe=loaded.model_dump(mode="json"), job=ids)
+    process = InThisProcess(message | {"began": None}, Screen(io.StringIO()))
     with pytest.raises(
         StillroomError, match=f"^{changed}: the files in .* changed since the plan was made"
     ):
-        process_of(tmp_path, stage, recipe=loaded.model_dump(mode="json"), job=ids).finish()
+        process.finish()
 
 
 def progress_of(recipe: Path, stage: str) -> Callable[[], bool]:
@@ -232,13 +224,14 @@ def progress_of(recipe: Path, stage: str) -> Callable[[], bool]:
 
 
 def kill_in_the_middle(recipe: Path, stage: str) -> None:
-    """Run until a stage is at work, kill -9 the runner, and see the stage die."""
+    """Run until a stage is at work, kill -9 the runner, and see the stage die with it; then end the stage."""
     runner, there = start(recipe), progress_of(recipe, stage)
     until(lambda: there() or runner.poll() is not None, stage)
     worker = ours(runner)
     os.killpg(runner.pid, signal.SIGKILL)
     runner.communicate()
     until(lambda: not any(alive(w) for w in worker), "its death")
+    stillroom("run", recipe, "--until", stage)
 
 
 def test_killed_in_every_stage_the_store_ends_as_if_undisturbed(

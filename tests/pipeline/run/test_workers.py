@@ -15,7 +15,7 @@ from running import PATIENCE, at_worker_start, committed, contents, end_started,
 from stillroom.storage.store.store import Store
 
 pytestmark = pytest.mark.slow
-BATCH, BLOCK, ROWS = 4, 8, 216
+BATCH, BLOCK, ROWS = 4, 8, 120
 
 
 @pytest.fixture(autouse=True)
@@ -133,6 +133,7 @@ def test_the_work_of_a_worker_that_was_killed_is_done_by_the_other(
 
 def test_full_runs_at_once_train_one_student(recipe: Path, tmp_path: Path) -> None:
     """Those that find it in training wait until it is done, or until a signal comes."""
+    stillroom("run", recipe, "--until", "score")
     first = start(recipe)
     until(lambda: bool(list((tmp_path / "run").glob("train-*/checkpoints/step-*"))), "a checkpoint")
     trainer = ours(first)[0]

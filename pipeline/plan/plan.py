@@ -101,10 +101,7 @@ def _refuse_early(recipe: Recipe, bound: Bound) -> None:
     student = Path(recipe.student.model) if recipe.student.model else None
     if student is None or student.is_dir():
         refuse_other_classes(recipe, student, bound.teacher.class_names)
-    if (
-        recipe.data.format in ("messages", "instruction")
-        and not bound.author.parts["chat_template"]
-    ):
+    if recipe.data.records.conversation and not bound.author.parts["chat_template"]:
         raise UsageError(
             f"data.format: {recipe.data.format!r} needs a chat template, and "
             f"{bound.author.folder} has none. Save one in the model's folder "

@@ -86,7 +86,7 @@ def _bind_there(recipe: Recipe, store: Store | None) -> Bound:
         return Bound(
             binding=_of_published(part), teacher=None, author=None, missing=why, published=part
         )
-    if recipe.data.format == "prompt" and recipe.generate is None:
+    if recipe.data.records.brings_text == "never" and recipe.generate is None:
         raise UsageError(
             f"generate: missing: {name} is a store, and of its texts those are taken that the "
             "`generate` section wrote which the recipe gives. Give the one that it was filled "

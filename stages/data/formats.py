@@ -6,7 +6,7 @@ from typing import Any
 from ...storage.errors import RowError
 from ...storage.keys import content_key
 from ..models.classes import label_index
-from ..recipe.sections import COLUMNS, Data
+from ..recipe.sections import Data
 
 
 def prompt_row(
@@ -35,10 +35,10 @@ def prompt_row(
     record = {ours: record[theirs] for ours, theirs in _columns(record, data).items()}
     row: dict[str, Any] = {"format": data.format, "source": source, **_EMPTY}
     row |= _FORMATS[data.format](record)
-    if data.format == "labelled":
+    if data.records.labelled:
         row["label"] = label_index(record["label"], classes)
     answer, reference = row.pop("answer", None), record.get("reference")
-    if given and data.format not in ("text", "labelled"):
+    if given and not (data.records.document or data.records.labelled):
         # Nothing is generated, so the record's answer is what is scored ...
         no_answer = "no answer to score, and no `generate` section to make one"
         row["completion"] = _text(answer, "completion", if_empty=no_answer)
@@ -63,8 +63,8 @@ def prompt_row(
 
 def _columns(record: dict[str, Any], data: Data) -> dict[str, str]:
     """Our name -> the record's column."""
-    required, optional = COLUMNS[data.format]
-    names = {n: data.columns.get(n, n) for n in (*required, *optional)}
+    required = data.records.required
+    names = {n: data.columns.get(n, n) for n in data.records.columns}
     missing = [names[n] for n in required if names[n] not in record]
     if missing:
         raise RowError(

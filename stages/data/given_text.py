@@ -11,6 +11,7 @@ from ...storage.tables.row_builders import given_row
 from ..ledger.requests import labelled_key, tokens_key
 from ..models.identity import Identity
 from ..models.rendering import Renderer
+from ..recipe.formats import FORMATS
 from ..recipe.sections import Data, Recipe
 from ..workers.job import Job
 from ..workers.shard_about import about
@@ -70,7 +71,7 @@ class GivenText:
         with self._clock.span("tokenizer"):
             texts = self._tokenized(row)
         limit = self._context
-        if row["format"] == "labelled":
+        if FORMATS[row["format"]].labelled:
             # RoBERTa counts its positions from 2: its tokenizer knows what it can read, its config
             # does not say.
             limit = min(limit, self._renderer.longest)
@@ -84,11 +85,11 @@ class GivenText:
 
     def _tokenized(self, row: dict[str, Any]) -> list[tuple[int, list[int]]]:
         """Of each generations row that a prompt becomes, how many tokens are its prompt, and all its token ids."""
-        if row["format"] == "labelled":
+        if FORMATS[row["format"]].labelled:
             # The target is the class: no token is predicted.
             ids = self._renderer.labelled_ids(row["text"], row["text_pair"])
             return [(len(ids), ids)]
-        if row["format"] == "text":
+        if FORMATS[row["format"]].document:
             # Long text becomes several windows, all of it scored.
             return [(0, ids) for ids in self._renderer.windows(row["text"], self._window)]
         prompt = self._renderer.prompt_ids(row)
@@ -100,7 +101,7 @@ class GivenText:
             text = str(self._renderer.tokenizer.decode(ids[start:], skip_special_tokens=True))
         tokens = (
             labelled_key(ids, row["label"])
-            if row["format"] == "labelled"
+            if FORMATS[row["format"]].labelled
             else tokens_key(ids, start)
         )
         generation = given_row(

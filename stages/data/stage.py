@@ -50,7 +50,7 @@ def _inputs_id(
     classes: Sequence[str],
 ) -> str:
     how = recipe.data.model_dump(exclude={"source", "chat_template_kwargs", "window_tokens"})
-    if recipe.data.format == "labelled":
+    if recipe.data.records.labelled:
         how["classes"] = list(classes)  # by their names a label is known
     # The context decides which given completions are too long, whatever the window.
     text = {"author": author_id, "context": context_tokens} if given_text(recipe) else None
@@ -69,7 +69,7 @@ def run(job: Job) -> StageResult:
     store = Store.open(recipe.storage.dir)
     shard_about = about("data", recipe, data.model_dump(exclude={"limit", "holdout"}))
     limits = replace(commit_limits(recipe), rows=max(COMMIT_ROWS, recipe.storage.commit_rows))
-    classes = names_in(store.teacher_dir(job.teacher_id)) if data.format == "labelled" else ()
+    classes = names_in(store.teacher_dir(job.teacher_id)) if data.records.labelled else ()
     rows = Intake()
     rejected, first = 0, ""
     job.progress.start(total=data.limit or 0, unit="records")

@@ -14,6 +14,7 @@ from ...storage.tables.kinds import STRUCTURES, Structure
 from .divergences import DivergenceSettings
 from .engines import EngineName
 from .fields import Kernel, Options, Schedule, Scheduled, Section, Tail
+from .formats import FORMATS, Format, FormatName
 from .kinds import KINDS, TargetKind, Targets
 from .tasks import TaskName
 
@@ -115,7 +116,7 @@ class Data(Section):
     `storage.dir` or one of `storage.sources`: its rows are the data, and nothing is written or scored."""
     split: str = "train"
     """Split of a Hub dataset or of a folder saved by `datasets`."""
-    format: Literal["text", "prompt", "completion", "messages", "instruction", "labelled"]
+    format: FormatName
     """What one record is."""
     columns: dict[str, str] = Field({})
     """Our field name -> the source's column, where they differ."""
@@ -127,6 +128,11 @@ class Data(Section):
     """Use the first records only."""
     holdout: int = Field(200, ge=0)
     """Prompts kept for evaluation, chosen by hash."""
+
+    @property
+    def records(self) -> Format:
+        """What a record of this format holds, and what it is to the stages."""
+        return FORMATS[self.format]
 
 
 class Generate(Section):
@@ -363,14 +369,3 @@ class Recipe(Section):
     loss: Loss = Loss()
     train: Train
     evaluate: Evaluate = Evaluate()
-
-
-COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "text": (("text",), ()),
-    "prompt": (("prompt",), ("reference",)),
-    "completion": (("prompt", "completion"), ()),
-    "messages": (("messages",), ("reference",)),
-    "instruction": (("instruction",), ("input", "output", "reference")),
-    "labelled": (("text", "label"), ("text_pair",)),
-}
-"""Format -> our names for what a record must have, and may have."""

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Literal
 
+from .formats import FORMATS
+
 TaskName = Literal["causal_lm", "classification"]
 
 
@@ -52,7 +54,7 @@ _OF_CONTINUED_TEXT = (
 TASKS: dict[str, Task] = {
     "causal_lm": Task(
         head="lm",
-        formats=("completion", "text", "prompt", "messages", "instruction"),
+        formats=tuple(sorted(name for name in FORMATS if not FORMATS[name].labelled)),
         text_alone=True,
         unit="token",
         hub_name="text-generation",

@@ -80,12 +80,15 @@ def sampling_settings(generate: Generate, data: Data) -> dict[str, Any]:
     engine = {
         name: value for name, value in generate.engine_args.items() if name not in _ONLY_SPEED
     }
+    # Ids once ran on to the end of the token that completed the stop string.
+    stopped = {"end_of_stopped_ids": "before the stop string"} if generate.stop else {}
     return {
         "temperature": generate.temperature,
         "top_p": 1.0 if greedy else generate.top_p,
         "seed": 0 if greedy else generate.seed,
         "stop": sorted(generate.stop),
         "chat_template_kwargs": data.chat_template_kwargs,
+        **stopped,
     } | ({"engine": engine} if engine else {})
 
 

@@ -6,7 +6,7 @@ from .engines import PLANNED
 from .fields import Section
 from .kinds import kinds_with
 from .loss_checks import check_loss
-from .sections import Data, Recipe, Score, Teacher
+from .sections import Data, Generate, Recipe, Score, Teacher
 from .task_checks import check_task, lookup, targets_fit
 
 # Named by the recipe, done by no stage yet: refused by name, never ignored.
@@ -41,6 +41,8 @@ def check_together(recipe: Recipe) -> list[tuple[str, str]]:
                 f"format {kind!r} brings its own text. Remove this section, or use format 'prompt'",
             )
         )
+    if recipe.generate is not None and recipe.generate.temperature == 0:
+        errors += _greedy(recipe.generate)
     errors += check_task(recipe)
     needs_text = records.brings_text == "never" and recipe.data.source not in stores_of(recipe)
     if needs_text and recipe.generate is None:
@@ -49,6 +51,16 @@ def check_together(recipe: Recipe) -> list[tuple[str, str]]:
         )
     errors += _sources(recipe)
     return errors + (check_loss(recipe.loss, recipe.score) if targets_fit(recipe) else [])
+
+
+def _greedy(generate: Generate) -> list[tuple[str, str]]:
+    if generate.samples == 1:
+        return []
+    message = (
+        f"{generate.samples} completions of a prompt are all the same at generate.temperature 0. "
+        "Use samples: 1, or a temperature above 0"
+    )
+    return [("generate.samples", message)]
 
 
 def stores_of(recipe: Recipe) -> list[str]:

@@ -21,7 +21,7 @@ from ..files.base import file_sha256
 from ..files.local import LocalFiles
 from ..snapshots.snapshot import Snapshot, load_snapshot
 from ..store.store import Store
-from ..tables.schema import FORMAT_VERSION, TableName
+from ..tables.schema import VERSIONS, TableName
 from .export_files import TableFiles
 from .export_numbers import TargetNumbers, TextNumbers
 from .export_rows import (
@@ -323,7 +323,7 @@ class _Split:
         parts = folder / table / self._split
         parts.mkdir(parents=True)
         schema = pa.schema([PUBLISHED[table].field(name) for name in self._columns[table]])
-        named = {"format_version": FORMAT_VERSION, "table": table, "split": self._split}
+        named = {"format_version": VERSIONS[table], "table": table, "split": self._split}
         return TableFiles(parts, schema=schema, about={**about, **named}, counted=counted)
 
     def _close(self, files: TableFiles, table: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 from ..errors import IntegrityError, UsageError
 from ..files.base import Files
 from ..keys import content_id, seal, unseal
-from ..tables.schema import FORMAT_VERSION
+from ..tables.schema import RECORD_VERSION
 
 PUBLISHED_VERSION = 1
 CARD, MANIFEST = "README.md", "MANIFEST.json"
@@ -104,7 +104,7 @@ class Manifest:
         """The manifest as the file's bytes."""
         return seal(
             {
-                "format_version": FORMAT_VERSION,
+                "format_version": RECORD_VERSION,
                 "published_version": PUBLISHED_VERSION,
                 "id": self.id,
                 "name": self.name,
@@ -127,10 +127,10 @@ class Manifest:
         """
         record = unseal(data, name)
         versions = record.pop("format_version", None), record.pop("published_version", None)
-        if versions != (FORMAT_VERSION, PUBLISHED_VERSION):
+        if versions != (RECORD_VERSION, PUBLISHED_VERSION):
             raise IntegrityError(
                 f"{name}: formats {versions}, this Stillroom reads "
-                f"{(FORMAT_VERSION, PUBLISHED_VERSION)}. Use the version of Stillroom that "
+                f"{(RECORD_VERSION, PUBLISHED_VERSION)}. Use the version of Stillroom that "
                 "published it."
             )
         files = [

@@ -12,6 +12,7 @@ from ..errors import IntegrityError
 from .kinds import STRUCTURES
 from .schema import FLOATS, TableName
 from .soft_targets import SoftTargets
+from .spans import check_spans, spans_of
 
 # Columns of some kinds only; where a kind does not have one it is null.
 _OPTIONAL = sorted(
@@ -28,6 +29,8 @@ def check_shape(table: TableName, row: Mapping[str, Any], about: Mapping[str, An
     if table == "soft_targets":
         aligned_targets(row, about)
     if table == "generations":
+        if row.get("spans") is not None:
+            check_spans(spans_of(row), len(row["token_ids"]), "generations row")
         prompt, completion = row["prompt_tokens"], row["completion_tokens"]
         total = len(row["token_ids"])
         if prompt < 0 or completion < 0 or prompt + completion != total:
@@ -39,15 +42,11 @@ def check_shape(table: TableName, row: Mapping[str, Any], about: Mapping[str, An
 
 def aligned_targets(row: Mapping[str, Any], about: Mapping[str, Any]) -> SoftTargets:
     """The row's targets, one for each token of its span; IntegrityError if the row says otherwise."""
-    start, n, k, total = row["span_start"], row["span_tokens"], row["k"], len(row["token_ids"])
+    k = row["k"]
     if about.get("head") == "classes":
         _check_classes(row, about["class_names"])
-    elif n < 1 or k < 1 or start < 1 or start + n > total:
-        raise IntegrityError(
-            f"soft_targets row: span_start {start}, span_tokens {n} and k {k} do not fit a row of "
-            f"{total} tokens. A span starts at 1 or later, because position t predicts token t + "
-            "1, and ends within the row."
-        )
+    else:
+        _check_spans(row)
     _kind_columns(row)
     if STRUCTURES[row["kind"]].whole and k != outcomes(about):
         raise IntegrityError(
@@ -62,6 +61,20 @@ def aligned_targets(row: Mapping[str, Any], about: Mapping[str, Any]) -> SoftTar
     _entry_numbers(row, targets)
     _check_temperatures(row["kind"], targets)
     return targets
+
+
+def _check_spans(row: Mapping[str, Any]) -> None:
+    """The spans fit the row, and `span_start` and `span_tokens` say the same as they."""
+    spans = spans_of(row)
+    check_spans(spans, len(row["token_ids"]), "soft_targets row")
+    found = row["span_start"], row["span_tokens"]
+    expected = int(spans[0, 0]), int(spans[:, 1].sum())
+    if found != expected:
+        raise IntegrityError(
+            f"soft_targets row: span_start and span_tokens are {found}, its spans say {expected}."
+        )
+    if row["k"] < 1:
+        raise IntegrityError(f"soft_targets row: k is {row['k']}, expected 1 or more.")
 
 
 def _refuse_nan(row: Mapping[str, Any]) -> None:

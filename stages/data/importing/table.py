@@ -22,6 +22,7 @@ from ....storage.store.bindings import Binding, write_binding
 from ....storage.store.store import Store
 from ....storage.store.writer import ShardWriter
 from ....storage.tables.row_builders import given_row, target_row
+from ....storage.tables.spans import spans_of
 from ...audit.misplaced_targets import shifted
 from ...ledger.requests import target_key, tokens_key
 from ...models.identity import FileHashes, Identity, find_model, identify, identify_unseen
@@ -269,7 +270,7 @@ class _Import:
             prompt_key=generation["prompt_key"],
             teacher_id=self._teacher.id,
             token_ids=row.token_ids,
-            span_start=max(row.prompt_tokens, 1),
+            spans=spans_of(generation),
             targets=row.targets,
             mantissa_bits=bits,
             settings=settings,

@@ -1,0 +1,72 @@
+"""Spans: which tokens of a row are scored. Most rows have one; a conversation has one for each turn of the assistant.
+
+In a row they are flat, as all lists are: start, tokens, start, tokens. In memory they are [S, 2].
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ..errors import IntegrityError
+
+SPAN_COLUMNS = ("prompt_tokens", "completion_tokens", "spans")
+"""What `spans_of` reads of a row of `generations`."""
+
+
+def one_span(start: int, tokens: int) -> np.ndarray:
+    """[1, 2] int64: the tokens from `start` on, so many."""
+    return np.array([[start, tokens]], np.int64)
+
+
+def spans_of(row: Mapping[str, Any]) -> np.ndarray:
+    """[S, 2] int64 start and tokens of each scored span of a row of `generations` or `soft_targets`.
+
+    A row without the column has one span: that of `span_start` and `span_tokens`, or what follows
+    the prompt. Nothing precedes the first token, so it is never scored.
+    """
+    if row.get("spans") is not None:
+        return np.asarray(row["spans"], np.int64).reshape(-1, 2)
+    if "span_start" in row:
+        return one_span(row["span_start"], row["span_tokens"])
+    return span_after(row["prompt_tokens"], row["prompt_tokens"] + row["completion_tokens"])
+
+
+def span_after(prompt_tokens: int, total_tokens: int) -> np.ndarray:
+    """[1, 2] all that follows a prompt; nothing precedes the first token of a text without one."""
+    start = max(prompt_tokens, 1)
+    return one_span(start, max(total_tokens - start, 0))
+
+
+def flat(spans: np.ndarray) -> np.ndarray:
+    """[2 S] int32: the column `spans`."""
+    return spans.astype(np.int32).reshape(-1)
+
+
+def positions(spans: np.ndarray) -> np.ndarray:
+    """[N] int64 indices of the scored tokens, ascending: those of [[2, 3], [7, 1]] are 2, 3, 4, 7."""
+    starts, tokens = spans[:, 0], spans[:, 1]
+    before = np.cumsum(tokens) - tokens  # scored tokens of the spans before
+    indices: np.ndarray = np.arange(tokens.sum()) + np.repeat(starts - before, tokens)
+    return indices
+
+
+def check_spans(spans: np.ndarray, total_tokens: int, what: str) -> None:
+    """Refuse spans that are empty, overlap, start at the first token or leave the row.
+
+    Raises:
+        IntegrityError: they do; `what` is the row, for the message.
+    """
+    ends = spans.sum(axis=1)
+    starts_after = np.concatenate([[1], ends[:-1]])
+    sound = len(spans) > 0 and bool(
+        (spans[:, 1] >= 1).all()
+        and (spans[:, 0] >= starts_after).all()
+        and ends[-1] <= total_tokens
+    )
+    if not sound:
+        raise IntegrityError(
+            f"{what}: its spans (start, tokens) are {spans.tolist()}, of {total_tokens} tokens. "
+            "Spans have tokens, ascend, do not overlap, start at 1 or later, because position t "
+            "predicts token t + 1, and end within the row."
+        )

@@ -151,6 +151,9 @@ def _survey(recipe: Recipe, plan: Plan, store: Store | None) -> pa.Table | None:
     why = (
         "the source or the data section changed" if store and store.files.names("inputs") else "new"
     )
+    stale, of = plan.bound.stale
+    if stale:
+        why = f"answer was tokenized alone: {stale:,} of {of:,}"
     planned = len(inputs) + rejected
     plan.stages.append(
         StagePlan(name="data", state="to do", planned=planned, pending=planned, why=why)

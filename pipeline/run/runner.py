@@ -221,6 +221,8 @@ def _job(recipe: Recipe, plan: Plan, stage: Stage) -> dict[str, Any]:
         "data_id": binding.data_id,
         "teacher_id": binding.teacher_id,
         "author_id": binding.author_id,
+        "earlier_author_id": plan.bound.earlier_author_id,
+        "day": binding.day,
         "context_tokens": reads,
         "arm": stage.arm or "student",
         "snapshots": snapshots,

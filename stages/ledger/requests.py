@@ -91,6 +91,8 @@ def sampling_settings(generate: Generate, data: Data) -> dict[str, Any]:
         "stop": sorted(generate.stop),
         "chat_template_kwargs": data.chat_template_kwargs,
         **stopped,
+        # Of the prompt's turns too, which is other rows than of the completion alone.
+        **({"turns": "all"} if data.turns == "all" else {}),
     } | ({"engine": engine} if engine else {})
 
 

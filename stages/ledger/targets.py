@@ -30,7 +30,7 @@ def choose_generations(books: Books, *, author_id: str) -> None:
         _judge(books)
         return
     if books.recipe.generate is None:
-        rows = f"JOIN inputs i ON g.source_key = i.key WHERE g.author_id = '{author_id}'"
+        rows = f"JOIN inputs i ON g.source_key = i.key WHERE {books.given(author_id)}"
     else:
         rows = "JOIN (SELECT place, held_out FROM asked WHERE place IS NOT NULL) i ON g.place = i.place WHERE true"
     if books.recipe.select.where is not None:

@@ -33,13 +33,13 @@ FORMATS = {
     "completion": Format(required=("prompt", "completion"), brings_text="always"),
     "messages": Format(
         required=("messages",),
-        optional=("reference",),
+        optional=("tools", "system", "reference"),
         brings_text="perhaps",
         conversation=True,
     ),
     "instruction": Format(
         required=("instruction",),
-        optional=("input", "output", "reference"),
+        optional=("input", "output", "system", "history", "reference"),
         brings_text="perhaps",
         conversation=True,
     ),

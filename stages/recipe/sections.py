@@ -107,6 +107,21 @@ class Student(Section):
         return self
 
 
+# What the stages say to a chat template, and what `apply_chat_template` hands to the tokenizer.
+_RENDERING = {
+    "add_generation_prompt",
+    "continue_final_message",
+    "conversation",
+    "messages",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "strftime_now",
+    "tokenize",
+    "tools",
+}
+_TOKENIZER = {"max_length", "padding", "return_tensors", "tokenizer_kwargs", "truncation"}
+
+
 class Data(Section):
     """Where prompts or texts come from."""
 
@@ -122,12 +137,23 @@ class Data(Section):
     """Our field name -> the source's column, where they differ."""
     chat_template_kwargs: Options = Field({})
     """Arguments of the tokenizer's chat template."""
+    turns: Literal["all", "last"] | None = None
+    """Which turns of the assistant are scored; null: all where the data bring the answers, the last
+    where `generate` writes them."""
     window_tokens: int | None = Field(None, ge=8)
     """Cut long text into windows of this many tokens; null: the teacher's context."""
     limit: int | None = Field(None, ge=1)
     """Use the first records only."""
     holdout: int = Field(200, ge=0)
     """Prompts kept for evaluation, chosen by hash."""
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _of_the_template(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        for names, who in ((_RENDERING, "decided by the stages"), (_TOKENIZER, "the tokenizer's")):
+            if found := sorted(names & arguments.keys()):
+                raise ValueError(f"{found[0]!r} is {who}, no argument of the template. Remove it")
+        return arguments
 
     @property
     def records(self) -> Format:

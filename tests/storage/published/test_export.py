@@ -12,9 +12,9 @@ from stillroom.storage.errors import IntegrityError, UsageError
 from stillroom.storage.files.local import LocalFiles
 from stillroom.storage.keys import seal
 from stillroom.storage.published import export_files
-from stillroom.storage.published.export import Choice, chosen_columns, find_snapshots, make_tables
+from stillroom.storage.published.export import Choice, find_snapshots, make_tables
 from stillroom.storage.published.export_numbers import Lengths, Spread
-from stillroom.storage.published.export_rows import JOINED, PUBLISHED, cut, cut_row
+from stillroom.storage.published.export_rows import JOINED, PUBLISHED, chosen_columns, cut, cut_row
 from stillroom.storage.published.manifest import (
     Manifest,
     PublishedFile,
@@ -512,7 +512,7 @@ class TestManifest:
         with pytest.raises(IntegrityError, match="its files are"):
             Manifest.unsealed(seal(record | {"id": "0" * 32}), "m")
         with pytest.raises(IntegrityError, match="Use the version of Stillroom that published it"):
-            Manifest.unsealed(seal(record | {"published_version": 2}), "m")
+            Manifest.unsealed(seal(record | {"published_version": 3}), "m")
 
     def test_the_card_names_the_version(self):
         assert current_version(self.card("v-0123abcd", "v-0123abcd")) == "v-0123abcd"

@@ -78,6 +78,8 @@ def _run(
     plan = _first_plan(recipe, store)
     chosen = _lines(plan, names)
     screen.plan(plan.stages, chosen=chosen, expected=pace.expected(plan.stages))
+    for note in plan.notes:
+        screen.say(note)
     for name in chosen:
         line = plan.line(name)
         _refuse_waiting(plan, line)

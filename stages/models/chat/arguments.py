@@ -11,6 +11,7 @@ from jinja2.parser import Parser
 
 CLOCK = "strftime_now"
 """What a template calls that writes the day."""
+_OF_ALL = {"chat_template", "documents"}  # read by what renders every template
 _YES_OR_NO = {"true", "false", "boolean"}  # tests of Jinja
 _TRUTH = (nodes.If, nodes.CondExpr, nodes.And, nodes.Or, nodes.Not)
 
@@ -25,9 +26,26 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def doubtful_arguments(template: str, arguments: Mapping[str, Any]) -> list[str]:
-    """A sentence for each argument that a template will not use as it was meant."""
-    known, tested = mentioned(template), _tested(template)
+def template_names(template: Any) -> list[str]:
+    """The names of the templates that a tokenizer lists; one template alone has none."""
+    return [] if template is None or isinstance(template, str) else [t["name"] for t in template]
+
+
+def _texts(template: Any) -> list[str]:
+    if isinstance(template, str):
+        return [template]
+    return [t["template"] for t in template or []]
+
+
+def doubtful_arguments(template: Any, arguments: Mapping[str, Any]) -> list[str]:
+    """A sentence for each argument that a template will not use as it was meant.
+
+    Args:
+        template: The Jinja text; or, of a tokenizer that lists several, their names and texts.
+        arguments: What the recipe gives to it.
+    """
+    known = {name for text in _texts(template) for name in mentioned(text)} | _OF_ALL
+    tested = {name for text in _texts(template) for name in _tested(text)}
     said = []
     for name, value in arguments.items():
         if name not in known:
@@ -42,9 +60,9 @@ def doubtful_arguments(template: str, arguments: Mapping[str, Any]) -> list[str]
     return [f"data.chat_template_kwargs: {sentence}" for sentence in said]
 
 
-def reads_the_clock(template: str | None) -> bool:
+def reads_the_clock(template: Any) -> bool:
     """Whether a rendering depends on the day."""
-    return template is not None and CLOCK in template and CLOCK in mentioned(template)
+    return any(CLOCK in mentioned(text) for text in _texts(template))
 
 
 @cache

@@ -25,7 +25,7 @@ class ChatRenderer:
     """Renders conversations by one tokenizer's template."""
 
     def __init__(self, tokenizer: Any, arguments: Mapping[str, Any], day: str | None) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer, arguments, day)
         self._unread = Unread(self._template)
         self._unbounded, self._first_unbounded = 0, ""
@@ -77,7 +77,7 @@ class ChatRenderer:
         rendered = self._template.render(chat)
         self._unread.look(chat, rendered.text)
         try:
-            tokens = TurnTokens(self._tokenizer, rendered.text)
+            tokens = TurnTokens(self.tokenizer, rendered.text)
         except Exception as error:
             raise RowError("unreadable", f"the tokenizer fails on this text: {error}") from error
         found = Turns(self._template, chat, rendered)

@@ -93,16 +93,23 @@ class ChatTemplate:
     def _readable(self, chat: Chat) -> Chat:
         """A conversation as this template can read it.
 
-        Parts of a text are joined by newlines where it knows no parts, as vLLM does. Where it would
-        write the word None for a message without a content, it is given an empty text.
+        Parts of a text are joined by newlines where it knows no parts, as vLLM does. Where it cannot
+        read a message without a content, the content is an empty text.
         """
         if not self._reads_parts:
             chat = _with_contents(chat, list, lambda parts: "\n".join(p["text"] for p in parts))
         if any(message.get("content", "") is None for message in chat.messages):
-            word = _with_contents(chat, type(None), lambda _: "None")
-            if self._rendered(chat).text == self._rendered(word).text:
+            if not self._reads_null(chat):
                 return _with_contents(chat, type(None), lambda _: "")
         return chat
+
+    def _reads_null(self, chat: Chat) -> bool:
+        """Whether a content of null is neither refused nor written as the word None."""
+        word = _with_contents(chat, type(None), lambda _: "None")
+        try:
+            return self._rendered(chat).text != self._rendered(word).text
+        except Exception:
+            return False
 
     def _tries_parts(self) -> bool:
         """Whether a content that is a list of parts is written as their text."""

@@ -120,7 +120,9 @@ def test_rows_of_several_spans_beside_rows_of_one() -> None:
     assert versions(store, snapshot) == [1, 2]
     read = {
         row["key"]: row
-        for row in SnapshotReader(store, snapshot, SCHEMAS["soft_targets"].names).samples(seed=0, stop=OLD + len(new))
+        for row in SnapshotReader(store, snapshot, SCHEMAS["soft_targets"].names).samples(
+            seed=0, stop=OLD + len(new)
+        )
     }
     assert read.keys() == {row["key"] for row in [*rows, *new]}
     for row in [*rows, *new]:

@@ -112,13 +112,14 @@ def outcomes(about: Mapping[str, Any]) -> int:
 
 def _check_classes(row: Mapping[str, Any], names: Sequence[str]) -> None:
     """A text that is classified has one target over all classes, at its last token, and a gold label or none."""
-    found = row["span_start"], row["span_tokens"], row["kind"]
-    expected = len(row["token_ids"]) - 1, 1, "full"
-    if found != expected or row.get("spans") is not None:
+    spans = None if row.get("spans") is None else list(row["spans"])
+    found = row["span_start"], row["span_tokens"], row["kind"], spans
+    expected = len(row["token_ids"]) - 1, 1, "full", None
+    if found != expected:
         raise IntegrityError(
-            f"soft_targets row: span_start, span_tokens and kind are {found}, expected "
+            f"soft_targets row: span_start, span_tokens, kind and spans are {found}, expected "
             f"{expected}: where texts are classified, each has one target over all classes, at "
-            "its last token, and no spans."
+            "its last token."
         )
     label = row.get("label")
     if label is not None and not 0 <= label < len(names):

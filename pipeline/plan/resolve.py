@@ -219,11 +219,12 @@ def _with_earlier(recipe: Recipe, bound: Bound, store: Store, *, write: bool) ->
 
 
 def _day(recipe: Recipe, author: Identity, store: Store | None) -> str | None:
-    """What a template that reads the clock is told: the day on which the store's binding was made."""
+    """What a template that reads the clock is told: the day of the store's first binding that has one."""
     if not recipe.data.records.conversation or not reads_the_clock(author.parts["chat_template"]):
         return None
-    written = _written(store.files, recipe) if store else None
-    return (written.day if written else None) or date.today().isoformat()
+    written = all_bindings(store.files).values() if store else ()
+    days = [binding.day for binding in written if binding.day is not None]
+    return min(days, default=date.today().isoformat())
 
 
 def _folder(recipe: Recipe) -> str:

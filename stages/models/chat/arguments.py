@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any
 
 from jinja2 import Environment, TemplateError, meta, nodes
 from jinja2.ext import Extension
@@ -19,7 +19,7 @@ _TRUTH = (nodes.If, nodes.CondExpr, nodes.And, nodes.Or, nodes.Not)
 class _Generation(Extension):
     """`{% generation %}`, a tag of transformers: read as what it holds."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012, as Jinja declares it
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)

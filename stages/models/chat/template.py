@@ -74,12 +74,14 @@ class ChatTemplate:
             ) from error
 
     def _rendered(self, chat: Chat) -> Rendered:
-        from transformers.utils.chat_template_utils import render_jinja_template
+        from transformers.utils import chat_template_utils
+
+        render: Any = chat_template_utils.render_jinja_template  # its annotation is a str alone
 
         # A tokenizer may list several templates, one of them for conversations with tools.
         source = self._tokenizer.get_chat_template(self._chosen, chat.tools)
         marks = _MARKS.search(source) is not None
-        texts, marked = render_jinja_template(
+        texts, marked = render(
             conversations=[chat.messages],
             tools=chat.tools,
             documents=self._documents,

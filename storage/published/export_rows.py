@@ -12,7 +12,6 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -208,7 +207,7 @@ def columns_of_some(store: Store, keys: pa.Array) -> set[str]:
 
 
 @contextmanager
-def _asked(store: Store, keys: pa.Array) -> Iterator[duckdb.DuckDBPyConnection]:
+def _asked(store: Store, keys: pa.Array) -> Iterator[Any]:
     """SQL over the store, with the wanted generations as `wanted`."""
     _check_bytes(store, "generations")
     _check_bytes(store, "prompts")

@@ -3,7 +3,7 @@
 Lists are flat: a soft-target row of N scored tokens holds the E entries of all of them one after
 another, N * K or, where positions differ, the sum of `entries`. Field metadata states what a column
 is, with shape and unit.
-`storage/tables/README.md` is the format for people.
+`storage/tables/README.md` is the format for people, `columns.md` beside it lists these.
 """
 
 from typing import Any, Literal

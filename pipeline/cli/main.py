@@ -129,6 +129,8 @@ def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fals
 
     made = make_plan(loaded)
     print_for_people(plan_table(made))
+    for note in made.notes:
+        print_for_people(note)
     for line in made.stages:
         refuse_impossible(made, line)  # as `run` would
     print_json(plan_json(made), as_json)

@@ -43,6 +43,8 @@ class Plan:
     snapshots: dict[Split, Snapshot] = field(default_factory=dict)
     settings: dict[Arm, dict[str, Any]] = field(default_factory=dict)
     evaluation_id: str = ""
+    notes: tuple[str, ...] = ()
+    """What people should know before the run: a sentence each."""
     sources: dict[str, str] = field(default_factory=dict)
     """Read-only sources by their names in the recipe: what each is, in which version."""
 

@@ -17,6 +17,7 @@ from ...stages.ledger.generations import generation_ledger, published_alike
 from ...stages.ledger.requests import GENERATION_BYTES
 from ...stages.ledger.splits import choose_snapshots
 from ...stages.ledger.targets import choose_generations, target_ledger
+from ...stages.models.chat.arguments import doubtful_arguments, template_names
 from ...stages.models.classes import refuse_other_classes, refuse_other_head
 from ...stages.models.identity import FileHashes
 from ...stages.models.same_tokenizer import refuse_other_tokenizer
@@ -45,7 +46,7 @@ def make_plan(recipe: Recipe, *, write: bool = False) -> Plan:
     store = _open(recipe, write=write)
     bound = bind(recipe, store, write=write)
     _refuse_early(recipe, bound)
-    plan = Plan(bound=bound, write=write)
+    plan = Plan(bound=bound, write=write, notes=_notes(recipe, bound))
     _plan_tables(recipe, plan, store)
     return _with_students(recipe, plan)
 
@@ -61,7 +62,7 @@ def plan_again(recipe: Recipe, plan: Plan, ended: str) -> Plan:
         plan: As it was before the stage.
         ended: Name of the stage's line.
     """
-    again = Plan(bound=plan.bound, write=plan.write, sources=plan.sources)
+    again = Plan(bound=plan.bound, write=plan.write, sources=plan.sources, notes=plan.notes)
     if stage_named(ended).table is not None:
         _plan_tables(recipe, again, _open(recipe, write=plan.write))
     else:
@@ -101,10 +102,7 @@ def _refuse_early(recipe: Recipe, bound: Bound) -> None:
     student = Path(recipe.student.model) if recipe.student.model else None
     if student is None or student.is_dir():
         refuse_other_classes(recipe, student, bound.teacher.class_names)
-    if (
-        recipe.data.format in ("messages", "instruction")
-        and not bound.author.parts["chat_template"]
-    ):
+    if recipe.data.records.conversation and not bound.author.parts["chat_template"]:
         raise UsageError(
             f"data.format: {recipe.data.format!r} needs a chat template, and "
             f"{bound.author.folder} has none. Save one in the model's folder "
@@ -112,6 +110,20 @@ def _refuse_early(recipe: Recipe, bound: Bound) -> None:
         )
     if student is not None and student.is_dir():
         refuse_other_tokenizer(recipe, student, bound.teacher.folder)
+
+
+def _notes(recipe: Recipe, bound: Bound) -> tuple[str, ...]:
+    """What the chat template makes of its arguments; nothing where there is no conversation."""
+    if not recipe.data.records.conversation or bound.author is None:
+        return ()
+    template = bound.author.parts["chat_template"]
+    said = doubtful_arguments(template, recipe.data.chat_template_kwargs)
+    if len(names := template_names(template)) > 1:
+        said.append(
+            f"the tokenizer lists the chat templates {', '.join(names)}: tool_use renders "
+            "conversations that offer tools, if it is there, and default all others"
+        )
+    return tuple(said)
 
 
 def _open(recipe: Recipe, *, write: bool) -> Store | None:
@@ -154,6 +166,9 @@ def _survey(recipe: Recipe, plan: Plan, store: Store | None) -> pa.Table | None:
     why = (
         "the source or the data section changed" if store and store.files.names("inputs") else "new"
     )
+    stale, of = plan.bound.stale
+    if stale:
+        why = f"answer was tokenized alone: {stale:,} of {of:,}"
     planned = len(inputs) + rejected
     plan.stages.append(
         StagePlan(name="data", state="to do", planned=planned, pending=planned, why=why)

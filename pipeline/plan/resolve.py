@@ -4,12 +4,15 @@ Stage one writes this down in the store, so that stage two can run where teacher
 the store is enough.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 
-from ...stages.data.given_text import given_author_id, given_text
-from ...stages.data.stage import inputs_id
+from ...stages.data.given_text import given_text
+from ...stages.data.stage import inputs_id, stale_rows
+from ...stages.data.tokenizing import author_id, earlier_author_id
 from ...stages.ledger.requests import author_context
+from ...stages.models.chat.arguments import reads_the_clock
 from ...stages.models.identity import FileHashes, Identity, find_model, identify
 from ...stages.models.same_tokenizer import compare_tokenizers
 from ...stages.recipe.checks import stores_of
@@ -18,7 +21,7 @@ from ...storage.errors import UsageError
 from ...storage.files.base import Files
 from ...storage.files.opening import open_files
 from ...storage.joined import Joined
-from ...storage.keys import content_id
+from ...storage.keys import canonical_json, content_id
 from ...storage.published.folder import Published
 from ...storage.store.bindings import Binding, all_bindings, newest_binding, write_binding
 from ...storage.store.store import Store
@@ -35,6 +38,10 @@ class Bound:
     """Why they are gone."""
     published: Published | None = None
     """The read-only source whose rows are the data, as they are."""
+    earlier_author_id: str = ""
+    """Of given text that is in the store in the tokens of an earlier rule."""
+    stale: tuple[int, int] = (0, 0)
+    """Of its rows, those whose tokens are others today, and all."""
 
 
 def bind(recipe: Recipe, store: Store | None = None, *, write: bool) -> Bound:
@@ -54,7 +61,7 @@ def bind(recipe: Recipe, store: Store | None = None, *, write: bool) -> Bound:
     if names_store(recipe):
         return _bind_there(recipe, store)
     try:
-        return _bind_here(recipe, write=write)
+        return _bind_here(recipe, store, write=write)
     except UsageError as error:
         for part, _ in store.parts if store else ():
             written = _written(part.files, recipe)
@@ -86,7 +93,7 @@ def _bind_there(recipe: Recipe, store: Store | None) -> Bound:
         return Bound(
             binding=_of_published(part), teacher=None, author=None, missing=why, published=part
         )
-    if recipe.data.format == "prompt" and recipe.generate is None:
+    if recipe.data.records.brings_text == "never" and recipe.generate is None:
         raise UsageError(
             f"generate: missing: {name} is a store, and of its texts those are taken that the "
             "`generate` section wrote which the recipe gives. Give the one that it was filled "
@@ -170,26 +177,61 @@ def find_adapter(adapter: str, *, field: str = "teacher.adapter") -> Path:
     return folder
 
 
-def _bind_here(recipe: Recipe, *, write: bool) -> Bound:
+def _bind_here(recipe: Recipe, store: Store | None, *, write: bool) -> Bound:
     hashes = FileHashes(recipe.storage.dir, remember=write)
     teacher = teacher_identity(recipe, hashes, download=write)
     author = author_identity(recipe, teacher, hashes, download=write)
+    day = _day(recipe, author, store)
+    given = author_id(recipe.data, teacher, day=day)
     binding = Binding(
         teacher_id=teacher.id,
-        author_id=given_author_id(recipe, teacher) if given_text(recipe) else author.id,
-        data_id=inputs_id(recipe, teacher, hashes),
+        author_id=given if given_text(recipe) else author.id,
+        data_id=inputs_id(recipe, teacher, hashes, author_id=given),
         vocab_size=teacher.outcomes(recipe.run.task),
         context_tokens=teacher.context_tokens,
         author_context_tokens=author_context(recipe.generate, author.context_tokens),
+        day=day,
     )
-    return Bound(binding=binding, teacher=teacher, author=author)
+    bound = Bound(binding=binding, teacher=teacher, author=author)
+    if store is None or not given_text(recipe) or store.inputs_about(binding.data_id) is not None:
+        return bound
+    return _with_earlier(recipe, bound, store, write=write)
+
+
+def _with_earlier(recipe: Recipe, bound: Bound, store: Store, *, write: bool) -> Bound:
+    """What an earlier rule made of given text: all of it serves, or what is equal today."""
+    teacher, now = bound.teacher, bound.binding
+    assert teacher is not None
+    earlier = earlier_author_id(recipe.data, teacher)
+    hashes = FileHashes(recipe.storage.dir, remember=write)
+    data_id = inputs_id(recipe, teacher, hashes, author_id=earlier)
+    if earlier == now.author_id or store.inputs_about(data_id) is None:
+        return bound
+    # All of it is tokenized for this: once, if the store may remember that nothing has changed.
+    cache, equal = store.files.cache, f"cache/tokenized/{now.data_id}.json"
+    if not cache.exists(equal):
+        stale, of = stale_rows(recipe, teacher, store, author_id=earlier, day=now.day)
+        if stale:
+            return replace(bound, earlier_author_id=earlier, stale=(stale, of))
+        if write:
+            cache.put_if_absent(equal, canonical_json({"data": data_id, "rows": of}))
+    return replace(bound, binding=replace(bound.binding, author_id=earlier, data_id=data_id))
+
+
+def _day(recipe: Recipe, author: Identity, store: Store | None) -> str | None:
+    """What a template that reads the clock is told: the day of the store's first binding that has one."""
+    if not recipe.data.records.conversation or not reads_the_clock(author.parts["chat_template"]):
+        return None
+    written = all_bindings(store.files).values() if store else ()
+    days = [binding.day for binding in written if binding.day is not None]
+    return min(days, default=date.today().isoformat())
 
 
 def _folder(recipe: Recipe) -> str:
     author = recipe.generate.model if recipe.generate else None
     names = {
         "teacher": recipe.teacher.model_dump(),
-        "data": recipe.data.model_dump(),
+        "data": recipe.data.model_dump(exclude={"turns"} if recipe.data.turns is None else None),
         "author": author,
     }
     return f"bindings/{content_id('binding', given=given_text(recipe), **names)}"

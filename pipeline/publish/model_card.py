@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from ...stages.recipe.formats import FORMATS
 from ...stages.recipe.run_folder import EVALUATED, SETTINGS, STUDENT, TRAINED
 from ...stages.recipe.sections import Recipe
 from ...stages.recipe.tasks import TASKS
@@ -149,7 +150,7 @@ def _code(recipe: Mapping[str, Any]) -> dict[str, str]:
             "code": text + 'print(classify("A text to classify"))',
             "vllm": vllm + 'print(llm.classify("A text to classify")[0].outputs.probs)',
         }
-    chat = recipe["data"]["format"] in ("messages", "instruction")
+    chat = FORMATS[recipe["data"]["format"]].conversation
     asked = '[{"role": "user", "content": "Hello!"}]' if chat else '"Once upon a time"'
     how = f"llm.{'chat' if chat else 'generate'}({asked})"
     return {
@@ -196,7 +197,8 @@ def _limits(recipe: Mapping[str, Any], student: Mapping[str, Any]) -> list[str]:
         + (" and of the initial model" if student["model"] else "")
         + " ask; none is stated here.",
     ]
-    if recipe["data"]["format"] in ("text", "completion", "prompt"):
+    records = FORMATS[recipe["data"]["format"]]
+    if not (records.conversation or records.labelled):
         found.append(
             "It continues text; it was not taught to follow instructions or to hold a conversation."
         )

@@ -19,6 +19,7 @@ from ...storage.store.store import Store
 from ...storage.tables.kinds import STRUCTURES
 from ...storage.tables.schema import TableName
 from ...storage.tables.soft_targets import SoftTargets
+from ...storage.tables.spans import positions, spans_of
 from ..numbers import printable
 from .report import load_report
 from .token_view import coloured, drawn, fitting, rows_of, visible
@@ -119,8 +120,8 @@ def tokenizer_of(store: Store, row: dict[str, Any]) -> Any:
 
 def describe(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     """The sample as plain data, for `--json`."""
-    start = row["span_start"] if row["table"] == "soft_targets" else max(row["prompt_tokens"], 1)
-    ids = row["token_ids"].tolist()
+    spans = spans_of(row)
+    ids, scored = row["token_ids"].tolist(), positions(spans).tolist()
     tokens, texts = [_show(tokenizer, token) for token in ids], Pieces(tokenizer)
     found: dict[str, Any] = {
         "table": row["table"],
@@ -128,7 +129,8 @@ def describe(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
         "tokens": tokens,
         "texts": [texts[token] for token in ids],
         "token_ids": ids,
-        "span_start": start,
+        "span_start": scored[0],
+        "spans": spans.tolist(),
     }
     if row["table"] == "soft_targets":
         targets, classes = SoftTargets.from_row(row), row.get("class_names")
@@ -140,8 +142,8 @@ def describe(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
             )
         found["kept"] = Kept.of_row(row).named() | {"mantissa_bits": row["mantissa_bits"]}
         found["positions"] = [
-            _position(targets.positions(slice(n, n + 1)), start + n, show)
-            for n in range(row["span_tokens"])
+            _position(targets.positions(slice(n, n + 1)), index, show)
+            for n, index in enumerate(scored)
         ]
     return found
 

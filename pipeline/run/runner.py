@@ -79,6 +79,8 @@ def _run(
     plan = _first_plan(recipe, store)
     chosen = _lines(plan, names)
     screen.plan(plan.stages, chosen=chosen, expected=pace.expected(plan.stages))
+    for note in plan.notes:
+        screen.say(note)
     for name in chosen:
         line = plan.line(name)
         _refuse_waiting(plan, line)
@@ -221,6 +223,8 @@ def _job(recipe: Recipe, plan: Plan, stage: Stage) -> dict[str, Any]:
         "data_id": binding.data_id,
         "teacher_id": binding.teacher_id,
         "author_id": binding.author_id,
+        "earlier_author_id": plan.bound.earlier_author_id,
+        "day": binding.day,
         "context_tokens": reads,
         "arm": stage.arm or "student",
         "snapshots": snapshots,

@@ -194,6 +194,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     return {
         "teacher_id": plan.bound.binding.teacher_id,
         "sources": plan.sources,
+        "notes": [*plan.notes],
         "stages": {
             s.name: {
                 "state": s.state,

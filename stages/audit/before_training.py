@@ -23,9 +23,9 @@ from ...storage.snapshots.snapshot import Snapshot
 from ...storage.store.index import Index
 from ...storage.store.store import Store
 from ...storage.tables.doubts import doubts
+from ...storage.tables.spans import SPAN_COLUMNS, spans_of
 from ..models.reads import check_ids
 from ..recipe.sections import Recipe
-from ..targets.alignment import scored_span
 from .misplaced_targets import shifted, surprise, unknowing
 
 ROWS = 32
@@ -175,12 +175,12 @@ def _check_text(store: Store, rows: Sequence[Row], tokenizer: Any) -> None:
 
 def _check_span(row: Row, text: Row) -> None:
     """A row of targets scores its generation's completion, in the same tokens."""
-    start, n = scored_span(text["prompt_tokens"], len(text["token_ids"]))
+    found, expected = spans_of(row), spans_of(text)
     same = np.array_equal(row["token_ids"], text["token_ids"])
-    if not same or (row["span_start"], row["span_tokens"]) != (start, n):
+    if not same or not np.array_equal(found, expected):
         raise IntegrityError(
-            f"{_name(row)}: scores {row['span_tokens']} tokens from {row['span_start']} on, "
-            f"expected {n} from {start} on, the completion of its "
+            f"{_name(row)}: scores the spans {found.tolist()} (start, tokens), expected "
+            f"{expected.tolist()}, those of its "
             f"generation{'' if same else ', whose tokens are others'}. {_HELP}"
         )
 
@@ -204,7 +204,7 @@ def _generations(store: Store, rows: Sequence[Row]) -> dict[bytes, Row]:
     places: dict[str, list[int]] = {}
     for (place,) in found:
         places.setdefault(commits[place >> 32].shard.sha256, []).append(place & 0xFFFFFFFF)
-    columns = ["key", "token_ids", "prompt_tokens", "text"]
+    columns = ["key", "token_ids", "text", *SPAN_COLUMNS]
     return {row["key"]: row for row in store.rows("generations", places, columns)}
 
 

@@ -63,12 +63,12 @@ def _fits_shifted(
     # nothing to put there.
     n = row.span_tokens
     inner = slice(1, n - 1) if n > 2 else slice(0, n)
-    position = row.first_position + inner.start + shift
-    if position < 0:
+    positions = row.predicting[inner] + shift
+    if positions.min() < 0:
         return False
     targets = row.targets.positions(inner)
     stored = stored_numbers(targets)
-    measured = reader.numbers(row, targets, position=position)
+    measured = reader.numbers(row, targets, positions=positions)
     found = compare(stored, measured, again=measured, bits=row.columns["mantissa_bits"])
     # `token_logprob` would fit only if the token, too, was looked up in the wrong place. Of an
     # imported row the entropy and the tail are bounds.

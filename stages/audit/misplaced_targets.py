@@ -26,6 +26,7 @@ import numpy as np
 
 from ...storage.tables.kinds import STRUCTURES
 from ...storage.tables.soft_targets import SoftTargets
+from ...storage.tables.spans import spans_of
 from ..targets.alignment import predicting_positions, scored_tokens
 
 Row = Mapping[str, Any]
@@ -146,13 +147,16 @@ def _by_position(rows: Sequence[Row]) -> np.ndarray | None:
     """[5, N] of the inner positions of all rows: l_-1, l_0, l_1, entropy, the token that predicts; None if none."""
     parts = []
     for row in rows:
-        n = row["span_tokens"]
-        if n < 3 or not at_one(row):
+        if not at_one(row):
             continue
-        # The first and the last position have no neighbour on one side.
-        tokens = _tokens(row)
-        beside = [tokens[1 + s : n - 1 + s] for s in (-1, 0, 1)]
-        parts.append(_likelihoods(row, slice(1, n - 1), beside))
+        tokens, start = _tokens(row), 0
+        for n in spans_of(row)[:, 1].tolist():
+            # The first and the last position of a span have no neighbour on one side.
+            inner = slice(start + 1, start + n - 1)
+            beside = [tokens[inner.start + s : inner.stop + s] for s in (-1, 0, 1)]
+            if n >= 3:
+                parts.append(_likelihoods(row, inner, beside))
+            start += n
     return np.concatenate(parts, axis=1) if parts else None
 
 
@@ -170,13 +174,13 @@ def _by_row(rows: Sequence[Row]) -> np.ndarray | None:
 def _likelihoods(row: Row, part: slice, tokens: Sequence[np.ndarray]) -> np.ndarray:
     """[5, N] the log-probabilities that some targets give three lists of tokens, their entropy, what predicts."""
     targets = SoftTargets.from_row(row).positions(part)
-    positions = predicting_positions(row["span_start"], row["span_tokens"])
+    positions = predicting_positions(spans_of(row))
     predicting = row["token_ids"][positions][part]
     return np.stack([*(_logprob_of(targets, one) for one in tokens), targets.entropy, predicting])
 
 
 def _tokens(row: Row) -> np.ndarray:
-    tokens: np.ndarray = scored_tokens(row["token_ids"], row["span_start"], row["span_tokens"])
+    tokens: np.ndarray = scored_tokens(row["token_ids"], spans_of(row))
     return tokens
 
 

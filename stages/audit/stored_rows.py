@@ -12,6 +12,7 @@ from ...storage.errors import IntegrityError
 from ...storage.store.store import Store
 from ...storage.tables.kinds import STRUCTURES
 from ...storage.tables.soft_targets import SoftTargets
+from ...storage.tables.spans import spans_of
 from ..targets.alignment import predicting_positions, scored_tokens
 
 
@@ -59,17 +60,14 @@ class StoredRow:
         return int(self.columns["span_tokens"])
 
     @property
-    def first_position(self) -> int:
-        """The position that predicts the first scored token."""
-        start: int = predicting_positions(self.columns["span_start"], self.span_tokens).start
-        return start
+    def predicting(self) -> np.ndarray:
+        """[N] the positions that predict the scored tokens."""
+        return predicting_positions(spans_of(self.columns))
 
     @property
     def scored(self) -> np.ndarray:
         """[N] the scored tokens."""
-        tokens: np.ndarray = scored_tokens(
-            self.token_ids, self.columns["span_start"], self.span_tokens
-        )
+        tokens: np.ndarray = scored_tokens(self.token_ids, spans_of(self.columns))
         return tokens
 
     @property

@@ -10,7 +10,6 @@ from ...storage.tables.soft_targets import SoftTargets
 from ..models.causal_lm import load_causal_lm
 from ..models.head import check_head, hidden_states, split_head
 from ..models.identity import Identity
-from ..targets.alignment import predicting_positions
 from .differences import SecondReading, compare
 from .numbers import Numbers, entries_alone, measured_numbers, stored_numbers
 from .stored_rows import StoredRow
@@ -31,17 +30,17 @@ class TeacherReader:
         together = self._states([row.token_ids for row in rows], padding=1)
         return [self._compared(row, states) for row, states in zip(rows, together, strict=True)]
 
-    def numbers(self, row: StoredRow, targets: SoftTargets, *, position: int) -> Numbers:
-        """What the teacher, reading a row alone, says of these targets' entries at as many positions from one on."""
+    def numbers(self, row: StoredRow, targets: SoftTargets, *, positions: np.ndarray) -> Numbers:
+        """What the teacher, reading a row alone, says of these targets' entries at as many positions."""
         (states,) = self._states([row.token_ids])
-        return self._numbers(row, targets, states=states, position=position)
+        return self._numbers(row, targets, states=states, positions=positions)
 
     def _compared(self, row: StoredRow, among_others: Tensor) -> SecondReading:
         """A row read alone, compared with what is stored and with its states among others."""
-        targets, position = row.targets, row.first_position
+        targets, positions = row.targets, row.predicting
         stored = stored_numbers(targets)
-        measured = self.numbers(row, targets, position=position)
-        again = self._numbers(row, targets, states=among_others, position=position)
+        measured = self.numbers(row, targets, positions=positions)
+        again = self._numbers(row, targets, states=among_others, positions=positions)
         entropy = measured["entropy"]
         if row.imported:
             stored, measured, again = (
@@ -51,16 +50,14 @@ class TeacherReader:
         return SecondReading(row=row, differences=found, entropy=entropy)
 
     def _numbers(
-        self, row: StoredRow, targets: SoftTargets, *, states: Tensor, position: int
+        self, row: StoredRow, targets: SoftTargets, *, states: Tensor, positions: np.ndarray
     ) -> Numbers:
-        n = len(targets.entropy)
         # Shifted by one, the last position predicts a token that is not there: any id will do, for
         # its log-probability is then not compared.
-        tokens = np.append(row.token_ids, 0)
-        following = tokens[position + 1 : position + 1 + n].astype(np.int64)
+        following = np.append(row.token_ids, 0)[positions + 1].astype(np.int64)
         with torch.inference_mode():
             return measured_numbers(
-                states[predicting_positions(position + 1, n)],
+                states[torch.from_numpy(positions).to(states.device)],
                 self._head,
                 targets=targets,
                 following=torch.from_numpy(following),

@@ -5,8 +5,17 @@ from typing import Any
 
 from ...storage.errors import RowError
 from ...storage.keys import content_key
+from ...storage.tables.conversations import (
+    Conversation,
+    answer_columns,
+    as_json,
+    conversation,
+    message_columns,
+)
 from ..models.classes import label_index
-from ..recipe.sections import COLUMNS, Data
+from ..recipe.sections import Data
+from .conversations import alpaca, chat
+from .fields import checked_text, missing
 
 
 def prompt_row(
@@ -34,113 +43,118 @@ def prompt_row(
         raise RowError("unreadable", record)
     record = {ours: record[theirs] for ours, theirs in _columns(record, data).items()}
     row: dict[str, Any] = {"format": data.format, "source": source, **_EMPTY}
-    row |= _FORMATS[data.format](record)
-    if data.format == "labelled":
+    reference = record.get("reference")
+    if data.records.conversation:
+        held = _CONVERSATIONS[data.format](record)
+        row |= _conversation_columns(held, data, given=given)
+        # Else the answer is only what the generated text can be compared with.
+        answer = None if given or held.answer is None else held.answer.get("content")
+        reference = answer if missing(reference) and isinstance(answer, str) else reference
+    else:
+        row |= _TEXTS[data.format](record)
+    if data.records.labelled:
         row["label"] = label_index(record["label"], classes)
-    answer, reference = row.pop("answer", None), record.get("reference")
-    if given and data.format not in ("text", "labelled"):
-        # Nothing is generated, so the record's answer is what is scored ...
-        no_answer = "no answer to score, and no `generate` section to make one"
-        row["completion"] = _text(answer, "completion", if_empty=no_answer)
-    elif _missing(reference):
-        # ... else it is only what the generated text can be compared with.
-        reference = answer
-    row["reference"] = None if _missing(reference) else _text(reference, "reference")
-    # Keys are hashes of what is named here; the source is not, so a row that moved is the same row.
-    row["prompt_key"] = content_key(
-        "prompt", text=row["text"], messages=row["messages"], pair=row["text_pair"]
+    row["reference"] = None if missing(reference) else checked_text(reference, "reference")
+    return row | _keys(row)
+
+
+def _keys(row: dict[str, Any]) -> dict[str, Any]:
+    """Hashes of what a row holds.
+
+    The source is not part of them, so a row that moved is the same row. What a row does not have is
+    not either, so that rows of before have the names that they had.
+    """
+    messages, more = row["messages"], {}
+    if row["message_fields"] is not None:
+        messages = conversation(row).messages
+    if row["tools"] is not None:
+        more["tools"] = row["tools"]
+    prompt_key = content_key(
+        "prompt", text=row["text"], messages=messages, pair=row["text_pair"], **more
     )
-    row["key"] = content_key(
+    answer = row["completion_fields"]
+    key = content_key(
         "prompts",
-        prompt=row["prompt_key"],
+        prompt=prompt_key,
         format=row["format"],
         completion=row["completion"],
         reference=row["reference"],
         label=row["label"],
+        **({} if answer is None else {"completion_fields": answer}),
     )
-    return row
+    return {"prompt_key": prompt_key, "key": key}
 
 
 def _columns(record: dict[str, Any], data: Data) -> dict[str, str]:
     """Our name -> the record's column."""
-    required, optional = COLUMNS[data.format]
-    names = {n: data.columns.get(n, n) for n in (*required, *optional)}
-    missing = [names[n] for n in required if names[n] not in record]
-    if missing:
+    required = data.records.required
+    names = {n: data.columns.get(n, n) for n in data.records.columns}
+    for ours, theirs in _OTHER_NAMES.items():
+        if ours in names and names[ours] not in record and theirs in record:
+            names[ours] = theirs
+    absent = [names[n] for n in required if names[n] not in record]
+    if absent:
         raise RowError(
             "missing_column",
-            f"no column {missing[0]!r} (found {', '.join(map(repr, record)) or 'nothing'}). "
+            f"no column {absent[0]!r} (found {', '.join(map(repr, record)) or 'nothing'}). "
             f"Name it in data.columns, for example {{{required[0]}: ...}}",
         )
     return {ours: theirs for ours, theirs in names.items() if theirs in record}
 
 
+def _conversation_columns(held: Conversation, data: Data, *, given: bool) -> dict[str, Any]:
+    try:
+        columns = message_columns(held.messages) | answer_columns(held.answer if given else None)
+        columns["tools"] = None if held.tools is None else as_json(held.tools)
+    except (TypeError, ValueError) as error:
+        raise RowError("unreadable", f"a message holds what JSON cannot ({error})") from error
+    turns = any(message["role"] == "assistant" for message in held.messages)
+    if given and held.answer is None and (data.turns == "last" or not turns):
+        raise RowError("empty", "no answer to score, and no `generate` section to make one")
+    return columns
+
+
 def _prompt(record: dict[str, Any]) -> dict[str, Any]:
-    return {"text": _text(record["prompt"], "prompt")}
+    return {"text": checked_text(record["prompt"], "prompt")}
 
 
 def _completion(record: dict[str, Any]) -> dict[str, Any]:
-    return {"text": _text(record["prompt"], "prompt"), "answer": record["completion"]}
-
-
-def _messages(record: dict[str, Any]) -> dict[str, Any]:
-    messages = record["messages"]
-    try:
-        messages = [
-            {"role": _text(m["role"], "role"), "content": _text(m["content"], "content")}
-            for m in messages
-        ]
-    except (TypeError, KeyError) as error:
-        raise RowError(
-            "unreadable", f"messages must be a list of {{role, content}} ({error!r})"
-        ) from error
-    # The last turn of the assistant is the answer to the others.
-    answered = messages and messages[-1]["role"] == "assistant"
-    answer = messages.pop()["content"] if answered else None
-    if not messages:
-        raise RowError("empty", "the conversation has no message to answer")
-    return {"messages": messages, "answer": answer}
-
-
-def _instruction(record: dict[str, Any]) -> dict[str, Any]:
-    content = _text(record["instruction"], "instruction")
-    if not _missing(record.get("input")):
-        content += "\n" + _text(record["input"], "input")
-    return {"messages": [{"role": "user", "content": content}], "answer": record.get("output")}
+    no_answer = "no answer to score, and no `generate` section to make one"
+    return {
+        "text": checked_text(record["prompt"], "prompt"),
+        "completion": checked_text(record["completion"], "completion", if_empty=no_answer),
+    }
 
 
 def _document(record: dict[str, Any]) -> dict[str, Any]:
-    return {"text": _text(record["text"], "text")}
+    return {"text": checked_text(record["text"], "text")}
 
 
 def _labelled(record: dict[str, Any]) -> dict[str, Any]:
     pair = record.get("text_pair")
-    second = None if _missing(pair) else _text(pair, "text_pair")
-    return {"text": _text(record["text"], "text"), "text_pair": second}
+    second = None if missing(pair) else checked_text(pair, "text_pair")
+    return {"text": checked_text(record["text"], "text"), "text_pair": second}
 
 
-def _missing(value: Any) -> bool:
-    return value in (None, "")
-
-
-def _text(value: Any, name: str, *, if_empty: str | None = None) -> str:
-    if _missing(value):
-        raise RowError("empty", if_empty or f"{name} is empty")
-    if not isinstance(value, str):
-        raise RowError("unreadable", f"{name} is a {type(value).__name__}, expected text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise RowError("unreadable", f"{name} is not valid UTF-8 ({error.reason})") from error
-    return value
-
-
-_EMPTY = dict.fromkeys(("text", "text_pair", "messages", "completion", "reference", "label"))
-_FORMATS = {
+_EMPTY = dict.fromkeys(
+    (
+        "text",
+        "text_pair",
+        "messages",
+        "message_fields",
+        "tools",
+        "completion",
+        "completion_fields",
+        "reference",
+        "label",
+    )
+)
+_TEXTS = {
     "text": _document,
     "prompt": _prompt,
     "completion": _completion,
-    "messages": _messages,
-    "instruction": _instruction,
     "labelled": _labelled,
 }
+_CONVERSATIONS = {"messages": chat, "instruction": alpaca}
+_OTHER_NAMES = {"messages": "conversations"}
+"""What others call a column of ours."""

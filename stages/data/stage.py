@@ -22,20 +22,24 @@ from ..recipe.sections import Data, Recipe
 from ..workers.job import Job, StageResult
 from ..workers.shard_about import about, commit_limits
 from .formats import prompt_row
-from .given_text import GivenText, given_author_id, given_text
+from .given_text import GivenText, given_text, tokens_of
 from .inputs import Intake
 from .readers import fingerprint, records
+from .tokenizing import Tokenizing
 
 COMMIT_ROWS = 8192  # reading is cheap to do again, and few large shards are quick to plan from
 _TABLES: tuple[TableName, ...] = ("prompts", "rejects")
 
 
-def inputs_id(recipe: Recipe, teacher: Identity, hashes: FileHashes) -> str:
-    """Name of the inputs record: what the source holds now, and how it is read."""
+def inputs_id(recipe: Recipe, teacher: Identity, hashes: FileHashes, *, author_id: str = "") -> str:
+    """Name of the inputs record: what the source holds now, and how it is read.
+
+    `author_id`: of given text.
+    """
     return _inputs_id(
         recipe,
         hashes,
-        author_id=given_author_id(recipe, teacher),
+        author_id=author_id,
         context_tokens=teacher.context_tokens,
         classes=teacher.class_names,
     )
@@ -49,8 +53,10 @@ def _inputs_id(
     context_tokens: int,
     classes: Sequence[str],
 ) -> str:
-    how = recipe.data.model_dump(exclude={"source", "chat_template_kwargs", "window_tokens"})
-    if recipe.data.format == "labelled":
+    how = recipe.data.model_dump(
+        exclude={"source", "chat_template_kwargs", "window_tokens", "turns"}
+    )
+    if recipe.data.records.labelled:
         how["classes"] = list(classes)  # by their names a label is known
     # The context decides which given completions are too long, whatever the window.
     text = {"author": author_id, "context": context_tokens} if given_text(recipe) else None
@@ -69,7 +75,7 @@ def run(job: Job) -> StageResult:
     store = Store.open(recipe.storage.dir)
     shard_about = about("data", recipe, data.model_dump(exclude={"limit", "holdout"}))
     limits = replace(commit_limits(recipe), rows=max(COMMIT_ROWS, recipe.storage.commit_rows))
-    classes = names_in(store.teacher_dir(job.teacher_id)) if data.format == "labelled" else ()
+    classes = names_in(store.teacher_dir(job.teacher_id)) if data.records.labelled else ()
     rows = Intake()
     rejected, first = 0, ""
     job.progress.start(total=data.limit or 0, unit="records")
@@ -101,12 +107,16 @@ def run(job: Job) -> StageResult:
             stack.close()
         size = prompts.bytes + (text.bytes if text else 0)
         job.progress.wrote(rejects=rejected, size=size)
+    for note in text.notes() if text else ():
+        job.progress.say(note)
     _refuse_empty(data, rows, rejected=rejected, first=first)
     table = rows.table(data.holdout)
     with clock.span("disk"):
         _refuse_changed(job, classes)
         # The record comes last: that it is there says that all of it was read.
         record_about = {"source": data.source, "rejected": rejected, "format": data.format}
+        if job.earlier_author_id:
+            record_about["earlier_author"] = job.earlier_author_id
         store.put_inputs(job.data_id, table, record_about)
     return StageResult(rows=len(rows), rejected=rejected, tokens=text.tokens if text else 0)
 
@@ -128,6 +138,25 @@ def survey(recipe: Recipe, classes: Sequence[str] = ()) -> tuple[pa.Table, int]:
         rows.add(row["key"], row["prompt_key"])
     _refuse_empty(recipe.data, rows, rejected=rejected, first=first)
     return rows.table(recipe.data.holdout), rejected
+
+
+def stale_rows(
+    recipe: Recipe, teacher: Identity, store: Store, *, author_id: str, day: str | None = None
+) -> tuple[int, int]:
+    """How many records an author of an earlier rule wrote in other tokens than today's, and how many it wrote."""
+    written = tokens_of(store, author_id)
+    context = teacher.context_tokens
+    tokenizing = Tokenizing(teacher.folder, recipe.data, context_tokens=context, day=day)
+    same = set()
+    for source, record in islice(records(recipe.data), recipe.data.limit):
+        try:
+            row = prompt_row(record, source, recipe.data, given=True)
+            (text,) = tokenizing.texts(row)
+        except RowError:
+            continue
+        if written.get(row["key"]) == text.tokens_key:
+            same.add(row["key"])
+    return len(written) - len(same), len(written)
 
 
 def _reject(source: str, record: Any, error: RowError) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from ..models.identity import Identity
 from ..models.rendering import Renderer
 from ..recipe.sections import Generate
 from ..workers.clock import Clock
-from .base import Completion, Request
+from .base import Completion, Request, before_stop
 
 ARGUMENTS = ("batch_size", "max_model_len")
 
@@ -191,9 +191,8 @@ class HfEngine:
         return any(stop in text for stop in self._settings.stop)
 
     def _completion(self, request: Request, ids: list[int], finish_reason: str) -> Completion:
-        text = self._text(ids)
-        cut = min((text.index(stop) for stop in self._settings.stop if stop in text), default=None)
-        return Completion(request.number, ids, text[:cut], finish_reason)
+        kept, text = before_stop(ids, self._settings.stop, self._text)
+        return Completion(request.number, kept, text, finish_reason)
 
     def _text(self, ids: list[int]) -> str:
         with self._clock.span("tokenizer"):

@@ -12,9 +12,10 @@ from typing import Any
 
 from ...storage.errors import EngineDied, StillroomError, UsageError
 from ..models.identity import Identity
+from ..models.rendering import Renderer
 from ..recipe.sections import Generate
 from ..workers.clock import Clock
-from .base import Completion, Request
+from .base import Completion, Request, before_stop
 
 UNKNOWN_CONTEXT = 2**31 - 1  # what an identity says where the config names no limit
 
@@ -59,6 +60,7 @@ class VllmEngine:
             raise UsageError(f"generate.engine_args: vLLM refuses to start: {error}") from error
         self._settings, self._clock = settings, clock
         self._adapter = author.adapter
+        self._tokenizer = Renderer(author.folder, {}).tokenizer
 
     def generate(
         self, requests: Iterable[Request], heartbeat: Callable[[], None]
@@ -132,12 +134,13 @@ class VllmEngine:
             raise EngineDied(f"vLLM: {type(error).__name__}: {error}") from error
         return None
 
-    @staticmethod
-    def _completion(output: Any) -> Completion:
+    def _completion(self, output: Any) -> Completion:
         best = output.outputs[0]
-        return Completion(
-            int(output.request_id.split("-")[0]),
-            list(best.token_ids),
-            best.text,
-            best.finish_reason or "stop",
-        )
+        # vLLM ends its text before the stop string, its ids behind it.
+        ids, text = before_stop(list(best.token_ids), self._settings.stop, self._text)
+        number = int(output.request_id.split("-")[0])
+        return Completion(number, ids, text, best.finish_reason or "stop")
+
+    def _text(self, ids: list[int]) -> str:
+        with self._clock.span("tokenizer"):
+            return str(self._tokenizer.decode(ids, skip_special_tokens=True))

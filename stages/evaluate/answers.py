@@ -164,7 +164,7 @@ def _questions(
     by_teacher = job.author_id == job.teacher_id
     questions = [
         Question(
-            prompt_ids=[int(i) for i in row["token_ids"][: row["start"]]],
+            prompt_ids=[int(i) for i in row["token_ids"][: row["spans"][-1, 0]]],
             reference=gold.get(row["prompt_key"], written[row["generation_key"]]),
             teacher=written[row["generation_key"]] if by_teacher else None,
         )

@@ -31,7 +31,7 @@ class Measuring:
 
     def outcomes(self, row: Row) -> np.ndarray:
         """[N] the tokens of the span."""
-        tokens: np.ndarray = scored_tokens(row["token_ids"], row["start"], row["span_tokens"])
+        tokens: np.ndarray = scored_tokens(row["token_ids"], row["spans"])
         return tokens
 
     def named(self, measures: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -52,8 +52,8 @@ class Measuring:
         with torch.inference_mode():
             with clock.span("model"):
                 states = hidden_states(model, input_ids=ids[None])[0]
-            predicting = states[predicting_positions(row["start"], row["span_tokens"])]
-            following = scored_tokens(ids, row["start"], row["span_tokens"])
+            predicting = states[torch.from_numpy(predicting_positions(row["spans"]))]
+            following = scored_tokens(ids, row["spans"])
             step = chunk_tokens(head.vocab_size)
             for start in range(0, len(predicting), step):
                 part = slice(start, start + step)

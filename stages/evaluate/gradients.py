@@ -85,7 +85,7 @@ def compare_gradients(
     Args:
         model: The student, in evaluation mode: no dropout. Its weights and their `grad` stay as
             they are.
-        rows: Held-out rows with `generation_key`, `token_ids`, `start`, `span_tokens` and reference
+        rows: Held-out rows with `generation_key`, `token_ids`, `spans`, `span_tokens` and reference
             targets.
         kept: What the recipe keeps of the teacher.
         objective: The soft part of the loss.
@@ -101,8 +101,7 @@ def compare_gradients(
         whole = _whole(row)
         found = kept_of(whole, kept, seed=row_seed(row["generation_key"]))
         for sums, targets in ((sparse, found), (full, whole)):
-            span = {"span_start": row["start"], "span_tokens": row["span_tokens"]}
-            sample = Sample(token_ids=row["token_ids"], targets=targets, **span)
+            sample = Sample(token_ids=row["token_ids"], spans=row["spans"], targets=targets)
             for batch in packing.batches([sample], objective.temperature):
                 there = batch.to(weights[0].device)
                 total = packing.losses(model, there, aim=aim, dtype=torch.float32).total

@@ -5,7 +5,7 @@ from typing import Any
 
 from ...storage.snapshots.snapshot import Snapshot
 from ...storage.store.store import Store
-from ..targets.alignment import scored_span
+from ...storage.tables.spans import SPAN_COLUMNS, spans_of
 from ..workers.clock import Clock
 
 _SPAN = {
@@ -16,8 +16,9 @@ _SPAN = {
         "token_ids",
         "span_start",
         "span_tokens",
+        "spans",
     ),
-    "generations": ("prompt_key", "key", "token_ids", "prompt_tokens"),
+    "generations": ("prompt_key", "key", "token_ids", *SPAN_COLUMNS),
 }
 
 _TARGETS = ("kind", "k", "ids", "logprobs", "tail_logprob", "token_logprob", "entropy")
@@ -39,7 +40,7 @@ class HeldOut:
             self.rows = sum(row["label"] is not None for row in self._read("label"))
 
     def spans(self) -> Iterator[dict[str, Any]]:
-        """Rows with prompt_key, generation_key, token_ids, start and span_tokens."""
+        """Rows with prompt_key, generation_key, token_ids, spans and span_tokens."""
         return map(_with_span, self._read(*_SPAN[self.snapshot.table]))
 
     def targets(self) -> Iterator[dict[str, Any]]:
@@ -64,7 +65,8 @@ class HeldOut:
 
 def _with_span(row: dict[str, Any]) -> dict[str, Any]:
     """One form for both tables."""
+    spans = spans_of(row)
     if "span_start" in row:
-        return row | {"start": row["span_start"]}
-    start, span = scored_span(row["prompt_tokens"], len(row["token_ids"]))
-    return row | {"generation_key": row["key"], "start": start, "span_tokens": span}
+        return row | {"spans": spans}
+    scored = int(spans[:, 1].sum())
+    return row | {"generation_key": row["key"], "spans": spans, "span_tokens": scored}

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...storage.tables.soft_targets import SoftTargets
 from ..models.token_text import Pieces
+from ..targets.alignment import scored_tokens
 from ..targets.best_entries import ENTRIES
 from ..targets.spec import Kept
 from .metrics import ratio_mean
@@ -220,7 +221,7 @@ def _joined(parts: Sequence[Mapping[str, list[Any]]]) -> dict[str, list[Any]]:
 
 def _shown(row: Mapping[str, Any], targets: SoftTargets) -> dict[str, Any]:
     """A row of the teacher's for people, cut: tokens before the span, tokens of the span, and what the teacher says."""
-    ids, start, n = row["token_ids"].tolist(), row["start"], len(targets.token_logprob)
+    ids, start, n = row["token_ids"].tolist(), int(row["spans"][0, 0]), len(targets.token_logprob)
     best = torch.as_tensor(targets.logprobs).topk(min(BEST, targets.probabilities.shape[1]), dim=-1)
     named = (
         best.indices
@@ -230,7 +231,7 @@ def _shown(row: Mapping[str, Any], targets: SoftTargets) -> dict[str, Any]:
     return {
         "before": ids[max(0, start - CONTEXT) : start],
         "cut_before": max(0, start - CONTEXT),
-        "token_ids": ids[start : start + n],
+        "token_ids": scored_tokens(row["token_ids"], row["spans"])[:n].tolist(),
         "cut_after": row["span_tokens"] - n,
         "teacher": {
             "token": rounded(np.exp(targets.token_logprob)),

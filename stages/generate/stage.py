@@ -4,11 +4,14 @@ from collections.abc import Iterator
 from itertools import count
 from typing import Any
 
+import numpy as np
+
 from ...storage.errors import RowError
 from ...storage.joined import open_store
 from ...storage.keys import content_key, row_seed
 from ...storage.store.store import Store
 from ...storage.tables.row_builders import generation_row
+from ...storage.tables.spans import span_after
 from ..engines.base import Completion, Engine, Request
 from ..engines.opening import choose_engine, open_engine
 from ..ledger.books import Books, Ledger, Pending
@@ -19,6 +22,7 @@ from ..ledger.requests import (
     sampling_settings,
     tokens_key,
 )
+from ..models.chat.renderer import Ids
 from ..models.identity import Identity
 from ..models.rendering import Renderer
 from ..workers.claims import Claims
@@ -59,6 +63,8 @@ def run(job: Job, author: Identity) -> StageResult:
         for request in share.one_by_one():
             writing.write(engine, writing.rendered([request]))
         share.finish()
+        for note in writing.notes():
+            job.progress.say(note)
     return share.result()
 
 
@@ -92,6 +98,9 @@ def _claims(job: Job, store: Store) -> Claims:
     return Claims(store.files, "generate", data=job.data_id, context=job.context_tokens, **how)
 
 
+_PROMPT = ("prompt_key", "text", "messages", "message_fields", "tools")
+
+
 class _Writing:
     """Hands pending requests to the engine, rendered; makes rows of what comes back."""
 
@@ -100,10 +109,10 @@ class _Writing:
         self._store = store
         self._share = share
         self._renderer = Renderer(
-            store.teacher_dir(job.author_id), job.recipe.data.chat_template_kwargs
+            store.teacher_dir(job.author_id), job.recipe.data.chat_template_kwargs, day=job.day
         )
         self._numbers = count()
-        self._taken: dict[int, tuple[GenerationRequest, list[int]]] = {}
+        self._taken: dict[int, tuple[GenerationRequest, Ids]] = {}
 
     def write(self, engine: Engine, requests: Iterator[Request]) -> None:
         """Let the engine do requests until all are done, by whomever."""
@@ -116,11 +125,15 @@ class _Writing:
                 self._taken.clear()
                 self._share.drop()
 
+    def notes(self) -> list[str]:
+        """What is to be said of all prompts, a sentence each."""
+        return self._renderer.notes()
+
     def _keep(self, completion: Completion) -> None:
-        request, prompt_ids = self._taken.pop(completion.number)
+        request, prompt = self._taken.pop(completion.number)
         self._share.done([request])
         if completion.error is None:
-            row = _row(self._job, request, prompt_ids, completion)
+            row = _row(self._job, request, prompt, completion)
             self._share.add(row, tokens=len(completion.token_ids))
         else:
             self._share.fail(request, RowError("engine", completion.error), completion.attempts)
@@ -135,37 +148,37 @@ class _Writing:
     ) -> Iterator[Request]:
         """What can be rendered of some requests, each taken when it is asked for; the others are rejected."""
         ready = []
-        for request, prompt in zip(block, self._prompts(block), strict=True):
+        for request, row in zip(block, self._prompts(block), strict=True):
             try:
-                ready.append((request, self._prompt_ids(prompt)))
+                ready.append((request, self._rendered(row)))
             except RowError as error:
                 self._share.refuse(request, error)
         if by_length:
-            ready.sort(key=lambda pair: len(pair[1]))
-        for request, ids in ready:
+            ready.sort(key=lambda pair: len(pair[1][0]))
+        for request, prompt in ready:
             if self._share.take([request]):
                 number = next(self._numbers)
-                self._taken[number] = (request, ids)
-                yield Request(number, ids, row_seed(request.reuse_key))
+                self._taken[number] = (request, prompt)
+                yield Request(number, prompt[0], row_seed(request.reuse_key))
 
     def _prompts(self, block: list[GenerationRequest]) -> list[dict[str, Any]]:
         places: dict[str, list[int]] = {}
         for shard, row in sorted({request.prompt for request in block}):
             places.setdefault(shard, []).append(row)
         with self._job.clock.span("disk"):
-            rows = self._store.rows("prompts", places, ["prompt_key", "text", "messages"])
+            rows = self._store.rows("prompts", places, _PROMPT)
             prompts = {row["prompt_key"]: row for row in rows}
         return [prompts[request.prompt_key] for request in block]
 
-    def _prompt_ids(self, prompt: dict[str, Any]) -> list[int]:
+    def _rendered(self, row: dict[str, Any]) -> Ids:
         with self._job.clock.span("tokenizer"):
-            ids = self._renderer.prompt_ids(prompt)
+            ids, spans = self._renderer.prompt(row, turns=self._job.recipe.data.turns == "all")
         if len(ids) >= self._job.context_tokens:
             raise RowError(
                 "too_long",
                 f"the prompt has {len(ids)} tokens; the author reads {self._job.context_tokens}",
             )
-        return ids
+        return ids, spans
 
 
 def _reject_names(job: Job, request: GenerationRequest) -> dict[str, Any]:
@@ -184,9 +197,13 @@ def _row_key(job: Job, request: GenerationRequest) -> bytes:
 
 
 def _row(
-    job: Job, request: GenerationRequest, prompt_ids: list[int], completion: Completion
+    job: Job, request: GenerationRequest, prompt: Ids, completion: Completion
 ) -> dict[str, Any]:
+    prompt_ids, spans = prompt
     token_ids = prompt_ids + completion.token_ids
+    if len(spans) and completion.token_ids:
+        # The turns of the prompt, and then what was written.
+        spans = np.concatenate([spans, span_after(len(prompt_ids), len(token_ids))])
     return generation_row(
         key=_row_key(job, request),
         reuse_key=request.reuse_key,
@@ -194,11 +211,12 @@ def _row(
         author_id=job.author_id,
         sampling_id=_sampling_id(job),
         sample_index=request.sample_index,
-        tokens_key=tokens_key(token_ids, len(prompt_ids)),
+        tokens_key=tokens_key(token_ids, len(prompt_ids), spans if len(spans) else None),
         token_ids=token_ids,
         prompt_tokens=len(prompt_ids),
         text=completion.text,
         finish_reason=completion.finish_reason,
         max_tokens=job.generate.max_tokens,
         row_seed=row_seed(request.reuse_key),
+        spans=spans if len(spans) else None,
     )

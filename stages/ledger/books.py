@@ -130,7 +130,7 @@ class Books:
                 published folder whose rows are the data.
             write: Keep index segments.
         """
-        self.store, self.recipe = store, recipe
+        self.store, self.recipe, self._data_id = store, recipe, data_id
         self.index = Index(store, write=write)
         self.published = surveyed if isinstance(surveyed, Published) else None
         """The folder whose rows are the data, as they are: prompts and text are not asked for."""
@@ -187,6 +187,19 @@ class Books:
     def __exit__(self, *_: object) -> None:
         self.index.close()
 
+    def given(self, author_id: str) -> str:
+        """SQL: the rows of given text that serve, by their columns of `generations g`.
+
+        Where the record of the inputs names an author of an earlier rule, a row of that one serves
+        if this one has none of its source: then it has the same tokens.
+        """
+        of = f"g.author_id = '{author_id}'"
+        earlier = (self.store.inputs_about(self._data_id) or {}).get("earlier_author")
+        if earlier is None:
+            return of
+        here = f"SELECT source_key FROM generations WHERE author_id = '{author_id}'"
+        return f"({of} OR g.author_id = '{earlier}' AND g.source_key NOT IN ({here}))"
+
     def lost(self, given_author: str | None) -> int:
         """Inputs whose prompts row, or whose rows of given text, the store has no more: only if some were withdrawn."""
         lost = 0
@@ -197,8 +210,8 @@ class Books:
         if given_author is not None and self._withdrew("generations"):
             ((windows,),) = self.index.rows(f"""
                 SELECT count(*) FROM inputs LEFT JOIN (
-                    SELECT source_key AS key, count(*) AS had FROM generations
-                    WHERE author_id = '{given_author}' GROUP BY ALL
+                    SELECT source_key AS key, count(*) AS had FROM generations g
+                    WHERE {self.given(given_author)} GROUP BY ALL
                 ) USING (key) WHERE coalesce(had, 0) < windows""")
             lost = max(lost, windows)
         return int(lost)

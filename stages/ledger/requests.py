@@ -11,8 +11,9 @@ import numpy as np
 
 from ...storage.errors import UsageError
 from ...storage.keys import content_id, content_key
+from ...storage.tables.spans import span_after
 from ..recipe.sections import Data, Generate
-from ..targets.alignment import class_span, scored_span
+from ..targets.alignment import class_span
 from ..targets.spec import Kept
 from .books import Place
 
@@ -41,15 +42,16 @@ class TargetRequest:
     generation_key: bytes
     prompt_key: bytes
     token_ids: np.ndarray
-    span_start: int
+    spans: np.ndarray
+    """[S, 2] start and tokens of each scored span."""
     kept: Kept
     label: int | None = None
     """Gold class of a labelled text."""
 
     @property
     def span_tokens(self) -> int:
-        """Scored tokens: the span runs to the end."""
-        return len(self.token_ids) - self.span_start
+        """N, scored tokens of all spans."""
+        return int(self.spans[:, 1].sum())
 
 
 # Engine arguments that change how fast a model writes or how much it holds; any other may change
@@ -80,12 +82,17 @@ def sampling_settings(generate: Generate, data: Data) -> dict[str, Any]:
     engine = {
         name: value for name, value in generate.engine_args.items() if name not in _ONLY_SPEED
     }
+    # Ids once ran on to the end of the token that completed the stop string.
+    stopped = {"end_of_stopped_ids": "before the stop string"} if generate.stop else {}
     return {
         "temperature": generate.temperature,
         "top_p": 1.0 if greedy else generate.top_p,
         "seed": 0 if greedy else generate.seed,
         "stop": sorted(generate.stop),
         "chat_template_kwargs": data.chat_template_kwargs,
+        **stopped,
+        # Of the prompt's turns too, which is other rows than of the completion alone.
+        **({"turns": "all"} if data.turns == "all" else {}),
     } | ({"engine": engine} if engine else {})
 
 
@@ -94,17 +101,27 @@ def sampling_id(author_id: str, settings: dict[str, Any]) -> str:
     return content_id("sampling", author=author_id, settings=settings)
 
 
-def tokens_key(token_ids: np.ndarray | list[int], prompt_tokens: int) -> bytes:
-    """Name of what a teacher is asked to score: the tokens, and where the scored span starts (it runs to the end)."""
-    start, _ = scored_span(prompt_tokens, len(token_ids))
-    return content_key(
-        "tokens", token_ids=np.asarray(token_ids, dtype="<i4").tobytes(), span_start=start
-    )
+def tokens_key(
+    token_ids: np.ndarray | list[int], prompt_tokens: int, spans: np.ndarray | None = None
+) -> bytes:
+    """Name of what a teacher is asked to score: the tokens, and which of them.
+
+    Args:
+        token_ids: [T] of the row.
+        prompt_tokens: Where scoring starts, if it runs to the end; at the second token at the
+            earliest.
+        spans: [S, 2] start and tokens of each scored span, where that is not so.
+    """
+    ids = np.asarray(token_ids, dtype="<i4").tobytes()
+    whole = span_after(prompt_tokens, len(token_ids))
+    if spans is None or np.array_equal(spans, whole):
+        return content_key("tokens", token_ids=ids, span_start=int(whole[0, 0]))
+    return content_key("tokens", token_ids=ids, spans=spans.reshape(-1).tolist())
 
 
 def labelled_key(token_ids: np.ndarray | list[int], label: int | None) -> bytes:
     """`tokens_key` of a labelled text: the tokens, and the gold label that goes with them."""
-    start, _ = class_span(len(token_ids))
+    start = int(class_span(len(token_ids))[0, 0])
     ids = np.asarray(token_ids, dtype="<i4").tobytes()
     return content_key("tokens", token_ids=ids, span_start=start, label=label)
 

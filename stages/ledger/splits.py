@@ -51,7 +51,7 @@ def _snapshot(
     lengths = {
         "samples": rows.num_rows,
         "tokens": int(tokens.sum()),
-        "scored_tokens": int((tokens - rows["start"].to_numpy()).sum()),
+        "scored_tokens": int(rows["scored"].to_numpy().astype(np.int64).sum()),
         "longest": int(tokens.max()),
     }
     about: dict[str, Any] = {

@@ -8,7 +8,9 @@ import pyarrow as pa
 from ...storage.errors import IntegrityError, UsageError
 from ...storage.store.sql import query
 from ...storage.tables.shard import REPAIR
+from ...storage.tables.spans import SPAN_COLUMNS, spans_of
 from ..recipe.tasks import TASKS
+from ..targets.alignment import class_span
 from ..targets.spec import Kept, reference, target_bytes, wanted
 from .books import Books, Ledger, Pending, different
 from .coverage import PLACES, best, lacks, reason
@@ -28,22 +30,24 @@ def choose_generations(books: Books, *, author_id: str) -> None:
         _judge(books)
         return
     if books.recipe.generate is None:
-        rows = f"JOIN inputs i ON g.source_key = i.key WHERE g.author_id = '{author_id}'"
+        rows = f"JOIN inputs i ON g.source_key = i.key WHERE {books.given(author_id)}"
     else:
         rows = "JOIN (SELECT place, held_out FROM asked WHERE place IS NOT NULL) i ON g.place = i.place WHERE true"
     if books.recipe.select.where is not None:
         books.index.register("allowed", _where(books, books.recipe.select.where))
         rows += " AND g.key IN (SELECT key::UUID FROM allowed)"
-    # The scored span starts after the prompt, or at the second token (`alignment.scored_span`); a
-    # labelled text has one target, at its last token (`alignment.class_span`).
-    last, first = "g.prompt_tokens + g.completion_tokens - 1", "greatest(g.prompt_tokens, 1)"
-    start = last if TASKS[books.recipe.run.task].labelled else first
+    # All spans where there are some, else what follows the prompt (`spans_of`); a labelled text has
+    # one target, at its last token (`alignment.class_span`).
+    in_spans = "list_sum(g.spans[2:-:2])"
+    after = "g.prompt_tokens + g.completion_tokens - greatest(g.prompt_tokens, 1)"
+    labelled = TASKS[books.recipe.run.task].labelled
+    scored = "1" if labelled else f"coalesce({in_spans}, {after})"
     books.index.execute(f"""
         CREATE OR REPLACE VIEW chosen AS SELECT * FROM (
             SELECT g.key, g.prompt_key, g.tokens_key, g.place, i.held_out,
-                g.prompt_tokens + g.completion_tokens AS tokens, {start} AS start
+                g.prompt_tokens + g.completion_tokens AS tokens, {scored} AS scored
             FROM generations g {rows}
-        ) WHERE start < tokens""")
+        ) WHERE scored > 0""")
     _judge(books)
 
 
@@ -58,13 +62,13 @@ def _published(books: Books) -> str:
         where += " AND p.key IN (SELECT key FROM allowed)"
     return f"""
         SELECT p.key::UUID AS key, p.prompt_key::UUID AS prompt_key, p.tokens_key::UUID AS tokens_key, g.place,
-            held_out, tokens, start
+            held_out, tokens, p.scored
         FROM published p LEFT JOIN (SELECT key, place FROM generations) g ON g.key = p.key::UUID {where}"""
 
 
 def _judge(books: Books) -> None:
     held_out = books.index.table(
-        "SELECT key::BLOB AS key, tokens - start AS span FROM chosen WHERE held_out ORDER BY "
+        "SELECT key::BLOB AS key, scored AS span FROM chosen WHERE held_out ORDER BY "
         "prompt_key, chosen.key"
     )
     budget = books.recipe.evaluate.tokens
@@ -82,11 +86,11 @@ def _judge(books: Books) -> None:
 def text_rows(books: Books) -> pa.Table:
     """Black-box: rows to train and be judged on; text that is judged on is not trained on.
 
-    Returns held_out, prompt_key, place (of generations), tokens, start.
+    Returns held_out, prompt_key, place (of generations), tokens, scored.
     """
     books.index.use_all_memory()
     return books.index.table("""
-        SELECT held_out, prompt_key::BLOB AS prompt_key, place, tokens, start FROM (
+        SELECT held_out, prompt_key::BLOB AS prompt_key, place, tokens, scored FROM (
             SELECT * FROM chosen WHERE NOT held_out AND tokens_key NOT IN (SELECT tokens_key FROM judged)
             UNION ALL SELECT * FROM judged)""")
 
@@ -129,7 +133,7 @@ def target_ledger(
 def _view_scored(books: Books, *, teacher_id: str, judged: Kept, trained: Kept, limit: int) -> None:
     """Make the view `scored`: each text once, with the stored row that can be reused for it or why there is none.
 
-    Its columns: tokens_key, key, tokens, start, held_out; stored (whether there is a row of this
+    Its columns: tokens_key, key, tokens, scored, held_out; stored (whether there is a row of this
     teacher at all), reason (why it was rejected), target (the row to reuse, its place) and lacks
     (what the nearest row lacks, for `reason`).
     """
@@ -150,7 +154,7 @@ def _view_scored(books: Books, *, teacher_id: str, judged: Kept, trained: Kept, 
         -- Equal tokens are scored once.
         requests AS NOT MATERIALIZED (
             SELECT tokens_key, min(key) AS key, any_value(tokens) AS tokens,
-                any_value(start) AS start, bool_or(held_out) AS held_out
+                any_value(scored) AS scored, bool_or(held_out) AS held_out
             FROM texts WHERE {_PART} GROUP BY tokens_key
         ),
         -- The teacher's stored rows of each text: the best one for either purpose, and what the
@@ -185,7 +189,7 @@ def _counts(books: Books) -> Iterator[tuple[Any, ...]]:
     for part in range(parts):
         _take_part(books, part, parts=parts)
         yield from books.index.rows("""
-            SELECT target IS NOT NULL, reason, lacks, held_out, count(*), sum(tokens - start)
+            SELECT target IS NOT NULL, reason, lacks, held_out, count(*), sum(scored)
             FROM scored GROUP BY ALL""")
     _take_part(books, 0, parts=1)
 
@@ -199,11 +203,11 @@ def _take_part(books: Books, part: int, *, parts: int) -> None:
 def target_rows(books: Books) -> pa.Table:
     """White-box: rows to train and be judged on, after `target_ledger`.
 
-    Returns held_out, prompt_key, place (of soft_targets), tokens, start.
+    Returns held_out, prompt_key, place (of soft_targets), tokens, scored.
     """
     books.index.use_all_memory()
     return books.index.table("""
-        SELECT s.held_out, c.prompt_key::BLOB AS prompt_key, s.target AS place, s.tokens, s.start
+        SELECT s.held_out, c.prompt_key::BLOB AS prompt_key, s.target AS place, s.tokens, s.scored
         FROM scored s JOIN chosen c USING (key) WHERE s.target IS NOT NULL""")
 
 
@@ -212,22 +216,23 @@ def pending_targets(books: Books, *, teacher_id: str, vocab_size: int) -> Pendin
     score = books.score
     books.index.use_all_memory()
     # The gold label is the prompt's: joined by key, never by position.
-    label, labelled = "NULL", ""
-    if TASKS[books.recipe.run.task].labelled:
+    labelled = TASKS[books.recipe.run.task].labelled
+    label, with_label = "NULL", ""
+    if labelled:
         label = "p.label"
-        labelled = "JOIN generations g ON g.key = s.key JOIN prompts p ON p.key = g.source_key"
+        with_label = "JOIN generations g ON g.key = s.key JOIN prompts p ON p.key = g.source_key"
     kept = {True: reference(score, vocab_size), False: wanted(score, vocab_size)}
     rows = books.index.table(f"""
         SELECT s.number, s.tokens_key::BLOB AS tokens_key, s.key::BLOB AS key, c.prompt_key::BLOB AS prompt_key,
-            c.place, s.start, s.held_out, {label} AS label
+            c.place, s.held_out, {label} AS label
         FROM (SELECT *, row_number() OVER (ORDER BY held_out DESC, tokens, tokens_key) - 1 AS number FROM scored) s
-        JOIN chosen c USING (key) {labelled} WHERE s.target IS NULL AND s.reason IS NULL""")
+        JOIN chosen c USING (key) {with_label} WHERE s.target IS NULL AND s.reason IS NULL""")
     ((planned,),) = books.index.rows("SELECT count(*) FROM scored")
 
     def make(block: pa.Table) -> list[TargetRequest]:
         found = block.sort_by("place").to_pylist()
         places = books.places("generations", block["place"].to_numpy())
-        tokens = books.store.rows("generations", places, ["token_ids"])
+        texts = books.store.rows("generations", places, ["token_ids", *SPAN_COLUMNS])
         return [
             TargetRequest(
                 reuse_key=target_key(teacher_id, row["tokens_key"]),
@@ -235,11 +240,11 @@ def pending_targets(books: Books, *, teacher_id: str, vocab_size: int) -> Pendin
                 generation_key=row["key"],
                 prompt_key=row["prompt_key"],
                 token_ids=text["token_ids"],
-                span_start=row["start"],
+                spans=class_span(len(text["token_ids"])) if labelled else spans_of(text),
                 kept=kept[row["held_out"]],
                 label=row["label"],
             )
-            for row, text in zip(found, tokens, strict=True)
+            for row, text in zip(found, texts, strict=True)
         ]
 
     return Pending(rows, planned, make)

@@ -187,11 +187,10 @@ class Packing(Passes):
             for sample, start in zip(row, edges[:-2], strict=True):
                 ids = torch.from_numpy(sample.token_ids.astype(np.int64))
                 token_ids[number, start : start + len(sample)] = ids
-                span = sample.span_start, sample.span_tokens
-                positions = torch.arange(len(sample))[predicting_positions(*span)]
+                positions = torch.from_numpy(predicting_positions(sample.spans))
                 # Row `number` of the flattened [B * T] begins at number * T.
                 predicting.append(number * width + int(start) + positions)
-                labels.append(scored_tokens(ids, *span))
+                labels.append(scored_tokens(ids, sample.spans))
         check_ids(int(token_ids.max()), self.vocab_size, "the text has")
         members = [sample for row in rows for sample in row]
         batch = Batch(

@@ -17,11 +17,12 @@ from ...storage.snapshots.snapshot import Snapshot
 from ...storage.store.store import Store
 from ...storage.tables.rows import Rows
 from ...storage.tables.soft_targets import LISTS, SoftTargets, normalised_targets
-from ..targets.alignment import class_span, scored_span
+from ...storage.tables.spans import SPAN_COLUMNS, spans_of
+from ..targets.alignment import class_span
 
 _SPAN = {
-    "soft_targets": ("span_start", "span_tokens"),
-    "generations": ("prompt_tokens", "completion_tokens"),
+    "soft_targets": ("span_start", "span_tokens", "spans"),
+    "generations": SPAN_COLUMNS,
 }
 
 
@@ -46,15 +47,20 @@ class Sample:
 
     token_ids: np.ndarray
     """[T] int32."""
-    span_start: int
-    span_tokens: int
+    spans: np.ndarray
+    """[S, 2] start and tokens of each scored span."""
     targets: SoftTargets | None
-    """At the span's positions, summing to 1; None: cross-entropy only."""
+    """[N] at the positions that predict the spans' tokens, summing to 1; None: cross-entropy only."""
     label: int | None = None
     """Gold class of a labelled text; None: it has none."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def scored_tokens(self) -> int:
+        """N, of all spans."""
+        return int(self.spans[:, 1].sum())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -72,7 +78,7 @@ class Step:
     @property
     def scored_tokens(self) -> int:
         """N of the whole step: what its losses are divided by."""
-        return sum(sample.span_tokens for sample in self.samples)
+        return sum(sample.scored_tokens for sample in self.samples)
 
     @property
     def longest(self) -> int:
@@ -124,20 +130,15 @@ class Samples:
         return self._length
 
     def lengths(self) -> Lengths:
-        """Counts over the whole snapshot: those that it was made with, or from two integer columns."""
+        """Counts over the whole snapshot: those that it was made with, or from its rows."""
         if known := self.snapshot.about.get("lengths"):
             return Lengths(**known)
         samples = tokens = scored = longest = 0
-        for shard in self.snapshot.shards:
-            table = self._store.shard(self.snapshot.table, shard.sha256).select(
-                shard.rows, self._span
-            )
-            starts, spans = (table[name].to_numpy() for name in self._span)
-            totals = starts + spans
-            samples += len(totals)
-            tokens += int(totals.sum())
-            scored += int((totals - np.maximum(starts, 1)).sum())
-            longest = max(longest, int(totals.max()))
+        for sample in self.read(0, self._length):
+            samples += 1
+            tokens += len(sample)
+            scored += sample.scored_tokens
+            longest = max(longest, len(sample))
         return Lengths(samples=samples, tokens=tokens, scored_tokens=scored, longest=longest)
 
     def read(self, start: int, stop: int | None = None) -> Generator[Sample, None, None]:
@@ -161,21 +162,32 @@ class Samples:
         labels: Iterable[int | None] = (
             rows.values("label") if self._labelled else repeat(None, len(rows))
         )
-        prompts, spans = rows.numbers(self._span[0]), pairwise(offsets)
+        spans = self._spans(rows, np.diff(offsets))
         samples = []
-        for prompt, edges, target, label in zip(prompts, spans, targets, labels, strict=True):
-            length = int(edges[1] - edges[0])
-            span_of_text = scored_span(int(prompt), length)
-            start, span = class_span(length) if self._labelled else span_of_text
+        for edges, spans_here, target, label in zip(
+            pairwise(offsets), spans, targets, labels, strict=True
+        ):
             sample = Sample(
                 token_ids=ids[slice(*edges)],
-                span_start=start,
-                span_tokens=span,
+                spans=spans_here,
                 targets=target,
                 label=label,
             )
             samples.append(sample)
         return samples
+
+    def _spans(self, rows: Rows, lengths: np.ndarray) -> list[np.ndarray]:
+        """What each row is asked for."""
+        if self._labelled:
+            return [class_span(length) for length in lengths.tolist()]
+        one = zip(*(rows.numbers(name).tolist() for name in self._span[:2]), strict=True)
+        edges, flat_spans = rows.flat("spans")
+        return [
+            spans_of(dict(zip(self._span, (*numbers, None), strict=True)))
+            if start == stop
+            else flat_spans[start:stop].astype(np.int64).reshape(-1, 2)
+            for numbers, (start, stop) in zip(one, pairwise(edges.tolist()), strict=True)
+        ]
 
 
 def steps(

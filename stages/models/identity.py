@@ -101,6 +101,12 @@ class Identity:
         """What a store keeps of this model, so that its rows can be read and trained from without it."""
         names = [*_KEPT_FILES, "config.json", "generation_config.json"]
         files = {n: (self.folder / n).read_bytes() for n in names if (self.folder / n).is_file()}
+        if isinstance(self.parts["chat_template"], list):
+            # A store keeps no folders of a model: all templates in the one file that can list them.
+            config = json.loads(files.get("tokenizer_config.json", b"{}"))
+            config["chat_template"] = self.parts["chat_template"]
+            files["tokenizer_config.json"] = canonical_json(config)
+            files.pop("chat_template.jinja", None)
         return files | {"identity.json": canonical_json(self.parts)}
 
 
@@ -167,9 +173,7 @@ def identify(
     config = _read_json(folder / "config.json", field)
     weights = _weights(folder, hashes, field)
     tokenizer_config = _read_json(folder / "tokenizer_config.json", field, missing={})
-    template = tokenizer_config.pop("chat_template", None)
-    if (folder / "chat_template.jinja").is_file():
-        template = (folder / "chat_template.jinja").read_text()
+    template = _template(folder, tokenizer_config)
     tokenizer = _tokenizer(folder, hashes, field)
     end_tokens = _read_json(folder / "generation_config.json", field, missing={}).get(
         "eos_token_id"
@@ -222,9 +226,7 @@ def identify_unseen(
     field = "--tokenizer"
     config = _read_json(folder / "config.json", field, missing={})
     tokenizer_config = _read_json(folder / "tokenizer_config.json", field, missing={})
-    template = tokenizer_config.pop("chat_template", None)
-    if (folder / "chat_template.jinja").is_file():
-        template = (folder / "chat_template.jinja").read_text()
+    template = _template(folder, tokenizer_config)
     found = (
         vocab_size or config.get("text_config", config).get("vocab_size") or _tokenizer_size(folder)
     )
@@ -249,6 +251,18 @@ def identify_unseen(
         context_tokens=2**31 - 1,
         parts=parts,
     )
+
+
+def _template(folder: Path, tokenizer_config: dict[str, Any]) -> Any:
+    """The chat template, taken out of a tokenizer's config; name and text of each where there are several."""
+    template = tokenizer_config.pop("chat_template", None)
+    if (folder / "chat_template.jinja").is_file():
+        template = (folder / "chat_template.jinja").read_text()
+    others = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    if not others:
+        return template
+    first = [] if template is None else [{"name": "default", "template": template}]
+    return first + [{"name": path.stem, "template": path.read_text()} for path in others]
 
 
 def _tokenizer_size(folder: Path) -> int:

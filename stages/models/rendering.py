@@ -1,18 +1,25 @@
-"""From a prompts row to token ids: the chat template, special tokens, given completions and windows of long text."""
+"""From a prompts row to token ids: the chat template, special tokens, given answers and windows of long text."""
 
-from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ...storage.errors import RowError, UsageError
+from ...storage.tables.conversations import conversation
+from ...storage.tables.spans import span_after
+from .chat.renderer import ChatRenderer, Ids, no_spans
+from .chat.turns import shared
 
 
 class Renderer:
     """A model's tokenizer and template, applied as the model expects them."""
 
-    def __init__(self, folder: Path, chat_template_kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, chat_template_kwargs: dict[str, Any], *, day: str | None = None
+    ) -> None:
+        """`day`: what a template that reads the clock is told, as 2026-11-29; None: today."""
         from transformers import AutoTokenizer
 
         try:
@@ -21,12 +28,17 @@ class Renderer:
             raise UsageError(
                 f"{folder}: the tokenizer does not load ({error}). Save the model again."
             ) from error
-        self._kwargs = chat_template_kwargs
+        self._arguments, self._day = chat_template_kwargs, day
+        self._moved = 0
 
     @property
     def longest(self) -> int:
         """Tokens of the longest text that the tokenizer is made for."""
         return int(self.tokenizer.model_max_length)
+
+    @cached_property
+    def _chat(self) -> ChatRenderer:
+        return ChatRenderer(self.tokenizer, self._arguments, self._day)
 
     def prompt_ids(self, row: dict[str, Any]) -> list[int]:
         """Token ids of a row's prompt, ready to be continued.
@@ -34,24 +46,55 @@ class Renderer:
         Raises:
             RowError: the prompt is empty, or template or tokenizer fail on it.
         """
-        ids = (
-            self._chat_ids(row["messages"])
-            if row["messages"] is not None
-            else self._text_ids(row["text"])
-        )
+        return self.prompt(row)[0]
+
+    def prompt(self, row: dict[str, Any], *, turns: bool = False) -> Ids:
+        """The same; `turns`: with the spans of the assistant's turns in it."""
+        if row["messages"] is not None:
+            ids, spans = self._chat.prompt(conversation(row), turns=turns)
+        else:
+            ids, spans = self._text_ids(row["text"]), no_spans()
         if not ids:
             raise RowError("empty", "the prompt has no tokens")
-        return ids
+        return ids, spans
 
-    def completion_ids(self, text: str) -> list[int]:
-        """A given completion, closed by the end-of-sequence token: else a student never learns to stop.
+    def given(self, row: dict[str, Any], *, last: bool) -> Ids:
+        """Token ids of a row that brings its answer, rendered and tokenized as a whole; and what is scored of them.
+
+        Args:
+            row: A row of `prompts`.
+            last: Of a conversation's turns, the last alone.
 
         Raises:
-            RowError: the tokenizer fails on it.
+            RowError: template or tokenizer fail on it, or no turn can be found.
         """
-        ids = self._encode(text, add_special_tokens=False)
+        if row["messages"] is not None:
+            return self._chat.whole(conversation(row), last=last)
+        return self._continued(row["text"], row["completion"])
+
+    def _continued(self, text: str, completion: str) -> Ids:
+        """A text and its completion, closed by the end-of-sequence token: else a student never learns to stop.
+
+        They are one text to the tokenizer, as they were to whoever wrote it. Where its tokens do
+        not end where the prompt does, the completion begins after the last token that both share.
+        """
+        own, ids = self._text_ids(text), self._text_ids(text + completion)
+        start = shared(own, ids)
+        self._moved += start < len(own)
         end = self.tokenizer.eos_token_id
-        return ids if end is None or ids[-1:] == [end] else [*ids, end]
+        if end is not None and ids[-1:] != [end]:
+            ids.append(end)
+        return ids, span_after(start, len(ids))
+
+    def notes(self) -> list[str]:
+        """What this run has to say of its texts, a sentence each."""
+        said = self._chat.notes() if "_chat" in self.__dict__ else []
+        if self._moved:
+            said.append(
+                f"{self._moved} completions begin inside a token of prompt and completion, which is "
+                "scored as a whole"
+            )
+        return said
 
     def labelled_ids(self, text: str, text_pair: str | None) -> list[int]:
         """A text or a pair, joined as the tokenizer does it for a model that classifies.
@@ -91,11 +134,15 @@ class Renderer:
         """
         return cut(self._encode(text), window_tokens)
 
-    def _encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def _encode(self, text: str) -> list[int]:
         try:
-            return list(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+            ids = list(self.tokenizer(text)["input_ids"])
         except Exception as error:
             raise RowError("unreadable", f"the tokenizer fails on this text: {error}") from error
+        first = self.tokenizer.bos_token_id
+        # The text brings its own, and the tokenizer put another one before it.
+        twice = first is not None and ids[:2] == [first, first]
+        return ids[1:] if twice and text.startswith(self.tokenizer.bos_token) else ids
 
     def _text_ids(self, text: str) -> list[int]:
         ids = self._encode(text)
@@ -107,28 +154,6 @@ class Renderer:
         ):
             ids.pop()
         return ids
-
-    def _chat_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        if not self.tokenizer.chat_template:
-            raise UsageError(
-                "data.format: messages and instructions need a chat template, and this tokenizer "
-                "has none. Save one in the model's folder (chat_template.jinja), or use format "
-                "'prompt' or 'completion'."
-            )
-        try:
-            return list(
-                self.tokenizer.apply_chat_template(
-                    list(messages),
-                    add_generation_prompt=True,
-                    tokenize=True,
-                    return_dict=False,
-                    **self._kwargs,
-                )
-            )
-        except Exception as error:
-            raise RowError(
-                "unreadable", f"the chat template refuses this conversation: {error}"
-            ) from error
 
 
 def segments(token_ids: np.ndarray, separator: int | None) -> np.ndarray:

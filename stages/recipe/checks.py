@@ -6,7 +6,7 @@ from .engines import PLANNED
 from .fields import Section
 from .kinds import kinds_with
 from .loss_checks import check_loss
-from .sections import COLUMNS, Data, Recipe, Score, Teacher
+from .sections import Data, Generate, Recipe, Score, Teacher
 from .task_checks import check_task, lookup, targets_fit
 
 # Named by the recipe, done by no stage yet: refused by name, never ignored.
@@ -31,21 +31,36 @@ def check_together(recipe: Recipe) -> list[tuple[str, str]]:
         if lookup(recipe, path) in values
     ]
     errors += _unknown_columns(recipe.data) + (_targets(recipe.score) if recipe.score else [])
-    kind = recipe.data.format
-    if kind in ("text", "completion") and recipe.generate is not None:
+    kind, records = recipe.data.format, recipe.data.records
+    # Of a labelled text the task says it (`check_task`).
+    brings_text = records.brings_text == "always" and not records.labelled
+    if brings_text and recipe.generate is not None:
         errors.append(
             (
                 "generate",
                 f"format {kind!r} brings its own text. Remove this section, or use format 'prompt'",
             )
         )
+    if recipe.generate is not None and recipe.generate.temperature == 0:
+        errors += _greedy(recipe.generate)
     errors += check_task(recipe)
-    if kind == "prompt" and recipe.generate is None and recipe.data.source not in stores_of(recipe):
+    needs_text = records.brings_text == "never" and recipe.data.source not in stores_of(recipe)
+    if needs_text and recipe.generate is None:
         errors.append(
             ("generate", f"missing: format {kind!r} has prompts only. Add a `generate` section")
         )
     errors += _sources(recipe)
     return errors + (check_loss(recipe.loss, recipe.score) if targets_fit(recipe) else [])
+
+
+def _greedy(generate: Generate) -> list[tuple[str, str]]:
+    if generate.samples == 1:
+        return []
+    message = (
+        f"{generate.samples} completions of a prompt are all the same at generate.temperature 0. "
+        "Use samples: 1, or a temperature above 0"
+    )
+    return [("generate.samples", message)]
 
 
 def stores_of(recipe: Recipe) -> list[str]:
@@ -85,9 +100,7 @@ def _default(path: str) -> Any:
 
 
 def _unknown_columns(data: Data) -> list[tuple[str, str]]:
-    if data.format not in COLUMNS:
-        return []
-    known = [name for names in COLUMNS[data.format] for name in names]
+    known = data.records.columns
     return [
         (
             "data.columns",

@@ -14,6 +14,7 @@ from ...storage.tables.kinds import STRUCTURES, Structure
 from .divergences import DivergenceSettings
 from .engines import EngineName
 from .fields import Kernel, Options, Schedule, Scheduled, Section, Tail
+from .formats import FORMATS, Format, FormatName
 from .kinds import KINDS, TargetKind, Targets
 from .tasks import TaskName
 
@@ -106,6 +107,21 @@ class Student(Section):
         return self
 
 
+# What the stages say to a chat template, and what `apply_chat_template` hands to the tokenizer.
+_RENDERING = {
+    "add_generation_prompt",
+    "continue_final_message",
+    "conversation",
+    "messages",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "strftime_now",
+    "tokenize",
+    "tools",
+}
+_TOKENIZER = {"max_length", "padding", "return_tensors", "tokenizer_kwargs", "truncation"}
+
+
 class Data(Section):
     """Where prompts or texts come from."""
 
@@ -115,18 +131,34 @@ class Data(Section):
     `storage.dir` or one of `storage.sources`: its rows are the data, and nothing is written or scored."""
     split: str = "train"
     """Split of a Hub dataset or of a folder saved by `datasets`."""
-    format: Literal["text", "prompt", "completion", "messages", "instruction", "labelled"]
+    format: FormatName
     """What one record is."""
     columns: dict[str, str] = Field({})
     """Our field name -> the source's column, where they differ."""
     chat_template_kwargs: Options = Field({})
     """Arguments of the tokenizer's chat template."""
+    turns: Literal["all", "last"] | None = None
+    """Which turns of the assistant are scored; null: all where the data bring the answers, the last
+    where `generate` writes them."""
     window_tokens: int | None = Field(None, ge=8)
     """Cut long text into windows of this many tokens; null: the teacher's context."""
     limit: int | None = Field(None, ge=1)
     """Use the first records only."""
     holdout: int = Field(200, ge=0)
     """Prompts kept for evaluation, chosen by hash."""
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _of_the_template(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        for names, who in ((_RENDERING, "decided by the stages"), (_TOKENIZER, "the tokenizer's")):
+            if found := sorted(names & arguments.keys()):
+                raise ValueError(f"{found[0]!r} is {who}, no argument of the template. Remove it")
+        return arguments
+
+    @property
+    def records(self) -> Format:
+        """What a record of this format holds, and what it is to the stages."""
+        return FORMATS[self.format]
 
 
 class Generate(Section):
@@ -363,14 +395,3 @@ class Recipe(Section):
     loss: Loss = Loss()
     train: Train
     evaluate: Evaluate = Evaluate()
-
-
-COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "text": (("text",), ()),
-    "prompt": (("prompt",), ("reference",)),
-    "completion": (("prompt", "completion"), ()),
-    "messages": (("messages",), ("reference",)),
-    "instruction": (("instruction",), ("input", "output", "reference")),
-    "labelled": (("text", "label"), ("text_pair",)),
-}
-"""Format -> our names for what a record must have, and may have."""

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
+from .formats import FORMATS
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
@@ -50,7 +52,7 @@ _OF_CONTINUED_TEXT = (
 TASKS: dict[str, Task] = {
     "causal_lm": Task(
         head="lm",
-        formats=("completion", "text", "prompt", "messages", "instruction"),
+        formats=tuple(sorted(name for name in FORMATS if not FORMATS[name].labelled)),
         text_alone=True,
         unit="token",
         hub_name="text-generation",

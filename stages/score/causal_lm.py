@@ -38,9 +38,8 @@ class Teacher:
             there = slice(0, len(request.token_ids))
             ids[row, there] = request.token_ids
             mask[row, there] = 1
-            span = request.span_start, request.span_tokens
-            places.append(positions[row, predicting_positions(*span)])
-            following.append(scored_tokens(request.token_ids, *span))
+            places.append(positions[row, predicting_positions(request.spans)])
+            following.append(scored_tokens(request.token_ids, request.spans))
         spans = [self._span(request) for request in batch]
         with self._job.clock.span("model"):
             inputs = {"input_ids": self._moved(ids), "attention_mask": self._moved(mask)}

@@ -164,7 +164,7 @@ class Scorer:
             prompt_key=request.prompt_key,
             teacher_id=self._teacher_id,
             token_ids=request.token_ids,
-            span_start=request.span_start,
+            spans=request.spans,
             targets=targets,
             mantissa_bits=self._job.recipe.storage.mantissa_bits,
             settings=request.kept.columns(),

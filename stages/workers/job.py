@@ -63,6 +63,10 @@ class Job:
     author_id: str = ""
     """Identity of who wrote the generations: the teacher, another model, or the tokenizer of given
     text."""
+    earlier_author_id: str = ""
+    """Of given text: an author of an earlier rule, whose equal rows serve."""
+    day: str | None = None
+    """What a chat template that reads the clock is told."""
     context_tokens: int = 0
     """Tokens that the teacher (data) or the author of the text (generate, score) reads at once."""
     arm: Arm = "student"

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ..errors import IntegrityError, UsageError
 from ..files.base import Files
@@ -25,8 +26,9 @@ from ..snapshots.snapshot import load_snapshot
 from ..store.commits import Commit
 from ..store.segments import INDEXED, Indexed, place_of, segment_schema
 from ..store.store import Store
-from ..tables.schema import SCHEMAS, TableName
+from ..tables.schema import SCHEMAS, TableName, since
 from ..tables.shard import METADATA_KEY, ShardFile, ShardInfo
+from ..tables.spans import SPAN_COLUMNS, scored_tokens
 from .manifest import MANIFEST, Manifest, read_manifest
 
 _HELP = "Get another copy of it, or publish it again."
@@ -37,13 +39,13 @@ class PublishedFile(ShardFile):
 
     def _read_about(self) -> dict[str, Any]:
         try:
-            about = json.loads(self.schema.metadata[METADATA_KEY])
+            about = json.loads(self.stored.metadata[METADATA_KEY])
         except (TypeError, KeyError, ValueError) as error:
             raise IntegrityError(
                 f"{self.name}: not a published table (no `stillroom` metadata). {_HELP}"
             ) from error
         expected = SCHEMAS[about["table"]]
-        for field in self.schema:
+        for field in self.stored:
             if field.name in expected.names and not field.type.equals(
                 expected.field(field.name).type
             ):
@@ -53,6 +55,16 @@ class PublishedFile(ShardFile):
                     "published it."
                 )
         return dict(about)
+
+    def _read_as(self) -> pa.Schema:
+        """As stored, with the columns that later versions added to its table: null in what was published before."""
+        version, table = self.about["format_version"], self.about["table"]
+        later = [
+            field
+            for field in SCHEMAS[table]
+            if since(field) > version and field.name not in self.stored.names
+        ]
+        return pa.schema([*self.stored, *later], metadata=self.stored.metadata)
 
 
 class PublishedShard(ShardFile):
@@ -67,11 +79,7 @@ class PublishedShard(ShardFile):
         self.starts = np.concatenate([[0], np.cumsum(shard.row_groups, dtype=np.int64)])
         self._table, self._rows, self._positions = table, rows, positions
         self.about = table.file(0).about
-
-    @property
-    def schema(self) -> pa.Schema:
-        """The Arrow schema as published."""
-        return self._table.file(0).schema
+        self.schema = table.file(0).schema
 
     @property
     def numbers(self) -> np.ndarray:
@@ -147,6 +155,19 @@ class _Rows:
             rows = positions[of == number] - self.starts[number]
             parts.append(self.file(number).select(rows, columns, threads=threads))
         return pa.concat_tables(parts)
+
+    def lengths(self, ends: np.ndarray) -> np.ndarray:
+        """[R] tokens of each row. In version 1 they end with the span, at `ends`; since then they are counted."""
+        parts = [np.zeros(0, np.int64)]
+        for number, (first, last) in enumerate(pairwise(self.starts.tolist())):
+            file = self.file(number)
+            if file.about["format_version"] == 1:
+                parts.append(ends[first:last])
+                continue
+            for group in range(len(file.rows_per_group)):  # the ids of all at once are too many
+                ids = file.read(group, ["token_ids"])["token_ids"]
+                parts.append(pc.list_value_length(ids).to_numpy())
+        return np.concatenate(parts)
 
     def columns(self, names: Sequence[str]) -> pa.Table:
         """Some columns of every row."""
@@ -270,14 +291,15 @@ class Published(Store):
     def samples(self) -> pa.Table:
         """All that there is to train and be judged on.
 
-        Returns key (of the generation), prompt_key, tokens_key, held_out, tokens, start, place (in
+        Returns key (of the generation), prompt_key, tokens_key, held_out, tokens, scored, place (in
         `table`).
         """
-        key, before, scored = "generation_key", "span_start", "span_tokens"
-        if self.table == "generations":
-            key, before, scored = "key", "prompt_tokens", "completion_tokens"
-        rows = self._rows(self.table).columns([key, before, scored, "prompt_key", "tokens_key"])
-        first, more = rows[before].to_numpy(), rows[scored].to_numpy()
+        texts = self.table == "generations"
+        key = "key" if texts else "generation_key"
+        spans = SPAN_COLUMNS if texts else ("span_start", "span_tokens")
+        of_table = self._rows(self.table)
+        rows = of_table.columns([key, *spans, "prompt_key", "tokens_key"])
+        first, more = (rows[name].to_numpy() for name in spans[:2])
         splits = self.manifest.splits.items()
         held_out = np.concatenate([np.full(split.rows, name == "test") for name, split in splits])
         return pa.table(
@@ -286,8 +308,8 @@ class Published(Store):
                 "prompt_key": rows["prompt_key"],
                 "tokens_key": rows["tokens_key"],
                 "held_out": held_out,
-                "tokens": first + more,
-                "start": np.maximum(first, 1),
+                "tokens": first + more if texts else of_table.lengths(ends=first + more),
+                "scored": scored_tokens(rows) if texts else more,
                 "place": self.indexed(self.table).newest["place"],
             }
         )

@@ -12,7 +12,7 @@ import numpy as np
 from ..errors import IntegrityError, UsageError
 from ..keys import content_id, seal, unseal
 from ..store.store import Store
-from ..tables.schema import FORMAT_VERSION, TableName
+from ..tables.schema import RECORD_VERSION, TableName
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,7 +82,7 @@ def make_snapshot(
 def save_snapshot(store: Store, snapshot: Snapshot) -> None:
     """Keep a snapshot under its id; the first `about` of an id stays."""
     record = {
-        "format_version": FORMAT_VERSION,
+        "format_version": RECORD_VERSION,
         "id": snapshot.id,
         "table": snapshot.table,
         "shards": [

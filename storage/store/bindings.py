@@ -22,6 +22,8 @@ class Binding:
     """Of the teacher; where texts are classified, how many classes it has."""
     context_tokens: int
     author_context_tokens: int
+    day: str | None = None
+    """What a chat template that reads the clock is told, as 2026-11-29; None: it does not read it."""
     imported: bool = False
     """Whether the rows came with `stillroom import`: nobody can make reference targets of held-out
     rows."""

@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import IntegrityError
 from ..files.base import Files
 from ..keys import KEY_BYTES, KeySet, seal, unseal
-from ..tables.schema import FORMAT_VERSION, TableName
+from ..tables.schema import RECORD_VERSION, TableName
 from ..tables.shard import ShardInfo, shard_name
 
 _AT_ONCE = 1024  # records read together: an object store answers many requests in the time of one
@@ -144,7 +144,7 @@ def retire(files: Files, table: TableName, seq: int, *, reason: str) -> bool:
 
 def withdrawal(table: TableName, seq: int, *, reason: str) -> bytes:
     """The record that withdraws a commit."""
-    return seal({"format_version": FORMAT_VERSION, "table": table, "seq": seq, "reason": reason})
+    return seal({"format_version": RECORD_VERSION, "table": table, "seq": seq, "reason": reason})
 
 
 def read_commit(files: Files, table: TableName, seq: int) -> tuple[Commit, bytes] | None:
@@ -182,10 +182,10 @@ def read_retired(files: Files, table: TableName, seq: int) -> None:
 
 
 def _check_name(record: dict[str, Any], name: str, *, table: str, seq: int) -> None:
-    if record.get("format_version") != FORMAT_VERSION:
+    if record.get("format_version") != RECORD_VERSION:
         raise IntegrityError(
             f"{name}: format version {record.get('format_version')}, this Stillroom reads "
-            f"{FORMAT_VERSION}. Use the version of Stillroom that wrote the store."
+            f"{RECORD_VERSION}. Use the version of Stillroom that wrote the store."
         )
     if (record.get("table"), record.get("seq")) != (table, seq):
         raise IntegrityError(
@@ -196,7 +196,7 @@ def _check_name(record: dict[str, Any], name: str, *, table: str, seq: int) -> N
 
 def _to_json(commit: Commit, keys: bytes) -> dict[str, Any]:
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": RECORD_VERSION,
         "table": commit.table,
         "seq": commit.seq,
         "writer": commit.writer,

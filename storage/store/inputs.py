@@ -12,7 +12,7 @@ import pyarrow as pa
 from ..errors import IntegrityError
 from ..files.base import Files
 from ..keys import seal, unseal
-from ..tables.schema import FORMAT_VERSION, KEY
+from ..tables.schema import KEY, RECORD_VERSION
 from ..tables.shard import ShardFile, ShardInfo, put_parquet
 
 INPUTS_SCHEMA = pa.schema(
@@ -50,7 +50,7 @@ def put_inputs(files: Files, data_id: str, table: pa.Table, *, about: Mapping[st
     ]
     shard = put_parquet(files, data, groups, folder="data/inputs", about={"table": "inputs"})
     record = {
-        "format_version": FORMAT_VERSION,
+        "format_version": RECORD_VERSION,
         "data_id": data_id,
         "shard": asdict(shard),
         "about": dict(about),
@@ -65,10 +65,10 @@ def read_inputs(files: Files, data_id: str) -> Inputs | None:
         record = unseal(files.read(name), name)
     except FileNotFoundError:
         return None
-    if (record.get("format_version"), record.get("data_id")) != (FORMAT_VERSION, data_id):
+    if (record.get("format_version"), record.get("data_id")) != (RECORD_VERSION, data_id):
         raise IntegrityError(
             f"{name}: the record inside is of {record.get('data_id')}, format version "
-            f"{record.get('format_version')}; expected {data_id}, version {FORMAT_VERSION}. "
+            f"{record.get('format_version')}; expected {data_id}, version {RECORD_VERSION}. "
             "Restore the file, or use the Stillroom that wrote it."
         )
     return Inputs(ShardInfo.from_json(record["shard"]), record["about"])

@@ -41,6 +41,7 @@ INDEXED: dict[TableName, tuple[str, ...]] = {
         "prompt_tokens",
         "completion_tokens",
         "finish_reason",
+        "spans",
     ),
     "soft_targets": (
         "tokens_key",
@@ -54,6 +55,7 @@ INDEXED: dict[TableName, tuple[str, ...]] = {
         "proposal",
         "temperatures",
     ),
+    "features": ("reuse_key", "text_key", "teacher_id", "kind", "layer"),
     "rejects": ("context_id", "prompt_key", "sample_index", "tokens_key", "limit_tokens", "reason"),
 }
 """What a plan asks of a row."""

@@ -41,7 +41,7 @@ _COMMITS_SCHEMA = pa.schema(
 
 
 def connect(store: Store) -> duckdb.DuckDBPyConnection:
-    """A connection with views prompts, generations, soft_targets, rejects, commits and inputs as they are now.
+    """A connection with a view of each table, of commits and of inputs, as they are now.
 
     Where a store has sources, the views hold their rows too; a row that several have is there as
     often.
@@ -56,10 +56,9 @@ def connect(store: Store) -> duckdb.DuckDBPyConnection:
     commits = _commits(commit for table in TABLES for commit in store.commits(table))
     with _explained():
         for table in TABLES:
-            select = " UNION ALL BY NAME ".join(sight.selects[table])
-            _make_view(connection, table, SCHEMAS[table], select)
+            _make_view(connection, table, SCHEMAS[table], sight.selects[table])
         inputs = INPUTS_SCHEMA.append(pa.field("data_id", pa.string()))
-        _make_view(connection, "inputs", inputs, " UNION ALL ".join(sight.inputs))
+        _make_view(connection, "inputs", inputs, sight.inputs)
         connection.from_arrow(commits).create("commits")
     return connection
 
@@ -102,17 +101,18 @@ def _explained() -> Iterator[None]:
 
 
 def _make_view(
-    connection: duckdb.DuckDBPyConnection, name: str, schema: pa.Schema, select: str
+    connection: duckdb.DuckDBPyConnection, name: str, schema: pa.Schema, selects: Sequence[str]
 ) -> None:
-    if select:
-        connection.execute(f"CREATE VIEW {name} AS {select}")
-    else:  # nothing is there to select from
-        connection.from_arrow(schema.empty_table()).create(name)
+    """A view of what some queries select, with all columns: one that came later is null in rows of before it."""
+    connection.from_arrow(schema.empty_table()).create(f"no_{name}")
+    parts = [f"SELECT * FROM no_{name}", *selects]
+    connection.execute(f"CREATE VIEW {name} AS {' UNION ALL BY NAME '.join(parts)}")
 
 
 def _parquet(root: str, shards: list[ShardInfo]) -> str:
     paths = (_quoted(f"{root}/{shard.name}") for shard in shards)
-    return f"SELECT * FROM read_parquet([{', '.join(paths)}])"
+    # Shards of an earlier version lack columns.
+    return f"SELECT * FROM read_parquet([{', '.join(paths)}], union_by_name = true)"
 
 
 def _links(root: str, names: Sequence[str]) -> list[str]:

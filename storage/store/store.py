@@ -15,7 +15,7 @@ import pyarrow as pa
 from ..errors import IntegrityError, UsageError
 from ..files.base import Files
 from ..files.opening import open_files
-from ..tables.schema import FORMAT_VERSION, SCHEMAS, TABLES, TableName
+from ..tables.schema import SCHEMAS, STORE_VERSION, TABLES, VERSIONS, TableName
 from ..tables.shard import ShardFile, ShardInfo, shard_name
 from .commits import Commit, CommitLog, retire
 from .inputs import inputs_table, put_inputs, read_inputs
@@ -55,13 +55,16 @@ class Store:
         except (ValueError, TypeError, KeyError) as error:
             raise IntegrityError(
                 f"{files.root}/{MARKER}: the marker is damaged ({error!r}). Write it again, with any id: "
-                f'{{"format_version": {FORMAT_VERSION}, "store_id": "..."}}'
+                f'{{"format_version": {STORE_VERSION}, "store_id": "..."}}'
             ) from error
-        if version != FORMAT_VERSION:
+        if version not in range(1, STORE_VERSION + 1):
             raise IntegrityError(
-                f"{files.root}/{MARKER}: format version {version}, this Stillroom reads and "
-                f"writes {FORMAT_VERSION}. Use the version of Stillroom that made the store."
+                f"{files.root}/{MARKER}: format version {version}, this Stillroom reads up to "
+                f"{STORE_VERSION}. Use the version of Stillroom that made the store."
             )
+        if create and version < STORE_VERSION:
+            # An older program must not write here any more: it would not know the new columns.
+            files.replace(MARKER, _marker(store_id))
         return cls(files, store_id)
 
     @property
@@ -199,5 +202,9 @@ def _create(files: Files) -> None:
             "the store."
         )
     files.prove_exclusive()
-    marker = {"format_version": FORMAT_VERSION, "store_id": str(uuid.uuid4())}
-    files.put_if_absent(MARKER, json.dumps(marker, indent=1).encode() + b"\n")
+    files.put_if_absent(MARKER, _marker(str(uuid.uuid4())))
+
+
+def _marker(store_id: str) -> bytes:
+    marker = {"format_version": STORE_VERSION, "tables": VERSIONS, "store_id": store_id}
+    return json.dumps(marker, indent=1).encode() + b"\n"

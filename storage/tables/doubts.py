@@ -17,6 +17,7 @@ import numpy as np
 from .invariants import aligned_targets, outcomes
 from .kinds import STRUCTURES
 from .soft_targets import SoftTargets, log_total
+from .spans import positions, spans_of
 
 SUM_TOLERANCE = 2e-3
 """Entries and tail may miss 1 by this much, besides what rounding does: teachers compute in half
@@ -79,8 +80,7 @@ def _tokens_there(
 ) -> np.ndarray:
     """[N] the outcomes that `token_logprob` speaks of."""
     if about.get("head") != "classes":
-        start, stop = row["span_start"], row["span_start"] + row["span_tokens"]
-        tokens: np.ndarray = row["token_ids"][start:stop]
+        tokens: np.ndarray = row["token_ids"][positions(spans_of(row))]
         return tokens
     label = row.get("label")
     best = targets.probabilities[0].argmax()  # stands in where a text has no label

@@ -12,6 +12,7 @@ from ..errors import IntegrityError
 from .kinds import STRUCTURES
 from .schema import FLOATS, TableName
 from .soft_targets import SoftTargets
+from .spans import check_spans, spans_of
 
 # Columns of some kinds only; where a kind does not have one it is null.
 _OPTIONAL = sorted(
@@ -30,6 +31,8 @@ def check_shape(table: TableName, row: Mapping[str, Any], about: Mapping[str, An
     if table == "generations":
         prompt, completion = row["prompt_tokens"], row["completion_tokens"]
         total = len(row["token_ids"])
+        if row.get("spans") is not None:
+            check_spans(spans_of(row), total, "generations row")
         if prompt < 0 or completion < 0 or prompt + completion != total:
             raise IntegrityError(
                 f"generations row: {prompt} prompt tokens and {completion} completion tokens are "
@@ -39,15 +42,11 @@ def check_shape(table: TableName, row: Mapping[str, Any], about: Mapping[str, An
 
 def aligned_targets(row: Mapping[str, Any], about: Mapping[str, Any]) -> SoftTargets:
     """The row's targets, one for each token of its span; IntegrityError if the row says otherwise."""
-    start, n, k, total = row["span_start"], row["span_tokens"], row["k"], len(row["token_ids"])
+    k = row["k"]
     if about.get("head") == "classes":
         _check_classes(row, about["class_names"])
-    elif n < 1 or k < 1 or start < 1 or start + n > total:
-        raise IntegrityError(
-            f"soft_targets row: span_start {start}, span_tokens {n} and k {k} do not fit a row of "
-            f"{total} tokens. A span starts at 1 or later, because position t predicts token t + "
-            "1, and ends within the row."
-        )
+    else:
+        _check_spans(row)
     _kind_columns(row)
     if STRUCTURES[row["kind"]].whole and k != outcomes(about):
         raise IntegrityError(
@@ -59,9 +58,41 @@ def aligned_targets(row: Mapping[str, Any], about: Mapping[str, Any]) -> SoftTar
         )
     targets = SoftTargets.from_row(row)
     _refuse_nan(row)
+    _check_lengths(row, len(targets.entropy))
     _entry_numbers(row, targets)
     _check_temperatures(row["kind"], targets)
     return targets
+
+
+def _check_spans(row: Mapping[str, Any]) -> None:
+    """The spans fit the row, and `span_start` and `span_tokens` say the same as they."""
+    spans = spans_of(row)
+    check_spans(spans, len(row["token_ids"]), "soft_targets row")
+    found = row["span_start"], row["span_tokens"]
+    expected = int(spans[0, 0]), int(spans[:, 1].sum())
+    if found != expected:
+        raise IntegrityError(
+            f"soft_targets row: span_start and span_tokens are {found}, its spans say {expected}."
+        )
+    if row["k"] < 1:
+        raise IntegrityError(f"soft_targets row: k is {row['k']}, expected 1 or more.")
+
+
+def _check_lengths(row: Mapping[str, Any], n: int) -> None:
+    """What is said of each scored token beside its target is said of all N."""
+    for name in ("labels", "tail_bound"):
+        if row.get(name) is not None and len(row[name]) != n:
+            raise IntegrityError(
+                f"soft_targets row: {name} holds {len(row[name])} numbers, expected {n}, one for "
+                "each scored token."
+            )
+    if row.get("tail_bound") is None:
+        return
+    if row.get("tail_logprob") is None or np.min(row["tail_bound"]) < 0:
+        raise IntegrityError(
+            "soft_targets row: tail_bound says how far off tail_logprob may be: it is 0 or more, "
+            "and there where a tail is."
+        )
 
 
 def _refuse_nan(row: Mapping[str, Any]) -> None:
@@ -81,11 +112,12 @@ def outcomes(about: Mapping[str, Any]) -> int:
 
 def _check_classes(row: Mapping[str, Any], names: Sequence[str]) -> None:
     """A text that is classified has one target over all classes, at its last token, and a gold label or none."""
-    found = row["span_start"], row["span_tokens"], row["kind"]
-    expected = len(row["token_ids"]) - 1, 1, "full"
+    spans = None if row.get("spans") is None else list(row["spans"])
+    found = row["span_start"], row["span_tokens"], row["kind"], spans
+    expected = len(row["token_ids"]) - 1, 1, "full", None
     if found != expected:
         raise IntegrityError(
-            f"soft_targets row: span_start, span_tokens and kind are {found}, expected "
+            f"soft_targets row: span_start, span_tokens, kind and spans are {found}, expected "
             f"{expected}: where texts are classified, each has one target over all classes, at "
             "its last token."
         )

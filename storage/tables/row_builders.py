@@ -7,8 +7,14 @@ import numpy as np
 
 from ..keys import content_key
 from .soft_targets import SoftTargets
+from .spans import flat
 
 TokenIds = Sequence[int] | np.ndarray
+
+
+def text_key(token_ids: TokenIds) -> bytes:
+    """Name of a text whatever is asked of it: its token ids."""
+    return content_key("text", token_ids=np.asarray(token_ids, dtype="<i4").tobytes())
 
 
 def generation_row(
@@ -27,8 +33,13 @@ def generation_row(
     source_key: bytes | None = None,
     max_tokens: int | None = None,
     row_seed: int | None = None,
+    spans: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """A row of `generations`; `token_ids` are the prompt's and then the completion's."""
+    """A row of `generations`; `token_ids` are the prompt's and then the completion's.
+
+    `spans`: [S, 2] start and tokens of what is scored, where that is not all that follows the
+    prompt.
+    """
     return {
         "key": key,
         "reuse_key": reuse_key,
@@ -45,6 +56,8 @@ def generation_row(
         "finish_reason": finish_reason,
         "max_tokens": max_tokens,
         "row_seed": row_seed,
+        "spans": None if spans is None else flat(spans),
+        "text_key": text_key(token_ids),
     }
 
 
@@ -58,6 +71,7 @@ def given_row(
     token_ids: TokenIds,
     prompt_tokens: int,
     text: str,
+    spans: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """A row of `generations` for text that came with the data: one window of a row of `prompts`.
 
@@ -78,6 +92,7 @@ def given_row(
         prompt_tokens=prompt_tokens,
         text=text,
         finish_reason="given",
+        spans=spans,
     )
 
 
@@ -90,14 +105,15 @@ def target_row(
     prompt_key: bytes,
     teacher_id: str,
     token_ids: TokenIds,
-    span_start: int,
+    spans: np.ndarray,
     targets: SoftTargets,
     mantissa_bits: int,
     settings: Mapping[str, Any],
     label: int | None = None,
 ) -> dict[str, Any]:
-    """A row of `soft_targets`: the targets of `token_ids[span_start:]`, one for each scored token.
+    """A row of `soft_targets`: a target for each scored token.
 
+    `spans`: [S, 2] start and tokens of what is scored.
     `settings`: the columns that say what was kept of the distribution: `kind`, and those of `k`,
     `p`, `k_min`, `draw` and `proposal` that the kind has.
     """
@@ -109,7 +125,9 @@ def target_row(
         "prompt_key": prompt_key,
         "teacher_id": teacher_id,
         "token_ids": token_ids,
-        "span_start": span_start,
+        "span_start": int(spans[0, 0]),
+        "spans": None if len(spans) == 1 else flat(spans),
+        "text_key": text_key(token_ids),
         "label": label,
     }
     # The settings come last: `k` of a ragged kind is its limit, not the widest position's entries.

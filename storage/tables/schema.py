@@ -3,26 +3,43 @@
 Lists are flat: a soft-target row of N scored tokens holds the E entries of all of them one after
 another, N * K or, where positions differ, the sum of `entries`. Field metadata states what a column
 is, with shape and unit.
-`storage/tables/README.md` is the format for people.
+`storage/tables/README.md` is the format for people, `columns.md` beside it lists these.
 """
 
 from typing import Any, Literal
 
 import pyarrow as pa
 
-FORMAT_VERSION = 1
+RECORD_VERSION = 1
+"""Of commit records, snapshots, inputs and manifests."""
+STORE_VERSION = 2
+"""Of a store's marker; tables have versions of their own (`VERSIONS`)."""
 
-TableName = Literal["prompts", "generations", "soft_targets", "rejects"]
-TABLES: tuple[TableName, ...] = ("prompts", "generations", "soft_targets", "rejects")
+TableName = Literal["prompts", "generations", "soft_targets", "features", "rejects"]
+TABLES: tuple[TableName, ...] = ("prompts", "generations", "soft_targets", "features", "rejects")
+VERSIONS: dict[str, int] = {
+    "prompts": 2,
+    "generations": 2,
+    "soft_targets": 2,
+    "features": 2,
+    "rejects": 1,
+    "inputs": 1,
+}
+"""What shards are written as. Older ones are read: a version only adds columns, which are null there."""
 
 KEY = pa.binary(16)
 TOKENS = pa.list_(pa.int32())
-FLOATS = pa.list_(pa.float32())
+FLOAT_LIST = pa.list_(pa.float32())
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
 
 def _field(name: str, kind: pa.DataType, about: str, *, nullable: bool = False) -> pa.Field:
     return pa.field(name, kind, nullable=nullable, metadata={"about": about})
+
+
+def _since_2(name: str, kind: pa.DataType, about: str) -> pa.Field:
+    """A column that version 2 of its table added: null in every row of before."""
+    return pa.field(name, kind, metadata={"about": about, "since": "2"})
 
 
 SCHEMAS: dict[TableName, pa.Schema] = {
@@ -47,6 +64,18 @@ SCHEMAS: dict[TableName, pa.Schema] = {
             _field("reference", pa.string(), "gold answer, for evaluation only", nullable=True),
             _field("label", pa.int32(), "gold class index", nullable=True),
             _field("source", pa.string(), "where the row was read from"),
+            _since_2(
+                "message_fields",
+                pa.list_(pa.string()),
+                "of each message, what it has beside a role and a text: a JSON object, or null",
+            ),
+            _since_2("tools", pa.string(), "tools that the conversation offers: a JSON list"),
+            _since_2(
+                "completion_fields",
+                pa.string(),
+                "what the given answer has beside its text: a JSON object",
+            ),
+            _since_2("labels", TOKENS, "gold classes of the parts of a text"),
         ]
     ),
     "generations": pa.schema(
@@ -98,6 +127,12 @@ SCHEMAS: dict[TableName, pa.Schema] = {
             _field(
                 "row_seed", pa.int64(), "sampling seed of this row; null if given", nullable=True
             ),
+            _since_2(
+                "spans",
+                TOKENS,
+                "[2 S] start and tokens of each scored span; null: all from prompt_tokens on",
+            ),
+            _since_2("text_key", KEY, "hash of the token ids alone"),
         ]
     ),
     "soft_targets": pa.schema(
@@ -148,7 +183,7 @@ SCHEMAS: dict[TableName, pa.Schema] = {
             ),
             _field(
                 "logprobs",
-                FLOATS,
+                FLOAT_LIST,
                 "[E] natural-log probabilities of the full softmax; full: in id order",
                 nullable=True,
             ),
@@ -160,29 +195,29 @@ SCHEMAS: dict[TableName, pa.Schema] = {
             ),
             _field(
                 "weights",
-                FLOATS,
+                FLOAT_LIST,
                 "[E] sampled, other proposals: estimate of the probability",
                 nullable=True,
             ),
             _field(
                 "tail_logprob",
-                FLOATS,
+                FLOAT_LIST,
                 "[N] log probability outside the entries; -inf if none",
                 nullable=True,
             ),
             _field(
                 "token_logprob",
-                FLOATS,
+                FLOAT_LIST,
                 "[N] log probability of the token that is there, at temperature 1",
             ),
             _field(
                 "entropy",
-                FLOATS,
+                FLOAT_LIST,
                 "[N] nats, of the full distribution; sampled: of the one that was drawn from",
             ),
             _field(
                 "temperatures",
-                FLOATS,
+                FLOAT_LIST,
                 (
                     "[m] other temperatures than 1 that are stored, ascending; sampled: the one "
                     "drawn at"
@@ -191,7 +226,7 @@ SCHEMAS: dict[TableName, pa.Schema] = {
             ),
             _field(
                 "tempered_tails",
-                FLOATS,
+                FLOAT_LIST,
                 (
                     "[N * m] log sum of p^(1/T) over the ids outside the entries; sampled: over all "
                     "ids"
@@ -210,6 +245,40 @@ SCHEMAS: dict[TableName, pa.Schema] = {
                 nullable=True,
             ),
             _field("label", pa.int32(), "gold class index (head: classes)", nullable=True),
+            _since_2(
+                "spans",
+                TOKENS,
+                "[2 S] start and tokens of each scored span, N in all; null: span_start and N",
+            ),
+            _since_2("text_key", KEY, "hash of the token ids alone"),
+            _since_2("tail_bound", FLOAT_LIST, "[N] how far off tail_logprob may be; null: exact"),
+            _since_2(
+                "entropy_is_bound", pa.bool_(), "whether entropy is a lower bound; null: exact"
+            ),
+            _since_2("engine", pa.string(), "what ran the teacher; null: hf"),
+            _since_2("labels", TOKENS, "[N] gold class at each scored position"),
+        ]
+    ),
+    "features": pa.schema(
+        [
+            _field("key", KEY, "hash of everything that determines the row"),
+            _field("reuse_key", KEY, "hash of teacher, token ids, kind and layer"),
+            _field("text_key", KEY, "hash of the token ids alone"),
+            _field("teacher_id", pa.string(), "identity of the teacher"),
+            _field("kind", pa.string(), "hidden, queries, keys, values, pooled or embeddings"),
+            _field(
+                "layer", pa.int32(), "index of the layer; null where there is none", nullable=True
+            ),
+            _field("positions", TOKENS, "[P] indices of the tokens; null: of all", nullable=True),
+            _field("width", pa.int32(), "D, numbers at each position"),
+            _field("dtype", pa.string(), "int8 or float16"),
+            _field("values", pa.binary(), "[P * D] numbers of that type, little endian"),
+            _field(
+                "scale",
+                FLOAT_LIST,
+                "[P] what the numbers of a position are multiplied by; null: 1",
+                nullable=True,
+            ),
         ]
     ),
     "rejects": pa.schema(
@@ -237,14 +306,34 @@ SCHEMAS: dict[TableName, pa.Schema] = {
     ),
 }
 
+
+def columns_of(table: TableName, version: int) -> pa.Schema:
+    """The columns of a table as a version had them, the first of today's."""
+    return pa.schema([field for field in SCHEMAS[table] if since(field) <= version])
+
+
+def since(field: pa.Field) -> int:
+    """The version of its table that a column came with."""
+    return int(field.metadata.get(b"since", b"1"))
+
+
 # Every reader knows these. Entries repeat the same ids, so a dictionary is smaller than deltas (1.0
 # to 2.0 bytes against 2.0 to 2.2); a text alone repeats too few to pay for one in a small shard.
 # Floats keep their bytes apart, so that the rounded low bytes compress to nothing. Never float16
 # here: DuckDB 1.5 reads float16 + BYTE_STREAM_SPLIT as NaN without an error.
 _DELTA = ("token_ids.list.element",)
 # The columns of `soft_targets` that hold the teacher's numbers.
-FLOATS = ("logprobs", "weights", "tail_logprob", "token_logprob", "entropy", "tempered_tails")
+FLOATS = (
+    "logprobs",
+    "weights",
+    "tail_logprob",
+    "token_logprob",
+    "entropy",
+    "tempered_tails",
+    "tail_bound",
+)
 _SPLIT = tuple(f"{name}.list.element" for name in FLOATS)
+_PLAIN = ("values",)  # each is there once
 
 
 def parquet_options(table: TableName) -> dict[str, Any]:
@@ -260,7 +349,7 @@ def encodings(schema: pa.Schema) -> dict[str, Any]:
     return {
         "compression": "zstd",
         "compression_level": 1,
-        "use_dictionary": sorted(leaves - set(encoding)),
+        "use_dictionary": sorted(leaves - set(encoding) - set(_PLAIN)),
         "column_encoding": encoding,
         "write_page_checksum": True,
         "write_page_index": True,

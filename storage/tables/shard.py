@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from ..errors import IntegrityError
 from ..files.base import Content, Files
 from .rows import Rows, row_bytes, rows_to_table
-from .schema import FORMAT_VERSION, SCHEMAS, TableName, parquet_options
+from .schema import SCHEMAS, VERSIONS, TableName, columns_of, parquet_options
 
 ROW_GROUP_BYTES = 24 << 20
 """Decoded size at which a row group ends; a larger row has a group of its own."""
@@ -103,7 +103,7 @@ def put_parquet(
 def _put(
     files: Files, data: pa.Table, groups: Sequence[int], *, folder: str, about: Mapping[str, Any]
 ) -> Content:
-    metadata = {"format_version": FORMAT_VERSION, **about}
+    metadata = {"format_version": VERSIONS[about["table"]], **about}
     text = json.dumps(metadata, sort_keys=True, ensure_ascii=False)
     data = data.replace_schema_metadata({METADATA_KEY: text})
     options: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
@@ -156,27 +156,30 @@ class ShardFile:
             metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)
         )
         self.starts = np.concatenate([[0], np.cumsum(self.rows_per_group, dtype=np.int64)])
+        self.stored: pa.Schema = self._file.schema_arrow
+        """The schema of the file."""
         self.about = self._read_about()
+        self.schema = self._read_as()
+        """Of what is read: that of today, whatever version the shard is of."""
 
     def _read_about(self) -> dict[str, Any]:
         try:
-            about: dict[str, Any] = json.loads(self.schema.metadata[METADATA_KEY])
+            about: dict[str, Any] = json.loads(self.stored.metadata[METADATA_KEY])
             version, table = about["format_version"], about["table"]
         except (TypeError, KeyError, ValueError) as error:
             raise IntegrityError(
                 f"{self.name}: not a shard (no `stillroom` metadata). {REPAIR}"
             ) from error
-        if version != FORMAT_VERSION:
-            raise IntegrityError(
-                f"{self.name}: format version {version}, this Stillroom reads {FORMAT_VERSION}. "
-                "Use the version of Stillroom that wrote the store."
-            )
         if not self.name.startswith(f"{shard_folder(table)}/"):
             raise IntegrityError(
                 f"{self.name}: holds {table}, which do not belong in this folder. {REPAIR}"
             )
-        expected = SCHEMAS.get(table)
-        if expected is not None and not self.schema.equals(expected):
+        if version not in range(1, VERSIONS.get(table, 0) + 1):
+            raise IntegrityError(
+                f"{self.name}: format version {version}, this Stillroom reads {table} up to version "
+                f"{VERSIONS.get(table)}. Use the version of Stillroom that wrote the store."
+            )
+        if table in SCHEMAS and not self.stored.equals(columns_of(table, version)):
             raise IntegrityError(
                 f"{self.name}: the columns are not those of {table} in this version of Stillroom. "
                 "Go on with the version that wrote the store, or run the recipe into a new "
@@ -184,10 +187,11 @@ class ShardFile:
             )
         return about
 
-    @property
-    def schema(self) -> pa.Schema:
-        """The Arrow schema as stored."""
-        return self._file.schema_arrow
+    def _read_as(self) -> pa.Schema:
+        table = self.about["table"]
+        if table not in SCHEMAS:
+            return self.stored
+        return SCHEMAS[table].with_metadata(self.stored.metadata)
 
     @property
     def rows(self) -> int:
@@ -252,12 +256,22 @@ class ShardFile:
         return "", error
 
     def _read_group(self, group: int, names: list[str], *, threads: bool = True) -> pa.Table:
-        table = self._file.read_row_group(group, columns=names, use_threads=threads)
+        there = [name for name in names if name in self.stored.names]
+        table = self._file.read_row_group(group, columns=there, use_threads=threads)
         expected = self.rows_per_group[group]
         # A page header, which no checksum covers, may say another number.
         if table.num_rows != expected:
             raise ValueError(f"{table.num_rows} rows can be read of {expected}")
-        return table
+        if len(there) == len(names):
+            return table
+        # A column of a later version is null in every row of this one.
+        columns = [
+            table[name] if name in there else pa.nulls(expected, self.schema.field(name).type)
+            for name in names
+        ]
+        return pa.Table.from_arrays(
+            columns, schema=pa.schema([self.schema.field(n) for n in names])
+        )
 
     def column_bytes(self) -> dict[str, int]:
         """Compressed bytes of each column, from the footer alone."""

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.slow
 
 EXPECTED = json.loads((FORMAT1 / "expected.json").read_text())
 RECIPES = ("prompt", "text", "completion", "messages", "instruction", "labelled")
+STALE = ("completion", "messages")  # their answers, all of them
 LICENSES = [
     word for name in ("", "teacher-", "source-") for word in (f"--{name}license", "cc0-1.0")
 ]
@@ -32,11 +33,18 @@ def recipe(name: str) -> str:
     return f"recipes/{name}.yaml"
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in STALE])
 def test_all_is_done(name: str) -> None:
     lines = last_json(stillroom("plan", recipe(name), "--json"))["stages"]
     assert {"data", "train"} <= lines.keys()
     assert {stage: line["state"] for stage, line in lines.items()} == dict.fromkeys(lines, "done")
+
+
+@pytest.mark.parametrize("name", STALE)
+def test_answers_that_were_tokenized_alone_are_named(name: str) -> None:
+    """`mat` and `and` of a prompt and its completion are one word; the template writes no end token."""
+    line = last_json(stillroom("plan", recipe(name), "--json"))["stages"]["data"]
+    assert (line["state"], line["why"]) == ("to do", "answer was tokenized alone: 4 of 4")
 
 
 def test_another_setting_is_still_seen() -> None:
@@ -118,7 +126,7 @@ NAMES = {
 
 
 @pytest.mark.parametrize(
-    ("name", "last"), [("prompt", "generate"), ("messages", "score"), ("labelled", "data")]
+    ("name", "last"), [("prompt", "generate"), ("text", "score"), ("labelled", "data")]
 )
 def test_rows_made_again_have_the_same_names(name: str, last: str) -> None:
     """In an empty store; so what is asked for is found in an old one, and found as what it is."""

@@ -10,6 +10,7 @@ from stillroom.storage.keys import content_key
 from stillroom.storage.store.store import Store
 from stillroom.storage.tables.schema import TABLES
 from stillroom.storage.tables.soft_targets import SoftTargets
+from stillroom.storage.tables.spans import positions, spans_of
 
 Fault = Literal["shifted", "shifted back", "shuffled", "another row"]
 FAULTS: tuple[Fault, ...] = ("shifted", "shifted back", "shuffled", "another row")
@@ -111,7 +112,7 @@ def _columns(
             for name in ("ids", "logprobs", "counts", "weights")
             if name in found
         }
-    tokens = row["token_ids"][row["span_start"] :]
+    tokens = row["token_ids"][positions(spans_of(row))]
     if consistent and "logprobs" in found:
         ids = np.arange(found["logprobs"].shape[1])[None] if targets.ids is None else found["ids"]
         match = ids == tokens[:, None]

@@ -1,11 +1,15 @@
 """What a recipe's names stood for is kept by number; a number that is lost does not stop the next."""
 
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
-from kit import recipe_tree
+import pytest
+from kit import prompts, recipe_tree, stillroom, write_jsonl, write_recipe
 
-from stillroom.pipeline.plan.resolve import write_down
+from stillroom.pipeline.plan.resolve import bind, write_down
 from stillroom.stages.recipe.sections import Recipe
 from stillroom.storage.store.bindings import Binding
 from stillroom.storage.store.store import Store
@@ -29,3 +33,41 @@ def test_a_lost_binding_leaves_no_hole_to_fall_into(tmp_path: Path) -> None:
     first.unlink()
     write_down(recipe, bindings[2])
     assert [path.stem for path in sorted(first.parent.iterdir())] == ["00000001", "00000002"]
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_template_that_reads_the_clock_keeps_its_day(
+    tiny_llama: Callable[..., Path], tmp_path: Path, reads: bool
+) -> None:
+    teacher = tiny_llama()
+    clock = "{{ strftime_now('%d') }}" if reads else ""
+    (teacher / "chat_template.jinja").write_text(clock + "{{ messages[0].content }}")
+    records = [{"instruction": "the cat", "output": record["prompt"]} for record in prompts(6)]
+    source = write_jsonl(tmp_path / "a.jsonl", records)
+    tree = recipe_tree(tmp_path, teacher, source, generate=None)
+    tree["data"] = {"source": str(source), "format": "instruction"}
+    recipe = Recipe.model_validate(tree)
+    store = Store.open(tmp_path / "store", create=True)
+    first = bind(recipe, store, write=True).binding
+    assert first.day == (date.today().isoformat() if reads else None)
+    if reads:
+        before = replace(first, day="2024-02-29")
+        write_down(recipe, before)
+        # Under other names too, which the same rows serve.
+        tree["data"]["holdout"] = 1
+        again = bind(Recipe.model_validate(tree), store, write=True).binding
+        assert again.day == "2024-02-29"
+        assert again.author_id != first.author_id
+
+
+def test_a_plan_says_what_the_template_makes_of_its_arguments(
+    tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    teacher = tiny_llama()
+    (teacher / "chat_template.jinja").write_text("{{ messages[0].content }}{{ mood }}")
+    source = write_jsonl(tmp_path / "a.jsonl", [{"instruction": r["prompt"]} for r in prompts(6)])
+    data = {"source": str(source), "format": "instruction", "holdout": 0}
+    data |= {"chat_template_kwargs": {"mod": 1}}
+    path = write_recipe(tmp_path, teacher, source, data=data)
+    said = "the chat template never mentions 'mod'. Did you mean 'mood'?"
+    assert said in stillroom("plan", path).stdout.replace("\n", " ")

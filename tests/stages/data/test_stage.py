@@ -323,10 +323,12 @@ def test_windows_predict_every_token_but_the_first_exactly_once(window: int, len
 
 def test_a_completion_ends_with_the_end_token_once(tiny_llama: Callable[..., Path]) -> None:
     renderer = Renderer(tiny_llama(), {})
-    ids = renderer.completion_ids("the cat")
-    assert ids[-1] == renderer.tokenizer.eos_token_id
-    assert renderer.tokenizer.bos_token_id not in ids
-    assert renderer.prompt_ids({"messages": None, "text": "the cat"}) == [1, *ids[:-1]]
+    for text in ("the cat", "the cat</s>"):
+        row = {"messages": None, "text": "a dog ", "completion": text}
+        ids, spans = renderer.given(row, last=True)
+        assert renderer.tokenizer.convert_ids_to_tokens(ids) == "<s> a dog the cat </s>".split()
+        assert spans.tolist() == [[3, 3]]
+        assert renderer.prompt_ids(row) == ids[:3]
 
 
 def test_messages_without_a_template_say_what_to_do(tiny_llama: Callable[..., Path]) -> None:

@@ -103,6 +103,35 @@ def test_a_stop_string_ends_the_text_before_it(name: str, assets: Path, tmp_path
     assert free.token_ids[: len(cut.token_ids)] == cut.token_ids
 
 
+GOES_ON = ", there was a little girl named Lily."  # after "Once upon a time", greedily
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [
+        ("ttle g", ", there was a"),  # begins inside the token " little"
+        ("girl named L", ", there was a little"),  # " g", "ir", "l", " named", " Lily"
+        (",", ""),  # at once
+    ],
+)
+def test_ids_end_where_the_text_ends(
+    name: str, assets: Path, tmp_path: Path, stop: str, text: str
+) -> None:
+    from transformers import AutoTokenizer
+
+    author = author_at(assets / STORIES, tmp_path)
+    requests = [Request(0, [1, 403, 407, 261, 378], seed=0)]
+    settings = {"temperature": 0.0, "max_tokens": 24}
+    free = written(name, author, requests, **settings)[0]
+    assert free.text.lstrip().startswith(GOES_ON)
+    cut = written(name, author, requests, **settings, stop=[stop])[0]
+    assert (cut.text, cut.finish_reason) == (text, "stop")
+    assert cut.token_ids == free.token_ids[: len(cut.token_ids)]
+    assert AutoTokenizer.from_pretrained(assets / STORIES).decode(cut.token_ids) == text
+
+
 def test_noise_per_row_draws_from_the_models_distribution(
     tiny_llama: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -174,16 +203,19 @@ def test_rows_end_where_their_own_completion_does(
             if ids[end - 1] == 0 or CAT_THE in text or DOG in text:
                 ids, kind = ids[:end], "end id" if ids[end - 1] == 0 else "stop string"
                 break
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        before = text.split(CAT_THE)[0].split(DOG)[0]
+        if before != text:
+            whole = [tokenizer.decode(ids[:n], skip_special_tokens=True) for n in range(len(ids))]
+            ids = ids[: max(n for n, said in enumerate(whole) if said == before.strip())]
         assert completion.token_ids == ids
         assert completion.finish_reason == ("length" if kind == "length" else "stop")
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        assert completion.text == text.split(CAT_THE)[0].split(DOG)[0]
+        assert completion.text == tokenizer.decode(ids, skip_special_tokens=True)
         how[kind] += 1
     assert len({len(c.token_ids) for c in found.values()}) > 8
     assert min(how[kind] for kind in ("length", "end id", "stop string")) > 3
-    assert any(
-        c.token_ids[0] == THE and len(c.token_ids) > 1 for c in found.values()
-    )  # "cat | the" does not end it
+    ids = [c.token_ids for c in found.values() if c.token_ids]
+    assert any(i[0] == THE and len(i) > 1 for i in ids)  # "cat | the" does not end it
 
 
 @pytest.mark.assets

@@ -171,3 +171,25 @@ def test_a_missing_folder_is_a_clear_error(name: str) -> None:
 def test_a_hub_id_that_is_not_here_says_so() -> None:
     with pytest.raises(UsageError, match="neither a folder nor downloaded"):
         find_model("someone/some-model", None, field="teacher.model", download=False)
+
+
+def test_all_templates_of_a_model_are_known_and_kept(
+    tiny_llama: Callable[..., Path], tmp_path: Path, hashes: FileHashes
+) -> None:
+    from transformers import AutoTokenizer
+
+    folder = tiny_llama()
+    (folder / "chat_template.jinja").write_text("one")
+    alone = identify(folder, dtype="auto", hashes=hashes)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("two")
+    several = identify(folder, dtype="auto", hashes=hashes)
+    assert several.template_id != alone.template_id
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    for name, content in several.files_to_keep().items():
+        (kept / name).write_bytes(content)
+    assert AutoTokenizer.from_pretrained(kept).chat_template == {
+        "default": "one",
+        "tool_use": "two",
+    }

@@ -58,6 +58,15 @@ def test_a_misspelt_key_is_refused_with_line_and_nearest_key(
         ("student.model=x", "name either `model`"),
         ("teacher=null", "teacher: missing"),
         ("data.format=text", "generate: format 'text' brings its own text"),
+        (
+            "data.chat_template_kwargs={tools: []}",
+            "data.chat_template_kwargs: 'tools' is decided by the stages",
+        ),
+        (
+            "data.chat_template_kwargs={max_length: 9}",
+            "data.chat_template_kwargs: 'max_length' is the tokenizer's",
+        ),
+        ("generate={samples: 2, temperature: 0}", "generate.samples: 2 completions"),
         ("generate=null", "generate: missing: format 'prompt' has prompts only"),
         ("loss.soft_weight=0", ""),
         ("evaluate.generate={metric: regex}", "needs a `pattern`"),

@@ -1,0 +1,99 @@
+"""Conversations as token ids, with the tokens of the assistant's turns; and what a run has to say of them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ....storage.errors import RowError
+from ....storage.tables.conversations import Conversation
+from .template import Chat, ChatTemplate
+from .tokens import TurnTokens
+from .turns import Turns, assistant_turns
+from .unread import Unread
+
+Ids = tuple[list[int], np.ndarray]
+"""[T] token ids, and [S, 2] start and tokens of each turn of the assistant."""
+
+
+def no_spans() -> np.ndarray:
+    """[0, 2]: nothing is scored."""
+    return np.empty((0, 2), np.int64)
+
+
+class ChatRenderer:
+    """Renders conversations by one tokenizer's template."""
+
+    def __init__(self, tokenizer: Any, arguments: Mapping[str, Any], day: str | None) -> None:
+        self.tokenizer = tokenizer
+        self._template = ChatTemplate(tokenizer, arguments, day)
+        self._unread = Unread(self._template)
+        self._unbounded, self._first_unbounded = 0, ""
+        self._moved = 0
+
+    def prompt(self, conversation: Conversation, *, turns: bool = False) -> Ids:
+        """A conversation that the assistant is to answer.
+
+        `turns`: say where its turns are; else none are said.
+        """
+        chat = Chat(conversation.messages, conversation.tools, open=True)
+        return self._ids(chat, assistant_turns(chat) if turns else [])
+
+    def whole(self, conversation: Conversation, *, last: bool) -> Ids:
+        """A conversation that was held to its end, in one rendering.
+
+        `last`: of its turns, the answer alone.
+
+        Raises:
+            RowError: the template refuses it, or no turn can be bounded.
+        """
+        chat = Chat(conversation.turns, conversation.tools)
+        turns = assistant_turns(chat)
+        ids, spans = self._ids(chat, turns[-1:] if last else turns)
+        if not len(spans):
+            raise RowError("unreadable", "no turn of the assistant can be found in its rendering")
+        return ids, spans
+
+    def notes(self) -> list[str]:
+        """What was left out or moved, a sentence each."""
+        said = [
+            f"the chat template does not read {name!r}, which {count} conversations have"
+            for name, count in sorted(self._unread.counts.items())
+        ]
+        if self._unbounded:
+            said.append(
+                f"{self._unbounded} turns of the assistant are not scored: the chat template does "
+                f"not write them as they are, so nobody knows their tokens (the first: "
+                f"{self._first_unbounded})"
+            )
+        if self._moved:
+            said.append(
+                f"{self._moved} turns begin inside a token, which is scored with what it holds of "
+                "the text before"
+            )
+        return said
+
+    def _ids(self, chat: Chat, turns: list[int]) -> Ids:
+        rendered = self._template.render(chat)
+        self._unread.look(chat, rendered.text)
+        try:
+            tokens = TurnTokens(self.tokenizer, rendered.text)
+        except Exception as error:
+            raise RowError("unreadable", f"the tokenizer fails on this text: {error}") from error
+        found = Turns(self._template, chat, rendered)
+        spans: list[tuple[int, int]] = []
+        for number in turns:
+            turn = found.find(number)
+            if turn is None:
+                self._note_unbounded(chat, number)
+                continue
+            start, count = tokens.span(turn)
+            if count and (not spans or start >= sum(spans[-1])):
+                spans.append((start, count))
+        self._moved += tokens.moved
+        return tokens.ids, np.array(spans, np.int64).reshape(-1, 2)
+
+    def _note_unbounded(self, chat: Chat, number: int) -> None:
+        self._unbounded += 1
+        said = str(chat.messages[number].get("content"))
+        self._first_unbounded = self._first_unbounded or f"messages[{number}], {said[:60]!r}"

@@ -1,0 +1,57 @@
+"""The formats of records. To add one: a row here, and what its records become in `stages/data/formats.py`."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Format:
+    """What a recipe names as `data.format`."""
+
+    required: tuple[str, ...]
+    """Our names for what a record must have ..."""
+    optional: tuple[str, ...] = ()
+    """... and for what it may have."""
+    brings_text: Literal["always", "perhaps", "never"]
+    """Whether a record brings the text that is scored. Where it does not, `generate` writes it."""
+    conversation: bool = False
+    """Whether a record becomes messages, which the chat template renders."""
+    document: bool = False
+    """Whether all of it is scored, in windows: it has no prompt."""
+    labelled: bool = False
+    """Whether a text is classified as a whole: no token of it is predicted."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All names that `data.columns` knows."""
+        return self.required + self.optional
+
+
+FORMATS = {
+    "text": Format(required=("text",), brings_text="always", document=True),
+    "prompt": Format(required=("prompt",), optional=("reference",), brings_text="never"),
+    "completion": Format(required=("prompt", "completion"), brings_text="always"),
+    "messages": Format(
+        required=("messages",),
+        optional=("tools", "system", "reference"),
+        brings_text="perhaps",
+        conversation=True,
+    ),
+    "instruction": Format(
+        required=("instruction",),
+        optional=("input", "output", "system", "history", "reference"),
+        brings_text="perhaps",
+        conversation=True,
+    ),
+    "labelled": Format(
+        required=("text", "label"),
+        optional=("text_pair",),
+        brings_text="always",
+        labelled=True,
+    ),
+}
+
+if TYPE_CHECKING:
+    FormatName = str
+else:
+    FormatName = Literal[tuple(FORMATS)]

@@ -1,0 +1,100 @@
+"""Spans: which tokens of a row are scored. Most rows have one; a conversation has one for each turn of the assistant.
+
+In a row they are flat, as all lists are: start, tokens, start, tokens. In memory they are [S, 2].
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ..errors import IntegrityError
+
+SPAN_COLUMNS = ("prompt_tokens", "completion_tokens", "spans")
+"""What `spans_of` reads of a row of `generations`."""
+
+
+def one_span(start: int, tokens: int) -> np.ndarray:
+    """[1, 2] int64: the tokens from `start` on, so many."""
+    return np.array([[start, tokens]], np.int64)
+
+
+def spans_of(row: Mapping[str, Any]) -> np.ndarray:
+    """[S, 2] int64 start and tokens of each scored span of a row of `generations` or `soft_targets`.
+
+    A row without the column has one span: that of `span_start` and `span_tokens`, or what follows
+    the prompt. Nothing precedes the first token, so it is never scored.
+
+    Raises:
+        IntegrityError: the column holds an odd number of numbers.
+    """
+    if row.get("spans") is not None:
+        numbers = np.asarray(row["spans"], np.int64)
+        if len(numbers) % 2:
+            raise IntegrityError(
+                f"spans: {numbers.tolist()}, expected two numbers for each, start and tokens."
+            )
+        return numbers.reshape(-1, 2)
+    if "span_start" in row:
+        return one_span(row["span_start"], row["span_tokens"])
+    return span_after(row["prompt_tokens"], row["prompt_tokens"] + row["completion_tokens"])
+
+
+def span_after(prompt_tokens: int, total_tokens: int) -> np.ndarray:
+    """[1, 2] all that follows a prompt; nothing precedes the first token of a text without one."""
+    start = max(prompt_tokens, 1)
+    return one_span(start, max(total_tokens - start, 0))
+
+
+def flat(spans: np.ndarray) -> np.ndarray:
+    """[2 S] int32: the column `spans`."""
+    return spans.astype(np.int32).reshape(-1)
+
+
+def positions(spans: np.ndarray) -> np.ndarray:
+    """[N] int64 indices of the scored tokens, ascending: those of [[2, 3], [7, 1]] are 2, 3, 4, 7."""
+    starts, tokens = spans[:, 0], spans[:, 1]
+    before = np.cumsum(tokens) - tokens  # scored tokens of the spans before
+    indices: np.ndarray = np.arange(tokens.sum()) + np.repeat(starts - before, tokens)
+    return indices
+
+
+def scored_tokens(rows: pa.Table) -> np.ndarray:
+    """[R] how many tokens are scored of each row of `generations`, of which `SPAN_COLUMNS` are read."""
+    spans = rows["spans"].combine_chunks()
+    prompts = rows["prompt_tokens"].to_numpy()
+    after = prompts + rows["completion_tokens"].to_numpy() - np.maximum(prompts, 1)
+    tokens = spans.flatten().to_numpy()[1::2].astype(np.int64)  # every second number
+    ends = np.cumsum(spans.value_lengths().fill_null(0).to_numpy() // 2)  # of each row's spans
+    before = np.concatenate([[0], np.cumsum(tokens)])  # tokens of the spans before
+    in_spans = np.diff(before[np.concatenate([[0], ends])])
+    scored: np.ndarray = np.where(spans.is_valid().to_numpy(zero_copy_only=False), in_spans, after)
+    return scored
+
+
+def check_spans(spans: np.ndarray, total_tokens: int, what: str) -> None:
+    """Refuse spans that are empty, overlap, start at the first token or leave the row.
+
+    Raises:
+        IntegrityError: they do; `what` is the row, for the message.
+    """
+    wrong = None if len(spans) else "there is none"
+    before = 1  # where the next may start: nothing predicts the first token
+    for start, tokens in spans.tolist():
+        end = start + tokens
+        if tokens < 1:
+            wrong = f"the one at {start} has no tokens"
+        elif start < before:
+            wrong = f"the one at {start} starts before {before}"
+        elif end > total_tokens:
+            wrong = f"the one at {start} ends at {end}, the row has {total_tokens} tokens"
+        before = end
+        if wrong is not None:
+            break
+    if wrong is not None:
+        raise IntegrityError(
+            f"{what}: of its spans (start, tokens) {spans.tolist()}, {wrong}. Spans have tokens, "
+            "ascend, do not overlap, start at 1 or later, because position t predicts token "
+            "t + 1, and end within the row."
+        )

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 _USUAL = {"tokens": "token_ids", "ids": "teacher_topk_ids", "values": "teacher_topk_logprobs"}
 """Our name of a column -> what most tables call it."""
-_NAMES = (*_USUAL, "lse", "token_logprobs", "prompt_tokens", "completion_tokens")
+_NAMES = (*_USUAL, "lse", "token_logprobs", "prompt_tokens", "completion_tokens", "spans")
+_SCORED = {"prompt_tokens", "completion_tokens", "spans"}
+"""Each of these says which tokens are scored."""
 
 _Source = Annotated[
     str,
@@ -43,8 +45,8 @@ _Columns = Annotated[
         "ids: of the entries [positions][K]; values: their numbers [positions][K], see --values; "
         "lse: for logits, the log-sum-exp over the vocabulary; token_logprobs: of the tokens that "
         "are there [positions]; prompt_tokens: how many tokens are the prompt, or "
-        "completion_tokens: how many at the end are the completion (with neither, all tokens but "
-        "the first are scored) "
+        "completion_tokens: how many at the end are the completion, or spans: start and tokens of "
+        "each scored span, one after another (with none, all tokens but the first are scored) "
         "[tokens=token_ids,ids=teacher_topk_ids,values=teacher_topk_logprobs].",
     ),
 ]
@@ -169,8 +171,8 @@ def column_names(given: Sequence[str], *, kind: str) -> dict[str, str]:
             "--columns: lse goes with --values logits, and those with it. Name the column of "
             "their log-sum-exp: --columns lse=COLUMN."
         )
-    if {"prompt_tokens", "completion_tokens"} <= names.keys():
-        raise UsageError("--columns: prompt_tokens and completion_tokens say the same. Name one.")
+    if len(said := sorted(_SCORED & names.keys())) > 1:
+        raise UsageError(f"--columns: {' and '.join(said)} say the same. Name one.")
     return names
 
 

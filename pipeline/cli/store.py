@@ -56,7 +56,7 @@ def query(
     sql: Annotated[str, typer.Argument(help="A SELECT over the views.")],
     as_json: AsJson = False,
 ) -> None:
-    """DuckDB over the store: prompts, generations, soft_targets, rejects, commits, inputs."""
+    """DuckDB over the store: prompts, generations, soft_targets, features, rejects, commits, inputs."""
     from ...storage.store.sql import query as run_query
     from ...storage.store.store import Store
 

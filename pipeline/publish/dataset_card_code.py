@@ -93,8 +93,10 @@ _HEAD = """\
 import torch
 
 row = targets[0]
-start, n, k = row["span_start"], row["span_tokens"], row["k"]
-tokens = torch.tensor(row["token_ids"])  # [T]; target i is about token start + i
+n, k = row["span_tokens"], row["k"]
+spans = row.get("spans") or [row["span_start"], n]  # start, tokens, start, tokens ...
+scored = torch.cat([torch.arange(s, s + t) for s, t in zip(spans[::2], spans[1::2])])  # [N]
+tokens = torch.tensor(row["token_ids"])  # [T]; target i is about token scored[i]
 """
 _ENTRIES = {
     "fixed": """\
@@ -119,9 +121,9 @@ logprobs = torch.tensor(row["logprobs"]).reshape(n, k)  # [N, V] in id order
 """,
 }
 _LOSS = """
-# logits [T, V] of a student that reads `tokens`: position start + i - 1 predicts token start + i
+# logits [T, V] of a student that reads `tokens`: position t - 1 predicts token t
 logits = torch.zeros(len(tokens), {vocabulary})
-student = logits[start - 1 : start - 1 + n].log_softmax(-1)
+student = logits[scored - 1].log_softmax(-1)
 """
 _KL = """\
 kept = student.gather(-1, ids)  # [N, K]

@@ -17,9 +17,10 @@ _SHOWN_POSITIONS, _SHOWN_ENTRIES, _SHOWN_CHARACTERS = 8, 3, 1200
 _ABOUT = {
     "generations": "What the model wrote: one row is one prompt with one completion, as text and as token ids.",
     "soft_targets": (
-        "The teacher's distribution at N = `span_tokens` of T positions. Target n is about token "
-        "`span_start + n`, given all tokens before it: the model's output at position "
-        "`span_start + n - 1`. Lists are flat: entries of target 0, then those of target 1, E in "
+        "The teacher's distribution of N = `span_tokens` of T tokens. These are the tokens of "
+        "`spans` (start, tokens, start, tokens ...); where that is null, or no column, the N from "
+        "`span_start` on. The target of token t is given all tokens before it: the model's output "
+        "at position t - 1. Lists are flat: entries of target 0, then those of target 1, E in "
         "all; each target has `k` of them, or as many as `entries` says. `generation_key` is the "
         "`key` of the row in `generations`."
     ),
@@ -144,6 +145,14 @@ def _reading(manifest: Manifest, provenance: Mapping[str, Any]) -> str:
     ):
         return said.format(
             "`token_ids` are those of the table that was imported, texts are decoded from them."
+        )
+    if manifest.tables.get("generations", {}).get("format_version", 1) > 1:
+        return said.format(
+            "`messages`, with their `message_fields` and `tools` (JSON) where there are any, became "
+            "the first `prompt_tokens` ids by the chat template; a `prompt` by the tokenizer, with "
+            "its special tokens. The other ids are as the model wrote them, or (`finish_reason` "
+            "given) as prompt and completion are tokenized together. Of conversations that were "
+            "given, `spans` are the turns of the assistant."
         )
     return said.format(
         "`messages` became the first `prompt_tokens` ids by the chat template, with "

@@ -23,13 +23,12 @@ from ...storage.keys import content_id
 from ...storage.published.export import (
     Choice,
     Made,
-    chosen_columns,
     find_snapshots,
     make_tables,
     place,
     put,
 )
-from ...storage.published.export_rows import PUBLISHED
+from ...storage.published.export_rows import PUBLISHED, chosen_columns
 from ...storage.published.manifest import (
     CARD,
     Manifest,

@@ -6,7 +6,6 @@ that, so nobody sees half a version. `manifest.py` says what lies where. Equal r
 equal bytes.
 """
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,15 +20,18 @@ from ..files.base import file_sha256
 from ..files.local import LocalFiles
 from ..snapshots.snapshot import Snapshot, load_snapshot
 from ..store.store import Store
-from ..tables.schema import VERSIONS, TableName
+from ..tables.schema import KEY, TableName
 from .export_files import TableFiles
 from .export_numbers import TargetNumbers, TextNumbers
 from .export_rows import (
     PUBLISHED,
     allowed_generations,
     can_be_cut,
+    chosen_columns,
+    columns_of_some,
     cut_rows,
     generations_of,
+    published_columns,
     shards_of,
     snapshot_rows,
 )
@@ -67,6 +69,7 @@ class Made:
     files: dict[Path, PublishedFile] = field(default_factory=dict)
     """Finished Parquet files in the working folder."""
     tables: dict[str, Any] = field(default_factory=dict)
+    """Table -> `Manifest.tables`."""
     about: dict[str, Any] = field(default_factory=dict)
     """Table -> what all of its shards say."""
     statistics: dict[str, Any] = field(default_factory=dict)
@@ -135,7 +138,6 @@ def make_tables(
         UsageError: the choice names what is not there, or leaves nothing.
         IntegrityError: a shard is damaged, or a generation is gone.
     """
-    columns = chosen_columns(choice.columns)
     for snapshot in snapshots.values():
         if choice.min_k is not None and snapshot.table != "soft_targets":
             raise UsageError(
@@ -145,24 +147,49 @@ def make_tables(
         _refuse_others_rows(store, snapshot)
     allowed = None if choice.where is None else allowed_generations(store, choice.where)
     made = Made()
-    for split, snapshot in snapshots.items():
-        _Split(store, snapshot, split, columns=columns, made=made).write(
-            folder, allowed, choice.min_k
-        )
+    splits = [_Split(store, snapshot, split, made) for split, snapshot in snapshots.items()]
+    for split in splits:
+        split.choose(allowed, choice.min_k)
+    made.tables = _tables(store, snapshots, made, choice.columns)
+    for split in splits:
+        split.write(folder, choice.min_k)
     if next(iter(snapshots)) not in made.splits:  # those that come with it may lose all of theirs
         gone = [split for split in snapshots if split not in made.splits]
         raise UsageError(
             f"export: --where and --min-k leave no row of {', '.join(gone)}. Ask for less."
         )
-    made.tables = {
-        table: {"columns": names, "complete": names == PUBLISHED[table].names}
-        for table, names in columns.items()
-        if any(file.table == table for file in made.files.values())
-    }
+    written = {file.table for file in made.files.values()}
+    made.tables = {table: facts for table, facts in made.tables.items() if table in written}
     made.about = {
         table: common([about for about, _ in said]) for table, said in made.said.items() if said
     }
     return made
+
+
+def _tables(
+    store: Store, snapshots: Mapping[str, Snapshot], made: Made, wanted: Sequence[str]
+) -> dict[str, Any]:
+    """What `Manifest.tables` says of each table: its version is that of the newest shard that gives it rows."""
+    scored = [snapshot for snapshot in snapshots.values() if snapshot.table == "soft_targets"]
+    parts = [part for snapshot in scored for part in snapshot.shards]
+    abouts = {
+        "generations": [about for about, _ in made.said.get("generations", [])],
+        "soft_targets": [store.shard("soft_targets", part.sha256).about for part in parts],
+    }
+    keys = pa.chunked_array(list(made.texts.values()), KEY).combine_chunks()
+    of_some = columns_of_some(store, pc.unique(keys))
+    versions = {
+        table: max((about["format_version"] for about in found), default=1)
+        for table, found in abouts.items()
+    }
+    there = {
+        table: published_columns(table, version, of_some) for table, version in versions.items()
+    }
+    return {
+        table: {"columns": names, "complete": set(names) >= set(there[table])}
+        | ({"format_version": versions[table]} if versions[table] > 1 else {})
+        for table, names in chosen_columns(wanted, there).items()
+    }
 
 
 def _refuse_others_rows(store: Store, snapshot: Snapshot) -> None:
@@ -174,27 +201,6 @@ def _refuse_others_rows(store: Store, snapshot: Snapshot) -> None:
                 "recipe has storage.sources, export the store that the rows are in; else run "
                 "`stillroom verify`."
             )
-
-
-def chosen_columns(wanted: Sequence[str]) -> dict[str, list[str]]:
-    """Columns of each table that goes out, in the schema's order, `key` first.
-
-    Raises:
-        UsageError: no such column.
-    """
-    known = {f"{table}.{name}" for table, schema in PUBLISHED.items() for name in schema.names}
-    plain = {name.split(".")[1] for name in known}
-    for name in wanted:
-        if name not in known | plain:
-            near = difflib.get_close_matches(name, sorted(known | plain), n=1)
-            hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(sorted(plain))}."
-            raise UsageError(f"--columns: no column {name}. {hint}")
-    found = {}
-    for table, schema in PUBLISHED.items():
-        names = [n for n in schema.names if not wanted or n in wanted or f"{table}.{n}" in wanted]
-        if names:
-            found[table] = names if "key" in names else ["key", *names]
-    return found
 
 
 def common(abouts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -221,31 +227,35 @@ def common(abouts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 class _Split:
     """One split on its way out."""
 
-    def __init__(
-        self,
-        store: Store,
-        snapshot: Snapshot,
-        split: str,
-        *,
-        columns: Mapping[str, list[str]],
-        made: Made,
-    ) -> None:
-        self._store, self._snapshot, self._split = store, snapshot, split
-        self._columns, self._made = columns, made
-        self._scored = snapshot.table == "soft_targets"
+    _rows: int
+    _keep: np.ndarray
+    """Which of the snapshot's rows go along, `_rows` of them."""
+    _about: list[dict[str, Any]]
+    """What the shards say that hold their texts."""
 
-    def write(self, folder: Path, allowed: pa.Array | None, min_k: int | None) -> None:
-        """Choose the rows, write the tables, keep the numbers."""
-        keys, keep = self._choose(allowed, min_k)
-        if not len(keys):
+    def __init__(self, store: Store, snapshot: Snapshot, split: str, made: Made) -> None:
+        self._store, self._snapshot, self._split = store, snapshot, split
+        self._made, self._scored = made, snapshot.table == "soft_targets"
+
+    def choose(self, allowed: pa.Array | None, min_k: int | None) -> None:
+        """Choose the rows."""
+        keys, self._keep = self._chosen(allowed, min_k)
+        self._rows = len(keys)
+        if self._rows:
+            texts = self._made.texts[self._split] = pc.unique(keys)
+            said = shards_of(self._store, "generations", texts)
+            self._about = self._hear("generations", said)
+
+    def write(self, folder: Path, min_k: int | None) -> None:
+        """Write the tables, keep the numbers."""
+        if not self._rows:
             return
         numbers: dict[str, Any] = {}
-        if self._scored and "soft_targets" in self._columns:
-            numbers["soft_targets"] = self._targets(folder, keep, min_k)
-        texts = self._made.texts[self._split] = pc.unique(keys)
-        said = self._hear("generations", shards_of(self._store, "generations", texts))
-        if "generations" in self._columns:
-            numbers["generations"] = self._generations(folder, texts, common(said))
+        if self._scored and "soft_targets" in self._made.tables:
+            numbers["soft_targets"] = self._targets(folder, self._keep, min_k)
+        if "generations" in self._made.tables:
+            texts = self._made.texts[self._split]
+            numbers["generations"] = self._generations(folder, texts, common(self._about))
         if not numbers:
             raise UsageError(
                 f"--columns: none is of {self._snapshot.table}, and the snapshot has no other rows."
@@ -255,13 +265,13 @@ class _Split:
         self._made.splits[self._split] = PublishedSplit(
             snapshot=self._snapshot.id,
             table=self._snapshot.table,
-            whole=min_k is None and bool(keep.all()),
-            rows=len(keys),
+            whole=min_k is None and bool(self._keep.all()),
+            rows=self._rows,
             tokens=lengths["tokens"]["total"],
             scored_tokens=lengths["scored_tokens"]["total"],
         )
 
-    def _choose(self, allowed: pa.Array | None, min_k: int | None) -> tuple[pa.Array, np.ndarray]:
+    def _chosen(self, allowed: pa.Array | None, min_k: int | None) -> tuple[pa.Array, np.ndarray]:
         """Keys of the generations that go along, in order; which of the snapshot's rows do."""
         name = "generation_key" if self._scored else "key"
         columns = [name, "kind", "k"] if self._scored and min_k is not None else [name]
@@ -322,8 +332,10 @@ class _Split:
     ) -> TableFiles:
         parts = folder / table / self._split
         parts.mkdir(parents=True)
-        schema = pa.schema([PUBLISHED[table].field(name) for name in self._columns[table]])
-        named = {"format_version": VERSIONS[table], "table": table, "split": self._split}
+        facts = self._made.tables[table]
+        schema = pa.schema([PUBLISHED[table].field(name) for name in facts["columns"]])
+        version = facts.get("format_version", 1)
+        named = {"format_version": version, "table": table, "split": self._split}
         return TableFiles(parts, schema=schema, about={**about, **named}, counted=counted)
 
     def _close(self, files: TableFiles, table: str) -> dict[str, Any]:

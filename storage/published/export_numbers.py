@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..tables.kinds import STRUCTURES
+from ..tables.spans import scored_tokens
 
 QUANTILES = {"p05": 0.05, "p50": 0.5, "p95": 0.95}
 _BINS = 10_000
@@ -142,7 +143,7 @@ class TextNumbers:
         self._prompts.add(prompts)
         self._completions.add(completions)
         self._tokens.add(tokens)
-        self._scored.add(tokens - np.maximum(prompts, 1))  # nothing predicts the first token
+        self._scored.add(scored_tokens(rows))
         self._finished.update(rows["finish_reason"].to_pylist())
 
     def numbers(self) -> dict[str, Any]:

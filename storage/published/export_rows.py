@@ -5,11 +5,14 @@ another order than the targets made of them, so DuckDB joins and sorts them, on 
 does not suffice; it knows no page checksums, so the files are hashed before.
 """
 
-from collections.abc import Iterator, Mapping
+import difflib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,10 +24,12 @@ from ..store.sql import connect, query
 from ..store.store import Store
 from ..tables.kinds import STRUCTURES
 from ..tables.rows import Rows, rows_to_table
-from ..tables.schema import KEY, MESSAGES, SCHEMAS, TableName
+from ..tables.schema import KEY, MESSAGES, SCHEMAS, TableName, since
 from ..tables.shard import REPAIR
 from ..tables.soft_targets import SoftTargets
 
+OF_SOME = ("message_fields", "tools", "completion_fields")
+"""What plain conversations have none of: joined where a published row has one."""
 JOINED = pa.schema(
     [
         pa.field(
@@ -40,6 +45,7 @@ JOINED = pa.schema(
         ),
         pa.field("reference", pa.string(), metadata={"about": "gold answer, for evaluation only"}),
         pa.field("label", pa.int32(), metadata={"about": "gold class index"}),
+        *(SCHEMAS["prompts"].field(name) for name in OF_SOME),
     ]
 )
 """What a published generation has of its prompt. `prompts.source` stays at home: it names files of
@@ -48,14 +54,15 @@ PUBLISHED: dict[str, pa.Schema] = {
     "generations": pa.schema([*SCHEMAS["generations"], *JOINED]),
     "soft_targets": SCHEMAS["soft_targets"],
 }
-"""Tables that are published, and their columns."""
+"""Tables that are published, and all columns that they may have."""
+_ALL = {table: schema.names for table, schema in PUBLISHED.items()}
 _BATCH_ROWS = 4096
 
 # The wanted generations, in their order, each with what `JOINED` has of its prompt. A given text
 # names its row of `prompts`. A generated one knows the prompt's hash, which rows that differ in the
 # reference share: the first by key stands for them. A document is all completion: its windows would
 # repeat it as their prompt.
-_WITH_PROMPTS = """
+_TEXTS = """
     WITH first_rows AS (
         SELECT prompt_key, min(key) AS key FROM prompts GROUP BY prompt_key
     ),
@@ -64,17 +71,25 @@ _WITH_PROMPTS = """
         FROM wanted w
         JOIN generations g ON g.key = w.key
         LEFT JOIN first_rows f ON f.prompt_key = g.prompt_key
-    )
+    )"""
+_WITH_PROMPTS = f"""{_TEXTS}
     SELECT
         t.* EXCLUDE (number, row_of_prompts),
         CASE WHEN p.format = 'text' THEN NULL ELSE p.text END AS prompt,
         p.text_pair,
         p.messages,
         p.reference,
-        p.label
+        p.label,
+        p.message_fields,
+        p.tools,
+        p.completion_fields
     FROM texts t
     LEFT JOIN prompts p ON p.key = t.row_of_prompts
     ORDER BY t.number"""
+_COUNTED = f"""{_TEXTS}
+    SELECT {", ".join(f"count(p.{name})" for name in OF_SOME)}
+    FROM texts t
+    JOIN prompts p ON p.key = t.row_of_prompts"""
 
 _SOURCES = """
     WITH asked AS (
@@ -85,6 +100,43 @@ _SOURCES = """
     JOIN asked a ON a.prompt_key = i.prompt_key
     GROUP BY i.data_id
     ORDER BY i.data_id"""
+
+
+def chosen_columns(
+    wanted: Sequence[str], there: Mapping[str, Collection[str]] = _ALL
+) -> dict[str, list[str]]:
+    """Columns of each table that goes out, in the schema's order, `key` first.
+
+    Args:
+        wanted: Names, or `table.name`; none: those that are `there`.
+        there: The columns that rows have.
+
+    Raises:
+        UsageError: no such column.
+    """
+    known = {f"{table}.{name}" for table, schema in PUBLISHED.items() for name in schema.names}
+    plain = {name.split(".")[1] for name in known}
+    for name in wanted:
+        if name not in known | plain:
+            near = difflib.get_close_matches(name, sorted(known | plain), n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(sorted(plain))}."
+            raise UsageError(f"--columns: no column {name}. {hint}")
+    found = {}
+    for table, schema in PUBLISHED.items():
+        asked = wanted or [f"{table}.{name}" for name in there[table]]
+        names = [n for n in schema.names if n in asked or f"{table}.{n}" in asked]
+        if names:
+            found[table] = names if "key" in names else ["key", *names]
+    return found
+
+
+def published_columns(table: str, version: int, of_some: Collection[str]) -> list[str]:
+    """The columns of a table of this version; of `OF_SOME` the given ones."""
+    return [
+        field.name
+        for field in PUBLISHED[table]
+        if (field.name in of_some if field.name in OF_SOME else since(field) <= version)
+    ]
 
 
 def snapshot_rows(
@@ -134,12 +186,8 @@ def generations_of(store: Store, keys: pa.Array) -> Iterator[pa.Table]:
     """
     if not len(keys):
         return
-    _check_bytes(store, "generations")
-    _check_bytes(store, "prompts")
     found = 0
-    with connect(store) as connection:
-        wanted = pa.table({"number": pa.array(np.arange(len(keys))), "key": keys})
-        connection.from_arrow(wanted).create("wanted")
+    with _asked(store, keys) as connection:
         for batch in connection.sql(_WITH_PROMPTS).to_arrow_reader(_BATCH_ROWS):
             found += batch.num_rows
             yield pa.Table.from_batches([batch]).cast(PUBLISHED["generations"])
@@ -150,6 +198,24 @@ def generations_of(store: Store, keys: pa.Array) -> Iterator[pa.Table]:
             "takes rows of one store. If not, they were withdrawn: run `stillroom verify`, then "
             "the recipe again, and export its new snapshot."
         )
+
+
+def columns_of_some(store: Store, keys: pa.Array) -> set[str]:
+    """Those of `OF_SOME` that the prompt of one of these generations has."""
+    with _asked(store, keys) as connection:
+        counts = connection.sql(_COUNTED).fetchall()[0]
+    return {name for name, rows in zip(OF_SOME, counts, strict=True) if rows}
+
+
+@contextmanager
+def _asked(store: Store, keys: pa.Array) -> Iterator[duckdb.DuckDBPyConnection]:
+    """SQL over the store, with the wanted generations as `wanted`."""
+    _check_bytes(store, "generations")
+    _check_bytes(store, "prompts")
+    with connect(store) as connection:
+        wanted = pa.table({"number": pa.array(np.arange(len(keys))), "key": keys})
+        connection.from_arrow(wanted).create("wanted")
+        yield connection
 
 
 def sources_of(store: Store, keys: pa.Array) -> dict[str, int]:

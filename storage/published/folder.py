@@ -28,7 +28,7 @@ from ..store.segments import INDEXED, Indexed, place_of, segment_schema
 from ..store.store import Store
 from ..tables.schema import SCHEMAS, TableName, since
 from ..tables.shard import METADATA_KEY, ShardFile, ShardInfo
-from ..tables.spans import SPAN_COLUMNS, spans_of
+from ..tables.spans import SPAN_COLUMNS, scored_tokens
 from .manifest import MANIFEST, Manifest, read_manifest
 
 _HELP = "Get another copy of it, or publish it again."
@@ -156,6 +156,19 @@ class _Rows:
             parts.append(self.file(number).select(rows, columns, threads=threads))
         return pa.concat_tables(parts)
 
+    def lengths(self, ends: np.ndarray) -> np.ndarray:
+        """[R] tokens of each row. In version 1 they end with the span, at `ends`; since then they are counted."""
+        parts = [np.zeros(0, np.int64)]
+        for number, (first, last) in enumerate(pairwise(self.starts.tolist())):
+            file = self.file(number)
+            if file.about["format_version"] == 1:
+                parts.append(ends[first:last])
+                continue
+            for group in range(len(file.rows_per_group)):  # the ids of all at once are too many
+                ids = file.read(group, ["token_ids"])["token_ids"]
+                parts.append(pc.list_value_length(ids).to_numpy())
+        return np.concatenate(parts)
+
     def columns(self, names: Sequence[str]) -> pa.Table:
         """Some columns of every row."""
         return pa.concat_tables([self.file(i).read_all(names) for i in range(len(self.infos))])
@@ -281,13 +294,12 @@ class Published(Store):
         Returns key (of the generation), prompt_key, tokens_key, held_out, tokens, scored, place (in
         `table`).
         """
-        key, spans = "generation_key", ("span_start", "span_tokens", "spans")
-        if self.table == "generations":
-            key, spans = "key", SPAN_COLUMNS
-        rows = self._rows(self.table).columns(
-            [key, *spans, "token_ids", "prompt_key", "tokens_key"]
-        )
-        scored = [spans_of(row)[:, 1].sum() for row in rows.select(spans).to_pylist()]
+        texts = self.table == "generations"
+        key = "key" if texts else "generation_key"
+        spans = SPAN_COLUMNS if texts else ("span_start", "span_tokens")
+        of_table = self._rows(self.table)
+        rows = of_table.columns([key, *spans, "prompt_key", "tokens_key"])
+        first, more = (rows[name].to_numpy() for name in spans[:2])
         splits = self.manifest.splits.items()
         held_out = np.concatenate([np.full(split.rows, name == "test") for name, split in splits])
         return pa.table(
@@ -296,8 +308,8 @@ class Published(Store):
                 "prompt_key": rows["prompt_key"],
                 "tokens_key": rows["tokens_key"],
                 "held_out": held_out,
-                "tokens": pc.list_value_length(rows["token_ids"]),
-                "scored": np.array(scored, np.int64),
+                "tokens": first + more if texts else of_table.lengths(ends=first + more),
+                "scored": scored_tokens(rows) if texts else more,
                 "place": self.indexed(self.table).newest["place"],
             }
         )

@@ -19,7 +19,8 @@ from ..files.base import Files
 from ..keys import content_id, seal, unseal
 from ..tables.schema import RECORD_VERSION
 
-PUBLISHED_VERSION = 1
+PUBLISHED_VERSIONS = (1, 2)
+"""1: rows have one span. 2: they may have several, which a reader of version 1 would not see."""
 CARD, MANIFEST = "README.md", "MANIFEST.json"
 _FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 _PATH = re.compile(r"^\s*(?:- )?path: ['\"]?(v-[0-9a-f]{8})/", re.MULTILINE)
@@ -73,7 +74,8 @@ class Manifest:
     name: str
     splits: Mapping[str, PublishedSplit]
     tables: Mapping[str, Any]
-    """Table -> `columns`, and `complete`: whether every column of the schema is among them."""
+    """Table -> `columns`; `complete`: whether every column that its rows have is among them;
+    `format_version`, where that is not 1."""
     about: Mapping[str, Any]
     """Table -> what all of its shards said of themselves."""
     chosen: Mapping[str, Any]
@@ -105,7 +107,9 @@ class Manifest:
         return seal(
             {
                 "format_version": RECORD_VERSION,
-                "published_version": PUBLISHED_VERSION,
+                "published_version": max(
+                    (facts.get("format_version", 1) for facts in self.tables.values()), default=1
+                ),
                 "id": self.id,
                 "name": self.name,
                 "splits": {name: asdict(split) for name, split in self.splits.items()},
@@ -127,11 +131,10 @@ class Manifest:
         """
         record = unseal(data, name)
         versions = record.pop("format_version", None), record.pop("published_version", None)
-        if versions != (RECORD_VERSION, PUBLISHED_VERSION):
+        if versions[0] != RECORD_VERSION or versions[1] not in PUBLISHED_VERSIONS:
             raise IntegrityError(
-                f"{name}: formats {versions}, this Stillroom reads "
-                f"{(RECORD_VERSION, PUBLISHED_VERSION)}. Use the version of Stillroom that "
-                "published it."
+                f"{name}: formats {versions}, this Stillroom reads {RECORD_VERSION} and "
+                f"{PUBLISHED_VERSIONS}. Use the version of Stillroom that published it."
             )
         files = [
             PublishedFile(**file | {"row_groups": tuple(file.get("row_groups", ()))})

@@ -25,7 +25,7 @@ MEMORY = "800MB"
 
 
 class Index:
-    """Views `prompts`, `generations`, `soft_targets`, `rejects`: `place` and the indexed columns of each live row.
+    """A view of each table: `place` and the indexed columns of each live row.
 
     Keys are of type UUID in here; `key::BLOB` gives their bytes.
     """

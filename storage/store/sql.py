@@ -41,7 +41,7 @@ _COMMITS_SCHEMA = pa.schema(
 
 
 def connect(store: Store) -> duckdb.DuckDBPyConnection:
-    """A connection with views prompts, generations, soft_targets, rejects, commits and inputs as they are now.
+    """A connection with a view of each table, of commits and of inputs, as they are now.
 
     Where a store has sources, the views hold their rows too; a row that several have is there as
     often.

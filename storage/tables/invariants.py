@@ -29,10 +29,10 @@ def check_shape(table: TableName, row: Mapping[str, Any], about: Mapping[str, An
     if table == "soft_targets":
         aligned_targets(row, about)
     if table == "generations":
-        if row.get("spans") is not None:
-            check_spans(spans_of(row), len(row["token_ids"]), "generations row")
         prompt, completion = row["prompt_tokens"], row["completion_tokens"]
         total = len(row["token_ids"])
+        if row.get("spans") is not None:
+            check_spans(spans_of(row), total, "generations row")
         if prompt < 0 or completion < 0 or prompt + completion != total:
             raise IntegrityError(
                 f"generations row: {prompt} prompt tokens and {completion} completion tokens are "
@@ -58,6 +58,7 @@ def aligned_targets(row: Mapping[str, Any], about: Mapping[str, Any]) -> SoftTar
         )
     targets = SoftTargets.from_row(row)
     _refuse_nan(row)
+    _check_lengths(row, len(targets.entropy))
     _entry_numbers(row, targets)
     _check_temperatures(row["kind"], targets)
     return targets
@@ -77,6 +78,23 @@ def _check_spans(row: Mapping[str, Any]) -> None:
         raise IntegrityError(f"soft_targets row: k is {row['k']}, expected 1 or more.")
 
 
+def _check_lengths(row: Mapping[str, Any], n: int) -> None:
+    """What is said of each scored token beside its target is said of all N."""
+    for name in ("labels", "tail_bound"):
+        if row.get(name) is not None and len(row[name]) != n:
+            raise IntegrityError(
+                f"soft_targets row: {name} holds {len(row[name])} numbers, expected {n}, one for "
+                "each scored token."
+            )
+    if row.get("tail_bound") is None:
+        return
+    if row.get("tail_logprob") is None or np.min(row["tail_bound"]) < 0:
+        raise IntegrityError(
+            "soft_targets row: tail_bound says how far off tail_logprob may be: it is 0 or more, "
+            "and there where a tail is."
+        )
+
+
 def _refuse_nan(row: Mapping[str, Any]) -> None:
     for name in FLOATS:
         if row.get(name) is not None and np.isnan(row[name]).any():
@@ -94,11 +112,12 @@ def outcomes(about: Mapping[str, Any]) -> int:
 
 def _check_classes(row: Mapping[str, Any], names: Sequence[str]) -> None:
     """A text that is classified has one target over all classes, at its last token, and a gold label or none."""
-    found = row["span_start"], row["span_tokens"], row["kind"]
-    expected = len(row["token_ids"]) - 1, 1, "full"
+    spans = None if row.get("spans") is None else list(row["spans"])
+    found = row["span_start"], row["span_tokens"], row["kind"], spans
+    expected = len(row["token_ids"]) - 1, 1, "full", None
     if found != expected:
         raise IntegrityError(
-            f"soft_targets row: span_start, span_tokens and kind are {found}, expected "
+            f"soft_targets row: span_start, span_tokens, kind and spans are {found}, expected "
             f"{expected}: where texts are classified, each has one target over all classes, at "
             "its last token."
         )

@@ -80,10 +80,10 @@ def row_bytes(row: Mapping[str, Any]) -> int:
 def _value_bytes(value: Any) -> int:
     if isinstance(value, np.ndarray):
         return value.nbytes
-    if isinstance(value, str):
+    if isinstance(value, str | bytes):
         return len(value)
-    if isinstance(value, list):
-        return sum(len(text) for message in value for text in message.values())
+    if isinstance(value, list | dict):  # messages, and what they have beside a text
+        return sum(map(_value_bytes, value.values() if isinstance(value, dict) else value))
     return 8
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from ..errors import IntegrityError
 
@@ -25,9 +26,17 @@ def spans_of(row: Mapping[str, Any]) -> np.ndarray:
     A row without the column has one span: that of `span_start` and `span_tokens`, or what follows
     the prompt. Nothing precedes the first token, so it is never scored. Of columns [R] of rows of
     one span: [R, 1, 2].
+
+    Raises:
+        IntegrityError: the column holds an odd number of numbers.
     """
     if row.get("spans") is not None:
-        return np.asarray(row["spans"], np.int64).reshape(-1, 2)
+        numbers = np.asarray(row["spans"], np.int64)
+        if len(numbers) % 2:
+            raise IntegrityError(
+                f"spans: {numbers.tolist()}, expected two numbers for each, start and tokens."
+            )
+        return numbers.reshape(-1, 2)
     if "span_start" in row:
         return one_span(row["span_start"], row["span_tokens"])
     return span_after(row["prompt_tokens"], row["prompt_tokens"] + row["completion_tokens"])
@@ -50,22 +59,41 @@ def positions(spans: np.ndarray) -> np.ndarray:
     return found[0] if len(found) == 1 else np.concatenate(found)
 
 
+def scored_tokens(rows: pa.Table) -> np.ndarray:
+    """[R] how many tokens are scored of each row of `generations`, of which `SPAN_COLUMNS` are read."""
+    spans = rows["spans"].combine_chunks()
+    prompts = rows["prompt_tokens"].to_numpy()
+    after = prompts + rows["completion_tokens"].to_numpy() - np.maximum(prompts, 1)
+    tokens = spans.flatten().to_numpy()[1::2].astype(np.int64)  # every second number
+    ends = np.cumsum(spans.value_lengths().fill_null(0).to_numpy() // 2)  # of each row's spans
+    before = np.concatenate([[0], np.cumsum(tokens)])  # tokens of the spans before
+    in_spans = np.diff(before[np.concatenate([[0], ends])])
+    scored: np.ndarray = np.where(spans.is_valid().to_numpy(zero_copy_only=False), in_spans, after)
+    return scored
+
+
 def check_spans(spans: np.ndarray, total_tokens: int, what: str) -> None:
     """Refuse spans that are empty, overlap, start at the first token or leave the row.
 
     Raises:
         IntegrityError: they do; `what` is the row, for the message.
     """
-    ends = spans.sum(axis=1)
-    starts_after = np.concatenate([[1], ends[:-1]])
-    sound = len(spans) > 0 and bool(
-        (spans[:, 1] >= 1).all()
-        and (spans[:, 0] >= starts_after).all()
-        and ends[-1] <= total_tokens
-    )
-    if not sound:
+    wrong = None if len(spans) else "there is none"
+    before = 1  # where the next may start: nothing predicts the first token
+    for start, tokens in spans.tolist():
+        end = start + tokens
+        if tokens < 1:
+            wrong = f"the one at {start} has no tokens"
+        elif start < before:
+            wrong = f"the one at {start} starts before {before}"
+        elif end > total_tokens:
+            wrong = f"the one at {start} ends at {end}, the row has {total_tokens} tokens"
+        before = end
+        if wrong is not None:
+            break
+    if wrong is not None:
         raise IntegrityError(
-            f"{what}: its spans (start, tokens) are {spans.tolist()}, of {total_tokens} tokens. "
-            "Spans have tokens, ascend, do not overlap, start at 1 or later, because position t "
-            "predicts token t + 1, and end within the row."
+            f"{what}: of its spans (start, tokens) {spans.tolist()}, {wrong}. Spans have tokens, "
+            "ascend, do not overlap, start at 1 or later, because position t predicts token "
+            "t + 1, and end within the row."
         )

@@ -13,6 +13,7 @@ SPELLED = {
     "fixed_size_binary[16]": "binary(16)",
     "list<item: int32>": "list<int32>",
     "list<item: float>": "list<float>",
+    "list<item: string>": "list<string>",
     "list<item: struct<role: string, content: string>>": "list<struct<role, content>>",
 }
 STORAGE = Path(__file__).parents[2] / "storage"

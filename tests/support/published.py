@@ -57,10 +57,12 @@ def make_store(
 
 
 def generation_row(index: int) -> dict[str, Any]:
-    """Its tokens are those of `target_row`."""
-    tokens = target_row(index, "topk")["token_ids"]
+    """Its tokens and spans are those of `target_row`."""
+    targets = target_row(index, "topk")
+    tokens = targets["token_ids"]
     return samples.generation_row(index) | {
         "token_ids": tokens,
+        "spans": targets["spans"],
         "completion_tokens": len(tokens) - 2,
         "text": f"text {index} of the teacher",
     }

@@ -16,6 +16,7 @@ from stillroom.storage.keys import content_key
 from stillroom.storage.store.store import Store
 from stillroom.storage.store.writer import CommitLimits
 from stillroom.storage.tables.soft_targets import SoftTargets
+from stillroom.storage.tables.spans import flat, positions
 
 VOCABULARY = 50
 BITS = 10
@@ -39,6 +40,14 @@ def target_key(index: int) -> bytes:
     return content_key("test_target", index=index)
 
 
+def spans_for(index: int, tokens: int) -> np.ndarray:
+    """One span, or two where the index says so: then a token between them and one after them are unscored."""
+    if index % 3 != 1 or tokens < 2:
+        return np.array([[2, tokens]])
+    first = tokens // 2
+    return np.array([[2, first], [3 + first, tokens - first]])
+
+
 P, K_MIN = 0.8, 2
 KINDS = ("topk", "topp", "sampled", "weighted", "full", "tempered", "hot")
 """`weighted` is `sampled` from another distribution than the teacher's, `tempered` is `topp` with
@@ -47,12 +56,15 @@ TEMPERATURES = {"tempered": (0.5, 2.0), "hot": (2.0,)}
 
 
 def target_row(index: int, *, tokens: int = 6, k: int = 4, kind: str = "topk") -> dict[str, Any]:
-    """A soft_targets row whose numbers hold together: two prompt tokens, the rest scored."""
+    """A soft_targets row whose numbers hold together: two prompt tokens, then what `spans_for` says."""
     rng = np.random.default_rng(index)
-    token_ids = rng.integers(0, VOCABULARY, tokens + 2, dtype=np.int32)
+    spans = spans_for(index, tokens)
+    scored = positions(spans)
+    unscored_end = len(spans) > 1
+    token_ids = rng.integers(0, VOCABULARY, scored[-1] + 1 + unscored_end, dtype=np.int32)
     logits = rng.normal(0, 3, (tokens, VOCABULARY))
     logprobs = (logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))).astype(np.float32)
-    token_ids[2:] = [
+    token_ids[scored] = [
         rng.choice(VOCABULARY, p=p / p.sum()) for p in np.exp(logprobs.astype(np.float64))
     ]
     settings: dict[str, Any] = dict.fromkeys(("p", "k_min", "draw", "proposal"))
@@ -68,7 +80,7 @@ def target_row(index: int, *, tokens: int = 6, k: int = 4, kind: str = "topk") -
     targets = SoftTargets(
         **entries,
         **_tempered(logprobs, entries["ids"], kind),
-        token_logprob=logprobs[np.arange(tokens), token_ids[2:]],
+        token_logprob=logprobs[np.arange(tokens), token_ids[scored]],
         entropy=-(np.exp(teacher) * teacher).sum(axis=1),
     )
     return {
@@ -81,6 +93,7 @@ def target_row(index: int, *, tokens: int = 6, k: int = 4, kind: str = "topk") -
         "kind": "sampled" if kind == "weighted" else plain,
         "token_ids": token_ids,
         "span_start": 2,
+        "spans": flat(spans) if len(spans) > 1 else None,
         **targets.columns(BITS),
         **settings,
     }
@@ -168,7 +181,7 @@ def generation_row(index: int) -> dict[str, Any]:
         "finish_reason": "stop",
         "max_tokens": 16,
         "row_seed": index,
-    }
+    } | ({"spans": [1, 1, 3, 1]} if index % 3 == 1 else {})
 
 
 def prompt_row(index: int) -> dict[str, Any]:
@@ -178,7 +191,11 @@ def prompt_row(index: int) -> dict[str, Any]:
         "format": "messages",
         "messages": [{"role": "user", "content": f"prompt {index}"}],
         "source": "test",
-    }
+    } | (FIELDS if index % 3 == 1 else {})
+
+
+FIELDS = {"message_fields": ['{"name":"Ann"}'], "tools": '[{"name":"sum"}]'}
+"""What a conversation may have beside roles and texts."""
 
 
 def add_targets(store: Store, indices: range, *, commit_rows: int = 8) -> int:

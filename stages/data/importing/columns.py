@@ -26,6 +26,8 @@ class Columns:
     """How many tokens at the beginning are the prompt ..."""
     completion_tokens: str | None = None
     """... or how many at the end are not; None: no prompt, all but the first token are scored."""
+    spans: str | None = None
+    """In place of either: start and tokens of each scored span, one after another, [2 S]."""
     targets_at: Place
     """next: what stands at a token predicts the token after it. same: it is the distribution of
     that very token."""
@@ -37,7 +39,8 @@ class Columns:
     def named(self) -> list[str]:
         """The columns that a table must have."""
         always = [self.tokens, self.ids, self.values]
-        maybe = [self.lse, self.token_logprobs, self.prompt_tokens, self.completion_tokens]
+        maybe = [self.lse, self.token_logprobs]
+        maybe += [self.prompt_tokens, self.completion_tokens, self.spans]
         return [*always, *(name for name in maybe if name)]
 
 

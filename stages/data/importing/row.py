@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from ....storage.errors import IntegrityError
 from ....storage.tables.doubts import SUM_TOLERANCE
 from ....storage.tables.soft_targets import SoftTargets
+from ....storage.tables.spans import check_spans, positions, span_after
 from .bounds import Entries, bounded_targets, check_ids, nothing_left
 from .columns import BadRow, Columns
 from .rounding import mantissa_bits
@@ -24,9 +26,11 @@ class ForeignRow:
     token_ids: np.ndarray
     """[T] int32."""
     prompt_tokens: int
-    """The first scored token is the one after them, or the second of all."""
+    """What precedes the first scored token; 0 where that is the second of all."""
+    spans: np.ndarray
+    """[S, 2] start and tokens of each scored span."""
     targets: SoftTargets
-    """Of every token of the span."""
+    """Of every token of the spans."""
     nothing_left: np.ndarray
     """[M] bool, of positions where a tail would be seen: whether the entries sum to 1 all the
     same."""
@@ -39,7 +43,6 @@ def convert(record: Mapping[str, Any], columns: Columns, *, vocab_size: int) -> 
         BadRow: lengths, ids or numbers do not fit.
     """
     tokens = _tokens(record, columns.tokens, vocab_size)
-    prompt = _prompt(record, columns, len(tokens))
     ids, values = _list(record, columns.ids), _list(record, columns.values)
     if len(ids) != len(values):
         raise BadRow(
@@ -49,10 +52,19 @@ def convert(record: Mapping[str, Any], columns: Columns, *, vocab_size: int) -> 
             expected=f"{len(ids)}, as in {columns.ids}",
             help="Each position has its ids and its numbers; name other columns.",
         )
-    part, prompt = _part(columns, len(ids), tokens=len(tokens), prompt=prompt)
-    entries = _entries(record, columns, ids[part], values[part], part=part)
-    start = max(prompt, 1)
-    following = tokens[start : start + part.stop - part.start]
+    part: Sequence[int]
+    if columns.spans is None:
+        part, prompt = _part(
+            columns, len(ids), tokens=len(tokens), prompt=_prompt(record, columns, len(tokens))
+        )
+        spans = span_after(prompt, len(tokens))
+    else:
+        spans = _spans(record, columns.spans, len(tokens))
+        part = _part_of_spans(columns, len(ids), tokens=len(tokens), spans=spans)
+        first = int(spans[0, 0])
+        prompt = first if first > 1 else 0
+    entries = _entries(record, columns, ids, values, part=part)
+    following = tokens[positions(spans)]
     given = _given(record, columns, part=part)
     targets = bounded_targets(
         entries, following, columns=columns, given=given, vocab_size=vocab_size
@@ -60,6 +72,7 @@ def convert(record: Mapping[str, Any], columns: Columns, *, vocab_size: int) -> 
     return ForeignRow(
         token_ids=tokens,
         prompt_tokens=prompt,
+        spans=spans,
         targets=targets,
         nothing_left=nothing_left(entries, columns, vocab_size),
     )
@@ -105,7 +118,45 @@ def _prompt(record: Mapping[str, Any], columns: Columns, total: int) -> int:
     return prompt
 
 
-def _part(columns: Columns, length: int, *, tokens: int, prompt: int) -> tuple[slice, int]:
+def _spans(record: Mapping[str, Any], column: str, total: int) -> np.ndarray:
+    """[S, 2] start and tokens of each scored span."""
+    numbers = _array(_list(record, column), column)
+    expected = f"start, tokens, start, tokens ... of spans among {total} tokens"
+    help = "Count from 0, in the ids of the whole text; the first token is never scored."
+    if not len(numbers) or len(numbers) % 2 or (numbers != np.floor(numbers)).any():
+        raise BadRow("spans", column, found=str(record[column]), expected=expected, help=help)
+    spans = numbers.astype(np.int64).reshape(-1, 2)
+    try:
+        check_spans(spans, total, "the row")
+    except IntegrityError as error:
+        raise BadRow("spans", column, found=str(error), expected=expected, help=help) from error
+    return spans
+
+
+def _part_of_spans(
+    columns: Columns, length: int, *, tokens: int, spans: np.ndarray
+) -> Sequence[int]:
+    """`_part` where the spans are given: which lists are about their tokens."""
+    scored: list[int] = positions(spans).tolist()
+    if length == tokens:
+        return [n - 1 for n in scored] if columns.targets_at == "next" else scored
+    if length == tokens - 1:
+        return [n - 1 for n in scored]
+    # One for each scored token. At each of them, about the next (next), the first of a span would
+    # have none.
+    if length == len(scored) and columns.targets_at == "same":
+        return range(length)
+    more = f" or {len(scored)} (one for each scored token)" if columns.targets_at == "same" else ""
+    raise BadRow(
+        "lengths",
+        columns.ids,
+        found=f"{length} positions",
+        expected=f"{tokens} (one for each token), {tokens - 1}{more}",
+        help="Name another column, or see --targets-at.",
+    )
+
+
+def _part(columns: Columns, length: int, *, tokens: int, prompt: int) -> tuple[range, int]:
     """Which lists are about the span, and the prompt's tokens, one more where the first scored token has no list.
 
     The list of position t is about token t + 1 (targets_at next) or token t (same).
@@ -115,25 +166,25 @@ def _part(columns: Columns, length: int, *, tokens: int, prompt: int) -> tuple[s
     shift = 1 if columns.targets_at == "next" else 0
     # One for each token.
     if length == tokens:
-        return slice(start - shift, tokens - shift), prompt
+        return range(start - shift, tokens - shift), prompt
     # One for each token but the first, which nothing predicts (same), or but the last, which
     # predicts nothing that is there (next): either way list n is about token n + 1.
     if length == tokens - 1 and length != span:
-        return slice(start - 1, tokens - 1), prompt
+        return range(start - 1, tokens - 1), prompt
     # One for each scored token.
     if length == span and (shift == 0 or prompt == 0):
-        return slice(0, span), prompt
+        return range(span), prompt
     # One at each token of the completion, about the next (next): the completion's first token has
     # none, the last list is about nothing that is there.
     if length == span and prompt > 1 and span > 1:
-        return slice(0, span - 1), prompt + 1
+        return range(span - 1), prompt + 1
     raise BadRow(
         "lengths",
         columns.ids,
         found=f"{length} positions",
         expected=f"{tokens} (one for each token), {tokens - 1} or {span} (one for each of the completion)",
-        help="Say which tokens the lists are about: --columns prompt_tokens=COLUMN or "
-        "completion_tokens=COLUMN.",
+        help="Say which tokens the lists are about: --columns prompt_tokens=COLUMN, "
+        "completion_tokens=COLUMN or spans=COLUMN.",
     )
 
 
@@ -143,11 +194,11 @@ def _entries(
     ids: Sequence[Any],
     values: Sequence[Any],
     *,
-    part: slice,
+    part: Sequence[int],
 ) -> Entries:
-    """The entries of the positions `part`, whose lists these are."""
-    of_ids = _matrix(ids, columns.ids, columns, first=part.start)
-    numbers = _matrix(values, columns.values, columns, first=part.start)
+    """The entries of the positions `part`, of the lists of all."""
+    of_ids = _matrix(ids, columns.ids, columns, part=part)
+    numbers = _matrix(values, columns.values, columns, part=part)
     if of_ids.shape != numbers.shape:
         raise BadRow(
             "lengths",
@@ -201,7 +252,9 @@ def _from_logs(
     return np.minimum(logprobs, 0.0), errors
 
 
-def _given(record: Mapping[str, Any], columns: Columns, *, part: slice) -> np.ndarray | None:
+def _given(
+    record: Mapping[str, Any], columns: Columns, *, part: Sequence[int]
+) -> np.ndarray | None:
     """[N] what the table says of the tokens that are there; None: nothing."""
     if columns.token_logprobs is None:
         return None
@@ -219,19 +272,19 @@ def _given(record: Mapping[str, Any], columns: Columns, *, part: slice) -> np.nd
 
 
 def _aligned(
-    record: Mapping[str, Any], column: str, columns: Columns, *, part: slice
+    record: Mapping[str, Any], column: str, columns: Columns, *, part: Sequence[int]
 ) -> np.ndarray:
     """[N] of a list that has one number for each position."""
-    found, positions = _list(record, column), len(record[columns.ids])
-    if len(found) != positions:
+    found, expected = _list(record, column), len(record[columns.ids])
+    if len(found) != expected:
         raise BadRow(
             "lengths",
             column,
             found=f"{len(found)} positions",
-            expected=f"{positions}, as in {columns.ids}",
+            expected=f"{expected}, as in {columns.ids}",
             help="Name another column.",
         )
-    return _array(found[part], column)
+    return _array([found[n] for n in part], column)
 
 
 def _list(record: Mapping[str, Any], column: str) -> Sequence[Any]:
@@ -269,14 +322,17 @@ def _array(values: Any, column: str, *, at: str = "") -> np.ndarray:
     return found
 
 
-def _matrix(lists: Sequence[Any], column: str, columns: Columns, *, first: int) -> np.ndarray:
-    """[N, K] of nested lists, the given order kept; K + 1 where the last entry is forced."""
+def _matrix(
+    lists: Sequence[Any], column: str, columns: Columns, *, part: Sequence[int]
+) -> np.ndarray:
+    """[N, K] of some of the lists, the given order kept; K + 1 where the last entry is forced."""
     fewest = 2 if columns.forced else 1
+    lists = [lists[n] for n in part]
     whole = _floats(lists)
     if whole.ndim == 2 and whole.shape[1] >= fewest and not np.isnan(whole).any():
         return whole
     # What is wrong with them, position by position.
-    rows = [_array(row, column, at=f" at position {first + n}") for n, row in enumerate(lists)]
+    rows = [_array(row, column, at=f" at position {n}") for n, row in zip(part, lists, strict=True)]
     lengths = {len(row) for row in rows}
     if len(lengths) == 1 and min(lengths) >= fewest:
         return np.stack(rows)

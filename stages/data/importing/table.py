@@ -22,7 +22,7 @@ from ....storage.store.bindings import Binding, write_binding
 from ....storage.store.store import Store
 from ....storage.store.writer import ShardWriter
 from ....storage.tables.row_builders import given_row, target_row
-from ....storage.tables.spans import spans_of
+from ....storage.tables.spans import span_after
 from ...audit.misplaced_targets import shifted
 from ...ledger.requests import target_key, tokens_key
 from ...models.identity import FileHashes, Identity, find_model, identify, identify_unseen
@@ -245,15 +245,17 @@ class _Import:
         """The text as a row of `generations`."""
         ids, start = row.token_ids, row.prompt_tokens
         prompt = content_key("prompt", token_ids=(ids[:start] if start else ids).tobytes())
+        to_the_end = np.array_equal(row.spans, span_after(start, len(ids)))
         return given_row(
             author_id=self._author,
             source_key=content_key("prompts", prompt=prompt, token_ids=ids.tobytes()),
             prompt_key=prompt,
             window=0,
-            tokens_key=tokens_key(ids, start),
+            tokens_key=tokens_key(ids, start, row.spans),
             token_ids=ids,
             prompt_tokens=start,
             text=self._decoded(ids[start:]),
+            spans=None if to_the_end else row.spans,
         )
 
     def _targets(self, row: ForeignRow, generation: dict[str, Any]) -> dict[str, Any]:
@@ -270,7 +272,7 @@ class _Import:
             prompt_key=generation["prompt_key"],
             teacher_id=self._teacher.id,
             token_ids=row.token_ids,
-            spans=spans_of(generation),
+            spans=row.spans,
             targets=row.targets,
             mantissa_bits=bits,
             settings=settings,

@@ -30,6 +30,7 @@ from stillroom.storage.integrity.verify import verify
 from stillroom.storage.snapshots.snapshot import save_snapshot
 from stillroom.storage.store.store import Store
 from stillroom.storage.tables.soft_targets import SoftTargets
+from stillroom.storage.tables.spans import positions, spans_of
 
 COLUMNS = Columns(
     tokens="tokens", ids="ids", values="values", prompt_tokens="prompt", targets_at="next"
@@ -248,6 +249,52 @@ def test_shifted_targets_are_refused_before_anything_is_written(
     assert not Path(asked().store).exists()
 
 
+SPANS = replace(COLUMNS, prompt_tokens=None, spans="spans")
+
+
+def spanned(records: list[Record], source: Path) -> Path:
+    """Of each text the tokens after the prompt but the fifth are scored; of each other one all of them."""
+    rows = []
+    for number, record in enumerate(records):
+        total = len(record["tokens"])
+        spans = [3, 2, 6, total - 6] if number % 2 else [3, total - 3]
+        rows.append(record | {"spans": spans})
+    return write_jsonl(source, rows)
+
+
+def test_spans_are_rows_of_several_spans(
+    asked: Callable[..., ImportRequest], teacher: Path, records: list[Record]
+) -> None:
+    one = asked(columns=SPANS)
+    spanned(records, Path(one.source))
+    done = imported(one)
+    store = Store.open(one.store)
+    assert verify(store).ok
+    assert "no shift found" in done.notes[0]
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
+    for row in targets(store)[:6]:
+        whole = teacher_targets(model, row["token_ids"].tolist(), 3, K)
+        scored = positions(spans_of(row))
+        assert (row["spans"] is None) == (len(scored) == len(row["token_ids"]) - 3)
+        np.testing.assert_array_equal(SoftTargets.from_row(row).ids, whole.ids[scored - 3])
+    plan = make_plan(Recipe.model_validate(recipe_for(one, done) | {"student": {"config": {}}}))
+    states = {stage.name: stage.state for stage in plan.stages}
+    assert (states["data"], states["score"]) == ("done", "done"), states
+
+    # A span to the end is the row that it is without the column.
+    again = asked()
+    assert imported(again).known == ROWS // 2
+
+
+def test_shifted_targets_of_several_spans_are_refused(
+    asked: Callable[..., ImportRequest], records: list[Record]
+) -> None:
+    one = asked(columns=replace(SPANS, targets_at="same"))
+    spanned(records, Path(one.source))
+    with pytest.raises(UsageError, match="shifted by one position"):
+        imported(one)
+
+
 def test_a_row_that_does_not_fit_ends_the_import_or_is_left_out(
     asked: Callable[..., ImportRequest],
 ) -> None:
@@ -305,6 +352,7 @@ def test_columns_are_named_as_in_a_recipe() -> None:
         ("lse=z", "probs", "lse goes with --values logits"),
         ("ids=best", "logits", "--columns lse=COLUMN"),
         ("prompt_tokens=a,completion_tokens=b", "probs", "say the same. Name one"),
+        ("spans=a,completion_tokens=b", "probs", "completion_tokens and spans say the same"),
     ):
         with pytest.raises(UsageError, match=message):
             column_names([wrong], kind=kind)

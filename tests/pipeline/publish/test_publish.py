@@ -156,6 +156,21 @@ class TestCard:
         uniform = (np.exp(logprobs) * (logprobs + np.log(50))).sum(1)
         np.testing.assert_allclose(names["kl"].numpy(), uniform, rtol=1e-4, atol=1e-4)
 
+    def test_its_tensors_are_those_of_several_spans(self, folder):
+        import pyarrow.parquet as pq
+
+        block = re.findall(
+            r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL
+        )[2]
+        (path,) = folder.glob("v-*/soft_targets/train-*.parquet")
+        rows = [row for row in pq.read_table(path).to_pylist() if row["spans"]]
+        names = {"targets": rows}
+        exec(block, names)
+        start, first, again, more = rows[0]["spans"]
+        expected = [*range(start, start + first), *range(again, again + more)]
+        assert names["scored"].tolist() == expected
+        assert names["student"].shape == (rows[0]["span_tokens"], 50)
+
     def test_it_says_what_a_stranger_asks(self, folder):
         text = (folder / "README.md").read_text()
         for said in (
@@ -166,8 +181,8 @@ class TestCard:
             "Temperatures at which a student can be trained on train: 1.",
             "Temperatures at which a student can be trained on test: any.",
             (
-                "`messages` became the first `prompt_tokens` ids by the chat template, with "
-                "`add_generation_prompt`"
+                "`messages`, with their `message_fields` and `tools` (JSON) where there are any, "
+                "became the first `prompt_tokens` ids by the chat template"
             ),
             f"/teachers/{TEACHER}/`",
             'print(texts[0]["key"].hex())',
@@ -310,6 +325,7 @@ class TestOtherRows:
         tokens, logprobs = row["token_ids"], np.log(np.float32([0.5, 0.25, 0.25]))
         one = {
             "span_start": len(tokens) - 1,
+            "spans": None,
             "span_tokens": 1,
             "k": 3,
             "logprobs": logprobs,

@@ -157,6 +157,67 @@ def test_a_completion_may_be_counted_from_the_end():
     check(text, row, 4, text.prompt, token_known=False)
 
 
+SPANS = replace(COLUMNS, prompt_tokens=None, spans="spans")
+
+
+@pytest.mark.parametrize(
+    ("at", "of"), [("next", "all"), ("same", "all"), ("next", "without"), ("same", "without")]
+)
+def test_several_spans_are_those_parts_of_one(at, of):
+    text = Text()
+    spans = [[2, 3], [6, 1], [8, 1]]
+    record = text.record(at=at, of=of) | {"spans": [n for span in spans for n in span]}
+    row = convert(record, replace(SPANS, targets_at=at), vocab_size=V)
+    whole = convert(text.record(at=at, of=of), replace(COLUMNS, targets_at=at), vocab_size=V)
+    scored = [2, 3, 4, 6, 8]
+    assert (row.spans.tolist(), row.prompt_tokens) == (spans, 2)
+    kept = [t for t in scored if t >= whole.prompt_tokens]
+    for name in ("ids", "logprobs", "tail_logprob", "token_logprob", "entropy"):
+        found = getattr(row.targets, name)
+        assert len(found) == len(scored)
+        expected = getattr(whole.targets, name)[[t - whole.prompt_tokens for t in kept]]
+        np.testing.assert_array_equal(found[len(scored) - len(kept) :], expected)
+
+
+def test_lists_of_scored_tokens_alone_are_in_their_order():
+    text, scored = Text(), [2, 3, 4, 6, 8]
+    record = text.record(at="same") | {"spans": [2, 3, 6, 1, 8, 1]}
+    columns = replace(SPANS, targets_at="same")
+    whole = convert(record, columns, vocab_size=V)
+    for name in ("ids", "values"):
+        record[name] = [record[name][t] for t in scored]
+    row = convert(record, columns, vocab_size=V)
+    np.testing.assert_array_equal(row.targets.logprobs, whole.targets.logprobs)
+    with pytest.raises(BadRow, match=r"5 positions, expected 9 \(one for each token\), 8\."):
+        convert(record, SPANS, vocab_size=V)
+
+
+def test_one_span_to_the_end_is_a_prompt():
+    text = Text()
+    row = convert(text.record() | {"spans": [3, 6]}, SPANS, vocab_size=V)
+    check(text, row, 4, text.prompt, token_known=False)
+    first = convert(text.record() | {"spans": [1, 8]}, SPANS, vocab_size=V)
+    assert first.prompt_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("spans", "says"),
+    [
+        ([2, 3, 4, 1], "the one at 4 starts before 5"),
+        ([2, 3, 6, 0], "the one at 6 has no tokens"),
+        ([0, 3], "the one at 0 starts before 1"),
+        ([2, 3, 6, 4], "the one at 6 ends at 10, the row has 9 tokens"),
+        ([2, 3, 6], "expected start, tokens, start, tokens"),
+        ([2, 1.5], "expected start, tokens, start, tokens"),
+        ([], "expected start, tokens, start, tokens"),
+        (None, "column spans: nothing, expected a list"),
+    ],
+)
+def test_spans_that_are_none_are_refused(spans, says):
+    with pytest.raises(BadRow, match=says):
+        convert(Text().record() | {"spans": spans}, SPANS, vocab_size=V)
+
+
 def test_the_log_probability_of_the_token_that_is_there_may_have_a_column_of_its_own():
     text = Text()
     row = convert(text.record(), replace(COLUMNS, token_logprobs="token"), vocab_size=V)

@@ -21,6 +21,7 @@ from stillroom.storage.keys import canonical_json, content_id, content_key, seal
 from stillroom.storage.snapshots.snapshot import load_snapshot, make_snapshot, save_snapshot
 from stillroom.storage.store.commits import read_commit, record_name, retire
 from stillroom.storage.store.inputs import INPUTS_SCHEMA
+from stillroom.storage.store.sql import query
 from stillroom.storage.store.store import Store
 from stillroom.storage.store.writer import CommitLimits
 
@@ -437,3 +438,37 @@ def test_nothing_is_withdrawn_or_deleted_under_a_writer(store, samples):
     assert writer.communicate()[0].endswith("committed 160\n")
     assert looks > 1
     keys_once(store, samples, rows=160)
+
+
+def test_features_are_a_table_like_the_others(store, samples):
+    """Nothing writes them yet; whoever does finds them read, proved and mended."""
+    row = {
+        "key": b"f" * 16,
+        "reuse_key": b"r" * 16,
+        "text_key": b"t" * 16,
+        "teacher_id": "teacher",
+        "kind": "hidden",
+        "layer": 3,
+        "positions": [1, 4],
+        "width": 40,
+        "dtype": "float16",
+        "values": np.random.default_rng(0).normal(size=(2, 40)).astype("<f2").tobytes(),
+        "scale": None,
+    }
+    with store.writer("features", about={"stage": "features"}) as writer:
+        writer.add(row)
+    (commit,) = store.commits("features")
+    (found,) = store.rows("features", {commit.shard.sha256: [0]})
+    np.testing.assert_array_equal(found.pop("positions"), row["positions"])
+    assert found == {name: value for name, value in row.items() if name != "positions"}
+    assert query(store, "SELECT kind, layer FROM features").to_pylist() == [
+        {"kind": "hidden", "layer": 3}
+    ]
+    assert verify(store).ok
+    assert commit.shard.name not in vacuum(store, older_than_hours=0).files
+
+    samples.flip(store.files.path(commit.shard.name), "values")
+    assert [problem.column for problem in verify(store).problems] == [None, "values"]
+    assert [one.rows for one in repair(store).withdrawn] == [1]
+    assert store.commits("features") == []
+    assert verify(store).ok

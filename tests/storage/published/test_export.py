@@ -12,9 +12,16 @@ from stillroom.storage.errors import IntegrityError, UsageError
 from stillroom.storage.files.local import LocalFiles
 from stillroom.storage.keys import seal
 from stillroom.storage.published import export_files
-from stillroom.storage.published.export import Choice, chosen_columns, find_snapshots, make_tables
+from stillroom.storage.published.export import Choice, find_snapshots, make_tables
 from stillroom.storage.published.export_numbers import Lengths, Spread
-from stillroom.storage.published.export_rows import JOINED, PUBLISHED, cut, cut_row
+from stillroom.storage.published.export_rows import (
+    JOINED,
+    OF_SOME,
+    PUBLISHED,
+    chosen_columns,
+    cut,
+    cut_row,
+)
 from stillroom.storage.published.manifest import (
     Manifest,
     PublishedFile,
@@ -87,6 +94,38 @@ def test_a_generation_brings_its_prompt_and_not_where_it_was_read(published, tmp
         assert row["prompt"] is None
     assert "source" not in PUBLISHED["generations"].names
     assert not set(JOINED.names) & set(SCHEMAS["generations"].names)
+
+
+class TestColumnsOfSome:
+    """What only some conversations have is published where a row has it."""
+
+    @staticmethod
+    def columns(published, folder, **choice):
+        made, rows = exported(*published, folder, **choice)
+        assert made.tables["generations"]["complete"] == ("columns" not in choice)
+        (first, *_) = rows["generations", "train"]
+        return made.tables["generations"]["columns"], first
+
+    def test_those_that_rows_have_go_along(self, published, tmp_path):
+        names, _ = self.columns(published, tmp_path / "out")
+        absent = {"completion_fields"}
+        assert set(names) == set(PUBLISHED["generations"].names) - absent
+        _, rows = exported(*published, tmp_path / "again")
+        found = [row for row in rows["generations", "train"] if row["tools"]]
+        assert found
+        for row in found:
+            same(row, samples.FIELDS)
+
+    def test_plain_conversations_have_none(self, published, tmp_path):
+        names, _ = self.columns(published, tmp_path / "out", where="row_seed % 3 <> 1")
+        assert names == [n for n in PUBLISHED["generations"].names if n not in OF_SOME]
+
+    def test_one_that_is_asked_for_goes_along_whatever_is_in_it(self, published, tmp_path):
+        names, row = self.columns(
+            published, tmp_path / "out", columns=("completion_fields", "soft_targets.key")
+        )
+        assert names == ["key", "completion_fields"]
+        assert row["completion_fields"] is None
 
 
 def test_the_first_by_key_stands_for_prompts_that_differ_in_the_reference(published, tmp_path):
@@ -512,7 +551,7 @@ class TestManifest:
         with pytest.raises(IntegrityError, match="its files are"):
             Manifest.unsealed(seal(record | {"id": "0" * 32}), "m")
         with pytest.raises(IntegrityError, match="Use the version of Stillroom that published it"):
-            Manifest.unsealed(seal(record | {"published_version": 2}), "m")
+            Manifest.unsealed(seal(record | {"published_version": 3}), "m")
 
     def test_the_card_names_the_version(self):
         assert current_version(self.card("v-0123abcd", "v-0123abcd")) == "v-0123abcd"

@@ -172,7 +172,8 @@ def _questions(
     for row in chosen:
         start, tokens = row["spans"][-1].tolist()
         written = texts[row["generation_key"]]
-        if len(row["spans"]) > 1:
+        if len(row["spans"]) > 1 or start + tokens < len(row["token_ids"]):
+            # The text is all that follows the prompt, other turns too.
             answer = row["token_ids"][start : start + tokens]
             written = str(tokenizer.decode(answer.tolist(), skip_special_tokens=True))
         question = Question(

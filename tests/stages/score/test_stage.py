@@ -116,7 +116,7 @@ def test_a_row_of_three_spans_has_the_targets_of_three_rows(
     kept = {
         "topk": Kept(kind="topk", k=4),
         "full": Kept(kind="full", k=32),
-        "sampled": Kept(kind="sampled", k=rounds, draw="multinomial"),
+        "sampled": Kept(kind="sampled", k=rounds, draw="multinomial", proposal=1.0),
     }[kind]
     ids = np.random.default_rng(0).integers(4, 25, 20).astype(np.int32)
     spans = np.array([[2, 3], [7, 1], [12, 8]])

@@ -188,16 +188,16 @@ def _show(tokenizer: Any, token: int) -> str:
 
 def render(sample: dict[str, Any], *, columns: int, colours: bool) -> list[Any]:
     """The sample for people: its text, on a terminal coloured by -log p of each token, then a line per position."""
-    start, positions = sample["span_start"], sample.get("positions")
+    positions = sample.get("positions")
+    start = ", ".join(str(start) for start, _ in sample["spans"])
     if "label" in sample:
         marked, text = f"gold label: {sample['label'] or 'none'}", Text(printable(sample["text"]))
     elif positions:
         marked = "coloured by the teacher's -log p" if colours else f"scored from index {start}"
         # Surprise is several nats where a KL is one: the same shades for both.
-        scored = zip(
-            sample["texts"][start:], (-p["token_logprob"] / 4 for p in positions), strict=False
-        )
-        text = coloured("".join(sample["texts"][:start]), list(scored), colours=colours)
+        nats = {p["index"]: -p["token_logprob"] / 4 for p in positions}
+        tokens = [(token, nats.get(index)) for index, token in enumerate(sample["texts"])]
+        text = coloured(tokens, colours=colours)
     else:
         marked, text = f"written from index {start}", Text(printable("".join(sample["texts"])))
     parts: list[Any] = [Text(f"{sample['table']} {sample['key']}; {marked}\n"), text, Text("")]

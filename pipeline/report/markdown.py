@@ -68,6 +68,6 @@ def _tokens(row: TokenRow, arm: str, level: int) -> str:
         for position in worst(row, arm, WORST)
     ]
     headers = ["index", "token", "KL (nats)", "teacher's best", "student's best"]
-    text = row.before + "".join(position.text for position in row.positions)
+    text = row.before + "".join(position.before + position.text for position in row.positions)
     listed = table(headers, rows, text_columns=2)
     return f"{'#' * level} Row {row.key[:8]}\n\n{fenced(text)}\n\nFarthest off at:\n\n{listed}"

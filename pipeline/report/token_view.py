@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from math import exp
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,8 @@ class Position:
     index: int
     """In the row's token ids."""
     text: str
+    before: str
+    """Unscored text between the token before and this one; what precedes the first is the row's."""
     said: Mapping[str, Said]
     """By model: `teacher` and the arms."""
 
@@ -46,7 +49,7 @@ class Position:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenRow:
-    """One row: what stands before its scored span, and the span."""
+    """One row: what stands before its first scored token, and the scored tokens."""
 
     key: str
     before: str
@@ -69,13 +72,20 @@ def rows_of(evaluation: Mapping[str, Any]) -> list[TokenRow]:
 def _row(row: Mapping[str, Any], pieces: Mapping[str, str]) -> TokenRow:
     parties = {TEACHER: row["teacher"], **row["arms"]}
     start = row["cut_before"] + len(row["before"])
+    gaps = {gap["after"]: gap for gap in row.get("between", ())}
+    # Unscored tokens up to each scored one, the first gap aside.
+    passed = accumulate(
+        gaps[n]["cut"] + len(gaps[n]["token_ids"]) if n in gaps else 0
+        for n in range(len(row["token_ids"]))
+    )
     positions = [
         Position(
-            index=start + n,
+            index=start + unscored + n,
             text=pieces[str(token)],
+            before=_between(gaps[n], pieces) if n in gaps else "",
             said={name: _said(party, n, pieces) for name, party in parties.items()},
         )
-        for n, token in enumerate(row["token_ids"])
+        for n, (token, unscored) in enumerate(zip(row["token_ids"], passed, strict=True))
     ]
     first = ("student", "baseline", "student_before")
     return TokenRow(
@@ -86,6 +96,11 @@ def _row(row: Mapping[str, Any], pieces: Mapping[str, str]) -> TokenRow:
         cut_after=row["cut_after"],
         arms=[arm for arm in first if arm in row["arms"]],
     )
+
+
+def _between(gap: Mapping[str, Any], pieces: Mapping[str, str]) -> str:
+    text = "".join(pieces[str(token)] for token in gap["token_ids"])
+    return f"\u2026 {text}" if gap["cut"] else text
 
 
 def _said(party: Mapping[str, Any], n: int, pieces: Mapping[str, str]) -> Said:
@@ -147,22 +162,27 @@ def drawn(row: TokenRow, *, columns: int, colours: bool) -> list["RenderableType
     from rich.text import Text
 
     arm = row.arms[0]
-    text = coloured(row.before, [(p.text, p.distance(arm)) for p in row.positions], colours=colours)
+    shown: list[tuple[str, float | None]] = [(row.before, None)]
+    for position in row.positions:
+        shown += [(position.before, None), (position.text, position.distance(arm))]
+    text = coloured(shown, colours=colours)
     parts: list[RenderableType] = [text, Text(""), _table(row, arm, (columns - 30) // 2)]
     if row.cut_after:
         parts.append(Text(f"({row.cut_after} more scored tokens are not shown)"))
     return parts
 
 
-def coloured(before: str, tokens: Sequence[tuple[str, float]], *, colours: bool) -> "Text":
-    """Running text for a terminal: what stands before, then tokens, each with the nats that colour it."""
+def coloured(parts: Sequence[tuple[str, float | None]], *, colours: bool) -> "Text":
+    """Running text for a terminal: its parts, each with the nats that colour it; None: it is not scored."""
     from rich.text import Text
 
     if not colours:
-        return Text(printable(before + "".join(text for text, _ in tokens)))
+        return Text(printable("".join(text for text, _ in parts)))
     found = Text()
-    found.append(printable(before), style="dim")
-    for text, nats in tokens:
+    for text, nats in parts:
+        if nats is None:
+            found.append(printable(text), style="dim")
+            continue
         strength = shade(nats)
         colour = ",".join(
             str(round(dark + (hot - dark) * strength)) for dark, hot in zip(DARK, HOT, strict=True)

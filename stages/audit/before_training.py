@@ -148,7 +148,7 @@ def _check_tokenizers(rows: Sequence[Row], fit: Fit) -> Any:
 
 
 def _check_text(store: Store, rows: Sequence[Row], tokenizer: Any) -> None:
-    """The completion, cut out of the tokens where the span starts, is the text that was written down.
+    """What follows the prompt is the text that was written down, and what is scored are its generation's spans.
 
     Read by the teacher's tokenizer, as it was written: which tokens are special may differ between
     the two.

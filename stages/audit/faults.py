@@ -1,6 +1,7 @@
 """What is the matter with a row whose targets are off: another position's, other tokens', or nobody's that was read."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -20,7 +21,7 @@ def explain(
     readings: Sequence[SecondReading],
     limits: Mapping[str, Quantity],
 ) -> tuple[Fault, str]:
-    """The fault of a row that is off, and the same in words.
+    """The fault of a row that is off, and the same in words; of several spans it names those that are off.
 
     Args:
         reading: Of the row.
@@ -28,9 +29,31 @@ def explain(
         readings: Of all rows, this one too.
         limits: How far each quantity may be off.
     """
+    row, off = reading.row, reading.row.parts
+    if len(off) > 1:
+        off = [part for part in off if not _fits(row, reader, part, limits=limits)] or off
+    fault, message = _fault(reading, off, reader=reader, readings=readings, limits=limits)
+    if len(off) == len(row.parts):
+        return fault, message
+    starts = ", ".join(str(row.index(part)) for part in off)
+    return fault, f"{message} (the spans from index {starts}; the others are right)"
+
+
+def _fault(
+    reading: SecondReading,
+    off: Sequence[slice],
+    *,
+    reader: TeacherReader,
+    readings: Sequence[SecondReading],
+    limits: Mapping[str, Quantity],
+) -> tuple[Fault, str]:
+    """What is the matter with the targets of the spans that are off; `off`: which of the N targets they have."""
     row = reading.row
+    # The first and the last of a span are left out if there are more: what shifted the targets may
+    # have had nothing to put there.
+    inner = _indices([slice(p.start + 1, p.stop - 1) if p.stop - p.start > 2 else p for p in off])
     for shift, side in ((1, "after"), (-1, "before")):
-        if _fits_shifted(row, reader, shift=shift, limits=limits):
+        if _fits(row, reader, inner, shift=shift, limits=limits):
             fits = f"the teacher's at the position {side} their own: shifted by one position"
             return "shifted by one position", fits
     # From here on a text is known by its entropies. Those of an imported row are bounds, which do
@@ -40,40 +63,58 @@ def explain(
             "other numbers, and not those of the positions beside their own. Another teacher's, "
             "another text's, or not of the whole vocabulary at temperature 1"
         )
-    entropy, limit = stored_numbers(row.targets)["entropy"], limits["entropy"]
-    bits = row.columns["mantissa_bits"]
-    if not _same(entropy, reading.entropy, bits=bits, limit=limit):
-        if _same(np.sort(entropy), np.sort(reading.entropy), bits=bits, limit=limit):
+    entropy, there = stored_numbers(row.targets)["entropy"], _indices(off)
+    same = partial(_same, bits=row.columns["mantissa_bits"], limit=limits["entropy"])
+    if not same(entropy[there], reading.entropy[there]):
+        if same(np.sort(entropy[there]), np.sort(reading.entropy[there])):
             return "other tokens'", "of this row, in another order: they belong to other tokens"
-        for other in readings:
-            if other is not reading and _same(entropy, other.entropy, bits=bits, limit=limit):
-                whose = f"those of row {other.row.key.hex()}: they belong to other tokens"
-                return "other tokens'", whose
+        for whose, other in _others(reading, readings):
+            if same(entropy[there], other) or same(entropy[off[0]], other):
+                return "other tokens'", f"those of {whose}: they belong to other tokens"
     return "other numbers", (
         "other numbers: neither those of the positions beside their own nor another row's that "
         "was read. Another teacher's under this one's id, or damaged before they were written"
     )
 
 
-def _fits_shifted(
-    row: StoredRow, reader: TeacherReader, *, shift: int, limits: Mapping[str, Quantity]
+def _others(
+    reading: SecondReading, readings: Sequence[SecondReading]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Whose targets those of a row may be, in words, and the entropies there: of other rows, then of any span."""
+    for other in readings:
+        if other is not reading:
+            yield f"row {other.row.key.hex()}", other.entropy
+    for other in readings:
+        if len(other.row.parts) > 1:
+            for part in other.row.parts:
+                whose = f"the span from index {other.row.index(part)} of row {other.row.key.hex()}"
+                yield whose, other.entropy[part]
+
+
+def _fits(
+    row: StoredRow,
+    reader: TeacherReader,
+    part: slice | np.ndarray,
+    *,
+    shift: int = 0,
+    limits: Mapping[str, Quantity],
 ) -> bool:
-    """Whether the row's targets are the teacher's `shift` positions on."""
-    # The first and the last are left out if there are more: what shifted the targets may have had
-    # nothing to put there.
-    n = row.span_tokens
-    inner = slice(1, n - 1) if n > 2 else slice(0, n)
-    positions = row.predicting[inner] + shift
+    """Whether some of the row's targets are the teacher's `shift` positions on."""
+    positions = row.predicting[part] + shift
     if positions.min() < 0:
         return False
-    targets = row.targets.positions(inner)
+    targets = row.targets.positions(part)
     stored = stored_numbers(targets)
     measured = reader.numbers(row, targets, positions=positions)
     found = compare(stored, measured, again=measured, bits=row.columns["mantissa_bits"])
-    # `token_logprob` would fit only if the token, too, was looked up in the wrong place. Of an
-    # imported row the entropy and the tail are bounds.
-    named = {"logprobs"} if row.imported else found.keys() - {"token_logprob"}
+    # Shifted, `token_logprob` would fit only if the token, too, was looked up in the wrong place. Of
+    # an imported row the entropy and the tail are bounds.
+    named = {"logprobs"} if row.imported else found.keys() - ({"token_logprob"} if shift else set())
     return all(found[name].within(limits[name]) for name in named)
+
+
+def _indices(parts: Sequence[slice]) -> np.ndarray:
+    return np.concatenate([np.arange(part.start, part.stop) for part in parts])
 
 
 def _same(stored: np.ndarray, measured: np.ndarray, *, bits: int, limit: Quantity) -> bool:

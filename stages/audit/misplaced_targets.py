@@ -27,7 +27,7 @@ import numpy as np
 from ...storage.tables.kinds import STRUCTURES
 from ...storage.tables.soft_targets import SoftTargets
 from ...storage.tables.spans import spans_of
-from ..targets.alignment import predicting_positions, scored_tokens
+from ..targets.alignment import parts_of, predicting_positions, scored_tokens
 
 Row = Mapping[str, Any]
 
@@ -149,25 +149,34 @@ def _by_position(rows: Sequence[Row]) -> np.ndarray | None:
     for row in rows:
         if not at_one(row):
             continue
-        tokens, start = _tokens(row), 0
-        for n in spans_of(row)[:, 1].tolist():
+        tokens = _tokens(row)
+        for part in parts_of(spans_of(row)):
             # The first and the last position of a span have no neighbour on one side.
-            inner = slice(start + 1, start + n - 1)
-            beside = [tokens[inner.start + s : inner.stop + s] for s in (-1, 0, 1)]
-            if n >= 3:
+            inner = slice(part.start + 1, part.stop - 1)
+            if inner.start < inner.stop:
+                beside = [tokens[inner.start + s : inner.stop + s] for s in (-1, 0, 1)]
                 parts.append(_likelihoods(row, inner, beside))
-            start += n
     return np.concatenate(parts, axis=1) if parts else None
 
 
 def _by_row(rows: Sequence[Row]) -> np.ndarray | None:
-    """The same with the tokens of the row before, the own and the row after, as far as all three go."""
+    """The same with the tokens of the row before, the own and the row after.
+
+    Span by span, as far as all three go.
+    """
     parts = []
-    for before, row, after in zip(rows, rows[1:], rows[2:], strict=False):
-        if at_one(row):
-            three = (before, row, after)
-            n = min(one["span_tokens"] for one in three)
-            parts.append(_likelihoods(row, slice(0, n), [_tokens(one)[:n] for one in three]))
+    for three in zip(rows, rows[1:], rows[2:], strict=False):
+        _, row, _ = three
+        if not at_one(row):
+            continue
+        for spans in zip(*(parts_of(spans_of(one)) for one in three), strict=False):
+            n = min(span.stop - span.start for span in spans)
+            own = spans[1].start
+            tokens = [
+                _tokens(one)[span.start : span.start + n]
+                for one, span in zip(three, spans, strict=True)
+            ]
+            parts.append(_likelihoods(row, slice(own, own + n), tokens))
     return np.concatenate(parts, axis=1) if parts else None
 
 

@@ -12,8 +12,8 @@ from ...storage.errors import IntegrityError
 from ...storage.store.store import Store
 from ...storage.tables.kinds import STRUCTURES
 from ...storage.tables.soft_targets import SoftTargets
-from ...storage.tables.spans import spans_of
-from ..targets.alignment import predicting_positions, scored_tokens
+from ...storage.tables.spans import positions, spans_of
+from ..targets.alignment import parts_of, predicting_positions, scored_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,14 +60,28 @@ class StoredRow:
         return int(self.columns["span_tokens"])
 
     @property
+    def spans(self) -> np.ndarray:
+        """[S, 2] start and tokens of each."""
+        return spans_of(self.columns)
+
+    @property
+    def parts(self) -> list[slice]:
+        """Which of the N targets belong to each span."""
+        return parts_of(self.spans)
+
+    def index(self, part: slice) -> int:
+        """Where the span of these targets starts in the row."""
+        return int(positions(self.spans)[part.start])
+
+    @property
     def predicting(self) -> np.ndarray:
         """[N] the positions that predict the scored tokens."""
-        return predicting_positions(spans_of(self.columns))
+        return predicting_positions(self.spans)
 
     @property
     def scored(self) -> np.ndarray:
         """[N] the scored tokens."""
-        tokens: np.ndarray = scored_tokens(self.token_ids, spans_of(self.columns))
+        tokens: np.ndarray = scored_tokens(self.token_ids, self.spans)
         return tokens
 
     @property

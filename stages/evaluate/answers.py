@@ -1,8 +1,8 @@
 """Greedy answers to held-out prompts, and how they are scored: exact match, a regular expression, or ROUGE-L.
 
-A question is a prompt with a reference. The reference is the data's own where there is one; else
-the completion that the student was to learn; for plain text, which has no prompts, the document
-goes on where a prefix of it stops.
+A question is what stands before a row's last scored span, with a reference: the data's own where
+there is one; else what the span says, which the student was to learn; for plain text, which has no
+prompts, the document goes on where a prefix of it stops.
 """
 
 import re
@@ -116,8 +116,7 @@ def prepare_quiz(job: Job, store: Store, rows: Iterable[dict[str, Any]]) -> Quiz
     Args:
         job: Names inputs, teacher and author.
         store: Holds prompts and generations.
-        rows: Held-out rows: prompt_key, generation_key, token_ids, start (index of the first scored
-            token).
+        rows: Held-out rows: prompt_key, generation_key, token_ids, spans.
 
     Raises:
         UsageError: no reference matches `evaluate.generate.pattern`.
@@ -135,7 +134,9 @@ def prepare_quiz(job: Job, store: Store, rows: Iterable[dict[str, Any]]) -> Quiz
         questions = [_continuation(row, tokenizer, settings) for row in chosen[: settings.prompts]]
         against = "the rest of the text"
     else:
-        questions, against = _questions(job, store, chosen, settings.prompts)
+        questions, against = _questions(
+            job, store, chosen=chosen, many=settings.prompts, tokenizer=tokenizer
+        )
     if settings.metric == "regex" and not any(
         scorer(settings)(q.reference, q.reference) for q in questions
     ):
@@ -154,22 +155,33 @@ def prepare_quiz(job: Job, store: Store, rows: Iterable[dict[str, Any]]) -> Quiz
 
 
 def _questions(
-    job: Job, store: Store, chosen: list[dict[str, Any]], many: int
+    job: Job,
+    store: Store,
+    *,
+    chosen: list[dict[str, Any]],
+    many: int,
+    tokenizer: "PreTrainedTokenizerBase",
 ) -> tuple[list[Question], str]:
     """Questions with the data's references if it has any, else with what was written, and which of the two it was."""
     gold = _gold(job, store, {row["prompt_key"] for row in chosen})
     chosen = [r for r in chosen if not gold or r["prompt_key"] in gold][:many]
     rows = _rows(store, "generations", {row["generation_key"] for row in chosen}, ["text"])
-    written = {row["key"]: row["text"] for row in rows}
+    texts = {row["key"]: row["text"] for row in rows}
     by_teacher = job.author_id == job.teacher_id
-    questions = [
-        Question(
-            prompt_ids=[int(i) for i in row["token_ids"][: row["spans"][-1, 0]]],
-            reference=gold.get(row["prompt_key"], written[row["generation_key"]]),
-            teacher=written[row["generation_key"]] if by_teacher else None,
+    questions = []
+    for row in chosen:
+        start, tokens = row["spans"][-1].tolist()
+        written = texts[row["generation_key"]]
+        if len(row["spans"]) > 1 or start + tokens < len(row["token_ids"]):
+            # The text is all that follows the prompt, other turns too.
+            answer = row["token_ids"][start : start + tokens]
+            written = str(tokenizer.decode(answer.tolist(), skip_special_tokens=True))
+        question = Question(
+            prompt_ids=row["token_ids"][:start].tolist(),
+            reference=gold.get(row["prompt_key"], written),
+            teacher=written if by_teacher else None,
         )
-        for row in chosen
-    ]
+        questions.append(question)
     other = "the given completion" if job.recipe.generate is None else "the text that was generated"
     return questions, GOLD if gold else "the teacher's own text" if by_teacher else other
 

@@ -30,7 +30,7 @@ class Measuring:
         self._job, self._held_out = job, held_out
 
     def outcomes(self, row: Row) -> np.ndarray:
-        """[N] the tokens of the span."""
+        """[N] the scored tokens."""
         tokens: np.ndarray = scored_tokens(row["token_ids"], row["spans"])
         return tokens
 

@@ -8,7 +8,8 @@ Letters: n tokens of a chunk, V the model's vocabulary, K entries of a soft targ
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from ..targets.spec import Kept
 from .metrics import ratio_mean
 
 ROWS, CONTEXT, TOKENS, BEST = 4, 48, 80, 5
-"""Rows shown, tokens before and in the scored span of each, and entries of each distribution."""
+"""Rows shown, unscored tokens before each span, scored ones, and entries of each distribution."""
 MASS_TOKENS = 4_096
 """Tokens on which kept mass is measured, at most, as it sorts: every second, third ... token of
 more."""
@@ -66,11 +67,11 @@ class ArmViews:
     def add(
         self, row: Mapping[str, Any], start: int, *, measures: Mapping[str, Tensor], logits: Tensor
     ) -> None:
-        """Count tokens `start`, `start` + 1, ... of a row's span.
+        """Count scored tokens `start`, `start` + 1, ... of a row, through all its spans.
 
         Args:
             row: Has `key` and `prompt_key`.
-            start: Position of the first of these tokens in the span.
+            start: Number of the first of these among the scored tokens.
             measures: Of `metrics.measure`, each [n].
             logits: [n, V] they were made of.
         """
@@ -202,6 +203,7 @@ class Views:
             arms = {name: _joined(part) for name, part in parts.items()}
             rows.append({"key": key.hex(), **shown, "arms": arms})
         ids = {i for row in rows for i in (*row["before"], *row["token_ids"])}
+        ids |= {i for row in rows for gap in row["between"] for i in gap["token_ids"]}
         ids |= {
             i
             for row in rows
@@ -219,9 +221,32 @@ def _joined(parts: Sequence[Mapping[str, list[Any]]]) -> dict[str, list[Any]]:
     return {name: [value for part in parts for value in part[name]] for name in parts[0]}
 
 
+@dataclass(frozen=True, slots=True)
+class _Unscored:
+    """What stands before a span and is not scored."""
+
+    after: int
+    """Scored tokens before it."""
+    cut: int
+    """Of its tokens, those that are not shown."""
+    part: slice
+    """The others, in the row."""
+
+
+def _unscored(spans: np.ndarray, n: int) -> Iterator[_Unscored]:
+    """Before each span that begins among the first n scored tokens."""
+    after = end = 0
+    for start, tokens in spans.tolist():
+        if after < n:
+            first = max(end, start - CONTEXT)
+            yield _Unscored(after, first - end, slice(first, start))
+        after, end = after + tokens, start + tokens
+
+
 def _shown(row: Mapping[str, Any], targets: SoftTargets) -> dict[str, Any]:
-    """A row of the teacher's for people, cut: tokens before the span, tokens of the span, and what the teacher says."""
-    ids, start, n = row["token_ids"].tolist(), int(row["spans"][0, 0]), len(targets.token_logprob)
+    """A row of the teacher's for people, cut: scored tokens, the unscored before each span, what the teacher says."""
+    ids, n = row["token_ids"], len(targets.token_logprob)
+    before, *between = _unscored(row["spans"], n)
     best = torch.as_tensor(targets.logprobs).topk(min(BEST, targets.probabilities.shape[1]), dim=-1)
     named = (
         best.indices
@@ -229,9 +254,13 @@ def _shown(row: Mapping[str, Any], targets: SoftTargets) -> dict[str, Any]:
         else torch.as_tensor(targets.ids).long().gather(-1, best.indices)
     )
     return {
-        "before": ids[max(0, start - CONTEXT) : start],
-        "cut_before": max(0, start - CONTEXT),
-        "token_ids": scored_tokens(row["token_ids"], row["spans"])[:n].tolist(),
+        "before": ids[before.part].tolist(),
+        "cut_before": before.cut,
+        "between": [
+            {"after": gap.after, "cut": gap.cut, "token_ids": ids[gap.part].tolist()}
+            for gap in between
+        ],
+        "token_ids": scored_tokens(ids, row["spans"])[:n].tolist(),
         "cut_after": row["span_tokens"] - n,
         "teacher": {
             "token": rounded(np.exp(targets.token_logprob)),

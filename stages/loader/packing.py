@@ -185,12 +185,12 @@ class Packing(Passes):
             counted = [torch.arange(stop - start) for start, stop in pairwise(edges)]
             position_ids[number] = torch.cat(counted)
             for sample, start in zip(row, edges[:-2], strict=True):
-                ids = torch.from_numpy(sample.token_ids.astype(np.int64))
-                token_ids[number, start : start + len(sample)] = ids
+                ids = sample.token_ids.astype(np.int64)
+                token_ids[number, start : start + len(sample)] = torch.from_numpy(ids)
                 positions = torch.from_numpy(predicting_positions(sample.spans))
                 # Row `number` of the flattened [B * T] begins at number * T.
                 predicting.append(number * width + int(start) + positions)
-                labels.append(scored_tokens(ids, sample.spans))
+                labels.append(torch.from_numpy(scored_tokens(ids, sample.spans)))
         check_ids(int(token_ids.max()), self.vocab_size, "the text has")
         members = [sample for row in rows for sample in row]
         batch = Batch(

@@ -18,7 +18,6 @@ from ...storage.store.store import Store
 from ...storage.tables.rows import Rows
 from ...storage.tables.soft_targets import LISTS, SoftTargets, normalised_targets
 from ...storage.tables.spans import SPAN_COLUMNS, spans_of
-from ..targets.alignment import class_span
 
 _SPAN = {
     "soft_targets": ("span_start", "span_tokens", "spans"),
@@ -106,12 +105,8 @@ class Samples:
         *,
         soft: bool,
         seed: int = 0,
-        labelled: bool = False,
     ) -> None:
-        """`soft`: read the teacher's targets too (the snapshot must be of soft_targets).
-
-        `labelled`: texts with one target and a gold label.
-        """
+        """`soft`: read the teacher's targets too (the snapshot must be of soft_targets)."""
         if not snapshot.rows:
             raise UsageError(
                 f"snapshot {snapshot.id}: holds no rows, so there is nothing to train on. Add data."
@@ -123,7 +118,7 @@ class Samples:
             )
         self.snapshot, self.seed = snapshot, seed
         self._store, self._soft, self._length = store, soft, snapshot.rows
-        self._span, self._labelled = _SPAN[snapshot.table], labelled
+        self._span, self._label = _SPAN[snapshot.table], snapshot.table == "soft_targets"
 
     def __len__(self) -> int:
         """Samples of an epoch."""
@@ -151,7 +146,7 @@ class Samples:
 
     def _reader(self) -> SnapshotReader:
         columns = ["token_ids", *self._span, *(("k", *LISTS) if self._soft else ())]
-        columns += ["label"] * self._labelled
+        columns += ["label"] * self._label
         return SnapshotReader(self._store, self.snapshot, columns, decode=self._decode)
 
     def _decode(self, rows: Rows) -> list[Sample]:
@@ -160,34 +155,29 @@ class Samples:
         )
         offsets, ids = rows.flat("token_ids")
         labels: Iterable[int | None] = (
-            rows.values("label") if self._labelled else repeat(None, len(rows))
+            rows.values("label") if self._label else repeat(None, len(rows))
         )
-        spans = self._spans(rows, np.diff(offsets))
         samples = []
-        for edges, spans_here, target, label in zip(
-            pairwise(offsets), spans, targets, labels, strict=True
+        for edges, spans, target, label in zip(
+            pairwise(offsets), self._spans(rows), targets, labels, strict=True
         ):
             sample = Sample(
                 token_ids=ids[slice(*edges)],
-                spans=spans_here,
+                spans=spans,
                 targets=target,
                 label=label,
             )
             samples.append(sample)
         return samples
 
-    def _spans(self, rows: Rows, lengths: np.ndarray) -> list[np.ndarray]:
+    def _spans(self, rows: Rows) -> list[np.ndarray]:
         """What each row is asked for."""
-        if self._labelled:
-            return [class_span(length) for length in lengths.tolist()]
-        one = zip(*(rows.numbers(name).tolist() for name in self._span[:2]), strict=True)
-        edges, flat_spans = rows.flat("spans")
-        return [
-            spans_of(dict(zip(self._span, (*numbers, None), strict=True)))
-            if start == stop
-            else flat_spans[start:stop].astype(np.int64).reshape(-1, 2)
-            for numbers, (start, stop) in zip(one, pairwise(edges.tolist()), strict=True)
-        ]
+        # All rows at once as if each had one span, for most have; then those that have several.
+        found = list(spans_of({name: rows.numbers(name) for name in self._span[:2]}))
+        edges, several = rows.flat("spans")
+        for row in np.flatnonzero(np.diff(edges)):
+            found[row] = spans_of({"spans": several[edges[row] : edges[row + 1]]})
+        return found
 
 
 def steps(

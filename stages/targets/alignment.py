@@ -14,6 +14,7 @@ Nothing else adds or subtracts one. A labelled text has one target and no shift
 (`class_span`). Works on numpy arrays and torch tensors alike.
 """
 
+from itertools import accumulate, pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -36,15 +37,21 @@ def predicting_positions(spans: np.ndarray) -> np.ndarray:
     """[N] int64 positions whose hidden states predict the scored tokens, ascending.
 
     Args:
-        spans: [S, 2] start and tokens of each scored span. A span starts at 1 or later: nothing
-            precedes token 0.
+        spans: [S, 2] start and tokens of each scored span, ascending. The first starts at 1 or
+            later: nothing precedes token 0.
     """
-    assert (spans[:, 0] >= 1).all(), "the first token of a row has no position before it"
+    assert spans[0, 0] >= 1, "the first token of a row has no position before it"
     return positions(spans) - 1
+
+
+def parts_of(spans: np.ndarray) -> list[slice]:
+    """Which of the N targets belong to each span: of [[2, 2], [6, 3]] 0 to 2 and 2 to 5."""
+    edges = accumulate(spans[:, 1].tolist(), initial=0)
+    return [slice(*both) for both in pairwise(edges)]
 
 
 def scored_tokens(token_ids: Array, spans: np.ndarray) -> Array:
     """[N] the tokens of the spans: what the positions of `predicting_positions` are asked for."""
-    assert len(token_ids) >= spans.sum(axis=1).max(), "a span leaves the sequence"
+    assert len(token_ids) >= spans[-1, 0] + spans[-1, 1], "a span leaves the sequence"
     scored: Array = token_ids[positions(spans)]
     return scored

@@ -19,7 +19,6 @@ from ..loader.samples import Cursor, Samples, Step, steps
 from ..recipe.fields import Split, extremes
 from ..recipe.run_folder import STUDENT, TRAINED
 from ..recipe.sections import Loss
-from ..recipe.tasks import TASKS
 from ..workers.job import Job
 from .scalars import Board, loss_scalars, open_wandb, step_scalars
 from .speed import Meter, Speed
@@ -88,9 +87,7 @@ class Run:
 
     def _open(self, store: Store, split: Split) -> Samples:
         snapshot = load_snapshot(store, self._job.snapshots[split])
-        run = self._job.recipe.run
-        labelled = TASKS[run.task].labelled
-        return Samples(store, snapshot, soft=self._soft, seed=run.seed, labelled=labelled)
+        return Samples(store, snapshot, soft=self._soft, seed=self._job.recipe.run.seed)
 
     @property
     def _soft(self) -> bool:

@@ -217,7 +217,7 @@ class SoftTargets:
             return shares.astype(np.float32)
         return stated
 
-    def positions(self, part: slice) -> "SoftTargets":
+    def positions(self, part: slice | np.ndarray) -> "SoftTargets":
         """The targets of some of the positions."""
         there = [name for name in LISTS if getattr(self, name) is not None]
         found = {name: getattr(self, name)[part] for name in there if name != "temperatures"}

@@ -15,16 +15,17 @@ SPAN_COLUMNS = ("prompt_tokens", "completion_tokens", "spans")
 """What `spans_of` reads of a row of `generations`."""
 
 
-def one_span(start: int, tokens: int) -> np.ndarray:
-    """[1, 2] int64: the tokens from `start` on, so many."""
-    return np.array([[start, tokens]], np.int64)
+def one_span(start: Any, tokens: Any) -> np.ndarray:
+    """[1, 2] int64: the tokens from `start` on, so many; of arrays [R], one for each row: [R, 1, 2]."""
+    return np.stack([start, tokens], axis=-1, dtype=np.int64)[..., None, :]
 
 
 def spans_of(row: Mapping[str, Any]) -> np.ndarray:
     """[S, 2] int64 start and tokens of each scored span of a row of `generations` or `soft_targets`.
 
     A row without the column has one span: that of `span_start` and `span_tokens`, or what follows
-    the prompt. Nothing precedes the first token, so it is never scored.
+    the prompt. Nothing precedes the first token, so it is never scored. Of columns [R] of rows of
+    one span: [R, 1, 2].
 
     Raises:
         IntegrityError: the column holds an odd number of numbers.
@@ -41,10 +42,10 @@ def spans_of(row: Mapping[str, Any]) -> np.ndarray:
     return span_after(row["prompt_tokens"], row["prompt_tokens"] + row["completion_tokens"])
 
 
-def span_after(prompt_tokens: int, total_tokens: int) -> np.ndarray:
+def span_after(prompt_tokens: Any, total_tokens: Any) -> np.ndarray:
     """[1, 2] all that follows a prompt; nothing precedes the first token of a text without one."""
-    start = max(prompt_tokens, 1)
-    return one_span(start, max(total_tokens - start, 0))
+    start = np.maximum(prompt_tokens, 1)
+    return one_span(start, np.maximum(total_tokens - start, 0))
 
 
 def flat(spans: np.ndarray) -> np.ndarray:
@@ -54,10 +55,8 @@ def flat(spans: np.ndarray) -> np.ndarray:
 
 def positions(spans: np.ndarray) -> np.ndarray:
     """[N] int64 indices of the scored tokens, ascending: those of [[2, 3], [7, 1]] are 2, 3, 4, 7."""
-    starts, tokens = spans[:, 0], spans[:, 1]
-    before = np.cumsum(tokens) - tokens  # scored tokens of the spans before
-    indices: np.ndarray = np.arange(tokens.sum()) + np.repeat(starts - before, tokens)
-    return indices
+    found = [np.arange(start, start + tokens) for start, tokens in spans.tolist()]
+    return found[0] if len(found) == 1 else np.concatenate(found)
 
 
 def scored_tokens(rows: pa.Table) -> np.ndarray:

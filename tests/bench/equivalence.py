@@ -145,7 +145,7 @@ def trained_live(recipe: Recipe, store: Store) -> LiveRun:
             if fed >= recipe.train.tokens:
                 break
         held += len(sample)
-        texts.append((sample.token_ids.tolist(), sample.span_start))
+        texts.append((sample.token_ids.tolist(), int(sample.spans[0, 0])))
     return live_training(recipe, texts, total_tokens=recipe.train.tokens)
 
 

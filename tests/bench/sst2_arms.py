@@ -137,7 +137,7 @@ class Study:
         self._parts, self.prompts = {}, dict[str, set[bytes]]()
         for split, snapshot in found.items():
             chosen = load_snapshot(store, snapshot)
-            samples = Samples(store, chosen, soft=True, labelled=True)
+            samples = Samples(store, chosen, soft=True)
             shards = {shard.sha256: shard.rows for shard in chosen.shards}
             self.prompts[split] = {
                 row["prompt_key"] for row in store.rows(chosen.table, shards, ("prompt_key",))

@@ -111,7 +111,7 @@ class _Chunks:
         """By estimator: whole samples, `tokens` of text or a little less than a sample more."""
         first, *others = self._streams
         found = {first: [next(self._streams[first])]}
-        while sum(sample.span_tokens for sample in found[first]) < tokens:
+        while sum(sample.scored_tokens for sample in found[first]) < tokens:
             found[first].append(next(self._streams[first]))
         for other in others:
             found[other] = [next(self._streams[other]) for _ in found[first]]
@@ -204,9 +204,11 @@ def kept_of(bench: Bench, arm: Arm) -> dict[str, float | None]:
     mass, entries, tokens = 0.0, 0, 0
     for sample in _all(bench, snapshot):
         assert sample.targets is not None
-        part = soft_part(sample.targets, torch.zeros(sample.span_tokens, dtype=torch.long), reading)
+        part = soft_part(
+            sample.targets, torch.zeros(sample.scored_tokens, dtype=torch.long), reading
+        )
         assert part.ids is not None
-        tokens += sample.span_tokens
+        tokens += sample.scored_tokens
         entries += int((part.ids >= 0).sum())
         if part.logprobs is not None:
             mass += float(part.logprobs.exp().sum())

@@ -15,6 +15,13 @@ from stillroom.storage.tables.spans import positions, spans_of
 Fault = Literal["shifted", "shifted back", "shuffled", "another row"]
 FAULTS: tuple[Fault, ...] = ("shifted", "shifted back", "shuffled", "another row")
 
+SpanFault = Literal["one span shifted", "two spans swapped", "a span of another row"]
+SPAN_FAULTS: tuple[SpanFault, ...] = (
+    "one span shifted",
+    "two spans swapped",
+    "a span of another row",
+)
+
 
 def rows_of(store: Store, table: Any = "soft_targets") -> list[dict[str, Any]]:
     """Every row of a table, in commit order."""
@@ -56,6 +63,52 @@ def planted(store: Store, root: Path, fault: Fault, *, consistent: bool = False)
     return copied(store, root, change)
 
 
+def planted_in_spans(store: Store, root: Path, fault: SpanFault) -> Store:
+    """A copy of a store of `topk` whose every row of three spans has the fault; each number fits the token beside it.
+
+    Args:
+        store: Is read.
+        root: Where the copy goes.
+        fault: `one span shifted`: in the second span a position has the targets of the next one,
+            its last its own; `two spans swapped`: the first has the last one's targets and the
+            other way round; `a span of another row`: the second has that of the next such row of
+            its kind.
+    """
+    rows = [row for row in rows_of(store) if len(spans_of(row)) == 3]
+    others = {}
+    for k in {row["k"] for row in rows}:
+        alike = [row for row in rows if row["k"] == k]
+        others |= dict(zip([row["key"] for row in alike], [*alike[1:], alike[0]], strict=True))
+
+    def change(row: dict[str, Any]) -> dict[str, Any]:
+        if row["key"] not in others:
+            return row
+        own, source = np.arange(row["span_tokens"]), row
+        first, second, last = np.split(own, np.cumsum(spans_of(row)[:2, 1]))
+        taken = [first, np.minimum(second + 1, second.max()), last]
+        if fault == "two spans swapped":
+            # As much of each as the other has room for.
+            taken = [last[np.arange(len(first)) % len(last)], second]
+            taken.append(first[np.arange(len(last)) % len(first)])
+        if fault == "a span of another row":
+            source = others[row["key"]]
+            start, n = spans_of(source)[0, 1], spans_of(source)[1, 1]
+            taken[1] = row["span_tokens"] + start + np.arange(len(second)) % n
+            source = _one_after_the_other(row, source)
+        return _columns(row, source, np.concatenate(taken), consistent=True)
+
+    return copied(store, root, change)
+
+
+def _one_after_the_other(row: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The targets of two rows of one kind as those of one."""
+    lists = ("ids", "logprobs", "tail_logprob", "token_logprob", "entropy")
+    both = {
+        name: np.concatenate([row[name], other[name]]) for name in lists if row[name] is not None
+    }
+    return row | both | {"span_tokens": row["span_tokens"] + other["span_tokens"]}
+
+
 def copied(
     store: Store,
     root: Path,
@@ -82,7 +135,7 @@ def copied(
 
 
 def _files(store: Store) -> Iterator[Any]:
-    for folder in ("teachers", "bindings"):
+    for folder in ("teachers", "bindings", "inputs", "data/inputs"):
         yield from store.files.walk(folder)
 
 
@@ -119,7 +172,7 @@ def _columns(
         there = found["logprobs"][np.arange(len(taken)), match.argmax(1)]
         least = found["logprobs"].min(1, where=np.isfinite(found["logprobs"]), initial=0)
         looked_up = np.where(match.any(1), there, np.minimum(found["tail_logprob"], least))
-        own = taken == np.arange(len(taken)) if source is row else np.zeros(len(taken), bool)
+        own = (taken == np.arange(len(taken))) & (source["key"] == row["key"])
         found["token_logprob"] = np.where(own, row["token_logprob"], looked_up)
     changed = SoftTargets(
         **{"ids": None, "logprobs": None, "tail_logprob": None} | found,

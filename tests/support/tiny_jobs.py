@@ -1,14 +1,19 @@
 """Small jobs done in this process: a `generate` that is still to do, a store that is scored."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from kit import prompts, recipe_tree, write_jsonl
+from planting import copied
 from tiny_store import SilentProgress
 
 from stillroom.pipeline.plan.resolve import bind
 from stillroom.stages.data import stage as data
 from stillroom.stages.generate import stage as generate
+from stillroom.stages.ledger.requests import tokens_key
 from stillroom.stages.models.identity import Identity
 from stillroom.stages.recipe.sections import Recipe
 from stillroom.stages.score import stage as score
@@ -59,6 +64,36 @@ def scored_store(
     spoken = {"engine": "hf", "temperature": 1.0, "max_tokens": 16}
     recipe = Recipe.model_validate(recipe_tree(folder, teacher, source, generate=spoken) | sections)
     return recipe, *done_until_score(recipe)
+
+
+def scored_in_spans(
+    folder: Path, teacher: Path, /, *, rows: int = 30, **sections: object
+) -> tuple[Recipe, Store, Identity]:
+    """`scored_store`, but of what the teacher drew three spans are scored, as of a conversation's turns."""
+    source = write_jsonl(folder / "prompts.jsonl", prompts(rows))
+    spoken = {"engine": "hf", "temperature": 1.0, "max_tokens": 30}
+    recipe = Recipe.model_validate(recipe_tree(folder, teacher, source, generate=spoken) | sections)
+    store, job, identity = teacher_job(recipe)
+    data.run(job)
+    generate.run(job, identity)
+    copy = copied(store, folder / "spans", _in_spans, table="generations")
+    storage = recipe.storage.model_copy(update={"dir": str(copy.root)})
+    recipe = recipe.model_copy(update={"storage": storage})
+    score.run(replace(job, recipe=recipe), identity)
+    return recipe, copy, identity
+
+
+def _in_spans(row: dict[str, Any]) -> dict[str, Any]:
+    """Two fifths of what was written are passed over; a short text stays as it is."""
+    start, total = row["prompt_tokens"], row["prompt_tokens"] + row["completion_tokens"]
+    part = row["completion_tokens"] // 5
+    if part < 3:
+        return row
+    spans = np.array(
+        [[start, part], [start + 2 * part, part], [start + 4 * part, total - start - 4 * part]]
+    )
+    asked = tokens_key(row["token_ids"], start, spans)
+    return row | {"spans": spans.reshape(-1), "tokens_key": asked}
 
 
 def done_until_score(recipe: Recipe) -> tuple[Store, Identity]:

@@ -43,13 +43,14 @@ def build(config, **more):
     return AutoModelForCausalLM.from_config(config, **more).eval()
 
 
-def make_sample(length, *, start=2, k=5, seed=0, vocab=V):
-    """A random sample; k = None: full targets, k = 0: none."""
+def make_sample(length, *, start=2, spans=None, k=5, seed=0, vocab=V):
+    """A random sample, scored in its spans or else from `start` on; k = None: full targets, k = 0: none."""
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, vocab, length).astype(np.int32)
-    span = length - start
+    spans = np.array(spans or [[start, length - start]])
     if k == 0:
-        return Sample(token_ids=ids, span_start=start, span_tokens=span, targets=None)
+        return Sample(token_ids=ids, spans=spans, targets=None)
+    span = spans[:, 1].sum()
     logprobs = torch.from_numpy(rng.normal(size=(span, vocab))).log_softmax(-1)
     kept, order = logprobs.sort(-1, descending=True)
     entries, chosen = (
@@ -61,7 +62,7 @@ def make_sample(length, *, start=2, k=5, seed=0, vocab=V):
     targets = SoftTargets(
         ids=chosen, logprobs=entries, tail_logprob=tail, token_logprob=nothing, entropy=nothing
     )
-    return Sample(token_ids=ids, span_start=start, span_tokens=span, targets=targets)
+    return Sample(token_ids=ids, spans=spans, targets=targets)
 
 
 def make_samples(lengths, **more):

@@ -71,16 +71,23 @@ def random_texts(
     return texts
 
 
-def teacher_targets(model: Any, ids: Sequence[int], start: int, k: int | None) -> SoftTargets:
-    """Targets of tokens `start` to the end; k = None: full.
+def in_spans(spans: Sequence[Sequence[int]]) -> list[int]:
+    """Indices of the scored tokens."""
+    return [index for start, tokens in spans for index in range(start, start + tokens)]
+
+
+def teacher_targets(
+    model: Any, ids: Sequence[int], scored: Sequence[int], k: int | None
+) -> SoftTargets:
+    """Targets of the tokens at some indices; k = None: full.
 
     Written here, not taken from the product.
     """
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor([ids])).logits[0, start - 1 : -1]
+        logits = model(input_ids=torch.tensor([ids])).logits[0, [index - 1 for index in scored]]
     logprobs = logits.double().log_softmax(-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
-    token = logprobs.gather(-1, torch.tensor(ids[start:])[:, None])[:, 0]
+    token = logprobs.gather(-1, torch.tensor(ids)[scored][:, None])[:, 0]
     kept, order = logprobs.sort(-1, descending=True)
     if k is None:
         entries, chosen, tail = logprobs, None, torch.full_like(token, -torch.inf)
@@ -101,9 +108,18 @@ def teacher_targets(model: Any, ids: Sequence[int], start: int, k: int | None) -
 
 
 def make_store(
-    root: Path, teacher: Path, *, texts: list[list[int]], k: int | None = 6, prompt_tokens: int = 2
+    root: Path,
+    teacher: Path,
+    *,
+    texts: list[list[int]],
+    k: int | None = 6,
+    prompt_tokens: int = 2,
+    spans: Mapping[int, list[list[int]]] | None = None,
 ) -> Store:
-    """A store with `soft_targets` and `generations` of the texts, eight rows to a shard."""
+    """A store with `soft_targets` and `generations` of the texts, eight rows to a shard.
+
+    `spans`: of the texts with these numbers, what is scored; of the others all after the prompt.
+    """
     from stillroom.storage.store.store import CommitLimits
 
     store = Store.open(root, create=True)
@@ -131,13 +147,16 @@ def make_store(
                 "tokens_key": key,
                 "token_ids": ids,
             }
-            columns = teacher_targets(model, ids, prompt_tokens, k).columns(23)
+            of_text = (spans or {}).get(number) or [[prompt_tokens, len(ids) - prompt_tokens]]
+            columns = teacher_targets(model, ids, in_spans(of_text), k).columns(23)
+            flat = [n for span in of_text for n in span] if len(of_text) > 1 else None
             kind = {
                 "kind": "full" if k is None else "topk",
                 "generation_key": key,
                 "teacher_id": TEACHER,
             }
-            targets.add(common | columns | kind | {"span_start": prompt_tokens, "label": None})
+            common |= {"spans": flat}
+            targets.add(common | columns | kind | {"span_start": of_text[0][0], "label": None})
             generations.add(
                 common
                 | {

@@ -14,6 +14,8 @@ import reports
 from kit import ENVIRONMENT, command, stillroom
 from reports import NASTY, finished
 from rich.console import Console
+from tiny_llama import save_tiny_llama
+from tiny_store import make_store
 
 from stillroom.pipeline.report.inspect import show
 from stillroom.pipeline.report.token_view import fitting, rows_of, shade, visible, worst
@@ -145,6 +147,47 @@ def test_the_worst_are_where_the_kl_is_greatest() -> None:
         :4
     ]
     assert row.before == NASTY[0] + NASTY[8]
+
+
+def test_unscored_text_between_spans_is_plain_and_indices_pass_over_it(tmp_path: Path) -> None:
+    views = reports.views(rows=1)
+    (row,) = views["rows"]
+    views["pieces"] |= {"90": "\nuser: go on\n", "91": "\nbot: "}
+    row["between"] = [
+        {"after": 2, "cut": 0, "token_ids": [90, 91]},
+        {"after": 5, "cut": 7, "token_ids": [91]},
+    ]
+    evaluation = reports.evaluation() | {"views": views}
+    (shown,) = rows_of(evaluation)
+    assert [p.index for p in shown.positions][:7] == [5, 6, 9, 10, 11, 20, 21]
+    before = {n: p.before for n, p in enumerate(shown.positions) if p.before}
+    assert before == {2: "\nuser: go on\n\nbot: ", 5: "\u2026 \nbot: "}
+
+    folder = finished(tmp_path / "run", evaluation, {})
+    sample, parts = show(str(folder), None, columns=80, colours=True)
+    assert sample["positions"][2]["before"] == before[2]
+    assert re.search(r"\x1b\[2m\s*user: go on", printed(parts, 80, colours=True)), "dim, no colour"
+    assert "user: go on" in printed(parts, 80, colours=False)
+    page = (folder / "report.html").read_text()
+    assert re.search(r'<span class="before">[^<]*user: go on', page)
+    assert page.count('class="t"') == len(shown.positions)
+    assert "user: go on" in (folder / "report.md").read_text()
+
+
+def test_of_a_stored_row_every_span_is_coloured_and_its_positions_are_right(tmp_path: Path) -> None:
+    texts = [[1, 5, 6, 7, 8, 9, 10, 11, 2]]
+    teacher = save_tiny_llama(tmp_path / "teacher")
+    spans = [[2, 2], [6, 3]]
+    store = make_store(tmp_path / "store", teacher, texts=texts, spans={0: spans})
+    sample, parts = show(str(store.root), None, columns=80, colours=True)
+    assert sample["spans"] == spans
+    assert [p["index"] for p in sample["positions"]] == [2, 3, 6, 7, 8]
+    text = parts[1]
+    words = {index: sample["texts"][index] for index in range(9)}
+    plain = [text.plain[s.start : s.end] for s in text.spans if s.style == "dim"]
+    assert plain == [words[index] for index in (0, 1, 4, 5)]
+    heading = show(str(store.root), None, columns=80, colours=False)[1][0].plain
+    assert heading.endswith("scored from index 2, 6\n")
 
 
 def test_as_many_entries_as_fit() -> None:

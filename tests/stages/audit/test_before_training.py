@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from planting import FAULTS, Fault, copied, planted
-from tiny_jobs import scored_store
+from planting import FAULTS, Fault, copied, planted, planted_in_spans, rows_of
+from tiny_jobs import scored_in_spans, scored_store
 from tiny_llama import save_tiny_llama
 from tiny_store import SilentProgress, snapshot_of
 
@@ -20,6 +20,7 @@ from stillroom.stages.workers.job import Job, StopFlag
 from stillroom.storage.errors import IntegrityError, UsageError
 from stillroom.storage.store.store import Store
 from stillroom.storage.tables.soft_targets import SoftTargets
+from stillroom.storage.tables.spans import spans_of
 
 TOGETHER = "audit: 24 rows looked at, their text, tokens and targets belong together"
 
@@ -140,9 +141,48 @@ def test_a_span_that_starts_elsewhere_is_refused(topk: World, tmp_path: Path) ->
         )
 
     with pytest.raises(
-        IntegrityError, match=r"scores \d+ tokens from (\d+) on, expected \d+ from \d+ on"
+        IntegrityError,
+        match=r"scores the spans \[\[\d+, \d+\]\] \(start, tokens\), expected \[\[\d+, \d+\]\]",
     ):
         topk.audit(copied(topk.store, tmp_path / "store", late))
+
+
+def test_rows_of_several_spans_pass_and_faults_of_some_are_refused(tmp_path: Path) -> None:
+    teacher = save_tiny_llama(tmp_path / "teacher", initializer_range=0.5, eos_token_id=None)
+    recipe, store, identity = scored_in_spans(tmp_path, teacher, rows=24, score={"k": 4})
+    fit = fit_of(recipe, store.teacher_dir(identity.id), vocab_size=32, soft=True)
+    assert {len(spans_of(row)) for row in rows_of(store)} == {3}
+    assert audit_rows(store, snapshot_of(store), fit) == [TOGETHER]
+    swapped = planted_in_spans(store, tmp_path / "swapped", "two spans swapped")
+    with pytest.raises(IntegrityError, match="The targets are other tokens'"):
+        audit_rows(swapped, snapshot_of(swapped), fit)
+
+    def later(row: dict[str, Any]) -> dict[str, Any]:
+        """The last span begins a token earlier than what its generation says, and ends earlier."""
+        return row | {"spans": row["spans"] - np.array([0, 0, 0, 0, 1, 0], np.int32)}
+
+    moved = copied(store, tmp_path / "moved", later)
+    with pytest.raises(IntegrityError, match=r"scores the spans .*, expected .*of its generation"):
+        audit_rows(moved, snapshot_of(moved), fit)
+    for fault, what in (("shifted", "targets are"), ("another row", "shifted by one row")):
+        wrong = planted(store, tmp_path / fault, fault, consistent=True)  # type: ignore[arg-type]
+        with pytest.raises(IntegrityError, match=what):
+            audit_rows(wrong, snapshot_of(wrong), fit)
+
+
+def test_the_end_of_one_span_is_no_neighbour_of_the_next() -> None:
+    """Between two spans of a row the tokens beside are others: only within a span is a shift looked for."""
+    known = chain(0, sharp=3.0, vocab=150)
+    rows = markov_rows(known, known, rows=20, n=60)
+    spans = np.array([[1, 2], [3, 1], [4, 20], [24, 37]], np.int32).reshape(-1)
+    assert shifted([row | {"spans": spans} for row in rows]) is None
+    back = [row | {"spans": spans, "token_ids": np.roll(row["token_ids"], 1)} for row in rows]
+    found = shifted(back)
+    assert found is not None
+    assert found.startswith("shifted by one position, those of the position after")
+    # Of one or two tokens nothing can be said.
+    short = np.stack([np.arange(1, 60, 2), np.full(30, 2)], 1).reshape(-1)
+    assert shifted([row | {"spans": short} for row in back]) is None
 
 
 def test_a_student_that_reads_other_text_is_refused(topk: World) -> None:

@@ -7,8 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from planting import FAULTS, Fault, copied, planted, rows_of
-from tiny_jobs import scored_store
+from planting import (
+    FAULTS,
+    SPAN_FAULTS,
+    Fault,
+    SpanFault,
+    copied,
+    planted,
+    planted_in_spans,
+    rows_of,
+)
+from tiny_jobs import scored_in_spans, scored_store
 from tiny_llama import save_tiny_llama
 from tiny_store import SilentProgress
 
@@ -17,8 +26,10 @@ from stillroom.stages.audit.rescore import Rescored, rescore
 from stillroom.stages.audit.stored_rows import choose_rows, target_shards
 from stillroom.stages.models.head import Head
 from stillroom.stages.models.identity import Identity
+from stillroom.storage.keys import content_key
 from stillroom.storage.store.store import Store
 from stillroom.storage.tables.soft_targets import SoftTargets
+from stillroom.storage.tables.spans import spans_of
 
 pytestmark = pytest.mark.numeric
 
@@ -111,6 +122,36 @@ def test_targets_of_other_tokens_are_found_and_named(
         "shuffled": "in another order",
     }
     assert sum(side.get(fault, "those of row") in row.message for row in off.values()) >= named
+
+
+@pytest.fixture(scope="module")
+def in_spans(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Rows of three spans."""
+    folder = tmp_path_factory.mktemp("spans")
+    teacher = save_tiny_llama(folder / "teacher", initializer_range=0.5, eos_token_id=None)
+    _, store, identity = scored_in_spans(folder, teacher, rows=12, score={"k": 4})
+    return World(store, identity, folder)
+
+
+@pytest.mark.parametrize("fault", SPAN_FAULTS)
+def test_of_several_spans_those_that_are_off_are_named(
+    in_spans: World, tmp_path: Path, fault: SpanFault
+) -> None:
+    assert in_spans.read().off == []
+    found = in_spans.read(planted_in_spans(in_spans.store, tmp_path / "store", fault))
+    rows = {content_key("planted", key=row["key"]).hex(): row for row in rows_of(in_spans.store)}
+    assert {row.key for row in found.off} == rows.keys()
+    off = [1] if fault != "two spans swapped" else [0, 2]
+    said = {
+        "one span shifted": "the position after their own: shifted by one position",
+        "two spans swapped": "of this row, in another order: they belong to other tokens",
+        "a span of another row": "of row ",
+    }[fault]
+    for row in found.off:
+        starts = spans_of(rows[row.key])[off, 0]
+        named = f"(the spans from index {', '.join(map(str, starts))}; the others are right)"
+        assert said in row.message
+        assert row.message.endswith(named)
 
 
 def test_another_seeds_teacher_under_the_same_id_is_found(

@@ -30,7 +30,7 @@ def held_out_row(length: int, *, start: int, seed: int, k: int | None = None) ->
     row = {
         "generation_key": bytes([seed]) * 16,
         "token_ids": rng.integers(0, V, length).astype(np.int32),
-        "start": start,
+        "spans": np.array([[start, span]]),
         "span_tokens": span,
         "k": V if k is None else k,
         "token_logprob": nothing,
@@ -118,7 +118,7 @@ def test_the_angle_is_that_of_plain_autograd_on_the_whole_model(
     exact = build(CONFIGS["llama"]).double()
     sparse, full = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for row in rows():
-        ids, start = torch.tensor(row["token_ids"]).long(), row["start"]
+        ids, start = torch.tensor(row["token_ids"]).long(), int(row["spans"][0, 0])
         logits = exact(input_ids=ids[None]).logits[0]
         teacher = torch.tensor(row["logprobs"]).double().reshape(-1, V)
         for n, z in enumerate(teacher):

@@ -13,6 +13,7 @@ from stillroom.stages.evaluate import views as evaluate_views
 from stillroom.stages.evaluate.metrics import measure
 from stillroom.stages.evaluate.views import (
     BEST,
+    CONTEXT,
     ENTROPY_EDGES,
     LADDER,
     MASS_EDGES,
@@ -49,7 +50,9 @@ class HeldOut:
                 "prompt_key": bytes([number // rows_per_prompt]) * 16,
             }
             self.rows.append(
-                row | {"token_ids": ids.astype(np.int32), "start": 5, "span_tokens": span}
+                row
+                | {"token_ids": ids.astype(np.int32), "spans": np.array([[5, span]])}
+                | {"span_tokens": span}
             )
         self.teacher = [log_softmax(rng.normal(size=(n, VOCABULARY)) * 3) for n in spans]
         self.logits = [rng.normal(size=(n, VOCABULARY)) * 3 for n in spans]
@@ -233,6 +236,23 @@ def test_rows_are_shown_token_by_token_with_the_best_of_teacher_and_student() ->
             for i in best
         }
         assert {str(i) for i in (*shown, *row["token_ids"], *row["before"])} <= set(found["pieces"])
+
+
+def test_of_a_row_of_several_spans_the_text_between_is_shown_apart() -> None:
+    held_out = HeldOut([30])
+    ids = np.arange(100, 220).astype(np.int32) % VOCABULARY
+    spans = np.array([[5, 10], [15, 2], [20, 3], [90, 15]])  # two touch; before the last are 67
+    held_out.rows[0] |= {"token_ids": ids, "spans": spans}
+    scored = [*ids[5:17], *ids[20:23], *ids[90:105]]
+    held_out.asked = lambda number: np.array(scored)  # type: ignore[method-assign]
+    ((row,), pieces) = (held_out.views()[name] for name in ("rows", "pieces"))
+    assert (row["before"], row["token_ids"]) == (ids[:5].tolist(), scored)
+    assert row["between"] == [
+        {"after": 10, "cut": 0, "token_ids": []},
+        {"after": 12, "cut": 0, "token_ids": ids[17:20].tolist()},
+        {"after": 15, "cut": 67 - CONTEXT, "token_ids": ids[90 - CONTEXT : 90].tolist()},
+    ]
+    assert {str(i) for gap in row["between"] for i in gap["token_ids"]} <= pieces.keys()
 
 
 def test_its_size_does_not_grow_with_the_held_out_rows() -> None:

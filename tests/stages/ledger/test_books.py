@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -24,6 +25,7 @@ from stillroom.stages.ledger.targets import (
     text_rows,
 )
 from stillroom.stages.recipe.sections import Recipe
+from stillroom.stages.targets.spec import target_bytes
 from stillroom.storage.errors import IntegrityError
 from stillroom.storage.keys import content_key
 from stillroom.storage.store import segments
@@ -352,6 +354,37 @@ def score_books(
         pending = pending_targets(books, teacher_id=TEACHER, vocab_size=VOCABULARY)
         wanted = [q for block in pending.blocks for q in pending.read(block)]
         return ledger, wanted, target_rows(books)
+
+
+def test_of_rows_with_spans_the_scored_tokens_are_asked_for_and_counted(tmp_path: Path) -> None:
+    store, r = Store.open(tmp_path, create=True), recipe(tmp_path, generate={"samples": 1})
+    add_prompts(store, ["p", "q"])
+    whole, spanned = (generation(r, name, 0, tokens=8) for name in "pq")
+    spans = np.array([[3, 2], [8, 1]], np.int32)
+    key = tokens_key(spanned["token_ids"], 3, spans)
+    assert key != spanned["tokens_key"] == tokens_key(spanned["token_ids"], 3, np.array([[3, 8]]))
+    spanned |= {"spans": spans.reshape(-1), "tokens_key": key}
+    write(store, r, [whole, spanned])
+    ledger, asked, _ = score_books(store, r, ["p", "q"], held_out=0)
+    assert (ledger.pending, ledger.tokens_to_do) == (2, 8 + 3)
+    assert ledger.bytes_to_do == int(8 * target_bytes(asked[0].kept)) + int(
+        3 * target_bytes(asked[0].kept)
+    )
+    by_prompt = {request.prompt_key: request for request in asked}
+    assert by_prompt[prompt_key("q")].spans.tolist() == [[3, 2], [8, 1]]
+    assert by_prompt[prompt_key("q")].span_tokens == 3
+    assert by_prompt[prompt_key("p")].spans.tolist() == [[3, 8]]
+    with books_of(store, r, ["p", "q"], 0) as books:
+        generation_ledger(books, author_id=AUTHOR, context_tokens=CONTEXT)
+        choose_generations(books, author_id=AUTHOR)
+        counted = text_rows(books).sort_by("scored").select(["tokens", "scored"]).to_pylist()
+    assert counted == [{"tokens": 11, "scored": 3}, {"tokens": 11, "scored": 8}]
+    # A row of other spans of the same text is not the one that is asked for.
+    others = target(spanned | {"completion_tokens": 3, "tokens_key": whole["tokens_key"]})
+    score(store, [others | {"spans": [3, 2, 8, 1], "key": b"o" * 16}])
+    assert score_books(store, r, ["q"], held_out=0)[0].pending == 1
+    score(store, [target(spanned | {"completion_tokens": 3}) | {"spans": [3, 2, 8, 1]}])
+    assert score_books(store, r, ["q"], held_out=0)[0].pending == 0
 
 
 def test_a_smaller_k_is_served_a_larger_one_or_more_bits_are_not(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def make_text(length: int, label: int | None, seed: int = 0) -> Sample:
         entries=None,
     )
     ids = np.array([2, *rng.integers(5, 24, length - 2), 3], np.int32)
-    return Sample(token_ids=ids, span_start=length - 1, span_tokens=1, targets=targets, label=label)
+    return Sample(token_ids=ids, spans=np.array([[length - 1, 1]]), targets=targets, label=label)
 
 
 LENGTHS = [(14, 2), (12, 1), (9, 0), (7, 1), (5, None)]  # as passes have them: the longest first

@@ -14,6 +14,7 @@ from tiny_models import CONFIGS, LENGTHS, V, build, make_sample, make_samples
 from transformers import AutoModelForCausalLM, MambaConfig
 
 from stillroom.stages.loader.packing import Packing, pack, packs_apart
+from stillroom.stages.loader.samples import Sample
 from stillroom.stages.losses.definition import logits_distillation
 from stillroom.stages.losses.fused_linear import linear_distillation
 from stillroom.stages.losses.objective import Aim
@@ -49,7 +50,7 @@ def test_packed_equals_separate(name, attention):
         alone = []
         for sample in (sample for row in rows for sample in row):
             states = hidden_states(model, input_ids=torch.from_numpy(sample.token_ids[None]).long())
-            alone.append(states[0, sample.span_start - 1 : -1])
+            alone.append(states[0, sample.spans[0, 0] - 1 : -1])
     found = together.flatten(0, 1)[batch.predicting]
     torch.testing.assert_close(found, torch.cat(alone), rtol=1e-5, atol=1e-5)
     assert packs_apart(model)
@@ -85,7 +86,7 @@ def test_a_model_that_lets_samples_see_each_other_is_noticed():
 def gradient(model, samples, how, *, chunk_tokens=None, objective=objective_of()):  # noqa: B008
     """Gradient of the step's mean loss, and the loss, however the step is packed."""
     model.zero_grad()
-    scored, total = sum(s.span_tokens for s in samples), 0.0
+    scored, total = sum(s.scored_tokens for s in samples), 0.0
     for batch in how.batches(samples, objective.temperature):
         hidden = hidden_states(model, **batch.inputs)
         states = hidden.flatten(0, 1)[batch.predicting]
@@ -121,6 +122,33 @@ def test_the_gradient_does_not_depend_on_packing_and_passes(k):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("k", [5, None, 0])
+def test_a_sample_of_three_spans_is_learnt_from_as_three_samples(k):
+    """Loss and gradient are the sums over the prefixes that end with each span, and packing keeps samples apart."""
+    model = build(copy.deepcopy(CONFIGS["llama"]))
+    spans = [[2, 3], [7, 1], [11, 6]]
+    several = [make_sample(20, spans=spans, k=k, seed=seed) for seed in (0, 1)]
+    alone = [
+        Sample(
+            token_ids=one.token_ids[: start + n],
+            spans=np.array([[start, n]]),
+            targets=one.targets and one.targets.positions(slice(before, before + n)),
+        )
+        for one in several
+        for (start, n), before in zip(spans, (0, 3, 4), strict=True)
+    ]
+    others = make_samples((9, 14), k=k)
+    one_by_one = packing(shared_rows=False, tokens_per_pass=1)
+    loss, expected = gradient(model, alone + others, one_by_one)
+    ways = [one_by_one, packing(tokens_per_pass=1000, row_tokens=64)]
+    for way in [*ways, packing(flat=True, tokens_per_pass=1000)]:
+        if way.flat and model.config._attn_implementation != NAME:
+            assert attend_apart(model, 20, torch.float32) is None
+        again, found = gradient(model, several + others, way)
+        assert again == pytest.approx(loss, rel=SUMS)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_no_divergence_depends_on_packing_and_passes(divergence):
     """One batch of all samples against a pass for each, at a temperature."""
@@ -146,8 +174,8 @@ def test_sampled_targets_do_not_depend_on_packing_and_passes():
 def drawn(sample):
     """The sample with a draw in place of its entries: the best id twice, the next once or not at all."""
     targets = sample.targets
-    entries = 2 - np.arange(sample.span_tokens, dtype=np.int32) % 2
-    counts = np.tile(np.int32([2, 1]), (sample.span_tokens, 1))
+    entries = 2 - np.arange(sample.scored_tokens, dtype=np.int32) % 2
+    counts = np.tile(np.int32([2, 1]), (sample.scored_tokens, 1))
     counts[entries == 1, 1] = 0
     ids = np.where(counts > 0, targets.ids[:, :2], -1).astype(np.int32)
     estimate = replace(
@@ -287,10 +315,10 @@ class TestEntries:
         whole = logits_distillation(logits, together, objective=objective).soft
         start = 0
         for sample in samples:
-            part = logits[start : start + sample.span_tokens]
+            part = logits[start : start + sample.scored_tokens]
             alone = logits_distillation(part, self.only([sample]), objective=objective).soft
-            torch.testing.assert_close(whole[start : start + sample.span_tokens], alone)
-            start += sample.span_tokens
+            torch.testing.assert_close(whole[start : start + sample.scored_tokens], alone)
+            start += sample.scored_tokens
 
     @pytest.mark.parametrize("k", [0, 5, None])
     def test_its_bytes_are_those_of_all_that_is_copied(self, k):

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from tiny_store import make_store, random_texts, snapshot_of
+from tiny_store import in_spans, make_store, random_texts, snapshot_of
 
 from stillroom.stages.loader.samples import Cursor, Lengths, Samples, steps
 from stillroom.storage.errors import UsageError
@@ -26,6 +26,40 @@ def store(tmp_path_factory):
     }
     LlamaForCausalLM(LlamaConfig(vocab_size=24, **sizes)).save_pretrained(folder / "teacher")
     return make_store(folder / "store", folder / "teacher", texts=TEXTS)
+
+
+SPANS = {n: [[2, 1], [4, len(text) - 5]] for n, text in enumerate(TEXTS) if n % 3 == 0}
+
+
+@pytest.fixture(scope="module")
+def several(store):
+    """Every third row has two spans."""
+    folder = store.root.parent
+    return make_store(folder / "several", folder / "teacher", texts=TEXTS, spans=SPANS)
+
+
+@pytest.mark.parametrize("table", ["soft_targets", "generations"])
+def test_rows_of_one_and_of_several_spans_lie_beside_one_another(several, store, table):
+    soft = table == "soft_targets"
+    found = list(Samples(several, snapshot_of(several, table), soft=soft).read(0, 40))
+    whole = Samples(store, snapshot_of(store, table), soft=soft).read(0, 40)
+    of_text = {tuple(sample.token_ids.tolist()): sample for sample in whole}
+    numbers = {tuple(text): number for number, text in enumerate(TEXTS)}
+    assert len(found) == 40
+    for sample in found:
+        text = tuple(sample.token_ids.tolist())
+        spans = SPANS.get(numbers[text], [[2, len(text) - 2]])
+        assert sample.spans.tolist() == spans
+        assert sample.spans.dtype == np.int64
+        assert sample.scored_tokens == sum(n for _, n in spans)
+        if soft:
+            same = of_text[text].targets.positions(np.array(in_spans(spans)) - 2)
+            np.testing.assert_array_equal(sample.targets.ids, same.ids)
+            np.testing.assert_allclose(sample.targets.logprobs, same.logprobs, atol=1e-6)
+    scored = sum(sum(n for _, n in s) for s in SPANS.values())
+    scored += sum(len(t) - 2 for n, t in enumerate(TEXTS) if n not in SPANS)
+    lengths = Samples(several, snapshot_of(several, table), soft=False).lengths()
+    assert (lengths.scored_tokens, lengths.tokens) == (scored, sum(map(len, TEXTS)))
 
 
 @pytest.fixture
@@ -70,7 +104,7 @@ def test_targets_belong_to_their_sample_and_sum_to_one(samples):
     for step in steps(samples, Cursor(), tokens_per_step=200, stop_samples=40):
         for sample in step.samples:
             mass = np.exp(sample.targets.logprobs).sum(-1) + np.exp(sample.targets.tail_logprob)
-            assert len(mass) == sample.span_tokens == len(sample.token_ids) - sample.span_start
+            assert len(mass) == sample.scored_tokens == len(sample.token_ids) - 2
             assert mass == pytest.approx(np.ones_like(mass), abs=1e-6)
 
 
@@ -104,7 +138,7 @@ def test_black_box_rows_have_no_targets(store):
     blackbox = Samples(store, snapshot_of(store, "generations"), soft=False, seed=3)
     step = next(steps(blackbox, Cursor(), tokens_per_step=90, stop_samples=40))
     assert all(sample.targets is None for sample in step.samples)
-    assert {sample.span_start for sample in step.samples} == {2}
+    assert {int(sample.spans[0, 0]) for sample in step.samples} == {2}
 
 
 def test_soft_targets_are_not_asked_of_plain_text(store):

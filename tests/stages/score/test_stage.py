@@ -106,6 +106,60 @@ def test_targets_are_the_teachers_distribution_one_position_before_each_token(
         np.testing.assert_allclose(total, 1.0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["topk", "full", "sampled"])
+def test_a_row_of_three_spans_has_the_targets_of_three_rows(
+    tmp_path: Path, tiny_llama: Callable[..., Path], kind: str
+) -> None:
+    """Each span as if what precedes it were a prompt of its own; what stands between is scored in neither."""
+    _, job, identity = prepared(tmp_path, tiny_llama(initializer_range=0.5))
+    rounds = 4000
+    kept = {
+        "topk": Kept(kind="topk", k=4),
+        "full": Kept(kind="full", k=32),
+        "sampled": Kept(kind="sampled", k=rounds, draw="multinomial", proposal=1.0),
+    }[kind]
+    ids = np.random.default_rng(0).integers(4, 25, 20).astype(np.int32)
+    spans = np.array([[2, 3], [7, 1], [12, 8]])
+
+    def request(token_ids: np.ndarray, of: np.ndarray) -> TargetRequest:
+        names = dict.fromkeys(("reuse_key", "tokens_key", "generation_key", "prompt_key"), b"row")
+        return TargetRequest(**names, token_ids=token_ids, spans=of, kept=kept)
+
+    teacher = causal_lm.Teacher(job, identity)
+    alone = [request(ids[: start + n], np.array([[start, n]])) for start, n in spans]
+    with torch.inference_mode():
+        whole, *parts = (teacher.begin([one])()[0] for one in (request(ids, spans), *alone))
+        together = teacher.begin([request(ids, spans), *alone])()
+    # Rows in one pass do not see one another either.
+    for one, other in zip(together, [whole, *parts], strict=True):
+        np.testing.assert_allclose(one.entropy, other.entropy, atol=1e-5)
+    for number, part in enumerate((slice(0, 3), slice(3, 4), slice(4, 12))):
+        mine, truth = whole.positions(part), parts[number]
+        names = ("logprobs", "tail_logprob", "token_logprob", "entropy")
+        for name in names if kind != "sampled" else names[2:]:
+            found, expected = getattr(mine, name), getattr(truth, name)
+            np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=name)
+        if kind == "topk":
+            np.testing.assert_array_equal(mine.ids, truth.ids)
+        if kind == "sampled":
+            assert mine.counts is not None
+            assert (mine.counts.sum(1) == rounds).all()
+            p = _dense(truth)  # other draws, but for the first span, whose positions are the same
+            # The difference of two counts that were drawn alike.
+            deviation = np.sqrt(2 * np.maximum(p * (1 - p), 1 / rounds) / rounds)
+            assert (np.abs(_dense(mine) - p) < 6 * deviation).all()
+            assert np.array_equal(_dense(mine), p) == (number == 0)
+
+
+def _dense(targets: SoftTargets) -> np.ndarray:
+    """[N, V] what drawn ids estimate."""
+    dense = np.zeros((len(targets.entropy), 32))
+    assert targets.ids is not None
+    rows, columns = np.nonzero(targets.ids >= 0)
+    dense[rows, targets.ids[rows, columns]] = targets.probabilities[rows, columns]
+    return dense
+
+
 def test_every_row_sums_to_one_as_stored_by_default(
     tmp_path: Path, tiny_llama: Callable[..., Path]
 ) -> None:
@@ -188,7 +242,7 @@ def test_batches_hold_one_kind_within_the_budget_and_every_row_once(budget: int)
             generation_key=b"",
             prompt_key=b"",
             token_ids=np.zeros(made.integers(2, 30), np.int32),
-            span_start=1,
+            spans=np.array([[1, 1]]),
             kept=Kept(kind=made.choice(["topk", "full"]), k=4),
         )
         for i in range(60)

@@ -6,32 +6,38 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stillroom.stages.targets.alignment import predicting_positions, scored_tokens
+from stillroom.stages.targets.alignment import parts_of, predicting_positions, scored_tokens
 
 
 @pytest.mark.parametrize("kind", [np.array, torch.tensor], ids=["numpy", "torch"])
-def test_six_tokens_by_hand(kind):
-    token_ids = kind([1, 50, 60, 61, 62, 2])  # <s> hi | a b c </s>
-    assert scored_tokens(token_ids, 2, 4).tolist() == [60, 61, 62, 2]
-    assert token_ids[predicting_positions(2, 4)].tolist() == [50, 60, 61, 62]
-    assert predicting_positions(2, 4) == slice(1, 5)
+def test_nine_tokens_by_hand(kind):
+    token_ids = kind([1, 50, 60, 2, 51, 52, 61, 62, 2])  # <s> hi | a </s> | and now | b c </s>
+    spans = np.array([[2, 2], [6, 3]])
+    assert scored_tokens(token_ids, spans).tolist() == [60, 2, 61, 62, 2]
+    assert token_ids[predicting_positions(spans)].tolist() == [50, 60, 52, 61, 62]
+    assert predicting_positions(spans).tolist() == [1, 2, 5, 6, 7]
+    assert parts_of(spans) == [slice(0, 2), slice(2, 5)]
 
 
-@given(st.integers(2, 40), st.data())
-def test_position_t_predicts_token_t_plus_1(length, data):
-    start = data.draw(st.integers(1, length - 1))
-    span = data.draw(st.integers(0, length - start))
-    token_ids = np.arange(100, 100 + length)
-    positions = np.arange(length)[predicting_positions(start, span)]
-    assert [token_ids[t + 1] for t in positions] == scored_tokens(token_ids, start, span).tolist()
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=4), st.data())
+def test_position_t_predicts_token_t_plus_1(gaps, data):
+    """Also where a span's first position is the last token of the one before."""
+    ends = np.cumsum([gap + tokens for gap, tokens in gaps])
+    spans = np.array([[end - n, n] for end, (_, n) in zip(ends, gaps, strict=True)])
+    token_ids = np.arange(100, 100 + ends[-1] + data.draw(st.integers(0, 3)))
+    positions, tokens = predicting_positions(spans), scored_tokens(token_ids, spans)
+    assert [token_ids[t + 1] for t in positions] == tokens.tolist()
+    by_span = [positions[part].tolist() for part in parts_of(spans)]
+    assert by_span == [list(range(start - 1, start + n - 1)) for start, n in spans]
 
 
-@pytest.mark.parametrize(("start", "span"), [(0, 3), (4, 3)])
-def test_a_span_outside_the_sequence_is_refused(start, span):
+@pytest.mark.parametrize("spans", [[[0, 7]], [[1, 2], [4, 3]]])
+def test_a_span_outside_the_sequence_is_refused(spans):
     with pytest.raises(AssertionError):
-        scored_tokens(np.arange(6), start, span)
+        scored_tokens(np.arange(6), np.array(spans))
 
 
-def test_token_0_is_never_scored():
+@pytest.mark.parametrize("spans", [[[0, 3]], [[0, 1], [3, 1]]])
+def test_token_0_is_never_scored(spans):
     with pytest.raises(AssertionError):
-        predicting_positions(0, 3)
+        predicting_positions(np.array(spans))

@@ -339,7 +339,7 @@ class TestInvariants:
 
 def test_samples_carry_labels(world: World) -> None:
     snapshot = world.plan().snapshots["train"]
-    samples = Samples(world.store, snapshot, soft=True, labelled=True)
+    samples = Samples(world.store, snapshot, soft=True)
     found = {
         sample.token_ids.tobytes() + str(sample.label).encode()
         for sample in samples.read(0, len(samples))

@@ -74,7 +74,9 @@ def live(job: Job, snapshot: Snapshot, store: Store) -> LiveRun:
     """The same with the live teacher, on the tokens of the same samples in the same order."""
     samples = Samples(store, snapshot, soft=False, seed=job.recipe.run.seed)
     epochs = int(job.recipe.train.epochs or 0)
-    texts = ((s.token_ids.tolist(), s.span_start) for s in samples.read(0, epochs * len(samples)))
+    texts = (
+        (s.token_ids.tolist(), int(s.spans[0, 0])) for s in samples.read(0, epochs * len(samples))
+    )
     return live_training(job.recipe, texts, total_tokens=epochs * samples.lengths().tokens)
 
 

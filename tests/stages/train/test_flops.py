@@ -52,7 +52,7 @@ def counted(model, step, *, checkpointed=False):
     with FlopCounterMode(display=False) as counter:
         for sample in step.samples:
             ids = torch.from_numpy(sample.token_ids[None]).long()
-            states = hidden_states(model, input_ids=ids)[0, sample.span_start - 1 : -1]
+            states = hidden_states(model, input_ids=ids)[0, sample.spans[0, 0] - 1 : -1]
             split_head(model).logits(states).sum().backward()
     return counter.get_total_flops()
 
@@ -107,8 +107,8 @@ def test_a_window_limits_what_a_position_sees():
 
 def test_padding_and_prompts_cost_what_they_need():
     model = build(CONFIGS["llama"])
-    text = Sample(token_ids=np.zeros(50, np.int32), span_start=40, span_tokens=10, targets=None)
-    whole = Sample(token_ids=np.zeros(50, np.int32), span_start=1, span_tokens=49, targets=None)
+    text = Sample(token_ids=np.zeros(50, np.int32), spans=np.array([[40, 10]]), targets=None)
+    whole = Sample(token_ids=np.zeros(50, np.int32), spans=np.array([[1, 49]]), targets=None)
     costs = [of(model).step(Step(samples=[s], after=Cursor())) for s in (text, whole)]
     assert costs[1] - costs[0] == 39 * 6 * 96 * 48  # the head alone
 

@@ -289,8 +289,8 @@ def validation_loss(world, folder):
         (sample,) = step.samples
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([sample.token_ids.tolist()])).logits[0]
-        for n in range(sample.span_tokens):
-            position = sample.span_start - 1 + n
+        for n in range(sample.scored_tokens):
+            position = sample.spans[0, 0] - 1 + n
             t = torch.from_numpy(sample.targets.logprobs[n]).double().exp().tolist()
             tail = float(torch.tensor(float(sample.targets.tail_logprob[n])).exp())
             total += float(
@@ -299,7 +299,7 @@ def validation_loss(world, folder):
             total += 0.1 * float(
                 cross_entropy(logits[position], int(sample.token_ids[position + 1]))
             )
-        scored += sample.span_tokens
+        scored += sample.scored_tokens
     return total / scored
 
 
@@ -330,6 +330,42 @@ def test_black_box_learns_from_text_alone(world):
     history = summary(world.folder / "run")["history"]
     assert {point["soft"] for point in history} == {None}
     assert history[-1]["hard"] < 0.8 * history[0]["hard"]
+
+
+@pytest.fixture(scope="module")
+def shared_world_of_spans(tmp_path_factory):
+    """Of every text two spans are scored, two tokens between them are not."""
+    folder = tmp_path_factory.mktemp("spans")
+    teacher = save_tiny_llama(folder / "teacher", initializer_range=0.6)
+    spans = {n: [[2, 1], [5, len(text) - 5]] for n, text in enumerate(TEXTS)}
+    return World(teacher, folder, spans=spans)
+
+
+@pytest.fixture
+def world_of_spans(shared_world_of_spans, tmp_path):
+    mine = copy(shared_world_of_spans)
+    mine.folder = tmp_path
+    return mine
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("table", ["soft_targets", "generations"])
+def test_rows_of_several_spans_train_and_resume_exactly(world_of_spans, table):
+    world, recipe = world_of_spans, world_of_spans.recipe(train={"tokens": 800})
+    if table == "generations":
+        # Black-box: what is between the spans is not learnt from either.
+        world.train = snapshot_of(world.store, "generations", slice(12, None)).id
+        recipe = world.recipe(score=None, loss={"hard_weight": 1.0}, train={"tokens": 800})
+    train.run(world.job("whole", recipe))
+    report = summary(world.folder / "whole")
+    assert report["scored_tokens"] == report["tokens"] - 4 * report["samples"]
+    for looks in (7, 11, 10**9):
+        try:
+            train.run(world.job("stopped", recipe, stop=StopAfter(looks)))
+        except Stopped:
+            assert looks < 10**9
+    assert without_time(summary(world.folder / "stopped")) == without_time(report)
+    assert same(weights(world.folder / "stopped"), weights(world.folder / "whole"))
 
 
 @pytest.mark.numeric

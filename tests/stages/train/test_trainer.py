@@ -51,12 +51,12 @@ def expected_gradient(model, step, loss):
     for sample in step.samples:
         hidden = hidden_states(model, input_ids=torch.from_numpy(sample.token_ids[None]).long())[0]
         targets = TargetBatch(
-            labels=torch.from_numpy(sample.token_ids[sample.span_start :]).long(),
+            labels=torch.from_numpy(sample.token_ids[sample.spans[0, 0] :]).long(),
             ids=torch.from_numpy(sample.targets.ids).long(),
             logprobs=torch.from_numpy(sample.targets.logprobs),
             tail_logprob=torch.from_numpy(sample.targets.tail_logprob),
         )
-        states = hidden[sample.span_start - 1 : -1]
+        states = hidden[sample.spans[0, 0] - 1 : -1]
         logits = split_head(model).logits(states)
         parts = logits_distillation(
             logits, targets, objective=objective_of(divergence=loss.divergence)

@@ -16,6 +16,7 @@ from ...storage.joined import open_store
 from ...storage.snapshots.snapshot import load_snapshot
 from ...storage.store.store import Store
 from ...storage.tables.kinds import STRUCTURES
+from ..recipe.run_folder import STUDENT
 from ..recipe.tasks import TASKS
 from ..targets.spec import wanted
 from ..workers.job import Job, StageResult
@@ -85,7 +86,7 @@ def _students(job: Job, store: Store) -> Arms:
     arms: Arms = {"student_before": partial(initial_student, job.recipe, teacher_dir)}
     for arm in ("baseline", "student"):
         if arm in job.train_dirs:
-            folder = job.train_dirs[arm] / "student"
+            folder = job.train_dirs[arm] / STUDENT
             arms[arm] = partial(load_student, job.recipe, teacher_dir, folder)
     return arms
 

@@ -274,7 +274,7 @@ def test_moved_extended_and_repeated_prompts_and_other_columns_miss_nothing(tmp_
     [
         ({"temperature": 0.5}, "stored with another temperature"),
         ({"seed": 3}, "stored with another seed"),
-        ({"top_p": 0.9, "stop": ["."]}, "stored with another stop, top p"),
+        ({"top_p": 0.9, "stop": ["."]}, "stored with another end of stopped ids, stop, top p"),
     ],
 )
 def test_another_sampling_setting_is_a_miss_and_says_so(

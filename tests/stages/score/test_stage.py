@@ -1,6 +1,7 @@
 """Stage score: what is stored is the teacher's own distribution at the right positions, whatever the batch."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,8 @@ def test_a_row_of_three_spans_has_the_targets_of_three_rows(
     with torch.inference_mode():
         whole, *parts = (teacher.begin([one])()[0] for one in (request(ids, spans), *alone))
         together = teacher.begin([request(ids, spans), *alone])()
+        everything = replace(request(ids, spans), kept=Kept(kind="full", k=32))
+        p = np.exp(teacher.begin([everything])()[0].logprobs)
     # Rows in one pass do not see one another either.
     for one, other in zip(together, [whole, *parts], strict=True):
         np.testing.assert_allclose(one.entropy, other.entropy, atol=1e-5)
@@ -144,11 +147,11 @@ def test_a_row_of_three_spans_has_the_targets_of_three_rows(
         if kind == "sampled":
             assert mine.counts is not None
             assert (mine.counts.sum(1) == rounds).all()
-            p = _dense(truth)  # other draws, but for the first span, whose positions are the same
-            # The difference of two counts that were drawn alike.
-            deviation = np.sqrt(2 * np.maximum(p * (1 - p), 1 / rounds) / rounds)
-            assert (np.abs(_dense(mine) - p) < 6 * deviation).all()
-            assert np.array_equal(_dense(mine), p) == (number == 0)
+            deviation = np.sqrt(np.maximum(p * (1 - p), 1 / rounds) / rounds)[part]
+            assert (np.abs(_dense(mine) - p[part]) < 6 * deviation).all()
+            # The first span's positions have the same draws, but for points at the edge of an id.
+            moved = np.abs(_dense(mine) - _dense(truth)).sum(1).mean() * rounds
+            assert (moved < 10) == (number == 0)
 
 
 def _dense(targets: SoftTargets) -> np.ndarray:

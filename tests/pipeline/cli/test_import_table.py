@@ -273,7 +273,8 @@ def test_spans_are_rows_of_several_spans(
     assert "no shift found" in done.notes[0]
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
     for row in targets(store)[:6]:
-        whole = teacher_targets(model, row["token_ids"].tolist(), 3, K)
+        ids = row["token_ids"].tolist()
+        whole = teacher_targets(model, ids, range(3, len(ids)), K)
         scored = positions(spans_of(row))
         assert (row["spans"] is None) == (len(scored) == len(row["token_ids"]) - 3)
         np.testing.assert_array_equal(SoftTargets.from_row(row).ids, whole.ids[scored - 3])

@@ -6,7 +6,6 @@ snapshot: `one_order` gives all arms of a seed the same one. Nothing else is cha
 """
 
 import json
-import subprocess
 import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,29 +25,6 @@ from stillroom.stages.workers.clock import Clock
 from stillroom.stages.workers.job import StopFlag
 from stillroom.storage.snapshots.snapshot import save_snapshot
 from stillroom.storage.store.store import Store
-
-
-def prepare(recipe_file: Path, overrides: Sequence[str] = ()) -> None:
-    """Text and targets of a recipe, by the command line.
-
-    Raises:
-        SystemExit: with what the command line said.
-    """
-    words = [
-        sys.executable,
-        "-m",
-        "stillroom",
-        "run",
-        str(recipe_file),
-        "--until",
-        "score",
-        "--quiet",
-    ]
-    for override in overrides:
-        words += ["--set", override]
-    done = subprocess.run(words, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(words)}\n{done.stderr}")
 
 
 def run_arm(

@@ -33,12 +33,11 @@ def bench(name: str, *words: object) -> tuple[dict[str, Any], str]:
 
 @pytest.mark.assets
 @pytest.mark.slow
-def test_the_tinystories_comparison_runs(tmp_path: Path, assets: Path) -> None:
-    words = [sys.executable, str(HERE / "tinystories.py"), "compare", str(tmp_path), "--tiny"]
-    environment = os.environ | {"STILLROOM_ASSETS": str(assets)}
-    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
-    outcome = json.loads(done.stdout.splitlines()[-1])
+def test_the_tinystories_comparison_runs(
+    tmp_path: Path, assets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STILLROOM_ASSETS", str(assets))
+    outcome, _ = bench("tinystories", "compare", tmp_path, "--tiny")
     result = outcome["results"]["1"]
     assert result["gain"]["kl_teacher"][0] == pytest.approx(
         result["baseline"]["kl_teacher"][0] - result["student"]["kl_teacher"][0]
@@ -106,10 +105,8 @@ def test_the_loader_bench_runs() -> None:
 
 @pytest.mark.slow
 def test_the_workers_bench_runs() -> None:
-    words = [sys.executable, str(HERE / "workers.py"), "--tiny"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    (measured,) = json.loads(done.stdout.splitlines()[-1])["rounds"]
+    outcome, _ = bench("workers", "--tiny")
+    (measured,) = outcome["rounds"]
     assert sum(measured["one"]["shares"]) == sum(measured["shared"]["shares"]) == 96
     assert sum(measured["apart"]["shares"]) == 2 * 96
     assert measured["one"]["rows_redone"] == measured["apart"]["rows_redone"] == 0
@@ -156,12 +153,11 @@ def test_the_experiment_on_targets_runs_and_goes_on_where_it_stopped(tmp_path: P
 
 @pytest.mark.assets
 @pytest.mark.slow
-def test_the_comparison_of_losses_on_sst2_runs(tmp_path: Path, assets: Path) -> None:
-    words = [sys.executable, str(HERE / "sst2.py"), str(tmp_path), "--tiny", "--seeds", "0"]
-    environment = os.environ | {"STILLROOM_ASSETS": str(assets), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
-    outcome = json.loads(done.stdout.splitlines()[-1])
+def test_the_comparison_of_losses_on_sst2_runs(
+    tmp_path: Path, assets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STILLROOM_ASSETS", str(assets))
+    outcome, _ = bench("sst2", tmp_path, "--tiny", "--seeds", "0")
     pipeline, study = outcome["pipeline"], outcome["study"]
     (teacher,), rows = pipeline["teacher"]["results"], study["rows"]
     assert (rows["train"], rows["validation"], rows["test"], teacher["rows"]) == (64, 20, 40, 40)
@@ -264,10 +260,7 @@ def test_the_gpu_check_goes_on_after_parts_that_fail_or_hang(
 
 @pytest.mark.slow
 def test_the_pipeline_bench_accounts_for_every_second(tmp_path: Path) -> None:
-    words = [sys.executable, str(HERE / "pipeline.py"), "--tiny", "--out", str(tmp_path)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    outcome = json.loads(done.stdout.splitlines()[-1])
+    outcome, _ = bench("pipeline", "--tiny", "--out", tmp_path)
     assert list(outcome["stages"]) == ["runner", "data", "generate", "score", "train", "evaluate"]
     parts = [seconds for row in outcome["stages"].values() for seconds in row.values()]
     assert min(parts) >= 0

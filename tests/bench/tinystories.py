@@ -13,13 +13,15 @@ goes on where it was.
 
 import json
 import statistics
-import subprocess
-import sys
 from argparse import ArgumentParser
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from itertools import product
+from multiprocessing import get_context
 from os import cpu_count, environ
 from pathlib import Path
+
+import torch
+from arms import run_arm
 
 from stillroom.pipeline.report.seeds import interval
 
@@ -42,28 +44,9 @@ def write_prompts(path: Path, *, count: int = 2000) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def run(settings: dict[str, object], *arguments: str) -> dict[str, dict[str, float]]:
-    """One run of the recipe through the command line; its results per arm."""
-    words = [
-        sys.executable,
-        "-m",
-        "stillroom",
-        "run",
-        str(RECIPE),
-        "--json",
-        "--quiet",
-        *arguments,
-    ]
-    for name, value in settings.items():
-        words += ["--set", f"{name}={json.dumps(value)}"]
-    environment = environ | {
-        "STILLROOM_ASSETS": str(ASSETS),
-        "OMP_NUM_THREADS": "1",
-    }  # the runs share the cores
-    done = subprocess.run(words, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(words)}\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])["results"]
+def words(settings: dict[str, object]) -> list[str]:
+    """Settings as `--set` takes them."""
+    return [f"{name}={json.dumps(value)}" for name, value in settings.items()]
 
 
 def compare(folder: Path, *, tiny: bool) -> dict[str, object]:
@@ -87,21 +70,37 @@ def compare(folder: Path, *, tiny: bool) -> dict[str, object]:
             "evaluate.tokens": 60,
             "generate.engine": "hf",
         }
-    run(base, "--until", "score")
+    run_arm(RECIPE, words(base), until="score")
+    choices = list(product(passes, rates, seeds))
     found = {}
-
-    def one(choice: tuple[int, float, int]) -> None:
-        epochs, rate, seed = choice
-        settings = base | {"train.epochs": epochs, "train.learning_rate": rate, "run.seed": seed}
-        found[choice] = run(
-            settings | {"run.dir": str(folder / "runs" / f"{epochs}-{rate}-{seed}")}
-        )
-        kl = ", ".join(f"{arm} {found[choice][arm]['kl_teacher']:.4f}" for arm in ARMS)
-        print(f"passes {epochs}, learning rate {rate}, seed {seed}: held-out KL {kl}", flush=True)
-
-    with ThreadPoolExecutor(cpu_count()) as pool:
-        list(pool.map(one, product(passes, rates, seeds)))
+    # The runs share the cores, one thread each; a spawned process has no lock or thread of this one.
+    with ProcessPoolExecutor(
+        min(len(choices), cpu_count() or 1),
+        mp_context=get_context("spawn"),
+        initializer=torch.set_num_threads,
+        initargs=(1,),
+    ) as pool:
+        arms = [pool.submit(run_arm, RECIPE, words(base | _changes(folder, *c))) for c in choices]
+        for choice, arm in zip(choices, arms, strict=True):
+            found[choice] = arm.result()["results"]
+            _say(choice, found[choice])
     return {str(epochs): _at_best(found, epochs, rates, seeds) for epochs in passes}
+
+
+def _changes(folder: Path, epochs: int, rate: float, seed: int) -> dict[str, object]:
+    """What is of one run alone."""
+    return {
+        "train.epochs": epochs,
+        "train.learning_rate": rate,
+        "run.seed": seed,
+        "run.dir": str(folder / "runs" / f"{epochs}-{rate}-{seed}"),
+    }
+
+
+def _say(choice: tuple[int, float, int], results: dict[str, dict[str, float]]) -> None:
+    epochs, rate, seed = choice
+    kl = ", ".join(f"{arm} {results[arm]['kl_teacher']:.4f}" for arm in ARMS)
+    print(f"passes {epochs}, learning rate {rate}, seed {seed}: held-out KL {kl}", flush=True)
 
 
 def _at_best(
@@ -139,6 +138,7 @@ def main() -> None:
     if arguments.what == "prompts":
         write_prompts(arguments.path)
         return
+    environ["STILLROOM_ASSETS"] = str(ASSETS)  # the recipe asks for it
     outcome = compare(arguments.path, tiny=arguments.tiny)
     print("\n| passes | arm | learning rate | KL to teacher (nats) | cross-entropy (nats) |")
     print("| ---: | --- | ---: | ---: | ---: |")

@@ -44,6 +44,17 @@ def test_the_tinystories_comparison_runs(
     )
 
 
+@pytest.mark.assets
+@pytest.mark.slow
+def test_the_comparison_of_turns_runs(
+    tmp_path: Path, assets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STILLROOM_ASSETS", str(assets))
+    outcome, _ = bench("turns", tmp_path, "--tiny")
+    (every,), (last,) = (outcome["results"]["arms"][t]["cross_entropy"] for t in ("all", "last"))
+    assert outcome["results"]["gain"] == [pytest.approx(last - every)]
+
+
 def test_thirty_kills_lose_nothing(tmp_path: Path) -> None:
     words = [sys.executable, str(HERE / "kills.py"), "--tiny"]
     done = subprocess.run(

@@ -302,10 +302,7 @@ def test_the_bench_of_the_training_step_runs(tmp_path: Path) -> None:
 
 
 def test_the_loss_bench_runs(tmp_path: Path) -> None:
-    words = [sys.executable, str(HERE / "loss.py"), "--tiny", "--out", str(tmp_path)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    outcome = json.loads(done.stdout.splitlines()[-1])
+    outcome, said = bench("loss", "--tiny", "--out", tmp_path)
     assert {
         "three products",
         "ours",
@@ -318,7 +315,7 @@ def test_the_loss_bench_runs(tmp_path: Path) -> None:
     assert found["float32 error"] < 1e-5
     assert found["bfloat16 error beyond the usual loss's"] < 1e-2
     assert {bar["met"] for bar in outcome["bars"]} == {None}, "tiny figures are not judged"
-    assert "not met" not in done.stdout
+    assert "not met" not in said
     assert sorted(file.suffix for file in tmp_path.iterdir()) == [".json", ".md"]
 
 

@@ -3,7 +3,6 @@
 The server is moto's, a process of its own (`s3_server.py`).
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -14,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kit import command, last_json, prompts, write_jsonl, write_recipe
-from typer.testing import CliRunner
+from kit import command, last_json, prompts, stillroom, write_jsonl, write_recipe
 
-from stillroom.pipeline.cli.main import app
 from stillroom.stages.loader.samples import Samples
 from stillroom.stages.loader.torch_dataset import SnapshotDataset
 from stillroom.storage.errors import IntegrityError, StillroomError, UsageError
@@ -299,9 +296,8 @@ def test_a_slash_at_the_end_and_a_file_url_are_the_same_place(s3, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_on_s3_is_killed_resumed_and_ends_with_a_report(s3, tiny_llama, tmp_path):
-    def stillroom(*words: Any) -> dict[str, Any]:
-        done = CliRunner().invoke(app, [*map(str, words), "--json"], catch_exceptions=False)
-        return json.loads(done.stdout.rstrip("\n").split("\n")[-1])
+    def told(*words: Any) -> dict[str, Any]:
+        return last_json(stillroom(*words, "--json"))
 
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     source = write_jsonl(tmp_path / "prompts.jsonl", prompts(24))
@@ -316,21 +312,17 @@ def test_a_run_on_s3_is_killed_resumed_and_ends_with_a_report(s3, tiny_llama, tm
     os.killpg(killed.pid, 9)
     killed.communicate()
 
-    resumed = subprocess.run(
-        command("run", recipe, "--json"), capture_output=True, text=True, env=environment
-    )
-    assert resumed.returncode == 0, resumed.stderr
-    assert {"teacher", "student"} <= last_json(resumed)["results"].keys()
+    assert {"teacher", "student"} <= told("run", recipe)["results"].keys()
     assert s3.root in (tmp_path / "run" / "report.json").read_text()
-    assert stillroom("verify", s3.root)["ok"]
-    planned = stillroom("plan", recipe)["stages"]
+    assert told("verify", s3.root)["ok"]
+    planned = told("plan", recipe)["stages"]
     assert {line["state"] for line in planned.values()} == {"done"}
     assert (planned["generate"]["committed"], planned["generate"]["pending"]) == (24, 0)
-    assert stillroom("status", recipe)["stages"]["score"]["rows"] == planned["score"]["committed"]
-    sample = stillroom("inspect", s3.root)
+    assert told("status", recipe)["stages"]["score"]["rows"] == planned["score"]["committed"]
+    sample = told("inspect", s3.root)
     assert len(sample["positions"]) == len(sample["tokens"]) - sample["span_start"]
     assert sample["tokens"][0] == "<s>"  # its tokenizer was found
-    counted = stillroom(
+    counted = told(
         "query", s3.root, "SELECT count(*) AS n, count(DISTINCT key) AS keys FROM generations"
     )
     assert counted == {"rows": [{"n": 24, "keys": 24}]}

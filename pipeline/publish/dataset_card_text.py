@@ -149,10 +149,11 @@ def _reading(manifest: Manifest, provenance: Mapping[str, Any]) -> str:
     if manifest.tables.get("generations", {}).get("format_version", 1) > 1:
         return said.format(
             "`messages`, with their `message_fields` and `tools` (JSON) where there are any, became "
-            "the first `prompt_tokens` ids by the chat template; a `prompt` by the tokenizer, with "
-            "its special tokens. The other ids are as the model wrote them, or (`finish_reason` "
-            "given) as prompt and completion are tokenized together. Of conversations that were "
-            "given, `spans` are the turns of the assistant."
+            "ids by the chat template, a `prompt` by the tokenizer with its special tokens. What "
+            "the model wrote follows them, from `prompt_tokens` on. Text that was given "
+            "(`finish_reason` given) is tokenized together with its prompt: of a conversation, "
+            "`messages` and `answer` are one rendering, `spans` are the turns of the assistant, "
+            "and `prompt_tokens` counts what stands before the first of them."
         )
     return said.format(
         "`messages` became the first `prompt_tokens` ids by the chat template, with "

@@ -15,6 +15,7 @@ from ...stages.models.token_text import Pieces
 from ...stages.recipe.run_folder import REPORT
 from ...stages.targets.spec import Kept
 from ...storage.errors import UsageError
+from ...storage.store.bindings import all_bindings
 from ...storage.store.store import Store
 from ...storage.tables.kinds import STRUCTURES
 from ...storage.tables.schema import TableName
@@ -25,6 +26,7 @@ from .report import load_report
 from .token_view import coloured, drawn, fitting, rows_of, visible
 
 SHOWN = 5  # entries of a target
+_SCORED = "scored tokens stand in ⟦ ⟧"
 TABLES: tuple[TableName, ...] = ("soft_targets", "generations")
 
 
@@ -114,6 +116,10 @@ def tokenizer_of(store: Store, row: dict[str, Any]) -> Any:
     from tokenizers import Tokenizer
 
     name = row["teacher_id"] if row["table"] == "soft_targets" else row["author_id"]
+    if not store.files.exists(f"teachers/{name}/identity.json"):
+        # Text that came with the data has no model as its author: its teacher's tokenizer made it.
+        bindings = all_bindings(store.files).values()
+        name = next((one.teacher_id for one in bindings if one.author_id == name), name)
     file = f"teachers/{name}/tokenizer.json"
     return Tokenizer.from_file(str(store.files.local(file))) if store.files.exists(file) else None
 
@@ -189,22 +195,30 @@ def _show(tokenizer: Any, token: int) -> str:
 def render(sample: dict[str, Any], *, columns: int, colours: bool) -> list[Any]:
     """The sample for people: its text, on a terminal coloured by -log p of each token, then a line per position."""
     positions = sample.get("positions")
-    start = ", ".join(str(start) for start, _ in sample["spans"])
     if "label" in sample:
         marked, text = f"gold label: {sample['label'] or 'none'}", Text(printable(sample["text"]))
     elif positions:
-        marked = "coloured by the teacher's -log p" if colours else f"scored from index {start}"
+        marked = "coloured by the teacher's -log p" if colours else _SCORED
         # Surprise is several nats where a KL is one: the same shades for both.
         nats = {p["index"]: -p["token_logprob"] / 4 for p in positions}
         tokens = [(token, nats.get(index)) for index, token in enumerate(sample["texts"])]
-        text = coloured(tokens, colours=colours)
+        text = coloured(tokens, colours=True) if colours else Text(_marked(sample))
     else:
-        marked, text = f"written from index {start}", Text(printable("".join(sample["texts"])))
+        marked, text = _SCORED, Text(_marked(sample))
     parts: list[Any] = [Text(f"{sample['table']} {sample['key']}; {marked}\n"), text, Text("")]
     if positions:
         settings = (_setting(name, value) for name, value in sample["kept"].items() if value != ())
         parts += [Text(", ".join(settings) + "\n"), _targets_table(sample, columns)]
     return parts
+
+
+def _marked(sample: dict[str, Any]) -> str:
+    """The text with each scored span in brackets."""
+    texts = [printable(text) for text in sample["texts"]]
+    for start, tokens in sample["spans"]:
+        texts[start] = f"⟦{texts[start]}"
+        texts[start + tokens - 1] += "⟧"
+    return "".join(texts)
 
 
 def _setting(name: str, value: Any) -> str:

@@ -27,8 +27,21 @@ from ..tables.schema import KEY, MESSAGES, SCHEMAS, TableName, since
 from ..tables.shard import REPAIR
 from ..tables.soft_targets import SoftTargets
 
-OF_SOME = ("message_fields", "tools", "completion_fields")
-"""What plain conversations have none of: joined where a published row has one."""
+# A conversation has more turns than its answer, and all that follows the first scored token is `text`.
+_ANSWER = pa.field(
+    "answer",
+    pa.string(),
+    metadata={"about": "the given answer alone, where `text` holds more than it"},
+)
+_OF_SOME = {
+    **{
+        SCHEMAS["prompts"].field(n): f"p.{n}"
+        for n in ("message_fields", "tools", "completion_fields")
+    },
+    _ANSWER: "CASE WHEN t.spans IS NOT NULL THEN p.completion END",
+}
+OF_SOME = tuple(field.name for field in _OF_SOME)
+"""What plain prompts have none of: joined where a published row has one."""
 JOINED = pa.schema(
     [
         pa.field(
@@ -44,7 +57,7 @@ JOINED = pa.schema(
         ),
         pa.field("reference", pa.string(), metadata={"about": "gold answer, for evaluation only"}),
         pa.field("label", pa.int32(), metadata={"about": "gold class index"}),
-        *(SCHEMAS["prompts"].field(name) for name in OF_SOME),
+        *_OF_SOME,
     ]
 )
 """What a published generation has of its prompt. `prompts.source` stays at home: it names files of
@@ -79,14 +92,12 @@ _WITH_PROMPTS = f"""{_TEXTS}
         p.messages,
         p.reference,
         p.label,
-        p.message_fields,
-        p.tools,
-        p.completion_fields
+        {", ".join(f"{sql} AS {field.name}" for field, sql in _OF_SOME.items())}
     FROM texts t
     LEFT JOIN prompts p ON p.key = t.row_of_prompts
     ORDER BY t.number"""
 _COUNTED = f"""{_TEXTS}
-    SELECT {", ".join(f"count(p.{name})" for name in OF_SOME)}
+    SELECT {", ".join(f"count({sql})" for sql in _OF_SOME.values())}
     FROM texts t
     JOIN prompts p ON p.key = t.row_of_prompts"""
 

@@ -109,14 +109,21 @@ SCHEMAS: dict[TableName, pa.Schema] = {
             _field(
                 "prompt_tokens",
                 pa.int32(),
-                "tokens of the prompt: the completion starts at this index",
+                (
+                    "tokens of the prompt: the completion starts at this index; of a given "
+                    "conversation, before its first scored turn"
+                ),
             ),
             _field(
                 "completion_tokens",
                 pa.int32(),
                 "tokens of the completion, end of sequence included",
             ),
-            _field("text", pa.string(), "the completion as text"),
+            _field(
+                "text",
+                pa.string(),
+                "the completion as text; of a given conversation, all from prompt_tokens on",
+            ),
             _field("finish_reason", pa.string(), "stop, length or given"),
             _field(
                 "max_tokens",

@@ -117,7 +117,7 @@ def compare(folder: Path, *, tiny: bool) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     teacher_with_turns(folder / "teacher")
     write_conversations(folder / "conversations.jsonl", count=40 if tiny else 1200)
-    rates = (1e-2,) if tiny else (3e-3, 1e-2, 3e-2)
+    rates = (1e-2,) if tiny else (1e-3, 3e-3, 1e-2, 3e-2)
     seeds = (0,) if tiny else (0, 1, 2)
     recipes = {turns: recipe(folder, turns, holdout=12 if tiny else 200) for turns in TURNS}
     for file in recipes.values():

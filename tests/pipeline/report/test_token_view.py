@@ -186,8 +186,11 @@ def test_of_a_stored_row_every_span_is_coloured_and_its_positions_are_right(tmp_
     words = {index: sample["texts"][index] for index in range(9)}
     plain = [text.plain[s.start : s.end] for s in text.spans if s.style == "dim"]
     assert plain == [words[index] for index in (0, 1, 4, 5)]
-    heading = show(str(store.root), None, columns=80, colours=False)[1][0].plain
-    assert heading.endswith("scored from index 2, 6\n")
+    heading, text, *_ = show(str(store.root), None, columns=80, colours=False)[1]
+    assert heading.plain.endswith("scored tokens stand in ⟦ ⟧\n")
+    assert re.findall("⟦(.*?)⟧", text.plain) == [
+        "".join(sample["texts"][start : start + tokens]) for start, tokens in spans
+    ]
 
 
 def test_as_many_entries_as_fit() -> None:

@@ -15,7 +15,7 @@ from ...storage.tables.conversations import (
 from ..models.classes import label_index
 from ..recipe.sections import Data
 from .conversations import alpaca, chat
-from .fields import checked_text, missing
+from .fields import checked_text, checked_words, missing
 
 
 def prompt_row(
@@ -115,14 +115,14 @@ def _conversation_columns(held: Conversation, data: Data, *, given: bool) -> dic
 
 
 def _prompt(record: dict[str, Any]) -> dict[str, Any]:
-    return {"text": checked_text(record["prompt"], "prompt")}
+    return {"text": checked_words(record["prompt"], "prompt")}
 
 
 def _completion(record: dict[str, Any]) -> dict[str, Any]:
     no_answer = "no answer to score, and no `generate` section to make one"
     return {
-        "text": checked_text(record["prompt"], "prompt"),
-        "completion": checked_text(record["completion"], "completion", if_empty=no_answer),
+        "text": checked_words(record["prompt"], "prompt"),
+        "completion": checked_words(record["completion"], "completion", if_empty=no_answer),
     }
 
 

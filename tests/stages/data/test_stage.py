@@ -139,6 +139,22 @@ def test_sources_of_every_kind_give_the_same_prompts(tmp_path: Path) -> None:
     assert len(tables[0]) == 12
 
 
+def test_a_table_gives_no_call_the_arguments_of_others(tmp_path: Path) -> None:
+    calls = [{"function": {"name": "add", "arguments": a}} for a in ({"a": 1}, {"text": "x"})]
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": calls}]
+    write_jsonl(tmp_path / "a.jsonl", [{"messages": turns}])
+    pq.write_table(pa.Table.from_pylist([{"messages": turns}]), tmp_path / "b.parquet")
+    lines, table = (
+        surveyed(section(tmp_path / n, "messages"), generate=False)[0]
+        for n in ("a.jsonl", "b.parquet")
+    )
+    assert table.equals(lines)
+    # JSON says what it means: a null of its own stays.
+    calls[0]["function"]["arguments"]["text"] = None
+    write_jsonl(tmp_path / "a.jsonl", [{"messages": turns}])
+    assert surveyed(section(tmp_path / "a.jsonl", "messages"), generate=False)[0] != table
+
+
 def test_globs_and_folders_read_every_file_in_order(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "1.jsonl", prompts(12)[:5])
     write_jsonl(tmp_path / "2.jsonl", prompts(12)[5:])

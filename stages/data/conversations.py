@@ -60,7 +60,8 @@ def _message(message: dict[str, Any], name: str) -> Message:
         checked_text(content, f"{name}.content")
     # A call of a tool, or thinking, needs no text beside it; an empty list of calls is none.
     if _blank(content) and all(value in _NOTHING for value in found.values()):
-        raise RowError("empty", f"{name} has no content, and nothing in place of it")
+        reason = "unreadable" if content is None else "empty"
+        raise RowError(reason, f"{name} has no content, and nothing in place of it")
     return {"role": role, "content": content, **found}
 
 

@@ -15,7 +15,7 @@ _ROLES = {
     "observation": "tool",
 } | {role: role for role in ("system", "user", "assistant", "tool")}
 
-_NOTHING = ("", [], {})
+_NOTHING: tuple[Any, ...] = ("", [], {})
 
 
 def chat(record: dict[str, Any]) -> Conversation:

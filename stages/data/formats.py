@@ -73,9 +73,9 @@ def turn_keys(row: dict[str, Any], data: Data) -> list[bytes]:
     ]
 
 
-def unread_columns(record: dict[str, Any], data: Data) -> list[str]:
+def unread_columns(record: dict[str, Any] | str, data: Data) -> list[str]:
     """Columns of a conversation that a chat template could use, and that no format has."""
-    if not data.records.conversation:
+    if isinstance(record, str) or not data.records.conversation:
         return []
     named = data.columns.values()
     return [n for n in NOT_READ if not missing(record.get(n)) and n not in named]

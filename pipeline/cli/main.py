@@ -167,9 +167,12 @@ def status(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fa
     from ..plan.plan import make_plan
     from ..run.status import stage_facts, status_tables
 
-    stages = stage_facts(loaded, make_plan(loaded))
+    made = make_plan(loaded)
+    stages = stage_facts(loaded, made)
     print_for_people(status_tables(stages))
-    print_json({"stages": stages}, as_json)
+    for note in made.notes:
+        print_for_people(note)
+    print_json({"notes": [*made.notes], "stages": stages}, as_json)
 
 
 @app.command()

@@ -44,9 +44,13 @@ class Plan:
     settings: dict[Arm, dict[str, Any]] = field(default_factory=dict)
     evaluation_id: str = ""
     notes: tuple[str, ...] = ()
-    """What people should know before the run: a sentence each."""
+    """What people should know of the run: a sentence each."""
     sources: dict[str, str] = field(default_factory=dict)
     """Read-only sources by their names in the recipe: what each is, in which version."""
+
+    def note(self, *sentences: str) -> None:
+        """Say something more, each once."""
+        self.notes = tuple(dict.fromkeys((*self.notes, *sentences)))
 
     def line(self, name: str) -> StagePlan:
         """The line of a stage that the recipe has."""

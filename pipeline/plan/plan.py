@@ -161,8 +161,11 @@ def _survey(recipe: Recipe, plan: Plan, store: Store | None) -> pa.Table | None:
     about = store.inputs_about(data_id) if store else None
     if about is not None:
         plan.stages.append(StagePlan(name="data", state="done", rejected=int(about["rejected"])))
+        plan.note(*about.get("notes", ()))
         return None
-    inputs, rejected = survey(recipe, plan.bound.teacher.class_names if plan.bound.teacher else ())
+    classes = plan.bound.teacher.class_names if plan.bound.teacher else ()
+    inputs, rejected, notes = survey(recipe, classes)
+    plan.note(*notes)
     why = (
         "the source or the data section changed" if store and store.files.names("inputs") else "new"
     )

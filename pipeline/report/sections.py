@@ -43,6 +43,7 @@ def what_was_run(report: Mapping[str, Any]) -> Section | None:
         ["loss", _loss(loss, score) if score else "cross-entropy"],
         *([["divergence", _equation(loss)]] if score else []),
         ["trained on", _trained_on(train)],
+        *(["note", inline(note)] for note in report["facts"].get("notes", ())),
     ]
     return Section("What was run", [Table(["", ""], rows, text_columns=2)])
 

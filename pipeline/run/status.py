@@ -125,6 +125,7 @@ def facts(
     return {
         "store": recipe.storage.dir,
         "sources": plan.sources,
+        "notes": [*plan.notes],
         "stages": stages,
         "rejects": {name: entry["why"] for name, entry in stages.items() if entry["rejected"]},
         "versions": versions(),

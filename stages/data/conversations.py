@@ -5,7 +5,7 @@ from typing import Any
 
 from ...storage.errors import RowError
 from ...storage.tables.conversations import Conversation, Message
-from .fields import checked_text, missing
+from .fields import checked_text, checked_words, missing
 
 # ShareGPT's names; a function_call is a turn of the assistant whose value is the call.
 _ROLES = {
@@ -14,6 +14,8 @@ _ROLES = {
     "function_call": "assistant",
     "observation": "tool",
 } | {role: role for role in ("system", "user", "assistant", "tool")}
+
+_NOTHING: tuple[Any, ...] = ("", [], {})
 
 
 def chat(record: dict[str, Any]) -> Conversation:
@@ -33,7 +35,7 @@ def chat(record: dict[str, Any]) -> Conversation:
 
 def alpaca(record: dict[str, Any]) -> Conversation:
     """A record of format `instruction`: instruction and input are the last question."""
-    content = checked_text(record["instruction"], "instruction")
+    content = checked_words(record["instruction"], "instruction")
     if not missing(record.get("input")):
         content += "\n" + checked_text(record["input"], "input")
     question = {"role": "user", "content": content}
@@ -41,7 +43,7 @@ def alpaca(record: dict[str, Any]) -> Conversation:
     output = record.get("output")
     if missing(output):
         return Conversation(messages=messages)
-    answer = {"role": "assistant", "content": checked_text(output, "output")}
+    answer = {"role": "assistant", "content": checked_words(output, "output")}
     return Conversation(messages=messages, answer=answer)
 
 
@@ -54,13 +56,19 @@ def _message(message: dict[str, Any], name: str) -> Message:
     content = found.pop("content", None)
     if isinstance(content, list):
         _refuse_other_parts(content, name)
-    elif content is None or (content == "" and found):
-        # A call of a tool, or thinking, needs no text beside it.
-        if not found:
-            raise RowError("unreadable", f"{name} has no content, and nothing in place of it")
-    else:
+    elif not missing(content):
         checked_text(content, f"{name}.content")
+    # A call of a tool, or thinking, needs no text beside it; an empty list of calls is none.
+    if _blank(content) and all(value in _NOTHING for value in found.values()):
+        reason = "unreadable" if content is None else "empty"
+        raise RowError(reason, f"{name} has no content, and nothing in place of it")
     return {"role": role, "content": content, **found}
+
+
+def _blank(content: str | list[dict[str, str]] | None) -> bool:
+    if isinstance(content, list):
+        return all(_blank(part["text"]) for part in content)
+    return content is None or not content.strip()
 
 
 def _refuse_other_parts(parts: list[Any], name: str) -> None:
@@ -76,7 +84,7 @@ def _refuse_other_parts(parts: list[Any], name: str) -> None:
 
 def _of_sharegpt(message: dict[str, Any], name: str) -> Message:
     found = dict(message)
-    sender = found.pop("from")
+    sender = checked_text(found.pop("from"), f"{name}.from")
     role = _ROLES.get(sender)
     if role is None:
         raise RowError(
@@ -93,16 +101,20 @@ def _of_sharegpt(message: dict[str, Any], name: str) -> Message:
 
 def _history(pairs: Any) -> list[Message]:
     """Alpaca's `history`: questions and answers of before."""
-    try:
-        turns = [(question, answer) for question, answer in pairs or []]
-    except (TypeError, ValueError) as error:
-        raise RowError("unreadable", "history must be a list of [question, answer]") from error
+    pairs = pairs or []
+    # A text or an object of two things can be unpacked as well, and is no pair.
+    if not isinstance(pairs, list) or not all(_is_pair(pair) for pair in pairs):
+        raise RowError("unreadable", "history must be a list of [question, answer]")
     roles = ("user", "assistant")
     return [
-        {"role": role, "content": checked_text(text, f"history[{n}]")}
-        for n, turn in enumerate(turns)
+        {"role": role, "content": checked_words(text, f"history[{n}]")}
+        for n, turn in enumerate(pairs)
         for role, text in zip(roles, turn, strict=True)
     ]
+
+
+def _is_pair(turn: Any) -> bool:
+    return isinstance(turn, list | tuple) and len(turn) == 2
 
 
 def _with_system(record: dict[str, Any], messages: list[Message]) -> list[Message]:
@@ -112,7 +124,7 @@ def _with_system(record: dict[str, Any], messages: list[Message]) -> list[Messag
         return messages
     if messages and messages[0]["role"] == "system":
         raise RowError("unreadable", "system stands in a column and in messages[0]. Leave one out")
-    return [{"role": "system", "content": checked_text(system, "system")}, *messages]
+    return [{"role": "system", "content": checked_words(system, "system")}, *messages]
 
 
 def _tools(value: Any) -> list[dict[str, Any]] | None:

@@ -15,7 +15,7 @@ from ...storage.tables.conversations import (
 from ..models.classes import label_index
 from ..recipe.sections import Data
 from .conversations import alpaca, chat
-from .fields import checked_text, missing
+from .fields import checked_text, checked_words, missing
 
 
 def prompt_row(
@@ -56,6 +56,29 @@ def prompt_row(
         row["label"] = label_index(record["label"], classes)
     row["reference"] = None if missing(reference) else checked_text(reference, "reference")
     return row | _keys(row)
+
+
+def turn_keys(row: dict[str, Any], data: Data) -> list[bytes]:
+    """Of a given conversation, hashes up to each turn of the assistant that is scored.
+
+    Nothing where the last alone is: rows with one last turn have one prompt, and one split.
+    """
+    if not data.records.conversation or data.turns == "last":
+        return []
+    turns = conversation(row).turns
+    return [
+        content_key("turns", messages=turns[: number + 1], tools=row["tools"])
+        for number, turn in enumerate(turns)
+        if turn["role"] == "assistant"
+    ]
+
+
+def unread_columns(record: dict[str, Any] | str, data: Data) -> list[str]:
+    """Columns of a conversation that a chat template could use, and that no format has."""
+    if isinstance(record, str) or not data.records.conversation:
+        return []
+    named = data.columns.values()
+    return [n for n in NOT_READ if not missing(record.get(n)) and n not in named]
 
 
 def _keys(row: dict[str, Any]) -> dict[str, Any]:
@@ -115,14 +138,14 @@ def _conversation_columns(held: Conversation, data: Data, *, given: bool) -> dic
 
 
 def _prompt(record: dict[str, Any]) -> dict[str, Any]:
-    return {"text": checked_text(record["prompt"], "prompt")}
+    return {"text": checked_words(record["prompt"], "prompt")}
 
 
 def _completion(record: dict[str, Any]) -> dict[str, Any]:
     no_answer = "no answer to score, and no `generate` section to make one"
     return {
-        "text": checked_text(record["prompt"], "prompt"),
-        "completion": checked_text(record["completion"], "completion", if_empty=no_answer),
+        "text": checked_words(record["prompt"], "prompt"),
+        "completion": checked_words(record["completion"], "completion", if_empty=no_answer),
     }
 
 
@@ -156,5 +179,12 @@ _TEXTS = {
     "labelled": _labelled,
 }
 _CONVERSATIONS = {"messages": chat, "instruction": alpaca}
+NOT_READ = {
+    "functions": "What a conversation offers is read from `tools`: a list of "
+    '{"type": "function", "function": ...}',
+    "documents": "Write them into the messages",
+    "chat_template_kwargs": "The recipe's data.chat_template_kwargs hold for all records",
+}
+"""Columns beside the messages that are named, not read; and what to do."""
 _OTHER_NAMES = {"messages": "conversations"}
 """What others call a column of ours."""

@@ -1,6 +1,8 @@
 """What the source held, gathered while it is read: the inputs record, 36 bytes a row until it is a table."""
 
 from array import array
+from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -8,6 +10,7 @@ import pyarrow.compute as pc
 
 from ...storage.keys import KEY_BYTES, KeySet
 from ...storage.tables.schema import KEY
+from .formats import NOT_READ
 
 
 class Intake:
@@ -17,6 +20,10 @@ class Intake:
         self._seen = KeySet()
         self._keys, self._prompts = bytearray(), bytearray()
         self._windows = array("i")
+        self._turns, self._rows_of_turns = bytearray(), array("q")
+        self._last, self._rows_of_last = bytearray(), array("q")
+        self._left_out = 0
+        self._unread: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._windows)
@@ -24,10 +31,25 @@ class Intake:
     def __contains__(self, key: bytes) -> bool:
         return key in self._seen
 
-    def add(self, key: bytes, prompt_key: bytes, *, windows: int = 1) -> None:
-        """Take a row; `windows`: generations rows that given text became, 1 where it is generated."""
+    def add(
+        self, key: bytes, prompt_key: bytes, *, windows: int = 1, turns: Sequence[bytes] = ()
+    ) -> None:
+        """Take a row.
+
+        Args:
+            key: The row's.
+            prompt_key: Its prompt's.
+            windows: Generations rows that given text became, 1 where it is generated.
+            turns: Of a conversation, hashes up to each turn that is scored.
+        """
         if key not in self._seen:
             self._seen.update(key)
+            for turn in turns:
+                self._turns += turn
+                self._rows_of_turns.append(len(self))
+            if turns:
+                self._last += turns[-1]
+                self._rows_of_last.append(len(self))
             self._keys += key
             self._prompts += prompt_key
             self._windows.append(windows)
@@ -36,15 +58,32 @@ class Intake:
         """How many different prompts."""
         return len(pc.unique(_column(self._prompts)))
 
+    def count_unread(self, columns: Sequence[str]) -> None:
+        """Count the columns of a record that a template could use, and that no format has."""
+        self._unread.update(columns)
+
+    def notes(self) -> list[str]:
+        """What is to be said of all records once the table is made, a sentence each."""
+        said = [
+            f"{count:,} records have a column {name!r}, which nothing reads. {NOT_READ[name]}"
+            for name, count in sorted(self._unread.items())
+        ]
+        if self._left_out:
+            said.append(
+                f"conversations left out of training: {self._left_out:,}. One of their turns is "
+                "the answer of a held-out record. To train on them, give each conversation "
+                "once, whole, not again for each of its turns; or set data.turns: last"
+            )
+        return said
+
     def table(self, holdout: int) -> pa.Table:
         """The inputs table.
 
-        Prompt keys are hashes: the smallest are a random sample that order cannot change.
+        Prompt keys are hashes: the smallest are a random sample that order cannot change. A
+        conversation that would train on what a held-out row is judged by is left out.
         """
         prompts = _column(self._prompts).dictionary_encode()
         numbers = prompts.indices.to_numpy()  # counted up as prompts first appear
-        # So a row is the first of its prompt where the count goes up.
-        first = np.diff(np.maximum.accumulate(numbers), prepend=-1) > 0
         held_out = np.zeros(len(prompts.dictionary), bool)
         if holdout:
             smallest = pc.select_k_unstable(
@@ -52,16 +91,32 @@ class Intake:
             )
             held_out[smallest.to_numpy()] = True
         # All rows of a prompt are on one side.
-        split = pa.DictionaryArray.from_arrays(held_out[numbers].astype(np.int8), ["train", "test"])
-        return pa.table(
+        test = held_out[numbers]
+        table = pa.table(
             {
                 "key": _column(self._keys),
                 "prompt_key": _column(self._prompts),
-                "split": split,
+                "split": pa.DictionaryArray.from_arrays(test.astype(np.int8), ["train", "test"]),
                 "windows": pa.array(np.frombuffer(self._windows, np.int32)),
-                "first": pa.array(first),
             }
         )
+        kept = test | ~self._repeats(test)
+        self._left_out = int((~kept).sum())
+        first = np.zeros(int(kept.sum()), bool)
+        first[np.unique(numbers[kept], return_index=True)[1]] = True
+        return table.filter(pa.array(kept)).append_column("first", pa.array(first))
+
+    def _repeats(self, test: np.ndarray) -> np.ndarray:
+        """[rows] bool: a turn that is scored is, with all before it, what a held-out row ends with."""
+        answers = _column(self._last).filter(pa.array(test[_numbers(self._rows_of_last)]))
+        found = pc.is_in(_column(self._turns), value_set=answers).to_numpy(zero_copy_only=False)
+        repeats = np.zeros(len(self), bool)
+        repeats[_numbers(self._rows_of_turns)[found]] = True
+        return repeats
+
+
+def _numbers(rows: "array[int]") -> np.ndarray:
+    return np.array(rows, np.int64)
 
 
 def _column(keys: bytearray) -> pa.FixedSizeBinaryArray:

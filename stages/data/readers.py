@@ -4,7 +4,7 @@ import csv
 import glob
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -136,11 +136,24 @@ def _parquet(file: Path) -> Iterator[Record]:
             for batch in parquet.iter_batches(1024):
                 for record in batch.to_pylist():
                     number += 1
-                    yield f"{file.name}:{number}", record
+                    yield f"{file.name}:{number}", _of_a_table(record)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UsageError(
             f"data.source: {file} is not readable Parquet ({error}). Write it again."
         ) from error
+
+
+def _of_a_table(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record without the fields that its objects have only because those of other records have them."""
+    return {column: _without_nulls(value) for column, value in record.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_nulls(entry) for entry in value]
+    if isinstance(value, dict):
+        return {name: _without_nulls(held) for name, held in value.items() if held is not None}
+    return value
 
 
 def _csv(file: Path) -> Iterator[Record]:
@@ -176,7 +189,7 @@ def _from_datasets(data: Data, *, saved: bool) -> Iterator[Record]:
         else:
             loaded = datasets.load_dataset(data.source, split=data.split, streaming=True)
         for number, record in enumerate(loaded, 1):
-            yield f"{data.source}:{number}", dict(record)
+            yield f"{data.source}:{number}", _of_a_table(record)
     except Exception as error:
         raise UsageError(
             f"data.source: `datasets` cannot read {data.source}, split {data.split!r}: {error}"

@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ...storage.errors import RowError, StillroomError, UsageError
 from ...storage.keys import content_id, content_key
@@ -21,7 +22,7 @@ from ..models.identity import FileHashes, Identity
 from ..recipe.sections import Data, Recipe
 from ..workers.job import Job, StageResult
 from ..workers.shard_about import about, commit_limits
-from .formats import prompt_row
+from .formats import prompt_row, turn_keys, unread_columns
 from .given_text import GivenText, given_text, tokens_of
 from .inputs import Intake
 from .readers import fingerprint, records
@@ -101,28 +102,38 @@ def run(job: Job) -> StageResult:
                 continue
             with clock.span("disk"):
                 prompts.add(row)
-            rows.add(row["key"], row["prompt_key"], windows=windows)
+            rows.add(row["key"], row["prompt_key"], windows=windows, turns=_turns(recipe, row))
+            rows.count_unread(unread_columns(record, data))
             job.progress.advance()
         with clock.span("disk"):
             stack.close()
         size = prompts.bytes + (text.bytes if text else 0)
         job.progress.wrote(rejects=rejected, size=size)
-    for note in text.notes() if text else ():
-        job.progress.say(note)
     _refuse_empty(data, rows, rejected=rejected, first=first)
-    table = rows.table(data.holdout)
+    table = _split(data, rows)
+    notes = [*rows.notes(), *(text.notes() if text else ())]
+    for note in notes:
+        job.progress.say(note)
     with clock.span("disk"):
         _refuse_changed(job, classes)
         # The record comes last: that it is there says that all of it was read.
-        record_about = {"source": data.source, "rejected": rejected, "format": data.format}
+        record_about: dict[str, Any] = {
+            "source": data.source,
+            "rejected": rejected,
+            "format": data.format,
+        }
         if job.earlier_author_id:
             record_about["earlier_author"] = job.earlier_author_id
+        if notes:
+            record_about["notes"] = notes
         store.put_inputs(job.data_id, table, record_about)
-    return StageResult(rows=len(rows), rejected=rejected, tokens=text.tokens if text else 0)
+    return StageResult(rows=len(table), rejected=rejected, tokens=text.tokens if text else 0)
 
 
-def survey(recipe: Recipe, classes: Sequence[str] = ()) -> tuple[pa.Table, int]:
-    """What `run` would make of the source, without writing: the inputs table (windows unknown) and the rejects.
+def survey(recipe: Recipe, classes: Sequence[str] = ()) -> tuple[pa.Table, int, list[str]]:
+    """What `run` would make of the source, without writing.
+
+    The inputs table (windows unknown), the number of rejects, and what is to be said of the records.
 
     `classes`: the teacher's, by whose names labels are known (labelled).
     """
@@ -135,9 +146,15 @@ def survey(recipe: Recipe, classes: Sequence[str] = ()) -> tuple[pa.Table, int]:
             rejected += 1
             first = first or f"{source}: {error}"
             continue
-        rows.add(row["key"], row["prompt_key"])
+        rows.add(row["key"], row["prompt_key"], turns=_turns(recipe, row))
+        rows.count_unread(unread_columns(record, recipe.data))
     _refuse_empty(recipe.data, rows, rejected=rejected, first=first)
-    return rows.table(recipe.data.holdout), rejected
+    return _split(recipe.data, rows), rejected, rows.notes()
+
+
+def _turns(recipe: Recipe, row: dict[str, Any]) -> list[bytes]:
+    """What a generated answer is judged by stands in no record."""
+    return turn_keys(row, recipe.data) if given_text(recipe) else []
 
 
 def stale_rows(
@@ -183,6 +200,18 @@ def _refuse_empty(data: Data, rows: Intake, *, rejected: int, first: str) -> Non
             f"data.holdout: {data.holdout} of {prompts} prompts leaves nothing to train on. "
             f"Use fewer than {prompts}; a tenth is usual."
         )
+
+
+def _split(data: Data, rows: Intake) -> pa.Table:
+    """The inputs table; UsageError where all conversations repeat what is held out."""
+    table = rows.table(data.holdout)
+    if not pc.any(pc.equal(table["split"].cast(pa.string()), "train")).as_py():
+        raise UsageError(
+            f"data.holdout: {data.holdout} leaves nothing to train on, since every other "
+            "conversation has the answer of a held-out record among its turns. Use fewer, or give "
+            "each conversation once, whole."
+        )
+    return table
 
 
 def _refuse_changed(job: Job, classes: Sequence[str]) -> None:

@@ -133,7 +133,7 @@ def _explain_new(
             )
             reason = f"stored from another author ({how})"
         else:
-            reason = f"stored with another {how}"
+            reason = f"stored with other settings ({how})"
         ledger.why[reason] += count
         ledger.why["new"] -= count
     ledger.why = +ledger.why

@@ -20,7 +20,9 @@ NOT_YET: tuple[tuple[str, tuple[Any, ...]], ...] = (
 _NOT_OF_A_STORE = tuple(
     f"teacher.{name}" for name in ("revision", "dtype", "adapter", "device_map")
 )
-_NOT_OF_A_STORE += tuple(f"data.{name}" for name in ("split", "columns", "window_tokens", "limit"))
+_NOT_OF_A_STORE += tuple(
+    f"data.{name}" for name in ("split", "columns", "turns", "window_tokens", "limit")
+)
 
 
 def check_together(recipe: Recipe) -> list[tuple[str, str]]:
@@ -43,6 +45,8 @@ def check_together(recipe: Recipe) -> list[tuple[str, str]]:
         )
     if recipe.generate is not None and recipe.generate.temperature == 0:
         errors += _greedy(recipe.generate)
+    if recipe.data.turns is not None and not records.conversation:
+        errors.append(("data.turns", f"format {kind!r} has no turns. Remove it"))
     errors += check_task(recipe)
     needs_text = records.brings_text == "never" and recipe.data.source not in stores_of(recipe)
     if needs_text and recipe.generate is None:

@@ -13,6 +13,8 @@ CLOCK = "strftime_now"
 """What a template calls that writes the day."""
 _OF_ALL = {"chat_template", "documents"}  # read by what renders every template
 _YES_OR_NO = {"true", "false", "boolean"}  # tests of Jinja
+_DEFAULT = {"default", "d"}  # filters of Jinja
+_WORDS = {"true", "false", "yes", "no", "on", "off", "1", "0"}  # texts that are meant as truth
 _TRUTH = (nodes.If, nodes.CondExpr, nodes.And, nodes.Or, nodes.Not)
 
 
@@ -52,12 +54,12 @@ def doubtful_arguments(template: Any, arguments: Mapping[str, Any]) -> list[str]
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             said.append(f"the chat template never mentions {name!r}.{hint}")
-        elif isinstance(value, str) and name in tested:
+        elif isinstance(value, str) and value.strip().lower() in _WORDS and name in tested:
             said.append(
                 f"{name} is the text {value!r}, and the chat template asks for yes or no: any text "
                 "is yes. Write true or false without quotes."
             )
-    return [f"data.chat_template_kwargs: {sentence}" for sentence in said]
+    return [f"warning: data.chat_template_kwargs: {sentence}" for sentence in said]
 
 
 def reads_the_clock(template: Any) -> bool:
@@ -74,7 +76,7 @@ def mentioned(template: str) -> frozenset[str]:
 
 @cache
 def _tested(template: str) -> frozenset[str]:
-    """The names whose truth a template tests."""
+    """The names whose truth a template tests, or that are true or false where they are not given."""
     tree = _parsed(template)
     return (
         frozenset(name for node in _conditions(tree) for name in _names(node))
@@ -83,16 +85,27 @@ def _tested(template: str) -> frozenset[str]:
     )
 
 
-def _conditions(tree: nodes.Template) -> Iterator[nodes.Node]:
+def _conditions(tree: nodes.Template) -> Iterator[nodes.Node | None]:
     for node in tree.find_all(_TRUTH):
         if isinstance(node, nodes.If | nodes.CondExpr):
             yield node.test
         else:
             yield from node.iter_child_nodes()
     yield from (test.node for test in tree.find_all(nodes.Test) if test.name in _YES_OR_NO)
+    yield from (filtered.node for filtered in tree.find_all(nodes.Filter) if _is_default(filtered))
 
 
-def _names(node: nodes.Node) -> list[str]:
+def _is_default(filtered: nodes.Filter) -> bool:
+    """Whether it is `default(true)` or `default(false)`: what it stands for is true or false too."""
+    given = filtered.args[0] if filtered.args else None
+    return (
+        filtered.name in _DEFAULT
+        and isinstance(given, nodes.Const)
+        and isinstance(given.value, bool)
+    )
+
+
+def _names(node: nodes.Node | None) -> list[str]:
     return [node.name] if isinstance(node, nodes.Name) else []
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kit import prompts, recipe_tree, stillroom, write_jsonl, write_recipe
+from kit import last_json, prompts, recipe_tree, stillroom, write_jsonl, write_recipe
 
 from stillroom.pipeline.plan.resolve import bind, write_down
 from stillroom.stages.recipe.sections import Recipe
@@ -71,3 +71,23 @@ def test_a_plan_says_what_the_template_makes_of_its_arguments(
     path = write_recipe(tmp_path, teacher, source, data=data)
     said = "the chat template never mentions 'mod'. Did you mean 'mood'?"
     assert said in stillroom("plan", path).stdout.replace("\n", " ")
+
+
+def test_what_was_said_of_the_data_is_said_again(
+    tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    records = [{"instruction": r["prompt"], "documents": ["a"]} for r in prompts(6)]
+    source = write_jsonl(tmp_path / "a.jsonl", records)
+    teacher = tiny_llama()
+    (teacher / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    data = {"source": str(source), "format": "instruction", "holdout": 0}
+    path = write_recipe(tmp_path, teacher, source, data=data)
+    said = [
+        "6 records have a column 'documents', which nothing reads. Write them into the messages"
+    ]
+    assert last_json(stillroom("plan", path, "--json"))["notes"] == said
+    stillroom("run", path, "--only", "data")
+    for command in ("plan", "status"):
+        again = stillroom(command, path, "--json")
+        assert last_json(again)["notes"] == said
+        assert again.stdout.splitlines().count(said[0]) == 1

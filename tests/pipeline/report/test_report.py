@@ -201,8 +201,11 @@ def test_tokens_of_the_text_cannot_mean_anything_in_markdown(evaluation: dict[st
 
 def test_a_report_written_again_replaces_the_old_one(tmp_path: Path, facts: dict[str, Any]) -> None:
     run = finished(tmp_path / "run", reports.evaluation(), facts)
-    write_report(run, run / "train-student", facts | {"store": "/elsewhere"})
-    assert "/elsewhere" in (run / "report.md").read_text()
+    more = {"store": "/elsewhere", "notes": ["3 turns of the assistant are not scored"]}
+    write_report(run, run / "train-student", facts | more)
+    text = (run / "report.md").read_text()
+    assert "/elsewhere" in text
+    assert "| note | `3 turns of the assistant are not scored` |" in text
     assert sorted(p.name for p in run.iterdir() if p.is_file()) == [
         "report.html",
         "report.json",

@@ -374,6 +374,7 @@ def test_stores_are_named_in_pairs_and_once(made: Made, tmp_path: Path) -> None:
     for path, value in (
         ("teacher.dtype", "bfloat16"),
         ("data.limit", 3),
+        ("data.turns", "last"),
         ("data.columns", {"prompt": "p"}),
     ):
         section, field = path.split(".")

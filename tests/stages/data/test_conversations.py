@@ -120,6 +120,14 @@ def test_a_conversation_that_ends_with_a_question_has_its_earlier_answers() -> N
         ({"messages": [ASKED, ANSWER], "tools": "{"}, "tools is not JSON"),
         ({"messages": [ASKED, ANSWER], "tools": [1]}, "tools must be a list of objects"),
         ({"conversations": [{"from": "bot", "value": "x"}]}, r"messages\[0\]\.from is 'bot'"),
+        ({"messages": [{"from": ["human"], "value": "hi"}]}, r"messages\[0\]\.from is a list"),
+        ({"messages": [{"role": ["user"], "content": "hi"}]}, r"messages\[0\]\.role is a list"),
+        ({"messages": [ASKED, ANSWER | {"content": " \n"}]}, r"messages\[1\] has no content"),
+        ({"messages": [ASKED, ANSWER | {"content": []}]}, r"messages\[1\] has no content"),
+        (
+            {"messages": [ASKED, ANSWER | {"content": None, "tool_calls": []}]},
+            r"messages\[1\] has no content",
+        ),
         (
             {"conversations": [{"from": "function_call", "value": "add(1)"}]},
             r"messages\[0\]\.value is not JSON",
@@ -132,7 +140,24 @@ def test_a_field_that_cannot_be_read_is_named(record: dict[str, Any], said: str)
         row("messages", **record)
 
 
-@pytest.mark.parametrize("history", ["ab c", [["a"]], [["a", 3]], [["a", ""]]])
+@pytest.mark.parametrize(
+    "history",
+    ["ab c", [["a"]], [["a", 3]], [["a", ""]], ["ab", "cd"], [{"role": "user", "content": "a"}]],
+)
 def test_a_history_that_is_no_pairs_is_refused(history: Any) -> None:
     with pytest.raises(RowError, match="history"):
         row("instruction", instruction="so?", output="yes", history=history)
+
+
+@pytest.mark.parametrize(
+    ("format", "record"),
+    [
+        ("prompt", {"prompt": " \n"}),
+        ("completion", {"prompt": "hi", "completion": "\t"}),
+        ("instruction", {"instruction": " ", "output": "yes"}),
+        ("instruction", {"instruction": "so?", "output": " "}),
+    ],
+)
+def test_blanks_ask_and_answer_nothing(format: str, record: dict[str, Any]) -> None:
+    with pytest.raises(RowError, match="is blanks alone"):
+        row(format, **record)

@@ -35,3 +35,29 @@ def test_nothing_held_out() -> None:
     intake = Intake()
     intake.add(b"k" * 16, b"p" * 16)
     assert intake.table(0)["split"].to_pylist() == ["train"]
+
+
+def test_a_conversation_that_holds_what_is_held_out_is_left_out() -> None:
+    def key(name: str) -> bytes:
+        return name.encode().ljust(16)
+
+    rows = [  # prompts are held out in the order of their names
+        ("held out", "1", ["hi: yes"]),
+        ("goes on from it", "5", ["hi: yes", "hi: yes so: no"]),
+        ("the same prompt", "5", ["hi: yes", "hi: yes so: maybe"]),
+        ("another answer", "6", ["hi: no", "hi: no so: no"]),
+        ("held out too", "2", ["hi: no", "hi: no and: yes"]),
+        ("no turns", "6", []),
+    ]
+    intake = Intake()
+    for name, prompt, turns in rows:
+        intake.add(key(name), key(prompt), turns=[key(turn) for turn in turns])
+    table = intake.table(2)
+    kept = [name.decode().strip() for name in table["key"].to_pylist()]
+    assert kept == ["held out", "another answer", "held out too", "no turns"]
+    assert table["split"].to_pylist() == ["test", "train", "test", "train"]
+    assert table["first"].to_pylist() == [True, True, True, False]
+    (note,) = intake.notes()
+    assert note.startswith("conversations left out of training: 2.")
+    # Where nothing is held out all are trained on.
+    assert (len(intake.table(0)), intake.notes()) == (6, [])

@@ -42,7 +42,7 @@ def recipe(data: Data, *, generate: bool = True) -> Recipe:
 
 
 def surveyed(data: Data, *, generate: bool = True) -> tuple[pa.Table, int]:
-    return survey(recipe(data, generate=generate))
+    return survey(recipe(data, generate=generate))[:2]
 
 
 def row(record: dict[str, Any], format: str, *, given: bool = False, **more: Any) -> dict[str, Any]:
@@ -137,6 +137,73 @@ def test_sources_of_every_kind_give_the_same_prompts(tmp_path: Path) -> None:
     ]
     assert all(table.equals(tables[0]) for table in tables)
     assert len(tables[0]) == 12
+
+
+def test_a_table_gives_no_call_the_arguments_of_others(tmp_path: Path) -> None:
+    calls = [{"function": {"name": "add", "arguments": a}} for a in ({"a": 1}, {"text": "x"})]
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": calls}]
+    write_jsonl(tmp_path / "a.jsonl", [{"messages": turns}])
+    pq.write_table(pa.Table.from_pylist([{"messages": turns}]), tmp_path / "b.parquet")
+    lines, table = (
+        surveyed(section(tmp_path / n, "messages"), generate=False)[0]
+        for n in ("a.jsonl", "b.parquet")
+    )
+    assert table.equals(lines)
+    # JSON says what it means: a null of its own stays.
+    calls[0]["function"]["arguments"]["text"] = None
+    write_jsonl(tmp_path / "a.jsonl", [{"messages": turns}])
+    assert surveyed(section(tmp_path / "a.jsonl", "messages"), generate=False)[0] != table
+
+
+def unrolled() -> list[dict[str, Any]]:
+    """A conversation after its first answer and whole, the first of them held out by its hash; and another one."""
+    for name in "abcdefghijklmnopq":
+        turns = [
+            {"role": ("user", "assistant")[n % 2], "content": text}
+            for n, text in enumerate((name, "yes", "so?", "no"))
+        ]
+        other = [{"role": "user", "content": "the cat"}, turns[1]]
+        records = [{"messages": turns[:2]}, {"messages": turns}, {"messages": other}]
+        keys = [row(record, "messages", given=True)["prompt_key"] for record in records]
+        if keys[0] == min(keys):
+            return records
+    raise AssertionError("no conversation has the smallest hash")
+
+
+@pytest.mark.parametrize(
+    ("more", "generate", "split"),
+    [
+        ({}, False, ["test", "train"]),
+        ({"turns": "last"}, False, ["test", "train", "train"]),
+        ({}, True, ["test", "train", "train"]),
+        ({"holdout": 0}, False, ["train"] * 3),
+    ],
+)
+def test_what_is_held_out_is_no_turn_of_what_is_trained_on(
+    tmp_path: Path, more: dict[str, Any], generate: bool, split: list[str]
+) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", unrolled())
+    data = section(source, "messages", **{"holdout": 1} | more)
+    table, _, notes = survey(recipe(data, generate=generate))
+    assert table["split"].to_pylist() == split
+    assert len(notes) == 3 - len(split)
+
+
+def test_that_nothing_is_left_to_train_on_is_said(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", unrolled()[:2])
+    with pytest.raises(UsageError, match="every other conversation has the answer of a held-out"):
+        surveyed(section(source, "messages", holdout=1), generate=False)
+
+
+def test_columns_that_nothing_reads_are_named_once(tmp_path: Path) -> None:
+    records = [
+        {"messages": [{"role": "user", "content": r["prompt"]}], "functions": [{"name": "add"}]}
+        for r in prompts(3)
+    ]
+    source = write_jsonl(tmp_path / "a.jsonl", [*records, {"messages": [], "functions": []}])
+    (note,) = survey(recipe(section(source, "messages")))[2]
+    assert note.startswith("3 records have a column 'functions', which nothing reads. ")
+    assert not survey(recipe(section(source, "messages", columns={"tools": "functions"})))[2]
 
 
 def test_globs_and_folders_read_every_file_in_order(tmp_path: Path) -> None:

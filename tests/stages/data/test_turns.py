@@ -76,3 +76,20 @@ def test_of_a_prompt_the_turns_are_scored_where_the_recipe_says_all(
     for table in ("generations", "soft_targets"):
         *turns_before, written = scored(tmp_path / "written" / "store", table)[0]
         assert (turns_before, len(written)) == (before, 3)
+
+
+def test_a_conversation_left_out_is_neither_scored_nor_missed(
+    recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = recipe("given", None, generate=None)
+    # By its hash the first of them is held out; the second goes on from it.
+    whole = [MESSAGES[0] | {"content": "blue"}, *MESSAGES[1:]]
+    other = [MESSAGES[2] | {"content": "red"}, *MESSAGES[3:]]
+    write_jsonl(tmp_path / "a.jsonl", [{"messages": m} for m in (whole[:2], whole, other)])
+    made = stillroom("run", path, "--until", "score", "--set", "data.holdout=1", "--json")
+    stages = last_json(made)["stages"]
+    assert (stages["data"]["rows"], stages["score"]["rows"]) == (2, 2)
+    assert scored(tmp_path / "given" / "store", "soft_targets") == [SAID[1:], SAID[:1]]
+    plan = last_json(stillroom("plan", path, "--set", "data.holdout=1", "--json"))
+    assert [plan["stages"][name]["state"] for name in ("data", "score")] == ["done", "done"]
+    assert plan["notes"][0].startswith("conversations left out of training: 1.")

@@ -272,9 +272,12 @@ def test_moved_extended_and_repeated_prompts_and_other_columns_miss_nothing(tmp_
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"temperature": 0.5}, "stored with another temperature"),
-        ({"seed": 3}, "stored with another seed"),
-        ({"top_p": 0.9, "stop": ["."]}, "stored with another end of stopped ids, stop, top p"),
+        ({"temperature": 0.5}, "stored with other settings (temperature)"),
+        ({"seed": 3}, "stored with other settings (seed)"),
+        (
+            {"top_p": 0.9, "stop": ["."]},
+            "stored with other settings (end of stopped ids, stop, top p)",
+        ),
     ],
 )
 def test_another_sampling_setting_is_a_miss_and_says_so(

@@ -126,4 +126,18 @@ def test_arguments_that_do_nothing_are_named(arguments: dict[str, Any], said: st
 def test_a_word_is_doubted_only_where_truth_is_asked_for() -> None:
     template = "{% if polite and not tired %}{{ mood }}{% endif %}" + plain()
     doubted = doubtful_arguments(template, {"polite": "no", "tired": "no", "mood": "no"})
-    assert [line.split()[1] for line in doubted] == ["polite", "tired"]
+    assert [line.split()[2] for line in doubted] == ["polite", "tired"]
+    assert all(line.startswith("warning: data.chat_template_kwargs: ") for line in doubted)
+
+
+def test_a_word_that_means_no_truth_is_not_doubted() -> None:
+    template = "{% if effort %}{{ 'effort ' + effort }}{% endif %}" + plain()
+    assert doubtful_arguments(template, {"effort": "high"}) == []
+
+
+@pytest.mark.parametrize("filtered", ["default(true)", "d(false)", "default(false, true)"])
+def test_what_is_true_or_false_by_default_is_asked_for_truth(filtered: str) -> None:
+    template = "{% set ns = namespace(think=think|" + filtered + ") %}" + plain()
+    assert len(doubtful_arguments(template, {"think": "False"})) == 1
+    plain_text = template.replace(filtered, "default('low')")
+    assert doubtful_arguments(plain_text, {"think": "False"}) == []

@@ -97,6 +97,7 @@ def test_a_misspelt_key_is_refused_with_line_and_nearest_key(
             "data.columns={refrence: a}",
             "data.columns: unknown name 'refrence'. Known for format 'prompt': prompt, ref",
         ),
+        ("data.turns=all", "data.turns: format 'prompt' has no turns. Remove it"),
         ("score.p=0.9", "score.p: belongs to targets 'topp'; this recipe has 'topk'"),
         ("score.k_min=2", "score.k_min: belongs to targets 'topp'"),
         ("score.rounds=9", "score.rounds: belongs to targets 'sampled'"),

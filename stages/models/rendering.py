@@ -9,8 +9,8 @@ import numpy as np
 from ...storage.errors import RowError, UsageError
 from ...storage.tables.conversations import conversation
 from ...storage.tables.spans import span_after
+from .chat.bounds import shared
 from .chat.renderer import ChatRenderer, Ids, no_spans
-from .chat.turns import shared
 
 
 class Renderer:

@@ -4,7 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from .turns import Turn, shared
+from .bounds import shared
+from .turns import Turn
 
 
 class TurnTokens:

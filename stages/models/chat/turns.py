@@ -7,6 +7,7 @@ it marks, if no mark holds what another side says. Else a turn is what `bounds.p
 
 from typing import NamedTuple
 
+from ....storage.errors import RowError
 from .bounds import Bounds
 from .template import Chars, Chat, ChatTemplate, Rendered
 
@@ -16,13 +17,29 @@ class Turn(NamedTuple):
 
     start: int
     end: int
-    closed: bool
-    """Whether what ends the turn is in it; else the end token that follows belongs to it too."""
+    marked: bool
+    """Whether the template marks it; maybe with its end."""
 
 
 def assistant_turns(chat: Chat) -> list[int]:
     """Which messages are the assistant's."""
     return [n for n, message in enumerate(chat.messages) if message["role"] == "assistant"]
+
+
+def weighed(chat: Chat, turns: list[int]) -> list[int]:
+    """Those turns that are scored: `weight`, a field of OpenAI's, is 0 for the others.
+
+    Raises:
+        RowError: a weight is neither 0 nor 1.
+    """
+    weights = {n: chat.messages[n].get("weight") for n in turns}
+    for number, weight in weights.items():
+        if weight not in (None, 0, 1):
+            raise RowError(
+                "unreadable",
+                f"messages[{number}].weight is {weight!r}, expected 0 (not scored) or 1",
+            )
+    return [n for n in turns if weights[n] != 0]
 
 
 class Turns:
@@ -38,11 +55,13 @@ class Turns:
         """Where a message of the assistant is; None where that cannot be told."""
         if number in self.marked:
             start, end = self.marked[number]
-            return Turn(start, end, closed=True)
+            return Turn(start, end, marked=True)
+        if self.marked:
+            return None
         # Of the last turn the prompt is enough: what follows it is the answer, however it is written.
         last = number == len(self._chat.messages) - 1 and not self._chat.open
         found = self._bounds.find(number, exact=not last)
-        return Turn(*found, closed=False) if found else None
+        return Turn(*found, marked=False) if found else None
 
     def _trusted(self, marks: list[Chars]) -> dict[int, Chars]:
         """Message -> its mark. Fewer marks than turns: the template chooses which are scored."""
@@ -62,8 +81,10 @@ class Turns:
 
     def _chosen(self, marks: list[Chars], turns: list[int]) -> dict[int, Chars]:
         """The turns that marks overlap with; none unless each mark has one."""
-        found = {}
+        found: dict[int, Chars] = {}
         for number in turns:
             start, end = self._bounds.find(number) or (0, 0)
-            found |= {number: mark for mark in marks if mark[0] < end and start < mark[1]}
+            over = [mark for mark in marks if mark[0] < end and start < mark[1]]
+            if over:
+                found[number] = over[0]
         return found if len(set(found.values())) == len(marks) else {}

@@ -6,6 +6,8 @@ from dataclasses import replace
 from ....storage.errors import RowError
 from .template import Chat, ChatTemplate
 
+_KNOWN = {"role", "content", "weight"}  # the last one says what is scored
+
 
 class Unread:
     """Found by rendering a conversation without it: the text is the same."""
@@ -26,7 +28,7 @@ class Unread:
             content = message.get("content")
             if isinstance(content, str) and content.strip() not in text:
                 self._refuse_left_out(chat, number, text)
-        names = {name for message in chat.messages for name in message} - {"role", "content"}
+        names = {name for message in chat.messages for name in message} - _KNOWN
         for name in sorted(names - self._read):
             fewer = [{k: v for k, v in m.items() if k != name} for m in chat.messages]
             self._note(name, unread=self._same(replace(chat, messages=fewer), text))

@@ -62,11 +62,7 @@ class ChatRenderer:
 
     def notes(self) -> list[str]:
         """What was left out or moved, a sentence each."""
-        said = [
-            f"the chat template does not read {name!r}, which {count} conversations have"
-            for name, count in sorted(self._unread.counts.items())
-        ]
-        said += self._left_out.notes()
+        said = self._unread.notes() + self._left_out.notes()
         if self._moved:
             said.append(
                 f"{self._moved} turns begin inside a token, which is scored with what it holds of "

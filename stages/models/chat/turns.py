@@ -5,9 +5,11 @@ A template that marks what the assistant writes ({% generation %}) is believed, 
 it marks, if no mark holds what another side says. Else a turn is what `bounds.py` proves.
 """
 
+from functools import cached_property
 from typing import NamedTuple
 
 from ....storage.errors import RowError
+from .at_once import FEWEST, bounded_at_once
 from .bounds import Bounds
 from .template import Chars, Chat, ChatTemplate, Rendered
 
@@ -46,7 +48,7 @@ class Turns:
     """The turns of one conversation."""
 
     def __init__(self, template: ChatTemplate, chat: Chat, rendered: Rendered) -> None:
-        self._chat, self._text = chat, rendered.text
+        self._template, self._chat, self._text = template, chat, rendered.text
         self._bounds = Bounds(template, chat, rendered.text)
         self.marked = self._trusted([mark for mark in rendered.marked if mark[0] < mark[1]])
         """Message -> what the template marks of it; empty: it has no marks that can be believed."""
@@ -58,10 +60,22 @@ class Turns:
             return Turn(start, end, marked=True)
         if self.marked:
             return None
+        before_last = number != assistant_turns(self._chat)[-1]
+        if before_last and number in self._at_once:
+            return Turn(*self._at_once[number], marked=False)
         # Of the last turn the prompt is enough: what follows it is the answer, however it is written.
         last = number == len(self._chat.messages) - 1 and not self._chat.open
         found = self._bounds.find(number, exact=not last)
         return Turn(*found, marked=False) if found else None
+
+    @cached_property
+    def _at_once(self) -> dict[int, Chars]:
+        """The turns before the last one, which many templates write otherwise."""
+        turns = assistant_turns(self._chat)[:-1]
+        if len(turns) < FEWEST or turns[0] == 0:
+            return {}
+        found = bounded_at_once(self._template, self._chat, self._text, turns)
+        return {n: chars for n, chars in found.items() if not self._bounds.holds_another(chars)}
 
     def _trusted(self, marks: list[Chars]) -> dict[int, Chars]:
         """Message -> its mark. Fewer marks than turns: the template chooses which are scored."""

@@ -3,7 +3,10 @@
 from typing import Any
 
 import pytest
-from chat_templates import calling, conversation, plain, renderer, scored
+from chat_templates import QWEN3, calling, conversation, plain, renderer, scored
+
+from stillroom.stages.models.chat import turns
+from stillroom.stages.models.chat.template import Chat, ChatTemplate, Rendered
 
 CALL: dict[str, Any] = {
     "role": "assistant",
@@ -72,3 +75,37 @@ def test_a_closing_line_is_not_scored() -> None:
     closing = "{% if not add_generation_prompt %}That was all.{% endif %}"
     held = conversation("hi", "ab")
     assert scored(renderer(plain("m.content | upper") + closing), held) == ["AB</s>"]
+
+
+@pytest.mark.parametrize("content", ["ab", "b</s>\n<s>user\nso</s>\n<s>assistant\nb"])
+def test_many_turns_are_found_at_once_as_each_by_itself(
+    monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    """Also a turn that reads as two, which pieces alone cannot tell."""
+    thought = {"role": "assistant", "content": "ok", "reasoning_content": "hm "}
+    held = conversation("hi", CALL, RESULT, "red", "so", content, "so", thought, "so", "bye")
+    made = renderer(calling("' ' ~ ns.count"))
+    at_once = scored(made, held)
+    monkeypatch.setattr(turns, "FEWEST", 99)
+    assert at_once == scored(made, held)
+    assert at_once == [SCORED[0], "red</s>", f"{content}</s>", "hm ok</s>", "bye</s>"]
+
+
+def test_the_renderings_of_a_conversation_do_not_grow_with_its_turns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rendered: list[Chat] = []
+    render = ChatTemplate.render
+
+    def counted(self: ChatTemplate, chat: Chat) -> Rendered:
+        rendered.append(chat)
+        return render(self, chat)
+
+    monkeypatch.setattr(ChatTemplate, "render", counted)
+    counts = []
+    for many in (5, 50):
+        rendered.clear()
+        words = [f"{n} {side}" for n in range(many) for side in ("asked", "answered")]
+        assert len(scored(renderer(QWEN3), conversation(*words))) == many
+        counts.append(len(rendered))
+    assert counts[0] == counts[1]

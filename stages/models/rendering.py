@@ -9,8 +9,8 @@ import numpy as np
 from ...storage.errors import RowError, UsageError
 from ...storage.tables.conversations import conversation
 from ...storage.tables.spans import span_after
+from .chat.bounds import shared
 from .chat.renderer import ChatRenderer, Ids, no_spans
-from .chat.turns import shared
 
 
 class Renderer:
@@ -54,6 +54,8 @@ class Renderer:
             ids, spans = self._chat.prompt(conversation(row), turns=turns)
         else:
             ids, spans = self._text_ids(row["text"]), no_spans()
+            if not row["text"].strip():
+                raise RowError("empty", "the prompt has no words")
         if not ids:
             raise RowError("empty", "the prompt has no tokens")
         return ids, spans
@@ -78,6 +80,8 @@ class Renderer:
         They are one text to the tokenizer, as they were to whoever wrote it. Where its tokens do
         not end where the prompt does, the completion begins after the last token that both share.
         """
+        if not completion.strip():
+            raise RowError("empty", "the completion has no words")
         own, ids = self._text_ids(text), self._text_ids(text + completion)
         start = shared(own, ids)
         self._moved += start < len(own)

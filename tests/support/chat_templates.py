@@ -132,6 +132,22 @@ PLAIN = (
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
 
+# Writes calls, and gives results and questions a header by what came before.
+CALLING = (
+    "{% set ns = namespace(called='', count=0, length=0) %}{% for m in messages %}"
+    "{% set ns.length = ns.length + (m.content or '') | length %}"
+    "{{ '<s>' + m.role }}{% if m.role != 'assistant' %}{{ HEADER }}{% endif %}"
+    "{{ '\n' + (m.reasoning_content or '') + (m.content or '') }}"
+    "{% for c in m.tool_calls or [] %}{% set ns.called = c.function.name %}"
+    "{% set ns.count = ns.count + 1 %}{{ '<call>' + c.function.name }}{% endfor %}"
+    "{{ '</s>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
+)
+
+
+def calling(header: str = "''", first: str = "") -> str:
+    """A template that writes calls; by an expression for headers, and something before all."""
+    return first + CALLING.replace("HEADER", header)
+
 
 def plain(content: str = "m.content") -> str:
     """A template that writes contents by an expression."""

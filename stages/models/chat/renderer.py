@@ -7,9 +7,11 @@ import numpy as np
 
 from ....storage.errors import RowError
 from ....storage.tables.conversations import Conversation
-from .template import Chat, ChatTemplate
+from .ends import Ends
+from .left_out import LeftOut
+from .template import Chat, ChatTemplate, Rendered
 from .tokens import TurnTokens
-from .turns import Turns, assistant_turns
+from .turns import Turns, assistant_turns, weighed
 from .unread import Unread
 
 Ids = tuple[list[int], np.ndarray]
@@ -28,7 +30,8 @@ class ChatRenderer:
         self.tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer, arguments, day)
         self._unread = Unread(self._template)
-        self._unbounded, self._first_unbounded = 0, ""
+        self._ends = Ends(tokenizer, self._template)
+        self._left_out = LeftOut()
         self._moved = 0
 
     def prompt(self, conversation: Conversation, *, turns: bool = False) -> Ids:
@@ -37,7 +40,7 @@ class ChatRenderer:
         `turns`: say where its turns are; else none are said.
         """
         chat = Chat(conversation.messages, conversation.tools, open=True)
-        return self._ids(chat, assistant_turns(chat) if turns else [])
+        return self._ids(chat, weighed(chat, assistant_turns(chat)) if turns else [])
 
     def whole(self, conversation: Conversation, *, last: bool) -> Ids:
         """A conversation that was held to its end, in one rendering.
@@ -49,23 +52,17 @@ class ChatRenderer:
         """
         chat = Chat(conversation.turns, conversation.tools)
         turns = assistant_turns(chat)
-        ids, spans = self._ids(chat, turns[-1:] if last else turns)
+        turns = weighed(chat, turns[-1:] if last else turns)
+        if not turns:
+            raise RowError("unreadable", "no turn of the assistant is to be scored: weight is 0")
+        ids, spans = self._ids(chat, turns)
         if not len(spans):
             raise RowError("unreadable", "no turn of the assistant can be found in its rendering")
         return ids, spans
 
     def notes(self) -> list[str]:
         """What was left out or moved, a sentence each."""
-        said = [
-            f"the chat template does not read {name!r}, which {count} conversations have"
-            for name, count in sorted(self._unread.counts.items())
-        ]
-        if self._unbounded:
-            said.append(
-                f"{self._unbounded} turns of the assistant are not scored: the chat template does "
-                f"not write them as they are, so nobody knows their tokens (the first: "
-                f"{self._first_unbounded})"
-            )
+        said = self._unread.notes() + self._left_out.notes()
         if self._moved:
             said.append(
                 f"{self._moved} turns begin inside a token, which is scored with what it holds of "
@@ -80,20 +77,28 @@ class ChatRenderer:
             tokens = TurnTokens(self.tokenizer, rendered.text)
         except Exception as error:
             raise RowError("unreadable", f"the tokenizer fails on this text: {error}") from error
-        found = Turns(self._template, chat, rendered)
-        spans: list[tuple[int, int]] = []
-        for number in turns:
-            turn = found.find(number)
-            if turn is None:
-                self._note_unbounded(chat, number)
-                continue
-            start, count = tokens.span(turn)
-            if count and (not spans or start >= sum(spans[-1])):
-                spans.append((start, count))
+        spans = self._spans(chat, rendered, tokens, turns)
         self._moved += tokens.moved
         return tokens.ids, np.array(spans, np.int64).reshape(-1, 2)
 
-    def _note_unbounded(self, chat: Chat, number: int) -> None:
-        self._unbounded += 1
-        said = str(chat.messages[number].get("content"))
-        self._first_unbounded = self._first_unbounded or f"messages[{number}], {said[:60]!r}"
+    def _spans(
+        self, chat: Chat, rendered: Rendered, tokens: TurnTokens, turns: list[int]
+    ) -> list[tuple[int, int]]:
+        all_turns = Turns(self._template, chat, rendered)
+        found = {n: turn for n in turns if (turn := all_turns.find(n))}
+        ends = self._ends.find(chat, rendered.text, found)
+        spans: list[tuple[int, int]] = []
+        for number in turns:
+            if number not in found:
+                cause = "unmarked" if all_turns.marked else "unbounded"
+                self._left_out.note(cause, chat, number)
+                continue
+            turn = found[number]
+            start, count = tokens.span((turn.start, ends.get(number, turn.end)))
+            if not count or (spans and start < sum(spans[-1])):
+                self._left_out.note("joined", chat, number)
+                continue
+            if number not in ends:
+                self._left_out.note("endless", chat, number)
+            spans.append((start, count))
+        return spans

@@ -1,7 +1,10 @@
 """A tokenizer's chat template: a conversation becomes one text."""
 
+import copy
+import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import Any
@@ -65,7 +68,7 @@ class ChatTemplate:
             RowError: the template refuses it.
         """
         try:
-            return self._rendered(self._readable(chat))
+            return self._rendered(self._with_arguments(self._readable(chat)))
         except Exception as error:
             roles = ", ".join(str(message["role"]) for message in chat.messages)
             raise RowError(
@@ -105,6 +108,20 @@ class ChatTemplate:
                 return _with_contents(chat, type(None), lambda _: "")
         return chat
 
+    def _with_arguments(self, chat: Chat) -> Chat:
+        """Arguments of calls as objects, where this template would write JSON of their JSON or refuses it."""
+        texts = [a for call in _functions(chat) if isinstance(a := call.get("arguments"), str)]
+        if not texts:
+            return chat
+        try:
+            text = self._rendered(chat).text
+        except Exception:
+            return _with_objects(chat)
+        twice = any(
+            json.dumps(t, ensure_ascii=False) in text or json.dumps(t) in text for t in texts
+        )
+        return _with_objects(chat) if twice else chat
+
     def _reads_null(self, chat: Chat) -> bool:
         """Whether a content of null is neither refused nor written as the word None."""
         word = _with_contents(chat, type(None), lambda _: "None")
@@ -121,6 +138,23 @@ class ChatTemplate:
         except Exception:
             return False
         return _WORD in text and "'text'" not in text and '"text"' not in text
+
+
+def _functions(chat: Chat) -> list[dict[str, Any]]:
+    """What the calls of a conversation call."""
+    calls = [call for m in chat.messages for call in m.get("tool_calls") or ()]
+    found = [call.get("function", call) for call in calls if isinstance(call, dict)]
+    return [function for function in found if isinstance(function, dict)]
+
+
+def _with_objects(chat: Chat) -> Chat:
+    """The conversation with the arguments of its calls read from JSON; no JSON stays a text."""
+    changed = replace(chat, messages=copy.deepcopy(chat.messages))
+    for function in _functions(changed):
+        if isinstance(function.get("arguments"), str):
+            with suppress(ValueError):
+                function["arguments"] = json.loads(function["arguments"])
+    return changed
 
 
 def _with_contents(chat: Chat, kind: type, change: Callable[[Any], str]) -> Chat:

@@ -4,7 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from .turns import Turn, shared
+from .bounds import shared
+from .template import Chars
 
 
 class TurnTokens:
@@ -21,11 +22,9 @@ class TurnTokens:
         self.moved = 0
         """Turns that begin inside a token, so that a piece of what stands before is scored too."""
 
-    def span(self, turn: Turn) -> tuple[int, int]:
-        """Index of the first token of a turn, and how many tokens it has; the end token with it."""
-        first, after = self._within(turn.start, turn.end)
-        if not turn.closed:
-            after = self._past_end_token(after)
+    def span(self, turn: Chars) -> tuple[int, int]:
+        """Index of the first token of a turn, and how many tokens it has."""
+        first, after = self._within(*turn)
         first = max(first, 1)  # nothing precedes the first token of a text
         return first, max(after - first, 0)
 
@@ -46,14 +45,3 @@ class TurnTokens:
         """
         ids = self._tokenizer(self._text[:end], add_special_tokens=False)["input_ids"]
         return shared(ids, self.ids)
-
-    def _past_end_token(self, after: int) -> int:
-        """Past white space and the one special token that ends a turn; else where it was."""
-        token = after
-        while token < len(self.ids) and self._tokenizer.decode(self.ids[token]).isspace():
-            token += 1
-        return token + 1 if token < len(self.ids) and self._is_special(self.ids[token]) else after
-
-    def _is_special(self, token: int) -> bool:
-        added = self._tokenizer.added_tokens_decoder.get(token)
-        return token in self._tokenizer.all_special_ids or (added is not None and added.special)

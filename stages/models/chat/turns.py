@@ -1,27 +1,17 @@
 """Where the turns of the assistant are in the one rendering of a conversation, in characters.
 
 Turns of many templates are no prefixes of one another, so nothing is cut out of shorter renderings.
-A template that marks what the assistant writes ({% generation %}) is believed. Else the whole is
-rendered again with another word in place of a turn, and once more with a second word:
-
-    whole       <user>hi<end><assistant>hello there<end>
-    word a      <user>hi<end><assistant>aVq0x<end>
-    word b      <user>hi<end><assistant>Zk1Wb<end>
-                common head ............           ..... common tail
-
-What is neither head nor tail is the turn. A template that writes the words differently, or twice,
-tells nothing: such a turn is not bounded.
+A template that marks what the assistant writes ({% generation %}) is believed, also in which turns
+it marks, if no mark holds what another side says. Else a turn is what `bounds.py` proves.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import NamedTuple
 
 from ....storage.errors import RowError
+from .at_once import FEWEST, bounded_at_once
+from .bounds import Bounds
 from .template import Chars, Chat, ChatTemplate, Rendered
-
-# Neither begin nor end alike, of both cases, and without anything that a template cuts at.
-_WORDS = ("aVq0x", "Zk1Wb")
 
 
 class Turn(NamedTuple):
@@ -29,8 +19,8 @@ class Turn(NamedTuple):
 
     start: int
     end: int
-    closed: bool
-    """Whether what ends the turn is in it; else the end token that follows belongs to it too."""
+    marked: bool
+    """Whether the template marks it; maybe with its end."""
 
 
 def assistant_turns(chat: Chat) -> list[int]:
@@ -38,78 +28,77 @@ def assistant_turns(chat: Chat) -> list[int]:
     return [n for n, message in enumerate(chat.messages) if message["role"] == "assistant"]
 
 
+def weighed(chat: Chat, turns: list[int]) -> list[int]:
+    """Those turns that are scored: `weight`, a field of OpenAI's, is 0 for the others.
+
+    Raises:
+        RowError: a weight is neither 0 nor 1.
+    """
+    weights = {n: chat.messages[n].get("weight") for n in turns}
+    for number, weight in weights.items():
+        if weight not in (None, 0, 1):
+            raise RowError(
+                "unreadable",
+                f"messages[{number}].weight is {weight!r}, expected 0 (not scored) or 1",
+            )
+    return [n for n in turns if weights[n] != 0]
+
+
 class Turns:
     """The turns of one conversation."""
 
     def __init__(self, template: ChatTemplate, chat: Chat, rendered: Rendered) -> None:
         self._template, self._chat, self._text = template, chat, rendered.text
-        self._marked = self._trusted(rendered.marked)
+        self._bounds = Bounds(template, chat, rendered.text)
+        self.marked = self._trusted([mark for mark in rendered.marked if mark[0] < mark[1]])
+        """Message -> what the template marks of it; empty: it has no marks that can be believed."""
 
     def find(self, number: int) -> Turn | None:
         """Where a message of the assistant is; None where that cannot be told."""
-        if number in self._marked:
-            start, end = self._marked[number]
-            return Turn(start, end, closed=True)
-        bounds = self._bounds(number)
-        opened = self._opened(number)
-        if bounds is None:
-            # Of the last turn the prompt is enough: all that follows it is the answer.
-            last = number == len(self._chat.messages) - 1 and not self._chat.open
-            end = len(self._text.rstrip())
-            return Turn(opened, end, closed=True) if last and opened else None
-        start, end = bounds
-        # What the prompt leaves to the assistant is the assistant's: <think>, say.
-        return Turn(opened or start, end, closed=False)
+        if number in self.marked:
+            start, end = self.marked[number]
+            return Turn(start, end, marked=True)
+        if self.marked:
+            return None
+        before_last = number != assistant_turns(self._chat)[-1]
+        if before_last and number in self._at_once:
+            return Turn(*self._at_once[number], marked=False)
+        # Of the last turn the prompt is enough: what follows it is the answer, however it is written.
+        last = number == len(self._chat.messages) - 1 and not self._chat.open
+        found = self._bounds.find(number, exact=not last)
+        return Turn(*found, marked=False) if found else None
 
-    def _trusted(self, marked: list[Chars]) -> dict[int, Chars]:
-        """Message -> its marks, if there is one for each turn and the turn's text is inside."""
-        turns = assistant_turns(self._chat)
-        if len(turns) != len(marked):
+    @cached_property
+    def _at_once(self) -> dict[int, Chars]:
+        """The turns before the last one, which many templates write otherwise."""
+        turns = assistant_turns(self._chat)[:-1]
+        if len(turns) < FEWEST or turns[0] == 0:
             return {}
-        found = dict(zip(turns, marked, strict=True))
-        for number, (start, end) in found.items():
-            content = self._chat.messages[number].get("content")
-            if start == end or (
-                isinstance(content, str) and content.strip() not in self._text[start:end]
-            ):
-                return {}
-        return found
+        found = bounded_at_once(self._template, self._chat, self._text, turns)
+        return {n: chars for n, chars in found.items() if not self._bounds.holds_another(chars)}
 
-    def _bounds(self, number: int) -> Chars | None:
-        """Where the whole differs from itself with other words in place of a turn."""
-        try:
-            a, b = (self._with(number, word) for word in _WORDS)
-        except RowError:
-            return None
-        head, tail = shared(a, b), _tail(a, b)
-        if (a[head : len(a) - tail], b[head : len(b) - tail]) != _WORDS:
-            return None
-        head, tail = min(head, shared(a, self._text)), min(tail, _tail(a, self._text))
-        return head, max(head, len(self._text) - tail)
+    def _trusted(self, marks: list[Chars]) -> dict[int, Chars]:
+        """Message -> its mark. Fewer marks than turns: the template chooses which are scored."""
+        turns = assistant_turns(self._chat)
+        if not marks or len(marks) > len(turns):
+            return {}
+        if any(self._bounds.holds_another(mark) for mark in marks):
+            return {}
+        if len(marks) < len(turns):
+            return self._chosen(marks, turns)
+        found = dict(zip(turns, marks, strict=True))
+        return found if all(self._in_mark(n, mark) for n, mark in found.items()) else {}
 
-    def _with(self, number: int, word: str) -> str:
-        messages = [*self._chat.messages]
-        messages[number] = {"role": "assistant", "content": word}
-        return self._template.render(replace(self._chat, messages=messages)).text
+    def _in_mark(self, number: int, mark: Chars) -> bool:
+        content = self._chat.messages[number].get("content")
+        return not isinstance(content, str) or content.strip() in self._text[slice(*mark)]
 
-    def _opened(self, number: int) -> int | None:
-        """Where the prompt of a turn ends, if the whole begins with that prompt."""
-        prompt = Chat(self._chat.messages[:number], self._chat.tools, open=True)
-        try:
-            text = self._template.render(prompt).text if number else ""
-        except RowError:
-            return None
-        return len(text) if text and self._text.startswith(text) else None
-
-
-def shared(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """How many items two texts, or two lists of ids, begin with in common."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if a[:middle] == b[:middle] else (low, middle - 1)
-    return low
-
-
-def _tail(a: str, b: str) -> int:
-    return shared(a[::-1], b[::-1])
+    def _chosen(self, marks: list[Chars], turns: list[int]) -> dict[int, Chars]:
+        """The turns that marks overlap with; none unless each mark has one."""
+        found: dict[int, Chars] = {}
+        for number in turns:
+            start, end = self._bounds.find(number) or (0, 0)
+            over = [mark for mark in marks if mark[0] < end and start < mark[1]]
+            if over:
+                found[number] = over[0]
+        return found if len(set(found.values())) == len(marks) else {}

@@ -42,13 +42,15 @@ def test_a_field_reaches_the_text_or_is_named(name: str) -> None:
     assert notes(plain(), "hi", "yes") == []
 
 
-def test_a_field_that_is_read_in_one_conversation_is_read() -> None:
+def test_a_field_is_counted_where_it_is_lost_though_others_have_it_read() -> None:
     made = renderer(plain("m.content + ((m.note or '') if loop.length > 2 else '')"))
     asked = [{"role": "user", "content": "hi", "note": "zzz"}, "yes"]
     again = [{"role": role, "content": "so", "note": "zzz"} for role in ("user", "assistant")]
     for turns in (asked, [*asked, *again], asked):
         made.whole(conversation(*turns), last=True)
-    assert made.notes() == []
+    assert made.notes() == [
+        "the chat template does not read 'note' in 2 of the 3 conversations that have it"
+    ]
 
 
 def test_tools_reach_the_text_or_are_named() -> None:
@@ -83,6 +85,57 @@ def test_a_message_that_the_template_leaves_out_is_refused() -> None:
     held = conversation("hi", "yes", {"role": "tool", "content": "2"}, "so")
     with pytest.raises(RowError, match=r"leaves out messages\[2\], whose role is 'tool'"):
         renderer(template).whole(held, last=True)
+
+
+@pytest.mark.parametrize("content", ["be kind", [{"type": "text", "text": "be kind"}]])
+@pytest.mark.parametrize("asked", ["be kind to me", "be kind", "hello"])
+def test_a_message_whose_words_occur_elsewhere_is_refused_too(content: Any, asked: str) -> None:
+    template = "{% for m in messages if m.role != 'system' %}{{ m.content }}</s>{% endfor %}"
+    system = {"role": "system", "content": content}
+    held = conversation(system, {"role": "user", "content": asked}, {**system, "role": "assistant"})
+    with pytest.raises(RowError, match=r"leaves out messages\[0\], whose role is 'system'"):
+        renderer(template).whole(held, last=True)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": None, "tool_calls": [{"function": {"name": "f"}}]},
+        {"content": " \n"},
+        {"content": []},
+        {"content": None, "tool_calls": []},
+        {"content": "", "reasoning_content": "hm"},
+    ],
+    ids=["unread calls", "blanks", "no parts", "no calls", "unread thoughts"],
+)
+def test_a_message_of_which_nothing_is_written_is_refused(message: dict[str, Any]) -> None:
+    held = conversation("hi", {"role": "assistant", **message}, "so", "yes")
+    with pytest.raises(RowError, match=r"messages\[1\] has no words") as refused:
+        renderer(plain("m.content or ''")).whole(held, last=True)
+    assert refused.value.reason == "empty"
+
+
+def test_a_tool_may_answer_nothing() -> None:
+    empty = {"role": "tool", "content": "", "tool_call_id": "c1"}
+    made = renderer(plain("m.content or ''"))
+    made.whole(conversation("hi", "look", empty, "so"), last=True)
+    assert made.notes() == [
+        "the chat template does not read 'tool_call_id', which 1 conversations have"
+    ]
+
+
+@pytest.mark.parametrize(
+    "written", ["c.arguments | tojson", "c.arguments", "c.arguments | items | list | tojson"]
+)
+def test_arguments_that_are_json_are_not_written_as_json_of_json(written: str) -> None:
+    """OpenAI's own form is a text; templates encode it, write it as it is, or ask for an object."""
+    calls = "{% for c in m.tool_calls or [] %}{{ WRITTEN }}{% endfor %}{{ m.content or '' }}"
+    template = plain().replace("{{ m.content }}", calls.replace("WRITTEN", written))
+    call = {"name": "f", "arguments": '{"x": 1}'}
+    called = {"role": "assistant", "content": None, "tool_calls": [call]}
+    expected = '[["x", 1]]' if "items" in written else '{"x": 1}'
+    assert text_of(template, called) == f"assistant: {expected}</s>\n"
+    assert call["arguments"] == '{"x": 1}'
 
 
 def test_the_clock_says_the_day_of_the_binding() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from stillroom.stages.models.rendering import Renderer
+from stillroom.storage.errors import RowError
 
 PARTS = [
     ("Once upon a time", " there was a dog"),
@@ -77,6 +78,15 @@ def test_a_beginning_of_sequence_is_not_doubled(tiny_llama: Any) -> None:
         assert renderer.tokenizer.convert_ids_to_tokens(ids) == "<s> the cat sat </s>".split()
         assert spans.tolist() == [[3, 2]]
         assert renderer.prompt_ids(row) == ids[:3]
+
+
+def test_blanks_are_no_text(tiny_llama: Any) -> None:
+    renderer = Renderer(tiny_llama(), {})
+    row = {"messages": None, "text": "the cat", "completion": " \n"}
+    with pytest.raises(RowError, match="the completion has no words"):
+        renderer.given(row, last=True)
+    with pytest.raises(RowError, match="the prompt has no words"):
+        renderer.prompt_ids(row | {"text": " \n"})
 
 
 @pytest.mark.assets

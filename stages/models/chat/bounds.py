@@ -57,15 +57,17 @@ class Bounds:
 
     def holds_another(self, chars: Chars) -> bool:
         """Whether what another side says is inside: the part changes with it."""
-        part = self._text[slice(*chars)]
+        inside = self._text[slice(*chars)]
         reached = self._text[chars[0] : chars[1] + 1]  # an empty content may begin just after it
         for number, message in enumerate(self._chat.messages):
-            content = message.get("content")
-            if message["role"] == "assistant" or not isinstance(content, str):
+            content = message.get("content") or ""
+            if message["role"] == "assistant":
                 continue
-            if content.strip() in part:
+            said = [content] if isinstance(content, str) else [part["text"] for part in content]
+            if any(words.strip() in inside for words in said):
                 text = self._replaced(number)
-                if text is not None and (part if content.strip() else reached) not in text:
+                part = inside if any(words.strip() for words in said) else reached
+                if text is not None and part not in text:
                     return True
         return False
 

@@ -61,8 +61,8 @@ def test_a_turn_whose_bounds_change_with_it_is_not_bounded() -> None:
     assert "messages[1], 'sorry no'" in made.notes()[0]
 
 
-@pytest.mark.parametrize("result", ["red ball", ""])
-def test_a_result_that_is_written_only_after_a_call_is_not_scored(result: str) -> None:
+@pytest.mark.parametrize("result", ["red ball", "", [{"type": "text", "text": "red ball"}]])
+def test_a_result_that_is_written_only_after_a_call_is_not_scored(result: Any) -> None:
     after_call = "{% if m.role != 'tool' or messages[loop.index0 - 1].tool_calls %}"
     template = calling().replace("{{ '<s>' + m.role }}", after_call + "{{ '<s>' + m.role }}")
     template = template.replace("{{ '</s>\n' }}", "{{ '</s>\n' }}{% endif %}")

@@ -37,17 +37,16 @@ class Bounds:
 
     def __init__(self, template: ChatTemplate, chat: Chat, text: str) -> None:
         self._template, self._chat, self._text = template, chat, text
+        self._others: dict[int, str | None] = {}
 
     def find(self, number: int, *, exact: bool = True) -> Chars | None:
         """Where a message of the assistant is, what it calls and thinks included; None: that cannot be told.
 
         `exact`: its content must be written as it is, once.
         """
-        found = self._between(number, exact)
+        found = self._proved(number, exact)
         if found is None and (cut := self.cut(number)):
-            found = cut._between(number, exact)
-        if found is None or self.holds_another(found):
-            return None
+            found = cut._proved(number, exact)
         return found
 
     def cut(self, number: int) -> "Bounds | None":
@@ -58,16 +57,40 @@ class Bounds:
 
     def holds_another(self, chars: Chars) -> bool:
         """Whether what another side says is inside: the part changes with it."""
-        part = self._text[slice(*chars)]
+        inside = self._text[slice(*chars)]
+        reached = self._text[chars[0] : chars[1] + 1]  # an empty content may begin just after it
         for number, message in enumerate(self._chat.messages):
-            content = message.get("content")
-            if message["role"] == "assistant" or not isinstance(content, str):
+            content = message.get("content") or ""
+            if message["role"] == "assistant":
                 continue
-            if content.strip() and content.strip() in part:
-                text = self._render(self._with(number, message | {"content": _WORDS[0]}))
+            said = [content] if isinstance(content, str) else [part["text"] for part in content]
+            if any(words.strip() in inside for words in said):
+                text = self._replaced(number)
+                part = inside if any(words.strip() for words in said) else reached
                 if text is not None and part not in text:
                     return True
         return False
+
+    def _proved(self, number: int, exact: bool) -> Chars | None:
+        found = self._between(number, exact)
+        if found is None or self.holds_another(found) or self._misses_a_call(number, found):
+            return None
+        return found
+
+    def _misses_a_call(self, number: int, chars: Chars) -> bool:
+        """Whether a call is written, and not inside: before the content, say."""
+        part = self._text[slice(*chars)]
+        calls = self._chat.messages[number].get("tool_calls") or []
+        functions = [call.get("function", call) for call in calls if isinstance(call, dict)]
+        names = [str(function.get("name")) for function in functions if isinstance(function, dict)]
+        return any(name in self._text and name not in part for name in names)
+
+    def _replaced(self, number: int) -> str | None:
+        """The text with another word in place of a message's content."""
+        if number not in self._others:
+            message = self._chat.messages[number] | {"content": _WORDS[0]}
+            self._others[number] = self._render(self._with(number, message))
+        return self._others[number]
 
     def _between(self, number: int, exact: bool) -> Chars | None:
         message = self._chat.messages[number]

@@ -61,6 +61,24 @@ def test_a_turn_whose_bounds_change_with_it_is_not_bounded() -> None:
     assert "messages[1], 'sorry no'" in made.notes()[0]
 
 
+@pytest.mark.parametrize("result", ["red ball", "", [{"type": "text", "text": "red ball"}]])
+def test_a_result_that_is_written_only_after_a_call_is_not_scored(result: Any) -> None:
+    after_call = "{% if m.role != 'tool' or messages[loop.index0 - 1].tool_calls %}"
+    template = calling().replace("{{ '<s>' + m.role }}", after_call + "{{ '<s>' + m.role }}")
+    template = template.replace("{{ '</s>\n' }}", "{{ '</s>\n' }}{% endif %}")
+    held = conversation("hi", CALL, RESULT | {"content": result}, "fine")
+    assert scored(renderer(template), held) == ["<call>look</s>", "fine</s>"]
+
+
+def test_a_turn_without_its_calls_is_not_scored_by_half() -> None:
+    """The calls stand before the content, and a banner hides where the turn begins."""
+    calls = "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}{{ m.content }}"
+    made = renderer(IF_CALLED + plain().replace("{{ m.content }}", calls))
+    held = conversation("hi", CALL | {"content": "so"}, RESULT, "fine")
+    assert scored(made, held) == ["fine</s>"]
+    assert made.notes()[0].startswith("1 turns of the assistant are not scored")
+
+
 def test_marks_that_hold_a_question_are_not_believed() -> None:
     marks = (
         "{% for m in messages %}{% if m.role == 'user' %}{% generation %}{{ 'Q ' + m.content }}"

@@ -138,7 +138,7 @@ def test_what_still_serves_is_reused_and_the_plan_says_why_the_rest_is_not(
         0,
         24,
     )  # exact floats were asked for, and are not there
-    assert pending("generate.samples=2")[0] == 24
+    assert pending("generate.samples=2", "generate.temperature=1.0")[0] == 48
     assert pending("generate.seed=5") == (0, 0)  # greedy text has no seed
     assert pending("generate.temperature=1.0")[0] == 24
     assert pending("storage.commit_rows=3", "run.seed=9", "data.holdout=4") == (0, 0)

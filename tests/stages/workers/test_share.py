@@ -212,6 +212,8 @@ class FakeVllm:
 def vllm_on(fake: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> VllmEngine:
     engine = VllmEngine.__new__(VllmEngine)
     engine._llm, engine._clock = SimpleNamespace(llm_engine=fake), Clock()
+    engine._settings = Generate(max_tokens=4)
+    engine._tokenizer = SimpleNamespace(decode=lambda ids, **_: " ".join(map(str, ids)))
     monkeypatch.setattr(VllmEngine, "_submit", lambda self, request: fake.add(request.number))
     return engine
 

@@ -182,7 +182,7 @@ class TestCard:
             "Temperatures at which a student can be trained on test: any.",
             (
                 "`messages`, with their `message_fields` and `tools` (JSON) where there are any, "
-                "became the first `prompt_tokens` ids by the chat template"
+                "became ids by the chat template"
             ),
             f"/teachers/{TEACHER}/`",
             'print(texts[0]["key"].hex())',

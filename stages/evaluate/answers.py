@@ -130,7 +130,7 @@ def prepare_quiz(job: Job, store: Store, rows: Iterable[dict[str, Any]]) -> Quiz
     for row in rows:
         first.setdefault(row["prompt_key"], row)
     chosen = [first[key] for key in sorted(first)]
-    if job.recipe.data.format == "text":
+    if job.recipe.data.records.document:
         questions = [_continuation(row, tokenizer, settings) for row in chosen[: settings.prompts]]
         against = "the rest of the text"
     else:

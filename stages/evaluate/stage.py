@@ -16,7 +16,7 @@ from ...storage.joined import open_store
 from ...storage.snapshots.snapshot import load_snapshot
 from ...storage.store.store import Store
 from ...storage.tables.kinds import STRUCTURES
-from ..recipe.run_folder import STUDENT
+from ..recipe.run_folder import EVALUATED, STUDENT
 from ..recipe.tasks import TASKS
 from ..targets.spec import wanted
 from ..workers.job import Job, StageResult
@@ -71,7 +71,7 @@ def run(job: Job) -> StageResult:
     files = LocalFiles(job.train_dirs["student"])
     with job.clock.span("disk"):
         # In place of one that was asked for differently.
-        files.replace("evaluation.json", encoded.encode())
+        files.replace(EVALUATED, encoded.encode())
     measured = content["measured_on"]
     return StageResult(
         rows=measured["rows"], tokens=measured["tokens"], details={"results": content["results"]}

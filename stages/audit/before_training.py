@@ -67,7 +67,7 @@ def fit_of(recipe: Recipe, teacher_dir: Path, *, vocab_size: int, soft: bool) ->
     and of many samples of one prompt equal ones are scored once, so rare ones have more than their
     share.
     """
-    from ..models.student import student_tokenizer
+    from ..models.students.student import student_tokenizer
 
     generate = recipe.generate
     drawn = (

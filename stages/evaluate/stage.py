@@ -80,7 +80,7 @@ def run(job: Job) -> StageResult:
 
 def _students(job: Job, store: Store) -> Arms:
     """The student as training begins, and what became of it."""
-    from ..models.student import initial_student, load_student
+    from ..models.students.student import initial_student, load_student
 
     teacher_dir = store.teacher_dir(job.teacher_id)
     arms: Arms = {"student_before": partial(initial_student, job.recipe, teacher_dir)}

@@ -98,7 +98,7 @@ class Run:
         """The student on its device, checked, with the state of the last checkpoint; and the meter of its speed."""
         from ..loader.passes import training_passes
         from ..models.device import device_and_dtype
-        from ..models.student import check_vocabulary, initial_student
+        from ..models.students.student import check_vocabulary, initial_student
         from .flops import ModelFlops, Peak
         from .trainer import Trainer
 
@@ -296,7 +296,7 @@ class Run:
 
     def _finish(self) -> None:
         """Write the student (the best where there was validation, else the last), then `train.json`."""
-        from ..models.student import save_student, student_tokenizer
+        from ..models.students.student import save_student, student_tokenizer
 
         self._save()
         record, trainer = self._record, self._trainer

@@ -24,7 +24,11 @@ from stillroom.stages.loader.samples import Cursor, Sample, Samples, steps
 from stillroom.stages.losses.definition import Distilled, LossParts
 from stillroom.stages.losses.objective import Aim
 from stillroom.stages.models.classification import Inputs, class_logits
-from stillroom.stages.models.student import initial_student, save_student, student_tokenizer
+from stillroom.stages.models.students.student import (
+    initial_student,
+    save_student,
+    student_tokenizer,
+)
 from stillroom.stages.recipe.load import load_recipe
 from stillroom.stages.recipe.sections import Loss, Recipe, Train
 from stillroom.stages.train.trainer import Trainer

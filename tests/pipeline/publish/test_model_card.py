@@ -135,7 +135,11 @@ def test_transformers_and_vllm_generate_with_the_saved_student_alike(assets, tmp
     from stillroom.stages.engines.base import Request
     from stillroom.stages.engines.vllm import VllmEngine
     from stillroom.stages.models.identity import FileHashes, identify
-    from stillroom.stages.models.student import initial_student, save_student, student_tokenizer
+    from stillroom.stages.models.students.student import (
+        initial_student,
+        save_student,
+        student_tokenizer,
+    )
     from stillroom.stages.recipe.sections import Generate
     from stillroom.stages.workers.clock import Clock
 

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from stillroom.stages.evaluate import causal_lm, metrics
 from stillroom.stages.evaluate import stage as evaluate
-from stillroom.stages.models import student
+from stillroom.stages.models.students import student
 from stillroom.stages.recipe.sections import Recipe
 from stillroom.stages.workers.job import Job, StopFlag
 from stillroom.storage.errors import Stopped, UsageError

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
 from stillroom.stages.models.causal_lm import KIND
 from stillroom.stages.models.head import check_head, hidden_states, split_head
-from stillroom.stages.models.student import (
+from stillroom.stages.models.students.student import (
     check_vocabulary,
     initial_student,
     save_student,

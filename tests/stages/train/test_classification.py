@@ -21,7 +21,7 @@ from transformers import (
 from stillroom.stages.evaluate import stage as evaluate
 from stillroom.stages.loader.samples import Samples
 from stillroom.stages.models.classification import of_classes
-from stillroom.stages.models.student import initial_student
+from stillroom.stages.models.students.student import initial_student
 from stillroom.stages.train import stage as train
 from stillroom.storage.errors import IntegrityError, Stopped
 from stillroom.storage.snapshots.snapshot import load_snapshot, make_snapshot, save_snapshot

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from stillroom.stages.loader.samples import Cursor, Samples, steps
 from stillroom.stages.models.causal_lm import KIND
-from stillroom.stages.models.student import initial_student
+from stillroom.stages.models.students.student import initial_student
 from stillroom.stages.train import stage as train
 from stillroom.stages.train.run import HISTORY_POINTS, Record
 from stillroom.storage.errors import StillroomError, Stopped, UsageError

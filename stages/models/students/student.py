@@ -20,13 +20,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ...storage.errors import StillroomError, UsageError
-from ..recipe.sections import Lora, Recipe
-from ..recipe.tasks import module_of
-from .classes import refuse_other_classes
-from .identity import find_model
-from .loading import ModelKind
-from .same_tokenizer import refuse_other_tokenizer
+from ....storage.errors import StillroomError, UsageError
+from ...recipe.sections import Lora, Recipe
+from ...recipe.tasks import module_of
+from ..classes import refuse_other_classes
+from ..identity import find_model
+from ..loading import ModelKind
+from ..same_tokenizer import refuse_other_tokenizer
 
 
 def initial_student(recipe: Recipe, teacher_dir: Path) -> nn.Module:
@@ -72,7 +72,8 @@ def load_student(recipe: Recipe, teacher_dir: Path, folder: Path) -> PreTrainedM
 
 def kind_of(recipe: Recipe, teacher_dir: Path) -> ModelKind:
     """What the recipe's task makes of a student of this teacher."""
-    kind: ModelKind = module_of(recipe.run.task, __package__).student_kind(teacher_dir)
+    room = __package__.rpartition(".")[0]
+    kind: ModelKind = module_of(recipe.run.task, room).student_kind(teacher_dir)
     return kind
 
 

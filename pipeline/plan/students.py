@@ -57,7 +57,7 @@ def train_settings(recipe: Recipe, snapshot: str, arm: Arm) -> dict[str, Any]:
     train = recipe.train.model_dump(mode="json", exclude=no_matter)
     return {
         "snapshot": snapshot,
-        "student": recipe.student.model_dump(mode="json"),
+        "student": recipe.student.model_dump(mode="json", exclude=recipe.student.unhashed()),
         "loss": loss,
         "train": train,
         "run": {"seed": recipe.run.seed},

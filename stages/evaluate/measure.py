@@ -61,7 +61,7 @@ def measure_arms(
     with job.clock.span("start"):
         import torch
 
-        from ..models.students.student import merged
+        from ..models.students.lora import merged
 
         room = module_of(job.recipe.run.task, __package__)
         task: Measuring = room.Measuring(job, held_out)

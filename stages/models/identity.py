@@ -21,7 +21,7 @@ from .classes import class_names
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
 # No tokenizer by themselves, but they change what one does: the end token may stand here alone.
 _TOKEN_FILES = ("special_tokens_map.json", "added_tokens.json")
-_KEPT_FILES = (*_TOKENIZER_FILES, *_TOKEN_FILES, "tokenizer_config.json", "chat_template.jinja")
+KEPT_FILES = (*_TOKENIZER_FILES, *_TOKEN_FILES, "tokenizer_config.json", "chat_template.jinja")
 # Fields that say where a file came from or which version wrote it, not what the model computes.
 _NOT_CONTENT = {
     "transformers_version",
@@ -99,7 +99,7 @@ class Identity:
 
     def files_to_keep(self) -> dict[str, bytes]:
         """What a store keeps of this model, so that its rows can be read and trained from without it."""
-        names = [*_KEPT_FILES, "config.json", "generation_config.json"]
+        names = [*KEPT_FILES, "config.json", "generation_config.json"]
         files = {n: (self.folder / n).read_bytes() for n in names if (self.folder / n).is_file()}
         if isinstance(self.parts["chat_template"], list):
             # A store keeps no folders of a model: all templates in the one file that can list them.

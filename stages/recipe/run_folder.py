@@ -6,6 +6,7 @@
     train-1a2b3c4d/         one training run, named by the hash of its settings
         settings.json       what decides it, written as it begins
         student/            the model
+        adapter/            its LoRA alone, where the recipe keeps it
         train.json          written last: its existence means trained
         evaluation.json     written last: its existence means judged; of the arm `student` alone
 
@@ -22,6 +23,7 @@ REPORT_PAGE = "report.html"
 
 SETTINGS = "settings.json"
 STUDENT = "student"
+ADAPTER = "adapter"
 TRAINED = "train.json"
 EVALUATED = "evaluation.json"
 

@@ -17,7 +17,7 @@ from ...storage.snapshots.snapshot import load_snapshot
 from ...storage.store.store import Store
 from ..loader.samples import Cursor, Samples, Step, steps
 from ..recipe.fields import Split, extremes
-from ..recipe.run_folder import STUDENT, TRAINED
+from ..recipe.run_folder import ADAPTER, STUDENT, TRAINED
 from ..recipe.sections import Loss
 from ..workers.job import Job
 from .scalars import Board, loss_scalars, open_wandb, step_scalars
@@ -296,7 +296,7 @@ class Run:
 
     def _finish(self) -> None:
         """Write the student (the best where there was validation, else the last), then `train.json`."""
-        from ..models.students.student import save_student, student_tokenizer
+        from ..models.students.saving import save_student
 
         self._save()
         record, trainer = self._record, self._trainer
@@ -306,12 +306,18 @@ class Run:
                 trainer.load_weights(self._checkpoints.tensors(record.best["step"])["weights"])
         parameters = sum(weight.numel() for weight in trainer.model.parameters())
         trained = sum(weight.numel() for weight in trainer.weights().values())
-        with clock.span("tokenizer"):
-            tokenizer = student_tokenizer(self._job.recipe, self._teacher_dir)
         lora = self._job.recipe.student.lora
-        adapter = self._files.path("adapter") if lora is not None and lora.keep_adapter else None
+        adapter = self._files.path(ADAPTER) if lora is not None and lora.keep_adapter else None
         with clock.span("disk"):
-            save_student(trainer.model, tokenizer, self._files.path(STUDENT), adapter=adapter)
+            saved = save_student(
+                trainer.model,
+                self._job.recipe,
+                teacher_dir=self._teacher_dir,
+                folder=self._files.path(STUDENT),
+                adapter=adapter,
+            )
+        for note in saved.notes:
+            self._job.progress.say(f"student: {note}")
         summary = {
             "arm": self._job.arm,
             "steps": record.cursor.step,
@@ -325,6 +331,7 @@ class Run:
             # An adapter is merged into the weights: it adds none.
             "parameters": parameters - (trained if lora else 0),
             "trained_parameters": trained,
+            "saved": saved.facts(),
             "history": record.history,
             "validation": record.validation,
         }

@@ -24,11 +24,8 @@ from stillroom.stages.loader.samples import Cursor, Sample, Samples, steps
 from stillroom.stages.losses.definition import Distilled, LossParts
 from stillroom.stages.losses.objective import Aim
 from stillroom.stages.models.classification import Inputs, class_logits
-from stillroom.stages.models.students.student import (
-    initial_student,
-    save_student,
-    student_tokenizer,
-)
+from stillroom.stages.models.students.saving import save_student
+from stillroom.stages.models.students.student import initial_student
 from stillroom.stages.recipe.load import load_recipe
 from stillroom.stages.recipe.sections import Loss, Recipe, Train
 from stillroom.stages.train.trainer import Trainer
@@ -204,7 +201,7 @@ class Study:
             for epoch, found in enumerate(self._epochs(model, ARMS["labels"], train, seed=seed), 1):
                 if not best or found["validation"]["accuracy"] > best["validation"]["accuracy"]:
                     best = found | {"epoch": epoch, "rate": rate}
-                    save_student(model, student_tokenizer(self.recipe, self.teacher_dir), folder)
+                    save_student(model, self.recipe, teacher_dir=self.teacher_dir, folder=folder)
             _write(folder.with_suffix(".json"), best)
         return json.loads(folder.with_suffix(".json").read_text())
 

@@ -1,15 +1,13 @@
-"""The student: an existing model or fresh weights, its tokenizer, LoRA, and the plain model folder it ends up in.
+"""The student: an existing model or fresh weights, with its adapter, and its tokenizer.
 
 Weights are always float32 here; what a pass computes in is the training loop's choice.
 """
 
 import difflib
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -20,13 +18,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ....storage.errors import StillroomError, UsageError
-from ...recipe.sections import Lora, Recipe
+from ....storage.errors import UsageError
+from ...recipe.sections import Recipe
 from ...recipe.tasks import module_of
 from ..classes import refuse_other_classes
 from ..identity import find_model
 from ..loading import ModelKind
 from ..same_tokenizer import refuse_other_tokenizer
+from .lora import with_lora
 
 
 def initial_student(recipe: Recipe, teacher_dir: Path) -> nn.Module:
@@ -42,7 +41,7 @@ def initial_student(recipe: Recipe, teacher_dir: Path) -> nn.Module:
     Raises:
         UsageError: the model, the config or the adapter cannot be made.
     """
-    folder, kind = _folder(recipe), kind_of(recipe, teacher_dir)
+    folder, kind = student_folder(recipe), kind_of(recipe, teacher_dir)
     refuse_other_classes(recipe, folder, kind.classes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.run.seed)
@@ -54,11 +53,8 @@ def initial_student(recipe: Recipe, teacher_dir: Path) -> nn.Module:
             student = _fresh(teacher_dir, recipe.student.config, kind)
         if recipe.student.lora is None:
             return student
-        adapted = _with_lora(student, recipe.student.lora, kind.adapter)
-        # As the recipe names it, not where it was found here.
-        adapted.peft_config["default"].base_model_name_or_path = recipe.student.model
-        student = adapted
-        return student
+        adapted: nn.Module = with_lora(student, recipe.student.lora, kind.adapter)
+        return adapted
 
 
 def load_student(recipe: Recipe, teacher_dir: Path, folder: Path) -> PreTrainedModel:
@@ -84,7 +80,7 @@ def student_tokenizer(recipe: Recipe, teacher_dir: Path) -> PreTrainedTokenizerB
     writes them.
     """
     teacher = AutoTokenizer.from_pretrained(teacher_dir)
-    folder = _folder(recipe)
+    folder = student_folder(recipe)
     if folder is None:
         return teacher
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -98,53 +94,13 @@ def check_vocabulary(recipe: Recipe, teacher_dir: Path) -> None:
     Raises:
         UsageError: with both names and the first difference.
     """
-    folder = _folder(recipe)
+    folder = student_folder(recipe)
     if folder is not None:
         refuse_other_tokenizer(recipe, folder, teacher_dir)
 
 
-def save_student(
-    model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, adapter: Path | None = None
-) -> None:
-    """Write a plain model folder that transformers and vLLM load; LoRA is merged into the weights for good.
-
-    Args:
-        model: The student as it was trained.
-        tokenizer: Saved beside it.
-        folder: Appears under its name when it is complete.
-        adapter: Where the adapter of a LoRA student is kept by itself, as PEFT loads it onto the
-            initial model.
-    """
-    if adapter is not None:
-        _put_folder(model, tokenizer, adapter)
-    _put_folder(merged(model), tokenizer, folder)
-
-
-def _put_folder(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    part = folder.with_name(folder.name + ".part")
-    for old in (part, folder):
-        if old.exists():
-            shutil.rmtree(old)
-    try:
-        model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        part.rename(folder)
-    except (OSError, SafetensorError) as error:
-        raise StillroomError(
-            f"{folder}: cannot write the student ({error}). Free space or fix permissions there, "
-            "and run the same command again; its checkpoint is kept."
-        ) from error
-
-
-def merged(model: Any) -> PreTrainedModel:
-    """The plain model: LoRA is added to the weights for good."""
-    plain: PreTrainedModel = (
-        model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
-    )
-    return plain
-
-
-def _folder(recipe: Recipe) -> Path | None:
+def student_folder(recipe: Recipe) -> Path | None:
+    """The folder of the model that the student begins as; None: it begins with fresh weights."""
     student = recipe.student
     if student.model is None:
         return None
@@ -185,33 +141,3 @@ def _changed(config: PreTrainedConfig, overrides: dict[str, Any]) -> PreTrainedC
         # One entry per layer of the teacher; left out, the architecture's own pattern fills it in.
         known.pop("layer_types", None)
     return type(config).from_dict(known | overrides)
-
-
-def _with_lora(model: PreTrainedModel, lora: Lora, task: str) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=lora.rank,
-        # PEFT divides by r: any number will do
-        lora_alpha=lora.scale * lora.rank,  # type: ignore[arg-type]
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        task_type=task,  # a new head over classes trains whole
-    )
-    try:
-        adapted = get_peft_model(model, config)
-    except ValueError as error:
-        raise UsageError(
-            f"student.lora.target_modules: {lora.target_modules} does not fit the model ({error})."
-        ) from error
-    output = model.get_output_embeddings()
-    if (
-        hasattr(output, "lora_A")
-        and output.get_base_layer().weight is model.get_input_embeddings().weight
-    ):
-        raise UsageError(
-            f"student.lora.target_modules: {lora.target_modules} names the output layer, whose "
-            "weight is the input embedding too; merged into it, the update would change both. "
-            "Leave the output layer out."
-        )
-    return adapted

@@ -135,11 +135,8 @@ def test_transformers_and_vllm_generate_with_the_saved_student_alike(assets, tmp
     from stillroom.stages.engines.base import Request
     from stillroom.stages.engines.vllm import VllmEngine
     from stillroom.stages.models.identity import FileHashes, identify
-    from stillroom.stages.models.students.student import (
-        initial_student,
-        save_student,
-        student_tokenizer,
-    )
+    from stillroom.stages.models.students.saving import save_student
+    from stillroom.stages.models.students.student import initial_student, student_tokenizer
     from stillroom.stages.recipe.sections import Generate
     from stillroom.stages.workers.clock import Clock
 
@@ -156,7 +153,7 @@ def test_transformers_and_vllm_generate_with_the_saved_student_alike(assets, tmp
             if parameter.requires_grad:
                 parameter.add_(0.3 * torch.randn_like(parameter))
     tokenizer = student_tokenizer(recipe, folder)
-    save_student(model, tokenizer, tmp_path / "student")
+    save_student(model, recipe, teacher_dir=folder, folder=tmp_path / "student")
     (tmp_path / "student" / "README.md").write_text("a card")
 
     texts = {}

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
 from stillroom.stages.models.causal_lm import KIND
 from stillroom.stages.models.head import check_head, hidden_states, split_head
+from stillroom.stages.models.students.saving import save_student
 from stillroom.stages.models.students.student import (
     check_vocabulary,
     initial_student,
-    save_student,
     student_tokenizer,
 )
 from stillroom.storage.errors import StillroomError, UsageError
@@ -122,7 +122,7 @@ def test_save_and_load_keep_the_function(tiny_llama, tmp_path, tied, lora):
                 parameter.add_(0.1 * torch.randn_like(parameter))
     expected = logits(model, IDS)
     before = logits(KIND.student(folder), IDS)
-    save_student(model, student_tokenizer(recipe, folder), tmp_path / "out")
+    save_student(model, recipe, teacher_dir=folder, folder=tmp_path / "out")
     found = logits(KIND.student(tmp_path / "out"), IDS)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(found, before, atol=1e-3)
@@ -144,11 +144,16 @@ def test_an_adapter_kept_by_itself_is_the_student_on_its_initial_model(tiny_llam
                 parameter.add_(0.1 * torch.randn_like(parameter))
     expected = logits(model, IDS)
     save_student(
-        model, student_tokenizer(recipe, folder), tmp_path / "student", adapter=tmp_path / "adapter"
+        model,
+        recipe,
+        teacher_dir=folder,
+        folder=tmp_path / "student",
+        adapter=tmp_path / "adapter",
     )
-    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())[
-        "base_model_name_or_path"
-    ] == str(folder)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] is None
+    for path in (*(tmp_path / "adapter").iterdir(), *(tmp_path / "student").iterdir()):
+        assert str(tmp_path).encode() not in path.read_bytes(), path
     assert not list((tmp_path / "adapter").glob("model*.safetensors"))
     onto = PeftModel.from_pretrained(KIND.student(folder), tmp_path / "adapter").merge_and_unload()
     for found in (onto, KIND.student(tmp_path / "student")):
@@ -171,16 +176,23 @@ def test_lora_trains_the_adapter_only_and_starts_as_the_model(tiny_llama):
 def test_the_output_layer_may_have_a_lora_unless_it_is_the_embedding(tiny_llama, tmp_path):
     lora = {"rank": 2, "target_modules": ["q_proj", "lm_head"]}
     folder = tiny_llama("untied", tie_word_embeddings=False)
-    model = initial_student(recipe_for(folder, {"model": str(folder), "lora": lora}), folder)
+    recipe = recipe_for(folder, {"model": str(folder), "lora": lora})
+    model = initial_student(recipe, folder)
     assert not split_head(model).weight.requires_grad
     with torch.no_grad():
         split_head(model).low_rank.up.normal_()
     before = logits(model.eval(), IDS)
-    save_student(model, AutoTokenizer.from_pretrained(folder), tmp_path / "student")
+    save_student(model, recipe, teacher_dir=folder, folder=tmp_path / "student")
     torch.testing.assert_close(logits(KIND.student(tmp_path / "student"), IDS), before)
+
+
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_a_lora_on_a_weight_that_two_layers_share_is_refused(tiny_llama, module):
+    """Merged, it would change both; trained, it changed one."""
     folder = tiny_llama("tied", tie_word_embeddings=True)
+    lora = {"rank": 2, "target_modules": ["q_proj", module]}
     with pytest.raises(
-        UsageError, match=r"names the output layer, whose weight is the input embedding too"
+        UsageError, match=r"names model\.embed_tokens\.weight, which is lm_head\.weight too"
     ):
         initial_student(recipe_for(folder, {"model": str(folder), "lora": lora}), folder)
 
@@ -193,9 +205,10 @@ def test_lora_modules_that_are_not_there_are_refused(tiny_llama):
 
 
 def test_a_full_disk_is_said_and_leaves_no_student(tiny_llama, tmp_path, monkeypatch):
-    model = KIND.student(tiny_llama())
+    folder = tiny_llama()
+    model = KIND.student(folder)
 
-    def full(folder):
+    def full(folder, **settings):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(model, "save_pretrained", full)
@@ -203,7 +216,12 @@ def test_a_full_disk_is_said_and_leaves_no_student(tiny_llama, tmp_path, monkeyp
         StillroomError,
         match=r"out: cannot write the student .*No space left.*its checkpoint is kept",
     ):
-        save_student(model, tiny_tokenizer(), tmp_path / "out")
+        save_student(
+            model,
+            recipe_for(folder, {"model": str(folder)}),
+            teacher_dir=folder,
+            folder=tmp_path / "out",
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -240,5 +258,5 @@ def test_a_real_model_is_its_own_student(assets, tmp_path):
     model = initial_student(recipe, folder)
     check_head(model)
     expected = logits(model, IDS)
-    save_student(model, student_tokenizer(recipe, folder), tmp_path / "out")
+    save_student(model, recipe, teacher_dir=folder, folder=tmp_path / "out")
     assert torch.equal(logits(KIND.student(tmp_path / "out"), IDS), expected)

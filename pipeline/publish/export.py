@@ -39,7 +39,7 @@ from ...storage.published.manifest import (
 )
 from ...storage.snapshots.snapshot import load_snapshot
 from ...storage.store.bindings import all_bindings
-from ...storage.store.store import MARKER, Store
+from ...storage.store.store import MARKER, TEACHER_FILES, Store
 from .dataset_card import Published, dataset_card
 from .provenance import (
     PROVENANCE,
@@ -236,6 +236,7 @@ class _Export:
             names += [
                 f"teachers/{model_id}/{name}"
                 for name in self._store.files.names(f"teachers/{model_id}")
+                if name != TEACHER_FILES  # the manifest has the hashes of what is exported
             ]
         read = self._store.files.read
         return found | {name: without_paths(read(name), name.rpartition("/")[2]) for name in names}

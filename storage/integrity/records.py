@@ -11,7 +11,7 @@ from ..files.base import Files
 from ..keys import content_id, unseal
 from ..snapshots.snapshot import SnapshotShard, load_snapshot
 from ..store.inputs import INPUTS_SCHEMA, inputs_name, read_inputs
-from ..store.store import MARKER, Store
+from ..store.store import MARKER, TEACHER_FILES, Store
 from ..tables.shard import ShardFile, ShardInfo
 from .shards import Problem, shard_problems
 
@@ -25,6 +25,8 @@ class Seen:
     sound: dict[str, ShardInfo] = field(default_factory=dict)
     """Shards without a problem, by name."""
     damaged: set[str] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
+    """What cannot be checked."""
 
 
 def kept_problems(store: Store, seen: Seen) -> Iterator[Problem]:
@@ -51,33 +53,67 @@ def _inputs_problems(files: Files, seen: Seen) -> Iterator[Problem]:
 
 
 def _teacher_problems(files: Files, seen: Seen) -> Iterator[Problem]:
-    """`identity.json` is what a teacher's id is the hash of, and holds the hashes of its tokenizer's files."""
+    """`identity.json` is what a teacher's id is the hash of; `files.json` has the hash of every file."""
     folders: dict[str, set[str]] = {}  # names of the files in each
     for name, _, _ in files.walk("teachers"):
         path = PurePosixPath(name)
         if not path.name.startswith("."):
             folders.setdefault(str(path.parent), set()).add(path.name)
     for folder, names in folders.items():
-        identity = f"{folder}/identity.json"
-        if "identity.json" not in names:
-            continue
+        if not names & {"identity.json", TEACHER_FILES}:
+            continue  # its writer was stopped: it does not count yet
         seen.named.update(f"{folder}/{name}" for name in names)
-        try:
-            parts = json.loads(files.read(identity))
-            right = content_id("model", **parts) == PurePosixPath(folder).name
-        except (ValueError, TypeError):
-            right = False
-        if not right:
-            yield Problem(
-                identity,
-                None,
-                None,
-                "the identity is not the one its folder is named by",
-                (identity,),
-            )
-            continue
-        for name, message in _file_problems(files, folder, names, parts):
-            yield Problem(f"{folder}/{name}", None, None, message, (identity, f"{folder}/{name}"))
+        mend = tuple(f"{folder}/{n}" for n in ("identity.json", TEACHER_FILES) if n in names)
+        found: dict[str, str] = {}  # what is wrong with each; the first of several
+        for name, message in _folder_problems(files, folder, names, seen.notes):
+            found.setdefault(name, message)
+        for name, message in found.items():
+            there = () if name not in names else (f"{folder}/{name}",)
+            yield Problem(f"{folder}/{name}", None, None, message, tuple({*mend, *there}))
+
+
+def _folder_problems(
+    files: Files, folder: str, names: set[str], notes: list[str]
+) -> Iterator[tuple[str, str]]:
+    """(file, what is wrong) of one teacher's folder."""
+    parts = _parts(files, folder)
+    if parts is None:
+        yield "identity.json", "the identity is missing, or not the one its folder is named by"
+        return
+    if TEACHER_FILES in names:
+        if recorded := [*_recorded_problems(files, folder, names)]:
+            yield from recorded
+            return
+    else:
+        notes.append(
+            f"{folder}: stored before the hashes of its files were; what identity.json does not "
+            "say is not checked"
+        )
+    yield from _file_problems(files, folder, names, parts)
+
+
+def _parts(files: Files, folder: str) -> dict[str, Any] | None:
+    """What the identity is made of; None: it is not that teacher's."""
+    try:
+        parts: dict[str, Any] = json.loads(files.read(f"{folder}/identity.json"))
+        right = content_id("model", **parts) == PurePosixPath(folder).name
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+    return parts if right else None
+
+
+def _recorded_problems(files: Files, folder: str, names: set[str]) -> Iterator[tuple[str, str]]:
+    record = f"{folder}/{TEACHER_FILES}"
+    try:
+        hashes = unseal(files.read(record), record)["files"]
+    except (IntegrityError, KeyError) as error:
+        yield TEACHER_FILES, str(error)
+        return
+    for name, sha256 in hashes.items():
+        if name not in names:
+            yield name, "the file is missing"
+        elif files.sha256(f"{folder}/{name}") != sha256:
+            yield name, f"the file's sha256 is not the one in {TEACHER_FILES}"
 
 
 def _file_problems(
@@ -99,9 +135,20 @@ def _file_problems(
     for name, content in expected.items():
         if content and not _holds(files, folder, name, content):
             yield name, "the file does not say what identity.json says of it"
-    template = "chat_template.jinja"
-    if template in names and _text(files, f"{folder}/{template}") != parts.get("chat_template"):
-        yield template, "the template is not the one in identity.json"
+    name, template = _template(files, folder, names)
+    if template != parts.get("chat_template"):
+        yield name, "the template is not the one in identity.json"
+
+
+def _template(files: Files, folder: str, names: set[str]) -> tuple[str, Any]:
+    """(the file that has it, a teacher's chat template), as an identity reads it."""
+    if "chat_template.jinja" in names:
+        return "chat_template.jinja", _text(files, f"{folder}/chat_template.jinja")
+    name = "tokenizer_config.json"
+    try:
+        return name, json.loads(files.read(f"{folder}/{name}")).get("chat_template")
+    except (FileNotFoundError, ValueError, AttributeError):
+        return name, None
 
 
 def _holds(files: Files, folder: str, name: str, content: dict[str, Any]) -> bool:

@@ -35,8 +35,8 @@ class Report:
     tables: dict[TableName, TableReport] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """Files that no record names, and withdrawn records that cannot be read: harmless, they hold no
-    rows."""
+    """Files that no record names, withdrawn records that cannot be read, and what cannot be checked:
+    no rows are lost."""
 
     @property
     def ok(self) -> bool:
@@ -50,6 +50,7 @@ def verify(store: Store) -> Report:
     for table in TABLES:
         report.tables[table] = _verify_table(store.files, table, report, seen)
     report.problems.extend(kept_problems(store, seen))
+    report.notes.extend(seen.notes)
     report.notes.extend(_left_over(store.files, seen.named))
     return report
 

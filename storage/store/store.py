@@ -3,6 +3,7 @@
 Open it, add rows through a writer, read rows by what the commits say.
 """
 
+import hashlib
 import json
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ import pyarrow as pa
 from ..errors import IntegrityError, UsageError
 from ..files.base import Files
 from ..files.opening import open_files
+from ..keys import seal
 from ..tables.schema import SCHEMAS, STORE_VERSION, TABLES, VERSIONS, TableName
 from ..tables.shard import ShardFile, ShardInfo, shard_name
 from .commits import Commit, CommitLog, retire
@@ -23,6 +25,8 @@ from .segments import Indexed, indexed
 from .writer import CommitLimits, ShardWriter
 
 MARKER = "STORE.json"
+TEACHER_FILES = "files.json"
+"""Beside what is kept of a teacher: the sha256 of each file."""
 _REQUIRED_ABOUT = {"soft_targets": ("teacher_id", "tokenizer_id", "vocab_size", "mantissa_bits")}
 
 
@@ -168,12 +172,20 @@ class Store:
         return None if inputs is None else inputs.about
 
     def put_teacher(self, teacher_id: str, files: Mapping[str, bytes]) -> None:
-        """Keep a teacher's small files (tokenizer, config, template); `identity.json` last, it makes them count."""
-        if self.files.exists(f"teachers/{teacher_id}/identity.json"):
+        """Keep a teacher's small files (tokenizer, config, template).
+
+        `identity.json` comes after them, it makes them count; then a record of their hashes.
+        """
+        folder = f"teachers/{teacher_id}"
+        if self.files.exists(f"{folder}/{TEACHER_FILES}"):
             return
         for name in sorted(set(files) - {"identity.json"}):
-            self.files.put_if_absent(f"teachers/{teacher_id}/{name}", files[name])
-        self.files.put_if_absent(f"teachers/{teacher_id}/identity.json", files["identity.json"])
+            self.files.put_if_absent(f"{folder}/{name}", files[name])
+        self.files.put_if_absent(f"{folder}/identity.json", files["identity.json"])
+        digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+        # One that was there before may say something else in what no identity holds.
+        ours = {n: d for n, d in digests.items() if self.files.sha256(f"{folder}/{n}") == d}
+        self.files.put_if_absent(f"{folder}/{TEACHER_FILES}", seal({"files": ours}))
 
     def teacher_parts(self, teacher_id: str) -> dict[str, Any]:
         """What a teacher's identity is made of; nothing if the store does not know it."""

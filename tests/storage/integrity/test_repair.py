@@ -110,11 +110,32 @@ def put_a_teacher(store):
         "tokenizer_config.json": b'{"a": 1}',
         "config.json": b'{"b": [2]}',
         "chat_template.jinja": b"{{x}}",
+        "generation_config.json": b'{"temperature": 0.6}',
     }
     parts["tokenizer"]["tokenizer.json"] = hashlib.sha256(files["tokenizer.json"]).hexdigest()
     teacher = content_id("model", **parts)
     store.put_teacher(teacher, files | {"identity.json": canonical_json(parts)})
     return teacher, files | {"identity.json": canonical_json(parts)}
+
+
+def test_every_file_kept_of_a_teacher_is_verified(filled):
+    """Also where no identity says what is in it: a generation config; and one that is gone."""
+    teacher, files = put_a_teacher(filled)
+    folder = filled.files.path(f"teachers/{teacher}")
+    for name in [*files, "files.json"]:
+        whole = (folder / name).read_bytes()
+        for damage in (whole[: len(whole) // 2], None):
+            (folder / name).unlink()
+            if damage is not None:
+                (folder / name).write_bytes(damage)
+            if name == "files.json" and damage is None:  # as of a store that has none
+                assert "stored before the hashes of its files" in verify(filled).notes[0]
+            else:
+                (problem,) = verify(filled).problems
+                assert problem.file == f"teachers/{teacher}/{name}"
+        (folder / name).write_bytes(whole)
+    assert verify(filled).ok
+    assert not verify(filled).notes
 
 
 def put_some_inputs(store, data_id="d"):
@@ -132,11 +153,13 @@ def put_some_inputs(store, data_id="d"):
 
 def test_other_records_are_removed_so_that_they_are_made_again(filled):
     teacher, files = put_a_teacher(filled)
-    for name in files:
+    for name in [*files, "files.json"]:
         assert verify(filled).ok
         flip_anywhere(filled.files.path(f"teachers/{teacher}/{name}"))
         removed = repair(filled).removed
-        assert set(removed) == {f"teachers/{teacher}/identity.json", f"teachers/{teacher}/{name}"}
+        expected = {"identity.json", "files.json", name}
+        assert set(removed) == {f"teachers/{teacher}/{file}" for file in expected}
+        assert verify(filled).ok
         filled.put_teacher(teacher, files)
 
     put_some_inputs(filled)

@@ -300,7 +300,9 @@ def test_teachers(store):
         "t1", {"identity.json": b"{}", "tokenizer.json": b"tok", "config.json": b"conf"}
     )
     folder = store.teacher_dir("t1")
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+    found = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert set(json.loads(found.pop("files.json"))["files"]) == set(found)
+    assert found == {
         "identity.json": b"{}",
         "tokenizer.json": b"tok",
         "config.json": b"conf",

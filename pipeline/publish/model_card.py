@@ -1,7 +1,7 @@
 """The model card of a student: what it was distilled from, how, and what came of it; by the Hub's own classes.
 
-It lies in the student's folder as README.md, from when the student is trained; its results come
-with the evaluation.
+It lies in the student's folder as README.md, from when the student is trained, and in that of its
+adapter where the recipe keeps one; its results come with the evaluation.
 """
 
 import json
@@ -15,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from ...stages.recipe.formats import FORMATS
-from ...stages.recipe.run_folder import EVALUATED, SETTINGS, STUDENT, TRAINED
+from ...stages.recipe.run_folder import ADAPTER, EVALUATED, SETTINGS, STUDENT, TRAINED
 from ...stages.recipe.sections import Recipe
 from ...stages.recipe.tasks import TASKS
 from ...stages.workers.shard_about import versions
@@ -32,7 +32,7 @@ _HUB_DATA = re.compile(r"hf://datasets/([^/]+/[^/@]+)")
 
 
 def write_student_cards(train_dirs: Iterable[Path]) -> None:
-    """Write README.md into the `student/` of each training run that has ended.
+    """Write README.md into the `student/` of each training run that has ended, and into its `adapter/` if it has one.
 
     Args:
         train_dirs: Each holds settings.json; train.json where it ended; evaluation.json where that
@@ -41,12 +41,19 @@ def write_student_cards(train_dirs: Iterable[Path]) -> None:
     for folder in train_dirs:
         found = {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
         if TRAINED in found:
-            card = student_card(found[SETTINGS], found[TRAINED], found.get(EVALUATED))
-            put(LocalFiles(folder / STUDENT), CARD, card.encode())
+            facts = found[SETTINGS], found[TRAINED], found.get(EVALUATED)
+            put(LocalFiles(folder / STUDENT), CARD, student_card(*facts).encode())
+            if (folder / ADAPTER).is_dir():
+                card = student_card(*facts, adapter=True)
+                put(LocalFiles(folder / ADAPTER), CARD, card.encode())
 
 
 def student_card(
-    settings: Mapping[str, Any], trained: Mapping[str, Any], evaluation: Mapping[str, Any] | None
+    settings: Mapping[str, Any],
+    trained: Mapping[str, Any],
+    evaluation: Mapping[str, Any] | None,
+    *,
+    adapter: bool = False,
 ) -> str:
     """The card, front matter and text.
 
@@ -54,6 +61,7 @@ def student_card(
         settings: `settings.json` of the training run: recipe, arm, teacher.
         trained: Its `train.json`.
         evaluation: Its `evaluation.json`; None: not evaluated yet, or another arm's.
+        adapter: Of the LoRA alone, which goes onto the initial model.
     """
     from huggingface_hub import ModelCard
 
@@ -68,24 +76,32 @@ def student_card(
     )
     learnt = "the teacher's distributions" if distilled else "the teacher's text"
     card = ModelCard.from_template(
-        _card_data(recipe, settings["arm"]),
+        _card_data(recipe, settings["arm"], library="peft" if adapter else "transformers"),
         template_str=package_files("stillroom.pipeline.templates")
         .joinpath("model_card.md.jinja")
         .read_text("utf-8"),
-        title=f"{_name(shown)}, distilled from {teacher.rpartition('/')[2]}",
-        summary=f"A student of `{teacher}`: {begin}, trained by Stillroom on {learnt}.",
+        title=f"{'Adapter: ' if adapter else ''}{_name(shown)}, distilled from {teacher.rpartition('/')[2]}",
+        summary=f"A student of `{teacher}`: {begin}, trained by Stillroom on {learnt}."
+        + (_ADAPTER.format(student["model"]) if adapter else ""),
         outcome=outcome(evaluation) if evaluation else "",
         results=_results(evaluation) if evaluation else "",
         measured=_measured(evaluation) if evaluation else "",
-        **_code(recipe),
+        **(_adapter_code(shown) if adapter else _code(recipe)),
         made=_made(settings, trained),
         recipe=yaml.safe_dump(
             _without_defaults(shown), sort_keys=False, default_flow_style=None, width=100
         ).rstrip(),
         versions=", ".join(f"{name} {number}" for name, number in versions().items()),
-        limits=_limits(recipe, student),
+        limits=[*_limits(recipe, student), *map(_sentence, trained.get("notes", ()))],
     )
     return f"{str(card).rstrip()}\n"
+
+
+_ADAPTER = " This folder holds its LoRA alone, for `{}`; the results are those of the two together."
+
+
+def _sentence(note: str) -> str:
+    return f"{note[:1].upper()}{note[1:]}."
 
 
 def _name(shown: Mapping[str, Any]) -> str:
@@ -93,7 +109,7 @@ def _name(shown: Mapping[str, Any]) -> str:
     return model.rpartition("/")[2] if model else "A small model"
 
 
-def _card_data(recipe: Mapping[str, Any], arm: str) -> Any:
+def _card_data(recipe: Mapping[str, Any], arm: str, *, library: str) -> Any:
     from huggingface_hub import ModelCardData
 
     base = recipe["student"]["model"]
@@ -104,7 +120,7 @@ def _card_data(recipe: Mapping[str, Any], arm: str) -> Any:
         if on_hub
         else None,  # LoRA too: its update is merged into the weights
         datasets=_datasets(recipe) or None,
-        library_name="transformers",
+        library_name=library,
         pipeline_tag=TASKS[recipe["run"]["task"]].hub_name,
         tags=["knowledge-distillation", "stillroom", *(["baseline"] if arm == "baseline" else [])],
     )
@@ -160,12 +176,31 @@ def _code(recipe: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def _adapter_code(shown: Mapping[str, Any]) -> dict[str, str]:
+    """How to load the adapter onto its initial model, in PEFT and vLLM."""
+    base, task = shown["student"]["model"], TASKS[shown["run"]["task"]]
+    auto = f"AutoModelFor{'SequenceClassification' if task.labelled else 'CausalLM'}"
+    rank = max(
+        8, 1 << (shown["student"]["lora"]["rank"] - 1).bit_length()
+    )  # of those that vLLM has
+    return {
+        "code": f"from peft import PeftModel\nfrom transformers import {auto}\n\n"
+        f'model = {auto}.from_pretrained("{base}")\n'
+        'model = PeftModel.from_pretrained(model, "path/to/adapter")',
+        "vllm": "from vllm import LLM\nfrom vllm.lora.request import LoRARequest\n\n"
+        f'llm = LLM("{base}", enable_lora=True, max_lora_rank={rank})\n'
+        'adapter = LoRARequest("student", 1, "path/to/adapter")\n'
+        'print(llm.generate("Once upon a time", lora_request=adapter)[0].outputs[0].text)',
+    }
+
+
 def _made(settings: Mapping[str, Any], trained: Mapping[str, Any]) -> str:
     scored = count(trained["scored_tokens"])
     parts = [
         f"{count(trained['steps'])} steps, {count(trained['tokens'])} tokens of which {scored} were scored, "
         f"{trained['epochs']:g} epochs of snapshot {inline(trained['snapshot'])}; "
-        f"{count(trained['parameters'])} parameters, {count(trained['trained_parameters'])} of them trained.",
+        f"{count(trained['parameters'])} parameters, {count(trained['trained_parameters'])} of them trained"
+        f"{_stored(trained)}.",
         f"The teacher's identity, a hash of its content: {inline(settings['teacher_id'])}.",
     ]
     if settings["arm"] == "baseline":
@@ -174,6 +209,11 @@ def _made(settings: Mapping[str, Any], trained: Mapping[str, Any]) -> str:
             "This is the baseline: cross-entropy alone, same start, order and tokens as the distilled one.",
         )
     return " ".join(parts)
+
+
+def _stored(trained: Mapping[str, Any]) -> str:
+    dtype = trained.get("saved_dtype")
+    return f"; trained in float32, stored in {dtype} and judged as stored" if dtype else ""
 
 
 def _without_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,6 +44,7 @@ def what_was_run(report: Mapping[str, Any]) -> Section | None:
         *([["divergence", _equation(loss)]] if score else []),
         ["trained on", _trained_on(train)],
         *(["note", inline(note)] for note in report["facts"].get("notes", ())),
+        *(["note", inline(note)] for note in train.get("notes", ())),
     ]
     return Section("What was run", [Table(["", ""], rows, text_columns=2)])
 

@@ -58,6 +58,24 @@ class Record:
             ) from error
 
 
+def left_out(config: Any) -> list[str]:
+    """What a student's config asks of its training, and this training does not do."""
+    of_experts = getattr(config, "ffn_config", None)  # DBRX keeps it there
+    weights = [
+        getattr(config, "router_aux_loss_coef", None),
+        getattr(config, "aux_loss_coef", None),
+        getattr(of_experts, "moe_loss_weight", None),
+    ]
+    if not getattr(config, "output_router_logits", False) or not any(weights):
+        return []
+    # It is a product of means over all tokens of a pass, so it would depend on which samples share
+    # one, and on how many passes a step takes; the loss here is a sum over tokens.
+    return [
+        "the balancing loss of experts that the student's config asks for (output_router_logits) is "
+        "left out: it would depend on which samples share a pass"
+    ]
+
+
 class Run:
     """One arm's training, from where it stands to the end."""
 
@@ -108,6 +126,9 @@ class Run:
         device, dtype = device_and_dtype(recipe.student)
         model: Any = initial_student(recipe, self._teacher_dir).to(device)
         self._check_lengths(model)
+        self._left_out = left_out(model.config.get_text_config())
+        for note in self._left_out:
+            self._job.progress.say(note)
         passes = training_passes(
             model,
             self._job,
@@ -331,7 +352,8 @@ class Run:
             # An adapter is merged into the weights: it adds none.
             "parameters": parameters - (trained if lora else 0),
             "trained_parameters": trained,
-            "saved": saved.facts(),
+            "saved_dtype": saved.dtype,
+            "notes": [*self._left_out, *saved.notes],
             "history": record.history,
             "validation": record.validation,
         }

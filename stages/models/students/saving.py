@@ -9,7 +9,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,6 @@ class Saved:
     """Of the weights in the folder; training kept them in float32."""
     notes: list[str]
     """What is otherwise there than the base had it, for log and card."""
-
-    def facts(self) -> dict[str, Any]:
-        """For `train.json`."""
-        return asdict(self)
 
 
 def save_student(
@@ -137,7 +133,7 @@ def _mend_config(path: Path, dtype: str) -> list[str]:
     except NotInOlderWords as error:
         why = str(error)
     _write(path, written)
-    return [f"config.json is for transformers 5 alone: 4.57 would compute something else ({why})"]
+    return [f"read it with transformers 5: 4.57 would compute something else ({why})"]
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -122,6 +122,27 @@ def test_cards_lie_in_the_folders_of_students_that_are_done(tmp_path):
     assert "## Results" in card.read_text()
 
 
+def test_an_adapter_has_a_card_of_its_own_without_the_machines_folders(tmp_path):
+    run = tmp_path / "train-1"
+    for name in ("student", "adapter"):
+        (run / name).mkdir(parents=True)
+    known = settings(student={"model": "/home/somebody/small-1b", "lora": {"rank": 12}})
+    (run / "settings.json").write_text(json.dumps(known))
+    note = "the balancing loss is left out"
+    (run / "train.json").write_text(
+        json.dumps(TRAINED | {"saved_dtype": "bfloat16", "notes": [note]})
+    )
+    write_student_cards([run])
+    card, student = ((run / name / "README.md").read_text() for name in ("adapter", "student"))
+    assert front(card)["library_name"] == "peft"
+    assert "This folder holds its LoRA alone, for `small-1b`" in card
+    assert "max_lora_rank=16" in card
+    for text in (card, student):
+        assert "/home/somebody" not in text
+        assert "- The balancing loss is left out." in text
+        assert "trained in float32, stored in bfloat16 and judged as stored." in text
+
+
 @pytest.mark.assets
 @pytest.mark.vllm
 @pytest.mark.slow

@@ -12,13 +12,13 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_llama import save_tiny_llama
 from tiny_store import StopAfter, make_job, make_recipe, make_store, random_texts, snapshot_of
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, DbrxConfig, JetMoeConfig, LlamaConfig, MixtralConfig
 
 from stillroom.stages.loader.samples import Cursor, Samples, steps
 from stillroom.stages.models.causal_lm import KIND
 from stillroom.stages.models.students.student import initial_student
 from stillroom.stages.train import stage as train
-from stillroom.stages.train.run import HISTORY_POINTS, Record
+from stillroom.stages.train.run import HISTORY_POINTS, Record, left_out
 from stillroom.storage.errors import StillroomError, Stopped, UsageError
 
 TEXTS = random_texts(60)
@@ -110,7 +110,7 @@ def test_a_run_trains_and_reports(world):
         point["tokens"] for point in report["history"]
     ]
     clock = job.clock.seconds()
-    assert clock["model"] > clock["tokenizer"] > 0
+    assert clock["model"] > clock["tokenizer"] == 0  # stored rows are tokens already
     assert min(clock["start"], clock["disk"]) > 0
     assert AutoTokenizer.from_pretrained(world.folder / "run" / "student")("the cat")[
         "input_ids"
@@ -595,3 +595,11 @@ def test_a_student_that_attends_otherwise_gets_rows_with_padding(world, monkeypa
 def test_a_checkpoint_of_another_version_is_refused_with_what_to_do() -> None:
     with pytest.raises(UsageError, match=r"another version of Stillroom.*Remove `checkpoints/`"):
         Record.of({"cursor": {}, "seconds": 1.0})
+
+
+@pytest.mark.parametrize("config", [MixtralConfig, JetMoeConfig, DbrxConfig])
+def test_a_balancing_loss_that_a_config_asks_for_is_said_to_be_left_out(config):
+    (note,) = left_out(config(output_router_logits=True))
+    assert "balancing loss of experts" in note
+    assert not left_out(config())
+    assert not left_out(LlamaConfig())

@@ -21,6 +21,7 @@ from ...stages.models.chat.arguments import doubtful_arguments, template_names
 from ...stages.models.classes import refuse_other_classes, refuse_other_head
 from ...stages.models.identity import FileHashes
 from ...stages.models.same_tokenizer import refuse_other_tokenizer
+from ...stages.models.students.stored_tensors import refuse_tied_lora
 from ...stages.recipe.sections import Recipe
 from ...stages.recipe.stages import stage_named
 from ...storage.errors import UsageError
@@ -110,6 +111,7 @@ def _refuse_early(recipe: Recipe, bound: Bound) -> None:
         )
     if student is not None and student.is_dir():
         refuse_other_tokenizer(recipe, student, bound.teacher.folder)
+        refuse_tied_lora(recipe, student)
 
 
 def _notes(recipe: Recipe, bound: Bound) -> tuple[str, ...]:

@@ -55,9 +55,11 @@ def train_settings(recipe: Recipe, snapshot: str, arm: Arm) -> dict[str, Any]:
         "checkpoint_every_steps",
     }
     train = recipe.train.model_dump(mode="json", exclude=no_matter)
+    # A field that is younger than the hash: at its default it says nothing.
+    unsaid = {"save_dtype"} if recipe.student.save_dtype == "auto" else set()
     return {
         "snapshot": snapshot,
-        "student": recipe.student.model_dump(mode="json", exclude=recipe.student.unhashed()),
+        "student": recipe.student.model_dump(mode="json", exclude=unsaid),
         "loss": loss,
         "train": train,
         "run": {"seed": recipe.run.seed},

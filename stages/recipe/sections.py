@@ -88,8 +88,7 @@ class Student(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What the forward and backward passes compute in; weights and optimizer state stay float32."""
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """What the weights in `student/` are stored in; auto: as the base was stored, fresh weights in
-    float32."""
+    """What `student/` is stored in; auto: as the base was stored, fresh weights in float32."""
     config: Options | None = None
     """Fresh weights: the teacher's config with these overrides, and the teacher's tokenizer."""
     lora: Lora | None = None
@@ -108,10 +107,6 @@ class Student(Section):
                 "nothing"
             )
         return self
-
-    def unhashed(self) -> set[str]:
-        """Settings that a student's hash leaves out, so that it is what it was before there were any."""
-        return {"save_dtype"} if self.save_dtype == "auto" else set()
 
 
 # What the stages say to a chat template, and what `apply_chat_template` hands to the tokenizer.

@@ -7,7 +7,6 @@ config are the base's own files. What reads the folder later (evaluate, too) rea
 import json
 import re
 import shutil
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +19,14 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from ....storage.errors import StillroomError
 from ...recipe.sections import Recipe
-from ..identity import tensor_files
 from .config_file import NotInOlderWords, with_older_words
 from .lora import merged_as_trained
+from .stored_tensors import stored_dtype
 from .student import student_folder, student_tokenizer
 from .tokenizer_files import copy_tokenizer
 
 _CONFIG = "config.json"
 _GENERATION = "generation_config.json"
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,25 +177,7 @@ def _dtype(recipe: Recipe, base: Path | None) -> str:
     asked = recipe.student.save_dtype
     if asked != "auto":
         return asked
-    return "float32" if base is None else _stored_dtype(base)
-
-
-def _stored_dtype(folder: Path) -> str:
-    """What most of a model's weights are stored in, as its files say."""
-    stored: Counter[str] = Counter()
-    for path in tensor_files(folder):
-        if path.suffix != ".safetensors":
-            config = json.loads((folder / _CONFIG).read_text("utf-8"))
-            said = str(config.get("dtype") or config.get("torch_dtype"))
-            return said if said in _DTYPES.values() else "float32"
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        header.pop("__metadata__", None)
-        for tensor in header.values():
-            begin, end = tensor["data_offsets"]
-            stored[tensor["dtype"]] += end - begin
-    most = max(stored, key=lambda name: stored[name], default="F32")
-    return _DTYPES.get(most, "float32")
+    return "float32" if base is None else stored_dtype(base)
 
 
 def _stored(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:

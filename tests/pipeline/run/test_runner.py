@@ -422,6 +422,11 @@ def test_what_small_files_show_is_refused_before_the_teacher_works(
     (student / "tokenizer.json").write_text(json.dumps(tokenizer))
     recipe = write_recipe(tmp_path, teacher, source, student={"model": str(student)})
     assert "student.model: the tokenizer of" in stillroom("plan", recipe, expect=2).stderr
+    lora = {"target_modules": ["q_proj", "embed_tokens"]}
+    tied = {"model": str(tiny_llama("tied", tie_word_embeddings=True)), "lora": lora}
+    recipe = write_recipe(tmp_path, teacher, source, student=tied)
+    refused = stillroom("plan", recipe, expect=2).stderr
+    assert "embed_tokens shares its weight with another layer" in " ".join(refused.split())
     data = {
         "source": str(source),
         "format": "instruction",

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 from stillroom.stages.models.causal_lm import KIND
 from stillroom.stages.models.head import check_head, hidden_states, split_head
 from stillroom.stages.models.students.saving import save_student
+from stillroom.stages.models.students.stored_tensors import refuse_tied_lora
 from stillroom.stages.models.students.student import (
     check_vocabulary,
     initial_student,
@@ -189,12 +190,19 @@ def test_the_output_layer_may_have_a_lora_unless_it_is_the_embedding(tiny_llama,
 @pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
 def test_a_lora_on_a_weight_that_two_layers_share_is_refused(tiny_llama, module):
     """Merged, it would change both; trained, it changed one."""
-    folder = tiny_llama("tied", tie_word_embeddings=True)
     lora = {"rank": 2, "target_modules": ["q_proj", module]}
+    folder = tiny_llama("tied", tie_word_embeddings=True)
+    recipe = recipe_for(folder, {"model": str(folder), "lora": lora})
     with pytest.raises(
         UsageError, match=r"names model\.embed_tokens\.weight, which is lm_head\.weight too"
     ):
-        initial_student(recipe_for(folder, {"model": str(folder), "lora": lora}), folder)
+        initial_student(recipe, folder)
+    with pytest.raises(UsageError, match=f"{module} shares its weight with another layer"):
+        refuse_tied_lora(recipe, folder)
+    folder = tiny_llama("untied", tie_word_embeddings=False)
+    recipe = recipe_for(folder, {"model": str(folder), "lora": lora})
+    refuse_tied_lora(recipe, folder)
+    initial_student(recipe, folder)
 
 
 def test_lora_modules_that_are_not_there_are_refused(tiny_llama):

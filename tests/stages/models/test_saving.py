@@ -19,9 +19,14 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MixtralConfig,
+    Olmo3Config,
+    Phi3Config,
+    PhiConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
+from stillroom.stages.models.causal_lm import KIND
 from stillroom.stages.models.students.config_file import NotInOlderWords, with_older_words
 from stillroom.stages.models.students.saving import save_student
 from stillroom.stages.models.students.student import initial_student
@@ -82,12 +87,19 @@ class TestNumbers:
     def test_weights_are_stored_as_the_base_had_them(self, tiny_llama, tmp_path):
         base = tiny_llama("base", tie_word_embeddings=True)
         AutoModelForCausalLM.from_pretrained(base).bfloat16().save_pretrained(base)
-        model, about = saved(base, tmp_path / "out")
+        recipe = make_recipe(Root(), base, student={"model": str(base)})
+        model = initial_student(recipe, base)
+        with torch.no_grad():
+            model.lm_head.weight.add_(0.01)
+        about = save_student(model, recipe, teacher_dir=base, folder=tmp_path / "out")
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         stored = load_file(tmp_path / "out" / "model.safetensors")
         assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
         assert "lm_head.weight" not in stored
         assert about.dtype == said(tmp_path / "out")["dtype"] == "bfloat16"
+        # What is judged is what is stored.
+        judged = KIND.student(tmp_path / "out").lm_head.weight
+        assert torch.equal(judged, model.lm_head.weight.bfloat16().float())
         _, about = saved(base, tmp_path / "full", save_dtype="float32")
         assert about.dtype == said(tmp_path / "full")["dtype"] == "float32"
         half, full = (
@@ -184,25 +196,37 @@ YARN = {
     "rope_theta": 1e6,
     "original_max_position_embeddings": 16,
 }
+PLAIN = {"rope_type": "default", "rope_theta": 1e6}
+HALF = {"partial_rotary_factor": 0.5}
+LAYERS = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
 TURNED = {
-    "llama": LlamaConfig(**SIZES, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+    "llama": LlamaConfig(**SIZES, rope_parameters=PLAIN),
     "qwen3": Qwen3Config(**SIZES, rope_parameters=YARN),
-    "gpt_neox": GPTNeoXConfig(
+    "gpt_neox": GPTNeoXConfig(**SIZES, rope_parameters=PLAIN | HALF),
+    "gemma3_text": Gemma3TextConfig(**SIZES | LAYERS, rope_parameters=GEMMA),
+    "mixtral": MixtralConfig(**SIZES, num_local_experts=2, rope_parameters=PLAIN),
+    "qwen3_moe": Qwen3MoeConfig(
         **SIZES,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=8,
+        rope_parameters=PLAIN,
+    ),
+    "olmo3": Olmo3Config(
+        **SIZES | LAYERS,
+        rope_parameters={"full_attention": YARN, "sliding_attention": PLAIN},
+    ),
+    "phi": PhiConfig(**SIZES, rope_parameters=PLAIN | HALF, partial_rotary_factor=0.5),
+    "phi3": Phi3Config(
+        **SIZES,
+        pad_token_id=None,
+        original_max_position_embeddings=4,
         rope_parameters={
-            "rope_type": "default",
+            "rope_type": "longrope",
             "rope_theta": 1e6,
-            "partial_rotary_factor": 0.5,
+            "short_factor": [1.0, 1.1, 1.2, 1.3],
+            "long_factor": [2.0, 2.0, 2.0, 3.0],
         },
-    ),
-    "gemma3_text": Gemma3TextConfig(
-        **SIZES,
-        sliding_window=4,
-        layer_types=["sliding_attention", "full_attention"],
-        rope_parameters=GEMMA,
-    ),
-    "mixtral": MixtralConfig(
-        **SIZES, num_local_experts=2, rope_parameters={"rope_type": "default", "rope_theta": 1e6}
     ),
 }
 
@@ -224,6 +248,7 @@ def turned(name, folder):
     [
         ("llama", {"rope_theta": 1e6, "rope_scaling": None}),
         ("gpt_neox", {"rotary_emb_base": 1e6, "rotary_pct": 0.5}),
+        ("qwen3_moe", {"rope_theta": 1e6, "num_experts": 4}),
         ("gemma3_text", {"rope_theta": 5e5, "rope_local_base_freq": 2e4}),
     ],
 )

@@ -20,7 +20,9 @@ from ...stages.ledger.targets import choose_generations, target_ledger
 from ...stages.models.chat.arguments import doubtful_arguments, template_names
 from ...stages.models.classes import refuse_other_classes, refuse_other_head
 from ...stages.models.identity import FileHashes
-from ...stages.models.same_tokenizer import refuse_other_tokenizer
+from ...stages.models.fit.fresh import refuse_fresh
+from ...stages.models.fit.misfits import refuse_misfit, refuse_quantised
+from ...stages.models.fit.same_tokenizer import refuse_other_tokenizer
 from ...stages.recipe.sections import Recipe
 from ...stages.recipe.stages import stage_named
 from ...storage.errors import UsageError
@@ -100,6 +102,7 @@ def _refuse_early(recipe: Recipe, bound: Bound) -> None:
         return
     refuse_other_head(recipe, bound.teacher.folder)
     student = Path(recipe.student.model) if recipe.student.model else None
+    _refuse_student(recipe, student, bound.teacher.folder)
     if student is None or student.is_dir():
         refuse_other_classes(recipe, student, bound.teacher.class_names)
     if recipe.data.records.conversation and not bound.author.parts["chat_template"]:
@@ -110,6 +113,16 @@ def _refuse_early(recipe: Recipe, bound: Bound) -> None:
         )
     if student is not None and student.is_dir():
         refuse_other_tokenizer(recipe, student, bound.teacher.folder)
+
+
+def _refuse_student(recipe: Recipe, folder: Path | None, teacher_dir: Path) -> None:
+    """A student that cannot be had: of another kind, quantised, or of fresh weights that do not hold together."""
+    if folder is None:
+        refuse_fresh(teacher_dir, recipe.student.config or {}, recipe.run.task)
+    elif folder.is_dir():
+        named = {"field": "student.model", "name": str(recipe.student.model)}
+        refuse_quantised(folder, **named)
+        refuse_misfit(folder, recipe.run.task, **named)
 
 
 def _notes(recipe: Recipe, bound: Bound) -> tuple[str, ...]:

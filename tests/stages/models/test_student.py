@@ -92,7 +92,7 @@ def test_an_unknown_field_is_refused_with_the_nearest(tiny_llama):
 )
 def test_a_config_that_does_not_hold_together_is_refused(tiny_llama, change):
     teacher = tiny_llama()
-    with pytest.raises(UsageError, match=r"student\.config: .* does not fit the teacher's config"):
+    with pytest.raises(UsageError, match=r"student\.config: .* does not hold together"):
         initial_student(recipe_for(teacher, {"config": change}), teacher)
 
 

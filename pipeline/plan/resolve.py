@@ -13,9 +13,9 @@ from ...stages.data.stage import inputs_id, stale_rows
 from ...stages.data.tokenizing import author_id, earlier_author_id
 from ...stages.ledger.requests import author_context
 from ...stages.models.chat.arguments import reads_the_clock
-from ...stages.models.identity import FileHashes, Identity, find_model, identify
 from ...stages.models.fit.misfits import refuse_misfit
 from ...stages.models.fit.same_tokenizer import compare_tokenizers
+from ...stages.models.identity import FileHashes, Identity, find_model, identify
 from ...stages.recipe.checks import stores_of
 from ...stages.recipe.sections import Recipe
 from ...storage.errors import UsageError

@@ -112,8 +112,17 @@ class Identity:
         return files | {"identity.json": canonical_json(self.parts)}
 
 
-def find_model(model: str, revision: str | None, *, field: str, download: bool) -> Path:
+def find_model(
+    model: str, revision: str | None, *, field: str, download: bool, weights: bool = True
+) -> Path:
     """The folder of a model named by folder or Hub id.
+
+    Args:
+        model: Folder or Hub id.
+        revision: Of the Hub.
+        field: The recipe's field, for messages.
+        download: Fetch from the Hub what is not here.
+        weights: Fetch them too, and not the small files alone.
 
     Raises:
         UsageError: no such folder, and not (yet) downloaded from the Hub either.
@@ -133,7 +142,8 @@ def find_model(model: str, revision: str | None, *, field: str, download: bool) 
         )
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+    patterns = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]
+    patterns += ["*.safetensors"] if weights else []
     try:
         return Path(
             snapshot_download(

@@ -1,4 +1,4 @@
-"""What a model's config says, asked of the class that transformers has for it: its defaults, its other names for a field.
+"""What a model's config says, asked of the class that transformers has for it.
 
 No torch: the plan asks too.
 """

@@ -59,7 +59,8 @@ def refuse_fresh(teacher_dir: Path, overrides: dict[str, Any], task: str) -> Non
     """
     with light_transformers():
         rows = fresh_config(teacher_dir, overrides, task=task).vocab_size
-    refuse_token_without_row(teacher_dir, int(rows or 0), where=f"{_FIELD}.vocab_size")
+    where, action = f"{_FIELD}.vocab_size", "Leave it out: then it is the teacher's."
+    refuse_token_without_row(teacher_dir, int(rows or 0), where=where, action=action)
 
 
 def _defaults(made: Any, teacher: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Models that a recipe cannot use, refused before anything is paid for: of another kind, with ids that have no row, quantised."""
+"""Models that a recipe cannot use: of another kind, quantised, or with ids that have no row."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from ....storage.errors import UsageError
 from ...recipe.tasks import TASKS
 from .config import ConfigFacts, config_facts, read_json
-from .token_ids import highest_id, text_less_ids
+from .token_ids import highest_id
 from .uses import CLASSIFIER
 
 WANTED = {
@@ -19,6 +19,10 @@ _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 _EMBEDDINGS = tuple(
     f"{name}.weight"
     for name in ("embed_tokens", "wte", "word_embeddings", "embed_in", "tokens_embed")
+)
+
+_RESIZE = (
+    "Resize the embeddings to the tokenizer, or take the tokenizer that belongs to these weights."
 )
 
 
@@ -88,14 +92,17 @@ def refuse_ids_without_row(folder: Path, rows: int, *, where: str) -> None:
     refuse_token_without_row(folder, rows, where=where)
 
 
-def refuse_token_without_row(folder: Path, rows: int, *, where: str) -> None:
-    """Refuse a tokenizer with ids beyond the table of token embeddings; as of `refuse_ids_without_row`."""
-    highest = highest_id(folder, where, without=text_less_ids(folder, where))
+def refuse_token_without_row(folder: Path, rows: int, *, where: str, action: str = _RESIZE) -> None:
+    """Refuse a tokenizer with ids beyond the table of token embeddings; `action`: what to do then.
+
+    Raises:
+        UsageError: it has.
+    """
+    highest = highest_id(folder, where, of_text=True)
     if highest is not None and 0 < rows <= highest:
         raise UsageError(
-            f"{where}: its tokenizer has ids up to {highest}, but its table of token embeddings has "
-            f"{rows} rows (vocab_size), for ids 0 to {rows - 1}. Resize the embeddings to the "
-            "tokenizer, or take the tokenizer that belongs to these weights."
+            f"{where}: the tokenizer has ids up to {highest}, but the table of token embeddings has "
+            f"{rows} rows (vocab_size), for ids 0 to {rows - 1}. {action}"
         )
 
 
@@ -120,7 +127,7 @@ def _refuse_other_rows(folder: Path, rows: int, *, where: str) -> None:
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="numpy") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  # no mapping
+                for name in tensors.keys():  # no mapping
                     found = (
                         tensors.get_slice(name).get_shape() if name.endswith(_EMBEDDINGS) else []
                     )

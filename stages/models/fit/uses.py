@@ -1,4 +1,4 @@
-"""What kind of model a config describes, by transformers' tables of classes: it continues texts, classifies them, or else.
+"""What kind of model a config describes, by transformers' tables: it continues texts, classifies them, or else.
 
 To be called inside `light_transformers`, as the tables are asked.
 """

@@ -28,10 +28,12 @@ def _prepare_cpu() -> None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, whole numbers only
 
 
-def _lora_rank(author: Identity) -> int:
-    """Room for the adapter's largest matrices: vLLM makes it for 16, and refuses a larger rank."""
-    config = author.parts["adapter"]["config"]
-    rank = max([config.get("r", 1), *(config.get("rank_pattern") or {}).values()])
+def lora_room(adapter: dict[str, Any]) -> int:
+    """The rank that vLLM must make room for, by an adapter's config: its largest, rounded up to one that vLLM has.
+
+    It makes room for 16 where it is told nothing, and then refuses a larger one.
+    """
+    rank = max([adapter["r"], *(adapter.get("rank_pattern") or {}).values()])
     return next((room for room in LORA_RANKS if room >= rank), rank)
 
 
@@ -57,7 +59,7 @@ class VllmEngine:
             "disable_log_stats": True,
         }
         if author.adapter is not None:
-            arguments["max_lora_rank"] = _lora_rank(author)
+            arguments["max_lora_rank"] = lora_room(author.parts["adapter"]["config"])
         if author.context_tokens < UNLIMITED:
             arguments["max_model_len"] = author.context_tokens
         if on_cpu:

@@ -88,7 +88,8 @@ class Student(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What the forward and backward passes compute in; weights and optimizer state stay float32."""
     config: Options | None = None
-    """Fresh weights: the teacher's config with these overrides, and the teacher's tokenizer."""
+    """Fresh weights: the teacher's config with these overrides, and the teacher's tokenizer. With
+    another `model_type`, the overrides are to the defaults of that one."""
     lora: Lora | None = None
     """Train an adapter in place of the weights."""
 

@@ -8,6 +8,9 @@ StillroomError            1   a failure that is not the user's mistake: disk ful
 A message says what is wrong, what was found, what was expected, and what to do.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class StillroomError(Exception):
     """A failure with a message meant for the user; shown without a traceback."""
@@ -49,3 +52,27 @@ class RowError(Exception):
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+@contextmanager
+def answered(what: str, action: str) -> Iterator[None]:
+    """Whatever a library raises in this block, as a UsageError of one line: what went wrong, its cause, what to do.
+
+    Libraries that load models have no common type for what is wrong with one. What is no fault of
+    the model goes on as it is: our own errors, a signal, memory that ran out.
+    """
+    try:
+        yield
+    except (StillroomError, MemoryError):
+        raise
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which nothing here imports
+            raise
+        raise UsageError(f"{what} ({in_short(error)}). {action}") from error
+
+
+def in_short(error: Exception) -> str:
+    """What an error of a library says, in one line."""
+    said = " ".join(str(error).split())
+    said = said if len(said) <= 300 else f"{said[:300]} ..."
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__

@@ -36,7 +36,10 @@ LEAVES = {"torch", "transformers", "peft"}
 # all torch.
 LIGHT_ROOMS = ("recipe", "ledger", "workers", "data")
 LIGHT_FILES = {
-    "models": ("identity", "classes", "same_tokenizer", "rendering", "token_text"),
+    "models": (
+        *("identity", "classes", "rendering", "token_text", "reads"),
+        *("config", "fresh", "light", "misfits", "same_tokenizer", "token_ids", "uses"),
+    ),
     "engines": ("base", "opening", "vllm"),
 }
 TOP_LEVEL = {

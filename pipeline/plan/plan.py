@@ -19,8 +19,10 @@ from ...stages.ledger.splits import choose_snapshots
 from ...stages.ledger.targets import choose_generations, target_ledger
 from ...stages.models.chat.arguments import doubtful_arguments, template_names
 from ...stages.models.classes import refuse_other_classes, refuse_other_head
-from ...stages.models.identity import FileHashes
-from ...stages.models.same_tokenizer import refuse_other_tokenizer
+from ...stages.models.fit.fresh import refuse_fresh
+from ...stages.models.fit.misfits import refuse_misfit, refuse_quantised
+from ...stages.models.fit.same_tokenizer import refuse_other_tokenizer
+from ...stages.models.identity import FileHashes, find_model
 from ...stages.models.students.stored_tensors import refuse_tied_lora
 from ...stages.recipe.sections import Recipe
 from ...stages.recipe.stages import stage_named
@@ -46,7 +48,7 @@ def make_plan(recipe: Recipe, *, write: bool = False) -> Plan:
     """
     store = _open(recipe, write=write)
     bound = bind(recipe, store, write=write)
-    _refuse_early(recipe, bound)
+    _refuse_early(recipe, bound, write=write)
     plan = Plan(bound=bound, write=write, notes=_notes(recipe, bound))
     _plan_tables(recipe, plan, store)
     return _with_students(recipe, plan)
@@ -95,23 +97,43 @@ def refuse_impossible(plan: Plan, line: StagePlan) -> None:
         )
 
 
-def _refuse_early(recipe: Recipe, bound: Bound) -> None:
+def _refuse_early(recipe: Recipe, bound: Bound, *, write: bool) -> None:
     """What would only fail after the teacher's work, and can be seen in small files before it."""
+    student = _student_folder(recipe, write=write)
+    if student is not None:
+        named = {"field": "student.model", "name": str(recipe.student.model)}
+        refuse_quantised(student, **named)
+        refuse_misfit(student, recipe.run.task, **named)
     if bound.teacher is None or bound.author is None:
         return
-    refuse_other_head(recipe, bound.teacher.folder)
-    student = Path(recipe.student.model) if recipe.student.model else None
-    if student is None or student.is_dir():
-        refuse_other_classes(recipe, student, bound.teacher.class_names)
+    teacher = bound.teacher
+    refuse_other_head(recipe, teacher.folder)
+    if recipe.student.config is not None:
+        refuse_fresh(teacher.folder, recipe.student.config, recipe.run.task)
+    if student is not None or recipe.student.config is not None:
+        refuse_other_classes(recipe, student, teacher.class_names)
     if recipe.data.records.conversation and not bound.author.parts["chat_template"]:
         raise UsageError(
             f"data.format: {recipe.data.format!r} needs a chat template, and "
             f"{bound.author.folder} has none. Save one in the model's folder "
             "(chat_template.jinja), or use format 'prompt' or 'completion'."
         )
-    if student is not None and student.is_dir():
-        refuse_other_tokenizer(recipe, student, bound.teacher.folder)
+    if student is not None:
+        refuse_other_tokenizer(recipe, student, teacher.folder)
         refuse_tied_lora(recipe, student)
+
+
+def _student_folder(recipe: Recipe, *, write: bool) -> Path | None:
+    """Where an existing student is; None if it is not here, for stage one needs none."""
+    name, revision = recipe.student.model, recipe.student.revision
+    if name is None:
+        return None
+    try:
+        return find_model(name, revision, field="student.model", download=write, weights=False)
+    except UsageError:
+        if Path(name).expanduser().is_dir():
+            raise
+        return None
 
 
 def _notes(recipe: Recipe, bound: Bound) -> tuple[str, ...]:

@@ -13,8 +13,9 @@ from ...stages.data.stage import inputs_id, stale_rows
 from ...stages.data.tokenizing import author_id, earlier_author_id
 from ...stages.ledger.requests import author_context
 from ...stages.models.chat.arguments import reads_the_clock
+from ...stages.models.fit.misfits import refuse_misfit
+from ...stages.models.fit.same_tokenizer import compare_tokenizers
 from ...stages.models.identity import FileHashes, Identity, find_model, identify
-from ...stages.models.same_tokenizer import compare_tokenizers
 from ...stages.recipe.checks import stores_of
 from ...stages.recipe.sections import Recipe
 from ...storage.errors import UsageError
@@ -135,6 +136,7 @@ def teacher_identity(recipe: Recipe, hashes: FileHashes, *, download: bool) -> I
     """The recipe's teacher, found and hashed."""
     section = recipe.teacher
     folder = find_model(section.model, section.revision, field="teacher.model", download=download)
+    refuse_misfit(folder, recipe.run.task, field="teacher.model", name=section.model)
     adapter = section.adapter and find_adapter(section.adapter)
     return identify(folder, dtype=section.dtype, hashes=hashes, adapter=adapter or None)
 
@@ -147,6 +149,7 @@ def author_identity(
     if model is None:
         return teacher
     folder = find_model(model, None, field="generate.model", download=download)
+    refuse_misfit(folder, recipe.run.task, field="generate.model", name=model)
     reason = compare_tokenizers(folder, teacher.folder)
     if reason is not None:
         raise UsageError(

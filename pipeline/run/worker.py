@@ -176,6 +176,10 @@ def _run(job: Job, name: str) -> StageResult:
     stage = stage_named(name)
     with job.clock.span("start"):
         entry = import_module(f"...stages.{stage.room}.stage", __package__)
+        if stage.loads:
+            import_module(
+                "torch"
+            )  # needed anyway: so configs are read by the transformers that stays
         models = [_model(job, stage)] if stage.loads else []
 
     def waiting(who: str) -> None:

@@ -10,14 +10,15 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from ...storage.errors import EngineDied, StillroomError, UsageError
+from ...storage.errors import EngineDied, StillroomError, answered
+from ..models.fit.config import UNLIMITED
 from ..models.identity import Identity
 from ..models.rendering import Renderer
 from ..recipe.sections import Generate
 from ..workers.clock import Clock
 from .base import Completion, Request, before_stop
 
-UNKNOWN_CONTEXT = 2**31 - 1  # what an identity says where the config names no limit
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes room for
 
 
 def _prepare_cpu() -> None:
@@ -25,6 +26,15 @@ def _prepare_cpu() -> None:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, whole numbers only
+
+
+def lora_room(adapter: dict[str, Any]) -> int:
+    """The rank that vLLM must make room for, by an adapter's config: its largest, rounded up to one that vLLM has.
+
+    It makes room for 16 where it is told nothing, and then refuses a larger one.
+    """
+    rank = max([adapter["r"], *(adapter.get("rank_pattern") or {}).values()])
+    return next((room for room in LORA_RANKS if room >= rank), rank)
 
 
 class VllmEngine:
@@ -48,16 +58,17 @@ class VllmEngine:
             "enable_lora": author.adapter is not None,
             "disable_log_stats": True,
         }
-        if author.context_tokens < UNKNOWN_CONTEXT:
+        if author.adapter is not None:
+            arguments["max_lora_rank"] = lora_room(author.parts["adapter"]["config"])
+        if author.context_tokens < UNLIMITED:
             arguments["max_model_len"] = author.context_tokens
         if on_cpu:
             # A prompt cut in two makes vLLM 0.32 rewind the seeded row's generator, which CPU
             # generators cannot do.
             arguments["enable_chunked_prefill"] = False
-        try:
+        what = f"generate.engine_args: vLLM refuses to start with {author.folder}"
+        with answered(what, "Change them, or use generate.engine=hf."):
             self._llm = LLM(**arguments | settings.engine_args)
-        except (TypeError, ValueError) as error:
-            raise UsageError(f"generate.engine_args: vLLM refuses to start: {error}") from error
         self._settings, self._clock = settings, clock
         self._adapter = author.adapter
         self._tokenizer = Renderer(author.folder, {}).tokenizer

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ...storage.errors import UsageError
+from ...storage.errors import UsageError, answered
 from .identity import Identity
 from .loading import ModelKind, placed
 
@@ -28,7 +28,12 @@ def load_causal_lm(identity: Identity, *, device_map: str | None = None) -> PreT
     Raises:
         UsageError: the folder does not hold a causal language model that transformers can load.
     """
-    model, _ = KIND.teacher(identity, device_map=device_map)
+    model, missing = KIND.teacher(identity, device_map=device_map)
+    if missing:
+        raise UsageError(
+            f"{identity.folder} lacks weights of a causal language model ({', '.join(missing[:3])}), "
+            "which transformers would draw at random. Name a model that was saved whole."
+        )
     if identity.adapter is not None:
         model = _with_adapter(model, identity)
     return placed(model, device_map)
@@ -37,9 +42,6 @@ def load_causal_lm(identity: Identity, *, device_map: str | None = None) -> PreT
 def _with_adapter(model: Any, identity: Identity) -> Any:
     from peft import PeftModel
 
-    try:
+    what = f"teacher.adapter: {identity.adapter} does not fit {identity.folder}"
+    with answered(what, "Name an adapter of this model, or the model of this adapter."):
         return PeftModel.from_pretrained(model, str(identity.adapter)).merge_and_unload()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UsageError(
-            f"teacher.adapter: {identity.adapter} does not fit {identity.folder} ({error})."
-        ) from error

@@ -102,19 +102,13 @@ def refuse_without_head(folder: Path, model: str) -> None:
 
 
 def refuse_other_head(recipe: Recipe, folder: Path) -> None:
-    """Refuse a teacher whose head is not the one that the recipe's task distils.
+    """Refuse a teacher without the trained classes that the recipe's task asks for.
 
     Raises:
-        UsageError: classes where text is to be continued, or no trained classes where they are
-            asked for.
+        UsageError: it has none, or some that are not softmax over two or more.
     """
     if TASKS[recipe.run.task].labelled:
         refuse_without_head(folder, recipe.teacher.model)
-    elif names_in(folder):
-        raise UsageError(
-            f"teacher.model: {recipe.teacher.model} classifies texts, it does not continue them. "
-            "Set run.task to classification, or name a causal language model."
-        )
 
 
 def refuse_other_classes(recipe: Recipe, folder: Path | None, names: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from ...storage.errors import UsageError
+from ...storage.errors import UsageError, answered
 from .classes import names_in
 from .identity import Identity
 from .loading import ModelKind, placed
@@ -73,7 +73,8 @@ class Inputs:
                 "pad_token_id, so texts of different lengths cannot share a pass. Set one there "
                 "(for a decoder the end-of-sequence id will do)."
             )
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+        with answered(f"{tokenizer_dir}: the tokenizer does not load", "Save the model again."):
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
         segments_known = getattr(config, "type_vocab_size", 0) > 1
         told_apart = segments_known and "token_type_ids" in tokenizer.model_input_names
         separator = tokenizer.sep_token_id if told_apart else None

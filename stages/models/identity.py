@@ -17,6 +17,8 @@ from ...storage.files.opening import open_files
 from ...storage.keys import canonical_json, content_id
 from ..recipe.tasks import TASKS
 from .classes import class_names
+from .fit.config import UNLIMITED, config_facts, read_json
+from .fit.token_ids import highest_id
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
 # No tokenizer by themselves, but they change what one does: the end token may stand here alone.
@@ -110,8 +112,17 @@ class Identity:
         return files | {"identity.json": canonical_json(self.parts)}
 
 
-def find_model(model: str, revision: str | None, *, field: str, download: bool) -> Path:
+def find_model(
+    model: str, revision: str | None, *, field: str, download: bool, weights: bool = True
+) -> Path:
     """The folder of a model named by folder or Hub id.
+
+    Args:
+        model: Folder or Hub id.
+        revision: Of the Hub.
+        field: The recipe's field, for messages.
+        download: Fetch from the Hub what is not here.
+        weights: Fetch them too, and not the small files alone.
 
     Raises:
         UsageError: no such folder, and not (yet) downloaded from the Hub either.
@@ -131,7 +142,8 @@ def find_model(model: str, revision: str | None, *, field: str, download: bool) 
         )
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+    patterns = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]
+    patterns += ["*.safetensors"] if weights else []
     try:
         return Path(
             snapshot_download(
@@ -170,15 +182,16 @@ def identify(
     Raises:
         UsageError: something is missing or unreadable.
     """
-    config = _read_json(folder / "config.json", field)
+    config = read_json(folder / "config.json", field)
     weights = _weights(folder, hashes, field)
-    tokenizer_config = _read_json(folder / "tokenizer_config.json", field, missing={})
+    tokenizer_config = read_json(folder / "tokenizer_config.json", field, missing={})
     template = _template(folder, tokenizer_config)
     tokenizer = _tokenizer(folder, hashes, field)
-    end_tokens = _read_json(folder / "generation_config.json", field, missing={}).get(
-        "eos_token_id"
+    end_tokens = read_json(folder / "generation_config.json", field, missing={}).get("eos_token_id")
+    facts = config_facts(config, where=f"{field}: {folder}")
+    stored_dtype = str(
+        config.pop("dtype", config.pop("torch_dtype", None)) or facts.dtype or "float32"
     )
-    stored_dtype = str(config.pop("dtype", config.pop("torch_dtype", None)) or "float32")
     parts = {
         "weights": weights,
         "config": _content(config),
@@ -188,7 +201,6 @@ def identify(
         "adapter": _adapter(adapter, hashes) if adapter else None,
         "dtype": stored_dtype if dtype == "auto" else dtype,
     }
-    text_config = config.get("text_config", config)
     return Identity(
         id=content_id("model", **parts),
         tokenizer_id=content_id("tokenizer", files=parts["tokenizer"]),
@@ -196,13 +208,9 @@ def identify(
         folder=folder,
         adapter=adapter,
         dtype=str(parts["dtype"]),
-        vocab_size=int(text_config.get("vocab_size", 0)),
+        vocab_size=facts.vocab_size,
         class_names=class_names(config),
-        context_tokens=int(
-            text_config.get("max_position_embeddings")
-            or text_config.get("n_positions")
-            or 2**31 - 1
-        ),
+        context_tokens=facts.context_tokens,
         parts=parts,
     )
 
@@ -224,8 +232,8 @@ def identify_unseen(
         UsageError: there is no tokenizer, or no way to tell how large the vocabulary is.
     """
     field = "--tokenizer"
-    config = _read_json(folder / "config.json", field, missing={})
-    tokenizer_config = _read_json(folder / "tokenizer_config.json", field, missing={})
+    config = read_json(folder / "config.json", field, missing={})
+    tokenizer_config = read_json(folder / "tokenizer_config.json", field, missing={})
     template = _template(folder, tokenizer_config)
     found = (
         vocab_size or config.get("text_config", config).get("vocab_size") or _tokenizer_size(folder)
@@ -234,7 +242,7 @@ def identify_unseen(
         "unseen": name,
         "vocab_size": int(found),
         "config": _content(config),
-        "end_tokens": _read_json(folder / "generation_config.json", field, missing={}).get(
+        "end_tokens": read_json(folder / "generation_config.json", field, missing={}).get(
             "eos_token_id"
         ),
         "tokenizer": _tokenizer(folder, hashes, field) | {"config": _content(tokenizer_config)},
@@ -248,7 +256,7 @@ def identify_unseen(
         adapter=None,
         dtype="",
         vocab_size=int(found),
-        context_tokens=2**31 - 1,
+        context_tokens=UNLIMITED,
         parts=parts,
     )
 
@@ -266,16 +274,12 @@ def _template(folder: Path, tokenizer_config: dict[str, Any]) -> Any:
 
 
 def _tokenizer_size(folder: Path) -> int:
-    content = _read_json(folder / "tokenizer.json", "--tokenizer", missing={})
-    vocabulary = content.get("model", {}).get("vocab", {})
-    ids = [*vocabulary.values()] if isinstance(vocabulary, dict) else [*range(len(vocabulary))]
-    ids += [token["id"] for token in content.get("added_tokens", [])]
-    if not ids:
+    highest = highest_id(folder, "--tokenizer")
+    if highest is None:
         raise UsageError(
             f"--tokenizer: {folder} does not say how many ids there are. Give --vocab-size."
         )
-    size: int = max(ids) + 1
-    return size
+    return highest + 1
 
 
 def tensor_files(folder: Path) -> list[Path]:
@@ -312,7 +316,7 @@ def _tokenizer(folder: Path, hashes: FileHashes, field: str) -> dict[str, str]:
 
 def _adapter(folder: Path, hashes: FileHashes) -> dict[str, Any]:
     """The tensors say what is added, the config how strongly and where (lora_alpha, rank, modules)."""
-    config = _read_json(folder / "adapter_config.json", "teacher.adapter")
+    config = read_json(folder / "adapter_config.json", "teacher.adapter")
     return {"weights": _weights(folder, hashes, "teacher.adapter"), "config": _content(config)}
 
 
@@ -325,20 +329,3 @@ def _content(config: dict[str, Any]) -> dict[str, Any]:
         return [kept(part) for part in value] if isinstance(value, list) else value
 
     return dict(kept(config))
-
-
-def _read_json(path: Path, field: str, *, missing: dict[str, Any] | None = None) -> dict[str, Any]:
-    if not path.is_file() and missing is not None:
-        return missing.copy()
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{field}: {path} is not readable JSON ({error}). Save the model again."
-        ) from error
-    if not isinstance(content, dict):
-        raise UsageError(
-            f"{field}: {path} holds {type(content).__name__}, expected an object. Save the model "
-            "again."
-        )
-    return content

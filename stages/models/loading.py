@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ...storage.errors import UsageError
+from ...storage.errors import answered
 from .identity import Identity
 
 
@@ -36,20 +36,13 @@ class ModelKind:
         Raises:
             UsageError: the folder does not hold such a model.
         """
-        try:
+        with answered(f"{identity.folder}: the model does not load", "Check the folder."):
             model, report = self.auto.from_pretrained(
                 identity.folder,
                 dtype=getattr(torch, identity.dtype),
                 device_map=device_map,
                 output_loading_info=True,
             )
-        except torch.OutOfMemoryError:
-            raise
-        # What transformers and safetensors raise for a bad folder has no common type.
-        except Exception as error:
-            raise UsageError(
-                f"{identity.folder}: the model does not load ({error}). Check the folder."
-            ) from error
         return model, sorted(report["missing_keys"])
 
     def student(self, folder: Path) -> PreTrainedModel:
@@ -58,15 +51,11 @@ class ModelKind:
         Raises:
             UsageError: the folder holds none.
         """
-        try:
+        with answered(f"{folder}: the student does not load", "Check the folder."):
             model: PreTrainedModel = self.auto.from_pretrained(
                 folder, dtype=torch.float32, **self._named()
             )
-            return model
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise UsageError(
-                f"{folder}: the student does not load ({error}). Check the folder."
-            ) from error
+        return model
 
     def fresh(self, config: PreTrainedConfig) -> PreTrainedModel:
         """Fresh weights, in float32."""

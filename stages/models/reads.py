@@ -3,6 +3,7 @@
 from typing import Any
 
 from ...storage.errors import UsageError
+from .fit.config import text_config, usable_positions
 
 
 def check_ids(highest: int, vocab_size: int, what: str, *, where: str = "") -> None:
@@ -31,10 +32,10 @@ def check_length(tokens: int, model: Any, what: str) -> None:
     Raises:
         UsageError: it is.
     """
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    most = usable_positions(text_config(model.config))
     if most is None or tokens <= most:
         return
     raise UsageError(
-        f"student: reads at most {most} tokens (max_position_embeddings), {what} {tokens}. Lower "
+        f"student: reads at most {most} tokens at once, {what} {tokens}. Lower "
         "data.window_tokens or generate.max_tokens, or take a student with a longer context."
     )

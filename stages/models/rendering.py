@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ...storage.errors import RowError, UsageError
+from ...storage.errors import RowError, answered
 from ...storage.tables.conversations import conversation
 from ...storage.tables.spans import span_after
 from .chat.bounds import shared
@@ -22,12 +22,8 @@ class Renderer:
         """`day`: what a template that reads the clock is told, as 2026-11-29; None: today."""
         from transformers import AutoTokenizer
 
-        try:
+        with answered(f"{folder}: the tokenizer does not load", "Save the model again."):
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        except Exception as error:
-            raise UsageError(
-                f"{folder}: the tokenizer does not load ({error}). Save the model again."
-            ) from error
         self._arguments, self._day = chat_template_kwargs, day
         self._moved = 0
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from ...storage.errors import UsageError
 from .checks import check_together
 from .fields import NUMBER, SCHEDULE
+from .hints import hint_at
 from .sections import Recipe
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
@@ -144,6 +145,8 @@ def _explain(loc: tuple[int | str, ...], error: Any) -> tuple[str, str]:
     where = ".".join(str(part) for part in loc)
     kind, found, limits = error["type"], error.get("input"), error.get("ctx", {})
     if kind == "extra_forbidden":
+        if (known := hint_at(where)) is not None:
+            return where, f"unknown key. {known}"
         near = difflib.get_close_matches(str(loc[-1]), _keys_at(loc[:-1]), n=1)
         hint = (
             f"Did you mean {near[0]!r}?"

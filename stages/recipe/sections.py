@@ -90,7 +90,8 @@ class Student(Section):
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What `student/` is stored in; auto: as the base was stored, fresh weights in float32."""
     config: Options | None = None
-    """Fresh weights: the teacher's config with these overrides, and the teacher's tokenizer."""
+    """Fresh weights: the teacher's config with these overrides, and the teacher's tokenizer. With
+    another `model_type`, the overrides are to the defaults of that one."""
     lora: Lora | None = None
     """Train an adapter in place of the weights."""
 

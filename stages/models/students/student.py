@@ -3,28 +3,25 @@
 Weights are always float32 here; what a pass computes in is the training loop's choice.
 """
 
-import difflib
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoTokenizer,
     GenerationConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from ....storage.errors import UsageError
+from ....storage.errors import answered
 from ...recipe.sections import Recipe
 from ...recipe.tasks import module_of
 from ..classes import refuse_other_classes
+from ..fit.fresh import fresh_config
+from ..fit.same_tokenizer import refuse_other_tokenizer
 from ..identity import find_model
 from ..loading import ModelKind
-from ..same_tokenizer import refuse_other_tokenizer
 from .lora import with_lora
 
 
@@ -49,8 +46,7 @@ def initial_student(recipe: Recipe, teacher_dir: Path) -> nn.Module:
         if folder is not None:
             student = kind.student(folder)
         else:
-            assert recipe.student.config is not None
-            student = _fresh(teacher_dir, recipe.student.config, kind)
+            student = _fresh(recipe, teacher_dir, kind)
         if recipe.student.lora is None:
             return student
         adapted: nn.Module = with_lora(student, recipe.student.lora, kind.adapter)
@@ -79,11 +75,11 @@ def student_tokenizer(recipe: Recipe, teacher_dir: Path) -> PreTrainedTokenizerB
     The template goes with the text: the student learns to answer prompts as the teacher's template
     writes them.
     """
-    teacher = AutoTokenizer.from_pretrained(teacher_dir)
+    teacher = _tokenizer(teacher_dir)
     folder = student_folder(recipe)
     if folder is None:
         return teacher
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = _tokenizer(folder)
     tokenizer.chat_template = teacher.chat_template or tokenizer.chat_template
     return tokenizer
 
@@ -99,6 +95,12 @@ def check_vocabulary(recipe: Recipe, teacher_dir: Path) -> None:
         refuse_other_tokenizer(recipe, folder, teacher_dir)
 
 
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    with answered(f"{folder}: the tokenizer does not load", "Save the model again."):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    return tokenizer
+
+
 def student_folder(recipe: Recipe) -> Path | None:
     """The folder of the model that the student begins as; None: it begins with fresh weights."""
     student = recipe.student
@@ -107,37 +109,14 @@ def student_folder(recipe: Recipe) -> Path | None:
     return find_model(student.model, student.revision, field="student.model", download=True)
 
 
-def _fresh(teacher_dir: Path, overrides: dict[str, Any], kind: ModelKind) -> PreTrainedModel:
-    try:
-        config = _changed(AutoConfig.from_pretrained(teacher_dir).get_text_config(), overrides)
+def _fresh(recipe: Recipe, teacher_dir: Path, kind: ModelKind) -> PreTrainedModel:
+    overrides = recipe.student.config or {}
+    config = fresh_config(teacher_dir, overrides, task=recipe.run.task)
+    # transformers has many kinds of errors for a config that does not hold together.
+    with answered(f"student.config: {overrides} does not hold together", "Change the numbers."):
         model = kind.fresh(config)
         with torch.no_grad():  # numbers of heads that do not divide show up here only
             model.base_model(input_ids=torch.zeros(1, 2, dtype=torch.long))
-    except UsageError:
-        raise
-    # transformers has many kinds for a config that does not hold together.
-    except Exception as error:
-        raise UsageError(
-            f"student.config: {overrides} does not fit the teacher's config ({error}). Change the "
-            "numbers."
-        ) from error
     if (teacher_dir / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(teacher_dir)
     return model
-
-
-def _changed(config: PreTrainedConfig, overrides: dict[str, Any]) -> PreTrainedConfig:
-    known = config.to_dict()
-    for name in overrides:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = (
-                f"Did you mean {near[0]}?"
-                if near
-                else f"{config.model_type} has: {', '.join(sorted(known))}."
-            )
-            raise UsageError(f"student.config.{name}: not a field of the teacher's config. {hint}")
-    if "num_hidden_layers" in overrides and "layer_types" not in overrides:
-        # One entry per layer of the teacher; left out, the architecture's own pattern fills it in.
-        known.pop("layer_types", None)
-    return type(config).from_dict(known | overrides)

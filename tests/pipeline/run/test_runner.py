@@ -410,6 +410,16 @@ def test_latest_is_the_student_of_the_last_run_that_has_one(
     assert (latest / "student" / "config.json").is_file()
 
 
+def test_a_student_of_another_architecture_is_trained(
+    tmp_path: Path, teacher: Path, source: Path
+) -> None:
+    config = {"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 2}
+    recipe = write_recipe(tmp_path, teacher, source, student={"config": config})
+    stillroom("run", recipe, "--until", "train")
+    saved = json.loads((tmp_path / "run" / "latest" / "student" / "config.json").read_text())
+    assert (saved["model_type"], saved["n_embd"], saved["vocab_size"]) == ("gpt2", 8, 32)
+
+
 def test_what_small_files_show_is_refused_before_the_teacher_works(
     tmp_path: Path, teacher: Path, source: Path, tiny_llama: Callable[..., Path]
 ) -> None:

@@ -146,7 +146,8 @@ class TestRefusals:
             tree | {"data": {"source": str(world.source), "format": "text"}}
         )
         with pytest.raises(
-            UsageError, match=r"teacher\.model: .* classifies texts, it does not continue them"
+            UsageError,
+            match=r"teacher\.model: .* is a text classifier \(bert\).* Set run\.task to classif",
         ):
             make_plan(recipe)
 

@@ -79,6 +79,18 @@ def test_layer_patterns_follow_the_number_of_layers(tmp_path):
     check_head(model)
 
 
+@pytest.mark.parametrize("width", ["n_embd", "hidden_size"])
+def test_fresh_weights_of_another_architecture_are_of_its_class(tiny_llama, width):
+    teacher = tiny_llama(eos_token_id=7)
+    config = {"model_type": "gpt2", width: 8, "n_layer": 1, "n_head": 2}
+    student = initial_student(recipe_for(teacher, {"config": config}), teacher)
+    assert type(student).__name__ == "GPT2LMHeadModel"
+    assert (student.config.n_embd, student.config.n_positions) == (8, 1024)
+    assert (student.config.vocab_size, student.config.bos_token_id) == (32, 1)
+    assert (student.config.eos_token_id, student.generation_config.eos_token_id) == (7, 7)
+    check_head(student)
+
+
 def test_an_unknown_field_is_refused_with_the_nearest(tiny_llama):
     teacher = tiny_llama()
     with pytest.raises(
@@ -93,7 +105,7 @@ def test_an_unknown_field_is_refused_with_the_nearest(tiny_llama):
 )
 def test_a_config_that_does_not_hold_together_is_refused(tiny_llama, change):
     teacher = tiny_llama()
-    with pytest.raises(UsageError, match=r"student\.config: .* does not fit the teacher's config"):
+    with pytest.raises(UsageError, match=r"student\.config: .* does not hold together"):
         initial_student(recipe_for(teacher, {"config": change}), teacher)
 
 

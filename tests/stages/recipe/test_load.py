@@ -228,3 +228,36 @@ def test_changed_fields_names_what_differs() -> None:
     old = {"train": {"learning_rate": 0.1, "tokens": 5}, "loss": {"tail": "bucket"}}
     new = {"train": {"learning_rate": 0.2, "tokens": 5}, "loss": {"tail": "bucket"}}
     assert changed_fields(old, new) == ["train.learning_rate: 0.1 -> 0.2"]
+
+
+@pytest.mark.parametrize(
+    ("key", "named"),
+    [
+        ("loss.alpha=0.5", "loss.soft_weight of the divergence (the teacher), loss.hard_weight"),
+        ("loss.kd_ratio=0.5", "loss.soft_weight"),
+        ("loss.hidden_weight=1", "not supported yet"),
+        (
+            "student.lora={lora_alpha: 32}",
+            "student.lora.scale is what the update is multiplied by: lora_alpha / r",
+        ),
+        ("student.lora={r: 8}", "unknown key. student.lora.rank"),
+        ("train.batch_size=8", "train.tokens_per_step"),
+        ("train.gradient_accumulation_steps=8", "train.tokens_per_step"),
+        ("train.num_train_epochs=3", "train.epochs"),
+        ("train.lr=0.1", "train.learning_rate"),
+        ("train.temperature=2", "loss.temperature"),
+        ("data.max_length=512", "data.max_tokens"),
+        ("generate.max_length=512", "unknown key. generate.max_tokens"),
+        ("score.batch_size=8", "Did you mean 'batch_tokens'?"),
+    ],
+)
+def test_what_other_tools_call_it_points_to_the_right_field(
+    tmp_path: Path, tree: dict[str, Any], key: str, named: str
+) -> None:
+    tree["student"] = {"model": "x", "lora": {}}
+    where = key.partition("=")[0] + (
+        ".lora_alpha" if "lora_alpha" in key else ".r" if "{r:" in key else ""
+    )
+    (line,) = refusal(tmp_path, tree, key).splitlines()
+    assert line.startswith(f"--set {where}: unknown key. ")
+    assert named in line

@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ...storage.errors import UsageError
-from ..recipe.sections import Recipe
+from ....storage.errors import UsageError
+from ...recipe.sections import Recipe
 
 _FILE = "tokenizer.json"
 _OPTIONS = (

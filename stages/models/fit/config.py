@@ -1,0 +1,147 @@
+"""What a model's config says, asked of the class that transformers has for it.
+
+No torch: the plan asks too.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ....storage.errors import UsageError, answered
+from .light import config_classes, light_transformers, version
+from .uses import has_own_code, heads_of, use_of
+
+UNLIMITED = 2**31 - 1
+"""Tokens that a model reads at once where its config names no limit."""
+
+# Their positions count from behind that of the padding token, and some begin there for good.
+POSITIONS_FROM_PADDING = frozenset(
+    "camembert data2vec-text esm ibert layoutlmv3 lilt longformer luke markuplm mpnet prophetnet "
+    "roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl xmod".split()
+)
+# Where a class knows no `max_position_embeddings` under any name: the length of its biases, or of
+# what it was trained on.
+_OTHER_LENGTHS = ("max_seq_len", "seq_length")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConfigFacts:
+    """What this package asks of a config."""
+
+    model_type: str
+    vocab_size: int
+    """Rows of the table of token embeddings; 0: there is none."""
+    context_tokens: int
+    """Tokens of the longest text that has a position for each."""
+    dtype: str | None
+    """Of the stored weights, where the config says it."""
+    use: str
+    """What kind of model it is, in words."""
+    heads: tuple[str, ...]
+    """Of which tasks' heads it has one, or may get one (`Task.head`)."""
+
+
+def read_json(path: Path, field: str, *, missing: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A JSON object of a model's folder.
+
+    Args:
+        path: The file.
+        field: The recipe's field, for messages.
+        missing: What stands for it where there is no file; None: there must be one.
+
+    Raises:
+        UsageError: it is not there, or holds something else.
+    """
+    if not path.is_file() and missing is not None:
+        return missing.copy()
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{field}: {path} is not readable JSON ({error}). Save the model again."
+        ) from error
+    if not isinstance(content, dict):
+        raise UsageError(
+            f"{field}: {path} holds {type(content).__name__}, expected an object. Save the model "
+            "again."
+        )
+    return content
+
+
+def config_facts(config: Mapping[str, Any], *, where: str) -> ConfigFacts:
+    """What the class of a config.json makes of it.
+
+    Args:
+        config: Its content.
+        where: Field and folder, for messages.
+
+    Raises:
+        UsageError: transformers has no class for it, or the class refuses it.
+    """
+    return _facts(json.dumps(config, sort_keys=True), where)
+
+
+def loaded_config(config: Mapping[str, Any], *, where: str) -> Any:
+    """The config itself; without torch, only inside `light_transformers`.
+
+    Raises:
+        UsageError: as of `config_facts`.
+    """
+    kind, classes = config.get("model_type"), config_classes()
+    own_code = bool(config.get("auto_map"))
+    if (kind not in classes and own_code) or has_own_code(config):
+        raise UsageError(
+            f"{where}: its config.json (model_type {kind!r}) asks for code of its own (auto_map), which "
+            "is never run. Use a model whose class transformers has."
+        )
+    if kind not in classes:
+        raise UsageError(
+            f"{where}: its config.json names model_type {kind!r}, which transformers {version()} does "
+            "not know. Use another model, or a transformers that knows it."
+        )
+    what = f"{where}: transformers {version()} does not read its config.json as {kind}"
+    with answered(what, "Save the model again."):
+        return classes[kind].from_dict(dict(config))
+
+
+def text_config(config: Any) -> Any:
+    """The part of a config that is about text."""
+    try:
+        return config.get_text_config()
+    except ValueError:  # it has several
+        return config
+
+
+def usable_positions(config: Any) -> int | None:
+    """Tokens of the longest text that has a position for each; None where the architecture sets no limit.
+
+    Args:
+        config: Of text, as transformers loads it.
+    """
+    named = (getattr(config, n, None) for n in ("max_position_embeddings", *_OTHER_LENGTHS))
+    most = next((n for n in named if n is not None), None)
+    if not isinstance(most, int) or most < 1:  # XLNet says -1
+        return None
+    if config.model_type in POSITIONS_FROM_PADDING:
+        return most - (config.pad_token_id or 0) - 1
+    return most
+
+
+@cache
+def _facts(text: str, where: str) -> ConfigFacts:
+    raw = json.loads(text)
+    with light_transformers():
+        config = loaded_config(raw, where=where)
+        part = text_config(config)
+        dtype = getattr(config, "dtype", None) or getattr(part, "dtype", None)
+        return ConfigFacts(
+            model_type=config.model_type,
+            vocab_size=int(getattr(part, "vocab_size", None) or 0),
+            context_tokens=usable_positions(part) or UNLIMITED,
+            dtype=str(dtype).removeprefix("torch.") if dtype is not None else None,
+            use=use_of(raw, config),
+            heads=heads_of(raw, config),
+        )

@@ -1,0 +1,91 @@
+"""The config of a student with fresh weights: the teacher's with changes, or that of another architecture."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from ....storage.errors import UsageError, answered
+from ...recipe.tasks import TASKS
+from .config import loaded_config, read_json, text_config
+from .light import config_classes, light_transformers
+from .misfits import WANTED, refuse_token_without_row
+from .uses import heads_of, use_of
+
+_FIELD = "student.config"
+# What a student shares with its teacher whatever its architecture: the ids, and what some mean.
+_OF_THE_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def fresh_config(teacher_dir: Path, overrides: dict[str, Any], *, task: str) -> Any:
+    """The config itself, as transformers has it; without torch, only inside `light_transformers`.
+
+    Args:
+        teacher_dir: Folder with the teacher's config.json.
+        overrides: `student.config`. With a `model_type` that is not the teacher's, they are changes
+            to the defaults of that type; ids and special tokens stay the teacher's.
+        task: `run.task`.
+
+    Raises:
+        UsageError: a field that there is not, a value that its class refuses, another kind of model.
+    """
+    raw = read_json(teacher_dir / "config.json", "teacher.model")
+    teacher = text_config(loaded_config(raw, where=f"teacher.model: {teacher_dir}"))
+    kind = overrides.get("model_type", teacher.model_type)
+    classes = config_classes()
+    own = kind == teacher.model_type
+    if not own and kind not in classes:
+        near = difflib.get_close_matches(str(kind), list(classes), n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise UsageError(f"{_FIELD}.model_type: transformers has no {kind!r}.{hint}")
+    made = type(teacher) if own else type(text_config(classes[kind]()))
+    names = made.attribute_map
+    changes = {names.get(name, name): value for name, value in overrides.items()}
+    base = teacher.to_dict() if own else _defaults(made, teacher)
+    _refuse_unknown(changes, made, base)
+    if own and "num_hidden_layers" in changes and "layer_types" not in changes:
+        # One entry per layer of the teacher; left out, the architecture's own pattern fills it in.
+        base.pop("layer_types", None)
+    with answered(f"{_FIELD}: {overrides} does not hold together", "Change the numbers."):
+        config = made.from_dict(base | changes)
+    _refuse_other_kind(config, task)
+    return config
+
+
+def refuse_fresh(teacher_dir: Path, overrides: dict[str, Any], task: str) -> None:
+    """Refuse fresh weights that cannot be made or lack rows for the teacher's tokens; without torch.
+
+    Raises:
+        UsageError: as of `fresh_config`, or too few ids.
+    """
+    with light_transformers():
+        rows = fresh_config(teacher_dir, overrides, task=task).vocab_size
+    where, action = f"{_FIELD}.vocab_size", "Leave it out: then it is the teacher's."
+    refuse_token_without_row(teacher_dir, int(rows or 0), where=where, action=action)
+
+
+def _defaults(made: Any, teacher: Any) -> dict[str, Any]:
+    """Of another architecture: its model type, and what the tokenizer decides."""
+    shared = {name: getattr(teacher, name, None) for name in _OF_THE_TOKENIZER}
+    return {"model_type": made.model_type} | shared
+
+
+def _refuse_unknown(changes: dict[str, Any], made: Any, base: dict[str, Any]) -> None:
+    known = base.keys() | made().to_dict().keys()
+    for name in changes:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = (
+                f"Did you mean {near[0]}?"
+                if near
+                else f"{made.model_type} has: {', '.join(sorted(known))}."
+            )
+            raise UsageError(f"{_FIELD}.{name}: not a field of a {made.model_type} config. {hint}")
+
+
+def _refuse_other_kind(config: Any, task: str) -> None:
+    head = TASKS[task].head
+    if head not in heads_of({}, config):
+        raise UsageError(
+            f"{_FIELD}.model_type: {config.model_type} is {use_of({}, config)}, and run.task {task} "
+            f"distils another kind. Use {WANTED[head]}."
+        )

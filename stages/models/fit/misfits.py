@@ -1,0 +1,140 @@
+"""Models that a recipe cannot use: of another kind, quantised, or with ids that have no row."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ....storage.errors import UsageError
+from ...recipe.tasks import TASKS
+from .config import ConfigFacts, config_facts, read_json
+from .token_ids import highest_id
+from .uses import CLASSIFIER
+
+WANTED = {
+    "lm": "a causal language model",
+    "classes": "a model that transformers loads for sequence classification",
+}
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Where the families keep the table of token embeddings; a name ends so.
+_EMBEDDINGS = tuple(
+    f"{name}.weight"
+    for name in ("embed_tokens", "wte", "word_embeddings", "embed_in", "tokens_embed")
+)
+
+_RESIZE = (
+    "Resize the embeddings to the tokenizer, or take the tokenizer that belongs to these weights."
+)
+
+
+def refuse_misfit(folder: Path, task: str, *, field: str, name: str) -> ConfigFacts:
+    """Refuse a teacher, author or student that the task cannot use, by what its small files say.
+
+    Args:
+        folder: Of the model.
+        task: `run.task`.
+        field: Where the recipe names it.
+        name: As the recipe names it.
+
+    Returns:
+        What its config says.
+
+    Raises:
+        UsageError: it is of another kind, asks for code of its own, or has ids without a row.
+    """
+    raw, where = read_json(folder / "config.json", field), f"{field}: {name}"
+    facts = config_facts(raw, where=where)
+    head = TASKS[task].head
+    if head not in facts.heads:
+        other = "Set run.task to classification, or use" if facts.use == CLASSIFIER else "Use"
+        raise UsageError(
+            f"{where} is {facts.use} ({facts.model_type}), and run.task {task} distils another "
+            f"kind. {other} {WANTED[head]}."
+        )
+    refuse_ids_without_row(folder, facts.vocab_size, where=where)
+    if not raw.get("quantization_config"):  # else its tensors have other shapes
+        _refuse_other_rows(folder, facts.vocab_size, where=where)
+    return facts
+
+
+def refuse_quantised(folder: Path, *, field: str, name: str) -> None:
+    """Refuse a student whose weights are quantised.
+
+    Raises:
+        UsageError: they are.
+    """
+    found = read_json(folder / "config.json", field).get("quantization_config")
+    if found:
+        how = found.get("quant_method", "") if isinstance(found, dict) else ""
+        raise UsageError(
+            f"{field}: {name} is quantised ({how or 'quantization_config'} in its config.json), and "
+            "quantised weights are not trained, with LoRA or without. Name the model that it was "
+            "made from, and quantise the student afterwards."
+        )
+
+
+def refuse_ids_without_row(folder: Path, rows: int, *, where: str) -> None:
+    """Refuse a tokenizer, or special tokens, with ids beyond the table of token embeddings.
+
+    Args:
+        folder: With tokenizer, config and generation config.
+        rows: Of the table; 0: the model has none.
+        where: Field and model, for messages.
+
+    Raises:
+        UsageError: one has an id of `rows` or more.
+    """
+    for what, found in _special_ids(folder, where):
+        if 0 < rows <= found:
+            raise UsageError(
+                f"{where}: {what} is {found}, but its table of token embeddings has {rows} rows "
+                f"(vocab_size), for ids 0 to {rows - 1}. Name a token that the model has."
+            )
+    refuse_token_without_row(folder, rows, where=where)
+
+
+def refuse_token_without_row(folder: Path, rows: int, *, where: str, action: str = _RESIZE) -> None:
+    """Refuse a tokenizer with ids beyond the table of token embeddings; `action`: what to do then.
+
+    Raises:
+        UsageError: it has.
+    """
+    highest = highest_id(folder, where, of_text=True)
+    if highest is not None and 0 < rows <= highest:
+        raise UsageError(
+            f"{where}: the tokenizer has ids up to {highest}, but the table of token embeddings has "
+            f"{rows} rows (vocab_size), for ids 0 to {rows - 1}. {action}"
+        )
+
+
+def _special_ids(folder: Path, where: str) -> Iterator[tuple[str, int]]:
+    """What an id is, and the id."""
+    for file in ("config.json", "generation_config.json"):
+        content = read_json(folder / file, where, missing={})
+        for part in (content, content.get("text_config") or {}):
+            for name in _SPECIAL:
+                for value in _listed(part.get(name)):
+                    yield f"{name} in {file}", value
+
+
+def _listed(value: Any) -> list[int]:
+    return [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int)]
+
+
+def _refuse_other_rows(folder: Path, rows: int, *, where: str) -> None:
+    """Refuse a config that names another vocabulary than the weights have: no library loads the two together."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="numpy") as tensors:
+                for name in tensors.keys():  # no mapping
+                    found = (
+                        tensors.get_slice(name).get_shape() if name.endswith(_EMBEDDINGS) else []
+                    )
+                    if found and rows and found[0] != rows:
+                        raise UsageError(
+                            f"{where}: its config.json names {rows} ids (vocab_size), but {name} in "
+                            f"{file.name} has {found[0]} rows. Save the model again."
+                        )
+        except (OSError, SafetensorError):
+            return  # whoever loads it says so

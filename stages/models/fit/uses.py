@@ -1,0 +1,107 @@
+"""What kind of model a config describes, by transformers' tables: it continues texts, classifies them, or else.
+
+To be called inside `light_transformers`, as the tables are asked.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .light import all_class_names, class_names_of
+
+CLASSIFIER = "a text classifier"
+# What a kind is called, and the tables that list it; the first that has a model's class names it,
+# else the first that has its type.
+_KINDS = (
+    (
+        "a speech model",
+        "SPEECH_SEQ_2_SEQ CTC RNNT TDT AUDIO_CLASSIFICATION AUDIO_FRAME_CLASSIFICATION "
+        "AUDIO_XVECTOR TEXT_TO_SPECTROGRAM TEXT_TO_WAVEFORM",
+    ),
+    ("an object detector", "OBJECT_DETECTION ZERO_SHOT_OBJECT_DETECTION"),
+    (
+        "an image model",
+        "IMAGE_CLASSIFICATION IMAGE_SEGMENTATION SEMANTIC_SEGMENTATION INSTANCE_SEGMENTATION "
+        "UNIVERSAL_SEGMENTATION MASK_GENERATION DEPTH_ESTIMATION KEYPOINT_DETECTION "
+        "MASKED_IMAGE_MODELING CAUSAL_IMAGE_MODELING IMAGE_TO_IMAGE VIDEO_CLASSIFICATION BACKBONE",
+    ),
+    ("an encoder-decoder", "SEQ_TO_SEQ_CAUSAL_LM"),
+    ("a masked language model", "MASKED_LM"),
+    (CLASSIFIER, "SEQUENCE_CLASSIFICATION"),
+    ("a token classifier", "TOKEN_CLASSIFICATION"),
+    ("a model that finds answers in a text", "QUESTION_ANSWERING TABLE_QUESTION_ANSWERING"),
+    ("a multiple-choice model", "MULTIPLE_CHOICE NEXT_SENTENCE_PREDICTION"),
+    (
+        "a time series model",
+        "TIME_SERIES_PREDICTION TIME_SERIES_CLASSIFICATION TIME_SERIES_REGRESSION",
+    ),
+    (
+        "a model of images and text",
+        "IMAGE_TEXT_TO_TEXT MULTIMODAL_LM VISUAL_QUESTION_ANSWERING ZERO_SHOT_IMAGE_CLASSIFICATION",
+    ),
+)
+_WITH_TEXT_INSIDE = ("a model of images and text",)
+
+
+def heads_of(raw: Mapping[str, Any], config: Any) -> tuple[str, ...]:
+    """Of which tasks' heads (`Task.head`) a model has one, or may get one."""
+    classes = config.model_type in class_names_of("SEQUENCE_CLASSIFICATION")
+    return ("lm",) * _continues_text(raw, config) + ("classes",) * classes
+
+
+def use_of(raw: Mapping[str, Any], config: Any) -> str:
+    """What kind of model it is, in words."""
+    kind = config.model_type
+    if _named(raw) & _classes(kind, "CAUSAL_LM"):
+        if _reads_one_way(config):
+            return "a causal language model"
+        return "a model that sees later tokens unless is_decoder is set"
+    by_type = (name for name, tables in _KINDS if any(_classes(kind, t) for t in tables.split()))
+    return _kind_by_class(raw) or next(by_type, "no language model that transformers knows")
+
+
+def has_own_code(raw: Mapping[str, Any]) -> bool:
+    """Whether a folder brings the class of its model along, and transformers has none of that name."""
+    brought = raw.get("auto_map") or {}
+    if not any(str(name).startswith("AutoModel") for name in brought):
+        return False
+    known = {name.lower() for name in all_class_names()}  # mosaicml spells MPTForCausalLM
+    return not {name.lower() for name in _named(raw)} <= known
+
+
+def _continues_text(raw: Mapping[str, Any], config: Any) -> bool:
+    classes = _classes(config.model_type, "CAUSAL_LM")
+    if not classes or not _reads_one_way(config):
+        return False
+    if not _named(raw) or _named(raw) & classes:
+        return bool(_named(raw)) or not config.is_encoder_decoder
+    other = _kind_by_class(raw)
+    return not config.is_encoder_decoder and (other is None or other in _WITH_TEXT_INSIDE)
+
+
+def _reads_one_way(config: Any) -> bool:
+    """Whether a model sees no later token; of types that can do either, the config says it."""
+    kind = config.model_type
+    either = kind == "bert-generation" or _classes(kind, "MASKED_LM")
+    if not either or _classes(kind, "SEQ_TO_SEQ_CAUSAL_LM"):
+        return True
+    return bool(getattr(config, "is_decoder", False) or getattr(config, "causal", False))
+
+
+def _kind_by_class(raw: Mapping[str, Any]) -> str | None:
+    for kind, tables in _KINDS:
+        for table in tables.split():
+            if any(_named(raw) & _as_set(names) for names in class_names_of(table).values()):
+                return kind
+    return None
+
+
+def _named(raw: Mapping[str, Any]) -> set[str]:
+    return {str(name) for name in raw.get("architectures") or ()}
+
+
+def _classes(kind: str, use: str) -> set[str]:
+    return _as_set(class_names_of(use).get(kind, ()))
+
+
+def _as_set(names: str | tuple[str, ...]) -> set[str]:
+    return {names} if isinstance(names, str) else set(names)

@@ -1,0 +1,58 @@
+"""What people write who know other tools, and what it is called here: hints at an unknown key of a recipe."""
+
+_TOKENS_PER_STEP = (
+    "A step is measured in tokens: train.tokens_per_step (positions per optimizer step), of which "
+    "train.tokens_per_pass go through the model at once."
+)
+_WEIGHTS = (
+    "Two weights, each used as given, they need not add up to 1: loss.soft_weight of the "
+    "divergence (the teacher), loss.hard_weight of the cross-entropy (the text)."
+)
+_LENGTH = "data.max_tokens is the longest row; data.too_long says whether a longer one is rejected or cut."
+_LORA_SCALE = "student.lora.scale is what the update is multiplied by: lora_alpha / r."
+_DURATION = "Training ends after train.tokens positions, or after train.epochs passes."
+
+# By dotted path, or by the key alone, wherever it stands.
+_HINTS = {
+    "alpha": _WEIGHTS,
+    "loss.beta": "loss.jsd_weight is the teacher's share in the mixture of jsd.",
+    "kd_ratio": _WEIGHTS,
+    "lmbda": _WEIGHTS,
+    "loss.hidden_weight": "Hidden states of the teacher are not supported yet; features will be "
+    "named in score.features and weighed in loss.features. Remove it.",
+    "loss.hidden_loss": "Hidden states of the teacher are not supported yet. Remove it.",
+    "train.temperature": "loss.temperature softens the distributions; generate.temperature samples "
+    "text.",
+    "lora_alpha": _LORA_SCALE,
+    "student.lora.alpha": _LORA_SCALE,
+    "r": "student.lora.rank.",
+    "lora_rank": "student.lora.rank.",
+    "lora_r": "student.lora.rank.",
+    "lora_dropout": "student.lora.dropout.",
+    "train.batch_size": _TOKENS_PER_STEP,
+    "per_device_train_batch_size": _TOKENS_PER_STEP,
+    "gradient_accumulation_steps": _TOKENS_PER_STEP,
+    "data.max_length": _LENGTH,
+    "train.max_length": _LENGTH,
+    "generate.max_length": "generate.max_tokens.",
+    "max_seq_length": _LENGTH,
+    "max_seq_len": _LENGTH,
+    "cutoff_len": _LENGTH,
+    "lr": "train.learning_rate.",
+    "lr_scheduler_type": "train.schedule.",
+    "warmup_ratio": "train.warmup_fraction.",
+    "max_grad_norm": "train.clip_norm.",
+    "num_epochs": _DURATION,
+    "num_train_epochs": _DURATION,
+    "max_steps": _DURATION,
+    "max_new_tokens": "generate.max_tokens.",
+}
+
+
+def hint_at(path: str) -> str | None:
+    """What to write in place of an unknown key; None where nobody is known to write it.
+
+    Args:
+        path: Dotted, from the recipe's top.
+    """
+    return _HINTS.get(path) or _HINTS.get(path.rpartition(".")[2])

@@ -24,6 +24,7 @@ from ...storage.errors import StillroomError, UsageError
 from ..recipe.sections import Lora, Recipe
 from ..recipe.tasks import module_of
 from .classes import refuse_other_classes
+from .head import backbone
 from .identity import find_model
 from .loading import ModelKind
 from .same_tokenizer import refuse_other_tokenizer
@@ -155,7 +156,7 @@ def _fresh(teacher_dir: Path, overrides: dict[str, Any], kind: ModelKind) -> Pre
         config = _changed(AutoConfig.from_pretrained(teacher_dir).get_text_config(), overrides)
         model = kind.fresh(config)
         with torch.no_grad():  # numbers of heads that do not divide show up here only
-            model.base_model(input_ids=torch.zeros(1, 2, dtype=torch.long))
+            backbone(model)(input_ids=torch.zeros(1, 2, dtype=torch.long))
     except UsageError:
         raise
     # transformers has many kinds for a config that does not hold together.

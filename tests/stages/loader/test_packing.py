@@ -18,7 +18,7 @@ from stillroom.stages.loader.samples import Sample
 from stillroom.stages.losses.definition import logits_distillation
 from stillroom.stages.losses.fused_linear import linear_distillation
 from stillroom.stages.losses.objective import Aim
-from stillroom.stages.models.attention import NAME, attend_apart
+from stillroom.stages.models.attention.flat import NAME, attend_apart
 from stillroom.stages.models.head import hidden_states, split_head
 from stillroom.stages.targets.batch import TargetBatch
 from stillroom.stages.targets.spec import Kept

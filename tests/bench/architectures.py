@@ -214,6 +214,7 @@ def plain(folder: Path, dtype: torch.dtype) -> Any:
     config = transformers.AutoConfig.from_pretrained(folder)
     usual = config.model_type in USUAL_ATTENTION
     how = {} if usual else {"attn_implementation": "eager"}
+    how["experts_implementation"] = "eager"  # the grouped products know no float64
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **how).eval()
 
 
@@ -268,7 +269,11 @@ def trained(folder: Path) -> float:
     read = samples()
     lengths = (min(LENGTHS), max(LENGTHS))
     passes = training_passes(
-        student, job(), teacher_dir=folder, lengths=lengths, dtype=torch.float32  # type: ignore[arg-type]
+        student,
+        job(),
+        teacher_dir=folder,
+        lengths=lengths,
+        dtype=torch.float32,  # type: ignore[arg-type]
     )
     aim = Aim(objective=Objective(), soft_weight=1.0, hard_weight=HARD_WEIGHT)
     student.zero_grad()
@@ -319,10 +324,14 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     cases = asked.cases or (TINY if asked.tiny else tuple(CASES))
     rows = [measured(case) for case in cases]
     print(table(rows))
-    counts = {verdict: sum(row.verdict == verdict for row in rows) for verdict in ("Right", "Refused", "Wrong")}
+    counts = {
+        verdict: sum(row.verdict == verdict for row in rows)
+        for verdict in ("Right", "Refused", "Wrong")
+    }
     about = {"transformers": transformers.__version__, "torch": torch.__version__}
     print(json.dumps({**about, **counts, "rows": [asdict(row) for row in rows]}))
 

@@ -171,7 +171,11 @@ BESIDES: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 3},
-    "zamba2": {"layer_types": ["linear_attention", "hybrid"], "attention_hidden_size": 64, "attention_head_dim": 16},
+    "zamba2": {
+        "layer_types": ["linear_attention", "hybrid"],
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 
@@ -216,7 +220,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
         },
     ),
-    "phi3, longrope": ("phi3", {"rope_parameters": _LONG}),
+    "phi3, longrope": (
+        "phi3",
+        {"rope_parameters": dict(_LONG), "original_max_position_embeddings": ORIGINAL},
+    ),
     "phimoe, longrope": (
         "phimoe",
         {"rope_parameters": _LONG | {"short_mscale": 1.0, "long_mscale": 1.2}},

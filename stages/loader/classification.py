@@ -109,9 +109,12 @@ def training_passes(
     """Texts share passes, unless the model says of one something else beside others."""
     embeddings: Any = model
     inputs = Inputs.of(model, teacher_dir)
+    alone = not class_company(model, inputs).may_share(lengths)
+    if alone:
+        job.progress.say("texts change one another in a pass of this student: each gets its own")
     return ClassPasses(
         tokens_per_pass=job.recipe.train.tokens_per_pass,
-        alone=not class_company(model, inputs).may_share(lengths),
+        alone=alone,
         inputs=inputs,
         vocab_size=embeddings.get_input_embeddings().num_embeddings,
     )

@@ -62,6 +62,7 @@ class Scorer:
         room = module_of(job.recipe.run.task, __package__)
         self._teacher: Teacher = room.Teacher(job, identity)
         self._flight: _Flight | None = None
+        self._said_alone = False
 
     @property
     def _on_gpu(self) -> bool:
@@ -96,7 +97,12 @@ class Scorer:
         asked = self._tried(
             batch, lambda: self._teacher.company.may_share(len(r.token_ids) for r in batch)
         )
-        return [batch] if asked is True else [[request] for request in batch]
+        if asked is True:
+            return [batch]
+        if not self._said_alone:
+            self._said_alone = True
+            self._job.progress.say("rows change one another in a pass of this teacher: read alone")
+        return [[request] for request in batch]
 
     def collect(self) -> None:
         """Hand over the rows of the pass that has begun."""

@@ -6,11 +6,11 @@ Each is a tiny model with random weights (`tiny_architectures.py`), saved, and l
 teacher and as student. Texts have 9 to 64 tokens, windows 16; frequencies that depend on the length
 change at 32.
 
-    score   log-probabilities as the scoring stage stores them, against a float64 pass of transformers   nats
-    batch   rows scored together against each alone                                                      nats
-    train   gradient of KL + 0.5 CE of the passes that training makes, against a loop over samples
-            in plain transformers                                                                        share of its norm
-    peek    how far logits of earlier positions move when the last token changes                         share of the largest
+    score   log-probabilities as the scoring stage stores them, against a float64 pass of transformers, nats
+    batch   rows scored together against each alone, nats
+    train   gradient of KL + 0.5 CE of the passes that training makes, against a loop over samples in
+            plain transformers, as a share of its norm
+    peek    how far logits of earlier positions move when the last token changes, as a share of the largest
 
 A truth is a fresh model for each text, by eager attention; by transformers' usual one where eager is
 known to be wrong. `--tiny` is a choice of them.
@@ -19,6 +19,7 @@ known to be wrong. `--tiny` is a choice of them.
 import copy
 import json
 import logging
+import sys
 import tempfile
 import warnings
 from argparse import ArgumentParser
@@ -326,7 +327,10 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     cases = asked.cases or (TINY if asked.tiny else tuple(CASES))
-    rows = [measured(case) for case in cases]
+    rows = []
+    for case in cases:
+        rows.append(measured(case))
+        print(rows[-1], file=sys.stderr, flush=True)
     print(table(rows))
     counts = {
         verdict: sum(row.verdict == verdict for row in rows)

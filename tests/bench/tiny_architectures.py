@@ -133,10 +133,11 @@ SMALL: dict[str, Any] = {
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 2}
 
 NO_TEXT_MODEL = (
-    "blt emu3 fuyu gemma3n gemma4 gemma4_assistant gemma4_unified gemma4_unified_assistant git got_ocr2 kosmos2 mllama "
-    "moshi musicgen musicgen_melody phi4_multimodal qwen3_5 qwen3_5_moe qwen4_exp whisper trocr cpmant gpt-sw3 gemma3 llama4"
+    "blt cpmant emu3 fuyu gemma3 gemma3n gemma4 gemma4_assistant gemma4_unified gemma4_unified_assistant git "
+    "got_ocr2 gpt-sw3 llama4 mllama moshi musicgen musicgen_melody phi4_multimodal qwen3_5 qwen3_5_moe qwen4_exp "
+    "trocr whisper"
 ).split()
-"""Types that read images, sounds or bytes too, with configs inside of configs, and other names of types that are here."""
+"""Types that read images, sounds or bytes too, with configs inside of configs, and a second name of GPT-2."""
 
 _NARROW = {"head_dim": 4, "num_key_value_heads": 4}  # head_dim is that of the part that is turned
 _LINEAR = {"layer_types": ["linear_attention", "full_attention"]}

@@ -100,7 +100,7 @@ def test_frequencies_of_each_kind_of_layer_count():
 
 
 def test_a_model_forgets_the_long_texts_that_it_has_read(tmp_path):
-    """transformers keeps the frequencies of the longest for all that are longer than the original context."""
+    """Unlike transformers, which keeps the frequencies of the longest for all beyond the original context."""
     build(KINDS["dynamic"]).save_pretrained(tmp_path)
     model = KIND.student(tmp_path).eval()
     plain = [AutoModelForCausalLM.from_pretrained(tmp_path).eval() for _ in range(2)]

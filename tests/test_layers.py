@@ -36,7 +36,7 @@ LEAVES = {"torch", "transformers", "peft"}
 # all torch.
 LIGHT_ROOMS = ("recipe", "ledger", "workers", "data")
 LIGHT_FILES = {
-    "models": ("identity", "classes", "same_tokenizer", "rendering", "token_text"),
+    "models": ("identity", "classes", "same_tokenizer", "rendering", "token_text", "future"),
     "engines": ("base", "opening", "vllm"),
 }
 TOP_LEVEL = {

@@ -22,8 +22,8 @@ class TeacherReader:
 
     def __init__(self, teacher: Identity, *, device_map: str | None = None) -> None:
         self._model = load_causal_lm(teacher, device_map=device_map)
-        check_head(self._model)
         check_causal(self._model)
+        check_head(self._model)
         self._company = Company(self._model)
         self._head = split_head(self._model)
         self.eps: float = torch.finfo(self._head.weight.dtype).eps

@@ -21,8 +21,8 @@ def training_passes(
 ) -> Packing:
     """A single row a pass where the student can attend within samples; else rows with padding."""
     recipe, train = job.recipe, job.recipe.train
-    check_head(model)
     check_causal(model)
+    check_head(model)
     head = split_head(model)
     uses_triton(train.kernel, head.weight.device, setting="train.kernel")
     alone = not Company(model).may_share(lengths)

@@ -129,7 +129,7 @@ class Samples:
     def lengths(self) -> Lengths:
         """Counts over the whole snapshot: those that it was made with, or from its rows."""
         if known := self.snapshot.about.get("lengths"):
-            return Lengths(**known, shortest=self.snapshot.about.get("shortest", 1))
+            return Lengths(**{"shortest": self.snapshot.about.get("shortest", 1)} | known)
         samples = tokens = scored = longest = 0
         shortest = 2**31
         for sample in self.read(0, self._length):

@@ -25,8 +25,8 @@ class Teacher:
 
     def __init__(self, job: Job, identity: Identity) -> None:
         model = load_causal_lm(identity, device_map=job.recipe.teacher.device_map)
-        check_head(model)
         check_causal(model)
+        check_head(model)
         self.device, self.company = model.device, Company(model)
         self._job, self._model = job, model
         self._reducer = Reducer(split_head(model), kernel=job.score.kernel)

@@ -44,8 +44,7 @@ def reads_ahead(config: Any) -> str | None:
     Args:
         config: Of transformers, or anything with its attributes. No weights, no torch.
     """
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for part in (config, text):
+    for part in (config, _of_text(config)):
         found = {name: getattr(part, name, None) for name in ("is_causal", "causal", "is_decoder")}
         if found["is_causal"] is False:
             return "is_causal: false"
@@ -57,6 +56,13 @@ def reads_ahead(config: Any) -> str | None:
         if getattr(part, "use_bidirectional_attention", None) in (True, "all"):
             return "use_bidirectional_attention: true"
     return None
+
+
+def _of_text(config: Any) -> Any:
+    try:
+        return config.get_text_config()
+    except ValueError:  # it has several: no language model
+        return config
 
 
 def check_causal(model: Any) -> None:
@@ -75,7 +81,7 @@ def check_causal(model: Any) -> None:
     said = reads_ahead(model.config)
     name = f"{model.config.name_or_path or type(model).__name__} ({model.config.model_type})"
     if said is not None:
-        raise UsageError(_refusal(name, f"its config says {said}"))
+        raise UsageError(refusal(name, f"its config says {said}"))
     was_training = model.training
     model.eval()
     vocab_size = model.get_input_embeddings().num_embeddings
@@ -91,7 +97,7 @@ def check_causal(model: Any) -> None:
     allowed = 1e-5 if model.dtype == torch.float32 else 2e-2
     if min(moved) > allowed * float(first.abs().max()):
         found = f"with another last token its earlier logits differ by up to {min(moved):.3g}"
-        raise UsageError(_refusal(name, found))
+        raise UsageError(refusal(name, found))
 
 
 def _earlier(model: Any, ids: "Tensor") -> "Tensor":
@@ -100,7 +106,8 @@ def _earlier(model: Any, ids: "Tensor") -> "Tensor":
     return logits[:, :-1].float()
 
 
-def _refusal(name: str, found: str) -> str:
+def refusal(name: str, found: str) -> str:
+    """What is said of a model that sees the future, and what shows it."""
     return (
         f"{name}: sees the future ({found}), expected a causal language model, whose answer depends "
         "on the tokens so far alone. Use another model, or a config that makes this one causal if "

@@ -11,6 +11,7 @@ from ..models.attention.future import check_causal
 from ..models.attention.longest import Company
 from ..models.device import uses_triton
 from ..models.head import check_head, split_head
+from ..models.reads import context_of
 from ..targets.spec import wanted
 from ..workers.job import Job
 from .packing import Packing, packs_apart
@@ -47,6 +48,7 @@ def training_passes(
         flat=flat,
         row_tokens=train.row_tokens,
         shared_rows=shared,
+        context=context_of(model),
         kept=wanted(recipe.score, head.vocab_size) if recipe.score is not None else None,
         unstored_temperature=recipe.loss.unstored_temperature,
         vocab_size=head.vocab_size,

@@ -105,6 +105,8 @@ class Packing(Passes):
     """Positions of a row at most; None: about the longest sample, at least `SHORTEST_ROW`."""
     shared_rows: bool = True
     """False: one sample per row, for a model that lets packed samples see each other."""
+    context: int | None = None
+    """Tokens that the model reads at once: a shared row has no more, as some have a table of so many."""
     kept: Kept | None = None
     """Entries to take of a sample that is stored with more: topk's or topp's. None: as stored."""
     unstored_temperature: Literal["refuse", "approximate"] = "refuse"
@@ -149,7 +151,8 @@ class Packing(Passes):
         rows = [[sample] for sample in samples]
         if self.shared_rows:
             usual = max(longest, min(self.row_tokens or SHORTEST_ROW, self.tokens_per_pass))
-            rows = pack(samples, rows=total // usual, limit=min(most, self.row_tokens or most))
+            limit = min(most, self.row_tokens or most, max(longest, self.context or most))
+            rows = pack(samples, rows=total // usual, limit=limit)
         # A pass is as wide as its longest row: rows of like length go together.
         group: list[list[Sample]] = []
         for row in sorted(rows, key=_tokens, reverse=True):

@@ -25,13 +25,19 @@ def check_ids(highest: int, vocab_size: int, what: str, *, where: str = "") -> N
     )
 
 
+def context_of(model: Any) -> int | None:
+    """Tokens that a model reads at once; None: as many as there are."""
+    most: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return most
+
+
 def check_length(tokens: int, model: Any, what: str) -> None:
     """Refuse a text that is longer than the student's context; `what` as of `check_ids`.
 
     Raises:
         UsageError: it is.
     """
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    most = context_of(model)
     if most is None or tokens <= most:
         return
     raise UsageError(

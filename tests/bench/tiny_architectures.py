@@ -157,7 +157,7 @@ BESIDES: dict[str, dict[str, Any]] = {
     "granitemoehybrid": _LINEAR,
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": _LINEAR | _NARROW,
-    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "qwen3_5_moe_text": _LINEAR,
     "qwen3_5_text": _LINEAR,
     "qwen3_next": _LINEAR,

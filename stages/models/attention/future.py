@@ -33,7 +33,7 @@ DECODERS_IF_SAID = (
 )
 """`model_type` of encoders that are causal only where their config says `is_decoder: true`."""
 TOKENS = 16
-"""Of the text whose last token is changed."""
+"""Of the text whose last token is changed, or as many as the model reads."""
 CHANGES = (1, 2, 3)
 """The last token is moved on by so many ids."""
 
@@ -84,8 +84,29 @@ def check_causal(model: Any) -> None:
         raise UsageError(refusal(name, f"its config says {said}"))
     was_training = model.training
     model.eval()
+    try:
+        moved, largest = _moved(model)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # inputs that are not there, numbers that do not fit, ...
+        said = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise UsageError(
+            f"{name}: does not read a text of a few tokens ({said}). Use another model."
+        ) from error
+    model.train(was_training)
+    allowed = 1e-5 if model.dtype == torch.float32 else 2e-2
+    if moved > allowed * largest:
+        found = f"with another last token its earlier logits differ by up to {moved:.3g}"
+        raise UsageError(refusal(name, found))
+
+
+def _moved(model: Any) -> tuple[float, float]:
+    """How far earlier logits move at each of several changes, and the largest of them all."""
+    import torch
+
     vocab_size = model.get_input_embeddings().num_embeddings
-    ids = torch.arange(1, TOKENS + 1, device=model.device)[None] % vocab_size
+    most = getattr(_of_text(model.config), "max_position_embeddings", None) or TOKENS
+    ids = torch.arange(1, min(most, TOKENS) + 1, device=model.device)[None] % vocab_size
     with torch.no_grad():
         first = _earlier(model, ids)
         moved = []
@@ -93,11 +114,7 @@ def check_causal(model: Any) -> None:
             changed = ids.clone()
             changed[0, -1] = (ids[0, -1] + step) % vocab_size
             moved.append(float((_earlier(model, changed) - first).abs().max()))
-    model.train(was_training)
-    allowed = 1e-5 if model.dtype == torch.float32 else 2e-2
-    if min(moved) > allowed * float(first.abs().max()):
-        found = f"with another last token its earlier logits differ by up to {min(moved):.3g}"
-        raise UsageError(refusal(name, found))
+    return min(moved), float(first.abs().max())
 
 
 def _earlier(model: Any, ids: "Tensor") -> "Tensor":

@@ -333,3 +333,11 @@ class TestEntries:
         targets = self.only(make_samples([9, 6], k=None))
         assert targets.ids is None
         assert targets.logprobs.shape == (11, V)
+
+
+def test_a_shared_row_is_no_longer_than_the_model_reads():
+    """GPT-Neo has a table of which position sees which, for as many positions as its context has."""
+    samples = make_samples([9, 9, 9, 9, 5])
+    for context, widest in ((None, 23), (20, 18), (5, 9)):
+        batches = packing(context=context, row_tokens=24).batches(samples)
+        assert max(batch.token_ids.shape[1] for batch in batches) == widest

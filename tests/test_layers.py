@@ -39,6 +39,7 @@ LIGHT_FILES = {
     "models": (
         *("identity", "classes", "rendering", "token_text", "reads"),
         *("config", "fresh", "light", "misfits", "same_tokenizer", "token_ids", "uses"),
+        "future",
     ),
     "engines": ("base", "opening", "vllm"),
 }

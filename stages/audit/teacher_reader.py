@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from ...storage.tables.soft_targets import SoftTargets
+from ..models.attention.future import check_causal
+from ..models.attention.longest import Company
 from ..models.causal_lm import load_causal_lm
 from ..models.head import check_head, hidden_states, split_head
 from ..models.identity import Identity
@@ -20,14 +22,21 @@ class TeacherReader:
 
     def __init__(self, teacher: Identity, *, device_map: str | None = None) -> None:
         self._model = load_causal_lm(teacher, device_map=device_map)
+        check_causal(self._model)
         check_head(self._model)
+        self._company = Company(self._model)
         self._head = split_head(self._model)
         self.eps: float = torch.finfo(self._head.weight.dtype).eps
         """Of the dtype that it computes in."""
 
     def read(self, rows: Sequence[StoredRow]) -> list[SecondReading]:
-        """Read each row alone, and all of them together."""
-        together = self._states([row.token_ids for row in rows], padding=1)
+        """Read each row alone, and all of them together where the teacher lets rows share a pass."""
+        texts = [row.token_ids for row in rows]
+        lengths = [len(text) for text in texts]
+        if self._company.may_share([*lengths, max(lengths) + 1]):
+            together = self._states(texts, padding=1)
+        else:
+            together = [self._states([text])[0] for text in texts]
         return [self._compared(row, states) for row, states in zip(rows, together, strict=True)]
 
     def numbers(self, row: StoredRow, targets: SoftTargets, *, positions: np.ndarray) -> Numbers:

@@ -23,6 +23,8 @@ from transformers import (
 
 from ...storage.errors import StillroomError, UsageError
 from ..ledger.requests import author_context
+from ..models.attention.future import check_causal
+from ..models.attention.longest import Company
 from ..models.causal_lm import load_causal_lm
 from ..models.device import check_device
 from ..models.identity import Identity
@@ -93,6 +95,8 @@ class HfEngine:
     def __init__(self, author: Identity, settings: Generate, clock: Clock) -> None:
         _check_arguments(settings.engine_args)
         self._model = load_causal_lm(author)
+        check_causal(self._model)
+        self._company = Company(self._model)
         self._tokenizer = Renderer(author.folder, {}).tokenizer
         self._settings, self._clock = settings, clock
         self._context = author_context(settings, author.context_tokens)
@@ -111,15 +115,23 @@ class HfEngine:
         """One batch at a time; its completions come out together.
 
         A row that the context will cut short is written alone: beside others it would be cut where
-        the longest is.
+        the longest is. So are all rows of a batch that may not share a pass.
         """
         waiting = iter(requests)
         room = self._context - self._settings.max_tokens
         while drawn := list(islice(waiting, self._batch)):
             fitting = [r for r in drawn if len(r.prompt_ids) <= room]
             cut = [[r] for r in drawn if len(r.prompt_ids) > room]
-            for batch in [fitting, *cut] if fitting else cut:
+            together = [fitting] if self._may_share(fitting) else [[r] for r in fitting]
+            for batch in [*together, *cut]:
                 yield from self._careful(batch, heartbeat)
+
+    def _may_share(self, batch: list[Request]) -> bool:
+        """Whether rows may be written beside one another, up to their ends. None is no batch."""
+        lengths = [len(request.prompt_ids) for request in batch]
+        if len(batch) < 2:
+            return bool(batch)
+        return self._company.may_share([*lengths, max(lengths) + self._settings.max_tokens])
 
     def _careful(
         self, batch: list[Request], heartbeat: Callable[[], None], attempt: int = 1

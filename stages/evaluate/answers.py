@@ -53,20 +53,26 @@ class Quiz:
 
     def answers(self, model: Any, job: Job) -> list[str]:
         """A model's greedy answers, in batches of prompts of like length; a prompt that fills the context gets none."""
-        prompts = [q.prompt_ids for q in self.questions]
+        from ..models.attention.longest import Company
+
+        prompts, company = [q.prompt_ids for q in self.questions], Company(model)
         order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
         found = [""] * len(prompts)
         for start in range(0, len(order), BATCH_PROMPTS):
             job.stop.check()
             batch = order[start : start + BATCH_PROMPTS]
-            texts = greedy(
-                model,
-                self.tokenizer,
-                [prompts[n] for n in batch],
-                max_tokens=self.settings.max_tokens,
-            )
-            for number, text in zip(batch, texts, strict=True):
-                found[number] = text
+            lengths = [len(prompts[n]) for n in batch]
+            longest = max(lengths) + max(0, _room(model, lengths, self.settings.max_tokens))
+            together = len(batch) > 1 and company.may_share([*lengths, longest])
+            for part in [batch] if together else [[number] for number in batch]:
+                texts = greedy(
+                    model,
+                    self.tokenizer,
+                    [prompts[n] for n in part],
+                    max_tokens=self.settings.max_tokens,
+                )
+                for number, text in zip(part, texts, strict=True):
+                    found[number] = text
             job.progress.advance(len(batch), note="answers")
         return found
 
@@ -236,8 +242,7 @@ def greedy(
     from transformers import GenerationConfig
 
     longest = max(map(len, prompts))
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    room = max_tokens if context is None else min(max_tokens, context - longest)
+    room = _room(model, [longest], max_tokens)
     if room < 1:
         return [""] * len(prompts)
     ends = _end_tokens(model, tokenizer)
@@ -252,6 +257,12 @@ def greedy(
     with torch.inference_mode():
         found = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
     return tokenizer.batch_decode(found[:, longest:], skip_special_tokens=True)
+
+
+def _room(model: Any, lengths: list[int], max_tokens: int) -> int:
+    """Tokens that an answer to the longest of these prompts may have."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return max_tokens if context is None else min(max_tokens, context - max(lengths))
 
 
 def _end_tokens(model: Any, tokenizer: "PreTrainedTokenizerBase") -> list[int]:

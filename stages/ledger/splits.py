@@ -59,6 +59,7 @@ def _snapshot(
         "teacher_id": binding.teacher_id,
         "data_id": binding.data_id,
         "lengths": lengths,
+        "shortest": int(tokens.min()),
     }
     return make_snapshot(books.store, table, books.places(table, rows["place"].to_numpy()), about)
 

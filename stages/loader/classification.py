@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..losses.definition import Distilled, logits_distillation
 from ..losses.objective import Aim
 from ..models.classes import NO_LABEL
-from ..models.classification import Inputs, class_logits
+from ..models.classification import Inputs, class_company, class_logits
 from ..models.reads import check_ids
 from ..targets.batch import TargetBatch
 from ..workers.job import Job
@@ -61,7 +61,11 @@ class ClassPasses(Passes):
         """
         group: list[Sample] = []
         for sample in sorted(samples, key=len, reverse=True):
-            if group and (len(group) + 1) * len(group[0]) > self.tokens_per_pass:
+            full = (
+                self.alone
+                or (len(group) + 1) * len(group[0] if group else sample) > self.tokens_per_pass
+            )
+            if group and full:
                 yield self._batch(group, temperature)
                 group = []
             group.append(sample)
@@ -100,12 +104,17 @@ class ClassPasses(Passes):
 
 
 def training_passes(
-    model: nn.Module, job: Job, *, teacher_dir: Path, longest: int, dtype: torch.dtype
+    model: nn.Module, job: Job, *, teacher_dir: Path, lengths: Sequence[int], dtype: torch.dtype
 ) -> ClassPasses:
-    """The same for every model with a head over classes."""
+    """Texts share passes, unless the model says of one something else beside others."""
     embeddings: Any = model
+    inputs = Inputs.of(model, teacher_dir)
+    alone = not class_company(model, inputs).may_share(lengths)
+    if alone:
+        job.progress.say("texts change one another in a pass of this student: each gets its own")
     return ClassPasses(
         tokens_per_pass=job.recipe.train.tokens_per_pass,
-        inputs=Inputs.of(model, teacher_dir),
+        alone=alone,
+        inputs=inputs,
         vocab_size=embeddings.get_input_embeddings().num_embeddings,
     )

@@ -1,6 +1,6 @@
 """From the samples of a step to forward passes: samples are packed into rows, rows are split into passes.
 
-Where the model can cut attention at the end of a sample (`models/attention.py`), a pass is a single
+Where the model can cut attention at the end of a sample (`models/attention/flat.py`), a pass is a single
 row without padding. Else it has rows of like length, filled evenly, and as little padding as that
 leaves.
 
@@ -25,7 +25,8 @@ from ...storage.errors import UsageError
 from ..losses.definition import Distilled
 from ..losses.fused_linear import linear_distillation
 from ..losses.objective import Aim
-from ..models.attention import flat_inputs
+from ..models.attention.flat import flat_inputs
+from ..models.attention.longest import made_up
 from ..models.head import hidden_states, split_head
 from ..models.reads import check_ids
 from ..recipe.fields import Kernel
@@ -104,6 +105,8 @@ class Packing(Passes):
     """Positions of a row at most; None: about the longest sample, at least `SHORTEST_ROW`."""
     shared_rows: bool = True
     """False: one sample per row, for a model that lets packed samples see each other."""
+    context: int | None = None
+    """Tokens that the model reads at once: a shared row has no more, as some have a table of so many."""
     kept: Kept | None = None
     """Entries to take of a sample that is stored with more: topk's or topp's. None: as stored."""
     unstored_temperature: Literal["refuse", "approximate"] = "refuse"
@@ -135,6 +138,9 @@ class Packing(Passes):
 
     def _groups(self, samples: Sequence[Sample]) -> Iterator[list[list[Sample]]]:
         """The rows of each pass."""
+        if self.alone:
+            yield from ([[sample]] for sample in samples)
+            return
         longest, total = max(map(len, samples)), sum(map(len, samples))
         most = max(longest, self.tokens_per_pass)
         if self.flat:
@@ -145,7 +151,8 @@ class Packing(Passes):
         rows = [[sample] for sample in samples]
         if self.shared_rows:
             usual = max(longest, min(self.row_tokens or SHORTEST_ROW, self.tokens_per_pass))
-            rows = pack(samples, rows=total // usual, limit=min(most, self.row_tokens or most))
+            limit = min(most, self.row_tokens or most, max(longest, self.context or most))
+            rows = pack(samples, rows=total // usual, limit=limit)
         # A pass is as wide as its longest row: rows of like length go together.
         group: list[list[Sample]] = []
         for row in sorted(rows, key=_tokens, reverse=True):
@@ -246,25 +253,29 @@ def pack(samples: Sequence[Sample], *, rows: int, limit: int) -> list[list[Sampl
     raise AssertionError("a sample is longer than the limit")
 
 
-def packs_apart(model: nn.Module) -> bool:
+def packs_apart(model: nn.Module, lengths: Sequence[int] = (5, 7)) -> bool:
     """Whether this model keeps samples packed in one row apart when position ids restart between them.
 
     transformers cuts attention there; a recurrent layer may carry its state on. Asked of the model
-    itself, on two short samples, once.
+    itself, on a row with samples of these lengths, once.
     """
     device = next(model.parameters()).device
-    lengths = (5, 7)
-    ids = (torch.arange(1, 1 + sum(lengths), device=device) % split_head(model).vocab_size)[None]
-    positions = torch.cat([torch.arange(n, device=device) for n in lengths])[None]
+    texts = [ids.to(device)[None] for ids in made_up(lengths, split_head(model).vocab_size)]
+    counted = [torch.arange(n, device=device)[None] for n in lengths]
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        together = hidden_states(model, input_ids=ids, position_ids=positions)[:, lengths[0] :]
-        alone = hidden_states(
-            model, input_ids=ids[:, lengths[0] :], position_ids=positions[:, lengths[0] :]
-        )
+        row = {"input_ids": torch.cat(texts, dim=1), "position_ids": torch.cat(counted, dim=1)}
+        together = hidden_states(model, **row).split(list(lengths), dim=1)
+        alone = [
+            hidden_states(model, input_ids=ids, position_ids=positions)
+            for ids, positions in zip(texts, counted, strict=True)
+        ]
     model.train(was_training)
-    return torch.allclose(together, alone, rtol=1e-3, atol=1e-4 * float(alone.abs().max()))
+    return all(
+        torch.allclose(found, right, rtol=1e-3, atol=1e-4 * float(right.abs().max()))
+        for found, right in zip(together, alone, strict=True)
+    )
 
 
 def _tokens(row: Sequence[Sample]) -> int:

@@ -43,6 +43,8 @@ class Passes(ABC):
     has more."""
     vocab_size: int
     """V of the student."""
+    alone: bool = False
+    """One sample a pass, for a model whose numbers depend on the longest sample of a pass."""
 
     @abstractmethod
     def batches(
@@ -65,7 +67,7 @@ class Passes(ABC):
 
 
 def training_passes(
-    model: nn.Module, job: Job, *, teacher_dir: Path, longest: int, dtype: torch.dtype
+    model: nn.Module, job: Job, *, teacher_dir: Path, lengths: Sequence[int], dtype: torch.dtype
 ) -> Passes:
     """Those of the job's task.
 
@@ -73,7 +75,7 @@ def training_passes(
         model: The student, on its device.
         job: Its recipe, and where to say what this student cannot do.
         teacher_dir: With the tokenizer that made the token ids.
-        longest: Tokens of the longest sample.
+        lengths: Tokens of the shortest and of the longest sample.
         dtype: What passes compute in.
 
     Raises:
@@ -81,6 +83,6 @@ def training_passes(
     """
     room = module_of(job.recipe.run.task, __package__)
     found: Passes = room.training_passes(
-        model, job, teacher_dir=teacher_dir, longest=longest, dtype=dtype
+        model, job, teacher_dir=teacher_dir, lengths=lengths, dtype=dtype
     )
     return found

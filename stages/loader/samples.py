@@ -93,6 +93,8 @@ class Lengths:
     tokens: int
     scored_tokens: int
     longest: int
+    shortest: int = 1
+    """Tokens; 1 where nobody wrote it down."""
 
 
 class Samples:
@@ -127,14 +129,21 @@ class Samples:
     def lengths(self) -> Lengths:
         """Counts over the whole snapshot: those that it was made with, or from its rows."""
         if known := self.snapshot.about.get("lengths"):
-            return Lengths(**known)
+            return Lengths(**{"shortest": self.snapshot.about.get("shortest", 1)} | known)
         samples = tokens = scored = longest = 0
+        shortest = 2**31
         for sample in self.read(0, self._length):
             samples += 1
             tokens += len(sample)
             scored += sample.scored_tokens
-            longest = max(longest, len(sample))
-        return Lengths(samples=samples, tokens=tokens, scored_tokens=scored, longest=longest)
+            longest, shortest = max(longest, len(sample)), min(shortest, len(sample))
+        return Lengths(
+            samples=samples,
+            tokens=tokens,
+            scored_tokens=scored,
+            longest=longest,
+            shortest=shortest,
+        )
 
     def read(self, start: int, stop: int | None = None) -> Generator[Sample, None, None]:
         """Samples `start` to `stop`; without end if `stop` is None."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from ...storage.errors import UsageError, answered
+from .attention.longest import Company, made_up
 from .classes import names_in
 from .identity import Identity
 from .loading import ModelKind, placed
@@ -98,3 +99,18 @@ def class_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """[B, C] float32."""
     logits: Tensor = model(**inputs).logits
     return logits.float()
+
+
+def class_company(model: Any, inputs: Inputs) -> Company:
+    """Which texts may share a pass of a classifier, asked of its logits."""
+    vocab_size = model.get_input_embeddings().num_embeddings
+
+    def read(lengths: Sequence[int]) -> list[Tensor]:
+        texts = [ids.numpy() for ids in made_up(lengths, vocab_size)]
+        # A decoder takes the last token that is no padding for a text's end.
+        other = (inputs.padding + 1) % vocab_size
+        made = inputs.tensors([np.where(ids == inputs.padding, other, ids) for ids in texts])
+        there = {name: tensor.to(model.device) for name, tensor in made.items()}
+        return list(class_logits(model, there).split(1))
+
+    return Company(model, read)

@@ -10,6 +10,7 @@ wrong.
 Letters: B rows, T tokens per row, N tokens, V vocabulary, D hidden, r rank.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...storage.errors import UsageError
+
+# Fields of a config, by what they are to the logits: architectures name one thing in several ways.
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+FACTORS = ("logit_scale", "lm_head_multiplier")
+DIVISORS = ("logits_scaling",)
+
+NOT_SUPPORTED = "This architecture's output head is not supported; use another model."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -50,7 +58,7 @@ class Head:
     softcap: float | None = None
     """Gemma's final logit soft-capping."""
     scale: float = 1.0
-    """Granite divides its logits, Cohere multiplies them."""
+    """Granite divides its logits, Cohere and Falcon-H1 multiply them."""
     low_rank: LowRank | None = None
     """A LoRA on the output layer."""
 
@@ -111,14 +119,18 @@ def split_head(model: nn.Module) -> Head:
             "of other adapters: leave the output layer out of what they change."
         )
     config = plain.config.get_text_config()
-    divisor, factor = getattr(config, "logits_scaling", None), getattr(config, "logit_scale", None)
     return Head(
         weight=layer.weight,
         bias=layer.bias,
-        softcap=getattr(config, "final_logit_softcapping", None) or None,
-        scale=(factor or 1.0) / (divisor or 1.0),
+        softcap=_setting(config, SOFTCAPS),
+        scale=(_setting(config, FACTORS) or 1.0) / (_setting(config, DIVISORS) or 1.0),
         low_rank=low_rank,
     )
+
+
+def _setting(config: Any, names: Sequence[str]) -> float | None:
+    """The first of these fields that a config has, and that is not 0."""
+    return next((value for name in names if (value := getattr(config, name, None))), None)
 
 
 def _low_rank(layer: Any, name: str) -> LowRank | None:
@@ -180,8 +192,26 @@ def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
         inputs: `input_ids` [B, T] and what else the model takes; a cache is never used, because
             transformers only looks for packed samples in `position_ids` where there is none.
     """
-    hidden: Tensor = _plain(model).base_model(**inputs, use_cache=False).last_hidden_state
+    hidden: Tensor = backbone(_plain(model))(**inputs, use_cache=False).last_hidden_state
     return hidden
+
+
+def backbone(model: Any) -> nn.Module:
+    """What makes the hidden states of a language model.
+
+    Raises:
+        UsageError: it is not apart from the head.
+    """
+    found: nn.Module = model.base_model
+    if found is not model:
+        return found
+    # Llama 4 names its body as it is named inside of the model for images.
+    inner = getattr(model, "model", None)
+    if isinstance(inner, nn.Module):
+        return inner
+    raise UsageError(
+        f"{_name(model)}: has no backbone apart from its head. Use another causal language model."
+    )
 
 
 def check_head(model: nn.Module) -> None:
@@ -189,19 +219,25 @@ def check_head(model: nn.Module) -> None:
 
     Raises:
         UsageError: they differ, so this architecture does something between hidden states and
-            logits that `Head` does not know.
+            logits that `Head` does not know; or it cannot read a plain text at all.
     """
     head, inner = split_head(model), _plain(model)
-    if inner.base_model is inner:
-        raise UsageError(
-            f"{_name(inner)}: has no backbone apart from its head. Use a causal language model."
-        )
+    backbone(inner)
     was_training = model.training
     model.eval()
-    with torch.no_grad():
-        ids = (torch.arange(8, device=head.weight.device) % head.vocab_size)[None]
-        expected = inner(input_ids=ids, use_cache=False).logits[0].float()
-        found = head.logits(hidden_states(model, input_ids=ids)[0])
+    ids = (torch.arange(8, device=head.weight.device) % head.vocab_size)[None]
+    try:
+        with torch.no_grad():
+            expected = inner(input_ids=ids, use_cache=False).logits[0].float()
+            found = head.logits(hidden_states(model, input_ids=ids)[0])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # shapes that do not fit, inputs that are not there, ...
+        said = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise UsageError(
+            f"{_name(inner)}: its logits cannot be made of its hidden states and its output layer "
+            f"({said}). {NOT_SUPPORTED}"
+        ) from error
     model.train(was_training)
     tolerance = 1e-4 if head.weight.dtype == torch.float32 else 2e-2
     same_shape = found.shape == expected.shape
@@ -213,7 +249,7 @@ def check_head(model: nn.Module) -> None:
         )
         raise UsageError(
             f"{_name(inner)}: its logits are not softcap(scale * (hidden W^T + b)); they differ "
-            f"{worst}. This architecture's output head is not supported; use another model."
+            f"{worst}. {NOT_SUPPORTED}"
         )
 
 
@@ -222,4 +258,7 @@ def _plain(model: Any) -> Any:
 
 
 def _name(model: Any) -> str:
-    return model.config.name_or_path or type(model).__name__
+    """Where it comes from if that is known, and its architecture."""
+    kind = type(model).__name__
+    path = model.config.name_or_path
+    return f"{path} ({kind})" if path else kind

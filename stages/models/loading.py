@@ -9,6 +9,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...storage.errors import answered
+from .attention.cap import attend_capped
+from .attention.longest import forget_lengths
 from .identity import Identity
 
 
@@ -43,7 +45,7 @@ class ModelKind:
                 device_map=device_map,
                 output_loading_info=True,
             )
-        return model, sorted(report["missing_keys"])
+        return _ready(model), sorted(report["missing_keys"])
 
     def student(self, folder: Path) -> PreTrainedModel:
         """A saved or downloaded model, in float32; a body without this kind's head gets a new one.
@@ -55,13 +57,13 @@ class ModelKind:
             model: PreTrainedModel = self.auto.from_pretrained(
                 folder, dtype=torch.float32, **self._named()
             )
-        return model
+        return _ready(model)
 
     def fresh(self, config: PreTrainedConfig) -> PreTrainedModel:
         """Fresh weights, in float32."""
         config.update(self._named())
         model: PreTrainedModel = self.auto.from_config(config, dtype=torch.float32)
-        return model
+        return _ready(model)
 
     def _named(self) -> dict[str, Any]:
         """Fields of a config that say which classes there are."""
@@ -71,6 +73,13 @@ class ModelKind:
             "id2label": dict(enumerate(self.classes)),
             "label2id": {name: index for index, name in enumerate(self.classes)},
         }
+
+
+def _ready(model: PreTrainedModel) -> PreTrainedModel:
+    """With the attention that its config asks for, and no memory of the texts that it has read."""
+    attend_capped(model)
+    forget_lengths(model)
+    return model
 
 
 def placed(model: Any, device_map: str | None) -> PreTrainedModel:

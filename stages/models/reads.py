@@ -26,13 +26,18 @@ def check_ids(highest: int, vocab_size: int, what: str, *, where: str = "") -> N
     )
 
 
+def context_of(model: Any) -> int | None:
+    """Tokens that a model reads at once; None: as many as there are."""
+    return usable_positions(text_config(model.config))
+
+
 def check_length(tokens: int, model: Any, what: str) -> None:
     """Refuse a text that is longer than the student's context; `what` as of `check_ids`.
 
     Raises:
         UsageError: it is.
     """
-    most = usable_positions(text_config(model.config))
+    most = context_of(model)
     if most is None or tokens <= most:
         return
     raise UsageError(

@@ -8,6 +8,8 @@ import torch
 from ...storage.keys import row_seed
 from ...storage.tables.soft_targets import SoftTargets
 from ..ledger.requests import TargetRequest
+from ..models.attention.future import check_causal
+from ..models.attention.longest import Company
 from ..models.causal_lm import load_causal_lm
 from ..models.head import check_head, hidden_states, split_head
 from ..models.identity import Identity
@@ -23,8 +25,9 @@ class Teacher:
 
     def __init__(self, job: Job, identity: Identity) -> None:
         model = load_causal_lm(identity, device_map=job.recipe.teacher.device_map)
+        check_causal(model)
         check_head(model)
-        self.device = model.device
+        self.device, self.company = model.device, Company(model)
         self._job, self._model = job, model
         self._reducer = Reducer(split_head(model), kernel=job.score.kernel)
 

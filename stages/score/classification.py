@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ...storage.tables.soft_targets import SoftTargets
-from ..models.classification import Inputs, class_logits, load_teacher
+from ..models.classification import Inputs, class_company, class_logits, load_teacher
 from ..models.identity import Identity
 from ..workers.job import Job
 from .scorer import Batch
@@ -52,6 +52,7 @@ class Teacher:
         self.device = model.device
         self._job, self._model = job, model
         self._inputs = Inputs.of(model, identity.folder)
+        self.company = class_company(model, self._inputs)
 
     def begin(self, batch: Batch) -> Callable[[], list[SoftTargets]]:
         """All texts in one pass."""

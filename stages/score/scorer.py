@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from ...storage.tables.soft_targets import SoftTargets
+    from ..models.attention.longest import Company
 
 Batch = list[TargetRequest]
 
@@ -41,6 +42,8 @@ class Teacher(Protocol):
     """A task's teacher, ready to be asked; the class of this name in the module that bears the task's name."""
 
     device: "torch.device"
+    company: "Company"
+    """Which rows may share a pass."""
 
     def begin(self, batch: Batch) -> "Callable[[], list[SoftTargets]]":
         """Begin a forward pass over a batch.
@@ -59,6 +62,7 @@ class Scorer:
         room = module_of(job.recipe.run.task, __package__)
         self._teacher: Teacher = room.Teacher(job, identity)
         self._flight: _Flight | None = None
+        self._said_alone = False
 
     @property
     def _on_gpu(self) -> bool:
@@ -83,8 +87,22 @@ class Scorer:
             message = f"{len(request.token_ids)} tokens; the teacher reads {self._limit}"
             self._share.refuse(request, RowError("too_long", message))
         taken = self._share.take([r for r in batch if len(r.token_ids) <= self._limit])
-        if taken:
-            self._begin(taken, attempt=1)
+        for part in self._parts(taken):
+            self._begin(part, attempt=1)
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        """The rows that may share a pass: all, or each alone."""
+        if len(batch) < 2:
+            return [batch] if batch else []
+        asked = self._tried(
+            batch, lambda: self._teacher.company.may_share(len(r.token_ids) for r in batch)
+        )
+        if asked is True:
+            return [batch]
+        if not self._said_alone:
+            self._said_alone = True
+            self._job.progress.say("rows change one another in a pass of this teacher: read alone")
+        return [[request] for request in batch]
 
     def collect(self) -> None:
         """Hand over the rows of the pass that has begun."""

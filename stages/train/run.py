@@ -133,7 +133,7 @@ class Run:
             model,
             self._job,
             teacher_dir=self._teacher_dir,
-            longest=self._lengths.longest,
+            lengths=self._extremes(),
             dtype=dtype,
         )
         if self._train.gradient_checkpointing:
@@ -148,6 +148,11 @@ class Run:
         flops = ModelFlops.of(model, head=passes.head_weight(model))
         self._meter = Meter(self._record.speed, flops, Peak.at(device, dtype))
         return trainer
+
+    def _extremes(self) -> tuple[int, int]:
+        """Tokens of the shortest and of the longest sample that is trained on or validated."""
+        read = [self._lengths, *([self._validation.lengths()] if self._validation else [])]
+        return min(one.shortest for one in read), max(one.longest for one in read)
 
     def _audit(self, store: Store) -> None:
         """Refuse rows whose text, tokens and targets do not belong together, before any step."""

@@ -42,7 +42,7 @@ from stillroom.stages.loader.prefetch import Prefetch
 from stillroom.stages.loader.samples import Cursor, Samples, steps
 from stillroom.stages.losses.definition import Distilled
 from stillroom.stages.losses.objective import Aim
-from stillroom.stages.models.attention import attend_apart
+from stillroom.stages.models.attention.flat import attend_apart
 from stillroom.stages.models.head import hidden_states, split_head
 from stillroom.stages.recipe.sections import Loss, Train
 from stillroom.stages.train.flops import ModelFlops, Peak

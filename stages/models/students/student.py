@@ -20,6 +20,7 @@ from ...recipe.tasks import module_of
 from ..classes import refuse_other_classes
 from ..fit.fresh import fresh_config
 from ..fit.same_tokenizer import refuse_other_tokenizer
+from ..head import backbone
 from ..identity import find_model
 from ..loading import ModelKind
 from .lora import with_lora
@@ -116,7 +117,7 @@ def _fresh(recipe: Recipe, teacher_dir: Path, kind: ModelKind) -> PreTrainedMode
     with answered(f"student.config: {overrides} does not hold together", "Change the numbers."):
         model = kind.fresh(config)
         with torch.no_grad():  # numbers of heads that do not divide show up here only
-            model.base_model(input_ids=torch.zeros(1, 2, dtype=torch.long))
+            backbone(model)(input_ids=torch.zeros(1, 2, dtype=torch.long))
     if (teacher_dir / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(teacher_dir)
     return model

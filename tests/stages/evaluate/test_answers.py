@@ -1,13 +1,20 @@
 """Scores of answers by hand, and greedy batches against one prompt at a time."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from rouge_score.rouge_scorer import RougeScorer
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 
-from stillroom.stages.evaluate.answers import greedy, scorer
+from stillroom.stages.evaluate.answers import Question, Quiz, greedy, scorer
 from stillroom.stages.recipe.sections import EvaluateGenerate
 
 
@@ -53,6 +60,43 @@ def test_a_padded_batch_gives_what_each_prompt_alone_gives(model: LlamaForCausal
     expected = [[i for i in one_by_one(model, prompt, 10) if i > 1] for prompt in prompts]
     # An answer that ends early is padded to the length of the others with its end token.
     assert [text.split() for text in found] == [[str(i) for i in ids] for ids in expected]
+
+
+def test_prompts_that_would_change_one_another_are_answered_alone() -> None:
+    """Frequencies of Phi-3 are others where the longest text of a pass has more than 16 tokens."""
+    config = Phi3Config(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        original_max_position_embeddings=16,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "short_factor": [1.0] * 4,
+            "long_factor": [1.0, 4.0, 16.0, 32.0],
+        },
+        initializer_range=0.5,
+        pad_token_id=0,
+        eos_token_id=7,
+    )
+    torch.manual_seed(0)
+    model, prompts = Phi3ForCausalLM(config).eval(), [[*range(8, 16)], [*range(8, 30)]]
+    quiz = Quiz(
+        settings=EvaluateGenerate(max_tokens=6),
+        tokenizer=Numbers(),  # type: ignore[arg-type]
+        questions=[Question(prompt_ids=ids, reference="", teacher=None) for ids in prompts],
+        against="nothing",
+    )
+    job: Any = SimpleNamespace(
+        stop=SimpleNamespace(check=lambda: None),
+        progress=SimpleNamespace(advance=lambda *_, **__: None),
+    )
+    alone = [greedy(model, Numbers(), [ids], max_tokens=6)[0] for ids in prompts]  # type: ignore[arg-type]
+    assert greedy(model, Numbers(), prompts, max_tokens=6) != alone  # type: ignore[arg-type]
+    assert quiz.answers(model, job) == alone
 
 
 def test_the_models_own_sampling_settings_play_no_part(model: LlamaForCausalLM) -> None:

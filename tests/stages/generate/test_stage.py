@@ -175,6 +175,45 @@ def test_a_row_that_the_context_cuts_does_not_shorten_its_neighbours(
     assert len(found[1].token_ids) == 24 - 19 or found[1].finish_reason == "stop"
 
 
+def test_rows_that_would_change_one_another_are_written_alone(tmp_path: Path) -> None:
+    """Phi-3's frequencies are others beyond 16 tokens of the longest row of a pass."""
+    from tiny_llama import tiny_tokenizer
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4}
+    rope |= {"long_factor": [1.0, 4.0, 16.0, 32.0]}
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 32}
+    heads = {"num_attention_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.5}
+    torch.manual_seed(0)
+    Phi3ForCausalLM(
+        Phi3Config(
+            **sizes,
+            **heads,
+            rope_parameters=rope,
+            original_max_position_embeddings=16,
+            pad_token_id=0,
+            eos_token_id=31,
+        )
+    ).save_pretrained(tmp_path / "phi3")
+    tiny_tokenizer().save_pretrained(tmp_path / "phi3")
+    author = author_at(tmp_path / "phi3", tmp_path)
+    prompts = [[1, *range(4, 11)], [1, *range(20, 3, -1)], [1, *range(3, 30)]]
+    requests = [Request(n, prompt, seed=n) for n, prompt in enumerate(prompts)]
+    settings = {"temperature": 0.0, "max_tokens": 6}
+    together = written("hf", author, requests, **settings)
+    for request in requests:
+        (alone,) = written("hf", author, [request], **settings).values()
+        assert together[request.number].token_ids == alone.token_ids
+
+
+def test_an_author_that_sees_the_future_is_refused(
+    tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    author = author_at(tiny_llama(is_causal=False), tmp_path)
+    with pytest.raises(UsageError, match="sees the future"):
+        written("hf", author, [])
+
+
 CAT_THE, DOG, CAT, THE = (
     "cat the",
     "dog",

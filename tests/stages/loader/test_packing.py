@@ -18,7 +18,7 @@ from stillroom.stages.loader.samples import Sample
 from stillroom.stages.losses.definition import logits_distillation
 from stillroom.stages.losses.fused_linear import linear_distillation
 from stillroom.stages.losses.objective import Aim
-from stillroom.stages.models.attention import NAME, attend_apart
+from stillroom.stages.models.attention.flat import NAME, attend_apart
 from stillroom.stages.models.head import hidden_states, split_head
 from stillroom.stages.targets.batch import TargetBatch
 from stillroom.stages.targets.spec import Kept
@@ -333,3 +333,11 @@ class TestEntries:
         targets = self.only(make_samples([9, 6], k=None))
         assert targets.ids is None
         assert targets.logprobs.shape == (11, V)
+
+
+def test_a_shared_row_is_no_longer_than_the_model_reads():
+    """GPT-Neo has a table of which position sees which, for as many positions as its context has."""
+    samples = make_samples([9, 9, 9, 9, 5])
+    for context, widest in ((None, 23), (20, 18), (5, 9)):
+        batches = packing(context=context, row_tokens=24).batches(samples)
+        assert max(batch.token_ids.shape[1] for batch in batches) == widest

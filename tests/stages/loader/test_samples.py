@@ -79,6 +79,7 @@ def test_lengths_are_those_of_the_texts(store):
             "tokens": sum(map(len, TEXTS)),
             "scored_tokens": sum(len(t) - 2 for t in TEXTS),
             "longest": max(map(len, TEXTS)),
+            "shortest": min(map(len, TEXTS)),
         }
 
 
@@ -86,6 +87,10 @@ def test_lengths_that_the_snapshot_states_are_taken(store):
     stated = Lengths(samples=40, tokens=7, scored_tokens=5, longest=3)
     snapshot = replace(snapshot_of(store), about={"lengths": asdict(stated)})
     assert Samples(store, snapshot, soft=False).lengths() == stated
+    old = {"samples": 40, "tokens": 7, "scored_tokens": 5, "longest": 3}
+    for about, shortest in (({}, 1), ({"shortest": 2}, 2)):
+        snapshot = replace(snapshot, about={"lengths": old} | about)
+        assert Samples(store, snapshot, soft=False).lengths().shortest == shortest
 
 
 @pytest.mark.parametrize("limit", [1, 30, 97, 10_000])

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from stillroom.stages.loader.packing import Packing
-from stillroom.stages.models.attention import NAME, _attend, _by_kernel, attend_apart
+from stillroom.stages.models.attention.flat import NAME, _attend, _by_kernel, attend_apart
 from stillroom.stages.models.head import hidden_states
 from stillroom.storage.errors import StillroomError
 
@@ -94,7 +94,7 @@ def test_a_model_that_attends_otherwise_is_left_alone(kind):
 def test_what_only_long_samples_show_is_asked_at_their_length(monkeypatch):
     """Were the window never told to the function, no sample within it could show that."""
     monkeypatch.setattr(
-        "stillroom.stages.models.attention._attend",
+        "stillroom.stages.models.attention.flat._attend",
         lambda *a, sliding_window, **more: _attend(*a, **more),
     )
     assert attend_apart(fresh(WINDOWED), 8, torch.float32) is None
@@ -103,7 +103,7 @@ def test_what_only_long_samples_show_is_asked_at_their_length(monkeypatch):
 
 def test_it_says_why_not(monkeypatch):
     monkeypatch.setattr(
-        "stillroom.stages.models.attention._attend",
+        "stillroom.stages.models.attention.flat._attend",
         lambda *a, sliding_window, **more: _attend(*a, **more),
     )
     found = attend_apart(fresh(WINDOWED), 30, torch.float32)
@@ -112,7 +112,7 @@ def test_it_says_why_not(monkeypatch):
     def refusing(*_, **more):
         raise NotImplementedError("variable-length attention with dropout\nframe #0: at 0x7f")
 
-    monkeypatch.setattr("stillroom.stages.models.attention._attend", refusing)
+    monkeypatch.setattr("stillroom.stages.models.attention.flat._attend", refusing)
     found = attend_apart(fresh(WINDOWED), 30, torch.float32)
     assert found == "NotImplementedError: variable-length attention with dropout"
 
@@ -121,7 +121,7 @@ def test_out_of_memory_with_the_longest_sample_comes_with_advice(monkeypatch):
     def full(*_, **more):
         raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr("stillroom.stages.models.attention._attend", full)
+    monkeypatch.setattr("stillroom.stages.models.attention.flat._attend", full)
     with pytest.raises(
         StillroomError,
         match=r"of 30 tokens, one sample alone .*20\.00.*train\.gradient_checkpointing",

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .device import out_of_memory
-from .head import hidden_states, split_head
+from ..device import out_of_memory
+from ..head import hidden_states, split_head
 
 NAME = "stillroom_samples_apart"
 SHORT = (5, 7)

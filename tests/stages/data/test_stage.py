@@ -13,7 +13,7 @@ from kit import prompts, recipe_tree, write_jsonl
 from stillroom.pipeline.plan.resolve import bind
 from stillroom.stages.data import stage
 from stillroom.stages.data.formats import prompt_row
-from stillroom.stages.data.readers import fingerprint
+from stillroom.stages.data.sources.source import training_source
 from stillroom.stages.data.stage import inputs_id, survey
 from stillroom.stages.models.identity import FileHashes, identify
 from stillroom.stages.models.rendering import Renderer, cut
@@ -201,9 +201,10 @@ def test_columns_that_nothing_reads_are_named_once(tmp_path: Path) -> None:
         for r in prompts(3)
     ]
     source = write_jsonl(tmp_path / "a.jsonl", [*records, {"messages": [], "functions": []}])
-    (note,) = survey(recipe(section(source, "messages")))[2]
+    _, note = survey(recipe(section(source, "messages")))[2]
     assert note.startswith("3 records have a column 'functions', which nothing reads. ")
-    assert not survey(recipe(section(source, "messages", columns={"tools": "functions"})))[2]
+    (rejects,) = survey(recipe(section(source, "messages", columns={"tools": "functions"})))[2]
+    assert rejects.startswith("1 records will be rejected: 1 empty, the first a.jsonl:4: ")
 
 
 def test_globs_and_folders_read_every_file_in_order(tmp_path: Path) -> None:
@@ -226,13 +227,15 @@ def test_a_folder_is_read_without_its_readme_and_by_its_files_only(tmp_path: Pat
     def texts(source: Path) -> int:
         return len(surveyed(section(source, "text"), generate=False)[0])
 
-    assert [texts(tmp_path), texts(tmp_path / "README.md"), texts(tmp_path / "*.*")] == [1, 1, 2]
+    assert [texts(tmp_path), texts(tmp_path / "README.md"), texts(tmp_path / "*.*")] == [1, 1, 1]
 
 
 def test_what_a_file_is_belongs_to_its_fingerprint(tmp_path: Path) -> None:
     hashes = FileHashes(tmp_path / "store", remember=False)
     found = [write_jsonl(tmp_path / name, prompts(2)) for name in ("a.jsonl", "b.jsonl", "a.txt")]
-    lines, same, text = (fingerprint(section(path), hashes) for path in found)
+    lines, same, text = (
+        training_source(recipe(section(path))).fingerprint(hashes) for path in found
+    )
     assert lines == same
     assert lines != text
 

@@ -81,9 +81,9 @@ class Intake:
         self._first.setdefault(error.reason, f"{where}: {error}")
 
     def why_rejected(self) -> str:
-        """Reasons, the number of records and the first one of each."""
+        """Of each reason, the number of records and the first one."""
         return "; ".join(
-            f"{count:,} {reason.replace('_', ' ')}, the first {self._first[reason]}"
+            f"{count:,} rejected: {reason}, the first at {self._first[reason]}"
             for reason, count in self.rejected.most_common()
         )
 

@@ -7,7 +7,7 @@ and becomes generations rows, so that later stages know one kind of row only.
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -138,16 +138,27 @@ def run(job: Job) -> StageResult:
             record_about["earlier_author"] = job.earlier_author_id
         if notes:
             record_about["notes"] = notes
+        if rows.rejected:
+            record_about["why_rejected"] = rows.why_rejected()
         store.put_inputs(job.data_id, table, record_about)
     return StageResult(
         rows=len(table), rejected=rows.rejected.total(), tokens=text.tokens if text else 0
     )
 
 
-def survey(recipe: Recipe, classes: Sequence[str] = ()) -> tuple[pa.Table, int, list[str]]:
-    """What `run` would make of the source, without writing.
+class Survey(NamedTuple):
+    """What the sources hold, as far as it shows before anything is tokenized."""
 
-    The inputs table (windows unknown), the number of rejects, and what is to be said of the records.
+    inputs: pa.Table
+    """The inputs table, windows unknown."""
+    rejected: int
+    notes: list[str]
+    """What is to be said of the records, a sentence each."""
+    why_rejected: str
+
+
+def survey(recipe: Recipe, classes: Sequence[str] = ()) -> Survey:
+    """What `run` would make of the source, without writing.
 
     `classes`: the teacher's, by whose names labels are known (labelled).
     """
@@ -164,11 +175,8 @@ def survey(recipe: Recipe, classes: Sequence[str] = ()) -> tuple[pa.Table, int, 
         turns = _turns(recipe, row)
         rows.add(row["key"], row["prompt_key"], turns=turns, held_out=held_out)
         rows.count_unread(unread_columns(record, recipe.data))
-    table, rejected = _split(recipe, rows), rows.rejected.total()
-    notes = _notes(recipe, rows)
-    if rejected:
-        notes.insert(0, f"{rejected:,} records will be rejected: {rows.why_rejected()}")
-    return table, rejected, notes
+    table = _split(recipe, rows)
+    return Survey(table, rows.rejected.total(), _notes(recipe, rows), rows.why_rejected())
 
 
 def _notes(recipe: Recipe, rows: Intake) -> list[str]:
@@ -228,9 +236,12 @@ def _split(recipe: Recipe, rows: Intake) -> pa.Table:
             f"{_none_usable(rows)}. Check the file; its columns are those of the data."
         )
     if named is not None and rows.held_out == len(rows):
+        said = (
+            "; ".join(filter(None, (*rows.notes(), rows.why_rejected()))) or "it holds no records"
+        )
         raise UsageError(
-            f"data.source: nothing to train on in {data.source}: its records were rejected, or "
-            f"their prompts are held out too. {'; '.join((*rows.notes(), rows.why_rejected()))}"
+            f"data.source: nothing to train on in {data.source}: {said}. Name other held-out rows, "
+            "or more data."
         )
     holdout = 0 if named else data.holdout
     if holdout >= (prompts := rows.prompts()):

@@ -88,16 +88,18 @@ def test_metadata_and_order_do_not_change_a_key() -> None:
     [
         ({"prompt": ""}, "prompt", "empty"),
         ({"prompt": None}, "prompt", "empty"),
-        ({"prompt": 3}, "prompt", "unreadable"),
+        ({"prompt": float("nan")}, "prompt", "empty"),
+        ({"prompt": float("inf")}, "prompt", "unreadable"),
+        ({"prompt": True}, "prompt", "unreadable"),
         ({"prompt": "\ud800"}, "prompt", "unreadable"),
         ({"text": "p"}, "prompt", "missing_column"),
         ({"messages": "hi"}, "messages", "unreadable"),
         ({"messages": []}, "messages", "empty"),
         ({"messages": [{"role": "user"}]}, "messages", "unreadable"),
         ({"messages": [{"role": "\ud800", "content": "p"}]}, "messages", "unreadable"),
-        ({"instruction": "p", "input": 5}, "instruction", "unreadable"),
-        ({"instruction": "p", "input": float("nan")}, "instruction", "unreadable"),
-        ({"prompt": "p", "reference": 5}, "prompt", "unreadable"),
+        ({"messages": [{"role": 3, "content": "p"}]}, "messages", "unreadable"),
+        ({"instruction": "p", "input": ["x"]}, "instruction", "unreadable"),
+        ({"prompt": "p", "reference": {"a": 5}}, "prompt", "unreadable"),
     ],
 )
 def test_a_bad_record_is_refused_with_its_reason(
@@ -184,7 +186,7 @@ def test_what_is_held_out_is_no_turn_of_what_is_trained_on(
 ) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", unrolled())
     data = section(source, "messages", **{"holdout": 1} | more)
-    table, _, notes = survey(recipe(data, generate=generate))
+    table, _, notes, _ = survey(recipe(data, generate=generate))
     assert table["split"].to_pylist() == split
     assert len(notes) == 3 - len(split)
 
@@ -201,10 +203,11 @@ def test_columns_that_nothing_reads_are_named_once(tmp_path: Path) -> None:
         for r in prompts(3)
     ]
     source = write_jsonl(tmp_path / "a.jsonl", [*records, {"messages": [], "functions": []}])
-    _, note = survey(recipe(section(source, "messages")))[2]
+    (note,) = survey(recipe(section(source, "messages"))).notes
     assert note.startswith("3 records have a column 'functions', which nothing reads. ")
-    (rejects,) = survey(recipe(section(source, "messages", columns={"tools": "functions"})))[2]
-    assert rejects.startswith("1 records will be rejected: 1 empty, the first a.jsonl:4: ")
+    named = survey(recipe(section(source, "messages", columns={"tools": "functions"})))
+    assert not named.notes
+    assert named.why_rejected.startswith("1 rejected: empty, the first at a.jsonl:4: ")
 
 
 def test_globs_and_folders_read_every_file_in_order(tmp_path: Path) -> None:

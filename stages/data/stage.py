@@ -134,6 +134,8 @@ def run(job: Job) -> StageResult:
             "rejected": rows.rejected.total(),
             "format": data.format,
         }
+        if recipe.evaluate.source is not None:
+            record_about["held_out_source"] = recipe.evaluate.source
         if job.earlier_author_id:
             record_about["earlier_author"] = job.earlier_author_id
         if notes:

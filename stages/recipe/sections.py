@@ -111,8 +111,8 @@ class Data(Section):
     """Where prompts or texts come from."""
 
     source: str
-    """File, glob, folder (JSON, JSONL, Parquet, CSV, text; .md only by file or glob) or Hub dataset
-    id. Or `storage.dir` or one of `storage.sources`: its rows are the data, and nothing is written
+    """File, glob, folder (JSON, JSONL, CSV, text, packed or not, Parquet; .md only by file or glob)
+    or Hub dataset id. Or `storage.dir` or one of `storage.sources`: its rows are the data, and nothing is written
     or scored."""
     split: str = "train"
     """Split of a Hub dataset or saved folder; of local files whose names have train, validation or

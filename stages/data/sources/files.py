@@ -91,7 +91,10 @@ class Found:
                 )
             return self
         if not any(named.values()):
-            if wanted == "train" or not asked:
+            # So the folder itself says it, or nothing does.
+            if not asked or wanted == (
+                split_of(PurePath(self.root.name), field=self.field) or "train"
+            ):
                 return self
             raise UsageError(
                 f"{field}: no file of {self.source} names a split, so none is of {wanted}. Name the "

@@ -116,10 +116,11 @@ def test_a_folder_is_read_by_its_split_and_says_what_it_leaves_out(tmp_path: Pat
 def test_paths_name_splits(
     tmp_path: Path, names: list[str], split: str, read_of: str, refused: str
 ) -> None:
+    folder = tmp_path / "given"
     for name in names:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(lines(name))
-    for source in (tmp_path, tmp_path / "**" / "*.jsonl"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(lines(name))
+    for source in (folder, folder / "**" / "*.jsonl"):
         if refused:
             with pytest.raises(UsageError, match=refused):
                 read(source, split=split)
@@ -135,6 +136,15 @@ def test_a_file_that_is_named_is_read_unless_it_says_another_split(tmp_path: Pat
         read(source, split="train")
     hidden = write_jsonl(tmp_path / ".labels.json", [{"prompt": "b"}])
     assert read(hidden) == ["b"]
+
+
+def test_a_folder_of_one_split_is_named_by_itself(tmp_path: Path) -> None:
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / "x.jsonl").write_bytes(lines("a"))
+    for source in (tmp_path / "dev", tmp_path / "dev" / "*.jsonl"):
+        assert read(source) == read(source, split="validation") == ["a"]
+        with pytest.raises(UsageError, match="none is of train"):
+            read(source, split="train")
 
 
 def test_a_saved_folder_has_the_splits_it_was_saved_with(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def recipe(data: Data, *, generate: bool = True) -> Recipe:
             "storage": {"dir": "s"},
             "teacher": {"model": "t"},
             "student": {"config": {}},
-            "data": data.model_dump(),
+            "data": data.model_dump(exclude_unset=True),
             "generate": {} if generate else None,
             "train": {"epochs": 1},
         }

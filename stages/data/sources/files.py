@@ -7,7 +7,7 @@ from glob import glob, has_magic
 from pathlib import Path, PurePath
 
 from ....storage.errors import UsageError
-from .splits import known_split, split_of
+from .splits import ALL, known_split, split_of
 
 TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".txt", ".md")
 """Endings that one of `PACKED` may follow."""
@@ -71,14 +71,14 @@ class Found:
         """These files without those of other splits.
 
         Args:
-            split: train, validation, test, or another word for one of them.
+            split: train, validation, test, another word for one of them, or `ALL`.
             field: The field of the recipe that names it.
             asked: Whether the recipe does name it.
 
         Raises:
             UsageError: no file is of this split.
         """
-        if self.saved:
+        if self.saved or split == ALL:
             return self
         wanted = known_split(split, field=field)
         named = {f: split_of(PurePath(self.name_of(f)), field=self.field) for f in self.files}
@@ -104,13 +104,11 @@ class Found:
         if not chosen:
             raise UsageError(
                 f"{field}: no file of {self.source} is of the split {wanted}: found "
-                f"{' and '.join(others)}. Name one of these."
+                f"{' and '.join(others)}. Name one of these, or {ALL!r} to read every file."
             )
-        why = {
-            file: f"split {name}" if name else "no split in its name"
-            for file, name in named.items()
-            if name != wanted
-        }
+        # What names no split may well be missed, so it is said first.
+        why = {file: "names no split" for file, name in named.items() if name is None}
+        why |= {f: f"split {name}" for f, name in named.items() if name not in (None, wanted)}
         return replace(self, files=chosen, left_out=why | self.left_out)
 
     def left_out_note(self, read: set[Path]) -> str | None:

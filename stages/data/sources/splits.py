@@ -12,6 +12,8 @@ _WORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 _SPLITS = {word: split for split, words in _WORDS.items() for word in words}
+ALL = "all"
+"""In place of a split: every file, whatever its path names."""
 _LETTERS = re.compile(r"[^\W\d_]+")
 
 
@@ -25,8 +27,8 @@ def split_of(path: PurePath, *, field: str) -> str | None:
     named = sorted({_SPLITS[word] for word in words if word in _SPLITS})
     if len(named) > 1:
         raise UsageError(
-            f"{field}: {path} names the splits {' and '.join(named)}. Rename it, or name the files "
-            "to read by a glob."
+            f"{field}: {path} names the splits {' and '.join(named)}. Rename it, name the files "
+            f"to read by a glob, or read all with the split {ALL!r}."
         )
     return named[0] if named else None
 
@@ -44,7 +46,7 @@ def known_split(name: str, *, field: str) -> str:
         )
     if name.lower() not in _SPLITS:
         raise UsageError(
-            f"{field}: {name!r} is no split that local files can name: expected train, validation or "
-            "test. Name the files themselves, by a glob."
+            f"{field}: {name!r} is no split that local files can name: expected train, validation, "
+            f"test or {ALL}. Name the files themselves, by a glob."
         )
     return _SPLITS[name.lower()]

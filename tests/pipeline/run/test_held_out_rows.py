@@ -39,7 +39,7 @@ def rows(name: str) -> tuple[list[Any], list[Any]]:
 def test_what_the_recipe_names_judges_and_nothing_else(tmp_path: Path, name: str) -> None:
     (tmp_path / "data").mkdir()
     train, judged = rows(name)
-    write_jsonl(tmp_path / "data" / "train.jsonl", train)
+    write_jsonl(tmp_path / "data" / "train.jsonl", [*train, {}])
     write_jsonl(tmp_path / "data" / "test.jsonl", judged)
     labelled = name == "labelled"
     data = {"source": str(tmp_path / "data"), "format": name}
@@ -57,6 +57,9 @@ def test_what_the_recipe_names_judges_and_nothing_else(tmp_path: Path, name: str
     note = f"held out: {len(judged)} rows of {data['source']}, split test"
     both = "records left out of training: 2. Their prompts are held out too"
     assert asked["notes"] == [both, note]
+    line = asked["stages"]["data"]
+    assert (line["rejected"], line["planned"]) == (1, len(train) + len(judged) - 1)
+    assert f"1 rejected: missing_column, the first at train.jsonl:{len(train) + 1}" in line["why"]
     outcome = last_json(stillroom("run", recipe, "--json"))
     assert {stage["state"] for stage in outcome["stages"].values()} == {"done"}
     (file,) = (tmp_path / "run").glob("train-*/evaluation.json")
@@ -71,6 +74,8 @@ def test_what_the_recipe_names_judges_and_nothing_else(tmp_path: Path, name: str
         ("test", len(judged)),
         ("train", len(train) - 2),
     ]
+    line = last_json(stillroom("plan", recipe, "--json"))["stages"]["data"]
+    assert (line["state"], line["rejected"], line["why"][:10]) == ("done", 1, "1 rejected")
     assert note in (tmp_path / "run" / "report.md").read_text()
     # How it is judged is not which rows judge: the data are read once.
     lines = last_json(stillroom("plan", recipe, "--json", "--set", "evaluate.samples=2"))["stages"]

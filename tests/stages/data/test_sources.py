@@ -108,6 +108,7 @@ def test_a_folder_is_read_by_its_split_and_says_what_it_leaves_out(tmp_path: Pat
         (["latest.jsonl"], "train", "latest.jsonl", ""),
         (["latest.jsonl"], "test", "", "names a split"),
         (["train.jsonl", "x.jsonl"], "test", "", "found train"),
+        (["train/test.jsonl"], "all", "train/test.jsonl", ""),
         (["train/test.jsonl"], "train", "", "names the splits test and train"),
         (["train.jsonl"], "train[:10%]", "", r"data\.limit"),
         (["train.jsonl"], "gold", "", "no split that local files can name"),

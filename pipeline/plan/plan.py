@@ -184,23 +184,24 @@ def _survey(recipe: Recipe, plan: Plan, store: Store | None) -> pa.Table | None:
     data_id = plan.bound.binding.data_id
     about = store.inputs_about(data_id) if store else None
     if about is not None:
-        plan.stages.append(StagePlan(name="data", state="done", rejected=int(about["rejected"])))
+        rejected, said = int(about["rejected"]), about.get("why_rejected", "")
+        plan.stages.append(StagePlan(name="data", state="done", rejected=rejected, why=said))
         plan.note(*about.get("notes", ()))
         return None
     classes = plan.bound.teacher.class_names if plan.bound.teacher else ()
-    inputs, rejected, notes = survey(recipe, classes)
-    plan.note(*notes)
+    found = survey(recipe, classes)
+    plan.note(*found.notes)
     why = (
         "the source or the data section changed" if store and store.files.names("inputs") else "new"
     )
     stale, of = plan.bound.stale
     if stale:
         why = f"answer was tokenized alone: {stale:,} of {of:,}"
-    planned = len(inputs) + rejected
-    plan.stages.append(
-        StagePlan(name="data", state="to do", planned=planned, pending=planned, why=why)
-    )
-    return inputs
+    line = StagePlan(name="data", state="to do", pending=len(found.inputs), rejected=found.rejected)
+    line.planned = line.pending + line.rejected
+    line.why = "; ".join(filter(None, (why, found.why_rejected)))
+    plan.stages.append(line)
+    return found.inputs
 
 
 def _plan_empty(recipe: Recipe, plan: Plan, inputs: pa.Table) -> None:

@@ -17,7 +17,7 @@ from ...stages.models.fit.misfits import refuse_misfit
 from ...stages.models.fit.same_tokenizer import compare_tokenizers
 from ...stages.models.identity import FileHashes, Identity, find_model, identify
 from ...stages.recipe.checks import stores_of
-from ...stages.recipe.sections import Recipe
+from ...stages.recipe.sections import HELD_OUT_FIELDS, Recipe
 from ...storage.errors import UsageError
 from ...storage.files.base import Files
 from ...storage.files.opening import open_files
@@ -237,6 +237,8 @@ def _folder(recipe: Recipe) -> str:
         "data": recipe.data.model_dump(exclude={"turns"} if recipe.data.turns is None else None),
         "author": author,
     }
+    if recipe.evaluate.names_rows:
+        names["held_out"] = recipe.evaluate.model_dump(include=set(HELD_OUT_FIELDS))
     return f"bindings/{content_id('binding', given=given_text(recipe), **names)}"
 
 

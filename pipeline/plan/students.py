@@ -8,7 +8,7 @@ from ...stages.evaluate.stage import NUMBERS
 from ...stages.recipe.fields import Arm
 from ...stages.recipe.load import changed_fields
 from ...stages.recipe.run_folder import EVALUATED, SETTINGS, begun_runs, training_run
-from ...stages.recipe.sections import Recipe, Score
+from ...stages.recipe.sections import HELD_OUT_FIELDS, Recipe, Score
 from ...stages.recipe.stages import STAGES, Stage, stage_named
 from ...stages.train.stage import arm_loss
 from ...storage.errors import UsageError
@@ -115,7 +115,7 @@ def _what_changed(run_dir: Path, settings: dict[str, Any]) -> str:
 
 
 def _plan_evaluate(recipe: Recipe, plan: Plan) -> None:
-    if recipe.data.holdout == 0:
+    if recipe.data.holdout == 0 and not recipe.evaluate.names_rows:
         return
     line = StagePlan(name="evaluate", state="waits")
     plan.stages.append(line)
@@ -128,7 +128,8 @@ def _plan_evaluate(recipe: Recipe, plan: Plan) -> None:
         return
     test = plan.snapshots["test"]
     folders = {arm: path.name for arm, path in plan.train_dirs.items()}
-    how = recipe.evaluate.model_dump(mode="json")
+    # The rows that judge are known by their snapshot.
+    how = recipe.evaluate.model_dump(mode="json", exclude=set(HELD_OUT_FIELDS))
     references = plan.bound.binding.data_id if recipe.evaluate.generate else None
     plan.evaluation_id = content_id(
         "evaluate", test=test.id, arms=folders, how=how, references=references, measures=NUMBERS

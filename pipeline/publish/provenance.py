@@ -8,6 +8,7 @@ each is given; `unknown` may be given, in so many words.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,19 +248,20 @@ def _model(parts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _sources(store: Store, made: Made, licenses: Licenses) -> list[dict[str, Any]]:
     """Per recorded source how many prompts; splits have different prompts, so they add up."""
-    counts: dict[str, int] = {}
-    for keys in made.texts.values():
-        for data_id, prompts in sources_of(store, keys).items():
-            counts[data_id] = counts.get(data_id, 0) + prompts
+    counts: Counter[tuple[str, str]] = Counter()
     formats: dict[str, Any] = {}
+    for keys in made.texts.values():
+        for data_id, held_out, prompts in sources_of(store, keys):
+            about = store.inputs_about(data_id) or {}
+            source = str(about.get("source", UNKNOWN))
+            if held_out:  # which may be rows of the user's own
+                source = str(about.get("held_out_source", source))
+            counts[data_id, source] += prompts
+            formats.setdefault(source, about.get("format"))
     most: dict[str, int] = {}
-    for data_id, prompts in counts.items():
-        about = store.inputs_about(data_id) or {}
-        source = str(about.get("source", UNKNOWN))
-        formats.setdefault(source, about.get("format"))
-        most[source] = max(
-            most.get(source, 0), prompts
-        )  # the same source, read with other settings
+    for (_, source), prompts in counts.items():
+        # The same source, read with other settings, counts once.
+        most[source] = max(most.get(source, 0), prompts)
     found: dict[str, dict[str, Any]] = {}
     for source in sorted(most):
         name = public_name(source)
@@ -276,10 +278,10 @@ def _sources(store: Store, made: Made, licenses: Licenses) -> list[dict[str, Any
 def source_names(store: Store) -> set[str]:
     """Public names of all sources that the store has a record of."""
     ids = [name.removesuffix(".json") for name in store.files.names("inputs")]
-    return {
-        public_name(str((store.inputs_about(data_id) or {}).get("source", UNKNOWN)))
-        for data_id in ids
-    }
+    records = [store.inputs_about(data_id) or {} for data_id in ids]
+    names = [record.get("source", UNKNOWN) for record in records]
+    names += [record["held_out_source"] for record in records if "held_out_source" in record]
+    return {public_name(str(name)) for name in names}
 
 
 def _grouped(said: Sequence[tuple[Mapping[str, Any], int]]) -> list[dict[str, Any]]:

@@ -171,7 +171,8 @@ def _run_stage(
     stage = stage_named(name)
     if stage.arm is not None:
         _begin_student(recipe, plan, stage.arm)
-    opened = recipe.model_dump(mode="json")
+    # Unset fields stay so: a split that nobody wrote is no wish.
+    opened = recipe.model_dump(mode="json", exclude_unset=True)
     # The stage reads the sources at the commits that were planned with and proved.
     opened["storage"]["sources"] = at_commit(recipe.storage.sources, plan.sources)
     log = f"{name}.log" if number == 1 else f"{name}.{number}.log"

@@ -5,7 +5,7 @@ from typing import Any
 
 from ...storage.errors import RowError
 from ...storage.tables.conversations import Conversation, Message
-from .fields import checked_text, checked_words, missing
+from .fields import checked_string, checked_text, checked_words, missing
 
 # ShareGPT's names; a function_call is a turn of the assistant whose value is the call.
 _ROLES = {
@@ -51,13 +51,16 @@ def _message(message: dict[str, Any], name: str) -> Message:
     if "role" not in message and "from" in message:
         message = _of_sharegpt(message, name)
     # Tables have every field in every row: what is null there is not there.
-    found = {key: value for key, value in message.items() if value is not None}
-    role = checked_text(found.pop("role", None), f"{name}.role")
+    found = {key: value for key, value in message.items() if value == "" or not missing(value)}
+    role = found.pop("role", None)
+    if missing(role):
+        raise RowError("empty", f"{name}.role is empty")
+    role = checked_string(role, f"{name}.role")
     content = found.pop("content", None)
     if isinstance(content, list):
-        _refuse_other_parts(content, name)
+        content = [_part(part, f"{name}.content[{n}]") for n, part in enumerate(content)]
     elif not missing(content):
-        checked_text(content, f"{name}.content")
+        content = checked_text(content, f"{name}.content")
     # A call of a tool, or thinking, needs no text beside it; an empty list of calls is none.
     if _blank(content) and all(value in _NOTHING for value in found.values()):
         reason = "unreadable" if content is None else "empty"
@@ -71,15 +74,14 @@ def _blank(content: str | list[dict[str, str]] | None) -> bool:
     return content is None or not content.strip()
 
 
-def _refuse_other_parts(parts: list[Any], name: str) -> None:
-    for number, part in enumerate(parts):
-        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        if kind != "text":
-            raise RowError(
-                "unreadable",
-                f"{name}.content[{number}] is of type {kind!r}; only parts of type 'text' are read",
-            )
-        checked_text(part.get("text"), f"{name}.content[{number}].text")
+def _part(part: Any, name: str) -> dict[str, Any]:
+    """A part of a message's content, whose text is text."""
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    if kind != "text":
+        raise RowError(
+            "unreadable", f"{name} is of type {kind!r}; only parts of type 'text' are read"
+        )
+    return {**part, "text": checked_text(part.get("text"), f"{name}.text")}
 
 
 def _of_sharegpt(message: dict[str, Any], name: str) -> Message:

@@ -1,23 +1,36 @@
 """Fields of records: whether one is there, whether it is text, and whether the text is more than blanks."""
 
+import math
+from decimal import Decimal
 from typing import Any
 
 from ...storage.errors import RowError
 
+_EXACT = 2**53  # up to here a float holds every whole number
+
 
 def missing(value: Any) -> bool:
-    """Whether there is nothing in a field."""
-    return value in (None, "")
+    """Whether there is nothing in a field: null, an empty cell, or NaN, which tables have in place of null."""
+    return value in (None, "") or (isinstance(value, float) and math.isnan(value))
 
 
 def checked_text(value: Any, name: str, *, if_empty: str | None = None) -> str:
-    """The text of a field.
+    """The text of a field; a number is what it reads like.
 
     Raises:
         RowError: it is empty, or no text.
     """
     if missing(value):
         raise RowError("empty", if_empty or f"{name} is empty")
+    return checked_string(_written(value), name)
+
+
+def checked_string(value: Any, name: str) -> str:
+    """A field that is text, and no number.
+
+    Raises:
+        RowError: it is no text.
+    """
     if not isinstance(value, str):
         raise RowError("unreadable", f"{name} is a {type(value).__name__}, expected text")
     try:
@@ -25,6 +38,17 @@ def checked_text(value: Any, name: str, *, if_empty: str | None = None) -> str:
     except UnicodeEncodeError as error:
         raise RowError("unreadable", f"{name} is not valid UTF-8 ({error.reason})") from error
     return value
+
+
+def _written(value: Any) -> Any:
+    """A finite number as text. A column of whole numbers with a gap is one of floats: 42.0 is 42."""
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
+        return value
+    if not math.isfinite(value):
+        return value
+    if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT:
+        return str(int(value))
+    return str(value)
 
 
 def checked_words(value: Any, name: str, *, if_empty: str | None = None) -> str:

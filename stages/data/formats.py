@@ -53,7 +53,8 @@ def prompt_row(
     else:
         row |= _TEXTS[data.format](record)
     if data.records.labelled:
-        row["label"] = label_index(record["label"], classes)
+        label = record["label"]
+        row["label"] = label_index(None if missing(label) else label, classes)
     row["reference"] = None if missing(reference) else checked_text(reference, "reference")
     return row | _keys(row)
 
@@ -120,9 +121,17 @@ def _columns(record: dict[str, Any], data: Data) -> dict[str, str]:
         raise RowError(
             "missing_column",
             f"no column {absent[0]!r} (found {', '.join(map(repr, record)) or 'nothing'}). "
-            f"Name it in data.columns, for example {{{required[0]}: ...}}",
+            f"Name it in data.columns, for example {{{required[0]}: ...}}{_inside(record)}",
         )
     return {ours: theirs for ours, theirs in names.items() if theirs in record}
+
+
+def _inside(record: dict[str, Any]) -> str:
+    """What to do where the records seem to stand in a list of the one that was read."""
+    for name, value in record.items():
+        if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
+            return f"; or, if the {len(value):,} objects in {name!r} are the records, write that list alone"
+    return ""
 
 
 def _conversation_columns(held: Conversation, data: Data, *, given: bool) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ...storage.errors import RowError
 from ...storage.keys import KEY_BYTES, KeySet
 from ...storage.tables.schema import KEY
 from .formats import NOT_READ
@@ -19,7 +20,11 @@ class Intake:
     def __init__(self) -> None:
         self._seen = KeySet()
         self._keys, self._prompts = bytearray(), bytearray()
-        self._windows = array("i")
+        self._windows, self._test = array("i"), bytearray()
+        self._judging, self._in_both = KeySet(), 0
+        self.rejected: Counter[str] = Counter()
+        """Reason -> records that cannot be used."""
+        self._first: dict[str, str] = {}
         self._turns, self._rows_of_turns = bytearray(), array("q")
         self._last, self._rows_of_last = bytearray(), array("q")
         self._left_out = 0
@@ -32,7 +37,13 @@ class Intake:
         return key in self._seen
 
     def add(
-        self, key: bytes, prompt_key: bytes, *, windows: int = 1, turns: Sequence[bytes] = ()
+        self,
+        key: bytes,
+        prompt_key: bytes,
+        *,
+        windows: int = 1,
+        turns: Sequence[bytes] = (),
+        held_out: bool = False,
     ) -> None:
         """Take a row.
 
@@ -41,6 +52,7 @@ class Intake:
             prompt_key: Its prompt's.
             windows: Generations rows that given text became, 1 where it is generated.
             turns: Of a conversation, hashes up to each turn that is scored.
+            held_out: Whether the recipe names it as one that judges; these come first.
         """
         if key not in self._seen:
             self._seen.update(key)
@@ -53,6 +65,32 @@ class Intake:
             self._keys += key
             self._prompts += prompt_key
             self._windows.append(windows)
+            self._test.append(held_out)
+            if held_out:
+                self._judging.update(prompt_key)
+
+    def judges(self, prompt_key: bytes) -> bool:
+        """Whether a row that was named as held out has this prompt: it leaves the training set, and is counted."""
+        found = prompt_key in self._judging
+        self._in_both += found
+        return found
+
+    def reject(self, where: str, error: RowError) -> None:
+        """Count a record that cannot be used."""
+        self.rejected[error.reason] += 1
+        self._first.setdefault(error.reason, f"{where}: {error}")
+
+    def why_rejected(self) -> str:
+        """Of each reason, the number of records and the first one."""
+        return "; ".join(
+            f"{count:,} rejected: {reason}, the first at {self._first[reason]}"
+            for reason, count in self.rejected.most_common()
+        )
+
+    @property
+    def held_out(self) -> int:
+        """How many rows the recipe names as held out."""
+        return sum(self._test)
 
     def prompts(self) -> int:
         """How many different prompts."""
@@ -68,6 +106,10 @@ class Intake:
             f"{count:,} records have a column {name!r}, which nothing reads. {NOT_READ[name]}"
             for name, count in sorted(self._unread.items())
         ]
+        if self._in_both:
+            said.append(
+                f"records left out of training: {self._in_both:,}. Their prompts are held out too"
+            )
         if self._left_out:
             said.append(
                 f"conversations left out of training: {self._left_out:,}. One of their turns is "
@@ -91,7 +133,7 @@ class Intake:
             )
             held_out[smallest.to_numpy()] = True
         # All rows of a prompt are on one side.
-        test = held_out[numbers]
+        test = held_out[numbers] | np.frombuffer(self._test, bool)
         table = pa.table(
             {
                 "key": _column(self._keys),

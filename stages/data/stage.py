@@ -7,8 +7,7 @@ and becomes generations rows, so that later stages know one kind of row only.
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,13 +18,13 @@ from ...storage.store.store import Store
 from ...storage.tables.schema import TableName
 from ..models.classes import names_in
 from ..models.identity import FileHashes, Identity
-from ..recipe.sections import Data, Recipe
+from ..recipe.sections import Recipe
 from ..workers.job import Job, StageResult
 from ..workers.shard_about import about, commit_limits
 from .formats import prompt_row, turn_keys, unread_columns
 from .given_text import GivenText, given_text, tokens_of
 from .inputs import Intake
-from .readers import fingerprint, records
+from .sources.source import Source, all_records, held_out_source, left_out, training_source
 from .tokenizing import Tokenizing
 
 COMMIT_ROWS = 8192  # reading is cheap to do again, and few large shards are quick to plan from
@@ -54,14 +53,22 @@ def _inputs_id(
     context_tokens: int,
     classes: Sequence[str],
 ) -> str:
-    how = recipe.data.model_dump(
-        exclude={"source", "chat_template_kwargs", "window_tokens", "turns"}
-    )
+    held_out = held_out_source(recipe)
+    unread = {"source", "chat_template_kwargs", "window_tokens", "turns"}
+    how = recipe.data.model_dump(exclude=unread if held_out is None else {*unread, "holdout"})
     if recipe.data.records.labelled:
         how["classes"] = list(classes)  # by their names a label is known
     # The context decides which given completions are too long, whatever the window.
     text = {"author": author_id, "context": context_tokens} if given_text(recipe) else None
-    return content_id("inputs", source=fingerprint(recipe.data, hashes), how=how, text=text)
+    # A field that is absent is in no hash: sources of before have the names that they had.
+    more = {} if held_out is None else {"held_out": _named(held_out, hashes)}
+    source = training_source(recipe).fingerprint(hashes)
+    return content_id("inputs", source=source, how=how, text=text, **more)
+
+
+def _named(held_out: Source, hashes: FileHashes) -> dict[str, Any]:
+    rows = held_out.fingerprint(hashes)
+    return {"rows": rows, "split": held_out.split, "limit": held_out.limit}
 
 
 def run(job: Job) -> StageResult:
@@ -78,7 +85,6 @@ def run(job: Job) -> StageResult:
     limits = replace(commit_limits(recipe), rows=max(COMMIT_ROWS, recipe.storage.commit_rows))
     classes = names_in(store.teacher_dir(job.teacher_id)) if data.records.labelled else ()
     rows = Intake()
-    rejected, first = 0, ""
     job.progress.start(total=data.limit or 0, unit="records")
     with ExitStack() as stack:
         prompts, rejects = (
@@ -87,31 +93,37 @@ def run(job: Job) -> StageResult:
         )
         with clock.span("start"):
             text = GivenText(job, store, stack, limits) if given_text(recipe) else None
-        for source, record in islice(clock.each("disk", records(data)), data.limit):
+        for source, record, held_out in clock.each("disk", all_records(recipe)):
             job.stop.check()
             try:
                 row = prompt_row(record, source, data, given=text is not None, classes=classes)
+                if not held_out and rows.judges(row["prompt_key"]):
+                    continue
                 # A record that is there twice is one prompt, whose text is written once.
                 windows = text.add(row) if text and row["key"] not in rows else 1
             except RowError as error:
                 with clock.span("disk"):
                     rejects.add(_reject(source, record, error))
-                rejected += 1
-                first = first or f"{source}: {error}"
-                job.progress.wrote(rejects=rejected, size=prompts.bytes)
+                rows.reject(source, error)
+                job.progress.wrote(rejects=rows.rejected.total(), size=prompts.bytes)
                 continue
             with clock.span("disk"):
                 prompts.add(row)
-            rows.add(row["key"], row["prompt_key"], windows=windows, turns=_turns(recipe, row))
+            rows.add(
+                row["key"],
+                row["prompt_key"],
+                windows=windows,
+                turns=_turns(recipe, row),
+                held_out=held_out,
+            )
             rows.count_unread(unread_columns(record, data))
             job.progress.advance()
         with clock.span("disk"):
             stack.close()
         size = prompts.bytes + (text.bytes if text else 0)
-        job.progress.wrote(rejects=rejected, size=size)
-    _refuse_empty(data, rows, rejected=rejected, first=first)
-    table = _split(data, rows)
-    notes = [*rows.notes(), *(text.notes() if text else ())]
+        job.progress.wrote(rejects=rows.rejected.total(), size=size)
+    table = _split(recipe, rows)
+    notes = [*_notes(recipe, rows), *(text.notes() if text else ())]
     for note in notes:
         job.progress.say(note)
     with clock.span("disk"):
@@ -119,37 +131,63 @@ def run(job: Job) -> StageResult:
         # The record comes last: that it is there says that all of it was read.
         record_about: dict[str, Any] = {
             "source": data.source,
-            "rejected": rejected,
+            "rejected": rows.rejected.total(),
             "format": data.format,
         }
+        if recipe.evaluate.source is not None:
+            record_about["held_out_source"] = recipe.evaluate.source
         if job.earlier_author_id:
             record_about["earlier_author"] = job.earlier_author_id
         if notes:
             record_about["notes"] = notes
+        if rows.rejected:
+            record_about["why_rejected"] = rows.why_rejected()
         store.put_inputs(job.data_id, table, record_about)
-    return StageResult(rows=len(table), rejected=rejected, tokens=text.tokens if text else 0)
+    return StageResult(
+        rows=len(table), rejected=rows.rejected.total(), tokens=text.tokens if text else 0
+    )
 
 
-def survey(recipe: Recipe, classes: Sequence[str] = ()) -> tuple[pa.Table, int, list[str]]:
+class Survey(NamedTuple):
+    """What the sources hold, as far as it shows before anything is tokenized."""
+
+    inputs: pa.Table
+    """The inputs table, windows unknown."""
+    rejected: int
+    notes: list[str]
+    """What is to be said of the records, a sentence each."""
+    why_rejected: str
+
+
+def survey(recipe: Recipe, classes: Sequence[str] = ()) -> Survey:
     """What `run` would make of the source, without writing.
-
-    The inputs table (windows unknown), the number of rejects, and what is to be said of the records.
 
     `classes`: the teacher's, by whose names labels are known (labelled).
     """
     rows = Intake()
-    rejected, first = 0, ""
-    for source, record in islice(records(recipe.data), recipe.data.limit):
+    given = given_text(recipe)
+    for source, record, held_out in all_records(recipe):
         try:
-            row = prompt_row(record, source, recipe.data, given=given_text(recipe), classes=classes)
+            row = prompt_row(record, source, recipe.data, given=given, classes=classes)
         except RowError as error:
-            rejected += 1
-            first = first or f"{source}: {error}"
+            rows.reject(source, error)
             continue
-        rows.add(row["key"], row["prompt_key"], turns=_turns(recipe, row))
+        if not held_out and rows.judges(row["prompt_key"]):
+            continue
+        turns = _turns(recipe, row)
+        rows.add(row["key"], row["prompt_key"], turns=turns, held_out=held_out)
         rows.count_unread(unread_columns(record, recipe.data))
-    _refuse_empty(recipe.data, rows, rejected=rejected, first=first)
-    return _split(recipe.data, rows), rejected, rows.notes()
+    table = _split(recipe, rows)
+    return Survey(table, rows.rejected.total(), _notes(recipe, rows), rows.why_rejected())
+
+
+def _notes(recipe: Recipe, rows: Intake) -> list[str]:
+    """What is to be said of all records, of those that are not read, and of those that judge."""
+    said = [*left_out(recipe), *rows.notes()]
+    if (held_out := held_out_source(recipe)) is not None:
+        split = f", split {held_out.split}" if held_out.asked else ""
+        said.append(f"held out: {rows.held_out:,} rows of {held_out.name}{split}")
+    return said
 
 
 def _turns(recipe: Recipe, row: dict[str, Any]) -> list[bytes]:
@@ -165,7 +203,7 @@ def stale_rows(
     context = teacher.context_tokens
     tokenizing = Tokenizing(teacher.folder, recipe.data, context_tokens=context, day=day)
     same = set()
-    for source, record in islice(records(recipe.data), recipe.data.limit):
+    for source, record, _ in all_records(recipe):
         try:
             row = prompt_row(record, source, recipe.data, given=True)
             (text,) = tokenizing.texts(row)
@@ -182,36 +220,54 @@ def _reject(source: str, record: Any, error: RowError) -> dict[str, Any]:
     return row | {"message": f"{source}: {error}"}
 
 
-def _refuse_empty(data: Data, rows: Intake, *, rejected: int, first: str) -> None:
-    """Raise UsageError where nothing is left, to work on or to train on."""
+def _split(recipe: Recipe, rows: Intake) -> pa.Table:
+    """The inputs table.
+
+    Raises:
+        UsageError: nothing is left to train on, or nothing to judge by that was to be there.
+    """
+    data, named = recipe.data, held_out_source(recipe)
     if not rows:
-        found = (
-            f"all {rejected} records were rejected, the first at {first}"
-            if rejected
-            else "it holds no records"
+        raise UsageError(
+            f"data.source: nothing to work on in {data.source}: {_none_usable(rows)}. Check the "
+            "file and data.format."
+        )
+    if named is not None and not rows.held_out:
+        raise UsageError(
+            f"{named.field}: no row to judge by in {named.name}, split {named.split}: "
+            f"{_none_usable(rows)}. Check the file; its columns are those of the data."
+        )
+    if named is not None and rows.held_out == len(rows):
+        said = (
+            "; ".join(filter(None, (*rows.notes(), rows.why_rejected()))) or "it holds no records"
         )
         raise UsageError(
-            f"data.source: nothing to work on in {data.source}: {found}. Check the file and "
-            "data.format."
+            f"data.source: nothing to train on in {data.source}: {said}. Name other held-out rows, "
+            "or more data."
         )
-    prompts = rows.prompts()
-    if data.holdout >= prompts:
+    holdout = 0 if named else data.holdout
+    if holdout >= (prompts := rows.prompts()):
         raise UsageError(
-            f"data.holdout: {data.holdout} of {prompts} prompts leaves nothing to train on. "
+            f"data.holdout: {holdout} of {prompts} prompts leaves nothing to train on. "
             f"Use fewer than {prompts}; a tenth is usual."
         )
-
-
-def _split(data: Data, rows: Intake) -> pa.Table:
-    """The inputs table; UsageError where all conversations repeat what is held out."""
-    table = rows.table(data.holdout)
+    table = rows.table(holdout)
     if not pc.any(pc.equal(table["split"].cast(pa.string()), "train")).as_py():
+        held_out = f"{named.field}: {named.name}" if named else f"data.holdout: {holdout}"
         raise UsageError(
-            f"data.holdout: {data.holdout} leaves nothing to train on, since every other "
-            "conversation has the answer of a held-out record among its turns. Use fewer, or give "
-            "each conversation once, whole."
+            f"{held_out} leaves nothing to train on, since every other conversation has the answer "
+            "of a held-out record among its turns. Use fewer, or give each conversation once, whole."
         )
     return table
+
+
+def _none_usable(rows: Intake) -> str:
+    count = rows.rejected.total()
+    return (
+        f"all {count} records were rejected: {rows.why_rejected()}"
+        if count
+        else "it holds no records"
+    )
 
 
 def _refuse_changed(job: Job, classes: Sequence[str]) -> None:

@@ -56,9 +56,10 @@ def run(job: Job) -> StageResult:
     held_out = HeldOut(store, snapshot, job.clock, labelled=labelled)
     if not held_out.rows:
         what = "held-out row has a gold label" if snapshot.rows else "held-out rows"
+        named = job.recipe.evaluate.names_rows
         raise UsageError(
-            f"data.holdout: no {what}, so nothing to evaluate on. Set data.holdout higher, or to "
-            "0: no evaluation."
+            f"{'evaluate' if named else 'data.holdout'}: no {what}, so nothing to evaluate on. "
+            f"{'Name other rows' if named else 'Set data.holdout higher, or to 0: no evaluation'}."
         )
     with job.clock.span("start"):
         quiz = prepare_quiz(job, store, held_out.spans())

@@ -6,7 +6,7 @@ from .engines import PLANNED
 from .fields import Section
 from .kinds import kinds_with
 from .loss_checks import check_loss
-from .sections import Data, Generate, Recipe, Score, Teacher
+from .sections import HELD_OUT_FIELDS, Data, Evaluate, Generate, Recipe, Score, Teacher
 from .task_checks import check_task, lookup, targets_fit
 
 # Named by the recipe, done by no stage yet: refused by name, never ignored.
@@ -23,6 +23,7 @@ _NOT_OF_A_STORE = tuple(
 _NOT_OF_A_STORE += tuple(
     f"data.{name}" for name in ("split", "columns", "turns", "window_tokens", "limit")
 )
+_NOT_OF_A_STORE += tuple(f"evaluate.{name}" for name in HELD_OUT_FIELDS)
 
 
 def check_together(recipe: Recipe) -> list[tuple[str, str]]:
@@ -47,7 +48,7 @@ def check_together(recipe: Recipe) -> list[tuple[str, str]]:
         errors += _greedy(recipe.generate)
     if recipe.data.turns is not None and not records.conversation:
         errors.append(("data.turns", f"format {kind!r} has no turns. Remove it"))
-    errors += check_task(recipe)
+    errors += check_task(recipe) + _held_out(recipe)
     needs_text = records.brings_text == "never" and recipe.data.source not in stores_of(recipe)
     if needs_text and recipe.generate is None:
         errors.append(
@@ -65,6 +66,25 @@ def _greedy(generate: Generate) -> list[tuple[str, str]]:
         "Use samples: 1, or a temperature above 0"
     )
     return [("generate.samples", message)]
+
+
+def _held_out(recipe: Recipe) -> list[tuple[str, str]]:
+    """Whether it is clear which rows judge."""
+    data, evaluate = recipe.data, recipe.evaluate
+    if not evaluate.names_rows:
+        why = "there are no rows of your own to limit. Name evaluate.source or evaluate.split too"
+        return [] if evaluate.limit is None else [("evaluate.limit", why)]
+    errors = []
+    if "holdout" in data.model_fields_set and data.holdout:
+        message = "evaluate names the held-out rows, so none of the data's are kept. Remove one"
+        errors.append(("data.holdout", message))
+    if evaluate.source is None and evaluate.split == data.split:
+        message = f"{data.split!r} is what is trained on. Name another split, or evaluate.source"
+        errors.append(("evaluate.split", message))
+    if evaluate.source in stores_of(recipe):
+        message = "names a store; held-out rows come from files or the Hub"
+        errors.append(("evaluate.source", message))
+    return errors
 
 
 def stores_of(recipe: Recipe) -> list[str]:
@@ -99,7 +119,11 @@ def _sources(recipe: Recipe) -> list[tuple[str, str]]:
 
 def _default(path: str) -> Any:
     section, name = path.split(".")
-    sections: dict[str, type[Section]] = {"teacher": Teacher, "data": Data}
+    sections: dict[str, type[Section]] = {
+        "teacher": Teacher,
+        "data": Data,
+        "evaluate": Evaluate,
+    }
     return sections[section].model_fields[name].get_default(call_default_factory=True)
 
 

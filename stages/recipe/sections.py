@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from ...storage.tables.kinds import STRUCTURES, Structure
 from .divergences import DivergenceSettings
 from .engines import EngineName
-from .fields import Kernel, Options, Schedule, Scheduled, Section, Tail
+from .fields import NO_TEMPLATE_ARGUMENTS, Kernel, Options, Schedule, Scheduled, Section, Tail
 from .formats import FORMATS, Format, FormatName
 from .kinds import KINDS, TargetKind, Targets
 from .tasks import TaskName
@@ -110,30 +110,16 @@ class Student(Section):
         return self
 
 
-# What the stages say to a chat template, and what `apply_chat_template` hands to the tokenizer.
-_RENDERING = {
-    "add_generation_prompt",
-    "continue_final_message",
-    "conversation",
-    "messages",
-    "return_assistant_tokens_mask",
-    "return_dict",
-    "strftime_now",
-    "tokenize",
-    "tools",
-}
-_TOKENIZER = {"max_length", "padding", "return_tensors", "tokenizer_kwargs", "truncation"}
-
-
 class Data(Section):
     """Where prompts or texts come from."""
 
     source: str
-    """File, glob, folder (JSON, JSONL, Parquet, CSV, text; .md only by file or glob) or Hub dataset
-    id. Or
-    `storage.dir` or one of `storage.sources`: its rows are the data, and nothing is written or scored."""
+    """File, glob, folder (JSON, JSONL, CSV, text, packed or not, Parquet; .md only by file or glob)
+    or Hub dataset id. Or `storage.dir` or one of `storage.sources`: its rows are the data, and nothing is written
+    or scored."""
     split: str = "train"
-    """Split of a Hub dataset or of a folder saved by `datasets`."""
+    """Split of a Hub dataset or saved folder; of local files whose names have train, validation or
+    test in them, those of this split."""
     format: FormatName
     """What one record is."""
     columns: dict[str, str] = Field({})
@@ -148,14 +134,14 @@ class Data(Section):
     limit: int | None = Field(None, ge=1)
     """Use the first records only."""
     holdout: int = Field(200, ge=0)
-    """Prompts kept for evaluation, chosen by hash."""
+    """Prompts kept for evaluation, chosen by hash; none where `evaluate` names held-out rows."""
 
     @field_validator("chat_template_kwargs")
     @classmethod
     def _of_the_template(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        for names, who in ((_RENDERING, "decided by the stages"), (_TOKENIZER, "the tokenizer's")):
-            if found := sorted(names & arguments.keys()):
-                raise ValueError(f"{found[0]!r} is {who}, no argument of the template. Remove it")
+        for name in sorted(NO_TEMPLATE_ARGUMENTS.keys() & arguments.keys()):
+            who = NO_TEMPLATE_ARGUMENTS[name]
+            raise ValueError(f"{name!r} is {who}, no argument of the template. Remove it")
         return arguments
 
     @property
@@ -366,9 +352,20 @@ class EvaluateGenerate(Section):
         return self
 
 
+HELD_OUT_FIELDS = ("source", "split", "limit")
+"""Of `evaluate`: which rows judge."""
+
+
 class Evaluate(Section):
     """How teacher and students are judged, on held-out prompts."""
 
+    source: str | None = None
+    """Held-out rows of your own, in place of `data.holdout`: as `data.source`. null: that one, if
+    `split` is another one of its splits."""
+    split: str | None = None
+    """Split of the held-out rows; null: test, or a file as it is."""
+    limit: int | None = Field(None, ge=1)
+    """Use the first of these records only."""
     baseline: bool = False
     """Also train the same student on cross-entropy alone: same start, order and tokens. Without
     `score` it is that."""
@@ -382,6 +379,11 @@ class Evaluate(Section):
     samples: int = Field(3, ge=0)
     """Without `generate`: held-out prompts that each student answers for the report, greedily, in
     at most 64 tokens."""
+
+    @property
+    def names_rows(self) -> bool:
+        """Whether held-out rows are named; else `data.holdout` takes some of the data."""
+        return self.source is not None or self.split is not None
 
 
 class Recipe(Section):

@@ -105,11 +105,11 @@ _SOURCES = """
     WITH asked AS (
         SELECT DISTINCT g.prompt_key FROM generations g JOIN wanted w ON g.key = w.key
     )
-    SELECT i.data_id, count(DISTINCT i.prompt_key)
+    SELECT i.data_id, i.split = 'test', count(DISTINCT i.prompt_key)
     FROM inputs i
     JOIN asked a ON a.prompt_key = i.prompt_key
-    GROUP BY i.data_id
-    ORDER BY i.data_id"""
+    GROUP BY ALL
+    ORDER BY ALL"""
 
 
 def chosen_columns(
@@ -228,11 +228,11 @@ def _asked(store: Store, keys: pa.Array) -> Iterator[Any]:
         yield connection
 
 
-def sources_of(store: Store, keys: pa.Array) -> dict[str, int]:
-    """Which recorded data the prompts of these generations are from: data id -> how many prompts."""
+def sources_of(store: Store, keys: pa.Array) -> list[tuple[str, bool, int]]:
+    """Which recorded data the prompts of these generations are from: data id, whether held out, how many prompts."""
     with connect(store) as connection:
         connection.from_arrow(pa.table({"key": keys})).create("wanted")
-        return dict(connection.sql(_SOURCES).fetchall())
+        return list(connection.sql(_SOURCES).fetchall())
 
 
 def shards_of(store: Store, table: TableName, keys: pa.Array) -> list[tuple[dict[str, Any], int]]:

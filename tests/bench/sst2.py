@@ -28,7 +28,6 @@ from sst2_arms import ARMS, MISTAKES, STARTS, Choice, Study
 from sst2_report import best_rate, report
 from sst2_teacher import (
     ASSETS,
-    TEST,
     VALIDATION,
     Sentences,
     Size,
@@ -50,8 +49,9 @@ class Scale:
 
     teacher: Size
     limit: int | None = None
-    """Use the first sentences only."""
-    test: int = TEST
+    """Use the first training sentences only."""
+    test: int | None = None
+    """Judge on the first test sentences only."""
     validation: int = VALIDATION
     rows: int = 5000
     """Training rows of the study."""
@@ -83,7 +83,7 @@ SCALES = {
         tuning_epochs=1,
         settings=(
             "data.limit=160",
-            "data.holdout=40",
+            "evaluate.limit=40",
             "train.validation_prompts=20",
             "train.epochs=1",
             'student.config={"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1}',
@@ -109,9 +109,9 @@ class Bench:
             (self.folder / "teacher.json").write_text(json.dumps(facts))
 
     def _split(self) -> dict[str, Sentences]:
-        return split(
-            read_sentences(self.scale.limit), test=self.scale.test, validation=self.scale.validation
-        )
+        train = read_sentences("train", self.scale.limit)
+        test = read_sentences("test", self.scale.test)
+        return split(train, test, validation=self.scale.validation)
 
     def overrides(self, name: str) -> list[str]:
         """Changes of the recipe that put all of it into this folder."""

@@ -1,7 +1,8 @@
-"""A BERT-class teacher of sentiment, trained on the spot: fresh weights, sst2's 6,920 sentences, no pretraining.
+"""A BERT-class teacher of sentiment, trained on the spot: fresh weights, sst2's training sentences, no pretraining.
 
-Which rows are for judging, for choosing and for learning is decided by the product's own hash of a
-text, so that the teacher has seen no row that `stillroom run pipeline/recipes/sst2.yaml` holds out.
+sst2's own test split judges; which of its training rows are for choosing is decided by the product's
+own hash of a text. So the teacher has seen no row that `stillroom run pipeline/recipes/sst2.yaml`
+validates on or holds out.
 """
 
 import json
@@ -22,8 +23,8 @@ from stillroom.storage.keys import content_key
 ASSETS = Path(environ.get("STILLROOM_ASSETS", Path(__file__).parents[3] / "shared" / "assets"))
 NAMES = ("negative", "positive")
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-TEST, VALIDATION = 1821, 872
-"""Rows for judging and for choosing, as many as sst2's own; the recipe says the same."""
+VALIDATION = 872
+"""Rows for choosing, as many as sst2's own; the recipe says the same."""
 SEEN = 2
 """A piece of text is in the vocabulary if the training sentences have it this often."""
 
@@ -59,32 +60,26 @@ class Sentences:
         return Sentences([self.texts[row] for row in rows], self.labels[np.asarray(rows, np.int64)])
 
 
-def read_sentences(limit: int | None = None) -> Sentences:
-    """sst2's test, training and validation files, one after the other as the recipe reads them; the first `limit`."""
+def read_sentences(split: str, limit: int | None = None) -> Sentences:
+    """One of sst2's own splits, train or test; the first `limit`."""
     import pyarrow.parquet as pq
 
-    tables = [
-        pq.read_table(file) for file in sorted((ASSETS / "classify" / "sst2").glob("*.parquet"))
-    ]
-    texts = [text for table in tables for text in table["text"].to_pylist()]
-    labels = np.concatenate([np.asarray(table["label"], np.int64) for table in tables])
-    return Sentences(texts[:limit], labels[:limit])
+    table = pq.read_table(ASSETS / "classify" / "sst2" / f"{split}.parquet")[:limit]
+    return Sentences(table["text"].to_pylist(), np.asarray(table["label"], np.int64))
 
 
-def split(sentences: Sentences, *, test: int, validation: int) -> dict[str, Sentences]:
-    """What the recipe holds out (test), what it validates on, and the rest: the smallest hashes first, as it does."""
-    keys = prompt_keys(sentences.texts)
-    ranks = {key: rank for rank, key in enumerate(sorted(set(keys)))}
-    order = np.array([ranks[key] for key in keys])
-    bounds = {
-        "test": (0, test),
-        "validation": (test, test + validation),
-        "train": (test + validation, len(keys)),
-    }
-    return {
-        name: sentences.take(np.flatnonzero((order >= low) & (order < high)))
-        for name, (low, high) in bounds.items()
-    }
+def split(train: Sentences, test: Sentences, *, validation: int) -> dict[str, Sentences]:
+    """What the recipe judges on, what it validates on and the rest: the smallest hashes first, as it does.
+
+    A text that is in both splits is not trained on.
+    """
+    judging, keys = set(prompt_keys(test.texts)), prompt_keys(train.texts)
+    choosing = set(sorted(set(keys) - judging)[:validation])
+    rows: dict[str, list[int]] = {"validation": [], "train": []}
+    for row, key in enumerate(keys):
+        if key not in judging:
+            rows["validation" if key in choosing else "train"].append(row)
+    return {"test": test, **{name: train.take(found) for name, found in rows.items()}}
 
 
 def prompt_keys(texts: Sequence[str]) -> list[bytes]:
@@ -153,7 +148,7 @@ def train_teacher(folder: Path, train: Sentences, validation: Sentences, size: S
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
         intermediate_size=4 * size.hidden,
-        max_position_embeddings=128,
+        max_position_embeddings=256,
         pad_token_id=tokenizer.pad_token_id,
         id2label=dict(enumerate(NAMES)),
         label2id={name: index for index, name in enumerate(NAMES)},

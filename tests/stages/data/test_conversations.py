@@ -116,7 +116,7 @@ def test_a_conversation_that_ends_with_a_question_has_its_earlier_answers() -> N
             r"messages\[0\]\.content\[0\] is of type 'image'",
         ),
         ({"messages": [ASKED | {"name": "\ud800"}, ANSWER]}, "a message holds what JSON cannot"),
-        ({"messages": [ASKED | {"x": float("nan")}, ANSWER]}, "a message holds what JSON cannot"),
+        ({"messages": [ASKED | {"x": float("inf")}, ANSWER]}, "a message holds what JSON cannot"),
         ({"messages": [ASKED, ANSWER], "tools": "{"}, "tools is not JSON"),
         ({"messages": [ASKED, ANSWER], "tools": [1]}, "tools must be a list of objects"),
         ({"conversations": [{"from": "bot", "value": "x"}]}, r"messages\[0\]\.from is 'bot'"),
@@ -142,7 +142,7 @@ def test_a_field_that_cannot_be_read_is_named(record: dict[str, Any], said: str)
 
 @pytest.mark.parametrize(
     "history",
-    ["ab c", [["a"]], [["a", 3]], [["a", ""]], ["ab", "cd"], [{"role": "user", "content": "a"}]],
+    ["ab c", [["a"]], [["a", True]], [["a", ""]], ["ab", "cd"], [{"role": "user", "content": "a"}]],
 )
 def test_a_history_that_is_no_pairs_is_refused(history: Any) -> None:
     with pytest.raises(RowError, match="history"):

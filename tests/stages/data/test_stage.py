@@ -13,7 +13,7 @@ from kit import prompts, recipe_tree, write_jsonl
 from stillroom.pipeline.plan.resolve import bind
 from stillroom.stages.data import stage
 from stillroom.stages.data.formats import prompt_row
-from stillroom.stages.data.readers import fingerprint
+from stillroom.stages.data.sources.source import training_source
 from stillroom.stages.data.stage import inputs_id, survey
 from stillroom.stages.models.identity import FileHashes, identify
 from stillroom.stages.models.rendering import Renderer, cut
@@ -34,7 +34,7 @@ def recipe(data: Data, *, generate: bool = True) -> Recipe:
             "storage": {"dir": "s"},
             "teacher": {"model": "t"},
             "student": {"config": {}},
-            "data": data.model_dump(),
+            "data": data.model_dump(exclude_unset=True),
             "generate": {} if generate else None,
             "train": {"epochs": 1},
         }
@@ -88,16 +88,18 @@ def test_metadata_and_order_do_not_change_a_key() -> None:
     [
         ({"prompt": ""}, "prompt", "empty"),
         ({"prompt": None}, "prompt", "empty"),
-        ({"prompt": 3}, "prompt", "unreadable"),
+        ({"prompt": float("nan")}, "prompt", "empty"),
+        ({"prompt": float("inf")}, "prompt", "unreadable"),
+        ({"prompt": True}, "prompt", "unreadable"),
         ({"prompt": "\ud800"}, "prompt", "unreadable"),
         ({"text": "p"}, "prompt", "missing_column"),
         ({"messages": "hi"}, "messages", "unreadable"),
         ({"messages": []}, "messages", "empty"),
         ({"messages": [{"role": "user"}]}, "messages", "unreadable"),
         ({"messages": [{"role": "\ud800", "content": "p"}]}, "messages", "unreadable"),
-        ({"instruction": "p", "input": 5}, "instruction", "unreadable"),
-        ({"instruction": "p", "input": float("nan")}, "instruction", "unreadable"),
-        ({"prompt": "p", "reference": 5}, "prompt", "unreadable"),
+        ({"messages": [{"role": 3, "content": "p"}]}, "messages", "unreadable"),
+        ({"instruction": "p", "input": ["x"]}, "instruction", "unreadable"),
+        ({"prompt": "p", "reference": {"a": 5}}, "prompt", "unreadable"),
     ],
 )
 def test_a_bad_record_is_refused_with_its_reason(
@@ -184,7 +186,7 @@ def test_what_is_held_out_is_no_turn_of_what_is_trained_on(
 ) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", unrolled())
     data = section(source, "messages", **{"holdout": 1} | more)
-    table, _, notes = survey(recipe(data, generate=generate))
+    table, _, notes, _ = survey(recipe(data, generate=generate))
     assert table["split"].to_pylist() == split
     assert len(notes) == 3 - len(split)
 
@@ -201,9 +203,11 @@ def test_columns_that_nothing_reads_are_named_once(tmp_path: Path) -> None:
         for r in prompts(3)
     ]
     source = write_jsonl(tmp_path / "a.jsonl", [*records, {"messages": [], "functions": []}])
-    (note,) = survey(recipe(section(source, "messages")))[2]
+    (note,) = survey(recipe(section(source, "messages"))).notes
     assert note.startswith("3 records have a column 'functions', which nothing reads. ")
-    assert not survey(recipe(section(source, "messages", columns={"tools": "functions"})))[2]
+    named = survey(recipe(section(source, "messages", columns={"tools": "functions"})))
+    assert not named.notes
+    assert named.why_rejected.startswith("1 rejected: empty, the first at a.jsonl:4: ")
 
 
 def test_globs_and_folders_read_every_file_in_order(tmp_path: Path) -> None:
@@ -226,13 +230,15 @@ def test_a_folder_is_read_without_its_readme_and_by_its_files_only(tmp_path: Pat
     def texts(source: Path) -> int:
         return len(surveyed(section(source, "text"), generate=False)[0])
 
-    assert [texts(tmp_path), texts(tmp_path / "README.md"), texts(tmp_path / "*.*")] == [1, 1, 2]
+    assert [texts(tmp_path), texts(tmp_path / "README.md"), texts(tmp_path / "*.*")] == [1, 1, 1]
 
 
 def test_what_a_file_is_belongs_to_its_fingerprint(tmp_path: Path) -> None:
     hashes = FileHashes(tmp_path / "store", remember=False)
     found = [write_jsonl(tmp_path / name, prompts(2)) for name in ("a.jsonl", "b.jsonl", "a.txt")]
-    lines, same, text = (fingerprint(section(path), hashes) for path in found)
+    lines, same, text = (
+        training_source(recipe(section(path))).fingerprint(hashes) for path in found
+    )
     assert lines == same
     assert lines != text
 

@@ -1,0 +1,237 @@
+"""Which files of a folder or a glob are data, and which are left out and why."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from glob import glob, has_magic
+from pathlib import Path, PurePath
+
+from ....storage.errors import UsageError
+from .splits import ALL, known_split, split_of
+
+TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".txt", ".md")
+"""Endings that one of `PACKED` may follow."""
+PACKED = (".gz", ".zst", ".bz2", ".xz")
+_TABLES = (".parquet", ".arrow")
+# A README.md beside the data is not data: .md counts where a file or a glob names it.
+_IN_FOLDERS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".txt", ".arrow")
+_COPIES = ("~", ".bak", ".tmp", ".temp", ".swp", ".part", ".crdownload")
+_ABOUT = {
+    "config.json",
+    "dataset_dict.json",
+    "dataset_info.json",
+    "dataset_infos.json",
+    "labels.json",
+    "manifest.json",
+    "provenance.json",
+    "state.json",
+}
+"""What tools write beside the data."""
+_NAMED = 5
+
+
+def ending(file: PurePath) -> str:
+    """What a file is by its name: `.jsonl`, `.csv.gz` ..., or its last suffix where nothing here reads it."""
+    suffixes = [suffix.lower() for suffix in file.suffixes[-2:]]
+    if len(suffixes) == 2 and suffixes[0] in TEXTS and suffixes[1] in PACKED:
+        return "".join(suffixes)
+    return suffixes[-1] if suffixes else ""
+
+
+def _readable(name: str) -> bool:
+    plain, packed = os.path.splitext(name)
+    return name in (*TEXTS, *_TABLES) or (plain in TEXTS and packed in PACKED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """The files of a source."""
+
+    source: str
+    field: str
+    root: Path
+    """The folder that names of records are relative to."""
+    files: list[Path]
+    left_out: dict[Path, str]
+    """Files of a folder or glob that are not read, and why."""
+    saved: bool = False
+    """Whether `datasets` saved the folder, and reads it."""
+    one: bool = False
+    """Whether the recipe names the file itself."""
+
+    def name_of(self, file: Path) -> str:
+        """A file's path in its source."""
+        return file.relative_to(self.root).as_posix()
+
+    def ending_of(self, file: Path) -> str:
+        """What kind of file it is."""
+        return ending(file)
+
+    def of_split(self, split: str, *, field: str, asked: bool) -> "Found":
+        """These files without those of other splits.
+
+        Args:
+            split: train, validation, test, another word for one of them, or `ALL`.
+            field: The field of the recipe that names it.
+            asked: Whether the recipe does name it.
+
+        Raises:
+            UsageError: no file is of this split.
+        """
+        if self.saved or split == ALL:
+            return self
+        wanted = known_split(split, field=field)
+        named = {f: split_of(PurePath(self.name_of(f)), field=self.field) for f in self.files}
+        others = sorted({name for name in named.values() if name and name != wanted})
+        if self.one:
+            if asked and others:
+                raise UsageError(
+                    f"{field}: {wanted}, but {self.source} names the split {others[0]}. Leave the "
+                    "split out to read the file as it is, or name another file."
+                )
+            return self
+        if not any(named.values()):
+            # So the folder itself says it, or nothing does.
+            if not asked or wanted == (
+                split_of(PurePath(self.root.name), field=self.field) or "train"
+            ):
+                return self
+            raise UsageError(
+                f"{field}: no file of {self.source} names a split, so none is of {wanted}. Name the "
+                "files themselves, or put them into folders train and test."
+            )
+        chosen = [file for file, name in named.items() if name == wanted]
+        if not chosen:
+            raise UsageError(
+                f"{field}: no file of {self.source} is of the split {wanted}: found "
+                f"{' and '.join(others)}. Name one of these, or {ALL!r} to read every file."
+            )
+        # What names no split may well be missed, so it is said first.
+        why = {file: "names no split" for file, name in named.items() if name is None}
+        why |= {f: f"split {name}" for f, name in named.items() if name not in (None, wanted)}
+        return replace(self, files=chosen, left_out=why | self.left_out)
+
+    def left_out_note(self, read: set[Path]) -> str | None:
+        """A sentence that names what is left out, of long lists the beginning; None where nothing is."""
+        left = {file: why for file, why in self.left_out.items() if file not in read}
+        if not left:
+            return None
+        names = [f"{self.name_of(file)} ({why})" for file, why in left.items()]
+        more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+        return f"left out of {self.source}: {', '.join(names[:_NAMED])}{more}"
+
+
+def find_files(source: str, *, field: str) -> Found | None:
+    """The local files that a source names, in a fixed order; None if it is a Hub id.
+
+    Raises:
+        UsageError: it looks like a path and nothing is there, or a file cannot be read.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        found = Found(
+            source=source, field=field, root=path.parent, files=[path], left_out={}, one=True
+        )
+    elif path.is_dir():
+        found = _in_folder(path, source, field)
+    else:
+        found = _of_glob(path, source, field)
+    for file in found.files:
+        _refuse_unreadable(file, field)
+    if found.files:
+        return found
+    # A Hub id is owner/name: anything else was meant as a path.
+    looks_local = source.startswith((".", "/", "~")) or _readable(ending(path)) or has_magic(source)
+    if looks_local or source.count("/") != 1 or path.is_dir():
+        said = found.left_out_note(set())
+        raise UsageError(
+            f"{field}: nothing to read at {source} (looked in {Path.cwd()}"
+            f"{f'; {said}' if said else ''}). Name a file, a glob or a folder of "
+            f"{', '.join(_IN_FOLDERS)} (.md only by file or glob), texts also as "
+            f"{', '.join(PACKED)}, or a Hub dataset id."
+        )
+    return None
+
+
+def _in_folder(path: Path, source: str, field: str) -> Found:
+    inside = sorted(_walk(path))
+    why = {file: _no_data(file, path, _IN_FOLDERS) for file in inside}
+    files = [file for file in inside if why[file] is None]
+    saved = any(ending(file) == ".arrow" for file in files)
+    if saved:  # `datasets` wrote it, with what it knows about it
+        beside = {file: "not saved by `datasets`" for file in files if ending(file) != ".arrow"}
+        files = [file for file in sorted(path.rglob("*")) if file.suffix in _IN_FOLDERS]
+        return Found(
+            source=source, field=field, root=path, files=files, left_out=beside, saved=True
+        )
+    left_out = _first_what_looks_like_data({file: said for file, said in why.items() if said})
+    return Found(source=source, field=field, root=path, files=files, left_out=left_out)
+
+
+def _of_glob(path: Path, source: str, field: str) -> Found:
+    root = Path(*_until_magic(path))
+    matched = [Path(name) for name in sorted(glob(str(path), recursive=True))]
+    inside = [file for file in matched if not _entered(file, matched)]
+    literal = not has_magic(path.name)  # such a file is asked for by its name
+    why = {
+        file: None if literal else _no_data(file, root, (*_IN_FOLDERS, ".md")) for file in inside
+    }
+    files = [file for file in inside if why[file] is None]
+    left_out = _first_what_looks_like_data({file: said for file, said in why.items() if said})
+    saved = any(ending(file) == ".arrow" for file in files)
+    return Found(source=source, field=field, root=root, files=files, left_out=left_out, saved=saved)
+
+
+def _entered(path: Path, matched: list[Path]) -> bool:
+    """Whether a path is a folder of which a glob names something too."""
+    return path.is_dir() and any(path in other.parents for other in matched)
+
+
+def _until_magic(path: Path) -> Iterator[str]:
+    for part in path.parent.parts:
+        if has_magic(part):
+            return
+        yield part
+
+
+def _walk(path: Path) -> Iterator[Path]:
+    """Every file below a folder, and links to folders, which are not followed."""
+    for folder, folders, names in os.walk(path):
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        yield from (Path(folder, name) for name in (*names, *links))
+
+
+def _no_data(path: Path, root: Path, endings: tuple[str, ...]) -> str | None:
+    """Why what lies in a folder is no data by its path; None where it is."""
+    name, kind = path.name.lower(), ending(path)
+    plain = os.path.splitext(kind)[0] if kind.endswith(PACKED) else kind
+    if path.is_dir():
+        return "a folder that is not entered"
+    if any(part.startswith((".", "__")) for part in path.relative_to(root).parts):
+        return "hidden"
+    if name.endswith(_COPIES) or name.startswith(("~$", "#")):
+        return "a tool's copy"
+    if name in _ABOUT or name.startswith("readme") or name.endswith(".lock"):
+        return "about the data"
+    return None if _readable(kind) and plain in endings else "no data by its ending"
+
+
+def _first_what_looks_like_data(left_out: dict[Path, str]) -> dict[Path, str]:
+    """The same, with what somebody may miss at the beginning."""
+    return dict(sorted(left_out.items(), key=lambda item: not _readable(ending(item[0]))))
+
+
+def _refuse_unreadable(file: Path, field: str) -> None:
+    if not file.is_file():
+        problem = "is a broken link or no regular file. Remove it, or name the files to read"
+    elif not _readable(ending(file)):
+        expected = ", ".join((*TEXTS, *_TABLES))
+        problem = (
+            f"has an ending that nothing here reads. Expected {expected}; texts also as "
+            f"{', '.join(PACKED)}"
+        )
+    elif not os.access(file, os.R_OK):
+        problem = "cannot be read. Check its permissions"
+    else:
+        return
+    raise UsageError(f"{field}: {file} {problem}.")

@@ -1,0 +1,179 @@
+"""Reading the records of a file by its ending: JSON, JSONL, Parquet, CSV, text; packed and not."""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ....storage.errors import UsageError
+from .files import PACKED, ending
+
+Record = tuple[str, dict[str, Any] | str]
+"""Where it stands ("a/prompts.jsonl:3") and the record, or in place of it a sentence on why it is
+unreadable."""
+_TOO_MANY = "more cells than the header has columns: a comma stands in a cell without quotes"
+_MARK = "\ufeff"  # the byte-order mark that some programs write at the beginning of UTF-8
+
+
+def read_file(file: Path, name: str, *, field: str) -> Iterator[Record]:
+    """Every record of a file.
+
+    Args:
+        file: Where it is.
+        name: What records are named by: its path in the source.
+        field: The field of the recipe that names the source.
+
+    Raises:
+        UsageError: the file cannot be read.
+    """
+    kind = ending(file)
+    plain = os.path.splitext(kind)[0] if kind.endswith(PACKED) else kind
+    try:
+        yield from _READERS[plain](file, name)
+    except (OSError, EOFError, ValueError, csv.Error, lzma.LZMAError, zlib.error) as error:
+        raise UsageError(
+            f"{field}: {file} cannot be read ({error}). Mend it, or leave it out."
+        ) from error
+
+
+def _open(file: Path, *, newline: str | None = None) -> io.TextIOWrapper:
+    """The text of a file, unpacked and without a byte-order mark.
+
+    Bytes that are not UTF-8 are let through as surrogates, so that the record they stand in is
+    rejected, not the file.
+    """
+    return io.TextIOWrapper(
+        _bytes(file), encoding="utf-8-sig", errors="surrogateescape", newline=newline
+    )
+
+
+def _bytes(file: Path) -> Any:
+    packed = file.suffix.lower()
+    if packed == ".zst":
+        import pyarrow as pa
+
+        return io.BufferedReader(pa.input_stream(str(file), compression="zstd"))
+    openers: dict[str, Callable[[Path], Any]] = {
+        ".gz": gzip.open,
+        ".bz2": bz2.open,
+        ".xz": lzma.open,
+    }
+    return openers[packed](file) if packed in openers else file.open("rb")
+
+
+def _lines(file: Path, name: str) -> Iterator[Record]:
+    with _open(file) as lines:
+        yield from _of_lines(lines, name)
+
+
+def _of_lines(lines: io.TextIOBase, name: str) -> Iterator[Record]:
+    for number, line in enumerate(lines, 1):
+        line = line.removeprefix(_MARK)  # where files were written one after the other
+        if line.strip():
+            yield f"{name}:{number}", _parse(line)
+
+
+def _parse(line: str) -> dict[str, Any] | str:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return f"not JSON: {error}"
+    return _object(record)
+
+
+def _object(record: Any) -> dict[str, Any] | str:
+    if not isinstance(record, dict):
+        return f"a JSON {type(record).__name__}, expected an object"
+    return record
+
+
+def _json(file: Path, name: str) -> Iterator[Record]:
+    """One list of objects; or objects one after the other, on a line each or on many."""
+    with _open(file) as opened:
+        text = opened.read()
+    try:
+        if text.lstrip()[:1] == "[":
+            numbered = list(enumerate(json.loads(text), 1))
+        else:
+            numbered = list(_one_after_the_other(text))
+    except (ValueError, RecursionError) as error:
+        # Of objects on a line each, those that are whole are read.
+        if text.lstrip().partition("\n")[0].rstrip().endswith("}"):
+            yield from _of_lines(io.StringIO(text), name)
+            return
+        raise ValueError(f"it is not JSON: {error}") from error
+    for number, record in numbered:
+        yield f"{name}:{number}", _object(record)
+
+
+def _one_after_the_other(text: str) -> Iterator[tuple[int, Any]]:
+    """Values with the lines that they begin on."""
+    decoder, at, line = json.JSONDecoder(), 0, 1
+    while at < len(text):
+        if text[at].isspace() or text[at] == _MARK:
+            line += text[at] == "\n"
+            at += 1
+            continue
+        record, end = decoder.raw_decode(text, at)
+        yield line, record
+        line += text.count("\n", at, end)
+        at = end
+
+
+def _parquet(file: Path, name: str) -> Iterator[Record]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(file) as parquet:
+            number = 0
+            for batch in parquet.iter_batches(1024):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"{name}:{number}", of_a_table(record)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise ValueError(f"it is not readable Parquet: {error}") from error
+
+
+def of_a_table(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record without the fields that its objects have only because those of other records have them."""
+    return {column: _without_nulls(value) for column, value in record.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_nulls(entry) for entry in value]
+    if isinstance(value, dict):
+        return {name: _without_nulls(held) for name, held in value.items() if held is not None}
+    return value
+
+
+def _csv(file: Path, name: str) -> Iterator[Record]:
+    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is less than a long document
+    with _open(file, newline="") as lines:
+        for number, record in enumerate(csv.DictReader(lines), 1):
+            more: Any = record.pop(None, ())  # cells beyond the header's; empty ones say nothing
+            yield f"{name}:{number}", _TOO_MANY if any(more) else dict(record)
+
+
+def _document(file: Path, name: str) -> Iterator[Record]:
+    with _open(file) as opened:
+        yield name, {"text": opened.read()}
+
+
+_READERS = {
+    ".jsonl": _lines,
+    ".ndjson": _lines,
+    ".json": _json,
+    ".parquet": _parquet,
+    ".csv": _csv,
+    ".txt": _document,
+    ".md": _document,
+}

@@ -1,0 +1,361 @@
+"""Sources as people have them: which files are read, of which split, packed or not; who judges; what is rejected."""
+
+import bz2
+import gzip
+import json
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from kit import prompts, write_jsonl
+
+from stillroom.stages.data.formats import prompt_row
+from stillroom.stages.data.sources.source import Source, all_records
+from stillroom.stages.data.stage import Survey, inputs_id, survey
+from stillroom.stages.models.identity import FileHashes
+from stillroom.stages.recipe.checks import check_together
+from stillroom.stages.recipe.sections import Data, Recipe
+from stillroom.storage.errors import UsageError
+
+
+def recipe(
+    source: Path | str,
+    format: str = "prompt",
+    *,
+    evaluate: dict[str, Any] | None = None,
+    **more: Any,
+) -> Recipe:
+    given = format in ("prompt", "instruction")
+    return Recipe.model_validate(
+        {
+            "run": {"dir": "r"},
+            "storage": {"dir": "s"},
+            "teacher": {"model": "t"},
+            "student": {"config": {}},
+            "data": {"source": str(source), "format": format, **more}
+            | ({} if evaluate else {"holdout": 0}),
+            "generate": {} if given else None,
+            "train": {"epochs": 1},
+            "evaluate": evaluate or {},
+        }
+    )
+
+
+def read(*of: Any, **more: Any) -> list[Any]:
+    """The prompts of a source, or why one is unreadable, in order."""
+    records = [record for _, record, _ in all_records(recipe(*of, **more))]
+    return [r if isinstance(r, str) else next(iter(r.values())) for r in records]
+
+
+def lines(*names: str) -> bytes:
+    return "".join(json.dumps({"prompt": name}) + "\n" for name in names).encode()
+
+
+def packed(text: bytes, ending: str) -> bytes:
+    if ending == ".zst":
+        sink = pa.BufferOutputStream()
+        with pa.CompressedOutputStream(sink, "zstd") as stream:
+            stream.write(text)
+        return bytes(sink.getvalue())
+    pack: dict[str, Callable[[bytes], bytes]] = {
+        ".gz": gzip.compress,
+        ".bz2": bz2.compress,
+        ".xz": lzma.compress,
+    }
+    return pack[ending](text)
+
+
+def as_people_have_it(folder: Path) -> Path:
+    (folder / "train-1.jsonl").write_bytes(b"\xef\xbb\xbf" + lines("a", "b"))
+    (folder / "train-2.jsonl.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf" + lines("c")))
+    (folder / "TEST.JSONL").write_bytes(b"\xef\xbb\xbf" + lines("d", "e", "f"))
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "x.jsonl").write_bytes(lines("g"))
+    (folder / "dataset_info.json").write_text('{"prompt": "about"}')
+    return folder
+
+
+def test_a_folder_is_read_by_its_split_and_says_what_it_leaves_out(tmp_path: Path) -> None:
+    folder = as_people_have_it(tmp_path)
+    found = survey(recipe(folder))
+    assert (len(found.inputs), found.rejected) == (3, 0)
+    assert found.notes == [
+        f"left out of {folder}: TEST.JSONL (split test), .cache/x.jsonl (hidden), "
+        "dataset_info.json (about the data)"
+    ]
+    assert read(folder) == ["a", "b", "c"]
+    test = survey(recipe(folder, split="test"))
+    assert (len(test.inputs), test.rejected) == (3, 0)
+    assert read(folder, split="test") == ["d", "e", "f"]
+    assert test.notes[0].count("(split train)") == 2
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "read_of", "refused"),
+    [
+        (
+            ["data/train-00000-of-00001.jsonl", "data/dev-0.jsonl"],
+            "validation",
+            "data/dev-0.jsonl",
+            "",
+        ),
+        (["train/x.jsonl", "test/x.jsonl"], "test", "test/x.jsonl", ""),
+        (["x.jsonl", "train.jsonl"], "train", "train.jsonl", ""),
+        (["latest.jsonl"], "train", "latest.jsonl", ""),
+        (["latest.jsonl"], "test", "", "names a split"),
+        (["train.jsonl", "x.jsonl"], "test", "", "found train"),
+        (["train/test.jsonl"], "all", "train/test.jsonl", ""),
+        (["train/test.jsonl"], "train", "", "names the splits test and train"),
+        (["train.jsonl"], "train[:10%]", "", r"data\.limit"),
+        (["train.jsonl"], "gold", "", "no split that local files can name"),
+    ],
+)
+def test_paths_name_splits(
+    tmp_path: Path, names: list[str], split: str, read_of: str, refused: str
+) -> None:
+    folder = tmp_path / "given"
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(lines(name))
+    for source in (folder, folder / "**" / "*.jsonl"):
+        if refused:
+            with pytest.raises(UsageError, match=refused):
+                read(source, split=split)
+        else:
+            assert read(source, split=split) == [read_of]
+
+
+def test_a_file_that_is_named_is_read_unless_it_says_another_split(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "test.jsonl", [{"prompt": "a"}])
+    assert read(source) == ["a"]
+    assert read(source, split="test") == ["a"]
+    with pytest.raises(UsageError, match=r"data\.split: train, but .* names the split test"):
+        read(source, split="train")
+    hidden = write_jsonl(tmp_path / ".labels.json", [{"prompt": "b"}])
+    assert read(hidden) == ["b"]
+
+
+def test_a_folder_of_one_split_is_named_by_itself(tmp_path: Path) -> None:
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / "x.jsonl").write_bytes(lines("a"))
+    for source in (tmp_path / "dev", tmp_path / "dev" / "*.jsonl"):
+        assert read(source) == read(source, split="validation") == ["a"]
+        with pytest.raises(UsageError, match="none is of train"):
+            read(source, split="train")
+
+
+def test_a_saved_folder_has_the_splits_it_was_saved_with(tmp_path: Path) -> None:
+    import datasets
+
+    parts = {n: datasets.Dataset.from_dict({"prompt": [n]}) for n in ("train", "test")}
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "both"))
+    datasets.Dataset.from_dict({"prompt": ["one"]}, split="test").save_to_disk(
+        str(tmp_path / "one")
+    )
+    assert read(tmp_path / "both", split="test") == ["test"]
+    assert read(tmp_path / "one") == ["one"]
+    for source, split in (("both", "dev"), ("one", "train")):
+        with pytest.raises(UsageError, match="it was saved"):
+            read(tmp_path / source, split=split)
+    # What `datasets` wrote is all of it named: the name is that of before.
+    files = sorted(p.name for p in Source.files(named(tmp_path / "both")).files)  # type: ignore[union-attr]
+    assert files == sorted(
+        ["dataset_dict.json", *["data-00000-of-00001.arrow", "dataset_info.json", "state.json"] * 2]
+    )
+
+
+def named(path: Path) -> Source:
+    return Source(
+        name=str(path), field="data.source", split="train", split_field="data.split", asked=False
+    )
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst", ".bz2", ".xz"])
+def test_packed_texts_of_every_format(tmp_path: Path, ending: str) -> None:
+    mark = b"\xef\xbb\xbf"
+    contents = {
+        "a.jsonl": mark + lines("a", "b"),
+        "a.ndjson": lines("a", "b"),
+        "a.JSON": mark + json.dumps([{"prompt": "a"}, {"prompt": "b"}], indent=1).encode(),
+        "a.csv": mark + b'prompt,x\r\na,1\r\n"b",2\r\n',
+    }
+    for name, content in contents.items():
+        file = tmp_path / f"{name}{ending.upper()}"
+        file.write_bytes(packed(content, ending))
+        assert read(file) == ["a", "b"], name
+    for name in ("a.txt", "a.md"):
+        (tmp_path / f"{name}{ending}").write_bytes(packed(mark + b"the cat\n", ending))
+        assert read(tmp_path / f"{name}{ending}", "text") == ["the cat\n"]
+    broken = tmp_path / f"a.jsonl{ending}"
+    broken.write_bytes(packed(lines("a", "b"), ending)[:-6])
+    with pytest.raises(UsageError, match="cannot be read"):
+        read(broken)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{\n "prompt": "a"\n}\n', ["a.json:1"]),
+        (
+            '{\n "prompt": "a"\n}\n{\n "prompt": "b"}{"prompt": "c"}',
+            ["a.json:1", "a.json:4", "a.json:5"],
+        ),
+        ('{"prompt": "a"}\n\n{"prompt": "b"}\n', ["a.json:1", "a.json:3"]),
+        ('[{"prompt": "a"},\n{"prompt": "b"}]', ["a.json:1", "a.json:2"]),
+    ],
+)
+def test_objects_stand_on_lines_of_their_own_or_on_many(
+    tmp_path: Path, text: str, expected: list[str]
+) -> None:
+    (tmp_path / "a.json").write_text(text)
+    found = list(all_records(recipe(tmp_path / "a.json")))
+    assert [where for where, _, _ in found] == expected
+    assert [record["prompt"] for _, record, _ in found if isinstance(record, dict)] == list(
+        "abc"[: len(expected)]
+    )
+
+
+def test_broken_objects_are_rejected_where_they_stand_on_a_line(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"prompt": "a"}\n{"prompt": }\n{"prompt": "b"}\n')
+    first, broken, last = read(tmp_path / "a.json")
+    assert (first, last) == ("a", "b")
+    assert broken.startswith("not JSON")
+    (tmp_path / "a.json").write_text('{\n "prompt": "a",\n "messages": [\n  {"prompt": "b"}\n }')
+    with pytest.raises(UsageError, match="it is not JSON"):
+        read(tmp_path / "a.json")
+
+
+def test_a_list_inside_an_object_is_no_odd_record(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"data": prompts(3)}, indent=1))
+    with pytest.raises(UsageError, match="if the 3 objects in 'data' are the records, write that"):
+        survey(recipe(tmp_path / "a.json"))
+
+
+def test_rows_with_more_cells_than_the_header_are_rejected(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,x\nyes, he said,1\nb,2,,\n")
+    found = survey(recipe(tmp_path / "a.csv"))
+    assert (len(found.inputs), found.rejected) == (1, 1)
+    assert "a comma stands in a cell without quotes" in found.why_rejected
+
+
+def test_rejects_name_the_path_and_are_counted_by_reason(tmp_path: Path) -> None:
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.jsonl").write_bytes(lines(folder, "") + b"{\n")
+    for source in (tmp_path, tmp_path / "*" / "x.jsonl"):
+        found = survey(recipe(source))
+        assert found.rejected == 4
+        assert found.why_rejected.startswith(
+            "2 rejected: empty, the first at a/x.jsonl:2: prompt is empty; 2 rejected: unreadable, "
+            "the first at a/x.jsonl:3: not JSON"
+        )
+    assert [w for w, _, _ in all_records(recipe(tmp_path))][3:] == [
+        f"b/x.jsonl:{number}" for number in (1, 2, 3)
+    ]
+
+
+def test_numbers_are_text_and_nan_is_nothing(tmp_path: Path) -> None:
+    def row(**record: Any) -> dict[str, Any]:
+        data = Data(source="x", format="completion")
+        return prompt_row(record, "x:1", data, given=True)
+
+    answers = (42, 42.0, 0.5, 1e300, -3)
+    made = [row(prompt="p", completion=answer)["completion"] for answer in answers]
+    assert made == ["42", "42", "0.5", "1e+300", "-3"]
+    assert row(prompt="p", completion="a", reference=float("nan"))["reference"] is None
+    table = pa.table({"prompt": ["a", "b"], "reference": pa.array([7.0, float("nan")])})
+    pq.write_table(table, tmp_path / "a.parquet")
+    rows = [
+        prompt_row(record, where, Data(source="x", format="prompt"), given=False)
+        for where, record, _ in all_records(recipe(tmp_path / "a.parquet"))
+    ]
+    assert [row["reference"] for row in rows] == ["7", None]
+    content = {"messages": [{"role": "user", "content": 42, "name": float("nan")}]}
+    made = prompt_row(content, "x:1", Data(source="x", format="messages"), given=False)["messages"]
+    assert made == [{"role": "user", "content": "42"}]
+
+
+def judged(tmp_path: Path, evaluate: dict[str, Any], **more: Any) -> Survey:
+    write_jsonl(tmp_path / "train.jsonl", prompts(12))
+    write_jsonl(tmp_path / "test.jsonl", [*prompts(3), {"prompt": "new"}, {"prompt": ""}])
+    return survey(recipe(tmp_path, evaluate=evaluate, **more))
+
+
+def test_rows_of_the_users_own_judge_and_are_not_trained_on(tmp_path: Path) -> None:
+    found = judged(tmp_path, {"split": "test"})
+    assert found.inputs["split"].to_pylist() == ["test"] * 4 + ["train"] * 9
+    assert found.notes == [
+        "records left out of training: 3. Their prompts are held out too",
+        f"held out: 4 rows of {tmp_path}, split test",
+    ]
+    assert (
+        found.why_rejected
+        == "1 rejected: empty, the first at held out: test.jsonl:5: prompt is empty"
+    )
+    # The same, named by itself; the file is no part of the data's split.
+    own = judged(tmp_path, {"source": str(tmp_path / "test.jsonl"), "limit": 2})
+    assert own.inputs["split"].to_pylist() == ["test"] * 2 + ["train"] * 10
+    assert own.notes[-1] == f"held out: 2 rows of {tmp_path / 'test.jsonl'}"
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "message"),
+    [
+        ({"split": "validation"}, r"evaluate\.split: no file .* found test and train"),
+        ({"source": "all.jsonl"}, "nothing to train on .* 12. Their prompts are held out too"),
+        ({"source": "empty.jsonl"}, r"evaluate\.source: no row to judge by"),
+    ],
+)
+def test_rows_that_cannot_judge_are_refused(
+    tmp_path: Path, evaluate: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "others").mkdir()
+    write_jsonl(tmp_path / "others" / "all.jsonl", prompts(12))
+    write_jsonl(tmp_path / "others" / "empty.jsonl", [])
+    if "source" in evaluate:
+        evaluate = {"source": str(tmp_path / "others" / evaluate["source"])}
+    (tmp_path / "data").mkdir()
+    with pytest.raises(UsageError, match=message):
+        judged(tmp_path / "data", evaluate)
+
+
+def test_one_file_has_no_other_split(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", prompts(2))
+    with pytest.raises(UsageError, match=r"evaluate\.split: .* is one file"):
+        survey(recipe(source, evaluate={"split": "test"}))
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "data", "path"),
+    [
+        ({"limit": 3}, {}, "evaluate.limit"),
+        ({"split": "test"}, {"holdout": 5}, "data.holdout"),
+        ({"split": "train"}, {}, "evaluate.split"),
+        ({"source": "s"}, {}, "evaluate.source"),
+        ({"split": "test"}, {"split": "train", "holdout": 0}, None),
+    ],
+)
+def test_it_is_clear_which_rows_judge(
+    evaluate: dict[str, Any], data: dict[str, Any], path: str | None
+) -> None:
+    found = check_together(recipe("x.jsonl", evaluate=evaluate, **data))
+    assert [where for where, _ in found] == ([path] if path else [])
+
+
+def test_held_out_rows_belong_to_the_name_of_the_inputs(tmp_path: Path) -> None:
+    class Teacher:
+        context_tokens, class_names = 64, ()
+
+    def name(evaluate: dict[str, Any] | None) -> str:
+        hashes = FileHashes(tmp_path / "store", remember=False)
+        return inputs_id(recipe(tmp_path, evaluate=evaluate), Teacher(), hashes)  # type: ignore[arg-type]
+
+    judged(tmp_path, {"split": "test"})
+    sources = [None, {"split": "test"}, {"source": str(tmp_path / "test.jsonl")}]
+    names = [name(evaluate) for evaluate in [*sources, {"split": "test", "limit": 2}]]
+    assert names[1] == names[2] == name({"split": "test", "tokens": 9})  # the same rows
+    assert len(set(names)) == 3

@@ -28,6 +28,7 @@ from ...storage.files.opening import open_files
 from ...storage.joined import Joined, open_store
 from ...storage.published.folder import Published
 from ...storage.store.store import Store
+from .lengths import refuse_unread, unread_by_student, window_notes
 from .lines import Plan, StagePlan, State
 from .resolve import Bound, bind
 from .students import plan_students
@@ -75,7 +76,8 @@ def refuse_impossible(plan: Plan, line: StagePlan) -> None:
     """Refuse a stage that has work to do which nobody can do here.
 
     Raises:
-        UsageError: the text is published and not written again, or teacher or data are not here.
+        UsageError: the text is published and not written again, teacher or data are not here, or
+            the student cannot read the rows.
     """
     if line.state != "to do":
         return
@@ -86,6 +88,8 @@ def refuse_impossible(plan: Plan, line: StagePlan) -> None:
             "(PROVENANCE.json of the published folder), or name the prompts' own source and a "
             "teacher that is here."
         )
+    if plan.unread and line.name != "data":
+        raise UsageError(plan.unread)
     if stage_named(line.name).table is not None and plan.bound.teacher is None:
         why = f" ({line.why})" if line.why else ""
         raise UsageError(
@@ -99,6 +103,7 @@ def _refuse_early(recipe: Recipe, bound: Bound) -> None:
     if bound.teacher is None or bound.author is None:
         return
     refuse_other_head(recipe, bound.teacher.folder)
+    refuse_unread(recipe, bound)
     student = Path(recipe.student.model) if recipe.student.model else None
     if student is None or student.is_dir():
         refuse_other_classes(recipe, student, bound.teacher.class_names)
@@ -113,9 +118,9 @@ def _refuse_early(recipe: Recipe, bound: Bound) -> None:
 
 
 def _notes(recipe: Recipe, bound: Bound) -> tuple[str, ...]:
-    """What the chat template makes of its arguments; nothing where there is no conversation."""
+    """What becomes of the windows, and of the chat template's arguments."""
     if not recipe.data.records.conversation or bound.author is None:
-        return ()
+        return tuple(window_notes(recipe, bound))
     template = bound.author.parts["chat_template"]
     said = doubtful_arguments(template, recipe.data.chat_template_kwargs)
     if len(names := template_names(template)) > 1:
@@ -160,7 +165,9 @@ def _survey(recipe: Recipe, plan: Plan, store: Store | None) -> pa.Table | None:
     data_id = plan.bound.binding.data_id
     about = store.inputs_about(data_id) if store else None
     if about is not None:
-        plan.stages.append(StagePlan(name="data", state="done", rejected=int(about["rejected"])))
+        line = StagePlan(name="data", state="done", rejected=int(about["rejected"]))
+        line.lengths = about.get("lengths", {})
+        plan.stages.append(line)
         plan.note(*about.get("notes", ()))
         return None
     classes = plan.bound.teacher.class_names if plan.bound.teacher else ()
@@ -215,6 +222,8 @@ def _plan_stored(recipe: Recipe, plan: Plan, books: Books) -> None:
         plan.stages.append(_line("generate", ledger))
     choose_generations(books, author_id=binding.author_id)
     upstream = all(line.state == "done" for line in plan.stages)
+    if upstream:
+        plan.unread = unread_by_student(recipe, bound, books)
     if recipe.score is not None:
         ledger = target_ledger(
             books,

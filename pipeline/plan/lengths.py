@@ -7,7 +7,7 @@ from typing import Any
 from ...stages.data.given_text import given_text
 from ...stages.ledger.books import Books
 from ...stages.ledger.requests import author_context
-from ...stages.models.identity import context_of, find_model
+from ...stages.models.identity import find_model
 from ...stages.recipe.sections import Recipe
 from ...storage.errors import UsageError
 from .resolve import Bound
@@ -48,7 +48,9 @@ def unread_by_student(recipe: Recipe, bound: Bound, books: Books) -> str:
     name = min(known, key=lambda name: known[name], default="")
     if not known or known[name] >= bound.binding.context_tokens:
         return ""
-    trained = "" if recipe.train.snapshot else "SELECT key, tokens FROM chosen WHERE NOT held_out UNION "
+    trained = (
+        "" if recipe.train.snapshot else "SELECT key, tokens FROM chosen WHERE NOT held_out UNION "
+    )
     ((rows, longest),) = books.index.rows(f"""
         SELECT count(*), max(tokens) FROM ({trained}SELECT key, tokens FROM judged)
         WHERE tokens > {known[name]} AND tokens <= {bound.binding.context_tokens}""")
@@ -82,11 +84,16 @@ def _student_reads(recipe: Recipe, bound: Bound) -> int | None:
             )
         except UsageError:
             return None  # downloaded later, by `run`
-        return context_of(_config(folder))
+        return _positions(_config(folder))
     if bound.teacher is None:
         return None
     config = _config(bound.teacher.folder)
-    return context_of(config.get("text_config", config) | (student.config or {}))
+    return _positions(config.get("text_config", config) | (student.config or {}))
+
+
+def _positions(config: dict[str, Any]) -> int | None:
+    text = config.get("text_config", config)
+    return text.get("max_position_embeddings") or text.get("n_positions")
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -20,9 +20,6 @@ class Longer:
         self.rows += 1
         self.tokens += tokens
 
-    def __str__(self) -> str:
-        return f"{self.rows:,} {'row' if self.rows == 1 else 'rows'} ({self.tokens:,} tokens)"
-
 
 @dataclass(kw_only=True, slots=True)
 class Lengths:
@@ -56,9 +53,10 @@ class Lengths:
 
     def notes(self) -> list[str]:
         """For people, a sentence each; nothing where all rows are short enough."""
-        said = {"cut to that": self.cut, "rejected": self.rejected}
+        said = {"cut, without the last": self.cut, "rejected, with": self.rejected}
         return [
-            f"longer than {self.most:,} tokens, and {how}: {found}"
+            f"{found.rows:,} {'row is' if found.rows == 1 else 'rows are'} longer than "
+            f"{self.most:,} tokens: {how} {found.tokens:,} tokens"
             for how, found in said.items()
             if found.rows
         ]

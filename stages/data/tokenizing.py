@@ -89,7 +89,9 @@ class Tokenizing:
         self._window = window_tokens(data, context_tokens)
         self._cut = data.too_long == "cut"
         # A tokenizer of a model that classifies may know better than a config what is read at once.
-        reads = min(context_tokens, self.renderer.longest) if data.records.labelled else context_tokens
+        reads = (
+            min(context_tokens, self.renderer.longest) if data.records.labelled else context_tokens
+        )
         self.lengths = Lengths.of(data, reads)
 
     def texts(self, row: dict[str, Any]) -> list[Given]:
@@ -145,6 +147,8 @@ class Tokenizing:
             raise self.lengths.reject(tokens)
         ids, spans = self.renderer.shortened(row, given, most)
         if not len(spans):
-            raise self.lengths.reject(tokens, "; what is scored begins after these, a cut would leave none of it")
+            raise self.lengths.reject(
+                tokens, "; what is scored begins after these, a cut would leave none of it"
+            )
         self.lengths.cut.add(tokens - len(ids))
         return ids, spans

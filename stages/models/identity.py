@@ -198,15 +198,13 @@ def identify(
         dtype=str(parts["dtype"]),
         vocab_size=int(text_config.get("vocab_size", 0)),
         class_names=class_names(config),
-        context_tokens=context_of(config),
+        context_tokens=int(
+            text_config.get("max_position_embeddings")
+            or text_config.get("n_positions")
+            or 2**31 - 1
+        ),
         parts=parts,
     )
-
-
-def context_of(config: dict[str, Any]) -> int:
-    """Tokens that a model of this config reads at once."""
-    text = config.get("text_config", config)
-    return int(text.get("max_position_embeddings") or text.get("n_positions") or 2**31 - 1)
 
 
 def identify_unseen(

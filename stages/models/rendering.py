@@ -144,9 +144,7 @@ class Renderer:
             found = self.tokenizer(text, text_pair)
             whole = len(found["input_ids"])
             if most is not None and whole > most:
-                found = self.tokenizer(
-                    text, text_pair, truncation="longest_first", max_length=most
-                )
+                found = self.tokenizer(text, text_pair, truncation="longest_first", max_length=most)
         except Exception as error:
             raise RowError("unreadable", f"the tokenizer fails on this text: {error}") from error
         ids = np.asarray(found["input_ids"], np.int64)

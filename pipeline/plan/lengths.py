@@ -26,8 +26,10 @@ def refuse_unread(recipe: Recipe, bound: Bound) -> None:
     who = f"the teacher reads {reads} tokens at once"
     if not given_text(recipe):
         context = author_context(recipe.generate, bound.author.context_tokens)
+        if recipe.score is not None:
+            context = min(context, reads)  # what is written is read by the teacher too
         reads, room = context - 1, "Lower it, so that there is room for an answer"
-        who = f"the author of the text reads and writes {context} tokens at once"
+        who = f"prompt and answer together have {context} tokens at most"
     if most > reads:
         raise UsageError(f"data.max_tokens: {most}, but {who}. {room}.")
 
@@ -93,8 +95,13 @@ def _student_reads(recipe: Recipe, bound: Bound) -> int | None:
 
 def _positions(config: dict[str, Any]) -> int | None:
     text = config.get("text_config", config)
-    return text.get("max_position_embeddings") or text.get("n_positions")
+    found = text.get("max_position_embeddings") or text.get("n_positions")
+    return None if found is None else int(found)
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    """What config.json says; nothing where it cannot be read: who loads the model says so."""
+    try:
+        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}

@@ -53,10 +53,10 @@ class Lengths:
 
     def notes(self) -> list[str]:
         """For people, a sentence each; nothing where all rows are short enough."""
-        said = {"cut, without the last": self.cut, "rejected, with": self.rejected}
+        said = (("cut", self.cut, "left out"), ("rejected", self.rejected, "in all"))
         return [
             f"{found.rows:,} {'row is' if found.rows == 1 else 'rows are'} longer than "
-            f"{self.most:,} tokens: {how} {found.tokens:,} tokens"
-            for how, found in said.items()
+            f"{self.most:,} tokens: {how}, {found.tokens:,} tokens {which}"
+            for how, found, which in said
             if found.rows
         ]

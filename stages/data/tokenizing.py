@@ -10,8 +10,8 @@ from ...storage.errors import RowError
 from ...storage.keys import content_id
 from ...storage.tables.spans import span_after
 from ..ledger.requests import labelled_key, tokens_key
-from ..models.identity import Identity
 from ..models.chat.renderer import Ids
+from ..models.identity import Identity
 from ..models.rendering import Renderer
 from ..recipe.formats import FORMATS
 from ..recipe.sections import Data

@@ -137,3 +137,16 @@ def extremes(setting: float | Schedule) -> tuple[float, float]:
 def _half_wave(share: float) -> float:
     """0 to 1 as its argument, level at both ends."""
     return (1 - math.cos(math.pi * share)) / 2
+
+
+# What the stages say to a chat template, and what `apply_chat_template` hands to the tokenizer.
+_RENDERING = (
+    "add_generation_prompt continue_final_message conversation messages "
+    "return_assistant_tokens_mask return_dict strftime_now tokenize tools"
+).split()
+_TOKENIZER = "max_length padding return_tensors tokenizer_kwargs truncation".split()
+NO_TEMPLATE_ARGUMENTS = {
+    **dict.fromkeys(_RENDERING, "decided by the stages"),
+    **dict.fromkeys(_TOKENIZER, "the tokenizer's"),
+}
+"""What `data.chat_template_kwargs` may not name, and whose it is."""

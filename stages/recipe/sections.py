@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from ...storage.tables.kinds import STRUCTURES, Structure
 from .divergences import DivergenceSettings
 from .engines import EngineName
-from .fields import Kernel, Options, Schedule, Scheduled, Section, Tail
+from .fields import NO_TEMPLATE_ARGUMENTS, Kernel, Options, Schedule, Scheduled, Section, Tail
 from .formats import FORMATS, Format, FormatName
 from .kinds import KINDS, TargetKind, Targets
 from .tasks import TaskName
@@ -107,21 +107,6 @@ class Student(Section):
         return self
 
 
-# What the stages say to a chat template, and what `apply_chat_template` hands to the tokenizer.
-_RENDERING = {
-    "add_generation_prompt",
-    "continue_final_message",
-    "conversation",
-    "messages",
-    "return_assistant_tokens_mask",
-    "return_dict",
-    "strftime_now",
-    "tokenize",
-    "tools",
-}
-_TOKENIZER = {"max_length", "padding", "return_tensors", "tokenizer_kwargs", "truncation"}
-
-
 class Data(Section):
     """Where prompts or texts come from."""
 
@@ -156,9 +141,9 @@ class Data(Section):
     @field_validator("chat_template_kwargs")
     @classmethod
     def _of_the_template(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        for names, who in ((_RENDERING, "decided by the stages"), (_TOKENIZER, "the tokenizer's")):
-            if found := sorted(names & arguments.keys()):
-                raise ValueError(f"{found[0]!r} is {who}, no argument of the template. Remove it")
+        for name in sorted(NO_TEMPLATE_ARGUMENTS.keys() & arguments.keys()):
+            who = NO_TEMPLATE_ARGUMENTS[name]
+            raise ValueError(f"{name!r} is {who}, no argument of the template. Remove it")
         return arguments
 
     def unhashed(self) -> set[str]:

@@ -52,7 +52,8 @@ def spans_before(spans: np.ndarray, end: int) -> np.ndarray:
     """[S, 2] the spans of a row that is cut: those of [[2, 3], [7, 4]] before 9 are [[2, 3], [7, 2]]."""
     starts = spans[:, 0]
     tokens = np.minimum(spans.sum(axis=1), end) - starts
-    return np.stack([starts, tokens], axis=1)[tokens > 0]
+    cut: np.ndarray = np.stack([starts, tokens], axis=1)[tokens > 0]
+    return cut
 
 
 def flat(spans: np.ndarray) -> np.ndarray:

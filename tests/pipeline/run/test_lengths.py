@@ -1,4 +1,4 @@
-"""Rows that are too long, from the source to the report: cut or rejected, counted, and refused where nobody reads them."""
+"""Rows that are too long, from the source to the report: cut or rejected, and counted; or refused."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -58,7 +58,7 @@ def test_thirty_long_rows_of_two_hundred(tmp_path: Path, teacher: Path, instruct
     found = last_json(stillroom("status", recipe, "--json"))["stages"]["data"]["lengths"]
     assert found == {"max_tokens": 20, "cut": cut, "rejected": {"rows": 0, "tokens": 0}}
     assert stages["data"]["lengths"] == found
-    said = f"30 rows are longer than 20 tokens: cut, without the last {cut['tokens']} tokens"
+    said = f"30 rows are longer than 20 tokens: cut, {cut['tokens']} tokens left out"
     assert said in (tmp_path / "run" / "report.md").read_text()
     assert said in stillroom("status", recipe).stdout
 
@@ -136,7 +136,7 @@ def test_prompts_that_are_too_long_are_rejected_whatever_was_written_before(
     assert outcome["stages"]["generate"]["rows"] == 12
     stillroom("plan", recipe, "--set", "data.max_tokens=127")
     refused = stillroom("plan", recipe, "--set", "data.max_tokens=128", expect=2)
-    assert "the author of the text reads and writes 128 tokens" in refused.stderr
+    assert "prompt and answer together have 128 tokens at most" in refused.stderr
 
 
 def test_a_window_larger_than_the_context_is_named(

@@ -103,7 +103,7 @@ class TestAnswers:
         self, tiny_llama: Callable[..., Path]
     ) -> None:
         made = tokenizing(tiny_llama(), "completion", 8)
-        with pytest.raises(RowError, match="13 tokens; data.max_tokens is 8; .* would leave none"):
+        with pytest.raises(RowError, match=r"13 tokens; data.max_tokens is 8; .* would leave none"):
             made.texts(completion("the cat " * 5, "sat"))
         assert made.lengths.about()["rejected"] == {"rows": 1, "tokens": 13}
 

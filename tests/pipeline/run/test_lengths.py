@@ -40,8 +40,12 @@ def instructions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def made(folder: Path, teacher: Path, source: Path, **data: Any) -> Path:
     section = {"source": str(source), "format": "instruction", "holdout": 20}
-    train = {"tokens": 400, "tokens_per_step": 200}
-    return write_recipe(folder, teacher, source, data=section | data, generate=None, train=train)
+    less = {
+        "storage": {"dir": str(folder / "store")},
+        "train": {"tokens": 400, "tokens_per_step": 200},
+        "evaluate": {"tokens": 400, "samples": 0, "gradient_tokens": 0},
+    }
+    return write_recipe(folder, teacher, source, data=section | data, generate=None, **less)
 
 
 def test_thirty_long_rows_of_two_hundred(tmp_path: Path, teacher: Path, instructions: Path) -> None:

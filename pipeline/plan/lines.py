@@ -27,6 +27,8 @@ class StagePlan:
     bytes_to_do: int = 0
     """Estimate of what they will take on disk."""
     why: str = ""
+    lengths: dict[str, Any] = field(default_factory=dict)
+    """Of data that is read: the limit, and how many rows and tokens were cut and rejected for it."""
     sources: dict[str, int] = field(default_factory=dict)
     """Of the committed rows, those that a read-only source serves, by its name."""
 
@@ -43,6 +45,8 @@ class Plan:
     snapshots: dict[Split, Snapshot] = field(default_factory=dict)
     settings: dict[Arm, dict[str, Any]] = field(default_factory=dict)
     evaluation_id: str = ""
+    unread: str = ""
+    """What to say of rows that the student cannot read; empty: it reads all of them."""
     notes: tuple[str, ...] = ()
     """What people should know of the run: a sentence each."""
     sources: dict[str, str] = field(default_factory=dict)

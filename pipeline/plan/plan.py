@@ -31,6 +31,7 @@ from ...storage.files.opening import open_files
 from ...storage.joined import Joined, open_store
 from ...storage.published.folder import Published
 from ...storage.store.store import Store
+from .lengths import refuse_unread, unread_by_student, window_notes
 from .lines import Plan, StagePlan, State
 from .resolve import Bound, bind
 from .students import plan_students
@@ -78,7 +79,8 @@ def refuse_impossible(plan: Plan, line: StagePlan) -> None:
     """Refuse a stage that has work to do which nobody can do here.
 
     Raises:
-        UsageError: the text is published and not written again, or teacher or data are not here.
+        UsageError: the text is published and not written again, teacher or data are not here, or
+            the student cannot read the rows.
     """
     if line.state != "to do":
         return
@@ -89,6 +91,8 @@ def refuse_impossible(plan: Plan, line: StagePlan) -> None:
             "(PROVENANCE.json of the published folder), or name the prompts' own source and a "
             "teacher that is here."
         )
+    if plan.unread and line.name != "data":
+        raise UsageError(plan.unread)
     if stage_named(line.name).table is not None and plan.bound.teacher is None:
         why = f" ({line.why})" if line.why else ""
         raise UsageError(
@@ -108,6 +112,7 @@ def _refuse_early(recipe: Recipe, bound: Bound, *, write: bool) -> None:
         return
     teacher = bound.teacher
     refuse_other_head(recipe, teacher.folder)
+    refuse_unread(recipe, bound)
     if recipe.student.config is not None:
         refuse_fresh(teacher.folder, recipe.student.config, recipe.run.task)
     if student is not None or recipe.student.config is not None:
@@ -137,9 +142,9 @@ def _student_folder(recipe: Recipe, *, write: bool) -> Path | None:
 
 
 def _notes(recipe: Recipe, bound: Bound) -> tuple[str, ...]:
-    """What the chat template makes of its arguments; nothing where there is no conversation."""
+    """What becomes of the windows, and of the chat template's arguments."""
     if not recipe.data.records.conversation or bound.author is None:
-        return ()
+        return tuple(window_notes(recipe, bound))
     template = bound.author.parts["chat_template"]
     said = doubtful_arguments(template, recipe.data.chat_template_kwargs)
     if len(names := template_names(template)) > 1:
@@ -185,7 +190,9 @@ def _survey(recipe: Recipe, plan: Plan, store: Store | None) -> pa.Table | None:
     about = store.inputs_about(data_id) if store else None
     if about is not None:
         rejected, said = int(about["rejected"]), about.get("why_rejected", "")
-        plan.stages.append(StagePlan(name="data", state="done", rejected=rejected, why=said))
+        line = StagePlan(name="data", state="done", rejected=rejected, why=said)
+        line.lengths = about.get("lengths", {})
+        plan.stages.append(line)
         plan.note(*about.get("notes", ()))
         return None
     classes = plan.bound.teacher.class_names if plan.bound.teacher else ()
@@ -240,6 +247,8 @@ def _plan_stored(recipe: Recipe, plan: Plan, books: Books) -> None:
         plan.stages.append(_line("generate", ledger))
     choose_generations(books, author_id=binding.author_id)
     upstream = all(line.state == "done" for line in plan.stages)
+    if upstream:
+        plan.unread = unread_by_student(recipe, bound, books)
     if recipe.score is not None:
         ledger = target_ledger(
             books,

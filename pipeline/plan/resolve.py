@@ -185,11 +185,11 @@ def _bind_here(recipe: Recipe, store: Store | None, *, write: bool) -> Bound:
     teacher = teacher_identity(recipe, hashes, download=write)
     author = author_identity(recipe, teacher, hashes, download=write)
     day = _day(recipe, author, store)
-    given = author_id(recipe.data, teacher, day=day)
+    wrote = author_id(recipe.data, teacher, day=day) if given_text(recipe) else author.id
     binding = Binding(
         teacher_id=teacher.id,
-        author_id=given if given_text(recipe) else author.id,
-        data_id=inputs_id(recipe, teacher, hashes, author_id=given),
+        author_id=wrote,
+        data_id=inputs_id(recipe, teacher, hashes, author_id=wrote, day=day),
         vocab_size=teacher.outcomes(recipe.run.task),
         context_tokens=teacher.context_tokens,
         author_context_tokens=author_context(recipe.generate, author.context_tokens),
@@ -234,7 +234,7 @@ def _folder(recipe: Recipe) -> str:
     author = recipe.generate.model if recipe.generate else None
     names = {
         "teacher": recipe.teacher.model_dump(),
-        "data": recipe.data.model_dump(exclude={"turns"} if recipe.data.turns is None else None),
+        "data": recipe.data.model_dump(exclude=recipe.data.unhashed()),
         "author": author,
     }
     if recipe.evaluate.names_rows:

@@ -263,11 +263,17 @@ def _finish(line: StagePlan, answer: dict[str, Any], *, seconds: float) -> dict[
         "seconds": round(seconds, 2),
         "state": "done",
         "clock": answer["details"]["clock"],
-    }
+    } | _lengths(line)
 
 
 def _cached(line: StagePlan) -> dict[str, Any]:
-    return {"rows": line.committed, "tokens": line.tokens, "seconds": 0.0, "state": "cached"}
+    found = {"rows": line.committed, "tokens": line.tokens, "seconds": 0.0, "state": "cached"}
+    return found | _lengths(line)
+
+
+def _lengths(line: StagePlan) -> dict[str, Any]:
+    """Of the data: how many rows and tokens were cut and rejected for their length."""
+    return {"lengths": line.lengths} if line.lengths else {}
 
 
 def _is_done(plan: Plan, name: str) -> bool:

@@ -39,6 +39,8 @@ def stage_facts(recipe: Recipe, plan: Plan) -> dict[str, dict[str, Any]]:
             "tokens": line.tokens,
             "why": line.why,
         }
+        if line.lengths:
+            entry["lengths"] = line.lengths
         stage = stage_named(line.name)
         if store is not None and stage.table is not None:
             commits = [c for c in store.commits(stage.table) if c.stage == line.name]
@@ -209,6 +211,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
                 "why": s.why,
                 "sources": s.sources,
             }
+            | ({"lengths": s.lengths} if s.lengths else {})
             for s in plan.stages
         },
     }

@@ -10,6 +10,7 @@ from ...storage.tables.row_builders import given_row
 from ..recipe.sections import Recipe
 from ..workers.job import Job
 from ..workers.shard_about import about
+from .lengths import Lengths
 from .tokenizing import Given, Tokenizing, window_tokens
 
 
@@ -37,6 +38,11 @@ class GivenText:
         self.tokens = 0
 
     @property
+    def lengths(self) -> Lengths:
+        """How long the rows were; of documents, which are cut into windows, nothing is counted."""
+        return self._tokenizing.lengths
+
+    @property
     def bytes(self) -> int:
         """Of what is committed."""
         return self._writer.bytes
@@ -45,7 +51,7 @@ class GivenText:
         """Write a prompt's rows; returns how many it has.
 
         Raises:
-            RowError: nothing to predict, or longer than the context.
+            RowError: nothing to predict, or too long.
         """
         with self._clock.span("tokenizer"):
             texts = self._tokenizing.texts(row)
@@ -57,7 +63,7 @@ class GivenText:
 
     def notes(self) -> list[str]:
         """What is to be said of all texts, a sentence each."""
-        return self._tokenizing.renderer.notes()
+        return self._tokenizing.renderer.notes() + self.lengths.notes()
 
     def _write(self, row: dict[str, Any], window: int, given: Given) -> None:
         self.tokens += given.scored

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from ...storage.errors import RowError, StillroomError, UsageError
 from ...storage.keys import content_id, content_key
 from ...storage.store.store import Store
+from ...storage.store.writer import CommitLimits
 from ...storage.tables.schema import TableName
 from ..models.classes import names_in
 from ..models.identity import FileHashes, Identity
@@ -24,42 +25,48 @@ from ..workers.shard_about import about, commit_limits
 from .formats import prompt_row, turn_keys, unread_columns
 from .given_text import GivenText, given_text, tokens_of
 from .inputs import Intake
+from .prompt_lengths import PromptLengths
 from .sources.source import Source, all_records, held_out_source, left_out, training_source
 from .tokenizing import Tokenizing
 
 COMMIT_ROWS = 8192  # reading is cheap to do again, and few large shards are quick to plan from
+_LENGTHS = ("window_tokens", "max_tokens", "too_long")
 _TABLES: tuple[TableName, ...] = ("prompts", "rejects")
 
 
-def inputs_id(recipe: Recipe, teacher: Identity, hashes: FileHashes, *, author_id: str = "") -> str:
+def inputs_id(
+    recipe: Recipe,
+    teacher: Identity,
+    hashes: FileHashes,
+    *,
+    author_id: str = "",
+    day: str | None = None,
+) -> str:
     """Name of the inputs record: what the source holds now, and how it is read.
 
-    `author_id`: of given text.
+    Args:
+        recipe: The recipe.
+        teacher: Its teacher.
+        hashes: Where file hashes are remembered.
+        author_id: Who wrote the text, or is to write it.
+        day: What a template that reads the clock is told.
     """
-    return _inputs_id(
-        recipe,
-        hashes,
-        author_id=author_id,
-        context_tokens=teacher.context_tokens,
-        classes=teacher.class_names,
-    )
+    text = _text(recipe, author_id, context_tokens=teacher.context_tokens, day=day)
+    return _inputs_id(recipe, hashes, text=text, classes=teacher.class_names)
 
 
 def _inputs_id(
     recipe: Recipe,
     hashes: FileHashes,
     *,
-    author_id: str,
-    context_tokens: int,
+    text: dict[str, Any] | None,
     classes: Sequence[str],
 ) -> str:
     held_out = held_out_source(recipe)
-    unread = {"source", "chat_template_kwargs", "window_tokens", "turns"}
+    unread = {"source", "chat_template_kwargs", "turns", *_LENGTHS}
     how = recipe.data.model_dump(exclude=unread if held_out is None else {*unread, "holdout"})
     if recipe.data.records.labelled:
         how["classes"] = list(classes)  # by their names a label is known
-    # The context decides which given completions are too long, whatever the window.
-    text = {"author": author_id, "context": context_tokens} if given_text(recipe) else None
     # A field that is absent is in no hash: sources of before have the names that they had.
     more = {} if held_out is None else {"held_out": _named(held_out, hashes)}
     source = training_source(recipe).fingerprint(hashes)
@@ -69,6 +76,19 @@ def _inputs_id(
 def _named(held_out: Source, hashes: FileHashes) -> dict[str, Any]:
     rows = held_out.fingerprint(hashes)
     return {"rows": rows, "split": held_out.split, "limit": held_out.limit}
+
+
+def _text(
+    recipe: Recipe, author_id: str, *, context_tokens: int, day: str | None
+) -> dict[str, Any] | None:
+    """What decides which rows are too long, and the tokens of given text; None: nothing does here."""
+    if given_text(recipe):
+        # The context decides which given completions are too long, whatever the window.
+        return {"author": author_id, "context": context_tokens}
+    if recipe.data.max_tokens is None:
+        return None  # what its author cannot read, `generate` rejects
+    rendered = {"chat_template_kwargs": recipe.data.chat_template_kwargs, "day": day}
+    return {"author": author_id, "max_tokens": recipe.data.max_tokens, **rendered}
 
 
 def run(job: Job) -> StageResult:
@@ -92,11 +112,11 @@ def run(job: Job) -> StageResult:
             for table in _TABLES
         )
         with clock.span("start"):
-            text = GivenText(job, store, stack, limits) if given_text(recipe) else None
+            text = _tokens(job, store, stack, limits)
         for source, record, held_out in clock.each("disk", all_records(recipe)):
             job.stop.check()
             try:
-                row = prompt_row(record, source, data, given=text is not None, classes=classes)
+                row = prompt_row(record, source, data, given=given_text(recipe), classes=classes)
                 if not held_out and rows.judges(row["prompt_key"]):
                     continue
                 # A record that is there twice is one prompt, whose text is written once.
@@ -142,10 +162,21 @@ def run(job: Job) -> StageResult:
             record_about["notes"] = notes
         if rows.rejected:
             record_about["why_rejected"] = rows.why_rejected()
+        if text is not None and not data.records.document:
+            record_about["lengths"] = text.lengths.about()
         store.put_inputs(job.data_id, table, record_about)
     return StageResult(
         rows=len(table), rejected=rows.rejected.total(), tokens=text.tokens if text else 0
     )
+
+
+def _tokens(
+    job: Job, store: Store, stack: ExitStack, limits: CommitLimits
+) -> GivenText | PromptLengths | None:
+    """Who counts the tokens of each row; None where that is left to `generate`."""
+    if given_text(job.recipe):
+        return GivenText(job, store, stack, limits)
+    return None if job.recipe.data.max_tokens is None else PromptLengths(job, store)
 
 
 class Survey(NamedTuple):
@@ -275,8 +306,7 @@ def _refuse_changed(job: Job, classes: Sequence[str]) -> None:
     now = _inputs_id(
         job.recipe,
         FileHashes(job.recipe.storage.dir, remember=False),
-        author_id=job.author_id,
-        context_tokens=job.context_tokens,
+        text=_text(job.recipe, job.author_id, context_tokens=job.context_tokens, day=job.day),
         classes=classes,
     )
     if now != job.data_id:

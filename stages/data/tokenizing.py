@@ -10,10 +10,12 @@ from ...storage.errors import RowError
 from ...storage.keys import content_id
 from ...storage.tables.spans import span_after
 from ..ledger.requests import labelled_key, tokens_key
+from ..models.chat.renderer import Ids
 from ..models.identity import Identity
 from ..models.rendering import Renderer
 from ..recipe.formats import FORMATS
 from ..recipe.sections import Data
+from .lengths import Lengths
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +38,7 @@ class Given:
 
 def author_id(data: Data, teacher: Identity, *, day: str | None = None) -> str:
     """Who wrote given text, as far as its tokens are concerned: tokenizer, template and how it is cut."""
-    rules: dict[str, Any] = {}
+    rules = _length_rules(data)
     if _has_answer(data):
         rules["tokenized"] = "whole"
     if data.records.conversation:
@@ -47,7 +49,12 @@ def author_id(data: Data, teacher: Identity, *, day: str | None = None) -> str:
 
 def earlier_author_id(data: Data, teacher: Identity) -> str:
     """The author of an earlier rule: an answer was tokenized alone, and put behind its prompt."""
-    return _author_id(data, teacher, {})
+    return _author_id(data, teacher, _length_rules(data))
+
+
+def _length_rules(data: Data) -> dict[str, Any]:
+    rules: dict[str, Any] = {} if data.max_tokens is None else {"max_tokens": data.max_tokens}
+    return rules if data.too_long == "reject" else rules | {"too_long": data.too_long}
 
 
 def _author_id(data: Data, teacher: Identity, rules: dict[str, Any]) -> str:
@@ -79,50 +86,49 @@ class Tokenizing:
         """`folder`: holds the teacher's tokenizer and template."""
         self.renderer = Renderer(folder, data.chat_template_kwargs, day=day)
         self._last = data.turns == "last"
-        self._context = context_tokens
         self._window = window_tokens(data, context_tokens)
+        self._cut = data.too_long == "cut"
+        # A tokenizer of a model that classifies may know better than a config what is read at once.
+        reads = (
+            min(context_tokens, self.renderer.longest) if data.records.labelled else context_tokens
+        )
+        self.lengths = Lengths.of(data, reads)
 
     def texts(self, row: dict[str, Any]) -> list[Given]:
         """The rows of `generations` that a row becomes.
 
         Raises:
-            RowError: nothing to predict, or longer than the context.
+            RowError: nothing to predict, or too long.
         """
         records = FORMATS[row["format"]]
-        limit = self._context
-        if records.labelled:
-            # RoBERTa counts its positions from 2: its tokenizer knows what it can read, its config
-            # does not say.
-            limit = min(limit, self.renderer.longest)
-            texts = [self._labelled(row)]
-        elif records.document:
-            texts = self._windows(row["text"])
-        else:
-            texts = [self._answered(row)]
-        for text in texts:
-            if len(text.token_ids) > limit:
-                raise RowError(
-                    "too_long", f"{len(text.token_ids)} tokens; the teacher reads {limit}"
-                )
-        if not texts:
-            raise RowError("empty", "fewer than two tokens: nothing to predict")
-        return texts
+        if records.document:
+            return self._windows(row["text"])
+        return [self._labelled(row) if records.labelled else self._answered(row)]
 
     def _labelled(self, row: dict[str, Any]) -> Given:
         """The target is the class: no token is predicted."""
-        ids = self.renderer.labelled_ids(row["text"], row["text_pair"])
+        most = self.lengths.most
+        ids, cut = self.renderer.labelled_ids(
+            row["text"], row["text_pair"], most=most if self._cut else None
+        )
+        if len(ids) > most:
+            raise self.lengths.reject(len(ids))
+        if cut:
+            self.lengths.cut.add(cut)
         key = labelled_key(ids, row["label"])
         return Given(token_ids=ids, prompt_tokens=len(ids), tokens_key=key)
 
     def _windows(self, text: str) -> list[Given]:
         """Long text becomes several windows, all of it scored."""
+        windows = self.renderer.windows(text, self._window)
+        if not windows:
+            raise RowError("empty", "fewer than two tokens: nothing to predict")
         return [
-            Given(token_ids=ids, prompt_tokens=0, tokens_key=tokens_key(ids, 0))
-            for ids in self.renderer.windows(text, self._window)
+            Given(token_ids=ids, prompt_tokens=0, tokens_key=tokens_key(ids, 0)) for ids in windows
         ]
 
     def _answered(self, row: dict[str, Any]) -> Given:
-        ids, spans = self.renderer.given(row, last=self._last)
+        ids, spans = self._within(row, self.renderer.given(row, last=self._last))
         # All before the first scored token counts as the prompt.
         start = int(spans[0, 0])
         return Given(
@@ -131,3 +137,18 @@ class Tokenizing:
             tokens_key=tokens_key(ids, start, spans),
             spans=None if np.array_equal(spans, span_after(start, len(ids))) else spans,
         )
+
+    def _within(self, row: dict[str, Any], given: Ids) -> Ids:
+        """A row as long as it may be; its scored tokens are cut with it."""
+        tokens, most = len(given[0]), self.lengths.most
+        if tokens <= most:
+            return given
+        if not self._cut:
+            raise self.lengths.reject(tokens)
+        ids, spans = self.renderer.shortened(row, given, most)
+        if not len(spans):
+            raise self.lengths.reject(
+                tokens, "; what is scored begins after these, a cut would leave none of it"
+            )
+        self.lengths.cut.add(tokens - len(ids))
+        return ids, spans

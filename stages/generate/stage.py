@@ -24,6 +24,7 @@ from ..ledger.requests import (
 )
 from ..models.chat.renderer import Ids
 from ..models.identity import Identity
+from ..models.reads import too_long
 from ..models.rendering import Renderer
 from ..workers.claims import Claims
 from ..workers.job import Job, StageResult
@@ -174,10 +175,8 @@ class _Writing:
         with self._job.clock.span("tokenizer"):
             ids, spans = self._renderer.prompt(row, turns=self._job.recipe.data.turns == "all")
         if len(ids) >= self._job.context_tokens:
-            raise RowError(
-                "too_long",
-                f"the prompt has {len(ids)} tokens; the author reads {self._job.context_tokens}",
-            )
+            most = self._job.context_tokens
+            raise too_long(len(ids), most, limit="the author reads", what="the prompt has ")
         return ids, spans
 
 

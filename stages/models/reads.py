@@ -1,8 +1,8 @@
-"""Whether a student can read a text: it has every token's id, and room for all of them."""
+"""Whether a model can read a text: it has every token's id, and room for all of them."""
 
 from typing import Any
 
-from ...storage.errors import UsageError
+from ...storage.errors import RowError, UsageError
 from .fit.config import text_config, usable_positions
 
 
@@ -31,6 +31,18 @@ def context_of(model: Any) -> int | None:
     return usable_positions(text_config(model.config))
 
 
+def too_long(tokens: int, most: int, *, limit: str, what: str = "") -> RowError:
+    """How a row is rejected for its length.
+
+    Args:
+        tokens: Of the row.
+        most: That there may be.
+        limit: Whose limit that is, as the begin of a sentence: `the teacher reads`.
+        what: Which tokens, where that does not show.
+    """
+    return RowError("too_long", f"{what}{tokens} tokens; {limit} {most}")
+
+
 def check_length(tokens: int, model: Any, what: str) -> None:
     """Refuse a text that is longer than the student's context; `what` as of `check_ids`.
 
@@ -41,6 +53,6 @@ def check_length(tokens: int, model: Any, what: str) -> None:
     if most is None or tokens <= most:
         return
     raise UsageError(
-        f"student: reads at most {most} tokens at once, {what} {tokens}. Lower "
+        f"student: reads at most {most} tokens at once, {what} {tokens}. Lower data.max_tokens, "
         "data.window_tokens or generate.max_tokens, or take a student with a longer context."
     )

@@ -8,7 +8,7 @@ import numpy as np
 
 from ...storage.errors import RowError, answered
 from ...storage.tables.conversations import conversation
-from ...storage.tables.spans import span_after
+from ...storage.tables.spans import span_after, spans_before
 from .chat.bounds import shared
 from .chat.renderer import ChatRenderer, Ids, no_spans
 
@@ -86,6 +86,31 @@ class Renderer:
             ids.append(end)
         return ids, span_after(start, len(ids))
 
+    def shortened(self, row: dict[str, Any], given: Ids, most: int) -> Ids:
+        """A row that brings its answer, without its end: `most` tokens, and the spans as far as these reach.
+
+        What the tokenizer itself puts at the end stays, and is not scored: a student must not learn
+        to stop where a text was cut. What a template, or the stage, closes an answer with goes.
+
+        Args:
+            row: A row of `prompts`.
+            given: What `given` made of it: more than `most` tokens.
+            most: Tokens that are left.
+        """
+        ids, spans = given
+        closing = [] if row["messages"] is not None else self._closing
+        kept = most - len(closing)
+        return [*ids[:kept], *closing], spans_before(spans, kept)
+
+    @cached_property
+    def _closing(self) -> list[int]:
+        """What the tokenizer puts at the end of any text: [SEP], or </s>; [] for most language models."""
+        alone, whole = self.tokenizer("a", add_special_tokens=False), self.tokenizer("a")
+        text, ids = list(alone["input_ids"]), list(whole["input_ids"])
+        starts = range(len(ids) - len(text) + 1)
+        after = (start + len(text) for start in starts if ids[start : start + len(text)] == text)
+        return ids[next(after, len(ids)) :]
+
     def notes(self) -> list[str]:
         """What this run has to say of its texts, a sentence each."""
         said = self._chat.notes() if "_chat" in self.__dict__ else []
@@ -96,8 +121,16 @@ class Renderer:
             )
         return said
 
-    def labelled_ids(self, text: str, text_pair: str | None) -> list[int]:
-        """A text or a pair, joined as the tokenizer does it for a model that classifies.
+    def labelled_ids(
+        self, text: str, text_pair: str | None, *, most: int | None = None
+    ) -> tuple[list[int], int]:
+        """A text or a pair, joined as the tokenizer does it for a model that classifies; and how many tokens were cut.
+
+        Args:
+            text: The text.
+            text_pair: The second text, None where there is none.
+            most: Cut to so many tokens as the tokenizer does it, of a pair the longer text; None:
+                not at all.
 
         Raises:
             RowError: the tokenizer fails on it, or the pair's segments could not be told from its
@@ -105,6 +138,9 @@ class Renderer:
         """
         try:
             found = self.tokenizer(text, text_pair)
+            whole = len(found["input_ids"])
+            if most is not None and whole > most:
+                found = self.tokenizer(text, text_pair, truncation="longest_first", max_length=most)
         except Exception as error:
             raise RowError("unreadable", f"the tokenizer fails on this text: {error}") from error
         ids = np.asarray(found["input_ids"], np.int64)
@@ -120,8 +156,7 @@ class Renderer:
                 f"its segments do not part at the first separator ({self.tokenizer.sep_token!r}): "
                 "a text holds that token itself, or the tokenizer joins pairs without it",
             )
-        token_ids: list[int] = ids.tolist()
-        return token_ids
+        return ids.tolist(), whole - len(ids)
 
     def windows(self, text: str, window_tokens: int) -> list[list[int]]:
         """A document cut into windows; each starts with the last token of the one before.

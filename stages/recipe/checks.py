@@ -21,7 +21,8 @@ _NOT_OF_A_STORE = tuple(
     f"teacher.{name}" for name in ("revision", "dtype", "adapter", "device_map")
 )
 _NOT_OF_A_STORE += tuple(
-    f"data.{name}" for name in ("split", "columns", "turns", "window_tokens", "limit")
+    f"data.{name}"
+    for name in ("split", "columns", "turns", "window_tokens", "max_tokens", "too_long", "limit")
 )
 _NOT_OF_A_STORE += tuple(f"evaluate.{name}" for name in HELD_OUT_FIELDS)
 
@@ -48,7 +49,7 @@ def check_together(recipe: Recipe) -> list[tuple[str, str]]:
         errors += _greedy(recipe.generate)
     if recipe.data.turns is not None and not records.conversation:
         errors.append(("data.turns", f"format {kind!r} has no turns. Remove it"))
-    errors += check_task(recipe) + _held_out(recipe)
+    errors += _lengths(recipe) + check_task(recipe) + _held_out(recipe)
     needs_text = records.brings_text == "never" and recipe.data.source not in stores_of(recipe)
     if needs_text and recipe.generate is None:
         errors.append(
@@ -84,6 +85,28 @@ def _held_out(recipe: Recipe) -> list[tuple[str, str]]:
     if evaluate.source in stores_of(recipe):
         message = "names a store; held-out rows come from files or the Hub"
         errors.append(("evaluate.source", message))
+    return errors
+
+
+def _lengths(recipe: Recipe) -> list[tuple[str, str]]:
+    """Limits that this format has no use for, and a cut that would change the question."""
+    data, errors = recipe.data, []
+    if data.records.document:
+        windows = f"format {data.format!r} is cut into windows, whatever its length"
+        if data.max_tokens is not None:
+            errors.append(("data.max_tokens", f"{windows}. Set data.window_tokens instead"))
+        if data.too_long != "reject":
+            errors.append(("data.too_long", f"{windows}. Remove it"))
+        return errors
+    if data.window_tokens is not None:
+        message = f"format {data.format!r} is not cut into windows. Set data.max_tokens instead"
+        errors.append(("data.window_tokens", message))
+    if data.too_long == "cut" and recipe.generate is not None:
+        message = (
+            "'cut' would take the end of a prompt, where the question or the assistant's header "
+            "stands, and `generate` would answer another one. Use 'reject', or shorten the prompts"
+        )
+        errors.append(("data.too_long", message))
     return errors
 
 

@@ -130,7 +130,13 @@ class Data(Section):
     """Which turns of the assistant are scored; null: all where the data bring the answers, the last
     where `generate` writes them."""
     window_tokens: int | None = Field(None, ge=8)
-    """Cut long text into windows of this many tokens; null: the teacher's context."""
+    """text: cut documents into windows of this many tokens; null: the teacher's context."""
+    max_tokens: int | None = Field(None, ge=8)
+    """All other formats: tokens of a row at most, special tokens included; of a prompt, where
+    `generate` goes on from it. null: the teacher's context."""
+    too_long: Literal["reject", "cut"] = "reject"
+    """What becomes of a longer row. cut: its end is left out, but for what the tokenizer puts
+    there; of a pair the longer text's."""
     limit: int | None = Field(None, ge=1)
     """Use the first records only."""
     holdout: int = Field(200, ge=0)
@@ -143,6 +149,11 @@ class Data(Section):
             who = NO_TEMPLATE_ARGUMENTS[name]
             raise ValueError(f"{name!r} is {who}, no argument of the template. Remove it")
         return arguments
+
+    def unhashed(self) -> set[str]:
+        """Fields that hashes leave out at their default: there were none when the first hashes were made."""
+        later = ("turns", "max_tokens", "too_long")
+        return {name for name in later if getattr(self, name) == Data.model_fields[name].default}
 
     @property
     def records(self) -> Format:

@@ -44,7 +44,6 @@ class Task:
 _OF_CONTINUED_TEXT = (
     "generate",
     "evaluate.generate",
-    "data.window_tokens",
     "data.chat_template_kwargs",
     "train.row_tokens",
 )

@@ -11,6 +11,7 @@ from ...storage.keys import content_key
 from ...storage.tables.row_builders import target_row
 from ..ledger.requests import TargetRequest
 from ..models.identity import Identity
+from ..models.reads import too_long
 from ..recipe.tasks import module_of
 from ..workers.job import Job
 from ..workers.share import DoneByOthers, Share
@@ -84,8 +85,8 @@ class Scorer:
             self._share.drop()
             self._flight = None
         for request in [r for r in batch if len(r.token_ids) > self._limit]:
-            message = f"{len(request.token_ids)} tokens; the teacher reads {self._limit}"
-            self._share.refuse(request, RowError("too_long", message))
+            error = too_long(len(request.token_ids), self._limit, limit="the teacher reads")
+            self._share.refuse(request, error)
         taken = self._share.take([r for r in batch if len(r.token_ids) <= self._limit])
         for part in self._parts(taken):
             self._begin(part, attempt=1)

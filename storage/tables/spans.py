@@ -48,6 +48,14 @@ def span_after(prompt_tokens: Any, total_tokens: Any) -> np.ndarray:
     return one_span(start, np.maximum(total_tokens - start, 0))
 
 
+def spans_before(spans: np.ndarray, end: int) -> np.ndarray:
+    """[S, 2] the spans of a row that is cut: those of [[2, 3], [7, 4]] before 9 are [[2, 3], [7, 2]]."""
+    starts = spans[:, 0]
+    tokens = np.minimum(spans.sum(axis=1), end) - starts
+    cut: np.ndarray = np.stack([starts, tokens], axis=1)[tokens > 0]
+    return cut
+
+
 def flat(spans: np.ndarray) -> np.ndarray:
     """[2 S] int32: the column `spans`."""
     return spans.astype(np.int32).reshape(-1)

@@ -377,7 +377,7 @@ def test_the_context_names_the_inputs_of_given_text(
     tmp_path: Path, tiny_llama: Callable[..., Path], generate: bool, same: bool
 ) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", prompts(2))
-    made = recipe(section(source, "completion", window_tokens=16), generate=generate)
+    made = recipe(section(source, "completion"), generate=generate)
     hashes = FileHashes(tmp_path / "store", remember=False)
     teachers = [
         identify(tiny_llama(f"t{n}", max_position_embeddings=n), dtype="auto", hashes=hashes)

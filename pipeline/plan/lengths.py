@@ -1,0 +1,107 @@
+"""Lengths that do not go together: what the data may have, what the teacher reads, and what the student reads."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ...stages.data.given_text import given_text
+from ...stages.ledger.books import Books
+from ...stages.ledger.requests import author_context
+from ...stages.models.identity import find_model
+from ...stages.recipe.sections import Recipe
+from ...storage.errors import UsageError
+from .resolve import Bound
+
+
+def refuse_unread(recipe: Recipe, bound: Bound) -> None:
+    """Refuse rows that may be longer than who reads them can read.
+
+    Raises:
+        UsageError: `data.max_tokens` is more than the teacher, or the author of the text, reads.
+    """
+    most = recipe.data.max_tokens
+    if most is None or bound.teacher is None or bound.author is None:
+        return
+    reads, room = bound.teacher.context_tokens, "Lower it, or leave it out: then that is the limit"
+    who = f"the teacher reads {reads} tokens at once"
+    if not given_text(recipe):
+        context = author_context(recipe.generate, bound.author.context_tokens)
+        if recipe.score is not None:
+            context = min(context, reads)  # what is written is read by the teacher too
+        reads, room = context - 1, "Lower it, so that there is room for an answer"
+        who = f"prompt and answer together have {context} tokens at most"
+    if most > reads:
+        raise UsageError(f"data.max_tokens: {most}, but {who}. {room}.")
+
+
+def window_notes(recipe: Recipe, bound: Bound) -> list[str]:
+    """What becomes of windows that are larger than the teacher reads."""
+    asked = recipe.data.window_tokens
+    if asked is None or bound.teacher is None or asked <= bound.teacher.context_tokens:
+        return []
+    reads = bound.teacher.context_tokens
+    return [f"data.window_tokens: {asked} is more than the teacher reads: windows have {reads}"]
+
+
+def unread_by_student(recipe: Recipe, bound: Bound, books: Books) -> str:
+    """What to say of rows that the student cannot read, after `choose_generations`; empty: it reads all of them."""
+    limits = {"train.row_tokens": recipe.train.row_tokens, "student": _student_reads(recipe, bound)}
+    known = {name: limit for name, limit in limits.items() if limit is not None}
+    name = min(known, key=lambda name: known[name], default="")
+    if not known or known[name] >= bound.binding.context_tokens:
+        return ""
+    trained = (
+        "" if recipe.train.snapshot else "SELECT key, tokens FROM chosen WHERE NOT held_out UNION "
+    )
+    ((rows, longest),) = books.index.rows(f"""
+        SELECT count(*), max(tokens) FROM ({trained}SELECT key, tokens FROM judged)
+        WHERE tokens > {known[name]} AND tokens <= {bound.binding.context_tokens}""")
+    if not rows:
+        return ""
+    longer = f"{rows:,} of the rows to train and judge on have more, the longest {longest}"
+    if name == "train.row_tokens":
+        return f"{name}: {known[name]}, but {longer}. Set it to {longest} or more, or leave it out."
+    return (
+        f"student: reads {known[name]} tokens at once, but {longer}. {_shorter(recipe, known[name])}, "
+        "or take a student with a longer context."
+    )
+
+
+def _shorter(recipe: Recipe, most: int) -> str:
+    """How rows can be had that are short enough."""
+    if not given_text(recipe):
+        return f"Set select.where to 'prompt_tokens + completion_tokens <= {most}'"
+    if recipe.data.records.document:
+        return f"Set data.window_tokens to {most}"
+    return f"Set data.max_tokens to {most} (with data.too_long: cut, longer rows lose their end)"
+
+
+def _student_reads(recipe: Recipe, bound: Bound) -> int | None:
+    """Tokens that the student reads at once; None where it, or its teacher's config, is not here."""
+    student = recipe.student
+    if student.model is not None:
+        try:
+            folder = find_model(
+                student.model, student.revision, field="student.model", download=False
+            )
+        except UsageError:
+            return None  # downloaded later, by `run`
+        return _positions(_config(folder))
+    if bound.teacher is None:
+        return None
+    config = _config(bound.teacher.folder)
+    return _positions(config.get("text_config", config) | (student.config or {}))
+
+
+def _positions(config: dict[str, Any]) -> int | None:
+    text = config.get("text_config", config)
+    found = text.get("max_position_embeddings") or text.get("n_positions")
+    return None if found is None else int(found)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """What config.json says; nothing where it cannot be read: who loads the model says so."""
+    try:
+        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}

@@ -127,6 +127,8 @@ def _plan_evaluate(recipe: Recipe, plan: Plan) -> None:
     test = plan.snapshots["test"]
     folders = {arm: path.name for arm, path in plan.train_dirs.items()}
     how = recipe.evaluate.model_dump(mode="json")
+    if how["generate"] and how["generate"]["normalize"] == "none":
+        del how["generate"]["normalize"]  # as before there was one
     references = plan.bound.binding.data_id if recipe.evaluate.generate else None
     plan.evaluation_id = content_id(
         "evaluate", test=test.id, arms=folders, how=how, references=references, measures=NUMBERS

@@ -213,8 +213,25 @@ def _gradient(evaluation: Mapping[str, Any]) -> list[str]:
 
 def _answers(answers: Mapping[str, Any]) -> str:
     pattern = f" ({inline(answers['pattern'])})" if answers["pattern"] else ""
+    form = answers.get("normalize", "none")
     return (
         f"Answers: {answers['metric']}{pattern}, 0 to 1, of greedy answers (at most "
         f"{count(answers['max_tokens'])} tokens) to {count(answers['prompts'])} held-out prompts, "
-        f"against {answers['against']}."
+        f"against {answers['against']}.{_FORMS[form]}{_no_number(answers.get('no_number', {}))}"
     )
+
+
+def _no_number(found: Mapping[str, int]) -> str:
+    """Who gave texts that have no number, and how many."""
+    named = [f"{LINES.get(who, who)} {count(texts)}" for who, texts in found.items() if texts]
+    return (
+        f" There is none, which is never right, in so many of: {', '.join(named)}." if named else ""
+    )
+
+
+_FORMS = {
+    "none": "",
+    "text": " Compared without case, punctuation and English articles.",
+    "number": " Compared as numbers.",
+}
+"""How answers were made alike before they were compared."""

@@ -124,7 +124,7 @@ def _content(job: Job, held_out: HeldOut, found: Measured, *, quiz: Quiz | None)
         "gradient": found.gradients if any(found.gradients.values()) else None,
         "measured_on": _measured_on(held_out, tallies["student"], unit),
         "arms": {arm: folder.name for arm, folder in job.train_dirs.items()},
-        "answers": quiz.about() if quiz and quiz.scored else None,
+        "answers": quiz.about(found.answers) if quiz and quiz.scored else None,
         "samples": quiz.samples(found.answers) if quiz else [],
         "views": found.views.content(),
     }

@@ -345,6 +345,9 @@ class EvaluateGenerate(Section):
     pattern: str | None = None
     """regex: group 1 (or the whole match) of the last match is compared, in answer and reference
     alike."""
+    normalize: Literal["number", "text", "none"] = "none"
+    """exact_match, regex: what is compared of answer and reference; number: 1,000 is $1000.0; text:
+    without case, punctuation and English articles."""
     prompts: int = Field(50, ge=1)
     """How many held-out prompts are answered."""
     max_tokens: int = Field(128, ge=1)
@@ -354,6 +357,16 @@ class EvaluateGenerate(Section):
     def _usable_pattern(self) -> Self:
         if self.metric == "regex" and not self.pattern:
             raise ValueError("metric 'regex' needs a `pattern`, for example '#### (.*)'")
+        if self.metric != "regex" and self.pattern is not None:
+            raise ValueError(
+                f"`pattern` is of metric 'regex'; this is {self.metric!r}. Set that, or remove it"
+            )
+        if self.metric == "rouge_l" and self.normalize != "none":
+            raise ValueError(
+                f"normalize {self.normalize!r} is of metrics 'exact_match' and 'regex'; 'rouge_l' "
+                "compares words without case and punctuation as it is. Set another metric, or "
+                "remove it"
+            )
         try:
             re.compile(self.pattern or "")
         except re.error as error:

@@ -23,6 +23,8 @@ from ...stages.models.identity import FileHashes
 from ...stages.models.same_tokenizer import refuse_other_tokenizer
 from ...stages.recipe.sections import Recipe
 from ...stages.recipe.stages import stage_named
+from ...stages.recipe.task_checks import refuse_without_labels
+from ...stages.recipe.tasks import TASKS
 from ...storage.errors import UsageError
 from ...storage.files.opening import open_files
 from ...storage.joined import Joined, open_store
@@ -214,6 +216,8 @@ def _plan_stored(recipe: Recipe, plan: Plan, books: Books) -> None:
         )
         plan.stages.append(_line("generate", ledger))
     choose_generations(books, author_id=binding.author_id)
+    if TASKS[recipe.run.task].labelled and data.state == "done":
+        refuse_without_labels(recipe, books.labels())
     upstream = all(line.state == "done" for line in plan.stages)
     if recipe.score is not None:
         ledger = target_ledger(

@@ -132,9 +132,11 @@ def _results(evaluation: Mapping[str, Any]) -> str:
 
 def _measured(evaluation: Mapping[str, Any]) -> str:
     on = evaluation["measured_on"]
+    labelled = on.get("labelled")
+    which = "" if labelled in (None, on["rows"]) else f", {count(labelled)} of them with a label"
     return (
-        f"On {count(on['tokens'])} {on['of']} of {count(on['prompts'])} held-out prompts, which the student was not "
-        "trained on. ± is one standard error."
+        f"On {count(on['tokens'])} {on['of']} of {count(on['prompts'])} held-out prompts{which}, which the student was "
+        "not trained on. ± is one standard error."
     )
 
 

@@ -53,7 +53,7 @@ def prompt_row(
     else:
         row |= _TEXTS[data.format](record)
     if data.records.labelled:
-        row["label"] = label_index(record["label"], classes)
+        row["label"] = label_index(record.get("label"), classes)
     row["reference"] = None if missing(reference) else checked_text(reference, "reference")
     return row | _keys(row)
 

@@ -20,6 +20,8 @@ class Intake:
         self._seen = KeySet()
         self._keys, self._prompts = bytearray(), bytearray()
         self._windows = array("i")
+        self._labelled = bytearray()
+        self._labels: dict[str, tuple[int, int]] = {}
         self._turns, self._rows_of_turns = bytearray(), array("q")
         self._last, self._rows_of_last = bytearray(), array("q")
         self._left_out = 0
@@ -32,7 +34,13 @@ class Intake:
         return key in self._seen
 
     def add(
-        self, key: bytes, prompt_key: bytes, *, windows: int = 1, turns: Sequence[bytes] = ()
+        self,
+        key: bytes,
+        prompt_key: bytes,
+        *,
+        windows: int = 1,
+        turns: Sequence[bytes] = (),
+        labelled: bool = True,
     ) -> None:
         """Take a row.
 
@@ -41,6 +49,7 @@ class Intake:
             prompt_key: Its prompt's.
             windows: Generations rows that given text became, 1 where it is generated.
             turns: Of a conversation, hashes up to each turn that is scored.
+            labelled: False: a text to classify that has no label.
         """
         if key not in self._seen:
             self._seen.update(key)
@@ -53,6 +62,7 @@ class Intake:
             self._keys += key
             self._prompts += prompt_key
             self._windows.append(windows)
+            self._labelled.append(labelled)
 
     def prompts(self) -> int:
         """How many different prompts."""
@@ -68,6 +78,13 @@ class Intake:
             f"{count:,} records have a column {name!r}, which nothing reads. {NOT_READ[name]}"
             for name, count in sorted(self._unread.items())
         ]
+        if lacking := [
+            f"{n - has:,} of {n:,} {split}" for split, (n, has) in self._labels.items() if has < n
+        ]:
+            said.append(
+                f"texts without a label: {' and '.join(lacking)}. They teach what the teacher says "
+                "of them, and judge how close a student comes to it, nothing else"
+            )
         if self._left_out:
             said.append(
                 f"conversations left out of training: {self._left_out:,}. One of their turns is "
@@ -104,7 +121,14 @@ class Intake:
         self._left_out = int((~kept).sum())
         first = np.zeros(int(kept.sum()), bool)
         first[np.unique(numbers[kept], return_index=True)[1]] = True
+        labelled = np.frombuffer(self._labelled, bool)
+        for split, here in (("to train on", kept & ~test), ("held out", test)):
+            self._labels[split] = int(here.sum()), int((here & labelled).sum())
         return table.filter(pa.array(kept)).append_column("first", pa.array(first))
+
+    def labels(self) -> int:
+        """How many of the rows to train on have a label, once the table is made."""
+        return self._labels["to train on"][1]
 
     def _repeats(self, test: np.ndarray) -> np.ndarray:
         """[rows] bool: a turn that is scored is, with all before it, what a held-out row ends with."""

@@ -20,6 +20,7 @@ from ...storage.tables.schema import TableName
 from ..models.classes import names_in
 from ..models.identity import FileHashes, Identity
 from ..recipe.sections import Data, Recipe
+from ..recipe.task_checks import refuse_without_labels
 from ..workers.job import Job, StageResult
 from ..workers.shard_about import about, commit_limits
 from .formats import prompt_row, turn_keys, unread_columns
@@ -102,7 +103,13 @@ def run(job: Job) -> StageResult:
                 continue
             with clock.span("disk"):
                 prompts.add(row)
-            rows.add(row["key"], row["prompt_key"], windows=windows, turns=_turns(recipe, row))
+            rows.add(
+                row["key"],
+                row["prompt_key"],
+                windows=windows,
+                turns=_turns(recipe, row),
+                labelled=_labelled(data, row),
+            )
             rows.count_unread(unread_columns(record, data))
             job.progress.advance()
         with clock.span("disk"):
@@ -110,7 +117,7 @@ def run(job: Job) -> StageResult:
         size = prompts.bytes + (text.bytes if text else 0)
         job.progress.wrote(rejects=rejected, size=size)
     _refuse_empty(data, rows, rejected=rejected, first=first)
-    table = _split(data, rows)
+    table = _split(recipe, rows)
     notes = [*rows.notes(), *(text.notes() if text else ())]
     for note in notes:
         job.progress.say(note)
@@ -146,10 +153,11 @@ def survey(recipe: Recipe, classes: Sequence[str] = ()) -> tuple[pa.Table, int, 
             rejected += 1
             first = first or f"{source}: {error}"
             continue
-        rows.add(row["key"], row["prompt_key"], turns=_turns(recipe, row))
+        turns, labelled = _turns(recipe, row), _labelled(recipe.data, row)
+        rows.add(row["key"], row["prompt_key"], turns=turns, labelled=labelled)
         rows.count_unread(unread_columns(record, recipe.data))
     _refuse_empty(recipe.data, rows, rejected=rejected, first=first)
-    return _split(recipe.data, rows), rejected, rows.notes()
+    return _split(recipe, rows), rejected, rows.notes()
 
 
 def _turns(recipe: Recipe, row: dict[str, Any]) -> list[bytes]:
@@ -202,8 +210,13 @@ def _refuse_empty(data: Data, rows: Intake, *, rejected: int, first: str) -> Non
         )
 
 
-def _split(data: Data, rows: Intake) -> pa.Table:
-    """The inputs table; UsageError where all conversations repeat what is held out."""
+def _labelled(data: Data, row: dict[str, Any]) -> bool:
+    return row["label"] is not None or not data.records.labelled
+
+
+def _split(recipe: Recipe, rows: Intake) -> pa.Table:
+    """The inputs table; UsageError where nothing is left to train on, or no label that is asked for."""
+    data = recipe.data
     table = rows.table(data.holdout)
     if not pc.any(pc.equal(table["split"].cast(pa.string()), "train")).as_py():
         raise UsageError(
@@ -211,6 +224,7 @@ def _split(data: Data, rows: Intake) -> pa.Table:
             "conversation has the answer of a held-out record among its turns. Use fewer, or give "
             "each conversation once, whole."
         )
+    refuse_without_labels(recipe, rows.labels())
     return table
 
 

@@ -28,11 +28,9 @@ def by_class(evaluation: Mapping[str, Any]) -> Section | None:
         "in all three, since each text has one class."
     )
     blocks: list[Block] = [Text(about), _averages(evaluation["results"], list(arms))]
-    blocks += _of_arm(arms["student"], names)
     blocks += [
-        Section(f"By class: {ARMS[arm]}", _of_arm(numbers, names), folded=True)
-        for arm, numbers in arms.items()
-        if arm != "student"
+        Section(f"By class: {ARMS[arm]}", _of_arm(arms[arm], names), folded=arm != "student")
+        for arm in sorted(arms, key=lambda arm: arm != "student")
     ]
     return Section("By class", blocks)
 

@@ -14,7 +14,7 @@ from ...storage.errors import UsageError
 from ...storage.store.store import Store
 from ...storage.tables.schema import TableName
 from ..models.rendering import Renderer
-from ..recipe.sections import EvaluateGenerate
+from ..recipe.answers import EvaluateGenerate
 from ..recipe.tasks import TASKS
 from ..workers.job import Job
 from .normal_forms import NORMAL_FORMS

@@ -89,7 +89,8 @@ class Confusion:
         """Label, answer and number of texts, wherever there are some: the confusion matrix."""
         pairs = np.stack([self._labels, self._answers], axis=-1)
         cells, counts = np.unique(pairs, axis=0, return_counts=True)
-        return np.column_stack([cells, counts]).tolist()
+        found: list[list[int]] = np.column_stack([cells, counts]).tolist()
+        return found
 
     def _averages(self) -> Iterator[tuple[str, Estimate]]:
         labels, answers = np.asarray(self._labels), np.asarray(self._answers)
@@ -125,7 +126,10 @@ class Confusion:
         shares, step = self._shares(name, len(weights))
         above, below = weights * step, weights * step * shares
         right = (at_label + at_answer) * (labels == answers)
-        return right * above[labels] - at_label * below[labels] - at_answer * below[answers]
+        parts: np.ndarray = (
+            right * above[labels] - at_label * below[labels] - at_answer * below[answers]
+        )
+        return parts
 
     def _error(self, parts: np.ndarray) -> float | None:
         units = len(self._units)

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from stillroom.stages.evaluate.answers import greedy, scorer
 from stillroom.stages.evaluate.normal_forms import number, words
-from stillroom.stages.recipe.sections import EvaluateGenerate
+from stillroom.stages.recipe.answers import EvaluateGenerate
 
 
 class Numbers:

@@ -26,6 +26,8 @@ from ...stages.models.identity import FileHashes, find_model
 from ...stages.models.students.stored_tensors import refuse_tied_lora
 from ...stages.recipe.sections import Recipe
 from ...stages.recipe.stages import stage_named
+from ...stages.recipe.task_checks import refuse_without_labels
+from ...stages.recipe.tasks import TASKS
 from ...storage.errors import UsageError
 from ...storage.files.opening import open_files
 from ...storage.joined import Joined, open_store
@@ -246,6 +248,8 @@ def _plan_stored(recipe: Recipe, plan: Plan, books: Books) -> None:
         )
         plan.stages.append(_line("generate", ledger))
     choose_generations(books, author_id=binding.author_id)
+    if TASKS[recipe.run.task].labelled and data.state == "done":
+        refuse_without_labels(recipe, books.labels())
     upstream = all(line.state == "done" for line in plan.stages)
     if upstream:
         plan.unread = unread_by_student(recipe, bound, books)

@@ -76,7 +76,12 @@ def student_card(
     )
     learnt = "the teacher's distributions" if distilled else "the teacher's text"
     card = ModelCard.from_template(
-        _card_data(recipe, settings["arm"], library="peft" if adapter else "transformers"),
+        _card_data(
+            recipe,
+            settings["arm"],
+            _index(shown, evaluation),
+            library="peft" if adapter else "transformers",
+        ),
         template_str=package_files("stillroom.pipeline.templates")
         .joinpath("model_card.md.jinja")
         .read_text("utf-8"),
@@ -109,7 +114,41 @@ def _name(shown: Mapping[str, Any]) -> str:
     return model.rpartition("/")[2] if model else "A small model"
 
 
-def _card_data(recipe: Mapping[str, Any], arm: str, *, library: str) -> Any:
+def _index(shown: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A classifier's numbers for the Hub's model index; nothing where no text had a label."""
+    from huggingface_hub import EvalResult
+
+    result = evaluation["results"]["student"] if evaluation else {}
+    if result.get("f1_macro") is None:
+        return {}
+    data, task = shown["data"]["source"], TASKS[shown["run"]["task"]]
+    found = [
+        EvalResult(
+            task_type=task.hub_name,
+            dataset_type=data,
+            dataset_name=f"{data}, held-out texts",
+            metric_type=metric,
+            metric_name=words,
+            metric_value=result[name],
+        )
+        for name, (metric, words) in _INDEXED.items()
+    ]
+    return {"model_name": _name(shown), "eval_results": found}
+
+
+_INDEXED = {
+    "accuracy": ("accuracy", "Accuracy"),
+    "f1_macro": ("f1", "Macro F1"),
+    "f1_weighted": ("f1", "Weighted F1"),
+    "precision_macro": ("precision", "Macro precision"),
+    "recall_macro": ("recall", "Macro recall"),
+}
+"""Number -> the Hub's name of its kind, and words."""
+
+
+def _card_data(
+    recipe: Mapping[str, Any], arm: str, index: Mapping[str, Any], *, library: str
+) -> Any:
     from huggingface_hub import ModelCardData
 
     base = recipe["student"]["model"]
@@ -123,6 +162,7 @@ def _card_data(recipe: Mapping[str, Any], arm: str, *, library: str) -> Any:
         library_name=library,
         pipeline_tag=TASKS[recipe["run"]["task"]].hub_name,
         tags=["knowledge-distillation", "stillroom", *(["baseline"] if arm == "baseline" else [])],
+        **index,
     )
 
 
@@ -148,9 +188,13 @@ def _results(evaluation: Mapping[str, Any]) -> str:
 
 def _measured(evaluation: Mapping[str, Any]) -> str:
     on = evaluation["measured_on"]
+    labelled = on.get("labelled")
+    which = (
+        "" if labelled in (None, on.get("rows")) else f", {count(labelled)} of them with a label"
+    )
     return (
-        f"On {count(on['tokens'])} {on['of']} of {count(on['prompts'])} held-out prompts, which the student was not "
-        "trained on. ± is one standard error."
+        f"On {count(on['tokens'])} {on['of']} of {count(on['prompts'])} held-out prompts{which}, which the student was "
+        "not trained on. ± is one standard error."
     )
 
 

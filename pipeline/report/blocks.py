@@ -78,10 +78,11 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A heading and what stands below it."""
+    """A heading and what stands below it; `folded` behind the heading where a page can do that."""
 
     title: str
     blocks: Sequence["Block"]
+    folded: bool = False
 
 
 Block = Text | Bullets | Table | Code | Figures | Samples | Tokens | Section

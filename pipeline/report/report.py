@@ -21,7 +21,7 @@ from ...stages.recipe.run_folder import (
 from ...storage.errors import UsageError
 from ...storage.files.local import LocalFiles
 from ..numbers import nats, percent
-from . import compare, html, markdown, run_facts, sections
+from . import classes, compare, html, markdown, run_facts, sections
 from .blocks import Page, Text
 from .results import Results, known_arms, measures, result_cells
 from .results import results as results_section
@@ -94,6 +94,7 @@ def page(report: Mapping[str, Any]) -> Page:
     evaluation = report["evaluation"]
     found = [
         results_section(evaluation, report["settings"].get("recipe", {})),
+        classes.by_class(evaluation),
         sections.what_was_run(report),
         sections.training(
             report["train"], of=evaluation["measured_on"].get("of", "tokens").removesuffix("s")
@@ -123,7 +124,7 @@ def outcome(evaluation: Mapping[str, Any]) -> str:
         "cross-entropy" if measure == "cross_entropy" else "KL, a lower bound," if bound else "KL"
     )
     values = f"{name} {nats(results['student'][measure])} against {nats(results[other][measure])}"
-    if "accuracy" in results["student"]:
+    if results["student"].get("accuracy") is not None:
         accuracies = [percent(results[arm]["accuracy"]) for arm in ("student", other)]
         values += f"; accuracy {accuracies[0]} against {accuracies[1]}"
     gap, error = differences[other][measure], differences[other][f"{measure}_se"]

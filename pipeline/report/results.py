@@ -51,6 +51,7 @@ MEASURES = (
 
 CLASS_MEASURES = (
     Measure("accuracy", "accuracy", "", "accuracy", percent),
+    Measure("f1_macro", "macro F1", "", "macro F1", percent),
     Measure("cross_entropy", "cross-entropy (nats/text)", "", "cross-\nentropy", decimals),
     Measure("kl_teacher", "KL to teacher (nats/text)", "", "KL to\nteacher", decimals),
     Measure("top1_agreement", "agreement with teacher", "", "agreement", percent),
@@ -60,6 +61,7 @@ CLASS_MEASURES = (
 
 PAIRED = (
     ("accuracy", "accuracy", 100, 2, "points"),
+    ("f1_macro", "macro F1", 100, 2, "points"),
     ("kl_teacher", "KL", 1, 4, "nats/token"),
     ("cross_entropy", "cross-entropy", 1, 4, "nats/token"),
     ("acceptance", "acceptance", 100, 2, "points"),
@@ -112,7 +114,7 @@ def results(evaluation: Mapping[str, Any], recipe: Mapping[str, Any]) -> Section
     unshared = evaluation["results"]["student"].get("unshared_mass") or 0.0
     notes = [
         *_measured_on(measured, unshared),
-        *_paired(evaluation["differences"]),
+        *_paired(evaluation["differences"], labelled=measured.get("of") == "texts"),
         *_gradient(evaluation),
     ]
     notes += _sampled_otherwise(recipe)
@@ -138,7 +140,7 @@ def _measured_on(measured: Mapping[str, Any], unshared: float) -> list[str]:
     bins = measured["ece_bins"]
     if measured.get("of") == "texts":
         return [
-            f"Measured on {count(measured['rows'])} held-out texts with a gold label; ± is one "
+            f"Measured on {count(measured['rows'])} held-out texts{_with_label(measured)}; ± is one "
             "standard error. Cross-entropy is with the gold labels, KL(teacher || student) "
             f"exact. ECE: expected calibration error of the most likely class, {bins} equal-width "
             "bins. All of it is at temperature 1."
@@ -175,11 +177,24 @@ def _measured_on(measured: Mapping[str, Any], unshared: float) -> list[str]:
     return [*notes, about]
 
 
-def _paired(differences: Results) -> list[str]:
+def _with_label(measured: Mapping[str, Any]) -> str:
+    labelled = measured.get("labelled", measured["rows"])  # before there was it, all had one
+    if labelled == measured["rows"]:
+        return " with a gold label"
+    if not labelled:
+        return (
+            ", of which none has a gold label: only how close to the teacher a student is is known"
+        )
+    return (
+        f", of which {count(labelled)} have a gold label: accuracy, F1, cross-entropy and ECE are on "
+        "those, the others on all"
+    )
+
+
+def _paired(differences: Results, *, labelled: bool) -> list[str]:
     """The student minus each other arm, token by token on the same rows."""
     lines = []
     for arm, difference in differences.items():
-        labelled = "accuracy" in difference
         parts = [
             f"{words} {decimals(scale * difference[name], places, error=error and scale * error)} {unit}"
             for name, words, scale, places, unit in PAIRED
@@ -213,8 +228,25 @@ def _gradient(evaluation: Mapping[str, Any]) -> list[str]:
 
 def _answers(answers: Mapping[str, Any]) -> str:
     pattern = f" ({inline(answers['pattern'])})" if answers["pattern"] else ""
+    form = answers.get("normalize", "none")
     return (
         f"Answers: {answers['metric']}{pattern}, 0 to 1, of greedy answers (at most "
         f"{count(answers['max_tokens'])} tokens) to {count(answers['prompts'])} held-out prompts, "
-        f"against {answers['against']}."
+        f"against {answers['against']}.{_FORMS[form]}{_no_number(answers.get('no_number', {}))}"
     )
+
+
+def _no_number(found: Mapping[str, int]) -> str:
+    """Who gave texts that have no number, and how many."""
+    named = [f"{LINES.get(who, who)} {count(texts)}" for who, texts in found.items() if texts]
+    return (
+        f" There is none, which is never right, in so many of: {', '.join(named)}." if named else ""
+    )
+
+
+_FORMS = {
+    "none": "",
+    "text": " Compared without case, punctuation and English articles.",
+    "number": " Compared as numbers.",
+}
+"""How answers were made alike before they were compared."""

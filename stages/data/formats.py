@@ -53,7 +53,7 @@ def prompt_row(
     else:
         row |= _TEXTS[data.format](record)
     if data.records.labelled:
-        label = record["label"]
+        label = record.get("label")
         row["label"] = label_index(None if missing(label) else label, classes)
     row["reference"] = None if missing(reference) else checked_text(reference, "reference")
     return row | _keys(row)

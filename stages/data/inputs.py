@@ -25,6 +25,8 @@ class Intake:
         self.rejected: Counter[str] = Counter()
         """Reason -> records that cannot be used."""
         self._first: dict[str, str] = {}
+        self._labelled = bytearray()
+        self._labels: dict[str, tuple[int, int]] = {}
         self._turns, self._rows_of_turns = bytearray(), array("q")
         self._last, self._rows_of_last = bytearray(), array("q")
         self._left_out = 0
@@ -44,6 +46,7 @@ class Intake:
         windows: int = 1,
         turns: Sequence[bytes] = (),
         held_out: bool = False,
+        labelled: bool = True,
     ) -> None:
         """Take a row.
 
@@ -53,6 +56,7 @@ class Intake:
             windows: Generations rows that given text became, 1 where it is generated.
             turns: Of a conversation, hashes up to each turn that is scored.
             held_out: Whether the recipe names it as one that judges; these come first.
+            labelled: False: a text to classify that has no label.
         """
         if key not in self._seen:
             self._seen.update(key)
@@ -66,6 +70,7 @@ class Intake:
             self._prompts += prompt_key
             self._windows.append(windows)
             self._test.append(held_out)
+            self._labelled.append(labelled)
             if held_out:
                 self._judging.update(prompt_key)
 
@@ -110,6 +115,13 @@ class Intake:
             said.append(
                 f"records left out of training: {self._in_both:,}. Their prompts are held out too"
             )
+        if lacking := [
+            f"{n - has:,} of {n:,} {split}" for split, (n, has) in self._labels.items() if has < n
+        ]:
+            said.append(
+                f"texts without a label: {' and '.join(lacking)}. They teach what the teacher says "
+                "of them, and judge how close a student comes to it, nothing else"
+            )
         if self._left_out:
             said.append(
                 f"conversations left out of training: {self._left_out:,}. One of their turns is "
@@ -146,7 +158,14 @@ class Intake:
         self._left_out = int((~kept).sum())
         first = np.zeros(int(kept.sum()), bool)
         first[np.unique(numbers[kept], return_index=True)[1]] = True
+        labelled = np.frombuffer(self._labelled, bool)
+        for split, here in (("to train on", kept & ~test), ("held out", test)):
+            self._labels[split] = int(here.sum()), int((here & labelled).sum())
         return table.filter(pa.array(kept)).append_column("first", pa.array(first))
+
+    def labels(self) -> int:
+        """How many of the rows to train on have a label, once the table is made."""
+        return self._labels["to train on"][1]
 
     def _repeats(self, test: np.ndarray) -> np.ndarray:
         """[rows] bool: a turn that is scored is, with all before it, what a held-out row ends with."""

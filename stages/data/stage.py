@@ -19,7 +19,8 @@ from ...storage.store.writer import CommitLimits
 from ...storage.tables.schema import TableName
 from ..models.classes import names_in
 from ..models.identity import FileHashes, Identity
-from ..recipe.sections import Recipe
+from ..recipe.sections import Data, Recipe
+from ..recipe.task_checks import refuse_without_labels
 from ..workers.job import Job, StageResult
 from ..workers.shard_about import about, commit_limits
 from .formats import prompt_row, turn_keys, unread_columns
@@ -135,6 +136,7 @@ def run(job: Job) -> StageResult:
                 windows=windows,
                 turns=_turns(recipe, row),
                 held_out=held_out,
+                labelled=_labelled(data, row),
             )
             rows.count_unread(unread_columns(record, data))
             job.progress.advance()
@@ -205,8 +207,13 @@ def survey(recipe: Recipe, classes: Sequence[str] = ()) -> Survey:
             continue
         if not held_out and rows.judges(row["prompt_key"]):
             continue
-        turns = _turns(recipe, row)
-        rows.add(row["key"], row["prompt_key"], turns=turns, held_out=held_out)
+        rows.add(
+            row["key"],
+            row["prompt_key"],
+            turns=_turns(recipe, row),
+            held_out=held_out,
+            labelled=_labelled(recipe.data, row),
+        )
         rows.count_unread(unread_columns(record, recipe.data))
     table = _split(recipe, rows)
     return Survey(table, rows.rejected.total(), _notes(recipe, rows), rows.why_rejected())
@@ -219,6 +226,10 @@ def _notes(recipe: Recipe, rows: Intake) -> list[str]:
         split = f", split {held_out.split}" if held_out.asked else ""
         said.append(f"held out: {rows.held_out:,} rows of {held_out.name}{split}")
     return said
+
+
+def _labelled(data: Data, row: dict[str, Any]) -> bool:
+    return row["label"] is not None or not data.records.labelled
 
 
 def _turns(recipe: Recipe, row: dict[str, Any]) -> list[bytes]:
@@ -289,6 +300,7 @@ def _split(recipe: Recipe, rows: Intake) -> pa.Table:
             f"{held_out} leaves nothing to train on, since every other conversation has the answer "
             "of a held-out record among its turns. Use fewer, or give each conversation once, whole."
         )
+    refuse_without_labels(recipe, rows.labels())
     return table
 
 

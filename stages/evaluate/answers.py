@@ -14,9 +14,10 @@ from ...storage.errors import UsageError
 from ...storage.store.store import Store
 from ...storage.tables.schema import TableName
 from ..models.rendering import Renderer
-from ..recipe.sections import EvaluateGenerate
+from ..recipe.answers import EvaluateGenerate
 from ..recipe.tasks import TASKS
 from ..workers.job import Job
+from .normal_forms import NORMAL_FORMS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,10 +79,7 @@ class Quiz:
 
     def scores(self, answers: dict[str, list[str]]) -> dict[str, float]:
         """Arm -> mean score, 0 to 1; of the teacher too where its text is not itself the reference."""
-        score = scorer(self.settings)
-        written = [q.teacher for q in self.questions]
-        if self.against == GOLD and None not in written:
-            answers = {"teacher": [str(text) for text in written], **answers}
+        score, answers = scorer(self.settings), self._with_teacher(answers)
         return {
             arm: sum(
                 score(text, q.reference) for text, q in zip(texts, self.questions, strict=True)
@@ -90,12 +88,24 @@ class Quiz:
             for arm, texts in answers.items()
         }
 
-    def about(self) -> dict[str, Any]:
+    def _with_teacher(self, answers: dict[str, list[str]]) -> dict[str, list[str]]:
+        written = [q.teacher for q in self.questions]
+        if self.against != GOLD or None in written:
+            return answers
+        return {"teacher": [str(text) for text in written], **answers}
+
+    def about(self, answers: dict[str, list[str]]) -> dict[str, Any]:
         """What the scores mean."""
-        return self.settings.model_dump() | {
-            "prompts": len(self.questions),
-            "against": self.against,
-        }
+        about: dict[str, Any] = {"prompts": len(self.questions), "against": self.against}
+        if self.settings.normalize == "number":
+            about["no_number"] = self._no_number(answers)
+        return self.settings.model_dump() | about
+
+    def _no_number(self, answers: dict[str, list[str]]) -> dict[str, int]:
+        """Reference and arm -> how many of its texts have no number, and so are right nowhere."""
+        compared = _compared(self.settings)
+        texts = {"reference": [q.reference for q in self.questions], **self._with_teacher(answers)}
+        return {who: sum(compared(text) is None for text in of) for who, of in texts.items()}
 
     def samples(self, answers: dict[str, list[str]]) -> list[dict[str, str | None]]:
         """The first few prompts with everybody's text, cut to a readable length."""
@@ -125,7 +135,7 @@ def prepare_quiz(job: Job, store: Store, rows: Iterable[dict[str, Any]]) -> Quiz
         rows: Held-out rows: prompt_key, generation_key, token_ids, spans.
 
     Raises:
-        UsageError: no reference matches `evaluate.generate.pattern`.
+        UsageError: no reference matches `evaluate.generate.pattern`, or is the number that is asked for.
     """
     scored, few = job.recipe.evaluate.generate, job.recipe.evaluate.samples
     if scored is None and (few == 0 or TASKS[job.recipe.run.task].labelled):
@@ -143,20 +153,34 @@ def prepare_quiz(job: Job, store: Store, rows: Iterable[dict[str, Any]]) -> Quiz
         questions, against = _questions(
             job, store, chosen=chosen, many=settings.prompts, tokenizer=tokenizer
         )
-    if settings.metric == "regex" and not any(
-        scorer(settings)(q.reference, q.reference) for q in questions
-    ):
-        raise UsageError(
-            f"evaluate.generate.pattern: {settings.pattern!r} matches none of {len(questions)} "
-            f"references ({against}; the first is {questions[0].reference[:80]!r}). Write a "
-            "pattern that does."
-        )
+    _refuse_without_reference(settings, questions, against)
     return Quiz(
         settings=settings,
         tokenizer=tokenizer,
         questions=questions,
         against=against,
         scored=scored is not None,
+    )
+
+
+def _refuse_without_reference(
+    settings: EvaluateGenerate, questions: list[Question], against: str
+) -> None:
+    """Raise UsageError where no answer can be right, because no reference has what is compared."""
+    if settings.metric == "rouge_l" or any(
+        _compared(settings)(question.reference) is not None for question in questions
+    ):
+        return
+    found = f"{len(questions)} references ({against}; the first is {questions[0].reference[:80]!r})"
+    if settings.pattern is None or any(re.search(settings.pattern, q.reference) for q in questions):
+        raise UsageError(
+            f"evaluate.generate.normalize: 'number', but what is compared is a number in none of "
+            f"{found}. Take the number out with metric 'regex' and a pattern such as "
+            r"'(-?[\d,.]+)', or normalize text."
+        )
+    raise UsageError(
+        f"evaluate.generate.pattern: {settings.pattern!r} matches none of {found}. Write a pattern "
+        "that does."
     )
 
 
@@ -273,24 +297,30 @@ def _end_tokens(model: Any, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 
 def scorer(settings: EvaluateGenerate) -> Callable[[str, str], float]:
     """A function of (answer, reference) to a score from 0 to 1."""
-    if settings.metric == "exact_match":
-        return lambda answer, reference: float(_plain(answer) == _plain(reference))
-    if settings.metric == "regex":
-        return _regex_scorer(str(settings.pattern))
-    return _rouge_l_scorer()
+    if settings.metric == "rouge_l":
+        return _rouge_l_scorer()
+    compared = _compared(settings)
+
+    # What is not there is never right, not even where the reference has none either.
+    def score(answer: str, reference: str) -> float:
+        found = compared(answer)
+        return float(found is not None and found == compared(reference))
+
+    return score
 
 
-def _regex_scorer(pattern: str) -> Callable[[str, str], float]:
-    compiled = re.compile(pattern)
+def _compared(settings: EvaluateGenerate) -> Callable[[str], Any]:
+    """What of a text is compared: of its last match, or of all of it, the normal form; None: there is none."""
+    pattern = None if settings.pattern is None else re.compile(settings.pattern)
+    normal_form = NORMAL_FORMS[settings.normalize]
 
-    def last(text: str) -> str | None:
-        matches = list(compiled.finditer(text))
-        return _plain(matches[-1].group(min(1, compiled.groups)) or "") if matches else None
+    def compared(text: str) -> Any:
+        if pattern is None:
+            return normal_form(text)
+        matches = list(pattern.finditer(text))
+        return normal_form(matches[-1].group(min(1, pattern.groups)) or "") if matches else None
 
-    # No match is no answer: it is never right, not even where the reference has none either.
-    return lambda answer, reference: float(
-        last(answer) is not None and last(answer) == last(reference)
-    )
+    return compared
 
 
 def _rouge_l_scorer() -> Callable[[str, str], float]:
@@ -307,11 +337,6 @@ def _rouge_l_scorer() -> Callable[[str, str], float]:
 
     rouge = RougeScorer(["rougeL"], tokenizer=Words())
     return lambda answer, reference: float(rouge.score(reference, answer)["rougeL"].fmeasure)
-
-
-def _plain(text: str) -> str:
-    """White space is not part of an answer."""
-    return " ".join(text.split())
 
 
 def _short(text: str | None) -> str | None:

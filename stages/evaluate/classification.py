@@ -1,4 +1,4 @@
-"""Measuring labelled texts: the distribution over classes, and how often the best one is the gold one."""
+"""Measuring texts that are classified: the distribution over classes, and whether the best one is the gold one."""
 
 from functools import partial
 from typing import Any
@@ -24,9 +24,9 @@ class Measuring:
     def __init__(self, job: Job, held_out: HeldOut) -> None:
         self._job = job
 
-    def outcomes(self, row: Row) -> np.ndarray:
-        """[1] the gold class."""
-        return np.array([row["label"]], np.int64)
+    def outcomes(self, row: Row) -> np.ndarray | None:
+        """[1] the gold class; None where a text has no label."""
+        return None if row["label"] is None else np.array([row["label"]], np.int64)
 
     def named(self, measures: dict[str, Tensor]) -> dict[str, Tensor]:
         """With accuracy: how often the best class is the gold one."""
@@ -49,9 +49,11 @@ class Measuring:
             targets = SoftTargets.from_row(row).normalised()
             made = inputs.tensors([ids])
             there = {name: tensor.to(model.device) for name, tensor in made.items()}
-            label = torch.as_tensor(self.outcomes(row)).to(model.device)
-            measures = measure(class_logits(model, there), label, targets)
-        tally.add(row["prompt_key"], self.named(measures))
+            logits = class_logits(model, there)
+            gold = self.outcomes(row)
+            label = None if gold is None else torch.as_tensor(gold).to(model.device)
+            measures = measure(logits, label, targets)
+        tally.add(row["prompt_key"], measures if gold is None else self.named(measures))
 
     def gradient(self, model: Any, arm: str) -> None:
         """None: all classes are stored, so there is no choice of targets."""

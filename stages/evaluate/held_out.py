@@ -30,14 +30,12 @@ class HeldOut:
     def __init__(
         self, store: Store, snapshot: Snapshot, clock: Clock, *, labelled: bool = False
     ) -> None:
-        """`labelled`: texts with their classes; those without a gold label are left out, they judge nobody."""
+        """`labelled`: texts to classify, with their gold labels where they have one."""
         self._store, self._clock = store, clock
         self.snapshot, self.labelled = snapshot, labelled
         self.scored = snapshot.table == "soft_targets"
         self.rows = snapshot.rows
         """How many rows are held out."""
-        if labelled:
-            self.rows = sum(row["label"] is not None for row in self._read("label"))
 
     def spans(self) -> Iterator[dict[str, Any]]:
         """Rows with prompt_key, generation_key, token_ids, spans and span_tokens."""
@@ -46,10 +44,8 @@ class HeldOut:
     def targets(self) -> Iterator[dict[str, Any]]:
         """`spans` with what is stored of the teacher's distribution, where it is."""
         columns = [*_SPAN[self.snapshot.table], *(_TARGETS if self.scored else ())]
-        if not self.labelled:
-            return map(_with_span, self._read(*columns))
-        rows = self._read(*columns, "label")
-        return (_with_span(row) for row in rows if row["label"] is not None)
+        columns += ["label"] if self.labelled else []
+        return map(_with_span, self._read(*columns))
 
     def references(self) -> set[tuple[str, int]]:
         """Kinds of reference targets and their entries per position."""

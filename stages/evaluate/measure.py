@@ -28,11 +28,11 @@ Gradient = dict[str, float | int | None] | None
 class Measuring(Protocol):
     """How a task's rows are measured; the class of this name in the module that bears the task's name."""
 
-    def outcomes(self, row: Row) -> np.ndarray:
-        """[N] what is there, at each of a row's targets."""
+    def outcomes(self, row: Row) -> np.ndarray | None:
+        """[N] what is there, at each of a row's targets; None: it is not known."""
 
     def named(self, measures: "dict[str, Tensor]") -> "dict[str, Tensor]":
-        """The measures of `metrics.measure`, with those that only this task has."""
+        """The measures of `metrics.measure` where that is known, with those that only this task has."""
 
     def of_student(self, model: "nn.Module") -> MeasureRow:
         """How the rows of one student are measured."""
@@ -92,16 +92,18 @@ def _teacher_tally(job: Job, held_out: HeldOut, task: Measuring, views: "Views")
 
     from .metrics import Tally, measure_teacher
 
-    tally = Tally()
+    tally = Tally(classes=held_out.labelled)
     for row in held_out.targets():
         job.stop.check()
         with job.clock.span("disk"):
             targets = SoftTargets.from_row(row).normalised()
         # No pass of the teacher, but the same sums over its vocabulary.
         with job.clock.span("model"):
-            measures = measure_teacher(targets, torch.as_tensor(task.outcomes(row)))
+            there = task.outcomes(row)
+            known = None if there is None else torch.as_tensor(there)
+            measures = measure_teacher(targets, known)
         views.add_teacher(row, targets)
-        tally.add(row["prompt_key"], task.named(measures))
+        tally.add(row["prompt_key"], measures if there is None else task.named(measures))
         job.progress.advance(tokens=row["span_tokens"], note="teacher")
     return tally
 
@@ -111,7 +113,7 @@ def _student_tally(
 ) -> "Tally":
     from .metrics import Tally
 
-    tally = Tally()
+    tally = Tally(classes=held_out.labelled)
     for row in held_out.targets():
         job.stop.check()
         measure_row(row, tally, view)

@@ -18,6 +18,9 @@ On `full` targets all of them are exact. On entries and a tail, t and p are seen
 and one bucket for all other ids: KL and total variation are then lower bounds and the acceptance an
 upper bound, since merging outcomes never raises a divergence.
 
+A text that is classified may have no label, which is what would be there: then only the measures
+against the teacher are known, and the means of the others are over the texts that have one.
+
 Ids that only the teacher has: the model gives them no probability at all, so KL would be infinite.
 Entries with such ids go into the bucket. `full` targets have no bucket, so there the KL is of t
 conditioned on the ids that both have; total variation is finite and counts them. What they hold is
@@ -37,6 +40,7 @@ from torch.nn import functional
 from ...storage.errors import StillroomError
 from ...storage.tables.soft_targets import SoftTargets
 from ..losses.divergences import forward_kl, total_variation
+from .confusion import Confusion
 
 BINS = 15
 CHUNK_BYTES = 64 * 2**20
@@ -54,8 +58,9 @@ JUDGED = (
 
 # Columns of a row of bin sums.
 _COUNT, _CONFIDENCE, _CORRECT = range(3)
-# Measured at each token, but not a mean of their own: they make the calibration error.
-_CALIBRATION = ("confidence", "correct")
+# Measured at each token, but not a mean of their own: they make the calibration error and the
+# confusion matrix.
+_NO_MEANS = ("confidence", "correct", "there", "best")
 
 
 def chunk_tokens(vocab_size: int) -> int:
@@ -64,13 +69,13 @@ def chunk_tokens(vocab_size: int) -> int:
 
 
 def measure(
-    logits: Tensor, tokens: Tensor, reference: SoftTargets | None = None
+    logits: Tensor, tokens: Tensor | None, reference: SoftTargets | None = None
 ) -> dict[str, Tensor]:
     """The measures of a model at N positions.
 
     Args:
         logits: [N, V] float32.
-        tokens: [N] the tokens that are there.
+        tokens: [N] the tokens that are there; None: nobody knows, only what needs none.
         reference: The teacher's targets at these positions; None: only what needs no teacher.
 
     Returns:
@@ -86,31 +91,41 @@ def measure(
             "the model's logits are not numbers (NaN): its training diverged. Lower "
             "train.learning_rate."
         )
-    found = {
-        "cross_entropy": -logprobs.gather(-1, tokens[:, None]).squeeze(-1),
-        "confidence": confidence.exp(),
-        "correct": best == tokens,
-    }
+    found = {}
+    if tokens is not None:
+        found = {
+            "cross_entropy": -logprobs.gather(-1, tokens[:, None]).squeeze(-1),
+            "confidence": confidence.exp(),
+            "correct": best == tokens,
+            "there": tokens,
+            "best": best,
+        }
     if reference is not None:
         found |= _against_teacher(logprobs, best, reference)
     return found
 
 
-def measure_teacher(reference: SoftTargets, tokens: Tensor) -> dict[str, Tensor]:
-    """The measures of the teacher itself at N positions, from what is stored."""
+def measure_teacher(reference: SoftTargets, tokens: Tensor | None) -> dict[str, Tensor]:
+    """The measures of the teacher itself at N positions, from what is stored; `tokens` as `measure` has them."""
     logprobs = torch.as_tensor(reference.logprobs)
     confidence, best = logprobs.max(-1)
     if reference.ids is not None:
         best = torch.as_tensor(reference.ids).gather(-1, best[:, None]).squeeze(-1)
-    return {
-        "cross_entropy": -torch.as_tensor(reference.token_logprob),
+    found = {
         "entropy": torch.as_tensor(reference.entropy),
         "kl_teacher": torch.zeros_like(confidence),
         "tv_teacher": torch.zeros_like(confidence),
         "acceptance": torch.ones_like(confidence),
         "top1_agreement": torch.ones_like(confidence),
+    }
+    if tokens is None:
+        return found
+    return found | {
+        "cross_entropy": -torch.as_tensor(reference.token_logprob),
         "confidence": confidence.exp(),
         "correct": best == tokens,
+        "there": tokens,
+        "best": best,
     }
 
 
@@ -179,17 +194,29 @@ class Tally:
     A unit is what was drawn independently: a prompt with all of its rows.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, classes: bool = False) -> None:
+        """`classes`: the tokens are the classes of texts, whose confusion is counted too."""
+        self.confusion = Confusion() if classes else None
         self._units: dict[bytes, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        self._counts: dict[bytes, dict[str, int]] = defaultdict(lambda: defaultdict(int))
         self._bins: dict[bytes, np.ndarray] = defaultdict(lambda: np.zeros((BINS, 3)))
 
     def add(self, unit: bytes, measures: dict[str, Tensor]) -> None:
-        """Count the measures of N tokens."""
-        sums = self._units[unit]
-        sums["tokens"] += len(measures["confidence"])
+        """Count the measures of N tokens; those without what is there have none of what needs it."""
+        sums, counts = self._units[unit], self._counts[unit]
+        counts["tokens"] += max(map(len, measures.values()))
         for name, values in measures.items():
-            if name not in _CALIBRATION:
+            if name not in _NO_MEANS:
                 sums[name] += float(values.double().sum())
+                counts[name] += len(values)
+        if "confidence" in measures:
+            self._calibrate(unit, measures)
+            counts["ece"] += len(measures["confidence"])
+        if "there" in measures and self.confusion is not None:
+            for pair in torch.stack([measures["there"], measures["best"]], -1).tolist():
+                self.confusion.add(unit, *pair)
+
+    def _calibrate(self, unit: bytes, measures: dict[str, Tensor]) -> None:
         confidence = measures["confidence"].double().cpu().numpy()
         # Bin m of M covers ((m - 1) / M, m / M].
         index = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
@@ -204,36 +231,46 @@ class Tally:
     @property
     def tokens(self) -> int:
         """Tokens measured."""
-        return round(sum(s["tokens"] for s in self._units.values()))
+        return sum(counts["tokens"] for counts in self._counts.values())
 
     @property
     def units(self) -> int:
         """Independent units measured."""
         return len(self._units)
 
+    def judged(self, measure: str) -> int:
+        """Tokens of which a measure is known."""
+        return sum(counts[measure] for counts in self._counts.values() if measure in counts)
+
     def results(self) -> dict[str, float | int | None]:
         """Means over tokens; `_se` is the standard error of a mean over units."""
         found: dict[str, float | int | None] = {}
         for name in self._names():
-            found[name], error = self._mean(self._column(name))
+            found[name], error = self._mean(name, self._column(name))
             if name in JUDGED:
                 found[f"{name}_se"] = error
-        mean = self._mean(self._column("cross_entropy"))[0]
-        return found | {"perplexity": math.exp(mean) if mean < 700 else None, "tokens": self.tokens}
+        mean = found.get("cross_entropy", math.inf)
+        found |= {"perplexity": math.exp(mean) if mean < 700 else None, "tokens": self.tokens}
+        return found | (self.confusion.results() if self.confusion else {})
 
     def minus(self, other: "Tally") -> dict[str, float | None]:
         """Mean differences of this arm from another one on the same tokens, with paired standard errors."""
         found: dict[str, float | None] = {}
         for name in [n for n in JUDGED if n in self._names()]:
-            found[name], found[f"{name}_se"] = self._mean(self._column(name) - other._column(name))
+            gap = self._column(name) - other._column(name)
+            found[name], found[f"{name}_se"] = self._mean(name, gap)
+        if self.confusion and other.confusion:
+            found |= self.confusion.minus(other.confusion)
         return found
 
     def ece(self) -> float:
         """sum_m |B_m| / n * |accuracy(B_m) - confidence(B_m)|, as a share (0 to 1)."""
-        return self._mean(self._column("ece"))[0]
+        return self._mean("ece", self._column("ece"))[0]
 
     def reliability(self) -> list[dict[str, float | int]]:
         """The bins that are not empty: upper edge, tokens, mean confidence, accuracy."""
+        if not self._bins:
+            return []
         return [
             {
                 "up_to": (number + 1) / BINS,
@@ -248,20 +285,22 @@ class Tally:
         ]
 
     def _names(self) -> list[str]:
-        return [*(n for n in next(iter(self._units.values())) if n != "tokens"), "ece"]
+        names = dict.fromkeys(name for sums in self._units.values() for name in sums)
+        return [*names, *(["ece"] if self._bins else [])]
 
     def _column(self, name: str) -> np.ndarray:
-        """[units] sums of a measure, whose total over the number of tokens is that measure."""
+        """[units that have it] sums of a measure, whose total over the number of tokens is that measure."""
         if name == "ece":
             # |gap| is sign * gap: each unit's part of it, which is linear in the units while no sign turns.
             bins = np.stack(list(self._bins.values()))
             gaps = bins[..., _CORRECT] - bins[..., _CONFIDENCE]
             return np.asarray(gaps @ np.sign(gaps.sum(0)))
-        return np.array([s[name] for s in self._units.values()])
+        return np.array([sums[name] for sums in self._units.values() if name in sums])
 
-    def _mean(self, sums: np.ndarray) -> tuple[float, float | None]:
-        """A mean over tokens and its standard error, units being independent: the ratio estimator's."""
-        return ratio_mean(sums, self._column("tokens"))
+    def _mean(self, name: str, sums: np.ndarray) -> tuple[float, float | None]:
+        """A measure's mean over tokens and its standard error, units being independent: the ratio estimator's."""
+        counts = [counts[name] for counts in self._counts.values() if name in counts]
+        return ratio_mean(sums, np.array(counts, np.float64))
 
 
 def ratio_mean(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float | None]:

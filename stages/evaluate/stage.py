@@ -16,11 +16,13 @@ from ...storage.joined import open_store
 from ...storage.snapshots.snapshot import load_snapshot
 from ...storage.store.store import Store
 from ...storage.tables.kinds import STRUCTURES
+from ..models.classes import names_in
 from ..recipe.run_folder import EVALUATED, STUDENT
 from ..recipe.tasks import TASKS
 from ..targets.spec import wanted
 from ..workers.job import Job, StageResult
 from .answers import Quiz, prepare_quiz
+from .confusion import AVERAGES, SHARES
 from .held_out import HeldOut
 from .measure import Arms, Measured, measure_arms
 
@@ -42,6 +44,12 @@ NUMBERS = (
 )
 """What is known of an arm; null where it is not."""
 
+CLASS_NUMBERS = (
+    "accuracy",
+    *(f"{share}_{average}" for average in AVERAGES for share in SHARES),
+)
+"""The same of a classifier, on texts with a label."""
+
 
 def run(job: Job) -> StageResult:
     """Measure every arm on the held-out rows; write `evaluation.json` into the student's training run.
@@ -55,10 +63,9 @@ def run(job: Job) -> StageResult:
     labelled = TASKS[job.recipe.run.task].labelled
     held_out = HeldOut(store, snapshot, job.clock, labelled=labelled)
     if not held_out.rows:
-        what = "held-out row has a gold label" if snapshot.rows else "held-out rows"
         named = job.recipe.evaluate.names_rows
         raise UsageError(
-            f"{'evaluate' if named else 'data.holdout'}: no {what}, so nothing to evaluate on. "
+            f"{'evaluate' if named else 'data.holdout'}: no held-out rows, so nothing to evaluate on. "
             f"{'Name other rows' if named else 'Set data.holdout higher, or to 0: no evaluation'}."
         )
     with job.clock.span("start"):
@@ -123,9 +130,10 @@ def _content(job: Job, held_out: HeldOut, found: Measured, *, quiz: Quiz | None)
         "differences": {arm: tallies["student"].minus(tallies[arm]) for arm in others},
         "reliability": {arm: tally.reliability() for arm, tally in tallies.items()},
         "gradient": found.gradients if any(found.gradients.values()) else None,
+        "classes": _classes(job, tallies) if held_out.labelled else None,
         "measured_on": _measured_on(held_out, tallies["student"], unit),
         "arms": {arm: folder.name for arm, folder in job.train_dirs.items()},
-        "answers": quiz.about() if quiz and quiz.scored else None,
+        "answers": quiz.about(found.answers) if quiz and quiz.scored else None,
         "samples": quiz.samples(found.answers) if quiz else [],
         "views": found.views.content(),
     }
@@ -133,8 +141,23 @@ def _content(job: Job, held_out: HeldOut, found: Measured, *, quiz: Quiz | None)
 
 def _result(tally: "Tally | None", held_out: HeldOut) -> dict[str, Any]:
     """An arm's numbers; all null for a teacher of whom no distribution is stored."""
-    numbers: dict[str, Any] = dict.fromkeys(NUMBERS)
+    numbers: dict[str, Any] = dict.fromkeys(NUMBERS + CLASS_NUMBERS * held_out.labelled)
     return numbers if tally is None else numbers | tally.results() | {"rows": held_out.rows}
+
+
+def _classes(job: Job, tallies: "dict[str, Tally]") -> dict[str, Any]:
+    """The classes by name, and for each arm its numbers by class and its confusion matrix."""
+    store = open_store(job.recipe.storage.dir, job.recipe.storage.sources)
+    names = names_in(store.teacher_dir(job.teacher_id))
+    found = {arm: tally.confusion for arm, tally in tallies.items()}
+    return {
+        "names": names,
+        "arms": {
+            arm: confusion.by_class(len(names)) | {"confusion": confusion.cells()}
+            for arm, confusion in found.items()
+            if confusion
+        },
+    }
 
 
 def _measured_on(held_out: HeldOut, tally: "Tally", unit: str) -> dict[str, Any]:
@@ -147,6 +170,7 @@ def _measured_on(held_out: HeldOut, tally: "Tally", unit: str) -> dict[str, Any]
         "rows": held_out.rows,
         "prompts": tally.units,
         "tokens": tally.tokens,
+        "labelled": tally.judged("accuracy") if held_out.labelled else None,
         "reference": "+".join(dict.fromkeys(kind for kind, _ in references)) or None,
         "k": min((k for _, k in references), default=None),
         "kl_is_lower_bound": any(not STRUCTURES[kind].whole for kind, _ in references),

@@ -200,6 +200,15 @@ class Books:
         here = f"SELECT source_key FROM generations WHERE author_id = '{author_id}'"
         return f"({of} OR g.author_id = '{earlier}' AND g.source_key NOT IN ({here}))"
 
+    def labels(self) -> int:
+        """How many of the rows to train on have a gold label; the inputs are recorded, or published."""
+        if self.published is not None:
+            return self.published.labels()
+        ((labels,),) = self.index.rows(
+            "SELECT count(label) FROM inputs JOIN prompts USING (key) WHERE NOT held_out"
+        )
+        return int(labels)
+
     def lost(self, given_author: str | None) -> int:
         """Inputs whose prompts row, or whose rows of given text, the store has no more: only if some were withdrawn."""
         lost = 0

@@ -89,7 +89,7 @@ class ClassPasses(Passes):
     def losses(
         self, model: nn.Module, batch: ClassBatch, *, aim: Aim, dtype: torch.dtype
     ) -> Distilled:
-        """Summed loss of the texts, weighted as `aim` says; a text without a gold label has cross-entropy 0."""
+        """Summed loss of the texts, weighted as `aim` says; one without a gold label has no cross-entropy."""
         labels = batch.targets.labels
         half = dtype == torch.bfloat16
         with torch.autocast(labels.device.type, dtype=torch.bfloat16, enabled=half):
@@ -97,7 +97,9 @@ class ClassPasses(Passes):
         # Where there is no label, class 0 stands in, and its cross-entropy is not counted.
         asked = replace(batch.targets, labels=labels.clamp_min(0))
         parts = logits_distillation(logits, asked, objective=aim.objective)
-        return replace(parts, hard=parts.hard.masked_fill(labels == NO_LABEL, 0.0)).summed(aim)
+        labelled = labels != NO_LABEL
+        found = replace(parts, hard=parts.hard.masked_fill(~labelled, 0.0)).summed(aim)
+        return replace(found, hard=found.hard[labelled])
 
     def head_weight(self, model: nn.Module) -> None:
         """The body has it all: the head is a small layer over one position a text."""

@@ -51,7 +51,8 @@ class Distilled:
     """Sum over the tokens of soft_weight * soft + hard_weight * hard; the one that has a
     gradient."""
     hard: Tensor
-    """[N] cross-entropy of each token, nats; a value without a gradient."""
+    """[N] cross-entropy of each token, nats; a value without a gradient. Of texts those with a
+    label."""
     soft: Tensor | None
     """[N] divergence of each token; a value without a gradient. None where it was not asked for."""
 

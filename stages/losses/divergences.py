@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 _LOG_TINY = math.log(torch.finfo(torch.float32).tiny)
+_SERIES = 10
+"""Last power of the exponential's series: at |x| = 1 the next term is 1 / 11!, below eps / 2."""
 
 
 def forward_kl(teacher: Tensor, student: Tensor) -> Tensor:
@@ -75,14 +77,12 @@ def total_variation(teacher: Tensor, student: Tensor) -> Tensor:
 def alpha_beta(teacher: Tensor, student: Tensor, *, alpha_beta: tuple[float, float]) -> Tensor:
     """-1/(ab) sum_i [t_i^a p_i^b - a/(a+b) t_i^(a+b) - b/(a+b) p_i^(a+b)], with (a, b) = alpha_beta.
 
-    Wang et al. 2025 (ABKD), arXiv 2505.04560; the divergence and its limits are Cichocki et al.
-    2011's:
+    Wang et al. 2025 (ABKD), arXiv 2505.04560; the divergence is Cichocki et al. 2011's. With
+    d = log t - log p and g(x) = (e^x - 1 - x) / x^2, which is 1/2 at x = 0, it is
 
-        a = 0           1/b^2 sum_i [p_i^b (b log p_i - b log t_i) - p_i^b + t_i^b]
-        b = 0           1/a^2 sum_i [t_i^a (a log t_i - a log p_i) - t_i^a + p_i^a]
-        a + b = 0       1/a^2 sum_i [a log p_i - a log t_i + (t_i / p_i)^a - 1]
-        a = b = 0       1/2 sum_i (log t_i - log p_i)^2
+        sum_i t_i^a p_i^b d_i^2 [b/(a+b) g(b d_i) + a/(a+b) g(-a d_i)]
 
+    which has its limits at a = 0 and at b = 0 in it, and no difference of large numbers close by.
     forward_kl at (1, 0), reverse_kl at (0, 1). A lower bound of the value over all ids only where a
     + b = 1.
     """
@@ -90,19 +90,11 @@ def alpha_beta(teacher: Tensor, student: Tensor, *, alpha_beta: tuple[float, flo
     t = teacher.masked_fill(nothing, 0.0).clamp_min(_LOG_TINY)
     p = _above_zero(student.masked_fill(nothing, 0.0))
     alpha, beta = alpha_beta
-    total = alpha + beta
-    if alpha == beta == 0:
-        terms = (t - p).square() / 2
-    elif total == 0:
-        terms = (alpha * (p - t) + (alpha * (t - p)).exp() - 1) / alpha**2
-    elif alpha == 0:
-        terms = ((beta * p).exp() * (beta * (p - t) - 1) + (beta * t).exp()) / beta**2
-    elif beta == 0:
-        terms = ((alpha * t).exp() * (alpha * (t - p) - 1) + (alpha * p).exp()) / alpha**2
-    else:
-        alone = alpha / total * (total * t).exp() + beta / total * (total * p).exp()
-        terms = (alone - (alpha * t + beta * p).exp()) / (alpha * beta)
-    return terms.masked_fill(nothing, 0.0).sum(-1)
+    total, gap = alpha + beta, t - p
+    both = alpha * t + beta * p
+    by_beta = beta / total * _second_order(both, beta * gap, total * t)
+    by_alpha = alpha / total * _second_order(both, -alpha * gap, total * p)
+    return (gap.square() * (by_beta + by_alpha)).masked_fill(nothing, 0.0).sum(-1)
 
 
 def adaptive_kl(teacher: Tensor, student: Tensor, *, head_mass: float) -> Tensor:
@@ -122,6 +114,18 @@ def adaptive_kl(teacher: Tensor, student: Tensor, *, head_mass: float) -> Tensor
     whole = gap.sum(-1)
     share = torch.where(whole > 0, gap.masked_fill(~head, 0.0).sum(-1) / whole, 0.5)
     return share * forward_kl(teacher, student) + (1 - share) * reverse_kl(teacher, student)
+
+
+def _second_order(start: Tensor, x: Tensor, end: Tensor) -> Tensor:
+    """e^start (e^x - 1 - x) / x^2, where end = start + x; close to x = 0 its series."""
+    near = x.abs() <= 1
+    # Each branch is given what it can take: where it is not chosen, its gradient is 0 times a number.
+    small, large = torch.where(near, x, 0.0), torch.where(near, 2.0, x)
+    series = torch.zeros_like(x)
+    for power in range(_SERIES, 1, -1):
+        series = series * small + 1 / math.factorial(power)
+    far = (end.exp() - start.exp() * (1 + large)) / large.square()
+    return torch.where(near, start.exp() * series, far)
 
 
 def _kl(a: Tensor, b: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import ValidationError
+
 from ...storage.errors import UsageError
 from ..recipe.divergences import DIVERGENCES, Divergence, DivergenceSettings
 from ..recipe.fields import Tail, extremes, value_at
@@ -26,7 +28,7 @@ class Objective:
         """Fill in the defaults.
 
         Raises:
-            UsageError: a parameter is another divergence's.
+            UsageError: a parameter is another divergence's, or one that a recipe may not have.
         """
         known = DIVERGENCES[self.divergence].parameters
         if foreign := sorted(set(self.parameters) - set(known)):
@@ -35,7 +37,15 @@ class Objective:
                 f"{' and '.join(known) or 'none'}."
             )
         defaults = {name: DivergenceSettings.model_fields[name].default for name in known}
-        object.__setattr__(self, "parameters", defaults | dict(self.parameters))
+        parameters = defaults | dict(self.parameters)
+        try:
+            DivergenceSettings(divergence=self.divergence, **parameters)
+        except ValidationError as error:
+            (wrong, *_) = error.errors()
+            raise UsageError(
+                f"Objective: {wrong['loc'][0]}: {wrong['msg']} (got {wrong['input']})."
+            ) from error
+        object.__setattr__(self, "parameters", parameters)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -37,13 +37,14 @@ def label_index(value: Any, names: Sequence[str]) -> int | None:
     """A record's gold label as the index of its class; None where it has none.
 
     Args:
-        value: An index, or a class's name; null or an empty cell: no label.
+        value: An index, or a class's name; null, an empty cell or -1, under which data sets hide the
+            labels of their test splits: no label.
         names: The teacher's classes.
 
     Raises:
         RowError: no such class.
     """
-    if value is None or value == "":
+    if value is None or value == "" or value != value:  # a cell that holds no number is not itself
         return None
     index = _as_index(value, len(names))
     if str(value) in names:
@@ -58,11 +59,13 @@ def label_index(value: Any, names: Sequence[str]) -> int | None:
         return named
     if index is not None:
         return index
+    if value in (NO_LABEL, str(NO_LABEL)):
+        return None
     raise RowError(
         "unknown_label",
         (
             f"label {value!r} is no class of the teacher. It knows 0 to {len(names) - 1}, or "
-            f"{', '.join(names)}"
+            f"{', '.join(names)}; {NO_LABEL} or nothing is a text without a label"
         ),
     )
 

@@ -82,8 +82,7 @@ DIVERGENCES = {
         equation="-1/(ab) sum_i [t_i^a p_i^b - a/(a+b) t_i^(a+b) - b/(a+b) p_i^(a+b)]",
         source="Wang et al. 2025 (ABKD), arXiv 2505.04560",
         parameters=("alpha_beta",),
-        # At a = 0 the logarithm of t stands alone, and so it does at a + b = 0.
-        finite_without_tail=lambda alpha_beta: alpha_beta[0] > 0 and sum(alpha_beta) > 0,
+        finite_without_tail=lambda alpha_beta: alpha_beta[0] > 0,  # at a = 0 log t stands alone
     ),
     "adaptive_kl": DivergenceKind(
         equation=(
@@ -106,6 +105,10 @@ else:
 _ALWAYS_HASHED = {"skew", "jsd_weight", "alpha_beta", "head_mass"}
 
 
+GREATEST_EXPONENT = 100
+"""Of `alpha_beta`."""
+
+
 class DivergenceSettings(Section):
     """The part of `loss` that says which divergence."""
 
@@ -115,7 +118,7 @@ class DivergenceSettings(Section):
     """skew_forward_kl, skew_reverse_kl: share of the first distribution in the mixture; 0 is no
     skew."""
     jsd_weight: float = Field(0.5, gt=0, lt=1)
-    """jsd: the teacher's share in the mixture."""
+    """jsd: the teacher's share in the mixture; at 0 and at 1 the divergence is 0 throughout."""
     alpha_beta: tuple[float, float] = (0.2, 0.7)
     """alpha_beta: exponents of teacher and student; (1, 0) is forward_kl, (0, 1) reverse_kl."""
     head_mass: float = Field(0.5, gt=0, lt=1)
@@ -124,11 +127,11 @@ class DivergenceSettings(Section):
     @field_validator("alpha_beta")
     @classmethod
     def _small_where_unlikely(cls, exponents: tuple[float, float]) -> tuple[float, float]:
-        if min(exponents) < 0 or max(exponents) == 0:
+        if min(exponents) < 0 or not 0 < max(exponents) <= GREATEST_EXPONENT:
             raise ValueError(
-                f"must be two numbers of at least 0, one above 0 (got {list(exponents)}): with "
-                "others the loss is huge wherever one side finds an id unlikely. Use [0.2, 0.7] "
-                "to start"
+                f"must be two numbers of at least 0, one above 0, none above {GREATEST_EXPONENT} "
+                f"(got {list(exponents)}): with others the loss is huge wherever one side finds an "
+                "id unlikely, or 0 wherever neither is certain. Use [0.2, 0.7] to start"
             )
         return exponents
 

@@ -44,8 +44,8 @@ FORMATS = {
         conversation=True,
     ),
     "labelled": Format(
-        required=("text", "label"),
-        optional=("text_pair",),
+        required=("text",),
+        optional=("text_pair", "label"),
         brings_text="always",
         labelled=True,
     ),

@@ -5,12 +5,12 @@ cannot work are in
 `stages/recipe/checks.py`. `stages/recipe/load.py` turns both into messages with a file and a line.
 """
 
-import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from ...storage.tables.kinds import STRUCTURES, Structure
+from .answers import EvaluateGenerate
 from .divergences import DivergenceSettings
 from .engines import EngineName
 from .fields import NO_TEMPLATE_ARGUMENTS, Kernel, Options, Schedule, Scheduled, Section, Tail
@@ -334,32 +334,6 @@ class Train(Section):
     def _one_length(self) -> Self:
         if (self.tokens is None) == (self.epochs is None):
             raise ValueError("give either `tokens` or `epochs`, not both or neither")
-        return self
-
-
-class EvaluateGenerate(Section):
-    """Greedy answers to held-out prompts, scored against the reference."""
-
-    metric: Literal["exact_match", "regex", "rouge_l"] = "rouge_l"
-    """How an answer is scored, 0 to 1."""
-    pattern: str | None = None
-    """regex: group 1 (or the whole match) of the last match is compared, in answer and reference
-    alike."""
-    prompts: int = Field(50, ge=1)
-    """How many held-out prompts are answered."""
-    max_tokens: int = Field(128, ge=1)
-    """Limit on an answer's tokens."""
-
-    @model_validator(mode="after")
-    def _usable_pattern(self) -> Self:
-        if self.metric == "regex" and not self.pattern:
-            raise ValueError("metric 'regex' needs a `pattern`, for example '#### (.*)'")
-        try:
-            re.compile(self.pattern or "")
-        except re.error as error:
-            raise ValueError(
-                f"`pattern` is no regular expression ({error}): {self.pattern}"
-            ) from error
         return self
 
 

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from ...storage.errors import UsageError
+from .fields import extremes
 from .sections import Recipe
 from .tasks import TASKS, Task
 
@@ -21,6 +23,33 @@ def check_task(recipe: Recipe) -> list[tuple[str, str]]:
     errors = _format(recipe.data.format, name, task) + _targets(recipe, name, task)
     errors += [(path, said) for path, said in task.refused.items() if lookup(recipe, path)]
     return errors
+
+
+def refuse_without_labels(recipe: Recipe, labels: int) -> None:
+    """Refuse to learn from labels where none of the rows to train on has one.
+
+    Args:
+        recipe: Of a task with labelled texts.
+        labels: How many of these rows have one.
+
+    Raises:
+        UsageError: cross-entropy has a weight, or a baseline is asked for.
+    """
+    if labels:
+        return
+    column = recipe.data.columns.get("label", "label")
+    why = f"no row to train on has a label (column {column!r} of {recipe.data.source})"
+    name = "If there are labels, name their column: data.columns: {label: ...}"
+    if recipe.evaluate.baseline:
+        raise UsageError(
+            f"evaluate.baseline: {why}, and the baseline learns from labels alone. Set it to "
+            f"false. {name}"
+        )
+    if extremes(recipe.loss.hard_weight)[1] > 0:
+        raise UsageError(
+            f"loss.hard_weight: {why}, so there is no cross-entropy to weigh. Set it to 0: the "
+            f"student learns from the teacher alone. {name}"
+        )
 
 
 def targets_fit(recipe: Recipe) -> bool:

@@ -34,11 +34,12 @@ class Losses:
     """Means per scored token, nats."""
 
     loss: float
-    """soft_weight * soft + hard_weight * hard."""
+    """soft_weight * divergence + hard_weight * cross-entropy, over all: without a label the second is
+    0."""
     soft: float | None
     """Divergence from the teacher; None where it was not computed."""
-    hard: float
-    """Cross-entropy."""
+    hard: float | None
+    """Cross-entropy, over the texts that have a label; None where none has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,7 +165,7 @@ class Trainer:
         """
         self.model.eval()
         aim = aim_at(self._loss, 1.0)
-        sums, scored = torch.zeros(2, dtype=torch.float64, device=self._device), 0
+        sums, scored = torch.zeros(3, dtype=torch.float64, device=self._device), 0
         with torch.no_grad():
             with Prefetch(steps, partial(self.passes, done=1.0), clock=clock) as feed:
 
@@ -214,7 +215,7 @@ class Trainer:
             # one would.
             torch.manual_seed(step.after.step)
             try:
-                sums = torch.zeros(2, dtype=torch.float64, device=self._device)
+                sums = torch.zeros(3, dtype=torch.float64, device=self._device)
                 for batch in passes():
                     found = self._pass(batch, aim)
                     if torch.is_grad_enabled():
@@ -242,15 +243,20 @@ class Trainer:
 
 
 def _means(sums: torch.Tensor, scored: int, aim: Aim) -> Losses:
-    soft, hard = (sums / max(scored, 1)).tolist()
-    parts = ((aim.soft_weight, soft), (aim.hard_weight, hard))
+    soft, hard, labelled = sums.tolist()
+    scored = max(scored, 1)
+    parts = ((aim.soft_weight, soft / scored), (aim.hard_weight, hard / scored))
     # One that weighs nothing may be infinite: left out, as 0 * inf is no number.
     total = sum((weight * mean for weight, mean in parts if weight), 0.0)
-    return Losses(loss=total, soft=soft if aim.objective else None, hard=hard)
+    return Losses(
+        loss=total,
+        soft=soft / scored if aim.objective else None,
+        hard=hard / labelled if labelled else None,
+    )
 
 
 def _sums(found: Distilled) -> torch.Tensor:
-    """[2] float64 sums of soft and hard."""
+    """[3] float64 sums of soft and hard, and how many have a hard one."""
     hard = found.hard.double().sum()
     soft = torch.zeros_like(hard) if found.soft is None else found.soft.double().sum()
-    return torch.stack([soft, hard])
+    return torch.stack([soft, hard, torch.full_like(hard, len(found.hard))])

@@ -300,19 +300,30 @@ class Published(Store):
         of_table = self._rows(self.table)
         rows = of_table.columns([key, *spans, "prompt_key", "tokens_key"])
         first, more = (rows[name].to_numpy() for name in spans[:2])
-        splits = self.manifest.splits.items()
-        held_out = np.concatenate([np.full(split.rows, name == "test") for name, split in splits])
         return pa.table(
             {
                 "key": rows[key],
                 "prompt_key": rows["prompt_key"],
                 "tokens_key": rows["tokens_key"],
-                "held_out": held_out,
+                "held_out": self._held_out(),
                 "tokens": first + more if texts else of_table.lengths(ends=first + more),
                 "scored": scored_tokens(rows) if texts else more,
                 "place": self.indexed(self.table).newest["place"],
             }
         )
+
+    def labels(self) -> int:
+        """How many of the rows to train on have a gold label."""
+        rows = self._rows(self.table)
+        if "label" not in rows.file(0).schema.names:
+            return 0
+        there = rows.columns(["label"])["label"].is_valid().to_numpy()
+        return int((there & ~self._held_out()).sum())
+
+    def _held_out(self) -> np.ndarray:
+        """[rows] bool, in the order of the files."""
+        splits = self.manifest.splits.items()
+        return np.concatenate([np.full(split.rows, name == "test") for name, split in splits])
 
     def _rows(self, table: TableName) -> _Rows:
         return _Rows(self.files, self.shards(table))

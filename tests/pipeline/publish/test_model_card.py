@@ -67,6 +67,31 @@ def test_front_matter_names_the_initial_model_where_the_hub_knows_it():
         assert not {"base_model", "base_model_relation"} & found.keys()
 
 
+def test_a_classifier_s_numbers_are_in_the_model_index_where_a_text_had_a_label():
+    known = settings(
+        run={"dir": "run", "task": "classification"},
+        data={"source": "/home/somebody/reviews.csv", "format": "labelled"},
+        score={"targets": "full"},
+        generate=None,
+    )
+    shares = ("f1_macro", "f1_weighted", "precision_macro", "recall_macro")
+    judged = {"accuracy": 0.75, **dict.fromkeys(shares, 0.5)}
+
+    def card(numbers):
+        arms = {arm: NUMBERS | numbers for arm in ("student_before", "student")}
+        measured = EVALUATION["measured_on"] | {"of": "texts", "rows": 20, "labelled": 12}
+        return student_card(known, TRAINED, EVALUATION | {"results": arms, "measured_on": measured})
+
+    (model,) = front(card(judged))["model-index"]
+    (result,) = model["results"]
+    assert result["task"] == {"type": "text-classification"}
+    assert result["dataset"]["type"] == "reviews.csv"
+    values = [(metric["name"], metric["value"]) for metric in result["metrics"]]
+    assert values[:2] == [("Accuracy", 0.75), ("Macro F1", 0.5)]
+    assert "20 held-out prompts, 12 of them with a label" in card(judged)
+    assert "model-index" not in front(card(dict.fromkeys(judged)))
+
+
 def test_datasets_are_those_of_the_hub():
     data = {"source": "org/prompts", "format": "prompt"}
     storage = {"dir": "store", "sources": ["hf://datasets/org/targets", "/home/somebody/mine"]}

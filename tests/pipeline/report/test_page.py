@@ -15,10 +15,12 @@ import pytest
 import reports
 from reports import NASTY, RECIPE, black_box, finished
 
+from stillroom.pipeline.numbers import percent
 from stillroom.pipeline.report import html as report_html
 from stillroom.pipeline.report import plots
 from stillroom.pipeline.report.blocks import Figures, Page, Section, Table
 from stillroom.pipeline.report.report import COMPARISON, load_report, page, show
+from stillroom.stages.evaluate.confusion import Confusion
 from stillroom.storage.errors import UsageError
 
 CHROMIUM = next(
@@ -280,6 +282,44 @@ def test_texts_that_are_classified_have_their_own_page(tmp_path: Path) -> None:
         "The held-out text",
         "Provenance",
     ]
+
+
+@pytest.mark.parametrize("classes", [3, 77])
+def test_what_is_taken_for_what_is_a_matrix_of_few_classes_and_the_worst_pairs_of_many(
+    tmp_path: Path, classes: int
+) -> None:
+    evaluation = reports.evaluation()
+    evaluation["measured_on"] |= {"of": "texts", "rows": 300, "labelled": 240}
+    confusion = Confusion()
+    for n in range(240):  # of three texts of a class one is taken for the next class
+        confusion.add(bytes([n]), n % classes, (n + (n // classes == 1)) % classes)
+    arm = confusion.by_class(classes) | {"confusion": confusion.cells()}
+    names = [f"class|{n}" for n in range(classes)]
+    evaluation["classes"] = {"names": names, "arms": {"teacher": arm, "student": arm}}
+    for results in evaluation["results"].values():
+        results |= {"accuracy": results["top1_agreement"]} | confusion.results()
+    run = finished(tmp_path / "run", evaluation, {})
+    page, text = Parsed((run / "report.html").read_text()), (run / "report.md").read_text()
+    (about,) = [table for table in page.tables if "macro recall" in table[0]]
+    assert about[-1][3] == percent(
+        confusion.results()["f1_macro"], error=confusion.results()["f1_macro_se"]
+    )
+    shown = [
+        table
+        for table in page.tables
+        if table[0][0] == ("label, by answer" if classes == 3 else "label")
+    ]
+    assert len(shown) == 2  # the student's, and the teacher's behind its name
+    if classes == 3:
+        assert shown[0][1:] == [
+            [names[n], *("79" if m == n else "1" if m == (n + 1) % 3 else "0" for m in range(3))]
+            for n in range(3)
+        ]
+    else:
+        assert len(shown[0]) == 21
+        assert shown[0][1] == [names[0], names[1], "1", "25.0 %"]
+    assert "of which 240 have a gold label" in text
+    assert (run / "report.html").read_text().count("<summary>By class: teacher") == 1
 
 
 def test_a_report_of_before_has_a_page_too(tmp_path: Path) -> None:

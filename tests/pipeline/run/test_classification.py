@@ -11,6 +11,7 @@ from tiny_models import CLASSES, save_tiny_bert
 from typer.testing import CliRunner
 
 from stillroom.pipeline.cli.main import app
+from stillroom.storage.errors import UsageError
 
 pytestmark = pytest.mark.slow
 
@@ -42,6 +43,7 @@ def test_one_command_from_labelled_rows_to_a_judged_student(tmp_path: Path) -> N
     for arm in results.values():
         assert 0 <= arm["accuracy"] <= 1
         assert {"cross_entropy", "kl_teacher", "tv_teacher", "top1_agreement", "ece"} <= arm.keys()
+        assert arm["f1_micro"] == arm["recall_weighted"] == pytest.approx(arm["accuracy"])
     assert (results["teacher"]["kl_teacher"], results["teacher"]["top1_agreement"]) == (0, 1)
     assert results["student"]["kl_teacher"] < results["student_before"]["kl_teacher"]
     student = AutoModelForSequenceClassification.from_pretrained(
@@ -55,6 +57,11 @@ def test_one_command_from_labelled_rows_to_a_judged_student(tmp_path: Path) -> N
         assert result.exit_code == 0, result.output
         found: dict[str, Any] = json.loads(result.stdout.rstrip("\n").split("\n")[-1])
         return found | {"above": result.stdout}
+
+    unlabelled = write_jsonl(tmp_path / "texts.jsonl", [{"text": r["text"]} for r in records(48)])
+    refused = CliRunner().invoke(app, ["plan", str(recipe), "--set", f"data.source={unlabelled}"])
+    assert isinstance(refused.exception, UsageError)
+    assert "evaluate.baseline: no row to train on has a label" in str(refused.exception)
 
     lines = told("plan", recipe)["stages"]
     assert {line["state"] for line in lines.values()} == {"done"}
@@ -71,7 +78,10 @@ def test_one_command_from_labelled_rows_to_a_judged_student(tmp_path: Path) -> N
     assert sorted(name for name, _ in entries) == sorted(CLASSES)
     assert position["index"] == len(sample["tokens"]) - 1
     report = (tmp_path / "run" / "report.md").read_text()
-    assert "| arm | accuracy | cross-entropy (nats/text) |" in report
+    assert "| arm | accuracy | macro F1 | cross-entropy (nats/text) |" in report
+    assert "## By class" in report
+    assert "| label, by answer | `bad` | `good` | `neither` |" in report
+    assert "texts without a label" in report
     assert "token)" not in report.split("## What was run")[0]
     assert (
         json.loads((tmp_path / "run" / "report.json").read_text())["evaluation"]["results"]

@@ -1,10 +1,12 @@
 """Scores of answers by hand, and greedy batches against one prompt at a time."""
 
+from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import (
     GenerationConfig,
@@ -15,7 +17,8 @@ from transformers import (
 )
 
 from stillroom.stages.evaluate.answers import Question, Quiz, greedy, scorer
-from stillroom.stages.recipe.sections import EvaluateGenerate
+from stillroom.stages.evaluate.normal_forms import number, words
+from stillroom.stages.recipe.answers import EvaluateGenerate
 
 
 class Numbers:
@@ -113,8 +116,11 @@ def test_answers_stay_within_the_context(model: LlamaForCausalLM) -> None:
     assert greedy(model, Numbers(), [[3] * 32], max_tokens=10) == [""]  # type: ignore[arg-type]
 
 
-def score(metric: Any, answer: str, reference: str, pattern: str | None = None) -> float:
-    return scorer(EvaluateGenerate(metric=metric, pattern=pattern))(answer, reference)
+def score(
+    metric: Any, answer: str, reference: str, pattern: str | None = None, normalize: Any = "none"
+) -> float:
+    settings = EvaluateGenerate(metric=metric, pattern=pattern, normalize=normalize)
+    return scorer(settings)(answer, reference)
 
 
 def test_exact_match_forgives_white_space_only() -> None:
@@ -143,3 +149,80 @@ def test_rouge_l_by_hand_and_as_the_package_scores_english() -> None:
 def test_rouge_l_sees_other_scripts() -> None:
     assert score("rouge_l", "мама мыла раму", "мама мыла раму") == 1.0
     assert score("rouge_l", "мама ела", "мама мыла") == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("same", "value"),
+    [
+        (["1000", "1,000", "$1,000", "1000.0", "1e3", " 1000.\n", "+1000", "2000/2"], "1000"),
+        (["42", "42.", "42.00", "$ 42", "42%", "42 %.", "4.2e1", "42 €", "٤٢"], "42"),
+        (["-3", "-$3", "$-3", "\N{MINUS SIGN}3.0", "-6/2"], "-3"),
+        (["0.5", ".5", "1/2", "50e-2"], "1/2"),
+        (["1,234,567.25"], "4938269/4"),
+    ],
+)
+def test_a_number_is_one_however_it_is_written(same: list[str], value: str) -> None:
+    assert {number(text) for text in same} == {Fraction(value)}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "forty-two",
+        "1,00",
+        "1,0000",
+        "1.000,5",
+        "42 apples",
+        "--3",
+        "-$-3",
+        "1/0",
+        "nan",
+        "1_000",
+        "1e9999",
+        "1.2.3",
+        "$",
+        ".",
+        "½",
+        "9" * 5000,
+        "1/" + "9" * 5000,
+    ],
+)
+def test_what_is_no_number_is_right_nowhere(text: str) -> None:
+    assert number(text) is None
+    assert score("exact_match", text, text, normalize="number") == 0.0
+
+
+def test_numbers_are_compared_on_both_sides_whole_or_as_the_pattern_takes_them_out() -> None:
+    assert score("exact_match", "1,000", "1000", normalize="number") == 1.0
+    assert score("exact_match", "42.", "42", normalize="number") == 1.0
+    assert score("exact_match", "42.0001", "42", normalize="number") == 0.0
+    for form, expected in (("number", 1.0), ("none", 0.0)):
+        assert score("regex", "so 7, or 1,000.", "#### 1000", r"(-?[\d,.]+)", form) == expected
+
+
+def test_text_is_normalized_as_squad_does() -> None:
+    """The published script on ASCII; punctuation of other scripts goes too, and no answer goes whole."""
+    for answer, reference in (
+        ("The  Eiffel Tower.", "eiffel tower"),
+        ("an U.S. city", "us city"),
+        ("¿Qué?", "qué"),
+        ("A", "a."),
+        ("theatre", "Theatre"),
+    ):
+        assert score("exact_match", answer, reference, normalize="text") == 1.0
+    for answer, reference in (("the", "a"), ("theatre", "atre"), ("?", "!"), ("1,000", "100")):
+        assert score("exact_match", answer, reference, normalize="text") == 0.0
+    assert words("The the, cat's-eye  AN apple") == "catseye apple"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"normalize": "number"}, "normalize 'number' is of metrics 'exact_match' and 'regex'"),
+        ({"metric": "exact_match", "pattern": "x"}, "`pattern` is of metric 'regex'"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(settings: Any, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        EvaluateGenerate(**settings)

@@ -596,6 +596,26 @@ def test_references_of_the_data_come_first_and_the_teacher_is_scored_on_them_too
     assert read(world)["answers"]["prompts"] == 8
 
 
+def test_texts_that_are_no_number_are_counted(world: World) -> None:
+    quiz = {"generate": {"metric": "exact_match", "normalize": "number", "max_tokens": 4}}
+    put_prompts(world, ["$1,000", "forty-two", *[None] * (PROMPTS - 2)])
+    found = evaluate.run(world.job(world.snapshot("generations"), score=None, evaluate=quiz))
+    assert found.details["results"]["student"]["answers"] == 0.0
+    asked = read(world)["answers"]
+    assert asked["normalize"] == "number"
+    assert asked["no_number"] == {
+        "reference": 1,
+        **dict.fromkeys(("teacher", "student_before", "student"), asked["prompts"]),
+    }
+
+
+def test_numbers_are_refused_where_no_reference_is_one(world: World) -> None:
+    quiz = {"generate": {"metric": "exact_match", "normalize": "number", "max_tokens": 4}}
+    put_prompts(world, [None] * PROMPTS)
+    with pytest.raises(UsageError, match=r"normalize: 'number', but .* none of \d+ references"):
+        evaluate.run(world.job(world.snapshot("generations"), score=None, evaluate=quiz))
+
+
 def test_plain_text_is_continued_from_a_prefix(world: World) -> None:
     quiz = {"generate": {"max_tokens": 3}}
     data = {"source": "unused", "format": "text"}

@@ -16,9 +16,11 @@ from transformers import (
 )
 
 from stillroom.stages.loader.classification import ClassPasses
-from stillroom.stages.loader.samples import Sample
+from stillroom.stages.loader.samples import Cursor, Sample, Step
 from stillroom.stages.losses.objective import Aim, Objective
 from stillroom.stages.models.classification import Inputs, class_logits
+from stillroom.stages.recipe.sections import Loss, Train
+from stillroom.stages.train.trainer import Trainer
 from stillroom.storage.errors import UsageError
 from stillroom.storage.tables.soft_targets import SoftTargets
 
@@ -83,7 +85,10 @@ class TestLoss:
         soft, hard, (total,) = losses_of(student, TEXTS, objective_of(temperature=temperature))
         model.zero_grad()
         total.backward()
-        assert float(total.detach()) == pytest.approx(float((soft + 0.5 * hard).sum()), rel=1e-6)
+        assert float(total.detach()) == pytest.approx(
+            float(soft.sum() + 0.5 * hard.sum()), rel=1e-6
+        )
+        assert len(hard) == 4  # the last text has no label, and no cross-entropy
         bias = torch.zeros(3, dtype=torch.float64)
         for number, text in enumerate(TEXTS):
             with torch.no_grad():
@@ -96,19 +101,36 @@ class TestLoss:
             p = (z / temperature).softmax(-1)
             expected = temperature**2 * float((t * (t.log() - p.log())).sum())
             bias += temperature * (p - t)
-            cross_entropy = 0.0
             if text.label is not None:
                 cross_entropy = -float(z.log_softmax(-1)[text.label])
+                assert float(hard[number]) == pytest.approx(cross_entropy, abs=1e-5)
                 bias += 0.5 * (z.softmax(-1) - torch.eye(3, dtype=torch.float64)[text.label])
             # Logits of a padded row of five and of a row alone, up to 10: 8 eps of that, and T^2
             # times it.
             assert float(soft[number]) == pytest.approx(
                 expected, abs=1e-5 * max(1.0, temperature**2)
             )
-            assert float(hard[number]) == pytest.approx(cross_entropy, abs=1e-5)
         assert model.classifier.bias.grad.tolist() == pytest.approx(
             bias.tolist(), abs=5e-5
         )  # of all five
+
+    @pytest.mark.parametrize("tokens_per_pass", [1, 1000])
+    def test_means_of_a_step_are_over_the_texts_that_have_it(
+        self, student: Any, tokens_per_pass: int
+    ) -> None:
+        """However they share passes: weights are as given, and a text without a label has no cross-entropy."""
+        model, inputs = student
+        soft, hard, _ = losses_of(student, TEXTS, objective_of())
+        loss = Loss(soft_weight=1.0, hard_weight=0.5)
+        ready = passes(inputs, tokens_per_pass)
+        trainer = Trainer(model, packing=ready, loss=loss, train=Train(epochs=1))
+        found = trainer.validate([Step(samples=TEXTS, after=Cursor())])
+        assert found.soft == pytest.approx(float(soft.mean()), rel=1e-5)
+        assert found.hard == pytest.approx(float(hard.sum()) / 4, rel=1e-5)
+        total = float(soft.sum() + 0.5 * hard.sum()) / 5
+        assert found.loss == pytest.approx(total, rel=1e-5)
+        alone = trainer.validate([Step(samples=TEXTS[-1:], after=Cursor())])
+        assert (alone.hard, alone.loss) == (None, alone.soft)
 
     def test_how_texts_share_passes_changes_nothing(self, student: Any) -> None:
         model, _ = student
@@ -162,7 +184,7 @@ class TestLoss:
     def test_without_an_objective_only_labels_count(self, student: Any) -> None:
         soft, hard, _ = losses_of(student, TEXTS, None)
         assert soft is None
-        assert (hard == 0).tolist() == [text.label is None for text in TEXTS]
+        assert len(hard) == sum(text.label is not None for text in TEXTS) == len(TEXTS) - 1
 
     def test_a_token_that_the_student_does_not_know(self, student: Any) -> None:
         _, inputs = student

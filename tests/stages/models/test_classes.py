@@ -27,14 +27,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 class TestData:
     @pytest.mark.parametrize(
         ("value", "expected"),
-        [(2, 2), ("2", 2), (1.0, 1), ("good", 1), (np.int32(1), 1), (None, None), ("", None)],
+        [(2, 2), ("2", 2), (1.0, 1), ("good", 1), (np.int32(1), 1)]
+        + [(nothing, None) for nothing in (None, "", math.nan, -1, "-1", -1.0, np.int64(-1))],
     )
     def test_a_label_is_an_index_or_a_name(self, value: Any, expected: int | None) -> None:
         assert label_index(value, CLASSES) == expected
 
-    @pytest.mark.parametrize(
-        "value", [3, -1, "awful", 0.5, True, "1.5", math.nan, math.inf, [1], {}]
-    )
+    @pytest.mark.parametrize("value", [3, -2, "awful", 0.5, True, "1.5", -1.5, math.inf, [1], {}])
     def test_any_other_label_is_refused_with_what_there_is(self, value: Any) -> None:
         with pytest.raises(
             RowError, match=r"is no class of the teacher. It knows 0 to 2, or bad, good, neither"
@@ -47,6 +46,7 @@ class TestData:
             assert label_index(value, ("0", "1")) == 1
             with pytest.raises(RowError, match="the class of that name or the one of that index"):
                 label_index(value, ("1", "2", "3"))
+        assert label_index(-1, ("-1", "1")) == label_index("-1", ("-1", "1")) == 0
         assert label_index("3", ("1", "2", "3")) == label_index(3, ("1", "2", "3")) == 2
 
     def test_rows_that_cannot_be_used_are_rejected_and_the_others_go_on(
@@ -57,16 +57,14 @@ class TestData:
             {"text": "cat " * 60, "label": 1},
             {"text": "the cat [SEP] sat", "text_pair": "a dog", "label": 1},
             {"text": "", "label": 1},
-            {"text": "a big tree"},
         ]
         world = World(
             tmp_path, save_tiny_bert(tmp_path / "teacher"), [*records(16), *wrong]
         ).scored()
         found = {row["reason"]: row["message"] for row in world.rows("rejects")}
-        assert set(found) == {"unknown_label", "too_long", "unreadable", "empty", "missing_column"}
+        assert set(found) == {"unknown_label", "too_long", "unreadable", "empty"}
         assert "62 tokens; the teacher reads 48" in found["too_long"]
         assert "'[SEP]'" in found["unreadable"]
-        assert "no column 'label'" in found["missing_column"]
         assert len(world.rows()) == 16
 
     def test_columns_of_other_names(self, tmp_path: Path) -> None:
@@ -85,10 +83,13 @@ class TestData:
 
     def test_a_source_without_the_column_is_refused(self, tmp_path: Path) -> None:
         world = World(
-            tmp_path, save_tiny_bert(tmp_path / "teacher"), [{"text": "a cat", "score": 1}] * 3
+            tmp_path,
+            save_tiny_bert(tmp_path / "teacher"),
+            [{"text": f"a {word}", "score": 1} for word in ("cat", "dog", "tree")],
+            data={"source": str(tmp_path / "rows.jsonl"), "format": "labelled", "holdout": 1},
         )
         with pytest.raises(
-            UsageError, match=r"all 3 records were rejected.*no column 'label'.*data\.columns"
+            UsageError, match=r"loss\.hard_weight: no row .* label \(column 'label' .*data\.columns"
         ):
             make_plan(world.recipe)
 

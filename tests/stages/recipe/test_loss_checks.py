@@ -194,7 +194,7 @@ def test_mistakes_have_their_line(tmp_path: Path) -> None:
         load_recipe(path)
 
 
-@pytest.mark.parametrize("exponents", [[-1, 0.5], [0, 0]])
+@pytest.mark.parametrize("exponents", [[-1, 0.5], [0, 0], [1, -1], [101, 0]])
 def test_exponents_with_which_the_loss_is_huge_are_refused(exponents: list[float]) -> None:
     with pytest.raises(ValidationError, match="must be two numbers of at least 0"):
         Loss(divergence="alpha_beta", alpha_beta=exponents)

@@ -1,6 +1,7 @@
 """Classification: the teacher's classes in the store, the loss, training, evaluation, kinds of students."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,17 @@ from transformers import (
     BertModel,
 )
 
+from stillroom.pipeline.plan.plan import make_plan
+from stillroom.pipeline.report import markdown
+from stillroom.pipeline.report.classes import by_class
+from stillroom.pipeline.report.report import outcome
+from stillroom.pipeline.report.results import results
 from stillroom.stages.evaluate import stage as evaluate
 from stillroom.stages.loader.samples import Samples
 from stillroom.stages.models.classification import of_classes
 from stillroom.stages.models.students.student import initial_student
 from stillroom.stages.train import stage as train
-from stillroom.storage.errors import IntegrityError, Stopped
+from stillroom.storage.errors import IntegrityError, Stopped, UsageError
 from stillroom.storage.snapshots.snapshot import load_snapshot, make_snapshot, save_snapshot
 from stillroom.storage.store.store import CommitLimits, Store
 from stillroom.storage.tables.doubts import doubts
@@ -181,15 +187,12 @@ class TestTraining:
         train.run(job)
         evaluate.run(replace(job, train_dirs={"student": tmp_path / "student"}))
         content = json.loads((tmp_path / "student" / "evaluation.json").read_text())
-        rows = [
-            r
-            for r in rows_of(world.store, load_snapshot(world.store, job.snapshots["test"]))
-            if r["label"] is not None
-        ]
+        rows = rows_of(world.store, load_snapshot(world.store, job.snapshots["test"]))
         tokenizer = AutoTokenizer.from_pretrained(world.teacher)
         model = of_classes(CLASSES).student(tmp_path / "student" / "student").eval()
         teacher = np.stack([row["logprobs"] for row in rows]).astype(np.float64)
-        labels = np.array([row["label"] for row in rows])
+        has = np.array([row["label"] is not None for row in rows])
+        labels = np.array([row["label"] for row in rows if row["label"] is not None])
         found = []
         texts = {
             row["prompt_key"]: (row["text"], row["text_pair"]) for row in world.rows("prompts")
@@ -203,10 +206,11 @@ class TestTraining:
         student = np.stack(found)
         for arm, logprobs in (("teacher", teacher), ("student", student)):
             result = content["results"][arm]
-            right = logprobs.argmax(1) == labels
+            judged = logprobs[has]
+            right = judged.argmax(1) == labels
             assert result["accuracy"] == pytest.approx(right.mean())
             assert result["cross_entropy"] == pytest.approx(
-                -logprobs[np.arange(len(rows)), labels].mean(), abs=1e-5
+                -judged[np.arange(len(labels)), labels].mean(), abs=1e-5
             )
             kl = (np.exp(teacher) * (teacher - logprobs)).sum(1).mean()
             assert result["kl_teacher"] == pytest.approx(kl, abs=1e-5)
@@ -217,14 +221,92 @@ class TestTraining:
                 (logprobs.argmax(1) == teacher.argmax(1)).mean()
             )
             assert result["ece"] == pytest.approx(
-                expected_calibration_error(np.exp(logprobs.max(1)), right), abs=1e-5
+                expected_calibration_error(np.exp(judged.max(1)), right), abs=1e-5
             )
+            answers = judged.argmax(1)
+            cells = {(a, b): n for a, b, n in content["classes"]["arms"][arm]["confusion"]}
+            assert cells == Counter(zip(labels.tolist(), answers.tolist(), strict=True))
+            of_each = [
+                2
+                * ((labels == c) & (answers == c)).sum()
+                / ((labels == c).sum() + (answers == c).sum())
+                for c in np.union1d(labels, answers)
+            ]
+            assert result["f1_macro"] == pytest.approx(np.mean(of_each))
         assert (
             content["results"]["student"]["kl_teacher"]
             < 0.9 * content["results"]["student_before"]["kl_teacher"]
         )
-        assert content["measured_on"]["rows"] == len(rows) < 12
+        assert content["classes"]["names"] == list(CLASSES)
+        measured = content["measured_on"]
+        assert (measured["rows"], measured["labelled"]) == (len(rows), len(labels)) == (12, 11)
         assert (content["measured_on"]["of"], content["measured_on"]["ece_bins"]) == ("texts", 15)
+
+
+class TestWithoutLabels:
+    def test_half_labelled_texts_are_trained_on_and_said(self, tmp_path: Path) -> None:
+        """A column that is absent, a null, -1 as data sets hide labels: all of these are no label."""
+        rows = [without(row, n) for n, row in enumerate(records(60))]
+        world = World(tmp_path, save_tiny_bert(tmp_path / "teacher"), rows).scored()
+        job = world.job(tmp_path)
+        (note,) = [note for note in world.plan().notes if "without a label" in note]
+        stored = [row["label"] for row in world.rows()]
+        lacking = stored.count(None)
+        assert len(stored) == 60
+        assert 30 <= lacking < 60
+        train.run(job)
+        evaluate.run(replace(job, train_dirs={"student": tmp_path / "student"}))
+        content = json.loads((tmp_path / "student" / "evaluation.json").read_text())
+        measured = content["measured_on"]
+        held_out = measured["rows"] - measured["labelled"]
+        assert f"{lacking - held_out} of 48 to train on and {held_out} of 12 held out" in note
+        assert content["results"]["student"]["kl_teacher"] > 0
+        cells = content["classes"]["arms"]["student"]["confusion"]
+        assert sum(texts for *_, texts in cells) == measured["labelled"]
+        assert "of which" in markdown.block(results(content, world.recipe.model_dump()))
+
+    def test_without_any_label_the_teacher_alone_teaches_and_judges(self, tmp_path: Path) -> None:
+        rows = [{"text": row["text"]} for row in records(40)]
+        unlabelled = {
+            "loss": {"temperature": 2.0, "hard_weight": 0.0},
+            "evaluate": {"baseline": False},
+        }
+        teacher = save_tiny_bert(tmp_path / "teacher")
+        world = World(tmp_path, teacher, rows, **unlabelled)
+        asks = world.changed(**unlabelled | {"loss": {"hard_weight": 0.1}})
+        baseline = world.changed(**unlabelled | {"evaluate": {"baseline": True}})
+
+        def refused() -> None:
+            with pytest.raises(UsageError, match=r"^loss\.hard_weight: no row .* Set it to 0"):
+                make_plan(asks)
+            with pytest.raises(UsageError, match=r"^evaluate\.baseline: .* from labels alone"):
+                make_plan(baseline)
+
+        refused()  # before the source was read into the store, and after
+        world.scored()
+        refused()
+        job = replace(world.job(tmp_path), train_dirs={"student": tmp_path / "student"})
+        train.run(job)
+        assert {point["hard"] for point in summary(tmp_path / "student")["history"]} == {None}
+        found = evaluate.run(job).details["results"]
+        content = json.loads((tmp_path / "student" / "evaluation.json").read_text())
+        for arm in ("teacher", "student_before", "student"):
+            nothing = ("accuracy", "f1_macro", "cross_entropy", "perplexity", "ece")
+            assert {found[arm][name] for name in nothing} == {None}
+            assert found[arm]["rows"] == 12
+        assert found["student"]["kl_teacher"] < found["student_before"]["kl_teacher"]
+        assert content["classes"] == {"names": list(CLASSES), "arms": {}}
+        assert by_class(content) is None
+        assert "none has a gold label" in markdown.block(results(content, {}))
+        assert "accuracy" not in outcome(content)
+
+
+def without(row: dict[str, Any], number: int) -> dict[str, Any]:
+    """Every other record without its label, in one of three ways."""
+    if number % 2:
+        return row
+    nothing = {0: {}, 2: {"label": None}, 4: {"label": -1}}[number % 6]
+    return {name: value for name, value in row.items() if name != "label"} | nothing
 
 
 def expected_calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:

@@ -1,0 +1,47 @@
+"""The part of `evaluate` that says which answers are asked for, and how they are scored."""
+
+import re
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from .fields import Section
+
+
+class EvaluateGenerate(Section):
+    """Greedy answers to held-out prompts, scored against the reference."""
+
+    metric: Literal["exact_match", "regex", "rouge_l"] = "rouge_l"
+    """How an answer is scored, 0 to 1."""
+    pattern: str | None = None
+    """regex: group 1 (or the whole match) of the last match is compared, in answer and reference
+    alike."""
+    normalize: Literal["number", "text", "none"] = "none"
+    """exact_match, regex: what is compared of answer and reference; number: 1,000 is $1000.0; text:
+    without case, punctuation and English articles."""
+    prompts: int = Field(50, ge=1)
+    """How many held-out prompts are answered."""
+    max_tokens: int = Field(128, ge=1)
+    """Limit on an answer's tokens."""
+
+    @model_validator(mode="after")
+    def _usable_pattern(self) -> Self:
+        if self.metric == "regex" and not self.pattern:
+            raise ValueError("metric 'regex' needs a `pattern`, for example '#### (.*)'")
+        if self.metric != "regex" and self.pattern is not None:
+            raise ValueError(
+                f"`pattern` is of metric 'regex'; this is {self.metric!r}. Set that, or remove it"
+            )
+        if self.metric == "rouge_l" and self.normalize != "none":
+            raise ValueError(
+                f"normalize {self.normalize!r} is of metrics 'exact_match' and 'regex'; 'rouge_l' "
+                "compares words without case and punctuation as it is. Set another metric, or "
+                "remove it"
+            )
+        try:
+            re.compile(self.pattern or "")
+        except re.error as error:
+            raise ValueError(
+                f"`pattern` is no regular expression ({error}): {self.pattern}"
+            ) from error
+        return self

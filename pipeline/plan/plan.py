@@ -19,7 +19,7 @@ from ...stages.ledger.splits import choose_snapshots
 from ...stages.ledger.targets import choose_generations, target_ledger
 from ...stages.models.chat.arguments import doubtful_arguments, template_names
 from ...stages.models.classes import refuse_other_classes, refuse_other_head
-from ...stages.models.identity import FileHashes
+from ...stages.models.identity import FileHashes, Identity
 from ...stages.models.same_tokenizer import refuse_other_tokenizer
 from ...stages.recipe.sections import Recipe
 from ...stages.recipe.stages import stage_named
@@ -99,17 +99,26 @@ def _refuse_early(recipe: Recipe, bound: Bound) -> None:
     if bound.teacher is None or bound.author is None:
         return
     refuse_other_head(recipe, bound.teacher.folder)
-    student = Path(recipe.student.model) if recipe.student.model else None
-    if student is None or student.is_dir():
-        refuse_other_classes(recipe, student, bound.teacher.class_names)
+    if recipe.student is not None:
+        _refuse_student(recipe, recipe.student.model, bound.teacher)
     if recipe.data.records.conversation and not bound.author.parts["chat_template"]:
         raise UsageError(
             f"data.format: {recipe.data.format!r} needs a chat template, and "
             f"{bound.author.folder} has none. Save one in the model's folder "
             "(chat_template.jinja), or use format 'prompt' or 'completion'."
         )
-    if student is not None and student.is_dir():
-        refuse_other_tokenizer(recipe, student, bound.teacher.folder)
+
+
+def _refuse_student(recipe: Recipe, model: str | None, teacher: Identity) -> None:
+    """A student that does not go with this teacher; of one that is not here yet nothing is known.
+
+    `model` is its folder or Hub id, None for fresh weights.
+    """
+    folder = Path(model) if model else None
+    if folder is None or folder.is_dir():
+        refuse_other_classes(recipe, folder, teacher.class_names)
+    if folder is not None and folder.is_dir():
+        refuse_other_tokenizer(recipe, folder, teacher.folder)
 
 
 def _notes(recipe: Recipe, bound: Bound) -> tuple[str, ...]:
@@ -151,7 +160,8 @@ def _plan_tables(recipe: Recipe, plan: Plan, store: Store | None) -> None:
 
 
 def _with_students(recipe: Recipe, plan: Plan) -> Plan:
-    plan_students(recipe, plan, ready=all(line.state == "done" for line in plan.stages))
+    if recipe.student is not None:
+        plan_students(recipe, plan, ready=all(line.state == "done" for line in plan.stages))
     return plan
 
 

@@ -232,17 +232,6 @@ class Books:
         """The shard and row behind a `place` of the index."""
         return self.index.commits[table][number >> 32].shard.sha256, number & 0xFFFFFFFF
 
-    def places(self, table: TableName, numbers: np.ndarray) -> dict[str, np.ndarray]:
-        """Shard sha256 -> its rows among these places."""
-        numbers = np.sort(numbers)
-        seqs = numbers >> 32
-        starts = np.flatnonzero(np.diff(seqs, prepend=-1))
-        rows = np.split(numbers & 0xFFFFFFFF, starts[1:])
-        commits = self.index.commits[table]
-        return {
-            commits[int(seqs[s])].shard.sha256: part for s, part in zip(starts, rows, strict=False)
-        }
-
 
 def different(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
     """Names under which two descriptions differ, for people."""

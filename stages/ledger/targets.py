@@ -231,7 +231,7 @@ def pending_targets(books: Books, *, teacher_id: str, vocab_size: int) -> Pendin
 
     def make(block: pa.Table) -> list[TargetRequest]:
         found = block.sort_by("place").to_pylist()
-        places = books.places("generations", block["place"].to_numpy())
+        places = books.index.places("generations", block["place"].to_numpy())
         texts = books.store.rows("generations", places, ["token_ids", *SPAN_COLUMNS])
         return [
             TargetRequest(

@@ -105,7 +105,7 @@ def training_passes(
     """The same for every model with a head over classes."""
     embeddings: Any = model
     return ClassPasses(
-        tokens_per_pass=job.recipe.train.tokens_per_pass,
+        tokens_per_pass=job.train.tokens_per_pass,
         inputs=Inputs.of(model, teacher_dir),
         vocab_size=embeddings.get_input_embeddings().num_embeddings,
     )

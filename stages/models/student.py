@@ -22,6 +22,7 @@ from transformers import (
 
 from ...storage.errors import StillroomError, UsageError
 from ..recipe.sections import Lora, Recipe
+from ..recipe.stages import needed
 from ..recipe.tasks import module_of
 from .classes import refuse_other_classes
 from .identity import find_model
@@ -42,6 +43,7 @@ def initial_student(recipe: Recipe, teacher_dir: Path) -> nn.Module:
     Raises:
         UsageError: the model, the config or the adapter cannot be made.
     """
+    section = needed(recipe.student, "student")
     folder, kind = _folder(recipe), kind_of(recipe, teacher_dir)
     refuse_other_classes(recipe, folder, kind.classes)
     with torch.random.fork_rng(devices=[]):
@@ -50,13 +52,13 @@ def initial_student(recipe: Recipe, teacher_dir: Path) -> nn.Module:
         if folder is not None:
             student = kind.student(folder)
         else:
-            assert recipe.student.config is not None
-            student = _fresh(teacher_dir, recipe.student.config, kind)
-        if recipe.student.lora is None:
+            assert section.config is not None
+            student = _fresh(teacher_dir, section.config, kind)
+        if section.lora is None:
             return student
-        adapted = _with_lora(student, recipe.student.lora, kind.adapter)
+        adapted = _with_lora(student, section.lora, kind.adapter)
         # As the recipe names it, not where it was found here.
-        adapted.peft_config["default"].base_model_name_or_path = recipe.student.model
+        adapted.peft_config["default"].base_model_name_or_path = section.model
         student = adapted
         return student
 
@@ -144,7 +146,7 @@ def merged(model: Any) -> PreTrainedModel:
 
 
 def _folder(recipe: Recipe) -> Path | None:
-    student = recipe.student
+    student = needed(recipe.student, "student")
     if student.model is None:
         return None
     return find_model(student.model, student.revision, field="student.model", download=True)

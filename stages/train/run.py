@@ -66,7 +66,7 @@ class Run:
             from .checkpoints import Checkpoints
 
         self._job, self._files = job, files
-        self._train, self._loss = job.recipe.train, loss
+        self._train, self._loss = job.train, loss
         with job.clock.span("disk"):
             store = open_store(job.recipe.storage.dir, job.recipe.storage.sources)
             self._teacher_dir = store.teacher_dir(job.teacher_id)
@@ -105,7 +105,7 @@ class Run:
         recipe = self._job.recipe
         check_vocabulary(recipe, self._teacher_dir)
         self._job.progress.say(f"loading the student ({self._job.arm})")
-        device, dtype = device_and_dtype(recipe.student)
+        device, dtype = device_and_dtype(self._job.student)
         model: Any = initial_student(recipe, self._teacher_dir).to(device)
         self._check_lengths(model)
         passes = training_passes(
@@ -308,7 +308,7 @@ class Run:
         trained = sum(weight.numel() for weight in trainer.weights().values())
         with clock.span("tokenizer"):
             tokenizer = student_tokenizer(self._job.recipe, self._teacher_dir)
-        lora = self._job.recipe.student.lora
+        lora = self._job.student.lora
         adapter = self._files.path("adapter") if lora is not None and lora.keep_adapter else None
         with clock.span("disk"):
             save_student(trainer.model, tokenizer, self._files.path(STUDENT), adapter=adapter)

@@ -687,7 +687,7 @@ def only_once(monkeypatch, module, kept):
 
     make_tables = module.make_tables
     monkeypatch.setattr(module, "make_tables", tables)
-    for name in ("make_provenance", "dataset_card", "find_snapshots"):
+    for name in ("make_provenance", "dataset_card", "selected"):
         remembered(name)
 
 

@@ -467,7 +467,7 @@ class TestStore:
             find_snapshots(store, "zz")
 
     def test_a_store_without_rows_says_so(self, store):
-        with pytest.raises(UsageError, match="holds no row to export. Run a recipe first"):
+        with pytest.raises(UsageError, match="holds no row to export"):
             find_snapshots(store, None)
 
     def test_a_generation_that_is_gone_is_missed(self, tmp_path):

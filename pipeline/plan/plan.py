@@ -28,7 +28,7 @@ from ...storage.files.opening import open_files
 from ...storage.joined import Joined, open_store
 from ...storage.published.folder import Published
 from ...storage.store.store import Store
-from .lines import Plan, StagePlan, State
+from .lines import Plan, StagePlan, State, equal_texts
 from .resolve import Bound, bind
 from .students import plan_students
 
@@ -259,7 +259,8 @@ def _line(name: str, ledger: Ledger, *, upstream: bool = True) -> StagePlan:
     served = [f"{count} from {source}" for source, count in ledger.sources.items()]
     new = [f"{count} {reason}" for reason, count in ledger.why.most_common()]
     refused = [f"{count} rejected: {reason}" for reason, count in ledger.rejected.most_common()]
-    why = ", ".join(served + new + refused)
+    equal = [equal_texts(ledger.equal)] if ledger.equal else []
+    why = ", ".join(served + new + refused + equal)
     if not upstream:
         why = ", ".join(filter(None, [why, "more after the stages before it"]))
     state: State = "done" if upstream else "waits"
@@ -273,6 +274,7 @@ def _line(name: str, ledger: Ledger, *, upstream: bool = True) -> StagePlan:
         tokens=ledger.tokens,
         tokens_to_do=ledger.tokens_to_do,
         bytes_to_do=ledger.bytes_to_do,
+        equal=ledger.equal,
         sources=ledger.sources,
         why=why,
     )

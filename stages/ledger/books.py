@@ -47,6 +47,8 @@ class Ledger:
     """Of the pending ones; an upper bound where they are still to be written."""
     bytes_to_do: int = 0
     """About what they will take on disk."""
+    equal: int = 0
+    """Texts beside the requests, whose tokens are those of one: it stands for them."""
     sources: dict[str, int] = field(default_factory=dict)
     """Of the committed rows, those that a read-only source serves, by its name."""
 

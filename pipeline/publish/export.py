@@ -180,8 +180,8 @@ class _Export:
         if not stay or self._request.rows_of is not None:
             return ""
         return (
-            f"{stay} other rows of {table} stay in the store. A recipe in its place takes the rows "
-            "that it selects"
+            f"other rows of {table} that stay in the store: {stay}. A recipe in its place takes what "
+            "it selects"
         )
 
     def finished(self) -> Manifest | None:

@@ -531,6 +531,12 @@ class TestFolder:
         assert 0 < rows < TRAIN
         assert f"train: {rows} of {TRAIN} rows" in said
 
+    def test_it_says_how_many_rows_no_snapshot_has(self, tmp_path):
+        made, said = make_store(tmp_path / "store"), []
+        snapshots_of(made, left_out=(1, 2))
+        export(asked(made), tmp_path / "out", say=said.append)
+        assert any("other rows of soft_targets that stay in the store: 2." in line for line in said)
+
     def test_exporting_again_builds_nothing_and_changes_nothing(self, store, tmp_path):
         first = export(asked(store), tmp_path / "out", say=silent)
         before = {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in (tmp_path / "out").rglob("*")}

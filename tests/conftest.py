@@ -9,7 +9,12 @@ import pytest
 from tiny_llama import save_tiny_llama
 
 # Before any test module imports transformers or datasets: they read these once.
-KEPT = ("STILLROOM_ASSETS", "STILLROOM_TEST_THREADS", "STILLROOM_TRANSFORMERS_457")
+KEPT = (
+    "STILLROOM_ASSETS",
+    "STILLROOM_DATASETS_441",
+    "STILLROOM_TEST_THREADS",
+    "STILLROOM_TRANSFORMERS_457",
+)
 for name in [
     n for n in os.environ if n.startswith(("HF_", "TRANSFORMERS_", "STILLROOM_")) and n not in KEPT
 ]:

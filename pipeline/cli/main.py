@@ -153,6 +153,8 @@ def run(
 
     outcome = run_recipe(loaded, until=until, only=only, quiet=quiet)
     _outcome(outcome, as_json)
+    if loaded.student is None:
+        print_for_people(f"store: {loaded.storage.dir}")
     for line in _made(outcome):
         print_for_people(line)
     print_json(outcome, as_json)

@@ -10,14 +10,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...storage.errors import UsageError
-from .app import AsJson, StorePath, print_json, words
+from .app import AsJson, Overrides, print_json, words
 
 if TYPE_CHECKING:
+    from ...stages.recipe.sections import Recipe
     from ..publish.export import PublishRequest
 
 
 def publish_request(
-    store: StorePath,
+    place: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE|STORE",
+            help="A recipe, whose rows are meant; or the folder or URL of a store, all of it.",
+        ),
+    ],
     license: Annotated[
         str | None,
         typer.Option(metavar="ID", help="Licence of this dataset: apache-2.0, cc-by-4.0 ..."),
@@ -42,8 +49,8 @@ def publish_request(
         str | None,
         typer.Option(
             metavar="ID",
-            help="Of a training run, or its first digits; its validation and test splits come "
-            "along [the only one].",
+            help="Rows of a training run, by its first digits; its validation and test splits come "
+            "along [of a recipe what it selects; of a store the only one, else all that it holds].",
         ),
     ] = None,
     where: Annotated[
@@ -83,18 +90,24 @@ def publish_request(
     ] = None,
     run: Annotated[
         Path | None,
-        typer.Option(metavar="RUN_DIR", help="Of which the recipe goes along, without its paths."),
+        typer.Option(
+            metavar="RUN_DIR",
+            help="Of which the recipe goes along, without its paths; one that is named does.",
+        ),
     ] = None,
+    overrides: Overrides = None,
 ) -> "PublishRequest":
     """What to publish, as the options of both commands say it."""
     from ...storage.published.export import Choice
     from ..publish.export import PublishRequest
 
+    recipe = _named_recipe(place, run, overrides)
     names = tuple(words(columns or ()))
     if columns is not None and not names:
         raise UsageError("--columns: names no column. Name some, or leave it out for all.")
     return PublishRequest(
-        store=store,
+        store=place if recipe is None else recipe.storage.dir,
+        rows_of=recipe,
         license=license,
         model_licenses=tuple(teacher_license or ()),
         source_licenses=tuple(source_license or ()),
@@ -105,6 +118,20 @@ def publish_request(
         languages=tuple(language or ()),
         run=run,
     )
+
+
+def _named_recipe(place: str, run: Path | None, overrides: list[str] | None) -> "Recipe | None":
+    """The recipe that was named in place of a store; None of a store."""
+    from ...stages.recipe.load import load_recipe
+
+    path = Path(place)
+    if not path.is_file() and (path.suffix not in (".yaml", ".yml") or path.exists()):
+        if overrides:
+            raise UsageError(f"--set: {place} is no recipe. Name one, or leave it out.")
+        return None
+    if run is not None:
+        raise UsageError(f"--run: the recipe {place} goes along already. Leave it out.")
+    return load_recipe(path, overrides)
 
 
 def _of_a_request(command: Callable[..., None]) -> Callable[..., None]:
@@ -132,11 +159,11 @@ def export(
     ],
     as_json: AsJson = False,
 ) -> None:
-    """A snapshot as a dataset folder that `datasets`, DuckDB, polars and pyarrow load, with its card.
+    """Rows of a store as a dataset folder that `datasets`, DuckDB, polars and pyarrow load, with its card.
 
-    Configs `generations` and `soft_targets`, splits as trained; Parquet in a folder named by its
-    content, a MANIFEST with the sha256 of every file, and last the card that points at it. Stop it
-    anywhere and run it again.
+    Nobody need have been trained on them. Configs `generations` and `soft_targets`, splits as
+    recorded or trained; Parquet in a folder named by its content, a MANIFEST with the sha256 of
+    every file, and last the card that points at it. Stop it anywhere and run it again.
     """
     from ..publish.export import export as run_export
 

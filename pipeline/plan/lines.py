@@ -26,11 +26,18 @@ class StagePlan:
     """Of the pending rows; an upper bound where they are still to be written."""
     bytes_to_do: int = 0
     """Estimate of what they will take on disk."""
+    equal: int = 0
+    """Texts that are not planned: another one has the same tokens and stands for them."""
     why: str = ""
     lengths: dict[str, Any] = field(default_factory=dict)
     """Of data that is read: the limit, and how many rows and tokens were cut and rejected for it."""
     sources: dict[str, int] = field(default_factory=dict)
     """Of the committed rows, those that a read-only source serves, by its name."""
+
+
+def equal_texts(count: int) -> str:
+    """Why fewer texts are scored than there are."""
+    return f"{count} equal to others, scored once"
 
 
 @dataclass(kw_only=True, slots=True)

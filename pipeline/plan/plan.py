@@ -22,9 +22,9 @@ from ...stages.models.classes import refuse_other_classes, refuse_other_head
 from ...stages.models.fit.fresh import refuse_fresh
 from ...stages.models.fit.misfits import refuse_misfit, refuse_quantised
 from ...stages.models.fit.same_tokenizer import refuse_other_tokenizer
-from ...stages.models.identity import FileHashes, find_model
+from ...stages.models.identity import FileHashes, Identity, find_model
 from ...stages.models.students.stored_tensors import refuse_tied_lora
-from ...stages.recipe.sections import Recipe
+from ...stages.recipe.sections import Recipe, Student
 from ...stages.recipe.stages import stage_named
 from ...stages.recipe.task_checks import refuse_without_labels
 from ...stages.recipe.tasks import TASKS
@@ -34,7 +34,7 @@ from ...storage.joined import Joined, open_store
 from ...storage.published.folder import Published
 from ...storage.store.store import Store
 from .lengths import refuse_unread, unread_by_student, window_notes
-from .lines import Plan, StagePlan, State
+from .lines import Plan, StagePlan, State, equal_texts
 from .resolve import Bound, bind
 from .students import plan_students
 
@@ -105,36 +105,43 @@ def refuse_impossible(plan: Plan, line: StagePlan) -> None:
 
 def _refuse_early(recipe: Recipe, bound: Bound, *, write: bool) -> None:
     """What would only fail after the teacher's work, and can be seen in small files before it."""
-    student = _student_folder(recipe, write=write)
-    if student is not None:
+    folder = _student_folder(recipe.student, write=write)
+    if recipe.student is not None and folder is not None:
         named = {"field": "student.model", "name": str(recipe.student.model)}
-        refuse_quantised(student, **named)
-        refuse_misfit(student, recipe.run.task, **named)
+        refuse_quantised(folder, **named)
+        refuse_misfit(folder, recipe.run.task, **named)
     if bound.teacher is None or bound.author is None:
         return
-    teacher = bound.teacher
-    refuse_other_head(recipe, teacher.folder)
+    refuse_other_head(recipe, bound.teacher.folder)
     refuse_unread(recipe, bound)
-    if recipe.student.config is not None:
-        refuse_fresh(teacher.folder, recipe.student.config, recipe.run.task)
-    if student is not None or recipe.student.config is not None:
-        refuse_other_classes(recipe, student, teacher.class_names)
     if recipe.data.records.conversation and not bound.author.parts["chat_template"]:
         raise UsageError(
             f"data.format: {recipe.data.format!r} needs a chat template, and "
             f"{bound.author.folder} has none. Save one in the model's folder "
             "(chat_template.jinja), or use format 'prompt' or 'completion'."
         )
-    if student is not None:
-        refuse_other_tokenizer(recipe, student, teacher.folder)
-        refuse_tied_lora(recipe, student)
+    if recipe.student is not None:
+        _refuse_student(recipe, recipe.student, folder, bound.teacher)
 
 
-def _student_folder(recipe: Recipe, *, write: bool) -> Path | None:
+def _refuse_student(
+    recipe: Recipe, student: Student, folder: Path | None, teacher: Identity
+) -> None:
+    """A student that does not go with this teacher; of one that is not here yet nothing is known."""
+    if student.config is not None:
+        refuse_fresh(teacher.folder, student.config, recipe.run.task)
+    if folder is not None or student.config is not None:
+        refuse_other_classes(recipe, folder, teacher.class_names)
+    if folder is not None:
+        refuse_other_tokenizer(recipe, folder, teacher.folder)
+        refuse_tied_lora(recipe, folder)
+
+
+def _student_folder(student: Student | None, *, write: bool) -> Path | None:
     """Where an existing student is; None if it is not here, for stage one needs none."""
-    name, revision = recipe.student.model, recipe.student.revision
-    if name is None:
+    if student is None or student.model is None:
         return None
+    name, revision = student.model, student.revision
     try:
         return find_model(name, revision, field="student.model", download=write, weights=False)
     except UsageError:
@@ -182,7 +189,8 @@ def _plan_tables(recipe: Recipe, plan: Plan, store: Store | None) -> None:
 
 
 def _with_students(recipe: Recipe, plan: Plan) -> Plan:
-    plan_students(recipe, plan, ready=all(line.state == "done" for line in plan.stages))
+    if recipe.student is not None:
+        plan_students(recipe, plan, ready=all(line.state == "done" for line in plan.stages))
     return plan
 
 
@@ -287,7 +295,8 @@ def _line(name: str, ledger: Ledger, *, upstream: bool = True) -> StagePlan:
     served = [f"{count} from {source}" for source, count in ledger.sources.items()]
     new = [f"{count} {reason}" for reason, count in ledger.why.most_common()]
     refused = [f"{count} rejected: {reason}" for reason, count in ledger.rejected.most_common()]
-    why = ", ".join(served + new + refused)
+    equal = [equal_texts(ledger.equal)] if ledger.equal else []
+    why = ", ".join(served + new + refused + equal)
     if not upstream:
         why = ", ".join(filter(None, [why, "more after the stages before it"]))
     state: State = "done" if upstream else "waits"
@@ -301,6 +310,7 @@ def _line(name: str, ledger: Ledger, *, upstream: bool = True) -> StagePlan:
         tokens=ledger.tokens,
         tokens_to_do=ledger.tokens_to_do,
         bytes_to_do=ledger.bytes_to_do,
+        equal=ledger.equal,
         sources=ledger.sources,
         why=why,
     )

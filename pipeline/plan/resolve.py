@@ -163,7 +163,7 @@ def author_identity(
 def student_id(recipe: Recipe, *, write: bool) -> str | None:
     """Identity of an existing student; None for fresh weights."""
     section = recipe.student
-    if section.model is None:
+    if section is None or section.model is None:
         return None
     folder = find_model(section.model, section.revision, field="student.model", download=write)
     hashes = FileHashes(recipe.storage.dir, remember=write)

@@ -9,7 +9,7 @@ from ...stages.recipe.fields import Arm
 from ...stages.recipe.load import changed_fields
 from ...stages.recipe.run_folder import EVALUATED, SETTINGS, begun_runs, training_run
 from ...stages.recipe.sections import HELD_OUT_FIELDS, Recipe, Score
-from ...stages.recipe.stages import STAGES, Stage, stage_named
+from ...stages.recipe.stages import STAGES, Stage, needed, stage_named
 from ...stages.recipe.tasks import TASKS
 from ...stages.train.stage import arm_loss
 from ...storage.errors import UsageError
@@ -21,7 +21,7 @@ from .resolve import student_id
 def plan_students(recipe: Recipe, plan: Plan, *, ready: bool) -> None:
     """Add the lines of the student and of its baseline, and where they are kept."""
     with_baseline = recipe.evaluate.baseline and recipe.score is not None
-    snapshot = recipe.train.snapshot
+    snapshot = needed(recipe.train, "train").snapshot
     if snapshot is None and "train" in plan.snapshots:
         snapshot = plan.snapshots["train"].id
     lacks = "for training rows: all were rejected or set aside"
@@ -55,14 +55,14 @@ def train_settings(recipe: Recipe, snapshot: str, arm: Arm) -> dict[str, Any]:
         "checkpoint_every_seconds",
         "checkpoint_every_steps",
     }
-    train = recipe.train.model_dump(mode="json", exclude=no_matter)
+    student, train = needed(recipe.student, "student"), needed(recipe.train, "train")
     # A field that is younger than the hash: at its default it says nothing.
-    unsaid = {"save_dtype"} if recipe.student.save_dtype == "auto" else set()
+    unsaid = {"save_dtype"} if student.save_dtype == "auto" else set()
     return {
         "snapshot": snapshot,
-        "student": recipe.student.model_dump(mode="json", exclude=unsaid),
+        "student": student.model_dump(mode="json", exclude=unsaid),
         "loss": loss,
-        "train": train,
+        "train": train.model_dump(mode="json", exclude=no_matter),
         "run": {"seed": recipe.run.seed},
         "score": _entries(recipe.score) if recipe.score and arm == "student" else None,
     }

@@ -124,6 +124,15 @@ def _task_categories(manifest: Manifest) -> list[str]:
     return sorted({task.hub_name for task in TASKS.values() if task.head == head})
 
 
+def _of_any_length(schema: Any) -> Any:
+    """Keys as bytes of any length: `datasets` 4.4 knows no others, and reads those of 16 as these."""
+    import pyarrow as pa
+
+    keys = [pa.types.is_fixed_size_binary(field.type) for field in schema]
+    fields = zip(schema, keys, strict=True)
+    return pa.schema([field.with_type(pa.binary()) if key else field for field, key in fields])
+
+
 def _info(published: Published, config: str) -> Any:
     """Features, rows and bytes, by `datasets` itself."""
     import pyarrow.parquet as pq
@@ -141,7 +150,7 @@ def _info(published: Published, config: str) -> Any:
                 )
             )
     return DatasetInfo(
-        features=Features.from_arrow_schema(schema),
+        features=Features.from_arrow_schema(_of_any_length(schema)),
         splits=splits,
         download_size=sum(file.bytes for file in files),
         dataset_size=sum(split.num_bytes for split in splits.values()),

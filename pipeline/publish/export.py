@@ -16,18 +16,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ...stages.recipe.sections import Recipe
 from ...storage.errors import IntegrityError, UsageError
 from ...storage.files.base import explained, make_folder
 from ...storage.files.local import LocalFiles
 from ...storage.keys import content_id
-from ...storage.published.export import (
-    Choice,
-    Made,
-    find_snapshots,
-    make_tables,
-    place,
-    put,
-)
+from ...storage.published.export import Choice, Made, make_tables, place, put
 from ...storage.published.export_rows import PUBLISHED, chosen_columns
 from ...storage.published.manifest import (
     CARD,
@@ -47,10 +41,12 @@ from .provenance import (
     check_licenses,
     check_stated,
     make_provenance,
+    public_recipe,
     read_recipe,
     source_names,
     without_paths,
 )
+from .selection import selected
 
 _WORK = ".part"  # a leading dot: no reader looks into it
 
@@ -61,6 +57,8 @@ class PublishRequest:
 
     store: str
     license: str | None
+    rows_of: Recipe | None = None
+    """The recipe whose rows are meant, of this store."""
     model_licenses: tuple[str, ...] = ()
     source_licenses: tuple[str, ...] = ()
     snapshot: str | None = None
@@ -130,6 +128,8 @@ def export(
         rows = sum(snapshot.rows for snapshot in work.snapshots.values())
         say(f"writing {rows} rows ({', '.join(work.snapshots)}) into {folder}")
         manifest = work.build()
+    if built and (others := work.others()):
+        say(others)
     for split, snapshot in work.snapshots.items():
         taken = manifest.splits[split].rows if split in manifest.splits else 0
         if taken < snapshot.rows:
@@ -151,9 +151,12 @@ class _Export:
         self._store = Store.open(request.store)
         _refuse_unknown_source(self._store, self._licenses)
         chosen_columns(request.choice.columns)
-        self.snapshots = find_snapshots(self._store, request.snapshot)
         _refuse_foreign(self._files)
-        self._recipe = read_recipe(request.run)
+        if request.rows_of is None:
+            self._recipe = read_recipe(request.run)
+        else:
+            self._recipe = public_recipe(request.rows_of.model_dump(mode="json"))
+        self.snapshots = selected(self._store, request.snapshot, request.rows_of)
         self._name = request.name or _human((repo or str(folder.resolve())).rpartition("/")[2])
         licenses = [
             self._licenses.dataset,
@@ -167,6 +170,18 @@ class _Export:
             licenses=licenses,
             said=[self._name, request.teacher, self._recipe],
             versions={package: version(package) for package in ("stillroom", "pyarrow")},
+        )
+
+    def others(self) -> str:
+        """What is said of rows that stay in the store, where no recipe says which are meant."""
+        table = next(iter(self.snapshots.values())).table
+        there = sum(shard.rows for shard in self._store.shards(table))
+        stay = there - sum(snapshot.rows for snapshot in self.snapshots.values())
+        if not stay or self._request.rows_of is not None:
+            return ""
+        return (
+            f"other rows of {table} that stay in the store: {stay}. A recipe in its place takes what "
+            "it selects"
         )
 
     def finished(self) -> Manifest | None:

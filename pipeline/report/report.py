@@ -156,7 +156,8 @@ def _read(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise UsageError(
-            f"{path}: no such file, so this run is not finished. Run `stillroom run RECIPE` first."
+            f"{path}: no such file, so this run is not finished. Run `stillroom run RECIPE` first; "
+            "a recipe without a student has no report."
         ) from error
     except (OSError, ValueError) as error:
         raise UsageError(

@@ -58,7 +58,7 @@ def run(
     """
     clock = Clock(began=time.monotonic() - (time.time() - psutil.Process().create_time()))
     names = _chosen(until, only)
-    if "train" in names:
+    if "train" in names and recipe.train is not None:
         refuse_without_wandb(recipe.train.wandb)
     store = _prepare(recipe)
     with worker_number(_logs(recipe)) as number, Screen(sys.stderr, quiet=quiet) as screen:
@@ -216,7 +216,7 @@ def _to_the_end(message: dict[str, Any], run_dir: Path, screen: Screen) -> dict[
 def _job(recipe: Recipe, plan: Plan, stage: Stage) -> dict[str, Any]:
     binding = plan.bound.binding
     snapshots = {split: s.id for split, s in plan.snapshots.items()}
-    if recipe.train.snapshot is not None:
+    if recipe.train is not None and recipe.train.snapshot is not None:
         snapshots["train"] = recipe.train.snapshot
     # The teacher's context limits the prompts that are read, the author's the text that is written.
     reads = binding.context_tokens if stage.name == "data" else binding.author_context_tokens

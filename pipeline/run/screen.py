@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..numbers import duration, human, short, size
-from ..plan.lines import StagePlan
+from ..plan.lines import StagePlan, equal_texts
 from .progress import LINE_SECONDS, Meter
 
 _DRAW_SECONDS = 0.2
@@ -320,6 +320,7 @@ def books_line(books: StagePlan) -> str:
     parts = [f"{books.committed} rows"]
     parts += [f"{human(books.tokens)} tokens"] if books.tokens else []
     parts += [f"{books.rejected} rejected"] if books.rejected else []
+    parts += [equal_texts(books.equal)] if books.equal else []
     return ", ".join(parts)
 
 

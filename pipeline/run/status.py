@@ -17,7 +17,7 @@ from ...storage.store.commits import Commit
 from ...storage.store.store import Store
 from ...storage.tables.kinds import STRUCTURES
 from ..numbers import duration, human
-from ..plan.lines import Plan
+from ..plan.lines import Plan, equal_texts
 from .timings import Pace
 
 FOOTERS = 100
@@ -36,6 +36,7 @@ def stage_facts(recipe: Recipe, plan: Plan) -> dict[str, dict[str, Any]]:
             "rows": line.committed,
             "rejected": line.rejected,
             "pending": line.pending,
+            "equal": line.equal,
             "tokens": line.tokens,
             "why": line.why,
         }
@@ -163,9 +164,10 @@ def status_tables(stages: dict[str, dict[str, Any]]) -> Group:
             human(s["tokens_per_second"]) if s["tokens_per_second"] else "-",
             duration(s["seconds"]) if s.get("seconds") else "-",
         )
+    equal = [f"{name}: {equal_texts(s['equal'])}" for name, s in stages.items() if s["equal"]]
     stored = [(name, s) for name, s in stages.items() if "bytes_per_token_by_column" in s]
     kept = [_kept_line(name, s["kept"]) for name, s in stored if "kept" in s]
-    return Group(table, *(_column_line(name, s) for name, s in stored), *kept)
+    return Group(table, *equal, *(_column_line(name, s) for name, s in stored), *kept)
 
 
 def _column_line(name: str, stage: dict[str, Any]) -> str:
@@ -205,6 +207,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
                 "committed": s.committed,
                 "rejected": s.rejected,
                 "pending": s.pending,
+                "equal": s.equal,
                 "tokens": s.tokens,
                 "tokens_to_do": s.tokens_to_do,
                 "bytes_to_do": s.bytes_to_do,

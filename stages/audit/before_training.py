@@ -26,6 +26,7 @@ from ...storage.tables.doubts import doubts
 from ...storage.tables.spans import SPAN_COLUMNS, spans_of
 from ..models.reads import check_ids
 from ..recipe.sections import Recipe
+from ..recipe.stages import needed
 from .misplaced_targets import shifted, surprise, unknowing
 
 ROWS = 32
@@ -76,7 +77,8 @@ def fit_of(recipe: Recipe, teacher_dir: Path, *, vocab_size: int, soft: bool) ->
         and generate.temperature <= 1.0
         and generate.samples == 1
     )
-    chosen = recipe.train.snapshot is not None or recipe.select.where is not None
+    pinned = needed(recipe.train, "train").snapshot
+    chosen = pinned is not None or recipe.select.where is not None
     return Fit(
         tokenizer=student_tokenizer(recipe, teacher_dir),
         teacher_dir=teacher_dir,

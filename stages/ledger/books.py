@@ -47,6 +47,8 @@ class Ledger:
     """Of the pending ones; an upper bound where they are still to be written."""
     bytes_to_do: int = 0
     """About what they will take on disk."""
+    equal: int = 0
+    """Texts beside the requests, whose tokens are those of one: it stands for them."""
     sources: dict[str, int] = field(default_factory=dict)
     """Of the committed rows, those that a read-only source serves, by its name."""
 
@@ -240,17 +242,6 @@ class Books:
     def place(self, table: TableName, number: int) -> Place:
         """The shard and row behind a `place` of the index."""
         return self.index.commits[table][number >> 32].shard.sha256, number & 0xFFFFFFFF
-
-    def places(self, table: TableName, numbers: np.ndarray) -> dict[str, np.ndarray]:
-        """Shard sha256 -> its rows among these places."""
-        numbers = np.sort(numbers)
-        seqs = numbers >> 32
-        starts = np.flatnonzero(np.diff(seqs, prepend=-1))
-        rows = np.split(numbers & 0xFFFFFFFF, starts[1:])
-        commits = self.index.commits[table]
-        return {
-            commits[int(seqs[s])].shard.sha256: part for s, part in zip(starts, rows, strict=False)
-        }
 
 
 def different(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:

@@ -61,19 +61,20 @@ def _snapshot(
         "lengths": lengths,
         "shortest": int(tokens.min()),
     }
-    return make_snapshot(books.store, table, books.places(table, rows["place"].to_numpy()), about)
+    places = books.index.places(table, rows["place"].to_numpy())
+    return make_snapshot(books.store, table, places, about)
 
 
 def _validation_prompts(books: Books, rows: pa.Table) -> pa.Array:
     train = books.recipe.train
-    count = 0 if train.evaluate_every_tokens is None else train.validation_prompts
+    count = train.validation_prompts if train and train.evaluate_every_tokens is not None else 0
     prompts = pc.unique(rows.filter(pc.invert(rows["held_out"]))["prompt_key"])
     return prompts.take(pc.array_sort_indices(prompts)[:count])
 
 
 def _pinned_prompts(books: Books, binding: Binding, table: TableName) -> pa.Array:
     """Prompts in the snapshot that `train.snapshot` names; none if it names none."""
-    name = books.recipe.train.snapshot
+    name = books.recipe.train.snapshot if books.recipe.train else None
     if name is None:
         return pa.array([], pa.binary(16))
     snapshot = load_snapshot(books.store, name)

@@ -119,7 +119,8 @@ def target_ledger(
     _take_part(books, 0, parts=1)
     _view_scored(books, teacher_id=teacher_id, judged=judged, trained=trained, limit=limit)
     ledger = Ledger()
-    for served, rejected, lack, held_out, count, tokens in _counts(books):
+    for served, rejected, lack, held_out, count, tokens, texts in _counts(books):
+        ledger.equal += int(texts) - count
         kept = judged if held_out else trained
         why = "new" if lack is None else reason(kept, lack)
         if ledger.enter(count, tokens, served=served, rejected=rejected, why=why):
@@ -133,9 +134,9 @@ def target_ledger(
 def _view_scored(books: Books, *, teacher_id: str, judged: Kept, trained: Kept, limit: int) -> None:
     """Make the view `scored`: each text once, with the stored row that can be reused for it or why there is none.
 
-    Its columns: tokens_key, key, tokens, scored, held_out; stored (whether there is a row of this
-    teacher at all), reason (why it was rejected), target (the row to reuse, its place) and lacks
-    (what the nearest row lacks, for `reason`).
+    Its columns: tokens_key, key, tokens, scored, held_out, texts (how many have these tokens);
+    stored (whether there is a row of this teacher at all), reason (why it was rejected), target (the
+    row to reuse, its place) and lacks (what the nearest row lacks, for `reason`).
     """
     bits = books.recipe.storage.mantissa_bits
     # Held-out rows are judged on reference targets; where nobody can make them, on what there is.
@@ -144,17 +145,16 @@ def _view_scored(books: Books, *, teacher_id: str, judged: Kept, trained: Kept, 
     books.index.execute(f"""
         CREATE OR REPLACE VIEW scored AS
         WITH
-        -- What is judged on, and what is trained on: never a text that is judged on.
         texts AS NOT MATERIALIZED (
             SELECT * FROM judged
             UNION ALL
-            SELECT * FROM chosen
-            WHERE NOT held_out AND tokens_key NOT IN (SELECT tokens_key FROM judged)
+            SELECT * FROM chosen WHERE NOT held_out
         ),
-        -- Equal tokens are scored once.
+        -- Equal tokens are scored once: as what is judged on, which is never trained on.
         requests AS NOT MATERIALIZED (
-            SELECT tokens_key, min(key) AS key, any_value(tokens) AS tokens,
-                any_value(scored) AS scored, bool_or(held_out) AS held_out
+            SELECT tokens_key, coalesce(min(key) FILTER (held_out), min(key)) AS key,
+                any_value(tokens) AS tokens, any_value(scored) AS scored,
+                bool_or(held_out) AS held_out, count(*) AS texts
             FROM texts WHERE {_PART} GROUP BY tokens_key
         ),
         -- The teacher's stored rows of each text: the best one for either purpose, and what the
@@ -183,13 +183,13 @@ def _view_scored(books: Books, *, teacher_id: str, judged: Kept, trained: Kept, 
 
 
 def _counts(books: Books) -> Iterator[tuple[Any, ...]]:
-    """Served, reason, lack, held_out, requests and scored tokens; some tokens at a time, to bound the memory."""
+    """Served, reason, lack, held_out; requests, scored tokens, texts. A part at a time, to bound the memory."""
     ((rows,),) = books.index.rows("SELECT count(*) FROM generations")
     parts = 1 + rows // PART_ROWS
     for part in range(parts):
         _take_part(books, part, parts=parts)
         yield from books.index.rows("""
-            SELECT target IS NOT NULL, reason, lacks, held_out, count(*), sum(scored)
+            SELECT target IS NOT NULL, reason, lacks, held_out, count(*), sum(scored), sum(texts)
             FROM scored GROUP BY ALL""")
     _take_part(books, 0, parts=1)
 
@@ -231,7 +231,7 @@ def pending_targets(books: Books, *, teacher_id: str, vocab_size: int) -> Pendin
 
     def make(block: pa.Table) -> list[TargetRequest]:
         found = block.sort_by("place").to_pylist()
-        places = books.places("generations", block["place"].to_numpy())
+        places = books.index.places("generations", block["place"].to_numpy())
         texts = books.store.rows("generations", places, ["token_ids", *SPAN_COLUMNS])
         return [
             TargetRequest(

@@ -21,7 +21,7 @@ def training_passes(
     model: nn.Module, job: Job, *, teacher_dir: Path, lengths: Sequence[int], dtype: torch.dtype
 ) -> Packing:
     """A single row a pass where the student can attend within samples; else rows with padding."""
-    recipe, train = job.recipe, job.recipe.train
+    recipe, train = job.recipe, job.train
     check_causal(model)
     check_head(model)
     head = split_head(model)

@@ -115,7 +115,7 @@ def training_passes(
     if alone:
         job.progress.say("texts change one another in a pass of this student: each gets its own")
     return ClassPasses(
-        tokens_per_pass=job.recipe.train.tokens_per_pass,
+        tokens_per_pass=job.train.tokens_per_pass,
         alone=alone,
         inputs=inputs,
         vocab_size=embeddings.get_input_embeddings().num_embeddings,

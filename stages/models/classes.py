@@ -10,6 +10,7 @@ from typing import Any
 
 from ...storage.errors import RowError, UsageError
 from ..recipe.sections import Recipe
+from ..recipe.stages import needed
 from ..recipe.tasks import TASKS
 
 HEAD = "ForSequenceClassification"
@@ -127,10 +128,11 @@ def refuse_other_classes(recipe: Recipe, folder: Path | None, names: Sequence[st
     """
     if not names:
         return
+    student = needed(recipe.student, "student")
     if folder is not None:
-        found, where = names_in(folder), f"student.model: {recipe.student.model}"
+        found, where = names_in(folder), f"student.model: {student.model}"
     else:
-        overrides = recipe.student.config or {}
+        overrides = student.config or {}
         given = {"id2label", "num_labels"} & overrides.keys()
         found = class_names({"architectures": [HEAD]} | overrides) if given else ()
         where = "student.config"

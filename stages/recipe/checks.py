@@ -6,7 +6,7 @@ from .engines import PLANNED
 from .fields import Section
 from .kinds import kinds_with
 from .loss_checks import check_loss
-from .sections import HELD_OUT_FIELDS, Data, Evaluate, Generate, Recipe, Score, Teacher
+from .sections import HELD_OUT_FIELDS, Data, Evaluate, Generate, Loss, Recipe, Run, Score, Teacher
 from .task_checks import check_task, lookup, targets_fit
 
 # Named by the recipe, done by no stage yet: refused by name, never ignored.
@@ -15,6 +15,15 @@ NOT_YET: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("score.engine", ("vllm",)),
 )
 
+
+# What only a student makes use of: whole sections, and fields of others. Of `evaluate` stage one
+# reads which rows are held out, and how many of their tokens get reference targets.
+_OF_STAGE_ONE = {"tokens", "source", "split", "limit"}
+_OF_A_STUDENT = (
+    "run.seed",
+    *(f"loss.{name}" for name in Loss.model_fields),
+    *(f"evaluate.{name}" for name in Evaluate.model_fields if name not in _OF_STAGE_ONE),
+)
 
 # How a teacher is loaded and data are read: a store that is named for both has been filled already.
 _NOT_OF_A_STORE = tuple(
@@ -55,8 +64,27 @@ def check_together(recipe: Recipe) -> list[tuple[str, str]]:
         errors.append(
             ("generate", f"missing: format {kind!r} has prompts only. Add a `generate` section")
         )
-    errors += _sources(recipe)
-    return errors + (check_loss(recipe.loss, recipe.score) if targets_fit(recipe) else [])
+    errors += _sources(recipe) + _alone(recipe)
+    learns = recipe.train is not None and targets_fit(recipe)
+    return errors + (check_loss(recipe.loss, recipe.score) if learns else [])
+
+
+def _alone(recipe: Recipe) -> list[tuple[str, str]]:
+    """A recipe has both `student` and `train`, or it is stage one alone and says nothing of a student."""
+    missing = [name for name in ("student", "train") if lookup(recipe, name) is None]
+    if len(missing) == 1:
+        there = "train" if missing == ["student"] else "student"
+        message = (
+            f"missing, and there is a section `{there}`. Add it to train a student, or leave both "
+            "out: then the recipe is stage one alone, whose rows can be exported"
+        )
+        return [(missing[0], message)]
+    message = "has no meaning without `student` and `train`. Remove it, or add them"
+    return [
+        (path, message)
+        for path in _OF_A_STUDENT
+        if missing and lookup(recipe, path) != _default(path)
+    ]
 
 
 def _greedy(generate: Generate) -> list[tuple[str, str]]:
@@ -140,14 +168,18 @@ def _sources(recipe: Recipe) -> list[tuple[str, str]]:
     return errors
 
 
+_SECTIONS: dict[str, type[Section]] = {
+    "run": Run,
+    "teacher": Teacher,
+    "data": Data,
+    "loss": Loss,
+    "evaluate": Evaluate,
+}
+
+
 def _default(path: str) -> Any:
     section, name = path.split(".")
-    sections: dict[str, type[Section]] = {
-        "teacher": Teacher,
-        "data": Data,
-        "evaluate": Evaluate,
-    }
-    return sections[section].model_fields[name].get_default(call_default_factory=True)
+    return _SECTIONS[section].model_fields[name].get_default(call_default_factory=True)
 
 
 def _unknown_columns(data: Data) -> list[tuple[str, str]]:

@@ -377,11 +377,12 @@ class Recipe(Section):
     run: Run
     storage: Storage
     teacher: Teacher
-    student: Student
+    student: Student | None = None
+    """Without it and `train` a recipe is stage one alone: prompts, text and targets, to be exported."""
     data: Data
     generate: Generate | None = None
     select: Select = Select()
     score: Score | None = None
     loss: Loss = Loss()
-    train: Train
+    train: Train | None = None
     evaluate: Evaluate = Evaluate()

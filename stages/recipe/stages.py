@@ -48,14 +48,14 @@ def stage_named(name: str) -> Stage:
 
 
 def needed(section: S | None, name: str) -> S:
-    """A section of the recipe that a stage cannot do without.
+    """A section of the recipe that a stage, or a student, cannot do without.
 
     Raises:
         UsageError: the recipe has no such section.
     """
     if section is None:
         raise UsageError(
-            f"{name}: missing, and the stage {name} was asked for. Add the section, or leave the "
-            "stage out."
+            f"{name}: missing, and a stage was asked for that needs it. Add the section, or leave "
+            "the stage out."
         )
     return section

@@ -84,7 +84,7 @@ class Run:
             from .checkpoints import Checkpoints
 
         self._job, self._files = job, files
-        self._train, self._loss = job.recipe.train, loss
+        self._train, self._loss = job.train, loss
         with job.clock.span("disk"):
             store = open_store(job.recipe.storage.dir, job.recipe.storage.sources)
             self._teacher_dir = store.teacher_dir(job.teacher_id)
@@ -123,7 +123,7 @@ class Run:
         recipe = self._job.recipe
         check_vocabulary(recipe, self._teacher_dir)
         self._job.progress.say(f"loading the student ({self._job.arm})")
-        device, dtype = device_and_dtype(recipe.student)
+        device, dtype = device_and_dtype(self._job.student)
         model: Any = initial_student(recipe, self._teacher_dir).to(device)
         self._check_lengths(model)
         self._left_out = left_out(model.config.get_text_config())
@@ -332,7 +332,7 @@ class Run:
                 trainer.load_weights(self._checkpoints.tensors(record.best["step"])["weights"])
         parameters = sum(weight.numel() for weight in trainer.model.parameters())
         trained = sum(weight.numel() for weight in trainer.weights().values())
-        lora = self._job.recipe.student.lora
+        lora = self._job.student.lora
         adapter = self._files.path(ADAPTER) if lora is not None and lora.keep_adapter else None
         with clock.span("disk"):
             saved = save_student(

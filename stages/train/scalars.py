@@ -78,7 +78,7 @@ def open_wandb(job: Job, files: LocalFiles) -> "WandbBoard | None":
     Raises:
         UsageError: wandb is not installed, or does not start (no key, no network).
     """
-    project = job.recipe.train.wandb
+    project = job.train.wandb
     if project is None:
         return None
     refuse_without_wandb(project)

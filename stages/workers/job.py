@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from ...storage.errors import Stopped
 from ..recipe.fields import Arm, Split
-from ..recipe.sections import Generate, Recipe, Score
+from ..recipe.sections import Generate, Recipe, Score, Student, Train
 from ..recipe.stages import needed
 from .clock import Clock
 
@@ -90,6 +90,16 @@ class Job:
     def score(self) -> Score:
         """The recipe's section; the stage `score` has one."""
         return needed(self.recipe.score, "score")
+
+    @property
+    def student(self) -> Student:
+        """The recipe's section; whoever trains or judges a student has one."""
+        return needed(self.recipe.student, "student")
+
+    @property
+    def train(self) -> Train:
+        """The recipe's section; whoever trains or judges a student has one."""
+        return needed(self.recipe.train, "train")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

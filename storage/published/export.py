@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from ..errors import UsageError
 from ..files.base import file_sha256
 from ..files.local import LocalFiles
-from ..snapshots.snapshot import Snapshot, load_snapshot
+from ..snapshots.snapshot import Snapshot
 from ..store.store import Store
 from ..tables.schema import KEY, TableName
 from .export_files import TableFiles
@@ -37,7 +37,6 @@ from .export_rows import (
 )
 from .manifest import MANIFEST, Manifest, PublishedFile, PublishedSplit
 
-SPLITS = ("train", "validation", "test")
 # What shards say that holds for this or that shard only, or is told in PROVENANCE.json.
 _OF_ONE_SHARD = {"statistics", "again", "versions", "format_version", "table", "settings", "stage"}
 _ONE_FOR_ALL = ("tokenizer_id", "vocab_size", "head", "class_names")
@@ -79,54 +78,6 @@ class Made:
     """Split -> keys of its generations."""
     authors: set[str] = field(default_factory=set)
     """Ids of the models whose text or distribution is in the rows."""
-
-
-def find_snapshots(store: Store, name: str | None) -> dict[str, Snapshot]:
-    """The snapshot to export and those that belong to it, by split.
-
-    Args:
-        store: Where training runs left their snapshots.
-        name: Id of one, or its unique beginning; None: the only one that was trained on.
-
-    Raises:
-        UsageError: no such snapshot, or several; lists them.
-    """
-    ids = [file.removesuffix(".json") for file in store.files.names("snapshots")]
-    chosen = _chosen_snapshot(store, ids, name)
-    source = next((shard.source for shard in chosen.shards if shard.source), None)
-    if source is not None:
-        raise UsageError(
-            f"{store.root}: snapshot {chosen.id} holds rows of the read-only source {source}, "
-            "which are not in this store. What a published folder holds is published: name that "
-            "one. What a store holds can be exported from it. Or run the recipe once without "
-            "storage.sources: then this store has all of its rows."
-        )
-    split = chosen.about.get("split", "train")
-    found = {split: chosen}
-    for other, snapshot_id in chosen.about.get("splits", {}).items():
-        if other != split and snapshot_id in ids:
-            found[other] = load_snapshot(store, snapshot_id)
-    return {split: found[split] for split in SPLITS if split in found}
-
-
-def _chosen_snapshot(store: Store, ids: list[str], name: str | None) -> Snapshot:
-    known = [load_snapshot(store, found) for found in ids if found.startswith(name or "")]
-    if name is None:
-        known = [snapshot for snapshot in known if snapshot.about.get("split", "train") == "train"]
-    if len(known) == 1:
-        return known[0]
-    if known:
-        what = "several snapshots"
-    else:
-        what = f"no snapshot {name}" if name else "no snapshot of training rows"
-    advice = "Run a recipe up to `train` first, it makes one"
-    if ids:
-        advice = "Name one with --snapshot"
-    listed = "".join(
-        f"\n  {one.id}  {one.about.get('split', '-')}, {one.rows} rows of {one.table}"
-        for one in known or [load_snapshot(store, found) for found in ids]
-    )
-    raise UsageError(f"{store.root}: {what}. {advice}.{listed}")
 
 
 def make_tables(

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 
 from ..errors import IntegrityError, StillroomError
@@ -91,6 +92,17 @@ class Index:
         """All rows of a small query."""
         with _explained():
             return self._connection.execute(sql).fetchall()
+
+    def places(self, table: TableName, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        """Shard sha256 -> its rows among these values of `place`."""
+        numbers = np.sort(numbers)
+        seqs = numbers >> 32
+        starts = np.flatnonzero(np.diff(seqs, prepend=-1))
+        rows = np.split(numbers & 0xFFFFFFFF, starts[1:])
+        commits = self.commits[table]
+        return {
+            commits[int(seqs[s])].shard.sha256: part for s, part in zip(starts, rows, strict=False)
+        }
 
     def _part(self, name: str, table: TableName, found: Indexed, *, first: int) -> str:
         """A view of the rows of one of the stores; its commits are counted from `first` on."""

@@ -14,6 +14,10 @@ from typing import Any
 import pytest
 from kit import stillroom
 
+from stillroom.stages.recipe import load
+from stillroom.stages.recipe.formats import FORMATS
+from stillroom.stages.recipe.sections import Recipe
+
 GUIDES = Path(__file__).parents[2] / "pipeline" / "guides"
 RECORDS = 24  # of a data file, made after the three that its guide shows
 # The guides are written for real models: a run on tiny ones takes smaller numbers and the engine
@@ -96,7 +100,7 @@ def write_file(block: Block, folder: Path) -> None:
         for section, fields in SMALLER.items():
             if section in tree:
                 tree[section] |= fields
-        if "config" in tree["student"]:
+        if "config" in tree.get("student", {}):
             tree["student"]["config"] = {
                 "num_hidden_layers": 1,
                 "hidden_size": 8,
@@ -175,3 +179,44 @@ def test_every_fenced_block_is_a_file_or_commands() -> None:
     for guide in GUIDES.glob("*.md"):
         assert guide.read_text().count("\n```") == 2 * len(blocks(guide))
         assert {block.language for block in blocks(guide) if not block.title} <= {"sh"}
+
+
+FLOORS = [GUIDES.parents[1] / floor for floor in ("storage", "stages", "pipeline")]
+PAGES = [
+    GUIDES.parents[1] / "README.md",
+    *(page for floor in FLOORS for page in sorted(floor.rglob("*.md"))),
+]
+FILES = ("py", "json", "md", "html", "yaml", "log")
+
+
+@pytest.mark.parametrize(
+    "page", PAGES, ids=lambda page: page.relative_to(GUIDES.parents[1]).as_posix()
+)
+def test_fields_that_a_page_names_are_in_the_recipe(page: Path) -> None:
+    unknown = []
+    for name in re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)\b[^`]*`", page.read_text()):
+        section, *fields = name.split(".")
+        if section in Recipe.model_fields and fields[-1] not in FILES:
+            known = load._keys_at((section, *fields[:-1]))
+            unknown += [] if not known or fields[-1] in known else [name]
+    assert not unknown
+
+
+@pytest.mark.parametrize("guide", sorted(GUIDES.glob("*.md")), ids=lambda guide: guide.stem)
+def test_recipes_of_a_guide_are_right_together(guide: Path, tmp_path: Path) -> None:
+    for block in blocks(guide):
+        if block.language == "yaml":
+            path = tmp_path / (block.title or "recipe.yaml")
+            path.write_text(block.text)
+            load.load_recipe(path)
+
+
+def test_the_formats_and_their_fields_are_those_of_the_table() -> None:
+    """A conversation's record has other shapes too, which the table names."""
+    rows = re.findall(
+        r"^\| `(\w+)` \| ([^|]*) \|", (GUIDES / "own-data.md").read_text(), re.MULTILINE
+    )
+    assert {name for name, _ in rows} == set(FORMATS)
+    for name, record in rows:
+        fields = set(re.findall(r"`(\w+)`", record)) - {"conversations"}
+        assert set(FORMATS[name].required) <= fields <= set(FORMATS[name].columns)

@@ -1,10 +1,14 @@
 """A small store to publish: prompts, generations and targets of every kind that a run may leave, and its snapshots."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import samples
 
@@ -14,6 +18,7 @@ from stillroom.storage.store.writer import CommitLimits
 
 TEACHER = samples.ABOUT["teacher_id"]
 ROWS, HELD_OUT = 24, 4
+CLASSES_ABOUT = samples.ABOUT | {"head": "classes", "class_names": ["bad", "fair", "good"]}
 
 
 def make_store(
@@ -73,6 +78,28 @@ def target_row(index: int, kind: str) -> dict[str, Any]:
     return samples.target_row(index, tokens=3 + index % 5, k=6, kind=kind)
 
 
+def class_row(index: int) -> dict[str, Any]:
+    """A distribution over three classes at the last token."""
+    row = samples.target_row(index, kind="full")
+    tokens, logprobs = row["token_ids"], np.log(np.float32([0.5, 0.25, 0.25]))
+    one = {
+        "span_start": len(tokens) - 1,
+        "spans": None,
+        "span_tokens": 1,
+        "k": 3,
+        "logprobs": logprobs,
+        "label": index % 3,
+    }
+    floats = {
+        "tail_logprob": [-np.inf],
+        "token_logprob": logprobs[[index % 3]],
+        "entropy": [1.04],
+    }
+    return (
+        row | one | {name: np.float32(value) for name, value in floats.items()} | {"kept_mass": 1.0}
+    )
+
+
 def keep_teacher(store: Store) -> None:
     """A tokenizer of words and a config, as a store keeps them."""
     from tokenizers import Tokenizer, models
@@ -122,3 +149,35 @@ def snapshots_of(
         made[split] = Snapshot(snapshot.id, snapshot.table, snapshot.shards, about)
         save_snapshot(store, made[split])
     return made
+
+
+DATASETS_441 = os.environ.get("STILLROOM_DATASETS_441")
+"""A folder with `datasets` 4.4.1 (`pip install --target`), or nothing."""
+_READ = """
+import hashlib, json, sys
+if sys.argv[1]:
+    sys.path.insert(0, sys.argv[1])
+import datasets
+datasets.disable_progress_bars()
+found = {}
+for folder in sys.argv[3:]:
+    for config in datasets.get_dataset_config_names(folder):
+        loaded = datasets.load_dataset(folder, config, cache_dir=sys.argv[2])
+        for split, rows in loaded.items():
+            digest = hashlib.sha256(repr(list(rows)).encode()).hexdigest()
+            found[f"{folder} {config} {split}"] = [len(rows), digest]
+print(json.dumps([datasets.__version__, found]))
+"""
+
+
+def read_by_datasets(
+    folders: Sequence[Path], cache: Path, *, installed_in: str = ""
+) -> tuple[str, dict[str, list[Any]]]:
+    """The version of `datasets`, and for each folder, config and split how many rows it reads and their hash."""
+    words = [installed_in, str(cache), *map(str, folders)]
+    done = subprocess.run(
+        [sys.executable, "-c", _READ, *words], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    version, found = json.loads(done.stdout.splitlines()[-1])
+    return version, found

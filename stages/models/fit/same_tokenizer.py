@@ -12,6 +12,7 @@ from typing import Any
 
 from ....storage.errors import UsageError
 from ...recipe.sections import Recipe
+from ...recipe.stages import needed
 
 _FILE = "tokenizer.json"
 _OPTIONS = (
@@ -148,8 +149,9 @@ def refuse_other_tokenizer(recipe: Recipe, student: Path, teacher: Path) -> None
     """Raise UsageError, with both names and the first difference, where a student reads other tokens."""
     reason = compare_tokenizers(teacher, student)
     if reason is not None:
+        name = needed(recipe.student, "student").model
         raise UsageError(
-            f"student.model: the tokenizer of {recipe.student.model} is not that of the teacher "
+            f"student.model: the tokenizer of {name} is not that of the teacher "
             f"{recipe.teacher.model}: {reason} (first: teacher, second: student). Choose a "
             "student of its family, or `student.config` for fresh weights with the teacher's "
             "tokenizer."

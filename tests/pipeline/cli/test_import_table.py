@@ -122,6 +122,9 @@ def test_a_table_becomes_a_store_that_plan_and_train_know(
         "k": K,
     }
     assert verify(Store.open(store)).ok
+    # It can be given away before anybody is trained on it.
+    given = last_json(stillroom("export", store, tmp_path / "out", "--license", "mit", "--json"))
+    assert given["rows"]["soft_targets"] == {"train": ROWS - 4, "test": 4}
     tree = done["recipe"] | {
         "run": {"dir": str(tmp_path / "run")},
         "student": {"model": str(teacher)},

@@ -12,7 +12,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from kit import ENVIRONMENT, last_json, stillroom
-from published import HELD_OUT, ROWS, TEACHER, generation_row, make_store, samples, snapshots_of
+from published import (
+    CLASSES_ABOUT,
+    HELD_OUT,
+    ROWS,
+    TEACHER,
+    class_row,
+    generation_row,
+    make_store,
+    samples,
+    snapshots_of,
+)
 
 from stillroom.pipeline.publish.dataset_card_code import FOLDER
 from stillroom.pipeline.publish.export import PublishRequest, export
@@ -320,35 +330,10 @@ class TestOtherRows:
         save_snapshot(store, make_snapshot(store, table, places, {"split": "train"}))
         return export(asked(store, **more), tmp_path / "out", say=silent)
 
-    def classified(self, index):
-        row = samples.target_row(index, kind="full")
-        tokens, logprobs = row["token_ids"], np.log(np.float32([0.5, 0.25, 0.25]))
-        one = {
-            "span_start": len(tokens) - 1,
-            "spans": None,
-            "span_tokens": 1,
-            "k": 3,
-            "logprobs": logprobs,
-            "label": index % 3,
-        }
-        floats = {
-            "tail_logprob": [-np.inf],
-            "token_logprob": logprobs[[index % 3]],
-            "entropy": [1.04],
-        }
-        return (
-            row
-            | one
-            | {name: np.float32(value) for name, value in floats.items()}
-            | {"kept_mass": 1.0}
-        )
-
-    ABOUT = samples.ABOUT | {"head": "classes", "class_names": ["bad", "fair", "good"]}
-
     def test_classes_are_named(self, tmp_path):
         from huggingface_hub import metadata_load
 
-        done = self.exported(tmp_path, "soft_targets", map(self.classified, range(6)), self.ABOUT)
+        done = self.exported(tmp_path, "soft_targets", map(class_row, range(6)), CLASSES_ABOUT)
         assert "the distribution over the classes of each text" in done.card
         assert "metadata: `bad`, `fair`, `good`" in done.card
         assert re.search(
@@ -364,8 +349,8 @@ class TestOtherRows:
             self.exported(
                 tmp_path,
                 "soft_targets",
-                map(self.classified, range(6)),
-                self.ABOUT,
+                map(class_row, range(6)),
+                CLASSES_ABOUT,
                 choice=Choice(min_k=2),
             )
 
@@ -546,6 +531,12 @@ class TestFolder:
         assert 0 < rows < TRAIN
         assert f"train: {rows} of {TRAIN} rows" in said
 
+    def test_it_says_how_many_rows_no_snapshot_has(self, tmp_path):
+        made, said = make_store(tmp_path / "store"), []
+        snapshots_of(made, left_out=(1, 2))
+        export(asked(made), tmp_path / "out", say=said.append)
+        assert any("other rows of soft_targets that stay in the store: 2." in line for line in said)
+
     def test_exporting_again_builds_nothing_and_changes_nothing(self, store, tmp_path):
         first = export(asked(store), tmp_path / "out", say=silent)
         before = {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in (tmp_path / "out").rglob("*")}
@@ -687,7 +678,7 @@ def only_once(monkeypatch, module, kept):
 
     make_tables = module.make_tables
     monkeypatch.setattr(module, "make_tables", tables)
-    for name in ("make_provenance", "dataset_card", "find_snapshots"):
+    for name in ("make_provenance", "dataset_card", "selected"):
         remembered(name)
 
 

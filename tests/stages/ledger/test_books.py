@@ -443,6 +443,7 @@ def test_equal_tokens_are_scored_once_and_what_is_judged_is_not_trained_on(tmp_p
     write(store, r, rows)
     ledger, wanted, _ = score_books(store, r, names)
     assert ledger.planned == len(wanted) == 1
+    assert ledger.equal == 3
     assert (wanted[0].kept.kind, wanted[0].prompt_key) == ("full", prompt_key(test))
     assert wanted[0].token_ids.tolist() == rows[0]["token_ids"]
     with books_of(store, r, names, held_out=1) as books:

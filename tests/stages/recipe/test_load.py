@@ -57,6 +57,8 @@ def test_a_misspelt_key_is_refused_with_line_and_nearest_key(
         ("train.tokens=1000", "give either `tokens` or `epochs`"),
         ("student.model=x", "name either `model`"),
         ("teacher=null", "teacher: missing"),
+        ("train=null", "train: missing, and there is a section `student`"),
+        ("student=null", "student: missing, and there is a section `train`"),
         ("data.format=text", "generate: format 'text' brings its own text"),
         (
             "data.chat_template_kwargs={tools: []}",
@@ -166,6 +168,24 @@ def test_a_store_stands_for_teacher_and_data_or_for_neither(
     for field in ("teacher.model", "data.source"):
         assert f"{field}: names a store" in refusal(
             tmp_path, tree, "storage.sources=[x]", f"{field}=x"
+        )
+
+
+def test_stage_one_alone_says_nothing_of_a_student(tmp_path: Path, tree: dict[str, Any]) -> None:
+    """How many held-out tokens get reference targets is stage one's; the sections may stand there empty."""
+    del tree["student"], tree["train"]
+    tree["evaluate"] = {"tokens": 50}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    assert load_recipe(path, ["loss={}"]).student is None
+    # Drawn targets ask for a loss temperature, which is not there.
+    load_recipe(path, ["score={targets: sampled, temperatures: [2.0]}"])
+    for setting in ("loss.hard_weight=0", "evaluate.baseline=true", "run.seed=1"):
+        said = refusal(tmp_path, tree, setting)
+        field = setting.partition("=")[0]
+        assert (
+            said
+            == f"--set {field}: has no meaning without `student` and `train`. Remove it, or add them"
         )
 
 

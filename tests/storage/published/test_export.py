@@ -12,7 +12,7 @@ from stillroom.storage.errors import IntegrityError, UsageError
 from stillroom.storage.files.local import LocalFiles
 from stillroom.storage.keys import seal
 from stillroom.storage.published import export_files
-from stillroom.storage.published.export import Choice, find_snapshots, make_tables
+from stillroom.storage.published.export import Choice, make_tables
 from stillroom.storage.published.export_numbers import Lengths, Spread
 from stillroom.storage.published.export_rows import (
     JOINED,
@@ -29,6 +29,7 @@ from stillroom.storage.published.manifest import (
     damaged_files,
     read_manifest,
 )
+from stillroom.storage.published.selection import find_snapshots
 from stillroom.storage.snapshots.snapshot import make_snapshot, save_snapshot
 from stillroom.storage.tables.rows import Rows
 from stillroom.storage.tables.schema import SCHEMAS
@@ -465,10 +466,8 @@ class TestStore:
         with pytest.raises(UsageError, match="no snapshot zz"):
             find_snapshots(store, "zz")
 
-    def test_a_store_that_trained_nobody_says_so(self, store):
-        with pytest.raises(
-            UsageError, match=r"no snapshot of training rows\. Run a recipe up to `train`"
-        ):
+    def test_a_store_without_rows_says_so(self, store):
+        with pytest.raises(UsageError, match="holds no row to export"):
             find_snapshots(store, None)
 
     def test_a_generation_that_is_gone_is_missed(self, tmp_path):

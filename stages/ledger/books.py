@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ...storage.errors import StillroomError
+from ...storage.errors import IntegrityError, StillroomError
 from ...storage.joined import FIRST, Joined
 from ...storage.published.folder import Published
-from ...storage.store.commits import numbers
+from ...storage.store.commits import Commit, numbers
 from ...storage.store.index import Index, as_uuid
 from ...storage.store.inputs import read_inputs
 from ...storage.store.segments import place_of
@@ -230,7 +230,7 @@ class Books:
 
     def place(self, table: TableName, number: int) -> Place:
         """The shard and row behind a `place` of the index."""
-        return self.index.commits[table][number >> 32].shard.sha256, number & 0xFFFFFFFF
+        return self._commit(table, number >> 32).shard.sha256, number & 0xFFFFFFFF
 
     def places(self, table: TableName, numbers: np.ndarray) -> dict[str, np.ndarray]:
         """Shard sha256 -> its rows among these places."""
@@ -238,10 +238,20 @@ class Books:
         seqs = numbers >> 32
         starts = np.flatnonzero(np.diff(seqs, prepend=-1))
         rows = np.split(numbers & 0xFFFFFFFF, starts[1:])
-        commits = self.index.commits[table]
         return {
-            commits[int(seqs[s])].shard.sha256: part for s, part in zip(starts, rows, strict=False)
+            self._commit(table, int(seqs[s])).shard.sha256: part
+            for s, part in zip(starts, rows, strict=False)
         }
+
+    def _commit(self, table: TableName, seq: int) -> Commit:
+        """The commit that a place of the index names."""
+        commit = self.index.commits[table].get(seq)
+        if commit is None:
+            raise IntegrityError(
+                f"cache/index/{table}: names commit {seq}, which is not there. Delete the folder: "
+                "the next plan makes it again."
+            )
+        return commit
 
 
 def different(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:

@@ -1,11 +1,11 @@
 """Records beside the tables, checked against their own hashes: inputs, teachers, bindings, snapshots."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
+from ..bounds import mapping, parsed
 from ..errors import IntegrityError
 from ..files.base import Files
 from ..keys import content_id, unseal
@@ -63,7 +63,8 @@ def _teacher_problems(files: Files, seen: Seen) -> Iterator[Problem]:
             continue
         seen.named.update(f"{folder}/{name}" for name in names)
         try:
-            parts = json.loads(files.read(identity))
+            parts = mapping(parsed(files.read(identity)))
+            mapping(parts.get("tokenizer", {}))
             right = content_id("model", **parts) == PurePosixPath(folder).name
         except (ValueError, TypeError):
             right = False
@@ -106,7 +107,7 @@ def _file_problems(
 
 def _holds(files: Files, folder: str, name: str, content: dict[str, Any]) -> bool:
     try:
-        return _within(content, json.loads(files.read(f"{folder}/{name}")))
+        return _within(content, parsed(files.read(f"{folder}/{name}")))
     except (FileNotFoundError, ValueError):
         return False
 

@@ -18,6 +18,7 @@ from ..tables.schema import KEY, TABLES, TableName
 from ..tables.shard import REPAIR, ShardInfo
 from .commits import Commit
 from .segments import INDEXED, Indexed, place_of, segment_schema
+from .stopping import stoppable
 from .store import Store
 
 MEMORY = "800MB"
@@ -50,7 +51,8 @@ class Index:
 
     def close(self) -> None:
         """Give memory and disk back."""
-        self._connection.close()
+        with suppress(duckdb.Error):  # a statement that cannot be interrupted is at work
+            self._connection.close()
         self._spill.cleanup()
 
     def use_all_memory(self) -> None:
@@ -80,17 +82,17 @@ class Index:
     def execute(self, sql: str) -> None:
         """Run a statement."""
         with _explained():
-            self._connection.execute(sql)
+            stoppable(self._connection, lambda: self._connection.execute(sql))
 
     def table(self, sql: str) -> pa.Table:
         """All rows of a query."""
         with _explained():
-            return self._connection.sql(sql).to_arrow_table()
+            return stoppable(self._connection, lambda: self._connection.sql(sql).to_arrow_table())
 
     def rows(self, sql: str) -> list[tuple[Any, ...]]:
         """All rows of a small query."""
         with _explained():
-            return self._connection.execute(sql).fetchall()
+            return stoppable(self._connection, lambda: self._connection.execute(sql).fetchall())
 
     def _part(self, name: str, table: TableName, found: Indexed, *, first: int) -> str:
         """A view of the rows of one of the stores; its commits are counted from `first` on."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from .bounds import parsed
 from .errors import IntegrityError
 
 KEY_BYTES = 16
@@ -65,7 +66,7 @@ def seal(record: dict[str, Any]) -> bytes:
 def unseal(data: bytes, name: str) -> dict[str, Any]:
     """The record that `seal` wrote; `name` is the file, for the message."""
     try:
-        record: dict[str, Any] = json.loads(data)
+        record: dict[str, Any] = parsed(data)
         digest = record.pop("self")
         actual = hashlib.sha256(canonical_json(record)).hexdigest()
     except (ValueError, KeyError, AttributeError, TypeError) as error:
@@ -75,7 +76,7 @@ def unseal(data: bytes, name: str) -> dict[str, Any]:
     if actual != digest:
         raise IntegrityError(
             f"{name}: the record was changed after it was written (its hash is {actual[:16]}, it "
-            f"says {digest[:16]}). {_ADVICE}"
+            f"says {str(digest)[:16]!a}). {_ADVICE}"
         )
     return record
 

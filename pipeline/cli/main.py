@@ -17,19 +17,24 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from ...storage.errors import StillroomError, Stopped
+from ...storage.store.stopping import at_work, stop_signals
 from . import import_table, publish, store
 from .app import AsJson, Overrides, Quiet, RecipePath, app, print_for_people, print_json
+from .streams import outlive_terminal
 
 
 def main() -> None:
     """Entry point: runs a command; a mistake of the user's is a message, never a traceback."""
-    try:
-        with _signals_raised():
+    outlive_terminal()
+    with _signals_raised():
+        try:
             app()
-    except StillroomError as error:
-        _fail(error)
-    except _SignalCame:
-        _fail(Stopped())
+        except StillroomError as error:
+            _fail(error)
+        except _SignalCame:
+            for number in stop_signals():
+                signal.signal(number, signal.SIG_IGN)  # it is stopping
+            _fail(Stopped())
 
 
 class _SignalCame(BaseException):
@@ -39,7 +44,7 @@ class _SignalCame(BaseException):
 @contextmanager
 def _signals_raised() -> Iterator[None]:
     """For the time of a command; while a stage runs, `run/process.py` has handlers of its own."""
-    before = {number: signal.signal(number, _raise) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, _raise) for number in stop_signals()}
     try:
         yield
     finally:
@@ -62,6 +67,10 @@ def _fail(error: StillroomError) -> NoReturn:
     sys.stderr.write(f"{text}\n")
     if "--json" in sys.argv:
         sys.stdout.write(json.dumps({"error": str(error), "exit_code": error.exit_code}) + "\n")
+    if at_work():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(error.exit_code)
     sys.exit(error.exit_code)
 
 

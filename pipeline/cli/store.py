@@ -54,24 +54,31 @@ def inspect(
 def query(
     store: StorePath,
     sql: Annotated[str, typer.Argument(help="A SELECT over the views.")],
+    rows: Annotated[int, typer.Option(min=1, help="How many rows to show at most.")] = 100,
     as_json: AsJson = False,
 ) -> None:
-    """DuckDB over the store: prompts, generations, soft_targets, features, rejects, commits, inputs."""
-    from ...storage.store.sql import query as run_query
+    """DuckDB over the store: prompts, generations, soft_targets, features, rejects, commits, inputs.
+
+    A query may hold 2 GB in memory and 20 GB on disk; the environment variables STILLROOM_SQL_MEMORY
+    and STILLROOM_SQL_DISK give it more or less.
+    """
+    from ...storage.store.sql import first_rows
     from ...storage.store.store import Store
 
-    found = run_query(Store.open(store), sql)
+    found, complete = first_rows(Store.open(store), sql, most=rows)
     from rich.table import Table
 
     from ..numbers import printable
 
     table = Table(*found.column_names, box=None, pad_edge=False)
-    for row in found.slice(0, 100).to_pylist():
+    shown = found.to_pylist()
+    for row in shown:
         table.add_row(*(printable(_cell(v)) for v in row.values()))
     print_for_people(table)
-    if found.num_rows > 100:
-        print_for_people(f"({found.num_rows} rows; the first 100 are shown)")
-    print_json({"rows": json.loads(json.dumps(found.to_pylist(), default=_cell))}, as_json)
+    if not complete:
+        print_for_people(f"(the first {rows} rows; there are more, see --rows)")
+    content = {"rows": json.loads(json.dumps(shown, default=_cell)), "complete": complete}
+    print_json(content, as_json)
 
 
 def verify(

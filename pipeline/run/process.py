@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 
 from ...storage.errors import StillroomError, Stopped
+from ...storage.store.stopping import stop_signals
 from .screen import Screen
 from .worker import JOB_FD
 
@@ -60,10 +61,7 @@ class StageProcess:
             StageDied: there is no answer, or the answer is that the engine died.
             StillroomError: the stage failed.
         """
-        before = {
-            number: signal.signal(number, self._on_signal)
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        before = {number: signal.signal(number, self._on_signal) for number in stop_signals()}
         try:
             answer = self._talk()
         finally:
@@ -75,6 +73,8 @@ class StageProcess:
         return self._checked(answer)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP and self._signals:
+            return  # where a terminal ends, shell and kernel may both say so
         self._signals += 1
         if self._signals == 1:
             self._deadline = time.monotonic() + GRACE_SECONDS

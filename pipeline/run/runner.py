@@ -194,8 +194,10 @@ def _to_the_end(message: dict[str, Any], run_dir: Path, screen: Screen) -> dict[
         asked = message | {"journal": str(journal), "began": time.monotonic()}
         try:
             return StageProcess(asked, screen).finish()
-        except Stopped:
+        except Stopped as stopped:
             journal.unlink(missing_ok=True)  # what it had in flight is not to blame
+            # The terminal may be gone: the log says it too.
+            _note(Path(message["log"]), f"{message['name']}: {stopped}")
             raise
         except StageDied as death:
             flight = read_journal(journal)

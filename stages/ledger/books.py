@@ -241,7 +241,7 @@ class Books:
 
     def place(self, table: TableName, number: int) -> Place:
         """The shard and row behind a `place` of the index."""
-        return self.index.commits[table][number >> 32].shard.sha256, number & 0xFFFFFFFF
+        return self.index.commit(table, number >> 32).shard.sha256, number & 0xFFFFFFFF
 
 
 def different(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:

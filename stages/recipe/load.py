@@ -15,6 +15,7 @@ from .checks import check_together
 from .fields import NUMBER, SCHEDULE
 from .hints import hint_at
 from .sections import Recipe
+from .yaml_text import MOST_CHARACTERS, read_yaml
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
@@ -65,7 +66,8 @@ def changed_fields(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            return file.read(MOST_CHARACTERS + 1)  # what is longer is refused
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             f"{path}: no recipe to read there ({error}). `stillroom init {path.name}` writes one."
@@ -75,10 +77,9 @@ def _read(path: Path) -> str:
 def _parse(path: Path, text: str) -> tuple[dict[str, Any], dict[str, int]]:
     """The tree, and dotted path -> line."""
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        tree = yaml.safe_load(text)
+        tree, node = read_yaml(text)
     except yaml.YAMLError as error:
-        raise UsageError(f"{path}: not YAML: {error}") from error
+        raise UsageError(f"{path}: not YAML that can be read: {error}") from error
     if not isinstance(tree, dict):
         raise UsageError(
             f"{path}: holds {type(tree).__name__}, expected sections. `stillroom init` writes an "
@@ -114,9 +115,9 @@ def _override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise UsageError(f"--set {override}: {section} is not a section")
     try:
-        given = yaml.safe_load(value)
+        given, _ = read_yaml(value)
     except yaml.YAMLError as error:
-        raise UsageError(f"--set {override}: the value is not YAML ({error})") from error
+        raise UsageError(f"--set {name}: the value is not YAML ({error})") from error
     if given is None and key in tree:
         del tree[key]  # back to the default
     else:

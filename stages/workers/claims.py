@@ -14,6 +14,7 @@ Dean and Ghemawat 2004).
 
 import os
 import random
+import re
 import socket
 import uuid
 from collections import Counter
@@ -24,6 +25,7 @@ from ...storage.files.base import Files
 from ...storage.keys import canonical_json, content_id
 
 T = TypeVar("T")
+_CLAIM = re.compile(r"(?P<block>[0-9]{8})\.(?P<number>[0-9]{1,9})\.json")
 
 
 class Claims:
@@ -88,8 +90,9 @@ class Claims:
         for name in self._files.names(
             self._folder
         ):  # old claims may have been vacuumed: the highest number counts
-            block, number = name.split(".")[:2]
-            counts[int(block)] = max(counts[int(block)], int(number) + 1)
+            if found := _CLAIM.fullmatch(name):
+                block, number = int(found["block"]), int(found["number"])
+                counts[block] = max(counts[block], number + 1)
         return counts
 
     def _claim(self, block: int, number: int) -> bool:

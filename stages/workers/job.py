@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ...storage.errors import Stopped
+from ...storage.store.stopping import stop_signals, stop_statements
 from ..recipe.fields import Arm, Split
 from ..recipe.sections import Generate, Recipe, Score, Student, Train
 from ..recipe.stages import needed
@@ -30,15 +31,19 @@ class Progress(Protocol):
 
 
 class StopFlag:
-    """Set by the first SIGINT or SIGTERM; stages look at it between units of work."""
+    """Set by the first signal that asks to stop; stages look at it between units of work."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
 
     def listen(self) -> None:
-        """Turn SIGINT and SIGTERM into this flag (main thread only)."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: self._event.set())
+        """Turn the signals that ask to stop into this flag (main thread only)."""
+        for number in stop_signals():
+            signal.signal(number, self._hear)
+
+    def _hear(self, *_: object) -> None:
+        self._event.set()
+        stop_statements()
 
     def check(self) -> None:
         """Raise `Stopped` if a signal came."""

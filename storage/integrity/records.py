@@ -1,11 +1,11 @@
 """Records beside the tables, checked against their own hashes: inputs, teachers, bindings, snapshots."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
+from ..bounds import mapping, parsed
 from ..errors import IntegrityError
 from ..files.base import Files
 from ..keys import content_id, unseal
@@ -95,7 +95,8 @@ def _folder_problems(
 def _parts(files: Files, folder: str) -> dict[str, Any] | None:
     """What the identity is made of; None: it is not that teacher's."""
     try:
-        parts: dict[str, Any] = json.loads(files.read(f"{folder}/identity.json"))
+        parts = mapping(parsed(files.read(f"{folder}/identity.json")))
+        mapping(parts.get("tokenizer", {}))
         right = content_id("model", **parts) == PurePosixPath(folder).name
     except (FileNotFoundError, ValueError, TypeError):
         return None
@@ -105,8 +106,8 @@ def _parts(files: Files, folder: str) -> dict[str, Any] | None:
 def _recorded_problems(files: Files, folder: str, names: set[str]) -> Iterator[tuple[str, str]]:
     record = f"{folder}/{TEACHER_FILES}"
     try:
-        hashes = unseal(files.read(record), record)["files"]
-    except (IntegrityError, KeyError) as error:
+        hashes = mapping(unseal(files.read(record), record)["files"])
+    except (IntegrityError, KeyError, ValueError) as error:
         yield TEACHER_FILES, str(error)
         return
     for name, sha256 in hashes.items():
@@ -146,14 +147,14 @@ def _template(files: Files, folder: str, names: set[str]) -> tuple[str, Any]:
         return "chat_template.jinja", _text(files, f"{folder}/chat_template.jinja")
     name = "tokenizer_config.json"
     try:
-        return name, json.loads(files.read(f"{folder}/{name}")).get("chat_template")
+        return name, mapping(parsed(files.read(f"{folder}/{name}"))).get("chat_template")
     except (FileNotFoundError, ValueError, AttributeError):
         return name, None
 
 
 def _holds(files: Files, folder: str, name: str, content: dict[str, Any]) -> bool:
     try:
-        return _within(content, json.loads(files.read(f"{folder}/{name}")))
+        return _within(content, parsed(files.read(f"{folder}/{name}")))
     except (FileNotFoundError, ValueError):
         return False
 

@@ -19,7 +19,8 @@ import pyarrow.compute as pc
 from ..errors import IntegrityError, UsageError
 from ..keys import content_key
 from ..snapshots.snapshot import Snapshot
-from ..store.sql import connect, query
+from ..store.sql import batches, connected, query
+from ..store.stopping import stoppable
 from ..store.store import Store
 from ..tables.kinds import STRUCTURES
 from ..tables.rows import Rows, rows_to_table
@@ -198,7 +199,7 @@ def generations_of(store: Store, keys: pa.Array) -> Iterator[pa.Table]:
         return
     found = 0
     with _asked(store, keys) as connection:
-        for batch in connection.sql(_WITH_PROMPTS).to_arrow_reader(_BATCH_ROWS):
+        for batch in batches(connection, _WITH_PROMPTS, rows=_BATCH_ROWS):
             found += batch.num_rows
             yield pa.Table.from_batches([batch]).cast(PUBLISHED["generations"])
     if found != len(keys):
@@ -213,7 +214,7 @@ def generations_of(store: Store, keys: pa.Array) -> Iterator[pa.Table]:
 def columns_of_some(store: Store, keys: pa.Array) -> set[str]:
     """Those of `OF_SOME` that the prompt of one of these generations has."""
     with _asked(store, keys) as connection:
-        counts = connection.sql(_COUNTED).fetchall()[0]
+        counts = stoppable(connection, lambda: connection.sql(_COUNTED).fetchall())[0]
     return {name for name, rows in zip(OF_SOME, counts, strict=True) if rows}
 
 
@@ -222,7 +223,7 @@ def _asked(store: Store, keys: pa.Array) -> Iterator[Any]:
     """SQL over the store, with the wanted generations as `wanted`."""
     _check_bytes(store, "generations")
     _check_bytes(store, "prompts")
-    with connect(store) as connection:
+    with connected(store) as connection:
         wanted = pa.table({"number": pa.array(np.arange(len(keys))), "key": keys})
         connection.from_arrow(wanted).create("wanted")
         yield connection
@@ -230,9 +231,9 @@ def _asked(store: Store, keys: pa.Array) -> Iterator[Any]:
 
 def sources_of(store: Store, keys: pa.Array) -> list[tuple[str, bool, int]]:
     """Which recorded data the prompts of these generations are from: data id, whether held out, how many prompts."""
-    with connect(store) as connection:
+    with connected(store) as connection:
         connection.from_arrow(pa.table({"key": keys})).create("wanted")
-        return list(connection.sql(_SOURCES).fetchall())
+        return list(stoppable(connection, lambda: connection.sql(_SOURCES).fetchall()))
 
 
 def shards_of(store: Store, table: TableName, keys: pa.Array) -> list[tuple[dict[str, Any], int]]:

@@ -6,7 +6,6 @@ recipe chooses the same snapshot, with the same id and the same order of samples
 same student. Rows that were cut on their way out have no such record: there each file is a shard.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
@@ -18,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ..bounds import integer, mapping, parsed
 from ..errors import IntegrityError, UsageError
 from ..files.base import Files
 from ..files.local import LocalFiles
@@ -39,12 +39,13 @@ class PublishedFile(ShardFile):
 
     def _read_about(self) -> dict[str, Any]:
         try:
-            about = json.loads(self.stored.metadata[METADATA_KEY])
+            about = mapping(parsed(self.stored.metadata[METADATA_KEY]))
+            expected = SCHEMAS[about["table"]]
+            integer(about["format_version"])
         except (TypeError, KeyError, ValueError) as error:
             raise IntegrityError(
                 f"{self.name}: not a published table (no `stillroom` metadata). {_HELP}"
             ) from error
-        expected = SCHEMAS[about["table"]]
         for field in self.stored:
             if field.name in expected.names and not field.type.equals(
                 expected.field(field.name).type
@@ -188,6 +189,13 @@ class Published(Store):
             )
         self.table: TableName = tables.pop()  # type: ignore[assignment]
         """The table that its splits are of."""
+        for name, split in manifest.splits.items():
+            rows = sum(file.rows for file in manifest.tables_of(self.table, name))
+            if rows != split.rows:
+                raise IntegrityError(
+                    f"{files.root}/{MANIFEST}: split {name} has {split.rows} rows, its files have "
+                    f"{rows}. {_HELP}"
+                )
 
     @classmethod
     def open_folder(cls, root: Path | str) -> "Published":
@@ -339,8 +347,8 @@ class Published(Store):
         if not split.whole:
             infos = [ShardInfo(f.name, f.sha256, f.bytes, f.rows, f.row_groups) for f in files]
             return [(info, np.arange(info.rows)) for info in infos]
-        snapshot = load_snapshot(self, split.snapshot)
         published = sum(file.rows for file in files)
+        snapshot = load_snapshot(self, split.snapshot, most=published)
         if snapshot.table != self.table or snapshot.rows != published:
             raise IntegrityError(
                 f"{self.root}: split {name} has {published} rows of {self.table}, its snapshot "

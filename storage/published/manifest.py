@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..bounds import MOST_ROWS, hexdigest, inside, integer, mapping, row_groups, string, understood
 from ..errors import IntegrityError, UsageError
 from ..files.base import Files
 from ..keys import content_id, seal, unseal
@@ -43,6 +44,20 @@ class PublishedFile:
     row_groups: tuple[int, ...] = ()
     """Rows of each row group."""
 
+    @classmethod
+    def from_json(cls, said: dict[str, Any]) -> "PublishedFile":
+        """Read what `to_json` gave; ValueError where it is out of bounds."""
+        file = cls(**said | {"row_groups": tuple(said.get("row_groups", ()))})
+        if file.name == MANIFEST:
+            raise ValueError(f"{MANIFEST} names itself")
+        inside(file.name)
+        hexdigest(file.sha256)
+        # Each row has a key of 16 bytes that no codec makes shorter.
+        integer(file.rows, most=min(integer(file.bytes), MOST_ROWS))
+        row_groups(file.row_groups, rows=file.rows)
+        integer(file.tokens)
+        return file
+
     def to_json(self) -> dict[str, Any]:
         """What the manifest says; of a file that is no table, name, hash and size."""
         if not self.table:
@@ -65,6 +80,18 @@ class PublishedSplit:
     tokens: int
     """Positions: prompt and completion."""
     scored_tokens: int
+
+    @classmethod
+    def from_json(cls, said: dict[str, Any]) -> "PublishedSplit":
+        """Read what `dataclasses.asdict` gave to JSON; ValueError where it is out of bounds."""
+        split = cls(**said)
+        inside(split.snapshot)
+        string(split.table)
+        if not isinstance(split.whole, bool):
+            raise ValueError("whole is neither true nor false")
+        for count in (split.rows, split.tokens, split.scored_tokens):
+            integer(count)
+        return split
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,18 +163,32 @@ class Manifest:
                 f"{name}: formats {versions}, this Stillroom reads {RECORD_VERSION} and "
                 f"{PUBLISHED_VERSIONS}. Use the version of Stillroom that published it."
             )
-        files = [
-            PublishedFile(**file | {"row_groups": tuple(file.get("row_groups", ()))})
-            for file in record["files"]
-        ]
-        splits = {split: PublishedSplit(**found) for split, found in record["splits"].items()}
-        stated = record.pop("id")
-        found = cls(**{**record, "files": files, "splits": splits})
+        with understood(name, "manifest"):
+            stated = record.pop("id")
+            found = cls(**record | _parts(record))
         if found.id != stated:
             raise IntegrityError(
                 f"{name}: names {stated}, its files are {found.id}. Publish it again."
             )
         return found
+
+
+def _parts(record: dict[str, Any]) -> dict[str, Any]:
+    """Files and splits of a manifest's record; ValueError where something of it is out of bounds."""
+    string(record["name"])
+    mapping(record["chosen"])
+    mapping(record["statistics"])
+    for by_table in (record["tables"], record["about"]):
+        for facts in mapping(by_table).values():
+            mapping(facts)
+    files = [PublishedFile.from_json(mapping(file)) for file in record["files"]]
+    if len({file.name for file in files}) < len(files):
+        raise ValueError("it names a file twice")
+    splits = mapping(record["splits"]).items()
+    return {
+        "files": files,
+        "splits": {name: PublishedSplit.from_json(mapping(said)) for name, said in splits},
+    }
 
 
 def current_version(card: str) -> str | None:

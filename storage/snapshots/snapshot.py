@@ -4,15 +4,23 @@ What a training run reads.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from ..bounds import MOST_ROWS, hexdigest, inside, integer, mapping, row_groups, string, understood
 from ..errors import IntegrityError, UsageError
 from ..keys import content_id, seal, unseal
 from ..store.store import Store
-from ..tables.schema import RECORD_VERSION, TableName
+from ..tables.schema import RECORD_VERSION, SCHEMAS, TableName
+from ..tables.shard import ShardFile
+
+_UNPROVED = 1 << 24
+"""Rows that a snapshot may list before the records of its shards are asked whether they have as many."""
+
+_AGAIN = "Restore the file or make it again."
+_NONE = np.empty(0, np.int32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,8 +108,18 @@ def save_snapshot(store: Store, snapshot: Snapshot) -> None:
     store.files.put_if_absent(f"snapshots/{snapshot.id}.json", seal(record))
 
 
-def load_snapshot(store: Store, snapshot_id: str) -> Snapshot:
-    """Read a snapshot that was kept, here or in a source."""
+def load_snapshot(store: Store, snapshot_id: str, *, most: int | None = None) -> Snapshot:
+    """Read a snapshot that was kept, here or in a source.
+
+    Args:
+        store: The store.
+        snapshot_id: Its id.
+        most: Rows that it can have; None: as many as its shards.
+
+    Raises:
+        UsageError: there is none of this id.
+        IntegrityError: its record was changed, or says what cannot be.
+    """
     name = f"snapshots/{snapshot_id}.json"
     files = next((part.files for part, _ in store.parts if part.files.exists(name)), None)
     if files is None:
@@ -115,23 +133,61 @@ def load_snapshot(store: Store, snapshot_id: str) -> Snapshot:
             "Check the id."
         )
     record = unseal(files.read(name), name)
-    runs = [[shard["sha256"], shard["rows"]] for shard in record["shards"]]
-    if not snapshot_id == record["id"] == _snapshot_id(record["table"], runs):
-        raise IntegrityError(
-            f"{name}: the snapshot is not the one its name says. Restore the file or make it again."
-        )
-    rows_of_each = _rows([runs for _, runs in runs])
-    shards = tuple(
-        SnapshotShard(
-            sha256=shard["sha256"],
-            name=shard["name"],
-            row_groups=tuple(shard["row_groups"]),
-            rows=rows,
-            source=shard.get("source", ""),
-        )
-        for shard, rows in zip(record["shards"], rows_of_each, strict=True)
-    )
-    return Snapshot(snapshot_id, record["table"], shards, record["about"])
+    with understood(name, "snapshot"):
+        table, runs = _checked(record)
+        shards = [
+            SnapshotShard(
+                sha256=hexdigest(shard["sha256"]),
+                name=inside(shard["name"]),
+                row_groups=tuple(shard["row_groups"]),
+                rows=_NONE,
+                source=string(shard.get("source", "")),
+            )
+            for shard in record["shards"]
+        ]
+        about = mapping(record["about"])
+    named = [[shard.sha256, of_shard] for shard, of_shard in zip(shards, runs, strict=True)]
+    if not snapshot_id == record["id"] == _snapshot_id(table, named):
+        raise IntegrityError(f"{name}: the snapshot is not the one its name says. {_AGAIN}")
+    wanted = sum(stop - first for of_shard in runs for first, stop in of_shard)
+    if most is not None and wanted > most:
+        raise IntegrityError(f"{name}: it lists {wanted} rows, there are {most}. {_AGAIN}")
+    if most is None and wanted > _UNPROVED:
+        _prove_lengths(store, table, shards, name=name)
+    filled = (replace(shard, rows=rows) for shard, rows in zip(shards, _rows(runs), strict=True))
+    return Snapshot(snapshot_id, table, tuple(filled), about)
+
+
+def _checked(record: Mapping[str, Any]) -> tuple[TableName, list[list[list[int]]]]:
+    """The table, and the runs of each shard: ascending, and none beyond the row groups."""
+    if record["table"] not in SCHEMAS:
+        raise ValueError(f"there is no table {record['table']!a}")
+    for shard in record["shards"]:
+        size = sum(integer(rows, most=MOST_ROWS) for rows in shard["row_groups"])
+        row_groups(shard["row_groups"], rows=integer(size, most=MOST_ROWS))
+        # [first, stop] of each run, one after another
+        edges = [
+            integer(edge, most=size) for first, stop in shard["rows"] for edge in (first, stop)
+        ]
+        full = all(first < stop for first, stop in shard["rows"])
+        if not edges or not full or edges != sorted(edges):
+            raise ValueError(f"the runs of rows of {shard['name']!a} do not ascend")
+    return record["table"], [shard["rows"] for shard in record["shards"]]
+
+
+def _prove_lengths(
+    store: Store, table: TableName, shards: Sequence[SnapshotShard], *, name: str
+) -> None:
+    """See that shards have as many rows as a record says, before its rows are listed."""
+    known = {commit.shard.sha256: commit.shard.row_groups for commit in store.commits(table)}
+    for shard in shards:
+        # The shard of a commit that was withdrawn stays readable for those who name it.
+        found = known.get(shard.sha256) or ShardFile(store.files, shard.name).rows_per_group
+        if found != shard.row_groups:
+            raise IntegrityError(
+                f"{name}: it says that {shard.name} has {sum(shard.row_groups)} rows, and it has "
+                f"{sum(found)}. {_AGAIN}"
+            )
 
 
 def _snapshot_id(table: TableName, shards: Sequence[Sequence[Any]]) -> str:

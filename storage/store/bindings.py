@@ -4,11 +4,18 @@ A recipe names a model and a source; what lies under these names may change. `bi
 holds what they stood for, counted up from 00000000.json.
 """
 
+import re
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
+from typing import Any
 
+from ..bounds import integer, string, understood
+from ..errors import IntegrityError
 from ..files.base import Files
 from ..keys import seal, unseal
+
+_NUMBERED = re.compile(r"[0-9]{8}\.json")
+_LAST = 10**8 - 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,14 +47,19 @@ def write_binding(files: Files, folder: str, binding: Binding) -> None:
 
 def _next(files: Files, folder: str) -> str:
     newest = _newest(files, folder)  # not how many there are: one may have been lost
-    number = 0 if newest is None else int(PurePosixPath(newest).stem) + 1
-    return f"{folder}/{number:08d}.json"
+    last = -1 if newest is None else int(PurePosixPath(newest).stem)
+    if last == _LAST:
+        raise IntegrityError(
+            f"{newest}: the last number that there is, so nothing can follow. It was not counted "
+            "up to: delete this file."
+        )
+    return f"{folder}/{last + 1:08d}.json"
 
 
 def newest_binding(files: Files, folder: str) -> Binding | None:
     """What was written last into a folder, None if nothing was."""
     name = _newest(files, folder)
-    return None if name is None else Binding(**unseal(files.read(name), name))
+    return None if name is None else _read(files, name)
 
 
 def all_bindings(files: Files) -> dict[str, Binding]:
@@ -55,10 +67,28 @@ def all_bindings(files: Files) -> dict[str, Binding]:
     written = [name for name, *_ in files.walk("bindings") if name.endswith(".json")]
     folders = sorted({name.rpartition("/")[0] for name in written})
     newest = [name for folder in folders if (name := _newest(files, folder)) is not None]
-    return {name: Binding(**unseal(files.read(name), name)) for name in newest}
+    return {name: _read(files, name) for name in newest}
+
+
+def _read(files: Files, name: str) -> Binding:
+    record = unseal(files.read(name), name)
+    with understood(name, "binding"):
+        _check(record)
+        return Binding(**record)
+
+
+def _check(record: dict[str, Any]) -> None:
+    for field in ("teacher_id", "author_id", "data_id"):
+        string(record[field])
+    for field in ("vocab_size", "context_tokens", "author_context_tokens"):
+        integer(record[field])
+    if record.get("day") is not None:
+        string(record["day"])
+    if not isinstance(record.get("imported", False), bool):
+        raise ValueError("imported is neither true nor false")
 
 
 def _newest(files: Files, folder: str) -> str | None:
     """The record with the highest number."""
-    names = files.names(folder)
+    names = [name for name in files.names(folder) if _NUMBERED.fullmatch(name)]
     return f"{folder}/{names[-1]}" if names else None

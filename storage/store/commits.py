@@ -8,10 +8,12 @@ the winner's record and tries again.
 import base64
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
+from ..bounds import integer, mapping, string, understood
 from ..errors import IntegrityError
 from ..files.base import Files
 from ..keys import KEY_BYTES, KeySet, seal, unseal
@@ -19,7 +21,8 @@ from ..tables.schema import RECORD_VERSION, TableName
 from ..tables.shard import ShardInfo, shard_name
 
 _AT_ONCE = 1024  # records read together: an object store answers many requests in the time of one
-_NUMBERED = re.compile(r"^\d{8}\.json$")
+_NUMBERED = re.compile(r"[0-9]{8}\.json")
+_FEW = 1024  # numbers that may be missing, whatever is there
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +50,49 @@ def record_name(table: str, seq: int, *, folder: str = "commits") -> str:
 
 
 def numbers(files: Files, table: str, *, folder: str = "commits") -> list[int]:
-    """Sequence numbers that a listing shows."""
-    return [int(name[:8]) for name in files.names(f"{folder}/{table}") if _NUMBERED.match(name)]
+    """Sequence numbers that a listing shows.
+
+    Raises:
+        IntegrityError: as `missing` does.
+    """
+    found = _listed(files, table, folder)
+    if _too_many(found):  # without what the other folder has, which is asked for then only
+        missing(table, {at: set(_listed(files, table, at)) for at in ("commits", "retired")})
+    return found
+
+
+def _listed(files: Files, table: str, folder: str) -> list[int]:
+    names = files.names(f"{folder}/{table}")
+    return [int(name[:8]) for name in names if _NUMBERED.fullmatch(name)]
+
+
+def missing(table: str, listed: Mapping[str, Collection[int]]) -> list[int]:
+    """Numbers below the last one that no listing shows; `listed`: by folder.
+
+    Records are numbered without gaps. A few may be missing: lost ones, and those that were put
+    while the folder was listed. More than there are of others means that a record is not where its
+    writer put it, and nobody asks for a hundred million names because one file has a high number.
+
+    Raises:
+        IntegrityError: so many are missing; names the record above the widest gap.
+    """
+    there = sorted(set().union(*listed.values()))
+    gaps = [(below, above) for below, above in pairwise([-1, *there]) if above - below > 1]
+    if _too_many(there):
+        below, above = max(gaps, key=lambda gap: gap[1] - gap[0])
+        folder = next(folder for folder, seqs in listed.items() if above in seqs)
+        raise IntegrityError(
+            f"{record_name(table, above, folder=folder)}: {above - below - 1} numbers before this "
+            "record have none, and records are numbered without gaps. Delete this file if it does "
+            "not belong here; else restore the others from a backup."
+        )
+    return [seq for below, above in gaps for seq in range(below + 1, above)]
+
+
+def _too_many(there: Sequence[int]) -> bool:
+    """Whether more numbers are missing below the highest of some ascending ones than may be."""
+    last = there[-1] if there else -1
+    return last + 1 - len(there) > len(there) + _FEW
 
 
 class CommitLog:
@@ -68,7 +112,11 @@ class CommitLog:
 
     def refresh(self) -> list[Commit]:
         """List what there is, read what is new, and return the live commits, oldest first."""
-        retired = set(numbers(self._files, self.table, folder="retired"))
+        retired = set(_listed(self._files, self.table, "retired"))
+        listed = set(_listed(self._files, self.table, "commits"))
+        # A listing made while others commit may leave a number out below the last: ask for those
+        # by name.
+        lost = missing(self.table, {"commits": listed, "retired": retired})
         fresh = retired - self._retired
         for seq in fresh:
             read_retired(self._files, self.table, seq)
@@ -77,10 +125,8 @@ class CommitLog:
             self.next, self._live, self.keys = 0, {}, KeySet()
         self._retired = retired
         # A withdrawn number is never used again.
-        last = max([*numbers(self._files, self.table), *retired], default=-1)
-        # A listing made while others commit may leave a number out below the last: ask for every
-        # number by name.
-        self._read(range(self.next, last + 1))
+        last = max([*listed, *retired], default=-1)
+        self._read(sorted(seq for seq in listed.union(lost) if seq >= self.next))
         self.next = max(self.next, last + 1)
         return self.live(0)
 
@@ -159,15 +205,10 @@ def _read_record(data: bytes, table: TableName, seq: int) -> tuple[Commit, bytes
     name = record_name(table, seq)
     record = unseal(data, name)
     _check_name(record, name, table=table, seq=seq)
-    try:
+    with understood(name, "commit record"):
         commit, keys = _from_json(record)
-    except (KeyError, TypeError, ValueError) as error:
-        raise IntegrityError(
-            f"{name}: not a commit record of this format ({error!r}). Restore the file."
-        ) from error
     shard = commit.shard
-    rows_agree = len(keys) / KEY_BYTES == shard.rows == sum(shard.row_groups)
-    if not rows_agree or shard.name != shard_name(table, shard.sha256):
+    if len(keys) != shard.rows * KEY_BYTES or shard.name != shard_name(table, shard.sha256):
         raise IntegrityError(
             f"{name}: the record contradicts itself about its shard. Restore the file from a "
             "backup."
@@ -212,5 +253,11 @@ def _to_json(commit: Commit, keys: bytes) -> dict[str, Any]:
 
 def _from_json(record: dict[str, Any]) -> tuple[Commit, bytes]:
     fields = {name: record[name] for name in record.keys() - {"format_version", "keys"}}
-    fields["shard"] = ShardInfo.from_json(record["shard"])
-    return Commit(**fields), base64.b64decode(record["keys"])
+    fields["shard"] = ShardInfo.from_json(mapping(record["shard"]))
+    for name in ("writer", "stage", "created"):
+        string(record[name])
+    integer(record["tokens"])
+    if type(record["seconds"]) not in (int, float) or not abs(record["seconds"]) < 2**53:
+        raise ValueError("seconds are not a number")
+    mapping(record["versions"])
+    return Commit(**fields), base64.b64decode(string(record["keys"]))

@@ -19,6 +19,7 @@ from ..tables.schema import KEY, TABLES, TableName
 from ..tables.shard import REPAIR, ShardInfo
 from .commits import Commit
 from .segments import INDEXED, Indexed, place_of, segment_schema
+from .stopping import stoppable
 from .store import Store
 
 MEMORY = "800MB"
@@ -51,7 +52,8 @@ class Index:
 
     def close(self) -> None:
         """Give memory and disk back."""
-        self._connection.close()
+        with suppress(duckdb.Error):  # a statement that cannot be interrupted is at work
+            self._connection.close()
         self._spill.cleanup()
 
     def use_all_memory(self) -> None:
@@ -81,17 +83,17 @@ class Index:
     def execute(self, sql: str) -> None:
         """Run a statement."""
         with _explained():
-            self._connection.execute(sql)
+            stoppable(self._connection, lambda: self._connection.execute(sql))
 
     def table(self, sql: str) -> pa.Table:
         """All rows of a query."""
         with _explained():
-            return self._connection.sql(sql).to_arrow_table()
+            return stoppable(self._connection, lambda: self._connection.sql(sql).to_arrow_table())
 
     def rows(self, sql: str) -> list[tuple[Any, ...]]:
         """All rows of a small query."""
         with _explained():
-            return self._connection.execute(sql).fetchall()
+            return stoppable(self._connection, lambda: self._connection.execute(sql).fetchall())
 
     def places(self, table: TableName, numbers: np.ndarray) -> dict[str, np.ndarray]:
         """Shard sha256 -> its rows among these values of `place`."""
@@ -99,10 +101,24 @@ class Index:
         seqs = numbers >> 32
         starts = np.flatnonzero(np.diff(seqs, prepend=-1))
         rows = np.split(numbers & 0xFFFFFFFF, starts[1:])
-        commits = self.commits[table]
         return {
-            commits[int(seqs[s])].shard.sha256: part for s, part in zip(starts, rows, strict=False)
+            self.commit(table, int(seqs[s])).shard.sha256: part
+            for s, part in zip(starts, rows, strict=False)
         }
+
+    def commit(self, table: TableName, seq: int) -> Commit:
+        """The commit that a place of the index names.
+
+        Raises:
+            IntegrityError: it is not there.
+        """
+        commit = self.commits[table].get(seq)
+        if commit is None:
+            raise IntegrityError(
+                f"cache/index/{table}: names commit {seq}, which is not there. Delete the folder: "
+                "the next plan makes it again."
+            )
+        return commit
 
     def _part(self, name: str, table: TableName, found: Indexed, *, first: int) -> str:
         """A view of the rows of one of the stores; its commits are counted from `first` on."""

@@ -9,11 +9,12 @@ from typing import Any
 
 import pyarrow as pa
 
+from ..bounds import mapping, understood
 from ..errors import IntegrityError
 from ..files.base import Files
 from ..keys import seal, unseal
 from ..tables.schema import KEY, RECORD_VERSION
-from ..tables.shard import ShardFile, ShardInfo, put_parquet
+from ..tables.shard import ShardFile, ShardInfo, put_parquet, shard_name
 
 INPUTS_SCHEMA = pa.schema(
     [
@@ -71,7 +72,11 @@ def read_inputs(files: Files, data_id: str) -> Inputs | None:
             f"{record.get('format_version')}; expected {data_id}, version {RECORD_VERSION}. "
             "Restore the file, or use the Stillroom that wrote it."
         )
-    return Inputs(ShardInfo.from_json(record["shard"]), record["about"])
+    with understood(name, "record of inputs"):
+        shard = ShardInfo.from_json(mapping(record["shard"]))
+        if shard.name != shard_name("inputs", shard.sha256):
+            raise ValueError(f"{shard.name} is not the name of the file with its sha256")
+        return Inputs(shard, mapping(record["about"]))
 
 
 def inputs_table(files: Files, inputs: Inputs) -> pa.Table:

@@ -124,14 +124,28 @@ class Segments:
     def find(self, commits: Sequence[Commit]) -> str | None:
         """The file of these commits' segment; None if there is none, or none that is whole."""
         names = (f"{self._folder}/{name}" for name in self._names.get(self._id(commits), ()))
-        return next((name for name in names if self._is_whole(name)), None)
+        return next((name for name in names if self._is_whole(name, commits)), None)
 
-    def _is_whole(self, name: str) -> bool:
-        digest = name.split("-")[1].removesuffix(".parquet")
+    def _is_whole(self, name: str, commits: Sequence[Commit]) -> bool:
+        digest = name.partition("-")[2].removesuffix(".parquet")
         try:
-            return file_sha256(self._files.local(name))[:32] == digest
-        except FileNotFoundError:  # vacuumed meanwhile
+            path = self._files.local(name)
+            return file_sha256(path)[:32] == digest and self._is_of(path, commits)
+        except (FileNotFoundError, pa.ArrowException):  # vacuumed meanwhile; no Parquet file
             return False
+
+    def _is_of(self, path: Path, commits: Sequence[Commit]) -> bool:
+        """Whether a file has as many rows as these commits, and places within theirs, by its footer."""
+        metadata = pq.read_metadata(path)
+        if metadata.num_rows != sum(commit.shard.rows for commit in commits):
+            return False
+        if not metadata.schema.to_arrow_schema().equals(segment_schema(self._table)):
+            return False
+        groups = map(metadata.row_group, range(metadata.num_row_groups))
+        found = [group.column(0).statistics for group in groups]
+        first = place_of(commits[0].seq, 0)
+        last = place_of(commits[-1].seq, commits[-1].shard.rows - 1)
+        return all(s is not None and first <= s.min and s.max <= last for s in found)
 
     def put(self, commits: Sequence[Commit]) -> str:
         """Make a segment; returns its name."""

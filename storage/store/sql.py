@@ -1,11 +1,13 @@
 """SQL over a store: DuckDB views of what is committed, in memory, shut off from other files and from the network.
 
 For looking and for choosing rows. DuckDB does not verify page checksums; `Store` and `verify` do.
+A signal ends a statement (`stopping.py`), and `LIMITS` bound what it may hold.
 """
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,15 @@ from ..tables.schema import SCHEMAS, TABLES
 from ..tables.shard import ShardInfo
 from .commits import Commit
 from .inputs import INPUTS_SCHEMA, Inputs, read_inputs
+from .stopping import stoppable
 from .store import Store
 
+LIMITS = {
+    "STILLROOM_SQL_MEMORY": ("memory_limit", "2GB"),
+    "STILLROOM_SQL_DISK": ("max_temp_directory_size", "20GB"),
+}
+"""What SQL of people may hold in memory, and beyond that on disk: environment variable, DuckDB's
+setting, default."""
 _COMMITS_SCHEMA = pa.schema(
     [
         ("table_name", pa.string()),
@@ -63,8 +72,20 @@ def connect(store: Store) -> duckdb.DuckDBPyConnection:
     return connection
 
 
+@contextmanager
+def connected(store: Store) -> Iterator[duckdb.DuckDBPyConnection]:
+    """`connect`, closed in the end."""
+    connection = connect(store)
+    try:
+        yield connection
+    finally:
+        with suppress(duckdb.Error):  # a statement that cannot be interrupted is at work
+            connection.close()
+
+
 def _shut_off(connection: duckdb.DuckDBPyConnection, sight: "_Sight", *, spill: Path) -> None:
     """Let DuckDB read the files in sight and no others, nor the network; it cannot be undone."""
+    _limit(connection)
     for setting in (
         "autoinstall_known_extensions = false",
         "autoload_known_extensions = false",
@@ -77,15 +98,47 @@ def _shut_off(connection: duckdb.DuckDBPyConnection, sight: "_Sight", *, spill: 
         connection.execute(f"SET {setting}")
 
 
+def _limit(connection: duckdb.DuckDBPyConnection) -> None:
+    for variable, (setting, default) in LIMITS.items():
+        size = os.environ.get(variable, default)
+        try:
+            connection.execute(f"SET {setting} = {_quoted(size)}")
+        except duckdb.Error as error:
+            raise UsageError(
+                f"{variable}: {size!a} is no size. Write one as {default}, or leave it out."
+            ) from error
+
+
 def query(store: Store, sql: str) -> pa.Table:
     """The result of one SELECT over the views."""
-    with connect(store) as connection, _explained():
-        statements = connection.extract_statements(sql)
-        if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
-            raise UsageError(
-                "query: not one SELECT statement. A store is never changed by SQL; give one query."
-            )
-        return connection.sql(sql).to_arrow_table()
+    with connected(store) as connection, _explained():
+        _check_select(connection, sql)
+        return stoppable(connection, lambda: connection.sql(sql).to_arrow_table())
+
+
+def first_rows(store: Store, sql: str, *, most: int) -> tuple[pa.Table, bool]:
+    """The first rows of one SELECT over the views, and whether these are all; no more than these are made."""
+    with connected(store) as connection, _explained():
+        _check_select(connection, sql)
+        rows = stoppable(connection, lambda: connection.sql(sql).limit(most + 1).to_arrow_table())
+        return rows.slice(0, most), rows.num_rows <= most
+
+
+def batches(
+    connection: duckdb.DuckDBPyConnection, sql: str, *, rows: int
+) -> Iterator[pa.RecordBatch]:
+    """The result of a query, so many rows at a time."""
+    reader = stoppable(connection, lambda: connection.sql(sql).to_arrow_reader(rows))
+    while (batch := stoppable(connection, lambda: next(reader, None))) is not None:
+        yield batch
+
+
+def _check_select(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
+    statements = connection.extract_statements(sql)
+    if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
+        raise UsageError(
+            "query: not one SELECT statement. A store is never changed by SQL; give one query."
+        )
 
 
 @contextmanager
@@ -95,6 +148,12 @@ def _explained() -> Iterator[None]:
     except duckdb.IOException as error:
         raise IntegrityError(
             f"query: a shard cannot be read ({error}). Run `stillroom verify`."
+        ) from error
+    except duckdb.OutOfMemoryException as error:
+        limits = " and ".join(LIMITS)
+        raise UsageError(
+            f"query: {str(error).splitlines()[0]}. That is all that it may hold; ask for less, or "
+            f"give it more: {limits} say how much."
         ) from error
     except duckdb.Error as error:
         raise UsageError(f"query: {error}") from error
@@ -106,7 +165,8 @@ def _make_view(
     """A view of what some queries select, with all columns: one that came later is null in rows of before it."""
     connection.from_arrow(schema.empty_table()).create(f"no_{name}")
     parts = [f"SELECT * FROM no_{name}", *selects]
-    connection.execute(f"CREATE VIEW {name} AS {' UNION ALL BY NAME '.join(parts)}")
+    sql = f"CREATE VIEW {name} AS {' UNION ALL BY NAME '.join(parts)}"
+    stoppable(connection, lambda: connection.execute(sql))
 
 
 def _parquet(root: str, shards: list[ShardInfo]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from ..bounds import inside, mapping, parsed, understood
 from ..errors import IntegrityError, UsageError
 from ..files.base import Files
 from ..files.opening import open_files
@@ -54,7 +55,7 @@ class Store:
                 "recipe first."
             )
         try:
-            marker = json.loads(files.read(MARKER))
+            marker = parsed(files.read(MARKER))
             version, store_id = marker["format_version"], str(marker["store_id"])
         except (ValueError, TypeError, KeyError) as error:
             raise IntegrityError(
@@ -190,12 +191,15 @@ class Store:
     def teacher_parts(self, teacher_id: str) -> dict[str, Any]:
         """What a teacher's identity is made of; nothing if the store does not know it."""
         name = f"teachers/{teacher_id}/identity.json"
-        return dict(json.loads(self.files.read(name))) if self.files.exists(name) else {}
+        with understood(name, "teacher's identity"):
+            known = self.files.exists(inside(name))
+            return mapping(parsed(self.files.read(name))) if known else {}
 
     def teacher_dir(self, teacher_id: str) -> Path:
         """Folder of this machine with a teacher's tokenizer, config and template."""
         folder = f"teachers/{teacher_id}"
-        names = self.files.names(folder)
+        with understood(folder, "folder of a teacher"):
+            names = self.files.names(inside(folder))
         if "identity.json" not in names:
             raise UsageError(
                 f"{self.root}/{folder}: the store does not know this teacher. Run the recipe first."

@@ -1,10 +1,10 @@
 """Conversations in rows of `prompts`: role and text in typed columns, the rest of a message as JSON beside them."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..bounds import parsed
 from ..keys import canonical_json
 
 Message = dict[str, Any]
@@ -56,7 +56,7 @@ def conversation(row: Mapping[str, Any]) -> Conversation:
     if row.get("completion") is not None:
         answer = _message("assistant", row["completion"], row.get("completion_fields"))
     return Conversation(
-        messages=messages, answer=answer, tools=None if tools is None else json.loads(tools)
+        messages=messages, answer=answer, tools=None if tools is None else parsed(tools)
     )
 
 
@@ -81,4 +81,4 @@ def _text(message: Message) -> str:
 
 
 def _message(role: str, content: str, more: str | None) -> Message:
-    return {"role": role, "content": content, **(json.loads(more) if more else {})}
+    return {"role": role, "content": content, **(parsed(more) if more else {})}

@@ -6,9 +6,10 @@ silently.
 """
 
 import json
+import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..bounds import MOST_ROWS, hexdigest, inside, integer, parsed, row_groups
 from ..errors import IntegrityError
 from ..files.base import Content, Files
 from .rows import Rows, row_bytes, rows_to_table
@@ -41,8 +43,20 @@ class ShardInfo:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "ShardInfo":
-        """Read what `dataclasses.asdict` gave to JSON."""
-        return cls(**{**record, "row_groups": tuple(record["row_groups"])})
+        """Read what `dataclasses.asdict` gave to JSON; ValueError where it is out of bounds."""
+        size = integer(record["bytes"])
+        # Each row has a key of 16 bytes that no codec makes shorter.
+        rows = integer(record["rows"], most=min(size, MOST_ROWS))
+        shard = cls(
+            name=inside(record["name"]),
+            sha256=hexdigest(record["sha256"]),
+            bytes=size,
+            rows=rows,
+            row_groups=row_groups(record["row_groups"], rows=rows),
+        )
+        if unknown := sorted(record.keys() - asdict(shard).keys()):
+            raise ValueError(f"of a shard nobody knows {unknown[0]!a}")
+        return shard
 
 
 def shard_folder(table: str) -> str:
@@ -155,6 +169,7 @@ class ShardFile:
         self.rows_per_group = tuple(
             metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)
         )
+        self._check_rows(source)
         self.starts = np.concatenate([[0], np.cumsum(self.rows_per_group, dtype=np.int64)])
         self.stored: pa.Schema = self._file.schema_arrow
         """The schema of the file."""
@@ -162,9 +177,19 @@ class ShardFile:
         self.schema = self._read_as()
         """Of what is read: that of today, whatever version the shard is of."""
 
+    def _check_rows(self, source: Any) -> None:
+        """No checksum covers the footer, and arrays are made as long as it says."""
+        size = os.path.getsize(source) if isinstance(source, str) else source.seek(0, os.SEEK_END)
+        # Each row has a key of 16 bytes that no codec makes shorter.
+        if min(self.rows_per_group, default=0) < 0 or sum(self.rows_per_group) > size:
+            raise IntegrityError(
+                f"{self.name}: row groups of {self.rows_per_group} rows in a file of {size} bytes. "
+                f"{REPAIR}"
+            )
+
     def _read_about(self) -> dict[str, Any]:
         try:
-            about: dict[str, Any] = json.loads(self.stored.metadata[METADATA_KEY])
+            about: dict[str, Any] = parsed(self.stored.metadata[METADATA_KEY])
             version, table = about["format_version"], about["table"]
         except (TypeError, KeyError, ValueError) as error:
             raise IntegrityError(

@@ -1,10 +1,13 @@
 """The command line: help, init and schema answer without the heavy libraries; plan writes nothing."""
 
+import fcntl
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
+import termios
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,7 +96,7 @@ def test_init_prints_one_object(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_outside_a_stage_is_exit_code_130_and_a_message(
     tmp_path: Path, number: int
 ) -> None:
@@ -111,6 +114,45 @@ def test_a_signal_outside_a_stage_is_exit_code_130_and_a_message(
         == "error: stopped by a signal; finished rows are kept. Run the same command to go on.\n"
     )
     assert json.loads(out)["exit_code"] == 130
+
+
+def on_a_terminal(pipe: Path, *, nohup: bool) -> tuple[subprocess.Popen[bytes], int]:
+    """`stillroom run` with a terminal of its own; the terminal lives until the descriptor is closed."""
+    ours, theirs = os.openpty()
+
+    def begin() -> None:
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+        if nohup:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+    process = subprocess.Popen(
+        command("run", pipe), start_new_session=True, preexec_fn=begin, **streams
+    )
+    os.close(theirs)
+    return process, ours
+
+
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_terminal_that_is_gone_stops_a_command_without_nohup(tmp_path: Path, nohup: bool) -> None:
+    """With it the command goes on, and what it then says goes nowhere: here that the recipe is bad."""
+    pipe = tmp_path / "recipe.yaml"
+    os.mkfifo(pipe)
+    process, terminal = on_a_terminal(pipe, nohup=nohup)
+    with pipe.open("w") as recipe:  # opens when the command reads
+        os.close(terminal)
+        if nohup:
+            recipe.write("[]")
+        else:
+            process.wait(timeout=60)
+    assert process.wait(timeout=60) == (2 if nohup else 130)
+
+
+def test_closed_streams_are_no_traceback(tmp_path: Path) -> None:
+    words = shlex.join(command("query", tmp_path, "SELECT 1"))
+    for closed in ("2>&-", "<&- >&- 2>&-"):
+        done = subprocess.run(["sh", "-c", f"{words} {closed}"], capture_output=True, timeout=60)
+        assert (done.returncode, done.stdout, done.stderr) == (2, b"", b"")
 
 
 def generations(root: Path, *, author: str, keys: list[bytes]) -> Store:

@@ -102,13 +102,18 @@ def test_the_next_stage_waits_for_every_process_of_the_group(tmp_path: Path) -> 
     end_group(group.pid)  # a group that is gone is no error
 
 
-def test_the_first_signal_commits_what_is_finished_and_says_how_to_go_on(recipe: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_the_first_signal_commits_what_is_finished_and_says_how_to_go_on(
+    recipe: Path, number: int
+) -> None:
     runner = start(recipe)
     until(lambda: committed(recipe, "generations") >= 1, "a first commit")
-    runner.send_signal(signal.SIGTERM)
+    runner.send_signal(number)
     _, err = runner.communicate(timeout=PATIENCE)
     assert runner.returncode == 130
     assert "Run the same command to go on" in err
+    log = recipe.parent / "run" / "logs" / "generate.log"  # where the terminal is gone too
+    assert "generate: stopped by a signal" in log.read_text()
     assert last_json(stillroom("verify", recipe.parent / "store", "--json"))["ok"]
     stillroom("run", recipe, "--until", "score")
 
@@ -160,6 +165,30 @@ def test_a_stage_that_finishes_after_the_signal_is_stopped_all_the_same(
     with pytest.raises(Stopped, match="Run the same command to go on"):
         process.finish()
     assert group_members(process.group) == []
+
+
+def test_a_terminal_that_ends_may_say_so_twice_and_the_stage_still_commits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shell and kernel both send SIGHUP; only another signal after it means at once."""
+    code = f"""
+        import signal, socket
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        line = socket.socket(fileno=int(os.environ["STILLROOM_JOB_FD"]))
+        line.makefile("r").readline()
+        os.kill(os.getppid(), signal.SIGHUP)
+        signal.sigwait([signal.SIGTERM])
+        for _ in range(100):
+            os.kill(os.getppid(), signal.SIGHUP)
+            os.sched_yield()
+        open({str(tmp_path / "committed")!r}, "w").close()
+        line.sendall(b'{{"rows": 1, "tokens": 1}}\\n')
+        os._exit(0)
+    """
+    monkeypatch.setenv("PYTHONPATH", at_worker_start(tmp_path / "site", code))
+    with pytest.raises(Stopped, match="Run the same command to go on"):
+        process_of(tmp_path).finish()
+    assert (tmp_path / "committed").exists()
 
 
 @pytest.mark.parametrize("said", ["", '{"rows": 3}\\n'])

@@ -164,7 +164,7 @@ def status_tables(stages: dict[str, dict[str, Any]]) -> Group:
             human(s["tokens_per_second"]) if s["tokens_per_second"] else "-",
             duration(s["seconds"]) if s.get("seconds") else "-",
         )
-    equal = [f"{name}: {equal_texts(s['equal'])}" for name, s in stages.items() if s["equal"]]
+    equal = [f"{name}: {equal_texts(s['equal'])}" for name, s in stages.items() if s.get("equal")]
     stored = [(name, s) for name, s in stages.items() if "bytes_per_token_by_column" in s]
     kept = [_kept_line(name, s["kept"]) for name, s in stored if "kept" in s]
     return Group(table, *equal, *(_column_line(name, s) for name, s in stored), *kept)

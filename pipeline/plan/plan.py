@@ -24,9 +24,9 @@ from ...stages.models.fit.misfits import refuse_misfit, refuse_quantised
 from ...stages.models.fit.same_tokenizer import refuse_other_tokenizer
 from ...stages.models.identity import FileHashes, Identity, find_model
 from ...stages.models.students.stored_tensors import refuse_tied_lora
+from ...stages.recipe.checks.task import refuse_without_labels
 from ...stages.recipe.sections import Recipe, Student
 from ...stages.recipe.stages import stage_named
-from ...stages.recipe.task_checks import refuse_without_labels
 from ...stages.recipe.tasks import TASKS
 from ...storage.errors import UsageError
 from ...storage.files.opening import open_files

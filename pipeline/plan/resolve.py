@@ -16,7 +16,7 @@ from ...stages.models.chat.arguments import reads_the_clock
 from ...stages.models.fit.misfits import refuse_misfit
 from ...stages.models.fit.same_tokenizer import compare_tokenizers
 from ...stages.models.identity import FileHashes, Identity, find_model, identify
-from ...stages.recipe.checks import stores_of
+from ...stages.recipe.checks.together import stores_of
 from ...stages.recipe.sections import HELD_OUT_FIELDS, Recipe
 from ...storage.errors import UsageError
 from ...storage.files.base import Files

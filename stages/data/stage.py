@@ -19,8 +19,8 @@ from ...storage.store.writer import CommitLimits
 from ...storage.tables.schema import TableName
 from ..models.classes import names_in
 from ..models.identity import FileHashes, Identity
+from ..recipe.checks.task import refuse_without_labels
 from ..recipe.sections import Data, Recipe
-from ..recipe.task_checks import refuse_without_labels
 from ..workers.job import Job, StageResult
 from ..workers.shard_about import about, commit_limits
 from .formats import prompt_row, turn_keys, unread_columns

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ...storage.errors import UsageError
-from .checks import check_together
+from .checks.together import check_together
 from .fields import NUMBER, SCHEDULE
 from .hints import hint_at
 from .sections import Recipe

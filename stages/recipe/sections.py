@@ -2,7 +2,7 @@
 
 Errors of shape (unknown key, wrong type, out of range) come from these models; combinations that
 cannot work are in
-`stages/recipe/checks.py`. `stages/recipe/load.py` turns both into messages with a file and a line.
+`stages/recipe/checks/together.py`. `stages/recipe/load.py` turns both into messages with a file and a line.
 """
 
 from typing import Annotated, Any, Literal, Self

@@ -13,7 +13,7 @@ from stillroom.pipeline.plan.lines import Plan
 from stillroom.pipeline.plan.plan import make_plan
 from stillroom.pipeline.plan.resolve import bind
 from stillroom.stages.data import stage as data
-from stillroom.stages.recipe.checks import check_together
+from stillroom.stages.recipe.checks.together import check_together
 from stillroom.stages.recipe.sections import Recipe
 from stillroom.stages.score import stage as score
 from stillroom.stages.workers.job import Job, StopFlag

@@ -10,7 +10,7 @@ from kit import recipe_tree
 from tiny_models import save_tiny_bert
 
 from stillroom.stages.data.tokenizing import Given, Tokenizing
-from stillroom.stages.recipe.checks import check_together
+from stillroom.stages.recipe.checks.together import check_together
 from stillroom.stages.recipe.sections import Data, Recipe
 from stillroom.storage.errors import RowError
 from stillroom.storage.tables.spans import spans_before

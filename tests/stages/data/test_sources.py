@@ -17,7 +17,7 @@ from stillroom.stages.data.formats import prompt_row
 from stillroom.stages.data.sources.source import Source, all_records
 from stillroom.stages.data.stage import Survey, inputs_id, survey
 from stillroom.stages.models.identity import FileHashes
-from stillroom.stages.recipe.checks import check_together
+from stillroom.stages.recipe.checks.together import check_together
 from stillroom.stages.recipe.sections import Data, Recipe
 from stillroom.storage.errors import UsageError
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 
 from stillroom.pipeline.plan.plan import make_plan
 from stillroom.stages.models.classes import label_index
-from stillroom.stages.recipe.checks import check_together
+from stillroom.stages.recipe.checks.together import check_together
 from stillroom.stages.recipe.sections import Recipe
 from stillroom.storage.errors import RowError, UsageError
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from kit import recipe_tree
 
-from stillroom.stages.recipe.checks import NOT_YET
+from stillroom.stages.recipe.checks.together import NOT_YET
 from stillroom.stages.recipe.load import changed_fields, load_recipe
 from stillroom.stages.recipe.sections import Recipe
 from stillroom.storage.errors import UsageError

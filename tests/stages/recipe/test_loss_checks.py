@@ -9,10 +9,10 @@ import yaml
 from kit import recipe_tree
 from pydantic import ValidationError
 
+from stillroom.stages.recipe.checks.loss import check_loss
 from stillroom.stages.recipe.divergences import DIVERGENCES
 from stillroom.stages.recipe.fields import Tail
 from stillroom.stages.recipe.load import load_recipe
-from stillroom.stages.recipe.loss_checks import check_loss
 from stillroom.stages.recipe.sections import Loss, Score
 from stillroom.storage.errors import UsageError
 

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from ...storage.errors import UsageError
-from .fields import extremes
-from .sections import Recipe
-from .tasks import TASKS, Task
+from ....storage.errors import UsageError
+from ..fields import extremes
+from ..sections import Recipe
+from ..tasks import TASKS, Task
 
 
 def lookup(recipe: Recipe, path: str) -> Any:

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from .engines import PLANNED
-from .fields import Section
-from .kinds import kinds_with
-from .loss_checks import check_loss
-from .sections import HELD_OUT_FIELDS, Data, Evaluate, Generate, Loss, Recipe, Run, Score, Teacher
-from .task_checks import check_task, lookup, targets_fit
+from ..engines import PLANNED
+from ..fields import Section
+from ..kinds import kinds_with
+from ..sections import HELD_OUT_FIELDS, Data, Evaluate, Generate, Loss, Recipe, Run, Score, Teacher
+from .loss import check_loss
+from .task import check_task, lookup, targets_fit
 
 # Named by the recipe, done by no stage yet: refused by name, never ignored.
 NOT_YET: tuple[tuple[str, tuple[Any, ...]], ...] = (

@@ -1,8 +1,8 @@
 """Whether a loss can be had of what `score` stores: which divergence goes with which targets, tail and temperature."""
 
-from .divergences import owners
-from .fields import Schedule, extremes, value_at
-from .sections import Loss, Score
+from ..divergences import owners
+from ..fields import Schedule, extremes, value_at
+from ..sections import Loss, Score
 
 
 def check_loss(loss: Loss, score: Score | None) -> list[tuple[str, str]]:

@@ -108,7 +108,8 @@ def loaded_config(config: Mapping[str, Any], *, where: str) -> Any:
         )
     what = f"{where}: transformers {version()} does not read its config.json as {kind}"
     with answered(what, "Save the model again."):
-        return classes[kind].from_dict(dict(config))
+        found = classes[kind].from_dict(dict(config))
+    return found
 
 
 def text_config(config: Any) -> Any:

@@ -44,4 +44,5 @@ def _with_adapter(model: Any, identity: Identity) -> Any:
 
     what = f"teacher.adapter: {identity.adapter} does not fit {identity.folder}"
     with answered(what, "Name an adapter of this model, or the model of this adapter."):
-        return PeftModel.from_pretrained(model, str(identity.adapter)).merge_and_unload()
+        merged = PeftModel.from_pretrained(model, str(identity.adapter)).merge_and_unload()
+    return merged

@@ -22,6 +22,8 @@ POSITIONS_FROM_PADDING = frozenset(
     "camembert data2vec-text esm ibert layoutlmv3 lilt longformer luke markuplm mpnet prophetnet "
     "roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl xmod".split()
 )
+# Rows of the table of token embeddings beyond `vocab_size`: ids that are read and never written.
+_MORE_ROWS = {"mllama_text_model": 8, "moshi": 1}
 # Where a class knows no `max_position_embeddings` under any name: the length of its biases, or of
 # what it was trained on.
 _OTHER_LENGTHS = ("max_seq_len", "seq_length")
@@ -33,7 +35,9 @@ class ConfigFacts:
 
     model_type: str
     vocab_size: int
-    """Rows of the table of token embeddings; 0: there is none."""
+    """Ids that it tells apart in what it writes; 0: it knows no vocabulary."""
+    rows: int
+    """Of its table of token embeddings; 0: it has none."""
     context_tokens: int
     """Tokens of the longest text that has a position for each."""
     dtype: str | None
@@ -104,7 +108,8 @@ def loaded_config(config: Mapping[str, Any], *, where: str) -> Any:
         )
     what = f"{where}: transformers {version()} does not read its config.json as {kind}"
     with answered(what, "Save the model again."):
-        return classes[kind].from_dict(dict(config))
+        found = classes[kind].from_dict(dict(config))
+    return found
 
 
 def text_config(config: Any) -> Any:
@@ -137,9 +142,11 @@ def _facts(text: str, where: str) -> ConfigFacts:
         config = loaded_config(raw, where=where)
         part = text_config(config)
         dtype = getattr(config, "dtype", None) or getattr(part, "dtype", None)
+        vocab_size = int(getattr(part, "vocab_size", None) or 0)
         return ConfigFacts(
             model_type=config.model_type,
-            vocab_size=int(getattr(part, "vocab_size", None) or 0),
+            vocab_size=vocab_size,
+            rows=vocab_size and vocab_size + _MORE_ROWS.get(part.model_type, 0),
             context_tokens=usable_positions(part) or UNLIMITED,
             dtype=str(dtype).removeprefix("torch.") if dtype is not None else None,
             use=use_of(raw, config),

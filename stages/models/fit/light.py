@@ -26,7 +26,8 @@ def light_transformers() -> Iterator[None]:
     # What it warns of is ours to say: torch is missing, an id is outside the vocabulary.
     logging.disable(logging.WARNING)
     if hide:
-        sys.modules.update(_aside, torch=None)  # type: ignore[arg-type]  # None: Python finds none
+        sys.modules.update(_aside)
+        sys.modules["torch"] = None  # type: ignore[assignment]  # so Python finds none
     try:
         yield
     finally:

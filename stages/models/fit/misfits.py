@@ -50,9 +50,9 @@ def refuse_misfit(folder: Path, task: str, *, field: str, name: str) -> ConfigFa
             f"{where} is {facts.use} ({facts.model_type}), and run.task {task} distils another "
             f"kind. {other} {WANTED[head]}."
         )
-    refuse_ids_without_row(folder, facts.vocab_size, where=where)
+    refuse_ids_without_row(folder, facts.rows, where=where)
     if not raw.get("quantization_config"):  # else its tensors have other shapes
-        _refuse_other_rows(folder, facts.vocab_size, where=where)
+        _refuse_other_rows(folder, facts.rows, where=where)
     return facts
 
 
@@ -117,24 +117,27 @@ def _special_ids(folder: Path, where: str) -> Iterator[tuple[str, int]]:
 
 
 def _listed(value: Any) -> list[int]:
-    return [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int)]
+    return [v for v in (value if isinstance(value, list) else [value]) if type(v) is int]
 
 
 def _refuse_other_rows(folder: Path, rows: int, *, where: str) -> None:
-    """Refuse a config that names another vocabulary than the weights have: no library loads the two together."""
+    """Refuse a config that asks for another table of embeddings than the weights have: no library loads the two."""
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, found in _embedding_rows(file):
+            if rows and found != rows:
+                raise UsageError(
+                    f"{where}: its config.json asks for {rows} rows (vocab_size), but {name} in "
+                    f"{file.name} has {found} rows. Save the model again."
+                )
+
+
+def _embedding_rows(file: Path) -> Iterator[tuple[str, int]]:
+    """Names of tables of token embeddings in a file, and their rows; by its header alone."""
     from safetensors import SafetensorError, safe_open
 
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="numpy") as tensors:
-                for name in tensors.keys():  # no mapping
-                    found = (
-                        tensors.get_slice(name).get_shape() if name.endswith(_EMBEDDINGS) else []
-                    )
-                    if found and rows and found[0] != rows:
-                        raise UsageError(
-                            f"{where}: its config.json names {rows} ids (vocab_size), but {name} in "
-                            f"{file.name} has {found[0]} rows. Save the model again."
-                        )
-        except (OSError, SafetensorError):
-            return  # whoever loads it says so
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            named = [name for name in list(tensors.keys()) if name.endswith(_EMBEDDINGS)]
+            yield from [(name, tensors.get_slice(name).get_shape()[0]) for name in named]
+    except (OSError, SafetensorError):
+        return  # whoever loads it says so

@@ -65,7 +65,7 @@ OF_NO_USE = [
     (edit("config.json", num_hidden_layers="many"), "does not read its config.json as llama"),
     (
         edit("config.json", vocab_size=64),
-        "names 64 ids (vocab_size), but model.embed_tokens.weight",
+        "asks for 64 rows (vocab_size), but model.embed_tokens.weight",
     ),
     (add_token, "the tokenizer has ids up to 40, but the table of token embeddings has 32 rows"),
     (edit("config.json", pad_token_id=32), "pad_token_id in config.json is 32"),

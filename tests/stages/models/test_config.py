@@ -48,6 +48,11 @@ def test_what_is_not_written_down_is_what_the_class_says(
     assert (facts.vocab_size, facts.context_tokens) == (vocab_size, context)
 
 
+def test_some_read_ids_that_they_never_write() -> None:
+    facts = config_facts({"model_type": "mllama"}, where="x")
+    assert facts.rows == facts.vocab_size + 8
+
+
 def test_the_dtype_may_stand_with_the_text() -> None:
     inside = {"model_type": "gemma3", "text_config": {"dtype": "bfloat16"}}
     assert config_facts(inside, where="x").dtype == "bfloat16"

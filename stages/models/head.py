@@ -23,7 +23,7 @@ from ...storage.errors import UsageError
 # Fields of a config, by what they are to the logits: architectures name one thing in several ways.
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 FACTORS = ("logit_scale", "lm_head_multiplier")
-DIVISORS = ("logits_scaling",)
+DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 
 NOT_SUPPORTED = "This architecture's output head is not supported; use another model."
 

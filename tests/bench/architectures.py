@@ -1,6 +1,6 @@
 """Which causal architectures of the installed transformers are right here, which are refused, and is any wrong?
 
-    python tests/bench/architectures.py [CASE ...] [--tiny]        # a table, then one JSON line
+    python tests/bench/architectures.py [CASE ...] [--tiny] [--out DIR]        # a table, then one JSON line
 
 Each is a tiny model with random weights (`tiny_architectures.py`), saved, and loaded by the product as
 teacher and as student. Texts have 9 to 64 tokens, windows 16; frequencies that depend on the length
@@ -215,6 +215,8 @@ def plain(folder: Path, dtype: torch.dtype) -> Any:
     config = transformers.AutoConfig.from_pretrained(folder)
     usual = config.model_type in USUAL_ATTENTION
     how = {} if usual else {"attn_implementation": "eager"}
+    if getattr(config, "reorder_and_upcast_attn", False):
+        dtype = torch.float32  # GPT-2 refuses any other there
     how["experts_implementation"] = "eager"  # the grouped products know no float64
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **how).eval()
 
@@ -321,6 +323,7 @@ def main() -> None:
     parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("cases", nargs="*", metavar="CASE", help="only these")
     parser.add_argument("--tiny", action="store_true", help="a choice that runs in seconds")
+    parser.add_argument("--out", type=Path, help="folder for the table as Markdown and the JSON")
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
@@ -331,13 +334,21 @@ def main() -> None:
     for case in cases:
         rows.append(measured(case))
         print(rows[-1], file=sys.stderr, flush=True)
-    print(table(rows))
-    counts = {
-        verdict: sum(row.verdict == verdict for row in rows)
-        for verdict in ("Right", "Refused", "Wrong")
-    }
+    report(rows, asked.out)
+
+
+def report(rows: list[Row], folder: Path | None) -> None:
+    """The table and the JSON line, and both as files."""
+    kinds = ("Right", "Refused", "Wrong", "Not built")
+    counts = {kind: sum(row.verdict == kind for row in rows) for kind in kinds}
     about = {"transformers": transformers.__version__, "torch": torch.__version__}
-    print(json.dumps({**about, **counts, "rows": [asdict(row) for row in rows]}))
+    outcome = json.dumps({**about, **counts, "rows": [asdict(row) for row in rows]})
+    print(f"{table(rows)}\n{outcome}")
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "architectures.json").write_text(outcome + "\n")
+        said = ", ".join(f"{count} {kind.lower()}" for kind, count in counts.items())
+        (folder / "architectures.md").write_text(f"{said}\n\n{table(rows)}\n")
 
 
 if __name__ == "__main__":

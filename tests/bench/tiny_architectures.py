@@ -134,8 +134,8 @@ SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "sep_token_i
 
 NO_TEXT_MODEL = (
     "blt cohere_compass_text cpmant emu3 fuyu gemma3 gemma3n gemma4 gemma4_assistant gemma4_unified "
-    "gemma4_unified_assistant git got_ocr2 gpt-sw3 llama4 mllama moshi musicgen musicgen_melody phi4_multimodal "
-    "qwen3_5 qwen3_5_moe qwen4_exp trocr whisper"
+    "gemma4_unified_assistant git got_ocr2 gpt-sw3 llama4 mllama moshi musicgen musicgen_melody "
+    "phi4_multimodal qwen3_5 qwen3_5_moe qwen4_exp trocr whisper"
 ).split()
 """Types that read images, sounds or bytes too, with configs inside of configs, and a second name of GPT-2."""
 

@@ -116,11 +116,17 @@ def _memory(tensor: Tensor) -> int:
 
 
 def _few_logits(model: Any) -> Tensor:
-    was_training = model.training
-    model.eval()
-    vocab_size = model.config.get_text_config().vocab_size
+    """Of one text, by transformers' own attention: that of the training wants to know where samples end."""
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    vocab_size = plain.config.get_text_config().vocab_size
     ids = torch.arange(_TOKENS, device=next(model.parameters()).device) % vocab_size
+    was_training, attention = model.training, plain.config._attn_implementation
+    model.eval()
+    if attention not in (None, "eager", "sdpa"):
+        plain.set_attn_implementation("eager")
     with torch.no_grad():
         logits: Tensor = model(input_ids=ids[None]).logits.float()
+    if plain.config._attn_implementation != attention:
+        plain.set_attn_implementation(attention)
     model.train(was_training)
     return logits

@@ -4,13 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ...stages.evaluate.stage import CLASS_NUMBERS, NUMBERS
+from ...stages.evaluate.stage import NUMBERS
 from ...stages.recipe.fields import Arm
 from ...stages.recipe.load import changed_fields
 from ...stages.recipe.run_folder import EVALUATED, SETTINGS, begun_runs, training_run
 from ...stages.recipe.sections import HELD_OUT_FIELDS, Recipe, Score
 from ...stages.recipe.stages import STAGES, Stage, needed, stage_named
-from ...stages.recipe.tasks import TASKS
 from ...stages.train.stage import arm_loss
 from ...storage.errors import UsageError
 from ...storage.keys import content_id
@@ -134,9 +133,8 @@ def _plan_evaluate(recipe: Recipe, plan: Plan) -> None:
     if how["generate"] and how["generate"]["normalize"] == "none":
         del how["generate"]["normalize"]  # as before there was one
     references = plan.bound.binding.data_id if recipe.evaluate.generate else None
-    measures = NUMBERS + CLASS_NUMBERS * TASKS[recipe.run.task].labelled
     plan.evaluation_id = content_id(
-        "evaluate", test=test.id, arms=folders, how=how, references=references, measures=measures
+        "evaluate", test=test.id, arms=folders, how=how, references=references, measures=NUMBERS
     )
     line.planned = test.rows
     all_trained = set(trained) == {"done"}

@@ -249,8 +249,9 @@ class Tally:
             found[name], error = self._mean(name, self._column(name))
             if name in JUDGED:
                 found[f"{name}_se"] = error
-        mean = found.get("cross_entropy", math.inf)
-        found |= {"perplexity": math.exp(mean) if mean < 700 else None, "tokens": self.tokens}
+        mean = found.get("cross_entropy")
+        perplexity = None if mean is None or mean >= 700 else math.exp(mean)
+        found |= {"perplexity": perplexity, "tokens": self.tokens}
         return found | (self.confusion.results() if self.confusion else {})
 
     def minus(self, other: "Tally") -> dict[str, float | None]:

@@ -170,7 +170,7 @@ def _measured_on(held_out: HeldOut, tally: "Tally", unit: str) -> dict[str, Any]
         "rows": held_out.rows,
         "prompts": tally.units,
         "tokens": tally.tokens,
-        "labelled": tally.judged("accuracy") if held_out.labelled else None,
+        **({"labelled": tally.judged("accuracy")} if held_out.labelled else {}),
         "reference": "+".join(dict.fromkeys(kind for kind, _ in references)) or None,
         "k": min((k for _, k in references), default=None),
         "kl_is_lower_bound": any(not STRUCTURES[kind].whole for kind, _ in references),

@@ -268,26 +268,9 @@ def _split(recipe: Recipe, rows: Intake) -> pa.Table:
     Raises:
         UsageError: nothing is left to train on, or nothing to judge by that was to be there.
     """
-    data, named = recipe.data, held_out_source(recipe)
-    if not rows:
-        raise UsageError(
-            f"data.source: nothing to work on in {data.source}: {_none_usable(rows)}. Check the "
-            "file and data.format."
-        )
-    if named is not None and not rows.held_out:
-        raise UsageError(
-            f"{named.field}: no row to judge by in {named.name}, split {named.split}: "
-            f"{_none_usable(rows)}. Check the file; its columns are those of the data."
-        )
-    if named is not None and rows.held_out == len(rows):
-        said = (
-            "; ".join(filter(None, (*rows.notes(), rows.why_rejected()))) or "it holds no records"
-        )
-        raise UsageError(
-            f"data.source: nothing to train on in {data.source}: {said}. Name other held-out rows, "
-            "or more data."
-        )
-    holdout = 0 if named else data.holdout
+    named = held_out_source(recipe)
+    holdout = 0 if named else recipe.data.holdout
+    _refuse_empty(recipe.data.source, named, rows)
     if holdout >= (prompts := rows.prompts()):
         raise UsageError(
             f"data.holdout: {holdout} of {prompts} prompts leaves nothing to train on. "
@@ -304,13 +287,26 @@ def _split(recipe: Recipe, rows: Intake) -> pa.Table:
     return table
 
 
-def _none_usable(rows: Intake) -> str:
-    count = rows.rejected.total()
-    return (
-        f"all {count} records were rejected: {rows.why_rejected()}"
-        if count
-        else "it holds no records"
-    )
+def _refuse_empty(source: str, held_out: Source | None, rows: Intake) -> None:
+    """Raise UsageError where nothing was read to work on, to judge by or to train on."""
+    why = rows.why_rejected() or "it holds no records"
+    if not rows:
+        every = f"all {rows.rejected.total()} records were rejected: " if rows.rejected else ""
+        raise UsageError(
+            f"data.source: nothing to work on in {source}: {every}{why}. Check the file and "
+            "data.format."
+        )
+    if held_out is not None and not rows.held_out:
+        raise UsageError(
+            f"{held_out.field}: no row to judge by in {held_out.name}, split {held_out.split}: "
+            f"{why}. Check the file; its columns are those of the data."
+        )
+    if held_out is not None and rows.held_out == len(rows):
+        said = "; ".join(rows.notes()) or why
+        raise UsageError(
+            f"data.source: nothing to train on in {source}: {said}. Name other held-out rows, or "
+            "more data."
+        )
 
 
 def _refuse_changed(job: Job, classes: Sequence[str]) -> None:

@@ -7,40 +7,11 @@ from glob import glob, has_magic
 from pathlib import Path, PurePath
 
 from ....storage.errors import UsageError
+from .names import IN_FOLDERS, IN_GLOBS, PACKED, TABLES, TEXTS, ending, no_data, readable
 from .splits import ALL, known_split, split_of
 
-TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".txt", ".md")
-"""Endings that one of `PACKED` may follow."""
-PACKED = (".gz", ".zst", ".bz2", ".xz")
-_TABLES = (".parquet", ".arrow")
-# A README.md beside the data is not data: .md counts where a file or a glob names it.
-_IN_FOLDERS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".txt", ".arrow")
-_COPIES = ("~", ".bak", ".tmp", ".temp", ".swp", ".part", ".crdownload")
-_ABOUT = {
-    "config.json",
-    "dataset_dict.json",
-    "dataset_info.json",
-    "dataset_infos.json",
-    "labels.json",
-    "manifest.json",
-    "provenance.json",
-    "state.json",
-}
-"""What tools write beside the data."""
 _NAMED = 5
-
-
-def ending(file: PurePath) -> str:
-    """What a file is by its name: `.jsonl`, `.csv.gz` ..., or its last suffix where nothing here reads it."""
-    suffixes = [suffix.lower() for suffix in file.suffixes[-2:]]
-    if len(suffixes) == 2 and suffixes[0] in TEXTS and suffixes[1] in PACKED:
-        return "".join(suffixes)
-    return suffixes[-1] if suffixes else ""
-
-
-def _readable(name: str) -> bool:
-    plain, packed = os.path.splitext(name)
-    return name in (*TEXTS, *_TABLES) or (plain in TEXTS and packed in PACKED)
+"""Files that a sentence names; more are counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +33,6 @@ class Found:
     def name_of(self, file: Path) -> str:
         """A file's path in its source."""
         return file.relative_to(self.root).as_posix()
-
-    def ending_of(self, file: Path) -> str:
-        """What kind of file it is."""
-        return ending(file)
 
     def of_split(self, split: str, *, field: str, asked: bool) -> "Found":
         """These files without those of other splits.
@@ -141,13 +108,13 @@ def find_files(source: str, *, field: str) -> Found | None:
     if found.files:
         return found
     # A Hub id is owner/name: anything else was meant as a path.
-    looks_local = source.startswith((".", "/", "~")) or _readable(ending(path)) or has_magic(source)
+    looks_local = source.startswith((".", "/", "~")) or readable(path) or has_magic(source)
     if looks_local or source.count("/") != 1 or path.is_dir():
         said = found.left_out_note(set())
         raise UsageError(
             f"{field}: nothing to read at {source} (looked in {Path.cwd()}"
             f"{f'; {said}' if said else ''}). Name a file, a glob or a folder of "
-            f"{', '.join(_IN_FOLDERS)} (.md only by file or glob), texts also as "
+            f"{', '.join(IN_FOLDERS)} (.md only by file or glob), texts also as "
             f"{', '.join(PACKED)}, or a Hub dataset id."
         )
     return None
@@ -155,12 +122,12 @@ def find_files(source: str, *, field: str) -> Found | None:
 
 def _in_folder(path: Path, source: str, field: str) -> Found:
     inside = sorted(_walk(path))
-    why = {file: _no_data(file, path, _IN_FOLDERS) for file in inside}
+    why = {file: no_data(file, path, IN_FOLDERS) for file in inside}
     files = [file for file in inside if why[file] is None]
     saved = any(ending(file) == ".arrow" for file in files)
     if saved:  # `datasets` wrote it, with what it knows about it
         beside = {file: "not saved by `datasets`" for file in files if ending(file) != ".arrow"}
-        files = [file for file in sorted(path.rglob("*")) if file.suffix in _IN_FOLDERS]
+        files = [file for file in sorted(path.rglob("*")) if file.suffix in IN_FOLDERS]
         return Found(
             source=source, field=field, root=path, files=files, left_out=beside, saved=True
         )
@@ -171,20 +138,17 @@ def _in_folder(path: Path, source: str, field: str) -> Found:
 def _of_glob(path: Path, source: str, field: str) -> Found:
     root = Path(*_until_magic(path))
     matched = [Path(name) for name in sorted(glob(str(path), recursive=True))]
-    inside = [file for file in matched if not _entered(file, matched)]
+    folders = {folder for file in matched for folder in file.parents}
+    inside = [file for file in matched if file not in folders]
     literal = not has_magic(path.name)  # such a file is asked for by its name
     why = {
-        file: None if literal else _no_data(file, root, (*_IN_FOLDERS, ".md")) for file in inside
+        file: None if literal and file.is_file() else no_data(file, root, IN_GLOBS)
+        for file in inside
     }
     files = [file for file in inside if why[file] is None]
     left_out = _first_what_looks_like_data({file: said for file, said in why.items() if said})
     saved = any(ending(file) == ".arrow" for file in files)
     return Found(source=source, field=field, root=root, files=files, left_out=left_out, saved=saved)
-
-
-def _entered(path: Path, matched: list[Path]) -> bool:
-    """Whether a path is a folder of which a glob names something too."""
-    return path.is_dir() and any(path in other.parents for other in matched)
 
 
 def _until_magic(path: Path) -> Iterator[str]:
@@ -201,31 +165,16 @@ def _walk(path: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in (*names, *links))
 
 
-def _no_data(path: Path, root: Path, endings: tuple[str, ...]) -> str | None:
-    """Why what lies in a folder is no data by its path; None where it is."""
-    name, kind = path.name.lower(), ending(path)
-    plain = os.path.splitext(kind)[0] if kind.endswith(PACKED) else kind
-    if path.is_dir():
-        return "a folder that is not entered"
-    if any(part.startswith((".", "__")) for part in path.relative_to(root).parts):
-        return "hidden"
-    if name.endswith(_COPIES) or name.startswith(("~$", "#")):
-        return "a tool's copy"
-    if name in _ABOUT or name.startswith("readme") or name.endswith(".lock"):
-        return "about the data"
-    return None if _readable(kind) and plain in endings else "no data by its ending"
-
-
 def _first_what_looks_like_data(left_out: dict[Path, str]) -> dict[Path, str]:
     """The same, with what somebody may miss at the beginning."""
-    return dict(sorted(left_out.items(), key=lambda item: not _readable(ending(item[0]))))
+    return dict(sorted(left_out.items(), key=lambda item: not readable(item[0])))
 
 
 def _refuse_unreadable(file: Path, field: str) -> None:
     if not file.is_file():
         problem = "is a broken link or no regular file. Remove it, or name the files to read"
-    elif not _readable(ending(file)):
-        expected = ", ".join((*TEXTS, *_TABLES))
+    elif not readable(file):
+        expected = ", ".join((*TEXTS, *TABLES))
         problem = (
             f"has an ending that nothing here reads. Expected {expected}; texts also as "
             f"{', '.join(PACKED)}"

@@ -6,14 +6,13 @@ import gzip
 import io
 import json
 import lzma
-import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ....storage.errors import UsageError
-from .files import PACKED, ending
+from .names import unpacked
 
 Record = tuple[str, dict[str, Any] | str]
 """Where it stands ("a/prompts.jsonl:3") and the record, or in place of it a sentence on why it is
@@ -33,10 +32,8 @@ def read_file(file: Path, name: str, *, field: str) -> Iterator[Record]:
     Raises:
         UsageError: the file cannot be read.
     """
-    kind = ending(file)
-    plain = os.path.splitext(kind)[0] if kind.endswith(PACKED) else kind
     try:
-        yield from _READERS[plain](file, name)
+        yield from _READERS[unpacked(file)](file, name)
     except (OSError, EOFError, ValueError, csv.Error, lzma.LZMAError, zlib.error) as error:
         raise UsageError(
             f"{field}: {file} cannot be read ({error}). Mend it, or leave it out."

@@ -9,6 +9,7 @@ from ....storage.errors import UsageError
 from ...models.identity import FileHashes
 from ...recipe.sections import Recipe
 from .files import Found, find_files
+from .names import ending
 from .readers import Record, read_file
 from .saved import read_datasets
 
@@ -63,7 +64,7 @@ class Source:
         """What the source holds now: kind and hash of every local file, or the Hub's commit."""
         found = self.files()
         if found is not None:
-            return [f"{found.ending_of(f)} {hashes.sha256(f)}" for f in found.files]
+            return [f"{ending(f)} {hashes.sha256(f)}" for f in found.files]
         from huggingface_hub import HfApi
 
         try:

@@ -1,14 +1,14 @@
 """Lengths that do not go together: what the data may have, what the teacher reads, and what the student reads."""
 
-import json
-from pathlib import Path
-from typing import Any
-
 from ...stages.data.given_text import given_text
 from ...stages.ledger.books import Books
 from ...stages.ledger.requests import author_context
+from ...stages.models.fit.config import config_facts, read_json, text_config, usable_positions
+from ...stages.models.fit.fresh import fresh_config
+from ...stages.models.fit.light import light_transformers
 from ...stages.models.identity import find_model
 from ...stages.recipe.sections import Recipe
+from ...stages.recipe.stages import needed
 from ...storage.errors import UsageError
 from .resolve import Bound
 
@@ -45,6 +45,8 @@ def window_notes(recipe: Recipe, bound: Bound) -> list[str]:
 
 def unread_by_student(recipe: Recipe, bound: Bound, books: Books) -> str:
     """What to say of rows that the student cannot read, after `choose_generations`; empty: it reads all of them."""
+    if recipe.student is None or recipe.train is None:
+        return ""
     limits = {"train.row_tokens": recipe.train.row_tokens, "student": _student_reads(recipe, bound)}
     known = {name: limit for name, limit in limits.items() if limit is not None}
     name = min(known, key=lambda name: known[name], default="")
@@ -77,31 +79,18 @@ def _shorter(recipe: Recipe, most: int) -> str:
 
 
 def _student_reads(recipe: Recipe, bound: Bound) -> int | None:
-    """Tokens that the student reads at once; None where it, or its teacher's config, is not here."""
-    student = recipe.student
+    """Tokens that the student reads at once; None where there is no limit, or it or its teacher is not here."""
+    student = needed(recipe.student, "student")
     if student.model is not None:
+        name, field = student.model, "student.model"
         try:
-            folder = find_model(
-                student.model, student.revision, field="student.model", download=False
-            )
+            folder = find_model(name, student.revision, field=field, download=False, weights=False)
         except UsageError:
             return None  # downloaded later, by `run`
-        return _positions(_config(folder))
+        config = read_json(folder / "config.json", field)
+        return config_facts(config, where=f"{field}: {name}").context_tokens
     if bound.teacher is None:
         return None
-    config = _config(bound.teacher.folder)
-    return _positions(config.get("text_config", config) | (student.config or {}))
-
-
-def _positions(config: dict[str, Any]) -> int | None:
-    text = config.get("text_config", config)
-    found = text.get("max_position_embeddings") or text.get("n_positions")
-    return None if found is None else int(found)
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    """What config.json says; nothing where it cannot be read: who loads the model says so."""
-    try:
-        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return {}
+    with light_transformers():
+        made = fresh_config(bound.teacher.folder, student.config or {}, task=recipe.run.task)
+        return usable_positions(text_config(made))

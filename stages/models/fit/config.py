@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ....storage.errors import UsageError, answered
+from ..attention.future import reads_ahead
 from .light import config_classes, light_transformers, version
 from .uses import has_own_code, heads_of, use_of
 
@@ -46,6 +47,8 @@ class ConfigFacts:
     """What kind of model it is, in words."""
     heads: tuple[str, ...]
     """Of which tasks' heads it has one, or may get one (`Task.head`)."""
+    ahead: str | None
+    """The field by which it sees the future, as `name: value`."""
 
 
 def read_json(path: Path, field: str, *, missing: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -151,4 +154,5 @@ def _facts(text: str, where: str) -> ConfigFacts:
             dtype=str(dtype).removeprefix("torch.") if dtype is not None else None,
             use=use_of(raw, config),
             heads=heads_of(raw, config),
+            ahead=reads_ahead(config),
         )

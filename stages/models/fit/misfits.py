@@ -6,6 +6,7 @@ from typing import Any
 
 from ....storage.errors import UsageError
 from ...recipe.tasks import TASKS
+from ..attention.future import refusal
 from .config import ConfigFacts, config_facts, read_json
 from .token_ids import highest_id
 from .uses import CLASSIFIER
@@ -50,6 +51,8 @@ def refuse_misfit(folder: Path, task: str, *, field: str, name: str) -> ConfigFa
             f"{where} is {facts.use} ({facts.model_type}), and run.task {task} distils another "
             f"kind. {other} {WANTED[head]}."
         )
+    if head == "lm" and facts.ahead is not None:
+        raise UsageError(refusal(where, f"its config says {facts.ahead}"))
     refuse_ids_without_row(folder, facts.rows, where=where)
     if not raw.get("quantization_config"):  # else its tensors have other shapes
         _refuse_other_rows(folder, facts.rows, where=where)

@@ -19,6 +19,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from ....storage.errors import StillroomError
 from ...recipe.sections import Recipe
+from ...recipe.stages import needed
 from .config_file import NotInOlderWords, with_older_words
 from .lora import merged_as_trained
 from .stored_tensors import stored_dtype
@@ -163,7 +164,7 @@ def _mend_adapter(part: Path, recipe: Recipe) -> None:
     could be another model's name on the Hub, and PEFT would load that.
     """
     (part / "README.md").unlink(missing_ok=True)
-    path, base = part / "adapter_config.json", recipe.student.model
+    path, base = part / "adapter_config.json", needed(recipe.student, "student").model
     config = json.loads(path.read_text("utf-8"))
     on_hub = base is not None and not Path(base).expanduser().is_dir()
     _write(path, config | {"base_model_name_or_path": base if on_hub else None})
@@ -174,7 +175,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 def _dtype(recipe: Recipe, base: Path | None) -> str:
-    asked = recipe.student.save_dtype
+    asked = needed(recipe.student, "student").save_dtype
     if asked != "auto":
         return asked
     return "float32" if base is None else stored_dtype(base)

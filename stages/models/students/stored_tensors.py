@@ -13,6 +13,7 @@ from typing import Any
 
 from ....storage.errors import UsageError
 from ...recipe.sections import Recipe
+from ...recipe.stages import needed
 from ..identity import tensor_files
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -66,7 +67,7 @@ def refuse_tied_lora(recipe: Recipe, folder: Path) -> None:
     Raises:
         UsageError: target_modules names one of the two.
     """
-    lora = recipe.student.lora
+    lora = needed(recipe.student, "student").lora
     if lora is None or isinstance(lora.target_modules, str):
         return
     config = _config(folder)

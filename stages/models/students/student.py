@@ -16,6 +16,7 @@ from transformers import (
 
 from ....storage.errors import answered
 from ...recipe.sections import Recipe
+from ...recipe.stages import needed
 from ...recipe.tasks import module_of
 from ..classes import refuse_other_classes
 from ..fit.fresh import fresh_config
@@ -39,6 +40,7 @@ def initial_student(recipe: Recipe, teacher_dir: Path) -> nn.Module:
     Raises:
         UsageError: the model, the config or the adapter cannot be made.
     """
+    lora = needed(recipe.student, "student").lora
     folder, kind = student_folder(recipe), kind_of(recipe, teacher_dir)
     refuse_other_classes(recipe, folder, kind.classes)
     with torch.random.fork_rng(devices=[]):
@@ -48,9 +50,9 @@ def initial_student(recipe: Recipe, teacher_dir: Path) -> nn.Module:
             student = kind.student(folder)
         else:
             student = _fresh(recipe, teacher_dir, kind)
-        if recipe.student.lora is None:
+        if lora is None:
             return student
-        adapted: nn.Module = with_lora(student, recipe.student.lora, kind.adapter)
+        adapted: nn.Module = with_lora(student, lora, kind.adapter)
         return adapted
 
 
@@ -104,14 +106,14 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def student_folder(recipe: Recipe) -> Path | None:
     """The folder of the model that the student begins as; None: it begins with fresh weights."""
-    student = recipe.student
+    student = needed(recipe.student, "student")
     if student.model is None:
         return None
     return find_model(student.model, student.revision, field="student.model", download=True)
 
 
 def _fresh(recipe: Recipe, teacher_dir: Path, kind: ModelKind) -> PreTrainedModel:
-    overrides = recipe.student.config or {}
+    overrides = needed(recipe.student, "student").config or {}
     config = fresh_config(teacher_dir, overrides, task=recipe.run.task)
     # transformers has many kinds of errors for a config that does not hold together.
     with answered(f"student.config: {overrides} does not hold together", "Change the numbers."):

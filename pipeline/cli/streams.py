@@ -43,7 +43,8 @@ def _fill(descriptor: int) -> None:
 def _lasting(stream: TextIO | None, descriptor: int, *, only_terminal: bool) -> TextIO:
     if stream is None:  # it was closed when the process began
         return open(os.devnull, "w")
-    if stream not in (sys.__stdout__, sys.__stderr__) or (only_terminal and not stream.isatty()):
+    replaced = stream is not sys.__stdout__ and stream is not sys.__stderr__  # as a test does
+    if replaced or (only_terminal and not stream.isatty()):
         return stream
     raw = io.BufferedWriter(_Stream(descriptor, "w", closefd=False))
     return io.TextIOWrapper(

@@ -33,7 +33,7 @@ def read_yaml(text: str) -> tuple[Any, yaml.Node | None]:
 
 
 def _check_bounds(text: str) -> None:
-    sizes: dict[str, int] = {}  # of what each anchor names
+    sizes: dict[str | None, int] = {}  # of what each anchor names
     open_ones: list[tuple[str | None, int]] = []  # anchor, and how many values came before it
     values = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
@@ -60,5 +60,5 @@ def _check_bounds(text: str) -> None:
             raise _too_much(event, f"more than {MOST_VALUES} values, each alias written out")
 
 
-def _too_much(event: yaml.Event, what: str) -> yaml.YAMLError:
+def _too_much(event: Any, what: str) -> yaml.YAMLError:
     return yaml.YAMLError(f"line {event.start_mark.line + 1}: {what}")

@@ -395,12 +395,6 @@ class Published(Store):
 
 
 def _commit(table: TableName, seq: int, info: ShardInfo) -> Commit:
-    nothing: dict[str, Any] = {
-        "writer": "",
-        "tokens": 0,
-        "seconds": 0.0,
-        "stage": "",
-        "versions": {},
-        "created": "",
-    }
-    return Commit(table=table, seq=seq, shard=info, **nothing)
+    unknown: Any = dict.fromkeys(("writer", "stage", "created"), "")
+    more: Any = {"tokens": 0, "seconds": 0.0, "versions": {}}
+    return Commit(table=table, seq=seq, shard=info, **unknown, **more)

@@ -37,7 +37,7 @@ class Stopped(StillroomError):
 
     def __init__(
         self,
-        message: str = "stopped by a signal; finished rows are kept. Run the same command to go on.",
+        message: str = "stopped by a signal; what is finished is kept. Run the same command again.",
     ) -> None:
         super().__init__(message)
 

@@ -1,6 +1,6 @@
 """The commands on a store (inspect, query, verify, repair, vacuum), and how their findings are printed."""
 
-import json
+import math
 import shutil
 import sys
 from collections.abc import Sequence
@@ -77,7 +77,8 @@ def query(
     print_for_people(table)
     if not complete:
         print_for_people(f"(the first {rows} rows; there are more, see --rows)")
-    content = {"rows": json.loads(json.dumps(shown, default=_cell)), "complete": complete}
+    rows_of_json = [{name: _json_value(value) for name, value in row.items()} for row in shown]
+    content = {"rows": rows_of_json, "complete": complete}
     print_json(content, as_json)
 
 
@@ -210,6 +211,19 @@ def vacuum(
     for line in vacuum_lines(done, dry_run=dry_run):
         print_for_people(line)
     print_json(vacuum_json(done, dry_run=dry_run), as_json)
+
+
+def _json_value(value: Any) -> Any:
+    """What JSON can hold: null for numbers that it has no words for, text for what is no number."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(name): _json_value(part) for name, part in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # an interval is one value
+        return str(value)
+    if isinstance(value, list | tuple):
+        return [_json_value(part) for part in value]
+    return value if value is None or isinstance(value, str | int) else _cell(value)
 
 
 def _cell(value: Any) -> str:

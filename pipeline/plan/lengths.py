@@ -75,7 +75,10 @@ def _shorter(recipe: Recipe, most: int) -> str:
         return f"Set select.where to 'prompt_tokens + completion_tokens <= {most}'"
     if recipe.data.records.document:
         return f"Set data.window_tokens to {most}"
-    return f"Set data.max_tokens to {most} (with data.too_long: cut, longer rows lose their end)"
+    return (
+        f"Set data.max_tokens to {most}: longer rows are rejected, or with data.too_long: cut lose "
+        "their end, where their prompt leaves any of the answer"
+    )
 
 
 def _student_reads(recipe: Recipe, bound: Bound) -> int | None:

@@ -126,7 +126,7 @@ def export(
     built = manifest is None
     if manifest is None:
         rows = sum(snapshot.rows for snapshot in work.snapshots.values())
-        say(f"writing {rows} rows ({', '.join(work.snapshots)}) into {folder}")
+        say(f"writing up to {rows} rows ({', '.join(work.snapshots)}) into {folder}")
         manifest = work.build()
     if built and (others := work.others()):
         say(others)

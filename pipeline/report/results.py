@@ -239,9 +239,7 @@ def _answers(answers: Mapping[str, Any]) -> str:
 def _no_number(found: Mapping[str, int]) -> str:
     """Who gave texts that have no number, and how many."""
     named = [f"{LINES.get(who, who)} {count(texts)}" for who, texts in found.items() if texts]
-    return (
-        f" There is none, which is never right, in so many of: {', '.join(named)}." if named else ""
-    )
+    return f" Answers without a number count as wrong: {', '.join(named)}." if named else ""
 
 
 _FORMS = {

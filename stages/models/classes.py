@@ -60,7 +60,7 @@ def label_index(value: Any, names: Sequence[str]) -> int | None:
         return named
     if index is not None:
         return index
-    if value in (NO_LABEL, str(NO_LABEL)):
+    if _whole(value) == NO_LABEL:
         return None
     raise RowError(
         "unknown_label",
@@ -72,11 +72,15 @@ def label_index(value: Any, names: Sequence[str]) -> int | None:
 
 
 def _as_index(value: Any, classes: int) -> int | None:
+    number = _whole(value)
+    return number if number is not None and 0 <= number < classes else None
+
+
+def _whole(value: Any) -> int | None:
+    """The whole number that a cell holds, also as 1.0 or "1.0": a column with a gap is one of floats."""
     try:
-        index = None if isinstance(value, bool) else int(value)
-        return (
-            index if index is not None and index == float(value) and 0 <= index < classes else None
-        )
+        number = float(value)
+        return int(number) if number.is_integer() and not isinstance(value, bool) else None
     except (TypeError, ValueError, OverflowError):
         return None
 

@@ -107,7 +107,8 @@ def make_tables(
     if next(iter(snapshots)) not in made.splits:  # those that come with it may lose all of theirs
         gone = [split for split in snapshots if split not in made.splits]
         raise UsageError(
-            f"export: --where and --min-k leave no row of {', '.join(gone)}. Ask for less."
+            f"export: --where and --min-k leave no row of {', '.join(gone)}. Ask for fewer entries, "
+            "or for a condition that some rows meet."
         )
     written = {file.table for file in made.files.values()}
     made.tables = {table: facts for table, facts in made.tables.items() if table in written}

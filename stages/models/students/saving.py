@@ -27,6 +27,7 @@ from .student import student_folder, student_tokenizer
 from .tokenizer_files import copy_tokenizer
 
 _CONFIG = "config.json"
+_CONFIGS = (_CONFIG, "adapter_config.json")
 _GENERATION = "generation_config.json"
 
 
@@ -87,12 +88,20 @@ def _put_folder(folder: Path, write: Callable[[Path], None]) -> None:
     try:
         part.mkdir(parents=True)
         write(part)
+        _like_its_config(part)
         part.rename(folder)
     except (OSError, SafetensorError) as error:
         raise StillroomError(
             f"{folder}: cannot write the student ({error}). Free space or fix permissions there, "
             "and run the same command again; its checkpoint is kept."
         ) from error
+
+
+def _like_its_config(part: Path) -> None:
+    """Whoever may read the config may read the weights, which safetensors keeps to their owner."""
+    (config,) = (part / name for name in _CONFIGS if (part / name).is_file())
+    for file in part.iterdir():
+        shutil.copymode(config, file)
 
 
 def _put_model(plain: PreTrainedModel, part: Path, *, base: Path, dtype: str) -> list[str]:

@@ -111,7 +111,7 @@ def test_a_signal_outside_a_stage_is_exit_code_130_and_a_message(
     assert process.returncode == 130
     assert (
         err
-        == "error: stopped by a signal; finished rows are kept. Run the same command to go on.\n"
+        == "error: stopped by a signal; what is finished is kept. Run the same command again.\n"
     )
     assert json.loads(out)["exit_code"] == 130
 

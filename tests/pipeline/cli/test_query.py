@@ -55,7 +55,7 @@ def test_a_signal_ends_a_query(store: Path, number: signal.Signals, statement: s
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err == (
-        "error: stopped by a signal; finished rows are kept. Run the same command to go on.\n"
+        "error: stopped by a signal; what is finished is kept. Run the same command again.\n"
     )
     assert json.loads(out)["exit_code"] == 130
 

@@ -25,6 +25,7 @@ from ...storage.published.manifest import CARD
 from ..numbers import count, inline, table
 from ..report.report import outcome
 from ..report.results import measures, result_headers, result_rows
+from ..report.sections import fresh_weights
 from .provenance import public_name, public_recipe
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -69,11 +70,7 @@ def student_card(
     shown = public_recipe(recipe)
     teacher, student = shown["teacher"]["model"], shown["student"]
     distilled = settings["arm"] == "student" and recipe.get("score") is not None
-    begin = (
-        f"`{student['model']}`"
-        if student["model"]
-        else "fresh weights of the teacher's architecture, made smaller"
-    )
+    begin = f"`{student['model']}`" if student["model"] else fresh_weights(student["config"])
     learnt = "the teacher's distributions" if distilled else "the teacher's text"
     card = ModelCard.from_template(
         _card_data(
@@ -121,12 +118,14 @@ def _index(shown: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> di
     result = evaluation["results"]["student"] if evaluation else {}
     if result.get("f1_macro") is None:
         return {}
-    data, task = shown["data"]["source"], TASKS[shown["run"]["task"]]
+    judged, task = shown["evaluate"], TASKS[shown["run"]["task"]]
+    data = judged.get("source") or shown["data"]["source"]
     found = [
         EvalResult(
             task_type=task.hub_name,
             dataset_type=data,
             dataset_name=f"{data}, held-out texts",
+            dataset_split=judged.get("split"),
             metric_type=metric,
             metric_name=words,
             metric_value=result[name],
@@ -210,20 +209,27 @@ def _code(recipe: Mapping[str, Any]) -> dict[str, str]:
             "code": text + 'print(classify("A text to classify"))',
             "vllm": vllm + 'print(llm.classify("A text to classify")[0].outputs.probs)',
         }
-    chat = FORMATS[recipe["data"]["format"]].conversation
-    asked = '[{"role": "user", "content": "Hello!"}]' if chat else '"Once upon a time"'
-    how = f"llm.{'chat' if chat else 'generate'}({asked})"
+    method, asked = _question(recipe)
     return {
         "code": 'from transformers import pipeline\n\ngenerate = pipeline("text-generation", model="path/to/student")\n'
         f'print(generate({asked}, max_new_tokens=40)[0]["generated_text"])',
-        "vllm": f'from vllm import LLM\n\nllm = LLM("path/to/student")\nprint({how}[0].outputs[0].text)',
+        "vllm": 'from vllm import LLM\n\nllm = LLM("path/to/student")\n'
+        f"print(llm.{method}({asked})[0].outputs[0].text)",
     }
 
 
+def _question(recipe: Mapping[str, Any]) -> tuple[str, str]:
+    """The method of vLLM that asks as the student was taught, and what is asked."""
+    if FORMATS[recipe["data"]["format"]].conversation:
+        return "chat", '[{"role": "user", "content": "Hello!"}]'
+    return "generate", '"Once upon a time"'
+
+
 def _adapter_code(shown: Mapping[str, Any]) -> dict[str, str]:
-    """How to load the adapter onto its initial model, in PEFT and vLLM."""
-    base, task = shown["student"]["model"], TASKS[shown["run"]["task"]]
-    auto = f"AutoModelFor{'SequenceClassification' if task.labelled else 'CausalLM'}"
+    """How to load the adapter onto its initial model, in PEFT and, where it writes text, vLLM."""
+    base, labelled = shown["student"]["model"], TASKS[shown["run"]["task"]].labelled
+    auto = f"AutoModelFor{'SequenceClassification' if labelled else 'CausalLM'}"
+    method, asked = _question(shown)
     rank = max(
         8, 1 << (shown["student"]["lora"]["rank"] - 1).bit_length()
     )  # of those that vLLM has
@@ -231,10 +237,12 @@ def _adapter_code(shown: Mapping[str, Any]) -> dict[str, str]:
         "code": f"from peft import PeftModel\nfrom transformers import {auto}\n\n"
         f'model = {auto}.from_pretrained("{base}")\n'
         'model = PeftModel.from_pretrained(model, "path/to/adapter")',
-        "vllm": "from vllm import LLM\nfrom vllm.lora.request import LoRARequest\n\n"
+        "vllm": ""
+        if labelled
+        else "from vllm import LLM\nfrom vllm.lora.request import LoRARequest\n\n"
         f'llm = LLM("{base}", enable_lora=True, max_lora_rank={rank})\n'
         'adapter = LoRARequest("student", 1, "path/to/adapter")\n'
-        'print(llm.generate("Once upon a time", lora_request=adapter)[0].outputs[0].text)',
+        f"print(llm.{method}({asked}, lora_request=adapter)[0].outputs[0].text)",
     }
 
 

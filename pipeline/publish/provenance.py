@@ -34,6 +34,7 @@ _PATHS = {
     ("student", "model"),
     ("data", "source"),
     ("generate", "model"),
+    ("evaluate", "source"),
 }
 """Fields of a recipe that may name files of this machine."""
 _PATH_FIELDS = {"_name_or_path", "name_or_path", "base_model_name_or_path"} | {

@@ -29,13 +29,9 @@ def what_was_run(report: Mapping[str, Any]) -> Section | None:
         recipe["loss"],
     )
     score, generate = recipe.get("score"), recipe.get("generate")
-    overrides = ", ".join(
-        f"{inline(name)} {value}" for name, value in (student.get("config") or {}).items()
-    )
-    fresh = f"fresh weights, the teacher's config with {overrides}"
     rows = [
         ["teacher", inline(teacher["model"])],
-        ["student", inline(student["model"]) if student.get("model") else fresh],
+        ["student", _student(student)],
         ["student's parameters", count(train.get("parameters"))],
         ["data", f"{inline(data['source'])}, format {data['format']}"],
         ["text", _written_by(generate)],
@@ -47,6 +43,20 @@ def what_was_run(report: Mapping[str, Any]) -> Section | None:
         *(["note", inline(note)] for note in train.get("notes", ())),
     ]
     return Section("What was run", [Table(["", ""], rows, text_columns=2)])
+
+
+def _student(student: Mapping[str, Any]) -> str:
+    if student.get("model"):
+        return inline(student["model"])
+    return fresh_weights(student.get("config") or {})
+
+
+def fresh_weights(config: Mapping[str, Any]) -> str:
+    """What a student without a model to start from is made of."""
+    said = ", ".join(f"{inline(n)} {value}" for n, value in config.items() if n != "model_type")
+    if "model_type" not in config:
+        return f"fresh weights, the teacher's config with {said}"
+    return f"fresh weights of a {config['model_type']}" + (f", with {said}" if said else "")
 
 
 def _written_by(generate: Mapping[str, Any] | None) -> str:

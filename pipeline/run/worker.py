@@ -177,9 +177,8 @@ def _run(job: Job, name: str) -> StageResult:
     with job.clock.span("start"):
         entry = import_module(f"...stages.{stage.room}.stage", __package__)
         if stage.loads:
-            import_module(
-                "torch"
-            )  # needed anyway: so configs are read by the transformers that stays
+            # Needed anyway: so configs are read by the transformers that stays.
+            import_module("torch")
         models = [_model(job, stage)] if stage.loads else []
 
     def waiting(who: str) -> None:

@@ -1,17 +1,15 @@
 """What the source held, gathered while it is read: the inputs record, 36 bytes a row until it is a table."""
 
 from array import array
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ...storage.errors import RowError
 from ...storage.keys import KEY_BYTES, KeySet
 from ...storage.tables.schema import KEY
-from .formats import NOT_READ
+from .remarks import Remarks
 
 
 class Intake:
@@ -20,17 +18,13 @@ class Intake:
     def __init__(self) -> None:
         self._seen = KeySet()
         self._keys, self._prompts = bytearray(), bytearray()
-        self._windows, self._test = array("i"), bytearray()
-        self._judging, self._in_both = KeySet(), 0
-        self.rejected: Counter[str] = Counter()
-        """Reason -> records that cannot be used."""
-        self._first: dict[str, str] = {}
+        self._windows, self._held_out = array("i"), bytearray()
+        self._judging = KeySet()
         self._labelled = bytearray()
-        self._labels: dict[str, tuple[int, int]] = {}
         self._turns, self._rows_of_turns = bytearray(), array("q")
         self._last, self._rows_of_last = bytearray(), array("q")
-        self._left_out = 0
-        self._unread: Counter[str] = Counter()
+        self.remarks = Remarks()
+        """What is to be said of the records."""
 
     def __len__(self) -> int:
         return len(self._windows)
@@ -69,7 +63,7 @@ class Intake:
             self._keys += key
             self._prompts += prompt_key
             self._windows.append(windows)
-            self._test.append(held_out)
+            self._held_out.append(held_out)
             self._labelled.append(labelled)
             if held_out:
                 self._judging.update(prompt_key)
@@ -77,58 +71,17 @@ class Intake:
     def judges(self, prompt_key: bytes) -> bool:
         """Whether a row that was named as held out has this prompt: it leaves the training set, and is counted."""
         found = prompt_key in self._judging
-        self._in_both += found
+        self.remarks.in_both += found
         return found
-
-    def reject(self, where: str, error: RowError) -> None:
-        """Count a record that cannot be used."""
-        self.rejected[error.reason] += 1
-        self._first.setdefault(error.reason, f"{where}: {error}")
-
-    def why_rejected(self) -> str:
-        """Of each reason, the number of records and the first one."""
-        return "; ".join(
-            f"{count:,} rejected: {reason}, the first at {self._first[reason]}"
-            for reason, count in self.rejected.most_common()
-        )
 
     @property
     def held_out(self) -> int:
         """How many rows the recipe names as held out."""
-        return sum(self._test)
+        return sum(self._held_out)
 
     def prompts(self) -> int:
         """How many different prompts."""
         return len(pc.unique(_column(self._prompts)))
-
-    def count_unread(self, columns: Sequence[str]) -> None:
-        """Count the columns of a record that a template could use, and that no format has."""
-        self._unread.update(columns)
-
-    def notes(self) -> list[str]:
-        """What is to be said of all records once the table is made, a sentence each."""
-        said = [
-            f"{count:,} records have a column {name!r}, which nothing reads. {NOT_READ[name]}"
-            for name, count in sorted(self._unread.items())
-        ]
-        if self._in_both:
-            said.append(
-                f"records left out of training: {self._in_both:,}. Their prompts are held out too"
-            )
-        if lacking := [
-            f"{n - has:,} of {n:,} {split}" for split, (n, has) in self._labels.items() if has < n
-        ]:
-            said.append(
-                f"texts without a label: {' and '.join(lacking)}. They teach what the teacher says "
-                "of them, and judge how close a student comes to it, nothing else"
-            )
-        if self._left_out:
-            said.append(
-                f"conversations left out of training: {self._left_out:,}. One of their turns is "
-                "the answer of a held-out record. To train on them, give each conversation "
-                "once, whole, not again for each of its turns; or set data.turns: last"
-            )
-        return said
 
     def table(self, holdout: int) -> pa.Table:
         """The inputs table.
@@ -145,7 +98,7 @@ class Intake:
             )
             held_out[smallest.to_numpy()] = True
         # All rows of a prompt are on one side.
-        test = held_out[numbers] | np.frombuffer(self._test, bool)
+        test = held_out[numbers] | np.frombuffer(self._held_out, bool)
         table = pa.table(
             {
                 "key": _column(self._keys),
@@ -155,17 +108,17 @@ class Intake:
             }
         )
         kept = test | ~self._repeats(test)
-        self._left_out = int((~kept).sum())
+        self.remarks.left_out = int((~kept).sum())
         first = np.zeros(int(kept.sum()), bool)
         first[np.unique(numbers[kept], return_index=True)[1]] = True
         labelled = np.frombuffer(self._labelled, bool)
         for split, here in (("to train on", kept & ~test), ("held out", test)):
-            self._labels[split] = int(here.sum()), int((here & labelled).sum())
+            self.remarks.labels[split] = int(here.sum()), int((here & labelled).sum())
         return table.filter(pa.array(kept)).append_column("first", pa.array(first))
 
     def labels(self) -> int:
         """How many of the rows to train on have a label, once the table is made."""
-        return self._labels["to train on"][1]
+        return self.remarks.labels["to train on"][1]
 
     def _repeats(self, test: np.ndarray) -> np.ndarray:
         """[rows] bool: a turn that is scored is, with all before it, what a held-out row ends with."""

@@ -37,7 +37,7 @@ class Lengths:
     @classmethod
     def of(cls, data: Data, reads: int) -> "Lengths":
         """Of a recipe's rows, where the model reads so many tokens."""
-        if data.max_tokens is None:
+        if data.max_tokens is None or data.max_tokens > reads:
             return cls(most=reads, limit="the teacher reads")
         return cls(most=data.max_tokens, limit="data.max_tokens is")
 

@@ -27,6 +27,7 @@ from .formats import prompt_row, turn_keys, unread_columns
 from .given_text import GivenText, given_text, tokens_of
 from .inputs import Intake
 from .prompt_lengths import PromptLengths
+from .remarks import Remarks
 from .sources.source import Source, all_records, held_out_source, left_out, training_source
 from .tokenizing import Tokenizing
 
@@ -114,36 +115,25 @@ def run(job: Job) -> StageResult:
         )
         with clock.span("start"):
             text = _tokens(job, store, stack, limits)
-        for source, record, held_out in clock.each("disk", all_records(recipe)):
+        for found in clock.each("disk", all_records(recipe)):
             job.stop.check()
             try:
-                row = prompt_row(record, source, data, given=given_text(recipe), classes=classes)
-                if not held_out and rows.judges(row["prompt_key"]):
-                    continue
-                # A record that is there twice is one prompt, whose text is written once.
-                windows = text.add(row) if text and row["key"] not in rows else 1
+                row = _take(recipe, rows, found=found, classes=classes, text=text)
             except RowError as error:
+                source, record, _ = found
                 with clock.span("disk"):
                     rejects.add(_reject(source, record, error))
-                rows.reject(source, error)
-                job.progress.wrote(rejects=rows.rejected.total(), size=prompts.bytes)
+                rows.remarks.reject(source, error)
+                job.progress.wrote(rejects=rows.remarks.rejected.total(), size=prompts.bytes)
                 continue
-            with clock.span("disk"):
-                prompts.add(row)
-            rows.add(
-                row["key"],
-                row["prompt_key"],
-                windows=windows,
-                turns=_turns(recipe, row),
-                held_out=held_out,
-                labelled=_labelled(data, row),
-            )
-            rows.count_unread(unread_columns(record, data))
-            job.progress.advance()
+            if row is not None:
+                with clock.span("disk"):
+                    prompts.add(row)
+                job.progress.advance()
         with clock.span("disk"):
             stack.close()
         size = prompts.bytes + (text.bytes if text else 0)
-        job.progress.wrote(rejects=rows.rejected.total(), size=size)
+        job.progress.wrote(rejects=rows.remarks.rejected.total(), size=size)
     table = _split(recipe, rows)
     notes = [*_notes(recipe, rows), *(text.notes() if text else ())]
     for note in notes:
@@ -151,25 +141,77 @@ def run(job: Job) -> StageResult:
     with clock.span("disk"):
         _refuse_changed(job, classes)
         # The record comes last: that it is there says that all of it was read.
-        record_about: dict[str, Any] = {
-            "source": data.source,
-            "rejected": rows.rejected.total(),
-            "format": data.format,
-        }
-        if recipe.evaluate.source is not None:
-            record_about["held_out_source"] = recipe.evaluate.source
-        if job.earlier_author_id:
-            record_about["earlier_author"] = job.earlier_author_id
-        if notes:
-            record_about["notes"] = notes
-        if rows.rejected:
-            record_about["why_rejected"] = rows.why_rejected()
-        if text is not None and not data.records.document:
-            record_about["lengths"] = text.lengths.about()
-        store.put_inputs(job.data_id, table, record_about)
+        store.put_inputs(job.data_id, table, _record_about(job, rows, notes=notes, text=text))
     return StageResult(
-        rows=len(table), rejected=rows.rejected.total(), tokens=text.tokens if text else 0
+        rows=len(table), rejected=rows.remarks.rejected.total(), tokens=text.tokens if text else 0
     )
+
+
+def _take(
+    recipe: Recipe,
+    rows: Intake,
+    *,
+    found: tuple[str, Any, bool],
+    classes: Sequence[str],
+    text: GivenText | PromptLengths | None = None,
+) -> dict[str, Any] | None:
+    """A record as a row of `prompts`, taken into `rows`; None where a held-out row has its prompt.
+
+    Args:
+        recipe: How it is read.
+        rows: What was taken before.
+        found: Where it stands, the record, and whether the recipe names it as held out.
+        classes: Of the teacher (labelled).
+        text: Who counts its tokens, or writes them; None: nobody.
+
+    Raises:
+        RowError: this record cannot be used.
+    """
+    (source, record, held_out), data, given = found, recipe.data, given_text(recipe)
+    rows.remarks.see(record, data.columns.values())
+    row = prompt_row(record, source, data, given=given, classes=classes)
+    if not held_out and rows.judges(row["prompt_key"]):
+        return None
+    # A record that is there twice is one prompt, whose text is written once.
+    windows = text.add(row) if text and row["key"] not in rows else 1
+    rows.add(
+        row["key"],
+        row["prompt_key"],
+        windows=windows,
+        # What a generated answer is judged by stands in no record.
+        turns=turn_keys(row, data) if given else (),
+        held_out=held_out,
+        labelled=row["label"] is not None or not data.records.labelled,
+    )
+    rows.remarks.count_unread(unread_columns(record, data))
+    return row
+
+
+def _record_about(
+    job: Job,
+    rows: Intake,
+    *,
+    notes: list[str],
+    text: GivenText | PromptLengths | None,
+) -> dict[str, Any]:
+    """What the inputs record says beside its table."""
+    data, rejected = job.recipe.data, rows.remarks.rejected
+    record_about: dict[str, Any] = {
+        "source": data.source,
+        "rejected": rejected.total(),
+        "format": data.format,
+    }
+    if job.recipe.evaluate.source is not None:
+        record_about["held_out_source"] = job.recipe.evaluate.source
+    if job.earlier_author_id:
+        record_about["earlier_author"] = job.earlier_author_id
+    if notes:
+        record_about["notes"] = notes
+    if rejected:
+        record_about["why_rejected"] = rows.remarks.why_rejected()
+    if text is not None and not data.records.document:
+        record_about["lengths"] = text.lengths.about()
+    return record_about
 
 
 def _tokens(
@@ -198,43 +240,24 @@ def survey(recipe: Recipe, classes: Sequence[str] = ()) -> Survey:
     `classes`: the teacher's, by whose names labels are known (labelled).
     """
     rows = Intake()
-    given = given_text(recipe)
-    for source, record, held_out in all_records(recipe):
+    for found in all_records(recipe):
         try:
-            row = prompt_row(record, source, recipe.data, given=given, classes=classes)
+            _take(recipe, rows, found=found, classes=classes)
         except RowError as error:
-            rows.reject(source, error)
-            continue
-        if not held_out and rows.judges(row["prompt_key"]):
-            continue
-        rows.add(
-            row["key"],
-            row["prompt_key"],
-            turns=_turns(recipe, row),
-            held_out=held_out,
-            labelled=_labelled(recipe.data, row),
-        )
-        rows.count_unread(unread_columns(record, recipe.data))
+            rows.remarks.reject(found[0], error)
     table = _split(recipe, rows)
-    return Survey(table, rows.rejected.total(), _notes(recipe, rows), rows.why_rejected())
+    return Survey(
+        table, rows.remarks.rejected.total(), _notes(recipe, rows), rows.remarks.why_rejected()
+    )
 
 
 def _notes(recipe: Recipe, rows: Intake) -> list[str]:
     """What is to be said of all records, of those that are not read, and of those that judge."""
-    said = [*left_out(recipe), *rows.notes()]
+    said = [*left_out(recipe), *rows.remarks.notes()]
     if (held_out := held_out_source(recipe)) is not None:
         split = f", split {held_out.split}" if held_out.asked else ""
         said.append(f"held out: {rows.held_out:,} rows of {held_out.name}{split}")
     return said
-
-
-def _labelled(data: Data, row: dict[str, Any]) -> bool:
-    return row["label"] is not None or not data.records.labelled
-
-
-def _turns(recipe: Recipe, row: dict[str, Any]) -> list[bytes]:
-    """What a generated answer is judged by stands in no record."""
-    return turn_keys(row, recipe.data) if given_text(recipe) else []
 
 
 def stale_rows(
@@ -271,6 +294,7 @@ def _split(recipe: Recipe, rows: Intake) -> pa.Table:
     named = held_out_source(recipe)
     holdout = 0 if named else recipe.data.holdout
     _refuse_empty(recipe.data.source, named, rows)
+    _refuse_absent(recipe.data, rows.remarks)
     if holdout >= (prompts := rows.prompts()):
         raise UsageError(
             f"data.holdout: {holdout} of {prompts} prompts leaves nothing to train on. "
@@ -289,9 +313,13 @@ def _split(recipe: Recipe, rows: Intake) -> pa.Table:
 
 def _refuse_empty(source: str, held_out: Source | None, rows: Intake) -> None:
     """Raise UsageError where nothing was read to work on, to judge by or to train on."""
-    why = rows.why_rejected() or "it holds no records"
+    why = rows.remarks.why_rejected() or "it holds no records"
     if not rows:
-        every = f"all {rows.rejected.total()} records were rejected: " if rows.rejected else ""
+        every = (
+            f"all {rows.remarks.rejected.total()} records were rejected: "
+            if rows.remarks.rejected
+            else ""
+        )
         raise UsageError(
             f"data.source: nothing to work on in {source}: {every}{why}. Check the file and "
             "data.format."
@@ -302,11 +330,23 @@ def _refuse_empty(source: str, held_out: Source | None, rows: Intake) -> None:
             f"{why}. Check the file; its columns are those of the data."
         )
     if held_out is not None and rows.held_out == len(rows):
-        said = "; ".join(rows.notes()) or why
+        said = "; ".join(rows.remarks.notes()) or why
         raise UsageError(
             f"data.source: nothing to train on in {source}: {said}. Name other held-out rows, or "
             "more data."
         )
+
+
+def _refuse_absent(data: Data, remarks: Remarks) -> None:
+    """Raise UsageError for a column that is named and in no record: what it holds would be missed in silence."""
+    if not (absent := remarks.absent(data.columns.values())):
+        return
+    ours = next(name for name, column in data.columns.items() if column == absent[0])
+    raise UsageError(
+        f"data.columns: {ours!r} is read from the column {absent[0]!r}, which no record has (the "
+        f"first has {', '.join(map(repr, remarks.columns))}). Name the column as the source spells "
+        "it, or leave it out."
+    )
 
 
 def _refuse_changed(job: Job, classes: Sequence[str]) -> None:

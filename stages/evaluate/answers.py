@@ -176,7 +176,7 @@ def _refuse_without_reference(
         raise UsageError(
             f"evaluate.generate.normalize: 'number', but what is compared is a number in none of "
             f"{found}. Take the number out with metric 'regex' and a pattern such as "
-            r"'(-?[\d,.]+)', or normalize text."
+            r"'(-?\d+(?:,\d{3})*(?:\.\d+)?)', or normalize text."
         )
     raise UsageError(
         f"evaluate.generate.pattern: {settings.pattern!r} matches none of {found}. Write a pattern "

@@ -10,6 +10,7 @@ _WEIGHTS = (
 )
 _LENGTH = "data.max_tokens is the longest row; data.too_long says whether a longer one is rejected or cut."
 _LORA_SCALE = "student.lora.scale is what the update is multiplied by: lora_alpha / r."
+_HIDDEN = "Hidden states of the teacher are not supported yet. Remove it."
 _DURATION = "Training ends after train.tokens positions, or after train.epochs passes."
 
 # By dotted path, or by the key alone, wherever it stands.
@@ -18,34 +19,33 @@ _HINTS = {
     "loss.beta": "loss.jsd_weight is the teacher's share in the mixture of jsd.",
     "kd_ratio": _WEIGHTS,
     "lmbda": _WEIGHTS,
-    "loss.hidden_weight": "Hidden states of the teacher are not supported yet; features will be "
-    "named in score.features and weighed in loss.features. Remove it.",
-    "loss.hidden_loss": "Hidden states of the teacher are not supported yet. Remove it.",
+    "loss.hidden_weight": _HIDDEN,
+    "loss.hidden_loss": _HIDDEN,
     "train.temperature": "loss.temperature softens the distributions; generate.temperature samples "
     "text.",
     "lora_alpha": _LORA_SCALE,
     "student.lora.alpha": _LORA_SCALE,
-    "r": "student.lora.rank.",
-    "lora_rank": "student.lora.rank.",
-    "lora_r": "student.lora.rank.",
-    "lora_dropout": "student.lora.dropout.",
+    "r": "Write student.lora.rank.",
+    "lora_rank": "Write student.lora.rank.",
+    "lora_r": "Write student.lora.rank.",
+    "lora_dropout": "Write student.lora.dropout.",
     "train.batch_size": _TOKENS_PER_STEP,
     "per_device_train_batch_size": _TOKENS_PER_STEP,
     "gradient_accumulation_steps": _TOKENS_PER_STEP,
     "data.max_length": _LENGTH,
     "train.max_length": _LENGTH,
-    "generate.max_length": "generate.max_tokens.",
+    "generate.max_length": "Write generate.max_tokens.",
     "max_seq_length": _LENGTH,
     "max_seq_len": _LENGTH,
     "cutoff_len": _LENGTH,
-    "lr": "train.learning_rate.",
-    "lr_scheduler_type": "train.schedule.",
-    "warmup_ratio": "train.warmup_fraction.",
-    "max_grad_norm": "train.clip_norm.",
+    "lr": "Write train.learning_rate.",
+    "lr_scheduler_type": "Write train.schedule.",
+    "warmup_ratio": "Write train.warmup_fraction.",
+    "max_grad_norm": "Write train.clip_norm.",
     "num_epochs": _DURATION,
     "num_train_epochs": _DURATION,
     "max_steps": _DURATION,
-    "max_new_tokens": "generate.max_tokens.",
+    "max_new_tokens": "Write generate.max_tokens.",
 }
 
 

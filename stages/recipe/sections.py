@@ -1,8 +1,8 @@
 """The recipe: one pydantic model per YAML section, every default in this one place.
 
 Errors of shape (unknown key, wrong type, out of range) come from these models; combinations that
-cannot work are in
-`stages/recipe/checks/together.py`. `stages/recipe/load.py` turns both into messages with a file and a line.
+cannot work are in `stages/recipe/checks/together.py`. `stages/recipe/load.py` turns both into
+messages with a file and a line.
 """
 
 from typing import Annotated, Any, Literal, Self
@@ -115,8 +115,8 @@ class Data(Section):
 
     source: str
     """File, glob, folder (JSON, JSONL, CSV, text, packed or not, Parquet; .md only by file or glob)
-    or Hub dataset id. Or `storage.dir` or one of `storage.sources`: its rows are the data, and nothing is written
-    or scored."""
+    or Hub dataset id. Or `storage.dir` or one of `storage.sources`: its rows are the data, and
+    nothing is written or scored."""
     split: str = "train"
     """Split of a Hub dataset or saved folder; of local files whose names have train, validation or
     test in them, those of this split."""
@@ -346,7 +346,7 @@ class Evaluate(Section):
 
     source: str | None = None
     """Held-out rows of your own, in place of `data.holdout`: as `data.source`. null: that one, if
-    `split` is another one of its splits."""
+    `split` is another one of its splits. `tokens` scored tokens of them are judged on."""
     split: str | None = None
     """Split of the held-out rows; null: test, or a file as it is."""
     limit: int | None = Field(None, ge=1)

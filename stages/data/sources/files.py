@@ -45,13 +45,13 @@ class Found:
         Raises:
             UsageError: no file is of this split.
         """
-        if self.saved or split == ALL:
+        if self.saved or split == ALL or (self.one and not asked):
             return self
         wanted = known_split(split, field=field)
         named = {f: split_of(PurePath(self.name_of(f)), field=self.field) for f in self.files}
         others = sorted({name for name in named.values() if name and name != wanted})
         if self.one:
-            if asked and others:
+            if others:
                 raise UsageError(
                     f"{field}: {wanted}, but {self.source} names the split {others[0]}. Leave the "
                     "split out to read the file as it is, or name another file."

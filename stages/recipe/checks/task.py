@@ -26,16 +26,16 @@ def check_task(recipe: Recipe) -> list[tuple[str, str]]:
 
 
 def refuse_without_labels(recipe: Recipe, labels: int) -> None:
-    """Refuse to learn from labels where none of the rows to train on has one.
+    """Refuse a student that learns from labels where none of the rows to train on has one.
 
     Args:
-        recipe: Of a task with labelled texts.
+        recipe: Of a task with labelled texts; without `train` nobody learns.
         labels: How many of these rows have one.
 
     Raises:
         UsageError: cross-entropy has a weight, or a baseline is asked for.
     """
-    if labels:
+    if labels or recipe.train is None:
         return
     column = recipe.data.columns.get("label", "label")
     why = f"no row to train on has a label (column {column!r} of {recipe.data.source})"

@@ -26,14 +26,20 @@ _OF_A_STUDENT = (
 )
 
 # How a teacher is loaded and data are read: a store that is named for both has been filled already.
-_NOT_OF_A_STORE = tuple(
-    f"teacher.{name}" for name in ("revision", "dtype", "adapter", "device_map")
+_NOT_OF_A_STORE = (
+    "teacher.revision",
+    "teacher.dtype",
+    "teacher.adapter",
+    "teacher.device_map",
+    "data.split",
+    "data.columns",
+    "data.turns",
+    "data.window_tokens",
+    "data.max_tokens",
+    "data.too_long",
+    "data.limit",
+    *(f"evaluate.{name}" for name in HELD_OUT_FIELDS),
 )
-_NOT_OF_A_STORE += tuple(
-    f"data.{name}"
-    for name in ("split", "columns", "turns", "window_tokens", "max_tokens", "too_long", "limit")
-)
-_NOT_OF_A_STORE += tuple(f"evaluate.{name}" for name in HELD_OUT_FIELDS)
 
 
 def check_together(recipe: Recipe) -> list[tuple[str, str]]:
@@ -104,7 +110,8 @@ def _held_out(recipe: Recipe) -> list[tuple[str, str]]:
         why = "there are no rows of your own to limit. Name evaluate.source or evaluate.split too"
         return [] if evaluate.limit is None else [("evaluate.limit", why)]
     errors = []
-    if "holdout" in data.model_fields_set and data.holdout:
+    # A recipe that was written out whole, a settings.json say, has the default in it.
+    if data.holdout not in (0, _default("data.holdout")):
         message = "evaluate names the held-out rows, so none of the data's are kept. Remove one"
         errors.append(("data.holdout", message))
     if evaluate.source is None and evaluate.split == data.split:

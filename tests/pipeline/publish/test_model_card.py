@@ -82,10 +82,14 @@ def test_a_classifier_s_numbers_are_in_the_model_index_where_a_text_had_a_label(
         measured = EVALUATION["measured_on"] | {"of": "texts", "rows": 20, "labelled": 12}
         return student_card(known, TRAINED, EVALUATION | {"results": arms, "measured_on": measured})
 
+    result = front(card(judged))["model-index"][0]["results"][0]
+    assert "split" not in result["dataset"]
+    known["recipe"]["evaluate"] |= {"source": "/home/somebody/others.csv", "split": "validation"}
     (model,) = front(card(judged))["model-index"]
     (result,) = model["results"]
     assert result["task"] == {"type": "text-classification"}
-    assert result["dataset"]["type"] == "reviews.csv"
+    dataset = {"name": "others.csv, held-out texts", "type": "others.csv", "split": "validation"}
+    assert result["dataset"] == dataset
     values = [(metric["name"], metric["value"]) for metric in result["metrics"]]
     assert values[:2] == [("Accuracy", 0.75), ("Macro F1", 0.5)]
     assert "20 held-out prompts, 12 of them with a label" in card(judged)
@@ -127,6 +131,38 @@ def test_before_the_evaluation_it_claims_nothing():
 def test_code_asks_as_the_student_was_taught(data, asked):
     card = student_card(settings(data={"source": "x.jsonl", "format": data}), TRAINED, None)
     assert asked in card
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "asked"),
+    [
+        ("causal_lm", "messages", "llm.chat([{"),
+        ("causal_lm", "prompt", 'llm.generate("Once upon a time", lora_request=adapter)'),
+        ("classification", "labelled", "AutoModelForSequenceClassification"),
+    ],
+)
+def test_code_of_an_adapter_asks_as_its_student_was_taught(task, data, asked):
+    known = settings(
+        run={"dir": "run", "task": task},
+        data={"source": "x.jsonl", "format": data},
+        student={"model": "org/small-1b", "lora": {}},
+    )
+    card = student_card(known, TRAINED, None, adapter=True)
+    assert asked in card
+    assert ("vLLM" in card) == (task == "causal_lm")
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"hidden_size": 8}, "fresh weights, the teacher's config with `hidden_size` 8,"),
+        ({"model_type": "gpt2", "n_embd": 8}, "fresh weights of a gpt2, with `n_embd` 8,"),
+        ({"model_type": "gpt2"}, "fresh weights of a gpt2,"),
+    ],
+)
+def test_fresh_weights_are_of_the_architecture_that_the_recipe_names(config, words):
+    card = student_card(settings(student={"config": config}), TRAINED, None)
+    assert f"A student of `big-8b`: {words} trained by Stillroom" in card
 
 
 def test_cards_lie_in_the_folders_of_students_that_are_done(tmp_path):

@@ -28,6 +28,7 @@ from stillroom.pipeline.publish.dataset_card_code import FOLDER
 from stillroom.pipeline.publish.export import PublishRequest, export
 from stillroom.pipeline.publish.provenance import public_name, public_recipe
 from stillroom.pipeline.publish.publish import publish
+from stillroom.stages.recipe.sections import Recipe
 from stillroom.storage.errors import StillroomError, UsageError
 from stillroom.storage.files.local import LocalFiles
 from stillroom.storage.published.export import Choice
@@ -312,6 +313,32 @@ class TestCard:
                 "engine_args": {"download_dir": "cache", "more": ["x"], "max_num_seqs": 4}
             },
         }
+
+    def test_no_field_of_a_recipe_tells_where_files_lie(self):
+        """Whatever is text and no word of its own may be a path: it is cut to a name."""
+        words = {
+            ("teacher", "revision"),
+            ("teacher", "device_map"),
+            ("student", "revision"),
+            ("data", "split"),
+            ("select", "where"),
+            ("train", "snapshot"),
+            ("train", "wandb"),
+            ("evaluate", "split"),
+        }
+        texts = {
+            (section, name)
+            for section, part in Recipe.model_json_schema()["$defs"].items()
+            for name, about in part.get("properties", {}).items()
+            if section.lower() in Recipe.model_fields
+            and {"type": "string"} in ({"type": about.get("type")}, *about.get("anyOf", ()))
+            and "enum" not in about
+        }
+        named = {(section.lower(), name) for section, name in texts} - words
+        assert ("evaluate", "source") in named
+        for section, name in named:
+            cut = public_recipe({section: {name: "/home/somebody/x.jsonl"}})
+            assert cut == {section: {name: "x.jsonl"}}, f"{section}.{name}"
 
 
 class TestOtherRows:

@@ -57,7 +57,7 @@ def test_a_conversation_that_holds_what_is_held_out_is_left_out() -> None:
     assert kept == ["held out", "another answer", "held out too", "no turns"]
     assert table["split"].to_pylist() == ["test", "train", "test", "train"]
     assert table["first"].to_pylist() == [True, True, True, False]
-    (note,) = intake.notes()
+    (note,) = intake.remarks.notes()
     assert note.startswith("conversations left out of training: 2.")
     # Where nothing is held out all are trained on.
-    assert (len(intake.table(0)), intake.notes()) == (6, [])
+    assert (len(intake.table(0)), intake.remarks.notes()) == (6, [])

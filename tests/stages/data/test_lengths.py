@@ -1,5 +1,6 @@
 """Rows that are longer than they may be: what is cut of them, what stays, and which settings have no meaning."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,19 @@ def test_labelled_texts_are_cut_as_their_tokenizer_cuts(
     assert left[1] == 0 if pair is None else min(left) == min(shorter, (most - 3) // 2)
     assert words(made, given)[-1] == "[SEP]"
     assert made.lengths.cut.tokens == text + (pair or -1) + 3 - most
+
+
+def test_nothing_is_longer_than_the_model_reads(tmp_path: Path) -> None:
+    """Whoever allows more: the tokenizer of a classifier knows, and says so in its own words."""
+    folder = save_tiny_bert(tmp_path / "bert")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 12}))
+    row = {"text": "cat " * 20, "text_pair": None, "format": "labelled", "label": 1}
+    for most, said in ((40, "the teacher reads 12"), (10, "data.max_tokens is 10")):
+        with pytest.raises(RowError, match=f"22 tokens; {said}"):
+            tokenizing(folder, "labelled", most, "reject").texts(row)
+        (cut,) = tokenizing(folder, "labelled", most).texts(row)
+        assert len(cut.token_ids) == min(most, 12)
 
 
 def test_spans_before_an_end() -> None:

@@ -135,6 +135,8 @@ def test_a_file_that_is_named_is_read_unless_it_says_another_split(tmp_path: Pat
     assert read(source, split="test") == ["a"]
     with pytest.raises(UsageError, match=r"data\.split: train, but .* names the split test"):
         read(source, split="train")
+    both = write_jsonl(tmp_path / "train_eval.jsonl", [{"prompt": "c"}])
+    assert read(both) == ["c"]
     hidden = write_jsonl(tmp_path / ".labels.json", [{"prompt": "b"}])
     assert read(hidden) == ["b"]
 
@@ -337,6 +339,7 @@ def test_one_file_has_no_other_split(tmp_path: Path) -> None:
         ({"split": "train"}, {}, "evaluate.split"),
         ({"source": "s"}, {}, "evaluate.source"),
         ({"split": "test"}, {"split": "train", "holdout": 0}, None),
+        ({"split": "test"}, {"holdout": 200}, None),  # as a recipe that is written out has it
     ],
 )
 def test_it_is_clear_which_rows_judge(

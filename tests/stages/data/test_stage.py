@@ -210,6 +210,25 @@ def test_columns_that_nothing_reads_are_named_once(tmp_path: Path) -> None:
     assert named.why_rejected.startswith("1 rejected: empty, the first at a.jsonl:4: ")
 
 
+@pytest.mark.parametrize(
+    ("format", "ours"),
+    [("labelled", "label"), ("labelled", "text_pair"), ("messages", "tools"), ("prompt", "prompt")],
+)
+def test_a_column_that_is_named_and_in_no_record_is_refused(
+    tmp_path: Path, format: str, ours: str
+) -> None:
+    said = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    records = [{"prompt": "a", "text": "a"} | said, {"prompt": "b", "text": "b"} | said]
+    data = section(write_jsonl(tmp_path / "a.jsonl", records), format, columns={ours: "mine"})
+    with pytest.raises(UsageError, match=r"column 'mine'"):
+        surveyed(data, generate=format == "prompt")
+    # One record that has it is enough: nobody asks that all have it.
+    brings: dict[str, Any] = {"label": 1, "text_pair": "c", "tools": [], "prompt": "c"}
+    write_jsonl(tmp_path / "a.jsonl", [*records, records[0] | {"mine": brings[ours]}])
+    alone = recipe(data, generate=format == "prompt").model_copy(update={"train": None})
+    assert survey(alone, ("no", "yes")).inputs.num_rows
+
+
 def test_globs_and_folders_read_every_file_in_order(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "1.jsonl", prompts(12)[:5])
     write_jsonl(tmp_path / "2.jsonl", prompts(12)[5:])

@@ -1,11 +1,14 @@
 """Scores of answers by hand, and greedy batches against one prompt at a time."""
 
+import re
 from fractions import Fraction
+from importlib.resources import files
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from pydantic import ValidationError
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import (
@@ -199,6 +202,20 @@ def test_numbers_are_compared_on_both_sides_whole_or_as_the_pattern_takes_them_o
     assert score("exact_match", "42.0001", "42", normalize="number") == 0.0
     for form, expected in (("number", 1.0), ("none", 0.0)):
         assert score("regex", "so 7, or 1,000.", "#### 1000", r"(-?[\d,.]+)", form) == expected
+
+
+def test_the_pattern_of_the_template_takes_the_last_number_out() -> None:
+    template = files("stillroom.pipeline.recipes").joinpath("template.yaml").read_text()
+    (line,) = re.findall(r"# generate: ({metric: regex.*})", template)
+    settings = EvaluateGenerate(**yaml.safe_load(line))
+    for answer, reference, right in (
+        ("The answer is 42 apples.", "42", 1.0),
+        ("So 7, or 1,000.", "#### 1000", 1.0),
+        ("It is -3.50, I think.", "-3.5", 1.0),
+        ("Of 3, 4 and 5.", "4", 0.0),
+        ("I do not know.", "4", 0.0),
+    ):
+        assert scorer(settings)(answer, reference) == right, answer
 
 
 def test_text_is_normalized_as_squad_does() -> None:

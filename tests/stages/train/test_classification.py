@@ -282,6 +282,9 @@ class TestWithoutLabels:
             with pytest.raises(UsageError, match=r"^evaluate\.baseline: .* from labels alone"):
                 make_plan(baseline)
 
+        alone = world.changed(student=None, train=None, loss={}, evaluate={})
+        assert make_plan(alone).stages[0].planned == 40  # nobody learns
+
         refused()  # before the source was read into the store, and after
         world.scored()
         refused()

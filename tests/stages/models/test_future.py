@@ -15,7 +15,8 @@ from transformers import (
     XLMConfig,
 )
 
-from stillroom.stages.models.attention.future import check_causal, reads_ahead
+from stillroom.stages.models.attention.future import check_causal
+from stillroom.stages.models.fit.ahead import reads_ahead
 from stillroom.storage.errors import UsageError
 
 pytestmark = pytest.mark.numeric

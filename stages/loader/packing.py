@@ -27,6 +27,7 @@ from ..losses.fused_linear import linear_distillation
 from ..losses.objective import Aim
 from ..models.attention.flat import flat_inputs
 from ..models.attention.longest import made_up
+from ..models.device import evaluating
 from ..models.head import hidden_states, split_head
 from ..models.reads import check_ids
 from ..recipe.fields import Kernel
@@ -262,10 +263,8 @@ def mixes_packed(model: nn.Module, lengths: Sequence[int] = (5, 7)) -> str | Non
     device = next(model.parameters()).device
     texts = [ids.to(device)[None] for ids in made_up(lengths, split_head(model).vocab_size)]
     counted = [torch.arange(n, device=device)[None] for n in lengths]
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             row = {"input_ids": torch.cat(texts, dim=1), "position_ids": torch.cat(counted, dim=1)}
             together = hidden_states(model, **row).split(list(lengths), dim=1)
             alone = [
@@ -274,8 +273,6 @@ def mixes_packed(model: nn.Module, lengths: Sequence[int] = (5, 7)) -> str | Non
             ]
     except Exception as error:  # a row that a model cannot read, for want of memory or positions
         return f"a row of {sum(lengths)} tokens could not be read ({in_short(error)})"
-    finally:
-        model.train(was_training)
     apart = all(
         torch.allclose(found, right, rtol=1e-3, atol=1e-4 * float(right.abs().max()))
         for found, right in zip(together, alone, strict=True)

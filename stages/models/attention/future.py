@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....storage.errors import UsageError
+from ....storage.errors import UsageError, answered
+from ..device import evaluating
 from ..fit.ahead import reads_ahead, refusal
 from ..reads import context_of
 
@@ -35,18 +36,9 @@ def check_causal(model: Any) -> None:
     name = f"{model.config.name_or_path or type(model).__name__} ({model.config.model_type})"
     if said is not None:
         raise UsageError(refusal(name, f"its config says {said}"))
-    was_training = model.training
-    model.eval()
-    try:
+    what = f"{name}: does not read a text of a few tokens"
+    with evaluating(model), answered(what, "Use another model."):
         moved, largest = _moved(model)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # inputs that are not there, numbers that do not fit, ...
-        said = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise UsageError(
-            f"{name}: does not read a text of a few tokens ({said}). Use another model."
-        ) from error
-    model.train(was_training)
     allowed = 1e-5 if model.dtype == torch.float32 else 2e-2
     if moved > allowed * largest:
         found = f"with another last token its earlier logits differ by up to {moved:.3g}"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ....storage.errors import in_short
+from ..device import evaluating
 from ..head import hidden_states
 
 Read = Callable[[Sequence[int]], list[Tensor]]
@@ -92,17 +93,13 @@ class Company:
     def _same(self, shortest: int, longest: int) -> bool:
         """Asked of the shortest, the longest and one in between: on both sides of whatever length counts."""
         lengths = sorted({shortest, max(shortest, longest // 2), longest})
-        was_training = self._model.training
-        self._model.eval()
         try:
-            with torch.no_grad():
+            with evaluating(self._model), torch.no_grad():
                 alone = [self._read([n])[0] for n in lengths]
                 together = self._read(lengths)
         except Exception as error:  # what cannot be read together is read alone
             self.apart = f"texts of {shortest} and {longest} tokens could not be read together ({in_short(error)})"
             return False
-        finally:
-            self._model.train(was_training)
         return all(
             _off(found, right) <= self._tolerance
             for found, right in zip(together, alone, strict=True)

@@ -31,7 +31,7 @@ def stored_dtype(folder: Path) -> str:
         return _DTYPES.get(max(stored, key=lambda name: stored[name]), "float32")
     config = read_json(folder / "config.json", _FIELD)
     said = config_facts(config, where=_where(folder)).dtype
-    return said if said in _DTYPES.values() else "float32"
+    return said if said is not None and said in _DTYPES.values() else "float32"
 
 
 def refuse_tied_lora(recipe: Recipe, folder: Path) -> None:

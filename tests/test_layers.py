@@ -38,8 +38,8 @@ LIGHT_ROOMS = ("recipe", "ledger", "workers", "data")
 LIGHT_FILES = {
     "models": (
         *("identity", "classes", "rendering", "token_text", "reads"),
-        *("config", "fresh", "light", "misfits", "same_tokenizer", "token_ids", "uses"),
-        "future",
+        *("config", "files", "fresh", "light", "misfits", "parts", "same_tokenizer", "tensors"),
+        *("ahead", "token_ids", "uses", "stored_tensors"),
     ),
     "engines": ("base", "opening", "vllm"),
 }

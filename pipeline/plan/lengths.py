@@ -3,9 +3,11 @@
 from ...stages.data.given_text import given_text
 from ...stages.ledger.books import Books
 from ...stages.ledger.requests import author_context
-from ...stages.models.fit.config import config_facts, read_json, text_config, usable_positions
+from ...stages.models.fit.config import config_facts, usable_positions
+from ...stages.models.fit.files import read_json
 from ...stages.models.fit.fresh import fresh_config
 from ...stages.models.fit.light import light_transformers
+from ...stages.models.fit.parts import text_config
 from ...stages.models.identity import find_model
 from ...stages.recipe.sections import Recipe
 from ...stages.recipe.stages import needed

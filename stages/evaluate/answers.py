@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ...storage.errors import UsageError
 from ...storage.store.store import Store
 from ...storage.tables.schema import TableName
+from ..models.reads import context_of
 from ..models.rendering import Renderer
 from ..recipe.answers import EvaluateGenerate
 from ..recipe.tasks import TASKS
@@ -285,7 +286,7 @@ def greedy(
 
 def _room(model: Any, lengths: list[int], max_tokens: int) -> int:
     """Tokens that an answer to the longest of these prompts may have."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(model)
     return max_tokens if context is None else min(max_tokens, context - max(lengths))
 
 

@@ -141,7 +141,8 @@ def _content(job: Job, held_out: HeldOut, found: Measured, *, quiz: Quiz | None)
 
 def _result(tally: "Tally | None", held_out: HeldOut) -> dict[str, Any]:
     """An arm's numbers; all null for a teacher of whom no distribution is stored."""
-    numbers: dict[str, Any] = dict.fromkeys(NUMBERS + CLASS_NUMBERS * held_out.labelled)
+    names = NUMBERS + CLASS_NUMBERS if held_out.labelled else NUMBERS
+    numbers: dict[str, Any] = dict.fromkeys(names)
     return numbers if tally is None else numbers | tally.results() | {"rows": held_out.rows}
 
 

@@ -14,7 +14,7 @@ from ..models.head import check_head, split_head
 from ..models.reads import context_of
 from ..targets.spec import wanted
 from ..workers.job import Job
-from .packing import Packing, packs_apart
+from .packing import Packing, mixes_packed
 
 
 def training_passes(
@@ -26,18 +26,17 @@ def training_passes(
     check_head(model)
     head = split_head(model)
     uses_triton(train.kernel, head.weight.device, setting="train.kernel")
-    alone = not Company(model).may_share(lengths)
+    company = Company(model)
+    alone = not company.may_share(lengths)
     even = alone or train.row_tokens is not None
     obstacle = None if even else attend_apart(model, max(lengths), dtype)
     flat = not even and obstacle is None
-    shared = flat or (not alone and packs_apart(model, (*SHORT, *lengths)))
+    mixed = None if flat or alone else mixes_packed(model, (*SHORT, *lengths))
+    shared = not alone and mixed is None
     if alone:
-        job.progress.say(
-            "what this student makes of a sample depends on the longest one of its pass: each gets "
-            "a pass of its own"
-        )
-    elif not shared:
-        job.progress.say("this architecture mixes packed samples: each gets a row of its own")
+        job.progress.say(f"each sample gets a pass of its own in this student: {company.apart}")
+    elif mixed is not None:
+        job.progress.say(f"each sample gets a row of its own in this student: {mixed}")
     elif obstacle is not None:
         job.progress.say(
             f"this student cannot attend within samples of one row ({obstacle}): rows get padding"

@@ -111,9 +111,10 @@ def training_passes(
     """Texts share passes, unless the model says of one something else beside others."""
     embeddings: Any = model
     inputs = Inputs.of(model, teacher_dir)
-    alone = not class_company(model, inputs).may_share(lengths)
+    company = class_company(model, inputs)
+    alone = not company.may_share(lengths)
     if alone:
-        job.progress.say("texts change one another in a pass of this student: each gets its own")
+        job.progress.say(f"each text gets a pass of its own in this student: {company.apart}")
     return ClassPasses(
         tokens_per_pass=job.train.tokens_per_pass,
         alone=alone,

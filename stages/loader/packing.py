@@ -21,12 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...storage.errors import UsageError
+from ...storage.errors import UsageError, in_short
 from ..losses.definition import Distilled
 from ..losses.fused_linear import linear_distillation
 from ..losses.objective import Aim
 from ..models.attention.flat import flat_inputs
 from ..models.attention.longest import made_up
+from ..models.device import evaluating
 from ..models.head import hidden_states, split_head
 from ..models.reads import check_ids
 from ..recipe.fields import Kernel
@@ -253,8 +254,8 @@ def pack(samples: Sequence[Sample], *, rows: int, limit: int) -> list[list[Sampl
     raise AssertionError("a sample is longer than the limit")
 
 
-def packs_apart(model: nn.Module, lengths: Sequence[int] = (5, 7)) -> bool:
-    """Whether this model keeps samples packed in one row apart when position ids restart between them.
+def mixes_packed(model: nn.Module, lengths: Sequence[int] = (5, 7)) -> str | None:
+    """Why samples may not be packed into one row of this model; None: it keeps them apart where position ids restart.
 
     transformers cuts attention there; a recurrent layer may carry its state on. Asked of the model
     itself, on a row with samples of these lengths, once.
@@ -262,24 +263,21 @@ def packs_apart(model: nn.Module, lengths: Sequence[int] = (5, 7)) -> bool:
     device = next(model.parameters()).device
     texts = [ids.to(device)[None] for ids in made_up(lengths, split_head(model).vocab_size)]
     counted = [torch.arange(n, device=device)[None] for n in lengths]
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             row = {"input_ids": torch.cat(texts, dim=1), "position_ids": torch.cat(counted, dim=1)}
             together = hidden_states(model, **row).split(list(lengths), dim=1)
             alone = [
                 hidden_states(model, input_ids=ids, position_ids=positions)
                 for ids, positions in zip(texts, counted, strict=True)
             ]
-    except Exception:  # a row that a model cannot read, for want of memory or positions
-        return False
-    finally:
-        model.train(was_training)
-    return all(
+    except Exception as error:  # a row that a model cannot read, for want of memory or positions
+        return f"a row of {sum(lengths)} tokens could not be read ({in_short(error)})"
+    apart = all(
         torch.allclose(found, right, rtol=1e-3, atol=1e-4 * float(right.abs().max()))
         for found, right in zip(together, alone, strict=True)
     )
+    return None if apart else "its architecture mixes packed samples"
 
 
 def _tokens(row: Sequence[Sample]) -> int:

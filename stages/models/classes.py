@@ -3,7 +3,6 @@
 No torch: the plan asks too.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from ...storage.errors import RowError, UsageError
 from ..recipe.sections import Recipe
 from ..recipe.stages import needed
 from ..recipe.tasks import TASKS
+from .fit.files import read_json
 
 HEAD = "ForSequenceClassification"
 NO_LABEL = -1
@@ -29,9 +29,9 @@ def class_names(config: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(str(named[index]) for index in sorted(named, key=int))
 
 
-def names_in(folder: Path) -> tuple[str, ...]:
-    """`class_names` of the model in a folder; its weights need not be there."""
-    return class_names(_config(folder))
+def names_in(folder: Path, field: str = "teacher.model") -> tuple[str, ...]:
+    """`class_names` of the model in a folder, whose weights need not be there; `field`: of the recipe, for messages."""
+    return class_names(read_json(folder / "config.json", field))
 
 
 def label_index(value: Any, names: Sequence[str]) -> int | None:
@@ -91,7 +91,7 @@ def refuse_without_head(folder: Path, model: str) -> None:
     Raises:
         UsageError: no classification head, or one that is not softmax over two classes or more.
     """
-    config = _config(folder)
+    config = read_json(folder / "config.json", "teacher.model")
     names = class_names(config)
     found = ", ".join(config.get("architectures") or ()) or "no architecture"
     if not names:
@@ -134,7 +134,7 @@ def refuse_other_classes(recipe: Recipe, folder: Path | None, names: Sequence[st
         return
     student = needed(recipe.student, "student")
     if folder is not None:
-        found, where = names_in(folder), f"student.model: {student.model}"
+        found, where = names_in(folder, "student.model"), f"student.model: {student.model}"
     else:
         overrides = student.config or {}
         given = {"id2label", "num_labels"} & overrides.keys()
@@ -150,17 +150,3 @@ def refuse_other_classes(recipe: Recipe, folder: Path | None, names: Sequence[st
             f"({', '.join(names)}). A student learns the teacher's classes one by one: take one "
             "with the same, or one without a classification head."
         )
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{folder / 'config.json'}: not readable ({error}). Save the model again."
-        ) from error
-    if not isinstance(config, dict):
-        raise UsageError(
-            f"{folder / 'config.json'}: holds {type(config).__name__}, expected an object."
-        )
-    return config

@@ -1,8 +1,11 @@
-"""The device: where and in what to compute, whether Triton can, and what to say when it fails."""
+"""The device: where and in what to compute, in which mode, whether Triton can, and what to say when it fails."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 
 import torch
+from torch import nn
 
 from ...storage.errors import EngineDied, StillroomError, UsageError
 from ..recipe.fields import Kernel
@@ -35,6 +38,17 @@ def uses_triton(asked: Kernel | None, device: torch.device, *, setting: str) -> 
     raise UsageError(
         f"{setting}: triton cannot run, {found}. Leave it out: then plain torch does the same."
     )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A model in evaluation mode within the block, and in the mode that it was in afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def check_device(device: object, failure: str) -> None:

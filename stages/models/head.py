@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...storage.errors import UsageError
+from ...storage.errors import UsageError, answered
+from .device import evaluating
 
 # Fields of a config, by what they are to the logits: architectures name one thing in several ways.
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -223,22 +224,11 @@ def check_head(model: nn.Module) -> None:
     """
     head, inner = split_head(model), _plain(model)
     backbone(inner)
-    was_training = model.training
-    model.eval()
     ids = (torch.arange(8, device=head.weight.device) % head.vocab_size)[None]
-    try:
-        with torch.no_grad():
-            expected = inner(input_ids=ids, use_cache=False).logits[0].float()
-            found = head.logits(hidden_states(model, input_ids=ids)[0])
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # shapes that do not fit, inputs that are not there, ...
-        said = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise UsageError(
-            f"{_name(inner)}: its logits cannot be made of its hidden states and its output layer "
-            f"({said}). {NOT_SUPPORTED}"
-        ) from error
-    model.train(was_training)
+    what = f"{_name(inner)}: its logits cannot be made of its hidden states and its output layer"
+    with evaluating(model), torch.no_grad(), answered(what, NOT_SUPPORTED):
+        expected = inner(input_ids=ids, use_cache=False).logits[0].float()
+        found = head.logits(hidden_states(model, input_ids=ids)[0])
     tolerance = 1e-4 if head.weight.dtype == torch.float32 else 2e-2
     same_shape = found.shape == expected.shape
     if not same_shape or not torch.allclose(

@@ -17,7 +17,9 @@ from ...storage.files.opening import open_files
 from ...storage.keys import canonical_json, content_id
 from ..recipe.tasks import TASKS
 from .classes import class_names
-from .fit.config import UNLIMITED, config_facts, read_json
+from .fit.config import UNLIMITED, config_facts
+from .fit.files import read_json
+from .fit.tensors import tensor_files
 from .fit.token_ids import highest_id
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
@@ -235,9 +237,11 @@ def identify_unseen(
     config = read_json(folder / "config.json", field, missing={})
     tokenizer_config = read_json(folder / "tokenizer_config.json", field, missing={})
     template = _template(folder, tokenizer_config)
-    found = (
-        vocab_size or config.get("text_config", config).get("vocab_size") or _tokenizer_size(folder)
-    )
+    if config and vocab_size is None:
+        vocab_size = config_facts(
+            config, where=f"{field} (there is no --vocab-size): {folder}"
+        ).vocab_size
+    found = vocab_size or _tokenizer_size(folder)
     parts = {
         "unseen": name,
         "vocab_size": int(found),
@@ -280,16 +284,6 @@ def _tokenizer_size(folder: Path) -> int:
             f"--tokenizer: {folder} does not say how many ids there are. Give --vocab-size."
         )
     return highest + 1
-
-
-def tensor_files(folder: Path) -> list[Path]:
-    """The weight files of a model or adapter folder."""
-    found = sorted(folder.glob("*.safetensors"))
-    return (
-        found
-        or sorted(folder.glob("pytorch_model*.bin"))
-        or sorted(folder.glob("adapter_model*.bin"))
-    )
 
 
 def _weights(folder: Path, hashes: FileHashes, field: str) -> dict[str, str]:

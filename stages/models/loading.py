@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ...storage.errors import answered
+from ...storage.errors import UsageError, answered
 from .attention.cap import attend_capped
 from .attention.longest import forget_lengths
 from .identity import Identity
@@ -48,14 +48,26 @@ class ModelKind:
         return _ready(model), sorted(report["missing_keys"])
 
     def student(self, folder: Path) -> PreTrainedModel:
-        """A saved or downloaded model, in float32; a body without this kind's head gets a new one.
+        """A saved or downloaded model, in float32; a body without a head over classes gets a new one.
 
         Raises:
-            UsageError: the folder holds none.
+            UsageError: the folder holds none, or not all of its weights.
         """
         with answered(f"{folder}: the student does not load", "Check the folder."):
-            model: PreTrainedModel = self.auto.from_pretrained(
-                folder, dtype=torch.float32, **self._named()
+            model, report = self.auto.from_pretrained(
+                folder, dtype=torch.float32, output_loading_info=True, **self._named()
+            )
+        body = f"{model.base_model_prefix}."
+        lacking = [
+            name
+            for name in sorted(report["missing_keys"])
+            # A head over classes may be new, with the pooler under it; one over the vocabulary not.
+            if not self.classes or (name.startswith(body) and "pooler" not in name)
+        ]
+        if lacking:
+            raise UsageError(
+                f"{folder}: the student lacks weights ({', '.join(lacking[:3])}), which "
+                "transformers would draw at random. Name a model that was saved whole."
             )
         return _ready(model)
 

@@ -3,7 +3,8 @@
 from typing import Any
 
 from ...storage.errors import RowError, UsageError
-from .fit.config import text_config, usable_positions
+from .fit.config import usable_positions
+from .fit.parts import text_config
 
 
 def check_ids(highest: int, vocab_size: int, what: str, *, where: str = "") -> None:

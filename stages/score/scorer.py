@@ -102,7 +102,8 @@ class Scorer:
             return [batch]
         if not self._said_alone:
             self._said_alone = True
-            self._job.progress.say("rows change one another in a pass of this teacher: read alone")
+            why = asked if isinstance(asked, RowError) else self._teacher.company.apart
+            self._job.progress.say(f"rows are read alone by this teacher: {why}")
         return [[request] for request in batch]
 
     def collect(self) -> None:

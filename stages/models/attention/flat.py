@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..device import out_of_memory
+from ..device import evaluating, out_of_memory
 from ..head import hidden_states, split_head
 
 NAME = "stillroom_samples_apart"
@@ -58,31 +58,33 @@ def attend_apart(model: nn.Module, longest: int, dtype: torch.dtype) -> str | No
         return "on a GPU only bfloat16 has variable-length attention"
     own = plain.config._attn_implementation
     lengths = [SHORT[0], max(longest, 1), SHORT[1]]
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            exact = [_states(model, [n], torch.float32) for n in lengths]
-            rounded = (
-                exact if dtype == torch.float32 else [_states(model, [n], dtype) for n in lengths]
+    with evaluating(model):
+        try:
+            with torch.no_grad():
+                exact = [_states(model, [n], torch.float32) for n in lengths]
+                rounded = (
+                    exact
+                    if dtype == torch.float32
+                    else [_states(model, [n], dtype) for n in lengths]
+                )
+                _register()
+                plain.set_attn_implementation(NAME)
+                together = _states(model, lengths, dtype, flat=True).split(lengths, dim=1)
+            alike = plain.config._attn_implementation == NAME and all(
+                _off(found, right) <= 2 * _off(usual, right) + 1e-3
+                for found, usual, right in zip(together, rounded, exact, strict=True)
             )
-            _register()
-            plain.set_attn_implementation(NAME)
-            together = _states(model, lengths, dtype, flat=True).split(lengths, dim=1)
-        alike = plain.config._attn_implementation == NAME and all(
-            _off(found, right) <= 2 * _off(usual, right) + 1e-3
-            for found, usual, right in zip(together, rounded, exact, strict=True)
-        )
-        obstacle = None if alike else "its hidden states differ from those of each sample alone"
-        if alike:
-            model.train()
-            _states(model, list(SHORT), dtype, flat=True).sum().backward()
-    except torch.OutOfMemoryError as error:
-        raise out_of_memory(longest, str(error)) from error
-    except Exception as error:  # whatever a model or a kernel says of what it cannot do
-        obstacle = f"{type(error).__name__}: {error}".partition("\n")[0]  # torch may append a trace
+            obstacle = None if alike else "its hidden states differ from those of each sample alone"
+            if alike:
+                model.train()
+                _states(model, list(SHORT), dtype, flat=True).sum().backward()
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(longest, str(error)) from error
+        except Exception as error:  # whatever a model or a kernel says of what it cannot do
+            obstacle = f"{type(error).__name__}: {error}".partition("\n")[
+                0
+            ]  # torch may append a trace
     model.zero_grad()
-    model.train(was_training)
     if obstacle is not None:
         plain.set_attn_implementation(own)
     return obstacle

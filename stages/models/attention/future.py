@@ -5,64 +5,20 @@ ahead has seen the token that it is to predict: its soft targets would be worthl
 that reads ahead learns to copy.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ....storage.errors import UsageError
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from ....storage.errors import UsageError, answered
+from ..device import evaluating
+from ..fit.ahead import reads_ahead, refusal
+from ..reads import context_of
 
-DECODERS_IF_SAID = (
-    "bert",
-    "bert-generation",
-    "big_bird",
-    "camembert",
-    "data2vec-text",
-    "electra",
-    "ernie",
-    "megatron-bert",
-    "reformer",
-    "rembert",
-    "roberta",
-    "roberta-prelayernorm",
-    "roc_bert",
-    "roformer",
-    "xlm-roberta",
-    "xlm-roberta-xl",
-    "xmod",
-)
-"""`model_type` of encoders that are causal only where their config says `is_decoder: true`."""
 TOKENS = 16
 """Of the text whose last token is changed, or as many as the model reads."""
 CHANGES = (1, 2, 3)
 """The last token is moved on by so many ids."""
-
-
-def reads_ahead(config: Any) -> str | None:
-    """The field of a config that makes its model see the future, as `name: value`; None: none is known to.
-
-    Args:
-        config: Of transformers, or anything with its attributes. No weights, no torch.
-    """
-    for part in (config, _of_text(config)):
-        found = {name: getattr(part, name, None) for name in ("is_causal", "causal", "is_decoder")}
-        if found["is_causal"] is False:
-            return "is_causal: false"
-        if found["causal"] is False:
-            return "causal: false"
-        if found["is_decoder"] is False and part.model_type in DECODERS_IF_SAID:
-            return "is_decoder: false"
-        # "vision": between the patches of an image, of which there are none here.
-        if getattr(part, "use_bidirectional_attention", None) in (True, "all"):
-            return "use_bidirectional_attention: true"
-    return None
-
-
-def _of_text(config: Any) -> Any:
-    try:
-        return config.get_text_config()
-    except ValueError:  # it has several: no language model
-        return config
 
 
 def check_causal(model: Any) -> None:
@@ -76,24 +32,13 @@ def check_causal(model: Any) -> None:
     Raises:
         UsageError: it sees the future.
     """
-    import torch
-
     said = reads_ahead(model.config)
     name = f"{model.config.name_or_path or type(model).__name__} ({model.config.model_type})"
     if said is not None:
         raise UsageError(refusal(name, f"its config says {said}"))
-    was_training = model.training
-    model.eval()
-    try:
+    what = f"{name}: does not read a text of a few tokens"
+    with evaluating(model), answered(what, "Use another model."):
         moved, largest = _moved(model)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # inputs that are not there, numbers that do not fit, ...
-        said = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise UsageError(
-            f"{name}: does not read a text of a few tokens ({said}). Use another model."
-        ) from error
-    model.train(was_training)
     allowed = 1e-5 if model.dtype == torch.float32 else 2e-2
     if moved > allowed * largest:
         found = f"with another last token its earlier logits differ by up to {moved:.3g}"
@@ -102,10 +47,8 @@ def check_causal(model: Any) -> None:
 
 def _moved(model: Any) -> tuple[float, float]:
     """How far earlier logits move at each of several changes, and the largest of them all."""
-    import torch
-
     vocab_size = model.get_input_embeddings().num_embeddings
-    most = getattr(_of_text(model.config), "max_position_embeddings", None) or TOKENS
+    most = context_of(model) or TOKENS
     ids = torch.arange(1, min(most, TOKENS) + 1, device=model.device)[None] % vocab_size
     with torch.no_grad():
         first = _earlier(model, ids)
@@ -117,16 +60,7 @@ def _moved(model: Any) -> tuple[float, float]:
     return min(moved), float(first.abs().max())
 
 
-def _earlier(model: Any, ids: "Tensor") -> "Tensor":
+def _earlier(model: Any, ids: Tensor) -> Tensor:
     """Logits [1, T - 1, V] at all positions but the last."""
     logits: Tensor = model(input_ids=ids, use_cache=False).logits
     return logits[:, :-1].float()
-
-
-def refusal(name: str, found: str) -> str:
-    """What is said of a model that sees the future, and what shows it."""
-    return (
-        f"{name}: sees the future ({found}), expected a causal language model, whose answer depends "
-        "on the tokens so far alone. Use another model, or a config that makes this one causal if "
-        "it was trained so."
-    )

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ....storage.errors import in_short
+from ..device import evaluating
 from ..head import hidden_states
 
 Read = Callable[[Sequence[int]], list[Tensor]]
@@ -67,6 +69,8 @@ class Company:
         limit = changes_beyond(model.config)
         self._parted = float("inf") if limit is None else limit + 1
         self._alike: range | None = None
+        self.apart = "the longest text of a pass changes what is said of the others"
+        """Why some texts share no pass, for messages."""
 
     def may_share(self, lengths: Iterable[int]) -> bool:
         """Whether texts of these lengths may share a pass. Asks the model where it was not asked yet."""
@@ -89,16 +93,13 @@ class Company:
     def _same(self, shortest: int, longest: int) -> bool:
         """Asked of the shortest, the longest and one in between: on both sides of whatever length counts."""
         lengths = sorted({shortest, max(shortest, longest // 2), longest})
-        was_training = self._model.training
-        self._model.eval()
         try:
-            with torch.no_grad():
+            with evaluating(self._model), torch.no_grad():
                 alone = [self._read([n])[0] for n in lengths]
                 together = self._read(lengths)
-        except Exception:  # what cannot be read together, for want of memory say, is read alone
+        except Exception as error:  # what cannot be read together is read alone
+            self.apart = f"texts of {shortest} and {longest} tokens could not be read together ({in_short(error)})"
             return False
-        finally:
-            self._model.train(was_training)
         return all(
             _off(found, right) <= self._tolerance
             for found, right in zip(together, alone, strict=True)

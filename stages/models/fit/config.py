@@ -7,12 +7,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from ....storage.errors import UsageError, answered
-from ..attention.future import reads_ahead
-from .light import config_classes, light_transformers, version
+from .ahead import reads_ahead
+from .light import config_classes, knows, light_transformers, version
+from .parts import text_config
 from .uses import has_own_code, heads_of, use_of
 
 UNLIMITED = 2**31 - 1
@@ -49,33 +49,8 @@ class ConfigFacts:
     """Of which tasks' heads it has one, or may get one (`Task.head`)."""
     ahead: str | None
     """The field by which it sees the future, as `name: value`."""
-
-
-def read_json(path: Path, field: str, *, missing: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A JSON object of a model's folder.
-
-    Args:
-        path: The file.
-        field: The recipe's field, for messages.
-        missing: What stands for it where there is no file; None: there must be one.
-
-    Raises:
-        UsageError: it is not there, or holds something else.
-    """
-    if not path.is_file() and missing is not None:
-        return missing.copy()
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{field}: {path} is not readable JSON ({error}). Save the model again."
-        ) from error
-    if not isinstance(content, dict):
-        raise UsageError(
-            f"{field}: {path} holds {type(content).__name__}, expected an object. Save the model "
-            "again."
-        )
-    return content
+    tied: bool
+    """Whether its input and output embeddings are one, or the config does not say."""
 
 
 def config_facts(config: Mapping[str, Any], *, where: str) -> ConfigFacts:
@@ -97,30 +72,22 @@ def loaded_config(config: Mapping[str, Any], *, where: str) -> Any:
     Raises:
         UsageError: as of `config_facts`.
     """
-    kind, classes = config.get("model_type"), config_classes()
+    kind, known = config.get("model_type"), knows(config.get("model_type"))
     own_code = bool(config.get("auto_map"))
-    if (kind not in classes and own_code) or has_own_code(config):
+    if (not known and own_code) or has_own_code(config):
         raise UsageError(
             f"{where}: its config.json (model_type {kind!r}) asks for code of its own (auto_map), which "
             "is never run. Use a model whose class transformers has."
         )
-    if kind not in classes:
+    if not known:
         raise UsageError(
             f"{where}: its config.json names model_type {kind!r}, which transformers {version()} does "
             "not know. Use another model, or a transformers that knows it."
         )
     what = f"{where}: transformers {version()} does not read its config.json as {kind}"
     with answered(what, "Save the model again."):
-        found = classes[kind].from_dict(dict(config))
+        found = config_classes()[kind].from_dict(dict(config))
     return found
-
-
-def text_config(config: Any) -> Any:
-    """The part of a config that is about text."""
-    try:
-        return config.get_text_config()
-    except ValueError:  # it has several
-        return config
 
 
 def usable_positions(config: Any) -> int | None:
@@ -136,6 +103,10 @@ def usable_positions(config: Any) -> int | None:
     if config.model_type in POSITIONS_FROM_PADDING:
         return most - (config.pad_token_id or 0) - 1
     return most
+
+
+def _tied(config: Any) -> bool:
+    return getattr(config, "tie_word_embeddings", None) is not False
 
 
 @cache
@@ -155,4 +126,5 @@ def _facts(text: str, where: str) -> ConfigFacts:
             use=use_of(raw, config),
             heads=heads_of(raw, config),
             ahead=reads_ahead(config),
+            tied=any(_tied(each) for each in (config, part)),
         )

@@ -6,9 +6,12 @@ from typing import Any
 
 from ....storage.errors import UsageError, answered
 from ...recipe.tasks import TASKS
-from .config import loaded_config, read_json, text_config
-from .light import config_classes, light_transformers
-from .misfits import WANTED, refuse_token_without_row
+from .ahead import reads_ahead, refusal
+from .config import loaded_config
+from .files import read_json
+from .light import config_classes, knows, light_transformers
+from .misfits import WANTED, refuse_special_without_row, refuse_token_without_row, special_ids
+from .parts import text_config
 from .uses import heads_of, use_of
 
 _FIELD = "student.config"
@@ -31,13 +34,12 @@ def fresh_config(teacher_dir: Path, overrides: dict[str, Any], *, task: str) -> 
     raw = read_json(teacher_dir / "config.json", "teacher.model")
     teacher = text_config(loaded_config(raw, where=f"teacher.model: {teacher_dir}"))
     kind = overrides.get("model_type", teacher.model_type)
-    classes = config_classes()
     own = kind == teacher.model_type
-    if not own and kind not in classes:
-        near = difflib.get_close_matches(str(kind), list(classes), n=1)
+    if not own and not knows(kind):
+        near = difflib.get_close_matches(str(kind), list(config_classes()), n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise UsageError(f"{_FIELD}.model_type: transformers has no {kind!r}.{hint}")
-    made = type(teacher) if own else type(text_config(classes[kind]()))
+    made = type(teacher) if own else type(text_config(config_classes()[kind]()))
     names = made.attribute_map
     changes = {names.get(name, name): value for name, value in overrides.items()}
     base = teacher.to_dict() if own else _defaults(made, teacher)
@@ -52,15 +54,23 @@ def fresh_config(teacher_dir: Path, overrides: dict[str, Any], *, task: str) -> 
 
 
 def refuse_fresh(teacher_dir: Path, overrides: dict[str, Any], task: str) -> None:
-    """Refuse fresh weights that cannot be made or lack rows for the teacher's tokens; without torch.
+    """Refuse fresh weights that cannot be made, see the future or lack rows for tokens; without torch.
 
     Raises:
-        UsageError: as of `fresh_config`, or too few ids.
+        UsageError: as of `fresh_config`, a causal student that is none, or too few ids.
     """
     with light_transformers():
-        rows = fresh_config(teacher_dir, overrides, task=task).vocab_size
+        made = fresh_config(teacher_dir, overrides, task=task)
+        rows, ahead, special = (
+            int(made.vocab_size or 0),
+            reads_ahead(made),
+            special_ids(made.to_dict()),
+        )
+    if TASKS[task].head == "lm" and ahead is not None:
+        raise UsageError(refusal(_FIELD, f"it says {ahead}"))
     where, action = f"{_FIELD}.vocab_size", "Leave it out: then it is the teacher's."
-    refuse_token_without_row(teacher_dir, int(rows or 0), where=where, action=action)
+    refuse_token_without_row(teacher_dir, rows, where=where, action=action)
+    refuse_special_without_row(special, rows, where=_FIELD)
 
 
 def _defaults(made: Any, teacher: Any) -> dict[str, Any]:

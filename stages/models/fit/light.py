@@ -49,6 +49,11 @@ def config_classes() -> Any:
     return import_module("transformers.models.auto.configuration_auto").CONFIG_MAPPING
 
 
+def knows(kind: Any) -> bool:
+    """Whether transformers has a config class of this model type; a file may hold anything there."""
+    return isinstance(kind, str) and kind in config_classes()
+
+
 def class_names_of(use: str) -> dict[str, str | tuple[str, ...]]:
     """Model type -> names of its classes for a use, as `CAUSAL_LM`; none where transformers knows no such use."""
     tables = import_module("transformers.models.auto.modeling_auto")

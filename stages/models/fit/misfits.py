@@ -1,13 +1,15 @@
 """Models that a recipe cannot use: of another kind, quantised, or with ids that have no row."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ....storage.errors import UsageError
 from ...recipe.tasks import TASKS
-from ..attention.future import refusal
-from .config import ConfigFacts, config_facts, read_json
+from .ahead import refusal
+from .config import ConfigFacts, config_facts
+from .files import read_json
+from .tensors import stored_tensors
 from .token_ids import highest_id
 from .uses import CLASSIFIER
 
@@ -86,13 +88,22 @@ def refuse_ids_without_row(folder: Path, rows: int, *, where: str) -> None:
     Raises:
         UsageError: one has an id of `rows` or more.
     """
-    for what, found in _special_ids(folder, where):
+    refuse_special_without_row(_special_ids_in(folder, where), rows, where=where)
+    refuse_token_without_row(folder, rows, where=where)
+
+
+def refuse_special_without_row(ids: Iterable[tuple[str, int]], rows: int, *, where: str) -> None:
+    """Refuse special tokens with ids beyond the table of token embeddings; `ids`: what each is, and the id.
+
+    Raises:
+        UsageError: one has an id of `rows` or more.
+    """
+    for what, found in ids:
         if 0 < rows <= found:
             raise UsageError(
                 f"{where}: {what} is {found}, but its table of token embeddings has {rows} rows "
                 f"(vocab_size), for ids 0 to {rows - 1}. Name a token that the model has."
             )
-    refuse_token_without_row(folder, rows, where=where)
 
 
 def refuse_token_without_row(folder: Path, rows: int, *, where: str, action: str = _RESIZE) -> None:
@@ -109,14 +120,18 @@ def refuse_token_without_row(folder: Path, rows: int, *, where: str, action: str
         )
 
 
-def _special_ids(folder: Path, where: str) -> Iterator[tuple[str, int]]:
-    """What an id is, and the id."""
+def special_ids(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """The fields of a config that name special tokens, and their ids."""
+    for name in _SPECIAL:
+        for value in _listed(config.get(name)):
+            yield name, value
+
+
+def _special_ids_in(folder: Path, where: str) -> Iterator[tuple[str, int]]:
     for file in ("config.json", "generation_config.json"):
         content = read_json(folder / file, where, missing={})
         for part in (content, content.get("text_config") or {}):
-            for name in _SPECIAL:
-                for value in _listed(part.get(name)):
-                    yield f"{name} in {file}", value
+            yield from ((f"{name} in {file}", value) for name, value in special_ids(part))
 
 
 def _listed(value: Any) -> list[int]:
@@ -125,22 +140,9 @@ def _listed(value: Any) -> list[int]:
 
 def _refuse_other_rows(folder: Path, rows: int, *, where: str) -> None:
     """Refuse a config that asks for another table of embeddings than the weights have: no library loads the two."""
-    for file in sorted(folder.glob("*.safetensors")):
-        for name, found in _embedding_rows(file):
-            if rows and found != rows:
-                raise UsageError(
-                    f"{where}: its config.json asks for {rows} rows (vocab_size), but {name} in "
-                    f"{file.name} has {found} rows. Save the model again."
-                )
-
-
-def _embedding_rows(file: Path) -> Iterator[tuple[str, int]]:
-    """Names of tables of token embeddings in a file, and their rows; by its header alone."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="numpy") as tensors:
-            named = [name for name in list(tensors.keys()) if name.endswith(_EMBEDDINGS)]
-            yield from [(name, tensors.get_slice(name).get_shape()[0]) for name in named]
-    except (OSError, SafetensorError):
-        return  # whoever loads it says so
+    for name, tensor in stored_tensors(folder, where=where).items():
+        if rows and name.endswith(_EMBEDDINGS) and tensor.shape[:1] != (rows,):
+            raise UsageError(
+                f"{where}: its config.json asks for {rows} rows (vocab_size), but {name} in its "
+                f"weights has shape {list(tensor.shape)}. Save the model again."
+            )

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .config import read_json
+from .files import read_json
 
 _OTHER_SENSES = ("image", "audio", "video", "vision")
 

@@ -44,19 +44,30 @@ _WITH_TEXT_INSIDE = ("a model of images and text",)
 
 def heads_of(raw: Mapping[str, Any], config: Any) -> tuple[str, ...]:
     """Of which tasks' heads (`Task.head`) a model has one, or may get one."""
-    classes = config.model_type in class_names_of("SEQUENCE_CLASSIFICATION")
-    return ("lm",) * _continues_text(raw, config) + ("classes",) * classes
+    found = ["lm"] if _continues_text(raw, config) else []
+    if config.model_type in class_names_of("SEQUENCE_CLASSIFICATION"):
+        found.append("classes")
+    return tuple(found)
 
 
 def use_of(raw: Mapping[str, Any], config: Any) -> str:
     """What kind of model it is, in words."""
     kind = config.model_type
     if _named(raw) & _classes(kind, "CAUSAL_LM"):
-        if _reads_one_way(config):
+        if reads_one_way(config):
             return "a causal language model"
         return "a model that sees later tokens unless is_decoder is set"
     by_type = (name for name, tables in _KINDS if any(_classes(kind, t) for t in tables.split()))
     return _kind_by_class(raw) or next(by_type, "no language model that transformers knows")
+
+
+def reads_one_way(config: Any) -> bool:
+    """Whether a model sees no later token; of types that can do either, the config says it."""
+    kind = config.model_type
+    either = kind == "bert-generation" or _classes(kind, "MASKED_LM")
+    if not either or _classes(kind, "SEQ_TO_SEQ_CAUSAL_LM"):
+        return True
+    return bool(getattr(config, "is_decoder", False) or getattr(config, "causal", False))
 
 
 def has_own_code(raw: Mapping[str, Any]) -> bool:
@@ -70,21 +81,14 @@ def has_own_code(raw: Mapping[str, Any]) -> bool:
 
 def _continues_text(raw: Mapping[str, Any], config: Any) -> bool:
     classes = _classes(config.model_type, "CAUSAL_LM")
-    if not classes or not _reads_one_way(config):
+    if not classes or not reads_one_way(config):
         return False
-    if not _named(raw) or _named(raw) & classes:
-        return bool(_named(raw)) or not config.is_encoder_decoder
-    other = _kind_by_class(raw)
-    return not config.is_encoder_decoder and (other is None or other in _WITH_TEXT_INSIDE)
-
-
-def _reads_one_way(config: Any) -> bool:
-    """Whether a model sees no later token; of types that can do either, the config says it."""
-    kind = config.model_type
-    either = kind == "bert-generation" or _classes(kind, "MASKED_LM")
-    if not either or _classes(kind, "SEQ_TO_SEQ_CAUSAL_LM"):
+    if _named(raw) & classes:  # it names a class that does so
         return True
-    return bool(getattr(config, "is_decoder", False) or getattr(config, "causal", False))
+    if config.is_encoder_decoder:  # such a type does so in a class of its own alone
+        return False
+    # It names no class, one that no table has, or one that holds a language model.
+    return _kind_by_class(raw) in (None, *_WITH_TEXT_INSIDE)
 
 
 def _kind_by_class(raw: Mapping[str, Any]) -> str | None:

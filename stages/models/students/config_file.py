@@ -7,6 +7,8 @@ instead, the same numbers are written once more; so is what else has another nam
 
 from typing import Any
 
+from ..fit.parts import parts_of
+
 _USUAL = ("rope_theta", "partial_rotary_factor")
 # Names under which 4.57 looks for the base frequency and the share of dimensions that turn.
 _FLAT = {
@@ -43,11 +45,7 @@ def with_older_words(config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         NotInOlderWords: layers differ in a way that 4.57 has no fields for.
     """
-    parts = {
-        name: with_older_words(part)
-        for name, part in config.items()
-        if isinstance(part, dict) and "model_type" in part
-    }
+    parts = {name: with_older_words(part) for name, part in parts_of(config).items()}
     model_type, rope = config.get("model_type", ""), config.get("rope_parameters")
     return config | parts | _names(config, model_type) | (_rope(rope, model_type) if rope else {})
 

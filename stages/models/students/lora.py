@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ....storage.errors import StillroomError, UsageError
 from ...recipe.sections import Lora
+from ..device import evaluating
 
 # Of the largest logit, in float32: W x + s B (A x) and (W + s B A) x differ by rounding alone, which
 # stays below 1e-4 through tens of layers; an update that is lost or counted twice is the update itself.
@@ -120,13 +121,11 @@ def _few_logits(model: Any) -> Tensor:
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     vocab_size = plain.config.get_text_config().vocab_size
     ids = torch.arange(_TOKENS, device=next(model.parameters()).device) % vocab_size
-    was_training, attention = model.training, plain.config._attn_implementation
-    model.eval()
+    attention = plain.config._attn_implementation
     if attention not in (None, "eager", "sdpa"):
         plain.set_attn_implementation("eager")
-    with torch.no_grad():
+    with evaluating(model), torch.no_grad():
         logits: Tensor = model(input_ids=ids[None]).logits.float()
     if plain.config._attn_implementation != attention:
         plain.set_attn_implementation(attention)
-    model.train(was_training)
     return logits

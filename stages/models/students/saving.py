@@ -20,6 +20,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from ....storage.errors import StillroomError
 from ...recipe.sections import Recipe
 from ...recipe.stages import needed
+from ..fit.parts import parts_of
 from .config_file import NotInOlderWords, with_older_words
 from .lora import merged_as_trained
 from .stored_tensors import stored_dtype
@@ -158,11 +159,7 @@ def _without(config: Any, name: str) -> Any:
 
 
 def _in_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    parts = {
-        name: _in_dtype(part, dtype)
-        for name, part in config.items()
-        if isinstance(part, dict) and "model_type" in part
-    }
+    parts = {name: _in_dtype(part, dtype) for name, part in parts_of(config).items()}
     return config | parts | {"dtype": dtype}
 
 

@@ -1,61 +1,37 @@
-"""What a model's weight files say of their tensors, read from their headers: types, shapes, names. No torch here.
+"""What the files of an initial student say before it is loaded: its dtype, and weights that two layers share.
 
-So the plan can see that an adapter would go onto a weight that two layers share.
+No torch: the plan asks too.
 """
 
-import json
 import re
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
 
 from ....storage.errors import UsageError
 from ...recipe.sections import Recipe
 from ...recipe.stages import needed
-from ..identity import tensor_files
+from ..fit.config import config_facts
+from ..fit.files import read_json
+from ..fit.tensors import stored_tensors
 
+_FIELD = "student.model"
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _IN_A_LAYER = re.compile(r"\.\d+\.")
 _OUTPUT = "lm_head"
 """The usual name of the output layer, whose weight is in no file where it is the input embedding."""
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """One tensor of a safetensors file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    bytes: int
-
-
-def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """By name; none of weights that are stored by pickle, which has no header to read."""
-    found: dict[str, StoredTensor] = {}
-    for path in tensor_files(folder):
-        if path.suffix != ".safetensors":
-            return {}
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        header.pop("__metadata__", None)
-        for name, about in header.items():
-            begin, end = about["data_offsets"]
-            found[name] = StoredTensor(about["dtype"], tuple(about["shape"]), end - begin)
-    return found
-
-
 def stored_dtype(folder: Path) -> str:
     """What most of a model's weights are stored in; float32 where that is no type of training."""
     stored: Counter[str] = Counter()
-    for tensor in stored_tensors(folder).values():
-        stored[tensor.dtype] += tensor.bytes
+    for tensor in stored_tensors(folder, where=_where(folder)).values():
+        stored[tensor.dtype] += prod(tensor.shape)
     if stored:
         return _DTYPES.get(max(stored, key=lambda name: stored[name]), "float32")
-    config = _config(folder)
-    said = str(config.get("dtype") or config.get("torch_dtype"))
-    return said if said in _DTYPES.values() else "float32"
+    config = read_json(folder / "config.json", _FIELD)
+    said = config_facts(config, where=_where(folder)).dtype
+    return said if said is not None and said in _DTYPES.values() else "float32"
 
 
 def refuse_tied_lora(recipe: Recipe, folder: Path) -> None:
@@ -70,16 +46,16 @@ def refuse_tied_lora(recipe: Recipe, folder: Path) -> None:
     lora = needed(recipe.student, "student").lora
     if lora is None or isinstance(lora.target_modules, str):
         return
-    config = _config(folder)
-    vocab_size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    config = read_json(folder / "config.json", _FIELD)
+    facts = config_facts(config, where=_where(folder))
     matrices = [
         name
-        for name, tensor in stored_tensors(folder).items()
-        if tensor.shape[:1] == (vocab_size,)
+        for name, tensor in stored_tensors(folder, where=_where(folder)).items()
+        if tensor.shape[:1] == (facts.rows,)
         and name.endswith(".weight")
         and not _IN_A_LAYER.search(name)
     ]
-    if len(matrices) != 1 or not _tied(config):
+    if len(matrices) != 1 or not facts.tied:
         return
     module = matrices[0].removesuffix(".weight")
     for target in lora.target_modules:
@@ -91,14 +67,5 @@ def refuse_tied_lora(recipe: Recipe, folder: Path) -> None:
             )
 
 
-def _tied(config: Mapping[str, Any]) -> bool:
-    """Whether a config ties the two; one that does not say so is taken at its files' word."""
-    said = config.get(
-        "tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings")
-    )
-    return said is not False
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
-    return config
+def _where(folder: Path) -> str:
+    return f"{_FIELD}: {folder}"

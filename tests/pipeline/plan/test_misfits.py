@@ -11,7 +11,7 @@ from kit import prompts, stillroom, write_jsonl, write_recipe
 Folder = Callable[..., Path]
 
 
-def kind(model_type: str, *architectures: str, **more: Any) -> Callable[[Path], None]:
+def kind(model_type: Any, *architectures: str, **more: Any) -> Callable[[Path], None]:
     """Make a folder one of another kind of model, without a tokenizer as most such have none."""
 
     def make(folder: Path) -> None:
@@ -35,6 +35,18 @@ def add_token(folder: Path) -> None:
     content = json.loads((folder / "tokenizer.json").read_text())
     content["added_tokens"].append(content["added_tokens"][0] | {"id": 40, "content": "<|im_end|>"})
     (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+def lfs_pointer(folder: Path) -> None:
+    """What `git clone` leaves in place of weights where Git LFS is not installed."""
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1234\n"
+    (folder / "model.safetensors").write_text(pointer)
+
+
+def cut_short(folder: Path) -> None:
+    """What is left of a download that broke off."""
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
 
 
 OF_ANOTHER_KIND = [
@@ -61,12 +73,15 @@ OF_NO_USE = [
         kind("llama", "OwnForCausalLM", auto_map={"AutoModelForCausalLM": "own.OwnForCausalLM"}),
         "(model_type 'llama') asks for code of its own",
     ),
+    (kind(["llama"]), "names model_type ['llama'], which transformers"),
     (kind("none-such"), "model_type 'none-such', which transformers"),
     (edit("config.json", num_hidden_layers="many"), "does not read its config.json as llama"),
     (
         edit("config.json", vocab_size=64),
         "asks for 64 rows (vocab_size), but model.embed_tokens.weight",
     ),
+    (lfs_pointer, "model.safetensors is not readable as safetensors (SafetensorError"),
+    (cut_short, "model.safetensors is not readable as safetensors (SafetensorError"),
     (add_token, "the tokenizer has ids up to 40, but the table of token embeddings has 32 rows"),
     (edit("config.json", pad_token_id=32), "pad_token_id in config.json is 32"),
     (

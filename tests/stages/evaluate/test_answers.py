@@ -17,6 +17,8 @@ from transformers import (
     LlamaForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
+    RobertaConfig,
+    RobertaForCausalLM,
 )
 
 from stillroom.stages.evaluate.answers import Question, Quiz, greedy, scorer
@@ -117,6 +119,25 @@ def test_the_models_own_sampling_settings_play_no_part(model: LlamaForCausalLM) 
 def test_answers_stay_within_the_context(model: LlamaForCausalLM) -> None:
     assert len(greedy(model, Numbers(), [[3] * 30], max_tokens=10)[0].split()) <= 2
     assert greedy(model, Numbers(), [[3] * 32], max_tokens=10) == [""]  # type: ignore[arg-type]
+
+
+def test_positions_behind_that_of_the_padding_are_no_context() -> None:
+    """Of 20 positions a RoBERTa uses 18: a longer answer would end in an IndexError."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    config = RobertaConfig(
+        **sizes,
+        vocab_size=50,
+        num_attention_heads=2,
+        max_position_embeddings=20,
+        pad_token_id=1,
+        is_decoder=True,
+    )
+    writer = RobertaForCausalLM(config).eval()
+    writer.generation_config.eos_token_id = None
+    found = greedy(writer, Numbers(), [[3] * 15], max_tokens=10)  # type: ignore[arg-type]
+    assert len(found[0].split()) <= 3
+    assert greedy(writer, Numbers(), [[3] * 18], max_tokens=10) == [""]  # type: ignore[arg-type]
 
 
 def score(

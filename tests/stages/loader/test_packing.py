@@ -13,7 +13,7 @@ from references import DIVERGENCES
 from tiny_models import CONFIGS, LENGTHS, V, build, make_sample, make_samples
 from transformers import AutoModelForCausalLM, MambaConfig
 
-from stillroom.stages.loader.packing import Packing, pack, packs_apart
+from stillroom.stages.loader.packing import Packing, mixes_packed, pack
 from stillroom.stages.loader.samples import Sample
 from stillroom.stages.losses.definition import logits_distillation
 from stillroom.stages.losses.fused_linear import linear_distillation
@@ -53,7 +53,7 @@ def test_packed_equals_separate(name, attention):
             alone.append(states[0, sample.spans[0, 0] - 1 : -1])
     found = together.flatten(0, 1)[batch.predicting]
     torch.testing.assert_close(found, torch.cat(alone), rtol=1e-5, atol=1e-5)
-    assert packs_apart(model)
+    assert mixes_packed(model) is None
 
 
 def test_a_model_that_lets_samples_see_each_other_is_noticed():
@@ -80,7 +80,14 @@ def test_a_model_that_lets_samples_see_each_other_is_noticed():
 
             return View
 
-    assert not packs_apart(Careless())
+    assert mixes_packed(Careless()) == "its architecture mixes packed samples"
+
+
+def test_a_row_that_cannot_be_read_is_no_mixture():
+    """Learned positions end: the row is too long for them."""
+    model = build(CONFIGS["gpt2"])
+    said = mixes_packed(model, (5, 10 * model.config.max_position_embeddings))
+    assert "tokens could not be read (IndexError" in said
 
 
 def gradient(model, samples, how, *, chunk_tokens=None, objective=objective_of()):  # noqa: B008

@@ -12,10 +12,12 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     Qwen3MoeConfig,
+    RobertaConfig,
     XLMConfig,
 )
 
-from stillroom.stages.models.attention.future import check_causal, reads_ahead
+from stillroom.stages.models.attention.future import check_causal
+from stillroom.stages.models.fit.ahead import reads_ahead
 from stillroom.storage.errors import UsageError
 
 pytestmark = pytest.mark.numeric
@@ -58,6 +60,14 @@ def test_a_model_whose_config_says_nothing_is_asked(dtype):
     model = leaky(0.0, dtype).train()
     check_causal(model)
     assert model.training
+
+
+def test_a_model_is_asked_no_more_positions_than_it_has():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = RobertaConfig(
+        **sizes, num_attention_heads=2, max_position_embeddings=10, is_decoder=True
+    )
+    check_causal(AutoModelForCausalLM.from_config(config))
 
 
 def test_a_small_share_is_seen():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from stillroom.stages.models.identity import FileHashes, find_model, identify
+from stillroom.stages.models.identity import FileHashes, find_model, identify, identify_unseen
 from stillroom.storage.errors import UsageError
 
 
@@ -135,6 +135,35 @@ def test_weights_are_read_once_per_file_and_again_when_they_change(
     file.unlink()
     file.write_bytes(data)
     assert FileHashes(tmp_path / "store", remember=True).sha256(file) != before
+
+
+@pytest.mark.parametrize(
+    ("config", "given", "found"),
+    [
+        ({"vocab_size": 64, "text_config": None}, None, 64),
+        ({"vocab_size": 64}, 48, 48),
+        ({"model_type": "none-such", "vocab_size": 64}, 48, 48),
+    ],
+)
+def test_an_unseen_teacher_has_the_ids_that_its_config_says(
+    tiny_llama: Callable[..., Path],
+    hashes: FileHashes,
+    config: dict[str, object],
+    given: int | None,
+    found: int,
+) -> None:
+    folder = tiny_llama()
+    edit(folder / "config.json", **config)
+    assert identify_unseen(folder, "api", hashes=hashes, vocab_size=given).vocab_size == found
+
+
+def test_an_unseen_teacher_of_an_unknown_type_needs_its_size(
+    tiny_llama: Callable[..., Path], hashes: FileHashes
+) -> None:
+    folder = tiny_llama()
+    edit(folder / "config.json", model_type="none-such")
+    with pytest.raises(UsageError, match=r"there is no --vocab-size.*model_type 'none-such'"):
+        identify_unseen(folder, "api", hashes=hashes)
 
 
 def test_looking_writes_nothing(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:

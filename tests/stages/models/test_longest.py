@@ -67,6 +67,20 @@ def test_a_model_that_mixes_the_rows_of_a_pass_is_noticed():
     assert model.training
 
 
+def test_texts_that_no_memory_holds_together_are_not_said_to_change_one_another():
+    def read(lengths):
+        if len(lengths) > 1:
+            raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+        return [torch.ones(n, 2) for n in lengths]
+
+    company = Company(build(LlamaConfig(**SIZES)), read)
+    assert not company.may_share([5, 40])
+    assert company.apart == (
+        "texts of 5 and 40 tokens could not be read together "
+        "(OutOfMemoryError: tried to allocate 80 GiB)"
+    )
+
+
 def test_the_model_is_asked_once_for_lengths_it_was_asked():
     asked = []
     model = build(LlamaConfig(**SIZES))

@@ -5,11 +5,21 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_llama import tiny_tokenizer
 from tiny_store import make_recipe
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    Qwen3Config,
+)
 
 from stillroom.stages.models.causal_lm import KIND
+from stillroom.stages.models.classification import of_classes
+from stillroom.stages.models.fit.fresh import refuse_fresh
 from stillroom.stages.models.head import check_head, hidden_states, split_head
 from stillroom.stages.models.students.saving import save_student
 from stillroom.stages.models.students.stored_tensors import refuse_tied_lora
@@ -114,6 +124,50 @@ def test_a_missing_folder_is_refused(tiny_llama, tmp_path):
         initial_student(recipe_for("unused", {"model": str(tmp_path / "nothing")}), tiny_llama())
 
 
+def test_a_student_that_lacks_its_output_layer_is_refused(tiny_llama, tmp_path):
+    AutoModel.from_pretrained(tiny_llama()).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"the student lacks weights \(lm_head.weight\)"):
+        KIND.student(tmp_path)
+
+
+def test_a_tied_output_layer_is_in_no_file_and_lacks_nothing(tiny_llama):
+    folder = tiny_llama(tie_word_embeddings=True)
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    KIND.student(folder)
+
+
+def test_only_the_head_of_a_classifier_may_be_new(tmp_path):
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16}
+    BertForMaskedLM(
+        BertConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)
+    ).save_pretrained(tmp_path)
+    of_classes(["bad", "good"]).student(tmp_path)
+    file = tmp_path / "model.safetensors"
+    held = load_file(file)
+    del held["bert.encoder.layer.0.output.dense.weight"]
+    save_file(held, file, {"format": "pt"})
+    with pytest.raises(
+        UsageError, match=r"lacks weights \(bert.encoder.layer.0.output.dense.weight"
+    ):
+        of_classes(["bad", "good"]).student(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (
+            {"model_type": "gemma3_text", "use_bidirectional_attention": True},
+            "student.config: sees the future .it says use_bidirectional_attention: true",
+        ),
+        ({"pad_token_id": 100_000}, "student.config: pad_token_id is 100000, but .* has 32 rows"),
+        ({"model_type": ["llama"]}, r"student.config.model_type: transformers has no \['llama'\]"),
+    ],
+)
+def test_fresh_weights_that_cannot_serve_are_refused(tiny_llama, config, said):
+    with pytest.raises(UsageError, match=said):
+        refuse_fresh(tiny_llama(), config, "causal_lm")
+
+
 def test_half_precision_weights_become_float32(tiny_llama, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama("full")).bfloat16()
     model.save_pretrained(tmp_path / "half")
@@ -209,6 +263,8 @@ def test_a_lora_on_a_weight_that_two_layers_share_is_refused(tiny_llama, module)
         UsageError, match=r"names model\.embed_tokens\.weight, which is lm_head\.weight too"
     ):
         initial_student(recipe, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"text_config": None}))
     with pytest.raises(UsageError, match=f"{module} shares its weight with another layer"):
         refuse_tied_lora(recipe, folder)
     folder = tiny_llama("untied", tie_word_embeddings=False)

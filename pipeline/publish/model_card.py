@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from ...stages.recipe.engines import lora_room
 from ...stages.recipe.formats import FORMATS
 from ...stages.recipe.run_folder import ADAPTER, EVALUATED, SETTINGS, STUDENT, TRAINED
 from ...stages.recipe.sections import Recipe
@@ -224,15 +225,13 @@ def _adapter_code(shown: Mapping[str, Any]) -> dict[str, str]:
     """How to load the adapter onto its initial model, in PEFT and vLLM."""
     base, task = shown["student"]["model"], TASKS[shown["run"]["task"]]
     auto = f"AutoModelFor{'SequenceClassification' if task.labelled else 'CausalLM'}"
-    rank = max(
-        8, 1 << (shown["student"]["lora"]["rank"] - 1).bit_length()
-    )  # of those that vLLM has
+    room = lora_room({"r": shown["student"]["lora"]["rank"]})
     return {
         "code": f"from peft import PeftModel\nfrom transformers import {auto}\n\n"
         f'model = {auto}.from_pretrained("{base}")\n'
         'model = PeftModel.from_pretrained(model, "path/to/adapter")',
         "vllm": "from vllm import LLM\nfrom vllm.lora.request import LoRARequest\n\n"
-        f'llm = LLM("{base}", enable_lora=True, max_lora_rank={rank})\n'
+        f'llm = LLM("{base}", enable_lora=True, max_lora_rank={room})\n'
         'adapter = LoRARequest("student", 1, "path/to/adapter")\n'
         'print(llm.generate("Once upon a time", lora_request=adapter)[0].outputs[0].text)',
     }

@@ -18,12 +18,10 @@ from ..files.base import Files, file_sha256
 from ..tables.schema import KEY, TABLES, TableName
 from ..tables.shard import REPAIR, ShardInfo
 from .commits import Commit
+from .limits import GIVE_MORE, OF_COUNTS, OF_RESULTS, limit
 from .segments import INDEXED, Indexed, place_of, segment_schema
 from .stopping import stoppable
 from .store import Store
-
-MEMORY = "800MB"
-"""What DuckDB may hold while it counts; more goes to disk."""
 
 
 class Index:
@@ -36,7 +34,7 @@ class Index:
         """`write`: keep the segments that are missing (a plan writes nothing)."""
         self._spill = TemporaryDirectory(prefix="stillroom-")
         self._connection = duckdb.connect()
-        self._connection.execute(f"SET memory_limit = '{MEMORY}'")
+        limit(self._connection, defaults=OF_COUNTS)
         self._connection.execute(f"SET temp_directory = '{self._spill.name}'")
         self._connection.execute("SET preserve_insertion_order = false")
         self.commits: dict[TableName, dict[int, Commit]] = {}
@@ -57,8 +55,8 @@ class Index:
         self._spill.cleanup()
 
     def use_all_memory(self) -> None:
-        """Let DuckDB hold what it likes, for results that are large themselves."""
-        self.execute("RESET memory_limit")
+        """Let DuckDB hold all that a plan may, for results that are large themselves."""
+        limit(self._connection, defaults=OF_RESULTS)
 
     def register(self, name: str, table: pa.Table) -> None:
         """Make a table known under a name."""
@@ -151,9 +149,13 @@ class Index:
 def _explained() -> Iterator[None]:
     try:
         yield
-    except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
+    except duckdb.IOException as error:
         raise StillroomError(
-            f"plan: {error}. Free memory and disk space, and run the same command again."
+            f"plan: {error}. Free disk space, and run the same command again."
+        ) from error
+    except duckdb.OutOfMemoryException as error:
+        raise StillroomError(
+            f"plan: {str(error).splitlines()[0]}. That is all that it may hold; {GIVE_MORE}."
         ) from error
 
 

@@ -3,7 +3,8 @@
 For Stillroom's own questions; `sql.py` is for those of people.
 """
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,12 +14,12 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from ..errors import IntegrityError, StillroomError
+from ..errors import IntegrityError, StillroomError, UsageError
 from ..files.base import Files, file_sha256
 from ..tables.schema import KEY, TABLES, TableName
 from ..tables.shard import REPAIR, ShardInfo
 from .commits import Commit
-from .limits import GIVE_MORE, OF_COUNTS, OF_RESULTS, limit
+from .limits import GIVE_MORE, OF_COUNTS, OF_RESULTS, SETTINGS
 from .segments import INDEXED, Indexed, place_of, segment_schema
 from .stopping import stoppable
 from .store import Store
@@ -143,6 +144,22 @@ class Index:
                 select += f" WHERE key NOT IN ({' UNION ALL '.join(keys)})"
             selects.append(select)
         self.execute(f"CREATE VIEW {table} AS {' UNION ALL '.join(selects)}")
+
+
+def limit(connection: duckdb.DuckDBPyConnection, *, defaults: Mapping[str, str]) -> None:
+    """Bound what a connection holds, as the environment says.
+
+    Raises:
+        UsageError: a variable holds no size.
+    """
+    for variable, setting in SETTINGS.items():
+        size = os.environ.get(variable, defaults[setting])
+        try:
+            connection.execute(f"SET {setting} = ?", [size])
+        except duckdb.Error as error:
+            raise UsageError(
+                f"{variable}: {size!a} is no size. Write one as {defaults[setting]}, or leave it out."
+            ) from error
 
 
 @contextmanager

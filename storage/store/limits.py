@@ -1,12 +1,5 @@
 """What DuckDB may hold: in memory, and beyond that on disk. Two environment variables say how much."""
 
-import os
-from collections.abc import Mapping
-
-import duckdb
-
-from ..errors import UsageError
-
 SETTINGS = {
     "STILLROOM_SQL_MEMORY": "memory_limit",
     "STILLROOM_SQL_DISK": "max_temp_directory_size",
@@ -19,19 +12,3 @@ OF_COUNTS = {"memory_limit": "800MB", "max_temp_directory_size": "200GB"}
 OF_RESULTS = {**OF_COUNTS, "memory_limit": "8GB"}
 """What it may hold for rows to be made or trained on: there may be hundreds of millions of them."""
 GIVE_MORE = f"give it more: {' and '.join(SETTINGS)} say how much"
-
-
-def limit(connection: duckdb.DuckDBPyConnection, *, defaults: Mapping[str, str]) -> None:
-    """Bound what a connection holds, as the environment says.
-
-    Raises:
-        UsageError: a variable holds no size.
-    """
-    for variable, setting in SETTINGS.items():
-        size = os.environ.get(variable, defaults[setting])
-        try:
-            connection.execute(f"SET {setting} = ?", [size])
-        except duckdb.Error as error:
-            raise UsageError(
-                f"{variable}: {size!a} is no size. Write one as {defaults[setting]}, or leave it out."
-            ) from error

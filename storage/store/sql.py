@@ -20,8 +20,9 @@ from ..files.objects import ObjectFiles, ObjectReader
 from ..tables.schema import SCHEMAS, TABLES
 from ..tables.shard import ShardInfo
 from .commits import Commit
+from .index import limit
 from .inputs import INPUTS_SCHEMA, Inputs, read_inputs
-from .limits import GIVE_MORE, OF_QUERIES, limit
+from .limits import GIVE_MORE, OF_QUERIES
 from .stopping import stoppable
 from .store import Store
 

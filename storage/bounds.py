@@ -44,11 +44,17 @@ def parsed(text: str | bytes) -> Any:
         value = json.loads(text)
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
+    refuse_deep(value)
+    return value
+
+
+def refuse_deep(value: Any) -> None:
+    """ValueError where a value of JSON is nested deeper than anybody writes."""
     level = [value]
     for _ in range(MOST_DEPTH + 1):
         level = [part for outer in level for part in _parts(outer)]
         if not level:
-            return value
+            return
     raise ValueError(_TOO_DEEP)
 
 

@@ -49,8 +49,9 @@ def publish_request(
         str | None,
         typer.Option(
             metavar="ID",
-            help="Rows of a training run, by its first digits; its validation and test splits come "
-            "along [of a recipe what it selects; of a store the only one, else all that it holds].",
+            help="Rows chosen before, by the first digits of their id; their validation and test splits "
+            "come along [of a recipe what it selects; of a store the only rows that a student was "
+            "trained on or a recipe exported, else all that it holds].",
         ),
     ] = None,
     where: Annotated[

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from ...stages.recipe.engines import lora_room
 from ...stages.recipe.formats import FORMATS
 from ...stages.recipe.run_folder import ADAPTER, EVALUATED, SETTINGS, STUDENT, TRAINED
 from ...stages.recipe.sections import Recipe
@@ -230,9 +231,7 @@ def _adapter_code(shown: Mapping[str, Any]) -> dict[str, str]:
     base, labelled = shown["student"]["model"], TASKS[shown["run"]["task"]].labelled
     auto = f"AutoModelFor{'SequenceClassification' if labelled else 'CausalLM'}"
     method, asked = _question(shown)
-    rank = max(
-        8, 1 << (shown["student"]["lora"]["rank"] - 1).bit_length()
-    )  # of those that vLLM has
+    room = lora_room({"r": shown["student"]["lora"]["rank"]})
     return {
         "code": f"from peft import PeftModel\nfrom transformers import {auto}\n\n"
         f'model = {auto}.from_pretrained("{base}")\n'
@@ -240,7 +239,7 @@ def _adapter_code(shown: Mapping[str, Any]) -> dict[str, str]:
         "vllm": ""
         if labelled
         else "from vllm import LLM\nfrom vllm.lora.request import LoRARequest\n\n"
-        f'llm = LLM("{base}", enable_lora=True, max_lora_rank={rank})\n'
+        f'llm = LLM("{base}", enable_lora=True, max_lora_rank={room})\n'
         'adapter = LoRARequest("student", 1, "path/to/adapter")\n'
         f"print(llm.{method}({asked}, lora_request=adapter)[0].outputs[0].text)",
     }

@@ -1,8 +1,8 @@
 """Conversations as people keep them become messages: OpenAI's, ShareGPT's and Alpaca's; nothing of one is dropped."""
 
-import json
 from typing import Any
 
+from ...storage.bounds import parsed
 from ...storage.errors import RowError
 from ...storage.tables.conversations import Conversation, Message
 from .fields import checked_string, checked_text, checked_words, missing
@@ -141,6 +141,6 @@ def _tools(value: Any) -> list[dict[str, Any]] | None:
 
 def _json(text: str, name: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parsed(text)
+    except ValueError as error:
         raise RowError("unreadable", f"{name} is not JSON ({error})") from error

@@ -14,11 +14,10 @@ from ...storage.errors import EngineDied, StillroomError, answered
 from ..models.fit.config import UNLIMITED
 from ..models.identity import Identity
 from ..models.rendering import Renderer
+from ..recipe.engines import lora_room
 from ..recipe.sections import Generate
 from ..workers.clock import Clock
 from .base import Completion, Request, before_stop
-
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes room for
 
 
 def _prepare_cpu() -> None:
@@ -26,15 +25,6 @@ def _prepare_cpu() -> None:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, whole numbers only
-
-
-def lora_room(adapter: dict[str, Any]) -> int:
-    """The rank that vLLM must make room for, by an adapter's config: its largest, rounded up to one that vLLM has.
-
-    It makes room for 16 where it is told nothing, and then refuses a larger one.
-    """
-    rank = max([adapter["r"], *(adapter.get("rank_pattern") or {}).values()])
-    return next((room for room in LORA_RANKS if room >= rank), rank)
 
 
 class VllmEngine:

@@ -293,7 +293,8 @@ class Tally:
         """[units that have it] sums of a measure, whose total over the number of tokens is that measure."""
         if name == "ece":
             # |gap| is sign * gap: each unit's part of it, which is linear in the units while no sign turns.
-            bins = np.stack(list(self._bins.values()))
+            # Units stand in the order of their counts, which `_mean` pairs these with.
+            bins = np.stack([self._bins[unit] for unit in self._counts if unit in self._bins])
             gaps = bins[..., _CORRECT] - bins[..., _CONFIDENCE]
             return np.asarray(gaps @ np.sign(gaps.sum(0)))
         return np.array([sums[name] for sums in self._units.values() if name in sums])

@@ -1,7 +1,8 @@
 """The engines that write text. To add one: a row here, and its file in `stages/engines/`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +31,18 @@ ENGINES = (
     EngineKind(name="openai"),
 )
 PLANNED = tuple(engine.name for engine in ENGINES if not engine.opened_by)
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks of adapters that vLLM makes room for."""
+
+
+def lora_room(adapter: Mapping[str, Any]) -> int:
+    """The rank that vLLM must make room for, by an adapter's config: its largest, rounded up to one that vLLM has.
+
+    It makes room for 16 where it is told nothing, and then refuses a larger one.
+    """
+    rank = max([adapter["r"], *(adapter.get("rank_pattern") or {}).values()])
+    return next((room for room in LORA_RANKS if room >= rank), rank)
+
 
 if TYPE_CHECKING:
     EngineName = str

@@ -6,7 +6,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from ..bounds import mapping, parsed
-from ..errors import IntegrityError
+from ..errors import IntegrityError, UsageError
 from ..files.base import Files
 from ..keys import content_id, unseal
 from ..snapshots.snapshot import SnapshotShard, load_snapshot
@@ -14,6 +14,15 @@ from ..store.inputs import INPUTS_SCHEMA, inputs_name, read_inputs
 from ..store.store import MARKER, TEACHER_FILES, Store
 from ..tables.shard import ShardFile, ShardInfo
 from .shards import Problem, shard_problems
+
+# Proved by what the identity says of them, where their hashes are not recorded.
+_PROVED = (
+    "identity.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +90,7 @@ def _folder_problems(
         yield "identity.json", "the identity is missing, or not the one its folder is named by"
         return
     if TEACHER_FILES in names:
-        if recorded := [*_recorded_problems(files, folder, names)]:
+        if recorded := [*_recorded_problems(files, folder, names, parts)]:
             yield from recorded
             return
     else:
@@ -103,7 +112,9 @@ def _parts(files: Files, folder: str) -> dict[str, Any] | None:
     return parts if right else None
 
 
-def _recorded_problems(files: Files, folder: str, names: set[str]) -> Iterator[tuple[str, str]]:
+def _recorded_problems(
+    files: Files, folder: str, names: set[str], parts: dict[str, Any]
+) -> Iterator[tuple[str, str]]:
     record = f"{folder}/{TEACHER_FILES}"
     try:
         hashes = mapping(unseal(files.read(record), record)["files"])
@@ -115,6 +126,9 @@ def _recorded_problems(files: Files, folder: str, names: set[str]) -> Iterator[t
             yield name, "the file is missing"
         elif files.sha256(f"{folder}/{name}") != sha256:
             yield name, f"the file's sha256 is not the one in {TEACHER_FILES}"
+    known = {TEACHER_FILES, *hashes, *_PROVED, *parts.get("tokenizer", {})}
+    for name in sorted(names - known):
+        yield name, f"{TEACHER_FILES} does not name this file, and a tokenizer may read it"
 
 
 def _file_problems(
@@ -196,6 +210,9 @@ def _snapshot_problems(store: Store, seen: Seen) -> Iterator[Problem]:
         seen.named.add(name)
         try:
             snapshot = load_snapshot(store, file.removesuffix(".json"))
+        except UsageError as error:  # long, and of sources
+            seen.notes.append(str(error))
+            continue
         except (IntegrityError, KeyError, TypeError, ValueError) as error:
             yield Problem(name, None, None, str(error), (name,))
             continue

@@ -4,14 +4,14 @@ Nothing here trusts a check made while writing. What is wrong is a `Problem`; wh
 over is a note. One record and one row group are in memory at a time, and 8 bytes a key.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from ..errors import IntegrityError
 from ..files.base import Files
-from ..store.commits import numbers, read_commit, read_retired, record_name
+from ..store.commits import listed, missing, near, read_commit, read_retired, record_name
 from ..store.store import Store
 from ..tables.schema import SCHEMAS, TABLES, TableName
 from .records import Seen, kept_problems
@@ -74,9 +74,12 @@ def _commit_problems(files: Files, record: Record) -> list[Problem]:
 
 def _verify_table(files: Files, table: TableName, report: Report, seen: Seen) -> TableReport:
     """Every number from 0 on must have its record, or be withdrawn."""
-    withdrawn = set(numbers(files, table, folder="retired"))
+    shown = {folder: listed(files, table, folder) for folder in ("retired", "commits")}
+    report.problems.extend(_far_problems(table, shown))
+    there = near(set().union(*shown.values()))
+    last = there[-1] if there else -1
+    withdrawn = set(shown["retired"]).intersection(there)
     report.problems.extend(_withdrawal_problems(files, table, withdrawn, seen))
-    last = max([*numbers(files, table), *withdrawn], default=-1)
     found = TableReport()
     live: list[int] = []
     halves: list[np.ndarray] = []  # the first 8 bytes of each key, by live commit
@@ -105,6 +108,14 @@ def _verify_table(files: Files, table: TableName, report: Report, seen: Seen) ->
         found.bytes += commit.shard.bytes
     report.problems.extend(_repeated_keys(files, table, live, halves))
     return found
+
+
+def _far_problems(table: TableName, shown: Mapping[str, list[int]]) -> Iterator[Problem]:
+    """A record whose number no others lead to; until it is gone, nobody reads the table."""
+    try:
+        missing(table, shown)
+    except IntegrityError as error:
+        yield Problem(f"commits/{table}", None, None, str(error))
 
 
 def _withdrawal_problems(

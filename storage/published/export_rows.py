@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from ..errors import IntegrityError, UsageError
 from ..keys import content_key
 from ..snapshots.snapshot import Snapshot
-from ..store.sql import batches, connected, query
+from ..store.sql import batches, connected, explained, query
 from ..store.stopping import stoppable
 from ..store.store import Store
 from ..tables.kinds import STRUCTURES
@@ -223,7 +223,7 @@ def _asked(store: Store, keys: pa.Array) -> Iterator[Any]:
     """SQL over the store, with the wanted generations as `wanted`."""
     _check_bytes(store, "generations")
     _check_bytes(store, "prompts")
-    with connected(store) as connection:
+    with connected(store) as connection, explained("export"):
         wanted = pa.table({"number": pa.array(np.arange(len(keys))), "key": keys})
         connection.from_arrow(wanted).create("wanted")
         yield connection
@@ -231,7 +231,7 @@ def _asked(store: Store, keys: pa.Array) -> Iterator[Any]:
 
 def sources_of(store: Store, keys: pa.Array) -> list[tuple[str, bool, int]]:
     """Which recorded data the prompts of these generations are from: data id, whether held out, how many prompts."""
-    with connected(store) as connection:
+    with connected(store) as connection, explained("export"):
         connection.from_arrow(pa.table({"key": keys})).create("wanted")
         return list(stoppable(connection, lambda: connection.sql(_SOURCES).fetchall()))
 

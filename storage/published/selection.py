@@ -1,4 +1,4 @@
-"""Which snapshots an export takes: the one named, the only one trained on, or all that the store holds."""
+"""Which snapshots an export takes: the one named, the only one chosen before, or all that the store holds."""
 
 from collections.abc import Iterable
 
@@ -15,8 +15,8 @@ def find_snapshots(store: Store, name: str | None) -> dict[str, Snapshot]:
 
     Args:
         store: Where training runs and exports left their snapshots.
-        name: Id of one, or its unique beginning; None: the only one that was trained on, and where
-            nobody was trained all that the store holds.
+        name: Id of one, or its unique beginning; None: the only one that a student was trained on or
+            a recipe exported, and where there is none all that the store holds.
 
     Raises:
         UsageError: no such snapshot, or several (lists them); or nobody can know which rows are
@@ -25,7 +25,7 @@ def find_snapshots(store: Store, name: str | None) -> dict[str, Snapshot]:
     ids = [file.removesuffix(".json") for file in store.files.names("snapshots")]
     known = [load_snapshot(store, found) for found in ids if found.startswith(name or "")]
     if name is None:
-        known = [snapshot for snapshot in known if _was_trained_on(snapshot)]
+        known = [snapshot for snapshot in known if _was_chosen(snapshot)]
         if not known:
             return all_rows(store)
     if len(known) != 1:
@@ -59,7 +59,7 @@ def refuse_rows_of_sources(store: Store, snapshot: Snapshot) -> None:
         )
 
 
-def _was_trained_on(snapshot: Snapshot) -> bool:
+def _was_chosen(snapshot: Snapshot) -> bool:
     return snapshot.about.get("split", "train") == "train" and WHOLE_STORE not in snapshot.about
 
 

@@ -117,7 +117,7 @@ def load_snapshot(store: Store, snapshot_id: str, *, most: int | None = None) ->
         most: Rows that it can have; None: as many as its shards.
 
     Raises:
-        UsageError: there is none of this id.
+        UsageError: there is none of this id, or a long one lists rows of a source that is not open.
         IntegrityError: its record was changed, or says what cannot be.
     """
     name = f"snapshots/{snapshot_id}.json"
@@ -181,6 +181,12 @@ def _prove_lengths(
     """See that shards have as many rows as a record says, before its rows are listed."""
     known = {commit.shard.sha256: commit.shard.row_groups for commit in store.commits(table)}
     for shard in shards:
+        if shard.source and shard.sha256 not in known:
+            raise UsageError(
+                f"{name}: it lists more than {_UNPROVED} rows, of the read-only source "
+                f"{shard.source} too, and how many that one has cannot be asked of this store "
+                "alone. Name a recipe with storage.sources."
+            )
         # The shard of a commit that was withdrawn stays readable for those who name it.
         found = known.get(shard.sha256) or ShardFile(store.files, shard.name).rows_per_group
         if found != shard.row_groups:

@@ -55,19 +55,20 @@ def numbers(files: Files, table: str, *, folder: str = "commits") -> list[int]:
     Raises:
         IntegrityError: as `missing` does.
     """
-    found = _listed(files, table, folder)
+    found = listed(files, table, folder)
     if _too_many(found):  # without what the other folder has, which is asked for then only
-        missing(table, {at: set(_listed(files, table, at)) for at in ("commits", "retired")})
+        missing(table, {at: set(listed(files, table, at)) for at in ("commits", "retired")})
     return found
 
 
-def _listed(files: Files, table: str, folder: str) -> list[int]:
+def listed(files: Files, table: str, folder: str) -> list[int]:
+    """Sequence numbers that a listing shows, however far from one another."""
     names = files.names(f"{folder}/{table}")
     return [int(name[:8]) for name in names if _NUMBERED.fullmatch(name)]
 
 
-def missing(table: str, listed: Mapping[str, Collection[int]]) -> list[int]:
-    """Numbers below the last one that no listing shows; `listed`: by folder.
+def missing(table: str, shown: Mapping[str, Collection[int]]) -> list[int]:
+    """Numbers below the last one that no listing shows; `shown`: what they show, by folder.
 
     Records are numbered without gaps. A few may be missing: lost ones, and those that were put
     while the folder was listed. More than there are of others means that a record is not where its
@@ -76,17 +77,30 @@ def missing(table: str, listed: Mapping[str, Collection[int]]) -> list[int]:
     Raises:
         IntegrityError: so many are missing; names the record above the widest gap.
     """
-    there = sorted(set().union(*listed.values()))
-    gaps = [(below, above) for below, above in pairwise([-1, *there]) if above - below > 1]
+    there = sorted(set().union(*shown.values()))
     if _too_many(there):
-        below, above = max(gaps, key=lambda gap: gap[1] - gap[0])
-        folder = next(folder for folder, seqs in listed.items() if above in seqs)
+        below, above = _widest_gap(there)
+        folder = next(folder for folder, seqs in shown.items() if above in seqs)
         raise IntegrityError(
             f"{record_name(table, above, folder=folder)}: {above - below - 1} numbers before this "
             "record have none, and records are numbered without gaps. Delete this file if it does "
             "not belong here; else restore the others from a backup."
         )
-    return [seq for below, above in gaps for seq in range(below + 1, above)]
+    return [seq for below, above in pairwise([-1, *there]) for seq in range(below + 1, above)]
+
+
+def near(seqs: Iterable[int]) -> list[int]:
+    """Of the numbers of records, ascending, those below the records that `missing` would refuse."""
+    there = sorted(seqs)
+    while _too_many(there):
+        below, _ = _widest_gap(there)
+        there = [seq for seq in there if seq <= below]
+    return there
+
+
+def _widest_gap(there: Sequence[int]) -> tuple[int, int]:
+    """Of ascending numbers the two between which most are missing."""
+    return max(pairwise([-1, *there]), key=lambda gap: gap[1] - gap[0])
 
 
 def _too_many(there: Sequence[int]) -> bool:
@@ -112,11 +126,11 @@ class CommitLog:
 
     def refresh(self) -> list[Commit]:
         """List what there is, read what is new, and return the live commits, oldest first."""
-        retired = set(_listed(self._files, self.table, "retired"))
-        listed = set(_listed(self._files, self.table, "commits"))
+        retired = set(listed(self._files, self.table, "retired"))
+        committed = set(listed(self._files, self.table, "commits"))
         # A listing made while others commit may leave a number out below the last: ask for those
         # by name.
-        lost = missing(self.table, {"commits": listed, "retired": retired})
+        lost = missing(self.table, {"commits": committed, "retired": retired})
         fresh = retired - self._retired
         for seq in fresh:
             read_retired(self._files, self.table, seq)
@@ -125,8 +139,8 @@ class CommitLog:
             self.next, self._live, self.keys = 0, {}, KeySet()
         self._retired = retired
         # A withdrawn number is never used again.
-        last = max([*listed, *retired], default=-1)
-        self._read(sorted(seq for seq in listed.union(lost) if seq >= self.next))
+        last = max([*committed, *retired], default=-1)
+        self._read(sorted(seq for seq in committed.union(lost) if seq >= self.next))
         self.next = max(self.next, last + 1)
         return self.live(0)
 

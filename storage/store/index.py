@@ -3,7 +3,8 @@
 For Stillroom's own questions; `sql.py` is for those of people.
 """
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,17 +14,15 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from ..errors import IntegrityError, StillroomError
+from ..errors import IntegrityError, StillroomError, UsageError
 from ..files.base import Files, file_sha256
 from ..tables.schema import KEY, TABLES, TableName
 from ..tables.shard import REPAIR, ShardInfo
 from .commits import Commit
+from .limits import GIVE_MORE, OF_COUNTS, OF_RESULTS, SETTINGS
 from .segments import INDEXED, Indexed, place_of, segment_schema
 from .stopping import stoppable
 from .store import Store
-
-MEMORY = "800MB"
-"""What DuckDB may hold while it counts; more goes to disk."""
 
 
 class Index:
@@ -36,7 +35,7 @@ class Index:
         """`write`: keep the segments that are missing (a plan writes nothing)."""
         self._spill = TemporaryDirectory(prefix="stillroom-")
         self._connection = duckdb.connect()
-        self._connection.execute(f"SET memory_limit = '{MEMORY}'")
+        limit(self._connection, defaults=OF_COUNTS)
         self._connection.execute(f"SET temp_directory = '{self._spill.name}'")
         self._connection.execute("SET preserve_insertion_order = false")
         self.commits: dict[TableName, dict[int, Commit]] = {}
@@ -57,8 +56,8 @@ class Index:
         self._spill.cleanup()
 
     def use_all_memory(self) -> None:
-        """Let DuckDB hold what it likes, for results that are large themselves."""
-        self.execute("RESET memory_limit")
+        """Let DuckDB hold all that a plan may, for results that are large themselves."""
+        limit(self._connection, defaults=OF_RESULTS)
 
     def register(self, name: str, table: pa.Table) -> None:
         """Make a table known under a name."""
@@ -147,13 +146,33 @@ class Index:
         self.execute(f"CREATE VIEW {table} AS {' UNION ALL '.join(selects)}")
 
 
+def limit(connection: duckdb.DuckDBPyConnection, *, defaults: Mapping[str, str]) -> None:
+    """Bound what a connection holds, as the environment says.
+
+    Raises:
+        UsageError: a variable holds no size.
+    """
+    for variable, setting in SETTINGS.items():
+        size = os.environ.get(variable, defaults[setting])
+        try:
+            connection.execute(f"SET {setting} = ?", [size])
+        except duckdb.Error as error:
+            raise UsageError(
+                f"{variable}: {size!a} is no size. Write one as {defaults[setting]}, or leave it out."
+            ) from error
+
+
 @contextmanager
 def _explained() -> Iterator[None]:
     try:
         yield
-    except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
+    except duckdb.IOException as error:
         raise StillroomError(
-            f"plan: {error}. Free memory and disk space, and run the same command again."
+            f"plan: {error}. Free disk space, and run the same command again."
+        ) from error
+    except duckdb.OutOfMemoryException as error:
+        raise StillroomError(
+            f"plan: {str(error).splitlines()[0]}. That is all that it may hold; {GIVE_MORE}."
         ) from error
 
 

@@ -1,11 +1,10 @@
 """SQL over a store: DuckDB views of what is committed, in memory, shut off from other files and from the network.
 
 For looking and for choosing rows. DuckDB does not verify page checksums; `Store` and `verify` do.
-A signal ends a statement (`stopping.py`), and `LIMITS` bound what it may hold.
+A signal ends a statement (`stopping.py`), and `limits.py` bounds what it may hold.
 """
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -21,16 +20,12 @@ from ..files.objects import ObjectFiles, ObjectReader
 from ..tables.schema import SCHEMAS, TABLES
 from ..tables.shard import ShardInfo
 from .commits import Commit
+from .index import limit
 from .inputs import INPUTS_SCHEMA, Inputs, read_inputs
+from .limits import GIVE_MORE, OF_QUERIES
 from .stopping import stoppable
 from .store import Store
 
-LIMITS = {
-    "STILLROOM_SQL_MEMORY": ("memory_limit", "2GB"),
-    "STILLROOM_SQL_DISK": ("max_temp_directory_size", "20GB"),
-}
-"""What SQL of people may hold in memory, and beyond that on disk: environment variable, DuckDB's
-setting, default."""
 _COMMITS_SCHEMA = pa.schema(
     [
         ("table_name", pa.string()),
@@ -63,7 +58,7 @@ def connect(store: Store) -> duckdb.DuckDBPyConnection:
         connection.register_filesystem(sight.system)
     _shut_off(connection, sight, spill=store.files.cache.path("cache").absolute())
     commits = _commits(commit for table in TABLES for commit in store.commits(table))
-    with _explained():
+    with explained():
         for table in TABLES:
             _make_view(connection, table, SCHEMAS[table], sight.selects[table])
         inputs = INPUTS_SCHEMA.append(pa.field("data_id", pa.string()))
@@ -85,7 +80,7 @@ def connected(store: Store) -> Iterator[duckdb.DuckDBPyConnection]:
 
 def _shut_off(connection: duckdb.DuckDBPyConnection, sight: "_Sight", *, spill: Path) -> None:
     """Let DuckDB read the files in sight and no others, nor the network; it cannot be undone."""
-    _limit(connection)
+    limit(connection, defaults=OF_QUERIES)
     for setting in (
         "autoinstall_known_extensions = false",
         "autoload_known_extensions = false",
@@ -98,27 +93,16 @@ def _shut_off(connection: duckdb.DuckDBPyConnection, sight: "_Sight", *, spill: 
         connection.execute(f"SET {setting}")
 
 
-def _limit(connection: duckdb.DuckDBPyConnection) -> None:
-    for variable, (setting, default) in LIMITS.items():
-        size = os.environ.get(variable, default)
-        try:
-            connection.execute(f"SET {setting} = {_quoted(size)}")
-        except duckdb.Error as error:
-            raise UsageError(
-                f"{variable}: {size!a} is no size. Write one as {default}, or leave it out."
-            ) from error
-
-
 def query(store: Store, sql: str) -> pa.Table:
     """The result of one SELECT over the views."""
-    with connected(store) as connection, _explained():
+    with connected(store) as connection, explained():
         _check_select(connection, sql)
         return stoppable(connection, lambda: connection.sql(sql).to_arrow_table())
 
 
 def first_rows(store: Store, sql: str, *, most: int) -> tuple[pa.Table, bool]:
     """The first rows of one SELECT over the views, and whether these are all; no more than these are made."""
-    with connected(store) as connection, _explained():
+    with connected(store) as connection, explained():
         _check_select(connection, sql)
         rows = stoppable(connection, lambda: connection.sql(sql).limit(most + 1).to_arrow_table())
         return rows.slice(0, most), rows.num_rows <= most
@@ -142,21 +126,21 @@ def _check_select(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def explained(command: str = "query") -> Iterator[None]:
+    """What DuckDB raises in this block, as an error of ours that begins with the command."""
     try:
         yield
     except duckdb.IOException as error:
         raise IntegrityError(
-            f"query: a shard cannot be read ({error}). Run `stillroom verify`."
+            f"{command}: a shard cannot be read ({error}). Run `stillroom verify`."
         ) from error
     except duckdb.OutOfMemoryException as error:
-        limits = " and ".join(LIMITS)
         raise UsageError(
-            f"query: {str(error).splitlines()[0]}. That is all that it may hold; ask for less, or "
-            f"give it more: {limits} say how much."
+            f"{command}: {str(error).splitlines()[0]}. That is all that it may hold; ask for less, "
+            f"or {GIVE_MORE}."
         ) from error
     except duckdb.Error as error:
-        raise UsageError(f"query: {error}") from error
+        raise UsageError(f"{command}: {error}") from error
 
 
 def _make_view(

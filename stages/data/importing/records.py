@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from ....storage.errors import UsageError
-from ...recipe.sections import Data
-from ..readers import Record, records, source_files
+from ..sources.names import TABLES, ending
+from ..sources.readers import Record
+from ..sources.source import Source
 
 BATCH = 64
 """Rows of a Parquet file read at once: the lists of one row may be long."""
@@ -18,17 +19,14 @@ def table_records(source: str, split: str, columns: Sequence[str]) -> Iterator[R
     Raises:
         UsageError: nothing readable is there.
     """
-    data = Data(source=source, split=split, format="text")
-    try:
-        files = source_files(source)
-        if not files or any(file.suffix not in (".parquet", ".arrow") for file in files):
-            yield from records(data)
-            return
-    except UsageError as error:
-        # The readers name the fields of a recipe; here an argument and an option were given.
-        said = str(error).replace("data.source:", "SOURCE:").replace("data.split:", "--split:")
-        raise UsageError(said) from error
-    for file in files:
+    named = Source(
+        name=source, field="SOURCE", split=split, split_field="--split", asked=split != "train"
+    )
+    found = named.files()
+    if found is None or any(ending(file) not in TABLES for file in found.files):
+        yield from named.records()
+        return
+    for file in found.files:
         yield from _rows(file, columns)
 
 
@@ -38,7 +36,7 @@ def _rows(file: Path, columns: Sequence[str]) -> Iterator[Record]:
     import pyarrow.parquet as pq
 
     try:
-        if file.suffix == ".parquet":
+        if ending(file) == ".parquet":
             with pq.ParquetFile(file) as parquet:
                 known = parquet.schema_arrow.names
                 found = [name for name in columns if name in known]

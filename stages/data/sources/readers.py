@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ....storage.bounds import parsed, refuse_deep
 from ....storage.errors import UsageError
 from .names import unpacked
 
@@ -79,9 +80,9 @@ def _of_lines(lines: io.TextIOBase, name: str) -> Iterator[Record]:
 
 def _parse(line: str) -> dict[str, Any] | str:
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return f"not JSON: {error}"
+        record = parsed(line)
+    except ValueError as error:
+        return f"not JSON that is read: {error}"
     return _object(record)
 
 
@@ -89,6 +90,14 @@ def _object(record: Any) -> dict[str, Any] | str:
     if not isinstance(record, dict):
         return f"a JSON {type(record).__name__}, expected an object"
     return record
+
+
+def _too_deep(record: Any) -> str | None:
+    try:
+        refuse_deep(record)
+    except ValueError as error:
+        return f"not JSON that is read: {error}"
+    return None
 
 
 def _json(file: Path, name: str) -> Iterator[Record]:
@@ -107,7 +116,7 @@ def _json(file: Path, name: str) -> Iterator[Record]:
             return
         raise ValueError(f"it is not JSON: {error}") from error
     for number, record in numbered:
-        yield f"{name}:{number}", _object(record)
+        yield f"{name}:{number}", _too_deep(record) or _object(record)
 
 
 def _one_after_the_other(text: str) -> Iterator[tuple[int, Any]]:

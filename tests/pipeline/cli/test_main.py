@@ -110,8 +110,7 @@ def test_a_signal_outside_a_stage_is_exit_code_130_and_a_message(
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert (
-        err
-        == "error: stopped by a signal; what is finished is kept. Run the same command again.\n"
+        err == "error: stopped by a signal; what is finished is kept. Run the same command again.\n"
     )
     assert json.loads(out)["exit_code"] == 130
 

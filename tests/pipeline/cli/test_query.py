@@ -13,7 +13,7 @@ from running import until
 
 from stillroom.stages.workers.job import StopFlag
 from stillroom.storage.errors import Stopped, UsageError
-from stillroom.storage.store import sql as sql_room
+from stillroom.storage.store.limits import SETTINGS
 from stillroom.storage.store.sql import first_rows, query
 from stillroom.storage.store.store import Store
 
@@ -124,8 +124,6 @@ def test_what_a_query_may_hold_is_bounded_and_settable(
 
 
 def test_the_limits_are_those_that_duckdb_has(store: Path) -> None:
-    names = [
-        f"current_setting('{setting}') AS {setting}" for setting, _ in sql_room.LIMITS.values()
-    ]
+    names = [f"current_setting('{setting}') AS {setting}" for setting in SETTINGS.values()]
     (found,) = query(Store.open(store), f"SELECT {', '.join(names)}").to_pylist()
     assert found == {"memory_limit": "1.8 GiB", "max_temp_directory_size": "18.6 GiB"}

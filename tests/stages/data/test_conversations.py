@@ -118,6 +118,10 @@ def test_a_conversation_that_ends_with_a_question_has_its_earlier_answers() -> N
         ({"messages": [ASKED | {"name": "\ud800"}, ANSWER]}, "a message holds what JSON cannot"),
         ({"messages": [ASKED | {"x": float("inf")}, ANSWER]}, "a message holds what JSON cannot"),
         ({"messages": [ASKED, ANSWER], "tools": "{"}, "tools is not JSON"),
+        (
+            {"messages": [ASKED, ANSWER], "tools": "[" * 200 + "]" * 200},
+            "nested more than 100 deep",
+        ),
         ({"messages": [ASKED, ANSWER], "tools": [1]}, "tools must be a list of objects"),
         ({"conversations": [{"from": "bot", "value": "x"}]}, r"messages\[0\]\.from is 'bot'"),
         ({"messages": [{"from": ["human"], "value": "hi"}]}, r"messages\[0\]\.from is a list"),

@@ -19,6 +19,7 @@ from stillroom.stages.data.stage import Survey, inputs_id, survey
 from stillroom.stages.models.identity import FileHashes
 from stillroom.stages.recipe.checks.together import check_together
 from stillroom.stages.recipe.sections import Data, Recipe
+from stillroom.storage.bounds import MOST_DEPTH
 from stillroom.storage.errors import UsageError
 
 
@@ -229,6 +230,33 @@ def test_broken_objects_are_rejected_where_they_stand_on_a_line(tmp_path: Path) 
     (tmp_path / "a.json").write_text('{\n "prompt": "a",\n "messages": [\n  {"prompt": "b"}\n }')
     with pytest.raises(UsageError, match="it is not JSON"):
         read(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("depth", [MOST_DEPTH + 1, 100_000])
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+def test_a_record_that_is_nested_deeper_than_anybody_writes_is_rejected(
+    tmp_path: Path, ending: str, depth: int
+) -> None:
+    deep = f'{{"prompt": {"[" * depth}{"]" * depth}}}'
+    (tmp_path / f"a.{ending}").write_text(f'{{"prompt": "a"}}\n{deep}\n{{"prompt": "b"}}\n')
+    first, rejected, last = read(tmp_path / f"a.{ending}")
+    assert (first, last) == ("a", "b")
+    assert rejected.endswith(f"nested more than {MOST_DEPTH} deep")
+
+
+def test_in_a_list_a_deep_record_is_rejected_and_one_that_no_parser_reads_refuses_the_file(
+    tmp_path: Path,
+) -> None:
+    def listed(depth: int) -> Path:
+        deep = f'{{"prompt": {"[" * depth}{"]" * depth}}}'
+        (tmp_path / "a.json").write_text(f'[{{"prompt": "a"}},\n{deep}]')
+        return tmp_path / "a.json"
+
+    first, rejected = read(listed(MOST_DEPTH + 1))
+    assert first == "a"
+    assert rejected.endswith(f"nested more than {MOST_DEPTH} deep")
+    with pytest.raises(UsageError, match="it is not JSON"):
+        read(listed(100_000))
 
 
 def test_a_list_inside_an_object_is_no_odd_record(tmp_path: Path) -> None:

@@ -464,6 +464,27 @@ def test_the_standard_error_of_the_calibration_error_is_its_spread_over_draws_of
     )  # a spread of 150 draws is known to 6 %
 
 
+def test_the_standard_error_of_the_calibration_error_pairs_the_sums_of_a_prompt_with_its_tokens() -> (
+    None
+):
+    """Whichever prompt has its first labelled token first."""
+    rng = np.random.default_rng(5)
+    rows: list[tuple[bytes, dict[str, torch.Tensor]]] = []
+    for unit, n in ((b"a", 2), (b"b", 9)):
+        confidence = torch.tensor(rng.uniform(0.55, 0.65, n))
+        correct = torch.tensor(rng.random(n) < 0.3)
+        values = {"cross_entropy": confidence, "confidence": confidence, "correct": correct}
+        rows.append((unit, values))
+    stated = []
+    for order in (rows, rows[::-1]):
+        tally = Tally()
+        tally.add(b"a", {"kl_teacher": torch.zeros(1)})  # a text of this prompt without a label
+        for unit, values in order:
+            tally.add(unit, values)
+        stated.append(tally.results()["ece_se"])
+    assert stated[0] == pytest.approx(stated[1], rel=1e-9)
+
+
 def test_logits_that_are_not_numbers_are_refused() -> None:
     with pytest.raises(StillroomError, match="training diverged"):
         measure(torch.full((1, 3), torch.nan), torch.tensor([0]))

@@ -9,10 +9,10 @@ import pytest
 import torch
 import transformers
 
-from stillroom.stages.engines.vllm import LORA_RANKS, lora_room
 from stillroom.stages.models.causal_lm import KIND, load_causal_lm
 from stillroom.stages.models.identity import FileHashes, identify
 from stillroom.stages.models.rendering import Renderer
+from stillroom.stages.recipe.engines import LORA_RANKS, lora_room
 from stillroom.storage.errors import UsageError
 
 AUTO = transformers.AutoModelForCausalLM
@@ -83,7 +83,13 @@ def test_a_teacher_without_its_output_layer_is_refused(
 
 @pytest.mark.parametrize(
     ("adapter", "room"),
-    [({"r": 4}, 8), ({"r": 16}, 16), ({"r": 17}, 32), ({"r": 8, "rank_pattern": {"q": 200}}, 256)],
+    [
+        ({"r": 4}, 8),
+        ({"r": 16}, 16),
+        ({"r": 17}, 32),
+        ({"r": 257}, 320),
+        ({"r": 8, "rank_pattern": {"q": 200}}, 256),
+    ],
 )
 def test_vllm_makes_room_for_the_largest_rank(adapter: dict[str, Any], room: int) -> None:
     assert lora_room(adapter) == room

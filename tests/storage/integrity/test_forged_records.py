@@ -6,7 +6,7 @@ rows, or a hundred million names, ends a test and not the machine.
 
 import resource
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from stillroom.stages.workers.claims import Claims
-from stillroom.storage.errors import IntegrityError
+from stillroom.storage.errors import IntegrityError, UsageError
 from stillroom.storage.integrity.repair import repair
 from stillroom.storage.integrity.vacuum import vacuum
 from stillroom.storage.integrity.verify import verify
@@ -55,8 +55,6 @@ def reopened(store: Store) -> Store:
 
 COMMANDS: dict[str, Callable[[Store], Any]] = {
     "commits": lambda store: store.commits("soft_targets"),
-    "verify": verify,
-    "repair": repair,
     "vacuum": lambda store: vacuum(store, dry_run=True),
     "writer": lambda store: store.writer("soft_targets", about=ABOUT).__enter__(),
 }
@@ -70,6 +68,21 @@ def test_a_record_with_a_high_number_is_named_and_nobody_counts_up_to_it(filled,
     put(filled, name, withdrawal("soft_targets", 99999999, reason="a joke"))
     with pytest.raises(IntegrityError, match=f"{name}: 99999994 numbers before this record"):
         COMMANDS[command](reopened(filled))
+
+
+@pytest.mark.parametrize("folder", ["commits", "retired"])
+def test_a_record_with_a_high_number_is_a_problem_that_repair_leaves(filled, folder):
+    """All else is verified, and nothing is withdrawn under the number that is refused."""
+    for seq in (99999999, 5000):
+        name = f"{folder}/soft_targets/{seq:08d}.json"
+        put(filled, name, withdrawal("soft_targets", seq, reason="a joke"))
+    names = list(filled.files.names("retired/soft_targets"))
+    report = verify(reopened(filled))
+    (problem,) = report.problems
+    assert f"{folder}/soft_targets/99999999.json: " in problem.message
+    assert report.tables["soft_targets"].rows == 40
+    assert repair(reopened(filled)).left == [problem]
+    assert list(filled.files.names("retired/soft_targets")) == names
 
 
 def test_gaps_of_a_few_are_asked_for_by_name_and_withdrawn_numbers_are_none(filled):
@@ -178,6 +191,14 @@ def test_a_long_snapshot_is_proved_by_the_records_of_its_shards(filled, monkeypa
     save_snapshot(filled, kept)
     filled.retire(first, reason="test")
     assert load_snapshot(reopened(filled), kept.id).rows == 16
+    away = replace(kept.shards[1], sha256="a" * 64, name="data/x", source="other")
+    with_others = replace(kept, id="x", shards=(kept.shards[0], away))
+    runs = [[shard.sha256, [[0, 8]]] for shard in with_others.shards]
+    with_others = replace(with_others, id=snapshots._snapshot_id("soft_targets", runs))
+    save_snapshot(filled, with_others)
+    with pytest.raises(UsageError, match="of the read-only source other too"):
+        load_snapshot(reopened(filled), with_others.id)
+    assert verify(reopened(filled)).ok
     filled.files.path(first.shard.name).unlink()
     with pytest.raises(IntegrityError, match=f"{first.shard.name}: the file is missing"):
         load_snapshot(reopened(filled), kept.id)

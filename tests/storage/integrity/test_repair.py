@@ -138,6 +138,22 @@ def test_every_file_kept_of_a_teacher_is_verified(filled):
     assert not verify(filled).notes
 
 
+def test_a_file_planted_beside_a_teacher_is_a_problem_and_goes(filled):
+    """Its tokenizer would read it; what the identity proves may lack a recorded hash."""
+    teacher, files = put_a_teacher(filled)
+    folder = filled.files.path(f"teachers/{teacher}")
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "!"}')
+    (problem,) = verify(filled).problems
+    assert problem.file == f"teachers/{teacher}/special_tokens_map.json"
+    assert f"teachers/{teacher}/special_tokens_map.json" in repair(filled).removed
+    filled.put_teacher(teacher, files)
+    hashes = unseal((folder / "files.json").read_bytes(), "files.json")["files"]
+    (folder / "files.json").write_bytes(
+        seal({"files": {name: sha for name, sha in hashes.items() if name != "config.json"}})
+    )
+    assert verify(filled).ok
+
+
 def put_some_inputs(store, data_id="d"):
     columns = {
         "key": [b"k" * 16],

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from published import HELD_OUT, ROWS, TEACHER, make_store, samples, snapshots_of, target_row
@@ -19,8 +20,11 @@ from stillroom.storage.published.export_rows import (
     OF_SOME,
     PUBLISHED,
     chosen_columns,
+    columns_of_some,
     cut,
     cut_row,
+    generations_of,
+    sources_of,
 )
 from stillroom.storage.published.manifest import (
     Manifest,
@@ -32,7 +36,7 @@ from stillroom.storage.published.manifest import (
 from stillroom.storage.published.selection import find_snapshots
 from stillroom.storage.snapshots.snapshot import make_snapshot, save_snapshot
 from stillroom.storage.tables.rows import Rows
-from stillroom.storage.tables.schema import SCHEMAS
+from stillroom.storage.tables.schema import KEY, SCHEMAS
 from stillroom.storage.tables.soft_targets import SoftTargets, log_total
 
 TRAIN = ROWS - HELD_OUT
@@ -64,6 +68,18 @@ def same(found, expected):
             np.testing.assert_array_equal(found[name], value)
         else:
             assert found[name] == value, name
+
+
+def test_an_export_that_needs_more_than_it_may_hold_says_so(published, monkeypatch):
+    store, _ = published
+    monkeypatch.setenv("STILLROOM_SQL_MEMORY", "30MB")
+    monkeypatch.setenv("STILLROOM_SQL_DISK", "1MB")
+    random = np.random.default_rng(0).bytes(16 * 2**21)
+    keys = pa.FixedSizeBinaryArray.from_buffers(KEY, 2**21, [None, pa.py_buffer(random)])
+    says = "^export: .*STILLROOM_SQL_MEMORY and STILLROOM_SQL_DISK say how much"
+    for ask in (columns_of_some, sources_of, lambda *asked: list(generations_of(*asked))):
+        with pytest.raises(UsageError, match=says):
+            ask(store, keys)
 
 
 def test_rows_are_those_of_the_snapshot_in_its_order(published, tmp_path):

@@ -1,12 +1,14 @@
-"""Index segments that others planted: one that does not hold the rows of its commits is not used, whatever its name."""
+"""The index: a segment that does not hold the rows of its commits is not used, and memory and disk are bounded."""
 
 import hashlib
 import io
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
-from stillroom.storage.store import segments
+from stillroom.storage.errors import StillroomError, UsageError
+from stillroom.storage.store import limits, segments
 from stillroom.storage.store.index import Index
 from stillroom.storage.store.segments import Segments
 
@@ -31,3 +33,26 @@ def test_a_segment_of_other_rows_is_not_used(filled, monkeypatch):
     index = Index(filled)
     assert index.rows("SELECT count(*), max(place) >> 32 FROM soft_targets") == [(40, 4)]
     index.close()
+
+
+def test_a_plan_holds_no_more_than_it_may_and_the_environment_says_how_much(filled, monkeypatch):
+    def held(index):
+        settings = (f"current_setting('{name}')" for name in limits.SETTINGS.values())
+        return index.rows(f"SELECT {', '.join(settings)}")[0]
+
+    index = Index(filled)
+    assert held(index) == ("762.9 MiB", "186.2 GiB")
+    index.use_all_memory()
+    assert held(index) == ("7.4 GiB", "186.2 GiB")  # not a share of the machine's
+    index.close()
+    monkeypatch.setenv("STILLROOM_SQL_MEMORY", "30MB")
+    monkeypatch.setenv("STILLROOM_SQL_DISK", "1MB")
+    index = Index(filled)
+    index.use_all_memory()
+    says = "^plan: .*STILLROOM_SQL_MEMORY and STILLROOM_SQL_DISK say how much"
+    with pytest.raises(StillroomError, match=says):
+        index.rows("SELECT list(range) FROM range(4000000)")
+    index.close()
+    monkeypatch.setenv("STILLROOM_SQL_MEMORY", "a lot")
+    with pytest.raises(UsageError, match="STILLROOM_SQL_MEMORY: 'a lot' is no size"):
+        Index(filled)

@@ -68,10 +68,10 @@ def answered(what: str, action: str) -> Iterator[None]:
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which nothing here imports
             raise
-        raise UsageError(f"{what} ({_in_short(error)}). {action}") from error
+        raise UsageError(f"{what} ({in_short(error)}). {action}") from error
 
 
-def _in_short(error: Exception) -> str:
+def in_short(error: Exception) -> str:
     """What an error of a library says, in one line."""
     said = " ".join(str(error).split())
     said = said if len(said) <= 300 else f"{said[:300]} ..."

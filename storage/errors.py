@@ -68,7 +68,7 @@ def answered(what: str, action: str) -> Iterator[None]:
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which nothing here imports
             raise
-        raise UsageError(f"{what} ({in_short(error)}). {action}") from error
+        raise UsageError(f"{what} ({in_short(error).rstrip(' .')}). {action}") from error
 
 
 def in_short(error: Exception) -> str:

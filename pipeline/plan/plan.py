@@ -22,8 +22,13 @@ from ...stages.models.classes import refuse_other_classes, refuse_other_head
 from ...stages.models.fit.fresh import refuse_fresh
 from ...stages.models.fit.misfits import refuse_misfit, refuse_quantised
 from ...stages.models.fit.same_tokenizer import refuse_other_tokenizer
-from ...stages.models.identity import FileHashes, Identity, find_model
-from ...stages.models.students.stored_tensors import refuse_tied_lora
+from ...stages.models.identity import (
+    FileHashes,
+    Identity,
+    find_model,
+    refuse_without_weights,
+)
+from ...stages.models.students.stored_tensors import refuse_lora
 from ...stages.recipe.checks.task import refuse_without_labels
 from ...stages.recipe.sections import Recipe, Student
 from ...stages.recipe.stages import stage_named
@@ -134,7 +139,9 @@ def _refuse_student(
         refuse_other_classes(recipe, folder, teacher.class_names)
     if folder is not None:
         refuse_other_tokenizer(recipe, folder, teacher.folder)
-        refuse_tied_lora(recipe, folder)
+        if Path(str(student.model)).expanduser().is_dir():  # of the Hub's only small files are here
+            refuse_without_weights(folder, "student.model")
+        refuse_lora(recipe, folder)
 
 
 def _student_folder(student: Student | None, *, write: bool) -> Path | None:

@@ -287,6 +287,12 @@ def _tokenizer_size(folder: Path) -> int:
 
 
 def _weights(folder: Path, hashes: FileHashes, field: str) -> dict[str, str]:
+    refuse_without_weights(folder, field)
+    return {f.name: hashes.sha256(f) for f in tensor_files(folder)}
+
+
+def refuse_without_weights(folder: Path, field: str) -> None:
+    """Refuse a folder whose weights are not there, or cannot be read."""
     files = tensor_files(folder)
     if not files:
         raise UsageError(
@@ -295,7 +301,6 @@ def _weights(folder: Path, hashes: FileHashes, field: str) -> dict[str, str]:
     unreadable = [f for f in files if not os.access(f, os.R_OK)]
     if unreadable:
         raise UsageError(f"{field}: {unreadable[0]} cannot be read. Check its permissions.")
-    return {f.name: hashes.sha256(f) for f in files}
 
 
 def _tokenizer(folder: Path, hashes: FileHashes, field: str) -> dict[str, str]:

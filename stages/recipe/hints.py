@@ -11,6 +11,7 @@ _WEIGHTS = (
 _LENGTH = "data.max_tokens is the longest row; data.too_long says whether a longer one is rejected or cut."
 _LORA_SCALE = "student.lora.scale is what the update is multiplied by: lora_alpha / r."
 _HIDDEN = "Hidden states of the teacher are not supported yet. Remove it."
+_LOSS_TEMPERATURE = "Write loss.temperature."
 _DURATION = "Training ends after train.tokens positions, or after train.epochs passes."
 
 # By dotted path, or by the key alone, wherever it stands.
@@ -46,6 +47,23 @@ _HINTS = {
     "num_train_epochs": _DURATION,
     "max_steps": _DURATION,
     "max_new_tokens": "Write generate.max_tokens.",
+    "kd_weight": _WEIGHTS,
+    "loss.T": _LOSS_TEMPERATURE,
+    "loss.tau": _LOSS_TEMPERATURE,
+    "generate.do_sample": "generate.temperature: 0 is greedy; above 0 the text is sampled.",
+    "generate.top_k": "The text is sampled by generate.temperature and generate.top_p alone.",
+    "score.top_k": "Write score.k.",
+    "score.bits": "Write storage.mantissa_bits.",
+    "train.bf16": "Write student.dtype: bfloat16.",
+    "train.fp16": "Write student.dtype; training in float16 is not supported.",
+    "train.seed": "Write run.seed.",
+    "data.seed": "Write run.seed; what is held out is chosen by hash.",
+    "train.warmup_steps": "Write train.warmup_fraction, a share of the steps.",
+    "train.save_steps": "Write train.checkpoint_every_steps.",
+    "train.optimizer": "It is AdamW, always: train.betas and train.weight_decay are its settings.",
+    "train.loss": "Write loss.divergence.",
+    "evaluate.holdout": "Write data.holdout, or name rows of your own by evaluate.source.",
+    "evaluate.metric": "Write evaluate.generate.metric.",
 }
 
 

@@ -81,6 +81,8 @@ def _of_lines(lines: io.TextIOBase, name: str) -> Iterator[Record]:
 def _parse(line: str) -> dict[str, Any] | str:
     try:
         record = parsed(line)
+    except json.JSONDecodeError as error:  # it counts lines, of which this is one
+        return f"not JSON: {error.msg}, at character {error.pos + 1}"
     except ValueError as error:
         return f"not JSON that is read: {error}"
     return _object(record)

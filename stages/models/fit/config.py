@@ -79,6 +79,8 @@ def loaded_config(config: Mapping[str, Any], *, where: str) -> Any:
             f"{where}: its config.json (model_type {kind!r}) asks for code of its own (auto_map), which "
             "is never run. Use a model whose class transformers has."
         )
+    if kind is None:
+        raise UsageError(f"{where}: its config.json names no model_type. Save the model again.")
     if not known:
         raise UsageError(
             f"{where}: its config.json names model_type {kind!r}, which transformers {version()} does "

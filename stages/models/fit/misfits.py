@@ -50,8 +50,8 @@ def refuse_misfit(folder: Path, task: str, *, field: str, name: str) -> ConfigFa
     if head not in facts.heads:
         other = "Set run.task to classification, or use" if facts.use == CLASSIFIER else "Use"
         raise UsageError(
-            f"{where} is {facts.use} ({facts.model_type}), and run.task {task} distils another "
-            f"kind. {other} {WANTED[head]}."
+            f"{where} is {facts.use} ({facts.model_type}), which run.task {task} cannot distil. "
+            f"{other} {WANTED[head]}."
         )
     if head == "lm" and facts.ahead is not None:
         raise UsageError(refusal(where, f"its config says {facts.ahead}"))

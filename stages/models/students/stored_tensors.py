@@ -1,4 +1,4 @@
-"""What the files of an initial student say before it is loaded: its dtype, and weights that two layers share.
+"""What the files of an initial student say before it is loaded: its dtype, and where no adapter can go.
 
 No torch: the plan asks too.
 """
@@ -13,7 +13,7 @@ from ...recipe.sections import Recipe
 from ...recipe.stages import needed
 from ..fit.config import config_facts
 from ..fit.files import read_json
-from ..fit.tensors import stored_tensors
+from ..fit.tensors import StoredTensor, stored_tensors
 
 _FIELD = "student.model"
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -34,23 +34,47 @@ def stored_dtype(folder: Path) -> str:
     return said if said is not None and said in _DTYPES.values() else "float32"
 
 
-def refuse_tied_lora(recipe: Recipe, folder: Path) -> None:
-    """Refuse an adapter on the embeddings of a student whose input and output share them.
-
-    Only what the files show: a single matrix with a row for each id. The rest is seen when the
-    student is loaded, before its first step.
+def refuse_lora(recipe: Recipe, folder: Path) -> None:
+    """Refuse an adapter that the files of the student show to be impossible, before it is loaded.
 
     Raises:
-        UsageError: target_modules names one of the two.
+        UsageError: target_modules names nothing that is there, or one of two layers that share a
+            weight.
     """
     lora = needed(recipe.student, "student").lora
     if lora is None or isinstance(lora.target_modules, str):
         return
+    tensors = stored_tensors(folder, where=_where(folder))
+    _refuse_absent(lora.target_modules, tensors)
+    _refuse_tied(lora.target_modules, tensors, folder)
+
+
+def _refuse_absent(targets: list[str], tensors: dict[str, StoredTensor]) -> None:
+    modules = {name.removesuffix(".weight") for name in tensors if name.endswith(".weight")}
+    # transformers joins and splits the weights of experts when it loads them: their names say little.
+    if not modules or any("expert" in name for name in tensors) or _OUTPUT in targets:
+        return
+    if any(f".{module}".endswith(f".{target}") for module in modules for target in targets):
+        return
+    matrices = {m for m in modules if len(tensors[f"{m}.weight"].shape) == 2}
+    inside = {m.rpartition(".")[2] for m in matrices if _IN_A_LAYER.search(m)}
+    raise UsageError(
+        f"student.lora.target_modules: the student has no module {' or '.join(targets)}. Name some "
+        f"of {', '.join(sorted(inside))}, or write all-linear."
+    )
+
+
+def _refuse_tied(targets: list[str], tensors: dict[str, StoredTensor], folder: Path) -> None:
+    """The embeddings of a student whose input and output share them.
+
+    Only what the files show: a single matrix with a row for each id. The rest is seen when the
+    student is loaded, before its first step.
+    """
     config = read_json(folder / "config.json", _FIELD)
     facts = config_facts(config, where=_where(folder))
     matrices = [
         name
-        for name, tensor in stored_tensors(folder, where=_where(folder)).items()
+        for name, tensor in tensors.items()
         if tensor.shape[:1] == (facts.rows,)
         and name.endswith(".weight")
         and not _IN_A_LAYER.search(name)
@@ -58,7 +82,7 @@ def refuse_tied_lora(recipe: Recipe, folder: Path) -> None:
     if len(matrices) != 1 or not facts.tied:
         return
     module = matrices[0].removesuffix(".weight")
-    for target in lora.target_modules:
+    for target in targets:
         if target == _OUTPUT or f".{module}".endswith(f".{target}"):
             raise UsageError(
                 f"student.lora.target_modules: {target} shares its weight with another layer (tied "

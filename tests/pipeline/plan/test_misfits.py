@@ -61,10 +61,7 @@ OF_ANOTHER_KIND = [
     (kind("llama", "LlamaForSequenceClassification"), "is a text classifier (llama)"),
 ]
 OF_NO_USE = [
-    *[
-        (make, f"{said}, and run.task causal_lm distils another kind.")
-        for make, said in OF_ANOTHER_KIND
-    ],
+    *[(make, f"{said}, which run.task causal_lm cannot distil.") for make, said in OF_ANOTHER_KIND],
     (
         kind("own", auto_map={"AutoConfig": "own.Own"}),
         "(model_type 'own') asks for code of its own",
@@ -131,6 +128,20 @@ def test_a_quantised_student_is_refused(
     edit("config.json", quantization_config={"quant_method": "bitsandbytes"})(folder)
     line = planned(student={"model": str(folder), "lora": lora})
     assert f"student.model: {folder} is quantised (bitsandbytes" in line
+
+
+def test_what_only_the_weights_of_a_student_show(
+    tiny_llama: Folder, planned: Callable[..., str]
+) -> None:
+    folder = tiny_llama("student")
+    line = planned(student={"model": str(folder), "lora": {"target_modules": ["query", "value"]}})
+    assert (
+        "student.lora.target_modules: the student has no module query or value. Name some" in line
+    )
+    assert "k_proj, o_proj, q_proj" in line
+    (folder / "model.safetensors").unlink()
+    line = planned(student={"model": str(folder)})
+    assert f"student.model: {folder} holds no weights (*.safetensors)" in line
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 class TestData:
     @pytest.mark.parametrize(
         ("value", "expected"),
-        [(2, 2), ("2", 2), (1.0, 1), ("good", 1), (np.int32(1), 1)]
-        + [(nothing, None) for nothing in (None, "", math.nan, -1, "-1", -1.0, np.int64(-1))],
+        [(2, 2), ("2", 2), (1.0, 1), ("1.0", 1), ("good", 1), (np.int32(1), 1)]
+        + [
+            (nothing, None)
+            for nothing in (None, "", math.nan, -1, "-1", -1.0, "-1.0", np.int64(-1))
+        ],
     )
     def test_a_label_is_an_index_or_a_name(self, value: Any, expected: int | None) -> None:
         assert label_index(value, CLASSES) == expected

@@ -22,7 +22,7 @@ from stillroom.stages.models.classification import of_classes
 from stillroom.stages.models.fit.fresh import refuse_fresh
 from stillroom.stages.models.head import check_head, hidden_states, split_head
 from stillroom.stages.models.students.saving import save_student
-from stillroom.stages.models.students.stored_tensors import refuse_tied_lora
+from stillroom.stages.models.students.stored_tensors import refuse_lora
 from stillroom.stages.models.students.student import (
     check_vocabulary,
     initial_student,
@@ -266,10 +266,10 @@ def test_a_lora_on_a_weight_that_two_layers_share_is_refused(tiny_llama, module)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"text_config": None}))
     with pytest.raises(UsageError, match=f"{module} shares its weight with another layer"):
-        refuse_tied_lora(recipe, folder)
+        refuse_lora(recipe, folder)
     folder = tiny_llama("untied", tie_word_embeddings=False)
     recipe = recipe_for(folder, {"model": str(folder), "lora": lora})
-    refuse_tied_lora(recipe, folder)
+    refuse_lora(recipe, folder)
     initial_student(recipe, folder)
 
 

@@ -1,6 +1,7 @@
 """Fixtures of the whole suite: no network, as many threads as asked for, tiny models, the shared asset folder."""
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ os.environ |= {
     # Every process that a test starts, too: threads that share a core wait for one another by spinning.
     "OMP_NUM_THREADS": os.environ.get("STILLROOM_TEST_THREADS", "1"),
 }
+
+# Under nohup it is ignored, also by the processes that tests start: as Stillroom promises.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

@@ -50,9 +50,12 @@ def test_a_signal_ends_a_query(store: Path, number: signal.Signals, statement: s
         text=True,
         env=ENVIRONMENT,
     )
-    until(lambda: computes(psutil.Process(process.pid)), "the statement")
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    try:
+        until(lambda: computes(psutil.Process(process.pid)), "the statement")
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert err == (
         "error: stopped by a signal; what is finished is kept. Run the same command again.\n"

@@ -166,6 +166,7 @@ def job(**train: Any) -> SimpleNamespace:
     )
     return SimpleNamespace(
         recipe=recipe,
+        train=recipe.train,
         score=SimpleNamespace(kernel=None),
         clock=SimpleNamespace(span=lambda _: nullcontext()),
         progress=SimpleNamespace(say=lambda _: None),

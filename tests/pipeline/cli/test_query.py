@@ -76,7 +76,8 @@ def test_a_stop_flag_ends_a_statement_of_a_stage(
         flag.listen()
 
         def send_when_it_computes() -> None:
-            until(lambda: computes(psutil.Process()), "the statement")
+            began = psutil.Process().cpu_times().user
+            until(lambda: psutil.Process().cpu_times().user > began + 0.5, "the statement")
             signal.raise_signal(signal.SIGTERM)
 
         threading.Thread(target=send_when_it_computes, daemon=True).start()

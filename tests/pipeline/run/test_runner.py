@@ -117,7 +117,7 @@ def test_one_command_from_prompts_to_a_judged_student(
     counted = last_json(
         stillroom("query", tmp_path / "store", "SELECT count(*) AS n FROM generations", "--json")
     )
-    assert counted == {"rows": [{"n": 26}]}
+    assert counted == {"rows": [{"n": 26}], "complete": True}
 
 
 def test_what_still_serves_is_reused_and_the_plan_says_why_the_rest_is_not(

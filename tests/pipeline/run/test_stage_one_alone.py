@@ -51,7 +51,7 @@ def test_it_ends_after_score(made: Made) -> None:
     assert sorted(path.name for path in (made.folder / "run").iterdir()) == ["logs"]
     told = last_json(stillroom("status", made.recipe, "--json"))["stages"]
     assert [(told[name]["state"], told[name]["rows"]) for name in stages] == [("done", PROMPTS)] * 3
-    assert "kind topk" in stillroom("inspect", made.store).stdout
+    assert stillroom("inspect", made.store).stdout.startswith("soft_targets ")
     refused = stillroom("run", made.recipe, "--only", "train", expect=2).stderr
     assert "this recipe has no such stage. It has data, generate, score." in refused
     assert "has no report" in stillroom("report", made.folder / "run", expect=2).stderr

@@ -77,6 +77,7 @@ def test_a_worker_leaves_when_others_have_committed_what_it_has_in_flight(
 def test_rows_that_others_committed_are_not_started(
     work: tuple[Job, Identity], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(share, "LOOK_SECONDS", 1e9)
     job, author = work
     stop = Beside(3, lambda: generate.run(replace(job, progress=SilentProgress()), author))
     mine = generate.run(replace(job, stop=stop), author)

@@ -216,8 +216,8 @@ def plain(folder: Path, dtype: torch.dtype) -> Any:
     config = transformers.AutoConfig.from_pretrained(folder)
     usual = config.model_type in USUAL_ATTENTION
     how = {} if usual else {"attn_implementation": "eager"}
-    if getattr(config, "reorder_and_upcast_attn", False):
-        dtype = torch.float32  # GPT-2 refuses any other there
+    if getattr(config, "reorder_and_upcast_attn", False) or config.model_type == "xglm":
+        dtype = torch.float32  # they refuse any other
     how["experts_implementation"] = "eager"  # the grouped products know no float64
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **how).eval()
 

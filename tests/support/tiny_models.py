@@ -96,5 +96,6 @@ def save_tiny_bert(folder, *, seed=0, classes=CLASSES, **overrides):
     vocab = {
         token: i for i, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])
     }
-    BertTokenizerFast(vocab=vocab, model_max_length=48).save_pretrained(folder)
+    longest = config.max_position_embeddings
+    BertTokenizerFast(vocab=vocab, model_max_length=longest).save_pretrained(folder)
     return folder

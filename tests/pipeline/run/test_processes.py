@@ -111,7 +111,7 @@ def test_the_first_signal_commits_what_is_finished_and_says_how_to_go_on(
     runner.send_signal(number)
     _, err = runner.communicate(timeout=PATIENCE)
     assert runner.returncode == 130
-    assert "Run the same command to go on" in err
+    assert "Run the same command again" in err
     log = recipe.parent / "run" / "logs" / "generate.log"  # where the terminal is gone too
     assert "generate: stopped by a signal" in log.read_text()
     assert last_json(stillroom("verify", recipe.parent / "store", "--json"))["ok"]
@@ -162,7 +162,7 @@ def test_a_stage_that_finishes_after_the_signal_is_stopped_all_the_same(
     """
     monkeypatch.setenv("PYTHONPATH", at_worker_start(tmp_path / "site", code))
     process = process_of(tmp_path)
-    with pytest.raises(Stopped, match="Run the same command to go on"):
+    with pytest.raises(Stopped, match="Run the same command again"):
         process.finish()
     assert group_members(process.group) == []
 
@@ -186,7 +186,7 @@ def test_a_terminal_that_ends_may_say_so_twice_and_the_stage_still_commits(
         os._exit(0)
     """
     monkeypatch.setenv("PYTHONPATH", at_worker_start(tmp_path / "site", code))
-    with pytest.raises(Stopped, match="Run the same command to go on"):
+    with pytest.raises(Stopped, match="Run the same command again"):
         process_of(tmp_path).finish()
     assert (tmp_path / "committed").exists()
 

@@ -294,7 +294,8 @@ def test_a_damaged_model_is_named_before_anything_runs(
 ) -> None:
     (teacher / "model.safetensors").write_bytes(b"not a tensor file")
     done = stillroom("run", write_recipe(tmp_path, teacher, source), expect=2)
-    assert "does not load" in done.stderr
+    assert "model.safetensors" in done.stderr
+    assert "save the model again" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -269,7 +269,7 @@ def samples() -> list[Sample]:
 
 def trained(folder: Path) -> float:
     """The gradient of the passes that training makes, off from that of single samples in plain transformers."""
-    student: Any = KIND.student(folder).eval()
+    student: Any = KIND.student(folder).train()  # as the trainer has it; dropout is zero
     read = samples()
     lengths = (min(LENGTHS), max(LENGTHS))
     passes = training_passes(
@@ -284,7 +284,7 @@ def trained(folder: Path) -> float:
     for batch in passes.batches(read):
         passes.losses(student, batch, aim=aim, dtype=torch.float32).total.backward()
     right: dict[str, Tensor] = {}
-    model = plain(folder, torch.float32)
+    model = plain(folder, torch.float32).train()
     for sample in read:
         fresh = copy.deepcopy(model)
         loss_alone(fresh, sample).backward()

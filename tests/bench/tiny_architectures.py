@@ -141,6 +141,12 @@ NO_TEXT_MODEL = (
 
 _NARROW = {"head_dim": 4, "num_key_value_heads": 4}  # head_dim is that of the part that is turned
 _LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
+_HYBRID = {
+    "num_hidden_layers": 4,
+    "layers_block_type": ["linear_attention", "hybrid"] * 2,
+    "attention_hidden_size": 64,
+    "attention_head_dim": 16,
+}
 _SLIDING = {"layer_types": ["sliding_attention", "full_attention"]}
 BESIDES: dict[str, dict[str, Any]] = {
     "axk1": _NARROW,
@@ -171,12 +177,9 @@ BESIDES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8},
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"num_hidden_layers": 3},
-    "zamba2": {
-        "layer_types": ["linear_attention", "hybrid"],
-        "attention_hidden_size": 64,
-        "attention_head_dim": 16,
-    },
+    # A hybrid layer uses the attention of the first again, so there must be two.
+    "zamba": _HYBRID,
+    "zamba2": _HYBRID,
     "zaya": {"num_experts_per_tok": 1},
 }
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -30,26 +31,50 @@ ENGINES = ["hf", pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.slow]
 STORIES = "models/stories260k-llama-hd32"
 
 
-def author_at(folder: Path, store: Path) -> Identity:
-    return identify(folder, dtype="auto", hashes=FileHashes(store, remember=False))
+# Opening vLLM takes most of a test's time: the engine of the stories stays open for the next test.
+open_vllm: dict[Path, VllmEngine] = {}
+
+
+def author_at(folder: Path, store: Path, **about: Any) -> Identity:
+    return identify(folder, dtype="auto", hashes=FileHashes(store, remember=False), **about)
 
 
 def written(
     name: str, author: Identity, requests: list[Request], **settings: object
 ) -> dict[int, Completion]:
-    engine = open_engine(name, author, Generate.model_validate({"engine": name} | settings))
+    wanted = Generate.model_validate({"engine": name} | settings)
+    engine = open_engine(name, author, wanted) if name == "hf" else vllm_of(author, wanted)
     return {c.number: c for c in engine.generate(requests, lambda: None)}
 
 
-@pytest.fixture(autouse=True)
-def engine_is_there(request: pytest.FixtureRequest) -> Iterator[None]:
-    if request.node.get_closest_marker("vllm") and find_spec("vllm") is None:
-        pytest.skip("vLLM is not installed")
-    yield
-    if request.node.get_closest_marker("vllm"):
+def vllm_of(author: Identity, wanted: Generate) -> VllmEngine:
+    """The engine that is open, told of other settings, if it has this folder; else a new one in its place."""
+    if author.folder not in open_vllm or author.folder.name != Path(STORIES).name:
+        close_vllm()
+        open_vllm[author.folder] = VllmEngine(author, wanted, Clock())
+    engine = open_vllm[author.folder]
+    engine._settings = wanted
+    return engine
+
+
+def close_vllm() -> None:
+    if open_vllm:
         from vllm.distributed import cleanup_dist_env_and_memory
 
+        open_vllm.clear()
         cleanup_dist_env_and_memory()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_engine_stays_open() -> Iterator[None]:
+    yield
+    close_vllm()
+
+
+@pytest.fixture(autouse=True)
+def engine_is_there(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("vllm") and find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
 
 
 @pytest.mark.assets
@@ -300,6 +325,26 @@ def test_of_a_models_generation_config_only_the_end_ids_count(
     cut = written(name, author_at(folder, tmp_path), requests, **settings)[0]
     assert cut.token_ids == plain[0].token_ids[: plain[0].token_ids.index(end) + 1]
     assert cut.finish_reason == "stop"
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize("name", ENGINES)
+def test_an_adapter_of_a_large_rank_writes(name: str, assets: Path, tmp_path: Path) -> None:
+    """vLLM makes room for rank 16 where it is told nothing, and refuses this one."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(assets / STORIES)
+    lora = LoraConfig(r=24, lora_alpha=48, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = get_peft_model(base, lora).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    author = author_at(assets / STORIES, tmp_path, adapter=tmp_path / "adapter")
+    prompt = [1, 403, 407, 261, 378]
+    alone = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12)[0]
+    requests = [Request(0, prompt, seed=0)]
+    (found,) = written(name, author, requests, temperature=0.0, max_tokens=12).values()
+    assert found.token_ids == alone[len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize(

@@ -330,13 +330,15 @@ def test_of_a_models_generation_config_only_the_end_ids_count(
 @pytest.mark.assets
 @pytest.mark.parametrize("name", ENGINES)
 def test_an_adapter_of_a_large_rank_writes(name: str, assets: Path, tmp_path: Path) -> None:
-    """vLLM makes room for rank 16 where it is told nothing, and refuses this one."""
+    """Told of no rank, vLLM makes room for 16, and refuses this one."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(assets / STORIES)
-    lora = LoraConfig(r=24, lora_alpha=48, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    lora = LoraConfig(
+        r=24, lora_alpha=48, target_modules=["q_proj", "v_proj"], init_lora_weights=False
+    )
     model = get_peft_model(base, lora).eval()
     model.save_pretrained(tmp_path / "adapter")
     author = author_at(assets / STORIES, tmp_path, adapter=tmp_path / "adapter")

@@ -155,7 +155,7 @@ class _Export:
         if request.rows_of is None:
             self._recipe = read_recipe(request.run)
         else:
-            self._recipe = public_recipe(request.rows_of.model_dump(mode="json"))
+            self._recipe = public_recipe(request.rows_of.as_written())
         self.snapshots = selected(self._store, request.snapshot, request.rows_of)
         self._name = request.name or _human((repo or str(folder.resolve())).rpartition("/")[2])
         licenses = [

@@ -17,6 +17,7 @@ from ...stages.train.scalars import refuse_without_wandb
 from ...stages.workers.clock import Clock
 from ...stages.workers.journal import mark_seen, new_journal, read_journal
 from ...stages.workers.locks import worker_number
+from ...storage.credentials import hidden
 from ...storage.errors import StillroomError, Stopped, UsageError
 from ...storage.files.local import LocalFiles
 from ...storage.joined import at_commit
@@ -179,6 +180,7 @@ def _run_stage(
     message = {
         "name": name,
         "recipe": opened,
+        "hidden": hidden(),  # what the stage shows and records keeps `${NAME}` too
         "log": str(_logs(recipe) / log),
         "train_dirs": {arm: str(folder) for arm, folder in plan.train_dirs.items()},
         "job": _job(recipe, plan, stage),
@@ -241,7 +243,7 @@ def _begin_student(recipe: Recipe, plan: Plan, arm: Arm) -> None:
     record = {
         "settings": plan.settings[arm],
         "arm": arm,
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": recipe.as_written(),
         "teacher_id": plan.bound.binding.teacher_id,
     }
     files.put_if_absent(f"{folder.name}/{SETTINGS}", canonical_json(record))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...storage.credentials import shown
 from ...storage.errors import UsageError
 from ...storage.files.opening import open_files
 from ...storage.keys import canonical_json, content_id
@@ -69,7 +70,7 @@ class FileHashes:
     def _hash(self, path: Path, name: str) -> str:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        self._unkept[name] = canonical_json({"path": str(path), "sha256": digest})
+        self._unkept[name] = canonical_json({"path": shown(str(path)), "sha256": digest})
         if self._remember:
             self.keep()
         return digest

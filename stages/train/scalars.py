@@ -107,7 +107,7 @@ class WandbBoard:
                 name=f"{folder.parent.name}/{folder.name}",
                 resume="allow",
                 dir=str(folder),
-                config={"arm": job.arm, "recipe": job.recipe.model_dump(mode="json")},
+                config={"arm": job.arm, "recipe": job.recipe.as_written()},
                 settings=wandb.Settings(
                     console="off"
                 ),  # the stage's log is complete without its help

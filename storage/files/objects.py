@@ -20,6 +20,7 @@ from typing import Any
 
 from typing_extensions import override
 
+from ..credentials import hide_password
 from ..errors import StillroomError, UsageError
 from .base import Content, Files, content_of, explained
 from .local import LocalFiles
@@ -39,6 +40,7 @@ class ObjectFiles(Files):
 
     def __init__(self, root: str) -> None:
         self.root = root.rstrip("/")
+        hide_password(self.root)
         self._exclusive = False
         _, self._path = self._open()
 

@@ -78,10 +78,13 @@ def _run(
     done: dict[str, dict[str, Any]] = {}
     pace = Pace(run_dir)
     plan = _first_plan(recipe, store)
+    if plan.warning:
+        screen.say(plan.warning)
     chosen = _lines(plan, names)
     screen.plan(plan.stages, chosen=chosen, expected=pace.expected(plan.stages))
     for note in plan.notes:
-        screen.say(note)
+        if note != plan.warning:
+            screen.say(note)
     for name in chosen:
         line = plan.line(name)
         _refuse_waiting(plan, line)
@@ -246,6 +249,8 @@ def _begin_student(recipe: Recipe, plan: Plan, arm: Arm) -> None:
         "recipe": recipe.as_written(),
         "teacher_id": plan.bound.binding.teacher_id,
     }
+    if plan.bound.teacher is not None and plan.bound.teacher.runs_code:
+        record["code"] = plan.bound.teacher.code_id
     files.put_if_absent(f"{folder.name}/{SETTINGS}", canonical_json(record))
 
 

@@ -23,7 +23,7 @@ class Renderer:
         from transformers import AutoTokenizer
 
         with answered(f"{folder}: the tokenizer does not load", "Save the model again."):
-            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         self._arguments, self._day = chat_template_kwargs, day
         self._moved = 0
 

@@ -147,7 +147,9 @@ def _mend_config(path: Path, dtype: str) -> list[str]:
 
 def _read(folder: Path) -> dict[str, Any]:
     """A config as transformers 5 reads it; `type` is an older name for `rope_type`, kept beside it."""
-    config: dict[str, Any] = _without(AutoConfig.from_pretrained(folder).to_dict(), "type")
+    config: dict[str, Any] = _without(
+        AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict(), "type"
+    )
     return config
 
 

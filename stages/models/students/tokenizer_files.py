@@ -60,7 +60,7 @@ def _template_of(folder: Path) -> Any:
     """The template that a folder's own tokenizer has."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder).chat_template
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False).chat_template
 
 
 def _with_template(config: dict[str, Any], folder: Path, template: Any) -> dict[str, Any]:

@@ -130,7 +130,8 @@ def _put_generation(path: Path, own: GenerationConfig, base: Path) -> None:
 
 def _mend_config(path: Path, dtype: str) -> list[str]:
     """What transformers wrote, for 4.57 too; without this machine's folders; what could not be done."""
-    written = _in_dtype(_without(json.loads(path.read_text("utf-8")), "_name_or_path"), dtype)
+    saved = _without(json.loads(path.read_text("utf-8")), "_name_or_path")
+    written = _in_dtype(_without(saved, "auto_map"), dtype)  # no student has code of its own
     _write(path, written)
     right = _read(path.parent)
     try:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from glob import glob, has_magic
 from pathlib import Path, PurePath
 
-from ....storage.credentials import shown
+from ....storage.credentials import as_written, shown
 from ....storage.errors import UsageError
 from .names import IN_FOLDERS, IN_GLOBS, PACKED, TABLES, TEXTS, ending, no_data, readable
 from .splits import ALL, known_split, split_of
@@ -32,7 +32,9 @@ class Found:
     """Whether the recipe names the file itself."""
 
     def name_of(self, file: Path) -> str:
-        """A file's path in its source, as it is shown and recorded."""
+        """A file's path in its source, as it is shown and recorded: of `${FILE}` that, not the file's name."""
+        if self.one:
+            return PurePath(as_written(self.source)).name
         return shown(file.relative_to(self.root).as_posix())
 
     def of_split(self, split: str, *, field: str, asked: bool) -> "Found":

@@ -23,7 +23,10 @@ _SECRET_NAMES = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|_KEY|ACCES
 _PORT = r"(?!\d+(?:[/?#\s]|$))"
 _USER = re.compile(rf"(\b[\w+.-]+://)(?:[^\s/@]*|[^\s/@:]+:{_PORT}\S*)@")
 _PASSWORD = re.compile(rf"://[^\s/@:]*:{_PORT}(\S+)@")
-_QUERY = re.compile(r"(\b[\w+.-]+://[^\s?#'\"<>]*)(?:\?|#(?=[^\s'\"<>]*=))[^\s'\"<>]*")
+_ENDS = r"(?=[:.,;)]*(?:[\s'\"<>]|$))"  # a sentence goes on behind an address
+_QUERY = re.compile(
+    rf"(\b[\w+.-]+://[^\s?#'\"<>]*)(?:\?|#(?=[^\s'\"<>]*=))[^\s'\"<>]*?{_ENDS}"
+)
 # What is left of an address where a library names host and path apart.
 _SECRET_WORDS = "token|secret|sig|password|passwd|credential|key|auth"
 _ARGUMENT = re.compile(rf"([?&][\w.%-]*(?:{_SECRET_WORDS})[\w.%-]*=)[^\s&'\"<>]+", re.I)
@@ -43,10 +46,12 @@ def hide(values: Mapping[str, str], fields: Mapping[str, str]) -> None:
     _fields.update(fields)
 
 
-def hide_password(address: str) -> None:
-    """Never show the password of an address, wherever a library repeats it."""
-    for password in _PASSWORD.findall(address):
+def hide_password(address: str) -> bool:
+    """Never show the password of an address, wherever a library repeats it; whether it has one."""
+    passwords = _PASSWORD.findall(address)
+    for password in passwords:
         _values.update(dict.fromkeys((password, unquote(password)), CUT))
+    return bool(passwords)
 
 
 def hidden() -> dict[str, dict[str, str]]:

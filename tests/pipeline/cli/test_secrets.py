@@ -17,6 +17,7 @@ from stillroom.pipeline.cli.app import app
 MARK = "mark7f3a"
 """Stands in every secret, and nowhere else."""
 ADDRESS = f"nosuch://user:{MARK}-password@host/path?X-Amz-Signature={MARK}&x=1"
+BUCKET = f"s3://key:{MARK}-pass/word@bucket/path"
 SECRETS = ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "WANDB_API_KEY")
 TABLES = ("prompts", "generations", "soft_targets", "rejects", "commits")
 
@@ -97,13 +98,14 @@ FAILS: dict[str, list[tuple[Any, ...]]] = {
                 ("data.source", "${WORK}/none.jsonl"),
                 ("teacher.model", ADDRESS),
                 ("storage.dir", ADDRESS),
+                ("storage.dir", BUCKET),
                 ("storage.sources", f"[{ADDRESS}]"),
                 ("train.wandb", "${HF_TOKEN}"),
             )
         ]
         for command in ("plan", "run", "status")
     },
-    **{command: [(ADDRESS,)] for command in ("inspect", "verify", "repair", "vacuum", "report")},
+    **{command: [(ADDRESS,), (BUCKET,)] for command in ("inspect", "verify", "repair", "vacuum", "report")},
     "query": [(ADDRESS, "SELECT 1"), ("STORE", f"SELECT * FROM read_text('{ADDRESS}')")],
     "export": [(ADDRESS, "OUT", *LICENSES)],
     "publish": [("RECIPE", ADDRESS, *LICENSES)],
@@ -141,7 +143,8 @@ def test_an_error_keeps_the_variable(house: House) -> None:
 
 def test_a_stage_s_log_and_records_hold_no_secret(house: House) -> None:
     """Of a process of its own; then everything that the commands of this file have written."""
-    elsewhere = ("--set", "storage.dir=${WORK}/other", "--set", "run.dir=${WORK}/other-run")
+    others = ("storage.dir=${WORK}/other", "run.dir=${WORK}/others", "storage.sources=['${WORK}/store']")
+    elsewhere = [word for other in others for word in ("--set", other)]
     process = start(house.recipe, "--only", "data", *elsewhere, **house.environment)
     said = process.communicate(timeout=300)
     assert process.returncode == 0, said

@@ -232,6 +232,29 @@ def test_environment_variables_are_expanded_or_named(
     assert load_recipe(tmp_path / "recipe.yaml").teacher.model == "/models/teacher"
 
 
+def test_a_variable_stands_only_where_a_place_is_named(
+    tmp_path: Path, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECRET", "the-secret-itself")
+    tree["train"]["wandb"] = "${SECRET}"
+    said = refusal(tmp_path, tree)
+    assert "train.wandb: '${SECRET}' holds an environment variable" in said
+    assert "the-secret-itself" not in said
+
+
+def test_records_keep_the_variable(
+    tmp_path: Path, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AT", "x")
+    tree["teacher"]["model"], tree["storage"]["sources"] = "${AT}", ["s3://k:v@b/${AT}"]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    recipe = load_recipe(path)
+    assert recipe.storage.sources == ["s3://k:v@b/x"]
+    assert recipe.as_written()["teacher"]["model"] == "${AT}"
+    assert recipe.as_written()["storage"]["sources"] == ["s3://b/${AT}"]
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_shipped_recipes_are_valid_and_open_with_their_command(
     path: Path, monkeypatch: pytest.MonkeyPatch

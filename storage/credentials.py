@@ -24,12 +24,12 @@ _PORT = r"(?!\d+(?:[/?#\s]|$))"
 _USER = re.compile(rf"(\b[\w+.-]+://)(?:[^\s/@]*|[^\s/@:]+:{_PORT}\S*)@")
 _PASSWORD = re.compile(rf"://[^\s/@:]*:{_PORT}(\S+)@")
 _ENDS = r"(?=[:.,;)]*(?:[\s'\"<>]|$))"  # a sentence goes on behind an address
-_QUERY = re.compile(
-    rf"(\b[\w+.-]+://[^\s?#'\"<>]*)(?:\?|#(?=[^\s'\"<>]*=))[^\s'\"<>]*?{_ENDS}"
-)
+_QUERY = re.compile(rf"(\b[\w+.-]+://[^\s?#'\"<>]*)(?:\?|#(?=[^\s'\"<>]*=))[^\s'\"<>]*?{_ENDS}")
 # What is left of an address where a library names host and path apart.
 _SECRET_WORDS = "token|secret|sig|password|passwd|credential|key|auth"
 _ARGUMENT = re.compile(rf"([?&][\w.%-]*(?:{_SECRET_WORDS})[\w.%-]*=)[^\s&'\"<>]+", re.I)
+
+_WORD = re.compile(r"[a-z_]+")
 
 _values: dict[str, str] = {}  # what is not shown -> what is shown in its place
 _fields: dict[str, str] = {}  # a field's text -> the same as the recipe has it
@@ -42,7 +42,8 @@ def hide(values: Mapping[str, str], fields: Mapping[str, str]) -> None:
         values: Value -> `${NAME}`.
         fields: A field's text -> the same as written, with `${NAME}` in it.
     """
-    _values.update(values)
+    # A run may be called `baseline`, a word that messages and `--json` are full of.
+    _values.update({value: name for value, name in values.items() if not _WORD.fullmatch(value)})
     _fields.update(fields)
 
 

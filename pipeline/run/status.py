@@ -129,7 +129,7 @@ def facts(
     return {
         "store": as_written(recipe.storage.dir),
         "sources": all_shown(plan.sources),
-        "notes": [*plan.notes],
+        "notes": all_shown(plan.notes),
         "stages": stages,
         "rejects": {name: entry["why"] for name, entry in stages.items() if entry["rejected"]},
         "versions": versions(),

@@ -57,6 +57,12 @@ def test_a_value_is_shown_by_its_name_in_every_form() -> None:
     assert all_shown({"short": ["/data", 1, None]}) == {"${T}": ["${D}", 1, None]}
 
 
+def test_a_word_is_looked_for_in_fields_alone() -> None:
+    hide({"baseline": "${RUN}"}, {"runs/baseline": "runs/${RUN}"})
+    assert without_values('{"baseline": 1}') == '{"baseline": 1}'
+    assert as_written("runs/baseline") == "runs/${RUN}"
+
+
 def test_secrets_of_the_environment_are_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_0123456789")
     monkeypatch.setenv("DATABASE_URL", "pg://me:0123-secret@host/x")

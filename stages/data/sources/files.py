@@ -88,7 +88,7 @@ class Found:
             return None
         names = [f"{self.name_of(file)} ({why})" for file, why in left.items()]
         more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
-        return f"left out of {self.source}: {', '.join(names[:_NAMED])}{more}"
+        return f"left out of {as_written(self.source)}: {', '.join(names[:_NAMED])}{more}"
 
 
 def find_files(source: str, *, field: str) -> Found | None:

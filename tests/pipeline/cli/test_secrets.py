@@ -105,7 +105,10 @@ FAILS: dict[str, list[tuple[Any, ...]]] = {
         ]
         for command in ("plan", "run", "status")
     },
-    **{command: [(ADDRESS,), (BUCKET,)] for command in ("inspect", "verify", "repair", "vacuum", "report")},
+    **{
+        command: [(ADDRESS,), (BUCKET,)]
+        for command in ("inspect", "verify", "repair", "vacuum", "report")
+    },
     "query": [(ADDRESS, "SELECT 1"), ("STORE", f"SELECT * FROM read_text('{ADDRESS}')")],
     "export": [(ADDRESS, "OUT", *LICENSES)],
     "publish": [("RECIPE", ADDRESS, *LICENSES)],
@@ -143,7 +146,11 @@ def test_an_error_keeps_the_variable(house: House) -> None:
 
 def test_a_stage_s_log_and_records_hold_no_secret(house: House) -> None:
     """Of a process of its own; then everything that the commands of this file have written."""
-    others = ("storage.dir=${WORK}/other", "run.dir=${WORK}/others", "storage.sources=['${WORK}/store']")
+    others = (
+        "storage.dir=${WORK}/other",
+        "run.dir=${WORK}/others",
+        "storage.sources=['${WORK}/store']",
+    )
     elsewhere = [word for other in others for word in ("--set", other)]
     process = start(house.recipe, "--only", "data", *elsewhere, **house.environment)
     said = process.communicate(timeout=300)

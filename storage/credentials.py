@@ -19,15 +19,21 @@ fewer do."""
 CUT = "***"
 
 _SECRET_NAMES = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|_KEY|ACCESS_KEY_ID)$", re.I)
-# hf://datasets/USER/NAME@REVISION has an @, and host:443/ a colon, without any credentials.
+# hf://datasets/USER/NAME@REVISION has an @, and host:443/ a colon, without any credentials. Lengths
+# have bounds, so that no text takes long.
+_SCHEME = r"\b[\w+.-]{1,20}://"
 _PORT = r"(?!\d+(?:[/?#\s]|$))"
-_USER = re.compile(rf"(\b[\w+.-]+://)(?:[^\s/@]*|[^\s/@:]+:{_PORT}\S*)@")
-_PASSWORD = re.compile(rf"://[^\s/@:]*:{_PORT}(\S+)@")
-_ENDS = r"(?=[:.,;)]*(?:[\s'\"<>]|$))"  # a sentence goes on behind an address
-_QUERY = re.compile(rf"(\b[\w+.-]+://[^\s?#'\"<>]*)(?:\?|#(?=[^\s'\"<>]*=))[^\s'\"<>]*?{_ENDS}")
+_TO_THE_AT = r"(?:[^\s@]{0,2000}+@)+"  # to the last @: a key may hold any character
+_USER = re.compile(rf"({_SCHEME})(?:[^\s/@]{{0,2000}}+@|[^\s/@:]{{1,200}}:{_PORT}{_TO_THE_AT})")
+_PASSWORD = re.compile(rf"{_SCHEME}[^\s/@:]{{0,200}}:{_PORT}({_TO_THE_AT})")
+_ENDS = r"(?=[:.,;)]{0,3}(?:[\s'\"<>]|$))"  # a sentence goes on behind an address
+_PLACE = rf"{_SCHEME}[^\s?#'\"<>]{{0,2000}}"
+_QUERY = re.compile(rf"({_PLACE})(?:\?|#(?=[^\s'\"<>]{{0,500}}=))[^\s'\"<>]*?{_ENDS}")
 # What is left of an address where a library names host and path apart.
 _SECRET_WORDS = "token|secret|sig|password|passwd|credential|key|auth"
-_ARGUMENT = re.compile(rf"([?&][\w.%-]*(?:{_SECRET_WORDS})[\w.%-]*=)[^\s&'\"<>]+", re.I)
+_ARGUMENT = re.compile(
+    rf"([?&][\w.%-]{{0,40}}?(?:{_SECRET_WORDS})[\w.%-]{{0,40}}=)[^\s&'\"<>]+", re.I
+)
 
 _WORD = re.compile(r"[a-z_]+")
 
@@ -49,7 +55,7 @@ def hide(values: Mapping[str, str], fields: Mapping[str, str]) -> None:
 
 def hide_password(address: str) -> bool:
     """Never show the password of an address, wherever a library repeats it; whether it has one."""
-    passwords = _PASSWORD.findall(address)
+    passwords = list(_passwords(address))
     for password in passwords:
         _values.update(dict.fromkeys((password, unquote(password)), CUT))
     return bool(passwords)
@@ -115,6 +121,11 @@ class _Cleaned:
         return getattr(self._stream, name)
 
 
+def _passwords(address: str) -> Iterator[str]:
+    for found in _PASSWORD.findall(address):
+        yield found[:-1]  # without the @ that ends it
+
+
 def _replaced(text: str, value: str, name: str) -> str:
     if len(value) >= SHORTEST:
         return text.replace(value, name)
@@ -137,5 +148,5 @@ def _of_the_environment() -> Iterator[tuple[str, str]]:
         if _SECRET_NAMES.search(name):
             yield value, f"${{{name}}}"
         elif "@" in value:
-            for password in _PASSWORD.findall(value):
+            for password in _passwords(value):
                 yield password, CUT

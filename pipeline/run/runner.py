@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 
 from ...stages.recipe.fields import Arm
+from ...stages.recipe.load import recorded
 from ...stages.recipe.run_folder import EVALUATED, LATEST, LOGS, SETTINGS
 from ...stages.recipe.sections import Recipe
 from ...stages.recipe.stages import STAGES, Stage, stage_named
@@ -246,7 +247,7 @@ def _begin_student(recipe: Recipe, plan: Plan, arm: Arm) -> None:
     record = {
         "settings": plan.settings[arm],
         "arm": arm,
-        "recipe": recipe.as_written(),
+        "recipe": recorded(recipe),
         "teacher_id": plan.bound.binding.teacher_id,
     }
     if plan.bound.teacher is not None and plan.bound.teacher.runs_code:

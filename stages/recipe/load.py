@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ...storage.credentials import hide, hide_password
+from ...storage.credentials import all_shown, hide, hide_password
 from ...storage.errors import UsageError
 from .checks.together import check_together
 from .fields import ADDRESSES, NUMBER, SCHEDULE
@@ -53,6 +53,15 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         places |= {override.partition("=")[0]: "--set" for override in overrides or []}
         raise UsageError("\n".join(_located(path, places, where, what) for where, what in problems))
     return recipe
+
+
+def recorded(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as records keep it: `${NAME}` where it was written so, and no credential of an address."""
+    tree = recipe.model_dump(mode="json")
+    for section, _, name in (path.partition(".") for path in ADDRESSES):
+        if tree[section] is not None:
+            tree[section][name] = all_shown(tree[section][name])
+    return tree
 
 
 def changed_fields(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -9,21 +9,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from ...storage.credentials import all_shown
 from ...storage.tables.kinds import STRUCTURES, Structure
 from .answers import EvaluateGenerate
 from .divergences import DivergenceSettings
 from .engines import EngineName, refused_arguments
-from .fields import (
-    ADDRESSES,
-    NO_TEMPLATE_ARGUMENTS,
-    Kernel,
-    Options,
-    Schedule,
-    Scheduled,
-    Section,
-    Tail,
-)
+from .fields import NO_TEMPLATE_ARGUMENTS, Kernel, Options, Schedule, Scheduled, Section, Tail
 from .formats import FORMATS, Format, FormatName
 from .kinds import KINDS, TargetKind, Targets
 from .tasks import TaskName
@@ -400,11 +390,3 @@ class Recipe(Section):
     loss: Loss = Loss()
     train: Train | None = None
     evaluate: Evaluate = Evaluate()
-
-    def as_written(self) -> dict[str, Any]:
-        """As JSON, for records: with `${NAME}` where the recipe has it, without credentials in addresses."""
-        tree = self.model_dump(mode="json")
-        for section, _, name in (path.partition(".") for path in ADDRESSES):
-            if tree[section] is not None:
-                tree[section][name] = all_shown(tree[section][name])
-        return tree

@@ -78,3 +78,9 @@ def test_a_stream_shows_what_its_way_of_cleaning_gives() -> None:
     stream.writelines(["https://h/x?key=1", "\n"])
     assert out.getvalue() == "see https://h/x\nhttps://h/x\n"
     assert not stream.isatty()
+
+
+@pytest.mark.parametrize("part", ["a.", "://", "a://b:", "a://b?", "a://b?:", "&key", "@", "a:b@"])
+def test_no_text_takes_long(part: str) -> None:
+    """Its cost grows as its length does, whatever it repeats."""
+    shown(part * 10_000)

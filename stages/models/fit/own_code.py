@@ -20,6 +20,7 @@ LENGTHS = (
 )
 """Names under which a config may say how many tokens a model reads at once."""
 _MODEL = "AutoModelForCausalLM"
+_GENERATES = "custom_generate/generate.py"
 
 
 def asks_for_code(raw: Mapping[str, Any]) -> bool:
@@ -37,8 +38,8 @@ def code_files(folder: Path, raw: Mapping[str, Any], *, where: str) -> list[Path
         where: Field and folder, for messages.
 
     Raises:
-        UsageError: it brings none, no causal language model, or code of another repository, which
-            no hash would cover.
+        UsageError: it brings none, no causal language model, a `generate` of its own, or code of
+            another repository, which no hash would cover.
     """
     named = raw.get("auto_map")
     if not isinstance(named, Mapping) or _MODEL not in named:
@@ -52,6 +53,11 @@ def code_files(folder: Path, raw: Mapping[str, Any], *, where: str) -> list[Path
             f"{where}: its config.json asks for code of another repository ({foreign[0]}), which its "
             "identity would not cover. Copy that code into the folder, and take what stands before "
             "-- out of auto_map."
+        )
+    if (folder / _GENERATES).exists():
+        raise UsageError(
+            f"{where}: brings its own way of writing text ({_GENERATES}), which would write otherwise "
+            "than the recipe says. Remove that file from the folder."
         )
     files = sorted(folder.rglob("*.py"))
     if not files:

@@ -121,6 +121,11 @@ def test_code_of_a_teacher_that_may_run_it_is_said_first_and_part_of_who_it_is(
 def test_code_that_no_hash_covers_is_refused(tmp_path: Path, own: Path, tiny_llama: Folder) -> None:
     with pytest.raises(UsageError, match="brings no code of its own"):
         _identity(tiny_llama("good"), tmp_path, trusted=True)
+    generates = own / "custom_generate" / "generate.py"
+    generates.parent.mkdir()
+    generates.touch()
+    with pytest.raises(UsageError, match="its own way of writing text"):
+        _identity(own, tmp_path, trusted=True)
     elsewhere = "somebody/code--modeling_own.OwnForCausalLM"
     _edit(own / "config.json", auto_map={"AutoModelForCausalLM": elsewhere})
     with pytest.raises(UsageError, match="another repository \\(somebody/code--"):
@@ -132,7 +137,9 @@ def test_code_of_a_tokenizer_is_never_run(tmp_path: Path, tiny_llama: Folder, ra
     folder = tiny_llama("good")
     _edit(folder / "config.json", auto_map={"AutoModelForCausalLM": "own.Own"})
     named = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
-    (folder / "own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Own: pass\n")
+    (folder / "custom_generate").mkdir()
+    for file in ("own.py", "custom_generate/generate.py"):
+        (folder / file).write_text(f"open({str(ran)!r}, 'w')\nclass Own: pass\n")
     load_causal_lm(_identity(folder, tmp_path))
     KIND.student(folder)
     _edit(folder / "tokenizer_config.json", **named)

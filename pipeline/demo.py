@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..stages.workers.job import Progress
+from ..storage.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +63,12 @@ def make_demo(folder: Path, progress: Progress, *, sizes: _Sizes | None = None) 
     if _made_with(manifest, sizes):
         progress.say(f"there already: {folder / 'teacher'}")
         return recipe
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"--dir {folder}: no folder can be made there ({error.strerror}). Name another one."
+        ) from error
     progress.say("reading the English that this Python carries")
     texts = documents()[: sizes.documents]
     progress.say(f"{len(texts):,} texts; training a tokenizer of {sizes.vocabulary:,} ids on them")

@@ -11,11 +11,16 @@ A message says what is wrong, what was found, what was expected, and what to do.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from .credentials import shown
+
 
 class StillroomError(Exception):
-    """A failure with a message meant for the user; shown without a traceback."""
+    """A failure with a message meant for the user; shown without a traceback, and without secrets."""
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(shown(message))
 
 
 class UsageError(StillroomError):

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +80,12 @@ def tiny_llama(tmp_path: Path) -> Callable[..., Path]:
         return save_tiny_llama(tmp_path / name, **options)
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def nothing_hidden() -> Iterator[None]:
+    """What a recipe of one test hides is shown again in the next."""
+    from stillroom.storage.credentials import show_again
+
+    yield
+    show_again()

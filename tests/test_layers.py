@@ -39,7 +39,7 @@ LIGHT_FILES = {
     "models": (
         *("identity", "classes", "rendering", "token_text", "reads"),
         *("config", "files", "fresh", "light", "misfits", "parts", "same_tokenizer", "tensors"),
-        *("ahead", "token_ids", "uses", "stored_tensors"),
+        *("ahead", "own_code", "token_ids", "uses", "stored_tensors"),
     ),
     "engines": ("base", "opening", "vllm"),
 }
@@ -323,3 +323,24 @@ def test_the_top_level_holds_the_agreed_names_only():
         pytest.skip("not a git checkout")
     names = {line.split("/")[0] for line in listed.stdout.splitlines()}
     assert {name for name in names if not name.startswith(".")} <= TOP_LEVEL
+
+
+# Loaders of transformers, datasets and vLLM that may run a model's own code, or ask whether to.
+# Adapters (PeftModel) and GenerationConfig are data alone: they have no such argument.
+_LOADERS = ("from_pretrained", "from_config", "load_dataset", "LLM", "pipeline")
+_DATA_ALONE = ("PeftModel", "GenerationConfig")
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_who_loads_a_model_says_whether_its_code_may_run(module: Path) -> None:
+    """Explicitly, in every call; `LLM` takes it among the arguments of the line before."""
+    text = module.read_text()
+    for call in (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)):
+        words = ast.unparse(call.func).split(".")
+        if words[-1] not in _LOADERS or words[0] in _DATA_ALONE:
+            continue
+        said = {keyword.arg for keyword in call.keywords}
+        if words[-1] == "LLM":
+            assert '"trust_remote_code": author.runs_code' in text
+        else:
+            assert "trust_remote_code" in said, f"{module}:{call.lineno}"

@@ -137,9 +137,12 @@ def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fals
     from ..run.status import plan_json, plan_table
 
     made = make_plan(loaded)
+    if made.warning:
+        print_for_people(made.warning)
     print_for_people(plan_table(made))
     for note in made.notes:
-        print_for_people(note)
+        if note != made.warning:
+            print_for_people(note)
     for line in made.stages:
         refuse_impossible(made, line)  # as `run` would
     print_json(plan_json(made), as_json)

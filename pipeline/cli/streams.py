@@ -1,10 +1,15 @@
-"""The standard streams of a command: a terminal that is gone, or a stream that was never there, stops nothing."""
+"""The standard streams of a command.
+
+A terminal that is gone, or a stream that was never there, stops nothing. No secret goes there.
+"""
 
 import errno
 import io
 import os
 import sys
 from typing import Any, TextIO
+
+from ...storage.credentials import cleaned, shown, without_values
 
 _GONE = (errno.EIO, errno.EPIPE)  # what a terminal that hung up, and a pipe that nobody reads, say
 
@@ -22,14 +27,15 @@ class _Stream(io.FileIO):
 
 
 def outlive_terminal() -> None:
-    """Let this process go on where what it prints goes nowhere.
+    """Let this process go on where what it prints goes nowhere, and print nothing that is hidden.
 
     A file on standard output keeps its errors: there they mean that a result is lost.
     """
     for descriptor in (0, 1, 2):
         _fill(descriptor)
-    sys.stdout = _lasting(sys.stdout, 1, only_terminal=True)
-    sys.stderr = _lasting(sys.stderr, 2, only_terminal=False)
+    # What is shown of a store's rows is theirs: of these only values that are hidden are left out.
+    sys.stdout = cleaned(_lasting(sys.stdout, 1, only_terminal=True), without_values)
+    sys.stderr = cleaned(_lasting(sys.stderr, 2, only_terminal=False), shown)
 
 
 def _fill(descriptor: int) -> None:

@@ -54,6 +54,8 @@ class Plan:
     evaluation_id: str = ""
     unread: str = ""
     """What to say of rows that the student cannot read; empty: it reads all of them."""
+    warning: str = ""
+    """What people should know before anything else, if there is such a thing; the first note too."""
     notes: tuple[str, ...] = ()
     """What people should know of the run: a sentence each."""
     sources: dict[str, str] = field(default_factory=dict)

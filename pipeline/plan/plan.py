@@ -57,7 +57,8 @@ def make_plan(recipe: Recipe, *, write: bool = False) -> Plan:
     store = _open(recipe, write=write)
     bound = bind(recipe, store, write=write)
     _refuse_early(recipe, bound, write=write)
-    plan = Plan(bound=bound, write=write, notes=_notes(recipe, bound))
+    plan = Plan(bound=bound, write=write, warning=_warning(recipe, bound))
+    plan.note(*filter(None, [plan.warning]), *_notes(recipe, bound))
     _plan_tables(recipe, plan, store)
     return _with_students(recipe, plan)
 
@@ -74,6 +75,7 @@ def plan_again(recipe: Recipe, plan: Plan, ended: str) -> Plan:
         ended: Name of the stage's line.
     """
     again = Plan(bound=plan.bound, write=plan.write, sources=plan.sources, notes=plan.notes)
+    again.warning = plan.warning
     if stage_named(ended).table is not None:
         _plan_tables(recipe, again, _open(recipe, write=plan.write))
     else:
@@ -155,6 +157,16 @@ def _student_folder(student: Student | None, *, write: bool) -> Path | None:
         if Path(name).expanduser().is_dir():
             raise
         return None
+
+
+def _warning(recipe: Recipe, bound: Bound) -> str:
+    """What is said before all else: whose code is run here."""
+    if bound.teacher is None or not bound.teacher.runs_code:
+        return ""
+    return (
+        f"the code of {recipe.teacher.model} is run here, as teacher.trust_remote_code says: "
+        f"{', '.join(bound.teacher.parts['code'])} (hash of all: {bound.teacher.code_id})"
+    )
 
 
 def _notes(recipe: Recipe, bound: Bound) -> tuple[str, ...]:

@@ -136,9 +136,14 @@ def teacher_identity(recipe: Recipe, hashes: FileHashes, *, download: bool) -> I
     """The recipe's teacher, found and hashed."""
     section = recipe.teacher
     folder = find_model(section.model, section.revision, field="teacher.model", download=download)
-    refuse_misfit(folder, recipe.run.task, field="teacher.model", name=section.model)
+    trusted = section.trust_remote_code
+    refuse_misfit(
+        folder, recipe.run.task, field="teacher.model", name=section.model, trusted=trusted
+    )
     adapter = section.adapter and find_adapter(section.adapter)
-    return identify(folder, dtype=section.dtype, hashes=hashes, adapter=adapter or None)
+    return identify(
+        folder, dtype=section.dtype, hashes=hashes, adapter=adapter or None, trusted=trusted
+    )
 
 
 def author_identity(
@@ -233,7 +238,7 @@ def _day(recipe: Recipe, author: Identity, store: Store | None) -> str | None:
 def _folder(recipe: Recipe) -> str:
     author = recipe.generate.model if recipe.generate else None
     names = {
-        "teacher": recipe.teacher.model_dump(),
+        "teacher": recipe.teacher.model_dump(exclude=recipe.teacher.unhashed()),
         "data": recipe.data.model_dump(exclude=recipe.data.unhashed()),
         "author": author,
     }

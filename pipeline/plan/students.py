@@ -11,6 +11,7 @@ from ...stages.recipe.run_folder import EVALUATED, SETTINGS, begun_runs, trainin
 from ...stages.recipe.sections import HELD_OUT_FIELDS, Recipe, Score
 from ...stages.recipe.stages import STAGES, Stage, needed, stage_named
 from ...stages.train.stage import arm_loss
+from ...storage.credentials import all_shown
 from ...storage.errors import UsageError
 from ...storage.keys import content_id
 from .lines import Plan, StagePlan
@@ -35,8 +36,9 @@ def plan_students(recipe: Recipe, plan: Plan, *, ready: bool) -> None:
         settings = train_settings(recipe, snapshot, arm)
         settings["student"]["identity"] = _student_identity(recipe, plan, settings)
         folder = training_run(Path(recipe.run.dir), content_id("train", **settings))
-        plan.settings[arm], plan.train_dirs[arm] = settings, folder
-        plan.stages.append(_student_line(stage, recipe, folder, settings))
+        recorded = _recorded(settings)
+        plan.settings[arm], plan.train_dirs[arm] = recorded, folder
+        plan.stages.append(_student_line(stage, recipe, folder, recorded))
     _plan_evaluate(recipe, plan)
 
 
@@ -81,11 +83,17 @@ def _student_identity(recipe: Recipe, plan: Plan, settings: dict[str, Any]) -> s
         for file in begun_runs(Path(recipe.run.dir)):
             begun = json.loads(file.read_text())["settings"]
             identity = begun["student"].pop("identity", None)
-            if begun == settings:
+            if begun in (settings, _recorded(settings)):
                 return str(identity)
         if plan.write:
             raise
         return None
+
+
+def _recorded(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings as their record has them: the hash is over what the student's name stands for."""
+    student = settings["student"]
+    return settings | {"student": student | {"model": all_shown(student["model"])}}
 
 
 def _student_line(

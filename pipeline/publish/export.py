@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ...stages.recipe.load import recorded
 from ...stages.recipe.sections import Recipe
 from ...storage.errors import IntegrityError, UsageError
 from ...storage.files.base import explained, make_folder
@@ -155,7 +156,7 @@ class _Export:
         if request.rows_of is None:
             self._recipe = read_recipe(request.run)
         else:
-            self._recipe = public_recipe(request.rows_of.model_dump(mode="json"))
+            self._recipe = public_recipe(recorded(request.rows_of))
         self.snapshots = selected(self._store, request.snapshot, request.rows_of)
         self._name = request.name or _human((repo or str(folder.resolve())).rpartition("/")[2])
         licenses = [

@@ -254,6 +254,8 @@ def _made(settings: Mapping[str, Any], trained: Mapping[str, Any]) -> str:
         f"{_stored(trained)}.",
         f"The teacher's identity, a hash of its content: {inline(settings['teacher_id'])}.",
     ]
+    if "code" in settings:
+        parts.append(f"To load the teacher, its own code was run ({inline(settings['code'])}).")
     if settings["arm"] == "baseline":
         parts.insert(
             0,

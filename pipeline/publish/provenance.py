@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...stages.recipe.fields import ADDRESSES
 from ...stages.recipe.run_folder import LATEST, SETTINGS, begun_runs
+from ...storage.credentials import shown
 from ...storage.errors import UsageError
 from ...storage.published.export import Made
 from ...storage.published.export_rows import sources_of
@@ -24,19 +26,6 @@ UNKNOWN = "unknown"
 PROVENANCE = "PROVENANCE.json"
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_SECRETS = re.compile(r"(://)[^/@]*@|\?.*")
-"""Name and password in a URL, and its query, which may be a signature."""
-_PATHS = {
-    ("run", "dir"),
-    ("storage", "dir"),
-    ("teacher", "model"),
-    ("teacher", "adapter"),
-    ("student", "model"),
-    ("data", "source"),
-    ("generate", "model"),
-    ("evaluate", "source"),
-}
-"""Fields of a recipe that may name files of this machine."""
 _PATH_FIELDS = {"_name_or_path", "name_or_path", "base_model_name_or_path"} | {
     "tokenizer_file",
     "special_tokens_map_file",
@@ -140,7 +129,7 @@ def _named(given: Sequence[str]) -> list[tuple[str, str]]:
 def public_name(text: str) -> str:
     """A Hub id or URL without secrets as it is; of a path the last part: what lies above it is nobody's business."""
     if "://" in text:
-        return _SECRETS.sub(r"\1", text)
+        return shown(text)
     if _HUB_NAME.fullmatch(text) and not Path(text).exists():
         return text
     return Path(text).name or text
@@ -165,15 +154,17 @@ def read_recipe(run_dir: Path | None) -> dict[str, Any] | None:
 def public_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe without the paths of this machine."""
 
-    def shown(section: str, name: str, value: Any) -> Any:
-        if (section, name) == ("storage", "sources"):
-            return [public_name(source) for source in value]
+    def public(section: str, name: str, value: Any) -> Any:
         if name == "engine_args":
             return _without_folders(value)
-        return public_name(value) if (section, name) in _PATHS and isinstance(value, str) else value
+        if f"{section}.{name}" not in ADDRESSES:
+            return value
+        if isinstance(value, list):
+            return [public_name(source) for source in value]
+        return public_name(value) if isinstance(value, str) else value
 
     return {
-        section: {name: shown(section, name, value) for name, value in fields.items()}
+        section: {name: public(section, name, value) for name, value in fields.items()}
         if isinstance(fields, Mapping)
         else fields
         for section, fields in recipe.items()

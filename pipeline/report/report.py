@@ -18,6 +18,7 @@ from ...stages.recipe.run_folder import (
     SETTINGS,
     TRAINED,
 )
+from ...storage.credentials import shown
 from ...storage.errors import UsageError
 from ...storage.files.local import LocalFiles
 from ..numbers import nats, percent
@@ -61,8 +62,8 @@ def write_report(run_dir: Path, train_dir: Path, facts: Mapping[str, Any]) -> Pa
     report = {
         "title": sections.title(settings),
         "outcome": outcome(evaluation),
-        "run_dir": str(run_dir),
-        "train_dir": str(train_dir),
+        "run_dir": shown(str(run_dir)),
+        "train_dir": shown(str(train_dir)),
         "evaluation": evaluation,
         "train": {arm: _read(folder / TRAINED) for arm, folder in trained.items()},
         "settings": settings,

@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 
 from ...stages.recipe.fields import Arm
+from ...stages.recipe.load import recorded
 from ...stages.recipe.run_folder import EVALUATED, LATEST, LOGS, SETTINGS
 from ...stages.recipe.sections import Recipe
 from ...stages.recipe.stages import STAGES, Stage, stage_named
@@ -17,6 +18,7 @@ from ...stages.train.scalars import refuse_without_wandb
 from ...stages.workers.clock import Clock
 from ...stages.workers.journal import mark_seen, new_journal, read_journal
 from ...stages.workers.locks import worker_number
+from ...storage.credentials import hidden
 from ...storage.errors import StillroomError, Stopped, UsageError
 from ...storage.files.local import LocalFiles
 from ...storage.joined import at_commit
@@ -77,10 +79,13 @@ def _run(
     done: dict[str, dict[str, Any]] = {}
     pace = Pace(run_dir)
     plan = _first_plan(recipe, store)
+    if plan.warning:
+        screen.say(plan.warning)
     chosen = _lines(plan, names)
     screen.plan(plan.stages, chosen=chosen, expected=pace.expected(plan.stages))
     for note in plan.notes:
-        screen.say(note)
+        if note != plan.warning:
+            screen.say(note)
     for name in chosen:
         line = plan.line(name)
         _refuse_waiting(plan, line)
@@ -179,6 +184,7 @@ def _run_stage(
     message = {
         "name": name,
         "recipe": opened,
+        "hidden": hidden(),  # what the stage shows and records keeps `${NAME}` too
         "log": str(_logs(recipe) / log),
         "train_dirs": {arm: str(folder) for arm, folder in plan.train_dirs.items()},
         "job": _job(recipe, plan, stage),
@@ -241,9 +247,11 @@ def _begin_student(recipe: Recipe, plan: Plan, arm: Arm) -> None:
     record = {
         "settings": plan.settings[arm],
         "arm": arm,
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": recorded(recipe),
         "teacher_id": plan.bound.binding.teacher_id,
     }
+    if plan.bound.teacher is not None and plan.bound.teacher.runs_code:
+        record["code"] = plan.bound.teacher.code_id
     files.put_if_absent(f"{folder.name}/{SETTINGS}", canonical_json(record))
 
 

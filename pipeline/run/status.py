@@ -12,6 +12,7 @@ from rich.table import Table
 from ...stages.recipe.sections import Recipe
 from ...stages.recipe.stages import stage_named
 from ...stages.workers.shard_about import versions
+from ...storage.credentials import all_shown, as_written
 from ...storage.files.opening import open_files
 from ...storage.store.commits import Commit
 from ...storage.store.store import Store
@@ -126,9 +127,9 @@ def facts(
         if entry["state"] == "done":
             stages[name]["seconds_this_run"] = entry["seconds"]
     return {
-        "store": recipe.storage.dir,
-        "sources": plan.sources,
-        "notes": [*plan.notes],
+        "store": as_written(recipe.storage.dir),
+        "sources": all_shown(plan.sources),
+        "notes": all_shown(plan.notes),
         "stages": stages,
         "rejects": {name: entry["why"] for name, entry in stages.items() if entry["rejected"]},
         "versions": versions(),

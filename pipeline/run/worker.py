@@ -25,6 +25,7 @@ from ...stages.recipe.stages import Stage, stage_named
 from ...stages.workers.clock import Clock
 from ...stages.workers.job import Job, Progress, StageResult, StopFlag
 from ...stages.workers.locks import only_one
+from ...storage.credentials import cleaned, hide, shown
 from ...storage.errors import EngineDied, StillroomError, Stopped
 from ...storage.files.base import DISK_FULL
 from ..plan.resolve import author_identity, teacher_identity
@@ -45,6 +46,7 @@ def main() -> None:
     threading.Thread(target=line.die_with_runner, daemon=True).start()
     stop = StopFlag()
     stop.listen()
+    hide(**message["hidden"])
     _to_log(Path(message["log"]))
     progress = ToldProgress(message["name"], line.tell)
     try:
@@ -68,7 +70,7 @@ def main() -> None:
     except Exception as error:
         traceback.print_exc()
         answer = {
-            "error": f"{message['name']}: {_cause(error)}",
+            "error": shown(f"{message['name']}: {_cause(error)}"),
             "exit_code": 1,
             "unexpected": True,
         }
@@ -148,9 +150,8 @@ def _to_log(path: Path) -> None:
         log = os.open(os.devnull, os.O_WRONLY)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    sys.stdout = sys.stderr = io.TextIOWrapper(
-        io.BufferedWriter(_Log(2, "w", closefd=False)), line_buffering=True
-    )
+    log_file = io.TextIOWrapper(io.BufferedWriter(_Log(2, "w", closefd=False)), line_buffering=True)
+    sys.stdout = sys.stderr = cleaned(log_file, shown)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.basicConfig(
         stream=sys.stderr,

@@ -135,7 +135,7 @@ def _check_tokenizers(rows: Sequence[Row], fit: Fit) -> Any:
     """Both read every row alike; returns the teacher's."""
     from transformers import AutoTokenizer
 
-    teacher: Any = AutoTokenizer.from_pretrained(fit.teacher_dir)
+    teacher: Any = AutoTokenizer.from_pretrained(fit.teacher_dir, trust_remote_code=False)
     for row in rows:
         ids = row["token_ids"].tolist()
         theirs = teacher.decode(ids, clean_up_tokenization_spaces=False)

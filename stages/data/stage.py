@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ...storage.credentials import as_written
 from ...storage.errors import RowError, StillroomError, UsageError
 from ...storage.keys import content_id, content_key
 from ...storage.store.store import Store
@@ -103,7 +104,8 @@ def run(job: Job) -> StageResult:
     """
     recipe, data, clock = job.recipe, job.recipe.data, job.clock
     store = Store.open(recipe.storage.dir)
-    shard_about = about("data", recipe, data.model_dump(exclude={"limit", "holdout"}))
+    how = data.model_dump(exclude={"limit", "holdout"})
+    shard_about = about("data", recipe, how | {"source": as_written(data.source)})
     limits = replace(commit_limits(recipe), rows=max(COMMIT_ROWS, recipe.storage.commit_rows))
     classes = names_in(store.teacher_dir(job.teacher_id)) if data.records.labelled else ()
     rows = Intake()
@@ -197,12 +199,12 @@ def _record_about(
     """What the inputs record says beside its table."""
     data, rejected = job.recipe.data, rows.remarks.rejected
     record_about: dict[str, Any] = {
-        "source": data.source,
+        "source": as_written(data.source),
         "rejected": rejected.total(),
         "format": data.format,
     }
     if job.recipe.evaluate.source is not None:
-        record_about["held_out_source"] = job.recipe.evaluate.source
+        record_about["held_out_source"] = as_written(job.recipe.evaluate.source)
     if job.earlier_author_id:
         record_about["earlier_author"] = job.earlier_author_id
     if notes:

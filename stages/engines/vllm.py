@@ -47,6 +47,7 @@ class VllmEngine:
             "enforce_eager": on_cpu,
             "enable_lora": author.adapter is not None,
             "disable_log_stats": True,
+            "trust_remote_code": author.runs_code,
         }
         if author.adapter is not None:
             arguments["max_lora_rank"] = lora_room(author.parts["adapter"]["config"])

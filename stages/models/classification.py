@@ -75,7 +75,7 @@ class Inputs:
                 "(for a decoder the end-of-sequence id will do)."
             )
         with answered(f"{tokenizer_dir}: the tokenizer does not load", "Save the model again."):
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, trust_remote_code=False)
         segments_known = getattr(config, "type_vocab_size", 0) > 1
         told_apart = segments_known and "token_type_ids" in tokenizer.model_input_names
         separator = tokenizer.sep_token_id if told_apart else None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...storage.credentials import shown
 from ...storage.errors import UsageError
 from ...storage.files.opening import open_files
 from ...storage.keys import canonical_json, content_id
@@ -19,6 +20,7 @@ from ..recipe.tasks import TASKS
 from .classes import class_names
 from .fit.config import UNLIMITED, config_facts
 from .fit.files import read_json
+from .fit.own_code import code_files
 from .fit.tensors import tensor_files
 from .fit.token_ids import highest_id
 
@@ -69,7 +71,7 @@ class FileHashes:
     def _hash(self, path: Path, name: str) -> str:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        self._unkept[name] = canonical_json({"path": str(path), "sha256": digest})
+        self._unkept[name] = canonical_json({"path": shown(str(path)), "sha256": digest})
         if self._remember:
             self.keep()
         return digest
@@ -96,6 +98,16 @@ class Identity:
     """Of a model whose head is over classes."""
     context_tokens: int
     parts: dict[str, Any]
+
+    @property
+    def runs_code(self) -> bool:
+        """Whether code of its own is run to load it: what transformers calls `trust_remote_code`."""
+        return "code" in self.parts
+
+    @property
+    def code_id(self) -> str:
+        """Hash of all of that code."""
+        return content_id("code", files=self.parts["code"])
 
     def outcomes(self, task: str) -> int:
         """What a distribution of this model is over: its vocabulary, or its classes."""
@@ -144,7 +156,13 @@ def find_model(
         )
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]
+    patterns = [
+        "*.json",
+        "*.jinja",
+        "tokenizer.model",
+        "*.txt",
+        "*.py",
+    ]  # code is data until it is run
     patterns += ["*.safetensors"] if weights else []
     try:
         return Path(
@@ -171,6 +189,7 @@ def identify(
     hashes: FileHashes,
     adapter: Path | None = None,
     field: str = "teacher.model",
+    trusted: bool = False,
 ) -> Identity:
     """Hash the model in a folder.
 
@@ -180,6 +199,7 @@ def identify(
         hashes: Where file hashes are remembered.
         adapter: Folder of a LoRA adapter, part of the identity.
         field: The recipe's field, for messages.
+        trusted: Whether its own code may be run, which is then part of the identity.
 
     Raises:
         UsageError: something is missing or unreadable.
@@ -190,7 +210,8 @@ def identify(
     template = _template(folder, tokenizer_config)
     tokenizer = _tokenizer(folder, hashes, field)
     end_tokens = read_json(folder / "generation_config.json", field, missing={}).get("eos_token_id")
-    facts = config_facts(config, where=f"{field}: {folder}")
+    facts = config_facts(config, where=f"{field}: {folder}", trusted=trusted)
+    code = _code(folder, config, hashes) if trusted else {}
     stored_dtype = str(
         config.pop("dtype", config.pop("torch_dtype", None)) or facts.dtype or "float32"
     )
@@ -202,7 +223,7 @@ def identify(
         "end_tokens": end_tokens,
         "adapter": _adapter(adapter, hashes) if adapter else None,
         "dtype": stored_dtype if dtype == "auto" else dtype,
-    }
+    } | code
     return Identity(
         id=content_id("model", **parts),
         tokenizer_id=content_id("tokenizer", files=parts["tokenizer"]),
@@ -311,6 +332,11 @@ def _tokenizer(folder: Path, hashes: FileHashes, field: str) -> dict[str, str]:
         )
     names = (*_TOKENIZER_FILES, *_TOKEN_FILES)
     return {n: hashes.sha256(folder / n) for n in names if (folder / n).is_file()}
+
+
+def _code(folder: Path, config: dict[str, Any], hashes: FileHashes) -> dict[str, Any]:
+    files = code_files(folder, config, where=str(folder))
+    return {"code": {f.relative_to(folder).as_posix(): hashes.sha256(f) for f in files}}
 
 
 def _adapter(folder: Path, hashes: FileHashes) -> dict[str, Any]:

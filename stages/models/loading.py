@@ -44,6 +44,8 @@ class ModelKind:
                 dtype=getattr(torch, identity.dtype),
                 device_map=device_map,
                 output_loading_info=True,
+                trust_remote_code=identity.runs_code,
+                weights_only=True,  # of pickles, nothing but tensors
             )
         return _ready(model), sorted(report["missing_keys"])
 
@@ -55,7 +57,12 @@ class ModelKind:
         """
         with answered(f"{folder}: the student does not load", "Check the folder."):
             model, report = self.auto.from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True, **self._named()
+                folder,
+                dtype=torch.float32,
+                output_loading_info=True,
+                trust_remote_code=False,
+                weights_only=True,
+                **self._named(),
             )
         body = f"{model.base_model_prefix}."
         lacking = [
@@ -74,7 +81,9 @@ class ModelKind:
     def fresh(self, config: PreTrainedConfig) -> PreTrainedModel:
         """Fresh weights, in float32."""
         config.update(self._named())
-        model: PreTrainedModel = self.auto.from_config(config, dtype=torch.float32)
+        model: PreTrainedModel = self.auto.from_config(
+            config, dtype=torch.float32, trust_remote_code=False
+        )
         return _ready(model)
 
     def _named(self) -> dict[str, Any]:

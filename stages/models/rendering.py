@@ -11,6 +11,12 @@ from ...storage.tables.conversations import conversation
 from ...storage.tables.spans import span_after, spans_before
 from .chat.bounds import shared
 from .chat.renderer import ChatRenderer, Ids, no_spans
+from .fit.files import read_json
+
+_OWN_CODE = (
+    "Its tokenizer_config.json asks for code of its own (auto_map), which is never run: save it as a "
+    "tokenizer that transformers has."
+)
 
 
 class Renderer:
@@ -22,8 +28,10 @@ class Renderer:
         """`day`: what a template that reads the clock is told, as 2026-11-29; None: today."""
         from transformers import AutoTokenizer
 
-        with answered(f"{folder}: the tokenizer does not load", "Save the model again."):
-            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        asks = "auto_map" in read_json(folder / "tokenizer_config.json", str(folder), missing={})
+        action = _OWN_CODE if asks else "Save the model again."
+        with answered(f"{folder}: the tokenizer does not load", action):
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         self._arguments, self._day = chat_template_kwargs, day
         self._moved = 0
 

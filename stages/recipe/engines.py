@@ -1,6 +1,6 @@
 """The engines that write text. To add one: a row here, and its file in `stages/engines/`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -42,6 +42,50 @@ def lora_room(adapter: Mapping[str, Any]) -> int:
     """
     rank = max([adapter["r"], *(adapter.get("rank_pattern") or {}).values()])
     return next((room for room in LORA_RANKS if room >= rank), rank)
+
+
+_DECIDED = frozenset("model tokenizer revision dtype seed enable_lora".split())
+# What makes vLLM import code, load another model or other weights, or read them in another way; of
+# what it imports by name, the field ends in _cls, _plugin or _module_path.
+_CODE = frozenset(
+    "trust_remote_code code_revision logits_processors model_class_overrides inductor_passes "
+    "log_config_file logging_config".split()
+)
+_OTHER_MODEL = frozenset(
+    "model_weights hf_config_path hf_overrides config_format load_format model_loader_extra_config "
+    "tokenizer_mode tokenizer_revision spec_model draft_model default_mm_loras".split()
+)
+_ENDINGS = ("_cls", "_plugin", "_module_path")
+
+
+def refused_arguments(arguments: Mapping[str, Any], inside: str = "") -> Iterator[str]:
+    """Why arguments of an engine are refused, those inside of others too."""
+    for given, value in arguments.items():
+        name = str(given).lstrip("-").replace("-", "_")
+        what = repr(f"{inside}{given}")
+        if name in _DECIDED:
+            yield f"{what} is decided by the recipe's own fields. Remove it here"
+        elif name == "trust_remote_code":
+            yield (
+                f"{what} runs a model's own code, which only teacher.trust_remote_code allows. "
+                "Remove it here"
+            )
+        elif name == "hf_token":
+            yield f"{what} is a secret, and recipes are recorded. Set HF_TOKEN in its place"
+        elif name in _CODE or name.endswith(_ENDINGS) or _names_code(name, value):
+            yield f"{what} makes the engine import code by its name. Remove it"
+        elif name in _OTHER_MODEL:
+            yield (
+                f"{what} makes of the model another one than was hashed: other weights, or read "
+                "otherwise. Remove it"
+            )
+        elif isinstance(value, Mapping):
+            yield from refused_arguments(value, f"{inside}{given}.")
+
+
+def _names_code(name: str, value: Any) -> bool:
+    """A backend is one of the engine's own by a plain name, and a class of anybody's by a dotted one."""
+    return name.endswith("backend") and isinstance(value, str) and ("." in value or ":" in value)
 
 
 if TYPE_CHECKING:

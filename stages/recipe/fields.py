@@ -15,6 +15,12 @@ from pydantic import (
 
 from ...storage.keys import canonical_json
 
+ADDRESSES = frozenset(
+    "run.dir storage.dir storage.sources teacher.model teacher.adapter student.model data.source "
+    "generate.model evaluate.source".split()
+)
+"""Fields that name a folder, a file, a URL or a model: what may hold `${NAME}`, or a credential."""
+
 Arm = Literal["student", "baseline"]
 
 Split = Literal["train", "validation", "test"]

@@ -10,9 +10,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from ...storage.credentials import all_shown, hide, hide_password
 from ...storage.errors import UsageError
 from .checks.together import check_together
-from .fields import NUMBER, SCHEDULE
+from .fields import ADDRESSES, NUMBER, SCHEDULE
 from .hints import hint_at
 from .sections import Recipe
 from .yaml_text import MOST_CHARACTERS, read_yaml
@@ -35,21 +36,32 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     tree, lines = _parse(path, text)
     for override in overrides or []:
         _override(tree, override)
-    tree = _expand(tree, path)
-    try:
-        recipe = Recipe.model_validate(tree)
-    except ValidationError as error:
-        problems = [
-            _explain(tuple(p for p in e["loc"] if p not in (NUMBER, SCHEDULE)), e)
-            for e in error.errors()
-        ]
-    else:
-        problems = check_together(recipe)
+    problems: list[tuple[str, str]] = []
+    tree = _expand(tree, "", problems)
+    if not problems:
+        try:
+            recipe = Recipe.model_validate(tree)
+        except ValidationError as error:
+            problems = [
+                _explain(tuple(p for p in e["loc"] if p not in (NUMBER, SCHEDULE)), e)
+                for e in error.errors()
+            ]
+        else:
+            problems = check_together(recipe)
     if problems:
         places = {name: f"{path}:{line}:" for name, line in lines.items()}
         places |= {override.partition("=")[0]: "--set" for override in overrides or []}
         raise UsageError("\n".join(_located(path, places, where, what) for where, what in problems))
     return recipe
+
+
+def recorded(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as records keep it: `${NAME}` where it was written so, and no credential of an address."""
+    tree = recipe.model_dump(mode="json")
+    for section, _, name in (path.partition(".") for path in ADDRESSES):
+        if tree[section] is not None:
+            tree[section][name] = all_shown(tree[section][name])
+    return tree
 
 
 def changed_fields(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -124,21 +136,30 @@ def _override(tree: dict[str, Any], override: str) -> None:
         tree[key] = given
 
 
-def _expand(value: Any, path: Path) -> Any:
-    """`${NAME}` in any string stands for an environment variable."""
+def _expand(value: Any, where: str, problems: list[tuple[str, str]]) -> Any:
+    """`${NAME}` in a field that names a place stands for an environment variable; elsewhere it is a mistake."""
     if isinstance(value, dict):
-        return {k: _expand(v, path) for k, v in value.items()}
+        dotted = f"{where}." if where else ""
+        return {k: _expand(v, f"{dotted}{k}", problems) for k, v in value.items()}
     if isinstance(value, list):
-        return [_expand(v, path) for v in value]
+        return [_expand(v, where, problems) for v in value]
     if not isinstance(value, str):
         return value
-    missing = [n for n in _VARIABLE.findall(value) if n not in os.environ]
-    if missing:
-        raise UsageError(
-            f"{path}: {value}: the environment variable {missing[0]} is not set. Set it, or write "
-            "the path."
-        )
-    return _VARIABLE.sub(lambda match: os.environ[match[1]], value)
+    names = _VARIABLE.findall(value)
+    if names and where not in ADDRESSES:
+        what = f"{value!r} holds an environment variable, which only fields that name a place may "
+        problems.append((where, f"{what}({', '.join(sorted(ADDRESSES))}). Write the value itself"))
+        return value
+    if missing := [name for name in names if name not in os.environ]:
+        what = f"{value}: the environment variable {missing[0]} is not set"
+        problems.append((where, f"{what}. Set it, or write the path"))
+        return value
+    found = _VARIABLE.sub(lambda match: os.environ[match[1]], value)
+    if names:
+        hide({os.environ[name]: f"${{{name}}}" for name in names}, {found: value})
+    if where in ADDRESSES:
+        hide_password(found)
+    return found
 
 
 def _explain(loc: tuple[int | str, ...], error: Any) -> tuple[str, str]:

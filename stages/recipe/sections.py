@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from ...storage.tables.kinds import STRUCTURES, Structure
 from .answers import EvaluateGenerate
 from .divergences import DivergenceSettings
-from .engines import EngineName
+from .engines import EngineName, refused_arguments
 from .fields import NO_TEMPLATE_ARGUMENTS, Kernel, Options, Schedule, Scheduled, Section, Tail
 from .formats import FORMATS, Format, FormatName
 from .kinds import KINDS, TargetKind, Targets
@@ -58,8 +58,15 @@ class Teacher(Section):
     """auto: as the checkpoint is stored."""
     adapter: str | None = None
     """Folder or Hub id of a LoRA adapter on the teacher."""
+    trust_remote_code: bool = False
+    """Run the code that the model's folder brings along (auto_map), with all that you may do here.
+    Its files are then part of the teacher's identity. No other model's code is ever run."""
     device_map: str | None = None
     """`auto` spreads a teacher that is larger than one GPU over all of them."""
+
+    def unhashed(self) -> set[str]:
+        """Fields that hashes leave out at their default: there were none when the first hashes were made."""
+        return set() if self.trust_remote_code else {"trust_remote_code"}
 
 
 class Lora(Section):
@@ -94,6 +101,13 @@ class Student(Section):
     another `model_type`, the overrides are to the defaults of that one."""
     lora: Lora | None = None
     """Train an adapter in place of the weights."""
+
+    @field_validator("config")
+    @classmethod
+    def _no_code(cls, overrides: dict[str, Any] | None) -> dict[str, Any] | None:
+        if "auto_map" in (overrides or {}):
+            raise ValueError("'auto_map' names code, and no student's code is ever run. Remove it")
+        return overrides
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -187,18 +201,8 @@ class Generate(Section):
     @field_validator("engine_args")
     @classmethod
     def _not_the_recipes(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        decided = {
-            "model",
-            "tokenizer",
-            "revision",
-            "dtype",
-            "seed",
-            "enable_lora",
-        } & arguments.keys()
-        if decided:
-            raise ValueError(
-                f"{sorted(decided)[0]!r} is decided by the recipe's own fields. Remove it here"
-            )
+        for why in refused_arguments(arguments):
+            raise ValueError(why)
         return arguments
 
 

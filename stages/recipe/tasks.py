@@ -63,7 +63,8 @@ TASKS: dict[str, Task] = {
         text_alone=False,
         refused=dict.fromkeys(_OF_CONTINUED_TEXT, "has no meaning for classification. Remove it")
         | {
-            "teacher.adapter": "no stage adds adapters to a classifier yet. Merge it, and name the result"
+            "teacher.trust_remote_code": "no classifier's code is ever run. Use one whose class transformers has",
+            "teacher.adapter": "no stage adds adapters to a classifier yet. Merge it, and name the result",
         },
         unit="text",
         hub_name="text-classification",

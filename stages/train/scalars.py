@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...storage.errors import UsageError
 from ...storage.files.local import LocalFiles
+from ..recipe.load import recorded
 from ..workers.job import Job
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class WandbBoard:
                 name=f"{folder.parent.name}/{folder.name}",
                 resume="allow",
                 dir=str(folder),
-                config={"arm": job.arm, "recipe": job.recipe.model_dump(mode="json")},
+                config={"arm": job.arm, "recipe": recorded(job.recipe)},
                 settings=wandb.Settings(
                     console="off"
                 ),  # the stage's log is complete without its help

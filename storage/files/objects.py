@@ -20,6 +20,7 @@ from typing import Any
 
 from typing_extensions import override
 
+from ..credentials import hide_password
 from ..errors import StillroomError, UsageError
 from .base import Content, Files, content_of, explained
 from .local import LocalFiles
@@ -27,6 +28,7 @@ from .local import LocalFiles
 CREATE_PAUSES = (0.0, 0.1, 0.4, 1.6, 6.4)
 """Seconds before each attempt to create a name. Drivers try again by themselves, so these are for
 what they give up."""
+_BUCKETS = ("s3:", "s3a:", "gs:", "gcs:")
 _PROBE = ".probe"
 _HASH_BYTES = 16 << 20
 _AGAIN = "what was committed is kept. Run the same command again"
@@ -39,6 +41,12 @@ class ObjectFiles(Files):
 
     def __init__(self, root: str) -> None:
         self.root = root.rstrip("/")
+        if hide_password(self.root) and self.root.startswith(_BUCKETS):
+            raise UsageError(
+                f"{self.root}: was given with a password, and drivers of buckets read none there. "
+                "Give them the key as they ask for it (AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY, a profile)."
+            )
         self._exclusive = False
         _, self._path = self._open()
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ....storage.credentials import as_written
 from ....storage.errors import UsageError
 from ....storage.files.opening import open_files
 from ....storage.keys import content_id, content_key
@@ -322,7 +323,7 @@ class _Import:
         content = [key.hex() for key in table["key"].to_pylist()]
         data_id = content_id("inputs", imported=names, keys=content, holdout=done.holdout)
         about = {
-            "source": request.source,
+            "source": as_written(request.source),
             "rejected": rejected,
             "format": given_format(done),
         }

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from glob import glob, has_magic
 from pathlib import Path, PurePath
 
+from ....storage.credentials import as_written, shown
 from ....storage.errors import UsageError
 from .names import IN_FOLDERS, IN_GLOBS, PACKED, TABLES, TEXTS, ending, no_data, readable
 from .splits import ALL, known_split, split_of
@@ -31,8 +32,10 @@ class Found:
     """Whether the recipe names the file itself."""
 
     def name_of(self, file: Path) -> str:
-        """A file's path in its source."""
-        return file.relative_to(self.root).as_posix()
+        """A file's path in its source, as it is shown and recorded: of `${FILE}` that, not the file's name."""
+        if self.one:
+            return PurePath(as_written(self.source)).name
+        return shown(file.relative_to(self.root).as_posix())
 
     def of_split(self, split: str, *, field: str, asked: bool) -> "Found":
         """These files without those of other splits.
@@ -48,7 +51,7 @@ class Found:
         if self.saved or split == ALL or (self.one and not asked):
             return self
         wanted = known_split(split, field=field)
-        named = {f: split_of(PurePath(self.name_of(f)), field=self.field) for f in self.files}
+        named = {f: split_of(f.relative_to(self.root), field=self.field) for f in self.files}
         others = sorted({name for name in named.values() if name and name != wanted})
         if self.one:
             if others:
@@ -85,7 +88,7 @@ class Found:
             return None
         names = [f"{self.name_of(file)} ({why})" for file, why in left.items()]
         more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
-        return f"left out of {self.source}: {', '.join(names[:_NAMED])}{more}"
+        return f"left out of {as_written(self.source)}: {', '.join(names[:_NAMED])}{more}"
 
 
 def find_files(source: str, *, field: str) -> Found | None:

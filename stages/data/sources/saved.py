@@ -35,7 +35,7 @@ def read_datasets(
 def _streamed(name: str, split: str) -> Any:
     import datasets
 
-    return datasets.load_dataset(name, split=split, streaming=True)
+    return datasets.load_dataset(name, split=split, streaming=True, trust_remote_code=False)
 
 
 def _saved(name: str, split: str, *, asked: bool) -> Any:

@@ -12,8 +12,9 @@ from typing import Any
 from ....storage.errors import UsageError, answered
 from .ahead import reads_ahead
 from .light import config_classes, knows, light_transformers, version
+from .own_code import NEVER_RUN, asks_for_code, said_of_text
 from .parts import text_config
-from .uses import has_own_code, heads_of, use_of
+from .uses import heads_of, use_of
 
 UNLIMITED = 2**31 - 1
 """Tokens that a model reads at once where its config names no limit."""
@@ -53,17 +54,19 @@ class ConfigFacts:
     """Whether its input and output embeddings are one, or the config does not say."""
 
 
-def config_facts(config: Mapping[str, Any], *, where: str) -> ConfigFacts:
+def config_facts(config: Mapping[str, Any], *, where: str, trusted: bool = False) -> ConfigFacts:
     """What the class of a config.json makes of it.
 
     Args:
         config: Its content.
         where: Field and folder, for messages.
+        trusted: Whether its own code may be run: then the file itself is read, where transformers
+            has no class.
 
     Raises:
         UsageError: transformers has no class for it, or the class refuses it.
     """
-    return _facts(json.dumps(config, sort_keys=True), where)
+    return _facts(json.dumps(config, sort_keys=True), where, trusted=trusted)
 
 
 def loaded_config(config: Mapping[str, Any], *, where: str) -> Any:
@@ -73,11 +76,10 @@ def loaded_config(config: Mapping[str, Any], *, where: str) -> Any:
         UsageError: as of `config_facts`.
     """
     kind, known = config.get("model_type"), knows(config.get("model_type"))
-    own_code = bool(config.get("auto_map"))
-    if (not known and own_code) or has_own_code(config):
+    if asks_for_code(config):
         raise UsageError(
-            f"{where}: its config.json (model_type {kind!r}) asks for code of its own (auto_map), which "
-            "is never run. Use a model whose class transformers has."
+            f"{where}: its config.json (model_type {kind!r}) asks for code of its own (auto_map), "
+            f"{NEVER_RUN}."
         )
     if kind is None:
         raise UsageError(f"{where}: its config.json names no model_type. Save the model again.")
@@ -112,9 +114,11 @@ def _tied(config: Any) -> bool:
 
 
 @cache
-def _facts(text: str, where: str) -> ConfigFacts:
+def _facts(text: str, where: str, *, trusted: bool) -> ConfigFacts:
     raw = json.loads(text)
     with light_transformers():
+        if trusted and asks_for_code(raw):
+            return _as_it_stands(raw, where)
         config = loaded_config(raw, where=where)
         part = text_config(config)
         dtype = getattr(config, "dtype", None) or getattr(part, "dtype", None)
@@ -130,3 +134,20 @@ def _facts(text: str, where: str) -> ConfigFacts:
             ahead=reads_ahead(config),
             tied=any(_tied(each) for each in (config, part)),
         )
+
+
+def _as_it_stands(raw: Mapping[str, Any], where: str) -> ConfigFacts:
+    """Of a teacher with code of its own, which is not run for this: what its config.json says."""
+    said = said_of_text(raw, where=where)
+    dtype = raw.get("dtype") or raw.get("torch_dtype")
+    return ConfigFacts(
+        model_type=str(raw.get("model_type")),
+        vocab_size=said["vocab_size"],
+        rows=said["vocab_size"],
+        context_tokens=said["context_tokens"] or UNLIMITED,
+        dtype=str(dtype) if dtype is not None else None,
+        use="a causal language model of its own code",
+        heads=("lm",),
+        ahead=None,  # seen when it is loaded
+        tied=raw.get("tie_word_embeddings") is not False,
+    )

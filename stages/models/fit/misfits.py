@@ -29,7 +29,9 @@ _RESIZE = (
 )
 
 
-def refuse_misfit(folder: Path, task: str, *, field: str, name: str) -> ConfigFacts:
+def refuse_misfit(
+    folder: Path, task: str, *, field: str, name: str, trusted: bool = False
+) -> ConfigFacts:
     """Refuse a teacher, author or student that the task cannot use, by what its small files say.
 
     Args:
@@ -37,6 +39,7 @@ def refuse_misfit(folder: Path, task: str, *, field: str, name: str) -> ConfigFa
         task: `run.task`.
         field: Where the recipe names it.
         name: As the recipe names it.
+        trusted: Whether its own code may be run.
 
     Returns:
         What its config says.
@@ -45,7 +48,7 @@ def refuse_misfit(folder: Path, task: str, *, field: str, name: str) -> ConfigFa
         UsageError: it is of another kind, asks for code of its own, or has ids without a row.
     """
     raw, where = read_json(folder / "config.json", field), f"{field}: {name}"
-    facts = config_facts(raw, where=where)
+    facts = config_facts(raw, where=where, trusted=trusted)
     head = TASKS[task].head
     if head not in facts.heads:
         other = "Set run.task to classification, or use" if facts.use == CLASSIFIER else "Use"

@@ -130,7 +130,8 @@ def _put_generation(path: Path, own: GenerationConfig, base: Path) -> None:
 
 def _mend_config(path: Path, dtype: str) -> list[str]:
     """What transformers wrote, for 4.57 too; without this machine's folders; what could not be done."""
-    written = _in_dtype(_without(json.loads(path.read_text("utf-8")), "_name_or_path"), dtype)
+    saved = _without(json.loads(path.read_text("utf-8")), "_name_or_path")
+    written = _in_dtype(_without(saved, "auto_map"), dtype)  # no student has code of its own
     _write(path, written)
     right = _read(path.parent)
     try:
@@ -147,7 +148,9 @@ def _mend_config(path: Path, dtype: str) -> list[str]:
 
 def _read(folder: Path) -> dict[str, Any]:
     """A config as transformers 5 reads it; `type` is an older name for `rope_type`, kept beside it."""
-    config: dict[str, Any] = _without(AutoConfig.from_pretrained(folder).to_dict(), "type")
+    config: dict[str, Any] = _without(
+        AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict(), "type"
+    )
     return config
 
 

@@ -100,7 +100,9 @@ def check_vocabulary(recipe: Recipe, teacher_dir: Path) -> None:
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     with answered(f"{folder}: the tokenizer does not load", "Save the model again."):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False
+        )
     return tokenizer
 
 

@@ -19,7 +19,10 @@ _CONFIG = "tokenizer_config.json"
 _TEMPLATE = "chat_template.jinja"
 _TEMPLATES = "additional_chat_templates"
 # Where the files lay on the machine that saved them.
-_PLACES = ("name_or_path", "tokenizer_file", "special_tokens_map_file", "local_files_only")
+_LEFT_OUT = (
+    *("name_or_path", "tokenizer_file", "special_tokens_map_file", "local_files_only"),
+    "auto_map",  # no student has code of its own
+)
 
 
 def copy_tokenizer(source: Path, folder: Path, loaded: PreTrainedTokenizerBase) -> None:
@@ -47,7 +50,7 @@ def copy_tokenizer(source: Path, folder: Path, loaded: PreTrainedTokenizerBase) 
 
 def _readable(config: dict[str, Any]) -> dict[str, Any]:
     """A tokenizer's config without this machine's folders, in words that transformers 4.57 knows as well."""
-    config = {name: value for name, value in config.items() if name not in _PLACES}
+    config = {name: value for name, value in config.items() if name not in _LEFT_OUT}
     if config.get("tokenizer_class") == "TokenizersBackend":  # one class, two names
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(config.get("extra_special_tokens"), list):  # 4.57: names of tokens, by name
@@ -60,7 +63,7 @@ def _template_of(folder: Path) -> Any:
     """The template that a folder's own tokenizer has."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder).chat_template
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False).chat_template
 
 
 def _with_template(config: dict[str, Any], folder: Path, template: Any) -> dict[str, Any]:

@@ -30,6 +30,7 @@ _NOT_OF_A_STORE = (
     "teacher.revision",
     "teacher.dtype",
     "teacher.adapter",
+    "teacher.trust_remote_code",
     "teacher.device_map",
     "data.split",
     "data.columns",

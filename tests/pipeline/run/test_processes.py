@@ -19,6 +19,7 @@ from stillroom.pipeline.run.process import StageProcess, end_group, group_member
 from stillroom.pipeline.run.screen import Screen
 from stillroom.stages.models.identity import FileHashes
 from stillroom.stages.recipe.load import load_recipe
+from stillroom.storage.credentials import hidden
 from stillroom.storage.errors import StillroomError, Stopped
 
 pytestmark = pytest.mark.slow
@@ -50,7 +51,7 @@ def recipe(tmp_path: Path, tiny_llama: Callable[..., Path]) -> Path:
 
 
 def message_for(folder: Path, stage: str = "score", **more: Any) -> dict[str, Any]:
-    message = {"name": stage, "recipe": {}, "log": str(folder / "log")}
+    message = {"name": stage, "recipe": {}, "log": str(folder / "log"), "hidden": hidden()}
     return message | {"train_dirs": {}, "job": {}, "journal": str(folder / "journal")} | more
 
 

@@ -8,7 +8,7 @@ import yaml
 from kit import recipe_tree
 
 from stillroom.stages.recipe.checks.together import NOT_YET
-from stillroom.stages.recipe.load import changed_fields, load_recipe
+from stillroom.stages.recipe.load import changed_fields, load_recipe, recorded
 from stillroom.stages.recipe.sections import Recipe
 from stillroom.storage.errors import UsageError
 
@@ -230,6 +230,29 @@ def test_environment_variables_are_expanded_or_named(
     assert "environment variable MODELS is not set" in refusal(tmp_path, tree)
     monkeypatch.setenv("MODELS", "/models")
     assert load_recipe(tmp_path / "recipe.yaml").teacher.model == "/models/teacher"
+
+
+def test_a_variable_stands_only_where_a_place_is_named(
+    tmp_path: Path, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECRET", "the-secret-itself")
+    tree["train"]["wandb"] = "${SECRET}"
+    said = refusal(tmp_path, tree)
+    assert "train.wandb: '${SECRET}' holds an environment variable" in said
+    assert "the-secret-itself" not in said
+
+
+def test_records_keep_the_variable(
+    tmp_path: Path, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AT", "x")
+    tree["teacher"]["model"], tree["storage"]["sources"] = "${AT}", ["s3://k:v@b/${AT}"]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    recipe = load_recipe(path)
+    assert recipe.storage.sources == ["s3://k:v@b/x"]
+    assert recorded(recipe)["teacher"]["model"] == "${AT}"
+    assert recorded(recipe)["storage"]["sources"] == ["s3://b/${AT}"]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)

@@ -233,6 +233,7 @@ def _answers(answers: Mapping[str, Any]) -> str:
         f"Answers: {answers['metric']}{pattern}, 0 to 1, of greedy answers (at most "
         f"{count(answers['max_tokens'])} tokens) to {count(answers['prompts'])} held-out prompts, "
         f"against {answers['against']}.{_FORMS[form]}{_no_number(answers.get('no_number', {}))}"
+        f"{_unanswered(answers.get('unanswered', {}))}"
     )
 
 
@@ -242,6 +243,18 @@ def _no_number(found: Mapping[str, int]) -> str:
     return f" Answers without a number count as wrong: {', '.join(named)}." if named else ""
 
 
+def _unanswered(found: Mapping[str, Sequence[str]]) -> str:
+    """With whose texts the pattern came to no end, and of which prompts."""
+    named = [
+        f"{LINES.get(who, who)} {count(len(keys))} ({', '.join(key[:8] for key in keys[:_NAMED])}"
+        f"{', ...' if len(keys) > _NAMED else ''})"
+        for who, keys in found.items()
+    ]
+    said = f" Texts that the pattern came to no end with count as unanswered: {', '.join(named)}."
+    return said if named else ""
+
+
+_NAMED = 5  # prompts, of each arm
 _FORMS = {
     "none": "",
     "text": " Compared without case, punctuation and English articles.",

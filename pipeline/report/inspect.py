@@ -21,7 +21,7 @@ from ...storage.tables.kinds import STRUCTURES
 from ...storage.tables.schema import TableName
 from ...storage.tables.soft_targets import SoftTargets
 from ...storage.tables.spans import positions, spans_of
-from ..numbers import printable
+from ..text import printable
 from .report import load_report
 from .token_view import coloured, drawn, fitting, rows_of, visible
 

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from ..numbers import count, decimals, inline, percent, significant
+from ..numbers import count, decimals, percent, significant
+from ..text import inline
 from .blocks import Bullets, Section, Table
 
 Results = Mapping[str, Mapping[str, Any]]

@@ -10,6 +10,7 @@ from .fields import Section
 
 _COMPILE_SECONDS = 5.0
 
+
 class EvaluateGenerate(Section):
     """Greedy answers to held-out prompts, scored against the reference."""
 

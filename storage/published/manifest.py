@@ -24,6 +24,7 @@ PUBLISHED_VERSIONS = (1, 2)
 """1: rows have one span. 2: they may have several, which a reader of version 1 would not see."""
 CARD, MANIFEST = "README.md", "MANIFEST.json"
 _FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
+_WORD = re.compile(r"\w+", re.ASCII)
 _PATH = re.compile(r"^\s*(?:- )?path: ['\"]?(v-[0-9a-f]{8})/", re.MULTILINE)
 
 
@@ -185,6 +186,9 @@ def _parts(record: dict[str, Any]) -> dict[str, Any]:
     if len({file.name for file in files}) < len(files):
         raise ValueError("it names a file twice")
     splits = mapping(record["splits"]).items()
+    for name in (*record["splits"], *record["tables"], *record["about"]):
+        if not _WORD.fullmatch(name):
+            raise ValueError(f"{name!r} is not the name of a split or a table")
     return {
         "files": files,
         "splits": {name: PublishedSplit.from_json(mapping(said)) for name, said in splits},
@@ -198,7 +202,9 @@ def current_version(card: str) -> str | None:
         IntegrityError: it points at several.
     """
     front = _FRONT.match(card)
-    versions = set(_PATH.findall(front[1])) if front else set()
+    # What comes before may hold a name of many lines; no line of one begins with a key.
+    configs = f"\n{front[1]}".partition("\nconfigs:\n")[2] if front else ""
+    versions = set(_PATH.findall(configs))
     if len(versions) > 1:
         raise IntegrityError(
             f"{CARD}: points at {', '.join(sorted(versions))} at once. Publish it again."

@@ -19,13 +19,13 @@ _PICTURES |= dict.fromkeys(
 )
 _IN_LINE = _PICTURES | {ord("\n"): 0x240A, ord("\t"): 0x2409}
 _MARKUP = re.compile(
-    r"\\(?=[!-/:-@\[-`{-~])"  # escapes what follows
+    r"\\(?=[!-/:-@\[-`{-~]|\Z)"  # escapes what follows
     r"|[`*~]|(?<!\w)_|_(?!\w)"  # code, emphasis
     r"|\](?=[(\[:])"  # a link or an image, and what a link refers to
     r"|<(?=[A-Za-z/!?])|&(?=#?\w+;)"  # HTML
     r"|:(?=//)|(?<=www)\."  # addresses that become links by themselves
 )
-_KEPT = re.compile(r"(`[^`]*`|\*\*)")
+_KEPT = re.compile(r"((?<!`)`[^`\n]+`(?!`)|\*\*)")
 
 
 def printable(text: str) -> str:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
+from ..text import one_line
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -195,7 +197,7 @@ def _draw_stacks(axes: "Axes", panel: Stacks) -> None:
 
 def _plain(labels: Sequence[str]) -> list[str]:
     """Names, in which a dollar sign begins no formula."""
-    return [label.replace("$", r"\$") for label in labels]
+    return [one_line(label).replace("$", r"\$") for label in labels]
 
 
 def short(value: float) -> str:

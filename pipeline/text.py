@@ -25,7 +25,7 @@ _MARKUP = re.compile(
     r"|<(?=[A-Za-z/!?])|&(?=#?\w+;)"  # HTML
     r"|:(?=//)|(?<=www)\."  # addresses that become links by themselves
 )
-_KEPT = re.compile(r"((?<!`)`[^`\n]+`(?!`)|\*\*)")
+_KEPT = re.compile(r"((?<!`)`[^`]+`(?!`)|\*\*)")
 
 
 def printable(text: str) -> str:
@@ -81,9 +81,6 @@ def escaped(text: str) -> str:
 
 
 def prose(text: str) -> str:
-    """A sentence for Markdown: `code` and **strong** words as they are, of all else only the words."""
-    parts = _KEPT.split(printable(text))
-    return "".join(
-        part if number % 2 else "\n".join(map(escaped, part.split("\n")))
-        for number, part in enumerate(parts)
-    )
+    """Sentences for Markdown: `code` and **strong** words as they are, of all else only the words."""
+    parts = enumerate(_KEPT.split(one_line(text)))
+    return "".join(part if number % 2 else escaped(part) for number, part in parts)

@@ -17,6 +17,7 @@ from typing import Any
 from ..bounds import MOST_ROWS, hexdigest, inside, integer, mapping, row_groups, string, understood
 from ..errors import IntegrityError, UsageError
 from ..files.base import Files
+from ..files.local import LocalFiles
 from ..keys import content_id, seal, unseal
 from ..tables.schema import RECORD_VERSION
 
@@ -217,7 +218,7 @@ def read_manifest(files: Files) -> Manifest:
 
     Raises:
         UsageError: this is no published folder.
-        IntegrityError: the manifest is missing or damaged.
+        IntegrityError: the manifest is missing or damaged, or names what is not in the folder.
     """
     try:
         version = current_version(files.read(CARD).decode(errors="replace"))
@@ -239,7 +240,19 @@ def read_manifest(files: Files) -> Manifest:
         raise IntegrityError(
             f"{files.root}/{name}: is of {found.version}. Download the folder again, whole."
         )
+    _refuse_links(files, found)
     return found
+
+
+def _refuse_links(files: Files, manifest: Manifest) -> None:
+    """A name that a link leads out of the folder is no file of it."""
+    for file in manifest.files if isinstance(files, LocalFiles) else ():
+        name = f"{manifest.version}/{file.name}"
+        if files.leads_out(name):
+            raise IntegrityError(
+                f"{files.root}/{name}: a link that leads out of the folder. Download the folder "
+                "again, whole, or put the file itself there."
+            )
 
 
 def damaged_files(files: Files, manifest: Manifest) -> list[str]:

@@ -157,6 +157,6 @@ def test_a_student_s_card_is_words(adapter: bool) -> None:
     assert front["library_name"] == ("peft" if adapter else "transformers")
     assert active(text) == []
     assert_shown(card)
-    for code in re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL):
+    for code in re.findall(r"^```python\n(.*?)^```", card, flags=re.DOTALL | re.MULTILINE):
         parsed = ast.walk(ast.parse(code))
         assert not [n for n in parsed if isinstance(n, ast.Attribute) and n.attr == "system"]

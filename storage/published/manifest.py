@@ -246,7 +246,9 @@ def read_manifest(files: Files) -> Manifest:
 
 def _refuse_links(files: Files, manifest: Manifest) -> None:
     """A name that a link leads out of the folder is no file of it."""
-    for file in manifest.files if isinstance(files, LocalFiles) else ():
+    if not isinstance(files, LocalFiles):
+        return
+    for file in manifest.files:
         name = f"{manifest.version}/{file.name}"
         if files.leads_out(name):
             raise IntegrityError(

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 _LOOK_SECONDS = 0.1  # of the whole process, at most as long as the same of this thread
+_ends: list[float] = []
 
 
 @contextmanager
@@ -24,16 +25,18 @@ def time_limit(seconds: float) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    end = time.thread_time() + seconds
-
-    def look(number: int, frame: FrameType | None) -> None:
-        if time.thread_time() > end:
-            raise TimeoutError(f"no end within {seconds:g} s of CPU time")
-
-    handler = signal.signal(signal.SIGPROF, look)
+    # The handler stays: a signal on its way to another thread would end the process without one.
+    if signal.getsignal(signal.SIGPROF) is not _look:
+        signal.signal(signal.SIGPROF, _look)
+    _ends.append(time.thread_time() + seconds)
     timer = signal.setitimer(signal.ITIMER_PROF, _LOOK_SECONDS, _LOOK_SECONDS)
     try:
         yield
     finally:
+        _ends.pop()
         signal.setitimer(signal.ITIMER_PROF, *timer)
-        signal.signal(signal.SIGPROF, handler)
+
+
+def _look(number: int, frame: FrameType | None) -> None:
+    if _ends and time.thread_time() > _ends[-1]:
+        raise TimeoutError("no end within its time")

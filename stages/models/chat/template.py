@@ -101,8 +101,8 @@ class ChatTemplate:
                 )
         except TimeoutError as error:
             raise UsageError(
-                f"the chat template comes to no end with a conversation ({error}). Save another "
-                "one in the model's folder (chat_template.jinja)."
+                f"the chat template comes to no end with a conversation (within {_SECONDS:g} s of "
+                "CPU time). Save another one in the model's folder (chat_template.jinja)."
             ) from error
         return Rendered(texts[0], [*marked[0]] if marks else [])
 

@@ -1,43 +1,6 @@
-"""Numbers and text for people: tables, fenced text, and one way to print each kind of number."""
-
-import re
-from collections.abc import Sequence
-from typing import Any
+"""Numbers for people: one way to print each kind."""
 
 NOTHING = "-"
-_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
-_PICTURES |= {0x7F: 0x2421} | dict.fromkeys(
-    [*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD
-)
-
-
-def printable(text: str) -> str:
-    """Text that steers nothing: control characters as pictures of themselves, line ends and tabs as they are.
-
-    What a model writes may hold any character: some clear a terminal, some turn the text after them
-    round.
-    """
-    return text.translate(_PICTURES)
-
-
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 1) -> str:
-    """A Markdown table; columns after the first `text_columns` are numbers and stand to the right."""
-    rule = ["---" if number < text_columns else "---:" for number in range(len(headers))]
-    return "\n".join(
-        "| " + " | ".join(_cell(c) for c in line) + " |" for line in (headers, rule, *rows)
-    )
-
-
-def fenced(text: str, language: str = "") -> str:
-    """Text as it is, behind a fence longer than any run of backticks inside it; control characters can be seen."""
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}{language}\n{printable(text)}\n{fence}"
-
-
-def inline(text: Any) -> str:
-    """A name or path as inline code."""
-    return f"`{str(text).replace('`', chr(39))}`"
 
 
 def decimals(value: float | None, places: int = 4, *, error: float | None = None) -> str:
@@ -112,7 +75,3 @@ def short(count: int) -> str:
     """A count in five characters: as it is up to 99,999, then 123k."""
     text = str(count) if count < 100_000 else human(count)
     return text if len(text) <= 5 else human(count, digits=0)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")

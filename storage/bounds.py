@@ -99,7 +99,8 @@ def inside(value: Any) -> str:
     """The name of a file below a folder, with forward slashes, that leads nowhere else."""
     path = PurePosixPath(string(value))
     plain = value == str(path) and not path.is_absolute() and value.isprintable()
-    if not plain or "\\" in value or ".." in path.parts:
+    drive = value[1:2] == ":"
+    if not plain or drive or "\\" in value or ".." in path.parts or value == ".":
         raise ValueError(f"{_shown(value)} is not the name of a file below its folder")
     return str(value)
 

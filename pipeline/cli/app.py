@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ..text import show_line
+
 app = typer.Typer(
     name="stillroom",
     help="Offline soft-label distillation: run the teacher once, train any number of students from disk.",
@@ -35,14 +37,20 @@ def words(given: Iterable[str]) -> list[str]:
 
 
 def print_for_people(content: Any, *, columns: int = 400) -> None:
-    """For people: standard output, above the JSON line; `columns` where that is no terminal."""
-    from rich.console import Console
+    """For people: a line, or what rich draws, on standard output, above the JSON line.
+
+    `columns` where that is no terminal.
+    """
+    if isinstance(content, str):
+        show_line(content)
+        return
+    from ..console import Terminal
 
     width = None if sys.stdout.isatty() else columns
-    Console(highlight=False, markup=False, soft_wrap=width == 400, width=width).print(content)
+    Terminal(soft_wrap=width == 400, width=width).print(content)
 
 
 def print_json(content: dict[str, Any], wanted: bool) -> None:
     """For programs: the last line of standard output, where `--json` asks for it."""
     if wanted:
-        sys.stdout.write(json.dumps(content) + "\n")
+        show_line(json.dumps(content))  # all but ASCII is escaped

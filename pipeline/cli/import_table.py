@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...storage.errors import UsageError
+from ..text import show_line
 from .app import AsJson, Quiet, print_json, words
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def import_(
     done = import_table(request, progress)
     progress.finish()
     for line in lines(request, done):
-        sys.stdout.write(f"{line}\n")
+        show_line(line)
     print_json(as_json_object(request, done), as_json)
 
 

@@ -18,6 +18,7 @@ import typer
 
 from ...storage.errors import StillroomError, Stopped
 from ...storage.store.stopping import at_work, stop_signals
+from ..text import show_line, show_text
 from . import import_table, publish, store
 from .app import AsJson, Overrides, Quiet, RecipePath, app, print_for_people, print_json
 from .streams import outlive_terminal
@@ -57,21 +58,27 @@ def _raise(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _fail(error: StillroomError) -> NoReturn:
-    text = f"error: {error}"
-    if sys.stderr.isatty():  # which would break the lines inside words
-        width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-        text = "\n".join(
-            textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
-            for line in text.split("\n")
-        )
-    sys.stderr.write(f"{text}\n")
-    if "--json" in sys.argv:
-        sys.stdout.write(json.dumps({"error": str(error), "exit_code": error.exit_code}) + "\n")
+    show_text(f"{_error_text(error)}\n", sys.stderr)
+    print_json({"error": str(error), "exit_code": error.exit_code}, "--json" in sys.argv)
     if at_work():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(error.exit_code)
     sys.exit(error.exit_code)
+
+
+def _error_text(error: StillroomError) -> str:
+    """The message; all lines but the first are indented, so that no name in it begins a line of its own."""
+    lines = f"error: {error}".replace("\n", "\n  ").split("\n")
+    if sys.stderr.isatty():  # which would break the lines inside words
+        width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+        lines = [
+            textwrap.fill(
+                line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+            )
+            for line in lines
+        ]
+    return "\n".join(lines)
 
 
 @app.command()
@@ -95,9 +102,9 @@ def demo(
     recipe = load_recipe(recipe_path)
     outcome = run_recipe(recipe, quiet=quiet)
     _outcome(outcome, as_json)
-    print_for_people(
-        f"store:  {recipe.storage.dir}\nreport: {outcome['run_dir']}/{REPORT_PAGE}\nrecipe: {recipe_path}"
-    )
+    print_for_people(f"store:  {recipe.storage.dir}")
+    print_for_people(f"report: {outcome['run_dir']}/{REPORT_PAGE}")
+    print_for_people(f"recipe: {recipe_path}")
     print_json(outcome, as_json)
 
 
@@ -209,8 +216,8 @@ def report(
     from ..report.report import show
 
     text, page, found = show(run_dirs, out)
-    sys.stdout.write(text)
-    sys.stderr.write(f"page: {page}\n")
+    show_text(text)
+    show_line(f"page: {page}", sys.stderr)
     print_json(found, as_json)
 
 
@@ -219,7 +226,7 @@ def schema() -> None:
     """JSON Schema of the recipe, for editors."""
     from ...stages.recipe.sections import Recipe
 
-    sys.stdout.write(json.dumps(Recipe.model_json_schema(), indent=2) + "\n")
+    show_text(json.dumps(Recipe.model_json_schema(), indent=2) + "\n")
 
 
 app.command()(publish.export)

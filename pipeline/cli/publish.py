@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...storage.errors import UsageError
+from ..text import show_line
 from .app import AsJson, Overrides, print_json, words
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ def publish(
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
+    show_line(text, sys.stderr)
 
 
 def _tell(done: dict[str, Any], as_json: bool) -> None:
@@ -210,5 +211,6 @@ def _tell(done: dict[str, Any], as_json: bool) -> None:
         tables.append(f"{table}: {rows}")
     made = "" if done["built"] else " (it was there)"
     place = done.get("url", done["dir"])
-    sys.stdout.write(f"{done['version']}{made} in {place}\nrows of {'; '.join(tables)}\n")
+    show_line(f"{done['version']}{made} in {place}")
+    show_line(f"rows of {'; '.join(tables)}")
     print_json(done, as_json)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..numbers import human
+from ..text import one_line
 from .app import AsJson, StorePath, print_for_people, print_json, words
 
 if TYPE_CHECKING:
@@ -38,12 +39,11 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """One sample, token by token: the teacher's top entries, the tail; of a run, where its student differs."""
-    from rich.console import Console
-
+    from ..console import Terminal
     from ..report.inspect import show
 
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 80
-    console = Console()
+    console = Terminal()
     colours = sys.stdout.isatty() and console.color_system is not None and not console.no_color
     sample, parts = show(place, key, columns=columns, colours=colours)
     for part in parts:
@@ -68,12 +68,11 @@ def query(
     found, complete = first_rows(Store.open(store), sql, most=rows)
     from rich.table import Table
 
-    from ..numbers import printable
-
-    table = Table(*found.column_names, box=None, pad_edge=False)
+    # With an edge: no name and no value begins a line.
+    table = Table(*map(one_line, found.column_names), box=None)
     shown = found.to_pylist()
     for row in shown:
-        table.add_row(*(printable(_cell(v)) for v in row.values()))
+        table.add_row(*(one_line(_cell(v)) for v in row.values()))
     print_for_people(table)
     if not complete:
         print_for_people(f"(the first {rows} rows; there are more, see --rows)")
@@ -295,9 +294,9 @@ def repair_json(done: "Repaired") -> dict[str, Any]:
 
 def vacuum_lines(done: "Vacuumed", *, dry_run: bool) -> list[str]:
     """What `vacuum` removed, for people."""
-    shown = [f"{name} ({size} bytes)" for name, size in done.files.items()]
+    shown = [f"  {name} ({size} bytes)" for name, size in done.files.items()]
     if not dry_run and len(shown) > _SHOWN:
-        shown = [*shown[:_SHOWN], f"... and {len(shown) - _SHOWN} more"]
+        shown = [*shown[:_SHOWN], f"  ... and {len(shown) - _SHOWN} more"]
     what = "would be removed" if dry_run else "removed"
     lines = [*shown, f"{len(done.files)} files {what}, {human(done.bytes)}B"]
     if done.waiting:

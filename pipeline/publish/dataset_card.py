@@ -12,6 +12,7 @@ from typing import Any
 
 from ...stages.recipe.tasks import TASKS
 from ...storage.published.manifest import Manifest
+from ..text import escaped, one_line, prose
 from .dataset_card_code import code
 from .dataset_card_origin import origin
 from .dataset_card_text import columns, limits, numbers, sample, sizes, summary, warnings
@@ -52,10 +53,10 @@ def dataset_card(published: Published) -> str:
     card = DatasetCard.from_template(
         _card_data(published, configs),
         template_str=template,
-        title=manifest.name,
+        title=escaped(manifest.name),
         version=manifest.version,
-        summary=summary(manifest, published.provenance),
-        warnings=warnings(manifest, published.provenance),
+        summary=prose(summary(manifest, published.provenance)),
+        warnings=[one_line(text) for text in warnings(manifest, published.provenance)],
         sizes=sizes(manifest, configs),
         code=code(manifest, published.provenance, repo=published.repo),
         configs={config: columns(manifest, published.provenance, config) for config in configs},
@@ -85,7 +86,7 @@ def _card_data(published: Published, configs: list[str]) -> Any:
         sum(file.rows for file in manifest.files if file.table == config) for config in configs
     )
     data = DatasetCardData(
-        pretty_name=manifest.name,
+        pretty_name=one_line(manifest.name),
         license=provenance["license"],
         language=list(published.languages) or None,
         task_categories=_task_categories(manifest),

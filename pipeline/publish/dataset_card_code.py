@@ -1,8 +1,10 @@
 """The code in a published dataset's card: how to load it. Tests run it as it stands."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
+from ...stages.recipe.formats import FORMATS
 from ...stages.recipe.kinds import KINDS
 from ...storage.published.manifest import Manifest
 from ...storage.tables.kinds import STRUCTURES, Structure
@@ -51,12 +53,12 @@ def _recipe(manifest: Manifest, provenance: Mapping[str, Any], base: str) -> str
     lines = [
         f'storage: {{dir: stores/mine, sources: ["{base}"]}}',
         f'teacher: {{model: "{base}"}}',
-        f'data: {{source: "{base}", format: {source["format"]}, holdout: {held_out.rows if held_out else 0}}}',
+        f'data: {{source: "{base}", format: {_value(source["format"])}, holdout: {held_out.rows if held_out else 0}}}',
     ]
     kinds = [
         entry.get("settings") or {} for entry in provenance["made_with"].get("soft_targets", [])
     ]
-    if "soft_targets" in manifest.tables and kinds and "kind" in kinds[0]:
+    if "soft_targets" in manifest.tables and kinds and kinds[0].get("kind") in KINDS:
         stored = kinds[0] | {"rounds": kinds[0].get("k")}  # how draws name it in a recipe
         settings = {"targets": stored["kind"]}
         for name in KINDS[stored["kind"]].settings:
@@ -65,9 +67,15 @@ def _recipe(manifest: Manifest, provenance: Mapping[str, Any], base: str) -> str
         if manifest.chosen.get("min_k") and "k" in settings:
             settings["k"] = min(settings["k"], manifest.chosen["min_k"])
         lines.append(
-            f"score: {{{', '.join(f'{name}: {value}' for name, value in settings.items())}}}"
+            f"score: {{{', '.join(f'{name}: {_value(value)}' for name, value in settings.items())}}}"
         )
     return "\n".join([*lines, "# and run, student, loss, train and evaluate, as you like"])
+
+
+def _value(value: Any) -> str:
+    """A setting in YAML: a word of ours as it is, all else as JSON, which stays one value."""
+    known = value in FORMATS or value in KINDS if isinstance(value, str) else False
+    return str(value) if known else json.dumps(value)
 
 
 def _duckdb(manifest: Manifest, configs: list[str], split: str, base: str) -> str:
@@ -135,7 +143,7 @@ kl = (logprobs.exp() * (logprobs - kept)).sum(-1) + tail.exp() * (tail.clamp(min
 def _torch(manifest: Manifest, split: str) -> str:
     kinds = manifest.statistics[split]["soft_targets"]["kinds"]
     kind = max(kinds, key=lambda name: kinds[name])
-    loss = _LOSS.format(vocabulary=manifest.about["soft_targets"]["vocab_size"])
+    loss = _LOSS.format(vocabulary=int(manifest.about["soft_targets"]["vocab_size"]))
     shape = _shape(STRUCTURES[kind])
     return (_HEAD + _ENTRIES[shape] + loss + (_KL if shape == "fixed" else "")).rstrip()
 

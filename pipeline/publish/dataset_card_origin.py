@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...storage.published.manifest import Manifest
-from ..numbers import count, inline, table
+from ..numbers import count
+from ..text import inline, table
 from .provenance import UNKNOWN
 
 
@@ -14,7 +15,7 @@ def model_name(model_id: str, model: Mapping[str, Any]) -> str:
     if model["name"]:
         return inline(model["name"])
     kind = (model.get("architectures") or ["a model"])[0]
-    return f"{kind} (`{model_id[:8]}`)"
+    return f"{kind} ({inline(model_id[:8])})"
 
 
 def origin(manifest: Manifest, provenance: Mapping[str, Any]) -> str:
@@ -28,7 +29,7 @@ def origin(manifest: Manifest, provenance: Mapping[str, Any]) -> str:
                 if made
             ),
             _license(model["license"]),
-            f"`{model.get('dtype')}`" + (", with an adapter" if model["adapter"] else ""),
+            inline(model.get("dtype")) + (", with an adapter" if model["adapter"] else ""),
             inline(id_),
         ]
         for id_, model in provenance["models"].items()

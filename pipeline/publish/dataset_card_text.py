@@ -8,8 +8,9 @@ from ...storage.published.export_rows import PUBLISHED
 from ...storage.published.manifest import Manifest
 from ...storage.tables.kinds import STRUCTURES
 from ...storage.tables.rows import Rows
-from ..numbers import count, decimals, fenced, inline, percent, size, table
+from ..numbers import count, decimals, percent, size
 from ..report.inspect import describe
+from ..text import cell, escaped, fenced, inline, prose, table
 from .dataset_card_origin import model_name
 from .provenance import UNKNOWN, unknown_licenses
 
@@ -55,7 +56,9 @@ def warnings(manifest: Manifest, provenance: Mapping[str, Any]) -> list[str]:
     """What must not be overlooked."""
     found = []
     models, sources = unknown_licenses(provenance)
-    unknown = [f"of the model {model_name(id_, provenance['models'][id_])}" for id_ in models]
+    unknown = [
+        f"of the model {prose(model_name(id_, provenance['models'][id_]))}" for id_ in models
+    ]
     unknown += [f"of the prompts' source {inline(name)}" for name in sources]
     unknown += ["of this dataset"] if provenance["license"] == UNKNOWN else []
     if unknown:
@@ -80,7 +83,13 @@ def sizes(manifest: Manifest, configs: list[str]) -> list[list[str]]:
             numbers = manifest.statistics[split][config]
             tokens = [count(numbers[name]["total"]) for name in ("tokens", "scored_tokens")]
             rows.append(
-                [inline(config), split, count(sum(f.rows for f in files)), *tokens, _bytes(files)]
+                [
+                    inline(config),
+                    cell(split),
+                    count(sum(f.rows for f in files)),
+                    *tokens,
+                    _bytes(files),
+                ]
             )
     return rows
 
@@ -102,8 +111,7 @@ def columns(manifest: Manifest, provenance: Mapping[str, Any], config: str) -> d
     return {
         "about": about,
         "columns": [
-            [inline(f.name), inline(_type(f)), f.metadata[b"about"].decode().replace("|", "\\|")]
-            for f in fields
+            [inline(f.name), inline(_type(f)), cell(f.metadata[b"about"].decode())] for f in fields
         ],
     }
 
@@ -112,7 +120,7 @@ def _whole(manifest: Manifest) -> str:
     """Which splits have whole distributions: there columns mean something else."""
     kinds = {name: found["soft_targets"]["kinds"] for name, found in manifest.statistics.items()}
     found = [
-        f"{'all' if len(those) == 1 else 'some'} of `{name}`"
+        f"{'all' if len(those) == 1 else 'some'} of {inline(name)}"
         for name, those in kinds.items()
         if any(STRUCTURES[kind].whole for kind in those)
     ]
@@ -130,7 +138,7 @@ def _reading(manifest: Manifest, provenance: Mapping[str, Any]) -> str:
     model_id = manifest.about.get("soft_targets", {}).get("teacher_id") or next(
         iter(provenance["models"]), "<id>"
     )
-    folder = f"`{manifest.version}/teachers/{model_id}/`"
+    folder = inline(f"{manifest.version}/teachers/{model_id}/")
     folder += (
         ", and its chat template"
         if any(m["chat_template"] for m in provenance["models"].values())
@@ -263,14 +271,17 @@ def numbers(manifest: Manifest) -> str:
         for split, found in manifest.statistics.items()
         if "generations" in found
     }
-    lines = [f"Kinds of targets in {name}: {_counts(found)}." for name, found in kinds.items()]
+    lines = [
+        f"Kinds of targets in {prose(name)}: {_counts(found)}." for name, found in kinds.items()
+    ]
     lines += [
-        f"Temperatures at which a student can be trained on {name}: {_temperatures(found['soft_targets'])}."
+        f"Temperatures at which a student can be trained on {prose(name)}: {_temperatures(found['soft_targets'])}."
         for name, found in manifest.statistics.items()
         if "soft_targets" in found and not manifest.about["soft_targets"].get("class_names")
     ]
     lines += [
-        f"How texts of {name} ended: {_counts(reasons)}." for name, reasons in finished.items()
+        f"How texts of {prose(name)} ended: {_counts(reasons)}."
+        for name, reasons in finished.items()
     ]
     note = (
         "Kept mass is the teacher's probability inside the entries of a position; what is outside is in `tail_logprob`."
@@ -299,7 +310,7 @@ def _temperatures(found: Mapping[str, Any]) -> str:
 
 
 def _counts(found: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {count(number)}" for name, number in found.items())
+    return ", ".join(f"{escaped(name)} {count(number)}" for name, number in found.items())
 
 
 def limits(manifest: Manifest) -> list[str]:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -35,6 +35,7 @@ from ...storage.published.manifest import (
 from ...storage.snapshots.snapshot import load_snapshot
 from ...storage.store.bindings import all_bindings
 from ...storage.store.store import MARKER, TEACHER_FILES, Store
+from ..text import one_line
 from .dataset_card import Published, dataset_card
 from .provenance import (
     PROVENANCE,
@@ -49,6 +50,7 @@ from .provenance import (
 )
 from .selection import selected
 
+_LANGUAGE = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*")
 _WORK = ".part"  # a leading dot: no reader looks into it
 
 
@@ -158,7 +160,9 @@ class _Export:
         else:
             self._recipe = public_recipe(recorded(request.rows_of))
         self.snapshots = selected(self._store, request.snapshot, request.rows_of)
-        self._name = request.name or _human((repo or str(folder.resolve())).rpartition("/")[2])
+        self._name = _title(request.name, (repo or str(folder.resolve())).rpartition("/")[2])
+        _refuse_unprintable("--teacher", request.teacher)
+        _refuse_no_languages(request.languages)
         licenses = [
             self._licenses.dataset,
             list(self._licenses.models),
@@ -255,6 +259,7 @@ class _Export:
                 if name != TEACHER_FILES  # the manifest has the hashes of what is exported
             ]
         read = self._store.files.read
+        _refuse_links(self._store, names)
         return found | {name: without_paths(read(name), name.rpartition("/")[2]) for name in names}
 
     def point(self, manifest: Manifest, repo: str | None) -> str:
@@ -275,10 +280,27 @@ class _Export:
         return dict(json.loads(self._files.read(f"{manifest.version}/{PROVENANCE}")))
 
 
-def _human(name: str) -> str:
-    """What a folder or repository is called, as a title: `my-targets` is My targets."""
-    words = re.sub(r"[-_\s]+", " ", name).strip() or name
+def _title(name: str | None, place: str) -> str:
+    """What the dataset is called: as it was said, or as its folder or repository is, `my-targets` as My targets."""
+    if name is not None:
+        _refuse_unprintable("--name", name)
+        return name
+    words = one_line(re.sub(r"[-_\s]+", " ", place).strip() or place)
     return words[:1].upper() + words[1:]
+
+
+def _refuse_unprintable(option: str, name: str | None) -> None:
+    """Names of many lines, or with characters that nobody sees, are somebody's trick or mistake."""
+    if name is not None and not (name.strip() and name.isprintable()):
+        raise UsageError(
+            f"{option} {name!r}: not one line of printable characters. Give it a name of these."
+        )
+
+
+def _refuse_no_languages(codes: Sequence[str]) -> None:
+    for code in codes:
+        if not _LANGUAGE.fullmatch(code):
+            raise UsageError(f"--language {code!r}: no code of a language, as en, de or pt-BR.")
 
 
 def _refuse_unknown_source(store: Store, licenses: Licenses) -> None:
@@ -288,6 +310,16 @@ def _refuse_unknown_source(store: Store, licenses: Licenses) -> None:
             raise UsageError(
                 f"--source-license {name}={value}: the store has no source {name}. It has: "
                 f"{', '.join(sorted(names))}."
+            )
+
+
+def _refuse_links(store: Store, names: Sequence[str]) -> None:
+    """What lies elsewhere on this machine is no part of the store, and must not leave with it."""
+    for name in names:
+        if isinstance(store.files, LocalFiles) and store.files.leads_out(name):
+            raise IntegrityError(
+                f"{store.root}/{name}: a link that leads out of the store, so it is not published. "
+                "Put the file itself in its place."
             )
 
 

@@ -23,10 +23,11 @@ from ...stages.workers.shard_about import versions
 from ...storage.files.local import LocalFiles
 from ...storage.published.export import put
 from ...storage.published.manifest import CARD
-from ..numbers import count, inline, table
+from ..numbers import count
 from ..report.report import outcome
 from ..report.results import measures, result_headers, result_rows
 from ..report.sections import fresh_weights
+from ..text import escaped, fenced, inline, one_line, prose, table
 from .provenance import public_name, public_recipe
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -71,7 +72,7 @@ def student_card(
     shown = public_recipe(recipe)
     teacher, student = shown["teacher"]["model"], shown["student"]
     distilled = settings["arm"] == "student" and recipe.get("score") is not None
-    begin = f"`{student['model']}`" if student["model"] else fresh_weights(student["config"])
+    begin = inline(student["model"]) if student["model"] else fresh_weights(student["config"])
     learnt = "the teacher's distributions" if distilled else "the teacher's text"
     card = ModelCard.from_template(
         _card_data(
@@ -83,24 +84,33 @@ def student_card(
         template_str=package_files("stillroom.pipeline.templates")
         .joinpath("model_card.md.jinja")
         .read_text("utf-8"),
-        title=f"{'Adapter: ' if adapter else ''}{_name(shown)}, distilled from {teacher.rpartition('/')[2]}",
-        summary=f"A student of `{teacher}`: {begin}, trained by Stillroom on {learnt}."
-        + (_ADAPTER.format(student["model"]) if adapter else ""),
-        outcome=outcome(evaluation) if evaluation else "",
+        title=("Adapter: " if adapter else "")
+        + escaped(f"{_name(shown)}, distilled from {teacher.rpartition('/')[2]}"),
+        summary=prose(
+            f"A student of {inline(teacher)}: {begin}, trained by Stillroom on {learnt}."
+            + (_ADAPTER.format(inline(student["model"])) if adapter else "")
+        ),
+        outcome=prose(outcome(evaluation)) if evaluation else "",
         results=_results(evaluation) if evaluation else "",
-        measured=_measured(evaluation) if evaluation else "",
+        measured=prose(_measured(evaluation)) if evaluation else "",
         **(_adapter_code(shown) if adapter else _code(recipe)),
-        made=_made(settings, trained),
-        recipe=yaml.safe_dump(
-            _without_defaults(shown), sort_keys=False, default_flow_style=None, width=100
-        ).rstrip(),
+        made=prose(_made(settings, trained)),
+        recipe=fenced(
+            yaml.safe_dump(
+                _without_defaults(shown), sort_keys=False, default_flow_style=None, width=100
+            ).rstrip(),
+            "yaml",
+        ),
         versions=", ".join(f"{name} {number}" for name, number in versions().items()),
-        limits=[*_limits(recipe, student), *map(_sentence, trained.get("notes", ()))],
+        limits=[
+            *_limits(recipe, student),
+            *(prose(_sentence(n)) for n in trained.get("notes", ())),
+        ],
     )
     return f"{str(card).rstrip()}\n"
 
 
-_ADAPTER = " This folder holds its LoRA alone, for `{}`; the results are those of the two together."
+_ADAPTER = " This folder holds its LoRA alone, for {}; the results are those of the two together."
 
 
 def _sentence(note: str) -> str:
@@ -120,7 +130,7 @@ def _index(shown: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> di
     if result.get("f1_macro") is None:
         return {}
     judged, task = shown["evaluate"], TASKS[shown["run"]["task"]]
-    data = judged.get("source") or shown["data"]["source"]
+    data = one_line(judged.get("source") or shown["data"]["source"])
     found = [
         EvalResult(
             task_type=task.hub_name,
@@ -133,7 +143,7 @@ def _index(shown: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> di
         )
         for name, (metric, words) in _INDEXED.items()
     ]
-    return {"model_name": _name(shown), "eval_results": found}
+    return {"model_name": one_line(_name(shown)), "eval_results": found}
 
 
 _INDEXED = {
@@ -234,12 +244,12 @@ def _adapter_code(shown: Mapping[str, Any]) -> dict[str, str]:
     room = lora_room({"r": shown["student"]["lora"]["rank"]})
     return {
         "code": f"from peft import PeftModel\nfrom transformers import {auto}\n\n"
-        f'model = {auto}.from_pretrained("{base}")\n'
+        f"model = {auto}.from_pretrained({json.dumps(base)})\n"
         'model = PeftModel.from_pretrained(model, "path/to/adapter")',
         "vllm": ""
         if labelled
         else "from vllm import LLM\nfrom vllm.lora.request import LoRARequest\n\n"
-        f'llm = LLM("{base}", enable_lora=True, max_lora_rank={room})\n'
+        f"llm = LLM({json.dumps(base)}, enable_lora=True, max_lora_rank={room})\n"
         'adapter = LoRARequest("student", 1, "path/to/adapter")\n'
         f"print(llm.{method}({asked}, lora_request=adapter)[0].outputs[0].text)",
     }

@@ -1,6 +1,7 @@
 """`publish`: export with every licence stated, and on to the Hub where that is the destination."""
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from ...storage.errors import UsageError
 from .export import PublishRequest, export
 
 HUB = "hf://datasets/"
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 def publish(
@@ -32,7 +34,7 @@ def publish(
     if "://" not in destination:
         return export(request, Path(destination), say=say, strict=True).to_json()
     repo = destination.removeprefix(HUB).strip("/")
-    if not destination.startswith(HUB) or repo.count("/") != 1:
+    if not destination.startswith(HUB) or not _REPO.fullmatch(repo):
         raise UsageError(
             f"{destination}: name a folder, or a dataset of the Hub as {HUB}USER/NAME."
         )

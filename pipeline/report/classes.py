@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..numbers import count, inline, percent
+from ..numbers import count, percent
+from ..text import inline
 from .blocks import Block, Section, Table, Text
 from .results import ARMS, LINES
 

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..numbers import inline, nats
+from ..numbers import nats
+from ..text import inline
 from . import figures, sections
 from .blocks import Block, Bullets, Figures, Page, Section, Table, Text
 from .plots import Panel

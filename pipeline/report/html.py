@@ -6,7 +6,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..numbers import decimals, printable
+from ..numbers import decimals
+from ..text import printable
 from . import plots
 from .blocks import Figures, Page, Section, Tokens
 from .token_view import Position, Said, TokenRow, shade
@@ -36,6 +37,7 @@ def _environment() -> "Environment":
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=StrictUndefined,
+        finalize=_shown,
     )
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}  # keys in their own order
     environment.filters |= {
@@ -48,6 +50,11 @@ def _environment() -> "Environment":
         "printable": printable,
     }
     return environment
+
+
+def _shown(value: Any) -> Any:
+    """Everything that is put into the page; what is escaped already stays so."""
+    return printable(value) if isinstance(value, str) else value
 
 
 def _words(text: str) -> Any:

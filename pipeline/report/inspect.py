@@ -21,7 +21,7 @@ from ...storage.tables.kinds import STRUCTURES
 from ...storage.tables.schema import TableName
 from ...storage.tables.soft_targets import SoftTargets
 from ...storage.tables.spans import positions, spans_of
-from ..numbers import printable
+from ..text import one_line, printable
 from .report import load_report
 from .token_view import coloured, drawn, fitting, rows_of, visible
 
@@ -196,7 +196,10 @@ def render(sample: dict[str, Any], *, columns: int, colours: bool) -> list[Any]:
     """The sample for people: its text, on a terminal coloured by -log p of each token, then a line per position."""
     positions = sample.get("positions")
     if "label" in sample:
-        marked, text = f"gold label: {sample['label'] or 'none'}", Text(printable(sample["text"]))
+        marked, text = (
+            f"gold label: {one_line(sample['label'] or 'none')}",
+            Text(printable(sample["text"])),
+        )
     elif positions:
         marked = "coloured by the teacher's -log p" if colours else _SCORED
         # Surprise is several nats where a KL is one: the same shades for both.
@@ -255,7 +258,7 @@ def _targets_table(sample: dict[str, Any], columns: int) -> Table:
             else [f"{p['tail']:.4f}", *(f"{p['tempered_tail'][t]:.4f}" for t in tempered)]
         )
         token = (
-            (sample["label"] or "none")
+            one_line(sample["label"] or "none")
             if "label" in sample
             else visible(sample["texts"][p["index"]])
         )

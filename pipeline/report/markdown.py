@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from ..numbers import decimals, fenced, table
+from ..numbers import decimals
+from ..text import escaped, fenced, prose, table
 from .blocks import Block, Bullets, Code, Figures, Page, Samples, Section, Table, Text, Tokens
 from .token_view import TEACHER, TokenRow, best_of, code, worst
 
@@ -13,7 +14,7 @@ WORST = 8
 def page(content: Page) -> str:
     """A whole report."""
     parts = [
-        f"# {content.title}",
+        f"# {escaped(content.title)}",
         *(block(b) for b in content.lead),
         *(block(s) for s in content.sections),
     ]
@@ -24,9 +25,9 @@ def block(content: Block, *, level: int = 2) -> str:
     """One block; `level` of a section's heading."""
     match content:
         case Text(text):
-            return text
+            return prose(text)
         case Bullets(items):
-            return "\n".join(f"- {item}" for item in items)
+            return "\n".join(f"- {prose(item)}" for item in items)
         case Table(headers, rows, text_columns):
             return table(headers, rows, text_columns=text_columns)
         case Code(text, language):
@@ -40,7 +41,7 @@ def block(content: Block, *, level: int = 2) -> str:
                 _tokens(row, next(a for a in row.arms if a in arms), level) for row in rows
             )
         case Section(title, blocks):
-            return f"{'#' * level} {title}\n\n{_joined(blocks, level + 1)}"
+            return f"{'#' * level} {prose(title)}\n\n{_joined(blocks, level + 1)}"
 
 
 def _joined(blocks: Sequence[Block], level: int) -> str:
@@ -51,7 +52,7 @@ def _samples(content: Samples, level: int) -> str:
     parts = []
     for number, sample in enumerate(content.samples, 1):
         parts.append(f"{'#' * level} Prompt {number}\n\n{fenced(sample.prompt)}")
-        parts += [f"{name}:\n\n{fenced(text)}" for name, text in sample.texts]
+        parts += [f"{prose(name)}:\n\n{fenced(text)}" for name, text in sample.texts]
     return "\n\n".join(parts)
 
 
@@ -70,4 +71,6 @@ def _tokens(row: TokenRow, arm: str, level: int) -> str:
     headers = ["index", "token", "KL (nats)", "teacher's best", "student's best"]
     text = row.before + "".join(position.before + position.text for position in row.positions)
     listed = table(headers, rows, text_columns=2)
-    return f"{'#' * level} Row {row.key[:8]}\n\n{fenced(text)}\n\nFarthest off at:\n\n{listed}"
+    return (
+        f"{'#' * level} Row {prose(row.key[:8])}\n\n{fenced(text)}\n\nFarthest off at:\n\n{listed}"
+    )

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
+from ..text import one_line
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -172,7 +174,7 @@ def _draw_bars(axes: "Axes", panel: Bars) -> None:
     places = range(len(panel.labels))
     axes.bar(places, panel.values, width=0.86, color=_STANDS_FOR[panel.colour])
     step = max(1, -(-len(panel.labels) // 9))
-    axes.set_xticks([p - 0.5 for p in places[::step]], panel.labels[::step])
+    axes.set_xticks([p - 0.5 for p in places[::step]], _plain(panel.labels[::step]))
     axes.set(xlabel=panel.x, ylabel=panel.y, xlim=(-0.7, len(panel.labels) - 0.3))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
     axes.grid(axis="y")
@@ -186,11 +188,16 @@ def _draw_stacks(axes: "Axes", panel: Stacks) -> None:
     for _, colour, values in panel.parts:
         axes.barh(places, values, left=left, height=0.68, color=_STANDS_FOR[colour])
         left = [a + b for a, b in zip(left, values, strict=True)]
-    axes.set_yticks(places, panel.labels)
+    axes.set_yticks(places, _plain(panel.labels))
     axes.set(xlabel=panel.x)
     axes.invert_yaxis()
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     axes.grid(axis="x")
+
+
+def _plain(labels: Sequence[str]) -> list[str]:
+    """Names, in which a dollar sign begins no formula."""
+    return [one_line(label).replace("$", r"\$") for label in labels]
 
 
 def short(value: float) -> str:

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from ..numbers import count, decimals, inline, percent, significant
+from ..numbers import count, decimals, percent, significant
+from ..text import inline
 from .blocks import Bullets, Section, Table
 
 Results = Mapping[str, Mapping[str, Any]]
@@ -233,6 +234,7 @@ def _answers(answers: Mapping[str, Any]) -> str:
         f"Answers: {answers['metric']}{pattern}, 0 to 1, of greedy answers (at most "
         f"{count(answers['max_tokens'])} tokens) to {count(answers['prompts'])} held-out prompts, "
         f"against {answers['against']}.{_FORMS[form]}{_no_number(answers.get('no_number', {}))}"
+        f"{_unanswered(answers.get('unanswered', {}))}"
     )
 
 
@@ -242,6 +244,18 @@ def _no_number(found: Mapping[str, int]) -> str:
     return f" Answers without a number count as wrong: {', '.join(named)}." if named else ""
 
 
+def _unanswered(found: Mapping[str, Sequence[str]]) -> str:
+    """With whose texts the pattern came to no end, and of which prompts."""
+    named = [
+        f"{LINES.get(who, who)} {count(len(keys))} ({', '.join(key[:8] for key in keys[:_NAMED])}"
+        f"{', ...' if len(keys) > _NAMED else ''})"
+        for who, keys in found.items()
+    ]
+    said = f" Texts that the pattern came to no end with count as unanswered: {', '.join(named)}."
+    return said if named else ""
+
+
+_NAMED = 5  # prompts, of each arm
 _FORMS = {
     "none": "",
     "text": " Compared without case, punctuation and English articles.",

@@ -7,7 +7,8 @@ from typing import Any
 from ...stages.recipe.divergences import DIVERGENCES
 from ...stages.recipe.kinds import KINDS
 from ...storage.tables.kinds import STRUCTURES
-from ..numbers import count, decimals, duration, inline, percent
+from ..numbers import count, decimals, duration, percent
+from ..text import inline
 from . import figures
 from .blocks import Block, Figures, Sample, Samples, Section, Table, Text, Tokens
 from .results import ARMS

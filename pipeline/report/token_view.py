@@ -6,7 +6,8 @@ from itertools import accumulate
 from math import exp
 from typing import TYPE_CHECKING, Any
 
-from ..numbers import decimals, inline, printable
+from ..numbers import decimals
+from ..text import inline, printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, TextIO
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..console import Terminal
 from ..numbers import duration, human, short, size
+from ..text import one_line, show_line
 
 LINE_SECONDS = 10.0
 """Between two lines of progress, where there is no bar."""
@@ -92,7 +93,7 @@ class Counting:
         """Count units and tokens."""
         self.meter.done += units
         self.meter.tokens += tokens
-        self.meter.note = note or self.meter.note
+        self.meter.note = one_line(note) or self.meter.note
         self.meter.seconds = time.monotonic() - self._began
         self._changed()
 
@@ -132,7 +133,7 @@ class ToldProgress(Counting):
             self._log(self.meter.line())
 
     def _log(self, text: str) -> None:
-        sys.stderr.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self.stage}: {text}\n")
+        show_line(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self.stage}: {text}", sys.stderr)
 
 
 class StageProgress(Counting):
@@ -140,7 +141,7 @@ class StageProgress(Counting):
 
     def __init__(self, stage: str, stream: TextIO, *, quiet: bool = False) -> None:
         super().__init__(stage)
-        self._console = Console(file=stream, quiet=quiet, highlight=False, markup=False)
+        self._console = Terminal(stream, quiet=quiet)
         self._bar = Progress(
             TextColumn("{task.description:<9}", markup=False),
             BarColumn(),
@@ -163,7 +164,7 @@ class StageProgress(Counting):
 
     def say(self, text: str) -> None:
         """A line of its own."""
-        self._console.print(f"{self.stage}: {text}", soft_wrap=True)
+        self._console.print(one_line(f"{self.stage}: {text}"), soft_wrap=True)
 
     def finish(self) -> None:
         """Take the bar away."""

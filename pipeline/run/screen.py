@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, Self, TextIO
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.control import Control
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -20,8 +20,10 @@ from rich.segment import ControlType
 from rich.table import Table
 from rich.text import Text
 
+from ..console import Terminal
 from ..numbers import duration, human, short, size
 from ..plan.lines import StagePlan, equal_texts
+from ..text import one_line
 from .progress import LINE_SECONDS, Meter
 
 _DRAW_SECONDS = 0.2
@@ -49,7 +51,7 @@ class Screen:
     """A context manager; a reader that went away stops nothing."""
 
     def __init__(self, stream: TextIO, *, quiet: bool = False) -> None:
-        self._console = _Console(file=stream, quiet=quiet, highlight=False, markup=False)
+        self._console = _Console(stream, quiet=quiet)
         self._rows: dict[str, _Row] = {}
         self._running: str | None = None
         self._began = self._stage_began = self._drawn = self._printed = time.monotonic()
@@ -149,7 +151,7 @@ class Screen:
     def say(self, text: str) -> None:
         """A line of its own, above the stages."""
         self._rewind()
-        self._console.print(text, soft_wrap=not self._animated)
+        self._console.print(one_line(text), soft_wrap=not self._animated)
         self._measure()
 
     def _line(self, row: _Row) -> str:
@@ -296,7 +298,7 @@ class Screen:
         return [f"{self._running}: {note}", spent] if note else [spent]
 
 
-class _Console(Console):
+class _Console(Terminal):
     """A pipe that nobody reads any more is no reason to stop a run."""
 
     def on_broken_pipe(self) -> None:

@@ -19,6 +19,7 @@ from ...storage.store.store import Store
 from ...storage.tables.kinds import STRUCTURES
 from ..numbers import duration, human
 from ..plan.lines import Plan, equal_texts
+from ..text import one_line
 from .timings import Pace
 
 FOOTERS = 100
@@ -146,7 +147,7 @@ def plan_table(plan: Plan) -> Table:
     for s in plan.stages:
         counts = [str(c) if c else "-" for c in (s.planned, s.committed, s.rejected, s.pending)]
         sizes = [human(c) if c else "-" for c in (s.tokens_to_do, s.bytes_to_do)]
-        table.add_row(s.name, s.state, *counts, *sizes, s.why)
+        table.add_row(s.name, s.state, *counts, *sizes, one_line(s.why))
     return table
 
 

@@ -19,6 +19,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import override
+
 from ...stages.models.identity import FileHashes, Identity
 from ...stages.recipe.sections import Recipe
 from ...stages.recipe.stages import Stage, stage_named
@@ -29,6 +31,7 @@ from ...storage.credentials import cleaned, hide, shown
 from ...storage.errors import EngineDied, StillroomError, Stopped
 from ...storage.files.base import DISK_FULL
 from ..plan.resolve import author_identity, teacher_identity
+from ..text import printable
 from .progress import ToldProgress
 
 JOB_FD = "STILLROOM_JOB_FD"
@@ -142,6 +145,14 @@ class _Log(io.FileIO):
             return memoryview(data).nbytes
 
 
+class _LogText(io.TextIOWrapper):
+    """A log is read in a terminal: nothing in it steers one. What a bar draws over itself stands in lines."""
+
+    @override
+    def write(self, text: str, /) -> int:
+        return super().write(printable(text.replace("\r", "\n")))
+
+
 def _to_log(path: Path) -> None:
     """Send everything that is printed to the log."""
     try:
@@ -150,7 +161,7 @@ def _to_log(path: Path) -> None:
         log = os.open(os.devnull, os.O_WRONLY)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    log_file = io.TextIOWrapper(io.BufferedWriter(_Log(2, "w", closefd=False)), line_buffering=True)
+    log_file = _LogText(io.BufferedWriter(_Log(2, "w", closefd=False)), line_buffering=True)
     sys.stdout = sys.stderr = cleaned(log_file, shown)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.basicConfig(

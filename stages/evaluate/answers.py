@@ -19,6 +19,7 @@ from ..recipe.answers import EvaluateGenerate
 from ..recipe.tasks import TASKS
 from ..workers.job import Job
 from .normal_forms import NORMAL_FORMS
+from .patterns import SECONDS, last_match
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,6 +40,8 @@ class Question:
     reference: str
     teacher: str | None
     """What the teacher wrote, where it did."""
+    key: str = ""
+    """Of the prompt, in hex."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,6 +98,18 @@ class Quiz:
             return answers
         return {"teacher": [str(text) for text in written], **answers}
 
+    def unfinished(self, answers: dict[str, list[str]], job: Job) -> dict[str, list[str]]:
+        """Reference and arm -> prompts whose text the pattern came to no end with; such a text is right nowhere."""
+        found: dict[str, list[str]] = {}
+        if self.settings.pattern is None:
+            return found
+        for who, texts in self._compared_texts(answers).items():
+            for question, text in zip(self.questions, texts, strict=True):
+                job.stop.check()
+                if not last_match(self.settings.pattern, text).ended:
+                    found.setdefault(who, []).append(question.key)
+        return found
+
     def about(self, answers: dict[str, list[str]]) -> dict[str, Any]:
         """What the scores mean."""
         about: dict[str, Any] = {"prompts": len(self.questions), "against": self.against}
@@ -104,9 +119,11 @@ class Quiz:
 
     def _no_number(self, answers: dict[str, list[str]]) -> dict[str, int]:
         """Reference and arm -> how many of its texts have no number, and so are right nowhere."""
-        compared = _compared(self.settings)
-        texts = {"reference": [q.reference for q in self.questions], **self._with_teacher(answers)}
+        compared, texts = _compared(self.settings), self._compared_texts(answers)
         return {who: sum(compared(text) is None for text in of) for who, of in texts.items()}
+
+    def _compared_texts(self, answers: dict[str, list[str]]) -> dict[str, list[str]]:
+        return {"reference": [q.reference for q in self.questions], **self._with_teacher(answers)}
 
     def samples(self, answers: dict[str, list[str]]) -> list[dict[str, str | None]]:
         """The first few prompts with everybody's text, cut to a readable length."""
@@ -173,15 +190,18 @@ def _refuse_without_reference(
     ):
         return
     found = f"{len(questions)} references ({against}; the first is {questions[0].reference[:80]!r})"
-    if settings.pattern is None or any(re.search(settings.pattern, q.reference) for q in questions):
+    matches = [last_match(settings.pattern or "", q.reference) for q in questions]
+    if settings.pattern is None or any(match.text is not None for match in matches):
         raise UsageError(
             f"evaluate.generate.normalize: 'number', but what is compared is a number in none of "
             f"{found}. Take the number out with metric 'regex' and a pattern such as "
             r"'(-?\d+(?:,\d{3})*(?:\.\d+)?)', or normalize text."
         )
+    endless = sum(not match.ended for match in matches)
+    said = f"; at {endless} of them it came to no end within {SECONDS:g} s" if endless else ""
     raise UsageError(
-        f"evaluate.generate.pattern: {settings.pattern!r} matches none of {found}. Write a pattern "
-        "that does."
+        f"evaluate.generate.pattern: {settings.pattern!r} matches none of {found}{said}. Write a "
+        "pattern that does."
     )
 
 
@@ -211,6 +231,7 @@ def _questions(
             prompt_ids=row["token_ids"][:start].tolist(),
             reference=gold.get(row["prompt_key"], written),
             teacher=written if by_teacher else None,
+            key=row["prompt_key"].hex(),
         )
         questions.append(question)
     other = "the given completion" if job.recipe.generate is None else "the text that was generated"
@@ -223,7 +244,8 @@ def _continuation(
     ids = [int(i) for i in row["token_ids"]]
     start = max(1, min(PREFIX_TOKENS, len(ids) // 2))
     rest = tokenizer.decode(ids[start : start + settings.max_tokens], skip_special_tokens=True)
-    return Question(prompt_ids=ids[:start], reference=str(rest), teacher=None)
+    key = row["prompt_key"].hex()
+    return Question(prompt_ids=ids[:start], reference=str(rest), teacher=None, key=key)
 
 
 def _gold(job: Job, store: Store, prompt_keys: set[bytes]) -> dict[bytes, str]:
@@ -312,14 +334,11 @@ def scorer(settings: EvaluateGenerate) -> Callable[[str, str], float]:
 
 def _compared(settings: EvaluateGenerate) -> Callable[[str], Any]:
     """What of a text is compared: of its last match, or of all of it, the normal form; None: there is none."""
-    pattern = None if settings.pattern is None else re.compile(settings.pattern)
-    normal_form = NORMAL_FORMS[settings.normalize]
+    pattern, normal_form = settings.pattern, NORMAL_FORMS[settings.normalize]
 
     def compared(text: str) -> Any:
-        if pattern is None:
-            return normal_form(text)
-        matches = list(pattern.finditer(text))
-        return normal_form(matches[-1].group(min(1, pattern.groups)) or "") if matches else None
+        found = text if pattern is None else last_match(pattern, text).text
+        return None if found is None else normal_form(found)
 
     return compared
 

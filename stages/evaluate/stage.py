@@ -120,9 +120,18 @@ def _content(job: Job, held_out: HeldOut, found: Measured, *, quiz: Quiz | None)
     results = {
         arm: _result(tallies.get(arm), held_out) for arm in ("teacher", *found.answers, *tallies)
     }
+    answers = None
     if quiz and quiz.scored:
+        unfinished = quiz.unfinished(found.answers, job)
         for arm, score in quiz.scores(found.answers).items():
             results[arm]["answers"] = score
+        for arm, prompts in unfinished.items():
+            job.progress.say(
+                f"warning: evaluate.generate.pattern came to no end with {len(prompts)} texts of "
+                f"{arm}: they count as unanswered"
+            )
+            results.get(arm, {})["unanswered"] = len(prompts)
+        answers = quiz.about(found.answers) | ({"unanswered": unfinished} if unfinished else {})
     others = [arm for arm in ("student_before", "baseline") if arm in tallies]
     return {
         "id": job.evaluation_id,
@@ -133,7 +142,7 @@ def _content(job: Job, held_out: HeldOut, found: Measured, *, quiz: Quiz | None)
         "classes": _classes(job, tallies) if held_out.labelled else None,
         "measured_on": _measured_on(held_out, tallies["student"], unit),
         "arms": {arm: folder.name for arm, folder in job.train_dirs.items()},
-        "answers": quiz.about(found.answers) if quiz and quiz.scored else None,
+        "answers": answers,
         "samples": quiz.samples(found.answers) if quiz else [],
         "views": found.views.content(),
     }

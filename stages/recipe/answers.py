@@ -5,7 +5,10 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from ...storage.time_limit import time_limit
 from .fields import Section
+
+_COMPILE_SECONDS = 5.0
 
 
 class EvaluateGenerate(Section):
@@ -15,7 +18,7 @@ class EvaluateGenerate(Section):
     """How an answer is scored, 0 to 1."""
     pattern: str | None = None
     """regex: group 1 (or the whole match) of the last match is compared, in answer and reference
-    alike."""
+    alike. A text that it searches for more than a second counts as unanswered."""
     normalize: Literal["number", "text", "none"] = "none"
     """exact_match, regex: what is compared of answer and reference; number: 1,000 is $1000.0; text:
     without case, punctuation and English articles."""
@@ -39,8 +42,9 @@ class EvaluateGenerate(Section):
                 "remove it"
             )
         try:
-            re.compile(self.pattern or "")
-        except re.error as error:
+            with time_limit(_COMPILE_SECONDS):
+                re.compile(self.pattern or "")
+        except (re.error, OverflowError, RecursionError, TimeoutError) as error:
             raise ValueError(
                 f"`pattern` is no regular expression ({error}): {self.pattern}"
             ) from error

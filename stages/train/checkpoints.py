@@ -10,6 +10,7 @@ no such checkpoint.
 import json
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -67,14 +68,23 @@ class Checkpoints:
                 f"{self._files.path(self._folder(step))} to go on from an earlier one, or from "
                 "the start."
             )
-        tensors: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            tensors: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except UnpicklingError as error:
+            raise IntegrityError(
+                f"{path}: holds more than tensors, and none of it was run. Delete "
+                f"{self._files.path(self._folder(step))} to go on from an earlier one, or from "
+                "the start."
+            ) from error
         return tensors
 
     def keep(self, *steps: int | None) -> None:
         """Delete all other checkpoints, and what killed runs left half written."""
         kept = {self._files.path(self._folder(step)) for step in steps if step is not None}
         for folder in self._files.path(_FOLDER).glob("step-*"):
-            if folder not in kept:
+            if folder.is_symlink():  # what it leads to is not of this run
+                folder.unlink()
+            elif folder not in kept:
                 (folder / _STATE).unlink(missing_ok=True)
                 shutil.rmtree(folder)
 

@@ -74,6 +74,12 @@ class LocalFiles(FilesOnDisk):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path(name)))
         return self.path(name)
 
+    def leads_out(self, name: str) -> bool:
+        """Whether links lead from a name out of this folder; those of the Hub's cache lead to its blobs."""
+        root, found = self.root.resolve(), self.path(name).resolve()
+        blobs = [folder.parent / "blobs" for folder in root.parents if folder.name == "snapshots"]
+        return not any(found.is_relative_to(place) for place in (root, *blobs))
+
     @override
     def size(self, name: str) -> int:
         with explained("cannot read", self.path(name)):

@@ -17,6 +17,7 @@ from typing import Any
 from ..bounds import MOST_ROWS, hexdigest, inside, integer, mapping, row_groups, string, understood
 from ..errors import IntegrityError, UsageError
 from ..files.base import Files
+from ..files.local import LocalFiles
 from ..keys import content_id, seal, unseal
 from ..tables.schema import RECORD_VERSION
 
@@ -24,6 +25,7 @@ PUBLISHED_VERSIONS = (1, 2)
 """1: rows have one span. 2: they may have several, which a reader of version 1 would not see."""
 CARD, MANIFEST = "README.md", "MANIFEST.json"
 _FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
+_WORD = re.compile(r"\w+", re.ASCII)
 _PATH = re.compile(r"^\s*(?:- )?path: ['\"]?(v-[0-9a-f]{8})/", re.MULTILINE)
 
 
@@ -185,6 +187,9 @@ def _parts(record: dict[str, Any]) -> dict[str, Any]:
     if len({file.name for file in files}) < len(files):
         raise ValueError("it names a file twice")
     splits = mapping(record["splits"]).items()
+    for name in (*record["splits"], *record["tables"], *record["about"]):
+        if not _WORD.fullmatch(name):
+            raise ValueError(f"{name!r} is not the name of a split or a table")
     return {
         "files": files,
         "splits": {name: PublishedSplit.from_json(mapping(said)) for name, said in splits},
@@ -198,7 +203,9 @@ def current_version(card: str) -> str | None:
         IntegrityError: it points at several.
     """
     front = _FRONT.match(card)
-    versions = set(_PATH.findall(front[1])) if front else set()
+    # What comes before may hold a name of many lines; no line of one begins with a key.
+    configs = f"\n{front[1]}".partition("\nconfigs:\n")[2] if front else ""
+    versions = set(_PATH.findall(configs))
     if len(versions) > 1:
         raise IntegrityError(
             f"{CARD}: points at {', '.join(sorted(versions))} at once. Publish it again."
@@ -211,7 +218,7 @@ def read_manifest(files: Files) -> Manifest:
 
     Raises:
         UsageError: this is no published folder.
-        IntegrityError: the manifest is missing or damaged.
+        IntegrityError: the manifest is missing or damaged, or names what is not in the folder.
     """
     try:
         version = current_version(files.read(CARD).decode(errors="replace"))
@@ -233,7 +240,21 @@ def read_manifest(files: Files) -> Manifest:
         raise IntegrityError(
             f"{files.root}/{name}: is of {found.version}. Download the folder again, whole."
         )
+    _refuse_links(files, found)
     return found
+
+
+def _refuse_links(files: Files, manifest: Manifest) -> None:
+    """A name that a link leads out of the folder is no file of it."""
+    if not isinstance(files, LocalFiles):
+        return
+    for file in manifest.files:
+        name = f"{manifest.version}/{file.name}"
+        if files.leads_out(name):
+            raise IntegrityError(
+                f"{files.root}/{name}: a link that leads out of the folder. Download the folder "
+                "again, whole, or put the file itself there."
+            )
 
 
 def damaged_files(files: Files, manifest: Manifest) -> list[str]:

@@ -11,12 +11,14 @@ from typing import Any
 
 from ....storage.errors import RowError, UsageError
 from ....storage.tables.conversations import Message
+from ....storage.time_limit import time_limit
 from .arguments import CLOCK
 
 Chars = tuple[int, int]
 """Start and end, in characters of a text."""
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_SECONDS = 10.0  # of CPU time, a conversation: they take milliseconds
 _WORD = "aVq0x"  # no template writes it by itself
 
 
@@ -69,6 +71,8 @@ class ChatTemplate:
         """
         try:
             return self._rendered(self._with_arguments(self._readable(chat)))
+        except UsageError:
+            raise
         except Exception as error:
             roles = ", ".join(str(message["role"]) for message in chat.messages)
             raise RowError(
@@ -84,15 +88,22 @@ class ChatTemplate:
         # A tokenizer may list several templates, one of them for conversations with tools.
         source = self._tokenizer.get_chat_template(self._chosen, chat.tools)
         marks = _MARKS.search(source) is not None
-        texts, marked = render(
-            conversations=[chat.messages],
-            tools=chat.tools,
-            documents=self._documents,
-            chat_template=source,
-            return_assistant_tokens_mask=marks,
-            add_generation_prompt=chat.open,
-            **self._names,
-        )
+        try:
+            with time_limit(_SECONDS):
+                texts, marked = render(
+                    conversations=[chat.messages],
+                    tools=chat.tools,
+                    documents=self._documents,
+                    chat_template=source,
+                    return_assistant_tokens_mask=marks,
+                    add_generation_prompt=chat.open,
+                    **self._names,
+                )
+        except TimeoutError as error:
+            raise UsageError(
+                f"the chat template comes to no end with a conversation (within {_SECONDS:g} s of "
+                "CPU time). Save another one in the model's folder (chat_template.jinja)."
+            ) from error
         return Rendered(texts[0], [*marked[0]] if marks else [])
 
     def _readable(self, chat: Chat) -> Chat:
@@ -115,6 +126,8 @@ class ChatTemplate:
             return chat
         try:
             text = self._rendered(chat).text
+        except UsageError:
+            raise
         except Exception:
             return _with_objects(chat)
         twice = any(
@@ -127,6 +140,8 @@ class ChatTemplate:
         word = _with_contents(chat, type(None), lambda _: "None")
         try:
             return self._rendered(chat).text != self._rendered(word).text
+        except UsageError:
+            raise
         except Exception:
             return False
 
@@ -135,6 +150,8 @@ class ChatTemplate:
         parts = [{"type": "text", "text": _WORD}]
         try:
             text = self._rendered(Chat([{"role": "user", "content": parts}])).text
+        except UsageError:
+            raise
         except Exception:
             return False
         return _WORD in text and "'text'" not in text and '"text"' not in text

@@ -29,8 +29,9 @@ from stillroom.pipeline.publish.export import PublishRequest, export
 from stillroom.pipeline.publish.provenance import public_name, public_recipe
 from stillroom.pipeline.publish.publish import publish
 from stillroom.stages.recipe.sections import Recipe
-from stillroom.storage.errors import StillroomError, UsageError
+from stillroom.storage.errors import IntegrityError, StillroomError, UsageError
 from stillroom.storage.files.local import LocalFiles
+from stillroom.storage.joined import open_store
 from stillroom.storage.published.export import Choice
 from stillroom.storage.published.manifest import current_version, damaged_files, read_manifest
 from stillroom.storage.snapshots.snapshot import make_snapshot, save_snapshot
@@ -761,3 +762,59 @@ def test_help_names_units_and_defaults():
         "[as stored]",
     ):
         assert said in text
+
+
+SECRET = "marker-of-a-secret"
+
+
+@pytest.mark.parametrize("linked", ["a file", "the folder"])
+def test_what_a_link_in_a_store_leads_to_does_not_leave_with_it(store, tmp_path, linked):
+    strange = Store.open(shutil.copytree(store.root, tmp_path / "store"))
+    outside = tmp_path / "outside"
+    teacher = strange.files.path(f"teachers/{TEACHER}")
+    if linked == "a file":
+        outside.mkdir()
+        (outside / "id_rsa").write_text(SECRET)
+        (teacher / "vocab.txt").symlink_to(outside / "id_rsa")
+    else:
+        shutil.move(teacher, outside)
+        (outside / "id_rsa").write_text(SECRET)
+        teacher.symlink_to(outside)
+    with pytest.raises(IntegrityError, match=r"teachers/.*: a link that leads out of the store"):
+        export(asked(strange), tmp_path / "out", say=silent)
+    assert not list(tmp_path.glob("out/v-*"))
+
+
+@pytest.mark.parametrize("name", ["PROVENANCE.json", "generations", "generations/train-*"])
+def test_a_published_folder_whose_names_lead_out_of_it_is_refused(folder, tmp_path, name):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (path,) = copy.glob(f"v-*/{name}")
+    moved = shutil.move(path, tmp_path / "outside")
+    path.symlink_to(moved)
+    with pytest.raises(IntegrityError, match="a link that leads out of the folder"):
+        open_store(tmp_path / "new", [str(copy)])
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"name": "x\nerror: y"}, "--name .*: not one line of printable characters"),
+        ({"name": "\x1b[2Jx"}, "--name .*: not one line of printable"),
+        ({"name": " "}, "--name .*: not one line"),
+        ({"teacher": "org/\u202ename"}, "--teacher .*: not one line"),
+        ({"languages": ("en", "english\n")}, r"--language 'english\\n': no code"),
+    ],
+)
+def test_names_that_are_no_names_are_refused_before_anything_is_written(
+    store, tmp_path, given, says
+):
+    with pytest.raises(UsageError, match=says):
+        export(asked(store, **given), tmp_path / "out", say=silent)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("repo", ['a/b"x', "a/..", "a b/c", "a/b/c"])
+def test_what_the_hub_has_no_name_for_is_refused(store, tmp_path, repo):
+    with pytest.raises(UsageError, match="name a folder, or a dataset of the Hub"):
+        publish(asked(store), f"hf://datasets/{repo}", say=silent)

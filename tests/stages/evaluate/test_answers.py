@@ -1,6 +1,7 @@
 """Scores of answers by hand, and greedy batches against one prompt at a time."""
 
 import re
+import signal
 from fractions import Fraction
 from importlib.resources import files
 from types import SimpleNamespace
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import (
@@ -21,8 +24,10 @@ from transformers import (
     RobertaForCausalLM,
 )
 
+from stillroom.stages.evaluate import patterns
 from stillroom.stages.evaluate.answers import Question, Quiz, greedy, scorer
 from stillroom.stages.evaluate.normal_forms import number, words
+from stillroom.stages.evaluate.patterns import last_match
 from stillroom.stages.recipe.answers import EvaluateGenerate
 
 
@@ -264,3 +269,38 @@ def test_text_is_normalized_as_squad_does() -> None:
 def test_settings_that_would_do_nothing_are_refused(settings: Any, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         EvaluateGenerate(**settings)
+
+
+SHIPPED = (r"#### (.*)", r"(-?\d+(?:,\d{3})*(?:\.\d+)?)", r"(-?[\d,.]+)", r"\d+")
+
+
+@pytest.mark.parametrize("pattern", SHIPPED)
+@given(text=st.text(st.sampled_from("12,. -#\naé٤"), max_size=40))
+def test_the_bound_changes_nothing_of_what_ordinary_patterns_find(pattern: str, text: str) -> None:
+    found = [match.group(1 if "(" in pattern else 0) for match in re.finditer(pattern, text)]
+    assert last_match(pattern, text) == (found[-1] if found else None, True)
+
+
+def test_a_pattern_that_backtracks_ends_and_its_answers_count_as_unanswered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(patterns, "SECONDS", 0.3)
+    before = signal.getitimer(signal.ITIMER_PROF)
+    endless, reference = "a" * 40 + "b", "aaa"
+    settings = EvaluateGenerate(metric="regex", pattern=r"((?:a+)+$)")
+    asked = [Question(prompt_ids=[], reference=reference, teacher=None, key=k) for k in "xyz"]
+    quiz = Quiz(settings=settings, tokenizer=Numbers(), questions=asked, against="r")  # type: ignore[arg-type]
+    answers = {"student": ["aaa", endless, "b"]}
+    job: Any = SimpleNamespace(stop=SimpleNamespace(check=lambda: None))
+    assert quiz.unfinished(answers, job) == {"student": ["y"]}
+    assert quiz.scores(answers) == {"student": pytest.approx(1 / 3)}
+    # Not even where the reference is the same text.
+    assert score("regex", endless, endless, settings.pattern) == 0.0
+    assert signal.getitimer(signal.ITIMER_PROF) == before
+    signal.raise_signal(signal.SIGPROF)  # one that comes late ends nothing
+
+
+@pytest.mark.parametrize("pattern", ["(", "a{99999999999}", "(" * 3000 + ")" * 3000])
+def test_what_is_no_expression_is_refused_however_it_fails(pattern: str) -> None:
+    with pytest.raises(ValidationError, match="`pattern` is no regular expression"):
+        EvaluateGenerate(metric="regex", pattern=pattern)

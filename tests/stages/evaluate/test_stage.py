@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from stillroom.stages.evaluate import causal_lm, metrics
+from stillroom.pipeline.report import results
+from stillroom.pipeline.report.blocks import Bullets
+from stillroom.stages.evaluate import causal_lm, metrics, patterns
 from stillroom.stages.evaluate import stage as evaluate
 from stillroom.stages.models.students import student
 from stillroom.stages.recipe.sections import Recipe
@@ -608,6 +611,26 @@ def test_texts_that_are_no_number_are_counted(world: World) -> None:
         "reference": 1,
         **dict.fromkeys(("teacher", "student_before", "student"), asked["prompts"]),
     }
+
+
+def test_texts_that_a_pattern_comes_to_no_end_with_are_named(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patterns, "SECONDS", 0.2)
+    quiz = {"generate": {"metric": "regex", "pattern": "((?:a+)+$)", "max_tokens": 4}}
+    put_prompts(world, ["aa", "a" * 40 + "b", *[None] * (PROMPTS - 2)])
+    evaluate.run(world.job(world.snapshot("generations"), score=None, evaluate=quiz))
+    found = read(world)
+    ((key,),) = found["answers"]["unanswered"].values()
+    assert bytes.fromhex(key) == world.generations[1]["prompt_key"]
+    (said,) = [note for note in _notes(found) if note.startswith("Answers:")]
+    assert f"came to no end with count as unanswered: reference 1 ({key[:8]})." in said
+
+
+def _notes(evaluation: dict[str, Any]) -> Sequence[str]:
+    _, notes = results.results(evaluation, {}).blocks
+    assert isinstance(notes, Bullets)
+    return notes.items
 
 
 def test_numbers_are_refused_where_no_reference_is_one(world: World) -> None:

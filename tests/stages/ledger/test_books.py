@@ -26,7 +26,7 @@ from stillroom.stages.ledger.targets import (
 )
 from stillroom.stages.recipe.sections import Recipe
 from stillroom.stages.targets.spec import target_bytes
-from stillroom.storage.errors import IntegrityError
+from stillroom.storage.errors import IntegrityError, UsageError
 from stillroom.storage.keys import content_key
 from stillroom.storage.store import segments
 from stillroom.storage.store.index import Index
@@ -477,6 +477,19 @@ def test_a_condition_on_generations_chooses(tmp_path: Path) -> None:
     r = recipe(tmp_path, generate={"samples": 1}, select={"where": "completion_tokens > 4"})
     write(store, r, [generation(r, n, 0, tokens=3 + i) for i, n in enumerate("pqrs")])
     assert score_books(store, r, list("pqrs"), held_out=0)[0].planned == 2
+
+
+@pytest.mark.parametrize(
+    "where",
+    ["text = (SELECT content FROM read_text('/etc/hostname'))", "true; INSTALL httpfs"],
+)
+def test_a_condition_of_a_stranger_sees_the_store_alone(tmp_path: Path, where: str) -> None:
+    """`tests/storage/store/test_sql_walls.py` has the other ways out; this is the same door."""
+    store = Store.open(tmp_path, create=True)
+    r = recipe(tmp_path, generate={"samples": 1}, select={"where": where})
+    write(store, r, [generation(r, "p", 0, tokens=3)])
+    with pytest.raises(UsageError, match=r"^select.where: query: .*(disabled by|one SELECT)"):
+        score_books(store, r, ["p"], held_out=0)
 
 
 @pytest.mark.parametrize("change", ["retired", "damaged", "more"])

@@ -14,7 +14,8 @@ from chat_templates import (
     scored,
 )
 
-from stillroom.storage.errors import RowError
+from stillroom.stages.models.chat import template
+from stillroom.storage.errors import RowError, UsageError
 from stillroom.storage.tables.conversations import Conversation
 
 CALL = {
@@ -137,3 +138,14 @@ def test_a_tokenizer_without_offsets_finds_the_same() -> None:
     fast, slow = renderer(GEMMA), renderer(GEMMA)
     slow.tokenizer = Slow(slow.tokenizer)
     assert scored(slow, held) == scored(fast, held) == ["ab<end_of_turn>", "cd<end_of_turn>"]
+
+
+@pytest.mark.parametrize("where", ["in every conversation", "where a content is null"])
+def test_a_template_without_end_is_refused(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sandbox bounds one range, not one inside another."""
+    monkeypatch.setattr(template, "_SECONDS", 0.3)
+    often = "".join(f"{{% for i{n} in range(99999) %}}" for n in range(4)) + "{% endfor %}" * 4
+    if where == "where a content is null":
+        often = "{% if messages[0].content is none %}" + often + "{% endif %}"
+    with pytest.raises(UsageError, match="the chat template comes to no end"):
+        renderer(often).whole(conversation(CALL, "b"), last=False)

@@ -69,6 +69,36 @@ def test_what_is_no_fault_of_the_model_goes_on(
         load(what, error())
 
 
+class Planted:
+    """A pickle that makes a file where it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> Any:
+        return open, (str(self._path), "w")
+
+
+@pytest.mark.parametrize("what", ["teacher", "student", "adapter"])
+def test_code_in_pickled_weights_is_not_run(
+    tiny_llama: Callable[..., Path], tmp_path: Path, what: str
+) -> None:
+    folder, adapter = tiny_llama(), None
+    if what == "adapter":
+        adapter = tmp_path / "adapter"
+        peft.LoraConfig(r=2, target_modules=["q_proj"]).save_pretrained(adapter)
+        planted = adapter / "adapter_model.bin"
+    else:
+        (folder / "model.safetensors").unlink()
+        planted = folder / "pytorch_model.bin"
+    torch.save({"model.norm.weight": Planted(tmp_path / "ran")}, planted)
+    hashes = FileHashes(tmp_path / "store", remember=False)
+    identity = identify(folder, dtype="auto", hashes=hashes, adapter=adapter)
+    with pytest.raises(UsageError):
+        LOADERS[what][1](identity)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_teacher_without_its_output_layer_is_refused(
     tiny_llama: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -78,3 +78,32 @@ def test_unreadable_state_is_said(checkpoints, tmp_path):
     (folder(tmp_path, 3) / "state.json").write_text('{"tensors": ')
     with pytest.raises(IntegrityError, match=r"state\.json: not readable"):
         checkpoints.state(3)
+
+
+class Planted:
+    """A pickle that makes a file where it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_code_in_a_checkpoint_is_not_run(checkpoints, tmp_path):
+    """Whoever can write into a run's folder can write the hash, too."""
+    checkpoints.save(3, {"weights": Planted(tmp_path / "ran")}, {"tokens": 30})
+    with pytest.raises(IntegrityError, match=r"holds more than tensors.* Delete .*step-00000003"):
+        checkpoints.tensors(3)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_link_among_checkpoints_goes_and_what_it_leads_to_stays(checkpoints, tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "state.json").write_text("{}")
+    checkpoints.save(3, {"weights": {}}, {})
+    folder(tmp_path, 4).symlink_to(outside)
+    checkpoints.keep(3)
+    assert checkpoints.steps() == [3]
+    assert (outside / "state.json").read_text() == "{}"

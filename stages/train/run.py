@@ -157,9 +157,14 @@ class Run:
     def _audit(self, store: Store) -> None:
         """Refuse rows whose text, tokens and targets do not belong together, before any step."""
         from ..audit.before_training import audit_rows, fit_of
+        from ..audit.every_row import check_rows, check_vocabulary
 
         model: Any = self._trainer.model
         vocab_size = model.config.get_text_config().vocab_size
+        read = [one.snapshot for one in (self._samples, self._validation) if one is not None]
+        known = check_rows(store, read, self._job, lenient=self._train.audit == "warn")
+        for snapshot in read:
+            check_vocabulary(store, snapshot, known, vocab_size=vocab_size)
         fit = fit_of(self._job.recipe, self._teacher_dir, vocab_size=vocab_size, soft=self._soft)
         try:
             notes = audit_rows(store, self._samples.snapshot, fit)

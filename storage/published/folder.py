@@ -27,7 +27,7 @@ from ..store.commits import Commit
 from ..store.segments import INDEXED, Indexed, place_of, segment_schema
 from ..store.store import Store
 from ..tables.schema import SCHEMAS, TableName, since
-from ..tables.shard import METADATA_KEY, ShardFile, ShardInfo
+from ..tables.shard import METADATA_KEY, ShardFile, ShardInfo, StoredFile
 from ..tables.spans import SPAN_COLUMNS, scored_tokens
 from .manifest import MANIFEST, Manifest, read_manifest
 
@@ -267,6 +267,15 @@ class Published(Store):
             return PublishedShard(self._rows(table), *self._chosen[sha256])
         name = next(info.name for info in self.shards(table) if info.sha256 == sha256)
         return PublishedFile(self.files, name)
+
+    def stored(self, table: TableName, sha256: str) -> list[StoredFile]:
+        """The published files that a shard's rows are read from."""
+        if table == self.table:
+            rows, (_, _, positions) = self._rows(table), self._chosen[sha256]
+            infos = [rows.infos[i] for i in sorted({rows.file_of(p) for p in positions})]
+        else:
+            infos = [info for info in self.shards(table) if info.sha256 == sha256]
+        return [StoredFile(self.files, info.name, info.sha256, PublishedFile) for info in infos]
 
     def indexed(self, table: TableName, *, write: bool = False) -> Indexed:
         """What a plan asks of the rows; nothing is written."""

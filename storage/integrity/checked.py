@@ -39,6 +39,8 @@ _COLUMNS: dict[TableName, tuple[str, ...]] = {
 }
 _FATAL = (None, "key", "token_ids", "ids")
 """Columns whose faults nobody can mean: rows that cannot be read, told apart or looked up."""
+_WHOLE = "."
+"""Ends a line of the memory that was not torn."""
 _HELP = (
     "The file is as it was sealed, so `stillroom repair` cannot mend it. `stillroom verify STORE` "
     "lists all such rows of a store. Score the prompts again into another store (storage.dir), "
@@ -68,7 +70,8 @@ class Memory:
         if path is not None:
             with suppress(OSError):
                 lines = path.read_text("ascii", errors="replace").splitlines()
-                self._known = dict(line.split("\t", 1) for line in lines if line.count("\t") == 1)
+                parts = [line.split("\t") for line in lines]
+                self._known = {part[0]: part[1] for part in parts if part[2:] == [_WHOLE]}
 
     @classmethod
     def of_user(cls) -> Self:
@@ -90,7 +93,7 @@ class Memory:
         with suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="ascii") as file:
-                file.write(f"{name}\t{value}\n")
+                file.write(f"\n{name}\t{value}\t{_WHOLE}")  # whatever the line before ends in
 
 
 def files_of(store: Store, snapshot: Snapshot) -> list[StoredFile]:

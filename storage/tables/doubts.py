@@ -76,11 +76,12 @@ def doubts(
     yield from _doubtful_entropy(targets.entropy, outcomes(about), bits)
     if (targets.token_logprob > _slack(0.0, bits)).any():
         yield "token_logprob", "a log probability is above 0"
+    if stated is not None:
+        yield from _doubtful_order(targets, stated, bits)
     yield from _doubtful_temperatures(targets, stated, vocabulary, bits)
     if stated is None:
         yield from _doubtful_draws(row, targets, tokens, edges)
         return
-    yield from _doubtful_order(targets, stated, bits)
     yield from _doubtful_sums(row, stated, bits, edges)
     if tokens.min() < 0 or tokens.max() >= outcomes(about):
         return  # doubted above, and no distribution has a place for them
@@ -137,24 +138,26 @@ def _doubtful_order(targets: SoftTargets, stated: _Stated, bits: int) -> Iterato
 def _doubtful_sums(
     row: Mapping[str, Any], stated: _Stated, bits: int, edges: np.ndarray
 ) -> Iterator[Doubt]:
-    tolerance = SUM_TOLERANCE + _sum_rounding(stated, bits)  # [N]
-
+    # held_n = sum_i p_ni
+    held = (stated.probs @ np.ones(stated.probs.shape[1], np.float32)).astype(np.float64)
     # sum_i p_ni + tail_n = 1
-    held = stated.probs.sum(axis=1, dtype=np.float64)
     off = np.abs(held + np.exp(stated.tail, dtype=np.float64) - 1)
+    # kept_mass = mean_n min(1, sum_i p_ni), of each row
+    said = np.atleast_1d(np.asarray(row.get("kept_mass"), np.float64))
+    means = _means(np.minimum(held, 1.0), edges)
+    miss = np.where(np.isnan(said), 0.0, np.abs(means - said))
+
+    nucleus = STRUCTURES[row["kind"]].holds_mass
+    if off.max() <= SUM_TOLERANCE and miss.max() <= SUM_TOLERANCE and not nucleus:
+        return  # whatever rounding does
+    tolerance = SUM_TOLERANCE + _sum_rounding(stated, bits)  # [N]
     if not (off <= tolerance).all():
         yield "logprobs", f"entries and tail miss a sum of 1 by up to {off.max():.2g}"
-
-    # kept_mass = mean_n min(1, sum_i p_ni), of each row
-    if row.get("kept_mass") is not None:
-        means = [_means(values, edges) for values in (np.minimum(held, 1.0), tolerance)]
-        said = np.atleast_1d(row["kept_mass"])
-        miss = np.flatnonzero(~(np.abs(means[0] - said) <= means[1]))
-        if len(miss):
-            first = miss[0]
-            yield "kept_mass", f"says {said[first]:.4f}, the entries hold {means[0][first]:.4f}"
-
-    if STRUCTURES[row["kind"]].holds_mass:
+    wrong = np.flatnonzero(miss > _means(tolerance, edges))
+    if len(wrong):
+        first = wrong[0]
+        yield "kept_mass", f"says {said[first]:.4f}, the entries hold {means[first]:.4f}"
+    if nucleus:
         yield from _doubtful_nucleus(row, stated, held, tolerance)
 
 
@@ -205,10 +208,10 @@ def _misplaced(targets: SoftTargets, stated: _Stated, tokens: np.ndarray, bits: 
         is_entry = np.ones(len(tokens), bool)
         expected = stated.logprobs[positions, tokens]
     else:
-        matches = targets.ids == tokens[:, None]
-        is_entry = matches.any(axis=1)
-        found = stated.logprobs[positions, matches.argmax(axis=1)]
-        expected = np.where(is_entry, found, stated.least)
+        position, entry = np.nonzero(targets.ids == tokens[:, None])
+        is_entry, expected = np.zeros(len(tokens), bool), stated.least.copy()
+        is_entry[position] = True
+        expected[position] = stated.logprobs[position, entry]
     with np.errstate(invalid="ignore"):  # -inf against -inf are equal, and NaN exceeds nothing
         above = targets.token_logprob - expected
         miss = np.where(is_entry, np.abs(above), above)

@@ -107,7 +107,8 @@ def _check_lengths(row: Mapping[str, Any], n: int) -> None:
 
 def _refuse_nan(row: Mapping[str, Any]) -> None:
     for name in FLOATS:
-        if row.get(name) is not None and np.isnan(row[name]).any():
+        # The least of numbers with NaN among them is NaN.
+        if row.get(name) is not None and np.isnan(np.min(row[name], initial=0)):
             raise IntegrityError(
                 f"soft_targets row: {name} holds NaN. The teacher's numbers are broken."
             )
@@ -211,7 +212,7 @@ class Run:
     edges: np.ndarray
     """[R + 1] the targets of row r are `edges[r]` to `edges[r + 1]` of the long row's."""
     row: dict[str, Any] | None
-    """All of them as one; `kept_mass` and `label` are arrays, of as many numbers as rows. None: lengths
+    """All of them as one; `kept_mass` (NaN: none) and `label` (-1: none) have a number for each. None: lengths
     or spans of a row do not hold, so that they cannot be joined."""
 
 
@@ -222,12 +223,17 @@ def runs(rows: Rows, about: Mapping[str, Any]) -> Iterator[Run]:
     spans = _Spans.of(rows)
     joinable = _joinable(rows, spans, about)
     n, k = rows.numbers("span_tokens").astype(np.int64), rows.numbers("k").astype(np.int64)
-    there = np.stack([rows.present(name) for name in (*_LISTS, "kept_mass")], axis=1)
+    there = np.stack([rows.present(name) for name in _LISTS], axis=1)
+    masses, labels = rows.filled("kept_mass", np.nan), rows.filled("label", -1)
     codes = [rows.codes(name) for name in _ALIKE]
     kinds = np.column_stack([joinable, there, *codes, temperature_codes(rows)])
     for start, stop in runs_alike(kinds, n * k):
         edges = np.concatenate([[0], np.cumsum(n[start:stop])])
-        row = _long_row(rows, spans, start, stop) if joinable[start] else None
+        row = None
+        if joinable[start]:
+            lists = [name for name, one in zip(_LISTS, there[start], strict=True) if one]
+            row = _long_row(rows, spans, start, stop, lists=lists)
+            row |= {"kept_mass": masses[start:stop], "label": labels[start:stop]}
         yield Run(start, stop, edges, row)
 
 
@@ -282,25 +288,19 @@ def _joinable(rows: Rows, spans: _Spans, about: Mapping[str, Any]) -> np.ndarray
     return fits & (begins == rows.numbers("span_start")) & (np.diff(rows.flat("spans")[0]) % 2 == 0)
 
 
-def _long_row(rows: Rows, spans: _Spans, start: int, stop: int) -> dict[str, Any]:
+def _long_row(
+    rows: Rows, spans: _Spans, start: int, stop: int, *, lists: Sequence[str]
+) -> dict[str, Any]:
+    """Rows `start` to `stop` as one; `lists` are those that they have."""
     offsets, ids = rows.flat("token_ids")
     part = slice(spans.edges[start], spans.edges[stop])
     row = np.repeat(np.arange(start, stop), np.diff(spans.edges[start : stop + 1]))
-    starts = spans.starts[part] + (offsets[row] - offsets[start])
-    first = {name: rows.value(name, start) for name in _ALIKE}
-    lists = {
-        name: joined_list(rows, name, start, stop) if rows.present(name)[start] else None
-        for name in _LISTS
-    }
+    starts, tokens = spans.starts[part] + (offsets[row] - offsets[start]), spans.tokens[part]
     return {
-        **first,
-        **lists,
+        **{name: rows.value(name, start) for name in _ALIKE},
+        **{name: joined_list(rows, name, start, stop) for name in lists},
         "token_ids": ids[offsets[start] : offsets[stop]],
-        "spans": np.stack([starts, spans.tokens[part]], axis=1).reshape(-1),
+        "spans": np.stack([starts, tokens], axis=1).reshape(-1),
         "span_start": int(starts[0]),
-        "span_tokens": int(spans.tokens[part].sum()),
-        "kept_mass": rows.filled("kept_mass", 0)[start:stop]
-        if rows.present("kept_mass")[start]
-        else None,
-        "label": rows.filled("label", -1)[start:stop],
+        "span_tokens": int(tokens.sum()),
     }

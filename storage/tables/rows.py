@@ -166,7 +166,7 @@ class Rows:
         values = np.frombuffer(column.buffers()[1] or b"", kind)
         return values[column.offset : column.offset + self._length]
 
-    def filled(self, name: str, value: int) -> np.ndarray:
+    def filled(self, name: str, value: float) -> np.ndarray:
         """[R] the values of a column of numbers, `value` where one is null."""
         return _numbers(self._columns[name].fill_null(value))
 

@@ -164,12 +164,14 @@ class Run:
     def _audit(self, store: Store) -> None:
         """Refuse rows whose text, tokens and targets do not belong together, before any step."""
         from ..audit.before_training import audit_rows, fit_of
-        from ..audit.every_row import check_vocabulary
+        from ..audit.every_row import check_places, check_vocabulary
 
         model: Any = self._trainer.model
         vocab_size = model.config.get_text_config().vocab_size
         for snapshot in self._read:
             check_vocabulary(store, snapshot, self._held, vocab_size=vocab_size)
+        if self._soft:
+            check_places(store, self._read, self._job, lenient=self._train.audit == "warn")
         fit = fit_of(self._job.recipe, self._teacher_dir, vocab_size=vocab_size, soft=self._soft)
         try:
             notes = audit_rows(store, self._samples.snapshot, fit)

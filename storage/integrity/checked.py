@@ -24,7 +24,7 @@ from ..tables.rows import Rows
 from ..tables.schema import SCHEMAS, TableName
 from ..tables.shard import REPAIR, ShardFile, StoredFile
 from ..tables.soft_targets import EXACT_BITS, LISTS
-from .row_faults import Fault, faults
+from .row_faults import FATAL, Fault, faults
 
 VERSION = 1
 """Of what rows are asked. Where it grows, all of them are asked again."""
@@ -37,15 +37,14 @@ _COLUMNS: dict[TableName, tuple[str, ...]] = {
     ),
     "generations": ("key", "token_ids", "prompt_tokens", "completion_tokens", "spans"),
 }
-_FATAL = (None, "key", "token_ids", "ids")
-"""Columns whose faults nobody can mean: rows that cannot be read, told apart or looked up."""
 _WHOLE = "."
 """Ends a line of the memory that was not torn."""
-_HELP = (
+HELP = (
     "The file is as it was sealed, so `stillroom repair` cannot mend it. `stillroom verify STORE` "
     "lists all such rows of a store. Score the prompts again into another store (storage.dir), "
     "or take the source that the file is in out of storage.sources."
 )
+"""What to do about rows that were sealed and cannot be right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,10 +146,10 @@ def check_file(
             row = int(opened.starts[group]) + index
             named = f"{column}: {message}" if column else message
             said = said or f"{where}: row {row} ({rows.value('key', index).hex()}): {named}."
-            if not lenient or column in _FATAL:
-                raise IntegrityError(f"{said} {_HELP}")
+            if not lenient or column in FATAL:
+                raise IntegrityError(f"{said} {HELP}")
     if repeated := _repeated_key(opened):
-        raise IntegrityError(f"{where}: {repeated}. {_HELP}")
+        raise IntegrityError(f"{where}: {repeated}. {HELP}")
     if said is None:
         memory.keep(name, f"{found.rows} {found.highest}")
     return found, said
@@ -169,7 +168,7 @@ def check_about(table: TableName, about: Mapping[str, Any], *, where: str) -> No
 
 
 def _worst_first(found: Iterable[Fault]) -> list[Fault]:
-    return sorted(found, key=lambda fault: fault[1] not in _FATAL)
+    return sorted(found, key=lambda fault: fault[1] not in FATAL)
 
 
 def _stamp(file: StoredFile) -> str:
@@ -226,7 +225,7 @@ def _rows_of(file: ShardFile, group: int, table: pa.Table) -> Rows:
     try:
         return Rows(table)
     except IntegrityError as error:
-        raise IntegrityError(f"{file.name}: row group {group}: {error} {_HELP}") from error
+        raise IntegrityError(f"{file.name}: row group {group}: {error} {HELP}") from error
 
 
 def _repeated_key(file: ShardFile) -> str | None:

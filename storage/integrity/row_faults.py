@@ -17,6 +17,8 @@ from ..tables.schema import TableName
 
 Fault = tuple[int, str | None, str]
 """A row's number in its row group, a column where it is known, and what is wrong."""
+FATAL = (None, "key", "token_ids", "ids")
+"""Columns whose faults nobody can mean: rows that cannot be read, told apart or looked up."""
 _UNREADABLE = (ArithmeticError, LookupError, TypeError, ValueError)
 """What numpy and Arrow say of numbers that cannot be a row."""
 
@@ -41,20 +43,19 @@ def faults(table: TableName, rows: Rows, about: Mapping[str, Any]) -> Iterator[F
         below = np.add.reduceat(np.append(ids < 0, False), offsets[:-1]) * (tokens > 0)
         suspect = (sums != tokens) | (lowest < 0) | rows.present("spans") | (below > 0)
         for row in np.flatnonzero(suspect).tolist():
-            for column, message in row_faults(table, rows, row, about):
+            for column, message in row_faults(table, rows[row], about):
                 yield row, column, message
 
 
 def row_faults(
-    table: TableName, rows: Rows, row: int, about: Mapping[str, Any]
+    table: TableName, row: Mapping[str, Any], about: Mapping[str, Any]
 ) -> Iterator[tuple[str | None, str]]:
     """A column where it is known, and what is wrong with one row."""
     try:
-        values = rows[row]
-        check_shape(table, values, about)
+        check_shape(table, row, about)
         if table == "soft_targets":
-            yield from doubts(values, about)
-        elif table == "generations" and np.min(values["token_ids"], initial=0) < 0:
+            yield from doubts(row, about)
+        elif table == "generations" and np.min(row["token_ids"], initial=0) < 0:
             yield "token_ids", "a token id is below 0"
     except IntegrityError as error:
         yield None, str(error)
@@ -76,7 +77,7 @@ def _named(rows: Rows, about: Mapping[str, Any], of: range, found: Doubt | None)
     """The faults of some rows, of which one has some; `found`: what all of them together have."""
     alone = True
     for row in of:
-        for column, message in row_faults("soft_targets", rows, row, about):
+        for column, message in row_faults("soft_targets", rows[row], about):
             alone = False
             yield row, column, message
     if alone and found is not None:

@@ -49,7 +49,7 @@ class World:
 
     def job(self, folder: Path, shards: Sequence[int] = range(SHARDS), **how: Any) -> Job:
         """To train a few steps on some shards."""
-        settings = {"tokens": 200, "learning_rate": 1e-3} | how.pop("train", {})
+        settings = {"tokens": 60, "learning_rate": 1e-3} | how.pop("train", {})
         score = SCORE[self.kind]
         recipe = make_recipe(self.store, self.teacher, score=score, train=settings)
         commits = self.store.commits("soft_targets")
@@ -178,13 +178,14 @@ def test_a_shard_that_was_sealed_with_a_fault_trains_nobody(
     sound = [*range(SHARD), *range(SHARD + len(changes), SHARDS + len(changes))]
     for shard in range(SHARD, SHARD + len(changes)):
         read = sorted([*sound[:SHARD], shard, *sound[SHARD + 1 :]])
-        for arm in ("student", "baseline"):
-            job = world.job(tmp_path / arm, read, arm=arm)
-            with pytest.raises(IntegrityError, match=world.place(shard)) as refused:
-                train.run(job)
-            assert refused.value.exit_code == 3
-        with pytest.raises(IntegrityError, match=world.place(shard)):
-            evaluate.run(job)
+        job = world.job(tmp_path / "student", read)
+        with pytest.raises(IntegrityError, match=world.place(shard)) as refused:
+            train.run(job)
+        assert refused.value.exit_code == 3
+    with pytest.raises(IntegrityError, match=world.place(shard)):
+        evaluate.run(job)
+    with pytest.raises(IntegrityError, match=world.place(shard)):
+        train.run(world.job(tmp_path / "baseline", read, arm="baseline"))
     assert not (tmp_path / "student").exists()
     assert train.run(world.job(tmp_path / "sound", sound)).rows, "the others train"
 
@@ -253,7 +254,7 @@ def test_a_shard_of_shifted_targets_is_found_wherever_it_is(tmp_path: Path) -> N
             for row in shifted if number == 3 else own:
                 key = content_key("again", number=number, key=row["key"])
                 writer.add(row | {"key": key})
-    commits = store.commits("soft_targets")[1:]
+    commits = store.commits("soft_targets")[-5:]
     places = {commit.shard.sha256: range(len(own)) for commit in commits}
     save_snapshot(store, snapshot := make_snapshot(store, "soft_targets", places, {}))
     job = make_job(recipe, tmp_path / "run", train=snapshot.id)

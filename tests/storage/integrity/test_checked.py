@@ -18,6 +18,7 @@ from stillroom.storage.integrity.row_faults import faults, row_faults
 from stillroom.storage.integrity.verify import verify
 from stillroom.storage.joined import open_store
 from stillroom.storage.snapshots.snapshot import make_snapshot
+from stillroom.storage.store.store import Store
 from stillroom.storage.store.writer import CommitLimits
 from stillroom.storage.tables.rows import Rows, check_row, rows_to_table
 
@@ -201,3 +202,19 @@ def test_a_memory_that_cannot_be_read_or_written_is_none(filled, tmp_path, torn)
     beside = Memory(tmp_path / "rows.txt" / "no folder")
     assert check_file(file, "soft_targets", beside)[0].rows == 8
     assert held(file, "soft_targets", beside) is not None
+
+
+def test_shards_of_an_object_store(s3, samples):
+    store = Store.open(s3.root, create=True)
+    samples.add_targets(store, range(16))
+    memory = Memory(None)
+    first, second = (
+        store.stored("soft_targets", commit.shard.sha256)[0]
+        for commit in store.commits("soft_targets")
+    )
+    assert check_file(first, "soft_targets", memory)[0].rows == 8
+    assert held(first, "soft_targets", memory) is not None
+    store.files.replace(first.name, store.files.read(second.name))
+    assert held(first, "soft_targets", memory) is None
+    with pytest.raises(IntegrityError, match=f"{s3.root}/{first.name}: its sha256 is "):
+        check_file(first, "soft_targets", memory)

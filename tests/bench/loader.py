@@ -20,7 +20,7 @@ those of the other. Bar: 5.
 
 Check: what a machine does once with each shard before it trains on it (hash, every row), and what it
 does later (a look whether the file changed), beside reading the same columns once; in turns in one
-process, in CPU seconds. Bar: 4 times.
+process, in CPU seconds. Bar: 3 times.
 """
 
 import argparse
@@ -44,7 +44,7 @@ import numpy as np
 K, T, V = 32, 512, 50_257
 BATCH = 32
 LOADER_BAR = 5
-CHECK_BAR = 4
+CHECK_BAR = 3
 READ = (
     *("token_ids", "span_start", "span_tokens", "spans", "k", "label", "entries", "ids"),
     *("logprobs", "counts", "weights", "tail_logprob", "token_logprob", "entropy"),

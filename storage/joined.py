@@ -20,7 +20,7 @@ from .published.manifest import CARD
 from .store.commits import Commit
 from .store.store import MARKER, Store
 from .tables.schema import TableName
-from .tables.shard import ShardFile
+from .tables.shard import ShardFile, StoredFile
 
 FIRST = 10**8
 """A store's own numbers have eight digits."""
@@ -168,6 +168,11 @@ class Joined(Store):
         """A shard opened for reading, wherever it is."""
         name = self._places(table).get(sha256)
         return self.sources[name].shard(table, sha256) if name else super().shard(table, sha256)
+
+    def stored(self, table: TableName, sha256: str) -> list[StoredFile]:
+        """The files that a shard's rows are read from, wherever they are."""
+        name = self._places(table).get(sha256)
+        return self.sources[name].stored(table, sha256) if name else super().stored(table, sha256)
 
     def _places(self, table: TableName) -> dict[str, str]:
         """Source by shard, of those that the store does not have itself; read once, sources do not change."""

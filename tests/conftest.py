@@ -40,6 +40,8 @@ def clean_environment(
     for name in [n for n in os.environ if n.startswith(("HF_", "TRANSFORMERS_"))]:
         monkeypatch.delenv(name)
     home = tmp_path_factory.getbasetemp() / "hf-home"
+    # What tests check is not remembered among the user's own shards.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "user-cache"))
     for name, value in {
         "HF_HOME": str(home),
         "HF_HUB_OFFLINE": "1",

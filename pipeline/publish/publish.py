@@ -1,12 +1,12 @@
 """`publish`: export with every licence stated, and on to the Hub where that is the destination."""
 
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ...storage.errors import UsageError
+from ...storage.files.base import user_cache
 from .export import PublishRequest, export
 
 HUB = "hf://datasets/"
@@ -40,12 +40,7 @@ def publish(
         )
     from .hub import upload
 
-    exported = export(request, _cache() / repo.replace("/", "--"), say=say, strict=True, repo=repo)
+    folder = user_cache() / "publish" / repo.replace("/", "--")
+    exported = export(request, folder, say=say, strict=True, repo=repo)
     url = upload(exported, repo, say=say, private=private)
     return exported.to_json() | {"url": url}
-
-
-def _cache() -> Path:
-    return (
-        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stillroom" / "publish"
-    )

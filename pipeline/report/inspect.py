@@ -14,11 +14,14 @@ from rich.text import Text
 from ...stages.models.token_text import Pieces
 from ...stages.recipe.run_folder import REPORT
 from ...stages.targets.spec import Kept
-from ...storage.errors import UsageError
+from ...storage.errors import IntegrityError, UsageError
+from ...storage.integrity.checked import HELP, check_about
+from ...storage.integrity.row_faults import FATAL, row_faults
 from ...storage.store.bindings import all_bindings
 from ...storage.store.store import Store
 from ...storage.tables.kinds import STRUCTURES
 from ...storage.tables.schema import TableName
+from ...storage.tables.shard import ShardFile
 from ...storage.tables.soft_targets import SoftTargets
 from ...storage.tables.spans import positions, spans_of
 from ..text import one_line, printable
@@ -45,7 +48,11 @@ def show(
     store = Store.open(place)
     row = find_row(store, key)
     sample = describe(row, tokenizer_of(store, row))
-    return sample, render(sample, columns=columns, colours=colours)
+    lines = render(sample, columns=columns, colours=colours)
+    if row["doubts"]:
+        sample["doubts"] = row["doubts"]
+        lines += [Text(f"doubtful: {doubt}") for doubt in row["doubts"]]
+    return sample, lines
 
 
 def _of_run(
@@ -80,6 +87,7 @@ def find_row(store: Store, key: str | None) -> dict[str, Any]:
 
     Raises:
         UsageError: no such row, or more than one.
+        IntegrityError: the row cannot be shown.
     """
     begin = (key or "").lower()
     fitting = (
@@ -99,11 +107,29 @@ def find_row(store: Store, key: str | None) -> dict[str, Any]:
             f"it. {how}"
         )
     table, shard, row = matches[0]
-    about = store.shard(table, shard).about
-    return next(iter(store.rows(table, {shard: [row]}))) | {
+    file = store.shard(table, shard)
+    (found,) = file.take([row])
+    return found | {
         "table": table,
-        "class_names": about.get("class_names"),
+        "class_names": file.about.get("class_names"),
+        "doubts": _doubts(file, table, found, where=f"{file.name}: row {row}"),
     }
+
+
+def _doubts(file: ShardFile, table: TableName, row: dict[str, Any], *, where: str) -> list[str]:
+    """What cannot be right of a row that can be shown.
+
+    Raises:
+        IntegrityError: it cannot be shown: lengths, spans or ids do not hold.
+    """
+    check_about(table, file.about, where=file.name)
+    said = []
+    for column, message in row_faults(table, row, file.about):
+        named = f"{column}: {message}" if column else message
+        if column in FATAL:
+            raise IntegrityError(f"{where} ({row['key'].hex()}): {named}. {HELP}")
+        said.append(named)
+    return said
 
 
 def _keys(store: Store, table: TableName) -> Iterator[tuple[bytes, str, int]]:

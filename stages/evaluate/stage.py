@@ -16,6 +16,7 @@ from ...storage.joined import open_store
 from ...storage.snapshots.snapshot import load_snapshot
 from ...storage.store.store import Store
 from ...storage.tables.kinds import STRUCTURES
+from ..audit.every_row import check_rows
 from ..models.classes import names_in
 from ..recipe.run_folder import EVALUATED, STUDENT
 from ..recipe.tasks import TASKS
@@ -68,6 +69,7 @@ def run(job: Job) -> StageResult:
             f"{'evaluate' if named else 'data.holdout'}: no held-out rows, so nothing to evaluate on. "
             f"{'Name other rows' if named else 'Set data.holdout higher, or to 0: no evaluation'}."
         )
+    check_rows(store, [snapshot], job)
     with job.clock.span("start"):
         quiz = prepare_quiz(job, store, held_out.spans())
         found = Measured(views=_views(job, held_out, store))

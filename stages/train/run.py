@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Self
 from ...storage.errors import IntegrityError, Stopped, UsageError
 from ...storage.files.local import LocalFiles
 from ...storage.joined import open_store
-from ...storage.snapshots.snapshot import load_snapshot
+from ...storage.snapshots.snapshot import Snapshot, load_snapshot
 from ...storage.store.store import Store
+from ..audit.every_row import check_rows
 from ..loader.samples import Cursor, Samples, Step, steps
 from ..recipe.fields import Split, extremes
 from ..recipe.run_folder import ADAPTER, STUDENT, TRAINED
@@ -88,11 +89,12 @@ class Run:
         with job.clock.span("disk"):
             store = open_store(job.recipe.storage.dir, job.recipe.storage.sources)
             self._teacher_dir = store.teacher_dir(job.teacher_id)
-            self._samples = self._open(store, "train")
-            self._lengths = self._samples.lengths()
-            self._validation = None
+            self._samples, self._validation = self._open(store, "train"), None
             if self._train.evaluate_every_tokens is not None and "validation" in job.snapshots:
                 self._validation = self._open(store, "validation")
+            lenient = self._train.audit == "warn"
+            self._held = check_rows(store, self._read, job, lenient=lenient)
+            self._lengths = self._samples.lengths()
         epochs = self._train.epochs
         self._stop_samples = None if epochs is None else max(1, round(epochs * len(self._samples)))
         self._total = self._train.tokens or max(1, round((epochs or 0) * self._lengths.tokens))
@@ -106,6 +108,11 @@ class Run:
     def _open(self, store: Store, split: Split) -> Samples:
         snapshot = load_snapshot(store, self._job.snapshots[split])
         return Samples(store, snapshot, soft=self._soft, seed=self._job.recipe.run.seed)
+
+    @property
+    def _read(self) -> list[Snapshot]:
+        """What is learnt from and validated on."""
+        return [one.snapshot for one in (self._samples, self._validation) if one is not None]
 
     @property
     def _soft(self) -> bool:
@@ -157,9 +164,14 @@ class Run:
     def _audit(self, store: Store) -> None:
         """Refuse rows whose text, tokens and targets do not belong together, before any step."""
         from ..audit.before_training import audit_rows, fit_of
+        from ..audit.every_row import check_places, check_vocabulary
 
         model: Any = self._trainer.model
         vocab_size = model.config.get_text_config().vocab_size
+        for snapshot in self._read:
+            check_vocabulary(store, snapshot, self._held, vocab_size=vocab_size)
+        if self._soft:
+            check_places(store, self._read, self._job, lenient=self._train.audit == "warn")
         fit = fit_of(self._job.recipe, self._teacher_dir, vocab_size=vocab_size, soft=self._soft)
         try:
             notes = audit_rows(store, self._samples.snapshot, fit)

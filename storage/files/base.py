@@ -77,6 +77,9 @@ class Files(Protocol):
     def sha256(self, name: str) -> str:
         """Hex sha256 of a file's bytes; FileNotFoundError if the name is not there."""
 
+    def stamp(self, name: str) -> list[Any]:
+        """What is not the same when a file was changed, without reading it; FileNotFoundError if it is not there."""
+
     def names(self, folder: str) -> list[str]:
         """Names of the files in a folder, sorted; none if the folder is not there.
 
@@ -122,6 +125,11 @@ class FilesOnDisk(Files, Protocol):
 
     def path(self, name: str) -> Path:
         """Where a name lies on disk."""
+
+
+def user_cache() -> Path:
+    """Where this user's files lie that only save work: `$XDG_CACHE_HOME/stillroom`, else `~/.cache/stillroom`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stillroom"
 
 
 def file_sha256(path: Path) -> str:

@@ -91,6 +91,15 @@ class LocalFiles(FilesOnDisk):
             return file_sha256(self.path(name))
 
     @override
+    def stamp(self, name: str) -> list[Any]:
+        path = self.path(name)
+        with explained("cannot read", path):
+            state = path.stat()
+        # The time of change, unlike that of writing, cannot be set by who writes.
+        times = [state.st_mtime_ns, state.st_ctime_ns]
+        return [str(path.resolve()), state.st_dev, state.st_ino, state.st_size, *times]
+
+    @override
     def walk(self, folder: str = "") -> Iterator[tuple[str, int, float]]:
         for path in sorted(self.path(folder).rglob("*")):
             try:

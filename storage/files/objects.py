@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from ..credentials import hide_password
 from ..errors import StillroomError, UsageError
-from .base import Content, Files, content_of, explained
+from .base import Content, Files, content_of, explained, user_cache
 from .local import LocalFiles
 
 CREATE_PAUSES = (0.0, 0.1, 0.4, 1.6, 6.4)
@@ -53,9 +53,8 @@ class ObjectFiles(Files):
     @property
     @override
     def cache(self) -> LocalFiles:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         own = hashlib.sha256(self.root.encode()).hexdigest()[:32]  # each URL has its own
-        return LocalFiles(home / "stillroom" / own)
+        return LocalFiles(user_cache() / own)
 
     @property
     def system(self) -> Any:
@@ -119,11 +118,20 @@ class ObjectFiles(Files):
 
     @override
     def size(self, name: str) -> int:
+        return int(self._info(name)["size"])
+
+    @override
+    def stamp(self, name: str) -> list[Any]:
+        info = self._info(name)
+        changed = info.get("LastModified") or info.get("mtime")
+        return [self.address(name), info["size"], str(info.get("ETag")), str(changed)]
+
+    def _info(self, name: str) -> Any:
         with self._explained("cannot read", name):
             info = self.system.info(self._key(name))
         if info["type"] != "file":
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.address(name))
-        return int(info["size"])
+        return info
 
     @override
     def sha256(self, name: str) -> str:

@@ -4,9 +4,8 @@ Damage is named to column and row group where a page shows it. Page headers, pag
 have no checksum of their own: the hash of the whole file finds what is wrong there.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import pyarrow as pa
 
@@ -15,11 +14,10 @@ from ..files.base import Files
 from ..keys import KEY_BYTES
 from ..store.commits import Commit, record_name
 from ..store.writer import TOKENS_COLUMN
-from ..tables.doubts import doubts
-from ..tables.invariants import check_shape
 from ..tables.rows import Rows
 from ..tables.schema import TableName
 from ..tables.shard import ShardFile, ShardInfo
+from .row_faults import faults
 
 Record = tuple[Commit, bytes]  # a commit, and the keys of its rows
 
@@ -150,24 +148,11 @@ def _value_problems(
 ) -> Iterator[Problem]:
     """One problem per column of a row group: the first row that has it, and how many more."""
     found: dict[str | None, dict[int, str]] = {}
-    for index in range(len(rows)):
-        row = rows[index]
-        for column, message in _row_doubts(table, row, file.about):
-            where = f"row {int(file.starts[group]) + index} ({row['key'].hex()})"
-            found.setdefault(column, {}).setdefault(index, f"{where}: {message}")
+    for index, column, message in faults(table, rows, file.about):
+        where = f"row {int(file.starts[group]) + index} ({rows.value('key', index).hex()})"
+        found.setdefault(column, {}).setdefault(index, f"{where}: {message}")
     for column, messages in found.items():
         yield Problem(file.name, column, group, first_of(list(messages.values())))
-
-
-def _row_doubts(
-    table: TableName, row: Mapping[str, Any], about: Mapping[str, Any]
-) -> Iterator[tuple[str | None, str]]:
-    try:
-        check_shape(table, row, about)
-        if table == "soft_targets":
-            yield from doubts(row, about)
-    except (IntegrityError, KeyError) as error:
-        yield None, str(error)
 
 
 def first_of(messages: list[str]) -> str:

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from ..errors import UsageError
 from ..files.base import file_sha256
 from ..files.local import LocalFiles
+from ..integrity.checked import Memory, check_file, files_of
 from ..snapshots.snapshot import Snapshot
 from ..store.store import Store
 from ..tables.schema import KEY, TableName
@@ -87,8 +88,9 @@ def make_tables(
 
     Raises:
         UsageError: the choice names what is not there, or leaves nothing.
-        IntegrityError: a shard is damaged, or a generation is gone.
+        IntegrityError: a shard is damaged or holds a row that cannot be right, or a generation is gone.
     """
+    memory = Memory.of_user()
     for snapshot in snapshots.values():
         if choice.min_k is not None and snapshot.table != "soft_targets":
             raise UsageError(
@@ -96,6 +98,8 @@ def make_tables(
                 "it out."
             )
         _refuse_others_rows(store, snapshot)
+        for file in files_of(store, snapshot):
+            check_file(file, snapshot.table, memory)
     allowed = None if choice.where is None else allowed_generations(store, choice.where)
     made = Made()
     splits = [_Split(store, snapshot, split, made) for split, snapshot in snapshots.items()]

@@ -17,7 +17,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..bounds import integer, mapping, parsed
 from ..errors import IntegrityError, UsageError
 from ..files.base import Files
 from ..files.local import LocalFiles
@@ -26,46 +25,11 @@ from ..snapshots.snapshot import load_snapshot
 from ..store.commits import Commit
 from ..store.segments import INDEXED, Indexed, place_of, segment_schema
 from ..store.store import Store
-from ..tables.schema import SCHEMAS, TableName, since
-from ..tables.shard import METADATA_KEY, ShardFile, ShardInfo
+from ..tables.schema import SCHEMAS, TableName
+from ..tables.shard import ShardFile, ShardInfo, StoredFile
 from ..tables.spans import SPAN_COLUMNS, scored_tokens
 from .manifest import MANIFEST, Manifest, read_manifest
-
-_HELP = "Get another copy of it, or publish it again."
-
-
-class PublishedFile(ShardFile):
-    """One file of a published table, which may lack columns."""
-
-    def _read_about(self) -> dict[str, Any]:
-        try:
-            about = mapping(parsed(self.stored.metadata[METADATA_KEY]))
-            expected = SCHEMAS[about["table"]]
-            integer(about["format_version"])
-        except (TypeError, KeyError, ValueError) as error:
-            raise IntegrityError(
-                f"{self.name}: not a published table (no `stillroom` metadata). {_HELP}"
-            ) from error
-        for field in self.stored:
-            if field.name in expected.names and not field.type.equals(
-                expected.field(field.name).type
-            ):
-                raise IntegrityError(
-                    f"{self.name}: column {field.name} holds {field.type}, expected "
-                    f"{expected.field(field.name).type}. Use the version of Stillroom that "
-                    "published it."
-                )
-        return dict(about)
-
-    def _read_as(self) -> pa.Schema:
-        """As stored, with the columns that later versions added to its table: null in what was published before."""
-        version, table = self.about["format_version"], self.about["table"]
-        later = [
-            field
-            for field in SCHEMAS[table]
-            if since(field) > version and field.name not in self.stored.names
-        ]
-        return pa.schema([*self.stored, *later], metadata=self.stored.metadata)
+from .table_file import HELP, PublishedFile
 
 
 class PublishedShard(ShardFile):
@@ -116,7 +80,7 @@ class PublishedShard(ShardFile):
         if len(rows) and not np.array_equal(self._rows[found], rows):
             missing = int(rows[self._rows[found] != rows][0])
             raise IntegrityError(
-                f"{self.name}: row {missing} was asked for and was not published. {_HELP}"
+                f"{self.name}: row {missing} was asked for and was not published. {HELP}"
             )
         positions: np.ndarray = self._positions[found]
         return positions
@@ -142,7 +106,7 @@ class _Rows:
         if file.rows != info.rows:
             raise IntegrityError(
                 f"{self._files.root}/{info.name}: {file.rows} rows, {MANIFEST} says {info.rows}. "
-                f"{_HELP}"
+                f"{HELP}"
             )
         return file
 
@@ -194,7 +158,7 @@ class Published(Store):
             if rows != split.rows:
                 raise IntegrityError(
                     f"{files.root}/{MANIFEST}: split {name} has {split.rows} rows, its files have "
-                    f"{rows}. {_HELP}"
+                    f"{rows}. {HELP}"
                 )
 
     @classmethod
@@ -230,17 +194,17 @@ class Published(Store):
             if found != file.sha256:
                 raise IntegrityError(
                     f"{self.root}/{file.name}: the file is damaged: its sha256 is {found[:16]}, "
-                    f"{MANIFEST} says {file.sha256[:16]}. {_HELP}"
+                    f"{MANIFEST} says {file.sha256[:16]}. {HELP}"
                 )
 
     def _check_size(self, name: str, size: int) -> None:
         try:
             found = self.files.size(name)
         except FileNotFoundError as error:
-            raise IntegrityError(f"{self.root}/{name}: the file is missing. {_HELP}") from error
+            raise IntegrityError(f"{self.root}/{name}: the file is missing. {HELP}") from error
         if found != size:
             raise IntegrityError(
-                f"{self.root}/{name}: {found} bytes, {MANIFEST} says {size}. {_HELP}"
+                f"{self.root}/{name}: {found} bytes, {MANIFEST} says {size}. {HELP}"
             )
 
     def shards(self, table: TableName) -> list[ShardInfo]:
@@ -267,6 +231,15 @@ class Published(Store):
             return PublishedShard(self._rows(table), *self._chosen[sha256])
         name = next(info.name for info in self.shards(table) if info.sha256 == sha256)
         return PublishedFile(self.files, name)
+
+    def stored(self, table: TableName, sha256: str) -> list[StoredFile]:
+        """The published files that a shard's rows are read from."""
+        if table == self.table:
+            rows, (_, _, positions) = self._rows(table), self._chosen[sha256]
+            infos = [rows.infos[i] for i in sorted({rows.file_of(p) for p in positions})]
+        else:
+            infos = [info for info in self.shards(table) if info.sha256 == sha256]
+        return [StoredFile(self.files, info.name, info.sha256, PublishedFile) for info in infos]
 
     def indexed(self, table: TableName, *, write: bool = False) -> Indexed:
         """What a plan asks of the rows; nothing is written."""
@@ -352,7 +325,7 @@ class Published(Store):
         if snapshot.table != self.table or snapshot.rows != published:
             raise IntegrityError(
                 f"{self.root}: split {name} has {published} rows of {self.table}, its snapshot "
-                f"{snapshot.id} {snapshot.rows} of {snapshot.table}. {_HELP}"
+                f"{snapshot.id} {snapshot.rows} of {snapshot.table}. {HELP}"
             )
         found = []
         for shard in snapshot.shards:
@@ -390,7 +363,7 @@ class Published(Store):
             return list(TopologicalSorter(before).static_order())
         except CycleError as error:
             raise IntegrityError(
-                f"{self.root}: its splits order their shards differently. {_HELP}"
+                f"{self.root}: its splits order their shards differently. {HELP}"
             ) from error
 
 

@@ -19,7 +19,7 @@ from ..files.base import Files
 from ..files.opening import open_files
 from ..keys import seal
 from ..tables.schema import SCHEMAS, STORE_VERSION, TABLES, VERSIONS, TableName
-from ..tables.shard import ShardFile, ShardInfo, shard_name
+from ..tables.shard import ShardFile, ShardInfo, StoredFile, shard_name
 from .commits import Commit, CommitLog, retire
 from .inputs import inputs_table, put_inputs, read_inputs
 from .segments import Indexed, indexed
@@ -151,6 +151,10 @@ class Store:
         """A shard opened for reading."""
         name = shard_name(table, sha256)
         return ShardFile(self.files, name)
+
+    def stored(self, table: TableName, sha256: str) -> list[StoredFile]:
+        """The files that a shard's rows are read from."""
+        return [StoredFile(self.files, shard_name(table, sha256), sha256)]
 
     def put_inputs(self, data_id: str, table: pa.Table, about: Mapping[str, Any]) -> None:
         """Record which prompts a recipe's data are, in which split.

@@ -1,4 +1,6 @@
-"""Doubts: bounds that the numbers of a stored row must keep, each with its equation. `verify` asks for them.
+"""Doubts: bounds that the numbers of a stored row must keep, each with its equation.
+
+`verify` asks for them, and whoever is about to learn from rows, of a row or of many as one long row.
 
 N scored tokens, K entries, V outcomes (ids of the vocabulary, or classes), b mantissa bits, p_ni the
 teacher's probability of id i at position n. All log-probabilities are natural.
@@ -16,7 +18,7 @@ import numpy as np
 
 from .invariants import aligned_targets, outcomes
 from .kinds import STRUCTURES
-from .soft_targets import SoftTargets, log_total
+from .soft_targets import SoftTargets
 from .spans import positions, spans_of
 
 SUM_TOLERANCE = 2e-3
@@ -35,6 +37,8 @@ class _Stated:
 
     logprobs: np.ndarray
     """[N, K], -inf for padding."""
+    probs: np.ndarray
+    """[N, K] their probabilities."""
     tail: np.ndarray
     """[N] log-probability of all that is no entry."""
     entries: np.ndarray
@@ -51,23 +55,34 @@ class _Stated:
         n, k = logprobs.shape
         entries = np.full(n, k) if targets.entries is None else targets.entries
         least = logprobs[np.arange(n), entries - 1]
-        return cls(logprobs, tail, entries, least)
+        with np.errstate(over="ignore"):  # no log probability: doubted by name
+            return cls(logprobs, np.exp(logprobs), tail, entries, least)
 
 
-def doubts(row: Mapping[str, Any], about: Mapping[str, Any]) -> Iterator[Doubt]:
-    """What is wrong with the numbers of a soft-targets row whose shape holds."""
-    targets = aligned_targets(row, about)
+def doubts(
+    row: Mapping[str, Any], about: Mapping[str, Any], edges: np.ndarray | None = None
+) -> Iterator[Doubt]:
+    """What is wrong with the numbers of a soft-targets row whose shape holds.
+
+    `edges`: of a long row (`runs`), which is asked as one.
+    """
+    targets = aligned_targets(row, about, joined=edges is not None)
+    if edges is None:
+        edges = np.array([0, len(targets.entropy)])
     stated = _Stated.of(targets)
     tokens = _tokens_there(row, targets, about)
     vocabulary, bits = about["vocab_size"], about["mantissa_bits"]
     yield from _doubtful_ids(row, targets, vocabulary)
     yield from _doubtful_entropy(targets.entropy, outcomes(about), bits)
+    if (targets.token_logprob > _slack(0.0, bits)).any():
+        yield "token_logprob", "a log probability is above 0"
+    if stated is not None:
+        yield from _doubtful_order(targets, stated, bits)
     yield from _doubtful_temperatures(targets, stated, vocabulary, bits)
     if stated is None:
-        yield from _doubtful_draws(row, targets, tokens)
+        yield from _doubtful_draws(row, targets, tokens, edges)
         return
-    yield from _doubtful_order(targets, stated, bits)
-    yield from _doubtful_sums(row, stated, bits)
+    yield from _doubtful_sums(row, stated, bits, edges)
     if tokens.min() < 0 or tokens.max() >= outcomes(about):
         return  # doubted above, and no distribution has a place for them
     if misplaced := _misplaced(targets, stated, tokens, bits):
@@ -82,14 +97,13 @@ def _tokens_there(
     if about.get("head") != "classes":
         tokens: np.ndarray = row["token_ids"][positions(spans_of(row))]
         return tokens
-    label = row.get("label")
-    best = targets.probabilities[0].argmax()  # stands in where a text has no label
-    return np.array([best if label is None else label])
+    labels = np.atleast_1d(-1 if row.get("label") is None else row["label"])
+    # The best stands in where a text has no label.
+    return np.where(labels < 0, targets.probabilities.argmax(axis=1), labels)
 
 
 def _doubtful_ids(row: Mapping[str, Any], targets: SoftTargets, vocabulary: int) -> Iterator[Doubt]:
-    tokens = row["token_ids"]
-    if not ((tokens >= 0) & (tokens < vocabulary)).all():
+    if row["token_ids"].min() < 0 or row["token_ids"].max() >= vocabulary:
         yield "token_ids", f"a token id is outside the vocabulary of {vocabulary}"
         return
     if targets.ids is None:
@@ -97,9 +111,8 @@ def _doubtful_ids(row: Mapping[str, Any], targets: SoftTargets, vocabulary: int)
     if row["ids"].min() < 0 or row["ids"].max() >= vocabulary:
         yield "ids", f"an entry is outside the vocabulary of {vocabulary}"
     ordered = np.sort(targets.ids, axis=1)
-    repeated = np.diff(ordered, axis=1) == 0
-    is_entry = ordered[:, 1:] >= 0  # padding is -1, many times
-    if (repeated & is_entry).any():
+    repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)  # padding is -1
+    if repeated.any():
         yield "ids", "an id stands twice at one position"
 
 
@@ -113,33 +126,45 @@ def _doubtful_entropy(entropy: np.ndarray, outcomes: int, bits: int) -> Iterator
 
 def _doubtful_order(targets: SoftTargets, stated: _Stated, bits: int) -> Iterator[Doubt]:
     """No log p is above 0, and entries that have ids stand best first."""
-    highest = stated.logprobs.max()
-    if highest > _slack(highest, bits):
+    most = _slack(0.0, bits)
+    if stated.logprobs.max() > most:
         yield "logprobs", "a log probability is above 0"
-    if targets.ids is None:
-        return
-    with np.errstate(invalid="ignore"):  # padding is -inf after -inf
-        rises = np.diff(stated.logprobs, axis=1) > 0
-    if rises.any():
+    if stated.tail.max() > most:
+        yield "tail_logprob", "a log probability is above 0"
+    if targets.ids is not None and (stated.logprobs[:, 1:] > stated.logprobs[:, :-1]).any():
         yield "logprobs", "entries are not in descending order"
 
 
-def _doubtful_sums(row: Mapping[str, Any], stated: _Stated, bits: int) -> Iterator[Doubt]:
-    tolerance = SUM_TOLERANCE + _sum_rounding(stated, bits)  # [N]
-
+def _doubtful_sums(
+    row: Mapping[str, Any], stated: _Stated, bits: int, edges: np.ndarray
+) -> Iterator[Doubt]:
+    # held_n = sum_i p_ni
+    held = (stated.probs @ np.ones(stated.probs.shape[1], np.float32)).astype(np.float64)
     # sum_i p_ni + tail_n = 1
-    off = np.abs(np.exp(log_total(stated.logprobs, stated.tail)) - 1)
-    if np.any(off > tolerance):
+    off = np.abs(held + np.exp(stated.tail, dtype=np.float64) - 1)
+    # kept_mass = mean_n min(1, sum_i p_ni), of each row
+    said = np.atleast_1d(np.asarray(row.get("kept_mass"), np.float64))
+    means = _means(np.minimum(held, 1.0), edges)
+    miss = np.where(np.isnan(said), 0.0, np.abs(means - said))
+
+    nucleus = STRUCTURES[row["kind"]].holds_mass
+    if off.max() <= SUM_TOLERANCE and miss.max() <= SUM_TOLERANCE and not nucleus:
+        return  # whatever rounding does
+    tolerance = SUM_TOLERANCE + _sum_rounding(stated, bits)  # [N]
+    if not (off <= tolerance).all():
         yield "logprobs", f"entries and tail miss a sum of 1 by up to {off.max():.2g}"
-
-    # kept_mass = mean_n min(1, sum_i p_ni)
-    held = np.exp(stated.logprobs).sum(axis=1, dtype=np.float64)
-    kept_mass = np.minimum(held, 1.0).mean()
-    if abs(kept_mass - row["kept_mass"]) > tolerance.mean():
-        yield "kept_mass", f"says {row['kept_mass']:.4f}, the entries hold {kept_mass:.4f}"
-
-    if STRUCTURES[row["kind"]].holds_mass:
+    wrong = np.flatnonzero(miss > _means(tolerance, edges))
+    if len(wrong):
+        first = wrong[0]
+        yield "kept_mass", f"says {said[first]:.4f}, the entries hold {means[first]:.4f}"
+    if nucleus:
         yield from _doubtful_nucleus(row, stated, held, tolerance)
+
+
+def _means(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """[R] of [N] values, the mean of each row's."""
+    means: np.ndarray = np.add.reduceat(values, edges[:-1]) / np.diff(edges)
+    return means
 
 
 def _doubtful_nucleus(
@@ -153,7 +178,7 @@ def _doubtful_nucleus(
     falls_short = held < p - tolerance
     if np.any(falls_short & (stated.entries < row["k"])):
         yield "entries", f"a position has fewer entries than hold a mass of {p:.4g}"
-    without_last = held - np.exp(stated.least)
+    without_last = held - np.exp(stated.least, dtype=np.float64)
     goes_beyond = without_last > p + tolerance
     if np.any(goes_beyond & (stated.entries > row["k_min"])):
         yield "entries", f"a position has more entries than a mass of {p:.4g} needs"
@@ -164,10 +189,10 @@ def _sum_rounding(stated: _Stated, bits: int) -> np.ndarray:
 
     d exp(l) = p dl and dl <= |l| 2^-(b+1), so by at most sum_i p_i |l_i| 2^-(b+1), tail included.
     """
-    with np.errstate(invalid="ignore"):  # 0 * inf of what has no probability: nothing moves
-        entries = np.nan_to_num(np.exp(stated.logprobs) * np.abs(stated.logprobs))
-        tail = np.nan_to_num(np.exp(stated.tail) * np.abs(stated.tail))
-    moved = entries.sum(axis=1, dtype=np.float64) + tail
+    # 0 * -inf of what has no probability: nothing moves, and e^-200 is none either.
+    entries = stated.probs * np.maximum(stated.logprobs, -200)
+    tail = np.exp(stated.tail, dtype=np.float64) * np.maximum(stated.tail, -200)
+    moved = np.abs(entries.sum(axis=1, dtype=np.float64)) + np.abs(tail)
     rounding: np.ndarray = moved * 2.0 ** -(bits + 1)
     return rounding
 
@@ -183,10 +208,10 @@ def _misplaced(targets: SoftTargets, stated: _Stated, tokens: np.ndarray, bits: 
         is_entry = np.ones(len(tokens), bool)
         expected = stated.logprobs[positions, tokens]
     else:
-        matches = targets.ids == tokens[:, None]
-        is_entry = matches.any(axis=1)
-        found = stated.logprobs[positions, matches.argmax(axis=1)]
-        expected = np.where(is_entry, found, stated.least)
+        position, entry = np.nonzero(targets.ids == tokens[:, None])
+        is_entry, expected = np.zeros(len(tokens), bool), stated.least.copy()
+        is_entry[position] = True
+        expected[position] = stated.logprobs[position, entry]
     with np.errstate(invalid="ignore"):  # -inf against -inf are equal, and NaN exceeds nothing
         above = targets.token_logprob - expected
         miss = np.where(is_entry, np.abs(above), above)
@@ -256,11 +281,15 @@ def _can_be(log_sums: np.ndarray, outside: _Outside, temperature: float, bits: i
 
 
 def _doubtful_draws(
-    row: Mapping[str, Any], targets: SoftTargets, tokens: np.ndarray
+    row: Mapping[str, Any], targets: SoftTargets, tokens: np.ndarray, edges: np.ndarray
 ) -> Iterator[Doubt]:
-    """The tokens that are there must be among the draws about as often as their probabilities q say."""
+    """The tokens that are there must be among the draws about as often as their probabilities q say.
+
+    Asked of each row, and of all rows of a long one together: draws that are another row's may be no
+    surprise in one, and are in a hundred.
+    """
     if targets.weights is not None:
-        if row["weights"].min() <= 0:
+        if not (row["weights"] > 0).all() or not np.isfinite(row["weights"]).all():
             yield "weights", "a weight is not above 0"
         return
     log_q = targets.token_logprob.astype(np.float64)
@@ -271,12 +300,21 @@ def _doubtful_draws(
 
     # The chance that k draws hold the token. Systematic: k evenly spaced points, an interval q wide.
     held = np.minimum(1.0, k * q) if row["draw"] == "systematic" else 1 - (1 - q) ** k
-    hits = np.any(targets.ids == tokens[:, None], axis=1).sum()
+    hits = np.any(targets.ids == tokens[:, None], axis=1).astype(np.int64)
 
     # Independent positions: variance held (1 - held) each. 1: a single hit is never a surprise.
-    deviation = np.sqrt((held * (1 - held)).sum())
-    if abs(hits - held.sum()) > DEVIATIONS * deviation + 1:
-        yield "token_logprob", f"{hits} tokens that follow were drawn, expected {held.sum():.1f}"
+    for parts in (edges, edges[[0, -1]]):
+        found, expected, variance = (
+            np.add.reduceat(values, parts[:-1]) for values in (hits, held, held * (1 - held))
+        )
+        off = np.abs(found - expected) > DEVIATIONS * np.sqrt(variance) + 1
+        if off.any():
+            first = off.argmax()
+            yield (
+                "token_logprob",
+                f"{found[first]} tokens that follow were drawn, expected {expected[first]:.1f}",
+            )
+            return
 
 
 def _slack(logprob: Any, bits: int) -> Any:

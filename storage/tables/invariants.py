@@ -1,17 +1,20 @@
 """Invariants: the shape that a row must have, checked before it is written. Its numbers are for `doubts.py`.
 
-Integers must agree exactly: so many targets as scored tokens, counts that sum to the draws.
+Integers must agree exactly: so many targets as scored tokens, counts that sum to the draws. The rows
+of a shard are asked as few long rows (`runs`): neighbours of one kind, their lists one after another.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ..errors import IntegrityError
 from .kinds import STRUCTURES
+from .rows import Rows
 from .schema import FLOATS, TableName
-from .soft_targets import SoftTargets
+from .soft_targets import LISTS, SoftTargets, aligned, joined_list, runs_alike, temperature_codes
 from .spans import check_spans, spans_of
 
 # Columns of some kinds only; where a kind does not have one it is null.
@@ -40,10 +43,17 @@ def check_shape(table: TableName, row: Mapping[str, Any], about: Mapping[str, An
             )
 
 
-def aligned_targets(row: Mapping[str, Any], about: Mapping[str, Any]) -> SoftTargets:
-    """The row's targets, one for each token of its span; IntegrityError if the row says otherwise."""
+def aligned_targets(
+    row: Mapping[str, Any], about: Mapping[str, Any], *, joined: bool = False
+) -> SoftTargets:
+    """The row's targets, one for each token of its span; IntegrityError if the row says otherwise.
+
+    `joined`: it is the long row of a `Run`; where the spans of each may lie was looked at before.
+    """
     k = row["k"]
-    if about.get("head") == "classes":
+    if joined:
+        pass
+    elif about.get("head") == "classes":
         _check_classes(row, about["class_names"])
     else:
         _check_spans(row)
@@ -97,7 +107,8 @@ def _check_lengths(row: Mapping[str, Any], n: int) -> None:
 
 def _refuse_nan(row: Mapping[str, Any]) -> None:
     for name in FLOATS:
-        if row.get(name) is not None and np.isnan(row[name]).any():
+        # The least of numbers with NaN among them is NaN.
+        if row.get(name) is not None and np.isnan(np.min(row[name], initial=0)):
             raise IntegrityError(
                 f"soft_targets row: {name} holds NaN. The teacher's numbers are broken."
             )
@@ -186,3 +197,110 @@ def _check_temperatures(kind: str, targets: SoftTargets) -> None:
             f"{'no' if tails is None else 'their'} sums. Expected temperatures above 0 other than "
             "1, ascending, each with a sum at every position; sampled: one at most; full: none."
         )
+
+
+_ALIKE = ("kind", "k", "p", "k_min", "draw", "proposal", "teacher_id")
+_LISTS = (*LISTS, "labels", "tail_bound")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Run:
+    """Neighbouring rows of `soft_targets` that are alike in all but their numbers."""
+
+    start: int
+    stop: int
+    edges: np.ndarray
+    """[R + 1] the targets of row r are `edges[r]` to `edges[r + 1]` of the long row's."""
+    row: dict[str, Any] | None
+    """All of them as one; `kept_mass` (NaN: none) and `label` (-1: none) have a number for each. None: lengths
+    or spans of a row do not hold, so that they cannot be joined."""
+
+
+def runs(rows: Rows, about: Mapping[str, Any]) -> Iterator[Run]:
+    """The rows of a row group as few long rows, for whoever asks the same of all of them."""
+    if not len(rows):
+        return
+    spans = _Spans.of(rows)
+    joinable = _joinable(rows, spans, about)
+    n, k = rows.numbers("span_tokens").astype(np.int64), rows.numbers("k").astype(np.int64)
+    there = np.stack([rows.present(name) for name in _LISTS], axis=1)
+    masses, labels = rows.filled("kept_mass", np.nan), rows.filled("label", -1)
+    codes = [rows.codes(name) for name in _ALIKE]
+    kinds = np.column_stack([joinable, there, *codes, temperature_codes(rows)])
+    for start, stop in runs_alike(kinds, n * k):
+        edges = np.concatenate([[0], np.cumsum(n[start:stop])])
+        row = None
+        if joinable[start]:
+            lists = [name for name, one in zip(_LISTS, there[start], strict=True) if one]
+            row = _long_row(rows, spans, start, stop, lists=lists)
+            row |= {"kept_mass": masses[start:stop], "label": labels[start:stop]}
+        yield Run(start, stop, edges, row)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Spans:
+    """The S spans of all rows."""
+
+    starts: np.ndarray
+    """[S] in the row's own tokens."""
+    tokens: np.ndarray
+    """[S]"""
+    edges: np.ndarray
+    """[R + 1] the spans of row r are `edges[r]` to `edges[r + 1]`."""
+
+    @classmethod
+    def of(cls, rows: Rows) -> "_Spans":
+        """A row without the column has the one of `span_start` and `span_tokens`."""
+        offsets, numbers = rows.flat("spans")
+        several = rows.present("spans")
+        counts = np.where(several, np.diff(offsets) // 2, 1)
+        edges = np.concatenate([[0], np.cumsum(counts)])
+        row = np.repeat(np.arange(len(rows)), counts)
+        # Where the span's two numbers are; those of rows without the column are found beside it.
+        at = offsets[row] + 2 * (np.arange(len(row)) - edges[row])
+        at = np.where(several[row], at, 0)
+        beside = np.append(numbers, [0, 0])
+        starts = np.where(several[row], beside[at], rows.numbers("span_start")[row])
+        tokens = np.where(several[row], beside[at + 1], rows.numbers("span_tokens")[row])
+        return cls(starts.astype(np.int64), tokens.astype(np.int64), edges)
+
+
+def _joinable(rows: Rows, spans: _Spans, about: Mapping[str, Any]) -> np.ndarray:
+    """[R] whether lists have their lengths and spans lie in their row: what a long row would not show."""
+    n, k = rows.numbers("span_tokens").astype(np.int64), rows.numbers("k").astype(np.int64)
+    fits = aligned(rows, n, k) & (n >= 1) & (k >= 1)
+    for name in ("labels", "tail_bound"):
+        fits &= ~rows.present(name) | (np.diff(rows.flat(name)[0]) == n)
+    total = np.diff(rows.flat("token_ids")[0])
+    if about.get("head") == "classes":
+        label = rows.filled("label", 0)
+        at_end = (rows.numbers("span_start") == total - 1) & (n == 1) & ~rows.present("spans")
+        return fits & at_end & (label >= 0) & (label < len(about["class_names"]))
+    counts, ends = np.diff(spans.edges), spans.starts + spans.tokens
+    row = np.repeat(np.arange(len(rows)), counts)
+    before = np.concatenate([[1], ends[:-1]])[: len(ends)]
+    first = spans.edges[:-1][counts > 0]
+    before[first] = 1
+    off = (spans.tokens < 1) | (spans.starts < before) | (ends > total[row])
+    fits &= (counts > 0) & (np.bincount(row, off, len(rows)) == 0)
+    fits &= np.bincount(row, spans.tokens, len(rows)) == n
+    begins = np.append(spans.starts, 0)[spans.edges[:-1]]
+    return fits & (begins == rows.numbers("span_start")) & (np.diff(rows.flat("spans")[0]) % 2 == 0)
+
+
+def _long_row(
+    rows: Rows, spans: _Spans, start: int, stop: int, *, lists: Sequence[str]
+) -> dict[str, Any]:
+    """Rows `start` to `stop` as one; `lists` are those that they have."""
+    offsets, ids = rows.flat("token_ids")
+    part = slice(spans.edges[start], spans.edges[stop])
+    row = np.repeat(np.arange(start, stop), np.diff(spans.edges[start : stop + 1]))
+    starts, tokens = spans.starts[part] + (offsets[row] - offsets[start]), spans.tokens[part]
+    return {
+        **{name: rows.value(name, start) for name in _ALIKE},
+        **{name: joined_list(rows, name, start, stop) for name in lists},
+        "token_ids": ids[offsets[start] : offsets[stop]],
+        "spans": np.stack([starts, tokens], axis=1).reshape(-1),
+        "span_start": int(starts[0]),
+        "span_tokens": int(tokens.sum()),
+    }

@@ -124,13 +124,15 @@ class Rows:
         self._lists: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         for name, column in self._columns.items():
             if is_numeric_list(column.type):
-                self._lists[name] = (_numbers(column.offsets), _numbers(column.values))
+                offsets = _numbers(column.offsets)
+                _refuse_nulls(name, column.values, offsets)
+                self._lists[name] = (offsets, _numbers(column.values))
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        return {name: self._value(name, row) for name in self._columns}
+        return {name: self.value(name, row) for name in self._columns}
 
     def flat(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """A numeric list column, not copied: offsets [R + 1], and the values of all rows.
@@ -152,12 +154,29 @@ class Rows:
         """[R] the values of a column of numbers, not copied."""
         return _numbers(self._columns[name])
 
+    def codes(self, name: str) -> np.ndarray:
+        """[R] a number for each row's value; equal values have equal numbers, null has one too."""
+        found = self._columns[name].dictionary_encode(null_encoding="encode")
+        return _numbers(found.indices)
+
+    def keys(self, name: str = "key") -> np.ndarray:
+        """[R] a column of keys as numpy's bytes of fixed size, not copied."""
+        column = self._columns[name]
+        kind = np.dtype((np.void, column.type.byte_width))
+        values = np.frombuffer(column.buffers()[1] or b"", kind)
+        return values[column.offset : column.offset + self._length]
+
+    def filled(self, name: str, value: float) -> np.ndarray:
+        """[R] the values of a column of numbers, `value` where one is null."""
+        return _numbers(self._columns[name].fill_null(value))
+
     def values(self, name: str) -> list[Any]:
         """[R] the values of a column as plain Python, None where one is null."""
         found: list[Any] = self._columns[name].to_pylist()
         return found
 
-    def _value(self, name: str, row: int) -> Any:
+    def value(self, name: str, row: int) -> Any:
+        """A column's value in one row."""
         column = self._columns[name]
         if name not in self._lists:
             return column[row].as_py()
@@ -165,6 +184,14 @@ class Rows:
             return None
         offsets, values = self._lists[name]
         return values[offsets[row] : offsets[row + 1]].copy()
+
+
+def _refuse_nulls(name: str, values: pa.Array, offsets: np.ndarray) -> None:
+    """A list may be null, its numbers may not: no writer of ours makes such a file, and Parquet allows it."""
+    if values.null_count:
+        first = values.is_null().index(True).as_py()
+        row = int(np.searchsorted(offsets, first + offsets[0], side="right")) - 1
+        raise IntegrityError(f"row {row}: {name} holds nothing in place of a number.")
 
 
 def _numbers(array: pa.Array) -> np.ndarray:

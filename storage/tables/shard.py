@@ -246,6 +246,14 @@ class ShardFile:
                 f"{self.name}: {column}row group {group} is damaged ({cause}). {REPAIR}"
             ) from error
 
+    def rows_of(self, group: int, columns: Sequence[str] | None = None) -> Rows:
+        """The rows of one row group, page checksums verified."""
+        table = self.read(group, columns)
+        try:
+            return Rows(table)
+        except IntegrityError as error:
+            raise IntegrityError(f"{self.name}: row group {group}: {error} {REPAIR}") from error
+
     def read_all(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Every row, page checksums verified."""
         parts = [self.read(group, columns) for group in range(len(self.rows_per_group))]
@@ -323,5 +331,20 @@ class ShardFile:
         for row in rows:
             group = self.group_of(row)
             if group != held:
-                held, loaded = group, Rows(self.read(group, columns))
+                held, loaded = group, self.rows_of(group, columns)
             yield loaded[int(row - self.starts[group])]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file that holds rows of a shard: the shard itself, or a published one."""
+
+    files: Files
+    name: str
+    sha256: str
+    """That its bytes must have."""
+    kind: type[ShardFile] = ShardFile
+
+    def open(self) -> ShardFile:
+        """Its rows."""
+        return self.kind(self.files, self.name)

@@ -186,6 +186,8 @@ class SoftTargets:
         there = [name for name in LISTS if row.get(name) is not None]
         found = {name: np.asarray(row[name], _DTYPES[name]) for name in there}
         entries = found.get("entries")
+        if entries is not None and entries.min(initial=0) < 0:
+            raise IntegrityError(f"soft_targets row: a position has {entries.min()} entries.")
         temperatures = len(found.get("temperatures", ()))
         lengths = dict.fromkeys(LISTS, n)
         lengths |= dict.fromkeys(_PADDING, n * k if entries is None else int(entries.sum()))
@@ -288,29 +290,29 @@ def normalised_targets(rows: Rows) -> Iterator[SoftTargets]:
     """
     spans = rows.numbers("span_tokens").astype(np.int64)
     k = rows.numbers("k").astype(np.int64)
-    for row in np.flatnonzero(~_aligned(rows, spans, k)):
+    for row in np.flatnonzero(~aligned(rows, spans, k)):
         SoftTargets.from_row(rows[row])  # raises
     # Neighbours with the same k, lists and temperatures are decoded as one row.
     stored = np.stack([rows.present(name) for name in LISTS], axis=1)
-    kinds = np.column_stack([k, stored, _temperatures(rows)])
-    for start, stop in _runs(kinds, spans * k):
+    kinds = np.column_stack([k, stored, temperature_codes(rows)])
+    for start, stop in runs_alike(kinds, spans * k):
         edges = np.concatenate([[0], np.cumsum(spans[start:stop])]).tolist()
         names = [name for name, there in zip(LISTS, stored[start], strict=True) if there]
-        lists = {name: _joined(rows, name, start, stop) for name in names}
+        lists = {name: joined_list(rows, name, start, stop) for name in names}
         joined = {"span_tokens": edges[-1], "k": int(k[start]), **lists}
         whole = SoftTargets.from_row(joined).normalised()
         for first, last in pairwise(edges):
             yield whole.positions(slice(first, last))
 
 
-def _joined(rows: Rows, name: str, start: int, stop: int) -> np.ndarray:
+def joined_list(rows: Rows, name: str, start: int, stop: int) -> np.ndarray:
     """The list of rows `start` to `stop`, one after another; temperatures, which they share, once."""
     offsets, values = rows.flat(name)
     last = start + 1 if name == "temperatures" else stop
     return values[offsets[start] : offsets[last]]
 
 
-def _aligned(rows: Rows, spans: np.ndarray, k: np.ndarray) -> np.ndarray:
+def aligned(rows: Rows, spans: np.ndarray, k: np.ndarray) -> np.ndarray:
     """[R] whether the row's lists have the lengths that its spans, k and entries ask for."""
     offsets, entries = rows.flat("entries")
     before = np.concatenate([[0], np.cumsum(entries, dtype=np.int64)])
@@ -326,7 +328,7 @@ def _aligned(rows: Rows, spans: np.ndarray, k: np.ndarray) -> np.ndarray:
     return fits
 
 
-def _temperatures(rows: Rows) -> np.ndarray:
+def temperature_codes(rows: Rows) -> np.ndarray:
     """[R] a number for each row's list of temperatures; equal lists have equal numbers."""
     offsets, values = rows.flat("temperatures")
     if not len(values):
@@ -336,7 +338,7 @@ def _temperatures(rows: Rows) -> np.ndarray:
     return np.array([numbers.setdefault(found, len(numbers)) for found in lists])
 
 
-def _runs(kinds: np.ndarray, sizes: np.ndarray) -> Iterator[tuple[int, int]]:
+def runs_alike(kinds: np.ndarray, sizes: np.ndarray) -> Iterator[tuple[int, int]]:
     """Neighbouring rows of one kind, no more together than a cache holds."""
     changes = (kinds[1:] != kinds[:-1]).any(axis=1).tolist()
     start, held = 0, 0

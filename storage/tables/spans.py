@@ -63,8 +63,11 @@ def flat(spans: np.ndarray) -> np.ndarray:
 
 def positions(spans: np.ndarray) -> np.ndarray:
     """[N] int64 indices of the scored tokens, ascending: those of [[2, 3], [7, 1]] are 2, 3, 4, 7."""
-    found = [np.arange(start, start + tokens) for start, tokens in spans.tolist()]
-    return found[0] if len(found) == 1 else np.concatenate(found)
+    starts, tokens = spans[:, 0], spans[:, 1]
+    if len(spans) == 1:
+        return np.arange(starts[0], starts[0] + tokens[0])
+    ends = np.cumsum(tokens)  # of each span's tokens, counted through all of them
+    return np.repeat(starts - (ends - tokens), tokens) + np.arange(tokens.sum())
 
 
 def scored_tokens(rows: pa.Table) -> np.ndarray:
@@ -86,19 +89,20 @@ def check_spans(spans: np.ndarray, total_tokens: int, what: str) -> None:
     Raises:
         IntegrityError: they do; `what` is the row, for the message.
     """
+    starts, tokens = spans[:, 0], spans[:, 1]
+    ends = starts + tokens
+    # Where each may start: nothing predicts the first token, and spans do not overlap.
+    before = np.concatenate([[1], ends[:-1]])
+    off = np.flatnonzero((tokens < 1) | (starts < before) | (ends > total_tokens))
     wrong = None if len(spans) else "there is none"
-    before = 1  # where the next may start: nothing predicts the first token
-    for start, tokens in spans.tolist():
-        end = start + tokens
-        if tokens < 1:
-            wrong = f"the one at {start} has no tokens"
-        elif start < before:
-            wrong = f"the one at {start} starts before {before}"
-        elif end > total_tokens:
-            wrong = f"the one at {start} ends at {end}, the row has {total_tokens} tokens"
-        before = end
-        if wrong is not None:
-            break
+    if len(off):
+        wrong = f"the one at {starts[off[0]]} "
+        if tokens[off[0]] < 1:
+            wrong += "has no tokens"
+        elif starts[off[0]] < before[off[0]]:
+            wrong += f"starts before {before[off[0]]}"
+        else:
+            wrong += f"ends at {ends[off[0]]}, the row has {total_tokens} tokens"
     if wrong is not None:
         raise IntegrityError(
             f"{what}: of its spans (start, tokens) {spans.tolist()}, {wrong}. Spans have tokens, "

@@ -1,6 +1,6 @@
 """How fast a snapshot is read, against `datasets` and mosaicml-streaming on the same rows; how fast reading resumes.
 
-    python tests/bench/loader.py [--tiny] [--mds-python PYTHON] [--only speed|resume|trainer]
+    python tests/bench/loader.py [--tiny] [--mds-python PYTHON] [--only speed|resume|trainer|check]
 
 Speed: one process, shuffled, batches of 32 rows stacked into arrays by the same function; Stillroom
 verifies page checksums and rescales entries and tail to sum to 1, the others hand out what is
@@ -17,6 +17,10 @@ in. Imports are not counted.
 Trainer: samples of a store (V = 512, K = 64, as long as short stories) read and packed into passes,
 and the same training a student of 1M parameters, in turns in one process; tokens/s of the one over
 those of the other. Bar: 5.
+
+Check: what a machine does once with each shard before it trains on it (hash, every row), and what it
+does later (a look whether the file changed), beside reading the same columns once; in turns in one
+process, in CPU seconds. Bar: 3 times.
 """
 
 import argparse
@@ -40,6 +44,13 @@ import numpy as np
 K, T, V = 32, 512, 50_257
 BATCH = 32
 LOADER_BAR = 5
+CHECK_BAR = 3
+READ = (
+    *("token_ids", "span_start", "span_tokens", "spans", "k", "label", "entries", "ids"),
+    *("logprobs", "counts", "weights", "tail_logprob", "token_logprob", "entropy"),
+    *("temperatures", "tempered_tails"),
+)
+"""Columns that a training reads."""
 COLUMNS = ("token_ids", "ids", "logprobs", "tail_logprob", "token_logprob", "entropy")
 
 
@@ -49,7 +60,7 @@ def main() -> None:
     )
     parser.add_argument("--tiny", action="store_true", help="seconds; the figures mean nothing")
     parser.add_argument("--mds-python", help="a Python that has mosaicml-streaming")
-    parser.add_argument("--only", choices=["speed", "resume", "trainer"])
+    parser.add_argument("--only", choices=["speed", "resume", "trainer", "check"])
     parser.add_argument(
         "--rows", type=int, default=12288, help="rows to read; a window is about 2900"
     )
@@ -79,6 +90,12 @@ def main() -> None:
             found = {"found": outcome["trainer"]["loader_over_trainer"], "at_least": LOADER_BAR}
             if not args.tiny:  # tiny figures mean nothing
                 outcome["bars"] = {"loader's tokens/s over a 1M trainer's": found}
+        if args.only in (None, "check"):
+            rows, repeats = (64, 1) if args.tiny else (2048, 5)
+            outcome["check"] = check(Path(folder) / "check", rows=rows, repeats=repeats)
+            found = {"found": outcome["check"]["check_over_read"], "at_most": CHECK_BAR}
+            if not args.tiny:
+                outcome.setdefault("bars", {})["checking a shard over reading it"] = found
         if args.only in (None, "resume"):
             shards, rows, repeats = (20, 400, 1) if args.tiny else (5000, 1_000_000, 5)
             outcome["resume"] = resume(Path(folder), shards=shards, rows=rows, repeats=repeats)
@@ -400,6 +417,55 @@ def write_shards(root: Path, *, shards: int, rows: int) -> str:
     )
     save_snapshot(store, snapshot)
     return snapshot.id
+
+
+# Check
+
+
+def read_file(file: Any) -> int:
+    """All row groups, as training reads them; rows."""
+    opened = file.open()
+    for group in range(len(opened.rows_per_group)):
+        opened.rows_of(group, READ)
+    return opened.rows
+
+
+def check(folder: Path, *, rows: int, repeats: int) -> dict[str, Any]:
+    """CPU seconds of reading the files of a store once, of checking them, and of knowing them later."""
+    from stillroom.storage.integrity.checked import Memory, check_file, held
+    from stillroom.storage.store.store import Store
+
+    folder.mkdir()
+    write_rows(folder, rows)
+    store = Store.open(folder / "store")
+    shards = store.commits("soft_targets")
+    files = [store.stored("soft_targets", commit.shard.sha256)[0] for commit in shards]
+    memory = Memory(None)
+    ways = {
+        "read": read_file,
+        "hash": lambda file: file.files.sha256(file.name),
+        "check": lambda file: check_file(file, "soft_targets", Memory(None)),
+        "know": lambda file: held(file, "soft_targets", memory),
+    }
+    for file in files:
+        check_file(file, "soft_targets", memory)
+    turns: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, way in ways.items():
+            began = time.process_time()
+            for file in files:
+                assert way(file)
+            turns[name].append(time.process_time() - began)
+    ratios = [a / b for a, b in zip(turns["check"], turns["read"], strict=True)]
+    table: dict[str, Any] = {"rows": rows, "shards": len(files), "repeats": repeats}
+    table |= {"entries": rows * T * K, "bytes": sum(commit.shard.bytes for commit in shards)}
+    table |= {f"{name}_cpu_seconds": [round(x, 4) for x in found] for name, found in turns.items()}
+    table["check_over_read"] = round(statistics.median(ratios), 2)
+    print(f"\ncheck, {len(files)} shards, {rows} rows, T = {T}, K = {K}: CPU seconds, medians")
+    for name, found in turns.items():
+        print(f"  {name:<8}{statistics.median(found):>9.4f}")
+    print(f"  checking takes {table['check_over_read']:.2f} of what reading takes")
+    return table
 
 
 # Trainer

@@ -112,6 +112,7 @@ def test_the_loader_bench_runs() -> None:
     assert set(outcome["speed"]) == {"rows", "tokens", "repeats", "stillroom", "datasets"}
     assert outcome["resume"]["footers_opened"] == outcome["resume"]["footers_needed"]
     assert outcome["trainer"]["loader_over_trainer"] > 0
+    assert outcome["check"]["check_over_read"] > 0
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from stillroom.pipeline.publish.export import PublishRequest, export
 from stillroom.storage.errors import IntegrityError, UsageError
 from stillroom.storage.files.base import file_sha256
 from stillroom.storage.files.opening import open_files
+from stillroom.storage.integrity.checked import Memory, check_file, files_of
 from stillroom.storage.integrity.vacuum import vacuum
 from stillroom.storage.integrity.verify import verify
 from stillroom.storage.joined import Joined, Source, at_commit, open_store
@@ -97,6 +98,20 @@ def test_a_row_that_was_not_published_is_not_there(made, tmp_path):
         assert again["key"] == row["key"]
         ((original),) = store.rows("soft_targets", {row["shard"]: [row["row"]]}, ["key"])
         assert original["key"] == row["key"]
+
+
+def test_rows_of_a_source_are_checked_in_the_files_that_hold_them(made, tmp_path):
+    store, snapshots, folder = made
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    files = files_of(open_store(tmp_path / "new", [str(copy)]), snapshots["train"])
+    assert {Path(file.name).name.split("-")[0] for file in files} == {"train"}
+    memory = Memory(None)
+    rows = sum(check_file(file, "soft_targets", memory)[0].rows for file in files)
+    assert rows == snapshots["train"].rows < sum(s.rows for s in store.shards("soft_targets"))
+    path = Path(files[0].files.path(files[0].name))
+    path.write_bytes(path.read_bytes()[:-9] + bytes(9))
+    with pytest.raises(IntegrityError, match=files[0].name):
+        check_file(files[0], "soft_targets", memory)
 
 
 def test_the_index_names_each_row_by_its_place(made, tmp_path):

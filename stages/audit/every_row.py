@@ -1,0 +1,137 @@
+"""Every shard of what is about to be learnt from or judged on, once on each machine.
+
+Each row by itself (`storage/integrity/checked.py`), and whether the first rows of a shard have their own
+targets: what is moved by a row or a position may agree with itself in every row.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+
+import numpy as np
+
+from ...storage.errors import IntegrityError
+from ...storage.integrity.checked import HELP, Held, Memory, check_file, files_of, held
+from ...storage.snapshots.snapshot import Snapshot
+from ...storage.store.store import Store
+from ...storage.tables.rows import Rows
+from ...storage.tables.shard import ShardFile
+from ..models.reads import check_ids
+from ..workers.job import Job
+from .misplaced_targets import Row, shifted
+
+ROWS = 32
+"""Of a shard, that are asked whose targets they have."""
+VALUES = 1 << 22
+"""Numbers after which no more rows are asked: whole distributions have as many in a few."""
+
+
+def check_rows(
+    store: Store, snapshots: Sequence[Snapshot], job: Job, *, lenient: bool = False
+) -> dict[str, Held]:
+    """Check the files that this machine has not checked yet; what is known of each, by name.
+
+    `lenient`: say what cannot be a teacher's numbers and go on; rows that cannot be read are refused.
+
+    Raises:
+        IntegrityError: a row cannot be right; names file, row and column.
+        Stopped: a signal came. What was checked by then is remembered.
+    """
+    memory = Memory.of_user()
+    files = [(file, each.table) for each in snapshots for file in files_of(store, each)]
+    with job.clock.span("disk"):
+        known = {file.name: held(file, table, memory) for file, table in files}
+    fresh = [(file, table) for file, table in files if known[file.name] is None]
+    if fresh:
+        job.progress.start(total=len(fresh), unit="shards")
+    rows, said = 0, []
+    for file, table in fresh:
+        with job.clock.span("disk"):
+            found, doubt = check_file(file, table, memory, lenient=lenient)
+        known[file.name] = found
+        rows += found.rows
+        said += [doubt] if doubt else []
+        job.progress.advance(note="checking every row, once on this machine")
+        job.stop.check()
+    if fresh:
+        before = len(files) - len(fresh)
+        job.progress.say(
+            f"checked {len(fresh)} shards, {rows} rows"
+            + (f"; {before} shards were checked before" if before else "")
+        )
+    _say(said, job)
+    return {name: one for name, one in known.items() if one is not None}
+
+
+def check_vocabulary(
+    store: Store, snapshot: Snapshot, known: dict[str, Held], *, vocab_size: int
+) -> None:
+    """Refuse texts with a token that the student does not have.
+
+    A shard may hold rows that this student is not to learn from: they are asked only where the whole
+    has a higher id.
+
+    Raises:
+        UsageError: a row has one; names it.
+    """
+    for part in snapshot.shards:
+        files = store.stored(snapshot.table, part.sha256)
+        if max(known[file.name].highest for file in files) < vocab_size:
+            continue
+        rows = Rows(
+            store.shard(snapshot.table, part.sha256).select(part.rows, ["key", "token_ids"])
+        )
+        offsets, ids = rows.flat("token_ids")
+        if not (ids >= vocab_size).any():
+            continue
+        first = int((ids >= vocab_size).argmax())
+        row = int(np.searchsorted(offsets, first, side="right")) - 1
+        where = f" (row {part.rows[row]} of {part.name}, {rows.value('key', row).hex()})"
+        check_ids(int(ids[first]), vocab_size, "the text has", where=where)
+
+
+def check_places(
+    store: Store, snapshots: Sequence[Snapshot], job: Job, *, lenient: bool = False
+) -> None:
+    """Ask the first rows of each shard that this machine has not asked yet whose targets they have.
+
+    To be called after `check_rows`. `lenient`: say what is found, and go on.
+
+    Raises:
+        IntegrityError: they have those of the position or the row beside their own; names the file.
+    """
+    memory, said = Memory.of_user(), []
+    for file in chain.from_iterable(files_of(store, one) for one in snapshots):
+        name = f"place {file.sha256}"
+        if memory.known(name):
+            continue
+        job.stop.check()
+        with job.clock.span("disk"):
+            opened = file.open()
+        rows = list(_first_rows(opened)) if opened.about.get("head", "lm") == "lm" else []
+        if found := shifted(rows):
+            said.append(
+                f"{file.files.root}/{file.name}: rows 0 to {len(rows) - 1} (from "
+                f"{rows[0]['key'].hex()} on): the targets are {found}. Expected each position's own."
+            )
+        else:
+            memory.keep(name, "own")
+        if said and not lenient:
+            raise IntegrityError(
+                f"{said[0]} {HELP} If the rows are meant as they are, set train.audit: warn."
+            )
+    _say(said, job)
+
+
+def _say(said: Sequence[str], job: Job) -> None:
+    more = f" ({len(said) - 1} more shards)" if len(said) > 1 else ""
+    if said:
+        job.progress.say(f"audit: {said[0]}{more}")
+
+
+def _first_rows(shard: ShardFile) -> Iterator[Row]:
+    values = 0
+    for row in shard.take(range(min(ROWS, shard.rows))):
+        yield row
+        values += sum(len(row[name]) for name in ("logprobs", "ids") if row[name] is not None)
+        if values > VALUES:
+            return

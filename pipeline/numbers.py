@@ -116,3 +116,8 @@ def short(count: int) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
+
+
+def teacher_layers(layers: Sequence[int]) -> str:
+    """What a student starts from that copies these."""
+    return f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))} of the teacher"

@@ -39,7 +39,7 @@ LIGHT_FILES = {
     "models": (
         *("identity", "classes", "rendering", "token_text", "reads"),
         *("config", "files", "fresh", "light", "misfits", "parts", "same_tokenizer", "tensors"),
-        *("ahead", "token_ids", "uses", "stored_tensors"),
+        *("ahead", "token_ids", "uses", "stored_tensors", "teacher_layers", "kinds", "same_layers"),
     ),
     "engines": ("base", "opening", "vllm"),
 }

@@ -38,9 +38,10 @@ from ...storage.files.opening import open_files
 from ...storage.joined import Joined, open_store
 from ...storage.published.folder import Published
 from ...storage.store.store import Store
+from ..numbers import teacher_layers
 from .lengths import refuse_unread, unread_by_student, window_notes
 from .lines import Plan, StagePlan, State, equal_texts
-from .resolve import Bound, bind
+from .resolve import Bound, bind, refuse_start
 from .students import plan_students
 
 
@@ -58,6 +59,9 @@ def make_plan(recipe: Recipe, *, write: bool = False) -> Plan:
     bound = bind(recipe, store, write=write)
     _refuse_early(recipe, bound, write=write)
     plan = Plan(bound=bound, write=write, notes=_notes(recipe, bound))
+    if recipe.student is not None and recipe.student.from_teacher_layers:
+        start = teacher_layers(recipe.student.from_teacher_layers)
+        plan.note(f"the student starts from {start}")
     _plan_tables(recipe, plan, store)
     return _with_students(recipe, plan)
 
@@ -133,15 +137,19 @@ def _refuse_student(
     recipe: Recipe, student: Student, folder: Path | None, teacher: Identity
 ) -> None:
     """A student that does not go with this teacher; of one that is not here yet nothing is known."""
-    if student.config is not None:
-        refuse_fresh(teacher.folder, student.config, recipe.run.task)
-    if folder is not None or student.config is not None:
+    if student.model is None:
+        layers = student.from_teacher_layers
+        refuse_fresh(teacher.folder, student.config or {}, recipe.run.task, layers)
+    if folder is not None or student.model is None:
         refuse_other_classes(recipe, folder, teacher.class_names)
     if folder is not None:
         refuse_other_tokenizer(recipe, folder, teacher.folder)
         if Path(str(student.model)).expanduser().is_dir():  # of the Hub's only small files are here
             refuse_without_weights(folder, "student.model")
         refuse_lora(recipe, folder)
+    if student.from_teacher_layers is not None:
+        refuse_start(recipe, teacher)
+        refuse_lora(recipe, teacher.folder)
 
 
 def _student_folder(student: Student | None, *, write: bool) -> Path | None:

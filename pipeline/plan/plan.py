@@ -31,7 +31,7 @@ from ...stages.models.identity import (
 from ...stages.models.students.stored_tensors import refuse_lora
 from ...stages.recipe.checks.task import refuse_without_labels
 from ...stages.recipe.sections import Recipe, Student
-from ...stages.recipe.stages import stage_named
+from ...stages.recipe.stages import needed, stage_named
 from ...stages.recipe.tasks import TASKS
 from ...storage.errors import UsageError
 from ...storage.files.opening import open_files
@@ -130,13 +130,12 @@ def _refuse_early(recipe: Recipe, bound: Bound, *, write: bool) -> None:
             "(chat_template.jinja), or use format 'prompt' or 'completion'."
         )
     if recipe.student is not None:
-        _refuse_student(recipe, recipe.student, folder, bound.teacher)
+        _refuse_student(recipe, folder, bound.teacher, write=write)
 
 
-def _refuse_student(
-    recipe: Recipe, student: Student, folder: Path | None, teacher: Identity
-) -> None:
+def _refuse_student(recipe: Recipe, folder: Path | None, teacher: Identity, *, write: bool) -> None:
     """A student that does not go with this teacher; of one that is not here yet nothing is known."""
+    student = needed(recipe.student, "student")
     if student.model is None:
         layers = student.from_teacher_layers
         refuse_fresh(teacher.folder, student.config or {}, recipe.run.task, layers)
@@ -148,7 +147,7 @@ def _refuse_student(
             refuse_without_weights(folder, "student.model")
         refuse_lora(recipe, folder)
     if student.from_teacher_layers is not None:
-        refuse_start(recipe, teacher)
+        refuse_start(recipe, teacher, write=write)
         refuse_lora(recipe, teacher.folder)
 
 

@@ -6,6 +6,7 @@ the store is enough.
 
 from dataclasses import dataclass, replace
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
 from ...stages.data.given_text import given_text
@@ -20,6 +21,7 @@ from ...stages.models.identity import FileHashes, Identity, find_model, identify
 from ...stages.models.students.same_layers import refuse_other_layers
 from ...stages.recipe.checks.together import stores_of
 from ...stages.recipe.sections import HELD_OUT_FIELDS, Recipe
+from ...stages.recipe.stages import needed
 from ...storage.errors import UsageError
 from ...storage.files.base import Files
 from ...storage.files.opening import open_files
@@ -191,20 +193,34 @@ def _copied_teacher(recipe: Recipe, bound: Bound, *, write: bool) -> str:
     if found.id != bound.binding.teacher_id:
         raise UsageError(
             f"{what}: teacher.model is {recipe.teacher.model} ({found.id}), and the rows are of "
-            f"{bound.binding.teacher_id}. Name that teacher's folder."
+            f"{bound.binding.teacher_id}. Put that teacher there again."
         )
-    refuse_start(recipe, found)
+    refuse_start(recipe, found, write=write)
     return found.id
 
 
-def refuse_start(recipe: Recipe, teacher: Identity) -> None:
+def refuse_start(recipe: Recipe, teacher: Identity, *, write: bool) -> None:
     """Refuse layers of a teacher that cannot be copied, or would be others in the student.
+
+    The models are built for it, which takes seconds: once, if the store may remember the answer.
 
     Raises:
         UsageError: with the reason.
     """
     refuse_uncopied(teacher.folder, recipe.teacher.model)
+    student = needed(recipe.student, "student")
+    asked = {
+        "teacher": teacher.id,
+        "student": student.model_dump(mode="json", include={"config", "from_teacher_layers"}),
+        "transformers": version("transformers"),
+    }
+    cache = open_files(recipe.storage.dir).cache
+    alike = f"cache/layers/{content_id('layers', **asked)}.json"
+    if cache.exists(alike):
+        return
     refuse_other_layers(recipe, teacher.folder)
+    if write:
+        cache.put_if_absent(alike, canonical_json(asked))
 
 
 def find_adapter(adapter: str, *, field: str = "teacher.adapter") -> Path:

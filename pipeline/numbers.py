@@ -1,5 +1,7 @@
 """Numbers for people: one way to print each kind."""
 
+from collections.abc import Sequence
+
 NOTHING = "-"
 
 
@@ -75,3 +77,8 @@ def short(count: int) -> str:
     """A count in five characters: as it is up to 99,999, then 123k."""
     text = str(count) if count < 100_000 else human(count)
     return text if len(text) <= 5 else human(count, digits=0)
+
+
+def teacher_layers(layers: Sequence[int]) -> str:
+    """What a student starts from that copies these."""
+    return f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))} of the teacher"

@@ -40,6 +40,7 @@ LIGHT_FILES = {
         *("identity", "classes", "rendering", "token_text", "reads"),
         *("config", "files", "fresh", "light", "misfits", "parts", "same_tokenizer", "tensors"),
         *("ahead", "own_code", "token_ids", "uses", "stored_tensors"),
+        *("teacher_layers", "kinds", "same_layers"),
     ),
     "engines": ("base", "opening", "vllm"),
 }

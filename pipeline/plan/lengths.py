@@ -97,5 +97,10 @@ def _student_reads(recipe: Recipe, bound: Bound) -> int | None:
     if bound.teacher is None:
         return None
     with light_transformers():
-        made = fresh_config(bound.teacher.folder, student.config or {}, task=recipe.run.task)
+        made = fresh_config(
+            bound.teacher.folder,
+            student.config or {},
+            task=recipe.run.task,
+            layers=student.from_teacher_layers,
+        )
         return usable_positions(text_config(made))

@@ -31,16 +31,17 @@ from ...stages.models.identity import (
 from ...stages.models.students.stored_tensors import refuse_lora
 from ...stages.recipe.checks.task import refuse_without_labels
 from ...stages.recipe.sections import Recipe, Student
-from ...stages.recipe.stages import stage_named
+from ...stages.recipe.stages import needed, stage_named
 from ...stages.recipe.tasks import TASKS
 from ...storage.errors import UsageError
 from ...storage.files.opening import open_files
 from ...storage.joined import Joined, open_store
 from ...storage.published.folder import Published
 from ...storage.store.store import Store
+from ..numbers import teacher_layers
 from .lengths import refuse_unread, unread_by_student, window_notes
 from .lines import Plan, StagePlan, State, equal_texts
-from .resolve import Bound, bind
+from .resolve import Bound, bind, refuse_start
 from .students import plan_students
 
 
@@ -59,6 +60,9 @@ def make_plan(recipe: Recipe, *, write: bool = False) -> Plan:
     _refuse_early(recipe, bound, write=write)
     plan = Plan(bound=bound, write=write, warning=_warning(recipe, bound))
     plan.note(*filter(None, [plan.warning]), *_notes(recipe, bound))
+    if recipe.student is not None and recipe.student.from_teacher_layers:
+        start = teacher_layers(recipe.student.from_teacher_layers)
+        plan.note(f"the student starts from {start}")
     _plan_tables(recipe, plan, store)
     return _with_students(recipe, plan)
 
@@ -128,22 +132,25 @@ def _refuse_early(recipe: Recipe, bound: Bound, *, write: bool) -> None:
             "(chat_template.jinja), or use format 'prompt' or 'completion'."
         )
     if recipe.student is not None:
-        _refuse_student(recipe, recipe.student, folder, bound.teacher)
+        _refuse_student(recipe, folder, bound.teacher, write=write)
 
 
-def _refuse_student(
-    recipe: Recipe, student: Student, folder: Path | None, teacher: Identity
-) -> None:
+def _refuse_student(recipe: Recipe, folder: Path | None, teacher: Identity, *, write: bool) -> None:
     """A student that does not go with this teacher; of one that is not here yet nothing is known."""
-    if student.config is not None:
-        refuse_fresh(teacher.folder, student.config, recipe.run.task)
-    if folder is not None or student.config is not None:
+    student = needed(recipe.student, "student")
+    if student.model is None:
+        layers = student.from_teacher_layers
+        refuse_fresh(teacher.folder, student.config or {}, recipe.run.task, layers)
+    if folder is not None or student.model is None:
         refuse_other_classes(recipe, folder, teacher.class_names)
     if folder is not None:
         refuse_other_tokenizer(recipe, folder, teacher.folder)
         if Path(str(student.model)).expanduser().is_dir():  # of the Hub's only small files are here
             refuse_without_weights(folder, "student.model")
         refuse_lora(recipe, folder)
+    if student.from_teacher_layers is not None:
+        refuse_start(recipe, teacher, write=write)
+        refuse_lora(recipe, teacher.folder)
 
 
 def _student_folder(student: Student | None, *, write: bool) -> Path | None:

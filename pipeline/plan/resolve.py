@@ -6,6 +6,7 @@ the store is enough.
 
 from dataclasses import dataclass, replace
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
 from ...stages.data.given_text import given_text
@@ -15,9 +16,12 @@ from ...stages.ledger.requests import author_context
 from ...stages.models.chat.arguments import reads_the_clock
 from ...stages.models.fit.misfits import refuse_misfit
 from ...stages.models.fit.same_tokenizer import compare_tokenizers
+from ...stages.models.fit.teacher_layers import FIELD, refuse_uncopied
 from ...stages.models.identity import FileHashes, Identity, find_model, identify
+from ...stages.models.students.same_layers import refuse_other_layers
 from ...stages.recipe.checks.together import stores_of
 from ...stages.recipe.sections import HELD_OUT_FIELDS, Recipe
+from ...stages.recipe.stages import needed
 from ...storage.errors import UsageError
 from ...storage.files.base import Files
 from ...storage.files.opening import open_files
@@ -165,14 +169,63 @@ def author_identity(
     return identify(folder, dtype=recipe.teacher.dtype, hashes=hashes, field="generate.model")
 
 
-def student_id(recipe: Recipe, *, write: bool) -> str | None:
-    """Identity of an existing student; None for fresh weights."""
+def student_id(recipe: Recipe, bound: Bound, *, write: bool) -> str | None:
+    """Identity of what a student begins with: an existing one, or the teacher; None for fresh weights."""
     section = recipe.student
+    if section is not None and section.from_teacher_layers is not None:
+        return _copied_teacher(recipe, bound, write=write)
     if section is None or section.model is None:
         return None
     folder = find_model(section.model, section.revision, field="student.model", download=write)
     hashes = FileHashes(recipe.storage.dir, remember=write)
     return identify(folder, dtype="auto", hashes=hashes, field="student.model").id
+
+
+def _copied_teacher(recipe: Recipe, bound: Bound, *, write: bool) -> str:
+    """The teacher whose layers are copied: the one that taught the rows, with its weights.
+
+    Raises:
+        UsageError: its weights are not here.
+    """
+    if bound.teacher is not None:
+        return bound.teacher.id
+    hashes = FileHashes(recipe.storage.dir, remember=write)
+    what = f"{FIELD}: the teacher's layers are copied, and its weights are not here"
+    try:
+        found = teacher_identity(recipe, hashes, download=write)
+    except UsageError as error:
+        raise UsageError(f"{what}: {error}") from error
+    if found.id != bound.binding.teacher_id:
+        raise UsageError(
+            f"{what}: teacher.model is {recipe.teacher.model} ({found.id}), and the rows are of "
+            f"{bound.binding.teacher_id}. Put that teacher there again."
+        )
+    refuse_start(recipe, found, write=write)
+    return found.id
+
+
+def refuse_start(recipe: Recipe, teacher: Identity, *, write: bool) -> None:
+    """Refuse layers of a teacher that cannot be copied, or would be others in the student.
+
+    The models are built for it, which takes seconds: once, if the store may remember the answer.
+
+    Raises:
+        UsageError: with the reason.
+    """
+    refuse_uncopied(teacher.folder, recipe.teacher.model)
+    student = needed(recipe.student, "student")
+    asked = {
+        "teacher": teacher.id,
+        "student": student.model_dump(mode="json", include={"config", "from_teacher_layers"}),
+        "transformers": version("transformers"),
+    }
+    cache = open_files(recipe.storage.dir).cache
+    alike = f"cache/layers/{content_id('layers', **asked)}.json"
+    if cache.exists(alike):
+        return
+    refuse_other_layers(recipe, teacher.folder)
+    if write:
+        cache.put_if_absent(alike, canonical_json(asked))
 
 
 def find_adapter(adapter: str, *, field: str = "teacher.adapter") -> Path:

@@ -57,11 +57,9 @@ def train_settings(recipe: Recipe, snapshot: str, arm: Arm) -> dict[str, Any]:
         "checkpoint_every_steps",
     }
     student, train = needed(recipe.student, "student"), needed(recipe.train, "train")
-    # A field that is younger than the hash: at its default it says nothing.
-    unsaid = {"save_dtype"} if student.save_dtype == "auto" else set()
     return {
         "snapshot": snapshot,
-        "student": student.model_dump(mode="json", exclude=unsaid),
+        "student": student.model_dump(mode="json", exclude=student.unhashed()),
         "loss": loss,
         "train": train.model_dump(mode="json", exclude=no_matter),
         "run": {"seed": recipe.run.seed},
@@ -78,14 +76,14 @@ def _entries(score: Score) -> dict[str, Any]:
 def _student_identity(recipe: Recipe, plan: Plan, settings: dict[str, Any]) -> str | None:
     """Of the student named now; where it is gone, of the one that a run with these settings began with."""
     try:
-        return student_id(recipe, write=plan.write)
+        return student_id(recipe, plan.bound, write=plan.write)
     except UsageError:
         for file in begun_runs(Path(recipe.run.dir)):
             begun = json.loads(file.read_text())["settings"]
             identity = begun["student"].pop("identity", None)
             if begun in (settings, _recorded(settings)):
                 return str(identity)
-        if plan.write:
+        if plan.write or needed(recipe.student, "student").from_teacher_layers is not None:
             raise
         return None
 

@@ -23,10 +23,10 @@ from ...stages.workers.shard_about import versions
 from ...storage.files.local import LocalFiles
 from ...storage.published.export import put
 from ...storage.published.manifest import CARD
-from ..numbers import count
+from ..numbers import count, teacher_layers
 from ..report.report import outcome
 from ..report.results import measures, result_headers, result_rows
-from ..report.sections import fresh_weights
+from ..report.sections import begins_as
 from ..text import escaped, fenced, inline, one_line, prose, table
 from .provenance import public_name, public_recipe
 
@@ -72,7 +72,6 @@ def student_card(
     shown = public_recipe(recipe)
     teacher, student = shown["teacher"]["model"], shown["student"]
     distilled = settings["arm"] == "student" and recipe.get("score") is not None
-    begin = inline(student["model"]) if student["model"] else fresh_weights(student["config"])
     learnt = "the teacher's distributions" if distilled else "the teacher's text"
     card = ModelCard.from_template(
         _card_data(
@@ -87,7 +86,7 @@ def student_card(
         title=("Adapter: " if adapter else "")
         + escaped(f"{_name(shown)}, distilled from {teacher.rpartition('/')[2]}"),
         summary=prose(
-            f"A student of {inline(teacher)}: {begin}, trained by Stillroom on {learnt}."
+            f"A student of {inline(teacher)}: {begins_as(student)}, trained by Stillroom on {learnt}."
             + (_ADAPTER.format(inline(student["model"])) if adapter else "")
         ),
         outcome=prose(outcome(evaluation)) if evaluation else "",
@@ -161,7 +160,8 @@ def _card_data(
 ) -> Any:
     from huggingface_hub import ModelCardData
 
-    base = recipe["student"]["model"]
+    copies = recipe["student"].get("from_teacher_layers")
+    base = recipe["teacher"]["model"] if copies else recipe["student"]["model"]
     on_hub = base if base and public_name(base) == base and _HUB_NAME.fullmatch(base) else None
     return ModelCardData(
         base_model=on_hub,
@@ -300,6 +300,11 @@ def _limits(recipe: Mapping[str, Any], student: Mapping[str, Any]) -> list[str]:
         + (" and of the initial model" if student["model"] else "")
         + " ask; none is stated here.",
     ]
+    if layers := student.get("from_teacher_layers"):
+        found.append(
+            f"It began as {teacher_layers(layers)}, so its weights are derived from the teacher's, "
+            "and the teacher's licence holds for them."
+        )
     records = FORMATS[recipe["data"]["format"]]
     if not (records.conversation or records.labelled):
         found.append(

@@ -7,7 +7,7 @@ from typing import Any
 from ...stages.recipe.divergences import DIVERGENCES
 from ...stages.recipe.kinds import KINDS
 from ...storage.tables.kinds import STRUCTURES
-from ..numbers import count, decimals, duration, percent
+from ..numbers import count, decimals, duration, percent, teacher_layers
 from ..text import inline
 from . import figures
 from .blocks import Block, Figures, Sample, Samples, Section, Table, Text, Tokens
@@ -32,7 +32,7 @@ def what_was_run(report: Mapping[str, Any]) -> Section | None:
     score, generate = recipe.get("score"), recipe.get("generate")
     rows = [
         ["teacher", inline(teacher["model"])],
-        ["student", _student(student)],
+        ["student", begins_as(student)],
         ["student's parameters", count(train.get("parameters"))],
         ["data", f"{inline(data['source'])}, format {data['format']}"],
         ["text", _written_by(generate)],
@@ -46,15 +46,15 @@ def what_was_run(report: Mapping[str, Any]) -> Section | None:
     return Section("What was run", [Table(["", ""], rows, text_columns=2)])
 
 
-def _student(student: Mapping[str, Any]) -> str:
+def begins_as(student: Mapping[str, Any]) -> str:
+    """What a student starts from: a model, layers of the teacher, or fresh weights of what."""
     if student.get("model"):
         return inline(student["model"])
-    return fresh_weights(student.get("config") or {})
-
-
-def fresh_weights(config: Mapping[str, Any]) -> str:
-    """What a student without a model to start from is made of."""
+    config, layers = student.get("config") or {}, student.get("from_teacher_layers")
     said = ", ".join(f"{inline(n)} {value}" for n, value in config.items() if n != "model_type")
+    if layers:
+        start = f"starts from {teacher_layers(layers)}"
+        return f"{start}, with {said}" if said else start
     if "model_type" not in config:
         return f"fresh weights, the teacher's config with {said}"
     return f"fresh weights of a {config['model_type']}" + (f", with {said}" if said else "")
@@ -292,6 +292,7 @@ def title(report_settings: Mapping[str, Any]) -> str:
     recipe = report_settings.get("recipe")
     if not recipe:
         return "Distillation report"
-    student = recipe["student"].get("model")
-    name = Path(student).name if student else "a fresh student"
+    student, layers = (recipe["student"].get(name) for name in ("model", "from_teacher_layers"))
+    fresh = f"{len(layers)} of its layers" if layers else "a fresh student"
+    name = Path(student).name if student else fresh
     return f"{Path(recipe['teacher']['model']).name} distilled into {name}"

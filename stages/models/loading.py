@@ -1,11 +1,12 @@
 """Loading a model in the class of transformers that its task asks for: as it was identified, or as a student."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...storage.errors import UsageError, answered
@@ -84,6 +85,34 @@ class ModelKind:
         model: PreTrainedModel = self.auto.from_config(
             config, dtype=torch.float32, trust_remote_code=False
         )
+        return _ready(model)
+
+    def empty(self, config: PreTrainedConfig) -> PreTrainedModel:
+        """A model of this config without memory for its weights: names, shapes and classes alone."""
+        with torch.device("meta"):
+            model: PreTrainedModel = self.auto.from_config(config, dtype=torch.float32)
+        return model
+
+    def copied(self, config: PreTrainedConfig, weights: Mapping[str, Tensor]) -> PreTrainedModel:
+        """A model of this config with these weights, by the names that files have for them; in float32.
+
+        Raises:
+            UsageError: some of its weights are not there.
+        """
+        config.update(self._named())
+        # The class itself, for it reads weights that are in no folder, and converts their names.
+        model, report = type(self.empty(config)).from_pretrained(
+            None,
+            config=config,
+            state_dict={**weights},
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+        if lacking := sorted(report["missing_keys"]):
+            raise UsageError(
+                f"the teacher's files lack weights of the student ({', '.join(lacking[:3])}), which "
+                "transformers would draw at random. Save the teacher again, whole."
+            )
         return _ready(model)
 
     def _named(self) -> dict[str, Any]:

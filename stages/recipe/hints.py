@@ -12,6 +12,10 @@ _LENGTH = "data.max_tokens is the longest row; data.too_long says whether a long
 _LORA_SCALE = "student.lora.scale is what the update is multiplied by: lora_alpha / r."
 _HIDDEN = "Hidden states of the teacher are not supported yet. Remove it."
 _LOSS_TEMPERATURE = "Write loss.temperature."
+_LAYERS = (
+    "student.from_teacher_layers: [0, 2, 4] begins with copies of these layers of the teacher, and "
+    "of its embeddings and head."
+)
 _DURATION = "Training ends after train.tokens positions, or after train.epochs passes."
 
 # By dotted path, or by the key alone, wherever it stands.
@@ -22,6 +26,10 @@ _HINTS = {
     "lmbda": _WEIGHTS,
     "loss.hidden_weight": _HIDDEN,
     "loss.hidden_loss": _HIDDEN,
+    "student.layers": _LAYERS,
+    "student.init_from_teacher": _LAYERS,
+    "student.num_layers": "Write it in student.config, by the architecture's own name.",
+    "teacher_layers": _LAYERS,
     "train.temperature": "loss.temperature softens the distributions; generate.temperature samples "
     "text.",
     "lora_alpha": _LORA_SCALE,

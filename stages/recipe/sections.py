@@ -86,7 +86,7 @@ class Lora(Section):
 
 
 class Student(Section):
-    """The small model: an existing one, or fresh weights from a configuration."""
+    """The small model: an existing one, fresh weights of a config, or layers of the teacher."""
 
     model: str | None = None
     """Folder or Hub id."""
@@ -95,10 +95,14 @@ class Student(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What the forward and backward passes compute in; weights and optimizer state stay float32."""
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """What `student/` is stored in; auto: as the base was stored, fresh weights in float32."""
+    """What `student/` is stored in; auto: as the base was stored, fresh weights in float32. The
+    base of copied layers is the teacher."""
     config: Options | None = None
     """Fresh weights: the teacher's config with these overrides, and the teacher's tokenizer. With
     another `model_type`, the overrides are to the defaults of that one."""
+    from_teacher_layers: list[Annotated[int, Field(ge=0)]] | None = Field(None, min_length=1)
+    """Begin with copies of these layers of the teacher, counted from 0, in ascending order, and of
+    its embeddings, norms and head. `config` may change what leaves them as they are."""
     lora: Lora | None = None
     """Train an adapter in place of the weights."""
 
@@ -111,17 +115,23 @@ class Student(Section):
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
-        if (self.model is None) == (self.config is None):
+        copies = self.from_teacher_layers is not None
+        if (self.model is None) == (self.config is None and not copies):
             raise ValueError(
-                "name either `model` (an existing student) or `config` (fresh weights), not both "
-                "or neither"
+                "name either `model` (an existing student), or `config` (fresh weights) or "
+                "`from_teacher_layers` (copies of the teacher's), not both or neither"
             )
-        if self.lora is not None and self.model is None:
+        if self.lora is not None and self.model is None and not copies:
             raise ValueError(
-                "`lora` needs an existing `model`; an adapter on fresh weights learns next to "
-                "nothing"
+                "`lora` needs an existing `model` or `from_teacher_layers`; an adapter on fresh "
+                "weights learns next to nothing"
             )
         return self
+
+    def unhashed(self) -> set[str]:
+        """Fields that hashes leave out at their default: there were none when the first hashes were made."""
+        later = ("save_dtype", "from_teacher_layers")
+        return {name for name in later if getattr(self, name) == Student.model_fields[name].default}
 
 
 class Data(Section):

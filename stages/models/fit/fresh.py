@@ -1,6 +1,7 @@
 """The config of a student with fresh weights: the teacher's with changes, or that of another architecture."""
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from .files import read_json
 from .light import config_classes, knows, light_transformers
 from .misfits import WANTED, refuse_special_without_row, refuse_token_without_row, special_ids
 from .parts import text_config
+from .teacher_layers import COUNT, of_layers, refuse_other_architecture
 from .uses import heads_of, use_of
 
 _FIELD = "student.config"
@@ -19,7 +21,13 @@ _FIELD = "student.config"
 _OF_THE_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def fresh_config(teacher_dir: Path, overrides: dict[str, Any], *, task: str) -> Any:
+def fresh_config(
+    teacher_dir: Path,
+    overrides: dict[str, Any],
+    *,
+    task: str,
+    layers: Sequence[int] | None = None,
+) -> Any:
     """The config itself, as transformers has it; without torch, only inside `light_transformers`.
 
     Args:
@@ -27,12 +35,14 @@ def fresh_config(teacher_dir: Path, overrides: dict[str, Any], *, task: str) -> 
         overrides: `student.config`. With a `model_type` that is not the teacher's, they are changes
             to the defaults of that type; ids and special tokens stay the teacher's.
         task: `run.task`.
+        layers: `student.from_teacher_layers`: the student has these of the teacher's.
 
     Raises:
         UsageError: a field that there is not, a value that its class refuses, another kind of model.
     """
     raw = read_json(teacher_dir / "config.json", "teacher.model")
-    teacher = text_config(loaded_config(raw, where=f"teacher.model: {teacher_dir}"))
+    whole = loaded_config(raw, where=f"teacher.model: {teacher_dir}")
+    teacher = text_config(whole)
     kind = overrides.get("model_type", teacher.model_type)
     own = kind == teacher.model_type
     if not own and not knows(kind):
@@ -44,7 +54,10 @@ def fresh_config(teacher_dir: Path, overrides: dict[str, Any], *, task: str) -> 
     changes = {names.get(name, name): value for name, value in overrides.items()}
     base = teacher.to_dict() if own else _defaults(made, teacher)
     _refuse_unknown(changes, made, base)
-    if own and "num_hidden_layers" in changes and "layer_types" not in changes:
+    if layers is not None:
+        refuse_other_architecture(whole, teacher, kind)
+        base = of_layers(base, changes, layers, count=names.get(COUNT, COUNT))
+    elif own and COUNT in changes and "layer_types" not in changes:
         # One entry per layer of the teacher; left out, the architecture's own pattern fills it in.
         base.pop("layer_types", None)
     with answered(f"{_FIELD}: {overrides} does not hold together", "Change the numbers."):
@@ -53,14 +66,16 @@ def fresh_config(teacher_dir: Path, overrides: dict[str, Any], *, task: str) -> 
     return config
 
 
-def refuse_fresh(teacher_dir: Path, overrides: dict[str, Any], task: str) -> None:
-    """Refuse fresh weights that cannot be made, see the future or lack rows for tokens; without torch.
+def refuse_fresh(
+    teacher_dir: Path, overrides: dict[str, Any], task: str, layers: Sequence[int] | None = None
+) -> None:
+    """Refuse a config that cannot be made, sees the future or lacks rows for tokens; without torch.
 
     Raises:
         UsageError: as of `fresh_config`, a causal student that is none, or too few ids.
     """
     with light_transformers():
-        made = fresh_config(teacher_dir, overrides, task=task)
+        made = fresh_config(teacher_dir, overrides, task=task, layers=layers)
         rows, ahead, special = (
             int(made.vocab_size or 0),
             reads_ahead(made),

@@ -22,6 +22,7 @@ from ...recipe.sections import Recipe
 from ...recipe.stages import needed
 from ..fit.parts import parts_of
 from .config_file import NotInOlderWords, with_older_words
+from .copies import copied_from
 from .lora import merged_as_trained
 from .stored_tensors import stored_dtype
 from .student import student_folder, student_tokenizer
@@ -187,7 +188,8 @@ def _dtype(recipe: Recipe, base: Path | None) -> str:
     asked = needed(recipe.student, "student").save_dtype
     if asked != "auto":
         return asked
-    return "float32" if base is None else stored_dtype(base)
+    stored = base or copied_from(recipe)
+    return "float32" if stored is None else stored_dtype(stored)
 
 
 def _stored(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:

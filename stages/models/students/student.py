@@ -1,4 +1,4 @@
-"""The student: an existing model or fresh weights, with its adapter, and its tokenizer.
+"""The student: an existing model, layers of the teacher or fresh weights, with its adapter, and its tokenizer.
 
 Weights are always float32 here; what a pass computes in is the training loop's choice.
 """
@@ -17,13 +17,14 @@ from transformers import (
 from ....storage.errors import answered
 from ...recipe.sections import Recipe
 from ...recipe.stages import needed
-from ...recipe.tasks import module_of
 from ..classes import refuse_other_classes
 from ..fit.fresh import fresh_config
 from ..fit.same_tokenizer import refuse_other_tokenizer
 from ..head import backbone
 from ..identity import find_model
 from ..loading import ModelKind
+from .copies import copied_from, copied_student
+from .kinds import kind_of
 from .lora import with_lora
 
 
@@ -32,7 +33,8 @@ def initial_student(recipe: Recipe, teacher_dir: Path) -> nn.Module:
 
     Args:
         recipe: Its `student` section names a model, or gives changes to the teacher's config.
-        teacher_dir: Folder with the teacher's config.json and tokenizer; weights are not needed.
+        teacher_dir: Folder with the teacher's config.json and tokenizer. Weights, where some are
+            copied, are those of `teacher.model`.
 
     Returns:
         A model of the task's kind in float32, inside a PEFT model if `student.lora` is set.
@@ -49,7 +51,7 @@ def initial_student(recipe: Recipe, teacher_dir: Path) -> nn.Module:
         if folder is not None:
             student = kind.student(folder)
         else:
-            student = _fresh(recipe, teacher_dir, kind)
+            student = _made(recipe, teacher_dir, kind)
         if lora is None:
             return student
         adapted: nn.Module = with_lora(student, lora, kind.adapter)
@@ -63,13 +65,6 @@ def load_student(recipe: Recipe, teacher_dir: Path, folder: Path) -> PreTrainedM
         UsageError: the folder holds none.
     """
     return kind_of(recipe, teacher_dir).student(folder)
-
-
-def kind_of(recipe: Recipe, teacher_dir: Path) -> ModelKind:
-    """What the recipe's task makes of a student of this teacher."""
-    room = __package__.rpartition(".")[0]
-    kind: ModelKind = module_of(recipe.run.task, room).student_kind(teacher_dir)
-    return kind
 
 
 def student_tokenizer(recipe: Recipe, teacher_dir: Path) -> PreTrainedTokenizerBase:
@@ -107,11 +102,23 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def student_folder(recipe: Recipe) -> Path | None:
-    """The folder of the model that the student begins as; None: it begins with fresh weights."""
+    """The folder of the model that the student begins as; None: it is made of the teacher's config."""
     student = needed(recipe.student, "student")
     if student.model is None:
         return None
     return find_model(student.model, student.revision, field="student.model", download=True)
+
+
+def _made(recipe: Recipe, teacher_dir: Path, kind: ModelKind) -> PreTrainedModel:
+    """Of the teacher's config: with copies of its layers, or fresh weights."""
+    weights = copied_from(recipe)
+    if weights is None:
+        model = _fresh(recipe, teacher_dir, kind)
+    else:
+        model = copied_student(recipe, teacher_dir, weights, kind)
+    if (teacher_dir / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(teacher_dir)
+    return model
 
 
 def _fresh(recipe: Recipe, teacher_dir: Path, kind: ModelKind) -> PreTrainedModel:
@@ -122,6 +129,4 @@ def _fresh(recipe: Recipe, teacher_dir: Path, kind: ModelKind) -> PreTrainedMode
         model = kind.fresh(config)
         with torch.no_grad():  # numbers of heads that do not divide show up here only
             backbone(model)(input_ids=torch.zeros(1, 2, dtype=torch.long))
-    if (teacher_dir / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(teacher_dir)
     return model

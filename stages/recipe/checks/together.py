@@ -71,7 +71,7 @@ def check_together(recipe: Recipe) -> list[tuple[str, str]]:
         errors.append(
             ("generate", f"missing: format {kind!r} has prompts only. Add a `generate` section")
         )
-    errors += _sources(recipe) + _alone(recipe)
+    errors += _sources(recipe) + _alone(recipe) + _copies(recipe)
     learns = recipe.train is not None and targets_fit(recipe)
     return errors + (check_loss(recipe.loss, recipe.score) if learns else [])
 
@@ -92,6 +92,30 @@ def _alone(recipe: Recipe) -> list[tuple[str, str]]:
         for path in _OF_A_STUDENT
         if missing and lookup(recipe, path) != _default(path)
     ]
+
+
+def _copies(recipe: Recipe) -> list[tuple[str, str]]:
+    """Layers of the teacher that a student cannot begin with."""
+    student = recipe.student
+    if student is None or student.from_teacher_layers is None:
+        return []
+    field, layers, errors = "student.from_teacher_layers", student.from_teacher_layers, []
+    if layers != (right := sorted(set(layers))):
+        message = f"must name each layer once, in ascending order (got {layers}). Write {right}"
+        errors.append((field, message))
+    if recipe.teacher.adapter is not None:
+        message = (
+            "teacher.adapter changes the layers that teach, and these would be copied without it. "
+            "Merge the adapter into the teacher first, or name another start"
+        )
+        errors.append((field, message))
+    if student.lora is not None and student.lora.keep_adapter:
+        message = (
+            "an adapter alone goes onto the initial model, and copied layers are in no folder. "
+            "Remove it, or name an existing student"
+        )
+        errors.append(("student.lora.keep_adapter", message))
+    return errors
 
 
 def _greedy(generate: Generate) -> list[tuple[str, str]]:

@@ -165,6 +165,19 @@ def test_fresh_weights_are_of_the_architecture_that_the_recipe_names(config, wor
     assert f"A student of `big-8b`: {words} trained by Stillroom" in card
 
 
+def test_copied_layers_are_derived_from_the_teacher():
+    """Its name is the base's where the Hub knows it, and its licence holds."""
+    known = settings(
+        student={"from_teacher_layers": [0, 2], "config": {"attention_dropout": 0.1}},
+        teacher={"model": "org/big-8b"},
+    )
+    card = student_card(known, TRAINED, None)
+    words = "starts from layers 0, 2 of the teacher, with `attention_dropout` 0.1,"
+    assert f"A student of `org/big-8b`: {words} trained by Stillroom" in card
+    assert front(card)["base_model"] == "org/big-8b"
+    assert "derived from the teacher's, and the teacher's licence holds for them" in card
+
+
 def test_cards_lie_in_the_folders_of_students_that_are_done(tmp_path):
     done, begun = tmp_path / "train-1", tmp_path / "train-2"
     for folder in (done, begun):

@@ -20,7 +20,8 @@ from ...stages.models.fit.teacher_layers import FIELD, refuse_uncopied
 from ...stages.models.identity import FileHashes, Identity, find_model, identify
 from ...stages.models.students.same_layers import refuse_other_layers
 from ...stages.recipe.checks.together import stores_of
-from ...stages.recipe.sections import HELD_OUT_FIELDS, Recipe
+from ...stages.recipe.evaluate import HELD_OUT_FIELDS
+from ...stages.recipe.sections import Recipe
 from ...stages.recipe.stages import needed
 from ...storage.errors import UsageError
 from ...storage.files.base import Files

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from ...stages.evaluate.stage import NUMBERS
+from ...stages.recipe.evaluate import HELD_OUT_FIELDS
 from ...stages.recipe.fields import Arm
 from ...stages.recipe.load import changed_fields
 from ...stages.recipe.run_folder import EVALUATED, SETTINGS, begun_runs, training_run
-from ...stages.recipe.sections import HELD_OUT_FIELDS, Recipe, Score
+from ...stages.recipe.sections import Recipe, Score
 from ...stages.recipe.stages import STAGES, Stage, needed, stage_named
 from ...stages.train.stage import arm_loss
 from ...storage.credentials import all_shown

@@ -15,7 +15,7 @@ from ...storage.store.store import Store
 from ...storage.tables.schema import TableName
 from ..models.reads import context_of
 from ..models.rendering import Renderer
-from ..recipe.answers import EvaluateGenerate
+from ..recipe.evaluate import EvaluateGenerate
 from ..recipe.tasks import TASKS
 from ..workers.job import Job
 from .normal_forms import NORMAL_FORMS

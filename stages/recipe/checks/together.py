@@ -3,9 +3,10 @@
 from typing import Any
 
 from ..engines import PLANNED
+from ..evaluate import HELD_OUT_FIELDS, Evaluate
 from ..fields import Section
 from ..kinds import kinds_with
-from ..sections import HELD_OUT_FIELDS, Data, Evaluate, Generate, Loss, Recipe, Run, Score, Teacher
+from ..sections import Data, Generate, Loss, Recipe, Run, Score, Teacher
 from .loss import check_loss
 from .task import check_task, lookup, targets_fit
 

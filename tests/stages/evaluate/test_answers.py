@@ -28,7 +28,7 @@ from stillroom.stages.evaluate import patterns
 from stillroom.stages.evaluate.answers import Question, Quiz, greedy, scorer
 from stillroom.stages.evaluate.normal_forms import number, words
 from stillroom.stages.evaluate.patterns import last_match
-from stillroom.stages.recipe.answers import EvaluateGenerate
+from stillroom.stages.recipe.evaluate import EvaluateGenerate
 
 
 class Numbers:

@@ -1,4 +1,4 @@
-"""The part of `evaluate` that says which answers are asked for, and how they are scored."""
+"""The section `evaluate`: which rows judge, which answers are asked for, and how they are scored."""
 
 import re
 from typing import Literal, Self
@@ -49,3 +49,37 @@ class EvaluateGenerate(Section):
                 f"`pattern` is no regular expression ({error}): {self.pattern}"
             ) from error
         return self
+
+
+HELD_OUT_FIELDS = ("source", "split", "limit")
+"""Of `evaluate`: which rows judge."""
+
+
+class Evaluate(Section):
+    """How teacher and students are judged, on held-out prompts."""
+
+    source: str | None = None
+    """Held-out rows of your own, in place of `data.holdout`: as `data.source`. null: that one, if
+    `split` is another one of its splits. `tokens` scored tokens of them are judged on."""
+    split: str | None = None
+    """Split of the held-out rows; null: test, or a file as it is."""
+    limit: int | None = Field(None, ge=1)
+    """Use the first of these records only."""
+    baseline: bool = False
+    """Also train the same student on cross-entropy alone: same start, order and tokens. Without
+    `score` it is that."""
+    tokens: int = Field(100_000, ge=1)
+    """Scored tokens of held-out rows to judge on, at most."""
+    gradient_tokens: int = Field(16_384, ge=0)
+    """Of these, tokens on which the gradients of sparse and full targets are compared; 0: not at
+    all. Takes three times the memory of the student's weights."""
+    generate: EvaluateGenerate | None = None
+    """Answer prompts as well."""
+    samples: int = Field(3, ge=0)
+    """Without `generate`: held-out prompts that each student answers for the report, greedily, in
+    at most 64 tokens."""
+
+    @property
+    def names_rows(self) -> bool:
+        """Whether held-out rows are named; else `data.holdout` takes some of the data."""
+        return self.source is not None or self.split is not None

@@ -118,9 +118,9 @@ def _refuse_early(recipe: Recipe, bound: Bound, *, write: bool) -> None:
     """What would only fail after the teacher's work, and can be seen in small files before it."""
     folder = _student_folder(recipe.student, write=write)
     if recipe.student is not None and folder is not None:
-        named = {"field": "student.model", "name": str(recipe.student.model)}
-        refuse_quantised(folder, **named)
-        refuse_misfit(folder, recipe.run.task, **named)
+        field, name = "student.model", str(recipe.student.model)
+        refuse_quantised(folder, field=field, name=name)
+        refuse_misfit(folder, recipe.run.task, field=field, name=name)
     if bound.teacher is None or bound.author is None:
         return
     refuse_other_head(recipe, bound.teacher.folder)

@@ -28,7 +28,7 @@ VALUES = 1 << 22
 def check_rows(
     store: Store, snapshots: Sequence[Snapshot], job: Job, *, lenient: bool = False
 ) -> dict[str, Held]:
-    """Check the files that this machine has not checked yet; what is known of each, by name.
+    """Check the files that this machine has not checked yet; what is known of each, by its hash.
 
     `lenient`: say what cannot be a teacher's numbers and go on; rows that cannot be read are refused.
 
@@ -38,16 +38,21 @@ def check_rows(
     """
     memory = Memory.of_user()
     files = [(file, each.table) for each in snapshots for file in files_of(store, each)]
-    with job.clock.span("disk"):
-        known = {file.name: held(file, table, memory) for file, table in files}
-    fresh = [(file, table) for file, table in files if known[file.name] is None]
+    known, fresh = {}, []
+    for file, table in files:
+        with job.clock.span("disk"):
+            found = held(file, table, memory)
+        if found is None:
+            fresh.append((file, table))
+        else:
+            known[file.sha256] = found
     if fresh:
         job.progress.start(total=len(fresh), unit="shards")
     rows, said = 0, []
     for file, table in fresh:
         with job.clock.span("disk"):
             found, doubt = check_file(file, table, memory, lenient=lenient)
-        known[file.name] = found
+        known[file.sha256] = found
         rows += found.rows
         said += [doubt] if doubt else []
         job.progress.advance(note="checking every row, once on this machine")
@@ -59,7 +64,7 @@ def check_rows(
             + (f"; {before} shards were checked before" if before else "")
         )
     _say(said, job)
-    return {name: one for name, one in known.items() if one is not None}
+    return known
 
 
 def check_vocabulary(
@@ -75,7 +80,7 @@ def check_vocabulary(
     """
     for part in snapshot.shards:
         files = store.stored(snapshot.table, part.sha256)
-        if max(known[file.name].highest for file in files) < vocab_size:
+        if max(known[file.sha256].highest for file in files) < vocab_size:
             continue
         rows = Rows(
             store.shard(snapshot.table, part.sha256).select(part.rows, ["key", "token_ids"])

@@ -25,6 +25,17 @@ _UNREADABLE = (ArithmeticError, LookupError, TypeError, ValueError)
 
 def faults(table: TableName, rows: Rows, about: Mapping[str, Any]) -> Iterator[Fault]:
     """What is wrong with the rows of a row group: each row's shape and numbers, keys that are there twice."""
+    row = 0
+    try:
+        for fault in _faults(table, rows, about):
+            row = fault[0]
+            yield fault
+    except _UNREADABLE as error:  # what they have in common already cannot be
+        said = f"the rows from here on cannot be read ({type(error).__name__}: {error})"
+        yield row, None, said
+
+
+def _faults(table: TableName, rows: Rows, about: Mapping[str, Any]) -> Iterator[Fault]:
     keys = rows.keys()
     first, at = np.unique(keys, return_index=True)
     if len(first) < len(keys):

@@ -126,7 +126,7 @@ def _row_problems(file: ShardFile, record: Record, *, mend: str) -> Iterator[Pro
         keys += columns["key"].to_pylist()
         if counted is not None:
             tokens += sum(columns[counted].to_pylist())
-            yield from _value_problems(file, commit.table, Rows(pa.table(columns)), group=group)
+            yield from _value_problems(file, commit.table, pa.table(columns), group=group)
     if len(keys) < file.rows:  # some could not be read: nothing to compare
         return
     if keys != split_keys(joined):
@@ -144,9 +144,14 @@ def split_keys(joined: bytes) -> list[bytes]:
 
 
 def _value_problems(
-    file: ShardFile, table: TableName, rows: Rows, *, group: int
+    file: ShardFile, table: TableName, columns: pa.Table, *, group: int
 ) -> Iterator[Problem]:
     """One problem per column of a row group: the first row that has it, and how many more."""
+    try:
+        rows = Rows(columns)
+    except IntegrityError as error:
+        yield Problem(file.name, None, group, str(error))
+        return
     found: dict[str | None, dict[int, str]] = {}
     for index, column, message in faults(table, rows, file.about):
         where = f"row {int(file.starts[group]) + index} ({rows.value('key', index).hex()})"

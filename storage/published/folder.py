@@ -236,7 +236,8 @@ class Published(Store):
         """The published files that a shard's rows are read from."""
         if table == self.table:
             rows, (_, _, positions) = self._rows(table), self._chosen[sha256]
-            infos = [rows.infos[i] for i in sorted({rows.file_of(p) for p in positions})]
+            of = np.searchsorted(rows.starts, positions, side="right") - 1  # file of each row
+            infos = [rows.infos[number] for number in np.unique(of).tolist()]
         else:
             infos = [info for info in self.shards(table) if info.sha256 == sha256]
         return [StoredFile(self.files, info.name, info.sha256, PublishedFile) for info in infos]

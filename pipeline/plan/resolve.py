@@ -170,11 +170,9 @@ def author_identity(
     return identify(folder, dtype=recipe.teacher.dtype, hashes=hashes, field="generate.model")
 
 
-def student_id(recipe: Recipe, bound: Bound, *, write: bool) -> str | None:
-    """Identity of what a student begins with: an existing one, or the teacher; None for fresh weights."""
+def student_id(recipe: Recipe, *, write: bool) -> str | None:
+    """Identity of an existing student; None for fresh weights."""
     section = recipe.student
-    if section is not None and section.from_teacher_layers is not None:
-        return _copied_teacher(recipe, bound, write=write)
     if section is None or section.model is None:
         return None
     folder = find_model(section.model, section.revision, field="student.model", download=write)
@@ -182,8 +180,8 @@ def student_id(recipe: Recipe, bound: Bound, *, write: bool) -> str | None:
     return identify(folder, dtype="auto", hashes=hashes, field="student.model").id
 
 
-def _copied_teacher(recipe: Recipe, bound: Bound, *, write: bool) -> str:
-    """The teacher whose layers are copied: the one that taught the rows, with its weights.
+def copied_id(recipe: Recipe, bound: Bound, *, write: bool) -> str:
+    """Identity of the teacher whose layers are copied: the one that taught the rows, with its weights.
 
     Raises:
         UsageError: its weights are not here.

@@ -16,7 +16,7 @@ from ...storage.credentials import all_shown
 from ...storage.errors import UsageError
 from ...storage.keys import content_id
 from .lines import Plan, StagePlan
-from .resolve import student_id
+from .resolve import copied_id, student_id
 
 
 def plan_students(recipe: Recipe, plan: Plan, *, ready: bool) -> None:
@@ -75,16 +75,19 @@ def _entries(score: Score) -> dict[str, Any]:
 
 
 def _student_identity(recipe: Recipe, plan: Plan, settings: dict[str, Any]) -> str | None:
-    """Of the student named now; where it is gone, of the one that a run with these settings began with."""
+    """Of the model begun with now; where it is gone, of the one that a run with these settings began with."""
+    copies = needed(recipe.student, "student").from_teacher_layers is not None
     try:
-        return student_id(recipe, plan.bound, write=plan.write)
+        if copies:
+            return copied_id(recipe, plan.bound, write=plan.write)
+        return student_id(recipe, write=plan.write)
     except UsageError:
         for file in begun_runs(Path(recipe.run.dir)):
             begun = json.loads(file.read_text())["settings"]
             identity = begun["student"].pop("identity", None)
             if begun in (settings, _recorded(settings)):
                 return str(identity)
-        if plan.write or needed(recipe.student, "student").from_teacher_layers is not None:
+        if plan.write or copies:
             raise
         return None
 

@@ -101,7 +101,8 @@ class ModelKind:
         """
         config.update(self._named())
         # The class itself, for it reads weights that are in no folder, and converts their names.
-        model, report = type(self.empty(config)).from_pretrained(
+        own_class: Any = type(self.empty(config))
+        model, report = own_class.from_pretrained(
             None,
             config=config,
             state_dict={**weights},

@@ -69,7 +69,8 @@ def layers_alike(recipe: Recipe, teacher_dir: Path) -> tuple[Any, str]:
             _facts(ours.get_submodule(here).named_modules(remove_duplicate=False)),
         )
         _refuse_difference(*found, f"layer {layer} as the student's layer {place}")
-    _refuse_difference(*(_facts(_outside(model, name)) for model in (theirs, ours)), "the student")
+    rest = (_facts(_outside(theirs, name)), _facts(_outside(ours, name)))
+    _refuse_difference(*rest, "the student")
     return config, name
 
 
@@ -79,7 +80,7 @@ def _list_of_layers(model: "nn.Module") -> str:
 
     config: Any = model.config
     total, kind = getattr(config, COUNT, None), config.model_type
-    lists = [
+    lists: list[str] = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == total

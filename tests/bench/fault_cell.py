@@ -233,7 +233,7 @@ def run_cell(
     environment = server.environment()
     os.environ |= environment
     watch = Watch(place, column, environment, spared=getattr(server, "pid", 0))
-    before = look_in_child(place, column)
+    before = () if plain else look_in_child(place, column).rows
     cell |= disturb(watch, fault, fault_name=fault_name, server=server)
     committed = watch.committed()
     after = look_in_child(place, column)
@@ -243,11 +243,10 @@ def run_cell(
     end = look_in_child(place, column, sweep=True)
     if isinstance(server, HubBeside):
         end.outcome = server.published()
-    swept = look_in_child(place, column, sweep=True)
     if not plain:
-        return cell | {"end": asdict(end), "swept": swept.files}
+        return cell | {"before": [*before], "end": asdict(end)}
     pattern = Found(**plain["end"])
-    promised = (before.rows.keys() & pattern.rows.keys()) | committed
+    promised = (pattern.rows.keys() & plain["before"]) | committed
     cell |= {
         "lost": len(promised - after.rows.keys()) + len(promised - end.rows.keys()),
         "again": max(0, made - plain["made"]),
@@ -257,7 +256,7 @@ def run_cell(
         "problems": end.problems,
         "files_left": max(0, end.vacuumed - pattern.vacuumed)
         + len(set(end.files) - set(pattern.files)),
-        "files_left_after_vacuum": sorted(set(swept.files) - set(plain["swept"])),
+        "files_left_after_vacuum": sorted(set(end.stay) - set(pattern.stay)),
     }
     return cell | {"verdict": verdict(cell, fault)}
 

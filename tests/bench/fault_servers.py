@@ -123,6 +123,9 @@ def use_hub(url: str, cache: Path) -> None:
 
 
 def _ask(url: str, method: str, data: bytes | None = None) -> bytes:
-    with urllib.request.urlopen(urllib.request.Request(url, data, method=method)) as answer:
+    # Of what urllib would call a form, the server waits for more than there is.
+    kind = {"Content-Type": "application/octet-stream"}
+    asked = urllib.request.Request(url, data, kind, method=method)
+    with urllib.request.urlopen(asked, timeout=60) as answer:
         content: bytes = answer.read()
         return content

@@ -1,6 +1,6 @@
 """Every command under every fault: what is lost, what is made again, what it says, and what it leaves behind.
 
-    python tests/bench/faults.py DIR [--only COLUMN[/FAULT] ...] [--tiny]
+    python tests/bench/faults.py DIR [--only [COLUMN][/FAULT] ...] [--tiny]
 
 A cell is one command on a small real store, in a state just before it has work to do. The fault
 strikes at a moment that matters (the second commit, the second checkpoint, a query at work), the
@@ -17,6 +17,7 @@ says, then one line of JSON.
 """
 
 import argparse
+import gc
 import json
 import os
 import shutil
@@ -32,15 +33,16 @@ from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is read; a thread would not live on in a fork
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": "hf_nobody"}
-SUPPORT = Path(__file__).parents[1] / "support"
-sys.path.insert(0, str(SUPPORT))
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["HF_TOKEN"] = "hf_nobody"
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from fault_cell import NOTHING, Watch, fresh_disk, in_child, run_cell
 from fault_columns import COLUMNS, Column, Place, prepare
 from fault_kinds import FAULTS, Fault
 from fault_servers import Bucket
 
+S3_SERVER = Path(__file__).parents[1] / "support" / "s3_server.py"
 NAMESPACE = ["unshare", "--map-root-user", "--mount"]
 INSIDE = "STILLROOM_BENCH_NAMESPACE"
 TINY = [("data", "kill -9"), ("data", "disk full"), ("import", "TERM")]
@@ -59,7 +61,7 @@ def main() -> None:
     """Run the bench."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("dir", type=Path)
-    parser.add_argument("--only", nargs="+", default=[], metavar="COLUMN[/FAULT]")
+    parser.add_argument("--only", nargs="+", default=[], metavar="[COLUMN][/FAULT]")
     parser.add_argument("--tiny", action="store_true", help="three cells")
     asked = parser.parse_args()
     if INSIDE not in os.environ:
@@ -69,24 +71,27 @@ def main() -> None:
     asked.dir.mkdir(parents=True, exist_ok=True)
     for name in () if asked.tiny else AHEAD:
         import_module(name)
+    gc.freeze()  # or every fork would write to what it shares with this process
     bench = Bench(asked.dir.absolute())
     with bench.servers():
         for column, fault in chosen(asked.only, tiny=asked.tiny):
-            bench.cell(column, fault)
+            verdict = bench.cell(column, fault)["verdict"]
+            sys.stderr.write(f"{column:<24} {fault:<20} {verdict}\n")
     cells = bench.cells()
     sys.stdout.write(f"{report(cells)}\n{json.dumps(totals(cells))}\n")
 
 
 def chosen(only: list[str], *, tiny: bool) -> list[tuple[str, str]]:
-    """The cells that are asked for, column by column."""
+    """The cells that are asked for, in this order; without a wish row by row."""
     if tiny:
         return TINY
-    wanted = [word.partition("/")[::2] for word in only]
+    wanted = [word.partition("/")[::2] for word in only] or [("", fault) for fault in FAULTS]
     return [
         (column, fault)
-        for column in COLUMNS
+        for of_column, of_fault in wanted
         for fault in FAULTS
-        if not wanted or (column, fault) in wanted or (column, "") in wanted
+        for column in COLUMNS
+        if of_column in ("", column) and of_fault in ("", fault)
     ]
 
 
@@ -104,7 +109,7 @@ class Bench:
     def servers(self) -> Iterator[None]:
         """S3, for as long as the block lasts."""
         server = subprocess.Popen(
-            [sys.executable, SUPPORT / "s3_server.py"],
+            [sys.executable, S3_SERVER],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
@@ -130,10 +135,11 @@ class Bench:
                 cell = run_cell(place, column, fault, state=state, bucket=bucket, plain=plain)
                 kept.write_text(json.dumps(cell, indent=1))
 
-            in_child(run)
+            try:
+                in_child(run)
+            except AssertionError:
+                return {"verdict": "THE BENCH FAILED"}
         found: dict[str, Any] = json.loads(kept.read_text())
-        if fault != NOTHING:
-            sys.stderr.write(f"{column:<24} {fault:<20} {found['verdict']}\n")
         return found
 
     def _state(self, column: str) -> Path:

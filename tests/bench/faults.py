@@ -1,6 +1,6 @@
 """Every command under every fault: what is lost, what is made again, what it says, and what it leaves behind.
 
-    python tests/bench/faults.py DIR [--only [COLUMN][/FAULT] ...] [--tiny]
+    python tests/bench/faults.py DIR [--only [COLUMN][/FAULT] ...] [--tiny] [--show]
 
 A cell is one command on a small real store, in a state just before it has work to do. The fault
 strikes at a moment that matters (the second commit, the second checkpoint, a query at work), the
@@ -40,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from fault_cell import NOTHING, Watch, fresh_disk, in_child, run_cell
 from fault_columns import COLUMNS, Column, Place, prepare
 from fault_kinds import FAULTS, Fault
+from fault_report import Cells, report, totals
 from fault_servers import Bucket
 
 S3_SERVER = Path(__file__).parents[1] / "support" / "s3_server.py"
@@ -63,7 +64,11 @@ def main() -> None:
     parser.add_argument("dir", type=Path)
     parser.add_argument("--only", nargs="+", default=[], metavar="[COLUMN][/FAULT]")
     parser.add_argument("--tiny", action="store_true", help="three cells")
+    parser.add_argument("--show", action="store_true", help="the cells that are in DIR, no others")
     asked = parser.parse_args()
+    if asked.show:
+        show(Bench(asked.dir).cells())
+        return
     if INSIDE not in os.environ:
         os.environ[INSIDE] = "yes"
         os.execvp(NAMESPACE[0], [*NAMESPACE, sys.executable, __file__, *sys.argv[1:]])
@@ -77,8 +82,7 @@ def main() -> None:
         for column, fault in chosen(asked.only, tiny=asked.tiny):
             verdict = bench.cell(column, fault)["verdict"]
             sys.stderr.write(f"{column:<24} {fault:<20} {verdict}\n")
-    cells = bench.cells()
-    sys.stdout.write(f"{report(cells)}\n{json.dumps(totals(cells))}\n")
+    show(bench.cells())
 
 
 def chosen(only: list[str], *, tiny: bool) -> list[tuple[str, str]]:
@@ -101,13 +105,13 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._root = folder / "place"
-        self._root.mkdir(exist_ok=True)
         self._s3 = ""
         self._buckets = count()
 
     @contextmanager
     def servers(self) -> Iterator[None]:
         """S3, for as long as the block lasts."""
+        self._root.mkdir(parents=True, exist_ok=True)
         server = subprocess.Popen(
             [sys.executable, S3_SERVER],
             stdout=subprocess.PIPE,
@@ -160,9 +164,9 @@ class Bench:
         in_child(make)
         return folder
 
-    def cells(self) -> dict[str, dict[str, dict[str, Any]]]:
+    def cells(self) -> Cells:
         """All cells there are, by column and fault."""
-        found: dict[str, dict[str, dict[str, Any]]] = {}
+        found: Cells = {}
         for path in self._folder.glob("*.json"):
             cell = json.loads(path.read_text())
             if cell["fault"] != NOTHING:
@@ -177,60 +181,9 @@ def undisturbed(place: Place, column: Column) -> None:
         assert watch.end() == 0, watch.said()
 
 
-def report(cells: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """One table of all verdicts, then one table for each command."""
-    lines = [_row("", *cells), _row("---", *["---"] * len(cells))]
-    lines += [_row(fault, *(_short(of.get(fault)) for of in cells.values())) for fault in FAULTS]
-    for column, of in cells.items():
-        unit = next((cell["unit"] for cell in of.values() if "unit" in cell), "")
-        lines += ["", f"## {column}", "", _row("", *HEAD, f"{unit} made again", "says")]
-        lines.append(_row("---", *["---:"] * len(HEAD), "---:", "---"))
-        lines += [_row(fault, *_numbers(cell)) for fault, cell in of.items()]
-    return "\n".join(lines)
-
-
-HEAD = ("lost", "exit code", "then", "processes left", "files left", "after vacuum")
-
-
-def _row(*entries: object) -> str:
-    return f"| {' | '.join(str(entry) for entry in entries)} |"
-
-
-def _short(cell: dict[str, Any] | None) -> str:
-    if cell is None:
-        return "not run"
-    verdict = str(cell["verdict"]).partition(":")[0]
-    return f"right, {cell['code']}" if verdict == "right" else verdict
-
-
-def _numbers(cell: dict[str, Any]) -> list[object]:
-    if "lost" not in cell:
-        return [*[""] * (len(HEAD) + 1), cell["verdict"]]
-    said = cell["said"] if cell["verdict"] == "right" else f"{cell['said']} **{cell['verdict']}**"
-    left = len(cell["processes_left"]), cell["files_left"], len(cell["files_left_after_vacuum"])
-    codes = [cell["code"], *cell["others"]]
-    told = " ".join(said.replace("|", "\\|").split())
-    return [
-        cell["lost"], ", ".join(map(str, codes)), cell["again_code"], *left, cell["again"], told
-    ]  # fmt: skip
-
-
-def totals(cells: dict[str, dict[str, dict[str, Any]]]) -> dict[str, Any]:
-    """What the last line says."""
-    every = [cell for of in cells.values() for cell in of.values()]
-    verdicts = [cell["verdict"].partition(":")[0] for cell in every]
-    return {
-        "cells": len(every),
-        "right": verdicts.count("right"),
-        "does_not_apply": verdicts.count("does not apply"),
-        "lost": sum(cell.get("lost", 0) for cell in every),
-        "wrong": {
-            f"{cell['column']}/{cell['fault']}": cell["verdict"]
-            for cell in every
-            if cell["verdict"].partition(":")[0] not in ("right", "does not apply")
-        },
-        "by_column": cells,
-    }
+def show(cells: Cells) -> None:
+    """Print the tables, and the JSON line."""
+    sys.stdout.write(f"{report(cells, FAULTS)}\n{json.dumps(totals(cells))}\n")
 
 
 if __name__ == "__main__":

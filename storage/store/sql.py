@@ -15,7 +15,7 @@ import duckdb
 import pyarrow as pa
 from fsspec import AbstractFileSystem
 
-from ..errors import IntegrityError, UsageError
+from ..errors import IntegrityError, StillroomError, UsageError
 from ..files.objects import ObjectFiles, ObjectReader
 from ..tables.schema import SCHEMAS, TABLES
 from ..tables.shard import ShardInfo
@@ -131,6 +131,10 @@ def explained(command: str = "query") -> Iterator[None]:
     try:
         yield
     except duckdb.IOException as error:
+        if ".parquet" not in str(error):  # what it puts on disk where memory does not suffice
+            raise StillroomError(
+                f"{command}: {error}. Free space, or mend the disk, and run the same command again."
+            ) from error
         raise IntegrityError(
             f"{command}: a shard cannot be read ({error}). Run `stillroom verify`."
         ) from error

@@ -353,3 +353,15 @@ def test_the_bench_of_the_house_counts_what_is_there(tmp_path: Path) -> None:
     assert (found["circles of files"], found["files"], found["lines of code"]) == (1, 5, 7)
     assert (found["statements"], found["top-level names"]) == (8, 3)
     assert found["comment lines, %"] == pytest.approx(100 / 9, abs=0.01)
+
+
+def test_the_bench_of_sizes_runs() -> None:
+    names = ["a recipe of 1 MB of fields", "CSV of 5,000 columns"]
+    words = [sys.executable, str(HERE / "sizes.py"), "--tiny", "--only", *names]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])["sizes"]
+    assert {name: row["codes"] for name, row in found.items()} == dict(
+        zip(names, [[2], [0]], strict=True)
+    )
+    assert all(row["right"] for row in found.values())

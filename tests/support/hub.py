@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -40,6 +41,10 @@ class Hub:
     requests: list[str] = field(default_factory=list)
     fault: tuple[int, str] | None = None
     """Request n is refused `before` it is done, or its answer is lost `after`."""
+    busy_from: int | None = None
+    """From this request on each is answered with 503."""
+    pause: float = 0.0
+    """Seconds before each answer."""
     after_each: Callable[["Hub"], None] = lambda hub: None
     wrong: list[str] = field(default_factory=list)
     """What `after_each` found."""
@@ -180,8 +185,23 @@ def _file(hub: Hub, body: bytes, name: str) -> tuple[int, Any]:
     return (200, hub.files[name]) if name in hub.files else (404, {"error": "no such file"})
 
 
+def _told(hub: Hub, body: bytes) -> tuple[int, Any]:
+    told = json.loads(body)
+    hub.busy_from, hub.pause = told["busy_from"], told["pause"]
+    asked = len(hub.requests)
+    hub.requests.clear()
+    return 200, {"requests": asked}
+
+
+def _hashes(hub: Hub, body: bytes) -> tuple[int, Any]:
+    return 200, {name: hashlib.sha256(content).hexdigest() for name, content in hub.files.items()}
+
+
 _REPO = r"/api/datasets/user/name"
 _ROUTES: list[tuple[str, str, Callable[..., tuple[int, Any]]]] = [
+    # To the stand-in itself, by who started it in another process.
+    ("POST", "/_told", _told),
+    ("GET", "/_hashes", _hashes),
     ("POST", "/api/repos/create", _create),
     ("POST", "/api/validate-yaml", _valid),
     ("GET", rf"{_REPO}(?:/revision/.+)?", _info),
@@ -219,9 +239,7 @@ class _Handler(BaseHTTPRequestHandler):
             hub = self.hub
             hub.requests.append(f"{self.command} {self.path.split('?')[0]}")
             when = hub.fault[1] if hub.fault and hub.fault[0] == len(hub.requests) else ""
-            status, content = (
-                (403, {}) if when == "before" else hub.answer(self.command, self.path, body)
-            )
+            status, content = self._answer(body, refused=when == "before")
             hub.after_each(hub)
             if when:
                 status, content = 403, {"error": "the stand-in was told to fail here"}
@@ -235,6 +253,16 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(data)
         self.wfile.flush()
+
+    def _answer(self, body: bytes, *, refused: bool) -> tuple[int, Any]:
+        hub = self.hub
+        if self.path.startswith("/_"):
+            hub.requests.pop()
+            return hub.answer(self.command, self.path, body)
+        time.sleep(hub.pause)
+        if hub.busy_from is not None and len(hub.requests) >= hub.busy_from:
+            return 503, {"error": "busy"}
+        return (403, {}) if refused else hub.answer(self.command, self.path, body)
 
     do_GET = do_POST = do_PUT = do_HEAD = _handle
 

@@ -2,8 +2,9 @@
 
 It prints its port, and `POST /_fault {"kind": ..., "number": ..., "times": ...}` sets what happens
 from the given upload on (1 is the next): "lost" does it and closes the connection, "unheard" closes
-it without doing it, "500" and "409" refuse it, "500 done" does it and says 500; "ignore" is a
-service that never heard of If-None-Match.
+it without doing it, "500", "503" and "409" refuse it, "500 done" does it and says 500; "ignore" is a
+service that never heard of If-None-Match, "slow" one that takes its time. With `"methods": ["GET",
+...]` requests of these methods are counted in place of uploads.
 `POST /_log` gives the requests since the last time, as "METHOD key status".
 """
 
@@ -11,14 +12,18 @@ import json
 import socket
 import sys
 import threading
+import time
 from typing import Any
 
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
 Answer = tuple[str, list[tuple[str, str]], bytes]
+PAUSE = 0.05
+"""Seconds before each answer of a slow service."""
 CODES = {
     "500": ("500 Internal Server Error", "InternalError"),
+    "503": ("503 Slow Down", "SlowDown"),
     "409": ("409 Conflict", "ConditionalRequestConflict"),
 }
 
@@ -55,7 +60,9 @@ class Service:
         kind = self._due(environ)
         if kind == "ignore":
             environ.pop("HTTP_IF_NONE_MATCH", None)
-        if kind in ("unheard", "500", "409"):
+        if kind == "slow":
+            time.sleep(PAUSE)
+        if kind in ("unheard", *CODES):
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
         answer = (
             self._refusal(kind)
@@ -73,8 +80,9 @@ class Service:
         return answer
 
     def _due(self, environ: dict[str, Any]) -> str:
-        bucket_only = environ["PATH_INFO"].strip("/").count("/") == 0
-        if environ["REQUEST_METHOD"] != "PUT" or bucket_only or not self._fault:
+        method, bucket_only = environ["REQUEST_METHOD"], environ["PATH_INFO"].count("/") == 1
+        makes_bucket = method == "PUT" and bucket_only
+        if method not in self._fault.get("methods", ["PUT"]) or makes_bucket or not self._fault:
             return ""
         self._uploads += 1
         first, times = self._fault["number"], self._fault["times"]

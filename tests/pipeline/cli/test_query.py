@@ -131,3 +131,15 @@ def test_the_limits_are_those_that_duckdb_has(store: Path) -> None:
     names = [f"current_setting('{setting}') AS {setting}" for setting in SETTINGS.values()]
     (found,) = query(Store.open(store), f"SELECT {', '.join(names)}").to_pylist()
     assert found == {"memory_limit": "1.8 GiB", "max_temp_directory_size": "18.6 GiB"}
+
+
+def test_what_cannot_be_put_on_disk_is_no_damaged_shard(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file in the way stands for a full disk."""
+    monkeypatch.setenv("STILLROOM_SQL_MEMORY", "20MB")
+    (store / "cache").write_text("")
+    spills = "SELECT count(DISTINCT md5(range::VARCHAR)) FROM range(500000)"
+    done = stillroom("query", store, spills, expect=1)
+    assert "Free space" in done.stderr
+    assert str(store / "cache") in done.stderr

@@ -4,7 +4,6 @@ It lies in the student's folder as README.md, from when the student is trained, 
 adapter where the recipe keeps one; its results come with the evaluation.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from importlib.resources import files as package_files
@@ -16,7 +15,15 @@ from pydantic import ValidationError
 
 from ...stages.recipe.engines import lora_room
 from ...stages.recipe.formats import FORMATS
-from ...stages.recipe.run_folder import ADAPTER, EVALUATED, SETTINGS, STUDENT, TRAINED
+from ...stages.recipe.run_folder import (
+    ADAPTER,
+    EVALUATED,
+    SETTINGS,
+    STUDENT,
+    TRAINED,
+    as_written,
+    read_record,
+)
 from ...stages.recipe.sections import Recipe
 from ...stages.recipe.tasks import TASKS
 from ...stages.workers.shard_about import versions
@@ -41,8 +48,10 @@ def write_student_cards(train_dirs: Iterable[Path]) -> None:
             arm was evaluated.
     """
     for folder in train_dirs:
-        found = {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
-        if TRAINED in found:
+        found = {path.name: read_record(path) for path in folder.glob("*.json")}
+        if TRAINED not in found:
+            continue
+        with as_written(f"{folder}: {', '.join(sorted(found))}"):
             facts = found[SETTINGS], found[TRAINED], found.get(EVALUATED)
             put(LocalFiles(folder / STUDENT), CARD, student_card(*facts).encode())
             if (folder / ADAPTER).is_dir():

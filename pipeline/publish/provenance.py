@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...stages.recipe.run_folder import LATEST, SETTINGS, begun_runs
+from ...stages.recipe.run_folder import LATEST, SETTINGS, as_written, begun_runs, read_record
+from ...storage.bounds import mapping, parsed, understood
 from ...storage.errors import UsageError
 from ...storage.published.export import Made
 from ...storage.published.export_rows import sources_of
@@ -156,7 +157,8 @@ def read_recipe(run_dir: Path | None) -> dict[str, Any] | None:
         return None
     for file in (run_dir / LATEST / SETTINGS, *begun_runs(run_dir), run_dir / SETTINGS):
         if file.is_file():
-            return public_recipe(json.loads(file.read_text())["recipe"])
+            with as_written(file):
+                return public_recipe(mapping(read_record(file)["recipe"]))
     raise UsageError(
         f"--run {run_dir}: no {SETTINGS} in it or in its train-*. Name the run.dir of a recipe."
     )
@@ -318,7 +320,8 @@ def without_paths(content: bytes, name: str) -> bytes:
             return [public(part) for part in value]
         return public_name(value) if field in _PATH_FIELDS and isinstance(value, str) else value
 
-    fields = json.loads(content)
+    with understood(name, "config"):
+        fields = parsed(content)
     cut = public(fields)
     return (
         content if cut == fields else json.dumps(cut, indent=2, ensure_ascii=False).encode() + b"\n"

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ...stages.models.token_text import Pieces
-from ...stages.recipe.run_folder import REPORT
+from ...stages.recipe.run_folder import REPORT, as_written
 from ...stages.targets.spec import Kept
 from ...storage.errors import UsageError
 from ...storage.store.bindings import all_bindings
@@ -40,8 +40,9 @@ def show(
     Raises:
         UsageError: no such row, or more than one.
     """
-    if (Path(place) / REPORT).is_file():
-        return _of_run(place, (key or "").lower(), columns=columns, colours=colours)
+    if (report := Path(place) / REPORT).is_file():
+        with as_written(report):
+            return _of_run(place, (key or "").lower(), columns=columns, colours=colours)
     store = Store.open(place)
     row = find_row(store, key)
     sample = describe(row, tokenizer_of(store, row))

@@ -89,8 +89,8 @@ class InThisProcess:
             raise StageDied(what, "Finished rows are kept.") from error
 
 
-def stillroom(*arguments: Any, expect: int = 0) -> subprocess.CompletedProcess[str]:
-    """The command line to its end, its stages too, in this process; checks the exit code.
+def stillroom(*arguments: Any, expect: int | None = 0) -> subprocess.CompletedProcess[str]:
+    """The command line to its end, its stages too, in this process; checks the exit code, unless None is expected.
 
     A process of its own imports torch and transformers for seconds. Where processes, logs or what
     they say meanwhile are the subject, use `stillroom_processes`.
@@ -109,7 +109,7 @@ def stillroom(*arguments: Any, expect: int = 0) -> subprocess.CompletedProcess[s
         except SystemExit as left:
             code = int(left.code or 0)
     done = subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
-    return _checked(done, expect)
+    return done if expect is None else _checked(done, expect)
 
 
 def command(*arguments: Any) -> list[str]:

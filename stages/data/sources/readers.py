@@ -150,6 +150,32 @@ def _parquet(file: Path, name: str) -> Iterator[Record]:
         raise ValueError(f"it is not readable Parquet: {error}") from error
 
 
+def _arrow(file: Path, name: str) -> Iterator[Record]:
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(file)) as memory:
+            number = 0
+            for batch in arrow_batches(memory):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"{name}:{number}", of_a_table(record)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise ValueError(f"it is not readable Arrow: {error}") from error
+
+
+def arrow_batches(memory: Any) -> Any:
+    """The batches of an Arrow file in either of its two formats."""
+    import pyarrow as pa
+
+    try:
+        return pa.ipc.open_stream(memory)
+    except pa.ArrowInvalid:
+        memory.seek(0)
+        reader = pa.ipc.open_file(memory)
+        return (reader.get_batch(number) for number in range(reader.num_record_batches))
+
+
 def of_a_table(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record without the fields that its objects have only because those of other records have them."""
     return {column: _without_nulls(value) for column, value in record.items()}
@@ -181,6 +207,7 @@ _READERS = {
     ".ndjson": _lines,
     ".json": _json,
     ".parquet": _parquet,
+    ".arrow": _arrow,
     ".csv": _csv,
     ".txt": _document,
     ".md": _document,

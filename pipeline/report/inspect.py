@@ -11,7 +11,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from ...stages.models.token_text import Pieces
+from ...stages.models.token_text import Pieces, stored_tokenizer
 from ...stages.recipe.run_folder import REPORT, as_written
 from ...stages.targets.spec import Kept
 from ...storage.errors import UsageError
@@ -114,15 +114,13 @@ def _keys(store: Store, table: TableName) -> Iterator[tuple[bytes, str, int]]:
 
 def tokenizer_of(store: Store, row: dict[str, Any]) -> Any:
     """The tokenizer stored with the teacher, or with the model that wrote the text; None if there is none."""
-    from tokenizers import Tokenizer
-
     name = row["teacher_id"] if row["table"] == "soft_targets" else row["author_id"]
     if not store.files.exists(f"teachers/{name}/identity.json"):
         # Text that came with the data has no model as its author: its teacher's tokenizer made it.
         bindings = all_bindings(store.files).values()
         name = next((one.teacher_id for one in bindings if one.author_id == name), name)
     file = f"teachers/{name}/tokenizer.json"
-    return Tokenizer.from_file(str(store.files.local(file))) if store.files.exists(file) else None
+    return stored_tokenizer(store.files.local(file)) if store.files.exists(file) else None
 
 
 def describe(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:

@@ -52,6 +52,17 @@ def test_a_damaged_record_of_a_training_run_is_named(
     assert name in stillroom("plan", world.work / "recipe.yaml", expect=3).stderr
 
 
+@pytest.mark.parametrize("command", ["inspect", "export"])
+def test_a_damaged_tokenizer_of_a_store_is_named(world: World, command: str) -> None:
+    world.fresh()
+    next(world.work.glob("store/teachers/*/tokenizer.json")).write_bytes(b"{")
+    to = [world.work / "new", "--license", "mit"] if command == "export" else []
+    assert (
+        "tokenizer.json: not a tok"
+        in stillroom(command, world.work / "store", *to, expect=3).stderr
+    )
+
+
 def test_an_arrow_file_is_read_as_parquet_is(world: World) -> None:
     world.fresh()
     table = pa.Table.from_pylist(RECORDS["prompt"])

@@ -237,7 +237,7 @@ def make_provenance(
 
 def _model(parts: Mapping[str, Any]) -> dict[str, Any]:
     config = parts.get("config") or {}
-    text = config.get("text_config", config)
+    text = config.get("text_config") or config
     names = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
     return {
         "architectures": config.get("architectures"),

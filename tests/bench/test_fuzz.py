@@ -11,7 +11,8 @@ from kit import stillroom
 sys.path.insert(0, str(Path(__file__).parent))
 
 from fuzz import Tally, fuzz
-from fuzz_targets import RECORDS, World, targets
+from fuzz_targets import targets
+from fuzz_world import RECORDS, World
 
 EXAMPLES = 3
 

@@ -120,6 +120,8 @@ def _fresh(recipe: Recipe, teacher_dir: Path, kind: ModelKind) -> PreTrainedMode
         model = kind.fresh(config)
         with torch.no_grad():  # numbers of heads that do not divide show up here only
             backbone(model)(input_ids=torch.zeros(1, 2, dtype=torch.long))
-    if (teacher_dir / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(teacher_dir)
+    file = teacher_dir / "generation_config.json"
+    if file.is_file():
+        with answered(f"{file}: not readable", "Restore it, or delete it."):
+            model.generation_config = GenerationConfig.from_pretrained(teacher_dir)
     return model

@@ -19,6 +19,8 @@ MOST_ROWS = 2**31 - 1
 """Of a shard: the index of a row is an int32."""
 MOST_DEPTH = 100
 """Lists and objects inside one another."""
+NOT_AS_WRITTEN = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
+"""What comes of a record that holds something else than its reader expects."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -31,7 +33,7 @@ def understood(name: str, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except NOT_AS_WRITTEN as error:
         raise IntegrityError(
             f"{name}: not a {what} of this format ({type(error).__name__}: {error}). Restore the "
             "file from a backup, or write to whom it is from."

@@ -1,6 +1,5 @@
 """The plan of a student: which training runs are done, in which folder, and whether they were judged."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +7,18 @@ from ...stages.evaluate.stage import NUMBERS
 from ...stages.recipe.evaluate import HELD_OUT_FIELDS
 from ...stages.recipe.fields import Arm
 from ...stages.recipe.load import changed_fields
-from ...stages.recipe.run_folder import EVALUATED, SETTINGS, begun_runs, training_run
+from ...stages.recipe.run_folder import (
+    EVALUATED,
+    SETTINGS,
+    as_a_run_writes,
+    begun_runs,
+    read_record,
+    training_run,
+)
 from ...stages.recipe.sections import Recipe, Score
 from ...stages.recipe.stages import STAGES, Stage, needed, stage_named
 from ...stages.train.stage import arm_loss
+from ...storage.bounds import integer, mapping
 from ...storage.credentials import all_shown
 from ...storage.errors import UsageError
 from ...storage.keys import content_id
@@ -83,8 +90,9 @@ def _student_identity(recipe: Recipe, plan: Plan, settings: dict[str, Any]) -> s
         return student_id(recipe, write=plan.write)
     except UsageError:
         for file in begun_runs(Path(recipe.run.dir)):
-            begun = json.loads(file.read_text())["settings"]
-            identity = begun["student"].pop("identity", None)
+            with as_a_run_writes(file):
+                begun = read_record(file)["settings"]
+                identity = begun["student"].pop("identity", None)
             if begun in (settings, _recorded(settings)):
                 return str(identity)
         if plan.write or copies:
@@ -104,9 +112,10 @@ def _student_line(
     line = StagePlan(name=stage.name, state="to do")
     done = folder / stage.record
     if done.is_file():
-        facts = json.loads(done.read_text())
-        line.state, line.tokens = "done", facts["tokens"]
-        line.planned = line.committed = facts["samples"]
+        facts = read_record(done)
+        with as_a_run_writes(done):
+            line.state, line.tokens = "done", integer(facts["tokens"])
+            line.planned = line.committed = integer(facts["samples"])
     elif (folder / SETTINGS).is_file():
         line.why = "was interrupted: goes on from its last checkpoint"
     else:
@@ -118,7 +127,8 @@ def _what_changed(run_dir: Path, settings: dict[str, Any]) -> str:
     """Against the nearest finished student of this run folder: the fields that differ."""
     differences = []
     for file in begun_runs(run_dir):
-        changes = changed_fields(json.loads(file.read_text())["settings"], settings)
+        with as_a_run_writes(file):
+            changes = changed_fields(mapping(read_record(file)["settings"]), settings)
         differences.append(changes)
     nearest = min(differences, key=len, default=[])
     return ", ".join(nearest[:4]) + (f" and {len(nearest) - 4} more" if len(nearest) > 4 else "")
@@ -149,7 +159,7 @@ def _plan_evaluate(recipe: Recipe, plan: Plan) -> None:
     line.planned = test.rows
     all_trained = set(trained) == {"done"}
     file = plan.train_dirs["student"] / EVALUATED
-    if all_trained and file.is_file() and json.loads(file.read_text())["id"] == plan.evaluation_id:
+    if all_trained and file.is_file() and read_record(file).get("id") == plan.evaluation_id:
         line.state, line.committed = "done", test.rows
         return
     line.state, line.pending = "to do", test.rows

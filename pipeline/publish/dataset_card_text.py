@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ...stages.models.token_text import stored_tokenizer
 from ...storage.published.export_rows import PUBLISHED
 from ...storage.published.manifest import Manifest
 from ...storage.tables.kinds import STRUCTURES
@@ -206,10 +207,7 @@ def _middle_row(folder: Path, manifest: Manifest, config: str, split: str) -> di
 
 
 def _tokenizer(folder: Path, manifest: Manifest, teacher_id: str) -> Any:
-    from tokenizers import Tokenizer
-
-    path = folder / manifest.version / "teachers" / teacher_id / "tokenizer.json"
-    return Tokenizer.from_file(str(path)) if path.is_file() else None
+    return stored_tokenizer(folder / manifest.version / "teachers" / teacher_id / "tokenizer.json")
 
 
 def _positions(row: dict[str, Any], tokenizer: Any, manifest: Manifest) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 
 from ...stages.recipe.load import recorded
 from ...stages.recipe.sections import Recipe
+from ...storage.bounds import mapping, parsed, understood
 from ...storage.errors import IntegrityError, UsageError
 from ...storage.files.base import explained, make_folder
 from ...storage.files.local import LocalFiles
@@ -277,7 +278,9 @@ class _Export:
         return card
 
     def _provenance(self, manifest: Manifest) -> dict[str, Any]:
-        return dict(json.loads(self._files.read(f"{manifest.version}/{PROVENANCE}")))
+        name = f"{manifest.version}/{PROVENANCE}"
+        with understood(name, "provenance"):
+            return mapping(parsed(self._files.read(name)))
 
 
 def _title(name: str | None, place: str) -> str:

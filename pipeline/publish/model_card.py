@@ -16,7 +16,15 @@ from pydantic import ValidationError
 
 from ...stages.recipe.engines import lora_room
 from ...stages.recipe.formats import FORMATS
-from ...stages.recipe.run_folder import ADAPTER, EVALUATED, SETTINGS, STUDENT, TRAINED
+from ...stages.recipe.run_folder import (
+    ADAPTER,
+    EVALUATED,
+    SETTINGS,
+    STUDENT,
+    TRAINED,
+    as_a_run_writes,
+    read_record,
+)
 from ...stages.recipe.sections import Recipe
 from ...stages.recipe.tasks import TASKS
 from ...stages.workers.shard_about import versions
@@ -42,8 +50,10 @@ def write_student_cards(train_dirs: Iterable[Path]) -> None:
             arm was evaluated.
     """
     for folder in train_dirs:
-        found = {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
-        if TRAINED in found:
+        found = {path.name: read_record(path) for path in folder.glob("*.json")}
+        if TRAINED not in found:
+            continue
+        with as_a_run_writes(f"{folder}: {', '.join(sorted(found))}"):
             facts = found[SETTINGS], found[TRAINED], found.get(EVALUATED)
             put(LocalFiles(folder / STUDENT), CARD, student_card(*facts).encode())
             if (folder / ADAPTER).is_dir():

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ...stages.recipe.fields import ADDRESSES
-from ...stages.recipe.run_folder import LATEST, SETTINGS, begun_runs
+from ...stages.recipe.run_folder import LATEST, SETTINGS, as_a_run_writes, begun_runs, read_record
+from ...storage.bounds import mapping, parsed, understood
 from ...storage.credentials import shown
 from ...storage.errors import UsageError
 from ...storage.published.export import Made
@@ -145,7 +146,8 @@ def read_recipe(run_dir: Path | None) -> dict[str, Any] | None:
         return None
     for file in (run_dir / LATEST / SETTINGS, *begun_runs(run_dir), run_dir / SETTINGS):
         if file.is_file():
-            return public_recipe(json.loads(file.read_text())["recipe"])
+            with as_a_run_writes(file):
+                return public_recipe(mapping(read_record(file)["recipe"]))
     raise UsageError(
         f"--run {run_dir}: no {SETTINGS} in it or in its train-*. Name the run.dir of a recipe."
     )
@@ -226,7 +228,7 @@ def make_provenance(
 
 def _model(parts: Mapping[str, Any]) -> dict[str, Any]:
     config = parts.get("config") or {}
-    text = config.get("text_config", config)
+    text = config.get("text_config") or config
     names = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
     return {
         "architectures": config.get("architectures"),
@@ -309,7 +311,8 @@ def without_paths(content: bytes, name: str) -> bytes:
             return [public(part) for part in value]
         return public_name(value) if field in _PATH_FIELDS and isinstance(value, str) else value
 
-    fields = json.loads(content)
+    with understood(name, "config"):
+        fields = parsed(content)
     cut = public(fields)
     return (
         content if cut == fields else json.dumps(cut, indent=2, ensure_ascii=False).encode() + b"\n"

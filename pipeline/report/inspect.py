@@ -11,8 +11,8 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from ...stages.models.token_text import Pieces
-from ...stages.recipe.run_folder import REPORT
+from ...stages.models.token_text import Pieces, stored_tokenizer
+from ...stages.recipe.run_folder import REPORT, as_a_run_writes
 from ...stages.targets.spec import Kept
 from ...storage.errors import IntegrityError, UsageError
 from ...storage.integrity.checked import HELP, check_about
@@ -43,8 +43,9 @@ def show(
     Raises:
         UsageError: no such row, or more than one.
     """
-    if (Path(place) / REPORT).is_file():
-        return _of_run(place, (key or "").lower(), columns=columns, colours=colours)
+    if (report := Path(place) / REPORT).is_file():
+        with as_a_run_writes(report):
+            return _of_run(place, (key or "").lower(), columns=columns, colours=colours)
     store = Store.open(place)
     row = find_row(store, key)
     sample = describe(row, tokenizer_of(store, row))
@@ -139,15 +140,13 @@ def _keys(store: Store, table: TableName) -> Iterator[tuple[bytes, str, int]]:
 
 def tokenizer_of(store: Store, row: dict[str, Any]) -> Any:
     """The tokenizer stored with the teacher, or with the model that wrote the text; None if there is none."""
-    from tokenizers import Tokenizer
-
     name = row["teacher_id"] if row["table"] == "soft_targets" else row["author_id"]
     if not store.files.exists(f"teachers/{name}/identity.json"):
         # Text that came with the data has no model as its author: its teacher's tokenizer made it.
         bindings = all_bindings(store.files).values()
         name = next((one.teacher_id for one in bindings if one.author_id == name), name)
     file = f"teachers/{name}/tokenizer.json"
-    return Tokenizer.from_file(str(store.files.local(file))) if store.files.exists(file) else None
+    return stored_tokenizer(store.files.local(file)) if store.files.exists(file) else None
 
 
 def describe(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from ...stages.recipe.run_folder import (
     REPORT_TEXT,
     SETTINGS,
     TRAINED,
+    as_a_run_writes,
+    read_record,
 )
 from ...storage.credentials import shown
 from ...storage.errors import UsageError
@@ -50,8 +52,18 @@ def write_report(run_dir: Path, train_dir: Path, facts: Mapping[str, Any]) -> Pa
         The path of report.html.
 
     Raises:
-        UsageError: a file of the training run is missing or unreadable.
+        UsageError: a file of the training run is missing.
+        IntegrityError: one is not as a run writes it.
     """
+    with as_a_run_writes(f"{train_dir}: {EVALUATED}, {TRAINED} or {SETTINGS}"):
+        contents = _contents(run_dir, train_dir, facts)
+    files = LocalFiles(run_dir)
+    for name, text in contents.items():
+        files.replace(name, text.encode())
+    return run_dir / REPORT_PAGE
+
+
+def _contents(run_dir: Path, train_dir: Path, facts: Mapping[str, Any]) -> dict[str, str]:
     evaluation = _read(train_dir / EVALUATED)
     settings = _read(train_dir / SETTINGS)
     trained = {
@@ -70,15 +82,11 @@ def write_report(run_dir: Path, train_dir: Path, facts: Mapping[str, Any]) -> Pa
         "facts": dict(facts),
     }
     content = page(report)
-    contents = {
+    return {
         REPORT: json.dumps(report, indent=1, ensure_ascii=False),
         REPORT_TEXT: markdown.page(content),
         REPORT_PAGE: html.page(content),
     }
-    files = LocalFiles(run_dir)
-    for name, text in contents.items():
-        files.replace(name, text.encode())
-    return run_dir / REPORT_PAGE
 
 
 def load_report(run_dir: Path) -> dict[str, Any]:
@@ -154,18 +162,14 @@ def results_table(results: Results) -> "Table":
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        return read_record(path)
     except FileNotFoundError as error:
         raise UsageError(
             f"{path}: no such file, so this run is not finished. Run `stillroom run RECIPE` first; "
             "a recipe without a student has no report."
         ) from error
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{path}: not readable as JSON ({error}). Run `stillroom run RECIPE` again."
-        ) from error
-    assert isinstance(content, dict)
-    return content
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error}). Name the folder of a run.") from error
 
 
 def show(run_dirs: Sequence[Path], out: Path | None) -> tuple[str, Path, dict[str, Any]]:
@@ -177,8 +181,16 @@ def show(run_dirs: Sequence[Path], out: Path | None) -> tuple[str, Path, dict[st
 
     Raises:
         UsageError: a run has no report yet, or the page cannot be written.
+        IntegrityError: a report is not as a run writes it.
     """
     reports = {str(folder): load_report(folder) for folder in run_dirs}
+    with as_a_run_writes(", ".join(f"{folder}/{REPORT}" for folder in run_dirs)):
+        return _shown(reports, run_dirs, out)
+
+
+def _shown(
+    reports: Mapping[str, dict[str, Any]], run_dirs: Sequence[Path], out: Path | None
+) -> tuple[str, Path, dict[str, Any]]:
     alone = len(reports) == 1
     content = page(reports[str(run_dirs[0])]) if alone else compare.page(reports)
     target = out or (run_dirs[0] / REPORT_PAGE if alone else COMPARISON)

@@ -1,6 +1,5 @@
 """Runs a plan: one stage after the other, each in a process group of its own that has ended before the next begins."""
 
-import json
 import sys
 import time
 from contextlib import suppress
@@ -11,13 +10,21 @@ import psutil
 
 from ...stages.recipe.fields import Arm
 from ...stages.recipe.load import recorded
-from ...stages.recipe.run_folder import EVALUATED, LATEST, LOGS, SETTINGS
+from ...stages.recipe.run_folder import (
+    EVALUATED,
+    LATEST,
+    LOGS,
+    SETTINGS,
+    as_a_run_writes,
+    read_record,
+)
 from ...stages.recipe.sections import Recipe
 from ...stages.recipe.stages import STAGES, Stage, stage_named
 from ...stages.train.scalars import refuse_without_wandb
 from ...stages.workers.clock import Clock
 from ...stages.workers.journal import mark_seen, new_journal, read_journal
 from ...stages.workers.locks import worker_number
+from ...storage.bounds import mapping
 from ...storage.credentials import hidden
 from ...storage.errors import StillroomError, Stopped, UsageError
 from ...storage.files.local import LocalFiles
@@ -29,7 +36,7 @@ from ..plan.lines import Plan, StagePlan
 from ..plan.plan import make_plan, plan_again, refuse_impossible
 from ..plan.resolve import write_down
 from ..publish.model_card import write_student_cards
-from ..report.report import write_report
+from ..report.report import results_table, write_report
 from .process import StageDied, StageProcess
 from .screen import Screen
 from .status import facts
@@ -295,7 +302,10 @@ def _results(plan: Plan) -> dict[str, Any]:
     if not _is_done(plan, "evaluate"):
         return {}
     record = plan.train_dirs["student"] / EVALUATED
-    return dict(json.loads(record.read_text())["results"])
+    with as_a_run_writes(record):
+        results = mapping(read_record(record)["results"])
+        results_table(results)  # what cannot be drawn is refused before it is handed on
+        return results
 
 
 def _note(log: Path, text: str) -> None:

@@ -1,6 +1,5 @@
 """What stands in the store and the run folder, stage by stage: tables for people, facts for the report."""
 
-import json
 import platform
 from collections import Counter
 from collections.abc import Iterable
@@ -9,9 +8,11 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
+from ...stages.recipe.run_folder import as_a_run_writes, read_record
 from ...stages.recipe.sections import Recipe
 from ...stages.recipe.stages import stage_named
 from ...stages.workers.shard_about import versions
+from ...storage.bounds import integer
 from ...storage.credentials import all_shown, as_written
 from ...storage.files.opening import open_files
 from ...storage.store.commits import Commit
@@ -50,9 +51,11 @@ def stage_facts(recipe: Recipe, plan: Plan) -> dict[str, dict[str, Any]]:
             entry |= _costs(commits) | column_costs(store, commits)
         elif stage.record and line.state == "done":
             folder = plan.train_dirs[stage.arm or "student"]
-            record = json.loads((folder / stage.record).read_text())
-            worked_on = record.get("measured_on", record)
-            entry |= {"seconds": record["seconds"], "tokens": worked_on["tokens"]}
+            with as_a_run_writes(folder / stage.record):
+                record = read_record(folder / stage.record)
+                worked_on = record.get("measured_on", record)
+                tokens = integer(worked_on["tokens"])
+                entry |= {"seconds": float(record["seconds"]), "tokens": tokens}
         seconds = entry.get("seconds") or 0.0
         work = entry.pop("table_tokens", entry["tokens"])
         entry["tokens_per_second"] = round(work / seconds, 1) if seconds and work else None

@@ -7,6 +7,7 @@ from typing import Any
 
 from ...stages.recipe.run_folder import LOGS
 from ...stages.recipe.stages import STAGES, stage_named
+from ...storage.bounds import NOT_AS_WRITTEN, integer, mapping, parsed
 from ...storage.errors import StillroomError
 from ...storage.files.local import LocalFiles
 from ..plan.lines import StagePlan
@@ -14,14 +15,22 @@ from ..plan.lines import StagePlan
 NAME = "pace.json"
 
 
+def _measured(entry: dict[str, Any]) -> dict[str, Any]:
+    """What was kept of a stage, as it was written."""
+    clock = {name: float(seconds) for name, seconds in entry["clock"].items()}
+    rows, seconds = integer(entry["rows"]), float(entry["seconds"])
+    return {"rows": rows, "seconds": seconds, "clock": {"start": 0.0} | clock}
+
+
 class Pace:
     """`logs/pace.json` of a run folder: stage -> `{"rows", "seconds", "clock"}`."""
 
     def __init__(self, run_dir: Path) -> None:
         self._files = LocalFiles(run_dir / LOGS)
-        self._kept: dict[str, dict[str, Any]] = (
-            json.loads(self._files.read(NAME)) if self._files.exists(NAME) else {}
-        )
+        self._kept: dict[str, dict[str, Any]] = {}
+        with suppress(FileNotFoundError, *NOT_AS_WRITTEN):  # it foretells, and nothing more
+            kept = mapping(parsed(self._files.read(NAME)))
+            self._kept = {name: _measured(entry) for name, entry in kept.items()}
 
     def keep(self, name: str, *, rows: int, clock: dict[str, float]) -> None:
         """A stage was done; `clock` is where the seconds of its process went, by name."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ...storage.errors import IntegrityError, UsageError
+from ...storage.errors import IntegrityError, UsageError, answered
 from ...storage.snapshots.snapshot import Snapshot
 from ...storage.store.index import Index
 from ...storage.store.store import Store
@@ -135,7 +135,8 @@ def _check_tokenizers(rows: Sequence[Row], fit: Fit) -> Any:
     """Both read every row alike; returns the teacher's."""
     from transformers import AutoTokenizer
 
-    teacher: Any = AutoTokenizer.from_pretrained(fit.teacher_dir, trust_remote_code=False)
+    with answered(f"{fit.teacher_dir}: the tokenizer does not load", "Restore its files."):
+        teacher: Any = AutoTokenizer.from_pretrained(fit.teacher_dir, trust_remote_code=False)
     for row in rows:
         ids = row["token_ids"].tolist()
         theirs = teacher.decode(ids, clean_up_tokenization_spaces=False)

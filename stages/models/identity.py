@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...storage.bounds import hexdigest, mapping, parsed
 from ...storage.credentials import shown
 from ...storage.errors import UsageError
 from ...storage.files.opening import open_files
@@ -64,9 +65,12 @@ class FileHashes:
         return self._seen[name]
 
     def _cached(self, name: str) -> str | None:
-        return (
-            str(json.loads(self._files.read(name))["sha256"]) if self._files.exists(name) else None
-        )
+        if not self._files.exists(name):
+            return None
+        try:
+            return hexdigest(mapping(parsed(self._files.read(name)))["sha256"])
+        except (ValueError, KeyError):
+            return None  # a cache: what is damaged is made again
 
     def _hash(self, path: Path, name: str) -> str:
         with path.open("rb") as file:

@@ -3,6 +3,25 @@
 from pathlib import Path
 from typing import Any
 
+from ...storage.errors import IntegrityError, in_short
+
+
+def stored_tokenizer(file: Path) -> Any:
+    """The `tokenizers.Tokenizer` of a stored tokenizer.json; None if there is none.
+
+    Raises:
+        IntegrityError: it is damaged.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(file)) if file.is_file() else None
+    except Exception as error:  # the library raises nothing narrower
+        raise IntegrityError(
+            f"{file}: not a tokenizer ({in_short(error)}). `stillroom verify` lists what is damaged "
+            "in a store, `stillroom repair` mends it; of a published folder take a new copy."
+        ) from error
+
 
 class Pieces:
     """Token ids as text, whatever the tokenizer's own alphabet (byte-level, SentencePiece, WordPiece, words)."""
@@ -15,10 +34,7 @@ class Pieces:
     @classmethod
     def of_folder(cls, folder: Path) -> "Pieces":
         """Of the tokenizer that is kept there, if one is."""
-        from tokenizers import Tokenizer
-
-        file = folder / "tokenizer.json"
-        return cls(Tokenizer.from_file(str(file)) if file.is_file() else None)
+        return cls(stored_tokenizer(folder / "tokenizer.json"))
 
     def __getitem__(self, token: int) -> str:
         """A token's text; bytes that are no character of their own are the replacement character."""

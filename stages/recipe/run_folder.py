@@ -13,7 +13,13 @@
 Files that one module alone writes and reads are named there.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from ...storage.bounds import NOT_AS_WRITTEN, mapping, parsed
+from ...storage.errors import IntegrityError, in_short
 
 LOGS = "logs"
 LATEST = "latest"
@@ -36,3 +42,30 @@ def training_run(run_dir: Path, settings_hash: str) -> Path:
 def begun_runs(run_dir: Path) -> list[Path]:
     """The settings of every training run that was begun."""
     return sorted(run_dir.glob(f"train-*/{SETTINGS}"))
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What a JSON file of a run's folder holds.
+
+    Raises:
+        FileNotFoundError: there is none.
+        IntegrityError: it is not as a run writes it.
+    """
+    with as_a_run_writes(path):
+        return mapping(parsed(path.read_bytes()))
+
+
+@contextmanager
+def as_a_run_writes(what: Path | str) -> Iterator[None]:
+    """Take something from records of a run's folder: they come from other people, or may be damaged.
+
+    Raises:
+        IntegrityError: they hold something else than a run writes; `what` names them.
+    """
+    try:
+        yield
+    except NOT_AS_WRITTEN as error:
+        raise IntegrityError(
+            f"{what}: not as a run writes it ({in_short(error)}). Delete the file, and run the "
+            "recipe again, which makes it anew."
+        ) from error

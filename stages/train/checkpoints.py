@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from ...storage.errors import IntegrityError
+from ...storage.bounds import NOT_AS_WRITTEN, inside, mapping, parsed
+from ...storage.errors import IntegrityError, in_short
 from ...storage.files.base import file_sha256
 from ...storage.files.local import LocalFiles
 
@@ -91,12 +92,13 @@ class Checkpoints:
     def _record(self, step: int) -> dict[str, Any]:
         name = f"{self._folder(step)}/{_STATE}"
         try:
-            record: dict[str, Any] = json.loads(self._files.read(name))
+            record = mapping(parsed(self._files.read(name)))
+            inside(record["tensors"])
             return record
-        except ValueError as error:
+        except NOT_AS_WRITTEN as error:
             raise IntegrityError(
-                f"{self._files.path(name)}: not readable ({error}). Delete its folder to go on "
-                "without it."
+                f"{self._files.path(name)}: not as a run writes it ({in_short(error)}). Delete its "
+                "folder to go on without it."
             ) from error
 
     def _folder(self, step: int) -> str:

@@ -5,11 +5,9 @@ would have seen. In the run's folder: `checkpoints/` (the last and the best), `t
 `student/`, and last `train.json`, whose existence means done.
 """
 
-import json
-
 from ...storage.files.local import LocalFiles
 from ..recipe.fields import Arm
-from ..recipe.run_folder import TRAINED
+from ..recipe.run_folder import TRAINED, read_record
 from ..recipe.sections import Loss, Recipe
 from ..workers.job import Job, StageResult
 from .run import Run
@@ -29,7 +27,7 @@ def run(job: Job) -> StageResult:
     samples, tokens = 0, 0
     if not files.exists(TRAINED):
         samples, tokens = Run(job, files, arm_loss(job.recipe, job.arm)).train()
-    summary = json.loads(files.read(TRAINED))
+    summary = read_record(files.path(TRAINED))
     details = {name: value for name, value in summary.items() if name not in CURVES}
     return StageResult(rows=samples, tokens=tokens, details=details)
 

@@ -196,8 +196,12 @@ class Store:
         """What a teacher's identity is made of; nothing if the store does not know it."""
         name = f"teachers/{teacher_id}/identity.json"
         with understood(name, "teacher's identity"):
-            known = self.files.exists(inside(name))
-            return mapping(parsed(self.files.read(name))) if known else {}
+            if not self.files.exists(inside(name)):
+                return {}
+            parts = mapping(parsed(self.files.read(name)))
+            config = mapping(parts.get("config") or {})
+            mapping(config.get("text_config") or {})  # of a model that reads more than text
+            return parts
 
     def teacher_dir(self, teacher_id: str) -> Path:
         """Folder of this machine with a teacher's tokenizer, config and template."""

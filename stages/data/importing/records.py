@@ -6,7 +6,7 @@ from typing import Any
 
 from ....storage.errors import UsageError
 from ..sources.names import TABLES, ending
-from ..sources.readers import Record
+from ..sources.readers import Record, arrow_batches
 from ..sources.source import Source
 
 BATCH = 64
@@ -43,7 +43,7 @@ def _rows(file: Path, columns: Sequence[str]) -> Iterator[Record]:
                 yield from _numbered(file, parquet.iter_batches(BATCH, columns=found))
         else:
             with pa.memory_map(str(file)) as memory:
-                yield from _numbered(file, _arrow(memory))
+                yield from _numbered(file, arrow_batches(memory))
     except (OSError, pa.ArrowException) as error:
         raise UsageError(f"{file}: not readable ({error}). Write it again.") from error
 
@@ -55,15 +55,3 @@ def _numbered(file: Path, batches: Iterable[Any]) -> Iterator[Record]:
         for row in range(batch.num_rows):
             number += 1
             yield f"{file.name}:{number}", batch.slice(row, 1).to_pylist()[0]
-
-
-def _arrow(memory: Any) -> Any:
-    """The batches of an Arrow file in either of its two formats."""
-    import pyarrow as pa
-
-    try:
-        return pa.ipc.open_stream(memory)
-    except pa.ArrowInvalid:
-        memory.seek(0)
-        reader = pa.ipc.open_file(memory)
-        return (reader.get_batch(number) for number in range(reader.num_record_batches))

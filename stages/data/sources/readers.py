@@ -19,6 +19,8 @@ Record = tuple[str, dict[str, Any] | str]
 """Where it stands ("a/prompts.jsonl:3") and the record, or in place of it a sentence on why it is
 unreadable."""
 _TOO_MANY = "more cells than the header has columns: a comma stands in a cell without quotes"
+_TIMES, _ALWAYS = 100, 64 << 20
+"""How much larger a packed file may be unpacked, and bytes that it may always have."""
 _MARK = "\ufeff"  # the byte-order mark that some programs write at the beginning of UTF-8
 
 
@@ -54,16 +56,49 @@ def _open(file: Path, *, newline: str | None = None) -> io.TextIOWrapper:
 
 def _bytes(file: Path) -> Any:
     packed = file.suffix.lower()
-    if packed == ".zst":
-        import pyarrow as pa
-
-        return io.BufferedReader(pa.input_stream(str(file), compression="zstd"))
     openers: dict[str, Callable[[Path], Any]] = {
         ".gz": gzip.open,
         ".bz2": bz2.open,
         ".xz": lzma.open,
+        ".zst": _open_zstd,
     }
-    return openers[packed](file) if packed in openers else file.open("rb")
+    if packed not in openers:
+        return file.open("rb")
+    return io.BufferedReader(_Unpacked(openers[packed](file), most=_most_unpacked(file)))
+
+
+def _open_zstd(file: Path) -> Any:
+    import pyarrow as pa
+
+    return io.BufferedReader(pa.input_stream(str(file), compression="zstd"))
+
+
+def _most_unpacked(file: Path) -> int:
+    return max(_ALWAYS, _TIMES * file.stat().st_size)
+
+
+class _Unpacked(io.RawIOBase):
+    """What is in a packed file, up to a bound: a file of zeros is a thousand times larger unpacked, text is not."""
+
+    def __init__(self, unpacked: Any, *, most: int) -> None:
+        self._unpacked, self._left = unpacked, most
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        read: int = self._unpacked.readinto(buffer)
+        self._left -= read
+        if self._left < 0:
+            raise ValueError(
+                f"unpacked it is more than {_TIMES} times as large, which no text is; unpack it "
+                "yourself if it is meant"
+            )
+        return read
+
+    def close(self) -> None:
+        self._unpacked.close()
+        super().close()
 
 
 def _lines(file: Path, name: str) -> Iterator[Record]:
@@ -150,6 +185,32 @@ def _parquet(file: Path, name: str) -> Iterator[Record]:
         raise ValueError(f"it is not readable Parquet: {error}") from error
 
 
+def _arrow(file: Path, name: str) -> Iterator[Record]:
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(file)) as memory:
+            number = 0
+            for batch in arrow_batches(memory):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"{name}:{number}", of_a_table(record)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise ValueError(f"it is not readable Arrow: {error}") from error
+
+
+def arrow_batches(memory: Any) -> Any:
+    """The batches of an Arrow file in either of its two formats."""
+    import pyarrow as pa
+
+    try:
+        return pa.ipc.open_stream(memory)
+    except pa.ArrowInvalid:
+        memory.seek(0)
+        reader = pa.ipc.open_file(memory)
+        return (reader.get_batch(number) for number in range(reader.num_record_batches))
+
+
 def of_a_table(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record without the fields that its objects have only because those of other records have them."""
     return {column: _without_nulls(value) for column, value in record.items()}
@@ -181,6 +242,7 @@ _READERS = {
     ".ndjson": _lines,
     ".json": _json,
     ".parquet": _parquet,
+    ".arrow": _arrow,
     ".csv": _csv,
     ".txt": _document,
     ".md": _document,

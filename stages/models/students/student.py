@@ -116,8 +116,10 @@ def _made(recipe: Recipe, teacher_dir: Path, kind: ModelKind) -> PreTrainedModel
         model = _fresh(recipe, teacher_dir, kind)
     else:
         model = copied_student(recipe, teacher_dir, weights, kind)
-    if (teacher_dir / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(teacher_dir)
+    file = teacher_dir / "generation_config.json"
+    if file.is_file():
+        with answered(f"{file}: not readable", "Restore it, or delete it."):
+            model.generation_config = GenerationConfig.from_pretrained(teacher_dir)
     return model
 
 

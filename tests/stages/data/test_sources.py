@@ -199,6 +199,14 @@ def test_packed_texts_of_every_format(tmp_path: Path, ending: str) -> None:
         read(broken)
 
 
+@pytest.mark.parametrize("ending", [".jsonl.gz", ".txt.bz2", ".json.xz", ".md.zst"])
+def test_a_file_that_is_nothing_but_large_unpacked_is_refused(tmp_path: Path, ending: str) -> None:
+    source = tmp_path / f"bomb{ending}"
+    source.write_bytes(packed(b" " * (65 << 20), Path(ending).suffix))
+    with pytest.raises(UsageError, match="more than 100 times as large, which no text is"):
+        read(source)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -53,6 +53,13 @@ def logits(model, ids):
 IDS = torch.tensor([[1, 5, 9, 4, 2]])
 
 
+def test_a_damaged_generation_config_of_the_teacher_is_named(tiny_llama):
+    teacher = tiny_llama("teacher")
+    (teacher / "generation_config.json").write_text("[")
+    with pytest.raises(UsageError, match=r"generation_config.json: not readable"):
+        initial_student(recipe_for(teacher, {"config": {"hidden_size": 8}}), teacher)
+
+
 def test_fresh_weights_are_a_function_of_the_seed(tiny_llama):
     teacher = tiny_llama("teacher", num_hidden_layers=3)
     student = {"config": {"num_hidden_layers": 1, "hidden_size": 8, "tie_word_embeddings": True}}

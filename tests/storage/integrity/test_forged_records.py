@@ -277,6 +277,15 @@ def test_a_record_nested_deeper_than_anybody_writes(filled, name, read, deep):
         assert name in {p.file for p in verify(store).problems}
 
 
+@pytest.mark.parametrize("config", [3, "x", [1], {"text_config": 3}], ids=str)
+def test_an_identity_whose_config_is_none(filled, config):
+    put(filled, "teachers/t/identity.json", seal({"config": config}))
+    with pytest.raises(
+        IntegrityError, match=r"^teachers/t/identity.json: not a teacher's identity"
+    ):
+        filled.teacher_parts("t")
+
+
 MANIFEST = {
     "format_version": 1,
     "published_version": 1,

@@ -1,0 +1,77 @@
+"""A few hundredths of what `fuzz.py` does, the same examples every time; and what it found, as tests of their own."""
+
+import json
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from kit import stillroom
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from fuzz import Tally, fuzz
+from fuzz_targets import targets
+from fuzz_world import RECORDS, World
+
+EXAMPLES = 3
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("fuzz") / "world")
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("name", targets())
+def test_damaged_input_ends_as_documented(world: World, name: str) -> None:
+    tally = Tally()
+    fuzz(world, name, targets()[name], tally, examples=EXAMPLES, number=0)
+    assert tally.examples[name] >= 1
+    assert not tally.findings
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("train.json", b"{"),
+        ("train.json", b"{}"),
+        ("train.json", b'{"samples": "1", "tokens": 1}'),
+        ("evaluation.json", b"["),
+        ("evaluation.json", b"[]"),
+    ],
+)
+def test_a_damaged_record_of_a_training_run_is_named(
+    world: World, name: str, content: bytes
+) -> None:
+    world.fresh()
+    next(world.work.glob(f"run/train-*/{name}")).write_bytes(content)
+    assert name in stillroom("plan", world.work / "recipe.yaml", expect=3).stderr
+
+
+@pytest.mark.parametrize("command", ["inspect", "export"])
+def test_a_damaged_tokenizer_of_a_store_is_named(world: World, command: str) -> None:
+    world.fresh()
+    next(world.work.glob("store/teachers/*/tokenizer.json")).write_bytes(b"{")
+    to = [world.work / "new", "--license", "mit"] if command == "export" else []
+    assert (
+        "tokenizer.json: not a tok"
+        in stillroom(command, world.work / "store", *to, expect=3).stderr
+    )
+
+
+def test_an_arrow_file_is_read_as_parquet_is(world: World) -> None:
+    world.fresh()
+    table = pa.Table.from_pylist(RECORDS["prompt"])
+    source = world.work / "prompts.arrow"
+    with pa.ipc.new_file(str(source), table.schema) as writer:
+        writer.write_table(table)
+    recipe = [world.work / "data-prompt.yaml", "--set", f"data.source={source}", "--json"]
+    stages = json.loads(stillroom("plan", *recipe).stdout.splitlines()[-1])["stages"]
+    assert stages
+    source.write_bytes(b"ARROW1")
+    assert "not readable Arrow" in stillroom("plan", *recipe, expect=2).stderr

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ...storage.errors import UsageError, answered
 from .attention.cap import attend_capped
 from .attention.longest import forget_lengths
+from .fit.teacher_layers import FIELD
 from .identity import Identity
 
 
@@ -111,8 +112,9 @@ class ModelKind:
         )
         if lacking := sorted(report["missing_keys"]):
             raise UsageError(
-                f"the teacher's files lack weights of the student ({', '.join(lacking[:3])}), which "
-                "transformers would draw at random. Save the teacher again, whole."
+                f"{FIELD}: the teacher's files lack weights of the student "
+                f"({', '.join(lacking[:3])}), which transformers would draw at random. Save the "
+                "teacher again, whole."
             )
         return _ready(model)
 

@@ -167,10 +167,8 @@ def test_fresh_weights_are_of_the_architecture_that_the_recipe_names(config, wor
 
 def test_copied_layers_are_derived_from_the_teacher():
     """Its name is the base's where the Hub knows it, and its licence holds."""
-    known = settings(
-        student={"from_teacher_layers": [0, 2], "config": {"attention_dropout": 0.1}},
-        teacher={"model": "org/big-8b"},
-    )
+    known = settings(student={"from_teacher_layers": [0, 2], "config": {"attention_dropout": 0.1}})
+    known["recipe"]["teacher"]["model"] = "org/big-8b"
     card = student_card(known, TRAINED, None)
     words = "starts from layers 0, 2 of the teacher, with `attention_dropout` 0.1,"
     assert f"A student of `org/big-8b`: {words} trained by Stillroom" in card

@@ -60,6 +60,7 @@ def test_what_is_wrong_with_a_cell_is_said(modules: dict[str, Any]) -> None:
         assert verdict(right | {name: value}, fault) != "right", name
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not shutil.which("unshare")
     or subprocess.run(["unshare", "--map-root-user", "--mount", "true"]).returncode != 0,

@@ -265,15 +265,16 @@ class _Export:
 
     def point(self, manifest: Manifest, repo: str | None) -> str:
         """Let the card point at a version; returns the card."""
-        card = dataset_card(
-            Published(
-                folder=self._files.root,
-                manifest=manifest,
-                provenance=self._provenance(manifest),
-                languages=self._request.languages,
-                repo=repo,
-            )
+        published = Published(
+            folder=self._files.root,
+            manifest=manifest,
+            provenance=self._provenance(manifest),
+            languages=self._request.languages,
+            repo=repo,
         )
+        # A version that was there may be somebody else's.
+        with understood(f"{manifest.version}: MANIFEST.json or {PROVENANCE}", "published version"):
+            card = dataset_card(published)
         put(self._files, CARD, card.encode())
         return card
 

@@ -97,7 +97,7 @@ class Memory:
 
 def files_of(store: Store, snapshot: Snapshot) -> list[StoredFile]:
     """The files that a snapshot's rows are read from, each once."""
-    found = {}
+    found: dict[tuple[str, str], StoredFile] = {}
     for shard in snapshot.shards:
         for file in store.stored(snapshot.table, shard.sha256):
             found.setdefault((file.name, file.sha256), file)

@@ -275,7 +275,8 @@ def _joinable(rows: Rows, spans: _Spans, about: Mapping[str, Any]) -> np.ndarray
     if about.get("head") == "classes":
         label = rows.filled("label", 0)
         at_end = (rows.numbers("span_start") == total - 1) & (n == 1) & ~rows.present("spans")
-        return fits & at_end & (label >= 0) & (label < len(about["class_names"]))
+        known = (label >= 0) & (label < len(about["class_names"]))
+        return np.asarray(fits & at_end & known)
     counts, ends = np.diff(spans.edges), spans.starts + spans.tokens
     row = np.repeat(np.arange(len(rows)), counts)
     before = np.concatenate([[1], ends[:-1]])[: len(ends)]
@@ -285,7 +286,8 @@ def _joinable(rows: Rows, spans: _Spans, about: Mapping[str, Any]) -> np.ndarray
     fits &= (counts > 0) & (np.bincount(row, off, len(rows)) == 0)
     fits &= np.bincount(row, spans.tokens, len(rows)) == n
     begins = np.append(spans.starts, 0)[spans.edges[:-1]]
-    return fits & (begins == rows.numbers("span_start")) & (np.diff(rows.flat("spans")[0]) % 2 == 0)
+    fits &= begins == rows.numbers("span_start")
+    return np.asarray(fits & (np.diff(rows.flat("spans")[0]) % 2 == 0))
 
 
 def _long_row(

@@ -11,7 +11,8 @@ from kit import stillroom
 sys.path.insert(0, str(Path(__file__).parent))
 
 from fuzz import Tally, fuzz
-from fuzz_targets import targets
+from fuzz_edits import as_json
+from fuzz_targets import seal_anything, targets
 from fuzz_world import RECORDS, World
 
 EXAMPLES = 3
@@ -62,6 +63,17 @@ def test_a_damaged_tokenizer_of_a_store_is_named(world: World, command: str) -> 
         "tokenizer.json: not a tok"
         in stillroom(command, world.work / "store", *to, expect=3).stderr
     )
+
+
+def test_statistics_of_a_version_that_are_none_are_named(world: World) -> None:
+    world.fresh()
+    path = next(world.work.glob("published-0/*/MANIFEST.json"))
+    manifest = json.loads(path.read_bytes())
+    for found in manifest["statistics"].values():
+        found.update(dict.fromkeys(found, "x"))
+    path.write_bytes(as_json(seal_anything(manifest)))
+    words = ["export", world.work / "store", world.work / "published-0", "--license", "mit"]
+    assert "MANIFEST.json or PROVENANCE.json: not a published" in stillroom(*words, expect=3).stderr
 
 
 def test_an_arrow_file_is_read_as_parquet_is(world: World) -> None:

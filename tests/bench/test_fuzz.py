@@ -15,7 +15,7 @@ from fuzz_edits import as_json
 from fuzz_targets import seal_anything, targets
 from fuzz_world import RECORDS, World
 
-EXAMPLES = 3
+EXAMPLES = 2
 
 
 @pytest.fixture(scope="module")

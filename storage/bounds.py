@@ -8,6 +8,7 @@ names the record.
 
 import json
 import re
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import PurePosixPath
@@ -97,10 +98,15 @@ def hexdigest(value: Any) -> str:
     return value
 
 
+def seen(text: str) -> bool:
+    """Whether every character of a name is one that people see, or a space of any script."""
+    return all(char.isprintable() or unicodedata.category(char) == "Zs" for char in text)
+
+
 def inside(value: Any) -> str:
     """The name of a file below a folder, with forward slashes, that leads nowhere else."""
     path = PurePosixPath(string(value))
-    plain = value == str(path) and not path.is_absolute() and value.isprintable()
+    plain = value == str(path) and not path.is_absolute() and seen(value)
     drive = value[1:2] == ":"
     if not plain or drive or "\\" in value or ".." in path.parts or value == ".":
         raise ValueError(f"{_shown(value)} is not the name of a file below its folder")

@@ -9,7 +9,7 @@ import signal
 import sys
 import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
@@ -31,10 +31,9 @@ def main() -> None:
         try:
             app()
         except StillroomError as error:
+            _hear_nothing()
             _fail(error)
         except _SignalCame:
-            for number in stop_signals():
-                signal.signal(number, signal.SIG_IGN)  # it is stopping
             _fail(Stopped())
 
 
@@ -54,7 +53,13 @@ def _signals_raised() -> Iterator[None]:
 
 
 def _raise(number: int, frame: FrameType | None) -> NoReturn:
+    _hear_nothing()  # another signal must not end the ending
     raise _SignalCame
+
+
+def _hear_nothing() -> None:
+    for number in stop_signals():
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _fail(error: StillroomError) -> NoReturn:
@@ -71,7 +76,9 @@ def _error_text(error: StillroomError) -> str:
     """The message; all lines but the first are indented, so that no name in it begins a line of its own."""
     lines = f"error: {error}".replace("\n", "\n  ").split("\n")
     if sys.stderr.isatty():  # which would break the lines inside words
-        width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+        width = 80
+        with suppress(OSError):  # it may hang up meanwhile
+            width = os.get_terminal_size(sys.stderr.fileno()).columns or width
         lines = [
             textwrap.fill(
                 line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False

@@ -18,7 +18,7 @@ from typing import Any
 
 from ...stages.recipe.load import recorded
 from ...stages.recipe.sections import Recipe
-from ...storage.bounds import mapping, parsed, understood
+from ...storage.bounds import mapping, parsed, seen, understood
 from ...storage.errors import IntegrityError, UsageError
 from ...storage.files.base import explained, make_folder
 from ...storage.files.local import LocalFiles
@@ -295,7 +295,7 @@ def _title(name: str | None, place: str) -> str:
 
 def _refuse_unprintable(option: str, name: str | None) -> None:
     """Names of many lines, or with characters that nobody sees, are somebody's trick or mistake."""
-    if name is not None and not (name.strip() and name.isprintable()):
+    if name is not None and not (name.strip() and seen(name)):
         raise UsageError(
             f"{option} {name!r}: not one line of printable characters. Give it a name of these."
         )

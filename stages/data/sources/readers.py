@@ -20,7 +20,8 @@ Record = tuple[str, dict[str, Any] | str]
 unreadable."""
 _TOO_MANY = "more cells than the header has columns: a comma stands in a cell without quotes"
 _TIMES, _ALWAYS = 100, 64 << 20
-"""How much larger a packed file may be unpacked, and bytes that it may always have."""
+"""How much larger what is read at once of a packed file may be unpacked, and bytes that it may always have."""
+_LINE_BY_LINE = (".jsonl", ".ndjson", ".csv")
 _MARK = "\ufeff"  # the byte-order mark that some programs write at the beginning of UTF-8
 
 
@@ -64,7 +65,9 @@ def _bytes(file: Path) -> Any:
     }
     if packed not in openers:
         return file.open("rb")
-    return io.BufferedReader(_Unpacked(openers[packed](file), most=_most_unpacked(file)))
+    by_line = unpacked(file) in _LINE_BY_LINE
+    most = max(_ALWAYS, _TIMES * file.stat().st_size)
+    return io.BufferedReader(_Unpacked(openers[packed](file), most, by_line=by_line))
 
 
 def _open_zstd(file: Path) -> Any:
@@ -73,25 +76,27 @@ def _open_zstd(file: Path) -> Any:
     return io.BufferedReader(pa.input_stream(str(file), compression="zstd"))
 
 
-def _most_unpacked(file: Path) -> int:
-    return max(_ALWAYS, _TIMES * file.stat().st_size)
-
-
 class _Unpacked(io.RawIOBase):
-    """What is in a packed file, up to a bound: a file of zeros is a thousand times larger unpacked, text is not."""
+    """What is in a packed file, up to a bound on a line, or on all where all is read at once.
 
-    def __init__(self, unpacked: Any, *, most: int) -> None:
-        self._unpacked, self._left = unpacked, most
+    A small file may unpack to more than memory holds.
+    """
+
+    def __init__(self, unpacked: Any, most: int, *, by_line: bool) -> None:
+        self._unpacked, self._most, self._by_line = unpacked, most, by_line
+        self._held = 0
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         read: int = self._unpacked.readinto(buffer)
-        self._left -= read
-        if self._left < 0:
+        line_end = bytes(buffer[:read]).rfind(b"\n") if self._by_line else -1
+        self._held = self._held + read if line_end < 0 else read - line_end - 1
+        if self._held > self._most:
+            what = "a line of it" if self._by_line else "it"
             raise ValueError(
-                f"unpacked it is more than {_TIMES} times as large, which no text is; unpack it "
+                f"unpacked {what} is more than {_TIMES} times as large as the file; unpack it "
                 "yourself if it is meant"
             )
         return read

@@ -9,7 +9,7 @@ No torch until it is asked: the plan asks too.
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +42,15 @@ def refuse_other_layers(recipe: Recipe, teacher_dir: Path) -> None:
     if "torch" in sys.modules:
         layers_alike(recipe, teacher_dir)
         return
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as apart:
+    apart = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+    try:
         apart.submit(layers_alike, recipe, teacher_dir).result()
+    except BaseException:
+        for child in active_children():  # a signal does not wait for it
+            child.terminate()
+        raise
+    finally:
+        apart.shutdown()
 
 
 def layers_alike(recipe: Recipe, teacher_dir: Path) -> tuple[Any, str]:

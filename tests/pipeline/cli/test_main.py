@@ -106,7 +106,8 @@ def test_a_signal_outside_a_stage_is_exit_code_130_and_a_message(
     with pipe.open(
         "w"
     ):  # opens when the command reads; it then waits for a recipe that does not come
-        process.send_signal(number)
+        for _ in range(3):  # shell and kernel may both send one
+            process.send_signal(number)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert (

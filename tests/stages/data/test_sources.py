@@ -203,8 +203,17 @@ def test_packed_texts_of_every_format(tmp_path: Path, ending: str) -> None:
 def test_a_file_that_is_nothing_but_large_unpacked_is_refused(tmp_path: Path, ending: str) -> None:
     source = tmp_path / f"bomb{ending}"
     source.write_bytes(packed(b" " * (65 << 20), Path(ending).suffix))
-    with pytest.raises(UsageError, match="more than 100 times as large, which no text is"):
+    with pytest.raises(UsageError, match="more than 100 times as large as the file"):
         read(source)
+
+
+def test_lines_that_repeat_themselves_are_read_though_they_pack_well(tmp_path: Path) -> None:
+    """A long system prompt in every record: what is held at once is a line."""
+    source = tmp_path / "rows.jsonl.gz"
+    content = lines("a" * 4000, "b") * 18_000
+    source.write_bytes(packed(content, ".gz"))
+    assert len(content) > max(64 << 20, 100 * source.stat().st_size)
+    assert len(read(source)) == 36_000
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,14 @@ from typing import Any
 import numpy as np
 
 from .bounds import parsed
-from .errors import IntegrityError
+from .errors import IntegrityError, in_short
 
 KEY_BYTES = 16
 _MERGE = 1 << 16  # new keys held as Python objects before they join the arrays
-_ADVICE = "Restore the file from a backup, or run `stillroom repair` and then the recipe, which makes it again."
+_ADVICE = (
+    "Restore the file from a backup, or run `stillroom repair` and then the recipe, which makes it "
+    "again; what somebody published, fetch again."
+)
 
 
 def canonical_json(value: Any) -> bytes:
@@ -71,7 +74,7 @@ def unseal(data: bytes, name: str) -> dict[str, Any]:
         actual = hashlib.sha256(canonical_json(record)).hexdigest()
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise IntegrityError(
-            f"{name}: not a record of this store ({error!r}). {_ADVICE}"
+            f"{name}: not a record that Stillroom wrote ({in_short(error)}). {_ADVICE}"
         ) from error
     if actual != digest:
         raise IntegrityError(

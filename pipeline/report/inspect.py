@@ -52,7 +52,7 @@ def show(
     lines = render(sample, columns=columns, colours=colours)
     if row["doubts"]:
         sample["doubts"] = row["doubts"]
-        lines += [Text(f"doubtful: {doubt}") for doubt in row["doubts"]]
+        lines = [*(Text(f"doubtful: {doubt}") for doubt in row["doubts"]), Text(), *lines]
     return sample, lines
 
 

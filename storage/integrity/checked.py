@@ -145,7 +145,10 @@ def check_file(
         for index, column, message in _worst_first(bad) if lenient else bad:
             row = int(opened.starts[group]) + index
             named = f"{column}: {message}" if column else message
-            said = said or f"{where}: row {row} ({rows.value('key', index).hex()}): {named}."
+            said = (
+                said
+                or f"{where}: row {row} ({rows.value('key', index).hex()}): {named.rstrip('.')}."
+            )
             if not lenient or column in FATAL:
                 raise IntegrityError(f"{said} {HELP}")
     if repeated := _repeated_key(opened):

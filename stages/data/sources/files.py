@@ -1,6 +1,7 @@
 """Which files of a folder or a glob are data, and which are left out and why."""
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from glob import glob, has_magic
@@ -97,6 +98,11 @@ def find_files(source: str, *, field: str) -> Found | None:
     Raises:
         UsageError: it looks like a path and nothing is there, or a file cannot be read.
     """
+    if re.match(r"https?://", source):
+        raise UsageError(
+            f"{field}: {shown(source)} is an address, and data are not read over the web. Fetch "
+            "the file, and name it here."
+        )
     path = Path(source).expanduser()
     if path.is_file():
         found = Found(

@@ -14,6 +14,7 @@ import pytest
 from kit import prompts, write_jsonl
 
 from stillroom.stages.data.formats import prompt_row
+from stillroom.stages.data.sources.files import find_files
 from stillroom.stages.data.sources.source import Source, all_records
 from stillroom.stages.data.stage import Survey, inputs_id, survey
 from stillroom.stages.models.identity import FileHashes
@@ -407,3 +408,9 @@ def test_held_out_rows_belong_to_the_name_of_the_inputs(tmp_path: Path) -> None:
     names = [name(evaluate) for evaluate in [*sources, {"split": "test", "limit": 2}]]
     assert names[1] == names[2] == name({"split": "test", "tokens": 9})  # the same rows
     assert len(set(names)) == 3
+
+
+def test_an_address_on_the_web_is_named_as_one() -> None:
+    with pytest.raises(UsageError, match="https://host/a.jsonl is an address") as refused:
+        find_files("https://me:word@host/a.jsonl?token=x", field="data.source")
+    assert "word" not in str(refused.value)

@@ -411,6 +411,6 @@ def test_held_out_rows_belong_to_the_name_of_the_inputs(tmp_path: Path) -> None:
 
 
 def test_an_address_on_the_web_is_named_as_one() -> None:
-    with pytest.raises(UsageError, match="https://host/a.jsonl is an address") as refused:
+    with pytest.raises(UsageError, match=r"https://host/a\.jsonl is an address") as refused:
         find_files("https://me:word@host/a.jsonl?token=x", field="data.source")
     assert "word" not in str(refused.value)

@@ -10,32 +10,40 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
 from typing import Any, TextIO, cast
 from urllib.parse import quote, unquote
 
-SHORTEST = 8
+_SHORTEST = 8
 """Characters of a value that is looked for inside of other text; of a path, which begins with `/`,
 fewer do."""
 CUT = "***"
 
-_SECRET_NAMES = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|_KEY|ACCESS_KEY_ID)$", re.I)
-# hf://datasets/USER/NAME@REVISION has an @, and host:443/ a colon, without any credentials. Lengths
-# have bounds, so that no text takes long.
-_SCHEME = r"\b[\w+.-]{1,20}://"
-_PORT = r"(?!\d+(?:[/?#\s]|$))"
-_TO_THE_AT = r"(?:[^\s@]{0,2000}+@)+"  # to the last @: a key may hold any character
-_USER = re.compile(rf"({_SCHEME})(?:[^\s/@]{{0,2000}}+@|[^\s/@:]{{1,200}}:{_PORT}{_TO_THE_AT})")
-_PASSWORD = re.compile(rf"{_SCHEME}[^\s/@:]{{0,200}}:{_PORT}({_TO_THE_AT})")
-_ENDS = r"(?=[:.,;)]{0,3}(?:[\s'\"<>]|$))"  # a sentence goes on behind an address
-_PLACE = rf"{_SCHEME}[^\s?#'\"<>]{{0,2000}}"
-_QUERY = re.compile(rf"({_PLACE})(?:\?|#(?=[^\s'\"<>]{{0,500}}=))[^\s'\"<>]*?{_ENDS}")
-# What is left of an address where a library names host and path apart.
-_SECRET_WORDS = "token|secret|sig|password|passwd|credential|key|auth"
-_ARGUMENT = re.compile(
-    rf"([?&][\w.%-]{{0,40}}?(?:{_SECRET_WORDS})[\w.%-]{{0,40}}=)[^\s&'\"<>]+", re.I
+_SECRET_NAMES = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|KEY|ACCESS_KEY_ID)$", re.I)
+# An address is looked for in one word at a time, and in each nothing is read twice: no text takes long.
+_WORD = re.compile(r"[^\s\"<>]++")
+_UNQUOTED = re.compile(r"[^\s'\"<>]++")
+_SCHEME = re.compile(r"\b[\w+.-]{1,20}://")
+# hf://datasets/USER/NAME@REVISION has an @, host:443/ a colon, az://CONTAINER@ACCOUNT what looks like
+# a name, s3://a,s3://b/c@d (so no name has a comma) all of it, without any credentials.
+_PORT = r"(?!\d+(?:[/?#]|$))"
+_CONTAINER = r"(?!(?:az|abfss?|wasbs?)://[^/@:]+@)"
+# A password goes on to the last @, for a key may hold any character.
+_USER = re.compile(
+    rf"{_CONTAINER}({_SCHEME.pattern})(?:[^/@]{{0,2000}}+@|[^/@:,]{{1,200}}:{_PORT}.*@)"
 )
-
-_WORD = re.compile(r"[a-z_]+")
+_PASSWORD = re.compile(rf"{_SCHEME.pattern}[^/@:,]{{0,200}}:{_PORT}(.*)@")
+# A query; in s3://bucket/part-?.jsonl, ? is any character.
+_ASKS = re.compile(r"\?(?=[\w%])|[?#](?=[^=]{0,500}+=)")
+_ENDING = re.compile(r"[:.,;)]{0,3}$")  # a sentence goes on behind an address
+# What is left of an address where a library names host and path apart. The name of a secret ends in
+# one of these words; max_tokens and author do not.
+_SECRET_WORDS = (
+    "token|secret|sig|signature|password|passwd|credentials?|key|key_?id|auth|authorization"
+)
+_ARGUMENT = re.compile(rf"([?&][\w.%-]{{0,40}}?(?:{_SECRET_WORDS})=)[^\s&'\"<>]+", re.I)
+# Words, numbers and dates, of which messages and `--json` are full: a run may be called `baseline`.
+_PLAIN = re.compile(r"[a-z_]{1,24}|[\d.,:eTZ_+-]{1,32}")
 
 _values: dict[str, str] = {}  # what is not shown -> what is shown in its place
 _fields: dict[str, str] = {}  # a field's text -> the same as the recipe has it
@@ -48,9 +56,9 @@ def hide(values: Mapping[str, str], fields: Mapping[str, str]) -> None:
         values: Value -> `${NAME}`.
         fields: A field's text -> the same as written, with `${NAME}` in it.
     """
-    # A run may be called `baseline`, a word that messages and `--json` are full of.
-    _values.update({value: name for value, name in values.items() if not _WORD.fullmatch(value)})
+    _values.update(values)
     _fields.update(fields)
+    _looked_for.cache_clear()
 
 
 def hide_password(address: str) -> bool:
@@ -58,6 +66,7 @@ def hide_password(address: str) -> bool:
     passwords = list(_passwords(address))
     for password in passwords:
         _values.update(dict.fromkeys((password, unquote(password)), CUT))
+    _looked_for.cache_clear()
     return bool(passwords)
 
 
@@ -67,14 +76,15 @@ def hidden() -> dict[str, dict[str, str]]:
 
 
 def show_again() -> None:
-    """Forget what was hidden."""
+    """Forget what was hidden; for tests, of which none hides what the next one shows."""
     _values.clear()
     _fields.clear()
+    _looked_for.cache_clear()
 
 
 def without_values(text: str) -> str:
     """A text, whatever it is, without the values that are hidden."""
-    for value, name in sorted(_looked_for(), key=lambda found: -len(found[0])):
+    for value, name in _looked_for():
         if value in text:
             text = _replaced(text, value, name)
     return text
@@ -82,8 +92,8 @@ def without_values(text: str) -> str:
 
 def shown(text: str) -> str:
     """A message, or an address in it, without hidden values and without credentials."""
-    text = _USER.sub(r"\1", without_values(text))
-    return _ARGUMENT.sub(rf"\1{CUT}", _QUERY.sub(r"\1", text))
+    text = _WORD.sub(_without_user, without_values(text))
+    return _ARGUMENT.sub(rf"\1{CUT}", _UNQUOTED.sub(_without_query, text))
 
 
 def as_written(field: str) -> str:
@@ -106,6 +116,8 @@ def cleaned(stream: TextIO, how: Callable[[str], str]) -> TextIO:
 
 
 class _Cleaned:
+    """A text stream: what is written into it is cleaned, all else is the stream's own."""
+
     def __init__(self, stream: TextIO, how: Callable[[str], str]) -> None:
         self._stream, self._how = stream, how
 
@@ -121,26 +133,49 @@ class _Cleaned:
         return getattr(self._stream, name)
 
 
+def _without_user(word: re.Match[str]) -> str:
+    if "://" not in word[0]:
+        return word[0]
+    head, at, rest = word[0].rpartition("@")
+    return _USER.sub(r"\1", head + at) + rest
+
+
+def _without_query(word: re.Match[str]) -> str:
+    scheme = _SCHEME.search(word[0]) if "://" in word[0] else None
+    asks = _ASKS.search(word[0], scheme.end()) if scheme else None
+    if asks is None:
+        return word[0]
+    ending: str = _ENDING.findall(word[0], asks.end())[0]
+    return word[0][: asks.start()] + ending
+
+
 def _passwords(address: str) -> Iterator[str]:
-    for found in _PASSWORD.findall(address):
-        yield found[:-1]  # without the @ that ends it
+    for word in _WORD.findall(address):
+        head, at, _ = word.rpartition("@")
+        yield from _PASSWORD.findall(head + at)
 
 
 def _replaced(text: str, value: str, name: str) -> str:
-    if len(value) >= SHORTEST:
+    if not value.startswith("/"):
         return text.replace(value, name)
-    # /data of /data/texts, not of /mnt/data or of /database
-    return re.sub(rf"(?<![\w.~-]){re.escape(value)}(?![\w.-])", lambda _: name, text)
+    # /data of /data/texts and of /data.old, not of /mnt/data or of /database
+    return re.sub(rf"(?<![\w.~-]){re.escape(value)}(?!\w)", lambda _: name, text)
 
 
-def _looked_for() -> Iterator[tuple[str, str]]:
-    """Values, in every form in which they may stand in a text."""
-    for value, name in (*_values.items(), *_of_the_environment()):
+@cache  # it is asked for with every line that is written
+def _looked_for() -> list[tuple[str, str]]:
+    """Values, in every form in which they may stand in a text, and what is shown for each; the longest first.
+
+    Fields as a whole too: of `${HOME}_runs`, what HOME stands for is no whole name in a path.
+    """
+    found = set()
+    for value, name in (*_values.items(), *_fields.items(), *_of_the_environment()):
         value = value.rstrip("/")
-        if len(value) < SHORTEST and not (value.startswith("/") and len(value) > 1):
+        if _PLAIN.fullmatch(value) or len(value) < (2 if value.startswith("/") else _SHORTEST):
             continue
-        for form in {value, quote(value), quote(value, safe=""), json.dumps(value)[1:-1]}:
-            yield form, name
+        for form in (value, quote(value), quote(value, safe=""), json.dumps(value)[1:-1]):
+            found.add((form, name))
+    return sorted(found, key=lambda pair: (-len(pair[0]), pair))
 
 
 def _of_the_environment() -> Iterator[tuple[str, str]]:

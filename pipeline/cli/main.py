@@ -16,6 +16,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from ...storage.credentials import as_written
 from ...storage.errors import StillroomError, Stopped
 from ...storage.store.stopping import at_work, stop_signals
 from ..text import show_line, show_text
@@ -109,7 +110,7 @@ def demo(
     recipe = load_recipe(recipe_path)
     outcome = run_recipe(recipe, quiet=quiet)
     _outcome(outcome, as_json)
-    print_for_people(f"store:  {recipe.storage.dir}")
+    print_for_people(f"store:  {as_written(recipe.storage.dir)}")
     print_for_people(f"report: {outcome['run_dir']}/{REPORT_PAGE}")
     print_for_people(f"recipe: {recipe_path}")
     print_json(outcome, as_json)
@@ -180,7 +181,7 @@ def run(
     outcome = run_recipe(loaded, until=until, only=only, quiet=quiet)
     _outcome(outcome, as_json)
     if loaded.student is None:
-        print_for_people(f"store: {loaded.storage.dir}")
+        print_for_people(f"store: {as_written(loaded.storage.dir)}")
     for line in _made(outcome):
         print_for_people(line)
     print_json(outcome, as_json)

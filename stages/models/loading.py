@@ -91,7 +91,9 @@ class ModelKind:
     def empty(self, config: PreTrainedConfig) -> PreTrainedModel:
         """A model of this config without memory for its weights: names, shapes and classes alone."""
         with torch.device("meta"):
-            model: PreTrainedModel = self.auto.from_config(config, dtype=torch.float32)
+            model: PreTrainedModel = self.auto.from_config(
+                config, dtype=torch.float32, trust_remote_code=False
+            )
         return model
 
     def copied(self, config: PreTrainedConfig, weights: Mapping[str, Tensor]) -> PreTrainedModel:
@@ -109,6 +111,7 @@ class ModelKind:
             state_dict={**weights},
             dtype=torch.float32,
             output_loading_info=True,
+            trust_remote_code=False,
         )
         if lacking := sorted(report["missing_keys"]):
             raise UsageError(

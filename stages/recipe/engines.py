@@ -44,7 +44,8 @@ def lora_room(adapter: Mapping[str, Any]) -> int:
     return next((room for room in LORA_RANKS if room >= rank), rank)
 
 
-_DECIDED = frozenset("model tokenizer revision dtype seed enable_lora".split())
+_MODEL = frozenset("model tokenizer revision".split())
+_DECIDED = _MODEL | {"dtype", "seed", "enable_lora"}
 # What makes vLLM import code, load another model or other weights, or read them in another way; of
 # what it imports by name, the field ends in _cls, _plugin or _module_path.
 _CODE = frozenset(
@@ -63,7 +64,7 @@ def refused_arguments(arguments: Mapping[str, Any], inside: str = "") -> Iterato
     for given, value in arguments.items():
         name = str(given).lstrip("-").replace("-", "_")
         what = repr(f"{inside}{given}")
-        if name in _DECIDED:
+        if name in _DECIDED and not inside:
             yield f"{what} is decided by the recipe's own fields. Remove it here"
         elif name == "trust_remote_code":
             yield (
@@ -74,13 +75,23 @@ def refused_arguments(arguments: Mapping[str, Any], inside: str = "") -> Iterato
             yield f"{what} is a secret, and recipes are recorded. Set HF_TOKEN in its place"
         elif name in _CODE or name.endswith(_ENDINGS) or _names_code(name, value):
             yield f"{what} makes the engine import code by its name. Remove it"
-        elif name in _OTHER_MODEL:
+        elif name in _OTHER_MODEL or name in _MODEL:
             yield (
                 f"{what} makes of the model another one than was hashed: other weights, or read "
                 "otherwise. Remove it"
             )
-        elif isinstance(value, Mapping):
-            yield from refused_arguments(value, f"{inside}{given}.")
+        else:
+            for part in _mappings(value):
+                yield from refused_arguments(part, f"{inside}{given}.")
+
+
+def _mappings(value: Any) -> Iterator[Mapping[str, Any]]:
+    """A value that has names in it, or those in a list."""
+    if isinstance(value, Mapping):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _mappings(part)
 
 
 def _names_code(name: str, value: Any) -> bool:

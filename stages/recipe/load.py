@@ -137,7 +137,10 @@ def _override(tree: dict[str, Any], override: str) -> None:
 
 
 def _expand(value: Any, where: str, problems: list[tuple[str, str]]) -> Any:
-    """`${NAME}` in a field that names a place stands for an environment variable; elsewhere it is a mistake."""
+    """`${NAME}` in a field that names a place stands for an environment variable.
+
+    Elsewhere it is text (`stop: ["${END}"]`), and a mistake where there is such a variable.
+    """
     if isinstance(value, dict):
         dotted = f"{where}." if where else ""
         return {k: _expand(v, f"{dotted}{k}", problems) for k, v in value.items()}
@@ -146,7 +149,9 @@ def _expand(value: Any, where: str, problems: list[tuple[str, str]]) -> Any:
     if not isinstance(value, str):
         return value
     names = _VARIABLE.findall(value)
-    if names and where not in ADDRESSES:
+    if where not in ADDRESSES:
+        if not any(name in os.environ for name in names):
+            return value
         what = f"{value!r} holds an environment variable, which only fields that name a place may "
         problems.append((where, f"{what}({', '.join(sorted(ADDRESSES))}). Write the value itself"))
         return value
@@ -157,8 +162,7 @@ def _expand(value: Any, where: str, problems: list[tuple[str, str]]) -> Any:
     found = _VARIABLE.sub(lambda match: os.environ[match[1]], value)
     if names:
         hide({os.environ[name]: f"${{{name}}}" for name in names}, {found: value})
-    if where in ADDRESSES:
-        hide_password(found)
+    hide_password(found)
     return found
 
 

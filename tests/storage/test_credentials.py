@@ -27,6 +27,14 @@ from stillroom.storage.errors import UsageError
         ("https://h/x#access_token=abc", "https://h/x"),
         ("Max retries exceeded with url: /x?sig=abc&y=1", "… url: /x?sig=***&y=1"),
         ("proxy http://me:pw@proxy:3128 refused", "proxy http://proxy:3128 refused"),
+        ("chained::s3://KEY:pass@bucket,", "chained::s3://bucket,"),
+        ("az://KEY:pass@container/x", "az://container/x"),
+        ("s3://b/part-?.jsonl?key=1", "s3://b/part-"),
+        ("https://h/x?SIGNED, and more", "https://h/x, and more"),
+        (
+            "…/x?accessToken=abc&AWSAccessKeyId=d&apikey=e",
+            "…/x?accessToken=***&AWSAccessKeyId=***&apikey=***",
+        ),
     ],
 )
 def test_credentials_of_an_address_are_cut(said: str, right: str) -> None:
@@ -42,6 +50,11 @@ def test_credentials_of_an_address_are_cut(said: str, right: str) -> None:
         "https://huggingface.co/docs/x#section",
         "data/*.jsonl: is this a question? Mail a@b.c",
         "s3://bucket/x: not there. Mail user:me@b.c",
+        '{"a":"s3://bucket","b":"x@y"}',
+        "s3://a,s3://b/c@d",
+        "az://container@account/x and abfss://container@account/a@b",
+        "s3://bucket/part-?.jsonl",
+        "unknown: &max_tokens=512 ?author=me",
     ],
 )
 def test_what_is_no_credential_stays(said: str) -> None:
@@ -63,6 +76,30 @@ def test_a_word_is_looked_for_in_fields_alone() -> None:
     assert as_written("runs/baseline") == "runs/${RUN}"
 
 
+def test_json_stays_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers, dates and words are looked for in fields alone, whatever they stand for."""
+    monkeypatch.setenv("RUN_KEY", "12345678")
+    monkeypatch.setenv("APP_PASSWORD", "password")
+    hide({"2026-11-30": "${DATE}"}, {"runs/2026-11-30": "runs/${DATE}"})
+    hide_password("pg://me:11234567@host/x")
+    said = '{"n": 1123456789, "password": "2026-11-30"}'
+    assert without_values(said) == said
+    assert as_written("runs/2026-11-30") == "runs/${DATE}"
+
+
+def test_a_long_number_or_word_is_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MYKEY", "1" * 33)
+    monkeypatch.setenv("APP_PASSPHRASE", "correct_horse_battery_staple")
+    assert shown(f"{'1' * 33}: correct_horse_battery_staple") == "${MYKEY}: ${APP_PASSPHRASE}"
+
+
+def test_a_path_is_replaced_where_its_last_name_ends() -> None:
+    hide({"/home/ann": "${HOME}"}, {"/home/ann_runs": "${HOME}_runs"})
+    assert shown("/home/anna/x /mnt/home/ann") == "/home/anna/x /mnt/home/ann"
+    assert shown("/home/ann/x, /home/ann.") == "${HOME}/x, ${HOME}."
+    assert shown("/home/ann_runs/x") == "${HOME}_runs/x"
+
+
 def test_secrets_of_the_environment_are_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_0123456789")
     monkeypatch.setenv("DATABASE_URL", "pg://me:0123-secret@host/x")
@@ -80,7 +117,10 @@ def test_a_stream_shows_what_its_way_of_cleaning_gives() -> None:
     assert not stream.isatty()
 
 
-@pytest.mark.parametrize("part", ["a.", "://", "a://b:", "a://b?", "a://b?:", "&key", "@", "a:b@"])
+@pytest.mark.parametrize(
+    "part", ["a.", "://", "a://", "a://b:", "a://b?", "a://b?.", "&key", "@", "a:b@"]
+)
 def test_no_text_takes_long(part: str) -> None:
     """Its cost grows as its length does, whatever it repeats."""
-    shown(part * 10_000)
+    shown(part * 100_000 + "@")
+    hide_password(part * 100_000 + "@")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ....storage.errors import UsageError
+from .files import read_json
 from .light import knows
 from .uses import has_own_code
 
@@ -15,7 +16,7 @@ NEVER_RUN = (
     "which is run for a teacher alone, where its recipe says teacher.trust_remote_code: true. Use a "
     "model whose class transformers has"
 )
-LENGTHS = (
+_LENGTHS = (
     "max_position_embeddings max_seq_len max_sequence_length seq_length n_positions n_ctx".split()
 )
 """Names under which a config may say how many tokens a model reads at once."""
@@ -38,8 +39,8 @@ def code_files(folder: Path, raw: Mapping[str, Any], *, where: str) -> list[Path
         where: Field and folder, for messages.
 
     Raises:
-        UsageError: it brings none, no causal language model, a `generate` of its own, or code of
-            another repository, which no hash would cover.
+        UsageError: it brings none, no causal language model, a `generate` or a tokenizer of its
+            own, or code of another repository, which no hash would cover.
     """
     named = raw.get("auto_map")
     if not isinstance(named, Mapping) or _MODEL not in named:
@@ -58,6 +59,11 @@ def code_files(folder: Path, raw: Mapping[str, Any], *, where: str) -> list[Path
         raise UsageError(
             f"{where}: brings its own way of writing text ({_GENERATES}), which would write otherwise "
             "than the recipe says. Remove that file from the folder."
+        )
+    if "auto_map" in read_json(folder / "tokenizer_config.json", where, missing={}):
+        raise UsageError(
+            f"{where}: its tokenizer_config.json asks for code of its own (auto_map), which an engine "
+            "may run with the model's. Take auto_map out of it."
         )
     files = sorted(folder.rglob("*.py"))
     if not files:
@@ -81,5 +87,5 @@ def said_of_text(raw: Mapping[str, Any], *, where: str) -> dict[str, Any]:
             f"{where}: its config.json names no vocab_size, expected how many ids its code tells "
             f"apart (got {size!r}). Add it."
         )
-    lengths = [part[name] for name in LENGTHS if type(part.get(name)) is int and part[name] > 0]
+    lengths = [part[name] for name in _LENGTHS if type(part.get(name)) is int and part[name] > 0]
     return {"vocab_size": size, "context_tokens": lengths[0] if lengths else None}

@@ -144,6 +144,20 @@ def test_an_error_keeps_the_variable(house: House) -> None:
     assert "${WORK}/none" in said
 
 
+def test_json_stays_json_and_the_store_s_address_bare(
+    house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RUN_KEY", "12345678")
+    asked = stillroom("query", house.store, "SELECT 1123456789 n", "--json")
+    assert last_json(asked)["rows"] == [{"n": 1123456789}]
+    address = f"storage.dir=file://{tmp_path}/store?key={MARK}"
+    alone = [
+        word for name in ("student", "train", "evaluate") for word in ("--set", f"{name}=null")
+    ]
+    said = stillroom("run", house.recipe, "--only", "data", "--set", address, *alone).stdout
+    assert f"store: file://{tmp_path}/store\n" in said
+
+
 def test_a_stage_s_log_and_records_hold_no_secret(house: House) -> None:
     """Of a process of its own; then everything that the commands of this file have written."""
     others = (

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from kit import prompts, stillroom, write_jsonl, write_recipe
+from transformers import LlamaConfig
 
 from stillroom.stages.models.causal_lm import KIND, load_causal_lm
 from stillroom.stages.models.identity import FileHashes, identify
@@ -126,6 +127,13 @@ def test_code_that_no_hash_covers_is_refused(tmp_path: Path, own: Path, tiny_lla
     generates.touch()
     with pytest.raises(UsageError, match="its own way of writing text"):
         _identity(own, tmp_path, trusted=True)
+    generates.unlink()
+    tokenizer = own / "tokenizer_config.json"
+    whole = tokenizer.read_text()
+    _edit(tokenizer, auto_map={"AutoTokenizer": ["modeling_own.Own", None]})
+    with pytest.raises(UsageError, match="Take auto_map out of it"):
+        _identity(own, tmp_path, trusted=True)
+    tokenizer.write_text(whole)
     elsewhere = "somebody/code--modeling_own.OwnForCausalLM"
     _edit(own / "config.json", auto_map={"AutoModelForCausalLM": elsewhere})
     with pytest.raises(UsageError, match="another repository \\(somebody/code--"):
@@ -146,6 +154,19 @@ def test_code_of_a_tokenizer_is_never_run(tmp_path: Path, tiny_llama: Folder, ra
     with pytest.raises(UsageError, match="which is never run"):
         Renderer(folder, {})
     assert not ran.exists()
+
+
+def test_a_model_without_weights_asks_nobody() -> None:
+    """Of a type that transformers does not know, whose class would be fetched; standard input says yes."""
+
+    class OwnConfig(LlamaConfig):
+        model_type = "own_llama"
+
+    config = OwnConfig(auto_map={"AutoModelForCausalLM": "somebody/code--own.Own"})
+    asked = sys.stdin.tell()
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        KIND.empty(config)
+    assert sys.stdin.tell() == asked
 
 
 class _Runs:
@@ -188,7 +209,12 @@ def test_a_pickle_of_weights_runs_nothing(
         ({"load_format": "pt"}, "another one than was hashed"),
         ({"tokenizer_mode": "custom"}, "another one than was hashed"),
         ({"model_loader_extra_config": {}}, "another one than was hashed"),
-        ({"speculative_config": {"model": "own"}}, "'speculative_config.model' is decided"),
+        ({"speculative_config": {"model": "own"}}, "'speculative_config.model' makes of the model"),
+        (
+            {"additional_config": {"a": [[{"load_format": "pt"}]]}},
+            "'additional_config.a.load_format'",
+        ),
+        ({"seed": 1}, "'seed' is decided by the recipe's own fields"),
         ({"hf_token": "hf_0123456789"}, "Set HF_TOKEN"),
     ],
 )

@@ -242,6 +242,19 @@ def test_a_variable_stands_only_where_a_place_is_named(
     assert "the-secret-itself" not in said
 
 
+def test_what_looks_like_a_variable_and_is_none_is_text(
+    tmp_path: Path, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("END", raising=False)
+    tree["generate"]["stop"] = ["${END}"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert recipe.generate is not None
+    assert recipe.generate.stop == ["${END}"]
+    monkeypatch.setenv("END", "stop")
+    assert "generate.stop: '${END}' holds an environment variable" in refusal(tmp_path, tree)
+
+
 def test_records_keep_the_variable(
     tmp_path: Path, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,8 @@ _SHOWN = 20
 
 _WHY_LEFT = (
     "a snapshot whose shard is gone (delete its file under snapshots/ to give it up), "
-    "or rows that are as they were committed but cannot be right."
+    "or rows that are as they were committed but cannot be right (score their prompts again into "
+    "another store)."
 )
 
 
@@ -242,13 +243,13 @@ def verify_lines(report: "Report") -> list[str]:
     lines += [f"PROBLEM {_problem(p)}" for p in report.problems]
     if report.ok:
         return [*lines, "the store is whole"]
-    return [
-        *lines,
-        (
-            f"{_problems(report.problems)}. `stillroom repair` withdraws what is damaged; then run "
-            "again."
-        ),
-    ]
+    count, left = len(report.problems), sum(not problem.mend for problem in report.problems)
+    advice = []
+    if left < count:
+        advice.append("`stillroom repair` withdraws what is damaged; then run again.")
+    if left:
+        advice.append(f"{left} cannot be repaired: {_WHY_LEFT}")
+    return [*lines, f"{_problems(report.problems)}. {' '.join(advice)}"]
 
 
 def verify_json(report: "Report") -> dict[str, Any]:

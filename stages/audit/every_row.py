@@ -5,6 +5,7 @@ targets: what is moved by a row or a position may agree with itself in every row
 """
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 
 import numpy as np
@@ -14,7 +15,8 @@ from ...storage.integrity.checked import HELP, Held, Memory, check_file, files_o
 from ...storage.snapshots.snapshot import Snapshot
 from ...storage.store.store import Store
 from ...storage.tables.rows import Rows
-from ...storage.tables.shard import ShardFile
+from ...storage.tables.schema import TableName
+from ...storage.tables.shard import ShardFile, StoredFile
 from ..models.reads import check_ids
 from ..workers.job import Job
 from .misplaced_targets import Row, shifted
@@ -23,6 +25,7 @@ ROWS = 32
 """Of a shard, that are asked whose targets they have."""
 VALUES = 1 << 22
 """Numbers after which no more rows are asked: whole distributions have as many in a few."""
+_ASKED_AT_ONCE = 8  # files: on an object store each is a round trip
 
 
 def check_rows(
@@ -37,11 +40,11 @@ def check_rows(
         Stopped: a signal came. What was checked by then is remembered.
     """
     memory = Memory.of_user()
-    files = [(file, each.table) for each in snapshots for file in files_of(store, each)]
+    files = _files(store, snapshots)
     known, fresh = {}, []
-    for file, table in files:
-        with job.clock.span("disk"):
-            found = held(file, table, memory)
+    with job.clock.span("disk"), ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
+        before = list(pool.map(lambda one: held(one[0], one[1], memory), files))
+    for (file, table), found in zip(files, before, strict=True):
         if found is None:
             fresh.append((file, table))
         else:
@@ -58,13 +61,22 @@ def check_rows(
         job.progress.advance(note="checking every row, once on this machine")
         job.stop.check()
     if fresh:
-        before = len(files) - len(fresh)
+        again = len(files) - len(fresh)
         job.progress.say(
             f"checked {len(fresh)} shards, {rows} rows"
-            + (f"; {before} shards were checked before" if before else "")
+            + (f"; {again} shards were checked before" if again else "")
         )
     _say(said, job)
     return known
+
+
+def _files(store: Store, snapshots: Sequence[Snapshot]) -> list[tuple[StoredFile, TableName]]:
+    """The files of all, each once: splits share shards."""
+    found: dict[tuple[str, str], tuple[StoredFile, TableName]] = {}
+    for snapshot in snapshots:
+        for file in files_of(store, snapshot):
+            found.setdefault((file.name, file.sha256), (file, snapshot.table))
+    return list(found.values())
 
 
 def check_vocabulary(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...storage.errors import UsageError
+from ...storage.errors import IntegrityError, UsageError
 from ...storage.store.store import Store
 from ...storage.tables.schema import TableName
 from ..models.reads import context_of
@@ -222,7 +222,7 @@ def _questions(
     questions = []
     for row in chosen:
         start, tokens = row["spans"][-1].tolist()
-        written = texts[row["generation_key"]]
+        written = _text_of(row, texts, store)
         if len(row["spans"]) > 1 or start + tokens < len(row["token_ids"]):
             # The text is all that follows the prompt, other turns too.
             answer = row["token_ids"][start : start + tokens]
@@ -236,6 +236,16 @@ def _questions(
         questions.append(question)
     other = "the given completion" if job.recipe.generate is None else "the text that was generated"
     return questions, GOLD if gold else "the teacher's own text" if by_teacher else other
+
+
+def _text_of(row: dict[str, Any], texts: dict[bytes, str], store: Store) -> str:
+    if row["generation_key"] not in texts:
+        raise IntegrityError(
+            f"{store.root}: the held-out row of prompt {row['prompt_key'].hex()} names the generation "
+            f"{row['generation_key'].hex()}, and no commit holds it. Run `stillroom verify`, then the "
+            "recipe again."
+        )
+    return texts[row["generation_key"]]
 
 
 def _continuation(

@@ -22,7 +22,7 @@ from .classes import class_names
 from .fit.config import UNLIMITED, config_facts
 from .fit.files import read_json
 from .fit.own_code import code_files
-from .fit.tensors import tensor_files
+from .fit.tensors import refuse_elsewhere, tensor_files
 from .fit.token_ids import highest_id
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
@@ -160,13 +160,8 @@ def find_model(
         )
     from huggingface_hub import snapshot_download
 
-    patterns = [
-        "*.json",
-        "*.jinja",
-        "tokenizer.model",
-        "*.txt",
-        "*.py",
-    ]  # code is data until it is run
+    # Code is data until it is run.
+    patterns = ["*.json", "*.jinja", "tokenizer.model", "*.txt", "*.py"]
     patterns += ["*.safetensors"] if weights else []
     try:
         return Path(
@@ -317,7 +312,8 @@ def _weights(folder: Path, hashes: FileHashes, field: str) -> dict[str, str]:
 
 
 def refuse_without_weights(folder: Path, field: str) -> None:
-    """Refuse a folder whose weights are not there, or cannot be read."""
+    """Refuse a folder whose weights are not there, cannot be read, or lie elsewhere."""
+    refuse_elsewhere(folder, where=f"{field}: {folder}")
     files = tensor_files(folder)
     if not files:
         raise UsageError(

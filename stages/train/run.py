@@ -93,7 +93,10 @@ class Run:
             if self._train.evaluate_every_tokens is not None and "validation" in job.snapshots:
                 self._validation = self._open(store, "validation")
             lenient = self._train.audit == "warn"
-            self._held = check_rows(store, self._read, job, lenient=lenient)
+            # What the student is judged on too: later the training would be paid for.
+            test = job.snapshots.get("test")
+            judged = [] if test is None else [load_snapshot(store, test)]
+            self._held = check_rows(store, [*self._read, *judged], job, lenient=lenient)
             self._lengths = self._samples.lengths()
         epochs = self._train.epochs
         self._stop_samples = None if epochs is None else max(1, round(epochs * len(self._samples)))

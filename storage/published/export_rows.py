@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import IntegrityError, UsageError
+from ..integrity.checked import Memory, check_file
 from ..keys import content_key
 from ..snapshots.snapshot import Snapshot
 from ..store.sql import batches, connected, explained, query
@@ -237,13 +238,19 @@ def sources_of(store: Store, keys: pa.Array) -> list[tuple[str, bool, int]]:
 
 
 def shards_of(store: Store, table: TableName, keys: pa.Array) -> list[tuple[dict[str, Any], int]]:
-    """What the shards that hold some of these keys say of themselves, and how many rows they give."""
-    found = []
+    """What the shards that hold some of these keys say of themselves, and how many rows they give.
+
+    Raises:
+        IntegrityError: one of them is damaged or holds a row that cannot be right.
+    """
+    found, memory = [], Memory.of_user()
     for commit in store.commits(table):
         shard = store.shard(table, commit.shard.sha256)
         own = shard.read_all(["key"])["key"]
         rows = pc.sum(pc.is_in(own, value_set=keys)).as_py()
         if rows:
+            for file in store.stored(table, commit.shard.sha256):
+                check_file(file, table, memory)
             found.append((shard.about, rows))
     return found
 

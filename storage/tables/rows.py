@@ -190,7 +190,7 @@ def _refuse_nulls(name: str, values: pa.Array, offsets: np.ndarray) -> None:
     """A list may be null, its numbers may not: no writer of ours makes such a file, and Parquet allows it."""
     if values.null_count:
         first = values.is_null().index(True).as_py()
-        row = int(np.searchsorted(offsets, first + offsets[0], side="right")) - 1
+        row = int(np.searchsorted(offsets, first, side="right")) - 1
         raise IntegrityError(f"row {row}: {name} holds nothing in place of a number.")
 
 

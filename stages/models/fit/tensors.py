@@ -1,9 +1,12 @@
 """What a model's weight files say of their tensors, read from their headers: types and shapes, by name."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Any
 
-from ....storage.errors import answered
+from ....storage.errors import UsageError, answered
+from .files import read_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +25,39 @@ def tensor_files(folder: Path) -> list[Path]:
         or sorted(folder.glob("pytorch_model*.bin"))
         or sorted(folder.glob("adapter_model*.bin"))
     )
+
+
+def refuse_elsewhere(folder: Path, *, where: str) -> None:
+    """Refuse a model that has weights read which are no files of its folder: its identity would not cover them.
+
+    Args:
+        folder: Of a model or an adapter.
+        where: Field and folder, for messages.
+
+    Raises:
+        UsageError: its config or an index names one.
+    """
+    for file, name, endings in _named_weights(folder, where):
+        if not (isinstance(name, str) and name == PurePath(name).name and name.endswith(endings)):
+            raise UsageError(
+                f"{where}: {file} names weights in {name!r}, expected a file in the folder itself "
+                f"that ends in {' or '.join(endings)}. Save the model again."
+            )
+
+
+def _named_weights(folder: Path, where: str) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
+    """What transformers reads weights from: (the file that names it, its name, how it must end)."""
+    named = read_json(folder / "config.json", where, missing={}).get("transformers_weights")
+    if named is not None:
+        yield "config.json", named, (".safetensors", ".safetensors.index.json")
+    for index in sorted(folder.glob("*.index.json")):
+        ending = Path(index.name.removesuffix(".index.json")).suffix
+        for name in _values(read_json(index, where).get("weight_map")):
+            yield index.name, name, (ending,)
+
+
+def _values(weight_map: Any) -> Iterable[Any]:
+    return weight_map.values() if isinstance(weight_map, dict) else ()
 
 
 def stored_tensors(folder: Path, *, where: str) -> dict[str, StoredTensor]:

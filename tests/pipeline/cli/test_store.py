@@ -104,9 +104,13 @@ def test_what_cannot_be_repaired_is_said(finished: Path, tiny_llama: Callable[..
     snapshot = make_snapshot(store, "soft_targets", {commit.shard.sha256: [0]}, {})
     save_snapshot(store, snapshot)
     LocalFiles(store.root).remove(commit.shard.name)
+    last = stillroom("verify", store.root, expect=3).stdout.splitlines()[-1]
+    assert "`stillroom repair` withdraws what is damaged; then run again. 1 cannot be" in last
     done = stillroom("repair", store.root, "--json", expect=3)
     assert (
         f"LEFT      snapshots/{snapshot.id}.json: its shard {commit.shard.name} is damaged"
         in done.stdout
     )
     assert [p["file"] for p in last_json(done)["left"]] == [f"snapshots/{snapshot.id}.json"]
+    last = stillroom("verify", store.root, expect=3).stdout.splitlines()[-1]
+    assert last.startswith("1 problem. 1 cannot be repaired: a snapshot whose shard is gone")

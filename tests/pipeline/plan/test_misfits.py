@@ -49,6 +49,11 @@ def cut_short(folder: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:100])
 
 
+def index(name: Any, file: str = "model.safetensors") -> Callable[[Path], None]:
+    """An index that has a tensor read from this file."""
+    return edit(f"{file}.index.json", weight_map={"model.norm.weight": name})
+
+
 OF_ANOTHER_KIND = [
     (kind("t5", "T5ForConditionalGeneration"), "is an encoder-decoder (t5)"),
     (kind("bart", "BartForConditionalGeneration"), "is an encoder-decoder (bart)"),
@@ -80,6 +85,12 @@ OF_NO_USE = [
     (lfs_pointer, "model.safetensors is not readable as safetensors (SafetensorError"),
     (cut_short, "model.safetensors is not readable as safetensors (SafetensorError"),
     (add_token, "the tokenizer has ids up to 40, but the table of token embeddings has 32 rows"),
+    (index("../other/w.safetensors"), "names weights in '../other/w.safetensors', expected"),
+    (index("inner/w.safetensors"), "model.safetensors.index.json names weights in 'inner/w"),
+    (index("w.bin"), "names weights in 'w.bin', expected a file in the folder itself that ends in"),
+    (index(3), "names weights in 3, expected a file"),
+    (index("/w.bin", "pytorch_model.bin"), "pytorch_model.bin.index.json names weights in '/w.bin"),
+    (edit("config.json", transformers_weights="inner/w.safetensors"), "config.json names weights"),
     (edit("config.json", pad_token_id=32), "pad_token_id in config.json is 32"),
     (
         edit("generation_config.json", eos_token_id=[2, 99]),

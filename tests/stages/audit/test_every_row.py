@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -11,15 +12,16 @@ import pytest
 from planting import copied, planted, rows_of, unchecked_writer
 from tiny_jobs import scored_store
 from tiny_llama import save_tiny_llama
-from tiny_store import make_job, make_recipe, make_store, random_texts
+from tiny_store import SilentProgress, make_job, make_recipe, make_store, random_texts
 
+from stillroom.stages.audit import every_row
 from stillroom.stages.evaluate import stage as evaluate
 from stillroom.stages.recipe.sections import Recipe
 from stillroom.stages.train import stage as train
 from stillroom.stages.workers.job import Job
 from stillroom.storage.errors import IntegrityError, UsageError
 from stillroom.storage.keys import content_key
-from stillroom.storage.snapshots.snapshot import make_snapshot, save_snapshot
+from stillroom.storage.snapshots.snapshot import load_snapshot, make_snapshot, save_snapshot
 from stillroom.storage.store.store import Store
 from stillroom.storage.store.writer import CommitLimits
 from stillroom.storage.tables.soft_targets import SoftTargets
@@ -217,6 +219,21 @@ def test_a_machine_asks_each_shard_once(
         assert lines_of(job, "checked") == checked
 
 
+def test_what_is_known_of_files_is_asked_side_by_side(
+    whole: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an object store each is a round trip."""
+    together = Barrier(2, timeout=60)
+
+    def held(*file: Any) -> None:
+        together.wait()
+
+    monkeypatch.setattr(every_row, "held", held)
+    job = whole.job(tmp_path / "run", range(4))
+    snapshot = load_snapshot(whole.store, job.snapshots["train"])
+    assert len(every_row.check_rows(whole.store, [snapshot, snapshot], job)) == 4
+
+
 def test_numbers_may_be_meant_and_what_nobody_can_read_may_not(
     whole: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,8 +243,21 @@ def test_numbers_may_be_meant_and_what_nobody_can_read_may_not(
     job = world.job(tmp_path / "run", [SHARD, 0], train={"audit": "warn"})
     train.run(job)
     assert "a log probability is above 0" in lines_of(job, "audit: /")[0]
+    judged = replace(job, progress=SilentProgress())
+    evaluate.run(judged)
+    assert lines_of(judged, "audit: /") == lines_of(job, "audit: /")[:1]
     with pytest.raises(IntegrityError, match=world.place(SHARD + 1)):
         train.run(world.job(tmp_path / "other", [SHARD + 1, 0], train={"audit": "warn"}))
+
+
+def test_what_a_student_is_judged_on_is_asked_before_it_is_trained(
+    whole: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unchecked_writer(monkeypatch)
+    world = with_faults(whole, tmp_path / "store", "full", [FAULTS["a token of nobody"][1]])
+    learnt, judged = world.job(tmp_path / "run", [0]), world.job(tmp_path / "other", [SHARD])
+    with pytest.raises(IntegrityError, match=world.place(SHARD)):
+        train.run(replace(learnt, snapshots=learnt.snapshots | {"test": judged.snapshots["test"]}))
 
 
 def test_a_text_beyond_the_students_vocabulary_is_named(whole: World, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from stillroom.stages.evaluate.answers import Question, Quiz, greedy, scorer
 from stillroom.stages.evaluate.normal_forms import number, words
 from stillroom.stages.evaluate.patterns import last_match
 from stillroom.stages.recipe.evaluate import EvaluateGenerate
+from stillroom.storage.time_limit import time_limit
 
 
 class Numbers:
@@ -298,6 +299,22 @@ def test_a_pattern_that_backtracks_ends_and_its_answers_count_as_unanswered(
     assert score("regex", endless, endless, settings.pattern) == 0.0
     assert signal.getitimer(signal.ITIMER_PROF) == before
     signal.raise_signal(signal.SIGPROF)  # one that comes late ends nothing
+
+
+def test_a_limit_that_has_ended_a_block_gives_it_time_to_end() -> None:
+    """A signal between the error and the end of the block would put a second error in its way."""
+    ended = []
+
+    def block() -> None:
+        try:
+            signal.raise_signal(signal.SIGPROF)
+        finally:
+            signal.raise_signal(signal.SIGPROF)
+            ended.append(True)
+
+    with pytest.raises(TimeoutError), time_limit(0):
+        block()
+    assert ended
 
 
 @pytest.mark.parametrize("pattern", ["(", "a{99999999999}", "(" * 3000 + ")" * 3000])

@@ -21,6 +21,7 @@ from stillroom.stages.evaluate.held_out import HeldOut
 from stillroom.stages.evaluate.metrics import Tally
 from stillroom.stages.evaluate.views import Views
 from stillroom.stages.models.token_text import Pieces
+from stillroom.storage.errors import IntegrityError
 from stillroom.storage.snapshots.snapshot import Snapshot
 from stillroom.storage.store.store import Store
 
@@ -78,3 +79,17 @@ def test_a_question_is_what_stands_before_the_last_span(
         answer = asked[tuple(TEXTS[number][:start])]
         words = " ".join(WORDS[i - 4] for i in TEXTS[number][start : start + n])
         assert answer.reference == answer.teacher == words
+
+
+def test_a_generation_that_the_store_lacks_is_named(
+    world: tuple[Path, Store], tmp_path: Path
+) -> None:
+    _, store = world
+    snapshot = snapshot_of(store)
+    job = job_of(world, tmp_path, snapshot)
+    rows = [
+        row | {"generation_key": b"?" * 16} for row in HeldOut(store, snapshot, job.clock).spans()
+    ]
+    named = f"row of prompt [0-9a-f]{{32}} names the generation {'3f' * 16}, and no commit holds it"
+    with pytest.raises(IntegrityError, match=named):
+        prepare_quiz(job, store, rows)

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from stillroom.storage.errors import IntegrityError
+from stillroom.storage.errors import IntegrityError, UsageError
 from stillroom.storage.files.local import LocalFiles
 from stillroom.storage.integrity.repair import repair
 from stillroom.storage.integrity.vacuum import vacuum
 from stillroom.storage.integrity.verify import verify
+from stillroom.storage.store.sql import query
 from stillroom.storage.store.store import Store
 
 SECRET = "marker-of-a-secret"
@@ -79,3 +80,17 @@ def test_the_links_of_the_hubs_cache_lead_to_its_blobs_alone(tmp_path: Path) -> 
     files = LocalFiles(folder)
     names = ("own", "good", "bad", "bad-folder/file", "absent")
     assert [name for name in names if files.leads_out(name)] == ["bad", "bad-folder/file"]
+
+
+def test_a_shard_that_is_a_link_is_what_was_committed_or_damage(
+    filled: Store, tmp_path: Path
+) -> None:
+    path = filled.files.path(filled.commits("soft_targets")[0].shard.name)
+    path.symlink_to(path.rename(tmp_path / "moved.parquet"))
+    assert verify(Store.open(filled.root)).ok
+    with pytest.raises((UsageError, IntegrityError)):
+        query(Store.open(filled.root), "SELECT sum(k) FROM soft_targets")
+    (tmp_path / "moved.parquet").write_text(SECRET)
+    report = verify(Store.open(filled.root))
+    assert not report.ok
+    assert SECRET not in str(report)

@@ -7,7 +7,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from published import HELD_OUT, ROWS, TEACHER, make_store, samples, snapshots_of, target_row
+from planting import unchecked_writer
+from published import (
+    HELD_OUT,
+    ROWS,
+    TEACHER,
+    generation_row,
+    make_store,
+    samples,
+    snapshots_of,
+    target_row,
+)
 
 from stillroom.storage.errors import IntegrityError, UsageError
 from stillroom.storage.files.local import LocalFiles
@@ -629,3 +639,20 @@ def test_the_snapshots_that_a_run_saves_know_each_other(tmp_path):
     assert {split: found.id for split, found in find_snapshots(store, None).items()} == {
         "train": alone.id
     }
+
+
+def test_generations_that_cannot_be_right_do_not_leave(tmp_path, monkeypatch):
+    """Of the shards that give texts alone: another one's are nobody's concern here."""
+    unchecked_writer(monkeypatch)
+    store = make_store(tmp_path / "store", rows=8)
+    snapshots = snapshots_of(store)
+    bad = generation_row(99)
+    with store.writer("generations", about=samples.GENERATIONS_ABOUT) as writer:
+        writer.add(bad | {"token_ids": np.array([-5, *bad["token_ids"][1:]], np.int32)})
+    exported(store, snapshots, tmp_path / "other")
+    with store.writer("soft_targets", about=samples.ABOUT) as writer:
+        writer.add(target_row(99, "topk"))
+    shard = store.commits("soft_targets")[-1].shard.sha256
+    snapshot = make_snapshot(store, "soft_targets", {shard: [0]}, {"split": "train"})
+    with pytest.raises(IntegrityError, match=r"data/generations/.*: row 0 .*token_ids"):
+        exported(store, {"train": snapshot}, tmp_path / "out")

@@ -175,7 +175,9 @@ def job(**train: Any) -> SimpleNamespace:
 
 def scored(folder: Path) -> tuple[float, float]:
     """How far scored rows are from the truth, and from what they are alone."""
-    who = SimpleNamespace(folder=folder, dtype="float32", adapter=None, id=b"", context_tokens=1024)
+    who = SimpleNamespace(
+        folder=folder, dtype="float32", adapter=None, runs_code=False, id=b"", context_tokens=1024
+    )
     kept = Kept(kind="full", k=VOCABULARY)
     requests = [
         TargetRequest(
@@ -237,7 +239,7 @@ def logits_of(model: Any, ids: np.ndarray) -> Tensor:
 
 def peeked(folder: Path) -> float:
     """Of the teacher as it is loaded, in a text of each length."""
-    who: Any = SimpleNamespace(folder=folder, dtype="float32", adapter=None)
+    who: Any = SimpleNamespace(folder=folder, dtype="float32", adapter=None, runs_code=False)
     model, found = load_causal_lm(who), 0.0
     for ids in texts():
         changed = ids.copy()

@@ -21,7 +21,7 @@ from stillroom.pipeline.report.results import results as results_section
 from stillroom.pipeline.report.sections import curve as curve_section
 from stillroom.pipeline.report.sections import thinned
 from stillroom.pipeline.text import fenced, table
-from stillroom.storage.errors import UsageError
+from stillroom.storage.errors import IntegrityError, UsageError
 
 
 def render(report: dict[str, Any]) -> str:
@@ -434,7 +434,7 @@ def test_an_unfinished_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"evaluation\.json: no such file"):
         write_report(tmp_path, tmp_path, {})
     (tmp_path / "report.json").write_text("{")
-    with pytest.raises(UsageError, match="not readable as JSON"):
+    with pytest.raises(IntegrityError, match="not as a run writes it"):
         compare([tmp_path])
 
 

@@ -76,7 +76,7 @@ def test_damage_is_found(checkpoints, tmp_path, damage):
 def test_unreadable_state_is_said(checkpoints, tmp_path):
     checkpoints.save(3, {"weights": {}}, {})
     (folder(tmp_path, 3) / "state.json").write_text('{"tensors": ')
-    with pytest.raises(IntegrityError, match=r"state\.json: not readable"):
+    with pytest.raises(IntegrityError, match=r"state\.json: not as a run writes it"):
         checkpoints.state(3)
 
 

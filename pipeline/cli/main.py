@@ -44,13 +44,18 @@ class _SignalCame(BaseException):
 
 @contextmanager
 def _signals_raised() -> Iterator[None]:
-    """For the time of a command; while a stage runs, `run/process.py` has handlers of its own."""
+    """For the time of a command; while a stage runs, `run/process.py` has handlers of its own.
+
+    A command that failed or was stopped hears none to the end of its process, so that a second
+    signal does not change its exit code.
+    """
     before = {number: signal.signal(number, _raise) for number in stop_signals()}
     try:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == _raise:
+                signal.signal(number, handler)
 
 
 def _raise(number: int, frame: FrameType | None) -> NoReturn:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -20,6 +21,7 @@ from stillroom.pipeline.run.screen import Screen
 from stillroom.stages.workers.clock import Clock
 from stillroom.stages.workers.job import StopFlag
 from stillroom.storage.errors import EngineDied
+from stillroom.storage.store.stopping import stop_signals
 
 OPENINGS = (
     "the cat sat",
@@ -104,10 +106,13 @@ def stillroom(*arguments: Any, expect: int | None = 0) -> subprocess.CompletedPr
         redirect_stdout(out),
         redirect_stderr(err),
     ):
+        heard = {number: signal.getsignal(number) for number in stop_signals()}
         try:
             main()
         except SystemExit as left:
             code = int(left.code or 0)
+        for number, handler in heard.items():  # a command that failed leaves them unheard
+            signal.signal(number, handler)
     done = subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
     return done if expect is None else _checked(done, expect)
 

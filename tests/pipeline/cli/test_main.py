@@ -108,11 +108,13 @@ def test_a_signal_outside_a_stage_is_exit_code_130_and_a_message(
     ):  # opens when the command reads; it then waits for a recipe that does not come
         for _ in range(3):  # shell and kernel may both send one
             process.send_signal(number)
+        assert (
+            process.stderr.readline()
+            == "error: stopped by a signal; what is finished is kept. Run the same command again.\n"
+        )
+        process.send_signal(number)  # while the process ends
         out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert (
-        err == "error: stopped by a signal; what is finished is kept. Run the same command again.\n"
-    )
+    assert (process.returncode, err) == (130, "")
     assert json.loads(out)["exit_code"] == 130
 
 

@@ -11,12 +11,14 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import psutil
 from full_disk import fill
 
 DAY = 86_400
@@ -97,7 +99,14 @@ def _signalled(number: signal.Signals) -> Callable[[Struck], None]:
 
 
 def _lose_terminal(struck: Struck) -> None:
-    time.sleep(LONG_ENOUGH)  # who holds it has read that this is the moment, and lets it go
+    with suppress(
+        psutil.NoSuchProcess
+    ):  # who holds it reads that this is the moment, and lets it go
+        for _ in range(100):
+            if psutil.Process(struck.runner).terminal() is None:
+                break
+            time.sleep(LONG_ENOUGH / 10)
+    time.sleep(LONG_ENOUGH)
 
 
 def _fill_disk(struck: Struck) -> None:

@@ -46,6 +46,8 @@ from fault_servers import Bucket
 S3_SERVER = Path(__file__).parents[1] / "support" / "s3_server.py"
 NAMESPACE = ["unshare", "--map-root-user", "--mount"]
 INSIDE = "STILLROOM_BENCH_NAMESPACE"
+TRIES = 3
+"""Of two processes the one that waits for the fault may find all work taken; the cell is run again."""
 TINY = [("data", "disk full")]
 AHEAD = [
     *"pandas pyarrow.dataset pyarrow.json pyarrow.parquet duckdb datasets s3fs xxhash".split(),
@@ -139,10 +141,13 @@ class Bench:
                 cell = run_cell(place, column, fault, state=state, bucket=bucket, plain=plain)
                 kept.write_text(json.dumps(cell, indent=1))
 
-            try:
-                in_child(run)
-            except AssertionError:
-                return {"verdict": "THE BENCH FAILED"}
+            for _ in range(TRIES):
+                try:
+                    in_child(run)
+                except AssertionError:
+                    return {"verdict": "THE BENCH FAILED"}
+                if json.loads(kept.read_text()).get("verdict") != "NOT HIT":
+                    break
         found: dict[str, Any] = json.loads(kept.read_text())
         return found
 

@@ -80,9 +80,14 @@ def _read(path: Path) -> str:
     try:
         with path.open(encoding="utf-8") as file:
             return file.read(MOST_CHARACTERS + 1)  # what is longer is refused
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise UsageError(
-            f"{path}: no recipe to read there ({error}). `stillroom init {path.name}` writes one."
+            f"{path}: not text in UTF-8 ({error.reason}). A recipe is YAML text; save it as UTF-8."
+        ) from error
+    except OSError as error:
+        raise UsageError(
+            f"{path}: no recipe to read there ({error.strerror}). `stillroom init {path.name}` writes "
+            "one."
         ) from error
 
 
@@ -93,9 +98,9 @@ def _parse(path: Path, text: str) -> tuple[dict[str, Any], dict[str, int]]:
     except yaml.YAMLError as error:
         raise UsageError(f"{path}: not YAML that can be read: {error}") from error
     if not isinstance(tree, dict):
+        found = "nothing" if tree is None else f"a {type(tree).__name__}"
         raise UsageError(
-            f"{path}: holds {type(tree).__name__}, expected sections. `stillroom init` writes an "
-            "example."
+            f"{path}: holds {found}, expected sections. `stillroom init` writes an example."
         )
     lines: dict[str, int] = {}
     _walk(path, node, "", lines)

@@ -197,15 +197,21 @@ def test_every_mistake_is_listed_at_once(tmp_path: Path, tree: dict[str, Any]) -
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", "expected sections"),
+        ("", "holds nothing, expected sections"),
         ("run: [", "not YAML"),
-        ("- 1", "expected sections"),
+        ("- 1", "holds a list, expected sections"),
         ("run: {dir: a}\nrun: {dir: b}", ":2: run: given twice"),
     ],
 )
 def test_files_that_are_no_recipe(tmp_path: Path, text: str, expected: str) -> None:
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(UsageError, match=expected):
+        load_recipe(tmp_path / "r.yaml")
+
+
+def test_a_file_that_is_not_utf8_is_named_so(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_bytes(b"run: \xff")
+    with pytest.raises(UsageError, match=r"not text in UTF-8.*save it as UTF-8"):
         load_recipe(tmp_path / "r.yaml")
 
 

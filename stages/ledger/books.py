@@ -177,7 +177,7 @@ class Books:
         for part, _ in self.store.parts:
             recorded = read_inputs(part.files, data_id)
             if recorded is not None:
-                return self.index.parquet(part.files, recorded.shard)
+                return self.index.inputs(part.files, recorded)
         raise StillroomError(
             f"inputs: the store has no record {data_id[:8]} of the prompts, which the stage `data` "
             "writes. Run that stage first."

@@ -125,7 +125,7 @@ def _view_splits(store: Store, index: Index, binding: Binding | None) -> None:
         age = 0 if binding is not None and data_id == binding.data_id else 1
         parts.append(
             f"SELECT prompt_key::UUID, split = 'test', {age} "
-            f"FROM {index.parquet(store.files, recorded.shard)}"
+            f"FROM {index.inputs(store.files, recorded)}"
         )
     index.execute(f"""
         CREATE VIEW splits AS SELECT prompt_key, min(2 * age + (NOT held_out)::INT) % 2 = 0 AS held_out

@@ -17,8 +17,9 @@ import pyarrow as pa
 from ..errors import IntegrityError, StillroomError, UsageError
 from ..files.base import Files, file_sha256
 from ..tables.schema import KEY, TABLES, TableName
-from ..tables.shard import REPAIR, ShardInfo
+from ..tables.shard import REPAIR
 from .commits import Commit
+from .inputs import Inputs, inputs_file
 from .limits import GIVE_MORE, OF_COUNTS, OF_RESULTS, SETTINGS
 from .segments import INDEXED, Indexed, place_of, segment_schema
 from .stopping import stoppable
@@ -63,13 +64,13 @@ class Index:
         """Make a table known under a name."""
         self._connection.register(name, table)
 
-    def parquet(self, files: Files, shard: ShardInfo) -> str:
-        """A FROM clause that reads a file of the store, its sha256 verified: DuckDB checks no page.
+    def inputs(self, files: Files, inputs: Inputs) -> str:
+        """A FROM clause that reads a record of inputs, its sha256 and columns verified: DuckDB checks no page.
 
         Raises:
-            IntegrityError: the file is missing or damaged.
+            IntegrityError: the file is missing or damaged, or holds something else.
         """
-        path = None
+        shard, path = inputs.shard, None
         with suppress(FileNotFoundError):
             path = files.local(shard.name)
         if path is None or file_sha256(path) != shard.sha256:
@@ -77,6 +78,7 @@ class Index:
                 f"{shard.name}: the file is missing or damaged (its sha256 is another one). "
                 f"{REPAIR}"
             )
+        inputs_file(files, inputs)
         return f"read_parquet('{_quoted(path)}', file_row_number = true)"
 
     def execute(self, sql: str) -> None:

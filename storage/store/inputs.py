@@ -14,7 +14,7 @@ from ..errors import IntegrityError
 from ..files.base import Files
 from ..keys import seal, unseal
 from ..tables.schema import KEY, RECORD_VERSION
-from ..tables.shard import ShardFile, ShardInfo, put_parquet, shard_name
+from ..tables.shard import REPAIR, ShardFile, ShardInfo, put_parquet, shard_name
 
 INPUTS_SCHEMA = pa.schema(
     [
@@ -79,6 +79,25 @@ def read_inputs(files: Files, data_id: str) -> Inputs | None:
         return Inputs(shard, mapping(record["about"]))
 
 
+def inputs_file(files: Files, inputs: Inputs) -> ShardFile:
+    """Their file.
+
+    Raises:
+        IntegrityError: its columns are others.
+    """
+    file = ShardFile(files, inputs.shard.name)
+    if not file.stored.equals(INPUTS_SCHEMA):
+        raise IntegrityError(
+            f"{file.name}: its columns are {_columns(file.stored)}, those of inputs are "
+            f"{_columns(INPUTS_SCHEMA)}. {REPAIR}"
+        )
+    return file
+
+
 def inputs_table(files: Files, inputs: Inputs) -> pa.Table:
     """The inputs: key, prompt_key, split (train or test), windows (of a cut text), first (of the rows of a prompt)."""
-    return ShardFile(files, inputs.shard.name).read_all().replace_schema_metadata(None)
+    return inputs_file(files, inputs).read_all().replace_schema_metadata(None)
+
+
+def _columns(schema: pa.Schema) -> str:
+    return ", ".join(f"{field.name} ({field.type})" for field in schema)

@@ -25,9 +25,10 @@ from stillroom.storage.snapshots import snapshot as snapshots
 from stillroom.storage.snapshots.snapshot import load_snapshot, make_snapshot, save_snapshot
 from stillroom.storage.store.bindings import Binding, newest_binding, write_binding
 from stillroom.storage.store.commits import retire, withdrawal
-from stillroom.storage.store.inputs import INPUTS_SCHEMA
+from stillroom.storage.store.index import Index
+from stillroom.storage.store.inputs import INPUTS_SCHEMA, read_inputs
 from stillroom.storage.store.store import Store
-from stillroom.storage.tables.shard import ShardFile
+from stillroom.storage.tables.shard import ShardFile, put_parquet
 
 COMMIT = "commits/soft_targets/00000000.json"
 DEEP = b"[" * 100_000
@@ -141,6 +142,34 @@ def test_inputs_that_say_what_no_shard_can_be(filled, change):
     with pytest.raises(IntegrityError, match=r"^inputs/d.json: "):
         filled.inputs("d")
     assert [p.file for p in verify(filled).problems] == ["inputs/d.json"]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda table: table.drop_columns(["windows"]),
+        lambda table: table.append_column("spare", table["split"]),
+        lambda table: table.set_column(2, "split", pa.array([1], pa.int64())),
+        lambda table: table.rename_columns(["key", "key_2", "split", "windows", "first"]),
+    ],
+    ids=["fewer", "more", "of another type", "of other names"],
+)
+def test_inputs_with_other_columns(filled, changed):
+    row = {"key": b"k" * 16, "prompt_key": b"p" * 16, "split": "train", "first": True}
+    filled.put_inputs("d", pa.Table.from_pylist([row | {"windows": None}], INPUTS_SCHEMA), {})
+    shard = read_inputs(filled.files, "d").shard
+    table = changed(ShardFile(filled.files, shard.name).read_all())
+    about = {"table": "inputs"}
+    other = put_parquet(filled.files, table, [1], folder="data/inputs", about=about)
+    record = unseal(filled.files.read("inputs/d.json"), "inputs/d.json")
+    put(filled, "inputs/d.json", seal(record | {"shard": asdict(other)}))
+    expected = rf"^{other.name}: its columns are .*, those of inputs are key "
+    with pytest.raises(IntegrityError, match=expected):
+        filled.inputs("d")
+    index = Index(filled)
+    with pytest.raises(IntegrityError, match=expected):
+        index.inputs(filled.files, read_inputs(filled.files, "d"))
+    index.close()
 
 
 def forged_snapshot(store: Store, table: str = "soft_targets", **change: Any) -> str:

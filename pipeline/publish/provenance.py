@@ -154,7 +154,7 @@ def read_recipe(run_dir: Path | None) -> dict[str, Any] | None:
 
 
 def public_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe without the paths of this machine."""
+    """A recipe without the paths of this machine, or the bucket in which its owner keeps things."""
 
     def public(section: str, name: str, value: Any) -> Any:
         if name == "engine_args":
@@ -163,7 +163,10 @@ def public_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
             return value
         if isinstance(value, list):
             return [public_name(source) for source in value]
-        return public_name(value) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        named = public_name(value)
+        return named.rstrip("/").rpartition("/")[2] if name == "dir" else named
 
     return {
         section: {name: public(section, name, value) for name, value in fields.items()}

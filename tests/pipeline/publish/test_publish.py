@@ -296,7 +296,7 @@ class TestCard:
         assert public_name("hf://datasets/a/b@main") == "hf://datasets/a/b@main"
         recipe = {
             "run": {"dir": "/a/b", "seed": 0},
-            "storage": {"dir": "s", "sources": ["/x/y"]},
+            "storage": {"dir": "s3://bucket/runs/s", "sources": ["/x/y"]},
             "teacher": {"model": "/m/t"},
             "generate": {
                 "engine_args": {

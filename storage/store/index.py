@@ -172,6 +172,8 @@ def _explained() -> Iterator[None]:
         raise StillroomError(
             f"plan: {error}. Free disk space, and run the same command again."
         ) from error
+    except duckdb.InvalidInputException as error:  # pages that hold what their footer does not say
+        raise IntegrityError(f"plan: {str(error).splitlines()[0]}. {REPAIR}") from error
     except duckdb.OutOfMemoryException as error:
         raise StillroomError(
             f"plan: {str(error).splitlines()[0]}. That is all that it may hold; {GIVE_MORE}."

@@ -222,6 +222,8 @@ def _edit_table(table: pa.Table, edit: Edit) -> pa.Table:
         case "swap columns":
             other = edit.where // 7 % table.num_columns
             return table.set_column(at, field, table.column(other))
+        case _ if table.num_rows == 0:
+            return table
         case _:
             values = column.to_pylist()
             row = edit.where // 11 % len(values)

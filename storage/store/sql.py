@@ -81,6 +81,8 @@ def connected(store: Store) -> Iterator[duckdb.DuckDBPyConnection]:
 def _shut_off(connection: duckdb.DuckDBPyConnection, sight: "_Sight", *, spill: Path) -> None:
     """Let DuckDB read the files in sight and no others, nor the network; it cannot be undone."""
     limit(connection, defaults=OF_QUERIES)
+    with suppress(OSError):  # where memory does not suffice DuckDB makes the last folder, no more
+        spill.parent.mkdir(parents=True, exist_ok=True)
     for setting in (
         "autoinstall_known_extensions = false",
         "autoload_known_extensions = false",

@@ -98,6 +98,16 @@ def test_sql_reads_what_records_name_and_nothing_else(s3, samples, tmp_path):
     ]
 
 
+def test_sql_spills_to_a_disk_where_nothing_was_kept_yet(s3, samples, tmp_path, monkeypatch):
+    """DuckDB makes one folder, not those above it; it cleans up itself."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new" / "cache"))
+    monkeypatch.setenv("STILLROOM_SQL_MEMORY", "60MB")
+    store = Store.open(s3.root, create=True)
+    add(store, samples, range(3))
+    sql = "SELECT count(DISTINCT md5(i::VARCHAR)) AS many FROM range(1000000) numbers(i)"
+    assert query(store, sql)["many"].to_pylist() == [1000000]
+
+
 def test_damage_is_found_and_repaired_and_an_outage_is_no_damage(s3, samples):
     store = Store.open(s3.root, create=True)
     add(store, samples, range(6))

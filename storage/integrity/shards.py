@@ -16,6 +16,7 @@ from ..keys import KEY_BYTES
 from ..store.commits import Commit, record_name
 from ..store.writer import TOKENS_COLUMN
 from ..tables.doubts import doubts
+from ..tables.features import doubtful_features
 from ..tables.invariants import check_shape
 from ..tables.rows import Rows
 from ..tables.schema import TableName
@@ -166,6 +167,8 @@ def _row_doubts(
         check_shape(table, row, about)
         if table == "soft_targets":
             yield from doubts(row, about)
+        if table == "features":
+            yield from doubtful_features(row)
     except (IntegrityError, KeyError) as error:
         yield None, str(error)
 

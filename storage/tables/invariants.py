@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import IntegrityError
+from .features import check_features
 from .kinds import STRUCTURES
 from .schema import FLOATS, TableName
 from .soft_targets import SoftTargets
@@ -28,6 +29,8 @@ def check_shape(table: TableName, row: Mapping[str, Any], about: Mapping[str, An
     """IntegrityError if a row contradicts itself or `about`, the description of its shard."""
     if table == "soft_targets":
         aligned_targets(row, about)
+    if table == "features":
+        check_features(row, about)
     if table == "generations":
         prompt, completion = row["prompt_tokens"], row["completion_tokens"]
         total = len(row["token_ids"])

@@ -126,7 +126,10 @@ def doubtful_features(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     largest = np.abs(stored.values.astype(np.int16)).max(axis=1)
     expected = np.where(stored.scale > 0, _MOST, 0)
     if wrong := int((largest != expected).sum()):
-        yield "values", f"the largest number of {wrong} vectors is not {_MOST}, by which they are scaled"
+        yield (
+            "values",
+            f"the largest number of {wrong} vectors is not {_MOST}, by which they are scaled",
+        )
 
 
 def feature_statistics(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 from ..bounds import MOST_ROWS, hexdigest, inside, integer, parsed, row_groups
 from ..errors import IntegrityError
 from ..files.base import Content, Files
+from .row_builders import text_key
 from .rows import Rows, row_bytes, rows_to_table
-from .schema import SCHEMAS, VERSIONS, TableName, columns_of, parquet_options
+from .schema import KEY, SCHEMAS, VERSIONS, TableName, columns_of, parquet_options
 
 ROW_GROUP_BYTES = 24 << 20
 """Decoded size at which a row group ends; a larger row has a group of its own."""
@@ -328,3 +329,12 @@ class ShardFile:
             if group != held:
                 held, loaded = group, Rows(self.read(group, columns))
             yield loaded[int(row - self.starts[group])]
+
+
+def text_keys(shard: ShardFile, rows: np.ndarray) -> pa.Array:
+    """[R] binary: of some rows of a shard of `generations` or `soft_targets`; those of version 1 do not say it."""
+    found = shard.select(rows, ["text_key"])["text_key"].combine_chunks()
+    if not found.null_count:
+        return found
+    texts = Rows(shard.select(rows, ["token_ids"]))
+    return pa.array([text_key(texts[row]["token_ids"]) for row in range(len(texts))], KEY)

@@ -18,7 +18,11 @@ import numpy as np
 
 from ..errors import IntegrityError
 
-DTYPES = {"int8": np.dtype("i1"), "float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
+DTYPES: dict[str, np.dtype[Any]] = {
+    "int8": np.dtype("i1"),
+    "float16": np.dtype("<f2"),
+    "float32": np.dtype("<f4"),
+}
 """How a number is stored, by the column `dtype`."""
 SCALED = "int8"
 """The one whose vectors have a scale."""

@@ -13,8 +13,9 @@ import torch
 import yaml
 from kit import prompts, recipe_tree, write_jsonl
 from planting import rows_of
-from tiny_classes import World, records
+from tiny_classes import World, records, words
 from tiny_jobs import done_until_score, teacher_job
+from tiny_llama import save_tiny_llama
 from tiny_models import save_tiny_bert
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -254,6 +255,37 @@ def test_the_plan_says_bytes_a_token(scored: Scored) -> None:
     assert note.startswith(f"features: {2 * (WIDTH + 4) + 2 * WIDTH} bytes a token")
     assert "block 1 20 (int8), hidden states of block 2 32 (float16)" in note
     assert not [note for note in make_plan(scored.recipe([])).notes if "features" in note]
+
+
+@pytest.mark.parametrize(("bits", "said"), [(8, 388), (16, 768)])
+def test_a_file_takes_what_the_plan_says(tmp_path: Path, bits: int, said: int) -> None:
+    """Windows of text, D = 384; what is said is of the features' numbers, and holds within a tenth for the file."""
+    teacher = save_tiny_llama(tmp_path / "teacher", hidden_size=384, intermediate_size=16)
+    rng = np.random.default_rng(0)
+    source = write_jsonl(
+        tmp_path / "texts.jsonl", [{"text": words(rng, 200, 201)} for _ in range(12)]
+    )
+    tree = recipe_tree(
+        tmp_path, teacher, source, generate=None, student=None, train=None, loss=None
+    )
+    tree["data"] = {"source": str(source), "format": "text", "holdout": 0, "window_tokens": 100}
+    tree["storage"]["commit_rows"] = 256
+    tree["evaluate"] = {}
+    tree["score"] = {"k": 4, "features": hidden(0, 1, bits=bits)}
+    recipe = Recipe.model_validate(tree)
+    store, job, identity = teacher_job(recipe)
+    data.run(job)
+    plan = make_plan(recipe)
+    assert f"features: {2 * said} bytes a token" in next(n for n in plan.notes if "features" in n)
+    score.run(job, identity)
+    (commit,) = store.commits("features")
+    (targets,) = store.commits("soft_targets")
+    texts = trained_texts(store).values()
+    assert commit.tokens == 2 * sum(map(len, texts)) > 4000
+    assert commit.shard.bytes / commit.tokens == pytest.approx(said, rel=0.03)
+    planned = plan.line("score").bytes_to_do
+    assert planned == pytest.approx(commit.shard.bytes + targets.shard.bytes, rel=0.1)
+    assert bits > 8 or commit.shard.bytes / commit.tokens <= 400
 
 
 KILLED = """

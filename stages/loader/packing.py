@@ -186,10 +186,6 @@ class Packing(Passes):
         )
         return self.with_features(found, states, batch.features, aim=aim)
 
-    def compared(self, samples: Sequence[Sample]) -> int:
-        """Scored tokens: a state is compared where it predicts one."""
-        return sum(sample.scored_tokens for sample in samples)
-
     def head_weight(self, model: nn.Module) -> Tensor:
         """The weight of the output layer [V, D]: hidden states of other positions never meet it."""
         return split_head(model).weight

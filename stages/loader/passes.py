@@ -50,9 +50,9 @@ class Passes(ABC):
     matching: Matching | None = None
     """What of the teacher's features is matched; None: nothing."""
 
-    @abstractmethod
     def compared(self, samples: Sequence[Sample]) -> int:
-        """Positions at which features are compared: what their losses are divided by."""
+        """Positions at which features are compared, by whose number their losses are divided: those that predict."""
+        return sum(sample.scored_tokens for sample in samples)
 
     @property
     def student_layers(self) -> list[int]:

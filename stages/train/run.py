@@ -13,16 +13,14 @@ from typing import TYPE_CHECKING, Any, Self
 from ...storage.errors import IntegrityError, Stopped, UsageError
 from ...storage.files.local import LocalFiles
 from ...storage.joined import open_store
-from ...storage.snapshots.snapshot import Snapshot, load_snapshot
+from ...storage.snapshots.snapshot import load_snapshot
 from ...storage.store.store import Store
-from ..loader.features import FeatureSource, open_features
 from ..loader.samples import Cursor, Samples, Step, steps
-from ..recipe.features import learnt
 from ..recipe.fields import Split, extremes
 from ..recipe.run_folder import ADAPTER, STUDENT, TRAINED
 from ..recipe.sections import Loss
-from ..recipe.stages import needed
 from ..workers.job import Job
+from .features import find_features, make_matching
 from .scalars import Board, loss_scalars, open_wandb, step_scalars
 from .speed import Meter, Speed
 
@@ -108,18 +106,9 @@ class Run:
 
     def _open(self, store: Store, split: Split) -> Samples:
         snapshot = load_snapshot(store, self._job.snapshots[split])
-        seed, features = self._job.recipe.run.seed, self._features(store, snapshot)
+        features = find_features(self._job, self._loss, store, snapshot, files=self._files)
+        seed = self._job.recipe.run.seed
         return Samples(store, snapshot, soft=self._soft, seed=seed, features=features)
-
-    def _features(self, store: Store, samples: Snapshot) -> FeatureSource | None:
-        """Where the teacher's states are that the loss needs; None where it needs none."""
-        if not self._loss.features:
-            return None
-        recipe = self._job.recipe
-        wanted = learnt(self._loss.features, needed(recipe.score, "score").features)
-        features = load_snapshot(store, self._job.features_id)
-        self._job.progress.say("finding the features of each sample")
-        return open_features(store, samples, features, wanted=wanted, files=self._files)
 
     @property
     def _soft(self) -> bool:
@@ -143,7 +132,8 @@ class Run:
         self._left_out = left_out(model.config.get_text_config())
         for note in self._left_out:
             self._job.progress.say(note)
-        matching = self._matching(model, device)
+        source = self._samples.features
+        matching = make_matching(model, self._job, self._loss, source, device=device)
         passes = training_passes(
             model,
             self._job,
@@ -164,25 +154,6 @@ class Run:
         flops = ModelFlops.of(model, head=passes.head_weight(model))
         self._meter = Meter(self._record.speed, flops, Peak.at(device, dtype))
         return trainer
-
-    def _matching(self, model: Any, device: Any) -> Any:
-        """What of the teacher's features is matched, with its maps on the device; None: nothing."""
-        source = self._samples.features
-        if source is None:
-            return None
-        from ..losses.features.matching import Matching, pairs_of
-        from ..targets.features.blocks import blocks_of, check_blocks
-
-        requests = needed(self._job.recipe.score, "score").features
-        blocks = len(blocks_of(model))
-        matching = Matching(
-            pairs_of(self._loss.features, requests, student_blocks=blocks),
-            teacher_widths=source.widths(),
-            student_width=model.config.get_text_config().hidden_size,
-            seed=self._job.recipe.run.seed,
-        )
-        check_blocks(model, matching.student_layers)
-        return matching.to(device)
 
     def _extremes(self) -> tuple[int, int]:
         """Tokens of the shortest and of the longest sample that is trained on or validated."""

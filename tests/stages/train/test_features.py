@@ -31,6 +31,7 @@ from stillroom.storage.errors import IntegrityError, Stopped, UsageError
 from stillroom.storage.files.local import LocalFiles
 from stillroom.storage.snapshots import companions
 from stillroom.storage.snapshots.snapshot import save_snapshot
+from stillroom.storage.store.store import Store
 
 EXACT = [{"what": "hidden", "layers": [0, 1], "bits": 32}]
 # The teacher's states are large: so the sum is of the size of the other parts, and float32 tells 1e-5.
@@ -142,15 +143,25 @@ def test_how_samples_share_passes_changes_nothing(causal: Causal, tmp_path: Path
 
 
 def test_a_training_that_was_stopped_goes_on_with_its_maps(causal: Causal, tmp_path: Path) -> None:
-    whole = trained(causal.job(tmp_path / "whole", train={"epochs": 2}))
-    stopped = causal.job(tmp_path / "stopped", train={"epochs": 2})
+    """Validated along the way, on samples that have features too."""
+    how = {"epochs": 2, "evaluate_every_tokens": 300, "validation_prompts": 4}
+    whole = trained(causal.job(tmp_path / "whole", train=how))
+    stopped = causal.job(tmp_path / "stopped", train=how)
     with pytest.raises(Stopped):
         train.run(Job(**{f: getattr(stopped, f) for f in Job.__slots__} | {"stop": StopAfter(9)}))
-    (index,) = (tmp_path / "stopped" / "features").glob("*/*/*.npy")
-    made = index.stat().st_mtime_ns
+
+    def indices() -> dict[Path, int]:
+        found = (tmp_path / "stopped" / "features").glob("*/*/*.npy")
+        return {path: path.stat().st_mtime_ns for path in found}
+
+    made = indices()
+    assert len(made) == 2
     again = trained(stopped)
-    assert index.stat().st_mtime_ns == made, "what was found is not looked for again"
+    assert indices() == made, "what was found is not looked for again"
     assert again["history"] == whole["history"]
+    assert again["validation"] == whole["validation"]
+    assert len(whole["validation"]) > 2
+    assert all("hidden_1_to_0_mse" in point["features"] for point in whole["validation"])
     one, other = (saved_weights(tmp_path / name / "student") for name in ("whole", "stopped"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -300,3 +311,50 @@ def test_an_encoder_is_compared_at_every_token(tmp_path: Path) -> None:
             expected += float((s @ matching.maps["0"].T - t).square().mean(-1).sum())
     assert passes.compared(few) == sum(map(len, few))
     assert total == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_adapter_is_trained_beside_the_maps(causal: Causal, tmp_path: Path) -> None:
+    """Of a student with blocks of another width, whose own weights stay."""
+    base = save_tiny_llama(tmp_path / "base", seed=3, hidden_size=8)
+    student = {"model": str(base), "config": None, "lora": {"rank": 2}}
+    summary = trained(causal.job(tmp_path / "run", student=student, train={"epochs": 1}))
+    assert all(point["features"]["hidden_1_to_0_mse"] > 0 for point in summary["history"])
+    before, after = (saved_weights(folder) for folder in (base, tmp_path / "run" / "student"))
+    assert before.keys() == after.keys(), "the adapter is merged, and no map is left"
+    assert not torch.equal(*(w["model.layers.0.mlp.up_proj.weight"] for w in (before, after)))
+    assert summary["trained_parameters"] < summary["parameters"]
+
+
+@pytest.mark.numeric
+def test_blocks_that_are_computed_again_train_the_same(causal: Causal, tmp_path: Path) -> None:
+    found = [
+        losses_of(
+            causal.job(tmp_path / str(again), train={"epochs": 1, "gradient_checkpointing": again})
+        )
+        for again in (False, True)
+    ]
+    np.testing.assert_allclose(found[1], found[0], atol=1e-6)
+
+
+def test_features_of_a_read_only_source_serve(causal: Causal, tmp_path: Path) -> None:
+    """A store of its own that is empty, beside the one that has all."""
+    storage = {"dir": str(tmp_path / "own"), "sources": [str(causal.folder / "store")]}
+    recipe = causal.recipe(storage=storage, train={"epochs": 1})
+    own = Store.open(tmp_path / "own", create=True)
+    plan = make_plan(recipe, write=True)
+    assert plan.line("score").state == "done"
+    assert plan.line("score").sources
+    assert plan.features is not None
+    for snapshot in (*plan.snapshots.values(), plan.features):
+        save_snapshot(own, snapshot)
+    job = Job(
+        recipe=recipe,
+        progress=SilentProgress(),
+        stop=StopFlag(),
+        teacher_id=plan.bound.binding.teacher_id,
+        train_dirs={"student": tmp_path / "run"},
+        snapshots={split: s.id for split, s in plan.snapshots.items()},
+        features_id=plan.features.id,
+    )
+    assert losses_of(job) == losses_of(causal.job(tmp_path / "same", train={"epochs": 1}))
+    assert not own.commits("features")

@@ -11,7 +11,7 @@ row. A stored row may be off by the sum of
 States of another token, another text or another layer are about 1 apart.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -173,8 +173,8 @@ def apart(stored: np.ndarray, right: np.ndarray) -> float:
     """|x' - x| / |x|; infinite where the shapes differ."""
     if stored.shape != right.shape:
         return float("inf")
-    missed = np.linalg.norm(stored.astype(np.float64) - right)
-    return float(missed / max(np.linalg.norm(right.astype(np.float64)), 1e-30))
+    missed = float(np.linalg.norm(stored.astype(np.float64) - right))
+    return missed / max(float(np.linalg.norm(right.astype(np.float64))), 1e-30)
 
 
 def _off(
@@ -260,7 +260,7 @@ class _Reader:
                 class_logits(self._model, inputs)
         return taken.rows([len(text) for text in texts])
 
-    def _tensors(self, texts: Sequence[np.ndarray]) -> Mapping[str, torch.Tensor]:
+    def _tensors(self, texts: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
         device = next(self._model.parameters()).device
         if self._inputs is not None:
             made = self._inputs.tensors(texts)

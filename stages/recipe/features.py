@@ -173,7 +173,7 @@ def layers_of(requests: Iterable[FeatureRequest], kind: str) -> list[int]:
 
 def learnt(losses: Iterable[FeatureLoss], requests: Sequence[FeatureRequest]) -> list[Feature]:
     """Of what is stored, what some losses compare with, ascending."""
-    found = set()
+    found: set[Feature] = set()
     for loss in losses:
         mine = {one.layer: one for one in captured(requests) if one.kind == loss.kind}
         # Which blocks the student has decides the pairs, not whose teacher's layers they are of.

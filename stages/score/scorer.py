@@ -181,7 +181,7 @@ class Scorer:
     def _rows(self, flight: _Flight) -> list[MadeRows]:
         with self._job.clock.span("model"):
             found = flight.read()
-        done = []
+        done: list[MadeRows] = []
         for request, read in zip(flight.batch, found, strict=True):
             if np.isnan(read.targets.entropy).any():
                 raise FloatingPointError("the teacher's numbers are NaN")
@@ -230,9 +230,12 @@ def asked_of(batch: Batch) -> set[Feature]:
 
 def row_keys(job: Job, request: TargetRequest) -> RowKeys:
     """The names of the rows that a request becomes."""
-    targets = [_target_row_key(job, request)] if request.targets else []
-    features = [feature_row_key(job.teacher_id, request.text_key, one) for one in request.features]
-    return {"soft_targets": targets} | ({"features": features} if features else {})
+    keys: dict[TableName, list[bytes]] = {"soft_targets": [], "features": []}
+    if request.targets:
+        keys["soft_targets"].append(_target_row_key(job, request))
+    for feature in request.features:
+        keys["features"].append(feature_row_key(job.teacher_id, request.text_key, feature))
+    return {table: found for table, found in keys.items() if found}
 
 
 def target_seed(job: Job, request: TargetRequest) -> int:

@@ -9,6 +9,7 @@ Letters: B rows, T tokens, D width.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from ...models.device import evaluating
 _TOKENS = 8
 
 
-def blocks_of(model: nn.Module) -> nn.ModuleList:
+def blocks_of(model: Any) -> nn.ModuleList:
     """The blocks that a text goes through, one after another.
 
     Raises:
@@ -61,7 +62,7 @@ def states_of(model: nn.Module, layers: Sequence[int]) -> Iterator[dict[int, Ten
                 )
 
             def keep(_: nn.Module, __: Any, output: Any, layer: int = layer) -> None:
-                found[layer] = output[0] if isinstance(output, tuple) else output
+                found[layer] = output[0] if isinstance(output, tuple | list) else output
 
             hooks.append(blocks[layer].register_forward_hook(keep))
         yield found
@@ -83,9 +84,12 @@ def check_blocks(model: Any, layers: Sequence[int]) -> None:
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = (torch.arange(_TOKENS, device=device) % vocabulary)[None]
     advice = "Leave features of it out."
+    asked = {"input_ids": ids, "output_hidden_states": True, "return_dict": True}
+    if "use_cache" in signature(model.forward).parameters:  # as texts are read
+        asked["use_cache"] = False
     try:
         with evaluating(model), torch.no_grad(), states_of(model, layers) as found:
-            shown = model(input_ids=ids, output_hidden_states=True, return_dict=True).hidden_states
+            shown = model(**asked).hidden_states
     except UsageError:
         raise
     except Exception as error:
@@ -95,9 +99,9 @@ def check_blocks(model: Any, layers: Sequence[int]) -> None:
     last = len(blocks_of(model)) - 1
     for layer in layers:
         expected, state = shown[layer + 1], found.get(layer)
-        fits = isinstance(state, Tensor) and state.shape == expected.shape
+        fits = state is not None and state.shape == expected.shape
         # A norm may follow the last one: only its shape is known.
-        if not fits or (layer != last and not torch.equal(state, expected)):
+        if not fits or not (layer == last or torch.equal(found[layer], expected)):
             raise UsageError(
                 f"{_name(model)}: what block {layer} hands on is not hidden_states[{layer + 1}] of "
                 f"transformers, so its layers cannot be told apart. {advice}"

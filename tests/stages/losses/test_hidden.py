@@ -69,7 +69,7 @@ def test_a_pair_is_summed_over_the_positions_that_are_compared_after_its_map() -
     at = torch.tensor([0, 3, 7, 9])
     theirs = {("hidden", n): torch.from_numpy(rng.normal(size=(4, 6))).float() for n in (1, 3)}
     sums = made(states, FeatureTargets(at=at, states=theirs))
-    for pair, found in zip(made.pairs, sums, strict=True):
+    for pair, found in zip(made.pairs, sums.detach(), strict=True):
         w = made.maps[str(pair.asked)].detach().double().numpy()
         mine = states[pair.student].double().numpy().reshape(10, 4)[at] @ w.T
         both = zip(theirs[pair.teacher].double().numpy(), mine, strict=True)

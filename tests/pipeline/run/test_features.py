@@ -98,3 +98,13 @@ def test_export_says_that_features_stay(tmp_path: Path, teacher: Path) -> None:
     done = stillroom("export", tmp_path / "store", tmp_path / "out", *words)
     assert "features are not exported yet" in done.stdout + done.stderr
     assert not [p for p in (tmp_path / "out").rglob("*") if "features" in p.name]
+    published = str(tmp_path / "out")
+    path = recipe(
+        tmp_path,
+        Path(published),
+        storage={"dir": str(tmp_path / "other"), "sources": [published]},
+        data={"source": published, "format": "prompt"},
+        generate=None,
+    )
+    refused = stillroom("plan", path, expect=2)
+    assert "is published, and published folders hold no features" in refused.stderr

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from ...storage.errors import IntegrityError, Stopped, UsageError
@@ -21,6 +21,7 @@ from ..recipe.fields import Split, extremes
 from ..recipe.run_folder import ADAPTER, STUDENT, TRAINED
 from ..recipe.sections import Loss
 from ..workers.job import Job
+from .features import find_features, make_matching
 from .scalars import Board, loss_scalars, open_wandb, step_scalars
 from .speed import Meter, Speed
 
@@ -110,7 +111,9 @@ class Run:
 
     def _open(self, store: Store, split: Split) -> Samples:
         snapshot = load_snapshot(store, self._job.snapshots[split])
-        return Samples(store, snapshot, soft=self._soft, seed=self._job.recipe.run.seed)
+        features = find_features(self._job, self._loss, store, snapshot, files=self._files)
+        seed = self._job.recipe.run.seed
+        return Samples(store, snapshot, soft=self._soft, seed=seed, features=features)
 
     @property
     def _read(self) -> list[Snapshot]:
@@ -139,6 +142,8 @@ class Run:
         self._left_out = left_out(model.config.get_text_config())
         for note in self._left_out:
             self._job.progress.say(note)
+        source = self._samples.features
+        matching = make_matching(model, self._job, self._loss, source, device=device)
         passes = training_passes(
             model,
             self._job,
@@ -146,6 +151,7 @@ class Run:
             lengths=self._extremes(),
             dtype=dtype,
         )
+        passes = replace(passes, matching=matching)
         if self._train.gradient_checkpointing:
             model.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
@@ -290,7 +296,7 @@ class Run:
         this = meter.add(step, positions=result.positions, seconds=seconds, waited=waited)
         if not record.history or before < after:
             rates = {"learning_rate": result.learning_rate, "grad_norm": result.grad_norm}
-            losses = {"tokens": step.after.tokens} | asdict(result.losses)
+            losses = {"tokens": step.after.tokens} | result.losses.parts()
             record.history.append(losses | rates | result.scheduled)
             meter.point(step.after.tokens)
         with self._job.clock.span("disk"):
@@ -317,7 +323,7 @@ class Run:
                 passes, between_passes=self._job.stop.check, clock=self._job.clock
             )
         self._say_if_smaller(size)
-        point = {"step": record.cursor.step, "tokens": tokens, **asdict(losses)}
+        point = {"step": record.cursor.step, "tokens": tokens, **losses.parts()}
         record.validation.append(point)
         board.write(tokens, loss_scalars("validation", losses))
         self._job.progress.say(f"validation after {tokens} tokens: loss {losses.loss:.4f}")

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..errors import IntegrityError
 from ..tables.doubts import Doubt, doubts
+from ..tables.features import doubtful_features
 from ..tables.invariants import check_shape, runs
 from ..tables.rows import Rows
 from ..tables.schema import TableName
@@ -56,6 +57,10 @@ def _faults(table: TableName, rows: Rows, about: Mapping[str, Any]) -> Iterator[
         for row in np.flatnonzero(suspect).tolist():
             for column, message in row_faults(table, rows[row], about):
                 yield row, column, message
+    elif table == "features":
+        for row in range(len(rows)):
+            for column, message in row_faults(table, rows[row], about):
+                yield row, column, message
 
 
 def row_faults(
@@ -68,6 +73,8 @@ def row_faults(
             yield from doubts(row, about)
         elif table == "generations" and np.min(row["token_ids"], initial=0) < 0:
             yield "token_ids", "a token id is below 0"
+        elif table == "features":
+            yield from doubtful_features(row)
     except IntegrityError as error:
         yield None, str(error)
     except _UNREADABLE as error:

@@ -13,7 +13,8 @@ from typing import Literal
 from torch import Tensor
 
 from ....storage.errors import UsageError
-from .maps import Scores, kl_of_maps
+from ...models.attention.maps import Scores
+from .kl_of_maps import kl_of_maps
 
 Heads = Literal["each", "average"]
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ....storage.errors import UsageError
-from .maps import Scores, kl_of_maps
+from ...models.attention.maps import Scores
+from .kl_of_maps import kl_of_maps
 
 
 def relation_kl(teacher: Tensor, student: Tensor, lengths: Sequence[int], *, heads: int) -> Tensor:

@@ -9,10 +9,10 @@ from allocations import allocated
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stillroom.stages.losses.features import maps as module
+from stillroom.stages.losses.features import kl_of_maps as module
 from stillroom.stages.losses.features.attention import attention_kl
-from stillroom.stages.losses.features.maps import Scores, maps
 from stillroom.stages.losses.features.relations import relation_kl
+from stillroom.stages.models.attention.maps import Scores, maps
 from stillroom.storage.errors import UsageError
 
 pytestmark = pytest.mark.numeric

@@ -25,6 +25,8 @@ from .maps import Scores, maps
 
 TOKENS = 64
 """Of the text on which attention is rebuilt, or as many as the model reads."""
+ALLOWED = 1e-4
+"""Between numbers of two maps: scores of several hundred are rounded so in float32; those of a few to 1e-6."""
 BEYOND = {
     "s_aux": "attention sinks",
     "softcap": "soft-capped scores",
@@ -83,8 +85,8 @@ def recording(model: nn.Module) -> Iterator[dict[nn.Module, Recorded]]:
 def attention_layers(model: nn.Module) -> list[nn.Module]:
     """The attention layers of a model, in order, if queries and keys of each make its attention.
 
-    Maps that are rebuilt are compared with those of the model's eager attention, on one text: within
-    1e-5 in float32. In other dtypes eager attention rounds scores and maps: within 0.05.
+    Maps that are rebuilt are compared with those that the model's eager attention makes of the same
+    queries and keys in float32, on one text.
 
     Raises:
         UsageError: an architecture whose attention is more than softmax(scale q k^T), by name and cause.
@@ -99,11 +101,10 @@ def attention_layers(model: nn.Module) -> list[nn.Module]:
             f"{len(compared)} of its {expected} layers use transformers' attention functions "
             "(recurrent layers do not, nor do many with position biases)",
         )
-    allowed = 1e-5 if plain.dtype == torch.float32 else 0.05
     for number, (beyond, off) in enumerate(compared.values()):
         if beyond:
             raise _refused(name, f"layer {number} has {beyond}")
-        if not off <= allowed:
+        if not off <= ALLOWED:
             raise _refused(name, f"rebuilt, that of layer {number} is off by {off:.3g}")
     if plain.config.get_text_config()._attn_implementation == "eager":
         raise _refused(name, "it is loaded with eager attention, which is not recorded")
@@ -121,9 +122,12 @@ def _compared(plain: Any, name: str) -> Compared:
 
     def compare(module: nn.Module, *given: Any, **asked: Any) -> Any:
         eager: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
+        query, key, value, *more = given
+        # In float32 whatever the model is in, so that what is off is no rounding of scores.
+        given = (query.float(), key.float(), value.float(), *more)
         output, weights = eager(module, *given, **asked)
         found[module] = (_beyond(asked), _off(_recorded(module, given, asked), weights))
-        return output, weights
+        return output.to(query.dtype), weights
 
     count = min(context_of(plain) or TOKENS, TOKENS)
     ids = torch.arange(count, device=plain.device)[None] + 1

@@ -120,6 +120,13 @@ def test_rebuilt_attention_of_a_padded_batch_is_the_models_eager_one(name):
     assert sharpest > 0.5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["gemma3", "bert"])
+def test_rounding_is_no_reason_to_refuse(name, dtype):
+    model = model_of(name).to(dtype)
+    assert len(attention_layers(model)) == model.config.num_hidden_layers
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_attention_that_is_more_is_refused_by_name_and_cause(name):
     model = model_of(name)

@@ -8,6 +8,7 @@ from ...stages.models.fit.files import read_json
 from ...stages.models.fit.fresh import fresh_config
 from ...stages.models.fit.light import light_transformers
 from ...stages.models.fit.parts import text_config
+from ...stages.models.identity import Identity
 from ...stages.recipe.features import captured, layers_of
 from ...stages.recipe.sections import Recipe
 from ...storage.errors import UsageError
@@ -34,14 +35,14 @@ def refuse_features(recipe: Recipe, bound: Bound, student: Path | None) -> None:
             "features. Leave them out, or name the store that it was made from."
         )
     if bound.teacher is not None:
-        _refuse_layers(recipe, bound.teacher.folder)
+        _refuse_layers(recipe, bound.teacher)
     if recipe.train is not None and recipe.loss.features:
         _refuse_student_layers(recipe, bound, student)
 
 
-def _refuse_layers(recipe: Recipe, folder: Path) -> None:
+def _refuse_layers(recipe: Recipe, teacher: Identity) -> None:
     assert recipe.score is not None
-    facts = _facts(folder, "teacher.model")
+    facts, folder = _of_teacher(teacher), teacher.folder
     if not facts.blocks or not facts.width:
         raise UsageError(
             f"score.features: {folder} ({facts.model_type}) has not one row of blocks that all hand "
@@ -85,17 +86,23 @@ def _refuse_student_layers(recipe: Recipe, bound: Bound, folder: Path | None) ->
 def _student_blocks(recipe: Recipe, bound: Bound, folder: Path | None) -> int | None:
     """None where the student, or the teacher whose config it gets, is not here."""
     if folder is not None:
-        return _facts(folder, "student.model").blocks
-    if bound.teacher is None or recipe.student is None or recipe.student.config is None:
+        return _facts(folder, "student.model", trusted=False).blocks
+    student = recipe.student
+    if bound.teacher is None or student is None or student.model is not None:
         return None
     with light_transformers():
-        made = fresh_config(bound.teacher.folder, recipe.student.config, task=recipe.run.task)
+        made = fresh_config(
+            bound.teacher.folder,
+            student.config or {},
+            task=recipe.run.task,
+            layers=student.from_teacher_layers,
+        )
         return blocks_of(text_config(made))
 
 
 def teacher_width(bound: Bound) -> int:
     """Numbers of a state that a block of the teacher hands on; 0 where it is not here."""
-    return _facts(bound.teacher.folder, "teacher.model").width if bound.teacher else 0
+    return _of_teacher(bound.teacher).width if bound.teacher else 0
 
 
 def feature_note(recipe: Recipe, bound: Bound) -> list[str]:
@@ -109,5 +116,10 @@ def feature_note(recipe: Recipe, bound: Bound) -> list[str]:
     return [f"features: {total} bytes a token of the rows to train on: {parts}"]
 
 
-def _facts(folder: Path, field: str) -> ConfigFacts:
-    return config_facts(read_json(folder / "config.json", field), where=f"{field}: {folder}")
+def _of_teacher(teacher: Identity) -> ConfigFacts:
+    return _facts(teacher.folder, "teacher.model", trusted=teacher.runs_code)
+
+
+def _facts(folder: Path, field: str, *, trusted: bool) -> ConfigFacts:
+    raw = read_json(folder / "config.json", field)
+    return config_facts(raw, where=f"{field}: {folder}", trusted=trusted)

@@ -12,7 +12,7 @@ from ...stages.recipe.run_folder import as_a_run_writes, read_record
 from ...stages.recipe.sections import Recipe
 from ...stages.recipe.stages import stage_named
 from ...stages.workers.shard_about import versions
-from ...storage.bounds import integer
+from ...storage.bounds import integer, understood
 from ...storage.credentials import all_shown, as_written
 from ...storage.files.opening import open_files
 from ...storage.store.commits import Commit
@@ -113,11 +113,12 @@ def feature_costs(store: Store) -> dict[str, Any]:
     most: Counter[str] = Counter()
     for commit in commits[:: -(-len(commits) // FOOTERS)]:
         about = store.shard("features", commit.shard.sha256).about
-        for name, part in about.get("statistics", {}).items():
-            error = part["rounding_error"]
-            sums = {"vectors": part["vectors"], "missed": error["mean"] * part["vectors"]}
-            stored.setdefault(name, Counter()).update(sums)
-            most[name] = max(most[name], error["most"])
+        with understood(commit.shard.name, "statistics of features"):
+            for name, part in about.get("statistics", {}).items():
+                number, error = integer(part["vectors"]), part["rounding_error"]
+                sums = {"vectors": number, "missed": float(error["mean"]) * number}
+                stored.setdefault(name, Counter()).update(sums)
+                most[name] = max(most[name], float(error["most"]))
     errors = {
         name: {"mean": round(sums["missed"] / sums["vectors"], 6), "most": round(most[name], 6)}
         for name, sums in sorted(stored.items())
@@ -234,7 +235,7 @@ def _kept_line(name: str, kept: dict[str, dict[str, Any]]) -> str:
 
 def _feature_line(name: str, features: dict[str, Any]) -> str:
     errors = ", ".join(
-        f"{of} {error['mean']:.2%} (at most {error['most']:.2%})"
+        f"{one_line(of)} {error['mean']:.2%} (at most {error['most']:.2%})"
         for of, error in features["rounding_error"].items()
     )
     return (

@@ -90,14 +90,13 @@ class Run:
         with job.clock.span("disk"):
             store = open_store(job.recipe.storage.dir, job.recipe.storage.sources)
             self._teacher_dir = store.teacher_dir(job.teacher_id)
+            self._snapshots = self._asked(store)
+            features = [load_snapshot(store, job.features_id)] if loss.features else []
+            asked = [*self._snapshots.values(), *features]
+            self._held = check_rows(store, asked, job, lenient=self._train.audit == "warn")
             self._samples, self._validation = self._open(store, "train"), None
-            if self._train.evaluate_every_tokens is not None and "validation" in job.snapshots:
+            if "validation" in self._snapshots:
                 self._validation = self._open(store, "validation")
-            lenient = self._train.audit == "warn"
-            # What the student is judged on too: later the training would be paid for.
-            test = job.snapshots.get("test")
-            judged = [] if test is None else [load_snapshot(store, test)]
-            self._held = check_rows(store, [*self._read, *judged], job, lenient=lenient)
             self._lengths = self._samples.lengths()
         epochs = self._train.epochs
         self._stop_samples = None if epochs is None else max(1, round(epochs * len(self._samples)))
@@ -109,8 +108,16 @@ class Run:
         with job.clock.span("disk"):
             self._audit(store)
 
+    def _asked(self, store: Store) -> dict[Split, Snapshot]:
+        """What is learnt from, validated on and judged on: of the last, later the training would be paid for."""
+        return {
+            split: load_snapshot(store, name)
+            for split, name in self._job.snapshots.items()
+            if split != "validation" or self._train.evaluate_every_tokens is not None
+        }
+
     def _open(self, store: Store, split: Split) -> Samples:
-        snapshot = load_snapshot(store, self._job.snapshots[split])
+        snapshot = self._snapshots[split]
         features = find_features(self._job, self._loss, store, snapshot, files=self._files)
         seed = self._job.recipe.run.seed
         return Samples(store, snapshot, soft=self._soft, seed=seed, features=features)

@@ -4,6 +4,7 @@ The features of a training are a snapshot of their own, so that they stay as lon
 `companion_places` joins the two by `text_key`: of each sample, in the snapshot's own order, and each
 feature, in which shard and which row it is. That is worked out once a training and kept in a file of
 8 bytes each, which is mapped, not read. While it is made about 60 bytes a sample are in memory.
+A text is named by its own tokens then, whatever the sample's row says, and what was found has to fit it.
 
 Read are single rows, in any order. A row group has 1 MiB of them (or one row), and those read last
 stay decoded up to `HELD_BYTES`: in the order of training neighbours share row groups as the windows
@@ -11,7 +12,8 @@ of samples do.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,8 +22,10 @@ import pyarrow.compute as pc
 
 from ..errors import IntegrityError, UsageError
 from ..store.store import Store
+from ..tables.row_builders import text_key
 from ..tables.rows import Rows
-from ..tables.shard import ShardFile, text_keys
+from ..tables.schema import KEY
+from ..tables.shard import ShardFile
 from .snapshot import Snapshot
 
 HELD_BYTES = 256 << 20
@@ -31,6 +35,11 @@ HELD_FILES = 32
 Wanted = Sequence[tuple[str, int]]
 """Kind and layer of each feature."""
 
+HELP = (
+    "The file is as it was sealed, so `stillroom repair` cannot mend it: capture the features again "
+    "into another store (storage.dir)."
+)
+_NAME = ("text_key", "kind", "layer")
 _COLUMNS = ("text_key", "kind", "layer", "vectors", "width", "dtype", "values", "scale")
 _ROW_BITS = 32
 
@@ -48,12 +57,14 @@ def companion_places(
 
     Raises:
         UsageError: a sample lacks one.
+        IntegrityError: one is there twice, is not of all tokens of its text, or as wide as no other.
     """
-    texts = _texts(store, samples)
+    texts, tokens = _texts(store, samples)
     found = _indexed(store, features)
     places = np.empty((len(texts), len(wanted)), np.int64)
     for number, (kind, layer) in enumerate(wanted):
         mine = found.filter(pc.and_(pc.equal(found["kind"], kind), pc.equal(found["layer"], layer)))
+        _refuse_repeated(store, features, mine)
         at = pc.index_in(texts, value_set=mine["text_key"].combine_chunks())
         if at.null_count:
             raise UsageError(
@@ -61,27 +72,70 @@ def companion_places(
                 f"{kind} of layer {layer} in the store. Leave train.snapshot out, and `stillroom run` "
                 "captures what is missing; or leave loss.features out."
             )
-        places[:, number] = mine["place"].to_numpy()[at.to_numpy()]
+        mine = mine.take(at)
+        _refuse_unfit(store, features, mine, tokens)
+        places[:, number] = mine["place"].to_numpy()
     return places
 
 
-def _texts(store: Store, samples: Snapshot) -> pa.Array:
-    """[N] the text of each sample, in the snapshot's order."""
-    parts = [
-        text_keys(store.shard(samples.table, shard.sha256), shard.rows) for shard in samples.shards
-    ]
-    return pa.concat_arrays(parts)
+def _texts(store: Store, samples: Snapshot) -> tuple[pa.Array, np.ndarray]:
+    """[N] the text of each sample, in the snapshot's order, and how many tokens it has."""
+    texts: list[bytes] = []
+    tokens: list[np.ndarray] = []
+    for shard in samples.shards:
+        rows = Rows(store.shard(samples.table, shard.sha256).select(shard.rows, ["token_ids"]))
+        edges, ids = rows.flat("token_ids")
+        texts += [text_key(ids[start:stop]) for start, stop in pairwise(edges.tolist())]
+        tokens.append(np.diff(edges))
+    return pa.array(texts, KEY), np.concatenate(tokens)
 
 
 def _indexed(store: Store, features: Snapshot) -> pa.Table:
-    """Name and place of each row of features."""
+    """Name, place and size of each row of features."""
     parts = []
     for number, shard in enumerate(features.shards):
         file = store.shard(features.table, shard.sha256)
-        rows = file.select(shard.rows, ["text_key", "kind", "layer"])
+        rows = file.select(shard.rows, [*_NAME, "vectors", "width", "positions"])
         places = (number << _ROW_BITS) + shard.rows.astype(np.int64)
+        some = rows["positions"].is_valid()
+        rows = rows.drop_columns(["positions"]).append_column("some", some)
         parts.append(rows.replace_schema_metadata().append_column("place", pa.array(places)))
     return pa.concat_tables(parts)
+
+
+def _refuse_repeated(store: Store, features: Snapshot, mine: pa.Table) -> None:
+    """Two rows of one feature of one text: nobody knows which is meant."""
+    counts = mine.group_by("text_key").aggregate([([], "count_all")])
+    twice = counts.filter(pc.greater(counts["count_all"], 1))
+    if twice.num_rows:
+        rows = mine.filter(pc.equal(mine["text_key"], twice["text_key"][0]))
+        first, second = (_row_named(store, features, one) for one in rows.slice(0, 2).to_pylist())
+        raise IntegrityError(f"{second}: it is there already, as {first}. {HELP}")
+
+
+def _refuse_unfit(store: Store, features: Snapshot, mine: pa.Table, tokens: np.ndarray) -> None:
+    """Rows, one a sample, that are not of all its tokens, or of another width than the first."""
+    vectors, width = mine["vectors"].to_numpy(), mine["width"].to_numpy()
+    some = mine["some"].to_numpy()
+    wrong = np.flatnonzero((vectors != tokens) | (width != width[0]) | some)
+    if not len(wrong):
+        return
+    row = int(wrong[0])
+    said = (
+        f"{vectors[row]} vectors of {width[row]} numbers{' at some positions' if some[row] else ''}"
+    )
+    raise IntegrityError(
+        f"{_row_named(store, features, mine.slice(row, 1).to_pylist()[0])}: {said}, expected one "
+        f"for each of the text's {tokens[row]} tokens, of {width[0]} numbers. {HELP}"
+    )
+
+
+def _row_named(store: Store, features: Snapshot, found: Mapping[str, Any]) -> str:
+    shard = features.shards[found["place"] >> _ROW_BITS]
+    row = found["place"] & ((1 << _ROW_BITS) - 1)
+    file = store.shard(features.table, shard.sha256)
+    key = file.select(np.array([row]), ["key"])["key"][0].as_py().hex()
+    return f"{shard.name}: row {row} ({key}), {found['kind']} of layer {found['layer']}"
 
 
 class Companions:

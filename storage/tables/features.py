@@ -27,6 +27,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 SCALED = "int8"
 """The one whose vectors have a scale."""
 _MOST = 127
+_TINY = np.finfo(np.float32).tiny
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -43,21 +44,22 @@ class Rounded:
         """Of states [P, D] float32.
 
         Raises:
-            FloatingPointError: a number is not finite, or beyond what float16 holds.
+            FloatingPointError: a number is not finite, or beyond what the dtype holds.
         """
         if not np.isfinite(states).all():
             raise FloatingPointError("a state of the teacher is not finite")
         if dtype == SCALED:
             scale = np.abs(states).max(axis=1) / np.float32(_MOST)
+            if not _finite_at_most(scale):
+                raise FloatingPointError(_beyond(states, dtype, "(bits: 8). 32 bits hold it"))
+            # Smaller ones are rounded themselves, and 127 of them would be another number.
+            scale[scale < _TINY] = 0
             steps = states / np.where(scale > 0, scale, 1)[:, None]
             return cls(values=np.rint(steps).astype(np.int8), scale=scale.astype(np.float32))
         with np.errstate(over="ignore"):
             values = states.astype(DTYPES[dtype])
         if not np.isfinite(values).all():
-            raise FloatingPointError(
-                f"a state of the teacher is {np.abs(states).max():.3g}, beyond what {dtype} holds "
-                "(bits: 16). 8 or 32 bits hold it"
-            )
+            raise FloatingPointError(_beyond(states, dtype, "(bits: 16). 8 or 32 bits hold it"))
         return cls(values=values, scale=None)
 
     @classmethod
@@ -98,6 +100,28 @@ class Rounded:
         whole = np.square(states, dtype=np.float64).sum()
         return float(np.sqrt(missed / whole)) if whole > 0 else 0.0
 
+    def largest_error(self) -> float:
+        """What `error` can be at most, whatever was rounded to this: missed / (|x'| - missed), and 1."""
+        restored = self.restored().astype(np.float64)
+        missed = np.zeros_like(restored)
+        if self.scale is not None:  # half a step; what is below the smallest scale becomes 0
+            steps = np.where(self.scale > 0, self.scale / 2, _MOST * _TINY)
+            missed += steps.astype(np.float64)[:, None]
+        elif self.values.dtype == DTYPES["float16"]:  # half of its last digit
+            missed = np.abs(restored) * 2.0**-11 + 2.0**-25
+        off, whole = float(np.linalg.norm(missed)), float(np.linalg.norm(restored))
+        return 1.0 if whole <= off else min(1.0, off / (whole - off))
+
+
+def _finite_at_most(scale: np.ndarray) -> bool:
+    """Whether the largest number of each vector, 127 scales, is one."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(scale * np.float32(_MOST)).all())
+
+
+def _beyond(states: np.ndarray, dtype: str, hint: str) -> str:
+    return f"a state of the teacher is {np.abs(states).max():.3g}, beyond what {dtype} holds {hint}"
+
 
 def check_features(row: Mapping[str, Any], about: Mapping[str, Any]) -> None:
     """IntegrityError if a row of `features` contradicts itself or the description of its shard."""
@@ -105,6 +129,8 @@ def check_features(row: Mapping[str, Any], about: Mapping[str, Any]) -> None:
         raise IntegrityError(
             f"features row: teacher {row['teacher_id']} in a shard of {about['teacher_id']}."
         )
+    if row["layer"] is not None and row["layer"] < 0:
+        raise IntegrityError(f"features row: layer {row['layer']}; layers count from 0.")
     Rounded.from_row(row)
     positions = row.get("positions")
     if positions is not None and (
@@ -119,12 +145,15 @@ def check_features(row: Mapping[str, Any], about: Mapping[str, Any]) -> None:
 def doubtful_features(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """A column, and what is wrong with its numbers, of a row whose shape holds."""
     stored = Rounded.from_row(row)
-    if stored.scale is None:
-        if not np.isfinite(stored.values).all():
-            yield "values", "a number is not finite"
+    broken = next(_broken(stored), None)
+    if broken is not None:
+        yield broken
         return
-    if not (np.isfinite(stored.scale) & (stored.scale >= 0)).all():
-        yield "scale", "a scale is not finite, or below 0"
+    most = stored.largest_error() * 1.001 + 1e-6
+    if not 0 <= row["rounding_error"] <= most:
+        said = f"says {row['rounding_error']:.3g}, rounding to {row['dtype']} misses {most:.3g} at most"
+        yield "rounding_error", said
+    if stored.scale is None:
         return
     # The largest number of a vector is 127 scales by definition; of zeros the scale is 0.
     largest = np.abs(stored.values.astype(np.int16)).max(axis=1)
@@ -134,6 +163,15 @@ def doubtful_features(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             "values",
             f"the largest number of {wrong} vectors is not {_MOST}, by which they are scaled",
         )
+
+
+def _broken(stored: Rounded) -> Iterator[tuple[str, str]]:
+    if stored.scale is None:
+        if not np.isfinite(stored.values).all():
+            yield "values", "a number is not finite"
+        return
+    if not ((stored.scale >= 0).all() and _finite_at_most(stored.scale)):
+        yield "scale", "a scale is below 0, or makes states that are not finite"
 
 
 def feature_statistics(rows: list[dict[str, Any]]) -> dict[str, Any]:

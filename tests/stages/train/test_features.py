@@ -1,6 +1,7 @@
 """Training that matches hidden states: the same as with the live teacher, goes on exactly, and leaves no map behind."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from kit import prompts, recipe_tree, write_jsonl
 from live import LiveHidden, fresh_student, live_training, saved_weights
+from planting import copied, rows_of, unchecked_writer
 from tiny_classes import World, records
 from tiny_jobs import done_until_score
 from tiny_llama import save_tiny_llama
@@ -29,12 +31,15 @@ from stillroom.stages.train import stage as train
 from stillroom.stages.workers.job import Job, StopFlag
 from stillroom.storage.errors import IntegrityError, Stopped, UsageError
 from stillroom.storage.files.local import LocalFiles
+from stillroom.storage.integrity.verify import verify
 from stillroom.storage.snapshots import companions
-from stillroom.storage.snapshots.snapshot import save_snapshot
+from stillroom.storage.snapshots.snapshot import make_snapshot, save_snapshot
 from stillroom.storage.store.store import Store
+from stillroom.storage.tables.features import Rounded
 
 EXACT = [{"what": "hidden", "layers": [0, 1], "bits": 32}]
 # The teacher's states are large: so the sum is of the size of the other parts, and float32 tells 1e-5.
+Row = dict[str, Any]
 ASKED = [{"match": "hidden", "layers": {1: 0}, "weight": 0.01}]
 
 
@@ -73,7 +78,7 @@ class Causal:
         plan = make_plan(recipe, write=True)
         for snapshot in (*plan.snapshots.values(), plan.features):
             if snapshot is not None:
-                save_snapshot(self.store, snapshot)
+                save_snapshot(Store.open(recipe.storage.dir), snapshot)
         return Job(
             recipe=recipe,
             progress=SilentProgress(),
@@ -250,6 +255,119 @@ def test_states_of_another_text_are_refused(causal: Causal, tmp_path: Path) -> N
     (sample,) = causal.samples(job, features=source).read(0, 1)
     with pytest.raises(IntegrityError, match="of another text"):
         sample.states()
+
+
+def as_int8(row: Row, **changes: Any) -> Row:
+    states = Rounded.from_row(row).restored()
+    rounded = Rounded.of(states, "int8")
+    found = {"dtype": "int8", "values": rounded.values.tobytes(), "scale": rounded.scale}
+    return row | found | {"rounding_error": rounded.error(states)} | changes
+
+
+def cut(row: Row, vectors: int, width: int) -> Row:
+    states = Rounded.from_row(row).values[:vectors, :width]
+    return row | {"vectors": vectors, "width": width, "values": states.tobytes()}
+
+
+# Of layer 1, which is matched; of layer 0, which is in the same shards.
+FORGED: dict[str, tuple[int, Callable[[Row], Row], str]] = {
+    "a scale of nothing": (
+        1,
+        lambda row: as_int8(row, scale=np.full(row["vectors"], np.nan, np.float32)),
+        "scale: a scale is below 0, or makes states that are not finite",
+    ),
+    "a state of nothing": (
+        0,
+        lambda row: (
+            row | {"values": np.full(row["vectors"] * row["width"], np.nan, "<f4").tobytes()}
+        ),
+        "values: a number is not finite",
+    ),
+    "a layer below 0": (0, lambda row: row | {"layer": -1}, "layer -1; layers count from 0"),
+    "a layer twice": (0, lambda row: row | {"layer": 1}, "has hidden of layer 1 of the same text"),
+    "bytes too few": (0, lambda row: row | {"values": row["values"][4:]}, "bytes, expected"),
+    "an error beyond rounding": (
+        0,
+        lambda row: row | {"rounding_error": 0.5},
+        "rounding_error: says 0.5, rounding to float32 misses 1e-06 at most",
+    ),
+    "a token less": (
+        1,
+        lambda row: cut(row, row["vectors"] - 1, row["width"]),
+        r"expected one for each of the text's \d+ tokens",
+    ),
+    "a narrower state": (1, lambda row: cut(row, row["vectors"], 8), "of (8|16) numbers"),
+    "positions of its own": (
+        1,
+        lambda row: row | {"positions": np.arange(row["vectors"]) + 1},
+        "at some positions, expected one for each",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FORGED)
+def test_a_shard_that_was_sealed_with_a_fault_is_refused_before_training(
+    causal: Causal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    unchecked_writer(monkeypatch)
+    layer, change, said = FORGED[fault]
+    rows = [row for row in rows_of(causal.store, "features") if row["layer"] == layer]
+    bad = rows[6]["key"]  # its text's two layers are in one shard
+
+    def forged(row: Row) -> Row:
+        return change(row) if row["key"] == bad else row
+
+    store = copied(causal.store, tmp_path / "store", forged, table="features")
+    (shard,) = [
+        commit.shard.name
+        for commit in store.commits("features")
+        if bad in store.shard("features", commit.shard.sha256).read_all(["key"])["key"].to_pylist()
+    ]
+    job = causal.job(
+        tmp_path / "run",
+        storage={"dir": str(store.root), "commit_rows": 5},
+        score={"targets": "full", "features": [{"what": "hidden", "layers": [1]}]},
+    )
+    with pytest.raises(IntegrityError, match=f"{shard}: .*row .*{said}") as refused:
+        train.run(job)
+    assert refused.value.exit_code == 3
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    within = fault in ("a token less", "a narrower state", "positions of its own")
+    assert {problem.file for problem in verify(store).problems} == (set() if within else {shard})
+    baseline = Job(**{f: getattr(job, f) for f in Job.__slots__} | {"arm": "baseline"})
+    assert trained(baseline)["history"], "who reads no features trains"
+
+
+def test_a_feature_that_two_rows_of_the_snapshot_have_is_refused(
+    causal: Causal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In shards of their own, each of which is sound."""
+    (row, *_) = rows_of(causal.store, "features")
+    other = row | {"key": b"other" + row["key"][5:]}
+    store = copied(causal.store, tmp_path / "store", lambda row: row)
+    about = {"teacher_id": row["teacher_id"]}
+    with store.writer("features", about=about) as writer:
+        writer.add(other)
+    places = {c.shard.sha256: range(c.shard.rows) for c in store.commits("features")}
+    both = make_snapshot(store, "features", places, {})
+    samples = make_plan(causal.recipe()).snapshots["train"]
+    said = f"{store.commits('features')[-1].shard.name}: row 0 .* it is there already, as data/"
+    with pytest.raises(IntegrityError, match=said):
+        companions.companion_places(store, samples, both, [(row["kind"], row["layer"])])
+
+
+def test_a_student_that_begins_with_the_teacher_s_layers_has_their_states(
+    causal: Causal, tmp_path: Path
+) -> None:
+    """Its first blocks are the teacher's, so nothing is missing before the first step; and they need no map."""
+    student = {"config": None, "from_teacher_layers": [0, 1]}
+    loss = {"features": [{"match": "hidden", "layers": {0: 0, 1: 1}}]}
+    job = causal.job(tmp_path / "run", student=student, loss=loss, train={"epochs": 1})
+    first, *_, last = trained(job)["history"]
+    assert list(first["features"]) == ["hidden_0_to_0_mse", "hidden_1_to_1_mse"]
+    assert max(first["features"].values()) < 1e-10 < min(last["features"].values())
+    with pytest.raises(UsageError, match="block 2 of the student, which has 2, 0 to 1"):
+        causal.job(tmp_path, student=student, loss={"features": [ASKED[0] | {"layers": {1: 2}}]})
 
 
 def test_a_pinned_snapshot_without_features_is_refused(causal: Causal, tmp_path: Path) -> None:

@@ -4,6 +4,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis.extra.numpy import array_shapes, arrays
+from hypothesis.strategies import floats, sampled_from
 
 from stillroom.storage.errors import IntegrityError
 from stillroom.storage.integrity.verify import verify
@@ -52,11 +55,31 @@ def test_a_vector_of_zeros_stays_one() -> None:
     assert not list(doubtful_features(stored))
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    states=arrays(
+        np.float32, array_shapes(min_dims=2, max_dims=2, max_side=6), elements=floats(width=32)
+    ),
+    dtype=sampled_from(DTYPES),
+)
+def test_whatever_can_be_stored_is_not_doubted(states: np.ndarray, dtype: str) -> None:
+    """The smallest and the largest numbers too, and vectors of which some have neither."""
+    try:
+        stored = row(states, dtype)
+    except FloatingPointError:
+        return
+    check_features(stored, ABOUT)
+    assert not list(doubtful_features(stored))
+
+
 def test_what_cannot_be_stored_is_refused() -> None:
     with pytest.raises(FloatingPointError, match="not finite"):
         Rounded.of(np.array([[1.0, np.inf]], np.float32), "int8")
     with pytest.raises(FloatingPointError, match="7e\\+04, beyond what float16 holds"):
         Rounded.of(np.array([[1.0, 7e4]], np.float32), "float16")
+    most = np.finfo(np.float32).max
+    with pytest.raises(FloatingPointError, match=r"3.4e\+38, beyond what int8 holds"):
+        Rounded.of(np.array([[most]], np.float32), "int8")
 
 
 @pytest.mark.parametrize(
@@ -68,6 +91,7 @@ def test_what_cannot_be_stored_is_refused() -> None:
         ("float16", {"scale": np.ones(7, np.float32)}, "float16 with 7 scales"),
         ("int8", {"dtype": "int4"}, "dtype 'int4'"),
         ("int8", {"teacher_id": "other"}, "teacher other in a shard of teacher"),
+        ("int8", {"layer": -1}, "layer -1; layers count from 0"),
         ("int8", {"positions": np.arange(6)}, "6 positions for 7 vectors"),
         ("int8", {"positions": np.array([0, 1, 1, 3, 4, 5, 6])}, "they ascend"),
     ],
@@ -89,6 +113,13 @@ def test_numbers_that_cannot_be_are_doubted() -> None:
     ]
     broken = np.full(7, np.nan, np.float32)
     assert [c for c, _ in doubtful_features(row(states(), "int8", scale=broken))] == ["scale"]
+    for scale in (-1.0, np.inf, 3e37):
+        broken = np.full(7, scale, np.float32)
+        assert [c for c, _ in doubtful_features(row(states(), "int8", scale=broken))] == ["scale"]
+    for dtype in DTYPES:  # what the row states, deep verification allows
+        for error in (np.nan, np.inf, -0.1, 0.2):
+            found = doubtful_features(row(states(), dtype, rounding_error=error))
+            assert [c for c, _ in found] == ["rounding_error"]
     infinite = np.full((7, 12), np.inf, "<f2").tobytes()
     assert [c for c, _ in doubtful_features(row(states(), "float16", values=infinite))] == [
         "values"

@@ -110,7 +110,7 @@ def feature_costs(store: Store) -> dict[str, Any]:
         return {}
     size = sum(commit.shard.bytes for commit in commits)
     stored: dict[str, Counter[str]] = {}
-    most: Counter[str] = Counter()
+    most: dict[str, float] = {}
     for commit in commits[:: -(-len(commits) // FOOTERS)]:
         about = store.shard("features", commit.shard.sha256).about
         with understood(commit.shard.name, "statistics of features"):
@@ -118,7 +118,7 @@ def feature_costs(store: Store) -> dict[str, Any]:
                 number, error = integer(part["vectors"]), part["rounding_error"]
                 sums = {"vectors": number, "missed": float(error["mean"]) * number}
                 stored.setdefault(name, Counter()).update(sums)
-                most[name] = max(most[name], float(error["most"]))
+                most[name] = max(most.get(name, 0.0), float(error["most"]))
     errors = {
         name: {"mean": round(sums["missed"] / sums["vectors"], 6), "most": round(most[name], 6)}
         for name, sums in sorted(stored.items())

@@ -14,6 +14,7 @@ from ...storage.store.store import Store
 from ..plan.resolve import find_adapter
 
 if TYPE_CHECKING:
+    from ...stages.audit.features import FeaturesRead, OffFeature
     from ...stages.audit.rescore import OffRow, Rescored
 
 SHOWN = 20
@@ -110,15 +111,23 @@ def deep_verify(
     classes = _count(shard for shard in mine if shard.head != "lm")
     broken = sum(commit.shard.rows for commit in store.commits("soft_targets")) - _count(shards)
     rows = choose_rows(store, language, rows=asked.rows, seed=asked.seed)
-    if not rows:
+    from ...stages.audit.features import choose_features, read_again
+
+    features = choose_features(store, teacher.id, rows=asked.rows, seed=asked.seed, damaged=damaged)
+    if not rows and not features:
         raise UsageError(
             "verify --deep: none of this teacher's rows can be read again, so nothing is known "
             f"of its targets ({classes} are of a classification head, {broken} of the store's are "
             "in damaged shards). Leave --deep out to check the files alone."
         )
-    from ...stages.audit.rescore import rescore
+    from ...stages.audit.rescore import Rescored, rescore
 
-    found = rescore(teacher, rows, device_map=asked.device_map, progress=progress)
+    found = Rescored.nothing(teacher)
+    if rows:
+        found = rescore(teacher, rows, device_map=asked.device_map, progress=progress)
+    if features:
+        read = read_again(teacher, features, device_map=asked.device_map, progress=progress)
+        found = replace(found, features=read)
     others = _rows_by_teacher(shards)
     others.pop(teacher.id, None)
     return replace(found, other_teachers=dict(others), classes=classes, damaged=broken)
@@ -126,17 +135,21 @@ def deep_verify(
 
 def deep_lines(found: "Rescored") -> list[str]:
     """What was found, for people."""
-    lines = [*_read_lines(found), *_quantity_lines(found)]
+    lines = [*_read_lines(found), *(_quantity_lines(found) if found.rows else ())]
     lines += [f"PROBLEM {_problem(row)}" for row in found.off[:SHOWN]]
     if len(found.off) > SHOWN:
         lines.append(f"... and {len(found.off) - SHOWN} more")
+    if found.features is not None:
+        lines += _feature_lines(found.features)
     if found.ok:
         return [*lines, "what was read again is what the teacher says"]
-    counts = Counter(row.fault for row in found.off).most_common()
+    off: list[OffRow | OffFeature] = [*found.off, *(found.features.off if found.features else ())]
+    counts = Counter[str](row.fault for row in off).most_common()
     faults = ", ".join(f"{count} {fault}" for fault, count in counts)
+    read_rows = found.rows + (found.features.rows if found.features else 0)
     return [
         *lines,
-        f"{len(found.off)} of {found.rows} rows are not what the teacher says ({faults}). Do not "
+        f"{len(off)} of {read_rows} rows are not what the teacher says ({faults}). Do not "
         "train on this store: score the prompts again into another one (storage.dir).",
     ]
 
@@ -158,7 +171,7 @@ def deep_json(found: "Rescored") -> dict[str, Any]:
             "classes": found.classes,
             "damaged": found.damaged,
         },
-    }
+    } | ({"features": asdict(found.features)} if found.features else {})
 
 
 def _read_lines(found: "Rescored") -> list[str]:
@@ -184,6 +197,25 @@ def _read_lines(found: "Rescored") -> list[str]:
         )
     if found.damaged:
         lines.append(f"not read: {found.damaged} rows of shards that are damaged")
+    return lines
+
+
+def _feature_lines(found: "FeaturesRead") -> list[str]:
+    """What was read of features, and the rows that are off."""
+    lines = [
+        f"features: {found.rows} rows read again; those that are right are off by "
+        f"{found.worst:.2g} at most, relative, rounding included"
+    ]
+    if found.without_text:
+        lines.append(f"not read: {found.without_text} rows of features whose text is gone")
+    for row in found.off[:SHOWN]:
+        where = f"{row.shard}, row {row.row} ({row.key}, layer {row.layer})"
+        lines.append(
+            f"PROBLEM {where}: off by {row.error:.3g}, relative (allowed {row.allowed:.2g}). Its "
+            f"states are {row.message}"
+        )
+    if len(found.off) > SHOWN:
+        lines.append(f"... and {len(found.off) - SHOWN} more")
     return lines
 
 

@@ -50,6 +50,8 @@ class Plan:
     stages: list[StagePlan] = field(default_factory=list)
     train_dirs: dict[Arm, Path] = field(default_factory=dict)
     snapshots: dict[Split, Snapshot] = field(default_factory=dict)
+    features: Snapshot | None = None
+    """The features that the loss needs; None: it needs none, or they are not all there."""
     settings: dict[Arm, dict[str, Any]] = field(default_factory=dict)
     evaluation_id: str = ""
     unread: str = ""

@@ -15,7 +15,7 @@ from ...stages.data.stage import survey
 from ...stages.ledger.books import Books, Ledger
 from ...stages.ledger.generations import generation_ledger, published_alike
 from ...stages.ledger.requests import GENERATION_BYTES
-from ...stages.ledger.splits import choose_snapshots
+from ...stages.ledger.splits import choose_features, choose_snapshots
 from ...stages.ledger.targets import choose_generations, target_ledger
 from ...stages.models.chat.arguments import doubtful_arguments, template_names
 from ...stages.models.classes import refuse_other_classes, refuse_other_head
@@ -39,6 +39,7 @@ from ...storage.joined import Joined, open_store
 from ...storage.published.folder import Published
 from ...storage.store.store import Store
 from ..numbers import teacher_layers
+from .features import feature_note, refuse_features, teacher_width
 from .lengths import refuse_unread, unread_by_student, window_notes
 from .lines import Plan, StagePlan, State, equal_texts
 from .resolve import Bound, bind, refuse_start
@@ -63,6 +64,7 @@ def make_plan(recipe: Recipe, *, write: bool = False) -> Plan:
     if recipe.student is not None and recipe.student.from_teacher_layers:
         start = teacher_layers(recipe.student.from_teacher_layers)
         plan.note(f"the student starts from {start}")
+    plan.note(*feature_note(recipe, bound))
     _plan_tables(recipe, plan, store)
     return _with_students(recipe, plan)
 
@@ -84,7 +86,7 @@ def plan_again(recipe: Recipe, plan: Plan, ended: str) -> Plan:
         _plan_tables(recipe, again, _open(recipe, write=plan.write))
     else:
         again.stages = [line for line in plan.stages if stage_named(line.name).table is not None]
-        again.snapshots = plan.snapshots
+        again.snapshots, again.features = plan.snapshots, plan.features
     return _with_students(recipe, again)
 
 
@@ -117,6 +119,7 @@ def refuse_impossible(plan: Plan, line: StagePlan) -> None:
 def _refuse_early(recipe: Recipe, bound: Bound, *, write: bool) -> None:
     """What would only fail after the teacher's work, and can be seen in small files before it."""
     folder = _student_folder(recipe.student, write=write)
+    refuse_features(recipe, bound, folder)
     if recipe.student is not None and folder is not None:
         field, name = "student.model", str(recipe.student.model)
         refuse_quantised(folder, field=field, name=name)
@@ -294,11 +297,13 @@ def _plan_stored(recipe: Recipe, plan: Plan, books: Books) -> None:
             vocab_size=binding.vocab_size,
             limit=binding.context_tokens,
             teacher_parts=bound.teacher.parts if bound.teacher else None,
+            teacher_width=teacher_width(bound),
         )
         plan.stages.append(_line("score", ledger, upstream=upstream))
         upstream = upstream and not ledger.pending
     if upstream:
         plan.snapshots = choose_snapshots(books, binding)
+        plan.features = choose_features(books, binding)
 
 
 def _plan_published(plan: Plan, books: Books, published: Published) -> None:

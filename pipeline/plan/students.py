@@ -42,6 +42,8 @@ def plan_students(recipe: Recipe, plan: Plan, *, ready: bool) -> None:
             plan.stages.append(StagePlan(name=stage.name, state="waits", why=why))
             continue
         settings = train_settings(recipe, snapshot, arm)
+        if plan.features is not None and arm == "student":
+            settings["features"] = plan.features.id
         settings["student"]["identity"] = _student_identity(recipe, plan, settings)
         folder = training_run(Path(recipe.run.dir), content_id("train", **settings))
         recorded = _recorded(settings)
@@ -55,7 +57,8 @@ def train_settings(recipe: Recipe, snapshot: str, arm: Arm) -> dict[str, Any]:
     asked = arm_loss(recipe, arm)
     loss = asked.model_dump(mode="json", exclude=asked.unhashed())
     if loss["soft_weight"] == 0:
-        loss = {name: loss[name] for name in ("soft_weight", "hard_weight")}
+        # What says how the divergence is computed decides nothing.
+        loss = {n: loss[n] for n in ("soft_weight", "hard_weight", "features") if n in loss}
     no_matter = {
         "snapshot",
         "audit",

@@ -134,6 +134,8 @@ def export(
         manifest = work.build()
     if built and (others := work.others()):
         say(others)
+    if built and (left := work.left_in_the_store()):
+        say(left)
     for split, snapshot in work.snapshots.items():
         taken = manifest.splits[split].rows if split in manifest.splits else 0
         if taken < snapshot.rows:
@@ -176,6 +178,18 @@ class _Export:
             licenses=licenses,
             said=[self._name, request.teacher, self._recipe],
             versions={package: version(package) for package in ("stillroom", "pyarrow")},
+        )
+
+    def left_in_the_store(self) -> str:
+        """What to say of features, which are not published; empty: there are none."""
+        commits = self._store.commits("features")
+        rows = sum(commit.shard.rows for commit in commits)
+        size = sum(commit.shard.bytes for commit in commits)
+        if not rows:
+            return ""
+        return (
+            f"features are not exported yet: {rows} rows ({size:,} bytes) stay in {self._store.root}, "
+            "and who trains from the exported folder has none"
         )
 
     def others(self) -> str:

@@ -36,7 +36,10 @@ def losses(trained: Sequence[Named], *, of: str = "token") -> list[Panel]:
     `of`: what the losses are means over, `token` or `text`.
     """
     panels: list[Panel] = []
-    for field, title in _PARTS:
+    trained = [(name, colour, _with_features(train)) for name, colour, train in trained]
+    matched = {key for _, _, train in trained for p in train["history"] for key in p["features"]}
+    parts = [*_PARTS[:3], *((key, key.replace("_", " ")) for key in sorted(matched)), *_PARTS[3:]]
+    for field, title in parts:
         lines = [
             line for name, colour, train in trained for line in _curves(field, name, colour, train)
         ]
@@ -55,6 +58,15 @@ def losses(trained: Sequence[Named], *, of: str = "token") -> list[Panel]:
                 )
             )
     return panels
+
+
+def _with_features(train: Mapping[str, Any]) -> dict[str, Any]:
+    """With what is matched of the features as parts like the others."""
+    found = {
+        name: [{"features": {}} | p | p.get("features", {}) for p in train.get(name) or []]
+        for name in ("history", "validation")
+    }
+    return {**train, **found}
 
 
 def _curves(field: str, name: str, colour: str, train: Mapping[str, Any]) -> list[Line]:

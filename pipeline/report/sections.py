@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ...stages.recipe.divergences import DIVERGENCES
+from ...stages.recipe.features import MATCHES, FeatureRequest, captured
 from ...stages.recipe.kinds import KINDS
 from ...storage.tables.kinds import STRUCTURES
 from ..numbers import count, decimals, duration, percent, teacher_layers
@@ -39,6 +40,7 @@ def what_was_run(report: Mapping[str, Any]) -> Section | None:
         ["targets", _stored(score) if score else "none: text only (black-box)"],
         ["loss", _loss(loss, score) if score else "cross-entropy"],
         *([["divergence", _equation(loss)]] if score else []),
+        *(_features(loss, score) if score else []),
         ["trained on", _trained_on(train)],
         *(["note", inline(note)] for note in report["facts"].get("notes", ())),
         *(["note", inline(note)] for note in train.get("notes", ())),
@@ -79,7 +81,28 @@ def _loss(loss: Mapping[str, Any], score: Mapping[str, Any]) -> str:
         how.append(f"tail {loss['tail']}")
     how += [f"{name} {loss[name]}" for name in DIVERGENCES[loss["divergence"]].parameters]
     soft, hard = (scheduled(loss[name]) for name in ("soft_weight", "hard_weight"))
-    return f"{soft} x {loss['divergence']} ({', '.join(how)}) + {hard} x cross-entropy"
+    features = "".join(f" + {_matched(asked)}" for asked in loss.get("features") or ())
+    return f"{soft} x {loss['divergence']} ({', '.join(how)}) + {hard} x cross-entropy{features}"
+
+
+def _matched(asked: Mapping[str, Any]) -> str:
+    """An entry of `loss.features`."""
+    layers = asked["layers"]
+    if isinstance(layers, Mapping):
+        layers = ", ".join(f"{teacher} to {student}" for teacher, student in layers.items())
+    return f"{scheduled(asked['weight'])} x {asked['match']} ({asked['distance']}, layers {layers})"
+
+
+def _features(loss: Mapping[str, Any], score: Mapping[str, Any]) -> list[list[str]]:
+    """What is stored besides targets, and the equations of what is matched of it."""
+    stored = captured(map(FeatureRequest.model_validate, score.get("features") or ()))
+    said = [f"{one.words} ({one.dtype})" for one in stored]
+    rows = [["features", ", ".join(said)]] if said else []
+    for name, distance in sorted({(f["match"], f["distance"]) for f in loss.get("features") or ()}):
+        kind = MATCHES[name]
+        what = f"{kind.distances[distance]}, t the teacher's state, s the student's after its map"
+        rows.append([f"{name}, {distance}", inline(f"{what} ({kind.source})")])
+    return rows
 
 
 def _equation(loss: Mapping[str, Any]) -> str:
@@ -129,7 +152,9 @@ def training(trained: Mapping[str, Mapping[str, Any]], *, of: str) -> Section | 
 
 def curve(arm: str, train: Mapping[str, Any]) -> Section | None:
     """The training of one arm in ten lines, and its validation if there was any."""
-    headers = ["tokens", "loss", "divergence", "cross-entropy"]
+    points = [*(train.get("history") or []), *(train.get("validation") or [])]
+    features = [*points[0].get("features", {})] if points else []
+    headers = ["tokens", "loss", "divergence", "cross-entropy", *map(spelled, features)]
     blocks: list[Block] = []
     if history := thinned(train.get("history") or []):
         moving = [
@@ -137,7 +162,7 @@ def curve(arm: str, train: Mapping[str, Any]) -> Section | None:
         ]
         rows = [
             [
-                *_losses(point),
+                *_losses(point, features),
                 f"{point['learning_rate']:.2e}",
                 *(decimals(point[name], 3) for name in moving),
             ]
@@ -157,16 +182,23 @@ def curve(arm: str, train: Mapping[str, Any]) -> Section | None:
         blocks.append(
             Section(
                 f"Validation: {ARMS[arm]}",
-                [Table(headers, [_losses(point) for point in validation])],
+                [Table(headers, [_losses(point, features) for point in validation])],
             )
         )
     return Section(f"Training: {ARMS[arm]}", blocks) if blocks else None
 
 
-def _losses(point: Mapping[str, Any]) -> list[str]:
+def spelled(pair: str) -> str:
+    """The name of a pair of layers that is matched, for people."""
+    return pair.replace("_", " ")
+
+
+def _losses(point: Mapping[str, Any], features: Sequence[str]) -> list[str]:
+    matched = point.get("features", {})
     return [
         count(point["tokens"]),
         *(decimals(point.get(name)) for name in ("loss", "soft", "hard")),
+        *(decimals(matched.get(name)) for name in features),
     ]
 
 

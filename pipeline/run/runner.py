@@ -101,8 +101,9 @@ def _run(
             screen.cached(name)
             continue
         began = time.monotonic()
-        for snapshot in plan.snapshots.values():
-            save_snapshot(store, snapshot)
+        for snapshot in (*plan.snapshots.values(), plan.features):
+            if snapshot is not None:
+                save_snapshot(store, snapshot)
         screen.begin(name)
         answer = _run_stage(recipe, plan, name, screen=screen, number=number)
         plan = plan_again(recipe, plan, name)
@@ -244,6 +245,7 @@ def _job(recipe: Recipe, plan: Plan, stage: Stage) -> dict[str, Any]:
         "context_tokens": reads,
         "arm": stage.arm or "student",
         "snapshots": snapshots,
+        "features_id": plan.features.id if plan.features else "",
         "evaluation_id": plan.evaluation_id,
     }
 

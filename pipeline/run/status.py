@@ -12,7 +12,7 @@ from ...stages.recipe.run_folder import as_a_run_writes, read_record
 from ...stages.recipe.sections import Recipe
 from ...stages.recipe.stages import stage_named
 from ...stages.workers.shard_about import versions
-from ...storage.bounds import integer
+from ...storage.bounds import integer, understood
 from ...storage.credentials import all_shown, as_written
 from ...storage.files.opening import open_files
 from ...storage.store.commits import Commit
@@ -49,6 +49,8 @@ def stage_facts(recipe: Recipe, plan: Plan) -> dict[str, dict[str, Any]]:
         if store is not None and stage.table is not None:
             commits = [c for c in store.commits(stage.table) if c.stage == line.name]
             entry |= _costs(commits) | column_costs(store, commits)
+            if stage.table == "soft_targets" and (costs := feature_costs(store)):
+                entry["features"] = costs
         elif stage.record and line.state == "done":
             folder = plan.train_dirs[stage.arm or "student"]
             with as_a_run_writes(folder / stage.record):
@@ -98,6 +100,36 @@ def column_costs(store: Store, commits: list[Commit]) -> dict[str, Any]:
     }
     kept = _kept(shard.about.get("statistics", {}) for shard in shards)
     return found | ({"kept": kept} if kept else {})
+
+
+def feature_costs(store: Store) -> dict[str, Any]:
+    """What features take in the whole store, and of each kind, layer and dtype how far rounding misses."""
+    commits = store.commits("features")
+    vectors = sum(commit.tokens for commit in commits)
+    if not vectors:
+        return {}
+    size = sum(commit.shard.bytes for commit in commits)
+    stored: dict[str, Counter[str]] = {}
+    most: dict[str, float] = {}
+    for commit in commits[:: -(-len(commits) // FOOTERS)]:
+        about = store.shard("features", commit.shard.sha256).about
+        with understood(commit.shard.name, "statistics of features"):
+            for name, part in about.get("statistics", {}).items():
+                number, error = integer(part["vectors"]), part["rounding_error"]
+                sums = {"vectors": number, "missed": float(error["mean"]) * number}
+                stored.setdefault(name, Counter()).update(sums)
+                most[name] = max(most.get(name, 0.0), float(error["most"]))
+    errors = {
+        name: {"mean": round(sums["missed"] / sums["vectors"], 6), "most": round(most[name], 6)}
+        for name, sums in sorted(stored.items())
+    }
+    return {
+        "rows": sum(commit.shard.rows for commit in commits),
+        "vectors": vectors,
+        "bytes": size,
+        "bytes_per_vector": round(size / vectors, 2),
+        "rounding_error": errors,
+    }
 
 
 def _kept(parts: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -172,7 +204,9 @@ def status_tables(stages: dict[str, dict[str, Any]]) -> Group:
     equal = [f"{name}: {equal_texts(s['equal'])}" for name, s in stages.items() if s.get("equal")]
     stored = [(name, s) for name, s in stages.items() if "bytes_per_token_by_column" in s]
     kept = [_kept_line(name, s["kept"]) for name, s in stored if "kept" in s]
-    return Group(table, *equal, *(_column_line(name, s) for name, s in stored), *kept)
+    features = [_feature_line(n, s["features"]) for n, s in stages.items() if s.get("features")]
+    columns = (_column_line(name, s) for name, s in stored)
+    return Group(table, *equal, *columns, *kept, *features)
 
 
 def _column_line(name: str, stage: dict[str, Any]) -> str:
@@ -197,6 +231,17 @@ def _kept_line(name: str, kept: dict[str, dict[str, Any]]) -> str:
         for kind, s in kept.items()
     )
     return f"{name}, entries/token of each kind, the mass they hold (tokens): " + ", ".join(parts)
+
+
+def _feature_line(name: str, features: dict[str, Any]) -> str:
+    errors = ", ".join(
+        f"{one_line(of)} {error['mean']:.2%} (at most {error['most']:.2%})"
+        for of, error in features["rounding_error"].items()
+    )
+    return (
+        f"{name}, features: {human(features['vectors'])} vectors, "
+        f"{features['bytes_per_vector']:.1f} bytes each; rounding misses, relative: {errors}"
+    )
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:

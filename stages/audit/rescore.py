@@ -14,6 +14,7 @@ from ..models.identity import Identity
 from ..workers.job import Progress
 from .differences import Quantity, SecondReading, over_rows
 from .faults import Fault, explain
+from .features import FeaturesRead
 from .stored_rows import StoredRow
 from .teacher_reader import TeacherReader
 
@@ -55,11 +56,18 @@ class Rescored:
     """Not read: rows of a classification head."""
     damaged: int = 0
     """Not read: rows of shards that are damaged."""
+    features: FeaturesRead | None = None
+    """What was read of the teacher's features; None: there are none."""
 
     @property
     def ok(self) -> bool:
         """Whether every row that was read is right."""
-        return not self.off
+        return not self.off and not (self.features and self.features.off)
+
+    @classmethod
+    def nothing(cls, teacher: Identity) -> "Rescored":
+        """Where no targets can be read again."""
+        return cls(teacher=teacher, rows=0, tokens=0, kinds={}, imported=0, quantities={}, off=[])
 
 
 def rescore(

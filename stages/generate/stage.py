@@ -50,7 +50,7 @@ def run(job: Job, author: Identity) -> StageResult:
             pending=pending,
             claims=_claims(job, store),
             limit_tokens=job.context_tokens,
-            row_key=_row_key,
+            row_keys=lambda job, request: {"generations": [_row_key(job, request)]},
             names=_reject_names,
         )
     with open_share(job, store, work) as share:
@@ -135,7 +135,7 @@ class _Writing:
         self._share.done([request])
         if completion.error is None:
             row = _row(self._job, request, prompt, completion)
-            self._share.add(row, tokens=len(completion.token_ids))
+            self._share.add({"generations": [row]}, tokens=len(completion.token_ids))
         else:
             self._share.fail(request, RowError("engine", completion.error), completion.attempts)
 

@@ -12,6 +12,7 @@ import numpy as np
 from ...storage.errors import UsageError
 from ...storage.keys import content_id, content_key
 from ...storage.tables.spans import span_after
+from ..recipe.features import Feature
 from ..recipe.sections import Data, Generate
 from ..targets.alignment import class_span
 from ..targets.spec import Kept
@@ -35,9 +36,10 @@ class GenerationRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TargetRequest:
-    """Soft targets that are wanted for one generation."""
+    """Soft targets that are wanted for one generation, and features of its text."""
 
     reuse_key: bytes
+    """Name of the request: that of the targets, and where features are made with them another."""
     tokens_key: bytes
     generation_key: bytes
     prompt_key: bytes
@@ -47,6 +49,12 @@ class TargetRequest:
     kept: Kept
     label: int | None = None
     """Gold class of a labelled text."""
+    text_key: bytes = b""
+    """Of the token ids alone; where features are asked for."""
+    features: tuple[Feature, ...] = ()
+    """Features of the text that are to be made."""
+    targets: bool = True
+    """Whether its targets are to be made; else they are there, and some features are not."""
 
     @property
     def span_tokens(self) -> int:
@@ -144,6 +152,11 @@ def generation_key(sampling: str, prompt_key: bytes, sample_index: int) -> bytes
 def target_key(teacher_id: str, tokens: bytes) -> bytes:
     """Reuse key of a soft-target row: the teacher and what it scored (`tokens_key`)."""
     return content_key("soft_targets", teacher=teacher_id, tokens=tokens)
+
+
+def captured_key(target: bytes, capture: str) -> bytes:
+    """Name of a request for targets (their reuse key) and features (`capture_id` of all that are asked for)."""
+    return content_key("capture", target=target, capture=capture)
 
 
 def reject_key(reuse_key: bytes, limit: int) -> bytes:

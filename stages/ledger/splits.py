@@ -1,6 +1,6 @@
 """Which committed rows a recipe trains on, validates on and is judged on: a snapshot of each."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,10 @@ from ...storage.errors import UsageError
 from ...storage.snapshots.snapshot import Snapshot, load_snapshot, make_snapshot
 from ...storage.store.bindings import Binding
 from ...storage.tables.schema import TableName
+from ..recipe.features import learnt
 from ..recipe.fields import Split
 from .books import Books
-from .targets import target_rows, text_rows
+from .targets import feature_places, target_rows, text_rows
 
 
 def choose_snapshots(books: Books, binding: Binding) -> dict[Split, Snapshot]:
@@ -42,6 +43,26 @@ def choose_snapshots(books: Books, binding: Binding) -> dict[Split, Snapshot]:
         name: replace(snapshot, about={**snapshot.about, "splits": splits})
         for name, snapshot in found.items()
     }
+
+
+def choose_features(books: Books, binding: Binding) -> Snapshot | None:
+    """Of the rows to train on, the features that the loss needs; None where it needs none.
+
+    A snapshot of their own: what trains from them finds them, and nobody sweeps them away.
+    """
+    losses = books.recipe.loss.features
+    if books.recipe.score is None or books.recipe.train is None or not losses:
+        return None
+    rows = feature_places(books)
+    if not rows.num_rows:
+        return None
+    about = {
+        "teacher_id": binding.teacher_id,
+        "data_id": binding.data_id,
+        "features": [asdict(one) for one in learnt(losses, books.recipe.score.features)],
+    }
+    places = books.index.places("features", rows["place"].to_numpy())
+    return make_snapshot(books.store, "features", places, about)
 
 
 def _snapshot(

@@ -1,7 +1,7 @@
 """The books of `score`, and the rows that training and evaluation go on with."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -9,12 +9,14 @@ from ...storage.errors import IntegrityError, UsageError
 from ...storage.store.sql import query
 from ...storage.tables.shard import REPAIR
 from ...storage.tables.spans import SPAN_COLUMNS, spans_of
+from ..recipe.features import Feature, captured, learnt
 from ..recipe.tasks import TASKS
 from ..targets.alignment import class_span
 from ..targets.spec import Kept, reference, target_bytes, wanted
 from .books import Books, Ledger, Pending, different
 from .coverage import PLACES, best, lacks, reason
-from .requests import TargetRequest, target_key
+from .features import FeatureSql, capture_id, name_texts
+from .requests import TargetRequest, captured_key, target_key
 
 PART_ROWS = 2_000_000  # rows whose equal tokens are looked for at once
 
@@ -102,6 +104,7 @@ def target_ledger(
     vocab_size: int,
     limit: int,
     teacher_parts: dict[str, Any] | None = None,
+    teacher_width: int = 0,
 ) -> Ledger:
     """The books of `score`; leaves the view `scored` behind.
 
@@ -113,31 +116,57 @@ def target_ledger(
         vocab_size: Of the teacher; decides what reference targets are.
         limit: Tokens that the teacher reads at once.
         teacher_parts: What the teacher's identity is made of, to say how it differs from another's.
+        teacher_width: Numbers of a state of the teacher, to say what features take; 0: not known.
     """
     score = books.score
     judged, trained = reference(score, vocab_size), wanted(score, vocab_size)
+    features = FeatureSql(captured(score.features), teacher_id=teacher_id, places=PLACES)
+    if features.columns:
+        name_texts(books)
     _take_part(books, 0, parts=1)
-    _view_scored(books, teacher_id=teacher_id, judged=judged, trained=trained, limit=limit)
+    _view_scored(
+        books,
+        teacher_id=teacher_id,
+        judged=judged,
+        trained=trained,
+        limit=limit,
+        features=features,
+    )
     ledger = Ledger()
-    for served, rejected, lack, held_out, count, tokens, texts in _counts(books):
-        ledger.equal += int(texts) - count
-        kept = judged if held_out else trained
-        why = "new" if lack is None else reason(kept, lack)
-        if ledger.enter(count, tokens, served=served, rejected=rejected, why=why):
-            ledger.tokens_to_do += int(tokens)
-            ledger.bytes_to_do += int(tokens * target_bytes(kept))
+    for one in _counts(books, features.to_do(teacher_width)):
+        ledger.equal += one.texts - one.requests
+        kept = judged if one.held_out else trained
+        why = "new" if one.lack is None else reason(kept, one.lack)
+        if one.stored:
+            why = "stored with features of fewer bits" if one.fewer else "stored without features"
+        served = one.stored and one.complete
+        if ledger.enter(one.requests, one.scored, served=served, rejected=one.reason, why=why):
+            ledger.tokens_to_do += one.scored
+            ledger.bytes_to_do += one.feature_bytes
+            ledger.bytes_to_do += 0 if one.stored else int(one.scored * target_bytes(kept))
     _explain_new(books, ledger, teacher_id, teacher_parts or {})
     ledger.sources = books.sources("scored", "target")
     return ledger
 
 
-def _view_scored(books: Books, *, teacher_id: str, judged: Kept, trained: Kept, limit: int) -> None:
+def _view_scored(
+    books: Books,
+    *,
+    teacher_id: str,
+    judged: Kept,
+    trained: Kept,
+    limit: int,
+    features: FeatureSql,
+) -> None:
     """Make the view `scored`: each text once, with the stored row that can be reused for it or why there is none.
 
     Its columns: tokens_key, key, tokens, scored, held_out, texts (how many have these tokens);
     stored (whether there is a row of this teacher at all), reason (why it was rejected), target (the
-    row to reuse, its place) and lacks (what the nearest row lacks, for `reason`).
+    row to reuse, its place) and lacks (what the nearest row lacks, for `reason`); complete (whether
+    its features are there, or it needs none), fewer (whether some have too few bits), text_key and
+    the place of each feature's row.
     """
+    with_features = capture_id(teacher_id, captured(books.score.features))
     bits = books.recipe.storage.mantissa_bits
     # Held-out rows are judged on reference targets; where nobody can make them, on what there is.
     judging = "coalesce(reference, trained)" if books.lenient else "reference"
@@ -168,29 +197,55 @@ def _view_scored(books: Books, *, teacher_id: str, judged: Kept, trained: Kept, 
             FROM soft_targets WHERE teacher_id = '{teacher_id}' AND {_PART} GROUP BY tokens_key
         ),
         -- What this teacher, reading as many tokens at once, could not score.
+        -- With features, of the rows that have some: what fails with them may be had without.
         rejected AS NOT MATERIALIZED (
-            SELECT tokens_key, min(reason) AS reason
-            FROM rejects WHERE context_id = '{teacher_id}' AND limit_tokens = {limit}
+            SELECT tokens_key, min(reason) FILTER (context_id = '{teacher_id}') AS alone,
+                min(reason) AS reason
+            FROM rejects WHERE context_id IN ('{teacher_id}', '{with_features}')
+                AND limit_tokens = {limit}
             GROUP BY tokens_key
-        )
+        ){features.tables}
         -- `best` has the row's place in its low bits, below how good it is.
-        SELECT requests.*, coalesce(stored, 0) > 0 AS stored, reason,
+        SELECT requests.*, coalesce(stored, 0) > 0 AS stored,
+            CASE WHEN held_out THEN alone ELSE reason END AS reason,
             (CASE WHEN held_out THEN {judging} ELSE trained END % {PLACES})::BIGINT AS target,
             CASE WHEN held_out THEN reference_lacks ELSE trained_lacks END AS lacks
+            {features.selected}
         FROM requests
         LEFT JOIN stored_rows USING (tokens_key)
-        LEFT JOIN rejected USING (tokens_key)""")
+        LEFT JOIN rejected USING (tokens_key)
+        {features.joined}""")
 
 
-def _counts(books: Books) -> Iterator[tuple[Any, ...]]:
-    """Served, reason, lack, held_out; requests, scored tokens, texts. A part at a time, to bound the memory."""
-    ((rows,),) = books.index.rows("SELECT count(*) FROM generations")
-    parts = 1 + rows // PART_ROWS
+class _Count(NamedTuple):
+    """How many requests are alike."""
+
+    stored: bool
+    """Whether there are targets that can be reused."""
+    complete: bool
+    fewer: bool
+    reason: str | None
+    lack: int | None
+    held_out: bool
+    requests: int
+    scored: int
+    """Tokens."""
+    texts: int
+    feature_bytes: int
+    """Of the features that are missing."""
+
+
+def _counts(books: Books, feature_bytes: str) -> Iterator[_Count]:
+    """What `scored` holds; `feature_bytes`: SQL of what a row lacks. A part at a time, to bound the memory."""
+    ((stored,),) = books.index.rows("SELECT count(*) FROM generations")
+    parts = 1 + stored // PART_ROWS
     for part in range(parts):
         _take_part(books, part, parts=parts)
-        yield from books.index.rows("""
-            SELECT target IS NOT NULL, reason, lacks, held_out, count(*), sum(scored), sum(texts)
+        rows = books.index.rows(f"""
+            SELECT target IS NOT NULL, complete, fewer, reason, lacks, held_out, count(*),
+                sum(scored)::BIGINT, sum(texts)::BIGINT, sum({feature_bytes})::BIGINT
             FROM scored GROUP BY ALL""")
+        yield from (_Count(*row) for row in rows)
     _take_part(books, 0, parts=1)
 
 
@@ -203,12 +258,27 @@ def _take_part(books: Books, part: int, *, parts: int) -> None:
 def target_rows(books: Books) -> pa.Table:
     """White-box: rows to train and be judged on, after `target_ledger`.
 
+    A row whose features the loss needs and nobody could make is not trained on.
+
     Returns held_out, prompt_key, place (of soft_targets), tokens, scored.
     """
     books.index.use_all_memory()
-    return books.index.table("""
+    needed = "AND s.complete" if books.recipe.loss.features else ""
+    return books.index.table(f"""
         SELECT s.held_out, c.prompt_key::BLOB AS prompt_key, s.target AS place, s.tokens, s.scored
-        FROM scored s JOIN chosen c USING (key) WHERE s.target IS NOT NULL""")
+        FROM scored s JOIN chosen c USING (key) WHERE s.target IS NOT NULL {needed}""")
+
+
+def feature_places(books: Books) -> pa.Table:
+    """Of the rows to train on, after `target_ledger`: `place` of the features that the loss needs, each once."""
+    asked = captured(books.score.features)
+    needed = learnt(books.recipe.loss.features, books.score.features)
+    places = " UNION ".join(
+        f"SELECT feature_{asked.index(one)} AS place FROM scored "
+        "WHERE NOT held_out AND complete AND target IS NOT NULL"
+        for one in needed
+    )
+    return books.index.table(places)
 
 
 def pending_targets(books: Books, *, teacher_id: str, vocab_size: int) -> Pending[TargetRequest]:
@@ -222,11 +292,19 @@ def pending_targets(books: Books, *, teacher_id: str, vocab_size: int) -> Pendin
         label = "p.label"
         with_label = "JOIN generations g ON g.key = s.key JOIN prompts p ON p.key = g.source_key"
     kept = {True: reference(score, vocab_size), False: wanted(score, vocab_size)}
+    asked = captured(score.features)
+    # The number of each feature that is missing, of others null.
+    lacking = ", ".join(
+        f"CASE WHEN NOT s.held_out AND s.feature_{n} IS NULL THEN {n} END"
+        for n in range(len(asked))
+    )
     rows = books.index.table(f"""
         SELECT s.number, s.tokens_key::BLOB AS tokens_key, s.key::BLOB AS key, c.prompt_key::BLOB AS prompt_key,
-            c.place, s.held_out, {label} AS label
+            c.place, s.held_out, s.target IS NULL AS targets, s.text_key::BLOB AS text_key,
+            [{lacking}]::INTEGER[] AS lacking, {label} AS label
         FROM (SELECT *, row_number() OVER (ORDER BY held_out DESC, tokens, tokens_key) - 1 AS number FROM scored) s
-        JOIN chosen c USING (key) {with_label} WHERE s.target IS NULL AND s.reason IS NULL""")
+        JOIN chosen c USING (key) {with_label}
+        WHERE (s.target IS NULL OR NOT s.complete) AND s.reason IS NULL""")
     ((planned,),) = books.index.rows("SELECT count(*) FROM scored")
 
     def make(block: pa.Table) -> list[TargetRequest]:
@@ -235,7 +313,7 @@ def pending_targets(books: Books, *, teacher_id: str, vocab_size: int) -> Pendin
         texts = books.store.rows("generations", places, ["token_ids", *SPAN_COLUMNS])
         return [
             TargetRequest(
-                reuse_key=target_key(teacher_id, row["tokens_key"]),
+                reuse_key=_request_key(teacher_id, row, asked),
                 tokens_key=row["tokens_key"],
                 generation_key=row["key"],
                 prompt_key=row["prompt_key"],
@@ -243,11 +321,24 @@ def pending_targets(books: Books, *, teacher_id: str, vocab_size: int) -> Pendin
                 spans=class_span(len(text["token_ids"])) if labelled else spans_of(text),
                 kept=kept[row["held_out"]],
                 label=row["label"],
+                text_key=row["text_key"] or b"",
+                features=_missing(row, asked),
+                targets=row["targets"],
             )
             for row, text in zip(found, texts, strict=True)
         ]
 
     return Pending(rows, planned, make)
+
+
+def _missing(row: Mapping[str, Any], asked: Sequence[Feature]) -> tuple[Feature, ...]:
+    return tuple(asked[number] for number in row["lacking"] if number is not None)
+
+
+def _request_key(teacher_id: str, row: Mapping[str, Any], asked: Sequence[Feature]) -> bytes:
+    """Of the targets; another with features, for a request that fails with them may be done without."""
+    target = target_key(teacher_id, row["tokens_key"])
+    return captured_key(target, capture_id(teacher_id, asked)) if _missing(row, asked) else target
 
 
 _PART = "hash(tokens_key) % getvariable('parts') = getvariable('part')"

@@ -15,6 +15,8 @@ from ..models.classes import NO_LABEL
 from ..models.classification import Inputs, class_company, class_logits
 from ..models.reads import check_ids
 from ..targets.batch import TargetBatch
+from ..targets.features.batch import FeatureTargets
+from ..targets.features.blocks import states_of
 from ..workers.job import Job
 from .passes import Passes
 from .samples import Sample
@@ -28,6 +30,8 @@ class ClassBatch:
     """What the model takes, each [B, T]."""
     targets: TargetBatch
     """B targets over C classes; a label of `NO_LABEL` is none."""
+    features: FeatureTargets | None = None
+    """The teacher's states at all tokens; None: there are none to match."""
 
     @property
     def positions(self) -> int:
@@ -37,12 +41,14 @@ class ClassBatch:
     @property
     def nbytes(self) -> int:
         """Of all tensors."""
-        return sum(tensor.nbytes for tensor in self.inputs.values()) + self.targets.nbytes
+        features = 0 if self.features is None else self.features.nbytes
+        return sum(t.nbytes for t in self.inputs.values()) + self.targets.nbytes + features
 
     def to(self, device: torch.device) -> Self:
         """The same on another device."""
         inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
-        return replace(self, inputs=inputs, targets=self.targets.to(device))
+        features = None if self.features is None else self.features.to(device)
+        return replace(self, inputs=inputs, targets=self.targets.to(device), features=features)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +90,22 @@ class ClassPasses(Passes):
             no_tail = torch.full((len(known),), -torch.inf)
             targets = replace(targets, logprobs=tempered, tail_logprob=no_tail)
         inputs = self.inputs.tensors([sample.token_ids for sample in samples])
-        return ClassBatch(inputs=inputs, targets=targets)
+        width = inputs["input_ids"].shape[1]
+        features = self._features(samples, width=width)
+        return ClassBatch(inputs=inputs, targets=targets, features=features)
+
+    def _features(self, samples: Sequence[Sample], *, width: int) -> FeatureTargets | None:
+        if self.matching is None:
+            return None
+        positions = [np.arange(len(sample)) for sample in samples]
+        # Row `number` of the flattened [B * T] begins at number * T.
+        at = np.concatenate([number * width + p for number, p in enumerate(positions)])
+        found = [sample.states() for sample in samples]
+        return FeatureTargets.of(torch.from_numpy(at), found, positions)
+
+    def compared(self, samples: Sequence[Sample]) -> int:
+        """All tokens."""
+        return sum(map(len, samples))
 
     def losses(
         self, model: nn.Module, batch: ClassBatch, *, aim: Aim, dtype: torch.dtype
@@ -93,13 +114,15 @@ class ClassPasses(Passes):
         labels = batch.targets.labels
         half = dtype == torch.bfloat16
         with torch.autocast(labels.device.type, dtype=torch.bfloat16, enabled=half):
-            logits = class_logits(model, batch.inputs)
+            with states_of(model, self.student_layers) as states:
+                logits = class_logits(model, batch.inputs)
         # Where there is no label, class 0 stands in, and its cross-entropy is not counted.
         asked = replace(batch.targets, labels=labels.clamp_min(0))
         parts = logits_distillation(logits, asked, objective=aim.objective)
         labelled = labels != NO_LABEL
         found = replace(parts, hard=parts.hard.masked_fill(~labelled, 0.0)).summed(aim)
-        return replace(found, hard=found.hard[labelled])
+        found = replace(found, hard=found.hard[labelled])
+        return self.with_features(found, states, batch.features, aim=aim)
 
     def head_weight(self, model: nn.Module) -> None:
         """The body has it all: the head is a small layer over one position a text."""

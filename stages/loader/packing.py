@@ -33,6 +33,8 @@ from ..models.reads import check_ids
 from ..recipe.fields import Kernel
 from ..targets.alignment import predicting_positions, scored_tokens
 from ..targets.batch import TargetBatch, fit_vocabulary, joined
+from ..targets.features.batch import FeatureTargets
+from ..targets.features.blocks import states_of
 from ..targets.spec import Kept
 from ..targets.stored import Reading, soft_part
 from .passes import Passes
@@ -60,6 +62,8 @@ class Batch:
     positions."""
     longest: int = 0
     """Tokens of the longest sample of a flat row."""
+    features: FeatureTargets | None = None
+    """The teacher's states at the predicting positions; None: there are none to match."""
 
     @property
     def positions(self) -> int:
@@ -70,7 +74,7 @@ class Batch:
     def nbytes(self) -> int:
         """Of all tensors."""
         parts = (getattr(self, f.name) for f in fields(self))
-        return sum(part.nbytes for part in parts if isinstance(part, Tensor | TargetBatch))
+        return sum(part.nbytes for part in parts if isinstance(part, _MOVABLE))
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -89,11 +93,13 @@ class Batch:
 
     def _map(self, change: Callable[[Any], Any]) -> Self:
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        movable = (Tensor, TargetBatch)
         return replace(
             self,
-            **{name: change(part) for name, part in parts.items() if isinstance(part, movable)},
+            **{name: change(part) for name, part in parts.items() if isinstance(part, _MOVABLE)},
         )
+
+
+_MOVABLE = (Tensor, TargetBatch, FeatureTargets)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,15 +174,17 @@ class Packing(Passes):
         with torch.autocast(
             batch.token_ids.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16
         ):
-            hidden = hidden_states(model, **batch.inputs)
+            with states_of(model, self.student_layers) as states:
+                hidden = hidden_states(model, **batch.inputs)
         predicting = hidden.flatten(0, 1)[batch.predicting].to(dtype)
-        return linear_distillation(
+        found = linear_distillation(
             predicting,
             split_head(model),
             batch.targets,
             aim=aim,
             kernel=self.kernel,
         )
+        return self.with_features(found, states, batch.features, aim=aim)
 
     def head_weight(self, model: nn.Module) -> Tensor:
         """The weight of the output layer [V, D]: hidden states of other positions never meet it."""
@@ -206,11 +214,19 @@ class Packing(Passes):
             position_ids=position_ids,
             predicting=torch.cat(predicting),
             targets=self._targets(labels, members, temperature),
+            features=self._features(members, torch.cat(predicting)),
         )
         if not self.flat:
             return batch
         ends = torch.tensor([0, *accumulate(map(len, members))], dtype=torch.int32)
         return replace(batch, edges=ends, longest=max(map(len, members)))
+
+    def _features(self, samples: Sequence[Sample], predicting: Tensor) -> FeatureTargets | None:
+        if self.matching is None:
+            return None
+        found = [sample.states() for sample in samples]
+        positions = [predicting_positions(sample.spans) for sample in samples]
+        return FeatureTargets.of(predicting, found, positions)
 
     def _targets(
         self, labels: Sequence[Tensor], samples: Sequence[Sample], temperature: float | None

@@ -4,8 +4,8 @@ The module that bears a task's name has its passes of a training: `training_pass
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..losses.definition import Distilled
+from ..losses.features.matching import Matching
 from ..losses.objective import Aim
 from ..recipe.tasks import module_of
+from ..targets.features.batch import FeatureTargets
 from ..workers.job import Job
 from .samples import Sample
 
@@ -45,6 +47,32 @@ class Passes(ABC):
     """V of the student."""
     alone: bool = False
     """One sample a pass, for a model whose numbers depend on the longest sample of a pass."""
+    matching: Matching | None = None
+    """What of the teacher's features is matched; None: nothing."""
+
+    def compared(self, samples: Sequence[Sample]) -> int:
+        """Positions at which features are compared, by whose number their losses are divided: those that predict."""
+        return sum(sample.scored_tokens for sample in samples)
+
+    @property
+    def student_layers(self) -> list[int]:
+        """Blocks of the student whose states the loss needs."""
+        return [] if self.matching is None else self.matching.student_layers
+
+    def with_features(
+        self,
+        found: Distilled,
+        states: Mapping[int, Tensor],
+        targets: FeatureTargets | None,
+        *,
+        aim: Aim,
+    ) -> Distilled:
+        """The loss of a pass with what of the features is matched, weighted as `aim` says."""
+        if self.matching is None or targets is None:
+            return found
+        sums = self.matching(states, targets)
+        weights = sums.new_tensor(self.matching.weights(aim.features))
+        return replace(found, total=found.total + weights @ sums, features=sums.detach())
 
     @abstractmethod
     def batches(

@@ -18,6 +18,7 @@ from ...storage.store.store import Store
 from ...storage.tables.rows import Rows
 from ...storage.tables.soft_targets import LISTS, SoftTargets, normalised_targets
 from ...storage.tables.spans import SPAN_COLUMNS, spans_of
+from .features import FeatureSource, Name
 
 _SPAN = {
     "soft_targets": ("span_start", "span_tokens", "spans"),
@@ -52,6 +53,14 @@ class Sample:
     """[N] at the positions that predict the spans' tokens, summing to 1; None: cross-entropy only."""
     label: int | None = None
     """Gold class of a labelled text; None: it has none."""
+    number: int = 0
+    """Its place in the snapshot's own order."""
+    features: FeatureSource | None = None
+    """Where the teacher's states of it are; None: it has none."""
+
+    def states(self) -> dict[Name, np.ndarray]:
+        """[T, D] float32 of each of its features."""
+        return {} if self.features is None else self.features.states(self.number, self.token_ids)
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -107,6 +116,7 @@ class Samples:
         *,
         soft: bool,
         seed: int = 0,
+        features: FeatureSource | None = None,
     ) -> None:
         """`soft`: read the teacher's targets too (the snapshot must be of soft_targets)."""
         if not snapshot.rows:
@@ -120,6 +130,8 @@ class Samples:
             )
         self.snapshot, self.seed = snapshot, seed
         self._store, self._soft, self._length = store, soft, snapshot.rows
+        self.features = features
+        """Where the teacher's states of the samples are; None: nobody needs them."""
         self._span, self._label = _SPAN[snapshot.table], snapshot.table == "soft_targets"
 
     def __len__(self) -> int:
@@ -158,7 +170,7 @@ class Samples:
         columns += ["label"] * self._label
         return SnapshotReader(self._store, self.snapshot, columns, decode=self._decode)
 
-    def _decode(self, rows: Rows) -> list[Sample]:
+    def _decode(self, rows: Rows, numbers: np.ndarray) -> list[Sample]:
         targets: Iterable[SoftTargets | None] = (
             normalised_targets(rows) if self._soft else repeat(None, len(rows))
         )
@@ -167,14 +179,16 @@ class Samples:
             rows.values("label") if self._label else repeat(None, len(rows))
         )
         samples = []
-        for edges, spans, target, label in zip(
-            pairwise(offsets), self._spans(rows), targets, labels, strict=True
+        for edges, spans, target, label, number in zip(
+            pairwise(offsets), self._spans(rows), targets, labels, numbers.tolist(), strict=True
         ):
             sample = Sample(
                 token_ids=ids[slice(*edges)],
                 spans=spans,
                 targets=target,
                 label=label,
+                number=number,
+                features=self.features,
             )
             samples.append(sample)
         return samples

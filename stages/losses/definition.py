@@ -48,13 +48,16 @@ class Distilled:
     """The loss of one forward pass, and what it is made of."""
 
     total: Tensor
-    """Sum over the tokens of soft_weight * soft + hard_weight * hard; the one that has a
-    gradient."""
+    """Sum over the tokens of soft_weight * soft + hard_weight * hard, and of what of the features is
+    matched, weighted; the one that has a gradient."""
     hard: Tensor
     """[N] cross-entropy of each token, nats; a value without a gradient. Of texts those with a
     label."""
     soft: Tensor | None
     """[N] divergence of each token; a value without a gradient. None where it was not asked for."""
+    features: Tensor | None = None
+    """[P] of each pair of layers that is matched, the sum over the positions that are compared; a
+    value without a gradient. None where there is none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -56,6 +56,8 @@ class Aim:
     hard_weight: float
     objective: Objective | None
     """None: cross-entropy alone, all along."""
+    features: tuple[float, ...] = ()
+    """Weight of each entry of `loss.features`."""
 
 
 def aim_at(loss: Loss, done: float) -> Aim:
@@ -65,6 +67,7 @@ def aim_at(loss: Loss, done: float) -> Aim:
         soft_weight=value_at(loss.soft_weight, done),
         hard_weight=value_at(loss.hard_weight, done),
         objective=objective_at(loss, done) if highest > 0 else None,
+        features=tuple(value_at(asked.weight, done) for asked in loss.features),
     )
 
 

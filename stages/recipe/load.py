@@ -14,9 +14,9 @@ from ...storage.credentials import all_shown, hide, hide_password
 from ...storage.errors import UsageError
 from .checks.together import check_together
 from .fields import ADDRESSES, NUMBER, SCHEDULE
-from .hints import hint_at
+from .reading.hints import hint_at
+from .reading.yaml_text import MOST_CHARACTERS, read_yaml
 from .sections import Recipe
-from .yaml_text import MOST_CHARACTERS, read_yaml
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
@@ -201,6 +201,8 @@ def _explain(loc: tuple[int | str, ...], error: Any) -> tuple[str, str]:
 def _keys_at(loc: tuple[int | str, ...]) -> list[str]:
     model: Any = Recipe
     for part in loc:
+        if isinstance(part, int):  # an entry of a list: the model is that of the list
+            continue
         annotation = model.model_fields[part].annotation if part in model.model_fields else None
         options = [
             getattr(a, "__origin__", a) for a in (annotation, *getattr(annotation, "__args__", ()))

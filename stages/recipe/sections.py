@@ -13,6 +13,7 @@ from ...storage.tables.kinds import STRUCTURES, Structure
 from .divergences import DivergenceSettings
 from .engines import EngineName, refused_arguments
 from .evaluate import Evaluate
+from .features import FeatureLoss, FeatureRequest
 from .fields import NO_TEMPLATE_ARGUMENTS, Kernel, Options, Schedule, Scheduled, Section, Tail
 from .formats import FORMATS, Format, FormatName
 from .kinds import KINDS, TargetKind, Targets
@@ -252,6 +253,8 @@ class Score(Section):
     kernel: Kernel | None = None
     """Who makes the sums over the vocabulary; null: Triton on an NVIDIA GPU, else torch. Same
     numbers."""
+    features: list[FeatureRequest] = Field([])
+    """What is stored of the teacher besides, taken in the same pass; of rows to train on."""
 
     @property
     def kind(self) -> TargetKind:
@@ -279,6 +282,12 @@ class Loss(DivergenceSettings):
     hard_weight: Scheduled = 0.1
     """Weight of the cross-entropy, used as given; without `score` the loss is cross-entropy
     alone."""
+    features: list[FeatureLoss] = Field([])
+    """What the student matches of the features that `score` stores."""
+
+    def unhashed(self) -> set[str]:
+        """Fields that a student's hash leaves out."""
+        return super().unhashed() | (set() if self.features else {"features"})
 
     @field_validator("temperature")
     @classmethod

@@ -5,19 +5,19 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from ...storage.keys import row_seed
-from ...storage.tables.soft_targets import SoftTargets
 from ..ledger.requests import TargetRequest
 from ..models.attention.future import check_causal
 from ..models.attention.longest import Company
 from ..models.causal_lm import load_causal_lm
 from ..models.head import check_head, hidden_states, split_head
 from ..models.identity import Identity
+from ..recipe.features import captured
 from ..targets.alignment import predicting_positions, scored_tokens
 from ..targets.draws import Span
 from ..targets.entries_and_tail import Reducer, moved
+from ..targets.features.capture import capturing, check_capture
 from ..workers.job import Job
-from .scorer import Batch, row_key
+from .scorer import Batch, Read, asked_of, target_seed
 
 
 class Teacher:
@@ -27,11 +27,12 @@ class Teacher:
         model = load_causal_lm(identity, device_map=job.recipe.teacher.device_map)
         check_causal(model)
         check_head(model)
+        check_capture(model, captured(job.score.features))
         self.device, self.company = model.device, Company(model)
         self._job, self._model = job, model
         self._reducer = Reducer(split_head(model), kernel=job.score.kernel)
 
-    def begin(self, batch: Batch) -> Callable[[], list[SoftTargets]]:
+    def begin(self, batch: Batch) -> Callable[[], list[Read]]:
         """Only scored positions go through the head, those of all rows together."""
         width = max(len(request.token_ids) for request in batch)
         ids, mask = np.zeros((2, len(batch), width), np.int64)
@@ -46,18 +47,18 @@ class Teacher:
         spans = [self._span(request) for request in batch]
         with self._job.clock.span("model"):
             inputs = {"input_ids": self._moved(ids), "attention_mask": self._moved(mask)}
-            hidden = hidden_states(self._model, **inputs).flatten(0, 1)
+            with capturing(self._model, asked_of(batch)) as taken:
+                hidden = hidden_states(self._model, **inputs).flatten(0, 1)
             predicting = hidden[moved(torch.from_numpy(np.concatenate(places)), hidden.device)]
             next_ids = torch.from_numpy(np.concatenate(following, dtype=np.int64))
-            return self._reducer.launch(
+            launched = self._reducer.launch(
                 predicting, moved(next_ids, hidden.device), kept=batch[0].kept, spans=spans
-            ).rows
+            )
+        lengths = [len(request.token_ids) for request in batch]
+        return lambda: list(map(Read, launched.rows(), taken.rows(lengths)))
 
     def _moved(self, array: np.ndarray) -> torch.Tensor:
         return moved(torch.from_numpy(array), self.device)
 
     def _span(self, request: TargetRequest) -> Span:
-        """Its draws, where there are some, have the seed of the row that it becomes."""
-        drawn = request.kept.structure.drawn
-        seed = row_seed(row_key(self._job, request)) if drawn else 0
-        return Span(request.span_tokens, seed)
+        return Span(request.span_tokens, target_seed(self._job, request))

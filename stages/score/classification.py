@@ -9,8 +9,10 @@ from torch import Tensor
 from ...storage.tables.soft_targets import SoftTargets
 from ..models.classification import Inputs, class_company, class_logits, load_teacher
 from ..models.identity import Identity
+from ..recipe.features import captured
+from ..targets.features.capture import capturing, check_capture
 from ..workers.job import Job
-from .scorer import Batch
+from .scorer import Batch, Read, asked_of
 
 
 def class_targets(logits: Tensor, labels: Sequence[int | None]) -> list[SoftTargets]:
@@ -49,16 +51,19 @@ class Teacher:
 
     def __init__(self, job: Job, identity: Identity) -> None:
         model = load_teacher(identity, device_map=job.recipe.teacher.device_map)
+        check_capture(model, captured(job.score.features))
         self.device = model.device
         self._job, self._model = job, model
         self._inputs = Inputs.of(model, identity.folder)
         self.company = class_company(model, self._inputs)
 
-    def begin(self, batch: Batch) -> Callable[[], list[SoftTargets]]:
+    def begin(self, batch: Batch) -> Callable[[], list[Read]]:
         """All texts in one pass."""
         inputs = self._inputs.tensors([request.token_ids for request in batch])
         labels = [request.label for request in batch]
         with self._job.clock.span("model"):
             there = {name: tensor.to(self.device) for name, tensor in inputs.items()}
-            logits = class_logits(self._model, there)
-        return lambda: class_targets(logits, labels)
+            with capturing(self._model, asked_of(batch)) as taken:
+                logits = class_logits(self._model, there)
+        lengths = [len(request.token_ids) for request in batch]
+        return lambda: list(map(Read, class_targets(logits, labels), taken.rows(lengths)))

@@ -1,26 +1,30 @@
 """The teacher, and how a batch of requests becomes rows of soft targets."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
 from ...storage.errors import RowError
-from ...storage.keys import content_key
-from ...storage.tables.row_builders import target_row
-from ..ledger.requests import TargetRequest
+from ...storage.keys import content_key, row_seed
+from ...storage.tables.row_builders import feature_row, target_row
+from ...storage.tables.schema import TableName
+from ..ledger.features import feature_key, feature_row_key
+from ..ledger.requests import TargetRequest, target_key
 from ..models.identity import Identity
 from ..models.reads import too_long
+from ..recipe.features import Feature
 from ..recipe.tasks import module_of
 from ..workers.job import Job
-from ..workers.share import DoneByOthers, Share
+from ..workers.share import DoneByOthers, MadeRows, RowKeys, Share
 
 if TYPE_CHECKING:
     import torch
 
     from ...storage.tables.soft_targets import SoftTargets
     from ..models.attention.longest import Company
+    from ..targets.features.capture import Found
 
 Batch = list[TargetRequest]
 
@@ -30,13 +34,22 @@ GPU_BATCH_TOKENS = 8192
 
 
 @dataclass(frozen=True, slots=True)
+class Read:
+    """What a teacher says of one row."""
+
+    targets: "SoftTargets"
+    features: "Found"
+    """Those that some row of its pass asks for."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Flight:
     """A pass that has begun."""
 
     batch: Batch
     attempt: int
-    targets: Callable[[], list["SoftTargets"]]
-    """The targets of each row; waits for the device."""
+    read: Callable[[], list[Read]]
+    """What is said of each row; waits for the device."""
 
 
 class Teacher(Protocol):
@@ -46,11 +59,11 @@ class Teacher(Protocol):
     company: "Company"
     """Which rows may share a pass."""
 
-    def begin(self, batch: Batch) -> "Callable[[], list[SoftTargets]]":
+    def begin(self, batch: Batch) -> Callable[[], list[Read]]:
         """Begin a forward pass over a batch.
 
         Returns:
-            Waits for the device and gives the targets of each row.
+            Waits for the device and gives targets and features of each row.
         """
 
 
@@ -116,17 +129,17 @@ class Scorer:
             self._halve(flight.batch, done, attempt=flight.attempt)
             return
         self._share.done(flight.batch)
-        for row in done:
-            self._share.add(row, tokens=row["span_tokens"])
+        for request, rows in zip(flight.batch, done, strict=True):
+            self._share.add(rows, tokens=request.span_tokens)
 
     def _begin(self, batch: Batch, *, attempt: int) -> None:
         """Begin a pass, and collect the one before: on a GPU while this one runs."""
-        targets = self._tried(batch, lambda: self._teacher.begin(batch))
+        read = self._tried(batch, lambda: self._teacher.begin(batch))
         self.collect()
-        if isinstance(targets, RowError):
-            self._halve(batch, targets, attempt=attempt)
+        if isinstance(read, RowError):
+            self._halve(batch, read, attempt=attempt)
             return
-        self._flight = _Flight(batch, attempt, targets)
+        self._flight = _Flight(batch, attempt, read)
         if not self._on_gpu:
             self.collect()
 
@@ -165,20 +178,25 @@ class Scorer:
             self._begin(part, attempt=attempt + 1)
             self.collect()
 
-    def _rows(self, flight: _Flight) -> list[dict[str, Any]]:
+    def _rows(self, flight: _Flight) -> list[MadeRows]:
         with self._job.clock.span("model"):
-            found = flight.targets()
-        done = []
-        for request, targets in zip(flight.batch, found, strict=True):
-            if np.isnan(targets.entropy).any():
+            found = flight.read()
+        done: list[MadeRows] = []
+        for request, read in zip(flight.batch, found, strict=True):
+            if np.isnan(read.targets.entropy).any():
                 raise FloatingPointError("the teacher's numbers are NaN")
-            done.append(self._row(request, targets))
+            made: dict[TableName, list[dict[str, Any]]] = {}
+            if request.targets:
+                made["soft_targets"] = [self._target_row(request, read.targets)]
+            if request.features:
+                made["features"] = list(self._feature_rows(request, read.features))
+            done.append(made)
         return done
 
-    def _row(self, request: TargetRequest, targets: "SoftTargets") -> dict[str, Any]:
+    def _target_row(self, request: TargetRequest, targets: "SoftTargets") -> dict[str, Any]:
         return target_row(
-            key=row_key(self._job, request),
-            reuse_key=request.reuse_key,
+            key=_target_row_key(self._job, request),
+            reuse_key=target_key(self._teacher_id, request.tokens_key),
             tokens_key=request.tokens_key,
             generation_key=request.generation_key,
             prompt_key=request.prompt_key,
@@ -191,10 +209,43 @@ class Scorer:
             label=request.label,
         )
 
+    def _feature_rows(self, request: TargetRequest, found: "Found") -> Iterator[dict[str, Any]]:
+        for feature in request.features:
+            yield feature_row(
+                key=feature_row_key(self._teacher_id, request.text_key, feature),
+                reuse_key=feature_key(self._teacher_id, request.text_key, feature),
+                text_key=request.text_key,
+                teacher_id=self._teacher_id,
+                kind=feature.kind,
+                layer=feature.layer,
+                states=found[feature.kind, feature.layer],
+                dtype=feature.dtype,
+            )
 
-def row_key(job: Job, request: TargetRequest) -> bytes:
-    """The name of the row that a request becomes."""
+
+def asked_of(batch: Batch) -> set[Feature]:
+    """What some row of a batch is to have captured."""
+    return {feature for request in batch for feature in request.features}
+
+
+def row_keys(job: Job, request: TargetRequest) -> RowKeys:
+    """The names of the rows that a request becomes."""
+    keys: dict[TableName, list[bytes]] = {"soft_targets": [], "features": []}
+    if request.targets:
+        keys["soft_targets"].append(_target_row_key(job, request))
+    for feature in request.features:
+        keys["features"].append(feature_row_key(job.teacher_id, request.text_key, feature))
+    return {table: found for table, found in keys.items() if found}
+
+
+def target_seed(job: Job, request: TargetRequest) -> int:
+    """Of the draws of a request, where its kind has some: that of the row that it becomes."""
+    return row_seed(_target_row_key(job, request)) if request.kept.structure.drawn else 0
+
+
+def _target_row_key(job: Job, request: TargetRequest) -> bytes:
     bits = job.recipe.storage.mantissa_bits
+    reuse_key = target_key(job.teacher_id, request.tokens_key)
     return content_key(
-        "soft_targets_row", reuse_key=request.reuse_key, mantissa_bits=bits, **request.kept.named()
+        "soft_targets_row", reuse_key=reuse_key, mantissa_bits=bits, **request.kept.named()
     )

@@ -1,5 +1,8 @@
 """Stage `score`: one forward pass of the teacher over prompt + completion; soft targets at every completion position.
 
+The same pass shows the features that the recipe names. Targets and features of a text are rows of two
+tables, which are committed each for itself: after a stop, what is missing is made.
+
 Rows of like length share a forward pass on a GPU. On a CPU, where that gains nothing, each row is
 alone: its bits then do not depend on the rows beside it, and a run that was killed writes what one
 that was not would have written.
@@ -10,21 +13,24 @@ and added, and the writer makes its shards in a thread of its own.
 
 import random
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 from ...storage.joined import open_store
 from ...storage.store.store import Store
 from ..ledger.books import Books, Ledger, Pending
+from ..ledger.features import capture_id
 from ..ledger.generations import generation_ledger
 from ..ledger.requests import TargetRequest, sampling_settings
 from ..ledger.targets import choose_generations, pending_targets, target_ledger
 from ..models.identity import Identity
+from ..recipe.features import captured
 from ..targets.spec import Kept, wanted
 from ..workers.claims import Claims
 from ..workers.job import Job, StageResult
 from ..workers.shard_about import about
 from ..workers.share import Share, StageWork, open_share
-from .scorer import Batch, Scorer, row_key
+from .scorer import Batch, Scorer, row_keys
 
 BATCH_BYTES = 256 * 2**20  # of the entries of a batch
 
@@ -48,8 +54,9 @@ def run(job: Job, teacher: Identity) -> StageResult:
             pending=pending,
             claims=_claims(job, teacher, store),
             limit_tokens=teacher.context_tokens,
-            row_key=row_key,
+            row_keys=row_keys,
             names=_reject_names,
+            beside={"features": _about_features(job, teacher)} if score.features else {},
         )
     with open_share(job, store, work) as share:
         job.progress.say(f"loading {teacher.folder}")
@@ -92,6 +99,12 @@ def _about(job: Job, teacher: Identity, kept: Kept) -> dict[str, Any]:
     )
 
 
+def _about_features(job: Job, teacher: Identity) -> dict[str, Any]:
+    asked = [asdict(feature) for feature in captured(job.score.features)]
+    ids = {"teacher_id": teacher.id, "tokenizer_id": teacher.tokenizer_id}
+    return about("score", job.recipe, {"features": asked}, **ids)
+
+
 def _asked(job: Job, teacher: Identity, store: Store) -> tuple[Ledger, Pending[TargetRequest]]:
     with Books(store, job.recipe, data_id=job.data_id) as books:
         if job.recipe.generate is not None:
@@ -113,7 +126,8 @@ def _claims(job: Job, teacher: Identity, store: Store) -> Claims:
         text["sampling"] = sampling_settings(recipe.generate, recipe.data)
         text |= {"samples": recipe.generate.samples, "max_tokens": recipe.generate.max_tokens}
     chosen = {"where": recipe.select.where, "held_out": recipe.evaluate.tokens}
-    targets = job.score.model_dump(mode="json", exclude={"engine", "batch_tokens", "kernel"})
+    unsaid = {"engine", "batch_tokens", "kernel", *([] if job.score.features else ["features"])}
+    targets = job.score.model_dump(mode="json", exclude=unsaid)
     bits = recipe.storage.mantissa_bits
     return Claims(
         store.files,
@@ -143,4 +157,7 @@ def batches(requests: list[TargetRequest], batch_tokens: int) -> Iterator[Batch]
 
 
 def _reject_names(job: Job, request: TargetRequest) -> dict[str, Any]:
-    return {"context_id": job.teacher_id, "tokens_key": request.tokens_key}
+    """Where features were asked for, the targets may still be had without them."""
+    asked = captured(job.score.features)
+    context = capture_id(job.teacher_id, asked) if request.features else job.teacher_id
+    return {"context_id": context, "tokens_key": request.tokens_key}

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from ...storage.errors import IntegrityError, Stopped, UsageError
@@ -21,6 +21,7 @@ from ..recipe.fields import Split, extremes
 from ..recipe.run_folder import ADAPTER, STUDENT, TRAINED
 from ..recipe.sections import Loss
 from ..workers.job import Job
+from .features import find_features, make_matching
 from .scalars import Board, loss_scalars, open_wandb, step_scalars
 from .speed import Meter, Speed
 
@@ -89,14 +90,13 @@ class Run:
         with job.clock.span("disk"):
             store = open_store(job.recipe.storage.dir, job.recipe.storage.sources)
             self._teacher_dir = store.teacher_dir(job.teacher_id)
+            self._snapshots = self._asked(store)
+            features = [load_snapshot(store, job.features_id)] if loss.features else []
+            asked = [*self._snapshots.values(), *features]
+            self._held = check_rows(store, asked, job, lenient=self._train.audit == "warn")
             self._samples, self._validation = self._open(store, "train"), None
-            if self._train.evaluate_every_tokens is not None and "validation" in job.snapshots:
+            if "validation" in self._snapshots:
                 self._validation = self._open(store, "validation")
-            lenient = self._train.audit == "warn"
-            # What the student is judged on too: later the training would be paid for.
-            test = job.snapshots.get("test")
-            judged = [] if test is None else [load_snapshot(store, test)]
-            self._held = check_rows(store, [*self._read, *judged], job, lenient=lenient)
             self._lengths = self._samples.lengths()
         epochs = self._train.epochs
         self._stop_samples = None if epochs is None else max(1, round(epochs * len(self._samples)))
@@ -108,9 +108,19 @@ class Run:
         with job.clock.span("disk"):
             self._audit(store)
 
+    def _asked(self, store: Store) -> dict[Split, Snapshot]:
+        """What is learnt from, validated on and judged on: of the last, later the training would be paid for."""
+        return {
+            split: load_snapshot(store, name)
+            for split, name in self._job.snapshots.items()
+            if split != "validation" or self._train.evaluate_every_tokens is not None
+        }
+
     def _open(self, store: Store, split: Split) -> Samples:
-        snapshot = load_snapshot(store, self._job.snapshots[split])
-        return Samples(store, snapshot, soft=self._soft, seed=self._job.recipe.run.seed)
+        snapshot = self._snapshots[split]
+        features = find_features(self._job, self._loss, store, snapshot, files=self._files)
+        seed = self._job.recipe.run.seed
+        return Samples(store, snapshot, soft=self._soft, seed=seed, features=features)
 
     @property
     def _read(self) -> list[Snapshot]:
@@ -139,6 +149,8 @@ class Run:
         self._left_out = left_out(model.config.get_text_config())
         for note in self._left_out:
             self._job.progress.say(note)
+        source = self._samples.features
+        matching = make_matching(model, self._job, self._loss, source, device=device)
         passes = training_passes(
             model,
             self._job,
@@ -146,6 +158,7 @@ class Run:
             lengths=self._extremes(),
             dtype=dtype,
         )
+        passes = replace(passes, matching=matching)
         if self._train.gradient_checkpointing:
             model.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
@@ -290,7 +303,7 @@ class Run:
         this = meter.add(step, positions=result.positions, seconds=seconds, waited=waited)
         if not record.history or before < after:
             rates = {"learning_rate": result.learning_rate, "grad_norm": result.grad_norm}
-            losses = {"tokens": step.after.tokens} | asdict(result.losses)
+            losses = {"tokens": step.after.tokens} | result.losses.parts()
             record.history.append(losses | rates | result.scheduled)
             meter.point(step.after.tokens)
         with self._job.clock.span("disk"):
@@ -317,7 +330,7 @@ class Run:
                 passes, between_passes=self._job.stop.check, clock=self._job.clock
             )
         self._say_if_smaller(size)
-        point = {"step": record.cursor.step, "tokens": tokens, **asdict(losses)}
+        point = {"step": record.cursor.step, "tokens": tokens, **losses.parts()}
         record.validation.append(point)
         board.write(tokens, loss_scalars("validation", losses))
         self._job.progress.say(f"validation after {tokens} tokens: loss {losses.loss:.4f}")

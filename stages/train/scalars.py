@@ -49,8 +49,8 @@ def step_scalars(result: "StepResult") -> dict[str, float]:
 
 
 def loss_scalars(prefix: str, losses: "Losses") -> dict[str, float]:
-    """Losses that were computed, as `<prefix>/total`, `soft`, `hard`."""
-    values = {"total": losses.loss, "soft": losses.soft, "hard": losses.hard}
+    """Losses that were computed, as `<prefix>/total`, `soft`, `hard`, and one for each pair of layers."""
+    values = {"total": losses.loss, "soft": losses.soft, "hard": losses.hard, **losses.features}
     return {f"{prefix}/{name}": value for name, value in values.items() if value is not None}
 
 

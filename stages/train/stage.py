@@ -35,5 +35,6 @@ def run(job: Job) -> StageResult:
 def arm_loss(recipe: Recipe, arm: Arm) -> Loss:
     """The recipe's loss; for the baseline, and where nothing was scored, cross-entropy alone."""
     if arm == "baseline" or recipe.score is None:
-        return recipe.loss.model_copy(update={"soft_weight": 0.0, "hard_weight": 1.0})
+        alone = {"soft_weight": 0.0, "hard_weight": 1.0, "features": []}
+        return recipe.loss.model_copy(update=alone)
     return recipe.loss

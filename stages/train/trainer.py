@@ -7,7 +7,7 @@ compute in bfloat16 (autocast) where asked.
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -35,11 +35,18 @@ class Losses:
 
     loss: float
     """soft_weight * divergence + hard_weight * cross-entropy, over all: without a label the second is
-    0."""
+    0. And what of the features is matched, weighted."""
     soft: float | None
     """Divergence from the teacher; None where it was not computed."""
     hard: float | None
     """Cross-entropy, over the texts that have a label; None where none has."""
+    features: dict[str, float] = field(default_factory=dict)
+    """Of each pair of layers that is matched, not weighted, per position that is compared."""
+
+    def parts(self) -> dict[str, Any]:
+        """By name; the features where there are some."""
+        found: dict[str, Any] = {"loss": self.loss, "soft": self.soft, "hard": self.hard}
+        return found | ({"features": self.features} if self.features else {})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +77,10 @@ class Trainer:
     ) -> None:
         """`model` is on its device already, in float32; `dtype` is what the passes compute in."""
         self.model = model
-        self.optimizer = make_optimizer(model, train)
+        self._maps = packing.matching
+        # The maps train as the student does; what the student was without them, it is with them.
+        self._trained = model if self._maps is None else nn.ModuleList([model, self._maps])
+        self.optimizer = make_optimizer(self._trained, train)
         self._device = next(model.parameters()).device
         self._packing, self._loss, self._train, self._dtype = packing, loss, train, dtype
 
@@ -120,7 +130,7 @@ class Trainer:
                 yield batch
 
         losses = self._gradients(step, aim_at(self._loss, done), passes_now)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
+        trained = [p for p in self._trained.parameters() if p.requires_grad]
         norm = float(nn.utils.clip_grad_norm_(trained, self._train.clip_norm))
         if not (math.isfinite(losses.loss) and math.isfinite(norm)):
             self.optimizer.zero_grad()
@@ -165,7 +175,7 @@ class Trainer:
         """
         self.model.eval()
         aim = aim_at(self._loss, 1.0)
-        sums, scored = torch.zeros(3, dtype=torch.float64, device=self._device), 0
+        sums, scored, compared = self._zeros(), 0, 0
         with torch.no_grad():
             with Prefetch(steps, partial(self.passes, done=1.0), clock=clock) as feed:
 
@@ -176,8 +186,9 @@ class Trainer:
 
                 for step in feed:
                     scored += step.scored_tokens
+                    compared += self._packing.compared(step.samples)
                     sums += self._summed(step, aim, passes_now)
-        return _means(sums, scored, aim)
+        return self._means(sums, scored, compared, aim=aim)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The parameters that train."""
@@ -191,19 +202,44 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Tensors to go on from."""
-        return {"weights": self.weights(), "optimizer": self.optimizer.state_dict()}
+        state = {"weights": self.weights(), "optimizer": self.optimizer.state_dict()}
+        return state if self._maps is None else state | {"maps": self._maps.state_dict()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from what `state` returned."""
         self.load_weights(state["weights"])
+        if self._maps is not None:
+            self._maps.load_state_dict(state["maps"])
         self.optimizer.load_state_dict(state["optimizer"])
 
     def _gradients(self, step: Step, aim: Aim, passes: Callable[[], Iterable[Any]]) -> Losses:
         """Accumulate the step's gradients."""
         scored = max(step.scored_tokens, 1)
-        soft_weight, hard_weight = aim.soft_weight / scored, aim.hard_weight / scored
-        shared = replace(aim, soft_weight=soft_weight, hard_weight=hard_weight)
-        return _means(self._summed(step, shared, passes), step.scored_tokens, aim)
+        compared = self._packing.compared(step.samples)
+        shared = replace(
+            aim,
+            soft_weight=aim.soft_weight / scored,
+            hard_weight=aim.hard_weight / scored,
+            features=tuple(weight / max(compared, 1) for weight in aim.features),
+        )
+        sums = self._summed(step, shared, passes)
+        return self._means(sums, step.scored_tokens, compared, aim=aim)
+
+    def _zeros(self) -> torch.Tensor:
+        """[3 + P] float64, as `_sums` has them."""
+        pairs = 0 if self._maps is None else len(self._maps.pairs)
+        return torch.zeros(3 + pairs, dtype=torch.float64, device=self._device)
+
+    def _means(self, sums: torch.Tensor, scored: int, compared: int, *, aim: Aim) -> Losses:
+        found = _means(sums[:3], scored, aim)
+        if self._maps is None:
+            return found
+        means = (sums[3:] / max(compared, 1)).tolist()
+        weighted = zip(self._maps.weights(aim.features), means, strict=True)
+        # One that weighs nothing is left out, as above.
+        total = sum((weight * mean for weight, mean in weighted if weight), found.loss)
+        named = dict(zip(self._maps.names, means, strict=True))
+        return replace(found, loss=total, features=named)
 
     def _summed(self, step: Step, aim: Aim, passes: Callable[[], Iterable[Any]]) -> torch.Tensor:
         """`_sums` of a step, gradients accumulated where they are recorded.
@@ -215,7 +251,7 @@ class Trainer:
             # one would.
             torch.manual_seed(step.after.step)
             try:
-                sums = torch.zeros(3, dtype=torch.float64, device=self._device)
+                sums = self._zeros()
                 for batch in passes():
                     found = self._pass(batch, aim)
                     if torch.is_grad_enabled():
@@ -256,7 +292,8 @@ def _means(sums: torch.Tensor, scored: int, aim: Aim) -> Losses:
 
 
 def _sums(found: Distilled) -> torch.Tensor:
-    """[3] float64 sums of soft and hard, and how many have a hard one."""
+    """[3 + P] float64 sums of soft and hard, how many have a hard one, and of each pair of features."""
     hard = found.hard.double().sum()
     soft = torch.zeros_like(hard) if found.soft is None else found.soft.double().sum()
-    return torch.stack([soft, hard, torch.full_like(hard, len(found.hard))])
+    sums = torch.stack([soft, hard, torch.full_like(hard, len(found.hard))])
+    return sums if found.features is None else torch.cat([sums, found.features.double()])

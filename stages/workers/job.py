@@ -82,6 +82,8 @@ class Job:
     still holds."""
     snapshots: dict[Split, str] = field(default_factory=dict)
     """Split -> snapshot id; for train and evaluate."""
+    features_id: str = ""
+    """Snapshot of the features that the loss needs, where it needs some; for train."""
     journal: Path | None = None
     """Where generate and score note the rows in flight (`journal.py`); a name of their own if
     None."""

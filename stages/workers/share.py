@@ -4,14 +4,15 @@ What others committed meanwhile is left out, before a request is started and whi
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from ...storage.errors import RowError, StillroomError
 from ...storage.store.store import Store
+from ...storage.tables.schema import TableName
 from ..ledger.books import Ledger, Pending
 from ..ledger.requests import reject_key
 from ..recipe.stages import stage_named
@@ -43,6 +44,10 @@ class Asked(Protocol):
 R = TypeVar("R", bound=Asked)
 
 
+RowKeys = Mapping[TableName, Sequence[bytes]]
+MadeRows = Mapping[TableName, Sequence[dict[str, Any]]]
+
+
 class DoneByOthers(StillroomError):
     """Others have committed all that this worker has in flight."""
 
@@ -59,28 +64,38 @@ class StageWork(Generic[R]):
     claims: Claims
     limit_tokens: int
     """What the model reads at once; a part of a reject's name."""
-    row_key: Callable[[Job, R], bytes]
-    """Key of the row that would serve a request."""
+    row_keys: Callable[[Job, R], RowKeys]
+    """Keys of the rows that are made for a request."""
     names: Callable[[Job, R], dict[str, Any]]
     """What a rejects row calls the request, besides its prompt."""
+    beside: Mapping[TableName, dict[str, Any]] = field(default_factory=dict)
+    """Other tables that it fills, and what their shards say of their rows."""
 
 
 @contextmanager
 def open_share(job: Job, store: Store, work: StageWork[R]) -> Iterator["Share[R]"]:
-    """A worker's share of a stage's work, with the journal and the two tables that it writes."""
+    """A worker's share of a stage's work, with the journal and the tables that it writes."""
     run_dir, stage = Path(job.recipe.run.dir), work.stage
     table = stage_named(stage).table
     assert table is not None
+    described = {table: work.about, **work.beside, "rejects": work.about}
     limits = commit_limits(job.recipe)
     with job.clock.span("start"):
         suspects = find_suspects(run_dir, stage)
-    with (
-        Journal(job.journal or new_journal(run_dir, stage)) as journal,
-        store.writer(table, about=work.about, limits=limits) as rows,
-        store.writer("rejects", about=work.about, limits=limits) as rejects,
-    ):
+    with ExitStack() as open_ones:
+        journal = open_ones.enter_context(Journal(job.journal or new_journal(run_dir, stage)))
+        tables = {
+            name: open_ones.enter_context(store.writer(name, about=about, limits=limits))
+            for name, about in described.items()
+        }
         yield Share(
-            job=job, work=work, rows=rows, rejects=rejects, journal=journal, suspects=suspects
+            job=job,
+            work=work,
+            tables=tables,
+            rows=tables[table],
+            rejects=tables["rejects"],
+            journal=journal,
+            suspects=suspects,
         )
 
 
@@ -90,7 +105,10 @@ class Share(Generic[R]):
 
     job: Job
     work: StageWork[R]
+    tables: dict[TableName, "ShardWriter"]
+    """All that it writes, `rows` and `rejects` among them."""
     rows: "ShardWriter"
+    """The stage's own table."""
     rejects: "ShardWriter"
     journal: Journal
     suspects: Suspects
@@ -149,10 +167,12 @@ class Share(Generic[R]):
         self.job.progress.advance(len(self._in_flight))
         self.done(list(self._in_flight.values()))
 
-    def add(self, row: dict[str, Any], *, tokens: int) -> None:
-        """A row is made."""
+    def add(self, made: MadeRows, *, tokens: int) -> None:
+        """The rows of a request are made."""
         with self.job.clock.span("disk"):
-            self.rows.add(row)
+            for table, rows in made.items():
+                for row in rows:
+                    self.tables[table].add(row)
         self._failed.engine_works()
         self.job.progress.advance(tokens=tokens)
 
@@ -178,8 +198,8 @@ class Share(Generic[R]):
             DoneByOthers: go on without what is in flight.
         """
         with self.job.clock.span("disk"):
-            self.rows.tick()
-            self.rejects.tick()
+            for writer in self.tables.values():
+                writer.tick()
         self._tell()
         self.job.stop.check()
         if time.monotonic() < self._next_look:
@@ -196,14 +216,20 @@ class Share(Generic[R]):
         """
         self._failed.check()
         with self.job.clock.span("disk"):
-            self.rows.flush()
-            self.rejects.flush()
+            for writer in self.tables.values():
+                writer.flush()
         self._tell()
         self.suspects.forget()
 
     def result(self) -> StageResult:
         """What this worker committed."""
-        return StageResult(rows=self.rows.rows, tokens=self.rows.tokens, rejected=self.rejects.rows)
+        beside = {table: self.tables[table].rows for table in self.work.beside}
+        return StageResult(
+            rows=self.rows.rows,
+            tokens=self.rows.tokens,
+            rejected=self.rejects.rows,
+            details={"rows_beside": beside} if beside else {},
+        )
 
     def _reject(self, request: R, error: RowError, *, attempts: int) -> dict[str, Any]:
         limit = self.work.limit_tokens
@@ -219,13 +245,14 @@ class Share(Generic[R]):
         return row | self.work.names(self.job, request)
 
     def _tell(self) -> None:
-        self.job.progress.wrote(rejects=self._refused, size=self.rows.bytes + self.rejects.bytes)
+        size = sum(writer.bytes for writer in self.tables.values())
+        self.job.progress.wrote(rejects=self._refused, size=size)
 
     def _look(self, commit: bool) -> None:
         """See what others committed; with `commit`, let them see what this worker has done."""
         began = time.monotonic()
         with self.job.clock.span("disk"):
-            for writer in (self.rows, self.rejects):
+            for writer in self.tables.values():
                 if commit:
                     writer.flush()
                 writer.refresh()
@@ -233,9 +260,11 @@ class Share(Generic[R]):
         self._next_look = now + max(LOOK_SECONDS, LOOK_SHARE * (now - began))
 
     def _gone(self, request: R) -> bool:
-        done = self.work.row_key(self.job, request)
         refused = reject_key(request.reuse_key, self.work.limit_tokens)
-        return self.rows.committed(done) or self.rejects.committed(refused)
+        if self.rejects.committed(refused):
+            return True
+        wanted = self.work.row_keys(self.job, request)
+        return all(self.tables[table].committed(key) for table in wanted for key in wanted[table])
 
     def _left(self, block: int) -> list[R]:
         left = []

@@ -24,7 +24,7 @@ from ..tables.rows import Rows
 from ..tables.schema import SCHEMAS, TableName
 from ..tables.shard import REPAIR, ShardFile, StoredFile
 from ..tables.soft_targets import EXACT_BITS, LISTS
-from .row_faults import FATAL, Fault, faults
+from .row_faults import FATAL, Fault, faults, repeated_feature
 
 VERSION = 1
 """Of what rows are asked. Where it grows, all of them are asked again."""
@@ -36,6 +36,10 @@ _COLUMNS: dict[TableName, tuple[str, ...]] = {
         "labels",
     ),
     "generations": ("key", "token_ids", "prompt_tokens", "completion_tokens", "spans"),
+    "features": (
+        *("key", "text_key", "teacher_id", "kind", "layer", "positions", "vectors", "width"),
+        *("dtype", "values", "scale", "rounding_error"),
+    ),
 }
 _WHOLE = "."
 """Ends a line of the memory that was not torn."""
@@ -139,8 +143,9 @@ def check_file(
     check_about(table, opened.about, where=where)
     found, said = Held(opened.rows, -1), None
     for group, rows in _groups(opened, table):
-        highest = int(np.max(rows.flat("token_ids")[1], initial=-1))
-        found = Held(found.rows, max(found.highest, highest))
+        if "token_ids" in _COLUMNS[table]:
+            highest = int(np.max(rows.flat("token_ids")[1], initial=-1))
+            found = Held(found.rows, max(found.highest, highest))
         bad = faults(table, rows, opened.about)
         for index, column, message in _worst_first(bad) if lenient else bad:
             row = int(opened.starts[group]) + index
@@ -151,7 +156,10 @@ def check_file(
             )
             if not lenient or column in FATAL:
                 raise IntegrityError(f"{said} {HELP}")
-    if repeated := _repeated_key(opened):
+    repeated = _repeated_key(opened)
+    if table == "features":
+        repeated = repeated or repeated_feature(opened)
+    if repeated:
         raise IntegrityError(f"{where}: {repeated}. {HELP}")
     if said is None:
         memory.keep(name, f"{found.rows} {found.highest}")
@@ -160,10 +168,12 @@ def check_file(
 
 def check_about(table: TableName, about: Mapping[str, Any], *, where: str) -> None:
     """Refuse a shard's description of itself that no bound could be taken from."""
-    if table != "soft_targets":
+    if table not in ("soft_targets", "features"):
         return
-    with understood(where, "description of soft targets"):
+    with understood(where, f"description of {table}"):
         string(about["teacher_id"])
+        if table == "features":
+            return
         integer(about["vocab_size"], least=1, most=2**31 - 1)
         integer(about["mantissa_bits"], least=1, most=EXACT_BITS)
         if about.get("head") == "classes" and not all(map(string, about["class_names"])):

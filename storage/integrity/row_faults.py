@@ -11,9 +11,11 @@ import numpy as np
 
 from ..errors import IntegrityError
 from ..tables.doubts import Doubt, doubts
+from ..tables.features import doubtful_features
 from ..tables.invariants import check_shape, runs
 from ..tables.rows import Rows
 from ..tables.schema import TableName
+from ..tables.shard import ShardFile
 
 Fault = tuple[int, str | None, str]
 """A row's number in its row group, a column where it is known, and what is wrong."""
@@ -56,6 +58,10 @@ def _faults(table: TableName, rows: Rows, about: Mapping[str, Any]) -> Iterator[
         for row in np.flatnonzero(suspect).tolist():
             for column, message in row_faults(table, rows[row], about):
                 yield row, column, message
+    elif table == "features":
+        for row in range(len(rows)):
+            for column, message in row_faults(table, rows[row], about):
+                yield row, column, message
 
 
 def row_faults(
@@ -68,10 +74,26 @@ def row_faults(
             yield from doubts(row, about)
         elif table == "generations" and np.min(row["token_ids"], initial=0) < 0:
             yield "token_ids", "a token id is below 0"
+        elif table == "features":
+            yield from doubtful_features(row)
     except IntegrityError as error:
         yield None, str(error)
     except _UNREADABLE as error:
         yield None, f"it cannot be read as a row ({type(error).__name__}: {error})"
+
+
+def repeated_feature(file: ShardFile) -> str | None:
+    """Of all row groups of `features`: the first row that has the name of one before it, whatever their keys say."""
+    names = ["text_key", "kind", "layer", "dtype"]
+    columns = file.read_all(names).to_pydict()
+    first: dict[tuple[Any, ...], int] = {}
+    for row, name in enumerate(zip(*(columns[one] for one in names), strict=True)):
+        if first.setdefault(name, row) != row:
+            return (
+                f"row {row}: row {first[name]} has {name[1]} of layer {name[2]} of the same text "
+                f"({name[0].hex()}) in {name[3]}"
+            )
+    return None
 
 
 def _first_doubt(

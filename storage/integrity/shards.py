@@ -17,7 +17,7 @@ from ..store.writer import TOKENS_COLUMN
 from ..tables.rows import Rows
 from ..tables.schema import TableName
 from ..tables.shard import ShardFile, ShardInfo
-from .row_faults import faults
+from .row_faults import faults, repeated_feature
 
 Record = tuple[Commit, bytes]  # a commit, and the keys of its rows
 
@@ -129,6 +129,8 @@ def _row_problems(file: ShardFile, record: Record, *, mend: str) -> Iterator[Pro
             yield from _value_problems(file, commit.table, pa.table(columns), group=group)
     if len(keys) < file.rows:  # some could not be read: nothing to compare
         return
+    if commit.table == "features" and (repeated := repeated_feature(file)):
+        yield Problem(file.name, "text_key", None, repeated)
     if keys != split_keys(joined):
         message = f"the keys are not those of {record_name(commit.table, commit.seq)}"
         yield Problem(file.name, "key", None, message, (mend,))

@@ -24,6 +24,7 @@ def find_snapshots(store: Store, name: str | None) -> dict[str, Snapshot]:
     """
     ids = [file.removesuffix(".json") for file in store.files.names("snapshots")]
     known = [load_snapshot(store, found) for found in ids if found.startswith(name or "")]
+    known = [snapshot for snapshot in known if snapshot.table != "features"]  # not published yet
     if name is None:
         known = [snapshot for snapshot in known if _was_chosen(snapshot)]
         if not known:

@@ -62,7 +62,7 @@ class Order:
         """[G] number of the row group in its shard."""
         # The same within the shard: its first row, and which of the shard's chosen rows it holds.
         self._starts = (starts - bases[shards])[kept]
-        before = np.cumsum([0, *map(len, chosen)])[self.shards]
+        self._before = before = np.cumsum([0, *map(len, chosen)])[self.shards]
         self._chosen = np.stack([edges[kept] - before, edges[kept + 1] - before], axis=1)
         self.rows = int(edges[-1])
         """Samples of an epoch."""
@@ -86,6 +86,17 @@ class Order:
                 shuffled = _permutation(stop - first, part=number, **name)
                 yield self._made(epoch * self.rows + first, part, shuffled)
             start = (epoch + 1) * self.rows
+
+    def numbered(self, group: int, rows: np.ndarray) -> np.ndarray:
+        """What number a row group's rows are among the snapshot's own, shard after shard, whatever the seed.
+
+        Args:
+            group: Index into the row groups.
+            rows: Ascending indices of chosen rows in it.
+        """
+        first = self._before[group] + self._chosen[group][0]
+        numbers: np.ndarray = first + np.searchsorted(self._rows_of(group), rows)
+        return numbers
 
     def _edges(self, groups: np.ndarray) -> np.ndarray:
         """Which samples of an epoch each window holds: window w has `edges[w]` to `edges[w + 1]`."""

@@ -48,9 +48,12 @@ class SnapshotReader:
         snapshot: Snapshot,
         columns: Sequence[str],
         *,
-        decode: Callable[[Rows], Any] = lambda rows: rows,
+        decode: Callable[[Rows, np.ndarray], Any] = lambda rows, numbers: rows,
     ) -> None:
-        """`decode` makes a list of samples of a row group's rows, in a thread that reads; else they are dicts."""
+        """`decode` makes a list of samples of a row group's rows, in a thread that reads; else they are dicts.
+
+        It is told the numbers of the rows too, as `Order.numbered` counts them.
+        """
         self._store, self._snapshot, self._columns = store, snapshot, list(columns)
         self._decode = decode
         self._order = Order(snapshot)
@@ -116,7 +119,7 @@ class SnapshotReader:
         # Groups are read side by side, so the columns of one need not be.
         table = file.select(file.starts[number] + rows, self._columns, threads=False)
         try:
-            return self._decode(Rows(table))
+            return self._decode(Rows(table), self._order.numbered(group, rows))
         except IntegrityError as error:
             raise IntegrityError(f"{shard.name}: row group {number}: {error}") from error
 

@@ -55,7 +55,7 @@ INDEXED: dict[TableName, tuple[str, ...]] = {
         "proposal",
         "temperatures",
     ),
-    "features": ("reuse_key", "text_key", "teacher_id", "kind", "layer"),
+    "features": ("key", "text_key", "teacher_id", "kind", "layer", "dtype"),
     "rejects": ("context_id", "prompt_key", "sample_index", "tokens_key", "limit_tokens", "reason"),
 }
 """What a plan asks of a row."""

@@ -28,7 +28,10 @@ from .writer import CommitLimits, ShardWriter
 MARKER = "STORE.json"
 TEACHER_FILES = "files.json"
 """Beside what is kept of a teacher: the sha256 of each file."""
-_REQUIRED_ABOUT = {"soft_targets": ("teacher_id", "tokenizer_id", "vocab_size", "mantissa_bits")}
+_REQUIRED_ABOUT = {
+    "soft_targets": ("teacher_id", "tokenizer_id", "vocab_size", "mantissa_bits"),
+    "features": ("teacher_id",),
+}
 
 
 class Store:

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from ..files.base import Files
+from ..tables.features import feature_statistics
 from ..tables.invariants import check_shape
 from ..tables.rows import check_row, row_bytes
 from ..tables.schema import TableName
@@ -23,7 +24,11 @@ from ..tables.statistics import statistics
 from .commits import CommitLog
 from .segments import keep_last_segment
 
-TOKENS_COLUMN = {"generations": "completion_tokens", "soft_targets": "span_tokens"}
+TOKENS_COLUMN = {
+    "generations": "completion_tokens",
+    "soft_targets": "span_tokens",
+    "features": "vectors",
+}
 """What a commit record counts as tokens."""
 
 
@@ -190,6 +195,8 @@ class ShardWriter:
         about = self._about
         if self._log.table == "soft_targets":
             about = {"head": "lm", **about, "statistics": statistics(rows)}
+        if self._log.table == "features":
+            about = {**about, "statistics": feature_statistics(rows)}
         return write_shard(self._files, self._log.table, rows, about=about)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import IntegrityError
+from .features import check_features
 from .kinds import STRUCTURES
 from .rows import Rows
 from .schema import FLOATS, TableName
@@ -31,6 +32,8 @@ def check_shape(table: TableName, row: Mapping[str, Any], about: Mapping[str, An
     """IntegrityError if a row contradicts itself or `about`, the description of its shard."""
     if table == "soft_targets":
         aligned_targets(row, about)
+    if table == "features":
+        check_features(row, about)
     if table == "generations":
         prompt, completion = row["prompt_tokens"], row["completion_tokens"]
         total = len(row["token_ids"])

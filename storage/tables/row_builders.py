@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from ..keys import content_key
+from .features import Rounded
 from .soft_targets import SoftTargets
 from .spans import flat
 
@@ -132,3 +133,37 @@ def target_row(
     }
     # The settings come last: `k` of a ragged kind is its limit, not the widest position's entries.
     return {**names, **targets.columns(mantissa_bits), **settings}
+
+
+def feature_row(
+    *,
+    key: bytes,
+    reuse_key: bytes,
+    text_key: bytes,
+    teacher_id: str,
+    kind: str,
+    layer: int | None,
+    states: np.ndarray,
+    dtype: str,
+) -> dict[str, Any]:
+    """A row of `features`: states [T, D] float32 of all tokens of a text, as they are stored.
+
+    Raises:
+        FloatingPointError: a number cannot be stored.
+    """
+    rounded = Rounded.of(states, dtype)
+    return {
+        "key": key,
+        "reuse_key": reuse_key,
+        "text_key": text_key,
+        "teacher_id": teacher_id,
+        "kind": kind,
+        "layer": layer,
+        "positions": None,
+        "vectors": len(states),
+        "width": states.shape[1],
+        "dtype": dtype,
+        "values": rounded.values.tobytes(),
+        "scale": rounded.scale,
+        "rounding_error": rounded.error(states),
+    }

@@ -20,11 +20,14 @@ import pyarrow.parquet as pq
 from ..bounds import MOST_ROWS, hexdigest, inside, integer, parsed, row_groups
 from ..errors import IntegrityError
 from ..files.base import Content, Files
+from .row_builders import text_key
 from .rows import Rows, row_bytes, rows_to_table
-from .schema import SCHEMAS, VERSIONS, TableName, columns_of, parquet_options
+from .schema import KEY, SCHEMAS, VERSIONS, TableName, columns_of, parquet_options
 
 ROW_GROUP_BYTES = 24 << 20
 """Decoded size at which a row group ends; a larger row has a group of its own."""
+FEATURE_GROUP_BYTES = 1 << 20
+"""The same of `features`, whose rows are large and are read one by one, in any order."""
 METADATA_KEY = b"stillroom"
 _DAMAGED = (OSError, pa.ArrowException, ValueError)
 REPAIR = "`stillroom verify` lists what is damaged, `stillroom repair` withdraws it, and the next run makes it again."
@@ -74,7 +77,8 @@ def write_shard(
 ) -> ShardInfo:
     """Write checked rows as one shard and read it back. Others see it only once it is committed."""
     data = rows_to_table(table, rows)
-    groups = _row_groups([row_bytes(row) for row in rows])
+    most = FEATURE_GROUP_BYTES if table == "features" else ROW_GROUP_BYTES
+    groups = _row_groups([row_bytes(row) for row in rows], most=most)
     info = put_parquet(
         files, data, groups, folder=shard_folder(table), about={"table": table, **about}
     )
@@ -134,12 +138,12 @@ def _put(
     return files.put_content(folder, write, suffix=".parquet")
 
 
-def _row_groups(sizes: Sequence[int]) -> list[int]:
-    """How many rows of these sizes go into each row group: what `ROW_GROUP_BYTES` holds, or one."""
+def _row_groups(sizes: Sequence[int], *, most: int) -> list[int]:
+    """How many rows of these sizes go into each row group: what `most` bytes hold, or one."""
     groups: list[int] = []
     filled = 0
     for size in sizes:
-        if not groups or filled + size > ROW_GROUP_BYTES:
+        if not groups or filled + size > most:
             groups.append(0)
             filled = 0
         groups[-1] += 1
@@ -348,3 +352,12 @@ class StoredFile:
     def open(self) -> ShardFile:
         """Its rows."""
         return self.kind(self.files, self.name)
+
+
+def text_keys(shard: ShardFile, rows: np.ndarray) -> pa.Array:
+    """[R] binary: of some rows of a shard of `generations` or `soft_targets`; those of version 1 do not say it."""
+    found = shard.select(rows, ["text_key"])["text_key"].combine_chunks()
+    if not found.null_count:
+        return found
+    texts = Rows(shard.select(rows, ["token_ids"]))
+    return pa.array([text_key(texts[row]["token_ids"]) for row in range(len(texts))], KEY)

@@ -105,8 +105,9 @@ class Shared:
     def take(self, requests: list[TargetRequest]) -> list[TargetRequest]:
         return requests
 
-    def add(self, row: dict[str, Any], *, tokens: int) -> None:
-        self.rows[row["tokens_key"]] = SoftTargets.from_row(row).normalised()
+    def add(self, made: dict[str, list[dict[str, Any]]], *, tokens: int) -> None:
+        for row in made["soft_targets"]:
+            self.rows[row["tokens_key"]] = SoftTargets.from_row(row).normalised()
 
     def fail(self, request: TargetRequest, error: Exception, attempts: int) -> None:
         raise AssertionError(f"a row failed: {error}")
@@ -167,7 +168,8 @@ def job(**train: Any) -> SimpleNamespace:
     return SimpleNamespace(
         recipe=recipe,
         train=recipe.train,
-        score=SimpleNamespace(kernel=None),
+        score=SimpleNamespace(kernel=None, features=[]),
+        teacher_id="teacher",
         clock=SimpleNamespace(span=lambda _: nullcontext()),
         progress=SimpleNamespace(say=lambda _: None),
     )

@@ -107,7 +107,8 @@ def run(tmp_path: Path) -> Path:
     facts = deepcopy(reports.facts()) | {"notes": [FORGED], "store": FORGED, "machine": FORGED}
     facts["versions"], facts["rejects"] = {FORGED: FORGED}, {"train": FORGED}
     facts["stages"]["$" + FORGED] = {"rows": 1, "clock": {"start": 1.0, "model": 2.0}}
-    return reports.finished(tmp_path / "run", hostile_evaluation(), facts, hostile_recipe())
+    recipe = reports.with_features(hostile_recipe(), layer=FORGED)
+    return reports.finished(tmp_path / "run", hostile_evaluation(), facts, recipe, matched=FORGED)
 
 
 def test_a_report_is_words_as_markdown_and_as_a_page(run: Path) -> None:

@@ -22,6 +22,24 @@ Text = tuple[Sequence[int], int]
 
 
 @dataclass
+class LiveHidden:
+    """Hidden states that are matched besides: mean squared error after a map that trains with the student."""
+
+    teacher: int
+    """Index into `hidden_states`: 1 is what the first block hands on."""
+    student: int
+    weight: float
+    map: Tensor
+    """[D, d] a leaf that requires a gradient."""
+
+    def loss(self, theirs: Any, mine: Any, start: int) -> Tensor:
+        """Summed over the positions that predict a scored token, of one text."""
+        t = theirs.hidden_states[self.teacher][0, start - 1 : -1]
+        s = mine.hidden_states[self.student][0, start - 1 : -1] @ self.map.T
+        return self.weight * (s - t).square().mean(-1).sum()
+
+
+@dataclass
 class LiveRun:
     """What came of it."""
 
@@ -31,28 +49,33 @@ class LiveRun:
     weights: dict[str, Tensor] = field(default_factory=dict)
 
 
-def live_training(recipe: Recipe, texts: Iterable[Text], *, total_tokens: int) -> LiveRun:
+def live_training(
+    recipe: Recipe, texts: Iterable[Text], *, total_tokens: int, hidden: LiveHidden | None = None
+) -> LiveRun:
     """Train a fresh student of the recipe on texts in the order given; the teacher reads each as it comes.
 
     Args:
         recipe: With a forward KL over the whole vocabulary, AdamW and a cosine schedule.
         texts: All that is trained on, epoch after epoch.
         total_tokens: Their tokens together: the schedule's length.
+        hidden: What is matched besides, if anything.
     """
     teacher = AutoModelForCausalLM.from_pretrained(recipe.teacher.model, dtype=torch.float32).eval()
     student = fresh_student(recipe)
+    trained = [*student.parameters(), *([hidden.map] if hidden else [])]
     optimizer = torch.optim.AdamW(
-        _groups(student, recipe.train.weight_decay), lr=0.0, betas=recipe.train.betas
+        _groups(trained, recipe.train.weight_decay), lr=0.0, betas=recipe.train.betas
     )
     found, done = LiveRun(), 0
     for step in _steps(texts, recipe.train.tokens_per_step):
         scored = sum(len(ids) - start for ids, start in step)
         loss = (
-            sum((_loss(recipe, teacher, student, text) for text in step), torch.zeros(())) / scored
+            sum((_loss(recipe, teacher, student, text, hidden) for text in step), torch.zeros(()))
+            / scored
         )
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), recipe.train.clip_norm)
+        torch.nn.utils.clip_grad_norm_(trained, recipe.train.clip_norm)
         done += sum(len(ids) for ids, _ in step)
         for group in optimizer.param_groups:
             group["lr"] = _rate(recipe, done / total_tokens)
@@ -76,19 +99,25 @@ def saved_weights(folder: Path) -> dict[str, Tensor]:
     return dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict())
 
 
-def _loss(recipe: Recipe, teacher: Any, student: Any, text: Text) -> Tensor:
+def _loss(
+    recipe: Recipe, teacher: Any, student: Any, text: Text, hidden: LiveHidden | None
+) -> Tensor:
     """Summed over the scored tokens of one text."""
     ids, start = torch.tensor([list(text[0])]), text[1]
     temperature = float(recipe.loss.temperature)  # type: ignore[arg-type]
+    shown = {"output_hidden_states": hidden is not None}
     with torch.no_grad():
-        target = (teacher(input_ids=ids).logits[0, start - 1 : -1] / temperature).log_softmax(-1)
-    logits = student(input_ids=ids).logits[0, start - 1 : -1]
+        theirs = teacher(input_ids=ids, **shown)
+        target = (theirs.logits[0, start - 1 : -1] / temperature).log_softmax(-1)
+    mine = student(input_ids=ids, **shown)
+    logits = mine.logits[0, start - 1 : -1]
     soft = (
         kl_div((logits / temperature).log_softmax(-1), target, reduction="sum", log_target=True)
         * temperature**2
     )
     hard = cross_entropy(logits, ids[0, start:], reduction="sum")
-    return recipe.loss.soft_weight * soft + recipe.loss.hard_weight * hard  # type: ignore[operator]
+    total = recipe.loss.soft_weight * soft + recipe.loss.hard_weight * hard  # type: ignore[operator]
+    return total if hidden is None else total + hidden.loss(theirs, mine, start)
 
 
 def _steps(texts: Iterable[Text], tokens: int) -> Iterator[list[Text]]:
@@ -102,9 +131,8 @@ def _steps(texts: Iterable[Text], tokens: int) -> Iterator[list[Text]]:
     yield held
 
 
-def _groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:
+def _groups(parameters: Sequence[Tensor], weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay, norms and biases do not."""
-    parameters = list(model.parameters())
     matrices = [p for p in parameters if p.ndim > 1]
     return [
         {"params": matrices, "weight_decay": weight_decay},

@@ -143,7 +143,13 @@ def finished(
     evaluation: dict[str, Any],
     facts: dict[str, Any],
     recipe: dict[str, Any] = RECIPE,
+    *,
+    matched: str | None = None,
 ) -> Path:
+    """`matched`: what of the teacher's features the training names."""
+    trained = train(5.0)
+    for point in trained["history"] if matched else ():
+        point["features"] = {matched: 0.5}
     folders = {
         name: run_dir / f"train-{name}"
         for name in ("student", "baseline")
@@ -152,13 +158,21 @@ def finished(
     evaluation["arms"] = {name: folder.name for name, folder in folders.items()}
     for folder in folders.values():
         folder.mkdir(parents=True)
-        (folder / "train.json").write_text(json.dumps(train(5.0)))
+        (folder / "train.json").write_text(json.dumps(trained))
     (folders["student"] / "settings.json").write_text(
         json.dumps({"recipe": recipe, "teacher_id": "ab" * 16})
     )
     (folders["student"] / "evaluation.json").write_text(json.dumps(evaluation))
     write_report(run_dir, folders["student"], facts)
     return run_dir
+
+
+def with_features(recipe: dict[str, Any], layer: str = "3") -> dict[str, Any]:
+    """The same recipe, which matches hidden states; `layer`: the teacher's, as a record spells it."""
+    stored = [{"what": "hidden", "layers": [3], "bits": None}]
+    asked = [{"match": "hidden", "layers": {layer: 1}, "weight": 1.0, "distance": "mse"}]
+    changed = {"score": recipe["score"] | {"features": stored}}
+    return recipe | changed | {"loss": recipe["loss"] | {"features": asked}}
 
 
 def black_box(evaluation: dict[str, Any]) -> dict[str, Any]:

@@ -52,6 +52,10 @@ class ConfigFacts:
     """The field by which it sees the future, as `name: value`."""
     tied: bool
     """Whether its input and output embeddings are one, or the config does not say."""
+    blocks: int
+    """Blocks that a text goes through, one after another; 0: it has not one row of them."""
+    width: int
+    """Numbers of the state that a block hands on."""
 
 
 def config_facts(config: Mapping[str, Any], *, where: str, trusted: bool = False) -> ConfigFacts:
@@ -109,6 +113,17 @@ def usable_positions(config: Any) -> int | None:
     return most
 
 
+def blocks_of(config: Any) -> int:
+    """Blocks that a text goes through, one after another; 0 where it has an encoder and a decoder, or none.
+
+    Args:
+        config: Of text, as transformers loads it.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        return 0
+    return int(getattr(config, "num_hidden_layers", None) or 0)
+
+
 def _tied(config: Any) -> bool:
     return getattr(config, "tie_word_embeddings", None) is not False
 
@@ -133,6 +148,8 @@ def _facts(text: str, where: str, *, trusted: bool) -> ConfigFacts:
             heads=heads_of(raw, config),
             ahead=reads_ahead(config),
             tied=any(_tied(each) for each in (config, part)),
+            blocks=blocks_of(part),
+            width=int(getattr(part, "hidden_size", None) or 0),
         )
 
 
@@ -150,4 +167,6 @@ def _as_it_stands(raw: Mapping[str, Any], where: str) -> ConfigFacts:
         heads=("lm",),
         ahead=None,  # seen when it is loaded
         tied=raw.get("tie_word_embeddings") is not False,
+        blocks=said["blocks"],
+        width=said["width"],
     )

@@ -75,7 +75,7 @@ def code_files(folder: Path, raw: Mapping[str, Any], *, where: str) -> list[Path
 
 
 def said_of_text(raw: Mapping[str, Any], *, where: str) -> dict[str, Any]:
-    """`vocab_size`, and `context_tokens` where a limit is named, as they stand in a config.json.
+    """What stands in a config.json: `vocab_size`; `context_tokens`, where a limit is named; `blocks` and `width`, or 0.
 
     Raises:
         UsageError: there is no vocabulary size.
@@ -87,5 +87,11 @@ def said_of_text(raw: Mapping[str, Any], *, where: str) -> dict[str, Any]:
             f"{where}: its config.json names no vocab_size, expected how many ids its code tells "
             f"apart (got {size!r}). Add it."
         )
-    lengths = [part[name] for name in _LENGTHS if type(part.get(name)) is int and part[name] > 0]
-    return {"vocab_size": size, "context_tokens": lengths[0] if lengths else None}
+    said = {name: number for name, number in part.items() if type(number) is int and number > 0}
+    lengths = [said[name] for name in _LENGTHS if name in said]
+    return {
+        "vocab_size": size,
+        "context_tokens": lengths[0] if lengths else None,
+        "blocks": said.get("num_hidden_layers", 0),
+        "width": said.get("hidden_size", 0),
+    }

@@ -8,12 +8,9 @@ from ..sections import Loss, Score
 def check_loss(loss: Loss, score: Score | None) -> list[tuple[str, str]]:
     """What is wrong with the loss: (dotted path, message)."""
     errors = []
-    if value_at(loss.soft_weight, 1.0) == 0 and value_at(loss.hard_weight, 1.0) == 0:
-        when = (
-            " at the end"
-            if extremes(loss.soft_weight)[1] + extremes(loss.hard_weight)[1] > 0
-            else ""
-        )
+    weights = [loss.soft_weight, loss.hard_weight, *(match.weight for match in loss.features)]
+    if not any(value_at(weight, 1.0) for weight in weights):
+        when = " at the end" if any(extremes(weight)[1] for weight in weights) else ""
         message = f"soft_weight and hard_weight are both 0{when}: nothing to learn. Set one above 0"
         errors.append(("loss.soft_weight", message))
     errors += _idle(loss)

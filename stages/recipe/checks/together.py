@@ -7,6 +7,7 @@ from ..evaluate import HELD_OUT_FIELDS, Evaluate
 from ..fields import Section
 from ..kinds import kinds_with
 from ..sections import Data, Generate, Loss, Recipe, Run, Score, Teacher
+from .features import check_captured, check_matched
 from .loss import check_loss
 from .task import check_task, lookup, targets_fit
 
@@ -51,7 +52,9 @@ def check_together(recipe: Recipe) -> list[tuple[str, str]]:
         for path, values in NOT_YET
         if lookup(recipe, path) in values
     ]
-    errors += _unknown_columns(recipe.data) + (_targets(recipe.score) if recipe.score else [])
+    errors += _unknown_columns(recipe.data)
+    if recipe.score is not None:
+        errors += _targets(recipe.score) + check_captured(recipe.score)
     kind, records = recipe.data.format, recipe.data.records
     # Of a labelled text the task says it (`check_task`).
     brings_text = records.brings_text == "always" and not records.labelled
@@ -74,7 +77,10 @@ def check_together(recipe: Recipe) -> list[tuple[str, str]]:
         )
     errors += _sources(recipe) + _alone(recipe) + _copies(recipe)
     learns = recipe.train is not None and targets_fit(recipe)
-    return errors + (check_loss(recipe.loss, recipe.score) if learns else [])
+    if learns:
+        errors += check_loss(recipe.loss, recipe.score)
+        errors += check_matched(recipe.loss, recipe.score)
+    return errors
 
 
 def _alone(recipe: Recipe) -> list[tuple[str, str]]:

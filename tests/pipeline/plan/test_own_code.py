@@ -18,6 +18,7 @@ from stillroom.stages.models.identity import FileHashes, identify
 from stillroom.stages.models.rendering import Renderer
 from stillroom.stages.recipe.load import load_recipe
 from stillroom.storage.errors import UsageError
+from stillroom.storage.store.store import Store
 
 Folder = Callable[..., Path]
 MODELING = """
@@ -99,7 +100,9 @@ def test_code_of_a_teacher_that_may_run_it_is_said_first_and_part_of_who_it_is(
 ) -> None:
     source = write_jsonl(tmp_path / "p.jsonl", prompts(8))
     student = {"model": str(tiny_llama("student", seed=1))}
-    recipe = write_recipe(tmp_path, own, source, student=student)
+    score = {"k": 4, "features": [{"what": "hidden", "layers": [0, 1]}]}
+    loss = {"features": [{"match": "hidden"}]}
+    recipe = write_recipe(tmp_path, own, source, student=student, score=score, loss=loss)
     tree = yaml.safe_load(recipe.read_text())
     tree["teacher"]["trust_remote_code"] = True
     recipe.write_text(yaml.safe_dump(tree))
@@ -111,6 +114,7 @@ def test_code_of_a_teacher_that_may_run_it_is_said_first_and_part_of_who_it_is(
     assert not ran.exists()
     stillroom("run", recipe)
     assert ran.exists()
+    assert Store.open(tmp_path / "store").commits("features"), "its blocks are captured as others'"
     (card,) = (tmp_path / "run").glob("train-*/student/README.md")
     assert f"its own code was run (`{code_id}`)" in card.read_text()
     before = _identity(own, tmp_path, trusted=True).id

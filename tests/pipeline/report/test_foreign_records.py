@@ -56,7 +56,9 @@ READERS: dict[str, tuple[str, Read]] = {
 def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run; to be copied only."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    return finished(folder, reports.evaluation(), reports.facts())
+    recipe = reports.with_features(reports.RECIPE)
+    matched = "hidden_3_to_1_mse"
+    return finished(folder, reports.evaluation(), reports.facts(), recipe, matched=matched)
 
 
 @pytest.fixture

@@ -297,7 +297,7 @@ def test_changed_fields_names_what_differs() -> None:
     [
         ("loss.alpha=0.5", "loss.soft_weight of the divergence (the teacher), loss.hard_weight"),
         ("loss.kd_ratio=0.5", "loss.soft_weight"),
-        ("loss.hidden_weight=1", "not supported yet"),
+        ("loss.hidden_weight=1", "loss.features"),
         (
             "student.lora={lora_alpha: 32}",
             "student.lora.scale is what the update is multiplied by: lora_alpha / r",

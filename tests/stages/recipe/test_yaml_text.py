@@ -7,7 +7,12 @@ import yaml
 from kit import stillroom
 
 from stillroom.stages.recipe.load import load_recipe
-from stillroom.stages.recipe.yaml_text import MOST_CHARACTERS, MOST_DEPTH, MOST_VALUES, read_yaml
+from stillroom.stages.recipe.reading.yaml_text import (
+    MOST_CHARACTERS,
+    MOST_DEPTH,
+    MOST_VALUES,
+    read_yaml,
+)
 from stillroom.storage.errors import UsageError
 
 BOMB = "a0: &a0 x\n" + "".join(

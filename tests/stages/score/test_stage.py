@@ -129,10 +129,10 @@ def test_a_row_of_three_spans_has_the_targets_of_three_rows(
     teacher = causal_lm.Teacher(job, identity)
     alone = [request(ids[: start + n], np.array([[start, n]])) for start, n in spans]
     with torch.inference_mode():
-        whole, *parts = (teacher.begin([one])()[0] for one in (request(ids, spans), *alone))
-        together = teacher.begin([request(ids, spans), *alone])()
+        whole, *parts = (teacher.begin([one])()[0].targets for one in (request(ids, spans), *alone))
+        together = [read.targets for read in teacher.begin([request(ids, spans), *alone])()]
         everything = replace(request(ids, spans), kept=Kept(kind="full", k=32))
-        p = np.exp(teacher.begin([everything])()[0].logprobs)
+        p = np.exp(teacher.begin([everything])()[0].targets.logprobs)
     # Rows in one pass do not see one another either.
     for one, other in zip(together, [whole, *parts], strict=True):
         np.testing.assert_allclose(one.entropy, other.entropy, atol=1e-5)

@@ -480,7 +480,7 @@ def test_nothing_is_withdrawn_or_deleted_under_a_writer(store, samples):
 
 
 def test_features_are_a_table_like_the_others(store, samples):
-    """Nothing writes them yet; whoever does finds them read, proved and mended."""
+    """Read, proved and mended."""
     row = {
         "key": b"f" * 16,
         "reuse_key": b"r" * 16,
@@ -489,12 +489,14 @@ def test_features_are_a_table_like_the_others(store, samples):
         "kind": "hidden",
         "layer": 3,
         "positions": [1, 4],
+        "vectors": 2,
         "width": 40,
         "dtype": "float16",
         "values": np.random.default_rng(0).normal(size=(2, 40)).astype("<f2").tobytes(),
         "scale": None,
+        "rounding_error": 0.0,
     }
-    with store.writer("features", about={"stage": "features"}) as writer:
+    with store.writer("features", about={"stage": "score", "teacher_id": "teacher"}) as writer:
         writer.add(row)
     (commit,) = store.commits("features")
     (found,) = store.rows("features", {commit.shard.sha256: [0]})

@@ -110,7 +110,9 @@ def test_the_first_batch_opens_its_own_files_and_no_other(many, samples, opened,
 def test_the_next_window_is_read_while_this_one_is_consumed(many):
     """The consumer holds still at its second batch until the thread has read a window ahead of it."""
     done = threading.Semaphore(0)
-    reader = SnapshotReader(many, whole(many), ["key"], decode=lambda rows: done.release() or rows)
+    reader = SnapshotReader(
+        many, whole(many), ["key"], decode=lambda rows, _: done.release() or rows
+    )
     batches = reader.batches([range(4), range(4, 5), range(5, ROWS)], seed=0)
     next(batches)
     next(batches)
@@ -128,7 +130,7 @@ def test_at_most_two_windows_are_decoded_at_once(many):
 
     alive, done, largest = weakref.WeakSet(), threading.Semaphore(0), 0
 
-    def decode(rows):
+    def decode(rows, _):
         group = Group(rows[i]["key"] for i in range(len(rows)))
         alive.add(group)
         done.release()
@@ -242,5 +244,5 @@ def snapshot_of_two(filled):
     return make_snapshot(filled, "soft_targets", {first.shard.sha256: [1, 3]}, {})
 
 
-def broken(rows):
+def broken(rows, _):
     raise IntegrityError("no probability at all")

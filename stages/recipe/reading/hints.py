@@ -10,7 +10,10 @@ _WEIGHTS = (
 )
 _LENGTH = "data.max_tokens is the longest row; data.too_long says whether a longer one is rejected or cut."
 _LORA_SCALE = "student.lora.scale is what the update is multiplied by: lora_alpha / r."
-_HIDDEN = "Hidden states of the teacher are not supported yet. Remove it."
+_HIDDEN = (
+    "score.features stores hidden states of the teacher, loss.features matches them: "
+    "[{match: hidden, layers: last, weight: 1.0}]."
+)
 _LOSS_TEMPERATURE = "Write loss.temperature."
 _LAYERS = (
     "student.from_teacher_layers: [0, 2, 4] begins with copies of these layers of the teacher, and "

@@ -1,0 +1,274 @@
+"""Deep verification of features: the teacher reads texts again, and its states are compared with those that are stored.
+
+How far two sets of vectors are apart is e = |x' - x| / |x|, x' as read back, over all numbers of a
+row. A stored row may be off by the sum of
+
+    1.25 r          r its `rounding_error`, as the row states it
+    4 d             d how far apart the row's states are read alone and beside another text, padded
+    0.001
+    4 eps           of the teacher's dtype
+
+States of another token, another text or another layer are about 1 apart.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from ...storage.errors import IntegrityError
+from ...storage.store.store import Store
+from ...storage.tables.features import Rounded
+from ...storage.tables.shard import text_keys
+from ..models.attention.longest import changes_beyond
+from ..models.causal_lm import load_causal_lm
+from ..models.classification import Inputs, class_logits, load_teacher
+from ..models.head import hidden_states
+from ..models.identity import Identity
+from ..recipe.features import Feature
+from ..targets.features.blocks import blocks_of
+from ..targets.features.capture import Found, Name, capturing
+from ..workers.job import Progress
+
+FeatureFault = Literal[
+    "shifted by one position", "another layer's", "another text's", "other numbers"
+]
+_FLOOR = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class StoredFeature:
+    """A stored row of features that is read again."""
+
+    key: str
+    shard: str
+    number: int
+    head: str
+    """Of the model that it was captured of (`Task.head`)."""
+    name: Name
+    states: np.ndarray
+    """[T, D] float32, as read back."""
+    rounding_error: float
+    token_ids: np.ndarray | None
+    """[T] its text; None: the store has no text of this name."""
+
+    @property
+    def text(self) -> np.ndarray:
+        """[T] of a row whose text is there."""
+        assert self.token_ids is not None
+        return self.token_ids
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OffFeature:
+    """A row whose states are not what the teacher says."""
+
+    key: str
+    shard: str
+    row: int
+    layer: int
+    error: float
+    """e, as above."""
+    allowed: float
+    fault: FeatureFault
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FeaturesRead:
+    """What was read of a teacher's features."""
+
+    rows: int
+    worst: float
+    """Largest e of the rows that are right."""
+    off: list[OffFeature]
+    without_text: int = 0
+    """Not read: rows whose text the store has no more."""
+
+
+def choose_features(
+    store: Store, teacher_id: str, *, rows: int, seed: int, damaged: Collection[str] = ()
+) -> list[StoredFeature]:
+    """Random rows of a teacher's features, up to `rows`; `damaged`: files that are left out."""
+    shards = []
+    for commit in store.commits("features"):
+        if commit.shard.name in damaged:
+            continue
+        try:
+            file = store.shard("features", commit.shard.sha256)
+        except IntegrityError:
+            continue
+        if file.about["teacher_id"] == teacher_id:
+            shards.append((commit.shard, file))
+    edges = np.cumsum([0, *(shard.rows for shard, _ in shards)])
+    count = min(rows, int(edges[-1]))
+    chosen = np.sort(np.random.default_rng(seed).choice(edges[-1], count, replace=False))
+    read = []
+    for number, (shard, file) in enumerate(shards):
+        mine = chosen[(edges[number] <= chosen) & (chosen < edges[number + 1])] - edges[number]
+        read += [(shard.name, file.about, n, r) for n, r in zip(mine, file.take(mine), strict=True)]
+    texts = _texts(store, {row["text_key"] for *_, row in read})
+    return [
+        StoredFeature(
+            key=row["key"].hex(),
+            shard=name,
+            number=int(n),
+            head=str(about.get("head", "lm")),
+            name=(row["kind"], row["layer"]),
+            states=Rounded.from_row(row).restored(),
+            rounding_error=float(row["rounding_error"]),
+            token_ids=texts.get(row["text_key"]),
+        )
+        for name, about, n, row in read
+    ]
+
+
+def _texts(store: Store, wanted: Collection[bytes]) -> dict[bytes, np.ndarray]:
+    """The tokens of some texts, by name; one shard of `generations` in memory at a time."""
+    found: dict[bytes, np.ndarray] = {}
+    for commit in store.commits("generations"):
+        shard = store.shard("generations", commit.shard.sha256)
+        keys = text_keys(shard, shard.numbers).to_pylist()
+        rows = [row for row, key in enumerate(keys) if key in wanted and key not in found]
+        for row, text in zip(rows, shard.take(rows, ["token_ids"]), strict=True):
+            found[keys[row]] = text["token_ids"]
+    return found
+
+
+def read_again(
+    teacher: Identity,
+    rows: Sequence[StoredFeature],
+    *,
+    device_map: str | None,
+    progress: Progress,
+) -> FeaturesRead:
+    """Read the texts of some rows again and compare.
+
+    Raises:
+        UsageError: the teacher does not load, or its layers cannot be captured.
+    """
+    there = [row for row in rows if row.token_ids is not None]
+    if not there:
+        return FeaturesRead(rows=0, worst=0.0, off=[], without_text=len(rows))
+    progress.say(f"loading {teacher.folder}")
+    reader = _Reader(teacher, there[0].head, device_map)
+    progress.start(total=len(there), unit="rows of features")
+    worst, off = 0.0, []
+    for row in there:
+        (right,) = reader.states([row.text], [row.name])
+        noise = reader.noise(row.text, row.name)
+        allowed = 1.25 * row.rounding_error + 4 * noise + _FLOOR + 4 * reader.eps
+        error = apart(row.states, right[row.name])
+        if error <= allowed:
+            worst = max(worst, error)
+        else:
+            off.append(_off(row, error, allowed, reader=reader, others=there))
+        progress.advance()
+    return FeaturesRead(rows=len(there), worst=worst, off=off, without_text=len(rows) - len(there))
+
+
+def apart(stored: np.ndarray, right: np.ndarray) -> float:
+    """|x' - x| / |x|; infinite where the shapes differ."""
+    if stored.shape != right.shape:
+        return float("inf")
+    missed = float(np.linalg.norm(stored.astype(np.float64) - right))
+    return missed / max(float(np.linalg.norm(right.astype(np.float64))), 1e-30)
+
+
+def _off(
+    row: StoredFeature,
+    error: float,
+    allowed: float,
+    *,
+    reader: "_Reader",
+    others: Sequence[StoredFeature],
+) -> OffFeature:
+    found = next(_faults(row, allowed, reader=reader, others=others), None)
+    fault, message = found or (
+        "other numbers",
+        "neither of the positions beside their own nor of another layer or another text that was "
+        "read: another teacher's under this one's id, or damaged before they were written",
+    )
+    return OffFeature(
+        key=row.key,
+        shard=row.shard,
+        row=row.number,
+        layer=row.name[1],
+        error=error,
+        allowed=allowed,
+        fault=fault,
+        message=message,
+    )
+
+
+def _faults(
+    row: StoredFeature, allowed: float, *, reader: "_Reader", others: Sequence[StoredFeature]
+) -> Iterator[tuple[FeatureFault, str]]:
+    """What the states may be in place of their own, the likeliest first."""
+    kind, layer = row.name
+    (every,) = reader.states([row.text], [(kind, n) for n in range(reader.layers)])
+    mine = every[row.name]
+    if len(mine) > 2:
+        # What stands at the ends may be anything: there was nothing to put there.
+        if apart(row.states[1:-1], mine[2:]) <= allowed:
+            yield "shifted by one position", "the teacher's at the position after their own"
+        if apart(row.states[1:-1], mine[:-2]) <= allowed:
+            yield "shifted by one position", "the teacher's at the position before their own"
+    for (_, other), states in every.items():
+        if other != layer and apart(row.states, states) <= allowed:
+            yield "another layer's", f"the teacher's of layer {other}"
+    for one in others:
+        if one.key == row.key:
+            continue
+        theirs = reader.states([one.text], [row.name])[0][row.name]
+        n = min(len(theirs), len(row.states))
+        if n > 1 and apart(row.states[:n], theirs[:n]) <= allowed:
+            yield "another text's", f"those of the text of row {one.key}"
+
+
+class _Reader:
+    """A loaded teacher, whatever its head."""
+
+    def __init__(self, teacher: Identity, head: str, device_map: str | None) -> None:
+        if head == "lm":
+            self._model: Any = load_causal_lm(teacher, device_map=device_map)
+            self._inputs = None
+        else:
+            self._model = load_teacher(teacher, device_map=device_map)
+            self._inputs = Inputs.of(self._model, teacher.folder)
+        self._limit = teacher.context_tokens
+        self.layers = len(blocks_of(self._model))
+        self.eps: float = torch.finfo(self._model.dtype).eps
+
+    def noise(self, text: np.ndarray, name: Name) -> float:
+        """How far apart a text's states are, read alone and beside a longer one: padded, where that changes nothing."""
+        longer = np.append(text, text[-1])
+        alike = len(longer) > self._limit or changes_beyond(self._model.config) is not None
+        alone = self.states([text], [name])[0][name]
+        return apart(self.states([text, text if alike else longer], [name])[0][name], alone)
+
+    def states(self, texts: Sequence[np.ndarray], names: Sequence[Name]) -> list[Found]:
+        """The features of these names of some texts, read together."""
+        features = [Feature(kind=kind, layer=layer, bits=32) for kind, layer in names]
+        inputs = self._tensors(texts)
+        with torch.inference_mode(), capturing(self._model, features) as taken:
+            if self._inputs is None:
+                hidden_states(self._model, **inputs)
+            else:
+                class_logits(self._model, inputs)
+        return taken.rows([len(text) for text in texts])
+
+    def _tensors(self, texts: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
+        device = next(self._model.parameters()).device
+        if self._inputs is not None:
+            made = self._inputs.tensors(texts)
+        else:
+            ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long)
+            mask = torch.zeros_like(ids)
+            for row, text in enumerate(texts):
+                ids[row, : len(text)] = torch.from_numpy(text.astype(np.int64))
+                mask[row, : len(text)] = 1
+            made = {"input_ids": ids, "attention_mask": mask}
+        return {name: tensor.to(device) for name, tensor in made.items()}

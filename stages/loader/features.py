@@ -1,0 +1,106 @@
+"""The teacher's features of a training's samples: found by the sample's number, read when a pass needs them.
+
+The file `features/<id>/` in the student's folder says where each is (`storage/snapshots/companions.py`).
+Its name is the hash of the two snapshots and of what is wanted, so a training that goes on reads the
+same rows as before.
+"""
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ...storage.errors import IntegrityError
+from ...storage.files.base import FilesOnDisk, file_sha256
+from ...storage.keys import content_id
+from ...storage.snapshots.companions import Companions, companion_places
+from ...storage.snapshots.snapshot import Snapshot
+from ...storage.store.store import Store
+from ...storage.tables.features import Rounded
+from ...storage.tables.row_builders import text_key
+from ..recipe.features import Feature
+
+Name = tuple[str, int]
+
+_FOLDER = "features"
+
+
+class FeatureSource:
+    """The features of the samples of one snapshot."""
+
+    def __init__(self, companions: Companions, wanted: Sequence[Feature]) -> None:
+        self._companions = companions
+        self._names: list[Name] = [(one.kind, one.layer) for one in wanted]
+        self._one_reads = threading.Lock()
+
+    def states(self, number: int, token_ids: np.ndarray) -> dict[Name, np.ndarray]:
+        """[T, D] float32 of each feature of a sample, by its number in the snapshot.
+
+        Raises:
+            IntegrityError: what was found is of another text, or has not a state for each token.
+        """
+        with self._one_reads:
+            rows = self._companions.rows(number)
+        text, found = text_key(token_ids), {}
+        for name, row in zip(self._names, rows, strict=True):
+            if row["text_key"] != text or (row["kind"], row["layer"]) != name:
+                raise IntegrityError(
+                    f"features: {name[0]} of layer {name[1]} of sample {number} are of another text "
+                    "or layer. Delete the folder `features` of the student, and run again."
+                )
+            if row["vectors"] != len(token_ids):
+                raise IntegrityError(
+                    f"features: {name[0]} of layer {name[1]} of sample {number} has "
+                    f"{row['vectors']} vectors for {len(token_ids)} tokens. Run `stillroom verify`."
+                )
+            found[name] = Rounded.from_row(row).restored()
+        return found
+
+    def widths(self) -> dict[Name, int]:
+        """Numbers of a state of each feature."""
+        with self._one_reads:
+            rows = self._companions.rows(0)
+        return {name: row["width"] for name, row in zip(self._names, rows, strict=True)}
+
+
+def open_features(
+    store: Store,
+    samples: Snapshot,
+    features: Snapshot,
+    *,
+    wanted: Sequence[Feature],
+    files: FilesOnDisk,
+) -> FeatureSource:
+    """Find the features of a snapshot's samples, or take what was found before.
+
+    Args:
+        store: Of both snapshots.
+        samples: What is trained on, or validated.
+        features: The snapshot of features that the plan chose.
+        wanted: Those that the loss compares with.
+        files: The student's folder.
+
+    Raises:
+        UsageError: a sample has none.
+    """
+    names = [(one.kind, one.layer) for one in wanted]
+    asked = content_id("companions", samples=samples.id, features=features.id, wanted=names)
+    folder = f"{_FOLDER}/{asked}"
+    path = _known(files.path(folder))
+    if path is None:
+        places = companion_places(store, samples, features, names)
+
+        def write(path: Path) -> None:
+            with path.open("wb") as file:
+                np.save(file, places)
+
+        path = files.path(files.put_content(folder, write, suffix=".npy").name)
+    companions = Companions(store, features, np.load(path, mmap_mode="r"))
+    return FeatureSource(companions, wanted)
+
+
+def _known(folder: Path) -> Path | None:
+    """The file in a folder whose bytes are those that its name says."""
+    found = (path for path in sorted(folder.glob("*/*.npy")) if file_sha256(path)[:32] == path.stem)
+    return next(found, None)

@@ -1,0 +1,1 @@
+"""Losses of features: what a teacher knows beyond its last layer."""

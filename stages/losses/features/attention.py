@@ -1,0 +1,73 @@
+"""Attention of the student against the teacher's, rebuilt from queries and keys.
+
+    a_i = softmax over the tokens j that i sees of (scale q_i . k_j)
+
+That *is* the attention of architectures that do no more than this (BERT, GPT-2, Llama, Qwen, Gemma 3),
+with queries and keys as they are multiplied: after rotation and after any norm of their own. Sinks,
+soft caps and biases are more.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from ....storage.errors import UsageError
+from ...models.attention.maps import Scores
+from .kl_of_maps import kl_of_maps
+
+Heads = Literal["each", "average"]
+
+
+def attention_kl(
+    teacher: Scores, student: Scores, lengths: Sequence[int], *, heads: Heads = "each"
+) -> Tensor:
+    """Per token i: 1/H sum_h KL(teacher's a_hi || student's a_hi), nats.
+
+    Wang et al. 2020 (MiniLM), arXiv 2002.10957, the transfer of attention distributions; Jiao et al.
+    2020 (TinyBERT), arXiv 1909.10351, compares the scores before the softmax instead.
+
+    Needs queries and keys of one layer. To be used where the student is to look where the teacher
+    looks, and both have heads that can be paired; with other heads, relations ask for less.
+
+    Args:
+        teacher: Queries [H, T, d] as `x`, keys [h, T, d] as `y`, h divides H (grouped keys); the
+            model's own scale, mask and window. A constant to the gradient.
+        student: The same of the student, of any width.
+        lengths: Tokens of each sample; they follow one another, and none sees another.
+        heads: `each` pairs head with head. `average` compares the means over the heads, whose
+            numbers may differ; what single heads look for is lost.
+
+    Returns:
+        [T] float32, for every token of the samples, 0 at equality. The caller divides by their
+        number in the whole step.
+
+    Raises:
+        UsageError: other numbers of heads are to be paired, or the student cannot see what the
+            teacher looks at, where KL is infinite.
+    """
+    if heads == "each" and len(teacher.x) != len(student.x):
+        raise UsageError(
+            f"attention: heads: each pairs head with head, but the teacher has {len(teacher.x)} "
+            f"and the student {len(student.x)}. Use heads: average, or match: relations, which "
+            "works with any number of heads."
+        )
+    longest = max(lengths, default=0)
+    nearer = _reach(student, longest) < _reach(teacher, longest)
+    if nearer or (student.causal and not teacher.causal):
+        raise UsageError(
+            f"attention: the teacher sees {_sight(teacher)}, the student {_sight(student)}: KL is "
+            "infinite where the teacher looks at what the student cannot see. Choose layers of "
+            "which the student's sees as much, or match: relations."
+        )
+    return kl_of_maps(teacher, student, lengths, average=heads == "average")
+
+
+def _reach(scores: Scores, longest: int) -> int:
+    """How many tokens far a token sees, in samples of up to `longest`."""
+    return longest if scores.window is None else min(scores.window, longest)
+
+
+def _sight(scores: Scores) -> str:
+    far = "" if scores.window is None else f" less than {scores.window} away"
+    return ("tokens up to its own" if scores.causal else "all tokens") + far

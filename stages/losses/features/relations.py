@@ -1,0 +1,54 @@
+"""Relations between the tokens of a sample: how alike its queries are, or its keys, or its values."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ....storage.errors import UsageError
+from ...models.attention.maps import Scores
+from .kl_of_maps import kl_of_maps
+
+
+def relation_kl(teacher: Tensor, student: Tensor, lengths: Sequence[int], *, heads: int) -> Tensor:
+    """Per token i: 1/A sum_a KL(softmax_j(t_ai . t_aj / sqrt(d_t)) || softmax_j(s_ai . s_aj / sqrt(d_s))), nats.
+
+    Wang et al. 2021 (MiniLMv2), arXiv 2012.15828, eq. 5 and 6, for one kind of vectors. Eq. 4 is
+    the weighted sum over queries, keys and values: three calls.
+
+    Vectors of all heads are joined in their order and cut into A = `heads` parts anew, so teacher and
+    student may have other widths and other numbers of heads; more parts tell more. Grouped keys and
+    values are not repeated, as that would only repeat relations. Every token is related to every
+    token of its sample, in causal models too: that is no attention, nothing is predicted from it.
+
+    Needs one kind of vectors of one layer, h d numbers a token. To be used where heads or widths
+    differ. Scores grow with the vectors: where the teacher's rows are all uniform or all one-hot
+    there is nothing to learn.
+
+    Args:
+        teacher: [h, T, d], of any floating dtype; a constant to the gradient.
+        student: [h', T, d'], of the same tokens.
+        lengths: Tokens of each sample; they follow one another, and none is related to another's.
+        heads: A, parts; it divides h d and h' d'.
+
+    Returns:
+        [T] float32, 0 at equality. The caller divides by the tokens of the whole step.
+
+    Raises:
+        UsageError: a width cannot be cut into so many parts.
+    """
+    of_teacher, of_student = (
+        Scores(x=part, y=part, scale=part.shape[-1] ** -0.5)
+        for part in (_parts(teacher, heads, "teacher"), _parts(student, heads, "student"))
+    )
+    return kl_of_maps(of_teacher, of_student, lengths)
+
+
+def _parts(vectors: Tensor, parts: int, whose: str) -> Tensor:
+    """[A, T, h d / A]."""
+    heads, tokens, width = vectors.shape
+    if parts < 1 or heads * width % parts:
+        raise UsageError(
+            f"relations: {heads} x {width} numbers of the {whose}'s heads cannot be cut into "
+            f"{parts} parts. Choose heads that divide {heads * width}."
+        )
+    return vectors.transpose(0, 1).reshape(tokens, parts, -1).transpose(0, 1)

@@ -1,0 +1,56 @@
+"""The teacher's features that a training needs, and what of the student is to match them."""
+
+from typing import TYPE_CHECKING, Any
+
+from ...storage.files.local import LocalFiles
+from ...storage.snapshots.snapshot import Snapshot, load_snapshot
+from ...storage.store.store import Store
+from ..loader.features import FeatureSource, open_features
+from ..recipe.features import learnt
+from ..recipe.sections import Loss
+from ..workers.job import Job
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..losses.features.matching import Matching
+
+
+def find_features(
+    job: Job, loss: Loss, store: Store, samples: Snapshot, *, files: LocalFiles
+) -> FeatureSource | None:
+    """Where the teacher's features of these samples are; None where the loss needs none.
+
+    Raises:
+        UsageError: a sample has none.
+    """
+    if not loss.features:
+        return None
+    job.progress.say("finding the features of each sample")
+    wanted = learnt(loss.features, job.score.features)
+    features = load_snapshot(store, job.features_id)
+    return open_features(store, samples, features, wanted=wanted, files=files)
+
+
+def make_matching(
+    model: Any, job: Job, loss: Loss, source: FeatureSource | None, *, device: "torch.device"
+) -> "Matching | None":
+    """The pairs of layers, with their maps on the device; None where nothing is matched.
+
+    Raises:
+        UsageError: the student's blocks cannot be read.
+    """
+    if source is None:
+        return None
+    from ..losses.features.matching import Matching, pairs_of
+    from ..targets.features.blocks import blocks_of, check_blocks
+
+    blocks = len(blocks_of(model))
+    matching = Matching(
+        pairs_of(loss.features, job.score.features, student_blocks=blocks),
+        teacher_widths=source.widths(),
+        student_width=model.config.get_text_config().hidden_size,
+        seed=job.recipe.run.seed,
+    )
+    check_blocks(model, matching.student_layers)
+    return matching.to(device)

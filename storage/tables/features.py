@@ -1,0 +1,193 @@
+"""Features as they are stored: states [P, D] rounded to int8 with a scale per vector, to float16, or as they are.
+
+    int8       s_p = max_d |x_pd| / 127      q_pd = round(x_pd / s_p)      x_pd ~ s_p q_pd, off by s_p / 2 at most
+    float16    q_pd = float16(x_pd)          off by |x_pd| 2^-11 at most; nothing above 65,504 can be stored
+    float32    q_pd = x_pd
+
+The error of a row is that of all its numbers together: sqrt(sum (x' - x)^2 / sum x^2), with x' what is
+read back. int8 with one scale misses most where a few channels are far larger than the others.
+
+Letters: P positions, D numbers of a state.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..errors import IntegrityError
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "int8": np.dtype("i1"),
+    "float16": np.dtype("<f2"),
+    "float32": np.dtype("<f4"),
+}
+"""How a number is stored, by the column `dtype`."""
+SCALED = "int8"
+"""The one whose vectors have a scale."""
+_MOST = 127
+_TINY = np.finfo(np.float32).tiny
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Rounded:
+    """States as they are stored."""
+
+    values: np.ndarray
+    """[P, D] of a dtype of `DTYPES`."""
+    scale: np.ndarray | None
+    """[P] float32 what the numbers of a vector are multiplied by; None: 1."""
+
+    @classmethod
+    def of(cls, states: np.ndarray, dtype: str) -> "Rounded":
+        """Of states [P, D] float32.
+
+        Raises:
+            FloatingPointError: a number is not finite, or beyond what the dtype holds.
+        """
+        if not np.isfinite(states).all():
+            raise FloatingPointError("a state of the teacher is not finite")
+        if dtype == SCALED:
+            scale = np.abs(states).max(axis=1) / np.float32(_MOST)
+            if not _finite_at_most(scale):
+                raise FloatingPointError(_beyond(states, dtype, "(bits: 8). 32 bits hold it"))
+            # Smaller ones are rounded themselves, and 127 of them would be another number.
+            scale[scale < _TINY] = 0
+            steps = states / np.where(scale > 0, scale, 1)[:, None]
+            return cls(values=np.rint(steps).astype(np.int8), scale=scale.astype(np.float32))
+        with np.errstate(over="ignore"):
+            values = states.astype(DTYPES[dtype])
+        if not np.isfinite(values).all():
+            raise FloatingPointError(_beyond(states, dtype, "(bits: 16). 8 or 32 bits hold it"))
+        return cls(values=values, scale=None)
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> "Rounded":
+        """Of a row of `features`; not copied.
+
+        Raises:
+            IntegrityError: its columns contradict one another.
+        """
+        if row["dtype"] not in DTYPES:
+            raise IntegrityError(
+                f"features row: dtype {row['dtype']!r}, expected one of {', '.join(DTYPES)}."
+            )
+        dtype, shape = DTYPES[row["dtype"]], (row["vectors"], row["width"])
+        expected = shape[0] * shape[1] * dtype.itemsize
+        if min(shape) < 1 or len(row["values"]) != expected:
+            raise IntegrityError(
+                f"features row: {len(row['values'])} bytes, expected {expected}: {shape[0]} vectors "
+                f"of {shape[1]} numbers ({row['dtype']})."
+            )
+        scale = row.get("scale")
+        found = None if scale is None else len(scale)
+        if found != (shape[0] if row["dtype"] == SCALED else None):
+            raise IntegrityError(
+                f"features row: {row['dtype']} with {'no' if found is None else found} scales for "
+                f"{shape[0]} vectors; int8 has one for each, others none."
+            )
+        return cls(values=np.frombuffer(row["values"], dtype).reshape(shape), scale=scale)
+
+    def restored(self) -> np.ndarray:
+        """[P, D] float32."""
+        states = self.values.astype(np.float32)
+        return states if self.scale is None else states * self.scale[:, None]
+
+    def error(self, states: np.ndarray) -> float:
+        """How far off all numbers together are from the states that were rounded, relative."""
+        missed = np.square(self.restored() - states, dtype=np.float64).sum()
+        whole = np.square(states, dtype=np.float64).sum()
+        return float(np.sqrt(missed / whole)) if whole > 0 else 0.0
+
+    def largest_error(self) -> float:
+        """What `error` can be at most, whatever was rounded to this: missed / (|x'| - missed), and 1."""
+        restored = self.restored().astype(np.float64)
+        missed = np.zeros_like(restored)
+        if self.scale is not None:  # half a step; what is below the smallest scale becomes 0
+            steps = np.where(self.scale > 0, self.scale / 2, _MOST * _TINY)
+            missed += steps.astype(np.float64)[:, None]
+        elif self.values.dtype == DTYPES["float16"]:  # half of its last digit
+            missed = np.abs(restored) * 2.0**-11 + 2.0**-25
+        off, whole = float(np.linalg.norm(missed)), float(np.linalg.norm(restored))
+        return 1.0 if whole <= off else min(1.0, off / (whole - off))
+
+
+def _finite_at_most(scale: np.ndarray) -> bool:
+    """Whether the largest number of each vector, 127 scales, is one."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(scale * np.float32(_MOST)).all())
+
+
+def _beyond(states: np.ndarray, dtype: str, hint: str) -> str:
+    return f"a state of the teacher is {np.abs(states).max():.3g}, beyond what {dtype} holds {hint}"
+
+
+def check_features(row: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """IntegrityError if a row of `features` contradicts itself or the description of its shard."""
+    if row["teacher_id"] != about["teacher_id"]:
+        raise IntegrityError(
+            f"features row: teacher {row['teacher_id']} in a shard of {about['teacher_id']}."
+        )
+    if row["layer"] is not None and row["layer"] < 0:
+        raise IntegrityError(f"features row: layer {row['layer']}; layers count from 0.")
+    Rounded.from_row(row)
+    positions = row.get("positions")
+    if positions is not None and (
+        len(positions) != row["vectors"] or positions[0] < 0 or (np.diff(positions) < 1).any()
+    ):
+        raise IntegrityError(
+            f"features row: {len(positions)} positions for {row['vectors']} vectors; there is one "
+            "for each, and they ascend."
+        )
+
+
+def doubtful_features(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """A column, and what is wrong with its numbers, of a row whose shape holds."""
+    stored = Rounded.from_row(row)
+    broken = next(_broken(stored), None)
+    if broken is not None:
+        yield broken
+        return
+    most = stored.largest_error() * 1.001 + 1e-6
+    if not 0 <= row["rounding_error"] <= most:
+        said = f"says {row['rounding_error']:.3g}, rounding to {row['dtype']} misses {most:.3g} at most"
+        yield "rounding_error", said
+    if stored.scale is None:
+        return
+    # The largest number of a vector is 127 scales by definition; of zeros the scale is 0.
+    largest = np.abs(stored.values.astype(np.int16)).max(axis=1)
+    expected = np.where(stored.scale > 0, _MOST, 0)
+    if wrong := int((largest != expected).sum()):
+        yield (
+            "values",
+            f"the largest number of {wrong} vectors is not {_MOST}, by which they are scaled",
+        )
+
+
+def _broken(stored: Rounded) -> Iterator[tuple[str, str]]:
+    if stored.scale is None:
+        if not np.isfinite(stored.values).all():
+            yield "values", "a number is not finite"
+        return
+    if not ((stored.scale >= 0).all() and _finite_at_most(stored.scale)):
+        yield "scale", "a scale is below 0, or makes states that are not finite"
+
+
+def feature_statistics(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a shard says of its features, by kind, layer and dtype: rows, vectors, error of rounding (mean and most)."""
+    found: dict[str, Any] = {}
+    for row in rows:
+        layer = "" if row["layer"] is None else f" {row['layer']}"
+        one = found.setdefault(
+            f"{row['kind']}{layer} {row['dtype']}",
+            {"rows": 0, "vectors": 0, "rounding_error": {"mean": 0.0, "most": 0.0}},
+        )
+        one["rows"] += 1
+        one["vectors"] += row["vectors"]
+        error = one["rounding_error"]
+        error["mean"] += row["rounding_error"] * row["vectors"]
+        error["most"] = max(error["most"], float(row["rounding_error"]))
+    for one in found.values():
+        one["rounding_error"]["mean"] /= one["vectors"]
+    return found

@@ -1,0 +1,110 @@
+"""Features in the recipe: what cannot be captured or matched, said with its path; and an empty list is as none."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kit import write_recipe
+
+from stillroom.pipeline.plan.students import train_settings
+from stillroom.stages.recipe.features import Feature, captured, learnt
+from stillroom.stages.recipe.load import load_recipe
+from stillroom.storage.errors import UsageError
+
+HIDDEN = [{"what": "hidden", "layers": [0, 2]}]
+
+
+def written(folder: Path, **sections: Any) -> Path:
+    return write_recipe(folder, folder / "teacher", folder / "rows.jsonl", **sections)
+
+
+@pytest.mark.parametrize(
+    ("score", "loss", "said"),
+    [
+        ({"features": [{"what": "hidden", "layers": []}]}, {}, "score.features.0.layers: "),
+        ({"features": [{"what": "hidden", "layers": [1, 1]}]}, {}, "names one twice"),
+        ({"features": [{"what": "hidden", "layers": [-1]}]}, {}, "at least 0 (got -1)"),
+        ({"features": [{"what": "hidden", "layers": [1], "bits": 4}]}, {}, "8, 16 or 32 (got 4)"),
+        ({"features": [{"what": "logits", "layers": [1]}]}, {}, "must be one of 'hidden'"),
+        ({"features": [{"what": "hidden", "layer": [1]}]}, {}, "Did you mean 'layers'?"),
+        ({"features": [*HIDDEN, *HIDDEN]}, {}, "hidden of layer 0 is asked for 2 times"),
+        ({"features": HIDDEN, "engine": "vllm"}, {}, "engine 'vllm' shows no states of blocks"),
+        ({}, {"features": [{"match": "hidden"}]}, "loss.features.0: match 'hidden' needs hidden"),
+        (
+            {"features": HIDDEN},
+            {"features": [{"match": "hidden", "layers": {1: 0}}]},
+            "loss.features.0.layers: layer 1 of the teacher is not stored; score.features has "
+            "layers 0, 2",
+        ),
+        ({"features": HIDDEN}, {"features": [{"match": "hidden", "layers": {}}]}, "is empty"),
+        ({"features": HIDDEN}, {"features": [{"match": "hidden", "weight": 0}]}, "is 0 throughout"),
+        (
+            {"features": HIDDEN},
+            {"features": [{"match": "hidden", "distance": "l1"}]},
+            "'smooth_l1'",
+        ),
+        ({"features": HIDDEN}, {"features": [{"match": "attention"}]}, "must be one of 'hidden'"),
+    ],
+)
+def test_what_cannot_work_is_said_with_its_path(
+    tmp_path: Path, score: dict[str, Any], loss: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UsageError) as refused:
+        load_recipe(written(tmp_path, score={"k": 4} | score, loss=loss))
+    assert said in str(refused.value)
+
+
+def test_features_alone_are_something_to_learn(tmp_path: Path) -> None:
+    loss = {"soft_weight": 0.0, "hard_weight": 0.0}
+    with pytest.raises(UsageError, match="nothing to learn"):
+        load_recipe(written(tmp_path, loss=loss))
+    score = {"k": 4, "features": HIDDEN}
+    load_recipe(written(tmp_path, score=score, loss=loss | {"features": [{"match": "hidden"}]}))
+
+
+def test_without_a_student_nothing_is_matched(tmp_path: Path) -> None:
+    score = {"k": 4, "features": HIDDEN}
+    alone = {"student": None, "train": None, "evaluate": {}}
+    load_recipe(written(tmp_path, score=score, loss=None, **alone))
+    with pytest.raises(UsageError, match=r"loss\.features: has no meaning without `student`"):
+        load_recipe(
+            written(tmp_path, score=score, loss={"features": [{"match": "hidden"}]}, **alone)
+        )
+
+
+def test_which_layers_are_stored_and_which_are_learnt(tmp_path: Path) -> None:
+    score = {"k": 4, "features": [*HIDDEN, {"what": "hidden", "layers": [5], "bits": 16}]}
+    path = written(tmp_path, score=score, loss={"features": [{"match": "hidden"}]})
+    recipe = load_recipe(path, ["loss.features=[{match: hidden, layers: {0: 0}}, {match: hidden}]"])
+    assert recipe.score is not None
+    stored = [
+        Feature(kind="hidden", layer=layer, bits=bits) for layer, bits in ((0, 8), (2, 8), (5, 16))
+    ]
+    assert captured(recipe.score.features) == stored
+    assert learnt(recipe.loss.features, recipe.score.features) == [stored[0], stored[2]]
+    assert [one.dtypes for one in stored[1:]] == [
+        ("int8", "float16", "float32"),
+        ("float16", "float32"),
+    ]
+
+
+@pytest.mark.parametrize("loss", [{}, {"soft_weight": 0.0, "hard_weight": 1.0}])
+def test_an_empty_list_is_hashed_as_none(tmp_path: Path, loss: dict[str, Any]) -> None:
+    """And layers and weights are in the hash of a student, though it learns from nothing else."""
+    without = load_recipe(written(tmp_path, loss=loss))
+    empty = load_recipe(
+        written(
+            tmp_path,
+            score={"k": 4, "batch_tokens": 256, "features": []},
+            loss=loss | {"features": []},
+        )
+    )
+    settings = [train_settings(recipe, "s", "student") for recipe in (without, empty)]
+    assert settings[0] == settings[1]
+    assert "features" not in settings[0]["loss"]
+    score = {"k": 4, "features": HIDDEN}
+    with_some = load_recipe(
+        written(tmp_path, score=score, loss=loss | {"features": [{"match": "hidden"}]})
+    )
+    assert train_settings(with_some, "s", "student")["loss"]["features"]
+    assert train_settings(with_some, "s", "baseline") == train_settings(without, "s", "baseline")

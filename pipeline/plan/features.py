@@ -99,14 +99,18 @@ def teacher_width(bound: Bound) -> int:
 
 
 def feature_note(recipe: Recipe, bound: Bound) -> list[str]:
-    """What the features of a token take, for people."""
+    """What the features of a token take, and those of a text, for people."""
     width = teacher_width(bound)
     if recipe.score is None or not recipe.score.features or not width:
         return []
-    features = captured(recipe.score.features)
-    total = sum(feature_bytes(feature, width) for feature in features)
-    parts = ", ".join(f"{f.words} {feature_bytes(f, width)} ({f.dtype})" for f in features)
-    return [f"features: {total} bytes a token of the rows to train on: {parts}"]
+    found = []
+    for of, per_text in (("token", False), ("text", True)):
+        features = [f for f in captured(recipe.score.features) if f.of_text == per_text]
+        total = sum(feature_bytes(feature, width) for feature in features)
+        parts = ", ".join(f"{f.words} {feature_bytes(f, width)} ({f.dtype})" for f in features)
+        if features:
+            found.append(f"features: {total} bytes a {of} of the rows to train on: {parts}")
+    return found
 
 
 def _facts(folder: Path, field: str) -> ConfigFacts:

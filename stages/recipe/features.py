@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from ...storage.tables.features import of_text
 from .fields import Scheduled, Section
 
 Bits = Literal[8, 16, 32]
 DTYPES: dict[int, str] = {8: "int8", 16: "float16", 32: "float32"}
 """What numbers are stored as (column `dtype` of `features`), by `bits`."""
+Pooling = Literal["cls", "mean", "last"]
+"""How one vector is made of the states of a text's tokens; `stages/targets/features/pooling.py` does it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +32,8 @@ class FeatureKind:
     """It for people."""
     bits: Bits
     """Of a number, where the recipe says nothing."""
+    fields: tuple[str, ...] = ()
+    """Of a request for it, besides those that all have; each must be given."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +50,11 @@ class MatchKind:
 
 FEATURES = {
     "hidden": FeatureKind(words="hidden states of block {layer}", bits=8),
+    "pooled": FeatureKind(
+        words="pooled ({pooling}) states of block {layer}",
+        bits=16,
+        fields=("pooling",),
+    ),
 }
 
 # t: the teacher's state, s: the student's after the trained map, both of D numbers.
@@ -78,6 +88,7 @@ class Feature:
     """One thing that is stored of each text: of one layer."""
 
     kind: str
+    """Column `kind`: a row of `FEATURES`, of pooled states with how they are: `pooled_mean`."""
     layer: int
     bits: int
     """Of a number, at least: what is stored with more serves too."""
@@ -93,20 +104,29 @@ class Feature:
         return tuple(name for bits, name in DTYPES.items() if bits >= self.bits)
 
     @property
+    def of_text(self) -> bool:
+        """One vector a text; else one a token."""
+        return of_text(self.kind)
+
+    @property
     def words(self) -> str:
         """It for people."""
-        return FEATURES[self.kind].words.format(layer=self.layer)
+        what, _, pooling = self.kind.partition("_")
+        return FEATURES[what].words.format(layer=self.layer, pooling=pooling)
 
 
 class FeatureRequest(Section):
     """Something that is captured in the forward pass of scoring."""
 
     what: What
-    """hidden: the states that a block hands on, at every token."""
+    """hidden: the states that a block hands on, at every token. pooled: one vector a text of them."""
     layers: list[Layer] = Field(min_length=1)
     """Blocks of the teacher, the first being 0."""
     bits: Bits | None = None
-    """Of a stored number; 8: with a scale per vector; 32: exact. null: 8."""
+    """Of a stored number; 8: with a scale per vector; 32: exact. null: 8, of pooled 16."""
+    pooling: Pooling | None = None
+    """Of pooled. mean: over all tokens of the text; cls: its first token's state, of encoders; last: its
+    last token's."""
 
     @model_validator(mode="after")
     def _each_once(self) -> Self:
@@ -114,10 +134,23 @@ class FeatureRequest(Section):
             raise ValueError(f"`layers` {self.layers} names one twice. Name each once")
         return self
 
+    @model_validator(mode="after")
+    def _its_own_fields(self) -> Self:
+        own = FEATURES[self.what].fields
+        for name in sorted({name for kind in FEATURES.values() for name in kind.fields}):
+            given = getattr(self, name) is not None
+            if given and name not in own:
+                others = " or ".join(what for what, kind in FEATURES.items() if name in kind.fields)
+                raise ValueError(f"`{name}` is of what: {others}; this is {self.what}. Remove it")
+            if not given and name in own:
+                raise ValueError(f"what: {self.what} needs `{name}`. Name one")
+        return self
+
     def features(self) -> list[Feature]:
         """One for each layer."""
         bits = self.bits or FEATURES[self.what].bits
-        return [Feature(kind=self.what, layer=layer, bits=bits) for layer in self.layers]
+        kind = self.what if self.pooling is None else f"{self.what}_{self.pooling}"
+        return [Feature(kind=kind, layer=layer, bits=bits) for layer in self.layers]
 
 
 class FeatureLoss(Section):

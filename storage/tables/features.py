@@ -26,6 +26,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
 """How a number is stored, by the column `dtype`."""
 SCALED = "int8"
 """The one whose vectors have a scale."""
+POOLED = ("pooled_cls", "pooled_mean", "pooled_last")
+"""Kinds of which a row has one vector, of the whole text; of others it has one a token."""
 _MOST = 127
 
 
@@ -99,6 +101,11 @@ class Rounded:
         return float(np.sqrt(missed / whole)) if whole > 0 else 0.0
 
 
+def of_text(kind: str) -> bool:
+    """Whether a row of this kind has one vector, of the whole text; else one a token."""
+    return kind in POOLED
+
+
 def check_features(row: Mapping[str, Any], about: Mapping[str, Any]) -> None:
     """IntegrityError if a row of `features` contradicts itself or the description of its shard."""
     if row["teacher_id"] != about["teacher_id"]:
@@ -106,6 +113,10 @@ def check_features(row: Mapping[str, Any], about: Mapping[str, Any]) -> None:
             f"features row: teacher {row['teacher_id']} in a shard of {about['teacher_id']}."
         )
     Rounded.from_row(row)
+    if of_text(row["kind"]) and row["vectors"] != 1:
+        raise IntegrityError(
+            f"features row: {row['vectors']} vectors of kind {row['kind']}; a text has one."
+        )
     positions = row.get("positions")
     if positions is not None and (
         len(positions) != row["vectors"] or positions[0] < 0 or (np.diff(positions) < 1).any()

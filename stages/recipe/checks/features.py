@@ -10,7 +10,7 @@ CAPTURES = "hf"
 """The engine whose forward pass shows what a teacher's blocks hand on."""
 
 
-def check_captured(score: Score) -> list[tuple[str, str]]:
+def check_captured(score: Score, task: str) -> list[tuple[str, str]]:
     """What is wrong with `score.features`: (dotted path, message)."""
     path = "score.features"
     if not score.features:
@@ -18,6 +18,12 @@ def check_captured(score: Score) -> list[tuple[str, str]]:
     errors = []
     if score.engine != CAPTURES:
         message = f"engine {score.engine!r} shows no states of blocks. Use {CAPTURES!r}, or leave them out"
+        errors.append((path, message))
+    if task == "causal_lm" and any(asked.pooling == "cls" for asked in score.features):
+        message = (
+            "pooling 'cls' is the state of the first token, which in a causal model sees no other. Use "
+            "'last' or 'mean'"
+        )
         errors.append((path, message))
     counts = Counter((f.kind, f.layer) for f in captured(score.features))
     errors += [

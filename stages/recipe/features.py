@@ -45,7 +45,12 @@ class MatchKind:
 
 FEATURES = {
     "hidden": FeatureKind(words="hidden states of block {layer}", bits=8),
+    "queries": FeatureKind(words="queries of block {layer}", bits=16),
+    "keys": FeatureKind(words="keys of block {layer}", bits=16),
+    "values": FeatureKind(words="values of block {layer}", bits=16),
 }
+ATTENTION = ("queries", "keys", "values")
+"""Kinds that are what attention multiplies, after rotation and after any norm of their own."""
 
 # t: the teacher's state, s: the student's after the trained map, both of D numbers.
 MATCHES = {

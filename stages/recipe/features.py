@@ -10,7 +10,7 @@ one.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
@@ -50,12 +50,17 @@ class MatchKind:
 
 FEATURES = {
     "hidden": FeatureKind(words="hidden states of block {layer}", bits=8),
+    "queries": FeatureKind(words="queries of block {layer}", bits=16),
+    "keys": FeatureKind(words="keys of block {layer}", bits=16),
+    "values": FeatureKind(words="values of block {layer}", bits=16),
     "pooled": FeatureKind(
         words="pooled ({pooling}) states of block {layer}",
         bits=16,
         fields=("pooling",),
     ),
 }
+ATTENTION = ("queries", "keys", "values")
+"""Kinds that are what attention multiplies, after rotation and after any norm of their own."""
 
 # t: the teacher's state, s: the student's after the trained map, both of D numbers.
 MATCHES = {
@@ -192,6 +197,11 @@ class FeatureLoss(Section):
             return [(stored[-1], student_blocks - 1)]
         n = len(stored)
         return [(layer, i * student_blocks // n - 1) for i, layer in enumerate(stored, start=1)]
+
+
+def pooling_of(kind: str) -> Pooling:
+    """How a pooled kind is pooled."""
+    return cast("Pooling", kind.partition("_")[2])
 
 
 def captured(requests: Iterable[FeatureRequest]) -> list[Feature]:

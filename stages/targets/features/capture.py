@@ -13,21 +13,22 @@ and of a labelled text all of them. Pooled states are one vector a text, made of
 of no padding, on the device.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ....storage.errors import UsageError
-from ....storage.tables.features import of_text
+from ....storage.tables.features import Layout, of_text
 from ...models.device import evaluating
-from ...recipe.features import Feature, Pooling
-from .blocks import check_blocks, states_of
+from ...recipe.features import ATTENTION, Feature, pooling_of
+from .blocks import states_of
 from .pooling import pooled
+from .shown import Need, Shown, check_shown, showing
 
 Name = tuple[str, int]
 """Kind and layer."""
@@ -39,38 +40,67 @@ Found = Mapping[Name, np.ndarray]
 class Taken:
     """What was taken of a pass over B rows, each from the first position on."""
 
-    names: Collection[Name]
-    """What is taken of it."""
-    hidden: Mapping[int, Tensor]
-    """Layer -> [B, T, D]."""
+    names: Sequence[Name]
+    shown: Shown
 
     def rows(self, lengths: Sequence[int]) -> list[Found]:
         """The features of each row, without what fills it up; waits for the device."""
-        whole = {name: self._vectors(name, lengths).cpu().numpy() for name in self.names}
+        whole = {name: self._stored(name, lengths).cpu().numpy() for name in self.names}
+        kept = {name: [1] * len(lengths) if of_text(name[0]) else lengths for name in whole}
         return [
-            {
-                name: found[row, : 1 if of_text(name[0]) else length]
-                for name, found in whole.items()
-            }
-            for row, length in enumerate(lengths)
+            {name: vectors[row, : kept[name][row]] for name, vectors in whole.items()}
+            for row in range(len(lengths))
         ]
 
-    def _vectors(self, name: Name, lengths: Sequence[int]) -> Tensor:
-        """[B, T, D] float32; pooled [B, 1, D]."""
+    def layouts(self) -> dict[Name, Layout]:
+        """What is alike in all rows of each feature."""
+        return {name: self._layout(name) for name in self.names}
+
+    def _stored(self, name: Name, lengths: Sequence[int]) -> Tensor:
+        """[B, T, D] float32; of pooled states [B, 1, D]."""
+        vectors = self._vectors(name)
+        if not of_text(name[0]):
+            return vectors.float()
+        texts = torch.cat([row[:length] for row, length in zip(vectors, lengths, strict=True)])
+        return pooled(texts, lengths, pooling_of(name[0]))[:, None]
+
+    def _vectors(self, name: Name) -> Tensor:
+        """[B, T, D], the heads of queries, keys and values one after another."""
         kind, layer = name
-        states = self.hidden[layer]
-        if not of_text(kind):
-            return states.float()
-        texts = torch.cat([row[:length] for row, length in zip(states, lengths, strict=True)])
-        return pooled(texts, lengths, cast("Pooling", kind.partition("_")[2]))[:, None]
+        if kind not in ATTENTION:
+            return self.shown.hidden[layer]
+        part: Tensor = getattr(self.shown.attention(layer), kind)
+        return part.transpose(1, 2).flatten(2)
+
+    def _layout(self, name: Name) -> Layout:
+        kind, layer = name
+        width = self._vectors(name).shape[-1]
+        if kind not in ATTENTION:
+            return Layout(width=width)
+        recorded = self.shown.attention(layer)
+        heads = getattr(recorded, kind).shape[1]
+        if kind != "queries":
+            return Layout(width=width, heads=heads)
+        return Layout(
+            width=width,
+            heads=heads,
+            score_scale=recorded.scale,
+            causal=recorded.causal,
+            window=recorded.window,
+        )
+
+
+def needs_of(features: Iterable[Feature]) -> list[Need]:
+    """What of a teacher's pass these features are taken of."""
+    return [("attention" if one.kind in ATTENTION else "hidden", one.layer) for one in features]
 
 
 @contextmanager
 def capturing(model: nn.Module, features: Iterable[Feature]) -> Iterator[Taken]:
     """What the forward pass inside shows of these features."""
-    names = sorted({(one.kind, one.layer) for one in features})
-    with states_of(model, sorted({layer for _, layer in names})) as hidden:
-        yield Taken(names, hidden)
+    features = sorted(features)
+    with showing(model, needs_of(features)) as shown:
+        yield Taken([(one.kind, one.layer) for one in features], shown)
 
 
 def check_capture(model: nn.Module, features: Iterable[Feature]) -> None:
@@ -80,7 +110,7 @@ def check_capture(model: nn.Module, features: Iterable[Feature]) -> None:
         UsageError: it does not.
     """
     asked = list(features)
-    check_blocks(model, sorted({one.layer for one in asked}))
+    check_shown(model, needs_of(asked))
     check_first_token(model, sorted({one.layer for one in asked if one.kind == "pooled_cls"}))
 
 

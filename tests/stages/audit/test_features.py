@@ -159,7 +159,9 @@ def pooled(tmp_path_factory: pytest.TempPathFactory) -> World:
     score = {"targets": "full", "features": asked}
     teacher = save_tiny_bert(folder / "teacher")
     world = Classes(folder, teacher, records(24), score=score).scored()
-    return World(world.store, world.identity)
+    identity = world.plan().bound.teacher
+    assert identity is not None
+    return World(world.store, identity)
 
 
 def test_pooled_rows_agree_with_the_teacher(pooled: World) -> None:

@@ -25,7 +25,7 @@ def written(folder: Path, **sections: Any) -> Path:
         ({"features": [{"what": "hidden", "layers": [1, 1]}]}, {}, "names one twice"),
         ({"features": [{"what": "hidden", "layers": [-1]}]}, {}, "at least 0 (got -1)"),
         ({"features": [{"what": "hidden", "layers": [1], "bits": 4}]}, {}, "8, 16 or 32 (got 4)"),
-        ({"features": [{"what": "logits", "layers": [1]}]}, {}, "must be one of 'hidden' or 'pooled'"),
+        ({"features": [{"what": "logits", "layers": [1]}]}, {}, "must be one of 'hidden'"),
         ({"features": [{"what": "hidden", "layer": [1]}]}, {}, "Did you mean 'layers'?"),
         ({"features": [*HIDDEN, *HIDDEN]}, {}, "hidden of layer 0 is asked for 2 times"),
         ({"features": HIDDEN, "engine": "vllm"}, {}, "engine 'vllm' shows no states of blocks"),

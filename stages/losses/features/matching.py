@@ -17,6 +17,7 @@ from ...recipe.features import FeatureLoss, FeatureRequest, layers_of
 from ...targets.features.batch import FeatureTargets
 from ...targets.features.capture import Name
 from ...targets.features.shown import Need, Shown
+from .groups import GroupPart, betweens
 from .hidden import HiddenPart
 from .part import Part, StepSize, drawn_map
 
@@ -45,6 +46,28 @@ def pairs_of(
         Pair(asked=number, loss=asked, teacher=teacher, student=student)
         for number, asked in enumerate(losses)
         for teacher, student in asked.pairs(layers_of(requests, asked.kind), student_blocks)
+    ]
+
+
+def _between(
+    pair: Pair, *, layouts: Mapping[Name, Layout], student_width: int, seed: int
+) -> list[Part]:
+    """Losses between samples; a map where numbers are compared and the widths differ."""
+    teacher = (pair.loss.needs[0], pair.teacher)
+    width = layouts[teacher].width
+    mapped = pair.loss.match == "infonce" and width != student_width
+    named = content_key("feature_map", seed=seed, pair=pair.name, number=pair.asked)
+    return [
+        GroupPart(
+            f"{pair.name}{of.ending}",
+            asked=pair.asked,
+            need=("hidden", pair.student),
+            teacher=teacher,
+            of=of,
+            group=pair.loss.group,
+            to_teacher=drawn_map(width, student_width, named) if mapped else None,
+        )
+        for of in betweens(pair.loss)
     ]
 
 
@@ -112,5 +135,10 @@ class Matching(nn.Module):
         return [part.count(size) for part in self.parts]
 
     def weights(self, of_entries: Sequence[float]) -> tuple[float, ...]:
-        """[P] of each part: that of its entry of `loss.features`."""
-        return tuple(of_entries[part.asked] for part in self.parts)
+        """[P] of each part: that of its entry of `loss.features`, times its own."""
+        return tuple(part.times * of_entries[part.asked] for part in self.parts)
+
+    @property
+    def group(self) -> int | None:
+        """Samples of a group, of losses between samples; None: there are none."""
+        return next((part.group for part in self.parts if isinstance(part, GroupPart)), None)

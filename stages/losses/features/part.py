@@ -29,7 +29,7 @@ class StepSize:
 class Part(nn.Module):
     """A loss of one pair of layers, with its trained map where it has one."""
 
-    def __init__(self, name: str, *, asked: int, need: Need) -> None:
+    def __init__(self, name: str, *, asked: int, need: Need, times: float = 1.0) -> None:
         super().__init__()
         self.name = name
         """In records: `hidden_3_to_1_mse`."""
@@ -37,6 +37,8 @@ class Part(nn.Module):
         """Which entry of `loss.features`."""
         self.need = need
         """What of the student is compared."""
+        self.times = times
+        """Of its entry's weight."""
 
     @abstractmethod
     def forward(self, shown: Shown, targets: FeatureTargets) -> Tensor:

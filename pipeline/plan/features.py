@@ -8,7 +8,7 @@ from ...stages.models.fit.files import read_json
 from ...stages.models.fit.fresh import fresh_config
 from ...stages.models.fit.light import light_transformers
 from ...stages.models.fit.parts import text_config
-from ...stages.recipe.features import captured, layers_of
+from ...stages.recipe.features import captured, layers_for
 from ...stages.recipe.sections import Recipe
 from ...storage.errors import UsageError
 from .resolve import Bound
@@ -67,7 +67,7 @@ def _refuse_student_layers(recipe: Recipe, bound: Bound, folder: Path | None) ->
             "another student, or leave loss.features out."
         )
     for number, asked in enumerate(recipe.loss.features):
-        stored = layers_of(recipe.score.features, asked.kind)
+        stored = layers_for(asked, recipe.score.features)
         path = f"loss.features.{number}.layers"
         if asked.layers == "uniform" and len(stored) > blocks:
             raise UsageError(

@@ -6,8 +6,8 @@ from ...storage.files.local import LocalFiles
 from ...storage.snapshots.snapshot import Snapshot, load_snapshot
 from ...storage.store.store import Store
 from ..loader.features import FeatureSource, open_features
-from ..recipe.features import learnt
 from ..loader.samples import Lengths
+from ..recipe.features import learnt
 from ..recipe.sections import Loss, Train
 from ..workers.job import Job
 

@@ -105,7 +105,9 @@ def live_training(
     for step in _steps(texts, recipe.train.tokens_per_step):
         scored = sum(len(ids) - start for ids, start in step)
         shown = [_shown(teacher, student, text) for text in step]
-        losses = [_loss(recipe, *said, text, hidden) for said, text in zip(shown, step, strict=True)]
+        losses = [
+            _loss(recipe, *said, text, hidden) for said, text in zip(shown, step, strict=True)
+        ]
         loss = sum(losses, torch.zeros(())) / scored
         if between is not None:
             loss = loss + between.loss(shown)

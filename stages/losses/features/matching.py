@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ....storage.keys import content_key
 from ....storage.tables.features import Layout
-from ...recipe.features import FeatureLoss, FeatureRequest, layers_of
+from ...recipe.features import FeatureLoss, FeatureRequest, layers_for
 from ...targets.features.batch import FeatureTargets
 from ...targets.features.capture import Name
 from ...targets.features.shown import Need, Shown
@@ -45,7 +45,7 @@ def pairs_of(
     return [
         Pair(asked=number, loss=asked, teacher=teacher, student=student)
         for number, asked in enumerate(losses)
-        for teacher, student in asked.pairs(layers_of(requests, asked.kind), student_blocks)
+        for teacher, student in asked.pairs(layers_for(asked, requests), student_blocks)
     ]
 
 
@@ -82,6 +82,8 @@ def parts_of(
         student_width: Numbers of a state of the student.
         seed: `run.seed`.
     """
+    if "group" in pair.loss.kind.settings:
+        return _between(pair, layouts=layouts, student_width=student_width, seed=seed)
     teacher = ("hidden", pair.teacher)
     name, width = f"{pair.name}_{pair.loss.distance}", layouts[teacher].width
     to_teacher = None

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from ....storage.errors import UsageError
-from ....storage.tables.features import Layout, of_text
+from ....storage.tables.features import HEADED, Layout, of_text
 from ...models.device import evaluating
-from ...recipe.features import ATTENTION, Feature, pooling_of
+from ...recipe.features import Feature, pooling_of
 from .blocks import states_of
 from .pooling import pooled
 from .shown import Need, Shown, check_shown, showing
@@ -67,7 +67,7 @@ class Taken:
     def _vectors(self, name: Name) -> Tensor:
         """[B, T, D], the heads of queries, keys and values one after another."""
         kind, layer = name
-        if kind not in ATTENTION:
+        if kind not in HEADED:
             return self.shown.hidden[layer]
         part: Tensor = getattr(self.shown.attention(layer), kind)
         return part.transpose(1, 2).flatten(2)
@@ -75,7 +75,7 @@ class Taken:
     def _layout(self, name: Name) -> Layout:
         kind, layer = name
         width = self._vectors(name).shape[-1]
-        if kind not in ATTENTION:
+        if kind not in HEADED:
             return Layout(width=width)
         recorded = self.shown.attention(layer)
         heads = getattr(recorded, kind).shape[1]
@@ -92,7 +92,7 @@ class Taken:
 
 def needs_of(features: Iterable[Feature]) -> list[Need]:
     """What of a teacher's pass these features are taken of."""
-    return [("attention" if one.kind in ATTENTION else "hidden", one.layer) for one in features]
+    return [("attention" if one.kind in HEADED else "hidden", one.layer) for one in features]
 
 
 @contextmanager

@@ -75,7 +75,9 @@ def test_what_is_stored_is_the_mean_and_the_last_of_plain_transformers(
     hidden = {"what": "hidden", "layers": [0], "bits": 32}
     asked = recipe(tmp_path, teacher, [*pooled("mean", "last"), hidden], batch=256)
     store, _ = done_until_score(asked)
-    texts = {text_key(r["token_ids"]): r["token_ids"] for r in rows_of(store) if r["kind"] == "topk"}
+    texts = {
+        text_key(r["token_ids"]): r["token_ids"] for r in rows_of(store) if r["kind"] == "topk"
+    }
     found = found_in(store)
     assert found.keys() == {(t, k) for t in texts for k in ("pooled_mean", "pooled_last", "hidden")}
     model = AutoModelForCausalLM.from_pretrained(teacher).eval()

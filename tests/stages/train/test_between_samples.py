@@ -26,7 +26,7 @@ from stillroom.stages.loader.samples import Lengths, Sample, Samples
 from stillroom.stages.losses.features.matching import Matching, pairs_of, parts_of
 from stillroom.stages.losses.objective import Aim
 from stillroom.stages.models.classification import Inputs
-from stillroom.stages.recipe.features import captured, learnt
+from stillroom.stages.recipe.features import learnt
 from stillroom.stages.recipe.sections import Train
 from stillroom.stages.train.features import group_notes
 from stillroom.storage.files.local import LocalFiles
@@ -35,9 +35,7 @@ from stillroom.storage.snapshots.snapshot import save_snapshot
 pytestmark = pytest.mark.numeric
 
 GROUP, T = 3, 0.5
-POOLED = [
-    {"what": "pooled", "layers": [1], "pooling": how, "bits": 32} for how in ("mean", "last")
-]
+POOLED = [{"what": "pooled", "layers": [1], "pooling": how, "bits": 32} for how in ("mean", "last")]
 
 
 def asked(match: str, pooling: str, **more: Any) -> dict[str, Any]:

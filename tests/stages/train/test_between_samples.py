@@ -174,9 +174,11 @@ def test_a_schedule_weighs_both_parts_and_angles_twice(causal: Causal, tmp_path:
         train={"epochs": 1},
     )
     points, total = trained(job)["history"], causal.samples(job).lengths().tokens
+    loss = job.recipe.loss
     for point in points:
         parts = point["features"]
-        expected = point["soft"] + (1 - point["tokens"] / total) * (
+        expected = loss.soft_weight * point["soft"] + loss.hard_weight * point["hard"]
+        expected += (1 - point["tokens"] / total) * (
             parts["rkd_1_to_0_distance"] + 2 * parts["rkd_1_to_0_angle"]
         )
         assert point["loss"] == pytest.approx(expected, rel=1e-5)
@@ -309,11 +311,12 @@ def test_each_is_its_definition_with_the_teacher_live(
 
     passes, samples = encoders.passes(16, loss, tokens=60)
     rounded, turned = matched(passes, samples, student.float())
+    expected, right = defined(passes, samples, teacher, student.double())
     error = max(row["rounding_error"] for row in encoders.worlds[16].rows("features"))
     assert 1e-5 < error < 1e-3
     # Vectors are a few of their differences long, so these are off by so much more.
-    assert rounded == pytest.approx(value, rel=30 * error)
-    assert float((turned - gradient).norm()) <= 30 * error * float(gradient.norm())
+    assert rounded == pytest.approx(expected, rel=30 * error)
+    assert float((turned - right).norm()) <= 30 * error * float(right.norm())
 
 
 def defined(

@@ -68,6 +68,7 @@ class OffFeature:
     key: str
     shard: str
     row: int
+    kind: str
     layer: int
     error: float
     """e, as above."""
@@ -195,6 +196,7 @@ def _off(
         key=row.key,
         shard=row.shard,
         row=row.number,
+        kind=row.name[0],
         layer=row.name[1],
         error=error,
         allowed=allowed,

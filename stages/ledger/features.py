@@ -5,7 +5,7 @@ layer is found by any request for it; numbers of more bits serve where fewer are
 other way round. Only rows to train on have any: nobody is judged on them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 
@@ -19,9 +19,14 @@ SCALE_BYTES = 4
 """Of the scale of a vector at 8 bits."""
 
 
-def feature_bytes(feature: Feature, width: int) -> int:
+Widths = Mapping[str, int]
+"""Numbers of a token, by kind of feature; of a kind that is left out nothing is known."""
+
+
+def feature_bytes(feature: Feature, widths: Widths) -> int:
     """What a feature takes of a token, on disk: its numbers are not compressed."""
-    return width * feature.bits // 8 + (SCALE_BYTES if feature.bits == 8 else 0)
+    scale = SCALE_BYTES if feature.bits == 8 else 0
+    return widths.get(feature.kind, 0) * feature.bits // 8 + scale
 
 
 def feature_key(teacher_id: str, text: bytes, feature: Feature) -> bytes:
@@ -112,10 +117,10 @@ class FeatureSql:
             "LEFT JOIN feature_rows ON feature_rows.text_key = named.text_key"
         )
 
-    def to_do(self, width: int) -> str:
-        """Bytes of what a row of `scored` lacks, of a teacher with states of this width."""
+    def to_do(self, widths: Widths) -> str:
+        """Bytes of what a row of `scored` lacks, of a teacher with vectors of these widths."""
         parts = [
-            f"CASE WHEN {column} IS NULL THEN {feature_bytes(one, width)} ELSE 0 END"
+            f"CASE WHEN {column} IS NULL THEN {feature_bytes(one, widths)} ELSE 0 END"
             for one, column in zip(self._features, self.columns, strict=True)
         ]
         return f"CASE WHEN held_out THEN 0 ELSE tokens * ({' + '.join(['0', *parts])}) END"

@@ -11,8 +11,6 @@ from ..recipe.sections import Loss
 from ..workers.job import Job
 
 if TYPE_CHECKING:
-    import torch
-
     from ..losses.features.matching import Matching
 
 
@@ -33,9 +31,11 @@ def find_features(
 
 
 def make_matching(
-    model: Any, job: Job, loss: Loss, source: FeatureSource | None, *, device: "torch.device"
+    model: Any, job: Job, loss: Loss, source: FeatureSource | None, *, longest: int
 ) -> "Matching | None":
-    """The pairs of layers, with their maps on the device; None where nothing is matched.
+    """What is matched, with its maps on the student's device; None where nothing is.
+
+    `longest`: tokens of the longest sample that is read.
 
     Raises:
         UsageError: the student does not show what is compared.
@@ -44,7 +44,7 @@ def make_matching(
         return None
     from ..losses.features.matching import Matching, pairs_of, parts_of
     from ..targets.features.blocks import blocks_of
-    from ..targets.features.shown import check_shown
+    from ..targets.features.shown import check_shown, glimpse
 
     pairs = pairs_of(loss.features, job.score.features, student_blocks=len(blocks_of(model)))
     known = {
@@ -54,4 +54,5 @@ def make_matching(
     }
     matching = Matching([part for pair in pairs for part in parts_of(pair, **known)])
     check_shown(model, matching.needs)
-    return matching.to(device)
+    matching.check(glimpse(model, matching.needs), longest)
+    return matching.to(next(model.parameters()).device)

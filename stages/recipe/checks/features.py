@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from ..features import captured, layers_of
+from ..features import captured, layers_for, layers_of
 from ..fields import extremes
 from ..sections import Loss, Score
 
@@ -34,15 +34,24 @@ def check_matched(loss: Loss, score: Score | None) -> list[tuple[str, str]]:
     stored = score.features if score is not None else []
     for number, asked in enumerate(loss.features):
         path = f"loss.features.{number}"
-        layers = layers_of(stored, asked.kind)
-        if not layers:
+        lacking = [kind for kind in asked.needs if not layers_of(stored, kind)]
+        if lacking:
+            added = ", ".join(f"{{what: {kind}, layers: [...]}}" for kind in lacking)
             message = (
-                f"match {asked.match!r} needs {asked.kind} of the teacher, which score.features "
-                f"does not store. Add score.features: [{{what: {asked.kind}, layers: [...]}}]"
+                f"match {asked.match!r} needs {' and '.join(lacking)} of the teacher, which "
+                f"score.features does not store. Add score.features: [{added}]"
             )
             errors.append((path, message))
         elif isinstance(asked.layers, dict):
-            errors += _not_stored(f"{path}.layers", sorted(asked.layers), layers)
+            for kind in asked.needs:
+                layers = layers_of(stored, kind)
+                errors += _not_stored(f"{path}.layers", kind, sorted(asked.layers), layers)
+        elif not layers_for(asked, stored):
+            message = (
+                f"match {asked.match!r} needs {' and '.join(asked.needs)} of one layer, and "
+                "score.features stores them of none together. Name a layer for each"
+            )
+            errors.append((path, message))
         if extremes(asked.weight)[1] == 0:
             errors.append(
                 (f"{path}.weight", "is 0 throughout. Set it above 0, or remove the entry")
@@ -50,13 +59,13 @@ def check_matched(loss: Loss, score: Score | None) -> list[tuple[str, str]]:
     return errors
 
 
-def _not_stored(path: str, asked: list[int], stored: list[int]) -> list[tuple[str, str]]:
+def _not_stored(path: str, kind: str, asked: list[int], stored: list[int]) -> list[tuple[str, str]]:
     lacking = [layer for layer in asked if layer not in stored]
     if not lacking:
         return []
     message = (
-        f"{_listed(lacking)} of the teacher {'is' if len(lacking) == 1 else 'are'} not stored; "
-        f"score.features has {_listed(stored)}. Add what lacks there, or match those"
+        f"{kind} of {_listed(lacking)} of the teacher {'is' if len(lacking) == 1 else 'are'} not "
+        f"stored; score.features has {_listed(stored)}. Add what lacks there, or match those"
     )
     return [(path, message)]
 

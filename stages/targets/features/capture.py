@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor, nn
 
-from ....storage.tables.features import Layout
-from ...recipe.features import ATTENTION, Feature
+from ....storage.tables.features import HEADED, Layout
+from ...recipe.features import Feature
 from .shown import Need, Shown, check_shown, showing
 
 Name = tuple[str, int]
@@ -51,22 +51,21 @@ class Taken:
     def _vectors(self, name: Name) -> Tensor:
         """[B, T, D], the heads of queries, keys and values one after another."""
         kind, layer = name
-        if kind not in ATTENTION:
+        if kind not in HEADED:
             return self.shown.hidden[layer]
         part: Tensor = getattr(self.shown.attention(layer), kind)
         return part.transpose(1, 2).flatten(2)
 
     def _layout(self, name: Name) -> Layout:
         kind, layer = name
-        width = self._vectors(name).shape[-1]
-        if kind not in ATTENTION:
-            return Layout(width=width)
+        if kind not in HEADED:
+            return Layout(width=self.shown.hidden[layer].shape[-1])
         recorded = self.shown.attention(layer)
-        heads = getattr(recorded, kind).shape[1]
+        _, heads, _, width = getattr(recorded, kind).shape
         if kind != "queries":
-            return Layout(width=width, heads=heads)
+            return Layout(width=heads * width, heads=heads)
         return Layout(
-            width=width,
+            width=heads * width,
             heads=heads,
             score_scale=recorded.scale,
             causal=recorded.causal,
@@ -76,7 +75,7 @@ class Taken:
 
 def needs_of(features: Iterable[Feature]) -> list[Need]:
     """What of a teacher's pass these features are taken of."""
-    return [("attention" if one.kind in ATTENTION else "hidden", one.layer) for one in features]
+    return [("attention" if one.kind in HEADED else "hidden", one.layer) for one in features]
 
 
 @contextmanager

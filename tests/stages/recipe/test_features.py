@@ -33,7 +33,7 @@ def written(folder: Path, **sections: Any) -> Path:
         (
             {"features": HIDDEN},
             {"features": [{"match": "hidden", "layers": {1: 0}}]},
-            "loss.features.0.layers: layer 1 of the teacher is not stored; score.features has "
+            "loss.features.0.layers: hidden of layer 1 of the teacher is not stored; score.features has "
             "layers 0, 2",
         ),
         ({"features": HIDDEN}, {"features": [{"match": "hidden", "layers": {}}]}, "is empty"),

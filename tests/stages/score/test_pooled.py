@@ -174,7 +174,7 @@ def test_a_file_takes_what_the_plan_says(dtype: str, bits: int, tmp_path: Path) 
             )
     commits = store.commits("features")
     per_text = sum(commit.shard.bytes for commit in commits) / texts
-    said = feature_bytes(Feature(kind="pooled_mean", layer=5, bits=bits), width)
+    said = feature_bytes(Feature(kind="pooled_mean", layer=5, bits=bits), {"pooled_mean": width})
     assert per_text == pytest.approx(said, rel=0.03)
     assert bits == 8 or per_text <= 2 * width + 64
     statistics = store.shard("features", commits[0].shard.sha256).about["statistics"]

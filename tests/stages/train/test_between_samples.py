@@ -10,7 +10,7 @@ import feature_references as definition
 import numpy as np
 import pytest
 import torch
-from feature_training import Causal, losses_of, trained
+from causal_features import Causal, losses_of, trained
 from live import LiveBetween, live_training, saved_weights
 from tiny_classes import World, records
 from tiny_models import save_tiny_bert
@@ -119,9 +119,9 @@ def test_training_from_stored_vectors_is_training_with_the_live_teacher(
         pool=POOL[ASKED[match]["pooling"]],
         group=GROUP,
         parts=LIVE[match],
-        map=next((m.detach().clone().requires_grad_() for m in maps.values()), None),
+        leaves=[m.detach().clone().requires_grad_() for m in maps.values()],
     )
-    assert (between.map is not None) == (match == "infonce")
+    assert len(between.leaves) == (match == "infonce")
     tokens = 8 * samples.lengths().tokens
     truth = live_training(job.recipe, texts, total_tokens=tokens, between=between)
     assert len(stored) == len(truth.losses) >= 60

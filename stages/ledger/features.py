@@ -17,7 +17,7 @@ from .books import Books
 
 SCALE_BYTES = 4
 """Of the scale of a vector at 8 bits."""
-NAME_BYTES = 56
+NAME_BYTES = 60
 """Of the names of a row and its error, beside the vector of a text; of rows of many vectors they are nothing."""
 
 

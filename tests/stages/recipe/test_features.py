@@ -12,6 +12,7 @@ from stillroom.stages.recipe.load import load_recipe
 from stillroom.storage.errors import UsageError
 
 HIDDEN = [{"what": "hidden", "layers": [0, 2]}]
+MEAN = [{"what": "pooled", "layers": [1], "pooling": "mean"}]
 
 
 def written(folder: Path, **sections: Any) -> Path:
@@ -55,7 +56,38 @@ def written(folder: Path, **sections: Any) -> Path:
             {},
             "pooled_mean of layer 1 is asked for 2 times",
         ),
-        ({"features": HIDDEN}, {"features": [{"match": "attention"}]}, "must be one of 'hidden'"),
+        ({"features": HIDDEN}, {"features": [{"match": "logits"}]}, "must be one of 'hidden'"),
+        ({"features": MEAN}, {"features": [{"match": "rkd"}]}, "match 'rkd' needs `pooling`"),
+        (
+            {"features": HIDDEN},
+            {"features": [{"match": "similarity", "pooling": "mean"}]},
+            "Add score.features: [{what: pooled, pooling: mean, layers: [...]}]",
+        ),
+        (
+            {"features": MEAN},
+            {"features": [{"match": "rkd", "pooling": "last"}]},
+            "needs pooled_last of the teacher, which score.features does not store",
+        ),
+        (
+            {"features": MEAN},
+            {"features": [{"match": "rkd", "pooling": "mean", "temperature": 1}]},
+            "`temperature` belongs to match 'infonce'; this is 'rkd'",
+        ),
+        (
+            {"features": MEAN},
+            {"features": [{"match": "rkd", "pooling": "mean", "group": 1}]},
+            "at least 2 (got 1)",
+        ),
+        (
+            {"features": MEAN},
+            {
+                "features": [
+                    {"match": match, "pooling": "mean", "group": group}
+                    for match, group in (("rkd", 8), ("similarity", 16))
+                ]
+            },
+            "loss.features: groups of 8 and 16 samples: a pass holds whole groups, of one size",
+        ),
     ],
 )
 def test_what_cannot_work_is_said_with_its_path(

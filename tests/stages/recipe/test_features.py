@@ -7,7 +7,13 @@ import pytest
 from kit import write_recipe
 
 from stillroom.pipeline.plan.students import train_settings
-from stillroom.stages.recipe.features import Feature, captured, learnt
+from stillroom.stages.recipe.features import (
+    Feature,
+    FeatureLoss,
+    FeatureRequest,
+    captured,
+    learnt,
+)
 from stillroom.stages.recipe.load import load_recipe
 from stillroom.storage.errors import UsageError
 
@@ -36,6 +42,21 @@ def written(folder: Path, **sections: Any) -> Path:
             {"features": [{"match": "hidden", "layers": {1: 0}}]},
             "loss.features.0.layers: hidden of layer 1 of the teacher is not stored; score.features has "
             "layers 0, 2",
+        ),
+        (
+            {"features": [{"what": "queries", "layers": [0]}, {"what": "keys", "layers": [1]}]},
+            {"features": [{"match": "attention"}]},
+            "needs queries and keys of one layer",
+        ),
+        (
+            {"features": [{"what": "values", "layers": [0]}]},
+            {"features": [{"match": "relations", "of": ["values", "values"], "relation_heads": 2}]},
+            "names one twice",
+        ),
+        (
+            {"features": HIDDEN},
+            {"features": [{"match": "hidden", "heads": "each"}]},
+            "`heads` belongs to match 'attention'; this is 'hidden'",
         ),
         ({"features": HIDDEN}, {"features": [{"match": "hidden", "layers": {}}]}, "is empty"),
         ({"features": HIDDEN}, {"features": [{"match": "hidden", "weight": 0}]}, "is 0 throughout"),
@@ -152,3 +173,22 @@ def test_an_empty_list_is_hashed_as_none(tmp_path: Path, loss: dict[str, Any]) -
     )
     assert train_settings(with_some, "s", "student")["loss"]["features"]
     assert train_settings(with_some, "s", "baseline") == train_settings(without, "s", "baseline")
+
+
+def test_a_match_says_its_own_settings_alone() -> None:
+    """So a hash of one knows none that came after it."""
+    hidden = {"match": "hidden", "layers": "last", "weight": 1.0, "distance": "mse"}
+    assert FeatureLoss(match="hidden").model_dump() == hidden
+    attention = FeatureLoss(match="attention", heads="average")
+    assert attention.model_dump().keys() == {"match", "layers", "weight", "heads"}
+    assert FeatureLoss.model_validate(attention.model_dump()) == attention
+
+
+def test_a_loss_learns_from_the_layers_of_which_all_is_stored() -> None:
+    asked = [("queries", [0, 1]), ("keys", [1, 2]), ("values", [0])]
+    stored = [FeatureRequest(what=what, layers=layers) for what, layers in asked]
+    found = learnt([FeatureLoss(match="attention", layers="uniform")], stored)
+    assert [(one.kind, one.layer, one.dtype) for one in found] == [
+        ("keys", 1, "float16"),
+        ("queries", 1, "float16"),
+    ]

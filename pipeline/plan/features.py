@@ -3,15 +3,18 @@
 from pathlib import Path
 
 from ...stages.ledger.features import feature_bytes
+from ...stages.models.attention.by_config import AttentionFacts, attention_facts
 from ...stages.models.fit.config import ConfigFacts, blocks_of, config_facts
 from ...stages.models.fit.files import read_json
 from ...stages.models.fit.fresh import fresh_config
 from ...stages.models.fit.light import light_transformers
 from ...stages.models.fit.parts import text_config
 from ...stages.models.identity import Identity
-from ...stages.recipe.features import captured, layers_of
+from ...stages.recipe.features import FeatureLoss, captured, layers_for
 from ...stages.recipe.sections import Recipe
 from ...storage.errors import UsageError
+from ...storage.tables.features import HEADED, POOLED
+from .attention import REMEDY, config_attention, refuse_unpaired
 from .resolve import Bound
 
 
@@ -48,6 +51,7 @@ def _refuse_layers(recipe: Recipe, teacher: Identity) -> None:
             f"score.features: {folder} ({facts.model_type}) has not one row of blocks that all hand "
             "on states of one width, so none can be named by a number. Leave them out."
         )
+    _refuse_attention(recipe, folder, model_type=facts.model_type)
     for request in recipe.score.features:
         beyond = [layer for layer in request.layers if layer >= facts.blocks]
         if beyond:
@@ -57,39 +61,64 @@ def _refuse_layers(recipe: Recipe, teacher: Identity) -> None:
             )
 
 
+def _refuse_attention(recipe: Recipe, folder: Path, *, model_type: str) -> None:
+    """Of a teacher whose queries and keys do not make its attention."""
+    assert recipe.score is not None
+    asked = [request.what for request in recipe.score.features if request.what in HEADED]
+    if not asked:
+        return
+    found = config_attention(folder, "teacher.model")
+    if found.beyond is not None:
+        raise UsageError(
+            f"score.features: {asked[0]} of {folder} ({model_type}): its attention is not "
+            f"softmax(scale q k^T) alone: it has {found.beyond}. {REMEDY}"
+        )
+
+
 def _refuse_student_layers(recipe: Recipe, bound: Bound, folder: Path | None) -> None:
     assert recipe.score is not None
-    blocks = _student_blocks(recipe, bound, folder)
-    if blocks is None:
+    student = _student(recipe, bound, folder)
+    if student is None:
         return
+    blocks, attention = student
     if blocks == 0:
         raise UsageError(
             "loss.features: the student has not one row of blocks, so none can be matched. Use "
             "another student, or leave loss.features out."
         )
     for number, asked in enumerate(recipe.loss.features):
-        stored = layers_of(recipe.score.features, asked.kind)
-        path = f"loss.features.{number}.layers"
-        if asked.layers == "uniform" and len(stored) > blocks:
+        path = f"loss.features.{number}"
+        _refuse_pairs(f"{path}.layers", asked, layers_for(asked, recipe.score.features), blocks)
+        if {*asked.needs} & {*HEADED}:
+            folder = bound.teacher.folder if bound.teacher else None
+            teacher = config_attention(folder, "teacher.model") if folder else None
+            refuse_unpaired(path, asked, teacher, attention)
+
+
+def _refuse_pairs(path: str, asked: FeatureLoss, stored: list[int], blocks: int) -> None:
+    if asked.layers == "uniform" and len(stored) > blocks:
+        raise UsageError(
+            f"{path}: 'uniform' gives each of the {len(stored)} stored layers a block of its "
+            f"own, and the student has {blocks}. Store fewer, or name pairs."
+        )
+    for teacher, student in asked.pairs(stored, blocks):
+        if student >= blocks:
             raise UsageError(
-                f"{path}: 'uniform' gives each of the {len(stored)} stored layers a block of its "
-                f"own, and the student has {blocks}. Store fewer, or name pairs."
+                f"{path}: layer {teacher} of the teacher with block {student} of the student, "
+                f"which has {blocks}, 0 to {blocks - 1}. Name one of these."
             )
-        for teacher, student in asked.pairs(stored, blocks):
-            if student >= blocks:
-                raise UsageError(
-                    f"{path}: layer {teacher} of the teacher with block {student} of the student, "
-                    f"which has {blocks}, 0 to {blocks - 1}. Name one of these."
-                )
 
 
-def _student_blocks(recipe: Recipe, bound: Bound, folder: Path | None) -> int | None:
-    """None where the student, or the teacher whose config it gets, is not here."""
+def _student(
+    recipe: Recipe, bound: Bound, folder: Path | None
+) -> tuple[int, AttentionFacts] | None:
+    """Its blocks and its attention; None where it, or the teacher whose config it gets, is not here."""
     if folder is not None:
-        return _facts(folder, "student.model", trusted=False).blocks
-    student = recipe.student
-    if bound.teacher is None or student is None or student.model is not None:
+        attention = config_attention(folder, "student.model")
+        return _facts(folder, "student.model", trusted=False).blocks, attention
+    if bound.teacher is None or recipe.student is None or recipe.student.model is not None:
         return None
+    student = recipe.student
     with light_transformers():
         made = fresh_config(
             bound.teacher.folder,
@@ -97,23 +126,33 @@ def _student_blocks(recipe: Recipe, bound: Bound, folder: Path | None) -> int | 
             task=recipe.run.task,
             layers=student.from_teacher_layers,
         )
-        return blocks_of(text_config(made))
+        return blocks_of(text_config(made)), attention_facts(made)
 
 
-def teacher_width(bound: Bound) -> int:
-    """Numbers of a state that a block of the teacher hands on; 0 where it is not here."""
-    return _of_teacher(bound.teacher).width if bound.teacher else 0
+def teacher_widths(recipe: Recipe, bound: Bound) -> dict[str, int]:
+    """Numbers of a vector of each kind of feature of the teacher; none where it is not here, or none is asked for."""
+    if bound.teacher is None or recipe.score is None or not recipe.score.features:
+        return {}
+    states = dict.fromkeys(("hidden", *POOLED), _of_teacher(bound.teacher).width)
+    if not any(request.what in HEADED for request in recipe.score.features):
+        return states
+    attention = config_attention(bound.teacher.folder, "teacher.model")
+    return states | {kind: attention.numbers(kind) for kind in HEADED}
 
 
 def feature_note(recipe: Recipe, bound: Bound) -> list[str]:
-    """What the features of a token take, for people."""
-    width = teacher_width(bound)
-    if recipe.score is None or not recipe.score.features or not width:
+    """What the features of a token take, and those of a text, for people."""
+    widths = teacher_widths(recipe, bound)
+    if recipe.score is None or not widths:
         return []
-    features = captured(recipe.score.features)
-    total = sum(feature_bytes(feature, width) for feature in features)
-    parts = ", ".join(f"{f.words} {feature_bytes(f, width)} ({f.dtype})" for f in features)
-    return [f"features: {total} bytes a token of the rows to train on: {parts}"]
+    found = []
+    for of, per_text in (("token", False), ("text", True)):
+        features = [f for f in captured(recipe.score.features) if f.of_text == per_text]
+        total = sum(feature_bytes(feature, widths) for feature in features)
+        parts = ", ".join(f"{f.words} {feature_bytes(f, widths)} ({f.dtype})" for f in features)
+        if features:
+            found.append(f"features: {total} bytes a {of} of the rows to train on: {parts}")
+    return found
 
 
 def _of_teacher(teacher: Identity) -> ConfigFacts:

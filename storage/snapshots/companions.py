@@ -13,6 +13,7 @@ of samples do.
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from itertools import pairwise
 from typing import Any
 
@@ -22,6 +23,7 @@ import pyarrow.compute as pc
 
 from ..errors import IntegrityError, UsageError
 from ..store.store import Store
+from ..tables.features import Layout, of_text
 from ..tables.row_builders import text_key
 from ..tables.rows import Rows
 from ..tables.schema import KEY
@@ -40,7 +42,14 @@ HELP = (
     "into another store (storage.dir)."
 )
 _NAME = ("text_key", "kind", "layer")
-_COLUMNS = ("text_key", "kind", "layer", "vectors", "width", "dtype", "values", "scale")
+_COLUMNS = (
+    *_NAME,
+    "vectors",
+    "dtype",
+    "values",
+    "scale",
+    *(field.name for field in fields(Layout)),
+)
 _ROW_BITS = 32
 
 
@@ -117,7 +126,8 @@ def _refuse_unfit(store: Store, features: Snapshot, mine: pa.Table, tokens: np.n
     """Rows, one a sample, that are not of all its tokens, or of another width than the first."""
     vectors, width = mine["vectors"].to_numpy(), mine["width"].to_numpy()
     some = mine["some"].to_numpy()
-    wrong = np.flatnonzero((vectors != tokens) | (width != width[0]) | some)
+    whole = of_text(mine["kind"][0].as_py())
+    wrong = np.flatnonzero((vectors != (1 if whole else tokens)) | (width != width[0]) | some)
     if not len(wrong):
         return
     row = int(wrong[0])
@@ -126,7 +136,8 @@ def _refuse_unfit(store: Store, features: Snapshot, mine: pa.Table, tokens: np.n
     )
     raise IntegrityError(
         f"{_row_named(store, features, mine.slice(row, 1).to_pylist()[0])}: {said}, expected one "
-        f"for each of the text's {tokens[row]} tokens, of {width[0]} numbers. {HELP}"
+        f"for {'the text' if whole else f'each of its {tokens[row]} tokens'}, of {width[0]} numbers. "
+        f"{HELP}"
     )
 
 

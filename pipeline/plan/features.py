@@ -2,15 +2,17 @@
 
 from pathlib import Path
 
-from ...stages.ledger.features import feature_bytes
+from ...stages.ledger.features import feature_bytes, find_embeddings
 from ...stages.models.fit.config import ConfigFacts, blocks_of, config_facts
 from ...stages.models.fit.files import read_json
 from ...stages.models.fit.fresh import fresh_config
 from ...stages.models.fit.light import light_transformers
 from ...stages.models.fit.parts import text_config
-from ...stages.recipe.features import captured, layers_of
+from ...stages.recipe.features import captured, embedding_bits, layers_of
 from ...stages.recipe.sections import Recipe
 from ...storage.errors import UsageError
+from ...storage.store.store import Store
+from .lines import StagePlan
 from .resolve import Bound
 
 
@@ -42,6 +44,8 @@ def refuse_features(recipe: Recipe, bound: Bound, student: Path | None) -> None:
 def _refuse_layers(recipe: Recipe, folder: Path) -> None:
     assert recipe.score is not None
     facts = _facts(folder, "teacher.model")
+    if not captured(recipe.score.features):
+        return
     if not facts.blocks or not facts.width:
         raise UsageError(
             f"score.features: {folder} ({facts.model_type}) has not one row of blocks that all hand "
@@ -106,7 +110,32 @@ def feature_note(recipe: Recipe, bound: Bound) -> list[str]:
     features = captured(recipe.score.features)
     total = sum(feature_bytes(feature, width) for feature in features)
     parts = ", ".join(f"{f.words} {feature_bytes(f, width)} ({f.dtype})" for f in features)
-    return [f"features: {total} bytes a token of the rows to train on: {parts}"]
+    said = [f"features: {total} bytes a token of the rows to train on: {parts}"] if features else []
+    if size := embedding_bytes(recipe, bound):
+        said.append(f"the teacher's embeddings: {size:,} bytes, once for all texts")
+    return said
+
+
+def embedding_bytes(recipe: Recipe, bound: Bound) -> int:
+    """What the matrix of the teacher's embeddings takes; 0: it is not asked for, or the teacher is not here."""
+    bits = embedding_bits(recipe.score.features) if recipe.score is not None else None
+    if bits is None or bound.teacher is None:
+        return 0
+    facts, config = _facts(bound.teacher.folder, "teacher.model"), bound.teacher.parts["config"]
+    # Of some models they are narrower than the states.
+    width = config.get("embedding_size") or config.get("word_embed_proj_dim") or facts.width
+    return int(facts.rows * width * bits // 8)
+
+
+def plan_embeddings(line: StagePlan, recipe: Recipe, bound: Bound, store: Store) -> None:
+    """Where the teacher's embeddings are asked for and not kept yet, `score` has them to do."""
+    bits = embedding_bits(recipe.score.features) if recipe.score is not None else None
+    if bits is None or find_embeddings(store, bound.binding.teacher_id, bits) is not None:
+        return
+    line.why = ", ".join(filter(None, [line.why, "the teacher's embeddings to keep"]))
+    line.bytes_to_do += embedding_bytes(recipe, bound)
+    if line.state == "done":
+        line.state = "to do"
 
 
 def _facts(folder: Path, field: str) -> ConfigFacts:

@@ -39,7 +39,7 @@ from ...storage.joined import Joined, open_store
 from ...storage.published.folder import Published
 from ...storage.store.store import Store
 from ..numbers import teacher_layers
-from .features import feature_note, refuse_features, teacher_width
+from .features import feature_note, plan_embeddings, refuse_features, teacher_width
 from .lengths import refuse_unread, unread_by_student, window_notes
 from .lines import Plan, StagePlan, State, equal_texts
 from .resolve import Bound, bind, refuse_start
@@ -299,8 +299,10 @@ def _plan_stored(recipe: Recipe, plan: Plan, books: Books) -> None:
             teacher_parts=bound.teacher.parts if bound.teacher else None,
             teacher_width=teacher_width(bound),
         )
-        plan.stages.append(_line("score", ledger, upstream=upstream))
-        upstream = upstream and not ledger.pending
+        line = _line("score", ledger, upstream=upstream)
+        plan_embeddings(line, recipe, bound, books.store)
+        plan.stages.append(line)
+        upstream = line.state == "done"
     if upstream:
         plan.snapshots = choose_snapshots(books, binding)
         plan.features = choose_features(books, binding)

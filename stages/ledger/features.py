@@ -10,9 +10,11 @@ from collections.abc import Sequence
 import pyarrow as pa
 
 from ...storage.keys import content_id, content_key
+from ...storage.store.matrices import KeptMatrix
+from ...storage.store.store import Store
 from ...storage.tables.schema import KEY
 from ...storage.tables.shard import text_keys
-from ..recipe.features import Feature
+from ..recipe.features import DTYPES, EMBEDDINGS, Feature
 from .books import Books
 
 SCALE_BYTES = 4
@@ -41,6 +43,17 @@ def capture_id(teacher_id: str, features: Sequence[Feature]) -> str:
     """Name of a teacher that is asked for these features too, in its rejects: others may still be had of it."""
     named = [[one.kind, one.layer, one.bits] for one in sorted(features)]
     return content_id("capture", teacher=teacher_id, features=named)
+
+
+def embeddings_name(teacher_id: str, dtype: str) -> str:
+    """Name of the matrix of a teacher's embeddings in the store."""
+    return content_id("matrix", what=EMBEDDINGS, teacher=teacher_id, dtype=dtype)
+
+
+def find_embeddings(store: Store, teacher_id: str, bits: int) -> KeptMatrix | None:
+    """The teacher's embeddings with so many bits a number or more, here or in a source; None: they are not kept."""
+    names = (embeddings_name(teacher_id, name) for b, name in DTYPES.items() if b >= max(bits, 16))
+    return next(filter(None, map(store.matrix_named, names)), None)
 
 
 def name_texts(books: Books) -> None:

@@ -29,6 +29,8 @@ class FeatureKind:
     """It for people."""
     bits: Bits
     """Of a number, where the recipe says nothing."""
+    of_texts: bool = True
+    """Of each text, in rows; False: of the teacher itself, kept once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,8 +45,12 @@ class MatchKind:
     """Who proposed it, and where."""
 
 
+EMBEDDINGS = "embeddings"
+"""The one that is kept once of a teacher."""
+
 FEATURES = {
     "hidden": FeatureKind(words="hidden states of block {layer}", bits=8),
+    EMBEDDINGS: FeatureKind(words="input embeddings", bits=16, of_texts=False),
 }
 
 # t: the teacher's state, s: the student's after the trained map, both of D numbers.
@@ -102,20 +108,29 @@ class FeatureRequest(Section):
     """Something that is captured in the forward pass of scoring."""
 
     what: What
-    """hidden: the states that a block hands on, at every token."""
-    layers: list[Layer] = Field(min_length=1)
-    """Blocks of the teacher, the first being 0."""
+    """hidden: the states that a block hands on, at every token. embeddings: the matrix of the
+    teacher's token embeddings, kept once."""
+    layers: list[Layer] = Field([])
+    """Blocks of the teacher, the first being 0; of embeddings none."""
     bits: Bits | None = None
     """Of a stored number; 8: with a scale per vector; 32: exact. null: 8."""
 
     @model_validator(mode="after")
-    def _each_once(self) -> Self:
+    def _layers_and_bits(self) -> Self:
+        if FEATURES[self.what].of_texts and not self.layers:
+            raise ValueError(
+                f"`layers` names none. Name layers of the teacher whose {self.what} are stored"
+            )
+        if self.what == EMBEDDINGS and self.layers:
+            raise ValueError(f"`layers` {self.layers}: embeddings are of no layer. Leave it out")
+        if self.what == EMBEDDINGS and self.bits == 8:
+            raise ValueError("`bits` 8: embeddings are kept with 16 or 32. Choose one of these")
         if len(set(self.layers)) < len(self.layers):
             raise ValueError(f"`layers` {self.layers} names one twice. Name each once")
         return self
 
     def features(self) -> list[Feature]:
-        """One for each layer."""
+        """One for each layer: what is stored of each text."""
         bits = self.bits or FEATURES[self.what].bits
         return [Feature(kind=self.what, layer=layer, bits=bits) for layer in self.layers]
 
@@ -164,6 +179,12 @@ class FeatureLoss(Section):
 def captured(requests: Iterable[FeatureRequest]) -> list[Feature]:
     """All that `score.features` asks for, one by one."""
     return [feature for request in requests for feature in request.features()]
+
+
+def embedding_bits(requests: Iterable[FeatureRequest]) -> Bits | None:
+    """Of a number of the teacher's embeddings, at least; None: they are not asked for."""
+    asked = (one.bits or FEATURES[EMBEDDINGS].bits for one in requests if one.what == EMBEDDINGS)
+    return next(asked, None)
 
 
 def layers_of(requests: Iterable[FeatureRequest], kind: str) -> list[int]:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from ..features import captured, layers_of
+from ..features import EMBEDDINGS, captured, layers_of
 from ..fields import extremes
 from ..sections import Loss, Score
 
@@ -25,6 +25,8 @@ def check_captured(score: Score) -> list[tuple[str, str]]:
         for (kind, layer), count in counts.items()
         if count > 1
     ]
+    if [request.what for request in score.features].count(EMBEDDINGS) > 1:
+        errors.append((path, "embeddings are asked for more than once. Ask once"))
     return errors
 
 

@@ -30,10 +30,11 @@ def refuse_features(recipe: Recipe, bound: Bound, student: Path | None) -> None:
     score = recipe.score
     if score is None or not score.features:
         return
-    if bound.published is not None:
+    published = bound.published
+    if published is not None and captured(score.features) and not published.shards("features"):
         raise UsageError(
-            f"score.features: {recipe.data.source} is published, and published folders hold no "
-            "features. Leave them out, or name the store that it was made from."
+            f"score.features: {recipe.data.source} is published without features. Leave them out, or "
+            "name the store that it was made from."
         )
     if bound.teacher is not None:
         _refuse_layers(recipe, bound.teacher.folder)

@@ -58,6 +58,15 @@ def find_embeddings(store: Store, teacher_id: str, bits: int) -> KeptMatrix | No
 
 def name_texts(books: Books) -> None:
     """Make the view `named`: `key` and `text_key` of the rows to train on, after `choose_generations`."""
+    texts = _texts(books) if books.published is None else books.published.texts()
+    books.index.register("named_texts", texts)
+    books.index.execute(
+        "CREATE OR REPLACE VIEW named AS SELECT key::UUID AS key, text_key::UUID AS text_key "
+        "FROM named_texts"
+    )
+
+
+def _texts(books: Books) -> pa.Table:
     rows = books.index.table("SELECT DISTINCT place FROM chosen WHERE NOT held_out")
     schema = pa.schema([("key", KEY), ("text_key", KEY)])
     parts = [schema.empty_table()]
@@ -65,11 +74,7 @@ def name_texts(books: Books) -> None:
         shard = books.store.shard("generations", sha256)
         keys = shard.select(numbers, ["key"])["key"].combine_chunks()
         parts.append(pa.Table.from_arrays([keys, text_keys(shard, numbers)], schema=schema))
-    books.index.register("named_texts", pa.concat_tables(parts))
-    books.index.execute(
-        "CREATE OR REPLACE VIEW named AS SELECT key::UUID AS key, text_key::UUID AS text_key "
-        "FROM named_texts"
-    )
+    return pa.concat_tables(parts)
 
 
 class FeatureSql:

@@ -17,7 +17,7 @@ from ...storage.keys import content_id
 from ...storage.snapshots.companions import Companions, companion_places
 from ...storage.snapshots.snapshot import Snapshot
 from ...storage.store.store import Store
-from ...storage.tables.features import Rounded
+from ...storage.tables.features import Layout, Rounded
 from ...storage.tables.row_builders import text_key
 from ..recipe.features import Feature
 
@@ -57,11 +57,11 @@ class FeatureSource:
             found[name] = Rounded.from_row(row).restored()
         return found
 
-    def widths(self) -> dict[Name, int]:
-        """Numbers of a state of each feature."""
+    def layouts(self) -> dict[Name, Layout]:
+        """What is alike in all rows of each feature."""
         with self._one_reads:
             rows = self._companions.rows(0)
-        return {name: row["width"] for name, row in zip(self._names, rows, strict=True)}
+        return {n: Layout.from_row(row) for n, row in zip(self._names, rows, strict=True)}
 
 
 def open_features(

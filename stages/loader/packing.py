@@ -34,7 +34,7 @@ from ..recipe.fields import Kernel
 from ..targets.alignment import predicting_positions, scored_tokens
 from ..targets.batch import TargetBatch, fit_vocabulary, joined
 from ..targets.features.batch import FeatureTargets
-from ..targets.features.blocks import states_of
+from ..targets.features.shown import showing
 from ..targets.spec import Kept
 from ..targets.stored import Reading, soft_part
 from .passes import Passes
@@ -63,7 +63,7 @@ class Batch:
     longest: int = 0
     """Tokens of the longest sample of a flat row."""
     features: FeatureTargets | None = None
-    """The teacher's states at the predicting positions; None: there are none to match."""
+    """The teacher's features of the samples; None: nothing is matched."""
 
     @property
     def positions(self) -> int:
@@ -121,6 +121,10 @@ class Packing(Passes):
     kernel: Kernel | None = None
     """Who makes the loss's passes over the vocabulary; `linear_distillation` has it."""
 
+    def positions(self, sample: Sample) -> np.ndarray:
+        """Those that predict a scored token."""
+        return predicting_positions(sample.spans)
+
     def batches(
         self, samples: Sequence[Sample], temperature: float | None = 1.0
     ) -> Iterator[Batch]:
@@ -174,7 +178,7 @@ class Packing(Passes):
         with torch.autocast(
             batch.token_ids.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16
         ):
-            with states_of(model, self.student_layers) as states:
+            with showing(model, self.needs) as shown:
                 hidden = hidden_states(model, **batch.inputs)
         predicting = hidden.flatten(0, 1)[batch.predicting].to(dtype)
         found = linear_distillation(
@@ -184,7 +188,7 @@ class Packing(Passes):
             aim=aim,
             kernel=self.kernel,
         )
-        return self.with_features(found, states, batch.features, aim=aim)
+        return self.with_features(found, shown, batch.features, aim=aim)
 
     def head_weight(self, model: nn.Module) -> Tensor:
         """The weight of the output layer [V, D]: hidden states of other positions never meet it."""
@@ -194,7 +198,7 @@ class Packing(Passes):
         width = max(_tokens(row) for row in rows)
         token_ids = torch.zeros(len(rows), width, dtype=torch.long)
         position_ids = torch.zeros_like(token_ids)
-        predicting, labels = [], []
+        predicting, labels, starts = [], [], []
         for number, row in enumerate(rows):
             # Where each sample begins, where the padding does, and the end of the row.
             edges = np.cumsum([0, *map(len, row), width - _tokens(row)])
@@ -203,9 +207,9 @@ class Packing(Passes):
             for sample, start in zip(row, edges[:-2], strict=True):
                 ids = sample.token_ids.astype(np.int64)
                 token_ids[number, start : start + len(sample)] = torch.from_numpy(ids)
-                positions = torch.from_numpy(predicting_positions(sample.spans))
                 # Row `number` of the flattened [B * T] begins at number * T.
-                predicting.append(number * width + int(start) + positions)
+                starts.append(number * width + int(start))
+                predicting.append(starts[-1] + torch.from_numpy(self.positions(sample)))
                 labels.append(torch.from_numpy(scored_tokens(ids, sample.spans)))
         check_ids(int(token_ids.max()), self.vocab_size, "the text has")
         members = [sample for row in rows for sample in row]
@@ -214,19 +218,12 @@ class Packing(Passes):
             position_ids=position_ids,
             predicting=torch.cat(predicting),
             targets=self._targets(labels, members, temperature),
-            features=self._features(members, torch.cat(predicting)),
+            features=self.targets_of(members, starts),
         )
         if not self.flat:
             return batch
         ends = torch.tensor([0, *accumulate(map(len, members))], dtype=torch.int32)
         return replace(batch, edges=ends, longest=max(map(len, members)))
-
-    def _features(self, samples: Sequence[Sample], predicting: Tensor) -> FeatureTargets | None:
-        if self.matching is None:
-            return None
-        found = [sample.states() for sample in samples]
-        positions = [predicting_positions(sample.spans) for sample in samples]
-        return FeatureTargets.of(predicting, found, positions)
 
     def _targets(
         self, labels: Sequence[Tensor], samples: Sequence[Sample], temperature: float | None

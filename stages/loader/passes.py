@@ -4,19 +4,22 @@ The module that bears a task's name has its passes of a training: `training_pass
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..losses.definition import Distilled
 from ..losses.features.matching import Matching
+from ..losses.features.part import StepSize
 from ..losses.objective import Aim
 from ..recipe.tasks import module_of
 from ..targets.features.batch import FeatureTargets
+from ..targets.features.shown import Need, Shown
 from ..workers.job import Job
 from .samples import Sample
 
@@ -50,29 +53,46 @@ class Passes(ABC):
     matching: Matching | None = None
     """What of the teacher's features is matched; None: nothing."""
 
-    def compared(self, samples: Sequence[Sample]) -> int:
-        """Positions at which features are compared, by whose number their losses are divided: those that predict."""
-        return sum(sample.scored_tokens for sample in samples)
+    @abstractmethod
+    def positions(self, sample: Sample) -> np.ndarray:
+        """Which tokens of a sample the losses of single positions compare, ascending."""
+
+    def counts(self, samples: Sequence[Sample]) -> list[int]:
+        """By what each part of what is matched is divided, over a step of these samples."""
+        if self.matching is None:
+            return []
+        size = StepSize(
+            compared=sum(len(self.positions(sample)) for sample in samples),
+            tokens=sum(map(len, samples)),
+            samples=len(samples),
+        )
+        return self.matching.counts(size)
+
+    def targets_of(self, samples: Sequence[Sample], starts: Sequence[int]) -> FeatureTargets | None:
+        """The teacher's features of the samples of a pass, which begin at `starts`; None: nothing is matched."""
+        if self.matching is None:
+            return None
+        return FeatureTargets.of(
+            [sample.states() for sample in samples],
+            lengths=[len(sample) for sample in samples],
+            starts=starts,
+            compared=[self.positions(sample) for sample in samples],
+        )
 
     @property
-    def student_layers(self) -> list[int]:
-        """Blocks of the student whose states the loss needs."""
-        return [] if self.matching is None else self.matching.student_layers
+    def needs(self) -> list[Need]:
+        """What the student is to show for the loss."""
+        return [] if self.matching is None else self.matching.needs
 
     def with_features(
-        self,
-        found: Distilled,
-        states: Mapping[int, Tensor],
-        targets: FeatureTargets | None,
-        *,
-        aim: Aim,
+        self, found: Distilled, shown: Shown, targets: FeatureTargets | None, *, aim: Aim
     ) -> Distilled:
-        """The loss of a pass with what of the features is matched, weighted as `aim` says."""
+        """The loss of a pass with what of the features is matched; `aim` has a weight for each part."""
         if self.matching is None or targets is None:
             return found
-        sums = self.matching(states, targets)
-        weights = sums.new_tensor(self.matching.weights(aim.features))
-        return replace(found, total=found.total + weights @ sums, features=sums.detach())
+        sums = self.matching(shown, targets)
+        total = found.total + sums.new_tensor(aim.features) @ sums
+        return replace(found, total=total, features=sums.detach())
 
     @abstractmethod
     def batches(

@@ -50,8 +50,13 @@ EMBEDDINGS = "embeddings"
 
 FEATURES = {
     "hidden": FeatureKind(words="hidden states of block {layer}", bits=8),
+    "queries": FeatureKind(words="queries of block {layer}", bits=16),
+    "keys": FeatureKind(words="keys of block {layer}", bits=16),
+    "values": FeatureKind(words="values of block {layer}", bits=16),
     EMBEDDINGS: FeatureKind(words="input embeddings", bits=16, of_texts=False),
 }
+ATTENTION = ("queries", "keys", "values")
+"""Kinds that are what attention multiplies, after rotation and after any norm of their own."""
 
 # t: the teacher's state, s: the student's after the trained map, both of D numbers.
 MATCHES = {

@@ -38,19 +38,20 @@ def make_matching(
     """The pairs of layers, with their maps on the device; None where nothing is matched.
 
     Raises:
-        UsageError: the student's blocks cannot be read.
+        UsageError: the student does not show what is compared.
     """
     if source is None:
         return None
-    from ..losses.features.matching import Matching, pairs_of
-    from ..targets.features.blocks import blocks_of, check_blocks
+    from ..losses.features.matching import Matching, pairs_of, parts_of
+    from ..targets.features.blocks import blocks_of
+    from ..targets.features.shown import check_shown
 
-    blocks = len(blocks_of(model))
-    matching = Matching(
-        pairs_of(loss.features, job.score.features, student_blocks=blocks),
-        teacher_widths=source.widths(),
-        student_width=model.config.get_text_config().hidden_size,
-        seed=job.recipe.run.seed,
-    )
-    check_blocks(model, matching.student_layers)
+    pairs = pairs_of(loss.features, job.score.features, student_blocks=len(blocks_of(model)))
+    known = {
+        "layouts": source.layouts(),
+        "student_width": model.config.get_text_config().hidden_size,
+        "seed": job.recipe.run.seed,
+    }
+    matching = Matching([part for pair in pairs for part in parts_of(pair, **known)])
+    check_shown(model, matching.needs)
     return matching.to(device)

@@ -11,7 +11,7 @@ Letters: P positions, D numbers of a state.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,27 @@ DTYPES: dict[str, np.dtype[Any]] = {
 SCALED = "int8"
 """The one whose vectors have a scale."""
 _MOST = 127
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """What is alike in all rows of one feature of a teacher; columns of these names."""
+
+    width: int
+    """D, numbers of a vector."""
+    heads: int | None = None
+    """Of queries, keys and values: D / heads numbers each, one head after another."""
+    score_scale: float | None = None
+    """Of queries: what q . k is multiplied by."""
+    causal: bool | None = None
+    """Of queries: whether a token sees nothing behind itself."""
+    window: int | None = None
+    """Of queries: a token sees those less than this far away; None: however far."""
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> "Layout":
+        """Of a row of `features`."""
+        return cls(**{field.name: row[field.name] for field in fields(cls)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

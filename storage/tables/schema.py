@@ -37,6 +37,11 @@ def _field(name: str, kind: pa.DataType, about: str, *, nullable: bool = False) 
     return pa.field(name, kind, nullable=nullable, metadata={"about": about})
 
 
+def _maybe(name: str, kind: pa.DataType, about: str) -> pa.Field:
+    """A column that is null in rows that it says nothing of."""
+    return _field(name, kind, about, nullable=True)
+
+
 def _since_2(name: str, kind: pa.DataType, about: str) -> pa.Field:
     """A column that version 2 of its table added: null in every row of before."""
     return pa.field(name, kind, metadata={"about": about, "since": "2"})
@@ -272,7 +277,9 @@ SCHEMAS: dict[TableName, pa.Schema] = {
             _field("reuse_key", KEY, "hash of teacher, token ids, kind and layer"),
             _field("text_key", KEY, "hash of the token ids alone"),
             _field("teacher_id", pa.string(), "identity of the teacher"),
-            _field("kind", pa.string(), "hidden, queries, keys, values, pooled or embeddings"),
+            _field(
+                "kind", pa.string(), "hidden, queries, keys, values, pooled_cls, _mean or _last"
+            ),
             _field(
                 "layer", pa.int32(), "index of the layer; null where there is none", nullable=True
             ),
@@ -292,6 +299,11 @@ SCHEMAS: dict[TableName, pa.Schema] = {
                 pa.float32(),
                 "sqrt(sum (x' - x)^2 / sum x^2) of all numbers, x' as read back",
             ),
+            _maybe("heads", pa.int32(), "H of queries, keys and values, D / H numbers each"),
+            _maybe("score_scale", pa.float32(), "of queries: what q . k is multiplied by"),
+            _maybe("causal", pa.bool_(), "of queries: whether a token sees none behind itself"),
+            _maybe("window", pa.int32(), "of queries: a token sees those less than this far away"),
+            _maybe("projection", pa.string(), "id of the matrix that made the vectors narrower"),
         ]
     ),
     "rejects": pa.schema(

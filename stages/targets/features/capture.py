@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor, nn
 
-from ...recipe.features import Feature
-from .blocks import check_blocks, states_of
+from ....storage.tables.features import Layout
+from ...recipe.features import ATTENTION, Feature
+from .shown import Need, Shown, check_shown, showing
 
 Name = tuple[str, int]
 """Kind and layer."""
@@ -32,24 +33,58 @@ Found = Mapping[Name, np.ndarray]
 class Taken:
     """What was taken of a pass over B rows, each from the first position on."""
 
-    hidden: Mapping[int, Tensor]
-    """Layer -> [B, T, D]."""
+    names: Sequence[Name]
+    shown: Shown
 
     def rows(self, lengths: Sequence[int]) -> list[Found]:
         """The features of each row, without what fills it up; waits for the device."""
-        whole = {("hidden", n): s.float().cpu().numpy() for n, s in self.hidden.items()}
+        whole = {name: self._vectors(name).float().cpu().numpy() for name in self.names}
         return [
-            {name: states[row, :length] for name, states in whole.items()}
+            {name: vectors[row, :length] for name, vectors in whole.items()}
             for row, length in enumerate(lengths)
         ]
+
+    def layouts(self) -> dict[Name, Layout]:
+        """What is alike in all rows of each feature."""
+        return {name: self._layout(name) for name in self.names}
+
+    def _vectors(self, name: Name) -> Tensor:
+        """[B, T, D], the heads of queries, keys and values one after another."""
+        kind, layer = name
+        if kind not in ATTENTION:
+            return self.shown.hidden[layer]
+        part: Tensor = getattr(self.shown.attention(layer), kind)
+        return part.transpose(1, 2).flatten(2)
+
+    def _layout(self, name: Name) -> Layout:
+        kind, layer = name
+        width = self._vectors(name).shape[-1]
+        if kind not in ATTENTION:
+            return Layout(width=width)
+        recorded = self.shown.attention(layer)
+        heads = getattr(recorded, kind).shape[1]
+        if kind != "queries":
+            return Layout(width=width, heads=heads)
+        return Layout(
+            width=width,
+            heads=heads,
+            score_scale=recorded.scale,
+            causal=recorded.causal,
+            window=recorded.window,
+        )
+
+
+def needs_of(features: Iterable[Feature]) -> list[Need]:
+    """What of a teacher's pass these features are taken of."""
+    return [("attention" if one.kind in ATTENTION else "hidden", one.layer) for one in features]
 
 
 @contextmanager
 def capturing(model: nn.Module, features: Iterable[Feature]) -> Iterator[Taken]:
     """What the forward pass inside shows of these features."""
-    layers = sorted({one.layer for one in features if one.kind == "hidden"})
-    with states_of(model, layers) as hidden:
-        yield Taken(hidden)
+    features = sorted(features)
+    with showing(model, needs_of(features)) as shown:
+        yield Taken([(one.kind, one.layer) for one in features], shown)
 
 
 def check_capture(model: nn.Module, features: Iterable[Feature]) -> None:
@@ -58,4 +93,4 @@ def check_capture(model: nn.Module, features: Iterable[Feature]) -> None:
     Raises:
         UsageError: it does not.
     """
-    check_blocks(model, sorted({one.layer for one in features if one.kind == "hidden"}))
+    check_shown(model, needs_of(features))

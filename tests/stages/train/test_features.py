@@ -20,7 +20,7 @@ from stillroom.pipeline.plan.plan import make_plan
 from stillroom.stages.loader.classification import ClassPasses
 from stillroom.stages.loader.features import open_features
 from stillroom.stages.loader.samples import Samples
-from stillroom.stages.losses.features.matching import Matching, pairs_of
+from stillroom.stages.losses.features.matching import Matching, pairs_of, parts_of
 from stillroom.stages.losses.objective import Aim
 from stillroom.stages.models.classification import Inputs
 from stillroom.stages.recipe.features import captured
@@ -32,6 +32,7 @@ from stillroom.storage.files.local import LocalFiles
 from stillroom.storage.snapshots import companions
 from stillroom.storage.snapshots.snapshot import save_snapshot
 from stillroom.storage.store.store import Store
+from stillroom.storage.tables.features import Layout
 
 EXACT = [{"what": "hidden", "layers": [0, 1], "bits": 32}]
 # The teacher's states are large: so the sum is of the size of the other parts, and float32 tells 1e-5.
@@ -112,9 +113,9 @@ def test_training_from_stored_states_is_training_with_the_live_teacher(
     stored = [point["loss"] for point in summary["history"]]
     samples = causal.samples(job)
     texts = [(s.token_ids.tolist(), int(s.spans[0, 0])) for s in samples.read(0, 4 * len(samples))]
-    pairs = pairs_of(job.recipe.loss.features, job.recipe.score.features, student_blocks=2)
-    widths = {("hidden", 1): 16}
-    begun = Matching(pairs, teacher_widths=widths, student_width=8, seed=0).maps["0"]
+    (pair,) = pairs_of(job.recipe.loss.features, job.recipe.score.features, student_blocks=2)
+    layouts = {("hidden", 1): Layout(width=16)}
+    (begun,) = parts_of(pair, layouts=layouts, student_width=8, seed=0)[0].parameters()
     hidden = LiveHidden(teacher=2, student=1, weight=0.01, map=begun.detach().requires_grad_())
     truth = live_training(
         job.recipe, texts, total_tokens=4 * samples.lengths().tokens, hidden=hidden
@@ -289,12 +290,8 @@ def test_an_encoder_is_compared_at_every_token(tmp_path: Path) -> None:
     big = AutoModelForSequenceClassification.from_pretrained(teacher).eval()
     small = AutoModelForSequenceClassification.from_pretrained(tmp_path / "student" / "student")
     inputs = Inputs.of(small, teacher)
-    matching = Matching(
-        pairs_of(job.recipe.loss.features, job.recipe.score.features, student_blocks=2),
-        teacher_widths=source.widths(),
-        student_width=8,
-        seed=0,
-    )
+    (pair,) = pairs_of(job.recipe.loss.features, job.recipe.score.features, student_blocks=2)
+    matching = Matching(parts_of(pair, layouts=source.layouts(), student_width=8, seed=0))
     passes = ClassPasses(tokens_per_pass=40, vocab_size=32, inputs=inputs, matching=matching)
     aim = Aim(soft_weight=0.0, hard_weight=0.0, objective=None, features=(1.0,))
     small.eval()
@@ -308,8 +305,8 @@ def test_an_encoder_is_compared_at_every_token(tmp_path: Path) -> None:
             tensors = inputs.tensors([sample.token_ids])
             t = big(**tensors, output_hidden_states=True).hidden_states[2][0]
             s = small(**tensors, output_hidden_states=True).hidden_states[1][0]
-            expected += float((s @ matching.maps["0"].T - t).square().mean(-1).sum())
-    assert passes.compared(few) == sum(map(len, few))
+            expected += float((s @ matching.parts[0].map.T - t).square().mean(-1).sum())
+    assert passes.counts(few) == [sum(map(len, few))]
     assert total == pytest.approx(expected, rel=1e-5)
 
 

@@ -8,7 +8,7 @@ from ...stages.models.fit.files import read_json
 from ...stages.models.fit.fresh import fresh_config
 from ...stages.models.fit.light import light_transformers
 from ...stages.models.fit.parts import text_config
-from ...stages.recipe.features import captured, embedding_bits, layers_of
+from ...stages.recipe.features import EMBEDDINGS, captured, embedding_bits, layers_of
 from ...stages.recipe.sections import Recipe
 from ...storage.errors import UsageError
 from ...storage.store.store import Store
@@ -39,7 +39,17 @@ def refuse_features(recipe: Recipe, bound: Bound, student: Path | None) -> None:
     if bound.teacher is not None:
         _refuse_layers(recipe, bound.teacher.folder)
     if recipe.train is not None and recipe.loss.features:
+        _refuse_frozen(recipe)
         _refuse_student_layers(recipe, bound, student)
+
+
+def _refuse_frozen(recipe: Recipe) -> None:
+    lora = recipe.student.lora if recipe.student is not None else None
+    if lora is not None and any(asked.kind == EMBEDDINGS for asked in recipe.loss.features):
+        raise UsageError(
+            "loss.features: match 'embeddings' moves the student's input embeddings, which "
+            "student.lora freezes. Leave one of them out."
+        )
 
 
 def _refuse_layers(recipe: Recipe, folder: Path) -> None:
@@ -66,7 +76,7 @@ def _refuse_student_layers(recipe: Recipe, bound: Bound, folder: Path | None) ->
     blocks = _student_blocks(recipe, bound, folder)
     if blocks is None:
         return
-    if blocks == 0:
+    if blocks == 0 and any(asked.kind != EMBEDDINGS for asked in recipe.loss.features):
         raise UsageError(
             "loss.features: the student has not one row of blocks, so none can be matched. Use "
             "another student, or leave loss.features out."
@@ -126,6 +136,15 @@ def embedding_bytes(recipe: Recipe, bound: Bound) -> int:
     # Of some models they are narrower than the states.
     width = config.get("embedding_size") or config.get("word_embed_proj_dim") or facts.width
     return int(facts.rows * width * bits // 8)
+
+
+def learnt_embeddings(recipe: Recipe, store: Store, teacher_id: str) -> str:
+    """Id of the matrix that the student's embeddings are compared with; empty: they are not."""
+    bits = embedding_bits(recipe.score.features) if recipe.score is not None else None
+    if bits is None or not any(asked.kind == EMBEDDINGS for asked in recipe.loss.features):
+        return ""
+    kept = find_embeddings(store, teacher_id, bits)
+    return kept.id if kept is not None else ""
 
 
 def plan_embeddings(line: StagePlan, recipe: Recipe, bound: Bound, store: Store) -> None:

@@ -5,7 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from ...stages.recipe.divergences import DIVERGENCES
-from ...stages.recipe.features import MATCHES, FeatureRequest, captured
+from ...stages.recipe.features import (
+    DTYPES,
+    EMBEDDINGS,
+    FEATURES,
+    MATCHES,
+    FeatureRequest,
+    captured,
+    embedding_bits,
+)
 from ...stages.recipe.kinds import KINDS
 from ...storage.tables.kinds import STRUCTURES
 from ..numbers import count, decimals, duration, percent, teacher_layers
@@ -90,13 +98,16 @@ def _matched(asked: Mapping[str, Any]) -> str:
     layers = asked["layers"]
     if isinstance(layers, Mapping):
         layers = ", ".join(f"{teacher} to {student}" for teacher, student in layers.items())
-    return f"{scheduled(asked['weight'])} x {asked['match']} ({asked['distance']}, layers {layers})"
+    where = "" if asked["match"] == EMBEDDINGS else f", layers {layers}"
+    return f"{scheduled(asked['weight'])} x {asked['match']} ({asked['distance']}{where})"
 
 
 def _features(loss: Mapping[str, Any], score: Mapping[str, Any]) -> list[list[str]]:
     """What is stored besides targets, and the equations of what is matched of it."""
-    stored = captured(map(FeatureRequest.model_validate, score.get("features") or ()))
-    said = [f"{one.words} ({one.dtype})" for one in stored]
+    asked = [FeatureRequest.model_validate(one) for one in score.get("features") or ()]
+    said = [f"{one.words} ({one.dtype})" for one in captured(asked)]
+    if bits := embedding_bits(asked):
+        said.append(f"{FEATURES[EMBEDDINGS].words} ({DTYPES[bits]}, once)")
     rows = [["features", ", ".join(said)]] if said else []
     for name, distance in sorted({(f["match"], f["distance"]) for f in loss.get("features") or ()}):
         kind = MATCHES[name]

@@ -72,6 +72,11 @@ MATCHES = {
             "arXiv 1910.01108; Jiao et al. 2020 (TinyBERT), arXiv 1909.10351, eq. 7"
         ),
     ),
+    EMBEDDINGS: MatchKind(
+        needs=EMBEDDINGS,
+        distances={"mse": "1/D sum_d (s_d - t_d)^2, of the embedding of each token of a pass"},
+        source="Jiao et al. 2020 (TinyBERT), arXiv 1909.10351, eq. 8",
+    ),
 }
 
 if TYPE_CHECKING:
@@ -144,8 +149,8 @@ class FeatureLoss(Section):
     """What the student is asked to match of the teacher's features, besides its distribution."""
 
     match: Match
-    """hidden: the states of its blocks, through a trained linear map where their width is not the
-    teacher's."""
+    """hidden: the states of its blocks; embeddings: those of the tokens of a pass. Through a trained
+    linear map where their width is not the teacher's."""
     layers: dict[Layer, Layer] | Literal["uniform", "last"] = "last"
     """Teacher's block -> student's block. last: of the stored ones the last, with the student's
     last. uniform: all stored ones, evenly over the student's blocks."""
@@ -158,6 +163,12 @@ class FeatureLoss(Section):
     def _some(self) -> Self:
         if self.layers == {}:
             raise ValueError("`layers` is empty. Name a pair of blocks, 'uniform' or 'last'")
+        if self.match == EMBEDDINGS and self.layers != "last":
+            raise ValueError("`layers`: embeddings are of no layer. Leave it out")
+        if self.distance not in MATCHES[self.match].distances:
+            raise ValueError(
+                f"`distance` {self.distance}: match {self.match} has no such. Leave it out"
+            )
         return self
 
     @property
@@ -166,13 +177,15 @@ class FeatureLoss(Section):
         return MATCHES[self.match].needs
 
     def pairs(self, stored: Sequence[int], student_blocks: int) -> list[tuple[int, int]]:
-        """Teacher's and student's block of each pair, ascending.
+        """Teacher's and student's block of each pair, ascending; none of what is of no layer.
 
         Args:
             stored: Layers of its kind that `score.features` names, ascending.
             student_blocks: How many the student has. `uniform` gives the i-th of n stored layers,
                 i = 1 .. n, the student's block i * student_blocks / n, rounded down, counted from 1.
         """
+        if self.match == EMBEDDINGS:
+            return []
         if isinstance(self.layers, dict):
             return sorted(self.layers.items())
         if self.layers == "last":

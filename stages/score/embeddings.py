@@ -12,6 +12,7 @@ from ...storage.errors import UsageError
 from ...storage.store.store import Store
 from ..ledger.features import embeddings_name, find_embeddings
 from ..recipe.features import DTYPES, EMBEDDINGS
+from ..targets.features.shown import embeddings_of
 
 _ROWS = 4096
 """That are rounded at a time."""
@@ -25,12 +26,7 @@ def keep_embeddings(store: Store, model: Any, *, teacher_id: str, bits: int) -> 
     """
     if find_embeddings(store, teacher_id, bits) is not None:
         return
-    weight = getattr(model.get_input_embeddings(), "weight", None)
-    if weight is None or weight.ndim != 2 or weight.is_meta or not weight.is_floating_point():
-        raise UsageError(
-            f"score.features: the input embeddings of {model.config.name_or_path} are not one matrix "
-            "of numbers in memory, so they cannot be kept. Leave embeddings out."
-        )
+    weight = embeddings_of(model)
     dtype = DTYPES[bits]
     rounded = np.empty(tuple(weight.shape), np.dtype(dtype))
     missed = whole = 0.0

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,22 +21,51 @@ Text = tuple[Sequence[int], int]
 """Token ids, and the index of the first that is scored."""
 
 
-@dataclass
-class LiveHidden:
-    """Hidden states that are matched besides: mean squared error after a map that trains with the student."""
+class LiveMatch(Protocol):
+    """What of a live teacher's features is matched besides its distribution."""
 
-    teacher: int
-    """Index into `hidden_states`: 1 is what the first block hands on."""
-    student: int
-    weight: float
-    map: Tensor
-    """[D, d] a leaf that requires a gradient."""
+    leaves: Sequence[Tensor]
+    """That train besides the student."""
+    shown: dict[str, Any]
+    """What both models are asked to show."""
+    every_token: bool
+    """Whether its sum is divided by all tokens of the step; else by the scored ones."""
+
+    def loss(self, theirs: Any, mine: Any, start: int) -> Tensor:
+        """Weighted, summed over one text."""
+
+
+class LiveHidden:
+    """States of a block, of which transformers shows `hidden_states[layer + 1]`."""
+
+    every_token = False
+
+    def __init__(self, *, teacher: int, student: int, weight: float, map: Tensor) -> None:
+        """`map`: [D, d] a leaf that requires a gradient."""
+        self.teacher, self.student, self.weight, self.map = teacher, student, weight, map
+        self.leaves, self.shown = [map], {"output_hidden_states": True}
 
     def loss(self, theirs: Any, mine: Any, start: int) -> Tensor:
         """Summed over the positions that predict a scored token, of one text."""
         t = theirs.hidden_states[self.teacher][0, start - 1 : -1]
         s = mine.hidden_states[self.student][0, start - 1 : -1] @ self.map.T
         return self.weight * (s - t).square().mean(-1).sum()
+
+
+class LiveAttention:
+    """Eager maps of a block, head by head."""
+
+    every_token = True
+
+    def __init__(self, *, teacher: int, student: int, weight: float) -> None:
+        self.teacher, self.student, self.weight = teacher, student, weight
+        self.leaves, self.shown = [], {"output_attentions": True}
+
+    def loss(self, theirs: Any, mine: Any, start: int) -> Tensor:
+        """Summed over all tokens; a map's zeros add nothing."""
+        t, s = theirs.attentions[self.teacher][0], mine.attentions[self.student][0]
+        terms = torch.where(t > 0, t * (t.clamp_min(1e-30).log() - s.clamp_min(1e-30).log()), 0.0)
+        return self.weight * terms.sum(-1).mean(0).sum()
 
 
 @dataclass
@@ -50,7 +79,7 @@ class LiveRun:
 
 
 def live_training(
-    recipe: Recipe, texts: Iterable[Text], *, total_tokens: int, hidden: LiveHidden | None = None
+    recipe: Recipe, texts: Iterable[Text], *, total_tokens: int, matched: LiveMatch | None = None
 ) -> LiveRun:
     """Train a fresh student of the recipe on texts in the order given; the teacher reads each as it comes.
 
@@ -58,20 +87,25 @@ def live_training(
         recipe: With a forward KL over the whole vocabulary, AdamW and a cosine schedule.
         texts: All that is trained on, epoch after epoch.
         total_tokens: Their tokens together: the schedule's length.
-        hidden: What is matched besides, if anything.
+        matched: What of the features is matched besides, if anything.
     """
     teacher = AutoModelForCausalLM.from_pretrained(recipe.teacher.model, dtype=torch.float32).eval()
     student = fresh_student(recipe)
-    trained = [*student.parameters(), *([hidden.map] if hidden else [])]
+    if matched is not None and "output_attentions" in matched.shown:
+        for model in (teacher, student):
+            model.set_attn_implementation("eager")
+    trained = [*student.parameters(), *(matched.leaves if matched else [])]
     optimizer = torch.optim.AdamW(
         _groups(trained, recipe.train.weight_decay), lr=0.0, betas=recipe.train.betas
     )
     found, done = LiveRun(), 0
     for step in _steps(texts, recipe.train.tokens_per_step):
         scored = sum(len(ids) - start for ids, start in step)
-        loss = (
-            sum((_loss(recipe, teacher, student, text, hidden) for text in step), torch.zeros(()))
-            / scored
+        tokens = sum(len(ids) for ids, _ in step)
+        shares = scored, tokens if matched and matched.every_token else scored
+        loss = sum(
+            (_loss(recipe, teacher, student, text, matched, shares) for text in step),
+            torch.zeros(()),
         )
         optimizer.zero_grad()
         loss.backward()
@@ -100,12 +134,17 @@ def saved_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _loss(
-    recipe: Recipe, teacher: Any, student: Any, text: Text, hidden: LiveHidden | None
+    recipe: Recipe,
+    teacher: Any,
+    student: Any,
+    text: Text,
+    matched: LiveMatch | None,
+    shares: tuple[int, int],
 ) -> Tensor:
-    """Summed over the scored tokens of one text."""
+    """Of one text, its share of the step's: by scored tokens, and by those of what is matched."""
     ids, start = torch.tensor([list(text[0])]), text[1]
     temperature = float(recipe.loss.temperature)  # type: ignore[arg-type]
-    shown = {"output_hidden_states": hidden is not None}
+    shown = matched.shown if matched else {}
     with torch.no_grad():
         theirs = teacher(input_ids=ids, **shown)
         target = (theirs.logits[0, start - 1 : -1] / temperature).log_softmax(-1)
@@ -117,7 +156,8 @@ def _loss(
     )
     hard = cross_entropy(logits, ids[0, start:], reduction="sum")
     total = recipe.loss.soft_weight * soft + recipe.loss.hard_weight * hard  # type: ignore[operator]
-    return total if hidden is None else total + hidden.loss(theirs, mine, start)
+    total = total / shares[0]
+    return total if matched is None else total + matched.loss(theirs, mine, start) / shares[1]
 
 
 def _steps(texts: Iterable[Text], tokens: int) -> Iterator[list[Text]]:

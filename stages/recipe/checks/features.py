@@ -37,10 +37,11 @@ def check_matched(loss: Loss, score: Score | None) -> list[tuple[str, str]]:
     for number, asked in enumerate(loss.features):
         path = f"loss.features.{number}"
         layers = layers_of(stored, asked.kind)
-        if not layers:
+        if asked.kind not in {request.what for request in stored}:
+            where = "" if asked.kind == EMBEDDINGS else ", layers: [...]"
             message = (
                 f"match {asked.match!r} needs {asked.kind} of the teacher, which score.features "
-                f"does not store. Add score.features: [{{what: {asked.kind}, layers: [...]}}]"
+                f"does not store. Add score.features: [{{what: {asked.kind}{where}}}]"
             )
             errors.append((path, message))
         elif isinstance(asked.layers, dict):

@@ -46,6 +46,21 @@ def written(folder: Path, **sections: Any) -> Path:
             {"features": [{"match": "hidden", "distance": "l1"}]},
             "'smooth_l1'",
         ),
+        (
+            {"features": HIDDEN},
+            {"features": [{"match": "embeddings"}]},
+            "does not store. Add score.features: [{what: embeddings}]",
+        ),
+        (
+            {"features": [{"what": "embeddings"}]},
+            {"features": [{"match": "embeddings", "layers": {0: 0}}]},
+            "embeddings are of no layer",
+        ),
+        (
+            {"features": [{"what": "embeddings"}]},
+            {"features": [{"match": "embeddings", "distance": "cosine"}]},
+            "match embeddings has no such",
+        ),
         ({"features": HIDDEN}, {"features": [{"match": "attention"}]}, "must be one of 'hidden'"),
     ],
 )

@@ -44,7 +44,7 @@ from .features import (
     learnt_embeddings,
     plan_embeddings,
     refuse_features,
-    teacher_width,
+    teacher_widths,
 )
 from .lengths import refuse_unread, unread_by_student, window_notes
 from .lines import Plan, StagePlan, State, equal_texts
@@ -304,7 +304,7 @@ def _plan_stored(recipe: Recipe, plan: Plan, books: Books) -> None:
             vocab_size=binding.vocab_size,
             limit=binding.context_tokens,
             teacher_parts=bound.teacher.parts if bound.teacher else None,
-            teacher_width=teacher_width(bound),
+            teacher_widths=teacher_widths(recipe, bound),
         )
         line = _line("score", ledger, upstream=upstream)
         plan_embeddings(line, recipe, bound, books.store)

@@ -63,7 +63,7 @@ def _of_student(store: Store, recipe: Recipe, teacher_id: str) -> FeatureChoice 
     )
     bits = embedding_bits(recipe.score.features)
     kept = None
-    if bits is not None and any(loss.kind == EMBEDDINGS for loss in recipe.loss.features):
+    if bits is not None and any(loss.match == EMBEDDINGS for loss in recipe.loss.features):
         kept = find_embeddings(store, teacher_id, bits)
     names = [] if kept is None else [embeddings_name(teacher_id, str(kept.about["dtype"]))]
     return FeatureChoice(rows=rows, matrices=tuple(names))
@@ -136,8 +136,9 @@ def asked_for(manifest: Manifest) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for name in sorted(kinds):
         kind, *layer, dtype = name.split(" ")
-        if layer and kind == "hidden":
-            found.append({"what": kind, "layers": [int(layer[0])], "bits": bits[dtype]})
+        what, _, pooling = kind.partition("_")
+        one = {"what": what, "layers": [int(part) for part in layer], "bits": bits[dtype]}
+        found.append(one | ({"pooling": pooling} if pooling else {}))
     for about in manifest.about.get("matrices", {}).values():
         if about.get("what") == EMBEDDINGS:
             found.append({"what": EMBEDDINGS, "bits": bits[about["dtype"]]})

@@ -18,7 +18,7 @@ from ..targets.batch import TargetBatch
 from ..targets.features.batch import FeatureTargets
 from ..targets.features.shown import showing
 from ..workers.job import Job
-from .passes import Passes
+from .passes import Passes, whole_groups
 from .samples import Sample
 
 
@@ -65,6 +65,10 @@ class ClassPasses(Passes):
         Raises:
             UsageError: a text has a token that the student does not know.
         """
+        if self.group is not None:
+            for part in whole_groups(samples, self.group, fits=self._fits):
+                yield self._batch(part, temperature)
+            return
         group: list[Sample] = []
         for sample in sorted(samples, key=len, reverse=True):
             full = (
@@ -76,6 +80,10 @@ class ClassPasses(Passes):
                 group = []
             group.append(sample)
         yield self._batch(group, temperature)
+
+    def _fits(self, samples: Sequence[Sample]) -> bool:
+        """Whether a pass over these texts, padded, has no more than `tokens_per_pass`."""
+        return len(samples) * max(map(len, samples)) <= self.tokens_per_pass
 
     def _batch(self, samples: Sequence[Sample], temperature: float | None) -> ClassBatch:
         highest = max(int(sample.token_ids.max()) for sample in samples)

@@ -17,7 +17,7 @@ from ...storage.keys import content_id
 from ...storage.snapshots.companions import Companions, companion_places
 from ...storage.snapshots.snapshot import Snapshot
 from ...storage.store.store import Store
-from ...storage.tables.features import Layout, Rounded
+from ...storage.tables.features import Layout, Rounded, of_text
 from ...storage.tables.row_builders import text_key
 from ..recipe.features import Feature
 
@@ -33,9 +33,10 @@ class FeatureSource:
         self._companions = companions
         self._names: list[Name] = [(one.kind, one.layer) for one in wanted]
         self._one_reads = threading.Lock()
+        self._layouts = self.layouts()
 
     def states(self, number: int, token_ids: np.ndarray) -> dict[Name, np.ndarray]:
-        """[T, D] float32 of each feature of a sample, by its number in the snapshot.
+        """[T, D] float32 of each feature of a sample, of pooled states [1, D]; by its number in the snapshot.
 
         Raises:
             IntegrityError: what was found is of another text, or has not a state for each token.
@@ -49,10 +50,16 @@ class FeatureSource:
                     f"features: {name[0]} of layer {name[1]} of sample {number} are of another text "
                     "or layer. Delete the folder `features` of the student, and run again."
                 )
-            if row["vectors"] != len(token_ids):
+            if row["vectors"] != (1 if of_text(name[0]) else len(token_ids)):
                 raise IntegrityError(
                     f"features: {name[0]} of layer {name[1]} of sample {number} has "
                     f"{row['vectors']} vectors for {len(token_ids)} tokens. Run `stillroom verify`."
+                )
+            if Layout.from_row(row) != self._layouts[name]:
+                raise IntegrityError(
+                    f"features: {name[0]} of layer {name[1]} of sample {number} are laid out as "
+                    f"{Layout.from_row(row)}, those of the first sample as {self._layouts[name]}. "
+                    "Run `stillroom verify --deep`."
                 )
             found[name] = Rounded.from_row(row).restored()
         return found

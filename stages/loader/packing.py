@@ -4,6 +4,9 @@ Where the model can cut attention at the end of a sample (`models/attention/flat
 row without padding. Else it has rows of like length, filled evenly, and as little padding as that
 leaves.
 
+Where a loss is between samples, a pass holds whole groups of them in the step's order, however many tokens
+these have.
+
 How they are packed and split changes speed and memory, never the gradient: samples in a row do not
 see each other, and losses are summed over the whole step.
 
@@ -37,7 +40,7 @@ from ..targets.features.batch import FeatureTargets
 from ..targets.features.shown import showing
 from ..targets.spec import Kept
 from ..targets.stored import Reading, soft_part
-from .passes import Passes
+from .passes import Passes, whole_groups
 from .samples import Sample
 
 SHORTEST_ROW = 128
@@ -149,6 +152,10 @@ class Packing(Passes):
 
     def _groups(self, samples: Sequence[Sample]) -> Iterator[list[list[Sample]]]:
         """The rows of each pass."""
+        if self.group is not None:
+            for part in whole_groups(samples, self.group, fits=self._fits):
+                yield self._in_order(part)
+            return
         if self.alone:
             yield from ([[sample]] for sample in samples)
             return
@@ -161,9 +168,8 @@ class Packing(Passes):
             return
         rows = [[sample] for sample in samples]
         if self.shared_rows:
-            usual = max(longest, min(self.row_tokens or SHORTEST_ROW, self.tokens_per_pass))
             limit = min(most, self.row_tokens or most, max(longest, self.context or most))
-            rows = pack(samples, rows=total // usual, limit=limit)
+            rows = pack(samples, rows=total // self._usual(longest), limit=limit)
         # A pass is as wide as its longest row: rows of like length go together.
         group: list[list[Sample]] = []
         for row in sorted(rows, key=_tokens, reverse=True):
@@ -172,6 +178,28 @@ class Packing(Passes):
                 group = []
             group.append(row)
         yield group
+
+    def _usual(self, longest: int) -> int:
+        """Tokens of a shared row, about."""
+        return max(longest, min(self.row_tokens or SHORTEST_ROW, self.tokens_per_pass))
+
+    def _fits(self, samples: Sequence[Sample]) -> bool:
+        """Whether the rows of a pass over these samples have no more than `tokens_per_pass`."""
+        rows = self._in_order(samples)
+        return len(rows) * max(map(_tokens, rows)) <= self.tokens_per_pass
+
+    def _in_order(self, samples: Sequence[Sample]) -> list[list[Sample]]:
+        """The rows of one pass, one sample after the other as they come: so groups lie in it side by side."""
+        if self.flat:
+            return [list(samples)]
+        limit = self._usual(max(map(len, samples))) if self.shared_rows else 0
+        rows: list[list[Sample]] = []
+        for sample in samples:
+            if rows and _tokens(rows[-1]) + len(sample) <= limit:
+                rows[-1].append(sample)
+            else:
+                rows.append([sample])
+        return rows
 
     def losses(self, model: nn.Module, batch: Batch, *, aim: Aim, dtype: torch.dtype) -> Distilled:
         """Summed loss of the scored tokens of one forward pass in `dtype`, weighted as `aim` says."""

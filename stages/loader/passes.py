@@ -4,7 +4,7 @@ The module that bears a task's name has its passes of a training: `training_pass
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...storage.errors import UsageError
 from ..losses.definition import Distilled
 from ..losses.features.matching import Matching
 from ..losses.features.part import StepSize
@@ -52,6 +53,22 @@ class Passes(ABC):
     """One sample a pass, for a model whose numbers depend on the longest sample of a pass."""
     matching: Matching | None = None
     """What of the teacher's features is matched; None: nothing."""
+    group: int | None = None
+    """Samples of a group, of losses between samples: a pass holds whole groups, at least one; None:
+    there are no groups."""
+
+    def __post_init__(self) -> None:
+        """Refuse groups where each sample has a pass of its own.
+
+        Raises:
+            UsageError: it does.
+        """
+        if self.group is not None and self.alone:
+            raise UsageError(
+                f"loss.features: losses between samples need a group of {self.group} in one pass, and "
+                "each sample gets a pass of its own in this student: its numbers depend on the longest "
+                "sample of a pass. Leave these losses out, or use another student."
+            )
 
     @abstractmethod
     def positions(self, sample: Sample) -> np.ndarray:
@@ -113,6 +130,29 @@ class Passes(ABC):
     @abstractmethod
     def head_weight(self, model: nn.Module) -> Tensor | None:
         """The output layer's weight [V, D] where it runs at scored positions alone; None: the body has it all."""
+
+
+def whole_groups(
+    samples: Sequence[Sample], group: int, *, fits: Callable[[Sequence[Sample]], bool]
+) -> Iterator[list[Sample]]:
+    """The samples of each pass, in their order: whole groups, as many as fit, at least one.
+
+    Which samples are a group follows from the step alone: `group` consecutive ones each, the last
+    one what is left.
+
+    Args:
+        samples: The step's.
+        group: Samples of a group.
+        fits: Whether some samples may share a pass.
+    """
+    held: list[Sample] = []
+    for start in range(0, len(samples), group):
+        following = samples[start : start + group]
+        if held and not fits([*held, *following]):
+            yield held
+            held = []
+        held += following
+    yield held
 
 
 def training_passes(

@@ -8,8 +8,9 @@ from ...storage.snapshots.snapshot import Snapshot, load_snapshot
 from ...storage.store.store import Store
 from ..ledger.features import find_embeddings
 from ..loader.features import FeatureSource, open_features
+from ..loader.samples import Lengths
 from ..recipe.features import EMBEDDINGS, embedding_bits, learnt
-from ..recipe.sections import Loss
+from ..recipe.sections import Loss, Train
 from ..workers.job import Job
 
 if TYPE_CHECKING:
@@ -33,7 +34,13 @@ def find_features(
 
 
 def make_matching(
-    model: Any, job: Job, loss: Loss, source: FeatureSource | None, *, store: Store
+    model: Any,
+    job: Job,
+    loss: Loss,
+    source: FeatureSource | None,
+    *,
+    store: Store,
+    longest: int,
 ) -> "Matching | None":
     """All that is matched, with its maps, where the model is; None: nothing is.
 
@@ -43,6 +50,7 @@ def make_matching(
         loss: What the student minimises.
         source: The teacher's features of the samples; None: nothing of them is matched.
         store: Has the teacher's embeddings.
+        longest: Tokens of the longest sample that is read.
 
     Raises:
         UsageError: the student does not show what is compared, or the teacher's embeddings are not
@@ -52,9 +60,10 @@ def make_matching(
         return None
     from ..losses.features.matching import Matching, pairs_of, parts_of
     from ..targets.features.blocks import blocks_of
-    from ..targets.features.shown import check_shown
+    from ..targets.features.capture import check_first_token
+    from ..targets.features.shown import check_shown, glimpse
 
-    parts = _embeddings(model, job, loss, store)
+    parts, pairs = _embeddings(model, job, loss, store), []
     if source is not None:
         pairs = pairs_of(loss.features, job.score.features, student_blocks=len(blocks_of(model)))
         known = {
@@ -65,6 +74,9 @@ def make_matching(
         parts += [part for pair in pairs for part in parts_of(pair, **known)]
     matching = Matching(parts)
     check_shown(model, matching.needs)
+    firsts = [p.student for p in pairs if "pooled_cls" in p.loss.needs]
+    check_first_token(model, sorted(set(firsts)))
+    matching.check(glimpse(model, matching.needs), longest)
     return matching.to(next(model.parameters()).device)
 
 
@@ -73,7 +85,7 @@ def _embeddings(model: Any, job: Job, loss: Loss, store: Store) -> "list[Part]":
     from ..losses.features.embeddings import EmbeddingsPart, check_embeddings
     from ..targets.features.shown import embeddings_of
 
-    numbers = [number for number, asked in enumerate(loss.features) if asked.kind == EMBEDDINGS]
+    numbers = [number for number, asked in enumerate(loss.features) if asked.match == EMBEDDINGS]
     bits = embedding_bits(job.score.features)
     if not numbers or bits is None:
         return []
@@ -87,3 +99,23 @@ def _embeddings(model: Any, job: Job, loss: Loss, store: Store) -> "list[Part]":
     check_embeddings(mine)
     teacher, seed = store.matrix(kept.id), job.recipe.run.seed
     return [EmbeddingsPart(teacher, mine.shape[1], asked=n, seed=seed) for n in numbers]
+
+
+def group_notes(group: int | None, lengths: Lengths, train: Train) -> list[str]:
+    """What the user is told of losses between samples, for samples of these lengths."""
+    if group is None:
+        return []
+    mean = lengths.tokens / lengths.samples
+    if 2 * mean > train.tokens_per_step:
+        return [
+            f"loss.features: samples have {mean:,.0f} tokens in the mean and train.tokens_per_step is "
+            f"{train.tokens_per_step:,}: a step that holds one sample has no terms between samples. "
+            "Raise it"
+        ]
+    held = min(group * mean, train.tokens_per_step)
+    if held <= train.tokens_per_pass:
+        return []
+    return [
+        f"loss.features: a group of {group} samples has about {held:,.0f} tokens, which is more than "
+        f"train.tokens_per_pass ({train.tokens_per_pass:,}), and is read in one pass all the same"
+    ]

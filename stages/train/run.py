@@ -21,7 +21,7 @@ from ..recipe.fields import Split, extremes
 from ..recipe.run_folder import ADAPTER, STUDENT, TRAINED
 from ..recipe.sections import Loss
 from ..workers.job import Job
-from .features import find_features, make_matching
+from .features import find_features, group_notes, make_matching
 from .scalars import Board, loss_scalars, open_wandb, step_scalars
 from .speed import Meter, Speed
 
@@ -143,15 +143,17 @@ class Run:
         for note in self._left_out:
             self._job.progress.say(note)
         source = self._samples.features
-        matching = make_matching(model, self._job, self._loss, source, store=store)
-        passes = training_passes(
-            model,
-            self._job,
-            teacher_dir=self._teacher_dir,
-            lengths=self._extremes(),
-            dtype=dtype,
+        lengths = self._extremes()
+        matching = make_matching(
+            model, self._job, self._loss, source, store=store, longest=max(lengths)
         )
-        passes = replace(passes, matching=matching)
+        passes = training_passes(
+            model, self._job, teacher_dir=self._teacher_dir, lengths=lengths, dtype=dtype
+        )
+        group = None if matching is None else matching.group
+        for note in group_notes(group, self._lengths, self._train):
+            self._job.progress.say(note)
+        passes = replace(passes, matching=matching, group=group)
         if self._train.gradient_checkpointing:
             model.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}

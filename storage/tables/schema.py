@@ -284,7 +284,7 @@ SCHEMAS: dict[TableName, pa.Schema] = {
                 "layer", pa.int32(), "index of the layer; null where there is none", nullable=True
             ),
             _field("positions", TOKENS, "[P] indices of the tokens; null: of all", nullable=True),
-            _field("vectors", pa.int32(), "P, positions that have one"),
+            _field("vectors", pa.int32(), "P, positions that have one; of a pooled kind 1"),
             _field("width", pa.int32(), "D, numbers at each position"),
             _field("dtype", pa.string(), "int8, float16 or float32"),
             _field("values", pa.binary(), "[P * D] numbers of that type, little endian"),
@@ -348,19 +348,15 @@ def since(field: pa.Field) -> int:
 # here: DuckDB 1.5 reads float16 + BYTE_STREAM_SPLIT as NaN without an error.
 _DELTA = ("token_ids.list.element",)
 # The columns of `soft_targets` that hold the teacher's numbers.
-FLOATS = (
-    "logprobs",
-    "weights",
-    "tail_logprob",
-    "token_logprob",
-    "entropy",
-    "tempered_tails",
-    "tail_bound",
+FLOATS = tuple(
+    "logprobs weights tail_logprob token_logprob entropy tempered_tails tail_bound".split()
 )
 _SPLIT = tuple(f"{name}.list.element" for name in FLOATS)
 # Each is there once. Nor are they compressed: zstd takes a tenth of them off, and by how much depends
 # on the teacher, while what they take is to be known before it runs.
 _PLAIN = ("values",)
+# Names beside them, which may be of one vector alone: a dictionary of what is random takes more.
+_BESIDE_PLAIN = ("key", "reuse_key", "text_key", "rounding_error")
 
 
 def parquet_options(table: TableName) -> dict[str, Any]:
@@ -374,10 +370,13 @@ def encodings(schema: pa.Schema) -> dict[str, Any]:
     encoding = {c: "DELTA_BINARY_PACKED" for c in _DELTA if c in leaves}
     encoding |= {c: "BYTE_STREAM_SPLIT" for c in _SPLIT if c in leaves}
     plain = leaves & set(_PLAIN)
-    return {
+    beside = set(_BESIDE_PLAIN) if plain else set()
+    # The least and the greatest vector or hash say nothing, and stand in a file three times.
+    told = {"write_statistics": sorted(leaves - plain - beside)} if plain else {}
+    return told | {
         "compression": {leaf: "none" if leaf in plain else "zstd" for leaf in sorted(leaves)},
         "compression_level": dict.fromkeys(sorted(leaves - plain), 1),
-        "use_dictionary": sorted(leaves - set(encoding) - set(_PLAIN)),
+        "use_dictionary": sorted(leaves - set(encoding) - set(_PLAIN) - beside),
         "column_encoding": encoding,
         "write_page_checksum": True,
         "write_page_index": True,

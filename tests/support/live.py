@@ -5,7 +5,7 @@ schedule or optimizer of its own. What defines the run (recipe, order of samples
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -69,6 +69,35 @@ class LiveAttention:
 
 
 @dataclass
+class LiveBetween:
+    """Losses between the samples of a step: groups of consecutive ones, a part after the other."""
+
+    teacher: int
+    """Index into `hidden_states`: 1 is what the first block hands on."""
+    student: int
+    pool: Callable[[Tensor], Tensor]
+    """Of the states [T, D] of a text."""
+    group: int
+    parts: Sequence[tuple[float, Callable[[Tensor, Tensor], Tensor], Callable[[int], int]]]
+    """Weight, sum over a group of the teacher's and the student's vectors, terms of a group."""
+    leaves: Sequence[Tensor] = ()
+    """A map [D, d] of the student's vectors, or none."""
+
+    def loss(self, shown: Sequence[tuple[Any, Any]]) -> Tensor:
+        """Of a step: each part divided by its terms."""
+        theirs = torch.stack([self.pool(t.hidden_states[self.teacher][0]) for t, _ in shown])
+        mine = torch.stack([self.pool(s.hidden_states[self.student][0]) for _, s in shown])
+        for to_teacher in self.leaves:
+            mine = mine @ to_teacher.T
+        total = torch.zeros(())
+        for weight, measure, terms in self.parts:
+            sums = zip(theirs.split(self.group), mine.split(self.group), strict=True)
+            found = [(measure(t, s), terms(len(t))) for t, s in sums]
+            total = total + weight * sum(s for s, _ in found) / max(sum(n for _, n in found), 1)
+        return total
+
+
+@dataclass
 class LiveRun:
     """What came of it."""
 
@@ -79,7 +108,12 @@ class LiveRun:
 
 
 def live_training(
-    recipe: Recipe, texts: Iterable[Text], *, total_tokens: int, matched: LiveMatch | None = None
+    recipe: Recipe,
+    texts: Iterable[Text],
+    *,
+    total_tokens: int,
+    matched: LiveMatch | None = None,
+    between: LiveBetween | None = None,
 ) -> LiveRun:
     """Train a fresh student of the recipe on texts in the order given; the teacher reads each as it comes.
 
@@ -88,13 +122,16 @@ def live_training(
         texts: All that is trained on, epoch after epoch.
         total_tokens: Their tokens together: the schedule's length.
         matched: What of the features is matched besides, if anything.
+        between: And between the samples of a step.
     """
     teacher = AutoModelForCausalLM.from_pretrained(recipe.teacher.model, dtype=torch.float32).eval()
     student = fresh_student(recipe)
     if matched is not None and "output_attentions" in matched.shown:
         for model in (teacher, student):
             model.set_attn_implementation("eager")
-    trained = [*student.parameters(), *(matched.leaves if matched else [])]
+    asked = matched.shown if matched else {"output_hidden_states": between is not None}
+    leaves = [leaf for one in (matched, between) if one is not None for leaf in one.leaves]
+    trained = [*student.parameters(), *leaves]
     optimizer = torch.optim.AdamW(
         _groups(trained, recipe.train.weight_decay), lr=0.0, betas=recipe.train.betas
     )
@@ -103,10 +140,12 @@ def live_training(
         scored = sum(len(ids) - start for ids, start in step)
         tokens = sum(len(ids) for ids, _ in step)
         shares = scored, tokens if matched and matched.every_token else scored
-        loss = sum(
-            (_loss(recipe, teacher, student, text, matched, shares) for text in step),
-            torch.zeros(()),
-        )
+        shown = [_shown(teacher, student, text, asked) for text in step]
+        losses = [
+            _loss(recipe, *both, text, matched, shares)
+            for both, text in zip(shown, step, strict=True)
+        ]
+        loss = sum(losses, torch.zeros(()) if between is None else between.loss(shown))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, recipe.train.clip_norm)
@@ -133,10 +172,18 @@ def saved_weights(folder: Path) -> dict[str, Tensor]:
     return dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict())
 
 
+def _shown(teacher: Any, student: Any, text: Text, asked: dict[str, Any]) -> tuple[Any, Any]:
+    """What both say of one text."""
+    ids = torch.tensor([list(text[0])])
+    with torch.no_grad():
+        theirs = teacher(input_ids=ids, **asked)
+    return theirs, student(input_ids=ids, **asked)
+
+
 def _loss(
     recipe: Recipe,
-    teacher: Any,
-    student: Any,
+    theirs: Any,
+    mine: Any,
     text: Text,
     matched: LiveMatch | None,
     shares: tuple[int, int],
@@ -144,11 +191,7 @@ def _loss(
     """Of one text, its share of the step's: by scored tokens, and by those of what is matched."""
     ids, start = torch.tensor([list(text[0])]), text[1]
     temperature = float(recipe.loss.temperature)  # type: ignore[arg-type]
-    shown = matched.shown if matched else {}
-    with torch.no_grad():
-        theirs = teacher(input_ids=ids, **shown)
-        target = (theirs.logits[0, start - 1 : -1] / temperature).log_softmax(-1)
-    mine = student(input_ids=ids, **shown)
+    target = (theirs.logits[0, start - 1 : -1] / temperature).log_softmax(-1)
     logits = mine.logits[0, start - 1 : -1]
     soft = (
         kl_div((logits / temperature).log_softmax(-1), target, reduction="sum", log_target=True)

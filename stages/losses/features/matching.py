@@ -13,12 +13,15 @@ from torch import Tensor, nn
 
 from ....storage.keys import content_key
 from ....storage.tables.features import Layout
-from ...recipe.features import FeatureLoss, FeatureRequest, layers_of
+from ...recipe.features import FeatureLoss, FeatureRequest, layers_for
 from ...targets.features.batch import FeatureTargets
 from ...targets.features.capture import Name
 from ...targets.features.shown import Need, Shown
+from .attention import AttentionPart
+from .groups import GroupPart, betweens
 from .hidden import HiddenPart
 from .part import Part, StepSize, drawn_map
+from .relations import RelationPart
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +47,29 @@ def pairs_of(
     return [
         Pair(asked=number, loss=asked, teacher=teacher, student=student)
         for number, asked in enumerate(losses)
-        for teacher, student in asked.pairs(layers_of(requests, asked.kind), student_blocks)
+        for teacher, student in asked.pairs(layers_for(asked, requests), student_blocks)
+    ]
+
+
+def _between(
+    pair: Pair, *, layouts: Mapping[Name, Layout], student_width: int, seed: int
+) -> list[Part]:
+    """Losses between samples; a map where numbers are compared and the widths differ."""
+    teacher = (pair.loss.needs[0], pair.teacher)
+    width = layouts[teacher].width
+    mapped = pair.loss.match == "infonce" and width != student_width
+    named = content_key("feature_map", seed=seed, pair=pair.name, number=pair.asked)
+    return [
+        GroupPart(
+            f"{pair.name}{of.ending}",
+            asked=pair.asked,
+            need=("hidden", pair.student),
+            teacher=teacher,
+            of=of,
+            group=pair.loss.group,
+            to_teacher=drawn_map(width, student_width, named) if mapped else None,
+        )
+        for of in betweens(pair.loss)
     ]
 
 
@@ -59,6 +84,12 @@ def parts_of(
         student_width: Numbers of a state of the student.
         seed: `run.seed`.
     """
+    if "group" in pair.loss.kind.settings:
+        return _between(pair, layouts=layouts, student_width=student_width, seed=seed)
+    if pair.loss.match == "attention":
+        return [_attention(pair, layouts)]
+    if pair.loss.match == "relations":
+        return [_relations(pair, kind, layouts) for kind in pair.loss.of]
     teacher = ("hidden", pair.teacher)
     name, width = f"{pair.name}_{pair.loss.distance}", layouts[teacher].width
     to_teacher = None
@@ -74,6 +105,29 @@ def parts_of(
         to_teacher=to_teacher,
     )
     return [found]
+
+
+def _attention(pair: Pair, layouts: Mapping[Name, Layout]) -> Part:
+    return AttentionPart(
+        pair.name if pair.loss.heads == "each" else f"{pair.name}_{pair.loss.heads}",
+        asked=pair.asked,
+        need=("attention", pair.student),
+        teacher=pair.teacher,
+        layouts=layouts,
+        heads=pair.loss.heads,
+    )
+
+
+def _relations(pair: Pair, kind: str, layouts: Mapping[Name, Layout]) -> Part:
+    assert pair.loss.relation_heads is not None
+    return RelationPart(
+        f"{pair.name}_{kind}",
+        asked=pair.asked,
+        need=("attention", pair.student),
+        teacher=(kind, pair.teacher),
+        layout=layouts[kind, pair.teacher],
+        relation_heads=pair.loss.relation_heads,
+    )
 
 
 class Matching(nn.Module):
@@ -107,10 +161,24 @@ class Matching(nn.Module):
         with torch.autocast(targets.at.device.type, enabled=False):
             return torch.stack([part(shown, targets) for part in self.parts])
 
+    def check(self, shown: Shown, longest: int) -> None:
+        """See that the student can be compared in samples of up to `longest` tokens.
+
+        Raises:
+            UsageError: it cannot.
+        """
+        for part in self.parts:
+            part.check(shown, longest)
+
     def counts(self, size: StepSize) -> list[int]:
         """[P] what the sums over a step of this size are divided by."""
         return [part.count(size) for part in self.parts]
 
     def weights(self, of_entries: Sequence[float]) -> tuple[float, ...]:
-        """[P] of each part: that of its entry of `loss.features`."""
-        return tuple(of_entries[part.asked] for part in self.parts)
+        """[P] of each part: that of its entry of `loss.features`, times its own."""
+        return tuple(part.times * of_entries[part.asked] for part in self.parts)
+
+    @property
+    def group(self) -> int | None:
+        """Samples of a group, of losses between samples; None: there are none."""
+        return next((part.group for part in self.parts if isinstance(part, GroupPart)), None)

@@ -29,7 +29,7 @@ class StepSize:
 class Part(nn.Module):
     """A loss of one pair of layers, with its trained map where it has one."""
 
-    def __init__(self, name: str, *, asked: int, need: Need) -> None:
+    def __init__(self, name: str, *, asked: int, need: Need, times: float = 1.0) -> None:
         super().__init__()
         self.name = name
         """In records: `hidden_3_to_1_mse`."""
@@ -37,6 +37,8 @@ class Part(nn.Module):
         """Which entry of `loss.features`."""
         self.need = need
         """What of the student is compared."""
+        self.times = times
+        """Of its entry's weight."""
 
     @abstractmethod
     def forward(self, shown: Shown, targets: FeatureTargets) -> Tensor:
@@ -45,6 +47,17 @@ class Part(nn.Module):
         Args:
             shown: By the student.
             targets: The samples of the pass, and the teacher's features of them.
+        """
+
+    def check(self, shown: Shown, longest: int) -> None:
+        """See that the student can be compared, before any step.
+
+        Args:
+            shown: By the student, of some pass.
+            longest: Tokens of the longest sample that is read.
+
+        Raises:
+            UsageError: it cannot; says why, and what to do.
         """
 
     @abstractmethod
@@ -64,4 +77,5 @@ def drawn_map(rows: int, columns: int, name: bytes) -> nn.Parameter:
 
 def in_heads(vectors: Tensor, heads: int) -> Tensor:
     """[h, T, d] of [T, h d], the heads one after another."""
-    return vectors.unflatten(1, (heads, -1)).transpose(0, 1)
+    tokens, width = vectors.shape
+    return vectors.reshape(tokens, heads, width // heads).transpose(0, 1)

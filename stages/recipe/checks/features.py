@@ -1,8 +1,9 @@
 """Whether features can be captured and matched, as far as the recipe alone says it."""
 
 from collections import Counter
+from collections.abc import Sequence
 
-from ..features import EMBEDDINGS, captured, layers_of
+from ..features import EMBEDDINGS, FeatureRequest, captured, layers_for, layers_of
 from ..fields import extremes
 from ..sections import Loss, Score
 
@@ -10,7 +11,7 @@ CAPTURES = "hf"
 """The engine whose forward pass shows what a teacher's blocks hand on."""
 
 
-def check_captured(score: Score) -> list[tuple[str, str]]:
+def check_captured(score: Score, task: str) -> list[tuple[str, str]]:
     """What is wrong with `score.features`: (dotted path, message)."""
     path = "score.features"
     if not score.features:
@@ -18,6 +19,12 @@ def check_captured(score: Score) -> list[tuple[str, str]]:
     errors = []
     if score.engine != CAPTURES:
         message = f"engine {score.engine!r} shows no states of blocks. Use {CAPTURES!r}, or leave them out"
+        errors.append((path, message))
+    if task == "causal_lm" and any(asked.pooling == "cls" for asked in score.features):
+        message = (
+            "pooling 'cls' is the state of the first token, which in a causal model sees no other. Use "
+            "'last' or 'mean'"
+        )
         errors.append((path, message))
     counts = Counter((f.kind, f.layer) for f in captured(score.features))
     errors += [
@@ -32,20 +39,28 @@ def check_captured(score: Score) -> list[tuple[str, str]]:
 
 def check_matched(loss: Loss, score: Score | None) -> list[tuple[str, str]]:
     """What is wrong with `loss.features`: (dotted path, message)."""
-    errors = []
+    errors = _groups(loss)
     stored = score.features if score is not None else []
     for number, asked in enumerate(loss.features):
         path = f"loss.features.{number}"
-        layers = layers_of(stored, asked.kind)
-        if asked.kind not in {request.what for request in stored}:
-            where = "" if asked.kind == EMBEDDINGS else ", layers: [...]"
+        lacking = [kind for kind in asked.needs if not _is_stored(stored, kind)]
+        if lacking:
+            added = ", ".join(f"{{{_as_asked(kind)}}}" for kind in lacking)
             message = (
-                f"match {asked.match!r} needs {asked.kind} of the teacher, which score.features "
-                f"does not store. Add score.features: [{{what: {asked.kind}{where}}}]"
+                f"match {asked.match!r} needs {' and '.join(lacking)} of the teacher, which "
+                f"score.features does not store. Add score.features: [{added}]"
             )
             errors.append((path, message))
         elif isinstance(asked.layers, dict):
-            errors += _not_stored(f"{path}.layers", sorted(asked.layers), layers)
+            for kind in asked.needs:
+                layers = layers_of(stored, kind)
+                errors += _not_stored(f"{path}.layers", kind, sorted(asked.layers), layers)
+        elif asked.match != EMBEDDINGS and not layers_for(asked, stored):
+            message = (
+                f"match {asked.match!r} needs {' and '.join(asked.needs)} of one layer, and "
+                "score.features stores them of none together. Name a layer for each"
+            )
+            errors.append((path, message))
         if extremes(asked.weight)[1] == 0:
             errors.append(
                 (f"{path}.weight", "is 0 throughout. Set it above 0, or remove the entry")
@@ -53,13 +68,39 @@ def check_matched(loss: Loss, score: Score | None) -> list[tuple[str, str]]:
     return errors
 
 
-def _not_stored(path: str, asked: list[int], stored: list[int]) -> list[tuple[str, str]]:
+def _groups(loss: Loss) -> list[tuple[str, str]]:
+    groups = sorted({f.group for f in loss.features if "group" in f.kind.settings})
+    if len(groups) < 2:
+        return []
+    message = (
+        f"groups of {' and '.join(map(str, groups))} samples: a pass holds whole groups, of one size. "
+        "Give all entries the same `group`"
+    )
+    return [("loss.features", message)]
+
+
+def _is_stored(stored: Sequence[FeatureRequest], kind: str) -> bool:
+    """Whether there is some of a kind."""
+    if kind == EMBEDDINGS:
+        return any(request.what == kind for request in stored)
+    return bool(layers_of(stored, kind))
+
+
+def _as_asked(kind: str) -> str:
+    """What `score.features` says of a kind."""
+    what, _, pooling = kind.partition("_")
+    if what == EMBEDDINGS:
+        return f"what: {what}"
+    return f"what: {what}" + (f", pooling: {pooling}" if pooling else "") + ", layers: [...]"
+
+
+def _not_stored(path: str, kind: str, asked: list[int], stored: list[int]) -> list[tuple[str, str]]:
     lacking = [layer for layer in asked if layer not in stored]
     if not lacking:
         return []
     message = (
-        f"{_listed(lacking)} of the teacher {'is' if len(lacking) == 1 else 'are'} not stored; "
-        f"score.features has {_listed(stored)}. Add what lacks there, or match those"
+        f"{kind} of {_listed(lacking)} of the teacher {'is' if len(lacking) == 1 else 'are'} not "
+        f"stored; score.features has {_listed(stored)}. Add what lacks there, or match those"
     )
     return [(path, message)]
 

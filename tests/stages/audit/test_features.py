@@ -40,11 +40,15 @@ def features(bits: int) -> list[dict[str, Any]]:
     return [{"what": "hidden", "layers": [0, 2], "bits": bits}]
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+MULTIPLIED = [{"what": what, "layers": [0, 2]} for what in ("queries", "keys", "values")]
+
+
+@pytest.fixture(scope="module", params=["hidden", "multiplied"])
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = tmp_path_factory.mktemp("features")
     teacher = save_tiny_llama(folder / "teacher", initializer_range=0.3, num_hidden_layers=3)
-    score = {"k": 4, "features": features(8)}
+    asked = features(8) if request.param == "hidden" else MULTIPLIED
+    score = {"k": 4, "features": asked}
     _, store, identity = scored_store(folder, teacher, rows=12, score=score)
     return World(store, identity)
 
@@ -96,12 +100,13 @@ def one_back(row: Row, _: list[Row]) -> np.ndarray:
 
 
 def of_another_layer(row: Row, rows: list[Row]) -> np.ndarray:
-    mine = (r for r in rows if r["text_key"] == row["text_key"] and r["layer"] != row["layer"])
-    return states(next(mine))
+    mine = (r for r in rows if r["text_key"] == row["text_key"] and r["kind"] == row["kind"])
+    return states(next(r for r in mine if r["layer"] != row["layer"]))
 
 
 def of_another_text(row: Row, rows: list[Row]) -> np.ndarray:
-    alike = [r for r in rows if r["layer"] == row["layer"]]
+    name = row["kind"], row["layer"]
+    alike = [r for r in rows if (r["kind"], r["layer"]) == name]
     number = next(n for n, r in enumerate(alike) if r["key"] == row["key"])
     other, n = states(alike[(number + 1) % len(alike)]), row["vectors"]
     return np.resize(other, (n, row["width"])) if len(other) < n else other[:n]
@@ -146,3 +151,58 @@ def test_the_command_says_it_and_ends_with_3(world: World, tmp_path: Path) -> No
     assert {off["fault"] for off in deep["features"]["off"]} == {"shifted by one position"}
     done = stillroom("verify", world.store.root, "--deep", "--teacher", teacher)
     assert "rows read again; those that are right are off by" in done.stdout
+
+
+POOLED = ("cls", "mean", "last")
+
+
+@pytest.fixture(scope="module")
+def pooled(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """An encoder, so that each pooling has something to say."""
+    folder = tmp_path_factory.mktemp("pooled")
+    asked = [{"what": "pooled", "layers": [0, 1], "pooling": p} for p in POOLED]
+    score = {"targets": "full", "features": asked}
+    teacher = save_tiny_bert(folder / "teacher")
+    world = Classes(folder, teacher, records(24), score=score).scored()
+    identity = world.plan().bound.teacher
+    assert identity is not None
+    return World(world.store, identity)
+
+
+def test_pooled_rows_agree_with_the_teacher(pooled: World) -> None:
+    found = pooled.read()
+    assert (found.rows, found.off) == (64, [])
+    assert 1e-6 < found.worst < 1e-3
+
+
+def the_next_text(row: Row, rows: list[Row]) -> np.ndarray:
+    alike = [r for r in rows if (r["kind"], r["layer"]) == (row["kind"], row["layer"])]
+    number = next(n for n, r in enumerate(alike) if r["key"] == row["key"])
+    return states(alike[(number + 1) % len(alike)])
+
+
+def the_other_layer(row: Row, rows: list[Row]) -> np.ndarray:
+    mine = (r for r in rows if r["text_key"] == row["text_key"] and r["kind"] == row["kind"])
+    return states(next(r for r in mine if r["layer"] != row["layer"]))
+
+
+def the_other_pooling(row: Row, rows: list[Row]) -> np.ndarray:
+    mine = (r for r in rows if r["text_key"] == row["text_key"] and r["layer"] == row["layer"])
+    return states(next(r for r in mine if r["kind"] != row["kind"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (the_next_text, "another text's"),
+        (the_other_layer, "another layer's"),
+        (the_other_pooling, "pooled otherwise"),
+        (of_nobody, "other numbers"),
+    ],
+)
+def test_a_planted_vector_is_found_and_told_apart(
+    pooled: World, tmp_path: Path, change: Any, fault: FeatureFault
+) -> None:
+    found = pooled.read(planted(pooled.store, tmp_path / "store", change))
+    assert len(found.off) == found.rows == 64, "every row is off"
+    assert [off.fault for off in found.off].count(fault) >= 0.9 * found.rows

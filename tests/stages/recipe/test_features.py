@@ -7,11 +7,18 @@ import pytest
 from kit import write_recipe
 
 from stillroom.pipeline.plan.students import train_settings
-from stillroom.stages.recipe.features import Feature, captured, learnt
+from stillroom.stages.recipe.features import (
+    Feature,
+    FeatureLoss,
+    FeatureRequest,
+    captured,
+    learnt,
+)
 from stillroom.stages.recipe.load import load_recipe
 from stillroom.storage.errors import UsageError
 
 HIDDEN = [{"what": "hidden", "layers": [0, 2]}]
+MEAN = [{"what": "pooled", "layers": [1], "pooling": "mean"}]
 
 
 def written(folder: Path, **sections: Any) -> Path:
@@ -36,8 +43,23 @@ def written(folder: Path, **sections: Any) -> Path:
         (
             {"features": HIDDEN},
             {"features": [{"match": "hidden", "layers": {1: 0}}]},
-            "loss.features.0.layers: layer 1 of the teacher is not stored; score.features has "
+            "loss.features.0.layers: hidden of layer 1 of the teacher is not stored; score.features has "
             "layers 0, 2",
+        ),
+        (
+            {"features": [{"what": "queries", "layers": [0]}, {"what": "keys", "layers": [1]}]},
+            {"features": [{"match": "attention"}]},
+            "needs queries and keys of one layer",
+        ),
+        (
+            {"features": [{"what": "values", "layers": [0]}]},
+            {"features": [{"match": "relations", "of": ["values", "values"], "relation_heads": 2}]},
+            "names one twice",
+        ),
+        (
+            {"features": HIDDEN},
+            {"features": [{"match": "hidden", "heads": "each"}]},
+            "`heads` belongs to match 'attention'; this is 'hidden'",
         ),
         ({"features": HIDDEN}, {"features": [{"match": "hidden", "layers": {}}]}, "is empty"),
         ({"features": HIDDEN}, {"features": [{"match": "hidden", "weight": 0}]}, "is 0 throughout"),
@@ -45,6 +67,50 @@ def written(folder: Path, **sections: Any) -> Path:
             {"features": HIDDEN},
             {"features": [{"match": "hidden", "distance": "l1"}]},
             "'smooth_l1'",
+        ),
+        ({"features": [{"what": "pooled", "layers": [1]}]}, {}, "what: pooled needs `pooling`"),
+        ({"features": [HIDDEN[0] | {"pooling": "mean"}]}, {}, "`pooling` is of what: pooled; this"),
+        (
+            {"features": [{"what": "pooled", "layers": [1], "pooling": "cls"}]},
+            {},
+            "the first token, which in a causal model sees no other. Use 'last' or 'mean'",
+        ),
+        (
+            {"features": [{"what": "pooled", "layers": [1], "pooling": "mean"}] * 2},
+            {},
+            "pooled_mean of layer 1 is asked for 2 times",
+        ),
+        ({"features": HIDDEN}, {"features": [{"match": "logits"}]}, "must be one of 'hidden'"),
+        ({"features": MEAN}, {"features": [{"match": "rkd"}]}, "match 'rkd' needs `pooling`"),
+        (
+            {"features": HIDDEN},
+            {"features": [{"match": "similarity", "pooling": "mean"}]},
+            "Add score.features: [{what: pooled, pooling: mean, layers: [...]}]",
+        ),
+        (
+            {"features": MEAN},
+            {"features": [{"match": "rkd", "pooling": "last"}]},
+            "needs pooled_last of the teacher, which score.features does not store",
+        ),
+        (
+            {"features": MEAN},
+            {"features": [{"match": "rkd", "pooling": "mean", "temperature": 1}]},
+            "`temperature` belongs to match 'infonce'; this is 'rkd'",
+        ),
+        (
+            {"features": MEAN},
+            {"features": [{"match": "rkd", "pooling": "mean", "group": 1}]},
+            "at least 2 (got 1)",
+        ),
+        (
+            {"features": MEAN},
+            {
+                "features": [
+                    {"match": match, "pooling": "mean", "group": group}
+                    for match, group in (("rkd", 8), ("similarity", 16))
+                ]
+            },
+            "loss.features: groups of 8 and 16 samples: a pass holds whole groups, of one size",
         ),
         (
             {"features": HIDDEN},
@@ -59,9 +125,8 @@ def written(folder: Path, **sections: Any) -> Path:
         (
             {"features": [{"what": "embeddings"}]},
             {"features": [{"match": "embeddings", "distance": "cosine"}]},
-            "match embeddings has no such",
+            "`distance` belongs to match 'hidden'; this is 'embeddings'",
         ),
-        ({"features": HIDDEN}, {"features": [{"match": "attention"}]}, "must be one of 'hidden'"),
     ],
 )
 def test_what_cannot_work_is_said_with_its_path(
@@ -126,3 +191,22 @@ def test_an_empty_list_is_hashed_as_none(tmp_path: Path, loss: dict[str, Any]) -
     )
     assert train_settings(with_some, "s", "student")["loss"]["features"]
     assert train_settings(with_some, "s", "baseline") == train_settings(without, "s", "baseline")
+
+
+def test_a_match_says_its_own_settings_alone() -> None:
+    """So a hash of one knows none that came after it."""
+    hidden = {"match": "hidden", "layers": "last", "weight": 1.0, "distance": "mse"}
+    assert FeatureLoss(match="hidden").model_dump() == hidden
+    attention = FeatureLoss(match="attention", heads="average")
+    assert attention.model_dump().keys() == {"match", "layers", "weight", "heads"}
+    assert FeatureLoss.model_validate(attention.model_dump()) == attention
+
+
+def test_a_loss_learns_from_the_layers_of_which_all_is_stored() -> None:
+    asked = [("queries", [0, 1]), ("keys", [1, 2]), ("values", [0])]
+    stored = [FeatureRequest(what=what, layers=layers) for what, layers in asked]
+    found = learnt([FeatureLoss(match="attention", layers="uniform")], stored)
+    assert [(one.kind, one.layer, one.dtype) for one in found] == [
+        ("keys", 1, "float16"),
+        ("queries", 1, "float16"),
+    ]

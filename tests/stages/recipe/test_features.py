@@ -28,12 +28,15 @@ def written(folder: Path, **sections: Any) -> Path:
 @pytest.mark.parametrize(
     ("score", "loss", "said"),
     [
-        ({"features": [{"what": "hidden", "layers": []}]}, {}, "score.features.0.layers: "),
+        ({"features": [{"what": "hidden", "layers": []}]}, {}, "`layers` names none"),
         ({"features": [{"what": "hidden", "layers": [1, 1]}]}, {}, "names one twice"),
         ({"features": [{"what": "hidden", "layers": [-1]}]}, {}, "at least 0 (got -1)"),
         ({"features": [{"what": "hidden", "layers": [1], "bits": 4}]}, {}, "8, 16 or 32 (got 4)"),
         ({"features": [{"what": "logits", "layers": [1]}]}, {}, "must be one of 'hidden'"),
         ({"features": [{"what": "hidden", "layer": [1]}]}, {}, "Did you mean 'layers'?"),
+        ({"features": [{"what": "embeddings", "layers": [0]}]}, {}, "are of no layer"),
+        ({"features": [{"what": "embeddings", "bits": 8}]}, {}, "kept with 16 or 32"),
+        ({"features": [{"what": "embeddings"}] * 2}, {}, "embeddings are asked for more than once"),
         ({"features": [*HIDDEN, *HIDDEN]}, {}, "hidden of layer 0 is asked for 2 times"),
         ({"features": HIDDEN, "engine": "vllm"}, {}, "engine 'vllm' shows no states of blocks"),
         ({}, {"features": [{"match": "hidden"}]}, "loss.features.0: match 'hidden' needs hidden"),
@@ -108,6 +111,21 @@ def written(folder: Path, **sections: Any) -> Path:
                 ]
             },
             "loss.features: groups of 8 and 16 samples: a pass holds whole groups, of one size",
+        ),
+        (
+            {"features": HIDDEN},
+            {"features": [{"match": "embeddings"}]},
+            "does not store. Add score.features: [{what: embeddings}]",
+        ),
+        (
+            {"features": [{"what": "embeddings"}]},
+            {"features": [{"match": "embeddings", "layers": {0: 0}}]},
+            "embeddings are of no layer",
+        ),
+        (
+            {"features": [{"what": "embeddings"}]},
+            {"features": [{"match": "embeddings", "distance": "cosine"}]},
+            "`distance` belongs to match 'hidden'; this is 'embeddings'",
         ),
     ],
 )

@@ -36,10 +36,7 @@ _COLUMNS: dict[TableName, tuple[str, ...]] = {
         "labels",
     ),
     "generations": ("key", "token_ids", "prompt_tokens", "completion_tokens", "spans"),
-    "features": (
-        *("key", "text_key", "teacher_id", "kind", "layer", "positions", "vectors", "width"),
-        *("dtype", "values", "scale", "rounding_error"),
-    ),
+    "features": tuple(SCHEMAS["features"].names),
 }
 _WHOLE = "."
 """Ends a line of the memory that was not torn."""

@@ -35,8 +35,7 @@ test: lint types ## lint, types and all tests
 NUMERIC := OMP_WAIT_POLICY=passive $(BIN)/pytest -m "numeric and not slow" -n 2 --dist worksteal tests/stages
 PLAIN := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE
 
-processors: setup ## the numeric tests with this processor's kernels and with the plainest, on one thread and on two
-	STILLROOM_TEST_THREADS=1 $(NUMERIC)
+processors: setup ## the numeric tests as `make test` does not run them: on two threads, and with the plainest kernels on one and on two
 	STILLROOM_TEST_THREADS=2 $(NUMERIC)
 	STILLROOM_TEST_THREADS=1 $(PLAIN) $(NUMERIC)
 	STILLROOM_TEST_THREADS=2 $(PLAIN) $(NUMERIC)

@@ -93,6 +93,7 @@ def legend(panel: Panel) -> list[tuple[str, str, bool]]:
 def svg(panel: Panel) -> str:
     """The panel as an `<svg>` element; its legend is the page's."""
     import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     height = HEIGHT if not isinstance(panel, Stacks) else 76 + 26 * len(panel.labels)
@@ -131,11 +132,9 @@ def svg(panel: Panel) -> str:
         else:
             _draw_stacks(axes, panel)
         drawn = io.StringIO()
-        figure.savefig(
-            drawn,
-            format="svg",
-            metadata={"Date": None, "Creator": None, "Type": None, "Format": None},
-        )
+        metadata = dict.fromkeys(("Date", "Creator", "Type", "Format"))
+        canvas: Any = FigureCanvasSVG(figure)
+        canvas.print_svg(drawn, metadata=metadata)  # `savefig` draws all twice
     return _inline(drawn.getvalue(), panel.title)
 
 

@@ -105,10 +105,7 @@ def test_the_commit_bench_runs() -> None:
 
 @pytest.mark.slow
 def test_the_loader_bench_runs() -> None:
-    words = [sys.executable, str(HERE / "loader.py"), "--tiny"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    outcome = json.loads(done.stdout.splitlines()[-1])
+    outcome, _ = bench("loader", "--tiny")
     assert set(outcome["speed"]) == {"rows", "tokens", "repeats", "stillroom", "datasets"}
     assert outcome["resume"]["footers_opened"] == outcome["resume"]["footers_needed"]
     assert outcome["trainer"]["loader_over_trainer"] > 0
@@ -135,10 +132,7 @@ def test_the_workers_bench_runs() -> None:
 
 @pytest.mark.slow
 def test_the_plan_bench_runs(tmp_path: Path) -> None:
-    words = [sys.executable, str(HERE / "plan.py"), str(tmp_path), "--tiny"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    stages = json.loads(done.stdout.splitlines()[-1])["stages"]
+    stages = bench("plan", tmp_path, "--tiny")[0]["stages"]
     assert stages["generate"] == {"planned": 3000, "committed": 1800, "pending": 1200}
 
 

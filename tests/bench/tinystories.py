@@ -14,11 +14,13 @@ goes on where it was.
 import json
 import statistics
 from argparse import ArgumentParser
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from multiprocessing import get_context
 from os import cpu_count, environ
 from pathlib import Path
+from typing import Any
 
 import torch
 from arms import run_arm
@@ -73,18 +75,29 @@ def compare(folder: Path, *, tiny: bool) -> dict[str, object]:
     run_arm(RECIPE, words(base), until="score")
     choices = list(product(passes, rates, seeds))
     found = {}
-    # The runs share the cores, one thread each; a spawned process has no lock or thread of this one.
+    runs = _run_all([words(base | _changes(folder, *choice)) for choice in choices])
+    for choice, run in zip(choices, runs, strict=True):
+        found[choice] = run["results"]
+        _say(choice, found[choice])
+    return {str(epochs): _at_best(found, epochs, rates, seeds) for epochs in passes}
+
+
+def _run_all(asked: list[list[str]]) -> Iterator[dict[str, Any]]:
+    """They share the cores, one thread each; a spawned process has no lock or thread of this one.
+
+    One alone runs here.
+    """
+    if len(asked) == 1:
+        yield run_arm(RECIPE, asked[0])
+        return
     with ProcessPoolExecutor(
-        min(len(choices), cpu_count() or 1),
+        min(len(asked), cpu_count() or 1),
         mp_context=get_context("spawn"),
         initializer=torch.set_num_threads,
         initargs=(1,),
     ) as pool:
-        arms = [pool.submit(run_arm, RECIPE, words(base | _changes(folder, *c))) for c in choices]
-        for choice, arm in zip(choices, arms, strict=True):
-            found[choice] = arm.result()["results"]
-            _say(choice, found[choice])
-    return {str(epochs): _at_best(found, epochs, rates, seeds) for epochs in passes}
+        for run in [pool.submit(run_arm, RECIPE, overrides) for overrides in asked]:
+            yield run.result()
 
 
 def _changes(folder: Path, epochs: int, rate: float, seed: int) -> dict[str, object]:

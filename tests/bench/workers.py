@@ -1,6 +1,7 @@
 """How much faster are two workers than one?
 
-The real command line on one store, a tiny teacher, one thread each.
+The real command line in processes of its own (`support/loaded.py`) on one store, a tiny teacher, one
+thread each.
 
     python tests/bench/workers.py [--tiny] [--rows N] [--rounds N] [--engine hf]
 
@@ -16,7 +17,6 @@ what sharing costs also where other processes take a part of the machine.
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from argparse import ArgumentParser
@@ -24,8 +24,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
-from kit import command, prompts, stillroom, write_jsonl, write_recipe
-from running import ENVIRONMENT, at_worker_start
+from kit import prompts, stillroom, write_jsonl, write_recipe
+from running import at_worker_start, start
 from tiny_llama import save_tiny_llama
 
 from stillroom.storage.store.store import Store
@@ -42,20 +42,15 @@ NOTED = """
 """
 
 
-def work(folder: Path, recipes: list[Path], counted: Path) -> list[subprocess.Popen[str]]:
+def work(folder: Path, recipes: list[Path], counted: Path) -> None:
     """One worker for each recipe named, all at once; ends when all have."""
     site = at_worker_start(folder, NOTED.format(path=str(counted)))
     started = [
-        subprocess.Popen(
-            command("run", recipe, "--only", "generate", "--quiet"),
-            env=ENVIRONMENT | {"PYTHONPATH": site},
-        )
-        for recipe in recipes
+        start(recipe, "--only", "generate", "--quiet", PYTHONPATH=site) for recipe in recipes
     ]
     for process in started:
         if process.wait():
-            raise SystemExit(f"a worker ended with {process.returncode}")
-    return started
+            raise SystemExit(f"a worker ended with {process.returncode}: {process.errors()}")
 
 
 def commits(store: Path) -> list[tuple[float, str, int]]:

@@ -7,18 +7,21 @@ others come after it.
 
 import filecmp
 import json
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from kit import ENVIRONMENT, command
+from loaded import process_of
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = Path(__file__).parent / "examples"
-COMMANDS = Path(__file__).parent / "commands.py"
 FLOORS = ("storage", "stages", "pipeline")
 
 
@@ -62,18 +65,37 @@ def changed_files(folder: Path) -> list[str]:
 
 def stillroom_in(folder: Path, *lines: Sequence[Any]) -> list[str]:
     """Run command lines of the extended product to their end, in one process; what each printed."""
-    done = subprocess.run(
-        [sys.executable, COMMANDS],
-        input=json.dumps([[str(word) for word in line] for line in lines]),
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT | {"PYTHONPATH": str(folder)},
-        cwd=folder,
-        timeout=300,
-    )
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    printed: list[str] = json.loads(done.stdout.splitlines()[-1])
+    words = [[str(word) for word in line] for line in lines]
+    process = process_of(_commands, folder, words, ENVIRONMENT | {"PYTHONPATH": str(folder)})
+    process.join(timeout=300)
+    said = (folder / "said").read_text()
+    assert process.exitcode == 0, said
+    printed: list[str] = json.loads(said)
     return printed
+
+
+def _commands(folder: Path, lines: Sequence[Sequence[str]], environment: Mapping[str, str]) -> None:
+    """In a process that has loaded the libraries; the product and the helpers are read anew, those of the copy."""
+    os.environ.clear()
+    os.environ |= environment
+    for name in [name for name, module in sys.modules.items() if _ours(name, module)]:
+        del sys.modules[name]
+    sys.path.insert(0, str(folder))
+    os.chdir(folder)
+    try:
+        kit = import_module("kit")
+        assert Path(import_module("stillroom").__file__ or "").is_relative_to(folder)
+        said = json.dumps([kit.stillroom(*line).stdout for line in lines])
+    except BaseException:
+        (folder / "said").write_text(traceback.format_exc())
+        raise
+    (folder / "said").write_text(said)
+
+
+def _ours(name: str, module: Any) -> bool:
+    file = getattr(module, "__file__", None)
+    helper = file is not None and Path(file).parent == Path(__file__).parent
+    return helper or name.split(".")[0] == "stillroom"
 
 
 def refused_in(folder: Path, *words: Any) -> str:

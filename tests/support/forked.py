@@ -9,6 +9,7 @@ stages is forked before it begins and waits until it is called.
 import fcntl
 import json
 import os
+import runpy
 import signal
 import socket
 import sys
@@ -25,8 +26,10 @@ from typing import Any
 from stillroom.pipeline.cli.main import main
 from stillroom.pipeline.run import process, worker
 
-SPARES = 4
-"""Processes that a runner may start: one for the stage, and as many more as it starts after deaths."""
+SPARES = 8
+"""Processes that a runner may start: one for each stage, and one more for each that starts again after a death."""
+STAGE = "stage"
+"""What the system calls a process that has become a stage's."""
 
 
 def fork(work: Callable[[], object]) -> int:
@@ -106,20 +109,25 @@ def start(
         for number in (1, 2):
             os.dup2(stream, number)
         os.close(stream)
-        sys.stdout = sys.__stdout__ = os.fdopen(1, "w", closefd=False)
-        sys.stderr = sys.__stderr__ = os.fdopen(2, "w", closefd=False)
         os.environ |= environment
-        tempfile.tempdir = None
-        before()
-        process.subprocess = SimpleNamespace(Popen=Spares(), DEVNULL=None)  # type: ignore[assignment]
-        sys.argv = ["stillroom", *map(str, words)]
-        main()
+        run(words, before=before)
 
     pid = fork(command)
     if theirs is not None and ours is not None:
         os.close(theirs)
         os.set_blocking(ours, False)
     return Command(pid=pid, said=said, terminal=ours)
+
+
+def run(words: Sequence[object], *, before: Callable[[], None] = lambda: None) -> None:
+    """The command in this process, which is its own; its stages in others, which wait already."""
+    sys.stdout = sys.__stdout__ = os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.__stderr__ = os.fdopen(2, "w", closefd=False)
+    tempfile.tempdir = None
+    before()
+    process.subprocess = SimpleNamespace(Popen=Spares(), DEVNULL=None)  # type: ignore[assignment]
+    sys.argv = ["stillroom", *map(str, words)]
+    main()
 
 
 class Spares:
@@ -155,7 +163,17 @@ def _wait(line: socket.socket, others: Sequence[socket.socket]) -> None:
     os.environ.clear()
     os.environ |= json.loads(called) | {worker.JOB_FD: str(descriptors[0])}
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    Path("/proc/self/comm").write_text(STAGE)
+    _run_site()
     worker.main()
+
+
+def _run_site() -> None:
+    """What Python runs in a process before its first own line (`running.at_worker_start`)."""
+    for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+        if (code := Path(folder) / "sitecustomize.py").is_file():
+            runpy.run_path(str(code))
+            return
 
 
 class StageOfFork:

@@ -95,7 +95,7 @@ def stillroom(*arguments: Any, expect: int | None = 0) -> subprocess.CompletedPr
     """The command line to its end, its stages too, in this process; checks the exit code (None: any).
 
     A process of its own imports torch and transformers for seconds. Where processes, logs or what
-    they say meanwhile are the subject, use `stillroom_processes`.
+    they say meanwhile are the subject, use `running.start`.
     """
     words = ["stillroom", *map(str, arguments)]
     out, err = io.StringIO(), io.StringIO()
@@ -124,14 +124,6 @@ def command(*arguments: Any) -> list[str]:
 
 # As many threads as this process has: only so do two runs add in one order and write the same bits.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": os.environ.get("STILLROOM_TEST_THREADS", "1")}
-
-
-def stillroom_processes(*arguments: Any, expect: int = 0) -> subprocess.CompletedProcess[str]:
-    """The command line to its end, and each of its stages, in processes of their own; checks the exit code."""
-    done = subprocess.run(
-        command(*arguments), capture_output=True, text=True, env=ENVIRONMENT, timeout=300
-    )
-    return _checked(done, expect)
 
 
 def _checked(

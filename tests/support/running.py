@@ -8,29 +8,39 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import loaded
 import psutil
+from forked import STAGE
 from kit import ENVIRONMENT, command
+from loaded import Loaded
 
 from stillroom.storage.store.store import Store
 from stillroom.storage.tables.schema import TABLES
 
 PATIENCE = 180.0
-STARTED: list[subprocess.Popen[str]] = []
+STARTED: list[subprocess.Popen[str] | Loaded] = []
 
 
-def start(recipe: Path, *words: Any, **environment: str) -> subprocess.Popen[str]:
-    """`stillroom run`, in a process group of its own."""
-    STARTED.append(
-        subprocess.Popen(
-            command("run", recipe, "--json", *words),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=ENVIRONMENT | environment,
-            start_new_session=True,
-        )
+def start(recipe: Path, *words: Any, **environment: str) -> Loaded:
+    """`stillroom run`, in a process group of its own that is there at once (`loaded.py`)."""
+    line = ["run", recipe, "--json", *words]
+    process = loaded.start(line, recipe.parent, ENVIRONMENT | environment)
+    STARTED.append(process)
+    return process
+
+
+def start_whole(recipe: Path, *words: Any) -> subprocess.Popen[str]:
+    """The same as a shell starts it: by Python, which loads all for seconds, and so does each stage."""
+    process = subprocess.Popen(
+        command("run", recipe, "--json", *words),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        start_new_session=True,
     )
-    return STARTED[-1]
+    STARTED.append(process)
+    return process
 
 
 def end_started() -> None:
@@ -67,7 +77,7 @@ def alive(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
-def ours(process: subprocess.Popen[str]) -> list[psutil.Process]:
+def ours(process: subprocess.Popen[str] | Loaded) -> list[psutil.Process]:
     """The stages of one runner (other tests may run beside this one)."""
     try:
         return [child for child in psutil.Process(process.pid).children() if _is_stage(child)]
@@ -77,7 +87,8 @@ def ours(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 def _is_stage(process: psutil.Process) -> bool:
     try:
-        return "stillroom.pipeline.run.worker" in process.cmdline() and alive(process)
+        named = "stillroom.pipeline.run.worker" in process.cmdline() or process.name() == STAGE
+        return named and alive(process)
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         return False
 

@@ -3,15 +3,14 @@
 Where the engine's process dies, stages are processes; where it raises they are in this one.
 """
 
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
-from kit import command, last_json, prompts, stillroom, write_jsonl, write_recipe
-from running import ENVIRONMENT, PATIENCE, at_worker_start
+from kit import last_json, prompts, stillroom, write_jsonl, write_recipe
+from running import PATIENCE, at_worker_start, start
 from torch import Tensor
 from torch.nn import functional
 
@@ -54,14 +53,12 @@ def faulty(error: Exception, poison: int | None) -> Any:
     return patch.object(functional, "embedding", embedding)
 
 
-def run(recipe: Path, site: str, *words: str) -> subprocess.CompletedProcess[str]:
-    environment = ENVIRONMENT | {"PYTHONPATH": site}
-    words = tuple(command("run", recipe, "--json", *words))
-    done = subprocess.run(
-        words, capture_output=True, text=True, env=environment, timeout=2 * PATIENCE
-    )
-    assert done.returncode == 0, done.stderr
-    return done
+def run(recipe: Path, site: str, *words: str) -> str:
+    """What a run says whose stages are processes."""
+    process = start(recipe, *words, PYTHONPATH=site)
+    _, said = process.communicate(timeout=2 * PATIENCE)
+    assert process.returncode == 0, said
+    return said
 
 
 def rejects(store: Path) -> list[dict[str, Any]]:
@@ -96,8 +93,8 @@ def test_a_prompt_that_kills_the_engine_is_rejected_and_the_others_are_written(
     tmp_path: Path, tiny_llama: Callable[..., Path]
 ) -> None:
     recipe = written_by_hf(tmp_path, tiny_llama)
-    done = run(recipe, fatal(tmp_path / "site"), "--until", "generate")
-    assert done.stderr.count("generate: starts again") == 2
+    said = run(recipe, fatal(tmp_path / "site"), "--until", "generate")
+    assert said.count("generate: starts again") == 2
     assert_only_the_poison_is_rejected(recipe, "engine_died", attempts=2)
 
 
@@ -126,8 +123,8 @@ def test_a_text_that_kills_the_teacher_is_rejected_and_the_others_are_scored(
     tmp_path: Path, tiny_llama: Callable[..., Path]
 ) -> None:
     recipe = given(tmp_path, tiny_llama)
-    done = run(recipe, fatal(tmp_path / "site"), "--until", "score")
-    assert done.stderr.count("score: starts again") == 2
+    said = run(recipe, fatal(tmp_path / "site"), "--until", "score")
+    assert said.count("score: starts again") == 2
     (rejected,) = rejects(tmp_path / "store")
     assert (rejected["stage"], rejected["reason"]) == ("score", "engine_died")
     line = last_json(stillroom("plan", recipe, "--json"))["stages"]["score"]

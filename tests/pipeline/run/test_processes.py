@@ -12,7 +12,17 @@ from typing import Any
 import psutil
 import pytest
 from kit import InThisProcess, last_json, prompts, stillroom, write_jsonl, write_recipe
-from running import PATIENCE, alive, at_worker_start, committed, contents, ours, start, until
+from running import (
+    PATIENCE,
+    alive,
+    at_worker_start,
+    committed,
+    contents,
+    ours,
+    start,
+    start_whole,
+    until,
+)
 
 from stillroom.pipeline.plan.resolve import teacher_identity
 from stillroom.pipeline.run.process import StageProcess, end_group, group_members
@@ -42,7 +52,7 @@ def recipe(tmp_path: Path, tiny_llama: Callable[..., Path]) -> Path:
         },
         score={"k": 4},
         train={
-            "epochs": 8,
+            "epochs": 4,
             "tokens_per_step": 64,
             "learning_rate": 5.0e-3,
             "checkpoint_every_steps": 2,
@@ -103,11 +113,15 @@ def test_the_next_stage_waits_for_every_process_of_the_group(tmp_path: Path) -> 
     end_group(group.pid)  # a group that is gone is no error
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    ("begin", "number"),
+    [(start_whole, signal.SIGTERM), (start, signal.SIGHUP)],
+    ids=["TERM", "HUP"],
+)
 def test_the_first_signal_commits_what_is_finished_and_says_how_to_go_on(
-    recipe: Path, number: int
+    recipe: Path, begin: Callable[[Path], Any], number: int
 ) -> None:
-    runner = start(recipe)
+    runner = begin(recipe)
     until(lambda: committed(recipe, "generations") >= 1, "a first commit")
     runner.send_signal(number)
     _, err = runner.communicate(timeout=PATIENCE)
@@ -120,7 +134,7 @@ def test_the_first_signal_commits_what_is_finished_and_says_how_to_go_on(
 
 
 def test_a_second_signal_leaves_at_once(recipe: Path) -> None:
-    runner = start(recipe)
+    runner = start_whole(recipe)
     until((recipe.parent / "run" / "logs" / "generate.log").exists, "generate")
     worker = ours(runner)[0]
     worker.suspend()  # it cannot answer the first signal

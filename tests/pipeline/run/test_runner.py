@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kit import last_json, prompts, stillroom, stillroom_processes, write_jsonl, write_recipe
+from kit import last_json, prompts, stillroom, write_jsonl, write_recipe
+from running import start
 
 from stillroom.storage.store.store import Store
 
@@ -34,6 +35,14 @@ def run(recipe: Path, *arguments: Any) -> dict[str, Any]:
     return last_json(stillroom("run", recipe, "--json", *arguments))
 
 
+def in_processes(recipe: Path) -> tuple[str, dict[str, Any]]:
+    """What a run says whose stages are processes, and the object of its last line."""
+    process = start(recipe)
+    said, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return said, json.loads(said.splitlines()[-1])
+
+
 def plan(recipe: Path, *arguments: Any) -> dict[str, Any]:
     return last_json(stillroom("plan", recipe, "--json", *arguments))["stages"]
 
@@ -49,12 +58,9 @@ def test_one_command_from_prompts_to_a_judged_student(
         source,
         evaluate={"tokens": 200, "baseline": True, "generate": {"prompts": 3}},
     )
-    done = stillroom_processes("run", recipe, "--json")
-    outcome = last_json(done)
+    said, outcome = in_processes(recipe)
     told = f"report: {tmp_path}/run/report.html\nstudent: {tmp_path}/run/latest/student\n"
-    assert done.stdout.rpartition('{"run_dir')[0].endswith(told), (
-        "where both are, above the JSON line"
-    )
+    assert said.rpartition('{"run_dir')[0].endswith(told), "where both are, above the JSON line"
     assert list(outcome["results"]) == ["teacher", "student_before", "baseline", "student"]
     for arm in outcome["results"].values():
         assert {
@@ -80,7 +86,7 @@ def test_one_command_from_prompts_to_a_judged_student(
     # The same command again does nothing: every stage is found done, and no stage's process starts.
     for log in (tmp_path / "run" / "logs").glob("*.log"):
         log.unlink()
-    again = last_json(stillroom_processes("run", recipe, "--json"))
+    _, again = in_processes(recipe)
     assert set(states(again).values()) == {"cached"}
     assert again["results"] == outcome["results"]
     assert not list((tmp_path / "run" / "logs").glob("*.log"))
@@ -250,7 +256,7 @@ def test_students_are_trained_where_teacher_and_data_are_not(
     run(recipe, "--until", "score")
     shutil.move(teacher, tmp_path / "gone")
     source.unlink()
-    outcome = run(recipe)
+    outcome = run(recipe, "--until", "train")
     assert states(outcome)["train"] == "done"
     done = stillroom("run", recipe, "--set", "score.k=9", expect=2)
     assert "teacher or data are not here" in done.stderr
@@ -339,7 +345,7 @@ def test_a_pinned_snapshot_trains_on_nothing_it_is_judged_on(
     from stillroom.storage.snapshots.snapshot import load_snapshot
 
     recipe = write_recipe(tmp_path, teacher, source)
-    run(recipe)
+    run(recipe, "--until", "train")
     record = json.loads((tmp_path / "run" / "latest" / "train.json").read_text())
     pin = ("--set", f"train.snapshot={record['snapshot']}", "--set", "data.holdout=12")
     outcome = run(recipe, *pin)
@@ -401,9 +407,9 @@ def test_latest_is_the_student_of_the_last_run_that_has_one(
 ) -> None:
     recipe = write_recipe(tmp_path, teacher, source)
     latest = tmp_path / "run" / "latest"
-    run(recipe)
+    run(recipe, "--until", "train")
     first = latest.resolve()
-    run(recipe, "--set", "train.learning_rate=0.01")
+    run(recipe, "--until", "train", "--set", "train.learning_rate=0.01")
     assert latest.resolve() != first
     stillroom("run", recipe, "--set", "student.config={num_hiden_layers: 2}", expect=2)
     run(recipe)  # nothing to do, and yet it is this student that the report is about

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kit import ENVIRONMENT, command, prompts, write_jsonl, write_recipe
+from kit import ENVIRONMENT, command, prompts, stillroom, write_jsonl, write_recipe
 from tiny_llama import save_tiny_llama
 
 from stillroom.pipeline.numbers import duration, human, short, size
@@ -181,9 +181,8 @@ def test_a_pipe_gets_plain_lines_and_quiet_gets_none(recipe: Path, tmp_path: Pat
     terminal, _, code = at_a_terminal(quiet, 80)
     assert (terminal.lines, code) == ([""], 0)
     assert "data: 20/20 records" in (tmp_path / "run" / "logs" / "data.log").read_text()
-    failed = subprocess.run(
-        [*quiet, "--set", "data.holdout=20"], capture_output=True, text=True, env=ENVIRONMENT
-    )
+    limited = ("--quiet", "--set", "data.limit=20", "--set", "data.holdout=20")
+    failed = stillroom("run", recipe, *fresh, *limited, expect=2)
     assert failed.stderr.startswith("error: data.holdout: 20 of")
 
 

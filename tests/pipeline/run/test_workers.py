@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from kit import last_json, prompts, stillroom, write_jsonl, write_recipe
+from loaded import Loaded
 from running import PATIENCE, at_worker_start, committed, contents, end_started, ours, start, until
 
 from stillroom.storage.store.store import Store
@@ -81,7 +82,7 @@ def by_writer(store: Path) -> Counter[str]:
     return rows
 
 
-def outcome(process: subprocess.Popen[str]) -> dict[str, Any]:
+def outcome(process: Loaded) -> dict[str, Any]:
     out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     return last_json(subprocess.CompletedProcess([], 0, out))
@@ -140,9 +141,8 @@ def test_full_runs_at_once_train_one_student(recipe: Path, tmp_path: Path) -> No
     trainer.suspend()  # in the midst of its work
     waiting = [start(recipe) for _ in range(2)]
     for process in waiting:
-        assert process.stderr is not None
-        line = next(line for line in process.stderr if "trains this student: waiting" in line)
-        assert f"process {trainer.pid} on " in line
+        until(lambda: "trains this student: waiting" in process.errors(), "its wait")  # noqa: B023
+        assert f"process {trainer.pid} on " in process.errors()
     second, stopped = waiting
     stopped.send_signal(signal.SIGINT)
     stopped.communicate(timeout=PATIENCE)

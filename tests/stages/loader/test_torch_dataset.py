@@ -80,9 +80,10 @@ def global_batches(samples, state, *, workers, ranks, count, **options):
 def test_stopped_and_resumed_on_other_ranks_and_workers_the_batches_are_the_same(samples):
     """One run that stops at random batches and goes on with every number of workers and ranks in turn."""
     rng = np.random.default_rng(0)
-    places = [(workers, ranks) for workers in (0, 1, 2, 4) for ranks in (1, 2, 4)]
+    # Each number of workers and of ranks twice or so; a worker is a fork of all that is loaded here.
+    places = [(0, 1), (0, 4), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1), (4, 2)]
     rng.shuffle(places)
-    counts = rng.integers(1, 6, len(places)).tolist()
+    counts = rng.integers(2, 7, len(places)).tolist()
     dataset = SnapshotDataset(samples, global_batch=B)
     whole = [names(batch) for batch in islice(dataset, sum(counts))]
     found, done = [], 0

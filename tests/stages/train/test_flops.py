@@ -1,5 +1,8 @@
 """The arithmetic of a step, against what torch counts; and the rate it is measured against."""
 
+from itertools import count
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +18,7 @@ from transformers import (
 
 from stillroom.stages.loader.samples import Cursor, Sample, Step
 from stillroom.stages.models.head import hidden_states, split_head
+from stillroom.stages.train import flops
 from stillroom.stages.train.flops import ModelFlops, Peak
 
 SIZES = {
@@ -144,3 +148,13 @@ def test_elsewhere_it_is_measured_and_says_so():
     assert not peak.vendor
     assert peak.of == "a float32 matrix product's rate on this CPU, 1024 x 1024"
     assert 1e8 < peak.flops_per_second < 1e14
+
+
+def test_a_product_that_takes_long_is_timed_once(monkeypatch):
+    """Of bfloat16 on a CPU that has none, say: a training would begin ten seconds later."""
+    seconds = count(step=2)
+    clock = SimpleNamespace(perf_counter=lambda: next(seconds))
+    monkeypatch.setattr(flops, "time", clock)
+    rate = flops._product_rate.__wrapped__(torch.device("cpu"), torch.float32)
+    assert rate == 2 * 1024**3 / 2
+    assert next(seconds) == 6

@@ -12,8 +12,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import loaded
 import pytest
-from kit import command, last_json, prompts, stillroom, write_jsonl, write_recipe
+from kit import last_json, prompts, stillroom, write_jsonl, write_recipe
 
 from stillroom.stages.loader.samples import Samples
 from stillroom.stages.loader.torch_dataset import SnapshotDataset
@@ -315,9 +316,7 @@ def test_a_run_on_s3_is_killed_resumed_and_ends_with_a_report(s3, tiny_llama, tm
     source = write_jsonl(tmp_path / "prompts.jsonl", prompts(24))
     storage = {"dir": s3.root, "commit_rows": 4}
     recipe = write_recipe(tmp_path, tiny_llama("teacher"), source, storage=storage)
-    killed = subprocess.Popen(
-        command("run", recipe, "--quiet"), env=environment, start_new_session=True
-    )
+    killed = loaded.start(["run", recipe, "--quiet"], tmp_path, environment)
     files = open_files(s3.root)
     while not files.names("commits/generations") and killed.poll() is None:
         time.sleep(0.05)

@@ -122,8 +122,8 @@ def _features(loss: Mapping[str, Any], score: Mapping[str, Any]) -> list[list[st
     if bits := embedding_bits(asked):
         said.append(f"{FEATURES[EMBEDDINGS].words} ({DTYPES[bits]}, once)")
     rows = [["features", ", ".join(said)]] if said else []
-    asked = {(f["match"], f.get("distance", "")) for f in loss.get("features") or ()}
-    for name, distance in sorted(asked):
+    matched = {(f["match"], f.get("distance", "")) for f in loss.get("features") or ()}
+    for name, distance in sorted(matched):
         kind = MATCHES[name]
         equation = kind.distances.get(distance, kind.equation)
         what = f"{equation}, t the teacher's, s the student's"

@@ -228,7 +228,7 @@ FORGED: dict[str, tuple[int, Callable[[Row], Row], str]] = {
     "a token less": (
         1,
         lambda row: cut(row, row["vectors"] - 1, row["width"]),
-        r"expected one for each of the text's \d+ tokens",
+        r"expected one for each of its \d+ tokens",
     ),
     "a narrower state": (1, lambda row: cut(row, row["vectors"], 8), "of (8|16) numbers"),
     "positions of its own": (

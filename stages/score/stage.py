@@ -127,7 +127,7 @@ def _claims(job: Job, teacher: Identity, store: Store) -> Claims:
 
 
 def batches(requests: list[TargetRequest], batch_tokens: int) -> Iterator[Batch]:
-    """Rows of which the same is kept, of like length, at most `batch_tokens` and `BATCH_BYTES` together, padding counted."""
+    """Rows of like length that keep the same, at most `batch_tokens` and `BATCH_BYTES` together, padding counted."""
     batch: Batch = []
     # Held-out rows may have the kind of the others and another k: a large vocabulary's reference.
     ordered = sorted(requests, key=lambda r: (r.kept.kind, r.kept.k, len(r.token_ids), r.reuse_key))

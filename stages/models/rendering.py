@@ -10,6 +10,7 @@ from ...storage.errors import RowError, answered
 from ...storage.tables.conversations import conversation
 from ...storage.tables.spans import span_after, spans_before
 from .chat.bounds import shared
+from .chat.long_text import ids_of_pieces, in_pieces, refuse_long
 from .chat.renderer import ChatRenderer, Ids, no_spans
 from .fit.files import read_json
 
@@ -106,18 +107,18 @@ class Renderer:
             most: Tokens that are left.
         """
         ids, spans = given
-        closing = [] if row["messages"] is not None else self._closing
+        closing = [] if row["messages"] is not None else self._around[1]
         kept = most - len(closing)
         return [*ids[:kept], *closing], spans_before(spans, kept)
 
     @cached_property
-    def _closing(self) -> list[int]:
-        """What the tokenizer puts at the end of any text: [SEP], or </s>; [] for most language models."""
+    def _around(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts before any text and after it: <s> and </s>, [CLS] and [SEP], or nothing."""
         alone, whole = self.tokenizer("a", add_special_tokens=False), self.tokenizer("a")
         text, ids = list(alone["input_ids"]), list(whole["input_ids"])
         starts = range(len(ids) - len(text) + 1)
-        after = (start + len(text) for start in starts if ids[start : start + len(text)] == text)
-        return ids[next(after, len(ids)) :]
+        start = next((n for n in starts if ids[n : n + len(text)] == text), len(ids))
+        return ids[:start], ids[start + len(text) :]
 
     def notes(self) -> list[str]:
         """What this run has to say of its texts, a sentence each."""
@@ -144,6 +145,7 @@ class Renderer:
             RowError: the tokenizer fails on it, or the pair's segments could not be told from its
                 tokens later on.
         """
+        refuse_long(text + (text_pair or ""), why="a text that is classified is read whole")
         try:
             found = self.tokenizer(text, text_pair)
             whole = len(found["input_ids"])
@@ -166,7 +168,7 @@ class Renderer:
             )
         return ids.tolist(), whole - len(ids)
 
-    def windows(self, text: str, window_tokens: int) -> list[list[int]]:
+    def windows(self, text: str, window_tokens: int) -> list[np.ndarray]:
         """A document cut into windows; each starts with the last token of the one before.
 
         So every token but the first is predicted exactly once: [a b c d e] in windows of 3 is [a b
@@ -177,18 +179,27 @@ class Renderer:
         """
         return cut(self._encode(text), window_tokens)
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str) -> np.ndarray:
+        """[T] int32."""
         try:
-            ids = list(self.tokenizer(text)["input_ids"])
+            ids = self._ids(text)
+        except RowError:
+            raise
         except Exception as error:
             raise RowError("unreadable", f"the tokenizer fails on this text: {error}") from error
         first = self.tokenizer.bos_token_id
         # The text brings its own, and the tokenizer put another one before it.
-        twice = first is not None and ids[:2] == [first, first]
+        twice = first is not None and ids[:2].tolist() == [first, first]
         return ids[1:] if twice and text.startswith(self.tokenizer.bos_token) else ids
 
+    def _ids(self, text: str) -> np.ndarray:
+        if not in_pieces(self.tokenizer, text):
+            return np.array(self.tokenizer(text)["input_ids"], np.int32)
+        before, after = (np.array(ids, np.int32) for ids in self._around)
+        return np.concatenate([before, ids_of_pieces(self.tokenizer, text), after])
+
     def _text_ids(self, text: str) -> list[int]:
-        ids = self._encode(text)
+        ids: list[int] = self._encode(text).tolist()
         # Some tokenizers close what they encode; a prompt must stay open.
         while (
             ids
@@ -210,7 +221,7 @@ def segments(token_ids: np.ndarray, separator: int | None) -> np.ndarray:
     return second.astype(np.int64)
 
 
-def cut(ids: list[int], window_tokens: int) -> list[list[int]]:
+def cut(ids: np.ndarray, window_tokens: int) -> list[np.ndarray]:
     """Windows of at most `window_tokens` ids that overlap by one; a text of fewer than two tokens has none."""
     step = window_tokens - 1
     return [ids[start : start + window_tokens] for start in range(0, max(len(ids) - 1, 0), step)]

@@ -150,13 +150,15 @@ def _claims(job: Job, teacher: Identity, store: Store) -> Claims:
 
 
 def batches(requests: list[TargetRequest], batch_tokens: int) -> Iterator[Batch]:
-    """Rows of one kind and like length, at most `batch_tokens` and `BATCH_BYTES` together, padding counted."""
+    """Rows of like length that keep the same, at most `batch_tokens` and `BATCH_BYTES` together, padding counted."""
     batch: Batch = []
-    for request in sorted(requests, key=lambda r: (r.kept.kind, len(r.token_ids), r.reuse_key)):
-        same_kind = not batch or batch[0].kept.kind == request.kept.kind
+    # Held-out rows may have the kind of the others and another k: a large vocabulary's reference.
+    ordered = sorted(requests, key=lambda r: (r.kept.kind, r.kept.k, len(r.token_ids), r.reuse_key))
+    for request in ordered:
+        same = not batch or batch[0].kept == request.kept
         tokens = (len(batch) + 1) * len(request.token_ids)
         if batch and (
-            not same_kind or tokens > batch_tokens or tokens * 4 * request.kept.k > BATCH_BYTES
+            not same or tokens > batch_tokens or tokens * 4 * request.kept.k > BATCH_BYTES
         ):
             yield batch
             batch = []

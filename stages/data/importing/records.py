@@ -1,16 +1,15 @@
 """The records of a foreign table, from wherever they are, with where each stands."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ....storage.errors import UsageError
 from ..sources.names import TABLES, ending
-from ..sources.readers import Record, arrow_batches
+from ..sources.readers import BATCH, Record, arrow_batches, rows_of
 from ..sources.source import Source
-
-BATCH = 64
-"""Rows of a Parquet file read at once: the lists of one row may be long."""
 
 
 def table_records(source: str, split: str, columns: Sequence[str]) -> Iterator[Record]:
@@ -32,26 +31,18 @@ def table_records(source: str, split: str, columns: Sequence[str]) -> Iterator[R
 
 def _rows(file: Path, columns: Sequence[str]) -> Iterator[Record]:
     """Rows of a Parquet or Arrow file."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
-        if ending(file) == ".parquet":
-            with pq.ParquetFile(file) as parquet:
-                known = parquet.schema_arrow.names
-                found = [name for name in columns if name in known]
-                yield from _numbered(file, parquet.iter_batches(BATCH, columns=found))
-        else:
-            with pa.memory_map(str(file)) as memory:
-                yield from _numbered(file, arrow_batches(memory))
+        for number, row in enumerate(rows_of(_batches(file, columns)), 1):
+            yield f"{file.name}:{number}", row
     except (OSError, pa.ArrowException) as error:
         raise UsageError(f"{file}: not readable ({error}). Write it again.") from error
 
 
-def _numbered(file: Path, batches: Iterable[Any]) -> Iterator[Record]:
-    number = 0
-    for batch in batches:
-        # One row at a time: as Python objects numbers take ten times their room.
-        for row in range(batch.num_rows):
-            number += 1
-            yield f"{file.name}:{number}", batch.slice(row, 1).to_pylist()[0]
+def _batches(file: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    if ending(file) == ".parquet":
+        with pq.ParquetFile(file) as parquet:
+            known = parquet.schema_arrow.names
+            yield from parquet.iter_batches(BATCH, columns=[n for n in columns if n in known])
+        return
+    with pa.memory_map(str(file)) as memory:
+        yield from arrow_batches(memory)

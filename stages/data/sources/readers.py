@@ -7,7 +7,7 @@ import io
 import json
 import lzma
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,10 @@ from .names import unpacked
 Record = tuple[str, dict[str, Any] | str]
 """Where it stands ("a/prompts.jsonl:3") and the record, or in place of it a sentence on why it is
 unreadable."""
+BATCH = 64
+"""Rows of a Parquet file read at once: one may be a long document, or have thousands of columns."""
+_AT_ONCE = 4 << 20
+"""Bytes of a table that are Python objects at once, as Arrow counts them."""
 _TOO_MANY = "more cells than the header has columns: a comma stands in a cell without quotes"
 _TIMES, _ALWAYS = 100, 64 << 20
 """How much larger what is read at once of a packed file may be unpacked, and bytes that it may always have."""
@@ -181,11 +185,8 @@ def _parquet(file: Path, name: str) -> Iterator[Record]:
 
     try:
         with pq.ParquetFile(file) as parquet:
-            number = 0
-            for batch in parquet.iter_batches(1024):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield f"{name}:{number}", of_a_table(record)
+            for number, record in enumerate(rows_of(parquet.iter_batches(BATCH)), 1):
+                yield f"{name}:{number}", of_a_table(record)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise ValueError(f"it is not readable Parquet: {error}") from error
 
@@ -195,11 +196,8 @@ def _arrow(file: Path, name: str) -> Iterator[Record]:
 
     try:
         with pa.memory_map(str(file)) as memory:
-            number = 0
-            for batch in arrow_batches(memory):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield f"{name}:{number}", of_a_table(record)
+            for number, record in enumerate(rows_of(arrow_batches(memory)), 1):
+                yield f"{name}:{number}", of_a_table(record)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise ValueError(f"it is not readable Arrow: {error}") from error
 
@@ -214,6 +212,14 @@ def arrow_batches(memory: Any) -> Any:
         memory.seek(0)
         reader = pa.ipc.open_file(memory)
         return (reader.get_batch(number) for number in range(reader.num_record_batches))
+
+
+def rows_of(batches: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    """The rows of tables, few at a time as Python objects: numbers take ten times their room so."""
+    for batch in batches:
+        few = max(1, batch.num_rows * _AT_ONCE // max(1, batch.nbytes))
+        for start in range(0, batch.num_rows, few):
+            yield from batch.slice(start, few).to_pylist()
 
 
 def of_a_table(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from ....storage.errors import RowError
 from ....storage.tables.conversations import Conversation
 from .ends import Ends
 from .left_out import LeftOut
+from .long_text import refuse_long
 from .template import Chat, ChatTemplate, Rendered
 from .tokens import TurnTokens
 from .turns import Turns, assistant_turns, weighed
@@ -72,6 +73,7 @@ class ChatRenderer:
 
     def _ids(self, chat: Chat, turns: list[int]) -> Ids:
         rendered = self._template.render(chat)
+        refuse_long(rendered.text, why="a conversation is read whole")
         self._unread.look(chat, rendered.text)
         try:
             tokens = TurnTokens(self.tokenizer, rendered.text)

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -414,3 +415,20 @@ def test_an_address_on_the_web_is_named_as_one() -> None:
     with pytest.raises(UsageError, match=r"https://host/a\.jsonl is an address") as refused:
         find_files("https://me:word@host/a.jsonl?token=x", field="data.source")
     assert "word" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["texts.parquet", "texts.arrow"])
+def test_a_table_of_long_texts_is_read_a_few_rows_at_a_time(tmp_path: Path, name: str) -> None:
+    text, rows = "the cat sat " * 20_000, 100  # 24 MB, and one batch where it is Arrow
+    table = pa.table({"prompt": pa.array([text] * rows)})
+    if name.endswith("parquet"):
+        pq.write_table(table, tmp_path / name)
+    else:
+        with pa.ipc.new_file(tmp_path / name, table.schema) as file:
+            file.write_table(table)
+    tracemalloc.start()
+    found = sum(len(record["prompt"]) for _, record, _ in all_records(recipe(tmp_path / name)))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found == rows * len(text)
+    assert most < 10e6

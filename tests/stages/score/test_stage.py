@@ -19,6 +19,7 @@ from stillroom.stages.models.identity import FileHashes, Identity
 from stillroom.stages.recipe.sections import Recipe
 from stillroom.stages.score import causal_lm, scorer
 from stillroom.stages.score import stage as score
+from stillroom.stages.targets import spec
 from stillroom.stages.targets.spec import Kept
 from stillroom.stages.workers.job import Job, StageResult
 from stillroom.stages.workers.journal import Journal
@@ -235,8 +236,19 @@ def test_rows_on_which_the_teacher_is_not_a_number_are_rejected(
         )
 
 
+def test_held_out_rows_of_a_large_vocabulary_have_more_entries_than_the_others(
+    tmp_path: Path, tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are `topk` like the others, with another k, and all would fit into one batch."""
+    monkeypatch.setattr(spec, "FULL_VOCABULARY", 16)
+    monkeypatch.setattr(spec, "REFERENCE_K", 8)
+    store, result, _ = scored(tmp_path, tiny_llama(), score={"k": 4, "batch_tokens": 4096})
+    assert result.rejected == 0
+    assert sorted(row["k"] for row in rows_of(store)) == [4] * 17 + [8] * 3
+
+
 @pytest.mark.parametrize("budget", [32, 100, 10_000])
-def test_batches_hold_one_kind_within_the_budget_and_every_row_once(budget: int) -> None:
+def test_batches_keep_the_same_within_the_budget_and_every_row_once(budget: int) -> None:
     made = np.random.default_rng(0)
     requests = [
         TargetRequest(
@@ -246,14 +258,14 @@ def test_batches_hold_one_kind_within_the_budget_and_every_row_once(budget: int)
             prompt_key=b"",
             token_ids=np.zeros(made.integers(2, 30), np.int32),
             spans=np.array([[1, 1]]),
-            kept=Kept(kind=made.choice(["topk", "full"]), k=4),
+            kept=Kept(kind=made.choice(["topk", "full"]), k=int(made.choice([4, 8]))),
         )
         for i in range(60)
     ]
     cut = list(score.batches(requests, budget))
     assert sorted(r.reuse_key for batch in cut for r in batch) == [r.reuse_key for r in requests]
     for batch in cut:
-        assert len({r.kept.kind for r in batch}) == 1
+        assert len({r.kept for r in batch}) == 1
         assert len(batch) == 1 or len(batch) * max(len(r.token_ids) for r in batch) <= budget
     assert cut == list(score.batches(requests[::-1], budget))
 

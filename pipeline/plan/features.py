@@ -8,7 +8,7 @@ from ...stages.models.fit.files import read_json
 from ...stages.models.fit.fresh import fresh_config
 from ...stages.models.fit.light import light_transformers
 from ...stages.models.fit.parts import text_config
-from ...stages.recipe.features import captured, layers_of
+from ...stages.recipe.features import captured, layers_for
 from ...stages.recipe.sections import Recipe
 from ...storage.errors import UsageError
 from .resolve import Bound
@@ -67,7 +67,7 @@ def _refuse_student_layers(recipe: Recipe, bound: Bound, folder: Path | None) ->
             "another student, or leave loss.features out."
         )
     for number, asked in enumerate(recipe.loss.features):
-        stored = layers_of(recipe.score.features, asked.kind)
+        stored = layers_for(asked, recipe.score.features)
         path = f"loss.features.{number}.layers"
         if asked.layers == "uniform" and len(stored) > blocks:
             raise UsageError(
@@ -99,14 +99,18 @@ def teacher_width(bound: Bound) -> int:
 
 
 def feature_note(recipe: Recipe, bound: Bound) -> list[str]:
-    """What the features of a token take, for people."""
+    """What the features of a token take, and those of a text, for people."""
     width = teacher_width(bound)
     if recipe.score is None or not recipe.score.features or not width:
         return []
-    features = captured(recipe.score.features)
-    total = sum(feature_bytes(feature, width) for feature in features)
-    parts = ", ".join(f"{f.words} {feature_bytes(f, width)} ({f.dtype})" for f in features)
-    return [f"features: {total} bytes a token of the rows to train on: {parts}"]
+    found = []
+    for of, per_text in (("token", False), ("text", True)):
+        features = [f for f in captured(recipe.score.features) if f.of_text == per_text]
+        total = sum(feature_bytes(feature, width) for feature in features)
+        parts = ", ".join(f"{f.words} {feature_bytes(f, width)} ({f.dtype})" for f in features)
+        if features:
+            found.append(f"features: {total} bytes a {of} of the rows to train on: {parts}")
+    return found
 
 
 def _facts(folder: Path, field: str) -> ConfigFacts:

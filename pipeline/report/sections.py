@@ -90,7 +90,19 @@ def _matched(asked: Mapping[str, Any]) -> str:
     layers = asked["layers"]
     if isinstance(layers, Mapping):
         layers = ", ".join(f"{teacher} to {student}" for teacher, student in layers.items())
-    return f"{scheduled(asked['weight'])} x {asked['match']} ({asked['distance']}, layers {layers})"
+    how = ", ".join(_setting(asked, name) for name in MATCHES[asked["match"]].settings)
+    return f"{scheduled(asked['weight'])} x {asked['match']} ({how}, layers {layers})"
+
+
+def _setting(asked: Mapping[str, Any], name: str) -> str:
+    """A setting of a match for people: a word as it is, of others the name too."""
+    value = asked[name]
+    if name == "distance":
+        return str(value)
+    words = (
+        ", ".join(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+    )
+    return f"{name.replace('_', ' ')} {words}"
 
 
 def _features(loss: Mapping[str, Any], score: Mapping[str, Any]) -> list[list[str]]:
@@ -98,10 +110,13 @@ def _features(loss: Mapping[str, Any], score: Mapping[str, Any]) -> list[list[st
     stored = captured(map(FeatureRequest.model_validate, score.get("features") or ()))
     said = [f"{one.words} ({one.dtype})" for one in stored]
     rows = [["features", ", ".join(said)]] if said else []
-    for name, distance in sorted({(f["match"], f["distance"]) for f in loss.get("features") or ()}):
+    asked = {(f["match"], f.get("distance", "")) for f in loss.get("features") or ()}
+    for name, distance in sorted(asked):
         kind = MATCHES[name]
-        what = f"{kind.distances[distance]}, t the teacher's state, s the student's after its map"
-        rows.append([f"{name}, {distance}", inline(f"{what} ({kind.source})")])
+        equation = kind.distances.get(distance, kind.equation)
+        what = f"{equation}, t the teacher's, s the student's"
+        what += " after its map" if distance else ""
+        rows.append([", ".join(filter(None, (name, distance))), inline(f"{what} ({kind.source})")])
     return rows
 
 

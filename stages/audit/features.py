@@ -8,7 +8,8 @@ row. A stored row may be off by the sum of
     0.001
     4 eps           of the teacher's dtype
 
-States of another token, another text or another layer are about 1 apart.
+States of another token, another text or another layer are about 1 apart. A pooled row is one vector, which
+is compared as rows of many are.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -20,7 +21,7 @@ import torch
 
 from ...storage.errors import IntegrityError
 from ...storage.store.store import Store
-from ...storage.tables.features import Rounded
+from ...storage.tables.features import POOLED, Rounded, of_text
 from ...storage.tables.shard import text_keys
 from ..models.attention.longest import changes_beyond
 from ..models.causal_lm import load_causal_lm
@@ -33,7 +34,11 @@ from ..targets.features.capture import Found, Name, capturing
 from ..workers.job import Progress
 
 FeatureFault = Literal[
-    "shifted by one position", "another layer's", "another text's", "other numbers"
+    "shifted by one position",
+    "another layer's",
+    "pooled otherwise",
+    "another text's",
+    "other numbers",
 ]
 _FLOOR = 1e-3
 
@@ -49,7 +54,7 @@ class StoredFeature:
     """Of the model that it was captured of (`Task.head`)."""
     name: Name
     states: np.ndarray
-    """[T, D] float32, as read back."""
+    """[T, D] float32, as read back; of pooled states [1, D]."""
     rounding_error: float
     token_ids: np.ndarray | None
     """[T] its text; None: the store has no text of this name."""
@@ -208,7 +213,8 @@ def _faults(
 ) -> Iterator[tuple[FeatureFault, str]]:
     """What the states may be in place of their own, the likeliest first."""
     kind, layer = row.name
-    (every,) = reader.states([row.text], [(kind, n) for n in range(reader.layers)])
+    kinds = POOLED if of_text(kind) else [kind]
+    (every,) = reader.states([row.text], [(k, n) for k in kinds for n in range(reader.layers)])
     mine = every[row.name]
     if len(mine) > 2:
         # What stands at the ends may be anything: there was nothing to put there.
@@ -216,15 +222,19 @@ def _faults(
             yield "shifted by one position", "the teacher's at the position after their own"
         if apart(row.states[1:-1], mine[:-2]) <= allowed:
             yield "shifted by one position", "the teacher's at the position before their own"
-    for (_, other), states in every.items():
-        if other != layer and apart(row.states, states) <= allowed:
+    for (other_kind, other), states in every.items():
+        if (other_kind, other) == row.name or apart(row.states, states) > allowed:
+            continue
+        if other_kind == kind:
             yield "another layer's", f"the teacher's of layer {other}"
+        else:
+            yield "pooled otherwise", f"the teacher's {other_kind} of layer {other}"
     for one in others:
         if one.key == row.key:
             continue
         theirs = reader.states([one.text], [row.name])[0][row.name]
         n = min(len(theirs), len(row.states))
-        if n > 1 and apart(row.states[:n], theirs[:n]) <= allowed:
+        if (n > 1 or of_text(kind)) and apart(row.states[:n], theirs[:n]) <= allowed:
             yield "another text's", f"those of the text of row {one.key}"
 
 

@@ -17,11 +17,14 @@ from .books import Books
 
 SCALE_BYTES = 4
 """Of the scale of a vector at 8 bits."""
+NAME_BYTES = 56
+"""Of the names of a row and its error, beside the vector of a text; of rows of many vectors they are nothing."""
 
 
 def feature_bytes(feature: Feature, width: int) -> int:
-    """What a feature takes of a token, on disk: its numbers are not compressed."""
-    return width * feature.bits // 8 + (SCALE_BYTES if feature.bits == 8 else 0)
+    """What a feature takes of a token on disk, of a text where it is one vector of it: its numbers are not compressed."""
+    vector = width * feature.bits // 8 + (SCALE_BYTES if feature.bits == 8 else 0)
+    return vector + NAME_BYTES * feature.of_text
 
 
 def feature_key(teacher_id: str, text: bytes, feature: Feature) -> bytes:
@@ -116,9 +119,10 @@ class FeatureSql:
         """Bytes of what a row of `scored` lacks, of a teacher with states of this width."""
         parts = [
             f"CASE WHEN {column} IS NULL THEN {feature_bytes(one, width)} ELSE 0 END"
+            + ("" if one.of_text else " * tokens")
             for one, column in zip(self._features, self.columns, strict=True)
         ]
-        return f"CASE WHEN held_out THEN 0 ELSE tokens * ({' + '.join(['0', *parts])}) END"
+        return f"CASE WHEN held_out THEN 0 ELSE {' + '.join(['0', *parts])} END"
 
 
 def _is(feature: Feature) -> str:

@@ -16,9 +16,9 @@ from ..models.classification import Inputs, class_company, class_logits
 from ..models.reads import check_ids
 from ..targets.batch import TargetBatch
 from ..targets.features.batch import FeatureTargets
-from ..targets.features.blocks import states_of
+from ..targets.features.shown import showing
 from ..workers.job import Job
-from .passes import Passes
+from .passes import Passes, whole_groups
 from .samples import Sample
 
 
@@ -31,7 +31,7 @@ class ClassBatch:
     targets: TargetBatch
     """B targets over C classes; a label of `NO_LABEL` is none."""
     features: FeatureTargets | None = None
-    """The teacher's states at all tokens; None: there are none to match."""
+    """The teacher's features of the texts; None: nothing is matched."""
 
     @property
     def positions(self) -> int:
@@ -65,6 +65,10 @@ class ClassPasses(Passes):
         Raises:
             UsageError: a text has a token that the student does not know.
         """
+        if self.group is not None:
+            for part in whole_groups(samples, self.group, fits=self._fits):
+                yield self._batch(part, temperature)
+            return
         group: list[Sample] = []
         for sample in sorted(samples, key=len, reverse=True):
             full = (
@@ -76,6 +80,10 @@ class ClassPasses(Passes):
                 group = []
             group.append(sample)
         yield self._batch(group, temperature)
+
+    def _fits(self, samples: Sequence[Sample]) -> bool:
+        """Whether a pass over these texts, padded, has no more than `tokens_per_pass`."""
+        return len(samples) * max(map(len, samples)) <= self.tokens_per_pass
 
     def _batch(self, samples: Sequence[Sample], temperature: float | None) -> ClassBatch:
         highest = max(int(sample.token_ids.max()) for sample in samples)
@@ -91,21 +99,12 @@ class ClassPasses(Passes):
             targets = replace(targets, logprobs=tempered, tail_logprob=no_tail)
         inputs = self.inputs.tensors([sample.token_ids for sample in samples])
         width = inputs["input_ids"].shape[1]
-        features = self._features(samples, width=width)
+        features = self.targets_of(samples, [row * width for row in range(len(samples))])
         return ClassBatch(inputs=inputs, targets=targets, features=features)
 
-    def _features(self, samples: Sequence[Sample], *, width: int) -> FeatureTargets | None:
-        if self.matching is None:
-            return None
-        positions = [np.arange(len(sample)) for sample in samples]
-        # Row `number` of the flattened [B * T] begins at number * T.
-        at = np.concatenate([number * width + p for number, p in enumerate(positions)])
-        found = [sample.states() for sample in samples]
-        return FeatureTargets.of(torch.from_numpy(at), found, positions)
-
-    def compared(self, samples: Sequence[Sample]) -> int:
-        """All tokens."""
-        return sum(map(len, samples))
+    def positions(self, sample: Sample) -> np.ndarray:
+        """All."""
+        return np.arange(len(sample))
 
     def losses(
         self, model: nn.Module, batch: ClassBatch, *, aim: Aim, dtype: torch.dtype
@@ -114,7 +113,7 @@ class ClassPasses(Passes):
         labels = batch.targets.labels
         half = dtype == torch.bfloat16
         with torch.autocast(labels.device.type, dtype=torch.bfloat16, enabled=half):
-            with states_of(model, self.student_layers) as states:
+            with showing(model, self.needs) as shown:
                 logits = class_logits(model, batch.inputs)
         # Where there is no label, class 0 stands in, and its cross-entropy is not counted.
         asked = replace(batch.targets, labels=labels.clamp_min(0))
@@ -122,7 +121,7 @@ class ClassPasses(Passes):
         labelled = labels != NO_LABEL
         found = replace(parts, hard=parts.hard.masked_fill(~labelled, 0.0)).summed(aim)
         found = replace(found, hard=found.hard[labelled])
-        return self.with_features(found, states, batch.features, aim=aim)
+        return self.with_features(found, shown, batch.features, aim=aim)
 
     def head_weight(self, model: nn.Module) -> None:
         """The body has it all: the head is a small layer over one position a text."""

@@ -17,7 +17,7 @@ from ...storage.keys import content_id
 from ...storage.snapshots.companions import Companions, companion_places
 from ...storage.snapshots.snapshot import Snapshot
 from ...storage.store.store import Store
-from ...storage.tables.features import Rounded
+from ...storage.tables.features import Layout, Rounded, of_text
 from ...storage.tables.row_builders import text_key
 from ..recipe.features import Feature
 
@@ -35,7 +35,7 @@ class FeatureSource:
         self._one_reads = threading.Lock()
 
     def states(self, number: int, token_ids: np.ndarray) -> dict[Name, np.ndarray]:
-        """[T, D] float32 of each feature of a sample, by its number in the snapshot.
+        """[T, D] float32 of each feature of a sample, of pooled states [1, D]; by its number in the snapshot.
 
         Raises:
             IntegrityError: what was found is of another text, or has not a state for each token.
@@ -49,7 +49,7 @@ class FeatureSource:
                     f"features: {name[0]} of layer {name[1]} of sample {number} are of another text "
                     "or layer. Delete the folder `features` of the student, and run again."
                 )
-            if row["vectors"] != len(token_ids):
+            if row["vectors"] != (1 if of_text(name[0]) else len(token_ids)):
                 raise IntegrityError(
                     f"features: {name[0]} of layer {name[1]} of sample {number} has "
                     f"{row['vectors']} vectors for {len(token_ids)} tokens. Run `stillroom verify`."
@@ -57,11 +57,11 @@ class FeatureSource:
             found[name] = Rounded.from_row(row).restored()
         return found
 
-    def widths(self) -> dict[Name, int]:
-        """Numbers of a state of each feature."""
+    def layouts(self) -> dict[Name, Layout]:
+        """What is alike in all rows of each feature."""
         with self._one_reads:
             rows = self._companions.rows(0)
-        return {name: row["width"] for name, row in zip(self._names, rows, strict=True)}
+        return {n: Layout.from_row(row) for n, row in zip(self._names, rows, strict=True)}
 
 
 def open_features(

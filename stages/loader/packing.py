@@ -4,6 +4,9 @@ Where the model can cut attention at the end of a sample (`models/attention/flat
 row without padding. Else it has rows of like length, filled evenly, and as little padding as that
 leaves.
 
+Where a loss is between samples, a pass holds whole groups of them in the step's order, however many tokens
+these have.
+
 How they are packed and split changes speed and memory, never the gradient: samples in a row do not
 see each other, and losses are summed over the whole step.
 
@@ -34,10 +37,10 @@ from ..recipe.fields import Kernel
 from ..targets.alignment import predicting_positions, scored_tokens
 from ..targets.batch import TargetBatch, fit_vocabulary, joined
 from ..targets.features.batch import FeatureTargets
-from ..targets.features.blocks import states_of
+from ..targets.features.shown import showing
 from ..targets.spec import Kept
 from ..targets.stored import Reading, soft_part
-from .passes import Passes
+from .passes import Passes, whole_groups
 from .samples import Sample
 
 SHORTEST_ROW = 128
@@ -63,7 +66,7 @@ class Batch:
     longest: int = 0
     """Tokens of the longest sample of a flat row."""
     features: FeatureTargets | None = None
-    """The teacher's states at the predicting positions; None: there are none to match."""
+    """The teacher's features of the samples; None: nothing is matched."""
 
     @property
     def positions(self) -> int:
@@ -121,6 +124,10 @@ class Packing(Passes):
     kernel: Kernel | None = None
     """Who makes the loss's passes over the vocabulary; `linear_distillation` has it."""
 
+    def positions(self, sample: Sample) -> np.ndarray:
+        """Those that predict a scored token."""
+        return predicting_positions(sample.spans)
+
     def batches(
         self, samples: Sequence[Sample], temperature: float | None = 1.0
     ) -> Iterator[Batch]:
@@ -145,6 +152,10 @@ class Packing(Passes):
 
     def _groups(self, samples: Sequence[Sample]) -> Iterator[list[list[Sample]]]:
         """The rows of each pass."""
+        if self.group is not None:
+            for part in whole_groups(samples, self.group, fits=self._fits):
+                yield self._in_order(part)
+            return
         if self.alone:
             yield from ([[sample]] for sample in samples)
             return
@@ -157,9 +168,8 @@ class Packing(Passes):
             return
         rows = [[sample] for sample in samples]
         if self.shared_rows:
-            usual = max(longest, min(self.row_tokens or SHORTEST_ROW, self.tokens_per_pass))
             limit = min(most, self.row_tokens or most, max(longest, self.context or most))
-            rows = pack(samples, rows=total // usual, limit=limit)
+            rows = pack(samples, rows=total // self._usual(longest), limit=limit)
         # A pass is as wide as its longest row: rows of like length go together.
         group: list[list[Sample]] = []
         for row in sorted(rows, key=_tokens, reverse=True):
@@ -169,12 +179,34 @@ class Packing(Passes):
             group.append(row)
         yield group
 
+    def _usual(self, longest: int) -> int:
+        """Tokens of a shared row, about."""
+        return max(longest, min(self.row_tokens or SHORTEST_ROW, self.tokens_per_pass))
+
+    def _fits(self, samples: Sequence[Sample]) -> bool:
+        """Whether the rows of a pass over these samples have no more than `tokens_per_pass`."""
+        rows = self._in_order(samples)
+        return len(rows) * max(map(_tokens, rows)) <= self.tokens_per_pass
+
+    def _in_order(self, samples: Sequence[Sample]) -> list[list[Sample]]:
+        """The rows of one pass, one sample after the other as they come: so groups lie in it side by side."""
+        if self.flat:
+            return [list(samples)]
+        limit = self._usual(max(map(len, samples))) if self.shared_rows else 0
+        rows: list[list[Sample]] = []
+        for sample in samples:
+            if rows and _tokens(rows[-1]) + len(sample) <= limit:
+                rows[-1].append(sample)
+            else:
+                rows.append([sample])
+        return rows
+
     def losses(self, model: nn.Module, batch: Batch, *, aim: Aim, dtype: torch.dtype) -> Distilled:
         """Summed loss of the scored tokens of one forward pass in `dtype`, weighted as `aim` says."""
         with torch.autocast(
             batch.token_ids.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16
         ):
-            with states_of(model, self.student_layers) as states:
+            with showing(model, self.needs) as shown:
                 hidden = hidden_states(model, **batch.inputs)
         predicting = hidden.flatten(0, 1)[batch.predicting].to(dtype)
         found = linear_distillation(
@@ -184,7 +216,7 @@ class Packing(Passes):
             aim=aim,
             kernel=self.kernel,
         )
-        return self.with_features(found, states, batch.features, aim=aim)
+        return self.with_features(found, shown, batch.features, aim=aim)
 
     def head_weight(self, model: nn.Module) -> Tensor:
         """The weight of the output layer [V, D]: hidden states of other positions never meet it."""
@@ -194,7 +226,7 @@ class Packing(Passes):
         width = max(_tokens(row) for row in rows)
         token_ids = torch.zeros(len(rows), width, dtype=torch.long)
         position_ids = torch.zeros_like(token_ids)
-        predicting, labels = [], []
+        predicting, labels, starts = [], [], []
         for number, row in enumerate(rows):
             # Where each sample begins, where the padding does, and the end of the row.
             edges = np.cumsum([0, *map(len, row), width - _tokens(row)])
@@ -203,9 +235,9 @@ class Packing(Passes):
             for sample, start in zip(row, edges[:-2], strict=True):
                 ids = sample.token_ids.astype(np.int64)
                 token_ids[number, start : start + len(sample)] = torch.from_numpy(ids)
-                positions = torch.from_numpy(predicting_positions(sample.spans))
                 # Row `number` of the flattened [B * T] begins at number * T.
-                predicting.append(number * width + int(start) + positions)
+                starts.append(number * width + int(start))
+                predicting.append(starts[-1] + torch.from_numpy(self.positions(sample)))
                 labels.append(torch.from_numpy(scored_tokens(ids, sample.spans)))
         check_ids(int(token_ids.max()), self.vocab_size, "the text has")
         members = [sample for row in rows for sample in row]
@@ -214,19 +246,12 @@ class Packing(Passes):
             position_ids=position_ids,
             predicting=torch.cat(predicting),
             targets=self._targets(labels, members, temperature),
-            features=self._features(members, torch.cat(predicting)),
+            features=self.targets_of(members, starts),
         )
         if not self.flat:
             return batch
         ends = torch.tensor([0, *accumulate(map(len, members))], dtype=torch.int32)
         return replace(batch, edges=ends, longest=max(map(len, members)))
-
-    def _features(self, samples: Sequence[Sample], predicting: Tensor) -> FeatureTargets | None:
-        if self.matching is None:
-            return None
-        found = [sample.states() for sample in samples]
-        positions = [predicting_positions(sample.spans) for sample in samples]
-        return FeatureTargets.of(predicting, found, positions)
 
     def _targets(
         self, labels: Sequence[Tensor], samples: Sequence[Sample], temperature: float | None

@@ -4,19 +4,23 @@ The module that bears a task's name has its passes of a training: `training_pass
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...storage.errors import UsageError
 from ..losses.definition import Distilled
 from ..losses.features.matching import Matching
+from ..losses.features.part import StepSize
 from ..losses.objective import Aim
 from ..recipe.tasks import module_of
 from ..targets.features.batch import FeatureTargets
+from ..targets.features.shown import Need, Shown
 from ..workers.job import Job
 from .samples import Sample
 
@@ -49,30 +53,63 @@ class Passes(ABC):
     """One sample a pass, for a model whose numbers depend on the longest sample of a pass."""
     matching: Matching | None = None
     """What of the teacher's features is matched; None: nothing."""
+    group: int | None = None
+    """Samples of a group, of losses between samples: a pass holds whole groups, at least one; None:
+    there are no groups."""
 
-    def compared(self, samples: Sequence[Sample]) -> int:
-        """Positions at which features are compared, by whose number their losses are divided: those that predict."""
-        return sum(sample.scored_tokens for sample in samples)
+    def __post_init__(self) -> None:
+        """Refuse groups where each sample has a pass of its own.
+
+        Raises:
+            UsageError: it does.
+        """
+        if self.group is not None and self.alone:
+            raise UsageError(
+                f"loss.features: losses between samples need a group of {self.group} in one pass, and "
+                "each sample gets a pass of its own in this student: its numbers depend on the longest "
+                "sample of a pass. Leave these losses out, or use another student."
+            )
+
+    @abstractmethod
+    def positions(self, sample: Sample) -> np.ndarray:
+        """Which tokens of a sample the losses of single positions compare, ascending."""
+
+    def counts(self, samples: Sequence[Sample]) -> list[int]:
+        """By what each part of what is matched is divided, over a step of these samples."""
+        if self.matching is None:
+            return []
+        size = StepSize(
+            compared=sum(len(self.positions(sample)) for sample in samples),
+            tokens=sum(map(len, samples)),
+            samples=len(samples),
+        )
+        return self.matching.counts(size)
+
+    def targets_of(self, samples: Sequence[Sample], starts: Sequence[int]) -> FeatureTargets | None:
+        """The teacher's features of the samples of a pass, which begin at `starts`; None: nothing is matched."""
+        if self.matching is None:
+            return None
+        return FeatureTargets.of(
+            [sample.states() for sample in samples],
+            lengths=[len(sample) for sample in samples],
+            starts=starts,
+            compared=[self.positions(sample) for sample in samples],
+        )
 
     @property
-    def student_layers(self) -> list[int]:
-        """Blocks of the student whose states the loss needs."""
-        return [] if self.matching is None else self.matching.student_layers
+    def needs(self) -> list[Need]:
+        """What the student is to show for the loss."""
+        return [] if self.matching is None else self.matching.needs
 
     def with_features(
-        self,
-        found: Distilled,
-        states: Mapping[int, Tensor],
-        targets: FeatureTargets | None,
-        *,
-        aim: Aim,
+        self, found: Distilled, shown: Shown, targets: FeatureTargets | None, *, aim: Aim
     ) -> Distilled:
-        """The loss of a pass with what of the features is matched, weighted as `aim` says."""
+        """The loss of a pass with what of the features is matched; `aim` has a weight for each part."""
         if self.matching is None or targets is None:
             return found
-        sums = self.matching(states, targets)
-        weights = sums.new_tensor(self.matching.weights(aim.features))
-        return replace(found, total=found.total + weights @ sums, features=sums.detach())
+        sums = self.matching(shown, targets)
+        total = found.total + sums.new_tensor(aim.features) @ sums
+        return replace(found, total=total, features=sums.detach())
 
     @abstractmethod
     def batches(
@@ -92,6 +129,29 @@ class Passes(ABC):
     @abstractmethod
     def head_weight(self, model: nn.Module) -> Tensor | None:
         """The output layer's weight [V, D] where it runs at scored positions alone; None: the body has it all."""
+
+
+def whole_groups(
+    samples: Sequence[Sample], group: int, *, fits: Callable[[Sequence[Sample]], bool]
+) -> Iterator[list[Sample]]:
+    """The samples of each pass, in their order: whole groups, as many as fit, at least one.
+
+    Which samples are a group follows from the step alone: `group` consecutive ones each, the last
+    one what is left.
+
+    Args:
+        samples: The step's.
+        group: Samples of a group.
+        fits: Whether some samples may share a pass.
+    """
+    held: list[Sample] = []
+    for start in range(0, len(samples), group):
+        following = samples[start : start + group]
+        if held and not fits([*held, *following]):
+            yield held
+            held = []
+        held += following
+    yield held
 
 
 def training_passes(

@@ -56,8 +56,8 @@ class Distilled:
     soft: Tensor | None
     """[N] divergence of each token; a value without a gradient. None where it was not asked for."""
     features: Tensor | None = None
-    """[P] of each pair of layers that is matched, the sum over the positions that are compared; a
-    value without a gradient. None where there is none."""
+    """[P] of each part of what of the features is matched, the sum over the pass; a value without a
+    gradient. None where there is none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

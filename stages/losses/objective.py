@@ -57,7 +57,7 @@ class Aim:
     objective: Objective | None
     """None: cross-entropy alone, all along."""
     features: tuple[float, ...] = ()
-    """Weight of each entry of `loss.features`."""
+    """Weight of each entry of `loss.features`; of each part of it where passes are computed."""
 
 
 def aim_at(loss: Loss, done: float) -> Aim:

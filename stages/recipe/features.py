@@ -10,15 +10,18 @@ one.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from ...storage.tables.features import HEADED, of_text
 from .fields import Scheduled, Section
 
 Bits = Literal[8, 16, 32]
 DTYPES: dict[int, str] = {8: "int8", 16: "float16", 32: "float32"}
 """What numbers are stored as (column `dtype` of `features`), by `bits`."""
+Pooling = Literal["cls", "mean", "last"]
+"""How one vector is made of the states of a text's tokens; `stages/targets/features/pooling.py` does it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,28 +32,43 @@ class FeatureKind:
     """It for people."""
     bits: Bits
     """Of a number, where the recipe says nothing."""
+    fields: tuple[str, ...] = ()
+    """Of a request for it, besides those that all have; each must be given."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MatchKind:
     """What is known of one loss on features."""
 
-    needs: str
-    """What must be captured: a row of `FEATURES`."""
+    settings: tuple[str, ...] = ()
+    """Fields of `FeatureLoss` that are its own."""
+    needs: tuple[str, ...] = ()
+    """What must be captured of each layer: rows of `FEATURES`. None: what its field `of` names."""
+    equation: str = ""
+    """Of one term, in the words of the function's docstring; with `distance`: see `distances`."""
     distances: Mapping[str, str] = field(default_factory=dict)
-    """Values of `distance` -> equation of one position, in the words of the function's docstring."""
+    """Values of `distance` -> equation of one position."""
     source: str
     """Who proposed it, and where."""
 
 
 FEATURES = {
     "hidden": FeatureKind(words="hidden states of block {layer}", bits=8),
+    "queries": FeatureKind(words="queries of block {layer}", bits=16),
+    "keys": FeatureKind(words="keys of block {layer}", bits=16),
+    "values": FeatureKind(words="values of block {layer}", bits=16),
+    "pooled": FeatureKind(
+        words="pooled ({pooling}) states of block {layer}",
+        bits=16,
+        fields=("pooling",),
+    ),
 }
 
 # t: the teacher's state, s: the student's after the trained map, both of D numbers.
 MATCHES = {
     "hidden": MatchKind(
-        needs="hidden",
+        settings=("distance",),
+        needs=("hidden",),
         distances={
             "mse": "1/D sum_d (s_d - t_d)^2",
             "cosine": "1 - s.t / (|s| |t|)",
@@ -61,13 +79,50 @@ MATCHES = {
             "arXiv 1910.01108; Jiao et al. 2020 (TinyBERT), arXiv 1909.10351, eq. 7"
         ),
     ),
+    "attention": MatchKind(
+        settings=("heads",),
+        needs=("queries", "keys"),
+        equation="1/H sum_h KL(a_h of t || a_h of s), a = softmax(scale q . k) over what is seen",
+        source="Wang et al. 2020 (MiniLM), arXiv 2002.10957",
+    ),
+    "relations": MatchKind(
+        settings=("of", "relation_heads"),
+        equation="1/A sum_a KL(softmax(t_a . t_a / sqrt(d_t)) || softmax(s_a . s_a / sqrt(d_s)))",
+        source="Wang et al. 2021 (MiniLMv2), arXiv 2012.15828, eq. 4 to 6",
+    ),
+    "rkd": MatchKind(
+        settings=("pooling", "group"),
+        needs=("pooled",),
+        equation=(
+            "mean over pairs of huber(|s_i - s_j| / mu_s - |t_i - t_j| / mu_t), mu the mean distance, "
+            "+ 2 x mean over triples of huber(cos at s_j - cos at t_j)"
+        ),
+        source="Park et al. 2019 (RKD), arXiv 1904.05068, eq. 3 to 6",
+    ),
+    "similarity": MatchKind(
+        settings=("pooling", "group"),
+        needs=("pooled",),
+        equation="mean over i, j of (g^s_ij - g^t_ij)^2, g_i row i of X X^T over its length",
+        source="Tung & Mori 2019 (similarity-preserving), arXiv 1907.09682, eq. 1 to 3",
+    ),
+    "infonce": MatchKind(
+        settings=("pooling", "group", "temperature"),
+        needs=("pooled",),
+        equation="-log(exp(cos(s_i, t_i) / T) / sum_j exp(cos(s_i, t_j) / T))",
+        source=(
+            "van den Oord et al. 2018, arXiv 1807.03748, eq. 4; Tian et al. 2020 (CRD), "
+            "arXiv 1910.10699"
+        ),
+    ),
 }
 
 if TYPE_CHECKING:
     What = str
     Match = str
+    Multiplied = str
 else:
     What = Literal[tuple(FEATURES)]
+    Multiplied = Literal[HEADED]
     Match = Literal[tuple(MATCHES)]
 
 Layer = Annotated[int, Field(ge=0)]
@@ -78,6 +133,7 @@ class Feature:
     """One thing that is stored of each text: of one layer."""
 
     kind: str
+    """Column `kind`: a row of `FEATURES`, of pooled states with how they are: `pooled_mean`."""
     layer: int
     bits: int
     """Of a number, at least: what is stored with more serves too."""
@@ -93,20 +149,31 @@ class Feature:
         return tuple(name for bits, name in DTYPES.items() if bits >= self.bits)
 
     @property
+    def of_text(self) -> bool:
+        """One vector a text; else one a token."""
+        return of_text(self.kind)
+
+    @property
     def words(self) -> str:
         """It for people."""
-        return FEATURES[self.kind].words.format(layer=self.layer)
+        what, _, pooling = self.kind.partition("_")
+        return FEATURES[what].words.format(layer=self.layer, pooling=pooling)
 
 
 class FeatureRequest(Section):
     """Something that is captured in the forward pass of scoring."""
 
     what: What
-    """hidden: the states that a block hands on, at every token."""
+    """hidden: the states that a block hands on, at every token. queries, keys, values: what its
+    attention multiplies, all heads, after rotation. pooled: one vector a text of the states."""
     layers: list[Layer] = Field(min_length=1)
     """Blocks of the teacher, the first being 0."""
     bits: Bits | None = None
-    """Of a stored number; 8: with a scale per vector; 32: exact. null: 8."""
+    """Of a stored number; 8: with a scale per vector; 32: exact. null: 8 of hidden states, else
+    16."""
+    pooling: Pooling | None = None
+    """pooled, needed. mean: over all tokens of the text; cls: its first token's state, of encoders;
+    last: its last token's."""
 
     @model_validator(mode="after")
     def _each_once(self) -> Self:
@@ -114,10 +181,23 @@ class FeatureRequest(Section):
             raise ValueError(f"`layers` {self.layers} names one twice. Name each once")
         return self
 
+    @model_validator(mode="after")
+    def _its_own_fields(self) -> Self:
+        own = FEATURES[self.what].fields
+        for name in sorted({name for kind in FEATURES.values() for name in kind.fields}):
+            given = getattr(self, name) is not None
+            if given and name not in own:
+                others = " or ".join(what for what, kind in FEATURES.items() if name in kind.fields)
+                raise ValueError(f"`{name}` is of what: {others}; this is {self.what}. Remove it")
+            if not given and name in own:
+                raise ValueError(f"what: {self.what} needs `{name}`. Name one")
+        return self
+
     def features(self) -> list[Feature]:
         """One for each layer."""
         bits = self.bits or FEATURES[self.what].bits
-        return [Feature(kind=self.what, layer=layer, bits=bits) for layer in self.layers]
+        kind = self.what if self.pooling is None else f"{self.what}_{self.pooling}"
+        return [Feature(kind=kind, layer=layer, bits=bits) for layer in self.layers]
 
 
 class FeatureLoss(Section):
@@ -125,31 +205,83 @@ class FeatureLoss(Section):
 
     match: Match
     """hidden: the states of its blocks, through a trained linear map where their width is not the
-    teacher's."""
+    teacher's. attention: where its tokens look. relations: how alike its queries, keys or values
+    are. rkd, similarity: how texts lie to one another. infonce: which text is which."""
     layers: dict[Layer, Layer] | Literal["uniform", "last"] = "last"
     """Teacher's block -> student's block. last: of the stored ones the last, with the student's
     last. uniform: all stored ones, evenly over the student's blocks."""
     weight: Scheduled = 1.0
     """Used as given, of each pair of blocks; a number or a schedule."""
     distance: Literal["mse", "cosine", "smooth_l1"] = "mse"
-    """Of two states."""
+    """hidden: of two states."""
+    heads: Literal["each", "average"] = "each"
+    """attention: each of the teacher's heads with the student's of the same number, or the means
+    over the heads of each."""
+    of: list[Multiplied] = Field(list(HEADED), min_length=1)
+    """relations: of which vectors, each a part of the loss."""
+    relation_heads: int | None = Field(None, ge=1)
+    """relations: parts into which the vectors of all heads are cut anew; needed. It divides the
+    teacher's width and the student's."""
+    pooling: Pooling | None = None
+    """rkd, similarity, infonce, needed: which of the teacher's pooled vectors; the student's states are
+    pooled alike."""
+    group: int = Field(32, ge=2)
+    """rkd, similarity, infonce: samples that are compared with one another: so many of a step that
+    follow each other. Whole groups share a pass. The same in all entries."""
+    temperature: float = Field(0.07, gt=0)
+    """infonce: what cosines are divided by."""
 
     @model_validator(mode="after")
     def _some(self) -> Self:
         if self.layers == {}:
             raise ValueError("`layers` is empty. Name a pair of blocks, 'uniform' or 'last'")
+        if len(set(self.of)) < len(self.of):
+            raise ValueError(f"`of` {self.of} names one twice. Name each once")
         return self
 
+    @model_validator(mode="after")
+    def _its_own(self) -> Self:
+        own = self.kind.settings
+        others = {n: m for m, kind in MATCHES.items() for n in kind.settings if n not in own}
+        if foreign := sorted(self.model_fields_set & others.keys()):
+            raise ValueError(
+                f"`{foreign[0]}` belongs to match {others[foreign[0]]!r}; this is {self.match!r}. "
+                "Remove it"
+            )
+        if self.match == "relations" and self.relation_heads is None:
+            raise ValueError(
+                "match 'relations' needs `relation_heads`: how many parts the vectors are cut into; "
+                "12 or 48 of 768 numbers, say"
+            )
+        if "pooling" in own and self.pooling is None:
+            raise ValueError(
+                f"match {self.match!r} needs `pooling`: 'cls', 'mean' or 'last', as score.features has it"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_others(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without settings of other matches: so a hash knows no match that came after it."""
+        others = {n for kind in MATCHES.values() for n in kind.settings} - set(self.kind.settings)
+        return {name: value for name, value in whole(self).items() if name not in others}
+
     @property
-    def kind(self) -> str:
-        """What must be stored for it."""
-        return MATCHES[self.match].needs
+    def kind(self) -> MatchKind:
+        """What is known of it."""
+        return MATCHES[self.match]
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What must be stored of each layer: values of the column `kind`."""
+        if self.pooling is not None:
+            return tuple(f"{need}_{self.pooling}" for need in self.kind.needs)
+        return self.kind.needs or tuple(self.of)
 
     def pairs(self, stored: Sequence[int], student_blocks: int) -> list[tuple[int, int]]:
         """Teacher's and student's block of each pair, ascending.
 
         Args:
-            stored: Layers of its kind that `score.features` names, ascending.
+            stored: Layers of which all that it needs is stored, ascending.
             student_blocks: How many the student has. `uniform` gives the i-th of n stored layers,
                 i = 1 .. n, the student's block i * student_blocks / n, rounded down, counted from 1.
         """
@@ -159,6 +291,11 @@ class FeatureLoss(Section):
             return [(stored[-1], student_blocks - 1)]
         n = len(stored)
         return [(layer, i * student_blocks // n - 1) for i, layer in enumerate(stored, start=1)]
+
+
+def pooling_of(kind: str) -> Pooling:
+    """How a pooled kind is pooled."""
+    return cast("Pooling", kind.partition("_")[2])
 
 
 def captured(requests: Iterable[FeatureRequest]) -> list[Feature]:
@@ -171,12 +308,19 @@ def layers_of(requests: Iterable[FeatureRequest], kind: str) -> list[int]:
     return sorted(feature.layer for feature in captured(requests) if feature.kind == kind)
 
 
+def layers_for(loss: FeatureLoss, requests: Sequence[FeatureRequest]) -> list[int]:
+    """Layers of which all is asked for that a loss needs, ascending."""
+    of_each = [set(layers_of(requests, kind)) for kind in loss.needs]
+    return sorted(set.intersection(*of_each))
+
+
 def learnt(losses: Iterable[FeatureLoss], requests: Sequence[FeatureRequest]) -> list[Feature]:
     """Of what is stored, what some losses compare with, ascending."""
+    named = {(one.kind, one.layer): one for one in captured(requests)}
     found: set[Feature] = set()
     for loss in losses:
-        mine = {one.layer: one for one in captured(requests) if one.kind == loss.kind}
+        layers = layers_for(loss, requests)
         # Which blocks the student has decides the pairs, not whose teacher's layers they are of.
-        pairs = loss.pairs(sorted(mine), student_blocks=len(mine))
-        found.update(mine[teacher] for teacher, _ in pairs)
+        for teacher, _ in loss.pairs(layers, student_blocks=len(layers)):
+            found.update(named[kind, teacher] for kind in loss.needs)
     return sorted(found)

@@ -17,7 +17,7 @@ from ..targets.draws import Span
 from ..targets.entries_and_tail import Reducer, moved
 from ..targets.features.capture import capturing, check_capture
 from ..workers.job import Job
-from .scorer import Batch, Read, asked_of, target_seed
+from .scorer import Batch, Read, asked_of, reads, target_seed
 
 
 class Teacher:
@@ -55,7 +55,7 @@ class Teacher:
                 predicting, moved(next_ids, hidden.device), kept=batch[0].kept, spans=spans
             )
         lengths = [len(request.token_ids) for request in batch]
-        return lambda: list(map(Read, launched.rows(), taken.rows(lengths)))
+        return lambda: reads(launched.rows(), taken, lengths)
 
     def _moved(self, array: np.ndarray) -> torch.Tensor:
         return moved(torch.from_numpy(array), self.device)

@@ -12,7 +12,7 @@ from ..models.identity import Identity
 from ..recipe.features import captured
 from ..targets.features.capture import capturing, check_capture
 from ..workers.job import Job
-from .scorer import Batch, Read, asked_of
+from .scorer import Batch, Read, asked_of, reads
 
 
 def class_targets(logits: Tensor, labels: Sequence[int | None]) -> list[SoftTargets]:
@@ -66,4 +66,4 @@ class Teacher:
             with capturing(self._model, asked_of(batch)) as taken:
                 logits = class_logits(self._model, there)
         lengths = [len(request.token_ids) for request in batch]
-        return lambda: list(map(Read, class_targets(logits, labels), taken.rows(lengths)))
+        return lambda: reads(class_targets(logits, labels), taken, lengths)

@@ -1,6 +1,6 @@
 """The teacher, and how a batch of requests becomes rows of soft targets."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -22,9 +22,10 @@ from ..workers.share import DoneByOthers, MadeRows, RowKeys, Share
 if TYPE_CHECKING:
     import torch
 
+    from ...storage.tables.features import Layout
     from ...storage.tables.soft_targets import SoftTargets
     from ..models.attention.longest import Company
-    from ..targets.features.capture import Found
+    from ..targets.features.capture import Found, Name, Taken
 
 Batch = list[TargetRequest]
 
@@ -40,6 +41,8 @@ class Read:
     targets: "SoftTargets"
     features: "Found"
     """Those that some row of its pass asks for."""
+    layouts: "Mapping[Name, Layout]"
+    """Of the features."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +192,7 @@ class Scorer:
             if request.targets:
                 made["soft_targets"] = [self._target_row(request, read.targets)]
             if request.features:
-                made["features"] = list(self._feature_rows(request, read.features))
+                made["features"] = list(self._feature_rows(request, read))
             done.append(made)
         return done
 
@@ -209,8 +212,9 @@ class Scorer:
             label=request.label,
         )
 
-    def _feature_rows(self, request: TargetRequest, found: "Found") -> Iterator[dict[str, Any]]:
+    def _feature_rows(self, request: TargetRequest, read: Read) -> Iterator[dict[str, Any]]:
         for feature in request.features:
+            name = feature.kind, feature.layer
             yield feature_row(
                 key=feature_row_key(self._teacher_id, request.text_key, feature),
                 reuse_key=feature_key(self._teacher_id, request.text_key, feature),
@@ -218,9 +222,16 @@ class Scorer:
                 teacher_id=self._teacher_id,
                 kind=feature.kind,
                 layer=feature.layer,
-                states=found[feature.kind, feature.layer],
+                states=read.features[name],
                 dtype=feature.dtype,
+                layout=read.layouts[name],
             )
+
+
+def reads(targets: "Iterable[SoftTargets]", taken: "Taken", lengths: Sequence[int]) -> list[Read]:
+    """What is said of each row of a pass; waits for the device."""
+    rows, layouts = taken.rows(lengths), taken.layouts()
+    return [Read(said, found, layouts) for said, found in zip(targets, rows, strict=True)]
 
 
 def asked_of(batch: Batch) -> set[Feature]:

@@ -32,6 +32,8 @@ from ..workers.shard_about import about
 from ..workers.share import Share, StageWork, open_share
 from .scorer import Batch, Scorer, row_keys
 
+_VECTORS = 4
+"""Times as many rows in a commit where each is one vector: what a file says of itself is then little of it."""
 BATCH_BYTES = 256 * 2**20  # of the entries of a batch
 
 
@@ -57,6 +59,7 @@ def run(job: Job, teacher: Identity) -> StageResult:
             row_keys=row_keys,
             names=_reject_names,
             beside={"features": _about_features(job, teacher)} if score.features else {},
+            times_rows={"features": _VECTORS} if _all_of_texts(job) else {},
         )
     with open_share(job, store, work) as share:
         job.progress.say(f"loading {teacher.folder}")
@@ -97,6 +100,11 @@ def _about(job: Job, teacher: Identity, kept: Kept) -> dict[str, Any]:
         class_names=list(teacher.class_names) or None,
         mantissa_bits=job.recipe.storage.mantissa_bits,
     )
+
+
+def _all_of_texts(job: Job) -> bool:
+    """Whether what is captured is one vector a text, whose rows are small."""
+    return all(feature.of_text for feature in captured(job.score.features))
 
 
 def _about_features(job: Job, teacher: Identity) -> dict[str, Any]:

@@ -6,8 +6,9 @@ from ...storage.files.local import LocalFiles
 from ...storage.snapshots.snapshot import Snapshot, load_snapshot
 from ...storage.store.store import Store
 from ..loader.features import FeatureSource, open_features
+from ..loader.samples import Lengths
 from ..recipe.features import learnt
-from ..recipe.sections import Loss
+from ..recipe.sections import Loss, Train
 from ..workers.job import Job
 
 if TYPE_CHECKING:
@@ -38,19 +39,43 @@ def make_matching(
     """The pairs of layers, with their maps on the device; None where nothing is matched.
 
     Raises:
-        UsageError: the student's blocks cannot be read.
+        UsageError: the student does not show what is compared.
     """
     if source is None:
         return None
-    from ..losses.features.matching import Matching, pairs_of
-    from ..targets.features.blocks import blocks_of, check_blocks
+    from ..losses.features.matching import Matching, pairs_of, parts_of
+    from ..targets.features.blocks import blocks_of
+    from ..targets.features.capture import check_first_token
+    from ..targets.features.shown import check_shown
 
-    blocks = len(blocks_of(model))
-    matching = Matching(
-        pairs_of(loss.features, job.score.features, student_blocks=blocks),
-        teacher_widths=source.widths(),
-        student_width=model.config.get_text_config().hidden_size,
-        seed=job.recipe.run.seed,
-    )
-    check_blocks(model, matching.student_layers)
+    pairs = pairs_of(loss.features, job.score.features, student_blocks=len(blocks_of(model)))
+    known = {
+        "layouts": source.layouts(),
+        "student_width": model.config.get_text_config().hidden_size,
+        "seed": job.recipe.run.seed,
+    }
+    matching = Matching([part for pair in pairs for part in parts_of(pair, **known)])
+    check_shown(model, matching.needs)
+    firsts = [p.student for p in pairs if "pooled_cls" in p.loss.needs]
+    check_first_token(model, sorted(set(firsts)))
     return matching.to(device)
+
+
+def group_notes(group: int | None, lengths: Lengths, train: Train) -> list[str]:
+    """What the user is told of losses between samples, for samples of these lengths."""
+    if group is None:
+        return []
+    mean = lengths.tokens / lengths.samples
+    if 2 * mean > train.tokens_per_step:
+        return [
+            f"loss.features: samples have {mean:,.0f} tokens in the mean and train.tokens_per_step is "
+            f"{train.tokens_per_step:,}: a step that holds one sample has no terms between samples. "
+            "Raise it"
+        ]
+    held = min(group * mean, train.tokens_per_step)
+    if held <= train.tokens_per_pass:
+        return []
+    return [
+        f"loss.features: a group of {group} samples has about {held:,.0f} tokens, which is more than "
+        f"train.tokens_per_pass ({train.tokens_per_pass:,}), and is read in one pass all the same"
+    ]

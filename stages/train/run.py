@@ -21,7 +21,7 @@ from ..recipe.fields import Split, extremes
 from ..recipe.run_folder import ADAPTER, STUDENT, TRAINED
 from ..recipe.sections import Loss
 from ..workers.job import Job
-from .features import find_features, make_matching
+from .features import find_features, group_notes, make_matching
 from .scalars import Board, loss_scalars, open_wandb, step_scalars
 from .speed import Meter, Speed
 
@@ -151,7 +151,10 @@ class Run:
             lengths=self._extremes(),
             dtype=dtype,
         )
-        passes = replace(passes, matching=matching)
+        group = None if matching is None else matching.group
+        for note in group_notes(group, self._lengths, self._train):
+            self._job.progress.say(note)
+        passes = replace(passes, matching=matching, group=group)
         if self._train.gradient_checkpointing:
             model.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}

@@ -6,18 +6,19 @@ compute in bfloat16 (autocast) where asked.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from ...storage.errors import StillroomError
 from ..loader.passes import Passes
 from ..loader.prefetch import Prefetch
-from ..loader.samples import Step
+from ..loader.samples import Sample, Step
 from ..losses.definition import Distilled
 from ..losses.objective import Aim, aim_at
 from ..models.device import out_of_memory
@@ -41,7 +42,7 @@ class Losses:
     hard: float | None
     """Cross-entropy, over the texts that have a label; None where none has."""
     features: dict[str, float] = field(default_factory=dict)
-    """Of each pair of layers that is matched, not weighted, per position that is compared."""
+    """Of each part that is matched, not weighted: its mean over the terms that it has."""
 
     def parts(self) -> dict[str, Any]:
         """By name; the features where there are some."""
@@ -77,9 +78,9 @@ class Trainer:
     ) -> None:
         """`model` is on its device already, in float32; `dtype` is what the passes compute in."""
         self.model = model
-        self._maps = packing.matching
+        self._matching = packing.matching
         # The maps train as the student does; what the student was without them, it is with them.
-        self._trained = model if self._maps is None else nn.ModuleList([model, self._maps])
+        self._trained = model if self._matching is None else nn.ModuleList([model, self._matching])
         self.optimizer = make_optimizer(self._trained, train)
         self._device = next(model.parameters()).device
         self._packing, self._loss, self._train, self._dtype = packing, loss, train, dtype
@@ -129,7 +130,7 @@ class Trainer:
                 positions += batch.positions
                 yield batch
 
-        losses = self._gradients(step, aim_at(self._loss, done), passes_now)
+        losses = self._gradients(step, self._aim(done), passes_now)
         trained = [p for p in self._trained.parameters() if p.requires_grad]
         norm = float(nn.utils.clip_grad_norm_(trained, self._train.clip_norm))
         if not (math.isfinite(losses.loss) and math.isfinite(norm)):
@@ -174,8 +175,8 @@ class Trainer:
             StillroomError: one sample alone does not fit in memory.
         """
         self.model.eval()
-        aim = aim_at(self._loss, 1.0)
-        sums, scored, compared = self._zeros(), 0, 0
+        aim = self._aim(1.0)
+        sums, scored, counts = self._zeros(), 0, self._counts([])
         with torch.no_grad():
             with Prefetch(steps, partial(self.passes, done=1.0), clock=clock) as feed:
 
@@ -186,9 +187,9 @@ class Trainer:
 
                 for step in feed:
                     scored += step.scored_tokens
-                    compared += self._packing.compared(step.samples)
+                    counts = counts + self._counts(step.samples)
                     sums += self._summed(step, aim, passes_now)
-        return self._means(sums, scored, compared, aim=aim)
+        return self._means(sums, scored, counts, aim=aim)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The parameters that train."""
@@ -203,42 +204,53 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Tensors to go on from."""
         state = {"weights": self.weights(), "optimizer": self.optimizer.state_dict()}
-        return state if self._maps is None else state | {"maps": self._maps.state_dict()}
+        return state if self._matching is None else state | {"maps": self._matching.state_dict()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from what `state` returned."""
         self.load_weights(state["weights"])
-        if self._maps is not None:
-            self._maps.load_state_dict(state["maps"])
+        if self._matching is not None:
+            self._matching.load_state_dict(state["maps"])
         self.optimizer.load_state_dict(state["optimizer"])
 
     def _gradients(self, step: Step, aim: Aim, passes: Callable[[], Iterable[Any]]) -> Losses:
         """Accumulate the step's gradients."""
         scored = max(step.scored_tokens, 1)
-        compared = self._packing.compared(step.samples)
+        counts = self._counts(step.samples)
         shared = replace(
             aim,
             soft_weight=aim.soft_weight / scored,
             hard_weight=aim.hard_weight / scored,
-            features=tuple(weight / max(compared, 1) for weight in aim.features),
+            features=tuple(np.array(aim.features) / np.maximum(counts, 1)),
         )
         sums = self._summed(step, shared, passes)
-        return self._means(sums, step.scored_tokens, compared, aim=aim)
+        return self._means(sums, step.scored_tokens, counts, aim=aim)
+
+    def _aim(self, done: float) -> Aim:
+        """What is minimised at a point of the training, with a weight for each part that is matched."""
+        aim = aim_at(self._loss, done)
+        if self._matching is None:
+            return aim
+        return replace(aim, features=self._matching.weights(aim.features))
+
+    def _counts(self, samples: Sequence[Sample]) -> np.ndarray:
+        """[P] terms of each part that is matched."""
+        return np.array(self._packing.counts(samples), np.int64)
 
     def _zeros(self) -> torch.Tensor:
         """[3 + P] float64, as `_sums` has them."""
-        pairs = 0 if self._maps is None else len(self._maps.pairs)
-        return torch.zeros(3 + pairs, dtype=torch.float64, device=self._device)
+        parts = 0 if self._matching is None else len(self._matching.parts)
+        return torch.zeros(3 + parts, dtype=torch.float64, device=self._device)
 
-    def _means(self, sums: torch.Tensor, scored: int, compared: int, *, aim: Aim) -> Losses:
+    def _means(self, sums: torch.Tensor, scored: int, counts: np.ndarray, *, aim: Aim) -> Losses:
         found = _means(sums[:3], scored, aim)
-        if self._maps is None:
+        if self._matching is None:
             return found
-        means = (sums[3:] / max(compared, 1)).tolist()
-        weighted = zip(self._maps.weights(aim.features), means, strict=True)
+        means = (sums[3:].cpu().numpy() / np.maximum(counts, 1)).tolist()
+        weighted = zip(aim.features, means, strict=True)
         # One that weighs nothing is left out, as above.
         total = sum((weight * mean for weight, mean in weighted if weight), found.loss)
-        named = dict(zip(self._maps.names, means, strict=True))
+        named = dict(zip(self._matching.names, means, strict=True))
         return replace(found, loss=total, features=named)
 
     def _summed(self, step: Step, aim: Aim, passes: Callable[[], Iterable[Any]]) -> torch.Tensor:
@@ -292,7 +304,7 @@ def _means(sums: torch.Tensor, scored: int, aim: Aim) -> Losses:
 
 
 def _sums(found: Distilled) -> torch.Tensor:
-    """[3 + P] float64 sums of soft and hard, how many have a hard one, and of each pair of features."""
+    """[3 + P] float64 sums of soft and hard, how many have a hard one, and of each part that is matched."""
     hard = found.hard.double().sum()
     soft = torch.zeros_like(hard) if found.soft is None else found.soft.double().sum()
     sums = torch.stack([soft, hard, torch.full_like(hard, len(found.hard))])

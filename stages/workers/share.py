@@ -6,7 +6,7 @@ What others committed meanwhile is left out, before a request is started and whi
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -70,6 +70,8 @@ class StageWork(Generic[R]):
     """What a rejects row calls the request, besides its prompt."""
     beside: Mapping[TableName, dict[str, Any]] = field(default_factory=dict)
     """Other tables that it fills, and what their shards say of their rows."""
+    times_rows: Mapping[TableName, int] = field(default_factory=dict)
+    """Of a table whose rows are small: how many times as many a commit has."""
 
 
 @contextmanager
@@ -79,13 +81,16 @@ def open_share(job: Job, store: Store, work: StageWork[R]) -> Iterator["Share[R]
     table = stage_named(stage).table
     assert table is not None
     described = {table: work.about, **work.beside, "rejects": work.about}
-    limits = commit_limits(job.recipe)
+    usual = commit_limits(job.recipe)
+    limits = {
+        name: replace(usual, rows=usual.rows * work.times_rows.get(name, 1)) for name in described
+    }
     with job.clock.span("start"):
         suspects = find_suspects(run_dir, stage)
     with ExitStack() as open_ones:
         journal = open_ones.enter_context(Journal(job.journal or new_journal(run_dir, stage)))
         tables = {
-            name: open_ones.enter_context(store.writer(name, about=about, limits=limits))
+            name: open_ones.enter_context(store.writer(name, about=about, limits=limits[name]))
             for name, about in described.items()
         }
         yield Share(

@@ -12,6 +12,7 @@ of samples do.
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ import pyarrow.compute as pc
 
 from ..errors import IntegrityError, UsageError
 from ..store.store import Store
+from ..tables.features import Layout
 from ..tables.rows import Rows
 from ..tables.shard import ShardFile, text_keys
 from .snapshot import Snapshot
@@ -31,7 +33,8 @@ HELD_FILES = 32
 Wanted = Sequence[tuple[str, int]]
 """Kind and layer of each feature."""
 
-_COLUMNS = ("text_key", "kind", "layer", "vectors", "width", "dtype", "values", "scale")
+_NAMES = ("text_key", "kind", "layer", "vectors", "dtype", "values", "scale")
+_COLUMNS = (*_NAMES, *(field.name for field in fields(Layout)))
 _ROW_BITS = 32
 
 

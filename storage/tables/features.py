@@ -11,7 +11,7 @@ Letters: P positions, D numbers of a state.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,32 @@ DTYPES: dict[str, np.dtype[Any]] = {
 """How a number is stored, by the column `dtype`."""
 SCALED = "int8"
 """The one whose vectors have a scale."""
+POOLED = ("pooled_cls", "pooled_mean", "pooled_last")
+"""Kinds of which a row has one vector, of the whole text; of others it has one a token."""
+HEADED = ("queries", "keys", "values")
+"""Kinds that are what attention multiplies, after rotation and after any norm of their own."""
 _MOST = 127
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """What is alike in all rows of one feature of a teacher; columns of these names."""
+
+    width: int
+    """D, numbers of a vector."""
+    heads: int | None = None
+    """Of queries, keys and values: D / heads numbers each, one head after another."""
+    score_scale: float | None = None
+    """Of queries: what q . k is multiplied by."""
+    causal: bool | None = None
+    """Of queries: whether a token sees nothing behind itself."""
+    window: int | None = None
+    """Of queries: a token sees those less than this far away; None: however far."""
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> "Layout":
+        """Of a row of `features`."""
+        return cls(**{field.name: row[field.name] for field in fields(cls)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -99,6 +124,11 @@ class Rounded:
         return float(np.sqrt(missed / whole)) if whole > 0 else 0.0
 
 
+def of_text(kind: str) -> bool:
+    """Whether a row of this kind has one vector, of the whole text; else one a token."""
+    return kind in POOLED
+
+
 def check_features(row: Mapping[str, Any], about: Mapping[str, Any]) -> None:
     """IntegrityError if a row of `features` contradicts itself or the description of its shard."""
     if row["teacher_id"] != about["teacher_id"]:
@@ -106,6 +136,11 @@ def check_features(row: Mapping[str, Any], about: Mapping[str, Any]) -> None:
             f"features row: teacher {row['teacher_id']} in a shard of {about['teacher_id']}."
         )
     Rounded.from_row(row)
+    if of_text(row["kind"]) and row["vectors"] != 1:
+        raise IntegrityError(
+            f"features row: {row['vectors']} vectors of kind {row['kind']}; a text has one."
+        )
+    _check_layout(row)
     positions = row.get("positions")
     if positions is not None and (
         len(positions) != row["vectors"] or positions[0] < 0 or (np.diff(positions) < 1).any()
@@ -116,9 +151,33 @@ def check_features(row: Mapping[str, Any], about: Mapping[str, Any]) -> None:
         )
 
 
+def _check_layout(row: Mapping[str, Any]) -> None:
+    layout, kind = Layout.from_row(row), row["kind"]
+    if (layout.heads is not None) != (kind in HEADED):
+        raise IntegrityError(
+            f"features row: {kind} with heads {layout.heads}; {', '.join(HEADED)} have some, and "
+            "nothing else has."
+        )
+    if layout.heads is not None and (layout.heads < 1 or layout.width % layout.heads):
+        raise IntegrityError(
+            f"features row: {layout.width} numbers of {layout.heads} heads; each has as many."
+        )
+    said = layout.score_scale is not None, layout.causal is not None
+    if said != (kind == "queries",) * 2 or (layout.window is not None and kind != "queries"):
+        raise IntegrityError(
+            f"features row: {kind} with score_scale {layout.score_scale}, causal {layout.causal} and "
+            f"window {layout.window}; queries have the first two, and nothing else has any."
+        )
+
+
 def doubtful_features(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """A column, and what is wrong with its numbers, of a row whose shape holds."""
     stored = Rounded.from_row(row)
+    score_scale, window = row["score_scale"], row["window"]
+    if score_scale is not None and not 0 < score_scale < np.inf:
+        yield "score_scale", f"it is {score_scale}, not a finite number above 0"
+    if window is not None and window < 1:
+        yield "window", f"it is {window}: a token sees itself at least"
     if stored.scale is None:
         if not np.isfinite(stored.values).all():
             yield "values", "a number is not finite"

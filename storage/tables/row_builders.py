@@ -1,12 +1,13 @@
 """Row builders: one function for each kind of row, a keyword for each of its columns, so that nobody spells a row."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from ..keys import content_key
-from .features import Rounded
+from .features import Layout, Rounded
 from .soft_targets import SoftTargets
 from .spans import flat
 
@@ -145,13 +146,17 @@ def feature_row(
     layer: int | None,
     states: np.ndarray,
     dtype: str,
+    layout: Layout | None = None,
 ) -> dict[str, Any]:
     """A row of `features`: states [T, D] float32 of all tokens of a text, as they are stored.
+
+    `layout`: their heads, and what attention makes of them; None: they have none.
 
     Raises:
         FloatingPointError: a number cannot be stored.
     """
     rounded = Rounded.of(states, dtype)
+    layout = layout or Layout(width=states.shape[1])
     return {
         "key": key,
         "reuse_key": reuse_key,
@@ -161,7 +166,8 @@ def feature_row(
         "layer": layer,
         "positions": None,
         "vectors": len(states),
-        "width": states.shape[1],
+        **asdict(layout),
+        "projection": None,
         "dtype": dtype,
         "values": rounded.values.tobytes(),
         "scale": rounded.scale,

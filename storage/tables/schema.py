@@ -37,6 +37,11 @@ def _field(name: str, kind: pa.DataType, about: str, *, nullable: bool = False) 
     return pa.field(name, kind, nullable=nullable, metadata={"about": about})
 
 
+def _maybe(name: str, kind: pa.DataType, about: str) -> pa.Field:
+    """A column that is null in rows that it says nothing of."""
+    return _field(name, kind, about, nullable=True)
+
+
 def _since_2(name: str, kind: pa.DataType, about: str) -> pa.Field:
     """A column that version 2 of its table added: null in every row of before."""
     return pa.field(name, kind, metadata={"about": about, "since": "2"})
@@ -272,12 +277,19 @@ SCHEMAS: dict[TableName, pa.Schema] = {
             _field("reuse_key", KEY, "hash of teacher, token ids, kind and layer"),
             _field("text_key", KEY, "hash of the token ids alone"),
             _field("teacher_id", pa.string(), "identity of the teacher"),
-            _field("kind", pa.string(), "hidden, queries, keys, values, pooled or embeddings"),
+            _field(
+                "kind", pa.string(), "hidden, queries, keys, values, pooled_cls, _mean or _last"
+            ),
             _field(
                 "layer", pa.int32(), "index of the layer; null where there is none", nullable=True
             ),
-            _field("positions", TOKENS, "[P] indices of the tokens; null: of all", nullable=True),
-            _field("vectors", pa.int32(), "P, positions that have one"),
+            _field(
+                "positions",
+                TOKENS,
+                "[P] indices of the tokens; null: of all, of a pooled kind the whole text",
+                nullable=True,
+            ),
+            _field("vectors", pa.int32(), "P, positions that have one; of a pooled kind 1"),
             _field("width", pa.int32(), "D, numbers at each position"),
             _field("dtype", pa.string(), "int8, float16 or float32"),
             _field("values", pa.binary(), "[P * D] numbers of that type, little endian"),
@@ -292,6 +304,11 @@ SCHEMAS: dict[TableName, pa.Schema] = {
                 pa.float32(),
                 "sqrt(sum (x' - x)^2 / sum x^2) of all numbers, x' as read back",
             ),
+            _maybe("heads", pa.int32(), "H of queries, keys and values, D / H numbers each"),
+            _maybe("score_scale", pa.float32(), "of queries: what q . k is multiplied by"),
+            _maybe("causal", pa.bool_(), "of queries: whether a token sees none behind itself"),
+            _maybe("window", pa.int32(), "of queries: a token sees those less than this far away"),
+            _maybe("projection", pa.string(), "id of the matrix that made the vectors narrower"),
         ]
     ),
     "rejects": pa.schema(
@@ -336,19 +353,15 @@ def since(field: pa.Field) -> int:
 # here: DuckDB 1.5 reads float16 + BYTE_STREAM_SPLIT as NaN without an error.
 _DELTA = ("token_ids.list.element",)
 # The columns of `soft_targets` that hold the teacher's numbers.
-FLOATS = (
-    "logprobs",
-    "weights",
-    "tail_logprob",
-    "token_logprob",
-    "entropy",
-    "tempered_tails",
-    "tail_bound",
+FLOATS = tuple(
+    "logprobs weights tail_logprob token_logprob entropy tempered_tails tail_bound".split()
 )
 _SPLIT = tuple(f"{name}.list.element" for name in FLOATS)
 # Each is there once. Nor are they compressed: zstd takes a tenth of them off, and by how much depends
 # on the teacher, while what they take is to be known before it runs.
 _PLAIN = ("values",)
+# Names beside them, which may be of one vector alone: a dictionary of what is random takes more.
+_BESIDE_PLAIN = ("key", "reuse_key", "text_key", "rounding_error")
 
 
 def parquet_options(table: TableName) -> dict[str, Any]:
@@ -362,10 +375,13 @@ def encodings(schema: pa.Schema) -> dict[str, Any]:
     encoding = {c: "DELTA_BINARY_PACKED" for c in _DELTA if c in leaves}
     encoding |= {c: "BYTE_STREAM_SPLIT" for c in _SPLIT if c in leaves}
     plain = leaves & set(_PLAIN)
-    return {
+    beside = set(_BESIDE_PLAIN) if plain else set()
+    # The least and the greatest vector say nothing, and stand in a file three times.
+    told = {"write_statistics": sorted(leaves - plain)} if plain else {}
+    return told | {
         "compression": {leaf: "none" if leaf in plain else "zstd" for leaf in sorted(leaves)},
         "compression_level": dict.fromkeys(sorted(leaves - plain), 1),
-        "use_dictionary": sorted(leaves - set(encoding) - set(_PLAIN)),
+        "use_dictionary": sorted(leaves - set(encoding) - set(_PLAIN) - beside),
         "column_encoding": encoding,
         "write_page_checksum": True,
         "write_page_index": True,

@@ -5,7 +5,7 @@ schedule or optimizer of its own. What defines the run (recipe, order of samples
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,34 @@ class LiveHidden:
 
 
 @dataclass
+class LiveBetween:
+    """Losses between the samples of a step besides: groups of consecutive ones, a part after the other."""
+
+    teacher: int
+    """Index into `hidden_states`: 1 is what the first block hands on."""
+    student: int
+    pool: Callable[[Tensor], Tensor]
+    """Of the states [T, D] of a text."""
+    group: int
+    parts: Sequence[tuple[float, Callable[[Tensor, Tensor], Tensor], Callable[[int], int]]]
+    """Weight, sum over a group of the teacher's and the student's vectors, terms of a group."""
+    map: Tensor | None = None
+    """[D, d] a leaf that requires a gradient, of the student's vectors."""
+
+    def loss(self, shown: Sequence[tuple[Any, Any]]) -> Tensor:
+        """Of a step: each part divided by its terms."""
+        theirs = torch.stack([self.pool(t.hidden_states[self.teacher][0]) for t, _ in shown])
+        mine = torch.stack([self.pool(s.hidden_states[self.student][0]) for _, s in shown])
+        mine = mine if self.map is None else mine @ self.map.T
+        total = torch.zeros(())
+        for weight, measure, terms in self.parts:
+            sums = zip(theirs.split(self.group), mine.split(self.group), strict=True)
+            found = [(measure(t, s), terms(len(t))) for t, s in sums]
+            total = total + weight * sum(s for s, _ in found) / max(sum(n for _, n in found), 1)
+        return total
+
+
+@dataclass
 class LiveRun:
     """What came of it."""
 
@@ -50,7 +78,12 @@ class LiveRun:
 
 
 def live_training(
-    recipe: Recipe, texts: Iterable[Text], *, total_tokens: int, hidden: LiveHidden | None = None
+    recipe: Recipe,
+    texts: Iterable[Text],
+    *,
+    total_tokens: int,
+    hidden: LiveHidden | None = None,
+    between: LiveBetween | None = None,
 ) -> LiveRun:
     """Train a fresh student of the recipe on texts in the order given; the teacher reads each as it comes.
 
@@ -59,20 +92,25 @@ def live_training(
         texts: All that is trained on, epoch after epoch.
         total_tokens: Their tokens together: the schedule's length.
         hidden: What is matched besides, if anything.
+        between: And between the samples of a step.
     """
     teacher = AutoModelForCausalLM.from_pretrained(recipe.teacher.model, dtype=torch.float32).eval()
     student = fresh_student(recipe)
-    trained = [*student.parameters(), *([hidden.map] if hidden else [])]
+    maps = [one.map for one in (hidden, between) if one is not None and one.map is not None]
+    trained = [*student.parameters(), *maps]
     optimizer = torch.optim.AdamW(
         _groups(trained, recipe.train.weight_decay), lr=0.0, betas=recipe.train.betas
     )
     found, done = LiveRun(), 0
     for step in _steps(texts, recipe.train.tokens_per_step):
         scored = sum(len(ids) - start for ids, start in step)
-        loss = (
-            sum((_loss(recipe, teacher, student, text, hidden) for text in step), torch.zeros(()))
-            / scored
-        )
+        shown = [_shown(teacher, student, text) for text in step]
+        losses = [
+            _loss(recipe, *said, text, hidden) for said, text in zip(shown, step, strict=True)
+        ]
+        loss = sum(losses, torch.zeros(())) / scored
+        if between is not None:
+            loss = loss + between.loss(shown)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, recipe.train.clip_norm)
@@ -99,17 +137,19 @@ def saved_weights(folder: Path) -> dict[str, Tensor]:
     return dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict())
 
 
-def _loss(
-    recipe: Recipe, teacher: Any, student: Any, text: Text, hidden: LiveHidden | None
-) -> Tensor:
+def _shown(teacher: Any, student: Any, text: Text) -> tuple[Any, Any]:
+    """What both say of one text, with all hidden states."""
+    ids = torch.tensor([list(text[0])])
+    with torch.no_grad():
+        theirs = teacher(input_ids=ids, output_hidden_states=True)
+    return theirs, student(input_ids=ids, output_hidden_states=True)
+
+
+def _loss(recipe: Recipe, theirs: Any, mine: Any, text: Text, hidden: LiveHidden | None) -> Tensor:
     """Summed over the scored tokens of one text."""
     ids, start = torch.tensor([list(text[0])]), text[1]
     temperature = float(recipe.loss.temperature)  # type: ignore[arg-type]
-    shown = {"output_hidden_states": hidden is not None}
-    with torch.no_grad():
-        theirs = teacher(input_ids=ids, **shown)
-        target = (theirs.logits[0, start - 1 : -1] / temperature).log_softmax(-1)
-    mine = student(input_ids=ids, **shown)
+    target = (theirs.logits[0, start - 1 : -1] / temperature).log_softmax(-1)
     logits = mine.logits[0, start - 1 : -1]
     soft = (
         kl_div((logits / temperature).log_softmax(-1), target, reduction="sum", log_target=True)

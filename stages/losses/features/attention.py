@@ -7,16 +7,74 @@ with queries and keys as they are multiplied: after rotation and after any norm 
 soft caps and biases are more.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from torch import Tensor
 
 from ....storage.errors import UsageError
+from ....storage.tables.features import Layout
 from ...models.attention.maps import Scores
+from ...targets.features.batch import FeatureTargets
+from ...targets.features.capture import Name
+from ...targets.features.shown import Need, Shown
 from .kl_of_maps import kl_of_maps
+from .part import Part, StepSize, in_heads
 
 Heads = Literal["each", "average"]
+
+
+class AttentionPart(Part):
+    """The attention of one block at all tokens, the teacher's of its stored queries and keys."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        asked: int,
+        need: Need,
+        teacher: int,
+        layouts: Mapping[Name, Layout],
+        heads: Heads,
+    ) -> None:
+        super().__init__(name, asked=asked, need=need)
+        self._queries, self._keys = ("queries", teacher), ("keys", teacher)
+        self._layouts, self._heads = layouts, heads
+
+    def forward(self, shown: Shown, targets: FeatureTargets) -> Tensor:
+        """The sum over all tokens of a pass."""
+        theirs = stored_scores(
+            targets.vectors[self._queries],
+            targets.vectors[self._keys],
+            self._layouts[self._queries],
+            key_heads=self._layouts[self._keys].heads or 1,
+        )
+        mine = shown.attention(self.need[1]).scores(targets.at)
+        return attention_kl(theirs, mine, targets.lengths, heads=self._heads).sum()
+
+    def count(self, size: StepSize) -> int:
+        """All tokens."""
+        return size.tokens
+
+
+def stored_scores(queries: Tensor, keys: Tensor, layout: Layout, *, key_heads: int) -> Scores:
+    """What the teacher's maps are made of.
+
+    Args:
+        queries: [T, H d], as stored.
+        keys: [T, h d]
+        layout: Of the queries.
+        key_heads: h.
+    """
+    assert layout.heads is not None
+    assert layout.score_scale is not None
+    return Scores(
+        x=in_heads(queries, layout.heads),
+        y=in_heads(keys, key_heads),
+        scale=layout.score_scale,
+        causal=bool(layout.causal),
+        window=layout.window,
+    )
 
 
 def attention_kl(

@@ -37,6 +37,33 @@ class Summed:
 
 
 Measure = Callable[[Tensor, Tensor], Summed]
+Terms = Callable[[int], int]
+"""How many terms a group of so many samples has."""
+
+
+def pairs(size: int) -> int:
+    """G (G - 1) ordered pairs of different samples."""
+    return size * (size - 1)
+
+
+def triples(size: int) -> int:
+    """G (G - 1) (G - 2) ordered triples of different samples."""
+    return pairs(size) * max(size - 2, 0)
+
+
+def cells(size: int) -> int:
+    """G^2 of a matrix; none where there is one sample."""
+    return size**2 if size > 1 else 0
+
+
+def members(size: int) -> int:
+    """G; none where there is one sample."""
+    return size if size > 1 else 0
+
+
+def terms_of(terms: Terms, samples: int, *, group: int) -> int:
+    """How many terms so many samples have, in groups of `group` and one of what is left."""
+    return samples // group * terms(group) + terms(samples % group)
 
 
 def over_groups(measure: Measure, teacher: Tensor, student: Tensor, *, group: int) -> Summed:
@@ -67,7 +94,7 @@ def rkd_distance(teacher: Tensor, student: Tensor) -> Summed:
     with torch.autocast(student.device.type, enabled=False):
         right, found = _distances(_scaled(teacher.detach())), _distances(_scaled(student))
         total = functional.huber_loss(found, right, reduction="sum")
-    return Summed(total=total, count=len(student) * (len(student) - 1))
+    return Summed(total=total, count=pairs(len(student)))
 
 
 def rkd_angle(teacher: Tensor, student: Tensor) -> Summed:
@@ -83,10 +110,7 @@ def rkd_angle(teacher: Tensor, student: Tensor) -> Summed:
     with torch.autocast(student.device.type, enabled=False):
         (right, known), (found, _) = _angles(_scaled(teacher.detach())), _angles(_scaled(student))
         off = functional.huber_loss(found, right, reduction="none")
-    size = len(student)
-    return Summed(
-        total=torch.where(known, off, 0.0).sum(), count=size * (size - 1) * max(size - 2, 0)
-    )
+    return Summed(total=torch.where(known, off, 0.0).sum(), count=triples(len(student)))
 
 
 def similarity(teacher: Tensor, student: Tensor) -> Summed:
@@ -103,7 +127,7 @@ def similarity(teacher: Tensor, student: Tensor) -> Summed:
         off = _directions(found @ found.T) - _directions(right @ right.T)
     size = len(student)
     # In a group of one both sides are 1, or 0 where the vector is.
-    return Summed(total=off.square().sum() * (size > 1), count=size**2 if size > 1 else 0)
+    return Summed(total=off.square().sum() * (size > 1), count=cells(size))
 
 
 def infonce(teacher: Tensor, student: Tensor, *, temperature: float) -> Summed:
@@ -130,7 +154,7 @@ def infonce(teacher: Tensor, student: Tensor, *, temperature: float) -> Summed:
     with torch.autocast(student.device.type, enabled=False):
         right, found = (_directions(_scaled(side)) for side in (teacher.detach(), student))
         picked = (found @ right.T / temperature).log_softmax(-1).diagonal()
-    return Summed(total=-picked.sum(), count=len(student) if len(student) > 1 else 0)
+    return Summed(total=-picked.sum(), count=members(len(student)))
 
 
 def _scaled(vectors: Tensor) -> Tensor:

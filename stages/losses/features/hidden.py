@@ -1,8 +1,44 @@
 """Hidden states of the student against the teacher's: `match: hidden`."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+
+from ...targets.features.batch import FeatureTargets
+from ...targets.features.capture import Name
+from ...targets.features.shown import Need, Shown
+from .part import Part, StepSize
+
+
+class HiddenPart(Part):
+    """The states of one block at the positions that are compared, after the map."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        asked: int,
+        need: Need,
+        teacher: Name,
+        distance: str,
+        to_teacher: nn.Parameter | None,
+    ) -> None:
+        super().__init__(name, asked=asked, need=need)
+        self.map = to_teacher
+        """W [D, d]; None where the widths are equal."""
+        self._teacher, self._distance = teacher, distance
+
+    def forward(self, shown: Shown, targets: FeatureTargets) -> Tensor:
+        """The sum over the positions of a pass that are compared."""
+        theirs = targets.vectors[self._teacher][targets.compared]
+        mine = shown.hidden[self.need[1]].flatten(0, 1)[targets.at[targets.compared]].float()
+        if self.map is not None:
+            mine = mine @ self.map.T  # s = W x
+        return hidden_distance(theirs, mine, distance=self._distance).sum()
+
+    def count(self, size: StepSize) -> int:
+        """All that are compared."""
+        return size.compared
 
 
 def hidden_distance(teacher: Tensor, student: Tensor, *, distance: str) -> Tensor:

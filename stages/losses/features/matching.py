@@ -1,11 +1,8 @@
-"""All that a student matches of its teacher's features: pairs of layers, their maps, and the sums of their losses.
+"""All that a student matches of its teacher's features: one part for each pair of layers that `loss.features` names.
 
-A map W [D, d] takes the student's states of d numbers to the teacher's D, where the two differ:
-s = W x. It trains with the student, and is dropped when the student is saved. Its first values come
-from `run.seed` and the pair's name alone, by a generator of its own: nothing else is drawn otherwise
-for it.
-
-Letters: M positions that are compared, D the teacher's width, d the student's.
+A map W [D, d] takes the student's vectors of d numbers to the teacher's D, where a loss compares
+numbers and the two differ: s = W x. It trains with the student, and is dropped when the student is
+saved. Its first values come from `run.seed` and the pair's name alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,11 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ....storage.keys import content_key, row_seed
-from ...recipe.features import FeatureLoss, FeatureRequest, layers_of
+from ....storage.keys import content_key
+from ....storage.tables.features import Layout
+from ...recipe.features import FeatureLoss, FeatureRequest, layers_for
 from ...targets.features.batch import FeatureTargets
 from ...targets.features.capture import Name
-from .hidden import hidden_distance
+from ...targets.features.shown import Need, Shown
+from .groups import GroupPart, betweens
+from .hidden import HiddenPart
+from .part import Part, StepSize, drawn_map
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,15 +28,14 @@ class Pair:
 
     asked: int
     """Which entry of `loss.features`."""
-    match: str
-    teacher: Name
+    loss: FeatureLoss
+    teacher: int
     student: int
-    distance: str
 
     @property
     def name(self) -> str:
-        """In records: `hidden_3_to_1_mse`."""
-        return f"{self.match}_{self.teacher[1]}_to_{self.student}_{self.distance}"
+        """As in `hidden_3_to_1_mse`."""
+        return f"{self.loss.match}_{self.teacher}_to_{self.student}"
 
 
 def pairs_of(
@@ -43,76 +43,104 @@ def pairs_of(
 ) -> list[Pair]:
     """The pairs of all entries of `loss.features`, in their order."""
     return [
-        Pair(
-            asked=number,
-            match=asked.match,
-            teacher=(asked.kind, teacher),
-            student=student,
-            distance=asked.distance,
-        )
+        Pair(asked=number, loss=asked, teacher=teacher, student=student)
         for number, asked in enumerate(losses)
-        for teacher, student in asked.pairs(layers_of(requests, asked.kind), student_blocks)
+        for teacher, student in asked.pairs(layers_for(asked, requests), student_blocks)
     ]
 
 
-class Matching(nn.Module):
-    """The pairs of a training, and their maps."""
+def _between(
+    pair: Pair, *, layouts: Mapping[Name, Layout], student_width: int, seed: int
+) -> list[Part]:
+    """Losses between samples; a map where numbers are compared and the widths differ."""
+    teacher = (pair.loss.needs[0], pair.teacher)
+    width = layouts[teacher].width
+    mapped = pair.loss.match == "infonce" and width != student_width
+    named = content_key("feature_map", seed=seed, pair=pair.name, number=pair.asked)
+    return [
+        GroupPart(
+            f"{pair.name}{of.ending}",
+            asked=pair.asked,
+            need=("hidden", pair.student),
+            teacher=teacher,
+            of=of,
+            group=pair.loss.group,
+            to_teacher=drawn_map(width, student_width, named) if mapped else None,
+        )
+        for of in betweens(pair.loss)
+    ]
 
-    def __init__(
-        self,
-        pairs: Sequence[Pair],
-        *,
-        teacher_widths: Mapping[Name, int],
-        student_width: int,
-        seed: int,
-    ) -> None:
+
+def parts_of(
+    pair: Pair, *, layouts: Mapping[Name, Layout], student_width: int, seed: int
+) -> list[Part]:
+    """What is compared of a pair.
+
+    Args:
+        pair: Of `pairs_of`.
+        layouts: Of the teacher's features.
+        student_width: Numbers of a state of the student.
+        seed: `run.seed`.
+    """
+    if "group" in pair.loss.kind.settings:
+        return _between(pair, layouts=layouts, student_width=student_width, seed=seed)
+    teacher = ("hidden", pair.teacher)
+    name, width = f"{pair.name}_{pair.loss.distance}", layouts[teacher].width
+    to_teacher = None
+    if width != student_width:
+        named = content_key("feature_map", seed=seed, pair=name, number=pair.asked)
+        to_teacher = drawn_map(width, student_width, named)
+    found = HiddenPart(
+        name,
+        asked=pair.asked,
+        need=("hidden", pair.student),
+        teacher=teacher,
+        distance=pair.loss.distance,
+        to_teacher=to_teacher,
+    )
+    return [found]
+
+
+class Matching(nn.Module):
+    """The parts of a training, with their maps."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
         super().__init__()
-        self.pairs = list(pairs)
-        self.maps = nn.ParameterDict()
-        for number, pair in enumerate(self.pairs):
-            width = teacher_widths[pair.teacher]
-            if width != student_width:
-                named = content_key("feature_map", seed=seed, pair=pair.name, number=pair.asked)
-                self.maps[str(number)] = nn.Parameter(_drawn(width, student_width, named))
+        self._parts = nn.ModuleList(parts)
 
     @property
-    def student_layers(self) -> list[int]:
-        """Blocks of the student whose states are read, ascending."""
-        return sorted({pair.student for pair in self.pairs})
+    def parts(self) -> list[Part]:
+        """In the order in which they are summed and recorded."""
+        return [part for part in self._parts if isinstance(part, Part)]
+
+    @property
+    def needs(self) -> list[Need]:
+        """What the student is to show."""
+        return [part.need for part in self.parts]
 
     @property
     def names(self) -> list[str]:
-        """Of the pairs; one that comes again gets its entry's number."""
-        names = [pair.name for pair in self.pairs]
+        """Of the parts; one that comes again gets its entry's number."""
+        names = [part.name for part in self.parts]
         return [
-            name if names.count(name) == 1 else f"{name}_{pair.asked}"
-            for name, pair in zip(names, self.pairs, strict=True)
+            name if names.count(name) == 1 else f"{name}_{part.asked}"
+            for name, part in zip(names, self.parts, strict=True)
         ]
 
-    def forward(self, states: Mapping[int, Tensor], targets: FeatureTargets) -> Tensor:
-        """[P] float32: of each pair the sum over the positions of a pass, not weighted.
-
-        Args:
-            states: Layer of the student -> [B, T, d].
-            targets: Which positions are compared, and the teacher's states there.
-        """
-        sums = []
+    def forward(self, shown: Shown, targets: FeatureTargets) -> Tensor:
+        """[P] float32: of each part the sum over a pass, not weighted."""
         with torch.autocast(targets.at.device.type, enabled=False):
-            for number, pair in enumerate(self.pairs):
-                mine = states[pair.student].flatten(0, 1)[targets.at].float()
-                if str(number) in self.maps:
-                    mine = mine @ self.maps[str(number)].T  # s = W x
-                theirs = targets.states[pair.teacher]
-                sums.append(hidden_distance(theirs, mine, distance=pair.distance).sum())
-        return torch.stack(sums)
+            return torch.stack([part(shown, targets) for part in self.parts])
 
-    def weights(self, of_entries: Sequence[float]) -> list[float]:
-        """Of each pair: that of its entry of `loss.features`."""
-        return [of_entries[pair.asked] for pair in self.pairs]
+    def counts(self, size: StepSize) -> list[int]:
+        """[P] what the sums over a step of this size are divided by."""
+        return [part.count(size) for part in self.parts]
 
+    def weights(self, of_entries: Sequence[float]) -> tuple[float, ...]:
+        """[P] of each part: that of its entry of `loss.features`, times its own."""
+        return tuple(part.times * of_entries[part.asked] for part in self.parts)
 
-def _drawn(rows: int, columns: int, name: bytes) -> Tensor:
-    """W uniform within 1 / sqrt(d), as a linear layer of torch begins."""
-    generator = torch.Generator().manual_seed(row_seed(name))
-    bound = columns**-0.5
-    return torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)
+    @property
+    def group(self) -> int | None:
+        """Samples of a group, of losses between samples; None: there are none."""
+        return next((part.group for part in self.parts if isinstance(part, GroupPart)), None)

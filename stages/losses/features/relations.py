@@ -5,8 +5,40 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ....storage.errors import UsageError
+from ....storage.tables.features import Layout
 from ...models.attention.maps import Scores
+from ...targets.features.batch import FeatureTargets
+from ...targets.features.capture import Name
+from ...targets.features.shown import Need, Shown
 from .kl_of_maps import kl_of_maps
+from .part import Part, StepSize, in_heads
+
+
+class RelationPart(Part):
+    """Relations of one kind of vectors of one block, at all tokens."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        asked: int,
+        need: Need,
+        teacher: Name,
+        layout: Layout,
+        relation_heads: int,
+    ) -> None:
+        super().__init__(name, asked=asked, need=need)
+        self._teacher, self._heads, self._parts = teacher, layout.heads or 1, relation_heads
+
+    def forward(self, shown: Shown, targets: FeatureTargets) -> Tensor:
+        """The sum over all tokens of a pass."""
+        theirs = in_heads(targets.vectors[self._teacher], self._heads)
+        mine = shown.attention(self.need[1]).vectors(self._teacher[0], targets.at)
+        return relation_kl(theirs, mine, targets.lengths, heads=self._parts).sum()
+
+    def count(self, size: StepSize) -> int:
+        """All tokens."""
+        return size.tokens
 
 
 def relation_kl(teacher: Tensor, student: Tensor, lengths: Sequence[int], *, heads: int) -> Tensor:

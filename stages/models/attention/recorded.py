@@ -10,7 +10,7 @@ are seen, and nothing else. `attention_layers` asks the model itself, against it
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -50,25 +50,47 @@ class Recorded:
     window: int | None
     """A token sees those less than this far away; None: however far."""
 
-    def scores(self, seen: Tensor) -> Scores:
-        """What the maps of the pass are made of: tokens that are `seen` [B, T] bool, row after row, no padding."""
-        x, y = (part.transpose(1, 2)[seen].transpose(0, 1) for part in (self.queries, self.keys))
-        return Scores(x=x, y=y, scale=self.scale, causal=self.causal, window=self.window)
+    def vectors(self, kind: str, at: Tensor) -> Tensor:
+        """Of `queries`, `keys` or `values` those [h, N, d] of some tokens.
+
+        Args:
+            kind: Which.
+            at: Of the flattened [B * T], [N] indices or a mask [B * T]: without padding.
+        """
+        part: Tensor = getattr(self, kind)
+        return part.transpose(1, 2).flatten(0, 1)[at].transpose(0, 1)
+
+    def scores(self, at: Tensor) -> Scores:
+        """What the maps of the pass are made of, of some tokens as above."""
+        return Scores(
+            x=self.vectors("queries", at),
+            y=self.vectors("keys", at),
+            scale=self.scale,
+            causal=self.causal,
+            window=self.window,
+        )
 
 
 @contextmanager
-def recording(model: nn.Module) -> Iterator[dict[nn.Module, Recorded]]:
+def recording(
+    model: nn.Module, within: Collection[nn.Module] | None = None
+) -> Iterator[dict[nn.Module, Recorded]]:
     """What each attention layer multiplies first within the block, by layer, in the order of their passes.
 
     A layer that is computed again, for gradient checkpointing, is kept once. For one forward pass of a model
     that `attention_layers` has accepted.
+
+    Args:
+        model: Whose.
+        within: Modules, all others are left out; None: none is.
     """
     from transformers import AttentionInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     name = _plain(model).config.get_text_config()._attn_implementation
     own = ALL_ATTENTION_FUNCTIONS[name]
-    layers, kept = set(model.modules()), dict[nn.Module, Recorded]()
+    layers = set(model.modules()) if within is None else set(within)
+    kept: dict[nn.Module, Recorded] = {}
 
     def keep(module: nn.Module, *given: Any, **asked: Any) -> Any:
         if module in layers and module not in kept:
@@ -166,8 +188,8 @@ def _beyond(asked: dict[str, Any]) -> str | None:
 def _off(recorded: Recorded, weights: Tensor | None) -> float:
     """The largest difference between rebuilt maps and weights [1, H, T, T]; infinite where these are other maps."""
     tokens = recorded.queries.shape[2]
-    seen = torch.ones(1, tokens, dtype=torch.bool, device=recorded.queries.device)
-    (rebuilt,) = maps(recorded.scores(seen), [tokens])
+    every = torch.arange(tokens, device=recorded.queries.device)
+    (rebuilt,) = maps(recorded.scores(every), [tokens])
     if weights is None or weights.shape[1:] != rebuilt.shape:
         return float("inf")
     return float((rebuilt - weights[0].float()).abs().max())

@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from ..features import captured, layers_of
+from ..features import captured, layers_for, layers_of
 from ..fields import extremes
 from ..sections import Loss, Score
 
@@ -10,7 +10,7 @@ CAPTURES = "hf"
 """The engine whose forward pass shows what a teacher's blocks hand on."""
 
 
-def check_captured(score: Score) -> list[tuple[str, str]]:
+def check_captured(score: Score, task: str) -> list[tuple[str, str]]:
     """What is wrong with `score.features`: (dotted path, message)."""
     path = "score.features"
     if not score.features:
@@ -18,6 +18,12 @@ def check_captured(score: Score) -> list[tuple[str, str]]:
     errors = []
     if score.engine != CAPTURES:
         message = f"engine {score.engine!r} shows no states of blocks. Use {CAPTURES!r}, or leave them out"
+        errors.append((path, message))
+    if task == "causal_lm" and any(asked.pooling == "cls" for asked in score.features):
+        message = (
+            "pooling 'cls' is the state of the first token, which in a causal model sees no other. Use "
+            "'last' or 'mean'"
+        )
         errors.append((path, message))
     counts = Counter((f.kind, f.layer) for f in captured(score.features))
     errors += [
@@ -30,19 +36,28 @@ def check_captured(score: Score) -> list[tuple[str, str]]:
 
 def check_matched(loss: Loss, score: Score | None) -> list[tuple[str, str]]:
     """What is wrong with `loss.features`: (dotted path, message)."""
-    errors = []
+    errors = _groups(loss)
     stored = score.features if score is not None else []
     for number, asked in enumerate(loss.features):
         path = f"loss.features.{number}"
-        layers = layers_of(stored, asked.kind)
-        if not layers:
+        lacking = [kind for kind in asked.needs if not layers_of(stored, kind)]
+        if lacking:
+            added = ", ".join(f"{{{_as_asked(kind)}, layers: [...]}}" for kind in lacking)
             message = (
-                f"match {asked.match!r} needs {asked.kind} of the teacher, which score.features "
-                f"does not store. Add score.features: [{{what: {asked.kind}, layers: [...]}}]"
+                f"match {asked.match!r} needs {' and '.join(lacking)} of the teacher, which "
+                f"score.features does not store. Add score.features: [{added}]"
             )
             errors.append((path, message))
         elif isinstance(asked.layers, dict):
-            errors += _not_stored(f"{path}.layers", sorted(asked.layers), layers)
+            for kind in asked.needs:
+                layers = layers_of(stored, kind)
+                errors += _not_stored(f"{path}.layers", kind, sorted(asked.layers), layers)
+        elif not layers_for(asked, stored):
+            message = (
+                f"match {asked.match!r} needs {' and '.join(asked.needs)} of one layer, and "
+                "score.features stores them of none together. Name a layer for each"
+            )
+            errors.append((path, message))
         if extremes(asked.weight)[1] == 0:
             errors.append(
                 (f"{path}.weight", "is 0 throughout. Set it above 0, or remove the entry")
@@ -50,13 +65,30 @@ def check_matched(loss: Loss, score: Score | None) -> list[tuple[str, str]]:
     return errors
 
 
-def _not_stored(path: str, asked: list[int], stored: list[int]) -> list[tuple[str, str]]:
+def _groups(loss: Loss) -> list[tuple[str, str]]:
+    groups = sorted({f.group for f in loss.features if "group" in f.kind.settings})
+    if len(groups) < 2:
+        return []
+    message = (
+        f"groups of {' and '.join(map(str, groups))} samples: a pass holds whole groups, of one size. "
+        "Give all entries the same `group`"
+    )
+    return [("loss.features", message)]
+
+
+def _as_asked(kind: str) -> str:
+    """What `score.features` says of a kind."""
+    what, _, pooling = kind.partition("_")
+    return f"what: {what}" + (f", pooling: {pooling}" if pooling else "")
+
+
+def _not_stored(path: str, kind: str, asked: list[int], stored: list[int]) -> list[tuple[str, str]]:
     lacking = [layer for layer in asked if layer not in stored]
     if not lacking:
         return []
     message = (
-        f"{_listed(lacking)} of the teacher {'is' if len(lacking) == 1 else 'are'} not stored; "
-        f"score.features has {_listed(stored)}. Add what lacks there, or match those"
+        f"{kind} of {_listed(lacking)} of the teacher {'is' if len(lacking) == 1 else 'are'} not "
+        f"stored; score.features has {_listed(stored)}. Add what lacks there, or match those"
     )
     return [(path, message)]
 

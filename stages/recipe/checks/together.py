@@ -54,7 +54,7 @@ def check_together(recipe: Recipe) -> list[tuple[str, str]]:
     ]
     errors += _unknown_columns(recipe.data)
     if recipe.score is not None:
-        errors += _targets(recipe.score) + check_captured(recipe.score)
+        errors += _targets(recipe.score) + check_captured(recipe.score, recipe.run.task)
     kind, records = recipe.data.format, recipe.data.records
     # Of a labelled text the task says it (`check_task`).
     brings_text = records.brings_text == "always" and not records.labelled

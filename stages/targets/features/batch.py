@@ -1,7 +1,11 @@
-"""The teacher's features for one forward pass of a student: which positions are compared, and the states there."""
+"""The teacher's features for one forward pass of a student, and where the samples lie in it.
+
+A pass of B rows of T positions is flattened to [B * T]. A sample's tokens follow one another there,
+and all tokens of the pass's samples, sample after sample, are N; padding is none of them.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -13,38 +17,53 @@ from .capture import Found, Name
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class FeatureTargets:
-    """M positions of a pass, and what the teacher's layers say there."""
+    """The samples of a pass in their order, and what the teacher's layers say of them."""
 
+    lengths: tuple[int, ...]
+    """[S] tokens of each sample; their sum is N."""
     at: Tensor
-    """[M] int64 indices into the flattened [B * T] of the pass."""
-    states: Mapping[Name, Tensor]
-    """Kind and layer -> [M, D] float32."""
+    """[N] int64 indices into the flattened [B * T] of all tokens."""
+    compared: Tensor
+    """[M] int64 which of the N tokens the losses of single positions compare."""
+    vectors: Mapping[Name, Tensor]
+    """Kind and layer -> float32 [N, D] of all tokens, or [S, D] of what is one vector a sample."""
 
     @classmethod
     def of(
-        cls, at: Tensor, found: Sequence[Found], positions: Sequence[np.ndarray]
-    ) -> "FeatureTargets | None":
-        """Of samples one after another; None where they have no features.
+        cls,
+        found: Sequence[Found],
+        *,
+        lengths: Sequence[int],
+        starts: Sequence[int],
+        compared: Sequence[np.ndarray],
+    ) -> Self:
+        """Of S samples, in their order.
 
         Args:
-            at: [M] their positions in the pass, of all samples one after another.
-            found: The features of each sample, at all of its tokens.
-            positions: Which tokens of each sample are compared.
+            found: The features of each.
+            lengths: Tokens of each.
+            starts: Where each begins in the flattened pass.
+            compared: Which tokens of each are compared one by one.
         """
-        if not found or not found[0]:
-            return None
-        states = {
-            name: torch.from_numpy(
-                np.concatenate([one[name][p] for one, p in zip(found, positions, strict=True)])
-            )
+        at = [np.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)]
+        before = np.cumsum([0, *lengths[:-1]])
+        tokens = [first + p for first, p in zip(before, compared, strict=True)]
+        vectors = {
+            name: torch.from_numpy(np.concatenate([one[name] for one in found]))
             for name in found[0]
         }
-        return cls(at=at, states=states)
+        return cls(
+            lengths=tuple(lengths),
+            at=torch.from_numpy(np.concatenate(at)),
+            compared=torch.from_numpy(np.concatenate(tokens)),
+            vectors=vectors,
+        )
 
     @property
     def nbytes(self) -> int:
         """Of all tensors."""
-        return self.at.nbytes + sum(states.nbytes for states in self.states.values())
+        places = self.at.nbytes + self.compared.nbytes
+        return places + sum(vectors.nbytes for vectors in self.vectors.values())
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> Self:
         """The same on another device."""
@@ -55,5 +74,5 @@ class FeatureTargets:
         return self._map(lambda part: part.pin_memory())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
-        states = {name: change(part) for name, part in self.states.items()}
-        return type(self)(at=change(self.at), states=states)
+        vectors = {name: change(part) for name, part in self.vectors.items()}
+        return replace(self, at=change(self.at), compared=change(self.compared), vectors=vectors)

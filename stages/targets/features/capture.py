@@ -9,47 +9,98 @@ compares is `alignment.py`'s to say: of text that is continued those that predic
     states             h0    h1    h2    h3    h4        stored: all five
     compared                 h1    h2    h3              with the targets of a, b and </s>
 
-and of a labelled text all of them.
+and of a labelled text all of them. Pooled states are one vector a text, made of all of its tokens and
+of no padding, on the device.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
-from ...recipe.features import Feature
-from .blocks import check_blocks, states_of
+from ....storage.errors import UsageError
+from ....storage.tables.features import HEADED, Layout, of_text
+from ...models.device import evaluating
+from ...recipe.features import Feature, pooling_of
+from .blocks import states_of
+from .pooling import pooled
+from .shown import Need, Shown, check_shown, showing
 
 Name = tuple[str, int]
 """Kind and layer."""
 Found = Mapping[Name, np.ndarray]
-"""[T, D] float32 of each feature of a text."""
+"""[T, D] float32 of each feature of a text; of pooled states [1, D]."""
 
 
 @dataclass(frozen=True, slots=True)
 class Taken:
     """What was taken of a pass over B rows, each from the first position on."""
 
-    hidden: Mapping[int, Tensor]
-    """Layer -> [B, T, D]."""
+    names: Sequence[Name]
+    shown: Shown
 
     def rows(self, lengths: Sequence[int]) -> list[Found]:
         """The features of each row, without what fills it up; waits for the device."""
-        whole = {("hidden", n): s.float().cpu().numpy() for n, s in self.hidden.items()}
+        whole = {name: self._stored(name, lengths).cpu().numpy() for name in self.names}
+        kept = {name: [1] * len(lengths) if of_text(name[0]) else lengths for name in whole}
         return [
-            {name: states[row, :length] for name, states in whole.items()}
-            for row, length in enumerate(lengths)
+            {name: vectors[row, : kept[name][row]] for name, vectors in whole.items()}
+            for row in range(len(lengths))
         ]
+
+    def layouts(self) -> dict[Name, Layout]:
+        """What is alike in all rows of each feature."""
+        return {name: self._layout(name) for name in self.names}
+
+    def _stored(self, name: Name, lengths: Sequence[int]) -> Tensor:
+        """[B, T, D] float32; of pooled states [B, 1, D]."""
+        vectors = self._vectors(name)
+        if not of_text(name[0]):
+            return vectors.float()
+        texts = torch.cat([row[:length] for row, length in zip(vectors, lengths, strict=True)])
+        return pooled(texts, lengths, pooling_of(name[0]))[:, None]
+
+    def _vectors(self, name: Name) -> Tensor:
+        """[B, T, D], the heads of queries, keys and values one after another."""
+        kind, layer = name
+        if kind not in HEADED:
+            return self.shown.hidden[layer]
+        part: Tensor = getattr(self.shown.attention(layer), kind)
+        return part.transpose(1, 2).flatten(2)
+
+    def _layout(self, name: Name) -> Layout:
+        kind, layer = name
+        width = self._vectors(name).shape[-1]
+        if kind not in HEADED:
+            return Layout(width=width)
+        recorded = self.shown.attention(layer)
+        heads = getattr(recorded, kind).shape[1]
+        if kind != "queries":
+            return Layout(width=width, heads=heads)
+        return Layout(
+            width=width,
+            heads=heads,
+            score_scale=recorded.scale,
+            causal=recorded.causal,
+            window=recorded.window,
+        )
+
+
+def needs_of(features: Iterable[Feature]) -> list[Need]:
+    """What of a teacher's pass these features are taken of."""
+    return [("attention" if one.kind in HEADED else "hidden", one.layer) for one in features]
 
 
 @contextmanager
 def capturing(model: nn.Module, features: Iterable[Feature]) -> Iterator[Taken]:
     """What the forward pass inside shows of these features."""
-    layers = sorted({one.layer for one in features if one.kind == "hidden"})
-    with states_of(model, layers) as hidden:
-        yield Taken(hidden)
+    features = sorted(features)
+    with showing(model, needs_of(features)) as shown:
+        yield Taken([(one.kind, one.layer) for one in features], shown)
 
 
 def check_capture(model: nn.Module, features: Iterable[Feature]) -> None:
@@ -58,4 +109,31 @@ def check_capture(model: nn.Module, features: Iterable[Feature]) -> None:
     Raises:
         UsageError: it does not.
     """
-    check_blocks(model, sorted({one.layer for one in features if one.kind == "hidden"}))
+    asked = list(features)
+    check_shown(model, needs_of(asked))
+    check_first_token(model, sorted({one.layer for one in asked if one.kind == "pooled_cls"}))
+
+
+def check_first_token(model: Any, layers: Sequence[int]) -> None:
+    """Refuse `pooling: cls` of a model whose first token does not see the others: it says nothing of a text.
+
+    Raises:
+        UsageError: a layer's state of the first token is the same whatever follows.
+    """
+    if not layers:
+        return
+    device = next(model.parameters()).device
+    vocabulary = model.get_input_embeddings().num_embeddings
+    texts = [(torch.arange(8, device=device)[None] * step + 1) % vocabulary for step in (1, 3)]
+    with evaluating(model), torch.no_grad():
+        found = []
+        for ids in texts:
+            with states_of(model, layers) as states:
+                model(input_ids=ids)
+            found.append({layer: states[layer][:, 0] for layer in layers})
+    for layer in layers:
+        if torch.equal(found[0][layer], found[1][layer]):
+            raise UsageError(
+                f"pooling: cls: in block {layer} of {type(model).__name__} the first token does not "
+                "see the others, so its state says nothing of the text. Use last or mean."
+            )

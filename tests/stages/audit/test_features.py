@@ -146,3 +146,58 @@ def test_the_command_says_it_and_ends_with_3(world: World, tmp_path: Path) -> No
     assert {off["fault"] for off in deep["features"]["off"]} == {"shifted by one position"}
     done = stillroom("verify", world.store.root, "--deep", "--teacher", teacher)
     assert "rows read again; those that are right are off by" in done.stdout
+
+
+POOLED = ("cls", "mean", "last")
+
+
+@pytest.fixture(scope="module")
+def pooled(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """An encoder, so that each pooling has something to say."""
+    folder = tmp_path_factory.mktemp("pooled")
+    asked = [{"what": "pooled", "layers": [0, 1], "pooling": p} for p in POOLED]
+    score = {"targets": "full", "features": asked}
+    teacher = save_tiny_bert(folder / "teacher")
+    world = Classes(folder, teacher, records(24), score=score).scored()
+    identity = world.plan().bound.teacher
+    assert identity is not None
+    return World(world.store, identity)
+
+
+def test_pooled_rows_agree_with_the_teacher(pooled: World) -> None:
+    found = pooled.read()
+    assert (found.rows, found.off) == (64, [])
+    assert 1e-6 < found.worst < 1e-3
+
+
+def the_next_text(row: Row, rows: list[Row]) -> np.ndarray:
+    alike = [r for r in rows if (r["kind"], r["layer"]) == (row["kind"], row["layer"])]
+    number = next(n for n, r in enumerate(alike) if r["key"] == row["key"])
+    return states(alike[(number + 1) % len(alike)])
+
+
+def the_other_layer(row: Row, rows: list[Row]) -> np.ndarray:
+    mine = (r for r in rows if r["text_key"] == row["text_key"] and r["kind"] == row["kind"])
+    return states(next(r for r in mine if r["layer"] != row["layer"]))
+
+
+def the_other_pooling(row: Row, rows: list[Row]) -> np.ndarray:
+    mine = (r for r in rows if r["text_key"] == row["text_key"] and r["layer"] == row["layer"])
+    return states(next(r for r in mine if r["kind"] != row["kind"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (the_next_text, "another text's"),
+        (the_other_layer, "another layer's"),
+        (the_other_pooling, "pooled otherwise"),
+        (of_nobody, "other numbers"),
+    ],
+)
+def test_a_planted_vector_is_found_and_told_apart(
+    pooled: World, tmp_path: Path, change: Any, fault: FeatureFault
+) -> None:
+    found = pooled.read(planted(pooled.store, tmp_path / "store", change))
+    assert len(found.off) == found.rows == 64, "every row is off"
+    assert [off.fault for off in found.off].count(fault) >= 0.9 * found.rows

@@ -1,13 +1,18 @@
 """`match: hidden` against its definition in float64: value, gradient, zero at equality, and which layers are paired."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from stillroom.stages.losses.features.hidden import hidden_distance
-from stillroom.stages.losses.features.matching import Matching, Pair, pairs_of
+from stillroom.stages.losses.features.matching import Matching, pairs_of, parts_of
+from stillroom.stages.losses.features.part import StepSize
 from stillroom.stages.recipe.features import MATCHES, FeatureLoss, FeatureRequest
 from stillroom.stages.targets.features.batch import FeatureTargets
+from stillroom.stages.targets.features.shown import Shown
+from stillroom.storage.tables.features import Layout
 
 DISTANCES = tuple(MATCHES["hidden"].distances)
 
@@ -50,36 +55,50 @@ def test_equal_states_are_at_no_distance(distance: str) -> None:
     assert float(found.abs().max()) <= 1e-6
 
 
+LOSSES = [
+    FeatureLoss(match="hidden", layers={3: 1}),
+    FeatureLoss(match="hidden", layers={1: 0}, distance="cosine"),
+]
+STORED = [FeatureRequest(what="hidden", layers=[1, 3])]
+
+
 def matching(**sizes: int) -> Matching:
-    pairs = [
-        Pair(asked=0, match="hidden", teacher=("hidden", 3), student=1, distance="mse"),
-        Pair(asked=1, match="hidden", teacher=("hidden", 1), student=0, distance="cosine"),
-    ]
-    widths = {("hidden", 3): sizes["teacher"], ("hidden", 1): sizes["teacher"]}
-    return Matching(
-        pairs, teacher_widths=widths, student_width=sizes["student"], seed=sizes["seed"]
-    )
+    known: dict[str, Any] = {
+        "layouts": {("hidden", n): Layout(width=sizes["teacher"]) for n in (1, 3)},
+        "student_width": sizes["student"],
+        "seed": sizes["seed"],
+    }
+    pairs = pairs_of(LOSSES, STORED, student_blocks=2)
+    return Matching([part for pair in pairs for part in parts_of(pair, **known)])
 
 
 @pytest.mark.numeric
 def test_a_pair_is_summed_over_the_positions_that_are_compared_after_its_map() -> None:
+    """Of two samples in rows of five positions, of three and four tokens."""
     made = matching(teacher=6, student=4, seed=0)
     rng = np.random.default_rng(2)
     states = {n: torch.from_numpy(rng.normal(size=(2, 5, 4))).float() for n in (0, 1)}
-    at = torch.tensor([0, 3, 7, 9])
-    theirs = {("hidden", n): torch.from_numpy(rng.normal(size=(4, 6))).float() for n in (1, 3)}
-    sums = made(states, FeatureTargets(at=at, states=theirs))
-    for pair, found in zip(made.pairs, sums.detach(), strict=True):
-        w = made.maps[str(pair.asked)].detach().double().numpy()
-        mine = states[pair.student].double().numpy().reshape(10, 4)[at] @ w.T
-        both = zip(theirs[pair.teacher].double().numpy(), mine, strict=True)
-        assert float(found) == pytest.approx(
-            sum(defined(t, s, pair.distance)[0] for t, s in both), rel=1e-5
+    found = [
+        {("hidden", n): rng.normal(size=(tokens, 6)).astype(np.float32) for n in (1, 3)}
+        for tokens in (3, 4)
+    ]
+    where = [np.array([0, 2]), np.array([1, 3])]
+    targets = FeatureTargets.of(found, lengths=[3, 4], starts=[0, 5], compared=where)
+    sums = made(Shown(states, {}, {}), targets)
+    for part, loss, total in zip(made.parts, LOSSES, sums.detach(), strict=True):
+        ((teacher, student),) = loss.layers.items()  # type: ignore[union-attr]
+        w = part.map.detach().double().numpy()
+        mine = states[student].double().numpy().reshape(10, 4)[[0, 2, 6, 8]] @ w.T
+        theirs = [one["hidden", teacher][p] for one, p in zip(found, where, strict=True)]
+        both = zip(np.concatenate(theirs).astype(np.float64), mine, strict=True)
+        assert float(total) == pytest.approx(
+            sum(defined(t, s, loss.distance)[0] for t, s in both), rel=1e-5
         )
     sums.sum().backward()
-    assert all(w.grad is not None for w in made.maps.values())
+    assert all(w.grad is not None for w in made.parameters())
     assert made.names == ["hidden_3_to_1_mse", "hidden_1_to_0_cosine"]
-    assert made.student_layers == [0, 1]
+    assert made.needs == [("hidden", 1), ("hidden", 0)]
+    assert made.counts(StepSize(compared=4, tokens=7, samples=2)) == [4, 4]
 
 
 def test_maps_come_from_the_seed_and_move_no_other_draw() -> None:
@@ -88,7 +107,7 @@ def test_maps_come_from_the_seed_and_move_no_other_draw() -> None:
     torch.manual_seed(5)
     one, again, other = (matching(teacher=6, student=4, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(torch.rand(3), expected)
-    weights = [[w.detach() for w in made.maps.values()] for made in (one, again, other)]
+    weights = [[w.detach() for w in made.parameters()] for made in (one, again, other)]
     assert all(torch.equal(a, b) for a, b in zip(weights[0], weights[1], strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(weights[0], weights[2], strict=True))
     assert not torch.equal(*weights[0]), "pairs begin with maps of their own"
@@ -104,7 +123,7 @@ def test_which_layers_are_paired() -> None:
 
     def pairs(layers: object, blocks: int) -> list[tuple[int, int]]:
         loss = FeatureLoss(match="hidden", layers=layers)  # type: ignore[arg-type]
-        return [(p.teacher[1], p.student) for p in pairs_of([loss], stored, student_blocks=blocks)]
+        return [(p.teacher, p.student) for p in pairs_of([loss], stored, student_blocks=blocks)]
 
     assert pairs("last", 2) == [(5, 1)]
     assert pairs("uniform", 3) == [(1, 0), (3, 1), (5, 2)]

@@ -113,7 +113,7 @@ def test_rebuilt_attention_of_a_padded_batch_is_the_models_eager_one(name):
         eager = model(input_ids=ids, attention_mask=mask.long(), output_attentions=True).attentions
     sharpest = 0.0
     for found, right in zip(kept.values(), eager, strict=True):
-        rebuilt = maps(found.scores(mask), LENGTHS)
+        rebuilt = maps(found.scores(mask.flatten()), LENGTHS)
         for row, size, own in zip(right, LENGTHS, rebuilt, strict=True):
             torch.testing.assert_close(own, row[:, :size, :size], rtol=0, atol=1e-5)
             sharpest = max(sharpest, float(own[:, -1].max()))
@@ -200,13 +200,13 @@ def test_the_students_gradient_goes_through_what_is_recorded(checkpointing):
     ids, mask = padded()
     with torch.no_grad(), recording(teacher) as right:
         teacher(input_ids=ids, attention_mask=mask.long())
-    wanted = list(right.values())[-1].scores(mask)
+    wanted = list(right.values())[-1].scores(mask.flatten())
     layer = attention_layers(student)[-1]
 
     def loss():
         with recording(student) as kept:
             student(input_ids=ids, attention_mask=mask.long(), use_cache=False)
-        return attention_kl(wanted, kept[layer].scores(mask), LENGTHS).mean()
+        return attention_kl(wanted, kept[layer].scores(mask.flatten()), LENGTHS).mean()
 
     first = loss()
     first.backward()

@@ -33,7 +33,7 @@ def written(folder: Path, **sections: Any) -> Path:
         (
             {"features": HIDDEN},
             {"features": [{"match": "hidden", "layers": {1: 0}}]},
-            "loss.features.0.layers: layer 1 of the teacher is not stored; score.features has "
+            "loss.features.0.layers: hidden of layer 1 of the teacher is not stored; score.features has "
             "layers 0, 2",
         ),
         ({"features": HIDDEN}, {"features": [{"match": "hidden", "layers": {}}]}, "is empty"),
@@ -42,6 +42,18 @@ def written(folder: Path, **sections: Any) -> Path:
             {"features": HIDDEN},
             {"features": [{"match": "hidden", "distance": "l1"}]},
             "'smooth_l1'",
+        ),
+        ({"features": [{"what": "pooled", "layers": [1]}]}, {}, "what: pooled needs `pooling`"),
+        ({"features": [HIDDEN[0] | {"pooling": "mean"}]}, {}, "`pooling` is of what: pooled; this"),
+        (
+            {"features": [{"what": "pooled", "layers": [1], "pooling": "cls"}]},
+            {},
+            "the first token, which in a causal model sees no other. Use 'last' or 'mean'",
+        ),
+        (
+            {"features": [{"what": "pooled", "layers": [1], "pooling": "mean"}] * 2},
+            {},
+            "pooled_mean of layer 1 is asked for 2 times",
         ),
         ({"features": HIDDEN}, {"features": [{"match": "attention"}]}, "must be one of 'hidden'"),
     ],

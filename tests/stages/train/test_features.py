@@ -1,16 +1,13 @@
 """Training that matches hidden states: the same as with the live teacher, goes on exactly, and leaves no map behind."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from kit import prompts, recipe_tree, write_jsonl
+from feature_training import Causal, losses_of, trained
 from live import LiveHidden, fresh_student, live_training, saved_weights
 from tiny_classes import World, records
-from tiny_jobs import done_until_score
 from tiny_llama import save_tiny_llama
 from tiny_models import save_tiny_bert
 from tiny_store import SilentProgress, StopAfter
@@ -20,11 +17,10 @@ from stillroom.pipeline.plan.plan import make_plan
 from stillroom.stages.loader.classification import ClassPasses
 from stillroom.stages.loader.features import open_features
 from stillroom.stages.loader.samples import Samples
-from stillroom.stages.losses.features.matching import Matching, pairs_of
+from stillroom.stages.losses.features.matching import Matching, pairs_of, parts_of
 from stillroom.stages.losses.objective import Aim
 from stillroom.stages.models.classification import Inputs
 from stillroom.stages.recipe.features import captured
-from stillroom.stages.recipe.sections import Recipe
 from stillroom.stages.train import stage as train
 from stillroom.stages.workers.job import Job, StopFlag
 from stillroom.storage.errors import IntegrityError, Stopped, UsageError
@@ -32,75 +28,16 @@ from stillroom.storage.files.local import LocalFiles
 from stillroom.storage.snapshots import companions
 from stillroom.storage.snapshots.snapshot import save_snapshot
 from stillroom.storage.store.store import Store
+from stillroom.storage.tables.features import Layout
 
 EXACT = [{"what": "hidden", "layers": [0, 1], "bits": 32}]
 # The teacher's states are large: so the sum is of the size of the other parts, and float32 tells 1e-5.
 ASKED = [{"match": "hidden", "layers": {1: 0}, "weight": 0.01}]
 
 
-class Causal:
-    """A teacher of three blocks, its texts, scored with two of its layers; students of half its width."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.teacher = save_tiny_llama(
-            folder / "teacher", num_hidden_layers=3, initializer_range=0.5
-        )
-        self.source = write_jsonl(folder / "prompts.jsonl", prompts(30))
-        self.store, _ = done_until_score(self.recipe())
-
-    def recipe(self, **sections: Any) -> Recipe:
-        base: dict[str, Any] = {
-            "storage": {"dir": str(self.folder / "store"), "mantissa_bits": 23, "commit_rows": 5},
-            "score": {"targets": "full", "features": EXACT},
-            "student": {"config": {"num_hidden_layers": 2, "hidden_size": 8}},
-            "loss": {"features": ASKED},
-            "train": {
-                "epochs": 4,
-                "tokens_per_step": 64,
-                "tokens_per_pass": 128,
-                "learning_rate": 5e-3,
-            },
-        }
-        for name, fields in sections.items():
-            base[name] = base.get(name, {}) | fields
-        spoken = {"engine": "hf", "temperature": 1.0, "max_tokens": 16}
-        tree = recipe_tree(self.folder, self.teacher, self.source, generate=spoken, **base)
-        return Recipe.model_validate(tree)
-
-    def job(self, folder: Path, **sections: Any) -> Job:
-        recipe = self.recipe(**sections)
-        plan = make_plan(recipe, write=True)
-        for snapshot in (*plan.snapshots.values(), plan.features):
-            if snapshot is not None:
-                save_snapshot(self.store, snapshot)
-        return Job(
-            recipe=recipe,
-            progress=SilentProgress(),
-            stop=StopFlag(),
-            teacher_id=plan.bound.binding.teacher_id,
-            train_dirs={"student": folder, "baseline": folder},
-            snapshots={split: s.id for split, s in plan.snapshots.items()},
-            features_id=plan.features.id if plan.features else "",
-        )
-
-    def samples(self, job: Job, **more: Any) -> Samples:
-        plan = make_plan(job.recipe)
-        return Samples(self.store, plan.snapshots["train"], soft=False, seed=0, **more)
-
-
 @pytest.fixture(scope="module")
 def causal(tmp_path_factory: pytest.TempPathFactory) -> Causal:
-    return Causal(tmp_path_factory.mktemp("causal"))
-
-
-def trained(job: Job) -> dict[str, Any]:
-    train.run(job)
-    return json.loads(LocalFiles(job.train_dirs[job.arm]).read("train.json"))
-
-
-def losses_of(job: Job) -> list[float]:
-    return [point["loss"] for point in trained(job)["history"]]
+    return Causal(tmp_path_factory.mktemp("causal"), features=EXACT, asked=ASKED)
 
 
 @pytest.mark.numeric
@@ -112,9 +49,9 @@ def test_training_from_stored_states_is_training_with_the_live_teacher(
     stored = [point["loss"] for point in summary["history"]]
     samples = causal.samples(job)
     texts = [(s.token_ids.tolist(), int(s.spans[0, 0])) for s in samples.read(0, 4 * len(samples))]
-    pairs = pairs_of(job.recipe.loss.features, job.recipe.score.features, student_blocks=2)
-    widths = {("hidden", 1): 16}
-    begun = Matching(pairs, teacher_widths=widths, student_width=8, seed=0).maps["0"]
+    (pair,) = pairs_of(job.recipe.loss.features, job.recipe.score.features, student_blocks=2)
+    layouts = {("hidden", 1): Layout(width=16)}
+    (begun,) = parts_of(pair, layouts=layouts, student_width=8, seed=0)[0].parameters()
     hidden = LiveHidden(teacher=2, student=1, weight=0.01, map=begun.detach().requires_grad_())
     truth = live_training(
         job.recipe, texts, total_tokens=4 * samples.lengths().tokens, hidden=hidden
@@ -289,12 +226,8 @@ def test_an_encoder_is_compared_at_every_token(tmp_path: Path) -> None:
     big = AutoModelForSequenceClassification.from_pretrained(teacher).eval()
     small = AutoModelForSequenceClassification.from_pretrained(tmp_path / "student" / "student")
     inputs = Inputs.of(small, teacher)
-    matching = Matching(
-        pairs_of(job.recipe.loss.features, job.recipe.score.features, student_blocks=2),
-        teacher_widths=source.widths(),
-        student_width=8,
-        seed=0,
-    )
+    (pair,) = pairs_of(job.recipe.loss.features, job.recipe.score.features, student_blocks=2)
+    matching = Matching(parts_of(pair, layouts=source.layouts(), student_width=8, seed=0))
     passes = ClassPasses(tokens_per_pass=40, vocab_size=32, inputs=inputs, matching=matching)
     aim = Aim(soft_weight=0.0, hard_weight=0.0, objective=None, features=(1.0,))
     small.eval()
@@ -308,8 +241,8 @@ def test_an_encoder_is_compared_at_every_token(tmp_path: Path) -> None:
             tensors = inputs.tensors([sample.token_ids])
             t = big(**tensors, output_hidden_states=True).hidden_states[2][0]
             s = small(**tensors, output_hidden_states=True).hidden_states[1][0]
-            expected += float((s @ matching.maps["0"].T - t).square().mean(-1).sum())
-    assert passes.compared(few) == sum(map(len, few))
+            expected += float((s @ matching.parts[0].map.T - t).square().mean(-1).sum())
+    assert passes.counts(few) == [sum(map(len, few))]
     assert total == pytest.approx(expected, rel=1e-5)
 
 

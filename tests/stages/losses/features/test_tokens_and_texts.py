@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from stillroom.stages.losses.features.embeddings import embedding_mse
-from stillroom.stages.losses.features.pooling import pooled
+from stillroom.stages.targets.features.pooling import pooled
 from stillroom.storage.errors import UsageError
 
 pytestmark = pytest.mark.numeric

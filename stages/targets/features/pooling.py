@@ -2,14 +2,12 @@
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ....storage.errors import UsageError
-
-Pooling = Literal["cls", "mean", "last"]
+from ...recipe.features import Pooling
 
 
 def pooled(states: Tensor, lengths: Sequence[int], how: Pooling) -> Tensor:

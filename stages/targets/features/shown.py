@@ -1,0 +1,82 @@
+"""What a model shows of a forward pass beside its distribution: states of blocks, and what attention multiplies.
+
+A need is what of a model, and of which block: the same of a teacher that is captured and of a student that
+is compared with it.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from ....storage.errors import UsageError
+from ...models.attention.recorded import Recorded, attention_layers, recording
+from .blocks import blocks_of, check_blocks, states_of
+
+Need = tuple[Literal["hidden", "attention"], int]
+"""What is read of a model's forward pass, and of which block."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What was shown of a pass of B rows of T positions; after the pass."""
+
+    hidden: Mapping[int, Tensor]
+    """Block -> its states [B, T, D]."""
+    _kept: Mapping[nn.Module, Recorded]
+    _blocks: Mapping[int, nn.Module]
+
+    def attention(self, block: int) -> Recorded:
+        """What the attention of a block multiplied."""
+        within = set(self._blocks[block].modules())
+        return next(one for layer, one in self._kept.items() if layer in within)
+
+
+@contextmanager
+def showing(model: nn.Module, needs: Iterable[Need]) -> Iterator[Shown]:
+    """What the forward pass inside shows; autograd goes through it.
+
+    Raises:
+        UsageError: a block is not there.
+    """
+    hidden, attention = layers_of(needs, "hidden"), layers_of(needs, "attention")
+    if not attention:
+        with states_of(model, hidden) as states:
+            yield Shown(states, {}, {})
+        return
+    blocks = blocks_of(model)
+    looked = {layer: blocks[layer] for layer in attention}
+    within = {module for block in looked.values() for module in block.modules()}
+    with states_of(model, hidden) as states, recording(model, within) as kept:
+        yield Shown(states, kept, looked)
+
+
+def layers_of(needs: Iterable[Need], what: str) -> list[int]:
+    """Blocks of which this is needed, ascending."""
+    return sorted({layer for kind, layer in needs if kind == what})
+
+
+def check_shown(model: nn.Module, needs: Iterable[Need]) -> None:
+    """See that a model shows what is needed of it, before any row or step.
+
+    Raises:
+        UsageError: it does not; names the model and says why.
+    """
+    needs = list(needs)
+    check_blocks(model, layers_of(needs, "hidden"))
+    if not (attention := layers_of(needs, "attention")):
+        return
+    blocks, layers = blocks_of(model), attention_layers(model)
+    for layer in attention:
+        if not 0 <= layer < len(blocks):
+            raise UsageError(
+                f"attention of layer {layer} is asked for, the model has {len(blocks)} blocks, 0 to "
+                f"{len(blocks) - 1}."
+            )
+        if layers[layer] not in set(blocks[layer].modules()):
+            raise UsageError(
+                f"the attention of block {layer} cannot be told from that of other blocks. Use hidden "
+                "states instead."
+            )

@@ -1,0 +1,81 @@
+"""A small world in which a student learns from a causal teacher's features: store, recipe, jobs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kit import prompts, recipe_tree, write_jsonl
+from tiny_jobs import done_until_score
+from tiny_llama import save_tiny_llama
+from tiny_store import SilentProgress
+
+from stillroom.pipeline.plan.plan import make_plan
+from stillroom.stages.loader.samples import Samples
+from stillroom.stages.recipe.sections import Recipe
+from stillroom.stages.train import stage as train
+from stillroom.stages.workers.job import Job, StopFlag
+from stillroom.storage.files.local import LocalFiles
+from stillroom.storage.snapshots.snapshot import save_snapshot
+
+
+class Causal:
+    """A teacher of three blocks, its texts, scored with some of its features; students of half its width."""
+
+    def __init__(
+        self, folder: Path, *, features: list[dict[str, Any]], asked: list[dict[str, Any]]
+    ) -> None:
+        """`features` are captured; `asked` is what is matched where a test says nothing."""
+        self.folder, self.features, self.asked = folder, features, asked
+        self.teacher = save_tiny_llama(
+            folder / "teacher", num_hidden_layers=3, initializer_range=0.5
+        )
+        self.source = write_jsonl(folder / "prompts.jsonl", prompts(30))
+        self.store, _ = done_until_score(self.recipe())
+
+    def recipe(self, **sections: Any) -> Recipe:
+        base: dict[str, Any] = {
+            "storage": {"dir": str(self.folder / "store"), "mantissa_bits": 23, "commit_rows": 5},
+            "score": {"targets": "full", "features": self.features},
+            "student": {"config": {"num_hidden_layers": 2, "hidden_size": 8}},
+            "loss": {"features": self.asked},
+            "train": {
+                "epochs": 4,
+                "tokens_per_step": 64,
+                "tokens_per_pass": 128,
+                "learning_rate": 5e-3,
+            },
+        }
+        for name, fields in sections.items():
+            base[name] = base.get(name, {}) | fields
+        spoken = {"engine": "hf", "temperature": 1.0, "max_tokens": 16}
+        tree = recipe_tree(self.folder, self.teacher, self.source, generate=spoken, **base)
+        return Recipe.model_validate(tree)
+
+    def job(self, folder: Path, **sections: Any) -> Job:
+        recipe = self.recipe(**sections)
+        plan = make_plan(recipe, write=True)
+        for snapshot in (*plan.snapshots.values(), plan.features):
+            if snapshot is not None:
+                save_snapshot(self.store, snapshot)
+        return Job(
+            recipe=recipe,
+            progress=SilentProgress(),
+            stop=StopFlag(),
+            teacher_id=plan.bound.binding.teacher_id,
+            train_dirs={"student": folder, "baseline": folder},
+            snapshots={split: s.id for split, s in plan.snapshots.items()},
+            features_id=plan.features.id if plan.features else "",
+        )
+
+    def samples(self, job: Job, **more: Any) -> Samples:
+        plan = make_plan(job.recipe)
+        return Samples(self.store, plan.snapshots["train"], soft=False, seed=0, **more)
+
+
+def trained(job: Job) -> dict[str, Any]:
+    train.run(job)
+    return json.loads(LocalFiles(job.train_dirs[job.arm]).read("train.json"))
+
+
+def losses_of(job: Job) -> list[float]:
+    return [point["loss"] for point in trained(job)["history"]]

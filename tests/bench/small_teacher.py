@@ -37,6 +37,8 @@ class Size:
     masked: float = 0.4
     """Share of the words that training hides, anew each time: what keeps so small a set from being
     learnt by heart."""
+    attention_dropout: float = 0.1
+    """Of the attention's weights; 0 takes less time on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,7 @@ def train_teacher(
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
         intermediate_size=4 * size.hidden,
+        attention_probs_dropout_prob=size.attention_dropout,
         max_position_embeddings=256,
         pad_token_id=tokenizer.pad_token_id,
         id2label=dict(enumerate(names)),
@@ -147,7 +150,7 @@ def train_teacher(
     )
     model = BertForSequenceClassification(config)
     ids, judged = (tokenizer(part.texts)["input_ids"] for part in (train, validation))
-    best, kept = 0.0, dict[str, Tensor]()
+    best, kept = -1.0, dict[str, Tensor]()
     for epoch, loss in enumerate(
         _epochs(model, ids, train.labels, size, mask=tokenizer.mask_token_id), 1
     ):

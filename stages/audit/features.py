@@ -212,7 +212,7 @@ def _faults(
     row: StoredFeature, allowed: float, *, reader: "_Reader", others: Sequence[StoredFeature]
 ) -> Iterator[tuple[FeatureFault, str]]:
     """What the states may be in place of their own, the likeliest first."""
-    kind, layer = row.name
+    kind, _ = row.name
     kinds = POOLED if of_text(kind) else [kind]
     (every,) = reader.states([row.text], [(k, n) for k in kinds for n in range(reader.layers)])
     mine = every[row.name]

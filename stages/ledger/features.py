@@ -22,7 +22,7 @@ NAME_BYTES = 56
 
 
 def feature_bytes(feature: Feature, width: int) -> int:
-    """What a feature takes of a token on disk, of a text where it is one vector of it: its numbers are not compressed."""
+    """What a feature takes on disk of a token, or of a text that has one vector: its numbers are not compressed."""
     vector = width * feature.bits // 8 + (SCALE_BYTES if feature.bits == 8 else 0)
     return vector + NAME_BYTES * feature.of_text
 

@@ -283,12 +283,7 @@ SCHEMAS: dict[TableName, pa.Schema] = {
             _field(
                 "layer", pa.int32(), "index of the layer; null where there is none", nullable=True
             ),
-            _field(
-                "positions",
-                TOKENS,
-                "[P] indices of the tokens; null: of all, of a pooled kind the whole text",
-                nullable=True,
-            ),
+            _field("positions", TOKENS, "[P] indices of the tokens; null: of all", nullable=True),
             _field("vectors", pa.int32(), "P, positions that have one; of a pooled kind 1"),
             _field("width", pa.int32(), "D, numbers at each position"),
             _field("dtype", pa.string(), "int8, float16 or float32"),

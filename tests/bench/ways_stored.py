@@ -7,7 +7,6 @@ import pyarrow.compute as pc
 
 from stillroom.storage.snapshots.snapshot import load_snapshot
 from stillroom.storage.store.store import Store
-from stillroom.storage.tables.schema import TableName
 from stillroom.storage.tables.shard import ShardFile
 
 SCALE_BYTES = 4
@@ -21,20 +20,19 @@ def stored_bytes(store: Store, snapshot: str) -> dict[str, Any]:
     """
     train = load_snapshot(store, snapshot)
     teacher, lengths = train.about["teacher_id"], train.about["lengths"]
-    targets = _shards(store, "soft_targets", teacher)
+    mine = {shard.sha256 for shard in train.shards}
+    targets = [c.shard for c in store.commits("soft_targets") if c.shard.sha256 in mine]
     return {
         **{name: lengths[name] for name in ("samples", "tokens", "scored_tokens")},
-        "target_bytes_a_row": sum(size for _, size in targets) / sum(s.rows for s, _ in targets),
-        "features": _features(_shards(store, "features", teacher)),
+        "target_bytes_a_row": sum(s.bytes for s in targets) / sum(s.rows for s in targets),
+        "features": _features(_shards(store, teacher)),
     }
 
 
-def _shards(store: Store, table: TableName, teacher: str) -> list[tuple[ShardFile, int]]:
-    """Of one teacher, each with the bytes of its file."""
-    found = [
-        (store.shard(table, commit.shard.sha256), commit.shard.bytes)
-        for commit in store.commits(table)
-    ]
+def _shards(store: Store, teacher: str) -> list[tuple[ShardFile, int]]:
+    """Of one teacher's features, each with the bytes of its file."""
+    commits = store.commits("features")
+    found = [(store.shard("features", c.shard.sha256), c.shard.bytes) for c in commits]
     return [(shard, size) for shard, size in found if shard.about["teacher_id"] == teacher]
 
 

@@ -23,7 +23,7 @@ from stillroom.storage.errors import StillroomError
 from stillroom.storage.snapshots.snapshot import load_snapshot
 from stillroom.storage.store.store import Store
 
-VALIDATION, TEST = "validation", "test"
+VALIDATION, TEST = SPLITS = ("validation", "test")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,65 +66,78 @@ class Students:
         """Make what these arms learn from: one pass of the teacher over the rows of each split."""
         asked = {json.dumps(one): one for arm in arms for one in self.task.arms[arm].stored}
         features = _setting("score.features", list(asked.values()))
-        found = {split: self._run(split, [features], until="score") for split in (VALIDATION, TEST)}
+        # The rows to train on first: so no shard of theirs has held-out rows too.
+        alone = ["evaluate={}", "data.holdout=0", features]
+        run_arm(self._recipe, alone, until="score")
+        found = {split: self._run(split, [features], until="score") for split in SPLITS}
         snapshots = {split: one["snapshots"]["test"] for split, one in found.items()}
         snapshots["train"] = found[TEST]["snapshots"]["train"]
         if snapshots["train"] != found[VALIDATION]["snapshots"]["train"]:
-            raise SystemExit(f"{self.task.name}: a validation text is one of the test's")
+            raise SystemExit(f"{self.task.name}: validation and test leave other rows to train on")
         facts = {"snapshots": snapshots, **stored_bytes(self._store, snapshots["train"])}
         if self._labelled:
             facts["teacher"] = {
-                split: judge_teacher(self._rows(id_)) for split, id_ in snapshots.items()
+                split: judge_teacher(read_snapshot(self._store, snapshot))
+                for split, snapshot in snapshots.items()
             }
         _write(self.folder / f"{self.task.name}.json", facts)
 
     def run(self, choice: Choice) -> dict[str, Any]:
-        """Train and judge a student, or read what it was."""
-        about = {"arm": choice.arm, "rate": choice.rate, "seed": choice.seed}
-        settings = [
-            _setting(name, value) for name, value in self.task.arms[choice.arm].settings.items()
-        ]
-        settings += [
-            _setting("score.features", list(self.task.arms[choice.arm].stored)),
-            _setting("train.learning_rate", choice.rate),
-            _setting("run.seed", choice.seed),
-            _setting("run.dir", str(self.folder / "runs" / self.task.name / choice.name)),
-        ]
-        for split in (VALIDATION, TEST)[: 1 + choice.test]:
-            file = self.results / f"{choice.name}-{split}.json"
-            if not file.is_file():
-                _write(file, about | self._judged(split, settings))
-        return json.loads(file.read_text())
+        """Train and judge a student, or read what it was; on its last split."""
+        arm = self.task.arms[choice.arm]
+        changes = arm.settings | {
+            "score.features": list(arm.stored),
+            "train.learning_rate": choice.rate,
+            "run.seed": choice.seed,
+            "run.dir": str(self.folder / "runs" / self.task.name / choice.name),
+        }
+        settings = [_setting(name, value) for name, value in changes.items()]
+        wanted = {split: self._file(choice, split) for split in SPLITS[: 1 + choice.test]}
+        found: dict[str, Any] = {}
+        for split in [split for split, file in wanted.items() if not file.is_file()]:
+            found = self._judged(split, settings, trained=found)
+            about = {"arm": choice.arm, "rate": choice.rate, "seed": choice.seed}
+            _write(wanted[split], about | _short(found, self.task))
+        return json.loads(wanted[SPLITS[choice.test]].read_text())
+
+    def _file(self, choice: Choice, split: str) -> Path:
+        return self.results / f"{choice.name}-{split}.json"
 
     def read(self, split: str) -> list[dict[str, Any]]:
         """All students that were judged on a split."""
         return [json.loads(f.read_text()) for f in sorted(self.results.glob(f"*-{split}.json"))]
 
-    def _judged(self, split: str, settings: Sequence[str]) -> dict[str, Any]:
+    def _judged(
+        self, split: str, settings: Sequence[str], *, trained: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The records of a student and its `numbers`; why it `failed`, where its training broke off.
+
+        Args:
+            split: What judges.
+            settings: Of the student.
+            trained: Its records, where it was trained just now.
+        """
         began = time.process_time()
+        found = trained
         try:
-            found = self._run(split, settings, until="train" if self._labelled else None)
+            if not found or not self._labelled:
+                until = "train" if self._labelled else "evaluate"
+                found = self._run(split, settings, until=until)
         except StillroomError as error:
             return {"failed": str(error)}
-        seconds = time.process_time() - began
+        seconds = trained.get("cpu_seconds", time.process_time() - began)
         numbers = self._classified(found, split) if self._labelled else found["results"]["student"]
-        last = found["history"][-1]
-        return {
-            "numbers": {name: numbers[name] for name in self.task.measures},
-            "parts": {name: last.get(name) for name in ("soft", "hard", "features")},
-            "cpu_seconds": seconds,
-            **{name: found[name] for name in ("parameters", "steps", "tokens", "samples")},
-        }
+        return found | {"numbers": numbers, "cpu_seconds": seconds}
 
-    def _run(self, split: str, settings: Sequence[str], *, until: str | None) -> dict[str, Any]:
+    def _run(self, split: str, settings: Sequence[str], *, until: str) -> dict[str, Any]:
         judged_on = _setting("evaluate", self.task.held_out[split])
-        return run_arm(self._recipe, [judged_on, *settings], until=until)
+        return run_arm(self._recipe, [judged_on, *settings], until=until, report=False)
 
     def _classified(self, found: Mapping[str, Any], split: str) -> dict[str, float]:
-        recipe = load_recipe(self._recipe, [])
         student = Path(found["train_dir"]) / "student"
-        model = load_student(recipe, self._teacher_dir, student)
-        return judge(model, self._teacher_dir, self._rows(self.facts["snapshots"][split]))
+        model = load_student(load_recipe(self._recipe, []), self._teacher_dir, student)
+        texts = read_snapshot(self._store, self.facts["snapshots"][split])
+        return judge(model, self._teacher_dir, texts)
 
     @property
     def _labelled(self) -> bool:
@@ -139,8 +152,18 @@ class Students:
         snapshot = load_snapshot(self._store, self.facts["snapshots"]["train"])
         return self._store.teacher_dir(snapshot.about["teacher_id"])
 
-    def _rows(self, snapshot: str) -> list[Any]:
-        return read_snapshot(self._store, snapshot)
+
+def _short(found: Mapping[str, Any], task: Task) -> dict[str, Any]:
+    """What is kept of a student."""
+    if "failed" in found:
+        return dict(found)
+    last = found["history"][-1]
+    kept = ("parameters", "steps", "tokens", "samples", "cpu_seconds")
+    return {
+        "numbers": {name: found["numbers"][name] for name in task.measures},
+        "parts": {name: last.get(name) for name in ("soft", "hard", "features")},
+        **{name: found[name] for name in kept},
+    }
 
 
 def _with_places(recipe: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -209,7 +209,7 @@ def _feature_lines(found: "FeaturesRead") -> list[str]:
     if found.without_text:
         lines.append(f"not read: {found.without_text} rows of features whose text is gone")
     for row in found.off[:SHOWN]:
-        where = f"{row.shard}, row {row.row} ({row.key}, layer {row.layer})"
+        where = f"{row.shard}, row {row.row} ({row.key}, {row.kind} of layer {row.layer})"
         lines.append(
             f"PROBLEM {where}: off by {row.error:.3g}, relative (allowed {row.allowed:.2g}). Its "
             f"states are {row.message}"

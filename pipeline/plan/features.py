@@ -3,14 +3,17 @@
 from pathlib import Path
 
 from ...stages.ledger.features import feature_bytes
+from ...stages.models.attention.by_config import AttentionFacts, attention_facts
 from ...stages.models.fit.config import ConfigFacts, blocks_of, config_facts
 from ...stages.models.fit.files import read_json
 from ...stages.models.fit.fresh import fresh_config
 from ...stages.models.fit.light import light_transformers
 from ...stages.models.fit.parts import text_config
-from ...stages.recipe.features import captured, layers_for
+from ...stages.recipe.features import FeatureLoss, captured, layers_for
 from ...stages.recipe.sections import Recipe
 from ...storage.errors import UsageError
+from ...storage.tables.features import HEADED, POOLED
+from .attention import REMEDY, config_attention, refuse_unpaired
 from .resolve import Bound
 
 
@@ -47,6 +50,7 @@ def _refuse_layers(recipe: Recipe, folder: Path) -> None:
             f"score.features: {folder} ({facts.model_type}) has not one row of blocks that all hand "
             "on states of one width, so none can be named by a number. Leave them out."
         )
+    _refuse_attention(recipe, folder)
     for request in recipe.score.features:
         beyond = [layer for layer in request.layers if layer >= facts.blocks]
         if beyond:
@@ -56,58 +60,91 @@ def _refuse_layers(recipe: Recipe, folder: Path) -> None:
             )
 
 
+def _refuse_attention(recipe: Recipe, folder: Path) -> None:
+    """Of a teacher whose queries and keys do not make its attention."""
+    assert recipe.score is not None
+    asked = [request.what for request in recipe.score.features if request.what in HEADED]
+    found = config_attention(folder, "teacher.model")
+    if asked and found.beyond is not None:
+        raise UsageError(
+            f"score.features: {asked[0]} of {folder} ({_facts(folder, 'teacher.model').model_type}): "
+            f"its attention is not softmax(scale q k^T) alone: it has {found.beyond}. {REMEDY}"
+        )
+
+
 def _refuse_student_layers(recipe: Recipe, bound: Bound, folder: Path | None) -> None:
     assert recipe.score is not None
-    blocks = _student_blocks(recipe, bound, folder)
-    if blocks is None:
+    student = _student(recipe, bound, folder)
+    if student is None:
         return
+    blocks, attention = student
     if blocks == 0:
         raise UsageError(
             "loss.features: the student has not one row of blocks, so none can be matched. Use "
             "another student, or leave loss.features out."
         )
+    teacher = config_attention(bound.teacher.folder, "teacher.model") if bound.teacher else None
     for number, asked in enumerate(recipe.loss.features):
-        stored = layers_for(asked, recipe.score.features)
-        path = f"loss.features.{number}.layers"
-        if asked.layers == "uniform" and len(stored) > blocks:
+        path = f"loss.features.{number}"
+        _refuse_pairs(f"{path}.layers", asked, layers_for(asked, recipe.score.features), blocks)
+        if {*asked.needs} & {*HEADED}:
+            refuse_unpaired(path, asked, teacher, attention)
+
+
+def _refuse_pairs(path: str, asked: FeatureLoss, stored: list[int], blocks: int) -> None:
+    if asked.layers == "uniform" and len(stored) > blocks:
+        raise UsageError(
+            f"{path}: 'uniform' gives each of the {len(stored)} stored layers a block of its "
+            f"own, and the student has {blocks}. Store fewer, or name pairs."
+        )
+    for teacher, student in asked.pairs(stored, blocks):
+        if student >= blocks:
             raise UsageError(
-                f"{path}: 'uniform' gives each of the {len(stored)} stored layers a block of its "
-                f"own, and the student has {blocks}. Store fewer, or name pairs."
+                f"{path}: layer {teacher} of the teacher with block {student} of the student, "
+                f"which has {blocks}, 0 to {blocks - 1}. Name one of these."
             )
-        for teacher, student in asked.pairs(stored, blocks):
-            if student >= blocks:
-                raise UsageError(
-                    f"{path}: layer {teacher} of the teacher with block {student} of the student, "
-                    f"which has {blocks}, 0 to {blocks - 1}. Name one of these."
-                )
 
 
-def _student_blocks(recipe: Recipe, bound: Bound, folder: Path | None) -> int | None:
-    """None where the student, or the teacher whose config it gets, is not here."""
+def _student(
+    recipe: Recipe, bound: Bound, folder: Path | None
+) -> tuple[int, AttentionFacts] | None:
+    """Its blocks and its attention; None where it, or the teacher whose config it gets, is not here."""
     if folder is not None:
-        return _facts(folder, "student.model").blocks
-    if bound.teacher is None or recipe.student is None or recipe.student.config is None:
+        attention = config_attention(folder, "student.model")
+        return _facts(folder, "student.model").blocks, attention
+    if bound.teacher is None or recipe.student is None or recipe.student.model is not None:
         return None
+    student = recipe.student
     with light_transformers():
-        made = fresh_config(bound.teacher.folder, recipe.student.config, task=recipe.run.task)
-        return blocks_of(text_config(made))
+        made = fresh_config(
+            bound.teacher.folder,
+            student.config or {},
+            task=recipe.run.task,
+            layers=student.from_teacher_layers,
+        )
+        return blocks_of(text_config(made)), attention_facts(made)
 
 
-def teacher_width(bound: Bound) -> int:
-    """Numbers of a state that a block of the teacher hands on; 0 where it is not here."""
-    return _facts(bound.teacher.folder, "teacher.model").width if bound.teacher else 0
+def teacher_widths(recipe: Recipe, bound: Bound) -> dict[str, int]:
+    """Numbers of a vector of each kind of feature of the teacher; none where it is not here, or none is asked for."""
+    if bound.teacher is None or recipe.score is None or not recipe.score.features:
+        return {}
+    folder = bound.teacher.folder
+    attention = config_attention(folder, "teacher.model")
+    states = dict.fromkeys(("hidden", *POOLED), _facts(folder, "teacher.model").width)
+    return states | {kind: attention.numbers(kind) for kind in HEADED}
 
 
 def feature_note(recipe: Recipe, bound: Bound) -> list[str]:
     """What the features of a token take, and those of a text, for people."""
-    width = teacher_width(bound)
-    if recipe.score is None or not recipe.score.features or not width:
+    widths = teacher_widths(recipe, bound)
+    if recipe.score is None or not widths:
         return []
     found = []
     for of, per_text in (("token", False), ("text", True)):
         features = [f for f in captured(recipe.score.features) if f.of_text == per_text]
-        total = sum(feature_bytes(feature, width) for feature in features)
-        parts = ", ".join(f"{f.words} {feature_bytes(f, width)} ({f.dtype})" for f in features)
+        total = sum(feature_bytes(feature, widths) for feature in features)
+        parts = ", ".join(f"{f.words} {feature_bytes(f, widths)} ({f.dtype})" for f in features)
         if features:
             found.append(f"features: {total} bytes a {of} of the rows to train on: {parts}")
     return found

@@ -39,7 +39,7 @@ from ...storage.joined import Joined, open_store
 from ...storage.published.folder import Published
 from ...storage.store.store import Store
 from ..numbers import teacher_layers
-from .features import feature_note, refuse_features, teacher_width
+from .features import feature_note, refuse_features, teacher_widths
 from .lengths import refuse_unread, unread_by_student, window_notes
 from .lines import Plan, StagePlan, State, equal_texts
 from .resolve import Bound, bind, refuse_start
@@ -297,7 +297,7 @@ def _plan_stored(recipe: Recipe, plan: Plan, books: Books) -> None:
             vocab_size=binding.vocab_size,
             limit=binding.context_tokens,
             teacher_parts=bound.teacher.parts if bound.teacher else None,
-            teacher_width=teacher_width(bound),
+            teacher_widths=teacher_widths(recipe, bound),
         )
         plan.stages.append(_line("score", ledger, upstream=upstream))
         upstream = upstream and not ledger.pending

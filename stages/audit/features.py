@@ -73,6 +73,7 @@ class OffFeature:
     key: str
     shard: str
     row: int
+    kind: str
     layer: int
     error: float
     """e, as above."""
@@ -200,6 +201,7 @@ def _off(
         key=row.key,
         shard=row.shard,
         row=row.number,
+        kind=row.name[0],
         layer=row.name[1],
         error=error,
         allowed=allowed,

@@ -5,7 +5,7 @@ layer is found by any request for it; numbers of more bits serve where fewer are
 other way round. Only rows to train on have any: nobody is judged on them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 
@@ -17,13 +17,18 @@ from .books import Books
 
 SCALE_BYTES = 4
 """Of the scale of a vector at 8 bits."""
-NAME_BYTES = 56
+NAME_BYTES = 60
 """Of the names of a row and its error, beside the vector of a text; of rows of many vectors they are nothing."""
 
 
-def feature_bytes(feature: Feature, width: int) -> int:
+Widths = Mapping[str, int]
+"""Numbers of a vector, by kind of feature; of a kind that is left out nothing is known."""
+
+
+def feature_bytes(feature: Feature, widths: Widths) -> int:
     """What a feature takes on disk of a token, or of a text that has one vector: its numbers are not compressed."""
-    vector = width * feature.bits // 8 + (SCALE_BYTES if feature.bits == 8 else 0)
+    scale = SCALE_BYTES if feature.bits == 8 else 0
+    vector = widths.get(feature.kind, 0) * feature.bits // 8 + scale
     return vector + NAME_BYTES * feature.of_text
 
 
@@ -115,10 +120,10 @@ class FeatureSql:
             "LEFT JOIN feature_rows ON feature_rows.text_key = named.text_key"
         )
 
-    def to_do(self, width: int) -> str:
-        """Bytes of what a row of `scored` lacks, of a teacher with states of this width."""
+    def to_do(self, widths: Widths) -> str:
+        """Bytes of what a row of `scored` lacks, of a teacher with vectors of these widths."""
         parts = [
-            f"CASE WHEN {column} IS NULL THEN {feature_bytes(one, width)} ELSE 0 END"
+            f"CASE WHEN {column} IS NULL THEN {feature_bytes(one, widths)} ELSE 0 END"
             + ("" if one.of_text else " * tokens")
             for one, column in zip(self._features, self.columns, strict=True)
         ]

@@ -15,7 +15,7 @@ from ..targets.alignment import class_span
 from ..targets.spec import Kept, reference, target_bytes, wanted
 from .books import Books, Ledger, Pending, different
 from .coverage import PLACES, best, lacks, reason
-from .features import FeatureSql, capture_id, name_texts
+from .features import FeatureSql, Widths, capture_id, name_texts
 from .requests import TargetRequest, captured_key, target_key
 
 PART_ROWS = 2_000_000  # rows whose equal tokens are looked for at once
@@ -104,7 +104,7 @@ def target_ledger(
     vocab_size: int,
     limit: int,
     teacher_parts: dict[str, Any] | None = None,
-    teacher_width: int = 0,
+    teacher_widths: Widths | None = None,
 ) -> Ledger:
     """The books of `score`; leaves the view `scored` behind.
 
@@ -116,7 +116,7 @@ def target_ledger(
         vocab_size: Of the teacher; decides what reference targets are.
         limit: Tokens that the teacher reads at once.
         teacher_parts: What the teacher's identity is made of, to say how it differs from another's.
-        teacher_width: Numbers of a state of the teacher, to say what features take; 0: not known.
+        teacher_widths: Of the teacher's vectors, to say what features take; None: not known.
     """
     score = books.score
     judged, trained = reference(score, vocab_size), wanted(score, vocab_size)
@@ -133,7 +133,7 @@ def target_ledger(
         features=features,
     )
     ledger = Ledger()
-    for one in _counts(books, features.to_do(teacher_width)):
+    for one in _counts(books, features.to_do(teacher_widths or {})):
         ledger.equal += one.texts - one.requests
         kept = judged if one.held_out else trained
         why = "new" if one.lack is None else reason(kept, one.lack)

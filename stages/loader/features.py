@@ -33,6 +33,7 @@ class FeatureSource:
         self._companions = companions
         self._names: list[Name] = [(one.kind, one.layer) for one in wanted]
         self._one_reads = threading.Lock()
+        self._layouts = self.layouts()
 
     def states(self, number: int, token_ids: np.ndarray) -> dict[Name, np.ndarray]:
         """[T, D] float32 of each feature of a sample, of pooled states [1, D]; by its number in the snapshot.
@@ -53,6 +54,12 @@ class FeatureSource:
                 raise IntegrityError(
                     f"features: {name[0]} of layer {name[1]} of sample {number} has "
                     f"{row['vectors']} vectors for {len(token_ids)} tokens. Run `stillroom verify`."
+                )
+            if Layout.from_row(row) != self._layouts[name]:
+                raise IntegrityError(
+                    f"features: {name[0]} of layer {name[1]} of sample {number} are laid out as "
+                    f"{Layout.from_row(row)}, those of the first sample as {self._layouts[name]}. "
+                    "Run `stillroom verify --deep`."
                 )
             found[name] = Rounded.from_row(row).restored()
         return found

@@ -213,6 +213,9 @@ class Scorer:
         )
 
     def _feature_rows(self, request: TargetRequest, read: Read) -> Iterator[dict[str, Any]]:
+        from ..targets.features.rounding import check_rounding
+
+        check_rounding(request.features, read.features, read.layouts)
         for feature in request.features:
             name = feature.kind, feature.layer
             yield feature_row(
@@ -235,8 +238,10 @@ def reads(targets: "Iterable[SoftTargets]", taken: "Taken", lengths: Sequence[in
 
 
 def asked_of(batch: Batch) -> set[Feature]:
-    """What some row of a batch is to have captured."""
-    return {feature for request in batch for feature in request.features}
+    """What is captured of a batch: what some row is to have, and what its rounding is seen by."""
+    from ..targets.features.rounding import with_counterparts
+
+    return with_counterparts({feature for request in batch for feature in request.features})
 
 
 def row_keys(job: Job, request: TargetRequest) -> RowKeys:

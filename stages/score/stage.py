@@ -32,7 +32,7 @@ from ..workers.shard_about import about
 from ..workers.share import Share, StageWork, open_share
 from .scorer import Batch, Scorer, row_keys
 
-_VECTORS = 4
+_VECTORS = 8
 """Times as many rows in a commit where each is one vector: what a file says of itself is then little of it."""
 BATCH_BYTES = 256 * 2**20  # of the entries of a batch
 

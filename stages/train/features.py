@@ -12,8 +12,6 @@ from ..recipe.sections import Loss, Train
 from ..workers.job import Job
 
 if TYPE_CHECKING:
-    import torch
-
     from ..losses.features.matching import Matching
 
 
@@ -34,9 +32,11 @@ def find_features(
 
 
 def make_matching(
-    model: Any, job: Job, loss: Loss, source: FeatureSource | None, *, device: "torch.device"
+    model: Any, job: Job, loss: Loss, source: FeatureSource | None, *, longest: int
 ) -> "Matching | None":
-    """The pairs of layers, with their maps on the device; None where nothing is matched.
+    """What is matched, with its maps on the student's device; None where nothing is.
+
+    `longest`: tokens of the longest sample that is read.
 
     Raises:
         UsageError: the student does not show what is compared.
@@ -46,7 +46,7 @@ def make_matching(
     from ..losses.features.matching import Matching, pairs_of, parts_of
     from ..targets.features.blocks import blocks_of
     from ..targets.features.capture import check_first_token
-    from ..targets.features.shown import check_shown
+    from ..targets.features.shown import check_shown, glimpse
 
     pairs = pairs_of(loss.features, job.score.features, student_blocks=len(blocks_of(model)))
     known = {
@@ -58,7 +58,8 @@ def make_matching(
     check_shown(model, matching.needs)
     firsts = [p.student for p in pairs if "pooled_cls" in p.loss.needs]
     check_first_token(model, sorted(set(firsts)))
-    return matching.to(device)
+    matching.check(glimpse(model, matching.needs), longest)
+    return matching.to(next(model.parameters()).device)
 
 
 def group_notes(group: int | None, lengths: Lengths, train: Train) -> list[str]:

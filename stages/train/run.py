@@ -143,13 +143,10 @@ class Run:
         for note in self._left_out:
             self._job.progress.say(note)
         source = self._samples.features
-        matching = make_matching(model, self._job, self._loss, source, device=device)
+        lengths = self._extremes()
+        matching = make_matching(model, self._job, self._loss, source, longest=max(lengths))
         passes = training_passes(
-            model,
-            self._job,
-            teacher_dir=self._teacher_dir,
-            lengths=self._extremes(),
-            dtype=dtype,
+            model, self._job, teacher_dir=self._teacher_dir, lengths=lengths, dtype=dtype
         )
         group = None if matching is None else matching.group
         for note in group_notes(group, self._lengths, self._train):

@@ -371,8 +371,8 @@ def encodings(schema: pa.Schema) -> dict[str, Any]:
     encoding |= {c: "BYTE_STREAM_SPLIT" for c in _SPLIT if c in leaves}
     plain = leaves & set(_PLAIN)
     beside = set(_BESIDE_PLAIN) if plain else set()
-    # The least and the greatest vector say nothing, and stand in a file three times.
-    told = {"write_statistics": sorted(leaves - plain)} if plain else {}
+    # The least and the greatest vector or hash say nothing, and stand in a file three times.
+    told = {"write_statistics": sorted(leaves - plain - beside)} if plain else {}
     return told | {
         "compression": {leaf: "none" if leaf in plain else "zstd" for leaf in sorted(leaves)},
         "compression_level": dict.fromkeys(sorted(leaves - plain), 1),

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,16 +21,29 @@ Text = tuple[Sequence[int], int]
 """Token ids, and the index of the first that is scored."""
 
 
-@dataclass
-class LiveHidden:
-    """Hidden states that are matched besides: mean squared error after a map that trains with the student."""
+class LiveMatch(Protocol):
+    """What of a live teacher's features is matched besides its distribution."""
 
-    teacher: int
-    """Index into `hidden_states`: 1 is what the first block hands on."""
-    student: int
-    weight: float
-    map: Tensor
-    """[D, d] a leaf that requires a gradient."""
+    leaves: Sequence[Tensor]
+    """That train besides the student."""
+    shown: dict[str, Any]
+    """What both models are asked to show."""
+    every_token: bool
+    """Whether its sum is divided by all tokens of the step; else by the scored ones."""
+
+    def loss(self, theirs: Any, mine: Any, start: int) -> Tensor:
+        """Weighted, summed over one text."""
+
+
+class LiveHidden:
+    """States of a block, of which transformers shows `hidden_states[layer + 1]`."""
+
+    every_token = False
+
+    def __init__(self, *, teacher: int, student: int, weight: float, map: Tensor) -> None:
+        """`map`: [D, d] a leaf that requires a gradient."""
+        self.teacher, self.student, self.weight, self.map = teacher, student, weight, map
+        self.leaves, self.shown = [map], {"output_hidden_states": True}
 
     def loss(self, theirs: Any, mine: Any, start: int) -> Tensor:
         """Summed over the positions that predict a scored token, of one text."""
@@ -39,9 +52,25 @@ class LiveHidden:
         return self.weight * (s - t).square().mean(-1).sum()
 
 
+class LiveAttention:
+    """Eager maps of a block, head by head."""
+
+    every_token = True
+
+    def __init__(self, *, teacher: int, student: int, weight: float) -> None:
+        self.teacher, self.student, self.weight = teacher, student, weight
+        self.leaves, self.shown = [], {"output_attentions": True}
+
+    def loss(self, theirs: Any, mine: Any, start: int) -> Tensor:
+        """Summed over all tokens; a map's zeros add nothing."""
+        t, s = theirs.attentions[self.teacher][0], mine.attentions[self.student][0]
+        terms = torch.where(t > 0, t * (t.clamp_min(1e-30).log() - s.clamp_min(1e-30).log()), 0.0)
+        return self.weight * terms.sum(-1).mean(0).sum()
+
+
 @dataclass
 class LiveBetween:
-    """Losses between the samples of a step besides: groups of consecutive ones, a part after the other."""
+    """Losses between the samples of a step: groups of consecutive ones, a part after the other."""
 
     teacher: int
     """Index into `hidden_states`: 1 is what the first block hands on."""
@@ -51,14 +80,15 @@ class LiveBetween:
     group: int
     parts: Sequence[tuple[float, Callable[[Tensor, Tensor], Tensor], Callable[[int], int]]]
     """Weight, sum over a group of the teacher's and the student's vectors, terms of a group."""
-    map: Tensor | None = None
-    """[D, d] a leaf that requires a gradient, of the student's vectors."""
+    leaves: Sequence[Tensor] = ()
+    """A map [D, d] of the student's vectors, or none."""
 
     def loss(self, shown: Sequence[tuple[Any, Any]]) -> Tensor:
         """Of a step: each part divided by its terms."""
         theirs = torch.stack([self.pool(t.hidden_states[self.teacher][0]) for t, _ in shown])
         mine = torch.stack([self.pool(s.hidden_states[self.student][0]) for _, s in shown])
-        mine = mine if self.map is None else mine @ self.map.T
+        for to_teacher in self.leaves:
+            mine = mine @ to_teacher.T
         total = torch.zeros(())
         for weight, measure, terms in self.parts:
             sums = zip(theirs.split(self.group), mine.split(self.group), strict=True)
@@ -82,7 +112,7 @@ def live_training(
     texts: Iterable[Text],
     *,
     total_tokens: int,
-    hidden: LiveHidden | None = None,
+    matched: LiveMatch | None = None,
     between: LiveBetween | None = None,
 ) -> LiveRun:
     """Train a fresh student of the recipe on texts in the order given; the teacher reads each as it comes.
@@ -91,26 +121,31 @@ def live_training(
         recipe: With a forward KL over the whole vocabulary, AdamW and a cosine schedule.
         texts: All that is trained on, epoch after epoch.
         total_tokens: Their tokens together: the schedule's length.
-        hidden: What is matched besides, if anything.
+        matched: What of the features is matched besides, if anything.
         between: And between the samples of a step.
     """
     teacher = AutoModelForCausalLM.from_pretrained(recipe.teacher.model, dtype=torch.float32).eval()
     student = fresh_student(recipe)
-    maps = [one.map for one in (hidden, between) if one is not None and one.map is not None]
-    trained = [*student.parameters(), *maps]
+    if matched is not None and "output_attentions" in matched.shown:
+        for model in (teacher, student):
+            model.set_attn_implementation("eager")
+    asked = matched.shown if matched else {"output_hidden_states": between is not None}
+    leaves = [leaf for one in (matched, between) if one is not None for leaf in one.leaves]
+    trained = [*student.parameters(), *leaves]
     optimizer = torch.optim.AdamW(
         _groups(trained, recipe.train.weight_decay), lr=0.0, betas=recipe.train.betas
     )
     found, done = LiveRun(), 0
     for step in _steps(texts, recipe.train.tokens_per_step):
         scored = sum(len(ids) - start for ids, start in step)
-        shown = [_shown(teacher, student, text) for text in step]
+        tokens = sum(len(ids) for ids, _ in step)
+        shares = scored, tokens if matched and matched.every_token else scored
+        shown = [_shown(teacher, student, text, asked) for text in step]
         losses = [
-            _loss(recipe, *said, text, hidden) for said, text in zip(shown, step, strict=True)
+            _loss(recipe, *both, text, matched, shares)
+            for both, text in zip(shown, step, strict=True)
         ]
-        loss = sum(losses, torch.zeros(())) / scored
-        if between is not None:
-            loss = loss + between.loss(shown)
+        loss = sum(losses, torch.zeros(()) if between is None else between.loss(shown))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, recipe.train.clip_norm)
@@ -137,16 +172,23 @@ def saved_weights(folder: Path) -> dict[str, Tensor]:
     return dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict())
 
 
-def _shown(teacher: Any, student: Any, text: Text) -> tuple[Any, Any]:
-    """What both say of one text, with all hidden states."""
+def _shown(teacher: Any, student: Any, text: Text, asked: dict[str, Any]) -> tuple[Any, Any]:
+    """What both say of one text."""
     ids = torch.tensor([list(text[0])])
     with torch.no_grad():
-        theirs = teacher(input_ids=ids, output_hidden_states=True)
-    return theirs, student(input_ids=ids, output_hidden_states=True)
+        theirs = teacher(input_ids=ids, **asked)
+    return theirs, student(input_ids=ids, **asked)
 
 
-def _loss(recipe: Recipe, theirs: Any, mine: Any, text: Text, hidden: LiveHidden | None) -> Tensor:
-    """Summed over the scored tokens of one text."""
+def _loss(
+    recipe: Recipe,
+    theirs: Any,
+    mine: Any,
+    text: Text,
+    matched: LiveMatch | None,
+    shares: tuple[int, int],
+) -> Tensor:
+    """Of one text, its share of the step's: by scored tokens, and by those of what is matched."""
     ids, start = torch.tensor([list(text[0])]), text[1]
     temperature = float(recipe.loss.temperature)  # type: ignore[arg-type]
     target = (theirs.logits[0, start - 1 : -1] / temperature).log_softmax(-1)
@@ -157,7 +199,8 @@ def _loss(recipe: Recipe, theirs: Any, mine: Any, text: Text, hidden: LiveHidden
     )
     hard = cross_entropy(logits, ids[0, start:], reduction="sum")
     total = recipe.loss.soft_weight * soft + recipe.loss.hard_weight * hard  # type: ignore[operator]
-    return total if hidden is None else total + hidden.loss(theirs, mine, start)
+    total = total / shares[0]
+    return total if matched is None else total + matched.loss(theirs, mine, start) / shares[1]
 
 
 def _steps(texts: Iterable[Text], tokens: int) -> Iterator[list[Text]]:

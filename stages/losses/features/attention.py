@@ -10,6 +10,7 @@ soft caps and biases are more.
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from ....storage.errors import UsageError
@@ -51,6 +52,14 @@ class AttentionPart(Part):
         )
         mine = shown.attention(self.need[1]).scores(targets.at)
         return attention_kl(theirs, mine, targets.lengths, heads=self._heads).sum()
+
+    def check(self, shown: Shown, longest: int) -> None:
+        """Heads that can be paired, and a student that sees as much."""
+        queries, keys = (self._layouts[name] for name in (self._queries, self._keys))
+        nothing = torch.zeros(0, queries.width), torch.zeros(0, keys.width)
+        theirs = stored_scores(*nothing, queries, key_heads=keys.heads or 1)
+        mine = shown.attention(self.need[1]).scores(torch.zeros(0, dtype=torch.long))
+        check_pair(theirs, mine, longest, heads=self._heads)
 
     def count(self, size: StepSize) -> int:
         """All tokens."""
@@ -104,13 +113,22 @@ def attention_kl(
         UsageError: other numbers of heads are to be paired, or the student cannot see what the
             teacher looks at, where KL is infinite.
     """
+    check_pair(teacher, student, max(lengths, default=0), heads=heads)
+    return kl_of_maps(teacher, student, lengths, average=heads == "average")
+
+
+def check_pair(teacher: Scores, student: Scores, longest: int, *, heads: Heads) -> None:
+    """Refuse heads that cannot be paired, and a student that sees less; `longest`: tokens of a sample at most.
+
+    Raises:
+        UsageError: as of `attention_kl`.
+    """
     if heads == "each" and len(teacher.x) != len(student.x):
         raise UsageError(
             f"attention: heads: each pairs head with head, but the teacher has {len(teacher.x)} "
             f"and the student {len(student.x)}. Use heads: average, or match: relations, which "
             "works with any number of heads."
         )
-    longest = max(lengths, default=0)
     nearer = _reach(student, longest) < _reach(teacher, longest)
     if nearer or (student.causal and not teacher.causal):
         raise UsageError(
@@ -118,7 +136,6 @@ def attention_kl(
             "infinite where the teacher looks at what the student cannot see. Choose layers of "
             "which the student's sees as much, or match: relations."
         )
-    return kl_of_maps(teacher, student, lengths, average=heads == "average")
 
 
 def _reach(scores: Scores, longest: int) -> int:

@@ -17,9 +17,11 @@ from ...recipe.features import FeatureLoss, FeatureRequest, layers_for
 from ...targets.features.batch import FeatureTargets
 from ...targets.features.capture import Name
 from ...targets.features.shown import Need, Shown
+from .attention import AttentionPart
 from .groups import GroupPart, betweens
 from .hidden import HiddenPart
 from .part import Part, StepSize, drawn_map
+from .relations import RelationPart
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +86,10 @@ def parts_of(
     """
     if "group" in pair.loss.kind.settings:
         return _between(pair, layouts=layouts, student_width=student_width, seed=seed)
+    if pair.loss.match == "attention":
+        return [_attention(pair, layouts)]
+    if pair.loss.match == "relations":
+        return [_relations(pair, kind, layouts) for kind in pair.loss.of]
     teacher = ("hidden", pair.teacher)
     name, width = f"{pair.name}_{pair.loss.distance}", layouts[teacher].width
     to_teacher = None
@@ -99,6 +105,29 @@ def parts_of(
         to_teacher=to_teacher,
     )
     return [found]
+
+
+def _attention(pair: Pair, layouts: Mapping[Name, Layout]) -> Part:
+    return AttentionPart(
+        pair.name if pair.loss.heads == "each" else f"{pair.name}_{pair.loss.heads}",
+        asked=pair.asked,
+        need=("attention", pair.student),
+        teacher=pair.teacher,
+        layouts=layouts,
+        heads=pair.loss.heads,
+    )
+
+
+def _relations(pair: Pair, kind: str, layouts: Mapping[Name, Layout]) -> Part:
+    assert pair.loss.relation_heads is not None
+    return RelationPart(
+        f"{pair.name}_{kind}",
+        asked=pair.asked,
+        need=("attention", pair.student),
+        teacher=(kind, pair.teacher),
+        layout=layouts[kind, pair.teacher],
+        relation_heads=pair.loss.relation_heads,
+    )
 
 
 class Matching(nn.Module):
@@ -131,6 +160,15 @@ class Matching(nn.Module):
         """[P] float32: of each part the sum over a pass, not weighted."""
         with torch.autocast(targets.at.device.type, enabled=False):
             return torch.stack([part(shown, targets) for part in self.parts])
+
+    def check(self, shown: Shown, longest: int) -> None:
+        """See that the student can be compared in samples of up to `longest` tokens.
+
+        Raises:
+            UsageError: it cannot.
+        """
+        for part in self.parts:
+            part.check(shown, longest)
 
     def counts(self, size: StepSize) -> list[int]:
         """[P] what the sums over a step of this size are divided by."""

@@ -49,6 +49,17 @@ class Part(nn.Module):
             targets: The samples of the pass, and the teacher's features of them.
         """
 
+    def check(self, shown: Shown, longest: int) -> None:
+        """See that the student can be compared, before any step.
+
+        Args:
+            shown: By the student, of some pass.
+            longest: Tokens of the longest sample that is read.
+
+        Raises:
+            UsageError: it cannot; says why, and what to do.
+        """
+
     @abstractmethod
     def count(self, size: StepSize) -> int:
         """Terms of a step: what the sums of its passes are divided by together; 0 where there is none."""
@@ -66,4 +77,5 @@ def drawn_map(rows: int, columns: int, name: bytes) -> nn.Parameter:
 
 def in_heads(vectors: Tensor, heads: int) -> Tensor:
     """[h, T, d] of [T, h d], the heads one after another."""
-    return vectors.unflatten(1, (heads, -1)).transpose(0, 1)
+    tokens, width = vectors.shape
+    return vectors.reshape(tokens, heads, width // heads).transpose(0, 1)

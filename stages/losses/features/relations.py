@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ....storage.errors import UsageError
@@ -29,12 +30,20 @@ class RelationPart(Part):
     ) -> None:
         super().__init__(name, asked=asked, need=need)
         self._teacher, self._heads, self._parts = teacher, layout.heads or 1, relation_heads
+        self._width = layout.width
 
     def forward(self, shown: Shown, targets: FeatureTargets) -> Tensor:
         """The sum over all tokens of a pass."""
         theirs = in_heads(targets.vectors[self._teacher], self._heads)
         mine = shown.attention(self.need[1]).vectors(self._teacher[0], targets.at)
         return relation_kl(theirs, mine, targets.lengths, heads=self._parts).sum()
+
+    def check(self, shown: Shown, longest: int) -> None:
+        """Widths that can be cut."""
+        nowhere = torch.zeros(0, dtype=torch.long)
+        mine = shown.attention(self.need[1]).vectors(self._teacher[0], nowhere)
+        _parts(mine, self._parts, "student")
+        _parts(in_heads(torch.zeros(0, self._width), self._heads), self._parts, "teacher")
 
     def count(self, size: StepSize) -> int:
         """All tokens."""
@@ -83,4 +92,4 @@ def _parts(vectors: Tensor, parts: int, whose: str) -> Tensor:
             f"relations: {heads} x {width} numbers of the {whose}'s heads cannot be cut into "
             f"{parts} parts. Choose heads that divide {heads * width}."
         )
-    return vectors.transpose(0, 1).reshape(tokens, parts, -1).transpose(0, 1)
+    return vectors.transpose(0, 1).reshape(tokens, parts, heads * width // parts).transpose(0, 1)

@@ -167,4 +167,6 @@ def _as_it_stands(raw: Mapping[str, Any], where: str) -> ConfigFacts:
         heads=("lm",),
         ahead=None,  # seen when it is loaded
         tied=raw.get("tie_word_embeddings") is not False,
+        blocks=0,  # only its code says what they are
+        width=0,
     )

@@ -74,15 +74,14 @@ class Taken:
 
     def _layout(self, name: Name) -> Layout:
         kind, layer = name
-        width = self._vectors(name).shape[-1]
         if kind not in HEADED:
-            return Layout(width=width)
+            return Layout(width=self.shown.hidden[layer].shape[-1])
         recorded = self.shown.attention(layer)
-        heads = getattr(recorded, kind).shape[1]
+        _, heads, _, width = getattr(recorded, kind).shape
         if kind != "queries":
-            return Layout(width=width, heads=heads)
+            return Layout(width=heads * width, heads=heads)
         return Layout(
-            width=width,
+            width=heads * width,
             heads=heads,
             score_scale=recorded.scale,
             causal=recorded.causal,

@@ -7,12 +7,14 @@ is compared with it.
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from ....storage.errors import UsageError
 from ...models.attention.recorded import Recorded, attention_layers, recording
+from ...models.device import evaluating
 from .blocks import blocks_of, check_blocks, states_of
 
 Need = tuple[Literal["hidden", "attention"], int]
@@ -56,6 +58,14 @@ def showing(model: nn.Module, needs: Iterable[Need]) -> Iterator[Shown]:
 def layers_of(needs: Iterable[Need], what: str) -> list[int]:
     """Blocks of which this is needed, ascending."""
     return sorted({layer for kind, layer in needs if kind == what})
+
+
+def glimpse(model: Any, needs: Iterable[Need]) -> Shown:
+    """What a model shows of two tokens: its heads, and what they see."""
+    ids = torch.arange(2, device=next(model.parameters()).device)[None]
+    with evaluating(model), torch.no_grad(), showing(model, needs) as shown:
+        model(input_ids=ids % model.get_input_embeddings().num_embeddings)
+    return shown
 
 
 def check_shown(model: nn.Module, needs: Iterable[Need]) -> None:

@@ -40,11 +40,15 @@ def features(bits: int) -> list[dict[str, Any]]:
     return [{"what": "hidden", "layers": [0, 2], "bits": bits}]
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+MULTIPLIED = [{"what": what, "layers": [0, 2]} for what in ("queries", "keys", "values")]
+
+
+@pytest.fixture(scope="module", params=["hidden", "multiplied"])
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = tmp_path_factory.mktemp("features")
     teacher = save_tiny_llama(folder / "teacher", initializer_range=0.3, num_hidden_layers=3)
-    score = {"k": 4, "features": features(8)}
+    asked = features(8) if request.param == "hidden" else MULTIPLIED
+    score = {"k": 4, "features": asked}
     _, store, identity = scored_store(folder, teacher, rows=12, score=score)
     return World(store, identity)
 
@@ -96,12 +100,13 @@ def one_back(row: Row, _: list[Row]) -> np.ndarray:
 
 
 def of_another_layer(row: Row, rows: list[Row]) -> np.ndarray:
-    mine = (r for r in rows if r["text_key"] == row["text_key"] and r["layer"] != row["layer"])
-    return states(next(mine))
+    mine = (r for r in rows if r["text_key"] == row["text_key"] and r["kind"] == row["kind"])
+    return states(next(r for r in mine if r["layer"] != row["layer"]))
 
 
 def of_another_text(row: Row, rows: list[Row]) -> np.ndarray:
-    alike = [r for r in rows if r["layer"] == row["layer"]]
+    name = row["kind"], row["layer"]
+    alike = [r for r in rows if (r["kind"], r["layer"]) == name]
     number = next(n for n, r in enumerate(alike) if r["key"] == row["key"])
     other, n = states(alike[(number + 1) % len(alike)]), row["vectors"]
     return np.resize(other, (n, row["width"])) if len(other) < n else other[:n]

@@ -322,15 +322,22 @@ score.run(job, teacher)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("table", "moment"),
-    [("features", "before"), ("features", "after"), ("soft_targets", "after")],
+    ("table", "moment", "features"),
+    [
+        ("features", "before", hidden(0, 2)),
+        ("features", "after", hidden(0, 2)),
+        ("soft_targets", "after", hidden(0, 2)),
+        # One vector a text: eight times as many rows in a commit.
+        ("features", "after", [{"what": "pooled", "layers": [0, 1, 2], "pooling": "mean"}]),
+    ],
 )
 def test_killed_between_its_commits_nothing_is_lost_and_nothing_is_there_twice(
-    scored: Scored, table: str, moment: str
+    scored: Scored, table: str, moment: str, features: list[dict[str, Any]]
 ) -> None:
     """Targets and features of a text come in commits of their own: either may be there without the other."""
-    storage = {"dir": str(scored.folder / "store"), "commit_rows": 4}
-    recipe = scored.recipe(hidden(0, 2), storage=storage)
+    rows = 2 if features[0]["what"] == "pooled" else 4
+    storage = {"dir": str(scored.folder / "store"), "commit_rows": rows}
+    recipe = scored.recipe(features, storage=storage)
     _, job, teacher = teacher_job(recipe)
     data.run(job)
     generate.run(job, teacher)
@@ -351,8 +358,9 @@ def test_killed_between_its_commits_nothing_is_lost_and_nothing_is_there_twice(
     score.run(job, teacher)
     assert make_plan(recipe).line("score").state == "done"
     texts, found = trained_texts(store), features_of(store)
-    assert {(key, layer) for key, layer, _ in found} == {(t, n) for t in texts for n in (0, 2)}
-    assert len(rows_of(store, "features")) == 2 * len(texts)
+    layers = features[0]["layers"]
+    assert {(key, layer) for key, layer, _ in found} == {(t, n) for t in texts for n in layers}
+    assert len(rows_of(store, "features")) == len(layers) * len(texts)
     for name, keys in before.items():
         assert keys < {row["key"] for row in rows_of(store, name)}
     assert verify(store).ok

@@ -136,7 +136,7 @@ def test_another_pooling_is_another_feature_and_more_bits_serve(tmp_path: Path) 
         missing = line(*other)
         assert missing.state == "to do"
         if least:
-            assert missing.bytes_to_do == texts * (least + 56), "a text at a time"
+            assert missing.bytes_to_do == texts * (least + 60), "a text at a time"
     default = recipe(tmp_path, teacher, [{"what": "pooled", "layers": [1], "pooling": "mean"}])
     assert make_plan(default).line("score").state == "done", "16 bits where nothing is said"
 
@@ -155,9 +155,9 @@ def test_cls_means_nothing_where_the_first_token_sees_no_other(tmp_path: Path) -
 def test_a_file_takes_what_the_plan_says(dtype: str, bits: int, tmp_path: Path) -> None:
     """D = 384: at most 2 D + 64 bytes a text."""
     store = Store.open(tmp_path / "store", create=True)
-    rng, texts, width = np.random.default_rng(0), 2048, 384
+    rng, texts, width = np.random.default_rng(0), 4096, 384
     # As `score` commits them where the recipe says nothing.
-    limits = CommitLimits(rows=4 * Storage(dir="store").commit_rows)
+    limits = CommitLimits(rows=8 * Storage(dir="store").commit_rows)
     with store.writer("features", about=ABOUT, limits=limits) as writer:
         for _ in range(texts):
             names = {name: rng.bytes(16) for name in ("key", "reuse_key", "text_key")}
@@ -174,7 +174,7 @@ def test_a_file_takes_what_the_plan_says(dtype: str, bits: int, tmp_path: Path) 
             )
     commits = store.commits("features")
     per_text = sum(commit.shard.bytes for commit in commits) / texts
-    said = feature_bytes(Feature(kind="pooled_mean", layer=5, bits=bits), width)
+    said = feature_bytes(Feature(kind="pooled_mean", layer=5, bits=bits), {"pooled_mean": width})
     assert per_text == pytest.approx(said, rel=0.03)
     assert bits == 8 or per_text <= 2 * width + 64
     statistics = store.shard("features", commits[0].shard.sha256).about["statistics"]

@@ -10,7 +10,7 @@ import feature_references as definition
 import numpy as np
 import pytest
 import torch
-from feature_training import Causal, losses_of, trained
+from causal_features import Causal, losses_of, trained
 from live import LiveBetween, live_training, saved_weights
 from tiny_classes import World, records
 from tiny_models import save_tiny_bert
@@ -119,9 +119,9 @@ def test_training_from_stored_vectors_is_training_with_the_live_teacher(
         pool=POOL[ASKED[match]["pooling"]],
         group=GROUP,
         parts=LIVE[match],
-        map=next((m.detach().clone().requires_grad_() for m in maps.values()), None),
+        leaves=[m.detach().clone().requires_grad_() for m in maps.values()],
     )
-    assert (between.map is not None) == (match == "infonce")
+    assert len(between.leaves) == (match == "infonce")
     tokens = 8 * samples.lengths().tokens
     truth = live_training(job.recipe, texts, total_tokens=tokens, between=between)
     assert len(stored) == len(truth.losses) >= 60
@@ -174,9 +174,11 @@ def test_a_schedule_weighs_both_parts_and_angles_twice(causal: Causal, tmp_path:
         train={"epochs": 1},
     )
     points, total = trained(job)["history"], causal.samples(job).lengths().tokens
+    loss = job.recipe.loss
     for point in points:
         parts = point["features"]
-        expected = point["soft"] + (1 - point["tokens"] / total) * (
+        expected = loss.soft_weight * point["soft"] + loss.hard_weight * point["hard"]
+        expected += (1 - point["tokens"] / total) * (
             parts["rkd_1_to_0_distance"] + 2 * parts["rkd_1_to_0_angle"]
         )
         assert point["loss"] == pytest.approx(expected, rel=1e-5)
@@ -309,11 +311,12 @@ def test_each_is_its_definition_with_the_teacher_live(
 
     passes, samples = encoders.passes(16, loss, tokens=60)
     rounded, turned = matched(passes, samples, student.float())
+    expected, right = defined(passes, samples, teacher, student.double())
     error = max(row["rounding_error"] for row in encoders.worlds[16].rows("features"))
     assert 1e-5 < error < 1e-3
     # Vectors are a few of their differences long, so these are off by so much more.
-    assert rounded == pytest.approx(value, rel=30 * error)
-    assert float((turned - gradient).norm()) <= 30 * error * float(gradient.norm())
+    assert rounded == pytest.approx(expected, rel=30 * error)
+    assert float((turned - right).norm()) <= 30 * error * float(right.norm())
 
 
 def defined(

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from feature_training import Causal, losses_of, trained
+from causal_features import ASKED, EXACT, Causal, losses_of, trained
 from live import LiveHidden, fresh_student, live_training, saved_weights
 from tiny_classes import World, records
 from tiny_llama import save_tiny_llama
@@ -30,14 +30,10 @@ from stillroom.storage.snapshots.snapshot import save_snapshot
 from stillroom.storage.store.store import Store
 from stillroom.storage.tables.features import Layout
 
-EXACT = [{"what": "hidden", "layers": [0, 1], "bits": 32}]
-# The teacher's states are large: so the sum is of the size of the other parts, and float32 tells 1e-5.
-ASKED = [{"match": "hidden", "layers": {1: 0}, "weight": 0.01}]
-
 
 @pytest.fixture(scope="module")
 def causal(tmp_path_factory: pytest.TempPathFactory) -> Causal:
-    return Causal(tmp_path_factory.mktemp("causal"), features=EXACT, asked=ASKED)
+    return Causal(tmp_path_factory.mktemp("causal"))
 
 
 @pytest.mark.numeric
@@ -54,7 +50,7 @@ def test_training_from_stored_states_is_training_with_the_live_teacher(
     (begun,) = parts_of(pair, layouts=layouts, student_width=8, seed=0)[0].parameters()
     hidden = LiveHidden(teacher=2, student=1, weight=0.01, map=begun.detach().requires_grad_())
     truth = live_training(
-        job.recipe, texts, total_tokens=4 * samples.lengths().tokens, hidden=hidden
+        job.recipe, texts, total_tokens=4 * samples.lengths().tokens, matched=hidden
     )
     assert len(stored) == len(truth.losses) >= 30
     assert max(abs(a - b) for a, b in zip(stored, truth.losses, strict=True)) <= 1e-5

@@ -8,7 +8,12 @@ import pytest
 from stillroom.storage.errors import IntegrityError
 from stillroom.storage.integrity.verify import verify
 from stillroom.storage.store.store import Store
-from stillroom.storage.tables.features import Rounded, check_features, doubtful_features
+from stillroom.storage.tables.features import (
+    Layout,
+    Rounded,
+    check_features,
+    doubtful_features,
+)
 from stillroom.storage.tables.row_builders import feature_row
 
 DTYPES = ("int8", "float16", "float32")
@@ -78,6 +83,46 @@ def test_a_row_that_contradicts_itself_is_refused(
     check_features(row(states(), dtype), ABOUT)
     with pytest.raises(IntegrityError, match=said):
         check_features(row(states(), dtype) | changes, ABOUT)
+
+
+HEADS = Layout(width=12, heads=3)
+QUERIES = Layout(width=12, heads=3, score_scale=0.5, causal=True, window=4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout", "changes", "said"),
+    [
+        ("keys", HEADS, {"heads": None}, "keys with heads None"),
+        ("keys", HEADS, {"heads": 5}, "12 numbers of 5 heads"),
+        ("keys", HEADS, {"score_scale": 0.5}, "keys with score_scale 0.5"),
+        ("values", HEADS, {"window": 3}, "values with score_scale None, causal None and window 3"),
+        ("queries", QUERIES, {"causal": None}, "queries with score_scale 0.5, causal None"),
+        ("hidden", None, {"heads": 1}, "hidden with heads 1"),
+    ],
+)
+def test_heads_are_said_of_what_has_some(
+    kind: str, layout: Layout | None, changes: dict[str, Any], said: str
+) -> None:
+    names = {"key": b"k" * 16, "reuse_key": b"r" * 16, "text_key": b"t" * 16}
+    made = feature_row(
+        **names,
+        teacher_id="teacher",
+        kind=kind,
+        layer=1,
+        states=states(),
+        dtype="float16",
+        layout=layout,
+    )
+    check_features(made, ABOUT)
+    assert not list(doubtful_features(made))
+    with pytest.raises(IntegrityError, match=said):
+        check_features(made | changes, ABOUT)
+
+
+@pytest.mark.parametrize(("column", "value"), [("score_scale", 0.0), ("window", 0)])
+def test_what_makes_no_attention_is_doubted(column: str, value: float) -> None:
+    stored = row(states(), "float16", kind="queries", heads=3, score_scale=0.5, causal=True)
+    assert [name for name, _ in doubtful_features(stored | {column: value})] == [column]
 
 
 def test_numbers_that_cannot_be_are_doubted() -> None:

@@ -1,4 +1,4 @@
-"""A small world in which a student learns from a causal teacher's features: store, recipe, jobs."""
+"""A causal teacher with its texts and some of its features, for trainings that match them."""
 
 import json
 from pathlib import Path
@@ -17,18 +17,26 @@ from stillroom.stages.workers.job import Job, StopFlag
 from stillroom.storage.files.local import LocalFiles
 from stillroom.storage.snapshots.snapshot import save_snapshot
 
+EXACT = [{"what": "hidden", "layers": [0, 1], "bits": 32}]
+# The teacher's states are large: so the sum is of the size of the other parts, and float32 tells 1e-5.
+ASKED = [{"match": "hidden", "layers": {1: 0}, "weight": 0.01}]
+
 
 class Causal:
-    """A teacher of three blocks, its texts, scored with some of its features; students of half its width."""
+    """A teacher of three blocks, its texts, scored with two of its layers; students of half its width."""
 
     def __init__(
-        self, folder: Path, *, features: list[dict[str, Any]], asked: list[dict[str, Any]]
+        self,
+        folder: Path,
+        *,
+        features: list[dict[str, Any]] = EXACT,
+        asked: list[dict[str, Any]] = ASKED,
+        **teacher: Any,
     ) -> None:
-        """`features` are captured; `asked` is what is matched where a test says nothing."""
+        """`teacher`: fields of its config."""
         self.folder, self.features, self.asked = folder, features, asked
-        self.teacher = save_tiny_llama(
-            folder / "teacher", num_hidden_layers=3, initializer_range=0.5
-        )
+        settings = {"num_hidden_layers": 3, "initializer_range": 0.5} | teacher
+        self.teacher = save_tiny_llama(folder / "teacher", **settings)
         self.source = write_jsonl(folder / "prompts.jsonl", prompts(30))
         self.store, _ = done_until_score(self.recipe())
 

@@ -46,7 +46,7 @@ def check_rounding(
         moved = attention_moved(found, layouts, layer)
         if moved > ALLOWED:
             raise FloatingPointError(
-                f"with queries and keys of block {layer} in 8 bits its attention moves by {moved:.2f}, "
+                f"with queries and keys of block {layer} in 8 bits its attention moves by {moved:.3f}, "
                 f"and {ALLOWED} are allowed. Ask for bits: 16"
             )
 

@@ -85,6 +85,27 @@ def test_a_row_that_contradicts_itself_is_refused(
         check_features(row(states(), dtype) | changes, ABOUT)
 
 
+def test_queries_and_keys_take_4_d_and_little_more(tmp_path: Any) -> None:
+    """D = 384 in float16: measured files, of both kinds."""
+    store, tokens = Store.open(tmp_path / "store", create=True), 0
+    layouts = {
+        "queries": Layout(width=384, heads=12, score_scale=0.18, causal=False),
+        "keys": Layout(width=384, heads=12),
+    }
+    with store.writer("features", about=ABOUT) as writer:
+        for number in range(60):
+            made = states(int(np.random.default_rng(number).integers(40, 160)), 384, seed=number)
+            tokens += len(made)
+            for kind, layout in layouts.items():
+                key = bytes([number, len(kind)]) * 8
+                names = {"key": key, "reuse_key": key, "text_key": bytes([number]) * 16}
+                how = {"kind": kind, "layer": 5, "dtype": "float16", "layout": layout}
+                writer.add(feature_row(**names, teacher_id="teacher", states=made, **how))
+    files = sum(commit.shard.bytes for commit in store.commits("features"))
+    assert 4 * 384 <= files / tokens <= 4 * 384 + 32
+    assert verify(store).ok
+
+
 HEADS = Layout(width=12, heads=3)
 QUERIES = Layout(width=12, heads=3, score_scale=0.5, causal=True, window=4)
 

@@ -78,6 +78,14 @@ def publish_request(
             "exactly [as stored].",
         ),
     ] = None,
+    features: Annotated[
+        bool | None,
+        typer.Option(
+            "--features/--no-features",
+            help="Also what is stored of the teacher's layers for these texts, and its embeddings "
+            "[what a recipe's student learns from; of a store nothing].",
+        ),
+    ] = None,
     name: Annotated[
         str | None,
         typer.Option(help="What the dataset is called [after the last part of where it goes]."),
@@ -100,7 +108,7 @@ def publish_request(
     overrides: Overrides = None,
 ) -> "PublishRequest":
     """What to publish, as the options of both commands say it."""
-    from ...storage.published.export import Choice
+    from ...storage.published.choice import Choice
     from ..publish.export import PublishRequest
 
     recipe = _named_recipe(place, run, overrides)
@@ -115,6 +123,7 @@ def publish_request(
         source_licenses=tuple(source_license or ()),
         snapshot=snapshot,
         choice=Choice(where=where, columns=names, min_k=min_k),
+        features=features,
         name=name,
         teacher=teacher,
         languages=tuple(language or ()),
@@ -163,7 +172,7 @@ def export(
 ) -> None:
     """Rows of a store as a dataset folder that `datasets`, DuckDB, polars and pyarrow load, with its card.
 
-    Nobody need have been trained on them. Configs `generations` and `soft_targets`, splits as
+    Nobody need have been trained on them. Configs `generations`, `soft_targets` and `features`, splits as
     recorded or trained; Parquet in a folder named by its content, a MANIFEST with the sha256 of
     every file, and last the card that points at it. Stop it anywhere and run it again.
     """

@@ -2,18 +2,26 @@
 
 from pathlib import Path
 
-from ...stages.ledger.features import feature_bytes
+from ...stages.ledger.features import feature_bytes, find_embeddings
 from ...stages.models.attention.by_config import AttentionFacts, attention_facts
 from ...stages.models.fit.config import ConfigFacts, blocks_of, config_facts
 from ...stages.models.fit.files import read_json
 from ...stages.models.fit.fresh import fresh_config
 from ...stages.models.fit.light import light_transformers
 from ...stages.models.fit.parts import text_config
-from ...stages.recipe.features import FeatureLoss, captured, layers_for
+from ...stages.recipe.features import (
+    EMBEDDINGS,
+    FeatureLoss,
+    captured,
+    embedding_bits,
+    layers_for,
+)
 from ...stages.recipe.sections import Recipe
 from ...storage.errors import UsageError
+from ...storage.store.store import Store
 from ...storage.tables.features import HEADED, POOLED
 from .attention import REMEDY, config_attention, refuse_unpaired
+from .lines import StagePlan
 from .resolve import Bound
 
 
@@ -31,20 +39,33 @@ def refuse_features(recipe: Recipe, bound: Bound, student: Path | None) -> None:
     score = recipe.score
     if score is None or not score.features:
         return
-    if bound.published is not None:
+    published = bound.published
+    if published is not None and captured(score.features) and not published.shards("features"):
         raise UsageError(
-            f"score.features: {recipe.data.source} is published, and published folders hold no "
-            "features. Leave them out, or name the store that it was made from."
+            f"score.features: {recipe.data.source} is published without features. Leave them out, or "
+            "name the store that it was made from."
         )
     if bound.teacher is not None:
         _refuse_layers(recipe, bound.teacher.folder)
     if recipe.train is not None and recipe.loss.features:
+        _refuse_frozen(recipe)
         _refuse_student_layers(recipe, bound, student)
+
+
+def _refuse_frozen(recipe: Recipe) -> None:
+    lora = recipe.student.lora if recipe.student is not None else None
+    if lora is not None and any(asked.match == EMBEDDINGS for asked in recipe.loss.features):
+        raise UsageError(
+            "loss.features: match 'embeddings' moves the student's input embeddings, which "
+            "student.lora freezes. Leave one of them out."
+        )
 
 
 def _refuse_layers(recipe: Recipe, folder: Path) -> None:
     assert recipe.score is not None
     facts = _facts(folder, "teacher.model")
+    if not captured(recipe.score.features):
+        return
     if not facts.blocks or not facts.width:
         raise UsageError(
             f"score.features: {folder} ({facts.model_type}) has not one row of blocks that all hand "
@@ -78,7 +99,7 @@ def _refuse_student_layers(recipe: Recipe, bound: Bound, folder: Path | None) ->
     if student is None:
         return
     blocks, attention = student
-    if blocks == 0:
+    if blocks == 0 and any(asked.match != EMBEDDINGS for asked in recipe.loss.features):
         raise UsageError(
             "loss.features: the student has not one row of blocks, so none can be matched. Use "
             "another student, or leave loss.features out."
@@ -138,16 +159,49 @@ def teacher_widths(recipe: Recipe, bound: Bound) -> dict[str, int]:
 def feature_note(recipe: Recipe, bound: Bound) -> list[str]:
     """What the features of a token take, and those of a text, for people."""
     widths = teacher_widths(recipe, bound)
-    if recipe.score is None or not widths:
+    if recipe.score is None:
         return []
     found = []
     for of, per_text in (("token", False), ("text", True)):
-        features = [f for f in captured(recipe.score.features) if f.of_text == per_text]
+        features = [f for f in captured(recipe.score.features) if f.of_text == per_text and widths]
         total = sum(feature_bytes(feature, widths) for feature in features)
         parts = ", ".join(f"{f.words} {feature_bytes(f, widths)} ({f.dtype})" for f in features)
         if features:
             found.append(f"features: {total} bytes a {of} of the rows to train on: {parts}")
+    if size := embedding_bytes(recipe, bound):
+        found.append(f"the teacher's embeddings: {size:,} bytes, once for all texts")
     return found
+
+
+def embedding_bytes(recipe: Recipe, bound: Bound) -> int:
+    """What the matrix of the teacher's embeddings takes; 0: it is not asked for, or the teacher is not here."""
+    bits = embedding_bits(recipe.score.features) if recipe.score is not None else None
+    if bits is None or bound.teacher is None:
+        return 0
+    facts, config = _facts(bound.teacher.folder, "teacher.model"), bound.teacher.parts["config"]
+    # Of some models they are narrower than the states.
+    width = config.get("embedding_size") or config.get("word_embed_proj_dim") or facts.width
+    return int(facts.rows * width * bits // 8)
+
+
+def learnt_embeddings(recipe: Recipe, store: Store, teacher_id: str) -> str:
+    """Id of the matrix that the student's embeddings are compared with; empty: they are not."""
+    bits = embedding_bits(recipe.score.features) if recipe.score is not None else None
+    if bits is None or not any(asked.match == EMBEDDINGS for asked in recipe.loss.features):
+        return ""
+    kept = find_embeddings(store, teacher_id, bits)
+    return kept.id if kept is not None else ""
+
+
+def plan_embeddings(line: StagePlan, recipe: Recipe, bound: Bound, store: Store) -> None:
+    """Where the teacher's embeddings are asked for and not kept yet, `score` has them to do."""
+    bits = embedding_bits(recipe.score.features) if recipe.score is not None else None
+    if bits is None or find_embeddings(store, bound.binding.teacher_id, bits) is not None:
+        return
+    line.why = ", ".join(filter(None, [line.why, "the teacher's embeddings to keep"]))
+    line.bytes_to_do += embedding_bytes(recipe, bound)
+    if line.state == "done":
+        line.state = "to do"
 
 
 def _facts(folder: Path, field: str) -> ConfigFacts:

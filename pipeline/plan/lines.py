@@ -52,6 +52,8 @@ class Plan:
     snapshots: dict[Split, Snapshot] = field(default_factory=dict)
     features: Snapshot | None = None
     """The features that the loss needs; None: it needs none, or they are not all there."""
+    embeddings: str = ""
+    """Id of the matrix of the teacher's embeddings that the loss needs; empty: it needs none."""
     settings: dict[Arm, dict[str, Any]] = field(default_factory=dict)
     evaluation_id: str = ""
     unread: str = ""

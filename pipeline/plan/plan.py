@@ -39,7 +39,13 @@ from ...storage.joined import Joined, open_store
 from ...storage.published.folder import Published
 from ...storage.store.store import Store
 from ..numbers import teacher_layers
-from .features import feature_note, refuse_features, teacher_widths
+from .features import (
+    feature_note,
+    learnt_embeddings,
+    plan_embeddings,
+    refuse_features,
+    teacher_widths,
+)
 from .lengths import refuse_unread, unread_by_student, window_notes
 from .lines import Plan, StagePlan, State, equal_texts
 from .resolve import Bound, bind, refuse_start
@@ -87,6 +93,7 @@ def plan_again(recipe: Recipe, plan: Plan, ended: str) -> Plan:
     else:
         again.stages = [line for line in plan.stages if stage_named(line.name).table is not None]
         again.snapshots, again.features = plan.snapshots, plan.features
+        again.embeddings = plan.embeddings
     return _with_students(recipe, again)
 
 
@@ -299,11 +306,14 @@ def _plan_stored(recipe: Recipe, plan: Plan, books: Books) -> None:
             teacher_parts=bound.teacher.parts if bound.teacher else None,
             teacher_widths=teacher_widths(recipe, bound),
         )
-        plan.stages.append(_line("score", ledger, upstream=upstream))
-        upstream = upstream and not ledger.pending
+        line = _line("score", ledger, upstream=upstream)
+        plan_embeddings(line, recipe, bound, books.store)
+        plan.stages.append(line)
+        upstream = line.state == "done"
     if upstream:
         plan.snapshots = choose_snapshots(books, binding)
         plan.features = choose_features(books, binding)
+        plan.embeddings = learnt_embeddings(recipe, books.store, binding.teacher_id)
 
 
 def _plan_published(plan: Plan, books: Books, published: Published) -> None:

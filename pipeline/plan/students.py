@@ -44,6 +44,8 @@ def plan_students(recipe: Recipe, plan: Plan, *, ready: bool) -> None:
         settings = train_settings(recipe, snapshot, arm)
         if plan.features is not None and arm == "student":
             settings["features"] = plan.features.id
+        if plan.embeddings and arm == "student":
+            settings["embeddings"] = plan.embeddings
         settings["student"]["identity"] = _student_identity(recipe, plan, settings)
         folder = training_run(Path(recipe.run.dir), content_id("train", **settings))
         recorded = _recorded(settings)

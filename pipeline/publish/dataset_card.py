@@ -16,13 +16,14 @@ from ..text import escaped, one_line, prose
 from .dataset_card_code import code
 from .dataset_card_origin import origin
 from .dataset_card_text import columns, limits, numbers, sample, sizes, summary, warnings
+from .features import matrices_about
 
 _SIZES = tuple(
     "n<1K 1K<n<10K 10K<n<100K 100K<n<1M 1M<n<10M 10M<n<100M 100M<n<1B 1B<n<10B 10B<n<100B 100B<n<1T n>1T".split()
 )
 """By powers of ten, from a thousand rows."""
 TAGS = ("knowledge-distillation", "soft-targets", "stillroom")
-CONFIGS = ("generations", "soft_targets")
+CONFIGS = ("generations", "soft_targets", "features")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +65,7 @@ def dataset_card(published: Published) -> str:
         numbers=numbers(manifest),
         origin=origin(manifest, published.provenance),
         limits=limits(manifest),
+        matrices=matrices_about(manifest),
     )
     return f"{str(card).rstrip()}\n"
 
@@ -105,7 +107,7 @@ def _card_data(published: Published, configs: list[str]) -> Any:
                 **({"default": True} if first else {}),
                 "data_files": data_files(manifest, config),
             }
-            for config, first in zip(configs, [True, False], strict=False)
+            for config, first in zip(configs, [True, False, False], strict=False)
         ],
     )
     DatasetInfosDict({config: _info(published, config) for config in configs}).to_dataset_card_data(

@@ -8,6 +8,7 @@ from ...stages.recipe.formats import FORMATS
 from ...stages.recipe.kinds import KINDS
 from ...storage.published.manifest import Manifest
 from ...storage.tables.kinds import STRUCTURES, Structure
+from .features import asked_for
 
 FOLDER = "path/to/this/folder"
 """What the code says where only the reader knows."""
@@ -38,6 +39,9 @@ def code(manifest: Manifest, provenance: Mapping[str, Any], *, repo: str | None)
     }
     if scored and scored["complete"] and not manifest.about["soft_targets"].get("class_names"):
         found["torch"] = _torch(manifest, split)
+    if "features" in manifest.tables:
+        there = next(name for name in manifest.splits if manifest.tables_of("features", name))
+        found["features"] = _FEATURES.format(repo or FOLDER, there)
     if (
         all(facts["complete"] for facts in manifest.tables.values())
         and len(provenance["sources"]) == 1
@@ -69,6 +73,8 @@ def _recipe(manifest: Manifest, provenance: Mapping[str, Any], base: str) -> str
         lines.append(
             f"score: {{{', '.join(f'{name}: {_value(value)}' for name, value in settings.items())}}}"
         )
+        if asked := asked_for(manifest):
+            lines[-1] = f"{lines[-1].removesuffix('}')}, features: {json.dumps(asked)}}}"
     return "\n".join([*lines, "# and run, student, loss, train and evaluate, as you like"])
 
 
@@ -97,6 +103,16 @@ def _duckdb(manifest: Manifest, configs: list[str], split: str, base: str) -> st
 
 
 _KEY = 'print({}[0]["key"].hex())  # keys are 16 bytes'
+_FEATURES = """\
+import numpy as np
+from datasets import load_dataset
+
+row = load_dataset("{}", "features", split="{}")[0]
+kind = {{"int8": "i1", "float16": "<f2", "float32": "<f4"}}[row["dtype"]]
+vectors = np.frombuffer(row["values"], kind).reshape(row["vectors"], row["width"]).astype("float32")
+if row["scale"]:
+    vectors *= np.float32(row["scale"])[:, None]
+print(row["kind"], row["layer"], vectors.shape)"""
 _HEAD = """\
 import torch
 

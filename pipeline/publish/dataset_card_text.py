@@ -13,6 +13,7 @@ from ..numbers import count, decimals, percent, size
 from ..report.inspect import describe
 from ..text import cell, escaped, fenced, inline, prose, table
 from .dataset_card_origin import model_name
+from .features import features_about
 from .provenance import UNKNOWN, unknown_licenses
 
 _SHOWN_POSITIONS, _SHOWN_ENTRIES, _SHOWN_CHARACTERS = 8, 3, 1200
@@ -81,6 +82,8 @@ def sizes(manifest: Manifest, configs: list[str]) -> list[list[str]]:
     for config in configs:
         for split in manifest.splits:
             files = manifest.tables_of(config, split)
+            if not files:
+                continue
             numbers = manifest.statistics[split][config]
             tokens = [count(numbers[name]["total"]) for name in ("tokens", "scored_tokens")]
             rows.append(
@@ -104,6 +107,8 @@ def columns(manifest: Manifest, provenance: Mapping[str, Any], config: str) -> d
     schema, names = PUBLISHED[config], manifest.about.get(config, {}).get("class_names")
     if config == "generations":
         about = f"{_ABOUT[config]}\n\n{_reading(manifest, provenance)}"
+    elif config == "features":
+        about = features_about(manifest)
     elif names:
         about = _ABOUT["classes"].format(names=", ".join(map(inline, names)))
     else:

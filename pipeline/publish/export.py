@@ -11,7 +11,7 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from ...storage.errors import IntegrityError, UsageError
 from ...storage.files.base import explained, make_folder
 from ...storage.files.local import LocalFiles
 from ...storage.keys import content_id
-from ...storage.published.export import Choice, Made, make_tables, place, put
+from ...storage.published.choice import Choice
+from ...storage.published.export import Made, make_tables, place, put
 from ...storage.published.export_rows import PUBLISHED, chosen_columns
 from ...storage.published.manifest import (
     CARD,
@@ -35,9 +36,11 @@ from ...storage.published.manifest import (
 )
 from ...storage.snapshots.snapshot import load_snapshot
 from ...storage.store.bindings import all_bindings
+from ...storage.store.matrices import FOLDER as MATRICES
 from ...storage.store.store import MARKER, TEACHER_FILES, Store
 from ..text import one_line
 from .dataset_card import Published, dataset_card
+from .features import chosen_features
 from .provenance import (
     PROVENANCE,
     Licenses,
@@ -67,6 +70,9 @@ class PublishRequest:
     source_licenses: tuple[str, ...] = ()
     snapshot: str | None = None
     choice: Choice = field(default_factory=Choice)
+    """Its features are not asked: `features` says which."""
+    features: bool | None = None
+    """Whether the teacher's features go along; None: those that the recipe's student learns from."""
     name: str | None = None
     """What the dataset is called; None: as its folder or repository."""
     teacher: str | None = None
@@ -134,7 +140,7 @@ def export(
         manifest = work.build()
     if built and (others := work.others()):
         say(others)
-    if built and (left := work.left_in_the_store()):
+    if built and (left := work.left_in_the_store(manifest)):
         say(left)
     for split, snapshot in work.snapshots.items():
         taken = manifest.splits[split].rows if split in manifest.splits else 0
@@ -163,6 +169,16 @@ class _Export:
         else:
             self._recipe = public_recipe(recorded(request.rows_of))
         self.snapshots = selected(self._store, request.snapshot, request.rows_of)
+        self._choice = replace(
+            request.choice,
+            features=chosen_features(
+                self._store,
+                next(iter(self.snapshots.values())),
+                request.rows_of,
+                asked=request.features,
+                columns=request.choice.columns,
+            ),
+        )
         self._name = _title(request.name, (repo or str(folder.resolve())).rpartition("/")[2])
         _refuse_unprintable("--teacher", request.teacher)
         _refuse_no_languages(request.languages)
@@ -174,22 +190,21 @@ class _Export:
         self._content_id = content_id(
             "export",
             snapshots={split: snapshot.id for split, snapshot in self.snapshots.items()},
-            chosen=request.choice.to_json(),
+            chosen=self._choice.to_json(),
             licenses=licenses,
             said=[self._name, request.teacher, self._recipe],
             versions={package: version(package) for package in ("stillroom", "pyarrow")},
         )
 
-    def left_in_the_store(self) -> str:
-        """What to say of features, which are not published; empty: there are none."""
-        commits = self._store.commits("features")
-        rows = sum(commit.shard.rows for commit in commits)
-        size = sum(commit.shard.bytes for commit in commits)
+    def left_in_the_store(self, manifest: Manifest) -> str:
+        """What to say of features that do not go along; empty: there are none."""
+        rows = sum(commit.shard.rows for commit in self._store.commits("features"))
+        rows -= sum(file.rows for file in manifest.files if file.table == "features")
         if not rows:
             return ""
         return (
-            f"features are not exported yet: {rows} rows ({size:,} bytes) stay in {self._store.root}, "
-            "and who trains from the exported folder has none"
+            f"features that stay in {self._store.root}: {rows} rows. --features takes all that it "
+            "has of these texts, a recipe whose student learns from some takes those"
         )
 
     def others(self) -> str:
@@ -224,7 +239,7 @@ class _Export:
                 shutil.rmtree(work)  # of an export that was stopped
             make_folder(work)
         try:
-            made = make_tables(self._store, self.snapshots, work, self._request.choice)
+            made = make_tables(self._store, self.snapshots, work, self._choice)
             small = self._small_files(made)
             hashed = [
                 PublishedFile(name=n, sha256=_sha256(c), bytes=len(c))
@@ -235,7 +250,7 @@ class _Export:
                 splits=made.splits,
                 tables=made.tables,
                 about=made.about,
-                chosen=self._request.choice.to_json(),
+                chosen=self._choice.to_json(),
                 statistics=made.statistics,
                 request=self._content_id,
                 files=[*sorted(made.files.values(), key=lambda file: file.name), *hashed],
@@ -275,6 +290,7 @@ class _Export:
             ]
         read = self._store.files.read
         _refuse_links(self._store, names)
+        found |= made.records
         return found | {name: without_paths(read(name), name.rpartition("/")[2]) for name in names}
 
     def point(self, manifest: Manifest, repo: str | None) -> str:
@@ -350,7 +366,7 @@ def _refuse_foreign(files: LocalFiles) -> None:
         raise UsageError(f"{root}: is a store. Name another folder for the dataset.")
     work = Path(root) / _WORK
     if work.exists() and not (
-        work.is_dir() and {path.name for path in work.iterdir()} <= PUBLISHED.keys()
+        work.is_dir() and {path.name for path in work.iterdir()} <= {*PUBLISHED, MATRICES}
     ):
         raise UsageError(
             f"{root}: holds a {_WORK} that no export made. Name another folder, or move it away."

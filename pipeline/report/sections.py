@@ -5,7 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from ...stages.recipe.divergences import DIVERGENCES
-from ...stages.recipe.features import MATCHES, FeatureRequest, captured
+from ...stages.recipe.features import (
+    DTYPES,
+    EMBEDDINGS,
+    FEATURES,
+    MATCHES,
+    FeatureRequest,
+    captured,
+    embedding_bits,
+)
 from ...stages.recipe.kinds import KINDS
 from ...storage.tables.kinds import STRUCTURES
 from ..numbers import count, decimals, duration, percent, teacher_layers
@@ -91,7 +99,9 @@ def _matched(asked: Mapping[str, Any]) -> str:
     if isinstance(layers, Mapping):
         layers = ", ".join(f"{teacher} to {student}" for teacher, student in layers.items())
     how = ", ".join(_setting(asked, name) for name in MATCHES[asked["match"]].settings)
-    return f"{scheduled(asked['weight'])} x {asked['match']} ({how}, layers {layers})"
+    where = [] if asked["match"] == EMBEDDINGS else [f"layers {layers}"]
+    how = ", ".join(filter(None, [how, *where]))
+    return f"{scheduled(asked['weight'])} x {asked['match']}" + (f" ({how})" if how else "")
 
 
 def _setting(asked: Mapping[str, Any], name: str) -> str:
@@ -107,8 +117,10 @@ def _setting(asked: Mapping[str, Any], name: str) -> str:
 
 def _features(loss: Mapping[str, Any], score: Mapping[str, Any]) -> list[list[str]]:
     """What is stored besides targets, and the equations of what is matched of it."""
-    stored = captured(map(FeatureRequest.model_validate, score.get("features") or ()))
-    said = [f"{one.words} ({one.dtype})" for one in stored]
+    asked = [FeatureRequest.model_validate(one) for one in score.get("features") or ()]
+    said = [f"{one.words} ({one.dtype})" for one in captured(asked)]
+    if bits := embedding_bits(asked):
+        said.append(f"{FEATURES[EMBEDDINGS].words} ({DTYPES[bits]}, once)")
     rows = [["features", ", ".join(said)]] if said else []
     asked = {(f["match"], f.get("distance", "")) for f in loss.get("features") or ()}
     for name, distance in sorted(asked):

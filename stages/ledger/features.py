@@ -10,9 +10,11 @@ from collections.abc import Mapping, Sequence
 import pyarrow as pa
 
 from ...storage.keys import content_id, content_key
+from ...storage.store.matrices import KeptMatrix
+from ...storage.store.store import Store
 from ...storage.tables.schema import KEY
 from ...storage.tables.shard import text_keys
-from ..recipe.features import Feature
+from ..recipe.features import DTYPES, EMBEDDINGS, Feature
 from .books import Books
 
 SCALE_BYTES = 4
@@ -51,8 +53,28 @@ def capture_id(teacher_id: str, features: Sequence[Feature]) -> str:
     return content_id("capture", teacher=teacher_id, features=named)
 
 
+def embeddings_name(teacher_id: str, dtype: str) -> str:
+    """Name of the matrix of a teacher's embeddings in the store."""
+    return content_id("matrix", what=EMBEDDINGS, teacher=teacher_id, dtype=dtype)
+
+
+def find_embeddings(store: Store, teacher_id: str, bits: int) -> KeptMatrix | None:
+    """The teacher's embeddings with so many bits a number or more, here or in a source; None: they are not kept."""
+    names = (embeddings_name(teacher_id, name) for b, name in DTYPES.items() if b >= max(bits, 16))
+    return next(filter(None, map(store.matrix_named, names)), None)
+
+
 def name_texts(books: Books) -> None:
     """Make the view `named`: `key` and `text_key` of the rows to train on, after `choose_generations`."""
+    texts = _texts(books) if books.published is None else books.published.texts()
+    books.index.register("named_texts", texts)
+    books.index.execute(
+        "CREATE OR REPLACE VIEW named AS SELECT key::UUID AS key, text_key::UUID AS text_key "
+        "FROM named_texts"
+    )
+
+
+def _texts(books: Books) -> pa.Table:
     rows = books.index.table("SELECT DISTINCT place FROM chosen WHERE NOT held_out")
     schema = pa.schema([("key", KEY), ("text_key", KEY)])
     parts = [schema.empty_table()]
@@ -60,11 +82,7 @@ def name_texts(books: Books) -> None:
         shard = books.store.shard("generations", sha256)
         keys = shard.select(numbers, ["key"])["key"].combine_chunks()
         parts.append(pa.Table.from_arrays([keys, text_keys(shard, numbers)], schema=schema))
-    books.index.register("named_texts", pa.concat_tables(parts))
-    books.index.execute(
-        "CREATE OR REPLACE VIEW named AS SELECT key::UUID AS key, text_key::UUID AS text_key "
-        "FROM named_texts"
-    )
+    return pa.concat_tables(parts)
 
 
 class FeatureSql:

@@ -51,7 +51,9 @@ def choose_features(books: Books, binding: Binding) -> Snapshot | None:
     A snapshot of their own: what trains from them finds them, and nobody sweeps them away.
     """
     losses = books.recipe.loss.features
-    if books.recipe.score is None or books.recipe.train is None or not losses:
+    if books.recipe.score is None or books.recipe.train is None:
+        return None
+    if not learnt(losses, books.recipe.score.features):
         return None
     rows = feature_places(books)
     if not rows.num_rows:

@@ -94,6 +94,7 @@ class Passes(ABC):
             lengths=[len(sample) for sample in samples],
             starts=starts,
             compared=[self.positions(sample) for sample in samples],
+            token_ids=[sample.token_ids for sample in samples],
         )
 
     @property

@@ -72,9 +72,14 @@ def device_and_dtype(student: Student) -> tuple[torch.device, torch.dtype]:
     return device, getattr(torch, student.dtype)
 
 
-def out_of_memory(tokens: int, message: str) -> StillroomError:
-    """Of a training pass of so many tokens, which are one sample; `message` is torch's."""
+def out_of_memory(tokens: int, message: str, *, group: int | None = None) -> StillroomError:
+    """Of the smallest training pass: a sample of so many tokens, or a group; `message` is torch's."""
+    what = f"{tokens} tokens, one sample alone"
+    advice = "cut the data shorter"
+    if group is not None:
+        what = f"one group of {group} samples, the longest of {tokens} tokens"
+        advice = "lower `group` in loss.features"
     return StillroomError(
-        f"train: out of memory in a forward pass of {tokens} tokens, one sample alone ({message}). "
-        "Set train.gradient_checkpointing to true, cut the data shorter, or take a smaller student."
+        f"train: out of memory in a forward pass of {what} ({message}). "
+        f"Set train.gradient_checkpointing to true, {advice}, or take a smaller student."
     )

@@ -32,6 +32,8 @@ class FeatureKind:
     """It for people."""
     bits: Bits
     """Of a number, where the recipe says nothing."""
+    of_texts: bool = True
+    """Of each text, in rows; False: of the teacher itself, kept once."""
     fields: tuple[str, ...] = ()
     """Of a request for it, besides those that all have; each must be given."""
 
@@ -52,6 +54,9 @@ class MatchKind:
     """Who proposed it, and where."""
 
 
+EMBEDDINGS = "embeddings"
+"""The one that is kept once of a teacher."""
+
 FEATURES = {
     "hidden": FeatureKind(words="hidden states of block {layer}", bits=8),
     "queries": FeatureKind(words="queries of block {layer}", bits=16),
@@ -62,6 +67,7 @@ FEATURES = {
         bits=16,
         fields=("pooling",),
     ),
+    EMBEDDINGS: FeatureKind(words="input embeddings", bits=16, of_texts=False),
 }
 
 # t: the teacher's state, s: the student's after the trained map, both of D numbers.
@@ -114,6 +120,12 @@ MATCHES = {
             "arXiv 1910.10699"
         ),
     ),
+    EMBEDDINGS: MatchKind(
+        settings=(),
+        needs=(EMBEDDINGS,),
+        equation="1/D |W e - t|^2 of the embeddings of each token, W a trained map or none",
+        source="Jiao et al. 2020 (TinyBERT), arXiv 1909.10351, eq. 8",
+    ),
 }
 
 if TYPE_CHECKING:
@@ -165,9 +177,10 @@ class FeatureRequest(Section):
 
     what: What
     """hidden: the states that a block hands on, at every token. queries, keys, values: what its
-    attention multiplies, all heads, after rotation. pooled: one vector a text of the states."""
-    layers: list[Layer] = Field(min_length=1)
-    """Blocks of the teacher, the first being 0."""
+    attention multiplies, all heads, after rotation. pooled: one vector a text of the states.
+    embeddings: the matrix of the teacher's token embeddings, kept once."""
+    layers: list[Layer] = Field([])
+    """Blocks of the teacher, the first being 0; of embeddings none."""
     bits: Bits | None = None
     """Of a stored number; 8: with a scale per vector; 32: exact. null: 8 of hidden states, else
     16."""
@@ -176,7 +189,15 @@ class FeatureRequest(Section):
     last: its last token's."""
 
     @model_validator(mode="after")
-    def _each_once(self) -> Self:
+    def _layers_and_bits(self) -> Self:
+        if FEATURES[self.what].of_texts and not self.layers:
+            raise ValueError(
+                f"`layers` names none. Name layers of the teacher whose {self.what} are stored"
+            )
+        if self.what == EMBEDDINGS and self.layers:
+            raise ValueError(f"`layers` {self.layers}: embeddings are of no layer. Leave it out")
+        if self.what == EMBEDDINGS and self.bits == 8:
+            raise ValueError("`bits` 8: embeddings are kept with 16 or 32. Choose one of these")
         if len(set(self.layers)) < len(self.layers):
             raise ValueError(f"`layers` {self.layers} names one twice. Name each once")
         return self
@@ -194,7 +215,7 @@ class FeatureRequest(Section):
         return self
 
     def features(self) -> list[Feature]:
-        """One for each layer."""
+        """One for each layer: what is stored of each text."""
         bits = self.bits or FEATURES[self.what].bits
         kind = self.what if self.pooling is None else f"{self.what}_{self.pooling}"
         return [Feature(kind=kind, layer=layer, bits=bits) for layer in self.layers]
@@ -206,7 +227,8 @@ class FeatureLoss(Section):
     match: Match
     """hidden: the states of its blocks, through a trained linear map where their width is not the
     teacher's. attention: where its tokens look. relations: how alike its queries, keys or values
-    are. rkd, similarity: how texts lie to one another. infonce: which text is which."""
+    are. rkd, similarity: how texts lie to one another. infonce: which text is which. embeddings:
+    those of the tokens, through a map as hidden states."""
     layers: dict[Layer, Layer] | Literal["uniform", "last"] = "last"
     """Teacher's block -> student's block. last: of the stored ones the last, with the student's
     last. uniform: all stored ones, evenly over the student's blocks."""
@@ -235,6 +257,8 @@ class FeatureLoss(Section):
     def _some(self) -> Self:
         if self.layers == {}:
             raise ValueError("`layers` is empty. Name a pair of blocks, 'uniform' or 'last'")
+        if self.match == EMBEDDINGS and self.layers != "last":
+            raise ValueError("`layers`: embeddings are of no layer. Leave it out")
         if len(set(self.of)) < len(self.of):
             raise ValueError(f"`of` {self.of} names one twice. Name each once")
         return self
@@ -278,13 +302,15 @@ class FeatureLoss(Section):
         return self.kind.needs or tuple(self.of)
 
     def pairs(self, stored: Sequence[int], student_blocks: int) -> list[tuple[int, int]]:
-        """Teacher's and student's block of each pair, ascending.
+        """Teacher's and student's block of each pair, ascending; none of what is of no layer.
 
         Args:
             stored: Layers of which all that it needs is stored, ascending.
             student_blocks: How many the student has. `uniform` gives the i-th of n stored layers,
                 i = 1 .. n, the student's block i * student_blocks / n, rounded down, counted from 1.
         """
+        if self.match == EMBEDDINGS:
+            return []
         if isinstance(self.layers, dict):
             return sorted(self.layers.items())
         if self.layers == "last":
@@ -301,6 +327,12 @@ def pooling_of(kind: str) -> Pooling:
 def captured(requests: Iterable[FeatureRequest]) -> list[Feature]:
     """All that `score.features` asks for, one by one."""
     return [feature for request in requests for feature in request.features()]
+
+
+def embedding_bits(requests: Iterable[FeatureRequest]) -> Bits | None:
+    """Of a number of the teacher's embeddings, at least; None: they are not asked for."""
+    asked = (one.bits or FEATURES[EMBEDDINGS].bits for one in requests if one.what == EMBEDDINGS)
+    return next(asked, None)
 
 
 def layers_of(requests: Iterable[FeatureRequest], kind: str) -> list[int]:

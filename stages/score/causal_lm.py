@@ -29,7 +29,7 @@ class Teacher:
         check_head(model)
         check_capture(model, captured(job.score.features))
         self.device, self.company = model.device, Company(model)
-        self._job, self._model = job, model
+        self._job, self.model = job, model
         self._reducer = Reducer(split_head(model), kernel=job.score.kernel)
 
     def begin(self, batch: Batch) -> Callable[[], list[Read]]:
@@ -47,8 +47,8 @@ class Teacher:
         spans = [self._span(request) for request in batch]
         with self._job.clock.span("model"):
             inputs = {"input_ids": self._moved(ids), "attention_mask": self._moved(mask)}
-            with capturing(self._model, asked_of(batch)) as taken:
-                hidden = hidden_states(self._model, **inputs).flatten(0, 1)
+            with capturing(self.model, asked_of(batch)) as taken:
+                hidden = hidden_states(self.model, **inputs).flatten(0, 1)
             predicting = hidden[moved(torch.from_numpy(np.concatenate(places)), hidden.device)]
             next_ids = torch.from_numpy(np.concatenate(following, dtype=np.int64))
             launched = self._reducer.launch(

@@ -53,7 +53,7 @@ class Teacher:
         model = load_teacher(identity, device_map=job.recipe.teacher.device_map)
         check_capture(model, captured(job.score.features))
         self.device = model.device
-        self._job, self._model = job, model
+        self._job, self.model = job, model
         self._inputs = Inputs.of(model, identity.folder)
         self.company = class_company(model, self._inputs)
 
@@ -63,7 +63,7 @@ class Teacher:
         labels = [request.label for request in batch]
         with self._job.clock.span("model"):
             there = {name: tensor.to(self.device) for name, tensor in inputs.items()}
-            with capturing(self._model, asked_of(batch)) as taken:
-                logits = class_logits(self._model, there)
+            with capturing(self.model, asked_of(batch)) as taken:
+                logits = class_logits(self.model, there)
         lengths = [len(request.token_ids) for request in batch]
         return lambda: reads(class_targets(logits, labels), taken, lengths)

@@ -8,16 +8,18 @@ import numpy as np
 
 from ...storage.errors import RowError
 from ...storage.keys import content_key, row_seed
+from ...storage.store.store import Store
 from ...storage.tables.row_builders import feature_row, target_row
 from ...storage.tables.schema import TableName
 from ..ledger.features import feature_key, feature_row_key
 from ..ledger.requests import TargetRequest, target_key
 from ..models.identity import Identity
 from ..models.reads import too_long
-from ..recipe.features import Feature
+from ..recipe.features import Feature, embedding_bits
 from ..recipe.tasks import module_of
 from ..workers.job import Job
 from ..workers.share import DoneByOthers, MadeRows, RowKeys, Share
+from .embeddings import keep_embeddings
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +61,7 @@ class Teacher(Protocol):
     """A task's teacher, ready to be asked; the class of this name in the module that bears the task's name."""
 
     device: "torch.device"
+    model: Any
     company: "Company"
     """Which rows may share a pass."""
 
@@ -89,6 +92,12 @@ class Scorer:
     def batch_tokens(self) -> int:
         """Tokens of a pass where the recipe names none."""
         return GPU_BATCH_TOKENS if self._on_gpu else 1
+
+    def keep_embeddings(self, store: Store) -> None:
+        """Put the teacher's embeddings into the store, where the recipe asks for them and it has none."""
+        bits = embedding_bits(self._job.score.features)
+        if bits is not None:
+            keep_embeddings(store, self._teacher.model, teacher_id=self._teacher_id, bits=bits)
 
     def score(self, batch: Batch) -> None:
         """Score a batch, apart from what others have scored meanwhile and what the teacher cannot read.

@@ -58,7 +58,7 @@ def run(job: Job, teacher: Identity) -> StageResult:
             limit_tokens=teacher.context_tokens,
             row_keys=row_keys,
             names=_reject_names,
-            beside={"features": _about_features(job, teacher)} if score.features else {},
+            beside={"features": _about_features(job, teacher)} if captured(score.features) else {},
             times_rows={"features": _VECTORS} if _all_of_texts(job) else {},
         )
     with open_share(job, store, work) as share:
@@ -70,6 +70,7 @@ def run(job: Job, teacher: Identity) -> StageResult:
             )
         with job.clock.span("start"):
             scorer = Scorer(job, teacher, share)
+            scorer.keep_embeddings(store)
         job.progress.start(total=ledger.planned, unit="rows", done=ledger.committed)
         _score_all(share, scorer, score.batch_tokens or scorer.batch_tokens)
         share.finish()

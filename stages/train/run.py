@@ -105,7 +105,7 @@ class Run:
         self._checkpoints = Checkpoints(files)
         self._record = Record()
         with job.clock.span("start"):
-            self._trainer = self._prepared()
+            self._trainer = self._prepared(store)
         with job.clock.span("disk"):
             self._audit(store)
 
@@ -125,7 +125,7 @@ class Run:
         """Whether the teacher's targets are learnt from, at some time at least."""
         return extremes(self._loss.soft_weight)[1] > 0
 
-    def _prepared(self) -> "Trainer":
+    def _prepared(self, store: Store) -> "Trainer":
         """The student on its device, checked, with the state of the last checkpoint; and the meter of its speed."""
         from ..loader.passes import training_passes
         from ..models.device import device_and_dtype
@@ -144,7 +144,9 @@ class Run:
             self._job.progress.say(note)
         source = self._samples.features
         lengths = self._extremes()
-        matching = make_matching(model, self._job, self._loss, source, longest=max(lengths))
+        matching = make_matching(
+            model, self._job, self._loss, source, store=store, longest=max(lengths)
+        )
         passes = training_passes(
             model, self._job, teacher_dir=self._teacher_dir, lengths=lengths, dtype=dtype
         )

@@ -283,7 +283,7 @@ class Trainer:
         torch.cuda.empty_cache()
         tokens = self._packing.tokens_per_pass
         if tokens <= step.longest:
-            raise out_of_memory(step.longest, message)
+            raise out_of_memory(step.longest, message, group=self._packing.group)
         self._packing = replace(self._packing, tokens_per_pass=max(tokens // 2, step.longest))
 
     def _pass(self, batch: Any, aim: Aim) -> Distilled:

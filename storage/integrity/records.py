@@ -13,6 +13,7 @@ from ..snapshots.snapshot import SnapshotShard, load_snapshot
 from ..store.inputs import INPUTS_SCHEMA, inputs_name, read_inputs
 from ..store.store import MARKER, TEACHER_FILES, Store
 from ..tables.shard import ShardFile, ShardInfo
+from .matrices import matrix_problems
 from .shards import Problem, shard_problems
 
 # Proved by what the identity says of them, where their hashes are not recorded.
@@ -44,6 +45,7 @@ def kept_problems(store: Store, seen: Seen) -> Iterator[Problem]:
     yield from _teacher_problems(store.files, seen)
     yield from _binding_problems(store.files, seen)
     yield from _snapshot_problems(store, seen)
+    yield from matrix_problems(store.files, seen.named, seen.sound)
 
 
 def _inputs_problems(files: Files, seen: Seen) -> Iterator[Problem]:

@@ -15,6 +15,7 @@ from ..files.base import Files
 from ..snapshots.snapshot import load_snapshot
 from ..store.commits import numbers, read_commit, record_name
 from ..store.inputs import read_inputs
+from ..store.matrices import FOLDER, kept_matrix, matrix_file, names, projection_ids, record_file
 from ..store.segments import Segments, complete
 from ..store.store import Store
 from ..tables.schema import TABLES, TableName
@@ -22,7 +23,7 @@ from ..tables.schema import TABLES, TableName
 HOURS = 24.0
 """How long a file must have been there."""
 _CLOCK = "cache/clock"
-_SWEPT = ("data/", "claims/", "cache/index/", f"{_CLOCK}/")
+_SWEPT = ("data/", f"{FOLDER}/", "claims/", "cache/index/", f"{_CLOCK}/")
 """Where files go that nothing names; elsewhere only temporary ones do."""
 
 
@@ -42,7 +43,7 @@ class Vacuumed:
 
 
 def vacuum(store: Store, *, older_than_hours: float = HOURS, dry_run: bool = False) -> Vacuumed:
-    """Remove temporary files, shards without a record, withdrawn shards, old claims and index segments of the past.
+    """Remove what nothing names: temporary files, shards, matrices, claims and index segments of the past.
 
     Args:
         store: The store.
@@ -88,7 +89,7 @@ def _is_useless(name: str, named: set[str]) -> bool:
 
 
 def _named(store: Store, recent: set[str]) -> set[str]:
-    """Shards of live commits, of commits withdrawn a moment ago, of inputs and of snapshots; index segments in use."""
+    """Shards of commits, live or withdrawn a moment ago, of inputs and snapshots; matrices; index segments in use."""
     named: set[str] = set()
     try:
         for table in TABLES:
@@ -104,12 +105,24 @@ def _named(store: Store, recent: set[str]) -> set[str]:
         for file in store.files.names("snapshots"):
             snapshot = load_snapshot(store, file.removesuffix(".json"))
             named.update(shard.name for shard in snapshot.shards)
+        named.update(_matrices(store))
     except (IntegrityError, KeyError, TypeError, ValueError) as error:
         raise IntegrityError(
             "vacuum: nothing was removed, for a record cannot be read, and what it names must "
             f"stay: {error} Run `stillroom repair` first."
         ) from error
     return named
+
+
+def _matrices(store: Store) -> Iterator[str]:
+    """Records of matrices, their files, and those that a row names."""
+    for name in names(store.files):
+        record = kept_matrix(store.files, name)
+        if record is not None:
+            yield from (record_file(name), record.file)
+    for commit in store.commits("features"):
+        for matrix_id in projection_ids(store.shard("features", commit.shard.sha256)):
+            yield matrix_file(matrix_id)
 
 
 def _withdrawn(files: Files, table: TableName, recent: set[str]) -> Iterator[str]:

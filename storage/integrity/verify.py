@@ -17,6 +17,18 @@ from ..tables.schema import SCHEMAS, TABLES, TableName
 from .records import Seen, kept_problems
 from .shards import Problem, Record, first_of, shard_problems, split_keys
 
+_FOLDERS = (
+    "commits",
+    "retired",
+    "inputs",
+    "snapshots",
+    "teachers",
+    "bindings",
+    "matrices",
+    "data",
+)
+"""Where nothing lies that no record names, apart from what a writer left that was stopped."""
+
 
 @dataclass(slots=True)
 class TableReport:
@@ -169,7 +181,7 @@ def _repeated_keys(
 
 
 def _left_over(files: Files, named: set[str]) -> Iterator[str]:
-    for folder in ("commits", "retired", "inputs", "snapshots", "teachers", "bindings", "data"):
+    for folder in _FOLDERS:
         for name, size, _ in files.walk(folder):
             if name not in named:
                 yield f"{name}: no record names this file ({size} bytes); it holds no rows of the store"

@@ -6,7 +6,7 @@ that, so nobody sees half a version. `manifest.py` says what lies where. Equal r
 equal bytes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,17 @@ from ..files.local import LocalFiles
 from ..integrity.checked import Memory, check_file, files_of
 from ..snapshots.snapshot import Snapshot
 from ..store.store import Store
-from ..tables.schema import KEY, TableName
+from ..tables.schema import KEY, VERSIONS, TableName
+from ..tables.shard import FEATURE_GROUP_BYTES, ROW_GROUP_BYTES, text_keys
+from .choice import Choice, FeatureChoice
+from .export_features import (
+    COLUMNS,
+    FeatureNumbers,
+    feature_places,
+    feature_rows,
+    shards_of_places,
+    take_matrices,
+)
 from .export_files import TableFiles
 from .export_numbers import TargetNumbers, TextNumbers
 from .export_rows import (
@@ -40,25 +50,8 @@ from .manifest import MANIFEST, Manifest, PublishedFile, PublishedSplit
 
 # What shards say that holds for this or that shard only, or is told in PROVENANCE.json.
 _OF_ONE_SHARD = {"statistics", "again", "versions", "format_version", "table", "settings", "stage"}
+_WHOLE_FEATURES = {"columns": COLUMNS, "complete": True, "format_version": VERSIONS["features"]}
 _ONE_FOR_ALL = ("tokenizer_id", "vocab_size", "head", "class_names")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Choice:
-    """What of the snapshots leaves the house; by default all of it."""
-
-    where: str | None = None
-    """SQL condition over the columns of `generations`, as in `select.where`."""
-    columns: tuple[str, ...] = ()
-    """Names, or `table.name`; none: all. `key` always goes along; a table of which none is named
-    stays at home."""
-    min_k: int | None = None
-    """Rows of soft targets with fewer entries stay at home; of those with more the others join the
-    tail."""
-
-    def to_json(self) -> dict[str, Any]:
-        """As the manifest has it."""
-        return {"where": self.where, "columns": list(self.columns) or None, "min_k": self.min_k}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -77,6 +70,10 @@ class Made:
     """Table -> what each shard says, and how many rows were taken of it."""
     texts: dict[str, pa.Array] = field(default_factory=dict)
     """Split -> keys of its generations."""
+    records: dict[str, bytes] = field(default_factory=dict)
+    """Of matrices: names below the version's folder -> contents."""
+    matrices: dict[str, Any] = field(default_factory=dict)
+    """Of each file with one: name -> what it is."""
     authors: set[str] = field(default_factory=set)
     """Ids of the models whose text or distribution is in the rows."""
 
@@ -106,8 +103,13 @@ def make_tables(
     for split in splits:
         split.choose(allowed, choice.min_k)
     made.tables = _tables(store, snapshots, made, choice.columns)
+    ids: set[str] = set()
     for split in splits:
         split.write(folder, choice.min_k)
+        if choice.features is not None:
+            ids |= split.write_features(folder, choice.features)
+    if choice.features is not None:
+        _matrices(store, folder, ids, choice.features, made)
     if next(iter(snapshots)) not in made.splits:  # those that come with it may lose all of theirs
         gone = [split for split in snapshots if split not in made.splits]
         raise UsageError(
@@ -118,8 +120,16 @@ def make_tables(
     made.tables = {table: facts for table, facts in made.tables.items() if table in written}
     made.about = {
         table: common([about for about, _ in said]) for table, said in made.said.items() if said
-    }
+    } | ({"matrices": made.matrices} if made.matrices else {})
     return made
+
+
+def _matrices(store: Store, folder: Path, ids: set[str], choice: FeatureChoice, made: Made) -> None:
+    taken = take_matrices(store, folder, ids=ids, wanted=choice.matrices)
+    made.records, made.matrices = taken.records, taken.about
+    for path, name in taken.files.items():
+        sha256, size = file_sha256(path), path.stat().st_size
+        made.files[path] = PublishedFile(name=name, sha256=sha256, bytes=size)
 
 
 def _tables(
@@ -227,6 +237,36 @@ class _Split:
             scored_tokens=lengths["scored_tokens"]["total"],
         )
 
+    def write_features(self, folder: Path, choice: FeatureChoice) -> set[str]:
+        """Write the features of its texts, whole; returns the ids of the matrices that they name."""
+        if not self._rows or not self._scored:
+            return set()
+        (teacher_id,) = {about["teacher_id"] for about, _ in self._made.said["soft_targets"]}
+        texts = pc.unique(pa.concat_arrays(list(self._texts())))
+        places = feature_places(self._store, texts, choice, teacher_id=teacher_id)
+        if not places.num_rows:
+            return set()
+        said = shards_of_places(self._store, places)
+        about = common(self._hear("features", said))
+        numbers = FeatureNumbers()
+        self._made.tables.setdefault("features", _WHOLE_FEATURES)
+        files = self._open(folder, "features", about, counted="vectors")
+        for rows in feature_rows(self._store, places):
+            numbers.add(rows)
+            files.add(rows)
+        self._made.statistics[self._split]["features"] = numbers.numbers() | self._close(
+            files, "features"
+        )
+        return numbers.matrices
+
+    def _texts(self) -> Iterator[pa.Array]:
+        """The text of each row that goes along, in their order."""
+        before = 0
+        for part in self._snapshot.shards:
+            rows = part.rows[self._keep[before : before + len(part.rows)]]
+            yield text_keys(self._store.shard("soft_targets", part.sha256), rows)
+            before += len(part.rows)
+
     def _chosen(self, allowed: pa.Array | None, min_k: int | None) -> tuple[pa.Array, np.ndarray]:
         """Keys of the generations that go along, in order; which of the snapshot's rows do."""
         name = "generation_key" if self._scored else "key"
@@ -292,7 +332,14 @@ class _Split:
         schema = pa.schema([PUBLISHED[table].field(name) for name in facts["columns"]])
         version = facts.get("format_version", 1)
         named = {"format_version": version, "table": table, "split": self._split}
-        return TableFiles(parts, schema=schema, about={**about, **named}, counted=counted)
+        return TableFiles(
+            parts,
+            schema=schema,
+            about={**about, **named},
+            counted=counted,
+            # Features are read one by one, in any order.
+            group_bytes=FEATURE_GROUP_BYTES if table == "features" else ROW_GROUP_BYTES,
+        )
 
     def _close(self, files: TableFiles, table: str) -> dict[str, Any]:
         files.close()

@@ -38,12 +38,20 @@ class TableFiles:
     """The files of one table's split, written into a folder under numbers; their final names need the last number."""
 
     def __init__(
-        self, folder: Path, *, schema: pa.Schema, about: Mapping[str, Any], counted: str
+        self,
+        folder: Path,
+        *,
+        schema: pa.Schema,
+        about: Mapping[str, Any],
+        counted: str,
+        group_bytes: int = ROW_GROUP_BYTES,
     ) -> None:
         """`schema`: columns to write.
 
-        `about`: goes into each file's metadata. `counted`: column of tokens to sum.
+        `about`: goes into each file's metadata. `counted`: column of tokens to sum. `group_bytes`:
+        decoded size of a row group.
         """
+        self._group_bytes = group_bytes
         self._folder, self._counted = folder, counted
         metadata = {METADATA_KEY: json.dumps(about, sort_keys=True, ensure_ascii=False)}
         self._schema = schema.with_metadata(metadata)
@@ -60,12 +68,12 @@ class TableFiles:
         """Of all rows, decoded."""
 
     def add(self, rows: pa.Table) -> None:
-        """Add rows; a row group ends before the row that would make it larger than `ROW_GROUP_BYTES`."""
+        """Add rows; a row group ends before the row that would make it too large."""
         tokens = rows[self._counted].to_pylist()
         rows = rows.select(self._schema.names).cast(self._schema)
         start = 0
         for index, size in enumerate(row_sizes(rows).tolist()):
-            if self._held and self._held + size > ROW_GROUP_BYTES:
+            if self._held and self._held + size > self._group_bytes:
                 self._pending.append(rows.slice(start, index - start))
                 self._flush()
                 start = index

@@ -67,9 +67,11 @@ the publisher's."""
 PUBLISHED: dict[str, pa.Schema] = {
     "generations": pa.schema([*SCHEMAS["generations"], *JOINED]),
     "soft_targets": SCHEMAS["soft_targets"],
+    "features": SCHEMAS["features"],
 }
 """Tables that are published, and all columns that they may have."""
-_ALL = {table: schema.names for table, schema in PUBLISHED.items()}
+_ALL = {table: PUBLISHED[table].names for table in ("generations", "soft_targets")}
+"""Those whose columns are chosen; features leave whole."""
 _BATCH_ROWS = 4096
 
 # The wanted generations, in their order, each with what `JOINED` has of its prompt. A given text
@@ -126,7 +128,7 @@ def chosen_columns(
     Raises:
         UsageError: no such column.
     """
-    known = {f"{table}.{name}" for table, schema in PUBLISHED.items() for name in schema.names}
+    known = {f"{table}.{name}" for table, names in _ALL.items() for name in names}
     plain = {name.split(".")[1] for name in known}
     for name in wanted:
         if name not in known | plain:
@@ -134,9 +136,9 @@ def chosen_columns(
             hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(sorted(plain))}."
             raise UsageError(f"--columns: no column {name}. {hint}")
     found = {}
-    for table, schema in PUBLISHED.items():
+    for table, columns in _ALL.items():
         asked = wanted or [f"{table}.{name}" for name in there[table]]
-        names = [n for n in schema.names if n in asked or f"{table}.{n}" in asked]
+        names = [n for n in columns if n in asked or f"{table}.{n}" in asked]
         if names:
             found[table] = names if "key" in names else ["key", *names]
     return found

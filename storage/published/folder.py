@@ -26,7 +26,7 @@ from ..store.commits import Commit
 from ..store.segments import INDEXED, Indexed, place_of, segment_schema
 from ..store.store import Store
 from ..tables.schema import SCHEMAS, TableName
-from ..tables.shard import ShardFile, ShardInfo, StoredFile
+from ..tables.shard import ShardFile, ShardInfo, StoredFile, text_keys
 from ..tables.spans import SPAN_COLUMNS, scored_tokens
 from .manifest import MANIFEST, Manifest, read_manifest
 from .table_file import HELP, PublishedFile
@@ -293,6 +293,17 @@ class Published(Store):
                 "place": self.indexed(self.table).newest["place"],
             }
         )
+
+    def texts(self) -> pa.Table:
+        """`key` (of the generation) and `text_key` of each of its rows."""
+        name = "key" if self.table == "generations" else "generation_key"
+        parts = []
+        for number in range(len(self._rows(self.table).infos)):
+            file = self._rows(self.table).file(number)
+            keys = file.read_all([name])[name].combine_chunks()
+            texts = text_keys(file, np.arange(file.rows))
+            parts.append(pa.table({"key": keys, "text_key": texts}))
+        return pa.concat_tables(parts)
 
     def labels(self) -> int:
         """How many of the rows to train on have a gold label."""

@@ -22,6 +22,7 @@ from ..tables.schema import SCHEMAS, STORE_VERSION, TABLES, VERSIONS, TableName
 from ..tables.shard import ShardFile, ShardInfo, StoredFile, shard_name
 from .commits import Commit, CommitLog, retire
 from .inputs import inputs_table, put_inputs, read_inputs
+from .matrices import KeptMatrix, keep_matrix, kept_matrix, matrix_file, read_matrix
 from .segments import Indexed, indexed
 from .writer import CommitLimits, ShardWriter
 
@@ -194,6 +195,26 @@ class Store:
         # One that was there before may say something else in what no identity holds.
         ours = {n: d for n, d in digests.items() if self.files.sha256(f"{folder}/{n}") == d}
         self.files.put_if_absent(f"{folder}/{TEACHER_FILES}", seal({"files": ours}))
+
+    def put_matrix(self, name: str, matrix: np.ndarray, about: Mapping[str, Any]) -> None:
+        """Keep a matrix [R, C] of float16 or float32 under a name; the first that is kept stays."""
+        self.files.prove_exclusive()
+        keep_matrix(self.files, name, matrix, about)
+
+    def matrix_named(self, name: str) -> KeptMatrix | None:
+        """The record of the matrix that is kept under a name, here or in a source; None: there is none."""
+        found = (kept_matrix(part.files, name) for part, _ in self.parts)
+        return next((record for record in found if record is not None), None)
+
+    def matrix(self, matrix_id: str) -> np.ndarray:
+        """The numbers of a matrix, here or in a source; mapped, their hash is checked.
+
+        Raises:
+            IntegrityError: its file is missing or damaged.
+        """
+        name = matrix_file(matrix_id)
+        there = (part.files for part, _ in self.parts if part.files.exists(name))
+        return read_matrix(next(there, self.files), matrix_id)
 
     def teacher_parts(self, teacher_id: str) -> dict[str, Any]:
         """What a teacher's identity is made of; nothing if the store does not know it."""

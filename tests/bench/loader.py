@@ -1,6 +1,6 @@
 """How fast a snapshot is read, against `datasets` and mosaicml-streaming on the same rows; how fast reading resumes.
 
-    python tests/bench/loader.py [--tiny] [--mds-python PYTHON] [--only speed|resume|trainer|check]
+    python tests/bench/loader.py [--tiny] [--mds-python PYTHON] [--only PART]
 
 Speed: one process, shuffled, batches of 32 rows stacked into arrays by the same function; Stillroom
 verifies page checksums and rescales entries and tail to sum to 1, the others hand out what is
@@ -21,6 +21,10 @@ those of the other. Bar: 5.
 Check: what a machine does once with each shard before it trains on it (hash, every row), and what it
 does later (a look whether the file changed), beside reading the same columns once; in turns in one
 process, in CPU seconds. Bar: 3 times.
+
+Features: rows with int8 states of one layer (D = 384) beside their targets, against the targets alone,
+shuffled, each way in a process of its own, in turns. CPU seconds, per byte that is stored: how much
+dearer a byte of features is than one of targets. Bar: 2. And the memory of both.
 """
 
 import argparse
@@ -35,6 +39,7 @@ import tempfile
 import time
 import types
 from collections.abc import Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -45,6 +50,9 @@ K, T, V = 32, 512, 50_257
 BATCH = 32
 LOADER_BAR = 5
 CHECK_BAR = 3
+FEATURES_BAR = 2
+WIDTH = 384
+PARTS = ("speed", "resume", "trainer", "check", "features")
 READ = (
     *("token_ids", "span_start", "span_tokens", "spans", "k", "label", "entries", "ids"),
     *("logprobs", "counts", "weights", "tail_logprob", "token_logprob", "entropy"),
@@ -60,7 +68,7 @@ def main() -> None:
     )
     parser.add_argument("--tiny", action="store_true", help="seconds; the figures mean nothing")
     parser.add_argument("--mds-python", help="a Python that has mosaicml-streaming")
-    parser.add_argument("--only", choices=["speed", "resume", "trainer", "check"])
+    parser.add_argument("--only", choices=PARTS)
     parser.add_argument(
         "--rows", type=int, default=12288, help="rows to read; a window is about 2900"
     )
@@ -96,6 +104,12 @@ def main() -> None:
             found = {"found": outcome["check"]["check_over_read"], "at_most": CHECK_BAR}
             if not args.tiny:
                 outcome.setdefault("bars", {})["checking a shard over reading it"] = found
+        if args.only in (None, "features"):
+            size = {"rows": 16, "repeats": 1} if args.tiny else {"rows": 1024, "repeats": 5}
+            outcome["features"] = features(Path(folder) / "features", **size, apart=not args.tiny)
+            found = {"found": outcome["features"]["per_byte_over_targets"], "at_most": FEATURES_BAR}
+            if not args.tiny:
+                outcome.setdefault("bars", {})["a byte of features over one of targets"] = found
         if args.only in (None, "resume"):
             shards, rows, repeats = (20, 400, 1) if args.tiny else (5000, 1_000_000, 5)
             outcome["resume"] = resume(Path(folder), shards=shards, rows=rows, repeats=repeats)
@@ -468,6 +482,121 @@ def check(folder: Path, *, rows: int, repeats: int) -> dict[str, Any]:
     return table
 
 
+# Features
+
+
+def features(folder: Path, *, rows: int, repeats: int, apart: bool) -> dict[str, Any]:
+    """CPU seconds and memory of reading samples with their features, and without, in turns.
+
+    `apart`: each in a process of its own, without which the memory means nothing.
+    """
+    folder.mkdir()
+    write_rows(folder, rows)
+    write_features(folder, rows)
+    ways = ("targets", "companions")
+    turns: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
+    for number in range(repeats):
+        for way in ways:
+            done = (
+                one_pass(sys.executable, way, folder, number)
+                if apart
+                else PASSES[way](folder, number)
+            )
+            turns[way].append(done)
+    alone, both = ([turn["cpu_seconds"] for turn in turns[way]] for way in ways)
+    sizes = [turns[way][0]["bytes"] for way in ways]
+    more = sizes[1] / sizes[0]
+    ratios = [b / a for a, b in zip(alone, both, strict=True)]
+    dearer = [(b - a) / a / (more - 1) for a, b in zip(alone, both, strict=True)]
+    table: dict[str, Any] = {"rows": rows, "repeats": repeats, "width": WIDTH}
+    table |= {
+        way: {name: [t[name] for t in found] for name in found[0]} for way, found in turns.items()
+    }
+    table["cpu_over_targets"] = round(statistics.median(ratios), 2)
+    table["bytes_over_targets"] = round(more, 2)
+    table["per_byte_over_targets"] = round(statistics.median(dearer), 2)
+    print(
+        f"\nfeatures, {rows} rows, T = {T}, K = {K}, D = {WIDTH} int8: medians of {repeats} turns"
+    )
+    for way, found in turns.items():
+        cpu = statistics.median(turn["cpu_seconds"] for turn in found)
+        peak = max(turn["peak_rss_mb"] for turn in found)
+        print(
+            f"  {way:<12}{cpu:>9.2f} CPU seconds{peak:>8.0f} MB{found[0]['bytes'] / 2**20:>9.1f} MiB"
+        )
+    print(
+        f"  with features {table['cpu_over_targets']} of the time for {table['bytes_over_targets']} "
+    )
+    print(
+        f"  of the bytes; a byte of them takes {table['per_byte_over_targets']} of one of targets"
+    )
+    return table
+
+
+def write_features(folder: Path, rows: int) -> None:
+    """States of one layer for each row of `write_rows`."""
+    from stillroom.storage.keys import content_key
+    from stillroom.storage.store.store import Store
+    from stillroom.storage.tables.row_builders import feature_row, text_key
+
+    about = {"teacher_id": "t" * 32, "tokenizer_id": "k" * 32}
+    ids = np.load(folder / "token_ids.npy", mmap_mode="r")
+    with Store.open(folder / "store").writer("features", about=about) as writer:
+        for number in range(rows):
+            key = content_key("bench feature", number=number)
+            states = np.random.default_rng(number).standard_normal((T + 1, WIDTH), np.float32)
+            row = feature_row(
+                key=key,
+                reuse_key=key,
+                text_key=text_key(ids[number]),
+                teacher_id=about["teacher_id"],
+                kind="hidden",
+                layer=3,
+                states=states,
+                dtype="int8",
+            )
+            writer.add(row)
+
+
+def read_samples(folder: Path, number: int, *, with_features: bool) -> dict[str, Any]:
+    """Shuffled, batch after batch stacked into the same arrays."""
+    from stillroom.stages.loader.features import open_features
+    from stillroom.stages.loader.samples import Samples
+    from stillroom.stages.recipe.features import Feature
+    from stillroom.storage.files.local import LocalFiles
+    from stillroom.storage.snapshots.snapshot import make_snapshot
+    from stillroom.storage.store.store import Store
+
+    store = Store.open(folder / "store")
+    chosen = {}
+    for table in ("soft_targets", "features"):
+        places = {c.shard.sha256: range(c.shard.rows) for c in store.commits(table)}
+        chosen[table] = make_snapshot(store, table, places, {})
+    source = None
+    if with_features:
+        source = open_features(
+            store,
+            chosen["soft_targets"],
+            chosen["features"],
+            wanted=[Feature(kind="hidden", layer=3, bits=8)],
+            files=LocalFiles(folder / f"student-{number}"),
+        )
+    samples = Samples(store, chosen["soft_targets"], soft=True, seed=number, features=source)
+    states = np.empty((T + 1, WIDTH), np.float32)
+    for sample in samples.read(0, 1):  # what is imported then is no part of it
+        sample.states()
+
+    def rows() -> Iterator[dict[str, np.ndarray]]:
+        for sample in samples.read(0, len(samples)):
+            if with_features:
+                states[:] = sample.states()["hidden", 3]
+            floats = {name: getattr(sample.targets, name) for name in COLUMNS[1:]}
+            yield {"token_ids": sample.token_ids, **floats}
+
+    read = ("soft_targets", "features") if with_features else ("soft_targets",)
+    return consume(rows(), sum(stored_bytes(folder / "store" / "data" / table) for table in read))
+
+
 # Trainer
 
 
@@ -531,6 +660,8 @@ PASSES = {
     "mds": read_mds,
     "mds-write": write_mds,
     "resume": resume_once,
+    "targets": partial(read_samples, with_features=False),
+    "companions": partial(read_samples, with_features=True),
 }
 
 if __name__ == "__main__":

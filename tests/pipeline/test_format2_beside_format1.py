@@ -12,7 +12,8 @@ from kit import last_json, stillroom
 from stillroom.storage.files.local import LocalFiles
 from stillroom.storage.integrity.verify import verify
 from stillroom.storage.joined import open_store
-from stillroom.storage.published.export import Choice, make_tables
+from stillroom.storage.published.choice import Choice
+from stillroom.storage.published.export import make_tables
 from stillroom.storage.published.manifest import read_manifest
 from stillroom.storage.snapshots.reader import SnapshotReader
 from stillroom.storage.snapshots.snapshot import Snapshot, load_snapshot, make_snapshot

@@ -17,7 +17,7 @@ from stillroom.storage.integrity.vacuum import vacuum
 from stillroom.storage.integrity.verify import verify
 from stillroom.storage.joined import Joined, Source, at_commit, open_store
 from stillroom.storage.published import export_files
-from stillroom.storage.published.export import Choice
+from stillroom.storage.published.choice import Choice
 from stillroom.storage.published.folder import Published
 from stillroom.storage.snapshots.reader import SnapshotReader
 from stillroom.storage.snapshots.snapshot import load_snapshot, make_snapshot, save_snapshot

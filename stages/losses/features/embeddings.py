@@ -1,9 +1,61 @@
-"""The student's token embeddings against the teacher's."""
+"""The student's token embeddings against the teacher's: `match: embeddings`."""
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from ....storage.errors import UsageError
+from ....storage.keys import content_key
+from ...targets.features.batch import FeatureTargets
+from ...targets.features.shown import Shown
+from .part import Part, StepSize, drawn_map
+
+
+class EmbeddingsPart(Part):
+    """The embeddings of all tokens of a step, after the map where the widths differ."""
+
+    def __init__(self, teacher: np.ndarray, width: int, *, asked: int, seed: int) -> None:
+        """`teacher`: [V, D], `width`: D' of the student, `asked`: which entry, `seed`: `run.seed`."""
+        super().__init__("embeddings_mse", asked=asked, need=("embeddings", 0))
+        # Of the store, not of the student: in no checkpoint.
+        self.register_buffer("teacher", torch.from_numpy(np.array(teacher)), persistent=False)
+        self.map = None
+        if width != teacher.shape[1]:
+            named = content_key("feature_map", seed=seed, pair=self.name, number=asked)
+            self.map = drawn_map(teacher.shape[1], width, named)
+
+    def forward(self, shown: Shown, targets: FeatureTargets) -> Tensor:
+        """The sum over the tokens of a pass."""
+        if shown.embeddings is None:
+            raise ValueError("the student's embeddings were not shown")
+        to_teacher = None if self.map is None else self._mapped
+        teacher = self.get_buffer("teacher")
+        return embedding_mse(
+            teacher, shown.embeddings, targets.token_ids, to_teacher=to_teacher
+        ).sum()
+
+    def count(self, size: StepSize) -> int:
+        """All tokens."""
+        return size.tokens
+
+    def _mapped(self, rows: Tensor) -> Tensor:
+        assert self.map is not None
+        return rows @ self.map.T  # s = W x
+
+
+def check_embeddings(student: Tensor) -> None:
+    """See that a student's embeddings train.
+
+    Raises:
+        UsageError: they are frozen.
+    """
+    if not student.requires_grad:
+        raise UsageError(
+            "loss.features: match 'embeddings' moves the student's input embeddings, and they are "
+            "frozen (student.lora). Leave it out, or train the whole student."
+        )
 
 
 def embedding_mse(

@@ -1,8 +1,9 @@
 """Whether features can be captured and matched, as far as the recipe alone says it."""
 
 from collections import Counter
+from collections.abc import Sequence
 
-from ..features import captured, layers_for, layers_of
+from ..features import EMBEDDINGS, FeatureRequest, captured, layers_for, layers_of
 from ..fields import extremes
 from ..sections import Loss, Score
 
@@ -31,6 +32,8 @@ def check_captured(score: Score, task: str) -> list[tuple[str, str]]:
         for (kind, layer), count in counts.items()
         if count > 1
     ]
+    if [request.what for request in score.features].count(EMBEDDINGS) > 1:
+        errors.append((path, "embeddings are asked for more than once. Ask once"))
     return errors
 
 
@@ -40,9 +43,9 @@ def check_matched(loss: Loss, score: Score | None) -> list[tuple[str, str]]:
     stored = score.features if score is not None else []
     for number, asked in enumerate(loss.features):
         path = f"loss.features.{number}"
-        lacking = [kind for kind in asked.needs if not layers_of(stored, kind)]
+        lacking = [kind for kind in asked.needs if not _is_stored(stored, kind)]
         if lacking:
-            added = ", ".join(f"{{{_as_asked(kind)}, layers: [...]}}" for kind in lacking)
+            added = ", ".join(f"{{{_as_asked(kind)}}}" for kind in lacking)
             message = (
                 f"match {asked.match!r} needs {' and '.join(lacking)} of the teacher, which "
                 f"score.features does not store. Add score.features: [{added}]"
@@ -52,7 +55,7 @@ def check_matched(loss: Loss, score: Score | None) -> list[tuple[str, str]]:
             for kind in asked.needs:
                 layers = layers_of(stored, kind)
                 errors += _not_stored(f"{path}.layers", kind, sorted(asked.layers), layers)
-        elif not layers_for(asked, stored):
+        elif asked.match != EMBEDDINGS and not layers_for(asked, stored):
             message = (
                 f"match {asked.match!r} needs {' and '.join(asked.needs)} of one layer, and "
                 "score.features stores them of none together. Name a layer for each"
@@ -76,10 +79,19 @@ def _groups(loss: Loss) -> list[tuple[str, str]]:
     return [("loss.features", message)]
 
 
+def _is_stored(stored: Sequence[FeatureRequest], kind: str) -> bool:
+    """Whether there is some of a kind."""
+    if kind == EMBEDDINGS:
+        return any(request.what == kind for request in stored)
+    return bool(layers_of(stored, kind))
+
+
 def _as_asked(kind: str) -> str:
     """What `score.features` says of a kind."""
     what, _, pooling = kind.partition("_")
-    return f"what: {what}" + (f", pooling: {pooling}" if pooling else "")
+    if what == EMBEDDINGS:
+        return f"what: {what}"
+    return f"what: {what}" + (f", pooling: {pooling}" if pooling else "") + ", layers: [...]"
 
 
 def _not_stored(path: str, kind: str, asked: list[int], stored: list[int]) -> list[tuple[str, str]]:

@@ -25,6 +25,8 @@ class FeatureTargets:
     """[N] int64 indices into the flattened [B * T] of all tokens."""
     compared: Tensor
     """[M] int64 which of the N tokens the losses of single positions compare."""
+    token_ids: Tensor
+    """[N] int64."""
     vectors: Mapping[Name, Tensor]
     """Kind and layer -> float32 [N, D] of all tokens, or [S, D] of what is one vector a sample."""
 
@@ -36,6 +38,7 @@ class FeatureTargets:
         lengths: Sequence[int],
         starts: Sequence[int],
         compared: Sequence[np.ndarray],
+        token_ids: Sequence[np.ndarray] = (),
     ) -> Self:
         """Of S samples, in their order.
 
@@ -44,6 +47,7 @@ class FeatureTargets:
             lengths: Tokens of each.
             starts: Where each begins in the flattened pass.
             compared: Which tokens of each are compared one by one.
+            token_ids: Of each; none: nothing asks for them.
         """
         at = [np.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)]
         before = np.cumsum([0, *lengths[:-1]])
@@ -56,13 +60,14 @@ class FeatureTargets:
             lengths=tuple(lengths),
             at=torch.from_numpy(np.concatenate(at)),
             compared=torch.from_numpy(np.concatenate(tokens)),
+            token_ids=torch.from_numpy(np.concatenate([*token_ids, np.zeros(0, np.int64)])).long(),
             vectors=vectors,
         )
 
     @property
     def nbytes(self) -> int:
         """Of all tensors."""
-        places = self.at.nbytes + self.compared.nbytes
+        places = self.at.nbytes + self.compared.nbytes + self.token_ids.nbytes
         return places + sum(vectors.nbytes for vectors in self.vectors.values())
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> Self:
@@ -75,4 +80,10 @@ class FeatureTargets:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
         vectors = {name: change(part) for name, part in self.vectors.items()}
-        return replace(self, at=change(self.at), compared=change(self.compared), vectors=vectors)
+        return replace(
+            self,
+            at=change(self.at),
+            compared=change(self.compared),
+            token_ids=change(self.token_ids),
+            vectors=vectors,
+        )

@@ -1,4 +1,4 @@
-"""What a model shows of a forward pass beside its distribution: states of blocks, and what attention multiplies.
+"""What a model shows of a pass beside its distribution: states of blocks, what attention multiplies, embeddings.
 
 A need is what of a model, and of which block: the same of a teacher that is captured and of a student that
 is compared with it.
@@ -17,8 +17,8 @@ from ...models.attention.recorded import Recorded, attention_layers, recording
 from ...models.device import evaluating
 from .blocks import blocks_of, check_blocks, states_of
 
-Need = tuple[Literal["hidden", "attention"], int]
-"""What is read of a model's forward pass, and of which block."""
+Need = tuple[Literal["hidden", "attention", "embeddings"], int]
+"""What is read of a model's forward pass, and of which block; of embeddings 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,8 @@ class Shown:
     """Block -> its states [B, T, D]."""
     _kept: Mapping[nn.Module, Recorded]
     _blocks: Mapping[int, nn.Module]
+    embeddings: Tensor | None = None
+    """[V, D] the weight of the input embeddings."""
 
     def attention(self, block: int) -> Recorded:
         """What the attention of a block multiplied."""
@@ -44,15 +46,33 @@ def showing(model: nn.Module, needs: Iterable[Need]) -> Iterator[Shown]:
         UsageError: a block is not there.
     """
     hidden, attention = layers_of(needs, "hidden"), layers_of(needs, "attention")
+    embeddings = embeddings_of(model) if layers_of(needs, "embeddings") else None
     if not attention:
         with states_of(model, hidden) as states:
-            yield Shown(states, {}, {})
+            yield Shown(states, {}, {}, embeddings)
         return
     blocks = blocks_of(model)
     looked = {layer: blocks[layer] for layer in attention}
     within = {module for block in looked.values() for module in block.modules()}
     with states_of(model, hidden) as states, recording(model, within) as kept:
-        yield Shown(states, kept, looked)
+        yield Shown(states, kept, looked, embeddings)
+
+
+def embeddings_of(model: Any) -> Tensor:
+    """[V, D] the weight of the input embeddings, a row an id.
+
+    Raises:
+        UsageError: they are not one matrix of numbers in memory.
+    """
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.is_meta:
+        weight = None
+    if weight is None or not weight.is_floating_point():
+        raise UsageError(
+            f"{model.config.name_or_path or type(model).__name__}: its input embeddings are not one "
+            "matrix of numbers in memory. Leave embeddings out."
+        )
+    return weight
 
 
 def layers_of(needs: Iterable[Need], what: str) -> list[int]:
@@ -75,6 +95,8 @@ def check_shown(model: nn.Module, needs: Iterable[Need]) -> None:
         UsageError: it does not; names the model and says why.
     """
     needs = list(needs)
+    if layers_of(needs, "embeddings"):
+        embeddings_of(model)
     check_blocks(model, layers_of(needs, "hidden"))
     if not (attention := layers_of(needs, "attention")):
         return

@@ -19,7 +19,7 @@ from stillroom.pipeline.publish.export import PublishRequest, export
 from stillroom.pipeline.publish.hub import upload
 from stillroom.pipeline.publish.publish import publish
 from stillroom.storage.errors import StillroomError, UsageError
-from stillroom.storage.published.export import Choice
+from stillroom.storage.published.choice import Choice
 from stillroom.storage.published.manifest import current_version, read_manifest
 
 REPO = "user/name"

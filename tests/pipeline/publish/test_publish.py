@@ -32,7 +32,7 @@ from stillroom.stages.recipe.sections import Recipe
 from stillroom.storage.errors import IntegrityError, StillroomError, UsageError
 from stillroom.storage.files.local import LocalFiles
 from stillroom.storage.joined import open_store
-from stillroom.storage.published.export import Choice
+from stillroom.storage.published.choice import Choice
 from stillroom.storage.published.manifest import current_version, damaged_files, read_manifest
 from stillroom.storage.snapshots.snapshot import make_snapshot, save_snapshot
 from stillroom.storage.store.store import Store

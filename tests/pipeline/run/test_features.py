@@ -75,6 +75,36 @@ def test_from_prompts_to_the_report(tmp_path: Path, teacher: Path) -> None:
     assert not kept & vacuum(store, older_than_hours=0).files.keys()
 
 
+def test_losses_between_samples_have_a_part_each_in_the_report(
+    tmp_path: Path, teacher: Path
+) -> None:
+    score = {"k": 4, "features": [{"what": "pooled", "layers": [2], "pooling": "last"}]}
+    asked = [
+        {"match": match, "layers": {2: 1}, "pooling": "last", "group": 4}
+        for match in ("rkd", "infonce")
+    ]
+    path = recipe(tmp_path, teacher, score=score, loss={"features": asked})
+    notes = last_json(stillroom("plan", path, "--json"))["notes"]
+    assert any(
+        note.startswith("features: 92 bytes a text") and "pooled (last) states of block 2" in note
+        for note in notes
+    )
+    stillroom("run", path)
+    found = last_json(stillroom("status", path, "--json"))["stages"]["score"]["features"]
+    assert found["rounding_error"].keys() == {"pooled_last 2 float16"}
+    report = (tmp_path / "run" / "report.md").read_text()
+    for said in (
+        "1.0 x rkd (pooling last, group 4, layers 2 to 1)",
+        "1.0 x infonce (pooling last, group 4, temperature 0.07, layers 2 to 1)",
+        "pooled (last) states of block 2 (float16)",
+        "rkd 2 to 1 distance",
+        "rkd 2 to 1 angle",
+        "infonce 2 to 1",
+        "Park et al. 2019",
+    ):
+        assert said in report
+
+
 def test_what_a_snapshot_names_stays_though_it_is_withdrawn(tmp_path: Path, teacher: Path) -> None:
     """A damaged shard of features is withdrawn, made again, and the student is another one."""
     path = recipe(tmp_path, teacher)
@@ -96,7 +126,7 @@ def test_export_says_that_features_stay(tmp_path: Path, teacher: Path) -> None:
         word for name in ("", "teacher-", "source-") for word in (f"--{name}license", "cc0-1.0")
     ]
     done = stillroom("export", tmp_path / "store", tmp_path / "out", *words)
-    assert "features are not exported yet" in done.stdout + done.stderr
+    assert "features that stay in" in done.stdout + done.stderr
     assert not [p for p in (tmp_path / "out").rglob("*") if "features" in p.name]
     published = str(tmp_path / "out")
     path = recipe(
@@ -107,4 +137,4 @@ def test_export_says_that_features_stay(tmp_path: Path, teacher: Path) -> None:
         generate=None,
     )
     refused = stillroom("plan", path, expect=2)
-    assert "is published, and published folders hold no features" in refused.stderr
+    assert "is published without features" in refused.stderr

@@ -7,11 +7,18 @@ import pytest
 from kit import write_recipe
 
 from stillroom.pipeline.plan.students import train_settings
-from stillroom.stages.recipe.features import Feature, captured, learnt
+from stillroom.stages.recipe.features import (
+    Feature,
+    FeatureLoss,
+    FeatureRequest,
+    captured,
+    learnt,
+)
 from stillroom.stages.recipe.load import load_recipe
 from stillroom.storage.errors import UsageError
 
 HIDDEN = [{"what": "hidden", "layers": [0, 2]}]
+MEAN = [{"what": "pooled", "layers": [1], "pooling": "mean"}]
 
 
 def written(folder: Path, **sections: Any) -> Path:
@@ -21,12 +28,15 @@ def written(folder: Path, **sections: Any) -> Path:
 @pytest.mark.parametrize(
     ("score", "loss", "said"),
     [
-        ({"features": [{"what": "hidden", "layers": []}]}, {}, "score.features.0.layers: "),
+        ({"features": [{"what": "hidden", "layers": []}]}, {}, "`layers` names none"),
         ({"features": [{"what": "hidden", "layers": [1, 1]}]}, {}, "names one twice"),
         ({"features": [{"what": "hidden", "layers": [-1]}]}, {}, "at least 0 (got -1)"),
         ({"features": [{"what": "hidden", "layers": [1], "bits": 4}]}, {}, "8, 16 or 32 (got 4)"),
         ({"features": [{"what": "logits", "layers": [1]}]}, {}, "must be one of 'hidden'"),
         ({"features": [{"what": "hidden", "layer": [1]}]}, {}, "Did you mean 'layers'?"),
+        ({"features": [{"what": "embeddings", "layers": [0]}]}, {}, "are of no layer"),
+        ({"features": [{"what": "embeddings", "bits": 8}]}, {}, "kept with 16 or 32"),
+        ({"features": [{"what": "embeddings"}] * 2}, {}, "embeddings are asked for more than once"),
         ({"features": [*HIDDEN, *HIDDEN]}, {}, "hidden of layer 0 is asked for 2 times"),
         ({"features": HIDDEN, "engine": "vllm"}, {}, "engine 'vllm' shows no states of blocks"),
         ({}, {"features": [{"match": "hidden"}]}, "loss.features.0: match 'hidden' needs hidden"),
@@ -35,6 +45,21 @@ def written(folder: Path, **sections: Any) -> Path:
             {"features": [{"match": "hidden", "layers": {1: 0}}]},
             "loss.features.0.layers: hidden of layer 1 of the teacher is not stored; score.features has "
             "layers 0, 2",
+        ),
+        (
+            {"features": [{"what": "queries", "layers": [0]}, {"what": "keys", "layers": [1]}]},
+            {"features": [{"match": "attention"}]},
+            "needs queries and keys of one layer",
+        ),
+        (
+            {"features": [{"what": "values", "layers": [0]}]},
+            {"features": [{"match": "relations", "of": ["values", "values"], "relation_heads": 2}]},
+            "names one twice",
+        ),
+        (
+            {"features": HIDDEN},
+            {"features": [{"match": "hidden", "heads": "each"}]},
+            "`heads` belongs to match 'attention'; this is 'hidden'",
         ),
         ({"features": HIDDEN}, {"features": [{"match": "hidden", "layers": {}}]}, "is empty"),
         ({"features": HIDDEN}, {"features": [{"match": "hidden", "weight": 0}]}, "is 0 throughout"),
@@ -55,7 +80,53 @@ def written(folder: Path, **sections: Any) -> Path:
             {},
             "pooled_mean of layer 1 is asked for 2 times",
         ),
-        ({"features": HIDDEN}, {"features": [{"match": "attention"}]}, "must be one of 'hidden'"),
+        ({"features": HIDDEN}, {"features": [{"match": "logits"}]}, "must be one of 'hidden'"),
+        ({"features": MEAN}, {"features": [{"match": "rkd"}]}, "match 'rkd' needs `pooling`"),
+        (
+            {"features": HIDDEN},
+            {"features": [{"match": "similarity", "pooling": "mean"}]},
+            "Add score.features: [{what: pooled, pooling: mean, layers: [...]}]",
+        ),
+        (
+            {"features": MEAN},
+            {"features": [{"match": "rkd", "pooling": "last"}]},
+            "needs pooled_last of the teacher, which score.features does not store",
+        ),
+        (
+            {"features": MEAN},
+            {"features": [{"match": "rkd", "pooling": "mean", "temperature": 1}]},
+            "`temperature` belongs to match 'infonce'; this is 'rkd'",
+        ),
+        (
+            {"features": MEAN},
+            {"features": [{"match": "rkd", "pooling": "mean", "group": 1}]},
+            "at least 2 (got 1)",
+        ),
+        (
+            {"features": MEAN},
+            {
+                "features": [
+                    {"match": match, "pooling": "mean", "group": group}
+                    for match, group in (("rkd", 8), ("similarity", 16))
+                ]
+            },
+            "loss.features: groups of 8 and 16 samples: a pass holds whole groups, of one size",
+        ),
+        (
+            {"features": HIDDEN},
+            {"features": [{"match": "embeddings"}]},
+            "does not store. Add score.features: [{what: embeddings}]",
+        ),
+        (
+            {"features": [{"what": "embeddings"}]},
+            {"features": [{"match": "embeddings", "layers": {0: 0}}]},
+            "embeddings are of no layer",
+        ),
+        (
+            {"features": [{"what": "embeddings"}]},
+            {"features": [{"match": "embeddings", "distance": "cosine"}]},
+            "`distance` belongs to match 'hidden'; this is 'embeddings'",
+        ),
     ],
 )
 def test_what_cannot_work_is_said_with_its_path(
@@ -120,3 +191,22 @@ def test_an_empty_list_is_hashed_as_none(tmp_path: Path, loss: dict[str, Any]) -
     )
     assert train_settings(with_some, "s", "student")["loss"]["features"]
     assert train_settings(with_some, "s", "baseline") == train_settings(without, "s", "baseline")
+
+
+def test_a_match_says_its_own_settings_alone() -> None:
+    """So a hash of one knows none that came after it."""
+    hidden = {"match": "hidden", "layers": "last", "weight": 1.0, "distance": "mse"}
+    assert FeatureLoss(match="hidden").model_dump() == hidden
+    attention = FeatureLoss(match="attention", heads="average")
+    assert attention.model_dump().keys() == {"match", "layers", "weight", "heads"}
+    assert FeatureLoss.model_validate(attention.model_dump()) == attention
+
+
+def test_a_loss_learns_from_the_layers_of_which_all_is_stored() -> None:
+    asked = [("queries", [0, 1]), ("keys", [1, 2]), ("values", [0])]
+    stored = [FeatureRequest(what=what, layers=layers) for what, layers in asked]
+    found = learnt([FeatureLoss(match="attention", layers="uniform")], stored)
+    assert [(one.kind, one.layer, one.dtype) for one in found] == [
+        ("keys", 1, "float16"),
+        ("queries", 1, "float16"),
+    ]

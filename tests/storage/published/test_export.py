@@ -23,7 +23,8 @@ from stillroom.storage.errors import IntegrityError, UsageError
 from stillroom.storage.files.local import LocalFiles
 from stillroom.storage.keys import seal
 from stillroom.storage.published import export_files
-from stillroom.storage.published.export import Choice, make_tables
+from stillroom.storage.published.choice import Choice
+from stillroom.storage.published.export import make_tables
 from stillroom.storage.published.export_numbers import Lengths, Spread
 from stillroom.storage.published.export_rows import (
     JOINED,

@@ -1,0 +1,71 @@
+"""Killed at every step of writing features, embeddings and targets, again and again: nothing is lost or there twice."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from forked import fork
+from kit import prompts, recipe_tree, write_jsonl
+from planting import rows_of
+from tiny_jobs import done_until_score
+from tiny_llama import save_tiny_llama
+
+from stillroom.pipeline.plan.plan import make_plan
+from stillroom.stages.ledger.features import find_embeddings
+from stillroom.stages.recipe.sections import Recipe
+from stillroom.storage.files.local import LocalFiles
+from stillroom.storage.integrity.verify import verify
+from stillroom.storage.store.store import Store
+
+STEPS = 5
+"""A process is killed at the link that is its first, ... or its fifth, before it or after."""
+
+
+def score_until(recipe: Recipe, links: int, *, after: bool) -> int:
+    """Do all stages in a process that is killed at so many links; its exit code, negative where it was."""
+
+    def work() -> None:
+        link, made = LocalFiles._link, []
+
+        def counted(files: LocalFiles, temporary: Path, final: Path) -> None:
+            made.append(1)
+            if len(made) == links and not after:
+                os.kill(os.getpid(), 9)
+            link(files, temporary, final)
+            if len(made) == links:
+                os.kill(os.getpid(), 9)
+
+        LocalFiles._link = counted  # type: ignore[method-assign]
+        done_until_score(recipe)
+
+    return os.waitstatus_to_exitcode(os.waitpid(fork(work), 0)[1])
+
+
+@pytest.mark.slow
+def test_killed_at_every_step_companions_end_whole(tmp_path: Path) -> None:
+    teacher = save_tiny_llama(tmp_path / "teacher", num_hidden_layers=3)
+    source = write_jsonl(tmp_path / "prompts.jsonl", prompts(12))
+    features: list[dict[str, Any]] = [{"what": "hidden", "layers": [0, 2]}, {"what": "embeddings"}]
+    tree = recipe_tree(
+        tmp_path,
+        teacher,
+        source,
+        storage={"dir": str(tmp_path / "store"), "commit_rows": 4},
+        generate={"engine": "hf", "temperature": 1.0, "max_tokens": 6},
+        score={"k": 4, "features": features},
+    )
+    recipe, kills, code = Recipe.model_validate(tree), 0, -9
+    while code == -9:
+        code = score_until(recipe, 2 + kills % STEPS, after=kills % 2 == 0)
+        kills += code == -9
+        assert kills < 60, "nothing goes on"
+    assert (code, kills > 4) == (0, True)
+    store = Store.open(tmp_path / "store")
+    plan = make_plan(recipe)
+    assert plan.line("score").state == "done"
+    trained = {row["text_key"] for row in rows_of(store) if row["kind"] == "topk"}
+    found = [(row["text_key"], row["layer"]) for row in rows_of(store, "features")]
+    assert sorted(found) == sorted((text, layer) for text in trained for layer in (0, 2))
+    assert find_embeddings(store, plan.bound.binding.teacher_id, 16) is not None
+    assert verify(store).ok

@@ -49,8 +49,7 @@ class Students:
         self.results = folder / "students" / task.name
         self.results.mkdir(parents=True, exist_ok=True)
         self._recipe = folder / f"{task.name}.yaml"
-        if not self._recipe.is_file():
-            _write(self._recipe, _with_places(task.recipe, folder))
+        _write(self._recipe, _with_places(task.recipe, folder))
 
     @property
     def done(self) -> bool:

@@ -36,9 +36,9 @@ SCALES = {
             hidden=96, layers=4, epochs=12, learning_rate=1e-3, masked=0.2, attention_dropout=0.0
         ),
         texts=dict.fromkeys(SPLITS),
-        rates={"classify": (2e-3, 4e-3, 8e-3), "causal": (3e-3, 6e-3, 1.2e-2)},
-        epochs={"classify": 6, "causal": 1},
-        stories={"train": 800, "validation": 60, "test": 120},
+        rates={"classify": (1.5e-3, 3e-3, 6e-3), "causal": (3e-3, 6e-3, 1.2e-2)},
+        epochs={"classify": 4, "causal": 1},
+        stories={"train": 600, "validation": 40, "test": 80},
     ),
     "tiny": Scale(
         teacher=Size(hidden=16, layers=2, epochs=1, learning_rate=1e-3),

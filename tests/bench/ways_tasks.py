@@ -150,13 +150,14 @@ def make_teacher(folder: Path, scale: Scale) -> None:
 
 
 def _texts(scale: Scale) -> dict[str, Sentences]:
-    """banking77's own splits; a text is in one of them alone, the last that has it."""
+    """banking77's own splits; a text is in one of them alone, the last that has it in any case and spacing."""
     parts = {split: read_texts("banking77", split, scale.texts[split]) for split in SPLITS}
     later: set[str] = set()
     for split in reversed(SPLITS):
         mine = parts[split]
-        parts[split] = mine.take([n for n, text in enumerate(mine.texts) if text not in later])
-        later.update(mine.texts)
+        folded = ["".join(text.lower().split()) for text in mine.texts]
+        parts[split] = mine.take([n for n, text in enumerate(folded) if text not in later])
+        later.update(folded)
     return parts
 
 

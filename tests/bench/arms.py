@@ -8,7 +8,7 @@ snapshot: `one_order` gives all arms of a seed the same one. Nothing else is cha
 import json
 import sys
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,7 +28,11 @@ from stillroom.storage.store.store import Store
 
 
 def run_arm(
-    recipe_file: Path, overrides: Sequence[str] = (), *, until: str | None = None
+    recipe_file: Path,
+    overrides: Sequence[str] = (),
+    *,
+    until: str | None = None,
+    report: bool = True,
 ) -> dict[str, Any]:
     """Run a recipe's stages here; what is done already is not done again.
 
@@ -38,6 +42,7 @@ def run_arm(
         recipe_file: The recipe.
         overrides: `section.key=value`, as of `--set`.
         until: Last stage to run; None: all.
+        report: Draw the report of a run that was judged; it takes longer than a small student.
 
     Returns:
         `evaluation.json` and `train.json` in one, where they are there; `train_dir`; ids of the `snapshots` by split.
@@ -46,7 +51,8 @@ def run_arm(
         StillroomError: as of `stillroom run`.
     """
     recipe = load_recipe(recipe_file, list(overrides))
-    with mock.patch.object(runner, "StageProcess", _Here):
+    undrawn = nullcontext() if report else mock.patch.object(runner, "write_report")
+    with mock.patch.object(runner, "StageProcess", _Here), undrawn:
         runner.run(recipe, until=until, quiet=True)
     plan = make_plan(recipe)
     for snapshot in plan.snapshots.values():

@@ -24,19 +24,10 @@ from typing import Any
 
 import torch
 from arms import run_arm
+from small_teacher import ASSETS, Sentences, Size, naive_bayes, read_texts, train_teacher
 from sst2_arms import ARMS, MISTAKES, STARTS, Choice, Study
 from sst2_report import best_rate, report
-from sst2_teacher import (
-    ASSETS,
-    VALIDATION,
-    Sentences,
-    Size,
-    naive_bayes,
-    prompt_keys,
-    read_sentences,
-    split,
-    train_teacher,
-)
+from sst2_teacher import NAMES, VALIDATION, prompt_keys, split
 from transformers.utils.logging import disable_progress_bar
 
 RECIPE = Path(__file__).parents[2] / "pipeline" / "recipes" / "sst2.yaml"
@@ -104,13 +95,14 @@ class Bench:
         folder = self.folder / "teacher"
         if not (folder / "model.safetensors").is_file():
             parts = self._split()
-            train_teacher(folder, parts["train"], parts["validation"], self.scale.teacher)
+            size = self.scale.teacher
+            train_teacher(folder, parts["train"], parts["validation"], size=size, names=NAMES)
             facts = {"naive_bayes": naive_bayes(parts["train"], parts["test"])}
             (self.folder / "teacher.json").write_text(json.dumps(facts))
 
     def _split(self) -> dict[str, Sentences]:
-        train = read_sentences("train", self.scale.limit)
-        test = read_sentences("test", self.scale.test)
+        train = read_texts("sst2", "train", self.scale.limit)
+        test = read_texts("sst2", "test", self.scale.test)
         return split(train, test, validation=self.scale.validation)
 
     def overrides(self, name: str) -> list[str]:

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 from arms import run_arm
+from judge import judge, judge_teacher, read_snapshot
 from torch import nn
 
-from stillroom.stages.evaluate.metrics import Tally, measure
 from stillroom.stages.loader.classification import ClassBatch, ClassPasses
-from stillroom.stages.loader.samples import Cursor, Sample, Samples, steps
+from stillroom.stages.loader.samples import Cursor, Sample, steps
 from stillroom.stages.losses.definition import Distilled, LossParts
 from stillroom.stages.losses.objective import Aim
 from stillroom.stages.models.classification import Inputs, class_logits
@@ -32,7 +32,6 @@ from stillroom.stages.train.trainer import Trainer
 from stillroom.storage.errors import StillroomError
 from stillroom.storage.snapshots.snapshot import load_snapshot
 from stillroom.storage.store.store import Store
-from stillroom.storage.tables.soft_targets import SoftTargets
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "skew_forward_kl", "skew_reverse_kl")
 TEMPERATURE = 2.0
@@ -138,14 +137,12 @@ class Study:
         self._parts, self.prompts = {}, dict[str, set[bytes]]()
         for split, snapshot in found.items():
             chosen = load_snapshot(store, snapshot)
-            samples = Samples(store, chosen, soft=True)
             shards = {shard.sha256: shard.rows for shard in chosen.shards}
             self.prompts[split] = {
                 row["prompt_key"] for row in store.rows(chosen.table, shards, ("prompt_key",))
             }
-            self._parts[split] = list(
-                samples.read(0, min(rows, len(samples)) if split == "train" else len(samples))
-            )
+            learnt = rows if split == "train" else None
+            self._parts[split] = read_snapshot(store, snapshot, learnt)
         snapshot = load_snapshot(store, found["train"])
         self.teacher_dir = store.teacher_dir(snapshot.about["teacher_id"])
 
@@ -156,15 +153,7 @@ class Study:
 
     def teacher(self) -> dict[str, dict[str, float]]:
         """What the stored probabilities are worth on each split, as for a student."""
-        found = {}
-        for split, part in self._parts.items():
-            logprobs = torch.from_numpy(
-                np.concatenate([sample.targets.logprobs for sample in part])
-            )
-            tally = Tally()
-            tally.add(b"", measure(logprobs, torch.tensor([sample.label for sample in part])))
-            found[split] = _numbers(tally)
-        return found
+        return {split: judge_teacher(part) for split, part in self._parts.items()}
 
     def run(self, choice: Choice) -> dict[str, Any]:
         """Train one student for two epochs and judge it after each, or read what it was."""
@@ -242,46 +231,15 @@ class Study:
                 yield self._judge(model)
             last = step.after
 
-    @torch.no_grad()
     def _judge(self, model: Any) -> dict[str, Any]:
-        model.eval()
-        inputs, found = Inputs.of(model, self.teacher_dir), {}
-        for split in ("validation", "test"):
-            tally = Tally()
-            part = sorted(self._parts[split], key=len)
-            for at in range(0, len(part), 64):
-                texts = part[at : at + 64]
-                logits = class_logits(model, inputs.tensors([text.token_ids for text in texts]))
-                tally.add(
-                    b"",
-                    measure(logits, torch.tensor([text.label for text in texts]), _stacked(texts)),
-                )
-            found[split] = _numbers(tally)
-        return found
+        return {
+            split: judge(model, self.teacher_dir, self._parts[split])
+            for split in ("validation", "test")
+        }
 
 
 def _epochs_done(cursor: Cursor, count: int) -> int:
     return (cursor.epoch * count + cursor.sample) // count
-
-
-def _stacked(texts: Sequence[Sample]) -> SoftTargets:
-    parts = [text.targets for text in texts]
-    columns = ("logprobs", "tail_logprob", "token_logprob", "entropy")
-    return SoftTargets(
-        ids=None,
-        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in columns},
-    )
-
-
-def _numbers(tally: Tally) -> dict[str, float]:
-    found = tally.results() | {
-        "accuracy": sum(b["accuracy"] * b["tokens"] for b in tally.reliability()) / tally.tokens
-    }
-    return {
-        name: found[name]
-        for name in ("accuracy", "ece", "cross_entropy", "kl_teacher")
-        if name in found
-    }
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:

@@ -189,6 +189,28 @@ def test_the_comparison_of_losses_on_sst2_runs(
     assert json.loads((tmp_path / "report.json").read_text())["verdicts"] == outcome["verdicts"]
 
 
+@pytest.mark.assets
+@pytest.mark.slow
+def test_the_comparison_of_ways_to_distil_runs_and_goes_on_where_it_stopped(
+    tmp_path: Path, assets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STILLROOM_ASSETS", str(assets))
+    words = (tmp_path, "--tiny", "--arms", "logits,hidden", "--seeds")
+    outcome, _ = bench("ways", *words, "0")
+    stored = outcome["classify"]["stored"]["features"]["hidden 1"]
+    assert stored["bytes_a_vector"] == 16 + 4, "int8 and a scale"
+    for task, measure in (("classify", "accuracy"), ("causal", "cross_entropy")):
+        logits, hidden = outcome[task]["arms"]
+        assert (logits["bytes"], list(hidden["bytes"])) == ({}, ["token"])
+        assert hidden["minus logits"] == [hidden[measure][0] - logits[measure][0]]
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("students/*/*.json")}
+    assert len(before) == 2 * 2 * 2, "validation and test of each student"
+    again, said = bench("ways", *words, "0", "--only", "classify")
+    assert again["classify"] == outcome["classify"]
+    assert {file: file.stat().st_mtime_ns for file in before} == before, "nothing is done again"
+    assert "| hidden | logits, and the last block's states |" in said
+
+
 @pytest.mark.slow
 def test_the_equivalence_bench_runs() -> None:
     outcome, _ = bench("equivalence", "--tiny", "--learning-rate", "5e-3")

@@ -10,7 +10,10 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
-from ...storage.errors import IntegrityError, Stopped, UsageError
+from pydantic import TypeAdapter
+
+from ...storage.bounds import NOT_AS_WRITTEN, integer
+from ...storage.errors import IntegrityError, Stopped, UsageError, in_short
 from ...storage.files.local import LocalFiles
 from ...storage.joined import open_store
 from ...storage.snapshots.snapshot import Snapshot, load_snapshot
@@ -48,15 +51,18 @@ class Record:
         """Of a checkpoint.
 
         Raises:
-            UsageError: another version of Stillroom wrote it.
+            UsageError: another version of Stillroom wrote it, or somebody changed it.
         """
         try:
-            parts = {"cursor": Cursor(**state["cursor"]), "speed": Speed(**state["speed"])}
-            return cls(**state | parts)
-        except (KeyError, TypeError) as error:
+            counts = {name: integer(count) for name, count in state["cursor"].items()}
+            found = cls(**state | {"cursor": Cursor(**counts), "speed": Speed(**state["speed"])})
+            TypeAdapter(cls).validate_json(json.dumps(state), strict=True)
+            return found
+        except NOT_AS_WRITTEN as error:
             raise UsageError(
-                f"train: another version of Stillroom wrote this run's checkpoints ({error}). "
-                "Remove `checkpoints/` from its folder, and it is trained from the start."
+                "train: another version of Stillroom wrote this run's checkpoints "
+                f"({in_short(error)}). Remove `checkpoints/` from its folder, and it is trained from "
+                "the start."
             ) from error
 
 

@@ -4,8 +4,9 @@ import builtins
 import json
 import random
 from copy import copy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -594,6 +595,27 @@ def test_a_student_that_attends_otherwise_gets_rows_with_padding(world, monkeypa
 def test_a_checkpoint_of_another_version_is_refused_with_what_to_do() -> None:
     with pytest.raises(UsageError, match=r"another version of Stillroom.*Remove `checkpoints/`"):
         Record.of({"cursor": {}, "seconds": 1.0})
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"cursor": {"epoch": None}},
+        {"cursor": {"sample": -1}},
+        {"cursor": {"step": "3"}},
+        {"cursor": 3},
+        {"scored_tokens": None},
+        {"best": [1]},
+        {"history": 3},
+        {"speed": {"seconds": "x"}},
+        {"more": 1},
+    ],
+)
+def test_a_checkpoint_that_says_what_no_run_writes_is_refused_by_name(bad: dict[str, Any]) -> None:
+    written = json.loads(json.dumps(asdict(Record())))
+    assert Record.of(written) == Record()
+    with pytest.raises(UsageError, match=r"wrote this run's checkpoints.*Remove `checkpoints/`"):
+        Record.of(written | bad)
 
 
 @pytest.mark.parametrize("config", [MixtralConfig, JetMoeConfig, DbrxConfig])

@@ -3,6 +3,8 @@
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
+
 from ...storage.store.index import Index
 from ...storage.store.store import Store
 from ...storage.store.writer import CommitLimits
@@ -69,7 +71,8 @@ class GivenText:
         self.tokens += given.scored
         start, tokenizer = given.prompt_tokens, self._tokenizing.renderer.tokenizer
         with self._clock.span("tokenizer"):
-            text = str(tokenizer.decode(given.token_ids[start:], skip_special_tokens=True))
+            scored = np.asarray(given.token_ids[start:])
+            text = str(tokenizer.decode(scored, skip_special_tokens=True))
         generation = given_row(
             author_id=self._author,
             source_key=row["key"],

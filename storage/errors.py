@@ -8,6 +8,7 @@ StillroomError            1   a failure that is not the user's mistake: disk ful
 A message says what is wrong, what was found, what was expected, and what to do.
 """
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -74,6 +75,18 @@ def answered(what: str, action: str) -> Iterator[None]:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which nothing here imports
             raise
         raise UsageError(f"{what} ({in_short(error).rstrip(' .')}). {action}") from error
+
+
+def name_too_long(error: OSError, name: object) -> UsageError | None:
+    """What to say of a name that is longer than the file system takes; None: it is another error."""
+    if error.errno != errno.ENAMETOOLONG:
+        return None
+    said = str(error.filename or name)
+    begin = said if len(said) <= 80 else f"{said[:80]} ..."
+    return UsageError(
+        f"{begin}: a path of {len(said):,} characters, which the file system does not take. A name has "
+        "255 bytes at most. Name another file or folder."
+    )
 
 
 def in_short(error: Exception) -> str:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from ...storage.credentials import as_written
-from ...storage.errors import StillroomError, Stopped
+from ...storage.errors import StillroomError, Stopped, name_too_long
 from ...storage.store.stopping import at_work, stop_signals
 from ..text import show_line, show_text
 from . import import_table, publish, store
@@ -36,6 +36,12 @@ def main() -> None:
             _fail(error)
         except _SignalCame:
             _fail(Stopped())
+        except OSError as error:
+            too_long = name_too_long(error, "a file or folder")
+            if too_long is None:
+                raise
+            _hear_nothing()
+            _fail(too_long)
 
 
 class _SignalCame(BaseException):

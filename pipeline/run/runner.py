@@ -26,7 +26,7 @@ from ...stages.workers.journal import mark_seen, new_journal, read_journal
 from ...stages.workers.locks import worker_number
 from ...storage.bounds import mapping
 from ...storage.credentials import hidden
-from ...storage.errors import StillroomError, Stopped, UsageError
+from ...storage.errors import StillroomError, Stopped, UsageError, name_too_long
 from ...storage.files.local import LocalFiles
 from ...storage.joined import at_commit
 from ...storage.keys import canonical_json
@@ -172,9 +172,10 @@ def _prepare(recipe: Recipe) -> Store:
     try:
         _logs(recipe).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StillroomError(
+        why = (
             f"run.dir: {recipe.run.dir} cannot be written ({error.strerror}). Name another folder."
-        ) from error
+        )
+        raise name_too_long(error, recipe.run.dir) or StillroomError(why) from error
     return store
 
 

@@ -8,7 +8,6 @@ import numpy as np
 
 from ...storage.errors import RowError
 from ...storage.keys import content_id
-from ...storage.tables.row_builders import TokenIds
 from ...storage.tables.spans import span_after
 from ..ledger.requests import labelled_key, tokens_key
 from ..models.chat.renderer import Ids
@@ -23,7 +22,7 @@ from .lengths import Lengths
 class Given:
     """One row of `generations`, before it is written."""
 
-    token_ids: TokenIds
+    token_ids: list[int] | np.ndarray
     prompt_tokens: int
     tokens_key: bytes
     spans: np.ndarray | None = None

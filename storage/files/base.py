@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import StillroomError
+from ..errors import StillroomError, name_too_long
 
 DISK_FULL = (
     "the disk is full. Free space and run the same command again; what was committed is kept"
@@ -172,6 +172,8 @@ def explained(doing: str, path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except OSError as error:
+        if too_long := name_too_long(error, path):
+            raise too_long from error
         advice = _ADVICE.get(
             error.errno or 0, "Check the disk and the folder, then run the same command again"
         )

@@ -244,3 +244,54 @@ def test_an_unknown_stage_is_refused_by_name(
         tmp_path, tiny_llama("teacher"), write_jsonl(tmp_path / "p.jsonl", prompts(12))
     )
     assert "no stage 'scores'" in stillroom("run", recipe, "--until", "scores", expect=2).stderr
+
+
+LONG = "n" * 300
+"""More than any file system takes as a name."""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("query", LONG, "SELECT 1"),
+        ("verify", LONG),
+        ("inspect", LONG),
+        ("repair", LONG),
+        ("vacuum", LONG),
+        ("export", LONG, "there"),
+        ("publish", LONG, "me/rows"),
+        ("import", "rows.parquet", "store", "--teacher", LONG, "--targets-at", "next"),
+        ("init", LONG),
+        ("status", LONG),
+        ("report", LONG),
+        ("run", LONG),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_name_that_no_file_can_have_is_a_message(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "error: " + LONG[:80] in stillroom(*words, expect=2).stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"data": {"source": f"/{LONG}/a", "format": "prompt"}},
+        {"data": {"source": f"/{LONG}*", "format": "prompt"}},
+        {"storage": {"dir": f"/{LONG}"}},
+        {"run": {"dir": f"/{LONG}"}},
+        {"student": {"model": f"/{LONG}"}},
+    ],
+    ids=["source", "glob", "store", "run", "student"],
+)
+def test_a_recipe_with_such_a_name_is_a_message(
+    section: dict[str, dict[str, str]], tmp_path: Path, tiny_llama: Callable[..., Path]
+) -> None:
+    source = write_jsonl(tmp_path / "prompts.jsonl", prompts(12))
+    recipe = write_recipe(tmp_path, tiny_llama(), source, **section)
+    said = stillroom("run", recipe, expect=2).stderr
+    assert f"error: /{LONG[:79]}" in said
+    assert "which the file system does not take" in said

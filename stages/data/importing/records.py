@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 
 from ....storage.errors import UsageError
 from ..sources.names import TABLES, ending
-from ..sources.readers import BATCH, Record, arrow_batches, rows_of
+from ..sources.readers import BATCH, Record, arrow_batches, readable, rows_of
 from ..sources.source import Source
 
 
@@ -32,10 +32,11 @@ def table_records(source: str, split: str, columns: Sequence[str]) -> Iterator[R
 def _rows(file: Path, columns: Sequence[str]) -> Iterator[Record]:
     """Rows of a Parquet or Arrow file."""
     try:
-        for number, row in enumerate(rows_of(_batches(file, columns)), 1):
-            yield f"{file.name}:{number}", row
-    except (OSError, pa.ArrowException) as error:
-        raise UsageError(f"{file}: not readable ({error}). Write it again.") from error
+        with readable("not a table that can be read"):
+            for number, row in enumerate(rows_of(_batches(file, columns)), 1):
+                yield f"{file.name}:{number}", row
+    except ValueError as error:
+        raise UsageError(f"{file}: {error}. Write it again.") from error
 
 
 def _batches(file: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:

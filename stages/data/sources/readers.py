@@ -8,6 +8,7 @@ import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -180,26 +181,30 @@ def _one_after_the_other(text: str) -> Iterator[tuple[int, Any]]:
 
 
 def _parquet(file: Path, name: str) -> Iterator[Record]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        with pq.ParquetFile(file) as parquet:
-            for number, record in enumerate(rows_of(parquet.iter_batches(BATCH)), 1):
-                yield f"{name}:{number}", of_a_table(record)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise ValueError(f"it is not readable Parquet: {error}") from error
+    with readable("it is not readable Parquet"), pq.ParquetFile(file) as parquet:
+        for number, record in enumerate(rows_of(parquet.iter_batches(BATCH)), 1):
+            yield f"{name}:{number}", of_a_table(record)
 
 
 def _arrow(file: Path, name: str) -> Iterator[Record]:
     import pyarrow as pa
 
+    with readable("it is not readable Arrow"), pa.memory_map(str(file)) as memory:
+        for number, record in enumerate(rows_of(arrow_batches(memory)), 1):
+            yield f"{name}:{number}", of_a_table(record)
+
+
+@contextmanager
+def readable(what: str) -> Iterator[None]:
+    """ValueError for whatever pyarrow raises of a table that is damaged."""
+    import pyarrow as pa
+
     try:
-        with pa.memory_map(str(file)) as memory:
-            for number, record in enumerate(rows_of(arrow_batches(memory)), 1):
-                yield f"{name}:{number}", of_a_table(record)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise ValueError(f"it is not readable Arrow: {error}") from error
+        yield
+    except (OSError, ValueError, pa.ArrowException, SystemError) as error:
+        raise ValueError(f"{what}: {error}") from error
 
 
 def arrow_batches(memory: Any) -> Any:
@@ -217,6 +222,7 @@ def arrow_batches(memory: Any) -> Any:
 def rows_of(batches: Iterable[Any]) -> Iterator[dict[str, Any]]:
     """The rows of tables, few at a time as Python objects: numbers take ten times their room so."""
     for batch in batches:
+        batch.validate(full=True)  # lengths that damage made negative are read as they are
         few = max(1, batch.num_rows * _AT_ONCE // max(1, batch.nbytes))
         for start in range(0, batch.num_rows, few):
             yield from batch.slice(start, few).to_pylist()

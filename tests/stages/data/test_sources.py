@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import struct
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -432,3 +433,18 @@ def test_a_table_of_long_texts_is_read_a_few_rows_at_a_time(tmp_path: Path, name
     tracemalloc.stop()
     assert found == rows * len(text)
     assert most < 10e6
+
+
+@pytest.mark.parametrize("length", [-5, 1 << 30])
+def test_an_arrow_file_of_impossible_lengths_is_named(tmp_path: Path, length: int) -> None:
+    """No checksum covers it: pyarrow reads such a text from wherever that leads."""
+    table = pa.table({"prompt": ["the cat sat", "a dog ran on", "x"]})
+    with pa.ipc.new_file(tmp_path / "texts.arrow", table.schema) as file:
+        file.write_table(table)
+    written = (tmp_path / "texts.arrow").read_bytes()
+    ends = struct.pack("<4i", 0, 11, 23, 24)
+    assert written.count(ends) == 1
+    damaged = written.replace(ends, struct.pack("<4i", 0, length, 23, 24))
+    (tmp_path / "texts.arrow").write_bytes(damaged)
+    with pytest.raises(UsageError, match=r"texts\.arrow.*it is not readable Arrow"):
+        list(all_records(recipe(tmp_path / "texts.arrow")))

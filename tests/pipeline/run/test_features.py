@@ -12,7 +12,14 @@ from stillroom.storage.integrity.vacuum import vacuum
 from stillroom.storage.integrity.verify import verify
 from stillroom.storage.store.store import Store
 
-SCORE = {"k": 4, "features": [{"what": "hidden", "layers": [0, 2]}]}
+MULTIPLIED = ("queries", "keys", "values")
+SCORE = {
+    "k": 4,
+    "features": [
+        {"what": "hidden", "layers": [0, 2]},
+        *({"what": what, "layers": [2]} for what in MULTIPLIED),
+    ],
+}
 LOSS = {
     "features": [
         {
@@ -20,7 +27,9 @@ LOSS = {
             "layers": {0: 0, 2: 1},
             "weight": {"shape": "linear", "start": 1.0, "end": 0.5},
             "distance": "cosine",
-        }
+        },
+        {"match": "attention", "weight": 0.5},
+        {"match": "relations", "of": ["values"], "relation_heads": 2},
     ]
 }
 
@@ -49,18 +58,27 @@ def test_from_prompts_to_the_report(tmp_path: Path, teacher: Path) -> None:
 
     found = last_json(stillroom("status", path, "--json"))["stages"]["score"]["features"]
     assert found["vectors"] == sum(commit.tokens for commit in store.commits("features"))
-    assert found["rounding_error"].keys() == {"hidden 0 int8", "hidden 2 int8"}
+    assert found["rounding_error"].keys() == {
+        "hidden 0 int8",
+        "hidden 2 int8",
+        *(f"{what} 2 float16" for what in MULTIPLIED),
+    }
     assert all(0 < error["mean"] < 0.02 for error in found["rounding_error"].values())
     assert "features: " in stillroom("status", path).stdout
 
     (run,) = [p for p in (tmp_path / "run").glob("train-*") if (p / "evaluation.json").exists()]
     history = json.loads((run / "train.json").read_text())["history"]
     names = {"hidden_0_to_0_cosine", "hidden_2_to_1_cosine"}
+    names |= {"attention_2_to_1", "relations_2_to_1_values"}
     assert all(point["features"].keys() == names for point in history)
     report = (tmp_path / "run" / "report.md").read_text()
     for said in (
         "(linear: 1.0 to 0.5) x hidden (cosine, layers 0 to 0, 2 to 1)",
-        "hidden states of block 0 (int8), hidden states of block 2 (int8)",
+        "0.5 x attention (heads each, layers last)",
+        "1.0 x relations (of values, relation heads 2, layers last)",
+        "hidden states of block 0 (int8), hidden states of block 2 (int8), queries of block 2 (float16)",
+        "arXiv 2012.15828",
+        "relations 2 to 1 values",
         "1 - s.t / ",
         "hidden 0 to 0 cosine",
         "hidden 2 to 1 cosine",

@@ -12,7 +12,6 @@ from ...storage.errors import UsageError
 from ...storage.store.store import Store
 from ..ledger.features import embeddings_name, find_embeddings
 from ..recipe.features import DTYPES, EMBEDDINGS
-from ..targets.features.shown import embeddings_of
 
 _ROWS = 4096
 """That are rounded at a time."""
@@ -26,6 +25,8 @@ def keep_embeddings(store: Store, model: Any, *, teacher_id: str, bits: int) -> 
     """
     if find_embeddings(store, teacher_id, bits) is not None:
         return
+    from ..targets.features.shown import embeddings_of
+
     weight = embeddings_of(model)
     dtype = DTYPES[bits]
     rounded = np.empty(tuple(weight.shape), np.dtype(dtype))

@@ -22,7 +22,7 @@ from ..integrity.checked import Memory, check_file, files_of
 from ..snapshots.snapshot import Snapshot
 from ..store.store import Store
 from ..tables.schema import KEY, VERSIONS, TableName
-from ..tables.shard import FEATURE_GROUP_BYTES, ROW_GROUP_BYTES, text_keys
+from ..tables.shard import FEATURE_GROUP_BYTES, text_keys
 from .choice import Choice, FeatureChoice
 from .export_features import (
     COLUMNS,
@@ -338,7 +338,7 @@ class _Split:
             about={**about, **named},
             counted=counted,
             # Features are read one by one, in any order.
-            group_bytes=FEATURE_GROUP_BYTES if table == "features" else ROW_GROUP_BYTES,
+            group_bytes=FEATURE_GROUP_BYTES if table == "features" else None,
         )
 
     def _close(self, files: TableFiles, table: str) -> dict[str, Any]:

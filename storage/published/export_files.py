@@ -44,14 +44,14 @@ class TableFiles:
         schema: pa.Schema,
         about: Mapping[str, Any],
         counted: str,
-        group_bytes: int = ROW_GROUP_BYTES,
+        group_bytes: int | None = None,
     ) -> None:
         """`schema`: columns to write.
 
         `about`: goes into each file's metadata. `counted`: column of tokens to sum. `group_bytes`:
-        decoded size of a row group.
+        decoded size of a row group; None: `ROW_GROUP_BYTES`.
         """
-        self._group_bytes = group_bytes
+        self._group_bytes = group_bytes or ROW_GROUP_BYTES
         self._folder, self._counted = folder, counted
         metadata = {METADATA_KEY: json.dumps(about, sort_keys=True, ensure_ascii=False)}
         self._schema = schema.with_metadata(metadata)

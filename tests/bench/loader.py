@@ -105,7 +105,7 @@ def main() -> None:
             if not args.tiny:
                 outcome.setdefault("bars", {})["checking a shard over reading it"] = found
         if args.only in (None, "features"):
-            size = {"rows": 16, "repeats": 1} if args.tiny else {"rows": 1024, "repeats": 5}
+            size = {"rows": 16, "repeats": 1} if args.tiny else {"rows": 256, "repeats": 5}
             outcome["features"] = features(Path(folder) / "features", **size, apart=not args.tiny)
             found = {"found": outcome["features"]["per_byte_over_targets"], "at_most": FEATURES_BAR}
             if not args.tiny:

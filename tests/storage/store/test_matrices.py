@@ -14,6 +14,8 @@ from stillroom.storage.integrity.verify import verify
 from stillroom.storage.joined import open_store
 from stillroom.storage.store.matrices import matrix_file, record_file
 from stillroom.storage.store.store import Store
+from stillroom.storage.tables.features import Layout
+from stillroom.storage.tables.row_builders import feature_row
 
 NAME = "0" * 16
 
@@ -128,3 +130,31 @@ def test_on_an_object_store_the_object_counts(s3: Any) -> None:
     assert not verify(store).ok
     assert repair(store).ok
     np.testing.assert_array_equal(store.matrix(kept(store)), matrix())
+
+
+def test_rows_that_name_a_matrix_keep_it_and_go_with_it(store: Store) -> None:
+    """Without the bits that they were projected by, rows are worth nothing."""
+    matrix_id = kept(store)
+    row = feature_row(
+        key=bytes(16),
+        reuse_key=bytes(16),
+        text_key=bytes(16),
+        teacher_id="t",
+        kind="values",
+        layer=1,
+        states=np.ones((3, 4), np.float32),
+        dtype="float16",
+        layout=Layout(width=4, heads=2),
+    )
+    with store.writer("features", about={"teacher_id": "t"}) as writer:
+        writer.add(row | {"projection": matrix_id})
+    assert verify(store).problems == []
+    store.files.remove(record_file(NAME))
+    assert matrix_file(matrix_id) not in vacuum(store, older_than_hours=0).files
+    assert verify(store).notes == []
+    store.files.path(matrix_file(matrix_id)).write_bytes(b"something else")
+    (problem,) = verify(store).problems
+    assert (problem.file, problem.column) == ("commits/features/00000000.json", "projection")
+    assert repair(store).ok
+    assert store.commits("features") == []
+    assert verify(store).ok

@@ -88,9 +88,11 @@ def _row(arm: str, rate: float | None, found: dict[str, dict[int, Found]], of: "
 
 
 def _bytes(arm: Arm, facts: Found) -> dict[str, float]:
-    """What an arm's features take on disk, `token` or `text` -> bytes; what is kept once takes 0 of either."""
+    """What an arm's features take on disk: token, text or teacher -> bytes of each."""
     found: dict[str, float] = {}
     for one in arm.stored:
+        if one["what"] == "embeddings":
+            found["teacher"] = facts["embedding_bytes"]
         kind = one["what"] if "pooling" not in one else f"{one['what']}_{one['pooling']}"
         for layer in one.get("layers", ()):
             stored = facts["features"][f"{kind} {layer}"]
@@ -151,7 +153,7 @@ def _table(task: Task, rows: Sequence[Found]) -> list[str]:
 
 def _cells(task: Task, row: Found) -> list[str]:
     like = task.arms[row["arm"]].against
-    taken = ", ".join(f"{size:.0f} a {of}" for of, size in row["bytes"].items())
+    taken = ", ".join(f"{size:,.0f} a {of}" for of, size in row["bytes"].items())
     scales = {measure: 100.0 if measure == "accuracy" else 1.0 for measure in task.measures}
     scale = scales[next(iter(task.measures))]
     return [

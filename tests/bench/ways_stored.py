@@ -5,11 +5,13 @@ from typing import Any
 
 import pyarrow.compute as pc
 
+from stillroom.stages.ledger.features import find_embeddings
 from stillroom.storage.snapshots.snapshot import load_snapshot
 from stillroom.storage.store.store import Store
 from stillroom.storage.tables.shard import ShardFile
 
 SCALE_BYTES = 4
+EMBEDDING_BITS = 16
 
 
 def stored_bytes(store: Store, snapshot: str) -> dict[str, Any]:
@@ -22,7 +24,9 @@ def stored_bytes(store: Store, snapshot: str) -> dict[str, Any]:
     teacher, lengths = train.about["teacher_id"], train.about["lengths"]
     mine = {shard.sha256 for shard in train.shards}
     targets = [c.shard for c in store.commits("soft_targets") if c.shard.sha256 in mine]
+    kept = find_embeddings(store, teacher, EMBEDDING_BITS)
     return {
+        "embedding_bytes": kept.bytes if kept else None,
         **{name: lengths[name] for name in ("samples", "tokens", "scored_tokens")},
         "target_bytes_a_row": sum(s.bytes for s in targets) / sum(s.rows for s in targets),
         "features": _features(_shards(store, teacher)),

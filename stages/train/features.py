@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from ..losses.features.part import Part
 
 
+def feature_snapshots(job: Job, loss: Loss, store: Store) -> list[Snapshot]:
+    """The snapshot of features that a training reads; none where its loss compares with no rows."""
+    if not loss.features or not learnt(loss.features, job.score.features):
+        return []
+    return [load_snapshot(store, job.features_id)]
+
+
 def find_features(
     job: Job, loss: Loss, store: Store, samples: Snapshot, *, files: LocalFiles
 ) -> FeatureSource | None:
@@ -26,11 +33,12 @@ def find_features(
     Raises:
         UsageError: a sample has none.
     """
-    if not loss.features or not (wanted := learnt(loss.features, job.score.features)):
+    found = feature_snapshots(job, loss, store)
+    if not found:
         return None
     job.progress.say("finding the features of each sample")
-    features = load_snapshot(store, job.features_id)
-    return open_features(store, samples, features, wanted=wanted, files=files)
+    wanted = learnt(loss.features, job.score.features)
+    return open_features(store, samples, found[0], wanted=wanted, files=files)
 
 
 def make_matching(

@@ -24,7 +24,7 @@ from ..recipe.fields import Split, extremes
 from ..recipe.run_folder import ADAPTER, STUDENT, TRAINED
 from ..recipe.sections import Loss
 from ..workers.job import Job
-from .features import find_features, group_notes, make_matching
+from .features import feature_snapshots, find_features, group_notes, make_matching
 from .scalars import Board, loss_scalars, open_wandb, step_scalars
 from .speed import Meter, Speed
 
@@ -97,8 +97,7 @@ class Run:
             store = open_store(job.recipe.storage.dir, job.recipe.storage.sources)
             self._teacher_dir = store.teacher_dir(job.teacher_id)
             self._snapshots = self._asked(store)
-            features = [load_snapshot(store, job.features_id)] if loss.features else []
-            asked = [*self._snapshots.values(), *features]
+            asked = [*self._snapshots.values(), *feature_snapshots(job, loss, store)]
             self._held = check_rows(store, asked, job, lenient=self._train.audit == "warn")
             self._samples, self._validation = self._open(store, "train"), None
             if "validation" in self._snapshots:

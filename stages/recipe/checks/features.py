@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from ..features import EMBEDDINGS, FeatureRequest, captured, layers_for, layers_of
 from ..fields import extremes
 from ..sections import Loss, Score
+from ..tasks import TASKS
 
 CAPTURES = "hf"
 """The engine whose forward pass shows what a teacher's blocks hand on."""
@@ -20,7 +21,7 @@ def check_captured(score: Score, task: str) -> list[tuple[str, str]]:
     if score.engine != CAPTURES:
         message = f"engine {score.engine!r} shows no states of blocks. Use {CAPTURES!r}, or leave them out"
         errors.append((path, message))
-    if task == "causal_lm" and any(asked.pooling == "cls" for asked in score.features):
+    if not TASKS[task].labelled and any(asked.pooling == "cls" for asked in score.features):
         message = (
             "pooling 'cls' is the state of the first token, which in a causal model sees no other. Use "
             "'last' or 'mean'"

@@ -495,6 +495,7 @@ def test_features_are_a_table_like_the_others(store, samples):
         "values": np.random.default_rng(0).normal(size=(2, 40)).astype("<f2").tobytes(),
         "scale": None,
         "rounding_error": 0.0,
+        **dict.fromkeys(("heads", "score_scale", "causal", "window", "projection")),
     }
     with store.writer("features", about={"stage": "score", "teacher_id": "teacher"}) as writer:
         writer.add(row)

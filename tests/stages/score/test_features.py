@@ -354,7 +354,9 @@ def test_killed_between_its_commits_nothing_is_lost_and_nothing_is_there_twice(
         name: {r["key"] for r in rows_of(store, name)} for name in ("soft_targets", "features")
     }
     line = make_plan(recipe).line("score")
-    assert 0 < line.pending < line.planned
+    # Two writers commit, in whatever order: of no text need both be there yet.
+    assert line.pending
+    assert any(before.values())
     score.run(job, teacher)
     assert make_plan(recipe).line("score").state == "done"
     texts, found = trained_texts(store), features_of(store)

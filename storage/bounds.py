@@ -42,13 +42,27 @@ def understood(name: str, what: str) -> Iterator[None]:
 
 
 def parsed(text: str | bytes) -> Any:
-    """JSON that others wrote; ValueError where it is none, or nested deeper than anybody writes."""
+    """JSON that others wrote.
+
+    Raises:
+        ValueError: it is none, names a field twice, or is nested deeper than anybody writes.
+    """
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=each_once)
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
     refuse_deep(value)
     return value
+
+
+def each_once(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; ValueError where it names a field twice, of which a parser takes the last without a word."""
+    found = dict(fields)
+    if len(found) < len(fields):
+        names = [name for name, _ in fields]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object names {_shown(twice)} twice")
+    return found
 
 
 def refuse_deep(value: Any) -> None:

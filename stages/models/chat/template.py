@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import Any
 
+from ....storage.bounds import parsed
 from ....storage.errors import RowError, UsageError
 from ....storage.tables.conversations import Message
 from ....storage.time_limit import time_limit
@@ -170,7 +171,7 @@ def _with_objects(chat: Chat) -> Chat:
     for function in _functions(changed):
         if isinstance(function.get("arguments"), str):
             with suppress(ValueError):
-                function["arguments"] = json.loads(function["arguments"])
+                function["arguments"] = parsed(function["arguments"])
     return changed
 
 

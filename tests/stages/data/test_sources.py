@@ -292,6 +292,48 @@ def test_rows_with_more_cells_than_the_header_are_rejected(tmp_path: Path) -> No
     assert "a comma stands in a cell without quotes" in found.why_rejected
 
 
+TWICE = '{"prompt": "a", "prompt": "b"}'
+
+
+def test_a_record_that_names_a_field_twice_is_rejected(tmp_path: Path) -> None:
+    """A parser takes the last one without a word."""
+    for ending in ("jsonl", "json"):
+        file = tmp_path / f"a.{ending}"
+        file.write_text(f'{{"prompt": "x"}}\n{TWICE}\n{{"prompt": "y", "more": {{"z": 1}}}}\n')
+        first, rejected, last = read(file)
+        assert (first, last) == ("x", "y")
+        assert rejected.endswith("an object names 'prompt' twice")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", f"[{TWICE}]"),
+        ("a.json", f'[{{"prompt": "a", "more": {TWICE}}}]'),
+        ("a.csv", "prompt,x,prompt\na,1,b\n"),
+    ],
+)
+def test_a_file_whose_records_would_lose_a_cell_is_refused(
+    tmp_path: Path, name: str, content: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UsageError, match=r"'prompt' twice|two columns are named 'prompt'"):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("ending", ["parquet", "arrow"])
+def test_a_table_with_two_columns_of_one_name_is_refused(tmp_path: Path, ending: str) -> None:
+    table = pa.table([["a"], ["b"]], names=["prompt", "prompt"])
+    file = tmp_path / f"a.{ending}"
+    if ending == "parquet":
+        pq.write_table(table, file)
+    else:
+        with pa.ipc.new_file(str(file), table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(UsageError, match="two columns are named 'prompt'"):
+        read(file)
+
+
 def test_rejects_name_the_path_and_are_counted_by_reason(tmp_path: Path) -> None:
     for folder in "ab":
         (tmp_path / folder).mkdir()

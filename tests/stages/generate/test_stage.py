@@ -361,9 +361,12 @@ def test_an_adapter_of_a_large_rank_writes(name: str, assets: Path, tmp_path: Pa
 def test_arguments_that_hf_does_not_know_are_refused(
     tiny_llama: Callable[..., Path], tmp_path: Path, arguments: dict[str, object], message: str
 ) -> None:
+    """Where the recipe names it, as the recipe is read; else as it opens."""
+    with pytest.raises(ValueError, match=message):
+        Generate(engine="hf", engine_args=arguments)
     author = author_at(tiny_llama(), tmp_path)
     with pytest.raises(UsageError, match=message):
-        open_engine("hf", author, Generate(engine="hf", engine_args=arguments))
+        open_engine("hf", author, Generate(engine_args=arguments))
 
 
 def idle_vllm(steps: list[list[object]]) -> tuple[VllmEngine, list[str]]:

@@ -42,9 +42,10 @@ def refuse_unpaired(
         for who, facts in (("teacher", teacher), ("student", student)):
             _refuse_uncut(path, asked, who, facts)
         return
-    if teacher is None or not teacher.heads or not student.heads:
+    if teacher is None:
         return
-    if asked.heads == "each" and teacher.heads != student.heads:
+    said = teacher.heads and student.heads
+    if asked.heads == "each" and said and teacher.heads != student.heads:
         raise UsageError(
             f"{path}.heads: each pairs head with head, but the teacher has {teacher.heads} and the "
             f"student {student.heads}. Use heads: average, or match: relations, which works with any "

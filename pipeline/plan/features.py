@@ -3,12 +3,8 @@
 from pathlib import Path
 
 from ...stages.ledger.features import feature_bytes, find_embeddings
-from ...stages.models.attention.by_config import AttentionFacts, attention_facts
-from ...stages.models.fit.config import ConfigFacts, blocks_of, config_facts
+from ...stages.models.fit.config import ConfigFacts, config_facts
 from ...stages.models.fit.files import read_json
-from ...stages.models.fit.fresh import fresh_config
-from ...stages.models.fit.light import light_transformers
-from ...stages.models.fit.parts import text_config
 from ...stages.models.identity import Identity
 from ...stages.recipe.features import (
     EMBEDDINGS,
@@ -24,6 +20,7 @@ from ...storage.tables.features import HEADED, POOLED
 from .attention import REMEDY, config_attention, refuse_unpaired
 from .lines import StagePlan
 from .resolve import Bound
+from .student_config import student_blocks
 
 
 def refuse_features(recipe: Recipe, bound: Bound, student: Path | None) -> None:
@@ -98,7 +95,7 @@ def _refuse_attention(recipe: Recipe, folder: Path, *, model_type: str) -> None:
 
 def _refuse_student_layers(recipe: Recipe, bound: Bound, folder: Path | None) -> None:
     assert recipe.score is not None
-    student = _student(recipe, bound, folder)
+    student = student_blocks(recipe, bound, folder)
     if student is None:
         return
     blocks, attention = student
@@ -128,26 +125,6 @@ def _refuse_pairs(path: str, asked: FeatureLoss, stored: list[int], blocks: int)
                 f"{path}: layer {teacher} of the teacher with block {student} of the student, "
                 f"which has {blocks}, 0 to {blocks - 1}. Name one of these."
             )
-
-
-def _student(
-    recipe: Recipe, bound: Bound, folder: Path | None
-) -> tuple[int, AttentionFacts] | None:
-    """Its blocks and its attention; None where it, or the teacher whose config it gets, is not here."""
-    if folder is not None:
-        attention = config_attention(folder, "student.model")
-        return _facts(folder, "student.model", trusted=False).blocks, attention
-    if bound.teacher is None or recipe.student is None or recipe.student.model is not None:
-        return None
-    student = recipe.student
-    with light_transformers():
-        made = fresh_config(
-            bound.teacher.folder,
-            student.config or {},
-            task=recipe.run.task,
-            layers=student.from_teacher_layers,
-        )
-        return blocks_of(text_config(made)), attention_facts(made)
 
 
 def teacher_widths(recipe: Recipe, bound: Bound) -> dict[str, int]:

@@ -5,14 +5,13 @@ from ...stages.ledger.books import Books
 from ...stages.ledger.requests import author_context
 from ...stages.models.fit.config import config_facts, usable_positions
 from ...stages.models.fit.files import read_json
-from ...stages.models.fit.fresh import fresh_config
-from ...stages.models.fit.light import light_transformers
 from ...stages.models.fit.parts import text_config
 from ...stages.models.identity import find_model
 from ...stages.recipe.sections import Recipe
 from ...stages.recipe.stages import needed
 from ...storage.errors import UsageError
 from .resolve import Bound
+from .student_config import of_fresh_student
 
 
 def refuse_unread(recipe: Recipe, bound: Bound) -> None:
@@ -94,13 +93,4 @@ def _student_reads(recipe: Recipe, bound: Bound) -> int | None:
             return None  # downloaded later, by `run`
         config = read_json(folder / "config.json", field)
         return config_facts(config, where=f"{field}: {name}").context_tokens
-    if bound.teacher is None:
-        return None
-    with light_transformers():
-        made = fresh_config(
-            bound.teacher.folder,
-            student.config or {},
-            task=recipe.run.task,
-            layers=student.from_teacher_layers,
-        )
-        return usable_positions(text_config(made))
+    return of_fresh_student(recipe, bound, lambda made: usable_positions(text_config(made)))

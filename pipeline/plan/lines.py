@@ -57,7 +57,7 @@ class Plan:
     settings: dict[Arm, dict[str, Any]] = field(default_factory=dict)
     evaluation_id: str = ""
     unread: str = ""
-    """What to say of rows that the student cannot read; empty: it reads all of them."""
+    """What to say of rows that the student cannot read, or see as far as it must; empty: it can."""
     warning: str = ""
     """What people should know before anything else, if there is such a thing; the first note too."""
     notes: tuple[str, ...] = ()

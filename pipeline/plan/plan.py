@@ -50,6 +50,7 @@ from .lengths import refuse_unread, unread_by_student, window_notes
 from .lines import Plan, StagePlan, State, equal_texts
 from .resolve import Bound, bind, refuse_start
 from .students import plan_students
+from .windows import unseen_by_student
 
 
 def make_plan(recipe: Recipe, *, write: bool = False) -> Plan:
@@ -296,7 +297,9 @@ def _plan_stored(recipe: Recipe, plan: Plan, books: Books) -> None:
         refuse_without_labels(recipe, books.labels())
     upstream = all(line.state == "done" for line in plan.stages)
     if upstream:
+        folder = _student_folder(recipe.student, write=False)
         plan.unread = unread_by_student(recipe, bound, books)
+        plan.unread = plan.unread or unseen_by_student(recipe, bound, books, folder)
     if recipe.score is not None:
         ledger = target_ledger(
             books,

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from kit import prompts, recipe_tree, write_jsonl
+from live import STEADY
 from tiny_jobs import done_until_score
 from tiny_llama import save_tiny_llama
 from tiny_store import SilentProgress
@@ -51,7 +52,7 @@ class Causal:
                 "epochs": 4,
                 "tokens_per_step": 64,
                 "tokens_per_pass": 128,
-                "learning_rate": 5e-3,
+                "learning_rate": STEADY,
             },
         }
         for name, fields in sections.items():

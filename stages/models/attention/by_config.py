@@ -20,6 +20,11 @@ BIASES = frozenset(
 )
 """Those whose scores have a bias that depends on the distance of two tokens."""
 
+ONE_WINDOW = frozenset("ministral3 mistral mixtral olmoe phi3 qwen3_moe starcoder2".split())
+"""Those whose layers all have the window, where there is one."""
+INCLUSIVE = frozenset("embedding_gemma2 modernbert neomme".split())
+"""Those whose config counts a window without the token itself."""
+
 ATTENDING = {"full_attention", "sliding_attention"}
 """Types of layers whose attention is that of all tokens, or of those near by."""
 
@@ -39,6 +44,12 @@ class AttentionFacts:
     """What it is beside softmax(scale q k^T); None: nothing that the config names."""
     causal: bool
     """A token sees nothing behind itself."""
+    windows: tuple[int | None, ...] = ()
+    """Of each block: a token sees those less than this far away; None, or no such block here: however far."""
+
+    def window(self, block: int) -> int | None:
+        """Of one block."""
+        return self.windows[block] if block < len(self.windows) else None
 
     def numbers(self, kind: str) -> int:
         """Numbers of a token's `queries`, `keys` or `values`."""
@@ -67,7 +78,18 @@ def attention_facts(config: Any) -> AttentionFacts:
         value_width=int(getattr(text, "v_head_dim", None) or width),
         beyond=_beyond(config, text),
         causal=reads_one_way(text) and getattr(text, "is_causal", None) is not False,
+        windows=_windows(text),
     )
+
+
+def _windows(text: Any) -> tuple[int | None, ...]:
+    window = getattr(text, "sliding_window", None) or None
+    if window is not None and text.model_type in INCLUSIVE:
+        window += 1
+    if types := getattr(text, "layer_types", None):
+        return tuple(window if kind == "sliding_attention" else None for kind in types)
+    blocks = int(getattr(text, "num_hidden_layers", None) or 0)
+    return (window,) * blocks if text.model_type in ONE_WINDOW else ()
 
 
 def _beyond(config: Any, text: Any) -> str | None:

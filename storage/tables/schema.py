@@ -280,19 +280,16 @@ SCHEMAS: dict[TableName, pa.Schema] = {
             _field(
                 "kind", pa.string(), "hidden, queries, keys, values, values_256, pooled_mean, ..."
             ),
-            _field(
-                "layer", pa.int32(), "index of the layer; null where there is none", nullable=True
-            ),
+            _maybe("layer", pa.int32(), "index of the layer; null where there is none"),
             _field("positions", TOKENS, "[P] indices of the tokens; null: of all", nullable=True),
             _field("vectors", pa.int32(), "P, positions that have one; of a pooled kind 1"),
             _field("width", pa.int32(), "D, numbers at each position; d of a projected kind"),
             _field("dtype", pa.string(), "int8, float16 or float32"),
             _field("values", pa.binary(), "[P * D] numbers of that type, little endian"),
-            _field(
+            _maybe(
                 "scale",
                 FLOAT_LIST,
                 "[P] what the numbers of a position are multiplied by; null: 1",
-                nullable=True,
             ),
             _field(
                 "rounding_error",

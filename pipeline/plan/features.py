@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ...stages.ledger.features import feature_bytes, find_embeddings
+from ...stages.ledger.features import check_narrower, feature_bytes, find_embeddings
 from ...stages.models.fit.config import ConfigFacts, config_facts
 from ...stages.models.fit.files import read_json
 from ...stages.models.identity import Identity
@@ -16,7 +16,7 @@ from ...stages.recipe.features import (
 from ...stages.recipe.sections import Recipe
 from ...storage.errors import UsageError
 from ...storage.store.store import Store
-from ...storage.tables.features import HEADED, POOLED
+from ...storage.tables.features import HEADED, POOLED, what_and_how
 from .attention import REMEDY, config_attention, refuse_unpaired
 from .lines import StagePlan
 from .resolve import Bound
@@ -91,6 +91,8 @@ def _refuse_attention(recipe: Recipe, folder: Path, *, model_type: str) -> None:
             f"score.features: {asked[0]} of {folder} ({model_type}): its attention is not "
             f"softmax(scale q k^T) alone: it has {found.beyond}. {REMEDY}"
         )
+    for feature in captured(recipe.score.features):
+        check_narrower(feature, found.numbers(what_and_how(feature.kind)[0]))
 
 
 def _refuse_student_layers(recipe: Recipe, bound: Bound, folder: Path | None) -> None:
@@ -107,7 +109,7 @@ def _refuse_student_layers(recipe: Recipe, bound: Bound, folder: Path | None) ->
     for number, asked in enumerate(recipe.loss.features):
         path = f"loss.features.{number}"
         _refuse_pairs(f"{path}.layers", asked, layers_for(asked, recipe.score.features), blocks)
-        if {*asked.needs} & {*HEADED}:
+        if {what_and_how(kind)[0] for kind in asked.needs} & {*HEADED}:
             folder = bound.teacher.folder if bound.teacher else None
             teacher = config_attention(folder, "teacher.model") if folder else None
             refuse_unpaired(path, asked, teacher, attention)

@@ -11,6 +11,7 @@ from ...storage.published.choice import FeatureChoice, WantedFeature
 from ...storage.published.manifest import Manifest
 from ...storage.snapshots.snapshot import Snapshot
 from ...storage.store.store import Store
+from ...storage.tables.features import ERRORS, projected_to, what_and_how
 from ..numbers import count, size
 from ..text import cell, inline, table
 
@@ -77,6 +78,12 @@ ABOUT = (
     "block i hands on, the first being 0, before any norm that follows the last. The error of "
     "rounding is sqrt(sum (x' - x)^2 / sum x^2), x' as read back."
 )
+PROJECTED = (
+    " Where there is a `projection`, the teacher's vectors x of `projected_from` numbers were made "
+    "narrower by the matrix P of that name: what is stored is x P, whose products are those of x in "
+    "the mean, and x P P^T times `width` / `projected_from` is what it says of x. By how much P moves the cosines "
+    "between the tokens of a text is its error: the root of the mean square over all pairs."
+)
 _HEADERS = (
     "what",
     "split",
@@ -86,11 +93,20 @@ _HEADERS = (
     "bytes",
     "error, mean",
     "error, most",
+    "projection, mean",
+    "projection, most",
 )
 
 
 def features_about(manifest: Manifest) -> str:
     """What a row of `features` is, and what there is of each kind and layer."""
+    kinds = [
+        (split, name, one)
+        for split, found in manifest.statistics.items()
+        for name, one in _kinds(found).items()
+    ]
+    projected = any("projection_error" in one for *_, one in kinds)
+    errors = ERRORS if projected else ERRORS[:1]
     rows = [
         [
             inline(name),
@@ -99,12 +115,17 @@ def features_about(manifest: Manifest) -> str:
             count(one["vectors"]),
             count(one["width"]),
             size(one["bytes"]),
-            *(f"{one['rounding_error'][which]:.2e}" for which in ("mean", "most")),
+            *(
+                f"{one[of][which]:.2e}" if of in one else ""
+                for of in errors
+                for which in ("mean", "most")
+            ),
         ]
-        for split, found in manifest.statistics.items()
-        for name, one in found.get("features", {}).get("kinds", {}).items()
+        for split, name, one in kinds
     ]
-    return f"{ABOUT}\n\n{table(list(_HEADERS), rows, text_columns=2)}"
+    headers = _HEADERS if projected else _HEADERS[:-2]
+    about = ABOUT + (PROJECTED if projected else "")
+    return f"{about}\n\n{table(list(headers), rows, text_columns=2)}"
 
 
 def matrices_about(manifest: Manifest) -> list[str]:
@@ -136,9 +157,13 @@ def asked_for(manifest: Manifest) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for name in sorted(kinds):
         kind, *layer, dtype = name.split(" ")
-        what, _, pooling = kind.partition("_")
+        what, how = what_and_how(kind)
         one = {"what": what, "layers": [int(part) for part in layer], "bits": bits[dtype]}
-        found.append(one | ({"pooling": pooling} if pooling else {}))
+        if to := projected_to(kind):
+            one["project"] = to
+        elif how:
+            one["pooling"] = how
+        found.append(one)
     for about in manifest.about.get("matrices", {}).values():
         if about.get("what") == EMBEDDINGS:
             found.append({"what": EMBEDDINGS, "bits": bits[about["dtype"]]})

@@ -98,7 +98,8 @@ def _matched(asked: Mapping[str, Any]) -> str:
     layers = asked["layers"]
     if isinstance(layers, Mapping):
         layers = ", ".join(f"{teacher} to {student}" for teacher, student in layers.items())
-    how = ", ".join(_setting(asked, name) for name in MATCHES[asked["match"]].settings)
+    settings = MATCHES[asked["match"]].settings
+    how = ", ".join(_setting(asked, name) for name in settings if name in asked)
     where = [] if asked["match"] == EMBEDDINGS else [f"layers {layers}"]
     how = ", ".join(filter(None, [how, *where]))
     return f"{scheduled(asked['weight'])} x {asked['match']}" + (f" ({how})" if how else "")

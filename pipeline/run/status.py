@@ -2,7 +2,8 @@
 
 import platform
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Group
@@ -17,6 +18,7 @@ from ...storage.credentials import all_shown, as_written
 from ...storage.files.opening import open_files
 from ...storage.store.commits import Commit
 from ...storage.store.store import Store
+from ...storage.tables.features import ERRORS
 from ...storage.tables.kinds import STRUCTURES
 from ..numbers import duration, human
 from ..plan.lines import Plan, equal_texts
@@ -103,33 +105,50 @@ def column_costs(store: Store, commits: list[Commit]) -> dict[str, Any]:
 
 
 def feature_costs(store: Store) -> dict[str, Any]:
-    """What features take in the whole store, and of each kind, layer and dtype how far rounding misses."""
+    """What features take in the whole store, and of each kind, layer and dtype how far rounding and projection miss."""
     commits = store.commits("features")
     vectors = sum(commit.tokens for commit in commits)
     if not vectors:
         return {}
     size = sum(commit.shard.bytes for commit in commits)
-    stored: dict[str, Counter[str]] = {}
-    most: dict[str, float] = {}
+    errors: dict[str, dict[str, _Error]] = {of: {} for of in ERRORS}
     for commit in commits[:: -(-len(commits) // FOOTERS)]:
         about = store.shard("features", commit.shard.sha256).about
         with understood(commit.shard.name, "statistics of features"):
             for name, part in about.get("statistics", {}).items():
-                number, error = integer(part["vectors"]), part["rounding_error"]
-                sums = {"vectors": number, "missed": float(error["mean"]) * number}
-                stored.setdefault(name, Counter()).update(sums)
-                most[name] = max(most.get(name, 0.0), float(error["most"]))
-    errors = {
-        name: {"mean": round(sums["missed"] / sums["vectors"], 6), "most": round(most[name], 6)}
-        for name, sums in sorted(stored.items())
-    }
+                for of in part.keys() & {*ERRORS}:
+                    of_kind = errors[of].setdefault(name, _Error())
+                    of_kind.add(part[of], vectors=integer(part["vectors"]))
     return {
         "rows": sum(commit.shard.rows for commit in commits),
         "vectors": vectors,
         "bytes": size,
         "bytes_per_vector": round(size / vectors, 2),
-        "rounding_error": errors,
+        **{
+            of: {name: error.shown() for name, error in sorted(found.items())}
+            for of, found in errors.items()
+            if found
+        },
     }
+
+
+@dataclass
+class _Error:
+    """How far off features of one kind, layer and dtype are, over shards."""
+
+    vectors: int = 0
+    missed: float = 0.0
+    most: float = 0.0
+
+    def add(self, of_shard: Mapping[str, Any], *, vectors: int) -> None:
+        """What a shard says of some vectors."""
+        self.vectors += vectors
+        self.missed += float(of_shard["mean"]) * vectors
+        self.most = max(self.most, float(of_shard["most"]))
+
+    def shown(self) -> dict[str, float]:
+        """Mean over vectors and most of a row."""
+        return {"mean": round(self.missed / self.vectors, 6), "most": round(self.most, 6)}
 
 
 def _kept(parts: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -234,14 +253,18 @@ def _kept_line(name: str, kept: dict[str, dict[str, Any]]) -> str:
 
 
 def _feature_line(name: str, features: dict[str, Any]) -> str:
-    errors = ", ".join(
-        f"{one_line(of)} {error['mean']:.2%} (at most {error['most']:.2%})"
-        for of, error in features["rounding_error"].items()
-    )
-    return (
+    said = (
         f"{name}, features: {human(features['vectors'])} vectors, "
-        f"{features['bytes_per_vector']:.1f} bytes each; rounding misses, relative: {errors}"
+        f"{features['bytes_per_vector']:.1f} bytes each; rounding misses, relative: "
     )
+    rounding, projection = (
+        ", ".join(
+            f"{one_line(of)} {error['mean']:.2%} (at most {error['most']:.2%})"
+            for of, error in features.get(which, {}).items()
+        )
+        for which in ERRORS
+    )
+    return said + rounding + (f"; projection moves cosines by {projection}" if projection else "")
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:

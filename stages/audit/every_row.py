@@ -12,6 +12,7 @@ import numpy as np
 
 from ...storage.errors import IntegrityError
 from ...storage.integrity.checked import HELP, Held, Memory, check_file, files_of, held
+from ...storage.integrity.matrices import check_matrices
 from ...storage.snapshots.snapshot import Snapshot
 from ...storage.store.store import Store
 from ...storage.tables.rows import Rows
@@ -36,7 +37,8 @@ def check_rows(
     `lenient`: say what cannot be a teacher's numbers and go on; rows that cannot be read are refused.
 
     Raises:
-        IntegrityError: a row cannot be right; names file, row and column.
+        IntegrityError: a row cannot be right; names file, row and column. Or a matrix that rows
+            name is not there as they say.
         Stopped: a signal came. What was checked by then is remembered.
     """
     memory = Memory.of_user()
@@ -66,6 +68,9 @@ def check_rows(
             f"checked {len(fresh)} shards, {rows} rows"
             + (f"; {again} shards were checked before" if again else "")
         )
+    for snapshot in snapshots:
+        if snapshot.table == "features":
+            check_matrices(store, snapshot)
     _say(said, job)
     return known
 

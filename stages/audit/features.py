@@ -9,10 +9,12 @@ row. A stored row may be off by the sum of
     4 eps           of the teacher's dtype
 
 States of another token, another text or another layer are about 1 apart. A pooled row is one vector, which
-is compared as rows of many are.
+is compared as rows of many are. What a row's matrix made narrower is compared with the teacher's vectors
+times that matrix.
 """
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,7 +23,7 @@ import torch
 
 from ...storage.errors import IntegrityError
 from ...storage.store.store import Store
-from ...storage.tables.features import POOLED, Rounded, of_text
+from ...storage.tables.features import POOLED, Rounded, of_text, projected_to, what_and_how
 from ...storage.tables.shard import text_keys
 from ..models.attention.longest import changes_beyond
 from ..models.causal_lm import load_causal_lm
@@ -56,6 +58,8 @@ class StoredFeature:
     states: np.ndarray
     """[T, D] float32, as read back; of pooled states [1, D]."""
     rounding_error: float
+    matrix: np.ndarray | None
+    """[D, d] by which they were made narrower; None: they are whole."""
     token_ids: np.ndarray | None
     """[T] its text; None: the store has no text of this name."""
 
@@ -97,7 +101,10 @@ class FeaturesRead:
 def choose_features(
     store: Store, teacher_id: str, *, rows: int, seed: int, damaged: Collection[str] = ()
 ) -> list[StoredFeature]:
-    """Random rows of a teacher's features, up to `rows`; `damaged`: files that are left out."""
+    """Random rows of a teacher's features, up to `rows`; `damaged`: files that are left out.
+
+    Rows whose matrix cannot be read are left out too: `verify` names them.
+    """
     shards = []
     for commit in store.commits("features"):
         if commit.shard.name in damaged:
@@ -116,6 +123,7 @@ def choose_features(
         mine = chosen[(edges[number] <= chosen) & (chosen < edges[number + 1])] - edges[number]
         read += [(shard.name, file.about, n, r) for n, r in zip(mine, file.take(mine), strict=True)]
     texts = _texts(store, {row["text_key"] for *_, row in read})
+    matrices = _matrices(store, {row["projection"] for *_, row in read} - {None})
     return [
         StoredFeature(
             key=row["key"].hex(),
@@ -125,10 +133,21 @@ def choose_features(
             name=(row["kind"], row["layer"]),
             states=Rounded.from_row(row).restored(),
             rounding_error=float(row["rounding_error"]),
+            matrix=matrices.get(row["projection"]),
             token_ids=texts.get(row["text_key"]),
         )
         for name, about, n, row in read
+        if row["projection"] is None or row["projection"] in matrices
     ]
+
+
+def _matrices(store: Store, ids: Collection[str]) -> dict[str, np.ndarray]:
+    """Those that can be read."""
+    found = {}
+    for matrix_id in ids:
+        with suppress(IntegrityError):
+            found[matrix_id] = store.matrix(matrix_id)
+    return found
 
 
 def _texts(store: Store, wanted: Collection[bytes]) -> dict[bytes, np.ndarray]:
@@ -163,8 +182,8 @@ def read_again(
     progress.start(total=len(there), unit="rows of features")
     worst, off = 0.0, []
     for row in there:
-        (right,) = reader.states([row.text], [row.name])
-        noise = reader.noise(row.text, row.name)
+        (right,) = reader.states([row.text], [row.name], row.matrix)
+        noise = reader.noise(row)
         allowed = 1.25 * row.rounding_error + 4 * noise + _FLOOR + 4 * reader.eps
         error = apart(row.states, right[row.name])
         if error <= allowed:
@@ -216,7 +235,8 @@ def _faults(
     """What the states may be in place of their own, the likeliest first."""
     kind, _ = row.name
     kinds = POOLED if of_text(kind) else [kind]
-    (every,) = reader.states([row.text], [(k, n) for k in kinds for n in range(reader.layers)])
+    names = [(k, n) for k in kinds for n in range(reader.layers)]
+    (every,) = reader.states([row.text], names, row.matrix)
     mine = every[row.name]
     if len(mine) > 2:
         # What stands at the ends may be anything: there was nothing to put there.
@@ -234,10 +254,23 @@ def _faults(
     for one in others:
         if one.key == row.key:
             continue
-        theirs = reader.states([one.text], [row.name])[0][row.name]
+        theirs = reader.states([one.text], [row.name], row.matrix)[0][row.name]
         n = min(len(theirs), len(row.states))
         if (n > 1 or of_text(kind)) and apart(row.states[:n], theirs[:n]) <= allowed:
             yield "another text's", f"those of the text of row {one.key}"
+
+
+def _whole(kind: str) -> str:
+    """What a projected kind was made of; of others itself."""
+    return kind if projected_to(kind) is None else what_and_how(kind)[0]
+
+
+def _narrowed(vectors: np.ndarray, matrix: np.ndarray | None) -> np.ndarray:
+    """Vectors [T, D] by a matrix [D, d]; as they are where it is of others."""
+    if matrix is None or vectors.shape[1] != len(matrix):
+        return vectors
+    narrowed: np.ndarray = vectors @ matrix
+    return narrowed
 
 
 class _Reader:
@@ -254,23 +287,33 @@ class _Reader:
         self.layers = len(blocks_of(self._model))
         self.eps: float = torch.finfo(self._model.dtype).eps
 
-    def noise(self, text: np.ndarray, name: Name) -> float:
-        """How far apart a text's states are, read alone and beside a longer one: padded, where that changes nothing."""
-        longer = np.append(text, text[-1])
+    def noise(self, row: StoredFeature) -> float:
+        """How far apart a row's states are, read alone and beside a longer text: padded, where that changes nothing."""
+        longer = np.append(row.text, row.text[-1])
         alike = len(longer) > self._limit or changes_beyond(self._model.config) is not None
-        alone = self.states([text], [name])[0][name]
-        return apart(self.states([text, text if alike else longer], [name])[0][name], alone)
+        both = [row.text, row.text if alike else longer]
+        alone, beside = (
+            self.states(texts, [row.name], row.matrix)[0][row.name] for texts in (both[:1], both)
+        )
+        return apart(beside, alone)
 
-    def states(self, texts: Sequence[np.ndarray], names: Sequence[Name]) -> list[Found]:
-        """The features of these names of some texts, read together."""
-        features = [Feature(kind=kind, layer=layer, bits=32) for kind, layer in names]
+    def states(
+        self, texts: Sequence[np.ndarray], names: Sequence[Name], matrix: np.ndarray | None = None
+    ) -> list[Found]:
+        """The features of these names of some texts, read together; of projected kinds by this matrix."""
+        whole = {name: (_whole(name[0]), name[1]) for name in names}
+        features = [Feature(kind=kind, layer=layer, bits=32) for kind, layer in whole.values()]
         inputs = self._tensors(texts)
         with torch.inference_mode(), capturing(self._model, features) as taken:
             if self._inputs is None:
                 hidden_states(self._model, **inputs)
             else:
                 class_logits(self._model, inputs)
-        return taken.rows([len(text) for text in texts])
+        rows = taken.rows([len(text) for text in texts])
+        return [
+            {name: _narrowed(row[of], None if name == of else matrix) for name, of in whole.items()}
+            for row in rows
+        ]
 
     def _tensors(self, texts: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
         device = next(self._model.parameters()).device

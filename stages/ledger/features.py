@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 
+from ...storage.errors import UsageError
 from ...storage.keys import content_id, content_key
 from ...storage.store.matrices import KeptMatrix
 from ...storage.store.store import Store
+from ...storage.tables.features import projected_to, what_and_how
 from ...storage.tables.schema import KEY
 from ...storage.tables.shard import text_keys
 from ..recipe.features import DTYPES, EMBEDDINGS, Feature
@@ -30,8 +32,24 @@ Widths = Mapping[str, int]
 def feature_bytes(feature: Feature, widths: Widths) -> int:
     """What a feature takes on disk of a token, or of a text that has one vector: its numbers are not compressed."""
     scale = SCALE_BYTES if feature.bits == 8 else 0
-    vector = widths.get(feature.kind, 0) * feature.bits // 8 + scale
+    numbers = projected_to(feature.kind) or widths.get(feature.kind, 0)
+    vector = numbers * feature.bits // 8 + scale
     return vector + NAME_BYTES * feature.of_text
+
+
+def check_narrower(feature: Feature, width: int) -> None:
+    """See that a projected feature has fewer numbers than the teacher's vectors, where those are known.
+
+    Raises:
+        UsageError: it has not.
+    """
+    to = projected_to(feature.kind)
+    if to is not None and 0 < width <= to:
+        raise UsageError(
+            f"score.features: project {to}: the teacher's {what_and_how(feature.kind)[0]} of block "
+            f"{feature.layer} have {width} numbers, and become no fewer. Set project below {width}, or "
+            "leave it out."
+        )
 
 
 def feature_key(teacher_id: str, text: bytes, feature: Feature) -> bytes:

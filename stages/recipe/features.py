@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from ...storage.tables.features import HEADED, of_text
+from ...storage.tables.features import (
+    HEADED,
+    PROJECTED,
+    made_kind,
+    of_text,
+    projected_to,
+    what_and_how,
+)
 from .fields import Scheduled, Section
 
 Bits = Literal[8, 16, 32]
@@ -22,6 +29,8 @@ DTYPES: dict[int, str] = {8: "int8", 16: "float16", 32: "float32"}
 """What numbers are stored as (column `dtype` of `features`), by `bits`."""
 Pooling = Literal["cls", "mean", "last"]
 """How one vector is made of the states of a text's tokens; `stages/targets/features/pooling.py` does it."""
+RELATIONS_NEED = 128
+"""Numbers of a projected vector, at least, where its relations to others are learnt: cosines are off by 1/sqrt(d)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +45,8 @@ class FeatureKind:
     """Of each text, in rows; False: of the teacher itself, kept once."""
     fields: tuple[str, ...] = ()
     """Of a request for it, besides those that all have; each must be given."""
+    may: tuple[str, ...] = ()
+    """And those that may."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +72,7 @@ FEATURES = {
     "hidden": FeatureKind(words="hidden states of block {layer}", bits=8),
     "queries": FeatureKind(words="queries of block {layer}", bits=16),
     "keys": FeatureKind(words="keys of block {layer}", bits=16),
-    "values": FeatureKind(words="values of block {layer}", bits=16),
+    "values": FeatureKind(words="values of block {layer}", bits=16, may=("project",)),
     "pooled": FeatureKind(
         words="pooled ({pooling}) states of block {layer}",
         bits=16,
@@ -92,7 +103,7 @@ MATCHES = {
         source="Wang et al. 2020 (MiniLM), arXiv 2002.10957",
     ),
     "relations": MatchKind(
-        settings=("of", "relation_heads"),
+        settings=("of", "relation_heads", "project"),
         equation="1/A sum_a KL(softmax(t_a . t_a / sqrt(d_t)) || softmax(s_a . s_a / sqrt(d_s)))",
         source="Wang et al. 2021 (MiniLMv2), arXiv 2012.15828, eq. 4 to 6",
     ),
@@ -145,7 +156,7 @@ class Feature:
     """One thing that is stored of each text: of one layer."""
 
     kind: str
-    """Column `kind`: a row of `FEATURES`, of pooled states with how they are: `pooled_mean`."""
+    """Column `kind`: a row of `FEATURES`, with how it was made of that: `pooled_mean`, `values_256`."""
     layer: int
     bits: int
     """Of a number, at least: what is stored with more serves too."""
@@ -168,8 +179,9 @@ class Feature:
     @property
     def words(self) -> str:
         """It for people."""
-        what, _, pooling = self.kind.partition("_")
-        return FEATURES[what].words.format(layer=self.layer, pooling=pooling)
+        what, how = what_and_how(self.kind)
+        words = FEATURES[what].words.format(layer=self.layer, pooling=how)
+        return words if projected_to(self.kind) is None else f"{words} in {how} numbers"
 
 
 class FeatureRequest(Section):
@@ -187,6 +199,9 @@ class FeatureRequest(Section):
     pooling: Pooling | None = None
     """pooled, needed. mean: over all tokens of the text; cls: its first token's state, of encoders;
     last: its last token's."""
+    project: int | None = Field(None, ge=1)
+    """values: numbers that a token's are projected to, by a seeded orthonormal matrix that the store
+    keeps; fewer than they have, and 128 at least where relations are learnt. null: as they are."""
 
     @model_validator(mode="after")
     def _layers_and_bits(self) -> Self:
@@ -204,20 +219,21 @@ class FeatureRequest(Section):
 
     @model_validator(mode="after")
     def _its_own_fields(self) -> Self:
-        own = FEATURES[self.what].fields
-        for name in sorted({name for kind in FEATURES.values() for name in kind.fields}):
+        kind = FEATURES[self.what]
+        known = {what: {*one.fields, *one.may} for what, one in FEATURES.items()}
+        for name in sorted(set.union(*known.values())):
             given = getattr(self, name) is not None
-            if given and name not in own:
-                others = " or ".join(what for what, kind in FEATURES.items() if name in kind.fields)
+            if given and name not in known[self.what]:
+                others = " or ".join(what for what, names in known.items() if name in names)
                 raise ValueError(f"`{name}` is of what: {others}; this is {self.what}. Remove it")
-            if not given and name in own:
+            if not given and name in kind.fields:
                 raise ValueError(f"what: {self.what} needs `{name}`. Name one")
         return self
 
     def features(self) -> list[Feature]:
         """One for each layer: what is stored of each text."""
         bits = self.bits or FEATURES[self.what].bits
-        kind = self.what if self.pooling is None else f"{self.what}_{self.pooling}"
+        kind = made_kind(self.what, self.pooling or self.project)
         return [Feature(kind=kind, layer=layer, bits=bits) for layer in self.layers]
 
 
@@ -244,6 +260,8 @@ class FeatureLoss(Section):
     relation_heads: int | None = Field(None, ge=1)
     """relations: parts into which the vectors of all heads are cut anew; needed. It divides the
     teacher's width and the student's."""
+    project: int | None = None
+    """relations of values: which of the teacher's projected ones; null: those that are whole."""
     pooling: Pooling | None = None
     """rkd, similarity, infonce, needed: which of the teacher's pooled vectors; the student's states are
     pooled alike."""
@@ -277,6 +295,18 @@ class FeatureLoss(Section):
                 "match 'relations' needs `relation_heads`: how many parts the vectors are cut into; "
                 "12 or 48 of 768 numbers, say"
             )
+        if self.project is not None and self.of != [*PROJECTED]:
+            raise ValueError(f"`project` is of values alone. Set of: [{', '.join(PROJECTED)}]")
+        if self.project is not None and self.relation_heads != 1:
+            raise ValueError(
+                f"`project` with relation_heads {self.relation_heads}: projected vectors have no heads, "
+                "and cannot be cut. Set relation_heads: 1"
+            )
+        if self.project is not None and self.project < RELATIONS_NEED:
+            raise ValueError(
+                f"`project` {self.project}: every cosine is off by about 1/sqrt({self.project}), and "
+                f"relations need {RELATIONS_NEED} numbers at least. Store and name so many"
+            )
         if "pooling" in own and self.pooling is None:
             raise ValueError(
                 f"match {self.match!r} needs `pooling`: 'cls', 'mean' or 'last', as score.features has it"
@@ -287,6 +317,8 @@ class FeatureLoss(Section):
     def _without_others(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without settings of other matches: so a hash knows no match that came after it."""
         others = {n for kind in MATCHES.values() for n in kind.settings} - set(self.kind.settings)
+        if self.project is None:  # there was none when the first hashes were made
+            others.add("project")
         return {name: value for name, value in whole(self).items() if name not in others}
 
     @property
@@ -297,9 +329,8 @@ class FeatureLoss(Section):
     @property
     def needs(self) -> tuple[str, ...]:
         """What must be stored of each layer: values of the column `kind`."""
-        if self.pooling is not None:
-            return tuple(f"{need}_{self.pooling}" for need in self.kind.needs)
-        return self.kind.needs or tuple(self.of)
+        how = self.pooling or self.project
+        return tuple(made_kind(need, how) for need in self.kind.needs or self.of)
 
     def pairs(self, stored: Sequence[int], student_blocks: int) -> list[tuple[int, int]]:
         """Teacher's and student's block of each pair, ascending; none of what is of no layer.
@@ -321,7 +352,7 @@ class FeatureLoss(Section):
 
 def pooling_of(kind: str) -> Pooling:
     """How a pooled kind is pooled."""
-    return cast("Pooling", kind.partition("_")[2])
+    return cast("Pooling", what_and_how(kind)[1])
 
 
 def captured(requests: Iterable[FeatureRequest]) -> list[Feature]:

@@ -15,7 +15,7 @@ from ..recipe.features import captured
 from ..targets.alignment import predicting_positions, scored_tokens
 from ..targets.draws import Span
 from ..targets.entries_and_tail import Reducer, moved
-from ..targets.features.capture import capturing, check_capture
+from ..targets.features.capture import Projections, capturing, check_capture
 from ..workers.job import Job
 from .scorer import Batch, Read, asked_of, reads, target_seed
 
@@ -30,6 +30,7 @@ class Teacher:
         check_capture(model, captured(job.score.features))
         self.device, self.company = model.device, Company(model)
         self._job, self.model = job, model
+        self.projections: Projections = {}
         self._reducer = Reducer(split_head(model), kernel=job.score.kernel)
 
     def begin(self, batch: Batch) -> Callable[[], list[Read]]:
@@ -47,7 +48,7 @@ class Teacher:
         spans = [self._span(request) for request in batch]
         with self._job.clock.span("model"):
             inputs = {"input_ids": self._moved(ids), "attention_mask": self._moved(mask)}
-            with capturing(self.model, asked_of(batch)) as taken:
+            with capturing(self.model, asked_of(batch), self.projections) as taken:
                 hidden = hidden_states(self.model, **inputs).flatten(0, 1)
             predicting = hidden[moved(torch.from_numpy(np.concatenate(places)), hidden.device)]
             next_ids = torch.from_numpy(np.concatenate(following, dtype=np.int64))

@@ -10,7 +10,7 @@ from ...storage.tables.soft_targets import SoftTargets
 from ..models.classification import Inputs, class_company, class_logits, load_teacher
 from ..models.identity import Identity
 from ..recipe.features import captured
-from ..targets.features.capture import capturing, check_capture
+from ..targets.features.capture import Projections, capturing, check_capture
 from ..workers.job import Job
 from .scorer import Batch, Read, asked_of, reads
 
@@ -54,6 +54,7 @@ class Teacher:
         check_capture(model, captured(job.score.features))
         self.device = model.device
         self._job, self.model = job, model
+        self.projections: Projections = {}
         self._inputs = Inputs.of(model, identity.folder)
         self.company = class_company(model, self._inputs)
 
@@ -63,7 +64,7 @@ class Teacher:
         labels = [request.label for request in batch]
         with self._job.clock.span("model"):
             there = {name: tensor.to(self.device) for name, tensor in inputs.items()}
-            with capturing(self.model, asked_of(batch)) as taken:
+            with capturing(self.model, asked_of(batch), self.projections) as taken:
                 logits = class_logits(self.model, there)
         lengths = [len(request.token_ids) for request in batch]
         return lambda: reads(class_targets(logits, labels), taken, lengths)

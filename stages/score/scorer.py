@@ -15,7 +15,7 @@ from ..ledger.features import feature_key, feature_row_key
 from ..ledger.requests import TargetRequest, target_key
 from ..models.identity import Identity
 from ..models.reads import too_long
-from ..recipe.features import Feature, embedding_bits
+from ..recipe.features import Feature, captured, embedding_bits
 from ..recipe.tasks import module_of
 from ..workers.job import Job
 from ..workers.share import DoneByOthers, MadeRows, RowKeys, Share
@@ -24,10 +24,10 @@ from .embeddings import keep_embeddings
 if TYPE_CHECKING:
     import torch
 
-    from ...storage.tables.features import Layout
+    from ...storage.tables.features import Layout, Projected
     from ...storage.tables.soft_targets import SoftTargets
     from ..models.attention.longest import Company
-    from ..targets.features.capture import Found, Name, Taken
+    from ..targets.features.capture import Found, Name, Projections, Taken
 
 Batch = list[TargetRequest]
 
@@ -45,6 +45,8 @@ class Read:
     """Those that some row of its pass asks for."""
     layouts: "Mapping[Name, Layout]"
     """Of the features."""
+    projected: "Mapping[Name, Projected]"
+    """Of those that were made narrower."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,8 @@ class Teacher(Protocol):
     model: Any
     company: "Company"
     """Which rows may share a pass."""
+    projections: "Projections"
+    """What makes its vectors narrower; set before the first batch."""
 
     def begin(self, batch: Batch) -> Callable[[], list[Read]]:
         """Begin a forward pass over a batch.
@@ -93,8 +97,12 @@ class Scorer:
         """Tokens of a pass where the recipe names none."""
         return GPU_BATCH_TOKENS if self._on_gpu else 1
 
-    def keep_embeddings(self, store: Store) -> None:
-        """Put the teacher's embeddings into the store, where the recipe asks for them and it has none."""
+    def keep_matrices(self, store: Store) -> None:
+        """Put into the store what rows or losses are read with, where the recipe asks for it and it has none."""
+        from .projections import keep_projections
+
+        asked = captured(self._job.score.features)
+        self._teacher.projections = keep_projections(store, self._teacher.model, asked)
         bits = embedding_bits(self._job.score.features)
         if bits is not None:
             keep_embeddings(store, self._teacher.model, teacher_id=self._teacher_id, bits=bits)
@@ -237,13 +245,15 @@ class Scorer:
                 states=read.features[name],
                 dtype=feature.dtype,
                 layout=read.layouts[name],
+                projected=read.projected.get(name),
             )
 
 
 def reads(targets: "Iterable[SoftTargets]", taken: "Taken", lengths: Sequence[int]) -> list[Read]:
     """What is said of each row of a pass; waits for the device."""
-    rows, layouts = taken.rows(lengths), taken.layouts()
-    return [Read(said, found, layouts) for said, found in zip(targets, rows, strict=True)]
+    rows, layouts, projected = taken.rows(lengths), taken.layouts(), taken.projected(lengths)
+    of_each = zip(targets, rows, projected, strict=True)
+    return [Read(said, found, layouts, narrowed) for said, found, narrowed in of_each]
 
 
 def asked_of(batch: Batch) -> set[Feature]:

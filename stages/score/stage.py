@@ -70,7 +70,7 @@ def run(job: Job, teacher: Identity) -> StageResult:
             )
         with job.clock.span("start"):
             scorer = Scorer(job, teacher, share)
-            scorer.keep_embeddings(store)
+            scorer.keep_matrices(store)
         job.progress.start(total=ledger.planned, unit="rows", done=ledger.committed)
         _score_all(share, scorer, score.batch_tokens or scorer.batch_tokens)
         share.finish()

@@ -15,7 +15,15 @@ from ..files.base import Files
 from ..snapshots.snapshot import load_snapshot
 from ..store.commits import numbers, read_commit, record_name
 from ..store.inputs import read_inputs
-from ..store.matrices import FOLDER, kept_matrix, matrix_file, names, projection_ids, record_file
+from ..store.matrices import (
+    FOLDER,
+    NAMING,
+    kept_matrix,
+    matrix_file,
+    named_matrices,
+    names,
+    record_file,
+)
 from ..store.segments import Segments, complete
 from ..store.store import Store
 from ..tables.schema import TABLES, TableName
@@ -121,8 +129,8 @@ def _matrices(store: Store) -> Iterator[str]:
         if record is not None:
             yield from (record_file(name), record.file)
     for commit in store.commits("features"):
-        for matrix_id in projection_ids(store.shard("features", commit.shard.sha256)):
-            yield matrix_file(matrix_id)
+        rows = store.shard("features", commit.shard.sha256).read_all(NAMING)
+        yield from (matrix_file(one.id) for one in named_matrices(rows))
 
 
 def _withdrawn(files: Files, table: TableName, recent: set[str]) -> Iterator[str]:

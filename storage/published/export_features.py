@@ -18,7 +18,7 @@ from ..errors import IntegrityError
 from ..files.base import explained, make_folder
 from ..store.matrices import kept_matrix, matrix_file, names, read_matrix, record_file
 from ..store.store import Store
-from ..tables.features import DTYPES, feature_statistics
+from ..tables.features import DTYPES, ERRORS, feature_statistics
 from ..tables.schema import SCHEMAS
 from ..tables.shard import REPAIR
 from .choice import FeatureChoice, WantedFeature
@@ -145,17 +145,17 @@ class FeatureNumbers:
         self._vectors += pc.sum(rows["vectors"]).as_py() or 0
         if "projection" in rows.schema.names:
             self.matrices |= set(rows["projection"].unique().to_pylist()) - {None}
-        said = ["kind", "layer", "dtype", "vectors", "rounding_error", "width"]
+        said = ["kind", "layer", "dtype", "vectors", "width", *ERRORS]
         listed = rows.select(said).to_pylist()
         sizes = pc.binary_length(rows["values"]).to_pylist()
         for name, part in feature_statistics(listed).items():
-            one = self._kinds.setdefault(
-                name, {"rows": 0, "vectors": 0, "bytes": 0, "missed": 0.0, "most": 0.0}
-            )
+            one = self._kinds.setdefault(name, {"rows": 0, "vectors": 0, "bytes": 0})
             one["rows"] += part["rows"]
             one["vectors"] += part["vectors"]
-            one["missed"] += part["rounding_error"]["mean"] * part["vectors"]
-            one["most"] = max(one["most"], part["rounding_error"]["most"])
+            for of in part.keys() & {*ERRORS}:
+                error = one.setdefault(of, {"missed": 0.0, "most": 0.0})
+                error["missed"] += part[of]["mean"] * part["vectors"]
+                error["most"] = max(error["most"], part[of]["most"])
         for row, size in zip(listed, sizes, strict=True):
             layer = "" if row["layer"] is None else f" {row['layer']}"
             one = self._kinds[f"{row['kind']}{layer} {row['dtype']}"]
@@ -163,12 +163,15 @@ class FeatureNumbers:
             one["width"] = row["width"]
 
     def numbers(self) -> dict[str, Any]:
-        """By kind, layer and dtype: rows, vectors, width, bytes, error of rounding."""
+        """By kind, layer and dtype: rows, vectors, width, bytes, errors of rounding and projection."""
         kinds = {}
         for name, one in sorted(self._kinds.items()):
-            missed, most = one.pop("missed"), one.pop("most")
-            mean = missed / one["vectors"] if one["vectors"] else 0.0
-            kinds[name] = one | {"rounding_error": {"mean": mean, "most": most}}
+            errors = {
+                of: {"mean": one[of]["missed"] / max(one["vectors"], 1), "most": one[of]["most"]}
+                for of in ERRORS
+                if of in one
+            }
+            kinds[name] = one | errors
         vectors = {"total": self._vectors}
         return {"tokens": vectors, "scored_tokens": {"total": 0}, "kinds": kinds}
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from ..bounds import hexdigest, integer, mapping, understood
 from ..errors import IntegrityError
@@ -23,6 +25,8 @@ from ..keys import seal, unseal
 from ..tables.schema import RECORD_VERSION
 
 FOLDER = "matrices"
+NAMING = ["projection", "projected_from", "width"]
+"""Columns of `features` that say which matrix a row is read with."""
 DTYPES = ("float16", "float32")
 """What numbers are kept as."""
 _AGAIN_BYTES = 16
@@ -141,8 +145,19 @@ def read_matrix(files: Files, matrix_id: str) -> np.ndarray:
     return found
 
 
-def projection_ids(shard: Any) -> set[str]:
-    """Ids of the matrices that the rows of a shard of features name."""
-    if "projection" not in shard.schema.names:
-        return set()
-    return set(shard.read_all(["projection"])["projection"].unique().to_pylist()) - {None}
+@dataclass(frozen=True, slots=True, order=True)
+class NamedMatrix:
+    """A matrix as rows of features name it."""
+
+    id: str
+    shape: tuple[int, int]
+    """What they say that it has: numbers before, and after."""
+
+
+def named_matrices(rows: pa.Table) -> set[NamedMatrix]:
+    """The matrices that rows of features name; of their columns `NAMING` are needed."""
+    each = rows.filter(pc.is_valid(rows["projection"])).group_by(NAMING).aggregate([])
+    return {
+        NamedMatrix(one["projection"], (one["projected_from"], one["width"]))
+        for one in each.to_pylist()
+    }

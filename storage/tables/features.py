@@ -7,9 +7,18 @@
 The error of a row is that of all its numbers together: sqrt(sum (x' - x)^2 / sum x^2), with x' what is
 read back. int8 with one scale misses most where a few channels are far larger than the others.
 
-Letters: P positions, D numbers of a state.
+Projected vectors are x P, P [D, d] a matrix that the store keeps: then the states that are rounded are
+those, and the kind says d (`values_256`). What projection itself costs is a number of its own, of the
+cosines between the tokens of a text before any rounding, over all pairs of them:
+
+    projection_error = sqrt(mean over i < j of (cos(x_i P, x_j P) - cos(x_i, x_j))^2)
+
+0 where a text has one token; the cosine of a vector of zeros with any other is 0. About 1 / sqrt(d).
+
+Letters: P positions, D numbers of a state, d of a projected one.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -30,7 +39,16 @@ POOLED = ("pooled_cls", "pooled_mean", "pooled_last")
 """Kinds of which a row has one vector, of the whole text; of others it has one a token."""
 HEADED = ("queries", "keys", "values")
 """Kinds that are what attention multiplies, after rotation and after any norm of their own."""
+PROJECTED = ("values",)
+"""What may be stored in fewer numbers."""
+NARROWED = ("projection", "projected_from", "projection_error")
+"""Columns that rows of a projected kind have, and no others."""
+ERRORS = ("rounding_error", "projection_error")
+"""Columns that say how far off a row is; of those that it has, a shard says the mean and the most."""
+_PROJECTED = re.compile(rf"(?:{'|'.join(PROJECTED)})_([1-9][0-9]{{0,8}})")
+_MATRIX_ID = re.compile("[0-9a-f]{32}")
 _MOST = 127
+_COSINES_APART = 2
 _TINY = np.finfo(np.float32).tiny
 
 
@@ -48,11 +66,23 @@ class Layout:
     """Of queries: whether a token sees nothing behind itself."""
     window: int | None = None
     """Of queries: a token sees those less than this far away; None: however far."""
+    projected_from: int | None = None
+    """Of projected vectors: numbers that they had before; None: they are whole."""
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> "Layout":
         """Of a row of `features`."""
         return cls(**{field.name: row[field.name] for field in fields(cls)})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Projected:
+    """How the vectors of a row were made narrower; columns of these names."""
+
+    projection: str
+    """Id of the matrix."""
+    projection_error: float
+    """As above."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -153,6 +183,23 @@ def of_text(kind: str) -> bool:
     return kind in POOLED
 
 
+def made_kind(what: str, how: str | int | None) -> str:
+    """What a kind is called that was made of something else: `pooled_mean`, `values_256`; None: it is that itself."""
+    return what if how is None else f"{what}_{how}"
+
+
+def what_and_how(kind: str) -> tuple[str, str]:
+    """What a kind was made of, and how (`mean`, `256`); empty: it is that itself."""
+    what, _, how = kind.partition("_")
+    return what, how
+
+
+def projected_to(kind: str) -> int | None:
+    """d, numbers of a vector of a projected kind; None: its vectors are whole."""
+    found = _PROJECTED.fullmatch(kind)
+    return int(found[1]) if found else None
+
+
 def check_features(row: Mapping[str, Any], about: Mapping[str, Any]) -> None:
     """IntegrityError if a row of `features` contradicts itself or the description of its shard."""
     if row["teacher_id"] != about["teacher_id"]:
@@ -167,6 +214,7 @@ def check_features(row: Mapping[str, Any], about: Mapping[str, Any]) -> None:
             f"features row: {row['vectors']} vectors of kind {row['kind']}; a text has one."
         )
     _check_layout(row)
+    _check_projection(row)
     positions = row.get("positions")
     if positions is not None and (
         len(positions) != row["vectors"] or positions[0] < 0 or (np.diff(positions) < 1).any()
@@ -196,6 +244,28 @@ def _check_layout(row: Mapping[str, Any]) -> None:
         )
 
 
+def _check_projection(row: Mapping[str, Any]) -> None:
+    kind, said = row["kind"], {name: row[name] for name in NARROWED}
+    to = projected_to(kind)
+    if [one is None for one in said.values()] != [to is None] * len(said):
+        listed = ", ".join(f"{name} {one}" for name, one in said.items())
+        raise IntegrityError(
+            f"features row: {kind} with {listed}; projected kinds have all of these, and nothing else "
+            "has any."
+        )
+    if to is None:
+        return
+    if not _MATRIX_ID.fullmatch(said["projection"]):
+        raise IntegrityError(
+            "features row: projection is not the name of a matrix (32 hex digits)."
+        )
+    if not row["width"] == to < said["projected_from"]:
+        raise IntegrityError(
+            f"features row: {kind} of {row['width']} numbers, made of {said['projected_from']}; they "
+            f"have {to}, and had more before."
+        )
+
+
 def doubtful_features(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """A column, and what is wrong with its numbers, of a row whose shape holds."""
     stored = Rounded.from_row(row)
@@ -208,6 +278,9 @@ def doubtful_features(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if not 0 <= row["rounding_error"] <= most:
         said = f"says {row['rounding_error']:.3g}, rounding to {row['dtype']} misses {most:.3g} at most"
         yield "rounding_error", said
+    off = row["projection_error"]
+    if off is not None and not 0 <= off <= _COSINES_APART:
+        yield "projection_error", f"says {off:.3g}, two cosines are {_COSINES_APART} apart at most"
     if stored.scale is None:
         return
     # The largest number of a vector is 127 scales by definition; of zeros the scale is 0.
@@ -238,19 +311,20 @@ def _broken(stored: Rounded) -> Iterator[tuple[str, str]]:
 
 
 def feature_statistics(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a shard says of its features, by kind, layer and dtype: rows, vectors, error of rounding (mean and most)."""
+    """What a shard says of its features, by kind, layer and dtype: rows, vectors, mean and most of each of `ERRORS`."""
     found: dict[str, Any] = {}
     for row in rows:
         layer = "" if row["layer"] is None else f" {row['layer']}"
-        one = found.setdefault(
-            f"{row['kind']}{layer} {row['dtype']}",
-            {"rows": 0, "vectors": 0, "rounding_error": {"mean": 0.0, "most": 0.0}},
-        )
+        name = f"{row['kind']}{layer} {row['dtype']}"
+        one = found.setdefault(name, {"rows": 0, "vectors": 0})
         one["rows"] += 1
         one["vectors"] += row["vectors"]
-        error = one["rounding_error"]
-        error["mean"] += row["rounding_error"] * row["vectors"]
-        error["most"] = max(error["most"], float(row["rounding_error"]))
+        for of in ERRORS:
+            if row[of] is not None:
+                error = one.setdefault(of, {"mean": 0.0, "most": 0.0})
+                error["mean"] += row[of] * row["vectors"]
+                error["most"] = max(error["most"], float(row[of]))
     for one in found.values():
-        one["rounding_error"]["mean"] /= one["vectors"]
+        for of in one.keys() & {*ERRORS}:
+            one[of]["mean"] /= one["vectors"]
     return found

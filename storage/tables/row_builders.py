@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..keys import content_key
-from .features import Layout, Rounded
+from .features import NARROWED, Layout, Projected, Rounded
 from .soft_targets import SoftTargets
 from .spans import flat
 
@@ -147,10 +147,12 @@ def feature_row(
     states: np.ndarray,
     dtype: str,
     layout: Layout | None = None,
+    projected: Projected | None = None,
 ) -> dict[str, Any]:
     """A row of `features`: states [T, D] float32 of all tokens of a text, as they are stored.
 
     `layout`: their heads, and what attention makes of them; None: they have none.
+    `projected`: by what matrix they were made narrower; None: they are whole.
 
     Raises:
         FloatingPointError: a number cannot be stored.
@@ -166,8 +168,9 @@ def feature_row(
         "layer": layer,
         "positions": None,
         "vectors": len(states),
+        **dict.fromkeys(NARROWED),
         **asdict(layout),
-        "projection": None,
+        **({} if projected is None else asdict(projected)),
         "dtype": dtype,
         "values": rounded.values.tobytes(),
         "scale": rounded.scale,

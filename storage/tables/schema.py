@@ -278,21 +278,18 @@ SCHEMAS: dict[TableName, pa.Schema] = {
             _field("text_key", KEY, "hash of the token ids alone"),
             _field("teacher_id", pa.string(), "identity of the teacher"),
             _field(
-                "kind", pa.string(), "hidden, queries, keys, values, pooled_cls, _mean or _last"
+                "kind", pa.string(), "hidden, queries, keys, values, values_256, pooled_mean, ..."
             ),
-            _field(
-                "layer", pa.int32(), "index of the layer; null where there is none", nullable=True
-            ),
+            _maybe("layer", pa.int32(), "index of the layer; null where there is none"),
             _field("positions", TOKENS, "[P] indices of the tokens; null: of all", nullable=True),
             _field("vectors", pa.int32(), "P, positions that have one; of a pooled kind 1"),
-            _field("width", pa.int32(), "D, numbers at each position"),
+            _field("width", pa.int32(), "D, numbers at each position; d of a projected kind"),
             _field("dtype", pa.string(), "int8, float16 or float32"),
             _field("values", pa.binary(), "[P * D] numbers of that type, little endian"),
-            _field(
+            _maybe(
                 "scale",
                 FLOAT_LIST,
                 "[P] what the numbers of a position are multiplied by; null: 1",
-                nullable=True,
             ),
             _field(
                 "rounding_error",
@@ -303,7 +300,13 @@ SCHEMAS: dict[TableName, pa.Schema] = {
             _maybe("score_scale", pa.float32(), "of queries: what q . k is multiplied by"),
             _maybe("causal", pa.bool_(), "of queries: whether a token sees none behind itself"),
             _maybe("window", pa.int32(), "of queries: a token sees those less than this far away"),
-            _maybe("projection", pa.string(), "id of the matrix that made the vectors narrower"),
+            _maybe("projected_from", pa.int32(), "of a projected kind: D, numbers before"),
+            _maybe("projection", pa.string(), "of a projected kind: id of the matrix [D, d]"),
+            _maybe(
+                "projection_error",
+                pa.float32(),
+                "sqrt(mean over i < j of (cos(x_i P, x_j P) - cos(x_i, x_j))^2), before rounding",
+            ),
         ]
     ),
     "rejects": pa.schema(
@@ -356,7 +359,7 @@ _SPLIT = tuple(f"{name}.list.element" for name in FLOATS)
 # on the teacher, while what they take is to be known before it runs.
 _PLAIN = ("values",)
 # Names beside them, which may be of one vector alone: a dictionary of what is random takes more.
-_BESIDE_PLAIN = ("key", "reuse_key", "text_key", "rounding_error")
+_BESIDE_PLAIN = ("key", "reuse_key", "text_key", "rounding_error", "projection_error")
 
 
 def parquet_options(table: TableName) -> dict[str, Any]:

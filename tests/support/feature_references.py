@@ -75,6 +75,20 @@ def relations(vectors: Tensor, parts: int) -> list[list[list[Tensor]]]:
     return [[softmax([dot(x, y) / size**0.5 for y in part]) for x in part] for part in cut]
 
 
+def projected_relations(vectors: Tensor, matrix: Tensor) -> list[list[list[Tensor]]]:
+    """Of one sample [t, D] by a matrix [D, d], in one part: products of x P, over the root of D."""
+    narrow = [torch.stack([dot(x, column) for column in matrix.T]) for x in vectors]
+    return [[softmax([dot(x, y) / len(matrix) ** 0.5 for y in narrow]) for x in narrow]]
+
+
+def cosines_off(vectors: Tensor, matrix: Tensor) -> float:
+    """Root of the mean over pairs of (cos(x P, y P) - cos(x, y))^2; 0 without a pair."""
+    narrow = [torch.stack([dot(x, column) for column in matrix.T]) for x in vectors]
+    pairs = [(i, j) for i in range(len(vectors)) for j in range(i)]
+    off = [float(cosine(narrow[i], narrow[j]) - cosine(vectors[i], vectors[j])) for i, j in pairs]
+    return (sum(gap**2 for gap in off) / len(off)) ** 0.5 if off else 0.0
+
+
 def huber(x: Tensor, y: Tensor) -> Tensor:
     gap = abs(x - y)
     return gap**2 / 2 if float(gap.detach()) <= 1 else gap - 0.5

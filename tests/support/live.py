@@ -77,6 +77,32 @@ class LiveAttention:
         return self.weight * terms.sum(-1).mean(0).sum()
 
 
+class LiveValues:
+    """Relations of a block's values, the teacher's times a matrix: what `v_proj` says, which nothing rotates."""
+
+    every_token = True
+
+    def __init__(self, *, teacher: int, student: int, weight: float, matrix: Tensor) -> None:
+        """`matrix`: [D, d]."""
+        self.blocks, self.weight, self.matrix = (teacher, student), weight, matrix
+        self.leaves, self.shown = [], {}
+        self._said: tuple[list[Tensor], list[Tensor]] = ([], [])
+
+    def watch(self, models: Sequence[Any]) -> None:
+        """Keep what the blocks of both say, text after text."""
+        for model, block, said in zip(models, self.blocks, self._said, strict=True):
+            layer = model.model.layers[block].self_attn.v_proj
+            layer.register_forward_hook(lambda _, __, values, said=said: said.append(values[0]))
+
+    def loss(self, theirs: Any, mine: Any, start: int) -> Tensor:
+        """Summed over all tokens, each with every token; products over the root of the whole width."""
+        t, s = (said.pop(0) for said in self._said)
+        narrow = t @ self.matrix
+        right = (narrow @ narrow.T / t.shape[1] ** 0.5).log_softmax(-1)
+        found = (s @ s.T / s.shape[1] ** 0.5).log_softmax(-1)
+        return self.weight * (right.exp() * (right - found)).sum()
+
+
 @dataclass
 class LiveBetween:
     """Losses between the samples of a step: groups of consecutive ones, a part after the other."""
@@ -138,6 +164,8 @@ def live_training(
     if matched is not None and "output_attentions" in matched.shown:
         for model in (teacher, student):
             model.set_attn_implementation("eager")
+    if isinstance(matched, LiveValues):
+        matched.watch((teacher, student))
     asked = matched.shown if matched else {"output_hidden_states": between is not None}
     leaves = [leaf for one in (matched, between) if one is not None for leaf in one.leaves]
     trained = [*student.parameters(), *leaves]

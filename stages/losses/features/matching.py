@@ -89,7 +89,7 @@ def parts_of(
     if pair.loss.match == "attention":
         return [_attention(pair, layouts)]
     if pair.loss.match == "relations":
-        return [_relations(pair, kind, layouts) for kind in pair.loss.of]
+        return [_relations(pair, kind, layouts) for kind in pair.loss.needs]
     teacher = ("hidden", pair.teacher)
     name, width = f"{pair.name}_{pair.loss.distance}", layouts[teacher].width
     to_teacher = None

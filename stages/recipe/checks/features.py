@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
+from ....storage.tables.features import projected_to, what_and_how
 from ..features import EMBEDDINGS, FeatureRequest, captured, layers_for, layers_of
 from ..fields import extremes
 from ..sections import Loss, Score
@@ -89,10 +90,11 @@ def _is_stored(stored: Sequence[FeatureRequest], kind: str) -> bool:
 
 def _as_asked(kind: str) -> str:
     """What `score.features` says of a kind."""
-    what, _, pooling = kind.partition("_")
+    what, how = what_and_how(kind)
     if what == EMBEDDINGS:
         return f"what: {what}"
-    return f"what: {what}" + (f", pooling: {pooling}" if pooling else "") + ", layers: [...]"
+    field = "project" if projected_to(kind) else "pooling"
+    return f"what: {what}" + (f", {field}: {how}" if how else "") + ", layers: [...]"
 
 
 def _not_stored(path: str, kind: str, asked: list[int], stored: list[int]) -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ compares is `alignment.py`'s to say: of text that is continued those that predic
     compared                 h1    h2    h3              with the targets of a, b and </s>
 
 and of a labelled text all of them. Pooled states are one vector a text, made of all of its tokens and
-of no padding, on the device.
+of no padding; projected vectors are made of those of a token. Both on the device, in float32.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,17 +23,20 @@ import torch
 from torch import Tensor, nn
 
 from ....storage.errors import UsageError
-from ....storage.tables.features import HEADED, Layout, of_text
+from ....storage.tables.features import HEADED, Layout, Projected, of_text, what_and_how
 from ...models.device import evaluating
 from ...recipe.features import Feature, pooling_of
 from .blocks import states_of
 from .pooling import pooled
+from .projection import Projection
 from .shown import Need, Shown, check_shown, showing
 
 Name = tuple[str, int]
 """Kind and layer."""
 Found = Mapping[Name, np.ndarray]
 """[T, D] float32 of each feature of a text; of pooled states [1, D]."""
+Projections = Mapping[Name, Projection]
+"""By what the vectors of each projected feature are made narrower."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,7 @@ class Taken:
 
     names: Sequence[Name]
     shown: Shown
+    projections: Projections
 
     def rows(self, lengths: Sequence[int]) -> list[Found]:
         """The features of each row, without what fills it up; waits for the device."""
@@ -52,6 +56,22 @@ class Taken:
             for row in range(len(lengths))
         ]
 
+    def projected(self, lengths: Sequence[int]) -> list[dict[Name, Projected]]:
+        """Of each row: by which matrices vectors were made narrower, and what that costs; waits for the device."""
+        return [
+            {
+                name: Projected(
+                    projection=self.projections[name].id,
+                    projection_error=self.projections[name].error(
+                        self._vectors(name)[row, :length]
+                    ),
+                )
+                for name in self.names
+                if name in self.projections
+            }
+            for row, length in enumerate(lengths)
+        ]
+
     def layouts(self) -> dict[Name, Layout]:
         """What is alike in all rows of each feature."""
         return {name: self._layout(name) for name in self.names}
@@ -59,21 +79,26 @@ class Taken:
     def _stored(self, name: Name, lengths: Sequence[int]) -> Tensor:
         """[B, T, D] float32; of pooled states [B, 1, D]."""
         vectors = self._vectors(name)
+        if name in self.projections:
+            return self.projections[name].of(vectors)
         if not of_text(name[0]):
             return vectors.float()
         texts = torch.cat([row[:length] for row, length in zip(vectors, lengths, strict=True)])
         return pooled(texts, lengths, pooling_of(name[0]))[:, None]
 
     def _vectors(self, name: Name) -> Tensor:
-        """[B, T, D], the heads of queries, keys and values one after another."""
-        kind, layer = name
-        if kind not in HEADED:
+        """[B, T, D] as the model has them, the heads of queries, keys and values one after another."""
+        what, layer = what_and_how(name[0])[0], name[1]
+        if what not in HEADED:
             return self.shown.hidden[layer]
-        part: Tensor = getattr(self.shown.attention(layer), kind)
+        part: Tensor = getattr(self.shown.attention(layer), what)
         return part.transpose(1, 2).flatten(2)
 
     def _layout(self, name: Name) -> Layout:
         kind, layer = name
+        if name in self.projections:
+            before, width = self.projections[name].matrix.shape
+            return Layout(width=width, projected_from=before)
         if kind not in HEADED:
             return Layout(width=self.shown.hidden[layer].shape[-1])
         recorded = self.shown.attention(layer)
@@ -91,15 +116,20 @@ class Taken:
 
 def needs_of(features: Iterable[Feature]) -> list[Need]:
     """What of a teacher's pass these features are taken of."""
-    return [("attention" if one.kind in HEADED else "hidden", one.layer) for one in features]
+    return [
+        ("attention" if what_and_how(one.kind)[0] in HEADED else "hidden", one.layer)
+        for one in features
+    ]
 
 
 @contextmanager
-def capturing(model: nn.Module, features: Iterable[Feature]) -> Iterator[Taken]:
-    """What the forward pass inside shows of these features."""
+def capturing(
+    model: nn.Module, features: Iterable[Feature], projections: Projections | None = None
+) -> Iterator[Taken]:
+    """What the forward pass inside shows of these features; `projections`: of those that are projected."""
     features = sorted(features)
     with showing(model, needs_of(features)) as shown:
-        yield Taken([(one.kind, one.layer) for one in features], shown)
+        yield Taken([(one.kind, one.layer) for one in features], shown, projections or {})
 
 
 def check_capture(model: nn.Module, features: Iterable[Feature]) -> None:

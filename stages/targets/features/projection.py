@@ -9,18 +9,55 @@ vector, and with it the squared error between two, stays what it was in the mean
 
 and a single one is off by about sqrt(2 / d (1 - d / D)). d alone sets that, whatever D is: an error
 summed over many tokens survives a small d, while every cosine between two vectors is off by about
-1 / sqrt(d). So relations need d of 128 at least.
+1 / sqrt(d). So relations need d of 128 at least (`RELATIONS_NEED` of the recipe). By how much the
+cosines of a text are off is `projection_error`, which each row says.
 """
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
 
 from ....storage.keys import content_id, content_key, row_seed
 from ....storage.store.store import Store
 
-RELATIONS_NEED = 128
-"""Numbers of a projected vector, at least, where its relations to others are learnt."""
+_ROWS = 1024
+"""Tokens whose cosines with all others are made at once."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Projection:
+    """A matrix of the store, where a model's vectors are made narrower by it."""
+
+    id: str
+    """What rows call it."""
+    matrix: Tensor
+    """P [D, d] float32."""
+
+    def of(self, vectors: Tensor) -> Tensor:
+        """[..., d] float32 of [..., D]."""
+        return vectors.float() @ self.matrix.to(vectors.device)
+
+    def error(self, vectors: Tensor) -> float:
+        """What it costs the cosines between the T vectors [T, D] of a text (`storage/tables/features.py`)."""
+        whole, narrow = _unit(vectors.float()), _unit(self.of(vectors))
+        tokens, total = len(vectors), 0.0
+        for start in range(0, tokens, _ROWS):
+            rows = slice(start, start + _ROWS)
+            off = (narrow[rows] @ narrow.T - whole[rows] @ whole.T).square()
+            off.diagonal(start).zero_()  # of no pair
+            total += float(off.sum(dtype=torch.float64))
+        return math.sqrt(total / max(tokens * (tokens - 1), 1))
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    """Of length 1 each; zeros stay zeros. The largest number comes first, so that no square overflows."""
+    largest = vectors.abs().amax(-1, keepdim=True)
+    return normalize(vectors / largest.where(largest > 0, 1), dim=-1)
 
 
 def orthonormal(width: int, to: int, *, seed: int) -> np.ndarray:

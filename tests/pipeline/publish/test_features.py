@@ -26,6 +26,7 @@ from stillroom.storage.joined import open_store
 from stillroom.storage.published.choice import Choice
 from stillroom.storage.published.manifest import damaged_files, read_manifest
 from stillroom.storage.snapshots.snapshot import save_snapshot
+from stillroom.storage.store.matrices import matrix_file
 from stillroom.storage.store.store import Store
 from stillroom.storage.tables.features import Rounded
 
@@ -40,8 +41,8 @@ LOSS = {"features": [{"match": "hidden", "layers": {1: 0}}, {"match": "embedding
 class House:
     """A store with features of all its rows, and the recipe that filled it."""
 
-    def __init__(self, folder: Path, teacher: Path) -> None:
-        self.folder, self.teacher = folder, teacher
+    def __init__(self, folder: Path, teacher: Path, **sections: Any) -> None:
+        self.folder, self.teacher, self.sections = folder, teacher, sections
         self.source = write_jsonl(folder / "prompts.jsonl", prompts(20))
         self.recipe = self.changed()
         self.store, self.identity = done_until_score(self.recipe)
@@ -54,9 +55,22 @@ class House:
             "loss": LOSS,
             "student": {"config": {"num_hidden_layers": 2, "hidden_size": 8}},
             "train": {"epochs": 1, "tokens_per_step": 64, "learning_rate": 1e-3},
-        }
+        } | self.sections
         tree = recipe_tree(self.folder, Path(whose or self.teacher), self.source, **base | sections)
         return Recipe.model_validate(tree)
+
+    def from_folder(self, copy: Path, store: Path, features: list[dict[str, Any]]) -> Recipe:
+        """A recipe that trains from what was published, with a store of its own beside it."""
+        splits = read_manifest(LocalFiles(copy)).splits
+        held_out = splits["test"].rows if "test" in splits else 0
+        Store.open(store, create=True)
+        return self.changed(
+            storage={"dir": str(store), "sources": [str(copy)]},
+            whose=str(copy),
+            data={"source": str(copy), "format": "prompt", "holdout": held_out},
+            generate=None,
+            score={"k": 4, "features": features},
+        )
 
     def export(self, name: str, **more: Any) -> tuple[Path, list[str]]:
         """The version's folder, and what was said."""
@@ -169,16 +183,8 @@ def test_a_training_from_the_folder_is_the_training_from_the_store(
     folder, _ = house.export("served", rows_of=house.recipe)
     right = trained(house.recipe, house.store, make_plan(house.recipe), tmp_path / "right")
     copy = shutil.copytree(folder.parent, tmp_path / "copy")
-    there, splits = str(copy), read_manifest(LocalFiles(copy)).splits
-    held_out = splits["test"].rows if "test" in splits else 0
-    recipe = house.changed(
-        storage={"dir": str(tmp_path / "other"), "sources": [there]},
-        whose=there,
-        data={"source": there, "format": "prompt", "holdout": held_out},
-        generate=None,
-        score={"k": 4, "features": [{"what": "hidden", "layers": [1]}, {"what": "embeddings"}]},
-    )
-    Store.open(tmp_path / "other", create=True)
+    learnt = [{"what": "hidden", "layers": [1]}, {"what": "embeddings"}]
+    recipe = house.from_folder(copy, tmp_path / "other", learnt)
     plan = make_plan(recipe, write=True)
     assert [(line.name, line.state) for line in plan.stages][:2] == [
         ("data", "done"),
@@ -201,3 +207,35 @@ def test_a_training_from_the_folder_is_the_training_from_the_store(
         with pytest.raises(IntegrityError, match=file.name):
             make_plan(recipe, write=True)
         file.write_bytes(data)
+
+
+@pytest.mark.numeric
+def test_projected_values_leave_with_their_matrix_and_serve(tmp_path: Path) -> None:
+    """A row alone says by what file it was made, and the teacher is gone."""
+    shape = {"hidden_size": 160, "num_attention_heads": 4, "num_key_value_heads": 4}
+    teacher = save_tiny_llama(tmp_path / "teacher", **shape)
+    features = [{"what": "values", "layers": [1], "project": 128}]
+    loss = {"match": "relations", "of": ["values"], "relation_heads": 1, "project": 128}
+    house = House(
+        tmp_path, teacher, score={"k": 4, "features": features}, loss={"features": [loss]}
+    )
+    folder, _ = house.export("served", rows_of=house.recipe)
+    matrices = {row["projection"] for row in published(folder)}
+    assert [folder / matrix_file(one) for one in matrices] == [*folder.glob("matrices/*/*.npy")]
+    card = (folder.parent / "README.md").read_text()
+    for words in (
+        "the matrix by which vectors of 160 numbers became 128",
+        "projection, mean",
+        "`values_128 1 float16`",
+        '"what": "values", "layers": [1], "bits": 16, "project": 128',
+    ):
+        assert words in card
+    right = trained(house.recipe, house.store, make_plan(house.recipe), tmp_path / "right")
+    copy = shutil.copytree(folder.parent, tmp_path / "copy")
+    shutil.rmtree(teacher)
+    shutil.rmtree(tmp_path / "store")
+    recipe = house.from_folder(copy, tmp_path / "other", features)
+    plan = make_plan(recipe, write=True)
+    assert plan.line("score").state == "done"
+    store = open_store(recipe.storage.dir, recipe.storage.sources)
+    assert trained(recipe, store, plan, tmp_path / "found") == right

@@ -7,6 +7,7 @@ import pytest
 from kit import write_recipe
 
 from stillroom.pipeline.plan.students import train_settings
+from stillroom.stages.ledger.features import feature_bytes
 from stillroom.stages.recipe.features import (
     Feature,
     FeatureLoss,
@@ -18,6 +19,8 @@ from stillroom.stages.recipe.load import load_recipe
 from stillroom.storage.errors import UsageError
 
 HIDDEN = [{"what": "hidden", "layers": [0, 2]}]
+VALUES = [{"what": "values", "layers": [1], "project": 256}]
+PROJECTED = {"match": "relations", "of": ["values"], "relation_heads": 1, "project": 256}
 MEAN = [{"what": "pooled", "layers": [1], "pooling": "mean"}]
 
 
@@ -62,6 +65,44 @@ def written(folder: Path, **sections: Any) -> Path:
             "`heads` belongs to match 'attention'; this is 'hidden'",
         ),
         ({"features": HIDDEN}, {"features": [{"match": "hidden", "layers": {}}]}, "is empty"),
+        (
+            {"features": [HIDDEN[0] | {"project": 8}]},
+            {},
+            "`project` is of what: values; this is hid",
+        ),
+        ({"features": [VALUES[0] | {"project": 0}]}, {}, "at least 1 (got 0)"),
+        ({"features": [*VALUES, *VALUES]}, {}, "values_256 of layer 1 is asked for 2 times"),
+        (
+            {"features": VALUES},
+            {"features": [PROJECTED | {"project": 128}]},
+            "needs values_128 of the teacher, which score.features does not store. Add "
+            "score.features: [{what: values, project: 128, layers: [...]}]",
+        ),
+        (
+            {"features": VALUES},
+            {"features": [{n: PROJECTED[n] for n in PROJECTED if n != "project"}]},
+            "needs values of the teacher, which score.features does not store",
+        ),
+        (
+            {"features": VALUES},
+            {"features": [PROJECTED | {"of": ["keys", "values"]}]},
+            "`project` is of values alone. Set of: [values]",
+        ),
+        (
+            {"features": VALUES},
+            {"features": [PROJECTED | {"relation_heads": 4}]},
+            "projected vectors have no heads, and cannot be cut. Set relation_heads: 1",
+        ),
+        (
+            {"features": [VALUES[0] | {"project": 64}]},
+            {"features": [PROJECTED | {"project": 64}]},
+            "relations need 128 numbers at least",
+        ),
+        (
+            {"features": VALUES},
+            {"features": [{"match": "hidden", "project": 256}]},
+            "`project` belongs to match 'relations'; this is 'hidden'",
+        ),
         ({"features": HIDDEN}, {"features": [{"match": "hidden", "weight": 0}]}, "is 0 throughout"),
         (
             {"features": HIDDEN},
@@ -197,9 +238,26 @@ def test_a_match_says_its_own_settings_alone() -> None:
     """So a hash of one knows none that came after it."""
     hidden = {"match": "hidden", "layers": "last", "weight": 1.0, "distance": "mse"}
     assert FeatureLoss(match="hidden").model_dump() == hidden
+    whole = FeatureLoss(match="relations", of=["values"], relation_heads=1)
+    relations = {"match", "layers", "weight", "of", "relation_heads"}
+    assert whole.model_dump().keys() == relations, "as before there was a projection"
+    projected = FeatureLoss.model_validate(PROJECTED)
+    assert projected.model_dump().keys() == relations | {"project"}
+    assert projected.needs == ("values_256",)
     attention = FeatureLoss(match="attention", heads="average")
     assert attention.model_dump().keys() == {"match", "layers", "weight", "heads"}
     assert FeatureLoss.model_validate(attention.model_dump()) == attention
+
+
+def test_projected_values_are_a_kind_of_their_own() -> None:
+    asked = [FeatureRequest.model_validate(one) for one in VALUES]
+    both = [FeatureRequest(what="values", layers=[1]), *asked]
+    whole, narrow = captured(both)
+    assert [one.kind for one in (whole, narrow)] == ["values", "values_256"]
+    assert narrow.words == "values of block 1 in 256 numbers"
+    assert learnt([FeatureLoss.model_validate(PROJECTED)], both) == [narrow]
+    sizes = [feature_bytes(one, {"values": 768}) for one in (whole, narrow)]
+    assert sizes == [1536, 512]
 
 
 def test_a_loss_learns_from_the_layers_of_which_all_is_stored() -> None:

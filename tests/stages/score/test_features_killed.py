@@ -42,11 +42,23 @@ def score_until(recipe: Recipe, links: int, *, after: bool) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(fork(work), 0)[1])
 
 
+def matrices_of(recipe: Recipe) -> set[str]:
+    """Those that rows name, by which they alone can be read."""
+    if not (Path(recipe.storage.dir) / "STORE.json").exists():
+        return set()
+    rows = rows_of(Store.open(recipe.storage.dir), "features")
+    return {row["projection"] for row in rows} - {None}
+
+
 @pytest.mark.slow
 def test_killed_at_every_step_companions_end_whole(tmp_path: Path) -> None:
     teacher = save_tiny_llama(tmp_path / "teacher", num_hidden_layers=3)
     source = write_jsonl(tmp_path / "prompts.jsonl", prompts(12))
-    features: list[dict[str, Any]] = [{"what": "hidden", "layers": [0, 2]}, {"what": "embeddings"}]
+    features: list[dict[str, Any]] = [
+        {"what": "hidden", "layers": [0, 2]},
+        {"what": "values", "layers": [2], "project": 4},
+        {"what": "embeddings"},
+    ]
     tree = recipe_tree(
         tmp_path,
         teacher,
@@ -59,13 +71,17 @@ def test_killed_at_every_step_companions_end_whole(tmp_path: Path) -> None:
     while code == -9:
         code = score_until(recipe, 2 + kills % STEPS, after=kills % 2 == 0)
         kills += code == -9
+        for matrix_id in matrices_of(recipe):
+            Store.open(recipe.storage.dir).matrix(matrix_id)
         assert kills < 60, "nothing goes on"
     assert (code, kills > 4) == (0, True)
     store = Store.open(tmp_path / "store")
     plan = make_plan(recipe)
     assert plan.line("score").state == "done"
     trained = {row["text_key"] for row in rows_of(store) if row["kind"] == "topk"}
-    found = [(row["text_key"], row["layer"]) for row in rows_of(store, "features")]
-    assert sorted(found) == sorted((text, layer) for text in trained for layer in (0, 2))
+    found = [(row["text_key"], row["kind"], row["layer"]) for row in rows_of(store, "features")]
+    names = [("hidden", 0), ("hidden", 2), ("values_4", 2)]
+    assert sorted(found) == sorted((text, *name) for text in trained for name in names)
+    assert len(matrices_of(recipe)) == 1
     assert find_embeddings(store, plan.bound.binding.teacher_id, 16) is not None
     assert verify(store).ok

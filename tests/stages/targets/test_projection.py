@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import feature_references as definition
 import numpy as np
 import pytest
+import torch
 
 from stillroom.stages.targets.features import projection
-from stillroom.stages.targets.features.projection import kept_projection, orthonormal
+from stillroom.stages.targets.features.projection import Projection, kept_projection, orthonormal
 from stillroom.storage.store.store import Store
 
 
@@ -45,3 +47,43 @@ def test_what_is_used_is_read_from_the_store(
     other, zeros = kept_projection(store, 16, 8)
     assert other != first
     assert not zeros.any()
+
+
+def by(width: int, to: int, *, seed: int = 0) -> Projection:
+    return Projection("one", torch.from_numpy(orthonormal(width, to, seed=seed)))
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("tokens", [1, 2, 9])
+def test_the_error_is_that_of_the_cosines_of_all_pairs(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In blocks of rows; a token of zeros is at a right angle to every other, before and after."""
+    monkeypatch.setattr(projection, "_ROWS", 4)
+    vectors = torch.randn(tokens, 12, generator=torch.Generator().manual_seed(tokens))
+    vectors[tokens // 2] *= tokens % 2
+    if tokens > 4:
+        vectors[3] = 0
+    made = by(12, 5)
+    expected = definition.cosines_off(vectors.double(), made.matrix.double())
+    assert made.error(vectors) == pytest.approx(expected, rel=1e-5)
+    assert (expected > 0) == (tokens > 2)
+
+
+@pytest.mark.numeric
+def test_the_error_is_of_directions_alone() -> None:
+    vectors = torch.randn(6, 12, generator=torch.Generator().manual_seed(0))
+    made = by(12, 5)
+    right = made.error(vectors)
+    for size in (1e-30, 1e30):
+        assert made.error(vectors * size) == pytest.approx(right, rel=1e-5)
+    assert by(12, 11).error(vectors[:1].repeat(6, 1)) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.numeric
+def test_the_error_falls_as_the_root_of_the_numbers_that_are_kept() -> None:
+    """Vectors of any direction: sqrt((1 - d / D) / d)."""
+    vectors = torch.randn(200, 768, generator=torch.Generator().manual_seed(0))
+    for to in (16, 64, 256):
+        found = np.mean([by(768, to, seed=seed).error(vectors) for seed in range(3)])
+        assert found == pytest.approx(((1 - to / 768) / to) ** 0.5, rel=0.05)

@@ -24,6 +24,7 @@ from stillroom.storage.store.inputs import INPUTS_SCHEMA
 from stillroom.storage.store.sql import query
 from stillroom.storage.store.store import Store
 from stillroom.storage.store.writer import CommitLimits
+from stillroom.storage.tables.features import NARROWED
 
 RECORD = "commits/soft_targets/00000002.json"
 
@@ -495,7 +496,7 @@ def test_features_are_a_table_like_the_others(store, samples):
         "values": np.random.default_rng(0).normal(size=(2, 40)).astype("<f2").tobytes(),
         "scale": None,
         "rounding_error": 0.0,
-        **dict.fromkeys(("heads", "score_scale", "causal", "window", "projection")),
+        **dict.fromkeys(("heads", "score_scale", "causal", "window", *NARROWED)),
     }
     with store.writer("features", about={"stage": "score", "teacher_id": "teacher"}) as writer:
         writer.add(row)

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 
 from stillroom.storage.errors import IntegrityError
+from stillroom.storage.integrity.matrices import check_matrices
 from stillroom.storage.integrity.repair import repair
 from stillroom.storage.integrity.vacuum import vacuum
 from stillroom.storage.integrity.verify import verify
 from stillroom.storage.joined import open_store
+from stillroom.storage.snapshots.snapshot import make_snapshot
 from stillroom.storage.store.matrices import matrix_file, record_file
 from stillroom.storage.store.store import Store
-from stillroom.storage.tables.features import Layout
+from stillroom.storage.tables.features import Layout, Projected
 from stillroom.storage.tables.row_builders import feature_row
 
 NAME = "0" * 16
@@ -29,6 +31,21 @@ def kept(store: Store, seed: int = 0) -> str:
     found = store.matrix_named(NAME)
     assert found is not None
     return found.id
+
+
+def projected_row(matrix_id: str, *, before: int = 6) -> dict[str, Any]:
+    return feature_row(
+        key=bytes(16),
+        reuse_key=bytes(16),
+        text_key=bytes(16),
+        teacher_id="t",
+        kind="values_4",
+        layer=1,
+        states=np.ones((3, 4), np.float32),
+        dtype="float16",
+        layout=Layout(width=4, projected_from=before),
+        projected=Projected(projection=matrix_id, projection_error=0.1),
+    )
 
 
 def test_the_first_matrix_of_a_name_stays(store: Store) -> None:
@@ -135,19 +152,9 @@ def test_on_an_object_store_the_object_counts(s3: Any) -> None:
 def test_rows_that_name_a_matrix_keep_it_and_go_with_it(store: Store) -> None:
     """Without the bits that they were projected by, rows are worth nothing."""
     matrix_id = kept(store)
-    row = feature_row(
-        key=bytes(16),
-        reuse_key=bytes(16),
-        text_key=bytes(16),
-        teacher_id="t",
-        kind="values",
-        layer=1,
-        states=np.ones((3, 4), np.float32),
-        dtype="float16",
-        layout=Layout(width=4, heads=2),
-    )
+    row = projected_row(matrix_id)
     with store.writer("features", about={"teacher_id": "t"}) as writer:
-        writer.add(row | {"projection": matrix_id})
+        writer.add(row)
     assert verify(store).problems == []
     store.files.remove(record_file(NAME))
     assert matrix_file(matrix_id) not in vacuum(store, older_than_hours=0).files
@@ -158,3 +165,32 @@ def test_rows_that_name_a_matrix_keep_it_and_go_with_it(store: Store) -> None:
     assert repair(store).ok
     assert store.commits("features") == []
     assert verify(store).ok
+
+
+def test_a_matrix_of_another_shape_than_its_rows_say_is_found(store: Store) -> None:
+    with store.writer("features", about={"teacher_id": "t"}) as writer:
+        writer.add(projected_row(kept(store), before=5))
+    (problem,) = verify(store).problems
+    assert problem.column == "projection"
+    assert "the matrix is 6 x 4, and rows that name it say 5 x 4" in problem.message
+    rows = {commit.shard.sha256: np.arange(1) for commit in store.commits("features")}
+    with pytest.raises(IntegrityError, match="6 x 4, and rows that name it say 5 x 4"):
+        check_matrices(store, make_snapshot(store, "features", rows, {}))
+
+
+def test_rows_on_an_object_store_keep_their_matrix(s3: Any) -> None:
+    store = Store.open(s3.root, create=True)
+    matrix_id = kept(store)
+    with store.writer("features", about={"teacher_id": "t"}) as writer:
+        writer.add(projected_row(matrix_id))
+    rows = {commit.shard.sha256: np.arange(1) for commit in store.commits("features")}
+    snapshot = make_snapshot(store, "features", rows, {})
+    check_matrices(store, snapshot)
+    assert verify(store).ok
+    store.files.remove(record_file(NAME))
+    assert matrix_file(matrix_id) not in vacuum(store, older_than_hours=0).files
+    store.files.remove(matrix_file(matrix_id))
+    store.files.cache.remove(matrix_file(matrix_id))
+    assert any(problem.column == "projection" for problem in verify(store).problems)
+    with pytest.raises(IntegrityError, match="the matrix is missing"):
+        check_matrices(store, snapshot)

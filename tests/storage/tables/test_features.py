@@ -13,9 +13,11 @@ from stillroom.storage.integrity.verify import verify
 from stillroom.storage.store.store import Store
 from stillroom.storage.tables.features import (
     Layout,
+    Projected,
     Rounded,
     check_features,
     doubtful_features,
+    feature_statistics,
 )
 from stillroom.storage.tables.row_builders import feature_row
 
@@ -190,6 +192,59 @@ def test_numbers_that_cannot_be_are_doubted() -> None:
     assert [c for c, _ in doubtful_features(row(states(), "float16", values=infinite))] == [
         "values"
     ]
+
+
+def projected(**changes: Any) -> dict[str, Any]:
+    """Of 20 numbers in 12."""
+    names = {"key": b"k" * 16, "reuse_key": b"r" * 16, "text_key": b"t" * 16}
+    made = feature_row(
+        **names,
+        teacher_id="teacher",
+        kind="values_12",
+        layer=1,
+        states=states(),
+        dtype="int8",
+        layout=Layout(width=12, projected_from=20),
+        projected=Projected(projection="0a" * 16, projection_error=0.3),
+    )
+    return made | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"projection": None}, "values_12 with projection None"),
+        ({"projected_from": None}, "projected_from None"),
+        ({"projection_error": None}, "projection_error None"),
+        ({"kind": "hidden"}, "hidden with projection 0a0a"),
+        ({"kind": "values_012"}, "values_012 with projection 0a0a"),
+        ({"kind": "values_13"}, "values_13 of 12 numbers, made of 20; they have 13"),
+        ({"projected_from": 12}, "made of 12; they have 12, and had more before"),
+        ({"projection": "../../outside"}, "not the name of a matrix"),
+        ({"heads": 3}, "values_12 with heads 3"),
+    ],
+)
+def test_a_projected_row_says_by_what_and_from_how_many(changes: dict[str, Any], said: str) -> None:
+    check_features(projected(), ABOUT)
+    assert not list(doubtful_features(projected()))
+    with pytest.raises(IntegrityError, match=said):
+        check_features(projected(**changes), ABOUT)
+
+
+@pytest.mark.parametrize("error", [-0.1, 2.1, np.inf, np.nan])
+def test_an_error_that_no_cosines_have_is_doubted(error: float) -> None:
+    found = doubtful_features(projected(projection_error=error))
+    assert [column for column, _ in found] == ["projection_error"]
+
+
+def test_a_shard_says_what_projection_costs_where_there_is_one() -> None:
+    more = projected(projection_error=0.5, vectors=21)
+    found = feature_statistics([projected(), more, row(states(), "int8")])
+    assert found["values_12 1 int8"]["projection_error"] == {
+        "mean": pytest.approx(0.45),
+        "most": 0.5,
+    }
+    assert "projection_error" not in found["hidden 1 int8"]
 
 
 @pytest.mark.parametrize(("dtype", "said"), [("int8", 388), ("float16", 768), ("float32", 1536)])

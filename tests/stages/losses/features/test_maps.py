@@ -123,6 +123,35 @@ def test_relations_are_their_definition_for_any_number_of_parts(parts):
     assert_same(found, both(defined, student.double()))
 
 
+def test_relations_of_projected_vectors_are_divided_by_the_width_before():
+    """A teacher of 12 numbers in 5, a student of three heads of 2; the temperature is that of 12."""
+    whole, matrix = normal(8, 12), normal(12, 5, seed=2)
+    student = normal(3, 8, 2, seed=1)
+
+    def defined(leaf):
+        pairs = zip(whole.double().split(LENGTHS), cut(leaf), strict=True)
+        each = (
+            definition.kl_of_maps(
+                definition.projected_relations(t, matrix.double()), definition.relations(s, 1)
+            )
+            for t, s in pairs
+        )
+        return torch.stack([one for sample in each for one in sample])
+
+    def both(function, vectors):
+        leaf = vectors.clone().requires_grad_()
+        value = function(leaf)
+        weights = torch.arange(1.0, len(value) + 1, dtype=value.dtype)
+        return value.detach(), *torch.autograd.grad((value * weights).sum(), leaf)
+
+    def found(leaf, **how):
+        return relation_kl((whole @ matrix)[None], leaf, LENGTHS, heads=1, **how)
+
+    right = both(defined, student.double())
+    assert_same(both(lambda s: found(s, projected_from=12), student), right)
+    assert not torch.allclose(both(found, student)[0].double(), right[0], rtol=1e-2)
+
+
 def test_maps_of_packed_samples_are_the_blocks_of_one_masked_softmax():
     scores = side(causal=True)
     sample = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))

@@ -17,6 +17,7 @@ from ...storage.credentials import shown
 from ...storage.errors import UsageError
 from ...storage.files.opening import open_files
 from ...storage.keys import canonical_json, content_id
+from ..recipe.run_folder import named_run, trained_student
 from ..recipe.tasks import TASKS
 from .classes import class_names
 from .fit.config import UNLIMITED, config_facts
@@ -133,10 +134,10 @@ class Identity:
 def find_model(
     model: str, revision: str | None, *, field: str, download: bool, weights: bool = True
 ) -> Path:
-    """The folder of a model named by folder or Hub id.
+    """The folder of a model named by folder, Hub id or the run that trained it.
 
     Args:
-        model: Folder or Hub id.
+        model: Folder, Hub id, or `run:RUN_DIR`.
         revision: Of the Hub.
         field: The recipe's field, for messages.
         download: Fetch from the Hub what is not here.
@@ -145,6 +146,8 @@ def find_model(
     Raises:
         UsageError: no such folder, and not (yet) downloaded from the Hub either.
     """
+    if named_run(model) is not None:
+        return trained_student(model, field=field)
     folder = Path(model).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -179,6 +182,11 @@ def find_model(
             f"{field}: {model} {action} ({type(error).__name__}). "
             "Check the name and the network, or name a local folder."
         ) from error
+
+
+def is_here(model: str) -> bool:
+    """Whether a name is that of a folder of this machine, or of a run's student, and no Hub id."""
+    return named_run(model) is not None or Path(model).expanduser().is_dir()
 
 
 def identify(

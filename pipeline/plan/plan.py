@@ -135,7 +135,7 @@ def _refuse_early(recipe: Recipe, bound: Bound, *, write: bool) -> None:
         refuse_misfit(folder, recipe.run.task, field=field, name=name)
     if bound.teacher is None or bound.author is None:
         return
-    refuse_other_head(recipe, bound.teacher.folder)
+    refuse_other_head(recipe, bound.teacher.parts["config"])
     refuse_unread(recipe, bound)
     if recipe.data.records.conversation and not bound.author.parts["chat_template"]:
         raise UsageError(

@@ -255,7 +255,7 @@ def _job(recipe: Recipe, plan: Plan, stage: Stage) -> dict[str, Any]:
 def _begin_student(recipe: Recipe, plan: Plan, arm: Arm) -> None:
     folder = plan.train_dirs[arm]
     files = LocalFiles(folder.parent)
-    record = {
+    record: dict[str, Any] = {
         "settings": plan.settings[arm],
         "arm": arm,
         "recipe": recorded(recipe),

@@ -8,7 +8,7 @@ hash is kept in the store's cache under (path, size, mtime, inode), so a second 
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ...storage.keys import canonical_json, content_id
 from ..recipe.run_folder import named_run, trained_student
 from ..recipe.tasks import TASKS
 from .classes import class_names
+from .fit.adapter import ADAPTER_CONFIG, adapter_classes
 from .fit.config import UNLIMITED, config_facts
 from .fit.files import read_json
 from .fit.own_code import code_files
@@ -103,6 +104,8 @@ class Identity:
     """Of a model whose head is over classes."""
     context_tokens: int
     parts: dict[str, Any]
+    class_fields: dict[str, Any] = field(default_factory=dict)
+    """Of its config, where not its folder says what its classes are but the adapter."""
 
     @property
     def runs_code(self) -> bool:
@@ -122,6 +125,9 @@ class Identity:
         """What a store keeps of this model, so that its rows can be read and trained from without it."""
         names = [*KEPT_FILES, "config.json", "generation_config.json"]
         files = {n: (self.folder / n).read_bytes() for n in names if (self.folder / n).is_file()}
+        if self.class_fields:
+            whole = read_json(self.folder / "config.json", "teacher.model") | self.class_fields
+            files["config.json"] = canonical_json(whole)
         if isinstance(self.parts["chat_template"], list):
             # A store keeps no folders of a model: all templates in the one file that can list them.
             config = json.loads(files.get("tokenizer_config.json", b"{}"))
@@ -212,6 +218,8 @@ def identify(
         UsageError: something is missing or unreadable.
     """
     config = read_json(folder / "config.json", field)
+    class_fields = adapter_classes(config, adapter) if adapter else {}
+    config |= class_fields
     weights = _weights(folder, hashes, field)
     tokenizer_config = read_json(folder / "tokenizer_config.json", field, missing={})
     template = _template(folder, tokenizer_config)
@@ -242,6 +250,7 @@ def identify(
         class_names=class_names(config),
         context_tokens=facts.context_tokens,
         parts=parts,
+        class_fields=class_fields,
     )
 
 
@@ -349,7 +358,7 @@ def _code(folder: Path, config: dict[str, Any], hashes: FileHashes) -> dict[str,
 
 def _adapter(folder: Path, hashes: FileHashes) -> dict[str, Any]:
     """The tensors say what is added, the config how strongly and where (lora_alpha, rank, modules)."""
-    config = read_json(folder / "adapter_config.json", "teacher.adapter")
+    config = read_json(folder / ADAPTER_CONFIG, "teacher.adapter")
     return {"weights": _weights(folder, hashes, "teacher.adapter"), "config": _content(config)}
 
 

@@ -8,7 +8,11 @@ shown goes through `show_line`, `show_text` or a `console.Terminal`, all that en
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TextIO
+
+from ..stages.recipe.run_folder import RUN
+from ..storage.credentials import shown
 
 _PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
 _PICTURES |= {0x7F: 0x2421, 0x2028: 0x2424, 0x2029: 0x2424}
@@ -25,6 +29,7 @@ _MARKUP = re.compile(
     r"|<(?=[A-Za-z/!?])|&(?=#?\w+;)"  # HTML
     r"|:(?=//)|(?<=www)\."  # addresses that become links by themselves
 )
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _KEPT = re.compile(r"((?<!`)`[^`]+`(?!`)|\*\*)")
 
 
@@ -40,6 +45,17 @@ def printable(text: str) -> str:
 def one_line(text: str) -> str:
     """The same of a name, a value or a message that is shown in one line: nothing in it begins another."""
     return text.translate(_IN_LINE)
+
+
+def public_name(text: str) -> str:
+    """A Hub id or URL without secrets as it is; of a path the last part: what lies above it is nobody's business."""
+    if "://" in text:
+        return shown(text)
+    if text.startswith(RUN):
+        return RUN + Path(text.removeprefix(RUN)).name
+    if HUB_NAME.fullmatch(text) and not Path(text).exists():
+        return text
+    return Path(text).name or text
 
 
 def show_line(text: str, stream: TextIO | None = None) -> None:

@@ -26,6 +26,7 @@ from ...stages.models.identity import (
     FileHashes,
     Identity,
     find_model,
+    is_here,
     refuse_without_weights,
 )
 from ...stages.models.students.stored_tensors import refuse_lora
@@ -47,6 +48,7 @@ from .features import (
     teacher_widths,
 )
 from .lengths import refuse_unread, unread_by_student, window_notes
+from .lineage import found_students
 from .lines import Plan, StagePlan, State, equal_texts
 from .resolve import Bound, bind, refuse_start
 from .students import plan_students
@@ -67,7 +69,7 @@ def make_plan(recipe: Recipe, *, write: bool = False) -> Plan:
     bound = bind(recipe, store, write=write)
     _refuse_early(recipe, bound, write=write)
     plan = Plan(bound=bound, write=write, warning=_warning(recipe, bound))
-    plan.note(*filter(None, [plan.warning]), *_notes(recipe, bound))
+    plan.note(*filter(None, [plan.warning]), *found_students(recipe), *_notes(recipe, bound))
     if recipe.student is not None and recipe.student.from_teacher_layers:
         start = teacher_layers(recipe.student.from_teacher_layers)
         plan.note(f"the student starts from {start}")
@@ -134,7 +136,7 @@ def _refuse_early(recipe: Recipe, bound: Bound, *, write: bool) -> None:
         refuse_misfit(folder, recipe.run.task, field=field, name=name)
     if bound.teacher is None or bound.author is None:
         return
-    refuse_other_head(recipe, bound.teacher.folder)
+    refuse_other_head(recipe, bound.teacher.parts["config"])
     refuse_unread(recipe, bound)
     if recipe.data.records.conversation and not bound.author.parts["chat_template"]:
         raise UsageError(
@@ -156,7 +158,7 @@ def _refuse_student(recipe: Recipe, folder: Path | None, teacher: Identity, *, w
         refuse_other_classes(recipe, folder, teacher.class_names)
     if folder is not None:
         refuse_other_tokenizer(recipe, folder, teacher.folder)
-        if Path(str(student.model)).expanduser().is_dir():  # of the Hub's only small files are here
+        if is_here(str(student.model)):  # of the Hub's only small files are here
             refuse_without_weights(folder, "student.model")
         refuse_lora(recipe, folder)
     if student.from_teacher_layers is not None:
@@ -172,7 +174,7 @@ def _student_folder(student: Student | None, *, write: bool) -> Path | None:
     try:
         return find_model(name, revision, field="student.model", download=write, weights=False)
     except UsageError:
-        if Path(name).expanduser().is_dir():
+        if is_here(name):
             raise
         return None
 

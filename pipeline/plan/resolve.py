@@ -14,6 +14,7 @@ from ...stages.data.stage import inputs_id, stale_rows
 from ...stages.data.tokenizing import author_id, earlier_author_id
 from ...stages.ledger.requests import author_context
 from ...stages.models.chat.arguments import reads_the_clock
+from ...stages.models.fit.adapter import ADAPTER_CONFIG, refuse_adapter
 from ...stages.models.fit.misfits import refuse_misfit
 from ...stages.models.fit.same_tokenizer import compare_tokenizers
 from ...stages.models.fit.teacher_layers import FIELD, refuse_uncopied
@@ -145,10 +146,10 @@ def teacher_identity(recipe: Recipe, hashes: FileHashes, *, download: bool) -> I
     refuse_misfit(
         folder, recipe.run.task, field="teacher.model", name=section.model, trusted=trusted
     )
-    adapter = section.adapter and find_adapter(section.adapter)
-    return identify(
-        folder, dtype=section.dtype, hashes=hashes, adapter=adapter or None, trusted=trusted
-    )
+    adapter = find_adapter(section.adapter) if section.adapter else None
+    if adapter is not None:
+        refuse_adapter(adapter, folder, task=recipe.run.task, name=section.model)
+    return identify(folder, dtype=section.dtype, hashes=hashes, adapter=adapter, trusted=trusted)
 
 
 def author_identity(
@@ -230,9 +231,9 @@ def refuse_start(recipe: Recipe, teacher: Identity, *, write: bool) -> None:
 def find_adapter(adapter: str, *, field: str = "teacher.adapter") -> Path:
     """The folder of a LoRA adapter."""
     folder = Path(adapter).expanduser()
-    if not (folder / "adapter_config.json").is_file():
+    if not (folder / ADAPTER_CONFIG).is_file():
         raise UsageError(
-            f"{field}: {adapter} holds no adapter_config.json. Name a PEFT adapter's folder."
+            f"{field}: {adapter} holds no {ADAPTER_CONFIG}. Name a PEFT adapter's folder."
         )
     return folder
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from ...storage.published.manifest import Manifest
 from ..numbers import count
+from ..plan.lineage import came_from
 from ..text import inline, table
 from .provenance import UNKNOWN
 
@@ -57,6 +58,7 @@ def origin(manifest: Manifest, provenance: Mapping[str, Any]) -> str:
         )
         if models
         else "",
+        *(_lineage(id_, model) for id_, model in provenance["models"].items()),
         table(["source of prompts", "licence", "prompts"], sources, text_columns=2)
         if sources
         else "",
@@ -65,6 +67,12 @@ def origin(manifest: Manifest, provenance: Mapping[str, Any]) -> str:
         "The recipe is in `PROVENANCE.json`." if provenance["recipe"] else "",
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _lineage(model_id: str, model: Mapping[str, Any]) -> str:
+    """Of a model that is a student itself: what it comes from."""
+    found = model.get("lineage") or []
+    return f"{model_name(model_id, model)} is {came_from(found)}." if found else ""
 
 
 def _license(name: str) -> str:

@@ -19,10 +19,13 @@ from ...stages.recipe.formats import FORMATS
 from ...stages.recipe.run_folder import (
     ADAPTER,
     EVALUATED,
+    LATEST,
+    RUN,
     SETTINGS,
     STUDENT,
     TRAINED,
     as_a_run_writes,
+    named_run,
     read_record,
 )
 from ...stages.recipe.sections import Recipe
@@ -32,13 +35,13 @@ from ...storage.files.local import LocalFiles
 from ...storage.published.export import put
 from ...storage.published.manifest import CARD
 from ..numbers import count, teacher_layers
+from ..plan.lineage import came_from
 from ..report.report import outcome
 from ..report.results import measures, result_headers, result_rows
 from ..report.sections import begins_as
-from ..text import escaped, fenced, inline, one_line, prose, table
-from .provenance import public_name, public_recipe
+from ..text import HUB_NAME, escaped, fenced, inline, one_line, prose, public_name, table
+from .provenance import public_recipe
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_DATA = re.compile(r"hf://datasets/([^/]+/[^/@]+)")
 
 
@@ -172,7 +175,7 @@ def _card_data(
 
     copies = recipe["student"].get("from_teacher_layers")
     base = recipe["teacher"]["model"] if copies else recipe["student"]["model"]
-    on_hub = base if base and public_name(base) == base and _HUB_NAME.fullmatch(base) else None
+    on_hub = base if base and public_name(base) == base and HUB_NAME.fullmatch(base) else None
     return ModelCardData(
         base_model=on_hub,
         base_model_relation="finetune"
@@ -192,7 +195,7 @@ def _datasets(recipe: Mapping[str, Any]) -> list[str]:
     names = [match[1] for place in places if (match := _HUB_DATA.match(place))]
     source = recipe["data"]["source"]
     if (
-        _HUB_NAME.fullmatch(source)
+        HUB_NAME.fullmatch(source)
         and public_name(source) == source
         and "." not in source.rpartition("/")[2]
     ):
@@ -248,7 +251,7 @@ def _question(recipe: Mapping[str, Any]) -> tuple[str, str]:
 
 def _adapter_code(shown: Mapping[str, Any]) -> dict[str, str]:
     """How to load the adapter onto its initial model, in PEFT and, where it writes text, vLLM."""
-    base, labelled = shown["student"]["model"], TASKS[shown["run"]["task"]].labelled
+    base, labelled = _to_load(shown["student"]["model"]), TASKS[shown["run"]["task"]].labelled
     auto = f"AutoModelFor{'SequenceClassification' if labelled else 'CausalLM'}"
     method, asked = _question(shown)
     room = lora_room({"r": shown["student"]["lora"]["rank"]})
@@ -265,6 +268,11 @@ def _adapter_code(shown: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def _to_load(model: str) -> str:
+    """The folder of a run's student as transformers is told it; other names as they are."""
+    return f"{model.removeprefix(RUN)}/{LATEST}/{STUDENT}" if named_run(model) else model
+
+
 def _made(settings: Mapping[str, Any], trained: Mapping[str, Any]) -> str:
     scored = count(trained["scored_tokens"])
     parts = [
@@ -276,6 +284,8 @@ def _made(settings: Mapping[str, Any], trained: Mapping[str, Any]) -> str:
     ]
     if "code" in settings:
         parts.append(f"To load the teacher, its own code was run ({inline(settings['code'])}).")
+    if lineage := settings.get("lineage"):
+        parts.append(f"The teacher is {came_from(lineage)}.")
     if settings["arm"] == "baseline":
         parts.insert(
             0,

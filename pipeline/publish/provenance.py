@@ -17,16 +17,16 @@ from typing import Any
 from ...stages.recipe.fields import ADDRESSES
 from ...stages.recipe.run_folder import LATEST, SETTINGS, as_a_run_writes, begun_runs, read_record
 from ...storage.bounds import mapping, parsed, understood
-from ...storage.credentials import shown
 from ...storage.errors import UsageError
 from ...storage.published.export import Made
 from ...storage.published.export_rows import sources_of
 from ...storage.store.store import Store
+from ..plan.lineage import kept_lineage
+from ..text import public_name
 
 UNKNOWN = "unknown"
 PROVENANCE = "PROVENANCE.json"
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PATH_FIELDS = {"_name_or_path", "name_or_path", "base_model_name_or_path"} | {
     "tokenizer_file",
     "special_tokens_map_file",
@@ -127,15 +127,6 @@ def _named(given: Sequence[str]) -> list[tuple[str, str]]:
     return [(name, value) for name, _, value in (text.rpartition("=") for text in given)]
 
 
-def public_name(text: str) -> str:
-    """A Hub id or URL without secrets as it is; of a path the last part: what lies above it is nobody's business."""
-    if "://" in text:
-        return shown(text)
-    if _HUB_NAME.fullmatch(text) and not Path(text).exists():
-        return text
-    return Path(text).name or text
-
-
 def read_recipe(run_dir: Path | None) -> dict[str, Any] | None:
     """The recipe of a run, its paths cut to names; None without a run.
 
@@ -219,6 +210,8 @@ def make_provenance(
                 "wrote": model_id in wrote,
                 "scored": model_id in scored,
             }
+            if before := kept_lineage(store.teacher_dir(model_id)):
+                models[model_id]["lineage"] = before
     return {
         "license": licenses.dataset,
         "models": models,

@@ -28,10 +28,11 @@ from ...storage.bounds import mapping
 from ...storage.credentials import hidden
 from ...storage.errors import StillroomError, Stopped, UsageError, name_too_long
 from ...storage.files.local import LocalFiles
-from ...storage.joined import at_commit
+from ...storage.joined import at_commit, open_store
 from ...storage.keys import canonical_json
 from ...storage.snapshots.snapshot import save_snapshot
 from ...storage.store.store import Store
+from ..plan.lineage import Generation, kept_files, kept_lineage, lineage
 from ..plan.lines import Plan, StagePlan
 from ..plan.plan import make_plan, plan_again, refuse_impossible
 from ..plan.resolve import write_down
@@ -125,7 +126,7 @@ def _first_plan(recipe: Recipe, store: Store) -> Plan:
     plan = make_plan(recipe, write=True)
     for identity in (plan.bound.teacher, plan.bound.author):
         if identity is not None:
-            store.put_teacher(identity.id, identity.files_to_keep())
+            store.put_teacher(identity.id, kept_files(identity))
     if plan.bound.published is None:  # else the published folder says so itself
         write_down(recipe, plan.bound.binding)
     return plan
@@ -254,7 +255,7 @@ def _job(recipe: Recipe, plan: Plan, stage: Stage) -> dict[str, Any]:
 def _begin_student(recipe: Recipe, plan: Plan, arm: Arm) -> None:
     folder = plan.train_dirs[arm]
     files = LocalFiles(folder.parent)
-    record = {
+    record: dict[str, Any] = {
         "settings": plan.settings[arm],
         "arm": arm,
         "recipe": recorded(recipe),
@@ -262,7 +263,18 @@ def _begin_student(recipe: Recipe, plan: Plan, arm: Arm) -> None:
     }
     if plan.bound.teacher is not None and plan.bound.teacher.runs_code:
         record["code"] = plan.bound.teacher.code_id
+    if before := _lineage(recipe, plan):
+        record["lineage"] = before
     files.put_if_absent(f"{folder.name}/{SETTINGS}", canonical_json(record))
+
+
+def _lineage(recipe: Recipe, plan: Plan) -> list[Generation]:
+    """Of the teacher; where it is gone, as the store keeps it."""
+    if plan.bound.teacher is not None:
+        return lineage(plan.bound.teacher.folder)
+    store = open_store(recipe.storage.dir, recipe.storage.sources)
+    teacher_id = plan.bound.binding.teacher_id
+    return kept_lineage(store.teacher_dir(teacher_id)) if store.teacher_parts(teacher_id) else []
 
 
 def _finish(line: StagePlan, answer: dict[str, Any], *, seconds: float) -> dict[str, Any]:

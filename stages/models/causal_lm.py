@@ -1,13 +1,12 @@
 """Models of the task causal_lm: causal language models, a LoRA adapter on the teacher's weights included."""
 
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ...storage.errors import UsageError, answered
+from ...storage.errors import UsageError
 from .identity import Identity
-from .loading import ModelKind, placed
+from .loading import ModelKind, adapter_on, placed
 
 KIND = ModelKind(auto=AutoModelForCausalLM, adapter="CAUSAL_LM")
 
@@ -35,14 +34,6 @@ def load_causal_lm(identity: Identity, *, device_map: str | None = None) -> PreT
             "which transformers would draw at random. Name a model that was saved whole."
         )
     if identity.adapter is not None:
-        model = _with_adapter(model, identity)
+        with adapter_on(model, identity) as adapted:
+            model = adapted.merge_and_unload()
     return placed(model, device_map)
-
-
-def _with_adapter(model: Any, identity: Identity) -> Any:
-    from peft import PeftModel
-
-    what = f"teacher.adapter: {identity.adapter} does not fit {identity.folder}"
-    with answered(what, "Name an adapter of this model, or the model of this adapter."):
-        merged = PeftModel.from_pretrained(model, str(identity.adapter)).merge_and_unload()
-    return merged

@@ -85,13 +85,16 @@ def _whole(value: Any) -> int | None:
         return None
 
 
-def refuse_without_head(folder: Path, model: str) -> None:
+def refuse_without_head(config: Mapping[str, Any], model: str) -> None:
     """Refuse a teacher whose classes were never trained: transformers would give it random ones.
+
+    Args:
+        config: Of the teacher, with what its adapter says of classes.
+        model: As the recipe names it.
 
     Raises:
         UsageError: no classification head, or one that is not softmax over two classes or more.
     """
-    config = read_json(folder / "config.json", "teacher.model")
     names = class_names(config)
     found = ", ".join(config.get("architectures") or ()) or "no architecture"
     if not names:
@@ -109,14 +112,14 @@ def refuse_without_head(folder: Path, model: str) -> None:
         )
 
 
-def refuse_other_head(recipe: Recipe, folder: Path) -> None:
-    """Refuse a teacher without the trained classes that the recipe's task asks for.
+def refuse_other_head(recipe: Recipe, config: Mapping[str, Any]) -> None:
+    """Refuse a teacher without the trained classes that the task asks for; `config` as of `refuse_without_head`.
 
     Raises:
         UsageError: it has none, or some that are not softmax over two or more.
     """
     if TASKS[recipe.run.task].labelled:
-        refuse_without_head(folder, recipe.teacher.model)
+        refuse_without_head(config, recipe.teacher.model)
 
 
 def refuse_other_classes(recipe: Recipe, folder: Path | None, names: Sequence[str]) -> None:

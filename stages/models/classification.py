@@ -19,8 +19,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from ...storage.errors import UsageError, answered
 from .attention.longest import Company, made_up
 from .classes import names_in
+from .fit.adapter import PREFIX
 from .identity import Identity
-from .loading import ModelKind, placed
+from .loading import ModelKind, adapter_on, placed
 from .rendering import segments
 
 
@@ -41,13 +42,54 @@ def load_teacher(identity: Identity, *, device_map: str | None = None) -> PreTra
         UsageError: the folder does not hold one; a head that transformers would have to make up is
             none.
     """
-    model, missing = of_classes(()).teacher(identity, device_map=device_map)
-    if missing:
+    model, missing = of_classes(()).teacher(
+        identity, device_map=device_map, **_class_fields(identity)
+    )
+    if identity.adapter is not None:
+        with adapter_on(model, identity) as adapted:
+            _refuse_unlike(adapted, identity, missing)
+            model = adapted.merge_and_unload()
+    elif missing:
         raise UsageError(
             f"teacher.model: {identity.folder} lacks weights of its classification head "
             f"({', '.join(missing)}). Fine-tune it on labelled rows, and save it whole."
         )
     return placed(model, device_map)
+
+
+def _class_fields(identity: Identity) -> dict[str, Any]:
+    """What an adapter says of the classes, as a loaded config has it."""
+    fields = {
+        name: value for name, value in identity.class_fields.items() if name != "architectures"
+    }
+    if "id2label" in fields:
+        fields["id2label"] = {int(index): name for index, name in fields["id2label"].items()}
+    return fields
+
+
+def _refuse_unlike(adapted: Any, identity: Identity, missing: Sequence[str]) -> None:
+    """Refuse an adapter that has other tensors than there are places for, or not all that the base lacks.
+
+    PEFT leaves out without an error what it has no place for, and draws at random what is not there.
+    """
+    from peft import get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    places = {*get_peft_model_state_dict(adapted, save_embedding_layers=False)}
+    found = {*load_peft_weights(str(identity.adapter), device="cpu")}
+    where = f"teacher.adapter: {identity.adapter}"
+    if unlike := sorted(places ^ found):
+        what = "lacks" if unlike[0] in places else f"is no adapter of {identity.folder}: it has"
+        raise UsageError(
+            f"{where} {what} {unlike[0]}. Name an adapter of this model, or the model of this adapter."
+        )
+    lacking = [name for name in missing if PREFIX + name not in found]
+    if lacking:
+        raise UsageError(
+            f"{where}: {', '.join(lacking)} are in neither the adapter nor {identity.folder}, and "
+            "transformers would draw them at random. Train the adapter with modules_to_save that "
+            "names them too."
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,7 +8,7 @@ hash is kept in the store's cache under (path, size, mtime, inode), so a second 
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from ...storage.credentials import shown
 from ...storage.errors import UsageError
 from ...storage.files.opening import open_files
 from ...storage.keys import canonical_json, content_id
+from ..recipe.run_folder import named_run, trained_student
 from ..recipe.tasks import TASKS
 from .classes import class_names
+from .fit.adapter import ADAPTER_CONFIG, adapter_classes
 from .fit.config import UNLIMITED, config_facts
 from .fit.files import read_json
 from .fit.own_code import code_files
@@ -102,6 +104,8 @@ class Identity:
     """Of a model whose head is over classes."""
     context_tokens: int
     parts: dict[str, Any]
+    class_fields: dict[str, Any] = field(default_factory=dict)
+    """Of its config, where not its folder says what its classes are but the adapter."""
 
     @property
     def runs_code(self) -> bool:
@@ -121,6 +125,9 @@ class Identity:
         """What a store keeps of this model, so that its rows can be read and trained from without it."""
         names = [*KEPT_FILES, "config.json", "generation_config.json"]
         files = {n: (self.folder / n).read_bytes() for n in names if (self.folder / n).is_file()}
+        if self.class_fields:
+            whole = read_json(self.folder / "config.json", "teacher.model") | self.class_fields
+            files["config.json"] = canonical_json(whole)
         if isinstance(self.parts["chat_template"], list):
             # A store keeps no folders of a model: all templates in the one file that can list them.
             config = json.loads(files.get("tokenizer_config.json", b"{}"))
@@ -133,10 +140,10 @@ class Identity:
 def find_model(
     model: str, revision: str | None, *, field: str, download: bool, weights: bool = True
 ) -> Path:
-    """The folder of a model named by folder or Hub id.
+    """The folder of a model named by folder, Hub id or the run that trained it.
 
     Args:
-        model: Folder or Hub id.
+        model: Folder, Hub id, or `run:RUN_DIR`.
         revision: Of the Hub.
         field: The recipe's field, for messages.
         download: Fetch from the Hub what is not here.
@@ -145,6 +152,8 @@ def find_model(
     Raises:
         UsageError: no such folder, and not (yet) downloaded from the Hub either.
     """
+    if named_run(model) is not None:
+        return trained_student(model, field=field)
     folder = Path(model).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -181,6 +190,11 @@ def find_model(
         ) from error
 
 
+def is_here(model: str) -> bool:
+    """Whether a name is that of a folder of this machine, or of a run's student, and no Hub id."""
+    return named_run(model) is not None or Path(model).expanduser().is_dir()
+
+
 def identify(
     folder: Path,
     *,
@@ -204,6 +218,8 @@ def identify(
         UsageError: something is missing or unreadable.
     """
     config = read_json(folder / "config.json", field)
+    class_fields = adapter_classes(config, adapter) if adapter else {}
+    config |= class_fields
     weights = _weights(folder, hashes, field)
     tokenizer_config = read_json(folder / "tokenizer_config.json", field, missing={})
     template = _template(folder, tokenizer_config)
@@ -234,6 +250,7 @@ def identify(
         class_names=class_names(config),
         context_tokens=facts.context_tokens,
         parts=parts,
+        class_fields=class_fields,
     )
 
 
@@ -341,7 +358,7 @@ def _code(folder: Path, config: dict[str, Any], hashes: FileHashes) -> dict[str,
 
 def _adapter(folder: Path, hashes: FileHashes) -> dict[str, Any]:
     """The tensors say what is added, the config how strongly and where (lora_alpha, rank, modules)."""
-    config = read_json(folder / "adapter_config.json", "teacher.adapter")
+    config = read_json(folder / ADAPTER_CONFIG, "teacher.adapter")
     return {"weights": _weights(folder, hashes, "teacher.adapter"), "config": _content(config)}
 
 

@@ -1,6 +1,7 @@
 """Loading a model in the class of transformers that its task asks for: as it was identified, or as a student."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ class ModelKind:
     """Names of the classes, in the order of the logits; (): the vocabulary."""
 
     def teacher(
-        self, identity: Identity, *, device_map: str | None
+        self, identity: Identity, *, device_map: str | None, **fields: Any
     ) -> tuple[PreTrainedModel, list[str]]:
         """A model in evaluation mode, in the dtype that it was identified with, and the weights that its folder lacks.
 
@@ -36,6 +37,7 @@ class ModelKind:
             identity: Folder and dtype.
             device_map: `auto` spreads the layers over all GPUs (accelerate); None leaves the model
                 where transformers puts it.
+            fields: Of its config, in place of what the folder says.
 
         Raises:
             UsageError: the folder does not hold such a model.
@@ -48,6 +50,7 @@ class ModelKind:
                 output_loading_info=True,
                 trust_remote_code=identity.runs_code,
                 weights_only=True,  # of pickles, nothing but tensors
+                **fields,
             )
         return _ready(model), sorted(report["missing_keys"])
 
@@ -136,6 +139,20 @@ def _ready(model: PreTrainedModel) -> PreTrainedModel:
     attend_capped(model)
     forget_lengths(model)
     return model
+
+
+@contextmanager
+def adapter_on(model: Any, identity: Identity) -> Iterator[Any]:
+    """A teacher's model with its adapter on it, not merged yet.
+
+    Raises:
+        UsageError: PEFT cannot put it there, or the caller finds that it does not fit.
+    """
+    from peft import PeftModel
+
+    what = f"teacher.adapter: {identity.adapter} does not fit {identity.folder}"
+    with answered(what, "Name an adapter of this model, or the model of this adapter."):
+        yield PeftModel.from_pretrained(model, str(identity.adapter))
 
 
 def placed(model: Any, device_map: str | None) -> PreTrainedModel:

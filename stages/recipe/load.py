@@ -15,6 +15,7 @@ from ...storage.errors import UsageError
 from .checks.together import check_together
 from .fields import ADDRESSES, NUMBER, SCHEDULE
 from .reading.hints import hint_at
+from .reading.outside import outside_value
 from .reading.yaml_text import MOST_CHARACTERS, read_yaml
 from .sections import Recipe
 
@@ -174,8 +175,7 @@ def _expand(value: Any, where: str, problems: list[tuple[str, str]]) -> Any:
 def _explain(loc: tuple[int | str, ...], error: Any) -> tuple[str, str]:
     """Dotted path and message of one pydantic error."""
     where = ".".join(str(part) for part in loc)
-    kind, found, limits = error["type"], error.get("input"), error.get("ctx", {})
-    if kind == "extra_forbidden":
+    if error["type"] == "extra_forbidden":
         if (known := hint_at(where)) is not None:
             return where, f"unknown key. {known}"
         near = difflib.get_close_matches(str(loc[-1]), _keys_at(loc[:-1]), n=1)
@@ -185,17 +185,24 @@ def _explain(loc: tuple[int | str, ...], error: Any) -> tuple[str, str]:
             else f"Known here: {', '.join(_keys_at(loc[:-1]))}."
         )
         return where, f"unknown key. {hint}"
+    wrong, hint = _wrong(error), outside_value(where, error.get("input"))
+    return where, wrong if hint is None else f"{wrong} {hint}"
+
+
+def _wrong(error: Any) -> str:
+    """What is wrong with the value of a field that there is."""
+    kind, found, limits = error["type"], error.get("input"), error.get("ctx", {})
     if kind == "missing":
-        return where, "missing; it has no default. Add it (`stillroom init` writes an example)."
+        return "missing; it has no default. Add it (`stillroom init` writes an example)."
     if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
         sign = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
         limit = next(f"{sign[k]} {v:g}" for k, v in limits.items() if k in sign)
-        return where, f"must be {limit} (got {found!r})."
+        return f"must be {limit} (got {found!r})."
     if kind == "literal_error":
-        return where, f"must be one of {limits['expected']} (got {found!r})."
+        return f"must be one of {limits['expected']} (got {found!r})."
     if kind == "value_error":
-        return where, f"{limits['error']}."
-    return where, f"{error['msg'][0].lower()}{error['msg'][1:]} (got {found!r})."
+        return f"{limits['error']}."
+    return f"{error['msg'][0].lower()}{error['msg'][1:]} (got {found!r})."
 
 
 def _keys_at(loc: tuple[int | str, ...]) -> list[str]:

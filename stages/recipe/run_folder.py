@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ...storage.bounds import NOT_AS_WRITTEN, mapping, parsed
-from ...storage.errors import IntegrityError, in_short
+from ...storage.errors import IntegrityError, UsageError, in_short
 
 LOGS = "logs"
 LATEST = "latest"
@@ -33,10 +33,68 @@ ADAPTER = "adapter"
 TRAINED = "train.json"
 EVALUATED = "evaluation.json"
 
+RUN = "run:"
+"""Begins a model's name that is a run's folder: the student that was trained there last."""
+
 
 def training_run(run_dir: Path, settings_hash: str) -> Path:
     """The folder of one training run."""
     return run_dir / f"train-{settings_hash[:8]}"
+
+
+def named_run(model: str | None) -> Path | None:
+    """The run's folder that a model's name stands for; None: it names a model."""
+    if model is None or not model.startswith(RUN):
+        return None
+    return Path(model.removeprefix(RUN)).expanduser()
+
+
+def trained_student(model: str, *, field: str) -> Path:
+    """The folder of the student that a run has trained last, where `latest` leads to.
+
+    LoRA is merged in it, so it is a model like any other.
+
+    Args:
+        model: `run:RUN_DIR`.
+        field: The recipe's field, for messages.
+
+    Raises:
+        UsageError: the run is not here, or none, or has no finished student.
+    """
+    run_dir = named_run(model)
+    where = f"{field}: {model}"
+    if run_dir is None or model == RUN or "://" in model:
+        raise UsageError(
+            f"{where} names no folder of this machine, expected run:RUN_DIR, the run.dir of another "
+            "recipe. Copy the student's folder here, and name that."
+        )
+    if not run_dir.is_dir():
+        raise UsageError(
+            f"{where}: no folder {run_dir} (looked in {Path.cwd()}). Name the run.dir of the recipe "
+            "that trained the student."
+        )
+    training = (run_dir / LATEST).resolve()
+    student = training / STUDENT
+    if (training / TRAINED).is_file() and (student / "config.json").is_file():
+        return student
+    raise UsageError(f"{where} {_no_student(run_dir)}")
+
+
+def _no_student(run_dir: Path) -> str:
+    """Why a folder has no student to name, and what to do."""
+    if (run_dir / "config.json").is_file():
+        return f"is a model's folder, not a run's. Name it without {RUN}"
+    if (run_dir / SETTINGS).is_file():
+        return f"is one training of a run. Name the run, {RUN}{run_dir.parent}, or {run_dir / STUDENT}."
+    if begun_runs(run_dir):
+        return (
+            f"has no finished student ({LATEST} leads to none). Run its recipe to the end of `train` "
+            "first."
+        )
+    return (
+        "is no folder in which a student was trained (no train-* in it). Name the run.dir of a recipe "
+        "with `student` and `train` that has run."
+    )
 
 
 def begun_runs(run_dir: Path) -> list[Path]:

@@ -52,7 +52,8 @@ class Teacher(Section):
     """The large model."""
 
     model: str
-    """Folder or Hub id; or, as in `data.source`, a store that holds the rows of one teacher."""
+    """Folder or Hub id; or `run:RUN_DIR`, the student that another run has trained last; or, as in
+    `data.source`, a store that holds the rows of one teacher."""
     revision: str | None = None
     """Hub revision."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -90,7 +91,7 @@ class Student(Section):
     """The small model: an existing one, fresh weights of a config, or layers of the teacher."""
 
     model: str | None = None
-    """Folder or Hub id."""
+    """Folder or Hub id; or `run:RUN_DIR`, the student of another run."""
     revision: str | None = None
     """Hub revision."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -192,7 +193,8 @@ class Generate(Section):
     engine: EngineName | None = None
     """null: vllm where it is installed, else hf."""
     model: str | None = None
-    """Another author than the teacher: folder or Hub id."""
+    """Another author than the teacher: folder, Hub id, or `run:RUN_DIR`, the student of another
+    run."""
     samples: int = Field(1, ge=1)
     """Completions per prompt."""
     temperature: float = Field(1.0, ge=0)

@@ -64,7 +64,6 @@ TASKS: dict[str, Task] = {
         refused=dict.fromkeys(_OF_CONTINUED_TEXT, "has no meaning for classification. Remove it")
         | {
             "teacher.trust_remote_code": "no classifier's code is ever run. Use one whose class transformers has",
-            "teacher.adapter": "no stage adds adapters to a classifier yet. Merge it, and name the result",
         },
         unit="text",
         hub_name="text-classification",

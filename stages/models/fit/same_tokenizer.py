@@ -154,5 +154,6 @@ def refuse_other_tokenizer(recipe: Recipe, student: Path, teacher: Path) -> None
             f"student.model: the tokenizer of {name} is not that of the teacher "
             f"{recipe.teacher.model}: {reason} (first: teacher, second: student). Choose a "
             "student of its family, or `student.config` for fresh weights with the teacher's "
-            "tokenizer."
+            "tokenizer. Else let the teacher write, and give its text as data to a recipe whose "
+            "teacher.model has the student's tokenizer."
         )

@@ -21,6 +21,7 @@ from ....storage.errors import StillroomError
 from ...recipe.sections import Recipe
 from ...recipe.stages import needed
 from ..fit.parts import parts_of
+from ..identity import is_here
 from .config_file import NotInOlderWords, with_older_words
 from .copies import copied_from
 from .lora import merged_as_trained
@@ -176,7 +177,7 @@ def _mend_adapter(part: Path, recipe: Recipe) -> None:
     (part / "README.md").unlink(missing_ok=True)
     path, base = part / "adapter_config.json", needed(recipe.student, "student").model
     config = json.loads(path.read_text("utf-8"))
-    on_hub = base is not None and not Path(base).expanduser().is_dir()
+    on_hub = base is not None and not is_here(base)
     _write(path, config | {"base_model_name_or_path": base if on_hub else None})
 
 

@@ -1,11 +1,13 @@
 """What is wrong with a recipe although each of its fields is right: combinations, and what no stage does yet."""
 
+from pathlib import Path
 from typing import Any
 
 from ..engines import PLANNED
 from ..evaluate import HELD_OUT_FIELDS, Evaluate
 from ..fields import Section
 from ..kinds import kinds_with
+from ..run_folder import named_run
 from ..sections import Data, Generate, Loss, Recipe, Run, Score, Teacher
 from .features import check_captured, check_matched
 from .loss import check_loss
@@ -45,6 +47,14 @@ _NOT_OF_A_STORE = (
 )
 
 
+# What only models of the Hub, or of others, have.
+_NOT_OF_A_RUN = {
+    "teacher.revision": "Remove it",
+    "student.revision": "Remove it",
+    "teacher.trust_remote_code": "No student has code of its own. Remove it",
+}
+
+
 def check_together(recipe: Recipe) -> list[tuple[str, str]]:
     """Errors that need more than one field: (dotted path, message)."""
     errors = [
@@ -75,7 +85,7 @@ def check_together(recipe: Recipe) -> list[tuple[str, str]]:
         errors.append(
             ("generate", f"missing: format {kind!r} has prompts only. Add a `generate` section")
         )
-    errors += _sources(recipe) + _alone(recipe) + _copies(recipe)
+    errors += _sources(recipe) + _alone(recipe) + _copies(recipe) + _runs(recipe)
     learns = recipe.train is not None and targets_fit(recipe)
     if learns:
         errors += check_loss(recipe.loss, recipe.score)
@@ -122,6 +132,27 @@ def _copies(recipe: Recipe) -> list[tuple[str, str]]:
             "Remove it, or name an existing student"
         )
         errors.append(("student.lora.keep_adapter", message))
+    return errors
+
+
+def _runs(recipe: Recipe) -> list[tuple[str, str]]:
+    """Students of other runs, named `run:RUN_DIR`."""
+    errors = []
+    for section in ("teacher", "student", "generate"):
+        run_dir = named_run(lookup(recipe, f"{section}.model"))
+        if run_dir is None:
+            continue
+        if run_dir.resolve() == Path(recipe.run.dir).resolve():
+            message = (
+                "names this recipe's own run.dir, whose student is what it trains. Give this recipe "
+                "another run.dir"
+            )
+            errors.append((f"{section}.model", message))
+        errors += [
+            (path, f"has no meaning for the student of a run. {why}")
+            for path, why in _NOT_OF_A_RUN.items()
+            if path.startswith(section) and lookup(recipe, path)
+        ]
     return errors
 
 

@@ -1,5 +1,7 @@
 """What people write who know other tools, and what it is called here: hints at an unknown key of a recipe."""
 
+from .outside import outside_key
+
 _TOKENS_PER_STEP = (
     "A step is measured in tokens: train.tokens_per_step (positions per optimizer step), of which "
     "train.tokens_per_pass go through the model at once."
@@ -26,7 +28,6 @@ _HINTS = {
     "alpha": _WEIGHTS,
     "loss.beta": "loss.jsd_weight is the teacher's share in the mixture of jsd.",
     "kd_ratio": _WEIGHTS,
-    "lmbda": _WEIGHTS,
     "loss.hidden_weight": _HIDDEN,
     "loss.hidden_loss": _HIDDEN,
     "student.layers": _LAYERS,
@@ -84,4 +85,4 @@ def hint_at(path: str) -> str | None:
     Args:
         path: Dotted, from the recipe's top.
     """
-    return _HINTS.get(path) or _HINTS.get(path.rpartition(".")[2])
+    return _HINTS.get(path) or _HINTS.get(path.rpartition(".")[2]) or outside_key(path)

@@ -186,7 +186,6 @@ class TestRefusals:
             ({"train": {"epochs": 1, "row_tokens": 64}}, "train.row_tokens"),
             ({"data": {"source": "x", "format": "text"}}, "data.format"),
             ({"run": {"dir": "x"}}, "data.format"),
-            ({"teacher": {"model": "x", "adapter": "y"}}, "teacher.adapter"),
         ],
     )
     def test_what_has_no_meaning_is_refused_by_name(

@@ -1,5 +1,6 @@
 """Recipes: every mistake gets its file, line, dotted path and a way out; every shipped recipe is valid."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import yaml
 from kit import recipe_tree
 
 from stillroom.stages.recipe.checks.together import NOT_YET
-from stillroom.stages.recipe.load import changed_fields, load_recipe, recorded
+from stillroom.stages.recipe.load import _keys_at, changed_fields, load_recipe, recorded
+from stillroom.stages.recipe.reading.outside import OUTSIDE
 from stillroom.stages.recipe.sections import Recipe
 from stillroom.storage.errors import UsageError
 
@@ -323,3 +325,66 @@ def test_what_other_tools_call_it_points_to_the_right_field(
     (line,) = refusal(tmp_path, tree, key).splitlines()
     assert line.startswith(f"--set {where}: unknown key. ")
     assert named in line
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        (
+            "train.online=true",
+            "live distillation. The teacher is never in the training loop: score",
+        ),
+        ("teacher.live=true", "live distillation"),
+        ("loss.divergence=mutual", "mutual distillation. Students do not teach one another"),
+        ("students=[a, b]", "mutual distillation"),
+        ("teacher.trainable=true", "dynamic teachers. A teacher does not change while it teaches"),
+        ("train.ema_decay=0.99", "dynamic teachers"),
+        (
+            "loss.gradient_weight=1",
+            "gradient alignment. No gradient of the teacher is stored: loss",
+        ),
+        ("loss.features=[{match: jacobian}]", "gradient alignment"),
+        ("run.task=image-text-to-text", "cross-modal teachers. Teacher and student read the same"),
+        ("teacher.modality=image", "cross-modal teachers"),
+        ("student.tokenizer=x", "teachers of other vocabularies. Teacher and student share a"),
+        ("loss.divergence=ULD", "teachers of other vocabularies"),
+        ("teachers=[{model: a}]", "several teachers. A recipe has one teacher: a chain is one"),
+        ("teacher.model=[a, b]", "several teachers"),
+        ("train.lmbda=0.5", "on-policy rounds. A round is a run: generate"),
+        ("student.dtype=int8", "pruning and quantisation. Models are taken as they are stored"),
+        ("teacher.data_free=true", "data-free distillation"),
+    ],
+)
+def test_what_is_outside_is_said_with_what_is_offered_in_its_place(
+    tmp_path: Path, tree: dict[str, Any], override: str, named: str
+) -> None:
+    (line,) = refusal(tmp_path, tree, override).splitlines()
+    assert f"Not supported: {named}" in line
+    assert line.startswith(f"--set {override.partition('=')[0]}")
+
+
+def test_words_of_the_field_for_what_there_is_point_to_it(
+    tmp_path: Path, tree: dict[str, Any]
+) -> None:
+    said = "unknown key. The student of one run is the teacher of the next: teacher: {model: 'run:"
+    assert said in refusal(tmp_path, tree, "train.born_again=2")
+    assert "unknown key. Leave the section `score` out" in refusal(tmp_path, tree, "seq_kd=true")
+
+
+def test_what_is_outside_is_no_field_and_stands_in_the_limits() -> None:
+    limits = RECIPES[0].parents[2].joinpath("README.md").read_text().partition("## Limits")[2]
+    for line in OUTSIDE:
+        assert line.name in " ".join(limits.split())
+        for key in line.keys.split():
+            section, _, name = key.rpartition(".")
+            known = _keys_at((section,) if section else ())
+            assert name not in known
+
+
+def test_every_setting_that_is_offered_in_place_is_in_the_recipe() -> None:
+    """`section: {field: ...}` and `section.field` of a sentence."""
+    for line in OUTSIDE:
+        named = re.findall(r"\b([a-z]+)(?:: \{|\.)([a-z_]+)", line.instead)
+        for section, name in named:
+            if section in Recipe.model_fields:
+                assert name in _keys_at((section,)), line.instead

@@ -12,7 +12,7 @@ from ...storage.tables.conversations import (
     conversation,
     message_columns,
 )
-from ..models.classes import label_index
+from ..models.fit.classes import label_index
 from ..recipe.sections import Data
 from .conversations import alpaca, chat
 from .fields import checked_text, checked_words, missing

@@ -18,7 +18,7 @@ from ...storage.keys import content_id, content_key
 from ...storage.store.store import Store
 from ...storage.store.writer import CommitLimits
 from ...storage.tables.schema import TableName
-from ..models.classes import names_in
+from ..models.fit.classes import names_in
 from ..models.identity import FileHashes, Identity
 from ..recipe.checks.task import refuse_without_labels
 from ..recipe.sections import Data, Recipe

@@ -17,7 +17,7 @@ from ...storage.snapshots.snapshot import load_snapshot
 from ...storage.store.store import Store
 from ...storage.tables.kinds import STRUCTURES
 from ..audit.every_row import check_rows
-from ..models.classes import names_in
+from ..models.fit.classes import names_in
 from ..recipe.run_folder import EVALUATED, STUDENT
 from ..recipe.tasks import TASKS
 from ..targets.spec import wanted

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..losses.definition import Distilled, logits_distillation
 from ..losses.objective import Aim
-from ..models.classes import NO_LABEL
+from ..models.fit.classes import NO_LABEL
 from ..models.classification import Inputs, class_company, class_logits
 from ..models.reads import check_ids
 from ..targets.batch import TargetBatch

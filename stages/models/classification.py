@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from ...storage.errors import UsageError, answered
 from .attention.longest import Company, made_up
-from .classes import names_in
+from .fit.classes import names_in
 from .identity import Identity
 from .loading import ModelKind, placed
 from .rendering import segments

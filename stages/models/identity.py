@@ -18,7 +18,7 @@ from ...storage.errors import UsageError
 from ...storage.files.opening import open_files
 from ...storage.keys import canonical_json, content_id
 from ..recipe.tasks import TASKS
-from .classes import class_names
+from .fit.classes import class_names
 from .fit.config import UNLIMITED, config_facts
 from .fit.files import read_json
 from .fit.own_code import code_files

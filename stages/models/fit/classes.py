@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...storage.errors import RowError, UsageError
-from ..recipe.sections import Recipe
-from ..recipe.stages import needed
-from ..recipe.tasks import TASKS
-from .fit.files import read_json
+from ....storage.errors import RowError, UsageError
+from ...recipe.sections import Recipe
+from ...recipe.stages import needed
+from ...recipe.tasks import TASKS
+from .files import read_json
 
 HEAD = "ForSequenceClassification"
 NO_LABEL = -1

@@ -183,7 +183,7 @@ def _take(
         # What a generated answer is judged by stands in no record.
         turns=turn_keys(row, data) if given else (),
         held_out=held_out,
-        labelled=row["label"] is not None or not data.records.labelled,
+        labelled=not data.records.labelled or row["label"] is not None or row["labels"] is not None,
     )
     rows.remarks.count_unread(unread_columns(record, data))
     return row

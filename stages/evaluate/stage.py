@@ -163,15 +163,13 @@ def _classes(job: Job, tallies: "dict[str, Tally]") -> dict[str, Any]:
     """The classes by name, and for each arm its numbers by class and its confusion matrix."""
     store = open_store(job.recipe.storage.dir, job.recipe.storage.sources)
     names = names_in(store.teacher_dir(job.teacher_id))
-    found = {arm: tally.confusion for arm, tally in tallies.items()}
-    return {
-        "names": names,
-        "arms": {
-            arm: confusion.by_class(len(names)) | {"confusion": confusion.cells()}
-            for arm, confusion in found.items()
-            if confusion
-        },
-    }
+    arms: dict[str, Any] = {}
+    for arm, tally in tallies.items():
+        if tally.confusion:
+            arms[arm] = tally.confusion.by_class(len(names)) | {"confusion": tally.confusion.cells()}
+        if tally.entities:
+            arms[arm]["entities"] = tally.entities.by_type()
+    return {"names": names, "arms": arms}
 
 
 def _measured_on(held_out: HeldOut, tally: "Tally", unit: str) -> dict[str, Any]:

@@ -197,7 +197,9 @@ def _tags(value: Any, words: Sequence[str], classes: Sequence[str]) -> list[int]
         return None
     tags = checked_list(value, "labels", "class")
     if len(tags) != len(words):
-        raise RowError("unreadable", f"{len(tags)} labels for {len(words)} words, expected one each")
+        raise RowError(
+            "unreadable", f"{len(tags)} labels for {len(words)} words, expected one each"
+        )
     nothing = [missing(tag) or tag == _IGNORED for tag in tags]
     found = [
         None if none else label_index(tag, classes) for tag, none in zip(tags, nothing, strict=True)

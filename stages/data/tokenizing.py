@@ -157,9 +157,7 @@ class Tokenizing:
             self.lengths.cut.add(whole - len(ids))
         first = _first_tokens(of, words)
         key = tagged_key(ids, first, None if labels is None else labels[: len(words)])
-        return Given(
-            token_ids=ids, prompt_tokens=len(ids), tokens_key=key, spans=spans_at(first)
-        )
+        return Given(token_ids=ids, prompt_tokens=len(ids), tokens_key=key, spans=spans_at(first))
 
     def _fitting(self, of: np.ndarray) -> int:
         """How many of the first words fit, each with all of its tokens, with the special tokens at the end."""

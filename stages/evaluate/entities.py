@@ -1,4 +1,4 @@
-"""Entities that tags mark, and how many of them are found whole; precision, recall and F1 with standard errors over prompts.
+"""Entities that tags mark, and how many are found whole: precision, recall and F1, with standard errors over prompts.
 
 Tags are those of BIO: B-TYPE begins an entity of a type, I-TYPE goes on with it, O is outside. As
 `conlleval` and seqeval (its default mode) read them, an entity begins at a B, and at an I that follows

@@ -113,7 +113,13 @@ def _teacher_tally(job: Job, held_out: HeldOut, task: Measuring, views: "Views")
 
 
 def _student_tally(
-    job: Job, held_out: HeldOut, measure_row: MeasureRow, tally: "Tally", *, view: "ArmViews", arm: str
+    job: Job,
+    held_out: HeldOut,
+    measure_row: MeasureRow,
+    tally: "Tally",
+    *,
+    view: "ArmViews",
+    arm: str,
 ) -> "Tally":
     """The tally, with all rows of an arm counted."""
     for row in held_out.targets():

@@ -166,7 +166,9 @@ def _classes(job: Job, tallies: "dict[str, Tally]") -> dict[str, Any]:
     arms: dict[str, Any] = {}
     for arm, tally in tallies.items():
         if tally.confusion:
-            arms[arm] = tally.confusion.by_class(len(names)) | {"confusion": tally.confusion.cells()}
+            arms[arm] = tally.confusion.by_class(len(names)) | {
+                "confusion": tally.confusion.cells()
+            }
         if tally.entities:
             arms[arm]["entities"] = tally.entities.by_type()
     return {"names": names, "arms": arms}

@@ -1,4 +1,4 @@
-"""Measuring texts whose words are classified: the distribution over classes at each, and the entities that these mark."""
+"""Measuring words that are classified: the distribution over classes at each, and the entities that these mark."""
 
 import numpy as np
 import torch

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..losses.definition import Distilled, logits_distillation
 from ..losses.objective import Aim
-from ..models.fit.classes import NO_LABEL
 from ..models.attention.longest import Company
 from ..models.classification import Inputs, class_company, class_logits
+from ..models.fit.classes import NO_LABEL
 from ..models.reads import check_ids
 from ..targets.batch import TargetBatch
 from ..targets.features.batch import FeatureTargets

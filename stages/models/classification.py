@@ -111,7 +111,9 @@ def class_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 def class_company(
     model: Any,
     inputs: Inputs,
-    parted: Callable[[Tensor, Sequence[int]], list[Tensor]] = lambda logits, _: list(logits.split(1)),
+    parted: Callable[[Tensor, Sequence[int]], list[Tensor]] = lambda logits, _: list(
+        logits.split(1)
+    ),
 ) -> Company:
     """Which texts may share a pass of a classifier, asked of its logits.
 

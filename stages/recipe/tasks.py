@@ -95,6 +95,7 @@ _OF_CONTINUED_TEXT = (
     "train.row_tokens",
 )
 
+
 def _not_of_classes(task: str) -> dict[str, str]:
     """What a task whose targets are classes has no use for."""
     return dict.fromkeys(_OF_CONTINUED_TEXT, f"has no meaning for {task}. Remove it") | {

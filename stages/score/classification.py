@@ -1,12 +1,15 @@
 """Soft targets of labelled texts: the teacher's distribution over its classes, one a text."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ...storage.tables.soft_targets import SoftTargets
+from ..models.attention.longest import Company
 from ..models.classification import Inputs, class_company, class_logits, load_teacher
 from ..models.fit.classes import NO_LABEL
 from ..models.identity import Identity
@@ -57,7 +60,8 @@ def targets_over_classes(logits: Tensor, labels: np.ndarray) -> SoftTargets:
 class Teacher:
     """A model with a head over classes; see `scorer.Teacher`."""
 
-    _load, _company = staticmethod(load_teacher), staticmethod(class_company)
+    _load: Callable[..., PreTrainedModel] = staticmethod(load_teacher)
+    _company: Callable[[Any, Inputs], Company] = staticmethod(class_company)
 
     def __init__(self, job: Job, identity: Identity) -> None:
         model = self._load(identity, device_map=job.recipe.teacher.device_map)

@@ -17,7 +17,8 @@ from .scorer import Batch
 class Teacher(classification.Teacher):
     """A model with a head over classes at each token; see `scorer.Teacher`."""
 
-    _load, _company = staticmethod(load_teacher), staticmethod(token_company)
+    _load = staticmethod(load_teacher)
+    _company = staticmethod(token_company)
 
     def _targets(self, logits: Tensor, batch: Batch) -> list[SoftTargets]:
         return [word_targets(row, request) for row, request in zip(logits, batch, strict=True)]

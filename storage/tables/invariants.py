@@ -143,7 +143,9 @@ def _check_whole_text(row: Mapping[str, Any]) -> None:
 def _check_classes(row: Mapping[str, Any], names: Sequence[str]) -> None:
     """Targets over classes are whole, and gold labels are some of them: one of a text, or one a target (-1: none)."""
     if row["kind"] != "full":
-        raise IntegrityError(f"soft_targets row: kind {row['kind']!r} over classes, expected 'full'.")
+        raise IntegrityError(
+            f"soft_targets row: kind {row['kind']!r} over classes, expected 'full'."
+        )
     labels = [] if row.get("labels") is None else row["labels"]
     found = [label for label in np.unique(labels).tolist() if label != -1]
     found += [] if row.get("label") is None else [row["label"]]

@@ -229,7 +229,8 @@ class TestRefusals:
         self.refused(
             world, r"is a text classifier, expected a model that .*token class", student=texts
         )
-        self.refused(world, "2 classes", student={"config": {"num_labels": 2}})
+        three = {"config": {"id2label": {0: "a", 1: "b", 2: "c"}}}
+        self.refused(world, r"student\.config has 3 classes \(a, b, c\)", student=three)
 
     @pytest.mark.parametrize(
         ("path", "value", "says"),

@@ -2,7 +2,8 @@
 
 What needs torch is in one module per room that bears the task's name: `models/classification.py`,
 `score/classification.py`, `loader/classification.py`, `evaluate/classification.py`. So a new task
-is a line here and a module in each of these rooms.
+is a line here and a module in each of these rooms; with a head of its own, a line of `MODELS` and
+one in `storage/tables/heads.py` besides.
 """
 
 from collections.abc import Mapping

@@ -107,10 +107,10 @@ def deep_verify(
     """
     shards = target_shards(store, damaged=damaged)
     mine = [shard for shard in shards if shard.teacher_id == teacher.id]
-    language = [shard for shard in mine if shard.head == "lm"]
-    classes = _count(shard for shard in mine if shard.head != "lm")
+    placed = [shard for shard in mine if not shard.head.whole_text]
+    classes = _count(shard for shard in mine if shard.head.whole_text)
     broken = sum(commit.shard.rows for commit in store.commits("soft_targets")) - _count(shards)
-    rows = choose_rows(store, language, rows=asked.rows, seed=asked.seed)
+    rows = choose_rows(store, placed, rows=asked.rows, seed=asked.seed)
     from ...stages.audit.features import choose_features, read_again
 
     features = choose_features(store, teacher.id, rows=asked.rows, seed=asked.seed, damaged=damaged)

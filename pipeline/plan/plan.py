@@ -18,7 +18,7 @@ from ...stages.ledger.requests import GENERATION_BYTES
 from ...stages.ledger.splits import choose_features, choose_snapshots
 from ...stages.ledger.targets import choose_generations, target_ledger
 from ...stages.models.chat.arguments import doubtful_arguments, template_names
-from ...stages.models.classes import refuse_other_classes, refuse_other_head
+from ...stages.models.fit.classes import refuse_other_classes, refuse_other_head
 from ...stages.models.fit.fresh import refuse_fresh
 from ...stages.models.fit.misfits import refuse_misfit, refuse_quantised
 from ...stages.models.fit.same_tokenizer import refuse_other_tokenizer

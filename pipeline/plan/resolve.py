@@ -32,6 +32,7 @@ from ...storage.keys import canonical_json, content_id
 from ...storage.published.folder import Published
 from ...storage.store.bindings import Binding, all_bindings, newest_binding, write_binding
 from ...storage.store.store import Store
+from ...storage.tables.heads import head_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,7 +119,7 @@ def _bind_there(recipe: Recipe, store: Store | None) -> Bound:
 def _of_published(published: Published) -> Binding:
     """What a published folder says of itself."""
     about = published.about
-    classes = about.get("class_names") if about.get("head") == "classes" else None
+    classes = about.get("class_names") if head_of(about).classes else None
     found = {
         "teacher_id": about.get("teacher_id") or about.get("author_id"),
         "author_id": published.manifest.about.get("generations", about).get("author_id", ""),

@@ -12,6 +12,7 @@ from typing import Any
 
 from ...stages.recipe.tasks import TASKS
 from ...storage.published.manifest import Manifest
+from ...storage.tables.heads import HEADS
 from ..text import escaped, one_line, prose
 from .dataset_card_code import code
 from .dataset_card_origin import origin
@@ -122,8 +123,8 @@ def _task_categories(manifest: Manifest) -> list[str]:
     A shard says its head (what a teacher's distribution is over) and no task: the same rows serve
     every task with that head, so all of them are named.
     """
-    heads = {about.get("head", "lm") for about in manifest.about.values()}
-    head = "classes" if "classes" in heads else "lm"
+    heads = sorted({about.get("head", "lm") for about in manifest.about.values()})
+    head = next((head for head in heads if HEADS[head].classes), "lm")
     return sorted({task.hub_name for task in TASKS.values() if task.head == head})
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from ...stages.models.token_text import stored_tokenizer
 from ...storage.published.export_rows import PUBLISHED
 from ...storage.published.manifest import Manifest
+from ...storage.tables.heads import head_of
 from ...storage.tables.kinds import STRUCTURES
 from ...storage.tables.rows import Rows
 from ..numbers import count, decimals, percent, size
@@ -32,6 +33,13 @@ _ABOUT = {
         "`class_names` in the files' metadata: {names}. `generation_key` is the `key` of the row "
         "in `generations`."
     ),
+    "token_classes": (
+        "The teacher's distribution over the classes of N = `span_tokens` words of a text, each said at "
+        "the word's first token, in the order of `class_names` in the files' metadata: {names}. The "
+        "first tokens are those of `spans` (start, tokens, start, tokens ...); where that is null, the N "
+        "from `span_start` on. `labels` are the words' gold classes, -1 where there is none. "
+        "`generation_key` is the `key` of the row in `generations`."
+    ),
 }
 
 
@@ -50,7 +58,8 @@ def summary(manifest: Manifest, provenance: Mapping[str, Any]) -> str:
     }
     what = f"the next token at {count(tokens)} positions ({', '.join(sorted(kinds))}), with the text it is about"
     if manifest.about["soft_targets"].get("class_names"):
-        what = "the classes of each text"
+        whole_text = head_of(manifest.about["soft_targets"]).whole_text
+        what = "the classes of " + ("each text" if whole_text else f"{count(tokens)} words")
     return f"Soft targets{by} for knowledge distillation: the distribution over {what}; {splits}."
 
 
@@ -110,7 +119,7 @@ def columns(manifest: Manifest, provenance: Mapping[str, Any], config: str) -> d
     elif config == "features":
         about = features_about(manifest)
     elif names:
-        about = _ABOUT["classes"].format(names=", ".join(map(inline, names)))
+        about = _ABOUT[manifest.about[config]["head"]].format(names=", ".join(map(inline, names)))
     else:
         about = _ABOUT[config] + _whole(manifest)
     fields = [schema.field(name) for name in manifest.tables[config]["columns"]]
@@ -153,7 +162,14 @@ def _reading(manifest: Manifest, provenance: Mapping[str, Any]) -> str:
     said = f"The tokenizer is in {folder}; {{}} `text` is the completion decoded without special tokens, and encoding "
     said += "it again may give other ids: take `token_ids`."
     if manifest.about.get("soft_targets", {}).get("class_names"):
-        return said.format("`token_ids` are what it makes of `prompt` and `text_pair` together.")
+        if head_of(manifest.about["soft_targets"]).whole_text:
+            return said.format(
+                "`token_ids` are what it makes of `prompt` and `text_pair` together."
+            )
+        return said.format(
+            "`prompt` is a JSON list of words, `token_ids` are what it makes of them "
+            "(`is_split_into_words`), and `spans` are the words' first tokens."
+        )
     if any(
         entry.get("stage") == "import" for entry in provenance["made_with"].get("generations", [])
     ):
@@ -217,10 +233,13 @@ def _tokenizer(folder: Path, manifest: Manifest, teacher_id: str) -> Any:
 
 def _positions(row: dict[str, Any], tokenizer: Any, manifest: Manifest) -> str:
     classes = manifest.about["soft_targets"].get("class_names")
-    found = describe(row | {"table": "soft_targets", "class_names": classes}, tokenizer)
+    head = manifest.about["soft_targets"].get("head", "lm")
+    named = {"table": "soft_targets", "class_names": classes, "head": head}
+    found = describe(row | named, tokenizer)
     lines = []
     for position in found["positions"][:_SHOWN_POSITIONS]:
-        token = (found.get("label") or "none") if classes else found["tokens"][position["index"]]
+        label = position.get("label", found.get("label")) or "none"
+        token = label if classes else found["tokens"][position["index"]]
         best = ", ".join(
             f"{inline(entry[0])} {entry[1]:.3f}" for entry in position["entries"][:_SHOWN_ENTRIES]
         )

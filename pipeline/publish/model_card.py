@@ -37,7 +37,7 @@ from ...storage.published.manifest import CARD
 from ..numbers import count, teacher_layers
 from ..plan.lineage import came_from
 from ..report.report import outcome
-from ..report.results import measures, result_headers, result_rows
+from ..report.results import measures, result_headers, result_rows, unit_of
 from ..report.sections import begins_as
 from ..text import HUB_NAME, escaped, fenced, inline, one_line, prose, public_name, table
 from .provenance import public_recipe
@@ -154,6 +154,7 @@ def _index(shown: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> di
             metric_value=result[name],
         )
         for name, (metric, words) in _INDEXED.items()
+        if result.get(name) is not None
     ]
     return {"model_name": one_line(_name(shown)), "eval_results": found}
 
@@ -164,6 +165,9 @@ _INDEXED = {
     "f1_weighted": ("f1", "Weighted F1"),
     "precision_macro": ("precision", "Macro precision"),
     "recall_macro": ("recall", "Macro recall"),
+    "entity_f1": ("f1", "Entity F1"),
+    "entity_precision": ("precision", "Entity precision"),
+    "entity_recall": ("recall", "Entity recall"),
 }
 """Number -> the Hub's name of its kind, and words."""
 
@@ -205,16 +209,15 @@ def _datasets(recipe: Mapping[str, Any]) -> list[str]:
 
 def _results(evaluation: Mapping[str, Any]) -> str:
     columns = measures(evaluation["results"].values())
-    headers = result_headers(columns, bound=evaluation["measured_on"]["kl_is_lower_bound"])
+    on = evaluation["measured_on"]
+    headers = result_headers(columns, bound=on["kl_is_lower_bound"], unit=unit_of(on))
     return table(headers, result_rows(evaluation["results"], columns))
 
 
 def _measured(evaluation: Mapping[str, Any]) -> str:
     on = evaluation["measured_on"]
     labelled = on.get("labelled")
-    which = (
-        "" if labelled in (None, on.get("rows")) else f", {count(labelled)} of them with a label"
-    )
+    which = "" if labelled in (None, on["tokens"]) else f", {count(labelled)} of them with a label"
     return (
         f"On {count(on['tokens'])} {on['of']} of {count(on['prompts'])} held-out prompts{which}, which the student was "
         "not trained on. ± is one standard error."
@@ -223,15 +226,20 @@ def _measured(evaluation: Mapping[str, Any]) -> str:
 
 def _code(recipe: Mapping[str, Any]) -> dict[str, str]:
     """How to load the folder, in transformers and vLLM."""
-    if TASKS[recipe["run"]["task"]].labelled:
+    task = TASKS[recipe["run"]["task"]]
+    if task.labelled:
+        # What is said of a word is said at its first token.
+        how = "" if task.structure.whole_text else ', aggregation_strategy="first"'
         text = (
             "from transformers import pipeline\n\n"
-            'classify = pipeline("text-classification", model="path/to/student")\n'
+            f'classify = pipeline("{task.hub_name}", model="path/to/student"{how})\n'
         )
         vllm = 'from vllm import LLM\n\nllm = LLM("path/to/student", runner="pooling")\n'
         return {
             "code": text + 'print(classify("A text to classify"))',
-            "vllm": vllm + 'print(llm.classify("A text to classify")[0].outputs.probs)',
+            "vllm": vllm + 'print(llm.classify("A text to classify")[0].outputs.probs)'
+            if task.structure.whole_text
+            else "",
         }
     method, asked = _question(recipe)
     return {
@@ -251,8 +259,8 @@ def _question(recipe: Mapping[str, Any]) -> tuple[str, str]:
 
 def _adapter_code(shown: Mapping[str, Any]) -> dict[str, str]:
     """How to load the adapter onto its initial model, in PEFT and, where it writes text, vLLM."""
-    base, labelled = _to_load(shown["student"]["model"]), TASKS[shown["run"]["task"]].labelled
-    auto = f"AutoModelFor{'SequenceClassification' if labelled else 'CausalLM'}"
+    base, task = _to_load(shown["student"]["model"]), TASKS[shown["run"]["task"]]
+    labelled, auto = task.labelled, f"AutoModel{task.models.suffix}"
     method, asked = _question(shown)
     room = lora_room({"r": shown["student"]["lora"]["rank"]})
     return {

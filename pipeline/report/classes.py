@@ -6,7 +6,7 @@ from typing import Any
 from ..numbers import count, percent
 from ..text import inline
 from .blocks import Block, Section, Table, Text
-from .results import ARMS, LINES
+from .results import ARMS, LINES, unit_of
 
 FEW_CLASSES = 12
 """Of which the whole confusion matrix is shown; of more the cells where most is wrong."""
@@ -23,14 +23,16 @@ def by_class(evaluation: Mapping[str, Any]) -> Section | None:
     if not found or not found["arms"]:
         return None
     names, arms = [inline(name) for name in found["names"]], found["arms"]
+    unit = unit_of(evaluation["measured_on"])
     about = (
-        "Precision, recall and F1 of the texts with a label, ± one standard error. Macro is the "
-        "mean over the classes that occur, weighted the mean by their texts. Micro is the accuracy "
-        "in all three, since each text has one class."
+        f"Precision, recall and F1 of the {unit}s with a label, ± one standard error. Macro is the "
+        f"mean over the classes that occur, weighted the mean by their {unit}s. Micro is the accuracy "
+        f"in all three, since each {unit} has one class."
     )
     blocks: list[Block] = [Text(about), _averages(evaluation["results"], list(arms))]
+    blocks += _entities(evaluation["results"], arms)
     blocks += [
-        Section(f"By class: {ARMS[arm]}", _of_arm(arms[arm], names), folded=arm != "student")
+        Section(f"By class: {ARMS[arm]}", _of_arm(arms[arm], names, unit), folded=arm != "student")
         for arm in sorted(arms, key=lambda arm: arm != "student")
     ]
     return Section("By class", blocks)
@@ -50,7 +52,37 @@ def _averages(results: Mapping[str, Mapping[str, Any]], arms: Sequence[str]) -> 
     return Table(["arm", *(words for words, _ in measures)], rows, strong=ARMS["student"])
 
 
-def _of_arm(numbers: Mapping[str, Any], names: Sequence[str]) -> list[Block]:
+def _entities(
+    results: Mapping[str, Mapping[str, Any]], arms: Mapping[str, Mapping[str, Any]]
+) -> list[Block]:
+    """How many of the entities that the classes mark are found whole; nothing where they mark none."""
+    if not any("entities" in numbers for numbers in arms.values()):
+        return []
+    said = (
+        "Entities that the tags mark (BIO), found where type, first and last word are as labelled: "
+        "precision, recall and F1 over all of them, ± one standard error over texts."
+    )
+    overall = [
+        [
+            LINES[arm],
+            *(_shown(results[arm][f"entity_{s}"], results[arm][f"entity_{s}_se"]) for s in _SHARES),
+        ]
+        for arm in arms
+    ]
+    types = [
+        [inline(kind), LINES[arm], count(one["support"]), *(percent(one[s]) for s in _SHARES)]
+        for arm, numbers in arms.items()
+        for kind, one in numbers["entities"].items()
+    ]
+    by_type = Table(["type", "arm", "entities", *_SHARES.values()], types, text_columns=2)
+    return [
+        Text(said),
+        Table(["arm", *_SHARES.values()], overall, strong=ARMS["student"]),
+        Section("By type of entity", [by_type], folded=True),
+    ]
+
+
+def _of_arm(numbers: Mapping[str, Any], names: Sequence[str], unit: str) -> list[Block]:
     """By class, and what was taken for what."""
     shares = [
         [
@@ -60,10 +92,10 @@ def _of_arm(numbers: Mapping[str, Any], names: Sequence[str]) -> list[Block]:
         ]
         for n, name in enumerate(names)
     ]
-    table = Table(["class", "texts", *_SHARES.values()], shares)
+    table = Table(["class", f"{unit}s", *_SHARES.values()], shares)
     if len(names) > FEW_CLASSES:
         folded = Section(f"All {len(names)} classes", [table], folded=True)
-        return [*_worst(numbers, names), folded]
+        return [*_worst(numbers, names, unit), folded]
     return [table, _matrix(numbers["confusion"], names)]
 
 
@@ -81,17 +113,17 @@ def _matrix(cells: Cells, names: Sequence[str]) -> Table:
     return Table(["label, by answer", *names], rows)
 
 
-def _worst(numbers: Mapping[str, Any], names: Sequence[str]) -> list[Block]:
+def _worst(numbers: Mapping[str, Any], names: Sequence[str], unit: str) -> list[Block]:
     """The wrong answers that are given most often."""
     wrong = sorted(
         (cell for cell in numbers["confusion"] if cell[0] != cell[1]), key=lambda c: -c[2]
     )
     if not wrong:
-        return [Text("No text was taken for one of another class.")]
+        return [Text(f"No {unit} was taken for one of another class.")]
     rows = [
         [names[label], names[answer], count(texts), percent(texts / numbers["support"][label])]
         for label, answer, texts in wrong[:WORST]
     ]
-    headers = ["label", "answered as", "texts", "of the label's"]
+    headers = ["label", "answered as", f"{unit}s", "of the label's"]
     said = f"What is taken for what most often: {len(rows)} of {count(len(wrong))} pairs."
     return [Text(said), Table(headers, rows, text_columns=2)]

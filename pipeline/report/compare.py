@@ -8,7 +8,7 @@ from ..text import inline
 from . import figures, sections
 from .blocks import Block, Bullets, Figures, Page, Section, Table, Text
 from .plots import Panel
-from .results import Results, measures, result_headers, result_rows
+from .results import Results, measures, result_headers, result_rows, unit_of
 from .seeds import Group, Interval, grouped
 
 COLOURS = 6
@@ -117,8 +117,14 @@ def _table(groups: Sequence[Group], results: Sequence[Results], note: str) -> Se
         for row in result_rows(arms, columns)
     ]
     seeds = "" if len(groups[0].seeds) == 1 else " over seeds"
-    headers = result_headers(columns, bound=bound)
+    unit = _unit([report for group in groups for report in group.reports.values()])
+    headers = result_headers(columns, bound=bound, unit=unit)
     return Section(f"Results{seeds}", [Table(["run", *headers], rows, text_columns=2), Text(note)])
+
+
+def _unit(reports: Sequence[Mapping[str, Any]]) -> str:
+    """What numbers of these are means over."""
+    return " or ".join(sorted({unit_of(report["evaluation"]["measured_on"]) for report in reports}))
 
 
 def _curves(named: Mapping[str, Group]) -> Section | None:
@@ -130,11 +136,8 @@ def _curves(named: Mapping[str, Group]) -> Section | None:
     ]
     plain = {name: name.replace("`", "") for name, _, _ in chosen}
     trained = [(plain[name], colour, report["train"]["student"]) for name, colour, report in chosen]
-    of = {
-        str(report["evaluation"]["measured_on"].get("of", "tokens")).removesuffix("s")
-        for _, _, report in chosen
-    }
-    panels: list[Panel] = figures.losses(trained, of=" or ".join(sorted(of)))
+    unit = _unit([report for _, _, report in chosen])
+    panels: list[Panel] = figures.losses(trained, of=unit)
     views = [
         (name, colour, (report["evaluation"].get("views") or {}).get("by_position"))
         for name, colour, report in chosen

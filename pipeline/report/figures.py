@@ -8,6 +8,7 @@ from ...stages.recipe.kinds import KINDS
 from ..numbers import count, percent
 from .blocks import Table
 from .plots import Bars, Line, Lines, Panel, Stacks, short
+from .results import of_classes
 
 LEGEND = {
     "teacher": "teacher",
@@ -177,7 +178,7 @@ def distributions(
         bins = about["edges"], about["tokens"]
         found.append(_histogram("Entropy of the teacher", "nats", bins=bins, unit=of, merge=4))
     if (about := views.get("lengths")) and sum(c > 0 for c in about["rows"]) > 1:
-        of = "tokens of the text" if measured.get("of") == "texts" else "scored tokens"
+        of = "tokens of the text" if of_classes(measured) else "scored tokens"
         found.append(_histogram("Lengths", of, bins=(about["edges"], about["rows"]), unit="rows"))
     return found
 

@@ -1,9 +1,9 @@
 """One sample token by token: of a store, what the teacher thought of the text; of a run, how its student differs."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ...storage.integrity.checked import HELP, check_about
 from ...storage.integrity.row_faults import FATAL, row_faults
 from ...storage.store.bindings import all_bindings
 from ...storage.store.store import Store
+from ...storage.tables.heads import HEADS
 from ...storage.tables.kinds import STRUCTURES
 from ...storage.tables.schema import TableName
 from ...storage.tables.shard import ShardFile
@@ -113,6 +114,7 @@ def find_row(store: Store, key: str | None) -> dict[str, Any]:
     return found | {
         "table": table,
         "class_names": file.about.get("class_names"),
+        "head": file.about.get("head", "lm"),
         "doubts": _doubts(file, table, found, where=f"{file.name}: row {row}"),
     }
 
@@ -164,9 +166,10 @@ def describe(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
         "spans": spans.tolist(),
     }
     if row["table"] == "soft_targets":
-        targets, classes = SoftTargets.from_row(row), row.get("class_names")
+        targets, classes = SoftTargets.from_row(row), row.get("class_names") or ()
         show = classes.__getitem__ if classes else partial(_show, tokenizer)
-        if classes:
+        whole_text = HEADS[row.get("head", "lm")].whole_text
+        if whole_text:
             found["label"] = None if row["label"] is None else classes[row["label"]]
             found["text"] = (
                 tokenizer.decode(ids, skip_special_tokens=False) if tokenizer else " ".join(tokens)
@@ -176,7 +179,22 @@ def describe(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
             _position(targets.positions(slice(n, n + 1)), index, show)
             for n, index in enumerate(scored)
         ]
+        if classes and not whole_text:
+            _name_words(found, row["labels"], classes, tokenizer)
     return found
+
+
+def _name_words(found: dict[str, Any], labels: Any, classes: Sequence[str], tokenizer: Any) -> None:
+    """To each position the word whose first token stands there, and its gold label."""
+    starts = [position["index"] for position in found["positions"]]
+    for n, (start, end) in enumerate(pairwise([*starts, len(found["token_ids"])])):
+        ids = found["token_ids"][start:end]
+        word = tokenizer.decode(ids, skip_special_tokens=True) if tokenizer else ""
+        label = -1 if labels is None else int(labels[n])
+        found["positions"][n] |= {
+            "word": word.strip() or found["tokens"][start],
+            "label": None if label < 0 else classes[label],
+        }
 
 
 def _position(targets: SoftTargets, index: int, show: Callable[[int], str]) -> dict[str, Any]:
@@ -225,6 +243,10 @@ def render(sample: dict[str, Any], *, columns: int, colours: bool) -> list[Any]:
             f"gold label: {one_line(sample['label'] or 'none')}",
             Text(printable(sample["text"])),
         )
+    elif positions and "word" in positions[0]:
+        marked = "words with their gold labels"
+        words = (f"{p['word']}⟦{p['label'] or 'none'}⟧" for p in positions)
+        text = Text(printable(" ".join(words)))
     elif positions:
         marked = "coloured by the teacher's -log p" if colours else _SCORED
         # Surprise is several nats where a KL is one: the same shades for both.
@@ -261,17 +283,14 @@ def _targets_table(sample: dict[str, Any], columns: int) -> Table:
     tempered = list(sample["positions"][0]["tempered_tail"])
     table = Table(box=None, pad_edge=False)
     table.add_column("index", justify="right", no_wrap=True)
-    table.add_column(
-        "gold label" if "label" in sample else "token",
-        no_wrap=True,
-        max_width=12,
-        overflow="ellipsis",
-    )
+    named = _named_columns(sample)
+    for name in named:
+        table.add_column(name, no_wrap=True, max_width=12, overflow="ellipsis")
     numbers = ("p", "entropy", *([] if sampled else ["tail", *(f"tail at {t}" for t in tempered)]))
     for name in numbers:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("drawn most" if sampled else "the teacher's best", no_wrap=True)
-    width = max(18, columns - 21 - sum(max(len(name), 6) + 2 for name in numbers))
+    width = max(18, columns - 7 - 14 * len(named) - sum(max(len(name), 6) + 2 for name in numbers))
     for p in sample["positions"]:
         best = [
             (_readable(e[0]), f"{e[1]:.3f}", *(f"({count})" for count in e[2:]))
@@ -282,14 +301,26 @@ def _targets_table(sample: dict[str, Any], columns: int) -> Table:
             if sampled
             else [f"{p['tail']:.4f}", *(f"{p['tempered_tail'][t]:.4f}" for t in tempered)]
         )
-        token = (
-            one_line(sample["label"] or "none")
-            if "label" in sample
-            else visible(sample["texts"][p["index"]])
-        )
+        there = [Text(said) for said in _there(sample, p)]
         shown = (f"{np.exp(p['token_logprob']):.4f}", f"{p['entropy']:.3f}", *tails)
-        table.add_row(str(p["index"]), Text(token), *shown, Text(fitting(best, width)))
+        table.add_row(str(p["index"]), *there, *shown, Text(fitting(best, width)))
     return table
+
+
+def _named_columns(sample: dict[str, Any]) -> list[str]:
+    """Headers of what is there at a position."""
+    if "label" in sample:
+        return ["gold label"]
+    return ["word", "gold label"] if "word" in sample["positions"][0] else ["token"]
+
+
+def _there(sample: dict[str, Any], position: dict[str, Any]) -> list[str]:
+    """What is there, by `_named_columns`."""
+    if "label" in sample:
+        return [one_line(sample["label"] or "none")]
+    if "word" in position:
+        return [visible(position["word"]), one_line(position["label"] or "none")]
+    return [visible(sample["texts"][position["index"]])]
 
 
 def _readable(piece: str) -> str:

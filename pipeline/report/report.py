@@ -26,7 +26,7 @@ from ...storage.files.local import LocalFiles
 from ..numbers import nats, percent
 from . import classes, compare, html, markdown, run_facts, sections
 from .blocks import Page, Text
-from .results import Results, known_arms, measures, result_cells
+from .results import Results, known_arms, measures, result_cells, unit_of
 from .results import results as results_section
 from .seeds import grouped
 
@@ -105,9 +105,7 @@ def page(report: Mapping[str, Any]) -> Page:
         results_section(evaluation, report["settings"].get("recipe", {})),
         classes.by_class(evaluation),
         sections.what_was_run(report),
-        sections.training(
-            report["train"], of=evaluation["measured_on"].get("of", "tokens").removesuffix("s")
-        ),
+        sections.training(report["train"], of=unit_of(evaluation["measured_on"])),
         sections.distance(evaluation),
         sections.tokens(evaluation),
         sections.samples(evaluation),

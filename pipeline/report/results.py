@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+from ...stages.recipe.tasks import TASKS
 from ..numbers import count, decimals, percent, significant
 from ..text import inline
 from .blocks import Bullets, Section, Table
@@ -21,7 +22,7 @@ LINES = ARMS | {"difference": "student - baseline, seed by seed"}
 
 
 class Measure(NamedTuple):
-    """A column of the results table."""
+    """A column of the results table; `{unit}` in a header is what a number is a mean over."""
 
     name: str
     header: str
@@ -34,12 +35,12 @@ class Measure(NamedTuple):
 
 
 MEASURES = (
-    Measure("cross_entropy", "cross-entropy (nats/token)", "", "cross-\nentropy", decimals),
+    Measure("cross_entropy", "cross-entropy (nats/{unit})", "", "cross-\nentropy", decimals),
     Measure("perplexity", "perplexity", "", "perplexity", significant),
     Measure(
         "kl_teacher",
-        "KL to teacher (nats/token)",
-        "KL to teacher, lower bound (nats/token)",
+        "KL to teacher (nats/{unit})",
+        "KL to teacher, lower bound (nats/{unit})",
         "KL to\nteacher",
         decimals,
     ),
@@ -53,18 +54,20 @@ MEASURES = (
 CLASS_MEASURES = (
     Measure("accuracy", "accuracy", "", "accuracy", percent),
     Measure("f1_macro", "macro F1", "", "macro F1", percent),
-    Measure("cross_entropy", "cross-entropy (nats/text)", "", "cross-\nentropy", decimals),
-    Measure("kl_teacher", "KL to teacher (nats/text)", "", "KL to\nteacher", decimals),
+    Measure("entity_f1", "entity F1", "", "entity\nF1", percent),
+    Measure("cross_entropy", "cross-entropy (nats/{unit})", "", "cross-\nentropy", decimals),
+    Measure("kl_teacher", "KL to teacher (nats/{unit})", "", "KL to\nteacher", decimals),
     Measure("top1_agreement", "agreement with teacher", "", "agreement", percent),
     Measure("ece", "ECE", "", "ECE", partial(percent, places=2)),
 )
-"""The columns of labelled texts."""
+"""The columns where classes are learnt."""
 
 PAIRED = (
     ("accuracy", "accuracy", 100, 2, "points"),
     ("f1_macro", "macro F1", 100, 2, "points"),
-    ("kl_teacher", "KL", 1, 4, "nats/token"),
-    ("cross_entropy", "cross-entropy", 1, 4, "nats/token"),
+    ("entity_f1", "entity F1", 100, 2, "points"),
+    ("kl_teacher", "KL", 1, 4, "nats/{unit}"),
+    ("cross_entropy", "cross-entropy", 1, 4, "nats/{unit}"),
     ("acceptance", "acceptance", 100, 2, "points"),
     ("top1_agreement", "agreement", 100, 2, "points"),
     ("ece", "ECE", 100, 2, "points"),
@@ -79,9 +82,20 @@ def measures(results: Iterable[Mapping[str, Any]]) -> list[Measure]:
     return [m for m in columns if any(r.get(m.name) is not None for r in found)]
 
 
-def result_headers(columns: Sequence[Measure], *, bound: bool) -> list[str]:
+def unit_of(measured: Mapping[str, Any]) -> str:
+    """What a number is a mean over, as a singular; `measured`: what an evaluation was measured on."""
+    return str(measured.get("of", "tokens")).removesuffix("s")
+
+
+def of_classes(measured: Mapping[str, Any]) -> bool:
+    """Whether classes were answered, with a gold label or none."""
+    return any(task.labelled and task.unit == unit_of(measured) for task in TASKS.values())
+
+
+def result_headers(columns: Sequence[Measure], *, bound: bool, unit: str) -> list[str]:
     """Headers of the results table; what is only bounded is called so."""
-    return ["arm", *(m.bound or m.header if bound else m.header for m in columns)]
+    headers = [m.bound or m.header if bound else m.header for m in columns]
+    return ["arm", *(header.format(unit=unit) for header in headers)]
 
 
 def result_rows(results: Results, columns: Sequence[Measure]) -> list[list[str]]:
@@ -110,12 +124,12 @@ def result_cells(
 def results(evaluation: Mapping[str, Any], recipe: Mapping[str, Any]) -> Section:
     """The results table and how to read it."""
     columns, measured = measures(evaluation["results"].values()), evaluation["measured_on"]
-    headers = result_headers(columns, bound=measured["kl_is_lower_bound"])
+    headers = result_headers(columns, bound=measured["kl_is_lower_bound"], unit=unit_of(measured))
     drawn = Table(headers, result_rows(evaluation["results"], columns), strong=ARMS["student"])
     unshared = evaluation["results"]["student"].get("unshared_mass") or 0.0
     notes = [
         *_measured_on(measured, unshared),
-        *_paired(evaluation["differences"], labelled=measured.get("of") == "texts"),
+        *_paired(evaluation["differences"], measured),
         *_gradient(evaluation),
     ]
     notes += _sampled_otherwise(recipe)
@@ -139,12 +153,15 @@ def _sampled_otherwise(recipe: Mapping[str, Any]) -> list[str]:
 
 def _measured_on(measured: Mapping[str, Any], unshared: float) -> list[str]:
     bins = measured["ece_bins"]
-    if measured.get("of") == "texts":
+    if of_classes(measured):
+        whole = measured["rows"] == measured["tokens"]
+        texts = "" if whole else f" of {count(measured['rows'])} texts"
+        over = "" if whole else " over texts"
         return [
-            f"Measured on {count(measured['rows'])} held-out texts{_with_label(measured)}; ± is one "
-            "standard error. Cross-entropy is with the gold labels, KL(teacher || student) "
-            f"exact. ECE: expected calibration error of the most likely class, {bins} equal-width "
-            "bins. All of it is at temperature 1."
+            f"Measured on {count(measured['tokens'])} held-out {measured['of']}{texts}"
+            f"{_with_label(measured)}; ± is one standard error{over}. Cross-entropy is with the gold "
+            "labels, KL(teacher || student) exact. ECE: expected calibration error of the most "
+            f"likely class, {bins} equal-width bins. All of it is at temperature 1."
         ]
     notes = [
         f"Measured on {count(measured['tokens'])} held-out tokens ({count(measured['rows'])} rows "
@@ -179,8 +196,8 @@ def _measured_on(measured: Mapping[str, Any], unshared: float) -> list[str]:
 
 
 def _with_label(measured: Mapping[str, Any]) -> str:
-    labelled = measured.get("labelled", measured["rows"])  # before there was it, all had one
-    if labelled == measured["rows"]:
+    labelled = measured.get("labelled", measured["tokens"])  # before there was it, all had one
+    if labelled == measured["tokens"]:
         return " with a gold label"
     if not labelled:
         return (
@@ -192,9 +209,9 @@ def _with_label(measured: Mapping[str, Any]) -> str:
     )
 
 
-def _paired(differences: Results, *, labelled: bool) -> list[str]:
+def _paired(differences: Results, measured: Mapping[str, Any]) -> list[str]:
     """The student minus each other arm, token by token on the same rows."""
-    lines = []
+    lines, labelled = [], of_classes(measured)
     for arm, difference in differences.items():
         parts = [
             f"{words} {decimals(scale * difference[name], places, error=error and scale * error)} {unit}"
@@ -202,7 +219,7 @@ def _paired(differences: Results, *, labelled: bool) -> list[str]:
             for error in [difference.get(f"{name}_se")]
             if name in difference and not (labelled and name == "acceptance")
         ]
-        parts = [part.replace("nats/token", "nats/text") for part in parts] if labelled else parts
+        parts = [part.format(unit=unit_of(measured)) for part in parts]
         lines.append(f"Student minus {ARMS[arm]}, paired: {', '.join(parts)}.")
     return lines
 

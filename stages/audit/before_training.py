@@ -23,6 +23,7 @@ from ...storage.snapshots.snapshot import Snapshot
 from ...storage.store.index import Index
 from ...storage.store.store import Store
 from ...storage.tables.doubts import doubts
+from ...storage.tables.heads import Head, head_of
 from ...storage.tables.spans import SPAN_COLUMNS, spans_of
 from ..models.reads import check_ids
 from ..recipe.sections import Recipe
@@ -99,12 +100,14 @@ def audit_rows(store: Store, snapshot: Snapshot, fit: Fit) -> list[str]:
     rows = [row for row, _ in found]
     _check_vocabulary(rows, fit)
     teacher = _check_tokenizers(rows, fit)
-    language = [(row, about) for row, about in found if about.get("head", "lm") == "lm"]
-    _check_text(store, [row for row, _ in language], teacher)
+    # One teacher's, so all of one head. Of a text as a whole no position is in question.
+    head = head_of(found[0][1])
+    placed = [] if head.whole_text else rows
+    _check_text(store, placed, teacher)
     warnings: list[str] = []
     if fit.soft:
         _check_targets(found)
-        warnings = _check_place([row for row, _ in language], own_text=fit.own_text)
+        warnings = _check_place(placed, head, own_text=fit.own_text)
     return [
         f"audit: {len(rows)} rows looked at, their text, tokens and targets belong together",
         *warnings,
@@ -221,7 +224,8 @@ def _check_targets(rows: Sequence[tuple[Row, dict[str, Any]]]) -> None:
     row, column, message = doubtful[0]
     count = len({row["key"] for row, _, _ in doubtful})
     # A shift is the likely cause, and says more than a number that is off.
-    beside = shifted([row for row, about in rows if about.get("head", "lm") == "lm"])
+    head = head_of(rows[0][1])
+    beside = None if head.whole_text else shifted([row for row, _ in rows], head)
     cause = f"; these are {beside}" if beside else ""
     raise IntegrityError(
         f"{_name(row)}: {column}: {message}. {count} of the {len(rows)} rows that were looked at "
@@ -229,9 +233,9 @@ def _check_targets(rows: Sequence[tuple[Row, dict[str, Any]]]) -> None:
     )
 
 
-def _check_place(rows: Sequence[Row], *, own_text: bool) -> list[str]:
+def _check_place(rows: Sequence[Row], head: Head, *, own_text: bool) -> list[str]:
     """What to say of targets that may be in place."""
-    if found := shifted(rows):
+    if found := shifted(rows, head):
         raise IntegrityError(
             f"{_name(rows[0])} and the others that were looked at: the targets are {found}. "
             f"Expected each position's own. {_HELP}"
@@ -242,7 +246,7 @@ def _check_place(rows: Sequence[Row], *, own_text: bool) -> list[str]:
             f"that it drew {excess:.2f} nats a token less likely than the targets' entropy says, "
             f"expected 0 or less. The targets are other tokens'. {_HELP}"
         )
-    if found := unknowing(rows):
+    if not head.classes and (found := unknowing(rows)):
         told = "These are other tokens' targets, or the teacher knows nothing of such text"
         return [
             f"audit: {found}. {told}: `stillroom verify STORE --deep --teacher MODEL` tells which"

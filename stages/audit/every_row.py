@@ -15,6 +15,7 @@ from ...storage.integrity.checked import HELP, Held, Memory, check_file, files_o
 from ...storage.integrity.matrices import check_matrices
 from ...storage.snapshots.snapshot import Snapshot
 from ...storage.store.store import Store
+from ...storage.tables.heads import head_of
 from ...storage.tables.rows import Rows
 from ...storage.tables.schema import TableName
 from ...storage.tables.shard import ShardFile, StoredFile
@@ -129,8 +130,9 @@ def check_places(
         job.stop.check()
         with job.clock.span("disk"):
             opened = file.open()
-        rows = list(_first_rows(opened)) if opened.about.get("head", "lm") == "lm" else []
-        if found := shifted(rows):
+        head = head_of(opened.about)
+        rows = [] if head.whole_text else list(_first_rows(opened))
+        if found := shifted(rows, head):
             said.append(
                 f"{file.files.root}/{file.name}: rows 0 to {len(rows) - 1} (from "
                 f"{rows[0]['key'].hex()} on): the targets are {found}. Expected each position's own."

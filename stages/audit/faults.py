@@ -101,7 +101,7 @@ def _fits(
 ) -> bool:
     """Whether some of the row's targets are the teacher's `shift` positions on."""
     positions = row.predicting[part] + shift
-    if positions.min() < 0:
+    if positions.min() < 0 or positions.max() >= len(row.token_ids):
         return False
     targets = row.targets.positions(part)
     stored = stored_numbers(targets)

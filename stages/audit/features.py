@@ -24,13 +24,16 @@ import torch
 from ...storage.errors import IntegrityError
 from ...storage.store.store import Store
 from ...storage.tables.features import POOLED, Rounded, of_text, projected_to, what_and_how
+from ...storage.tables.heads import HEADS, head_of
 from ...storage.tables.shard import text_keys
+from .. import models
 from ..models.attention.longest import changes_beyond
 from ..models.causal_lm import load_causal_lm
-from ..models.classification import Inputs, class_logits, load_teacher
+from ..models.classification import Inputs, class_logits
 from ..models.head import hidden_states
 from ..models.identity import Identity
 from ..recipe.features import Feature
+from ..recipe.tasks import module_of, task_of
 from ..targets.features.blocks import blocks_of
 from ..targets.features.capture import Found, Name, capturing
 from ..workers.job import Progress
@@ -111,6 +114,7 @@ def choose_features(
             continue
         try:
             file = store.shard("features", commit.shard.sha256)
+            head_of(file.about)
         except IntegrityError:
             continue
         if file.about["teacher_id"] == teacher_id:
@@ -277,11 +281,12 @@ class _Reader:
     """A loaded teacher, whatever its head."""
 
     def __init__(self, teacher: Identity, head: str, device_map: str | None) -> None:
-        if head == "lm":
+        self._inputs = None
+        if not HEADS[head].classes:
             self._model: Any = load_causal_lm(teacher, device_map=device_map)
-            self._inputs = None
         else:
-            self._model = load_teacher(teacher, device_map=device_map)
+            room = module_of(task_of(head), models.__name__)
+            self._model = room.load_teacher(teacher, device_map=device_map)
             self._inputs = Inputs.of(self._model, teacher.folder)
         self._limit = teacher.context_tokens
         self.layers = len(blocks_of(self._model))

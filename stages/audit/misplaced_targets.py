@@ -17,6 +17,8 @@ code, another language): by 0.5 nats and more. Otherwise they are
 Chance is counted over the distinct tokens that predict, not over positions: a text that repeats
 itself, read by a teacher that knows nothing, is one accident many times over. (A teacher without
 training whose output layer is its embedding finds the token before most likely, and looks shifted.)
+
+Where words are classified, their gold classes stand for tokens, and the words beside for positions.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,10 +26,11 @@ from typing import Any
 
 import numpy as np
 
+from ...storage.tables.heads import HEADS, Head
 from ...storage.tables.kinds import STRUCTURES
 from ...storage.tables.soft_targets import SoftTargets
 from ...storage.tables.spans import spans_of
-from ..targets.alignment import parts_of, predicting_positions, scored_tokens
+from ..targets.alignment import parts_of, scored_tokens, target_positions
 
 Row = Mapping[str, Any]
 
@@ -44,19 +47,24 @@ NOTHING = 1 / 10
 """How little of what they are surprised by unknowing targets may win on their own tokens."""
 
 
-def shifted(rows: Sequence[Row]) -> str | None:
+_LM = HEADS["lm"]
+
+
+def shifted(rows: Sequence[Row], head: Head = _LM) -> str | None:
     """Whose the targets of some `soft_targets` rows are in place of their own, in words; None: nobody else's.
 
-    Rows are in the order of the store.
+    Rows are in the order of the store, and not of texts with one target each.
     """
-    for found, what in ((_by_position(rows), "position"), (_by_row(rows), "row")):
+    known = [row for row in rows if at_one(row) and _known(row, head)]
+    whose = "labels" if head.classes else "tokens"
+    for found, what in ((_by_position(known, head), "position"), (_by_row(known, head), "row")):
         if found is None:
             continue
         before, own, after, entropy, predicting = found
         for there, other, side in ((after, before, "after"), (before, after, "before")):
             if _belong(there, own, other, entropy=entropy, predicting=predicting):
                 return (
-                    f"shifted by one {what}, those of the {what} {side}: -log p of the tokens "
+                    f"shifted by one {what}, those of the {what} {side}: -log p of the {whose} "
                     f"there is {-there.mean():.2f} nats, of their own {-own.mean():.2f}, of those "
                     f"on the other side {-other.mean():.2f}, their entropy {entropy.mean():.2f}"
                 )
@@ -92,7 +100,7 @@ def _belong(
 
 def unknowing(rows: Sequence[Row]) -> str | None:
     """How little the targets know of any token here, in words; None: they know something, or claim nothing."""
-    if (found := _by_position(rows)) is None:
+    if (found := _by_position([row for row in rows if at_one(row)], _LM)) is None:
         return None
     before, own, after, entropy, predicting = found
     # How much less likely the tokens are than the targets' entropy says: -l_0 - H.
@@ -143,23 +151,21 @@ def _mean(values: np.ndarray, *, of: np.ndarray) -> tuple[float, float]:
     return mean, float(np.sqrt((together**2).sum()) / len(values))
 
 
-def _by_position(rows: Sequence[Row]) -> np.ndarray | None:
+def _by_position(rows: Sequence[Row], head: Head) -> np.ndarray | None:
     """[5, N] of the inner positions of all rows: l_-1, l_0, l_1, entropy, the token that predicts; None if none."""
     parts = []
     for row in rows:
-        if not at_one(row):
-            continue
-        tokens = _tokens(row)
-        for part in parts_of(spans_of(row)):
+        tokens = _outcomes(row, head)
+        for part in _parts(row, head):
             # The first and the last position of a span have no neighbour on one side.
             inner = slice(part.start + 1, part.stop - 1)
             if inner.start < inner.stop:
                 beside = [tokens[inner.start + s : inner.stop + s] for s in (-1, 0, 1)]
-                parts.append(_likelihoods(row, inner, beside))
+                parts.append(_likelihoods(row, inner, beside, head))
     return np.concatenate(parts, axis=1) if parts else None
 
 
-def _by_row(rows: Sequence[Row]) -> np.ndarray | None:
+def _by_row(rows: Sequence[Row], head: Head) -> np.ndarray | None:
     """The same with the tokens of the row before, the own and the row after.
 
     Span by span, as far as all three go.
@@ -167,30 +173,39 @@ def _by_row(rows: Sequence[Row]) -> np.ndarray | None:
     parts = []
     for three in zip(rows, rows[1:], rows[2:], strict=False):
         _, row, _ = three
-        if not at_one(row):
-            continue
-        for spans in zip(*(parts_of(spans_of(one)) for one in three), strict=False):
+        for spans in zip(*(_parts(one, head) for one in three), strict=False):
             n = min(span.stop - span.start for span in spans)
             own = spans[1].start
             tokens = [
-                _tokens(one)[span.start : span.start + n]
+                _outcomes(one, head)[span.start : span.start + n]
                 for one, span in zip(three, spans, strict=True)
             ]
-            parts.append(_likelihoods(row, slice(own, own + n), tokens))
+            parts.append(_likelihoods(row, slice(own, own + n), tokens, head))
     return np.concatenate(parts, axis=1) if parts else None
 
 
-def _likelihoods(row: Row, part: slice, tokens: Sequence[np.ndarray]) -> np.ndarray:
+def _likelihoods(row: Row, part: slice, tokens: Sequence[np.ndarray], head: Head) -> np.ndarray:
     """[5, N] the log-probabilities that some targets give three lists of tokens, their entropy, what predicts."""
     targets = SoftTargets.from_row(row).positions(part)
-    positions = predicting_positions(spans_of(row))
+    positions = target_positions(spans_of(row), head)
     predicting = row["token_ids"][positions][part]
     return np.stack([*(_logprob_of(targets, one) for one in tokens), targets.entropy, predicting])
 
 
-def _tokens(row: Row) -> np.ndarray:
-    tokens: np.ndarray = scored_tokens(row["token_ids"], spans_of(row))
-    return tokens
+def _known(row: Row, head: Head) -> bool:
+    """Whether it is known what is there, at each of a row's targets."""
+    return not head.classes or (row["labels"] is not None and bool((row["labels"] >= 0).all()))
+
+
+def _outcomes(row: Row, head: Head) -> np.ndarray:
+    """[N] what is there."""
+    outcomes: np.ndarray = scored_tokens(row["token_ids"], spans_of(row))
+    return np.asarray(row["labels"]) if head.classes else outcomes
+
+
+def _parts(row: Row, head: Head) -> list[slice]:
+    """Which of the N targets stand beside one another: those of a span, or of all words."""
+    return [slice(0, int(row["span_tokens"]))] if head.classes else parts_of(spans_of(row))
 
 
 def _logprob_of(targets: SoftTargets, tokens: np.ndarray) -> np.ndarray:

@@ -7,13 +7,13 @@ Letters: N scored tokens, K entries, V vocabulary, D hidden, m temperatures, R d
 """
 
 from collections.abc import Iterator, Mapping
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ...storage.tables.soft_targets import SoftTargets
-from ..models.head import Head
 from ..targets.entries_and_tail import CHUNK_BYTES
 
 Numbers = dict[str, np.ndarray]
@@ -49,9 +49,20 @@ def entries_alone(numbers: Numbers, targets: SoftTargets, following: np.ndarray)
     return held
 
 
+class Says(Protocol):
+    """What makes logits of states."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V, of a head over classes their number."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, V] float32 of [N, D]."""
+
+
 def measured_numbers(
     states: Tensor,
-    head: Head,
+    head: Says,
     *,
     targets: SoftTargets,
     following: Tensor,
@@ -60,7 +71,8 @@ def measured_numbers(
     """The same quantities by these hidden states, in the same order; of drawn ids also `draws`.
 
     Args:
-        states: [N, D] hidden states at the predicting positions, after the final norm.
+        states: [N, D] hidden states at the predicting positions, after the final norm, where the head
+            is.
         head: The teacher's output head.
         targets: The row's: which ids, which temperatures.
         following: [N] the tokens that follow.
@@ -71,7 +83,7 @@ def measured_numbers(
     parts: list[Numbers] = []
     for start in range(0, len(states), size):
         chunk = slice(start, start + size)
-        logprobs = head.logits(states[chunk].to(head.weight.device)).log_softmax(-1)
+        logprobs = head.logits(states[chunk]).log_softmax(-1)
         part = targets.positions(chunk)
         measured = dict(_measured(logprobs, part, following[chunk].to(logprobs.device)))
         if draw is not None:

@@ -16,7 +16,7 @@ from .differences import Quantity, SecondReading, over_rows
 from .faults import Fault, explain
 from .features import FeaturesRead
 from .stored_rows import StoredRow
-from .teacher_reader import TeacherReader
+from .teacher_reader import reader_of
 
 TOGETHER = 4
 """Rows read among one another."""
@@ -77,7 +77,7 @@ def rescore(
 
     Args:
         teacher: Whose rows they are; is loaded.
-        rows: Of language-model heads, by `choose_rows`.
+        rows: Of one head, with a target for each of their tokens or words; by `choose_rows`.
         device_map: As the recipe's `teacher.device_map`.
         progress: Where to say how far it is.
 
@@ -85,7 +85,7 @@ def rescore(
         UsageError: the teacher does not load, or its head is not understood.
     """
     progress.say(f"loading {teacher.folder}")
-    reader = TeacherReader(teacher, device_map=device_map)
+    reader = reader_of(teacher, rows, device_map=device_map)
     progress.start(total=len(rows), unit="rows")
     readings: list[SecondReading] = []
     for start in range(0, len(rows), TOGETHER):

@@ -10,10 +10,11 @@ import numpy as np
 
 from ...storage.errors import IntegrityError
 from ...storage.store.store import Store
+from ...storage.tables.heads import Head, head_of
 from ...storage.tables.kinds import STRUCTURES
 from ...storage.tables.soft_targets import SoftTargets
 from ...storage.tables.spans import positions, spans_of
-from ..targets.alignment import parts_of, predicting_positions, scored_tokens
+from ..targets.alignment import parts_of, scored_tokens, target_positions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,7 +24,7 @@ class TargetShard:
     sha256: str
     name: str
     teacher_id: str
-    head: str
+    head: Head
     rows: dict[str, int]
     """Kind -> rows."""
     imported: bool
@@ -40,6 +41,7 @@ class StoredRow:
     """Index in the shard."""
     columns: dict[str, Any]
     targets: SoftTargets
+    head: Head
     imported: bool
     """Of a foreign table: the entropy, the tail and a token that is no entry are bounds."""
 
@@ -76,13 +78,17 @@ class StoredRow:
     @property
     def predicting(self) -> np.ndarray:
         """[N] the positions that predict the scored tokens."""
-        return predicting_positions(self.spans)
+        return target_positions(self.spans, self.head)
 
     @property
     def scored(self) -> np.ndarray:
-        """[N] the scored tokens."""
-        tokens: np.ndarray = scored_tokens(self.token_ids, self.spans)
-        return tokens
+        """[N] what `token_logprob` speaks of: the scored tokens; or their classes, the best where none is known."""
+        if not self.head.classes:
+            tokens: np.ndarray = scored_tokens(self.token_ids, self.spans)
+            return tokens
+        best = self.targets.probabilities.argmax(axis=1)
+        labels = self.columns["labels"]
+        return best if labels is None else np.where(labels < 0, best, labels)
 
     @property
     def draw(self) -> dict[str, float] | None:
@@ -101,6 +107,7 @@ def target_shards(store: Store, *, damaged: Collection[str] = ()) -> list[Target
             continue
         try:
             about = store.shard("soft_targets", sha256).about
+            head = head_of(about)
         except IntegrityError:
             continue
         statistics = about["statistics"]
@@ -108,7 +115,7 @@ def target_shards(store: Store, *, damaged: Collection[str] = ()) -> list[Target
             sha256=sha256,
             name=name,
             teacher_id=str(about["teacher_id"]),
-            head=str(about.get("head", "lm")),
+            head=head,
             rows={kind: int(counts["rows"]) for kind, counts in statistics.items()},
             imported=about.get("stage") == "import",
         )
@@ -160,6 +167,7 @@ def _read(store: Store, shard: TargetShard, places: Sequence[tuple[str, int]]) -
             number=number,
             columns=columns,
             targets=SoftTargets.from_row(columns),
+            head=shard.head,
             imported=shard.imported,
         )
         for number, columns in zip(numbers, read, strict=True)

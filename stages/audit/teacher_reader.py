@@ -1,6 +1,8 @@
 """A teacher that reads stored rows again: each alone, and among others."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,24 +12,30 @@ from ...storage.tables.soft_targets import SoftTargets
 from ..models.attention.future import check_causal
 from ..models.attention.longest import Company
 from ..models.causal_lm import load_causal_lm
-from ..models.head import check_head, hidden_states, split_head
+from ..models.classification import Inputs, class_logits
+from ..models.head import Head, check_head, hidden_states, split_head
 from ..models.identity import Identity
+from ..models.token_classification import load_teacher, token_company
 from .differences import SecondReading, compare
-from .numbers import Numbers, entries_alone, measured_numbers, stored_numbers
+from .numbers import Numbers, Says, entries_alone, measured_numbers, stored_numbers
 from .stored_rows import StoredRow
 
 
-class TeacherReader:
+class TeacherReader(ABC):
     """A loaded teacher."""
 
-    def __init__(self, teacher: Identity, *, device_map: str | None = None) -> None:
-        self._model = load_causal_lm(teacher, device_map=device_map)
-        check_causal(self._model)
-        check_head(self._model)
-        self._company = Company(self._model)
-        self._head = split_head(self._model)
-        self.eps: float = torch.finfo(self._head.weight.dtype).eps
-        """Of the dtype that it computes in."""
+    _company: Company
+    _head: Says
+    eps: float
+    """Of the dtype that it computes in."""
+
+    @abstractmethod
+    def _states(self, texts: Sequence[np.ndarray], *, padding: int = 0) -> list[Tensor]:
+        """[T, D] of each text, read together; the longest has `padding` positions after it, the others more."""
+
+    @abstractmethod
+    def _there(self, row: StoredRow, positions: np.ndarray) -> np.ndarray:
+        """[N] what is there, by the positions that speak of it; any id where nothing is: it is not compared."""
 
     def read(self, rows: Sequence[StoredRow]) -> list[SecondReading]:
         """Read each row alone, and all of them together where the teacher lets rows share a pass."""
@@ -61,9 +69,7 @@ class TeacherReader:
     def _numbers(
         self, row: StoredRow, targets: SoftTargets, *, states: Tensor, positions: np.ndarray
     ) -> Numbers:
-        # Shifted by one, the last position predicts a token that is not there: any id will do, for
-        # its log-probability is then not compared.
-        following = np.append(row.token_ids, 0)[positions + 1].astype(np.int64)
+        following = self._there(row, positions).astype(np.int64)
         with torch.inference_mode():
             return measured_numbers(
                 states[torch.from_numpy(positions).to(states.device)],
@@ -73,8 +79,24 @@ class TeacherReader:
                 draw=row.draw,
             )
 
+
+class LanguageReader(TeacherReader):
+    """One that continues text."""
+
+    def __init__(self, teacher: Identity, *, device_map: str | None = None) -> None:
+        self._model = load_causal_lm(teacher, device_map=device_map)
+        check_causal(self._model)
+        check_head(self._model)
+        self._company = Company(self._model)
+        self._head: Head = split_head(self._model)
+        self.eps = torch.finfo(self._head.weight.dtype).eps
+
+    def _there(self, row: StoredRow, positions: np.ndarray) -> np.ndarray:
+        # Shifted by one, the last position predicts a token that is not there.
+        following: np.ndarray = np.append(row.token_ids, 0)[positions + 1]
+        return following
+
     def _states(self, texts: Sequence[np.ndarray], *, padding: int = 0) -> list[Tensor]:
-        """[T, D] of each text, read together; the longest has `padding` positions after it, the others more."""
         width = max(map(len, texts)) + padding
         ids = torch.zeros(len(texts), width, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -86,4 +108,54 @@ class TeacherReader:
             hidden = hidden_states(
                 self._model, input_ids=ids.to(device), attention_mask=mask.to(device)
             )
-        return [states[: len(text)] for states, text in zip(hidden, texts, strict=True)]
+        placed = hidden.to(self._head.weight.device)
+        return [states[: len(text)] for states, text in zip(placed, texts, strict=True)]
+
+
+class WordReader(TeacherReader):
+    """One that classifies words: its states are its logits."""
+
+    def __init__(self, teacher: Identity, *, device_map: str | None = None) -> None:
+        self._model = load_teacher(teacher, device_map=device_map)
+        self._inputs = Inputs.of(self._model, teacher.folder)
+        self._company = token_company(self._model, self._inputs)
+        self._head = _AsTheyAre(len(teacher.class_names))
+        self.eps = torch.finfo(self._model.dtype).eps
+
+    def _there(self, row: StoredRow, positions: np.ndarray) -> np.ndarray:
+        # Of a position that is no word's, the class of the word after it.
+        word = np.searchsorted(row.predicting, positions).clip(max=row.span_tokens - 1)
+        labels: np.ndarray = row.scored[word]
+        return labels
+
+    def _states(self, texts: Sequence[np.ndarray], *, padding: int = 0) -> list[Tensor]:
+        longer = max(map(len, texts)) + padding
+        # What follows the texts is cut off again: the pass has padding for it.
+        made = self._inputs.tensors([*texts, np.zeros(longer, np.int64)] if padding else texts)
+        there = {name: tensor[: len(texts)].to(self._model.device) for name, tensor in made.items()}
+        with torch.inference_mode():
+            logits = class_logits(self._model, there)
+        return [row[: len(text)] for row, text in zip(logits, texts, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class _AsTheyAre:
+    """States that are logits."""
+
+    vocab_size: int
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Themselves."""
+        return hidden
+
+
+def reader_of(
+    teacher: Identity, rows: Sequence[StoredRow], *, device_map: str | None
+) -> TeacherReader:
+    """The teacher of some rows, loaded as their head asks.
+
+    Raises:
+        UsageError: it does not load, or its head is not understood.
+    """
+    kind = WordReader if rows[0].head.classes else LanguageReader
+    return kind(teacher, device_map=device_map)

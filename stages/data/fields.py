@@ -25,6 +25,23 @@ def checked_text(value: Any, name: str, *, if_empty: str | None = None) -> str:
     return checked_string(_written(value), name)
 
 
+def checked_list(value: Any, name: str, of: str) -> list[Any]:
+    """A field that is a list.
+
+    Args:
+        value: What it holds.
+        name: Of the field.
+        of: What each entry is, as a singular.
+
+    Raises:
+        RowError: it is none.
+    """
+    if not isinstance(value, list):
+        kind = "text" if isinstance(value, str) else f"a {type(value).__name__}"
+        raise RowError("unreadable", f"{name} is {kind}, expected a list with a {of} at each place")
+    return value
+
+
 def checked_string(value: Any, name: str) -> str:
     """A field that is text, and no number.
 

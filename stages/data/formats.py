@@ -1,5 +1,6 @@
 """The formats of `data`: how a record of each becomes a row of `prompts`."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,10 +13,10 @@ from ...storage.tables.conversations import (
     conversation,
     message_columns,
 )
-from ..models.classes import label_index
+from ..models.fit.classes import NO_LABEL, label_index
 from ..recipe.sections import Data
 from .conversations import alpaca, chat
-from .fields import checked_text, checked_words, missing
+from .fields import checked_list, checked_text, checked_words, missing
 
 
 def prompt_row(
@@ -52,7 +53,9 @@ def prompt_row(
         reference = answer if missing(reference) and isinstance(answer, str) else reference
     else:
         row |= _TEXTS[data.format](record)
-    if data.records.labelled:
+    if data.records.words:
+        row["labels"] = _tags(record.get("labels"), json.loads(row["text"]), classes)
+    elif data.records.labelled:
         label = record.get("label")
         row["label"] = label_index(None if missing(label) else label, classes)
     row["reference"] = None if missing(reference) else checked_text(reference, "reference")
@@ -88,7 +91,7 @@ def _keys(row: dict[str, Any]) -> dict[str, Any]:
     The source is not part of them, so a row that moved is the same row. What a row does not have is
     not either, so that rows of before have the names that they had.
     """
-    messages, more = row["messages"], {}
+    messages, more, own = row["messages"], {}, {}
     if row["message_fields"] is not None:
         messages = conversation(row).messages
     if row["tools"] is not None:
@@ -97,6 +100,10 @@ def _keys(row: dict[str, Any]) -> dict[str, Any]:
         "prompt", text=row["text"], messages=messages, pair=row["text_pair"], **more
     )
     answer = row["completion_fields"]
+    if answer is not None:
+        own["completion_fields"] = answer
+    if row["labels"] is not None:
+        own["labels"] = row["labels"]
     key = content_key(
         "prompts",
         prompt=prompt_key,
@@ -104,7 +111,7 @@ def _keys(row: dict[str, Any]) -> dict[str, Any]:
         completion=row["completion"],
         reference=row["reference"],
         label=row["label"],
-        **({} if answer is None else {"completion_fields": answer}),
+        **own,
     )
     return {"prompt_key": prompt_key, "key": key}
 
@@ -113,9 +120,17 @@ def _columns(record: dict[str, Any], data: Data) -> dict[str, str]:
     """Our name -> the record's column."""
     required = data.records.required
     names = {n: data.columns.get(n, n) for n in data.records.columns}
-    for ours, theirs in _OTHER_NAMES.items():
-        if ours in names and names[ours] not in record and theirs in record:
-            names[ours] = theirs
+    for ours, others in data.records.other_names.items():
+        there = [name for name in others if name in record]
+        if names[ours] in record or not there:
+            continue
+        if len(there) > 1:
+            raise RowError(
+                "missing_column",
+                f"no column {names[ours]!r}, and both {' and '.join(map(repr, there))}. Say which in "
+                f"data.columns, for example {{{ours}: {there[0]}}}",
+            )
+        (names[ours],) = there
     absent = [names[n] for n in required if names[n] not in record]
     if absent:
         raise RowError(
@@ -168,6 +183,32 @@ def _labelled(record: dict[str, Any]) -> dict[str, Any]:
     return {"text": checked_text(record["text"], "text"), "text_pair": second}
 
 
+def _tagged(record: dict[str, Any]) -> dict[str, Any]:
+    words = checked_list(record["words"], "words", "word")
+    if not words:
+        raise RowError("empty", "words is an empty list")
+    found = [checked_text(word, f"word {number}") for number, word in enumerate(words, 1)]
+    return {"text": json.dumps(found, ensure_ascii=False)}
+
+
+def _tags(value: Any, words: Sequence[str], classes: Sequence[str]) -> list[int] | None:
+    """The class of each word, `NO_LABEL` where it has none; None where no word has one."""
+    if value is None or missing(value):
+        return None
+    tags = checked_list(value, "labels", "class")
+    if len(tags) != len(words):
+        raise RowError(
+            "unreadable", f"{len(tags)} labels for {len(words)} words, expected one each"
+        )
+    nothing = [missing(tag) or tag == _IGNORED for tag in tags]
+    found = [
+        None if none else label_index(tag, classes) for tag, none in zip(tags, nothing, strict=True)
+    ]
+    if all(label is None for label in found):
+        return None
+    return [NO_LABEL if label is None else label for label in found]
+
+
 _EMPTY = dict.fromkeys(
     (
         "text",
@@ -179,6 +220,7 @@ _EMPTY = dict.fromkeys(
         "completion_fields",
         "reference",
         "label",
+        "labels",
     )
 )
 _TEXTS = {
@@ -186,7 +228,9 @@ _TEXTS = {
     "prompt": _prompt,
     "completion": _completion,
     "labelled": _labelled,
+    "tagged": _tagged,
 }
+_IGNORED = -100  # what losses ignore, so others put it where a word has no class
 _CONVERSATIONS = {"messages": chat, "instruction": alpaca}
 NOT_READ = {
     "functions": "What a conversation offers is read from `tools`: a list of "
@@ -195,5 +239,3 @@ NOT_READ = {
     "chat_template_kwargs": "The recipe's data.chat_template_kwargs hold for all records",
 }
 """Columns beside the messages that are named, not read; and what to do."""
-_OTHER_NAMES = {"messages": "conversations"}
-"""What others call a column of ours."""

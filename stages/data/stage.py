@@ -18,7 +18,7 @@ from ...storage.keys import content_id, content_key
 from ...storage.store.store import Store
 from ...storage.store.writer import CommitLimits
 from ...storage.tables.schema import TableName
-from ..models.classes import names_in
+from ..models.fit.classes import names_in
 from ..models.identity import FileHashes, Identity
 from ..recipe.checks.task import refuse_without_labels
 from ..recipe.sections import Data, Recipe
@@ -183,7 +183,7 @@ def _take(
         # What a generated answer is judged by stands in no record.
         turns=turn_keys(row, data) if given else (),
         held_out=held_out,
-        labelled=row["label"] is not None or not data.records.labelled,
+        labelled=not data.records.labelled or row["label"] is not None or row["labels"] is not None,
     )
     rows.remarks.count_unread(unread_columns(record, data))
     return row

@@ -1,5 +1,7 @@
 """Given text as tokens: what becomes of a row of `prompts` that brings its own text, and by whose rules."""
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,12 +11,13 @@ import numpy as np
 from ...storage.errors import RowError
 from ...storage.keys import content_id
 from ...storage.tables.spans import span_after
-from ..ledger.requests import labelled_key, tokens_key
+from ..ledger.requests import labelled_key, tagged_key, tokens_key
 from ..models.chat.renderer import Ids
 from ..models.identity import Identity
 from ..models.rendering import Renderer
 from ..recipe.formats import FORMATS
 from ..recipe.sections import Data
+from ..targets.alignment import spans_at
 from .lengths import Lengths
 
 
@@ -77,6 +80,27 @@ def window_tokens(data: Data, context_tokens: int) -> int:
     return min(data.window_tokens or context_tokens, context_tokens)
 
 
+def _first_tokens(of: np.ndarray, words: Sequence[str]) -> np.ndarray:
+    """[words] index of the first token of each; `of`: the word of each token, -1: of none.
+
+    Raises:
+        RowError: a word has no token, so nothing can be said of it.
+    """
+    found, first = np.unique(of, return_index=True)
+    there = first[found >= 0]
+    lacking = np.setdiff1d(np.arange(len(words)), found)
+    if len(lacking):
+        word = int(lacking[0])
+        raise RowError(
+            "empty",
+            f"word {word + 1} of {len(words)} ({words[word]!r}) has no token in the teacher's tokenizer. "
+            "Leave such words out, with their labels",
+        )
+    if (np.diff(there) < 1).any():
+        raise RowError("unreadable", "the tokenizer does not keep the order of the words")
+    return there
+
+
 class Tokenizing:
     """Rows of `prompts` as tokens."""
 
@@ -103,6 +127,8 @@ class Tokenizing:
         records = FORMATS[row["format"]]
         if records.document:
             return self._windows(row["text"])
+        if records.words:
+            return [self._tagged(json.loads(row["text"]), row["labels"])]
         return [self._labelled(row) if records.labelled else self._answered(row)]
 
     def _labelled(self, row: dict[str, Any]) -> Given:
@@ -117,6 +143,27 @@ class Tokenizing:
             self.lengths.cut.add(cut)
         key = labelled_key(ids, row["label"])
         return Given(token_ids=ids, prompt_tokens=len(ids), tokens_key=key)
+
+    def _tagged(self, words: Sequence[str], labels: Sequence[int] | None) -> Given:
+        """A target at the first token of each word; the others of a word have none."""
+        ids, of = self.renderer.word_ids(words)
+        if len(ids) > self.lengths.most:
+            if not self._cut:
+                raise self.lengths.reject(len(ids))
+            whole, words = len(ids), words[: self._fitting(of)]
+            if not words:
+                raise self.lengths.reject(whole, "; a cut would leave no word of it")
+            ids, of = self.renderer.word_ids(words)
+            self.lengths.cut.add(whole - len(ids))
+        first = _first_tokens(of, words)
+        key = tagged_key(ids, first, None if labels is None else labels[: len(words)])
+        return Given(token_ids=ids, prompt_tokens=len(ids), tokens_key=key, spans=spans_at(first))
+
+    def _fitting(self, of: np.ndarray) -> int:
+        """How many of the first words fit, each with all of its tokens, with the special tokens at the end."""
+        last = np.flatnonzero(of >= 0)[-1]
+        beyond = of[self.lengths.most - (len(of) - 1 - last) :]
+        return int(np.min(beyond, where=beyond >= 0, initial=of.max() + 1))
 
     def _windows(self, text: str) -> list[Given]:
         """Long text becomes several windows, all of it scored."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from ...storage.joined import open_store
 from ...storage.tables.soft_targets import SoftTargets
 from ..models.classification import Inputs, class_logits
+from ..models.fit.classes import NO_LABEL
 from ..models.reads import check_ids, check_length
 from ..workers.job import Job
 from .held_out import HeldOut
@@ -22,7 +23,11 @@ class Measuring:
     """The measures of texts; see `measure.Measuring`."""
 
     def __init__(self, job: Job, held_out: HeldOut) -> None:
-        self._job = job
+        self._job, self._held_out = job, held_out
+
+    def tally(self) -> Tally:
+        """With the confusion of classes."""
+        return Tally(classes=True)
 
     def outcomes(self, row: Row) -> np.ndarray | None:
         """[1] the gold class; None where a text has no label."""
@@ -49,11 +54,18 @@ class Measuring:
             targets = SoftTargets.from_row(row).normalised()
             made = inputs.tensors([ids])
             there = {name: tensor.to(model.device) for name, tensor in made.items()}
-            logits = class_logits(model, there)
+            logits = self._said(class_logits(model, there), row)
+            measures = measure(logits, None, targets)
             gold = self.outcomes(row)
-            label = None if gold is None else torch.as_tensor(gold).to(model.device)
-            measures = measure(logits, label, targets)
-        tally.add(row["prompt_key"], measures if gold is None else self.named(measures))
+            if gold is not None:
+                known = np.flatnonzero(gold != NO_LABEL)
+                label = torch.as_tensor(gold[known]).to(model.device)
+                measures |= self.named(measure(logits[torch.as_tensor(known)], label))
+        tally.add(row["prompt_key"], measures)
+
+    def _said(self, logits: Tensor, row: Row) -> Tensor:
+        """[N, C] of a row's targets, of the logits of a pass over it."""
+        return logits
 
     def gradient(self, model: Any, arm: str) -> None:
         """None: all classes are stored, so there is no choice of targets."""

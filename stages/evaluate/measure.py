@@ -28,8 +28,11 @@ Gradient = dict[str, float | int | None] | None
 class Measuring(Protocol):
     """How a task's rows are measured; the class of this name in the module that bears the task's name."""
 
+    def tally(self) -> "Tally":
+        """Where an arm is counted, empty."""
+
     def outcomes(self, row: Row) -> np.ndarray | None:
-        """[N] what is there, at each of a row's targets; None: it is not known."""
+        """[N] what is there, at each of a row's targets, -1 where it is not known; None: nowhere."""
 
     def named(self, measures: "dict[str, Tensor]") -> "dict[str, Tensor]":
         """The measures of `metrics.measure` where that is known, with those that only this task has."""
@@ -77,7 +80,7 @@ def measure_arms(
             model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
             measure_row = task.of_student(model)
         found.tallies[arm] = _student_tally(
-            job, held_out, measure_row, view=found.views.arm(arm), arm=arm
+            job, held_out, measure_row, task.tally(), view=found.views.arm(arm), arm=arm
         )
         if quiz:
             with job.clock.span("model"):
@@ -91,9 +94,9 @@ def measure_arms(
 def _teacher_tally(job: Job, held_out: HeldOut, task: Measuring, views: "Views") -> "Tally":
     import torch
 
-    from .metrics import Tally, measure_teacher
+    from .metrics import measure_teacher
 
-    tally = Tally(classes=held_out.labelled)
+    tally = task.tally()
     for row in held_out.targets():
         job.stop.check()
         with job.clock.span("disk"):
@@ -110,11 +113,15 @@ def _teacher_tally(job: Job, held_out: HeldOut, task: Measuring, views: "Views")
 
 
 def _student_tally(
-    job: Job, held_out: HeldOut, measure_row: MeasureRow, *, view: "ArmViews", arm: str
+    job: Job,
+    held_out: HeldOut,
+    measure_row: MeasureRow,
+    tally: "Tally",
+    *,
+    view: "ArmViews",
+    arm: str,
 ) -> "Tally":
-    from .metrics import Tally
-
-    tally = Tally(classes=held_out.labelled)
+    """The tally, with all rows of an arm counted."""
     for row in held_out.targets():
         job.stop.check()
         measure_row(row, tally, view)

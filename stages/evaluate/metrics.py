@@ -41,6 +41,7 @@ from ...storage.errors import StillroomError
 from ...storage.tables.soft_targets import SoftTargets
 from ..losses.divergences import forward_kl, total_variation
 from .confusion import Confusion
+from .entities import Entities
 
 BINS = 15
 CHUNK_BYTES = 64 * 2**20
@@ -106,7 +107,10 @@ def measure(
 
 
 def measure_teacher(reference: SoftTargets, tokens: Tensor | None) -> dict[str, Tensor]:
-    """The measures of the teacher itself at N positions, from what is stored; `tokens` as `measure` has them."""
+    """The measures of the teacher itself at N positions, from what is stored.
+
+    `tokens`: as `measure` has them; -1 where it is not known what is there.
+    """
     logprobs = torch.as_tensor(reference.logprobs)
     confidence, best = logprobs.max(-1)
     if reference.ids is not None:
@@ -120,12 +124,13 @@ def measure_teacher(reference: SoftTargets, tokens: Tensor | None) -> dict[str, 
     }
     if tokens is None:
         return found
+    known = tokens >= 0
     return found | {
-        "cross_entropy": -torch.as_tensor(reference.token_logprob),
-        "confidence": confidence.exp(),
-        "correct": best == tokens,
-        "there": tokens,
-        "best": best,
+        "cross_entropy": -torch.as_tensor(reference.token_logprob)[known],
+        "confidence": confidence.exp()[known],
+        "correct": (best == tokens)[known],
+        "there": tokens[known],
+        "best": best[known],
     }
 
 
@@ -194,9 +199,16 @@ class Tally:
     A unit is what was drawn independently: a prompt with all of its rows.
     """
 
-    def __init__(self, *, classes: bool = False) -> None:
-        """`classes`: the tokens are the classes of texts, whose confusion is counted too."""
+    def __init__(self, *, classes: bool = False, entities: Entities | None = None) -> None:
+        """Begin with nothing.
+
+        Args:
+            classes: The tokens are classes, whose confusion is counted too.
+            entities: Where the entities that these classes mark are counted, of texts that are added
+                whole; None: they mark none.
+        """
         self.confusion = Confusion() if classes else None
+        self.entities = entities
         self._units: dict[bytes, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         self._counts: dict[bytes, dict[str, int]] = defaultdict(lambda: defaultdict(int))
         self._bins: dict[bytes, np.ndarray] = defaultdict(lambda: np.zeros((BINS, 3)))
@@ -215,6 +227,8 @@ class Tally:
         if "there" in measures and self.confusion is not None:
             for pair in torch.stack([measures["there"], measures["best"]], -1).tolist():
                 self.confusion.add(unit, *pair)
+        if "there" in measures and self.entities is not None:
+            self.entities.add(unit, measures["there"].tolist(), measures["best"].tolist())
 
     def _calibrate(self, unit: bytes, measures: dict[str, Tensor]) -> None:
         confidence = measures["confidence"].double().cpu().numpy()
@@ -252,7 +266,8 @@ class Tally:
         mean = found.get("cross_entropy")
         perplexity = None if mean is None or mean >= 700 else math.exp(mean)
         found |= {"perplexity": perplexity, "tokens": self.tokens}
-        return found | (self.confusion.results() if self.confusion else {})
+        more = (one.results() for one in (self.confusion, self.entities) if one)
+        return found | {name: value for one in more for name, value in one.items()}
 
     def minus(self, other: "Tally") -> dict[str, float | None]:
         """Mean differences of this arm from another one on the same tokens, with paired standard errors."""
@@ -262,6 +277,8 @@ class Tally:
             found[name], found[f"{name}_se"] = self._mean(name, gap)
         if self.confusion and other.confusion:
             found |= self.confusion.minus(other.confusion)
+        if self.entities and other.entities:
+            found |= self.entities.minus(other.entities)
         return found
 
     def ece(self) -> float:

@@ -17,7 +17,7 @@ from ...storage.snapshots.snapshot import load_snapshot
 from ...storage.store.store import Store
 from ...storage.tables.kinds import STRUCTURES
 from ..audit.every_row import check_rows
-from ..models.classes import names_in
+from ..models.fit.classes import names_in
 from ..recipe.run_folder import EVALUATED, STUDENT
 from ..recipe.tasks import TASKS
 from ..targets.spec import wanted
@@ -163,15 +163,15 @@ def _classes(job: Job, tallies: "dict[str, Tally]") -> dict[str, Any]:
     """The classes by name, and for each arm its numbers by class and its confusion matrix."""
     store = open_store(job.recipe.storage.dir, job.recipe.storage.sources)
     names = names_in(store.teacher_dir(job.teacher_id))
-    found = {arm: tally.confusion for arm, tally in tallies.items()}
-    return {
-        "names": names,
-        "arms": {
-            arm: confusion.by_class(len(names)) | {"confusion": confusion.cells()}
-            for arm, confusion in found.items()
-            if confusion
-        },
-    }
+    arms: dict[str, Any] = {}
+    for arm, tally in tallies.items():
+        if tally.confusion:
+            arms[arm] = tally.confusion.by_class(len(names)) | {
+                "confusion": tally.confusion.cells()
+            }
+        if tally.entities:
+            arms[arm]["entities"] = tally.entities.by_type()
+    return {"names": names, "arms": arms}
 
 
 def _measured_on(held_out: HeldOut, tally: "Tally", unit: str) -> dict[str, Any]:

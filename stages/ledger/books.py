@@ -207,7 +207,8 @@ class Books:
         if self.published is not None:
             return self.published.labels()
         ((labels,),) = self.index.rows(
-            "SELECT count(label) FROM inputs JOIN prompts USING (key) WHERE NOT held_out"
+            "SELECT count(*) FROM inputs JOIN prompts USING (key) "
+            "WHERE NOT held_out AND (label IS NOT NULL OR labels IS NOT NULL)"
         )
         return int(labels)
 

@@ -4,6 +4,7 @@ A request is named by a reuse key (what must agree for a row to serve it); cover
 max_tokens and finish reason) say how far a row serves. Nothing here imports torch.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from ...storage.keys import content_id, content_key
 from ...storage.tables.spans import span_after
 from ..recipe.features import Feature
 from ..recipe.sections import Data, Generate
-from ..targets.alignment import class_span
+from ..targets.alignment import class_span, spans_at
 from ..targets.spec import Kept
 from .books import Place
 
@@ -49,6 +50,8 @@ class TargetRequest:
     kept: Kept
     label: int | None = None
     """Gold class of a labelled text."""
+    labels: np.ndarray | None = None
+    """[N] gold class of each target, -1 where there is none; None: nowhere."""
     text_key: bytes = b""
     """Of the token ids alone; where features are asked for."""
     features: tuple[Feature, ...] = ()
@@ -132,6 +135,16 @@ def labelled_key(token_ids: np.ndarray | list[int], label: int | None) -> bytes:
     start = int(class_span(len(token_ids))[0, 0])
     ids = np.asarray(token_ids, dtype="<i4").tobytes()
     return content_key("tokens", token_ids=ids, span_start=start, label=label)
+
+
+def tagged_key(
+    token_ids: np.ndarray | list[int], indices: np.ndarray, labels: Sequence[int] | None
+) -> bytes:
+    """`tokens_key` of a text whose words are classified: the tokens, which have targets, and their gold labels."""
+    ids = np.asarray(token_ids, dtype="<i4").tobytes()
+    spans = spans_at(indices).reshape(-1).tolist()
+    own = {} if labels is None else {"labels": list(labels)}
+    return content_key("tokens", token_ids=ids, spans=spans, **own)
 
 
 def author_context(generate: Generate | None, model_tokens: int) -> int:

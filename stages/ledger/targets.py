@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 
 from ...storage.errors import IntegrityError, UsageError
@@ -42,8 +43,8 @@ def choose_generations(books: Books, *, author_id: str) -> None:
     # one target, at its last token (`alignment.class_span`).
     in_spans = "list_sum(g.spans[2:-:2])"
     after = "g.prompt_tokens + g.completion_tokens - greatest(g.prompt_tokens, 1)"
-    labelled = TASKS[books.recipe.run.task].labelled
-    scored = "1" if labelled else f"coalesce({in_spans}, {after})"
+    whole_text = TASKS[books.recipe.run.task].structure.whole_text
+    scored = "1" if whole_text else f"coalesce({in_spans}, {after})"
     books.index.execute(f"""
         CREATE OR REPLACE VIEW chosen AS SELECT * FROM (
             SELECT g.key, g.prompt_key, g.tokens_key, g.place, i.held_out,
@@ -286,10 +287,10 @@ def pending_targets(books: Books, *, teacher_id: str, vocab_size: int) -> Pendin
     score = books.score
     books.index.use_all_memory()
     # The gold label is the prompt's: joined by key, never by position.
-    labelled = TASKS[books.recipe.run.task].labelled
-    label, with_label = "NULL", ""
-    if labelled:
-        label = "p.label"
+    head = TASKS[books.recipe.run.task].structure
+    label, with_label = "NULL AS label, NULL AS labels", ""
+    if head.classes:
+        label = "p.label, p.labels"
         with_label = "JOIN generations g ON g.key = s.key JOIN prompts p ON p.key = g.source_key"
     kept = {True: reference(score, vocab_size), False: wanted(score, vocab_size)}
     asked = captured(score.features)
@@ -301,7 +302,7 @@ def pending_targets(books: Books, *, teacher_id: str, vocab_size: int) -> Pendin
     rows = books.index.table(f"""
         SELECT s.number, s.tokens_key::BLOB AS tokens_key, s.key::BLOB AS key, c.prompt_key::BLOB AS prompt_key,
             c.place, s.held_out, s.target IS NULL AS targets, s.text_key::BLOB AS text_key,
-            [{lacking}]::INTEGER[] AS lacking, {label} AS label
+            [{lacking}]::INTEGER[] AS lacking, {label}
         FROM (SELECT *, row_number() OVER (ORDER BY held_out DESC, tokens, tokens_key) - 1 AS number FROM scored) s
         JOIN chosen c USING (key) {with_label}
         WHERE (s.target IS NULL OR NOT s.complete) AND s.reason IS NULL""")
@@ -318,9 +319,10 @@ def pending_targets(books: Books, *, teacher_id: str, vocab_size: int) -> Pendin
                 generation_key=row["key"],
                 prompt_key=row["prompt_key"],
                 token_ids=text["token_ids"],
-                spans=class_span(len(text["token_ids"])) if labelled else spans_of(text),
+                spans=class_span(len(text["token_ids"])) if head.whole_text else spans_of(text),
                 kept=kept[row["held_out"]],
                 label=row["label"],
+                labels=_labels(row["labels"], text),
                 text_key=row["text_key"] or b"",
                 features=_missing(row, asked),
                 targets=row["targets"],
@@ -329,6 +331,11 @@ def pending_targets(books: Books, *, teacher_id: str, vocab_size: int) -> Pendin
         ]
 
     return Pending(rows, planned, make)
+
+
+def _labels(labels: Sequence[int] | None, text: Mapping[str, Any]) -> np.ndarray | None:
+    """[N] of the words that a text still has: a cut takes whole words from its end."""
+    return None if labels is None else np.array(labels[: int(spans_of(text)[:, 1].sum())], np.int32)
 
 
 def _missing(row: Mapping[str, Any], asked: Sequence[Feature]) -> tuple[Feature, ...]:

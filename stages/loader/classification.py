@@ -1,4 +1,4 @@
-"""Forward passes over labelled texts: which texts together, and their loss over classes."""
+"""Forward passes over texts that are classified: which texts together, and their loss over classes."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..losses.definition import Distilled, logits_distillation
 from ..losses.objective import Aim
-from ..models.classes import NO_LABEL
+from ..models.attention.longest import Company
 from ..models.classification import Inputs, class_company, class_logits
+from ..models.fit.classes import NO_LABEL
 from ..models.reads import check_ids
 from ..targets.batch import TargetBatch
 from ..targets.features.batch import FeatureTargets
@@ -29,7 +30,10 @@ class ClassBatch:
     inputs: dict[str, Tensor]
     """What the model takes, each [B, T]."""
     targets: TargetBatch
-    """B targets over C classes; a label of `NO_LABEL` is none."""
+    """N targets over C classes, one a text or more; a label of `NO_LABEL` is none."""
+    said_at: Tensor | None = None
+    """[N] int64 indices into the flattened [B * T] of the positions that say the targets; None: each text
+    says one."""
     features: FeatureTargets | None = None
     """The teacher's features of the texts; None: nothing is matched."""
 
@@ -42,13 +46,21 @@ class ClassBatch:
     def nbytes(self) -> int:
         """Of all tensors."""
         features = 0 if self.features is None else self.features.nbytes
-        return sum(t.nbytes for t in self.inputs.values()) + self.targets.nbytes + features
+        places = 0 if self.said_at is None else self.said_at.nbytes
+        return sum(t.nbytes for t in self.inputs.values()) + self.targets.nbytes + places + features
 
     def to(self, device: torch.device) -> Self:
         """The same on another device."""
         inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
         features = None if self.features is None else self.features.to(device)
-        return replace(self, inputs=inputs, targets=self.targets.to(device), features=features)
+        places = None if self.said_at is None else self.said_at.to(device)
+        return replace(
+            self,
+            inputs=inputs,
+            targets=self.targets.to(device),
+            said_at=places,
+            features=features,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,19 +100,31 @@ class ClassPasses(Passes):
     def _batch(self, samples: Sequence[Sample], temperature: float | None) -> ClassBatch:
         highest = max(int(sample.token_ids.max()) for sample in samples)
         check_ids(highest, self.vocab_size, "a text has")
-        labels = [NO_LABEL if sample.label is None else sample.label for sample in samples]
-        targets = TargetBatch(labels=torch.tensor(labels))
+        labels = np.concatenate([self._labels(sample) for sample in samples])
+        targets = TargetBatch(labels=torch.from_numpy(labels))
         known = [sample.targets for sample in samples if sample.targets is not None]
         if known and temperature is not None:
             stored = torch.from_numpy(np.concatenate([one.logprobs for one in known]))
             # All classes are stored, so any temperature is exact: softmax(log t / T) = softmax(z / T).
             tempered = (stored / temperature).log_softmax(-1)
-            no_tail = torch.full((len(known),), -torch.inf)
+            no_tail = torch.full((len(stored),), -torch.inf)
             targets = replace(targets, logprobs=tempered, tail_logprob=no_tail)
         inputs = self.inputs.tensors([sample.token_ids for sample in samples])
         width = inputs["input_ids"].shape[1]
-        features = self.targets_of(samples, [row * width for row in range(len(samples))])
-        return ClassBatch(inputs=inputs, targets=targets, features=features)
+        starts = [row * width for row in range(len(samples))]
+        return ClassBatch(
+            inputs=inputs,
+            targets=targets,
+            said_at=self._said_at(samples, starts),
+            features=self.targets_of(samples, starts),
+        )
+
+    def _labels(self, sample: Sample) -> np.ndarray:
+        """[N] int64 gold classes of a text's targets, or `NO_LABEL`."""
+        return np.array([NO_LABEL if sample.label is None else sample.label], np.int64)
+
+    def _said_at(self, samples: Sequence[Sample], starts: Sequence[int]) -> Tensor | None:
+        """`ClassBatch.said_at` of texts that begin at these indices."""
 
     def positions(self, sample: Sample) -> np.ndarray:
         """All."""
@@ -109,12 +133,14 @@ class ClassPasses(Passes):
     def losses(
         self, model: nn.Module, batch: ClassBatch, *, aim: Aim, dtype: torch.dtype
     ) -> Distilled:
-        """Summed loss of the texts, weighted as `aim` says; one without a gold label has no cross-entropy."""
+        """Summed loss of the targets, weighted as `aim` says; one without a gold label has no cross-entropy."""
         labels = batch.targets.labels
         half = dtype == torch.bfloat16
         with torch.autocast(labels.device.type, dtype=torch.bfloat16, enabled=half):
             with showing(model, self.needs) as shown:
                 logits = class_logits(model, batch.inputs)
+        if batch.said_at is not None:
+            logits = logits.flatten(0, 1)[batch.said_at]
         # Where there is no label, class 0 stands in, and its cross-entropy is not counted.
         asked = replace(batch.targets, labels=labels.clamp_min(0))
         parts = logits_distillation(logits, asked, objective=aim.objective)
@@ -131,13 +157,26 @@ def training_passes(
     model: nn.Module, job: Job, *, teacher_dir: Path, lengths: Sequence[int], dtype: torch.dtype
 ) -> ClassPasses:
     """Texts share passes, unless the model says of one something else beside others."""
-    embeddings: Any = model
     inputs = Inputs.of(model, teacher_dir)
     company = class_company(model, inputs)
+    return passes_of(ClassPasses, model, job, inputs=inputs, company=company, lengths=lengths)
+
+
+def passes_of(
+    kind: type[ClassPasses],
+    model: nn.Module,
+    job: Job,
+    *,
+    inputs: Inputs,
+    company: Company,
+    lengths: Sequence[int],
+) -> ClassPasses:
+    """Passes of some kind over texts of these lengths, `company` having the say of which share one."""
+    embeddings: Any = model
     alone = not company.may_share(lengths)
     if alone:
         job.progress.say(f"each text gets a pass of its own in this student: {company.apart}")
-    return ClassPasses(
+    return kind(
         tokens_per_pass=job.train.tokens_per_pass,
         alone=alone,
         inputs=inputs,

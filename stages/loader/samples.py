@@ -4,7 +4,7 @@ Where the reading stands is a `Cursor`, four integers; from any of them the same
 torch here.
 """
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import pairwise, repeat
@@ -53,6 +53,8 @@ class Sample:
     """[N] at the positions that predict the spans' tokens, summing to 1; None: cross-entropy only."""
     label: int | None = None
     """Gold class of a labelled text; None: it has none."""
+    labels: np.ndarray | None = None
+    """[N] int32 gold class of each target, -1 where it has none; None: nowhere."""
     number: int = 0
     """Its place in the snapshot's own order."""
     features: FeatureSource | None = None
@@ -167,7 +169,7 @@ class Samples:
 
     def _reader(self) -> SnapshotReader:
         columns = ["token_ids", *self._span, *(("k", *LISTS) if self._soft else ())]
-        columns += ["label"] * self._label
+        columns += ["label", "labels"] * self._label
         return SnapshotReader(self._store, self.snapshot, columns, decode=self._decode)
 
     def _decode(self, rows: Rows, numbers: np.ndarray) -> list[Sample]:
@@ -178,15 +180,23 @@ class Samples:
         labels: Iterable[int | None] = (
             rows.values("label") if self._label else repeat(None, len(rows))
         )
+        of_targets = _lists(rows, "labels") if self._label else repeat(None, len(rows))
         samples = []
-        for edges, spans, target, label, number in zip(
-            pairwise(offsets), self._spans(rows), targets, labels, numbers.tolist(), strict=True
+        for edges, spans, target, label, each, number in zip(
+            pairwise(offsets),
+            self._spans(rows),
+            targets,
+            labels,
+            of_targets,
+            numbers.tolist(),
+            strict=True,
         ):
             sample = Sample(
                 token_ids=ids[slice(*edges)],
                 spans=spans,
                 targets=target,
                 label=label,
+                labels=each,
                 number=number,
                 features=self.features,
             )
@@ -201,6 +211,13 @@ class Samples:
         for row in np.flatnonzero(np.diff(edges)):
             found[row] = spans_of({"spans": several[edges[row] : edges[row + 1]]})
         return found
+
+
+def _lists(rows: Rows, name: str) -> Iterator[np.ndarray | None]:
+    """A list column, row by row; None where one is null."""
+    offsets, values = rows.flat(name)
+    for edges, there in zip(pairwise(offsets), rows.present(name), strict=True):
+        yield values[slice(*edges)] if there else None
 
 
 def steps(

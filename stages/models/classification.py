@@ -6,7 +6,7 @@ one text (or pair) with padding at its end.
 Letters: B texts, T tokens of the longest, C classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -18,8 +18,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from ...storage.errors import UsageError, answered
 from .attention.longest import Company, made_up
-from .classes import names_in
 from .fit.adapter import PREFIX
+from .fit.classes import names_in
 from .identity import Identity
 from .loading import ModelKind, adapter_on, placed
 from .rendering import segments
@@ -42,9 +42,14 @@ def load_teacher(identity: Identity, *, device_map: str | None = None) -> PreTra
         UsageError: the folder does not hold one; a head that transformers would have to make up is
             none.
     """
-    model, missing = of_classes(()).teacher(
-        identity, device_map=device_map, **_class_fields(identity)
-    )
+    return trained(of_classes(()), identity, device_map=device_map)
+
+
+def trained(
+    kind: ModelKind, identity: Identity, *, device_map: str | None = None
+) -> PreTrainedModel:
+    """`load_teacher` of any kind with a head over classes."""
+    model, missing = kind.teacher(identity, device_map=device_map, **_class_fields(identity))
     if identity.adapter is not None:
         with adapter_on(model, identity) as adapted:
             _refuse_unlike(adapted, identity, missing)
@@ -138,13 +143,22 @@ class Inputs:
 
 
 def class_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """[B, C] float32."""
+    """[B, C] float32; of a model with classes for each token [B, T, C]."""
     logits: Tensor = model(**inputs).logits
     return logits.float()
 
 
-def class_company(model: Any, inputs: Inputs) -> Company:
-    """Which texts may share a pass of a classifier, asked of its logits."""
+def class_company(
+    model: Any,
+    inputs: Inputs,
+    parted: Callable[[Tensor, Sequence[int]], list[Tensor]] = lambda logits, _: list(
+        logits.split(1)
+    ),
+) -> Company:
+    """Which texts may share a pass of a classifier, asked of its logits.
+
+    `parted`: from the logits of a pass and the tokens of its texts to those of each text [n, C].
+    """
     vocab_size = model.get_input_embeddings().num_embeddings
 
     def read(lengths: Sequence[int]) -> list[Tensor]:
@@ -153,6 +167,6 @@ def class_company(model: Any, inputs: Inputs) -> Company:
         other = (inputs.padding + 1) % vocab_size
         made = inputs.tensors([np.where(ids == inputs.padding, other, ids) for ids in texts])
         there = {name: tensor.to(model.device) for name, tensor in made.items()}
-        return list(class_logits(model, there).split(1))
+        return parted(class_logits(model, there), lengths)
 
     return Company(model, read)

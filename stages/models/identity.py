@@ -19,8 +19,8 @@ from ...storage.files.opening import open_files
 from ...storage.keys import canonical_json, content_id
 from ..recipe.run_folder import named_run, trained_student
 from ..recipe.tasks import TASKS
-from .classes import class_names
 from .fit.adapter import ADAPTER_CONFIG, adapter_classes
+from .fit.classes import class_names
 from .fit.config import UNLIMITED, config_facts
 from .fit.files import read_json
 from .fit.own_code import code_files

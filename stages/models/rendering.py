@@ -1,12 +1,13 @@
 """From a prompts row to token ids: the chat template, special tokens, given answers and windows of long text."""
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ...storage.errors import RowError, answered
+from ...storage.errors import RowError, UsageError, answered
 from ...storage.tables.conversations import conversation
 from ...storage.tables.spans import span_after, spans_before
 from .chat.bounds import shared
@@ -156,17 +157,44 @@ class Renderer:
         ids = np.asarray(found["input_ids"], np.int64)
         if not len(ids):
             raise RowError("empty", "the text has no tokens")
-        segment_ids = found.get("token_type_ids")
-        if (
-            segment_ids is not None
-            and list(segment_ids) != segments(ids, self.tokenizer.sep_token_id).tolist()
-        ):
+        self._refuse_other_segments(ids, found.get("token_type_ids"))
+        return ids.tolist(), whole - len(ids)
+
+    def word_ids(self, words: Sequence[str]) -> tuple[list[int], np.ndarray]:
+        """Token ids of a text that comes as words, with the special tokens; and the number of each token's word.
+
+        That number is -1 for a special token.
+
+        Raises:
+            UsageError: the tokenizer does not say which word a token is of.
+            RowError: it fails on the words, or their segments could not be told later on.
+        """
+        refuse_long(" ".join(words), why="a text whose words are classified is read whole")
+        if not self.tokenizer.is_fast:
+            raise UsageError(
+                f"data.format: the tokenizer ({type(self.tokenizer).__name__}) is a slow one, which does "
+                "not say which word a token is of. Use a model with a tokenizer.json, or make one: "
+                "AutoTokenizer.from_pretrained(...) and save_pretrained, where transformers can convert it."
+            )
+        try:
+            found = self.tokenizer(list(words), is_split_into_words=True)
+        except Exception as error:
+            raise RowError("unreadable", f"the tokenizer fails on these words: {error}") from error
+        ids = np.asarray(found["input_ids"], np.int64)
+        self._refuse_other_segments(ids, found.get("token_type_ids"))
+        of = [-1 if word is None else word for word in found.word_ids(0)]
+        return ids.tolist(), np.array(of, np.int64)
+
+    def _refuse_other_segments(self, ids: np.ndarray, segment_ids: Any) -> None:
+        """Raise RowError where a text's segments are not those that its tokens show."""
+        if segment_ids is None:
+            return
+        if list(segment_ids) != segments(ids, self.tokenizer.sep_token_id).tolist():
             raise RowError(
                 "unreadable",
                 f"its segments do not part at the first separator ({self.tokenizer.sep_token!r}): "
                 "a text holds that token itself, or the tokenizer joins pairs without it",
             )
-        return ids.tolist(), whole - len(ids)
 
     def windows(self, text: str, window_tokens: int) -> list[np.ndarray]:
         """A document cut into windows; each starts with the last token of the one before.

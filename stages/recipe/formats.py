@@ -1,6 +1,7 @@
 """The formats of records. To add one: a row here, and what its records become in `stages/data/formats.py`."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 
@@ -19,7 +20,11 @@ class Format:
     document: bool = False
     """Whether all of it is scored, in windows: it has no prompt."""
     labelled: bool = False
-    """Whether a text is classified as a whole: no token of it is predicted."""
+    """Whether classes are learnt, of the text or of its words: no token of it is predicted."""
+    words: bool = False
+    """Whether a text comes as a list of words, each with a class or none."""
+    other_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """What others call a column of ours."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -36,6 +41,7 @@ FORMATS = {
         optional=("tools", "system", "reference"),
         brings_text="perhaps",
         conversation=True,
+        other_names={"messages": ("conversations",)},
     ),
     "instruction": Format(
         required=("instruction",),
@@ -48,6 +54,14 @@ FORMATS = {
         optional=("text_pair", "label"),
         brings_text="always",
         labelled=True,
+    ),
+    "tagged": Format(
+        required=("words",),
+        optional=("labels",),
+        brings_text="always",
+        labelled=True,
+        words=True,
+        other_names={"words": ("tokens",), "labels": ("tags", "ner_tags")},
     ),
 }
 

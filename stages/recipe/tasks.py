@@ -2,7 +2,8 @@
 
 What needs torch is in one module per room that bears the task's name: `models/classification.py`,
 `score/classification.py`, `loader/classification.py`, `evaluate/classification.py`. So a new task
-is a line here and a module in each of these rooms.
+is a line here and a module in each of these rooms; with a head of its own, a line of `MODELS` and
+one in `storage/tables/heads.py` besides.
 """
 
 from collections.abc import Mapping
@@ -10,16 +11,53 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
+from ...storage.tables.heads import HEADS, Head
 from .formats import FORMATS
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Models:
+    """The models that have a head, as transformers knows them."""
+
+    table: str
+    """Of its classes by model type, without what all tables are called by."""
+    suffix: str
+    """What the names of these classes end in, and that of the one that chooses among them."""
+    use: str
+    """What such a model is, in words."""
+    words: str
+    """What a recipe is pointed to."""
+
+
+MODELS = {
+    "lm": Models(
+        table="CAUSAL_LM",
+        suffix="ForCausalLM",
+        use="a causal language model",
+        words="a causal language model",
+    ),
+    "classes": Models(
+        table="SEQUENCE_CLASSIFICATION",
+        suffix="ForSequenceClassification",
+        use="a text classifier",
+        words="a model that transformers loads for sequence classification",
+    ),
+    "token_classes": Models(
+        table="TOKEN_CLASSIFICATION",
+        suffix="ForTokenClassification",
+        use="a token classifier",
+        words="a model that transformers loads for token classification",
+    ),
+}
+"""By the heads of `storage/tables/heads.py`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
     """The facts of one task."""
 
-    head: Literal["lm", "classes"]
-    """What a teacher's distribution is over: its vocabulary, at each scored token; or its classes,
-    once a text."""
+    head: str
+    """What a teacher's distribution is over, and where: a row of `MODELS` and of `HEADS`."""
     formats: tuple[str, ...]
     """Values of `data.format`; the first is what a recipe with another one is pointed to."""
     targets: tuple[str, ...] = ()
@@ -34,19 +72,37 @@ class Task:
     """Of its models on the Hub, where it is called a pipeline tag or a task category."""
 
     @property
+    def structure(self) -> Head:
+        """What its rows of targets consist of."""
+        return HEADS[self.head]
+
+    @property
+    def models(self) -> Models:
+        """Which models it has."""
+        return MODELS[self.head]
+
+    @property
     def labelled(self) -> bool:
-        """Whether a text is read as a whole: one target, and a gold label or none. Else text is continued."""
-        return self.head == "classes"
+        """Whether targets are over classes, with a gold label or none each. Else text is continued."""
+        return self.structure.classes
 
 
-# Settings of text that is continued; a text that has one target is read as a whole, in a row of its
-# own.
+# Settings of text that is continued; one whose targets are classes is read as a whole, in a row of
+# its own.
 _OF_CONTINUED_TEXT = (
     "generate",
     "evaluate.generate",
     "data.chat_template_kwargs",
     "train.row_tokens",
 )
+
+
+def _not_of_classes(task: str) -> dict[str, str]:
+    """What a task whose targets are classes has no use for."""
+    return dict.fromkeys(_OF_CONTINUED_TEXT, f"has no meaning for {task}. Remove it") | {
+        "teacher.trust_remote_code": "no classifier's code is ever run. Use one whose class transformers has",
+    }
+
 
 TASKS: dict[str, Task] = {
     "causal_lm": Task(
@@ -61,12 +117,19 @@ TASKS: dict[str, Task] = {
         formats=("labelled",),
         targets=("full",),
         text_alone=False,
-        refused=dict.fromkeys(_OF_CONTINUED_TEXT, "has no meaning for classification. Remove it")
-        | {
-            "teacher.trust_remote_code": "no classifier's code is ever run. Use one whose class transformers has",
-        },
+        refused=_not_of_classes("classification"),
         unit="text",
         hub_name="text-classification",
+    ),
+    "token_classification": Task(
+        head="token_classes",
+        formats=("tagged",),
+        targets=("full",),
+        text_alone=False,
+        refused=_not_of_classes("token_classification")
+        | {"teacher.adapter": "no stage adds adapters to it yet. Merge it, and name the result"},
+        unit="word",
+        hub_name="token-classification",
     ),
 }
 
@@ -74,6 +137,11 @@ if TYPE_CHECKING:
     TaskName = str
 else:
     TaskName = Literal[tuple(TASKS)]
+
+
+def task_of(head: str) -> str:
+    """The first task whose models have this head: how they are loaded and read is the same in all."""
+    return next(name for name, task in TASKS.items() if task.head == head)
 
 
 def module_of(task: str, room: str) -> Any:

@@ -227,6 +227,7 @@ class Scorer:
             mantissa_bits=self._job.recipe.storage.mantissa_bits,
             settings=request.kept.columns(),
             label=request.label,
+            labels=request.labels,
         )
 
     def _feature_rows(self, request: TargetRequest, read: Read) -> Iterator[dict[str, Any]]:

@@ -10,8 +10,20 @@ tokens from index 2 on, 3 from index 6 on:
 
     spans [[2, 2], [6, 3]]: positions 1, 2, 5, 6, 7 predict the tokens 2, 3, 6, 7, 8
 
-Nothing else adds or subtracts one. A labelled text has one target and no shift
-(`class_span`). Works on numpy arrays and torch tensors alike.
+Nothing else adds or subtracts one. A labelled text has one target and no shift (`class_span`).
+
+Rows with a target at a token's own position have spans too, and no shift. By hand, three words, of
+which the second has two tokens; a word's class is said at its first token:
+
+    index              0      1     2     3       4     5
+    token_ids          [CLS]  EU    re    ##ject  it    [SEP]
+    targets of                EU    re            it
+    said at                   EU    re            it
+
+    spans [[1, 2], [4, 1]]: positions 1, 2, 4
+
+Which of the two a row has is its head's to say (`storage/tables/heads.py`). Works on numpy arrays and
+torch tensors alike.
 """
 
 from itertools import accumulate, pairwise
@@ -19,6 +31,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from ...storage.tables.heads import Head
 from ...storage.tables.spans import one_span, positions
 
 Array = TypeVar("Array", bound=Any)
@@ -42,6 +55,19 @@ def predicting_positions(spans: np.ndarray) -> np.ndarray:
     """
     assert spans[0, 0] >= 1, "the first token of a row has no position before it"
     return positions(spans) - 1
+
+
+def target_positions(spans: np.ndarray, head: Head) -> np.ndarray:
+    """[N] int64 positions at which a model with this head says the targets of the scored tokens, ascending."""
+    return predicting_positions(spans) if head.shifted else positions(spans)
+
+
+def spans_at(indices: np.ndarray) -> np.ndarray:
+    """[S, 2] the fewest spans that hold these tokens, which ascend: of 1, 2 and 4 [[1, 2], [4, 1]]."""
+    first = np.flatnonzero(np.diff(indices, prepend=indices[0] - 2) > 1)
+    tokens = np.diff(first, append=len(indices))
+    spans: np.ndarray = np.stack([indices[first], tokens], axis=1, dtype=np.int64)
+    return spans
 
 
 def parts_of(spans: np.ndarray) -> list[slice]:

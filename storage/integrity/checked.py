@@ -20,6 +20,7 @@ from ..files.base import user_cache
 from ..keys import content_id
 from ..snapshots.snapshot import Snapshot
 from ..store.store import Store
+from ..tables.heads import head_of
 from ..tables.rows import Rows
 from ..tables.schema import SCHEMAS, TableName
 from ..tables.shard import REPAIR, ShardFile, StoredFile
@@ -173,7 +174,7 @@ def check_about(table: TableName, about: Mapping[str, Any], *, where: str) -> No
             return
         integer(about["vocab_size"], least=1, most=2**31 - 1)
         integer(about["mantissa_bits"], least=1, most=EXACT_BITS)
-        if about.get("head") == "classes" and not all(map(string, about["class_names"])):
+        if head_of(about).classes and not all(map(string, about["class_names"])):
             raise ValueError("a class has no name")
 
 

@@ -38,12 +38,12 @@ _ANSWER = pa.field(
 _OF_SOME = {
     **{
         SCHEMAS["prompts"].field(n): f"p.{n}"
-        for n in ("message_fields", "tools", "completion_fields")
+        for n in ("message_fields", "tools", "completion_fields", "labels")
     },
     _ANSWER: "CASE WHEN t.spans IS NOT NULL THEN p.completion END",
 }
 OF_SOME = tuple(field.name for field in _OF_SOME)
-"""What plain prompts have none of: joined where a published row has one."""
+"""What plain prompts have none of: joined to a generation where a published row has one."""
 JOINED = pa.schema(
     [
         pa.field(
@@ -149,7 +149,11 @@ def published_columns(table: str, version: int, of_some: Collection[str]) -> lis
     return [
         field.name
         for field in PUBLISHED[table]
-        if (field.name in of_some if field.name in OF_SOME else since(field) <= version)
+        if (
+            field.name in of_some
+            if table == "generations" and field.name in OF_SOME
+            else since(field) <= version
+        )
     ]
 
 

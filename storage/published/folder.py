@@ -308,9 +308,11 @@ class Published(Store):
     def labels(self) -> int:
         """How many of the rows to train on have a gold label."""
         rows = self._rows(self.table)
-        if "label" not in rows.file(0).schema.names:
+        names = [n for n in ("label", "labels") if n in rows.file(0).schema.names]
+        if not names:
             return 0
-        there = rows.columns(["label"])["label"].is_valid().to_numpy()
+        found = rows.columns(names)
+        there = np.any([found[name].is_valid().to_numpy() for name in names], axis=0)
         return int((there & ~self._held_out()).sum())
 
     def _held_out(self) -> np.ndarray:

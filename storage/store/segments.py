@@ -29,7 +29,7 @@ SEGMENT = 256
 _READERS = 8  # shards read side by side: on an object store each is a few round trips
 
 INDEXED: dict[TableName, tuple[str, ...]] = {
-    "prompts": ("key", "prompt_key", "label"),
+    "prompts": ("key", "prompt_key", "label", "labels"),
     "generations": (
         "key",
         "prompt_key",

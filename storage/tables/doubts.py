@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from .heads import head_of
 from .invariants import aligned_targets, outcomes
 from .kinds import STRUCTURES
 from .soft_targets import SoftTargets
@@ -94,11 +95,13 @@ def _tokens_there(
     row: Mapping[str, Any], targets: SoftTargets, about: Mapping[str, Any]
 ) -> np.ndarray:
     """[N] the outcomes that `token_logprob` speaks of."""
-    if about.get("head") != "classes":
+    head = head_of(about)
+    if not head.classes:
         tokens: np.ndarray = row["token_ids"][positions(spans_of(row))]
         return tokens
-    labels = np.atleast_1d(-1 if row.get("label") is None else row["label"])
-    # The best stands in where a text has no label.
+    label = row.get("label" if head.whole_text else "labels")
+    labels = np.full(len(targets.entropy), -1) if label is None else np.atleast_1d(label)
+    # The best stands in where there is no label.
     return np.where(labels < 0, targets.probabilities.argmax(axis=1), labels)
 
 

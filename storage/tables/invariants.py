@@ -12,6 +12,7 @@ import numpy as np
 
 from ..errors import IntegrityError
 from .features import check_features
+from .heads import head_of
 from .kinds import STRUCTURES
 from .rows import Rows
 from .schema import FLOATS, TableName
@@ -38,7 +39,8 @@ def check_shape(table: TableName, row: Mapping[str, Any], about: Mapping[str, An
         prompt, completion = row["prompt_tokens"], row["completion_tokens"]
         total = len(row["token_ids"])
         if row.get("spans") is not None:
-            check_spans(spans_of(row), total, "generations row")
+            first = head_of(about).first_scored
+            check_spans(spans_of(row), total, "generations row", first=first)
         if prompt < 0 or completion < 0 or prompt + completion != total:
             raise IntegrityError(
                 f"generations row: {prompt} prompt tokens and {completion} completion tokens are "
@@ -53,13 +55,14 @@ def aligned_targets(
 
     `joined`: it is the long row of a `Run`; where the spans of each may lie was looked at before.
     """
-    k = row["k"]
-    if joined:
-        pass
-    elif about.get("head") == "classes":
-        _check_classes(row, about["class_names"])
-    else:
-        _check_spans(row)
+    k, head = row["k"], head_of(about)
+    if not joined:
+        if head.whole_text:
+            _check_whole_text(row)
+        else:
+            _check_spans(row, first=head.first_scored)
+        if head.classes:
+            _check_classes(row, about["class_names"])
     _kind_columns(row)
     if STRUCTURES[row["kind"]].whole and k != outcomes(about):
         raise IntegrityError(
@@ -77,10 +80,10 @@ def aligned_targets(
     return targets
 
 
-def _check_spans(row: Mapping[str, Any]) -> None:
+def _check_spans(row: Mapping[str, Any], *, first: int) -> None:
     """The spans fit the row, and `span_start` and `span_tokens` say the same as they."""
     spans = spans_of(row)
-    check_spans(spans, len(row["token_ids"]), "soft_targets row")
+    check_spans(spans, len(row["token_ids"]), "soft_targets row", first=first)
     found = row["span_start"], row["span_tokens"]
     expected = int(spans[0, 0]), int(spans[:, 1].sum())
     if found != expected:
@@ -119,13 +122,13 @@ def _refuse_nan(row: Mapping[str, Any]) -> None:
 
 def outcomes(about: Mapping[str, Any]) -> int:
     """What a distribution is over: ids of the vocabulary, or classes."""
-    if about.get("head") == "classes":
+    if head_of(about).classes:
         return len(about["class_names"])
     return int(about["vocab_size"])
 
 
-def _check_classes(row: Mapping[str, Any], names: Sequence[str]) -> None:
-    """A text that is classified has one target over all classes, at its last token, and a gold label or none."""
+def _check_whole_text(row: Mapping[str, Any]) -> None:
+    """A text that is classified has one target, at its last token."""
     spans = None if row.get("spans") is None else list(row["spans"])
     found = row["span_start"], row["span_tokens"], row["kind"], spans
     expected = len(row["token_ids"]) - 1, 1, "full", None
@@ -135,11 +138,22 @@ def _check_classes(row: Mapping[str, Any], names: Sequence[str]) -> None:
             f"{expected}: where texts are classified, each has one target over all classes, at "
             "its last token."
         )
-    label = row.get("label")
-    if label is not None and not 0 <= label < len(names):
+
+
+def _check_classes(row: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Targets over classes are whole, and gold labels are some of them: one of a text, or one a target (-1: none)."""
+    if row["kind"] != "full":
         raise IntegrityError(
-            f"soft_targets row: label {label}, expected 0 to {len(names) - 1} ({', '.join(names)})."
+            f"soft_targets row: kind {row['kind']!r} over classes, expected 'full'."
         )
+    labels = [] if row.get("labels") is None else row["labels"]
+    found = [label for label in np.unique(labels).tolist() if label != -1]
+    found += [] if row.get("label") is None else [row["label"]]
+    for label in found:
+        if not 0 <= label < len(names):
+            raise IntegrityError(
+                f"soft_targets row: label {label}, expected 0 to {len(names) - 1} ({', '.join(names)})."
+            )
 
 
 def _kind_columns(row: Mapping[str, Any]) -> None:
@@ -274,23 +288,31 @@ def _joinable(rows: Rows, spans: _Spans, about: Mapping[str, Any]) -> np.ndarray
     fits = aligned(rows, n, k) & (n >= 1) & (k >= 1)
     for name in ("labels", "tail_bound"):
         fits &= ~rows.present(name) | (np.diff(rows.flat(name)[0]) == n)
-    total = np.diff(rows.flat("token_ids")[0])
-    if about.get("head") == "classes":
-        label = rows.filled("label", 0)
+    total, head = np.diff(rows.flat("token_ids")[0]), head_of(about)
+    if head.classes:
+        fits &= _known_labels(rows, len(about["class_names"]))
+    if head.whole_text:
         at_end = (rows.numbers("span_start") == total - 1) & (n == 1) & ~rows.present("spans")
-        known = (label >= 0) & (label < len(about["class_names"]))
-        return np.asarray(fits & at_end & known)
+        return np.asarray(fits & at_end)
     counts, ends = np.diff(spans.edges), spans.starts + spans.tokens
     row = np.repeat(np.arange(len(rows)), counts)
-    before = np.concatenate([[1], ends[:-1]])[: len(ends)]
+    before = np.concatenate([[head.first_scored], ends[:-1]])[: len(ends)]
     first = spans.edges[:-1][counts > 0]
-    before[first] = 1
+    before[first] = head.first_scored
     off = (spans.tokens < 1) | (spans.starts < before) | (ends > total[row])
     fits &= (counts > 0) & (np.bincount(row, off, len(rows)) == 0)
     fits &= np.bincount(row, spans.tokens, len(rows)) == n
     begins = np.append(spans.starts, 0)[spans.edges[:-1]]
     fits &= begins == rows.numbers("span_start")
     return np.asarray(fits & (np.diff(rows.flat("spans")[0]) % 2 == 0))
+
+
+def _known_labels(rows: Rows, classes: int) -> np.ndarray:
+    """[R] whether a row's gold labels are classes; -1 among those of its targets is none."""
+    label = rows.filled("label", 0)
+    edges, labels = rows.flat("labels")
+    wrong = np.concatenate([[0], np.cumsum((labels < -1) | (labels >= classes))])
+    return np.asarray((label >= 0) & (label < classes) & (np.diff(wrong[edges]) == 0))
 
 
 def _long_row(

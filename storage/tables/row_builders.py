@@ -112,6 +112,7 @@ def target_row(
     mantissa_bits: int,
     settings: Mapping[str, Any],
     label: int | None = None,
+    labels: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """A row of `soft_targets`: a target for each scored token.
 
@@ -131,6 +132,7 @@ def target_row(
         "spans": None if len(spans) == 1 else flat(spans),
         "text_key": text_key(token_ids),
         "label": label,
+        "labels": labels,
     }
     # The settings come last: `k` of a ragged kind is its limit, not the widest position's entries.
     return {**names, **targets.columns(mantissa_bits), **settings}

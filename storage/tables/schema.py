@@ -52,11 +52,12 @@ SCHEMAS: dict[TableName, pa.Schema] = {
         [
             _field("key", KEY, "hash of the whole row's content"),
             _field("prompt_key", KEY, "hash of the prompt part alone; chooses the split"),
+            _field("format", pa.string(), "of the record: text, prompt, completion, messages, ..."),
             _field(
-                "format", pa.string(), "text, prompt, completion, messages, instruction or labelled"
-            ),
-            _field(
-                "text", pa.string(), "the prompt or the document; null for messages", nullable=True
+                "text",
+                pa.string(),
+                "the prompt or the document; tagged: its words, a JSON list; null for messages",
+                nullable=True,
             ),
             _field("text_pair", pa.string(), "second text of a labelled pair", nullable=True),
             _field(
@@ -108,7 +109,7 @@ SCHEMAS: dict[TableName, pa.Schema] = {
             _field(
                 "tokens_key",
                 KEY,
-                "hash of the token ids, where scoring starts, and the label of a labelled text",
+                "hash of the token ids, where scoring starts, and the labels that go with them",
             ),
             _field("token_ids", TOKENS, "prompt then completion, special tokens included"),
             _field(
@@ -154,7 +155,7 @@ SCHEMAS: dict[TableName, pa.Schema] = {
             _field(
                 "tokens_key",
                 KEY,
-                "hash of the token ids, where scoring starts, and the label of a labelled text",
+                "hash of the token ids, where scoring starts, and the labels that go with them",
             ),
             _field("generation_key", KEY, "key of the generations row that asked for it first"),
             _field("prompt_key", KEY, "the prompt's hash"),

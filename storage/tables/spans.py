@@ -83,16 +83,18 @@ def scored_tokens(rows: pa.Table) -> np.ndarray:
     return scored
 
 
-def check_spans(spans: np.ndarray, total_tokens: int, what: str) -> None:
-    """Refuse spans that are empty, overlap, start at the first token or leave the row.
+def check_spans(spans: np.ndarray, total_tokens: int, what: str, *, first: int = 1) -> None:
+    """Refuse spans that are empty, overlap, start too early or leave the row.
+
+    `first`: index of the first token that may be scored (`Head.first_scored`).
 
     Raises:
         IntegrityError: they do; `what` is the row, for the message.
     """
     starts, tokens = spans[:, 0], spans[:, 1]
     ends = starts + tokens
-    # Where each may start: nothing predicts the first token, and spans do not overlap.
-    before = np.concatenate([[1], ends[:-1]])
+    # Where each may start: spans do not overlap.
+    before = np.concatenate([[first], ends[:-1]])
     off = np.flatnonzero((tokens < 1) | (starts < before) | (ends > total_tokens))
     wrong = None if len(spans) else "there is none"
     if len(off):
@@ -106,6 +108,8 @@ def check_spans(spans: np.ndarray, total_tokens: int, what: str) -> None:
     if wrong is not None:
         raise IntegrityError(
             f"{what}: of its spans (start, tokens) {spans.tolist()}, {wrong}. Spans have tokens, "
-            "ascend, do not overlap, start at 1 or later, because position t predicts token "
-            "t + 1, and end within the row."
+            f"ascend, do not overlap, {_STARTS[first]}and end within the row."
         )
+
+
+_STARTS = {0: "", 1: "start at 1 or later, because position t predicts token t + 1, "}

@@ -387,3 +387,12 @@ def test_the_bench_of_sizes_runs() -> None:
     assert {name for name, row in found.items() if row["codes"] == [2]} == refused
     assert {row["codes"][-1] for name, row in found.items() if name not in refused} == {0}
     assert all(row["right"] for row in found.values())
+
+
+@pytest.mark.slow
+def test_the_comparison_of_token_types_runs(tmp_path: Path) -> None:
+    outcome, _ = bench("token_types", tmp_path, "--tiny", "--seeds", "0")
+    assert set(outcome["results"]) == {"teacher", "labels alone", "distilled"}
+    for numbers in outcome["results"].values():
+        assert 0 <= numbers["entity_f1"][0] <= 1
+    assert outcome["results"]["teacher"]["kl_teacher"][0] == 0

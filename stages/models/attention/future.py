@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ....storage.errors import UsageError, answered
 from ..device import evaluating
-from ..fit.ahead import reads_ahead, refusal
+from ..fit.uses import reads_ahead, refusal
 from ..reads import context_of
 
 TOKENS = 16

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ....storage.errors import UsageError
-from ...recipe.tasks import TASKS
-from ..classes import HEAD, class_names
+from ...recipe.tasks import MODELS, TASKS
+from .classes import class_names
 from .files import read_json
 from .light import class_names_of, light_transformers
 from .tensors import StoredTensor, stored_tensors
@@ -26,6 +26,7 @@ _OF_CLASSES = "SEQ_CLS"
 _PEFT_TASKS = {"lm": "CAUSAL_LM", "classes": _OF_CLASSES}
 """Head of a task -> what PEFT calls the task."""
 _ABOUT_CLASSES = ("id2label", "label2id", "problem_type", "pad_token_id")
+_HEAD = MODELS["classes"].suffix
 _OUTPUTS = ("classifier", "score", "out_proj")
 """How heads call the layer that has a row for each class."""
 
@@ -104,7 +105,7 @@ def refuse_adapter(adapter: Path, base: Path, *, task: str, name: str) -> None:
         raise UsageError(
             f"{FIELD}: {adapter} has no classification head, and {name} has none either (its "
             "config.json names no class that ends in "
-            f"{HEAD}). Train the adapter with task_type {_OF_CLASSES}, which saves the head with it "
+            f"{_HEAD}). Train the adapter with task_type {_OF_CLASSES}, which saves the head with it "
             "(modules_to_save)."
         )
 
@@ -136,7 +137,7 @@ def _named_beside(adapter: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     said = read_json(path, FIELD)
-    names = class_names(said | {"architectures": [HEAD]})
+    names = class_names(said | {"architectures": [_HEAD]})
     found = {name: said[name] for name in _ABOUT_CLASSES if said.get(name) is not None}
     return found | {
         "id2label": {str(index): label for index, label in enumerate(names)},
@@ -147,7 +148,8 @@ def _named_beside(adapter: Path) -> dict[str, Any]:
 def _class_of(config: Mapping[str, Any]) -> str:
     """The class of transformers that classifies with a base of this type."""
     with light_transformers():
-        found = class_names_of("SEQUENCE_CLASSIFICATION").get(str(config.get("model_type")), HEAD)
+        table = class_names_of(MODELS["classes"].table)
+        found = table.get(str(config.get("model_type")), _HEAD)
     return found if isinstance(found, str) else found[0]
 
 

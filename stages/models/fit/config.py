@@ -10,11 +10,10 @@ from functools import cache
 from typing import Any
 
 from ....storage.errors import UsageError, answered
-from .ahead import reads_ahead
 from .light import config_classes, knows, light_transformers, version
 from .own_code import NEVER_RUN, asks_for_code, said_of_text
 from .parts import text_config
-from .uses import heads_of, use_of
+from .uses import heads_of, reads_ahead, use_of
 
 UNLIMITED = 2**31 - 1
 """Tokens that a model reads at once where its config names no limit."""

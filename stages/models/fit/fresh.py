@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from ....storage.errors import UsageError, answered
-from ...recipe.tasks import TASKS
-from .ahead import reads_ahead, refusal
+from ...recipe.tasks import MODELS, TASKS
 from .config import loaded_config
 from .files import read_json
 from .light import config_classes, knows, light_transformers
-from .misfits import WANTED, refuse_special_without_row, refuse_token_without_row, special_ids
+from .misfits import refuse_special_without_row, refuse_token_without_row, special_ids
 from .parts import text_config
 from .teacher_layers import COUNT, of_layers, refuse_other_architecture
-from .uses import heads_of, use_of
+from .uses import heads_of, reads_ahead, refusal, use_of
 
 _FIELD = "student.config"
 # What a student shares with its teacher whatever its architecture: the ids, and what some mean.
@@ -112,5 +111,5 @@ def _refuse_other_kind(config: Any, task: str) -> None:
     if head not in heads_of({}, config):
         raise UsageError(
             f"{_FIELD}.model_type: {config.model_type} is {use_of({}, config)}, and run.task {task} "
-            f"distils another kind. Use {WANTED[head]}."
+            f"distils another kind. Use {MODELS[head].words}."
         )

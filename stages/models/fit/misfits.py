@@ -5,18 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from ....storage.errors import UsageError
-from ...recipe.tasks import TASKS
-from .ahead import refusal
+from ...recipe.tasks import MODELS, TASKS, task_of
 from .config import ConfigFacts, config_facts
 from .files import read_json
 from .tensors import stored_tensors
 from .token_ids import highest_id
-from .uses import CLASSIFIER
+from .uses import refusal
 
-WANTED = {
-    "lm": "a causal language model",
-    "classes": "a model that transformers loads for sequence classification",
-}
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Where the families keep the table of token embeddings; a name ends so.
 _EMBEDDINGS = tuple(
@@ -51,10 +46,11 @@ def refuse_misfit(
     facts = config_facts(raw, where=where, trusted=trusted)
     head = TASKS[task].head
     if head not in facts.heads:
-        other = "Set run.task to classification, or use" if facts.use == CLASSIFIER else "Use"
+        fitting = [task_of(name) for name, models in MODELS.items() if models.use == facts.use]
+        other = f"Set run.task to {fitting[0]}, or use" if fitting else "Use"
         raise UsageError(
             f"{where} is {facts.use} ({facts.model_type}), which run.task {task} cannot distil. "
-            f"{other} {WANTED[head]}."
+            f"{other} {MODELS[head].words}."
         )
     if head == "lm" and facts.ahead is not None:
         raise UsageError(refusal(where, f"its config says {facts.ahead}"))

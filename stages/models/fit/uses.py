@@ -1,4 +1,4 @@
-"""What kind of model a config describes, by transformers' tables: it continues texts, classifies them, or else.
+"""What kind of model a config describes, by transformers' tables, and whether it sees the future.
 
 To be called inside `light_transformers`, as the tables are asked.
 """
@@ -6,9 +6,10 @@ To be called inside `light_transformers`, as the tables are asked.
 from collections.abc import Mapping
 from typing import Any
 
+from ...recipe.tasks import MODELS
 from .light import all_class_names, class_names_of
+from .parts import text_config
 
-CLASSIFIER = "a text classifier"
 # What a kind is called, and the tables that list it; the first that has a model's class names it,
 # else the first that has its type.
 _KINDS = (
@@ -26,8 +27,7 @@ _KINDS = (
     ),
     ("an encoder-decoder", "SEQ_TO_SEQ_CAUSAL_LM"),
     ("a masked language model", "MASKED_LM"),
-    (CLASSIFIER, "SEQUENCE_CLASSIFICATION"),
-    ("a token classifier", "TOKEN_CLASSIFICATION"),
+    *((MODELS[head].use, MODELS[head].table) for head in ("classes", "token_classes")),
     ("a model that finds answers in a text", "QUESTION_ANSWERING TABLE_QUESTION_ANSWERING"),
     ("a multiple-choice model", "MULTIPLE_CHOICE NEXT_SENTENCE_PREDICTION"),
     (
@@ -45,8 +45,11 @@ _WITH_TEXT_INSIDE = ("a model of images and text",)
 def heads_of(raw: Mapping[str, Any], config: Any) -> tuple[str, ...]:
     """Of which tasks' heads (`Task.head`) a model has one, or may get one."""
     found = ["lm"] if _continues_text(raw, config) else []
-    if config.model_type in class_names_of("SEQUENCE_CLASSIFICATION"):
-        found.append("classes")
+    found += [
+        head
+        for head, models in MODELS.items()
+        if head != "lm" and config.model_type in class_names_of(models.table)
+    ]
     return tuple(found)
 
 
@@ -55,7 +58,7 @@ def use_of(raw: Mapping[str, Any], config: Any) -> str:
     kind = config.model_type
     if _named(raw) & _classes(kind, "CAUSAL_LM"):
         if reads_one_way(config):
-            return "a causal language model"
+            return MODELS["lm"].use
         return "a model that sees later tokens unless is_decoder is set"
     by_type = (name for name, tables in _KINDS if any(_classes(kind, t) for t in tables.split()))
     return _kind_by_class(raw) or next(by_type, "no language model that transformers knows")
@@ -109,3 +112,32 @@ def _classes(kind: str, use: str) -> set[str]:
 
 def _as_set(names: str | tuple[str, ...]) -> set[str]:
     return {names} if isinstance(names, str) else set(names)
+
+
+def reads_ahead(config: Any) -> str | None:
+    """The field of a config that makes its model see the future, as `name: value`; None: none is known to.
+
+    Args:
+        config: Of transformers, or anything with its attributes. No weights, no torch.
+    """
+    for part in (config, text_config(config)):
+        found = {name: getattr(part, name, None) for name in ("is_causal", "causal", "is_decoder")}
+        if found["is_causal"] is False:
+            return "is_causal: false"
+        if found["causal"] is False:
+            return "causal: false"
+        if found["is_decoder"] is False and not reads_one_way(part):
+            return "is_decoder: false"
+        # "vision": between the patches of an image, of which there are none here.
+        if getattr(part, "use_bidirectional_attention", None) in (True, "all"):
+            return "use_bidirectional_attention: true"
+    return None
+
+
+def refusal(name: str, found: str) -> str:
+    """What is said of a model that sees the future, and what shows it."""
+    return (
+        f"{name}: sees the future ({found}), expected a causal language model, whose answer depends "
+        "on the tokens so far alone. Use another model, or a config that makes this one causal if "
+        "it was trained so."
+    )

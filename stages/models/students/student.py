@@ -17,7 +17,7 @@ from transformers import (
 from ....storage.errors import answered
 from ...recipe.sections import Recipe
 from ...recipe.stages import needed
-from ..classes import refuse_other_classes
+from ..fit.classes import refuse_other_classes
 from ..fit.fresh import fresh_config
 from ..fit.same_tokenizer import refuse_other_tokenizer
 from ..head import backbone

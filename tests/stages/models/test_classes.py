@@ -12,7 +12,7 @@ from tiny_models import CLASSES, save_tiny_bert
 from transformers import AutoModelForSequenceClassification
 
 from stillroom.pipeline.plan.plan import make_plan
-from stillroom.stages.models.classes import label_index
+from stillroom.stages.models.fit.classes import label_index
 from stillroom.stages.recipe.checks.together import check_together
 from stillroom.stages.recipe.sections import Recipe
 from stillroom.storage.errors import RowError, UsageError

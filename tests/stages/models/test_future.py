@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from stillroom.stages.models.attention.future import check_causal
-from stillroom.stages.models.fit.ahead import reads_ahead
+from stillroom.stages.models.fit.uses import reads_ahead
 from stillroom.storage.errors import UsageError
 
 pytestmark = pytest.mark.numeric

@@ -10,6 +10,7 @@ from kit import prompts, recipe_tree, write_jsonl
 from planting import rows_of
 from tiny_jobs import done_until_score
 from tiny_llama import save_tiny_llama
+from tiny_words import Words, save_tiny_tagger, tagged
 
 from stillroom.pipeline.plan.plan import make_plan
 from stillroom.stages.ledger.features import find_embeddings
@@ -84,4 +85,24 @@ def test_killed_at_every_step_companions_end_whole(tmp_path: Path) -> None:
     assert sorted(found) == sorted((text, *name) for text in trained for name in names)
     assert len(matrices_of(recipe)) == 1
     assert find_embeddings(store, plan.bound.binding.teacher_id, 16) is not None
+    assert verify(store).ok
+
+
+@pytest.mark.slow
+def test_killed_at_every_step_targets_of_words_end_whole(tmp_path: Path) -> None:
+    rows = tagged(20)
+    world = Words(tmp_path, save_tiny_tagger(tmp_path / "teacher"), rows)
+    recipe = world.changed(storage={"dir": str(tmp_path / "store"), "commit_rows": 4})
+    kills, code = 0, -9
+    while code == -9:
+        code = score_until(recipe, 2 + kills % 4, after=kills % 2 == 0)
+        kills += code == -9
+        assert kills < 40, "nothing goes on"
+    assert (code, kills > 2) == (0, True)
+    store = Store.open(tmp_path / "store")
+    assert make_plan(recipe).line("score").state == "done"
+    found = rows_of(store)
+    assert len({row["key"] for row in found}) == len(found) == 20
+    labels = [row["labels"] for row in found if row["labels"] is not None]
+    assert sum(map(len, labels)) == sum(len(row.get("labels", ())) for row in rows)
     assert verify(store).ok

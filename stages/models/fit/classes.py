@@ -7,26 +7,34 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...storage.errors import RowError, UsageError
-from ..recipe.sections import Recipe
-from ..recipe.stages import needed
-from ..recipe.tasks import TASKS
-from .fit.files import read_json
+from ....storage.errors import RowError, UsageError
+from ....storage.tables.heads import HEADS
+from ...recipe.sections import Recipe
+from ...recipe.stages import needed
+from ...recipe.tasks import MODELS, TASKS, task_of
+from .files import read_json
 
-HEAD = "ForSequenceClassification"
 NO_LABEL = -1
 """In place of a gold label where a row has none; Parquet holds null."""
 
 
 def class_names(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of the classes of a model with this config.json, in the order of its logits; none if it has no such head.
+    """Names of the classes of a model with this config.json, in the order of its logits; none if its head has none.
 
     transformers leaves out what is its default: two classes, LABEL_0 and LABEL_1.
     """
-    if not any(str(name).endswith(HEAD) for name in config.get("architectures") or ()):
+    if head_over_classes(config) is None:
         return ()
     named = config.get("id2label") or {i: f"LABEL_{i}" for i in range(config.get("num_labels", 2))}
     return tuple(str(named[index]) for index in sorted(named, key=int))
+
+
+def head_over_classes(config: Mapping[str, Any]) -> str | None:
+    """Which of the heads over classes a model with this config.json has (`Task.head`); None: none of them."""
+    names = [str(name) for name in config.get("architectures") or ()]
+    over_classes = [head for head in MODELS if HEADS[head].classes]
+    fitting = (h for h in over_classes if any(n.endswith(MODELS[h].suffix) for n in names))
+    return next(fitting, None)
 
 
 def names_in(folder: Path, field: str = "teacher.model") -> tuple[str, ...]:
@@ -85,23 +93,26 @@ def _whole(value: Any) -> int | None:
         return None
 
 
-def refuse_without_head(config: Mapping[str, Any], model: str) -> None:
+def refuse_without_head(config: Mapping[str, Any], model: str, head: str) -> None:
     """Refuse a teacher whose classes were never trained: transformers would give it random ones.
 
     Args:
         config: Of the teacher, with what its adapter says of classes.
         model: As the recipe names it.
+        head: That the task asks for (`Task.head`).
 
     Raises:
-        UsageError: no classification head, or one that is not softmax over two classes or more.
+        UsageError: no such head, or one that is not softmax over two classes or more.
     """
-    names = class_names(config)
+    names, has, asked = class_names(config), head_over_classes(config), MODELS[head]
     found = ", ".join(config.get("architectures") or ()) or "no architecture"
-    if not names:
+    if has != head:
+        what = asked.table.lower().replace("sequence_", "").replace("_", " ")
+        other = "" if has is None else f", or set run.task to {task_of(has)}"
         raise UsageError(
-            f"teacher.model: {model} has no classification head (config.json names {found}, "
-            f"expected one that ends in {HEAD}). Fine-tune it on labelled rows first, and name "
-            "the folder of the result."
+            f"teacher.model: {model} has no {what} head (config.json names {found}, "
+            f"expected one that ends in {asked.suffix}). Fine-tune it on labelled rows first, and "
+            f"name the folder of the result{other}."
         )
     kind = config.get("problem_type") or "single_label_classification"
     if len(names) < 2 or kind != "single_label_classification":
@@ -118,8 +129,9 @@ def refuse_other_head(recipe: Recipe, config: Mapping[str, Any]) -> None:
     Raises:
         UsageError: it has none, or some that are not softmax over two or more.
     """
-    if TASKS[recipe.run.task].labelled:
-        refuse_without_head(config, recipe.teacher.model)
+    task = TASKS[recipe.run.task]
+    if task.labelled:
+        refuse_without_head(config, recipe.teacher.model, task.head)
 
 
 def refuse_other_classes(recipe: Recipe, folder: Path | None, names: Sequence[str]) -> None:
@@ -135,13 +147,14 @@ def refuse_other_classes(recipe: Recipe, folder: Path | None, names: Sequence[st
     """
     if not names:
         return
-    student = needed(recipe.student, "student")
+    student, head = needed(recipe.student, "student"), TASKS[recipe.run.task].head
     if folder is not None:
         found, where = names_in(folder, "student.model"), f"student.model: {student.model}"
+        _refuse_other_kind(folder, where, head)
     else:
         overrides = student.config or {}
         given = {"id2label", "num_labels"} & overrides.keys()
-        found = class_names({"architectures": [HEAD]} | overrides) if given else ()
+        found = class_names({"architectures": [MODELS[head].suffix]} | overrides) if given else ()
         where = "student.config"
     if not found:  # a body without this head gets a new one, of the teacher's classes
         return
@@ -152,4 +165,14 @@ def refuse_other_classes(recipe: Recipe, folder: Path | None, names: Sequence[st
             f"{where} has {len(found)} classes ({', '.join(found)}), the teacher {how} "
             f"({', '.join(names)}). A student learns the teacher's classes one by one: take one "
             "with the same, or one without a classification head."
+        )
+
+
+def _refuse_other_kind(folder: Path, where: str, head: str) -> None:
+    """Refuse a student with trained classes of another kind: its head would be taken for one of this kind."""
+    has = head_over_classes(read_json(folder / "config.json", "student.model"))
+    if has not in (None, head):
+        raise UsageError(
+            f"{where} is {MODELS[str(has)].use}, expected {MODELS[head].words}, or one without a "
+            f"classification head. Use one of these, or set run.task to {task_of(str(has))}."
         )

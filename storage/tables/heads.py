@@ -1,0 +1,48 @@
+"""The heads of teachers: what a target is over, which tokens a row has targets of, at which position each is said.
+
+A shard names its head; one row each. Which models have it: `stages/recipe/tasks.py`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import IntegrityError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Head:
+    """What the rows of one head consist of."""
+
+    classes: bool = False
+    """A target is over the classes that the shard names; else over the vocabulary."""
+    whole_text: bool = False
+    """A row has one target, of the text as a whole, at its last token; else one for each token of its
+    spans."""
+    shifted: bool = False
+    """A token's target is said at the position before it, where the token is not read yet; else at its
+    own."""
+
+    @property
+    def first_scored(self) -> int:
+        """Index of the first token that may have a target: nothing predicts the first of a text."""
+        return 1 if self.shifted else 0
+
+
+HEADS = {
+    "lm": Head(shifted=True),
+    "classes": Head(classes=True, whole_text=True),
+    "token_classes": Head(classes=True),
+}
+
+
+def head_of(about: Mapping[str, Any]) -> Head:
+    """Of a shard, by what it says of itself.
+
+    Raises:
+        IntegrityError: this version knows no such head.
+    """
+    name = about.get("head", "lm")
+    if not isinstance(name, str) or name not in HEADS:
+        raise IntegrityError(f"head {name!r}, expected one of {', '.join(HEADS)}.")
+    return HEADS[name]

@@ -1,6 +1,7 @@
 """A causal teacher with its texts and some of its features, for trainings that match them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +90,17 @@ def trained(job: Job) -> dict[str, Any]:
 
 def losses_of(job: Job) -> list[float]:
     return [point["loss"] for point in trained(job)["history"]]
+
+
+def assert_baseline_is_as_without(
+    causal: Causal, folder: Path, asked: list[dict[str, Any]]
+) -> None:
+    """The baseline of a student that matches these reads none of them: the same start, order, tokens and losses."""
+    found = []
+    for name, features in (("with", asked), ("without", [])):
+        more = {"loss": {"features": features}, "evaluate": {"baseline": True}}
+        job = causal.job(folder / name, train={"epochs": 1}, **more)
+        found.append(trained(replace(job, arm="baseline"))["history"])
+        assert not (folder / name / "features").exists()
+    assert found[0] == found[1]
+    assert not any("features" in point for point in found[0])

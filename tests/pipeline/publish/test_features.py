@@ -33,9 +33,17 @@ from stillroom.storage.tables.features import Rounded
 FEATURES = [
     {"what": "hidden", "layers": [0, 1]},
     {"what": "hidden", "layers": [2], "bits": 16},
+    {"what": "queries", "layers": [1]},
+    {"what": "keys", "layers": [1]},
     {"what": "embeddings"},
 ]
-LOSS = {"features": [{"match": "hidden", "layers": {1: 0}}, {"match": "embeddings"}]}
+LOSS = {
+    "features": [
+        *({"match": match, "layers": {1: 0}} for match in ("hidden", "attention")),
+        {"match": "embeddings"},
+    ]
+}
+LEARNT = {("hidden", 1, "int8"), ("queries", 1, "float16"), ("keys", 1, "float16")}
 
 
 class House:
@@ -99,12 +107,15 @@ def texts(folder: Path, split: str = "train") -> list[bytes]:
 def test_what_the_recipes_student_learns_from_goes_along(house: House) -> None:
     folder, said = house.export("learnt", rows_of=house.recipe)
     rows = published(folder)
-    assert {(row["kind"], row["layer"], row["dtype"]) for row in rows} == {("hidden", 1, "int8")}
-    assert [row["text_key"] for row in rows] == texts(folder), "in the order of the samples"
+    assert {(row["kind"], row["layer"], row["dtype"]) for row in rows} == LEARNT
+    for kind, *_ in LEARNT:
+        of_kind = [row["text_key"] for row in rows if row["kind"] == kind]
+        assert of_kind == texts(folder), "in the order of the samples"
     assert not published(folder, "test"), "nobody compares on them"
     stored = {row["key"]: row for row in rows_of(house.store, "features")}
     for row in rows:
-        assert row["values"] == stored[row["key"]]["values"]
+        for column in ("values", "heads", "score_scale", "causal", "window"):
+            assert row[column] == stored[row["key"]][column]
     (matrix,) = folder.glob("matrices/*/*.npy")
     assert np.load(matrix).dtype == np.float16
     assert any(line.startswith("features that stay in") for line in said), "layers 0 and 2"
@@ -127,10 +138,10 @@ def test_of_a_store_nothing_goes_along_unless_it_is_asked_for(house: House) -> N
     refused, _ = house.export("refused", rows_of=house.recipe, features=False)
     assert not (refused / "features").exists()
     every, said = house.export("every", features=True)
-    assert {(row["layer"], row["dtype"]) for row in published(every)} == {
-        (0, "int8"),
-        (1, "int8"),
-        (2, "float16"),
+    assert {(row["kind"], row["layer"], row["dtype"]) for row in published(every)} == {
+        ("hidden", 0, "int8"),
+        ("hidden", 2, "float16"),
+        *LEARNT,
     }
     assert len(published(every)) == len(rows_of(house.store, "features"))
     assert not any("features that stay" in line for line in said)
@@ -154,9 +165,10 @@ def test_others_read_it_by_the_code_of_the_card(house: House, capsys: Any) -> No
     names: dict[str, Any] = {}
     exec(code.replace("path/to/this/folder", str(folder.parent)), names)
     row = published(folder)[0]
-    restored = Rounded.from_row(row | {"scale": np.float32(row["scale"])}).restored()
+    scale = None if row["scale"] is None else np.float32(row["scale"])
+    restored = Rounded.from_row(row | {"scale": scale}).restored()
     np.testing.assert_array_equal(names["vectors"], restored)
-    assert "hidden 1" in capsys.readouterr().out
+    assert f"{row['kind']} {row['layer']}" in capsys.readouterr().out
 
 
 def trained(recipe: Recipe, store: Store, plan: Plan, folder: Path) -> list[float]:
@@ -183,7 +195,7 @@ def test_a_training_from_the_folder_is_the_training_from_the_store(
     folder, _ = house.export("served", rows_of=house.recipe)
     right = trained(house.recipe, house.store, make_plan(house.recipe), tmp_path / "right")
     copy = shutil.copytree(folder.parent, tmp_path / "copy")
-    learnt = [{"what": "hidden", "layers": [1]}, {"what": "embeddings"}]
+    learnt = [FEATURES[0] | {"layers": [1]}, *FEATURES[2:]]
     recipe = house.from_folder(copy, tmp_path / "other", learnt)
     plan = make_plan(recipe, write=True)
     assert [(line.name, line.state) for line in plan.stages][:2] == [

@@ -1,12 +1,13 @@
 """Training that matches attention and relations: the same as with the live teacher, however samples share passes."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from causal_features import Causal, losses_of, trained
-from live import LiveAttention, assert_trained_alike, live_training
+from causal_features import Causal, assert_baseline_is_as_without, losses_of, trained
+from live import LiveAttention, assert_trained_alike, live_training, saved_weights
 from tiny_classes import World, records
 from tiny_llama import save_tiny_llama
 from tiny_models import save_tiny_bert
@@ -14,12 +15,14 @@ from transformers import AutoModelForSequenceClassification
 
 from stillroom.stages.loader.classification import ClassPasses
 from stillroom.stages.loader.features import open_features
-from stillroom.stages.loader.samples import Samples
+from stillroom.stages.loader.samples import Samples, Step
 from stillroom.stages.losses.features.matching import Matching, pairs_of, parts_of
 from stillroom.stages.losses.features.part import StepSize
 from stillroom.stages.losses.objective import Aim
 from stillroom.stages.models.classification import Inputs
 from stillroom.stages.recipe.features import learnt
+from stillroom.stages.train import stage as train
+from stillroom.stages.train.trainer import StepResult, Trainer
 from stillroom.storage.files.local import LocalFiles
 from stillroom.storage.snapshots.snapshot import save_snapshot
 
@@ -84,6 +87,42 @@ def test_how_samples_share_passes_changes_nothing(causal: Causal, tmp_path: Path
     ]
     for other in found[1:]:
         np.testing.assert_allclose(other, found[0], atol=1e-5)
+
+
+def test_a_killed_student_of_teacher_layers_goes_on_to_the_same_student(
+    causal: Causal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looks where its teacher looks before the first step, as its blocks are the teacher's."""
+    how = {
+        "student": {"config": None, "from_teacher_layers": [0, 1]},
+        "loss": {"features": [ATTENTION | {"layers": {1: 1}}]},
+        "train": {"epochs": 1, "checkpoint_every_steps": 3},
+    }
+    whole = trained(causal.job(tmp_path / "whole", **how))
+    attention = [point["features"]["attention_1_to_1"] for point in whole["history"]]
+    assert abs(attention[0]) < 1e-6 < attention[-1]
+    step = Trainer.step
+
+    def killed_at_five(self: Trainer, which: Step, **more: Any) -> StepResult:
+        if which.after.step == 5:
+            raise SystemExit
+        return step(self, which, **more)
+
+    job = causal.job(tmp_path / "killed", **how)
+    monkeypatch.setattr(Trainer, "step", killed_at_five)
+    with pytest.raises(SystemExit):
+        train.run(job)
+    monkeypatch.setattr(Trainer, "step", step)
+    names = [file.name for file in (tmp_path / "killed" / "checkpoints").iterdir()]
+    assert names == ["step-00000003"]
+    again = trained(job)
+    assert again["history"] == whole["history"]
+    one, other = (saved_weights(tmp_path / name / "student") for name in ("whole", "killed"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_baseline_of_a_student_that_matches_attention(causal: Causal, tmp_path: Path) -> None:
+    assert_baseline_is_as_without(causal, tmp_path, [ATTENTION, RELATIONS])
 
 
 def test_an_adapter_is_trained_too_and_each_part_is_named(causal: Causal, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import feature_references as definition
 import numpy as np
 import pytest
 import torch
-from causal_features import Causal, losses_of, trained
+from causal_features import Causal, assert_baseline_is_as_without, losses_of, trained
 from live import LiveBetween, assert_trained_alike, live_training
 from tiny_classes import World, records
 from tiny_models import save_tiny_bert
@@ -161,6 +161,10 @@ def test_passes_of_any_size_and_rows_of_any_kind_train_the_same(
     ]
     for other in found[1:]:
         np.testing.assert_allclose(other, found[0], atol=1e-5)
+
+
+def test_the_baseline_of_a_student_that_matches_groups(causal: Causal, tmp_path: Path) -> None:
+    assert_baseline_is_as_without(causal, tmp_path, [ASKED["rkd"], ASKED["infonce"]])
 
 
 def test_a_schedule_weighs_both_parts_and_angles_twice(causal: Causal, tmp_path: Path) -> None:

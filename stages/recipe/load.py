@@ -185,8 +185,8 @@ def _explain(loc: tuple[int | str, ...], error: Any) -> tuple[str, str]:
             else f"Known here: {', '.join(_keys_at(loc[:-1]))}."
         )
         return where, f"unknown key. {hint}"
-    wrong, hint = _wrong(error), outside_value(where, error.get("input"))
-    return where, wrong if hint is None else f"{wrong} {hint}"
+    wrong, outside = _wrong(error), outside_value(where, error.get("input"))
+    return where, wrong if outside is None else f"{wrong} {outside}"
 
 
 def _wrong(error: Any) -> str:

@@ -41,7 +41,7 @@ def test_one_command_from_tagged_words_to_a_published_student(tmp_path: Path) ->
         "loss": {
             "temperature": 2.0,
             "hard_weight": 0.5,
-            "features": [{"match": "hidden", "layers": {1: 1}, "weight": 0.1}],
+            "features": [{"match": "hidden", "layers": {1: 0}, "weight": 0.1}],
         },
         "train": {"epochs": 2, "tokens_per_step": 128, "learning_rate": 2.0e-2},
         "evaluate": {"baseline": True},

@@ -90,7 +90,7 @@ def test_killed_at_every_step_companions_end_whole(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_at_every_step_targets_of_words_end_whole(tmp_path: Path) -> None:
-    rows = tagged(20)
+    rows = tagged(16)
     world = Words(tmp_path, save_tiny_tagger(tmp_path / "teacher"), rows)
     recipe = world.changed(storage={"dir": str(tmp_path / "store"), "commit_rows": 4})
     kills, code = 0, -9
@@ -102,7 +102,7 @@ def test_killed_at_every_step_targets_of_words_end_whole(tmp_path: Path) -> None
     store = Store.open(tmp_path / "store")
     assert make_plan(recipe).line("score").state == "done"
     found = rows_of(store)
-    assert len({row["key"] for row in found}) == len(found) == 20
+    assert len({row["key"] for row in found}) == len(found) == 16
     labels = [row["labels"] for row in found if row["labels"] is not None]
     assert sum(map(len, labels)) == sum(len(row.get("labels", ())) for row in rows)
     assert verify(store).ok

@@ -4,6 +4,9 @@ DIR ?=
 BENCH ?= runs/bench
 BIN := .venv/bin
 
+# Where it is set (many images set it) every process compiles anew all that it imports: 18 s for what a stage needs.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo check light test processors lint types docker-check bench gpu-check clean .types
 

@@ -26,6 +26,8 @@ AHEAD = [
     *(f"stillroom.stages.{name}.stage" for name in "data generate score train evaluate".split()),
     *"stillroom.stages.train.trainer stillroom.stages.models.students.saving".split(),
     *"stillroom.stages.engines.hf stillroom.pipeline.run.runner".split(),
+    *"pandas torch.utils.tensorboard jinja2".split(),
+    *"matplotlib.figure matplotlib.backends.backend_svg".split(),
 ]
 """What commands and stages import, read once."""
 SERVER = multiprocessing.get_context("forkserver")

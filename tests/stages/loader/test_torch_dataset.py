@@ -285,7 +285,6 @@ def train(samples, folder, *, stop=8, workers=0, resume=None):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.numeric
 def test_transformers_trainer_trains_and_resumes_to_the_same_losses(samples, tmp_path):
     whole = train(samples, tmp_path / "whole")
     assert whole[-1] < whole[0]

@@ -160,7 +160,11 @@ class Bench:
                 *self._held_out(train),
             ]
             with one_order():
-                found = self._live(settings) if arm.live else run_arm(self.recipe, settings)
+                found = (
+                    self._live(settings)
+                    if arm.live
+                    else run_arm(self.recipe, settings, report=False)
+                )
             numbers = found["results"]["student"] | {
                 key: found[key] for key in ("tokens", "steps", "parameters")
             }
@@ -174,7 +178,7 @@ class Bench:
     def _live(self, settings: list[str]) -> dict[str, Any]:
         make = partial(LivePacking, teacher=load_teacher(self.folder / "teacher"))
         with mock.patch("stillroom.stages.loader.packing.Packing", make):
-            return run_arm(self.recipe, settings)
+            return run_arm(self.recipe, settings, report=False)
 
     def _held_out(self, snapshot: str) -> list[str]:
         source = self.folder / "held_out.jsonl"

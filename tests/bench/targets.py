@@ -78,7 +78,7 @@ SCALES = {
         angle_tokens=512,
         seeds=(0,),
         positions=32,
-        arms=("ce", "full", "top3-drop", "top3-bucket", "sampled4-systematic"),
+        arms=("ce", "full", "top3-bucket", "sampled4-systematic"),
         estimators=("top3-drop", "top3-bucket", "sampled4-systematic"),
     ),
     "cpu": Scale(

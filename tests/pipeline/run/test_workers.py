@@ -134,12 +134,14 @@ def test_the_work_of_a_worker_that_was_killed_is_done_by_the_other(
 
 def test_full_runs_at_once_train_one_student(recipe: Path, tmp_path: Path) -> None:
     """Those that find it in training wait until it is done, or until a signal comes."""
-    stillroom("run", recipe, "--until", "score")
-    first = start(recipe)
+    # A training of 18 steps: there are many behind its first checkpoint.
+    few = ("--set", "data.limit=40", "--set", "train.tokens_per_step=128")
+    stillroom("run", recipe, *few, "--until", "score")
+    first = start(recipe, *few)
     until(lambda: bool(list((tmp_path / "run").glob("train-*/checkpoints/step-*"))), "a checkpoint")
     trainer = ours(first)[0]
     trainer.suspend()  # in the midst of its work
-    waiting = [start(recipe) for _ in range(2)]
+    waiting = [start(recipe, *few) for _ in range(2)]
     for process in waiting:
         until(lambda: "trains this student: waiting" in process.errors(), "its wait")  # noqa: B023
         assert f"process {trainer.pid} on " in process.errors()

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kit import last_json, stillroom, write_jsonl, write_recipe
+import yaml
+from kit import last_json, recipe_tree, stillroom, write_jsonl
 from tiny_adapter import save_adapter, save_base
 from tiny_classes import records
 from tiny_models import CLASSES
@@ -21,12 +22,13 @@ def test_an_adapter_teaches_a_student_with_its_classes(tmp_path: Path) -> None:
         "run": {"dir": str(tmp_path / "run"), "task": "classification"},
         "teacher": {"model": str(base), "adapter": str(adapter)},
         "data": {"source": str(source), "format": "labelled", "holdout": 6},
-        "generate": None,
         "score": {"targets": "full", "features": [{"what": "hidden", "layers": [1]}]},
         "loss": {"hard_weight": 0.5, "features": [{"match": "hidden", "layers": "last"}]},
         "train": {"epochs": 1, "tokens_per_step": 128, "learning_rate": 1.0e-2},
     }
-    recipe = write_recipe(tmp_path, base, source, **sections)
+    recipe = tmp_path / "recipe.yaml"
+    tree = recipe_tree(tmp_path, base, source, generate=None) | sections
+    recipe.write_text(yaml.safe_dump(tree))
     outcome = last_json(stillroom("run", recipe, "--json"))
     assert outcome["results"]["teacher"]["kl_teacher"] == 0
     student = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run/latest/student")

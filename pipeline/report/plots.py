@@ -200,9 +200,10 @@ def _leave_room(axes: "Axes", height: int) -> None:
         right=1 - 18 / WIDTH, top=1 - 8 / height, bottom=(46 if axes.get_xlabel() else 26) / height
     )
     # How many ticks there are follows from the height. A power is written as a formula.
-    labels = [label.get_text() for label in axes.get_yticklabels(which="both")]
-    longest = max((len(re.sub(r"\\mathdefault|[${}^\\]", "", t)) for t in labels), default=0)
-    figure.subplots_adjust(left=((30 if axes.get_ylabel() else 10) + 7.5 * longest) / WIDTH)
+    texts = [re.sub(r"\\mathdefault|[${}^\\]", "", t.get_text()) for t in axes.get_yticklabels()]
+    figure.subplots_adjust(
+        left=((30 if axes.get_ylabel() else 10) + 7.5 * max(map(len, texts))) / WIDTH
+    )
 
 
 def _plain(labels: Sequence[str]) -> list[str]:

@@ -121,7 +121,9 @@ def svg(panel: Panel) -> str:
     with mpl.rc_context():
         mpl.rcdefaults()  # not the user's style
         mpl.rcParams.update(settings)
-        figure = Figure(figsize=(WIDTH / _DPI, height / _DPI), dpi=_DPI, facecolor="none")
+        figure = Figure(
+            figsize=(WIDTH / _DPI, height / _DPI), dpi=_DPI, layout="constrained", facecolor="none"
+        )
         axes = figure.add_subplot(facecolor="none")
         if isinstance(panel, Lines):
             _draw_lines(axes, panel)
@@ -129,7 +131,6 @@ def svg(panel: Panel) -> str:
             _draw_bars(axes, panel)
         else:
             _draw_stacks(axes, panel)
-        _leave_room(axes, height)
         drawn = io.StringIO()
         metadata = dict.fromkeys(("Date", "Creator", "Type", "Format"))
         canvas: Any = FigureCanvasSVG(figure)
@@ -191,19 +192,6 @@ def _draw_stacks(axes: "Axes", panel: Stacks) -> None:
     axes.invert_yaxis()
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     axes.grid(axis="x")
-
-
-def _leave_room(axes: "Axes", height: int) -> None:
-    """Margins for the labels, about so wide in the page's font; matplotlib would measure them as long as it draws."""
-    figure: Any = axes.figure
-    figure.subplots_adjust(
-        right=1 - 18 / WIDTH, top=1 - 8 / height, bottom=(46 if axes.get_xlabel() else 26) / height
-    )
-    # How many ticks there are follows from the height. A power is written as a formula.
-    texts = [re.sub(r"\\mathdefault|[${}^\\]", "", t.get_text()) for t in axes.get_yticklabels()]
-    figure.subplots_adjust(
-        left=((30 if axes.get_ylabel() else 10) + 7.5 * max(map(len, texts))) / WIDTH
-    )
 
 
 def _plain(labels: Sequence[str]) -> list[str]:

@@ -14,7 +14,7 @@ def test_settings_hold_what_changes_the_text_and_nothing_else() -> None:
     assert settings() != settings(seed=1)
     assert settings(temperature=0) == settings(temperature=0, seed=1, top_p=0.5)
     assert settings() == settings(
-        max_tokens=9, samples=3, engine="hf", engine_args={"max_num_seqs": 4}
+        max_tokens=9, samples=3, engine="vllm", engine_args={"max_num_seqs": 4}
     )
     assert settings() != settings(engine_args={"quantization": "fp8"})
     assert settings(stop=["a", "b"]) == settings(stop=["b", "a"])

@@ -250,7 +250,7 @@ def test_checkpoints_come_by_the_clock_too(world):
 def test_validation_keeps_the_best_student(world):
     """Far too high a rate at the end: the last student is worse than one before it."""
     sections = {
-        "learning_rate": 0.6,
+        "learning_rate": 6.0,
         "schedule": "constant",
         "warmup_fraction": 0.99,
         "evaluate_every_tokens": 200,

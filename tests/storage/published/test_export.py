@@ -136,7 +136,7 @@ class TestColumnsOfSome:
 
     def test_those_that_rows_have_go_along(self, published, tmp_path):
         names, _ = self.columns(published, tmp_path / "out")
-        absent = {"completion_fields", "answer"}  # of given answers, and these are generated
+        absent = {"completion_fields", "answer", "labels"}  # of given answers and of words
         assert set(names) == set(PUBLISHED["generations"].names) - absent
         _, rows = exported(*published, tmp_path / "again")
         found = [row for row in rows["generations", "train"] if row["tools"]]

@@ -6,7 +6,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stillroom.stages.targets.alignment import parts_of, predicting_positions, scored_tokens
+from stillroom.stages.targets.alignment import (
+    parts_of,
+    predicting_positions,
+    scored_tokens,
+    spans_at,
+    target_positions,
+)
+from stillroom.storage.tables.heads import HEADS
 
 
 @pytest.mark.parametrize("kind", [np.array, torch.tensor], ids=["numpy", "torch"])
@@ -41,3 +48,20 @@ def test_a_span_outside_the_sequence_is_refused(spans):
 def test_token_0_is_never_scored(spans):
     with pytest.raises(AssertionError):
         predicting_positions(np.array(spans))
+
+
+def test_by_hand_a_class_is_said_at_its_words_first_token():
+    """[CLS] EU re ##ject it [SEP]: nothing is shifted, and the second token of a word has no target."""
+    spans = spans_at(np.array([1, 2, 4]))
+    assert spans.tolist() == [[1, 2], [4, 1]]
+    assert target_positions(spans, HEADS["token_classes"]).tolist() == [1, 2, 4]
+    assert target_positions(spans, HEADS["lm"]).tolist() == [0, 1, 3]
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, unique=True))
+def test_spans_hold_the_tokens_that_they_were_made_of(indices):
+    """From the first token of a row on, where no special token stands before it."""
+    tokens = np.sort(indices)
+    spans = spans_at(tokens)
+    assert target_positions(spans, HEADS["token_classes"]).tolist() == tokens.tolist()
+    assert (spans[1:, 0] > spans[:-1].sum(axis=1)).all(), "as few as there can be"

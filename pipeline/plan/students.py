@@ -6,6 +6,7 @@ from typing import Any
 from ...stages.evaluate.stage import NUMBERS
 from ...stages.recipe.evaluate import HELD_OUT_FIELDS
 from ...stages.recipe.fields import Arm
+from ...stages.recipe.kinds import Score
 from ...stages.recipe.load import changed_fields
 from ...stages.recipe.run_folder import (
     EVALUATED,
@@ -15,7 +16,7 @@ from ...stages.recipe.run_folder import (
     read_record,
     training_run,
 )
-from ...stages.recipe.sections import Recipe, Score
+from ...stages.recipe.sections import Recipe
 from ...stages.recipe.stages import STAGES, Stage, needed, stage_named
 from ...stages.train.stage import arm_loss
 from ...storage.bounds import integer, mapping

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from ..features import EMBEDDINGS, FeatureRequest, captured, layers_for, layers_of
 from ..fields import extremes
-from ..sections import Loss, Score
+from ..kinds import Score
+from ..sections import Loss
 from ..tasks import TASKS
 
 CAPTURES = "hf"

@@ -2,14 +2,15 @@
 
 from typing import Any
 
-from ..engines import PLANNED
+from ..engines import PLANNED, Generate
 from ..evaluate import HELD_OUT_FIELDS, Evaluate
 from ..fields import Section
-from ..kinds import kinds_with
-from ..sections import Data, Generate, Loss, Recipe, Run, Score, Teacher
+from ..kinds import Score, kinds_with
+from ..sections import Data, Loss, Recipe, Run, Teacher
 from .features import check_captured, check_matched
 from .loss import check_loss
 from .task import check_task, lookup, targets_fit
+from .teachers import check_teachers
 
 # Named by the recipe, done by no stage yet: refused by name, never ignored.
 NOT_YET: tuple[tuple[str, tuple[Any, ...]], ...] = (
@@ -75,7 +76,7 @@ def check_together(recipe: Recipe) -> list[tuple[str, str]]:
         errors.append(
             ("generate", f"missing: format {kind!r} has prompts only. Add a `generate` section")
         )
-    errors += _sources(recipe) + _alone(recipe) + _copies(recipe)
+    errors += _sources(recipe) + _alone(recipe) + _copies(recipe) + check_teachers(recipe)
     learns = recipe.train is not None and targets_fit(recipe)
     if learns:
         errors += check_loss(recipe.loss, recipe.score)

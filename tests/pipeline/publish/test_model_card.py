@@ -230,7 +230,7 @@ def test_transformers_and_vllm_generate_with_the_saved_student_alike(assets, tmp
     from stillroom.stages.models.identity import FileHashes, identify
     from stillroom.stages.models.students.saving import save_student
     from stillroom.stages.models.students.student import initial_student, student_tokenizer
-    from stillroom.stages.recipe.sections import Generate
+    from stillroom.stages.recipe.engines import Generate
     from stillroom.stages.workers.clock import Clock
 
     folder = assets / "models" / "stories260k-llama-hd32"

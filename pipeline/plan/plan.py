@@ -284,8 +284,8 @@ def _plan_empty(recipe: Recipe, plan: Plan, inputs: pa.Table) -> None:
         line.tokens_to_do, line.bytes_to_do = tokens, tokens * GENERATION_BYTES
         plan.stages.append(line)
     if recipe.score is not None:
-        waiting = {"state": "waits", "why": "for the text"}
-        plan.stages += [StagePlan(name=one.line, **waiting) for one in plan.teachers]
+        for one in plan.teachers:
+            plan.stages.append(StagePlan(name=one.line, state="waits", why="for the text"))
 
 
 def _plan_stored(recipe: Recipe, plan: Plan, books: Books) -> None:
@@ -337,7 +337,7 @@ def _plan_score(plan: Plan, books: Books, *, upstream: bool) -> bool:
             limit=binding.context_tokens,
             teacher_parts=teacher.parts if teacher else None,
             teacher_widths=teacher_widths(one.recipe, one.bound),
-            one=one.asked,
+            route=one.asked,
         )
         line = _line(one.line, ledger, upstream=upstream)
         plan_embeddings(line, one.recipe, one.bound, books.store)

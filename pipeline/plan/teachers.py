@@ -85,8 +85,12 @@ def _bound(
         written = written_binding(alone, store)
         if written is None:
             raise
-        ids = {"teacher_id": written.teacher_id, "vocab_size": written.vocab_size}
-        binding = replace(first.binding, **ids, context_tokens=written.context_tokens)
+        binding = replace(
+            first.binding,
+            teacher_id=written.teacher_id,
+            vocab_size=written.vocab_size,
+            context_tokens=written.context_tokens,
+        )
         return replace(first, binding=binding, teacher=None, missing=str(error))
     binding = replace(
         first.binding,

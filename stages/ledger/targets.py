@@ -100,7 +100,7 @@ def target_ledger(
     limit: int,
     teacher_parts: dict[str, Any] | None = None,
     teacher_widths: Widths | None = None,
-    one: OneTeacher | None = None,
+    route: OneTeacher | None = None,
 ) -> Ledger:
     """The books of `score`; leaves the view `scored` behind.
 
@@ -113,9 +113,9 @@ def target_ledger(
         limit: Tokens that the teacher reads at once.
         teacher_parts: What the teacher's identity is made of, to say how it differs from another's.
         teacher_widths: Of the teacher's vectors, to say what features take; None: not known.
-        one: What it is asked for, of several teachers; None: everything.
+        route: What it is asked for, of several teachers; None: everything.
     """
-    score, asked = books.score, EVERYTHING if one is None else take_route(books, one)
+    score, asked = books.score, EVERYTHING if route is None else take_route(books, route)
     judged, trained = reference(score, vocab_size), wanted(score, vocab_size)
     features = FeatureSql(captured(score.features), teacher_id=teacher_id, places=PLACES)
     if features.columns:

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...storage.tables.soft_targets import SoftTargets
 from ..losses.definition import Distilled, logits_distillation
 from ..losses.objective import Aim
 from ..models.classes import NO_LABEL
 from ..models.classification import Inputs, class_company, class_logits
 from ..models.reads import check_ids
-from ..targets.batch import TargetBatch
+from ..targets.batch import MoreTargets, TargetBatch, weighed
 from ..targets.features.batch import FeatureTargets
 from ..targets.features.shown import showing
 from ..workers.job import Job
@@ -30,6 +31,8 @@ class ClassBatch:
     """What the model takes, each [B, T]."""
     targets: TargetBatch
     """B targets over C classes; a label of `NO_LABEL` is none."""
+    more: MoreTargets | None = None
+    """What further teachers say of some of the texts; None: nobody says more."""
     features: FeatureTargets | None = None
     """The teacher's features of the texts; None: nothing is matched."""
 
@@ -41,14 +44,16 @@ class ClassBatch:
     @property
     def nbytes(self) -> int:
         """Of all tensors."""
-        features = 0 if self.features is None else self.features.nbytes
-        return sum(t.nbytes for t in self.inputs.values()) + self.targets.nbytes + features
+        beside = (part.nbytes for part in (self.more, self.features) if part is not None)
+        return sum(t.nbytes for t in self.inputs.values()) + self.targets.nbytes + sum(beside)
 
     def to(self, device: torch.device) -> Self:
         """The same on another device."""
         inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
         features = None if self.features is None else self.features.to(device)
-        return replace(self, inputs=inputs, targets=self.targets.to(device), features=features)
+        more = None if self.more is None else self.more.to(device)
+        targets = self.targets.to(device)
+        return replace(self, inputs=inputs, targets=targets, more=more, features=features)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,18 +94,19 @@ class ClassPasses(Passes):
         highest = max(int(sample.token_ids.max()) for sample in samples)
         check_ids(highest, self.vocab_size, "a text has")
         labels = [NO_LABEL if sample.label is None else sample.label for sample in samples]
-        targets = TargetBatch(labels=torch.tensor(labels))
-        known = [sample.targets for sample in samples if sample.targets is not None]
-        if known and temperature is not None:
-            stored = torch.from_numpy(np.concatenate([one.logprobs for one in known]))
-            # All classes are stored, so any temperature is exact: softmax(log t / T) = softmax(z / T).
-            tempered = (stored / temperature).log_softmax(-1)
-            no_tail = torch.full((len(known),), -torch.inf)
-            targets = replace(targets, logprobs=tempered, tail_logprob=no_tail)
+        targets, more = TargetBatch(labels=torch.tensor(labels)), None
+        if temperature is not None and all(sample.targets is not None for sample in samples):
+            said = [self.asked_of(sample) for sample in samples]
+            targets = _soft([own for own, *_ in said], targets.labels, temperature)
+            of_others = [(row, one) for row, (_, *rest) in enumerate(said) for one in rest]
+            if of_others:
+                at = torch.tensor([row for row, _ in of_others])
+                asked = [one for _, one in of_others]
+                more = MoreTargets(at=at, targets=_soft(asked, targets.labels[at], temperature))
         inputs = self.inputs.tensors([sample.token_ids for sample in samples])
         width = inputs["input_ids"].shape[1]
         features = self.targets_of(samples, [row * width for row in range(len(samples))])
-        return ClassBatch(inputs=inputs, targets=targets, features=features)
+        return ClassBatch(inputs=inputs, targets=targets, more=more, features=features)
 
     def positions(self, sample: Sample) -> np.ndarray:
         """All."""
@@ -120,11 +126,30 @@ class ClassPasses(Passes):
         parts = logits_distillation(logits, asked, objective=aim.objective)
         labelled = labels != NO_LABEL
         found = replace(parts, hard=parts.hard.masked_fill(~labelled, 0.0)).summed(aim)
+        if (more := batch.more) is not None:
+            others = replace(more.targets, labels=more.targets.labels.clamp_min(0))
+            said = logits_distillation(logits[more.at], others, objective=aim.objective)
+            found = found.plus(said.summed(replace(aim, hard_weight=0.0)), more.at)
         found = replace(found, hard=found.hard[labelled])
         return self.with_features(found, shown, batch.features, aim=aim)
 
     def head_weight(self, model: nn.Module) -> None:
         """The body has it all: the head is a small layer over one position a text."""
+
+
+def _soft(
+    said: Sequence[tuple[SoftTargets, np.ndarray | None]], labels: Tensor, temperature: float
+) -> TargetBatch:
+    """Targets of texts, a row each; with the weight of each, of several teachers."""
+    stored = torch.from_numpy(np.concatenate([targets.logprobs for targets, _ in said]))
+    # All classes are stored, so any temperature is exact: softmax(log t / T) = softmax(z / T).
+    found = TargetBatch(
+        labels=labels,
+        logprobs=(stored / temperature).log_softmax(-1),
+        tail_logprob=torch.full((len(said),), -torch.inf),
+    )
+    weights = [weight for _, weight in said if weight is not None]
+    return weighed(found, np.concatenate(weights) if weights else None)
 
 
 def training_passes(

@@ -7,7 +7,7 @@ messages with a file and a line.
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .divergences import DivergenceSettings
 from .engines import Generate
@@ -80,6 +80,8 @@ class OneTeacher(Teacher):
     """SQL condition over the columns of `prompts`: it scores their texts alone. null: all."""
     budget_tokens: int | None = Field(None, ge=1)
     """Scored tokens to train on that it is asked for at most, in the order of the prompts' hashes."""
+    license: str | None = None
+    """Its licence, for report and card; it decides nothing."""
 
     @property
     def alone(self) -> Teacher:
@@ -322,8 +324,16 @@ class Train(Section):
         return self
 
 
+def _one_or_several(schema: dict[str, Any]) -> None:
+    """For editors: a recipe has `teacher` or `teachers`."""
+    schema["required"].remove("teacher")
+    schema["anyOf"] = [{"required": [name]} for name in ("teacher", "teachers")]
+
+
 class Recipe(Section):
     """A whole recipe."""
+
+    model_config = ConfigDict(json_schema_extra=_one_or_several)
 
     run: Run
     storage: Storage

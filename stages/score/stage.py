@@ -120,9 +120,9 @@ def _asked(job: Job, teacher: Identity, store: Store) -> tuple[Ledger, Pending[T
             generation_ledger(books, author_id=job.author_id, context_tokens=job.context_tokens)
         choose_generations(books, author_id=job.author_id)
         vocab_size, limit = teacher.outcomes(job.recipe.run.task), teacher.context_tokens
-        one = next(iter(job.recipe.several), None)
+        route = next(iter(job.recipe.several), None)
         ledger = target_ledger(
-            books, teacher_id=teacher.id, vocab_size=vocab_size, limit=limit, one=one
+            books, teacher_id=teacher.id, vocab_size=vocab_size, limit=limit, route=route
         )
         return ledger, pending_targets(books, teacher_id=teacher.id, vocab_size=vocab_size)
 

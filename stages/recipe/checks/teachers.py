@@ -60,9 +60,6 @@ def _task(recipe: Recipe) -> list[tuple[str, str]]:
 def _not_yet(recipe: Recipe) -> list[tuple[str, str]]:
     """What one teacher can and several cannot."""
     errors = []
-    if recipe.train is not None:
-        message = "a student learns from one teacher so far. Leave `student` and `train` out, or name one teacher"
-        errors.append(("teachers", message))
     if recipe.loss.features:
         message = (
             "features of several teachers are not matched yet. Leave them out, or name one teacher"

@@ -9,6 +9,7 @@ from kit import last_json, prompts, recipe_tree, stillroom, write_jsonl
 from tiny_llama import save_tiny_llama
 
 from stillroom.stages.recipe.load import load_recipe
+from stillroom.stages.recipe.run_folder import read_record
 from stillroom.storage.errors import UsageError
 from stillroom.storage.store.sql import query
 from stillroom.storage.store.store import Store
@@ -151,3 +152,47 @@ def test_one_plain_teacher_is_as_teacher(tmp_path: Path) -> None:
     assert recipe.several == []
     with pytest.raises(UsageError, match="there is a section `teacher` too"):
         load_recipe(room.recipe({"name": "a"}), ["teacher.model=elsewhere"])
+
+
+TRAINED: dict[str, Any] = {
+    "student": {"config": {"hidden_size": 8, "num_hidden_layers": 1}},
+    "train": {"epochs": 2, "tokens_per_step": 128, "learning_rate": 5.0e-3},
+    "loss": {},
+    "score": {"targets": "full", "batch_tokens": 256},
+    "evaluate": {"tokens": 200, "samples": 0, "baseline": True},
+}
+
+
+def test_a_student_of_two_teachers_and_what_trains_again(tmp_path: Path) -> None:
+    room = Room(tmp_path)
+    routed = [{"name": "a"}, {"name": "b", "where": THE}]
+    recipe = room.recipe(*routed, **TRAINED)
+    done = last_json(stillroom("run", recipe, "--json"))
+    assert {entry["state"] for entry in done["stages"].values()} == {"done"}
+    again = last_json(stillroom("plan", recipe, "--json"))["stages"]
+    assert {line["state"] for line in again.values()} == {"done"}
+    heavier = room.recipe(routed[0], routed[1] | {"weight": 2.0}, **TRAINED)
+    stages = last_json(stillroom("plan", heavier, "--json"))["stages"]
+    assert stages["train"]["why"] == "teachers.b.weight: 1.0 -> 2.0"
+    states = {name: line["state"] for name, line in stages.items()}
+    assert {states[name] for name in ("score/a", "score/b", "baseline")} == {"done"}
+    run = Path(done["run_dir"])
+    evaluation = read_record(next(run.glob("train-*/evaluation.json")))
+    arms = {"teacher", "student_before", "baseline", "student"}
+    assert {name: set(of["arms"]) for name, of in evaluation["teachers"].items()} == {
+        "a": arms,
+        "b": arms,
+    }
+    tokens = {name: of["arms"]["student"]["tokens"] for name, of in evaluation["teachers"].items()}
+    assert tokens["a"] == evaluation["results"]["student"]["tokens"] > tokens["b"] > 0
+    assert evaluation["teachers"]["a"]["arms"]["teacher"]["kl_teacher"] == 0.0
+
+
+def test_a_mixture_with_weights_of_each_token_trains(tmp_path: Path) -> None:
+    room = Room(tmp_path)
+    loss = {"teachers": "mixture", "teacher_weights": "entropy"}
+    weight = {"shape": "linear", "start": 1.0, "end": 0.2}
+    teachers = {"name": "a", "weight": weight}, {"name": "b", "where": THE}
+    recipe = room.recipe(*teachers, **TRAINED | {"loss": loss})
+    stages = last_json(stillroom("run", recipe, "--until", "train", "--json"))["stages"]
+    assert stages["train"]["state"] == stages["baseline"]["state"] == "done"

@@ -22,7 +22,7 @@ class Measuring:
     """The measures of texts; see `measure.Measuring`."""
 
     def __init__(self, job: Job, held_out: HeldOut) -> None:
-        self._job = job
+        self._job, self._held_out = job, held_out
 
     def outcomes(self, row: Row) -> np.ndarray | None:
         """[1] the gold class; None where a text has no label."""
@@ -52,8 +52,14 @@ class Measuring:
             logits = class_logits(model, there)
             gold = self.outcomes(row)
             label = None if gold is None else torch.as_tensor(gold).to(model.device)
-            measures = measure(logits, label, targets)
-        tally.add(row["prompt_key"], measures if gold is None else self.named(measures))
+
+            def measured(reference: SoftTargets) -> dict[str, Tensor]:
+                found = measure(logits, label, reference)
+                return found if gold is None else self.named(found)
+
+            said, unit = self._held_out.said(row, targets), row["prompt_key"]
+            measures = measured(targets) if said is None else said.count(unit, tally, measured)
+        tally.add(unit, measures)
 
     def gradient(self, model: Any, arm: str) -> None:
         """None: all classes are stored, so there is no choice of targets."""

@@ -197,9 +197,15 @@ class Tally:
     def __init__(self, *, classes: bool = False) -> None:
         """`classes`: the tokens are the classes of texts, whose confusion is counted too."""
         self.confusion = Confusion() if classes else None
+        self.teachers: dict[str, Tally] = {}
+        """Of several teachers, by name: against each of them, on the texts that it was asked for."""
         self._units: dict[bytes, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         self._counts: dict[bytes, dict[str, int]] = defaultdict(lambda: defaultdict(int))
         self._bins: dict[bytes, np.ndarray] = defaultdict(lambda: np.zeros((BINS, 3)))
+
+    def of_teacher(self, name: str) -> "Tally":
+        """Where measures against one of several teachers go."""
+        return self.teachers.setdefault(name, Tally(classes=self.confusion is not None))
 
     def add(self, unit: bytes, measures: dict[str, Tensor]) -> None:
         """Count the measures of N tokens; those without what is there have none of what needs it."""

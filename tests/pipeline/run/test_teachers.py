@@ -8,6 +8,7 @@ import yaml
 from kit import last_json, prompts, recipe_tree, stillroom, write_jsonl
 from tiny_llama import save_tiny_llama
 
+from stillroom.pipeline.plan.plan import make_plan
 from stillroom.stages.recipe.load import load_recipe
 from stillroom.stages.recipe.run_folder import read_record
 from stillroom.storage.errors import UsageError
@@ -152,6 +153,29 @@ def test_one_plain_teacher_is_as_teacher(tmp_path: Path) -> None:
     assert recipe.several == []
     with pytest.raises(UsageError, match="there is a section `teacher` too"):
         load_recipe(room.recipe({"name": "a"}), ["teacher.model=elsewhere"])
+
+
+def test_texts_that_a_teacher_cannot_read_are_left_out_and_counted(tmp_path: Path) -> None:
+    room = Room(tmp_path)
+    room.models["b"] = save_tiny_llama(tmp_path / "short", seed=1, max_position_embeddings=12)
+    records = [
+        one | {"completion": " ".join(["cat", "dog", "tree"] * (1 + n % 3))}
+        for n, one in enumerate(prompts(PROMPTS))
+    ]
+    write_jsonl(room.source, records)
+    data = {"source": str(room.source), "format": "completion", "holdout": HELD_OUT}
+    recipe = room.recipe({"name": "a"}, {"name": "b"}, data=data, generate=None)
+    done = last_json(stillroom("run", recipe, "--json"))["stages"]
+    plan = make_plan(load_recipe(recipe))
+    rejected = plan.line("score/b").rejected
+    assert 0 < rejected == PROMPTS - done["score/b"]["rows"] < PROMPTS
+    assert plan.line("score/a").committed == PROMPTS
+    (note,) = [note for note in plan.notes if "could not score" in note]
+    assert f"(b: {rejected} " in note
+    assert sum(snapshot.rows for snapshot in plan.snapshots.values()) == PROMPTS - rejected
+    assert {s: one.rows for s, one in plan.partners.items()} == {
+        s: one.rows for s, one in plan.snapshots.items()
+    }
 
 
 TRAINED: dict[str, Any] = {

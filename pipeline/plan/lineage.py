@@ -81,8 +81,10 @@ def came_from(found: Sequence[Generation]) -> str:
 def found_students(recipe: Recipe) -> list[str]:
     """Which student each `run:RUN_DIR` of a recipe stands for now."""
     said = []
-    for field in ("teacher.model", "generate.model", "student.model"):
-        model = lookup(recipe, field)
+    named = [(f"teachers: model of {one.name!r}", one.model) for one in recipe.several]
+    named = named or [("teacher.model", recipe.teacher.model)]
+    named += [(field, lookup(recipe, field)) for field in ("generate.model", "student.model")]
+    for field, model in named:
         if named_run(model) is None:
             continue
         try:

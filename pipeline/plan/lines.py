@@ -7,6 +7,7 @@ from typing import Any, Literal
 from ...stages.recipe.fields import Arm, Split
 from ...storage.snapshots.snapshot import Snapshot
 from .resolve import Bound
+from .teachers import BoundTeacher
 
 State = Literal["done", "to do", "waits"]
 
@@ -47,9 +48,13 @@ class Plan:
     bound: Bound
     write: bool
     """Whether models may be downloaded and hashes remembered."""
+    teachers: tuple[BoundTeacher, ...] = ()
+    """In the recipe's order; of the first, `bound`."""
     stages: list[StagePlan] = field(default_factory=list)
     train_dirs: dict[Arm, Path] = field(default_factory=dict)
     snapshots: dict[Split, Snapshot] = field(default_factory=dict)
+    partners: dict[Split, Snapshot] = field(default_factory=dict)
+    """Of several teachers, the rows of the samples beside the first one's."""
     features: Snapshot | None = None
     """The features that the loss needs; None: it needs none, or they are not all there."""
     embeddings: str = ""
@@ -72,6 +77,10 @@ class Plan:
     def line(self, name: str) -> StagePlan:
         """The line of a stage that the recipe has."""
         return next(line for line in self.stages if line.name == name)
+
+    def teacher_of(self, line: str) -> BoundTeacher:
+        """Whose line of `score` it is; of other lines the first teacher."""
+        return next((one for one in self.teachers if one.line == line), self.teachers[0])
 
     def stage(self, name: str) -> StagePlan | None:
         """The line of a stage, None where the recipe has no such stage."""

@@ -6,6 +6,7 @@ A run makes this plan once, before its first stage, and asks again for the lines
 have changed when it has ended. So what `plan` prints is what `run` does.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,8 +16,9 @@ from ...stages.data.stage import survey
 from ...stages.ledger.books import Books, Ledger
 from ...stages.ledger.generations import generation_ledger, published_alike
 from ...stages.ledger.requests import GENERATION_BYTES
-from ...stages.ledger.splits import choose_features, choose_snapshots
+from ...stages.ledger.splits import choose_features, choose_samples, choose_snapshots
 from ...stages.ledger.targets import choose_generations, target_ledger
+from ...stages.ledger.teachers import keep_scored, left_out
 from ...stages.models.chat.arguments import doubtful_arguments, template_names
 from ...stages.models.fit.classes import refuse_other_classes, refuse_other_head
 from ...stages.models.fit.fresh import refuse_fresh
@@ -52,6 +54,7 @@ from .lineage import found_students
 from .lines import Plan, StagePlan, State, equal_texts
 from .resolve import Bound, bind, refuse_start
 from .students import plan_students
+from .teachers import BoundTeacher, bind_teachers, teacher_notes
 from .windows import unseen_by_student
 
 
@@ -67,9 +70,13 @@ def make_plan(recipe: Recipe, *, write: bool = False) -> Plan:
     """
     store = _open(recipe, write=write)
     bound = bind(recipe, store, write=write)
+    teachers = bind_teachers(recipe, bound, store, write=write)
     _refuse_early(recipe, bound, write=write)
-    plan = Plan(bound=bound, write=write, warning=_warning(recipe, bound))
+    for one in teachers[1:]:
+        _refuse_another(one)
+    plan = Plan(bound=bound, teachers=teachers, write=write, warning=_warning(teachers))
     plan.note(*filter(None, [plan.warning]), *found_students(recipe), *_notes(recipe, bound))
+    plan.note(*teacher_notes(recipe))
     if recipe.student is not None and recipe.student.from_teacher_layers:
         start = teacher_layers(recipe.student.from_teacher_layers)
         plan.note(f"the student starts from {start}")
@@ -90,13 +97,13 @@ def plan_again(recipe: Recipe, plan: Plan, ended: str) -> Plan:
         ended: Name of the stage's line.
     """
     again = Plan(bound=plan.bound, write=plan.write, sources=plan.sources, notes=plan.notes)
-    again.warning = plan.warning
+    again.warning, again.teachers = plan.warning, plan.teachers
     if stage_named(ended).table is not None:
         _plan_tables(recipe, again, _open(recipe, write=plan.write))
     else:
         again.stages = [line for line in plan.stages if stage_named(line.name).table is not None]
-        again.snapshots, again.features = plan.snapshots, plan.features
-        again.embeddings = plan.embeddings
+        again.snapshots, again.partners = plan.snapshots, plan.partners
+        again.features, again.embeddings = plan.features, plan.embeddings
     return _with_students(recipe, again)
 
 
@@ -118,11 +125,12 @@ def refuse_impossible(plan: Plan, line: StagePlan) -> None:
         )
     if plan.unread and line.name != "data":
         raise UsageError(plan.unread)
-    if stage_named(line.name).table is not None and plan.bound.teacher is None:
+    bound = plan.teacher_of(line.name).bound
+    if stage_named(line.name).table is not None and bound.teacher is None:
         why = f" ({line.why})" if line.why else ""
         raise UsageError(
             f"{line.name}: there is work to do{why}, but teacher or data are not here: "
-            f"{plan.bound.missing}"
+            f"{bound.missing}"
         )
 
 
@@ -146,6 +154,14 @@ def _refuse_early(recipe: Recipe, bound: Bound, *, write: bool) -> None:
         )
     if recipe.student is not None:
         _refuse_student(recipe, folder, bound.teacher, write=write)
+
+
+def _refuse_another(one: BoundTeacher) -> None:
+    """What a teacher beside the first cannot do; the student begins from the first one."""
+    if one.bound.teacher is not None:
+        refuse_features(one.recipe, one.bound, None)
+        refuse_other_head(one.recipe, one.bound.teacher.parts["config"])
+        refuse_unread(one.recipe, one.bound)
 
 
 def _refuse_student(recipe: Recipe, folder: Path | None, teacher: Identity, *, write: bool) -> None:
@@ -179,13 +195,14 @@ def _student_folder(student: Student | None, *, write: bool) -> Path | None:
         return None
 
 
-def _warning(recipe: Recipe, bound: Bound) -> str:
+def _warning(teachers: Sequence[BoundTeacher]) -> str:
     """What is said before all else: whose code is run here."""
-    if bound.teacher is None or not bound.teacher.runs_code:
-        return ""
-    return (
-        f"the code of {recipe.teacher.model} is run here, as teacher.trust_remote_code says: "
-        f"{', '.join(bound.teacher.parts['code'])} (hash of all: {bound.teacher.code_id})"
+    running = [(one, one.bound.teacher) for one in teachers]
+    return "; ".join(
+        f"the code of {one.recipe.teacher.model} is run here, as teacher.trust_remote_code says: "
+        f"{', '.join(teacher.parts['code'])} (hash of all: {teacher.code_id})"
+        for one, teacher in running
+        if teacher is not None and teacher.runs_code
     )
 
 
@@ -271,7 +288,8 @@ def _plan_empty(recipe: Recipe, plan: Plan, inputs: pa.Table) -> None:
         line.tokens_to_do, line.bytes_to_do = tokens, tokens * GENERATION_BYTES
         plan.stages.append(line)
     if recipe.score is not None:
-        plan.stages.append(StagePlan(name="score", state="waits", why="for the text"))
+        for one in plan.teachers:
+            plan.stages.append(StagePlan(name=one.line, state="waits", why="for the text"))
 
 
 def _plan_stored(recipe: Recipe, plan: Plan, books: Books) -> None:
@@ -303,22 +321,37 @@ def _plan_stored(recipe: Recipe, plan: Plan, books: Books) -> None:
         plan.unread = unread_by_student(recipe, bound, books)
         plan.unread = plan.unread or unseen_by_student(recipe, bound, books, folder)
     if recipe.score is not None:
+        upstream = _plan_score(plan, books, upstream=upstream)
+    if upstream and len(plan.teachers) > 1:
+        plan.note(*left_out(books, [one.name for one in plan.teachers]))
+        plan.snapshots, plan.partners = choose_samples(books, binding, len(plan.teachers))
+    elif upstream:
+        plan.snapshots = choose_snapshots(books, binding)
+        plan.features = choose_features(books, binding)
+        plan.embeddings = learnt_embeddings(recipe, books.store, binding.teacher_id)
+
+
+def _plan_score(plan: Plan, books: Books, *, upstream: bool) -> bool:
+    """A line for each teacher; whether all are done. Leaves `scored` behind, of several what `keep_scored` keeps."""
+    done = upstream
+    for number, one in enumerate(plan.teachers):
+        binding, teacher = one.bound.binding, one.bound.teacher
         ledger = target_ledger(
             books,
             teacher_id=binding.teacher_id,
             vocab_size=binding.vocab_size,
             limit=binding.context_tokens,
-            teacher_parts=bound.teacher.parts if bound.teacher else None,
-            teacher_widths=teacher_widths(recipe, bound),
+            teacher_parts=teacher.parts if teacher else None,
+            teacher_widths=teacher_widths(one.recipe, one.bound),
+            route=one.asked,
         )
-        line = _line("score", ledger, upstream=upstream)
-        plan_embeddings(line, recipe, bound, books.store)
+        line = _line(one.line, ledger, upstream=upstream)
+        plan_embeddings(line, one.recipe, one.bound, books.store)
         plan.stages.append(line)
-        upstream = line.state == "done"
-    if upstream:
-        plan.snapshots = choose_snapshots(books, binding)
-        plan.features = choose_features(books, binding)
-        plan.embeddings = learnt_embeddings(recipe, books.store, binding.teacher_id)
+        done = done and line.state == "done"
+        if len(plan.teachers) > 1:
+            keep_scored(books, number)
+    return done
 
 
 def _plan_published(plan: Plan, books: Books, published: Published) -> None:

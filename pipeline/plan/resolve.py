@@ -301,5 +301,11 @@ def _folder(recipe: Recipe) -> str:
     return f"bindings/{content_id('binding', given=given_text(recipe), **names)}"
 
 
+def written_binding(recipe: Recipe, store: Store | None) -> Binding | None:
+    """What the recipe's names stood for last, as the store or one of its sources has it; None: nobody knows."""
+    found = (_written(part.files, recipe) for part, _ in (store.parts if store else ()))
+    return next(filter(None, found), None)
+
+
 def _written(files: Files, recipe: Recipe) -> Binding | None:
     return newest_binding(files, _folder(recipe))

@@ -6,6 +6,7 @@ from typing import Any
 from ...stages.evaluate.stage import NUMBERS
 from ...stages.recipe.evaluate import HELD_OUT_FIELDS
 from ...stages.recipe.fields import Arm
+from ...stages.recipe.kinds import Score
 from ...stages.recipe.load import changed_fields
 from ...stages.recipe.run_folder import (
     EVALUATED,
@@ -15,7 +16,7 @@ from ...stages.recipe.run_folder import (
     read_record,
     training_run,
 )
-from ...stages.recipe.sections import Recipe, Score
+from ...stages.recipe.sections import Recipe
 from ...stages.recipe.stages import STAGES, Stage, needed, stage_named
 from ...stages.train.stage import arm_loss
 from ...storage.bounds import integer, mapping
@@ -46,6 +47,10 @@ def plan_students(recipe: Recipe, plan: Plan, *, ready: bool) -> None:
             settings["features"] = plan.features.id
         if plan.embeddings and arm == "student":
             settings["embeddings"] = plan.embeddings
+        if recipe.several and arm == "student":
+            partners = plan.partners.get("train")
+            settings["partners"] = partners.id if partners is not None else None
+            settings["teachers"] = _teachers(plan)
         settings["student"]["identity"] = _student_identity(recipe, plan, settings)
         folder = training_run(Path(recipe.run.dir), content_id("train", **settings))
         recorded = _recorded(settings)
@@ -77,6 +82,16 @@ def train_settings(recipe: Recipe, snapshot: str, arm: Arm) -> dict[str, Any]:
         "train": train.model_dump(mode="json", exclude=no_matter),
         "run": {"seed": recipe.run.seed},
         "score": _entries(recipe.score) if recipe.score and arm == "student" else None,
+    }
+
+
+def _teachers(plan: Plan) -> dict[str, Any]:
+    """Of several teachers, what decides a student: who they are, what each is asked for, what its word weighs."""
+    own = {"weight", "where", "budget_tokens"}
+    return {
+        one.name: {"id": one.id, **one.asked.model_dump(mode="json", include=own)}
+        for one in plan.teachers
+        if one.asked is not None
     }
 
 
@@ -157,6 +172,8 @@ def _plan_evaluate(recipe: Recipe, plan: Plan) -> None:
     how = recipe.evaluate.model_dump(mode="json", exclude=set(HELD_OUT_FIELDS))
     if how["generate"] and how["generate"]["normalize"] == "none":
         del how["generate"]["normalize"]  # as before there was one
+    if "test" in plan.partners:
+        how["partners"] = plan.partners["test"].id
     references = plan.bound.binding.data_id if recipe.evaluate.generate else None
     plan.evaluation_id = content_id(
         "evaluate", test=test.id, arms=folders, how=how, references=references, measures=NUMBERS

@@ -38,7 +38,7 @@ from ..numbers import count, teacher_layers
 from ..plan.lineage import came_from
 from ..report.report import outcome
 from ..report.results import measures, result_headers, result_rows, unit_of
-from ..report.sections import begins_as
+from ..report.sections import begins_as, taught_by
 from ..text import HUB_NAME, escaped, fenced, inline, one_line, prose, public_name, table
 from .provenance import public_recipe
 
@@ -83,7 +83,9 @@ def student_card(
 
     recipe = settings["recipe"]
     shown = public_recipe(recipe)
-    teacher, student = shown["teacher"]["model"], shown["student"]
+    student = shown["student"]
+    teachers = [one["model"] for one in shown.get("teachers") or [shown["teacher"]]]
+    whose = " and ".join(map(inline, teachers))
     distilled = settings["arm"] == "student" and recipe.get("score") is not None
     learnt = "the teacher's distributions" if distilled else "the teacher's text"
     card = ModelCard.from_template(
@@ -97,9 +99,9 @@ def student_card(
         .joinpath("model_card.md.jinja")
         .read_text("utf-8"),
         title=("Adapter: " if adapter else "")
-        + escaped(f"{_name(shown)}, distilled from {teacher.rpartition('/')[2]}"),
+        + escaped(f"{_name(shown)}, distilled from {taught_by(shown)}"),
         summary=prose(
-            f"A student of {inline(teacher)}: {begins_as(student)}, trained by Stillroom on {learnt}."
+            f"A student of {whose}: {begins_as(student)}, trained by Stillroom on {learnt}."
             + (_ADAPTER.format(inline(student["model"])) if adapter else "")
         ),
         outcome=prose(outcome(evaluation)) if evaluation else "",
@@ -288,7 +290,7 @@ def _made(settings: Mapping[str, Any], trained: Mapping[str, Any]) -> str:
         f"{trained['epochs']:g} epochs of snapshot {inline(trained['snapshot'])}; "
         f"{count(trained['parameters'])} parameters, {count(trained['trained_parameters'])} of them trained"
         f"{_stored(trained)}.",
-        f"The teacher's identity, a hash of its content: {inline(settings['teacher_id'])}.",
+        _identities(settings),
     ]
     if "code" in settings:
         parts.append(f"To load the teacher, its own code was run ({inline(settings['code'])}).")
@@ -302,6 +304,20 @@ def _made(settings: Mapping[str, Any], trained: Mapping[str, Any]) -> str:
     return " ".join(parts)
 
 
+def _identities(settings: Mapping[str, Any]) -> str:
+    """Who taught it."""
+    several = settings.get("teachers")
+    if not several:
+        return f"The teacher's identity, a hash of its content: {inline(settings['teacher_id'])}."
+    licences = {one["name"]: one.get("license") for one in settings["recipe"]["teachers"]}
+    found = [
+        f"{inline(name)} {inline(teacher_id)} (licence: {inline(known) if known else 'not stated'})"
+        for name, teacher_id in several.items()
+        for known in [licences[name]]
+    ]
+    return f"The teachers' identities, hashes of their content: {', '.join(found)}."
+
+
 def _stored(trained: Mapping[str, Any]) -> str:
     dtype = trained.get("saved_dtype")
     return f"; trained in float32, stored in {dtype} and judged as stored" if dtype else ""
@@ -313,6 +329,8 @@ def _without_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
         said = Recipe.model_validate(recipe).model_dump(mode="json", exclude_defaults=True)
     except ValidationError:  # of another version
         said = dict(recipe)
+    if said.get("teachers"):
+        del said["teacher"]  # the first of them
     for section in ("run", "storage"):
         said[section] = {
             name: value for name, value in said.get(section, {}).items() if name != "dir"
@@ -321,10 +339,11 @@ def _without_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _limits(recipe: Mapping[str, Any], student: Mapping[str, Any]) -> list[str]:
+    whose = "teachers" if recipe.get("teachers") else "teacher"
     found = [
         "It knows what its teacher said of this data; outside of it nobody measured it.",
         "It inherits the teacher's mistakes and biases, and adds its own.",
-        "Before you publish it, see what the licences of the teacher, of the data"
+        f"Before you publish it, see what the licences of the {whose}, of the data"
         + (" and of the initial model" if student["model"] else "")
         + " ask; none is stated here.",
     ]

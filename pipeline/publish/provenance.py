@@ -159,12 +159,14 @@ def public_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
         named = public_name(value)
         return named.rstrip("/").rpartition("/")[2] if name == "dir" else named
 
-    return {
-        section: {name: public(section, name, value) for name, value in fields.items()}
-        if isinstance(fields, Mapping)
-        else fields
-        for section, fields in recipe.items()
-    }
+    def of_section(section: str, fields: Any) -> Any:
+        if isinstance(fields, list):  # of several teachers
+            return [of_section(section, one) for one in fields]
+        if not isinstance(fields, Mapping):
+            return fields
+        return {name: public(section, name, value) for name, value in fields.items()}
+
+    return {section: of_section(section, fields) for section, fields in recipe.items()}
 
 
 def _without_folders(value: Any) -> Any:

@@ -36,6 +36,12 @@ def selected(store: Store, name: str | None, recipe: Recipe | None) -> dict[str,
 
 def _of_recipe(store: Store, recipe: Recipe) -> dict[str, Snapshot]:
     """What the recipe's student would be trained, validated and judged on."""
+    if recipe.several:
+        raise UsageError(
+            "teachers: a published folder has the rows of one teacher, and this recipe has several. "
+            "Export each by a recipe with `teacher` in place of `teachers`: its rows are found in "
+            "the same store."
+        )
     plan = make_plan(recipe)
     if not plan.snapshots:
         fill = [line for line in plan.stages if stage_named(line.name).table is not None]

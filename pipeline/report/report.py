@@ -26,7 +26,7 @@ from ...storage.files.local import LocalFiles
 from ..numbers import nats, percent
 from . import classes, compare, html, markdown, run_facts, sections
 from .blocks import Page, Text
-from .results import Results, known_arms, measures, result_cells, unit_of
+from .results import Results, by_teacher, known_arms, measures, result_cells, unit_of
 from .results import results as results_section
 from .seeds import grouped
 
@@ -103,6 +103,7 @@ def page(report: Mapping[str, Any]) -> Page:
     evaluation = report["evaluation"]
     found = [
         results_section(evaluation, report["settings"].get("recipe", {})),
+        by_teacher(report),
         classes.by_class(evaluation),
         sections.what_was_run(report),
         sections.training(report["train"], of=unit_of(evaluation["measured_on"])),

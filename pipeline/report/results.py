@@ -279,3 +279,61 @@ _FORMS = {
     "number": " Compared as numbers.",
 }
 """How answers were made alike before they were compared."""
+
+
+def by_teacher(report: Mapping[str, Any]) -> Section | None:
+    """Of several teachers: who each is, its share, and every arm on the texts that it was asked for."""
+    found = report["evaluation"].get("teachers")
+    if not found:
+        return None
+    recipe, stages = report["settings"].get("recipe", {}), report["facts"].get("stages") or {}
+    scored = {name: stages.get(f"score/{name}", {}) for name in found}
+    whole = sum(stage.get("tokens") or 0 for stage in scored.values())
+    said = {one["name"]: one for one in recipe.get("teachers") or ()}
+    who = [_teacher(name, said.get(name, {}), scored[name], whole=whole) for name in found]
+    headers = "teacher, model, licence, weight, asked for, texts, tokens, share, kept mass".split(
+        ", "
+    )
+    arms = [result for one in found.values() for result in one["arms"].values()]
+    columns = measures(arms)
+    bound = report["evaluation"]["measured_on"]["kl_is_lower_bound"]
+    of_route, *others = result_headers(columns, bound=bound)
+    rows = [
+        [inline(name), LINES[arm], count(result["tokens"]), *result_cells(result, columns)]
+        for name, one in found.items()
+        for arm, result in one["arms"].items()
+    ]
+    about = (
+        "Each teacher by itself, on the held-out texts that its `where` takes. The results above are "
+        "over all held-out texts; KL and agreement there are means over the teachers of each text, by "
+        "their weights at the end of the training. What is no mean, the teachers' ECE say, is that of "
+        "each text's first teacher."
+    )
+    tables = [
+        Table(headers, who, text_columns=5),
+        Table(["teacher", of_route, "held-out", *others], rows, 2),
+    ]
+    return Section("By teacher", [*tables, Bullets([about])])
+
+
+def _teacher(
+    name: str, said: Mapping[str, Any], scored: Mapping[str, Any], *, whole: int
+) -> list[str]:
+    """Who a teacher is, what it was asked for, and its part of all scored tokens."""
+    kept = [kind["kept_mass"] for kind in (scored.get("kept") or {}).values() if kind["kept_mass"]]
+    weight = said.get("weight", 1.0)
+    budget = said.get("budget_tokens")
+    asked = [inline(said["where"])] if said.get("where") else []
+    asked += [f"at most {count(budget)} tokens"] if budget else []
+    tokens = scored.get("tokens") or 0
+    return [
+        inline(name),
+        inline(said.get("model", "")),
+        inline(said["license"]) if said.get("license") else "not stated",
+        str(weight) if not isinstance(weight, Mapping) else f"{weight['start']} to {weight['end']}",
+        ", ".join(asked) or "everything",
+        count(scored.get("rows")),
+        count(tokens),
+        percent(tokens / whole if whole else None),
+        decimals(min(kept, default=None), 4),
+    ]

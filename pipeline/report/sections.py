@@ -32,15 +32,10 @@ def what_was_run(report: Mapping[str, Any]) -> Section | None:
     train = report["train"]["student"]
     if not recipe:
         return None
-    teacher, student, data, loss = (
-        recipe["teacher"],
-        recipe["student"],
-        recipe["data"],
-        recipe["loss"],
-    )
+    student, data, loss = recipe["student"], recipe["data"], recipe["loss"]
     score, generate = recipe.get("score"), recipe.get("generate")
     rows = [
-        ["teacher", inline(teacher["model"])],
+        *_teachers(recipe),
         ["student", begins_as(student)],
         ["student's parameters", count(train.get("parameters"))],
         ["data", f"{inline(data['source'])}, format {data['format']}"],
@@ -54,6 +49,19 @@ def what_was_run(report: Mapping[str, Any]) -> Section | None:
         *(["note", inline(note)] for note in train.get("notes", ())),
     ]
     return Section("What was run", [Table(["", ""], rows, text_columns=2)])
+
+
+def _teachers(recipe: Mapping[str, Any]) -> list[list[str]]:
+    several = recipe.get("teachers") or ()
+    if not several:
+        return [["teacher", inline(recipe["teacher"]["model"])]]
+    return [[f"teacher {inline(one['name'])}", inline(one["model"])] for one in several]
+
+
+def taught_by(recipe: Mapping[str, Any]) -> str:
+    """Short names of the teachers."""
+    models = [one["model"] for one in recipe.get("teachers") or [recipe["teacher"]]]
+    return " and ".join(Path(model).name for model in models)
 
 
 def begins_as(student: Mapping[str, Any]) -> str:
@@ -90,6 +98,10 @@ def _loss(loss: Mapping[str, Any], score: Mapping[str, Any]) -> str:
     how += [f"{name} {loss[name]}" for name in DIVERGENCES[loss["divergence"]].parameters]
     soft, hard = (scheduled(loss[name]) for name in ("soft_weight", "hard_weight"))
     features = "".join(f" + {_matched(asked)}" for asked in loss.get("features") or ())
+    if loss.get("teachers", "sum") != "sum":
+        how.append(f"from the teachers' {loss['teachers']}")
+    if loss.get("teacher_weights", "fixed") != "fixed":
+        how.append(f"teachers weighed at each token by {loss['teacher_weights']}")
     return f"{soft} x {loss['divergence']} ({', '.join(how)}) + {hard} x cross-entropy{features}"
 
 
@@ -355,4 +367,4 @@ def title(report_settings: Mapping[str, Any]) -> str:
     student, layers = (recipe["student"].get(name) for name in ("model", "from_teacher_layers"))
     fresh = f"{len(layers)} of its layers" if layers else "a fresh student"
     name = Path(student).name if student else fresh
-    return f"{Path(recipe['teacher']['model']).name} distilled into {name}"
+    return f"{taught_by(recipe)} distilled into {name}"

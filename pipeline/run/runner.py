@@ -19,7 +19,7 @@ from ...stages.recipe.run_folder import (
     read_record,
 )
 from ...stages.recipe.sections import Recipe
-from ...stages.recipe.stages import STAGES, Stage, stage_named
+from ...stages.recipe.stages import STAGES, file_name, stage_named
 from ...stages.train.scalars import refuse_without_wandb
 from ...stages.workers.clock import Clock
 from ...stages.workers.journal import mark_seen, new_journal, read_journal
@@ -36,6 +36,7 @@ from ..plan.lineage import Generation, kept_files, kept_lineage, lineage
 from ..plan.lines import Plan, StagePlan
 from ..plan.plan import make_plan, plan_again, refuse_impossible
 from ..plan.resolve import write_down
+from ..plan.teachers import teachers_json
 from ..publish.model_card import write_student_cards
 from ..report.report import results_table, write_report
 from .process import StageDied, StageProcess
@@ -102,7 +103,7 @@ def _run(
             screen.cached(name)
             continue
         began = time.monotonic()
-        for snapshot in (*plan.snapshots.values(), plan.features):
+        for snapshot in (*plan.snapshots.values(), *plan.partners.values(), plan.features):
             if snapshot is not None:
                 save_snapshot(store, snapshot)
         screen.begin(name)
@@ -124,22 +125,24 @@ def _run(
 def _first_plan(recipe: Recipe, store: Store) -> Plan:
     """The plan, with what it resolved written down in the store."""
     plan = make_plan(recipe, write=True)
-    for identity in (plan.bound.teacher, plan.bound.author):
+    for identity in (*(one.bound.teacher for one in plan.teachers), plan.bound.author):
         if identity is not None:
             store.put_teacher(identity.id, kept_files(identity))
     if plan.bound.published is None:  # else the published folder says so itself
-        write_down(recipe, plan.bound.binding)
+        for one in plan.teachers:
+            write_down(one.recipe, one.bound.binding)
     return plan
 
 
 def _lines(plan: Plan, names: tuple[str, ...]) -> list[str]:
     """The lines of the plan that were asked for."""
-    if len(names) == 1 and plan.stage(names[0]) is None:
+    found = [line.name for line in plan.stages if stage_named(line.name).room in names]
+    if not found and len(names) == 1:
         raise UsageError(
             f"--only {names[0]}: this recipe has no such stage. It has "
             f"{', '.join(line.name for line in plan.stages)}."
         )
-    return [line.name for line in plan.stages if stage_named(line.name).room in names]
+    return found
 
 
 def _chosen(until: str | None, only: str | None) -> tuple[str, ...]:
@@ -186,18 +189,20 @@ def _run_stage(
     stage = stage_named(name)
     if stage.arm is not None:
         _begin_student(recipe, plan, stage.arm)
+    asked = plan.teacher_of(name).recipe if stage.loads == "teacher" else recipe
     # Unset fields stay so: a split that nobody wrote is no wish.
-    opened = recipe.model_dump(mode="json", exclude_unset=True)
+    opened = asked.model_dump(mode="json", exclude_unset=True)
     # The stage reads the sources at the commits that were planned with and proved.
     opened["storage"]["sources"] = at_commit(recipe.storage.sources, plan.sources)
-    log = f"{name}.log" if number == 1 else f"{name}.{number}.log"
+    file = file_name(name)
+    log = f"{file}.log" if number == 1 else f"{file}.{number}.log"
     message = {
         "name": name,
         "recipe": opened,
         "hidden": hidden(),  # what the stage shows and records keeps `${NAME}` too
         "log": str(_logs(recipe) / log),
         "train_dirs": {arm: str(folder) for arm, folder in plan.train_dirs.items()},
-        "job": _job(recipe, plan, stage),
+        "job": _job(recipe, plan, name),
     }
     return _to_the_end(message, Path(recipe.run.dir), screen)
 
@@ -206,7 +211,7 @@ def _to_the_end(message: dict[str, Any], run_dir: Path, screen: Screen) -> dict[
     """Run a stage's process, and another where it dies with rows in flight (why: `stages/workers/journal.py`)."""
     in_vain: list[Path] = []
     while True:
-        journal = new_journal(run_dir, message["name"])
+        journal = new_journal(run_dir, file_name(message["name"]))
         asked = message | {"journal": str(journal), "began": time.monotonic()}
         try:
             return StageProcess(asked, screen).finish()
@@ -231,8 +236,8 @@ def _to_the_end(message: dict[str, Any], run_dir: Path, screen: Screen) -> dict[
             screen.say(said)
 
 
-def _job(recipe: Recipe, plan: Plan, stage: Stage) -> dict[str, Any]:
-    binding = plan.bound.binding
+def _job(recipe: Recipe, plan: Plan, name: str) -> dict[str, Any]:
+    stage, binding = stage_named(name), plan.teacher_of(name).bound.binding
     snapshots = {split: s.id for split, s in plan.snapshots.items()}
     if recipe.train is not None and recipe.train.snapshot is not None:
         snapshots["train"] = recipe.train.snapshot
@@ -247,6 +252,8 @@ def _job(recipe: Recipe, plan: Plan, stage: Stage) -> dict[str, Any]:
         "context_tokens": reads,
         "arm": stage.arm or "student",
         "snapshots": snapshots,
+        "partners": {split: s.id for split, s in plan.partners.items()},
+        "teachers": teachers_json(plan.teachers),
         "features_id": plan.features.id if plan.features else "",
         "evaluation_id": plan.evaluation_id,
     }
@@ -261,6 +268,8 @@ def _begin_student(recipe: Recipe, plan: Plan, arm: Arm) -> None:
         "recipe": recorded(recipe),
         "teacher_id": plan.bound.binding.teacher_id,
     }
+    if teachers := teachers_json(plan.teachers):
+        record["teachers"] = teachers
     if plan.bound.teacher is not None and plan.bound.teacher.runs_code:
         record["code"] = plan.bound.teacher.code_id
     if before := _lineage(recipe, plan):

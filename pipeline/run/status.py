@@ -22,6 +22,7 @@ from ...storage.tables.features import ERRORS
 from ...storage.tables.kinds import STRUCTURES
 from ..numbers import duration, human
 from ..plan.lines import Plan, equal_texts
+from ..plan.teachers import teachers_json
 from ..text import one_line
 from .timings import Pace
 
@@ -49,7 +50,9 @@ def stage_facts(recipe: Recipe, plan: Plan) -> dict[str, dict[str, Any]]:
             entry["lengths"] = line.lengths
         stage = stage_named(line.name)
         if store is not None and stage.table is not None:
-            commits = [c for c in store.commits(stage.table) if c.stage == line.name]
+            commits = [c for c in store.commits(stage.table) if c.stage == stage.name]
+            if len(plan.teachers) > 1 and stage.loads == "teacher":
+                commits = _of_teacher(store, commits, plan.teacher_of(line.name).id)
             entry |= _costs(commits) | column_costs(store, commits)
             if stage.table == "soft_targets" and (costs := feature_costs(store)):
                 entry["features"] = costs
@@ -65,6 +68,12 @@ def stage_facts(recipe: Recipe, plan: Plan) -> dict[str, dict[str, Any]]:
         entry["tokens_per_second"] = round(work / seconds, 1) if seconds and work else None
         found[line.name] = entry
     return found
+
+
+def _of_teacher(store: Store, commits: list[Commit], teacher_id: str) -> list[Commit]:
+    """The commits of one teacher's targets, of a store that has those of several."""
+    shards = ((c, store.shard(c.table, c.shard.sha256)) for c in commits)
+    return [commit for commit, shard in shards if shard.about.get("teacher_id") == teacher_id]
 
 
 def _costs(commits: list[Commit]) -> dict[str, Any]:
@@ -269,8 +278,10 @@ def _feature_line(name: str, features: dict[str, Any]) -> str:
 
 def plan_json(plan: Plan) -> dict[str, Any]:
     """The plan for programs."""
+    teachers = teachers_json(plan.teachers)
     return {
         "teacher_id": plan.bound.binding.teacher_id,
+        **({"teachers": teachers} if teachers else {}),
         "sources": plan.sources,
         "notes": [*plan.notes],
         "stages": {

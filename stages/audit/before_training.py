@@ -65,9 +65,9 @@ class Fit:
 def fit_of(recipe: Recipe, teacher_dir: Path, *, vocab_size: int, soft: bool) -> Fit:
     """What a recipe's student and loss ask of its rows.
 
-    A pinned snapshot may hold text that others wrote, `select.where` may choose what is unlikely,
-    and of many samples of one prompt equal ones are scored once, so rare ones have more than their
-    share.
+    A pinned snapshot may hold text that others wrote, as rows of several teachers do.
+    `select.where` may choose what is unlikely, and of many samples of one prompt equal ones are
+    scored once, so rare ones have more than their share.
     """
     from ..models.students.student import student_tokenizer
 
@@ -77,6 +77,7 @@ def fit_of(recipe: Recipe, teacher_dir: Path, *, vocab_size: int, soft: bool) ->
         and generate.model is None
         and generate.temperature <= 1.0
         and generate.samples == 1
+        and not recipe.several
     )
     pinned = needed(recipe.train, "train").snapshot
     chosen = pinned is not None or recipe.select.where is not None

@@ -29,8 +29,7 @@ from ..models.causal_lm import load_causal_lm
 from ..models.device import check_device
 from ..models.identity import Identity
 from ..models.rendering import Renderer
-from ..recipe.engines import unknown_arguments
-from ..recipe.sections import Generate
+from ..recipe.engines import Generate, unknown_arguments
 from ..workers.clock import Clock
 from .base import Completion, Request, before_stop
 

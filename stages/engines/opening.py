@@ -5,8 +5,7 @@ from importlib.util import find_spec
 
 from ...storage.errors import UsageError
 from ..models.identity import Identity
-from ..recipe.engines import ENGINES, EngineKind
-from ..recipe.sections import Generate
+from ..recipe.engines import ENGINES, EngineKind, Generate
 from ..workers.clock import Clock
 from .base import Engine
 

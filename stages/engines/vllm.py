@@ -14,8 +14,7 @@ from ...storage.errors import EngineDied, StillroomError, answered
 from ..models.fit.config import UNLIMITED
 from ..models.identity import Identity
 from ..models.rendering import Renderer
-from ..recipe.engines import lora_room
-from ..recipe.sections import Generate
+from ..recipe.engines import Generate, lora_room
 from ..workers.clock import Clock
 from .base import Completion, Request, before_stop
 

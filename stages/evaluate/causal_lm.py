@@ -59,12 +59,17 @@ class Measuring:
             predicting = states[torch.from_numpy(predicting_positions(row["spans"]))]
             following = scored_tokens(ids, row["spans"])
             step = chunk_tokens(head.vocab_size)
+            said = self._held_out.said(row, targets)
             for start in range(0, len(predicting), step):
                 part = slice(start, start + step)
-                reference = None if targets is None else targets.positions(part)
                 with clock.span("model"):
                     logits = head.logits(predicting[part])
-                    measures = measure(logits, following[part], reference)
+                    if said is not None:
+                        measured = partial(measure, logits, following[part])
+                        measures = said.positions(part).count(row["prompt_key"], tally, measured)
+                    else:
+                        reference = None if targets is None else targets.positions(part)
+                        measures = measure(logits, following[part], reference)
                 tally.add(row["prompt_key"], self.named(measures))
                 view.add(row, start, measures=measures, logits=logits)
 

@@ -55,13 +55,24 @@ class Measuring:
             made = inputs.tensors([ids])
             there = {name: tensor.to(model.device) for name, tensor in made.items()}
             logits = self._said(class_logits(model, there), row)
-            measures = measure(logits, None, targets)
             gold = self.outcomes(row)
-            if gold is not None:
-                known = np.flatnonzero(gold != NO_LABEL)
-                label = torch.as_tensor(gold[known]).to(model.device)
-                measures |= self.named(measure(logits[torch.as_tensor(known)], label))
-        tally.add(row["prompt_key"], measures)
+
+            def measured(reference: SoftTargets) -> dict[str, Tensor]:
+                found = measure(logits, None, reference)
+                return found if gold is None else found | self._of_known(logits, gold)
+
+            said, unit = self._held_out.said(row, targets), row["prompt_key"]
+            if said is None:
+                measures = measured(targets)
+            else:
+                measures = said.count(unit, tally, measured, outcomes=gold)
+        tally.add(unit, measures)
+
+    def _of_known(self, logits: Tensor, gold: np.ndarray) -> dict[str, Tensor]:
+        """The measures that need a label, of the targets that have one."""
+        known = np.flatnonzero(gold != NO_LABEL)
+        label = torch.as_tensor(gold[known]).to(logits.device)
+        return self.named(measure(logits[torch.as_tensor(known)], label))
 
     def _said(self, logits: Tensor, row: Row) -> Tensor:
         """[N, C] of a row's targets, of the logits of a pass over it."""

@@ -64,6 +64,10 @@ class Entities:
         """To count those of classes with these names; None where they mark none."""
         return cls(names) if are_bio(names) else None
 
+    def none_yet(self) -> Self:
+        """To count those of the same classes elsewhere."""
+        return type(self)(self._names)
+
     def add(self, unit: bytes, labels: Sequence[int], answers: Sequence[int]) -> None:
         """Count a text of a unit, by the classes of its words in their order."""
         labelled = entities_in([self._names[label] for label in labels])

@@ -1,12 +1,17 @@
 """The held-out rows that every arm is judged on."""
 
 from collections.abc import Iterator
-from typing import Any
+from itertools import count
+from typing import TYPE_CHECKING, Any
 
 from ...storage.snapshots.snapshot import Snapshot
 from ...storage.store.store import Store
+from ...storage.tables.soft_targets import SoftTargets
 from ...storage.tables.spans import SPAN_COLUMNS, spans_of
 from ..workers.clock import Clock
+
+if TYPE_CHECKING:
+    from .teachers import HeldOutTeachers, Said
 
 _SPAN = {
     "soft_targets": (
@@ -28,7 +33,13 @@ class HeldOut:
     """The rows of the test snapshot: soft targets, or (black-box) generations."""
 
     def __init__(
-        self, store: Store, snapshot: Snapshot, clock: Clock, *, labelled: bool = False
+        self,
+        store: Store,
+        snapshot: Snapshot,
+        clock: Clock,
+        *,
+        labelled: bool = False,
+        teachers: "HeldOutTeachers | None" = None,
     ) -> None:
         """`labelled`: texts to classify, with their gold labels where they have one."""
         self._store, self._clock = store, clock
@@ -36,6 +47,8 @@ class HeldOut:
         self.scored = snapshot.table == "soft_targets"
         self.rows = snapshot.rows
         """How many rows are held out."""
+        self.teachers = teachers
+        """What several teachers say of them; None: there is one."""
 
     def spans(self) -> Iterator[dict[str, Any]]:
         """Rows with prompt_key, generation_key, token_ids, spans and span_tokens."""
@@ -47,6 +60,10 @@ class HeldOut:
         columns += ["label", "labels"] if self.labelled else []
         return map(_with_span, self._read(*columns))
 
+    def said(self, row: dict[str, Any], own: SoftTargets | None) -> "Said | None":
+        """What several teachers say of a row with its own targets; None: it has one teacher, or none."""
+        return None if self.teachers is None or own is None else self.teachers.said(row, own)
+
     def references(self) -> set[tuple[str, int]]:
         """Kinds of reference targets and their entries per position."""
         return (
@@ -54,9 +71,11 @@ class HeldOut:
         )
 
     def _read(self, *columns: str) -> Iterator[dict[str, Any]]:
+        """Each with its number in the snapshot."""
+        number = count()
         for shard in self.snapshot.shards:
             rows = self._store.rows(self.snapshot.table, {shard.sha256: shard.rows}, columns)
-            yield from self._clock.each("disk", rows)
+            yield from (row | {"number": next(number)} for row in self._clock.each("disk", rows))
 
 
 def _with_span(row: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -94,8 +95,6 @@ def measure_arms(
 def _teacher_tally(job: Job, held_out: HeldOut, task: Measuring, views: "Views") -> "Tally":
     import torch
 
-    from .metrics import measure_teacher
-
     tally = task.tally()
     for row in held_out.targets():
         job.stop.check()
@@ -105,11 +104,27 @@ def _teacher_tally(job: Job, held_out: HeldOut, task: Measuring, views: "Views")
         with job.clock.span("model"):
             there = task.outcomes(row)
             known = None if there is None else torch.as_tensor(there)
-            measures = measure_teacher(targets, known)
+
+            measured = partial(_of_itself, task, known)
+            said, unit = held_out.said(row, targets), row["prompt_key"]
+            if said is None:
+                measures = measured(targets)
+            else:
+                measures = said.count(unit, tally, measured, outcomes=there)
         views.add_teacher(row, targets)
-        tally.add(row["prompt_key"], measures if there is None else task.named(measures))
+        tally.add(unit, measures)
         job.progress.advance(tokens=row["span_tokens"], note="teacher")
     return tally
+
+
+def _of_itself(
+    task: Measuring, known: "Tensor | None", targets: SoftTargets
+) -> "dict[str, Tensor]":
+    """The measures of a teacher, from its own targets."""
+    from .metrics import measure_teacher
+
+    found = measure_teacher(targets, known)
+    return found if known is None else task.named(found)
 
 
 def _student_tally(

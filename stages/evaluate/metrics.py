@@ -209,9 +209,18 @@ class Tally:
         """
         self.confusion = Confusion() if classes else None
         self.entities = entities
+        self.teachers: dict[str, Tally] = {}
+        """Of several teachers, by name: against each of them, on the texts that it was asked for."""
         self._units: dict[bytes, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         self._counts: dict[bytes, dict[str, int]] = defaultdict(lambda: defaultdict(int))
         self._bins: dict[bytes, np.ndarray] = defaultdict(lambda: np.zeros((BINS, 3)))
+
+    def of_teacher(self, name: str) -> "Tally":
+        """Where measures against one of several teachers go."""
+        if name not in self.teachers:
+            entities = None if self.entities is None else self.entities.none_yet()
+            self.teachers[name] = Tally(classes=self.confusion is not None, entities=entities)
+        return self.teachers[name]
 
     def add(self, unit: bytes, measures: dict[str, Tensor]) -> None:
         """Count the measures of N tokens; those without what is there have none of what needs it."""

@@ -62,7 +62,11 @@ def run(job: Job) -> StageResult:
     store = open_store(job.recipe.storage.dir, job.recipe.storage.sources)
     snapshot = load_snapshot(store, job.snapshots["test"])
     labelled = TASKS[job.recipe.run.task].labelled
-    held_out = HeldOut(store, snapshot, job.clock, labelled=labelled)
+    with job.clock.span("start"):
+        from .teachers import HeldOutTeachers
+
+        teachers = HeldOutTeachers.of(job, store, snapshot)
+    held_out = HeldOut(store, snapshot, job.clock, labelled=labelled, teachers=teachers)
     if not held_out.rows:
         named = job.recipe.evaluate.names_rows
         raise UsageError(
@@ -137,7 +141,8 @@ def _content(job: Job, held_out: HeldOut, found: Measured, *, quiz: Quiz | None)
             results.get(arm, {})["unanswered"] = len(prompts)
         answers = quiz.about(found.answers) | ({"unanswered": unfinished} if unfinished else {})
     others = [arm for arm in ("student_before", "baseline") if arm in tallies]
-    return {
+    more = {"teachers": _by_teacher(job, tallies)} if held_out.teachers else {}
+    return more | {
         "id": job.evaluation_id,
         "results": results,
         "differences": {arm: tallies["student"].minus(tallies[arm]) for arm in others},
@@ -157,6 +162,21 @@ def _result(tally: "Tally | None", held_out: HeldOut) -> dict[str, Any]:
     names = NUMBERS + CLASS_NUMBERS if held_out.labelled else NUMBERS
     numbers: dict[str, Any] = dict.fromkeys(names)
     return numbers if tally is None else numbers | tally.results() | {"rows": held_out.rows}
+
+
+def _by_teacher(job: Job, tallies: "dict[str, Tally]") -> dict[str, Any]:
+    """Of each teacher, every arm on the held-out texts that it was asked for."""
+    return {
+        name: {
+            "id": teacher_id,
+            "arms": {
+                arm: tally.teachers[name].results()
+                for arm, tally in tallies.items()
+                if name in tally.teachers
+            },
+        }
+        for name, teacher_id in job.teachers.items()
+    }
 
 
 def _classes(job: Job, tallies: "dict[str, Tally]") -> dict[str, Any]:

@@ -23,7 +23,9 @@ from ...storage.store.inputs import read_inputs
 from ...storage.store.segments import place_of
 from ...storage.store.store import Store
 from ...storage.tables.schema import TableName
-from ..recipe.sections import Generate, Recipe, Score
+from ..recipe.engines import Generate
+from ..recipe.kinds import Score
+from ..recipe.sections import Recipe
 from ..recipe.stages import needed
 
 T = TypeVar("T")

@@ -13,8 +13,9 @@ import numpy as np
 from ...storage.errors import UsageError
 from ...storage.keys import content_id, content_key
 from ...storage.tables.spans import span_after
+from ..recipe.engines import Generate
 from ..recipe.features import Feature
-from ..recipe.sections import Data, Generate
+from ..recipe.sections import Data
 from ..targets.alignment import class_span, spans_at
 from ..targets.spec import Kept
 from .books import Place

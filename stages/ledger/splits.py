@@ -15,6 +15,7 @@ from ..recipe.features import learnt
 from ..recipe.fields import Split
 from .books import Books
 from .targets import feature_places, target_rows, text_rows
+from .teachers import sample_rows
 
 
 def choose_snapshots(books: Books, binding: Binding) -> dict[Split, Snapshot]:
@@ -25,6 +26,31 @@ def choose_snapshots(books: Books, binding: Binding) -> dict[Split, Snapshot]:
     """
     table: TableName = "generations" if books.recipe.score is None else "soft_targets"
     rows = text_rows(books) if books.recipe.score is None else target_rows(books)
+    return _named(books, binding, table, _split(books, binding, table, rows))
+
+
+def choose_samples(
+    books: Books, binding: Binding, teachers: int
+) -> tuple[dict[Split, Snapshot], dict[Split, Snapshot]]:
+    """The same of several teachers, after `keep_scored` of each: a row a text, and the others' rows of these texts.
+
+    The first has the row of each text's first teacher, so that one text is one sample.
+    """
+    parts = _split(books, binding, "soft_targets", sample_rows(books, teachers))
+    partners: dict[Split, Snapshot] = {}
+    for name, part in parts.items():
+        others = part["others"].combine_chunks().flatten()
+        if len(others):
+            places = books.index.places("soft_targets", others.to_numpy(zero_copy_only=False))
+            about = {"data_id": binding.data_id, "partners_of": name}
+            partners[name] = make_snapshot(books.store, "soft_targets", places, about)
+    return _named(books, binding, "soft_targets", parts), partners
+
+
+def _split(
+    books: Books, binding: Binding, table: TableName, rows: pa.Table
+) -> dict[Split, pa.Table]:
+    """The rows of each split that has some."""
     validation = _validation_prompts(books, rows)
     pinned = pc.is_in(rows["prompt_key"], _pinned_prompts(books, binding, table))
     aside = pc.and_(pc.invert(rows["held_out"]), pc.is_in(rows["prompt_key"], validation))
@@ -33,11 +59,14 @@ def choose_snapshots(books: Books, binding: Binding) -> dict[Split, Snapshot]:
         "validation": rows.filter(pc.and_(aside, pc.invert(pinned))),
         "test": rows.filter(pc.and_(rows["held_out"], pc.invert(pinned))),
     }
-    found = {
-        name: _snapshot(books, binding, table, name, part)
-        for name, part in parts.items()
-        if part.num_rows
-    }
+    return {name: part for name, part in parts.items() if part.num_rows}
+
+
+def _named(
+    books: Books, binding: Binding, table: TableName, parts: dict[Split, pa.Table]
+) -> dict[Split, Snapshot]:
+    """A snapshot of each split; each knows the ids of all."""
+    found = {name: _snapshot(books, binding, table, name, part) for name, part in parts.items()}
     splits = {name: snapshot.id for name, snapshot in found.items()}
     return {
         name: replace(snapshot, about={**snapshot.about, "splits": splits})

@@ -6,11 +6,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from ...storage.errors import IntegrityError, UsageError
-from ...storage.store.sql import query
-from ...storage.tables.shard import REPAIR
 from ...storage.tables.spans import SPAN_COLUMNS, spans_of
 from ..recipe.features import Feature, captured, learnt
+from ..recipe.sections import OneTeacher
 from ..recipe.tasks import TASKS
 from ..targets.alignment import class_span
 from ..targets.spec import Kept, reference, target_bytes, wanted
@@ -18,6 +16,7 @@ from .books import Books, Ledger, Pending, different
 from .coverage import PLACES, best, lacks, reason
 from .features import FeatureSql, Widths, capture_id, name_texts
 from .requests import TargetRequest, captured_key, target_key
+from .routes import EVERYTHING, keys_where, take_route, within
 
 PART_ROWS = 2_000_000  # rows whose equal tokens are looked for at once
 
@@ -37,7 +36,7 @@ def choose_generations(books: Books, *, author_id: str) -> None:
     else:
         rows = "JOIN (SELECT place, held_out FROM asked WHERE place IS NOT NULL) i ON g.place = i.place WHERE true"
     if books.recipe.select.where is not None:
-        books.index.register("allowed", _where(books, books.recipe.select.where))
+        books.index.register("allowed", _selected(books, books.recipe.select.where))
         rows += " AND g.key IN (SELECT key::UUID FROM allowed)"
     # All spans where there are some, else what follows the prompt (`spans_of`); a labelled text has
     # one target, at its last token (`alignment.class_span`).
@@ -61,7 +60,7 @@ def _published(books: Books) -> str:
     """
     where = "WHERE true" if books.recipe.score else "WHERE g.place IS NOT NULL"
     if books.recipe.select.where is not None:
-        books.index.register("allowed", _where(books, books.recipe.select.where))
+        books.index.register("allowed", _selected(books, books.recipe.select.where))
         where += " AND p.key IN (SELECT key FROM allowed)"
     return f"""
         SELECT p.key::UUID AS key, p.prompt_key::UUID AS prompt_key, p.tokens_key::UUID AS tokens_key, g.place,
@@ -74,12 +73,8 @@ def _judge(books: Books) -> None:
         "SELECT key::BLOB AS key, scored AS span FROM chosen WHERE held_out ORDER BY "
         "prompt_key, chosen.key"
     )
-    budget = books.recipe.evaluate.tokens
-    keep: list[bool] = []
-    for span in held_out["span"].to_pylist():
-        keep.append(not any(keep) or span <= budget)
-        budget -= span if keep[-1] else 0
-    books.index.register("kept", held_out.filter(pa.array(keep, pa.bool_())))
+    keep = within(held_out["span"], budget=books.recipe.evaluate.tokens)
+    books.index.register("kept", held_out.filter(keep))
     books.index.execute(
         "CREATE OR REPLACE TEMP TABLE judged AS SELECT * FROM chosen WHERE key IN (SELECT "
         "key::UUID FROM kept)"
@@ -106,6 +101,7 @@ def target_ledger(
     limit: int,
     teacher_parts: dict[str, Any] | None = None,
     teacher_widths: Widths | None = None,
+    route: OneTeacher | None = None,
 ) -> Ledger:
     """The books of `score`; leaves the view `scored` behind.
 
@@ -118,8 +114,9 @@ def target_ledger(
         limit: Tokens that the teacher reads at once.
         teacher_parts: What the teacher's identity is made of, to say how it differs from another's.
         teacher_widths: Of the teacher's vectors, to say what features take; None: not known.
+        route: What it is asked for, of several teachers; None: everything.
     """
-    score = books.score
+    score, asked = books.score, EVERYTHING if route is None else take_route(books, route)
     judged, trained = reference(score, vocab_size), wanted(score, vocab_size)
     features = FeatureSql(captured(score.features), teacher_id=teacher_id, places=PLACES)
     if features.columns:
@@ -132,6 +129,7 @@ def target_ledger(
         trained=trained,
         limit=limit,
         features=features,
+        asked=asked,
     )
     ledger = Ledger()
     for one in _counts(books, features.to_do(teacher_widths or {})):
@@ -158,6 +156,7 @@ def _view_scored(
     trained: Kept,
     limit: int,
     features: FeatureSql,
+    asked: str,
 ) -> None:
     """Make the view `scored`: each text once, with the stored row that can be reused for it or why there is none.
 
@@ -185,7 +184,7 @@ def _view_scored(
             SELECT tokens_key, coalesce(min(key) FILTER (held_out), min(key)) AS key,
                 any_value(tokens) AS tokens, any_value(scored) AS scored,
                 bool_or(held_out) AS held_out, count(*) AS texts
-            FROM texts WHERE {_PART} GROUP BY tokens_key
+            FROM texts WHERE {_PART} {asked} GROUP BY tokens_key
         ),
         -- The teacher's stored rows of each text: the best one for either purpose, and what the
         -- nearest one lacks.
@@ -351,17 +350,8 @@ def _request_key(teacher_id: str, row: Mapping[str, Any], asked: Sequence[Featur
 _PART = "hash(tokens_key) % getvariable('parts') = getvariable('part')"
 
 
-def _where(books: Books, condition: str) -> pa.Table:
-    for part, _ in books.store.parts:  # DuckDB would read a flipped bit without a word
-        for shard in part.shards("generations"):
-            if part.files.sha256(shard.name) != shard.sha256:
-                raise IntegrityError(
-                    f"{shard.name}: the file is damaged (its sha256 is another one). {REPAIR}"
-                )
-    try:
-        return query(books.store, f"SELECT key FROM generations WHERE {condition}")
-    except UsageError as error:
-        raise UsageError(f"select.where: {error}") from error
+def _selected(books: Books, condition: str) -> pa.Table:
+    return keys_where(books, "generations", "key", condition, field="select.where")
 
 
 def _explain_new(

@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...storage.tables.soft_targets import SoftTargets
 from ..losses.definition import Distilled, logits_distillation
 from ..losses.objective import Aim
 from ..models.attention.longest import Company
 from ..models.classification import Inputs, class_company, class_logits
 from ..models.fit.classes import NO_LABEL
 from ..models.reads import check_ids
-from ..targets.batch import TargetBatch
+from ..targets.batch import MoreTargets, TargetBatch, weighed
 from ..targets.features.batch import FeatureTargets
 from ..targets.features.shown import showing
 from ..workers.job import Job
@@ -31,6 +32,8 @@ class ClassBatch:
     """What the model takes, each [B, T]."""
     targets: TargetBatch
     """N targets over C classes, one a text or more; a label of `NO_LABEL` is none."""
+    more: MoreTargets | None = None
+    """What further teachers say of some of these targets; None: nobody says more."""
     said_at: Tensor | None = None
     """[N] int64 indices into the flattened [B * T] of the positions that say the targets; None: each text
     says one."""
@@ -45,19 +48,22 @@ class ClassBatch:
     @property
     def nbytes(self) -> int:
         """Of all tensors."""
-        features = 0 if self.features is None else self.features.nbytes
-        places = 0 if self.said_at is None else self.said_at.nbytes
-        return sum(t.nbytes for t in self.inputs.values()) + self.targets.nbytes + places + features
+        beside = (
+            part.nbytes for part in (self.more, self.said_at, self.features) if part is not None
+        )
+        return sum(t.nbytes for t in self.inputs.values()) + self.targets.nbytes + sum(beside)
 
     def to(self, device: torch.device) -> Self:
         """The same on another device."""
         inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
         features = None if self.features is None else self.features.to(device)
+        more = None if self.more is None else self.more.to(device)
         places = None if self.said_at is None else self.said_at.to(device)
         return replace(
             self,
             inputs=inputs,
             targets=self.targets.to(device),
+            more=more,
             said_at=places,
             features=features,
         )
@@ -100,21 +106,19 @@ class ClassPasses(Passes):
     def _batch(self, samples: Sequence[Sample], temperature: float | None) -> ClassBatch:
         highest = max(int(sample.token_ids.max()) for sample in samples)
         check_ids(highest, self.vocab_size, "a text has")
-        labels = np.concatenate([self._labels(sample) for sample in samples])
-        targets = TargetBatch(labels=torch.from_numpy(labels))
-        known = [sample.targets for sample in samples if sample.targets is not None]
-        if known and temperature is not None:
-            stored = torch.from_numpy(np.concatenate([one.logprobs for one in known]))
-            # All classes are stored, so any temperature is exact: softmax(log t / T) = softmax(z / T).
-            tempered = (stored / temperature).log_softmax(-1)
-            no_tail = torch.full((len(stored),), -torch.inf)
-            targets = replace(targets, logprobs=tempered, tail_logprob=no_tail)
+        labels = [torch.from_numpy(self._labels(sample)) for sample in samples]
+        targets, more = TargetBatch(labels=torch.cat(labels)), None
+        if temperature is not None and all(sample.targets is not None for sample in samples):
+            said = [self.asked_of(sample) for sample in samples]
+            targets = _soft([own for own, *_ in said], targets.labels, temperature)
+            more = _of_others([others for _, *others in said], labels, temperature)
         inputs = self.inputs.tensors([sample.token_ids for sample in samples])
         width = inputs["input_ids"].shape[1]
         starts = [row * width for row in range(len(samples))]
         return ClassBatch(
             inputs=inputs,
             targets=targets,
+            more=more,
             said_at=self._said_at(samples, starts),
             features=self.targets_of(samples, starts),
         )
@@ -146,11 +150,45 @@ class ClassPasses(Passes):
         parts = logits_distillation(logits, asked, objective=aim.objective)
         labelled = labels != NO_LABEL
         found = replace(parts, hard=parts.hard.masked_fill(~labelled, 0.0)).summed(aim)
+        if (more := batch.more) is not None:
+            others = replace(more.targets, labels=more.targets.labels.clamp_min(0))
+            said = logits_distillation(logits[more.at], others, objective=aim.objective)
+            found = found.plus(said.summed(replace(aim, hard_weight=0.0)), more.at)
         found = replace(found, hard=found.hard[labelled])
         return self.with_features(found, shown, batch.features, aim=aim)
 
     def head_weight(self, model: nn.Module) -> None:
         """The body has it all: the head is a small layer over one position a text."""
+
+
+_Asked = tuple[SoftTargets, np.ndarray | None]
+"""What a teacher says of a text, and its weight at each target; None: 1."""
+
+
+def _of_others(
+    said: Sequence[Sequence[_Asked]], labels: Sequence[Tensor], temperature: float
+) -> MoreTargets | None:
+    """What further teachers say of each text; None: nobody says more."""
+    starts = np.cumsum([0, *map(len, labels)]).tolist()
+    texts = [text for text, others in enumerate(said) for _ in others]
+    if not texts:
+        return None
+    asked = [one for others in said for one in others]
+    at = torch.cat([torch.arange(starts[text], starts[text + 1]) for text in texts])
+    return MoreTargets(at=at, targets=_soft(asked, torch.cat(list(labels))[at], temperature))
+
+
+def _soft(said: Sequence[_Asked], labels: Tensor, temperature: float) -> TargetBatch:
+    """Targets of texts, one after the other; with the weight of each, of several teachers."""
+    stored = torch.from_numpy(np.concatenate([targets.logprobs for targets, _ in said]))
+    # All classes are stored, so any temperature is exact: softmax(log t / T) = softmax(z / T).
+    found = TargetBatch(
+        labels=labels,
+        logprobs=(stored / temperature).log_softmax(-1),
+        tail_logprob=torch.full((len(stored),), -torch.inf),
+    )
+    weights = [weight for _, weight in said if weight is not None]
+    return weighed(found, np.concatenate(weights) if weights else None)
 
 
 def training_passes(

@@ -6,7 +6,7 @@ same rows as before.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -93,18 +93,27 @@ def open_features(
     """
     names = [(one.kind, one.layer) for one in wanted]
     asked = content_id("companions", samples=samples.id, features=features.id, wanted=names)
-    folder = f"{_FOLDER}/{asked}"
+
+    def make() -> np.ndarray:
+        return companion_places(store, samples, features, names)
+
+    places = kept_places(files, f"{_FOLDER}/{asked}", make)
+    return FeatureSource(Companions(store, features, places), wanted)
+
+
+def kept_places(files: FilesOnDisk, folder: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """Where rows beside samples are: made once into a folder of the student's, and mapped."""
     path = _known(files.path(folder))
     if path is None:
-        places = companion_places(store, samples, features, names)
+        places = make()
 
         def write(path: Path) -> None:
             with path.open("wb") as file:
                 np.save(file, places)
 
         path = files.path(files.put_content(folder, write, suffix=".npy").name)
-    companions = Companions(store, features, np.load(path, mmap_mode="r"))
-    return FeatureSource(companions, wanted)
+    found: np.ndarray = np.load(path, mmap_mode="r")
+    return found
 
 
 def _known(folder: Path) -> Path | None:

@@ -35,7 +35,7 @@ from ..models.head import hidden_states, split_head
 from ..models.reads import check_ids
 from ..recipe.fields import Kernel
 from ..targets.alignment import predicting_positions, scored_tokens
-from ..targets.batch import TargetBatch, fit_vocabulary, joined
+from ..targets.batch import MoreTargets, TargetBatch, fit_vocabulary, joined, weighed
 from ..targets.features.batch import FeatureTargets
 from ..targets.features.shown import showing
 from ..targets.spec import Kept
@@ -60,6 +60,8 @@ class Batch:
     """[N] int64 indices into the flattened [B * T] of the positions that predict a scored token."""
     targets: TargetBatch
     """N targets in terms of the student's vocabulary."""
+    more: MoreTargets | None = None
+    """What further teachers say at some of these positions; None: nobody says more."""
     edges: Tensor | None = None
     """[S + 1] int32 ends of the samples of a flat row; None: rows that transformers cuts by their
     positions."""
@@ -102,7 +104,7 @@ class Batch:
         )
 
 
-_MOVABLE = (Tensor, TargetBatch, FeatureTargets)
+_MOVABLE = (Tensor, TargetBatch, MoreTargets, FeatureTargets)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -209,13 +211,14 @@ class Packing(Passes):
             with showing(model, self.needs) as shown:
                 hidden = hidden_states(model, **batch.inputs)
         predicting = hidden.flatten(0, 1)[batch.predicting].to(dtype)
-        found = linear_distillation(
-            predicting,
-            split_head(model),
-            batch.targets,
-            aim=aim,
-            kernel=self.kernel,
-        )
+        head = split_head(model)
+        found = linear_distillation(predicting, head, batch.targets, aim=aim, kernel=self.kernel)
+        if (more := batch.more) is not None:
+            soft = replace(aim, hard_weight=0.0)
+            of_others = linear_distillation(
+                predicting[more.at], head, more.targets, aim=soft, kernel=self.kernel
+            )
+            found = found.plus(of_others, more.at)
         return self.with_features(found, shown, batch.features, aim=aim)
 
     def head_weight(self, model: nn.Module) -> Tensor:
@@ -241,11 +244,13 @@ class Packing(Passes):
                 labels.append(torch.from_numpy(scored_tokens(ids, sample.spans)))
         check_ids(int(token_ids.max()), self.vocab_size, "the text has")
         members = [sample for row in rows for sample in row]
+        targets, more = self._targets(labels, members, temperature)
         batch = Batch(
             token_ids=token_ids,
             position_ids=position_ids,
             predicting=torch.cat(predicting),
-            targets=self._targets(labels, members, temperature),
+            targets=targets,
+            more=more,
             features=self.targets_of(members, starts),
         )
         if not self.flat:
@@ -255,19 +260,29 @@ class Packing(Passes):
 
     def _targets(
         self, labels: Sequence[Tensor], samples: Sequence[Sample], temperature: float | None
-    ) -> TargetBatch:
-        """One sample after the other; hard targets alone where a sample has no soft ones."""
+    ) -> tuple[TargetBatch, MoreTargets | None]:
+        """One sample after the other, of its first teacher and of others; hard ones alone where it has no soft ones."""
         if temperature is None or any(sample.targets is None for sample in samples):
-            return fit_vocabulary(TargetBatch(labels=torch.cat(list(labels))), self.vocab_size)
+            alone = TargetBatch(labels=torch.cat(list(labels)))
+            return fit_vocabulary(alone, self.vocab_size), None
         reading = Reading(
             kept=self.kept, temperature=temperature, unstored=self.unstored_temperature
         )
-        parts = [
-            soft_part(sample.targets, hard, reading)
-            for sample, hard in zip(samples, labels, strict=True)
-            if sample.targets is not None
-        ]
-        return fit_vocabulary(joined(parts), self.vocab_size)
+        first: list[TargetBatch] = []
+        others: list[TargetBatch] = []
+        positions: list[Tensor] = []
+        start = 0
+        for sample, hard in zip(samples, labels, strict=True):
+            own, *more = self.asked_of(sample)
+            first.append(weighed(soft_part(own[0], hard, reading), own[1]))
+            others += [weighed(soft_part(said, hard, reading), share) for said, share in more]
+            positions += [torch.arange(start, start + len(hard)) for _ in more]
+            start += len(hard)
+        targets = fit_vocabulary(joined(first), self.vocab_size)
+        if not others:
+            return targets, None
+        further = fit_vocabulary(joined(others), self.vocab_size)
+        return targets, MoreTargets(at=torch.cat(positions), targets=further)
 
 
 def pack(samples: Sequence[Sample], *, rows: int, limit: int) -> list[list[Sample]]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...storage.errors import UsageError
+from ...storage.tables.soft_targets import SoftTargets
 from ..losses.definition import Distilled
 from ..losses.features.matching import Matching
 from ..losses.features.part import StepSize
@@ -21,6 +22,7 @@ from ..losses.objective import Aim
 from ..recipe.tasks import module_of
 from ..targets.features.batch import FeatureTargets
 from ..targets.features.shown import Need, Shown
+from ..targets.teaching import Teaching
 from ..workers.job import Job
 from .samples import Sample
 
@@ -56,6 +58,8 @@ class Passes(ABC):
     group: int | None = None
     """Samples of a group, of losses between samples: a pass holds whole groups, at least one; None:
     there are no groups."""
+    teaching: Teaching | None = None
+    """How several teachers are weighed; None: there is one."""
 
     def __post_init__(self) -> None:
         """Refuse groups where each sample has a pass of its own.
@@ -96,6 +100,16 @@ class Passes(ABC):
             compared=[self.positions(sample) for sample in samples],
             token_ids=[sample.token_ids for sample in samples],
         )
+
+    def at(self, done: float) -> Self:
+        """The passes of a step that ends at this share of all tokens: weights of teachers may follow a schedule."""
+        return self if self.teaching is None else replace(self, teaching=self.teaching.at(done))
+
+    def asked_of(self, sample: Sample) -> list[tuple[SoftTargets, np.ndarray | None]]:
+        """What a sample's teachers say, and the weight of each at each position; None: 1."""
+        if self.teaching is None:
+            return [(targets, None) for _, targets in sample.of_teachers()[:1]]
+        return self.teaching.of_text(sample.of_teachers())
 
     @property
     def needs(self) -> list[Need]:

@@ -19,6 +19,7 @@ from ...storage.tables.rows import Rows
 from ...storage.tables.soft_targets import LISTS, SoftTargets, normalised_targets
 from ...storage.tables.spans import SPAN_COLUMNS, spans_of
 from .features import FeatureSource, Name
+from .teachers import TeacherSource
 
 _SPAN = {
     "soft_targets": ("span_start", "span_tokens", "spans"),
@@ -59,6 +60,16 @@ class Sample:
     """Its place in the snapshot's own order."""
     features: FeatureSource | None = None
     """Where the teacher's states of it are; None: it has none."""
+    teachers: TeacherSource | None = None
+    """Where the targets of several teachers are; None: it has one teacher, or none."""
+
+    def of_teachers(self) -> list[tuple[int, SoftTargets]]:
+        """Number of each of several teachers that has scored it, and the targets; without several, of the first."""
+        if self.targets is None:
+            return []
+        if self.teachers is None:
+            return [(0, self.targets)]
+        return self.teachers.of_text(self.number, self.token_ids, self.spans, self.targets)
 
     def states(self) -> dict[Name, np.ndarray]:
         """[T, D] float32 of each of its features."""
@@ -119,6 +130,7 @@ class Samples:
         soft: bool,
         seed: int = 0,
         features: FeatureSource | None = None,
+        teachers: TeacherSource | None = None,
     ) -> None:
         """`soft`: read the teacher's targets too (the snapshot must be of soft_targets)."""
         if not snapshot.rows:
@@ -134,6 +146,8 @@ class Samples:
         self._store, self._soft, self._length = store, soft, snapshot.rows
         self.features = features
         """Where the teacher's states of the samples are; None: nobody needs them."""
+        self.teachers = teachers
+        """Where the targets of several teachers are; None: there is one, or nobody needs them."""
         self._span, self._label = _SPAN[snapshot.table], snapshot.table == "soft_targets"
 
     def __len__(self) -> int:
@@ -199,6 +213,7 @@ class Samples:
                 labels=each,
                 number=number,
                 features=self.features,
+                teachers=self.teachers,
             )
             samples.append(sample)
         return samples

@@ -59,6 +59,13 @@ class Distilled:
     """[P] of each part of what of the features is matched, the sum over the pass; a value without a
     gradient. None where there is none."""
 
+    def plus(self, more: "Distilled", at: Tensor) -> "Distilled":
+        """With the divergences from further teachers, which are of the tokens `at`; their cross-entropy is the same."""
+        soft = self.soft
+        if soft is not None and more.soft is not None:
+            soft = soft.index_add(0, at, more.soft)
+        return replace(self, total=self.total + more.total, soft=soft)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class LossParts:
@@ -134,7 +141,8 @@ def losses_of(seen: Seen, targets: TargetBatch, *, objective: Objective | None) 
         soft = _sampled_forward_kl(outcomes.log_softmax(-1), targets, objective)
     else:
         soft = _divergence(_teacher(targets, objective), _student(outcomes, objective), objective)
-    return LossParts(hard=hard, soft=soft if scale == 1.0 else scale**2 * soft)
+    soft = soft if scale == 1.0 else scale**2 * soft
+    return LossParts(hard=hard, soft=soft if targets.weights is None else targets.weights * soft)
 
 
 def _divergence(teacher: Tensor, student: Tensor, objective: Objective) -> Tensor:

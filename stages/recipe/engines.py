@@ -2,7 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from .fields import Options, Section
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,3 +124,41 @@ if TYPE_CHECKING:
     EngineName = str
 else:
     EngineName = Literal[tuple(engine.name for engine in ENGINES)]
+
+
+class Generate(Section):
+    """The teacher (or another author) writes completions."""
+
+    engine: EngineName | None = None
+    """null: vllm where it is installed, else hf."""
+    model: str | None = None
+    """Another author than the teacher: folder, Hub id, or `run:RUN_DIR`, the student of another
+    run."""
+    samples: int = Field(1, ge=1)
+    """Completions per prompt."""
+    temperature: float = Field(1.0, ge=0)
+    """Sampling temperature; 0 is greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus sampling."""
+    max_tokens: int = Field(256, ge=1)
+    """Limit on a completion's tokens."""
+    stop: list[str] = Field([])
+    """Strings that end a completion."""
+    seed: int = 0
+    """Seed of the text; each row's own seed is derived from it and the row's content."""
+    engine_args: Options = Field({})
+    """Passed to the engine as they are (vLLM: arguments of `LLM`; hf: `batch_size`,
+    `max_model_len`)."""
+
+    @field_validator("engine_args")
+    @classmethod
+    def _not_the_recipes(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        for why in refused_arguments(arguments):
+            raise ValueError(why)
+        return arguments
+
+    @model_validator(mode="after")
+    def _that_the_engine_takes(self) -> Self:
+        for why in unknown_arguments(self.engine, self.engine_args) if self.engine else ():
+            raise ValueError(f"`engine_args`: {why}")
+        return self

@@ -16,8 +16,8 @@ from pydantic import (
 from ...storage.keys import canonical_json
 
 ADDRESSES = frozenset(
-    "run.dir storage.dir storage.sources teacher.model teacher.adapter student.model data.source "
-    "generate.model evaluate.source".split()
+    "run.dir storage.dir storage.sources teacher.model teacher.adapter teachers.model "
+    "teachers.adapter student.model data.source generate.model evaluate.source".split()
 )
 """Fields that name a folder, a file, a URL or a model: what may hold `${NAME}`, or a credential."""
 

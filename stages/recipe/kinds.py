@@ -6,9 +6,13 @@ not keep all k best entries, a function in `stages/targets/best_entries.py`.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from ...storage.tables.kinds import STRUCTURES
+from pydantic import Field
+
+from ...storage.tables.kinds import STRUCTURES, Structure
+from .features import FeatureRequest
+from .fields import Kernel, Section
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,3 +83,46 @@ WHOLE = tuple(name for name in KINDS if STRUCTURES[name].whole)
 def kinds_with(setting: str) -> list[str]:
     """The kinds that have this setting."""
     return [name for name, kind in KINDS.items() if setting in kind.settings]
+
+
+class Score(Section):
+    """The teacher's distribution at every completion position."""
+
+    engine: Literal["hf", "vllm"] = "hf"
+    """hf: one forward pass."""
+    targets: Targets = "topk"
+    """What is kept of the distribution."""
+    k: int = Field(64, ge=1)
+    """topk, topp: entries per position at most."""
+    p: float | None = Field(None, gt=0, le=1)
+    """topp: mass to keep."""
+    k_min: int = Field(1, ge=1)
+    """topp: at least this many entries."""
+    rounds: int = Field(50, ge=1)
+    """sampled: draws per position."""
+    draw: Literal["multinomial", "systematic"] = "multinomial"
+    """sampled: how to draw."""
+    proposal: float = Field(1.0, gt=0)
+    """sampled: draw from the teacher to this power, and weigh what is drawn; 1: from the teacher
+    itself."""
+    temperatures: list[Annotated[float, Field(gt=0)]] = Field([1.0], min_length=1)
+    """Loss temperatures that students can be trained at besides 1; sampled: the only one, which is
+    drawn at."""
+    batch_tokens: int | None = Field(None, ge=1)
+    """Tokens of one forward pass, padding included; halved when memory runs out. null: 8192, on
+    CPUs one row."""
+    kernel: Kernel | None = None
+    """Who makes the sums over the vocabulary; null: Triton on an NVIDIA GPU, else torch. Same
+    numbers."""
+    features: list[FeatureRequest] = Field([])
+    """What is stored of the teacher besides, taken in the same pass; of rows to train on."""
+
+    @property
+    def kind(self) -> TargetKind:
+        """What a recipe can say of these targets, and what serves them."""
+        return KINDS[self.targets]
+
+    @property
+    def structure(self) -> Structure:
+        """What the rows of these targets consist of."""
+        return STRUCTURES[self.targets]

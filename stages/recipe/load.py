@@ -59,9 +59,12 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 def recorded(recipe: Recipe) -> dict[str, Any]:
     """A recipe as records keep it: `${NAME}` where it was written so, and no credential of an address."""
     tree = recipe.model_dump(mode="json")
+    if not tree["teachers"]:
+        del tree["teachers"]
     for section, _, name in (path.partition(".") for path in ADDRESSES):
-        if tree[section] is not None:
-            tree[section][name] = all_shown(tree[section][name])
+        found = tree.get(section) or []
+        for fields in found if isinstance(found, list) else [found]:
+            fields[name] = all_shown(fields[name])
     return tree
 
 
@@ -185,7 +188,7 @@ def _explain(loc: tuple[int | str, ...], error: Any) -> tuple[str, str]:
             else f"Known here: {', '.join(_keys_at(loc[:-1]))}."
         )
         return where, f"unknown key. {hint}"
-    wrong, outside = _wrong(error), outside_value(where, error.get("input"))
+    wrong, outside = _wrong(error), outside_value(error.get("input"))
     return where, wrong if outside is None else f"{wrong} {outside}"
 
 

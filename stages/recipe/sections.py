@@ -7,16 +7,15 @@ messages with a file and a line.
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ...storage.tables.kinds import STRUCTURES, Structure
 from .divergences import DivergenceSettings
-from .engines import EngineName, refused_arguments, unknown_arguments
+from .engines import Generate
 from .evaluate import Evaluate
-from .features import FeatureLoss, FeatureRequest
+from .features import FeatureLoss
 from .fields import NO_TEMPLATE_ARGUMENTS, Kernel, Options, Schedule, Scheduled, Section, Tail
 from .formats import FORMATS, Format, FormatName
-from .kinds import KINDS, TargetKind, Targets
+from .kinds import Score
 from .tasks import TaskName
 
 
@@ -69,6 +68,32 @@ class Teacher(Section):
     def unhashed(self) -> set[str]:
         """Fields that hashes leave out at their default: there were none when the first hashes were made."""
         return set() if self.trust_remote_code else {"trust_remote_code"}
+
+
+class OneTeacher(Teacher):
+    """One of several teachers: what it scores, and what its word weighs."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=32)
+    """Its name in lines, logs and results: letters, digits, `-` and `_`."""
+    weight: Scheduled = 1.0
+    """Of its divergence, used as given; a number or a schedule."""
+    where: str | None = None
+    """SQL condition over the columns of `prompts`: it scores their texts alone. null: all."""
+    budget_tokens: int | None = Field(None, ge=1)
+    """Scored tokens to train on that it is asked for at most, in the order of the prompts' hashes."""
+    license: str | None = None
+    """Its licence, for report and card; it decides nothing."""
+
+    @property
+    def alone(self) -> Teacher:
+        """The section `teacher` of a recipe that has no other; fields that nobody wrote stay so."""
+        fields = set(Teacher.model_fields)
+        return Teacher.model_validate(self.model_dump(include=fields, exclude_unset=True))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it scores everything, at weight 1."""
+        return (self.weight, self.where, self.budget_tokens) == (1.0, None, None)
 
 
 class Lora(Section):
@@ -187,92 +212,11 @@ class Data(Section):
         return FORMATS[self.format]
 
 
-class Generate(Section):
-    """The teacher (or another author) writes completions."""
-
-    engine: EngineName | None = None
-    """null: vllm where it is installed, else hf."""
-    model: str | None = None
-    """Another author than the teacher: folder, Hub id, or `run:RUN_DIR`, the student of another
-    run."""
-    samples: int = Field(1, ge=1)
-    """Completions per prompt."""
-    temperature: float = Field(1.0, ge=0)
-    """Sampling temperature; 0 is greedy."""
-    top_p: float = Field(1.0, gt=0, le=1)
-    """Nucleus sampling."""
-    max_tokens: int = Field(256, ge=1)
-    """Limit on a completion's tokens."""
-    stop: list[str] = Field([])
-    """Strings that end a completion."""
-    seed: int = 0
-    """Seed of the text; each row's own seed is derived from it and the row's content."""
-    engine_args: Options = Field({})
-    """Passed to the engine as they are (vLLM: arguments of `LLM`; hf: `batch_size`,
-    `max_model_len`)."""
-
-    @field_validator("engine_args")
-    @classmethod
-    def _not_the_recipes(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        for why in refused_arguments(arguments):
-            raise ValueError(why)
-        return arguments
-
-    @model_validator(mode="after")
-    def _that_the_engine_takes(self) -> Self:
-        for why in unknown_arguments(self.engine, self.engine_args) if self.engine else ():
-            raise ValueError(f"`engine_args`: {why}")
-        return self
-
-
 class Select(Section):
     """Which generations go on to be scored and trained on."""
 
     where: str | None = None
     """SQL condition over the columns of `generations`."""
-
-
-class Score(Section):
-    """The teacher's distribution at every completion position."""
-
-    engine: Literal["hf", "vllm"] = "hf"
-    """hf: one forward pass."""
-    targets: Targets = "topk"
-    """What is kept of the distribution."""
-    k: int = Field(64, ge=1)
-    """topk, topp: entries per position at most."""
-    p: float | None = Field(None, gt=0, le=1)
-    """topp: mass to keep."""
-    k_min: int = Field(1, ge=1)
-    """topp: at least this many entries."""
-    rounds: int = Field(50, ge=1)
-    """sampled: draws per position."""
-    draw: Literal["multinomial", "systematic"] = "multinomial"
-    """sampled: how to draw."""
-    proposal: float = Field(1.0, gt=0)
-    """sampled: draw from the teacher to this power, and weigh what is drawn; 1: from the teacher
-    itself."""
-    temperatures: list[Annotated[float, Field(gt=0)]] = Field([1.0], min_length=1)
-    """Loss temperatures that students can be trained at besides 1; sampled: the only one, which is
-    drawn at."""
-    batch_tokens: int | None = Field(None, ge=1)
-    """Tokens of one forward pass, padding included; halved when memory runs out. null: 8192, on
-    CPUs one row."""
-    kernel: Kernel | None = None
-    """Who makes the sums over the vocabulary; null: Triton on an NVIDIA GPU, else torch. Same
-    numbers."""
-    features: list[FeatureRequest] = Field([])
-    """What is stored of the teacher besides, taken in the same pass; of rows to train on."""
-
-    @property
-    def kind(self) -> TargetKind:
-        """What a recipe can say of these targets, and what serves them."""
-        return KINDS[self.targets]
-
-    @property
-    def structure(self) -> Structure:
-        """What the rows of these targets consist of."""
-        return STRUCTURES[self.targets]
 
 
 class Loss(DivergenceSettings):
@@ -292,10 +236,23 @@ class Loss(DivergenceSettings):
     alone."""
     features: list[FeatureLoss] = Field([])
     """What the student matches of the features that `score` stores."""
+    teachers: Literal["sum", "mixture"] = "sum"
+    """Of several teachers. sum: the divergence from each, times its weight. mixture: the divergence
+    from the mean of their distributions; of full and sampled targets."""
+    teacher_weights: Literal["fixed", "entropy", "likelihood"] = "fixed"
+    """Of several teachers, at each token. entropy: more to those that are sure. likelihood: more to
+    those that find the token likely. The sum of the weights stays."""
 
     def unhashed(self) -> set[str]:
         """Fields that a student's hash leaves out."""
-        return super().unhashed() | (set() if self.features else {"features"})
+        later = {"features", "teachers", "teacher_weights"}
+        return super().unhashed() | (later - self.changed)
+
+    @property
+    def changed(self) -> set[str]:
+        """Fields that are not at their default."""
+        defaults = Loss()
+        return {n for n in Loss.model_fields if getattr(self, n) != getattr(defaults, n)}
 
     @field_validator("temperature")
     @classmethod
@@ -368,12 +325,23 @@ class Train(Section):
         return self
 
 
+def _one_or_several(schema: dict[str, Any]) -> None:
+    """For editors: a recipe has `teacher` or `teachers`."""
+    schema["required"].remove("teacher")
+    schema["anyOf"] = [{"required": [name]} for name in ("teacher", "teachers")]
+
+
 class Recipe(Section):
     """A whole recipe."""
+
+    model_config = ConfigDict(json_schema_extra=_one_or_several)
 
     run: Run
     storage: Storage
     teacher: Teacher
+    """The first one, where `teachers` names them."""
+    teachers: list[OneTeacher] = Field([])
+    """In place of `teacher`: several, each scored and kept under its own identity."""
     student: Student | None = None
     """Without it and `train` a recipe is stage one alone: prompts, text and targets, to be exported."""
     data: Data
@@ -383,3 +351,24 @@ class Recipe(Section):
     loss: Loss = Loss()
     train: Train | None = None
     evaluate: Evaluate = Evaluate()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_the_first(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict) or not tree.get("teachers") or "teacher" in tree:
+            return tree
+        try:
+            first = OneTeacher.model_validate(tree["teachers"][0]).alone
+        except (ValidationError, LookupError, TypeError):
+            first = Teacher(model="")  # what is wrong is said of the entry itself
+        return tree | {"teacher": first}
+
+    @property
+    def several(self) -> list[OneTeacher]:
+        """The teachers, unless there is one that scores everything at weight 1: it is as `teacher`."""
+        one = len(self.teachers) == 1 and self.teachers[0].is_plain
+        return [] if one else self.teachers
+
+    def of_teacher(self, one: OneTeacher) -> Self:
+        """The same with this teacher alone, and what it scores."""
+        return self.model_copy(update={"teacher": one.alone, "teachers": [one]})

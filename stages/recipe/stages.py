@@ -42,9 +42,15 @@ STAGES = (
 )
 
 
-def stage_named(name: str) -> Stage:
-    """The row of a line of the plan."""
+def stage_named(line: str) -> Stage:
+    """The row of a line of the plan; of several teachers each has a line, `score/NAME`."""
+    name, _, _ = line.partition("/")
     return next(stage for stage in STAGES if stage.name == name)
+
+
+def file_name(line: str) -> str:
+    """What the files are called that belong to a line of the plan."""
+    return line.replace("/", "-")
 
 
 def needed(section: S | None, name: str) -> S:

@@ -120,7 +120,10 @@ def _asked(job: Job, teacher: Identity, store: Store) -> tuple[Ledger, Pending[T
             generation_ledger(books, author_id=job.author_id, context_tokens=job.context_tokens)
         choose_generations(books, author_id=job.author_id)
         vocab_size, limit = teacher.outcomes(job.recipe.run.task), teacher.context_tokens
-        ledger = target_ledger(books, teacher_id=teacher.id, vocab_size=vocab_size, limit=limit)
+        route = next(iter(job.recipe.several), None)
+        ledger = target_ledger(
+            books, teacher_id=teacher.id, vocab_size=vocab_size, limit=limit, route=route
+        )
         return ledger, pending_targets(books, teacher_id=teacher.id, vocab_size=vocab_size)
 
 
@@ -134,7 +137,9 @@ def _claims(job: Job, teacher: Identity, store: Store) -> Claims:
     if recipe.generate is not None:
         text["sampling"] = sampling_settings(recipe.generate, recipe.data)
         text |= {"samples": recipe.generate.samples, "max_tokens": recipe.generate.max_tokens}
-    chosen = {"where": recipe.select.where, "held_out": recipe.evaluate.tokens}
+    chosen: dict[str, Any] = {"where": recipe.select.where, "held_out": recipe.evaluate.tokens}
+    for one in recipe.several:  # of several teachers, the one that scores here
+        chosen["asked"] = {"where": one.where, "tokens": one.budget_tokens}
     unsaid = {"engine", "batch_tokens", "kernel", *([] if job.score.features else ["features"])}
     targets = job.score.model_dump(mode="json", exclude=unsaid)
     bits = recipe.storage.mantissa_bits

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -31,6 +32,8 @@ class TargetBatch:
     of logprobs."""
     entropy: Tensor | None = None
     """[N] float32 sampled: entropy of the whole teacher at that temperature, nats."""
+    weights: Tensor | None = None
+    """[N] float32 of the divergence at each position, of several teachers; None: 1."""
 
     @property
     def soft(self) -> bool:
@@ -60,6 +63,30 @@ class TargetBatch:
         return replace(
             self, **{name: change(value) for name, value in values.items() if value is not None}
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class MoreTargets:
+    """What further teachers say at some of the N positions."""
+
+    at: Tensor
+    """[M] int64 which of the N."""
+    targets: TargetBatch
+    """M of them, with weights."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        return self.at.nbytes + self.targets.nbytes
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> Self:
+        """The same on another device."""
+        targets = self.targets.to(device, non_blocking=non_blocking)
+        return replace(self, at=self.at.to(device, non_blocking=non_blocking), targets=targets)
+
+    def pin_memory(self) -> Self:
+        """The same in page-locked memory."""
+        return replace(self, at=self.at.pin_memory(), targets=self.targets.pin_memory())
 
 
 def fit_vocabulary(targets: TargetBatch, student_vocab: int) -> TargetBatch:
@@ -119,6 +146,7 @@ def joined(parts: Sequence[TargetBatch]) -> TargetBatch:
         or len({value.shape[-1] for value in values}) > 1
     ):
         ids = _wide([_ids(part.ids, value) for part, value in zip(parts, values, strict=True)], -1)
+    weights = [part.weights for part in parts if part.weights is not None]
     tails = [part.tail_logprob for part in parts if part.tail_logprob is not None]
     entropies = [part.entropy for part in parts if part.entropy is not None]
     return TargetBatch(
@@ -128,7 +156,13 @@ def joined(parts: Sequence[TargetBatch]) -> TargetBatch:
         tail_logprob=torch.cat(tails) if tails else None,
         probabilities=_wide(drawn, 0.0) if drawn else None,
         entropy=torch.cat(entropies) if entropies else None,
+        weights=torch.cat(weights) if weights else None,
     )
+
+
+def weighed(targets: TargetBatch, weights: np.ndarray | None) -> TargetBatch:
+    """The same with a weight of the divergence at each position; None: 1."""
+    return targets if weights is None else replace(targets, weights=torch.tensor(weights).float())
 
 
 def _ids(ids: Tensor | None, values: Tensor) -> Tensor:

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...storage.tables.kinds import STRUCTURES, Structure
-from ..recipe.kinds import KINDS
-from ..recipe.sections import Score
+from ..recipe.kinds import KINDS, Score
 
 FULL_VOCABULARY = 65_536  # reference targets are the whole distribution up to this vocabulary ...
 REFERENCE_K = 4_096  # ... and this many entries plus the tail beyond it

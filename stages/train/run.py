@@ -24,9 +24,11 @@ from ..recipe.fields import Split, extremes
 from ..recipe.run_folder import ADAPTER, STUDENT, TRAINED
 from ..recipe.sections import Loss
 from ..workers.job import Job
+from .experts import left_out
 from .features import feature_snapshots, find_features, group_notes, make_matching
 from .scalars import Board, loss_scalars, open_wandb, step_scalars
 from .speed import Meter, Speed
+from .teachers import find_teachers, partner_snapshots
 
 if TYPE_CHECKING:
     from ..loader.prefetch import Prefetch
@@ -66,24 +68,6 @@ class Record:
             ) from error
 
 
-def left_out(config: Any) -> list[str]:
-    """What a student's config asks of its training, and this training does not do."""
-    of_experts = getattr(config, "ffn_config", None)  # DBRX keeps it there
-    weights = [
-        getattr(config, "router_aux_loss_coef", None),
-        getattr(config, "aux_loss_coef", None),
-        getattr(of_experts, "moe_loss_weight", None),
-    ]
-    if not getattr(config, "output_router_logits", False) or not any(weights):
-        return []
-    # It is a product of means over all tokens of a pass, so it would depend on which samples share
-    # one, and on how many passes a step takes; the loss here is a sum over tokens.
-    return [
-        "the balancing loss of experts that the student's config asks for (output_router_logits) is "
-        "left out: it would depend on which samples share a pass"
-    ]
-
-
 class Run:
     """One arm's training, from where it stands to the end."""
 
@@ -97,7 +81,9 @@ class Run:
             store = open_store(job.recipe.storage.dir, job.recipe.storage.sources)
             self._teacher_dir = store.teacher_dir(job.teacher_id)
             self._snapshots = self._asked(store)
-            asked = [*self._snapshots.values(), *feature_snapshots(job, loss, store)]
+            self._partners = partner_snapshots(job, store, self._snapshots) if self._soft else {}
+            asked = [*self._snapshots.values(), *self._partners.values()]
+            asked += feature_snapshots(job, loss, store)
             self._held = check_rows(store, asked, job, lenient=self._train.audit == "warn")
             self._samples, self._validation = self._open(store, "train"), None
             if "validation" in self._snapshots:
@@ -124,13 +110,24 @@ class Run:
     def _open(self, store: Store, split: Split) -> Samples:
         snapshot = self._snapshots[split]
         features = find_features(self._job, self._loss, store, snapshot, files=self._files)
-        seed = self._job.recipe.run.seed
-        return Samples(store, snapshot, soft=self._soft, seed=seed, features=features)
+        teachers = None
+        if self._soft:
+            beside = self._partners.get(split)
+            teachers = find_teachers(self._job, store, snapshot, beside, files=self._files)
+        return Samples(
+            store,
+            snapshot,
+            soft=self._soft,
+            seed=self._job.recipe.run.seed,
+            features=features,
+            teachers=teachers,
+        )
 
     @property
     def _read(self) -> list[Snapshot]:
         """What is learnt from and validated on."""
-        return [one.snapshot for one in (self._samples, self._validation) if one is not None]
+        read = [one.snapshot for one in (self._samples, self._validation) if one is not None]
+        return read + [one for split, one in self._partners.items() if split != "test"]
 
     @property
     def _soft(self) -> bool:
@@ -142,6 +139,7 @@ class Run:
         from ..loader.passes import training_passes
         from ..models.device import device_and_dtype
         from ..models.students.student import check_vocabulary, initial_student
+        from ..targets.teaching import Teaching
         from .flops import ModelFlops, Peak
         from .trainer import Trainer
 
@@ -165,7 +163,8 @@ class Run:
         group = None if matching is None else matching.group
         for note in group_notes(group, self._lengths, self._train):
             self._job.progress.say(note)
-        passes = replace(passes, matching=matching, group=group)
+        teaching = Teaching.of(recipe) if self._soft else None
+        passes = replace(passes, matching=matching, group=group, teaching=teaching)
         if self._train.gradient_checkpointing:
             model.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
@@ -197,7 +196,8 @@ class Run:
             check_places(store, self._read, self._job, lenient=self._train.audit == "warn")
         fit = fit_of(self._job.recipe, self._teacher_dir, vocab_size=vocab_size, soft=self._soft)
         try:
-            notes = audit_rows(store, self._samples.snapshot, fit)
+            read = [self._samples.snapshot, *filter(None, [self._partners.get("train")])]
+            notes = [note for snapshot in read for note in audit_rows(store, snapshot, fit)]
         except IntegrityError as error:
             if self._train.audit == "refuse":
                 raise

@@ -94,7 +94,7 @@ class Trainer:
         """The forward passes of a step that ends at the share `done` of all tokens, on the device."""
         aim = aim_at(self._loss, done)
         temperature = aim.objective.temperature if aim.objective else None
-        for batch in self._packing.batches(step.samples, temperature):
+        for batch in self._packing.at(done).batches(step.samples, temperature):
             yield batch.to(self._device)
 
     def step(

@@ -8,8 +8,10 @@ from typing import Any, Protocol
 
 from ...storage.errors import Stopped
 from ...storage.store.stopping import stop_signals, stop_statements
+from ..recipe.engines import Generate
 from ..recipe.fields import Arm, Split
-from ..recipe.sections import Generate, Recipe, Score, Student, Train
+from ..recipe.kinds import Score
+from ..recipe.sections import Recipe, Student, Train
 from ..recipe.stages import needed
 from .clock import Clock
 
@@ -82,6 +84,11 @@ class Job:
     still holds."""
     snapshots: dict[Split, str] = field(default_factory=dict)
     """Split -> snapshot id; for train and evaluate."""
+    partners: dict[Split, str] = field(default_factory=dict)
+    """Split -> id of the snapshot with the rows of the other teachers of its samples; of several
+    teachers, for train and evaluate."""
+    teachers: dict[str, str] = field(default_factory=dict)
+    """Of several teachers, in the recipe's order: name -> identity."""
     features_id: str = ""
     """Snapshot of the features that the loss needs, where it needs some; for train."""
     journal: Path | None = None

@@ -149,26 +149,25 @@ def _row_named(store: Store, features: Snapshot, found: Mapping[str, Any]) -> st
     return f"{shard.name}: row {row} ({key}), {found['kind']} of layer {found['layer']}"
 
 
-class Companions:
-    """The features of samples, by the samples' numbers. For one thread."""
+class RowsBeside:
+    """Single rows of a snapshot, read in any order. For one thread."""
 
-    def __init__(self, store: Store, features: Snapshot, places: np.ndarray) -> None:
-        """`places`: as `companion_places` made them; may be mapped."""
-        self._store, self._features, self._places = store, features, places
+    def __init__(self, store: Store, snapshot: Snapshot, columns: Sequence[str]) -> None:
+        """`columns`: that are read."""
+        self._store, self._snapshot, self._columns = store, snapshot, columns
         self._held: OrderedDict[tuple[int, int], tuple[Rows, int]] = OrderedDict()
         self._files: OrderedDict[int, ShardFile] = OrderedDict()
 
-    def rows(self, sample: int) -> list[dict[str, Any]]:
-        """The rows of `features` of a sample, one for each feature; page checksums are verified.
+    def row(self, place: int) -> dict[str, Any]:
+        """The row at a place: shard (its number in the snapshot) above 32 bits, row of the shard below.
+
+        Page checksums are verified.
 
         Raises:
             IntegrityError: a file is damaged or not the one that was chosen.
         """
-        return [self._row(int(place)) for place in self._places[sample]]
-
-    def _row(self, place: int) -> dict[str, Any]:
         number, row = place >> _ROW_BITS, place & ((1 << _ROW_BITS) - 1)
-        shard = self._features.shards[number]
+        shard = self._snapshot.shards[number]
         starts = np.cumsum([0, *shard.row_groups])
         group = int(np.searchsorted(starts, row, side="right")) - 1
         return self._group(number, group)[int(row - starts[group])]
@@ -176,7 +175,7 @@ class Companions:
     def _group(self, number: int, group: int) -> Rows:
         key = number, group
         if key not in self._held:
-            table = self._file(number).read(group, _COLUMNS, threads=False)
+            table = self._file(number).read(group, self._columns, threads=False)
             self._held[key] = Rows(table), table.nbytes
             while len(self._held) > 1 and sum(n for _, n in self._held.values()) > HELD_BYTES:
                 self._held.popitem(last=False)
@@ -185,8 +184,8 @@ class Companions:
 
     def _file(self, number: int) -> ShardFile:
         if number not in self._files:
-            shard = self._features.shards[number]
-            file = self._store.shard(self._features.table, shard.sha256)
+            shard = self._snapshot.shards[number]
+            file = self._store.shard(self._snapshot.table, shard.sha256)
             if file.rows_per_group != shard.row_groups:
                 raise IntegrityError(
                     f"{shard.name}: row groups of {file.rows_per_group} rows, the snapshot says "
@@ -197,3 +196,16 @@ class Companions:
                 self._files.popitem(last=False)
         self._files.move_to_end(number)
         return self._files[number]
+
+
+class Companions(RowsBeside):
+    """The features of samples, by the samples' numbers. For one thread."""
+
+    def __init__(self, store: Store, features: Snapshot, places: np.ndarray) -> None:
+        """`places`: as `companion_places` made them; may be mapped."""
+        super().__init__(store, features, _COLUMNS)
+        self._places = places
+
+    def rows(self, sample: int) -> list[dict[str, Any]]:
+        """The rows of `features` of a sample, one for each feature; as `row`."""
+        return [self.row(int(place)) for place in self._places[sample]]

@@ -24,8 +24,9 @@ from stillroom.stages.losses.fused_linear import linear_distillation
 from stillroom.stages.losses.objective import Aim
 from stillroom.stages.models.head import hidden_states, split_head
 from stillroom.stages.models.students.student import initial_student
+from stillroom.stages.recipe.kinds import Score
 from stillroom.stages.recipe.load import load_recipe
-from stillroom.stages.recipe.sections import Loss, Recipe, Score
+from stillroom.stages.recipe.sections import Loss, Recipe
 from stillroom.stages.targets.spec import Kept, wanted
 from stillroom.stages.targets.stored import Reading, soft_part
 from stillroom.stages.train.trainer import Trainer

@@ -55,6 +55,19 @@ def test_the_comparison_of_turns_runs(
     assert outcome["results"]["gain"] == [pytest.approx(last - every)]
 
 
+@pytest.mark.assets
+@pytest.mark.slow
+def test_the_comparison_of_two_teachers_runs(
+    tmp_path: Path, assets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STILLROOM_ASSETS", str(assets))
+    outcome, _ = bench("teachers", tmp_path, "--tiny")
+    found = outcome["results"]
+    assert set(found["gains"]) == {"stories", "code", "unrouted", "routed"}
+    both, alone = found["gains"]["routed"]["code"][0], found["gains"]["code"]["code"][0]
+    assert found["kept"]["routed"]["code"][0] == pytest.approx(both / alone)
+
+
 def test_thirty_kills_lose_nothing(tmp_path: Path) -> None:
     words = [sys.executable, str(HERE / "kills.py"), "--tiny"]
     done = subprocess.run(

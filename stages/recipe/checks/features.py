@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from ....storage.tables.features import projected_to, what_and_how
 from ..features import EMBEDDINGS, FeatureRequest, captured, layers_for, layers_of
 from ..fields import extremes
-from ..sections import Loss, Score
+from ..kinds import Score
+from ..sections import Loss
 from ..tasks import TASKS
 
 CAPTURES = "hf"

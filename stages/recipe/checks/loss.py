@@ -2,7 +2,8 @@
 
 from ..divergences import owners
 from ..fields import Schedule, extremes, value_at
-from ..sections import Loss, Score
+from ..kinds import Score
+from ..sections import Loss
 
 
 def check_loss(loss: Loss, score: Score | None) -> list[tuple[str, str]]:

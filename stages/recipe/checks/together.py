@@ -3,15 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-from ..engines import PLANNED
+from ..engines import PLANNED, Generate
 from ..evaluate import HELD_OUT_FIELDS, Evaluate
 from ..fields import Section
-from ..kinds import kinds_with
+from ..kinds import Score, kinds_with
 from ..run_folder import named_run
-from ..sections import Data, Generate, Loss, Recipe, Run, Score, Teacher
+from ..sections import Data, Loss, Recipe, Run, Teacher
 from .features import check_captured, check_matched
 from .loss import check_loss
 from .task import check_task, lookup, targets_fit
+from .teachers import check_teachers
 
 # Named by the recipe, done by no stage yet: refused by name, never ignored.
 NOT_YET: tuple[tuple[str, tuple[Any, ...]], ...] = (
@@ -49,9 +50,8 @@ _NOT_OF_A_STORE = (
 
 # What only models of the Hub, or of others, have.
 _NOT_OF_A_RUN = {
-    "teacher.revision": "Remove it",
-    "student.revision": "Remove it",
-    "teacher.trust_remote_code": "No student has code of its own. Remove it",
+    "revision": "Remove it",
+    "trust_remote_code": "No student has code of its own. Remove it",
 }
 
 
@@ -86,6 +86,7 @@ def check_together(recipe: Recipe) -> list[tuple[str, str]]:
             ("generate", f"missing: format {kind!r} has prompts only. Add a `generate` section")
         )
     errors += _sources(recipe) + _alone(recipe) + _copies(recipe) + _runs(recipe)
+    errors += check_teachers(recipe)
     learns = recipe.train is not None and targets_fit(recipe)
     if learns:
         errors += check_loss(recipe.loss, recipe.score)
@@ -138,8 +139,10 @@ def _copies(recipe: Recipe) -> list[tuple[str, str]]:
 def _runs(recipe: Recipe) -> list[tuple[str, str]]:
     """Students of other runs, named `run:RUN_DIR`."""
     errors = []
-    for section in ("teacher", "student", "generate"):
-        run_dir = named_run(lookup(recipe, f"{section}.model"))
+    sections = {name: lookup(recipe, name) for name in ("teacher", "student", "generate")}
+    sections |= {f"teachers.{n}": one for n, one in enumerate(recipe.teachers) if n}
+    for where, section in sections.items():
+        run_dir = named_run(section.model) if section is not None else None
         if run_dir is None:
             continue
         if run_dir.resolve() == Path(recipe.run.dir).resolve():
@@ -147,11 +150,11 @@ def _runs(recipe: Recipe) -> list[tuple[str, str]]:
                 "names this recipe's own run.dir, whose student is what it trains. Give this recipe "
                 "another run.dir"
             )
-            errors.append((f"{section}.model", message))
+            errors.append((f"{where}.model", message))
         errors += [
-            (path, f"has no meaning for the student of a run. {why}")
-            for path, why in _NOT_OF_A_RUN.items()
-            if path.startswith(section) and lookup(recipe, path)
+            (f"{where}.{name}", f"has no meaning for the student of a run. {why}")
+            for name, why in _NOT_OF_A_RUN.items()
+            if getattr(section, name, None)
         ]
     return errors
 

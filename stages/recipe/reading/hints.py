@@ -21,6 +21,9 @@ _LAYERS = (
     "student.from_teacher_layers: [0, 2, 4] begins with copies of these layers of the teacher, and "
     "of its embeddings and head."
 )
+_TEACHERS = (
+    "Several teachers are named in place of `teacher`: teachers: [{name, model, weight}, ...]."
+)
 _DURATION = "Training ends after train.tokens positions, or after train.epochs passes."
 
 # By dotted path, or by the key alone, wherever it stands.
@@ -34,6 +37,12 @@ _HINTS = {
     "student.init_from_teacher": _LAYERS,
     "student.num_layers": "Write it in student.config, by the architecture's own name.",
     "teacher_layers": _LAYERS,
+    "teacher_models": _TEACHERS,
+    "teacher.models": _TEACHERS,
+    "teacher.weights": _TEACHERS,
+    "multi_teacher": _TEACHERS,
+    "ensemble": _TEACHERS,
+    "teacher_weights": "Write the weight of each entry of teachers; loss.teacher_weights is another setting.",
     "train.temperature": "loss.temperature softens the distributions; generate.temperature samples "
     "text.",
     "lora_alpha": _LORA_SCALE,

@@ -59,14 +59,6 @@ OUTSIDE = (
         "the student of each run be the next teacher (teacher: {model: 'run:RUN_DIR'}).",
     ),
     Outside(
-        name="several teachers",
-        keys="teachers ensemble teacher_weights multi_teacher teacher.models teacher.ensemble "
-        "teacher.weights teacher_models",
-        values="ensemble multi_teacher",
-        instead="A recipe has one teacher: a chain is one recipe after the other (teacher: {model: "
-        "'run:RUN_DIR'}), and recipes with one storage.dir keep the rows of each teacher apart.",
-    ),
-    Outside(
         name="gradient alignment",
         keys="gradient gradients gradient_matching gradient_alignment gradient_weight jacobian "
         "jacobian_matching sobolev input_gradients loss.gradient loss.gradients",
@@ -130,10 +122,8 @@ def outside_key(path: str) -> str | None:
     return None
 
 
-def outside_value(path: str, found: Any) -> str | None:
+def outside_value(found: Any) -> str | None:
     """What to say of a value that a field does not take; as `outside_key`."""
-    if path == "teacher.model" and isinstance(found, list):
-        return outside_key("teachers")
     if not isinstance(found, str):
         return None
     word = found.lower().replace("-", "_").replace(" ", "_")

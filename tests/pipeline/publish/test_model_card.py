@@ -230,7 +230,7 @@ def test_transformers_and_vllm_generate_with_the_saved_student_alike(assets, tmp
     from stillroom.stages.models.identity import FileHashes, identify
     from stillroom.stages.models.students.saving import save_student
     from stillroom.stages.models.students.student import initial_student, student_tokenizer
-    from stillroom.stages.recipe.sections import Generate
+    from stillroom.stages.recipe.engines import Generate
     from stillroom.stages.workers.clock import Clock
 
     folder = assets / "models" / "stories260k-llama-hd32"
@@ -266,3 +266,20 @@ def test_transformers_and_vllm_generate_with_the_saved_student_alike(assets, tmp
     from vllm.distributed import cleanup_dist_env_and_memory
 
     cleanup_dist_env_and_memory()
+
+
+def test_several_teachers_are_named_with_their_licences_and_no_folders() -> None:
+    teachers = [
+        {"name": "stories", "model": "/home/somebody/tales", "license": "mit"},
+        {"name": "code", "model": "/home/somebody/snakes", "where": "true"},
+    ]
+    known = settings(teachers=teachers)
+    known["teachers"] = {"stories": "1" * 32, "code": "2" * 32}
+    card = student_card(known, TRAINED, None)
+    assert "A student of `tales` and `snakes`: fresh weights" in card
+    said = ("`mit`", "not stated", f"`{'1' * 32}`", f"`{'2' * 32}`", "licences of the teachers")
+    assert all(words in card for words in said)
+    (shown,) = re.findall(r"```yaml\n(.*?)```", card, re.DOTALL)[-1:]
+    assert [one["model"] for one in yaml.safe_load(shown)["teachers"]] == ["tales", "snakes"]
+    assert "teacher" not in yaml.safe_load(shown)
+    assert "somebody" not in card

@@ -21,7 +21,7 @@ from stillroom.stages.engines.opening import choose_engine, open_engine
 from stillroom.stages.engines.vllm import VllmEngine
 from stillroom.stages.generate import stage as generate
 from stillroom.stages.models.identity import FileHashes, Identity, identify
-from stillroom.stages.recipe.sections import Generate
+from stillroom.stages.recipe.engines import Generate
 from stillroom.stages.workers.clock import Clock
 from stillroom.stages.workers.job import StopFlag
 from stillroom.storage.errors import Stopped, UsageError

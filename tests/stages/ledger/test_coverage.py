@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stillroom.stages.ledger.coverage import PLACES, best, lacks, reason
-from stillroom.stages.recipe.sections import Score
+from stillroom.stages.recipe.kinds import Score
 from stillroom.stages.targets.spec import Kept, reference, target_bytes, wanted
 from stillroom.storage.tables.schema import SCHEMAS
 

@@ -1,7 +1,8 @@
 """What names a request."""
 
 from stillroom.stages.ledger.requests import sampling_settings
-from stillroom.stages.recipe.sections import Data, Generate
+from stillroom.stages.recipe.engines import Generate
+from stillroom.stages.recipe.sections import Data
 
 DATA = Data(source="x", format="prompt")
 

@@ -348,8 +348,6 @@ def test_what_other_tools_call_it_points_to_the_right_field(
         ("teacher.modality=image", "cross-modal teachers"),
         ("student.tokenizer=x", "teachers of other vocabularies. Teacher and student share a"),
         ("loss.divergence=ULD", "teachers of other vocabularies"),
-        ("teachers=[{model: a}]", "several teachers. A recipe has one teacher: a chain is one"),
-        ("teacher.model=[a, b]", "several teachers"),
         ("train.lmbda=0.5", "on-policy rounds. A round is a run: generate"),
         ("student.dtype=int8", "pruning and quantisation. Models are taken as they are stored"),
         ("teacher.data_free=true", "data-free distillation"),

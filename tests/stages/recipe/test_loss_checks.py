@@ -12,8 +12,9 @@ from pydantic import ValidationError
 from stillroom.stages.recipe.checks.loss import check_loss
 from stillroom.stages.recipe.divergences import DIVERGENCES
 from stillroom.stages.recipe.fields import Tail
+from stillroom.stages.recipe.kinds import Score
 from stillroom.stages.recipe.load import load_recipe
-from stillroom.stages.recipe.sections import Loss, Score
+from stillroom.stages.recipe.sections import Loss
 from stillroom.storage.errors import UsageError
 
 TAILS = get_args(Tail)

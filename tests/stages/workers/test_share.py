@@ -19,7 +19,7 @@ from stillroom.stages.engines.vllm import VllmEngine
 from stillroom.stages.generate import stage as generate
 from stillroom.stages.models.device import check_device
 from stillroom.stages.models.identity import Identity
-from stillroom.stages.recipe.sections import Generate
+from stillroom.stages.recipe.engines import Generate
 from stillroom.stages.workers import share
 from stillroom.stages.workers.clock import Clock
 from stillroom.stages.workers.job import Job, StopFlag

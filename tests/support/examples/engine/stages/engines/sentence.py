@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from ..models.identity import Identity
 from ..models.rendering import Renderer
-from ..recipe.sections import Generate
+from ..recipe.engines import Generate
 from ..workers.clock import Clock
 from .base import Completion, Request
 

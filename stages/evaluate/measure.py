@@ -10,8 +10,8 @@ import numpy as np
 from ...storage.tables.soft_targets import SoftTargets
 from ..recipe.tasks import module_of
 from ..workers.job import Job
-from .answers import Quiz
 from .held_out import HeldOut
+from .quiz.answers import Quiz
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

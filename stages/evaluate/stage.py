@@ -22,10 +22,10 @@ from ..recipe.run_folder import EVALUATED, STUDENT
 from ..recipe.tasks import TASKS
 from ..targets.spec import wanted
 from ..workers.job import Job, StageResult
-from .answers import Quiz, prepare_quiz
 from .confusion import AVERAGES, SHARES
 from .held_out import HeldOut
 from .measure import Arms, Measured, measure_arms
+from .quiz.answers import Quiz, prepare_quiz
 
 if TYPE_CHECKING:
     from .metrics import Tally

@@ -235,8 +235,8 @@ def test_without_its_names_a_missing_teacher_is_missed(gone: Made, tmp_path: Pat
 
 
 def test_references_come_with_the_published_text(gone: Made, tmp_path: Path) -> None:
-    from stillroom.stages.evaluate.answers import prepare_quiz
     from stillroom.stages.evaluate.held_out import HeldOut
+    from stillroom.stages.evaluate.quiz.answers import prepare_quiz
 
     recipe = gone.recipe(
         tmp_path, gone.published, evaluate={"tokens": 200, "generate": {"prompts": 3}}

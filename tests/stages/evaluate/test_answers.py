@@ -25,9 +25,9 @@ from transformers import (
 )
 
 from stillroom.stages.evaluate import patterns
-from stillroom.stages.evaluate.answers import Question, Quiz, greedy, scorer
-from stillroom.stages.evaluate.normal_forms import number, words
-from stillroom.stages.evaluate.patterns import last_match
+from stillroom.stages.evaluate.quiz.answers import Question, Quiz, greedy, scorer
+from stillroom.stages.evaluate.quiz.normal_forms import number, words
+from stillroom.stages.evaluate.quiz.patterns import last_match
 from stillroom.stages.recipe.evaluate import EvaluateGenerate
 from stillroom.storage.time_limit import time_limit
 

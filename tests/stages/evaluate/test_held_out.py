@@ -15,10 +15,10 @@ from tiny_store import (
 )
 from transformers import AutoModelForCausalLM
 
-from stillroom.stages.evaluate.answers import prepare_quiz
 from stillroom.stages.evaluate.causal_lm import Measuring
 from stillroom.stages.evaluate.held_out import HeldOut
 from stillroom.stages.evaluate.metrics import Tally
+from stillroom.stages.evaluate.quiz.answers import prepare_quiz
 from stillroom.stages.evaluate.views import Views
 from stillroom.stages.models.token_text import Pieces
 from stillroom.storage.errors import IntegrityError

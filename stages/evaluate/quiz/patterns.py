@@ -4,7 +4,7 @@ import re
 from functools import lru_cache
 from typing import NamedTuple
 
-from ...storage.time_limit import time_limit
+from ....storage.time_limit import time_limit
 
 SECONDS = 1.0
 """Of CPU time, a text: ordinary expressions take microseconds."""

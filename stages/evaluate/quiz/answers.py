@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...storage.errors import IntegrityError, UsageError
-from ...storage.store.store import Store
-from ...storage.tables.schema import TableName
-from ..models.reads import context_of
-from ..models.rendering import Renderer
-from ..recipe.evaluate import EvaluateGenerate
-from ..recipe.tasks import TASKS
-from ..workers.job import Job
+from ....storage.errors import IntegrityError, UsageError
+from ....storage.store.store import Store
+from ....storage.tables.schema import TableName
+from ...models.reads import context_of
+from ...models.rendering import Renderer
+from ...recipe.evaluate import EvaluateGenerate
+from ...recipe.tasks import TASKS
+from ...workers.job import Job
 from .normal_forms import NORMAL_FORMS
 from .patterns import SECONDS, last_match
 
@@ -58,7 +58,7 @@ class Quiz:
 
     def answers(self, model: Any, job: Job) -> list[str]:
         """A model's greedy answers, in batches of prompts of like length; a prompt that fills the context gets none."""
-        from ..models.attention.longest import Company
+        from ...models.attention.longest import Company
 
         prompts, company = [q.prompt_ids for q in self.questions], Company(model)
         order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))

@@ -1,0 +1,1 @@
+"""Greedy answers of the arms, and how they are graded."""

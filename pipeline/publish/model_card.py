@@ -295,7 +295,8 @@ def _made(settings: Mapping[str, Any], trained: Mapping[str, Any]) -> str:
     if "code" in settings:
         parts.append(f"To load the teacher, its own code was run ({inline(settings['code'])}).")
     if lineage := settings.get("lineage"):
-        parts.append(f"The teacher is {came_from(lineage)}.")
+        which = "The first teacher" if "teachers" in settings else "The teacher"
+        parts.append(f"{which} is {came_from(lineage)}.")
     if settings["arm"] == "baseline":
         parts.insert(
             0,

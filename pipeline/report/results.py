@@ -296,8 +296,8 @@ def by_teacher(report: Mapping[str, Any]) -> Section | None:
     )
     arms = [result for one in found.values() for result in one["arms"].values()]
     columns = measures(arms)
-    bound = report["evaluation"]["measured_on"]["kl_is_lower_bound"]
-    of_route, *others = result_headers(columns, bound=bound)
+    on = report["evaluation"]["measured_on"]
+    of_route, *others = result_headers(columns, bound=on["kl_is_lower_bound"], unit=unit_of(on))
     rows = [
         [inline(name), LINES[arm], count(result["tokens"]), *result_cells(result, columns)]
         for name, one in found.items()

@@ -77,7 +77,7 @@ def test_a_ragged_target_row_says_its_limit_and_not_its_widest_position():
         mantissa_bits=10,
         settings=settings,
     )
-    unsaid = {"tail_bound", "entropy_is_bound", "engine", "labels"}
+    unsaid = {"tail_bound", "entropy_is_bound", "engine"}
     assert row.keys() == set(SCHEMAS["soft_targets"].names) - unsaid
     assert (row["k"], row["span_tokens"], row["label"]) == (8, 2, None)
     about = {"teacher_id": "teacher", "vocab_size": 10}

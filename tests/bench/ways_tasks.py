@@ -74,7 +74,7 @@ def _classify(folder: Path, scale: Scale) -> Task:
         "score": {"targets": "full", "batch_tokens": 2048},
         "train": {
             "epochs": scale.epochs["classify"],
-            "tokens_per_step": 1024,
+            "tokens_per_step": 512,
             "schedule": "linear",
             "final_fraction": 0.0,
         },

@@ -177,10 +177,8 @@ def deep_json(found: "Rescored") -> dict[str, Any]:
 def _read_lines(found: "Rescored") -> list[str]:
     """What was read and what was not."""
     kinds = ", ".join(f"{count} {kind}" for kind, count in found.kinds.items())
-    lines = [
-        f"read again: {found.rows} rows ({kinds}), {found.tokens} scored tokens, by "
-        f"{found.teacher.folder}"
-    ]
+    read = f"read again: {found.rows} rows ({kinds}), {found.tokens} scored tokens, by "
+    lines = [f"{read}{found.teacher.folder}"] if found.rows else []
     if found.imported:
         lines.append(
             f"imported: {found.imported} of these rows; of them only the entries are compared, "

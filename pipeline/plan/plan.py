@@ -264,9 +264,8 @@ def _survey(recipe: Recipe, plan: Plan, store: Store | None) -> pa.Table | None:
     classes = plan.bound.teacher.class_names if plan.bound.teacher else ()
     found = survey(recipe, classes)
     plan.note(*found.notes)
-    why = (
-        "the source or the data section changed" if store and store.files.names("inputs") else "new"
-    )
+    others = store is not None and bool(store.files.names("inputs"))
+    why = "read otherwise so far: another source, data section or tokenizer" if others else "new"
     stale, of = plan.bound.stale
     if stale:
         why = f"answer was tokenized alone: {stale:,} of {of:,}"

@@ -284,11 +284,13 @@ class FeatureLoss(Section):
     @model_validator(mode="after")
     def _its_own(self) -> Self:
         own = self.kind.settings
-        others = {n: m for m, kind in MATCHES.items() for n in kind.settings if n not in own}
-        if foreign := sorted(self.model_fields_set & others.keys()):
+        others = {n for kind in MATCHES.values() for n in kind.settings if n not in own}
+        if foreign := sorted(self.model_fields_set & others):
+            whose = " or ".join(
+                repr(m) for m, kind in MATCHES.items() if foreign[0] in kind.settings
+            )
             raise ValueError(
-                f"`{foreign[0]}` belongs to match {others[foreign[0]]!r}; this is {self.match!r}. "
-                "Remove it"
+                f"`{foreign[0]}` belongs to match {whose}; this is {self.match!r}. Remove it"
             )
         if self.match == "relations" and self.relation_heads is None:
             raise ValueError(

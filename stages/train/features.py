@@ -120,10 +120,18 @@ def group_notes(group: int | None, lengths: Lengths, train: Train) -> list[str]:
             f"{train.tokens_per_step:,}: a step that holds one sample has no terms between samples. "
             "Raise it"
         ]
-    held = min(group * mean, train.tokens_per_step)
+    of_step = min(int(train.tokens_per_step / mean), lengths.samples)
+    notes = []
+    if of_step < group:
+        notes.append(
+            f"loss.features: a step has about {of_step} samples, fewer than a group of {group}, so groups "
+            f"are no larger. Set group to {of_step}, or raise train.tokens_per_step if there are more texts"
+        )
+    held = min(group, of_step) * mean
     if held <= train.tokens_per_pass:
-        return []
+        return notes
     return [
+        *notes,
         f"loss.features: a group of {group} samples has about {held:,.0f} tokens, which is more than "
-        f"train.tokens_per_pass ({train.tokens_per_pass:,}), and is read in one pass all the same"
+        f"train.tokens_per_pass ({train.tokens_per_pass:,}), and is read in one pass all the same",
     ]

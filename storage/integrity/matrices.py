@@ -47,7 +47,8 @@ def matrix_problems(files: Files, named: set[str], sound: Container[str]) -> Ite
         named.add(kept.file)
         if message := _wrong(files, kept.id):
             there = (kept.file,) if files.exists(kept.file) else ()
-            yield Problem(kept.file, None, None, message, (record, *there))
+            said = message.removeprefix(f"{kept.file}: ")
+            yield Problem(kept.file, None, None, said, (record, *there))
     known: dict[NamedMatrix, str | None] = {}
     for seq, one in _of_rows(files, sound):
         named.add(matrix_file(one.id))

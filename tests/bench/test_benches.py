@@ -247,7 +247,7 @@ def test_the_gpu_check_rehearses(tmp_path: Path) -> None:
         "traffic",
     ]
     environment = os.environ | {"TMPDIR": str(tmp_path)}
-    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     out = Path(done.stdout.splitlines()[-1].removeprefix("report: "))
     assert out.parent == tmp_path, "not where results are kept"

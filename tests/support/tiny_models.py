@@ -1,5 +1,7 @@
 """Tiny random models of several architectures, and random samples for them."""
 
+import copy
+
 import numpy as np
 import torch
 from tiny_llama import WORDS
@@ -39,8 +41,9 @@ CONFIGS = {
 
 
 def build(config, **more):
+    """A model with a config of its own: transformers writes into it which attention is used."""
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, **more).eval()
+    return AutoModelForCausalLM.from_config(copy.deepcopy(config), **more).eval()
 
 
 def make_sample(length, *, start=2, spans=None, k=5, seed=0, vocab=V):

@@ -2,7 +2,7 @@
 
 A map W [D, d] takes the student's vectors of d numbers to the teacher's D, where a loss compares
 numbers and the two differ: s = W x. It trains with the student, and is dropped when the student is
-saved. Its first values come from `run.seed` and the pair's name alone.
+saved. Its first values come from `run.seed`, the pair's name and its entry's number.
 """
 
 from collections.abc import Mapping, Sequence

@@ -126,7 +126,9 @@ def _head_rows(adapter: Path) -> int | None:
     rows = {
         tensor.shape[0]
         for name, tensor in _head_of(_tensors(adapter)).items()
-        if name.endswith(tuple(f"{layer}.weight" for layer in _OUTPUTS)) and len(tensor.shape) == 2
+        # A whole part of the name: DistilBERT has a `pre_classifier` too.
+        if name.split(".")[-2:] in [[layer, "weight"] for layer in _OUTPUTS]
+        and len(tensor.shape) == 2
     }
     return rows.pop() if len(rows) == 1 else None
 

@@ -74,7 +74,7 @@ def label_index(value: Any, names: Sequence[str]) -> int | None:
         "unknown_label",
         (
             f"label {value!r} is no class of the teacher. It knows 0 to {len(names) - 1}, or "
-            f"{', '.join(names)}; {NO_LABEL} or nothing is a text without a label"
+            f"{', '.join(names)}; {NO_LABEL} or nothing is no label"
         ),
     )
 

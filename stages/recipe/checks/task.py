@@ -37,9 +37,10 @@ def refuse_without_labels(recipe: Recipe, labels: int) -> None:
     """
     if labels or recipe.train is None:
         return
-    column = recipe.data.columns.get("label", "label")
+    field = next(name for name in recipe.data.records.columns if name in ("label", "labels"))
+    column = recipe.data.columns.get(field, field)
     why = f"no row to train on has a label (column {column!r} of {recipe.data.source})"
-    name = "If there are labels, name their column: data.columns: {label: ...}"
+    name = f"If there are labels, name their column: data.columns: {{{field}: ...}}"
     if recipe.evaluate.baseline:
         raise UsageError(
             f"evaluate.baseline: {why}, and the baseline learns from labels alone. Set it to "

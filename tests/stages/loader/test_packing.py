@@ -1,6 +1,5 @@
 """Packing: samples in a row do not see each other, and how a step is packed and split never changes its gradient."""
 
-import copy
 from dataclasses import replace
 
 import numpy as np
@@ -108,7 +107,7 @@ def gradient(model, samples, how, *, chunk_tokens=None, objective=objective_of()
 
 @pytest.mark.parametrize("k", [5, None, 0])
 def test_the_gradient_does_not_depend_on_packing_and_passes(k):
-    model = build(copy.deepcopy(CONFIGS["llama"]))
+    model = build(CONFIGS["llama"])
     samples = make_samples(LENGTHS, k=k)
     ways = [
         packing(tokens_per_pass=1000, row_tokens=64),
@@ -132,7 +131,7 @@ def test_the_gradient_does_not_depend_on_packing_and_passes(k):
 @pytest.mark.parametrize("k", [5, None, 0])
 def test_a_sample_of_three_spans_is_learnt_from_as_three_samples(k):
     """Loss and gradient are the sums over the prefixes that end with each span, and packing keeps samples apart."""
-    model = build(copy.deepcopy(CONFIGS["llama"]))
+    model = build(CONFIGS["llama"])
     spans = [[2, 3], [7, 1], [11, 6]]
     several = [make_sample(20, spans=spans, k=k, seed=seed) for seed in (0, 1)]
     alone = [

@@ -168,6 +168,12 @@ def test_classes_without_names_are_refused(bases: Path, hashes: FileHashes, tmp_
     few = save_base(tmp_path / "two", head=True, classes=CLASSES[:2])
     with pytest.raises(UsageError, match=r"has 3 classes, and the teacher's config.json names 2"):
         found(few, adapter, hashes)
+    # Beside the head DistilBERT has a `pre_classifier`, which PEFT saves too.
+    file = adapter / "adapter_model.safetensors"
+    before = {"base_model.model.pre_classifier.weight": torch.zeros(8, 8)}
+    save_file(load_file(file) | before, file)
+    with pytest.raises(UsageError, match=r"has 3 classes, and the teacher's config.json names 2"):
+        found(few, adapter, FileHashes(tmp_path, remember=False))
 
 
 def edit(adapter: Path, **fields: Any) -> None:

@@ -41,16 +41,11 @@ OTHERS = {
 }
 
 
-def fresh(config):
-    """A model with a config of its own: which attention it uses is written there."""
-    return build(copy.deepcopy(config))
-
-
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "windowed"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_flat_equals_separate(name, checkpointing):
     """Hidden states of every position and the gradient of every weight; each sample alone, by the model's own."""
-    model = fresh(WINDOWED if name == "windowed" else CONFIGS[name])
+    model = build(WINDOWED if name == "windowed" else CONFIGS[name])
     own, samples = copy.deepcopy(model), make_samples(LENGTHS)
     assert attend_apart(model, max(LENGTHS), torch.float32) is None
     assert model.config._attn_implementation == NAME != own.config._attn_implementation
@@ -82,8 +77,7 @@ def test_flat_equals_separate(name, checkpointing):
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_a_model_that_attends_otherwise_is_left_alone(kind):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(OTHERS[kind]).train()
+    model = build(OTHERS[kind]).train()
     before = model.config._attn_implementation
     assert attend_apart(model, 40, torch.float32) is not None
     assert model.config._attn_implementation == before
@@ -97,8 +91,8 @@ def test_what_only_long_samples_show_is_asked_at_their_length(monkeypatch):
         "stillroom.stages.models.attention.flat._attend",
         lambda *a, sliding_window, **more: _attend(*a, **more),
     )
-    assert attend_apart(fresh(WINDOWED), 8, torch.float32) is None
-    assert attend_apart(fresh(WINDOWED), 30, torch.float32) is not None
+    assert attend_apart(build(WINDOWED), 8, torch.float32) is None
+    assert attend_apart(build(WINDOWED), 30, torch.float32) is not None
 
 
 def test_it_says_why_not(monkeypatch):
@@ -106,14 +100,14 @@ def test_it_says_why_not(monkeypatch):
         "stillroom.stages.models.attention.flat._attend",
         lambda *a, sliding_window, **more: _attend(*a, **more),
     )
-    found = attend_apart(fresh(WINDOWED), 30, torch.float32)
+    found = attend_apart(build(WINDOWED), 30, torch.float32)
     assert found == "its hidden states differ from those of each sample alone"
 
     def refusing(*_, **more):
         raise NotImplementedError("variable-length attention with dropout\nframe #0: at 0x7f")
 
     monkeypatch.setattr("stillroom.stages.models.attention.flat._attend", refusing)
-    found = attend_apart(fresh(WINDOWED), 30, torch.float32)
+    found = attend_apart(build(WINDOWED), 30, torch.float32)
     assert found == "NotImplementedError: variable-length attention with dropout"
 
 
@@ -126,16 +120,16 @@ def test_out_of_memory_with_the_longest_sample_comes_with_advice(monkeypatch):
         StillroomError,
         match=r"of 30 tokens, one sample alone .*20\.00.*train\.gradient_checkpointing",
     ):
-        attend_apart(fresh(WINDOWED), 30, torch.float32)
+        attend_apart(build(WINDOWED), 30, torch.float32)
 
 
 def test_bfloat16_passes_are_near_enough():
-    model = fresh(CONFIGS["llama"])
+    model = build(CONFIGS["llama"])
     assert attend_apart(model, 30, torch.bfloat16) is None
 
 
 def test_a_student_that_attends_so_is_saved_as_any_other(tmp_path):
-    model = fresh(CONFIGS["llama"])
+    model = build(CONFIGS["llama"])
     assert attend_apart(model, 9, torch.float32) is None
     model.save_pretrained(tmp_path)
     assert NAME not in (tmp_path / "config.json").read_text()
@@ -165,7 +159,7 @@ def test_what_it_does_not_do_it_refuses(asked):
 
 def test_a_model_that_was_changed_refuses_rows_with_padding():
     """Better than to let the samples of a row see each other."""
-    model = fresh(CONFIGS["llama"])
+    model = build(CONFIGS["llama"])
     assert attend_apart(model, 9, torch.float32) is None
     (batch,) = Packing(tokens_per_pass=1000, vocab_size=V).batches(make_samples(LENGTHS), None)
     with pytest.raises(NotImplementedError, match="ends of samples"):
@@ -224,8 +218,7 @@ def test_the_kernel_is_asked_as_torch_describes_it(monkeypatch, window, version)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", ["llama", "qwen3", "windowed"])
 def test_on_a_gpu_the_kernel_does_it(name):
-    config = copy.deepcopy(WINDOWED if name == "windowed" else CONFIGS[name])
-    model = build(config).cuda()
+    model = build(WINDOWED if name == "windowed" else CONFIGS[name]).cuda()
     own = copy.deepcopy(model)
     assert attend_apart(model, 300, torch.bfloat16) is None
     (batch,) = Packing(tokens_per_pass=1000, flat=True, vocab_size=V).batches(

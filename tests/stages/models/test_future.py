@@ -1,6 +1,5 @@
 """A model that sees the future is refused: by its config, or because the last token moves what stands before it."""
 
-import copy
 from types import SimpleNamespace
 
 import pytest
@@ -44,7 +43,7 @@ def test_a_config_says_so(config, said):
 
 def leaky(share, dtype=torch.float32):
     """A Llama whose first layer hands each position a share of what the whole text has."""
-    model = build(copy.deepcopy(CONFIGS["llama"])).to(dtype)
+    model = build(CONFIGS["llama"]).to(dtype)
 
     def leak(module, arguments, output):
         return output + share * output.mean(1, keepdim=True)

@@ -1,5 +1,7 @@
 """The head seam on real architectures: tied, untied, biased, capped, scaled, LoRA; others are refused."""
 
+import copy
+
 import pytest
 import torch
 from transformers import (
@@ -57,7 +59,7 @@ CONFIGS = {
 
 def build(config, seed=0):
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     with torch.no_grad():  # fresh weights are so small that a cap or a scale would hardly show
         for parameter in model.get_output_embeddings().parameters():
             parameter.normal_(std=2.0)

@@ -1,5 +1,6 @@
 """The folder a student ends up in: its weights as trained, everything else as its base had it, read right by others."""
 
+import copy
 import json
 import os
 import subprocess
@@ -234,7 +235,7 @@ TURNED = {
 def turned(name, folder):
     """A model whose logits turn with its positions: weights far from 0."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(TURNED[name])
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(TURNED[name]))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))

@@ -183,7 +183,7 @@ def test_names_in_files_may_begin_otherwise(tmp_path: Path) -> None:
 
 
 def test_a_student_is_stored_as_the_teacher_is_and_may_be_trained_by_lora(tmp_path: Path) -> None:
-    teacher = AutoModelForCausalLM.from_config(TEACHERS["tied"][0]).bfloat16()
+    teacher = AutoModelForCausalLM.from_config(deepcopy(TEACHERS["tied"][0])).bfloat16()
     teacher.save_pretrained(tmp_path / "teacher")
     tiny_tokenizer().save_pretrained(tmp_path / "teacher")
     recipe = recipe_for(tmp_path / "teacher", [0, 3], lora={"rank": 2})

@@ -55,8 +55,7 @@ def test_training_from_stored_queries_and_keys_is_training_with_the_live_teacher
     causal: Causal, tmp_path: Path
 ) -> None:
     job = causal.job(tmp_path, train={"epochs": 8})
-    summary = trained(job)
-    stored = [point["loss"] for point in summary["history"]]
+    stored = losses_of(job)
     samples = causal.samples(job)
     texts = [(s.token_ids.tolist(), int(s.spans[0, 0])) for s in samples.read(0, 8 * len(samples))]
     truth = live_training(
@@ -67,7 +66,14 @@ def test_training_from_stored_queries_and_keys_is_training_with_the_live_teacher
     )
     assert len(stored) >= 60
     assert_trained_alike(stored, tmp_path / "student", truth)
-    first, last = (summary["history"][n]["features"]["attention_1_to_0"] for n in (0, -1))
+
+
+def test_a_student_comes_to_look_where_its_teacher_looks(causal: Causal, tmp_path: Path) -> None:
+    """On the same texts, before and after: at `STEADY` other texts would decide it."""
+    loss = {"features": [ATTENTION], "soft_weight": 0.0, "hard_weight": 0.0}
+    how = {"learning_rate": 1e-2, "evaluate_every_tokens": 300, "validation_prompts": 4}
+    points = trained(causal.job(tmp_path, loss=loss, train=how))["validation"]
+    first, *_, last = (point["features"]["attention_1_to_0"] for point in points)
     assert 0 < last < first
 
 

@@ -189,7 +189,7 @@ def test_steps_of_one_sample_have_no_terms_and_it_is_said(causal: Causal, tmp_pa
     job = causal.job(tmp_path, train={"epochs": 1, "tokens_per_step": 1})
     points = trained(job)["history"]
     assert all(set(point["features"].values()) == {0.0} for point in points)
-    lengths = Lengths(samples=10, tokens=100, scored_tokens=50, longest=20)
+    lengths = Lengths(samples=100, tokens=1000, scored_tokens=500, longest=20)
 
     def said(group: int | None, **train: Any) -> list[str]:
         return group_notes(group, lengths, Train(epochs=1, **train))
@@ -199,7 +199,10 @@ def test_steps_of_one_sample_have_no_terms_and_it_is_said(causal: Causal, tmp_pa
     (note,) = said(32, tokens_per_step=1000, tokens_per_pass=100)
     assert "a group of 32 samples has about 320 tokens, which is more than" in note
     assert not said(8, tokens_per_step=1000, tokens_per_pass=100)
-    assert not said(32, tokens_per_step=100, tokens_per_pass=100)
+    (note,) = said(32, tokens_per_step=100, tokens_per_pass=100)
+    assert "a step has about 10 samples, fewer than a group of 32" in note
+    (note,) = said(500, tokens_per_step=10**6, tokens_per_pass=10**6)
+    assert "a step has about 100 samples, fewer than a group of 500" in note
     assert not said(None, tokens_per_step=15)
 
 

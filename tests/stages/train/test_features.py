@@ -84,7 +84,12 @@ def test_how_samples_share_passes_changes_nothing(causal: Causal, tmp_path: Path
 
 def test_a_training_that_was_stopped_goes_on_with_its_maps(causal: Causal, tmp_path: Path) -> None:
     """Validated along the way, on samples that have features too."""
-    how = {"epochs": 2, "evaluate_every_tokens": 300, "validation_prompts": 4}
+    how = {
+        "epochs": 2,
+        "evaluate_every_tokens": 300,
+        "validation_prompts": 4,
+        "learning_rate": 1e-2,
+    }
     whole = trained(causal.job(tmp_path / "whole", train=how))
     stopped = causal.job(tmp_path / "stopped", train=how)
     with pytest.raises(Stopped):

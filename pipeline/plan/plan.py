@@ -7,7 +7,6 @@ have changed when it has ended. So what `plan` prints is what `run` does.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,21 +19,10 @@ from ...stages.ledger.splits import choose_features, choose_samples, choose_snap
 from ...stages.ledger.targets import choose_generations, target_ledger
 from ...stages.ledger.teachers import keep_scored, left_out
 from ...stages.models.chat.arguments import doubtful_arguments, template_names
-from ...stages.models.fit.classes import refuse_other_classes, refuse_other_head
-from ...stages.models.fit.fresh import refuse_fresh
-from ...stages.models.fit.misfits import refuse_misfit, refuse_quantised
-from ...stages.models.fit.same_tokenizer import refuse_other_tokenizer
-from ...stages.models.identity import (
-    FileHashes,
-    Identity,
-    find_model,
-    is_here,
-    refuse_without_weights,
-)
-from ...stages.models.students.stored_tensors import refuse_lora
+from ...stages.models.identity import FileHashes
 from ...stages.recipe.checks.task import refuse_without_labels
-from ...stages.recipe.sections import Recipe, Student
-from ...stages.recipe.stages import needed, stage_named
+from ...stages.recipe.sections import Recipe
+from ...stages.recipe.stages import stage_named
 from ...stages.recipe.tasks import TASKS
 from ...storage.errors import UsageError
 from ...storage.files.opening import open_files
@@ -42,17 +30,12 @@ from ...storage.joined import Joined, open_store
 from ...storage.published.folder import Published
 from ...storage.store.store import Store
 from ..numbers import teacher_layers
-from .features import (
-    feature_note,
-    learnt_embeddings,
-    plan_embeddings,
-    refuse_features,
-    teacher_widths,
-)
-from .lengths import refuse_unread, unread_by_student, window_notes
+from .features import feature_note, learnt_embeddings, plan_embeddings, teacher_widths
+from .lengths import unread_by_student, window_notes
 from .lineage import found_students
 from .lines import Plan, StagePlan, State, equal_texts
-from .resolve import Bound, bind, refuse_start
+from .refusals import refuse_another, refuse_early, student_folder
+from .resolve import Bound, bind
 from .students import plan_students
 from .teachers import BoundTeacher, bind_teachers, teacher_notes
 from .windows import unseen_by_student
@@ -71,9 +54,9 @@ def make_plan(recipe: Recipe, *, write: bool = False) -> Plan:
     store = _open(recipe, write=write)
     bound = bind(recipe, store, write=write)
     teachers = bind_teachers(recipe, bound, store, write=write)
-    _refuse_early(recipe, bound, write=write)
+    refuse_early(recipe, bound, write=write)
     for one in teachers[1:]:
-        _refuse_another(one)
+        refuse_another(one)
     plan = Plan(bound=bound, teachers=teachers, write=write, warning=_warning(teachers))
     plan.note(*filter(None, [plan.warning]), *found_students(recipe), *_notes(recipe, bound))
     plan.note(*teacher_notes(recipe))
@@ -132,67 +115,6 @@ def refuse_impossible(plan: Plan, line: StagePlan) -> None:
             f"{line.name}: there is work to do{why}, but teacher or data are not here: "
             f"{bound.missing}"
         )
-
-
-def _refuse_early(recipe: Recipe, bound: Bound, *, write: bool) -> None:
-    """What would only fail after the teacher's work, and can be seen in small files before it."""
-    folder = _student_folder(recipe.student, write=write)
-    refuse_features(recipe, bound, folder)
-    if recipe.student is not None and folder is not None:
-        field, name = "student.model", str(recipe.student.model)
-        refuse_quantised(folder, field=field, name=name)
-        refuse_misfit(folder, recipe.run.task, field=field, name=name)
-    if bound.teacher is None or bound.author is None:
-        return
-    refuse_other_head(recipe, bound.teacher.parts["config"])
-    refuse_unread(recipe, bound)
-    if recipe.data.records.conversation and not bound.author.parts["chat_template"]:
-        raise UsageError(
-            f"data.format: {recipe.data.format!r} needs a chat template, and "
-            f"{bound.author.folder} has none. Save one in the model's folder "
-            "(chat_template.jinja), or use format 'prompt' or 'completion'."
-        )
-    if recipe.student is not None:
-        _refuse_student(recipe, folder, bound.teacher, write=write)
-
-
-def _refuse_another(one: BoundTeacher) -> None:
-    """What a teacher beside the first cannot do; the student begins from the first one."""
-    if one.bound.teacher is not None:
-        refuse_features(one.recipe, one.bound, None)
-        refuse_other_head(one.recipe, one.bound.teacher.parts["config"])
-        refuse_unread(one.recipe, one.bound)
-
-
-def _refuse_student(recipe: Recipe, folder: Path | None, teacher: Identity, *, write: bool) -> None:
-    """A student that does not go with this teacher; of one that is not here yet nothing is known."""
-    student = needed(recipe.student, "student")
-    if student.model is None:
-        layers = student.from_teacher_layers
-        refuse_fresh(teacher.folder, student.config or {}, recipe.run.task, layers)
-    if folder is not None or student.model is None:
-        refuse_other_classes(recipe, folder, teacher.class_names)
-    if folder is not None:
-        refuse_other_tokenizer(recipe, folder, teacher.folder)
-        if is_here(str(student.model)):  # of the Hub's only small files are here
-            refuse_without_weights(folder, "student.model")
-        refuse_lora(recipe, folder)
-    if student.from_teacher_layers is not None:
-        refuse_start(recipe, teacher, write=write)
-        refuse_lora(recipe, teacher.folder)
-
-
-def _student_folder(student: Student | None, *, write: bool) -> Path | None:
-    """Where an existing student is; None if it is not here, for stage one needs none."""
-    if student is None or student.model is None:
-        return None
-    name, revision = student.model, student.revision
-    try:
-        return find_model(name, revision, field="student.model", download=write, weights=False)
-    except UsageError:
-        if is_here(name):
-            raise
-        return None
 
 
 def _warning(teachers: Sequence[BoundTeacher]) -> str:
@@ -316,7 +238,7 @@ def _plan_stored(recipe: Recipe, plan: Plan, books: Books) -> None:
         refuse_without_labels(recipe, books.labels())
     upstream = all(line.state == "done" for line in plan.stages)
     if upstream:
-        folder = _student_folder(recipe.student, write=False)
+        folder = student_folder(recipe.student, write=False)
         plan.unread = unread_by_student(recipe, bound, books)
         plan.unread = plan.unread or unseen_by_student(recipe, bound, books, folder)
     if recipe.score is not None:

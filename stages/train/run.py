@@ -1,19 +1,13 @@
-"""One training run, from where it stands to the end: steps, checkpoints, validation, the student.
-
-What it has done so far is its record, which each checkpoint keeps.
-"""
+"""One training run, from where it stands to the end: steps, checkpoints, validation, the student."""
 
 import json
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
 
-from pydantic import TypeAdapter
-
-from ...storage.bounds import NOT_AS_WRITTEN, integer
-from ...storage.errors import IntegrityError, Stopped, UsageError, in_short
+from ...storage.errors import IntegrityError, Stopped, UsageError
 from ...storage.files.local import LocalFiles
 from ...storage.joined import open_store
 from ...storage.snapshots.snapshot import Snapshot, load_snapshot
@@ -26,8 +20,9 @@ from ..recipe.sections import Loss
 from ..workers.job import Job
 from .experts import left_out
 from .features import feature_snapshots, find_features, group_notes, make_matching
+from .record import Record
 from .scalars import Board, loss_scalars, open_wandb, step_scalars
-from .speed import Meter, Speed
+from .speed import Meter
 from .teachers import find_teachers, partner_snapshots
 
 if TYPE_CHECKING:
@@ -35,37 +30,6 @@ if TYPE_CHECKING:
     from .trainer import StepResult, Trainer
 
 HISTORY_POINTS = 200
-
-
-@dataclass(kw_only=True, slots=True)
-class Record:
-    """What a run has done so far; kept in each checkpoint."""
-
-    cursor: Cursor = field(default_factory=Cursor)
-    scored_tokens: int = 0
-    best: dict[str, Any] | None = None
-    history: list[dict[str, Any]] = field(default_factory=list)
-    validation: list[dict[str, Any]] = field(default_factory=list)
-    speed: Speed = field(default_factory=Speed)
-
-    @classmethod
-    def of(cls, state: dict[str, Any]) -> Self:
-        """Of a checkpoint.
-
-        Raises:
-            UsageError: another version of Stillroom wrote it, or somebody changed it.
-        """
-        try:
-            counts = {name: integer(count) for name, count in state["cursor"].items()}
-            found = cls(**state | {"cursor": Cursor(**counts), "speed": Speed(**state["speed"])})
-            TypeAdapter(cls).validate_json(json.dumps(state), strict=True)
-            return found
-        except NOT_AS_WRITTEN as error:
-            raise UsageError(
-                "train: another version of Stillroom wrote this run's checkpoints "
-                f"({in_short(error)}). Remove `checkpoints/` from its folder, and it is trained from "
-                "the start."
-            ) from error
 
 
 class Run:

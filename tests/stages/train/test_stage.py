@@ -19,7 +19,8 @@ from stillroom.stages.loader.samples import Cursor, Samples, steps
 from stillroom.stages.models.causal_lm import KIND
 from stillroom.stages.models.students.student import initial_student
 from stillroom.stages.train import stage as train
-from stillroom.stages.train.run import HISTORY_POINTS, Record, left_out
+from stillroom.stages.train.record import Record
+from stillroom.stages.train.run import HISTORY_POINTS, left_out
 from stillroom.storage.errors import StillroomError, Stopped, UsageError
 
 TEXTS = random_texts(60)

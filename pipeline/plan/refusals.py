@@ -1,0 +1,78 @@
+"""What would only fail after the teacher's work, and can be seen in small files before it."""
+
+from pathlib import Path
+
+from ...stages.models.fit.classes import refuse_other_classes, refuse_other_head
+from ...stages.models.fit.fresh import refuse_fresh
+from ...stages.models.fit.misfits import refuse_misfit, refuse_quantised
+from ...stages.models.fit.same_tokenizer import refuse_other_tokenizer
+from ...stages.models.identity import Identity, find_model, is_here, refuse_without_weights
+from ...stages.models.students.stored_tensors import refuse_lora
+from ...stages.recipe.sections import Recipe, Student
+from ...stages.recipe.stages import needed
+from ...storage.errors import UsageError
+from .features import refuse_features
+from .lengths import refuse_unread
+from .resolve import Bound, refuse_start
+from .teachers import BoundTeacher
+
+
+def refuse_early(recipe: Recipe, bound: Bound, *, write: bool) -> None:
+    """What would only fail after the teacher's work, and can be seen in small files before it."""
+    folder = student_folder(recipe.student, write=write)
+    refuse_features(recipe, bound, folder)
+    if recipe.student is not None and folder is not None:
+        field, name = "student.model", str(recipe.student.model)
+        refuse_quantised(folder, field=field, name=name)
+        refuse_misfit(folder, recipe.run.task, field=field, name=name)
+    if bound.teacher is None or bound.author is None:
+        return
+    refuse_other_head(recipe, bound.teacher.parts["config"])
+    refuse_unread(recipe, bound)
+    if recipe.data.records.conversation and not bound.author.parts["chat_template"]:
+        raise UsageError(
+            f"data.format: {recipe.data.format!r} needs a chat template, and "
+            f"{bound.author.folder} has none. Save one in the model's folder "
+            "(chat_template.jinja), or use format 'prompt' or 'completion'."
+        )
+    if recipe.student is not None:
+        _refuse_student(recipe, folder, bound.teacher, write=write)
+
+
+def refuse_another(one: BoundTeacher) -> None:
+    """What a teacher beside the first cannot do; the student begins from the first one."""
+    if one.bound.teacher is not None:
+        refuse_features(one.recipe, one.bound, None)
+        refuse_other_head(one.recipe, one.bound.teacher.parts["config"])
+        refuse_unread(one.recipe, one.bound)
+
+
+def _refuse_student(recipe: Recipe, folder: Path | None, teacher: Identity, *, write: bool) -> None:
+    """A student that does not go with this teacher; of one that is not here yet nothing is known."""
+    student = needed(recipe.student, "student")
+    if student.model is None:
+        layers = student.from_teacher_layers
+        refuse_fresh(teacher.folder, student.config or {}, recipe.run.task, layers)
+    if folder is not None or student.model is None:
+        refuse_other_classes(recipe, folder, teacher.class_names)
+    if folder is not None:
+        refuse_other_tokenizer(recipe, folder, teacher.folder)
+        if is_here(str(student.model)):  # of the Hub's only small files are here
+            refuse_without_weights(folder, "student.model")
+        refuse_lora(recipe, folder)
+    if student.from_teacher_layers is not None:
+        refuse_start(recipe, teacher, write=write)
+        refuse_lora(recipe, teacher.folder)
+
+
+def student_folder(student: Student | None, *, write: bool) -> Path | None:
+    """Where an existing student is; None if it is not here, for stage one needs none."""
+    if student is None or student.model is None:
+        return None
+    name, revision = student.model, student.revision
+    try:
+        return find_model(name, revision, field="student.model", download=write, weights=False)
+    except UsageError:
+        if is_here(name):
+            raise
+        return None

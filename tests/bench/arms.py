@@ -45,7 +45,8 @@ def run_arm(
         report: Draw the report of a run that was judged; it takes longer than a small student.
 
     Returns:
-        `evaluation.json` and `train.json` in one, where they are there; `train_dir`; ids of the `snapshots` by split.
+        `evaluation.json` and `train.json` in one, where they are there; `train_dir`, and `train_dirs`
+        by arm; ids of the `snapshots` by split.
 
     Raises:
         StillroomError: as of `stillroom run`.
@@ -60,6 +61,7 @@ def run_arm(
     found: dict[str, Any] = {
         "snapshots": {split: snapshot.id for split, snapshot in plan.snapshots.items()}
     }
+    found["train_dirs"] = {arm: str(folder) for arm, folder in plan.train_dirs.items()}
     if folder := plan.train_dirs.get("student"):
         found["train_dir"] = str(folder)
         for name in ("train.json", "evaluation.json"):

@@ -25,6 +25,8 @@ class TeacherSize:
     """Trained on so many, over and over where there are fewer."""
     step_tokens: int
     learning_rate: float
+    autocast: bool = True
+    """Compute in bfloat16, which CPUs without units for it do slowly."""
 
 
 def llama(size: TeacherSize, vocab_size: int) -> nn.Module:
@@ -46,10 +48,15 @@ def llama(size: TeacherSize, vocab_size: int) -> nn.Module:
 
 
 def train_teacher(folder: Path, ids: np.ndarray, *, size: TeacherSize, vocab_size: int) -> None:
-    """Train on windows of the ids in a random order, then save into `folder`; says how it goes."""
+    """Train a fresh model on windows of the ids."""
     torch.manual_seed(0)
+    train_model(llama(size, vocab_size), folder, ids, size=size)
+
+
+def train_model(model: nn.Module, folder: Path, ids: np.ndarray, *, size: TeacherSize) -> None:
+    """Train on windows of the ids in a random order, then save into `folder`; says how it goes."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = llama(size, vocab_size).to(device)
+    model = model.to(device)
     count = (len(ids) - 1) // size.window
     rows = torch.from_numpy(ids[: count * size.window + 1].astype(np.int32))
     per_step = max(1, size.step_tokens // size.window)
@@ -67,7 +74,7 @@ def train_teacher(folder: Path, ids: np.ndarray, *, size: TeacherSize, vocab_siz
             group["lr"] = size.learning_rate * rate
         starts = order[step * per_step : (step + 1) * per_step, None] * size.window
         batch = rows[starts + torch.arange(size.window + 1)].long().to(device)
-        loss = _loss(model, batch)
+        loss = _loss(model, batch, autocast=size.autocast)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -85,8 +92,8 @@ def train_teacher(folder: Path, ids: np.ndarray, *, size: TeacherSize, vocab_siz
     model.float().save_pretrained(folder)
 
 
-def _loss(model: nn.Module, batch: Tensor) -> Tensor:
+def _loss(model: nn.Module, batch: Tensor, *, autocast: bool) -> Tensor:
     """Mean cross-entropy of [B, T + 1] ids."""
-    with torch.autocast(batch.device.type, torch.bfloat16):
+    with torch.autocast(batch.device.type, torch.bfloat16, enabled=autocast):
         logits = model(input_ids=batch[:, :-1], use_cache=False).logits
     return nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())

@@ -64,8 +64,8 @@ def test_the_comparison_of_two_teachers_runs(
     outcome, _ = bench("teachers", tmp_path, "--tiny")
     found = outcome["results"]
     assert set(found["gains"]) == {"stories", "code", "unrouted", "routed"}
-    both, alone = found["gains"]["routed"]["code"][0], found["gains"]["code"]["code"][0]
-    assert found["kept"]["routed"]["code"][0] == pytest.approx(both / alone)
+    (both,), (alone,) = (found["gains"][student]["code"] for student in ("routed", "code"))
+    assert found["kept"]["routed"]["code"] == [pytest.approx(both / alone)]
 
 
 def test_thirty_kills_lose_nothing(tmp_path: Path) -> None:

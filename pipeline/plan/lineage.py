@@ -7,7 +7,7 @@ no hash, for a teacher is its weights.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from ...stages.models.fit.files import read_json
 from ...stages.models.identity import Identity, find_model
@@ -17,8 +17,10 @@ from ...stages.recipe.sections import Recipe
 from ...storage.bounds import mapping
 from ...storage.credentials import shown
 from ...storage.errors import IntegrityError, UsageError
+from ...storage.joined import open_store
 from ...storage.keys import canonical_json
 from ..text import inline, public_name
+from .teachers import BoundTeacher
 
 LINEAGE = "lineage.json"
 
@@ -30,6 +32,8 @@ class Generation(TypedDict):
     start: str | None
     """The model that it began as; None: fresh weights, or layers of its teacher."""
     teacher: str
+    beside: NotRequired[list[str]]
+    """The teachers after the first one, where it had several."""
 
 
 def lineage(folder: Path) -> list[Generation]:
@@ -40,16 +44,45 @@ def lineage(folder: Path) -> list[Generation]:
     try:
         settings = read_record(training / SETTINGS)
         recipe = mapping(settings["recipe"])
-        start, teacher = mapping(recipe["student"])["model"], mapping(recipe["teacher"])["model"]
-        earlier = _checked(settings.get("lineage", []))
+        start = mapping(recipe["student"])["model"]
+        taught = [mapping(one)["model"] for one in recipe.get("teachers") or [recipe["teacher"]]]
+        earlier = _earlier(settings)
     except (IntegrityError, LookupError, TypeError, ValueError):
         return []  # of another program, or damaged: the weights are what counts
     mine = Generation(
         run=public_name(shown(str(training.parent.resolve()))),
         start=None if start is None else public_name(str(start)),
-        teacher=public_name(str(teacher)),
+        teacher=public_name(str(taught[0])),
     )
+    if beside := [public_name(str(one)) for one in taught[1:]]:
+        mine["beside"] = beside
     return [mine, *earlier]
+
+
+def lineages(recipe: Recipe, teachers: Sequence[BoundTeacher]) -> dict[str, Any]:
+    """What the record of a training has of its teachers: `lineage` of the only one, of several `lineages` by name."""
+    found = {one.name: before for one in teachers if (before := _of_teacher(recipe, one))}
+    if not found:
+        return {}
+    return {"lineages": found} if len(teachers) > 1 else {"lineage": found[teachers[0].name]}
+
+
+def _of_teacher(recipe: Recipe, one: BoundTeacher) -> list[Generation]:
+    """Of a teacher; where it is gone, as the store keeps it."""
+    if one.bound.teacher is not None:
+        return lineage(one.bound.teacher.folder)
+    store = open_store(recipe.storage.dir, recipe.storage.sources)
+    return kept_lineage(store.teacher_dir(one.id)) if store.teacher_parts(one.id) else []
+
+
+def _earlier(settings: dict[str, Any]) -> list[Generation]:
+    """The generations before a training's own, each once: of one teacher, or of all of several."""
+    told = [settings.get("lineage", []), *mapping(settings.get("lineages", {})).values()]
+    found: list[Generation] = []
+    for one in (generation for part in told for generation in _checked(part)):
+        if one not in found:
+            found.append(one)
+    return found
 
 
 def kept_files(model: Identity) -> dict[str, bytes]:
@@ -68,9 +101,10 @@ def kept_lineage(folder: Path) -> list[Generation]:
 def came_from(found: Sequence[Generation]) -> str:
     """A lineage in words, as Markdown, the end of a sentence; the licences of the models of others go along."""
     made = ", and before it ".join(
-        f"{inline(one['run'])} ({_began(one)}, taught by {inline(one['teacher'])})" for one in found
+        f"{inline(one['run'])} ({_began(one)}, taught by {' and '.join(map(inline, _taught_by(one)))})"
+        for one in found
     )
-    named = [name for one in found for name in (one["teacher"], one["start"]) if name is not None]
+    named = [name for one in found for name in (*_taught_by(one), one["start"]) if name is not None]
     others = [inline(name) for name in dict.fromkeys(named) if not name.startswith(RUN)]
     asks = (
         f"; what the licence of {' and of '.join(others)} asks holds for it too" if others else ""
@@ -91,9 +125,15 @@ def found_students(recipe: Recipe) -> list[str]:
             folder = find_model(model, None, field=field, download=False)
         except UsageError:  # gone, and the store stands in
             continue
-        taught = "".join(f", taught by {one['teacher']}" for one in lineage(folder)[:1])
+        taught = "".join(
+            f", taught by {' and '.join(_taught_by(one))}" for one in lineage(folder)[:1]
+        )
         said.append(f"{field}: {model} is the student in {folder.parent.name}{taught}")
     return said
+
+
+def _taught_by(one: Generation) -> list[str]:
+    return [one["teacher"], *one.get("beside", [])]
 
 
 def _began(one: Generation) -> str:
@@ -103,11 +143,15 @@ def _began(one: Generation) -> str:
 def _checked(found: object) -> list[Generation]:
     if not isinstance(found, list):
         raise IntegrityError(f"{LINEAGE}: holds {type(found).__name__}, expected a list.")
-    return [
-        Generation(
-            run=str(one["run"]),
-            start=None if one["start"] is None else str(one["start"]),
-            teacher=str(one["teacher"]),
-        )
-        for one in map(mapping, found)
-    ]
+    return [_checked_one(one) for one in map(mapping, found)]
+
+
+def _checked_one(one: dict[str, Any]) -> Generation:
+    checked = Generation(
+        run=str(one["run"]),
+        start=None if one["start"] is None else str(one["start"]),
+        teacher=str(one["teacher"]),
+    )
+    if one.get("beside"):
+        checked["beside"] = [str(name) for name in one["beside"]]
+    return checked

@@ -293,10 +293,14 @@ def _made(settings: Mapping[str, Any], trained: Mapping[str, Any]) -> str:
         _identities(settings),
     ]
     if "code" in settings:
-        parts.append(f"To load the teacher, its own code was run ({inline(settings['code'])}).")
+        whose = "a teacher" if "teachers" in settings else "the teacher"
+        parts.append(f"To load {whose}, its own code was run ({inline(settings['code'])}).")
     if lineage := settings.get("lineage"):
-        which = "The first teacher" if "teachers" in settings else "The teacher"
-        parts.append(f"{which} is {came_from(lineage)}.")
+        parts.append(f"The teacher is {came_from(lineage)}.")
+    parts += [
+        f"The teacher {inline(name)} is {came_from(lineage)}."
+        for name, lineage in settings.get("lineages", {}).items()
+    ]
     if settings["arm"] == "baseline":
         parts.insert(
             0,

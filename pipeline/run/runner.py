@@ -28,11 +28,11 @@ from ...storage.bounds import mapping
 from ...storage.credentials import hidden
 from ...storage.errors import StillroomError, Stopped, UsageError, name_too_long
 from ...storage.files.local import LocalFiles
-from ...storage.joined import at_commit, open_store
+from ...storage.joined import at_commit
 from ...storage.keys import canonical_json
 from ...storage.snapshots.snapshot import save_snapshot
 from ...storage.store.store import Store
-from ..plan.lineage import Generation, kept_files, kept_lineage, lineage
+from ..plan.lineage import kept_files, lineages
 from ..plan.lines import Plan, StagePlan
 from ..plan.plan import make_plan, plan_again, refuse_impossible
 from ..plan.resolve import write_down
@@ -270,20 +270,11 @@ def _begin_student(recipe: Recipe, plan: Plan, arm: Arm) -> None:
     }
     if teachers := teachers_json(plan.teachers):
         record["teachers"] = teachers
-    if plan.bound.teacher is not None and plan.bound.teacher.runs_code:
-        record["code"] = plan.bound.teacher.code_id
-    if before := _lineage(recipe, plan):
-        record["lineage"] = before
+    known = [one.bound.teacher for one in plan.teachers]
+    if codes := [teacher.code_id for teacher in known if teacher is not None and teacher.runs_code]:
+        record["code"] = ", ".join(codes)
+    record |= lineages(recipe, plan.teachers)
     files.put_if_absent(f"{folder.name}/{SETTINGS}", canonical_json(record))
-
-
-def _lineage(recipe: Recipe, plan: Plan) -> list[Generation]:
-    """Of the teacher; where it is gone, as the store keeps it."""
-    if plan.bound.teacher is not None:
-        return lineage(plan.bound.teacher.folder)
-    store = open_store(recipe.storage.dir, recipe.storage.sources)
-    teacher_id = plan.bound.binding.teacher_id
-    return kept_lineage(store.teacher_dir(teacher_id)) if store.teacher_parts(teacher_id) else []
 
 
 def _finish(line: StagePlan, answer: dict[str, Any], *, seconds: float) -> dict[str, Any]:

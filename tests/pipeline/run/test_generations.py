@@ -37,6 +37,8 @@ class Home:
             "train": {"epochs": 1, "tokens_per_step": 128, "learning_rate": 5.0e-3},
             "teacher": {"model": taught_by},
         }
+        if "teachers" in sections:
+            del tree["teacher"]
         path = self.folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(tree | sections))
         return path
@@ -108,6 +110,33 @@ def test_a_third_generation_knows_both_before_it(home: Home) -> None:
     again = home.run("third", "run:runs/second", train={"epochs": 1})
     assert again["stages"]["train"]["state"] == "done"
     assert home.settings("third")["lineage"] == before
+
+
+def test_a_student_of_two_teachers_knows_where_each_comes_from(home: Home) -> None:
+    big = {"name": "big", "model": BIG, "license": "mit"}
+    both = [big, {"name": "first", "model": TEACHER, "weight": 0.5}]
+    said = home.run("second", BIG, teachers=both)
+    assert said["stages"]["score/first"]["state"] == "done"
+    first = {"run": "first", "start": None, "teacher": "big-8b"}
+    assert home.settings("second")["lineages"] == {"first": [first]}
+    card = (home.folder / "runs/second/latest/student/README.md").read_text()
+    assert "The teacher `first` is a student of Stillroom itself: `first` (fresh weights" in card
+    assert "(licence: `mit`)" in card
+    assert "(licence: not stated)" in card
+    (note,) = [note for note in home.plan("second", BIG, teachers=both)["notes"] if TEACHER in note]
+    assert note.startswith(f"teachers: model of 'first': {TEACHER} is the student in train-")
+    # Its own student knows both, and what they come from.
+    home.run("third", "run:runs/second")
+    second = {"run": "second", "start": None, "teacher": "big-8b", "beside": ["run:first"]}
+    assert home.settings("third")["lineage"] == [second, first]
+    card = (home.folder / "runs/third/latest/student/README.md").read_text()
+    assert "taught by `big-8b` and `run:first`), and before it `first`" in card
+    # No recipe teaches with what it trains.
+    own = stillroom("plan", home.recipe("first", BIG, teachers=both), expect=2).stderr
+    assert "teachers.1.model: names this recipe's own run.dir" in own
+    revised = [big, both[1] | {"revision": "main"}]
+    refused = stillroom("plan", home.recipe("second", BIG, teachers=revised), expect=2).stderr
+    assert "teachers.1.revision: has no meaning for the student of a run" in refused
 
 
 def test_a_student_writes_for_the_teacher_that_scores(home: Home) -> None:

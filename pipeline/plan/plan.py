@@ -36,6 +36,7 @@ from ...stages.recipe.checks.task import refuse_without_labels
 from ...stages.recipe.sections import Recipe, Student
 from ...stages.recipe.stages import needed, stage_named
 from ...stages.recipe.tasks import TASKS
+from ...stages.targets.masks import masks_of
 from ...storage.errors import UsageError
 from ...storage.files.opening import open_files
 from ...storage.joined import Joined, open_store
@@ -145,6 +146,7 @@ def _refuse_early(recipe: Recipe, bound: Bound, *, write: bool) -> None:
     if bound.teacher is None or bound.author is None:
         return
     refuse_other_head(recipe, bound.teacher.parts["config"])
+    masks_of(recipe, bound.teacher.folder)  # refuses a tokenizer that has none
     refuse_unread(recipe, bound)
     if recipe.data.records.conversation and not bound.author.parts["chat_template"]:
         raise UsageError(

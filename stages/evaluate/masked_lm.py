@@ -40,7 +40,7 @@ class Measuring(causal_lm.Measuring):
     def _predicting(self, model: nn.Module, row: Row) -> Tensor:
         device = next(model.parameters()).device
         made = self._inputs.tensors([row["token_ids"]])
-        (states,) = masked_states(model, **{name: one.to(device) for name, one in made.items()})
+        states = masked_states(model, **{name: one.to(device) for name, one in made.items()})[0]
         return states[torch.from_numpy(positions(row["spans"])).to(device)]
 
     def gradient(self, model: nn.Module, arm: str) -> None:

@@ -10,6 +10,7 @@ from ...stages.models.identity import Identity, find_model, is_here, refuse_with
 from ...stages.models.students.stored_tensors import refuse_lora
 from ...stages.recipe.sections import Recipe, Student
 from ...stages.recipe.stages import needed
+from ...stages.targets.masks import masks_of
 from ...storage.errors import UsageError
 from .features import refuse_features
 from .lengths import refuse_unread
@@ -28,6 +29,7 @@ def refuse_early(recipe: Recipe, bound: Bound, *, write: bool) -> None:
     if bound.teacher is None or bound.author is None:
         return
     refuse_other_head(recipe, bound.teacher.parts["config"])
+    masks_of(recipe, bound.teacher.folder)  # refuses a tokenizer that has none
     refuse_unread(recipe, bound)
     if recipe.data.records.conversation and not bound.author.parts["chat_template"]:
         raise UsageError(

@@ -244,7 +244,9 @@ def _bind_here(recipe: Recipe, store: Store | None, *, write: bool) -> Bound:
     teacher = teacher_identity(recipe, hashes, download=write)
     author = author_identity(recipe, teacher, hashes, download=write)
     day = _day(recipe, author, store)
-    wrote = author_id(recipe.data, teacher, day=day) if given_text(recipe) else author.id
+    wrote = author.id
+    if given_text(recipe):
+        wrote = author_id(recipe.data, teacher, day=day, masks=recipe.masks)
     binding = Binding(
         teacher_id=teacher.id,
         author_id=wrote,
@@ -255,7 +257,12 @@ def _bind_here(recipe: Recipe, store: Store | None, *, write: bool) -> Bound:
         day=day,
     )
     bound = Bound(binding=binding, teacher=teacher, author=author)
-    if store is None or not given_text(recipe) or store.inputs_about(binding.data_id) is not None:
+    if (
+        store is None
+        or recipe.data.records.document
+        or not given_text(recipe)
+        or store.inputs_about(binding.data_id) is not None
+    ):
         return bound
     return _with_earlier(recipe, bound, store, write=write)
 
@@ -296,6 +303,8 @@ def _folder(recipe: Recipe) -> str:
         "data": recipe.data.model_dump(exclude=recipe.data.unhashed()),
         "author": author,
     }
+    if recipe.masks is not None:
+        names["masks"] = recipe.masks
     if recipe.evaluate.names_rows:
         names["held_out"] = recipe.evaluate.model_dump(include=set(HELD_OUT_FIELDS))
     return f"bindings/{content_id('binding', given=given_text(recipe), **names)}"

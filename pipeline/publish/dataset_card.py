@@ -12,7 +12,6 @@ from typing import Any
 
 from ...stages.recipe.tasks import TASKS
 from ...storage.published.manifest import Manifest
-from ...storage.tables.heads import HEADS
 from ..text import escaped, one_line, prose
 from .dataset_card_code import code
 from .dataset_card_origin import origin
@@ -124,7 +123,7 @@ def _task_categories(manifest: Manifest) -> list[str]:
     every task with that head, so all of them are named.
     """
     heads = sorted({about.get("head", "lm") for about in manifest.about.values()})
-    head = next((head for head in heads if HEADS[head].classes), "lm")
+    head = next((head for head in heads if head != "lm"), "lm")
     return sorted({task.hub_name for task in TASKS.values() if task.head == head})
 
 

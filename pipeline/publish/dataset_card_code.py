@@ -7,6 +7,7 @@ from typing import Any
 from ...stages.recipe.formats import FORMATS
 from ...stages.recipe.kinds import KINDS
 from ...storage.published.manifest import Manifest
+from ...storage.tables.heads import head_of
 from ...storage.tables.kinds import STRUCTURES, Structure
 from .features import asked_for
 
@@ -156,10 +157,20 @@ kl = (logprobs.exp() * (logprobs - kept)).sum(-1) + tail.exp() * (tail.clamp(min
 """
 
 
+_LOSS_OF_HIDDEN = """
+# logits [T, V] of a student that reads `tokens`: position t says what is hidden there
+logits = torch.zeros(len(tokens), {vocabulary})
+student = logits[scored].log_softmax(-1)
+hidden = torch.tensor(row["labels"])  # [N] the tokens that were there
+"""
+
+
 def _torch(manifest: Manifest, split: str) -> str:
     kinds = manifest.statistics[split]["soft_targets"]["kinds"]
     kind = max(kinds, key=lambda name: kinds[name])
-    loss = _LOSS.format(vocabulary=int(manifest.about["soft_targets"]["vocab_size"]))
+    about = manifest.about["soft_targets"]
+    loss = _LOSS_OF_HIDDEN if head_of(about).masked else _LOSS
+    loss = loss.format(vocabulary=int(about["vocab_size"]))
     shape = _shape(STRUCTURES[kind])
     return (_HEAD + _ENTRIES[shape] + loss + (_KL if shape == "fixed" else "")).rstrip()
 

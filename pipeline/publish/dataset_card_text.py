@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...stages.models.token_text import stored_tokenizer
+from ...stages.models.inputs.token_text import stored_tokenizer
 from ...storage.published.export_rows import PUBLISHED
 from ...storage.published.manifest import Manifest
 from ...storage.tables.heads import head_of
@@ -27,6 +27,15 @@ _ABOUT = {
         "at position t - 1. Lists are flat: entries of target 0, then those of target 1, E in "
         "all; each target has `k` of them, or as many as `entries` says. `generation_key` is the "
         "`key` of the row in `generations`."
+    ),
+    "masked_lm": (
+        "The teacher's distribution at N = `span_tokens` of T tokens, which were hidden from it: "
+        "`token_ids` are what it read, with the mask token or another one in their place. These are the "
+        "tokens of `spans` (start, tokens, start, tokens ...); where that is null, the N from "
+        "`span_start` on. The target of token t is the model's output at position t itself, and "
+        "`labels` are the N tokens that were there. Lists are flat: entries of target 0, then those of "
+        "target 1, E in all; each target has `k` of them, or as many as `entries` says. "
+        "`generation_key` is the `key` of the row in `generations`, which has the text as it was."
     ),
     "classes": (
         "The teacher's distribution over the classes, one target a text, in the order of "
@@ -56,7 +65,13 @@ def summary(manifest: Manifest, provenance: Mapping[str, Any]) -> str:
     kinds = {
         kind for found in manifest.statistics.values() for kind in found["soft_targets"]["kinds"]
     }
-    what = f"the next token at {count(tokens)} positions ({', '.join(sorted(kinds))}), with the text it is about"
+    hidden = head_of(manifest.about["soft_targets"]).masked
+    which = (
+        f"{count(tokens)} hidden tokens"
+        if hidden
+        else f"the next token at {count(tokens)} positions"
+    )
+    what = f"{which} ({', '.join(sorted(kinds))}), with the text it is about"
     if manifest.about["soft_targets"].get("class_names"):
         whole_text = head_of(manifest.about["soft_targets"]).whole_text
         what = "the classes of " + ("each text" if whole_text else f"{count(tokens)} words")
@@ -121,7 +136,8 @@ def columns(manifest: Manifest, provenance: Mapping[str, Any], config: str) -> d
     elif names:
         about = _ABOUT[manifest.about[config]["head"]].format(names=", ".join(map(inline, names)))
     else:
-        about = _ABOUT[config] + _whole(manifest)
+        masked = config == "soft_targets" and head_of(manifest.about[config]).masked
+        about = _ABOUT["masked_lm" if masked else config] + _whole(manifest)
     fields = [schema.field(name) for name in manifest.tables[config]["columns"]]
     return {
         "about": about,

@@ -243,6 +243,13 @@ def _code(recipe: Mapping[str, Any]) -> dict[str, str]:
             if task.structure.whole_text
             else "",
         }
+    if task.structure.masked:
+        return {
+            "code": "from transformers import pipeline\n\n"
+            f'fill = pipeline("{task.hub_name}", model="path/to/student")\n'
+            'print(fill(f"Once upon a {fill.tokenizer.mask_token}."))',
+            "vllm": "",
+        }
     method, asked = _question(recipe)
     return {
         "code": 'from transformers import pipeline\n\ngenerate = pipeline("text-generation", model="path/to/student")\n'
@@ -358,6 +365,8 @@ def _limits(recipe: Mapping[str, Any], student: Mapping[str, Any]) -> list[str]:
             "and the teacher's licence holds for them."
         )
     records = FORMATS[recipe["data"]["format"]]
+    if TASKS[recipe["run"]["task"]].structure.masked:
+        return [*found, "It guesses hidden tokens; it was not taught to continue text."]
     if not (records.conversation or records.labelled):
         found.append(
             "It continues text; it was not taught to follow instructions or to hold a conversation."

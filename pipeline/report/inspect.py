@@ -11,7 +11,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from ...stages.models.token_text import Pieces, stored_tokenizer
+from ...stages.models.inputs.token_text import Pieces, stored_tokenizer
 from ...stages.recipe.run_folder import REPORT, as_a_run_writes
 from ...stages.targets.spec import Kept
 from ...storage.errors import IntegrityError, UsageError
@@ -179,6 +179,9 @@ def describe(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
             _position(targets.positions(slice(n, n + 1)), index, show)
             for n, index in enumerate(scored)
         ]
+        if HEADS[row.get("head", "lm")].masked:
+            for n, label in enumerate(row["labels"].tolist()):
+                found["positions"][n]["hidden"] = texts[label]
         if classes and not whole_text:
             _name_words(found, row["labels"], classes, tokenizer)
     return found
@@ -311,7 +314,10 @@ def _named_columns(sample: dict[str, Any]) -> list[str]:
     """Headers of what is there at a position."""
     if "label" in sample:
         return ["gold label"]
-    return ["word", "gold label"] if "word" in sample["positions"][0] else ["token"]
+    first = sample["positions"][0]
+    if "hidden" in first:
+        return ["token", "hidden"]
+    return ["word", "gold label"] if "word" in first else ["token"]
 
 
 def _there(sample: dict[str, Any], position: dict[str, Any]) -> list[str]:
@@ -320,7 +326,8 @@ def _there(sample: dict[str, Any], position: dict[str, Any]) -> list[str]:
         return [one_line(sample["label"] or "none")]
     if "word" in position:
         return [visible(position["word"]), one_line(position["label"] or "none")]
-    return [visible(sample["texts"][position["index"]])]
+    token = visible(sample["texts"][position["index"]])
+    return [token, visible(position["hidden"])] if "hidden" in position else [token]
 
 
 def _readable(piece: str) -> str:

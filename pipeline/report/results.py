@@ -35,6 +35,7 @@ class Measure(NamedTuple):
 
 
 MEASURES = (
+    Measure("accuracy", "top-1 accuracy", "", "accuracy", percent),
     Measure("cross_entropy", "cross-entropy (nats/{unit})", "", "cross-\nentropy", decimals),
     Measure("perplexity", "perplexity", "", "perplexity", significant),
     Measure(
@@ -78,7 +79,7 @@ PAIRED = (
 def measures(results: Iterable[Mapping[str, Any]]) -> list[Measure]:
     """The columns of a table of these results: what is known of any arm."""
     found = list(results)
-    columns = CLASS_MEASURES if any("accuracy" in r for r in found) else MEASURES
+    columns = CLASS_MEASURES if any("f1_macro" in r for r in found) else MEASURES
     return [m for m in columns if any(r.get(m.name) is not None for r in found)]
 
 
@@ -163,11 +164,14 @@ def _measured_on(measured: Mapping[str, Any], unshared: float) -> list[str]:
             "labels, KL(teacher || student) exact. ECE: expected calibration error of the most "
             f"likely class, {bins} equal-width bins. All of it is at temperature 1."
         ]
+    hidden = unit_of(measured) == TASKS["masked_lm"].unit
+    guessed = "token where one is hidden" if hidden else "next token"
     notes = [
-        f"Measured on {count(measured['tokens'])} held-out tokens ({count(measured['rows'])} rows "
+        f"Measured on {count(measured['tokens'])} held-out {measured.get('of', 'tokens')} "
+        f"({count(measured['rows'])} rows "
         f"of {count(measured['prompts'])} prompts); ± is one standard error over prompts. "
-        "Cross-entropy is on the text that is there. ECE: expected calibration error of the most "
-        f"likely next token, {bins} equal-width bins."
+        f"Cross-entropy is on the text that is there{_HIDDEN if hidden else ''}. ECE: expected "
+        f"calibration error of the most likely {guessed}, {bins} equal-width bins."
     ]
     if measured["reference"] is None:
         return [
@@ -193,6 +197,11 @@ def _measured_on(measured: Mapping[str, Any], unshared: float) -> list[str]:
         )
         about += f" Tokens that the student lacks hold {unshared:.2g} of the teacher's probability and {how}."
     return [*notes, about]
+
+
+_HIDDEN = (
+    " where tokens are hidden, the same ones from every arm, and the perplexity is of these alone"
+)
 
 
 def _with_label(measured: Mapping[str, Any]) -> str:

@@ -28,6 +28,7 @@ from ...storage.tables.spans import SPAN_COLUMNS, spans_of
 from ..models.reads import check_ids
 from ..recipe.sections import Recipe
 from ..recipe.stages import needed
+from ..targets.masks import put_back
 from .misplaced_targets import shifted, surprise, unknowing
 
 ROWS = 32
@@ -104,7 +105,8 @@ def audit_rows(store: Store, snapshot: Snapshot, fit: Fit) -> list[str]:
     # One teacher's, so all of one head. Of a text as a whole no position is in question.
     head = head_of(found[0][1])
     placed = [] if head.whole_text else rows
-    _check_text(store, placed, teacher)
+    written = [row | {"token_ids": put_back(row)} for row in placed] if head.masked else placed
+    _check_text(store, written, teacher)
     warnings: list[str] = []
     if fit.soft:
         _check_targets(found)
@@ -247,7 +249,7 @@ def _check_place(rows: Sequence[Row], head: Head, *, own_text: bool) -> list[str
             f"that it drew {excess:.2f} nats a token less likely than the targets' entropy says, "
             f"expected 0 or less. The targets are other tokens'. {_HELP}"
         )
-    if not head.classes and (found := unknowing(rows)):
+    if head.shifted and (found := unknowing(rows)):
         told = "These are other tokens' targets, or the teacher knows nothing of such text"
         return [
             f"audit: {found}. {told}: `stillroom verify STORE --deep --teacher MODEL` tells which"

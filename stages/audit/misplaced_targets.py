@@ -19,6 +19,7 @@ itself, read by a teacher that knows nothing, is one accident many times over. (
 training whose output layer is its embedding finds the token before most likely, and looks shifted.)
 
 Where words are classified, their gold classes stand for tokens, and the words beside for positions.
+Where tokens are hidden, the hidden ones beside stand for positions.
 """
 
 from collections.abc import Mapping, Sequence
@@ -200,12 +201,12 @@ def _known(row: Row, head: Head) -> bool:
 def _outcomes(row: Row, head: Head) -> np.ndarray:
     """[N] what is there."""
     outcomes: np.ndarray = scored_tokens(row["token_ids"], spans_of(row))
-    return np.asarray(row["labels"]) if head.classes else outcomes
+    return np.asarray(row["labels"]) if head.in_labels else outcomes
 
 
 def _parts(row: Row, head: Head) -> list[slice]:
-    """Which of the N targets stand beside one another: those of a span, or of all words."""
-    return [slice(0, int(row["span_tokens"]))] if head.classes else parts_of(spans_of(row))
+    """Which of the N targets stand beside one another: those of a span, or of all words, or of all that is hidden."""
+    return [slice(0, int(row["span_tokens"]))] if head.in_labels else parts_of(spans_of(row))
 
 
 def _logprob_of(targets: SoftTargets, tokens: np.ndarray) -> np.ndarray:

@@ -82,7 +82,9 @@ class StoredRow:
 
     @property
     def scored(self) -> np.ndarray:
-        """[N] what `token_logprob` speaks of: the scored tokens; or their classes, the best where none is known."""
+        """[N] what `token_logprob` speaks of: scored or hidden tokens; or classes, the best where none is known."""
+        if self.head.masked:
+            return np.asarray(self.columns["labels"])
         if not self.head.classes:
             tokens: np.ndarray = scored_tokens(self.token_ids, self.spans)
             return tokens

@@ -12,9 +12,11 @@ from ...storage.tables.soft_targets import SoftTargets
 from ..models.attention.future import check_causal
 from ..models.attention.longest import Company
 from ..models.causal_lm import load_causal_lm
-from ..models.classification import Inputs, class_logits
+from ..models.classification import Inputs, class_logits, of_each
 from ..models.head import Head, check_head, hidden_states, split_head
 from ..models.identity import Identity
+from ..models.masked_lm import load_teacher as load_masked
+from ..models.masked_lm import masked_company, masked_states
 from ..models.token_classification import load_teacher, token_company
 from .differences import SecondReading, compare
 from .numbers import Numbers, Says, entries_alone, measured_numbers, stored_numbers
@@ -123,7 +125,7 @@ class WordReader(TeacherReader):
         self.eps = torch.finfo(self._model.dtype).eps
 
     def _there(self, row: StoredRow, positions: np.ndarray) -> np.ndarray:
-        # Of a position that is no word's, the class of the word after it.
+        # Of a position that is no word's, the class of the word after it; so of what is hidden.
         word = np.searchsorted(row.predicting, positions).clip(max=row.span_tokens - 1)
         labels: np.ndarray = row.scored[word]
         return labels
@@ -134,8 +136,26 @@ class WordReader(TeacherReader):
         made = self._inputs.tensors([*texts, np.zeros(longer, np.int64)] if padding else texts)
         there = {name: tensor[: len(texts)].to(self._model.device) for name, tensor in made.items()}
         with torch.inference_mode():
-            logits = class_logits(self._model, there)
-        return [row[: len(text)] for row, text in zip(logits, texts, strict=True)]
+            said = self._said(there)
+        return of_each(said, list(map(len, texts)))
+
+    def _said(self, there: dict[str, Tensor]) -> Tensor:
+        """[B, T, D] the states of a pass."""
+        return class_logits(self._model, there)
+
+
+class MaskReader(WordReader):
+    """One that guesses what is hidden: its states are what its output layer is handed."""
+
+    def __init__(self, teacher: Identity, *, device_map: str | None = None) -> None:
+        self._model = load_masked(teacher, device_map=device_map)
+        self._inputs = Inputs.of(self._model, teacher.folder)
+        self._company = masked_company(self._model, self._inputs)
+        self._head = split_head(self._model)
+        self.eps = torch.finfo(self._model.dtype).eps
+
+    def _said(self, there: dict[str, Tensor]) -> Tensor:
+        return masked_states(self._model, **there)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,5 +177,8 @@ def reader_of(
     Raises:
         UsageError: it does not load, or its head is not understood.
     """
-    kind = WordReader if rows[0].head.classes else LanguageReader
+    head = rows[0].head
+    if head.masked:
+        return MaskReader(teacher, device_map=device_map)
+    kind = WordReader if head.classes else LanguageReader
     return kind(teacher, device_map=device_map)

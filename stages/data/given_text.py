@@ -10,6 +10,7 @@ from ...storage.store.store import Store
 from ...storage.store.writer import CommitLimits
 from ...storage.tables.row_builders import given_row
 from ..recipe.sections import Recipe
+from ..targets.masks import masks_of
 from ..workers.job import Job
 from ..workers.shard_about import about
 from .lengths import Lengths
@@ -27,13 +28,21 @@ class GivenText:
     def __init__(self, job: Job, store: Store, stack: ExitStack, limits: CommitLimits) -> None:
         data, folder = job.recipe.data, store.teacher_dir(job.teacher_id)
         self._clock = job.clock
-        self._tokenizing = Tokenizing(folder, data, context_tokens=job.context_tokens, day=job.day)
+        self._tokenizing = Tokenizing(
+            folder,
+            data,
+            context_tokens=job.context_tokens,
+            day=job.day,
+            masks=masks_of(job.recipe, folder),
+        )
         self._author = job.author_id
         self._earlier = tokens_of(store, job.earlier_author_id) if job.earlier_author_id else {}
         settings = {
             "window_tokens": window_tokens(data, job.context_tokens),
             "chat_template_kwargs": data.chat_template_kwargs,
         }
+        if job.recipe.masks is not None:
+            settings["masks"] = job.recipe.masks
         shard_about = about("data", job.recipe, settings, author_id=job.author_id)
         writer = store.writer("generations", about=shard_about, limits=limits)
         self._writer = stack.enter_context(writer)

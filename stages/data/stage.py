@@ -66,7 +66,7 @@ def _inputs_id(
     classes: Sequence[str],
 ) -> str:
     held_out = held_out_source(recipe)
-    unread = {"source", "chat_template_kwargs", "turns", *_LENGTHS}
+    unread = {"source", "chat_template_kwargs", "turns", "masks", *_LENGTHS}
     how = recipe.data.model_dump(exclude=unread if held_out is None else {*unread, "holdout"})
     if recipe.data.records.labelled:
         how["classes"] = list(classes)  # by their names a label is known
@@ -104,7 +104,7 @@ def run(job: Job) -> StageResult:
     """
     recipe, data, clock = job.recipe, job.recipe.data, job.clock
     store = Store.open(recipe.storage.dir)
-    how = data.model_dump(exclude={"limit", "holdout"})
+    how = data.model_dump(exclude={"limit", "holdout", "masks"})
     shard_about = about("data", recipe, how | {"source": as_written(data.source)})
     limits = replace(commit_limits(recipe), rows=max(COMMIT_ROWS, recipe.storage.commit_rows))
     classes = names_in(store.teacher_dir(job.teacher_id)) if data.records.labelled else ()

@@ -10,7 +10,7 @@ import numpy as np
 
 from ...storage.errors import RowError
 from ...storage.keys import content_id
-from ...storage.tables.spans import span_after
+from ...storage.tables.spans import positions, span_after
 from ..ledger.requests import labelled_key, tagged_key, tokens_key
 from ..models.chat.renderer import Ids
 from ..models.identity import Identity
@@ -18,6 +18,7 @@ from ..models.rendering import Renderer
 from ..recipe.formats import FORMATS
 from ..recipe.sections import Data
 from ..targets.alignment import spans_at
+from ..targets.masks import Masks
 from .lengths import Lengths
 
 
@@ -39,9 +40,13 @@ class Given:
         return len(self.token_ids) - self.prompt_tokens
 
 
-def author_id(data: Data, teacher: Identity, *, day: str | None = None) -> str:
-    """Who wrote given text, as far as its tokens are concerned: tokenizer, template and how it is cut."""
+def author_id(
+    data: Data, teacher: Identity, *, day: str | None = None, masks: str | None = None
+) -> str:
+    """Who wrote given text, as far as its tokens are concerned: tokenizer, template, how it is cut and masked."""
     rules = _length_rules(data)
+    if masks is not None:
+        rules["masks"] = masks
     if _has_answer(data):
         rules["tokenized"] = "whole"
     if data.records.conversation:
@@ -105,12 +110,21 @@ class Tokenizing:
     """Rows of `prompts` as tokens."""
 
     def __init__(
-        self, folder: Path, data: Data, *, context_tokens: int, day: str | None = None
+        self,
+        folder: Path,
+        data: Data,
+        *,
+        context_tokens: int,
+        day: str | None = None,
+        masks: Masks | None = None,
     ) -> None:
-        """`folder`: holds the teacher's tokenizer and template."""
+        """`folder`: holds the teacher's tokenizer and template; `masks`: how tokens are hidden, None: none are."""
         self.renderer = Renderer(folder, data.chat_template_kwargs, day=day)
         self._last = data.turns == "last"
+        self._masks = masks
         self._window = window_tokens(data, context_tokens)
+        if masks is not None:
+            self._window = min(self._window, self.renderer.longest)
         self._cut = data.too_long == "cut"
         # A tokenizer of a model that classifies may know better than a config what is read at once.
         reads = (
@@ -125,6 +139,8 @@ class Tokenizing:
             RowError: nothing to predict, or too long.
         """
         records = FORMATS[row["format"]]
+        if self._masks is not None:
+            return [self._masked(ids, self._masks) for ids in self._whole_windows(row["text"])]
         if records.document:
             return self._windows(row["text"])
         if records.words:
@@ -173,6 +189,18 @@ class Tokenizing:
         return [
             Given(token_ids=ids, prompt_tokens=0, tokens_key=tokens_key(ids, 0)) for ids in windows
         ]
+
+    def _whole_windows(self, text: str) -> list[np.ndarray]:
+        windows = self.renderer.whole_windows(text, self._window)
+        if not windows:
+            raise RowError("empty", "the text has no tokens: nothing to hide")
+        return windows
+
+    def _masked(self, ids: np.ndarray, masks: Masks) -> Given:
+        """The text as it is, and which of its tokens are hidden; the key is that of what the teacher reads."""
+        hidden = masks.hide(ids)
+        key = tagged_key(hidden.token_ids, positions(hidden.spans), hidden.labels.tolist())
+        return Given(token_ids=ids, prompt_tokens=0, tokens_key=key, spans=hidden.spans)
 
     def _answered(self, row: dict[str, Any]) -> Given:
         ids, spans = self._within(row, self.renderer.given(row, last=self._last))

@@ -55,9 +55,8 @@ class Measuring:
             targets = SoftTargets.from_row(row).normalised() if "logprobs" in row else None
         with torch.inference_mode():
             with clock.span("model"):
-                states = hidden_states(model, input_ids=ids[None])[0]
-            predicting = states[torch.from_numpy(predicting_positions(row["spans"]))]
-            following = scored_tokens(ids, row["spans"])
+                predicting = self._predicting(model, row)
+            following = torch.as_tensor(self.outcomes(row)).long().to(ids.device)
             step = chunk_tokens(head.vocab_size)
             said = self._held_out.said(row, targets)
             for start in range(0, len(predicting), step):
@@ -72,6 +71,12 @@ class Measuring:
                         measures = measure(logits, following[part], reference)
                 tally.add(row["prompt_key"], self.named(measures))
                 view.add(row, start, measures=measures, logits=logits)
+
+    def _predicting(self, model: nn.Module, row: Row) -> Tensor:
+        """[N, D] the states that say what is scored."""
+        ids = torch.as_tensor(row["token_ids"]).long().to(split_head(model).weight.device)
+        states = hidden_states(model, input_ids=ids[None])[0]
+        return states[torch.from_numpy(predicting_positions(row["spans"]))]
 
     def gradient(self, model: nn.Module, arm: str) -> Gradient:
         """How far the recipe's targets turn the gradient of the soft loss, as training begins or as it ends.

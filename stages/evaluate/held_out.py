@@ -57,7 +57,7 @@ class HeldOut:
     def targets(self) -> Iterator[dict[str, Any]]:
         """`spans` with what is stored of the teacher's distribution, where it is."""
         columns = [*_SPAN[self.snapshot.table], *(_TARGETS if self.scored else ())]
-        columns += ["label", "labels"] if self.labelled else []
+        columns += ["label", "labels"] if self.scored else []
         return map(_with_span, self._read(*columns))
 
     def said(self, row: dict[str, Any], own: SoftTargets | None) -> "Said | None":

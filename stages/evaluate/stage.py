@@ -109,7 +109,7 @@ def _students(job: Job, store: Store) -> Arms:
 
 def _views(job: Job, held_out: HeldOut, store: Store) -> "Views":
     """Where what the report shows is gathered; it has the lengths already."""
-    from ..models.token_text import Pieces
+    from ..models.inputs.token_text import Pieces
     from .views import Views
 
     score, teacher_dir = job.recipe.score, store.teacher_dir(job.teacher_id)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...storage.tables.soft_targets import SoftTargets
-from ..models.token_text import Pieces
+from ..models.inputs.token_text import Pieces
 from ..targets.alignment import scored_tokens
 from ..targets.best_entries import ENTRIES
 from ..targets.spec import Kept
@@ -260,7 +260,7 @@ def _shown(row: Mapping[str, Any], targets: SoftTargets) -> dict[str, Any]:
             {"after": gap.after, "cut": gap.cut, "token_ids": ids[gap.part].tolist()}
             for gap in between
         ],
-        "token_ids": scored_tokens(ids, row["spans"])[:n].tolist(),
+        "token_ids": _there(row)[:n].tolist(),
         "cut_after": row["span_tokens"] - n,
         "teacher": {
             "token": rounded(np.exp(targets.token_logprob)),
@@ -268,6 +268,12 @@ def _shown(row: Mapping[str, Any], targets: SoftTargets) -> dict[str, Any]:
             "probabilities": rounded(best.values.exp()),
         },
     }
+
+
+def _there(row: Mapping[str, Any]) -> np.ndarray:
+    """[N] the tokens that are scored; of those that are hidden from the teacher, what was there."""
+    hidden: np.ndarray | None = row.get("labels")
+    return scored_tokens(row["token_ids"], row["spans"]) if hidden is None else hidden
 
 
 def kept_mass(best: np.ndarray, kept: Kept) -> np.ndarray:

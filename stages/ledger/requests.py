@@ -4,19 +4,21 @@ A request is named by a reuse key (what must agree for a row to serve it); cover
 max_tokens and finish reason) say how far a row serves. Nothing here imports torch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ...storage.errors import UsageError
+from ...storage.errors import IntegrityError, UsageError
 from ...storage.keys import content_id, content_key
-from ...storage.tables.spans import span_after
+from ...storage.tables.heads import Head
+from ...storage.tables.spans import positions, span_after, spans_of
 from ..recipe.engines import Generate
 from ..recipe.features import Feature
 from ..recipe.sections import Data
 from ..targets.alignment import class_span, spans_at
+from ..targets.masks import Masks
 from ..targets.spec import Kept
 from .books import Place
 
@@ -141,11 +143,40 @@ def labelled_key(token_ids: np.ndarray | list[int], label: int | None) -> bytes:
 def tagged_key(
     token_ids: np.ndarray | list[int], indices: np.ndarray, labels: Sequence[int] | None
 ) -> bytes:
-    """`tokens_key` of a text whose words are classified: the tokens, which have targets, and their gold labels."""
+    """`tokens_key` of a text with targets at tokens' own positions: the tokens, which have one, and what is there."""
     ids = np.asarray(token_ids, dtype="<i4").tobytes()
     spans = spans_at(indices).reshape(-1).tolist()
     own = {} if labels is None else {"labels": list(labels)}
     return content_key("tokens", token_ids=ids, spans=spans, **own)
+
+
+def read_of(
+    row: Mapping[str, Any], text: Mapping[str, Any], head: Head, masks: Masks | None
+) -> dict[str, Any]:
+    """What the teacher reads of a text, which tokens have a target, and what is there.
+
+    Raises:
+        IntegrityError: hidden tokens are not those that the text's row names.
+    """
+    if masks is None:
+        spans = class_span(len(text["token_ids"])) if head.whole_text else spans_of(text)
+        labels = _labels(row["labels"], text)
+        return {"token_ids": text["token_ids"], "spans": spans, "labels": labels}
+    found = masks.hide(text["token_ids"])
+    if (
+        tagged_key(found.token_ids, positions(found.spans), found.labels.tolist())
+        != row["tokens_key"]
+    ):
+        raise IntegrityError(
+            f"generations {row['key'].hex()}: its tokens are hidden otherwise than when it was written. "
+            "Name another storage.dir: the texts are then read again."
+        )
+    return {"token_ids": found.token_ids, "spans": found.spans, "labels": found.labels}
+
+
+def _labels(labels: Sequence[int] | None, text: Mapping[str, Any]) -> np.ndarray | None:
+    """[N] of the words that a text still has: a cut takes whole words from its end."""
+    return None if labels is None else np.array(labels[: int(spans_of(text)[:, 1].sum())], np.int32)
 
 
 def author_context(generate: Generate | None, model_tokens: int) -> int:

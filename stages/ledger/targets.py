@@ -3,19 +3,18 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 
-from ...storage.tables.spans import SPAN_COLUMNS, spans_of
+from ...storage.tables.spans import SPAN_COLUMNS
 from ..recipe.features import Feature, captured, learnt
 from ..recipe.sections import OneTeacher
 from ..recipe.tasks import TASKS
-from ..targets.alignment import class_span
+from ..targets.masks import Masks
 from ..targets.spec import Kept, reference, target_bytes, wanted
 from .books import Books, Ledger, Pending, different
 from .coverage import PLACES, best, lacks, reason
 from .features import FeatureSql, Widths, capture_id, name_texts
-from .requests import TargetRequest, captured_key, target_key
+from .requests import TargetRequest, captured_key, read_of, target_key
 from .routes import EVERYTHING, keys_where, take_route, within
 
 PART_ROWS = 2_000_000  # rows whose equal tokens are looked for at once
@@ -281,8 +280,13 @@ def feature_places(books: Books) -> pa.Table:
     return books.index.table(places)
 
 
-def pending_targets(books: Books, *, teacher_id: str, vocab_size: int) -> Pending[TargetRequest]:
-    """What is still to be scored, after `target_ledger`: rows of one kind and like length beside one another."""
+def pending_targets(
+    books: Books, *, teacher_id: str, vocab_size: int, masks: Masks | None = None
+) -> Pending[TargetRequest]:
+    """What is still to be scored, after `target_ledger`: rows of one kind and like length beside one another.
+
+    `masks`: how tokens are hidden from the teacher; None: none are.
+    """
     score = books.score
     books.index.use_all_memory()
     # The gold label is the prompt's: joined by key, never by position.
@@ -317,11 +321,9 @@ def pending_targets(books: Books, *, teacher_id: str, vocab_size: int) -> Pendin
                 tokens_key=row["tokens_key"],
                 generation_key=row["key"],
                 prompt_key=row["prompt_key"],
-                token_ids=text["token_ids"],
-                spans=class_span(len(text["token_ids"])) if head.whole_text else spans_of(text),
                 kept=kept[row["held_out"]],
                 label=row["label"],
-                labels=_labels(row["labels"], text),
+                **read_of(row, text, head, masks),
                 text_key=row["text_key"] or b"",
                 features=_missing(row, asked),
                 targets=row["targets"],
@@ -330,11 +332,6 @@ def pending_targets(books: Books, *, teacher_id: str, vocab_size: int) -> Pendin
         ]
 
     return Pending(rows, planned, make)
-
-
-def _labels(labels: Sequence[int] | None, text: Mapping[str, Any]) -> np.ndarray | None:
-    """[N] of the words that a text still has: a cut takes whole words from its end."""
-    return None if labels is None else np.array(labels[: int(spans_of(text)[:, 1].sum())], np.int32)
 
 
 def _missing(row: Mapping[str, Any], asked: Sequence[Feature]) -> tuple[Feature, ...]:

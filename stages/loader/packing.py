@@ -209,7 +209,7 @@ class Packing(Passes):
             batch.token_ids.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16
         ):
             with showing(model, self.needs) as shown:
-                hidden = hidden_states(model, **batch.inputs)
+                hidden = self._states(model, batch)
         predicting = hidden.flatten(0, 1)[batch.predicting].to(dtype)
         head = split_head(model)
         found = linear_distillation(predicting, head, batch.targets, aim=aim, kernel=self.kernel)
@@ -220,6 +220,10 @@ class Packing(Passes):
             )
             found = found.plus(of_others, more.at)
         return self.with_features(found, shown, batch.features, aim=aim)
+
+    def _states(self, model: nn.Module, batch: Batch) -> Tensor:
+        """[B, T, D] what the output layer is applied to."""
+        return hidden_states(model, **batch.inputs)
 
     def head_weight(self, model: nn.Module) -> Tensor:
         """The weight of the output layer [V, D]: hidden states of other positions never meet it."""

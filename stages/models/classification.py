@@ -154,10 +154,15 @@ def class_company(
     parted: Callable[[Tensor, Sequence[int]], list[Tensor]] = lambda logits, _: list(
         logits.split(1)
     ),
+    said: Callable[[Any, dict[str, Tensor]], Tensor] = class_logits,
 ) -> Company:
-    """Which texts may share a pass of a classifier, asked of its logits.
+    """Which texts may share a pass, asked of a model's logits.
 
-    `parted`: from the logits of a pass and the tokens of its texts to those of each text [n, C].
+    Args:
+        model: The model.
+        inputs: How texts become its inputs.
+        parted: From the logits of a pass and the tokens of its texts to those of each text [n, C].
+        said: What it is asked for, of such inputs.
     """
     vocab_size = model.get_input_embeddings().num_embeddings
 
@@ -167,6 +172,11 @@ def class_company(
         other = (inputs.padding + 1) % vocab_size
         made = inputs.tensors([np.where(ids == inputs.padding, other, ids) for ids in texts])
         there = {name: tensor.to(model.device) for name, tensor in made.items()}
-        return parted(class_logits(model, there), lengths)
+        return parted(said(model, there), lengths)
 
     return Company(model, read)
+
+
+def of_each(said: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+    """[n, C] of each text, without the padding."""
+    return [row[:n] for row, n in zip(said, lengths, strict=True)]

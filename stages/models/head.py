@@ -1,4 +1,4 @@
-"""The seam between hidden states and logits of a causal language model, so that logits can be made a chunk at a time.
+"""The seam between hidden states and logits of a language model, so that logits can be made a chunk at a time.
 
     z = softcap( scale * (h W^T + b + u B^T) )        softcap(x) = c * tanh(x / c), or x where the model has none
 
@@ -10,7 +10,7 @@ wrong.
 Letters: B rows, T tokens per row, N tokens, V vocabulary, D hidden, r rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -222,13 +222,24 @@ def check_head(model: nn.Module) -> None:
         UsageError: they differ, so this architecture does something between hidden states and
             logits that `Head` does not know; or it cannot read a plain text at all.
     """
+    backbone(_plain(model))
+    compare_head(model, hidden_states, use_cache=False)
+
+
+def compare_head(model: nn.Module, states: Callable[..., Tensor], **also: Any) -> None:
+    """Compare `split_head` of these states [B, T, D] with the model's own logits on eight tokens.
+
+    `also`: what the model takes besides.
+
+    Raises:
+        UsageError: as of `check_head`.
+    """
     head, inner = split_head(model), _plain(model)
-    backbone(inner)
     ids = (torch.arange(8, device=head.weight.device) % head.vocab_size)[None]
     what = f"{_name(inner)}: its logits cannot be made of its hidden states and its output layer"
     with evaluating(model), torch.no_grad(), answered(what, NOT_SUPPORTED):
-        expected = inner(input_ids=ids, use_cache=False).logits[0].float()
-        found = head.logits(hidden_states(model, input_ids=ids)[0])
+        expected = inner(input_ids=ids, **also).logits[0].float()
+        found = head.logits(states(model, input_ids=ids)[0])
     tolerance = 1e-4 if head.weight.dtype == torch.float32 else 2e-2
     same_shape = found.shape == expected.shape
     if not same_shape or not torch.allclose(

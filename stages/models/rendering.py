@@ -207,6 +207,21 @@ class Renderer:
         """
         return cut(self._encode(text), window_tokens)
 
+    def whole_windows(self, text: str, window_tokens: int) -> list[np.ndarray]:
+        """A document cut into windows that have no token in common, each with the special tokens of a text of its own.
+
+        Raises:
+            RowError: the tokenizer fails on it.
+        """
+        before, after = (np.array(ids, np.int32) for ids in self._around)
+        ids = self._encode(text)
+        inner = ids[len(before) : len(ids) - len(after)]
+        step = window_tokens - len(before) - len(after)
+        return [
+            np.concatenate([before, inner[start : start + step], after])
+            for start in range(0, len(inner), step)
+        ]
+
     def _encode(self, text: str) -> np.ndarray:
         """[T] int32."""
         try:

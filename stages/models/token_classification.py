@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import AutoModelForTokenClassification, PreTrainedModel
 
 from .attention.longest import Company
-from .classification import Inputs, class_company, trained
+from .classification import Inputs, class_company, of_each, trained
 from .fit.classes import names_in
 from .identity import Identity
 from .loading import ModelKind
@@ -38,9 +37,4 @@ def load_teacher(identity: Identity, *, device_map: str | None = None) -> PreTra
 
 def token_company(model: Any, inputs: Inputs) -> Company:
     """Which texts may share a pass, asked of the logits of all their tokens."""
-    return class_company(model, inputs, _parted)
-
-
-def _parted(logits: Tensor, lengths: Sequence[int]) -> list[Tensor]:
-    """[n, C] of each text, without the padding."""
-    return [row[:n] for row, n in zip(logits, lengths, strict=True)]
+    return class_company(model, inputs, of_each)

@@ -16,7 +16,7 @@ from .features import FeatureLoss
 from .fields import NO_TEMPLATE_ARGUMENTS, Kernel, Options, Schedule, Scheduled, Section, Tail
 from .formats import FORMATS, Format, FormatName
 from .kinds import Score
-from .tasks import TaskName
+from .tasks import TASKS, TaskName
 
 
 class Run(Section):
@@ -188,6 +188,9 @@ class Data(Section):
     too_long: Literal["reject", "cut"] = "reject"
     """What becomes of a longer row. cut: its end is left out, but for what the tokenizer puts
     there; of a pair the longer text's."""
+    masks: Literal["bert", "all"] = "bert"
+    """masked_lm: what stands where a token is hidden, of 15 in 100. bert: the mask token at 8 of 10,
+    another token at 1, the token itself at 1. all: the mask token."""
     limit: int | None = Field(None, ge=1)
     """Use the first records only."""
     holdout: int = Field(200, ge=0)
@@ -203,7 +206,7 @@ class Data(Section):
 
     def unhashed(self) -> set[str]:
         """Fields that hashes leave out at their default: there were none when the first hashes were made."""
-        later = ("turns", "max_tokens", "too_long")
+        later = ("turns", "max_tokens", "too_long", "masks")
         return {name for name in later if getattr(self, name) == Data.model_fields[name].default}
 
     @property
@@ -362,6 +365,11 @@ class Recipe(Section):
         except (ValidationError, LookupError, TypeError):
             first = Teacher(model="")  # what is wrong is said of the entry itself
         return tree | {"teacher": first}
+
+    @property
+    def masks(self) -> str | None:
+        """What stands where a token is hidden from teacher and student; None: none is."""
+        return self.data.masks if TASKS[self.run.task].structure.masked else None
 
     @property
     def several(self) -> list[OneTeacher]:

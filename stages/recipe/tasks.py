@@ -48,6 +48,12 @@ MODELS = {
         use="a token classifier",
         words="a model that transformers loads for token classification",
     ),
+    "masked_lm": Models(
+        table="MASKED_LM",
+        suffix="ForMaskedLM",
+        use="a masked language model",
+        words="a masked language model",
+    ),
 }
 """By the heads of `storage/tables/heads.py`."""
 
@@ -83,12 +89,12 @@ class Task:
 
     @property
     def labelled(self) -> bool:
-        """Whether targets are over classes, with a gold label or none each. Else text is continued."""
+        """Whether targets are over classes, with a gold label or none each. Else tokens are predicted."""
         return self.structure.classes
 
 
-# Settings of text that is continued; one whose targets are classes is read as a whole, in a row of
-# its own.
+# Settings of text that is continued; one that is classified, or of which tokens are hidden, is read as
+# a whole, in a row of its own.
 _OF_CONTINUED_TEXT = (
     "generate",
     "evaluate.generate",
@@ -97,10 +103,10 @@ _OF_CONTINUED_TEXT = (
 )
 
 
-def _not_of_classes(task: str) -> dict[str, str]:
-    """What a task whose targets are classes has no use for."""
+def _not_of(task: str) -> dict[str, str]:
+    """What a task that reads its texts whole has no use for."""
     return dict.fromkeys(_OF_CONTINUED_TEXT, f"has no meaning for {task}. Remove it") | {
-        "teacher.trust_remote_code": "no classifier's code is ever run. Use one whose class transformers has",
+        "teacher.trust_remote_code": "only a causal model's code is ever run. Use a model whose class transformers has",
     }
 
 
@@ -117,7 +123,7 @@ TASKS: dict[str, Task] = {
         formats=("labelled",),
         targets=("full",),
         text_alone=False,
-        refused=_not_of_classes("classification"),
+        refused=_not_of("classification"),
         unit="text",
         hub_name="text-classification",
     ),
@@ -126,10 +132,23 @@ TASKS: dict[str, Task] = {
         formats=("tagged",),
         targets=("full",),
         text_alone=False,
-        refused=_not_of_classes("token_classification")
+        refused=_not_of("token_classification")
         | {"teacher.adapter": "no stage adds adapters to it yet. Merge it, and name the result"},
         unit="word",
         hub_name="token-classification",
+    ),
+    "masked_lm": Task(
+        head="masked_lm",
+        formats=("text",),
+        text_alone=False,
+        refused=_not_of("masked_lm")
+        | {
+            "teacher.adapter": "no stage adds adapters to a masked language model yet. Merge it, and name the result",
+            "student.lora": "no stage trains adapters of a masked language model yet. Remove it",
+            "score.features": "no stage captures features of masked texts yet. Leave them out",
+        },
+        unit="masked token",
+        hub_name="fill-mask",
     ),
 }
 

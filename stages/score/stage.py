@@ -25,6 +25,7 @@ from ..ledger.requests import TargetRequest, sampling_settings
 from ..ledger.targets import choose_generations, pending_targets, target_ledger
 from ..models.identity import Identity
 from ..recipe.features import captured
+from ..targets.masks import masks_of
 from ..targets.spec import Kept, wanted
 from ..workers.claims import Claims
 from ..workers.job import Job, StageResult
@@ -124,7 +125,9 @@ def _asked(job: Job, teacher: Identity, store: Store) -> tuple[Ledger, Pending[T
         ledger = target_ledger(
             books, teacher_id=teacher.id, vocab_size=vocab_size, limit=limit, route=route
         )
-        return ledger, pending_targets(books, teacher_id=teacher.id, vocab_size=vocab_size)
+        masks = masks_of(job.recipe, teacher.folder)
+        pending = pending_targets(books, teacher_id=teacher.id, vocab_size=vocab_size, masks=masks)
+        return ledger, pending
 
 
 def _claims(job: Job, teacher: Identity, store: Store) -> Claims:

@@ -22,6 +22,16 @@ which the second has two tokens; a word's class is said at its first token:
 
     spans [[1, 2], [4, 1]]: positions 1, 2, 4
 
+So has a text of which tokens are hidden (`masks.py`). By hand, one token of eight:
+
+    index              0      1     2     3       4     5     6     7
+    text               [CLS]  the   cat   sat     on    the   mat   [SEP]
+    token_ids          [CLS]  the   cat   [MASK]  on    the   mat   [SEP]
+    labels                                sat
+    said at                               [MASK]
+
+    spans [[3, 1]]: position 3
+
 Which of the two a row has is its head's to say (`storage/tables/heads.py`). Works on numpy arrays and
 torch tensors alike.
 """

@@ -96,9 +96,11 @@ def _tokens_there(
 ) -> np.ndarray:
     """[N] the outcomes that `token_logprob` speaks of."""
     head = head_of(about)
-    if not head.classes:
+    if not head.in_labels:
         tokens: np.ndarray = row["token_ids"][positions(spans_of(row))]
         return tokens
+    if head.masked:
+        return np.asarray(row["labels"])
     label = row.get("label" if head.whole_text else "labels")
     labels = np.full(len(targets.entropy), -1) if label is None else np.atleast_1d(label)
     # The best stands in where there is no label.

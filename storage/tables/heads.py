@@ -22,17 +22,26 @@ class Head:
     shifted: bool = False
     """A token's target is said at the position before it, where the token is not read yet; else at its
     own."""
+    masked: bool = False
+    """A token that has a target is hidden, or another one stands in its place: `token_ids` are what the
+    teacher read, and what was there stands in `labels`, known of each."""
 
     @property
     def first_scored(self) -> int:
         """Index of the first token that may have a target: nothing predicts the first of a text."""
         return 1 if self.shifted else 0
 
+    @property
+    def in_labels(self) -> bool:
+        """Whether what is there stands in `label` or `labels`; else it is the token itself."""
+        return self.classes or self.masked
+
 
 HEADS = {
     "lm": Head(shifted=True),
     "classes": Head(classes=True, whole_text=True),
     "token_classes": Head(classes=True),
+    "masked_lm": Head(masked=True),
 }
 
 

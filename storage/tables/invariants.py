@@ -63,6 +63,8 @@ def aligned_targets(
             _check_spans(row, first=head.first_scored)
         if head.classes:
             _check_classes(row, about["class_names"])
+        if head.masked:
+            _check_hidden(row, int(about["vocab_size"]))
     _kind_columns(row)
     if STRUCTURES[row["kind"]].whole and k != outcomes(about):
         raise IntegrityError(
@@ -154,6 +156,17 @@ def _check_classes(row: Mapping[str, Any], names: Sequence[str]) -> None:
             raise IntegrityError(
                 f"soft_targets row: label {label}, expected 0 to {len(names) - 1} ({', '.join(names)})."
             )
+
+
+def _check_hidden(row: Mapping[str, Any], vocabulary: int) -> None:
+    """Of each token that is hidden it is known which one it is."""
+    labels = row.get("labels")
+    if labels is None or np.min(labels, initial=0) < 0 or np.max(labels, initial=0) >= vocabulary:
+        found = "are missing" if labels is None else f"are {np.min(labels)} to {np.max(labels)}"
+        raise IntegrityError(
+            f"soft_targets row: labels {found}, expected the tokens that are hidden, 0 to "
+            f"{vocabulary - 1}."
+        )
 
 
 def _kind_columns(row: Mapping[str, Any]) -> None:
@@ -291,6 +304,8 @@ def _joinable(rows: Rows, spans: _Spans, about: Mapping[str, Any]) -> np.ndarray
     total, head = np.diff(rows.flat("token_ids")[0]), head_of(about)
     if head.classes:
         fits &= _known_labels(rows, len(about["class_names"]))
+    if head.masked:
+        fits &= rows.present("labels") & _within(rows, 0, int(about["vocab_size"]))
     if head.whole_text:
         at_end = (rows.numbers("span_start") == total - 1) & (n == 1) & ~rows.present("spans")
         return np.asarray(fits & at_end)
@@ -310,9 +325,14 @@ def _joinable(rows: Rows, spans: _Spans, about: Mapping[str, Any]) -> np.ndarray
 def _known_labels(rows: Rows, classes: int) -> np.ndarray:
     """[R] whether a row's gold labels are classes; -1 among those of its targets is none."""
     label = rows.filled("label", 0)
+    return np.asarray((label >= 0) & (label < classes) & _within(rows, -1, classes))
+
+
+def _within(rows: Rows, least: int, stop: int) -> np.ndarray:
+    """[R] whether all `labels` of a row are from `least` to before `stop`."""
     edges, labels = rows.flat("labels")
-    wrong = np.concatenate([[0], np.cumsum((labels < -1) | (labels >= classes))])
-    return np.asarray((label >= 0) & (label < classes) & (np.diff(wrong[edges]) == 0))
+    wrong = np.concatenate([[0], np.cumsum((labels < least) | (labels >= stop))])
+    return np.asarray(np.diff(wrong[edges]) == 0)
 
 
 def _long_row(

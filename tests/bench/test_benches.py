@@ -411,3 +411,14 @@ def test_the_comparison_of_token_types_runs(tmp_path: Path) -> None:
     for numbers in outcome["results"].values():
         assert 0 <= numbers["entity_f1"][0] <= 1
     assert outcome["results"]["teacher"]["kl_teacher"][0] == 0
+
+
+@pytest.mark.assets
+@pytest.mark.slow
+def test_the_comparison_of_masked_models_runs(
+    tmp_path: Path, assets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STILLROOM_ASSETS", str(assets))
+    outcome, _ = bench("masked_lm", tmp_path, "--tiny", "--seeds", "0")
+    assert set(outcome["results"]) == {"teacher", "labels alone", "distilled"}
+    assert outcome["results"]["teacher"]["kl_teacher"][0] == 0

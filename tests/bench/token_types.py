@@ -20,11 +20,11 @@ import sysconfig
 import tokenize
 from argparse import ArgumentParser
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -210,7 +210,14 @@ def _tokenizer(train: list[Row], size: int) -> PreTrainedTokenizerFast:
 class Bench:
     """The folder of a run."""
 
-    def __init__(self, folder: Path, scale: Scale) -> None:
+    task, format, measures = "token_classification", "tagged", MEASURES
+    asked: ClassVar[dict[str, Any]] = {
+        "score": {"targets": "full"},
+        "loss": {"temperature": 2.0, "soft_weight": 0.5, "hard_weight": 0.5},
+    }
+    """Of the teacher and of the students."""
+
+    def __init__(self, folder: Path, scale: Any) -> None:
         self.folder, self.scale = folder, scale
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -229,18 +236,16 @@ class Bench:
         """Both students at one rate; their numbers on the rows of a part."""
         size = self.scale.student_hidden
         config = {"hidden_size": size, "intermediate_size": 4 * size, "num_hidden_layers": 2}
-        recipe = {
+        recipe = self.asked | {
             "run": {
                 "dir": str(self.folder / "runs" / f"{judged}-{rate:g}-{seed}"),
-                "task": "token_classification",
+                "task": self.task,
                 "seed": seed,
             },
             "storage": {"dir": str(self.folder / f"store-{judged}")},
             "teacher": {"model": str(self.folder / "teacher")},
             "student": {"config": config},
-            "data": {"source": str(self.folder / "student.jsonl"), "format": "tagged"},
-            "score": {"targets": "full"},
-            "loss": {"temperature": 2.0, "soft_weight": 0.5, "hard_weight": 0.5},
+            "data": {"source": str(self.folder / "student.jsonl"), "format": self.format},
             "train": {
                 "epochs": self.scale.epochs,
                 "tokens_per_step": 1024,
@@ -263,27 +268,27 @@ class Bench:
         for words, arm in ARMS.items():
             rate = found["rates"][words]
             results = [self.run(rate, seed, judged="test") for seed in seeds]
-            found["results"][words] = _over_seeds([result[arm] for result in results])
-            found["results"]["teacher"] = _over_seeds([results[0]["teacher"]])
+            found["results"][words] = self._over_seeds([result[arm] for result in results])
+            found["results"]["teacher"] = self._over_seeds([results[0]["teacher"]])
         return found
 
+    def _over_seeds(self, results: list[dict[str, Any]]) -> dict[str, Any]:
+        return {name: interval([result[name] for result in results]) for name in self.measures}
 
-def _over_seeds(results: list[dict[str, Any]]) -> dict[str, Any]:
-    return {name: interval([result[name] for result in results]) for name in MEASURES}
 
-
-def main() -> None:
-    parser = ArgumentParser(description=__doc__)
+def compare_arms(kind: type[Bench], scales: Mapping[str, Any], about: str | None) -> None:
+    """The command line of such a comparison; the last line is JSON."""
+    parser = ArgumentParser(description=about)
     parser.add_argument("dir", type=Path)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     disable_progress_bar()
     seeds = tuple(map(int, options.seeds.split(",")))
-    bench = Bench(options.dir, SCALES["tiny" if options.tiny else "cpu"])
+    bench = kind(options.dir, scales["tiny" if options.tiny else "cpu"])
     bench.prepare()
     found = bench.compare(seeds)
-    print(f"{'':<14}" + "".join(f"{name:>22}" for name in MEASURES))
+    print(f"{'':<14}" + "".join(f"{name:>22}" for name in kind.measures))
     for words, numbers in found["results"].items():
         cells = (
             f"{mean:.4f}" + ("" if half is None else f" ± {half:.4f}")
@@ -294,4 +299,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    compare_arms(Bench, SCALES, __doc__)

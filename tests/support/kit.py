@@ -13,8 +13,9 @@ from unittest.mock import patch
 
 import yaml
 from tiny_store import SilentProgress
+from typer.testing import CliRunner
 
-from stillroom.pipeline.cli.main import main
+from stillroom.pipeline.cli.main import app, main
 from stillroom.pipeline.run import worker
 from stillroom.pipeline.run.process import StageDied
 from stillroom.pipeline.run.screen import Screen
@@ -133,6 +134,14 @@ def _checked(
         f"exit {done.returncode}, expected {expect}\n{done.stdout}\n{done.stderr}"
     )
     return done
+
+
+def told(*words: Any, code: int = 0) -> dict[str, Any]:
+    """A command that starts no stage, in this process: what it says to programs, and all of it under `above`."""
+    result = CliRunner().invoke(app, [*map(str, words), "--json"])
+    assert result.exit_code == code, result.output
+    found: dict[str, Any] = json.loads(result.stdout.rstrip("\n").split("\n")[-1])
+    return found | {"above": result.stdout}
 
 
 def last_json(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:

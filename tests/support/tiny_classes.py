@@ -13,6 +13,7 @@ from stillroom.pipeline.plan.lines import Plan
 from stillroom.pipeline.plan.plan import make_plan
 from stillroom.pipeline.plan.resolve import bind
 from stillroom.stages.data import stage as data
+from stillroom.stages.models.identity import Identity
 from stillroom.stages.recipe.checks.together import check_together
 from stillroom.stages.recipe.sections import Recipe
 from stillroom.stages.score import stage as score
@@ -73,6 +74,13 @@ class World:
 
     def scored(self) -> "World":
         """Run data and score, as the runner does."""
+        job, teacher = self.stage_one()
+        data.run(job)
+        score.run(job, teacher)
+        return self
+
+    def stage_one(self) -> tuple[Job, Identity]:
+        """To read the data and to score them, and the teacher."""
         bound = bind(self.recipe, write=True)
         assert bound.teacher is not None
         self.store.put_teacher(bound.teacher.id, bound.teacher.files_to_keep())
@@ -81,9 +89,7 @@ class World:
             for name in ("data_id", "teacher_id", "author_id", "context_tokens")
         }
         job = Job(recipe=self.recipe, progress=SilentProgress(), stop=StopFlag(), **ids)
-        data.run(job)
-        score.run(job, bound.teacher)
-        return self
+        return job, bound.teacher
 
     def plan(self, recipe: Recipe | None = None) -> Plan:
         """The plan, its snapshots saved."""

@@ -145,7 +145,7 @@ def prepare_quiz(job: Job, store: Store, rows: Iterable[dict[str, Any]]) -> Quiz
     """Choose the prompts in the order of their keys: hashes, so a random sample, and the same for every student.
 
     Without `evaluate.generate` they are few and nothing is scored; None where none are asked for,
-    and for labelled texts.
+    and where no text is continued.
 
     Args:
         job: Names inputs, teacher and author.
@@ -156,7 +156,7 @@ def prepare_quiz(job: Job, store: Store, rows: Iterable[dict[str, Any]]) -> Quiz
         UsageError: no reference matches `evaluate.generate.pattern`, or is the number that is asked for.
     """
     scored, few = job.recipe.evaluate.generate, job.recipe.evaluate.samples
-    if scored is None and (few == 0 or TASKS[job.recipe.run.task].labelled):
+    if scored is None and (few == 0 or TASKS[job.recipe.run.task].structure.in_labels):
         return None
     settings = scored or EvaluateGenerate(prompts=few, max_tokens=SAMPLE_TOKENS)
     tokenizer = Renderer(store.teacher_dir(job.teacher_id), {}).tokenizer

@@ -19,6 +19,9 @@ _EMBEDDINGS = tuple(
     for name in ("embed_tokens", "wte", "word_embeddings", "embed_in", "tokens_embed")
 )
 
+# Classes that have a head for hidden tokens among others.
+_WITH_MORE_HEADS = ("ForPreTraining", "WithLMHeadModel")
+
 _RESIZE = (
     "Resize the embeddings to the tokenizer, or take the tokenizer that belongs to these weights."
 )
@@ -54,10 +57,28 @@ def refuse_misfit(
         )
     if head == "lm" and facts.ahead is not None:
         raise UsageError(refusal(where, f"its config says {facts.ahead}"))
+    if head == "masked_lm":
+        _refuse_unmasked(raw, where)
     refuse_ids_without_row(folder, facts.rows, where=where)
     if not raw.get("quantization_config"):  # else its tensors have other shapes
         _refuse_other_rows(folder, facts.rows, where=where)
     return facts
+
+
+def _refuse_unmasked(raw: Mapping[str, Any], where: str) -> None:
+    """Refuse a model that was not trained to guess hidden tokens, or that sees none behind them."""
+    named = [str(name) for name in raw.get("architectures") or ()]
+    suffix = MODELS["masked_lm"].suffix
+    if named and not any(name.endswith((suffix, *_WITH_MORE_HEADS)) for name in named):
+        raise UsageError(
+            f"{where} has no head that guesses hidden tokens (config.json names {', '.join(named)}, expected "
+            f"one that ends in {suffix}). Use a model that was trained with it, and saved whole."
+        )
+    if raw.get("is_decoder"):
+        raise UsageError(
+            f"{where} sees no later token (is_decoder: true in its config.json), so it cannot guess what is "
+            "hidden from both sides. Use a masked language model."
+        )
 
 
 def refuse_quantised(folder: Path, *, field: str, name: str) -> None:

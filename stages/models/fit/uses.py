@@ -26,8 +26,7 @@ _KINDS = (
         "MASKED_IMAGE_MODELING CAUSAL_IMAGE_MODELING IMAGE_TO_IMAGE VIDEO_CLASSIFICATION BACKBONE",
     ),
     ("an encoder-decoder", "SEQ_TO_SEQ_CAUSAL_LM"),
-    ("a masked language model", "MASKED_LM"),
-    *((MODELS[head].use, MODELS[head].table) for head in ("classes", "token_classes")),
+    *((MODELS[head].use, MODELS[head].table) for head in ("masked_lm", "classes", "token_classes")),
     ("a model that finds answers in a text", "QUESTION_ANSWERING TABLE_QUESTION_ANSWERING"),
     ("a multiple-choice model", "MULTIPLE_CHOICE NEXT_SENTENCE_PREDICTION"),
     (

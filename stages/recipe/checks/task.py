@@ -4,7 +4,7 @@ from typing import Any
 
 from ....storage.errors import UsageError
 from ..fields import extremes
-from ..sections import Recipe
+from ..sections import Data, Recipe
 from ..tasks import TASKS, Task
 
 
@@ -22,6 +22,9 @@ def check_task(recipe: Recipe) -> list[tuple[str, str]]:
     task = TASKS[name]
     errors = _format(recipe.data.format, name, task) + _targets(recipe, name, task)
     errors += [(path, said) for path, said in task.refused.items() if lookup(recipe, path)]
+    if recipe.masks is None and recipe.data.masks != Data.model_fields["masks"].default:
+        hiding = " or ".join(other for other in TASKS if TASKS[other].structure.masked)
+        errors.append(("data.masks", f"belongs to run.task {hiding}. Remove it"))
     return errors
 
 
@@ -76,7 +79,7 @@ def _targets(recipe: Recipe, name: str, task: Task) -> list[tuple[str, str]]:
             return []
         message = (
             "missing: without the teacher's probabilities there is nothing to distil. "
-            f"Add score: {{targets: {task.targets[0]}}}"
+            f"Add score: {{targets: {next(iter(task.targets), 'topk')}}}"
         )
         return [("score", message)]
     if targets_fit(recipe):

@@ -5,24 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kit import last_json, recipe_tree, stillroom, write_jsonl, write_recipe
+from kit import last_json, recipe_tree, stillroom, told, write_jsonl, write_recipe
 from planting import rows_of
 from samples import flip
 from tiny_words import TAGS, save_tiny_tagger, tagged
-from typer.testing import CliRunner
 
-from stillroom.pipeline.cli.main import app
 from stillroom.storage.store.store import Store
 
 pytestmark = pytest.mark.slow
-
-
-def told(*words: Any, code: int = 0) -> dict[str, Any]:
-    """A command in this process: what it says to programs, and all of it under `above`."""
-    result = CliRunner().invoke(app, [*map(str, words), "--json"])
-    assert result.exit_code == code, result.output
-    found: dict[str, Any] = json.loads(result.stdout.rstrip("\n").split("\n")[-1])
-    return found | {"above": result.stdout}
 
 
 def test_one_command_from_tagged_words_to_a_published_student(tmp_path: Path) -> None:

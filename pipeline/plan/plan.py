@@ -23,7 +23,6 @@ from ...stages.models.chat.arguments import doubtful_arguments, template_names
 from ...stages.models.fit.classes import refuse_other_classes, refuse_other_head
 from ...stages.models.fit.fresh import refuse_fresh
 from ...stages.models.fit.misfits import refuse_misfit, refuse_quantised
-from ...stages.models.fit.same_tokenizer import refuse_other_tokenizer
 from ...stages.models.identity import (
     FileHashes,
     Identity,
@@ -31,6 +30,7 @@ from ...stages.models.identity import (
     is_here,
     refuse_without_weights,
 )
+from ...stages.models.inputs.same_tokenizer import refuse_other_tokenizer
 from ...stages.models.students.stored_tensors import refuse_lora
 from ...stages.recipe.checks.task import refuse_without_labels
 from ...stages.recipe.sections import Recipe, Student
@@ -261,8 +261,7 @@ def _survey(recipe: Recipe, plan: Plan, store: Store | None) -> pa.Table | None:
         plan.stages.append(line)
         plan.note(*about.get("notes", ()))
         return None
-    classes = plan.bound.teacher.class_names if plan.bound.teacher else ()
-    found = survey(recipe, classes)
+    found = survey(recipe, plan.bound.teacher.folder if plan.bound.teacher else None)
     plan.note(*found.notes)
     others = store is not None and bool(store.files.names("inputs"))
     why = "read otherwise so far: another source, data section or tokenizer" if others else "new"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...storage.tables.soft_targets import SoftTargets
-from ..models.token_text import Pieces
+from ..models.inputs.token_text import Pieces
 from ..targets.alignment import scored_tokens
 from ..targets.best_entries import ENTRIES
 from ..targets.spec import Kept

@@ -48,6 +48,12 @@ MODELS = {
         use="a token classifier",
         words="a model that transformers loads for token classification",
     ),
+    "image_classes": Models(
+        table="IMAGE_CLASSIFICATION",
+        suffix="ForImageClassification",
+        use="an image classifier",
+        words="a model that transformers loads for image classification",
+    ),
 }
 """By the heads of `storage/tables/heads.py`."""
 
@@ -97,6 +103,17 @@ _OF_CONTINUED_TEXT = (
 )
 
 
+# What no stage does with models of images.
+_OF_TEXT_MODELS = {
+    "score.features": "are taken of models of text alone. Remove them",
+    "loss.features": "are matched by models of text alone. Remove them",
+    "teacher.adapter": "no stage adds adapters to it yet. Merge it, and name the result",
+    "student.lora": "no stage trains adapters of it yet. Train the weights: remove it",
+    "student.from_teacher_layers": "no stage copies layers of it yet. Use `model` or `config`",
+    "data.max_tokens": "an image has no tokens. Remove it",
+}
+
+
 def _not_of_classes(task: str) -> dict[str, str]:
     """What a task whose targets are classes has no use for."""
     return dict.fromkeys(_OF_CONTINUED_TEXT, f"has no meaning for {task}. Remove it") | {
@@ -130,6 +147,15 @@ TASKS: dict[str, Task] = {
         | {"teacher.adapter": "no stage adds adapters to it yet. Merge it, and name the result"},
         unit="word",
         hub_name="token-classification",
+    ),
+    "image_classification": Task(
+        head="image_classes",
+        formats=("images",),
+        targets=("full",),
+        text_alone=False,
+        refused=_not_of_classes("image_classification") | _OF_TEXT_MODELS,
+        unit="image",
+        hub_name="image-classification",
     ),
 }
 

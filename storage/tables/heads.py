@@ -22,6 +22,8 @@ class Head:
     shifted: bool = False
     """A token's target is said at the position before it, where the token is not read yet; else at its
     own."""
+    images: bool = False
+    """A row is an image, which stands for a text of one token; else a text."""
 
     @property
     def first_scored(self) -> int:
@@ -33,6 +35,7 @@ HEADS = {
     "lm": Head(shifted=True),
     "classes": Head(classes=True, whole_text=True),
     "token_classes": Head(classes=True),
+    "image_classes": Head(classes=True, whole_text=True, images=True),
 }
 
 

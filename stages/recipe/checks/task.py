@@ -4,7 +4,7 @@ from typing import Any
 
 from ....storage.errors import UsageError
 from ..fields import extremes
-from ..sections import Recipe
+from ..sections import Recipe, Train
 from ..tasks import TASKS, Task
 
 
@@ -22,7 +22,17 @@ def check_task(recipe: Recipe) -> list[tuple[str, str]]:
     task = TASKS[name]
     errors = _format(recipe.data.format, name, task) + _targets(recipe, name, task)
     errors += [(path, said) for path, said in task.refused.items() if lookup(recipe, path)]
+    if task.structure.images and recipe.train is not None:
+        errors += _steps(recipe.train)
     return errors
+
+
+def _steps(train: Train) -> list[tuple[str, str]]:
+    """Sizes whose defaults count tokens."""
+    if "tokens_per_step" in train.model_fields_set:
+        return []
+    message = "missing: it counts images here, and its default is of tokens. Use 64 to start"
+    return [("train.tokens_per_step", message)]
 
 
 def refuse_without_labels(recipe: Recipe, labels: int) -> None:

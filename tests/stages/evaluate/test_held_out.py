@@ -20,7 +20,7 @@ from stillroom.stages.evaluate.held_out import HeldOut
 from stillroom.stages.evaluate.metrics import Tally
 from stillroom.stages.evaluate.quiz.answers import prepare_quiz
 from stillroom.stages.evaluate.views import Views
-from stillroom.stages.models.token_text import Pieces
+from stillroom.stages.models.inputs.token_text import Pieces
 from stillroom.storage.errors import IntegrityError
 from stillroom.storage.snapshots.snapshot import Snapshot
 from stillroom.storage.store.store import Store

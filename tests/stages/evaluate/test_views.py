@@ -25,7 +25,7 @@ from stillroom.stages.evaluate.views import (
     kept_mass,
     lengths,
 )
-from stillroom.stages.models.token_text import Pieces
+from stillroom.stages.models.inputs.token_text import Pieces
 from stillroom.stages.targets.spec import Kept
 from stillroom.storage.tables.soft_targets import SoftTargets
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ...storage.errors import IntegrityError, in_short
+from ....storage.errors import IntegrityError, in_short
 
 
 def stored_tokenizer(file: Path) -> Any:

@@ -49,6 +49,10 @@ _NOT_CONTENT = {
 }
 
 
+_IMAGES = "image_processor"
+"""In place of a tokenizer's config, of a model that reads images."""
+
+
 class FileHashes:
     """sha256 of files, remembered by a store's `cache`; `remember=False` only reads what is there."""
 
@@ -125,7 +129,7 @@ class Identity:
     def files_to_keep(self) -> dict[str, bytes]:
         """What a store keeps of this model, so that its rows can be read and trained from without it."""
         names = [*KEPT_FILES, "config.json", "generation_config.json"]
-        names += [PROCESSOR] if "processor" in self.parts["tokenizer"] else []
+        names += [PROCESSOR] if _IMAGES in self.parts["tokenizer"]["config"] else []
         files = {n: (self.folder / n).read_bytes() for n in names if (self.folder / n).is_file()}
         if self.class_fields:
             whole = read_json(self.folder / "config.json", "teacher.model") | self.class_fields
@@ -228,10 +232,8 @@ def identify(
     facts = config_facts(config, where=f"{field}: {folder}", trusted=trusted)
     images = head_over_classes(config) == "image_classes" or facts.heads == ("image_classes",)
     # In place of a tokenizer; an image counts as a text of one token, the only one there is.
-    reads = {"processor": processor_config(folder, field)} if images else {}
-    tokenizer = reads or (
-        _tokenizer(folder, hashes, field) | {"config": _content(tokenizer_config)}
-    )
+    reads = {_IMAGES: processor_config(folder, field)} if images else _content(tokenizer_config)
+    tokenizer = {} if images else _tokenizer(folder, hashes, field)
     end_tokens = read_json(folder / "generation_config.json", field, missing={}).get("eos_token_id")
     code = _code(folder, config, hashes) if trusted else {}
     stored_dtype = str(
@@ -240,7 +242,7 @@ def identify(
     parts = {
         "weights": weights,
         "config": _content(config),
-        "tokenizer": tokenizer,
+        "tokenizer": tokenizer | {"config": reads},
         "chat_template": template,
         "end_tokens": end_tokens,
         "adapter": _adapter(adapter, hashes) if adapter else None,

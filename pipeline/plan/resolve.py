@@ -16,9 +16,9 @@ from ...stages.ledger.requests import author_context
 from ...stages.models.chat.arguments import reads_the_clock
 from ...stages.models.fit.adapter import ADAPTER_CONFIG, refuse_adapter
 from ...stages.models.fit.misfits import refuse_misfit
-from ...stages.models.fit.same_tokenizer import compare_tokenizers
 from ...stages.models.fit.teacher_layers import FIELD, refuse_uncopied
 from ...stages.models.identity import FileHashes, Identity, find_model, identify
+from ...stages.models.inputs.same_tokenizer import compare_tokenizers
 from ...stages.models.students.same_layers import refuse_other_layers
 from ...stages.recipe.checks.together import stores_of
 from ...stages.recipe.evaluate import HELD_OUT_FIELDS

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ...stages.models.fit.same_tokenizer import compare_tokenizers
+from ...stages.models.fit.processor import compare_processors
 from ...stages.models.identity import FileHashes, Identity
+from ...stages.models.inputs.same_tokenizer import compare_tokenizers
 from ...stages.recipe.sections import OneTeacher, Recipe
 from ...stages.recipe.tasks import TASKS
 from ...storage.errors import UsageError
@@ -131,7 +132,8 @@ def _stranger(first: BoundTeacher, one: BoundTeacher) -> str | None:
     if a is not None and b is not None:
         if labelled and a.class_names != b.class_names:
             return f"its classes are {_listed(b)}, those of the first {_listed(a)}"
-        reason = compare_tokenizers(a.folder, b.folder)
+        images = TASKS[one.recipe.run.task].structure.images
+        reason = (compare_processors if images else compare_tokenizers)(a.folder, b.folder)
         if reason is not None:
             return f"{reason} (first: the first teacher, second: this one)"
     sizes = first.bound.binding.vocab_size, one.bound.binding.vocab_size

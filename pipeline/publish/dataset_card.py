@@ -139,7 +139,7 @@ def _of_any_length(schema: Any) -> Any:
 def _info(published: Published, config: str) -> Any:
     """Features, rows and bytes, by `datasets` itself."""
     import pyarrow.parquet as pq
-    from datasets import DatasetInfo, Features, SplitDict, SplitInfo
+    from datasets import DatasetInfo, Features, Image, SplitDict, SplitInfo
 
     manifest = published.manifest
     files = [file for file in manifest.files if file.table == config]
@@ -152,8 +152,11 @@ def _info(published: Published, config: str) -> Any:
                     name=split, num_bytes=found[config]["bytes"], num_examples=found[config]["rows"]
                 )
             )
+    features = Features.from_arrow_schema(_of_any_length(schema))
+    if "image" in features:
+        features["image"] = Image()  # so that it is shown, and decoded
     return DatasetInfo(
-        features=Features.from_arrow_schema(_of_any_length(schema)),
+        features=features,
         splits=splits,
         download_size=sum(file.bytes for file in files),
         dataset_size=sum(split.num_bytes for split in splits.values()),

@@ -42,6 +42,12 @@ _ABOUT = {
         "`class_names` in the files' metadata: {names}. `generation_key` is the `key` of the row "
         "in `generations`."
     ),
+    "image_classes": (
+        "The teacher's distribution over the classes, one target an image, in the order of "
+        "`class_names` in the files' metadata: {names}. `image` is the image as the teacher read it, "
+        "resized and cropped, a PNG file; it stands for a text of one token. `generation_key` is the "
+        "`key` of the row in `generations`."
+    ),
     "token_classes": (
         "The teacher's distribution over the classes of N = `span_tokens` words of a text, each said at "
         "the word's first token, in the order of `class_names` in the files' metadata: {names}. The "
@@ -73,8 +79,9 @@ def summary(manifest: Manifest, provenance: Mapping[str, Any]) -> str:
     )
     what = f"{which} ({', '.join(sorted(kinds))}), with the text it is about"
     if manifest.about["soft_targets"].get("class_names"):
-        whole_text = head_of(manifest.about["soft_targets"]).whole_text
-        what = "the classes of " + ("each text" if whole_text else f"{count(tokens)} words")
+        head = head_of(manifest.about["soft_targets"])
+        each = "each image" if head.images else "each text"
+        what = "the classes of " + (each if head.whole_text else f"{count(tokens)} words")
     return f"Soft targets{by} for knowledge distillation: the distribution over {what}; {splits}."
 
 
@@ -178,6 +185,8 @@ def _reading(manifest: Manifest, provenance: Mapping[str, Any]) -> str:
     said = f"The tokenizer is in {folder}; {{}} `text` is the completion decoded without special tokens, and encoding "
     said += "it again may give other ids: take `token_ids`."
     if manifest.about.get("soft_targets", {}).get("class_names"):
+        if head_of(manifest.about["soft_targets"]).images:
+            return f"Images have no text; what scales and normalises them is in {folder}."
         if head_of(manifest.about["soft_targets"]).whole_text:
             return said.format(
                 "`token_ids` are what it makes of `prompt` and `text_pair` together."

@@ -229,6 +229,13 @@ def _measured(evaluation: Mapping[str, Any]) -> str:
 def _code(recipe: Mapping[str, Any]) -> dict[str, str]:
     """How to load the folder, in transformers and vLLM."""
     task = TASKS[recipe["run"]["task"]]
+    if task.structure.images:
+        return {
+            "code": "from transformers import pipeline\n\n"
+            f'classify = pipeline("{task.hub_name}", model="path/to/student")\n'
+            'print(classify("image.png"))',
+            "vllm": "",
+        }
     if task.labelled:
         # What is said of a word is said at its first token.
         how = "" if task.structure.whole_text else ', aggregation_strategy="first"'

@@ -171,9 +171,7 @@ def describe(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
         whole_text = HEADS[row.get("head", "lm")].whole_text
         if whole_text:
             found["label"] = None if row["label"] is None else classes[row["label"]]
-            found["text"] = (
-                tokenizer.decode(ids, skip_special_tokens=False) if tokenizer else " ".join(tokens)
-            )
+            found["text"] = _text(row, tokens, tokenizer)
         found["kept"] = Kept.of_row(row).named() | {"mantissa_bits": row["mantissa_bits"]}
         found["positions"] = [
             _position(targets.positions(slice(n, n + 1)), index, show)
@@ -185,6 +183,14 @@ def describe(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
         if classes and not whole_text:
             _name_words(found, row["labels"], classes, tokenizer)
     return found
+
+
+def _text(row: dict[str, Any], tokens: Sequence[str], tokenizer: Any) -> str:
+    """A text that is classified; of an image what it is."""
+    if row.get("image") is not None:
+        return f"an image, a PNG file of {len(row['image']):,} bytes"
+    ids = row["token_ids"].tolist()
+    return str(tokenizer.decode(ids, skip_special_tokens=False)) if tokenizer else " ".join(tokens)
 
 
 def _name_words(found: dict[str, Any], labels: Any, classes: Sequence[str], tokenizer: Any) -> None:

@@ -25,7 +25,7 @@ from ...storage.store.store import Store
 from ...storage.tables.doubts import doubts
 from ...storage.tables.heads import Head, head_of
 from ...storage.tables.spans import SPAN_COLUMNS, spans_of
-from ..models.reads import check_ids
+from ..models.inputs.reads import check_ids
 from ..recipe.sections import Recipe
 from ..recipe.stages import needed
 from ..targets.masks import put_back
@@ -51,7 +51,7 @@ class Fit:
     """What the rows are held against."""
 
     tokenizer: Any
-    """The student's."""
+    """The student's; None: it reads images."""
     teacher_dir: Path
     """With the teacher's."""
     vocab_size: int
@@ -101,7 +101,7 @@ def audit_rows(store: Store, snapshot: Snapshot, fit: Fit) -> list[str]:
     found = list(_first_rows(store, snapshot))
     rows = [row for row, _ in found]
     _check_vocabulary(rows, fit)
-    teacher = _check_tokenizers(rows, fit)
+    teacher = None if fit.tokenizer is None else _check_tokenizers(rows, fit)
     # One teacher's, so all of one head. Of a text as a whole no position is in question.
     head = head_of(found[0][1])
     placed = [] if head.whole_text else rows

@@ -27,7 +27,7 @@ def prompt_row(
     given: bool,
     classes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """One record as a row of `prompts`.
+    """One record as a row of `prompts`; an image as the record has it, and without names (`ImageRows.named`).
 
     Args:
         record: As the source has it.
@@ -59,7 +59,7 @@ def prompt_row(
         label = record.get("label")
         row["label"] = label_index(None if missing(label) else label, classes)
     row["reference"] = None if missing(reference) else checked_text(reference, "reference")
-    return row | _keys(row)
+    return row if data.records.image else row | _keys(row)
 
 
 def turn_keys(row: dict[str, Any], data: Data) -> list[bytes]:
@@ -221,6 +221,7 @@ _EMPTY = dict.fromkeys(
         "reference",
         "label",
         "labels",
+        "image",
     )
 )
 _TEXTS = {
@@ -229,6 +230,7 @@ _TEXTS = {
     "completion": _completion,
     "labelled": _labelled,
     "tagged": _tagged,
+    "images": lambda record: {"image": record["image"]},
 }
 _IGNORED = -100  # what losses ignore, so others put it where a word has no class
 _CONVERSATIONS = {"messages": chat, "instruction": alpaca}

@@ -14,7 +14,7 @@ from ..targets.masks import masks_of
 from ..workers.job import Job
 from ..workers.shard_about import about
 from .lengths import Lengths
-from .tokenizing import Given, Tokenizing, window_tokens
+from .tokenizing import Given, OneToken, Tokenizing, window_tokens
 
 
 def given_text(recipe: Recipe) -> bool:
@@ -28,12 +28,16 @@ class GivenText:
     def __init__(self, job: Job, store: Store, stack: ExitStack, limits: CommitLimits) -> None:
         data, folder = job.recipe.data, store.teacher_dir(job.teacher_id)
         self._clock = job.clock
-        self._tokenizing = Tokenizing(
-            folder,
-            data,
-            context_tokens=job.context_tokens,
-            day=job.day,
-            masks=masks_of(job.recipe, folder),
+        self._tokenizing = (
+            OneToken(data)
+            if data.records.image
+            else Tokenizing(
+                folder,
+                data,
+                context_tokens=job.context_tokens,
+                day=job.day,
+                masks=masks_of(job.recipe, folder),
+            )
         )
         self._author = job.author_id
         self._earlier = tokens_of(store, job.earlier_author_id) if job.earlier_author_id else {}
@@ -74,14 +78,13 @@ class GivenText:
 
     def notes(self) -> list[str]:
         """What is to be said of all texts, a sentence each."""
-        return self._tokenizing.renderer.notes() + self.lengths.notes()
+        return self._tokenizing.notes() + self.lengths.notes()
 
     def _write(self, row: dict[str, Any], window: int, given: Given) -> None:
         self.tokens += given.scored
-        start, tokenizer = given.prompt_tokens, self._tokenizing.renderer.tokenizer
+        start = given.prompt_tokens
         with self._clock.span("tokenizer"):
-            scored = np.asarray(given.token_ids[start:])
-            text = str(tokenizer.decode(scored, skip_special_tokens=True))
+            text = self._tokenizing.text_of(np.asarray(given.token_ids[start:]))
         generation = given_row(
             author_id=self._author,
             source_key=row["key"],

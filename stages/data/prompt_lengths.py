@@ -3,7 +3,7 @@
 from typing import Any
 
 from ...storage.store.store import Store
-from ..models.rendering import Renderer
+from ..models.inputs.rendering import Renderer
 from ..workers.job import Job
 from .lengths import Lengths
 

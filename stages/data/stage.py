@@ -7,6 +7,7 @@ and becomes generations rows, so that later stages know one kind of row only.
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -26,6 +27,7 @@ from ..workers.job import Job, StageResult
 from ..workers.shard_about import about, commit_limits
 from .formats import prompt_row, turn_keys, unread_columns
 from .given_text import GivenText, given_text, tokens_of
+from .images import ImageRows
 from .inputs import Intake
 from .prompt_lengths import PromptLengths
 from .remarks import Remarks
@@ -107,7 +109,7 @@ def run(job: Job) -> StageResult:
     how = data.model_dump(exclude={"limit", "holdout", "masks"})
     shard_about = about("data", recipe, how | {"source": as_written(data.source)})
     limits = replace(commit_limits(recipe), rows=max(COMMIT_ROWS, recipe.storage.commit_rows))
-    classes = names_in(store.teacher_dir(job.teacher_id)) if data.records.labelled else ()
+    teacher = _Knows.of(data, store.teacher_dir(job.teacher_id), whole=True)
     rows = Intake()
     job.progress.start(total=data.limit or 0, unit="records")
     with ExitStack() as stack:
@@ -120,7 +122,7 @@ def run(job: Job) -> StageResult:
         for found in clock.each("disk", all_records(recipe)):
             job.stop.check()
             try:
-                row = _take(recipe, rows, found=found, classes=classes, text=text)
+                row = _take(recipe, rows, found=found, teacher=teacher, text=text)
             except RowError as error:
                 source, record, _ = found
                 with clock.span("disk"):
@@ -141,7 +143,7 @@ def run(job: Job) -> StageResult:
     for note in notes:
         job.progress.say(note)
     with clock.span("disk"):
-        _refuse_changed(job, classes)
+        _refuse_changed(job, teacher.classes)
         # The record comes last: that it is there says that all of it was read.
         store.put_inputs(job.data_id, table, _record_about(job, rows, notes=notes, text=text))
     return StageResult(
@@ -149,12 +151,29 @@ def run(job: Job) -> StageResult:
     )
 
 
+class _Knows(NamedTuple):
+    """What of a teacher decides how a record is read."""
+
+    classes: Sequence[str]
+    """By whose names labels are known (labelled)."""
+    images: ImageRows | None
+    """What it makes of images; None: it reads text."""
+
+    @classmethod
+    def of(cls, data: Data, teacher_dir: Path | None, *, whole: bool) -> "_Knows":
+        """Of a teacher whose small files are in this folder; None: of nobody."""
+        if teacher_dir is None or not data.records.labelled:
+            return cls((), None)
+        images = ImageRows(teacher_dir, whole=whole) if data.records.image else None
+        return cls(names_in(teacher_dir), images)
+
+
 def _take(
     recipe: Recipe,
     rows: Intake,
     *,
     found: tuple[str, Any, bool],
-    classes: Sequence[str],
+    teacher: _Knows,
     text: GivenText | PromptLengths | None = None,
 ) -> dict[str, Any] | None:
     """A record as a row of `prompts`, taken into `rows`; None where a held-out row has its prompt.
@@ -163,7 +182,7 @@ def _take(
         recipe: How it is read.
         rows: What was taken before.
         found: Where it stands, the record, and whether the recipe names it as held out.
-        classes: Of the teacher (labelled).
+        teacher: By whose classes and processor it is read.
         text: Who counts its tokens, or writes them; None: nobody.
 
     Raises:
@@ -171,7 +190,8 @@ def _take(
     """
     (source, record, held_out), data, given = found, recipe.data, given_text(recipe)
     rows.remarks.see(record, data.columns.values())
-    row = prompt_row(record, source, data, given=given, classes=classes)
+    row = prompt_row(record, source, data, given=given, classes=teacher.classes)
+    row = row if teacher.images is None else teacher.images.named(row)
     if not held_out and rows.judges(row["prompt_key"]):
         return None
     # A record that is there twice is one prompt, whose text is written once.
@@ -236,15 +256,15 @@ class Survey(NamedTuple):
     why_rejected: str
 
 
-def survey(recipe: Recipe, classes: Sequence[str] = ()) -> Survey:
+def survey(recipe: Recipe, teacher_dir: Path | None = None) -> Survey:
     """What `run` would make of the source, without writing.
 
-    `classes`: the teacher's, by whose names labels are known (labelled).
+    `teacher_dir`: with the teacher's small files, by which labels and images are known.
     """
-    rows = Intake()
+    rows, teacher = Intake(), _Knows.of(recipe.data, teacher_dir, whole=False)
     for found in all_records(recipe):
         try:
-            _take(recipe, rows, found=found, classes=classes)
+            _take(recipe, rows, found=found, teacher=teacher)
         except RowError as error:
             rows.remarks.reject(found[0], error)
     table = _split(recipe, rows)

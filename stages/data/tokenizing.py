@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from ...storage.errors import RowError
-from ...storage.keys import content_id
+from ...storage.keys import content_id, content_key
 from ...storage.tables.spans import positions, span_after
 from ..ledger.requests import labelled_key, tagged_key, tokens_key
 from ..models.chat.renderer import Ids
 from ..models.identity import Identity
-from ..models.rendering import Renderer
+from ..models.inputs.rendering import Renderer
 from ..recipe.formats import FORMATS
 from ..recipe.sections import Data
 from ..targets.alignment import spans_at
@@ -106,6 +106,26 @@ def _first_tokens(of: np.ndarray, words: Sequence[str]) -> np.ndarray:
     return there
 
 
+class OneToken:
+    """Rows of `prompts` that are images: each stands for a text of one token, named by the row."""
+
+    def __init__(self, data: Data) -> None:
+        self.lengths = Lengths.of(data, 1)
+
+    def texts(self, row: dict[str, Any]) -> list[Given]:
+        """The row of `generations` that a row becomes."""
+        key = content_key("tokens", image=row["key"])
+        return [Given(token_ids=[0], prompt_tokens=1, tokens_key=key)]
+
+    def text_of(self, ids: np.ndarray) -> str:
+        """None."""
+        return ""
+
+    def notes(self) -> list[str]:
+        """Nothing is to be said."""
+        return []
+
+
 class Tokenizing:
     """Rows of `prompts` as tokens."""
 
@@ -131,6 +151,14 @@ class Tokenizing:
             min(context_tokens, self.renderer.longest) if data.records.labelled else context_tokens
         )
         self.lengths = Lengths.of(data, reads)
+
+    def text_of(self, ids: np.ndarray) -> str:
+        """What is scored, in words."""
+        return str(self.renderer.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def notes(self) -> list[str]:
+        """What is to be said of all texts, a sentence each."""
+        return self.renderer.notes()
 
     def texts(self, row: dict[str, Any]) -> list[Given]:
         """The rows of `generations` that a row becomes.

@@ -28,7 +28,7 @@ from ..models.attention.longest import Company
 from ..models.causal_lm import load_causal_lm
 from ..models.device import check_device
 from ..models.identity import Identity
-from ..models.rendering import Renderer
+from ..models.inputs.rendering import Renderer
 from ..recipe.engines import Generate, unknown_arguments
 from ..workers.clock import Clock
 from .base import Completion, Request, before_stop

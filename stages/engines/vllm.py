@@ -13,7 +13,7 @@ from typing import Any
 from ...storage.errors import EngineDied, StillroomError, answered
 from ..models.fit.config import UNLIMITED
 from ..models.identity import Identity
-from ..models.rendering import Renderer
+from ..models.inputs.rendering import Renderer
 from ..recipe.engines import Generate, lora_room
 from ..workers.clock import Clock
 from .base import Completion, Request, before_stop

@@ -11,7 +11,7 @@ from ...storage.joined import open_store
 from ...storage.tables.soft_targets import SoftTargets
 from ..models.classification import Inputs, class_logits
 from ..models.fit.classes import NO_LABEL
-from ..models.reads import check_ids, check_length
+from ..models.inputs.reads import check_ids, check_length
 from ..workers.job import Job
 from .held_out import HeldOut
 from .measure import MeasureRow, Row
@@ -44,15 +44,20 @@ class Measuring:
         inputs = Inputs.of(model, store.teacher_dir(self._job.teacher_id))
         return partial(self._measure, model, inputs)
 
-    def _measure(self, model: Any, inputs: Inputs, row: Row, tally: Tally, view: ArmViews) -> None:
-        """Nothing goes into `view`: a text has no positions to show."""
+    def _read(self, model: Any, inputs: Any, row: Row) -> dict[str, Tensor]:
+        """What a model takes of a row."""
         ids = row["token_ids"]
         check_length(len(ids), model, "a held-out row has")
         vocab_size = model.get_input_embeddings().num_embeddings
         check_ids(int(ids.max()), vocab_size, "a held-out row contains")
+        made: dict[str, Tensor] = inputs.tensors([ids])
+        return made
+
+    def _measure(self, model: Any, inputs: Any, row: Row, tally: Tally, view: ArmViews) -> None:
+        """Nothing goes into `view`: a text has no positions to show."""
+        made = self._read(model, inputs, row)
         with self._job.clock.span("model"), torch.inference_mode():
             targets = SoftTargets.from_row(row).normalised()
-            made = inputs.tensors([ids])
             there = {name: tensor.to(model.device) for name, tensor in made.items()}
             logits = self._said(class_logits(model, there), row)
             gold = self.outcomes(row)

@@ -39,11 +39,12 @@ class HeldOut:
         clock: Clock,
         *,
         labelled: bool = False,
+        images: bool = False,
         teachers: "HeldOutTeachers | None" = None,
     ) -> None:
-        """`labelled`: texts to classify, with their gold labels where they have one."""
+        """`labelled`: texts to classify, or `images`, with their gold labels where they have one."""
         self._store, self._clock = store, clock
-        self.snapshot, self.labelled = snapshot, labelled
+        self.snapshot, self.labelled, self.images = snapshot, labelled, images
         self.scored = snapshot.table == "soft_targets"
         self.rows = snapshot.rows
         """How many rows are held out."""
@@ -58,6 +59,7 @@ class HeldOut:
         """`spans` with what is stored of the teacher's distribution, where it is."""
         columns = [*_SPAN[self.snapshot.table], *(_TARGETS if self.scored else ())]
         columns += ["label", "labels"] if self.scored else []
+        columns += ["image"] if self.images else []
         return map(_with_span, self._read(*columns))
 
     def said(self, row: dict[str, Any], own: SoftTargets | None) -> "Said | None":

@@ -40,8 +40,8 @@ from torch.nn import functional
 from ...storage.errors import StillroomError
 from ...storage.tables.soft_targets import SoftTargets
 from ..losses.divergences import forward_kl, total_variation
-from .confusion import Confusion
-from .entities import Entities
+from .by_class.confusion import Confusion
+from .by_class.entities import Entities
 
 BINS = 15
 CHUNK_BYTES = 64 * 2**20

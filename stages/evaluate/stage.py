@@ -22,7 +22,7 @@ from ..recipe.run_folder import EVALUATED, STUDENT
 from ..recipe.tasks import TASKS
 from ..targets.spec import wanted
 from ..workers.job import Job, StageResult
-from .confusion import AVERAGES, SHARES
+from .by_class.confusion import AVERAGES, SHARES
 from .held_out import HeldOut
 from .measure import Arms, Measured, measure_arms
 from .quiz.answers import Quiz, prepare_quiz
@@ -61,12 +61,19 @@ def run(job: Job) -> StageResult:
     started = time.monotonic()
     store = open_store(job.recipe.storage.dir, job.recipe.storage.sources)
     snapshot = load_snapshot(store, job.snapshots["test"])
-    labelled = TASKS[job.recipe.run.task].labelled
+    task = TASKS[job.recipe.run.task]
     with job.clock.span("start"):
         from .teachers import HeldOutTeachers
 
         teachers = HeldOutTeachers.of(job, store, snapshot)
-    held_out = HeldOut(store, snapshot, job.clock, labelled=labelled, teachers=teachers)
+    held_out = HeldOut(
+        store,
+        snapshot,
+        job.clock,
+        labelled=task.labelled,
+        images=task.structure.images,
+        teachers=teachers,
+    )
     if not held_out.rows:
         named = job.recipe.evaluate.names_rows
         raise UsageError(
@@ -117,7 +124,7 @@ def _views(job: Job, held_out: HeldOut, store: Store) -> "Views":
     if score is not None and held_out.scored and not held_out.labelled:
         kept = wanted(score, max(k for _, k in held_out.references()))
     views = Views(kept=kept, pieces=Pieces.of_folder(teacher_dir))
-    for row in held_out.spans():
+    for row in () if held_out.images else held_out.spans():
         views.add_length(len(row["token_ids"]) if held_out.labelled else row["span_tokens"])
     return views
 

@@ -9,7 +9,7 @@ from ...storage.tables.spans import positions
 from ..models.fit.classes import NO_LABEL, names_in
 from ..workers.job import Job
 from . import classification
-from .entities import Entities
+from .by_class.entities import Entities
 from .held_out import HeldOut
 from .measure import Row
 from .metrics import Tally

@@ -55,6 +55,8 @@ class TargetRequest:
     """Gold class of a labelled text."""
     labels: np.ndarray | None = None
     """[N] gold class of each target, -1 where there is none; None: nowhere."""
+    image: bytes | None = None
+    """As the teacher reads it; None: it is a text."""
     text_key: bytes = b""
     """Of the token ids alone; where features are asked for."""
     features: tuple[Feature, ...] = ()

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 
 from ...storage.tables.spans import SPAN_COLUMNS
@@ -291,9 +292,9 @@ def pending_targets(
     books.index.use_all_memory()
     # The gold label is the prompt's: joined by key, never by position.
     head = TASKS[books.recipe.run.task].structure
-    label, with_label = "NULL AS label, NULL AS labels", ""
+    label, with_label = "NULL AS label, NULL AS labels, NULL AS prompt", ""
     if head.classes:
-        label = "p.label, p.labels"
+        label = "p.label, p.labels, p.place AS prompt"
         with_label = "JOIN generations g ON g.key = s.key JOIN prompts p ON p.key = g.source_key"
     kept = {True: reference(score, vocab_size), False: wanted(score, vocab_size)}
     asked = captured(score.features)
@@ -315,6 +316,7 @@ def pending_targets(
         found = block.sort_by("place").to_pylist()
         places = books.index.places("generations", block["place"].to_numpy())
         texts = books.store.rows("generations", places, ["token_ids", *SPAN_COLUMNS])
+        images = _images(books, block["prompt"].to_numpy()) if head.images else {}
         return [
             TargetRequest(
                 reuse_key=_request_key(teacher_id, row, asked),
@@ -324,6 +326,7 @@ def pending_targets(
                 kept=kept[row["held_out"]],
                 label=row["label"],
                 **read_of(row, text, head, masks),
+                image=images.get(row["prompt_key"]),
                 text_key=row["text_key"] or b"",
                 features=_missing(row, asked),
                 targets=row["targets"],
@@ -332,6 +335,15 @@ def pending_targets(
         ]
 
     return Pending(rows, planned, make)
+
+
+def _images(books: Books, prompts: np.ndarray) -> dict[bytes, bytes]:
+    """Prompt key -> the image of its row of `prompts`, of rows at these places."""
+    found = books.store.rows("prompts", books.index.places("prompts", prompts), _IMAGE)
+    return {row["prompt_key"]: row["image"] for row in found}
+
+
+_IMAGE = ["prompt_key", "image"]
 
 
 def _missing(row: Mapping[str, Any], asked: Sequence[Feature]) -> tuple[Feature, ...]:

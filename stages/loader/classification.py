@@ -15,7 +15,7 @@ from ..losses.objective import Aim
 from ..models.attention.longest import Company
 from ..models.classification import Inputs, class_company, class_logits
 from ..models.fit.classes import NO_LABEL
-from ..models.reads import check_ids
+from ..models.inputs.reads import check_ids
 from ..targets.batch import MoreTargets, TargetBatch, weighed
 from ..targets.features.batch import FeatureTargets
 from ..targets.features.shown import showing
@@ -42,8 +42,9 @@ class ClassBatch:
 
     @property
     def positions(self) -> int:
-        """Positions that are computed, padding included."""
-        return self.inputs["input_ids"].numel()
+        """Positions that are computed, padding included; of images, how many there are."""
+        ids = self.inputs.get("input_ids")
+        return len(self.targets.labels) if ids is None else ids.numel()
 
     @property
     def nbytes(self) -> int:
@@ -73,7 +74,8 @@ class ClassBatch:
 class ClassPasses(Passes):
     """Passes over labelled texts: those of like length together, for little padding."""
 
-    inputs: Inputs
+    inputs: Any
+    """`Inputs`, or what a task that reads no text has in its place."""
 
     def batches(
         self, samples: Sequence[Sample], temperature: float | None = 1.0
@@ -104,16 +106,13 @@ class ClassPasses(Passes):
         return len(samples) * max(map(len, samples)) <= self.tokens_per_pass
 
     def _batch(self, samples: Sequence[Sample], temperature: float | None) -> ClassBatch:
-        highest = max(int(sample.token_ids.max()) for sample in samples)
-        check_ids(highest, self.vocab_size, "a text has")
         labels = [torch.from_numpy(self._labels(sample)) for sample in samples]
         targets, more = TargetBatch(labels=torch.cat(labels)), None
         if temperature is not None and all(sample.targets is not None for sample in samples):
             said = [self.asked_of(sample) for sample in samples]
             targets = _soft([own for own, *_ in said], targets.labels, temperature)
             more = _of_others([others for _, *others in said], labels, temperature)
-        inputs = self.inputs.tensors([sample.token_ids for sample in samples])
-        width = inputs["input_ids"].shape[1]
+        inputs, width = self._read(samples)
         starts = [row * width for row in range(len(samples))]
         return ClassBatch(
             inputs=inputs,
@@ -122,6 +121,13 @@ class ClassPasses(Passes):
             said_at=self._said_at(samples, starts),
             features=self.targets_of(samples, starts),
         )
+
+    def _read(self, samples: Sequence[Sample]) -> tuple[dict[str, Tensor], int]:
+        """What the model takes of these texts, and the positions of each, padding included."""
+        highest = max(int(sample.token_ids.max()) for sample in samples)
+        check_ids(highest, self.vocab_size, "a text has")
+        inputs: dict[str, Tensor] = self.inputs.tensors([sample.token_ids for sample in samples])
+        return inputs, inputs["input_ids"].shape[1]
 
     def _labels(self, sample: Sample) -> np.ndarray:
         """[N] int64 gold classes of a text's targets, or `NO_LABEL`."""

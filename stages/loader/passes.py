@@ -112,6 +112,11 @@ class Passes(ABC):
         return self.teaching.of_text(sample.of_teachers())
 
     @property
+    def example(self) -> "dict[str, Tensor] | None":
+        """What the model takes of one sample, where samples are all of one size; None: they are texts."""
+        return None
+
+    @property
     def needs(self) -> list[Need]:
         """What the student is to show for the loss."""
         return [] if self.matching is None else self.matching.needs

@@ -7,6 +7,7 @@ torch here.
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise, repeat
 
 import numpy as np
@@ -15,6 +16,7 @@ from ...storage.errors import UsageError
 from ...storage.snapshots.reader import SnapshotReader
 from ...storage.snapshots.snapshot import Snapshot
 from ...storage.store.store import Store
+from ...storage.tables.heads import head_of
 from ...storage.tables.rows import Rows
 from ...storage.tables.soft_targets import LISTS, SoftTargets, normalised_targets
 from ...storage.tables.spans import SPAN_COLUMNS, spans_of
@@ -56,6 +58,8 @@ class Sample:
     """Gold class of a labelled text; None: it has none."""
     labels: np.ndarray | None = None
     """[N] int32 gold class of each target, -1 where it has none; None: nowhere."""
+    image: bytes | None = None
+    """As the teacher read it, a PNG file; None: it is a text."""
     number: int = 0
     """Its place in the snapshot's own order."""
     features: FeatureSource | None = None
@@ -181,9 +185,15 @@ class Samples:
         """The samples of each range of numbers; ranges ascend."""
         return self._reader().batches(ranges, seed=self.seed)
 
+    @cached_property
+    def _images(self) -> bool:
+        """Whether the samples are images; a snapshot is of one head."""
+        shard = self._store.shard(self.snapshot.table, self.snapshot.shards[0].sha256)
+        return self._label and head_of(shard.about).images
+
     def _reader(self) -> SnapshotReader:
         columns = ["token_ids", *self._span, *(("k", *LISTS) if self._soft else ())]
-        columns += ["label", "labels"] * self._label
+        columns += ["label", "labels"] * self._label + ["image"] * self._images
         return SnapshotReader(self._store, self.snapshot, columns, decode=self._decode)
 
     def _decode(self, rows: Rows, numbers: np.ndarray) -> list[Sample]:
@@ -195,13 +205,15 @@ class Samples:
             rows.values("label") if self._label else repeat(None, len(rows))
         )
         of_targets = _lists(rows, "labels") if self._label else repeat(None, len(rows))
+        images = rows.values("image") if self._images else repeat(None, len(rows))
         samples = []
-        for edges, spans, target, label, each, number in zip(
+        for edges, spans, target, label, each, image, number in zip(
             pairwise(offsets),
             self._spans(rows),
             targets,
             labels,
             of_targets,
+            images,
             numbers.tolist(),
             strict=True,
         ):
@@ -211,6 +223,7 @@ class Samples:
                 targets=target,
                 label=label,
                 labels=each,
+                image=image,
                 number=number,
                 features=self.features,
                 teachers=self.teachers,

@@ -21,8 +21,8 @@ from .attention.longest import Company, made_up
 from .fit.adapter import PREFIX
 from .fit.classes import names_in
 from .identity import Identity
+from .inputs.rendering import segments
 from .loading import ModelKind, adapter_on, placed
-from .rendering import segments
 
 
 def student_kind(teacher_dir: Path) -> ModelKind:

@@ -20,10 +20,11 @@ from ...storage.keys import canonical_json, content_id
 from ..recipe.run_folder import named_run, trained_student
 from ..recipe.tasks import TASKS
 from .fit.adapter import ADAPTER_CONFIG, adapter_classes
-from .fit.classes import class_names
+from .fit.classes import class_names, head_over_classes
 from .fit.config import UNLIMITED, config_facts
 from .fit.files import read_json
 from .fit.own_code import code_files
+from .fit.processor import PROCESSOR, processor_config
 from .fit.tensors import refuse_elsewhere, tensor_files
 from .fit.token_ids import highest_id
 
@@ -46,6 +47,10 @@ _NOT_CONTENT = {
     "tokenizer_file",
     "special_tokens_map_file",
 }
+
+
+_IMAGES = "image_processor"
+"""In place of a tokenizer's config, of a model that reads images."""
 
 
 class FileHashes:
@@ -124,6 +129,7 @@ class Identity:
     def files_to_keep(self) -> dict[str, bytes]:
         """What a store keeps of this model, so that its rows can be read and trained from without it."""
         names = [*KEPT_FILES, "config.json", "generation_config.json"]
+        names += [PROCESSOR] if _IMAGES in self.parts["tokenizer"]["config"] else []
         files = {n: (self.folder / n).read_bytes() for n in names if (self.folder / n).is_file()}
         if self.class_fields:
             whole = read_json(self.folder / "config.json", "teacher.model") | self.class_fields
@@ -223,9 +229,12 @@ def identify(
     weights = _weights(folder, hashes, field)
     tokenizer_config = read_json(folder / "tokenizer_config.json", field, missing={})
     template = _template(folder, tokenizer_config)
-    tokenizer = _tokenizer(folder, hashes, field)
-    end_tokens = read_json(folder / "generation_config.json", field, missing={}).get("eos_token_id")
     facts = config_facts(config, where=f"{field}: {folder}", trusted=trusted)
+    images = head_over_classes(config) == "image_classes" or facts.heads == ("image_classes",)
+    # In place of a tokenizer; an image counts as a text of one token, the only one there is.
+    reads = {_IMAGES: processor_config(folder, field)} if images else _content(tokenizer_config)
+    tokenizer = {} if images else _tokenizer(folder, hashes, field)
+    end_tokens = read_json(folder / "generation_config.json", field, missing={}).get("eos_token_id")
     code = _code(folder, config, hashes) if trusted else {}
     stored_dtype = str(
         config.pop("dtype", config.pop("torch_dtype", None)) or facts.dtype or "float32"
@@ -233,7 +242,7 @@ def identify(
     parts = {
         "weights": weights,
         "config": _content(config),
-        "tokenizer": tokenizer | {"config": _content(tokenizer_config)},
+        "tokenizer": tokenizer | {"config": reads},
         "chat_template": template,
         "end_tokens": end_tokens,
         "adapter": _adapter(adapter, hashes) if adapter else None,
@@ -246,7 +255,7 @@ def identify(
         folder=folder,
         adapter=adapter,
         dtype=str(parts["dtype"]),
-        vocab_size=facts.vocab_size,
+        vocab_size=1 if images else facts.vocab_size,
         class_names=class_names(config),
         context_tokens=facts.context_tokens,
         parts=parts,

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,10 @@ class ModelKind:
     """What PEFT calls the task."""
     classes: Sequence[str] = ()
     """Names of the classes, in the order of the logits; (): the vocabulary."""
+    example: Mapping[str, Tensor] = field(
+        default_factory=lambda: {"input_ids": torch.zeros(1, 2, dtype=torch.long)}
+    )
+    """What such a model takes."""
 
     def teacher(
         self, identity: Identity, *, device_map: str | None, **fields: Any

@@ -20,9 +20,11 @@ class Format:
     document: bool = False
     """Whether all of it is scored, in windows: it has no prompt."""
     labelled: bool = False
-    """Whether classes are learnt, of the text or of its words: no token of it is predicted."""
+    """Whether classes are learnt, of a text, its words or an image: no token is predicted."""
     words: bool = False
     """Whether a text comes as a list of words, each with a class or none."""
+    image: bool = False
+    """Whether a record is an image; it has no text."""
     other_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """What others call a column of ours."""
 
@@ -62,6 +64,14 @@ FORMATS = {
         labelled=True,
         words=True,
         other_names={"words": ("tokens",), "labels": ("tags", "ner_tags")},
+    ),
+    "images": Format(
+        required=("image",),
+        optional=("label",),
+        brings_text="always",
+        labelled=True,
+        image=True,
+        other_names={"image": ("img",)},
     ),
 }
 

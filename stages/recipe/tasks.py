@@ -54,6 +54,12 @@ MODELS = {
         use="a masked language model",
         words="a masked language model",
     ),
+    "image_classes": Models(
+        table="IMAGE_CLASSIFICATION",
+        suffix="ForImageClassification",
+        use="an image classifier",
+        words="a model that transformers loads for image classification",
+    ),
 }
 """By the heads of `storage/tables/heads.py`."""
 
@@ -103,6 +109,17 @@ _OF_CONTINUED_TEXT = (
 )
 
 
+# What no stage does with models of images.
+_OF_TEXT_MODELS = {
+    "score.features": "are taken of models of text alone. Remove them",
+    "loss.features": "are matched by models of text alone. Remove them",
+    "teacher.adapter": "no stage adds adapters to it yet. Merge it, and name the result",
+    "student.lora": "no stage trains adapters of it yet. Train the weights: remove it",
+    "student.from_teacher_layers": "no stage copies layers of it yet. Use `model` or `config`",
+    "data.max_tokens": "an image has no tokens. Remove it",
+}
+
+
 def _not_of(task: str) -> dict[str, str]:
     """What a task that reads its texts whole has no use for."""
     return dict.fromkeys(_OF_CONTINUED_TEXT, f"has no meaning for {task}. Remove it") | {
@@ -149,6 +166,15 @@ TASKS: dict[str, Task] = {
         },
         unit="masked token",
         hub_name="fill-mask",
+    ),
+    "image_classification": Task(
+        head="image_classes",
+        formats=("images",),
+        targets=("full",),
+        text_alone=False,
+        refused=_not_of("image_classification") | _OF_TEXT_MODELS,
+        unit="image",
+        hub_name="image-classification",
     ),
 }
 

@@ -14,9 +14,9 @@ from ...storage.tables.schema import TableName
 from ..ledger.features import feature_key, feature_row_key
 from ..ledger.requests import TargetRequest, target_key
 from ..models.identity import Identity
-from ..models.reads import too_long
+from ..models.inputs.reads import too_long
 from ..recipe.features import Feature, captured, embedding_bits
-from ..recipe.tasks import module_of
+from ..recipe.tasks import TASKS, module_of
 from ..workers.job import Job
 from ..workers.share import DoneByOthers, MadeRows, RowKeys, Share
 from .embeddings import keep_embeddings
@@ -34,6 +34,7 @@ Batch = list[TargetRequest]
 T = TypeVar("T")
 
 GPU_BATCH_TOKENS = 8192
+GPU_BATCH_IMAGES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,7 @@ class Scorer:
         self._teacher_id, self._limit = identity.id, identity.context_tokens
         room = module_of(job.recipe.run.task, __package__)
         self._teacher: Teacher = room.Teacher(job, identity)
+        self._images = TASKS[job.recipe.run.task].structure.images
         self._flight: _Flight | None = None
         self._said_alone = False
 
@@ -95,7 +97,8 @@ class Scorer:
     @property
     def batch_tokens(self) -> int:
         """Tokens of a pass where the recipe names none."""
-        return GPU_BATCH_TOKENS if self._on_gpu else 1
+        most = GPU_BATCH_IMAGES if self._images else GPU_BATCH_TOKENS
+        return most if self._on_gpu else 1
 
     def keep_matrices(self, store: Store) -> None:
         """Put into the store what rows or losses are read with, where the recipe asks for it and it has none."""
@@ -228,6 +231,7 @@ class Scorer:
             settings=request.kept.columns(),
             label=request.label,
             labels=request.labels,
+            image=request.image,
         )
 
     def _feature_rows(self, request: TargetRequest, read: Read) -> Iterator[dict[str, Any]]:

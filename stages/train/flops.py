@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ..loader.samples import Step
+from ..models.device import evaluating
 
 # Dense bfloat16 with float32 sums, as the vendors' data sheets have it. The first name that fits is
 # taken.
@@ -37,6 +38,7 @@ _PEAKS = {
     "RTX 4090": 165e12,
 }
 _PRODUCT = 1024  # rows and columns of the matrices that are timed elsewhere
+_PASSES = 3  # forward, and as much again for the gradients of input and weight each
 _LONG = 1.0  # seconds: on a CPU without bfloat16 a product of it takes several
 
 
@@ -53,8 +55,22 @@ class ModelFlops:
     most (None: all)."""
 
     @classmethod
-    def of(cls, model: nn.Module, *, head: torch.Tensor | None) -> Self:
-        """Count a transformer's matrices; `head` [V, D] is the output layer's weight, None where there is none."""
+    def of(
+        cls,
+        model: nn.Module,
+        *,
+        head: torch.Tensor | None,
+        example: dict[str, torch.Tensor] | None = None,
+    ) -> Self:
+        """Count a transformer's matrices, or what a pass over one image does.
+
+        Args:
+            model: The student.
+            head: [V, D] the output layer's weight; None where there is none.
+            example: What the model takes of one image; None: it reads text.
+        """
+        if example is not None:
+            return cls(token=_PASSES * _counted(model, example), scored_token=0.0, layers=())
         named: Any = model
         config = named.config.get_text_config()
         looked_up = {
@@ -73,6 +89,16 @@ class ModelFlops:
         lengths = [len(sample) for sample in step.samples]
         pairs = sum(cost * n * min(n, seen or n) for cost, seen in self.layers for n in lengths)
         return self.token * step.tokens + self.scored_token * step.scored_tokens + pairs
+
+
+def _counted(model: nn.Module, example: dict[str, torch.Tensor]) -> int:
+    """FLOPs of a forward pass, as torch counts convolutions, matrix products and attention."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    device = next(model.parameters()).device
+    with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(**{name: tensor.to(device) for name, tensor in example.items()})
+    return int(counter.get_total_flops())
 
 
 def _per_weight(weight: torch.Tensor) -> int:

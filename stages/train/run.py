@@ -138,7 +138,7 @@ class Run:
             trainer.load_state(self._checkpoints.tensors(done[-1]))
             self._record = Record.of(self._checkpoints.state(done[-1]))
             self._job.progress.say(f"going on after step {done[-1]}")
-        flops = ModelFlops.of(model, head=passes.head_weight(model))
+        flops = ModelFlops.of(model, head=passes.head_weight(model), example=passes.example)
         self._meter = Meter(self._record.speed, flops, Peak.at(device, dtype))
         return trainer
 
@@ -153,7 +153,7 @@ class Run:
         from ..audit.every_row import check_places, check_vocabulary
 
         model: Any = self._trainer.model
-        vocab_size = model.config.get_text_config().vocab_size
+        vocab_size = getattr(model.config.get_text_config(), "vocab_size", 1)  # 1: images
         for snapshot in self._read:
             check_vocabulary(store, snapshot, self._held, vocab_size=vocab_size)
         if self._soft:
@@ -171,7 +171,7 @@ class Run:
 
     def _check_lengths(self, model: Any) -> None:
         """Refuse samples that do not fit into the student or a row, before any step."""
-        from ..models.reads import check_length
+        from ..models.inputs.reads import check_length
 
         longest = self._lengths.longest
         check_length(longest, model, "the longest sample has")
@@ -328,7 +328,7 @@ class Run:
         clock = self._job.clock
         if record.best is not None and record.best["step"] != record.cursor.step:
             with clock.span("disk"):
-                trainer.load_weights(self._checkpoints.tensors(record.best["step"])["weights"])
+                trainer.load_weights(self._checkpoints.tensors(record.best["step"]))
         parameters = sum(weight.numel() for weight in trainer.model.parameters())
         trained = sum(weight.numel() for weight in trainer.weights().values())
         lora = self._job.student.lora

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...storage.errors import StillroomError
 from ..loader.passes import Passes
@@ -195,20 +196,29 @@ class Trainer:
         """The parameters that train."""
         return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        """Give the parameters that train the values that `weights` returned."""
+    def averages(self) -> dict[str, torch.Tensor]:
+        """The running means and variances of batch norms, which change as weights do, without a gradient."""
+        norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm)]
+        kept = {id(buffer) for norm in norms for buffer in norm.buffers()}
+        return {name: buffer for name, buffer in self.model.named_buffers() if id(buffer) in kept}
+
+    def load_weights(self, state: dict[str, Any]) -> None:
+        """Give the student the weights and averages that `state` returned."""
+        there = self.weights() | self.averages()
         with torch.no_grad():
-            for name, parameter in self.weights().items():
-                parameter.copy_(weights[name])
+            for name, values in (state["weights"] | state.get("averages", {})).items():
+                there[name].copy_(values)
 
     def state(self) -> dict[str, Any]:
         """Tensors to go on from."""
         state = {"weights": self.weights(), "optimizer": self.optimizer.state_dict()}
+        if averages := self.averages():
+            state["averages"] = averages
         return state if self._matching is None else state | {"maps": self._matching.state_dict()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from what `state` returned."""
-        self.load_weights(state["weights"])
+        self.load_weights(state)
         if self._matching is not None:
             self._matching.load_state_dict(state["maps"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -258,6 +268,7 @@ class Trainer:
 
         Out of memory is answered by smaller passes, from the start of the step.
         """
+        before = {name: average.clone() for name, average in self.averages().items()}
         while True:
             # Dropout is a function of the step's number, so a resumed run draws what an undisturbed
             # one would.
@@ -274,8 +285,10 @@ class Trainer:
                 message = str(error)
             except BaseException:
                 self.optimizer.zero_grad()
+                self.load_weights({"weights": before})
                 raise
             # Only here, outside the handler, are the tensors of the failed pass free.
+            self.load_weights({"weights": before})
             self._shrink(step, message)
 
     def _shrink(self, step: Step, message: str) -> None:

@@ -21,7 +21,7 @@ from ..files.local import LocalFiles
 from ..keys import content_id, seal, unseal
 from ..tables.schema import RECORD_VERSION
 
-PUBLISHED_VERSIONS = (1, 2)
+PUBLISHED_VERSIONS = (1, 2, 3)
 """1: rows have one span. 2: they may have several, which a reader of version 1 would not see."""
 CARD, MANIFEST = "README.md", "MANIFEST.json"
 _FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)

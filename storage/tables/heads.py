@@ -25,6 +25,8 @@ class Head:
     masked: bool = False
     """A token that has a target is hidden, or another one stands in its place: `token_ids` are what the
     teacher read, and what was there stands in `labels`, known of each."""
+    images: bool = False
+    """A row is an image, which stands for a text of one token; else a text."""
 
     @property
     def first_scored(self) -> int:
@@ -42,6 +44,7 @@ HEADS = {
     "classes": Head(classes=True, whole_text=True),
     "token_classes": Head(classes=True),
     "masked_lm": Head(masked=True),
+    "image_classes": Head(classes=True, whole_text=True, images=True),
 }
 
 

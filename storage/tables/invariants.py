@@ -33,6 +33,9 @@ def check_shape(table: TableName, row: Mapping[str, Any], about: Mapping[str, An
     """IntegrityError if a row contradicts itself or `about`, the description of its shard."""
     if table == "soft_targets":
         aligned_targets(row, about)
+        if (row.get("image") is not None) != head_of(about).images:
+            there = "without" if row.get("image") is None else "with"
+            raise IntegrityError(f"soft_targets row: {there} an image, head {about.get('head')!r}.")
     if table == "features":
         check_features(row, about)
     if table == "generations":

@@ -113,6 +113,7 @@ def target_row(
     settings: Mapping[str, Any],
     label: int | None = None,
     labels: np.ndarray | None = None,
+    image: bytes | None = None,
 ) -> dict[str, Any]:
     """A row of `soft_targets`: a target for each scored token.
 
@@ -133,6 +134,7 @@ def target_row(
         "text_key": text_key(token_ids),
         "label": label,
         "labels": labels,
+        "image": image,
     }
     # The settings come last: `k` of a ragged kind is its limit, not the widest position's entries.
     return {**names, **targets.columns(mantissa_bits), **settings}

@@ -18,14 +18,14 @@ STORE_VERSION = 2
 TableName = Literal["prompts", "generations", "soft_targets", "features", "rejects"]
 TABLES: tuple[TableName, ...] = ("prompts", "generations", "soft_targets", "features", "rejects")
 VERSIONS: dict[str, int] = {
-    "prompts": 2,
+    "prompts": 3,
     "generations": 2,
-    "soft_targets": 2,
+    "soft_targets": 3,
     "features": 2,
     "rejects": 1,
     "inputs": 1,
 }
-"""What shards are written as. Older ones are read: a version only adds columns, which are null there."""
+"""What is read. A version only adds columns, null in older shards; one of 3 is written for images alone."""
 
 KEY = pa.binary(16)
 TOKENS = pa.list_(pa.int32())
@@ -42,9 +42,12 @@ def _maybe(name: str, kind: pa.DataType, about: str) -> pa.Field:
     return _field(name, kind, about, nullable=True)
 
 
-def _since_2(name: str, kind: pa.DataType, about: str) -> pa.Field:
-    """A column that version 2 of its table added: null in every row of before."""
-    return pa.field(name, kind, metadata={"about": about, "since": "2"})
+def _since_2(name: str, kind: pa.DataType, about: str, *, version: int = 2) -> pa.Field:
+    """A column that version 2, or a later one, of its table added: null in every row of before."""
+    return pa.field(name, kind, metadata={"about": about, "since": str(version)})
+
+
+_IMAGE = _since_2("image", pa.binary(), "the image as the teacher reads it: a PNG file", version=3)
 
 
 SCHEMAS: dict[TableName, pa.Schema] = {
@@ -59,13 +62,8 @@ SCHEMAS: dict[TableName, pa.Schema] = {
                 "the prompt or the document; tagged: its words, a JSON list; null for messages",
                 nullable=True,
             ),
-            _field("text_pair", pa.string(), "second text of a labelled pair", nullable=True),
-            _field(
-                "messages",
-                MESSAGES,
-                "the conversation before the answer; null for text",
-                nullable=True,
-            ),
+            _maybe("text_pair", pa.string(), "second text of a labelled pair"),
+            _maybe("messages", MESSAGES, "the conversation before the answer; null for text"),
             _field("completion", pa.string(), "given continuation, to be scored", nullable=True),
             _field("reference", pa.string(), "gold answer, for evaluation only", nullable=True),
             _field("label", pa.int32(), "gold class index", nullable=True),
@@ -82,6 +80,7 @@ SCHEMAS: dict[TableName, pa.Schema] = {
                 "what the given answer has beside its text: a JSON object",
             ),
             _since_2("labels", TOKENS, "gold classes of the parts of a text"),
+            _IMAGE,
         ]
     ),
     "generations": pa.schema(
@@ -131,15 +130,8 @@ SCHEMAS: dict[TableName, pa.Schema] = {
                 "the completion as text; of a given conversation, all from prompt_tokens on",
             ),
             _field("finish_reason", pa.string(), "stop, length or given"),
-            _field(
-                "max_tokens",
-                pa.int32(),
-                "limit it was generated under; null if given",
-                nullable=True,
-            ),
-            _field(
-                "row_seed", pa.int64(), "sampling seed of this row; null if given", nullable=True
-            ),
+            _maybe("max_tokens", pa.int32(), "limit it was generated under; null if given"),
+            _maybe("row_seed", pa.int64(), "sampling seed of this row; null if given"),
             _since_2(
                 "spans",
                 TOKENS,
@@ -200,12 +192,7 @@ SCHEMAS: dict[TableName, pa.Schema] = {
                 "[E] natural-log probabilities of the full softmax; full: in id order",
                 nullable=True,
             ),
-            _field(
-                "counts",
-                TOKENS,
-                "[E] sampled, proposal 1: how often it was drawn; sums to k",
-                nullable=True,
-            ),
+            _maybe("counts", TOKENS, "[E] sampled, proposal 1: how often it was drawn; sums to k"),
             _field(
                 "weights",
                 FLOAT_LIST,
@@ -270,6 +257,7 @@ SCHEMAS: dict[TableName, pa.Schema] = {
             ),
             _since_2("engine", pa.string(), "what ran the teacher; null: hf"),
             _since_2("labels", TOKENS, "[N] gold class at each scored position"),
+            _IMAGE,
         ]
     ),
     "features": pa.schema(
@@ -346,6 +334,12 @@ def since(field: pa.Field) -> int:
     return int(field.metadata.get(b"since", b"1"))
 
 
+def version_for(table: TableName, rows: pa.Table) -> int:
+    """What rows are written as: where they have no image, as before there were any."""
+    has_images = "image" in rows.column_names and rows["image"].null_count < rows.num_rows
+    return VERSIONS[table] if has_images else min(VERSIONS[table], 2)
+
+
 # Every reader knows these. Entries repeat the same ids, so a dictionary is smaller than deltas (1.0
 # to 2.0 bytes against 2.0 to 2.2); a text alone repeats too few to pay for one in a small shard.
 # Floats keep their bytes apart, so that the rounded low bytes compress to nothing. Never float16
@@ -357,19 +351,14 @@ FLOATS = tuple(
 )
 _SPLIT = tuple(f"{name}.list.element" for name in FLOATS)
 # Each is there once. Nor are they compressed: zstd takes a tenth of them off, and by how much depends
-# on the teacher, while what they take is to be known before it runs.
-_PLAIN = ("values",)
+# on the teacher, while what they take is to be known before it runs. A PNG file is compressed.
+_PLAIN = ("values", "image")
 # Names beside them, which may be of one vector alone: a dictionary of what is random takes more.
 _BESIDE_PLAIN = ("key", "reuse_key", "text_key", "rounding_error", "projection_error")
 
 
-def parquet_options(table: TableName) -> dict[str, Any]:
-    """Keyword arguments for `pyarrow.parquet.ParquetWriter` of one table."""
-    return encodings(SCHEMAS[table])
-
-
 def encodings(schema: pa.Schema) -> dict[str, Any]:
-    """`parquet_options` of some of a table's columns, and of others, which get dictionaries."""
+    """Keyword arguments for `pyarrow.parquet.ParquetWriter` of some of a table's columns, and of others."""
     leaves = set(_leaf_paths(schema))
     encoding = {c: "DELTA_BINARY_PACKED" for c in _DELTA if c in leaves}
     encoding |= {c: "BYTE_STREAM_SPLIT" for c in _SPLIT if c in leaves}

@@ -22,7 +22,7 @@ from ..errors import IntegrityError
 from ..files.base import Content, Files
 from .row_builders import text_key
 from .rows import Rows, row_bytes, rows_to_table
-from .schema import KEY, SCHEMAS, VERSIONS, TableName, columns_of, parquet_options
+from .schema import KEY, SCHEMAS, VERSIONS, TableName, columns_of, encodings, version_for
 
 ROW_GROUP_BYTES = 24 << 20
 """Decoded size at which a row group ends; a larger row has a group of its own."""
@@ -79,9 +79,10 @@ def write_shard(
     data = rows_to_table(table, rows)
     most = FEATURE_GROUP_BYTES if table == "features" else ROW_GROUP_BYTES
     groups = _row_groups([row_bytes(row) for row in rows], most=most)
-    info = put_parquet(
-        files, data, groups, folder=shard_folder(table), about={"table": table, **about}
-    )
+    version = version_for(table, data)
+    stored = data.select(columns_of(table, version).names)
+    named = {"table": table, "format_version": version, **about}
+    info = put_parquet(files, stored, groups, folder=shard_folder(table), about=named)
     if not _reads_back(ShardFile(files, info.name), data, info.row_groups):
         raise IntegrityError(
             f"{info.name}: reading it back gave other rows than were written. Check disk and "
@@ -126,7 +127,7 @@ def _put(
     data = data.replace_schema_metadata({METADATA_KEY: text})
     options: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
     if about["table"] in SCHEMAS:
-        options = parquet_options(about["table"])
+        options = encodings(data.schema)
 
     def write(path: Path) -> None:
         with pq.ParquetWriter(path, data.schema, **options) as writer:

@@ -27,7 +27,7 @@ from ....storage.tables.spans import span_after
 from ...audit.misplaced_targets import shifted
 from ...ledger.requests import target_key, tokens_key
 from ...models.identity import FileHashes, Identity, find_model, identify, identify_unseen
-from ...models.rendering import Renderer
+from ...models.inputs.rendering import Renderer
 from ...recipe.sections import Storage
 from ...workers.job import Progress
 from ...workers.shard_about import versions

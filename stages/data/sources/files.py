@@ -9,8 +9,19 @@ from pathlib import Path, PurePath
 
 from ....storage.credentials import as_written, shown
 from ....storage.errors import UsageError
-from .names import IN_FOLDERS, IN_GLOBS, PACKED, TABLES, TEXTS, ending, no_data, readable
-from .splits import ALL, known_split, split_of
+from .names import (
+    IMAGES,
+    IN_FOLDERS,
+    IN_GLOBS,
+    PACKED,
+    TABLES,
+    TEXTS,
+    ending,
+    is_image,
+    no_data,
+    readable,
+)
+from .splits import ALL, known_split, split_of, split_of_image
 
 _NAMED = 5
 """Files that a sentence names; more are counted."""
@@ -31,6 +42,8 @@ class Found:
     """Whether `datasets` saved the folder, and reads it."""
     one: bool = False
     """Whether the recipe names the file itself."""
+    images: bool = False
+    """Whether each file is an image, in a folder that names its class."""
 
     def name_of(self, file: Path) -> str:
         """A file's path in its source, as it is shown and recorded: of `${FILE}` that, not the file's name."""
@@ -52,7 +65,7 @@ class Found:
         if self.saved or split == ALL or (self.one and not asked):
             return self
         wanted = known_split(split, field=field)
-        named = {f: split_of(f.relative_to(self.root), field=self.field) for f in self.files}
+        named = {file: self._split_of(file) for file in self.files}
         others = sorted({name for name in named.values() if name and name != wanted})
         if self.one:
             if others:
@@ -82,6 +95,10 @@ class Found:
         why |= {f: f"split {name}" for f, name in named.items() if name not in (None, wanted)}
         return replace(self, files=chosen, left_out=why | self.left_out)
 
+    def _split_of(self, file: Path) -> str | None:
+        path = file.relative_to(self.root)
+        return split_of_image(path) if self.images else split_of(path, field=self.field)
+
     def left_out_note(self, read: set[Path]) -> str | None:
         """A sentence that names what is left out, of long lists the beginning; None where nothing is."""
         left = {file: why for file, why in self.left_out.items() if file not in read}
@@ -92,8 +109,10 @@ class Found:
         return f"left out of {as_written(self.source)}: {', '.join(names[:_NAMED])}{more}"
 
 
-def find_files(source: str, *, field: str) -> Found | None:
+def find_files(source: str, *, field: str, images: bool = False) -> Found | None:
     """The local files that a source names, in a fixed order; None if it is a Hub id.
+
+    `images`: records are images, so a file may be one.
 
     Raises:
         UsageError: it looks like a path and nothing is there, or a file cannot be read.
@@ -109,11 +128,11 @@ def find_files(source: str, *, field: str) -> Found | None:
             source=source, field=field, root=path.parent, files=[path], left_out={}, one=True
         )
     elif path.is_dir():
-        found = _in_folder(path, source, field)
+        found = _in_folder(path, source, field, images=images)
     else:
-        found = _of_glob(path, source, field)
+        found = _of_glob(path, source, field, images=images)
     for file in found.files:
-        _refuse_unreadable(file, field)
+        _refuse_unreadable(file, field, images=found.images)
     if found.files:
         return found
     # A Hub id is owner/name: anything else was meant as a path.
@@ -129,9 +148,10 @@ def find_files(source: str, *, field: str) -> Found | None:
     return None
 
 
-def _in_folder(path: Path, source: str, field: str) -> Found:
+def _in_folder(path: Path, source: str, field: str, *, images: bool) -> Found:
     inside = sorted(_walk(path))
-    why = {file: no_data(file, path, IN_FOLDERS) for file in inside}
+    images = images and any(is_image(file) for file in inside)
+    why = {file: no_data(file, path, IMAGES if images else IN_FOLDERS) for file in inside}
     files = [file for file in inside if why[file] is None]
     saved = any(ending(file) == ".arrow" for file in files)
     if saved:  # `datasets` wrote it, with what it knows about it
@@ -141,23 +161,35 @@ def _in_folder(path: Path, source: str, field: str) -> Found:
             source=source, field=field, root=path, files=files, left_out=beside, saved=True
         )
     left_out = _first_what_looks_like_data({file: said for file, said in why.items() if said})
-    return Found(source=source, field=field, root=path, files=files, left_out=left_out)
+    return Found(
+        source=source, field=field, root=path, files=files, left_out=left_out, images=images
+    )
 
 
-def _of_glob(path: Path, source: str, field: str) -> Found:
+def _of_glob(path: Path, source: str, field: str, *, images: bool) -> Found:
     root = Path(*_until_magic(path))
     matched = [Path(name) for name in sorted(glob(str(path), recursive=True))]
     folders = {folder for file in matched for folder in file.parents}
     inside = [file for file in matched if file not in folders]
     literal = not has_magic(path.name)  # such a file is asked for by its name
+    images = images and any(is_image(file) for file in inside)
+    endings = IMAGES if images else IN_GLOBS
     why = {
-        file: None if literal and file.is_file() else no_data(file, root, IN_GLOBS)
+        file: None if literal and file.is_file() else no_data(file, root, endings)
         for file in inside
     }
     files = [file for file in inside if why[file] is None]
     left_out = _first_what_looks_like_data({file: said for file, said in why.items() if said})
     saved = any(ending(file) == ".arrow" for file in files)
-    return Found(source=source, field=field, root=root, files=files, left_out=left_out, saved=saved)
+    return Found(
+        source=source,
+        field=field,
+        root=root,
+        files=files,
+        left_out=left_out,
+        saved=saved,
+        images=images,
+    )
 
 
 def _until_magic(path: Path) -> Iterator[str]:
@@ -179,10 +211,10 @@ def _first_what_looks_like_data(left_out: dict[Path, str]) -> dict[Path, str]:
     return dict(sorted(left_out.items(), key=lambda item: not readable(item[0])))
 
 
-def _refuse_unreadable(file: Path, field: str) -> None:
+def _refuse_unreadable(file: Path, field: str, *, images: bool) -> None:
     if not file.is_file():
         problem = "is a broken link or no regular file. Remove it, or name the files to read"
-    elif not readable(file):
+    elif not (is_image(file) if images else readable(file)):
         expected = ", ".join((*TEXTS, *TABLES))
         problem = (
             f"has an ending that nothing here reads. Expected {expected}; texts also as "

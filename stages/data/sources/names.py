@@ -10,6 +10,8 @@ TABLES = (".parquet", ".arrow")
 IN_FOLDERS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".txt", ".arrow")
 """What counts in a folder: a README.md beside the data is not data, so .md is named by a file or a glob."""
 IN_GLOBS = (*IN_FOLDERS, ".md")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff")
+"""Data where records are images: each such file is one."""
 _COPIES = ("~", ".bak", ".tmp", ".temp", ".swp", ".part", ".crdownload")
 _ABOUT = {
     "config.json",
@@ -40,8 +42,13 @@ def unpacked(file: PurePath) -> str:
 
 
 def readable(file: PurePath) -> bool:
-    """Whether there is a reader for its ending."""
+    """Whether there is a reader of records for its ending."""
     return unpacked(file) in (*TEXTS, *TABLES)
+
+
+def is_image(file: PurePath) -> bool:
+    """Whether it is one by its ending."""
+    return ending(file) in IMAGES
 
 
 def no_data(path: Path, root: Path, endings: tuple[str, ...]) -> str | None:

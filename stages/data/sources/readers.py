@@ -9,12 +9,13 @@ import lzma
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from ....storage.bounds import each_once, parsed, refuse_deep
 from ....storage.errors import UsageError
-from .names import unpacked
+from .names import IMAGES, unpacked
+from .splits import split_of_image
 
 Record = tuple[str, dict[str, Any] | str]
 """Where it stands ("a/prompts.jsonl:3") and the record, or in place of it a sentence on why it is
@@ -264,7 +265,15 @@ def _document(file: Path, name: str) -> Iterator[Record]:
         yield name, {"text": opened.read()}
 
 
+def _image(file: Path, name: str) -> Iterator[Record]:
+    """An image, of the class that its folder is called by; in a folder of a split alone it has none."""
+    path = PurePath(name)
+    label = path.parts[-2] if len(path.parts) > 1 + (split_of_image(path) is not None) else None
+    yield name, {"image": file.read_bytes(), "label": label}
+
+
 _READERS = {
+    **dict.fromkeys(IMAGES, _image),
     ".jsonl": _lines,
     ".ndjson": _lines,
     ".json": _json,

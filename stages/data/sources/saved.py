@@ -24,12 +24,22 @@ def read_datasets(
     """
     try:
         loaded = _saved(name, split, asked=asked) if saved else _streamed(name, split)
-        for number, record in enumerate(loaded, 1):
+        for number, record in enumerate(_undecoded(loaded), 1):
             yield f"{name}:{number}", of_a_table(record)
     except Exception as error:
         raise UsageError(
             f"{field}: `datasets` cannot read {name}, split {split!r}: {error}"
         ) from error
+
+
+def _undecoded(loaded: Any) -> Any:
+    """The same with the bytes of images: decoding them is not the library's work here."""
+    import datasets
+
+    for name, kind in (loaded.features or {}).items():
+        if isinstance(kind, datasets.Image):
+            loaded = loaded.cast_column(name, datasets.Image(decode=False))
+    return loaded
 
 
 def _streamed(name: str, split: str) -> Any:

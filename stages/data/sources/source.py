@@ -6,6 +6,7 @@ from itertools import islice
 from typing import Any
 
 from ....storage.errors import UsageError
+from ....storage.files.base import file_sha256
 from ...models.identity import FileHashes
 from ...recipe.sections import Recipe
 from .files import Found, find_files
@@ -28,6 +29,8 @@ class Source:
     limit: int | None = None
     held_out: bool = False
     """Whether its rows judge, and are not trained on."""
+    images: bool = False
+    """Whether its records are images."""
 
     def files(self) -> Found | None:
         """Its files; None where it is a dataset of the Hub.
@@ -35,7 +38,7 @@ class Source:
         Raises:
             UsageError: nothing is there, a file cannot be read, or none is of the split.
         """
-        found = find_files(self.name, field=self.field)
+        found = find_files(self.name, field=self.field, images=self.images)
         if found is None:
             return None
         if found.one and self.held_out and self.field == "data.source":
@@ -63,6 +66,9 @@ class Source:
     def fingerprint(self, hashes: FileHashes) -> list[str]:
         """What the source holds now: kind and hash of every local file, or the Hub's commit."""
         found = self.files()
+        if found is not None and found.images:
+            # Of many small files: by their paths, which name their classes, and hashed each time.
+            return [f"{found.name_of(f)} {file_sha256(f)}" for f in found.files]
         if found is not None:
             return [f"{ending(f)} {hashes.sha256(f)}" for f in found.files]
         from huggingface_hub import HfApi
@@ -86,6 +92,7 @@ def training_source(recipe: Recipe) -> Source:
         split_field="data.split",
         asked="split" in data.model_fields_set,
         limit=data.limit,
+        images=data.records.image,
     )
 
 
@@ -102,6 +109,7 @@ def held_out_source(recipe: Recipe) -> Source | None:
         asked=evaluate.split is not None,
         limit=evaluate.limit,
         held_out=True,
+        images=recipe.data.records.image,
     )
 
 

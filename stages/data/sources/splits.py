@@ -33,6 +33,11 @@ def split_of(path: PurePath, *, field: str) -> str | None:
     return named[0] if named else None
 
 
+def split_of_image(path: PurePath) -> str | None:
+    """The split that the first folder of an image's path is: other words in it may be those of a class."""
+    return _SPLITS.get(path.parts[0].lower()) if len(path.parts) > 1 else None
+
+
 def known_split(name: str, *, field: str) -> str:
     """The split of local files that the recipe asks for.
 

@@ -12,6 +12,7 @@ from .files import read_json
 from .light import config_classes, knows, light_transformers
 from .misfits import refuse_special_without_row, refuse_token_without_row, special_ids
 from .parts import text_config
+from .processor import channels_of, side_of
 from .teacher_layers import COUNT, of_layers, refuse_other_architecture
 from .uses import heads_of, reads_ahead, refusal, use_of
 
@@ -51,7 +52,7 @@ def fresh_config(
     made = type(teacher) if own else type(text_config(config_classes()[kind]()))
     names = made.attribute_map
     changes = {names.get(name, name): value for name, value in overrides.items()}
-    base = teacher.to_dict() if own else _defaults(made, teacher)
+    base = teacher.to_dict() if own else _defaults(made, teacher, teacher_dir, task)
     _refuse_unknown(changes, made, base)
     if layers is not None:
         refuse_other_architecture(whole, teacher, kind)
@@ -76,7 +77,7 @@ def refuse_fresh(
     with light_transformers():
         made = fresh_config(teacher_dir, overrides, task=task, layers=layers)
         rows, ahead, special = (
-            int(made.vocab_size or 0),
+            int(getattr(made, "vocab_size", None) or 0),
             reads_ahead(made),
             special_ids(made.to_dict()),
         )
@@ -87,9 +88,13 @@ def refuse_fresh(
     refuse_special_without_row(special, rows, where=_FIELD)
 
 
-def _defaults(made: Any, teacher: Any) -> dict[str, Any]:
-    """Of another architecture: its model type, and what the tokenizer decides."""
+def _defaults(made: Any, teacher: Any, teacher_dir: Path, task: str) -> dict[str, Any]:
+    """Of another architecture: its model type, and what the tokenizer or the processor decides."""
     shared = {name: getattr(teacher, name, None) for name in _OF_THE_TOKENIZER}
+    if TASKS[task].structure.images:
+        side = side_of(teacher_dir)
+        shared = {"num_channels": channels_of(teacher_dir)}
+        shared |= {} if side is None else {"image_size": side}
     return {"model_type": made.model_type} | shared
 
 

@@ -21,6 +21,7 @@ from ....storage.errors import StillroomError
 from ...recipe.sections import Recipe
 from ...recipe.stages import needed
 from ..fit.parts import parts_of
+from ..fit.processor import PROCESSOR
 from ..identity import is_here
 from .config_file import NotInOlderWords, with_older_words
 from .copies import copied_from
@@ -63,12 +64,20 @@ def save_student(
     """
     base, tokenizer = student_folder(recipe), student_tokenizer(recipe, teacher_dir)
     source = teacher_dir if base is None else base
+
+    def reads(part: Path) -> None:
+        """How text or images become its input; images as they became the teacher's."""
+        if tokenizer is None:
+            shutil.copyfile(teacher_dir / PROCESSOR, part / PROCESSOR)
+        else:
+            copy_tokenizer(source, part, tokenizer)
+
     if adapter is not None:
 
         def adapter_files(part: Path) -> None:
             model.save_pretrained(part)
             _mend_adapter(part, recipe)
-            copy_tokenizer(source, part, tokenizer)
+            reads(part)
 
         _put_folder(adapter, adapter_files)
     plain = merged_as_trained(model)
@@ -77,7 +86,7 @@ def save_student(
 
     def model_files(part: Path) -> None:
         notes.extend(_put_model(plain, part, base=source, dtype=dtype))
-        copy_tokenizer(source, part, tokenizer)
+        reads(part)
 
     _put_folder(folder, model_files)
     return Saved(dtype=dtype, notes=notes)

@@ -17,11 +17,13 @@ from transformers import (
 from ....storage.errors import answered
 from ...recipe.sections import Recipe
 from ...recipe.stages import needed
+from ...recipe.tasks import TASKS
+from ..device import evaluating
 from ..fit.classes import refuse_other_classes
 from ..fit.fresh import fresh_config
-from ..fit.same_tokenizer import refuse_other_tokenizer
 from ..head import backbone
 from ..identity import find_model
+from ..inputs.same_tokenizer import refuse_other_tokenizer
 from ..loading import ModelKind
 from .copies import copied_from, copied_student
 from .kinds import kind_of
@@ -67,12 +69,14 @@ def load_student(recipe: Recipe, teacher_dir: Path, folder: Path) -> PreTrainedM
     return kind_of(recipe, teacher_dir).student(folder)
 
 
-def student_tokenizer(recipe: Recipe, teacher_dir: Path) -> PreTrainedTokenizerBase:
-    """The student's tokenizer; with the teacher's chat template if the teacher has one.
+def student_tokenizer(recipe: Recipe, teacher_dir: Path) -> PreTrainedTokenizerBase | None:
+    """The student's tokenizer, with the teacher's chat template if the teacher has one; None: it reads images.
 
     The template goes with the text: the student learns to answer prompts as the teacher's template
     writes them.
     """
+    if TASKS[recipe.run.task].structure.images:
+        return None
     teacher = _tokenizer(teacher_dir)
     folder = student_folder(recipe)
     if folder is None:
@@ -129,6 +133,7 @@ def _fresh(recipe: Recipe, teacher_dir: Path, kind: ModelKind) -> PreTrainedMode
     # transformers has many kinds of errors for a config that does not hold together.
     with answered(f"student.config: {overrides} does not hold together", "Change the numbers."):
         model = kind.fresh(config)
-        with torch.no_grad():  # numbers of heads that do not divide show up here only
-            backbone(model)(input_ids=torch.zeros(1, 2, dtype=torch.long))
+        # Numbers of heads that do not divide, and images of another size, show up here only.
+        with torch.no_grad(), evaluating(model):
+            backbone(model)(**kind.example)
     return model

@@ -4,7 +4,7 @@ from typing import Any
 
 from ....storage.errors import UsageError
 from ..fields import extremes
-from ..sections import Data, Recipe
+from ..sections import Data, Recipe, Train
 from ..tasks import TASKS, Task
 
 
@@ -25,7 +25,17 @@ def check_task(recipe: Recipe) -> list[tuple[str, str]]:
     if recipe.masks is None and recipe.data.masks != Data.model_fields["masks"].default:
         hiding = " or ".join(other for other in TASKS if TASKS[other].structure.masked)
         errors.append(("data.masks", f"belongs to run.task {hiding}. Remove it"))
+    if task.structure.images and recipe.train is not None:
+        errors += _steps(recipe.train)
     return errors
+
+
+def _steps(train: Train) -> list[tuple[str, str]]:
+    """Sizes whose defaults count tokens."""
+    if "tokens_per_step" in train.model_fields_set:
+        return []
+    message = "missing: it counts images here, and its default is of tokens. Use 64 to start"
+    return [("train.tokens_per_step", message)]
 
 
 def refuse_without_labels(recipe: Recipe, labels: int) -> None:

@@ -199,6 +199,8 @@ def _lengths(recipe: Recipe) -> list[tuple[str, str]]:
         if data.too_long != "reject":
             errors.append(("data.too_long", f"{windows}. Remove it"))
         return errors
+    if data.records.image and data.too_long != "reject":
+        errors.append(("data.too_long", "an image has no tokens to cut. Remove it"))
     if data.window_tokens is not None:
         message = f"format {data.format!r} is not cut into windows. Set data.max_tokens instead"
         errors.append(("data.window_tokens", message))

@@ -59,7 +59,7 @@ OF_ANOTHER_KIND = [
     (kind("bart", "BartForConditionalGeneration"), "is an encoder-decoder (bart)"),
     (kind("whisper", "WhisperForConditionalGeneration"), "is a speech model (whisper)"),
     (kind("detr", "DetrForObjectDetection"), "is an object detector (detr)"),
-    (kind("vit", "ViTForImageClassification"), "is an image model (vit)"),
+    (kind("vit", "ViTForImageClassification"), "is an image classifier (vit)"),
     (kind("distilbert", "DistilBertForMaskedLM"), "is a masked language model (distilbert)"),
     (kind("bert", "BertLMHeadModel"), "sees later tokens unless is_decoder is set (bert)"),
     (kind("llama", "LlamaForTokenClassification"), "is a token classifier (llama)"),

@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 
 from stillroom.stages.models.causal_lm import KIND, load_causal_lm
 from stillroom.stages.models.identity import FileHashes, identify
-from stillroom.stages.models.rendering import Renderer
+from stillroom.stages.models.inputs.rendering import Renderer
 from stillroom.stages.recipe.load import load_recipe
 from stillroom.storage.errors import UsageError
 from stillroom.storage.store.store import Store

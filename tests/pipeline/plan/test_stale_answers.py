@@ -14,7 +14,7 @@ from stillroom.stages.data.stage import inputs_id
 from stillroom.stages.data.tokenizing import earlier_author_id
 from stillroom.stages.ledger.requests import tokens_key
 from stillroom.stages.models.identity import FileHashes
-from stillroom.stages.models.rendering import Renderer
+from stillroom.stages.models.inputs.rendering import Renderer
 from stillroom.stages.recipe.load import load_recipe
 from stillroom.stages.workers.shard_about import about
 from stillroom.storage.store.store import Store

@@ -20,7 +20,7 @@ from stillroom.pipeline.report import html as report_html
 from stillroom.pipeline.report import plots
 from stillroom.pipeline.report.blocks import Figures, Page, Section, Table
 from stillroom.pipeline.report.report import COMPARISON, load_report, page, show
-from stillroom.stages.evaluate.confusion import Confusion
+from stillroom.stages.evaluate.by_class.confusion import Confusion
 from stillroom.storage.errors import UsageError
 
 CHROMIUM = next(

@@ -17,7 +17,7 @@ from stillroom.stages.data.formats import prompt_row
 from stillroom.stages.data.sources.source import training_source
 from stillroom.stages.data.stage import inputs_id, survey
 from stillroom.stages.models.identity import FileHashes, identify
-from stillroom.stages.models.rendering import Renderer, cut
+from stillroom.stages.models.inputs.rendering import Renderer, cut
 from stillroom.stages.recipe.sections import Data, Recipe
 from stillroom.stages.workers.job import Job, StopFlag
 from stillroom.storage.errors import RowError, StillroomError, UsageError

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from stillroom.stages.evaluate.confusion import AVERAGES, SHARES, Confusion
+from stillroom.stages.evaluate.by_class.confusion import AVERAGES, SHARES, Confusion
 
 LABELS = [2, 2, 2, 0, 0, 3, 1, 0, 3, 3, 0, 2, 0, 1, 2, 1, 1, 0, 2, 1]
 LABELS += [0, 2, 3, 1, 2, 3, 0, 1, 3, 0, 0, 1, 2, 1, 1, 0, 2, 0, 0, 3]

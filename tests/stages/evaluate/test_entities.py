@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from stillroom.stages.evaluate.entities import Entities, are_bio, entities_in
+from stillroom.stages.evaluate.by_class.entities import Entities, are_bio, entities_in
 
 TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
 

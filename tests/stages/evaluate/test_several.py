@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from stillroom.stages.evaluate.entities import Entities
+from stillroom.stages.evaluate.by_class.entities import Entities
 from stillroom.stages.evaluate.metrics import Tally, measure_teacher
 from stillroom.stages.evaluate.teachers import Said
 from stillroom.storage.tables.soft_targets import SoftTargets

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from stillroom.stages.models.rendering import Renderer
+from stillroom.stages.models.inputs.rendering import Renderer
 from stillroom.storage.errors import RowError
 
 PARTS = [

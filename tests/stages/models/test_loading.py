@@ -11,7 +11,7 @@ import transformers
 
 from stillroom.stages.models.causal_lm import KIND, load_causal_lm
 from stillroom.stages.models.identity import FileHashes, identify
-from stillroom.stages.models.rendering import Renderer
+from stillroom.stages.models.inputs.rendering import Renderer
 from stillroom.stages.recipe.engines import LORA_RANKS, lora_room
 from stillroom.storage.errors import UsageError
 

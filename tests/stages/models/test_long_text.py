@@ -9,7 +9,7 @@ import pytest
 from tiny_llama import WORDS, tiny_tokenizer
 
 from stillroom.stages.models.chat import long_text
-from stillroom.stages.models.rendering import Renderer
+from stillroom.stages.models.inputs.rendering import Renderer
 from stillroom.storage.errors import RowError
 
 PIECE = 1 << 13

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from stillroom.stages.models.fit.same_tokenizer import compare_specs, compare_tokenizers
+from stillroom.stages.models.inputs.same_tokenizer import compare_specs, compare_tokenizers
 from stillroom.storage.errors import UsageError
 
 

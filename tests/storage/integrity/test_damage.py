@@ -13,7 +13,7 @@ from stillroom.storage.integrity.verify import verify
 from stillroom.storage.keys import seal, unseal
 from stillroom.storage.snapshots.snapshot import make_snapshot, save_snapshot
 from stillroom.storage.store.store import Store
-from stillroom.storage.tables.schema import SCHEMAS, parquet_options
+from stillroom.storage.tables.schema import SCHEMAS, encodings
 from stillroom.storage.tables.shard import METADATA_KEY
 
 
@@ -358,7 +358,7 @@ def test_verify_finds_a_row_whose_shape_is_wrong(filled):
     )
     shard = filled.files.put_content(
         "data/soft_targets",
-        lambda path: pq.write_table(table, path, **parquet_options("soft_targets")),
+        lambda path: pq.write_table(table, path, **encodings(table.schema)),
         suffix=".parquet",
     )
     new = record["shard"] | {"name": shard.name, "sha256": shard.sha256, "bytes": shard.bytes}

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 
 from ..models.identity import Identity
-from ..models.rendering import Renderer
+from ..models.inputs.rendering import Renderer
 from ..recipe.engines import Generate
 from ..workers.clock import Clock
 from .base import Completion, Request

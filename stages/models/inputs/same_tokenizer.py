@@ -13,6 +13,8 @@ from typing import Any
 from ....storage.errors import UsageError
 from ...recipe.sections import Recipe
 from ...recipe.stages import needed
+from ...recipe.tasks import TASKS
+from ..fit.processor import refuse_other_channels
 
 _FILE = "tokenizer.json"
 _OPTIONS = (
@@ -146,7 +148,13 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def refuse_other_tokenizer(recipe: Recipe, student: Path, teacher: Path) -> None:
-    """Raise UsageError, with both names and the first difference, where a student reads other tokens."""
+    """Raise UsageError, with both names and the first difference, where a student reads other tokens.
+
+    Of a student that reads images: where it reads other channels.
+    """
+    if TASKS[recipe.run.task].structure.images:
+        refuse_other_channels(student, teacher)
+        return
     reason = compare_tokenizers(teacher, student)
     if reason is not None:
         name = needed(recipe.student, "student").model

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from ...storage.errors import RowError, UsageError, answered
-from ...storage.tables.conversations import conversation
-from ...storage.tables.spans import span_after, spans_before
-from .chat.bounds import shared
-from .chat.long_text import ids_of_pieces, in_pieces, refuse_long
-from .chat.renderer import ChatRenderer, Ids, no_spans
-from .fit.files import read_json
+from ....storage.errors import RowError, UsageError, answered
+from ....storage.tables.conversations import conversation
+from ....storage.tables.spans import span_after, spans_before
+from ..chat.bounds import shared
+from ..chat.long_text import ids_of_pieces, in_pieces, refuse_long
+from ..chat.renderer import ChatRenderer, Ids, no_spans
+from ..fit.files import read_json
 
 _OWN_CODE = (
     "Its tokenizer_config.json asks for code of its own (auto_map), which is never run: save it as a "

@@ -44,6 +44,7 @@ from ...storage.store.store import Store
 from ..numbers import teacher_layers
 from .features import (
     feature_note,
+    image_note,
     learnt_embeddings,
     plan_embeddings,
     refuse_features,
@@ -80,7 +81,7 @@ def make_plan(recipe: Recipe, *, write: bool = False) -> Plan:
     if recipe.student is not None and recipe.student.from_teacher_layers:
         start = teacher_layers(recipe.student.from_teacher_layers)
         plan.note(f"the student starts from {start}")
-    plan.note(*feature_note(recipe, bound))
+    plan.note(*feature_note(recipe, bound), *image_note(recipe, bound))
     _plan_tables(recipe, plan, store)
     return _with_students(recipe, plan)
 
@@ -167,7 +168,7 @@ def _refuse_another(one: BoundTeacher) -> None:
 def _refuse_student(recipe: Recipe, folder: Path | None, teacher: Identity, *, write: bool) -> None:
     """A student that does not go with this teacher; of one that is not here yet nothing is known."""
     student = needed(recipe.student, "student")
-    if student.model is None:
+    if student.model is None and student.factory is None:
         layers = student.from_teacher_layers
         refuse_fresh(teacher.folder, student.config or {}, recipe.run.task, layers)
     if folder is not None or student.model is None:

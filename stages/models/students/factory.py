@@ -26,6 +26,7 @@ from ..loading import ModelKind
 from .factory_file import FACTORY, FIELD, factory_file, factory_id
 
 _WEIGHTS = "model.safetensors"
+_Config: Any = PreTrainedConfig  # it takes whatever fields a model has
 
 
 class FactoryStudent(nn.Module):
@@ -142,11 +143,11 @@ def _about(teacher_dir: Path, kind: ModelKind) -> tuple[dict[str, Any], Any]:
     if "pixel_values" in kind.example:
         channels, height, width = kind.example["pixel_values"].shape[1:]
         shape = {"channels": channels, "height": height, "width": width}
-        return {"classes": len(names)} | shape, PreTrainedConfig(vocab_size=1, **said)
+        return {"classes": len(names)} | shape, _Config(vocab_size=1, **said)
     config = read_json(teacher_dir / "config.json", "teacher.model")
     rows, padding = config.get("vocab_size"), config.get("pad_token_id")
     about = {"classes": len(names), "vocab_size": rows, "padding": padding}
-    own: Any = PreTrainedConfig(vocab_size=rows, pad_token_id=padding, **said)
+    own = _Config(vocab_size=rows, pad_token_id=padding, **said)
     segments = config.get("type_vocab_size")
     if segments is not None:
         own.type_vocab_size = segments

@@ -52,9 +52,9 @@ def initial_student(recipe: Recipe, teacher_dir: Path) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.run.seed)
         student: nn.Module
-        if made_by_code:
-            student = factory_student(recipe, teacher_dir, kind)
-        elif folder is not None:
+        if made_by_code:  # it has no adapter
+            return factory_student(recipe, teacher_dir, kind)
+        if folder is not None:
             student = kind.student(folder)
         else:
             student = _made(recipe, teacher_dir, kind)

@@ -27,6 +27,9 @@ Overrides = Annotated[
 AsJson = Annotated[
     bool, typer.Option("--json", help="One JSON object as the last line of standard output.")
 ]
+AllowCode = Annotated[
+    bool, typer.Option("--allow-code", help="Let the code of the recipe's student.factory run.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 
 

@@ -21,7 +21,16 @@ from ...storage.errors import StillroomError, Stopped, name_too_long
 from ...storage.store.stopping import at_work, stop_signals
 from ..text import show_line, show_text
 from . import import_table, publish, store
-from .app import AsJson, Overrides, Quiet, RecipePath, app, print_for_people, print_json
+from .app import (
+    AllowCode,
+    AsJson,
+    Overrides,
+    Quiet,
+    RecipePath,
+    app,
+    print_for_people,
+    print_json,
+)
 from .streams import outlive_terminal
 
 
@@ -154,11 +163,18 @@ def init(
 
 
 @app.command()
-def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    allow_code: AllowCode = False,
+    as_json: AsJson = False,
+) -> None:
     """What would run, what is cached, what is stale and why. Writes nothing."""
+    from ...stages.models.students.factory_file import refuse_code
     from ...stages.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides)
+    refuse_code(loaded, allowed=allow_code)
     from ..plan.plan import make_plan, refuse_impossible
     from ..run.status import plan_json, plan_table
 
@@ -180,6 +196,7 @@ def run(
     until: Annotated[str | None, typer.Option(help="Last stage to run.")] = None,
     only: Annotated[str | None, typer.Option(help="The one stage to run.")] = None,
     overrides: Overrides = None,
+    allow_code: AllowCode = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -189,7 +206,7 @@ def run(
     loaded = load_recipe(recipe, overrides)
     from ..run.runner import run as run_recipe
 
-    outcome = run_recipe(loaded, until=until, only=only, quiet=quiet)
+    outcome = run_recipe(loaded, until=until, only=only, quiet=quiet, allow_code=allow_code)
     _outcome(outcome, as_json)
     if loaded.student is None:
         print_for_people(f"store: {as_written(loaded.storage.dir)}")

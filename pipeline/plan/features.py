@@ -5,6 +5,7 @@ from pathlib import Path
 from ...stages.ledger.features import check_narrower, feature_bytes, find_embeddings
 from ...stages.models.fit.config import ConfigFacts, config_facts
 from ...stages.models.fit.files import read_json
+from ...stages.models.fit.processor import channels_of, side_of
 from ...stages.models.identity import Identity
 from ...stages.recipe.features import (
     EMBEDDINGS,
@@ -155,6 +156,20 @@ def feature_note(recipe: Recipe, bound: Bound) -> list[str]:
     if size := embedding_bytes(recipe, bound):
         found.append(f"the teacher's embeddings: {size:,} bytes, once for all texts")
     return found
+
+
+def image_note(recipe: Recipe, bound: Bound) -> list[str]:
+    """What the images of a recipe take, for people; nothing where there are none, or the teacher is not here."""
+    if not recipe.data.records.image or bound.teacher is None:
+        return []
+    folder = bound.teacher.folder
+    side, channels = side_of(folder), channels_of(folder)
+    if side is None:
+        return []
+    return [
+        f"images: {side} x {side} x {channels} as the teacher reads them, at most about "
+        f"{side * side * channels:,} bytes each, once for the prompt and once beside each target"
+    ]
 
 
 def embedding_bytes(recipe: Recipe, bound: Bound) -> int:

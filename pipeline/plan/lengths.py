@@ -93,4 +93,6 @@ def _student_reads(recipe: Recipe, bound: Bound) -> int | None:
             return None  # downloaded later, by `run`
         config = read_json(folder / "config.json", field)
         return config_facts(config, where=f"{field}: {name}").context_tokens
+    if student.factory is not None:
+        return None
     return of_fresh_student(recipe, bound, lambda made: usable_positions(text_config(made)))

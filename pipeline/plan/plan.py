@@ -30,7 +30,7 @@ from ...storage.joined import Joined, open_store
 from ...storage.published.folder import Published
 from ...storage.store.store import Store
 from ..numbers import teacher_layers
-from .features import feature_note, learnt_embeddings, plan_embeddings, teacher_widths
+from .features import feature_note, image_note, learnt_embeddings, plan_embeddings, teacher_widths
 from .lengths import unread_by_student, window_notes
 from .lineage import found_students
 from .lines import Plan, StagePlan, State, equal_texts
@@ -63,7 +63,7 @@ def make_plan(recipe: Recipe, *, write: bool = False) -> Plan:
     if recipe.student is not None and recipe.student.from_teacher_layers:
         start = teacher_layers(recipe.student.from_teacher_layers)
         plan.note(f"the student starts from {start}")
-    plan.note(*feature_note(recipe, bound))
+    plan.note(*feature_note(recipe, bound), *image_note(recipe, bound))
     _plan_tables(recipe, plan, store)
     return _with_students(recipe, plan)
 

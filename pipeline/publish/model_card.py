@@ -93,7 +93,7 @@ def student_card(
             recipe,
             settings["arm"],
             _index(shown, evaluation),
-            library="peft" if adapter else "transformers",
+            library=_library(student, adapter=adapter),
         ),
         template_str=package_files("stillroom.pipeline.templates")
         .joinpath("model_card.md.jinja")
@@ -122,6 +122,13 @@ def student_card(
         ],
     )
     return f"{str(card).rstrip()}\n"
+
+
+def _library(student: Mapping[str, Any], *, adapter: bool) -> str:
+    """What loads it."""
+    if student.get("factory"):
+        return "pytorch"
+    return "peft" if adapter else "transformers"
 
 
 _ADAPTER = " This folder holds its LoRA alone, for {}; the results are those of the two together."
@@ -229,6 +236,8 @@ def _measured(evaluation: Mapping[str, Any]) -> str:
 def _code(recipe: Mapping[str, Any]) -> dict[str, str]:
     """How to load the folder, in transformers and vLLM."""
     task = TASKS[recipe["run"]["task"]]
+    if recipe["student"].get("factory"):
+        return {"code": _FACTORY, "vllm": ""}
     if task.structure.images:
         return {
             "code": "from transformers import pipeline\n\n"
@@ -264,6 +273,17 @@ def _code(recipe: Mapping[str, Any]) -> dict[str, str]:
         "vllm": 'from vllm import LLM\n\nllm = LLM("path/to/student")\n'
         f"print(llm.{method}({asked})[0].outputs[0].text)",
     }
+
+
+_FACTORY = """import json
+from safetensors.torch import load_file
+
+made = json.load(open("path/to/student/factory.json"))
+# made["factory"] names the file (its sha256 is made["sha256"]) and the function, which is not published here.
+from FILE import FUNCTION
+
+model = FUNCTION(**made["arguments"])
+model.load_state_dict(load_file("path/to/student/model.safetensors"))"""
 
 
 def _question(recipe: Mapping[str, Any]) -> tuple[str, str]:

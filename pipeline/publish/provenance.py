@@ -150,6 +150,10 @@ def public_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
     def public(section: str, name: str, value: Any) -> Any:
         if name == "engine_args":
             return _without_folders(value)
+        if name == "factory" and value is not None:
+            return value.rpartition("/")[2]  # the file stays, its folder is of this machine
+        if name == "args":
+            return _without_folders(value)
         if f"{section}.{name}" not in ADDRESSES:
             return value
         if isinstance(value, list):

@@ -68,6 +68,9 @@ def begins_as(student: Mapping[str, Any]) -> str:
     """What a student starts from: a model, layers of the teacher, or fresh weights of what."""
     if student.get("model"):
         return inline(student["model"])
+    if student.get("factory"):
+        said = ", ".join(f"{inline(n)} {inline(v)}" for n, v in (student.get("args") or {}).items())
+        return f"fresh weights of {inline(student['factory'])}" + (f", with {said}" if said else "")
     config, layers = student.get("config") or {}, student.get("from_teacher_layers")
     said = ", ".join(f"{inline(n)} {value}" for n, value in config.items() if n != "model_type")
     if layers:

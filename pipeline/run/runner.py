@@ -8,6 +8,7 @@ from typing import Any
 
 import psutil
 
+from ...stages.models.students.factory_file import refuse_code
 from ...stages.recipe.fields import Arm
 from ...stages.recipe.load import recorded
 from ...stages.recipe.run_folder import (
@@ -49,7 +50,12 @@ DEATHS = 3  # of a stage's processes in a row that finished no row: then it is n
 
 
 def run(
-    recipe: Recipe, *, until: str | None = None, only: str | None = None, quiet: bool = False
+    recipe: Recipe,
+    *,
+    until: str | None = None,
+    only: str | None = None,
+    quiet: bool = False,
+    allow_code: bool = False,
 ) -> dict[str, Any]:
     """Do what the plan says is to do; running again goes on where this stopped.
 
@@ -58,6 +64,7 @@ def run(
         until: Last stage to run.
         only: The one stage to run.
         quiet: Print no progress.
+        allow_code: Whether `student.factory` may run.
 
     Returns:
         `{"run_dir", "stages": {name: {"rows", "tokens", "seconds", "state", "clock"}}, "results": {arm: {...}},
@@ -69,6 +76,7 @@ def run(
     """
     clock = Clock(began=time.monotonic() - (time.time() - psutil.Process().create_time()))
     names = _chosen(until, only)
+    refuse_code(recipe, allowed=allow_code)
     if "train" in names and recipe.train is not None:
         refuse_without_wandb(recipe.train.wandb)
     store = _prepare(recipe)

@@ -191,6 +191,10 @@ def _tagged(record: dict[str, Any]) -> dict[str, Any]:
     return {"text": json.dumps(found, ensure_ascii=False)}
 
 
+def _image(record: dict[str, Any]) -> dict[str, Any]:
+    return {"image": record["image"]}
+
+
 def _tags(value: Any, words: Sequence[str], classes: Sequence[str]) -> list[int] | None:
     """The class of each word, `NO_LABEL` where it has none; None where no word has one."""
     if value is None or missing(value):
@@ -230,7 +234,7 @@ _TEXTS = {
     "completion": _completion,
     "labelled": _labelled,
     "tagged": _tagged,
-    "images": lambda record: {"image": record["image"]},
+    "images": _image,
 }
 _IGNORED = -100  # what losses ignore, so others put it where a word has no class
 _CONVERSATIONS = {"messages": chat, "instruction": alpaca}

@@ -28,7 +28,7 @@ class GivenText:
     def __init__(self, job: Job, store: Store, stack: ExitStack, limits: CommitLimits) -> None:
         data, folder = job.recipe.data, store.teacher_dir(job.teacher_id)
         self._clock = job.clock
-        self._tokenizing = (
+        self._tokenizing: OneToken | Tokenizing = (
             OneToken(data)
             if data.records.image
             else Tokenizing(

@@ -49,10 +49,6 @@ _NOT_CONTENT = {
 }
 
 
-_IMAGES = "image_processor"
-"""In place of a tokenizer's config, of a model that reads images."""
-
-
 class FileHashes:
     """sha256 of files, remembered by a store's `cache`; `remember=False` only reads what is there."""
 
@@ -129,7 +125,7 @@ class Identity:
     def files_to_keep(self) -> dict[str, bytes]:
         """What a store keeps of this model, so that its rows can be read and trained from without it."""
         names = [*KEPT_FILES, "config.json", "generation_config.json"]
-        names += [PROCESSOR] if _IMAGES in self.parts["tokenizer"]["config"] else []
+        names += [PROCESSOR] if PROCESSOR in self.parts["tokenizer"] else []
         files = {n: (self.folder / n).read_bytes() for n in names if (self.folder / n).is_file()}
         if self.class_fields:
             whole = read_json(self.folder / "config.json", "teacher.model") | self.class_fields
@@ -232,8 +228,7 @@ def identify(
     facts = config_facts(config, where=f"{field}: {folder}", trusted=trusted)
     images = head_over_classes(config) == "image_classes" or facts.heads == ("image_classes",)
     # In place of a tokenizer; an image counts as a text of one token, the only one there is.
-    reads = {_IMAGES: processor_config(folder, field)} if images else _content(tokenizer_config)
-    tokenizer = {} if images else _tokenizer(folder, hashes, field)
+    tokenizer = (_processor if images else _tokenizer)(folder, hashes, field)
     end_tokens = read_json(folder / "generation_config.json", field, missing={}).get("eos_token_id")
     code = _code(folder, config, hashes) if trusted else {}
     stored_dtype = str(
@@ -242,7 +237,7 @@ def identify(
     parts = {
         "weights": weights,
         "config": _content(config),
-        "tokenizer": tokenizer | {"config": reads},
+        "tokenizer": tokenizer | {"config": _content(tokenizer_config)},
         "chat_template": template,
         "end_tokens": end_tokens,
         "adapter": _adapter(adapter, hashes) if adapter else None,
@@ -358,6 +353,12 @@ def _tokenizer(folder: Path, hashes: FileHashes, field: str) -> dict[str, str]:
         )
     names = (*_TOKENIZER_FILES, *_TOKEN_FILES)
     return {n: hashes.sha256(folder / n) for n in names if (folder / n).is_file()}
+
+
+def _processor(folder: Path, hashes: FileHashes, field: str) -> dict[str, str]:
+    """Of a model that reads images, in place of a tokenizer."""
+    processor_config(folder, field)  # refuses what cannot be used
+    return {PROCESSOR: hashes.sha256(folder / PROCESSOR)}
 
 
 def _code(folder: Path, config: dict[str, Any], hashes: FileHashes) -> dict[str, Any]:

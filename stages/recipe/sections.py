@@ -132,6 +132,11 @@ class Student(Section):
     its embeddings, norms and head. `config` may change what leaves them as they are."""
     lora: Lora | None = None
     """Train an adapter in place of the weights."""
+    factory: str | None = Field(None, pattern=r"^[^:]+:[A-Za-z_]\w*$")
+    """Fresh weights of a module that `file.py:function` or `module:function` makes; of tasks that classify
+    whole texts or images. Its code is run where the command says --allow-code."""
+    args: Options | None = None
+    """Keyword arguments of `factory`, besides what it is told of the task."""
 
     @field_validator("config")
     @classmethod
@@ -143,6 +148,11 @@ class Student(Section):
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
         copies = self.from_teacher_layers is not None
+        if self.factory is not None:
+            self._alone()
+            return self
+        if self.args is not None:
+            raise ValueError("`args` are of a `factory`, and there is none. Remove them")
         if (self.model is None) == (self.config is None and not copies):
             raise ValueError(
                 "name either `model` (an existing student), or `config` (fresh weights) or "
@@ -155,9 +165,19 @@ class Student(Section):
             )
         return self
 
+    def _alone(self) -> None:
+        """Refuse what a factory's student cannot have."""
+        others = ("model", "revision", "config", "from_teacher_layers", "lora")
+        if named := [name for name in others if getattr(self, name) is not None]:
+            raise ValueError(
+                f"`factory` makes the student, without `{named[0]}`. Remove one of them"
+            )
+        if self.save_dtype not in ("auto", "float32"):
+            raise ValueError("a `factory`'s student is stored in float32. Remove `save_dtype`")
+
     def unhashed(self) -> set[str]:
         """Fields that hashes leave out at their default: there were none when the first hashes were made."""
-        later = ("save_dtype", "from_teacher_layers")
+        later = ("save_dtype", "from_teacher_layers", "factory", "args")
         return {name for name in later if getattr(self, name) == Student.model_fields[name].default}
 
 

@@ -115,7 +115,9 @@ def _visited(weight: torch.Tensor, config: Any) -> float:
 
 
 def _attention(config: Any) -> tuple[tuple[float, int | None], ...]:
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
+    if heads is None:
+        return ()
     usual = getattr(config, "head_dim", None) or config.hidden_size // heads
     widths = (getattr(config, "qk_head_dim", None) or usual) + (
         getattr(config, "v_head_dim", None) or usual

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...storage.errors import StillroomError
 from ..loader.passes import Passes
@@ -84,6 +83,7 @@ class Trainer:
         self._trained = model if self._matching is None else nn.ModuleList([model, self._matching])
         self.optimizer = make_optimizer(self._trained, train)
         self._device = next(model.parameters()).device
+        self._averages = _averages(model)
         self._packing, self._loss, self._train, self._dtype = packing, loss, train, dtype
 
     @property
@@ -198,9 +198,7 @@ class Trainer:
 
     def averages(self) -> dict[str, torch.Tensor]:
         """The running means and variances of batch norms, which change as weights do, without a gradient."""
-        norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm)]
-        kept = {id(buffer) for norm in norms for buffer in norm.buffers()}
-        return {name: buffer for name, buffer in self.model.named_buffers() if id(buffer) in kept}
+        return self._averages
 
     def load_weights(self, state: dict[str, Any]) -> None:
         """Give the student the weights and averages that `state` returned."""
@@ -301,6 +299,14 @@ class Trainer:
 
     def _pass(self, batch: Any, aim: Aim) -> Distilled:
         return self._packing.losses(self.model, batch, aim=aim, dtype=self._dtype)
+
+
+def _averages(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers of batch norms, by name; they are changed in place."""
+    batch_norm: Any = nn.modules.batchnorm._BatchNorm
+    norms = [module for module in model.modules() if isinstance(module, batch_norm)]
+    kept = {id(buffer) for norm in norms for buffer in norm.buffers()}
+    return {name: buffer for name, buffer in model.named_buffers() if id(buffer) in kept}
 
 
 def _means(sums: torch.Tensor, scored: int, aim: Aim) -> Losses:

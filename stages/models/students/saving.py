@@ -25,13 +25,15 @@ from ..fit.processor import PROCESSOR
 from ..identity import is_here
 from .config_file import NotInOlderWords, with_older_words
 from .copies import copied_from
+from .factory import FactoryStudent, save_factory_student
+from .factory_file import FACTORY
 from .lora import merged_as_trained
 from .stored_tensors import stored_dtype
 from .student import student_folder, student_tokenizer
 from .tokenizer_files import copy_tokenizer
 
 _CONFIG = "config.json"
-_CONFIGS = (_CONFIG, "adapter_config.json")
+_CONFIGS = (_CONFIG, "adapter_config.json", FACTORY)
 _GENERATION = "generation_config.json"
 
 
@@ -80,6 +82,14 @@ def save_student(
             reads(part)
 
         _put_folder(adapter, adapter_files)
+    if isinstance(model, FactoryStudent):
+
+        def made_files(part: Path) -> None:
+            save_factory_student(model, recipe, part)
+            reads(part)
+
+        _put_folder(folder, made_files)
+        return Saved(dtype="float32", notes=[])
     plain = merged_as_trained(model)
     dtype = _dtype(recipe, base)
     notes: list[str] = []

@@ -26,6 +26,7 @@ from ..identity import find_model
 from ..inputs.same_tokenizer import refuse_other_tokenizer
 from ..loading import ModelKind
 from .copies import copied_from, copied_student
+from .factory import factory_student, load_factory_student
 from .kinds import kind_of
 from .lora import with_lora
 
@@ -47,9 +48,12 @@ def initial_student(recipe: Recipe, teacher_dir: Path) -> nn.Module:
     lora = needed(recipe.student, "student").lora
     folder, kind = student_folder(recipe), kind_of(recipe, teacher_dir)
     refuse_other_classes(recipe, folder, kind.classes)
+    made_by_code = needed(recipe.student, "student").factory is not None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.run.seed)
         student: nn.Module
+        if made_by_code:  # it has no adapter
+            return factory_student(recipe, teacher_dir, kind)
         if folder is not None:
             student = kind.student(folder)
         else:
@@ -60,13 +64,16 @@ def initial_student(recipe: Recipe, teacher_dir: Path) -> nn.Module:
         return adapted
 
 
-def load_student(recipe: Recipe, teacher_dir: Path, folder: Path) -> PreTrainedModel:
+def load_student(recipe: Recipe, teacher_dir: Path, folder: Path) -> nn.Module:
     """A student that was trained before, in float32.
 
     Raises:
         UsageError: the folder holds none.
     """
-    return kind_of(recipe, teacher_dir).student(folder)
+    kind = kind_of(recipe, teacher_dir)
+    if needed(recipe.student, "student").factory is not None:
+        return load_factory_student(recipe, teacher_dir, kind, folder)
+    return kind.student(folder)
 
 
 def student_tokenizer(recipe: Recipe, teacher_dir: Path) -> PreTrainedTokenizerBase | None:

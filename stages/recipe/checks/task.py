@@ -27,6 +27,22 @@ def check_task(recipe: Recipe) -> list[tuple[str, str]]:
         errors.append(("data.masks", f"belongs to run.task {hiding}. Remove it"))
     if task.structure.images and recipe.train is not None:
         errors += _steps(recipe.train)
+    if recipe.student is not None and recipe.student.factory is not None:
+        errors += _made_by_code(recipe, task)
+    return errors
+
+
+def _made_by_code(recipe: Recipe, task: Task) -> list[tuple[str, str]]:
+    """What a student of a factory cannot learn or do."""
+    fitting = [name for name, one in TASKS.items() if one.structure.whole_text]
+    errors = []
+    if not task.structure.whole_text:
+        message = f"makes students of {' and '.join(fitting)} alone. Use `model` or `config`"
+        errors.append(("student.factory", message))
+    no_blocks = "nothing is known of the blocks of a student that student.factory makes. Remove {}"
+    for path in ("loss.features", "train.gradient_checkpointing"):
+        if lookup(recipe, path):
+            errors.append((path, no_blocks.format("it" if "train" in path else "them")))
     return errors
 
 

@@ -1,0 +1,154 @@
+"""A student that is no model of transformers: what a function of the user's makes, as the stages know models.
+
+The function is called with keywords: `classes`, their number; of images `channels`, `height` and
+`width`; of texts `vocab_size` and `padding`, the id that fills rows up; and `student.args`. It returns a
+`torch.nn.Module` whose forward takes what transformers' classifiers take (`pixel_values`; or `input_ids`,
+`attention_mask` and, where the tokenizer makes them, `token_type_ids`) and returns logits [B, C].
+"""
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from ....storage.errors import UsageError, answered
+from ...recipe.sections import Recipe
+from ...recipe.stages import needed
+from ..device import evaluating
+from ..fit.files import read_json
+from ..loading import ModelKind
+from .factory_file import FACTORY, FIELD, factory_file, factory_id
+
+_WEIGHTS = "model.safetensors"
+_Config: Any = PreTrainedConfig  # it takes whatever fields a model has
+
+
+class FactoryStudent(nn.Module):
+    """A module of the user's, with what the stages ask of a model of transformers."""
+
+    def __init__(self, model: nn.Module, config: Any, told: dict[str, Any]) -> None:
+        """`told`: what the function was called with."""
+        super().__init__()
+        self.model, self.config, self.told = model, config, told
+
+    def forward(self, **inputs: Tensor) -> SimpleNamespace:
+        """`logits` [B, C]."""
+        said: Any = self.model(**inputs)
+        return SimpleNamespace(logits=getattr(said, "logits", said))
+
+    @property
+    def device(self) -> torch.device:
+        """Of its weights."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights."""
+        return next(self.parameters()).dtype
+
+    def get_input_embeddings(self) -> SimpleNamespace:
+        """Whose `num_embeddings` is the teacher's vocabulary, which it was told."""
+        return SimpleNamespace(num_embeddings=self.config.vocab_size)
+
+
+def factory_student(recipe: Recipe, teacher_dir: Path, kind: ModelKind) -> FactoryStudent:
+    """What the recipe's function makes, in float32; draws follow from `torch`'s seed.
+
+    Raises:
+        UsageError: there is no such function, it fails, or what it makes says nothing of the classes.
+    """
+    student = needed(recipe.student, "student")
+    path, name = factory_file(str(student.factory))
+    about, config = _about(teacher_dir, kind)
+    with answered(f"{FIELD}: {student.factory} makes no student", f"Mend {path}."):
+        made_by = getattr(_module(path), name, None)
+        if made_by is None:
+            raise AttributeError(f"it has no {name}")
+        told = about | (student.args or {})
+        made = made_by(**told)
+        if not isinstance(made, nn.Module) or not any(True for _ in made.parameters()):
+            raise TypeError(f"{name} returned {type(made).__name__}, not a module with weights")
+        found = FactoryStudent(made.float(), config, told)
+        with torch.no_grad(), evaluating(found):
+            said = found(**_example(kind)).logits
+        if said.shape != (1, len(kind.classes)):
+            raise ValueError(
+                f"its logits of one row are {list(said.shape)}, expected [1, {len(kind.classes)}]"
+            )
+    return found
+
+
+def _example(kind: ModelKind) -> dict[str, Tensor]:
+    """A row as the stages give it; texts come with what is no padding."""
+    ids = kind.example.get("input_ids")
+    return {**kind.example} | ({} if ids is None else {"attention_mask": torch.ones_like(ids)})
+
+
+def _module(path: Path) -> ModuleType:
+    """What the file is as a module; it is run for this."""
+    module = ModuleType(f"stillroom_factory_{path.stem}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # dataclasses, say, look there for where they stand
+    exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
+    return module
+
+
+def load_factory_student(
+    recipe: Recipe, teacher_dir: Path, kind: ModelKind, folder: Path
+) -> FactoryStudent:
+    """One that was trained before: made again, with the weights of its folder.
+
+    Raises:
+        UsageError: the function has changed since, or makes another module.
+    """
+    said = read_json(folder / FACTORY, FIELD)
+    factory = str(needed(recipe.student, "student").factory)
+    if said.get("sha256") != factory_id(factory):
+        raise UsageError(f"{FIELD}: {factory} has changed since {folder} was trained. Train again.")
+    made = factory_student(recipe, teacher_dir, kind)
+    with answered(f"{folder}: its weights are not those of {factory}", "Train again."):
+        made.model.load_state_dict(load_file(folder / _WEIGHTS))
+    return made
+
+
+def save_factory_student(student: FactoryStudent, recipe: Recipe, part: Path) -> None:
+    """Its weights, and what made it."""
+    state = student.model.state_dict()
+    # Tied weights are stored as often as they have a name.
+    save_file(
+        {name: tensor.contiguous().clone() for name, tensor in state.items()}, part / _WEIGHTS
+    )
+    factory = str(needed(recipe.student, "student").factory)
+    path, function = factory_file(factory)
+    record = {
+        "factory": f"{path.name}:{function}",
+        "sha256": factory_id(factory),
+        "arguments": student.told,
+        "classes": list(student.config.id2label.values()),
+    }
+    text = json.dumps(record, indent=2, ensure_ascii=False)
+    (part / FACTORY).write_text(f"{text}\n", "utf-8")
+
+
+def _about(teacher_dir: Path, kind: ModelKind) -> tuple[dict[str, Any], Any]:
+    """What the function is told, and what the stages are told of it."""
+    names = dict(enumerate(kind.classes))
+    said = {"id2label": names, "label2id": {name: index for index, name in names.items()}}
+    if "pixel_values" in kind.example:
+        channels, height, width = kind.example["pixel_values"].shape[1:]
+        shape = {"channels": channels, "height": height, "width": width}
+        return {"classes": len(names)} | shape, _Config(vocab_size=1, **said)
+    config = read_json(teacher_dir / "config.json", "teacher.model")
+    rows, padding = config.get("vocab_size"), config.get("pad_token_id")
+    about = {"classes": len(names), "vocab_size": rows, "padding": padding}
+    own = _Config(vocab_size=rows, pad_token_id=padding, **said)
+    segments = config.get("type_vocab_size")
+    if segments is not None:
+        own.type_vocab_size = segments
+    return about, own

@@ -1,0 +1,141 @@
+"""A student of a factory: refused without the flag, trained with it, the same after a stop, another when it changes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kit import last_json, stillroom, write_jsonl, write_recipe
+from safetensors.torch import load_file
+from tiny_classes import records
+from tiny_images import Pictures, save_tiny_resnet
+from tiny_models import CLASSES, save_tiny_bert
+from tiny_store import StopAfter
+
+from stillroom.stages.models.students.factory_file import factory_id
+from stillroom.stages.recipe.checks.together import check_together
+from stillroom.stages.recipe.sections import Recipe, Student
+from stillroom.stages.train import stage as train
+from stillroom.storage.errors import Stopped, UsageError
+
+IMAGES = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, sides, classes, hidden):
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(sides, hidden), nn.BatchNorm1d(hidden), nn.ReLU())
+        self.head = nn.Linear(hidden, classes)
+
+    def forward(self, pixel_values):
+        return self.head(self.body(pixel_values))
+
+def net(*, classes, channels, height, width, hidden=8):
+    return Net(channels * height * width, classes, hidden)
+"""
+TEXTS = """
+from torch import nn
+
+class Bag(nn.Module):
+    def __init__(self, vocab_size, padding, classes):
+        super().__init__()
+        self.words = nn.Embedding(vocab_size, 8, padding_idx=padding)
+        self.head = nn.Linear(8, classes)
+
+    def forward(self, input_ids, attention_mask, **_):
+        there = attention_mask[..., None]
+        return self.head((self.words(input_ids) * there).sum(1) / there.sum(1))
+
+def bag(*, classes, vocab_size, padding):
+    return Bag(vocab_size, padding, classes)
+"""
+
+
+def test_one_of_images_goes_on_after_a_stop_to_the_same_weights(tmp_path: Path) -> None:
+    code = tmp_path / "nets.py"
+    code.write_text(IMAGES)
+    student = {"factory": f"{code}:net", "args": {"hidden": 12}}
+    teacher = save_tiny_resnet(tmp_path / "teacher")
+    world = Pictures(tmp_path, teacher, 24, student=student).scored()
+    train.run(world.job(tmp_path / "whole"))
+    with pytest.raises(Stopped):
+        train.run(world.job(tmp_path / "stopped", stop=StopAfter(6)))
+    train.run(world.job(tmp_path / "stopped"))
+    folders = [tmp_path / name / "student" / "student" for name in ("whole", "stopped")]
+    one, other = (load_file(folder / "model.safetensors") for folder in folders)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert one["body.1.weight"].shape == (12, 3 * 16 * 16)
+    said = json.loads((folders[0] / "factory.json").read_text())
+    assert (said["factory"], said["sha256"]) == ("nets.py:net", factory_id(f"{code}:net"))
+    assert said["arguments"]["hidden"] == 12
+    assert (folders[0] / "preprocessor_config.json").is_file()
+
+    before = world.plan().train_dirs["student"]
+    code.write_text(IMAGES + "# another file\n")
+    assert world.plan().train_dirs["student"] != before
+
+
+@pytest.mark.slow
+def test_the_command_line_runs_it_only_where_it_is_told_to(tmp_path: Path) -> None:
+    code = tmp_path / "nets.py"
+    ran = tmp_path / "ran"
+    code.write_text(f"{TEXTS}\nopen({str(ran)!r}, 'a').close()\n")
+    recipe = write_recipe(
+        tmp_path,
+        save_tiny_bert(tmp_path / "teacher", classes=CLASSES),
+        write_jsonl(tmp_path / "rows.jsonl", records(40)),
+        run={"dir": str(tmp_path / "run"), "task": "classification"},
+        data={"source": str(tmp_path / "rows.jsonl"), "format": "labelled", "holdout": 8},
+        student={"factory": f"{code}:bag"},
+        generate=None,
+        score={"targets": "full"},
+        train={"epochs": 4, "tokens_per_step": 64, "learning_rate": 3.0e-2},
+    )
+    for command in ("plan", "run"):
+        said = stillroom(command, recipe, expect=2).stderr
+        assert "is code" in said
+        assert "--allow-code" in said
+    assert not ran.exists()
+    stillroom("plan", recipe, "--allow-code")
+    assert not ran.exists(), "a plan runs nothing"
+    results = last_json(stillroom("run", recipe, "--allow-code", "--json"))["results"]
+    assert results["student"]["kl_teacher"] < results["student_before"]["kl_teacher"]
+    assert "nets.py:bag" in (tmp_path / "run" / "report.md").read_text()
+    card = (tmp_path / "run" / "latest" / "student" / "README.md").read_text()
+    assert 'load_file("path/to/student/model.safetensors")' in card
+    assert "library_name: pytorch" in card
+    assert "nets.py:bag" in card
+    assert str(tmp_path) not in card
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("more", "says"),
+        [
+            ({"model": "models/a"}, "`factory` makes the student, without `model`"),
+            ({"lora": {}}, "without `lora`"),
+            ({"save_dtype": "bfloat16"}, "stored in float32"),
+        ],
+    )
+    def test_what_it_cannot_have(self, more: dict[str, Any], says: str) -> None:
+        with pytest.raises(ValueError, match=says):
+            Student.model_validate({"factory": "nets:net", **more})
+
+    def test_tasks_that_it_is_not_for(self, tmp_path: Path) -> None:
+        tree = {
+            "run": {"dir": "run"},
+            "storage": {"dir": "store"},
+            "teacher": {"model": "teacher"},
+            "student": {"factory": "nets:net"},
+            "data": {"source": "rows.jsonl", "format": "text"},
+            "score": {"targets": "topk", "k": 4},
+            "train": {"epochs": 1},
+        }
+        said = dict(check_together(Recipe.model_validate(tree)))
+        assert "classification and image_classification alone" in said["student.factory"]
+
+    def test_a_file_that_is_not_there(self) -> None:
+        with pytest.raises(UsageError, match=r"no file none/such\.py"):
+            factory_id("none.such:net")

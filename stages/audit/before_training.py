@@ -25,7 +25,7 @@ from ...storage.store.store import Store
 from ...storage.tables.doubts import doubts
 from ...storage.tables.heads import Head, head_of
 from ...storage.tables.spans import SPAN_COLUMNS, spans_of
-from ..models.reads import check_ids
+from ..models.inputs.reads import check_ids
 from ..recipe.sections import Recipe
 from ..recipe.stages import needed
 from ..targets.masks import put_back

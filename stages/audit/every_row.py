@@ -19,7 +19,7 @@ from ...storage.tables.heads import head_of
 from ...storage.tables.rows import Rows
 from ...storage.tables.schema import TableName
 from ...storage.tables.shard import ShardFile, StoredFile
-from ..models.reads import check_ids
+from ..models.inputs.reads import check_ids
 from ..workers.job import Job
 from .misplaced_targets import Row, shifted
 

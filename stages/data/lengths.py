@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ...storage.errors import RowError
-from ..models.reads import too_long
+from ..models.inputs.reads import too_long
 from ..recipe.sections import Data
 
 

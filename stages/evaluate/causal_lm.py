@@ -12,7 +12,7 @@ from ...storage.tables.soft_targets import SoftTargets
 from ..loader.packing import Packing
 from ..losses.objective import aim_at
 from ..models.head import hidden_states, split_head
-from ..models.reads import check_ids, check_length
+from ..models.inputs.reads import check_ids, check_length
 from ..targets.alignment import predicting_positions, scored_tokens
 from ..targets.spec import wanted
 from ..workers.job import Job

@@ -11,7 +11,7 @@ from ...storage.joined import open_store
 from ...storage.tables.soft_targets import SoftTargets
 from ..models.classification import Inputs, class_logits
 from ..models.fit.classes import NO_LABEL
-from ..models.reads import check_ids, check_length
+from ..models.inputs.reads import check_ids, check_length
 from ..workers.job import Job
 from .held_out import HeldOut
 from .measure import MeasureRow, Row

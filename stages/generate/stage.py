@@ -24,7 +24,7 @@ from ..ledger.requests import (
 )
 from ..models.chat.renderer import Ids
 from ..models.identity import Identity
-from ..models.reads import too_long
+from ..models.inputs.reads import too_long
 from ..models.rendering import Renderer
 from ..workers.claims import Claims
 from ..workers.job import Job, StageResult

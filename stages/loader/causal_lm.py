@@ -11,7 +11,7 @@ from ..models.attention.future import check_causal
 from ..models.attention.longest import Company
 from ..models.device import uses_triton
 from ..models.head import check_head, split_head
-from ..models.reads import context_of
+from ..models.inputs.reads import context_of
 from ..targets.spec import wanted
 from ..workers.job import Job
 from .packing import Packing, mixes_packed

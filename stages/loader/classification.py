@@ -15,7 +15,7 @@ from ..losses.objective import Aim
 from ..models.attention.longest import Company
 from ..models.classification import Inputs, class_company, class_logits
 from ..models.fit.classes import NO_LABEL
-from ..models.reads import check_ids
+from ..models.inputs.reads import check_ids
 from ..targets.batch import MoreTargets, TargetBatch, weighed
 from ..targets.features.batch import FeatureTargets
 from ..targets.features.shown import showing

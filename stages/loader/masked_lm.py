@@ -13,8 +13,8 @@ from ...storage.tables.spans import positions
 from ..models.classification import Inputs
 from ..models.device import uses_triton
 from ..models.head import split_head
+from ..models.inputs.reads import check_ids
 from ..models.masked_lm import check_masked, masked_company, masked_states
-from ..models.reads import check_ids
 from ..targets.spec import wanted
 from ..workers.job import Job
 from .packing import Batch, Packing

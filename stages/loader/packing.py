@@ -32,7 +32,7 @@ from ..models.attention.flat import flat_inputs
 from ..models.attention.longest import made_up
 from ..models.device import evaluating
 from ..models.head import hidden_states, split_head
-from ..models.reads import check_ids
+from ..models.inputs.reads import check_ids
 from ..recipe.fields import Kernel
 from ..targets.alignment import predicting_positions, scored_tokens
 from ..targets.batch import MoreTargets, TargetBatch, fit_vocabulary, joined, weighed

@@ -14,7 +14,7 @@ from ...storage.tables.schema import TableName
 from ..ledger.features import feature_key, feature_row_key
 from ..ledger.requests import TargetRequest, target_key
 from ..models.identity import Identity
-from ..models.reads import too_long
+from ..models.inputs.reads import too_long
 from ..recipe.features import Feature, captured, embedding_bits
 from ..recipe.tasks import module_of
 from ..workers.job import Job

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...storage.errors import UsageError
-from ..models.reads import check_ids
+from ..models.inputs.reads import check_ids
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

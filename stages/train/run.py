@@ -207,7 +207,7 @@ class Run:
 
     def _check_lengths(self, model: Any) -> None:
         """Refuse samples that do not fit into the student or a row, before any step."""
-        from ..models.reads import check_length
+        from ..models.inputs.reads import check_length
 
         longest = self._lengths.longest
         check_length(longest, model, "the longest sample has")

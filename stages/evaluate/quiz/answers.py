@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ....storage.errors import IntegrityError, UsageError
 from ....storage.store.store import Store
 from ....storage.tables.schema import TableName
-from ...models.reads import context_of
+from ...models.inputs.reads import context_of
 from ...models.rendering import Renderer
 from ...recipe.evaluate import EvaluateGenerate
 from ...recipe.tasks import TASKS

@@ -13,7 +13,7 @@ from torch import Tensor
 from ....storage.errors import UsageError, answered
 from ..device import evaluating
 from ..fit.uses import reads_ahead, refusal
-from ..reads import context_of
+from ..inputs.reads import context_of
 
 TOKENS = 16
 """Of the text whose last token is changed, or as many as the model reads."""

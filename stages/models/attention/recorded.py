@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ....storage.errors import UsageError, answered
 from ..device import evaluating
-from ..reads import context_of
+from ..inputs.reads import context_of
 from .maps import Scores, maps
 
 TOKENS = 64

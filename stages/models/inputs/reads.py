@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from ...storage.errors import RowError, UsageError
-from .fit.config import usable_positions
-from .fit.parts import text_config
+from ....storage.errors import RowError, UsageError
+from ..fit.config import usable_positions
+from ..fit.parts import text_config
 
 
 def check_ids(highest: int, vocab_size: int, what: str, *, where: str = "") -> None:

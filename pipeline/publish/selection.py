@@ -36,11 +36,12 @@ def selected(store: Store, name: str | None, recipe: Recipe | None) -> dict[str,
 
 def _of_recipe(store: Store, recipe: Recipe) -> dict[str, Snapshot]:
     """What the recipe's student would be trained, validated and judged on."""
-    if recipe.several:
+    if len(recipe.several) > 1:
+        names = ", ".join(one.name for one in recipe.several)
         raise UsageError(
-            "teachers: a published folder has the rows of one teacher, and this recipe has several. "
-            "Export each by a recipe with `teacher` in place of `teachers`: its rows are found in "
-            "the same store."
+            f"teachers: a published folder has the rows of one teacher, and this recipe has {names}. "
+            "Export each by a copy of the recipe that has its entry alone in `teachers`: its rows "
+            "are found in the same store (where the first teacher writes, name it in generate.model)."
         )
     plan = make_plan(recipe)
     if not plan.snapshots:

@@ -51,7 +51,7 @@ from .manifest import MANIFEST, Manifest, PublishedFile, PublishedSplit
 # What shards say that holds for this or that shard only, or is told in PROVENANCE.json.
 _OF_ONE_SHARD = {"statistics", "again", "versions", "format_version", "table", "settings", "stage"}
 _WHOLE_FEATURES = {"columns": COLUMNS, "complete": True, "format_version": VERSIONS["features"]}
-_ONE_FOR_ALL = ("tokenizer_id", "vocab_size", "head", "class_names")
+_ONE_FOR_ALL = ("teacher_id", "tokenizer_id", "vocab_size", "head", "class_names")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -185,7 +185,8 @@ def common(abouts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for name in _ONE_FOR_ALL:
         if name in first and name not in agreed:
             raise UsageError(
-                f"export: the snapshot's rows differ in their {name}: they cannot be one dataset."
+                f"export: the snapshot's rows differ in their {name}: they cannot be one dataset. A "
+                "recipe in the store's place says which are meant."
             )
     return {name: first[name] for name in sorted(agreed - _OF_ONE_SHARD)}
 

@@ -61,7 +61,9 @@ def refuse_rows_of_sources(store: Store, snapshot: Snapshot) -> None:
 
 
 def _was_chosen(snapshot: Snapshot) -> bool:
-    return snapshot.about.get("split", "train") == "train" and WHOLE_STORE not in snapshot.about
+    beside = "partners_of" in snapshot.about  # what other teachers said of the texts of another one
+    whole = WHOLE_STORE in snapshot.about
+    return snapshot.about.get("split", "train") == "train" and not (whole or beside)
 
 
 def _listed(snapshots: Iterable[Snapshot]) -> str:

@@ -4,12 +4,14 @@ import json
 import os
 import re
 import shlex
+import shutil
 import stat
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 from kit import stillroom
@@ -58,7 +60,6 @@ def names(guide: Path) -> set[str]:
 @pytest.fixture(scope="module")
 def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with a tokenizer of bytes and a chat template."""
-    import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -75,19 +76,24 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fast.save_pretrained(folder)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256}
-    torch.manual_seed(0)
     model = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(vocab), eos_token_id=0, **sizes, **heads))
     model.save_pretrained(folder)
     return folder
 
 
 def put_under(name: str, stand_in: Path, cache: Path) -> None:
-    """Let the Hub's cache hold the stand-in under a name."""
+    """Let the Hub's cache hold the stand-in under a name, with weights that no other name has."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
     repository = cache / "hub" / f"models--{name.replace('/', '--')}"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0" * 40)
-    (repository / "snapshots").mkdir()
-    (repository / "snapshots" / ("0" * 40)).symlink_to(stand_in)
+    snapshot = repository / "snapshots" / ("0" * 40)
+    shutil.copytree(stand_in, snapshot)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(crc32(name.encode()))
+        Qwen3ForCausalLM(Qwen3Config.from_pretrained(stand_in)).save_pretrained(snapshot)
 
 
 def write_file(block: Block, folder: Path) -> None:

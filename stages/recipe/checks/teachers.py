@@ -62,7 +62,9 @@ def _not_yet(recipe: Recipe) -> list[tuple[str, str]]:
     errors = []
     if recipe.loss.features:
         message = (
-            "features of several teachers are not matched yet. Leave them out, or name one teacher"
+            "features are matched of one teacher, and this recipe has several. Leave them out; or match "
+            "them in a recipe with one of the teachers, and begin with its student here "
+            "(student: {model: 'run:RUN_DIR'})"
         )
         errors.append(("loss.features", message))
     if recipe.train is not None and recipe.train.snapshot is not None:

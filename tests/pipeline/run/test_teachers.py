@@ -2,16 +2,20 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
 import yaml
 from kit import last_json, prompts, recipe_tree, stillroom, write_jsonl
+from safetensors.torch import load_file
 from tiny_llama import save_tiny_llama
+from tiny_store import StopAfter
 
 from stillroom.pipeline.plan.plan import make_plan
 from stillroom.stages.recipe.load import load_recipe
 from stillroom.stages.recipe.run_folder import read_record
-from stillroom.storage.errors import UsageError
+from stillroom.storage.errors import Stopped, UsageError
 from stillroom.storage.store.sql import query
 from stillroom.storage.store.store import Store
 
@@ -67,6 +71,20 @@ def test_each_teacher_has_a_line_a_process_and_rows_of_its_own(tmp_path: Path) -
     assert told["score/a"]["bytes"] > told["score/b"]["bytes"] > 0
     again = last_json(stillroom("run", recipe, "--json"))["stages"]
     assert {entry["state"] for entry in again.values()} == {"cached"}
+    # What leaves is of one teacher: of the other one's texts alone.
+    to = (tmp_path / "out", "--license", "mit")
+    assert (
+        "and this recipe has a, b. Export each" in stillroom("export", recipe, *to, expect=2).stderr
+    )
+    generate = {
+        "engine": "hf",
+        "temperature": 0.0,
+        "max_tokens": 12,
+        "model": str(room.models["a"]),
+    }
+    alone = room.recipe({"name": "b", "where": THE}, generate=generate)
+    left = last_json(stillroom("export", alone, *to, "--json"))["rows"]["soft_targets"]
+    assert sum(left.values()) == asked
 
 
 def test_a_teacher_that_is_added_scores_only_itself_and_one_that_is_removed_nothing(
@@ -187,6 +205,7 @@ TRAINED: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_a_student_of_two_teachers_and_what_trains_again(tmp_path: Path) -> None:
     room = Room(tmp_path)
     routed = [{"name": "a"}, {"name": "b", "where": THE}]
@@ -210,6 +229,16 @@ def test_a_student_of_two_teachers_and_what_trains_again(tmp_path: Path) -> None
     tokens = {name: of["arms"]["student"]["tokens"] for name, of in evaluation["teachers"].items()}
     assert tokens["a"] == evaluation["results"]["student"]["tokens"] > tokens["b"] > 0
     assert evaluation["teachers"]["a"]["arms"]["teacher"]["kl_teacher"] == 0.0
+    # What a student of several was trained on is no dataset of one teacher.
+    to = (tmp_path / "out", "--license", "mit")
+    routed[0] |= {"where": f"NOT {THE}"}
+    stillroom("run", room.recipe(*routed, **TRAINED), "--until", "train")
+    kept = {one.stem for one in (tmp_path / "store" / "snapshots").glob("*.json")}
+    mixed = make_plan(load_recipe(room.recipe(*routed, **TRAINED))).snapshots["train"].id
+    assert mixed in kept
+    named = ("--snapshot", mixed)
+    refused = stillroom("export", tmp_path / "store", *to, *named, expect=2).stderr
+    assert "differ in their teacher_id" in refused
 
 
 def test_a_mixture_with_weights_of_each_token_trains(tmp_path: Path) -> None:
@@ -220,3 +249,42 @@ def test_a_mixture_with_weights_of_each_token_trains(tmp_path: Path) -> None:
     recipe = room.recipe(*teachers, **TRAINED | {"loss": loss})
     stages = last_json(stillroom("run", recipe, "--until", "train", "--json"))["stages"]
     assert stages["train"]["state"] == stages["baseline"]["state"] == "done"
+
+
+class Killed(BaseException):
+    """Ends a training where it stands, as a kill does: nobody saves anything."""
+
+
+class KillAfter(StopAfter):
+    """At the given look."""
+
+    def check(self) -> None:
+        try:
+            super().check()
+        except Stopped as stopped:
+            raise Killed from stopped
+
+
+@pytest.mark.slow
+def test_a_training_that_is_killed_goes_on_with_both_teachers(tmp_path: Path) -> None:
+    room = Room(tmp_path)
+    weight = {"shape": "linear", "start": 1.0, "end": 0.2}
+    teachers = {"name": "a", "weight": weight}, {"name": "b", "where": THE}
+    train = {"epochs": 4, "tokens_per_step": 64, "checkpoint_every_steps": 2}
+    alone = {"baseline": False, "tokens": 200, "samples": 0}
+    recipe = room.recipe(*teachers, **TRAINED | {"train": train, "evaluate": alone})
+    stillroom("run", recipe, "--until", "score")
+    other = f"run.dir={tmp_path / 'other'}"
+    stillroom("run", recipe, "--until", "train", "--set", other)
+    killed = patch("kit.StopFlag", lambda: KillAfter(11))
+    with killed, pytest.raises(Killed):
+        stillroom("run", recipe, "--until", "train")
+    (folder,) = (tmp_path / "run").glob("train-*")
+    assert any((folder / "checkpoints").iterdir())
+    assert not (folder / "train.json").exists()
+    stillroom("run", recipe, "--until", "train")
+    (whole,) = (tmp_path / "other").glob("train-*")
+    one, two = (load_file(run / "student" / "model.safetensors") for run in (folder, whole))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    histories = [read_record(run / "train.json")["history"] for run in (folder, whole)]
+    assert histories[0] == histories[1]

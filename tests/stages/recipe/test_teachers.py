@@ -55,7 +55,7 @@ def two(folder: Path, first: dict[str, Any], second: dict[str, Any]) -> list[dic
                 "score": {"features": [{"what": "hidden", "layers": [0]}]},
                 "loss": {"features": [{"match": "hidden"}]},
             },
-            "loss.features: features of several teachers are not matched yet",
+            "loss.features: features are matched of one teacher, and this recipe has several",
         ),
         (
             {},

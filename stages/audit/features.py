@@ -32,10 +32,10 @@ from ..models.causal_lm import load_causal_lm
 from ..models.classification import Inputs, class_logits
 from ..models.head import hidden_states
 from ..models.identity import Identity
-from ..recipe.features import Feature
+from ..recipe.features import Feature, Name
 from ..recipe.tasks import module_of, task_of
 from ..targets.features.blocks import blocks_of
-from ..targets.features.capture import Found, Name, capturing
+from ..targets.features.capture import Found, capturing
 from ..workers.job import Progress
 
 FeatureFault = Literal[

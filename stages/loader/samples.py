@@ -18,7 +18,8 @@ from ...storage.store.store import Store
 from ...storage.tables.rows import Rows
 from ...storage.tables.soft_targets import LISTS, SoftTargets, normalised_targets
 from ...storage.tables.spans import SPAN_COLUMNS, spans_of
-from .features import FeatureSource, Name
+from ..recipe.features import Name
+from .features import FeatureSource
 
 _SPAN = {
     "soft_targets": ("span_start", "span_tokens", "spans"),

@@ -112,9 +112,11 @@ def deep_verify(
     broken = sum(commit.shard.rows for commit in store.commits("soft_targets")) - _count(shards)
     rows = choose_rows(store, placed, rows=asked.rows, seed=asked.seed)
     from ...stages.audit.features import choose_features, read_again
+    from ...stages.audit.matrices import stored_matrices
 
     features = choose_features(store, teacher.id, rows=asked.rows, seed=asked.seed, damaged=damaged)
-    if not rows and not features:
+    matrices = stored_matrices(store, teacher.id)
+    if not rows and not features and not matrices:
         raise UsageError(
             "verify --deep: none of this teacher's rows can be read again, so nothing is known "
             f"of its targets ({classes} are of a classification head, {broken} of the store's are "
@@ -125,8 +127,14 @@ def deep_verify(
     found = Rescored.nothing(teacher)
     if rows:
         found = rescore(teacher, rows, device_map=asked.device_map, progress=progress)
-    if features:
-        read = read_again(teacher, features, device_map=asked.device_map, progress=progress)
+    if features or matrices:
+        read = read_again(
+            teacher,
+            features,
+            device_map=asked.device_map,
+            progress=progress,
+            matrices=matrices,
+        )
         found = replace(found, features=read)
     others = _rows_by_teacher(shards)
     others.pop(teacher.id, None)
@@ -143,14 +151,10 @@ def deep_lines(found: "Rescored") -> list[str]:
         lines += _feature_lines(found.features)
     if found.ok:
         return [*lines, "what was read again is what the teacher says"]
-    off: list[OffRow | OffFeature] = [*found.off, *(found.features.off if found.features else ())]
-    counts = Counter[str](row.fault for row in off).most_common()
-    faults = ", ".join(f"{count} {fault}" for fault, count in counts)
-    read_rows = found.rows + (found.features.rows if found.features else 0)
     return [
         *lines,
-        f"{len(off)} of {read_rows} rows are not what the teacher says ({faults}). Do not "
-        "train on this store: score the prompts again into another one (storage.dir).",
+        f"{_how_many(found)}. Do not train on this store: score the prompts again into another one "
+        "(storage.dir).",
     ]
 
 
@@ -172,6 +176,20 @@ def deep_json(found: "Rescored") -> dict[str, Any]:
             "damaged": found.damaged,
         },
     } | ({"features": asdict(found.features)} if found.features else {})
+
+
+def _how_many(found: "Rescored") -> str:
+    """Of what was read, how much is off."""
+    features = found.features
+    off: list[OffRow | OffFeature] = [*found.off, *(features.off if features else ())]
+    counts = Counter[str](row.fault for row in off).most_common()
+    faults = ", ".join(f"{count} {fault}" for fault, count in counts)
+    rows = found.rows + (features.rows if features else 0)
+    said = [f"{len(off)} of {rows} rows are not what the teacher says ({faults})"] if off else []
+    matrices = features.matrices if features else []
+    if wrong := sum(matrix.off > 0 for matrix in matrices):
+        said.append(f"{wrong} of {len(matrices)} matrices are not what they were made of")
+    return ", ".join(said)
 
 
 def _read_lines(found: "Rescored") -> list[str]:
@@ -200,10 +218,12 @@ def _read_lines(found: "Rescored") -> list[str]:
 
 def _feature_lines(found: "FeaturesRead") -> list[str]:
     """What was read of features, and the rows that are off."""
-    lines = [
-        f"features: {found.rows} rows read again; those that are right are off by "
-        f"{found.worst:.2g} at most, relative, rounding included"
-    ]
+    lines = []
+    if found.rows:
+        lines.append(
+            f"features: {found.rows} rows read again; those that are right are off by "
+            f"{found.worst:.2g} at most, relative, rounding included"
+        )
     if found.without_text:
         lines.append(f"not read: {found.without_text} rows of features whose text is gone")
     for row in found.off[:SHOWN]:
@@ -214,6 +234,14 @@ def _feature_lines(found: "FeaturesRead") -> list[str]:
         )
     if len(found.off) > SHOWN:
         lines.append(f"... and {len(found.off) - SHOWN} more")
+    if found.matrices:
+        named = Counter(one.what for one in found.matrices)
+        lines.append(f"matrices compared: {', '.join(f'{n} {what}' for what, n in named.items())}")
+    lines += [
+        f"PROBLEM {one.file} ({one.what}): {one.off} numbers are off: {one.message}"
+        for one in found.matrices
+        if one.off
+    ]
     return lines
 
 

@@ -1,5 +1,6 @@
 """Features that a teacher does not have or a student cannot match, refused before any work; and what they will take."""
 
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ...stages.ledger.features import check_narrower, feature_bytes, find_embeddings
@@ -9,6 +10,7 @@ from ...stages.models.fit.processor import channels_of, side_of
 from ...stages.models.identity import Identity
 from ...stages.recipe.features import (
     EMBEDDINGS,
+    Feature,
     FeatureLoss,
     captured,
     embedding_bits,
@@ -150,9 +152,9 @@ def feature_note(recipe: Recipe, bound: Bound) -> list[str]:
     for of, per_text in (("token", False), ("text", True)):
         features = [f for f in captured(recipe.score.features) if f.of_text == per_text and widths]
         total = sum(feature_bytes(feature, widths) for feature in features)
-        parts = ", ".join(f"{f.words} {feature_bytes(f, widths)} ({f.dtype})" for f in features)
         if features:
-            found.append(f"features: {total} bytes a {of} of the rows to train on: {parts}")
+            found.append(f"features: {total:,} bytes a {of} of the rows to train on")
+            found += [f"  {line}" for line in _layouts(features, widths, of)]
     if size := embedding_bytes(recipe, bound):
         found.append(f"the teacher's embeddings: {size:,} bytes, once for all texts")
     return found
@@ -170,6 +172,18 @@ def image_note(recipe: Recipe, bound: Bound) -> list[str]:
         f"images: {side} x {side} x {channels} as the teacher reads them, at most about "
         f"{side * side * channels:,} bytes each, once for the prompt and once beside each target"
     ]
+
+
+def _layouts(features: Sequence[Feature], widths: Mapping[str, int], of: str) -> Iterator[str]:
+    """A line for what is laid out alike, whatever its block."""
+    alike: dict[tuple[str, str], list[Feature]] = {}
+    for feature in features:
+        alike.setdefault((feature.kind, feature.dtype), []).append(feature)
+    for (_, dtype), some in alike.items():
+        blocks = ", ".join(str(feature.layer) for feature in some)
+        words = some[0].words_of(f"{'block' if len(some) == 1 else 'blocks'} {blocks}")
+        size = sum(feature_bytes(feature, widths) for feature in some)
+        yield f"{words}: {size:,} bytes a {of}, {dtype}"
 
 
 def embedding_bytes(recipe: Recipe, bound: Bound) -> int:

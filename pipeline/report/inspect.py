@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from rich.table import Table
 from rich.text import Text
 
@@ -21,7 +23,8 @@ from ...storage.store.bindings import all_bindings
 from ...storage.store.store import Store
 from ...storage.tables.heads import HEADS
 from ...storage.tables.kinds import STRUCTURES
-from ...storage.tables.schema import TableName
+from ...storage.tables.row_builders import text_key
+from ...storage.tables.schema import KEY, TableName
 from ...storage.tables.shard import ShardFile
 from ...storage.tables.soft_targets import SoftTargets
 from ...storage.tables.spans import positions, spans_of
@@ -31,6 +34,8 @@ from .token_view import coloured, drawn, fitting, rows_of, visible
 
 SHOWN = 5  # entries of a target
 _SCORED = "scored tokens stand in ⟦ ⟧"
+FEATURE = ["kind", "layer", "vectors", "width", "dtype"]
+"""What is shown of a row of features."""
 TABLES: tuple[TableName, ...] = ("soft_targets", "generations")
 
 
@@ -51,6 +56,9 @@ def show(
     row = find_row(store, key)
     sample = describe(row, tokenizer_of(store, row))
     lines = render(sample, columns=columns, colours=colours)
+    sample["features"] = features_of(store, row)
+    if sample["features"]:
+        lines += [Text("\nstored of this text too"), _features_table(sample["features"])]
     if row["doubts"]:
         sample["doubts"] = row["doubts"]
         lines = [*(Text(f"doubtful: {doubt}") for doubt in row["doubts"]), Text(), *lines]
@@ -138,6 +146,27 @@ def _doubts(file: ShardFile, table: TableName, row: dict[str, Any], *, where: st
 def _keys(store: Store, table: TableName) -> Iterator[tuple[bytes, str, int]]:
     index = store.index(table, ["key"])
     return zip(*(index[c].to_pylist() for c in ("key", "shard", "row")), strict=True)
+
+
+def features_of(store: Store, row: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is stored of a teacher's layers for this text; of a row of targets what its own teacher says."""
+    index = store.index("features", ["text_key", "teacher_id", *FEATURE])
+    mine = pc.equal(index["text_key"], pa.scalar(text_key(row["token_ids"]), KEY))
+    if row["table"] == "soft_targets":
+        mine = pc.and_(mine, pc.equal(index["teacher_id"], row["teacher_id"]))
+    order = [(name, "ascending") for name in FEATURE]
+    found: list[dict[str, Any]] = index.filter(mine).select(FEATURE).sort_by(order).to_pylist()
+    return found
+
+
+def _features_table(features: Sequence[dict[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("feature", no_wrap=True)
+    for name in FEATURE[1:]:
+        table.add_column(name, justify="right", no_wrap=True)
+    for one in features:
+        table.add_row(*("-" if one[name] is None else one_line(str(one[name])) for name in FEATURE))
+    return table
 
 
 def tokenizer_of(store: Store, row: dict[str, Any]) -> Any:

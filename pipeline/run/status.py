@@ -232,7 +232,8 @@ def status_tables(stages: dict[str, dict[str, Any]]) -> Group:
     equal = [f"{name}: {equal_texts(s['equal'])}" for name, s in stages.items() if s.get("equal")]
     stored = [(name, s) for name, s in stages.items() if "bytes_per_token_by_column" in s]
     kept = [_kept_line(name, s["kept"]) for name, s in stored if "kept" in s]
-    features = [_feature_line(n, s["features"]) for n, s in stages.items() if s.get("features")]
+    captured = [(name, s["features"]) for name, s in stages.items() if s.get("features")]
+    features = [part for name, costs in captured for part in _feature_table(name, costs)]
     columns = (_column_line(name, s) for name, s in stored)
     return Group(table, *equal, *columns, *kept, *features)
 
@@ -261,19 +262,22 @@ def _kept_line(name: str, kept: dict[str, dict[str, Any]]) -> str:
     return f"{name}, entries/token of each kind, the mass they hold (tokens): " + ", ".join(parts)
 
 
-def _feature_line(name: str, features: dict[str, Any]) -> str:
+def _feature_table(name: str, features: dict[str, Any]) -> tuple[str, Table]:
+    """What they take, and a line for each layout: how far rounding misses, and by what projection moves cosines."""
     said = (
         f"{name}, features: {human(features['vectors'])} vectors, "
-        f"{features['bytes_per_vector']:.1f} bytes each; rounding misses, relative: "
+        f"{features['bytes_per_vector']:.1f} bytes each"
     )
-    rounding, projection = (
-        ", ".join(
-            f"{one_line(of)} {error['mean']:.2%} (at most {error['most']:.2%})"
-            for of, error in features.get(which, {}).items()
-        )
-        for which in ERRORS
-    )
-    return said + rounding + (f"; projection moves cosines by {projection}" if projection else "")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("feature", no_wrap=True)
+    errors = [features[of] for of in ERRORS if of in features]
+    for column in ("rounding misses", "at most", "cosines moved", "at most")[: 2 * len(errors)]:
+        table.add_column(column, justify="right", no_wrap=True)
+    for layout in features[ERRORS[0]]:
+        off = [error.get(layout) for error in errors]
+        cells = [f"{e[of]:.2%}" if e else "-" for e in off for of in ("mean", "most")]
+        table.add_row(one_line(layout), *cells)
+    return said, table
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:

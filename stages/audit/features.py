@@ -15,7 +15,7 @@ times that matrix.
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -32,11 +32,13 @@ from ..models.causal_lm import load_causal_lm
 from ..models.classification import Inputs, class_logits
 from ..models.head import hidden_states
 from ..models.identity import Identity
-from ..recipe.features import Feature
+from ..recipe.features import Feature, Name
 from ..recipe.tasks import module_of, task_of
 from ..targets.features.blocks import blocks_of
-from ..targets.features.capture import Found, Name, capturing
+from ..targets.features.capture import Found, capturing
+from ..targets.features.shown import embeddings_of
 from ..workers.job import Progress
+from .matrices import MatrixRead, StoredMatrix, compared, made_again
 
 FeatureFault = Literal[
     "shifted by one position",
@@ -99,6 +101,13 @@ class FeaturesRead:
     off: list[OffFeature]
     without_text: int = 0
     """Not read: rows whose text the store has no more."""
+    matrices: list[MatrixRead] = field(default_factory=list)
+    """The teacher's embeddings, and the projections."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether all that was read is right."""
+        return not self.off and not any(matrix.off for matrix in self.matrices)
 
 
 def choose_features(
@@ -172,17 +181,30 @@ def read_again(
     *,
     device_map: str | None,
     progress: Progress,
+    matrices: Sequence[StoredMatrix] = (),
 ) -> FeaturesRead:
-    """Read the texts of some rows again and compare.
+    """Read the texts of some rows again and compare, and some matrices.
+
+    Args:
+        teacher: Whose they are.
+        rows: By `choose_features`.
+        device_map: As the recipe's `teacher.device_map`.
+        progress: Where to say how far it is.
+        matrices: By `stored_matrices`.
 
     Raises:
         UsageError: the teacher does not load, or its layers cannot be captured.
     """
     there = [row for row in rows if row.token_ids is not None]
-    if not there:
-        return FeaturesRead(rows=0, worst=0.0, off=[], without_text=len(rows))
+    without_text = len(rows) - len(there)
+    of_teacher = [one for one in matrices if one.of_teacher]
+    read = [made_again(one) for one in matrices if not one.of_teacher]
+    heads = [row.head for row in there] + [one.head for one in of_teacher]
+    if not heads:
+        return FeaturesRead(rows=0, worst=0, off=[], without_text=without_text, matrices=read)
     progress.say(f"loading {teacher.folder}")
-    reader = _Reader(teacher, there[0].head, device_map)
+    reader = _Reader(teacher, heads[0], device_map)
+    read += [reader.compared(one) for one in of_teacher]
     progress.start(total=len(there), unit="rows of features")
     worst, off = 0.0, []
     for row in there:
@@ -195,7 +217,9 @@ def read_again(
         else:
             off.append(_off(row, error, allowed, reader=reader, others=there))
         progress.advance()
-    return FeaturesRead(rows=len(there), worst=worst, off=off, without_text=len(rows) - len(there))
+    return FeaturesRead(
+        rows=len(there), worst=worst, off=off, without_text=without_text, matrices=read
+    )
 
 
 def apart(stored: np.ndarray, right: np.ndarray) -> float:
@@ -289,8 +313,20 @@ class _Reader:
             self._model = room.load_teacher(teacher, device_map=device_map)
             self._inputs = Inputs.of(self._model, teacher.folder)
         self._limit = teacher.context_tokens
+        self._merged = teacher.adapter is not None
         self.layers = len(blocks_of(self._model))
         self.eps: float = torch.finfo(self._model.dtype).eps
+
+    def compared(self, one: StoredMatrix) -> MatrixRead:
+        """The embeddings that are kept against the teacher's own."""
+        weight = embeddings_of(self._model).detach()
+        return compared(
+            one,
+            tuple(weight.shape),
+            lambda rows: weight[rows].float().cpu().numpy(),
+            source="the teacher's",
+            relative=4 * self.eps if self._merged else 0.0,
+        )
 
     def noise(self, row: StoredFeature) -> float:
         """How far apart a row's states are, read alone and beside a longer text: padded, where that changes nothing."""

@@ -61,8 +61,8 @@ class Rescored:
 
     @property
     def ok(self) -> bool:
-        """Whether every row that was read is right."""
-        return not self.off and not (self.features and self.features.off)
+        """Whether all that was read is right."""
+        return not self.off and (self.features is None or self.features.ok)
 
     @classmethod
     def nothing(cls, teacher: Identity) -> "Rescored":

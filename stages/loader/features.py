@@ -19,9 +19,7 @@ from ...storage.snapshots.snapshot import Snapshot
 from ...storage.store.store import Store
 from ...storage.tables.features import Layout, Rounded, of_text
 from ...storage.tables.row_builders import text_key
-from ..recipe.features import Feature
-
-Name = tuple[str, int]
+from ..recipe.features import Feature, Name
 
 _FOLDER = "features"
 

@@ -20,7 +20,8 @@ from ...storage.tables.heads import head_of
 from ...storage.tables.rows import Rows
 from ...storage.tables.soft_targets import LISTS, SoftTargets, normalised_targets
 from ...storage.tables.spans import SPAN_COLUMNS, spans_of
-from .features import FeatureSource, Name
+from ..recipe.features import Name
+from .features import FeatureSource
 from .teachers import TeacherSource
 
 _SPAN = {

@@ -22,7 +22,7 @@ from ...storage.tables.features import (
     projected_to,
     what_and_how,
 )
-from .fields import Scheduled, Section
+from .fields import Layer, Once, Pairs, Scheduled, Section
 
 Bits = Literal[8, 16, 32]
 DTYPES: dict[int, str] = {8: "int8", 16: "float16", 32: "float32"}
@@ -69,12 +69,12 @@ EMBEDDINGS = "embeddings"
 """The one that is kept once of a teacher."""
 
 FEATURES = {
-    "hidden": FeatureKind(words="hidden states of block {layer}", bits=8),
-    "queries": FeatureKind(words="queries of block {layer}", bits=16),
-    "keys": FeatureKind(words="keys of block {layer}", bits=16),
-    "values": FeatureKind(words="values of block {layer}", bits=16, may=("project",)),
+    "hidden": FeatureKind(words="hidden states of {blocks}", bits=8),
+    "queries": FeatureKind(words="queries of {blocks}", bits=16),
+    "keys": FeatureKind(words="keys of {blocks}", bits=16),
+    "values": FeatureKind(words="values of {blocks}", bits=16, may=("project",)),
     "pooled": FeatureKind(
-        words="pooled ({pooling}) states of block {layer}",
+        words="pooled ({pooling}) states of {blocks}",
         bits=16,
         fields=("pooling",),
     ),
@@ -148,7 +148,11 @@ else:
     Multiplied = Literal[HEADED]
     Match = Literal[tuple(MATCHES)]
 
-Layer = Annotated[int, Field(ge=0)]
+_OF_NO_LAYER = "`layers`: embeddings are of no layer. Leave it out"
+
+
+Name = tuple[str, int]
+"""Kind and layer of a feature."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, order=True)
@@ -179,8 +183,12 @@ class Feature:
     @property
     def words(self) -> str:
         """It for people."""
+        return self.words_of(f"block {self.layer}")
+
+    def words_of(self, blocks: str) -> str:
+        """The same of other blocks, or of several."""
         what, how = what_and_how(self.kind)
-        words = FEATURES[what].words.format(layer=self.layer, pooling=how)
+        words = FEATURES[what].words.format(blocks=blocks, pooling=how)
         return words if projected_to(self.kind) is None else f"{words} in {how} numbers"
 
 
@@ -191,7 +199,7 @@ class FeatureRequest(Section):
     """hidden: the states that a block hands on, at every token. queries, keys, values: what its
     attention multiplies, all heads, after rotation. pooled: one vector a text of the states.
     embeddings: the matrix of the teacher's token embeddings, kept once."""
-    layers: list[Layer] = Field([])
+    layers: Annotated[list[Layer], Once] = Field([])
     """Blocks of the teacher, the first being 0; of embeddings none."""
     bits: Bits | None = None
     """Of a stored number; 8: with a scale per vector; 32: exact. null: 8 of hidden states, else
@@ -210,11 +218,9 @@ class FeatureRequest(Section):
                 f"`layers` names none. Name layers of the teacher whose {self.what} are stored"
             )
         if self.what == EMBEDDINGS and self.layers:
-            raise ValueError(f"`layers` {self.layers}: embeddings are of no layer. Leave it out")
+            raise ValueError(_OF_NO_LAYER)
         if self.what == EMBEDDINGS and self.bits == 8:
             raise ValueError("`bits` 8: embeddings are kept with 16 or 32. Choose one of these")
-        if len(set(self.layers)) < len(self.layers):
-            raise ValueError(f"`layers` {self.layers} names one twice. Name each once")
         return self
 
     @model_validator(mode="after")
@@ -245,7 +251,7 @@ class FeatureLoss(Section):
     teacher's. attention: where its tokens look. relations: how alike its queries, keys or values
     are. rkd, similarity: how texts lie to one another. infonce: which text is which. embeddings:
     those of the tokens, through a map as hidden states."""
-    layers: dict[Layer, Layer] | Literal["uniform", "last"] = "last"
+    layers: Pairs = "last"
     """Teacher's block -> student's block. last: of the stored ones the last, with the student's
     last. uniform: all stored ones, evenly over the student's blocks."""
     weight: Scheduled = 1.0
@@ -255,7 +261,7 @@ class FeatureLoss(Section):
     heads: Literal["each", "average"] = "each"
     """attention: each of the teacher's heads with the student's of the same number, or the means
     over the heads of each."""
-    of: list[Multiplied] = Field(list(HEADED), min_length=1)
+    of: Annotated[list[Multiplied], Once] = Field(list(HEADED), min_length=1)
     """relations: of which vectors, each a part of the loss."""
     relation_heads: int | None = Field(None, ge=1)
     """relations: parts into which the vectors of all heads are cut anew; needed. It divides the
@@ -276,9 +282,7 @@ class FeatureLoss(Section):
         if self.layers == {}:
             raise ValueError("`layers` is empty. Name a pair of blocks, 'uniform' or 'last'")
         if self.match == EMBEDDINGS and self.layers != "last":
-            raise ValueError("`layers`: embeddings are of no layer. Leave it out")
-        if len(set(self.of)) < len(self.of):
-            raise ValueError(f"`of` {self.of} names one twice. Name each once")
+            raise ValueError(_OF_NO_LAYER)
         return self
 
     @model_validator(mode="after")

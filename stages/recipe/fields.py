@@ -10,6 +10,9 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     model_validator,
 )
 
@@ -102,6 +105,34 @@ Scheduled = Annotated[
 ]
 """A number, or a schedule of numbers."""
 
+
+def _each_once(values: list[Any]) -> list[Any]:
+    if len(set(values)) < len(values):
+        raise ValueError(f"{values} names one twice. Name each once")
+    return values
+
+
+Once = AfterValidator(_each_once)
+"""Of a list in which nothing stands twice."""
+
+Layer = Annotated[int, Field(ge=0)]
+"""A block of a model, the first being 0."""
+
+
+def _pairs_in_words(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return check(value)
+    except ValidationError:
+        named = value if isinstance(value, list) else [value]
+        example = ", ".join(f"{block}: {n}" for n, block in enumerate(named) if type(block) is int)
+        raise ValueError(
+            f"must be {{teacher's block: student's block}}, as {{{example or '11: 5'}}}, or uniform, "
+            f"or last (got {value!r})"
+        ) from None
+
+
+Pairs = Annotated[dict[Layer, Layer] | Literal["uniform", "last"], WrapValidator(_pairs_in_words)]
+"""Which block of the teacher is matched with which of the student."""
 
 Tail = Literal["bucket", "drop", "renormalize", "to_label"]
 Kernel = Literal["torch", "triton"]

@@ -8,8 +8,8 @@ import torch
 from ...storage.store.store import Store
 from ...storage.tables.features import projected_to, what_and_how
 from ..ledger.features import check_narrower
-from ..recipe.features import Feature
-from ..targets.features.capture import Name, Projections, needs_of
+from ..recipe.features import Feature, Name
+from ..targets.features.capture import Projections, needs_of
 from ..targets.features.projection import Projection, kept_projection
 from ..targets.features.shown import glimpse
 

@@ -15,7 +15,7 @@ from ..ledger.features import feature_key, feature_row_key
 from ..ledger.requests import TargetRequest, target_key
 from ..models.identity import Identity
 from ..models.inputs.reads import too_long
-from ..recipe.features import Feature, captured, embedding_bits
+from ..recipe.features import Feature, Name, captured, embedding_bits
 from ..recipe.tasks import TASKS, module_of
 from ..workers.job import Job
 from ..workers.share import DoneByOthers, MadeRows, RowKeys, Share
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ...storage.tables.features import Layout, Projected
     from ...storage.tables.soft_targets import SoftTargets
     from ..models.attention.longest import Company
-    from ..targets.features.capture import Found, Name, Projections, Taken
+    from ..targets.features.capture import Found, Projections, Taken
 
 Batch = list[TargetRequest]
 

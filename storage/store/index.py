@@ -41,14 +41,17 @@ class Index:
         self._connection.execute("SET preserve_insertion_order = false")
         self.commits: dict[TableName, dict[int, Commit]] = {}
         """The live commits, by number."""
+        views: list[str] = []
         for table in TABLES:
             self.commits[table] = {}
-            views: list[str] = []
+            parts: list[str] = []
             for number, (part, first) in enumerate(store.parts):
                 found = part.indexed(table, write=write and number == 0)
                 self.commits[table] |= {first + commit.seq: commit for commit in found.commits}
-                views.append(self._part(f"{table}_{number}", table, found, first=first))
-            self._view(table, views)
+                parts.append(f"{table}_{number}")
+                views.append(self._part(parts[-1], table, found, first=first))
+            views.append(_whole(table, parts))
+        self.execute(";".join(views))  # each statement has a thread of its own
 
     def close(self) -> None:
         """Give memory and disk back."""
@@ -122,7 +125,7 @@ class Index:
         return commit
 
     def _part(self, name: str, table: TableName, found: Indexed, *, first: int) -> str:
-        """A view of the rows of one of the stores; its commits are counted from `first` on."""
+        """SQL: a view of the rows of one of the stores; its commits are counted from `first` on."""
         self.register(f"newest_{name}", found.newest)
         columns = ", ".join(
             as_uuid(f.name) if f.type == KEY else f.name for f in segment_schema(table)
@@ -133,19 +136,19 @@ class Index:
             select += f" UNION ALL SELECT {columns} FROM read_parquet([{paths}])"
         # The commits of a source are counted from `first` on.
         moved = f"* REPLACE (place + {place_of(first, 0)} AS place)" if first else "*"
-        self.execute(f"CREATE VIEW {name} AS SELECT {moved} FROM ({select})")
-        return name
+        return f"CREATE VIEW {name} AS SELECT {moved} FROM ({select})"
 
-    def _view(self, table: TableName, parts: Sequence[str]) -> None:
-        """All rows; of a row that several stores have, the first one's."""
-        selects = []
-        for number, part in enumerate(parts):
-            select = f"SELECT * FROM {part}"
-            keys = [f"SELECT key FROM {earlier}" for earlier in parts[:number]]
-            if keys and "key" in INDEXED[table]:
-                select += f" WHERE key NOT IN ({' UNION ALL '.join(keys)})"
-            selects.append(select)
-        self.execute(f"CREATE VIEW {table} AS {' UNION ALL '.join(selects)}")
+
+def _whole(table: TableName, parts: Sequence[str]) -> str:
+    """SQL: a view of all rows; of a row that several stores have, the first one's."""
+    selects = []
+    for number, part in enumerate(parts):
+        select = f"SELECT * FROM {part}"
+        keys = [f"SELECT key FROM {earlier}" for earlier in parts[:number]]
+        if keys and "key" in INDEXED[table]:
+            select += f" WHERE key NOT IN ({' UNION ALL '.join(keys)})"
+        selects.append(select)
+    return f"CREATE VIEW {table} AS {' UNION ALL '.join(selects)}"
 
 
 def limit(connection: duckdb.DuckDBPyConnection, *, defaults: Mapping[str, str]) -> None:

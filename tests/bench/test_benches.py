@@ -120,18 +120,12 @@ def test_the_commit_bench_runs() -> None:
 def test_the_loader_bench_runs() -> None:
     outcome, _ = bench("loader", "--tiny")
     assert set(outcome["speed"]) == {"rows", "tokens", "repeats", "stillroom", "datasets"}
+    found = outcome["features"]
+    assert found["bytes_over_targets"] > 3
+    assert found["companions"]["rows"] == found["targets"]["rows"] == [16]
     assert outcome["resume"]["footers_opened"] == outcome["resume"]["footers_needed"]
     assert outcome["trainer"]["loader_over_trainer"] > 0
     assert outcome["check"]["check_over_read"] > 0
-
-
-def test_the_bench_of_features_runs() -> None:
-    words = [sys.executable, str(HERE / "loader.py"), "--tiny", "--only", "features"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])["features"]
-    assert found["bytes_over_targets"] > 3
-    assert found["companions"]["rows"] == found["targets"]["rows"] == [16]
 
 
 @pytest.mark.slow

@@ -9,9 +9,8 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from ...recipe.features import FeatureLoss, pooling_of
+from ...recipe.features import FeatureLoss, Name, pooling_of
 from ...targets.features.batch import FeatureTargets
-from ...targets.features.capture import Name
 from ...targets.features.pooling import pooled
 from ...targets.features.shown import Need, Shown
 from .between_samples import (

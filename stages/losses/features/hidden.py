@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ...recipe.features import Name
 from ...targets.features.batch import FeatureTargets
-from ...targets.features.capture import Name
 from ...targets.features.shown import Need, Shown
 from .part import Part, StepSize
 

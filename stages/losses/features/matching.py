@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from ....storage.keys import content_key
 from ....storage.tables.features import Layout
-from ...recipe.features import FeatureLoss, FeatureRequest, layers_for
+from ...recipe.features import FeatureLoss, FeatureRequest, Name, layers_for
 from ...targets.features.batch import FeatureTargets
-from ...targets.features.capture import Name
 from ...targets.features.shown import Need, Shown
 from .attention import AttentionPart
 from .groups import GroupPart, betweens

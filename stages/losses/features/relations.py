@@ -8,8 +8,8 @@ from torch import Tensor
 from ....storage.errors import UsageError
 from ....storage.tables.features import Layout, what_and_how
 from ...models.attention.maps import Scores
+from ...recipe.features import Name
 from ...targets.features.batch import FeatureTargets
-from ...targets.features.capture import Name
 from ...targets.features.shown import Need, Shown
 from .kl_of_maps import kl_of_maps
 from .part import Part, StepSize, in_heads

@@ -104,6 +104,8 @@ def _defaults(made: Any, teacher: Any, teacher_dir: Path, task: str) -> dict[str
 
 
 def _refuse_unknown(changes: dict[str, Any], made: Any, base: dict[str, Any]) -> None:
+    if changes.keys() <= base.keys():
+        return
     known = base.keys() | made().to_dict().keys()
     for name in changes:
         if name not in known:

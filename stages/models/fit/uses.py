@@ -95,9 +95,12 @@ def _continues_text(raw: Mapping[str, Any], config: Any) -> bool:
 
 
 def _kind_by_class(raw: Mapping[str, Any]) -> str | None:
+    named = _named(raw)
+    if not named:  # a config that names no class is in no table
+        return None
     for kind, tables in _KINDS:
         for table in tables.split():
-            if any(_named(raw) & _as_set(names) for names in class_names_of(table).values()):
+            if any(named & _as_set(names) for names in class_names_of(table).values()):
                 return kind
     return None
 

@@ -87,6 +87,42 @@ _HINTS = {
     "evaluate.metric": "Write evaluate.generate.metric.",
 }
 
+# What other libraries call a setting of an entry of `score.features` or `loss.features`.
+_PARTS = {
+    "score.features": {
+        "type kind name feature": "Write what: hidden, queries, keys, values, pooled or embeddings.",
+        "dtype precision num_bits": "Write bits: 8, 16 or 32.",
+        "pool": "Write pooling: mean, cls or last.",
+        "dim proj proj_dim projection": "Write project: numbers of a projected value.",
+    },
+    "loss.features": {
+        "alpha beta gamma lambda factor coef coefficient scale loss_weight": (
+            "Write weight: it is used as given, of each pair of blocks."
+        ),
+        "layer blocks layer_map layer_mapping layer_mappings layer_T layer_S teacher_layer "
+        "student_layer teacher_layers student_layers": (
+            "Write layers: {teacher's block: student's block}, uniform or last."
+        ),
+        "type kind name what loss loss_type criterion objective": (
+            "Write match: what is compared; of hidden states `distance` says how."
+        ),
+        "metric": "Write distance: mse, cosine or smooth_l1, of hidden states.",
+        "proj projector projection adapter regressor": (
+            "Write nothing: where widths differ a linear map is trained, and dropped on save."
+        ),
+        "num_relation_heads split_heads": "Write relation_heads.",
+        "pool": "Write pooling: mean, cls or last.",
+        "T tau nce_t": "Write temperature, of infonce.",
+        "group_size": "Write group.",
+    },
+}
+_HINTS |= {
+    f"{section}.{name}": said
+    for section, of_section in _PARTS.items()
+    for names, said in of_section.items()
+    for name in names.split()
+}
+
 
 def hint_at(path: str) -> str | None:
     """What to write in place of an unknown key; None where nobody is known to write it.
@@ -94,4 +130,5 @@ def hint_at(path: str) -> str | None:
     Args:
         path: Dotted, from the recipe's top.
     """
+    path = ".".join(part for part in path.split(".") if not part.isdigit())  # any entry of a list
     return _HINTS.get(path) or _HINTS.get(path.rpartition(".")[2]) or outside_key(path)

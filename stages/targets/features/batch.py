@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .capture import Found, Name
+from ...recipe.features import Name
+from .capture import Found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

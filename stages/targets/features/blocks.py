@@ -43,6 +43,23 @@ def blocks_of(model: Any) -> nn.ModuleList:
     return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
 
 
+def named_blocks(model: Any, layers: Sequence[int]) -> dict[int, nn.Module]:
+    """Some blocks by their numbers.
+
+    Raises:
+        UsageError: one is not there.
+    """
+    if not layers:
+        return {}
+    blocks = blocks_of(model)
+    if beyond := [layer for layer in layers if not 0 <= layer < len(blocks)]:
+        raise UsageError(
+            f"{_name(model)}: layer {beyond[0]} is asked for, it has {len(blocks)} blocks, 0 to "
+            f"{len(blocks) - 1}."
+        )
+    return {layer: blocks[layer] for layer in layers}
+
+
 @contextmanager
 def states_of(model: nn.Module, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
     """Layer -> its states [B, T, D], of the forward pass that is made inside; autograd goes through them.
@@ -51,20 +68,15 @@ def states_of(model: nn.Module, layers: Sequence[int]) -> Iterator[dict[int, Ten
         UsageError: a block is not there.
     """
     found: dict[int, Tensor] = {}
-    blocks = blocks_of(model) if layers else nn.ModuleList()
+    blocks = named_blocks(model, layers)
     hooks = []
     try:
-        for layer in layers:
-            if not 0 <= layer < len(blocks):
-                raise UsageError(
-                    f"{_name(model)}: layer {layer} is asked for, it has {len(blocks)} blocks, 0 to "
-                    f"{len(blocks) - 1}."
-                )
+        for layer, block in blocks.items():
 
             def keep(_: nn.Module, __: Any, output: Any, layer: int = layer) -> None:
                 found[layer] = output[0] if isinstance(output, tuple | list) else output
 
-            hooks.append(blocks[layer].register_forward_hook(keep))
+            hooks.append(block.register_forward_hook(keep))
         yield found
     finally:
         # Before the backward pass: a block that is computed again there is not kept again.

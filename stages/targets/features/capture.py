@@ -25,14 +25,12 @@ from torch import Tensor, nn
 from ....storage.errors import UsageError
 from ....storage.tables.features import HEADED, Layout, Projected, of_text, what_and_how
 from ...models.device import evaluating
-from ...recipe.features import Feature, pooling_of
+from ...recipe.features import Feature, Name, pooling_of
 from .blocks import states_of
 from .pooling import pooled
 from .projection import Projection
 from .shown import Need, Shown, check_shown, showing
 
-Name = tuple[str, int]
-"""Kind and layer."""
 Found = Mapping[Name, np.ndarray]
 """[T, D] float32 of each feature of a text; of pooled states [1, D]."""
 Projections = Mapping[Name, Projection]

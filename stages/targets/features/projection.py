@@ -25,6 +25,8 @@ from torch.nn.functional import normalize
 from ....storage.keys import content_id, content_key, row_seed
 from ....storage.store.store import Store
 
+PROJECTION = "projection"
+"""What the record of such a matrix says that it is."""
 _ROWS = 1024
 """Tokens whose cosines with all others are made at once."""
 
@@ -69,17 +71,27 @@ def orthonormal(width: int, to: int, *, seed: int) -> np.ndarray:
     return found.astype(np.float32)
 
 
+def projection_matrix(width: int, to: int) -> np.ndarray:
+    """P [D, d] float32 of this shape, as this machine makes it."""
+    return orthonormal(width, to, seed=row_seed(content_key("matrix", **_said(width, to))))
+
+
+def _said(width: int, to: int) -> dict[str, Any]:
+    """What a matrix is: its record says it, and its name and seed are hashes of it."""
+    return {"what": PROJECTION, "width": width, "to": to}
+
+
 def kept_projection(store: Store, width: int, to: int) -> tuple[str, np.ndarray]:
     """The store's P [D, d] of this shape and what rows call it; made where there is none yet.
 
     It is read back where it was just made too: another process may have been first, and a machine
     with another linear algebra makes other last bits.
     """
-    said: dict[str, Any] = {"what": "projection", "width": width, "to": to}
+    said = _said(width, to)
     name = content_id("matrix", **said)
     known = store.matrix_named(name)
     if known is None:
-        matrix = orthonormal(width, to, seed=row_seed(content_key("matrix", **said)))
+        matrix = projection_matrix(width, to)
     else:
         matrix = store.matrix(known.id)
     store.put_matrix(name, matrix, said)  # that of a source too: what names it stands beside it

@@ -12,8 +12,8 @@ import torch
 
 from ....storage.tables.features import HEADED, SCALED, Layout, Rounded
 from ...models.attention.maps import Scores, log_rows
-from ...recipe.features import Feature
-from .capture import Found, Name
+from ...recipe.features import Feature, Name
+from .capture import Found
 
 ALLOWED = 0.05
 """Of a number of a map, which is between 0 and 1."""

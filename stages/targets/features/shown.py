@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ....storage.errors import UsageError
 from ...models.attention.recorded import Recorded, attention_layers, recording
 from ...models.device import evaluating
-from .blocks import blocks_of, check_blocks, states_of
+from .blocks import check_blocks, named_blocks, states_of
 
 Need = tuple[Literal["hidden", "attention", "embeddings"], int]
 """What is read of a model's forward pass, and of which block; of embeddings 0."""
@@ -45,14 +45,12 @@ def showing(model: nn.Module, needs: Iterable[Need]) -> Iterator[Shown]:
     Raises:
         UsageError: a block is not there.
     """
-    hidden, attention = layers_of(needs, "hidden"), layers_of(needs, "attention")
+    hidden, looked = layers_of(needs, "hidden"), named_blocks(model, layers_of(needs, "attention"))
     embeddings = embeddings_of(model) if layers_of(needs, "embeddings") else None
-    if not attention:
+    if not looked:
         with states_of(model, hidden) as states:
             yield Shown(states, {}, {}, embeddings)
         return
-    blocks = blocks_of(model)
-    looked = {layer: blocks[layer] for layer in attention}
     within = {module for block in looked.values() for module in block.modules()}
     with states_of(model, hidden) as states, recording(model, within) as kept:
         yield Shown(states, kept, looked, embeddings)
@@ -98,16 +96,10 @@ def check_shown(model: nn.Module, needs: Iterable[Need]) -> None:
     if layers_of(needs, "embeddings"):
         embeddings_of(model)
     check_blocks(model, layers_of(needs, "hidden"))
-    if not (attention := layers_of(needs, "attention")):
-        return
-    blocks, layers = blocks_of(model), attention_layers(model)
-    for layer in attention:
-        if not 0 <= layer < len(blocks):
-            raise UsageError(
-                f"attention of layer {layer} is asked for, the model has {len(blocks)} blocks, 0 to "
-                f"{len(blocks) - 1}."
-            )
-        if layers[layer] not in set(blocks[layer].modules()):
+    looked = named_blocks(model, layers_of(needs, "attention"))
+    layers = attention_layers(model) if looked else []
+    for layer, block in looked.items():
+        if layers[layer] not in set(block.modules()):
             raise UsageError(
                 f"the attention of block {layer} cannot be told from that of other blocks. Use hidden "
                 "states instead."

@@ -64,7 +64,18 @@ def test_from_prompts_to_the_report(tmp_path: Path, teacher: Path) -> None:
         *(f"{what} 2 float16" for what in MULTIPLIED),
     }
     assert all(0 < error["mean"] < 0.02 for error in found["rounding_error"].values())
-    assert "features: " in stillroom("status", path).stdout
+    shown = stillroom("status", path).stdout.splitlines()
+    assert sum(line.startswith(("hidden ", "queries ", "keys ", "values ")) for line in shown) == 5
+    notes = last_json(stillroom("plan", path, "--json"))["notes"]
+    assert "  hidden states of blocks 0, 2: 40 bytes a token, int8" in notes
+    assert max(map(len, notes)) < 100, "a line for each layout"
+
+    sample = last_json(done := stillroom("inspect", store.root, "--json"))
+    tokens = len(sample["token_ids"])
+    hidden = {"kind": "hidden", "layer": 0, "vectors": tokens, "width": 16, "dtype": "int8"}
+    assert sample["features"][0] == hidden
+    assert len(sample["features"]) == len(found["rounding_error"])
+    assert sum(line.startswith("hidden ") for line in done.stdout.splitlines()) == 2
 
     (run,) = [p for p in (tmp_path / "run").glob("train-*") if (p / "evaluation.json").exists()]
     history = json.loads((run / "train.json").read_text())["history"]
@@ -103,10 +114,8 @@ def test_losses_between_samples_have_a_part_each_in_the_report(
     ]
     path = recipe(tmp_path, teacher, score=score, loss={"features": asked})
     notes = last_json(stillroom("plan", path, "--json"))["notes"]
-    assert any(
-        note.startswith("features: 92 bytes a text") and "pooled (last) states of block 2" in note
-        for note in notes
-    )
+    assert "features: 92 bytes a text of the rows to train on" in notes
+    assert "  pooled (last) states of block 2: 92 bytes a text, float16" in notes
     stillroom("run", path)
     found = last_json(stillroom("status", path, "--json"))["stages"]["score"]["features"]
     assert found["rounding_error"].keys() == {"pooled_last 2 float16"}

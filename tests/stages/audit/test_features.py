@@ -21,8 +21,6 @@ from stillroom.stages.models.identity import Identity
 from stillroom.storage.store.store import Store
 from stillroom.storage.tables.features import Rounded
 
-pytestmark = pytest.mark.numeric
-
 Row = dict[str, Any]
 
 
@@ -53,6 +51,7 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return World(store, identity)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("bits", [8, 16, 32])
 def test_a_teacher_agrees_with_itself_to_the_rounding(tmp_path: Path, bits: int) -> None:
     teacher = save_tiny_llama(tmp_path / "teacher", initializer_range=0.3, num_hidden_layers=3)
@@ -65,6 +64,7 @@ def test_a_teacher_agrees_with_itself_to_the_rounding(tmp_path: Path, bits: int)
     assert least <= found.worst <= most
 
 
+@pytest.mark.numeric
 def test_an_encoder_agrees_with_itself(tmp_path: Path) -> None:
     score = {"targets": "full", "features": [{"what": "hidden", "layers": [1]}]}
     teacher = save_tiny_bert(tmp_path / "teacher")
@@ -169,6 +169,7 @@ def pooled(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(world.store, identity)
 
 
+@pytest.mark.numeric
 def test_pooled_rows_agree_with_the_teacher(pooled: World) -> None:
     found = pooled.read()
     assert (found.rows, found.off) == (64, [])

@@ -66,6 +66,17 @@ def written(folder: Path, **sections: Any) -> Path:
         ),
         ({"features": HIDDEN}, {"features": [{"match": "hidden", "layers": {}}]}, "is empty"),
         (
+            {"features": HIDDEN},
+            {"features": [{"match": "hidden", "alpha": 0.5}]},
+            "loss.features.0.alpha: unknown key. Write weight: it is used as given",
+        ),
+        (
+            {"features": HIDDEN},
+            {"features": [{"match": "hidden", "layer_mapping": {0: 0}}]},
+            "Write layers: {teacher's block: student's block}, uniform or last.",
+        ),
+        ({"features": [HIDDEN[0] | {"dtype": "int8"}]}, {}, "Write bits: 8, 16 or 32."),
+        (
             {"features": [HIDDEN[0] | {"project": 8}]},
             {},
             "`project` is of what: values; this is hid",
@@ -176,6 +187,22 @@ def test_what_cannot_work_is_said_with_its_path(
     with pytest.raises(UsageError) as refused:
         load_recipe(written(tmp_path, score={"k": 4} | score, loss=loss))
     assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("layers", "example"), [([2], "{2: 0}"), ({0: "first"}, "{11: 5}"), ("first", "{11: 5}")]
+)
+def test_layers_of_another_form_are_told_in_words(
+    tmp_path: Path, layers: Any, example: str
+) -> None:
+    loss = {"features": [{"match": "hidden", "layers": layers}]}
+    with pytest.raises(UsageError) as refused:
+        load_recipe(written(tmp_path, score={"k": 4, "features": HIDDEN}, loss=loss))
+    (line,) = str(refused.value).splitlines()
+    assert line.endswith(
+        "loss.features.0.layers: must be {teacher's block: student's block}, as "
+        f"{example}, or uniform, or last (got {layers!r})."
+    )
 
 
 def test_features_alone_are_something_to_learn(tmp_path: Path) -> None:

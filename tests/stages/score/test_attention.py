@@ -34,8 +34,6 @@ from stillroom.storage.store.store import Store
 from stillroom.storage.tables.features import Layout, Rounded
 from stillroom.storage.tables.row_builders import text_key
 
-pytestmark = pytest.mark.numeric
-
 SHAPE = {
     "vocab_size": 32,
     "hidden_size": 16,
@@ -95,6 +93,7 @@ def rebuilt(found: dict[tuple[bytes, str, int], dict[str, Any]], text: bytes, la
     return whole
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
 def test_attention_of_stored_rows_is_the_models_eager_one(tmp_path: Path, name: str) -> None:
     """Texts of other lengths share a pass with padding."""
@@ -114,6 +113,7 @@ def test_attention_of_stored_rows_is_the_models_eager_one(tmp_path: Path, name: 
     assert verify(store).ok
 
 
+@pytest.mark.numeric
 def test_attention_of_an_encoders_stored_rows_is_its_eager_one(tmp_path: Path) -> None:
     teacher = save_tiny_bert(tmp_path / "teacher")
     score = {"targets": "full", "features": multiplied("queries", "keys"), "batch_tokens": 64}
@@ -158,6 +158,7 @@ def test_the_plan_says_what_grouped_queries_and_keys_take(tmp_path: Path) -> Non
     assert sum(len(row["values"]) for row in rows) == 48 * tokens
 
 
+@pytest.mark.numeric
 def test_eight_bits_are_stored_where_attention_stays_and_refused_where_it_moves(
     tmp_path: Path,
 ) -> None:
@@ -178,6 +179,7 @@ def test_eight_bits_are_stored_where_attention_stays_and_refused_where_it_moves(
     assert make_plan(recipe_of(tmp_path / "b", sharp, [])).line("score").state == "to do"
 
 
+@pytest.mark.numeric
 def test_a_teacher_in_bfloat16_is_recorded_as_it_multiplies(tmp_path: Path) -> None:
     folder = save_tiny_llama(tmp_path / "teacher", initializer_range=0.3)
     AutoModelForCausalLM.from_pretrained(folder).to(torch.bfloat16).save_pretrained(folder)

@@ -7,18 +7,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kit import prompts, recipe_tree, write_jsonl
+from kit import last_json, prompts, recipe_tree, stillroom, write_jsonl
 from planting import rows_of
 from tiny_jobs import done_until_score, teacher_job
+from tiny_llama import save_tiny_llama
 from transformers import AutoModelForCausalLM
 
 from stillroom.pipeline.plan.plan import make_plan
-from stillroom.stages.ledger.features import find_embeddings
+from stillroom.stages.ledger.features import embeddings_name, find_embeddings
 from stillroom.stages.recipe.sections import Recipe
 from stillroom.stages.score import stage as score
 from stillroom.stages.score.embeddings import keep_embeddings
+from stillroom.stages.targets.features.projection import projection_matrix
 from stillroom.storage.errors import UsageError
 from stillroom.storage.integrity.verify import verify
+from stillroom.storage.keys import content_id
 from stillroom.storage.store.store import Store
 
 KEPT = [{"what": "embeddings"}]
@@ -79,3 +82,37 @@ def test_what_float16_does_not_hold_is_refused(
         keep_embeddings(store, model, teacher_id="t", bits=16)
     keep_embeddings(store, model, teacher_id="t", bits=32)
     assert find_embeddings(store, "t", 16) is not None
+
+
+@pytest.mark.parametrize("changed", [False, True], ids=["right", "changed"])
+def test_deep_verification_compares_matrices_with_what_they_were_made_of(
+    tmp_path: Path, changed: bool
+) -> None:
+    """A changed number that was there before scoring: rows and checksums agree with it."""
+    teacher = save_tiny_llama(tmp_path / "teacher", initializer_range=0.3)
+    values = {"what": "values", "layers": [0], "project": 6}
+    asked = recipe(tmp_path, teacher, [*KEPT, values])
+    store, _, identity = teacher_job(asked)
+    if changed:
+        exact = AutoModelForCausalLM.from_pretrained(teacher).get_input_embeddings().weight
+        embeddings = exact.detach().numpy().astype(np.float16)
+        embeddings[5, 3] *= 1.01
+        about = {"what": "embeddings", "teacher_id": identity.id, "dtype": "float16"}
+        about |= {"shape": list(embeddings.shape), "rounding_error": 0.0}
+        store.put_matrix(embeddings_name(identity.id, "float16"), embeddings, about)
+        said = {"what": "projection", "width": 8, "to": 6}
+        projection = projection_matrix(8, 6)
+        projection[2, 1] += 1e-3
+        store.put_matrix(content_id("matrix", **said), projection, said)
+    done_until_score(asked)
+    words = ("verify", store.root, "--deep", "--teacher", teacher, "--json")
+    done = stillroom(*words, expect=3 if changed else 0)
+    deep = last_json(done)["deep"]
+    off = {one["what"]: (one["off"], one["message"][:15]) for one in deep["features"]["matrices"]}
+    assert deep["ok"] is not changed
+    assert deep["features"]["off"] == []
+    if changed:
+        assert off == {"embeddings": (1, "row 5, column 3"), "projection": (1, "row 2, column 1")}
+        assert "2 of 2 matrices are not what they were made of" in " ".join(done.stdout.split())
+    else:
+        assert off == {"embeddings": (0, ""), "projection": (0, "")}

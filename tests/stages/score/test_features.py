@@ -251,9 +251,12 @@ def test_layers_that_there_are_not_are_refused_by_the_plan(
 
 def test_the_plan_says_bytes_a_token(scored: Scored) -> None:
     plan = make_plan(scored.recipe(hidden(0, 1) + hidden(2, bits=16)))
-    (note,) = [note for note in plan.notes if note.startswith("features:")]
-    assert note.startswith(f"features: {2 * (WIDTH + 4) + 2 * WIDTH} bytes a token")
-    assert "block 1 20 (int8), hidden states of block 2 32 (float16)" in note
+    said = [
+        f"features: {2 * (WIDTH + 4) + 2 * WIDTH} bytes a token of the rows to train on",
+        "  hidden states of blocks 0, 1: 40 bytes a token, int8",
+        "  hidden states of block 2: 32 bytes a token, float16",
+    ]
+    assert [note for note in plan.notes if "a token" in note] == said
     assert not [note for note in make_plan(scored.recipe([])).notes if "features" in note]
 
 

@@ -411,13 +411,3 @@ def test_the_comparison_of_token_types_runs(tmp_path: Path) -> None:
     for numbers in outcome["results"].values():
         assert 0 <= numbers["entity_f1"][0] <= 1
     assert outcome["results"]["teacher"]["kl_teacher"][0] == 0
-
-
-@pytest.mark.slow
-@pytest.mark.assets
-def test_the_comparison_of_digits_runs(tmp_path: Path) -> None:
-    outcome, _ = bench("digits", tmp_path, "--tiny", "--seeds", "0")
-    assert set(outcome["results"]) == {"teacher", "labels alone", "distilled"}
-    for numbers in outcome["results"].values():
-        assert 0 <= numbers["accuracy"][0] <= 1
-    assert outcome["results"]["teacher"]["kl_teacher"][0] == 0

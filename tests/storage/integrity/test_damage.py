@@ -184,10 +184,10 @@ def test_another_shard_in_its_place(filled):
 def test_a_shard_of_another_format_version(filled):
     _, path = shard_of(filled)
     table = pq.read_table(path)
-    about = json.loads(table.schema.metadata[METADATA_KEY]) | {"format_version": 3}
+    about = json.loads(table.schema.metadata[METADATA_KEY]) | {"format_version": 4}
     pq.write_table(table.replace_schema_metadata({METADATA_KEY: json.dumps(about)}), path)
     with pytest.raises(
-        IntegrityError, match="format version 3, this Stillroom reads soft_targets up to version 2"
+        IntegrityError, match="format version 4, this Stillroom reads soft_targets up to version 3"
     ):
         filled.index("soft_targets", ["key"])
 

@@ -24,7 +24,7 @@ from transformers import (
     RobertaForCausalLM,
 )
 
-from stillroom.stages.evaluate import patterns
+from stillroom.stages.evaluate.quiz import patterns
 from stillroom.stages.evaluate.quiz.answers import Question, Quiz, greedy, scorer
 from stillroom.stages.evaluate.quiz.normal_forms import number, words
 from stillroom.stages.evaluate.quiz.patterns import last_match

@@ -18,8 +18,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from stillroom.pipeline.report import results
 from stillroom.pipeline.report.blocks import Bullets
-from stillroom.stages.evaluate import causal_lm, metrics, patterns
+from stillroom.stages.evaluate import causal_lm, metrics
 from stillroom.stages.evaluate import stage as evaluate
+from stillroom.stages.evaluate.quiz import patterns
 from stillroom.stages.models.students import student
 from stillroom.stages.recipe.sections import Recipe
 from stillroom.stages.workers.job import Job, StopFlag

@@ -88,13 +88,9 @@ def student_card(
     whose = " and ".join(map(inline, teachers))
     distilled = settings["arm"] == "student" and recipe.get("score") is not None
     learnt = "the teacher's distributions" if distilled else "the teacher's text"
+    library = _library(student, adapter=adapter)
     card = ModelCard.from_template(
-        _card_data(
-            recipe,
-            settings["arm"],
-            _index(shown, evaluation),
-            library=_library(student, adapter=adapter),
-        ),
+        _card_data(recipe, settings["arm"], _index(shown, evaluation), library=library),
         template_str=package_files("stillroom.pipeline.templates")
         .joinpath("model_card.md.jinja")
         .read_text("utf-8"),

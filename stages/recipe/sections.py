@@ -250,13 +250,11 @@ class Loss(DivergenceSettings):
     unstored_temperature: Literal["refuse", "approximate"] = "refuse"
     """approximate: where a temperature was not stored, the tail counts as one id."""
     tail: Tail = "bucket"
-    """What becomes of the teacher's mass outside the entries; sampled and full targets have
-    none."""
+    """What becomes of the teacher's mass outside the entries; sampled and full targets have none."""
     soft_weight: Scheduled = 1.0
     """Weight of the divergence, used as given; a number or a schedule."""
     hard_weight: Scheduled = 0.1
-    """Weight of the cross-entropy, used as given; without `score` the loss is cross-entropy
-    alone."""
+    """Weight of the cross-entropy, used as given; without `score` the loss is cross-entropy alone."""
     features: list[FeatureLoss] = Field([])
     """What the student matches of the features that `score` stores."""
     teachers: Literal["sum", "mixture"] = "sum"
@@ -299,8 +297,7 @@ class Train(Section):
     tokens_per_step: int = Field(8192, ge=1)
     """Positions per optimizer step."""
     tokens_per_pass: int = Field(8192, ge=1)
-    """Positions per forward pass; a step takes as many passes as it needs (gradient
-    accumulation)."""
+    """Positions per forward pass; a step takes as many passes as it needs (gradient accumulation)."""
     row_tokens: int | None = Field(None, ge=8)
     """Most positions of a packed row. null: a pass is a single row without padding where the
     student can attend within samples (most can), else rows of about the longest sample of a step,

@@ -36,7 +36,10 @@ SCALES = {
             hidden=96, layers=4, epochs=12, learning_rate=1e-3, masked=0.2, attention_dropout=0.0
         ),
         texts=dict.fromkeys(SPLITS),
-        rates={"classify": (1.5e-3, 3e-3, 6e-3, 1.2e-2), "causal": (3e-3, 6e-3, 1.2e-2)},
+        rates={
+            "classify": (1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2),
+            "causal": (1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2, 4.8e-2),
+        },
         epochs={"classify": 4, "causal": 1},
         stories={"train": 600, "validation": 40, "test": 80},
     ),

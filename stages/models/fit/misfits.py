@@ -57,18 +57,17 @@ def refuse_misfit(
         )
     if head == "lm" and facts.ahead is not None:
         raise UsageError(refusal(where, f"its config says {facts.ahead}"))
-    if head == "masked_lm":
-        _refuse_unmasked(raw, where)
+    if TASKS[task].structure.masked:
+        _refuse_unmasked(raw, where, suffix=MODELS[head].suffix)
     refuse_ids_without_row(folder, facts.rows, where=where)
     if not raw.get("quantization_config"):  # else its tensors have other shapes
         _refuse_other_rows(folder, facts.rows, where=where)
     return facts
 
 
-def _refuse_unmasked(raw: Mapping[str, Any], where: str) -> None:
+def _refuse_unmasked(raw: Mapping[str, Any], where: str, *, suffix: str) -> None:
     """Refuse a model that was not trained to guess hidden tokens, or that sees none behind them."""
     named = [str(name) for name in raw.get("architectures") or ()]
-    suffix = MODELS["masked_lm"].suffix
     if named and not any(name.endswith((suffix, *_WITH_MORE_HEADS)) for name in named):
         raise UsageError(
             f"{where} has no head that guesses hidden tokens (config.json names {', '.join(named)}, expected "

@@ -217,7 +217,8 @@ def test_inspect_reads_tokens_with_the_rows_own_tokenizer_or_none(
 
 def test_schema_is_the_recipes_json_schema() -> None:
     schema = json.loads(stillroom("schema").stdout)
-    assert set(schema["required"]) == {"run", "storage", "teacher", "data"}
+    assert set(schema["required"]) == {"run", "storage", "data"}
+    assert schema["anyOf"] == [{"required": ["teacher"]}, {"required": ["teachers"]}]
     assert schema["$defs"]["Score"]["properties"]["k"]["default"] == 64
     assert "description" in schema["$defs"]["Train"]["properties"]["tokens_per_step"]
 

@@ -279,7 +279,7 @@ def test_a_file_takes_what_the_plan_says(tmp_path: Path, bits: int, said: int) -
     store, job, identity = teacher_job(recipe)
     data.run(job)
     plan = make_plan(recipe)
-    assert f"features: {2 * said} bytes a token" in next(n for n in plan.notes if "features" in n)
+    assert f"features: {2 * said:,} bytes a token" in next(n for n in plan.notes if "features" in n)
     score.run(job, identity)
     (commit,) = store.commits("features")
     (targets,) = store.commits("soft_targets")

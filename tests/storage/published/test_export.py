@@ -74,8 +74,11 @@ def exported(store, snapshots, folder, **choice):
 
 
 def same(found, expected):
+    """A row of a file is one of the store; where no row of a file has an image, it has no such column."""
     for name, value in expected.items():
-        if isinstance(value, np.ndarray):
+        if name == "image" and value is None:
+            assert found.get(name) is None
+        elif isinstance(value, np.ndarray):
             np.testing.assert_array_equal(found[name], value)
         else:
             assert found[name] == value, name
@@ -577,7 +580,7 @@ class TestManifest:
         with pytest.raises(IntegrityError, match="its files are"):
             Manifest.unsealed(seal(record | {"id": "0" * 32}), "m")
         with pytest.raises(IntegrityError, match="Use the version of Stillroom that published it"):
-            Manifest.unsealed(seal(record | {"published_version": 3}), "m")
+            Manifest.unsealed(seal(record | {"published_version": 4}), "m")
 
     def test_the_card_names_the_version(self):
         assert current_version(self.card("v-0123abcd", "v-0123abcd")) == "v-0123abcd"

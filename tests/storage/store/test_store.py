@@ -49,7 +49,7 @@ def test_rows_come_back_by_place(filled, samples):
 
     for number, row in enumerate(filled.rows("soft_targets", places)):
         expected = samples.target_row(number)
-        assert [row[name] for name in row.keys() - expected.keys()] == [None] * 6
+        assert [row[name] for name in row.keys() - expected.keys()] == [None] * 7
         for name, value in expected.items():
             np.testing.assert_array_equal(
                 row[name], np.float32(value) if name == "kept_mass" else value

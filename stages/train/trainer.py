@@ -196,7 +196,7 @@ class Trainer:
         return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
 
     def averages(self) -> dict[str, torch.Tensor]:
-        """The buffers, the running means and variances of batch norms say, which change as weights do, without a gradient."""
+        """The buffers, such as the running means of batch norms: they change as weights do, without a gradient."""
         return _buffers(self.model)
 
     def load_weights(self, state: dict[str, Any]) -> None:

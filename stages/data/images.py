@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,9 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """As Pillow calls them. Its other readers run programs, or read what is no image."""
 _DEEP = ("I", "F")
 """Modes of more than 8 bits a channel begin so: nothing says which part of their range is seen."""
+_OF_16_BITS = re.compile(r";16[BLN]")
+"""How Pillow says it of the channels of a colour, of which it reads the upper half."""
+_ADDRESS = re.compile(r" <_io\.BytesIO object at 0x[0-9a-f]+>")
 
 
 class ImageRows:
@@ -73,11 +77,12 @@ def decoded(value: Any, mode: str) -> "Image":
     try:
         with Image.open(io.BytesIO(_file(value)), formats=FORMATS) as opened:
             _refuse_large(opened)
-            if getattr(opened, "n_frames", 1) > 1:
+            # A camera's JPEG may carry a preview or a depth map behind the picture.
+            if opened.format != "MPO" and getattr(opened, "n_frames", 1) > 1:
                 raise RowError(
                     "unreadable", "image has several frames, expected one that does not move"
                 )
-            if opened.mode.startswith(_DEEP):
+            if opened.mode.startswith(_DEEP) or _OF_16_BITS.search(str(opened.tile)):
                 why = f"image has more than 8 bits a channel (mode {opened.mode}). Save it with 8"
                 raise RowError("unreadable", why)
             upright = ImageOps.exif_transpose(opened)
@@ -88,7 +93,7 @@ def decoded(value: Any, mode: str) -> "Image":
     except Image.DecompressionBombError as error:
         raise RowError("too_large", f"image is refused by Pillow: {error}") from error
     except Exception as error:  # Pillow's plugins raise whatever a damaged file leads them to
-        said = str(error).replace("<_io.BytesIO object at ", "<bytes at ")
+        said = _ADDRESS.sub("", str(error))
         what = f"image cannot be read ({type(error).__name__}: {said})"
         raise RowError("unreadable", f"{what}. Expected {', '.join(FORMATS)}") from error
 

@@ -168,7 +168,8 @@ class Tokenizing:
         """
         records = FORMATS[row["format"]]
         if self._masks is not None:
-            return [self._masked(ids, self._masks) for ids in self._whole_windows(row["text"])]
+            windows = self._whole_windows(row["text"], self._masks)
+            return [self._masked(ids, self._masks) for ids in windows]
         if records.document:
             return self._windows(row["text"])
         if records.words:
@@ -218,11 +219,12 @@ class Tokenizing:
             Given(token_ids=ids, prompt_tokens=0, tokens_key=tokens_key(ids, 0)) for ids in windows
         ]
 
-    def _whole_windows(self, text: str) -> list[np.ndarray]:
+    def _whole_windows(self, text: str, masks: Masks) -> list[np.ndarray]:
         windows = self.renderer.whole_windows(text, self._window)
         if not windows:
             raise RowError("empty", "the text has no tokens: nothing to hide")
-        return windows
+        # One of unknown tokens alone has nothing to hide, and goes without the others.
+        return [ids for ids in windows if len(masks.plain(ids))] or windows
 
     def _masked(self, ids: np.ndarray, masks: Masks) -> Given:
         """The text as it is, and which of its tokens are hidden; the key is that of what the teacher reads."""

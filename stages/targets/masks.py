@@ -77,6 +77,10 @@ class Masks:
         others = np.setdiff1d(known, special)
         return cls(rule=rule, mask=tokenizer.mask_token_id, special=special, others=others)
 
+    def plain(self, ids: np.ndarray) -> np.ndarray:
+        """Indices of the tokens that can be hidden."""
+        return np.flatnonzero(~np.isin(ids, self.special))
+
     def hide(self, token_ids: Sequence[int] | np.ndarray) -> Masked:
         """A text with some of its tokens hidden.
 
@@ -84,7 +88,7 @@ class Masks:
             RowError: it has none that can be.
         """
         ids = np.asarray(token_ids, np.int32)
-        plain = np.flatnonzero(~np.isin(ids, self.special))
+        plain = self.plain(ids)
         if not len(plain):
             raise RowError("empty", "no token but special ones: nothing to hide")
         order, fate, other = _uniform(text_key(ids), len(plain))

@@ -83,7 +83,6 @@ class Trainer:
         self._trained = model if self._matching is None else nn.ModuleList([model, self._matching])
         self.optimizer = make_optimizer(self._trained, train)
         self._device = next(model.parameters()).device
-        self._averages = _averages(model)
         self._packing, self._loss, self._train, self._dtype = packing, loss, train, dtype
 
     @property
@@ -197,8 +196,8 @@ class Trainer:
         return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
 
     def averages(self) -> dict[str, torch.Tensor]:
-        """The running means and variances of batch norms, which change as weights do, without a gradient."""
-        return self._averages
+        """The buffers, such as the running means of batch norms: they change as weights do, without a gradient."""
+        return _buffers(self.model)
 
     def load_weights(self, state: dict[str, Any]) -> None:
         """Give the student the weights and averages that `state` returned."""
@@ -301,12 +300,10 @@ class Trainer:
         return self._packing.losses(self.model, batch, aim=aim, dtype=self._dtype)
 
 
-def _averages(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The buffers of batch norms, by name; they are changed in place."""
-    batch_norm: Any = nn.modules.batchnorm._BatchNorm
-    norms = [module for module in model.modules() if isinstance(module, batch_norm)]
-    kept = {id(buffer) for norm in norms for buffer in norm.buffers()}
-    return {name: buffer for name, buffer in model.named_buffers() if id(buffer) in kept}
+def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that are saved with a model, by name."""
+    saved = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
 
 def _means(sums: torch.Tensor, scored: int, aim: Aim) -> Losses:

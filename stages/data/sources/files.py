@@ -21,7 +21,7 @@ from .names import (
     no_data,
     readable,
 )
-from .splits import ALL, known_split, split_of, split_of_image
+from .splits import ALL, known_split, refuse_either, split_of, split_of_image
 
 _NAMED = 5
 """Files that a sentence names; more are counted."""
@@ -133,6 +133,8 @@ def find_files(source: str, *, field: str, images: bool = False) -> Found | None
         found = _of_glob(path, source, field, images=images)
     for file in found.files:
         _refuse_unreadable(file, field, images=found.images)
+    if found.images:
+        refuse_either((file.relative_to(found.root) for file in found.files), field=field)
     if found.files:
         return found
     # A Hub id is owner/name: anything else was meant as a path.

@@ -1,6 +1,7 @@
 """The split that a file's path names, in the words that the Hub knows."""
 
 import re
+from collections.abc import Iterable
 from pathlib import PurePath
 
 from ....storage.errors import UsageError
@@ -36,6 +37,22 @@ def split_of(path: PurePath, *, field: str) -> str | None:
 def split_of_image(path: PurePath) -> str | None:
     """The split that the first folder of an image's path is: other words in it may be those of a class."""
     return _SPLITS.get(path.parts[0].lower()) if len(path.parts) > 1 else None
+
+
+def refuse_either(paths: Iterable[PurePath], *, field: str) -> None:
+    """Refuse images in a folder that a split is called by, beside others in folders of their classes.
+
+    Raises:
+        UsageError: some are.
+    """
+    folders = sorted({path.parts[0] for path in paths if len(path.parts) == 2})
+    splits = [folder for folder in folders if folder.lower() in _SPLITS]
+    if splits and len(splits) < len(folders):
+        other = next(folder for folder in folders if folder not in splits)
+        raise UsageError(
+            f"{field}: the folder {splits[0]} may be a split, or a class of images as {other} beside "
+            "it. Put the folders of all classes into one that is called train."
+        )
 
 
 def known_split(name: str, *, field: str) -> str:

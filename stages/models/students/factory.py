@@ -6,12 +6,14 @@ The function is called with keywords: `classes`, their number; of images `channe
 `attention_mask` and, where the tokenizer makes them, `token_type_ids`) and returns logits [B, C].
 """
 
+import hashlib
 import json
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from transformers import PreTrainedConfig
 from ....storage.errors import UsageError, answered
 from ...recipe.sections import Recipe
 from ...recipe.stages import needed
+from ..classification import Inputs
 from ..device import evaluating
 from ..fit.files import read_json
 from ..loading import ModelKind
@@ -32,10 +35,10 @@ _Config: Any = PreTrainedConfig  # it takes whatever fields a model has
 class FactoryStudent(nn.Module):
     """A module of the user's, with what the stages ask of a model of transformers."""
 
-    def __init__(self, model: nn.Module, config: Any, told: dict[str, Any]) -> None:
-        """`told`: what the function was called with."""
+    def __init__(self, model: nn.Module, config: Any, told: dict[str, Any], sha256: str) -> None:
+        """`told`: what the function was called with; `sha256`: of the file as it was run."""
         super().__init__()
-        self.model, self.config, self.told = model, config, told
+        self.model, self.config, self.told, self.sha256 = model, config, told, sha256
 
     def forward(self, **inputs: Tensor) -> SimpleNamespace:
         """`logits` [B, C]."""
@@ -67,35 +70,37 @@ def factory_student(recipe: Recipe, teacher_dir: Path, kind: ModelKind) -> Facto
     path, name = factory_file(str(student.factory))
     about, config = _about(teacher_dir, kind)
     with answered(f"{FIELD}: {student.factory} makes no student", f"Mend {path}."):
-        made_by = getattr(_module(path), name, None)
+        code = path.read_bytes()
+        made_by = getattr(_module(path, code), name, None)
         if made_by is None:
             raise AttributeError(f"it has no {name}")
         told = about | (student.args or {})
         made = made_by(**told)
         if not isinstance(made, nn.Module) or not any(True for _ in made.parameters()):
             raise TypeError(f"{name} returned {type(made).__name__}, not a module with weights")
-        found = FactoryStudent(made.float(), config, told)
+        found = FactoryStudent(made.float(), config, told, hashlib.sha256(code).hexdigest())
         with torch.no_grad(), evaluating(found):
-            said = found(**_example(kind)).logits
-        if said.shape != (1, len(kind.classes)):
+            said = found(**_example(kind, found, teacher_dir)).logits
+        if said.shape != (2, len(kind.classes)):
             raise ValueError(
-                f"its logits of one row are {list(said.shape)}, expected [1, {len(kind.classes)}]"
+                f"its logits of two rows are {list(said.shape)}, expected [2, {len(kind.classes)}]"
             )
     return found
 
 
-def _example(kind: ModelKind) -> dict[str, Tensor]:
-    """A row as the stages give it; texts come with what is no padding."""
-    ids = kind.example.get("input_ids")
-    return {**kind.example} | ({} if ids is None else {"attention_mask": torch.ones_like(ids)})
+def _example(kind: ModelKind, student: FactoryStudent, teacher_dir: Path) -> dict[str, Tensor]:
+    """Two rows as the stages give them; texts with all that comes beside their ids."""
+    if "pixel_values" in kind.example:
+        return {name: torch.cat([row, row]) for name, row in kind.example.items()}
+    return Inputs.of(student, teacher_dir).tensors([np.zeros(2, np.int64)] * 2)
 
 
-def _module(path: Path) -> ModuleType:
-    """What the file is as a module; it is run for this."""
+def _module(path: Path, code: bytes) -> ModuleType:
+    """What a file with these bytes is as a module; it is run for this."""
     module = ModuleType(f"stillroom_factory_{path.stem}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # dataclasses, say, look there for where they stand
-    exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
+    exec(compile(code, str(path), "exec"), module.__dict__)
     return module
 
 
@@ -128,7 +133,7 @@ def save_factory_student(student: FactoryStudent, recipe: Recipe, part: Path) ->
     path, function = factory_file(factory)
     record = {
         "factory": f"{path.name}:{function}",
-        "sha256": factory_id(factory),
+        "sha256": student.sha256,  # of what was trained: the file may have changed since
         "arguments": student.told,
         "classes": list(student.config.id2label.values()),
     }

@@ -72,7 +72,10 @@ def load_student(recipe: Recipe, teacher_dir: Path, folder: Path) -> nn.Module:
     """
     kind = kind_of(recipe, teacher_dir)
     if needed(recipe.student, "student").factory is not None:
-        return load_factory_student(recipe, teacher_dir, kind, folder)
+        # What it draws and no file of weights holds is as it was in training.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.run.seed)
+            return load_factory_student(recipe, teacher_dir, kind, folder)
     return kind.student(folder)
 
 

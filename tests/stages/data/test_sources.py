@@ -460,6 +460,16 @@ def test_an_address_on_the_web_is_named_as_one() -> None:
     assert "word" not in str(refused.value)
 
 
+def test_a_class_of_images_that_is_called_as_a_split_is(tmp_path: Path) -> None:
+    below = tmp_path / "below"
+    for folder in ("bus", "train", "below/train/bus", "below/train/train", "below/test"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "1.png").write_bytes(b"")
+    assert len(find_files(str(below), field="data.source", images=True).files) == 3  # type: ignore[union-attr]
+    with pytest.raises(UsageError, match=r"folder train may be a split, or a class .* bus beside"):
+        find_files(f"{tmp_path}/*/*.png", field="data.source", images=True)
+
+
 @pytest.mark.parametrize("name", ["texts.parquet", "texts.arrow"])
 def test_a_table_of_long_texts_is_read_a_few_rows_at_a_time(tmp_path: Path, name: str) -> None:
     text, rows = "the cat sat " * 20_000, 100  # 24 MB, and one batch where it is Arrow

@@ -13,7 +13,9 @@ from tiny_images import Pictures, save_tiny_resnet
 from tiny_models import CLASSES, save_tiny_bert
 from tiny_store import StopAfter
 
+from stillroom.stages.models.students.factory import FactoryStudent, save_factory_student
 from stillroom.stages.models.students.factory_file import factory_id
+from stillroom.stages.models.students.student import initial_student, load_student
 from stillroom.stages.recipe.checks.together import check_together
 from stillroom.stages.recipe.sections import Recipe, Student
 from stillroom.stages.train import stage as train
@@ -28,9 +30,14 @@ class Net(nn.Module):
         super().__init__()
         self.body = nn.Sequential(nn.Flatten(), nn.Linear(sides, hidden), nn.BatchNorm1d(hidden), nn.ReLU())
         self.head = nn.Linear(hidden, classes)
+        self.register_buffer("mean", torch.zeros(hidden))  # that no norm of torch's keeps
+        self.drawn = torch.randn(hidden)  # which no file of weights holds
 
     def forward(self, pixel_values):
-        return self.head(self.body(pixel_values))
+        states = self.body(pixel_values) * self.drawn
+        if self.training:
+            self.mean = 0.5 * self.mean + 0.5 * states.detach().mean(0)
+        return self.head(states - self.mean)
 
 def net(*, classes, channels, height, width, hidden=8):
     return Net(channels * height * width, classes, hidden)
@@ -72,6 +79,10 @@ def test_one_of_images_goes_on_after_a_stop_to_the_same_weights(tmp_path: Path) 
     assert said["arguments"]["hidden"] == 12
     assert (folders[0] / "preprocessor_config.json").is_file()
 
+    images = torch.randn(2, 3, 16, 16)
+    loaded = [load_student(world.recipe, teacher, folder).eval() for folder in folders]
+    assert torch.equal(*(student(pixel_values=images).logits for student in loaded))
+
     before = world.plan().train_dirs["student"]
     code.write_text(IMAGES + "# another file\n")
     assert world.plan().train_dirs["student"] != before
@@ -110,7 +121,46 @@ def test_the_command_line_runs_it_only_where_it_is_told_to(tmp_path: Path) -> No
     assert str(tmp_path) not in card
 
 
+def of_texts(folder: Path, code: str) -> Recipe:
+    """A recipe whose student this code makes; its teacher is a BERT, which tells pairs apart."""
+    (folder / "nets.py").write_text(code)
+    tree = {
+        "run": {"dir": str(folder / "run"), "task": "classification"},
+        "storage": {"dir": str(folder / "store")},
+        "teacher": {"model": str(save_tiny_bert(folder / "teacher", classes=CLASSES))},
+        "student": {"factory": f"{folder / 'nets.py'}:bag"},
+        "data": {"source": "rows.jsonl", "format": "labelled"},
+        "score": {"targets": "full"},
+        "train": {"epochs": 1},
+    }
+    return Recipe.model_validate(tree)
+
+
+def test_one_is_named_by_the_code_that_was_run(tmp_path: Path) -> None:
+    recipe = of_texts(tmp_path, TEXTS)
+    student = initial_student(recipe, tmp_path / "teacher")
+    assert isinstance(student, FactoryStudent)
+    (tmp_path / "nets.py").write_text(f"{TEXTS}# changed while it was trained\n")
+    save_factory_student(student, recipe, tmp_path)
+    with pytest.raises(UsageError, match="has changed since"):
+        load_student(recipe, tmp_path / "teacher", tmp_path)
+
+
 class TestRefusals:
+    @pytest.mark.parametrize(
+        ("there", "instead", "says"),
+        [
+            (", **_", "", "token_type_ids"),
+            (" / there.sum(1))", " / there.sum(1))[:1]", r"logits of two rows are \[1, 3\]"),
+        ],
+    )
+    def test_what_cannot_read_rows_as_they_are_given(
+        self, tmp_path: Path, there: str, instead: str, says: str
+    ) -> None:
+        recipe = of_texts(tmp_path, TEXTS.replace(there, instead))
+        with pytest.raises(UsageError, match=says):
+            initial_student(recipe, tmp_path / "teacher")
+
     @pytest.mark.parametrize(
         ("more", "says"),
         [

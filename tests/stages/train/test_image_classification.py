@@ -1,6 +1,8 @@
 """Image classification: a distribution for each image in the store, its loss, a student that goes on, refusals."""
 
 import json
+import struct
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,20 @@ class TestStore:
             assert {*found.inputs["key"].to_pylist()} <= keys, source
 
 
+def deep_png() -> bytes:
+    """Colours of 16 bits, which Pillow reads and does not write: 2 x 2 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0)
+    pixels = zlib.compress(bytes(2 * (1 + 2 * 3 * 2)))
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
 class TestImages:
     def test_what_is_no_image_to_read_is_rejected_by_name(self) -> None:
         frames = [picture(n).resize((8, 8)) for n in range(2)]
@@ -111,9 +127,16 @@ class TestImages:
             ("a.png", "is text"),
             (encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), "several frames"),
             (deep, "more than 8 bits"),
+            (deep_png(), "more than 8 bits"),
         ):
-            with pytest.raises(RowError, match=says):
+            with pytest.raises(RowError, match=says) as caught:
                 decoded(value, "RGB")
+            assert "0x" not in str(caught.value), "one file, one sentence"
+
+    def test_a_photo_with_its_preview_is_the_photo(self) -> None:
+        photo, preview = picture(0), picture(1)
+        both = encoded(photo, "MPO", save_all=True, append_images=[preview])
+        assert decoded(both, "RGB").tobytes() == decoded(encoded(photo, "JPEG"), "RGB").tobytes()
 
     def test_a_bomb_is_rejected_before_it_is_unpacked(
         self, monkeypatch: pytest.MonkeyPatch

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from tiny_classes import rows_of
+from tiny_llama import WORDS
 from tiny_masks import FAMILIES, Hidden, V, save_tiny_masked, texts
 from tiny_store import StopAfter
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from stillroom.pipeline.plan.plan import make_plan
 from stillroom.stages.data import stage as data
+from stillroom.stages.data.tokenizing import Tokenizing
 from stillroom.stages.evaluate import stage as evaluate
 from stillroom.stages.loader.masked_lm import MaskedPacking
 from stillroom.stages.loader.samples import Samples
@@ -23,7 +25,7 @@ from stillroom.stages.models.classification import Inputs
 from stillroom.stages.models.head import split_head
 from stillroom.stages.models.masked_lm import KIND, masked_states
 from stillroom.stages.recipe.checks.together import check_together
-from stillroom.stages.recipe.sections import Recipe
+from stillroom.stages.recipe.sections import Data, Recipe
 from stillroom.stages.score import stage as score
 from stillroom.stages.targets.alignment import target_positions
 from stillroom.stages.targets.masks import Masks, put_back
@@ -89,6 +91,17 @@ class TestMasks:
         assert len(masks().hide([2, 9, 3]).labels) == 1
         with pytest.raises(RowError, match="nothing to hide"):
             masks().hide([2, 3])
+
+    def test_a_window_of_unknown_tokens_goes_without_the_others(self, tmp_path: Path) -> None:
+        tokenizer = save_tiny_masked(tmp_path / "teacher")
+        asked = Data(source="x", format="text", window_tokens=10)
+        of_teacher = Masks.of(tokenizer, "all", name="teacher")
+        reads = Tokenizing(tokenizer, asked, context_tokens=40, masks=of_teacher)
+        known, unknown = " ".join(WORDS[:8]), " ".join(["zzz"] * 8)
+        found = reads.texts({"format": "text", "text": f"{known} {unknown} {known}"})
+        assert [len(one.token_ids) for one in found] == [10, 10]
+        with pytest.raises(RowError, match="nothing to hide"):
+            reads.texts({"format": "text", "text": unknown})
 
     def test_by_hand_a_target_is_said_where_its_token_was(self) -> None:
         """The example of `targets/alignment.py`: sat is hidden at 3, and 3 says it."""

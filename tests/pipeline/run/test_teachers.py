@@ -196,6 +196,48 @@ def test_texts_that_a_teacher_cannot_read_are_left_out_and_counted(tmp_path: Pat
     }
 
 
+def given(room: Room) -> dict[str, Any]:
+    """Sections of a recipe whose data bring the text."""
+    write_jsonl(room.source, [one | {"completion": "cat dog tree"} for one in prompts(PROMPTS)])
+    data = {"source": str(room.source), "format": "completion", "holdout": HELD_OUT}
+    return {"data": data, "generate": None}
+
+
+def test_the_first_teacher_decides_a_fresh_student_of_routes_that_share_no_text(
+    tmp_path: Path,
+) -> None:
+    room = Room(tmp_path)
+    sections = TRAINED | given(room)
+    routes = {"name": "a", "where": THE}, {"name": "b", "where": f"NOT {THE}"}
+    stillroom("run", room.recipe(*routes, **sections), "--until", "score")
+    plans = [make_plan(load_recipe(room.recipe(*r, **sections))) for r in (routes, routes[::-1])]
+    assert plans[0].snapshots["train"].id == plans[1].snapshots["train"].id
+    for arm in ("student", "baseline"):
+        assert plans[0].train_dirs[arm] != plans[1].train_dirs[arm]
+    nothing = room.recipe(routes[0], routes[1] | {"where": "text LIKE 'THE %'"}, **sections)
+    notes = make_plan(load_recipe(nothing)).notes
+    assert "b is asked for no text: its `where` takes none of the prompts" in notes
+    # A folder that was published stands for one teacher's texts, not for those of the others.
+    plain = [{"name": "a"}, routes[1]]
+    exported = room.recipe(routes[0], **given(room))
+    stillroom("export", exported, tmp_path / "out", "--license", "mit")
+    for name in "ab":
+        room.models[name].rename(tmp_path / f"gone-{name}")
+    storage = {"dir": str(tmp_path / "new"), "sources": [str(tmp_path / "out")]}
+    refused = stillroom("plan", room.recipe(*plain, **sections, storage=storage), expect=2)
+    assert "are those of one teacher, without prompts" in refused.stderr
+
+
+def test_what_the_first_teacher_wrote_is_not_taken_for_the_text_of_another(tmp_path: Path) -> None:
+    room = Room(tmp_path)
+    stillroom("run", room.recipe({"name": "a"}, {"name": "b"}), "--until", "data")
+    room.models["b"].rename(tmp_path / "gone")
+    room.models["b"] = tmp_path / "b"
+    assert "no folder" in stillroom("plan", room.recipe({"name": "b"}), expect=2).stderr
+    both = last_json(stillroom("plan", room.recipe({"name": "a"}, {"name": "b"}), "--json"))
+    assert both["stages"]["data"]["state"] == "done"
+
+
 TRAINED: dict[str, Any] = {
     "student": {"config": {"hidden_size": 8, "num_hidden_layers": 1}},
     "train": {"epochs": 2, "tokens_per_step": 128, "learning_rate": 5.0e-3},

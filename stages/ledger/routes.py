@@ -28,9 +28,11 @@ def take_route(books: Books, one: OneTeacher) -> str:
     where = "true"
     if one.where is not None:
         field = f"teachers: where of {one.name!r}"
-        taken = keys_where(books, "prompts", "prompt_key", one.where, field=field)
+        taken = keys_where(books, "prompts", "key", one.where, field=field)
         books.index.register("taken", taken)
-        where = "prompt_key IN (SELECT prompt_key::UUID FROM taken)"
+        # Of the recipe's own rows: other data in the store may have a prompt with another label, say.
+        rows = "SELECT prompt_key FROM inputs WHERE key IN (SELECT key::UUID FROM taken)"
+        where = f"prompt_key IN ({rows})"
     books.index.execute(f"""
         CREATE OR REPLACE TEMP TABLE routed AS
         SELECT DISTINCT tokens_key FROM (

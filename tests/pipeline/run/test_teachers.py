@@ -228,6 +228,18 @@ def test_the_first_teacher_decides_a_fresh_student_of_routes_that_share_no_text(
     assert "are those of one teacher, without prompts" in refused.stderr
 
 
+def test_a_route_is_over_the_rows_of_this_recipe_alone(tmp_path: Path) -> None:
+    room, taken = Room(tmp_path), {"name": "b", "where": "completion = 'cat dog tree'"}
+    recipe = room.recipe({"name": "a"}, taken, **given(room))
+    stillroom("run", recipe, "--until", "data")
+    planned = last_json(stillroom("plan", recipe, "--json"))["stages"]
+    assert planned["score/b"]["planned"] == PROMPTS
+    write_jsonl(room.source, [one | {"completion": "dog cat"} for one in prompts(PROMPTS)])
+    stillroom("run", recipe, "--until", "data")  # the same prompts, with other answers
+    planned = last_json(stillroom("plan", recipe, "--json"))["stages"]
+    assert [planned[f"score/{name}"]["planned"] for name in "ab"] == [PROMPTS, 0]
+
+
 def test_what_the_first_teacher_wrote_is_not_taken_for_the_text_of_another(tmp_path: Path) -> None:
     room = Room(tmp_path)
     stillroom("run", room.recipe({"name": "a"}, {"name": "b"}), "--until", "data")

@@ -265,6 +265,8 @@ def _plan_score(plan: Plan, books: Books, *, upstream: bool) -> bool:
             teacher_widths=teacher_widths(one.recipe, one.bound),
             route=one.asked,
         )
+        if upstream and one.asked is not None and not ledger.planned:
+            plan.note(f"{one.name} is asked for no text: its `where` takes none of the prompts")
         line = _line(one.line, ledger, upstream=upstream)
         plan_embeddings(line, one.recipe, one.bound, books.store)
         plan.stages.append(line)

@@ -103,7 +103,12 @@ def _entries(score: Score) -> dict[str, Any]:
 
 def _student_identity(recipe: Recipe, plan: Plan, settings: dict[str, Any]) -> str | None:
     """Of the model begun with now; where it is gone, of the one that a run with these settings began with."""
-    copies = needed(recipe.student, "student").from_teacher_layers is not None
+    student = needed(recipe.student, "student")
+    copies = student.from_teacher_layers is not None
+    if len(plan.teachers) > 1 and student.config is not None and not copies:
+        return (
+            plan.bound.binding.teacher_id
+        )  # its config is changed; the rows name no first teacher
     try:
         if copies:
             return copied_id(recipe, plan.bound, write=plan.write)

@@ -7,10 +7,12 @@ tokens. Each has a binding of its own, under the names that a recipe with it alo
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from ...stages.models.fit.classes import names_in
 from ...stages.models.fit.processor import compare_processors
-from ...stages.models.identity import FileHashes, Identity
+from ...stages.models.identity import FileHashes
 from ...stages.models.inputs.same_tokenizer import compare_tokenizers
 from ...stages.recipe.sections import OneTeacher, Recipe
 from ...stages.recipe.tasks import TASKS
@@ -66,14 +68,40 @@ def bind_teachers(
     """
     if not recipe.several:
         return (BoundTeacher(name="", recipe=recipe, bound=first),)
+    _refuse_published(first)
     hashes = FileHashes(recipe.storage.dir, remember=write)
     found = []
     for number, one in enumerate(recipe.several):
-        alone = recipe.of_teacher(one)
+        alone = recipe.of_teacher(one) if number == 0 else _beside_the_first(recipe, one)
         bound = first if number == 0 else _bound(alone, first, store, hashes, write=write)
         found.append(BoundTeacher(name=one.name, recipe=alone, bound=bound))
-    _refuse_strangers(found)
+    _refuse_strangers(found, store)
     return tuple(found)
+
+
+def _refuse_published(first: Bound) -> None:
+    """Refuse published rows in place of the data: they are one teacher's, without the prompts that `where` asks.
+
+    Raises:
+        UsageError: with what to do.
+    """
+    if first.published is not None:
+        raise UsageError(
+            f"teachers: teacher or data are not here ({first.missing}), and the rows published in "
+            f"{first.published.root} are those of one teacher, without prompts. Put the data and the "
+            "first teacher there again; or take the folder as teacher.model and data.source, without "
+            "`teachers`."
+        )
+
+
+def _beside_the_first(recipe: Recipe, one: OneTeacher) -> Recipe:
+    """The recipe with another teacher alone, which scores what the first one writes."""
+    alone, generate = recipe.of_teacher(one), recipe.generate
+    if generate is None or generate.model is not None:
+        return alone
+    # Else its binding would say that the other teacher wrote this text.
+    author = generate.model_copy(update={"model": recipe.teacher.model})
+    return alone.model_copy(update={"generate": author})
 
 
 def _bound(
@@ -102,7 +130,7 @@ def _bound(
     return replace(first, binding=binding, teacher=teacher)
 
 
-def _refuse_strangers(teachers: Sequence[BoundTeacher]) -> None:
+def _refuse_strangers(teachers: Sequence[BoundTeacher], store: Store | None) -> None:
     """Refuse teachers that are one, or whose distributions are over other outcomes.
 
     Raises:
@@ -116,7 +144,7 @@ def _refuse_strangers(teachers: Sequence[BoundTeacher]) -> None:
                     f"{one.field}: is the same model as {other.name!r} ({one.id}). Its rows are "
                     "stored once: name it once, with the weight of both."
                 )
-        reason = _stranger(first, one)
+        reason = _stranger(first, one, store)
         if reason is not None:
             raise UsageError(
                 f"{one.field}: {one.recipe.teacher.model} does not go with the first teacher, "
@@ -125,15 +153,15 @@ def _refuse_strangers(teachers: Sequence[BoundTeacher]) -> None:
             )
 
 
-def _stranger(first: BoundTeacher, one: BoundTeacher) -> str | None:
+def _stranger(first: BoundTeacher, one: BoundTeacher, store: Store | None) -> str | None:
     """Why the distributions of two teachers are over other outcomes; None: they are not."""
-    a, b = first.bound.teacher, one.bound.teacher
-    labelled = TASKS[one.recipe.run.task].labelled
+    task, a, b = TASKS[one.recipe.run.task], _folder(first, store), _folder(one, store)
     if a is not None and b is not None:
-        if labelled and a.class_names != b.class_names:
-            return f"its classes are {_listed(b)}, those of the first {_listed(a)}"
-        images = TASKS[one.recipe.run.task].structure.images
-        reason = (compare_processors if images else compare_tokenizers)(a.folder, b.folder)
+        if task.labelled and (names := (_classes(first, a), _classes(one, b)))[0] != names[1]:
+            return (
+                f"its classes are {', '.join(names[1])}, those of the first {', '.join(names[0])}"
+            )
+        reason = (compare_processors if task.structure.images else compare_tokenizers)(a, b)
         if reason is not None:
             return f"{reason} (first: the first teacher, second: this one)"
     sizes = first.bound.binding.vocab_size, one.bound.binding.vocab_size
@@ -142,8 +170,18 @@ def _stranger(first: BoundTeacher, one: BoundTeacher) -> str | None:
     return None
 
 
-def _listed(teacher: Identity) -> str:
-    return ", ".join(teacher.class_names)
+def _folder(one: BoundTeacher, store: Store | None) -> Path | None:
+    """A teacher's small files: where it is, or what the store keeps of one that is gone; None: nothing."""
+    if one.bound.teacher is not None:
+        return one.bound.teacher.folder
+    if store is None or not store.teacher_parts(one.id):
+        return None
+    return store.teacher_dir(one.id)
+
+
+def _classes(one: BoundTeacher, folder: Path) -> tuple[str, ...]:
+    """Its classes; an adapter may name others than the folder."""
+    return names_in(folder) if one.bound.teacher is None else one.bound.teacher.class_names
 
 
 def teacher_notes(recipe: Recipe) -> Iterator[str]:

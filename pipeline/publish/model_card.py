@@ -380,7 +380,8 @@ def _limits(recipe: Mapping[str, Any], student: Mapping[str, Any]) -> list[str]:
         "It inherits the teacher's mistakes and biases, and adds its own.",
         f"Before you publish it, see what the licences of the {whose}, of the data"
         + (" and of the initial model" if student["model"] else "")
-        + " ask; none is stated here.",
+        + " ask"
+        + ("." if recipe.get("teachers") else "; none is stated here."),
     ]
     if layers := student.get("from_teacher_layers"):
         found.append(

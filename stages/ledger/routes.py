@@ -4,6 +4,7 @@ Equal tokens are one text, whatever their prompts: a teacher that is asked for o
 """
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ...storage.errors import IntegrityError, UsageError
 from ...storage.store.sql import query
@@ -27,9 +28,11 @@ def take_route(books: Books, one: OneTeacher) -> str:
     where = "true"
     if one.where is not None:
         field = f"teachers: where of {one.name!r}"
-        taken = keys_where(books, "prompts", "prompt_key", one.where, field=field)
+        taken = keys_where(books, "prompts", "key", one.where, field=field)
         books.index.register("taken", taken)
-        where = "prompt_key IN (SELECT prompt_key::UUID FROM taken)"
+        # Of the recipe's own rows: other data in the store may have a prompt with another label, say.
+        rows = "SELECT prompt_key FROM inputs WHERE key IN (SELECT key::UUID FROM taken)"
+        where = f"prompt_key IN ({rows})"
     books.index.execute(f"""
         CREATE OR REPLACE TEMP TABLE routed AS
         SELECT DISTINCT tokens_key FROM (
@@ -48,19 +51,12 @@ def _spend(books: Books, tokens: int) -> None:
         WHERE tokens_key IN (SELECT tokens_key FROM routed)
             AND tokens_key NOT IN (SELECT tokens_key FROM judged)
         GROUP BY chosen.tokens_key ORDER BY min(prompt_key), min(key)""")
-    books.index.register("paid", texts.filter(within(texts["scored"], budget=tokens)))
+    # Up to the first that does not fit: so a larger budget takes none away. The first in any case.
+    fits = pc.less_equal(pc.cumulative_sum(texts["scored"].cast(pa.int64())), tokens)
+    books.index.register("paid", texts.slice(0, max(1, pc.sum(fits).as_py() or 0)))
     books.index.execute("""
         DELETE FROM routed WHERE tokens_key NOT IN (SELECT tokens_key FROM judged)
             AND tokens_key NOT IN (SELECT tokens_key::UUID FROM paid)""")
-
-
-def within(tokens: pa.ChunkedArray, *, budget: int) -> pa.Array:
-    """Which texts fit into a budget of tokens, taken in their order; the first in any case."""
-    keep: list[bool] = []
-    for number in tokens.to_pylist():
-        keep.append(not keep or number <= budget)
-        budget -= number if keep[-1] else 0
-    return pa.array(keep, pa.bool_())
 
 
 def keys_where(

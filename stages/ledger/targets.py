@@ -16,7 +16,7 @@ from .books import Books, Ledger, Pending, different
 from .coverage import PLACES, best, lacks, reason
 from .features import FeatureSql, Widths, capture_id, name_texts
 from .requests import TargetRequest, captured_key, read_of, target_key
-from .routes import EVERYTHING, keys_where, take_route, within
+from .routes import EVERYTHING, keys_where, take_route
 
 PART_ROWS = 2_000_000  # rows whose equal tokens are looked for at once
 
@@ -73,8 +73,12 @@ def _judge(books: Books) -> None:
         "SELECT key::BLOB AS key, scored AS span FROM chosen WHERE held_out ORDER BY "
         "prompt_key, chosen.key"
     )
-    keep = within(held_out["span"], budget=books.recipe.evaluate.tokens)
-    books.index.register("kept", held_out.filter(keep))
+    budget = books.recipe.evaluate.tokens
+    keep: list[bool] = []
+    for span in held_out["span"].to_pylist():
+        keep.append(not any(keep) or span <= budget)
+        budget -= span if keep[-1] else 0
+    books.index.register("kept", held_out.filter(pa.array(keep, pa.bool_())))
     books.index.execute(
         "CREATE OR REPLACE TEMP TABLE judged AS SELECT * FROM chosen WHERE key IN (SELECT "
         "key::UUID FROM kept)"

@@ -80,7 +80,7 @@ class OneTeacher(Teacher):
     where: str | None = None
     """SQL condition over the columns of `prompts`: it scores their texts alone. null: all."""
     budget_tokens: int | None = Field(None, ge=1)
-    """Scored tokens to train on that it is asked for at most, in the order of the prompts' hashes."""
+    """Scored tokens to train on that it is asked for at most (one text at least), in the order of the hashes."""
     license: str | None = None
     """Its licence, for report and card; it decides nothing."""
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+from ....storage.tables.kinds import STRUCTURES
 from ..fields import extremes
 from ..kinds import KINDS
 from ..sections import Loss, OneTeacher, Recipe
@@ -110,7 +111,15 @@ def _weights(teachers: list[OneTeacher], loss: Loss) -> list[tuple[str, str]]:
 
 
 def _mixture(loss: Loss, targets: str) -> list[tuple[str, str]]:
-    if loss.teachers == "sum" or targets in MIXED:
+    if loss.teachers == "sum":
+        return []
+    if STRUCTURES[targets].drawn and extremes(loss.temperature) != (1.0, 1.0):
+        message = (
+            "draws are of softened distributions, and their mixture is not the softened mixture. Use "
+            "loss.temperature 1.0, or score.targets 'full'"
+        )
+        return [("loss.teachers", message)]
+    if targets in MIXED:
         return []
     kinds = " or ".join(f"score.targets {kind!r}" for kind in KINDS if kind in MIXED)
     message = (

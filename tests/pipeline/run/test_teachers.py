@@ -116,13 +116,13 @@ def test_a_budget_is_filled_in_the_order_of_the_hashes(tmp_path: Path) -> None:
     judged = {row["prompt_key"] for row in rows if row["kind"] == "full"}
     left, expected = 60, set()
     for row in rows:
-        if (
-            row["teacher_id"] == ids["a"]
-            and row["prompt_key"] not in judged
-            and row["span_tokens"] <= left
-        ):
-            expected.add(row["prompt_key"])
+        if row["teacher_id"] == ids["a"] and row["prompt_key"] not in judged:
             left -= row["span_tokens"]
+            if (
+                left < 0
+            ):  # a later one that is shorter would make room for this one in a larger budget
+                break
+            expected.add(row["prompt_key"])
     found = {row["prompt_key"] for row in rows if row["teacher_id"] == ids["b"]}
     assert found == expected | judged
     assert 0 < len(expected) < PROMPTS - HELD_OUT
@@ -194,6 +194,60 @@ def test_texts_that_a_teacher_cannot_read_are_left_out_and_counted(tmp_path: Pat
     assert {s: one.rows for s, one in plan.partners.items()} == {
         s: one.rows for s, one in plan.snapshots.items()
     }
+
+
+def given(room: Room) -> dict[str, Any]:
+    """Sections of a recipe whose data bring the text."""
+    write_jsonl(room.source, [one | {"completion": "cat dog tree"} for one in prompts(PROMPTS)])
+    data = {"source": str(room.source), "format": "completion", "holdout": HELD_OUT}
+    return {"data": data, "generate": None}
+
+
+def test_the_first_teacher_decides_a_fresh_student_of_routes_that_share_no_text(
+    tmp_path: Path,
+) -> None:
+    room = Room(tmp_path)
+    sections = TRAINED | given(room)
+    routes = {"name": "a", "where": THE}, {"name": "b", "where": f"NOT {THE}"}
+    stillroom("run", room.recipe(*routes, **sections), "--until", "score")
+    plans = [make_plan(load_recipe(room.recipe(*r, **sections))) for r in (routes, routes[::-1])]
+    assert plans[0].snapshots["train"].id == plans[1].snapshots["train"].id
+    for arm in ("student", "baseline"):
+        assert plans[0].train_dirs[arm] != plans[1].train_dirs[arm]
+    nothing = room.recipe(routes[0], routes[1] | {"where": "text LIKE 'THE %'"}, **sections)
+    notes = make_plan(load_recipe(nothing)).notes
+    assert "b is asked for no text: its `where` takes none of the prompts" in notes
+    # A folder that was published stands for one teacher's texts, not for those of the others.
+    plain = [{"name": "a"}, routes[1]]
+    exported = room.recipe(routes[0], **given(room))
+    stillroom("export", exported, tmp_path / "out", "--license", "mit")
+    for name in "ab":
+        room.models[name].rename(tmp_path / f"gone-{name}")
+    storage = {"dir": str(tmp_path / "new"), "sources": [str(tmp_path / "out")]}
+    refused = stillroom("plan", room.recipe(*plain, **sections, storage=storage), expect=2)
+    assert "are those of one teacher, without prompts" in refused.stderr
+
+
+def test_a_route_is_over_the_rows_of_this_recipe_alone(tmp_path: Path) -> None:
+    room, taken = Room(tmp_path), {"name": "b", "where": "completion = 'cat dog tree'"}
+    recipe = room.recipe({"name": "a"}, taken, **given(room))
+    stillroom("run", recipe, "--until", "data")
+    planned = last_json(stillroom("plan", recipe, "--json"))["stages"]
+    assert planned["score/b"]["planned"] == PROMPTS
+    write_jsonl(room.source, [one | {"completion": "dog cat"} for one in prompts(PROMPTS)])
+    stillroom("run", recipe, "--until", "data")  # the same prompts, with other answers
+    planned = last_json(stillroom("plan", recipe, "--json"))["stages"]
+    assert [planned[f"score/{name}"]["planned"] for name in "ab"] == [PROMPTS, 0]
+
+
+def test_what_the_first_teacher_wrote_is_not_taken_for_the_text_of_another(tmp_path: Path) -> None:
+    room = Room(tmp_path)
+    stillroom("run", room.recipe({"name": "a"}, {"name": "b"}), "--until", "data")
+    room.models["b"].rename(tmp_path / "gone")
+    room.models["b"] = tmp_path / "b"
+    assert "no folder" in stillroom("plan", room.recipe({"name": "b"}), expect=2).stderr
+    both = last_json(stillroom("plan", room.recipe({"name": "a"}, {"name": "b"}), "--json"))
+    assert both["stages"]["data"]["state"] == "done"
 
 
 TRAINED: dict[str, Any] = {

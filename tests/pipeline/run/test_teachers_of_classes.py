@@ -99,6 +99,23 @@ def test_two_classifiers_teach_one(tmp_path: Path, task: str) -> None:
     assert f"its classes are {', '.join(kind.names[::-1])}" in refused
 
 
+def test_classes_in_another_order_are_refused_of_a_teacher_that_is_gone(tmp_path: Path) -> None:
+    kind = KINDS["classification"]
+    kind.save(tmp_path / "a", seed=0)
+    kind.save(tmp_path / "b", seed=1, classes=kind.names[::-1])
+    write_jsonl(tmp_path / "rows.jsonl", kind.rows)
+    both = write_recipe(tmp_path, "classification")
+    tree = yaml.safe_load(both.read_text())
+    alone = tmp_path / "alone.yaml"
+    alone.write_text(
+        yaml.safe_dump(tree | {"teachers": [{"name": "b", "model": str(tmp_path / "b")}]})
+    )
+    stillroom("run", alone, "--until", "data")
+    (tmp_path / "b").rename(tmp_path / "gone")
+    refused = stillroom("plan", both, expect=2).stderr
+    assert f"its classes are {', '.join(kind.names[::-1])}, those of the first" in refused
+
+
 _NAMES = {"classification": "classes", "token_classification": "tags"}
 
 

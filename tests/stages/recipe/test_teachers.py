@@ -40,6 +40,14 @@ def two(folder: Path, first: dict[str, Any], second: dict[str, Any]) -> list[dic
         ({}, {"score": None}, "teachers: several teach by their distributions"),
         ({}, {"loss": {"teachers": "mixture"}}, "a mixture is not exact of 'topk' targets"),
         (
+            {},
+            {
+                "loss": {"teachers": "mixture", "temperature": 2.0},
+                "score": {"targets": "sampled", "rounds": 8, "temperatures": [2.0]},
+            },
+            "loss.teachers: draws are of softened distributions",
+        ),
+        (
             {"weight": FADING},
             {"loss": {"teacher_weights": "entropy"}},
             "teachers.1.weight: is 0 at some time, and teacher_weights 'entropy' divides",

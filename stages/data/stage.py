@@ -31,7 +31,14 @@ from .images import ImageRows
 from .inputs import Intake
 from .prompt_lengths import PromptLengths
 from .remarks import Remarks
-from .sources.source import Source, all_records, held_out_source, left_out, training_source
+from .sources.source import (
+    Source,
+    all_records,
+    held_out_source,
+    left_out,
+    refuse_other_order,
+    training_source,
+)
 from .tokenizing import Tokenizing
 
 COMMIT_ROWS = 8192  # reading is cheap to do again, and few large shards are quick to plan from
@@ -109,7 +116,7 @@ def run(job: Job) -> StageResult:
     how = data.model_dump(exclude={"limit", "holdout", "masks"})
     shard_about = about("data", recipe, how | {"source": as_written(data.source)})
     limits = replace(commit_limits(recipe), rows=max(COMMIT_ROWS, recipe.storage.commit_rows))
-    teacher = _Knows.of(data, store.teacher_dir(job.teacher_id), whole=True)
+    teacher = _Knows.of(recipe, store.teacher_dir(job.teacher_id), whole=True)
     rows = Intake()
     job.progress.start(total=data.limit or 0, unit="records")
     with ExitStack() as stack:
@@ -160,12 +167,18 @@ class _Knows(NamedTuple):
     """What it makes of images; None: it reads text."""
 
     @classmethod
-    def of(cls, data: Data, teacher_dir: Path | None, *, whole: bool) -> "_Knows":
-        """Of a teacher whose small files are in this folder; None: of nobody."""
-        if teacher_dir is None or not data.records.labelled:
+    def of(cls, recipe: Recipe, teacher_dir: Path | None, *, whole: bool) -> "_Knows":
+        """Of a teacher whose small files are in this folder; None: of nobody.
+
+        Raises:
+            UsageError: the source has the teacher's classes in another order.
+        """
+        records = recipe.data.records
+        if teacher_dir is None or not records.labelled:
             return cls((), None)
-        images = ImageRows(teacher_dir, whole=whole) if data.records.image else None
-        return cls(names_in(teacher_dir), images)
+        classes = names_in(teacher_dir)
+        refuse_other_order(recipe, classes)
+        return cls(classes, ImageRows(teacher_dir, whole=whole) if records.image else None)
 
 
 def _take(
@@ -261,7 +274,7 @@ def survey(recipe: Recipe, teacher_dir: Path | None = None) -> Survey:
 
     `teacher_dir`: with the teacher's small files, by which labels and images are known.
     """
-    rows, teacher = Intake(), _Knows.of(recipe.data, teacher_dir, whole=False)
+    rows, teacher = Intake(), _Knows.of(recipe, teacher_dir, whole=False)
     for found in all_records(recipe):
         try:
             _take(recipe, rows, found=found, teacher=teacher)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ....storage.errors import UsageError
+from .class_names import classes_of
 from .readers import Record, of_a_table
 
 
@@ -30,6 +31,15 @@ def read_datasets(
         raise UsageError(
             f"{field}: `datasets` cannot read {name}, split {split!r}: {error}"
         ) from error
+
+
+def classes_on_the_hub(name: str, split: str, column: str) -> tuple[str, ...]:
+    """Names that a dataset of the Hub gives the classes of a column; (): none, or no answer, which reading says."""
+    try:
+        features = _streamed(name, split).features
+    except Exception:
+        return ()
+    return classes_of(features.to_dict(), column) if features else ()
 
 
 def _undecoded(loaded: Any) -> Any:

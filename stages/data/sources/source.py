@@ -1,18 +1,20 @@
 """A source of records as the recipe names it: what is trained on, and the held-out rows of the user's own."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from ....storage.credentials import as_written
 from ....storage.errors import UsageError
 from ....storage.files.base import file_sha256
 from ...models.identity import FileHashes
 from ...recipe.sections import Recipe
+from .class_names import classes_in_files
 from .files import Found, find_files
 from .names import ending
 from .readers import Record, read_file
-from .saved import read_datasets
+from .saved import classes_on_the_hub, read_datasets
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +64,15 @@ class Source:
             return
         for file in found.files:
             yield from read_file(file, found.name_of(file), field=self.field)
+
+    def classes(self, column: str) -> list[tuple[str, ...]]:
+        """Names that the source gives the classes of a column of ids, in the order of the ids, once each."""
+        found = self.files()
+        if found is None:
+            named = [classes_on_the_hub(self.name, self.split, column)]
+        else:
+            named = [*classes_in_files(found.files, column)]
+        return [names for names in dict.fromkeys(named) if names]
 
     def fingerprint(self, hashes: FileHashes) -> list[str]:
         """What the source holds now: kind and hash of every local file, or the Hub's commit."""
@@ -132,3 +143,23 @@ def left_out(recipe: Recipe) -> list[str]:
     read = {file for files in found for file in files.files}
     said = {files.source: files.left_out_note(read) for files in found}
     return [note for note in said.values() if note]
+
+
+def refuse_other_order(recipe: Recipe, classes: Sequence[str]) -> None:
+    """Refuse labels that are ids in another order than the teacher's: each would be taken for another class.
+
+    Raises:
+        UsageError: a source names the teacher's classes in an order of its own.
+    """
+    for source in sources_of(recipe):
+        for ours in ("label", "labels"):
+            column = recipe.data.columns.get(ours, ours)
+            for names in source.classes(column):
+                own, theirs = ([n.casefold() for n in some] for some in (names, classes))
+                if own != theirs and sorted(own) == sorted(theirs):
+                    raise UsageError(
+                        f"{source.field}: column {column!r} of {as_written(source.name)} numbers its classes "
+                        f"{', '.join(names)}, the teacher {', '.join(classes)}: the same in another "
+                        "order. Put their names in place of the ids (`datasets`: int2str), or use a "
+                        "teacher with this order."
+                    )

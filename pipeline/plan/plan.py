@@ -183,7 +183,7 @@ def _survey(recipe: Recipe, plan: Plan, store: Store | None) -> pa.Table | None:
         plan.stages.append(line)
         plan.note(*about.get("notes", ()))
         return None
-    found = survey(recipe, plan.bound.teacher.folder if plan.bound.teacher else None)
+    found = survey(recipe, plan.bound.teacher)
     plan.note(*found.notes)
     others = store is not None and bool(store.files.names("inputs"))
     why = "read otherwise so far: another source, data section or tokenizer" if others else "new"

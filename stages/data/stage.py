@@ -116,7 +116,8 @@ def run(job: Job) -> StageResult:
     how = data.model_dump(exclude={"limit", "holdout", "masks"})
     shard_about = about("data", recipe, how | {"source": as_written(data.source)})
     limits = replace(commit_limits(recipe), rows=max(COMMIT_ROWS, recipe.storage.commit_rows))
-    teacher = _Knows.of(recipe, store.teacher_dir(job.teacher_id), whole=True)
+    folder = store.teacher_dir(job.teacher_id)
+    teacher = _Knows.of(recipe, folder, names_in(folder), whole=True)
     rows = Intake()
     job.progress.start(total=data.limit or 0, unit="records")
     with ExitStack() as stack:
@@ -167,18 +168,20 @@ class _Knows(NamedTuple):
     """What it makes of images; None: it reads text."""
 
     @classmethod
-    def of(cls, recipe: Recipe, teacher_dir: Path | None, *, whole: bool) -> "_Knows":
-        """Of a teacher whose small files are in this folder; None: of nobody.
+    def of(cls, recipe: Recipe, folder: Path, classes: Sequence[str], *, whole: bool) -> "_Knows":
+        """Of a teacher of these classes, whose small files are in this folder; `whole`: pixels too.
 
         Raises:
             UsageError: the source has the teacher's classes in another order.
         """
         records = recipe.data.records
-        if teacher_dir is None or not records.labelled:
-            return cls((), None)
-        classes = names_in(teacher_dir)
+        if not records.labelled:
+            return _NOTHING
         refuse_other_order(recipe, classes)
-        return cls(classes, ImageRows(teacher_dir, whole=whole) if records.image else None)
+        return cls(classes, ImageRows(folder, whole=whole) if records.image else None)
+
+
+_NOTHING = _Knows((), None)
 
 
 def _take(
@@ -269,15 +272,14 @@ class Survey(NamedTuple):
     why_rejected: str
 
 
-def survey(recipe: Recipe, teacher_dir: Path | None = None) -> Survey:
-    """What `run` would make of the source, without writing.
-
-    `teacher_dir`: with the teacher's small files, by which labels and images are known.
-    """
-    rows, teacher = Intake(), _Knows.of(recipe, teacher_dir, whole=False)
+def survey(recipe: Recipe, teacher: Identity | None = None) -> Survey:
+    """What `run` would make of the source, without writing; `teacher`: by which labels and images are known."""
+    rows, knows = Intake(), _NOTHING
+    if teacher is not None:  # an adapter's classes stand beside its base's folder
+        knows = _Knows.of(recipe, teacher.folder, teacher.class_names, whole=False)
     for found in all_records(recipe):
         try:
-            _take(recipe, rows, found=found, teacher=teacher)
+            _take(recipe, rows, found=found, teacher=knows)
         except RowError as error:
             rows.remarks.reject(found[0], error)
     table = _split(recipe, rows)

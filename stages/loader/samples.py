@@ -7,7 +7,6 @@ torch here.
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import pairwise, repeat
 
 import numpy as np
@@ -16,7 +15,6 @@ from ...storage.errors import UsageError
 from ...storage.snapshots.reader import SnapshotReader
 from ...storage.snapshots.snapshot import Snapshot
 from ...storage.store.store import Store
-from ...storage.tables.heads import head_of
 from ...storage.tables.rows import Rows
 from ...storage.tables.soft_targets import LISTS, SoftTargets, normalised_targets
 from ...storage.tables.spans import SPAN_COLUMNS, spans_of
@@ -186,15 +184,10 @@ class Samples:
         """The samples of each range of numbers; ranges ascend."""
         return self._reader().batches(ranges, seed=self.seed)
 
-    @cached_property
-    def _images(self) -> bool:
-        """Whether the samples are images; a snapshot is of one head."""
-        shard = self._store.shard(self.snapshot.table, self.snapshot.shards[0].sha256)
-        return self._label and head_of(shard.about).images
-
     def _reader(self) -> SnapshotReader:
         columns = ["token_ids", *self._span, *(("k", *LISTS) if self._soft else ())]
-        columns += ["label", "labels"] * self._label + ["image"] * self._images
+        # A shard of texts has no column of images: it is null, and nothing is read for it.
+        columns += ["label", "labels", "image"] * self._label
         return SnapshotReader(self._store, self.snapshot, columns, decode=self._decode)
 
     def _decode(self, rows: Rows, numbers: np.ndarray) -> list[Sample]:
@@ -206,7 +199,7 @@ class Samples:
             rows.values("label") if self._label else repeat(None, len(rows))
         )
         of_targets = _lists(rows, "labels") if self._label else repeat(None, len(rows))
-        images = rows.values("image") if self._images else repeat(None, len(rows))
+        images = rows.values("image") if self._label else repeat(None, len(rows))
         samples = []
         for edges, spans, target, label, each, image, number in zip(
             pairwise(offsets),

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -227,8 +228,9 @@ def test_a_column_that_is_named_and_in_no_record_is_refused(
     brings: dict[str, Any] = {"label": 1, "text_pair": "c", "tools": [], "prompt": "c"}
     write_jsonl(tmp_path / "a.jsonl", [*records, records[0] | {"mine": brings[ours]}])
     alone = recipe(data, generate=format == "prompt").model_copy(update={"train": None})
-    (tmp_path / "config.json").write_text(json.dumps({"id2label": {"0": "no", "1": "yes"}}))
-    assert survey(alone, tmp_path).inputs.num_rows
+    assert survey(
+        alone, SimpleNamespace(folder=tmp_path, class_names=("no", "yes"))
+    ).inputs.num_rows
 
 
 def test_globs_and_folders_read_every_file_in_order(tmp_path: Path) -> None:

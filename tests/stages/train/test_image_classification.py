@@ -23,6 +23,7 @@ from stillroom.stages.evaluate import stage as evaluate
 from stillroom.stages.loader.image_classification import ImagePasses
 from stillroom.stages.loader.samples import Samples
 from stillroom.stages.losses.objective import aim_at
+from stillroom.stages.models.identity import FileHashes, identify
 from stillroom.stages.models.image_classification import Images, of_classes
 from stillroom.stages.recipe.checks.together import check_together
 from stillroom.stages.recipe.sections import Recipe
@@ -96,7 +97,12 @@ class TestStore:
         keys = {row["key"] for row in world.rows("prompts")}
         for source in ("rows.parquet", "saved"):
             data = {"source": str(tmp_path / source), "format": "images", "holdout": 1}
-            found = survey(world.changed(data=data), world.teacher)
+            found = survey(
+                world.changed(data=data),
+                identify(
+                    world.teacher, dtype="float32", hashes=FileHashes(tmp_path, remember=False)
+                ),
+            )
             assert len(found.inputs) == len(some)
             assert {*found.inputs["key"].to_pylist()} <= keys, source
 

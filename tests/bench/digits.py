@@ -13,32 +13,23 @@ validation images is best at the first seed. The last line is JSON.
 
 import gzip
 import io
-import json
 import os
 import struct
-from argparse import ArgumentParser
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import token_types
 import torch
-import yaml
-from arms import run_arm
 from PIL import Image
 from torch.nn import functional
 from transformers import ConvNextImageProcessorPil, ResNetConfig, ResNetForImageClassification
-from transformers.utils.logging import disable_progress_bar
-
-from stillroom.pipeline.report.seeds import interval
 
 PARTS = {"test": 0.2, "validation": 0.3, "train": 1.0}
 """Part -> the share of images up to which it goes, in the order of the hashes of their pixels."""
-ARMS = {"labels alone": "baseline", "distilled": "student"}
-MEASURES = ("accuracy", "f1_macro", "cross_entropy", "kl_teacher", "ece")
 MEAN, DEVIATION = 0.1325, 0.3105  # of all pixels, 0 to 1
 
 
@@ -151,12 +142,12 @@ def train_teacher(folder: Path, images: np.ndarray, labels: np.ndarray, scale: S
     ).save_pretrained(folder)
 
 
-class Bench:
+class Bench(token_types.Bench):
     """The folder of a run."""
 
-    def __init__(self, folder: Path, scale: Scale) -> None:
-        self.folder, self.scale = folder, scale
-        folder.mkdir(parents=True, exist_ok=True)
+    task, format, ending, tokens_per_step = "image_classification", "images", "parquet", 32
+    measures = ("accuracy", "f1_macro", "cross_entropy", "kl_teacher", "ece")
+    student = STUDENT
 
     def prepare(self) -> None:
         """Images and teacher, unless they are there."""
@@ -169,73 +160,6 @@ class Bench:
         some = found["train"]
         train_teacher(self.folder / "teacher", images[some], labels[some], self.scale)
 
-    def run(self, rate: float, seed: int, *, judged: str) -> dict[str, Any]:
-        """Both students at one rate; their numbers on the images of a part."""
-        recipe = {
-            "run": {
-                "dir": str(self.folder / "runs" / f"{judged}-{rate:g}-{seed}"),
-                "task": "image_classification",
-                "seed": seed,
-            },
-            "storage": {"dir": str(self.folder / f"store-{judged}")},
-            "teacher": {"model": str(self.folder / "teacher")},
-            "student": {"config": STUDENT},
-            "data": {"source": str(self.folder / "student.parquet"), "format": "images"},
-            "score": {"targets": "full"},
-            "loss": {"temperature": 2.0, "soft_weight": 0.5, "hard_weight": 0.5},
-            "train": {
-                "epochs": self.scale.epochs,
-                "tokens_per_step": 32,
-                "learning_rate": rate,
-            },
-            "evaluate": {"source": str(self.folder / f"{judged}.parquet"), "baseline": True},
-        }
-        path = self.folder / "recipe.yaml"
-        path.write_text(yaml.safe_dump(recipe))
-        found: dict[str, Any] = run_arm(path, report=False)["results"]
-        return found
-
-    def compare(self, seeds: tuple[int, ...]) -> dict[str, Any]:
-        """Each arm at its best rate on validation images; the test images are read after that is chosen."""
-        tried = {rate: self.run(rate, seeds[0], judged="validation") for rate in self.scale.rates}
-        found: dict[str, Any] = {"rates": {}, "results": {}}
-        for words, arm in ARMS.items():
-            nats = {rate: tried[rate][arm]["cross_entropy"] for rate in tried}
-            found["rates"][words] = min(nats, key=lambda rate: nats[rate])
-        for words, arm in ARMS.items():
-            rate = found["rates"][words]
-            results = [self.run(rate, seed, judged="test") for seed in seeds]
-            found["results"][words] = over_seeds([result[arm] for result in results])
-            found["results"]["teacher"] = over_seeds([results[0]["teacher"]])
-        return found
-
-
-def over_seeds(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and half of an interval of each measure."""
-    return {name: interval([result[name] for result in results]) for name in MEASURES}
-
-
-def main() -> None:
-    """Run it."""
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("dir", type=Path)
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--tiny", action="store_true")
-    options = parser.parse_args()
-    disable_progress_bar()
-    seeds = tuple(map(int, options.seeds.split(",")))
-    bench = Bench(options.dir, SCALES["tiny" if options.tiny else "cpu"])
-    bench.prepare()
-    found = bench.compare(seeds)
-    print(f"{'':<14}" + "".join(f"{name:>22}" for name in MEASURES))
-    for words, numbers in found["results"].items():
-        cells = (
-            f"{mean:.4f}" + ("" if half is None else f" ± {half:.4f}")
-            for mean, half in numbers.values()
-        )
-        print(f"{words:<14}" + "".join(f"{cell:>22}" for cell in cells))
-    print(json.dumps(found))
-
 
 if __name__ == "__main__":
-    main()
+    token_types.compare_arms(Bench, SCALES, __doc__)

@@ -216,6 +216,8 @@ class Bench:
         "loss": {"temperature": 2.0, "soft_weight": 0.5, "hard_weight": 0.5},
     }
     """Of the teacher and of the students."""
+    ending, tokens_per_step = "jsonl", 1024
+    """Of the files of rows; of training."""
 
     def __init__(self, folder: Path, scale: Any) -> None:
         self.folder, self.scale = folder, scale
@@ -232,10 +234,14 @@ class Bench:
             (self.folder / f"{name}.jsonl").write_text(lines)
         train_teacher(self.folder / "teacher", found["train"], self.scale)
 
+    @property
+    def student(self) -> dict[str, Any]:
+        """Its config, beside the teacher's."""
+        size = self.scale.student_hidden
+        return {"hidden_size": size, "intermediate_size": 4 * size, "num_hidden_layers": 2}
+
     def run(self, rate: float, seed: int, *, judged: str) -> dict[str, Any]:
         """Both students at one rate; their numbers on the rows of a part."""
-        size = self.scale.student_hidden
-        config = {"hidden_size": size, "intermediate_size": 4 * size, "num_hidden_layers": 2}
         recipe = self.asked | {
             "run": {
                 "dir": str(self.folder / "runs" / f"{judged}-{rate:g}-{seed}"),
@@ -244,14 +250,14 @@ class Bench:
             },
             "storage": {"dir": str(self.folder / f"store-{judged}")},
             "teacher": {"model": str(self.folder / "teacher")},
-            "student": {"config": config},
-            "data": {"source": str(self.folder / "student.jsonl"), "format": self.format},
+            "student": {"config": self.student},
+            "data": {"source": str(self.folder / f"student.{self.ending}"), "format": self.format},
             "train": {
                 "epochs": self.scale.epochs,
-                "tokens_per_step": 1024,
+                "tokens_per_step": self.tokens_per_step,
                 "learning_rate": rate,
             },
-            "evaluate": {"source": str(self.folder / f"{judged}.jsonl"), "baseline": True},
+            "evaluate": {"source": str(self.folder / f"{judged}.{self.ending}"), "baseline": True},
         }
         path = self.folder / "recipe.yaml"
         path.write_text(yaml.safe_dump(recipe))

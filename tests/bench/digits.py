@@ -2,7 +2,7 @@
 
     python tests/bench/digits.py DIR [--seeds 0,1,2] [--tiny]
 
-The images are the 10,000 of MNIST's test file (STILLROOM_ASSETS/vision/mnist-t10k), 28 by 28 and grey. The
+The images are the 10,000 of MNIST's test file (vision/mnist-t10k of the assets), 28 by 28 and grey. The
 hash of its pixels says whether an image is learnt from, chooses learning rates, or judges; what judges is
 read once.
 
@@ -13,7 +13,6 @@ validation images is best at the first seed. The last line is JSON.
 
 import gzip
 import io
-import os
 import struct
 from dataclasses import dataclass
 from hashlib import sha256
@@ -24,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import token_types
 import torch
+from assets import ASSETS
 from PIL import Image
 from torch.nn import functional
 from transformers import ConvNextImageProcessorPil, ResNetConfig, ResNetForImageClassification
@@ -68,7 +68,7 @@ STUDENT = {
 
 def digits() -> tuple[np.ndarray, np.ndarray]:
     """[n, 28, 28] uint8, and [n] the digit that each is."""
-    folder = Path(os.environ["STILLROOM_ASSETS"]) / "vision" / "mnist-t10k"
+    folder = ASSETS / "vision" / "mnist-t10k"
     return (
         _read(folder / "t10k-images-idx3-ubyte.gz"),
         _read(folder / "t10k-labels-idx1-ubyte.gz"),

@@ -5,8 +5,8 @@
 A teacher scores texts with `full` targets; a student is trained from the store by the product, and
 with the live teacher by a plain loop (`tests/support/live.py`), on the same samples in the same
 order (each store has its own), in float32. Also with targets shifted by one position, for the size
-of what must not go unseen. STILLROOM_ASSETS names the folder with the teacher (stories260k) and the
-texts (TinyStories); --tiny makes a random teacher, which draws the text itself.
+of what must not go unseen. The teacher (stories260k) and the texts (TinyStories) are
+among the assets; --tiny makes a random teacher, which draws the text itself.
 """
 
 import argparse
@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import numpy as np
 import torch
+from assets import ASSETS
 from kit import recipe_tree, write_jsonl
 from live import LiveRun, live_training, saved_weights
 from planting import planted
@@ -93,14 +94,13 @@ def stories(folder: Path, *, bits: int, how: dict[str, Any]) -> tuple[Recipe, St
     """TinyStories, read by stories260k (V = 512); a student of one layer."""
     import pyarrow.parquet as pq
 
-    assets = Path(os.environ["STILLROOM_ASSETS"])
     texts = (
-        pq.read_table(assets / "text" / "tinystories-8k" / "train.parquet")
+        pq.read_table(ASSETS / "text" / "tinystories-8k" / "train.parquet")
         .slice(0, TEXTS)["text"]
         .to_pylist()
     )
     source = write_jsonl(folder / "texts.jsonl", [{"text": text} for text in texts])
-    teacher = assets / "models" / "stories260k-llama-hd32"
+    teacher = ASSETS / "models" / "stories260k-llama-hd32"
     recipe = Recipe.model_validate(
         recipe_tree(
             folder,

@@ -11,7 +11,6 @@ last line is JSON.
 """
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import token_types
 import torch
+from assets import ASSETS
 from torch.nn import functional
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
@@ -67,7 +67,7 @@ SCALES = {
 
 def texts(part: str, words: int) -> Iterator[str]:
     """Parts of the stories of a split, of so many words each; what is left of a story is left out."""
-    folder = Path(os.environ["STILLROOM_ASSETS"]) / "text" / "tinystories-8k"
+    folder = ASSETS / "text" / "tinystories-8k"
     for story in pq.read_table(folder / f"{part}.parquet")["text"].to_pylist():
         found = story.split()
         for start in range(0, len(found) - words + 1, words):

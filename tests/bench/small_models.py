@@ -8,17 +8,15 @@ run in bfloat16, a chunk at a time.
 import math
 import time
 from dataclasses import dataclass
-from os import environ
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from assets import ASSETS
 from torch import Tensor, nn
 
 from stillroom.stages.models.head import Head
 
-ASSETS = Path(environ.get("STILLROOM_ASSETS", Path(__file__).parents[3] / "shared" / "assets"))
 CHUNK_TOKENS = 512
 HELD_OUT = 0.15
 """Share of the end of each text that no model is trained on."""

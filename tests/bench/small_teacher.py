@@ -9,15 +9,14 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from os import environ
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from assets import ASSETS
 from torch import Tensor, nn
 
-ASSETS = Path(environ.get("STILLROOM_ASSETS", Path(__file__).parents[3] / "shared" / "assets"))
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 SEEN = 2
 """A piece of text is in the vocabulary if the training texts have it this often."""

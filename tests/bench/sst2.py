@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 from arms import run_arm
-from small_teacher import ASSETS, Sentences, Size, naive_bayes, read_texts, train_teacher
+from assets import ASSETS
+from small_teacher import Sentences, Size, naive_bayes, read_texts, train_teacher
 from sst2_arms import ARMS, MISTAKES, STARTS, Choice, Study
 from sst2_report import best_rate, report
 from sst2_teacher import NAMES, VALIDATION, prompt_keys, split

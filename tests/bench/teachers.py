@@ -23,7 +23,6 @@ from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
-from os import environ
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 from arms import one_order, run_arm
+from assets import ASSETS
 from python_corpus import Shares, texts, write_documents
 from python_teacher import TeacherSize, train_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -39,7 +39,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from stillroom.pipeline.report.seeds import interval
 
-ASSETS = Path(environ.get("STILLROOM_ASSETS", Path(__file__).parents[3] / "shared" / "assets"))
 STORIES = ASSETS / "models" / "stories260k-llama-hd32"
 DOMAINS = ("stories", "code")
 CODE = "#!python\n"

@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 from arms import run_arm
+from assets import ASSETS
 
 from stillroom.pipeline.report.seeds import interval
 
 RECIPE = Path(__file__).parents[2] / "pipeline" / "recipes" / "tinystories.yaml"
-ASSETS = Path(environ.get("STILLROOM_ASSETS", Path(__file__).parents[3] / "shared" / "assets"))
 WORDS = 12
 ARMS = ("student", "baseline")
 METRICS = ("kl_teacher", "cross_entropy")

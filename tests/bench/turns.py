@@ -15,13 +15,13 @@ import shutil
 import statistics
 from argparse import ArgumentParser
 from itertools import product
-from os import environ
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import torch
 from arms import run_arm
+from assets import ASSETS
 from transformers import AutoModelForCausalLM
 
 from stillroom.pipeline.report.seeds import interval
@@ -29,7 +29,6 @@ from stillroom.storage.snapshots.snapshot import load_snapshot
 from stillroom.storage.store.store import Store
 from stillroom.storage.tables.spans import positions, spans_of
 
-ASSETS = Path(environ.get("STILLROOM_ASSETS", Path(__file__).parents[3] / "shared" / "assets"))
 TURNS = ("all", "last")
 TEMPLATE = """{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}A: {% generation %}\
 {{ m.content }}{{ eos_token }}{% endgeneration %}{% else %}B: {{ m.content }}

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from small_teacher import ASSETS, Sentences, Size, naive_bayes, read_texts, train_teacher
+from assets import ASSETS
+from small_teacher import Sentences, Size, naive_bayes, read_texts, train_teacher
 from ways_arms import Task, causal_arms, classify_arms
 
 STORIES = ASSETS / "models" / "stories260k-llama-hd32"

@@ -18,93 +18,108 @@ if TYPE_CHECKING:
     from ..publish.export import PublishRequest
 
 
+_Place = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE|STORE",
+        help="A recipe, whose rows are meant; or the folder or URL of a store, all of it.",
+    ),
+]
+_License = Annotated[
+    str | None,
+    typer.Option(metavar="ID", help="Licence of this dataset: apache-2.0, cc-by-4.0 ..."),
+]
+_TeacherLicense = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="ID",
+        help="Licence or terms of the model that wrote and scored the text, or `unknown`. Of "
+        "several models: MODELID=ID each, its first digits suffice.",
+    ),
+]
+_SourceLicense = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="ID",
+        help="Licence of the data that the prompts come from, or `unknown`. Of several "
+        "sources: NAME=ID each.",
+    ),
+]
+_Snapshot = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ID",
+        help="Rows chosen before, by the first digits of their id; their validation and test splits "
+        "come along [of a recipe what it selects; of a store the only rows that a student was "
+        "trained on or a recipe exported, else all that it holds].",
+    ),
+]
+_Where = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SQL", help="Only rows whose generation fits: SQL over its columns [all]."
+    ),
+]
+_Columns = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME[,NAME]",
+        help="Only these columns, plain or as table.name; `key` always, a table without any "
+        "not at all [all].",
+    ),
+]
+_MinK = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="K",
+        help="Only targets with K entries or more, cut to K: what is cut joins the tail, "
+        "exactly [as stored].",
+    ),
+]
+_Features = Annotated[
+    bool | None,
+    typer.Option(
+        "--features/--no-features",
+        help="Also what is stored of the teacher's layers for these texts, and its embeddings "
+        "[what a recipe's student learns from; of a store nothing].",
+    ),
+]
+_Name = Annotated[
+    str | None,
+    typer.Option(help="What the dataset is called [after the last part of where it goes]."),
+]
+_Teacher = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="What the teacher is called; the store cannot know."),
+]
+_Language = Annotated[
+    list[str] | None,
+    typer.Option(metavar="CODE", help="ISO code of the text's language, repeatable."),
+]
+_Run = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="RUN_DIR",
+        help="Of which the recipe goes along, without its paths; one that is named does.",
+    ),
+]
+
+
 def publish_request(
-    place: Annotated[
-        str,
-        typer.Argument(
-            metavar="RECIPE|STORE",
-            help="A recipe, whose rows are meant; or the folder or URL of a store, all of it.",
-        ),
-    ],
-    license: Annotated[
-        str | None,
-        typer.Option(metavar="ID", help="Licence of this dataset: apache-2.0, cc-by-4.0 ..."),
-    ] = None,
-    teacher_license: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="ID",
-            help="Licence or terms of the model that wrote and scored the text, or `unknown`. Of "
-            "several models: MODELID=ID each, its first digits suffice.",
-        ),
-    ] = None,
-    source_license: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="ID",
-            help="Licence of the data that the prompts come from, or `unknown`. Of several "
-            "sources: NAME=ID each.",
-        ),
-    ] = None,
-    snapshot: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ID",
-            help="Rows chosen before, by the first digits of their id; their validation and test splits "
-            "come along [of a recipe what it selects; of a store the only rows that a student was "
-            "trained on or a recipe exported, else all that it holds].",
-        ),
-    ] = None,
-    where: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SQL", help="Only rows whose generation fits: SQL over its columns [all]."
-        ),
-    ] = None,
-    columns: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME[,NAME]",
-            help="Only these columns, plain or as table.name; `key` always, a table without any "
-            "not at all [all].",
-        ),
-    ] = None,
-    min_k: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="K",
-            help="Only targets with K entries or more, cut to K: what is cut joins the tail, "
-            "exactly [as stored].",
-        ),
-    ] = None,
-    features: Annotated[
-        bool | None,
-        typer.Option(
-            "--features/--no-features",
-            help="Also what is stored of the teacher's layers for these texts, and its embeddings "
-            "[what a recipe's student learns from; of a store nothing].",
-        ),
-    ] = None,
-    name: Annotated[
-        str | None,
-        typer.Option(help="What the dataset is called [after the last part of where it goes]."),
-    ] = None,
-    teacher: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="What the teacher is called; the store cannot know."),
-    ] = None,
-    language: Annotated[
-        list[str] | None,
-        typer.Option(metavar="CODE", help="ISO code of the text's language, repeatable."),
-    ] = None,
-    run: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="RUN_DIR",
-            help="Of which the recipe goes along, without its paths; one that is named does.",
-        ),
-    ] = None,
+    place: _Place,
+    license: _License = None,
+    teacher_license: _TeacherLicense = None,
+    source_license: _SourceLicense = None,
+    snapshot: _Snapshot = None,
+    where: _Where = None,
+    columns: _Columns = None,
+    min_k: _MinK = None,
+    features: _Features = None,
+    name: _Name = None,
+    teacher: _Teacher = None,
+    language: _Language = None,
+    run: _Run = None,
     overrides: Overrides = None,
 ) -> "PublishRequest":
     """What to publish, as the options of both commands say it."""

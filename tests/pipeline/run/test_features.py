@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from kit import last_json, prompts, stillroom, write_jsonl, write_recipe
+from planting import rows_of
 
 from stillroom.storage.integrity.vacuum import vacuum
 from stillroom.storage.integrity.verify import verify
@@ -70,7 +71,9 @@ def test_from_prompts_to_the_report(tmp_path: Path, teacher: Path) -> None:
     assert "  hidden states of blocks 0, 2: 40 bytes a token, int8" in notes
     assert max(map(len, notes)) < 100, "a line for each layout"
 
-    sample = last_json(done := stillroom("inspect", store.root, "--json"))
+    trained = {row["text_key"] for row in rows_of(store, "features")}
+    key = next(row["key"] for row in rows_of(store) if row["text_key"] in trained)
+    sample = last_json(done := stillroom("inspect", store.root, "--key", key.hex(), "--json"))
     tokens = len(sample["token_ids"])
     hidden = {"kind": "hidden", "layer": 0, "vectors": tokens, "width": 16, "dtype": "int8"}
     assert sample["features"][0] == hidden

@@ -240,6 +240,32 @@ def test_a_route_is_over_the_rows_of_this_recipe_alone(tmp_path: Path) -> None:
     assert [planned[f"score/{name}"]["planned"] for name in "ab"] == [PROMPTS, 0]
 
 
+def test_a_where_over_the_source_is_of_the_files_of_this_recipe(tmp_path: Path) -> None:
+    """Whoever read a prompt first stands in its row of `prompts`."""
+    room, data = Room(tmp_path), tmp_path / "data"
+    data.mkdir()
+    taken = {"name": "b", "where": "source LIKE 'maths.jsonl:%'"}
+    sections = given(room) | {"data": {"source": str(data), "format": "completion", "holdout": 4}}
+    room.source.rename(data / "code.jsonl")
+
+    def planned(*teachers: dict[str, Any]) -> list[int]:
+        recipe = room.recipe(*teachers, **sections)
+        stillroom("run", recipe, "--until", "data")
+        stages = last_json(stillroom("plan", recipe, "--json"))["stages"]
+        return [line["planned"] for name, line in stages.items() if name.startswith("score")]
+
+    assert planned({"name": "a"}) == [PROMPTS]
+    room.models["a"].rename(tmp_path / "gone")
+    lacking = stillroom("plan", room.recipe({"name": "a"}, taken, **sections), expect=2)
+    assert "asks for `source`, and the store's record of these prompts does not" in lacking.stderr
+    (tmp_path / "gone").rename(room.models["a"])
+    assert planned({"name": "a"}, taken) == [PROMPTS, 0]
+    (data / "code.jsonl").rename(data / "maths.jsonl")
+    assert planned({"name": "a"}, taken) == [PROMPTS, PROMPTS]
+    assert len(query(Store.open(tmp_path / "store"), "SELECT 1 FROM prompts")) == PROMPTS
+    stillroom("verify", tmp_path / "store")
+
+
 def test_what_the_first_teacher_wrote_is_not_taken_for_the_text_of_another(tmp_path: Path) -> None:
     room = Room(tmp_path)
     stillroom("run", room.recipe({"name": "a"}, {"name": "b"}), "--until", "data")

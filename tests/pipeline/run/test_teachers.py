@@ -214,6 +214,13 @@ def test_the_first_teacher_decides_a_fresh_student_of_routes_that_share_no_text(
     assert plans[0].snapshots["train"].id == plans[1].snapshots["train"].id
     for arm in ("student", "baseline"):
         assert plans[0].train_dirs[arm] != plans[1].train_dirs[arm]
+    # Of one as of several, what nobody is asked for is counted.
+    asked = query(Store.open(tmp_path / "store"), f"SELECT count(*) FROM prompts WHERE {THE}")
+    unasked = PROMPTS - asked[0][0].as_py()
+    notes = make_plan(load_recipe(room.recipe(routes[0], **sections))).notes
+    said = [int(note.split()[0]) for note in notes if "are of no teacher: none is asked" in note]
+    assert len(said) == 2  # held out, to train on
+    assert sum(said) == unasked
     nothing = room.recipe(routes[0], routes[1] | {"where": "text LIKE 'THE %'"}, **sections)
     notes = make_plan(load_recipe(nothing)).notes
     assert "b is asked for no text: its `where` takes none of the prompts" in notes

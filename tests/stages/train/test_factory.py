@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +14,12 @@ from tiny_images import Pictures, save_tiny_resnet
 from tiny_models import CLASSES, save_tiny_bert
 from tiny_store import StopAfter
 
+from stillroom.stages.loader.classification import training_passes
 from stillroom.stages.models.students.factory import FactoryStudent, save_factory_student
 from stillroom.stages.models.students.factory_file import factory_files, factory_id
 from stillroom.stages.models.students.student import initial_student, load_student
 from stillroom.stages.recipe.checks.together import check_together
-from stillroom.stages.recipe.sections import Recipe, Student
+from stillroom.stages.recipe.sections import Recipe, Student, Train
 from stillroom.stages.train import stage as train
 from stillroom.storage.errors import Stopped, UsageError
 
@@ -205,6 +207,21 @@ def test_a_neighbour_that_is_no_part_of_it_is_refused(
     recipe = of_texts(tmp_path, f"{line}\n{TEXTS}")
     with pytest.raises(UsageError, match=says):
         initial_student(recipe, tmp_path / "teacher")
+
+
+def test_no_text_is_left_alone_with_its_batch_norm(tmp_path: Path) -> None:
+    norm = "self.head = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, classes))"
+    recipe = of_texts(tmp_path, TEXTS.replace("self.head = nn.Linear(8, classes)", norm))
+    student = initial_student(recipe, tmp_path / "teacher")
+
+    def passes(tokens: int) -> Any:
+        job: Any = SimpleNamespace(train=Train(epochs=1, tokens_per_pass=tokens))
+        how: dict[str, Any] = {"teacher_dir": tmp_path / "teacher", "dtype": torch.float32}
+        return training_passes(student, job, lengths=(3, 12), **how)
+
+    assert passes(36).never_alone
+    with pytest.raises(UsageError, match=r"train\.tokens_per_pass: 35 .* Set it to 36 or more"):
+        passes(35)
 
 
 class TestRefusals:

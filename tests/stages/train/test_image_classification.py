@@ -3,6 +3,7 @@
 import json
 import struct
 import zlib
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -223,7 +224,7 @@ class TestTraining:
         folder = tmp_path / "student" / "student"
         model = AutoModelForImageClassification.from_pretrained(folder).eval()
         processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-        numbers, kl, right = numbers_of(world), [], []
+        numbers, kl, right, said = numbers_of(world), [], [], []
         for row in rows_of(world.store, load_snapshot(world.store, job.snapshots["test"])):
             inputs = processor(images=picture(numbers[row["prompt_key"]]), return_tensors="pt")
             with torch.no_grad():
@@ -231,9 +232,17 @@ class TestTraining:
             teacher = row["logprobs"].astype(np.float64)
             kl.append(float((np.exp(teacher) * (teacher - own)).sum()))
             right += [] if row["label"] is None else [own.argmax() == row["label"]]
+            said += [] if row["label"] is None else [(row["label"], int(own.argmax()))]
         student, measured = content["results"]["student"], content["measured_on"]
         assert student["kl_teacher"] == pytest.approx(np.mean(kl), rel=1e-4)
         assert student["accuracy"] == pytest.approx(np.mean(right))
+        of_each = [
+            2 * said.count((c, c)) / sum((pair[0] == c) + (pair[1] == c) for pair in said)
+            for c in {c for pair in said for c in pair}
+        ]
+        assert student["f1_macro"] == pytest.approx(np.mean(of_each))
+        cells = {(a, b): n for a, b, n in content["classes"]["arms"]["student"]["confusion"]}
+        assert cells == Counter(said)
         assert (measured["of"], measured["tokens"], measured["labelled"]) == (
             "images",
             8,

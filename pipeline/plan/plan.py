@@ -242,8 +242,9 @@ def _plan_stored(recipe: Recipe, plan: Plan, books: Books) -> None:
         plan.unread = plan.unread or unseen_by_student(recipe, bound, books, folder)
     if recipe.score is not None:
         upstream = _plan_score(plan, books, upstream=upstream)
-    if upstream and len(plan.teachers) > 1:
+    if upstream and recipe.several:
         plan.note(*left_out(books, [one.name for one in plan.teachers]))
+    if upstream and len(plan.teachers) > 1:
         plan.snapshots, plan.partners = choose_samples(books, binding, len(plan.teachers))
     elif upstream:
         plan.snapshots = choose_snapshots(books, binding)
@@ -252,7 +253,7 @@ def _plan_stored(recipe: Recipe, plan: Plan, books: Books) -> None:
 
 
 def _plan_score(plan: Plan, books: Books, *, upstream: bool) -> bool:
-    """A line for each teacher; whether all are done. Leaves `scored` behind, of several what `keep_scored` keeps."""
+    """A line for each teacher; whether all are done. Leaves `scored` behind, of named ones what `keep_scored` keeps."""
     done = upstream
     for number, one in enumerate(plan.teachers):
         binding, teacher = one.bound.binding, one.bound.teacher
@@ -271,7 +272,7 @@ def _plan_score(plan: Plan, books: Books, *, upstream: bool) -> bool:
         plan_embeddings(line, one.recipe, one.bound, books.store)
         plan.stages.append(line)
         done = done and line.state == "done"
-        if len(plan.teachers) > 1:
+        if one.asked is not None:
             keep_scored(books, number)
     return done
 

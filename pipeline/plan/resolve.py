@@ -19,7 +19,7 @@ from ...stages.models.fit.misfits import refuse_misfit
 from ...stages.models.fit.teacher_layers import FIELD, refuse_uncopied
 from ...stages.models.identity import FileHashes, Identity, find_model, identify
 from ...stages.models.inputs.same_tokenizer import compare_tokenizers
-from ...stages.models.students.factory_file import factory_id
+from ...stages.models.students.factory_file import factory_files, factory_id
 from ...stages.models.students.same_layers import refuse_other_layers
 from ...stages.recipe.checks.together import stores_of
 from ...stages.recipe.evaluate import HELD_OUT_FIELDS
@@ -177,7 +177,7 @@ def student_id(recipe: Recipe, *, write: bool) -> str | None:
     """Identity of an existing student, hash of the code that makes one; None for other fresh weights."""
     section = recipe.student
     if section is not None and section.factory is not None:
-        return factory_id(section.factory)
+        return factory_id(factory_files(section))
     if section is None or section.model is None:
         return None
     folder = find_model(section.model, section.revision, field="student.model", download=write)

@@ -275,7 +275,8 @@ _FACTORY = """import json
 from safetensors.torch import load_file
 
 made = json.load(open("path/to/student/factory.json"))
-# made["factory"] names the file (its sha256 is made["sha256"]) and the function, which is not published here.
+# made["factory"] names the file and the function; made["files"] has the sha256 of it and of the files
+# beside it that it needs. They are not published here.
 from FILE import FUNCTION
 
 model = FUNCTION(**made["arguments"])

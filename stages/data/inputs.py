@@ -15,12 +15,14 @@ from .remarks import Remarks
 class Intake:
     """Rows of prompts in the source's order, each key once."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, sources: bool = False) -> None:
+        """`sources`: the table shall say where each row stands."""
         self._seen = KeySet()
         self._keys, self._prompts = bytearray(), bytearray()
         self._windows, self._held_out = array("i"), bytearray()
         self._judging = KeySet()
         self._labelled = bytearray()
+        self._sources: list[str] | None = [] if sources else None
         self._turns, self._rows_of_turns = bytearray(), array("q")
         self._last, self._rows_of_last = bytearray(), array("q")
         self.remarks = Remarks()
@@ -41,6 +43,7 @@ class Intake:
         turns: Sequence[bytes] = (),
         held_out: bool = False,
         labelled: bool = True,
+        source: str = "",
     ) -> None:
         """Take a row.
 
@@ -51,6 +54,7 @@ class Intake:
             turns: Of a conversation, hashes up to each turn that is scored.
             held_out: Whether the recipe names it as one that judges; these come first.
             labelled: False: a text to classify that has no label.
+            source: Where it stands.
         """
         if key not in self._seen:
             self._seen.update(key)
@@ -65,6 +69,8 @@ class Intake:
             self._windows.append(windows)
             self._held_out.append(held_out)
             self._labelled.append(labelled)
+            if self._sources is not None:
+                self._sources.append(source)
             if held_out:
                 self._judging.update(prompt_key)
 
@@ -107,6 +113,8 @@ class Intake:
                 "windows": pa.array(np.frombuffer(self._windows, np.int32)),
             }
         )
+        if self._sources is not None:
+            table = table.append_column("source", pa.array(self._sources, pa.string()))
         kept = test | ~self._repeats(test)
         self.remarks.left_out = int((~kept).sum())
         first = np.zeros(int(kept.sum()), bool)

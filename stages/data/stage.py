@@ -19,6 +19,7 @@ from ...storage.keys import content_id, content_key
 from ...storage.store.store import Store
 from ...storage.store.writer import CommitLimits
 from ...storage.tables.schema import TableName
+from ..ledger.routes import reads_source
 from ..models.fit.classes import names_in
 from ..models.identity import FileHashes, Identity
 from ..recipe.checks.task import refuse_without_labels
@@ -80,14 +81,12 @@ def _inputs_id(
     if recipe.data.records.labelled:
         how["classes"] = list(classes)  # by their names a label is known
     # A field that is absent is in no hash: sources of before have the names that they had.
-    more = {} if held_out is None else {"held_out": _named(held_out, hashes)}
+    more: dict[str, Any] = {}
+    if held_out is not None:
+        rows, how_many = held_out.fingerprint(hashes), held_out.limit
+        more["held_out"] = {"rows": rows, "split": held_out.split, "limit": how_many}
     source = training_source(recipe).fingerprint(hashes)
     return content_id("inputs", source=source, how=how, text=text, **more)
-
-
-def _named(held_out: Source, hashes: FileHashes) -> dict[str, Any]:
-    rows = held_out.fingerprint(hashes)
-    return {"rows": rows, "split": held_out.split, "limit": held_out.limit}
 
 
 def _text(
@@ -118,7 +117,7 @@ def run(job: Job) -> StageResult:
     limits = replace(commit_limits(recipe), rows=max(COMMIT_ROWS, recipe.storage.commit_rows))
     folder = store.teacher_dir(job.teacher_id)
     teacher = _Knows.of(recipe, folder, names_in(folder), whole=True)
-    rows = Intake()
+    rows = Intake(sources=reads_source(recipe))
     job.progress.start(total=data.limit or 0, unit="records")
     with ExitStack() as stack:
         prompts, rejects = (
@@ -220,6 +219,7 @@ def _take(
         turns=turn_keys(row, data) if given else (),
         held_out=held_out,
         labelled=not data.records.labelled or row["label"] is not None or row["labels"] is not None,
+        source=source,
     )
     rows.remarks.count_unread(unread_columns(record, data))
     return row
@@ -274,7 +274,7 @@ class Survey(NamedTuple):
 
 def survey(recipe: Recipe, teacher: Identity | None = None) -> Survey:
     """What `run` would make of the source, without writing; `teacher`: by which labels and images are known."""
-    rows, knows = Intake(), _NOTHING
+    rows, knows = Intake(sources=reads_source(recipe)), _NOTHING
     if teacher is not None:  # an adapter's classes stand beside its base's folder
         knows = _Knows.of(recipe, teacher.folder, teacher.class_names, whole=False)
     for found in all_records(recipe):

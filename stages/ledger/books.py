@@ -134,7 +134,7 @@ class Books:
                 published folder whose rows are the data.
             write: Keep index segments.
         """
-        self.store, self.recipe, self._data_id = store, recipe, data_id
+        self.store, self.recipe, self.data_id = store, recipe, data_id
         self.index = Index(store, write=write)
         self.published = surveyed if isinstance(surveyed, Published) else None
         """The folder whose rows are the data, as they are: prompts and text are not asked for."""
@@ -198,7 +198,7 @@ class Books:
         if this one has none of its source: then it has the same tokens.
         """
         of = f"g.author_id = '{author_id}'"
-        earlier = (self.store.inputs_about(self._data_id) or {}).get("earlier_author")
+        earlier = (self.store.inputs_about(self.data_id) or {}).get("earlier_author")
         if earlier is None:
             return of
         here = f"SELECT source_key FROM generations WHERE author_id = '{author_id}'"

@@ -3,18 +3,30 @@
 Equal tokens are one text, whatever their prompts: a teacher that is asked for one of them has them all.
 """
 
+import re
+
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ...storage.errors import IntegrityError, UsageError
+from ...storage.errors import UsageError
+from ...storage.integrity.checked import Memory, prove_bytes
 from ...storage.store.sql import query
 from ...storage.tables.schema import TableName
-from ...storage.tables.shard import REPAIR
-from ..recipe.sections import OneTeacher
+from ...storage.tables.shard import StoredFile
+from ..recipe.sections import OneTeacher, Recipe
 from .books import Books
 
 EVERYTHING = ""
 """In place of a condition."""
+
+
+def reads_source(recipe: Recipe) -> bool:
+    """Whether a teacher's `where` may ask which file a prompt is of."""
+    return any(_asks_source(one) for one in recipe.several)
+
+
+def _asks_source(one: OneTeacher) -> bool:
+    return one.where is not None and re.search(r"\bsource\b", one.where, re.IGNORECASE) is not None
 
 
 def take_route(books: Books, one: OneTeacher) -> str:
@@ -28,7 +40,7 @@ def take_route(books: Books, one: OneTeacher) -> str:
     where = "true"
     if one.where is not None:
         field = f"teachers: where of {one.name!r}"
-        taken = keys_where(books, "prompts", "key", one.where, field=field)
+        taken = keys_where(books, "prompts", _rows(books, one, field), one.where, field=field)
         books.index.register("taken", taken)
         # Of the recipe's own rows: other data in the store may have a prompt with another label, say.
         rows = "SELECT prompt_key FROM inputs WHERE key IN (SELECT key::UUID FROM taken)"
@@ -42,6 +54,24 @@ def take_route(books: Books, one: OneTeacher) -> str:
     if one.budget_tokens is not None:
         _spend(books, one.budget_tokens)
     return "AND tokens_key IN (SELECT tokens_key FROM routed)"
+
+
+def _rows(books: Books, one: OneTeacher, field: str) -> str:
+    """SQL of the rows that a `where` is asked of: where it asks for `source`, as this recipe read them.
+
+    Raises:
+        UsageError: the record of this recipe's prompts does not say where they stood.
+    """
+    if not _asks_source(one):
+        return "prompts"
+    mine = f"SELECT key, any_value(source) AS source FROM inputs WHERE data_id = '{books.data_id}' GROUP BY key"
+    if query(books.store, f"SELECT 1 FROM ({mine}) WHERE source IS NULL LIMIT 1").num_rows:
+        raise UsageError(
+            f"{field}: asks for `source`, and the store's record of these prompts does not say where "
+            "each was read: no such `where` was there when it was made. Put teacher and data there "
+            "again, or ask for another column."
+        )
+    return f"(SELECT p.* REPLACE (i.source AS source) FROM prompts p JOIN ({mine}) i USING (key))"
 
 
 def _spend(books: Books, tokens: int) -> None:
@@ -60,21 +90,26 @@ def _spend(books: Books, tokens: int) -> None:
 
 
 def keys_where(
-    books: Books, table: TableName, column: str, condition: str, *, field: str
+    books: Books, table: TableName, rows: str, condition: str, *, field: str
 ) -> pa.Table:
-    """A column of the rows of a table for which an SQL condition holds; `field`: of the recipe, for messages.
+    """Keys of the rows of a table for which an SQL condition holds.
+
+    Args:
+        books: Of the store.
+        table: Which.
+        rows: SQL of its rows.
+        condition: Over their columns.
+        field: Of the recipe, for messages.
 
     Raises:
         UsageError: the condition is none.
         IntegrityError: a file of the table is damaged.
     """
+    memory = Memory.of_user()
     for part, _ in books.store.parts:  # DuckDB would read a flipped bit without a word
         for shard in part.shards(table):
-            if part.files.sha256(shard.name) != shard.sha256:
-                raise IntegrityError(
-                    f"{shard.name}: the file is damaged (its sha256 is another one). {REPAIR}"
-                )
+            prove_bytes(StoredFile(part.files, shard.name, shard.sha256), memory)
     try:
-        return query(books.store, f"SELECT {column} FROM {table} WHERE {condition}")
+        return query(books.store, f"SELECT key FROM {rows} WHERE {condition}")
     except UsageError as error:
         raise UsageError(f"{field}: {error}") from error

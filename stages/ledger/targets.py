@@ -364,7 +364,7 @@ _PART = "hash(tokens_key) % getvariable('parts') = getvariable('part')"
 
 
 def _selected(books: Books, condition: str) -> pa.Table:
-    return keys_where(books, "generations", "key", condition, field="select.where")
+    return keys_where(books, "generations", "generations", condition, field="select.where")
 
 
 def _explain_new(

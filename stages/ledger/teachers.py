@@ -43,18 +43,22 @@ def sample_rows(books: Books, teachers: int) -> pa.Table:
 def left_out(books: Books, names: Sequence[str]) -> list[str]:
     """What is to be said of texts that are not learnt from: one that nobody is asked for, one that is not whole."""
     each = _each(len(names))
-    ((unasked,),) = books.index.rows(f"""
-        SELECT count(DISTINCT tokens_key) FROM chosen
-        WHERE NOT held_out AND tokens_key NOT IN (SELECT tokens_key FROM judged)
-            AND tokens_key NOT IN (SELECT tokens_key FROM {each})""")
+    unasked = books.index.rows(f"""
+        SELECT held_out, count(DISTINCT tokens_key) FROM (
+            SELECT tokens_key, true AS held_out FROM judged
+            UNION ALL SELECT tokens_key, false FROM chosen
+                WHERE NOT held_out AND tokens_key NOT IN (SELECT tokens_key FROM judged)
+        ) WHERE tokens_key NOT IN (SELECT tokens_key FROM {each}) GROUP BY ALL ORDER BY ALL""")
     lacking = books.index.rows(f"""
         SELECT teacher, coalesce(reason, 'not scored'), count(*) FROM {each}
         WHERE target IS NULL AND tokens_key IN (
             SELECT tokens_key FROM {each} GROUP BY tokens_key HAVING bool_or(target IS NOT NULL))
         GROUP BY ALL ORDER BY ALL""")
-    said = []
-    if unasked:
-        said.append(f"{unasked} texts to train on are of no teacher: none is asked for them")
+    said = [
+        f"{count} {'held-out texts' if held_out else 'texts to train on'} are of no teacher: none is "
+        "asked for them"
+        for held_out, count in unasked
+    ]
     if lacking:
         why = ", ".join(f"{names[number]}: {count} {reason}" for number, reason, count in lacking)
         said.append(f"texts are left out that one of their teachers could not score ({why})")

@@ -20,6 +20,7 @@ from ..targets.batch import MoreTargets, TargetBatch, weighed
 from ..targets.features.batch import FeatureTargets
 from ..targets.features.shown import showing
 from ..workers.job import Job
+from .norms import fails_alone, refuse_alone
 from .passes import Passes, whole_groups
 from .samples import Sample
 
@@ -89,17 +90,16 @@ class ClassPasses(Passes):
             for part in whole_groups(samples, self.group, fits=self._fits):
                 yield self._batch(part, temperature)
             return
-        group: list[Sample] = []
+        parts: list[list[Sample]] = [[]]
         for sample in sorted(samples, key=len, reverse=True):
-            full = (
-                self.alone
-                or (len(group) + 1) * len(group[0] if group else sample) > self.tokens_per_pass
-            )
-            if group and full:
-                yield self._batch(group, temperature)
-                group = []
-            group.append(sample)
-        yield self._batch(group, temperature)
+            part = parts[-1]
+            if part and (self.alone or (len(part) + 1) * len(part[0]) > self.tokens_per_pass):
+                parts.append([])
+            parts[-1].append(sample)
+        if self.never_alone and len(parts[-1]) == 1 and len(parts) > 1:
+            parts[-1].insert(0, parts[-2].pop())  # as short as the one that is left, or nearly
+        for part in parts:
+            yield self._batch(part, temperature)
 
     def _fits(self, samples: Sequence[Sample]) -> bool:
         """Whether a pass over these texts, padded, has no more than `tokens_per_pass`."""
@@ -203,7 +203,12 @@ def training_passes(
     """Texts share passes, unless the model says of one something else beside others."""
     inputs = Inputs.of(model, teacher_dir)
     company = class_company(model, inputs)
-    return passes_of(ClassPasses, model, job, inputs=inputs, company=company, lengths=lengths)
+    found = passes_of(ClassPasses, model, job, inputs=inputs, company=company, lengths=lengths)
+    if not fails_alone(model, inputs.tensors([np.zeros(1, np.int64)])):
+        return found
+    per_pass = 0 if found.alone else found.tokens_per_pass
+    refuse_alone(job.train, longest=max(lengths), per_pass=per_pass)
+    return replace(found, never_alone=True)
 
 
 def passes_of(

@@ -53,6 +53,8 @@ class Passes(ABC):
     """V of the student."""
     alone: bool = False
     """One sample a pass, for a model whose numbers depend on the longest sample of a pass."""
+    never_alone: bool = False
+    """Two samples a pass at least, for a student whose batch norms cannot be had of one."""
     matching: Matching | None = None
     """What of the teacher's features is matched; None: nothing."""
     group: int | None = None

@@ -271,6 +271,22 @@ def steps(
         yield Step(samples=held, after=replace(cursor, step=cursor.step + 1))
 
 
+def in_company(steps: Generator[Step, None, None]) -> Generator[Step, None, None]:
+    """The same steps, what is left for a step of a single sample joined to the step before it."""
+    held = None
+    with closing(steps):
+        for step in steps:
+            if held is None or len(step.samples) > 1:
+                if held is not None:
+                    yield held
+                held = step
+                continue
+            after = replace(step.after, step=held.after.step)
+            held = Step(samples=[*held.samples, *step.samples], after=after)
+        if held is not None:
+            yield held
+
+
 def _stream(
     samples: Samples, cursor: Cursor, stop_samples: int | None
 ) -> Generator[tuple[Sample, Cursor], None, None]:

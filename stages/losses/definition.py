@@ -133,16 +133,21 @@ def losses_of(seen: Seen, targets: TargetBatch, *, objective: Objective | None) 
     hard = seen.normaliser - seen.label
     if objective is None or not targets.soft:
         return LossParts(hard=hard, soft=None)
-    scale = objective.temperature
+    scale, weights = objective.temperature, targets.weights
     outcomes = torch.cat(
         [seen.entries if scale == 1.0 else seen.entries / scale, seen.rest[:, None]], -1
     )
+    if weights is not None:
+        # 0 times an infinite divergence is no number: of weight 0 the student is not looked at.
+        outcomes = outcomes.masked_fill((weights == 0)[:, None], 0.0)
     if targets.probabilities is not None:
         soft = _sampled_forward_kl(outcomes.log_softmax(-1), targets, objective)
     else:
         soft = _divergence(_teacher(targets, objective), _student(outcomes, objective), objective)
     soft = soft if scale == 1.0 else scale**2 * soft
-    return LossParts(hard=hard, soft=soft if targets.weights is None else targets.weights * soft)
+    if weights is not None:
+        soft = torch.where(weights == 0, 0.0, weights * soft)
+    return LossParts(hard=hard, soft=soft)
 
 
 def _divergence(teacher: Tensor, student: Tensor, objective: Objective) -> Tensor:

@@ -136,7 +136,7 @@ class Student(Section):
     """Fresh weights of a module that `file.py:function` or `module:function` makes; of tasks that classify
     whole texts or images. Its code is run where the command says --allow-code."""
     args: Options | None = None
-    """Keyword arguments of `factory`, besides what it is told of the task."""
+    """Keyword arguments of `factory`, besides what it is told of the task; files by their names from its folder."""
 
     @field_validator("config")
     @classmethod

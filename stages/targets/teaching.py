@@ -15,6 +15,9 @@ text staying W = sum_j w_j:
     entropy       W w_j exp(-H_j) / sum_k w_k exp(-H_k)          H_j the entropy of t_j
     likelihood    W w_j t_j(x) / sum_k w_k t_k(x)                x the token that is there
 
+t_j is at temperature 1 in both, whatever the loss compares. Where no teacher gives the token any probability, the
+weights are w_j.
+
 The mixture of `full` targets is exact. Of sampled ones the draws are pooled: ids united, the
 estimates of each id's probability added with the weights, so their mean is the mixture. Its entropy is
 not known of draws: sum_j w_j H_j stands in, so the value of the loss is that of the sum, and the
@@ -70,6 +73,7 @@ class Teaching:
         if self.each_token == "fixed":
             return each
         surely = np.stack([_says(targets, self.each_token) for _, targets in found])
+        surely = np.where((surely == -np.inf).all(axis=0), 0.0, surely)
         raw = np.log(each) + surely
         raw = np.exp(raw - raw.max(axis=0))
         shares: np.ndarray = weights.sum() * raw / raw.sum(axis=0)

@@ -13,7 +13,7 @@ from ...storage.joined import open_store
 from ...storage.snapshots.snapshot import Snapshot, load_snapshot
 from ...storage.store.store import Store
 from ..audit.every_row import check_rows
-from ..loader.samples import Cursor, Samples, Step, steps
+from ..loader.samples import Cursor, Samples, Step, in_company, steps
 from ..recipe.fields import Split, extremes
 from ..recipe.run_folder import ADAPTER, STUDENT, TRAINED
 from ..recipe.sections import Loss
@@ -232,13 +232,14 @@ class Run:
         return seconds >= self._train.checkpoint_every_seconds
 
     def _steps(self) -> Generator[Step, None, None]:
-        return steps(
+        found = steps(
             self._samples,
             self._record.cursor,
             tokens_per_step=self._train.tokens_per_step,
             stop_tokens=self._train.tokens,
             stop_samples=self._stop_samples,
         )
+        return in_company(found) if self._trainer.never_alone else found
 
     def _passes(self, step: Step) -> Iterator[Any]:
         return self._trainer.passes(step, done=step.after.tokens / self._total)

@@ -86,6 +86,11 @@ class Trainer:
         self._packing, self._loss, self._train, self._dtype = packing, loss, train, dtype
 
     @property
+    def never_alone(self) -> bool:
+        """Whether a step needs two samples at least."""
+        return self._packing.never_alone
+
+    @property
     def tokens_per_pass(self) -> int:
         """Positions of a forward pass: the setting, or less once memory ran out."""
         return self._packing.tokens_per_pass
@@ -292,9 +297,10 @@ class Trainer:
         self.optimizer.zero_grad()
         torch.cuda.empty_cache()
         tokens = self._packing.tokens_per_pass
-        if tokens <= step.longest:
+        least = step.longest * (3 if self._packing.never_alone else 1)  # as `refuse_alone` has it
+        if tokens <= least:
             raise out_of_memory(step.longest, message, group=self._packing.group)
-        self._packing = replace(self._packing, tokens_per_pass=max(tokens // 2, step.longest))
+        self._packing = replace(self._packing, tokens_per_pass=max(tokens // 2, least))
 
     def _pass(self, batch: Any, aim: Aim) -> Distilled:
         return self._packing.losses(self.model, batch, aim=aim, dtype=self._dtype)

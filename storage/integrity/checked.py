@@ -133,7 +133,7 @@ def check_file(
         IntegrityError: the bytes are not those that were committed, or a row cannot be right; names
             file, row and column.
     """
-    _prove_bytes(file, memory)
+    prove_bytes(file, memory)
     name = _rows_name(file, table)
     if known := _remembered(memory.known(name)):
         return known, None
@@ -197,7 +197,12 @@ def _remembered(value: str | None) -> Held | None:
     return None
 
 
-def _prove_bytes(file: StoredFile, memory: Memory) -> None:
+def prove_bytes(file: StoredFile, memory: Memory) -> None:
+    """Hash a file, unless it was hashed here before and is as it was then.
+
+    Raises:
+        IntegrityError: it is missing, or its bytes are not those that were committed.
+    """
     try:
         stamp = _stamp(file)  # before the bytes: what is changed while they are read is not known
         if memory.known(stamp) == file.sha256:

@@ -10,7 +10,7 @@ from ..errors import IntegrityError, UsageError
 from ..files.base import Files
 from ..keys import content_id, unseal
 from ..snapshots.snapshot import SnapshotShard, load_snapshot
-from ..store.inputs import INPUTS_SCHEMA, inputs_name, read_inputs
+from ..store.inputs import inputs_name, read_inputs
 from ..store.store import MARKER, TEACHER_FILES, Store
 from ..tables.shard import ShardFile, ShardInfo
 from .matrices import matrix_problems
@@ -60,7 +60,7 @@ def _inputs_problems(files: Files, seen: Seen) -> Iterator[Problem]:
             continue
         if inputs is not None:
             seen.named.add(inputs.shard.name)
-            yield from shard_problems(files, inputs.shard, INPUTS_SCHEMA, mend=name)
+            yield from shard_problems(files, inputs.shard, inputs.schema, mend=name)
 
 
 def _teacher_problems(files: Files, seen: Seen) -> Iterator[Problem]:

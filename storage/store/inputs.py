@@ -25,6 +25,8 @@ INPUTS_SCHEMA = pa.schema(
         pa.field("first", pa.bool_(), nullable=False),
     ]
 )
+SOURCE = pa.field("source", pa.string())
+"""A column more, where the recipe asks which file a prompt is of: a row of `prompts` says who read it first."""
 _GROUP_ROWS = 1 << 18
 
 
@@ -34,6 +36,13 @@ class Inputs:
 
     shard: ShardInfo
     about: dict[str, Any]
+    sourced: bool
+    """Whether the column `source` is there."""
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Of its file."""
+        return INPUTS_SCHEMA.append(SOURCE) if self.sourced else INPUTS_SCHEMA
 
 
 def inputs_name(data_id: str) -> str:
@@ -45,7 +54,9 @@ def put_inputs(files: Files, data_id: str, table: pa.Table, *, about: Mapping[st
     """Record a table of inputs; the first record of a `data_id` stays."""
     if files.exists(inputs_name(data_id)):
         return
-    data = table.select(INPUTS_SCHEMA.names).cast(INPUTS_SCHEMA)
+    sourced = SOURCE.name in table.column_names
+    schema = INPUTS_SCHEMA.append(SOURCE) if sourced else INPUTS_SCHEMA
+    data = table.select(schema.names).cast(schema)
     groups = [
         min(_GROUP_ROWS, data.num_rows - start) for start in range(0, data.num_rows, _GROUP_ROWS)
     ]
@@ -55,6 +66,7 @@ def put_inputs(files: Files, data_id: str, table: pa.Table, *, about: Mapping[st
         "data_id": data_id,
         "shard": asdict(shard),
         "about": dict(about),
+        **({"sourced": True} if sourced else {}),
     }
     files.put_if_absent(inputs_name(data_id), seal(record))
 
@@ -76,7 +88,7 @@ def read_inputs(files: Files, data_id: str) -> Inputs | None:
         shard = ShardInfo.from_json(mapping(record["shard"]))
         if shard.name != shard_name("inputs", shard.sha256):
             raise ValueError(f"{shard.name} is not the name of the file with its sha256")
-        return Inputs(shard, mapping(record["about"]))
+        return Inputs(shard, mapping(record["about"]), record.get("sourced") is True)
 
 
 def inputs_file(files: Files, inputs: Inputs) -> ShardFile:
@@ -86,16 +98,19 @@ def inputs_file(files: Files, inputs: Inputs) -> ShardFile:
         IntegrityError: its columns are others.
     """
     file = ShardFile(files, inputs.shard.name)
-    if not file.stored.equals(INPUTS_SCHEMA):
+    if not file.stored.equals(inputs.schema):
         raise IntegrityError(
             f"{file.name}: its columns are {_columns(file.stored)}, those of inputs are "
-            f"{_columns(INPUTS_SCHEMA)}. {REPAIR}"
+            f"{_columns(inputs.schema)}. {REPAIR}"
         )
     return file
 
 
 def inputs_table(files: Files, inputs: Inputs) -> pa.Table:
-    """The inputs: key, prompt_key, split (train or test), windows (of a cut text), first (of the rows of a prompt)."""
+    """The inputs: key, prompt_key, split (train or test), windows (of a cut text), first (of the rows of a prompt).
+
+    `source` too, where it is there.
+    """
     return inputs_file(files, inputs).read_all().replace_schema_metadata(None)
 
 

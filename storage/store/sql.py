@@ -21,7 +21,7 @@ from ..tables.schema import SCHEMAS, TABLES
 from ..tables.shard import ShardInfo
 from .commits import Commit
 from .index import limit
-from .inputs import INPUTS_SCHEMA, Inputs, read_inputs
+from .inputs import INPUTS_SCHEMA, SOURCE, Inputs, read_inputs
 from .limits import GIVE_MORE, OF_QUERIES
 from .stopping import stoppable
 from .store import Store
@@ -61,7 +61,7 @@ def connect(store: Store) -> duckdb.DuckDBPyConnection:
     with explained():
         for table in TABLES:
             _make_view(connection, table, SCHEMAS[table], sight.selects[table])
-        inputs = INPUTS_SCHEMA.append(pa.field("data_id", pa.string()))
+        inputs = INPUTS_SCHEMA.append(SOURCE).append(pa.field("data_id", pa.string()))
         _make_view(connection, "inputs", inputs, sight.inputs)
         connection.from_arrow(commits).create("commits")
     return connection

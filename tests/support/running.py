@@ -1,6 +1,8 @@
 """Commands under way: started, looked at while they work, faults put into their stages."""
 
 import os
+import random
+import signal
 import subprocess
 import textwrap
 import time
@@ -11,7 +13,7 @@ from typing import Any
 import loaded
 import psutil
 from forked import STAGE
-from kit import ENVIRONMENT, command
+from kit import ENVIRONMENT, command, stillroom
 from loaded import Loaded
 
 from stillroom.storage.store.store import Store
@@ -97,6 +99,28 @@ def committed(recipe: Path, table: str) -> int:
     """Commits of a table."""
     folder = recipe.parent / "store" / "commits" / table
     return len(list(folder.glob("*.json"))) if folder.is_dir() else 0
+
+
+def progress_of(recipe: Path, stage: str) -> Callable[[], bool]:
+    """Whether a stage is somewhere in its middle."""
+    if stage in ("generate", "score"):
+        table = {"generate": "generations", "score": "soft_targets"}[stage]
+        wanted = random.randint(1, 6)
+        return lambda: committed(recipe, table) >= wanted
+    if stage == "train":
+        return lambda: bool(list((recipe.parent / "run").glob("train-*/checkpoints/step-*")))
+    return (recipe.parent / "run" / "logs" / f"{stage}.log").exists
+
+
+def kill_in_the_middle(recipe: Path, stage: str) -> None:
+    """Run until a stage is at work, kill -9 the runner, and see the stage die with it; then end the stage."""
+    runner, there = start(recipe), progress_of(recipe, stage)
+    until(lambda: there() or runner.poll() is not None, stage)
+    worker = ours(runner)
+    os.killpg(runner.pid, signal.SIGKILL)
+    runner.communicate()
+    until(lambda: not any(alive(w) for w in worker), "its death")
+    stillroom("run", recipe, "--until", stage)
 
 
 def contents(store: Path) -> Iterator[tuple[str, dict[bytes, dict[str, object]]]]:

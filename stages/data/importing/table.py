@@ -26,9 +26,12 @@ from ....storage.tables.row_builders import given_row, target_row
 from ....storage.tables.spans import span_after
 from ...audit.misplaced_targets import shifted
 from ...ledger.requests import target_key, tokens_key
+from ...models.fit.config import config_facts
+from ...models.fit.files import read_json
 from ...models.identity import FileHashes, Identity, find_model, identify, identify_unseen
 from ...models.inputs.rendering import Renderer
 from ...recipe.sections import Storage
+from ...recipe.tasks import MODELS, TASKS
 from ...workers.job import Progress
 from ...workers.shard_about import versions
 from ..inputs import Intake
@@ -105,6 +108,7 @@ def given_format(done: Imported) -> str:
 def _teacher(request: ImportRequest, hashes: FileHashes) -> Identity:
     if request.teacher is not None and request.tokenizer is None and request.teacher_name is None:
         folder = find_model(request.teacher, request.revision, field="--teacher", download=True)
+        _refuse_other_heads(folder, request.teacher)
         return identify(folder, dtype="auto", hashes=hashes, field="--teacher")
     if request.teacher is None and request.tokenizer is not None and request.teacher_name:
         if not request.tokenizer.is_dir():
@@ -119,6 +123,21 @@ def _teacher(request: ImportRequest, hashes: FileHashes) -> Identity:
         "Whose probabilities are these? Give --teacher MODEL (a folder or Hub id), or, where its "
         "weights are not here, --tokenizer FOLDER and --teacher-name NAME."
     )
+
+
+def _refuse_other_heads(folder: Path, name: str) -> None:
+    """Refuse a model whose probabilities are of classes or of hidden tokens: a table's are of next tokens.
+
+    Raises:
+        UsageError: it is one.
+    """
+    where, head = f"--teacher: {name}", TASKS["causal_lm"].head
+    facts = config_facts(read_json(folder / "config.json", "--teacher"), where=where)
+    if head not in facts.heads:
+        raise UsageError(
+            f"{where} is {facts.use} ({facts.model_type}), and the rows of a table are of the next token. Use "
+            f"{MODELS[head].words}. What other models say of texts, words or images is scored by `stillroom run`."
+        )
 
 
 class _Import:

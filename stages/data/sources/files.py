@@ -134,6 +134,7 @@ def find_files(source: str, *, field: str, images: bool = False) -> Found | None
     for file in found.files:
         _refuse_unreadable(file, field, images=found.images)
     if found.images:
+        _refuse_mixed(found)
         refuse_either((file.relative_to(found.root) for file in found.files), field=field)
     if found.files:
         return found
@@ -148,6 +149,22 @@ def find_files(source: str, *, field: str, images: bool = False) -> Found | None
             f"{', '.join(PACKED)}, or a Hub dataset id."
         )
     return None
+
+
+def _refuse_mixed(found: Found) -> None:
+    """Refuse images beside tables, for both may hold records that are images.
+
+    Raises:
+        UsageError: there are both; names one of each.
+    """
+    tables = [file for file in found.left_out if no_data(file, found.root, TABLES) is None]
+    if not tables:
+        return
+    table, image = found.name_of(tables[0]), found.name_of(found.files[0])
+    raise UsageError(
+        f"{found.field}: {as_written(found.source)} has tables ({table}) and images ({image}), and the "
+        "records may be those of either. Name one kind by a glob, or put the other elsewhere."
+    )
 
 
 def _in_folder(path: Path, source: str, field: str, *, images: bool) -> Found:
@@ -183,6 +200,8 @@ def _of_glob(path: Path, source: str, field: str, *, images: bool) -> Found:
     files = [file for file in inside if why[file] is None]
     left_out = _first_what_looks_like_data({file: said for file, said in why.items() if said})
     saved = any(ending(file) == ".arrow" for file in files)
+    if images and all(file.parent == root for file in files):
+        _refuse_without_class(root, source, field)
     return Found(
         source=source,
         field=field,
@@ -191,6 +210,19 @@ def _of_glob(path: Path, source: str, field: str, *, images: bool) -> Found:
         left_out=left_out,
         saved=saved,
         images=images,
+    )
+
+
+def _refuse_without_class(folder: Path, source: str, field: str) -> None:
+    """Refuse a glob over the images of one folder: whether that is a class, nothing says.
+
+    Raises:
+        UsageError: always.
+    """
+    raise UsageError(
+        f"{field}: {as_written(source)} are the images of one folder, and may be of a class "
+        f"{folder.name!r} or of none. Expected a glob over the folders of all classes (*/*.png), or the "
+        "folder itself, for images without a label."
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from ....storage.credentials import as_written
 from ....storage.errors import UsageError
 from ....storage.files.base import file_sha256
+from ...ledger.routes import reads_source
 from ...models.identity import FileHashes
 from ...recipe.sections import Recipe
 from .class_names import classes_in_files
@@ -33,6 +34,8 @@ class Source:
     """Whether its rows judge, and are not trained on."""
     images: bool = False
     """Whether its records are images."""
+    named: bool = False
+    """Whether the recipe asks for the names of its files."""
 
     def files(self) -> Found | None:
         """Its files; None where it is a dataset of the Hub.
@@ -81,7 +84,11 @@ class Source:
             # Of many small files: by their paths, which name their classes, and hashed each time.
             return [f"{found.name_of(f)} {file_sha256(f)}" for f in found.files]
         if found is not None:
-            return [f"{ending(f)} {hashes.sha256(f)}" for f in found.files]
+            names = [f" {found.name_of(f)}" if self.named else "" for f in found.files]
+            return [
+                f"{ending(f)} {hashes.sha256(f)}{name}"
+                for f, name in zip(found.files, names, strict=True)
+            ]
         from huggingface_hub import HfApi
 
         try:
@@ -104,6 +111,7 @@ def training_source(recipe: Recipe) -> Source:
         asked="split" in data.model_fields_set,
         limit=data.limit,
         images=data.records.image,
+        named=reads_source(recipe),
     )
 
 
@@ -121,6 +129,7 @@ def held_out_source(recipe: Recipe) -> Source | None:
         limit=evaluate.limit,
         held_out=True,
         images=recipe.data.records.image,
+        named=reads_source(recipe),
     )
 
 

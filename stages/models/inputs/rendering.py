@@ -1,7 +1,9 @@
 """From a prompts row to token ids: the chat template, special tokens, given answers and windows of long text."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -115,11 +117,33 @@ class Renderer:
     @cached_property
     def _around(self) -> tuple[list[int], list[int]]:
         """What the tokenizer puts before any text and after it: <s> and </s>, [CLS] and [SEP], or nothing."""
-        alone, whole = self.tokenizer("a", add_special_tokens=False), self.tokenizer("a")
-        text, ids = list(alone["input_ids"]), list(whole["input_ids"])
+        said, text = self._some_text()
+        ids = list(self.tokenizer(said)["input_ids"])
         starts = range(len(ids) - len(text) + 1)
         start = next((n for n in starts if ids[n : n + len(text)] == text), len(ids))
         return ids[:start], ids[start + len(text) :]
+
+    def _some_text(self) -> tuple[str, list[int]]:
+        """A text that the tokenizer reads, and its ids: without an unknown token it may have none for `a`.
+
+        Raises:
+            UsageError: there is none.
+        """
+        special = set(self.tokenizer.all_special_ids)
+        others = (i for i in range(len(self.tokenizer)) if i not in special)
+        for text in chain(["a"], map(self._text_of, others)):
+            with suppress(Exception):  # tokenizers raise what they like
+                if ids := list(self.tokenizer(text, add_special_tokens=False)["input_ids"]):
+                    return text, ids
+        raise UsageError(
+            f"{self.tokenizer.name_or_path}: the tokenizer reads none of its own tokens, and has no "
+            "unknown token. Save the model again."
+        )
+
+    def _text_of(self, token_id: int) -> str:
+        tokens = self.tokenizer.convert_ids_to_tokens([token_id])
+        text: str = self.tokenizer.convert_tokens_to_string(tokens)
+        return text
 
     def notes(self) -> list[str]:
         """What this run has to say of its texts, a sentence each."""

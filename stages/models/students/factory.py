@@ -6,9 +6,9 @@ The function is called with keywords: `classes`, their number; of images `channe
 `attention_mask` and, where the tokenizer makes them, `token_type_ids`) and returns logits [B, C].
 """
 
-import hashlib
 import json
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -26,7 +26,7 @@ from ..classification import Inputs
 from ..device import evaluating
 from ..fit.files import read_json
 from ..loading import ModelKind
-from .factory_file import FACTORY, FIELD, factory_file, factory_id
+from .factory_file import FACTORY, FIELD, factory_file, factory_files, files_of_module
 
 _WEIGHTS = "model.safetensors"
 _Config: Any = PreTrainedConfig  # it takes whatever fields a model has
@@ -35,10 +35,12 @@ _Config: Any = PreTrainedConfig  # it takes whatever fields a model has
 class FactoryStudent(nn.Module):
     """A module of the user's, with what the stages ask of a model of transformers."""
 
-    def __init__(self, model: nn.Module, config: Any, told: dict[str, Any], sha256: str) -> None:
-        """`told`: what the function was called with; `sha256`: of the file as it was run."""
+    def __init__(
+        self, model: nn.Module, config: Any, told: dict[str, Any], files: dict[str, str]
+    ) -> None:
+        """`told`: what the function was called with; `files`: hashes of what was run, as `factory_files` has them."""
         super().__init__()
-        self.model, self.config, self.told, self.sha256 = model, config, told, sha256
+        self.model, self.config, self.told, self.files = model, config, told, files
 
     def forward(self, **inputs: Tensor) -> SimpleNamespace:
         """`logits` [B, C]."""
@@ -69,18 +71,19 @@ def factory_student(recipe: Recipe, teacher_dir: Path, kind: ModelKind) -> Facto
     student = needed(recipe.student, "student")
     path, name = factory_file(str(student.factory))
     about, config = _about(teacher_dir, kind)
+    files, before = factory_files(student), set(sys.modules)
     with answered(f"{FIELD}: {student.factory} makes no student", f"Mend {path}."):
-        code = path.read_bytes()
-        made_by = getattr(_module(path, code), name, None)
+        made_by = getattr(_module(path, files), name, None)
         if made_by is None:
             raise AttributeError(f"it has no {name}")
         told = about | (student.args or {})
         made = made_by(**told)
         if not isinstance(made, nn.Module) or not any(True for _ in made.parameters()):
             raise TypeError(f"{name} returned {type(made).__name__}, not a module with weights")
-        found = FactoryStudent(made.float(), config, told, hashlib.sha256(code).hexdigest())
+        found = FactoryStudent(made.float(), config, told, files)
         with torch.no_grad(), evaluating(found):
             said = found(**_example(kind, found, teacher_dir)).logits
+        _check_neighbours(path.parent, files, before=before)
         if said.shape != (2, len(kind.classes)):
             raise ValueError(
                 f"its logits of two rows are {list(said.shape)}, expected [2, {len(kind.classes)}]"
@@ -95,13 +98,51 @@ def _example(kind: ModelKind, student: FactoryStudent, teacher_dir: Path) -> dic
     return Inputs.of(student, teacher_dir).tensors([np.zeros(2, np.int64)] * 2)
 
 
-def _module(path: Path, code: bytes) -> ModuleType:
-    """What a file with these bytes is as a module; it is run for this."""
+def _module(path: Path, files: dict[str, str]) -> ModuleType:
+    """What a file is as a module; it is run for this, with its folder behind all others that Python looks in."""
+    folder = path.parent.absolute()
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))  # for good: a forward pass may import, too
+    for name, file in _of_folder(folder).items():
+        if file in files:  # it may have changed
+            del sys.modules[name]
     module = ModuleType(f"stillroom_factory_{path.stem}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # dataclasses, say, look there for where they stand
-    exec(compile(code, str(path), "exec"), module.__dict__)
+    exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
     return module
+
+
+def _of_folder(folder: Path) -> dict[str, str]:
+    """The modules that were imported from a folder that Python looks in, and their files' names from there."""
+    there = {}
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if file is not None and Path(file) in files_of_module(folder, name):
+            there[name] = Path(file).relative_to(folder).as_posix()
+    return there
+
+
+def _check_neighbours(folder: Path, files: dict[str, str], *, before: Collection[str]) -> None:
+    """What was imported from the folder is what was hashed, and the other way round; `before`: modules of before.
+
+    Raises:
+        ImportError: it is not.
+    """
+    imported = _of_folder(folder.absolute())
+    for name, file in imported.items():
+        if file not in files and name not in before:
+            raise ImportError(
+                f"it imports {file} by no import statement, so that file would be no part of who the "
+                f"student is. Write `import {name}`"
+            )
+    for file in files:
+        name = file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+        if file.endswith(".py") and name in sys.modules and name not in imported:
+            raise ImportError(
+                f"`import {name}` finds {getattr(sys.modules[name], '__file__', 'a part of Python')} before "
+                f"the file {file} beside it. Rename that file"
+            )
 
 
 def load_factory_student(
@@ -112,9 +153,9 @@ def load_factory_student(
     Raises:
         UsageError: the function has changed since, or makes another module.
     """
-    said = read_json(folder / FACTORY, FIELD)
-    factory = str(needed(recipe.student, "student").factory)
-    if said.get("sha256") != factory_id(factory):
+    said, student = read_json(folder / FACTORY, FIELD), needed(recipe.student, "student")
+    factory, files = str(student.factory), factory_files(student)
+    if said.get("files", {next(iter(files)): said.get("sha256")}) != files:
         raise UsageError(f"{FIELD}: {factory} has changed since {folder} was trained. Train again.")
     made = factory_student(recipe, teacher_dir, kind)
     with answered(f"{folder}: its weights are not those of {factory}", "Train again."):
@@ -133,7 +174,8 @@ def save_factory_student(student: FactoryStudent, recipe: Recipe, part: Path) ->
     path, function = factory_file(factory)
     record = {
         "factory": f"{path.name}:{function}",
-        "sha256": student.sha256,  # of what was trained: the file may have changed since
+        "sha256": student.files[path.name],  # of what was trained: the file may have changed since
+        "files": student.files,
         "arguments": student.told,
         "classes": list(student.config.id2label.values()),
     }

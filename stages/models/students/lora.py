@@ -36,6 +36,7 @@ def with_lora(model: PreTrainedModel, lora: Lora, task: str) -> Any:
     """
     from peft import LoraConfig, get_peft_model
 
+    everywhere = lora.target_modules == "all-linear"
     config = LoraConfig(
         r=lora.rank,
         # PEFT divides by r: any number will do
@@ -43,13 +44,16 @@ def with_lora(model: PreTrainedModel, lora: Lora, task: str) -> Any:
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
         task_type=task,  # a new head over classes trains whole
+        # PEFT keeps adapters from a head over classes of texts by itself, and not from one of words.
+        exclude_modules=["classifier", "score"] if everywhere and task == "TOKEN_CLS" else None,
     )
     owners = _owners(model)
     try:
         adapted = get_peft_model(model, config)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # TypeError: it names the head, which trains whole
         raise UsageError(
-            f"student.lora.target_modules: {lora.target_modules} does not fit the model ({error})."
+            f"student.lora.target_modules: {lora.target_modules} does not fit the model ({error}). Name "
+            "modules below its head, or write all-linear."
         ) from error
     _refuse_shared(adapted, owners, lora)
     return adapted

@@ -24,9 +24,9 @@ def check_teachers(recipe: Recipe) -> list[tuple[str, str]]:
         message = "several teach by their distributions. Add a section `score`, or name one teacher"
         errors.append(("teachers", message))
     elif recipe.train is not None:
-        errors += _weights(recipe.teachers, recipe.loss) + _mixture(
-            recipe.loss, recipe.score.targets
-        )
+        errors += _weights(recipe.teachers, recipe.loss)
+        errors += _by_entropy(recipe.loss, recipe.score.targets)
+        errors += _mixture(recipe.loss, recipe.score.targets)
     return errors
 
 
@@ -108,6 +108,17 @@ def _weights(teachers: list[OneTeacher], loss: Loss) -> list[tuple[str, str]]:
         for number, one in enumerate(teachers)
         if extremes(one.weight)[0] == 0
     ]
+
+
+def _by_entropy(loss: Loss, targets: str) -> list[tuple[str, str]]:
+    softened = STRUCTURES[targets].drawn and extremes(loss.temperature) != (1.0, 1.0)
+    if loss.teacher_weights != "entropy" or not softened:
+        return []
+    message = (
+        "weighs by the entropy at temperature 1, and draws at another one are stored with the entropy "
+        "of what is softened. Use loss.temperature 1.0, score.targets 'full', or 'likelihood'"
+    )
+    return [("loss.teacher_weights", message)]
 
 
 def _mixture(loss: Loss, targets: str) -> list[tuple[str, str]]:

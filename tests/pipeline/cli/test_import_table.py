@@ -13,8 +13,12 @@ import pytest
 import torch
 from kit import last_json, stillroom, write_jsonl
 from planting import copied, planted
+from tiny_images import save_tiny_resnet
 from tiny_llama import save_tiny_llama
+from tiny_masks import save_tiny_masked
+from tiny_models import save_tiny_bert
 from tiny_store import SilentProgress, teacher_targets
+from tiny_words import save_tiny_tagger
 from transformers import AutoModelForCausalLM
 
 from stillroom.pipeline.cli.deep_verify import deep_lines, deep_verify, deeply, find_teacher
@@ -340,6 +344,29 @@ def test_a_missing_column_and_a_missing_teacher_are_named(
     assert not Path(asked().store).exists()
     with pytest.raises(UsageError, match=r"--holdout: 40 of \d+ prompts"):
         imported(asked(holdout=40))
+
+
+@pytest.mark.parametrize(
+    ("save", "what"),
+    [
+        (save_tiny_bert, "a text classifier"),
+        (save_tiny_tagger, "a token classifier"),
+        (save_tiny_masked, "a masked language model"),
+        (save_tiny_resnet, "an image classifier"),
+    ],
+)
+def test_a_teacher_of_anything_but_next_tokens_is_refused(
+    tmp_path: Path,
+    asked: Callable[..., ImportRequest],
+    save: Callable[[Path], Path],
+    what: str,
+) -> None:
+    request = asked(teacher=str(save(tmp_path / "other")))
+    with pytest.raises(
+        UsageError, match=rf"^--teacher: .* is {what} .* rows of a table are of the next"
+    ):
+        imported(request)
+    assert not Path(request.store).exists()
 
 
 def test_columns_are_named_as_in_a_recipe() -> None:

@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from kit import last_json, recipe_tree, stillroom, write_recipe
 from planting import rows_of
+from running import contents, kill_in_the_middle
+from safetensors.torch import load_file
 from samples import flip
 from tiny_images import CLASSES, STUDENT, encoded, picture, save_tiny_resnet, write_folder
 from typer.testing import CliRunner
@@ -104,6 +107,38 @@ def _publish(folder: Path, sections: dict[str, Any], results: dict[str, Any]) ->
     again = last_json(stillroom("run", path, "--json"))["results"]
     assert again["student"]["kl_teacher"] == pytest.approx(results["student"]["kl_teacher"])
     assert again["student"]["accuracy"] == results["student"]["accuracy"]
+
+
+def test_killed_in_every_stage_a_run_of_images_ends_as_if_undisturbed(tmp_path: Path) -> None:
+    """By SIGKILL, of the command that a user gives; the student has the same weights and the same averages."""
+    source, teacher = (
+        write_folder(tmp_path / "pictures", 48),
+        save_tiny_resnet(tmp_path / "teacher"),
+    )
+    sections: dict[str, Any] = {
+        "run": {"dir": str(tmp_path / "run"), "task": "image_classification"},
+        "storage": {"dir": str(tmp_path / "store"), "commit_rows": 4},
+        "data": {"source": str(source), "format": "images", "holdout": 8},
+        "student": {"config": STUDENT},
+        "generate": None,
+        "score": {"targets": "full"},
+        "train": {"epochs": 6, "tokens_per_step": 8, "checkpoint_every_steps": 2},
+    }
+    recipe = write_recipe(tmp_path, teacher, source, **sections)
+    for stage in ("data", "score", "train", "evaluate"):
+        kill_in_the_middle(recipe, stage)
+    disturbed = last_json(stillroom("run", recipe, "--json"))
+    assert last_json(stillroom("verify", tmp_path / "store", "--json"))["ok"]
+    other = {"storage.dir": tmp_path / "store2", "run.dir": tmp_path / "run2"}
+    words = [word for name, path in other.items() for word in ("--set", f"{name}={path}")]
+    undisturbed = last_json(stillroom("run", recipe, "--json", *words))
+    assert dict(contents(tmp_path / "store")) == dict(contents(tmp_path / "store2"))
+    assert disturbed["results"] == undisturbed["results"]
+    one, same = (
+        load_file(Path(done["run_dir"]) / "latest" / "student" / "model.safetensors")
+        for done in (disturbed, undisturbed)
+    )
+    assert all(torch.equal(one[name], same[name]) for name in one)
 
 
 def test_an_image_that_no_file_holds_is_named(tmp_path: Path) -> None:

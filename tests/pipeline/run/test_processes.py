@@ -1,8 +1,6 @@
 """Stages are processes: one group at a time, none outlives its runner, and a kill at any moment loses nothing."""
 
 import io
-import os
-import random
 import signal
 import subprocess
 from collections.abc import Callable
@@ -18,6 +16,7 @@ from running import (
     at_worker_start,
     committed,
     contents,
+    kill_in_the_middle,
     ours,
     start,
     start_whole,
@@ -254,28 +253,6 @@ def test_a_model_that_is_not_the_planned_one_is_not_loaded(
         StillroomError, match=f"^{changed}: the files in .* changed since the plan was made"
     ):
         process.finish()
-
-
-def progress_of(recipe: Path, stage: str) -> Callable[[], bool]:
-    """Whether a stage is somewhere in its middle."""
-    if stage in ("generate", "score"):
-        table = {"generate": "generations", "score": "soft_targets"}[stage]
-        wanted = random.randint(1, 6)
-        return lambda: committed(recipe, table) >= wanted
-    if stage == "train":
-        return lambda: bool(list((recipe.parent / "run").glob("train-*/checkpoints/step-*")))
-    return (recipe.parent / "run" / "logs" / f"{stage}.log").exists
-
-
-def kill_in_the_middle(recipe: Path, stage: str) -> None:
-    """Run until a stage is at work, kill -9 the runner, and see the stage die with it; then end the stage."""
-    runner, there = start(recipe), progress_of(recipe, stage)
-    until(lambda: there() or runner.poll() is not None, stage)
-    worker = ours(runner)
-    os.killpg(runner.pid, signal.SIGKILL)
-    runner.communicate()
-    until(lambda: not any(alive(w) for w in worker), "its death")
-    stillroom("run", recipe, "--until", stage)
 
 
 def test_killed_in_every_stage_the_store_ends_as_if_undisturbed(

@@ -214,6 +214,13 @@ def test_the_first_teacher_decides_a_fresh_student_of_routes_that_share_no_text(
     assert plans[0].snapshots["train"].id == plans[1].snapshots["train"].id
     for arm in ("student", "baseline"):
         assert plans[0].train_dirs[arm] != plans[1].train_dirs[arm]
+    # Of one as of several, what nobody is asked for is counted.
+    asked = query(Store.open(tmp_path / "store"), f"SELECT count(*) FROM prompts WHERE {THE}")
+    unasked = PROMPTS - asked[0][0].as_py()
+    notes = make_plan(load_recipe(room.recipe(routes[0], **sections))).notes
+    said = [int(note.split()[0]) for note in notes if "are of no teacher: none is asked" in note]
+    assert len(said) == 2  # held out, to train on
+    assert sum(said) == unasked
     nothing = room.recipe(routes[0], routes[1] | {"where": "text LIKE 'THE %'"}, **sections)
     notes = make_plan(load_recipe(nothing)).notes
     assert "b is asked for no text: its `where` takes none of the prompts" in notes
@@ -238,6 +245,32 @@ def test_a_route_is_over_the_rows_of_this_recipe_alone(tmp_path: Path) -> None:
     stillroom("run", recipe, "--until", "data")  # the same prompts, with other answers
     planned = last_json(stillroom("plan", recipe, "--json"))["stages"]
     assert [planned[f"score/{name}"]["planned"] for name in "ab"] == [PROMPTS, 0]
+
+
+def test_a_where_over_the_source_is_of_the_files_of_this_recipe(tmp_path: Path) -> None:
+    """Whoever read a prompt first stands in its row of `prompts`."""
+    room, data = Room(tmp_path), tmp_path / "data"
+    data.mkdir()
+    taken = {"name": "b", "where": "source LIKE 'maths.jsonl:%'"}
+    sections = given(room) | {"data": {"source": str(data), "format": "completion", "holdout": 4}}
+    room.source.rename(data / "code.jsonl")
+
+    def planned(*teachers: dict[str, Any]) -> list[int]:
+        recipe = room.recipe(*teachers, **sections)
+        stillroom("run", recipe, "--until", "data")
+        stages = last_json(stillroom("plan", recipe, "--json"))["stages"]
+        return [line["planned"] for name, line in stages.items() if name.startswith("score")]
+
+    assert planned({"name": "a"}) == [PROMPTS]
+    room.models["a"].rename(tmp_path / "gone")
+    lacking = stillroom("plan", room.recipe({"name": "a"}, taken, **sections), expect=2)
+    assert "asks for `source`, and the store's record of these prompts does not" in lacking.stderr
+    (tmp_path / "gone").rename(room.models["a"])
+    assert planned({"name": "a"}, taken) == [PROMPTS, 0]
+    (data / "code.jsonl").rename(data / "maths.jsonl")
+    assert planned({"name": "a"}, taken) == [PROMPTS, PROMPTS]
+    assert len(query(Store.open(tmp_path / "store"), "SELECT 1 FROM prompts")) == PROMPTS
+    stillroom("verify", tmp_path / "store")
 
 
 def test_what_the_first_teacher_wrote_is_not_taken_for_the_text_of_another(tmp_path: Path) -> None:

@@ -470,6 +470,36 @@ def test_a_class_of_images_that_is_called_as_a_split_is(tmp_path: Path) -> None:
         find_files(f"{tmp_path}/*/*.png", field="data.source", images=True)
 
 
+def test_a_glob_over_the_images_of_one_folder_names_no_class(tmp_path: Path) -> None:
+    for file in ("birds/cat/1.png", "birds/dog/2.png"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_bytes(b"")
+    for pattern in ("*.png", "*", "**/*.png"):
+        with pytest.raises(UsageError, match=r"of a class 'cat' or of none\. Expected a glob over"):
+            find_files(f"{tmp_path}/birds/cat/{pattern}", field="data.source", images=True)
+    for source in ("birds/*/*.png", "birds/**", "birds/**/*.png", "birds/cat"):
+        assert find_files(f"{tmp_path}/{source}", field="data.source", images=True)
+
+
+@pytest.mark.parametrize("table", ["rows.parquet", "data-0.arrow"])
+def test_images_beside_tables_are_refused_unless_one_kind_is_named(
+    tmp_path: Path, table: str
+) -> None:
+    """Either may hold the records: neither is left out because the other is there."""
+    (tmp_path / "cat").mkdir()
+    for name in ("cat/1.png", table, "metadata.csv"):
+        (tmp_path / name).write_bytes(b"")
+    for source in (str(tmp_path), f"{tmp_path}/**"):
+        with pytest.raises(UsageError, match=rf"has tables \({table}\) and images \(cat/1.png\)"):
+            find_files(source, field="data.source", images=True)
+    for source in (f"{tmp_path}/{table}", f"{tmp_path}/*/*.png"):
+        assert find_files(source, field="data.source", images=True)
+    (tmp_path / table).unlink()
+    found = find_files(str(tmp_path), field="data.source", images=True)
+    assert found is not None
+    assert [file.name for file in found.left_out] == ["metadata.csv"]
+
+
 @pytest.mark.parametrize("name", ["texts.parquet", "texts.arrow"])
 def test_a_table_of_long_texts_is_read_a_few_rows_at_a_time(tmp_path: Path, name: str) -> None:
     text, rows = "the cat sat " * 20_000, 100  # 24 MB, and one batch where it is Arrow

@@ -9,6 +9,7 @@ import pytest
 import torch
 from objectives import objective_of
 from tiny_models import save_tiny_bert
+from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
     LlamaConfig,
@@ -16,6 +17,7 @@ from transformers import (
 )
 
 from stillroom.stages.loader.classification import ClassPasses
+from stillroom.stages.loader.norms import fails_alone
 from stillroom.stages.loader.samples import Cursor, Sample, Step
 from stillroom.stages.losses.objective import Aim, Objective
 from stillroom.stages.models.classification import Inputs, class_logits
@@ -214,3 +216,35 @@ def test_a_decoder_classifies_by_its_last_token_whatever_the_padding(tmp_path: P
     model.config.pad_token_id = None
     with pytest.raises(UsageError, match="names no pad_token_id"):
         Inputs.of(model, tmp_path)
+
+
+def test_no_text_is_alone_where_a_pass_takes_three_of_the_longest(student: Any) -> None:
+    rng = np.random.default_rng(5)
+    for trial in range(40):
+        lengths = rng.integers(2, 15, rng.integers(2, 12)).tolist()
+        texts = [make_text(length, 0, seed) for seed, length in enumerate(lengths)]
+        room = replace(passes(student[1], 3 * max(lengths)), never_alone=True)
+        sizes = [batch.inputs["input_ids"].shape for batch in room.batches(texts)]
+        assert min(rows for rows, _ in sizes) >= 2, (trial, lengths)
+        assert sum(rows for rows, _ in sizes) == len(texts)
+        assert max(rows * width for rows, width in sizes) <= 3 * max(lengths)
+
+
+def test_a_norm_that_fails_on_one_sample_is_found_without_a_trace() -> None:
+    class Net(nn.Module):
+        def __init__(self, norm: nn.Module) -> None:
+            super().__init__()
+            self.norm, self.layer = norm, nn.Linear(4, 4)
+
+        def forward(self, rows: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.layer(rows))
+
+    row = {"rows": torch.ones(1, 4)}
+    for norm, fails in ((nn.BatchNorm1d(4), True), (nn.LayerNorm(4), False)):
+        model = Net(norm).eval()
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        assert fails_alone(model, row) == fails
+        assert not model.training
+        assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())
+    wide = Net(nn.BatchNorm1d(2))
+    assert not fails_alone(wide, {"rows": torch.ones(1, 2, 4)})

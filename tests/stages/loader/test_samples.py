@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny_store import in_spans, make_store, random_texts, snapshot_of
 
-from stillroom.stages.loader.samples import Cursor, Lengths, Samples, steps
+from stillroom.stages.loader.samples import Cursor, Lengths, Samples, in_company, steps
 from stillroom.storage.errors import UsageError
 
 TEXTS = random_texts(40)
@@ -120,6 +120,24 @@ def test_the_same_steps_follow_from_any_cursor(samples):
         rest = list(steps(samples, whole[number].after, tokens_per_step=90, stop_samples=100))
         assert [texts_of(s) for s in rest] == [texts_of(s) for s in whole[number + 1 :]]
         assert [s.after for s in rest] == [s.after for s in whole[number + 1 :]]
+
+
+def test_a_single_sample_that_is_left_over_joins_the_step_before(samples):
+    """Whatever is left over, and from whichever cursor one goes on."""
+    joined = 0
+    for stop in range(30, 41):
+        plain = list(steps(samples, Cursor(), tokens_per_step=90, stop_samples=stop))
+        found = list(in_company(steps(samples, Cursor(), tokens_per_step=90, stop_samples=stop)))
+        alone = [step for step in plain[1:] if len(step.samples) == 1]
+        assert len(found) == len(plain) - len(alone)
+        assert [step.after.step for step in found] == list(range(1, len(found) + 1))
+        each, other = ([t for step in some for t in texts_of(step)] for some in (found, plain))
+        assert each == other
+        assert [s.after.tokens for s in found][-1] == plain[-1].after.tokens
+        rest = in_company(steps(samples, found[-2].after, tokens_per_step=90, stop_samples=stop))
+        assert [texts_of(step) for step in rest] == [texts_of(found[-1])]
+        joined += len(alone)
+    assert joined
 
 
 def test_epochs_differ_in_order_and_seeds_too(store, samples):

@@ -126,6 +126,33 @@ def assert_is_the_definition(targets, objective, head, define):
             torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
 
 
+def test_a_teacher_of_weight_0_adds_nothing_where_its_divergence_is_infinite():
+    """Of a draw that the student rules out (a bias of -inf), at every other token; elsewhere it counts."""
+    silent, drawn = torch.arange(N) % 2 == 0, torch.stack([torch.arange(N), torch.arange(N) + 1], 1)
+    drawn[silent, 1] = V - 1
+    targets = TargetBatch(
+        labels=torch.arange(N),
+        ids=drawn,
+        probabilities=torch.full((N, 2), 0.5),
+        entropy=torch.full((N,), 0.1),
+        weights=torch.where(silent, 0.0, 0.5),
+    )
+    bias = torch.where(torch.arange(V) == V - 1, -math.inf, 0.0)
+    hidden, weight = leaf(N, D, seed=1), leaf(V, D, seed=2)
+    logprobs = (hidden @ weight.T + bias).log_softmax(-1)
+    hard = -logprobs[torch.arange(N), torch.arange(N)]
+    soft = -0.5 * logprobs[~silent][:, :V].gather(-1, drawn[~silent]).sum(-1) - 0.1
+    expected = torch.autograd.grad(0.3 * hard.sum() + 0.7 * 0.5 * soft.sum(), [hidden, weight])
+    aim = Aim(objective=objective_of(), **WEIGHTS)
+    dense = logits_distillation(hidden @ weight.T + bias, targets, objective=aim.objective)
+    fused = linear_distillation(hidden, Head(weight=weight, bias=bias), targets, aim=aim)
+    for found, total in ((dense, dense.summed(aim).total), (fused, fused.total)):
+        assert (found.soft[silent] == 0).all()
+        torch.testing.assert_close(found.soft[~silent].detach(), 0.5 * soft.detach())
+        for mine, true in zip(torch.autograd.grad(total, [hidden, weight]), expected, strict=True):
+            torch.testing.assert_close(mine, true, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize(("divergence", "tail"), PERMITTED)
 def test_ragged_entries_value_and_gradient(divergence, tail, temperature):

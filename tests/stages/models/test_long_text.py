@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 from tiny_llama import WORDS, tiny_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from stillroom.stages.models.chat import long_text
 from stillroom.stages.models.inputs.rendering import Renderer
@@ -101,3 +103,21 @@ def test_texts_that_are_read_whole_are_refused_before_the_tokenizer_sees_them(
     with pytest.raises(RowError, match="this tokenizer does not say which characters"):
         long_text.in_pieces(slow, half * 3)
     assert all(length < PIECE for length in lengths)
+
+
+@pytest.mark.parametrize("unknown", [None, "[UNK]"])
+def test_what_stands_around_a_text_is_known_without_a_token_for_the_letter_a(
+    tmp_path: Path, unknown: str | None
+) -> None:
+    """WordLevel without an unknown token raises an error for what it does not know."""
+    special = {"[CLS]": 0, "[SEP]": 1, "[UNK]": 2}
+    model = models.WordLevel({**special, "cat": 3, "sat": 4}, unk_token=unknown or "none")
+    made = Tokenizer(model)
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    ends = [("[CLS]", 0), ("[SEP]", 1)]
+    made.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=ends)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=made, cls_token="[CLS]", sep_token="[SEP]", unk_token=unknown
+    )
+    found = renderer(tmp_path, fast).whole_windows("cat sat cat sat cat", 4)
+    assert [window.tolist() for window in found] == [[0, 3, 4, 1], [0, 3, 4, 1], [0, 3, 1]]

@@ -48,6 +48,14 @@ def two(folder: Path, first: dict[str, Any], second: dict[str, Any]) -> list[dic
             "loss.teachers: draws are of softened distributions",
         ),
         (
+            {},
+            {
+                "loss": {"teacher_weights": "entropy", "temperature": 2.0},
+                "score": {"targets": "sampled", "rounds": 8, "temperatures": [2.0]},
+            },
+            "loss.teacher_weights: weighs by the entropy at temperature 1, and draws at another",
+        ),
+        (
             {"weight": FADING},
             {"loss": {"teacher_weights": "entropy"}},
             "teachers.1.weight: is 0 at some time, and teacher_weights 'entropy' divides",

@@ -1,6 +1,7 @@
 """Killed at every step of writing features, embeddings and targets, again and again: nothing is lost or there twice."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,12 @@ import pytest
 from forked import fork
 from kit import prompts, recipe_tree, write_jsonl
 from planting import rows_of
+from running import contents
+from tiny_classes import World
+from tiny_images import Pictures, save_tiny_resnet
 from tiny_jobs import done_until_score
 from tiny_llama import save_tiny_llama
+from tiny_masks import Hidden, save_tiny_masked, texts
 from tiny_words import Words, save_tiny_tagger, tagged
 
 from stillroom.pipeline.plan.plan import make_plan
@@ -88,10 +93,25 @@ def test_killed_at_every_step_companions_end_whole(tmp_path: Path) -> None:
     assert verify(store).ok
 
 
+def of_words(folder: Path, **sections: Any) -> World:
+    teacher = save_tiny_tagger(folder / "teacher")
+    return Words(folder, teacher, tagged(16), **sections)
+
+
+def of_hidden(folder: Path, **sections: Any) -> World:
+    return Hidden(folder, save_tiny_masked(folder / "teacher"), texts(16), **sections)
+
+
+def of_images(folder: Path, **sections: Any) -> World:
+    return Pictures(folder, save_tiny_resnet(folder / "teacher"), 16, **sections)
+
+
 @pytest.mark.slow
-def test_killed_at_every_step_targets_of_words_end_whole(tmp_path: Path) -> None:
-    rows = tagged(16)
-    world = Words(tmp_path, save_tiny_tagger(tmp_path / "teacher"), rows)
+@pytest.mark.parametrize("world_of", [of_words, of_hidden, of_images])
+def test_killed_at_every_step_targets_of_other_tasks_end_whole(
+    tmp_path: Path, world_of: Callable[..., World]
+) -> None:
+    world = world_of(tmp_path)
     recipe = world.changed(storage={"dir": str(tmp_path / "store"), "commit_rows": 4})
     kills, code = 0, -9
     while code == -9:
@@ -99,10 +119,8 @@ def test_killed_at_every_step_targets_of_words_end_whole(tmp_path: Path) -> None
         kills += code == -9
         assert kills < 40, "nothing goes on"
     assert (code, kills > 2) == (0, True)
-    store = Store.open(tmp_path / "store")
     assert make_plan(recipe).line("score").state == "done"
-    found = rows_of(store)
-    assert len({row["key"] for row in found}) == len(found) == 16
-    labels = [row["labels"] for row in found if row["labels"] is not None]
-    assert sum(map(len, labels)) == sum(len(row.get("labels", ())) for row in rows)
-    assert verify(store).ok
+    assert verify(Store.open(tmp_path / "store")).ok
+    undisturbed = world.changed(storage={"dir": str(tmp_path / "other"), "commit_rows": 4})
+    done_until_score(undisturbed)
+    assert dict(contents(tmp_path / "store")) == dict(contents(tmp_path / "other"))

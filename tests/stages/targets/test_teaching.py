@@ -114,6 +114,17 @@ def test_weights_of_each_token_keep_their_sum(each_token: str) -> None:
     np.testing.assert_allclose(shares, 3.5 * raw / raw.sum(0), atol=1e-5)
 
 
+def test_weights_of_a_token_that_no_teacher_can_say_are_those_of_the_recipe() -> None:
+    each = teachers()
+    each[:, 2, LABELS[2]] = 0.0
+    each[0, 3, LABELS[3]] = 0.0
+    teaching = Teaching(weights=WEIGHTS, each_token="likelihood")
+    shares = teaching.shares([(j, full(one)) for j, one in enumerate(each)])
+    np.testing.assert_allclose(shares[:, 2], WEIGHTS)
+    np.testing.assert_allclose(shares[:, 3], [0.0, 1.0])
+    assert np.isfinite(shares).all()
+
+
 def test_a_text_that_one_teacher_has_alone_has_its_weight() -> None:
     one = full(teachers(1)[0])
     ((same, share),) = Teaching(weights=(1.0, 0.25)).of_text([(1, one)])

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +14,12 @@ from tiny_images import Pictures, save_tiny_resnet
 from tiny_models import CLASSES, save_tiny_bert
 from tiny_store import StopAfter
 
+from stillroom.stages.loader.classification import training_passes
 from stillroom.stages.models.students.factory import FactoryStudent, save_factory_student
-from stillroom.stages.models.students.factory_file import factory_id
+from stillroom.stages.models.students.factory_file import factory_files, factory_id
 from stillroom.stages.models.students.student import initial_student, load_student
 from stillroom.stages.recipe.checks.together import check_together
-from stillroom.stages.recipe.sections import Recipe, Student
+from stillroom.stages.recipe.sections import Recipe, Student, Train
 from stillroom.stages.train import stage as train
 from stillroom.storage.errors import Stopped, UsageError
 
@@ -75,7 +77,7 @@ def test_one_of_images_goes_on_after_a_stop_to_the_same_weights(tmp_path: Path) 
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert one["body.1.weight"].shape == (12, 3 * 16 * 16)
     said = json.loads((folders[0] / "factory.json").read_text())
-    assert (said["factory"], said["sha256"]) == ("nets.py:net", factory_id(f"{code}:net"))
+    assert (said["factory"], said["sha256"]) == ("nets.py:net", identity(code))
     assert said["arguments"]["hidden"] == 12
     assert (folders[0] / "preprocessor_config.json").is_file()
 
@@ -146,6 +148,82 @@ def test_one_is_named_by_the_code_that_was_run(tmp_path: Path) -> None:
         load_student(recipe, tmp_path / "teacher", tmp_path)
 
 
+def identity(code: Path, **args: Any) -> str:
+    """Of a student that a file's function makes."""
+    return factory_id(factory_files(Student(factory=f"{code}:net", args=args)))
+
+
+NEIGHBOURS = {
+    "words_of_it.py": "from folder_of_it.parts import head",
+    "folder_of_it/__init__.py": "",
+    "folder_of_it/parts.py": "from .deep import head",
+    "folder_of_it/deep.py": "from torch import nn\nhead = nn.Linear",
+    "table.txt": "8",
+}
+
+
+def test_files_beside_it_are_imported_and_are_part_of_who_it_is(tmp_path: Path) -> None:
+    code = TEXTS.replace(
+        "self.head = nn.Linear(", "from words_of_it import head\n        self.head = head("
+    )
+    recipe = of_texts(tmp_path, code)
+    for name, text in NEIGHBOURS.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "unread.py").write_text("1 / 0")
+    student = initial_student(recipe, tmp_path / "teacher")
+    save_factory_student(student, recipe, tmp_path)
+    said = json.loads((tmp_path / "factory.json").read_text())
+    assert set(said["files"]) == {"nets.py", *NEIGHBOURS} - {"table.txt"}
+    load_student(recipe, tmp_path / "teacher", tmp_path)
+
+    code = tmp_path / "nets.py"
+    known = {identity(code), identity(code, table="table.txt"), identity(code, table="no file")}
+    assert len(known) == 2  # what is no file is no part of it
+    for name in NEIGHBOURS:
+        (tmp_path / name).write_text(f"{NEIGHBOURS[name]}\n# changed\n")
+        now = identity(code, table="table.txt")
+        assert now not in known
+        known.add(now)
+    with pytest.raises(UsageError, match="has changed since"):
+        load_student(recipe, tmp_path / "teacher", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "says"),
+    [
+        (
+            "hidden_of_it.py",
+            "__import__('hidden_of_it')",
+            "imports hidden_of_it.py by no import state",
+        ),
+        ("json.py", "import json", "finds .* before the file json.py beside it. Rename"),
+    ],
+)
+def test_a_neighbour_that_is_no_part_of_it_is_refused(
+    tmp_path: Path, name: str, line: str, says: str
+) -> None:
+    (tmp_path / name).write_text("")
+    recipe = of_texts(tmp_path, f"{line}\n{TEXTS}")
+    with pytest.raises(UsageError, match=says):
+        initial_student(recipe, tmp_path / "teacher")
+
+
+def test_no_text_is_left_alone_with_its_batch_norm(tmp_path: Path) -> None:
+    norm = "self.head = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, classes))"
+    recipe = of_texts(tmp_path, TEXTS.replace("self.head = nn.Linear(8, classes)", norm))
+    student = initial_student(recipe, tmp_path / "teacher")
+
+    def passes(tokens: int) -> Any:
+        job: Any = SimpleNamespace(train=Train(epochs=1, tokens_per_pass=tokens))
+        how: dict[str, Any] = {"teacher_dir": tmp_path / "teacher", "dtype": torch.float32}
+        return training_passes(student, job, lengths=(3, 12), **how)
+
+    assert passes(36).never_alone
+    with pytest.raises(UsageError, match=r"train\.tokens_per_pass: 35 .* Set it to 36 or more"):
+        passes(35)
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("there", "instead", "says"),
@@ -188,4 +266,13 @@ class TestRefusals:
 
     def test_a_file_that_is_not_there(self) -> None:
         with pytest.raises(UsageError, match=r"no file none/such\.py"):
-            factory_id("none.such:net")
+            factory_files(Student(factory="none.such:net"))
+
+    @pytest.mark.parametrize("value", ["/data/table.npy", "~/table.npy"])
+    def test_paths_of_this_machine_among_its_arguments(self, tmp_path: Path, value: str) -> None:
+        (tmp_path / "nets.py").write_text(TEXTS)
+        student = Student(factory=f"{tmp_path}/nets.py:bag", args={"deep": [{"at": value}]})
+        with pytest.raises(
+            UsageError, match=r"is a path of this machine.* Put the file beside nets.py"
+        ):
+            factory_files(student)

@@ -3,6 +3,7 @@
 import json
 import struct
 import zlib
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_classes import rows_of
-from tiny_images import CLASSES, SIDE, Pictures, encoded, picture, save_tiny_resnet
+from tiny_images import CLASSES, SIDE, STUDENT, Pictures, encoded, picture, save_tiny_resnet
 from tiny_store import StopAfter
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -20,12 +21,13 @@ from stillroom.pipeline.plan.plan import make_plan
 from stillroom.stages.data.images import ImageRows, decoded
 from stillroom.stages.data.stage import survey
 from stillroom.stages.evaluate import stage as evaluate
-from stillroom.stages.loader.image_classification import ImagePasses
+from stillroom.stages.loader.image_classification import ImagePasses, training_passes
 from stillroom.stages.loader.samples import Samples
 from stillroom.stages.losses.objective import aim_at
 from stillroom.stages.models.identity import FileHashes, identify
 from stillroom.stages.models.image_classification import Images, of_classes
 from stillroom.stages.recipe.checks.together import check_together
+from stillroom.stages.recipe.run_folder import TRAINED
 from stillroom.stages.recipe.sections import Recipe
 from stillroom.stages.train import stage as train
 from stillroom.storage.errors import RowError, Stopped, UsageError
@@ -222,7 +224,7 @@ class TestTraining:
         folder = tmp_path / "student" / "student"
         model = AutoModelForImageClassification.from_pretrained(folder).eval()
         processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-        numbers, kl, right = numbers_of(world), [], []
+        numbers, kl, right, said = numbers_of(world), [], [], []
         for row in rows_of(world.store, load_snapshot(world.store, job.snapshots["test"])):
             inputs = processor(images=picture(numbers[row["prompt_key"]]), return_tensors="pt")
             with torch.no_grad():
@@ -230,9 +232,17 @@ class TestTraining:
             teacher = row["logprobs"].astype(np.float64)
             kl.append(float((np.exp(teacher) * (teacher - own)).sum()))
             right += [] if row["label"] is None else [own.argmax() == row["label"]]
+            said += [] if row["label"] is None else [(row["label"], int(own.argmax()))]
         student, measured = content["results"]["student"], content["measured_on"]
         assert student["kl_teacher"] == pytest.approx(np.mean(kl), rel=1e-4)
         assert student["accuracy"] == pytest.approx(np.mean(right))
+        of_each = [
+            2 * said.count((c, c)) / sum((pair[0] == c) + (pair[1] == c) for pair in said)
+            for c in {c for pair in said for c in pair}
+        ]
+        assert student["f1_macro"] == pytest.approx(np.mean(of_each))
+        cells = {(a, b): n for a, b, n in content["classes"]["arms"]["student"]["confusion"]}
+        assert cells == Counter(said)
         assert (measured["of"], measured["tokens"], measured["labelled"]) == (
             "images",
             8,
@@ -284,3 +294,37 @@ class TestRefusals:
         tree = world.recipe.model_dump(mode="json") | {"train": {"epochs": 1}}
         said = dict(check_together(Recipe.model_validate(tree)))
         assert "it counts images here" in said["train.tokens_per_step"]
+
+
+class TestBatchNorms:
+    """A MobileNet of images so small that a pass of one leaves the last norms a single number."""
+
+    def recipe(self, world: Pictures, **sizes: int) -> Recipe:
+        return world.changed(
+            student={"config": STUDENT}, train={"epochs": 2, "tokens_per_step": 7} | sizes
+        )
+
+    @pytest.mark.numeric
+    def test_an_image_that_is_left_over_joins_the_step_before(
+        self, world: Pictures, tmp_path: Path
+    ) -> None:
+        images = 2 * world.plan().snapshots["train"].rows
+        job = world.job(tmp_path, recipe=self.recipe(world, tokens_per_step=images - 1))
+        train.run(job)
+        record = json.loads((tmp_path / "student" / TRAINED).read_text())
+        assert (record["samples"], record["steps"]) == (images, 1)
+
+    @pytest.mark.parametrize(("name", "size"), [("tokens_per_step", 1), ("tokens_per_pass", 2)])
+    def test_sizes_that_leave_one_alone_are_refused_before_the_first_step(
+        self, world: Pictures, tmp_path: Path, name: str, size: int
+    ) -> None:
+        with pytest.raises(UsageError, match=rf"train\.{name}: {size} may leave a pass of one"):
+            train.run(world.job(tmp_path, recipe=self.recipe(world, **{name: size})))
+
+    def test_images_share_a_pass_of_256_where_nobody_says_how_many(self, world: Pictures) -> None:
+        model = AutoModelForImageClassification.from_pretrained(world.teacher)
+        said: dict[str, Any] = {"teacher_dir": world.teacher, "lengths": (1, 1)}
+        for sizes, per_pass in (({}, 256), ({"tokens_per_pass": 8192}, 8192)):
+            job = world.job(world.folder, recipe=self.recipe(world, **sizes))
+            found = training_passes(model, job, dtype=torch.float32, **said)
+            assert (found.tokens_per_pass, found.never_alone) == (per_pass, False)

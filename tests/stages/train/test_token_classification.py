@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from tiny_classes import rows_of
 from tiny_store import StopAfter
 from tiny_words import TAGS, Words, save_tiny_tagger, tagged
@@ -187,6 +188,29 @@ class TestTraining:
         assert (measured["rows"], student["rows"]) == (12, 12)
         assert {"entity_precision", "entity_recall", "entity_f1"} <= student.keys()
         assert set(content["classes"]["arms"]["student"]["entities"]) == {"PER", "LOC"}
+
+    def test_lora_trains_adapters_and_the_head(self, world: Words, tmp_path: Path) -> None:
+        folder = save_tiny_tagger(tmp_path / "small", seed=4)
+        student = {"model": str(folder), "lora": {"rank": 2, "keep_adapter": True}}
+        train.run(world.job(tmp_path, world.changed(student=student)))
+        before, after = (
+            of_classes(TAGS).student(path).state_dict()
+            for path in (folder, tmp_path / "student" / "student")
+        )
+        changed = {name for name in after if not torch.equal(after[name], before[name])}
+        assert {"classifier.weight", "bert.encoder.layer.0.attention.self.query.weight"} <= changed
+        assert "bert.embeddings.word_embeddings.weight" not in changed
+        kept = PeftModel.from_pretrained(
+            of_classes(TAGS).student(folder), tmp_path / "student" / "adapter"
+        ).merge_and_unload()
+        for name, tensor in kept.state_dict().items():
+            torch.testing.assert_close(tensor, after[name], rtol=1e-5, atol=1e-6)
+
+    def test_an_adapter_on_the_head_is_refused(self, world: Words, tmp_path: Path) -> None:
+        folder = save_tiny_tagger(tmp_path / "small")
+        student = {"model": str(folder), "lora": {"target_modules": ["query", "classifier"]}}
+        with pytest.raises(UsageError, match=r"Name modules below its head, or write all-linear"):
+            train.run(world.job(tmp_path, world.changed(student=student)))
 
 
 class TestRefusals:

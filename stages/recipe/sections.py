@@ -65,9 +65,7 @@ class Teacher(Section):
     device_map: str | None = None
     """`auto` spreads a teacher that is larger than one GPU over all of them."""
 
-    def unhashed(self) -> set[str]:
-        """Fields that hashes leave out at their default: there were none when the first hashes were made."""
-        return set() if self.trust_remote_code else {"trust_remote_code"}
+    later = ("trust_remote_code",)
 
 
 class OneTeacher(Teacher):
@@ -175,10 +173,7 @@ class Student(Section):
         if self.save_dtype not in ("auto", "float32"):
             raise ValueError("a `factory`'s student is stored in float32. Remove `save_dtype`")
 
-    def unhashed(self) -> set[str]:
-        """Fields that hashes leave out at their default: there were none when the first hashes were made."""
-        later = ("save_dtype", "from_teacher_layers", "factory", "args")
-        return {name for name in later if getattr(self, name) == Student.model_fields[name].default}
+    later = ("save_dtype", "from_teacher_layers", "factory", "args")
 
 
 class Data(Section):
@@ -224,10 +219,7 @@ class Data(Section):
             raise ValueError(f"{name!r} is {who}, no argument of the template. Remove it")
         return arguments
 
-    def unhashed(self) -> set[str]:
-        """Fields that hashes leave out at their default: there were none when the first hashes were made."""
-        later = ("turns", "max_tokens", "too_long", "masks")
-        return {name for name in later if getattr(self, name) == Data.model_fields[name].default}
+    later = ("turns", "max_tokens", "too_long", "masks")
 
     @property
     def records(self) -> Format:

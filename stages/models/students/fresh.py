@@ -7,14 +7,14 @@ from typing import Any
 
 from ....storage.errors import UsageError, answered
 from ...recipe.tasks import MODELS, TASKS
-from .config import loaded_config
-from .files import read_json
-from .light import config_classes, knows, light_transformers
-from .misfits import refuse_special_without_row, refuse_token_without_row, special_ids
-from .parts import text_config
-from .processor import channels_of, side_of
-from .teacher_layers import COUNT, of_layers, refuse_other_architecture
-from .uses import heads_of, reads_ahead, refusal, use_of
+from ..fit.config import loaded_config
+from ..fit.files import read_json
+from ..fit.light import config_classes, knows, light_transformers
+from ..fit.misfits import refuse_special_without_row, refuse_token_without_row, special_ids
+from ..fit.parts import text_config
+from ..fit.processor import channels_of, side_of
+from ..fit.teacher_layers import COUNT, of_layers, refuse_other_architecture
+from ..fit.uses import heads_of, reads_ahead, refusal, use_of
 
 _FIELD = "student.config"
 # What a student shares with its teacher whatever its architecture: the ids, and what some mean.

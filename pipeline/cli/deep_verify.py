@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...stages.audit.stored_rows import TargetShard, choose_rows, target_shards
 from ...stages.ledger.books import different
+from ...stages.models.fit.quantized import WHILE_LOADING, refuse_unquantized
 from ...stages.models.identity import FileHashes, Identity, find_model, identify
 from ...stages.workers.job import Progress
 from ...storage.errors import UsageError
@@ -71,14 +72,11 @@ def find_teacher(store: Store, asked: DeepRequest) -> Identity:
     adapter = None if asked.adapter is None else find_adapter(asked.adapter, field="--adapter")
     hashes = FileHashes(store.root, remember=False)
     known = {teacher: store.teacher_parts(teacher) for teacher in rows}
-    # The dtype is part of a teacher's identity. Where none is named, the one that the checkpoint
-    # says comes first, then those of the store's teachers.
-    stored = sorted({str(parts["dtype"]) for parts in known.values() if "dtype" in parts})
-    dtypes = ["auto", *stored] if asked.dtype is None else [asked.dtype]
     tried = []
-    for dtype in dtypes:
-        found = identify(folder, dtype=dtype, hashes=hashes, adapter=adapter, field="--teacher")
+    for how in _how_loaded(known.values(), asked.dtype):
+        found = identify(folder, **how, hashes=hashes, adapter=adapter, field="--teacher")
         if found.id in rows:
+            refuse_unquantized(folder, found.quantize, field="--teacher", name=asked.teacher)
             return found
         tried.append(found)
     others = "\n".join(
@@ -90,6 +88,23 @@ def find_teacher(store: Store, asked: DeepRequest) -> Identity:
         f"It has those of\n{others}\n"
         "Name one of these: its folder, and --adapter and --dtype as they were."
     )
+
+
+def _how_loaded(known: Iterable[dict[str, Any]], dtype: str | None) -> list[dict[str, Any]]:
+    """Dtype and quantisation, which are part of an identity: as the checkpoint says first, then as stored teachers had.
+
+    `dtype`: the one that is asked for; None: any.
+    """
+    parts = list(known)
+    stored = sorted({str(part["dtype"]) for part in parts if "dtype" in part})
+    quantized = {
+        str(q["name"]) for part in parts if isinstance(q := part.get("quantization"), dict)
+    }
+    return [
+        {"dtype": one, "quantize": quantize}
+        for quantize in [None, *sorted(quantized & WHILE_LOADING.keys())]
+        for one in (["auto", *stored] if dtype is None else [dtype])
+    ]
 
 
 def deep_verify(
@@ -163,6 +178,7 @@ def deep_json(found: "Rescored") -> dict[str, Any]:
     return {
         "ok": found.ok,
         "dtype": found.teacher.dtype,
+        "quantized": found.teacher.quantized,
         "teacher_id": found.teacher.id,
         "rows": found.rows,
         "tokens": found.tokens,

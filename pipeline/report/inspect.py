@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from rich.table import Table
 from rich.text import Text
 
+from ...stages.models.fit.quantized import quantized_words
 from ...stages.models.inputs.token_text import Pieces, stored_tokenizer
 from ...stages.recipe.run_folder import REPORT, as_a_run_writes
 from ...stages.targets.spec import Kept
@@ -56,6 +57,9 @@ def show(
     row = find_row(store, key)
     sample = describe(row, tokenizer_of(store, row))
     lines = render(sample, columns=columns, colours=colours)
+    if how := quantized_words(store.teacher_parts(row.get("teacher_id") or row["author_id"])):
+        sample["quantized"] = how
+        lines.insert(0, Text(f"of a model that is quantised: {one_line(how)}"))
     sample["features"] = features_of(store, row)
     if sample["features"]:
         lines += [Text("\nstored of this text too"), _features_table(sample["features"])]

@@ -10,14 +10,17 @@ from ..workers.clock import Clock
 from .base import Engine
 
 
-def choose_engine(name: str | None) -> str:
+def choose_engine(name: str | None, *, quantizes: bool = False) -> str:
     """The engine that the recipe names; where it names none, the first one that is installed.
+
+    `quantizes`: and that quantises the author's float weights while it loads them.
 
     Raises:
         UsageError: the engine was asked for by name and is not installed.
     """
     if name is None:
-        return next(engine.name for engine in ENGINES if engine.opened_by and _installed(engine))
+        built = [e for e in ENGINES if e.opened_by and (e.quantizes or not quantizes)]
+        return next(engine.name for engine in built if _installed(engine))
     engine = _named(name)
     if not _installed(engine):
         raise UsageError(

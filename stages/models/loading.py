@@ -1,5 +1,6 @@
 """Loading a model in the class of transformers that its task asks for: as it was identified, or as a student."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -7,14 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...storage.errors import UsageError, answered
 from .attention.cap import attend_capped
 from .attention.longest import forget_lengths
+from .fit.quantized import REPAIR, WHILE_LOADING
 from .fit.teacher_layers import FIELD
+from .fit.tensors import stored_tensors
 from .identity import Identity
+
+_NOT_FEWER_BITS = frozenset(
+    (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool)
+)
+"""What a float model consists of, positions and masks among them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,8 +62,9 @@ class ModelKind:
                 output_loading_info=True,
                 trust_remote_code=identity.runs_code,
                 weights_only=True,  # of pickles, nothing but tensors
-                **fields,
+                **fields | _quantization(identity),
             )
+        _refuse_floats(model, identity)
         return _ready(model), sorted(report["missing_keys"])
 
     def student(self, folder: Path) -> PreTrainedModel:
@@ -145,6 +154,48 @@ def _ready(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def _quantization(identity: Identity) -> dict[str, Any]:
+    """What transformers is told of weights that are quantised while they are loaded; nothing of others."""
+    if identity.quantize is None:
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    # It says for each product that int8 casts what is multiplied to float16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    computed = {"bnb_4bit_compute_dtype": getattr(torch, identity.dtype)}
+    return {
+        "quantization_config": BitsAndBytesConfig(**WHILE_LOADING[identity.quantize], **computed)
+    }
+
+
+def _refuse_floats(model: nn.Module, identity: Identity) -> None:
+    """Refuse a model that is named as quantised and was loaded in floats, as transformers does without a word.
+
+    Some methods are made floats again while they are loaded; then the files hold fewer bits, which
+    `refuse_unquantized` has seen.
+    """
+    if not identity.quantized or in_fewer_bits(model):
+        return
+    if identity.quantize is not None:
+        raise UsageError(
+            f"teacher.quantize: {identity.quantize} found nothing in {identity.folder} to quantise: of "
+            f"{type(model).__name__} no weight is in fewer bits. Remove it."
+        )
+    files = stored_tensors(identity.folder, where=str(identity.folder))
+    if not files:
+        raise UsageError(
+            f"{identity.folder}: is named as quantised ({identity.quantized}), and all of its weights are "
+            f"loaded in floats. {REPAIR}"
+        )
+
+
+def in_fewer_bits(model: nn.Module) -> bool:
+    """Whether a loaded model holds weights in fewer bits than floats have."""
+    held = [*model.parameters(), *model.buffers()]
+    # A tensor of a class of its own (torchao) calls itself a float.
+    return any(t.dtype not in _NOT_FEWER_BITS or type(t.data) is not Tensor for t in held)
+
+
 @contextmanager
 def adapter_on(model: Any, identity: Identity) -> Iterator[Any]:
     """A teacher's model with its adapter on it, not merged yet.
@@ -159,9 +210,16 @@ def adapter_on(model: Any, identity: Identity) -> Iterator[Any]:
         yield PeftModel.from_pretrained(model, str(identity.adapter))
 
 
+def with_its_adapter(adapted: Any) -> Any:
+    """The model with its adapter in it: merged; beside weights in fewer bits, which would be rounded again."""
+    base = adapted.get_base_model()
+    return base if in_fewer_bits(base) else adapted.merge_and_unload()
+
+
 def placed(model: Any, device_map: str | None) -> PreTrainedModel:
     """In evaluation mode, on the GPU if there is one and nothing else was asked for."""
-    if device_map is None and torch.cuda.is_available():
+    # What bitsandbytes has quantised there may not be moved, and is there.
+    if device_map is None and torch.cuda.is_available() and model.device.type != "cuda":
         model = model.to("cuda")
     model.eval()
     loaded: PreTrainedModel = model

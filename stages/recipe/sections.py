@@ -62,10 +62,13 @@ class Teacher(Section):
     trust_remote_code: bool = False
     """Run the code that the model's folder brings along (auto_map), with all that you may do here.
     Its files are then part of the teacher's identity. No other model's code is ever run."""
+    quantize: Literal["nf4", "int8"] | None = None
+    """Quantise its float weights while they are loaded, by bitsandbytes, to 4 or 8 bits; `dtype` is then
+    what all else is held and computed in. Another teacher than the float one. null: as it is stored."""
     device_map: str | None = None
     """`auto` spreads a teacher that is larger than one GPU over all of them."""
 
-    later = ("trust_remote_code",)
+    later = ("trust_remote_code", "quantize")
 
 
 class OneTeacher(Teacher):

@@ -21,8 +21,9 @@ _FIELD = "student.config"
 _OF_THE_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
-# What models of images make of the number of their stages.
-_OF_THE_STAGES = ("out_features", "out_indices", "stage_names")
+# What models of images make of the number of their stages; and how the teacher's weights are quantised,
+# where a student's are floats.
+_NOT_OF_A_STUDENT = ("out_features", "out_indices", "stage_names", "quantization_config")
 
 
 def fresh_config(
@@ -64,7 +65,7 @@ def fresh_config(
     elif own and COUNT in changes and "layer_types" not in changes:
         # One entry per layer of the teacher; left out, the architecture's own pattern fills it in.
         base.pop("layer_types", None)
-    base = {name: value for name, value in base.items() if name not in _OF_THE_STAGES}
+    base = {name: value for name, value in base.items() if name not in _NOT_OF_A_STUDENT}
     with answered(f"{_FIELD}: {overrides} does not hold together", "Change the numbers."):
         config = made.from_dict(base | changes)
     _refuse_other_kind(config, task)

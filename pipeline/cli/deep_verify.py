@@ -32,6 +32,8 @@ class DeepRequest:
     dtype: str | None = None
     """None: as the checkpoint is stored, or as a teacher of the store had it."""
     adapter: str | None = None
+    quantize: str | None = None
+    """How its float weights are quantised while they are loaded; None: as a teacher of the store had it."""
     device_map: str | None = None
     rows: int = 32
     seed: int = 0
@@ -41,7 +43,7 @@ def deeply(teacher: str | None, **how: Any) -> DeepRequest:
     """The options of a command line; `teacher` is None where `--deep` and `--teacher` do not come together.
 
     Raises:
-        UsageError: they do not, or the dtype is none.
+        UsageError: they do not, or there is no such dtype or quantisation.
     """
     if teacher is None:
         raise UsageError(
@@ -52,6 +54,10 @@ def deeply(teacher: str | None, **how: Any) -> DeepRequest:
         raise UsageError(
             f"--dtype: {how['dtype']} is no dtype of a teacher. Use {', '.join(_DTYPES)}, or "
             "leave it out."
+        )
+    if how.get("quantize") not in (None, *WHILE_LOADING):
+        raise UsageError(
+            f"--quantize: {how['quantize']} is none. Use {', '.join(WHILE_LOADING)}, or leave it out."
         )
     return DeepRequest(teacher=teacher, **how)
 
@@ -73,7 +79,7 @@ def find_teacher(store: Store, asked: DeepRequest) -> Identity:
     hashes = FileHashes(store.root, remember=False)
     known = {teacher: store.teacher_parts(teacher) for teacher in rows}
     tried = []
-    for how in _how_loaded(known.values(), asked.dtype):
+    for how in _how_loaded(known.values(), asked):
         found = identify(folder, **how, hashes=hashes, adapter=adapter, field="--teacher")
         if found.id in rows:
             refuse_unquantized(folder, found.quantize, field="--teacher", name=asked.teacher)
@@ -86,24 +92,22 @@ def find_teacher(store: Store, asked: DeepRequest) -> Identity:
     raise UsageError(
         f"--teacher: {asked.teacher} is {tried[0].id}, and the store has no soft targets of it. "
         f"It has those of\n{others}\n"
-        "Name one of these: its folder, and --adapter and --dtype as they were."
+        "Name one of these: its folder, and --adapter, --dtype and --quantize as they were."
     )
 
 
-def _how_loaded(known: Iterable[dict[str, Any]], dtype: str | None) -> list[dict[str, Any]]:
-    """Dtype and quantisation, which are part of an identity: as the checkpoint says first, then as stored teachers had.
-
-    `dtype`: the one that is asked for; None: any.
-    """
+def _how_loaded(known: Iterable[dict[str, Any]], asked: DeepRequest) -> list[dict[str, Any]]:
+    """Dtype and quantisation to be tried, both parts of an identity: as the checkpoint says, then as the store has."""
     parts = list(known)
     stored = sorted({str(part["dtype"]) for part in parts if "dtype" in part})
-    quantized = {
-        str(q["name"]) for part in parts if isinstance(q := part.get("quantization"), dict)
+    named = {
+        str(how["name"]) for part in parts if isinstance(how := part.get("quantization"), dict)
     }
+    quantized = [None, *sorted(named & WHILE_LOADING.keys())]
     return [
-        {"dtype": one, "quantize": quantize}
-        for quantize in [None, *sorted(quantized & WHILE_LOADING.keys())]
-        for one in (["auto", *stored] if dtype is None else [dtype])
+        {"dtype": dtype, "quantize": quantize}
+        for quantize in (quantized if asked.quantize is None else [asked.quantize])
+        for dtype in (["auto", *stored] if asked.dtype is None else [asked.dtype])
     ]
 
 

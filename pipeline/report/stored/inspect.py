@@ -13,25 +13,25 @@ import pyarrow.compute as pc
 from rich.table import Table
 from rich.text import Text
 
-from ...stages.models.fit.quantized import quantized_words
-from ...stages.models.inputs.token_text import Pieces, stored_tokenizer
-from ...stages.recipe.run_folder import REPORT, as_a_run_writes
-from ...stages.targets.spec import Kept
-from ...storage.errors import IntegrityError, UsageError
-from ...storage.integrity.checked import HELP, check_about
-from ...storage.integrity.row_faults import FATAL, row_faults
-from ...storage.store.bindings import all_bindings
-from ...storage.store.store import Store
-from ...storage.tables.heads import HEADS
-from ...storage.tables.kinds import STRUCTURES
-from ...storage.tables.row_builders import text_key
-from ...storage.tables.schema import KEY, TableName
-from ...storage.tables.shard import ShardFile
-from ...storage.tables.soft_targets import SoftTargets
-from ...storage.tables.spans import positions, spans_of
-from ..text import one_line, printable
-from .report import load_report
-from .token_view import coloured, drawn, fitting, rows_of, visible
+from ....stages.models.fit.quantized import quantized_words
+from ....stages.models.inputs.token_text import Pieces, stored_tokenizer
+from ....stages.recipe.run_folder import REPORT, as_a_run_writes
+from ....stages.targets.spec import Kept
+from ....storage.errors import IntegrityError, UsageError
+from ....storage.integrity.checked import HELP, check_about
+from ....storage.integrity.row_faults import FATAL, row_faults
+from ....storage.store.bindings import all_bindings
+from ....storage.store.store import Store
+from ....storage.tables.heads import HEADS
+from ....storage.tables.kinds import STRUCTURES
+from ....storage.tables.row_builders import text_key
+from ....storage.tables.schema import KEY, TableName
+from ....storage.tables.shard import ShardFile
+from ....storage.tables.soft_targets import SoftTargets
+from ....storage.tables.spans import positions, spans_of
+from ...text import one_line, printable
+from ..report import load_report
+from ..token_view import coloured, drawn, fitting, rows_of, visible
 
 SHOWN = 5  # entries of a target
 _SCORED = "scored tokens stand in ⟦ ⟧"

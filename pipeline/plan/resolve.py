@@ -12,6 +12,7 @@ from pathlib import Path
 from ...stages.data.given_text import given_text
 from ...stages.data.stage import inputs_id, stale_rows
 from ...stages.data.tokenizing import author_id, earlier_author_id
+from ...stages.engines.opening import refuse_engine
 from ...stages.ledger.requests import author_context
 from ...stages.models.chat.arguments import reads_the_clock
 from ...stages.models.fit.adapter import ADAPTER_CONFIG, refuse_adapter
@@ -256,6 +257,8 @@ def _bind_here(recipe: Recipe, store: Store | None, *, write: bool) -> Bound:
     hashes = FileHashes(recipe.storage.dir, remember=write)
     teacher = teacher_identity(recipe, hashes, download=write)
     author = author_identity(recipe, teacher, hashes, download=write)
+    if recipe.generate is not None:
+        refuse_engine(recipe.generate.engine, author)
     day = _day(recipe, author, store)
     wrote = author.id
     if given_text(recipe):

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from ...storage.errors import UsageError, answered
 from .attention.cap import attend_capped
 from .attention.longest import forget_lengths
+from .device import evaluating
 from .fit.quantized import REPAIR, WHILE_LOADING
 from .fit.teacher_layers import FIELD
 from .fit.tensors import stored_tensors
@@ -62,10 +63,38 @@ class ModelKind:
                 output_loading_info=True,
                 trust_remote_code=identity.runs_code,
                 weights_only=True,  # of pickles, nothing but tensors
-                **fields | _quantization(identity),
+                **fields | self._quantization(identity, fields),
             )
         _refuse_floats(model, identity)
+        if identity.quantized:
+            _refuse_idle(model, identity)
         return _ready(model), sorted(report["missing_keys"])
+
+    def _quantization(self, identity: Identity, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """What transformers is told of weights that are quantised while they are loaded; nothing of others."""
+        if identity.quantize is None:
+            return {}
+        # It says for each product that int8 casts what is multiplied to float16.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        how = BitsAndBytesConfig(
+            **WHILE_LOADING[identity.quantize],
+            bnb_4bit_compute_dtype=getattr(torch, identity.dtype),
+            llm_int8_skip_modules=self._class_heads(identity, fields),
+        )
+        return {"quantization_config": how}
+
+    def _class_heads(self, identity: Identity, fields: Mapping[str, Any]) -> list[str] | None:
+        """Modules on the body of a classifier, which stay in floats; None: transformers finds the output layer.
+
+        It takes a classifier's last layer for one that stays only where it has no bias.
+        """
+        if identity.runs_code:
+            return None
+        config = AutoConfig.from_pretrained(identity.folder, trust_remote_code=False, **fields)
+        model = self.empty(config)
+        if model.get_output_embeddings() is not None:
+            return None
+        return [name for name, _ in model.named_children() if name != model.base_model_prefix]
 
     def student(self, folder: Path) -> PreTrainedModel:
         """A saved or downloaded model, in float32; a body without a head over classes gets a new one.
@@ -154,20 +183,6 @@ def _ready(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _quantization(identity: Identity) -> dict[str, Any]:
-    """What transformers is told of weights that are quantised while they are loaded; nothing of others."""
-    if identity.quantize is None:
-        return {}
-    from transformers import BitsAndBytesConfig
-
-    # It says for each product that int8 casts what is multiplied to float16.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    computed = {"bnb_4bit_compute_dtype": getattr(torch, identity.dtype)}
-    return {
-        "quantization_config": BitsAndBytesConfig(**WHILE_LOADING[identity.quantize], **computed)
-    }
-
-
 def _refuse_floats(model: nn.Module, identity: Identity) -> None:
     """Refuse a model that is named as quantised and was loaded in floats, as transformers does without a word.
 
@@ -187,6 +202,21 @@ def _refuse_floats(model: nn.Module, identity: Identity) -> None:
             f"{identity.folder}: is named as quantised ({identity.quantized}), and all of its weights are "
             f"loaded in floats. {REPAIR}"
         )
+
+
+@torch.no_grad()
+def _refuse_idle(model: nn.Module, identity: Identity) -> None:
+    """Refuse layers whose kernel here takes no such size, before each row fails: one layer of each size is run."""
+    layers = {
+        (type(layer), layer.in_features, layer.out_features): layer
+        for layer in model.modules()
+        if isinstance(layer, nn.Linear) and layer.weight.dtype not in _NOT_FEWER_BITS
+    }
+    dtype, model_name = getattr(torch, identity.dtype), f"{identity.folder} ({identity.quantized})"
+    for (kind, wide, out), layer in layers.items():
+        what = f"{model_name}: a {kind.__name__} from {wide} to {out} numbers does not run here"
+        with answered(what, "Quantise the teacher in another way, or not."), evaluating(layer):
+            layer(torch.zeros(1, 2, wide, dtype=dtype, device=layer.weight.device))
 
 
 def in_fewer_bits(model: nn.Module) -> bool:

@@ -20,8 +20,8 @@ class EngineKind:
     """The package that must be installed."""
     install: str = ""
     """What brings that package."""
-    quantizes: bool = False
-    """Whether it quantises float weights while it loads them, as `teacher.quantize` says."""
+    bitsandbytes: bool = False
+    """Whether it runs a model that bitsandbytes quantises while it is loaded, or has quantised before."""
     arguments: tuple[str, ...] | None = None
     """What `generate.engine_args` may name; None: whatever the package takes."""
 
@@ -38,7 +38,7 @@ ENGINES = (
     EngineKind(
         name="hf",
         opened_by="hf.HfEngine",
-        quantizes=True,
+        bitsandbytes=True,
         arguments=("batch_size", "max_model_len"),
     ),
     EngineKind(name="openai"),

@@ -54,6 +54,11 @@ def method_of(config: Mapping[str, Any]) -> str | None:
     return str(found.get("quant_method") or (_BITSANDBYTES if old else "unknown"))
 
 
+def by_bitsandbytes(parts: Mapping[str, Any]) -> bool:
+    """Whether bitsandbytes quantises a model while it is loaded, or has before, by the parts of its identity."""
+    return "quantization" in parts or method_of(parts.get("config") or {}) == _BITSANDBYTES
+
+
 def quantized_words(parts: Mapping[str, Any]) -> str:
     """How a model is quantised, by the parts of its identity; empty: it is not."""
     named, saved = parts.get("quantization"), method_of(parts.get("config") or {})

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ..engines import ENGINES, PLANNED, Generate
+from ..engines import PLANNED, Generate
 from ..evaluate import HELD_OUT_FIELDS, Evaluate
 from ..fields import Section
 from ..kinds import Score, kinds_with
@@ -78,8 +78,6 @@ def check_together(recipe: Recipe) -> list[tuple[str, str]]:
         )
     if recipe.generate is not None and recipe.generate.temperature == 0:
         errors += _greedy(recipe.generate)
-    if recipe.teacher.quantize is not None:
-        errors += _quantized_writer(recipe)
     if recipe.data.turns is not None and not records.conversation:
         errors.append(("data.turns", f"format {kind!r} has no turns. Remove it"))
     errors += _lengths(recipe) + check_task(recipe) + _held_out(recipe)
@@ -95,21 +93,6 @@ def check_together(recipe: Recipe) -> list[tuple[str, str]]:
         errors += check_loss(recipe.loss, recipe.score)
         errors += check_matched(recipe.loss, recipe.score)
     return errors
-
-
-def _quantized_writer(recipe: Recipe) -> list[tuple[str, str]]:
-    """An engine that would read the float weights, where the quantised teacher is to write."""
-    generate = recipe.generate
-    if generate is None or generate.model is not None or generate.engine is None:
-        return []
-    if next(kind.quantizes for kind in ENGINES if kind.name == generate.engine):
-        return []
-    message = (
-        f"the teacher writes, and {generate.engine!r} does not quantise it as teacher.quantize says "
-        f"({recipe.teacher.quantize}): its text would be the float model's. Use 'hf', name another "
-        "author (generate.model), or save the teacher quantised"
-    )
-    return [("generate.engine", message)]
 
 
 def _alone(recipe: Recipe) -> list[tuple[str, str]]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...stages.audit.stored_rows import TargetShard, choose_rows, target_shards
 from ...stages.ledger.books import different
+from ...stages.models.fit.quantized import WHILE_LOADING, refuse_unquantized
 from ...stages.models.identity import FileHashes, Identity, find_model, identify
 from ...stages.workers.job import Progress
 from ...storage.errors import UsageError
@@ -31,6 +32,8 @@ class DeepRequest:
     dtype: str | None = None
     """None: as the checkpoint is stored, or as a teacher of the store had it."""
     adapter: str | None = None
+    quantize: str | None = None
+    """How its float weights are quantised while they are loaded; None: as a teacher of the store had it."""
     device_map: str | None = None
     rows: int = 32
     seed: int = 0
@@ -40,7 +43,7 @@ def deeply(teacher: str | None, **how: Any) -> DeepRequest:
     """The options of a command line; `teacher` is None where `--deep` and `--teacher` do not come together.
 
     Raises:
-        UsageError: they do not, or the dtype is none.
+        UsageError: they do not, or there is no such dtype or quantisation.
     """
     if teacher is None:
         raise UsageError(
@@ -51,6 +54,10 @@ def deeply(teacher: str | None, **how: Any) -> DeepRequest:
         raise UsageError(
             f"--dtype: {how['dtype']} is no dtype of a teacher. Use {', '.join(_DTYPES)}, or "
             "leave it out."
+        )
+    if how.get("quantize") not in (None, *WHILE_LOADING):
+        raise UsageError(
+            f"--quantize: {how['quantize']} is none. Use {', '.join(WHILE_LOADING)}, or leave it out."
         )
     return DeepRequest(teacher=teacher, **how)
 
@@ -71,14 +78,11 @@ def find_teacher(store: Store, asked: DeepRequest) -> Identity:
     adapter = None if asked.adapter is None else find_adapter(asked.adapter, field="--adapter")
     hashes = FileHashes(store.root, remember=False)
     known = {teacher: store.teacher_parts(teacher) for teacher in rows}
-    # The dtype is part of a teacher's identity. Where none is named, the one that the checkpoint
-    # says comes first, then those of the store's teachers.
-    stored = sorted({str(parts["dtype"]) for parts in known.values() if "dtype" in parts})
-    dtypes = ["auto", *stored] if asked.dtype is None else [asked.dtype]
     tried = []
-    for dtype in dtypes:
-        found = identify(folder, dtype=dtype, hashes=hashes, adapter=adapter, field="--teacher")
+    for how in _how_loaded(known.values(), asked):
+        found = identify(folder, **how, hashes=hashes, adapter=adapter, field="--teacher")
         if found.id in rows:
+            refuse_unquantized(folder, found.quantize, field="--teacher", name=asked.teacher)
             return found
         tried.append(found)
     others = "\n".join(
@@ -88,8 +92,23 @@ def find_teacher(store: Store, asked: DeepRequest) -> Identity:
     raise UsageError(
         f"--teacher: {asked.teacher} is {tried[0].id}, and the store has no soft targets of it. "
         f"It has those of\n{others}\n"
-        "Name one of these: its folder, and --adapter and --dtype as they were."
+        "Name one of these: its folder, and --adapter, --dtype and --quantize as they were."
     )
+
+
+def _how_loaded(known: Iterable[dict[str, Any]], asked: DeepRequest) -> list[dict[str, Any]]:
+    """Dtype and quantisation to be tried, both parts of an identity: as the checkpoint says, then as the store has."""
+    parts = list(known)
+    stored = sorted({str(part["dtype"]) for part in parts if "dtype" in part})
+    named = {
+        str(how["name"]) for part in parts if isinstance(how := part.get("quantization"), dict)
+    }
+    quantized = [None, *sorted(named & WHILE_LOADING.keys())]
+    return [
+        {"dtype": dtype, "quantize": quantize}
+        for quantize in (quantized if asked.quantize is None else [asked.quantize])
+        for dtype in (["auto", *stored] if asked.dtype is None else [asked.dtype])
+    ]
 
 
 def deep_verify(
@@ -163,6 +182,7 @@ def deep_json(found: "Rescored") -> dict[str, Any]:
     return {
         "ok": found.ok,
         "dtype": found.teacher.dtype,
+        "quantized": found.teacher.quantized,
         "teacher_id": found.teacher.id,
         "rows": found.rows,
         "tokens": found.tokens,

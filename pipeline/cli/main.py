@@ -235,8 +235,13 @@ def status(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fa
 @app.command()
 def report(
     run_dirs: Annotated[
-        list[Path], typer.Argument(metavar="RUN_DIR...", help="Run folders; several are compared.")
-    ],
+        list[Path] | None,
+        typer.Argument(metavar="RUN_DIR...", help="Run folders; several are compared."),
+    ] = None,
+    teachers: Annotated[
+        str | None,
+        typer.Option(metavar="STORE", help="In place of runs: the teachers of a store."),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -247,14 +252,30 @@ def report(
 ) -> None:
     """The report of a run as Markdown, and as an HTML page to open from disk.
 
-    Several runs stand side by side, those that differ in the seed only as one.
+    Several runs stand side by side, those that differ in the seed only as one. --teachers lays the
+    teachers of a store side by side: kept mass, entropy, and the KL between two on the same texts.
     """
-    from ..report.report import show
-
-    text, page, found = show(run_dirs, out)
+    text, page, found = _reported(run_dirs or [], teachers, out)
     show_text(text)
     show_line(f"page: {page}", sys.stderr)
     print_json(found, as_json)
+
+
+def _reported(
+    run_dirs: list[Path], teachers: str | None, out: Path | None
+) -> tuple[str, Path, dict[str, Any]]:
+    """Of runs, or of the teachers of a store."""
+    from ...storage.errors import UsageError
+
+    if bool(run_dirs) == (teachers is not None):
+        raise UsageError("report: name run folders, or --teachers STORE, not both or neither.")
+    if teachers is not None:
+        from ..report.stored.teachers_page import show as show_teachers
+
+        return show_teachers(teachers, out)
+    from ..report.report import show
+
+    return show(run_dirs, out)
 
 
 @app.command()

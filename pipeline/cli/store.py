@@ -41,7 +41,7 @@ def inspect(
 ) -> None:
     """One sample, token by token: the teacher's top entries, the tail; of a run, where its student differs."""
     from ..console import Terminal
-    from ..report.inspect import show
+    from ..report.stored.inspect import show
 
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 80
     console = Terminal()
@@ -95,6 +95,9 @@ def verify(
         str | None, typer.Option(help="deep: its dtype; default: as the store's teacher had it.")
     ] = None,
     adapter: Annotated[str | None, typer.Option(help="deep: folder of its LoRA adapter.")] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="deep: nf4 or int8, as the store's teacher had it.")
+    ] = None,
     device_map: Annotated[
         str | None, typer.Option(help="deep: `auto` spreads it over all GPUs.")
     ] = None,
@@ -121,6 +124,7 @@ def verify(
     opened = Store.open(store)
     asked = None
     given = {"revision": revision, "dtype": dtype, "adapter": adapter, "device_map": device_map}
+    given["quantize"] = quantize
     how = {
         name: value
         for name, value in (given | {"rows": rows, "seed": seed}).items()

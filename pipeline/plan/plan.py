@@ -37,7 +37,7 @@ from .lines import Plan, StagePlan, State, equal_texts
 from .refusals import refuse_another, refuse_early, student_folder
 from .resolve import Bound, bind
 from .students import plan_students
-from .teachers import BoundTeacher, bind_teachers, teacher_notes
+from .teachers import BoundTeacher, bind_teachers, quantized_notes, teacher_notes
 from .windows import unseen_by_student
 
 
@@ -59,7 +59,7 @@ def make_plan(recipe: Recipe, *, write: bool = False) -> Plan:
         refuse_another(one)
     plan = Plan(bound=bound, teachers=teachers, write=write, warning=_warning(teachers))
     plan.note(*filter(None, [plan.warning]), *found_students(recipe), *_notes(recipe, bound))
-    plan.note(*teacher_notes(recipe))
+    plan.note(*teacher_notes(recipe), *quantized_notes(teachers))
     if recipe.student is not None and recipe.student.from_teacher_layers:
         start = teacher_layers(recipe.student.from_teacher_layers)
         plan.note(f"the student starts from {start}")

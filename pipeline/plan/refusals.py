@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from ...stages.models.fit.classes import refuse_other_classes, refuse_other_head
-from ...stages.models.fit.fresh import refuse_fresh
 from ...stages.models.fit.misfits import refuse_misfit, refuse_quantised
 from ...stages.models.identity import Identity, find_model, is_here, refuse_without_weights
 from ...stages.models.inputs.same_tokenizer import refuse_other_tokenizer
+from ...stages.models.students.fresh import refuse_fresh
 from ...stages.models.students.stored_tensors import refuse_lora
 from ...stages.recipe.sections import Recipe, Student
 from ...stages.recipe.stages import needed

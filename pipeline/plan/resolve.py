@@ -12,10 +12,12 @@ from pathlib import Path
 from ...stages.data.given_text import given_text
 from ...stages.data.stage import inputs_id, stale_rows
 from ...stages.data.tokenizing import author_id, earlier_author_id
+from ...stages.engines.opening import refuse_engine
 from ...stages.ledger.requests import author_context
 from ...stages.models.chat.arguments import reads_the_clock
 from ...stages.models.fit.adapter import ADAPTER_CONFIG, refuse_adapter
 from ...stages.models.fit.misfits import refuse_misfit
+from ...stages.models.fit.quantized import refuse_unquantized
 from ...stages.models.fit.teacher_layers import FIELD, refuse_uncopied
 from ...stages.models.identity import FileHashes, Identity, find_model, identify
 from ...stages.models.inputs.same_tokenizer import compare_tokenizers
@@ -148,10 +150,18 @@ def teacher_identity(recipe: Recipe, hashes: FileHashes, *, download: bool) -> I
     refuse_misfit(
         folder, recipe.run.task, field="teacher.model", name=section.model, trusted=trusted
     )
+    refuse_unquantized(folder, section.quantize, field="teacher.model", name=section.model)
     adapter = find_adapter(section.adapter) if section.adapter else None
     if adapter is not None:
         refuse_adapter(adapter, folder, task=recipe.run.task, name=section.model)
-    return identify(folder, dtype=section.dtype, hashes=hashes, adapter=adapter, trusted=trusted)
+    return identify(
+        folder,
+        dtype=section.dtype,
+        hashes=hashes,
+        adapter=adapter,
+        trusted=trusted,
+        quantize=section.quantize,
+    )
 
 
 def author_identity(
@@ -163,6 +173,7 @@ def author_identity(
         return teacher
     folder = find_model(model, None, field="generate.model", download=download)
     refuse_misfit(folder, recipe.run.task, field="generate.model", name=model)
+    refuse_unquantized(folder, field="generate.model", name=model)
     reason = compare_tokenizers(folder, teacher.folder)
     if reason is not None:
         raise UsageError(
@@ -246,6 +257,8 @@ def _bind_here(recipe: Recipe, store: Store | None, *, write: bool) -> Bound:
     hashes = FileHashes(recipe.storage.dir, remember=write)
     teacher = teacher_identity(recipe, hashes, download=write)
     author = author_identity(recipe, teacher, hashes, download=write)
+    if recipe.generate is not None:
+        refuse_engine(recipe.generate.engine, author)
     day = _day(recipe, author, store)
     wrote = author.id
     if given_text(recipe):

@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 from ...stages.models.attention.by_config import AttentionFacts, attention_facts
 from ...stages.models.fit.config import blocks_of, loaded_config
 from ...stages.models.fit.files import read_json
-from ...stages.models.fit.fresh import fresh_config
 from ...stages.models.fit.light import light_transformers
 from ...stages.models.fit.parts import text_config
+from ...stages.models.students.fresh import fresh_config
 from ...stages.recipe.sections import Recipe
 from ...stages.recipe.stages import needed
 from .resolve import Bound

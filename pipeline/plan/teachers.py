@@ -194,6 +194,15 @@ def teacher_notes(recipe: Recipe) -> Iterator[str]:
         yield f"the text is written by the first teacher, {first}"
 
 
+def quantized_notes(teachers: Sequence[BoundTeacher]) -> Iterator[str]:
+    """How teachers are quantised: by what is here of them, or by the recipe where they are gone."""
+    for one in teachers:
+        teacher = one.bound.teacher
+        how = one.recipe.teacher.quantize if teacher is None else teacher.quantized
+        if how:
+            yield f"{one.field}: {one.recipe.teacher.model} is quantised: {how}"
+
+
 def teachers_json(teachers: Sequence[BoundTeacher]) -> dict[str, Any]:
     """Of several teachers, who they are: for programs, and for the records of a run."""
     return {one.name: one.id for one in teachers if one.name}

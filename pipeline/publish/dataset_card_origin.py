@@ -30,7 +30,7 @@ def origin(manifest: Manifest, provenance: Mapping[str, Any]) -> str:
                 if made
             ),
             _license(model["license"]),
-            inline(model.get("dtype")) + (", with an adapter" if model["adapter"] else ""),
+            _precision(model),
             inline(id_),
         ]
         for id_, model in provenance["models"].items()
@@ -67,6 +67,13 @@ def origin(manifest: Manifest, provenance: Mapping[str, Any]) -> str:
         "The recipe is in `PROVENANCE.json`." if provenance["recipe"] else "",
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _precision(model: Mapping[str, Any]) -> str:
+    """Its dtype, how it is quantised, and whether an adapter is on it."""
+    said = [inline(model.get("dtype"))]
+    said += [inline(model["quantized"])] if model.get("quantized") else []
+    return ", ".join([*said, *(["with an adapter"] if model["adapter"] else [])])
 
 
 def _lineage(model_id: str, model: Mapping[str, Any]) -> str:

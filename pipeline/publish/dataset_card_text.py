@@ -11,7 +11,7 @@ from ...storage.tables.heads import head_of
 from ...storage.tables.kinds import STRUCTURES
 from ...storage.tables.rows import Rows
 from ..numbers import count, decimals, percent, size
-from ..report.inspect import describe
+from ..report.stored.inspect import describe
 from ..text import cell, escaped, fenced, inline, prose, table
 from .dataset_card_origin import model_name
 from .features import features_about

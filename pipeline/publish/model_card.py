@@ -38,7 +38,7 @@ from ..numbers import count, teacher_layers
 from ..plan.lineage import came_from
 from ..report.report import outcome
 from ..report.results import measures, result_headers, result_rows, unit_of
-from ..report.sections import begins_as, taught_by
+from ..report.sections import begins_as, taught_by, teacher_words
 from ..text import HUB_NAME, escaped, fenced, inline, one_line, prose, public_name, table
 from .provenance import public_recipe
 
@@ -84,8 +84,7 @@ def student_card(
     recipe = settings["recipe"]
     shown = public_recipe(recipe)
     student = shown["student"]
-    teachers = [one["model"] for one in shown.get("teachers") or [shown["teacher"]]]
-    whose = " and ".join(map(inline, teachers))
+    whose = " and ".join(map(teacher_words, shown.get("teachers") or [shown["teacher"]]))
     distilled = settings["arm"] == "student" and recipe.get("score") is not None
     learnt = "the teacher's distributions" if distilled else "the teacher's text"
     library = _library(student, adapter=adapter)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...stages.models.fit.quantized import quantized_words
 from ...stages.recipe.fields import ADDRESSES
 from ...stages.recipe.run_folder import LATEST, SETTINGS, as_a_run_writes, begun_runs, read_record
 from ...storage.bounds import mapping, parsed, understood
@@ -239,7 +240,7 @@ def _model(parts: Mapping[str, Any]) -> dict[str, Any]:
         "adapter": parts.get("adapter") is not None,
         "chat_template": bool(parts.get("chat_template")),
         "weights_sha256": parts.get("weights"),
-    }
+    } | ({"quantized": how} if (how := quantized_words(parts)) else {})
 
 
 def _sources(store: Store, made: Made, licenses: Licenses) -> list[dict[str, Any]]:

@@ -194,7 +194,7 @@ def _shown(
     content = page(reports[str(run_dirs[0])]) if alone else compare.page(reports)
     target = out or (run_dirs[0] / REPORT_PAGE if alone else COMPARISON)
     if out is not None or not alone or not target.exists():
-        _write(target, html.page(content))
+        write_page(target, html.page(content))
     found = {
         "page": str(target),
         "runs": list(reports.values()),
@@ -203,7 +203,12 @@ def _shown(
     return markdown.page(content), target, found
 
 
-def _write(target: Path, text: str) -> None:
+def write_page(target: Path, text: str) -> None:
+    """Put a page into a file of its own.
+
+    Raises:
+        UsageError: there is a folder of that name.
+    """
     if target.is_dir():
         raise UsageError(f"{target}: is a folder. Name a file with --out.")
     LocalFiles(target.parent).replace(target.name, text.encode())

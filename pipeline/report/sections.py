@@ -54,8 +54,14 @@ def what_was_run(report: Mapping[str, Any]) -> Section | None:
 def _teachers(recipe: Mapping[str, Any]) -> list[list[str]]:
     several = recipe.get("teachers") or ()
     if not several:
-        return [["teacher", inline(recipe["teacher"]["model"])]]
-    return [[f"teacher {inline(one['name'])}", inline(one["model"])] for one in several]
+        return [["teacher", teacher_words(recipe["teacher"])]]
+    return [[f"teacher {inline(one['name'])}", teacher_words(one)] for one in several]
+
+
+def teacher_words(teacher: Mapping[str, Any]) -> str:
+    """A teacher as the recipe names it, and how it is quantised while it is loaded."""
+    how = teacher.get("quantize")
+    return inline(teacher["model"]) + (f" (quantised to {how})" if how else "")
 
 
 def taught_by(recipe: Mapping[str, Any]) -> str:

@@ -4,20 +4,23 @@ from importlib import import_module
 from importlib.util import find_spec
 
 from ...storage.errors import UsageError
+from ..models.fit.quantized import by_bitsandbytes
 from ..models.identity import Identity
 from ..recipe.engines import ENGINES, EngineKind, Generate
 from ..workers.clock import Clock
 from .base import Engine
 
 
-def choose_engine(name: str | None) -> str:
-    """The engine that the recipe names; where it names none, the first one that is installed.
+def choose_engine(name: str | None, author: Identity) -> str:
+    """The engine that the recipe names; where it names none, the first one that is installed and runs the author.
 
     Raises:
-        UsageError: the engine was asked for by name and is not installed.
+        UsageError: the engine was asked for by name, and is not installed or does not run the author.
     """
     if name is None:
-        return next(engine.name for engine in ENGINES if engine.opened_by and _installed(engine))
+        built = (engine for engine in ENGINES if engine.opened_by and _installed(engine))
+        return next(engine.name for engine in built if _runs(engine, author))
+    refuse_engine(name, author)
     engine = _named(name)
     if not _installed(engine):
         raise UsageError(
@@ -25,6 +28,23 @@ def choose_engine(name: str | None) -> str:
             "generate.engine=hf."
         )
     return name
+
+
+def refuse_engine(name: str | None, author: Identity) -> None:
+    """Refuse an engine that is asked for by name and does not run a model that is quantised so.
+
+    Raises:
+        UsageError: it does not.
+    """
+    if name is not None and not _runs(_named(name), author):
+        raise UsageError(
+            f"generate.engine: {name!r} does not run {author.folder}, which is quantised: {author.quantized}. "
+            "Use generate.engine=hf, or name another author (generate.model)."
+        )
+
+
+def _runs(engine: EngineKind, author: Identity) -> bool:
+    return engine.bitsandbytes or not by_bitsandbytes(author.parts)
 
 
 def open_engine(

@@ -42,7 +42,7 @@ def run(job: Job, author: Identity) -> StageResult:
     with job.clock.span("start"):
         store = open_store(job.recipe.storage.dir, job.recipe.storage.sources)
         ledger, pending = _asked(job, store)
-        engine_name = choose_engine(job.generate.engine)
+        engine_name = choose_engine(job.generate.engine, author)
         work = StageWork(
             stage="generate",
             about=_about(job, author, engine_name),

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ...storage.errors import UsageError
 from .identity import Identity
-from .loading import ModelKind, adapter_on, placed
+from .loading import ModelKind, adapter_on, placed, with_its_adapter
 
 KIND = ModelKind(auto=AutoModelForCausalLM, adapter="CAUSAL_LM")
 
@@ -35,5 +35,5 @@ def load_causal_lm(identity: Identity, *, device_map: str | None = None) -> PreT
         )
     if identity.adapter is not None:
         with adapter_on(model, identity) as adapted:
-            model = adapted.merge_and_unload()
+            model = with_its_adapter(adapted)
     return placed(model, device_map)

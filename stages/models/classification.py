@@ -22,7 +22,7 @@ from .fit.adapter import PREFIX
 from .fit.classes import names_in
 from .identity import Identity
 from .inputs.rendering import segments
-from .loading import ModelKind, adapter_on, placed
+from .loading import ModelKind, adapter_on, placed, with_its_adapter
 
 
 def student_kind(teacher_dir: Path) -> ModelKind:
@@ -53,7 +53,7 @@ def trained(
     if identity.adapter is not None:
         with adapter_on(model, identity) as adapted:
             _refuse_unlike(adapted, identity, missing)
-            model = adapted.merge_and_unload()
+            model = with_its_adapter(adapted)
     elif missing:
         raise UsageError(
             f"teacher.model: {identity.folder} lacks weights of its classification head "

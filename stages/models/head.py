@@ -26,6 +26,8 @@ SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap
 FACTORS = ("logit_scale", "lm_head_multiplier")
 DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 NOT_SUPPORTED = "This architecture's output head is not supported; use another model."
 
 
@@ -113,9 +115,9 @@ def split_head(model: nn.Module) -> Head:
     low_rank = None
     if hasattr(layer, "get_base_layer"):
         layer, low_rank = layer.get_base_layer(), _low_rank(layer, _name(plain))
-    if not isinstance(layer, nn.Linear):
+    if not isinstance(layer, nn.Linear) or layer.weight.dtype not in _FLOATS:
         raise UsageError(
-            f"{_name(plain)}: the output layer is {type(layer).__name__}, expected a plain linear "
+            f"{_name(plain)}: the output layer is {_kind(layer)}, expected a plain linear "
             "layer, or one with a LoRA. Quantised heads are not supported, nor are output layers "
             "of other adapters: leave the output layer out of what they change."
         )
@@ -127,6 +129,12 @@ def split_head(model: nn.Module) -> Head:
         scale=(_setting(config, FACTORS) or 1.0) / (_setting(config, DIVISORS) or 1.0),
         low_rank=low_rank,
     )
+
+
+def _kind(layer: Any) -> str:
+    """Of what class it is, and in what its weights are, where they have a type."""
+    dtype = getattr(getattr(layer, "weight", None), "dtype", None)
+    return type(layer).__name__ + ("" if dtype is None else f" ({dtype})")
 
 
 def _setting(config: Any, names: Sequence[str]) -> float | None:

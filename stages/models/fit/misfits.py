@@ -8,6 +8,7 @@ from ....storage.errors import UsageError
 from ...recipe.tasks import MODELS, TASKS, task_of
 from .config import ConfigFacts, config_facts
 from .files import read_json
+from .quantized import method_of
 from .tensors import stored_tensors
 from .token_ids import highest_id
 from .uses import refusal
@@ -86,11 +87,10 @@ def refuse_quantised(folder: Path, *, field: str, name: str) -> None:
     Raises:
         UsageError: they are.
     """
-    found = read_json(folder / "config.json", field).get("quantization_config")
-    if found:
-        how = found.get("quant_method", "") if isinstance(found, dict) else ""
+    how = method_of(read_json(folder / "config.json", field))
+    if how is not None:
         raise UsageError(
-            f"{field}: {name} is quantised ({how or 'quantization_config'} in its config.json), and "
+            f"{field}: {name} is quantised ({how} in its config.json), and "
             "quantised weights are not trained, with LoRA or without. Name the model that it was "
             "made from, and quantise the student afterwards."
         )

@@ -18,8 +18,8 @@ from ...recipe.sections import Recipe
 from ...recipe.stages import needed
 from ..fit.config import loaded_config
 from ..fit.files import read_json
-from ..fit.fresh import fresh_config
 from ..fit.teacher_layers import COUNT, FIELD
+from .fresh import fresh_config
 from .kinds import kind_of
 
 if TYPE_CHECKING:

@@ -20,13 +20,13 @@ from ...recipe.stages import needed
 from ...recipe.tasks import TASKS
 from ..device import evaluating
 from ..fit.classes import refuse_other_classes
-from ..fit.fresh import fresh_config
 from ..head import backbone
 from ..identity import find_model
 from ..inputs.same_tokenizer import refuse_other_tokenizer
 from ..loading import ModelKind
 from .copies import copied_from, copied_student
 from .factory import factory_student, load_factory_student
+from .fresh import fresh_config
 from .kinds import kind_of
 from .lora import with_lora
 

@@ -36,6 +36,7 @@ _NOT_OF_A_STORE = (
     "teacher.dtype",
     "teacher.adapter",
     "teacher.trust_remote_code",
+    "teacher.quantize",
     "teacher.device_map",
     "data.split",
     "data.columns",

@@ -43,6 +43,12 @@ _HINTS = {
     "multi_teacher": _TEACHERS,
     "ensemble": _TEACHERS,
     "teacher_weights": "Write the weight of each entry of teachers; loss.teacher_weights is another setting.",
+    "teacher.load_in_4bit": "Write teacher.quantize: nf4.",
+    "teacher.load_in_8bit": "Write teacher.quantize: int8.",
+    "teacher.quantization": "Write teacher.quantize: nf4 or int8.",
+    "teacher.quantization_config": "Write teacher.quantize: nf4 or int8.",
+    "teachers.load_in_4bit": "Write quantize: nf4.",
+    "teachers.load_in_8bit": "Write quantize: int8.",
     "train.temperature": "loss.temperature softens the distributions; generate.temperature samples "
     "text.",
     "lora_alpha": _LORA_SCALE,

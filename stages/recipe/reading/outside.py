@@ -90,12 +90,13 @@ OUTSIDE = (
         instead="Prompts come from you (`data`); the teacher writes what follows (`generate`).",
     ),
     Outside(
-        name="pruning and quantisation",
+        name="pruning and quantised students",
         keys="prune pruning sparsity quantize quantization quantization_config load_in_4bit load_in_8bit "
-        "qat student.prune student.quantize teacher.load_in_4bit teacher.load_in_8bit",
+        "qat student.prune student.quantize",
         values="pruned quantized int4 int8 nf4",
-        instead="Models are taken as they are stored: prune the student before (student.model), or keep "
-        "some layers (student.from_teacher_layers), and quantise it after.",
+        instead="A teacher may be quantised while it is loaded (teacher.quantize: nf4 or int8). A student is "
+        "trained in floats: prune it before (student.model), or keep some layers "
+        "(student.from_teacher_layers), and quantise it after.",
     ),
 )
 

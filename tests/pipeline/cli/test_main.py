@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from kit import command, last_json, prompts, stillroom, write_jsonl, write_recipe
 
-from stillroom.pipeline.report.inspect import describe, find_row, tokenizer_of
+from stillroom.pipeline.report.stored.inspect import describe, find_row, tokenizer_of
 from stillroom.storage.errors import UsageError
 from stillroom.storage.store.store import Store
 

@@ -12,8 +12,8 @@ from reports import finished
 
 from stillroom.pipeline.publish.model_card import write_student_cards
 from stillroom.pipeline.publish.provenance import read_recipe
-from stillroom.pipeline.report.inspect import show as inspect
 from stillroom.pipeline.report.report import load_report, show, write_report
+from stillroom.pipeline.report.stored.inspect import show as inspect
 from stillroom.pipeline.run.timings import Pace
 from stillroom.stages.recipe.run_folder import read_record
 from stillroom.stages.train.checkpoints import Checkpoints

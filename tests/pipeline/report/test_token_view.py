@@ -17,7 +17,7 @@ from rich.console import Console
 from tiny_llama import save_tiny_llama
 from tiny_store import make_store
 
-from stillroom.pipeline.report.inspect import show
+from stillroom.pipeline.report.stored.inspect import show
 from stillroom.pipeline.report.token_view import fitting, rows_of, shade, visible, worst
 from stillroom.storage.errors import UsageError
 

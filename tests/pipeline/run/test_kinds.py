@@ -13,7 +13,7 @@ from kit import InThisProcess, last_json, prompts, stillroom, write_jsonl, write
 from tiny_llama import save_tiny_llama
 
 from stillroom.pipeline.plan.plan import make_plan
-from stillroom.pipeline.report.inspect import describe, find_row, render
+from stillroom.pipeline.report.stored.inspect import describe, find_row, render
 from stillroom.pipeline.run import runner
 from stillroom.pipeline.run.status import stage_facts
 from stillroom.stages.recipe.load import load_recipe

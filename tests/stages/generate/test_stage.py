@@ -182,12 +182,13 @@ def test_noise_per_row_draws_from_the_models_distribution(
 
 
 def test_vllm_by_name_where_it_is_not_installed_says_what_to_do(
-    monkeypatch: pytest.MonkeyPatch,
+    tiny_llama: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    author = author_at(tiny_llama(), tmp_path)
     monkeypatch.setattr("stillroom.stages.engines.opening.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"Install stillroom\[vllm\]"):
-        choose_engine("vllm")
-    assert choose_engine(None) == "hf"
+        choose_engine("vllm", author)
+    assert choose_engine(None, author) == "hf"
 
 
 def test_a_row_that_the_context_cuts_does_not_shorten_its_neighbours(

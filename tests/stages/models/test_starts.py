@@ -26,9 +26,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from stillroom.stages.models.fit.fresh import refuse_fresh
 from stillroom.stages.models.fit.teacher_layers import refuse_uncopied
 from stillroom.stages.models.students.copies import kept_tensors
+from stillroom.stages.models.students.fresh import refuse_fresh
 from stillroom.stages.models.students.same_layers import refuse_other_layers
 from stillroom.stages.models.students.saving import save_student
 from stillroom.stages.models.students.student import initial_student

@@ -19,8 +19,8 @@ from transformers import (
 
 from stillroom.stages.models.causal_lm import KIND
 from stillroom.stages.models.classification import of_classes
-from stillroom.stages.models.fit.fresh import refuse_fresh
 from stillroom.stages.models.head import check_head, hidden_states, split_head
+from stillroom.stages.models.students.fresh import refuse_fresh
 from stillroom.stages.models.students.saving import save_student
 from stillroom.stages.models.students.stored_tensors import refuse_lora
 from stillroom.stages.models.students.student import (

@@ -349,7 +349,7 @@ def test_what_other_tools_call_it_points_to_the_right_field(
         ("student.tokenizer=x", "teachers of other vocabularies. Teacher and student share a"),
         ("loss.divergence=ULD", "teachers of other vocabularies"),
         ("train.lmbda=0.5", "on-policy rounds. A round is a run: generate"),
-        ("student.dtype=int8", "pruning and quantisation. Models are taken as they are stored"),
+        ("student.dtype=int8", "pruning and quantised students. A teacher may be quantised"),
         ("teacher.data_free=true", "data-free distillation"),
     ],
 )

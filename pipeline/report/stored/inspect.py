@@ -13,24 +13,25 @@ import pyarrow.compute as pc
 from rich.table import Table
 from rich.text import Text
 
-from ...stages.models.inputs.token_text import Pieces, stored_tokenizer
-from ...stages.recipe.run_folder import REPORT, as_a_run_writes
-from ...stages.targets.spec import Kept
-from ...storage.errors import IntegrityError, UsageError
-from ...storage.integrity.checked import HELP, check_about
-from ...storage.integrity.row_faults import FATAL, row_faults
-from ...storage.store.bindings import all_bindings
-from ...storage.store.store import Store
-from ...storage.tables.heads import HEADS
-from ...storage.tables.kinds import STRUCTURES
-from ...storage.tables.row_builders import text_key
-from ...storage.tables.schema import KEY, TableName
-from ...storage.tables.shard import ShardFile
-from ...storage.tables.soft_targets import SoftTargets
-from ...storage.tables.spans import positions, spans_of
-from ..text import one_line, printable
-from .report import load_report
-from .token_view import coloured, drawn, fitting, rows_of, visible
+from ....stages.models.fit.quantized import quantized_words
+from ....stages.models.inputs.token_text import Pieces, stored_tokenizer
+from ....stages.recipe.run_folder import REPORT, as_a_run_writes
+from ....stages.targets.spec import Kept
+from ....storage.errors import IntegrityError, UsageError
+from ....storage.integrity.checked import HELP, check_about
+from ....storage.integrity.row_faults import FATAL, row_faults
+from ....storage.store.bindings import all_bindings
+from ....storage.store.store import Store
+from ....storage.tables.heads import HEADS
+from ....storage.tables.kinds import STRUCTURES
+from ....storage.tables.row_builders import text_key
+from ....storage.tables.schema import KEY, TableName
+from ....storage.tables.shard import ShardFile
+from ....storage.tables.soft_targets import SoftTargets
+from ....storage.tables.spans import positions, spans_of
+from ...text import one_line, printable
+from ..report import load_report
+from ..token_view import coloured, drawn, fitting, rows_of, visible
 
 SHOWN = 5  # entries of a target
 _SCORED = "scored tokens stand in ⟦ ⟧"
@@ -56,6 +57,9 @@ def show(
     row = find_row(store, key)
     sample = describe(row, tokenizer_of(store, row))
     lines = render(sample, columns=columns, colours=colours)
+    if how := quantized_words(store.teacher_parts(row.get("teacher_id") or row["author_id"])):
+        sample["quantized"] = how
+        lines.insert(0, Text(f"of a model that is quantised: {one_line(how)}"))
     sample["features"] = features_of(store, row)
     if sample["features"]:
         lines += [Text("\nstored of this text too"), _features_table(sample["features"])]

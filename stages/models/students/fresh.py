@@ -7,22 +7,23 @@ from typing import Any
 
 from ....storage.errors import UsageError, answered
 from ...recipe.tasks import MODELS, TASKS
-from .config import loaded_config
-from .files import read_json
-from .light import config_classes, knows, light_transformers
-from .misfits import refuse_special_without_row, refuse_token_without_row, special_ids
-from .parts import text_config
-from .processor import channels_of, side_of
-from .teacher_layers import COUNT, of_layers, refuse_other_architecture
-from .uses import heads_of, reads_ahead, refusal, use_of
+from ..fit.config import loaded_config
+from ..fit.files import read_json
+from ..fit.light import config_classes, knows, light_transformers
+from ..fit.misfits import refuse_special_without_row, refuse_token_without_row, special_ids
+from ..fit.parts import text_config
+from ..fit.processor import channels_of, side_of
+from ..fit.teacher_layers import COUNT, of_layers, refuse_other_architecture
+from ..fit.uses import heads_of, reads_ahead, refusal, use_of
 
 _FIELD = "student.config"
 # What a student shares with its teacher whatever its architecture: the ids, and what some mean.
 _OF_THE_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
-# What models of images make of the number of their stages.
-_OF_THE_STAGES = ("out_features", "out_indices", "stage_names")
+# What models of images make of the number of their stages; and how the teacher's weights are quantised,
+# where a student's are floats.
+_NOT_OF_A_STUDENT = ("out_features", "out_indices", "stage_names", "quantization_config")
 
 
 def fresh_config(
@@ -64,7 +65,7 @@ def fresh_config(
     elif own and COUNT in changes and "layer_types" not in changes:
         # One entry per layer of the teacher; left out, the architecture's own pattern fills it in.
         base.pop("layer_types", None)
-    base = {name: value for name, value in base.items() if name not in _OF_THE_STAGES}
+    base = {name: value for name, value in base.items() if name not in _NOT_OF_A_STUDENT}
     with answered(f"{_FIELD}: {overrides} does not hold together", "Change the numbers."):
         config = made.from_dict(base | changes)
     _refuse_other_kind(config, task)

@@ -1,0 +1,1 @@
+"""What a store holds, for people: one row of it, and its teachers side by side."""

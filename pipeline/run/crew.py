@@ -42,6 +42,7 @@ class Crew:
     ) -> None:
         """`message`: what each process is told, but for its own log; `screen` shows what they tell."""
         self._message, self._posts = message, posts
+        self._name: str = message["name"]
         self._run_dir, self._screen = run_dir, screen
         self._living: list[_Worker] = []
         self._done: list[_Worker] = []
@@ -60,7 +61,7 @@ class Crew:
         Raises:
             Stopped: a signal came; also where the stage was done before it could stop, so that no
                 other one starts.
-            StageDied: a worker died and no row is to blame.
+            StageDied: the last worker died and no row is to blame.
             StillroomError: a worker failed; the others were asked to commit and leave.
         """
         before = {number: signal.signal(number, self._on_signal) for number in stop_signals()}
@@ -72,9 +73,8 @@ class Crew:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        _forget(
-            worker.journal for worker in self._living
-        )  # they were asked to leave, and had to be killed
+        # They were asked to leave and had to be killed: what they had in flight is not to blame.
+        _forget(worker.journal for worker in self._living)
         if self._signals:
             raise self._stopped()
         if self._failure is not None:
@@ -83,7 +83,7 @@ class Crew:
 
     def _begin(self, post: Post, in_vain: Sequence[Path]) -> None:
         """A process at a post (why another one: `stages/workers/journal.py`)."""
-        journal = new_journal(self._run_dir, file_name(self._message["name"]))
+        journal = new_journal(self._run_dir, file_name(self._name))
         own = {"log": str(post.log), "journal": str(journal), "began": time.monotonic()}
         process = StageProcess(self._message | own, post.environment)
         self._ends.callback(process.close)
@@ -129,21 +129,32 @@ class Crew:
             self._fail(error)
 
     def _replace(self, worker: _Worker, death: StageDied) -> None:
-        """Another process for one that died with rows in flight."""
+        """Another process for one that died, if it had rows in flight or worked before; else the others go on alone."""
         flight = read_journal(worker.journal)
-        in_vain = [*(() if flight.came_back else worker.in_vain), worker.journal]
-        if self._failure is not None or not flight.rows or len(in_vain) == DEATHS:
-            # No row is to blame for what died on a machine that does no row at all.
+        worked = bool(flight.rows) and flight.came_back > 0
+        in_vain = [*(() if worked else worker.in_vain), worker.journal]
+        others = bool(self._living or self._answers)
+        hope = bool(flight.rows) or (others and flight.came_back > 0)
+        if self._failure is not None or not hope or len(in_vain) == DEATHS:
+            # No row is to blame for what died on a machine, or a device, that does no row at all.
             _forget(in_vain if flight.rows else [worker.journal])
-            self._fail(death)
+            self._give_up(worker, death, others=others)
             return
         mark_seen(worker.journal)
-        rows = "1 row" if len(flight.rows) == 1 else f"{len(flight.rows)} rows"
-        how = "tried alone, after all others; what dies alone is rejected"
-        said = f"{death.what} {self._message['name']}: starts again. {rows} in flight: {how}."
-        _note(worker.post.log, said)
-        self._screen.say(said)
+        self._say(
+            worker, f"{death.what} {self._name}: starts again. {_suspected(len(flight.rows))}"
+        )
         self._begin(worker.post, in_vain)
+
+    def _give_up(self, worker: _Worker, death: StageDied, *, others: bool) -> None:
+        if others and self._failure is None:
+            self._say(worker, f"{death.what} {self._name}: goes on without this worker.")
+        else:
+            self._fail(death)
+
+    def _say(self, worker: _Worker, text: str) -> None:
+        _note(worker.post.log, text)
+        self._screen.say(text)
 
     def _fail(self, error: StillroomError) -> None:
         """The first failure is the stage's; the others have done nothing wrong and commit what they have."""
@@ -154,7 +165,7 @@ class Crew:
     def _stopped(self) -> Stopped:
         stopped = Stopped()
         for post in self._posts:  # the terminal may be gone: the logs say it too
-            _note(post.log, f"{self._message['name']}: {stopped}")
+            _note(post.log, f"{self._name}: {stopped}")
         return stopped
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -181,6 +192,14 @@ def _one_answer(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if name in longest
     }
     return longest | sums
+
+
+def _suspected(rows: int) -> str:
+    """What becomes of the rows that were in flight at a death."""
+    if not rows:
+        return "No row was in flight."
+    counted = "1 row" if rows == 1 else f"{rows} rows"
+    return f"{counted} in flight: tried alone, after all others; what dies alone is rejected."
 
 
 def _forget(journals: Iterable[Path]) -> None:

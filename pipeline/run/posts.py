@@ -42,9 +42,9 @@ def environments(recipe: Recipe, line: StagePlan) -> list[dict[str, str]]:
     if stage_named(line.name).loads is None:
         return [{}]
     # Nobody knows what a stage that waits will have to do.
-    blocks = -(-line.pending // SMALLEST_BLOCK) if line.state == "to do" else line.planned + 1
+    most = -(-line.pending // SMALLEST_BLOCK) if line.state == "to do" else None
     return shared_out(
-        recipe.compute.workers, visible_gpus(), each=_gpus_each(recipe, line), rows=blocks
+        recipe.compute.workers, visible_gpus(), each=_gpus_each(recipe, line), most=most
     )
 
 

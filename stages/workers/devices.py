@@ -41,7 +41,7 @@ def _counted(named: str | None) -> int:
 
 
 def shared_out(
-    workers: int | Literal["auto"], gpus: Sequence[str], *, each: int | None, rows: int
+    workers: int | Literal["auto"], gpus: Sequence[str], *, each: int | None, most: int | None
 ) -> list[dict[str, str]]:
     """The environment of each worker of a stage.
 
@@ -49,7 +49,7 @@ def shared_out(
         workers: As `compute.workers` says.
         gpus: That are visible.
         each: GPUs that one worker needs; None: all that there are.
-        rows: That are to be made; `auto` starts no worker that would find none.
+        most: Workers that would find work; `auto` starts no others. None: nobody knows.
 
     Raises:
         UsageError: there are fewer GPUs than that many workers need.
@@ -59,7 +59,7 @@ def shared_out(
         return [_threads(count)] * count
     size = min(each or len(gpus), len(gpus))  # what an engine needs beyond that it says itself
     groups = [gpus[first : first + size] for first in range(0, len(gpus) - size + 1, size)]
-    count = max(1, min(len(groups), rows)) if workers == "auto" else workers
+    count = max(1, min(len(groups), most or len(groups))) if workers == "auto" else workers
     if count > len(groups):
         raise UsageError(
             f"compute.workers: {count} workers with {size} GPUs each were asked for, and {len(gpus)} "

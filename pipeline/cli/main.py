@@ -176,9 +176,11 @@ def plan(
     loaded = load_recipe(recipe, overrides)
     refuse_code(loaded, allowed=allow_code)
     from ..plan.plan import make_plan, refuse_impossible
+    from ..run.posts import worker_notes
     from ..run.status import plan_json, plan_table
 
     made = make_plan(loaded)
+    made.note(*worker_notes(loaded, made))
     if made.warning:
         print_for_people(made.warning)
     print_for_people(plan_table(made))
@@ -196,6 +198,13 @@ def run(
     until: Annotated[str | None, typer.Option(help="Last stage to run.")] = None,
     only: Annotated[str | None, typer.Option(help="The one stage to run.")] = None,
     overrides: Overrides = None,
+    worker: Annotated[
+        bool,
+        typer.Option(
+            "--worker",
+            help="Be one worker of many, with the devices that are visible; start no others.",
+        ),
+    ] = False,
     allow_code: AllowCode = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -206,7 +215,9 @@ def run(
     loaded = load_recipe(recipe, overrides)
     from ..run.runner import run as run_recipe
 
-    outcome = run_recipe(loaded, until=until, only=only, quiet=quiet, allow_code=allow_code)
+    outcome = run_recipe(
+        loaded, until=until, only=only, quiet=quiet, allow_code=allow_code, worker=worker
+    )
     _outcome(outcome, as_json)
     if loaded.student is None:
         print_for_people(f"store: {as_written(loaded.storage.dir)}")
@@ -219,6 +230,8 @@ def run(
 def status(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Per stage: rows done, rejected and pending, tokens, bytes/token, tokens/s, wall time."""
     from ...stages.recipe.load import load_recipe
+    from ...stages.recipe.run_folder import LOGS
+    from ...stages.workers.locks import workers_at_work
 
     loaded = load_recipe(recipe, overrides)
     from ..plan.plan import make_plan
@@ -227,9 +240,11 @@ def status(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fa
     made = make_plan(loaded)
     stages = stage_facts(loaded, made)
     print_for_people(status_tables(stages))
+    workers = workers_at_work(Path(loaded.run.dir) / LOGS)
+    made.note(*([f"at work in {loaded.run.dir} now: {workers}"] if workers else []))
     for note in made.notes:
         print_for_people(note)
-    print_json({"notes": [*made.notes], "stages": stages}, as_json)
+    print_json({"notes": [*made.notes], "workers": workers, "stages": stages}, as_json)
 
 
 @app.command()

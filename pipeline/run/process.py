@@ -1,4 +1,4 @@
-"""Starting one stage in a process group of its own, and seeing the whole group end before going on."""
+"""One process of a stage, in a process group of its own: started, heard, and ended to the last of its group."""
 
 import json
 import os
@@ -7,21 +7,19 @@ import socket
 import subprocess
 import sys
 import time
-from types import FrameType
+from collections.abc import Mapping
 from typing import Any
 
 import psutil
 
-from ...storage.errors import StillroomError, Stopped
-from ...storage.store.stopping import stop_signals
-from .screen import Screen
+from ...storage.errors import StillroomError
 from .worker import JOB_FD
 
 # OpenMP threads wait for one another by spinning. On a machine whose cores are shared that burns
 # what the other thread needs: small models then train several times slower. A thousand turns keep
 # the speed where the core is free.
 SPIN = "1000"
-GRACE_SECONDS = 30.0  # after the first signal a stage has this long to commit and leave
+GRACE_SECONDS = 30.0  # after it was asked to stop a process has this long to commit and leave
 
 
 class StageDied(StillroomError):
@@ -33,102 +31,84 @@ class StageDied(StillroomError):
 
 
 class StageProcess:
-    """A stage's process group, started with a message and ended with an answer."""
+    """A process group of a stage, started with a message and ended with an answer."""
 
-    def __init__(self, message: dict[str, Any], screen: Screen) -> None:
-        """`screen` shows what the stage tells meanwhile."""
-        self._message, self._screen = message, screen
-        self._signals = 0
-        self._deadline = float("inf")
-        ours, theirs = socket.socketpair()
-        self._line = ours
+    def __init__(self, message: dict[str, Any], environment: Mapping[str, str]) -> None:
+        """`environment`: what it is told beside the runner's own."""
+        self._message = message
+        self._received, self._died, self._closed = b"", False, False
+        self._answer: dict[str, Any] | None = None
+        self.ended = False
+        """Whether nothing more will come of it."""
+        self._line, theirs = socket.socketpair()
+        told = {"GOMP_SPINCOUNT": SPIN} | os.environ | environment
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "stillroom.pipeline.run.worker"],
-                env={"GOMP_SPINCOUNT": SPIN} | os.environ | {JOB_FD: str(theirs.fileno())},
+                env=told | {JOB_FD: str(theirs.fileno())},
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
         self.group = self._process.pid
+        try:
+            self._line.sendall(json.dumps(message).encode() + b"\n")
+        except ConnectionError:  # it died before it read its job
+            self.ended = True
 
-    def finish(self) -> dict[str, Any]:
-        """Wait for the answer and for the group's end.
+    def listen(self, seconds: float) -> list[dict[str, Any]]:
+        """The events that it tells now; waits so long for one. Its answer and its death are noted."""
+        self._line.settimeout(seconds)
+        try:
+            chunk = self._line.recv(1 << 20)
+        except TimeoutError:
+            # Children that it forked may hold the socket open, so its death need not end the line.
+            # Nothing came after it was seen dead: all that it sent is read.
+            self.ended, self._died = self._died, self._process.poll() is not None
+            return []
+        except ConnectionError:
+            chunk = b""
+        self.ended = not chunk
+        *lines, self._received = (self._received + chunk).split(b"\n")
+        said = [dict(json.loads(line)) for line in lines]
+        self._answer = next((one for one in said if "event" not in one), None)
+        self.ended = self.ended or self._answer is not None
+        return [one for one in said if "event" in one]
+
+    def interrupt(self) -> None:
+        """Ask it to commit and leave."""
+        self._process.send_signal(signal.SIGTERM)
+
+    def close(self) -> None:
+        """End what is left of its group.
 
         Raises:
-            Stopped: a signal came; also where the stage was done before it could stop, so that no
-                other one starts.
-            StageDied: there is no answer, or the answer is that the engine died.
-            StillroomError: the stage failed.
+            StillroomError: something of it does not die.
         """
-        before = {number: signal.signal(number, self._on_signal) for number in stop_signals()}
-        try:
-            answer = self._talk()
-        finally:
+        if not self._closed:
             end_group(self.group)
             self._process.wait()
             self._line.close()
-            for number, handler in before.items():
-                signal.signal(number, handler)
-        return self._checked(answer)
+        self._closed = True
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGHUP and self._signals:
-            return  # where a terminal ends, shell and kernel may both say so
-        self._signals += 1
-        if self._signals == 1:
-            self._deadline = time.monotonic() + GRACE_SECONDS
-            self._process.send_signal(signal.SIGTERM)
+    def result(self) -> dict[str, Any]:
+        """Its answer, once it is closed.
 
-    def _talk(self) -> dict[str, Any] | None:
-        """Hand over the job; the answer, or None where there is none."""
-        try:
-            self._line.sendall(json.dumps(self._message).encode() + b"\n")
-            return self._wait()
-        except ConnectionError:  # it died before it read its job
-            return None
-
-    def _wait(self) -> dict[str, Any] | None:
-        self._line.settimeout(0.2)
-        received, died = b"", False
-        while self._signals < 2 and time.monotonic() < self._deadline:
-            self._screen.tick()
-            try:
-                chunk = self._line.recv(1 << 20)
-            except TimeoutError:
-                # Children that it forked may hold the socket open, so its death need not end the
-                # line. Nothing came after it was seen dead: all that it sent is read.
-                if died:
-                    break
-                died = self._process.poll() is not None
-                continue
-            if not chunk:
-                break
-            *lines, received = (received + chunk).split(b"\n")
-            for said in map(json.loads, lines):
-                if "event" not in said:
-                    return dict(said)
-                self._screen.hear(said)
-        return None
-
-    def _checked(self, answer: dict[str, Any] | None) -> dict[str, Any]:
-        if self._signals:
-            raise Stopped()
+        Raises:
+            StageDied: there is no answer, or the answer is that the engine died.
+            StillroomError: the stage failed.
+        """
+        name, log, answer = self._message["name"], self._message["log"], self._answer
         if answer is None:
             raise StageDied(
-                f"{self._message['name']}: its process died (exit status "
-                f"{self._process.returncode}; -9 is often the system running out of memory).",
-                (
-                    f"Finished rows are kept; see {self._message['log']}. Run the same command to go "
-                    "on."
-                ),
+                f"{name}: its process died (exit status {self._process.returncode}; -9 is often the "
+                "system running out of memory).",
+                f"Finished rows are kept; see {log}. Run the same command to go on.",
             )
         if answer.get("died"):
-            raise StageDied(answer["error"], f"Finished rows are kept; see {self._message['log']}.")
+            raise StageDied(answer["error"], f"Finished rows are kept; see {log}.")
         if "error" in answer:
-            where = (
-                f"\nThe log has more: {self._message['log']}" if answer.get("unexpected") else ""
-            )
+            where = f"\nThe log has more: {log}" if answer.get("unexpected") else ""
             error = StillroomError(answer["error"] + where)
             error.exit_code = answer["exit_code"]
             raise error

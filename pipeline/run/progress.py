@@ -2,8 +2,8 @@
 
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TextIO
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -27,6 +27,10 @@ class Meter:
     first: int = 0
     """Units that were there before."""
     done: int = 0
+    others: int = 0
+    """Of these, the units that other workers did since it began to count."""
+    workers: int = 1
+    """That count together (`together`)."""
     tokens: int = 0
     """By this process."""
     seconds: float = 0.0
@@ -69,10 +73,34 @@ class Meter:
             f"{human(self.rate)} tokens/s" if self.rate else "",
             f"{self.rejects} rejected" if self.rejects else "",
             f"{size(self.written)} written" if self.written else "",
+            f"{self.workers} workers" if self.workers > 1 else "",
             self.note,
             f"{duration(self.left)} left" if self.left else "",
         ]
         return ", ".join(part for part in parts if part)
+
+
+def together(meters: Sequence[Meter]) -> Meter:
+    """What the workers of one stage have done, as if one had; the first of them began to count first."""
+    counting = [meter for meter in meters if meter.counts]
+    if len(meters) == 1 or not counting:
+        return replace(meters[0], workers=len(meters))
+    # What each did itself since the first one looked into the store; at least what one of them found there.
+    own = sum(meter.done - meter.first - meter.others for meter in counting)
+    first, total = (min(m.first for m in counting), max(m.total for m in counting))
+    done = max(first + own, *(meter.done for meter in counting))
+    return Meter(
+        unit=counting[0].unit,
+        total=total,
+        first=first,
+        done=min(done, total) if total else done,
+        workers=len(meters),
+        tokens=sum(meter.tokens for meter in counting),
+        seconds=max(meter.seconds for meter in counting),
+        note=next((meter.note for meter in counting if meter.note), ""),
+        rejects=sum(meter.rejects for meter in counting),
+        written=sum(meter.written for meter in counting),
+    )
 
 
 class Counting:
@@ -96,6 +124,11 @@ class Counting:
         self.meter.note = one_line(note) or self.meter.note
         self.meter.seconds = time.monotonic() - self._began
         self._changed()
+
+    def others(self, units: int = 1) -> None:
+        """Count units that other workers did."""
+        self.meter.others += units
+        self.advance(units)
 
     def wrote(self, *, rejects: int, size: int) -> None:
         """Rows rejected and bytes committed so far."""

@@ -2,7 +2,8 @@
 
 import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,13 @@ from ...stages.recipe.run_folder import (
     read_record,
 )
 from ...stages.recipe.sections import Recipe
-from ...stages.recipe.stages import STAGES, file_name, stage_named
+from ...stages.recipe.stages import STAGES, stage_named
 from ...stages.train.scalars import refuse_without_wandb
 from ...stages.workers.clock import Clock
-from ...stages.workers.journal import mark_seen, new_journal, read_journal
 from ...stages.workers.locks import worker_number
 from ...storage.bounds import mapping
 from ...storage.credentials import hidden
-from ...storage.errors import StillroomError, Stopped, UsageError, name_too_long
+from ...storage.errors import StillroomError, UsageError, name_too_long
 from ...storage.files.local import LocalFiles
 from ...storage.joined import at_commit
 from ...storage.keys import canonical_json
@@ -40,13 +40,13 @@ from ..plan.resolve import write_down
 from ..plan.teachers import teachers_json
 from ..publish.model_card import write_student_cards
 from ..report.report import results_table, write_report
-from .process import StageDied, StageProcess
+from .crew import Crew
+from .posts import environments, post, worker_notes
 from .screen import Screen
 from .status import facts
 from .timings import Pace
 
 ROOMS = tuple(dict.fromkeys(stage.room for stage in STAGES))
-DEATHS = 3  # of a stage's processes in a row that finished no row: then it is not this or that row
 
 
 def run(
@@ -56,6 +56,7 @@ def run(
     only: str | None = None,
     quiet: bool = False,
     allow_code: bool = False,
+    worker: bool = False,
 ) -> dict[str, Any]:
     """Do what the plan says is to do; running again goes on where this stopped.
 
@@ -65,6 +66,7 @@ def run(
         only: The one stage to run.
         quiet: Print no progress.
         allow_code: Whether `student.factory` may run.
+        worker: Be one worker of many, with the devices that are visible: others are started elsewhere.
 
     Returns:
         `{"run_dir", "stages": {name: {"rows", "tokens", "seconds", "state", "clock"}}, "results": {arm: {...}},
@@ -81,7 +83,8 @@ def run(
         refuse_without_wandb(recipe.train.wandb)
     store = _prepare(recipe)
     with worker_number(_logs(recipe)) as number, Screen(sys.stderr, quiet=quiet) as screen:
-        outcome = _run(recipe, store, names, screen=screen, number=number)
+        here = _Here(screen=screen, number=number, alone=worker)
+        outcome = _run(recipe, store, names, here)
     spent = clock.seconds()
     spent["other"] -= sum(
         sum(entry["clock"].values()) for entry in outcome["stages"].values() if "clock" in entry
@@ -89,13 +92,24 @@ def run(
     return outcome | {"clock": {name: round(seconds, 3) for name, seconds in spent.items()}}
 
 
-def _run(
-    recipe: Recipe, store: Store, names: tuple[str, ...], *, screen: Screen, number: int
-) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Here:
+    """Who runs, beside others who may run on the same folder."""
+
+    screen: Screen
+    number: int
+    """In the run's folder."""
+    alone: bool
+    """Whether it starts one worker, whatever this machine has."""
+
+
+def _run(recipe: Recipe, store: Store, names: tuple[str, ...], here: _Here) -> dict[str, Any]:
     run_dir = Path(recipe.run.dir)
     done: dict[str, dict[str, Any]] = {}
     pace = Pace(run_dir)
-    plan = _first_plan(recipe, store)
+    plan, screen = _first_plan(recipe, store), here.screen
+    if not here.alone:
+        plan.note(*worker_notes(recipe, plan))
     if plan.warning:
         screen.say(plan.warning)
     chosen = _lines(plan, names)
@@ -115,7 +129,7 @@ def _run(
             if snapshot is not None:
                 save_snapshot(store, snapshot)
         screen.begin(name)
-        answer = _run_stage(recipe, plan, name, screen=screen, number=number)
+        answer = _run_stage(recipe, plan, name, here)
         plan = plan_again(recipe, plan, name)
         done[name] = _finish(plan.line(name), answer, seconds=time.monotonic() - began)
         pace.keep(name, rows=answer["rows"], clock=done[name]["clock"])
@@ -191,9 +205,7 @@ def _prepare(recipe: Recipe) -> Store:
     return store
 
 
-def _run_stage(
-    recipe: Recipe, plan: Plan, name: str, *, screen: Screen, number: int
-) -> dict[str, Any]:
+def _run_stage(recipe: Recipe, plan: Plan, name: str, here: _Here) -> dict[str, Any]:
     stage = stage_named(name)
     if stage.arm is not None:
         _begin_student(recipe, plan, stage.arm)
@@ -202,46 +214,20 @@ def _run_stage(
     opened = asked.model_dump(mode="json", exclude_unset=True)
     # The stage reads the sources at the commits that were planned with and proved.
     opened["storage"]["sources"] = at_commit(recipe.storage.sources, plan.sources)
-    file = file_name(name)
-    log = f"{file}.log" if number == 1 else f"{file}.{number}.log"
     message = {
         "name": name,
         "recipe": opened,
         "hidden": hidden(),  # what the stage shows and records keeps `${NAME}` too
-        "log": str(_logs(recipe) / log),
         "train_dirs": {arm: str(folder) for arm, folder in plan.train_dirs.items()},
         "job": _job(recipe, plan, name),
     }
-    return _to_the_end(message, Path(recipe.run.dir), screen)
-
-
-def _to_the_end(message: dict[str, Any], run_dir: Path, screen: Screen) -> dict[str, Any]:
-    """Run a stage's process, and another where it dies with rows in flight (why: `stages/workers/journal.py`)."""
-    in_vain: list[Path] = []
-    while True:
-        journal = new_journal(run_dir, file_name(message["name"]))
-        asked = message | {"journal": str(journal), "began": time.monotonic()}
-        try:
-            return StageProcess(asked, screen).finish()
-        except Stopped as stopped:
-            journal.unlink(missing_ok=True)  # what it had in flight is not to blame
-            # The terminal may be gone: the log says it too.
-            _note(Path(message["log"]), f"{message['name']}: {stopped}")
-            raise
-        except StageDied as death:
-            flight = read_journal(journal)
-            in_vain = [*([] if flight.came_back else in_vain), journal]
-            if not flight.rows or len(in_vain) == DEATHS:
-                # No row is to blame for what died on a machine that does no row at all.
-                for path in in_vain if flight.rows else [journal]:
-                    path.unlink(missing_ok=True)
-                raise
-            mark_seen(journal)
-            rows = "1 row" if len(flight.rows) == 1 else f"{len(flight.rows)} rows"
-            how = "tried alone, after all others; what dies alone is rejected"
-            said = f"{death.what} {message['name']}: starts again. {rows} in flight: {how}."
-            _note(Path(message["log"]), said)
-            screen.say(said)
+    first, *more = [{}] if here.alone else environments(asked, plan.line(name))
+    with ExitStack() as numbers:
+        posts = [post(recipe, name, first, number=here.number)]
+        for environment in more:
+            number = numbers.enter_context(worker_number(_logs(recipe)))
+            posts.append(post(recipe, name, environment, number=number))
+        return Crew(message, posts, run_dir=Path(recipe.run.dir), screen=here.screen).finish()
 
 
 def _job(recipe: Recipe, plan: Plan, name: str) -> dict[str, Any]:
@@ -329,9 +315,3 @@ def _results(plan: Plan) -> dict[str, Any]:
         results = mapping(read_record(record)["results"])
         results_table(results)  # what cannot be drawn is refused before it is handed on
         return results
-
-
-def _note(log: Path, text: str) -> None:
-    """What the runner says of a stage stands in the stage's log too; where the disk is full, it does not."""
-    with suppress(OSError), log.open("a") as file:
-        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")

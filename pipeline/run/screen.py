@@ -289,7 +289,9 @@ class Screen:
         spent = f"run        {duration(time.monotonic() - self._began)}"
         if self._running is None:
             return [spent]
-        left, note = self._left(), self._rows[self._running].meter.note
+        meter = self._rows[self._running].meter
+        several = f"{meter.workers} workers" if meter.workers > 1 else ""
+        left, note = self._left(), ", ".join(filter(None, (several, meter.note)))
         unknown = [name for name in self._waiting() if self._rows[name].expected is None]
         if left is not None:
             spent += f", about {duration(left)} left"

@@ -29,6 +29,8 @@ from ..recipe.sections import Recipe
 from ..recipe.stages import needed
 
 T = TypeVar("T")
+SMALLEST_BLOCK = 8
+"""Requests that a worker takes at once, at least."""
 Place = tuple[str, int]
 """Shard sha256, and row within the shard."""
 
@@ -83,9 +85,8 @@ class Pending(Generic[T]):
 
     def __init__(self, rows: pa.Table, planned: int, make: Callable[[pa.Table], list[T]]) -> None:
         """`rows` have a `number`, their place among the `planned` requests."""
-        size = max(
-            8, min(512, planned // 64)
-        )  # small jobs are cut small, so that workers can share them
+        # Small jobs are cut small, so that workers can share them.
+        size = max(SMALLEST_BLOCK, min(512, planned // 64))
         self._rows, self._make = rows.sort_by("number"), make
         of = self._rows["number"].to_numpy() // size
         blocks, starts, counts = np.unique(of, return_index=True, return_counts=True)

@@ -29,6 +29,11 @@ def best(kept: Kept, mantissa_bits: int) -> str:
     return f"min(({rank}) * {PLACES}::HUGEINT + place) FILTER ({covers})"
 
 
+def entries(best_row: str) -> str:
+    """SQL: how many entries of a token the row has that `best` has found, at most."""
+    return f"(({best_row}) // {PLACES}::HUGEINT // 32 % 4294967296)::BIGINT"
+
+
 def lacks(kept: Kept, mantissa_bits: int) -> str:
     """SQL: the number of what the nearest row lacks; that it covers all is the greatest."""
     cases = (

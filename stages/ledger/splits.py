@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...storage.errors import UsageError
-from ...storage.snapshots.snapshot import Snapshot, load_snapshot, make_snapshot
+from ...storage.snapshots.asked import in_asked_order
+from ...storage.snapshots.snapshot import Snapshot, is_kept, load_snapshot, make_snapshot
 from ...storage.store.bindings import Binding
 from ...storage.tables.schema import TableName
 from ..recipe.features import learnt
@@ -113,8 +114,30 @@ def _snapshot(
         "lengths": lengths,
         "shortest": int(tokens.min()),
     }
-    places = books.index.places(table, rows["place"].to_numpy())
-    return make_snapshot(books.store, table, places, about)
+    asked = rows.select(["number", "place", "bytes"]).sort_by("number")
+    places = asked["place"].to_numpy()
+    found = make_snapshot(books.store, table, books.index.places(table, places), about)
+    if found.rows < len(places) or is_kept(books.store, found):
+        return found  # it was made before there was an order, and what it taught is kept under its name
+    samples = _numbers(books, table, found, places)
+    return in_asked_order(found, samples, asked["bytes"].to_numpy())
+
+
+def _numbers(books: Books, table: TableName, snapshot: Snapshot, places: np.ndarray) -> np.ndarray:
+    """[N] what number the row at each place has in a snapshot, shard after shard."""
+    counts = [len(shard.rows) for shard in snapshot.shards]
+    firsts = dict(
+        zip((shard.sha256 for shard in snapshot.shards), np.cumsum([0, *counts]), strict=False)
+    )
+    rows = {shard.sha256: shard.rows for shard in snapshot.shards}
+    by_place = np.argsort(places)
+    commits = places[by_place] >> 32
+    numbers = np.empty(len(places), np.int64)
+    for mine in np.split(by_place, np.flatnonzero(np.diff(commits)) + 1):
+        sha256 = books.index.commit(table, int(places[mine[0]] >> 32)).shard.sha256
+        at = np.searchsorted(rows[sha256], places[mine] & 0xFFFFFFFF)
+        numbers[mine] = firsts[sha256] + at
+    return numbers
 
 
 def _validation_prompts(books: Books, rows: pa.Table) -> pa.Array:

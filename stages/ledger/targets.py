@@ -13,11 +13,15 @@ from ..recipe.tasks import TASKS
 from ..targets.masks import Masks
 from ..targets.spec import Kept, reference, target_bytes, wanted
 from .books import Books, Ledger, Pending, different
-from .coverage import PLACES, best, lacks, reason
+from .coverage import PLACES, best, entries, lacks, reason
 from .features import FeatureSql, Widths, capture_id, name_texts
 from .requests import TargetRequest, captured_key, read_of, target_key
 from .routes import EVERYTHING, keys_where, take_route
 
+TOKEN_BYTES = 4
+AS_ASKED = f"""row_number() OVER (ORDER BY s.tokens, s.tokens_key) AS number,
+            s.tokens * {TOKEN_BYTES} + s.scored::BIGINT * s.entries * 8 AS bytes"""
+"""SQL: where a row of `scored` is among those that were asked for, and about what its targets take."""
 PART_ROWS = 2_000_000  # rows whose equal tokens are looked for at once
 
 
@@ -34,7 +38,8 @@ def choose_generations(books: Books, *, author_id: str) -> None:
     if books.recipe.generate is None:
         rows = f"JOIN inputs i ON g.source_key = i.key WHERE {books.given(author_id)}"
     else:
-        rows = "JOIN (SELECT place, held_out FROM asked WHERE place IS NOT NULL) i ON g.place = i.place WHERE true"
+        asked = "SELECT place, held_out, number FROM asked WHERE place IS NOT NULL"
+        rows = f"JOIN ({asked}) i ON g.place = i.place WHERE true"
     if books.recipe.select.where is not None:
         books.index.register("allowed", _selected(books, books.recipe.select.where))
         rows += " AND g.key IN (SELECT key::UUID FROM allowed)"
@@ -46,7 +51,7 @@ def choose_generations(books: Books, *, author_id: str) -> None:
     scored = "1" if whole_text else f"coalesce({in_spans}, {after})"
     books.index.execute(f"""
         CREATE OR REPLACE VIEW chosen AS SELECT * FROM (
-            SELECT g.key, g.prompt_key, g.tokens_key, g.place, i.held_out,
+            SELECT g.key, g.prompt_key, g.tokens_key, g.place, i.held_out, i.number,
                 g.prompt_tokens + g.completion_tokens AS tokens, {scored} AS scored
             FROM generations g {rows}
         ) WHERE scored > 0""")
@@ -64,7 +69,7 @@ def _published(books: Books) -> str:
         where += " AND p.key IN (SELECT key FROM allowed)"
     return f"""
         SELECT p.key::UUID AS key, p.prompt_key::UUID AS prompt_key, p.tokens_key::UUID AS tokens_key, g.place,
-            held_out, tokens, p.scored
+            held_out, p.number, tokens, p.scored
         FROM published p LEFT JOIN (SELECT key, place FROM generations) g ON g.key = p.key::UUID {where}"""
 
 
@@ -88,11 +93,13 @@ def _judge(books: Books) -> None:
 def text_rows(books: Books) -> pa.Table:
     """Black-box: rows to train and be judged on; text that is judged on is not trained on.
 
-    Returns held_out, prompt_key, place (of generations), tokens, scored.
+    Returns held_out, prompt_key, place (of generations), tokens, scored, and as all that a snapshot is
+    made of: number (in the order in which they were asked for), bytes (about, when decoded).
     """
     books.index.use_all_memory()
-    return books.index.table("""
-        SELECT held_out, prompt_key::BLOB AS prompt_key, place, tokens, scored FROM (
+    return books.index.table(f"""
+        SELECT held_out, prompt_key::BLOB AS prompt_key, place, tokens, scored,
+            row_number() OVER (ORDER BY number, key) AS number, tokens * {TOKEN_BYTES} AS bytes FROM (
             SELECT * FROM chosen WHERE NOT held_out AND tokens_key NOT IN (SELECT tokens_key FROM judged)
             UNION ALL SELECT * FROM judged)""")
 
@@ -166,9 +173,9 @@ def _view_scored(
 
     Its columns: tokens_key, key, tokens, scored, held_out, texts (how many have these tokens);
     stored (whether there is a row of this teacher at all), reason (why it was rejected), target (the
-    row to reuse, its place) and lacks (what the nearest row lacks, for `reason`); complete (whether
-    its features are there, or it needs none), fewer (whether some have too few bits), text_key and
-    the place of each feature's row.
+    row to reuse, its place), entries (that it has of a token, at most) and lacks (what the nearest row
+    lacks, for `reason`); complete (whether its features are there, or it needs none), fewer (whether
+    some have too few bits), text_key and the place of each feature's row.
     """
     with_features = capture_id(teacher_id, captured(books.score.features))
     bits = books.recipe.storage.mantissa_bits
@@ -213,6 +220,7 @@ def _view_scored(
         SELECT requests.*, coalesce(stored, 0) > 0 AS stored,
             CASE WHEN held_out THEN alone ELSE reason END AS reason,
             (CASE WHEN held_out THEN {judging} ELSE trained END % {PLACES})::BIGINT AS target,
+            {entries(f"CASE WHEN held_out THEN {judging} ELSE trained END")} AS entries,
             CASE WHEN held_out THEN reference_lacks ELSE trained_lacks END AS lacks
             {features.selected}
         FROM requests
@@ -264,12 +272,13 @@ def target_rows(books: Books) -> pa.Table:
 
     A row whose features the loss needs and nobody could make is not trained on.
 
-    Returns held_out, prompt_key, place (of soft_targets), tokens, scored.
+    Returns held_out, prompt_key, place (of soft_targets), tokens, scored, number, bytes (`text_rows`).
     """
     books.index.use_all_memory()
     needed = "AND s.complete" if books.recipe.loss.features else ""
     return books.index.table(f"""
-        SELECT s.held_out, c.prompt_key::BLOB AS prompt_key, s.target AS place, s.tokens, s.scored
+        SELECT s.held_out, c.prompt_key::BLOB AS prompt_key, s.target AS place, s.tokens, s.scored,
+            {AS_ASKED}
         FROM scored s JOIN chosen c USING (key) WHERE s.target IS NOT NULL {needed}""")
 
 

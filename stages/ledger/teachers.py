@@ -9,13 +9,14 @@ from collections.abc import Sequence
 import pyarrow as pa
 
 from .books import Books
+from .targets import AS_ASKED
 
 
 def keep_scored(books: Books, number: int) -> None:
     """Keep the view `scored` of one teacher beside those of others, after its `target_ledger`."""
     books.index.execute(f"""
         CREATE OR REPLACE TEMP TABLE scored_{number} AS
-        SELECT tokens_key, key, tokens, scored, held_out, target, reason FROM scored""")
+        SELECT tokens_key, key, tokens, scored, held_out, target, entries, reason FROM scored""")
 
 
 def _each(teachers: int) -> str:
@@ -27,15 +28,16 @@ def sample_rows(books: Books, teachers: int) -> pa.Table:
     """Whole texts to train and be judged on, after `keep_scored` of each teacher.
 
     Returns held_out, prompt_key, place (of soft_targets: of the first teacher that is asked), others
-    (places of the others), tokens, scored.
+    (places of the others), tokens, scored, number, bytes (`text_rows`).
     """
     books.index.use_all_memory()
     return books.index.table(f"""
         SELECT s.held_out, c.prompt_key::BLOB AS prompt_key, s.places[1] AS place,
-            s.places[2:] AS others, s.tokens, s.scored
+            s.places[2:] AS others, s.tokens, s.scored, {AS_ASKED}
         FROM (
-            SELECT any_value(key) AS key, any_value(tokens) AS tokens, any_value(scored) AS scored,
-                any_value(held_out) AS held_out, list(target ORDER BY teacher) AS places
+            SELECT tokens_key, any_value(key) AS key, any_value(tokens) AS tokens,
+                any_value(scored) AS scored, any_value(held_out) AS held_out,
+                arg_min(entries, teacher) AS entries, list(target ORDER BY teacher) AS places
             FROM {_each(teachers)} GROUP BY tokens_key HAVING bool_and(target IS NOT NULL)
         ) s JOIN chosen c USING (key)""")
 

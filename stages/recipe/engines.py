@@ -1,5 +1,6 @@
 """The engines that write text. To add one: a row here, and its file in `stages/engines/`."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -44,8 +45,15 @@ ENGINES = (
     EngineKind(name="openai"),
 )
 PLANNED = tuple(engine.name for engine in ENGINES if not engine.opened_by)
+_SHARDS = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks of adapters that vLLM makes room for."""
+
+
+def gpus_of(arguments: Mapping[str, Any]) -> int:
+    """How many GPUs one engine needs, by its arguments."""
+    found = (arguments.get(name, 1) for name in _SHARDS)
+    return math.prod(count for count in found if type(count) is int and count > 0)
 
 
 def lora_room(adapter: Mapping[str, Any]) -> int:

@@ -57,8 +57,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 
 
 def recorded(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as records keep it: `${NAME}` where it was written so, and no credential of an address."""
-    tree = recipe.model_dump(mode="json")
+    """A recipe as records keep it: `${NAME}` where it was written so, no credential of an address, no machine."""
+    tree = recipe.model_dump(mode="json", exclude={"compute"})
     if not tree["teachers"]:
         del tree["teachers"]
     for section, _, name in (path.partition(".") for path in ADDRESSES):

@@ -16,6 +16,7 @@ from .features import FeatureLoss
 from .fields import NO_TEMPLATE_ARGUMENTS, Kernel, Options, Schedule, Scheduled, Section, Tail
 from .formats import FORMATS, Format, FormatName
 from .kinds import Score
+from .stages import Compute
 from .tasks import TASKS, TaskName
 
 
@@ -25,8 +26,7 @@ class Run(Section):
     dir: str
     """Folder of the run: students, logs and the report."""
     seed: int = 0
-    """Seed of the student's initial weights and of the order of samples; the teacher's text has its
-    own seed."""
+    """Seed of the student's initial weights and of the order of samples; the text has its own."""
     task: TaskName = "causal_lm"
     """What the models do."""
 
@@ -356,7 +356,7 @@ class Recipe(Section):
     teacher: Teacher
     """The first one, where `teachers` names them."""
     teachers: list[OneTeacher] = Field([])
-    """In place of `teacher`: several, each scored and kept under its own identity."""
+    """In place of `teacher`: several, each scored under its own identity."""
     student: Student | None = None
     """Without it and `train` a recipe is stage one alone: prompts, text and targets, to be exported."""
     data: Data
@@ -366,6 +366,7 @@ class Recipe(Section):
     loss: Loss = Loss()
     train: Train | None = None
     evaluate: Evaluate = Evaluate()
+    compute: Compute = Compute()
 
     @model_validator(mode="before")
     @classmethod

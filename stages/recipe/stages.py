@@ -1,15 +1,19 @@
-"""The stages in their order: what each one reads and fills. Plan, runner, worker and status ask this table.
+"""The stages in their order: what each one reads and fills, and how many processes of a machine do it.
+
+Plan, runner, worker and status ask this table.
 
 To add a stage: a row here, its folder under `stages/` with a `run(job)` in `stage.py`, and its
 line in `pipeline/plan/`.
 """
 
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import AfterValidator, Field
 
 from ...storage.errors import UsageError
 from ...storage.tables.schema import TableName
-from .fields import Arm
+from .fields import Arm, Section
 from .run_folder import EVALUATED, TRAINED
 
 S = TypeVar("S")
@@ -40,6 +44,24 @@ STAGES = (
     Stage(name="baseline", room="train", arm="baseline", record=TRAINED),
     Stage(name="evaluate", room="evaluate", record=EVALUATED),
 )
+
+
+def _one(processes: int | str) -> int | str:
+    if processes not in ("auto", 1):
+        raise ValueError(
+            f"one process trains a student so far (got {processes!r}). Leave it out, or write auto"
+        )
+    return processes
+
+
+class Compute(Section):
+    """How much of this machine a run takes. It decides how fast, and nothing of what is made: it is in no hash."""
+
+    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Processes that write, and then score, side by side. auto: one for each GPU that is visible, or
+    for each group of them where the engine needs several; without a GPU one."""
+    processes: Annotated[int | Literal["auto"], AfterValidator(_one)] = "auto"
+    """Processes that train a student: one so far."""
 
 
 def stage_named(line: str) -> Stage:

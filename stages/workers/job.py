@@ -25,6 +25,9 @@ class Progress(Protocol):
     def advance(self, units: int = 1, *, tokens: int = 0, note: str = "") -> None:
         """Count units and tokens done; `note` stands at the end of the line."""
 
+    def others(self, units: int = 1) -> None:
+        """Count units that other workers did meanwhile."""
+
     def wrote(self, *, rejects: int, size: int) -> None:
         """Rows rejected and bytes committed by this process, so far."""
 

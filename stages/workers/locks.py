@@ -43,6 +43,16 @@ def worker_number(folder: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
+def workers_at_work(folder: Path) -> int:
+    """How many living processes have taken a number in this folder."""
+    taken = 0
+    for path in folder.glob(".worker-*"):
+        descriptor = os.open(path, os.O_RDONLY)
+        taken += try_lock(descriptor, shared=True) is False
+        os.close(descriptor)
+    return taken
+
+
 @contextmanager
 def only_one(
     path: Path, *, waiting: Callable[[str], None], look: Callable[[], None]

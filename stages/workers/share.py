@@ -151,7 +151,7 @@ class Share(Generic[R]):
         taken = []
         for request in requests:
             if self._gone(request):
-                self.job.progress.advance()
+                self.job.progress.others()
             else:
                 taken.append(request)
                 self._in_flight[request.reuse_key] = request
@@ -169,7 +169,7 @@ class Share(Generic[R]):
 
     def drop(self) -> None:
         """What is in flight is left where it is: others have done it."""
-        self.job.progress.advance(len(self._in_flight))
+        self.job.progress.others(len(self._in_flight))
         self.done(list(self._in_flight.values()))
 
     def add(self, made: MadeRows, *, tokens: int) -> None:
@@ -276,7 +276,7 @@ class Share(Generic[R]):
         for request in self.work.pending.read(block):
             key = request.reuse_key
             if self._gone(request):
-                self.job.progress.advance()
+                self.job.progress.others()
             elif key in self.suspects.killers:
                 self._killers[key] = request
             elif key in self.suspects.alone:

@@ -274,7 +274,7 @@ class Published(Store):
         """All that there is to train and be judged on.
 
         Returns key (of the generation), prompt_key, tokens_key, held_out, tokens, scored, place (in
-        `table`).
+        `table`), number (in its split's order, in which it was asked for).
         """
         texts = self.table == "generations"
         key = "key" if texts else "generation_key"
@@ -291,8 +291,15 @@ class Published(Store):
                 "tokens": first + more if texts else of_table.lengths(ends=first + more),
                 "scored": scored_tokens(rows) if texts else more,
                 "place": self.indexed(self.table).newest["place"],
+                "number": np.concatenate([self._numbers(split) for split in self.manifest.splits]),
             }
         )
+
+    def _numbers(self, name: str) -> np.ndarray:
+        """[rows] of a split: the place of each in the order of the snapshot, where that is whole and has one."""
+        split = self.manifest.splits[name]
+        order = load_snapshot(self, split.snapshot, most=split.rows).order if split.whole else None
+        return np.arange(split.rows) if order is None else np.argsort(order.samples)
 
     def texts(self) -> pa.Table:
         """`key` (of the generation) and `text_key` of each of its rows."""

@@ -1,8 +1,10 @@
 """The order of samples: a pure function of snapshot, seed and epoch, made of windows so that reading stays local.
 
-Row groups are permuted and taken `window` at a time; within a window the chosen samples are
-permuted. World size, workers and clocks play no part, so a run goes on exactly where it stopped, on
-any number of machines.
+Groups of samples are permuted and taken `window` at a time; within a window the samples are
+permuted. A snapshot that says in which order its samples were asked for says its groups too, and
+then it plays no part which shard and which row group has a sample: so several workers of the teacher
+give the order that one gives. Of others the groups are the row groups. World size, workers and
+clocks play no part either, so a run goes on exactly where it stopped, on any number of machines.
 
 Samples are numbered through all epochs: number n is sample n % rows of epoch n // rows.
 """
@@ -18,12 +20,12 @@ from ..keys import content_key
 from .snapshot import Snapshot
 
 WINDOW = 16
-"""Row groups that are shuffled together."""
+"""Groups that are shuffled together."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Window:
-    """The n samples of some row groups, in training order."""
+    """The n samples of some groups, in training order."""
 
     first: int
     """Number of the first sample."""
@@ -62,23 +64,21 @@ class Order:
         """[G] number of the row group in its shard."""
         # The same within the shard: its first row, and which of the shard's chosen rows it holds.
         self._starts = (starts - bases[shards])[kept]
-        self._before = before = np.cumsum([0, *map(len, chosen)])[self.shards]
+        before = np.cumsum([0, *map(len, chosen)])[self.shards]
         self._chosen = np.stack([edges[kept] - before, edges[kept + 1] - before], axis=1)
+        self._firsts = edges[kept]  # number of its first row among the snapshot's own
         self.rows = int(edges[-1])
         """Samples of an epoch."""
+        sizes = np.diff(edges)[kept] if snapshot.order is None else snapshot.order.groups
+        self._edges = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])  # of the groups
 
     def windows(self, *, seed: int, start: int = 0) -> Iterator[Window]:
         """From the window that holds sample `start` on, without end; those before it are not made."""
         while self.rows:
             epoch, offset = divmod(start, self.rows)
-            name = {
-                "snapshot": self._snapshot.id,
-                "seed": seed,
-                "epoch": epoch,
-                "window": self._window,
-            }
-            groups = _permutation(len(self.shards), part="groups", **name)
-            edges = self._edges(groups)
+            name = self._name | {"seed": seed, "epoch": epoch, "window": self._window}
+            groups = _permutation(len(self._edges) - 1, part="groups", **name)
+            edges = self._edges_of_windows(groups)
             skipped = int(np.searchsorted(edges, offset, side="right")) - 1
             left = pairwise(edges[skipped:].tolist())
             for number, (first, stop) in enumerate(left, start=skipped):
@@ -94,21 +94,42 @@ class Order:
             group: Index into the row groups.
             rows: Ascending indices of chosen rows in it.
         """
-        first = self._before[group] + self._chosen[group][0]
-        numbers: np.ndarray = first + np.searchsorted(self._rows_of(group), rows)
+        numbers: np.ndarray = self._firsts[group] + np.searchsorted(self._rows_of(group), rows)
         return numbers
 
-    def _edges(self, groups: np.ndarray) -> np.ndarray:
+    def group_of(self, numbers: np.ndarray) -> np.ndarray:
+        """The row group that has each sample, by its number among the snapshot's own."""
+        groups: np.ndarray = np.searchsorted(self._firsts, numbers, side="right") - 1
+        return groups
+
+    @property
+    def _name(self) -> dict[str, Any]:
+        """What the permutations are named by; not by the shards, where these play no part."""
+        if self._snapshot.order is None:
+            return {"snapshot": self._snapshot.id}
+        return {"order": "as asked for", "rows": self.rows}
+
+    def _edges_of_windows(self, groups: np.ndarray) -> np.ndarray:
         """Which samples of an epoch each window holds: window w has `edges[w]` to `edges[w + 1]`."""
-        lengths = np.diff(self._chosen)[groups, 0]
+        lengths = np.diff(self._edges)[groups]
         firsts = np.arange(0, len(groups), self._window)
         sums = np.add.reduceat(lengths, firsts)
         return np.concatenate([[0], np.cumsum(sums)])
 
     def _made(self, first: int, groups: np.ndarray, shuffled: np.ndarray) -> Window:
-        rows = [self._rows_of(group) for group in groups]
-        group_of_sample = np.repeat(groups, [len(part) for part in rows])
-        return Window(first, group_of_sample[shuffled], np.concatenate(rows)[shuffled])
+        numbers = np.concatenate([self._samples_of(group) for group in groups])[shuffled]
+        row_groups, rows = self.group_of(numbers), np.empty_like(numbers)
+        for group in np.unique(row_groups):
+            mine = row_groups == group
+            rows[mine] = self._rows_of(group)[numbers[mine] - self._firsts[group]]
+        return Window(first, row_groups, rows)
+
+    def _samples_of(self, group: int) -> np.ndarray:
+        """The samples of a group, by their numbers among the snapshot's own."""
+        first, stop = self._edges[group : group + 2]
+        if self._snapshot.order is None:
+            return np.arange(first, stop)
+        return self._snapshot.order.samples[first:stop].astype(np.int64)
 
     def _rows_of(self, group: int) -> np.ndarray:
         """The chosen rows of a row group, counted from its own first."""

@@ -38,6 +38,20 @@ class SnapshotShard:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class AskedOrder:
+    """In which order the N samples were asked for, whoever committed which of them when."""
+
+    samples: np.ndarray
+    """[N] int32: each by its number among the snapshot's own, shard after shard."""
+    groups: np.ndarray
+    """[G] int32: how many of them are read together."""
+
+    def said(self) -> dict[str, Any]:
+        """In a record, and in the snapshot's name."""
+        return {"order": _runs(self.samples), "groups": self.groups.tolist()}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Snapshot:
     """Chosen rows of one table; shards in commit order."""
 
@@ -45,6 +59,8 @@ class Snapshot:
     table: TableName
     shards: tuple[SnapshotShard, ...]
     about: Mapping[str, Any]
+    order: "AskedOrder | None" = None
+    """None: nobody asks (features, partners), or a snapshot of before there was one."""
 
     @property
     def rows(self) -> int:
@@ -83,8 +99,18 @@ def make_snapshot(
             source=store.source_of(table, sha256),
         )
         shards.append(chosen)
-    runs = [[shard.sha256, _runs(shard.rows)] for shard in shards]
-    return Snapshot(_snapshot_id(table, runs), table, tuple(shards), dict(about))
+    return Snapshot(_snapshot_id(table, _named(shards)), table, tuple(shards), dict(about))
+
+
+def with_order(snapshot: Snapshot, order: AskedOrder) -> Snapshot:
+    """The same choice with an order, which is a part of its name."""
+    found = _snapshot_id(snapshot.table, _named(snapshot.shards), **order.said())
+    return replace(snapshot, id=found, order=order)
+
+
+def is_kept(store: Store, snapshot: Snapshot) -> bool:
+    """Whether the store, or a source of it, has the record."""
+    return any(part.files.exists(f"snapshots/{snapshot.id}.json") for part, _ in store.parts)
 
 
 def save_snapshot(store: Store, snapshot: Snapshot) -> None:
@@ -105,6 +131,8 @@ def save_snapshot(store: Store, snapshot: Snapshot) -> None:
         ],
         "about": dict(snapshot.about),
     }
+    if snapshot.order is not None:
+        record |= snapshot.order.said()
     store.files.put_if_absent(f"snapshots/{snapshot.id}.json", seal(record))
 
 
@@ -146,16 +174,20 @@ def load_snapshot(store: Store, snapshot_id: str, *, most: int | None = None) ->
             for shard in record["shards"]
         ]
         about = mapping(record["about"])
+        wanted = sum(stop - first for of_shard in runs for first, stop in of_shard)
+        said = _checked_order(record, wanted)
     named = [[shard.sha256, of_shard] for shard, of_shard in zip(shards, runs, strict=True)]
-    if not snapshot_id == record["id"] == _snapshot_id(table, named):
+    if not snapshot_id == record["id"] == _snapshot_id(table, named, **said):
         raise IntegrityError(f"{name}: the snapshot is not the one its name says. {_AGAIN}")
-    wanted = sum(stop - first for of_shard in runs for first, stop in of_shard)
     if most is not None and wanted > most:
         raise IntegrityError(f"{name}: it lists {wanted} rows, there are {most}. {_AGAIN}")
     if most is None and wanted > _UNPROVED:
         _prove_lengths(store, table, shards, name=name)
     filled = (replace(shard, rows=rows) for shard, rows in zip(shards, _rows(runs), strict=True))
-    return Snapshot(snapshot_id, table, tuple(filled), about)
+    order = (
+        AskedOrder(_rows([said["order"]])[0], np.array(said["groups"], np.int32)) if said else None
+    )
+    return Snapshot(snapshot_id, table, tuple(filled), about, order)
 
 
 def _checked(record: Mapping[str, Any]) -> tuple[TableName, list[list[list[int]]]]:
@@ -196,13 +228,32 @@ def _prove_lengths(
             )
 
 
-def _snapshot_id(table: TableName, shards: Sequence[Sequence[Any]]) -> str:
-    """Hash of [shard sha256, runs of rows] of every shard."""
-    return content_id("snapshot", table=table, shards=shards)
+def _checked_order(record: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """What a record says of an order: each sample is there once, and its groups have all of them."""
+    if "order" not in record:
+        return {}
+    runs, groups = record["order"], record["groups"]
+    row_groups(groups, rows=rows)
+    edges = sorted((integer(first), integer(stop, most=rows)) for first, stop in runs)
+    together = [0, *(stop for _, stop in edges)]
+    if [first for first, _ in edges] != together[:-1] or together[-1] != rows:
+        raise ValueError("its order has not each sample once")
+    if any(first >= stop for first, stop in edges):
+        raise ValueError("a run of its order is empty")
+    return {"order": runs, "groups": groups}
+
+
+def _named(shards: Sequence[SnapshotShard]) -> list[list[Any]]:
+    return [[shard.sha256, _runs(shard.rows)] for shard in shards]
+
+
+def _snapshot_id(table: TableName, shards: Sequence[Sequence[Any]], **order: Any) -> str:
+    """Hash of [shard sha256, runs of rows] of every shard, and of the order where there is one."""
+    return content_id("snapshot", table=table, shards=shards, **order)
 
 
 def _runs(rows: np.ndarray) -> list[list[int]]:
-    """Ascending rows as half-open runs: 0, 1, 2, 5 -> [[0, 3], [5, 6]]."""
+    """Rows as half-open runs: 0, 1, 2, 5 -> [[0, 3], [5, 6]]."""
     gaps = np.flatnonzero(np.diff(rows) != 1) + 1  # where a run begins, but for the first
     edges = np.concatenate([[0], gaps, [len(rows)]])
     firsts = rows[edges[:-1]]

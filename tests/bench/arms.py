@@ -7,7 +7,7 @@ snapshot: `one_order` gives all arms of a seed the same one. Nothing else is cha
 
 import json
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,8 @@ from unittest import mock
 import numpy as np
 
 from stillroom.pipeline.plan.plan import make_plan
-from stillroom.pipeline.run import runner, worker
+from stillroom.pipeline.run import crew, runner, worker
 from stillroom.pipeline.run.progress import StageProgress
-from stillroom.pipeline.run.screen import Screen
 from stillroom.stages.loader.samples import Sample, Samples
 from stillroom.stages.recipe.load import load_recipe
 from stillroom.stages.workers.clock import Clock
@@ -53,7 +52,7 @@ def run_arm(
     """
     recipe = load_recipe(recipe_file, list(overrides))
     undrawn = nullcontext() if report else mock.patch.object(runner, "write_report")
-    with mock.patch.object(runner, "StageProcess", _Here), undrawn:
+    with mock.patch.object(crew, "StageProcess", _Here), undrawn:
         runner.run(recipe, until=until, quiet=True)
     plan = make_plan(recipe)
     for snapshot in plan.snapshots.values():
@@ -93,12 +92,25 @@ def _read(samples: Samples, start: int, stop: int | None = None) -> Generator[Sa
 class _Here:
     """A stage in this process, where the runner expects one in a process of its own."""
 
-    def __init__(self, message: dict[str, Any], screen: Screen) -> None:
-        self._message = message
+    group = 0
 
-    def finish(self) -> dict[str, Any]:
+    def __init__(self, message: dict[str, Any], environment: Mapping[str, str]) -> None:
+        self._message = message
+        self._answer: dict[str, Any] = {}
+        self.ended = False
+
+    def listen(self, seconds: float) -> list[dict[str, Any]]:
         """Do it and answer as a stage's process does."""
         progress = StageProgress(self._message["name"], sys.stderr, quiet=True)
         clock = Clock()
         job = worker._job(self._message, progress, StopFlag(), clock=clock)
-        return worker._answer(worker._run(job, self._message["name"]), clock)
+        self._answer = worker._answer(worker._run(job, self._message["name"]), clock)
+        self.ended = True
+        return []
+
+    def result(self) -> dict[str, Any]:
+        """The answer."""
+        return self._answer
+
+    def close(self) -> None:
+        """There is no process."""

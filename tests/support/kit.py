@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,9 @@ from typer.testing import CliRunner
 from stillroom.pipeline.cli.main import app, main
 from stillroom.pipeline.run import worker
 from stillroom.pipeline.run.process import StageDied
-from stillroom.pipeline.run.screen import Screen
 from stillroom.stages.workers.clock import Clock
 from stillroom.stages.workers.job import StopFlag
-from stillroom.storage.errors import EngineDied
+from stillroom.storage.errors import EngineDied, StillroomError
 from stillroom.storage.store.stopping import stop_signals
 
 OPENINGS = (
@@ -79,17 +79,38 @@ def write_recipe(folder: Path, teacher: Path, source: Path, **sections: Any) -> 
 class InThisProcess:
     """In place of `StageProcess`: the same message, the same answer, and no process to start."""
 
-    def __init__(self, message: dict[str, Any], screen: Screen) -> None:
-        self._message = message
+    group = 0
 
-    def finish(self) -> dict[str, Any]:
+    def __init__(self, message: dict[str, Any], environment: Mapping[str, str]) -> None:
+        self._message = message
+        self._said: dict[str, Any] | StillroomError = {}
+        self.ended = False
+
+    def listen(self, seconds: float) -> list[dict[str, Any]]:
+        """All of its work."""
         clock = Clock(began=self._message["began"])
-        job = worker._job(self._message, SilentProgress(), StopFlag(), clock=clock)
         try:
-            return worker._answer(worker._run(job, self._message["name"]), clock)
+            job = worker._job(self._message, SilentProgress(), StopFlag(), clock=clock)
+            self._said = worker._answer(worker._run(job, self._message["name"]), clock)
         except EngineDied as error:
             what = f"{self._message['name']}: the engine died: {error}."
-            raise StageDied(what, "Finished rows are kept.") from error
+            self._said = StageDied(what, "Finished rows are kept.")
+        except StillroomError as error:
+            self._said = error
+        self.ended = True
+        return []
+
+    def result(self) -> dict[str, Any]:
+        """Its answer; or raises what it failed of."""
+        if isinstance(self._said, StillroomError):
+            raise self._said
+        return self._said
+
+    def interrupt(self) -> None:
+        """It hears nothing while it works."""
+
+    def close(self) -> None:
+        """It has no process."""
 
 
 def stillroom(*arguments: Any, expect: int | None = 0) -> subprocess.CompletedProcess[str]:
@@ -103,7 +124,7 @@ def stillroom(*arguments: Any, expect: int | None = 0) -> subprocess.CompletedPr
     code = 0
     with (
         patch.object(sys, "argv", words),
-        patch("stillroom.pipeline.run.runner.StageProcess", InThisProcess),
+        patch("stillroom.pipeline.run.crew.StageProcess", InThisProcess),
         redirect_stdout(out),
         redirect_stderr(err),
     ):

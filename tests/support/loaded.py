@@ -92,19 +92,29 @@ def process_of(work: Callable[..., object], *arguments: object) -> ForkServerPro
     return process
 
 
-def start(words: Sequence[object], folder: Path, environment: Mapping[str, str]) -> Loaded:
-    """A command line in a session of its own; what it prints is kept in the folder."""
+def start(
+    words: Sequence[object],
+    folder: Path,
+    environment: Mapping[str, str],
+    before: Callable[[], None] | None = None,
+) -> Loaded:
+    """A command line in a session of its own, after `before`; what it prints is kept in the folder."""
     kept = Path(tempfile.mkdtemp(prefix="said-", dir=folder))
     said = (kept / "out", kept / "err")
-    process = process_of(_begin, list(map(str, words)), dict(environment), said)
+    process = process_of(_begin, list(map(str, words)), dict(environment), said, before)
     return Loaded(process=process, said=said)
 
 
-def _begin(words: Sequence[str], environment: Mapping[str, str], said: tuple[Path, Path]) -> None:
+def _begin(
+    words: Sequence[str],
+    environment: Mapping[str, str],
+    said: tuple[Path, Path],
+    before: Callable[[], None] | None,
+) -> None:
     os.setsid()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, path in enumerate(said, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.clear()
     os.environ |= environment
-    forked.run(words)
+    forked.run(words, before=before or (lambda: None))

@@ -16,6 +16,7 @@ from forked import STAGE
 from kit import ENVIRONMENT, command, stillroom
 from loaded import Loaded
 
+from stillroom.stages.workers import devices
 from stillroom.storage.store.store import Store
 from stillroom.storage.tables.schema import TABLES
 
@@ -23,10 +24,15 @@ PATIENCE = 180.0
 STARTED: list[subprocess.Popen[str] | Loaded] = []
 
 
-def start(recipe: Path, *words: Any, **environment: str) -> Loaded:
-    """`stillroom run`, in a process group of its own that is there at once (`loaded.py`)."""
+def start(
+    recipe: Path, *words: Any, before: Callable[[], None] | None = None, **environment: str
+) -> Loaded:
+    """`stillroom run`, in a process group of its own that is there at once (`loaded.py`).
+
+    `before`: a function of a module that is done in its process first.
+    """
     line = ["run", recipe, "--json", *words]
-    process = loaded.start(line, recipe.parent, ENVIRONMENT | environment)
+    process = loaded.start(line, recipe.parent, ENVIRONMENT | environment, before)
     STARTED.append(process)
     return process
 
@@ -64,6 +70,11 @@ def at_worker_start(folder: Path, code: str) -> str:
         f"import os\nif 'STILLROOM_JOB_FD' in os.environ:\n{inside}"
     )
     return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def two_gpus() -> None:
+    """Let this process think that it sees two GPUs, which are not there."""
+    devices._counted = lambda named: 2  # type: ignore[assignment]
 
 
 def until(condition: Callable[[], bool], what: str) -> None:

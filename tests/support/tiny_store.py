@@ -36,6 +36,9 @@ class SilentProgress:
         self.tokens += tokens
         self.notes.append(note)
 
+    def others(self, units: int = 1) -> None:
+        self.done += units
+
     def wrote(self, *, rejects: int, size: int) -> None:
         self.rejects, self.size = rejects, size
 

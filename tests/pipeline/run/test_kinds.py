@@ -14,7 +14,7 @@ from tiny_llama import save_tiny_llama
 
 from stillroom.pipeline.plan.plan import make_plan
 from stillroom.pipeline.report.stored.inspect import describe, find_row, render
-from stillroom.pipeline.run import runner
+from stillroom.pipeline.run import crew, runner
 from stillroom.pipeline.run.status import stage_facts
 from stillroom.stages.recipe.load import load_recipe
 from stillroom.stages.targets.spec import Kept, wanted
@@ -110,7 +110,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_from_text_to_a_judged_student(
     recipe: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "StageProcess", InThisProcess)
+    monkeypatch.setattr(crew, "StageProcess", InThisProcess)
     asked = load_recipe(recipe, KINDS[name])
     first = not (recipe.parent / "store").is_dir()
     outcome = runner.run(asked, quiet=True)
@@ -153,7 +153,7 @@ def test_rows_that_are_made_again_are_the_same(
     The passes are of another size, so a number that lies between two of its ten bits may go to the
     other one.
     """
-    monkeypatch.setattr(runner, "StageProcess", InThisProcess)
+    monkeypatch.setattr(crew, "StageProcess", InThisProcess)
     words = [
         *KINDS["systematic"],
         "score.rounds=5",

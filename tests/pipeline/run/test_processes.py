@@ -24,7 +24,9 @@ from running import (
 )
 
 from stillroom.pipeline.plan.resolve import teacher_identity
-from stillroom.pipeline.run.process import StageProcess, end_group, group_members
+from stillroom.pipeline.run.crew import Crew
+from stillroom.pipeline.run.posts import Post
+from stillroom.pipeline.run.process import end_group, group_members
 from stillroom.pipeline.run.screen import Screen
 from stillroom.stages.models.identity import FileHashes
 from stillroom.stages.recipe.load import load_recipe
@@ -64,8 +66,10 @@ def message_for(folder: Path, stage: str = "score", **more: Any) -> dict[str, An
     return message | {"train_dirs": {}, "job": {}, "journal": str(folder / "journal")} | more
 
 
-def process_of(folder: Path, stage: str = "score", **more: Any) -> StageProcess:
-    return StageProcess(message_for(folder, stage, **more), Screen(io.StringIO()))
+def crew_of(folder: Path, stage: str = "score", *, workers: int = 1) -> Crew:
+    posts = [Post(log=folder / f"log.{number}", environment={}) for number in range(workers)]
+    message = message_for(folder, stage)
+    return Crew(message, posts, run_dir=folder, screen=Screen(io.StringIO()))
 
 
 def test_teacher_and_student_never_live_at_the_same_time(recipe: Path, tmp_path: Path) -> None:
@@ -157,7 +161,7 @@ def test_a_stage_that_is_killed_is_named_with_its_log(recipe: Path) -> None:
 
 def test_an_answer_that_is_an_error_ends_with_its_code(tmp_path: Path) -> None:
     with pytest.raises(StillroomError, match="The log has more"):
-        process_of(tmp_path).finish()
+        crew_of(tmp_path).finish()
 
 
 def test_a_stage_that_finishes_after_the_signal_is_stopped_all_the_same(
@@ -175,10 +179,10 @@ def test_a_stage_that_finishes_after_the_signal_is_stopped_all_the_same(
         os._exit(0)
     """
     monkeypatch.setenv("PYTHONPATH", at_worker_start(tmp_path / "site", code))
-    process = process_of(tmp_path)
+    crew = crew_of(tmp_path)
     with pytest.raises(Stopped, match="Run the same command again"):
-        process.finish()
-    assert group_members(process.group) == []
+        crew.finish()
+    assert [group_members(group) for group in crew.groups] == [[]]
 
 
 def test_a_terminal_that_ends_may_say_so_twice_and_the_stage_still_commits(
@@ -201,7 +205,7 @@ def test_a_terminal_that_ends_may_say_so_twice_and_the_stage_still_commits(
     """
     monkeypatch.setenv("PYTHONPATH", at_worker_start(tmp_path / "site", code))
     with pytest.raises(Stopped, match="Run the same command again"):
-        process_of(tmp_path).finish()
+        crew_of(tmp_path).finish()
     assert (tmp_path / "committed").exists()
 
 
@@ -219,13 +223,13 @@ def test_a_dead_stage_is_noticed_though_its_child_holds_the_line(
         os._exit(7)
     """
     monkeypatch.setenv("PYTHONPATH", at_worker_start(tmp_path / "site", code))
-    process = process_of(tmp_path)
+    crew = crew_of(tmp_path)
     if said:
-        assert process.finish() == {"rows": 3}
+        assert crew.finish() == {"rows": 3}
     else:
         with pytest.raises(StillroomError, match="exit status 7"):
-            process.finish()
-    assert group_members(process.group) == []
+            crew.finish()
+    assert [group_members(group) for group in crew.groups] == [[]]
 
 
 def test_a_stage_that_dies_before_it_reads_its_job_is_no_traceback(
@@ -233,7 +237,7 @@ def test_a_stage_that_dies_before_it_reads_its_job_is_no_traceback(
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", at_worker_start(tmp_path / "site", "os._exit(7)"))
     with pytest.raises(StillroomError, match="exit status 7"):
-        process_of(tmp_path).finish()
+        crew_of(tmp_path).finish()
 
 
 @pytest.mark.parametrize(
@@ -248,11 +252,12 @@ def test_a_model_that_is_not_the_planned_one_is_not_loaded(
     )
     ids = {"teacher_id": "0" * 32 if changed == "teacher" else teacher.id, "author_id": "0" * 32}
     message = message_for(tmp_path, stage, recipe=loaded.model_dump(mode="json"), job=ids)
-    process = InThisProcess(message | {"began": None}, Screen(io.StringIO()))
+    process = InThisProcess(message | {"began": None}, {})
+    process.listen(0)
     with pytest.raises(
         StillroomError, match=f"^{changed}: the files in .* changed since the plan was made"
     ):
-        process.finish()
+        process.result()
 
 
 def test_killed_in_every_stage_the_store_ends_as_if_undisturbed(

@@ -4,6 +4,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -217,11 +218,11 @@ def test_stages_open_the_commit_that_was_planned_with(
     made: Made, tmp_path: Path, monkeypatch: Any
 ) -> None:
     told: list[dict[str, Any]] = []
-    monkeypatch.setattr(runner, "_to_the_end", lambda message, *_: told.append(message) or {})
+    monkeypatch.setattr(runner, "Crew", lambda message, *_, **__: told.append(message) or Mock())
     recipe = made.recipe(tmp_path, made.published, Path("hf://datasets/a/b"))
     name = recipe.storage.sources[1] = "hf://datasets/a/b"
     plan = replace(made.plan, sources={name: f"{name}@0123/v-89abcdef"})
-    runner._run_stage(recipe, plan, "evaluate", screen=None, number=1)
+    runner._run_stage(recipe, plan, "evaluate", Mock(number=1))
     assert told[0]["recipe"]["storage"]["sources"] == [
         str(made.published),
         "hf://datasets/a/b@0123",

@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from stillroom.stages.ledger.requests import (
     sampling_settings,
     tokens_key,
 )
+from stillroom.stages.ledger.splits import choose_snapshots
 from stillroom.stages.ledger.targets import (
     choose_generations,
     pending_targets,
@@ -28,14 +30,17 @@ from stillroom.stages.recipe.sections import Recipe
 from stillroom.stages.targets.spec import target_bytes
 from stillroom.storage.errors import IntegrityError, UsageError
 from stillroom.storage.keys import content_key
+from stillroom.storage.snapshots.reader import SnapshotReader
+from stillroom.storage.snapshots.snapshot import Snapshot, _named, _snapshot_id, save_snapshot
 from stillroom.storage.store import segments
+from stillroom.storage.store.bindings import Binding
 from stillroom.storage.store.index import Index
 from stillroom.storage.store.store import CommitLimits, Store
 
 AUTHOR, TEACHER, VOCABULARY, CONTEXT = "a" * 32, "t" * 32, 24, 64
 
 
-def recipe(root: Path, **sections: dict[str, Any]) -> Recipe:
+def recipe(root: Path, **sections: dict[str, Any] | None) -> Recipe:
     tree: dict[str, Any] = {
         "run": {"dir": "unused"},
         "storage": {"dir": str(root)},
@@ -47,7 +52,7 @@ def recipe(root: Path, **sections: dict[str, Any]) -> Recipe:
         "train": {"epochs": 1},
     }
     for name, section in sections.items():
-        tree[name] = tree.get(name, {}) | section
+        tree[name] = section if section is None else tree.get(name, {}) | section
     return Recipe.model_validate(tree)
 
 
@@ -558,3 +563,62 @@ def test_a_condition_is_not_asked_of_damaged_rows(tmp_path: Path) -> None:
         file.write_bytes(data)
         with pytest.raises(IntegrityError, match="damaged"):
             choose_generations(books, author_id=AUTHOR)
+
+
+@pytest.mark.parametrize("scored", [True, False], ids=["scored", "black box"])
+def test_the_order_of_samples_is_that_of_the_requests_whoever_committed_when(
+    tmp_path: Path, scored: bool
+) -> None:
+    names = [f"p{i}" for i in range(12)]
+    binding = Binding(
+        teacher_id=TEACHER,
+        author_id=AUTHOR,
+        data_id="d",
+        vocab_size=VOCABULARY,
+        context_tokens=CONTEXT,
+        author_context_tokens=CONTEXT,
+    )
+    orders = []
+    for number, commit_rows in enumerate((24, 5, 1)):
+        r = recipe(tmp_path / str(number), **({} if scored else {"score": None}))
+        store = Store.open(r.storage.dir, create=True)
+        rows = [generation(r, n, s, tokens=3 + i % 4) for i, n in enumerate(names) for s in (0, 1)]
+        random.Random(number).shuffle(rows)
+        write(store, r, rows, commit_rows=commit_rows)
+        score(store, [target(row) for row in rows] if scored else [])
+        snapshots = []
+        for _ in range(2):
+            with books_of(store, r, names) as books:
+                generation_ledger(books, author_id=AUTHOR, context_tokens=CONTEXT)
+                choose_generations(books, author_id=AUTHOR)
+                if scored:
+                    target_ledger(books, teacher_id=TEACHER, vocab_size=VOCABULARY, limit=CONTEXT)
+                snapshots.append(choose_snapshots(books, binding)["train"])
+            # A choice that was made before there was an order keeps that of its commits.
+            save_snapshot(store, replace(snapshots[0], id=plain_id(snapshots[0]), order=None))
+        ordered, earlier = snapshots
+        assert (ordered.order is None, earlier.order, earlier.id) == (
+            False,
+            None,
+            plain_id(ordered),
+        )
+        reader = SnapshotReader(store, ordered, ["prompt_key", "token_ids"])
+        read = reader.samples(seed=1, start=0, stop=2 * ordered.rows)
+        orders.append([(row["prompt_key"], row["token_ids"].tolist()) for row in read])
+        if not scored:
+            keys = [row["prompt_key"] for row in rows_in_order(store, ordered)]
+            assert keys == [prompt_key(name) for name in names for _ in range(2)]
+    assert orders[0] == orders[1] == orders[2]
+
+
+def plain_id(snapshot: Snapshot) -> str:
+    """What a choice of rows is called without an order."""
+    return _snapshot_id(snapshot.table, _named(snapshot.shards))
+
+
+def rows_in_order(store: Store, snapshot: Snapshot) -> list[dict[str, Any]]:
+    """The rows in the order in which they were asked for."""
+    places = {shard.sha256: shard.rows for shard in snapshot.shards}
+    assert snapshot.order is not None
+    rows = list(store.rows(snapshot.table, places))
+    return [rows[number] for number in snapshot.order.samples]

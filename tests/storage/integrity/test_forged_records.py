@@ -177,9 +177,10 @@ def forged_snapshot(store: Store, table: str = "soft_targets", **change: Any) ->
     commit = store.commits("soft_targets")[0]
     shard = asdict(commit.shard) | {"rows": [[0, 3]]} | change
     stated = [[shard["sha256"], shard["rows"]]]
-    snapshot_id = snapshots._snapshot_id(table, stated)
+    order = {name: change[name] for name in ("order", "groups") if name in change}
+    snapshot_id = snapshots._snapshot_id(table, stated, **order)
     kept = {name: shard[name] for name in ("sha256", "name", "row_groups", "rows")}
-    record = {"format_version": 1, "id": snapshot_id, "table": table, "shards": [kept]}
+    record = {"format_version": 1, "id": snapshot_id, "table": table, "shards": [kept]} | order
     put(store, f"snapshots/{snapshot_id}.json", seal(record | {"about": {}}))
     return snapshot_id
 
@@ -200,6 +201,13 @@ SNAPSHOTS = {
     "a path above": {"name": "data/../../../etc/passwd"},
     "a hash with a path": {"sha256": "../" * 21 + "x"},
     "a table that is none": {"table": "../soft_targets"},
+    "an order without a sample": {"order": [[0, 2]], "groups": [3]},
+    "an order with a sample twice": {"order": [[0, 2], [1, 2]], "groups": [3]},
+    "an order with a sample that is not there": {"order": [[0, 2], [3, 4]], "groups": [3]},
+    "an order with a run that is empty": {"order": [[0, 3], [3, 3]], "groups": [3]},
+    "an order with 2^40 samples": {"order": [[0, 2**40]], "groups": [2**40]},
+    "an order without groups": {"order": [[0, 3]]},
+    "an order whose groups lack a sample": {"order": [[0, 3]], "groups": [2]},
 }
 
 

@@ -1,0 +1,69 @@
+"""What each worker of a stage has to itself: its log, its devices; and what the plan says of how many there are."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...stages.ledger.books import SMALLEST_BLOCK
+from ...stages.recipe.engines import gpus_of
+from ...stages.recipe.run_folder import LOGS
+from ...stages.recipe.sections import Recipe
+from ...stages.recipe.stages import file_name, stage_named
+from ...stages.workers.devices import VISIBLE, shared_out, visible_gpus
+from ..plan.lines import Plan, StagePlan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Post:
+    """What one worker has to itself, whichever process it is."""
+
+    log: Path
+    environment: Mapping[str, str]
+    """What it is told beside the runner's own: its devices."""
+
+
+def post(recipe: Recipe, name: str, environment: Mapping[str, str], *, number: int) -> Post:
+    """Of the worker with this number in the run's folder."""
+    file = file_name(name)
+    log = f"{file}.log" if number == 1 else f"{file}.{number}.log"
+    return Post(log=Path(recipe.run.dir) / LOGS / log, environment=environment)
+
+
+def environments(recipe: Recipe, line: StagePlan) -> list[dict[str, str]]:
+    """Of each worker that a stage gets on this machine; one alone sees what the runner sees.
+
+    Args:
+        recipe: As the stage reads it: of several teachers with this one alone.
+        line: What it has to do.
+
+    Raises:
+        UsageError: `compute.workers` asks for more than the GPUs are enough for.
+    """
+    if stage_named(line.name).loads is None:
+        return [{}]
+    # Nobody knows what a stage that waits will have to do.
+    most = -(-line.pending // SMALLEST_BLOCK) if line.state == "to do" else None
+    return shared_out(
+        recipe.compute.workers, visible_gpus(), each=_gpus_each(recipe, line), most=most
+    )
+
+
+def _gpus_each(recipe: Recipe, line: StagePlan) -> int | None:
+    """GPUs that one worker needs; None: all that there are."""
+    if stage_named(line.name).loads == "author":
+        return gpus_of(getattr(recipe.generate, "engine_args", {}))
+    if recipe.teacher.device_map is not None:
+        return None
+    return gpus_of(getattr(recipe.score, "engine_args", {}))
+
+
+def worker_notes(recipe: Recipe, plan: Plan) -> Iterator[str]:
+    """A sentence for each stage that several workers are to do."""
+    for line in plan.stages:
+        if line.state == "done":
+            continue
+        workers = environments(plan.teacher_of(line.name).recipe, line)
+        if len(workers) > 1:
+            gpus = [one[VISIBLE] for one in workers if VISIBLE in one]
+            on = f", on GPUs {' | '.join(gpus)}" if gpus else ""
+            yield f"{line.name}: {len(workers)} workers side by side on this machine{on}"

@@ -87,7 +87,7 @@ def _earlier(settings: dict[str, Any]) -> list[Generation]:
 
 def kept_files(model: Identity) -> dict[str, bytes]:
     """What a store keeps of a model: its small files, and its lineage if it has one."""
-    found = lineage(model.folder)
+    found = [] if "endpoint" in model.parts else lineage(model.folder)
     said = {LINEAGE: canonical_json({"generations": found})} if found else {}
     return model.files_to_keep() | said
 
@@ -119,6 +119,8 @@ def found_students(recipe: Recipe) -> list[str]:
     named = named or [("teacher.model", recipe.teacher.model)]
     named += [(field, lookup(recipe, field)) for field in ("generate.model", "student.model")]
     for field, model in named:
+        if field == "generate.model" and recipe.generate is not None and recipe.generate.remote:
+            continue
         if named_run(model) is None:
             continue
         try:

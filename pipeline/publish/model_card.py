@@ -322,6 +322,8 @@ def _made(settings: Mapping[str, Any], trained: Mapping[str, Any]) -> str:
         f"{_stored(trained)}.",
         _identities(settings),
     ]
+    if said := _endpoint(settings["recipe"]):
+        parts.append(said)
     if "code" in settings:
         whose = "a teacher" if "teachers" in settings else "the teacher"
         parts.append(f"To load {whose}, its own code was run ({inline(settings['code'])}).")
@@ -337,6 +339,18 @@ def _made(settings: Mapping[str, Any], trained: Mapping[str, Any]) -> str:
             "This is the baseline: cross-entropy alone, same start, order and tokens as the distilled one.",
         )
     return " ".join(parts)
+
+
+def _endpoint(recipe: Mapping[str, Any]) -> str:
+    """Who wrote the text, where an endpoint did."""
+    found = recipe.get("generate") or {}
+    if not found.get("base_url"):
+        return ""
+    license_id = inline(found["license"]) if found.get("license") else "not stated"
+    return (
+        f"The text was written by {inline(found['model'])} at {inline(public_name(found['base_url']))} "
+        f"(its licence or terms: {license_id})."
+    )
 
 
 def _identities(settings: Mapping[str, Any]) -> str:
@@ -381,7 +395,7 @@ def _limits(recipe: Mapping[str, Any], student: Mapping[str, Any]) -> list[str]:
         f"Before you publish it, see what the licences of the {whose}, of the data"
         + (" and of the initial model" if student["model"] else "")
         + " ask"
-        + ("." if recipe.get("teachers") else "; none is stated here."),
+        + ("." if recipe.get("teachers") or _endpoint(recipe) else "; none is stated here."),
     ]
     if layers := student.get("from_teacher_layers"):
         found.append(

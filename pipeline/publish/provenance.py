@@ -206,13 +206,18 @@ def make_provenance(
     named = teacher or (recipe or {}).get("teacher", {}).get("model")
     scored = {about.get("teacher_id") for about, _ in made.said.get("soft_targets", [])}
     wrote = {about.get("author_id") for about, _ in made.said.get("generations", [])}
+    stated = {
+        about["author_id"]: about["author_license"]
+        for about, _ in made.said.get("generations", [])
+        if "author_license" in about
+    }
     models = {}
     for model_id in sorted(made.authors):
         parts = store.teacher_parts(model_id)
         if parts:  # text that was given has no model
             models[model_id] = _model(parts) | {
-                "name": named if model_id in scored or not scored else None,
-                "license": licenses.of_model(model_id),
+                "name": _called(parts, named if model_id in scored or not scored else None),
+                "license": _first_known(licenses.of_model(model_id), stated.get(model_id)),
                 "wrote": model_id in wrote,
                 "scored": model_id in scored,
             }
@@ -226,6 +231,18 @@ def make_provenance(
         "snapshots": {split: found.snapshot for split, found in made.splits.items()},
         "recipe": recipe,
     }
+
+
+def _called(parts: Mapping[str, Any], named: str | None) -> str | None:
+    """What a model is called; one behind an endpoint by its name there."""
+    if "endpoint" not in parts:
+        return named
+    return f"{parts['model']} at {public_name(str(parts['endpoint']))}"
+
+
+def _first_known(license_id: str, stated: str | None) -> str:
+    """What was said on the command line, else what the recipe said when the text was written."""
+    return stated or UNKNOWN if license_id == UNKNOWN else license_id
 
 
 def _model(parts: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from ...stages.recipe.engines import Generate
 from ...stages.recipe.sections import Recipe
 from ...stages.workers.answers import Answers, Tokens, answers_dir, read_answers
 from ...stages.workers.budget import is_reached, limited, usd
-from ...storage.credentials import shown
+from ...storage.credentials import as_written
 from ...storage.store.served import served_by
 from ...storage.store.store import Store
 from .lines import Plan, StagePlan
@@ -25,7 +25,7 @@ def endpoint_notes(recipe: Recipe, author_id: str, store: Store | None) -> Itera
     if generate is None:
         return
     yield (
-        f"the text is written by {generate.model} at {shown(str(generate.base_url))}, and is read in "
+        f"the text is written by {generate.model} at {as_written(str(generate.base_url))}, and is read in "
         f"the tokens of {recipe.teacher.model}"
     )
     served = served_by(store.files, author_id) if store is not None else {}

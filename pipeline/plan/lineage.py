@@ -5,7 +5,7 @@ beside the teacher's small files in the store: cards are written when that run m
 no hash, for a teacher is its weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -110,6 +110,18 @@ def came_from(found: Sequence[Generation]) -> str:
         f"; what the licence of {' and of '.join(others)} asks holds for it too" if others else ""
     )
     return f"a student of Stillroom itself: {made}{asks}"
+
+
+def written_by(recipe: Mapping[str, Any]) -> str:
+    """Who wrote the text, where an endpoint did, in words, as Markdown; empty: none did."""
+    found = recipe.get("generate") or {}
+    if not found.get("base_url"):
+        return ""
+    license_id = inline(found["license"]) if found.get("license") else "not stated"
+    return (
+        f"The text was written by {inline(found['model'])} at {inline(public_name(found['base_url']))} "
+        f"(its licence or terms: {license_id})."
+    )
 
 
 def found_students(recipe: Recipe) -> list[str]:

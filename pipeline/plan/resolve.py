@@ -188,7 +188,8 @@ def _endpoint(base_url: str, model: str, *, reads: Identity) -> Identity:
         reads: Whose tokenizer and template make tokens of its text.
     """
     parts = {
-        "endpoint": base_url.rstrip("/"),
+        # No address: what `${NAME}` in it stands for is in no record.
+        "endpoint": content_id("url", url=base_url.rstrip("/")),
         "model": model,
         "vocab_size": reads.vocab_size,
         "tokenizer": reads.parts["tokenizer"],

@@ -35,7 +35,7 @@ from ...storage.files.local import LocalFiles
 from ...storage.published.export import put
 from ...storage.published.manifest import CARD
 from ..numbers import count, teacher_layers
-from ..plan.lineage import came_from
+from ..plan.lineage import came_from, written_by
 from ..report.report import outcome
 from ..report.results import measures, result_headers, result_rows, unit_of
 from ..report.sections import begins_as, taught_by
@@ -322,7 +322,7 @@ def _made(settings: Mapping[str, Any], trained: Mapping[str, Any]) -> str:
         f"{_stored(trained)}.",
         _identities(settings),
     ]
-    if said := _endpoint(settings["recipe"]):
+    if said := written_by(settings["recipe"]):
         parts.append(said)
     if "code" in settings:
         whose = "a teacher" if "teachers" in settings else "the teacher"
@@ -339,18 +339,6 @@ def _made(settings: Mapping[str, Any], trained: Mapping[str, Any]) -> str:
             "This is the baseline: cross-entropy alone, same start, order and tokens as the distilled one.",
         )
     return " ".join(parts)
-
-
-def _endpoint(recipe: Mapping[str, Any]) -> str:
-    """Who wrote the text, where an endpoint did."""
-    found = recipe.get("generate") or {}
-    if not found.get("base_url"):
-        return ""
-    license_id = inline(found["license"]) if found.get("license") else "not stated"
-    return (
-        f"The text was written by {inline(found['model'])} at {inline(public_name(found['base_url']))} "
-        f"(its licence or terms: {license_id})."
-    )
 
 
 def _identities(settings: Mapping[str, Any]) -> str:
@@ -395,7 +383,7 @@ def _limits(recipe: Mapping[str, Any], student: Mapping[str, Any]) -> list[str]:
         f"Before you publish it, see what the licences of the {whose}, of the data"
         + (" and of the initial model" if student["model"] else "")
         + " ask"
-        + ("." if recipe.get("teachers") or _endpoint(recipe) else "; none is stated here."),
+        + ("." if recipe.get("teachers") or written_by(recipe) else "; none is stated here."),
     ]
     if layers := student.get("from_teacher_layers"):
         found.append(

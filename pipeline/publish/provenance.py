@@ -206,21 +206,23 @@ def make_provenance(
     named = teacher or (recipe or {}).get("teacher", {}).get("model")
     scored = {about.get("teacher_id") for about, _ in made.said.get("soft_targets", [])}
     wrote = {about.get("author_id") for about, _ in made.said.get("generations", [])}
-    stated = {
-        about["author_id"]: about["author_license"]
+    endpoints = {
+        about["author_id"]: about
         for about, _ in made.said.get("generations", [])
-        if "author_license" in about
+        if "author_name" in about
     }
     models = {}
     for model_id in sorted(made.authors):
         parts = store.teacher_parts(model_id)
         if parts:  # text that was given has no model
             models[model_id] = _model(parts) | {
-                "name": _called(parts, named if model_id in scored or not scored else None),
-                "license": _first_known(licenses.of_model(model_id), stated.get(model_id)),
+                "name": named if model_id in scored or not scored else None,
+                "license": licenses.of_model(model_id),
                 "wrote": model_id in wrote,
                 "scored": model_id in scored,
             }
+            if model_id in endpoints:
+                models[model_id] |= _endpoint(endpoints[model_id], models[model_id]["license"])
             if before := kept_lineage(store.teacher_dir(model_id)):
                 models[model_id]["lineage"] = before
     return {
@@ -233,16 +235,11 @@ def make_provenance(
     }
 
 
-def _called(parts: Mapping[str, Any], named: str | None) -> str | None:
-    """What a model is called; one behind an endpoint by its name there."""
-    if "endpoint" not in parts:
-        return named
-    return f"{parts['model']} at {public_name(str(parts['endpoint']))}"
-
-
-def _first_known(license_id: str, stated: str | None) -> str:
-    """What was said on the command line, else what the recipe said when the text was written."""
-    return stated or UNKNOWN if license_id == UNKNOWN else license_id
+def _endpoint(about: Mapping[str, Any], license_id: str) -> dict[str, Any]:
+    """Name and licence of a model behind an endpoint; what the command line says of the licence counts more."""
+    stated = about.get("author_license") or UNKNOWN
+    license_id = stated if license_id == UNKNOWN else license_id
+    return {"name": public_name(str(about["author_name"])), "license": license_id}
 
 
 def _model(parts: Mapping[str, Any]) -> dict[str, Any]:

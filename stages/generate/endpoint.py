@@ -4,9 +4,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import date
 from pathlib import Path
+from typing import Any
 
+from ...storage.credentials import as_written
 from ...storage.store.served import note_served, served_by
 from ...storage.store.store import Store
+from ..recipe.engines import Generate
 from ..workers.answers import Answers, answers_dir
 from ..workers.budget import limited, note_reached
 from ..workers.job import Job
@@ -32,6 +35,14 @@ def asking(job: Job) -> Iterator[Answers | None]:
             lock = folder / ".asking"
             stack.enter_context(only_one(lock, waiting=waiting, look=job.stop.check))
         yield stack.enter_context(Answers(folder))
+
+
+def endpoint_facts(generate: Generate) -> dict[str, Any]:
+    """What shards say of an endpoint, for cards; nothing of another author."""
+    if not generate.remote:
+        return {}
+    at = as_written(str(generate.base_url))
+    return {"author_name": f"{generate.model} at {at}", "author_license": generate.license}
 
 
 def budget_reached(job: Job) -> None:

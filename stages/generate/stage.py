@@ -23,7 +23,7 @@ from ..workers.claims import Claims
 from ..workers.job import Job, StageResult
 from ..workers.shard_about import about
 from ..workers.share import DoneByOthers, Share, StageWork, open_share
-from .endpoint import asking, budget_reached, hear
+from .endpoint import asking, budget_reached, endpoint_facts, hear
 from .text import Text, answered, written
 
 
@@ -85,7 +85,7 @@ def _about(job: Job, author: Identity, engine: str) -> dict[str, Any]:
         author_id=job.author_id,
         tokenizer_id=author.tokenizer_id,
         vocab_size=author.vocab_size,
-        **({"author_license": stated} if (stated := job.generate.license) else {}),
+        **endpoint_facts(job.generate),
     )
 
 

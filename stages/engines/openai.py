@@ -231,7 +231,7 @@ class OpenAIEngine:
         except openai.APITimeoutError as error:
             raise _Passes(f"nothing within {self._settings.timeout_seconds:g} s") from error
         except openai.APIConnectionError as error:
-            raise _Passes(f"the connection broke: {in_short(error.__cause__ or error)}") from error
+            raise _Passes(f"the connection broke: {error.__cause__ or error}") from error
         except (openai.APIError, ValueError, LookupError, TypeError) as error:
             raise _Passes(f"half an answer: {in_short(error)}") from error
         self._answers.answered(call.key, answer)
@@ -299,12 +299,12 @@ def _answer(response: Any, most: Tokens) -> Answer:
         raise ValueError("no text or no finish reason")
     beside = {name for name in _BESIDE if (message or {}).get(name)}
     used = said.get("usage") or {}
-    known = used.get("prompt_tokens"), used.get("completion_tokens")
-    whole = all(isinstance(count, int) for count in known)
+    known = [used.get("prompt_tokens"), used.get("completion_tokens")]
+    counted = [count for count in known if isinstance(count, int)]
     return Answer(
         text=text or "",
         finish_reason="refusal" if "refusal" in beside else choice["finish_reason"],
-        tokens=Tokens(*known) if whole else most,
+        tokens=Tokens(*counted) if len(counted) == len(known) else most,
         served=" ".join(filter(None, [said.get("model"), said.get("system_fingerprint")])),
         left_out=tuple(sorted(beside)),
     )

@@ -43,6 +43,8 @@ class Endpoint:
     headers: list[dict[str, str]] = field(default_factory=list)
     at_once: int = 0
     most_at_once: int = 0
+    delay: Callable[[int], float] = lambda number: 0.0
+    """Seconds that call number n takes."""
     hold_from: float = float("inf")
     """Calls of this number and above wait until it is raised."""
     usage: bool = True
@@ -103,6 +105,7 @@ def _handler(made: Endpoint) -> type[BaseHTTPRequestHandler]:
             try:
                 while number >= made.hold_from and not made.ended.wait(0.01):
                     pass
+                made.ended.wait(made.delay(number))
                 self._do(prompt, body, number, fault)
             finally:
                 with made.lock:

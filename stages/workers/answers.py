@@ -15,6 +15,7 @@ never changed or removed: they are what the user has paid for, whatever becomes 
 import json
 import os
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -28,6 +29,9 @@ from ...storage.files.base import explained
 from ...storage.keys import content_id
 from ..recipe.engines import Generate
 from ..recipe.run_folder import ANSWERS
+
+LOOK_SECONDS = 2.0
+"""At least, between two looks at what other processes heard."""
 
 
 class Tokens(NamedTuple):
@@ -78,6 +82,7 @@ class Answers:
         self._places: dict[str, tuple[Path, int]] = {}
         self._read: dict[Path, int] = {}
         self._file: int | None = None
+        self._next_look = 0.0
         self.count = 0
         """Answers."""
         self.charged = NONE
@@ -109,6 +114,7 @@ class Answers:
 
     def look(self) -> None:
         """Read what is new in all files."""
+        self._next_look = time.monotonic() + LOOK_SECONDS
         with self._lock:
             for path in sorted(self._folder.glob("*.jsonl")):
                 for start, line in self._new_lines(path):
@@ -116,6 +122,8 @@ class Answers:
 
     def find(self, key: str) -> Answer | None:
         """The answer to what this key names; None: there is none."""
+        if key not in self._places and time.monotonic() >= self._next_look:
+            self.look()  # another process may have it, or have died with it
         place = self._places.get(key)
         if place is None:
             return None

@@ -48,6 +48,8 @@ class Endpoint:
     hold_from: float = float("inf")
     """Calls of this number and above wait until it is raised."""
     usage: bool = True
+    renamed: bool = False
+    """Whether the limit must be called max_completion_tokens, as OpenAI's reasoning models have it."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     ended: threading.Event = field(default_factory=threading.Event)
 
@@ -120,18 +122,17 @@ def _handler(made: Endpoint) -> type[BaseHTTPRequestHandler]:
                 self.close_connection = True
             elif fault is not None and fault[:3].isdigit():
                 self._refuse(int(fault[:3]), fault[4:])
+            elif made.renamed and "max_tokens" in body:
+                said = "'max_tokens' is not supported, use 'max_completion_tokens' instead"
+                self._refuse(400, "unsupported_parameter", said, param="max_tokens")
             else:
                 self._answer(prompt, body, number, fault)
 
-        def _refuse(self, status: int, code: str) -> None:
-            said = {
-                "error": {
-                    "message": f"no: {self.headers.get('Authorization')}",
-                    "code": code or None,
-                }
-            }
+        def _refuse(self, status: int, code: str, said: str = "", **more: str) -> None:
+            message = said or f"no: {self.headers.get('Authorization')}"
+            said_whole = {"error": {"message": message, "code": code or None} | more}
             headers = {"Retry-After": "0.05"} if status == 429 else {}
-            self._send(status, json.dumps(said).encode(), **headers)
+            self._send(status, json.dumps(said_whole).encode(), **headers)
 
         def _answer(
             self, prompt: str, body: dict[str, Any], number: int, fault: str | None

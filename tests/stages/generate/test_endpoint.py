@@ -11,7 +11,13 @@ from kit import last_json, prompts, stillroom, told, write_jsonl, write_recipe
 from loaded import Loaded
 from running import alive, ours, start, until
 
+from stillroom.stages.engines.base import UNASKED, Request
+from stillroom.stages.engines.openai import OpenAIEngine
 from stillroom.stages.engines.throttle import Throttle
+from stillroom.stages.recipe.engines import Generate
+from stillroom.stages.workers.answers import Answers
+from stillroom.stages.workers.clock import Clock
+from stillroom.storage.errors import Stopped
 from stillroom.storage.store.sql import query
 from stillroom.storage.store.store import Store
 
@@ -196,6 +202,45 @@ def test_training_goes_on_with_a_part_only_where_the_recipe_says_so(
     assert set(served.calls.values()) == {1}
 
 
+def test_calls_in_flight_at_a_stop_are_answered_and_kept(tmp_path: Path) -> None:
+    def stop() -> None:
+        if served.at_once == 4:
+            raise Stopped()
+
+    with endpoint(delay=lambda number: 0.3) as served, Answers(tmp_path) as answers:
+        engine = engine_at(served, answers, concurrency=4)
+        with pytest.raises(Stopped):
+            list(engine.generate(requests(8), stop))
+        assert answers.count == served.calls.total() == 4
+        assert {c.text for c in engine.generate(requests(8), lambda: None)} == {
+            answer_to(row["prompt"]) for row in prompts(8)
+        }
+    assert set(served.calls.values()) == {1}
+
+
+def engine_at(served: Endpoint, answers: Answers, **settings: Any) -> OpenAIEngine:
+    asked = {"engine": "openai", "base_url": served.url, "model": "tiny", "max_tokens": 10}
+    generate = Generate.model_validate(asked | {"temperature": 0.0} | settings)
+    nobody: Any = None  # an endpoint has no weights to be loaded from
+    return OpenAIEngine(nobody, generate, Clock(), answers)
+
+
+def requests(count: int) -> list[Request]:
+    rows = [{"text": row["prompt"], "messages": None} for row in prompts(count)]
+    return [Request(n, [], 0, row) for n, row in enumerate(rows)]
+
+
+def test_answers_that_are_not_counted_are_taken_at_the_most_that_they_can_cost(
+    tmp_path: Path,
+) -> None:
+    with endpoint(usage=False) as served, Answers(tmp_path) as answers:
+        most = max(sum(engine_at(served, answers)._call(one).most) for one in requests(6))
+        engine = engine_at(served, answers, max_tokens_total=2 * most + most // 2)
+        ends = Counter(one.finish_reason for one in engine.generate(requests(6), lambda: None))
+    assert ends == {"stop": 2, UNASKED: 4}
+    assert served.calls.total() == 2
+
+
 def test_answers_outlive_the_store_and_serve_another_tokenizer(
     tiny_llama: TinyLlama, tmp_path: Path
 ) -> None:
@@ -302,9 +347,10 @@ def test_a_conversation_is_read_as_text_is_that_comes_with_the_data(
     source = write_jsonl(tmp_path / "asked.jsonl", asked)
     data = {"source": str(source), "format": "instruction", "holdout": 2}
     cut = asked[0]["instruction"]
-    with endpoint(faults={cut: deque(["length"])}) as served:
+    with endpoint(faults={cut: deque(["length"])}, renamed=True) as served:
         stillroom("run", recipe_for(tmp_path / "api", teacher, served, data=data))
         assert all("messages" in body for body in served.bodies)
+        assert {body.get("max_completion_tokens") for body in served.bodies[-3:]} == {12}
     given = [row | {"output": answer_to(row["instruction"]).strip()} for row in asked]
     data["source"] = str(write_jsonl(tmp_path / "given.jsonl", given))
     (tmp_path / "given").mkdir()
@@ -381,6 +427,7 @@ def test_the_key_and_the_prices_are_nowhere(tiny_llama: TinyLlama, tmp_path: Pat
             generate=prices | {"license": "tiny-terms-1.0"},
             data={"source": str(tmp_path / "prompts.jsonl"), "format": "prompt", "holdout": 4},
             student={"config": {"hidden_size": 8, "num_hidden_layers": 1}},
+            score={"k": 4, "batch_tokens": 256},
             train={"epochs": 1, "tokens_per_step": 64},
             evaluate={"tokens": 100},
         )
@@ -390,7 +437,7 @@ def test_the_key_and_the_prices_are_nowhere(tiny_llama: TinyLlama, tmp_path: Pat
     export = ("export", tmp_path / "store", tmp_path / "out", "--license", "mit")
     said += [stillroom(*words, "--json").stdout for words in (export, ("status", recipe))]
     store = Store.open(tmp_path / "store")
-    for table in ("prompts", "generations", "rejects", "commits"):
+    for table in ("prompts", "generations", "soft_targets", "rejects", "commits"):
         said.append(str(query(store, f"SELECT * FROM {table}").to_pylist()))
     files = [
         f

@@ -175,6 +175,7 @@ def plan(
 
     loaded = load_recipe(recipe, overrides)
     refuse_code(loaded, allowed=allow_code)
+    from ..plan.endpoint import price
     from ..plan.plan import make_plan, refuse_impossible
     from ..run.posts import worker_notes
     from ..run.status import plan_json, plan_table
@@ -187,6 +188,8 @@ def plan(
     for note in made.notes:
         if note != made.warning:
             print_for_people(note)
+    if said := price(made):
+        print_for_people(said)
     for line in made.stages:
         refuse_impossible(made, line)  # as `run` would
     print_json(plan_json(made), as_json)

@@ -5,7 +5,7 @@ beside the teacher's small files in the store: cards are written when that run m
 no hash, for a teacher is its weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -87,7 +87,7 @@ def _earlier(settings: dict[str, Any]) -> list[Generation]:
 
 def kept_files(model: Identity) -> dict[str, bytes]:
     """What a store keeps of a model: its small files, and its lineage if it has one."""
-    found = lineage(model.folder)
+    found = [] if "endpoint" in model.parts else lineage(model.folder)
     said = {LINEAGE: canonical_json({"generations": found})} if found else {}
     return model.files_to_keep() | said
 
@@ -112,6 +112,18 @@ def came_from(found: Sequence[Generation]) -> str:
     return f"a student of Stillroom itself: {made}{asks}"
 
 
+def written_by(recipe: Mapping[str, Any]) -> str:
+    """Who wrote the text, where an endpoint did, in words, as Markdown; empty: none did."""
+    found = recipe.get("generate") or {}
+    if not found.get("base_url"):
+        return ""
+    license_id = inline(found["license"]) if found.get("license") else "not stated"
+    return (
+        f"The text was written by {inline(found['model'])} at {inline(public_name(found['base_url']))} "
+        f"(its licence or terms: {license_id})."
+    )
+
+
 def found_students(recipe: Recipe) -> list[str]:
     """Which student each `run:RUN_DIR` of a recipe stands for now."""
     said = []
@@ -119,6 +131,8 @@ def found_students(recipe: Recipe) -> list[str]:
     named = named or [("teacher.model", recipe.teacher.model)]
     named += [(field, lookup(recipe, field)) for field in ("generate.model", "student.model")]
     for field, model in named:
+        if field == "generate.model" and recipe.generate is not None and recipe.generate.remote:
+            continue
         if named_run(model) is None:
             continue
         try:

@@ -25,6 +25,8 @@ class StagePlan:
     tokens: int = 0
     tokens_to_do: int = 0
     """Of the pending rows; an upper bound where they are still to be written."""
+    usd_to_do: float | None = None
+    """What an endpoint takes for the pending rows, about; None: nobody asks for money, or no prices are known."""
     bytes_to_do: int = 0
     """Estimate of what they will take on disk."""
     equal: int = 0

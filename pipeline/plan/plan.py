@@ -30,6 +30,7 @@ from ...storage.joined import Joined, open_store
 from ...storage.published.folder import Published
 from ...storage.store.store import Store
 from ..numbers import teacher_layers
+from .endpoint import endpoint_notes, plan_endpoint, refuse_without_key
 from .features import feature_note, image_note, learnt_embeddings, plan_embeddings, teacher_widths
 from .lengths import unread_by_student, window_notes
 from .lineage import found_students
@@ -60,6 +61,7 @@ def make_plan(recipe: Recipe, *, write: bool = False) -> Plan:
     plan = Plan(bound=bound, teachers=teachers, write=write, warning=_warning(teachers))
     plan.note(*filter(None, [plan.warning]), *found_students(recipe), *_notes(recipe, bound))
     plan.note(*teacher_notes(recipe), *quantized_notes(teachers))
+    plan.note(*endpoint_notes(recipe, bound.binding.author_id, store))
     if recipe.student is not None and recipe.student.from_teacher_layers:
         start = teacher_layers(recipe.student.from_teacher_layers)
         plan.note(f"the student starts from {start}")
@@ -109,6 +111,8 @@ def refuse_impossible(plan: Plan, line: StagePlan) -> None:
     if plan.unread and line.name != "data":
         raise UsageError(plan.unread)
     bound = plan.teacher_of(line.name).bound
+    if line.name == "generate":
+        refuse_without_key(plan.teachers[0].recipe)
     if stage_named(line.name).table is not None and bound.teacher is None:
         why = f" ({line.why})" if line.why else ""
         raise UsageError(
@@ -206,6 +210,7 @@ def _plan_empty(recipe: Recipe, plan: Plan, inputs: pa.Table) -> None:
             name="generate", state="to do", planned=count, pending=count, why=f"{count} new"
         )
         line.tokens_to_do, line.bytes_to_do = tokens, tokens * GENERATION_BYTES
+        plan_endpoint(recipe, line)
         plan.stages.append(line)
     if recipe.score is not None:
         for one in plan.teachers:
@@ -232,6 +237,7 @@ def _plan_stored(recipe: Recipe, plan: Plan, books: Books) -> None:
             author_parts=bound.author.parts if bound.author else None,
         )
         plan.stages.append(_line("generate", ledger))
+        plan_endpoint(recipe, plan.stages[-1])
     choose_generations(books, author_id=binding.author_id)
     if TASKS[recipe.run.task].labelled and data.state == "done":
         refuse_without_labels(recipe, books.labels())

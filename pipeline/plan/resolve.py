@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from ...stages.data.given_text import given_text
 from ...stages.data.stage import inputs_id, stale_rows
@@ -168,9 +169,12 @@ def author_identity(
     recipe: Recipe, teacher: Identity, hashes: FileHashes, *, download: bool
 ) -> Identity:
     """Who writes the completions: the teacher, or the model that `generate.model` names."""
-    model = recipe.generate.model if recipe.generate else None
-    if model is None:
+    generate = recipe.generate
+    model = generate.model if generate else None
+    if generate is None or model is None:
         return teacher
+    if generate.remote:
+        return _endpoint(str(generate.base_url), model, reads=teacher)
     folder = find_model(model, None, field="generate.model", download=download)
     refuse_misfit(folder, recipe.run.task, field="generate.model", name=model)
     refuse_unquantized(folder, field="generate.model", name=model)
@@ -182,6 +186,28 @@ def author_identity(
             "tokenizer."
         )
     return identify(folder, dtype=recipe.teacher.dtype, hashes=hashes, field="generate.model")
+
+
+def _endpoint(base_url: str, model: str, *, reads: Identity) -> Identity:
+    """A model behind an endpoint: known by address and name, and by the tokens that its text becomes.
+
+    Who answers under that name may change; who did is written down as they answer (`storage/store/served.py`).
+
+    Args:
+        base_url: Its address.
+        model: Its name there.
+        reads: Whose tokenizer and template make tokens of its text.
+    """
+    parts = {
+        # No address: what `${NAME}` in it stands for is in no record.
+        "endpoint": content_id("url", url=base_url.rstrip("/")),
+        "model": model,
+        "vocab_size": reads.vocab_size,
+        "tokenizer": reads.parts["tokenizer"],
+        "chat_template": reads.parts["chat_template"],
+        "end_tokens": reads.parts["end_tokens"],
+    }
+    return replace(reads, id=content_id("model", **parts), adapter=None, dtype="", parts=parts)
 
 
 def student_id(recipe: Recipe, *, write: bool) -> str | None:
@@ -313,7 +339,9 @@ def _day(recipe: Recipe, author: Identity, store: Store | None) -> str | None:
 
 
 def _folder(recipe: Recipe) -> str:
-    author = recipe.generate.model if recipe.generate else None
+    author: Any = recipe.generate.model if recipe.generate else None
+    if recipe.generate is not None and recipe.generate.remote:
+        author = [recipe.generate.base_url, author]
     names = {
         "teacher": recipe.teacher.model_dump(exclude=recipe.teacher.unhashed()),
         "data": recipe.data.model_dump(exclude=recipe.data.unhashed()),

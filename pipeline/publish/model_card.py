@@ -35,7 +35,7 @@ from ...storage.files.local import LocalFiles
 from ...storage.published.export import put
 from ...storage.published.manifest import CARD
 from ..numbers import count, teacher_layers
-from ..plan.lineage import came_from
+from ..plan.lineage import came_from, written_by
 from ..report.report import outcome
 from ..report.results import measures, result_headers, result_rows, unit_of
 from ..report.sections import begins_as, taught_by, teacher_words
@@ -322,6 +322,8 @@ def _made(settings: Mapping[str, Any], trained: Mapping[str, Any]) -> str:
         f"{_stored(trained)}.",
         _identities(settings),
     ]
+    if said := written_by(settings["recipe"]):
+        parts.append(said)
     if "code" in settings:
         whose = "a teacher" if "teachers" in settings else "the teacher"
         parts.append(f"To load {whose}, its own code was run ({inline(settings['code'])}).")
@@ -381,7 +383,7 @@ def _limits(recipe: Mapping[str, Any], student: Mapping[str, Any]) -> list[str]:
         f"Before you publish it, see what the licences of the {whose}, of the data"
         + (" and of the initial model" if student["model"] else "")
         + " ask"
-        + ("." if recipe.get("teachers") else "; none is stated here."),
+        + ("." if recipe.get("teachers") or written_by(recipe) else "; none is stated here."),
     ]
     if layers := student.get("from_teacher_layers"):
         found.append(

@@ -207,6 +207,11 @@ def make_provenance(
     named = teacher or (recipe or {}).get("teacher", {}).get("model")
     scored = {about.get("teacher_id") for about, _ in made.said.get("soft_targets", [])}
     wrote = {about.get("author_id") for about, _ in made.said.get("generations", [])}
+    endpoints = {
+        about["author_id"]: about
+        for about, _ in made.said.get("generations", [])
+        if "author_name" in about
+    }
     models = {}
     for model_id in sorted(made.authors):
         parts = store.teacher_parts(model_id)
@@ -217,6 +222,8 @@ def make_provenance(
                 "wrote": model_id in wrote,
                 "scored": model_id in scored,
             }
+            if model_id in endpoints:
+                models[model_id] |= _endpoint(endpoints[model_id], models[model_id]["license"])
             if before := kept_lineage(store.teacher_dir(model_id)):
                 models[model_id]["lineage"] = before
     return {
@@ -227,6 +234,13 @@ def make_provenance(
         "snapshots": {split: found.snapshot for split, found in made.splits.items()},
         "recipe": recipe,
     }
+
+
+def _endpoint(about: Mapping[str, Any], license_id: str) -> dict[str, Any]:
+    """Name and licence of a model behind an endpoint; what the command line says of the licence counts more."""
+    stated = about.get("author_license") or UNKNOWN
+    license_id = stated if license_id == UNKNOWN else license_id
+    return {"name": public_name(str(about["author_name"])), "license": license_id}
 
 
 def _model(parts: Mapping[str, Any]) -> dict[str, Any]:

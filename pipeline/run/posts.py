@@ -39,13 +39,19 @@ def environments(recipe: Recipe, line: StagePlan) -> list[dict[str, str]]:
     Raises:
         UsageError: `compute.workers` asks for more than the GPUs are enough for.
     """
-    if stage_named(line.name).loads is None:
+    # The process that asks an endpoint sends as many calls at once as there are to send.
+    if stage_named(line.name).loads is None or _asks_an_endpoint(recipe, line):
         return [{}]
     # Nobody knows what a stage that waits will have to do.
     most = -(-line.pending // SMALLEST_BLOCK) if line.state == "to do" else None
     return shared_out(
         recipe.compute.workers, visible_gpus(), each=_gpus_each(recipe, line), most=most
     )
+
+
+def _asks_an_endpoint(recipe: Recipe, line: StagePlan) -> bool:
+    writes = stage_named(line.name).loads == "author"
+    return writes and recipe.generate is not None and recipe.generate.remote
 
 
 def _gpus_each(recipe: Recipe, line: StagePlan) -> int | None:

@@ -131,10 +131,15 @@ def _run(recipe: Recipe, store: Store, names: tuple[str, ...], here: _Here) -> d
         screen.begin(name)
         answer = _run_stage(recipe, plan, name, here)
         plan = plan_again(recipe, plan, name)
-        done[name] = _finish(plan.line(name), answer, seconds=time.monotonic() - began)
+        line = plan.line(name)
+        done[name] = _finish(line, answer, seconds=time.monotonic() - began)
         pace.keep(name, rows=answer["rows"], clock=done[name]["clock"])
         screen.plan(plan.stages, chosen=chosen, expected=pace.expected(plan.stages))
         screen.end(name, seconds=done[name]["seconds"])
+        if answer["left"]:
+            screen.say(_left(line))
+            if line.state != "done":
+                break
     if _is_done(plan, "train"):
         LocalFiles(run_dir).point(LATEST, plan.train_dirs["student"].name)
     write_student_cards(plan.train_dirs.values())
@@ -273,12 +278,13 @@ def _begin_student(recipe: Recipe, plan: Plan, arm: Arm) -> None:
 
 def _finish(line: StagePlan, answer: dict[str, Any], *, seconds: float) -> dict[str, Any]:
     """What a stage did, after its line was planned again."""
-    if line.state == "to do":
+    partial = answer["left"] > 0
+    if line.state == "to do" and not partial:
         raise StillroomError(
             f"{line.name}: ended with {line.pending} rows still to do. Run the same command to go "
             "on."
         )
-    if stage_named(line.name).loads and line.committed == 0:
+    if stage_named(line.name).loads and line.committed == 0 and not partial:
         raise StillroomError(
             f"{line.name}: all {line.planned} rows were rejected ({line.why}). See `rejects` in "
             "the store."
@@ -287,9 +293,21 @@ def _finish(line: StagePlan, answer: dict[str, Any], *, seconds: float) -> dict[
         "rows": answer["rows"],
         "tokens": answer["tokens"],
         "seconds": round(seconds, 2),
-        "state": "done",
+        "state": "partial" if partial else "done",
         "clock": answer["details"]["clock"],
     } | _lengths(line)
+
+
+def _left(line: StagePlan) -> str:
+    """What to say of a stage whose budget was spent before its rows were."""
+    said = f"{line.name}: stopped by its budget, {line.pending} of {line.planned} rows are left"
+    if line.state == "done":
+        return f"{said}; the run goes on with the others (generate.accept_partial)"
+    return (
+        f"{said}; `stillroom plan` says what they cost. Raise generate.max_usd or "
+        "generate.max_tokens_total and run again, or set generate.accept_partial: true to go on "
+        "with what is there"
+    )
 
 
 def _cached(line: StagePlan) -> dict[str, Any]:

@@ -299,6 +299,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
                 "tokens": s.tokens,
                 "tokens_to_do": s.tokens_to_do,
                 "bytes_to_do": s.bytes_to_do,
+                **({} if s.usd_to_do is None else {"usd_to_do": s.usd_to_do}),
                 "why": s.why,
                 "sources": s.sources,
             }

@@ -234,6 +234,7 @@ def _answer(result: StageResult, clock: Clock) -> dict[str, Any]:
         "rows": result.rows,
         "tokens": result.tokens,
         "rejected": result.rejected,
+        "left": result.left,
         "details": result.details | {"clock": clock.seconds()},
     }
 

@@ -1,8 +1,11 @@
 """What `generate` asks of an engine that writes text: requests in, completions out as they finish, in any order."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
+
+UNASKED = "unasked"
+"""In place of a finish reason: the budget is spent, and nobody was asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,6 +15,10 @@ class Request:
     number: int
     prompt_ids: list[int]
     seed: int
+    row: Mapping[str, Any] | None = None
+    """The row of `prompts`, for an engine that is handed text and not ids."""
+    sample: int = 0
+    """Which completion of the prompt it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +31,12 @@ class Completion:
     finish_reason: str
     error: str | None = None
     attempts: int = 1
+    reason: str = "engine"
+    """Of an error: `engine` where engine or machine may be to blame, else what the row is rejected for."""
+    served: str = ""
+    """Of an endpoint: the model that answered, and its fingerprint where it has one."""
+    left_out: tuple[str, ...] = ()
+    """Of an endpoint: what its answer has beside the text."""
 
 
 def before_stop(

@@ -7,6 +7,7 @@ from ...storage.errors import UsageError
 from ..models.fit.quantized import by_bitsandbytes
 from ..models.identity import Identity
 from ..recipe.engines import ENGINES, EngineKind, Generate
+from ..workers.answers import Answers
 from ..workers.clock import Clock
 from .base import Engine
 
@@ -18,14 +19,14 @@ def choose_engine(name: str | None, author: Identity) -> str:
         UsageError: the engine was asked for by name, and is not installed or does not run the author.
     """
     if name is None:
-        built = (engine for engine in ENGINES if engine.opened_by and _installed(engine))
+        built = (engine for engine in ENGINES if not engine.remote and _installed(engine))
         return next(engine.name for engine in built if _runs(engine, author))
     refuse_engine(name, author)
     engine = _named(name)
     if not _installed(engine):
         raise UsageError(
-            f"generate.engine: {name!r} is not installed here. Install {engine.install}, or use "
-            "generate.engine=hf."
+            f"generate.engine: {name!r} is not installed here. Install {engine.install}"
+            + ("." if engine.remote else ", or use generate.engine=hf.")
         )
     return name
 
@@ -44,18 +45,28 @@ def refuse_engine(name: str | None, author: Identity) -> None:
 
 
 def _runs(engine: EngineKind, author: Identity) -> bool:
-    return engine.bitsandbytes or not by_bitsandbytes(author.parts)
+    return engine.remote or engine.bitsandbytes or not by_bitsandbytes(author.parts)
 
 
 def open_engine(
-    name: str, author: Identity, settings: Generate, clock: Clock | None = None
+    name: str,
+    author: Identity,
+    settings: Generate,
+    clock: Clock | None = None,
+    *,
+    answers: Answers | None = None,
 ) -> Engine:
-    """Load the author into an engine, which tells `clock` when the model works."""
+    """Load the author into an engine, which tells `clock` when the model works.
+
+    `answers`: where an engine that asks an endpoint keeps what it hears.
+    """
     clock = clock or Clock()
     with clock.span("start"):
-        module, class_name = _named(name).opened_by.split(".")
+        kind = _named(name)
+        module, class_name = kind.opened_by.split(".")
         engine_class = getattr(import_module(f".{module}", __package__), class_name)
-        engine: Engine = engine_class(author, settings, clock)
+        own = (answers,) if kind.remote else ()
+        engine: Engine = engine_class(author, settings, clock, *own)
     return engine
 
 

@@ -1,28 +1,21 @@
 """Stage `generate`: the author (usually the teacher) writes completions; rows are committed as they finish."""
 
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count
 from typing import Any
-
-import numpy as np
 
 from ...storage.errors import RowError
 from ...storage.joined import open_store
 from ...storage.keys import content_key, row_seed
 from ...storage.store.store import Store
 from ...storage.tables.row_builders import generation_row
-from ...storage.tables.spans import span_after
-from ..engines.base import Completion, Engine, Request
+from ..engines.base import UNASKED, Completion, Engine, Request
 from ..engines.opening import choose_engine, open_engine
 from ..ledger.books import Books, Ledger, Pending
 from ..ledger.generations import generation_ledger, pending_generations
-from ..ledger.requests import (
-    GenerationRequest,
-    sampling_id,
-    sampling_settings,
-    tokens_key,
-)
-from ..models.chat.renderer import Ids
+from ..ledger.requests import GenerationRequest, sampling_id, sampling_settings
 from ..models.identity import Identity
 from ..models.inputs.reads import too_long
 from ..models.inputs.rendering import Renderer
@@ -30,6 +23,8 @@ from ..workers.claims import Claims
 from ..workers.job import Job, StageResult
 from ..workers.shard_about import about
 from ..workers.share import DoneByOthers, Share, StageWork, open_share
+from .endpoint import asking, budget_reached, endpoint_facts, hear
+from .text import Text, answered, written
 
 
 def run(job: Job, author: Identity) -> StageResult:
@@ -52,21 +47,24 @@ def run(job: Job, author: Identity) -> StageResult:
             limit_tokens=job.context_tokens,
             row_keys=lambda job, request: {"generations": [_row_key(job, request)]},
             names=_reject_names,
+            kills=not job.generate.remote,
         )
-    with open_share(job, store, work) as share:
+    with asking(job) as answers, open_share(job, store, work) as share:
         with job.clock.span("start"):
             writing = _Writing(job, store, share)
         job.progress.say(f"loading {author.folder} into {engine_name}")
-        engine = open_engine(engine_name, author, job.generate, job.clock)
+        engine = open_engine(engine_name, author, job.generate, job.clock, answers=answers)
         job.stop.check()
         job.progress.start(total=ledger.planned, unit="rows", done=ledger.committed)
         writing.write(engine, writing.requests())
         for request in share.one_by_one():
             writing.write(engine, writing.rendered([request]))
         share.finish()
+        if writing.left:
+            budget_reached(job)
         for note in writing.notes():
             job.progress.say(note)
-    return share.result()
+    return replace(share.result(), left=writing.left)
 
 
 def _asked(job: Job, store: Store) -> tuple[Ledger, Pending[GenerationRequest]]:
@@ -87,6 +85,7 @@ def _about(job: Job, author: Identity, engine: str) -> dict[str, Any]:
         author_id=job.author_id,
         tokenizer_id=author.tokenizer_id,
         vocab_size=author.vocab_size,
+        **endpoint_facts(job.generate),
     )
 
 
@@ -113,7 +112,11 @@ class _Writing:
             store.teacher_dir(job.author_id), job.recipe.data.chat_template_kwargs, day=job.day
         )
         self._numbers = count()
-        self._taken: dict[int, tuple[GenerationRequest, Ids]] = {}
+        self._taken: dict[int, tuple[GenerationRequest, Text]] = {}
+        self._served: set[str] = set()
+        self._left_out = Counter[str]()
+        self.left = 0
+        """Requests that the budget had nothing for."""
 
     def write(self, engine: Engine, requests: Iterator[Request]) -> None:
         """Let the engine do requests until all are done, by whomever."""
@@ -128,16 +131,41 @@ class _Writing:
 
     def notes(self) -> list[str]:
         """What is to be said of all prompts, a sentence each."""
-        return self._renderer.notes()
+        beside = [
+            f"{count} answers came with {what} beside their text, which is left out"
+            for what, count in self._left_out.items()
+        ]
+        return self._renderer.notes() + beside
 
     def _keep(self, completion: Completion) -> None:
         request, prompt = self._taken.pop(completion.number)
         self._share.done([request])
-        if completion.error is None:
-            row = _row(self._job, request, prompt, completion)
-            self._share.add({"generations": [row]}, tokens=len(completion.token_ids))
-        else:
+        if completion.finish_reason == UNASKED:
+            self.left += 1
+        elif completion.error is None:
+            self._add(request, prompt, completion)
+        elif completion.reason == "engine":
             self._share.fail(request, RowError("engine", completion.error), completion.attempts)
+        else:
+            self._share.refuse(request, RowError(completion.reason, completion.error))
+
+    def _add(self, request: GenerationRequest, prompt: Text, completion: Completion) -> None:
+        """Make a row of what was written."""
+        self._left_out.update(completion.left_out)
+        if completion.served and completion.served not in self._served:
+            self._served.add(completion.served)
+            hear(self._job, self._store, completion.served)
+        try:
+            text = (
+                answered(self._job, self._renderer, prompt, completion)
+                if self._job.generate.remote
+                else written(prompt, completion)
+            )
+        except RowError as error:
+            self._share.refuse(request, error)
+            return
+        row = _row(self._job, request, text, completion.finish_reason)
+        self._share.add({"generations": [row]}, tokens=len(text.token_ids) - text.prompt_tokens)
 
     def requests(self) -> Iterator[Request]:
         """Rendered requests, block by block; a block that is this worker's alone in the order of their lengths."""
@@ -155,12 +183,13 @@ class _Writing:
             except RowError as error:
                 self._share.refuse(request, error)
         if by_length:
-            ready.sort(key=lambda pair: len(pair[1][0]))
+            ready.sort(key=lambda pair: len(pair[1].token_ids))
         for request, prompt in ready:
             if self._share.take([request]):
                 number = next(self._numbers)
                 self._taken[number] = (request, prompt)
-                yield Request(number, prompt[0], row_seed(request.reuse_key))
+                seed = row_seed(request.reuse_key)
+                yield Request(number, prompt.token_ids, seed, prompt.row, request.sample_index)
 
     def _prompts(self, block: list[GenerationRequest]) -> list[dict[str, Any]]:
         places: dict[str, list[int]] = {}
@@ -171,13 +200,13 @@ class _Writing:
             prompts = {row["prompt_key"]: row for row in rows}
         return [prompts[request.prompt_key] for request in block]
 
-    def _rendered(self, row: dict[str, Any]) -> Ids:
+    def _rendered(self, row: dict[str, Any]) -> Text:
         with self._job.clock.span("tokenizer"):
             ids, spans = self._renderer.prompt(row, turns=self._job.recipe.data.turns == "all")
         if len(ids) >= self._job.context_tokens:
             most = self._job.context_tokens
             raise too_long(len(ids), most, limit="the author reads", what="the prompt has ")
-        return ids, spans
+        return Text(ids, len(ids), spans, row=row)
 
 
 def _reject_names(job: Job, request: GenerationRequest) -> dict[str, Any]:
@@ -195,14 +224,7 @@ def _row_key(job: Job, request: GenerationRequest) -> bytes:
     )
 
 
-def _row(
-    job: Job, request: GenerationRequest, prompt: Ids, completion: Completion
-) -> dict[str, Any]:
-    prompt_ids, spans = prompt
-    token_ids = prompt_ids + completion.token_ids
-    if len(spans) and completion.token_ids:
-        # The turns of the prompt, and then what was written.
-        spans = np.concatenate([spans, span_after(len(prompt_ids), len(token_ids))])
+def _row(job: Job, request: GenerationRequest, text: Text, finish_reason: str) -> dict[str, Any]:
     return generation_row(
         key=_row_key(job, request),
         reuse_key=request.reuse_key,
@@ -210,12 +232,12 @@ def _row(
         author_id=job.author_id,
         sampling_id=_sampling_id(job),
         sample_index=request.sample_index,
-        tokens_key=tokens_key(token_ids, len(prompt_ids), spans if len(spans) else None),
-        token_ids=token_ids,
-        prompt_tokens=len(prompt_ids),
-        text=completion.text,
-        finish_reason=completion.finish_reason,
+        tokens_key=text.tokens_key,
+        token_ids=text.token_ids,
+        prompt_tokens=text.prompt_tokens,
+        text=text.completion,
+        finish_reason=finish_reason,
         max_tokens=job.generate.max_tokens,
         row_seed=row_seed(request.reuse_key),
-        spans=spans if len(spans) else None,
+        spans=text.spans if len(text.spans) else None,
     )

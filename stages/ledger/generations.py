@@ -19,6 +19,10 @@ SERVES = """
     ELSE completion_tokens = {max_tokens}
         OR (prompt_tokens + completion_tokens = {context} AND completion_tokens < {max_tokens}) END"""
 """Whether a row is what a run with this `max_tokens` and this context would have made."""
+ANSWERS_SERVE = """
+    prompt_tokens + completion_tokens <= {context}
+        AND (finish_reason <> 'length' OR place IN (SELECT place FROM cut_alike))"""
+"""The same of an endpoint, which counts other tokens than those of the row: an answer that ended is whole."""
 
 
 def generation_ledger(
@@ -34,7 +38,10 @@ def generation_ledger(
     """
     generate = books.generate
     sampling = _sampling_id(books, author_id)
-    serves = SERVES.format(max_tokens=generate.max_tokens, context=context_tokens)
+    rule = ANSWERS_SERVE if generate.remote else SERVES
+    if generate.remote:
+        books.index.register("cut_alike", _cut_alike(books, sampling))
+    serves = rule.format(max_tokens=generate.max_tokens, context=context_tokens)
     books.index.execute(
         "CREATE TYPE reject_reason AS ENUM (SELECT DISTINCT reason FROM rejects UNION SELECT '')"
     )
@@ -63,6 +70,22 @@ def generation_ledger(
     ledger.tokens_to_do = ledger.pending * generate.max_tokens
     ledger.bytes_to_do = ledger.tokens_to_do * GENERATION_BYTES
     return ledger
+
+
+def _cut_alike(books: Books, sampling: str) -> pa.Table:
+    """`place` of an endpoint's answers that were cut by the limit that the recipe has."""
+    cut: dict[str, list[tuple[int, int]]] = {}
+    for (place,) in books.index.rows(f"""
+        SELECT place FROM generations WHERE sampling_id = '{sampling}' AND finish_reason = 'length'"""):
+        shard, row = books.place("generations", place)
+        cut.setdefault(shard, []).append((row, place))
+    found = []
+    for shard, rows in cut.items():
+        read = books.store.rows("generations", {shard: [row for row, _ in rows]}, ["max_tokens"])
+        limits = [row["max_tokens"] for row in read]
+        alike = zip(limits, rows, strict=True)
+        found += [place for limit, (_, place) in alike if limit == books.generate.max_tokens]
+    return pa.table({"place": pa.array(found, pa.int64())})
 
 
 def published_alike(books: Books, *, author_id: str) -> int:

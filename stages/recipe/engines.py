@@ -15,8 +15,8 @@ class EngineKind:
     """What a recipe names as `generate.engine`."""
 
     name: str
-    opened_by: str = ""
-    """Module in `stages/engines/` and class, `hf.HfEngine`; empty: planned, and refused by name."""
+    opened_by: str
+    """Module in `stages/engines/` and class, `hf.HfEngine`."""
     needs: str = ""
     """The package that must be installed."""
     install: str = ""
@@ -25,6 +25,8 @@ class EngineKind:
     """Whether it runs a model that bitsandbytes quantises while it is loaded, or has quantised before."""
     arguments: tuple[str, ...] | None = None
     """What `generate.engine_args` may name; None: whatever the package takes."""
+    remote: bool = False
+    """Whether it asks an endpoint, which gives text: no weights are here, and every call may cost money."""
 
 
 # A recipe that names no engine gets the first one that is installed: `hf`, which needs nothing more,
@@ -42,9 +44,14 @@ ENGINES = (
         bitsandbytes=True,
         arguments=("batch_size", "max_model_len"),
     ),
-    EngineKind(name="openai"),
+    EngineKind(
+        name="openai",
+        opened_by="openai.OpenAIEngine",
+        needs="openai",
+        install="stillroom[openai]",
+        remote=True,
+    ),
 )
-PLANNED = tuple(engine.name for engine in ENGINES if not engine.opened_by)
 _SHARDS = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks of adapters that vLLM makes room for."""
@@ -77,6 +84,11 @@ _OTHER_MODEL = frozenset(
     "model_weights hf_config_path hf_overrides config_format load_format model_loader_extra_config "
     "tokenizer_mode tokenizer_revision spec_model draft_model default_mm_loras".split()
 )
+# Fields of a request that are not for `engine_args`: how much is asked, of whom, and in which form it comes back.
+_OF_THE_BODY = frozenset(
+    "messages prompt tools n best_of echo stream stream_options max_tokens max_completion_tokens temperature "
+    "top_p stop seed logprobs top_logprobs return_token_ids api_key extra_headers extra_query timeout".split()
+)
 _ENDINGS = ("_cls", "_plugin", "_module_path")
 
 
@@ -108,7 +120,10 @@ def refused_arguments(arguments: Mapping[str, Any], inside: str = "") -> Iterato
 
 def unknown_arguments(engine: str, arguments: Mapping[str, Any]) -> Iterator[str]:
     """Why arguments are refused by the engine that gets them."""
-    known = next(kind.arguments for kind in ENGINES if kind.name == engine)
+    kind = next(kind for kind in ENGINES if kind.name == engine)
+    for name in sorted(arguments.keys() & _OF_THE_BODY) if kind.remote else ():
+        yield f"{name!r} is decided by the recipe's own fields, or by the stage. Remove it here"
+    known = kind.arguments
     if known is None:
         return
     for name in sorted(arguments.keys() - set(known)):
@@ -134,6 +149,9 @@ def _names_code(name: str, value: Any) -> bool:
     """A backend is one of the engine's own by a plain name, and a class of anybody's by a dotted one."""
     return name.endswith("backend") and isinstance(value, str) and ("." in value or ":" in value)
 
+
+MONEY = ("usd_per_million_prompt_tokens", "usd_per_million_completion_tokens", "max_usd")
+"""Fields that no record keeps: what was agreed with a provider is nobody else's business."""
 
 if TYPE_CHECKING:
     EngineName = str
@@ -163,7 +181,27 @@ class Generate(Section):
     """Seed of the text; each row's own seed is derived from it and the row's content."""
     engine_args: Options = Field({})
     """Passed to the engine as they are (vLLM: arguments of `LLM`; hf: `batch_size`,
-    `max_model_len`)."""
+    `max_model_len`; openai: fields of the request's body)."""
+    base_url: str | None = None
+    """Of an endpoint: its address, as `https://api.example.com/v1`; `model` is the model's name there."""
+    api_key_env: str | None = None
+    """Of an endpoint: the NAME of the environment variable that holds the key; null: it asks for none."""
+    concurrency: int = Field(8, ge=1, le=1024)
+    """Of an endpoint: calls at once, at most; fewer while it says that they are too many."""
+    timeout_seconds: float = Field(600.0, gt=0)
+    """Of an endpoint: how long one answer may take."""
+    usd_per_million_prompt_tokens: float | None = Field(None, ge=0)
+    """Of an endpoint: its price for what it reads."""
+    usd_per_million_completion_tokens: float | None = Field(None, ge=0)
+    """Of an endpoint: its price for what it writes."""
+    max_usd: float | None = Field(None, gt=0)
+    """Of an endpoint: what all answers of this run folder may cost, by the two prices."""
+    max_tokens_total: int | None = Field(None, ge=1)
+    """Of an endpoint: tokens that all answers of this run folder may have, prompts included."""
+    accept_partial: bool = False
+    """Of an endpoint: go on with what is there when `max_usd` or `max_tokens_total` is reached."""
+    license: str | None = None
+    """Of an endpoint: licence or terms of what it writes, for the cards; it decides nothing."""
 
     @field_validator("engine_args")
     @classmethod
@@ -177,3 +215,8 @@ class Generate(Section):
         for why in unknown_arguments(self.engine, self.engine_args) if self.engine else ():
             raise ValueError(f"`engine_args`: {why}")
         return self
+
+    @property
+    def remote(self) -> bool:
+        """Whether an endpoint writes."""
+        return any(kind.remote and kind.name == self.engine for kind in ENGINES)

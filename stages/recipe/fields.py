@@ -20,7 +20,8 @@ from ...storage.keys import canonical_json
 
 ADDRESSES = frozenset(
     "run.dir storage.dir storage.sources teacher.model teacher.adapter teachers.model "
-    "teachers.adapter student.model data.source generate.model evaluate.source".split()
+    "teachers.adapter student.model data.source generate.model generate.base_url "
+    "evaluate.source".split()
 )
 """Fields that name a folder, a file, a URL or a model: what may hold `${NAME}`, or a credential."""
 

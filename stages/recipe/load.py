@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from ...storage.credentials import all_shown, hide, hide_password
 from ...storage.errors import UsageError
 from .checks.together import check_together
+from .engines import MONEY
 from .fields import ADDRESSES, NUMBER, SCHEDULE
 from .reading.hints import hint_at
 from .reading.outside import outside_value
@@ -57,7 +58,10 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 
 
 def recorded(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as records keep it: `${NAME}` where it was written so, no credential of an address, no machine."""
+    """A recipe as records keep it: no credential of an address, no machine, no prices.
+
+    `${NAME}` stays as it was written.
+    """
     tree = recipe.model_dump(mode="json", exclude={"compute"})
     if not tree["teachers"]:
         del tree["teachers"]
@@ -65,6 +69,8 @@ def recorded(recipe: Recipe) -> dict[str, Any]:
         found = tree.get(section) or []
         for fields in found if isinstance(found, list) else [found]:
             fields[name] = all_shown(fields[name])
+    for name in MONEY if tree["generate"] else ():
+        del tree["generate"][name]
     return tree
 
 

@@ -1,6 +1,7 @@
 """The names in a run's folder, `run.dir`: who writes a file there and who reads it ask here.
 
     logs/                   what each stage's process printed
+    answers/                what an endpoint has answered, as it came: it was paid for
     latest                  leads to the student's training run
     report.json .md .html   what was gained, for programs and for people
     train-1a2b3c4d/         one training run, named by the hash of its settings
@@ -22,6 +23,7 @@ from ...storage.bounds import NOT_AS_WRITTEN, mapping, parsed
 from ...storage.errors import IntegrityError, UsageError, in_short
 
 LOGS = "logs"
+ANSWERS = "answers"
 LATEST = "latest"
 REPORT = "report.json"
 REPORT_TEXT = "report.md"

@@ -126,4 +126,6 @@ class StageResult:
     rows: int = 0
     tokens: int = 0
     rejected: int = 0
+    left: int = 0
+    """Rows that a budget had nothing for."""
     details: dict[str, Any] = field(default_factory=dict)

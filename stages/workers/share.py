@@ -70,6 +70,8 @@ class StageWork(Generic[R]):
     """What a rejects row calls the request, besides its prompt."""
     beside: Mapping[TableName, dict[str, Any]] = field(default_factory=dict)
     """Other tables that it fills, and what their shards say of their rows."""
+    kills: bool = True
+    """Whether a row may kill the process that works on it."""
     times_rows: Mapping[TableName, int] = field(default_factory=dict)
     """Of a table whose rows are small: how many times as many a commit has."""
 
@@ -87,6 +89,8 @@ def open_share(job: Job, store: Store, work: StageWork[R]) -> Iterator["Share[R]
     }
     with job.clock.span("start"):
         suspects = find_suspects(run_dir, stage)
+        if not work.kills:
+            suspects = Suspects(journals=suspects.journals)
     with ExitStack() as open_ones:
         journal = open_ones.enter_context(Journal(job.journal or new_journal(run_dir, stage)))
         tables = {

@@ -11,6 +11,7 @@ from ..files.base import Files
 from ..keys import content_id, unseal
 from ..snapshots.snapshot import SnapshotShard, load_snapshot
 from ..store.inputs import inputs_name, read_inputs
+from ..store.served import SERVED
 from ..store.store import MARKER, TEACHER_FILES, Store
 from ..tables.shard import ShardFile, ShardInfo
 from .matrices import matrix_problems
@@ -128,7 +129,13 @@ def _recorded_problems(
             yield name, "the file is missing"
         elif files.sha256(f"{folder}/{name}") != sha256:
             yield name, f"the file's sha256 is not the one in {TEACHER_FILES}"
-    known = {TEACHER_FILES, *hashes, *_PROVED, *parts.get("tokenizer", {})}
+    served = {name for name in names if name.startswith(SERVED)}
+    for name in served:
+        try:
+            unseal(files.read(f"{folder}/{name}"), f"{folder}/{name}")
+        except IntegrityError as error:
+            yield name, str(error)
+    known = {TEACHER_FILES, *hashes, *_PROVED, *parts.get("tokenizer", {}), *served}
     for name in sorted(names - known):
         yield name, f"{TEACHER_FILES} does not name this file, and a tokenizer may read it"
 

@@ -68,6 +68,17 @@ def test_the_comparison_of_two_teachers_runs(
     assert found["kept"]["routed"]["code"] == [pytest.approx(both / alone)]
 
 
+def test_three_kills_of_a_run_that_asks_an_endpoint_lose_nothing(tmp_path: Path) -> None:
+    words = [sys.executable, str(HERE / "endpoint.py"), "--tiny"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads(done.stdout.splitlines()[-1])
+    names = ("rows_lost", "rows_twice", "problems", "calls_miscounted")
+    assert {name: outcome[name] for name in names} == dict.fromkeys(names, 0)
+    assert outcome["kills"] == 3
+    assert outcome["asked_again_max"] <= 8
+
+
 def test_thirty_kills_lose_nothing(tmp_path: Path) -> None:
     words = [sys.executable, str(HERE / "kills.py"), "--tiny"]
     done = subprocess.run(

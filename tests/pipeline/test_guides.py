@@ -14,6 +14,7 @@ from typing import Any
 from zlib import crc32
 
 import pytest
+from endpoint_server import KEY, endpoint
 from kit import stillroom
 
 from stillroom.stages.recipe import load
@@ -96,8 +97,8 @@ def put_under(name: str, stand_in: Path, cache: Path) -> None:
         Qwen3ForCausalLM(Qwen3Config.from_pretrained(stand_in)).save_pretrained(snapshot)
 
 
-def write_file(block: Block, folder: Path) -> None:
-    """Recipes with smaller numbers, data with more records."""
+def write_file(block: Block, folder: Path, served: str) -> None:
+    """Recipes with smaller numbers, data with more records; `served`: the endpoint that stands for all."""
     import yaml
 
     assert block.title is not None
@@ -106,6 +107,8 @@ def write_file(block: Block, folder: Path) -> None:
         for section, fields in SMALLER.items():
             if section in tree:
                 tree[section] |= fields
+        if "base_url" in tree.get("generate", {}):
+            tree["generate"] |= {"engine": "openai", "base_url": served}
         if "config" in tree.get("student", {}):
             tree["student"]["config"] = {
                 "num_hidden_layers": 1,
@@ -150,14 +153,16 @@ def test_every_command_of_a_guide_runs(
     folder = tmp_path / "here"
     folder.mkdir()
     monkeypatch.chdir(folder)
+    monkeypatch.setenv("MY_API_KEY", KEY)
     ran = 0
-    for block in blocks(guide):
-        if block.title:
-            write_file(block, folder)
-        elif block.language == "sh":
-            for line in block.text.splitlines():
-                do(line)
-                ran += 1
+    with endpoint() as served:
+        for block in blocks(guide):
+            if block.title:
+                write_file(block, folder, served.url)
+            elif block.language == "sh":
+                for line in block.text.splitlines():
+                    do(line)
+                    ran += 1
     assert ran
 
 

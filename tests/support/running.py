@@ -77,11 +77,11 @@ def two_gpus() -> None:
     devices._counted = lambda named: 2  # type: ignore[assignment]
 
 
-def until(condition: Callable[[], bool], what: str) -> None:
+def until(condition: Callable[[], bool], what: str, *, patience: float = PATIENCE) -> None:
     """Look again and again; the wait ends with what is waited for, not with time."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + patience
     while not condition():
-        assert time.monotonic() < deadline, f"waited {PATIENCE} s for {what}"
+        assert time.monotonic() < deadline, f"waited {patience} s for {what}"
         time.sleep(0.01)
 
 

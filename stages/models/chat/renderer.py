@@ -7,6 +7,7 @@ import numpy as np
 
 from ....storage.errors import RowError
 from ....storage.tables.conversations import Conversation
+from ....storage.tables.spans import spans_before
 from .ends import Ends
 from .left_out import LeftOut
 from .long_text import refuse_long
@@ -60,6 +61,21 @@ class ChatRenderer:
         if not len(spans):
             raise RowError("unreadable", "no turn of the assistant can be found in its rendering")
         return ids, spans
+
+    def unended(self, conversation: Conversation, *, last: bool) -> Ids:
+        """The same of an answer that was cut short: its last token is the end.
+
+        Raises:
+            RowError: as `whole`; or the template writes another answer than was given.
+        """
+        chat = Chat(conversation.turns, conversation.tools)
+        text, said = self._template.render(chat).text, str(chat.messages[-1]["content"]).strip()
+        start = text.rfind(said)
+        if start < 0:
+            raise RowError("unreadable", "the template changes an answer that was cut short")
+        ids, spans = self.whole(conversation, last=last)
+        first, tokens = TurnTokens(self.tokenizer, text).span((start, start + len(said)))
+        return ids[: first + tokens], spans_before(spans, first + tokens)
 
     def notes(self) -> list[str]:
         """What was left out or moved, a sentence each."""

@@ -68,21 +68,23 @@ class Renderer:
             raise RowError("empty", "the prompt has no tokens")
         return ids, spans
 
-    def given(self, row: dict[str, Any], *, last: bool) -> Ids:
+    def given(self, row: dict[str, Any], *, last: bool, ended: bool = True) -> Ids:
         """Token ids of a row that brings its answer, rendered and tokenized as a whole; and what is scored of them.
 
         Args:
             row: A row of `prompts`.
             last: Of a conversation's turns, the last alone.
+            ended: Whether the answer came to its end, and was not cut short.
 
         Raises:
             RowError: template or tokenizer fail on it, or no turn can be found.
         """
         if row["messages"] is not None:
-            return self._chat.whole(conversation(row), last=last)
-        return self._continued(row["text"], row["completion"])
+            read = self._chat.whole if ended else self._chat.unended
+            return read(conversation(row), last=last)
+        return self._continued(row["text"], row["completion"], ended=ended)
 
-    def _continued(self, text: str, completion: str) -> Ids:
+    def _continued(self, text: str, completion: str, *, ended: bool) -> Ids:
         """A text and its completion, closed by the end-of-sequence token: else a student never learns to stop.
 
         They are one text to the tokenizer, as they were to whoever wrote it. Where its tokens do
@@ -94,7 +96,7 @@ class Renderer:
         start = shared(own, ids)
         self._moved += start < len(own)
         end = self.tokenizer.eos_token_id
-        if end is not None and ids[-1:] != [end]:
+        if ended and end is not None and ids[-1:] != [end]:
             ids.append(end)
         return ids, span_after(start, len(ids))
 

@@ -3,22 +3,20 @@
 from pathlib import Path
 from typing import Any
 
-from ..engines import PLANNED, Generate
+from ..engines import Generate
 from ..evaluate import HELD_OUT_FIELDS, Evaluate
 from ..fields import Section
 from ..kinds import Score, kinds_with
 from ..run_folder import named_run
 from ..sections import Data, Loss, Recipe, Run, Teacher
+from .endpoint import check_endpoint
 from .features import check_captured, check_matched
 from .loss import check_loss
 from .task import check_task, lookup, targets_fit
 from .teachers import check_teachers
 
 # Named by the recipe, done by no stage yet: refused by name, never ignored.
-NOT_YET: tuple[tuple[str, tuple[Any, ...]], ...] = (
-    ("generate.engine", PLANNED),
-    ("score.engine", ("vllm",)),
-)
+NOT_YET: tuple[tuple[str, tuple[Any, ...]], ...] = (("score.engine", ("vllm",)),)
 
 
 # What only a student makes use of: whole sections, and fields of others. Of `evaluate` stage one
@@ -78,6 +76,7 @@ def check_together(recipe: Recipe) -> list[tuple[str, str]]:
         )
     if recipe.generate is not None and recipe.generate.temperature == 0:
         errors += _greedy(recipe.generate)
+    errors += check_endpoint(recipe.generate) if recipe.generate is not None else []
     if recipe.data.turns is not None and not records.conversation:
         errors.append(("data.turns", f"format {kind!r} has no turns. Remove it"))
     errors += _lengths(recipe) + check_task(recipe) + _held_out(recipe)

@@ -1,0 +1,81 @@
+"""An endpoint that writes, in the plan: who it is, who answered for it, and what the rest costs."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from ...stages.engines.api_key import api_key
+from ...stages.recipe.engines import Generate
+from ...stages.recipe.sections import Recipe
+from ...stages.workers.answers import Answers, Tokens, answers_dir, read_answers
+from ...stages.workers.budget import is_reached, limited, usd
+from ...storage.credentials import as_written
+from ...storage.store.served import served_by
+from ...storage.store.store import Store
+from .lines import Plan, StagePlan
+
+
+def endpoint_of(recipe: Recipe) -> Generate | None:
+    """The section of a recipe whose text an endpoint writes; None: none does."""
+    return recipe.generate if recipe.generate is not None and recipe.generate.remote else None
+
+
+def endpoint_notes(recipe: Recipe, author_id: str, store: Store | None) -> Iterator[str]:
+    """Who writes, in whose tokens, and who answered so far."""
+    generate = endpoint_of(recipe)
+    if generate is None:
+        return
+    yield (
+        f"the text is written by {generate.model} at {as_written(str(generate.base_url))}, and is read in "
+        f"the tokens of {recipe.teacher.model}"
+    )
+    served = served_by(store.files, author_id) if store is not None else {}
+    if len(served) > 1:
+        seen = ", ".join(f"{name} (since {day})" for name, day in served.items())
+        yield f"the endpoint has answered as {len(served)} models under this one name: {seen}"
+
+
+def plan_endpoint(recipe: Recipe, line: StagePlan) -> None:
+    """What the rows to do cost; a budget that is reached ends the stage, if what is there may be gone on with."""
+    generate = endpoint_of(recipe)
+    if generate is None or not line.pending:
+        return
+    folder = answers_dir(Path(recipe.run.dir), generate)
+    answers = read_answers(folder)
+    line.usd_to_do = usd(generate, _rest(generate, line, answers))
+    line.tokens_to_do = sum(_rest(generate, line, answers))
+    if not (limited(generate) and is_reached(folder, generate)):
+        return
+    limit = "generate.max_usd" if generate.max_usd is not None else "generate.max_tokens_total"
+    line.why = f"{line.why}; {limit} is reached"
+    if generate.accept_partial and line.committed:
+        line.state = "done"
+
+
+def _rest(generate: Generate, line: StagePlan, answers: Answers) -> Tokens:
+    """Tokens of the rows to do: by the mean of what was answered, else what may be written at most."""
+    if not answers.count:
+        return Tokens(0, line.pending * generate.max_tokens)
+    each = (total / answers.count for total in answers.charged)
+    return Tokens(*(round(line.pending * tokens) for tokens in each))
+
+
+def price(plan: Plan) -> str:
+    """What the rest of the text costs, for people; empty where nothing is to be paid or no prices are known.
+
+    It is no note of the plan: those are recorded, and prices are not.
+    """
+    line = plan.stage("generate")
+    if line is None or not line.pending or line.usd_to_do is None:
+        return ""
+    return f"generate: {line.pending} rows to do cost about ${line.usd_to_do:.6g} at the recipe's prices"
+
+
+def refuse_without_key(recipe: Recipe) -> None:
+    """Refuse calls without the key that they need.
+
+    Raises:
+        UsageError: its environment variable is not set.
+    """
+    generate = endpoint_of(recipe)
+    if generate is not None:
+        api_key(generate)

@@ -45,7 +45,7 @@ class Scale:
     teacher_epochs: int = 5
     student_hidden: int = 48
     epochs: int = 6
-    rates: tuple[float, ...] = (1e-3, 3e-3, 9e-3)
+    rates: tuple[float, ...] = (1e-3, 3e-3, 9e-3, 27e-3)
 
 
 SCALES = {

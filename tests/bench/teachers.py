@@ -80,7 +80,7 @@ SCALES = {
             "stories": {"student": 340_000, "held_out": 70_000},
             "code": {"teacher": 1_300_000, "student": 130_000, "held_out": 30_000},
         },
-        tokens=160_000,
+        tokens=480_000,
         seeds=(0, 1, 2),
     ),
     "tiny": Scale(
@@ -254,7 +254,7 @@ def compare(folder: Path, seeds: tuple[int, ...]) -> dict[str, Any]:
         }
         for student in ("routed", "unrouted")
     }
-    entropies = [{"student": s, "seed": seed, **found} for (s, seed), found in read.items()]
+    entropies = [{"of": s, "seed": seed, **found} for (s, seed), found in read.items()]
     enough = all(interval(kept["routed"][domain])[0] >= KEPT for domain in DOMAINS)
     return {"gains": gains, "kept": kept, "cross_entropy": entropies, "keeps_enough": enough}
 

@@ -10,6 +10,7 @@ import torch
 from kit import recipe_tree
 from peft import LoraConfig, PeftModel, get_peft_model
 from quantized import loaded, needs_bitsandbytes, saved
+from safetensors.torch import load_file, save_file
 from tiny_adapter import save_adapter, save_base
 from tiny_classes import World, records
 from tiny_images import CLASSES, Pictures, save_tiny_resnet
@@ -135,6 +136,33 @@ def test_a_config_that_names_what_its_weights_have_not_is_found_out(
         refuse_unquantized(folder, field="teacher.model", name="x")
         with pytest.raises(UsageError, match=rf"as quantised \({method}, as saved\), and all"):
             load_causal_lm(found(folder))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it stays in 8 bits")
+def test_what_becomes_floats_again_while_it_is_loaded_is_what_its_files_hold(
+    tmp_path: Path, found: Callable[..., Identity]
+) -> None:
+    """True 8 bit weights of transformers' fp8: no layer holds fewer bits, and it is no lie."""
+    folder = save_tiny_llama(tmp_path / "fp8", hidden_size=128, intermediate_size=128)
+    stored, exact = {}, load_file(folder / "model.safetensors")
+    for name, weight in exact.items():
+        stored[name] = weight
+        if "proj" in name:
+            scale = weight.abs().max() / 448
+            stored[name] = (weight / scale).to(torch.float8_e4m3fn)
+            stored[f"{name}_scale_inv"] = scale.reshape(1, 1)
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    method = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": method}
+    (folder / "config.json").write_text(json.dumps(config))
+    refuse_unquantized(folder, field="teacher.model", name="x")
+    identity = found(folder)
+    assert identity.quantized == "fp8, as saved"
+    layer = dict(load_causal_lm(identity).named_parameters())
+    name = "model.layers.0.mlp.up_proj.weight"
+    read = stored[name].float() * stored[f"{name}_scale_inv"]
+    torch.testing.assert_close(layer[name], read, rtol=1e-2, atol=1e-4)
+    assert not torch.allclose(layer[name], exact[name], rtol=1e-2, atol=1e-4)
 
 
 def test_what_cannot_be_loaded_here_is_said_with_what_is_missing(

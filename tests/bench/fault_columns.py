@@ -10,8 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kit import prompts, stillroom, write_jsonl, write_recipe
+import yaml
+from kit import prompts, recipe_tree, stillroom, write_jsonl, write_recipe
+from tiny_images import save_tiny_resnet, write_folder
 from tiny_llama import save_tiny_llama
+from tiny_masks import save_tiny_masked, texts
+from tiny_words import save_tiny_tagger, tagged
 
 from stillroom.storage.errors import IntegrityError, StillroomError
 from stillroom.storage.integrity.vacuum import vacuum
@@ -81,6 +85,10 @@ def _run(stage: str) -> Callable[[Place], list[object]]:
     return lambda place: ["run", place.recipe, "--only", stage, *_stored(place)]
 
 
+def _run_of(task: str, stage: str) -> Callable[[Place], list[object]]:
+    return lambda place: ["run", place.root / f"{task}.yaml", "--only", stage, *_stored(place)]
+
+
 def _stored(place: Place) -> list[str]:
     return ["--set", f"storage.dir={place.url}"] if place.url else []
 
@@ -138,6 +146,28 @@ def _foreign(place: Place) -> None:
     parts = zip(ids.tolist(), entries.tolist(), values.tolist(), strict=True)
     table = [{"tokens": t, "prompt": 3, "ids": e, "values": v} for t, e, v in parts]
     write_jsonl(place.root / "table.jsonl", table)
+
+
+def _of_other_tasks(root: Path) -> None:
+    """Teacher, data and recipe of each task but the next token."""
+    sources = {
+        "token_classification": ("tagged", write_jsonl(root / "tagged.jsonl", tagged(ROWS))),
+        "masked_lm": ("text", write_jsonl(root / "texts.jsonl", texts(ROWS))),
+        "image_classification": ("images", write_folder(root / "pictures", ROWS)),
+    }
+    save = (save_tiny_tagger, save_tiny_masked, save_tiny_resnet)
+    for save_teacher, (task, (kind, source)) in zip(save, sources.items(), strict=True):
+        teacher = save_teacher(root / task)
+        sections: dict[str, Any] = {
+            "run": {"dir": str(root / "run"), "task": task},
+            "storage": {"dir": str(root / "store"), "commit_rows": COMMIT_ROWS},
+            "data": {"source": str(source), "format": kind, "holdout": 8},
+            "score": {"targets": "topk", "k": K} if kind == "text" else {"targets": "full"},
+            "student": {"model": str(teacher)},
+            "train": {"epochs": 2, "tokens_per_step": 16, "checkpoint_every_steps": 2},
+        }
+        tree = recipe_tree(root, teacher, source, generate=None, **sections)
+        (root / f"{task}.yaml").write_text(yaml.safe_dump(tree))
 
 
 _APPEND = "storage.store.commits:CommitLog.append"
@@ -210,6 +240,27 @@ COLUMNS = {
     "generate, two at once": Column(
         words=_run("generate"), state="data", moment=(_APPEND, 1), unit=_ROW, copies=2
     ),
+    **{
+        f"{stage} of {what}": Column(
+            words=_run_of(task, stage),
+            state=f"data of {what}" if stage == "score" else "",
+            moment=(_APPEND, 2),
+            unit=_ROW,
+        )
+        for what, task in (
+            ("words", "token_classification"),
+            ("hidden tokens", "masked_lm"),
+            ("images", "image_classification"),
+        )
+        for stage in ("data", "score")
+    },
+    "train of images": Column(
+        words=_run_of("image_classification", "train"),
+        state="score of images",
+        moment=("stages.train.checkpoints:Checkpoints.save", 2),
+        unit=("steps", "stages.train.trainer:Trainer.step"),
+        outcome=_student,
+    ),
 }
 
 LOOKS = {
@@ -227,12 +278,13 @@ LOOKS = {
 
 
 def prepare(place: Place) -> None:
-    """Teacher, prompts, recipe and foreign table."""
+    """Teachers, data and recipes, and a foreign table."""
     save_tiny_llama(place.root / "teacher", hidden_size=32, initializer_range=0.4)
     source = write_jsonl(place.root / "prompts.jsonl", prompts(ROWS))
     train = {"epochs": 2, "tokens_per_step": 128, "checkpoint_every_steps": 2}
     write_recipe(place.root, place.root / "teacher", source, train=train)
     _foreign(place)
+    _of_other_tasks(place.root)
 
 
 @dataclass

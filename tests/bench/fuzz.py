@@ -1,6 +1,6 @@
 """Damaged input, drawn by hypothesis: whether every command answers as documented, or has a bug.
 
-    python tests/bench/fuzz.py [--seconds 3600] [--only NAME ...] [--seed 0] [--out DIR]
+    python tests/bench/fuzz.py [--seconds 3600] [--only NAME ...] [--task TASK] [--seed 0] [--out DIR]
 
 A small store, run, published folder, recipes and data are made once. An example copies them,
 damages one thing (`fuzz_targets.py`) and runs one command in this process. It is a finding if
@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 sys.path.insert(0, str(Path(__file__).parent))
 
 from fuzz_targets import Target, targets
-from fuzz_world import Words, World
+from fuzz_world import ON_STORE, OTHER_TASKS, OtherWorld, Words, World
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from kit import stillroom
@@ -184,16 +184,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=3600)
     parser.add_argument("--only", nargs="*", choices=list(targets()), default=list(targets()))
+    parser.add_argument("--task", choices=OTHER_TASKS, help="the store of another task alone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--tiny", action="store_true", help="two examples of each target")
     asked = parser.parse_args()
     out = asked.out or Path(tempfile.mkdtemp(prefix="fuzz-"))
     faulthandler.enable()
-    world = prepared(out)
+    world = prepared(out, asked.task)
+    names = [name for name in asked.only if asked.task is None or name in ON_STORE]
     tally, began, number = Tally(), time.monotonic(), asked.seed
     while (time.monotonic() - began < asked.seconds) and not (asked.tiny and number > asked.seed):
-        for name in asked.only:
+        for name in names:
             examples = 2 if asked.tiny else ROUND
             fuzz(world, name, targets()[name], tally, examples=examples, number=number)
             if time.monotonic() - began > asked.seconds:
@@ -203,10 +205,10 @@ def main() -> None:
     _print(tally, time.monotonic() - began, asked.seed)
 
 
-def prepared(out: Path) -> World:
+def prepared(out: Path, task: str | None) -> World:
     """A world in an empty folder; the working folder is an empty one beside it."""
     shutil.rmtree(out, ignore_errors=True)
-    world = World(out / "world")
+    world = World(out / "world") if task is None else OtherWorld(out / "world", task)
     (out / "here").mkdir()
     os.chdir(out / "here")
     world.fresh()

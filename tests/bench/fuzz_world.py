@@ -1,12 +1,16 @@
 """What `fuzz.py` damages: a small store, run, published folder, recipes and data, all valid; what is run on them."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 from kit import prompts, recipe_tree, stillroom, write_jsonl
+from tiny_images import save_tiny_resnet, write_folder
 from tiny_llama import WORDS, save_tiny_llama
+from tiny_masks import save_tiny_masked, texts
+from tiny_words import save_tiny_tagger, tagged
 
 from stillroom.stages.recipe.sections import Recipe
 
@@ -23,9 +27,7 @@ class World:
     """A store, a run, a published folder, recipes and data, all valid; and a copy of them to damage."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.work, self._valid = root, root / "work", root / "valid"
-        root.mkdir(parents=True)
-        self.work.mkdir()
+        self._begin(root)
         self.teacher = save_tiny_llama(root / "teacher")
         (self.teacher / "chat_template.jinja").write_text(_TEMPLATE)
         source = write_jsonl(self.work / "prompts.jsonl", prompts(14))
@@ -40,6 +42,11 @@ class World:
         self._recipes(tree)
         self._interrupted(tree)
         self.work.rename(self._valid)
+
+    def _begin(self, root: Path) -> None:
+        self.root, self.work, self._valid = root, root / "work", root / "valid"
+        root.mkdir(parents=True)
+        self.work.mkdir()
 
     def _recipes(self, tree: dict[str, Any]) -> None:
         """Other recipes on the same world: from the published folder, and stage one of each format of data."""
@@ -92,6 +99,48 @@ class World:
             (path.name, 0) for path in sorted(entries)
         ]
 
+
+class OtherWorld(World):
+    """The store of another task, up to its targets, with its recipe: what `ON_STORE` damages."""
+
+    def __init__(self, root: Path, task: str) -> None:
+        self._begin(root)
+        save, kind, write = OTHER_TASKS[task]
+        self.teacher = save(root / "teacher")
+        source = write(self.work)
+        sections: dict[str, Any] = {
+            "run": {"dir": str(self.work / "run"), "task": task},
+            "data": {"source": str(source), "format": kind, "holdout": 3},
+            "student": {"model": str(self.teacher)},
+            "score": {"targets": "topk", "k": 4} if kind == "text" else {"targets": "full"},
+            "train": {"epochs": 1, "tokens_per_step": 64},
+        }
+        tree = recipe_tree(self.work, self.teacher, source, generate=None, **sections)
+        self.write("recipe.yaml", yaml.safe_dump(tree).encode())
+        stillroom("run", self.work / "recipe.yaml", "--quiet", "--until", "score")
+        self.work.rename(self._valid)
+
+
+OTHER_TASKS: dict[str, tuple[Callable[[Path], Path], str, Callable[[Path], Path]]] = {
+    "token_classification": (
+        save_tiny_tagger,
+        "tagged",
+        lambda folder: write_jsonl(folder / "rows.jsonl", tagged(14)),
+    ),
+    "masked_lm": (
+        save_tiny_masked,
+        "text",
+        lambda folder: write_jsonl(folder / "rows.jsonl", texts(14)),
+    ),
+    "image_classification": (
+        save_tiny_resnet,
+        "images",
+        lambda folder: write_folder(folder / "pictures", 14),
+    ),
+}
+"""Task -> its teacher, the format of its records, and a source of them."""
+ON_STORE = ("records", "other records", "shards")
+"""Targets that are part of a store."""
 
 RECORDS: dict[str, list[dict[str, Any]]] = {
     "prompt": prompts(6),

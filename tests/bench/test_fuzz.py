@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fuzz import Tally, fuzz
 from fuzz_edits import as_json
 from fuzz_targets import seal_anything, targets
-from fuzz_world import RECORDS, World
+from fuzz_world import ON_STORE, OTHER_TASKS, RECORDS, OtherWorld, World
 
 EXAMPLES = 2
 
@@ -32,6 +32,19 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_damaged_input_ends_as_documented(world: World, name: str) -> None:
     tally = Tally()
     fuzz(world, name, targets()[name], tally, examples=EXAMPLES, number=0)
+    assert tally.examples[name] >= 1
+    assert not tally.findings
+
+
+@pytest.fixture(scope="module", params=OTHER_TASKS)
+def other(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
+    return OtherWorld(tmp_path_factory.mktemp("fuzz") / "world", request.param)
+
+
+@pytest.mark.parametrize("name", ON_STORE)
+def test_damaged_stores_of_other_tasks_end_as_documented(other: World, name: str) -> None:
+    tally = Tally()
+    fuzz(other, name, targets()[name], tally, examples=EXAMPLES, number=1)
     assert tally.examples[name] >= 1
     assert not tally.findings
 

@@ -93,8 +93,8 @@ def test_suspects_come_last_and_alone_and_what_kills_is_rejected(
     batches: list[int] = []
     whole = generate.open_engine
 
-    def noted(*arguments: Any) -> Any:
-        engine: Any = whole(*arguments)
+    def noted(*arguments: Any, **named: Any) -> Any:
+        engine: Any = whole(*arguments, **named)
         run = engine._run
 
         def _run(batch: list[Request], heartbeat: Callable[[], None]) -> Any:
@@ -295,7 +295,7 @@ def test_vllm_is_full_across_blocks_and_rows_are_committed_while_others_run(
     job, author = generation_job(tiny_llama, tmp_path, rows=rows, storage={"commit_rows": 4})
     fake = BusyVllm(lambda: len(table(job, "generations", "key")))
     engine = vllm_on(fake, monkeypatch)
-    monkeypatch.setattr(generate, "open_engine", lambda *_: engine)
+    monkeypatch.setattr(generate, "open_engine", lambda *_, **__: engine)
     assert generate.run(job, author).rows == rows
     claims = list((Path(job.recipe.storage.dir) / "claims").rglob("*.json"))
     assert len(claims) == rows // 8

@@ -63,6 +63,10 @@ class _Passes(Exception):
         self.after_seconds = after_seconds
 
 
+class _NoAnswer(RowError):
+    """After all attempts, while others had one."""
+
+
 class _Left(Exception):
     """The call was not sent: the stage ends, or the budget is spent."""
 
@@ -155,7 +159,7 @@ class OpenAIEngine:
         except _Left:
             return Completion(request.number, [], "", UNASKED)
         except RowError as error:
-            attempts = ATTEMPTS if error.reason == "engine" else 1
+            attempts = ATTEMPTS if isinstance(error, _NoAnswer) else 1
             return _rejected(request, error.reason, str(error), attempts=attempts)
 
     def _call(self, request: Request) -> _Call:
@@ -209,7 +213,7 @@ class OpenAIEngine:
         except _Passes as error:
             if len(others) > 1 and others[-1] > others[-2]:
                 what = f"no answer in {len(others)} attempts, while others had one: {error}"
-                raise RowError("engine", what) from error
+                raise _NoAnswer("engine", what) from error
             raise StillroomError(
                 f"generate: {self._settings.base_url} gave no answer in {len(others)} attempts "
                 f"({error}). All answers so far are kept. Run the same command again when it is well."

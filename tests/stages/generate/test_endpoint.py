@@ -62,7 +62,7 @@ def test_every_prompt_is_one_row_whatever_the_endpoint_does(
     faults = {prompt: deque([fault]) for prompt, fault in zip(asked, FAULTS, strict=False)}
     with endpoint(faults=faults) as served:
         teacher = tiny_llama("teacher")
-        recipe = recipe_for(tmp_path, teacher, served, generate={"timeout_seconds": 1.0})
+        recipe = recipe_for(tmp_path, teacher, served, generate={"timeout_seconds": 4.0})
         outcome = last_json(stillroom("run", recipe, "--json"))
         assert outcome["stages"]["generate"]["rows"] == 12
         again = last_json(stillroom("run", recipe, "--json"))

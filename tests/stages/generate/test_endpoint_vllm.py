@@ -1,6 +1,7 @@
 """A real endpoint, `vllm serve` on 127.0.0.1: what it writes greedily is what the offline engine writes."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -53,8 +54,8 @@ def served(assets: Path, tmp_path: Path) -> Iterator[str]:
             assert not ended(server), (tmp_path / "server.log").read_text()[-2000:]
             yield f"{address}/v1"
         finally:
-            server.terminate()
-            server.wait(60)
+            os.killpg(server.pid, signal.SIGKILL)  # it has processes of its own
+            server.wait()
 
 
 def ended(server: subprocess.Popen[bytes]) -> bool:

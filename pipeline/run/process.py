@@ -41,7 +41,7 @@ class StageProcess:
         self.ended = False
         """Whether nothing more will come of it."""
         self._line, theirs = socket.socketpair()
-        told = {"GOMP_SPINCOUNT": SPIN} | os.environ | environment
+        told = {"GOMP_SPINCOUNT": SPIN} | os.environ | dict(environment)
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "stillroom.pipeline.run.worker"],

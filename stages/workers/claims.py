@@ -16,6 +16,7 @@ import os
 import random
 import re
 import socket
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +26,9 @@ from ...storage.files.base import Files
 from ...storage.keys import canonical_json, content_id
 
 T = TypeVar("T")
+LOOK_SHARE = (
+    100  # so many times as long as a look takes lie between two: a hundredth of the time at most
+)
 _CLAIM = re.compile(r"(?P<block>[0-9]{8})\.(?P<number>[0-9]{1,9})\.json")
 
 
@@ -37,6 +41,7 @@ class Claims:
         self._folder = f"claims/{stage}/{content_id('work', stage=stage, **work)}"
         self._worker = uuid.uuid4().hex
         self._random = random.Random(self._worker)
+        self._next_look = 0.0
 
     def blocks(
         self,
@@ -57,9 +62,13 @@ class Claims:
                 left is claimed.
             left: The requests of a block that nobody has committed.
         """
-        open_blocks = dict.fromkeys(self._turned(pending))
-        claims = self._counts() if open_blocks else Counter()
+        open_blocks = dict.fromkeys(pending)
+        claims = Counter[int]()
         while open_blocks:
+            if time.monotonic() >= self._next_look:
+                claims = self._counts()
+            if claims[next(iter(open_blocks))] or not claims:
+                open_blocks = self._turned(open_blocks, claims)
             in_order = sorted(open_blocks, key=lambda block: claims[block])
             look(claims[in_order[0]] > 0)
             for block in in_order:
@@ -73,26 +82,33 @@ class Claims:
                     if had:
                         self._random.shuffle(requests)
                     yield had, requests
-                if (
-                    had or block in open_blocks
-                ):  # the others have come this far: look where they are
-                    claims = self._counts()
+                if had or block in open_blocks:  # the others have come this far
+                    self._next_look = 0.0
                 break
 
-    def _turned(self, pending: Iterable[int]) -> list[int]:
-        """Blocks in their order from a place that depends on the worker, so that workers spread."""
+    def _turned(self, pending: Iterable[int], claims: Counter[int]) -> dict[int, None]:
+        """Blocks in their order from any one of those with the fewest claims, so that workers spread.
+
+        Else two of them that meet would go on side by side, and each claim of one would be tried by the
+        other.
+        """
         blocks = sorted(pending)
-        start = self._random.randrange(len(blocks)) if blocks else 0
-        return blocks[start:] + blocks[:start]
+        fewest = min((claims[block] for block in blocks), default=0)
+        free = [number for number, block in enumerate(blocks) if claims[block] == fewest]
+        start = self._random.choice(free) if free else 0
+        return dict.fromkeys(blocks[start:] + blocks[:start])
 
     def _counts(self) -> Counter[int]:
-        counts = Counter[int]()
+        """How many claims each block has; the next look is due when this one has taken little of the time."""
+        began, counts = time.monotonic(), Counter[int]()
         for name in self._files.names(
             self._folder
         ):  # old claims may have been vacuumed: the highest number counts
             if found := _CLAIM.fullmatch(name):
                 block, number = int(found["block"]), int(found["number"])
                 counts[block] = max(counts[block], number + 1)
+        now = time.monotonic()
+        self._next_look = now + LOOK_SHARE * (now - began)
         return counts
 
     def _claim(self, block: int, number: int) -> bool:

@@ -25,6 +25,7 @@ import socket
 import uuid
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -98,7 +99,11 @@ def read_journal(path: Path) -> Flight:
     """The state at the end of a journal; one that is not there says nothing."""
     rows: dict[bytes, bool] = {}
     marks = Counter[str]()
-    data = path.read_bytes() if path.is_file() else b""
+    data = b""
+    with suppress(
+        FileNotFoundError
+    ):  # another worker, to which nothing is left to do, takes it away
+        data = path.read_bytes()
     for line in data.decode(errors="replace").splitlines():
         if not _LINE.fullmatch(line):  # for people, or torn by a power cut
             continue

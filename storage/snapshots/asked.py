@@ -37,10 +37,11 @@ def in_asked_order(snapshot: Snapshot, samples: np.ndarray, sizes: np.ndarray) -
 
 def _cut(sizes: np.ndarray) -> np.ndarray:
     """[G] samples of each group: as many as are small enough together, one at least."""
-    groups, count, held = [], 0, 0
-    for size in sizes.tolist():
-        if count and (count == GROUP_ROWS or held + size > ROW_GROUP_BYTES):
-            groups.append(count)
-            count, held = 0, 0
-        count, held = count + 1, held + size
-    return np.array([*groups, count], np.int32)
+    before = np.concatenate(
+        [[0], np.cumsum(sizes, dtype=np.int64)]
+    )  # bytes of all samples before each
+    edges = [0]
+    while (first := edges[-1]) < len(sizes):
+        fitting = int(np.searchsorted(before, before[first] + ROW_GROUP_BYTES, side="right")) - 1
+        edges.append(max(first + 1, min(fitting, first + GROUP_ROWS)))
+    return np.diff(edges).astype(np.int32)

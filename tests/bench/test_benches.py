@@ -148,6 +148,20 @@ def test_the_workers_bench_runs() -> None:
     assert measured["one"]["rows_redone"] == measured["apart"]["rows_redone"] == 0
 
 
+@pytest.mark.parametrize("more", [[], ["--claims-only"]])
+def test_the_scale_bench_runs(more: list[str]) -> None:
+    alone, eight = bench("scale", "--tiny", *more)[0]["rows"]
+    assert (alone["workers"], alone["claims_refused_percent"], alone["made_twice_percent"]) == (
+        1,
+        0,
+        0,
+    )
+    assert (
+        eight["claims_refused_percent"] < 5
+    )  # a third where all go on side by side after they have met
+    assert (eight["reads_per_commit"] > 8) == (not more)  # each reads what all have done
+
+
 @pytest.mark.slow
 def test_the_plan_bench_runs(tmp_path: Path) -> None:
     stages = bench("plan", tmp_path, "--tiny")[0]["stages"]

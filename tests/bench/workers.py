@@ -5,13 +5,14 @@ thread each.
 
     python tests/bench/workers.py [--tiny] [--rows N] [--rounds N] [--engine hf]
 
-Each round does the same prompts three times: by one worker; by two workers that share a store; and,
-as a control, by two workers that share nothing, each on a store and all prompts of its own, which
-is what the machine can do at best. The rate is rows over the time from the moment when every worker
-has committed to the last commit of all: so loading is out, and the end, when workers run out of
-blocks of their own, is in. Of workers apart it is the sum of their own rates. Rows made twice are
-counted where they are made. CPU time per committed row, from a worker's first row to its last, says
-what sharing costs also where other processes take a part of the machine.
+Each round does the same prompts three times: by one worker; by two workers of one run, which share
+its store (`compute.workers`); and, as a control, by two that share nothing, each a run on a store
+and all prompts of its own, which is what the machine can do at best. The rate is rows over the time
+from the moment when every worker has committed to the last commit of all: so loading is out, and
+the end, when workers run out of blocks of their own, is in. Of workers apart it is the sum of their
+own rates. Rows made twice are counted where they are made. CPU time per committed row, from a
+worker's first row to its last, says what sharing costs also where other processes take a part of
+the machine.
 """
 
 import json
@@ -42,15 +43,14 @@ NOTED = """
 """
 
 
-def work(folder: Path, recipes: list[Path], counted: Path) -> None:
-    """One worker for each recipe named, all at once; ends when all have."""
+def work(folder: Path, recipes: list[Path], counted: Path, *, workers: int) -> None:
+    """A run of so many workers for each recipe named, all at once; ends when all have."""
     site = at_worker_start(folder, NOTED.format(path=str(counted)))
-    started = [
-        start(recipe, "--only", "generate", "--quiet", PYTHONPATH=site) for recipe in recipes
-    ]
+    words = ("--only", "generate", "--quiet", "--set", f"compute.workers={workers}")
+    started = [start(recipe, *words, PYTHONPATH=site) for recipe in recipes]
     for process in started:
         if process.wait():
-            raise SystemExit(f"a worker ended with {process.returncode}: {process.errors()}")
+            raise SystemExit(f"a run ended with {process.returncode}: {process.errors()}")
 
 
 def commits(store: Path) -> list[tuple[float, str, int]]:
@@ -102,7 +102,7 @@ def one_round(
             )
             stillroom("run", recipes[-1], "--only", "data")
         made = folder / f"{way}-made"
-        work(folder / f"{way}-site", recipes * (count // stores), made)
+        work(folder / f"{way}-site", recipes, made, workers=count // stores)
         rates = [rate(recipe.parent / "store") for recipe in recipes]
         shares = sorted((rows for _, writers in rates for rows in writers.values()), reverse=True)
         rows = sum(shares)

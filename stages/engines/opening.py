@@ -1,16 +1,18 @@
-"""Which engine a recipe gets, and opening it."""
+"""Which engine a recipe gets, and opening it, to write or to read."""
 
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 from ...storage.errors import UsageError
 from ..models.identity import Identity
 from ..recipe.engines import ENGINES, EngineKind, Generate
 from ..workers.clock import Clock
-from .base import Engine
+from .base import Engine, Reader
 
 
-def choose_engine(name: str | None) -> str:
+def choose_engine(name: str | None, *, field: str = "generate.engine") -> str:
     """The engine that the recipe names; where it names none, the first one that is installed.
 
     Raises:
@@ -21,8 +23,7 @@ def choose_engine(name: str | None) -> str:
     engine = _named(name)
     if not _installed(engine):
         raise UsageError(
-            f"generate.engine: {name!r} is not installed here. Install {engine.install}, or use "
-            "generate.engine=hf."
+            f"{field}: {name!r} is not installed here. Install {engine.install}, or use {field}=hf."
         )
     return name
 
@@ -37,6 +38,26 @@ def open_engine(
         engine_class = getattr(import_module(f".{module}", __package__), class_name)
         engine: Engine = engine_class(author, settings, clock)
     return engine
+
+
+def open_reader(
+    name: str, teacher: Identity, given: Mapping[str, Any], *, longest: int, clock: Clock
+) -> Reader:
+    """Load a teacher into the engine that is to read texts, the longest of so many tokens.
+
+    Raises:
+        UsageError: the engine is not installed, or refuses the teacher or its arguments.
+    """
+    from .vllm import VllmReader
+
+    choose_engine(name, field="score.engine")
+    with clock.span("start"):
+        return VllmReader(teacher, given, longest=longest, clock=clock)
+
+
+def is_installed(name: str) -> bool:
+    """Whether an engine's package is here."""
+    return _installed(_named(name))
 
 
 def _named(name: str) -> EngineKind:

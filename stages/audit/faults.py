@@ -107,7 +107,7 @@ def _fits(
     stored = stored_numbers(targets)
     measured = reader.numbers(row, targets, positions=positions)
     if row.entropy_is_bound:
-        stored["entropy"] = np.minimum(stored["entropy"], measured["entropy"])
+        stored["entropy"] = np.maximum(stored["entropy"], measured["entropy"])
     slack = slack_of(row, stored, part)
     found = compare(stored, measured, again=measured, slack=slack)
     # Shifted, `token_logprob` would fit only if the token, too, was looked up in the wrong place. Of

@@ -62,8 +62,8 @@ class TeacherReader(ABC):
         again = self._numbers(row, targets, states=among_others, positions=positions)
         entropy = measured["entropy"]
         if row.entropy_is_bound:
-            # The least that it can be: right where it is less than measured.
-            stored["entropy"] = np.minimum(stored["entropy"], entropy)
+            # The least that it can be: right where it is no more than measured.
+            stored["entropy"] = np.maximum(stored["entropy"], entropy)
         if row.imported:
             stored, measured, again = (
                 entries_alone(numbers, targets, row.scored) for numbers in (stored, measured, again)

@@ -59,7 +59,7 @@ def _opened(author: Identity, what: str, given: Mapping[str, Any], **settings: A
     if author.adapter is not None:
         arguments["max_lora_rank"] = lora_room(author.parts["adapter"]["config"])
     with answered(f"{what}: vLLM refuses to start with {author.folder}", _ELSE):
-        return LLM(**arguments | settings | given)
+        return LLM(**{**arguments, **settings, **given})
 
 
 _ELSE = "Change them, or use the engine hf."

@@ -167,11 +167,12 @@ class _Writing:
         self._share.done([request])
         if completion.error is None:
             row = _row(self._job, request, prompt, completion)
-            made: dict[TableName, list[dict[str, Any]]] = {"generations": [row]}
+            made: dict[TableName, list[dict[str, Any]]] = {}
             if self._keeping is not None:
                 # Nothing predicts the first token of all.
                 kept = completion.targets if prompt[0] else None
-                made = {"soft_targets": [self._keeping(row, kept)] if kept else []} | made
+                made["soft_targets"] = [self._keeping(row, kept)] if kept else []
+            made["generations"] = [row]
             self._share.add(made, tokens=len(completion.token_ids))
         else:
             self._share.fail(request, RowError("engine", completion.error), completion.attempts)
@@ -277,5 +278,5 @@ def _kept_row(
         mantissa_bits=bits,
         settings=kept.columns(),
         tail_bound=drawn_from.tail_bound,
-        **_named(engine),
+        engine=None if engine == HF else engine,
     )

@@ -17,7 +17,7 @@ from ..targets.entries_and_tail import Collected
 from ..targets.features.capture import Projections
 from ..targets.spec import Kept
 from ..workers.job import Job
-from .scorer import Batch, Read, target_seed
+from .scorer import Batch, Neighbours, Read, target_seed
 
 
 class _Together:
@@ -34,7 +34,8 @@ class Teacher:
     """A causal language model in an engine; see `scorer.Teacher`."""
 
     def __init__(self, job: Job, identity: Identity, *, longest: int) -> None:
-        self.device, self.company, self.model = torch.device("cpu"), _Together(), None
+        self.device, self.model = torch.device("cpu"), None
+        self.company: Neighbours = _Together()
         self.projections: Projections = {}
         self._job, self._vocab_size = job, identity.vocab_size
         given = job.score.engine_args

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from ...storage.tables.features import Layout, Projected
     from ...storage.tables.soft_targets import SoftTargets
-    from ..models.attention.longest import Company
     from ..targets.features.capture import Found, Projections, Taken
 
 Batch = list[TargetRequest]
@@ -63,13 +62,22 @@ class _Flight:
     """What is said of each row; waits for the device."""
 
 
+class Neighbours(Protocol):
+    """Which rows may share a pass."""
+
+    apart: str
+    """Why some may not, for messages."""
+
+    def may_share(self, lengths: Iterable[int]) -> bool:
+        """Whether rows of so many tokens may."""
+
+
 class Teacher(Protocol):
     """A task's teacher, ready to be asked; the class of this name in the module that bears the task's name."""
 
     device: "torch.device"
     model: Any
-    company: "Company"
-    """Which rows may share a pass."""
+    company: Neighbours
     projections: "Projections"
     """What makes its vectors narrower; set before the first batch."""
 
@@ -254,7 +262,7 @@ class Scorer:
             labels=request.labels,
             image=request.image,
             tail_bound=read.tail_bound,
-            **self._opened.named,
+            engine=self._opened.named.get("engine"),
         )
 
     def _feature_rows(self, request: TargetRequest, read: Read) -> Iterator[dict[str, Any]]:

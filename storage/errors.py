@@ -2,6 +2,7 @@
 
 StillroomError            1   a failure that is not the user's mistake: disk full, out of memory
 ├── UsageError            2   a bad recipe, bad input or bad usage
+│   └── NotLoaded             a model that this library cannot load
 ├── IntegrityError        3   what is on disk is not what was committed
 └── Stopped             130   asked to stop by a signal; finished rows are committed
 
@@ -28,6 +29,10 @@ class UsageError(StillroomError):
     """The recipe, the input or the command is wrong."""
 
     exit_code = 2
+
+
+class NotLoaded(UsageError):
+    """A model that a library cannot load; another one may."""
 
 
 class IntegrityError(StillroomError):
@@ -61,7 +66,7 @@ class RowError(Exception):
 
 
 @contextmanager
-def answered(what: str, action: str) -> Iterator[None]:
+def answered(what: str, action: str, kind: type[UsageError] = UsageError) -> Iterator[None]:
     """Whatever a library raises in this block, as a UsageError of one line: what went wrong, its cause, what to do.
 
     Libraries that load models have no common type for what is wrong with one. What is no fault of
@@ -74,7 +79,7 @@ def answered(what: str, action: str) -> Iterator[None]:
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which nothing here imports
             raise
-        raise UsageError(f"{what} ({in_short(error).rstrip(' .')}). {action}") from error
+        raise kind(f"{what} ({in_short(error).rstrip(' .')}). {action}") from error
 
 
 def name_too_long(error: OSError, name: object) -> UsageError | None:

@@ -9,6 +9,7 @@ from ...stages.audit.stored_rows import TargetShard, choose_rows, target_shards
 from ...stages.ledger.books import different
 from ...stages.models.fit.quantized import WHILE_LOADING, refuse_unquantized
 from ...stages.models.identity import FileHashes, Identity, find_model, identify
+from ...stages.recipe.kinds import HF
 from ...stages.workers.job import Progress
 from ...storage.errors import UsageError
 from ...storage.store.store import Store
@@ -188,6 +189,7 @@ def deep_json(found: "Rescored") -> dict[str, Any]:
         "tokens": found.tokens,
         "kinds": found.kinds,
         "imported": found.imported,
+        "engines": found.engines,
         "quantities": {name: asdict(quantity) for name, quantity in found.quantities.items()},
         "off": [asdict(row) for row in found.off],
         "not_read": {
@@ -217,6 +219,9 @@ def _read_lines(found: "Rescored") -> list[str]:
     kinds = ", ".join(f"{count} {kind}" for kind, count in found.kinds.items())
     read = f"read again: {found.rows} rows ({kinds}), {found.tokens} scored tokens, by "
     lines = [f"{read}{found.teacher.folder}"] if found.rows else []
+    if others := {engine: rows for engine, rows in found.engines.items() if engine != HF}:
+        made = " and ".join(f"{rows} by {engine}" for engine, rows in others.items())
+        lines.append(f"engines compared: {made}, read again by {HF}")
     if found.imported:
         lines.append(
             f"imported: {found.imported} of these rows; of them only the entries are compared, "

@@ -31,6 +31,7 @@ from ...storage.published.folder import Published
 from ...storage.store.store import Store
 from ..numbers import teacher_layers
 from .endpoint import endpoint_notes, plan_endpoint, refuse_without_key
+from .engines import engine_notes
 from .features import feature_note, image_note, learnt_embeddings, plan_embeddings, teacher_widths
 from .lengths import unread_by_student, window_notes
 from .lineage import found_students
@@ -272,6 +273,7 @@ def _plan_score(plan: Plan, books: Books, *, upstream: bool) -> bool:
             teacher_widths=teacher_widths(one.recipe, one.bound),
             route=one.asked,
         )
+        plan.note(*engine_notes(one, books, pending=ledger.pending))
         if upstream and one.asked is not None and not ledger.planned:
             plan.note(f"{one.name} is asked for no text: its `where` takes none of the prompts")
         line = _line(one.line, ledger, upstream=upstream)

@@ -28,6 +28,12 @@ def refuse_early(recipe: Recipe, bound: Bound, *, write: bool) -> None:
         refuse_misfit(folder, recipe.run.task, field=field, name=name)
     if bound.teacher is None or bound.author is None:
         return
+    if recipe.generate is not None and recipe.generate.keep and bound.author.id != bound.teacher.id:
+        raise UsageError(
+            f"generate.keep: the model that writes ({bound.author.id}) is not the teacher that score "
+            f"names ({bound.teacher.id}), whose distributions are wanted. Remove generate.keep, or "
+            "generate.model."
+        )
     refuse_other_head(recipe, bound.teacher.parts["config"])
     masks_of(recipe, bound.teacher.folder)  # refuses a tokenizer that has none
     refuse_unread(recipe, bound)

@@ -1,9 +1,11 @@
 """Where a dataset comes from, as its card says it: models, sources, licences, settings, and what was chosen."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from ...stages.recipe.kinds import HF
 from ...storage.published.manifest import Manifest
 from ..numbers import count
 from ..plan.lineage import came_from
@@ -74,6 +76,21 @@ def _precision(model: Mapping[str, Any]) -> str:
     said = [inline(model.get("dtype"))]
     said += [inline(model["quantized"])] if model.get("quantized") else []
     return ", ".join([*said, *(["with an adapter"] if model["adapter"] else [])])
+
+
+def engines(provenance: Mapping[str, Any]) -> list[str]:
+    """Of targets that not transformers alone scored: by what they were, and what is then bounded."""
+    rows: Counter[str] = Counter()
+    for entry in provenance["made_with"].get("soft_targets", []):
+        rows[(entry.get("settings") or {}).get("engine", HF)] += entry["rows"]
+    if set(rows) <= {HF}:
+        return []
+    by = " and ".join(f"{count(number)} rows by {inline(name)}" for name, number in rows.items())
+    return [
+        f"Targets were scored by different ways of running the teacher: {by} (`engine`; null is {HF}). Where "
+        "`entropy_is_bound` is true, `entropy` is the least that it can be, and `tail_logprob` may be off by "
+        "`tail_bound` nats."
+    ]
 
 
 def _lineage(model_id: str, model: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from ...storage.tables.rows import Rows
 from ..numbers import count, decimals, percent, size
 from ..report.stored.inspect import describe
 from ..text import cell, escaped, fenced, inline, prose, table
-from .dataset_card_origin import model_name
+from .dataset_card_origin import engines, model_name
 from .features import features_about
 from .provenance import UNKNOWN, unknown_licenses
 
@@ -98,6 +98,7 @@ def warnings(manifest: Manifest, provenance: Mapping[str, Any]) -> list[str]:
         found.append(
             f"Licences not stated: {'; '.join(unknown)}. Find them out before you use this."
         )
+    found += engines(provenance)
     left_out = [name for name, facts in manifest.tables.items() if not facts["complete"]]
     if left_out:
         found.append(

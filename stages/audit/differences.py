@@ -5,7 +5,8 @@ sums inside. So what arithmetic alone may do is measured, not assumed. Per quant
 nats, one value per position or entry:
 
     d = |stored - measured|             what is judged; measured: the row read alone
-    r = |stored| * 2**-(bits + 1)       the most that rounding to `bits` bits of mantissa did
+    r = |stored| * 2**-(bits + 1)       the most that rounding to `bits` bits of mantissa did; of a tail that is
+                                        bounded (`tail_bound`), that bound besides
     n = |measured - measured again|     the noise of the arithmetic
 
 A row is right if, for each quantity,
@@ -13,7 +14,9 @@ A row is right if, for each quantity,
     max(d - r)   <=  ABSOLUTE + 4 eps + NOISE * (largest max(n) of any row)
     mean(d - r)  <=  ABSOLUTE + 4 eps + NOISE * (largest mean(n) of any row)
 
-with eps of the dtype that the teacher computes in (2**-7 in bfloat16). Drawn ids do not repeat: of
+with eps of the dtype that the teacher computes in (2**-7 in bfloat16). Two engines add in other orders, as
+rows alone and among others do: in float32 within ABSOLUTE, in half precision within that noise. An
+entropy that is a lower bound may be less than measured by anything. Drawn ids do not repeat: of
 sampled targets `draws` is compared, a mean that is 0 in expectation (`numbers.py`), and chance
 takes the place of r.
 """
@@ -123,12 +126,31 @@ def over_rows(readings: Sequence[SecondReading], eps: float) -> dict[str, Quanti
     return found
 
 
+def slack_of(
+    row: StoredRow, stored: "Numbers", part: slice | np.ndarray = slice(None)
+) -> dict[str, np.ndarray]:
+    """R of each quantity of some of a row's targets: its rounding; of a tail that is bounded, the bound too."""
+    slack = {
+        name: rounding(values, row.columns["mantissa_bits"]) for name, values in stored.items()
+    }
+    bound = row.columns.get("tail_bound")
+    if bound is not None and "tail_logprob" in slack:
+        slack["tail_logprob"] = slack["tail_logprob"] + np.minimum(
+            np.asarray(bound)[part], BOUNDLESS
+        )
+    return slack
+
+
 def compare(
-    stored: "Numbers", measured: "Numbers", *, again: "Numbers", bits: int
+    stored: "Numbers",
+    measured: "Numbers",
+    *,
+    again: "Numbers",
+    slack: Mapping[str, np.ndarray],
 ) -> dict[str, Difference]:
-    """A row's stored numbers against two readings, per quantity; `bits` of mantissa were stored."""
+    """A row's stored numbers against two readings, per quantity; `slack` is r of each."""
     found = {
-        name: difference(values, measured[name], again=again[name], slack=rounding(values, bits))
+        name: difference(values, measured[name], again=again[name], slack=slack[name])
         for name, values in stored.items()
     }
     if "draws" in measured:

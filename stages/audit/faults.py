@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from .differences import Quantity, SecondReading, compare, difference, rounding
+from .differences import Quantity, SecondReading, compare, difference, rounding, slack_of
 from .numbers import stored_numbers
 from .stored_rows import StoredRow
 from .teacher_reader import TeacherReader
@@ -56,9 +56,9 @@ def _fault(
         if _fits(row, reader, inner, shift=shift, limits=limits):
             fits = f"the teacher's at the position {side} their own: shifted by one position"
             return "shifted by one position", fits
-    # From here on a text is known by its entropies. Those of an imported row are bounds, which do
-    # not tell one text from another.
-    if row.imported:
+    # From here on a text is known by its entropies. Those of an imported row are bounds, and of an
+    # engine's best entries, which do not tell one text from another.
+    if row.imported or row.entropy_is_bound:
         return "other numbers", (
             "other numbers, and not those of the positions beside their own. Another teacher's, "
             "another text's, or not of the whole vocabulary at temperature 1"
@@ -106,7 +106,10 @@ def _fits(
     targets = row.targets.positions(part)
     stored = stored_numbers(targets)
     measured = reader.numbers(row, targets, positions=positions)
-    found = compare(stored, measured, again=measured, bits=row.columns["mantissa_bits"])
+    if row.entropy_is_bound:
+        stored["entropy"] = np.maximum(stored["entropy"], measured["entropy"])
+    slack = slack_of(row, stored, part)
+    found = compare(stored, measured, again=measured, slack=slack)
     # Shifted, `token_logprob` would fit only if the token, too, was looked up in the wrong place. Of
     # an imported row the entropy and the tail are bounds.
     named = {"logprobs"} if row.imported else found.keys() - ({"token_logprob"} if shift else set())

@@ -101,7 +101,7 @@ def _belong(
 
 def unknowing(rows: Sequence[Row]) -> str | None:
     """How little the targets know of any token here, in words; None: they know something, or claim nothing."""
-    if (found := _by_position([row for row in rows if at_one(row)], _LM)) is None:
+    if (found := _by_position([row for row in rows if _measures(row)], _LM)) is None:
         return None
     before, own, after, entropy, predicting = found
     # How much less likely the tokens are than the targets' entropy says: -l_0 - H.
@@ -122,7 +122,7 @@ def unknowing(rows: Sequence[Row]) -> str | None:
 def surprise(rows: Sequence[Row]) -> float | None:
     """How much less likely the teacher finds the text than the targets' entropy says, nats; None if that is chance."""
     found = [
-        -row["token_logprob"].astype(np.float64) - row["entropy"] for row in rows if at_one(row)
+        -row["token_logprob"].astype(np.float64) - row["entropy"] for row in rows if _measures(row)
     ]
     excess = np.concatenate(found) if found else np.zeros(1)
     return float(excess.mean()) if beyond_chance(excess, of=np.arange(len(excess))) else None
@@ -131,6 +131,11 @@ def surprise(rows: Sequence[Row]) -> float | None:
 def at_one(row: Row) -> bool:
     """Whether a row's entropy and entries are at temperature 1: ids may be drawn at another one."""
     return not STRUCTURES[row["kind"]].drawn or row.get("temperatures") is None
+
+
+def _measures(row: Row) -> bool:
+    """Whether a row's entropy says how likely the teacher's own text is: at temperature 1, and no bound."""
+    return at_one(row) and not row.get("entropy_is_bound")
 
 
 def beyond_chance(values: np.ndarray, *, of: np.ndarray) -> bool:

@@ -50,6 +50,8 @@ class Rescored:
     """Of the rows, those of which the entries alone were compared."""
     quantities: dict[str, Quantity]
     off: list[OffRow]
+    engines: dict[str, int] = field(default_factory=dict)
+    """Of the rows, how many each engine made; all are read again by transformers."""
     other_teachers: dict[str, int] = field(default_factory=dict)
     """Not read: other teachers -> their rows."""
     classes: int = 0
@@ -106,6 +108,7 @@ def rescore(
         imported=sum(row.imported for row in rows),
         quantities=limits,
         off=off,
+        engines=dict(Counter(row.engine for row in rows)),
     )
 
 

@@ -14,6 +14,7 @@ from ...storage.tables.heads import Head, head_of
 from ...storage.tables.kinds import STRUCTURES
 from ...storage.tables.soft_targets import SoftTargets
 from ...storage.tables.spans import positions, spans_of
+from ..recipe.kinds import HF
 from ..targets.alignment import parts_of, scored_tokens, target_positions
 
 
@@ -49,6 +50,16 @@ class StoredRow:
     def kind(self) -> str:
         """Of its targets."""
         return str(self.columns["kind"])
+
+    @property
+    def entropy_is_bound(self) -> bool:
+        """Whether its entropies are the least that they can be."""
+        return bool(self.columns.get("entropy_is_bound"))
+
+    @property
+    def engine(self) -> str:
+        """What ran the teacher."""
+        return str(self.columns.get("engine") or HF)
 
     @property
     def token_ids(self) -> np.ndarray:

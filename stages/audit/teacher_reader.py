@@ -18,7 +18,7 @@ from ..models.identity import Identity
 from ..models.masked_lm import load_teacher as load_masked
 from ..models.masked_lm import masked_company, masked_states
 from ..models.token_classification import load_teacher, token_company
-from .differences import SecondReading, compare
+from .differences import SecondReading, compare, slack_of
 from .numbers import Numbers, Says, entries_alone, measured_numbers, stored_numbers
 from .stored_rows import StoredRow
 
@@ -61,11 +61,14 @@ class TeacherReader(ABC):
         measured = self.numbers(row, targets, positions=positions)
         again = self._numbers(row, targets, states=among_others, positions=positions)
         entropy = measured["entropy"]
+        if row.entropy_is_bound:
+            # The least that it can be: right where it is no more than measured.
+            stored["entropy"] = np.maximum(stored["entropy"], entropy)
         if row.imported:
             stored, measured, again = (
                 entries_alone(numbers, targets, row.scored) for numbers in (stored, measured, again)
             )
-        found = compare(stored, measured, again=again, bits=row.columns["mantissa_bits"])
+        found = compare(stored, measured, again=again, slack=slack_of(row, stored))
         return SecondReading(row=row, differences=found, entropy=entropy)
 
     def _numbers(

@@ -1,8 +1,13 @@
-"""What `generate` asks of an engine that writes text: requests in, completions out as they finish, in any order."""
+"""What is asked of engines: completions of requests, in any order; what follows in texts that are there."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from ..targets.bounded import Bounded
 
 UNASKED = "unasked"
 """In place of a finish reason: the budget is spent, and nobody was asked."""
@@ -37,6 +42,8 @@ class Completion:
     """Of an endpoint: the model that answered, and its fingerprint where it has one."""
     left_out: tuple[str, ...] = ()
     """Of an endpoint: what its answer has beside the text."""
+    targets: "Bounded | None" = None
+    """Where `generate.keep` asks for it, the distribution that each token was drawn from, at temperature 1."""
 
 
 def before_stop(
@@ -71,4 +78,46 @@ class Engine(Protocol):
 
         Raises:
             EngineDied: on one of the rows in flight.
+        """
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Text:
+    """A text that an engine is to read."""
+
+    number: int
+    token_ids: list[int]
+    positions: np.ndarray
+    """[N] ascending: those whose next token's distribution is wanted."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Said:
+    """What follows at the next n of a text's positions, best first."""
+
+    number: int
+    """Of the text."""
+    ids: np.ndarray
+    """[n, K] int32"""
+    logprobs: np.ndarray
+    """[n, K] float32, of the whole vocabulary at temperature 1."""
+    token_logprob: np.ndarray
+    """[n] float32 of the token that is there, which may be no entry."""
+
+
+class Reader(Protocol):
+    """A loaded model that says what follows in texts."""
+
+    def read(
+        self, texts: Sequence[Text], entries: int | None, look: Callable[[], None]
+    ) -> Iterator[Said]:
+        """The distributions at all positions: of each text in parts, in order; texts in any order.
+
+        Args:
+            texts: None is longer than the model reads.
+            entries: K, the best at each position; None: every id.
+            look: Called at every step; may raise a `StillroomError` to leave the engine.
+
+        Raises:
+            EngineDied: on one of the texts.
         """

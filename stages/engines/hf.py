@@ -6,6 +6,7 @@ beside it, up to the last bit of the logits.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 from ...storage.errors import StillroomError, UsageError
+from ...storage.tables.soft_targets import SoftTargets
 from ..ledger.requests import author_context
 from ..models.attention.future import check_causal
 from ..models.attention.longest import Company
@@ -30,6 +32,9 @@ from ..models.device import check_device
 from ..models.identity import Identity
 from ..models.inputs.rendering import Renderer
 from ..recipe.engines import Generate, unknown_arguments
+from ..targets.bounded import Bounded
+from ..targets.entries_and_tail import targets_of
+from ..targets.spec import Kept, kept_while_writing
 from ..workers.clock import Clock
 from .base import Completion, Request, before_stop
 
@@ -45,6 +50,31 @@ class _RowNoise(LogitsProcessor):
         return torch.log_softmax(scores.float(), -1) + torch.from_numpy(noise).to(
             scores.device, torch.float32
         )
+
+
+class _Kept(LogitsProcessor):
+    """What the model says at each step, before anything is done to it: the targets of all rows, step by step."""
+
+    def __init__(self, kept: Kept) -> None:
+        self._kept, self._logits = kept, torch.empty(0)
+        self._steps: list[SoftTargets] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if len(self._logits):
+            self.drawn(input_ids[:, -1])
+        self._logits = scores.float().clone()
+        return scores
+
+    def drawn(self, next_ids: torch.Tensor) -> None:
+        """What was drawn at the last step."""
+        self._steps.append(targets_of(self._logits, next_ids, kept=self._kept))
+
+    def of_row(self, row: int, tokens: int) -> Bounded:
+        """The targets of a row's first tokens."""
+        steps = [step.positions(slice(row, row + 1)) for step in self._steps[:tokens]]
+        names = ("ids", "logprobs", "tail_logprob", "token_logprob", "entropy")
+        found = {name: np.concatenate([getattr(step, name) for step in steps]) for name in names}
+        return Bounded(SoftTargets(**found), None)
 
 
 class _Ends(StoppingCriteria):
@@ -84,6 +114,7 @@ class HfEngine:
         self._company = Company(self._model)
         self._tokenizer = Renderer(author.folder, {}).tokenizer
         self._settings, self._clock = settings, clock
+        self._vocab_size = author.vocab_size
         self._context = author_context(settings, author.context_tokens)
         self._batch = settings.engine_args.get("batch_size", 32)
         own: Any = self._model.generation_config
@@ -153,6 +184,8 @@ class HfEngine:
             ids[number, longest - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
             mask[number, longest - len(request.prompt_ids) :] = 1
         ends = _Ends(len(batch), self._ended, start=longest, step=heartbeat)
+        asked = kept_while_writing(self._settings, self._vocab_size)
+        kept = None if asked is None else _Kept(asked)
         device = self._model.device
         model: Any = self._model
         with self._clock.span("model"):
@@ -160,21 +193,30 @@ class HfEngine:
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
                 max_new_tokens=min(self._settings.max_tokens, self._context - longest),
-                logits_processor=self._processors([r.seed for r in batch]),
+                logits_processor=self._processors([r.seed for r in batch], kept),
                 stopping_criteria=StoppingCriteriaList([ends]),
             )
-        return [
+            if kept is not None:
+                kept.drawn(output[:, -1])
+        done = [
             self._completion(request, row[:length], "length" if length is None else "stop")
             for request, row, length in zip(
                 batch, output[:, longest:].tolist(), ends.lengths, strict=True
             )
         ]
+        if kept is None:
+            return done
+        return [
+            replace(one, targets=kept.of_row(row, len(one.token_ids))) if one.token_ids else one
+            for row, one in enumerate(done)
+        ]
 
-    def _processors(self, seeds: list[int]) -> LogitsProcessorList:
+    def _processors(self, seeds: list[int], kept: _Kept | None) -> LogitsProcessorList:
         s = self._settings
+        first: list[LogitsProcessor] = [] if kept is None else [kept]
         if s.temperature == 0:
-            return LogitsProcessorList()
-        warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(s.temperature)]
+            return LogitsProcessorList(first)
+        warpers = [*first, TemperatureLogitsWarper(s.temperature)]
         if s.top_p < 1:
             warpers.append(TopPLogitsWarper(s.top_p))
         return LogitsProcessorList([*warpers, _RowNoise(seeds)])

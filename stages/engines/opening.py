@@ -1,7 +1,9 @@
-"""Which engine a recipe gets, and opening it."""
+"""Which engine a recipe gets, and opening it, to write or to read."""
 
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 from ...storage.errors import UsageError
 from ..models.fit.quantized import by_bitsandbytes
@@ -9,10 +11,10 @@ from ..models.identity import Identity
 from ..recipe.engines import ENGINES, EngineKind, Generate
 from ..workers.answers import Answers
 from ..workers.clock import Clock
-from .base import Engine
+from .base import Engine, Reader
 
 
-def choose_engine(name: str | None, author: Identity) -> str:
+def choose_engine(name: str | None, author: Identity, *, field: str = "generate.engine") -> str:
     """The engine that the recipe names; where it names none, the first one that is installed and runs the author.
 
     Raises:
@@ -21,17 +23,17 @@ def choose_engine(name: str | None, author: Identity) -> str:
     if name is None:
         built = (engine for engine in ENGINES if not engine.remote and _installed(engine))
         return next(engine.name for engine in built if _runs(engine, author))
-    refuse_engine(name, author)
+    refuse_engine(name, author, field=field)
     engine = _named(name)
     if not _installed(engine):
         raise UsageError(
-            f"generate.engine: {name!r} is not installed here. Install {engine.install}"
-            + ("." if engine.remote else ", or use generate.engine=hf.")
+            f"{field}: {name!r} is not installed here. Install {engine.install}"
+            + ("." if engine.remote else f", or use {field}=hf.")
         )
     return name
 
 
-def refuse_engine(name: str | None, author: Identity) -> None:
+def refuse_engine(name: str | None, author: Identity, *, field: str = "generate.engine") -> None:
     """Refuse an engine that is asked for by name and does not run a model that is quantised so.
 
     Raises:
@@ -39,8 +41,8 @@ def refuse_engine(name: str | None, author: Identity) -> None:
     """
     if name is not None and not _runs(_named(name), author):
         raise UsageError(
-            f"generate.engine: {name!r} does not run {author.folder}, which is quantised: {author.quantized}. "
-            "Use generate.engine=hf, or name another author (generate.model)."
+            f"{field}: {name!r} does not run {author.folder}, which is quantised: {author.quantized}. "
+            f"Use {field}=hf, or another model."
         )
 
 
@@ -68,6 +70,26 @@ def open_engine(
         own = (answers,) if kind.remote else ()
         engine: Engine = engine_class(author, settings, clock, *own)
     return engine
+
+
+def open_reader(
+    name: str, teacher: Identity, given: Mapping[str, Any], *, longest: int, clock: Clock
+) -> Reader:
+    """Load a teacher into the engine that is to read texts, the longest of so many tokens.
+
+    Raises:
+        UsageError: the engine is not installed, or refuses the teacher or its arguments.
+    """
+    from .vllm import VllmReader
+
+    choose_engine(name, teacher, field="score.engine")
+    with clock.span("start"):
+        return VllmReader(teacher, given, longest=longest, clock=clock)
+
+
+def is_installed(name: str) -> bool:
+    """Whether an engine's package is here."""
+    return _installed(_named(name))
 
 
 def _named(name: str) -> EngineKind:

@@ -1,30 +1,44 @@
 """Stage `generate`: the author (usually the teacher) writes completions; rows are committed as they finish."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...storage.errors import RowError
 from ...storage.joined import open_store
 from ...storage.keys import content_key, row_seed
 from ...storage.store.store import Store
-from ...storage.tables.row_builders import generation_row
+from ...storage.tables.row_builders import generation_row, target_row
+from ...storage.tables.schema import TableName
+from ...storage.tables.spans import span_after
 from ..engines.base import UNASKED, Completion, Engine, Request
 from ..engines.opening import choose_engine, open_engine
 from ..ledger.books import Books, Ledger, Pending
 from ..ledger.generations import generation_ledger, pending_generations
-from ..ledger.requests import GenerationRequest, sampling_id, sampling_settings
+from ..ledger.requests import (
+    GenerationRequest,
+    sampling_id,
+    sampling_settings,
+    target_key,
+    target_row_key,
+)
 from ..models.identity import Identity
 from ..models.inputs.reads import too_long
 from ..models.inputs.rendering import Renderer
+from ..recipe.kinds import HF
+from ..targets.spec import Kept, kept_while_writing
 from ..workers.claims import Claims
 from ..workers.job import Job, StageResult
-from ..workers.shard_about import about
+from ..workers.shard_about import about, about_targets
 from ..workers.share import DoneByOthers, Share, StageWork, open_share
 from .endpoint import asking, budget_reached, endpoint_facts, hear
 from .text import Text, answered, written
+
+if TYPE_CHECKING:
+    from ..targets.bounded import Bounded
 
 
 def run(job: Job, author: Identity) -> StageResult:
@@ -48,10 +62,13 @@ def run(job: Job, author: Identity) -> StageResult:
             row_keys=lambda job, request: {"generations": [_row_key(job, request)]},
             names=_reject_names,
             kills=not job.generate.remote,
+            beside=_beside(job, author, engine_name),
         )
     with asking(job) as answers, open_share(job, store, work) as share:
         with job.clock.span("start"):
-            writing = _Writing(job, store, share)
+            kept = kept_while_writing(job.generate, author.vocab_size)
+            keeping = None if kept is None else partial(_kept_row, job, kept, engine_name)
+            writing = _Writing(job, store, share, keeping)
         job.progress.say(f"loading {author.folder} into {engine_name}")
         engine = open_engine(engine_name, author, job.generate, job.clock, answers=answers)
         job.stop.check()
@@ -89,6 +106,19 @@ def _about(job: Job, author: Identity, engine: str) -> dict[str, Any]:
     )
 
 
+def _beside(job: Job, author: Identity, engine: str) -> dict[TableName, dict[str, Any]]:
+    """The table of what is kept of the distributions, and what its shards say of their rows."""
+    kept = kept_while_writing(job.generate, author.vocab_size)
+    if kept is None:
+        return {}
+    settings = kept.named() | _named(engine)
+    return {"soft_targets": about_targets("generate", job.recipe, settings, author)}
+
+
+def _named(engine: str) -> dict[str, str]:
+    return {} if engine == HF else {"engine": engine}
+
+
 def _claims(job: Job, store: Store) -> Claims:
     how = {
         "sampling": _sampling_id(job),
@@ -104,8 +134,15 @@ _PROMPT = ("prompt_key", "text", "messages", "message_fields", "tools")
 class _Writing:
     """Hands pending requests to the engine, rendered; makes rows of what comes back."""
 
-    def __init__(self, job: Job, store: Store, share: Share[GenerationRequest]) -> None:
-        self._job = job
+    def __init__(
+        self,
+        job: Job,
+        store: Store,
+        share: Share[GenerationRequest],
+        keeping: Callable[[dict[str, Any], "Bounded"], dict[str, Any]] | None,
+    ) -> None:
+        """`keeping`: makes a row of soft targets of a generation's row and what it was drawn from."""
+        self._job, self._keeping = job, keeping
         self._store = store
         self._share = share
         self._renderer = Renderer(
@@ -165,7 +202,18 @@ class _Writing:
             self._share.refuse(request, error)
             return
         row = _row(self._job, request, text, completion.finish_reason)
-        self._share.add({"generations": [row]}, tokens=len(text.token_ids) - text.prompt_tokens)
+        rows = self._kept_of(row, completion) | {"generations": [row]}
+        self._share.add(rows, tokens=len(text.token_ids) - text.prompt_tokens)
+
+    def _kept_of(
+        self, row: dict[str, Any], completion: Completion
+    ) -> dict[TableName, list[dict[str, Any]]]:
+        """The soft targets of a completion's tokens, where the recipe keeps them."""
+        if self._keeping is None:
+            return {}
+        # Nothing predicts the first token of all.
+        kept = completion.targets if row["prompt_tokens"] else None
+        return {"soft_targets": [self._keeping(row, kept)] if kept else []}
 
     def requests(self) -> Iterator[Request]:
         """Rendered requests, block by block; a block that is this worker's alone in the order of their lengths."""
@@ -240,4 +288,27 @@ def _row(job: Job, request: GenerationRequest, text: Text, finish_reason: str) -
         max_tokens=job.generate.max_tokens,
         row_seed=row_seed(request.reuse_key),
         spans=text.spans if len(text.spans) else None,
+    )
+
+
+def _kept_row(
+    job: Job, kept: Kept, engine: str, generation: dict[str, Any], drawn_from: "Bounded"
+) -> dict[str, Any]:
+    """The soft targets of a completion's tokens, under the names that `score` asks for."""
+    tokens, bits = generation["tokens_key"], job.recipe.storage.mantissa_bits
+    token_ids = generation["token_ids"]
+    return target_row(
+        key=target_row_key(job.author_id, tokens, kept, bits=bits, engine=engine),
+        reuse_key=target_key(job.author_id, tokens),
+        tokens_key=tokens,
+        generation_key=generation["key"],
+        prompt_key=generation["prompt_key"],
+        teacher_id=job.author_id,
+        token_ids=token_ids,
+        spans=span_after(generation["prompt_tokens"], len(token_ids)),
+        targets=drawn_from.targets,
+        mantissa_bits=bits,
+        settings=kept.columns(),
+        tail_bound=drawn_from.tail_bound,
+        engine=None if engine == HF else engine,
     )

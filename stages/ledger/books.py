@@ -100,6 +100,11 @@ class Pending(Generic[T]):
         return rows
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest text, of requests whose `rows` have them."""
+        return int(pc.max(self._rows["tokens"]).as_py() or 0)
+
+    @property
     def blocks(self) -> list[int]:
         """Blocks that hold a request still to do, ascending."""
         return list(self._slices)

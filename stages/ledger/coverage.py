@@ -7,39 +7,45 @@
 | full   | full |
 
 Each with the mantissa bits and the temperatures that are asked for, or more; `full` has every
-temperature.
+temperature. Any engine's row serves, unless the recipe names one.
 """
 
 from collections.abc import Iterable
 
-from ..recipe.kinds import KINDS, WHOLE
+from ..recipe.kinds import HF, KINDS, WHOLE
 from ..targets.spec import Kept
 
 PLACES = 2**64
 
 # What a row may lack, in the order in which it is asked: the row that comes furthest says why a
 # request is not served.
-_KIND, _ENTRIES, _TEMPERATURES, _BITS = range(4)
+_KIND, _ENTRIES, _TEMPERATURES, _BITS, _ENGINE = range(5)
+OF_ENGINE = f"coalesce(engine, '{HF}')"
+"""SQL: what ran the teacher."""
 
 
-def best(kept: Kept, mantissa_bits: int) -> str:
-    """SQL: the row that covers a request best, its place in the low 64 bits: of the kind, few entries, few bits."""
-    covers = " AND ".join(f"({condition})" for condition in _conditions(kept, mantissa_bits))
+def best(kept: Kept, mantissa_bits: int, engine: str | None = None) -> str:
+    """SQL: the row that covers a request best, its place in the low 64 bits: of the kind, few entries, few bits, exact.
+
+    `engine`: whose rows are wanted; None: anybody's.
+    """
+    conditions = _conditions(kept, mantissa_bits, engine)
+    covers = " AND ".join(f"({condition})" for condition in conditions)
     rank = f"((kind <> '{kept.kind}')::HUGEINT * 4294967296 + k) * 32 + mantissa_bits"
+    rank = f"({rank}) * 2 + ({OF_ENGINE} <> '{HF}')::INT"  # the other one's tails are bounds
     return f"min(({rank}) * {PLACES}::HUGEINT + place) FILTER ({covers})"
 
 
 def entries(best_row: str) -> str:
     """SQL: how many entries of a token the row has that `best` has found, at most."""
-    return f"(({best_row}) // {PLACES}::HUGEINT // 32 % 4294967296)::BIGINT"
+    return f"(({best_row}) // {PLACES}::HUGEINT // 64 % 4294967296)::BIGINT"
 
 
-def lacks(kept: Kept, mantissa_bits: int) -> str:
+def lacks(kept: Kept, mantissa_bits: int, engine: str | None = None) -> str:
     """SQL: the number of what the nearest row lacks; that it covers all is the greatest."""
-    cases = (
-        f"WHEN NOT ({c}) THEN {number}" for number, c in enumerate(_conditions(kept, mantissa_bits))
-    )
-    return f"max(CASE {' '.join(cases)} ELSE {_BITS + 1} END)"
+    conditions = _conditions(kept, mantissa_bits, engine)
+    cases = (f"WHEN NOT ({c}) THEN {number}" for number, c in enumerate(conditions))
+    return f"max(CASE {' '.join(cases)} ELSE {_ENGINE + 1} END)"
 
 
 def reason(kept: Kept, lack: int) -> str:
@@ -55,15 +61,17 @@ def reason(kept: Kept, lack: int) -> str:
         _KIND: f"stored as other targets than {kept.kind}",
         _ENTRIES: "stored with fewer entries",
         _TEMPERATURES: f"stored without temperature {named}",
-    }.get(lack, "stored with fewer bits")
+        _BITS: "stored with fewer bits",
+    }.get(lack, "stored by another engine")
 
 
-def _conditions(kept: Kept, mantissa_bits: int) -> tuple[str, str, str, str]:
-    """Kind, entries, temperatures and bits, none of them null."""
+def _conditions(kept: Kept, mantissa_bits: int, engine: str | None) -> tuple[str, ...]:
+    """Kind, entries, temperatures, bits and engine, none of them null."""
     kind = f"kind IN {_names((kept.kind, *KINDS[kept.kind].served_by))}"
     bits = f"mantissa_bits >= {mantissa_bits}"
     entries, temperatures = _entries(kept), _temperatures(kept)
-    return kind, f"coalesce({entries}, false)", f"coalesce({temperatures}, false)", bits
+    ran = "true" if engine is None else f"{OF_ENGINE} = '{engine}'"
+    return kind, f"coalesce({entries}, false)", f"coalesce({temperatures}, false)", bits, ran
 
 
 def _entries(kept: Kept) -> str:

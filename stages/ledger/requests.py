@@ -14,8 +14,9 @@ from ...storage.errors import IntegrityError, UsageError
 from ...storage.keys import content_id, content_key
 from ...storage.tables.heads import Head
 from ...storage.tables.spans import positions, span_after, spans_of
-from ..recipe.engines import Generate
+from ..recipe.engines import ONLY_SPEED, Generate
 from ..recipe.features import Feature
+from ..recipe.kinds import HF
 from ..recipe.sections import Data
 from ..targets.alignment import class_span, spans_at
 from ..targets.masks import Masks
@@ -70,34 +71,13 @@ class TargetRequest:
         return int(self.spans[:, 1].sum())
 
 
-# Engine arguments that change how fast a model writes or how much it holds; any other may change
-# what it writes.
-_ONLY_SPEED = {
-    "batch_size",
-    "block_size",
-    "data_parallel_size",
-    "disable_log_stats",
-    "distributed_executor_backend",
-    "download_dir",
-    "enable_chunked_prefill",
-    "enable_prefix_caching",
-    "enforce_eager",
-    "gpu_memory_utilization",
-    "max_model_len",  # has rules of its own: see `author_context`
-    "max_num_batched_tokens",
-    "max_num_seqs",
-    "pipeline_parallel_size",
-    "swap_space",
-    "tensor_parallel_size",
-}
+_UNNAMED = ONLY_SPEED | {"max_model_len"}  # which has rules of its own: see `author_context`
 
 
 def sampling_settings(generate: Generate, data: Data) -> dict[str, Any]:
     """What decides a completion's text beside author and prompt; greedy ignores top_p and seed."""
     greedy = generate.temperature == 0
-    engine = {
-        name: value for name, value in generate.engine_args.items() if name not in _ONLY_SPEED
-    }
+    engine = {name: value for name, value in generate.engine_args.items() if name not in _UNNAMED}
     # Ids once ran on to the end of the token that completed the stop string.
     stopped = {"end_of_stopped_ids": "before the stop string"} if generate.stop else {}
     return {
@@ -199,6 +179,20 @@ def generation_key(sampling: str, prompt_key: bytes, sample_index: int) -> bytes
 def target_key(teacher_id: str, tokens: bytes) -> bytes:
     """Reuse key of a soft-target row: the teacher and what it scored (`tokens_key`)."""
     return content_key("soft_targets", teacher=teacher_id, tokens=tokens)
+
+
+def target_row_key(
+    teacher_id: str, tokens: bytes, kept: Kept, *, bits: int, engine: str = HF
+) -> bytes:
+    """Key of a row of soft targets: what it is of, what was kept, in how many bits, and what ran the teacher."""
+    ran = {} if engine == HF else {"engine": engine}  # there was no other at first
+    return content_key(
+        "soft_targets_row",
+        reuse_key=target_key(teacher_id, tokens),
+        mantissa_bits=bits,
+        **kept.named(),
+        **ran,
+    )
 
 
 def captured_key(target: bytes, capture: str) -> bytes:

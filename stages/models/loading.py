@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
-from ...storage.errors import UsageError, answered
+from ...storage.errors import NotLoaded, UsageError, answered
 from .attention.cap import attend_capped
 from .attention.longest import forget_lengths
 from .device import evaluating
@@ -55,7 +55,8 @@ class ModelKind:
         Raises:
             UsageError: the folder does not hold such a model.
         """
-        with answered(f"{identity.folder}: the model does not load", "Check the folder."):
+        what = f"{identity.folder}: the model does not load"
+        with answered(what, "Check the folder.", NotLoaded):
             model, report = self.auto.from_pretrained(
                 identity.folder,
                 dtype=getattr(torch, identity.dtype),

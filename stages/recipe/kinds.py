@@ -6,13 +6,18 @@ not keep all k best entries, a function in `stages/targets/best_entries.py`.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ...storage.tables.kinds import STRUCTURES, Structure
+from .engines import SCORING
 from .features import FeatureRequest
-from .fields import Kernel, Section
+from .fields import Kernel, Options, Section
+
+HF = "hf"
+"""The engine of rows that name none, and the one that shows what a teacher's blocks hand on."""
+VLLM = "vllm"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,8 +93,13 @@ def kinds_with(setting: str) -> list[str]:
 class Score(Section):
     """The teacher's distribution at every completion position."""
 
-    engine: Literal["hf", "vllm"] = "hf"
-    """hf: one forward pass."""
+    engine: Literal["auto", "hf", "vllm"] = "auto"
+    """hf: one forward pass of transformers. vllm: the log-probabilities of a prompt in vLLM, for a
+    teacher that only fits there; the best entries then have a tail within a bound. auto: hf where
+    transformers loads the teacher, else vllm; the first worker decides, for all that share the
+    store. A stored row is reused whatever made it, unless an engine is named here."""
+    engine_args: Options = Field({})
+    """vllm: arguments of `LLM` that change its speed or its memory, and no number."""
     targets: Targets = "topk"
     """What is kept of the distribution."""
     k: int = Field(64, ge=1)
@@ -116,6 +126,21 @@ class Score(Section):
     numbers."""
     features: list[FeatureRequest] = Field([])
     """What is stored of the teacher besides, taken in the same pass; of rows to train on."""
+
+    @field_validator("engine_args")
+    @classmethod
+    def _same_numbers(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        if others := sorted(arguments.keys() - SCORING):
+            raise ValueError(
+                f"{others[0]!r} may change what the teacher says, whose rows are kept under its "
+                f"identity. It takes {', '.join(sorted(SCORING))}"
+            )
+        return arguments
+
+    @property
+    def named_engine(self) -> str | None:
+        """The one engine whose rows are wanted; None: any."""
+        return None if self.engine == "auto" else self.engine
 
     @property
     def kind(self) -> TargetKind:

@@ -6,17 +6,18 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
-from ...storage.errors import RowError
-from ...storage.keys import content_key, row_seed
+from ...storage.errors import RowError, StillroomError
+from ...storage.keys import row_seed
 from ...storage.store.store import Store
 from ...storage.tables.row_builders import feature_row, target_row
 from ...storage.tables.schema import TableName
 from ..ledger.features import feature_key, feature_row_key
-from ..ledger.requests import TargetRequest, target_key
+from ..ledger.requests import TargetRequest, target_key, target_row_key
 from ..models.identity import Identity
 from ..models.inputs.reads import too_long
 from ..recipe.features import Feature, Name, captured, embedding_bits
-from ..recipe.tasks import TASKS, module_of
+from ..recipe.kinds import HF
+from ..recipe.tasks import TASKS
 from ..workers.job import Job
 from ..workers.share import DoneByOthers, MadeRows, RowKeys, Share
 from .embeddings import keep_embeddings
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
     from ...storage.tables.features import Layout, Projected
     from ...storage.tables.soft_targets import SoftTargets
-    from ..models.attention.longest import Company
     from ..targets.features.capture import Found, Projections, Taken
 
 Batch = list[TargetRequest]
@@ -48,6 +48,8 @@ class Read:
     """Of the features."""
     projected: "Mapping[Name, Projected]"
     """Of those that were made narrower."""
+    tail_bound: np.ndarray | None = None
+    """[N] how far off the tails may be; None: they are exact."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +62,22 @@ class _Flight:
     """What is said of each row; waits for the device."""
 
 
+class Neighbours(Protocol):
+    """Which rows may share a pass."""
+
+    apart: str
+    """Why some may not, for messages."""
+
+    def may_share(self, lengths: Iterable[int]) -> bool:
+        """Whether rows of so many tokens may."""
+
+
 class Teacher(Protocol):
     """A task's teacher, ready to be asked; the class of this name in the module that bears the task's name."""
 
     device: "torch.device"
     model: Any
-    company: "Company"
-    """Which rows may share a pass."""
+    company: Neighbours
     projections: "Projections"
     """What makes its vectors narrower; set before the first batch."""
 
@@ -78,14 +89,28 @@ class Teacher(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A teacher that is ready to be asked."""
+
+    identity: Identity
+    engine: str
+    """What runs it."""
+    teacher: Teacher
+
+    @property
+    def named(self) -> dict[str, str]:
+        """What shards say of it: nothing of the engine that was the only one at first."""
+        return {} if self.engine == HF else {"engine": self.engine}
+
+
 class Scorer:
     """How batches become rows, whatever the task."""
 
-    def __init__(self, job: Job, identity: Identity, share: Share[TargetRequest]) -> None:
-        self._job, self._share = job, share
-        self._teacher_id, self._limit = identity.id, identity.context_tokens
-        room = module_of(job.recipe.run.task, __package__)
-        self._teacher: Teacher = room.Teacher(job, identity)
+    def __init__(self, job: Job, share: Share[TargetRequest], opened: Opened) -> None:
+        self._job, self._share, self._opened = job, share, opened
+        self._teacher_id, self._limit = opened.identity.id, opened.identity.context_tokens
+        self._teacher = opened.teacher
         self._images = TASKS[job.recipe.run.task].structure.images
         self._flight: _Flight | None = None
         self._said_alone = False
@@ -98,7 +123,7 @@ class Scorer:
     def batch_tokens(self) -> int:
         """Tokens of a pass where the recipe names none."""
         most = GPU_BATCH_IMAGES if self._images else GPU_BATCH_TOKENS
-        return most if self._on_gpu else 1
+        return most if self._on_gpu or self._opened.named else 1
 
     def keep_matrices(self, store: Store) -> None:
         """Put into the store what rows or losses are read with, where the recipe asks for it and it has none."""
@@ -178,6 +203,10 @@ class Scorer:
                 "out_of_memory",
                 f"{len(batch[-1].token_ids)} tokens do not fit in memory, even alone",
             )
+        except StillroomError:  # a signal; an engine that died
+            raise
+        except RowError as error:
+            return error
         except Exception as error:
             return RowError("engine", f"{type(error).__name__}: {error}")
 
@@ -210,15 +239,15 @@ class Scorer:
                 raise FloatingPointError("the teacher's numbers are NaN")
             made: dict[TableName, list[dict[str, Any]]] = {}
             if request.targets:
-                made["soft_targets"] = [self._target_row(request, read.targets)]
+                made["soft_targets"] = [self._target_row(request, read)]
             if request.features:
                 made["features"] = list(self._feature_rows(request, read))
             done.append(made)
         return done
 
-    def _target_row(self, request: TargetRequest, targets: "SoftTargets") -> dict[str, Any]:
+    def _target_row(self, request: TargetRequest, read: Read) -> dict[str, Any]:
         return target_row(
-            key=_target_row_key(self._job, request),
+            key=_target_row_key(self._job, request, self._opened.engine),
             reuse_key=target_key(self._teacher_id, request.tokens_key),
             tokens_key=request.tokens_key,
             generation_key=request.generation_key,
@@ -226,12 +255,14 @@ class Scorer:
             teacher_id=self._teacher_id,
             token_ids=request.token_ids,
             spans=request.spans,
-            targets=targets,
+            targets=read.targets,
             mantissa_bits=self._job.recipe.storage.mantissa_bits,
             settings=request.kept.columns(),
             label=request.label,
             labels=request.labels,
             image=request.image,
+            tail_bound=read.tail_bound,
+            engine=self._opened.named.get("engine"),
         )
 
     def _feature_rows(self, request: TargetRequest, read: Read) -> Iterator[dict[str, Any]]:
@@ -268,11 +299,11 @@ def asked_of(batch: Batch) -> set[Feature]:
     return with_counterparts({feature for request in batch for feature in request.features})
 
 
-def row_keys(job: Job, request: TargetRequest) -> RowKeys:
+def row_keys(job: Job, request: TargetRequest, *, engine: str = HF) -> RowKeys:
     """The names of the rows that a request becomes."""
     keys: dict[TableName, list[bytes]] = {"soft_targets": [], "features": []}
     if request.targets:
-        keys["soft_targets"].append(_target_row_key(job, request))
+        keys["soft_targets"].append(_target_row_key(job, request, engine))
     for feature in request.features:
         keys["features"].append(feature_row_key(job.teacher_id, request.text_key, feature))
     return {table: found for table, found in keys.items() if found}
@@ -283,9 +314,8 @@ def target_seed(job: Job, request: TargetRequest) -> int:
     return row_seed(_target_row_key(job, request)) if request.kept.structure.drawn else 0
 
 
-def _target_row_key(job: Job, request: TargetRequest) -> bytes:
+def _target_row_key(job: Job, request: TargetRequest, engine: str = HF) -> bytes:
     bits = job.recipe.storage.mantissa_bits
-    reuse_key = target_key(job.teacher_id, request.tokens_key)
-    return content_key(
-        "soft_targets_row", reuse_key=reuse_key, mantissa_bits=bits, **request.kept.named()
+    return target_row_key(
+        job.teacher_id, request.tokens_key, request.kept, bits=bits, engine=engine
     )

@@ -14,6 +14,7 @@ and added, and the writer makes its shards in a thread of its own.
 import random
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from ...storage.joined import open_store
@@ -26,11 +27,12 @@ from ..ledger.targets import choose_generations, pending_targets, target_ledger
 from ..models.identity import Identity
 from ..recipe.features import captured
 from ..targets.masks import masks_of
-from ..targets.spec import Kept, wanted
+from ..targets.spec import wanted
 from ..workers.claims import Claims
 from ..workers.job import Job, StageResult
-from ..workers.shard_about import about
+from ..workers.shard_about import about, about_targets
 from ..workers.share import Share, StageWork, open_share
+from .opening import open_teacher
 from .scorer import Batch, Scorer, row_keys
 
 _VECTORS = 8
@@ -50,27 +52,28 @@ def run(job: Job, teacher: Identity) -> StageResult:
         store = open_store(recipe.storage.dir, recipe.storage.sources)
         ledger, pending = _asked(job, teacher, store)
         kept = wanted(score, teacher.outcomes(recipe.run.task))
+        job.progress.say(f"loading {teacher.folder}")
+        ran = open_teacher(job, teacher, store, longest=pending.longest)
         work = StageWork(
             stage="score",
-            about=_about(job, teacher, kept),
+            about=about_targets("score", recipe, kept.named() | ran.named, teacher),
             ledger=ledger,
             pending=pending,
             claims=_claims(job, teacher, store),
             limit_tokens=teacher.context_tokens,
-            row_keys=row_keys,
+            row_keys=partial(row_keys, engine=ran.engine),
             names=_reject_names,
             beside={"features": _about_features(job, teacher)} if captured(score.features) else {},
             times_rows={"features": _VECTORS} if _all_of_texts(job) else {},
         )
     with open_share(job, store, work) as share:
-        job.progress.say(f"loading {teacher.folder}")
         if "k" in score.kind.settings and kept.k < score.k:
             job.progress.say(
                 f"score.k: {score.k} is above the teacher's vocabulary, all {kept.k} entries are "
                 "kept"
             )
         with job.clock.span("start"):
-            scorer = Scorer(job, teacher, share)
+            scorer = Scorer(job, share, ran)
             scorer.keep_matrices(store)
         job.progress.start(total=ledger.planned, unit="rows", done=ledger.committed)
         _score_all(share, scorer, score.batch_tokens or scorer.batch_tokens)
@@ -89,19 +92,6 @@ def _score_all(share: Share[TargetRequest], scorer: "Scorer", batch_tokens: int)
     for request in share.one_by_one():
         scorer.score([request])
         scorer.collect()
-
-
-def _about(job: Job, teacher: Identity, kept: Kept) -> dict[str, Any]:
-    return about(
-        "score",
-        job.recipe,
-        kept.named(),
-        teacher_id=teacher.id,
-        tokenizer_id=teacher.tokenizer_id,
-        vocab_size=teacher.vocab_size,
-        class_names=list(teacher.class_names) or None,
-        mantissa_bits=job.recipe.storage.mantissa_bits,
-    )
 
 
 def _all_of_texts(job: Job) -> bool:
@@ -143,7 +133,8 @@ def _claims(job: Job, teacher: Identity, store: Store) -> Claims:
     chosen: dict[str, Any] = {"where": recipe.select.where, "held_out": recipe.evaluate.tokens}
     for one in recipe.several:  # of several teachers, the one that scores here
         chosen["asked"] = {"where": one.where, "tokens": one.budget_tokens}
-    unsaid = {"engine", "batch_tokens", "kernel", *([] if job.score.features else ["features"])}
+    unsaid = {"engine", "engine_args", "batch_tokens", "kernel"}
+    unsaid |= set() if job.score.features else {"features"}
     targets = job.score.model_dump(mode="json", exclude=unsaid)
     bits = recipe.storage.mantissa_bits
     return Claims(

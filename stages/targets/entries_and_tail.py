@@ -140,6 +140,28 @@ def targets_of(logprobs: Tensor, next_ids: Tensor, *, kept: Kept, seed: int = 0)
     return _targets({name: values.cpu().numpy() for name, values in columns.items()}, kept)
 
 
+class Collected:
+    """`targets_of` one row whose distributions come some positions at a time, in order."""
+
+    def __init__(self, kept: Kept, span: Span) -> None:
+        self._kept, self._points = kept, points_of(kept, [span])
+        self._parts: list[Columns] = []
+        self._done = 0
+
+    def add(self, logprobs: Tensor, next_ids: Tensor) -> None:
+        """The distributions [n, V] of the next n positions, overwritten."""
+        here = slice(self._done, self._done + len(logprobs))
+        points = None if self._points is None else self._points[here]
+        self._parts.append(_reduced(logprobs, next_ids, kept=self._kept, points=points))
+        self._done = here.stop
+
+    def targets(self) -> SoftTargets:
+        """Of all positions."""
+        names = self._parts[0]
+        found = {name: torch.cat([part[name] for part in self._parts]) for name in names}
+        return _targets({name: values.numpy() for name, values in found.items()}, self._kept)
+
+
 SumsOf = Callable[[Tensor, Sequence[float]], BlockSums]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...storage.tables.kinds import STRUCTURES, Structure
+from ..recipe.engines import Generate
 from ..recipe.kinds import KINDS, Score
 
 FULL_VOCABULARY = 65_536  # reference targets are the whole distribution up to this vocabulary ...
@@ -85,6 +86,13 @@ def reference(score: Score, vocab_size: int) -> Kept:
 def tempered(score: Score) -> tuple[float, ...]:
     """`score.temperatures` as they are stored: ascending, without 1."""
     return tuple(sorted({_single(t) for t in score.temperatures} - {1.0}))
+
+
+def kept_while_writing(generate: Generate, vocab_size: int) -> Kept | None:
+    """What `generate.keep` keeps of the distribution that each token is drawn from; None: nothing."""
+    if generate.keep is None:
+        return None
+    return Kept(kind="topk", k=min(generate.keep.k, vocab_size))
 
 
 def target_bytes(kept: Kept) -> float:

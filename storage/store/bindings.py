@@ -56,6 +56,27 @@ def _next(files: Files, folder: str) -> str:
     return f"{folder}/{last + 1:08d}.json"
 
 
+def bound_engine(files: Files, teacher_id: str) -> str | None:
+    """What runs a teacher for all that share a store, as the first worker decided; None: nobody has yet."""
+    name = _engine_file(teacher_id)
+    try:
+        record = unseal(files.read(name), name)
+    except FileNotFoundError:
+        return None
+    with understood(name, "engine"):
+        return string(record["engine"])
+
+
+def bind_engine(files: Files, teacher_id: str, engine: str) -> str:
+    """Decide what runs a teacher; returns what the first worker decided."""
+    files.put_if_absent(_engine_file(teacher_id), seal({"engine": engine}))
+    return bound_engine(files, teacher_id) or engine
+
+
+def _engine_file(teacher_id: str) -> str:
+    return f"engines/{teacher_id}.json"
+
+
 def newest_binding(files: Files, folder: str) -> Binding | None:
     """What was written last into a folder, None if nothing was."""
     name = _newest(files, folder)

@@ -54,6 +54,7 @@ INDEXED: dict[TableName, tuple[str, ...]] = {
         "draw",
         "proposal",
         "temperatures",
+        "engine",
     ),
     "features": ("key", "text_key", "teacher_id", "kind", "layer", "dtype"),
     "rejects": ("context_id", "prompt_key", "sample_index", "tokens_key", "limit_tokens", "reason"),

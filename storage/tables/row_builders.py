@@ -8,7 +8,7 @@ import numpy as np
 
 from ..keys import content_key
 from .features import NARROWED, Layout, Projected, Rounded
-from .soft_targets import SoftTargets
+from .soft_targets import SoftTargets, round_mantissa
 from .spans import flat
 
 TokenIds = Sequence[int] | np.ndarray
@@ -114,10 +114,15 @@ def target_row(
     label: int | None = None,
     labels: np.ndarray | None = None,
     image: bytes | None = None,
+    engine: str | None = None,
+    tail_bound: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """A row of `soft_targets`: a target for each scored token.
 
     `spans`: [S, 2] start and tokens of what is scored.
+    `engine`: what ran the teacher; None: hf.
+    `tail_bound`: [N] how far off the tails may be, the entropies being the least that they can be;
+    None: all are exact.
     `settings`: the columns that say what was kept of the distribution: `kind`, and those of `k`,
     `p`, `k_min`, `draw` and `proposal` that the kind has.
     """
@@ -135,9 +140,17 @@ def target_row(
         "label": label,
         "labels": labels,
         "image": image,
+        "engine": engine,
+        "tail_bound": None if tail_bound is None else _rounded_up(tail_bound, mantissa_bits),
+        "entropy_is_bound": None if tail_bound is None else True,
     }
     # The settings come last: `k` of a ragged kind is its limit, not the widest position's entries.
     return {**names, **targets.columns(mantissa_bits), **settings}
+
+
+def _rounded_up(bounds: np.ndarray, bits: int) -> np.ndarray:
+    """Bounds in so many bits, none of them less than it was."""
+    return round_mantissa(bounds * (1 + 2.0**-bits), bits)
 
 
 def feature_row(

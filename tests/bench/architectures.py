@@ -42,7 +42,8 @@ from stillroom.stages.loader.causal_lm import training_passes
 from stillroom.stages.loader.samples import Sample
 from stillroom.stages.losses.objective import Aim, Objective
 from stillroom.stages.models.causal_lm import KIND, load_causal_lm
-from stillroom.stages.score.scorer import Scorer
+from stillroom.stages.score import causal_lm
+from stillroom.stages.score.scorer import Opened, Scorer
 from stillroom.stages.targets.spec import Kept
 from stillroom.storage.errors import UsageError
 from stillroom.storage.tables.soft_targets import SoftTargets
@@ -194,7 +195,8 @@ def scored(folder: Path) -> tuple[float, float]:
         for n, ids in enumerate(texts())
     ]
     together, alone = Shared(), Shared()
-    scorer: Any = Scorer(job(), who, together)  # type: ignore[arg-type]
+    teacher = causal_lm.Teacher(job(), who)  # type: ignore[arg-type]
+    scorer: Any = Scorer(job(), together, Opened(who, "hf", teacher))  # type: ignore[arg-type]
     scorer.score(requests)
     scorer.collect()
     scorer._share = alone

@@ -15,8 +15,8 @@ Texts are random words of one length, and every token but the first is scored.
 All go through the same rows in the same batches. Each round does them all, in an order that turns;
 ratios to `bare` are taken within a round, then the median. Besides: where the stage's seconds went,
 by its clock, and the largest differences of what is kept to float64. vLLM's prompt
-log-probabilities are left out: they have no tail, and come from an engine whose bare forward pass
-is another.
+log-probabilities are left out: they come from an engine whose bare forward pass is another
+(`engines.py` has what they say).
 
 Prints a table, then one line of JSON; with --out writes both there too.
 """

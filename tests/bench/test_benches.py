@@ -139,6 +139,26 @@ def test_the_loader_bench_runs() -> None:
     assert outcome["check"]["check_over_read"] > 0
 
 
+@pytest.mark.assets
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_the_comparison_of_engines_runs(tmp_path: Path, assets: Path) -> None:
+    """In a process of its own: what vLLM leaves behind in one is not for other tests."""
+    script = [sys.executable, str(HERE / "engines.py"), str(tmp_path), "--tiny"]
+    environment = os.environ | {"STILLROOM_ASSETS": str(assets)}
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, check=True)
+    outcome = json.loads(done.stdout.splitlines()[-1])
+    for of in outcome["against_hf"].values():
+        assert max(of["entries"], of["by at most"], of["tail beyond its bound"]) < outcome["bar"]
+        assert of["entropy above"] < outcome["bar"]
+    assert outcome["planted"]["shifted"] > outcome["bar"]
+    stale = outcome["planted"]["stale prefix"]
+    assert isinstance(stale, str) or stale > outcome["bar"]
+    assert outcome["against_hf"]["kept"]["texts read again"] == 0
+    assert outcome["students"]["largest difference of engines"] < 1e-3
+
+
 @pytest.mark.slow
 def test_the_workers_bench_runs() -> None:
     outcome, _ = bench("workers", "--tiny")

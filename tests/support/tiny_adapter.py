@@ -1,4 +1,4 @@
-"""LoRA adapters of a tiny BERT that classifies, trained on the spot, and their bases."""
+"""LoRA adapters: of a tiny BERT that classifies, trained on the spot, with their bases; of causal models, random."""
 
 from pathlib import Path
 from typing import Any
@@ -45,4 +45,20 @@ def save_adapter(
     adapted.save_pretrained(folder)
     if config:
         model.config.save_pretrained(folder)
+    return folder
+
+
+def save_random_adapter(folder: Path, base: Path, *, rank: int = 4) -> Path:
+    """One of a causal model, whose numbers are drawn."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rank)
+        model = AutoModelForCausalLM.from_pretrained(base)
+        settings: dict[str, Any] = {"task_type": "CAUSAL_LM", "r": rank}
+        adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", **settings))
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.05)
+        adapted.save_pretrained(folder)
     return folder

@@ -6,12 +6,9 @@ from collections.abc import Sequence
 from ....storage.tables.features import projected_to, what_and_how
 from ..features import EMBEDDINGS, FeatureRequest, captured, layers_for, layers_of
 from ..fields import extremes
-from ..kinds import Score
+from ..kinds import HF, Score
 from ..sections import Loss
 from ..tasks import TASKS
-
-CAPTURES = "hf"
-"""The engine whose forward pass shows what a teacher's blocks hand on."""
 
 
 def check_captured(score: Score, task: str) -> list[tuple[str, str]]:
@@ -20,8 +17,10 @@ def check_captured(score: Score, task: str) -> list[tuple[str, str]]:
     if not score.features:
         return []
     errors = []
-    if score.engine != CAPTURES:
-        message = f"engine {score.engine!r} shows no states of blocks. Use {CAPTURES!r}, or leave them out"
+    if score.named_engine not in (None, HF):
+        message = (
+            f"engine {score.engine!r} shows no states of blocks. Use {HF!r}, or leave them out"
+        )
         errors.append((path, message))
     if not TASKS[task].labelled and any(asked.pooling == "cls" for asked in score.features):
         message = (

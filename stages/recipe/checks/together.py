@@ -10,14 +10,11 @@ from ..kinds import Score, kinds_with
 from ..run_folder import named_run
 from ..sections import Data, Loss, Recipe, Run, Teacher
 from .endpoint import check_endpoint
+from .engines import check_kept, check_reader
 from .features import check_captured, check_matched
 from .loss import check_loss
 from .task import check_task, lookup, targets_fit
 from .teachers import check_teachers
-
-# Named by the recipe, done by no stage yet: refused by name, never ignored.
-NOT_YET: tuple[tuple[str, tuple[Any, ...]], ...] = (("score.engine", ("vllm",)),)
-
 
 # What only a student makes use of: whole sections, and fields of others. Of `evaluate` stage one
 # reads which rows are held out, and how many of their tokens get reference targets.
@@ -56,14 +53,11 @@ _NOT_OF_A_RUN = {
 
 def check_together(recipe: Recipe) -> list[tuple[str, str]]:
     """Errors that need more than one field: (dotted path, message)."""
-    errors = [
-        (path, f"{lookup(recipe, path)!r} is planned but no stage does it yet")
-        for path, values in NOT_YET
-        if lookup(recipe, path) in values
-    ]
-    errors += _unknown_columns(recipe.data)
+    errors = _unknown_columns(recipe.data)
     if recipe.score is not None:
         errors += _targets(recipe.score) + check_captured(recipe.score, recipe.run.task)
+        errors += check_reader(recipe)
+    errors += check_kept(recipe)
     kind, records = recipe.data.format, recipe.data.records
     # Of a labelled text the task says it (`check_task`).
     brings_text = records.brings_text == "always" and not records.labelled

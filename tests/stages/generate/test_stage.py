@@ -12,14 +12,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from read_texts import log_softmax
 from tiny_jobs import generation_job
 
 from stillroom.stages.engines.base import Completion, Request
 from stillroom.stages.engines.opening import choose_engine, open_engine
 from stillroom.stages.engines.vllm import VllmEngine
 from stillroom.stages.generate import stage as generate
+from stillroom.stages.models.causal_lm import load_causal_lm
 from stillroom.stages.models.identity import FileHashes, Identity, identify
 from stillroom.stages.recipe.engines import Generate
 from stillroom.stages.workers.clock import Clock
@@ -126,6 +129,36 @@ def test_a_stop_string_ends_the_text_before_it(name: str, assets: Path, tmp_path
     assert word not in cut.text
     assert free.text.startswith(cut.text)
     assert free.token_ids[: len(cut.token_ids)] == cut.token_ids
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("sampling", [{"temperature": 0.8, "top_p": 0.9}, {"temperature": 0.0}])
+def test_what_tokens_were_drawn_from_is_kept_raw(
+    name: str, sampling: dict[str, float], assets: Path, tmp_path: Path
+) -> None:
+    """Neither temperature nor top_p is in it, nothing outside a nucleus is -inf; what a stop string cuts is cut."""
+    author = author_at(assets / STORIES, tmp_path)
+    model = load_causal_lm(author)
+    requests = [Request(n, [1, 403, 407, 261][: 2 + n % 3], seed=n) for n in range(6)]
+    settings = {"max_tokens": 20, "keep": {"k": 20}, "stop": ["the"], **sampling}
+    for number, completion in written(name, author, requests, **settings).items():
+        assert completion.targets is not None
+        prompt, found = requests[number].prompt_ids, completion.targets.targets
+        said = log_softmax(model, prompt + completion.token_ids)[len(prompt) - 1 : -1]
+        assert found.ids is not None
+        at = np.take_along_axis(said, found.ids.astype(np.int64), axis=1)
+        np.testing.assert_allclose(found.logprobs, at, atol=1e-3)
+        assert (at[:, -1] >= -np.sort(-said, axis=1)[:, 19] - 1e-3).all()
+        own = said[np.arange(len(said)), completion.token_ids]
+        np.testing.assert_allclose(found.token_logprob, own, atol=1e-3)
+        outside = said.copy()
+        np.put_along_axis(outside, found.ids.astype(np.int64), -np.inf, axis=1)
+        bound = completion.targets.tail_bound
+        off = np.abs(found.tail_logprob - np.log(np.exp(outside).sum(axis=1)))
+        assert (off <= 1e-3 + (0.0 if bound is None else bound)).all()
+        entropy = -(np.exp(said) * said).sum(axis=1)
+        assert (found.entropy <= entropy + 1e-3).all()
 
 
 GOES_ON = ", there was a little girl named Lily."  # after "Once upon a time", greedily

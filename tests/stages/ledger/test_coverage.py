@@ -76,11 +76,19 @@ def serves(row: Kept, bits: int, asked: Kept, asked_bits: int) -> bool:
     return row.p >= asked.p and row.k >= asked.k and row.k_min >= asked.k_min
 
 
-def answers(rows: list[tuple[Kept, int]], asked: Kept, bits: int) -> tuple[Any, ...]:
-    """What the SQL says of these rows, each at the place of its number."""
+def answers(
+    rows: list[tuple[Kept, int]],
+    asked: Kept,
+    bits: int,
+    *,
+    engines: list[str | None] | None = None,
+    named: str | None = None,
+) -> tuple[Any, ...]:
+    """What the SQL says of these rows, each at the place of its number; `engines` made them, `named` is asked for."""
     lists = {name: [row.columns().get(name) for row, _ in rows] for name in COLUMNS[:-2]}
     lists["temperatures"] = [list(row.temperatures) or None for row, _ in rows]
     lists["mantissa_bits"] = [b for _, b in rows]
+    lists["engine"] = engines or [None] * len(rows)
     arrays = {
         name: pa.array(values, SCHEMAS["soft_targets"].field(name).type)
         for name, values in lists.items()
@@ -88,7 +96,7 @@ def answers(rows: list[tuple[Kept, int]], asked: Kept, bits: int) -> tuple[Any, 
     stored = pa.table(arrays | {"place": pa.array(range(len(rows)), pa.int64())})
     CONNECTION.register("stored", stored)
     (found,) = CONNECTION.execute(
-        f"SELECT {best(asked, bits)}, {lacks(asked, bits)} FROM stored"
+        f"SELECT {best(asked, bits, named)}, {lacks(asked, bits, named)} FROM stored"
     ).fetchall()
     return found
 
@@ -98,17 +106,33 @@ def answers(rows: list[tuple[Kept, int]], asked: Kept, bits: int) -> tuple[Any, 
     rows=st.lists(st.tuples(kept(), st.sampled_from([7, 10])), min_size=1, max_size=6),
     asked=kept(),
     bits=st.sampled_from([7, 10]),
+    engines=st.lists(st.sampled_from([None, "vllm"]), min_size=6, max_size=6),
+    named=st.sampled_from([None, "hf", "vllm"]),
 )
-def test_the_sql_is_the_rules(rows: list[tuple[Kept, int]], asked: Kept, bits: int) -> None:
-    serving = [place for place, (row, b) in enumerate(rows) if serves(row, b, asked, bits)]
-    chosen, lack = answers(rows, asked, bits)
+def test_the_sql_is_the_rules(
+    rows: list[tuple[Kept, int]],
+    asked: Kept,
+    bits: int,
+    engines: list[str | None],
+    named: str | None,
+) -> None:
+    engines = engines[: len(rows)]
+    serving = [
+        place
+        for place, (row, b) in enumerate(rows)
+        if serves(row, b, asked, bits) and named in (None, engines[place] or "hf")
+    ]
+    chosen, lack = answers(rows, asked, bits, engines=engines, named=named)
     assert (chosen is not None) == bool(serving)
     if chosen is None:
         assert "stored" in reason(asked, lack)
         return
     place = chosen % PLACES
     assert place in serving
-    ranks = {p: (rows[p][0].kind != asked.kind, rows[p][0].k, rows[p][1], p) for p in serving}
+    ranks = {
+        p: (rows[p][0].kind != asked.kind, rows[p][0].k, rows[p][1], engines[p] is not None, p)
+        for p in serving
+    }
     assert ranks[place] == min(ranks.values())
 
 
@@ -143,6 +167,13 @@ def test_the_nearest_row_says_what_is_missing(row: Kept, asked: Kept, says: str)
     far = Kept(kind="sampled", k=9, draw="multinomial", proposal=1.0)
     _, lack = answers([(far, 10), (row, 10)], asked, 10)
     assert reason(asked, lack) == says
+
+
+def test_another_engines_row_is_what_is_missing() -> None:
+    asked = Kept(kind="topk", k=4)
+    chosen, lack = answers([(asked, 10)], asked, 10, engines=["vllm"], named="hf")
+    assert chosen is None
+    assert reason(asked, lack) == "stored by another engine"
 
 
 def drawn(rounds: int, *temperatures: float, **more: Any) -> Kept:

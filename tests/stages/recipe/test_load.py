@@ -8,7 +8,6 @@ import pytest
 import yaml
 from kit import recipe_tree
 
-from stillroom.stages.recipe.checks.together import NOT_YET
 from stillroom.stages.recipe.load import _keys_at, changed_fields, load_recipe, recorded
 from stillroom.stages.recipe.reading.outside import OUTSIDE
 from stillroom.stages.recipe.sections import Recipe
@@ -151,17 +150,6 @@ def test_conversations_can_bring_their_own_answers(tmp_path: Path, tree: dict[st
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree))
     assert load_recipe(path, ["data.format=messages", "generate=null"]).generate is None
-
-
-@pytest.mark.parametrize(
-    ("path", "value"), [(path, value) for path, values in NOT_YET for value in values]
-)
-def test_what_no_stage_does_yet_is_refused_by_name(
-    tmp_path: Path, tree: dict[str, Any], path: str, value: str
-) -> None:
-    message = refusal(tmp_path, tree, f"{path}={value}")
-    assert path in message
-    assert "no stage does it yet" in message
 
 
 def test_a_store_stands_for_teacher_and_data_or_for_neither(

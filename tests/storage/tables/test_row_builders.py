@@ -77,8 +77,38 @@ def test_a_ragged_target_row_says_its_limit_and_not_its_widest_position():
         mantissa_bits=10,
         settings=settings,
     )
-    unsaid = {"tail_bound", "entropy_is_bound", "engine"}
-    assert row.keys() == set(SCHEMAS["soft_targets"].names) - unsaid
+    assert row.keys() == set(SCHEMAS["soft_targets"].names)
+    assert {row[name] for name in ("tail_bound", "entropy_is_bound", "engine")} == {None}
     assert (row["k"], row["span_tokens"], row["label"]) == (8, 2, None)
     about = {"teacher_id": "teacher", "vocab_size": 10}
     check_shape("soft_targets", check_row("soft_targets", row), about)
+
+
+def test_a_bound_is_never_rounded_down():
+    bounds = np.array([0.0, 1e-7, 0.3, 1.0, np.inf])
+    targets = SoftTargets(
+        ids=np.full((5, 1), 3, np.int32),
+        logprobs=np.log(np.full((5, 1), 0.5, np.float32)),
+        tail_logprob=np.log(np.full(5, 0.5, np.float32)),
+        token_logprob=np.log(np.full(5, 0.5, np.float32)),
+        entropy=np.full(5, 1.0, np.float32),
+    )
+    row = target_row(
+        **KEYS,
+        generation_key=GENERATION_KEY,
+        prompt_key=PROMPT_KEY,
+        teacher_id="teacher",
+        token_ids=[9, 3, 3, 3, 3, 3],
+        spans=np.array([[1, 5]]),
+        targets=targets,
+        mantissa_bits=4,
+        settings={"kind": "topk", "k": 1, "p": None, "k_min": None, "draw": None, "proposal": None},
+        engine="vllm",
+        tail_bound=bounds,
+    )
+    assert (row["engine"], row["entropy_is_bound"]) == ("vllm", True)
+    assert (row["tail_bound"] >= bounds).all()
+    np.testing.assert_allclose(row["tail_bound"], bounds, rtol=0.15)
+    check_shape(
+        "soft_targets", check_row("soft_targets", row), {"teacher_id": "teacher", "vocab_size": 10}
+    )

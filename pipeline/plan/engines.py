@@ -1,0 +1,43 @@
+"""What is said of the engines that run a teacher: which one is to score, and which ones made its rows."""
+
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+
+from ...stages.ledger.books import Books
+from ...stages.ledger.targets import engines_of
+from ...stages.recipe.kinds import VLLM
+from ...stages.recipe.stages import needed
+from ...stages.recipe.tasks import TASKS
+from ...storage.store.bindings import bound_engine
+from .teachers import BoundTeacher
+
+
+def engine_notes(one: BoundTeacher, books: Books, *, pending: int) -> Iterator[str]:
+    """Of a teacher with so many texts to do: a sentence each, for people."""
+    if pending and (found := _to_run(one, books)):
+        yield f"{one.line}: the engine is {found}"
+    if mixed := mixed_engines(engines_of(books, one.id)):
+        yield f"{one.line}: {mixed}"
+
+
+def _to_run(one: BoundTeacher, books: Books) -> str:
+    """Which engine runs a teacher, where it is not plain: transformers runs all that no other can."""
+    score = needed(one.recipe.score, "score")
+    if score.named_engine is not None or score.features:
+        return ""
+    if not TASKS[one.recipe.run.task].structure.shifted or find_spec(VLLM) is None:
+        return ""
+    decided = bound_engine(books.store.files, one.id)
+    if decided is None:
+        return "chosen by the first worker: hf where transformers loads the teacher, else vllm"
+    return "" if decided != VLLM else "vllm, as the first worker decided"
+
+
+def mixed_engines(rows: Mapping[str, int]) -> str:
+    """What is said of rows that several engines made; empty: one did."""
+    if len(rows) < 2:
+        return ""
+    made = " and ".join(f"{count:,} by {engine}" for engine, count in rows.items())
+    return (
+        f"the store has rows of this teacher from several engines, {made}; score.engine names one"
+    )

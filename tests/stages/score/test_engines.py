@@ -1,0 +1,156 @@
+"""Rows of several engines in one store: which one scores, whose rows serve, what is said of them; another one reads."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from kit import last_json, prompts, recipe_tree, stillroom, told, write_jsonl
+from read_texts import ReadByHf, in_place_of_vllm, shifted_by_one
+
+from stillroom.stages.models.causal_lm import KIND
+from stillroom.storage.errors import NotLoaded
+from stillroom.storage.store.store import Store
+from stillroom.storage.tables.schema import SCHEMAS
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+K = 4
+
+
+def write(folder: Path, teacher: Path, engine: str | None, **sections: Any) -> Path:
+    """Stage one and a student, of a teacher that draws its text."""
+    source = write_jsonl(folder / "prompts.jsonl", prompts(24))
+    named = {} if engine is None else {"engine": engine}
+    sections = {
+        "generate": {"engine": "hf", "temperature": 1.0, "max_tokens": 12},
+        "score": {"k": K} | named,
+    } | sections
+    path = folder / f"{engine}.yaml"
+    path.write_text(yaml.safe_dump(recipe_tree(folder, teacher, source, **sections)))
+    return path
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    table = Store.open(folder / "store").index("soft_targets", SCHEMAS["soft_targets"].names)
+    return sorted(table.to_pylist(), key=lambda row: (row["engine"] or "", row["tokens_key"]))
+
+
+@pytest.fixture
+def teacher(tiny_llama: Callable[..., Path]) -> Path:
+    return tiny_llama("teacher")
+
+
+def test_rows_by_vllm_teach_and_are_those_of_transformers(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_place_of_vllm(monkeypatch)
+    by_vllm = write(tmp_path, teacher, "vllm")
+    results = last_json(stillroom("run", by_vllm, "--json"))["results"]
+    (tmp_path / "hf").mkdir()
+    theirs = last_json(stillroom("run", write(tmp_path / "hf", teacher, "hf"), "--json"))["results"]
+    for name in ("kl_teacher", "cross_entropy"):  # students from either engine
+        assert results["student"][name] == pytest.approx(theirs["student"][name], rel=0.05)
+    of_vllm = rows_of(tmp_path)
+    assert {row["engine"] for row in of_vllm} == {"vllm"}
+    assert {row["kind"] for row in of_vllm} == {"topk", "full"}  # to train on, and to judge on
+    for row in of_vllm:
+        bounded = row["kind"] == "topk"
+        assert row["entropy_is_bound"] == (True if bounded else None)
+        assert (row["tail_bound"] is not None) == bounded
+    deep = ("verify", tmp_path / "store", "--deep", "--teacher", teacher, "--json")
+    found = told(*deep)["deep"]
+    assert found["engines"] == {"vllm": found["rows"]}
+
+    licences = [f"--{what}license=mit" for what in ("", "teacher-", "source-")]
+    stillroom("export", tmp_path / "store", tmp_path / "out", *licences)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{len(of_vllm)} rows by `vllm`" in card
+    assert "`tail_bound` nats" in card
+
+    # Any engine's row serves, unless one is named.
+    assert told("plan", write(tmp_path, teacher, None))["stages"]["score"]["state"] == "done"
+    by_hf = write(tmp_path, teacher, "hf")
+    line = told("plan", by_hf)["stages"]["score"]
+    assert line["pending"] == line["planned"]
+    assert "stored by another engine" in line["why"]
+    stillroom("run", by_hf, "--until", "score")
+    plan = told("plan", write(tmp_path, teacher, None))
+    (mixed,) = [note for note in plan["notes"] if "several engines" in note]
+    assert f"{len(of_vllm)} by hf and {len(of_vllm)} by vllm" in mixed
+    assert told("verify", tmp_path / "store")["ok"]
+
+    of_hf, of_vllm = rows_of(tmp_path)[: len(of_vllm)], rows_of(tmp_path)[len(of_vllm) :]
+    for one, other in zip(of_vllm, of_hf, strict=True):
+        assert (one["reuse_key"], one["engine"], other["engine"]) == (
+            other["reuse_key"],
+            "vllm",
+            None,
+        )
+        rounding = 2**-9
+        for name in ("logprobs", "token_logprob"):
+            np.testing.assert_allclose(one[name], other[name], rtol=rounding, atol=1e-4)
+        off = np.abs(np.subtract(one["tail_logprob"], other["tail_logprob"]))
+        off = np.where(np.equal(one["tail_logprob"], other["tail_logprob"]), 0.0, off)
+        bound = np.array(one["tail_bound"] or 0.0)
+        assert (off <= bound + 1e-4 + rounding * np.abs(np.nan_to_num(other["tail_logprob"]))).all()
+        assert (
+            np.array(one["entropy"]) <= np.array(other["entropy"]) * (1 + rounding) + 1e-4
+        ).all()
+    # What is exact is taken where both are there.
+    stillroom("run", write(tmp_path, teacher, None), "--until", "train")
+
+
+def test_the_first_worker_decides_for_all(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where transformers does not load the teacher vLLM reads; a worker where it does then asks vLLM too."""
+    opened = in_place_of_vllm(monkeypatch)
+    recipe = write(tmp_path, teacher, None)
+    stillroom("run", recipe, "--until", "generate")
+    assert "chosen by the first worker" in " ".join(told("plan", recipe)["notes"])
+    right = KIND.teacher
+    calls: list[str] = []
+
+    def refuses(self: Any, identity: Any, **more: Any) -> Any:
+        calls.append("asked")
+        if len(calls) == 1:
+            raise NotLoaded("too new")
+        return right(identity, **more)
+
+    monkeypatch.setattr(type(KIND), "teacher", refuses)
+    stillroom("run", recipe, "--until", "score")
+    assert len(opened) == 1
+    assert {row["engine"] for row in rows_of(tmp_path)} == {"vllm"}
+    # More to do, and transformers loads it now.
+    more = write(tmp_path, teacher, None, score={"k": K + 1})
+    assert "vllm, as the first worker decided" in " ".join(told("plan", more)["notes"])
+    stillroom("run", more, "--until", "score")
+    assert len(opened) == 2
+    assert {row["engine"] for row in rows_of(tmp_path)} == {"vllm"}
+
+
+def test_transformers_scores_where_it_loads_the_teacher(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = in_place_of_vllm(monkeypatch)
+    stillroom("run", write(tmp_path, teacher, None), "--until", "score")
+    assert opened == []
+    assert {row["engine"] for row in rows_of(tmp_path)} == {None}
+
+
+def test_another_texts_distributions_are_found_by_deep_verification(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an engine got wrong by a position, the tokens' own log-probabilities too, is off and named."""
+    opened = in_place_of_vllm(monkeypatch)
+    right = ReadByHf.read
+    monkeypatch.setattr(
+        ReadByHf, "read", lambda self, *asked: shifted_by_one(partial(right, self))(*asked)
+    )
+    stillroom("run", write(tmp_path, teacher, "vllm"), "--until", "score")
+    assert opened
+    deep = ("verify", tmp_path / "store", "--deep", "--teacher", teacher, "--json")
+    assert last_json(stillroom(*deep, expect=3))["deep"]["off"]

@@ -272,7 +272,11 @@ def steps(
 
 
 def in_company(steps: Generator[Step, None, None]) -> Generator[Step, None, None]:
-    """The same steps, what is left for a step of a single sample joined to the step before it."""
+    """The same steps, what is left for a step of a single sample joined to the step before it.
+
+    Raises:
+        UsageError: there is a single sample in all.
+    """
     held = None
     with closing(steps):
         for step in steps:
@@ -283,6 +287,11 @@ def in_company(steps: Generator[Step, None, None]) -> Generator[Step, None, None
                 continue
             after = replace(step.after, step=held.after.step)
             held = Step(samples=[*held.samples, *step.samples], after=after)
+        if held is not None and len(held.samples) == 1:
+            raise UsageError(
+                "train.epochs: this training is of one sample in all, and the student's batch norms "
+                "cannot be had of one. Add data."
+            )
         if held is not None:
             yield held
 

@@ -143,9 +143,8 @@ class Renderer:
         )
 
     def _text_of(self, token_id: int) -> str:
-        tokens = self.tokenizer.convert_ids_to_tokens([token_id])
-        text: str = self.tokenizer.convert_tokens_to_string(tokens)
-        return text
+        tokens: Any = self.tokenizer.convert_ids_to_tokens([token_id])
+        return str(self.tokenizer.convert_tokens_to_string(tokens))
 
     def notes(self) -> list[str]:
         """What this run has to say of its texts, a sentence each."""

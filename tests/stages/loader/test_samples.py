@@ -138,6 +138,8 @@ def test_a_single_sample_that_is_left_over_joins_the_step_before(samples):
         assert [texts_of(step) for step in rest] == [texts_of(found[-1])]
         joined += len(alone)
     assert joined
+    with pytest.raises(UsageError, match="one sample in all"):
+        list(in_company(steps(samples, Cursor(), tokens_per_step=90, stop_samples=1)))
 
 
 def test_epochs_differ_in_order_and_seeds_too(store, samples):

@@ -7,9 +7,9 @@ line in `pipeline/plan/`.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, Field
+from pydantic import BeforeValidator
 
 from ...storage.errors import UsageError
 from ...storage.tables.schema import TableName
@@ -46,8 +46,14 @@ STAGES = (
 )
 
 
-def _one(processes: int | str) -> int | str:
-    if processes not in ("auto", 1):
+def _some(workers: Any) -> Any:
+    if workers != "auto" and (type(workers) is not int or workers < 1):
+        raise ValueError(f"must be auto, or a whole number of at least 1 (got {workers!r})")
+    return workers
+
+
+def _one(processes: Any) -> Any:
+    if processes != "auto" and (type(processes) is not int or processes != 1):
         raise ValueError(
             f"one process trains a student so far (got {processes!r}). Leave it out, or write auto"
         )
@@ -57,10 +63,10 @@ def _one(processes: int | str) -> int | str:
 class Compute(Section):
     """How much of this machine a run takes. It decides how fast, and nothing of what is made: it is in no hash."""
 
-    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    workers: Annotated[int | Literal["auto"], BeforeValidator(_some)] = "auto"
     """Processes that write, and then score, side by side. auto: one for each GPU that is visible, or
     for each group of them where the engine needs several; without a GPU one."""
-    processes: Annotated[int | Literal["auto"], AfterValidator(_one)] = "auto"
+    processes: Annotated[int | Literal["auto"], BeforeValidator(_one)] = "auto"
     """Processes that train a student: one so far."""
 
 

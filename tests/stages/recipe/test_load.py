@@ -50,6 +50,12 @@ def test_a_misspelt_key_is_refused_with_line_and_nearest_key(
     [
         ("score.k=0", "score.k: must be at least 1 (got 0)"),
         ("score.k=many", "score.k: input should be a valid integer"),
+        (
+            "compute.workers=0",
+            "compute.workers: must be auto, or a whole number of at least 1 (got 0)",
+        ),
+        ("compute.workers=all", "compute.workers: must be auto, or a whole number"),
+        ("compute.processes=2", "compute.processes: one process trains a student so far (got 2)"),
         ("data.format=chats", "data.format: must be one of 'text'"),
         ("data.holdout=-1", "data.holdout: must be at least 0 (got -1)"),
         ("generate.top_p=0", "generate.top_p: must be greater than 0"),
@@ -262,6 +268,7 @@ def test_records_keep_the_variable(
     assert recipe.storage.sources == ["s3://k:v@b/x"]
     assert recorded(recipe)["teacher"]["model"] == "${AT}"
     assert recorded(recipe)["storage"]["sources"] == ["s3://b/${AT}"]
+    assert "compute" not in recorded(recipe)  # what a machine has is nobody else's business
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)

@@ -66,7 +66,7 @@ class Scale:
     teacher_epochs: int = 6
     student_hidden: int = 32
     epochs: int = 6
-    rates: tuple[float, ...] = (1e-3, 3e-3, 9e-3, 27e-3)
+    rates: tuple[float, ...] = (1e-3, 3e-3, 9e-3, 27e-3, 81e-3)
 
 
 SCALES = {

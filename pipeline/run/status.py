@@ -20,6 +20,7 @@ from ...storage.store.commits import Commit
 from ...storage.store.store import Store
 from ...storage.tables.features import ERRORS
 from ...storage.tables.kinds import STRUCTURES
+from ...storage.tables.shard import ShardFile
 from ..numbers import duration, human
 from ..plan.lines import Plan, equal_texts
 from ..plan.teachers import teachers_json
@@ -109,7 +110,7 @@ def column_costs(store: Store, commits: list[Commit]) -> dict[str, Any]:
         "shards": len(commits),
         "footers_read": len(chosen),
     }
-    kept = _kept(shard.about.get("statistics", {}) for shard in shards)
+    kept = _kept(shards)
     return found | ({"kept": kept} if kept else {})
 
 
@@ -160,14 +161,22 @@ class _Error:
         return {"mean": round(self.missed / self.vectors, 6), "most": round(self.most, 6)}
 
 
-def _kept(parts: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Per kind of target: tokens, their entries, and the mean of the mass that these keep (sampled: None)."""
+def _kept(shards: Iterable[ShardFile]) -> dict[str, dict[str, Any]]:
+    """Per kind of target: tokens, their entries, and the mean of the mass that these keep (sampled: None).
+
+    Raises:
+        IntegrityError: a shard's statistics are none.
+    """
     sums: dict[str, Counter[str]] = {}
-    for kind, part in (item for statistics in parts for item in statistics.items()):
-        tokens = part["tokens"]
-        mass = part["kept_mass"]["mean"] * tokens if "kept_mass" in part else 0.0
-        found = {"tokens": tokens, "entries": part["entries_per_token"] * tokens, "mass": mass}
-        sums.setdefault(kind, Counter()).update(found)
+    for shard in shards:
+        with understood(shard.name, "description of targets"):
+            for kind, part in shard.about.get("statistics", {}).items():
+                if kind not in STRUCTURES:
+                    raise ValueError(f"{kind!r} is no kind of targets")
+                tokens, of_each = integer(part["tokens"], least=1), part["entries_per_token"]
+                mass = float(part["kept_mass"]["mean"]) * tokens if "kept_mass" in part else 0.0
+                found = {"tokens": tokens, "entries": float(of_each) * tokens, "mass": mass}
+                sums.setdefault(kind, Counter()).update(found)
     return {
         kind: {
             "tokens": total["tokens"],

@@ -1,9 +1,13 @@
 """What a column costs, from the footers of the shards, all of them or some."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 from rich.console import Console
 
 from stillroom.pipeline.run import status
+from stillroom.storage.errors import IntegrityError
 from stillroom.storage.keys import content_key
 from stillroom.storage.store.store import Store
 from stillroom.storage.store.writer import CommitLimits
@@ -53,11 +57,31 @@ def test_columns_and_the_rest_are_the_whole_file(store):
     assert status.column_costs(store, []) == {}
 
 
+def shard_of(statistics: Any) -> Any:
+    return SimpleNamespace(name="a.parquet", about={"statistics": statistics})
+
+
+@pytest.mark.parametrize(
+    "statistics",
+    [
+        None,
+        [1],
+        {"topk": 3},
+        {"odd": {"tokens": 1}},
+        {"full": {"tokens": 1}},
+        {"full": {"tokens": 0}},
+    ],
+)
+def test_statistics_that_are_none_are_named(statistics: Any) -> None:
+    with pytest.raises(IntegrityError, match=r"a\.parquet: not a description of targets of this"):
+        status._kept([shard_of(statistics)])
+
+
 def test_what_targets_keep_is_the_mean_over_the_tokens_of_all_shards():
     part = {"rows": 1, "tokens": 10, "entries_per_token": 4.0, "kept_mass": {"mean": 0.9}}
     drawn = {"rows": 1, "tokens": 5, "entries_per_token": 3.0, "entries": {"mean": 3.0}}
     more = part | {"tokens": 30, "entries_per_token": 8.0, "kept_mass": {"mean": 0.5}}
-    kept = status._kept([{"topk": part}, {}, {"topk": more, "sampled": drawn}])
+    kept = status._kept(map(shard_of, [{"topk": part}, {}, {"topk": more, "sampled": drawn}]))
     assert kept == {
         "sampled": {"tokens": 5, "entries_per_token": 3.0, "kept_mass": None},
         "topk": {"tokens": 40, "entries_per_token": 7.0, "kept_mass": 0.6},

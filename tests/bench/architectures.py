@@ -176,11 +176,15 @@ def job(**train: Any) -> SimpleNamespace:
     )
 
 
+def identity(folder: Path) -> SimpleNamespace:
+    """Its identity, as far as it is asked here."""
+    who = {"folder": folder, "id": b"", "dtype": "float32", "context_tokens": 1024}
+    return SimpleNamespace(**who, adapter=None, runs_code=False, quantize=None, quantized="")
+
+
 def scored(folder: Path) -> tuple[float, float]:
     """How far scored rows are from the truth, and from what they are alone."""
-    who = SimpleNamespace(
-        folder=folder, dtype="float32", adapter=None, runs_code=False, id=b"", context_tokens=1024
-    )
+    who = identity(folder)
     kept = Kept(kind="full", k=VOCABULARY)
     requests = [
         TargetRequest(
@@ -243,7 +247,7 @@ def logits_of(model: Any, ids: np.ndarray) -> Tensor:
 
 def peeked(folder: Path) -> float:
     """Of the teacher as it is loaded, in a text of each length."""
-    who: Any = SimpleNamespace(folder=folder, dtype="float32", adapter=None, runs_code=False)
+    who: Any = identity(folder)
     model, found = load_causal_lm(who), 0.0
     for ids in texts():
         changed = ids.copy()

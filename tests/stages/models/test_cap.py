@@ -21,7 +21,9 @@ def test_the_cap_is_applied(config, tmp_path):
     build(config(**SIZES, **CAPPED)).save_pretrained(tmp_path)
     right = build(config(**SIZES, **CAPPED), attn_implementation="eager")
     dropped = build(config(**SIZES, **CAPPED), attn_implementation="sdpa")
-    who = SimpleNamespace(folder=tmp_path, dtype="float32", adapter=None, runs_code=False)
+    who = SimpleNamespace(
+        folder=tmp_path, dtype="float32", adapter=None, runs_code=False, quantize=None, quantized=""
+    )
     ids = torch.arange(20)[None]
     with torch.no_grad():
         expected = right(input_ids=ids).logits

@@ -7,14 +7,16 @@ line in `pipeline/plan/`.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator
 
 from ...storage.errors import UsageError
-from ...storage.tables.schema import TableName
 from .fields import Arm, Section
 from .run_folder import EVALUATED, TRAINED
+
+if TYPE_CHECKING:
+    from ...storage.tables.schema import TableName
 
 S = TypeVar("S")
 
@@ -26,7 +28,7 @@ class Stage:
     name: str
     room: str
     """Its folder under `stages/`; `--only` and `--until` call it by this name."""
-    table: TableName | None = None
+    table: "TableName | None" = None
     """The table of the store that it fills."""
     loads: Literal["author", "teacher"] | None = None
     """The model that its process runs; each row of such a stage may be rejected."""

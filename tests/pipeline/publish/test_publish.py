@@ -322,6 +322,8 @@ class TestCard:
             ("teacher", "device_map"),
             ("student", "revision"),
             ("data", "split"),
+            ("generate", "api_key_env"),
+            ("generate", "license"),
             ("select", "where"),
             ("train", "snapshot"),
             ("train", "wandb"),

@@ -197,7 +197,7 @@ class FakeVllm:
         self.most = max(self.most, len(self.held))
 
     def finish(self) -> list[Any]:
-        text = SimpleNamespace(token_ids=[5], text="cat", finish_reason="stop")
+        text = SimpleNamespace(token_ids=[5], text="cat", finish_reason="stop", logprobs=None)
         return [SimpleNamespace(finished=True, request_id=f"{self.held.pop(0)}-x", outputs=[text])]
 
     def has_unfinished_requests(self) -> bool:
@@ -213,7 +213,7 @@ class FakeVllm:
 def vllm_on(fake: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> VllmEngine:
     engine = VllmEngine.__new__(VllmEngine)
     engine._llm, engine._clock = SimpleNamespace(llm_engine=fake), Clock()
-    engine._settings = Generate(max_tokens=4)
+    engine._settings, engine._vocab_size = Generate(max_tokens=4), 9
     engine._tokenizer = SimpleNamespace(decode=lambda ids, **_: " ".join(map(str, ids)))
     monkeypatch.setattr(VllmEngine, "_submit", lambda self, request: fake.add(request.number))
     return engine
@@ -277,7 +277,7 @@ class BusyVllm(FakeVllm):
             self._left[name] -= 1
         done = [name for name in running if not self._left[name]]
         self.held = [name for name in self.held if name not in done]
-        text = SimpleNamespace(token_ids=[5], text="cat", finish_reason="stop")
+        text = SimpleNamespace(token_ids=[5], text="cat", finish_reason="stop", logprobs=None)
         return [
             SimpleNamespace(finished=True, request_id=f"{name}-x", outputs=[text]) for name in done
         ]

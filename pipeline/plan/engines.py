@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 
+from ...stages.engines.opening import runs
 from ...stages.ledger.books import Books
 from ...stages.ledger.targets import engines_of
 from ...stages.recipe.kinds import VLLM
@@ -26,6 +27,8 @@ def _to_run(one: BoundTeacher, books: Books) -> str:
     if score.named_engine is not None or score.features:
         return ""
     if not TASKS[one.recipe.run.task].structure.shifted or find_spec(VLLM) is None:
+        return ""
+    if one.bound.teacher is not None and not runs(VLLM, one.bound.teacher):
         return ""
     decided = bound_engine(books.store.files, one.id)
     if decided is None:

@@ -132,6 +132,24 @@ def test_the_first_worker_decides_for_all(
     assert {row["engine"] for row in rows_of(tmp_path)} == {"vllm"}
 
 
+def test_what_vllm_does_not_run_is_not_handed_to_it(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a teacher that bitsandbytes quantises the failure of transformers is said, and not vLLM's refusal."""
+    opened = in_place_of_vllm(monkeypatch)
+    monkeypatch.setattr("stillroom.stages.engines.opening.by_bitsandbytes", lambda parts: True)
+    recipe = write(tmp_path, teacher, None)
+    stillroom("run", recipe, "--until", "generate")
+    assert "the engine is" not in " ".join(told("plan", recipe)["notes"])
+
+    def refuses(*_: Any, **__: Any) -> Any:
+        raise NotLoaded("no room for it")
+
+    monkeypatch.setattr(type(KIND), "teacher", refuses)
+    assert "no room for it" in stillroom("run", recipe, "--until", "score", expect=2).stderr
+    assert opened == []
+
+
 def test_transformers_scores_where_it_loads_the_teacher(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

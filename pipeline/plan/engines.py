@@ -24,7 +24,7 @@ def engine_notes(one: BoundTeacher, books: Books, *, pending: int) -> Iterator[s
 def _to_run(one: BoundTeacher, books: Books) -> str:
     """Which engine runs a teacher, where it is not plain: transformers runs all that no other can."""
     score = needed(one.recipe.score, "score")
-    if score.named_engine is not None or score.features:
+    if one.recipe.scoring_engine is not None or score.features:
         return ""
     if not TASKS[one.recipe.run.task].structure.shifted or find_spec(VLLM) is None:
         return ""

@@ -285,8 +285,7 @@ def _bind_here(recipe: Recipe, store: Store | None, *, write: bool) -> Bound:
     author = author_identity(recipe, teacher, hashes, download=write)
     if recipe.generate is not None:
         refuse_engine(recipe.generate.engine, author)
-    if recipe.score is not None:
-        refuse_engine(recipe.score.named_engine, teacher, field="score.engine")
+    refuse_engine(recipe.scoring_engine, teacher, field="score.engine")
     day = _day(recipe, author, store)
     wrote = author.id
     if given_text(recipe):

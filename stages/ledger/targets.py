@@ -178,7 +178,7 @@ def _view_scored(
     some have too few bits), text_key and the place of each feature's row.
     """
     with_features = capture_id(teacher_id, captured(books.score.features))
-    bits, engine = books.recipe.storage.mantissa_bits, books.score.named_engine
+    bits, engine = books.recipe.storage.mantissa_bits, books.recipe.scoring_engine
     # Held-out rows are judged on reference targets; where nobody can make them, on what there is.
     judging = "coalesce(reference, trained)" if books.lenient else "reference"
     # Not materialized: DuckDB then reads of each step only the columns and parts that are asked for.

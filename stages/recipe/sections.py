@@ -15,7 +15,7 @@ from .evaluate import Evaluate
 from .features import FeatureLoss
 from .fields import NO_TEMPLATE_ARGUMENTS, Kernel, Options, Schedule, Scheduled, Section, Tail
 from .formats import FORMATS, Format, FormatName
-from .kinds import Score
+from .kinds import HF, Score
 from .stages import Compute
 from .tasks import TASKS, TaskName
 
@@ -389,6 +389,17 @@ class Recipe(Section):
         """The teachers, unless there is one that scores everything at weight 1: it is as `teacher`."""
         one = len(self.teachers) == 1 and self.teachers[0].is_plain
         return [] if one else self.teachers
+
+    @property
+    def scoring_engine(self) -> str | None:
+        """The one engine whose rows are wanted; None: any.
+
+        Weights by entropy want exact ones: of the best entries alone no other engine has them.
+        """
+        if self.score is None:
+            return None
+        weighed = self.loss.teacher_weights == "entropy" and self.score.structure.has_tail
+        return HF if weighed else self.score.named_engine
 
     def of_teacher(self, one: OneTeacher) -> Self:
         """The same with this teacher alone, and what it scores."""

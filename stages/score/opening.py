@@ -25,7 +25,7 @@ def open_teacher(job: Job, identity: Identity, store: Store, *, longest: int) ->
     Raises:
         UsageError: the teacher does not load, or the engine is not installed.
     """
-    named = job.score.named_engine or _decided(job, identity, store)
+    named = job.recipe.scoring_engine or _decided(job, identity, store)
     if named is not None:
         return _open(named, job, identity, longest=longest)
     try:

@@ -159,6 +159,30 @@ def test_transformers_scores_where_it_loads_the_teacher(
     assert {row["engine"] for row in rows_of(tmp_path)} == {None}
 
 
+def test_weights_by_entropy_want_rows_whose_entropy_is_no_bound(
+    teacher: Path, tiny_llama: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_place_of_vllm(monkeypatch)
+    names = {"a": teacher, "b": tiny_llama("other", seed=1)}
+    two = [{"name": name, "model": str(folder)} for name, folder in names.items()]
+
+    def of_two(engine: str | None, **sections: Any) -> Path:
+        path = write(tmp_path, teacher, engine, **sections)
+        tree = yaml.safe_load(path.read_text())
+        del tree["teacher"]
+        path.write_text(yaml.safe_dump(tree | {"teachers": two}))
+        return path
+
+    stillroom("run", of_two("vllm"), "--until", "score")
+    stages = told("plan", of_two(None))["stages"]
+    assert [stages[f"score/{name}"]["state"] for name in names] == ["done", "done"]
+    stages = told("plan", of_two(None, loss={"teacher_weights": "entropy"}))["stages"]
+    for name in names:
+        line = stages[f"score/{name}"]
+        assert line["pending"] == line["planned"]
+        assert "stored by another engine" in line["why"]
+
+
 def test_another_texts_distributions_are_found_by_deep_verification(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

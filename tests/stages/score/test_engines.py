@@ -159,28 +159,40 @@ def test_transformers_scores_where_it_loads_the_teacher(
     assert {row["engine"] for row in rows_of(tmp_path)} == {None}
 
 
-def test_weights_by_entropy_want_rows_whose_entropy_is_no_bound(
+def of_two(folder: Path, teachers: dict[str, Path], engine: str | None, **sections: Any) -> Path:
+    """The same of two teachers, by their names."""
+    path = write(folder, folder / "none", engine, **sections)
+    tree = yaml.safe_load(path.read_text())
+    del tree["teacher"]
+    tree["teachers"] = [{"name": name, "model": str(model)} for name, model in teachers.items()]
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def test_what_needs_exact_tails_takes_other_rows_than_those_of_bounds(
     teacher: Path, tiny_llama: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Weights by entropy ask for them, the report of teachers takes them where they are, and else says so."""
     in_place_of_vllm(monkeypatch)
-    names = {"a": teacher, "b": tiny_llama("other", seed=1)}
-    two = [{"name": name, "model": str(folder)} for name, folder in names.items()]
+    two = {"a": teacher, "b": tiny_llama("other", seed=1)}
+    stillroom("run", of_two(tmp_path, two, "vllm"), "--until", "score")
+    stages = told("plan", of_two(tmp_path, two, None))["stages"]
+    assert [stages[f"score/{name}"]["state"] for name in two] == ["done", "done"]
+    report = ("report", "--teachers", tmp_path / "store", "--out", tmp_path / "page.html", "--json")
+    done = stillroom(*report)
+    (pair,) = last_json(done)["pairs"]
+    assert 0 < pair["tokens_of_bounded_tails"] < pair["tokens"]  # held-out rows are full
+    assert "within a bound alone" in done.stdout
 
-    def of_two(engine: str | None, **sections: Any) -> Path:
-        path = write(tmp_path, teacher, engine, **sections)
-        tree = yaml.safe_load(path.read_text())
-        del tree["teacher"]
-        path.write_text(yaml.safe_dump(tree | {"teachers": two}))
-        return path
-
-    stillroom("run", of_two("vllm"), "--until", "score")
-    stages = told("plan", of_two(None))["stages"]
-    assert [stages[f"score/{name}"]["state"] for name in names] == ["done", "done"]
-    stages = told("plan", of_two(None, loss={"teacher_weights": "entropy"}))["stages"]
-    for name in names:
+    by_entropy = of_two(tmp_path, two, None, loss={"teacher_weights": "entropy"})
+    stages = told("plan", by_entropy)["stages"]
+    for name in two:
         line = stages[f"score/{name}"]
         assert line["pending"] == line["planned"]
         assert "stored by another engine" in line["why"]
+    stillroom("run", by_entropy, "--until", "score")
+    (pair,) = last_json(stillroom(*report))["pairs"]
+    assert pair["tokens_of_bounded_tails"] == 0
 
 
 def test_another_texts_distributions_are_found_by_deep_verification(

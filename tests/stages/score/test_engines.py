@@ -195,6 +195,20 @@ def test_what_needs_exact_tails_takes_other_rows_than_those_of_bounds(
     assert pair["tokens_of_bounded_tails"] == 0
 
 
+def test_room_is_made_for_texts_that_the_teacher_reads(
+    teacher: Path, tiny_llama: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another teacher may read less than the one that writes: what is longer is a reject, and needs no room."""
+    opened = in_place_of_vllm(monkeypatch)
+    two = {"a": teacher, "b": tiny_llama("other", seed=1, max_position_embeddings=12)}
+    recipe = of_two(tmp_path, two, "vllm")
+    stillroom("run", recipe, "--until", "score")
+    assert len(opened) == 2
+    line = told("plan", recipe)["stages"]["score/b"]
+    assert line["state"] == "done"
+    assert line["rejected"] > 0
+
+
 def test_another_texts_distributions_are_found_by_deep_verification(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 from ...stages.engines.opening import runs
 from ...stages.ledger.books import Books
-from ...stages.ledger.targets import engines_of
+from ...stages.ledger.teachers import engines_of
 from ...stages.recipe.kinds import VLLM
 from ...stages.recipe.stages import needed
 from ...stages.recipe.tasks import TASKS

@@ -15,7 +15,7 @@ from .evaluate import Evaluate
 from .features import FeatureLoss
 from .fields import NO_TEMPLATE_ARGUMENTS, Kernel, Options, Schedule, Scheduled, Section, Tail
 from .formats import FORMATS, Format, FormatName
-from .kinds import HF, Score
+from .kinds import Score
 from .stages import Compute
 from .tasks import TASKS, TaskName
 
@@ -392,14 +392,8 @@ class Recipe(Section):
 
     @property
     def scoring_engine(self) -> str | None:
-        """The one engine whose rows are wanted; None: any.
-
-        Weights by entropy want exact ones: of the best entries alone no other engine has them.
-        """
-        if self.score is None:
-            return None
-        weighed = self.loss.teacher_weights == "entropy" and self.score.structure.has_tail
-        return HF if weighed else self.score.named_engine
+        """The one engine whose rows are wanted; None: any."""
+        return None if self.score is None else self.score.engine_for(self.loss.teacher_weights)
 
     def of_teacher(self, one: OneTeacher) -> Self:
         """The same with this teacher alone, and what it scores."""

@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 
+from ...stages.engines.opening import runs
 from ...stages.ledger.books import Books
-from ...stages.ledger.targets import engines_of
+from ...stages.ledger.teachers import engines_of
 from ...stages.recipe.kinds import VLLM
 from ...stages.recipe.stages import needed
 from ...stages.recipe.tasks import TASKS
@@ -23,9 +24,11 @@ def engine_notes(one: BoundTeacher, books: Books, *, pending: int) -> Iterator[s
 def _to_run(one: BoundTeacher, books: Books) -> str:
     """Which engine runs a teacher, where it is not plain: transformers runs all that no other can."""
     score = needed(one.recipe.score, "score")
-    if score.named_engine is not None or score.features:
+    if one.recipe.scoring_engine is not None or score.features:
         return ""
     if not TASKS[one.recipe.run.task].structure.shifted or find_spec(VLLM) is None:
+        return ""
+    if one.bound.teacher is not None and not runs(VLLM, one.bound.teacher):
         return ""
     decided = bound_engine(books.store.files, one.id)
     if decided is None:

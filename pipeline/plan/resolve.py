@@ -174,7 +174,7 @@ def author_identity(
     if generate is None or model is None:
         return teacher
     if generate.remote:
-        return _endpoint(str(generate.base_url), model, reads=teacher)
+        return _endpoint(generate.address, model, reads=teacher)
     folder = find_model(model, None, field="generate.model", download=download)
     refuse_misfit(folder, recipe.run.task, field="generate.model", name=model)
     refuse_unquantized(folder, field="generate.model", name=model)
@@ -188,19 +188,19 @@ def author_identity(
     return identify(folder, dtype=recipe.teacher.dtype, hashes=hashes, field="generate.model")
 
 
-def _endpoint(base_url: str, model: str, *, reads: Identity) -> Identity:
+def _endpoint(address: str, model: str, *, reads: Identity) -> Identity:
     """A model behind an endpoint: known by address and name, and by the tokens that its text becomes.
 
     Who answers under that name may change; who did is written down as they answer (`storage/store/served.py`).
 
     Args:
-        base_url: Its address.
+        address: Its own.
         model: Its name there.
         reads: Whose tokenizer and template make tokens of its text.
     """
     parts = {
         # No address: what `${NAME}` in it stands for is in no record.
-        "endpoint": content_id("url", url=base_url.rstrip("/")),
+        "endpoint": content_id("url", url=address),
         "model": model,
         "vocab_size": reads.vocab_size,
         "tokenizer": reads.parts["tokenizer"],
@@ -285,8 +285,7 @@ def _bind_here(recipe: Recipe, store: Store | None, *, write: bool) -> Bound:
     author = author_identity(recipe, teacher, hashes, download=write)
     if recipe.generate is not None:
         refuse_engine(recipe.generate.engine, author)
-    if recipe.score is not None:
-        refuse_engine(recipe.score.named_engine, teacher, field="score.engine")
+    refuse_engine(recipe.scoring_engine, teacher, field="score.engine")
     day = _day(recipe, author, store)
     wrote = author.id
     if given_text(recipe):

@@ -178,7 +178,7 @@ class OpenAIEngine:
             body |= {"tools": asked.tools} if asked.tools else {}
         body |= {"extra_body": settings.engine_args} if settings.engine_args else {}
         drawn = {} if settings.temperature == 0 else {"seed": settings.seed, "n": request.sample}
-        key = content_key("call", url=settings.base_url, body=body, **drawn)
+        key = content_key("call", url=settings.address, body=body, **drawn)
         if drawn:
             body["seed"] = row_seed(key) % 2**31
         said = len(json.dumps(body, ensure_ascii=False).encode())  # a token has a byte at least
@@ -309,7 +309,7 @@ def _answer(response: Any, most: Tokens) -> Answer:
         text=text or "",
         finish_reason="refusal" if "refusal" in beside else choice["finish_reason"],
         tokens=Tokens(*counted) if len(counted) == len(known) else most,
-        served=" ".join(filter(None, [said.get("model"), said.get("system_fingerprint")])),
+        served=shown(" ".join(filter(None, [said.get("model"), said.get("system_fingerprint")]))),
         left_out=tuple(sorted(beside)),
     )
 

@@ -21,8 +21,8 @@ def choose_engine(name: str | None, author: Identity, *, field: str = "generate.
         UsageError: the engine was asked for by name, and is not installed or does not run the author.
     """
     if name is None:
-        built = (engine for engine in ENGINES if not engine.remote and _installed(engine))
-        return next(engine.name for engine in built if _runs(engine, author))
+        built = (engine.name for engine in ENGINES if not engine.remote and _installed(engine))
+        return next(engine for engine in built if runs(engine, author))
     refuse_engine(name, author, field=field)
     engine = _named(name)
     if not _installed(engine):
@@ -39,14 +39,16 @@ def refuse_engine(name: str | None, author: Identity, *, field: str = "generate.
     Raises:
         UsageError: it does not.
     """
-    if name is not None and not _runs(_named(name), author):
+    if name is not None and not runs(name, author):
         raise UsageError(
             f"{field}: {name!r} does not run {author.folder}, which is quantised: {author.quantized}. "
             f"Use {field}=hf, or another model."
         )
 
 
-def _runs(engine: EngineKind, author: Identity) -> bool:
+def runs(name: str, author: Identity) -> bool:
+    """Whether an engine runs a model that is quantised so."""
+    engine = _named(name)
     return engine.remote or engine.bitsandbytes or not by_bitsandbytes(author.parts)
 
 

@@ -13,7 +13,7 @@ from ..recipe.tasks import TASKS
 from ..targets.masks import Masks
 from ..targets.spec import Kept, reference, target_bytes, wanted
 from .books import Books, Ledger, Pending, different
-from .coverage import OF_ENGINE, PLACES, best, entries, lacks, reason
+from .coverage import PLACES, best, entries, lacks, reason
 from .features import FeatureSql, Widths, capture_id, name_texts
 from .requests import TargetRequest, captured_key, read_of, target_key
 from .routes import EVERYTHING, keys_where, take_route
@@ -178,7 +178,7 @@ def _view_scored(
     some have too few bits), text_key and the place of each feature's row.
     """
     with_features = capture_id(teacher_id, captured(books.score.features))
-    bits, engine = books.recipe.storage.mantissa_bits, books.score.named_engine
+    bits, engine = books.recipe.storage.mantissa_bits, books.recipe.scoring_engine
     # Held-out rows are judged on reference targets; where nobody can make them, on what there is.
     judging = "coalesce(reference, trained)" if books.lenient else "reference"
     # Not materialized: DuckDB then reads of each step only the columns and parts that are asked for.
@@ -259,16 +259,6 @@ def _counts(books: Books, feature_bytes: str) -> Iterator[_Count]:
             FROM scored GROUP BY ALL""")
         yield from (_Count(*row) for row in rows)
     _take_part(books, 0, parts=1)
-
-
-def engines_of(books: Books, teacher_id: str) -> dict[str, int]:
-    """Engine -> how many of a teacher's stored rows it made."""
-    return dict(
-        books.index.rows(
-            f"SELECT {OF_ENGINE}, count(*) FROM soft_targets WHERE teacher_id = '{teacher_id}' "
-            "GROUP BY ALL ORDER BY ALL"
-        )
-    )
 
 
 def _take_part(books: Books, part: int, *, parts: int) -> None:

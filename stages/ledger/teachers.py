@@ -1,4 +1,4 @@
-"""Samples of several teachers: what each of them has of a text, and which texts are whole.
+"""Samples of several teachers: what each of them has of a text, which texts are whole; and which engines ran one.
 
 A text is whole where each teacher that is asked for it has scored it. Others are not learnt from and
 nobody is judged on them: they are counted.
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import pyarrow as pa
 
 from .books import Books
+from .coverage import OF_ENGINE
 from .targets import AS_ASKED
 
 
@@ -65,3 +66,13 @@ def left_out(books: Books, names: Sequence[str]) -> list[str]:
         why = ", ".join(f"{names[number]}: {count} {reason}" for number, reason, count in lacking)
         said.append(f"texts are left out that one of their teachers could not score ({why})")
     return said
+
+
+def engines_of(books: Books, teacher_id: str) -> dict[str, int]:
+    """Engine -> how many of a teacher's stored rows it made."""
+    return dict(
+        books.index.rows(
+            f"SELECT {OF_ENGINE}, count(*) FROM soft_targets WHERE teacher_id = '{teacher_id}' "
+            "GROUP BY ALL ORDER BY ALL"
+        )
+    )

@@ -241,6 +241,11 @@ class Generate(Section):
         return self
 
     @property
+    def address(self) -> str:
+        """Of an endpoint: what it is known by, whether a slash ends its `base_url` or not."""
+        return (self.base_url or "").rstrip("/")
+
+    @property
     def remote(self) -> bool:
         """Whether an endpoint writes."""
         return any(kind.remote and kind.name == self.engine for kind in ENGINES)

@@ -142,6 +142,11 @@ class Score(Section):
         """The one engine whose rows are wanted; None: any."""
         return None if self.engine == "auto" else self.engine
 
+    def engine_for(self, teacher_weights: str) -> str | None:
+        """The one engine whose rows are wanted; None: any. Entropies that weigh teachers must be no bounds."""
+        exact = teacher_weights == "entropy" and self.structure.has_tail
+        return HF if exact else self.named_engine
+
     @property
     def kind(self) -> TargetKind:
         """What a recipe can say of these targets, and what serves them."""

@@ -390,6 +390,11 @@ class Recipe(Section):
         one = len(self.teachers) == 1 and self.teachers[0].is_plain
         return [] if one else self.teachers
 
+    @property
+    def scoring_engine(self) -> str | None:
+        """The one engine whose rows are wanted; None: any."""
+        return None if self.score is None else self.score.engine_for(self.loss.teacher_weights)
+
     def of_teacher(self, one: OneTeacher) -> Self:
         """The same with this teacher alone, and what it scores."""
         return self.model_copy(update={"teacher": one.alone, "teachers": [one]})

@@ -3,7 +3,7 @@
 from ...storage.errors import NotLoaded, UsageError
 from ...storage.store.bindings import bind_engine, bound_engine
 from ...storage.store.store import Store
-from ..engines.opening import is_installed
+from ..engines.opening import is_installed, runs
 from ..models.identity import Identity
 from ..recipe.kinds import HF, VLLM
 from ..recipe.tasks import TASKS, module_of
@@ -25,13 +25,13 @@ def open_teacher(job: Job, identity: Identity, store: Store, *, longest: int) ->
     Raises:
         UsageError: the teacher does not load, or the engine is not installed.
     """
-    named = job.score.named_engine or _decided(job, identity, store)
+    named = job.recipe.scoring_engine or _decided(job, identity, store)
     if named is not None:
         return _open(named, job, identity, longest=longest)
     try:
         opened = _open(HF, job, identity, longest=longest)
     except (NotLoaded, MemoryError, RuntimeError) as error:
-        if not _may_be_another(error):
+        if not _may_be_another(error, identity):
             raise
         job.progress.say(f"transformers does not load the teacher, so vllm runs it: {error}")
         opened = None
@@ -55,10 +55,12 @@ def _decided(job: Job, identity: Identity, store: Store) -> str | None:
     return decided
 
 
-def _may_be_another(error: Exception) -> bool:
+def _may_be_another(error: Exception, identity: Identity) -> bool:
     """Whether vLLM may have what transformers does not load, or has no room for."""
+    if not (is_installed(VLLM) and runs(VLLM, identity)):
+        return False
     no_room = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return (isinstance(error, NotLoaded) or no_room) and is_installed(VLLM)
+    return isinstance(error, NotLoaded) or no_room
 
 
 def _open(engine: str, job: Job, identity: Identity, *, longest: int) -> Opened:

@@ -53,7 +53,8 @@ def run(job: Job, teacher: Identity) -> StageResult:
         ledger, pending = _asked(job, teacher, store)
         kept = wanted(score, teacher.outcomes(recipe.run.task))
         job.progress.say(f"loading {teacher.folder}")
-        ran = open_teacher(job, teacher, store, longest=pending.longest)
+        longest = min(pending.longest, teacher.context_tokens)  # what is longer is rejected unread
+        ran = open_teacher(job, teacher, store, longest=longest)
         work = StageWork(
             stage="score",
             about=about_targets("score", recipe, kept.named() | ran.named, teacher),

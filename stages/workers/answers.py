@@ -24,7 +24,6 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from ...storage.bounds import parsed
-from ...storage.credentials import without_values
 from ...storage.files.base import explained
 from ...storage.keys import content_id
 from ..recipe.engines import Generate
@@ -68,7 +67,7 @@ class Answer:
 
 def answers_dir(run_dir: Path, generate: Generate) -> Path:
     """Where the answers of a recipe's endpoint are kept."""
-    name = content_id("endpoint", url=generate.base_url, model=generate.model)
+    name = content_id("endpoint", url=generate.address, model=generate.model)
     return run_dir / ANSWERS / name
 
 
@@ -152,7 +151,7 @@ class Answers:
         self._write({"answered": key} | asdict(answer), sync=True)
 
     def _write(self, event: dict[str, Any], *, sync: bool = False) -> None:
-        line = without_values(json.dumps(event)).encode() + b"\n"
+        line = json.dumps(event).encode() + b"\n"
         with self._lock, explained("cannot write", self._own):
             if self._file is None:
                 return  # the stage has ended, and did not wait for this call

@@ -26,9 +26,8 @@ from ...storage.files.base import Files
 from ...storage.keys import canonical_json, content_id
 
 T = TypeVar("T")
-LOOK_SHARE = (
-    100  # so many times as long as a look takes lie between two: a hundredth of the time at most
-)
+LOOK_SHARE = 100
+"""So many times as long as a look takes lie between two: a hundredth of the time at most."""
 _CLAIM = re.compile(r"(?P<block>[0-9]{8})\.(?P<number>[0-9]{1,9})\.json")
 
 

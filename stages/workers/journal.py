@@ -100,9 +100,8 @@ def read_journal(path: Path) -> Flight:
     rows: dict[bytes, bool] = {}
     marks = Counter[str]()
     data = b""
-    with suppress(
-        FileNotFoundError
-    ):  # another worker, to which nothing is left to do, takes it away
+    # Another worker, to which nothing is left to do, takes it away.
+    with suppress(FileNotFoundError):
         data = path.read_bytes()
     for line in data.decode(errors="replace").splitlines():
         if not _LINE.fullmatch(line):  # for people, or torn by a power cut

@@ -1,4 +1,4 @@
-"""Records beside the tables, checked against their own hashes: inputs, teachers, bindings, snapshots."""
+"""Records beside the tables, checked against their own hashes: inputs, teachers, bindings, engines, snapshots."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,6 +10,7 @@ from ..errors import IntegrityError, UsageError
 from ..files.base import Files
 from ..keys import content_id, unseal
 from ..snapshots.snapshot import SnapshotShard, load_snapshot
+from ..store.bindings import ENGINES, bound_engine
 from ..store.inputs import inputs_name, read_inputs
 from ..store.served import SERVED
 from ..store.store import MARKER, TEACHER_FILES, Store
@@ -45,6 +46,7 @@ def kept_problems(store: Store, seen: Seen) -> Iterator[Problem]:
     yield from _inputs_problems(store.files, seen)
     yield from _teacher_problems(store.files, seen)
     yield from _binding_problems(store.files, seen)
+    yield from _engine_problems(store.files, seen)
     yield from _snapshot_problems(store, seen)
     yield from matrix_problems(store.files, seen.named, seen.sound)
 
@@ -211,6 +213,17 @@ def _binding_problems(files: Files, seen: Seen) -> Iterator[Problem]:
             folder = PurePosixPath(name).parent
             together = tuple(other for other in names if PurePosixPath(other).parent == folder)
             yield Problem(name, None, None, str(error), together)
+
+
+def _engine_problems(files: Files, seen: Seen) -> Iterator[Problem]:
+    """Where one is taken away, the next worker decides again."""
+    for file in files.names(ENGINES):
+        name = f"{ENGINES}/{file}"
+        seen.named.add(name)
+        try:
+            bound_engine(files, file.removesuffix(".json"))
+        except IntegrityError as error:
+            yield Problem(name, None, None, str(error), (name,))
 
 
 def _snapshot_problems(store: Store, seen: Seen) -> Iterator[Problem]:

@@ -39,8 +39,8 @@ class Repaired:
 
     withdrawn: list[Withdrawn]
     removed: list[str]
-    """Records and files of inputs, teachers, bindings and snapshots; the next run makes them
-    again."""
+    """Records and files of inputs, teachers, bindings, engines and snapshots; the next run makes
+    them again."""
     rewritten: list[str]
     """Withdrawals that could not be read."""
     retried: dict[str, int]

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..errors import IntegrityError
 from ..files.base import Files
+from ..store.bindings import ENGINES
 from ..store.commits import listed, missing, near, read_commit, read_retired, record_name
 from ..store.store import Store
 from ..tables.schema import SCHEMAS, TABLES, TableName
@@ -24,6 +25,7 @@ _FOLDERS = (
     "snapshots",
     "teachers",
     "bindings",
+    ENGINES,
     "matrices",
     "data",
 )

@@ -37,9 +37,7 @@ def in_asked_order(snapshot: Snapshot, samples: np.ndarray, sizes: np.ndarray) -
 
 def _cut(sizes: np.ndarray) -> np.ndarray:
     """[G] samples of each group: as many as are small enough together, one at least."""
-    before = np.concatenate(
-        [[0], np.cumsum(sizes, dtype=np.int64)]
-    )  # bytes of all samples before each
+    before = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])  # bytes of all before each
     edges = [0]
     while (first := edges[-1]) < len(sizes):
         fitting = int(np.searchsorted(before, before[first] + ROW_GROUP_BYTES, side="right")) - 1

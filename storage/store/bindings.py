@@ -14,6 +14,8 @@ from ..errors import IntegrityError
 from ..files.base import Files
 from ..keys import seal, unseal
 
+ENGINES = "engines"
+"""Folder of what runs each teacher (`bind_engine`)."""
 _NUMBERED = re.compile(r"[0-9]{8}\.json")
 _LAST = 10**8 - 1
 
@@ -74,7 +76,7 @@ def bind_engine(files: Files, teacher_id: str, engine: str) -> str:
 
 
 def _engine_file(teacher_id: str) -> str:
-    return f"engines/{teacher_id}.json"
+    return f"{ENGINES}/{teacher_id}.json"
 
 
 def newest_binding(files: Files, folder: str) -> Binding | None:

@@ -87,7 +87,8 @@ def in_place_of_vllm(monkeypatch: Any) -> list[ReadByHf]:
     """Let `vllm` be installed and read by transformers; the readers that were opened."""
     opened: list[ReadByHf] = []
 
-    def open_reader(name: str, teacher: Identity, *_: Any, **__: Any) -> ReadByHf:
+    def open_reader(name: str, teacher: Identity, *_: Any, longest: int, **__: Any) -> ReadByHf:
+        assert longest <= teacher.context_tokens, "room for texts that it does not read"
         opened.append(ReadByHf(teacher))
         return opened[-1]
 

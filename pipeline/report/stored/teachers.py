@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from ....stages.ledger.coverage import OF_ENGINE
 from ....stages.models.fit.quantized import quantized_words
+from ....stages.recipe.kinds import HF
 from ....stages.targets.between import between
 from ....storage.bounds import mapping
 from ....storage.errors import UsageError
@@ -22,7 +24,7 @@ from ....storage.store.sql import query
 from ....storage.store.store import Store
 from ....storage.tables.soft_targets import LISTS, SoftTargets
 
-_COLUMNS = [*LISTS, "k", "span_tokens", "mantissa_bits"]
+_COLUMNS = [*LISTS, "k", "span_tokens", "mantissa_bits", "entropy_is_bound"]
 _ROWS = 256
 _ENTRIES = 1 << 18
 """Of a position times the rows that are read together."""
@@ -35,10 +37,11 @@ SELECT teacher_id, kind, k, count(*)::BIGINT AS rows, sum(span_tokens)::BIGINT A
     coalesce(bool_or(entropy_is_bound), false) AS entropy_is_bound
 FROM soft_targets GROUP BY ALL ORDER BY ALL"""
 
-# Of a teacher's rows of one text the best: all outcomes, else the most entries. Draws tell no probability.
-_BEST = """
+# Of a teacher's rows of one text the best: all outcomes, else the most entries, of as many those whose tail is
+# exact. Draws tell no probability.
+_BEST = f"""
 CREATE TABLE best AS
-SELECT teacher_id, tokens_key, max(whole) AS whole, arg_max(place, whole) AS place
+SELECT teacher_id, tokens_key, max(whole) AS whole, arg_max(place, (whole, {OF_ENGINE} = '{HF}')) AS place
 FROM (SELECT *, CASE WHEN kind = 'full' THEN 2000000000 + k ELSE k END AS whole FROM soft_targets
     WHERE kind <> 'sampled')
 GROUP BY ALL"""
@@ -60,6 +63,8 @@ class Pair:
     tokens: int = 0
     bounded: int = 0
     """Of the tokens, those whose distance is a lower bound."""
+    bounded_tails: int = 0
+    """Of the tokens, those of which a tail is known within a bound alone: the distance may be off by as much."""
     other_classes: int = 0
     """Rows that are not compared: classes of the same texts, by other names or in another order."""
     sums: dict[str, float] = field(
@@ -80,6 +85,7 @@ class Pair:
         tokens = len(found.forward)
         self.rows, self.tokens = self.rows + 1, self.tokens + tokens
         self.bounded += 0 if found.exact else tokens
+        self.bounded_tails += tokens if p.tail_is_bounded or q.tail_is_bounded else 0
         self.sums["ab"] += float(found.forward.sum())
         self.sums["ba"] += float(found.backward.sum())
         self.sums["rounding"] += p.rounding + q.rounding
@@ -90,6 +96,7 @@ class _Row:
     targets: SoftTargets
     bits: int
     classes: tuple[str, ...]
+    tail_is_bounded: bool
 
     @property
     def rounding(self) -> float:
@@ -166,7 +173,8 @@ def _read(store: Store, index: Index, places: np.ndarray) -> dict[int, _Row]:
         shard = store.shard("soft_targets", sha256)
         classes = tuple(shard.about.get("class_names") or ())
         for row in shard.take(rows, _COLUMNS):
-            found[next(taken)] = _Row(SoftTargets.from_row(row), row["mantissa_bits"], classes)
+            targets, bounded = SoftTargets.from_row(row), bool(row["entropy_is_bound"])
+            found[next(taken)] = _Row(targets, row["mantissa_bits"], classes, bounded)
     return found
 
 
@@ -185,5 +193,6 @@ def pair_json(pair: Pair) -> dict[str, Any]:
         "kl_b_a": finite(pair.mean("ba")),
         "rounding": finite(pair.mean("rounding")),
         "kl_is_lower_bound": pair.bounded > 0,
+        "tokens_of_bounded_tails": pair.bounded_tails,
         "rows_of_other_classes": pair.other_classes,
     }

@@ -111,6 +111,11 @@ def _notes(pairs: Sequence[Mapping[str, Any]]) -> list[str]:
             "at least: a lower bound, where some rows are not full: ids that are entries of both are "
             "told apart, all others are one outcome."
         )
+    if bounded := sum(pair["tokens_of_bounded_tails"] for pair in pairs):
+        notes.append(
+            f"Of {count(bounded)} tokens the tail is known within a bound alone (`tail_bound`), since an "
+            "engine said the best entries: what is called a lower bound holds up to that."
+        )
     notes += [
         f"{inline(pair['a'][:8])} and {inline(pair['b'][:8])}: {count(pair['rows_of_other_classes'])} rows "
         "are not compared, since their classes are others."

@@ -64,9 +64,9 @@ def check_kept(recipe: Recipe) -> Errors:
         errors.append((path, message))
     if unfit := _unfit(score, generate.keep.k):
         errors.append((path, f"{unfit}, so the teacher would read every text again. {_MEND}"))
-    if score.named_engine not in (None, generate.engine):
+    if recipe.scoring_engine not in (None, generate.engine):
         message = (
-            f"score.engine {score.engine!r} takes its own rows alone, and generate.engine is "
+            f"score by engine {recipe.scoring_engine!r} takes its own rows alone, and generate.engine is "
             f"{generate.engine or 'not named'}. Name the same one in both, or leave score.engine out"
         )
         errors.append((path, message))

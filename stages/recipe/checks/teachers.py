@@ -4,7 +4,7 @@ from collections import Counter
 
 from ....storage.tables.kinds import STRUCTURES
 from ..fields import extremes
-from ..kinds import KINDS
+from ..kinds import HF, KINDS, VLLM, Score
 from ..sections import Loss, OneTeacher, Recipe
 from ..tasks import TASKS
 
@@ -25,7 +25,7 @@ def check_teachers(recipe: Recipe) -> list[tuple[str, str]]:
         errors.append(("teachers", message))
     elif recipe.train is not None:
         errors += _weights(recipe.teachers, recipe.loss)
-        errors += _by_entropy(recipe.loss, recipe.score.targets)
+        errors += _by_entropy(recipe.loss, recipe.score)
         errors += _mixture(recipe.loss, recipe.score.targets)
     return errors
 
@@ -110,9 +110,16 @@ def _weights(teachers: list[OneTeacher], loss: Loss) -> list[tuple[str, str]]:
     ]
 
 
-def _by_entropy(loss: Loss, targets: str) -> list[tuple[str, str]]:
-    softened = STRUCTURES[targets].drawn and extremes(loss.temperature) != (1.0, 1.0)
-    if loss.teacher_weights != "entropy" or not softened:
+def _by_entropy(loss: Loss, score: Score) -> list[tuple[str, str]]:
+    if loss.teacher_weights != "entropy":
+        return []
+    if score.engine == VLLM and score.structure.has_tail:
+        message = (
+            f"weighs by the entropy, of which the best entries of engine {VLLM!r} tell a lower bound alone. "
+            f"Use score.engine {HF!r}, score.targets 'full', or 'likelihood'"
+        )
+        return [("loss.teacher_weights", message)]
+    if not score.structure.drawn or extremes(loss.temperature) == (1.0, 1.0):
         return []
     message = (
         "weighs by the entropy at temperature 1, and draws at another one are stored with the entropy "

@@ -56,6 +56,11 @@ def two(folder: Path, first: dict[str, Any], second: dict[str, Any]) -> list[dic
             "loss.teacher_weights: weighs by the entropy at temperature 1, and draws at another",
         ),
         (
+            {},
+            {"loss": {"teacher_weights": "entropy"}, "score": {"k": 4, "engine": "vllm"}},
+            "loss.teacher_weights: weighs by the entropy, of which the best entries of engine 'vllm'",
+        ),
+        (
             {"weight": FADING},
             {"loss": {"teacher_weights": "entropy"}},
             "teachers.1.weight: is 0 at some time, and teacher_weights 'entropy' divides",

@@ -132,6 +132,24 @@ def test_the_first_worker_decides_for_all(
     assert {row["engine"] for row in rows_of(tmp_path)} == {"vllm"}
 
 
+def test_what_vllm_does_not_run_is_not_handed_to_it(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a teacher that bitsandbytes quantises the failure of transformers is said, and not vLLM's refusal."""
+    opened = in_place_of_vllm(monkeypatch)
+    monkeypatch.setattr("stillroom.stages.engines.opening.by_bitsandbytes", lambda parts: True)
+    recipe = write(tmp_path, teacher, None)
+    stillroom("run", recipe, "--until", "generate")
+    assert "the engine is" not in " ".join(told("plan", recipe)["notes"])
+
+    def refuses(*_: Any, **__: Any) -> Any:
+        raise NotLoaded("no room for it")
+
+    monkeypatch.setattr(type(KIND), "teacher", refuses)
+    assert "no room for it" in stillroom("run", recipe, "--until", "score", expect=2).stderr
+    assert opened == []
+
+
 def test_transformers_scores_where_it_loads_the_teacher(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +157,56 @@ def test_transformers_scores_where_it_loads_the_teacher(
     stillroom("run", write(tmp_path, teacher, None), "--until", "score")
     assert opened == []
     assert {row["engine"] for row in rows_of(tmp_path)} == {None}
+
+
+def of_two(folder: Path, teachers: dict[str, Path], engine: str | None, **sections: Any) -> Path:
+    """The same of two teachers, by their names."""
+    path = write(folder, folder / "none", engine, **sections)
+    tree = yaml.safe_load(path.read_text())
+    del tree["teacher"]
+    tree["teachers"] = [{"name": name, "model": str(model)} for name, model in teachers.items()]
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def test_what_needs_exact_tails_takes_other_rows_than_those_of_bounds(
+    teacher: Path, tiny_llama: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights by entropy ask for them, the report of teachers takes them where they are, and else says so."""
+    in_place_of_vllm(monkeypatch)
+    two = {"a": teacher, "b": tiny_llama("other", seed=1)}
+    stillroom("run", of_two(tmp_path, two, "vllm"), "--until", "score")
+    stages = told("plan", of_two(tmp_path, two, None))["stages"]
+    assert [stages[f"score/{name}"]["state"] for name in two] == ["done", "done"]
+    report = ("report", "--teachers", tmp_path / "store", "--out", tmp_path / "page.html", "--json")
+    done = stillroom(*report)
+    (pair,) = last_json(done)["pairs"]
+    assert 0 < pair["tokens_of_bounded_tails"] < pair["tokens"]  # held-out rows are full
+    assert "within a bound alone" in done.stdout
+
+    by_entropy = of_two(tmp_path, two, None, loss={"teacher_weights": "entropy"})
+    stages = told("plan", by_entropy)["stages"]
+    for name in two:
+        line = stages[f"score/{name}"]
+        assert line["pending"] == line["planned"]
+        assert "stored by another engine" in line["why"]
+    stillroom("run", by_entropy, "--until", "score")
+    (pair,) = last_json(stillroom(*report))["pairs"]
+    assert pair["tokens_of_bounded_tails"] == 0
+
+
+def test_room_is_made_for_texts_that_the_teacher_reads(
+    teacher: Path, tiny_llama: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another teacher may read less than the one that writes: what is longer is a reject, and needs no room."""
+    opened = in_place_of_vllm(monkeypatch)
+    two = {"a": teacher, "b": tiny_llama("other", seed=1, max_position_embeddings=12)}
+    recipe = of_two(tmp_path, two, "vllm")
+    stillroom("run", recipe, "--until", "score")
+    assert len(opened) == 2
+    line = told("plan", recipe)["stages"]["score/b"]
+    assert line["state"] == "done"
+    assert line["rejected"] > 0
 
 
 def test_another_texts_distributions_are_found_by_deep_verification(

@@ -5,6 +5,7 @@ from pathlib import Path
 from stillroom.stages.recipe.engines import Generate
 from stillroom.stages.workers.answers import Answer, Answers, Tokens, answers_dir
 from stillroom.stages.workers.budget import Budget, is_reached, note_reached
+from stillroom.storage.credentials import hide
 
 CALL = Tokens(10, 5)
 
@@ -64,3 +65,18 @@ def test_a_budget_that_is_reached_is_another_one_with_other_limits(tmp_path: Pat
     assert is_reached(folder, generate)
     assert not is_reached(folder, asked(max_tokens_total=41))
     assert answers_dir(tmp_path, asked(model="other")) != folder
+
+
+def test_an_answer_stays_as_it_was_given_whatever_a_recipe_hides(tmp_path: Path) -> None:
+    """A path that `${NAME}` stands for may stand in a text, which is learnt from."""
+    hide({"/work/texts": "${TEXTS}"}, {})
+    with Answers(tmp_path) as first:
+        first.answered("one", said("look into /work/texts", 4, 2))
+    with Answers(tmp_path) as second:
+        assert second.find("one") == said("look into /work/texts", 4, 2)
+
+
+def test_an_endpoint_is_one_with_a_slash_at_its_end_and_without(tmp_path: Path) -> None:
+    """Else its budget would begin anew, and answers would be paid for again."""
+    slash = asked(base_url="http://127.0.0.1:1/v1/")
+    assert answers_dir(tmp_path, slash) == answers_dir(tmp_path, asked())

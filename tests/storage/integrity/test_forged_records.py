@@ -23,7 +23,13 @@ from stillroom.storage.keys import seal, unseal
 from stillroom.storage.published.manifest import Manifest
 from stillroom.storage.snapshots import snapshot as snapshots
 from stillroom.storage.snapshots.snapshot import load_snapshot, make_snapshot, save_snapshot
-from stillroom.storage.store.bindings import Binding, newest_binding, write_binding
+from stillroom.storage.store.bindings import (
+    Binding,
+    bind_engine,
+    bound_engine,
+    newest_binding,
+    write_binding,
+)
 from stillroom.storage.store.commits import retire, withdrawal
 from stillroom.storage.store.index import Index
 from stillroom.storage.store.inputs import INPUTS_SCHEMA, read_inputs
@@ -264,6 +270,18 @@ def test_a_binding_with_the_last_number_is_named_and_nothing_waits_for_the_next(
     assert newest_binding(store.files, "bindings/x") == BINDING
     with pytest.raises(IntegrityError, match=r"^bindings/x/99999999.json: the last number"):
         write_binding(store.files, "bindings/x", Binding(**asdict(BINDING) | {"vocab_size": 6}))
+
+
+@pytest.mark.parametrize("content", [b"", DEEP, seal({"engine": 7}), seal({})])
+def test_a_damaged_decision_on_an_engine_is_found_and_taken_back(store, content):
+    bind_engine(store.files, "t", "vllm")
+    assert verify(store).problems == verify(store).notes == []
+    store.files.replace("engines/t.json", content)
+    with pytest.raises(IntegrityError, match=r"^engines/t.json: "):
+        bound_engine(store.files, "t")
+    assert [problem.file for problem in verify(store).problems] == ["engines/t.json"]
+    assert repair(store).removed == ["engines/t.json"]
+    assert bind_engine(store.files, "t", "hf") == "hf"
 
 
 @pytest.mark.parametrize(

@@ -41,8 +41,9 @@ def plan_endpoint(recipe: Recipe, line: StagePlan) -> None:
         return
     folder = answers_dir(Path(recipe.run.dir), generate)
     answers = read_answers(folder)
-    line.usd_to_do = usd(generate, _rest(generate, line, answers))
-    line.tokens_to_do = sum(_rest(generate, line, answers))
+    rest = _rest(generate, line, answers)
+    line.usd_to_do, line.tokens_to_do = usd(generate, rest), sum(rest)
+    line.prompts_priced = rest.prompt > 0
     if not (limited(generate) and is_reached(folder, generate)):
         return
     limit = "generate.max_usd" if generate.max_usd is not None else "generate.max_tokens_total"
@@ -67,7 +68,13 @@ def price(plan: Plan) -> str:
     line = plan.stage("generate")
     if line is None or not line.pending or line.usd_to_do is None:
         return ""
-    return f"generate: {line.pending} rows to do cost about ${line.usd_to_do:.6g} at the recipe's prices"
+    rows, cost = f"generate: {line.pending} rows to do cost", f"${line.usd_to_do:.4g}"
+    if line.prompts_priced:
+        return f"{rows} about {cost} at the recipe's prices"
+    return (
+        f"{rows} at most {cost} at the recipe's prices, and their prompts beside: "
+        "what those come to is known after the first answers"
+    )
 
 
 def refuse_without_key(recipe: Recipe) -> None:

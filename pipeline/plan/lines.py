@@ -27,6 +27,8 @@ class StagePlan:
     """Of the pending rows; an upper bound where they are still to be written."""
     usd_to_do: float | None = None
     """What an endpoint takes for the pending rows, about; None: nobody asks for money, or no prices are known."""
+    prompts_priced: bool = True
+    """Whether it has the prompts, whose tokens an endpoint's first answers tell."""
     bytes_to_do: int = 0
     """Estimate of what they will take on disk."""
     equal: int = 0

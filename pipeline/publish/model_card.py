@@ -38,7 +38,7 @@ from ..numbers import count, teacher_layers
 from ..plan.lineage import came_from, written_by
 from ..report.report import outcome
 from ..report.results import measures, result_headers, result_rows, unit_of
-from ..report.sections import begins_as, taught_by, teacher_words
+from ..report.sections import begins_as, taught_by, teacher_words, whose_text
 from ..text import HUB_NAME, escaped, fenced, inline, one_line, prose, public_name, table
 from .provenance import public_recipe
 
@@ -84,9 +84,12 @@ def student_card(
     recipe = settings["recipe"]
     shown = public_recipe(recipe)
     student = shown["student"]
-    whose = " and ".join(map(teacher_words, shown.get("teachers") or [shown["teacher"]]))
+    author = whose_text(shown)
+    teachers = map(teacher_words, shown.get("teachers") or [shown["teacher"]])
+    whose = inline(author) if author else " and ".join(teachers)
     distilled = settings["arm"] == "student" and recipe.get("score") is not None
     learnt = "the teacher's distributions" if distilled else "the teacher's text"
+    learnt = "its text" if author else learnt
     library = _library(student, adapter=adapter)
     card = ModelCard.from_template(
         _card_data(recipe, settings["arm"], _index(shown, evaluation), library=library),

@@ -64,9 +64,18 @@ def teacher_words(teacher: Mapping[str, Any]) -> str:
     return inline(teacher["model"]) + (f" (quantised to {how})" if how else "")
 
 
+def whose_text(recipe: Mapping[str, Any]) -> str | None:
+    """The model that taught by its text alone, where the recipe's teacher only reads it; None: the teacher did."""
+    if recipe.get("score") is not None:
+        return None
+    return (recipe.get("generate") or {}).get("model")
+
+
 def taught_by(recipe: Mapping[str, Any]) -> str:
-    """Short names of the teachers."""
+    """Short names of the teachers; where another model's text is all there is, that one's."""
     models = [one["model"] for one in recipe.get("teachers") or [recipe["teacher"]]]
+    if (author := whose_text(recipe)) is not None:
+        models = [author]
     return " and ".join(Path(model).name for model in models)
 
 

@@ -119,6 +119,7 @@ class Crew:
         worker.process.close()
         if self._signals:
             _forget([worker.journal])  # what it had in flight is not to blame
+            self._done.append(worker)  # what it has committed is still shown
             return
         try:
             self._answers.append(worker.process.result())

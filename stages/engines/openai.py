@@ -49,6 +49,8 @@ _ADVICE = {
 _ENDS = {"stop": "stop", "eos": "stop", "length": "length"}
 """Finish reasons of answers that can be trained on, and what they are called here."""
 _BESIDE = ("reasoning", "reasoning_content", "refusal", "tool_calls", "function_call", "audio")
+_NOT_SENT = frozenset({"ConnectError", "ConnectTimeout"})
+"""What the client's HTTP library (httpx or httpx2) calls a connection that was never there."""
 _OF_THE_ROW = frozenset({400, 413, 422})
 _LOOK_SECONDS = 0.2
 _PER_MESSAGE = 16
@@ -68,7 +70,7 @@ class _NoAnswer(RowError):
 
 
 class _Left(Exception):
-    """The call was not sent: the stage ends, or the budget is spent."""
+    """The call was not sent again: the budget is spent. It says what the call came to before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +158,8 @@ class OpenAIEngine:
         """
         try:
             return _completion(request, future.result())
-        except _Left:
-            return Completion(request.number, [], "", UNASKED)
+        except _Left as left:
+            return Completion(request.number, [], "", UNASKED, str(left))
         except RowError as error:
             attempts = ATTEMPTS if isinstance(error, _NoAnswer) else 1
             return _rejected(request, error.reason, str(error), attempts=attempts)
@@ -201,15 +203,19 @@ class OpenAIEngine:
         )
 
         others: list[int] = []  # answered calls, at each attempt
+        faults: list[str] = []
         retrying = Retrying(
             retry=retry_if_exception_type(_Passes),
             stop=stop_after_attempt(ATTEMPTS) | stop_when_event_set(leaving),
             wait=_pause,
             sleep=sleep_using_event(leaving),
+            before_sleep=lambda state: faults.append(str(state.outcome.exception())),
             reraise=True,
         )
         try:
             return retrying(self._try, call, others)
+        except _Left as left:
+            raise _Left(faults[-1]) from left
         except _Passes as error:
             if len(others) > 1 and others[-1] > others[-2]:
                 what = f"no answer in {len(others)} attempts, while others had one: {error}"
@@ -232,10 +238,8 @@ class OpenAIEngine:
         except openai.APIStatusError as error:
             self._answers.refused(call.key)
             raise self._refusal(error, began) from error
-        except openai.APITimeoutError as error:
-            raise _Passes(f"nothing within {self._settings.timeout_seconds:g} s") from error
         except openai.APIConnectionError as error:
-            raise _Passes(f"the connection broke: {error.__cause__ or error}") from error
+            raise self._broken(call, error) from error
         except (openai.APIError, ValueError, LookupError, TypeError) as error:
             raise _Passes(f"half an answer: {in_short(error)}") from error
         self._answers.answered(call.key, answer)
@@ -248,6 +252,17 @@ class OpenAIEngine:
         chat = "messages" in body
         client = self._client.chat.completions if chat else self._client.completions
         return _answer(client.create(**body), call.most)
+
+    def _broken(self, call: _Call, error: Any) -> _Passes:
+        """What a call without an answer is; nobody charges for one that found nobody to take it."""
+        import openai
+
+        cause = error.__cause__
+        if type(cause).__name__ in _NOT_SENT:
+            self._answers.refused(call.key)
+        elif isinstance(error, openai.APITimeoutError):
+            return _Passes(f"nothing within {self._settings.timeout_seconds:g} s")
+        return _Passes(f"the connection broke: {cause or error}")
 
     def _refusal(self, error: Any, began: int) -> Exception:
         """What a status other than 200 means: raised by whoever asked."""

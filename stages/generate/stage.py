@@ -69,7 +69,8 @@ def run(job: Job, author: Identity) -> StageResult:
             kept = kept_while_writing(job.generate, author.vocab_size)
             keeping = None if kept is None else partial(_kept_row, job, kept, engine_name)
             writing = _Writing(job, store, share, keeping)
-        job.progress.say(f"loading {author.folder} into {engine_name}")
+        if not job.generate.remote:
+            job.progress.say(f"loading {author.folder} into {engine_name}")
         engine = open_engine(engine_name, author, job.generate, job.clock, answers=answers)
         job.stop.check()
         job.progress.start(total=ledger.planned, unit="rows", done=ledger.committed)
@@ -154,6 +155,8 @@ class _Writing:
         self._left_out = Counter[str]()
         self.left = 0
         """Requests that the budget had nothing for."""
+        self._unanswered: list[str] = []
+        """What calls came to that could not be tried again within it."""
 
     def write(self, engine: Engine, requests: Iterator[Request]) -> None:
         """Let the engine do requests until all are done, by whomever."""
@@ -172,13 +175,23 @@ class _Writing:
             f"{count} answers came with {what} beside their text, which is left out"
             for what, count in self._left_out.items()
         ]
-        return self._renderer.notes() + beside
+        return self._renderer.notes() + beside + self._in_vain()
+
+    def _in_vain(self) -> list[str]:
+        """That calls without an answer took a part of the budget."""
+        if not self._unanswered:
+            return []
+        return [
+            f"calls that came to nothing count in the budget in full, and it had no more for another "
+            f"try of {len(self._unanswered)} of them (the last: {self._unanswered[-1]})"
+        ]
 
     def _keep(self, completion: Completion) -> None:
         request, prompt = self._taken.pop(completion.number)
         self._share.done([request])
         if completion.finish_reason == UNASKED:
             self.left += 1
+            self._unanswered += [completion.error] if completion.error else []
         elif completion.error is None:
             self._add(request, prompt, completion)
         elif completion.reason == "engine":

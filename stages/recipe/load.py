@@ -181,10 +181,17 @@ def _expand(value: Any, where: str, problems: list[tuple[str, str]]) -> Any:
     return found
 
 
+_NO_SECTION = frozenset({"model_type", "model_attributes_type"})
+"""What pydantic calls a value that stands where a section belongs."""
+
+
 def _explain(loc: tuple[int | str, ...], error: Any) -> tuple[str, str]:
     """Dotted path and message of one pydantic error."""
     where = ".".join(str(part) for part in loc)
     if error["type"] == "extra_forbidden":
+        name, colon, value = str(loc[-1]).partition(":")
+        if colon and value and name in _keys_at(loc[:-1]):
+            return where, f"unknown key. A space follows a colon in YAML: write {name}: {value}"
         if (known := hint_at(where)) is not None:
             return where, f"unknown key. {known}"
         near = difflib.get_close_matches(str(loc[-1]), _keys_at(loc[:-1]), n=1)
@@ -194,6 +201,9 @@ def _explain(loc: tuple[int | str, ...], error: Any) -> tuple[str, str]:
             else f"Known here: {', '.join(_keys_at(loc[:-1]))}."
         )
         return where, f"unknown key. {hint}"
+    if error["type"] in _NO_SECTION and (keys := _keys_at(loc)):
+        found = error.get("input")
+        return where, f"must be a section, with keys of {', '.join(keys)} (got {found!r})."
     wrong, outside = _wrong(error), outside_value(error.get("input"))
     return where, wrong if outside is None else f"{wrong} {outside}"
 

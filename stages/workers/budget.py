@@ -1,7 +1,8 @@
 """What the answers of an endpoint may cost: each call is admitted at the most that it can be charged.
 
 So the limit is not passed, whatever comes back. Calls in flight at a death, and those that came to
-nothing without a word from the endpoint, may have been charged: they count in full.
+nothing without a word from the endpoint, may have been charged: they count in full. A connection
+that was never made is no call.
 
 The budget is that of a run folder, and of an endpoint's model; only one process at a time spends it.
 That it was reached is written down there under a hash of its limits: the same command then asks for

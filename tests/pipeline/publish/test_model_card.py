@@ -10,6 +10,7 @@ import yaml
 from kit import recipe_tree
 
 from stillroom.pipeline.publish.model_card import student_card, write_student_cards
+from stillroom.pipeline.report.sections import title
 from stillroom.stages.recipe.sections import Recipe
 
 TRAINED = {
@@ -283,3 +284,14 @@ def test_several_teachers_are_named_with_their_licences_and_no_folders() -> None
     assert [one["model"] for one in yaml.safe_load(shown)["teachers"]] == ["tales", "snakes"]
     assert "teacher" not in yaml.safe_load(shown)
     assert "somebody" not in card
+
+
+def test_where_another_models_text_is_all_there_is_that_one_is_the_teacher():
+    asked = {"engine": "openai", "base_url": "https://api.example.com/v1", "model": "org/large"}
+    told = student_card(settings(generate=asked, score=None), TRAINED, None)
+    assert "distilled from large" in told
+    assert "A student of `org/large`" in told
+    assert "trained by Stillroom on its text" in told
+    assert title(settings(generate=asked, score=None)).startswith("large distilled into")
+    scored = student_card(settings(generate=asked), TRAINED, None)
+    assert "distilled from big-8b" in scored

@@ -4,8 +4,10 @@ import io
 import signal
 import subprocess
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -24,9 +26,10 @@ from running import (
 )
 
 from stillroom.pipeline.plan.resolve import teacher_identity
-from stillroom.pipeline.run.crew import Crew
+from stillroom.pipeline.run.crew import Crew, _Worker
 from stillroom.pipeline.run.posts import Post
 from stillroom.pipeline.run.process import end_group, group_members
+from stillroom.pipeline.run.progress import Meter
 from stillroom.pipeline.run.screen import Screen
 from stillroom.stages.models.identity import FileHashes
 from stillroom.stages.recipe.load import load_recipe
@@ -207,6 +210,21 @@ def test_a_terminal_that_ends_may_say_so_twice_and_the_stage_still_commits(
     with pytest.raises(Stopped, match="Run the same command again"):
         crew_of(tmp_path).finish()
     assert (tmp_path / "committed").exists()
+
+
+def test_after_a_signal_what_a_worker_had_done_when_it_left_is_still_shown(tmp_path: Path) -> None:
+    crew, screen = crew_of(tmp_path, workers=2), Mock()
+    crew._screen, crew._signals = screen, 1
+    crew._living = [
+        _Worker(post=post, process=Mock(), journal=post.log, in_vain=(), meter=Meter())
+        for post in crew._posts
+    ]
+    first, last = crew._living
+    crew._hear(first, {"event": "at", "meter": asdict(Meter(total=9, done=3))})
+    crew._living.remove(first)
+    crew._end(first)
+    crew._hear(last, {"event": "at", "meter": asdict(Meter(total=9, done=4))})
+    assert screen.hear.call_args.args[0]["meter"]["done"] == 7
 
 
 @pytest.mark.parametrize("said", ["", '{"rows": 3}\\n'])

@@ -17,7 +17,7 @@ from stillroom.stages.engines.throttle import Throttle
 from stillroom.stages.recipe.engines import Generate
 from stillroom.stages.workers.answers import Answers
 from stillroom.stages.workers.clock import Clock
-from stillroom.storage.errors import Stopped
+from stillroom.storage.errors import StillroomError, Stopped
 from stillroom.storage.store.sql import query
 from stillroom.storage.store.store import Store
 
@@ -150,6 +150,7 @@ def test_a_budget_stops_the_run_cleanly_and_more_money_buys_the_rest_only(
     with endpoint() as served:
         teacher = tiny_llama("teacher")
         recipe = recipe_for(tmp_path, teacher, served, generate=prices | {"max_usd": 0.3})
+        assert "and their prompts beside" in told("plan", recipe)["above"]
         done = stillroom("run", recipe, "--json")
         stage = last_json(done)["stages"]["generate"]
         assert stage["state"] == "partial"
@@ -238,6 +239,34 @@ def test_answers_that_are_not_counted_are_taken_at_the_most_that_they_can_cost(
         engine = engine_at(served, answers, max_tokens_total=2 * most + most // 2)
         ends = Counter(one.finish_reason for one in engine.generate(requests(6), lambda: None))
     assert ends == {"stop": 2, UNASKED: 4}
+    assert served.calls.total() == 2
+
+
+def test_a_call_that_found_nobody_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stillroom.stages.engines.openai.FIRST_WAIT_SECONDS", 0.001)
+    with endpoint() as served:
+        pass  # nobody listens there any more
+    with Answers(tmp_path) as answers:
+        most = sum(engine_at(served, answers)._call(requests(1)[0]).most)
+        engine = engine_at(served, answers, max_tokens_total=most + most // 2)
+        with pytest.raises(StillroomError, match=r"no answer in 8 attempts.*the connection broke"):
+            list(engine.generate(requests(1), lambda: None))
+        assert sum(answers.in_doubt) == 0
+
+
+def test_a_call_that_the_budget_does_not_let_be_tried_again_says_what_it_came_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stillroom.stages.engines.openai.FIRST_WAIT_SECONDS", 0.001)
+    with endpoint(every=lambda number: "closed") as served, Answers(tmp_path) as answers:
+        most = max(sum(engine_at(served, answers)._call(one).most) for one in requests(2))
+        engine = engine_at(served, answers, max_tokens_total=2 * most, concurrency=1)
+        tried, unasked = engine.generate(requests(2), lambda: None)
+    assert {tried.finish_reason, unasked.finish_reason} == {UNASKED}
+    assert str(tried.error).startswith("the connection broke: ")
+    assert unasked.error is None
     assert served.calls.total() == 2
 
 

@@ -209,7 +209,9 @@ class OpenAIEngine:
             stop=stop_after_attempt(ATTEMPTS) | stop_when_event_set(leaving),
             wait=_pause,
             sleep=sleep_using_event(leaving),
-            before_sleep=lambda state: faults.append(str(state.outcome.exception())),
+            before_sleep=lambda state: faults.append(
+                str(state.outcome and state.outcome.exception())
+            ),
             reraise=True,
         )
         try:

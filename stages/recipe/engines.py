@@ -162,8 +162,10 @@ def _names_code(name: str, value: Any) -> bool:
     return name.endswith("backend") and isinstance(value, str) and ("." in value or ":" in value)
 
 
-MONEY = ("usd_per_million_prompt_tokens", "usd_per_million_completion_tokens", "max_usd")
-"""Fields that no record keeps: what was agreed with a provider is nobody else's business."""
+PRICES = ("usd_per_million_prompt_tokens", "usd_per_million_completion_tokens")
+UNRECORDED = (*PRICES, "max_usd", "accept_partial")
+"""Fields that no record keeps: what was agreed with a provider is nobody else's business, and what is to become
+of a run that such a budget stops means nothing without it."""
 
 if TYPE_CHECKING:
     EngineName = str

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from ...storage.credentials import all_shown, hide, hide_password
 from ...storage.errors import UsageError
 from .checks.together import check_together
-from .engines import MONEY
+from .engines import UNRECORDED
 from .fields import ADDRESSES, NUMBER, SCHEDULE
 from .reading.hints import hint_at
 from .reading.outside import outside_value
@@ -69,7 +69,7 @@ def recorded(recipe: Recipe) -> dict[str, Any]:
         found = tree.get(section) or []
         for fields in found if isinstance(found, list) else [found]:
             fields[name] = all_shown(fields[name])
-    for name in MONEY if tree["generate"] else ():
+    for name in UNRECORDED if tree["generate"] else ():
         del tree["generate"][name]
     return tree
 

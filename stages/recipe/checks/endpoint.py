@@ -4,14 +4,13 @@ import re
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
-from ..engines import MONEY, Generate
+from ..engines import PRICES, Generate
 
 _NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
 _OF_AN_ENDPOINT = (
     "base_url api_key_env concurrency timeout_seconds usd_per_million_prompt_tokens "
     "usd_per_million_completion_tokens max_usd max_tokens_total accept_partial license".split()
 )
-_PRICES = MONEY[:2]
 
 Errors = list[tuple[str, str]]
 
@@ -83,13 +82,13 @@ def _is_loopback(host: str) -> bool:
 
 def _budget(generate: Generate) -> Errors:
     errors = []
-    given = [name for name in _PRICES if getattr(generate, name) is not None]
-    if generate.max_usd is not None and len(given) < len(_PRICES):
-        missing = next(name for name in _PRICES if name not in given)
+    given = [name for name in PRICES if getattr(generate, name) is not None]
+    if generate.max_usd is not None and len(given) < len(PRICES):
+        missing = next(name for name in PRICES if name not in given)
         message = "missing: without both prices nobody can tell what is reached at generate.max_usd"
         errors.append((f"generate.{missing}", message))
     elif len(given) == 1:
-        missing = next(name for name in _PRICES if name not in given)
+        missing = next(name for name in PRICES if name not in given)
         errors.append((f"generate.{missing}", "missing: the other price is there. Write both"))
     limited = generate.max_usd is not None or generate.max_tokens_total is not None
     if generate.accept_partial and not limited:

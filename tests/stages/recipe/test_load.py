@@ -8,6 +8,7 @@ import pytest
 import yaml
 from kit import recipe_tree
 
+from stillroom.stages.recipe.engines import PRICES
 from stillroom.stages.recipe.load import _keys_at, changed_fields, load_recipe, recorded
 from stillroom.stages.recipe.reading.outside import OUTSIDE
 from stillroom.stages.recipe.sections import Recipe
@@ -272,6 +273,18 @@ def test_records_keep_the_variable(
     assert recorded(recipe)["teacher"]["model"] == "${AT}"
     assert recorded(recipe)["storage"]["sources"] == ["s3://b/${AT}"]
     assert "compute" not in recorded(recipe)  # what a machine has is nobody else's business
+
+
+def test_what_is_recorded_of_a_budget_is_a_recipe(tmp_path: Path, tree: dict[str, Any]) -> None:
+    prices = dict.fromkeys(PRICES, 1.0)
+    budget = {"max_usd": 5.0, "accept_partial": True}
+    endpoint = {"engine": "openai", "model": "m", "base_url": "https://a.example/v1"}
+    tree["generate"] = endpoint | prices | budget
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    kept = recorded(load_recipe(path))
+    assert not {*prices, *budget} & kept["generate"].keys()
+    assert Recipe.model_validate(kept).generate is not None
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ...stages.engines.opening import refuse_engine
 from ...stages.models.fit.classes import names_in
 from ...stages.models.fit.processor import compare_processors
 from ...stages.models.identity import FileHashes
@@ -121,6 +122,8 @@ def _bound(
             context_tokens=written.context_tokens,
         )
         return replace(first, binding=binding, teacher=None, missing=str(error))
+    if alone.score is not None:
+        refuse_engine(alone.score.named_engine, teacher, field="score.engine")
     binding = replace(
         first.binding,
         teacher_id=teacher.id,

@@ -33,7 +33,7 @@ from ..numbers import count, teacher_layers
 from ..plan.lineage import came_from, written_by
 from ..report.report import outcome
 from ..report.results import measures, result_headers, result_rows, unit_of
-from ..report.sections import begins_as, taught_by, teacher_words, whose_text
+from ..report.sections import begins_as, student_of, taught_by
 from ..text import HUB_NAME, escaped, fenced, inline, one_line, prose, public_name, table
 from .model_card_code import adapter_code, student_code
 from .provenance import public_recipe
@@ -80,12 +80,8 @@ def student_card(
     recipe = settings["recipe"]
     shown = public_recipe(recipe)
     student = shown["student"]
-    author = whose_text(shown)
-    teachers = map(teacher_words, shown.get("teachers") or [shown["teacher"]])
-    whose = inline(author) if author else " and ".join(teachers)
     distilled = settings["arm"] == "student" and recipe.get("score") is not None
     learnt = "the teacher's distributions" if distilled else "the teacher's text"
-    learnt = "its text" if author else learnt
     library = _library(student, adapter=adapter)
     card = ModelCard.from_template(
         _card_data(recipe, settings["arm"], _index(shown, evaluation), library=library),
@@ -95,7 +91,7 @@ def student_card(
         title=("Adapter: " if adapter else "")
         + escaped(f"{_name(shown)}, distilled from {taught_by(shown)}"),
         summary=prose(
-            f"A student of {whose}: {begins_as(student)}, trained by Stillroom on {learnt}."
+            f"A student of {student_of(shown)}: {begins_as(student)}, trained by Stillroom on {learnt}."
             + (_ADAPTER.format(inline(student["model"])) if adapter else "")
         ),
         outcome=prose(outcome(evaluation)) if evaluation else "",

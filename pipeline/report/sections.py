@@ -64,7 +64,14 @@ def teacher_words(teacher: Mapping[str, Any]) -> str:
     return inline(teacher["model"]) + (f" (quantised to {how})" if how else "")
 
 
-def whose_text(recipe: Mapping[str, Any]) -> str | None:
+def student_of(recipe: Mapping[str, Any]) -> str:
+    """Whom a student has learnt from, as the recipe names them."""
+    if (author := _whose_text(recipe)) is not None:
+        return inline(author)
+    return " and ".join(map(teacher_words, recipe.get("teachers") or [recipe["teacher"]]))
+
+
+def _whose_text(recipe: Mapping[str, Any]) -> str | None:
     """The model that taught by its text alone, where the recipe's teacher only reads it; None: the teacher did."""
     if recipe.get("score") is not None:
         return None
@@ -74,7 +81,7 @@ def whose_text(recipe: Mapping[str, Any]) -> str | None:
 def taught_by(recipe: Mapping[str, Any]) -> str:
     """Short names of the teachers; where another model's text is all there is, that one's."""
     models = [one["model"] for one in recipe.get("teachers") or [recipe["teacher"]]]
-    if (author := whose_text(recipe)) is not None:
+    if (author := _whose_text(recipe)) is not None:
         models = [author]
     return " and ".join(Path(model).name for model in models)
 

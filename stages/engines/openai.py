@@ -203,15 +203,13 @@ class OpenAIEngine:
         )
 
         others: list[int] = []  # answered calls, at each attempt
-        faults: list[str] = []
+        faults: list[str] = []  # what they came to
         retrying = Retrying(
             retry=retry_if_exception_type(_Passes),
             stop=stop_after_attempt(ATTEMPTS) | stop_when_event_set(leaving),
             wait=_pause,
             sleep=sleep_using_event(leaving),
-            before_sleep=lambda state: faults.append(
-                str(state.outcome and state.outcome.exception())
-            ),
+            before_sleep=lambda state: faults.append(_fault(state)),
             reraise=True,
         )
         try:
@@ -284,6 +282,11 @@ class OpenAIEngine:
             return RowError("engine", f"the endpoint refuses it: {said}")
         advice = _ADVICE.get(status, "See generate.base_url and generate.engine_args")
         return UsageError(f"{where} {status} to every call ({said}). {advice}.")
+
+
+def _fault(state: Any) -> str:
+    """What an attempt came to that is followed by another."""
+    return str(state.outcome.exception())
 
 
 def _pause(state: Any) -> float:

@@ -2,7 +2,7 @@
 
 from ..engines import ENGINES
 from ..kinds import HF, VLLM, Score
-from ..sections import Recipe
+from ..sections import Recipe, Teacher
 from ..tasks import TASKS
 
 Errors = list[tuple[str, str]]
@@ -26,12 +26,14 @@ def check_reader(recipe: Recipe) -> Errors:
         errors.append(("score.engine", message))
     if score.kernel is not None:
         errors.append(("score.kernel", f"belongs to engine {HF!r}. Remove it"))
-    if recipe.teacher.device_map is not None:
-        message = (
-            f"belongs to engine {HF!r}. Spread the teacher by score.engine_args: "
-            "{tensor_parallel_size: N}"
-        )
-        errors.append(("teacher.device_map", message))
+    message = (
+        f"belongs to engine {HF!r}. Spread the teacher by score.engine_args: "
+        "{tensor_parallel_size: N}"
+    )
+    teachers: dict[str, Teacher] = {f"teachers.{n}": one for n, one in enumerate(recipe.several)}
+    for where, one in (teachers or {"teacher": recipe.teacher}).items():
+        if one.device_map is not None:
+            errors.append((f"{where}.device_map", message))
     return errors
 
 

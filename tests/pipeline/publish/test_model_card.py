@@ -291,7 +291,6 @@ def test_where_another_models_text_is_all_there_is_that_one_is_the_teacher():
     told = student_card(settings(generate=asked, score=None), TRAINED, None)
     assert "distilled from large" in told
     assert "A student of `org/large`" in told
-    assert "trained by Stillroom on its text" in told
     assert title(settings(generate=asked, score=None)).startswith("large distilled into")
     scored = student_card(settings(generate=asked), TRAINED, None)
     assert "distilled from big-8b" in scored

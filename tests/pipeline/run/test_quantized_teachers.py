@@ -188,6 +188,9 @@ def test_what_does_not_go_together_is_refused_by_name(tmp_path: Path) -> None:
         line = stillroom("plan", writes, expect=2).stderr
         assert "generate.engine: 'vllm' does not run" in line
         assert "which is quantised: nf4 (bitsandbytes, " in line
+    both = [{"name": "float"}, {"name": "int8", "quantize": "int8"}]  # the first is not paid for
+    line = stillroom("plan", room.recipe(both, score={"k": 4, "engine": "vllm"}), expect=2).stderr
+    assert "score.engine: 'vllm' does not run" in line
     twice = room.recipe({"model": str(four), "quantize": "int8"})
     assert f"teacher.quantize: {four} is quantised already (bitsandbytes" in (
         stillroom("plan", twice, expect=2).stderr

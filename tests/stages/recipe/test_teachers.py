@@ -36,6 +36,11 @@ def two(folder: Path, first: dict[str, Any], second: dict[str, Any]) -> list[dic
         ({"name": "a"}, {}, "teachers: 2 of them are named 'a'"),
         ({"name": "../up"}, {}, "teachers.1.name: string should match pattern"),
         ({"weigth": 2}, {}, "teachers.1.weigth: unknown key. Did you mean 'weight'?"),
+        (
+            {"device_map": "auto"},
+            {"score": {"k": 4, "engine": "vllm"}},
+            "teachers.1.device_map: belongs to engine 'hf'",
+        ),
         ({"budget_tokens": 0}, {}, "teachers.1.budget_tokens: must be at least 1"),
         ({}, {"score": None}, "teachers: several teach by their distributions"),
         ({}, {"loss": {"teachers": "mixture"}}, "a mixture is not exact of 'topk' targets"),

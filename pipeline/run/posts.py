@@ -8,7 +8,7 @@ from ...stages.ledger.books import SMALLEST_BLOCK
 from ...stages.recipe.engines import gpus_of
 from ...stages.recipe.run_folder import LOGS
 from ...stages.recipe.sections import Recipe
-from ...stages.recipe.stages import file_name, stage_named
+from ...stages.recipe.stages import file_name, needed, stage_named
 from ...stages.workers.devices import VISIBLE, shared_out, visible_gpus
 from ..plan.lines import Plan, StagePlan
 
@@ -64,10 +64,13 @@ def _gpus_each(recipe: Recipe, line: StagePlan) -> int | None:
 
 
 def worker_notes(recipe: Recipe, plan: Plan) -> Iterator[str]:
-    """A sentence for each stage that several workers are to do."""
+    """A sentence for each stage that several workers are to do, or were asked to."""
     for line in plan.stages:
         if line.state == "done":
             continue
+        if _asks_an_endpoint(recipe, line) and recipe.compute.workers not in ("auto", 1):
+            calls = needed(recipe.generate, "generate").concurrency
+            yield f"{line.name}: one process asks the endpoint, {calls} calls at once (generate.concurrency)"
         workers = environments(plan.teacher_of(line.name).recipe, line)
         if len(workers) > 1:
             gpus = [one[VISIBLE] for one in workers if VISIBLE in one]

@@ -150,7 +150,9 @@ def test_a_budget_stops_the_run_cleanly_and_more_money_buys_the_rest_only(
     with endpoint() as served:
         teacher = tiny_llama("teacher")
         recipe = recipe_for(tmp_path, teacher, served, generate=prices | {"max_usd": 0.3})
-        assert "and their prompts beside" in told("plan", recipe)["above"]
+        planned = told("plan", recipe, "--set", "compute.workers=2")["above"]
+        assert "and their prompts beside" in planned
+        assert "one process asks the endpoint, 8 calls at once" in planned
         done = stillroom("run", recipe, "--json")
         stage = last_json(done)["stages"]["generate"]
         assert stage["state"] == "partial"

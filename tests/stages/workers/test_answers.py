@@ -69,11 +69,11 @@ def test_a_budget_that_is_reached_is_another_one_with_other_limits(tmp_path: Pat
 
 def test_an_answer_stays_as_it_was_given_whatever_a_recipe_hides(tmp_path: Path) -> None:
     """A path that `${NAME}` stands for may stand in a text, which is learnt from."""
-    hide({"/work/texts": "${TEXTS}"}, {})
+    hide({"/data/texts": "${TEXTS}"}, {})
     with Answers(tmp_path) as first:
-        first.answered("one", said("look into /work/texts", 4, 2))
+        first.answered("one", said("look into /data/texts", 4, 2))
     with Answers(tmp_path) as second:
-        assert second.find("one") == said("look into /work/texts", 4, 2)
+        assert second.find("one") == said("look into /data/texts", 4, 2)
 
 
 def test_an_endpoint_is_one_with_a_slash_at_its_end_and_without(tmp_path: Path) -> None:

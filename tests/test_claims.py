@@ -1,4 +1,4 @@
-"""Each measured number of README.md stands in a record of `tests/bench/results/` that its own section names.
+"""Each measured number of README.md and of `figures.md` stands in a record that its own section names.
 
 A measured number is, outside of code, links, dates and commits,
     in a table      every number;
@@ -20,7 +20,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "tests" / "bench" / "results"
 RECORDS = sorted(RESULTS.glob("*-20*.md"))
-README = (ROOT / "README.md").read_text("utf-8")
+PAGES = [ROOT / "README.md", RESULTS / "figures.md"]
 CLAIMS = (RESULTS / "README.md").read_text("utf-8")
 
 NUMBER = r"(?<![\w.,-])-?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?(?![\w-])"
@@ -93,9 +93,13 @@ def records_of(text: str) -> list[Path]:
 
 
 def sections() -> dict[str, str]:
-    """README.md by heading."""
-    first, *others = re.split(r"^## ", README, flags=re.MULTILINE)
-    return {"": first} | {part.partition("\n")[0]: part for part in others}
+    """Each page by heading."""
+    parts = {}
+    for page in PAGES:
+        first, *others = re.split(r"^## ", page.read_text("utf-8"), flags=re.MULTILINE)
+        parts[page.name] = first
+        parts |= {f"{page.name}: {part.partition(chr(10))[0]}": part for part in others}
+    return parts
 
 
 def rows() -> list[str]:

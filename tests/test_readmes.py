@@ -61,3 +61,33 @@ def test_no_page_is_long() -> None:
 def test_links_of_a_page_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text("utf-8"))
     assert not [link for link in links if not (page.parent / link).exists()]
+
+
+FRONT = ROOT / "README.md"
+
+
+def prose(text: str) -> str:
+    """A page without blocks of code, tables, pictures and where its links lead."""
+    text = re.sub(r"^```.*?^```|^ {4}.*?$|^\|.*?$|^!\[.*?$", "", text, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"\]\([^)]*\)", "]", text)
+
+
+def sentences(text: str) -> list[list[str]]:
+    """The words of each sentence; headings, list items and what ends in a colon stand for themselves."""
+    parts = re.split(r"(?<=[.:?])\s|^#+.*$|^\* |\n\n|·", prose(text), flags=re.MULTILINE)
+    return [words for part in parts if len(words := re.findall(r"\w[\w'.-]*", part)) > 1]
+
+
+def test_the_front_page_is_short() -> None:
+    text = FRONT.read_text("utf-8")
+    shown = re.sub(r"^```.*?^```|^ {4}.*?$", "", text, flags=re.MULTILINE | re.DOTALL)
+    lengths = [len(words) for words in sentences(text)]
+    assert text.count("\n") <= 150
+    assert len(re.findall(r"\w[\w'.-]*", re.sub(r"\]\([^)]*\)", "]", shown))) <= 1500
+    assert sum(lengths) / len(lengths) <= 20
+
+
+def test_the_front_page_has_a_recipe_and_its_limits_early() -> None:
+    lines = FRONT.read_text("utf-8").splitlines()
+    assert lines.index("```yaml") < 60
+    assert lines.index("## Limits") < len(lines) / 2

@@ -14,6 +14,7 @@ from ..recipe.kinds import Score
 from ..recipe.sections import Recipe, Student, Train
 from ..recipe.stages import needed
 from .clock import Clock
+from .ranks import Ranks
 
 
 class Progress(Protocol):
@@ -65,6 +66,8 @@ class Job:
     stop: StopFlag
     clock: Clock = field(default_factory=Clock)
     """Told what the time is spent on; the worker puts its seconds into the result's details."""
+    ranks: Ranks = field(default_factory=Ranks)
+    """Who does this stage together with this process, for train and evaluate."""
     data_id: str = ""
     """Name of the inputs record: which prompts, in which split."""
     teacher_id: str = ""

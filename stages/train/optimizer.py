@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..recipe.sections import Train
 
@@ -11,11 +12,19 @@ WSD_DECAY = 0.2  # share of all tokens in which `wsd` falls from the peak to the
 
 
 def make_optimizer(model: nn.Module, train: Train) -> torch.optim.AdamW:
-    """AdamW over the parameters that train; norms and biases (fewer than two dimensions) do not decay."""
+    """AdamW over the parameters that train; norms and biases (fewer than two dimensions) do not decay.
+
+    One operation takes sharded weights or whole ones, so each kind has groups of its own.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    kinds = [[p for p in trained if isinstance(p, DTensor) is sharded] for sharded in (False, True)]
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": train.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {
+            "params": [p for p in kind if (p.ndim >= 2) is matrix],
+            "weight_decay": train.weight_decay if matrix else 0.0,
+        }
+        for kind in kinds
+        for matrix in (True, False)
     ]
     return torch.optim.AdamW(
         [g for g in groups if g["params"]], lr=train.learning_rate, betas=train.betas, fused=True

@@ -56,7 +56,7 @@ class Run:
         epochs = self._train.epochs
         self._stop_samples = None if epochs is None else max(1, round(epochs * len(self._samples)))
         self._total = self._train.tokens or max(1, round((epochs or 0) * self._lengths.tokens))
-        self._checkpoints = Checkpoints(files)
+        self._checkpoints = Checkpoints(files, job.ranks)
         self._record = Record()
         with job.clock.span("start"):
             self._trainer = self._prepared(store)

@@ -6,7 +6,7 @@ compute in bfloat16 (autocast) where asked.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from ...storage.errors import StillroomError
 from ..loader.passes import Passes
@@ -25,7 +26,8 @@ from ..models.device import out_of_memory
 from ..recipe.fields import Schedule, value_at
 from ..recipe.sections import Loss, Train
 from ..workers.clock import Clock
-from .optimizer import learning_rate, make_optimizer
+from .optimizer import learning_rate, load_optimizer_state, make_optimizer, optimizer_state
+from .shards import Stored
 
 SCHEDULED = ("soft_weight", "hard_weight", "temperature")
 
@@ -197,33 +199,49 @@ class Trainer:
         return self._means(sums, scored, counts, aim=aim)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The parameters that train."""
-        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        """The parameters that train; of sharded ones this rank's shards."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # what a pass without a gradient gathered may lie there yet
+        return {name: p.detach() for name, p in self._parameters().items() if p.requires_grad}
 
     def averages(self) -> dict[str, torch.Tensor]:
         """The buffers, such as the running means of batch norms: they change as weights do, without a gradient."""
         return _buffers(self.model)
 
-    def load_weights(self, state: dict[str, Any]) -> None:
-        """Give the student the weights and averages that `state` returned."""
-        there = self.weights() | self.averages()
-        with torch.no_grad():
-            for name, values in (state["weights"] | state.get("averages", {})).items():
-                there[name].copy_(values)
+    def load_weights(self, stored: Stored) -> None:
+        """Give the student the weights and averages of a checkpoint; all ranks call it."""
+        stored.read(self._of_student(stored))
 
-    def state(self) -> dict[str, Any]:
-        """Tensors to go on from."""
-        state = {"weights": self.weights(), "optimizer": self.optimizer.state_dict()}
-        if averages := self.averages():
-            state["averages"] = averages
-        return state if self._matching is None else state | {"maps": self._matching.state_dict()}
+    def state(self) -> dict[str, torch.Tensor]:
+        """Tensors to go on from, by name; the names are the same however the student is sharded."""
+        maps = {} if self._matching is None else self._matching.state_dict()
+        return {
+            **_under("weights", self.weights()),
+            **_under("averages", self.averages()),
+            **_under("maps", maps),
+            **_under("optimizer", optimizer_state(self.optimizer, self._trained_by_name())),
+        }
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned."""
-        self.load_weights(state)
-        if self._matching is not None:
-            self._matching.load_state_dict(state["maps"])
-        self.optimizer.load_state_dict(state["optimizer"])
+    def load_state(self, stored: Stored) -> None:
+        """Go on from a checkpoint of `state`; all ranks call it."""
+        maps = {} if self._matching is None else self._matching.state_dict()
+        stored.read(self._of_student(stored) | _under("maps", maps))
+        load_optimizer_state(self.optimizer, self._trained_by_name(), stored)
+
+    def _of_student(self, stored: Stored) -> dict[str, torch.Tensor]:
+        """Weights and averages; checkpoints of before have no averages."""
+        averages = self.averages() if stored.names("averages/") else {}
+        return _under("weights", self.weights()) | _under("averages", averages)
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.model.named_parameters())
+
+    def _trained_by_name(self) -> dict[str, nn.Parameter]:
+        """What the optimizer has, of the student and of the maps."""
+        maps = {} if self._matching is None else dict(self._matching.named_parameters())
+        named = _under("weights", self._parameters()) | _under("maps", maps)
+        return {name: p for name, p in named.items() if p.requires_grad}
 
     def _gradients(self, step: Step, aim: Aim, passes: Callable[[], Iterable[Any]]) -> Losses:
         """Accumulate the step's gradients."""
@@ -287,11 +305,15 @@ class Trainer:
                 message = str(error)
             except BaseException:
                 self.optimizer.zero_grad()
-                self.load_weights({"weights": before})
+                self._put_back(before)
                 raise
             # Only here, outside the handler, are the tensors of the failed pass free.
-            self.load_weights({"weights": before})
+            self._put_back(before)
             self._shrink(step, message)
+
+    def _put_back(self, before: dict[str, torch.Tensor]) -> None:
+        for name, average in self.averages().items():
+            average.copy_(before[name])
 
     def _shrink(self, step: Step, message: str) -> None:
         self.optimizer.zero_grad()
@@ -304,6 +326,11 @@ class Trainer:
 
     def _pass(self, batch: Any, aim: Aim) -> Distilled:
         return self._packing.losses(self.model, batch, aim=aim, dtype=self._dtype)
+
+
+def _under(group: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """By the names that they have in a checkpoint."""
+    return {f"{group}/{name}": tensor for name, tensor in tensors.items()}
 
 
 def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:

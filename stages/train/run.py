@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..loader.prefetch import Prefetch
-    from .trainer import StepResult, Trainer
+    from .together.means import StepResult
+    from .trainer import Trainer
 
 HISTORY_POINTS = 200
 
@@ -62,7 +63,7 @@ class Run:
         epochs = self._train.epochs
         self._stop_samples = None if epochs is None else max(1, round(epochs * len(self._samples)))
         self._total = self._train.tokens or max(1, round((epochs or 0) * self._lengths.tokens))
-        self._checkpoints = Checkpoints(files)
+        self._checkpoints = Checkpoints(files, job.ranks)
         self._record = Record()
         with job.clock.span("start"):
             self._trainer = self._prepared(store)
@@ -344,11 +345,10 @@ class Run:
         record = self._record
         if record.cursor.step:
             with self._job.clock.span("disk"):
-                state, best = self._trainer.state(), record.best["step"] if record.best else None
-                if self._ranks.first:
-                    self._checkpoints.save(record.cursor.step, state, asdict(record))
-                    self._checkpoints.keep(record.cursor.step, best)
-                self._ranks.any(False)  # it is there once all have come here
+                self._checkpoints.save(record.cursor.step, self._trainer.state(), asdict(record))
+                self._checkpoints.keep(
+                    record.cursor.step, record.best["step"] if record.best else None
+                )
 
     def _finish(self) -> None:
         """Write the student (the best where there was validation, else the last), then `train.json`."""

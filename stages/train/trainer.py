@@ -6,8 +6,8 @@ state are float32; the passes compute in bfloat16 (autocast) where asked.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,29 +26,16 @@ from ..recipe.fields import Schedule, value_at
 from ..recipe.sections import Loss, Train
 from ..workers.clock import Clock
 from ..workers.ranks import Ranks
-from .optimizer import learning_rate, make_optimizer
+from .optimizer import learning_rate, load_optimizer_state, make_optimizer, optimizer_state
+from .shards import Stored
 from .together.dealt import Dealt
 from .together.gradients import clipped, make_alike, sum_gradients
-from .together.means import Losses, means_of, sums_of
-from .together.root import Root, gathered, loss_of, reshard, shared_like, synchronise, whole_state
+from .together.means import Losses, StepResult, means_of, sums_of
+from .together.root import Root, loss_of, reshard, synchronise, whole_state
 from .together.rounds import rounds
 from .together.smaller import OutOfMemory
 
 SCHEDULED = ("soft_weight", "hard_weight", "temperature")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepResult:
-    """What an optimizer step did."""
-
-    losses: Losses
-    learning_rate: float
-    grad_norm: float
-    """Before clipping."""
-    scheduled: dict[str, float]
-    """The loss's settings that follow a schedule, as they were at this step."""
-    positions: int
-    """Computed by all ranks, padding included."""
 
 
 class Trainer:
@@ -237,28 +224,27 @@ class Trainer:
         raise AssertionError("a rank of a sharded student dies of it")
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The parameters that train."""
-        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        """The parameters that train; of sharded ones this rank's shards."""
+        reshard(self._root)  # what a pass without a gradient gathered may lie there yet
+        return {name: p.detach() for name, p in self._parameters().items() if p.requires_grad}
 
     def averages(self) -> dict[str, torch.Tensor]:
         """The buffers, such as the running means of batch norms: they change as weights do, without a gradient."""
         return _buffers(self.model)
 
-    def load_weights(self, state: dict[str, Any]) -> None:
-        """Give the student the weights and averages that `state` returned."""
-        there = self.weights() | self.averages()
-        with torch.no_grad():
-            for name, values in (state["weights"] | state.get("averages", {})).items():
-                there[name].copy_(shared_like(values, there[name]))
+    def load_weights(self, stored: Stored) -> None:
+        """Give the student the weights and averages of a checkpoint; all ranks call it."""
+        stored.read(self._of_student(stored))
 
-    def state(self) -> dict[str, Any]:
-        """Tensors to go on from."""
-        state = {"weights": self.weights(), "optimizer": self.optimizer.state_dict()}
-        if averages := self.averages():
-            state["averages"] = averages
-        if self._matching is not None:
-            state |= {"maps": self._matching.state_dict()}
-        return state if self._root is None else gathered(state)
+    def state(self) -> dict[str, torch.Tensor]:
+        """Tensors to go on from, by name; the names are the same however the student is sharded."""
+        maps = {} if self._matching is None else self._matching.state_dict()
+        return {
+            **_under("weights", self.weights()),
+            **_under("averages", self.averages()),
+            **_under("maps", maps),
+            **_under("optimizer", optimizer_state(self.optimizer, self._trained_by_name())),
+        }
 
     def whole_state(self) -> dict[str, Any] | None:
         """What trained of a sharded student, whole, on the first rank; all ranks ask. None: the model has it whole."""
@@ -266,16 +252,25 @@ class Trainer:
             return None
         return whole_state(self.model)
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned."""
-        self.load_weights(state)
-        if self._matching is not None:
-            self._matching.load_state_dict(state["maps"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for parameter, of_one in self.optimizer.state.items():
-            for name, values in of_one.items():
-                if values.shape == parameter.shape:
-                    of_one[name] = shared_like(values, parameter)
+    def load_state(self, stored: Stored) -> None:
+        """Go on from a checkpoint of `state`; all ranks call it."""
+        maps = {} if self._matching is None else self._matching.state_dict()
+        stored.read(self._of_student(stored) | _under("maps", maps))
+        load_optimizer_state(self.optimizer, self._trained_by_name(), stored)
+
+    def _of_student(self, stored: Stored) -> dict[str, torch.Tensor]:
+        """Weights and averages; checkpoints of before have no averages."""
+        averages = self.averages() if stored.names("averages/") else {}
+        return _under("weights", self.weights()) | _under("averages", averages)
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.model.named_parameters())
+
+    def _trained_by_name(self) -> dict[str, nn.Parameter]:
+        """What the optimizer has, of the student and of the maps."""
+        maps = {} if self._matching is None else dict(self._matching.named_parameters())
+        named = _under("weights", self._parameters()) | _under("maps", maps)
+        return {name: p for name, p in named.items() if p.requires_grad}
 
     def _gradients(self, step: Step, aim: Aim, passes: Callable[[], Iterable[Any]]) -> Losses:
         """Accumulate the step's gradients."""
@@ -336,15 +331,19 @@ class Trainer:
                 message = str(error)
             except BaseException:
                 self.optimizer.zero_grad()
-                self.load_weights({"weights": before})
+                self._put_back(before)
                 raise
             # A step of a training is all ranks' at once, one of a validation is not.
             shared = self._root is None and torch.is_grad_enabled()
             if not (ranks.any(bool(message)) if shared else message):
                 return sums
             # Only here, outside the handler, are the tensors of the failed pass free.
-            self.load_weights({"weights": before})
+            self._put_back(before)
             self._shrink(step.longest, message or "another rank")
+
+    def _put_back(self, before: dict[str, torch.Tensor]) -> None:
+        for name, average in self.averages().items():
+            average.copy_(before[name])
 
     def _passed(
         self,
@@ -390,6 +389,11 @@ class Trainer:
             return self._packing.losses(model, batch, aim=aim, dtype=self._dtype)
 
         return loss_of(self._root, self.model, work)
+
+
+def _under(group: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """By the names that they have in a checkpoint."""
+    return {f"{group}/{name}": tensor for name, tensor in tensors.items()}
 
 
 def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:

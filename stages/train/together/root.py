@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._pytree import tree_map
 
 from ....storage.errors import UsageError
 from ...losses.definition import Distilled
@@ -124,19 +122,6 @@ def whole_state(student: nn.Module) -> dict[str, Any]:
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     found: dict[str, Any] = get_model_state_dict(student, options=options)
     return found
-
-
-def gathered(state: Any) -> Any:
-    """A state with all of each sharded tensor, on the CPU; every rank has it."""
-    return tree_map(lambda one: one.full_tensor().cpu() if isinstance(one, DTensor) else one, state)
-
-
-def shared_like(values: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor as this rank holds another one of its shape: itself, or its shard."""
-    if not isinstance(like, DTensor) or isinstance(values, DTensor):
-        return values
-    there = values.to(like.device)
-    return distribute_tensor(there, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def synchronise(root: Root, last: bool) -> None:

@@ -18,9 +18,11 @@ from stillroom.stages.models.device import device_and_dtype
 from stillroom.stages.models.head import hidden_states, split_head
 from stillroom.stages.recipe.sections import Loss, Train
 from stillroom.stages.targets.batch import TargetBatch
+from stillroom.stages.train.checkpoints import Checkpoints
 from stillroom.stages.train.together.means import means_of
 from stillroom.stages.train.trainer import Trainer
 from stillroom.storage.errors import StillroomError, Stopped
+from stillroom.storage.files.local import LocalFiles
 
 pytestmark = pytest.mark.numeric
 
@@ -277,13 +279,15 @@ def test_dropout_is_a_function_of_the_step():
     assert two.step(make_step(), done=0.5) == first
 
 
-def test_state_goes_on_exactly():
+def test_state_goes_on_exactly(tmp_path):
     whole, stopped = make_trainer(), make_trainer()
     for n in (1, 2):
         whole.step(make_step(n), done=n / 9)
         stopped.step(make_step(n), done=n / 9)
     resumed = make_trainer()
-    resumed.load_state(stopped.state())
+    checkpoints = Checkpoints(LocalFiles(tmp_path))
+    checkpoints.save(2, stopped.state(), {})
+    resumed.load_state(checkpoints.tensors(2))
     for n in (3, 4):
         assert resumed.step(make_step(n), done=n / 9) == whole.step(make_step(n), done=n / 9)
     assert all(torch.equal(w, resumed.weights()[name]) for name, w in whole.weights().items())

@@ -195,7 +195,17 @@ class Ranks:
         while not self._store.check([name]):
             self._come(further=False)
             time.sleep(_LOOK_SECONDS)
-        return json.loads(self._store.get(name))
+        told = json.loads(self._store.get(name))
+        self._store.add(f"{name}-read", 1)
+        return told
+
+    def heard(self) -> None:
+        """Wait a little until all have read what was told last: the store may end with this process."""
+        deadline = time.monotonic() + _SPEAK_SECONDS
+        while self._store is not None and time.monotonic() < deadline:
+            if self._store.add(f"paper-{self._papers}-read", 0) == self.count - 1:
+                return
+            time.sleep(_LOOK_SECONDS)
 
     def speaks(self) -> bool:
         """Whether this is the first of the ranks that has something to say of why all end."""

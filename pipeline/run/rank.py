@@ -113,7 +113,11 @@ def train(
     with _log(recipe, ranks) as log, Screen(sys.stderr, quiet=quiet or not ranks.first) as screen:
         rank = _Rank(ranks, screen, log)
         try:
-            outcome = rank.lead(recipe) if ranks.first else rank.follow()
+            outcome = None
+            if ranks.first:
+                outcome = rank.lead(recipe)
+            else:
+                rank.follow()
         except StillroomError as error:
             if isinstance(error, SaidElsewhere) or ranks.speaks():
                 raise

@@ -86,7 +86,7 @@ def _fault(job: Job, folder: Path, step: int) -> None:
             raise UsageError("checkpoint: holds something else. Delete it.")
         case "memory":
             smaller = folder / TOKENS_PER_PASS
-            tokens = int(smaller.read_text()) // 2 if smaller.exists() else 512
+            tokens = int(smaller.read_text()) // 2 if smaller.exists() else 256
             if tokens >= 64:
                 smaller.write_text(f"{tokens}")
                 raise EngineDied(f"out of memory: passes now hold {tokens} tokens")

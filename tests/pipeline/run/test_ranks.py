@@ -98,7 +98,7 @@ def test_a_rank_that_is_killed_ends_all_and_all_go_on_from_the_checkpoint(
 
 def test_three_starts_without_a_new_checkpoint_are_given_up(recipe: Path) -> None:
     errors = ended(begin(recipe, FAULT="kill!:1:6"), 1)
-    assert errors.count("start again") == 3, "the first of them had a new checkpoint"
+    assert errors.count("start again") == 2
     assert "error: train: the process of rank 1 died (exit status -9" in errors
     assert none_lives(recipe)
 
@@ -121,7 +121,7 @@ def test_the_error_of_one_rank_is_shown_once_and_ends_all(recipe: Path) -> None:
 
 def test_memory_that_is_too_small_is_no_death_in_vain_while_passes_shrink(recipe: Path) -> None:
     errors = ended(begin(recipe, FAULT="memory!:1:2"))
-    assert errors.count("start again") == 4, "512, 256, 128, 64"
+    assert errors.count("start again") == 3, "256, 128, 64"
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_a_signal_to_the_run_stops_all_at_the_same_step_with_a_checkpoint(
     run.send_signal(signal.SIGTERM)
     assert "Run the same command again" in ended(run, code) or code == 75
     assert not any(map(alive, ranks))
-    assert [path.name for path in (folder(recipe) / "checkpoints").iterdir()] == ["4", "7"]
+    assert {path.name for path in (folder(recipe) / "checkpoints").iterdir()} == {"4", "7"}
 
 
 def waiting(recipe: Path, **environment: str) -> tuple[Loaded, list[psutil.Process]]:

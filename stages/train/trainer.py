@@ -184,8 +184,7 @@ class Trainer:
             sums = ranks.sum(judge(feed, aim, dealt, between_passes))
         # Steps of a validation are as large as passes: all ranks have to agree on that.
         tokens = min(ranks.all(self.tokens_per_pass))
-        if tokens < self.tokens_per_pass:
-            self._packing = replace(self._packing, tokens_per_pass=tokens)
+        self._packing = replace(self._packing, tokens_per_pass=tokens)
         return self._means(sums, dealt.scored, dealt.terms, aim=aim)
 
     def _judged(
@@ -354,8 +353,8 @@ class Trainer:
     ) -> torch.Tensor:
         """`sums_of` of some passes. Of a sharded student a rank without one takes part with a `spare` sample."""
         sums, root = self._zeros(), self._root
-        weightless = Aim(
-            soft_weight=0.0, hard_weight=0.0, objective=None, features=(0.0,) * len(aim.features)
+        nothing = replace(
+            aim, soft_weight=0.0, hard_weight=0.0, features=(0.0,) * len(aim.features)
         )
         in_step = rounds(passes, self._ranks) if root else ((batch, True) for batch in passes)
         for batch, last in in_step:
@@ -367,7 +366,7 @@ class Trainer:
                 sums += sums_of(found)
             else:
                 (batch,) = self._packing.batches([spare()], None)
-                found = self._pass(batch.to(self._device), weightless)
+                found = self._pass(batch.to(self._device), nothing)
             if torch.is_grad_enabled():
                 found.total.backward()
         return sums

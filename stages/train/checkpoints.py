@@ -1,86 +1,105 @@
 """Checkpoints of a training run: one folder per step, complete once its `state.json` is there.
 
-    checkpoints/step-00000120/<2 hex>/<32 hex>.pt    weights and optimizer, named by their sha256
-    checkpoints/step-00000120/state.json             that name, and the integers and lists a run goes on from
+    checkpoints/step-00000120/<2 hex>/<32 hex>.pt    tensors, one file of each rank, named by their sha256
+    checkpoints/step-00000120/state.json             those names, and the integers and lists a run goes on from
 
-The tensors are written and synced first, `state.json` last: a run that was killed while writing has
-no such checkpoint.
+All ranks write and sync their files first; then the first rank writes `state.json`. A run that was
+killed while writing has no such checkpoint. Every method is called by all ranks together.
 """
 
 import json
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import torch
+from torch import Tensor
 
-from ...storage.bounds import NOT_AS_WRITTEN, inside, mapping, parsed
+from ...storage.bounds import NOT_AS_WRITTEN, hexdigest, inside, mapping, parsed
 from ...storage.errors import IntegrityError, in_short
-from ...storage.files.base import file_sha256
+from ...storage.files.base import Content, file_sha256
 from ...storage.files.local import LocalFiles
+from ..workers.ranks import Ranks
+from .shards import Piece, Stored, earlier_pieces_of, pieces_of, write
 
 _FOLDER = "checkpoints"
 _STATE = "state.json"
+_GO_ON = "to go on from an earlier one, or from the start"
 
 
 class Checkpoints:
     """The checkpoints below a run's folder."""
 
-    def __init__(self, files: LocalFiles) -> None:
-        self._files = files
+    def __init__(self, files: LocalFiles, ranks: Ranks | None = None) -> None:
+        self._files, self._ranks = files, ranks or Ranks()
 
     def steps(self) -> list[int]:
-        """Steps that have a complete checkpoint, ascending."""
+        """Steps that have a complete checkpoint, ascending; as the first rank sees them."""
         folders = self._files.path(_FOLDER).glob("step-*")
-        return sorted(int(f.name.removeprefix("step-")) for f in folders if (f / _STATE).is_file())
+        there = [int(f.name.removeprefix("step-")) for f in folders if (f / _STATE).is_file()]
+        found: list[int] = self._ranks.told(sorted(there))
+        return found
 
-    def save(self, step: int, tensors: dict[str, Any], state: dict[str, Any]) -> None:
-        """Write a checkpoint; one of the same step stays as it is."""
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+        """Write a checkpoint; one of the same step stays as it is.
+
+        Args:
+            step: Its number.
+            tensors: By name; of a sharded one each rank writes its part.
+            state: What is kept beside them; the first rank's.
+        """
         folder = self._folder(step)
         if step in self.steps():
             return
 
-        def write(path: Path) -> None:
-            # Into a file of our own: torch.save by path hides what the disk said.
-            with path.open("wb") as file:
-                torch.save(tensors, file)
+        def put(to: Callable[[Path], object]) -> Content:
+            return self._files.put_content(folder, to, suffix=".pt")
 
-        content = self._files.put_content(folder, write, suffix=".pt")
-        record = {"tensors": content.name, "sha256": content.sha256, "state": state}
-        self._files.put_if_absent(f"{folder}/{_STATE}", json.dumps(record, indent=1).encode())
+        def prepare() -> None:
+            for name, _, _ in self._files.walk(folder):  # of a run that was killed while writing
+                self._files.remove(name)
+
+        def finish(found: list[dict[str, str]]) -> None:
+            record = {"files": found, "state": state}
+            self._files.put_if_absent(f"{folder}/{_STATE}", json.dumps(record, indent=1).encode())
+
+        write(
+            tensors,
+            put,
+            prepare=prepare,
+            finish=finish,
+            alone=self._ranks.count == 1,
+        )
 
     def state(self, step: int) -> dict[str, Any]:
         """What `save` was given beside the tensors."""
         state: dict[str, Any] = self._record(step)["state"]
         return state
 
-    def tensors(self, step: int) -> dict[str, Any]:
-        """The tensors of a checkpoint, on the CPU.
+    def tensors(self, step: int) -> Stored:
+        """The tensors of a checkpoint, checked and not yet read.
 
         Raises:
             IntegrityError: they are not what was written.
         """
         record = self._record(step)
-        path = self._files.path(record["tensors"])
-        if not path.is_file() or file_sha256(path) != record["sha256"]:
-            raise IntegrityError(
-                f"{path}: the checkpoint is damaged (its sha256 is not the recorded one). Delete "
-                f"{self._files.path(self._folder(step))} to go on from an earlier one, or from "
-                "the start."
-            )
-        try:
-            tensors: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except UnpicklingError as error:
-            raise IntegrityError(
-                f"{path}: holds more than tensors, and none of it was run. Delete "
-                f"{self._files.path(self._folder(step))} to go on from an earlier one, or from "
-                "the start."
-            ) from error
-        return tensors
+        earlier = "tensors" in record
+        files = (
+            [{"name": record["tensors"], "sha256": record["sha256"]}]
+            if earlier
+            else record["files"]
+        )
+        self._refuse_damaged(step, files)
+        opened = earlier_pieces_of if earlier else pieces_of
+        pieces = [piece for file in files for piece in self._pieces(step, file["name"], opened)]
+        folder = self._files.path(self._folder(step))
+        return Stored(pieces, folder=folder, alone=self._ranks.count == 1)
 
     def keep(self, *steps: int | None) -> None:
         """Delete all other checkpoints, and what killed runs left half written."""
+        if not self._ranks.first:
+            return
         kept = {self._files.path(self._folder(step)) for step in steps if step is not None}
         for folder in self._files.path(_FOLDER).glob("step-*"):
             if folder.is_symlink():  # what it leads to is not of this run
@@ -89,11 +108,39 @@ class Checkpoints:
                 (folder / _STATE).unlink(missing_ok=True)
                 shutil.rmtree(folder)
 
+    def _refuse_damaged(self, step: int, files: list[dict[str, str]]) -> None:
+        """Each rank reads its part of the files; all raise where one of them is damaged."""
+        damaged = []
+        for number in self._ranks.part(len(files)):
+            path = self._files.path(files[number]["name"])
+            if not path.is_file() or file_sha256(path) != files[number]["sha256"]:
+                damaged.append(path)
+        for path in (path for of_rank in self._ranks.all(damaged) for path in of_rank):
+            raise IntegrityError(
+                f"{path}: the checkpoint is damaged (its sha256 is not the recorded one). Delete "
+                f"{self._files.path(self._folder(step))} {_GO_ON}."
+            )
+
+    def _pieces(self, step: int, name: str, opened: Callable[[Path], list[Piece]]) -> list[Piece]:
+        path, folder = self._files.path(name), self._files.path(self._folder(step))
+        try:
+            return opened(path)
+        except UnpicklingError as error:
+            raise IntegrityError(
+                f"{path}: holds more than tensors, and none of it was run. Delete {folder} {_GO_ON}."
+            ) from error
+        except NOT_AS_WRITTEN as error:
+            raise IntegrityError(
+                f"{path}: not as a run writes it ({in_short(error)}). Delete {folder} {_GO_ON}."
+            ) from error
+
     def _record(self, step: int) -> dict[str, Any]:
         name = f"{self._folder(step)}/{_STATE}"
         try:
             record = mapping(parsed(self._files.read(name)))
-            inside(record["tensors"])
+            for file in record["files"] if "files" in record else [record]:
+                inside(mapping(file)["name" if "files" in record else "tensors"])
+                hexdigest(file["sha256"])
             return record
         except NOT_AS_WRITTEN as error:
             raise IntegrityError(

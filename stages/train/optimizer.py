@@ -1,25 +1,74 @@
 """The optimizer and the learning rate: AdamW that decays matrices only, and a schedule over tokens instead of steps."""
 
 import math
+from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..recipe.sections import Train
+from .shards import BY_NUMBER, Stored
 
 WSD_DECAY = 0.2  # share of all tokens in which `wsd` falls from the peak to the last rate
 
 
 def make_optimizer(model: nn.Module, train: Train) -> torch.optim.AdamW:
-    """AdamW over the parameters that train; norms and biases (fewer than two dimensions) do not decay."""
+    """AdamW over the parameters that train; norms and biases (fewer than two dimensions) do not decay.
+
+    One operation takes sharded weights or whole ones, so each kind has groups of its own.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    kinds = [[p for p in trained if isinstance(p, DTensor) is sharded] for sharded in (False, True)]
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": train.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {
+            "params": [p for p in kind if (p.ndim >= 2) is matrix],
+            "weight_decay": train.weight_decay if matrix else 0.0,
+        }
+        for kind in kinds
+        for matrix in (True, False)
     ]
     return torch.optim.AdamW(
         [g for g in groups if g["params"]], lr=train.learning_rate, betas=train.betas, fused=True
     )
+
+
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """What it has gathered of each parameter: `<name of the parameter>/exp_avg` and so on.
+
+    Its settings are the recipe's, so they are not part of it.
+    """
+    return {
+        f"{name}/{part}": values
+        for name, parameter in named.items()
+        for part, values in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], stored: Stored
+) -> None:
+    """Give it what a checkpoint has of it, under `optimizer/`; all ranks call it.
+
+    A single process of before wrote the parameters' numbers in the optimizer, which are the same
+    still, in place of their names.
+    """
+    names = {parameter: name for name, parameter in named.items()}
+    ordered = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    wanted: dict[str, Tensor] = {}
+    for number, parameter in enumerate(ordered):
+        for start in (f"optimizer/{names[parameter]}/", f"{BY_NUMBER}{number}/"):
+            for name in stored.names(start):
+                same = stored.size(name) == parameter.shape
+                # What is as large as the parameter is sharded as it is.
+                values = torch.zeros_like(parameter) if same else torch.zeros(stored.size(name))
+                state.setdefault(number, {})[name.removeprefix(start)] = wanted[name] = values
+    stored.read(wanted)
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def learning_rate(done: float, train: Train) -> float:

@@ -286,25 +286,26 @@ class _Actors:
             self._lose(slot, type(error).__name__)
             return
         self._ray.kill(slot.actor)
-        if code in (0, *([130] if self._deadline < float("inf") else [])):
-            if code == 0:
-                self._drop_waiting()
+        if code == 0:
+            self._drop_waiting()
         elif code < 0 or code in (75, 130):  # killed, or told to stop by somebody on its node
             self._lose(slot, f"exit code {code}")
         else:
-            failed = StillroomError(said.rpartition("error: ")[2] or f"{self._job.name}: no word")
+            failed = StillroomError(
+                said.rpartition("error: ")[2] or f"{self._job.name}: ended with {code}"
+            )
             failed.exit_code = code
             self._fail(failed)
 
     def _lose(self, slot: _Slot, why: str) -> None:
         """A worker's place is lost: another one is sought, unless that goes on and nothing is done."""
-        self._losses += 1
         self._ray.kill(slot.actor)
-        if self._signals or self._failure is not None:
+        if self._signals or self._failure is not None:  # it was asked to leave
             return
+        self._losses += 1
         self._watch.look(1, now=True)
         losses = 1 if self._watch.rows > slot.rows else slot.losses + 1
-        if losses <= LOSSES:
+        if losses < LOSSES:
             self._screen.say(f"{self._job.name}: a worker was lost ({why}); another one is started")
             self._begin(losses=losses)
         elif self._slots:

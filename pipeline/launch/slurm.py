@@ -19,6 +19,8 @@ from .jobs import FOLDER, Job, Launch, gpus_each, jobs, ranks_asked, workers_ask
 SUBMIT = "submit.sh"
 NOTICE_SECONDS = 120
 """Before the time limit a job is told; Slurm may tell it a minute earlier."""
+SHORTEST_MINUTES = 10
+"""Of a time limit: with less, most of a job's time would go into loading its model."""
 RESTARTS = 3
 """Of a job whose process was killed; one that was told to stop goes on as often as it is told."""
 
@@ -99,10 +101,8 @@ def _folder(launch: Launch) -> Path:
 def _refuse(launch: Launch, asked: Asked) -> None:
     if asked.partition is not None and not _PARTITION.fullmatch(asked.partition):
         raise UsageError(f"--partition: names of partitions, with commas (got {asked.partition!r})")
-    if asked.time is not None and not _TIME.fullmatch(asked.time):
-        raise UsageError(
-            f"--time: as Slurm writes it, such as 90, 12:00:00 or 2-00:00:00 (got {asked.time!r})"
-        )
+    if asked.time is not None:
+        _refuse_time(asked.time)
     for line in asked.lines:
         option = _OPTION.match(line)
         if option is None or not line.isprintable():
@@ -124,6 +124,23 @@ def _refuse(launch: Launch, asked: Asked) -> None:
         raise UsageError(
             "launch: how many workers? Nothing here says how many GPUs the cluster can give. Give "
             "--workers N (or compute.workers in the recipe)."
+        )
+
+
+def _refuse_time(time: str) -> None:
+    if not _TIME.fullmatch(time):
+        raise UsageError(
+            f"--time: as Slurm writes it, such as 90, 12:00:00 or 2-00:00:00 (got {time!r})"
+        )
+    days, _, clock = time.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    # Hours first after days or where there are three, else minutes.
+    hours, minutes, _ = (*parts, 0, 0)[:3] if days or len(parts) == 3 else (0, *parts, 0)[:3]
+    found = int(days or 0) * 1440 + hours * 60 + minutes
+    if found < SHORTEST_MINUTES:
+        raise UsageError(
+            f"--time: at least {SHORTEST_MINUTES} minutes (got {found}), for a job is told "
+            f"{NOTICE_SECONDS} seconds before its end, and up to a minute earlier, and loads its model first."
         )
 
 

@@ -215,6 +215,8 @@ def test_what_is_done_is_not_submitted(
     [
         (("--workers", 1, "--partition", "a\nb"), "--partition"),
         (("--workers", 1, "--time", "soon"), "--time"),
+        (("--workers", 1, "--time", "9:59"), "at least 10 minutes (got 9)"),
+        (("--workers", 1, "--time", "0:09:30"), "at least 10 minutes (got 9)"),
         (("--workers", 1, "--sbatch", "account=x"), "--sbatch"),
         (("--workers", 1, "--sbatch", "--account=x\nrm -r ."), "--sbatch"),
         (("--workers", 1, "--sbatch", "--array=0-9"), "array"),

@@ -20,7 +20,7 @@ from ...storage.credentials import as_written
 from ...storage.errors import StillroomError, name_too_long
 from ...storage.store.stopping import at_work, stop_signals, stopped_by
 from ..text import show_line, show_text
-from . import import_table, publish, store
+from . import import_table, launch, publish, store
 from .app import (
     AllowCode,
     AsJson,
@@ -340,6 +340,7 @@ def schema() -> None:
     show_text(json.dumps(Recipe.model_json_schema(), indent=2) + "\n")
 
 
+app.command()(launch.launch)
 app.command()(publish.export)
 app.command()(publish.publish)
 app.command("import")(import_table.import_)

@@ -102,6 +102,9 @@ def write_file(block: Block, folder: Path, served: str) -> None:
     import yaml
 
     assert block.title is not None
+    if block.language == "yml":  # of another tool
+        (folder / block.title).write_text(block.text)
+        return
     if block.language == "yaml":
         tree = yaml.safe_load(block.text)
         for section, fields in SMALLER.items():

@@ -20,7 +20,7 @@ from ...storage.credentials import as_written
 from ...storage.errors import StillroomError, Stopped, name_too_long
 from ...storage.store.stopping import at_work, stop_signals
 from ..text import show_line, show_text
-from . import import_table, publish, store
+from . import doctor, import_table, publish, store
 from .app import (
     AllowCode,
     AsJson,
@@ -319,6 +319,7 @@ app.command()(store.query)
 app.command()(store.verify)
 app.command()(store.repair)
 app.command()(store.vacuum)
+app.command()(doctor.doctor)
 
 
 def _outcome(outcome: dict[str, Any]) -> None:

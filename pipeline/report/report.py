@@ -23,9 +23,10 @@ from ...stages.recipe.run_folder import (
 from ...storage.credentials import shown
 from ...storage.errors import UsageError
 from ...storage.files.local import LocalFiles
+from ..advice.advise import of_report
 from ..numbers import nats, percent
 from . import classes, compare, html, markdown, run_facts, sections
-from .blocks import Page, Text
+from .blocks import Bullets, Page, Section, Text
 from .results import Results, by_teacher, known_arms, measures, result_cells, unit_of
 from .results import results as results_section
 from .seeds import grouped
@@ -71,7 +72,7 @@ def _contents(run_dir: Path, train_dir: Path, facts: Mapping[str, Any]) -> dict[
         for arm in ("student", "baseline")
         if arm in evaluation["arms"]
     }
-    report = {
+    report: dict[str, Any] = {
         "title": sections.title(settings),
         "outcome": outcome(evaluation),
         "run_dir": shown(str(run_dir)),
@@ -81,6 +82,7 @@ def _contents(run_dir: Path, train_dir: Path, facts: Mapping[str, Any]) -> dict[
         "settings": settings,
         "facts": dict(facts),
     }
+    report["advice"] = [one.json() for one in of_report(report)]
     content = page(report)
     return {
         REPORT: json.dumps(report, indent=1, ensure_ascii=False),
@@ -102,6 +104,7 @@ def page(report: Mapping[str, Any]) -> Page:
     """What a report says, to be drawn as Markdown or HTML."""
     evaluation = report["evaluation"]
     found = [
+        advised(report),
         results_section(evaluation, report["settings"].get("recipe", {})),
         by_teacher(report),
         classes.by_class(evaluation),
@@ -119,6 +122,12 @@ def page(report: Mapping[str, Any]) -> Page:
         [Text(f"**{report['outcome']}**")],
         [section for section in found if section],
     )
+
+
+def advised(report: Mapping[str, Any]) -> Section | None:
+    """What the numbers below ask for; None: nothing."""
+    found = [f"**{one.about}: {one.found}.** {one.reason}. {one.do}." for one in of_report(report)]
+    return Section("Advice", [Bullets(found)]) if found else None
 
 
 def outcome(evaluation: Mapping[str, Any]) -> str:

@@ -35,6 +35,7 @@ from ..plan.plan import make_plan, plan_again, refuse_impossible
 from ..plan.resolve import write_down
 from ..publish.model_card import write_student_cards
 from ..report.report import results_table, write_report
+from .advised import advice_of
 from .crew import Crew
 from .jobs import asked_recipe, stage_message
 from .posts import environments, post, worker_notes
@@ -78,7 +79,7 @@ def run(
 
     Returns:
         `{"run_dir", "stages": {name: {"rows", "tokens", "seconds", "state", "clock"}}, "results": {arm: {...}},
-        "clock": {...}}`; a stage's clock (`stages/workers/clock.py`) splits the seconds of its
+        "advice": [{...}], "clock": {...}}`; a stage's clock (`stages/workers/clock.py`) splits the seconds of its
         process, the last one is that of this process without them.
 
     Raises:
@@ -147,7 +148,8 @@ def run_stages(recipe: Recipe, store: Store, names: tuple[str, ...], here: Here)
     results = _results(plan)
     if results and "evaluate" in names:
         write_report(run_dir, plan.train_dirs["student"], facts(recipe, plan, done, pace))
-    return {"run_dir": str(run_dir), "stages": done, "results": results}
+    advice = [one.json() for one in advice_of(recipe, plan)]
+    return {"run_dir": str(run_dir), "stages": done, "results": results, "advice": advice}
 
 
 def _first_plan(recipe: Recipe, store: Store) -> Plan:

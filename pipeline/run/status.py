@@ -25,6 +25,7 @@ from ..numbers import duration, human
 from ..plan.lines import Plan, equal_texts
 from ..plan.teachers import teachers_json
 from ..text import one_line
+from .advised import held_of
 from .timings import Pace
 
 FOOTERS = 100
@@ -57,6 +58,8 @@ def stage_facts(recipe: Recipe, plan: Plan) -> dict[str, dict[str, Any]]:
             entry |= _costs(commits) | column_costs(store, commits)
             if stage.table == "soft_targets" and (costs := feature_costs(store)):
                 entry["features"] = costs
+            if held := held_of(recipe, plan, line):
+                entry["held"] = held
         elif stage.record and line.state == "done":
             folder = plan.train_dirs[stage.arm or "student"]
             with as_a_run_writes(folder / stage.record):

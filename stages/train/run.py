@@ -298,6 +298,10 @@ class Run:
             losses = {"tokens": step.after.tokens} | result.losses.parts()
             record.history.append(losses | rates | result.scheduled)
             meter.point(step.after.tokens)
+        elif result.grad_norm > record.history[-1]["grad_norm"]:
+            # Of the steps without a point of their own the largest norm is kept: spikes are short.
+            point = record.history[-1]
+            point["grad_norm_most"] = max(result.grad_norm, point.get("grad_norm_most", 0.0))
         with self._job.clock.span("disk"):
             shown = {name: this.rates[name] for name in ("tokens_per_second", "mfu")}
             board.write(step.after.tokens, step_scalars(result) | shown)

@@ -98,9 +98,9 @@ def train(loss: float) -> dict[str, Any]:
     history = [
         {
             "tokens": 8192 * i,
-            "loss": loss / i,
-            "soft": 0.9 * loss / i,
-            "hard": loss / i,
+            "loss": loss * (1 + 1 / i) / 2,
+            "soft": 0.9 * loss * (1 + 1 / i) / 2,
+            "hard": loss * (1 + 1 / i) / 2,
             "learning_rate": 1e-3 / i,
         }
         for i in range(1, 101)

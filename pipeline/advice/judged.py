@@ -1,0 +1,93 @@
+"""Advice on what the evaluation found: gradients that turn away, a student that lost, too few tokens to tell."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..numbers import count, decimals, nats, percent
+from .table import CLEAR, MOST_DEGREES, RESOLVED, Advice, advice
+from .trained import changed_rate
+
+_WORDS = {"baseline": "the baseline", "student_before": "the student before training"}
+_MEASURES = {"kl_teacher": "KL to the teacher", "cross_entropy": "cross-entropy"}
+
+
+def judged(recipe: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Iterator[Advice]:
+    """What an `evaluation.json` says.
+
+    Args:
+        recipe: As records keep it.
+        evaluation: What `evaluation.json` holds.
+    """
+    yield from _angles(recipe, evaluation)
+    differences = evaluation.get("differences") or {}
+    other = next((arm for arm in _WORDS if arm in differences), None)
+    if other is None:
+        return
+    difference = differences[other]
+    measure = next((name for name in _MEASURES if difference.get(name) is not None), None)
+    if measure is None or evaluation["results"][other].get(measure) is None:
+        return
+    if (worse := _worse(recipe, evaluation, other, measure)) is not None:
+        yield worse
+    elif other == "baseline":
+        yield from _too_few(recipe, evaluation, measure)
+
+
+def _angles(recipe: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Iterator[Advice]:
+    """The soft loss's gradient, sparse against whole, of the student as it begins and as it ends."""
+    for arm, turned in (evaluation.get("gradient") or {}).items():
+        angle = turned and turned.get("angle_degrees")
+        if angle is None or angle <= MOST_DEGREES:
+            continue
+        numbers = {"angle": decimals(angle, 0), "tokens": count(turned["tokens"])}
+        yield advice("gradient_angle", arm, **numbers, remedy=_nearer(recipe))
+
+
+def _nearer(recipe: Mapping[str, Any]) -> str:
+    """What brings the gradient nearer: more draws, the tail, draws in place of entries, more entries."""
+    score, loss = recipe["score"], recipe["loss"]
+    if score["targets"] == "sampled":
+        return f"score.rounds: {4 * score['rounds']}: the noise of draws halves"
+    if loss["tail"] in ("drop", "renormalize"):
+        return "loss.tail: bucket: what lies outside the entries is then counted"
+    if loss["divergence"] == "forward_kl":
+        return "score.targets: sampled: nothing is cut off, so its mean is the whole distribution"
+    return f"score.k: {4 * score['k']}"
+
+
+def _worse(
+    recipe: Mapping[str, Any], evaluation: Mapping[str, Any], other: str, measure: str
+) -> Advice | None:
+    """A student that is clearly farther off than the baseline, or than before it was trained."""
+    difference, results = evaluation["differences"][other], evaluation["results"]
+    gap, error = difference[measure], difference.get(f"{measure}_se")
+    if error is None or gap <= CLEAR * error:
+        return None
+    numbers = {"measure": _MEASURES[measure], "gap": nats(gap), "error": nats(error)}
+    numbers |= {
+        "value": nats(results["student"][measure]),
+        "against": nats(results[other][measure]),
+    }
+    rate = changed_rate(recipe["train"], 1 / 3)
+    return advice("worse", "student", **numbers, other=_WORDS[other], rate=rate)
+
+
+def _too_few(
+    recipe: Mapping[str, Any], evaluation: Mapping[str, Any], measure: str
+) -> Iterator[Advice]:
+    """A difference that cannot be told, and could not were it as large as one that matters."""
+    difference, base = evaluation["differences"]["baseline"], evaluation["results"]["baseline"]
+    gap, error = difference[measure], difference.get(f"{measure}_se")
+    scale = abs(base[measure])
+    if error is None or not scale or abs(gap) > CLEAR * error or CLEAR * error <= RESOLVED * scale:
+        return
+    times = math.ceil((CLEAR * error / (RESOLVED * scale)) ** 2)
+    tokens = evaluation["measured_on"]["tokens"]
+    numbers = {"tokens": count(tokens), "measure": _MEASURES[measure], "other": _WORDS["baseline"]}
+    numbers |= {"visible": nats(CLEAR * error), "gap": nats(gap)}
+    numbers |= {"share": percent(CLEAR * error / scale, 0), "times": f"{times} times"}
+    own = recipe["evaluate"].get("source") or recipe["evaluate"].get("split")
+    holdout = "" if own else f"data.holdout: {times * recipe['data']['holdout']} and "
+    remedy = f"{holdout}evaluate.tokens: {times * tokens}"
+    yield advice("too_few_tokens", "student", **numbers, remedy=remedy)

@@ -1,0 +1,1 @@
+"""What this machine and a store can do, tried before a run needs it."""

@@ -1,0 +1,256 @@
+"""Each advice fires on a planted case and is silent on a good run; plan, status, run and report say the same."""
+
+import math
+import random
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reports
+from kit import last_json, prompts, stillroom, told, write_jsonl, write_recipe
+from tiny_llama import save_tiny_llama
+
+from stillroom.pipeline.advice.advise import advise, of_report
+from stillroom.pipeline.advice.table import RULES, Advice
+from stillroom.pipeline.report.report import load_report, page
+from stillroom.storage.store.store import Store
+
+Run = dict[str, Any]
+
+
+def curve(loss: Callable[[float], float], *, noise: float = 0.01, points: int = 200) -> list[Run]:
+    """A history: the loss as a function of the share of the training, with noise of batches; norms that vary by two."""
+    drawn = random.Random(7)
+    return [
+        {
+            "tokens": 2_000 * (n + 1),
+            "loss": loss(n / points) * (1 + drawn.gauss(0, noise)),
+            "soft": loss(n / points),
+            "hard": 3.0,
+            "learning_rate": 1e-3,
+            "grad_norm": 0.2 * drawn.uniform(1, 2),
+        }
+        for n in range(points)
+    ]
+
+
+def settled(done: float) -> float:
+    """A loss that has come to rest."""
+    return 0.8 + 2.2 * math.exp(-8 * done)
+
+
+def good() -> Run:
+    """The facts of a run that nothing is to be said of."""
+    recipe = deepcopy(reports.RECIPE)
+    recipe["train"] = {
+        "epochs": 4.0,
+        "tokens": None,
+        "learning_rate": 3e-3,
+        "warmup_fraction": 0.05,
+    }
+    recipe["evaluate"] = {"source": None, "split": None}
+    turned = {"angle_degrees": 12.0, "norm_ratio": 1.0, "tokens": 6_000}
+    held = {"entries": 64.0, "mass": 0.97, "enough": 20, "positions": 512}
+    judged = reports.evaluation() | {"gradient": {"student_before": {**turned}, "student": turned}}
+    return {
+        "recipe": recipe,
+        "stages": {
+            "data": {"rows": 500, "rejected": 5, "pending": 0, "why": ""},
+            "score": {
+                "rows": 990,
+                "rejected": 9,
+                "pending": 1,
+                "why": "9 rejected: x",
+                "held": held,
+            },
+        },
+        "records": {arm: {"history": curve(settled)} for arm in ("student", "baseline")},
+        "evaluation": deepcopy(judged),
+    }
+
+
+def advised(run: Run) -> list[Advice]:
+    return advise(
+        run["recipe"],
+        stages=run["stages"],
+        records=run["records"],
+        evaluation=run["evaluation"],
+    )
+
+
+def with_curve(found: list[Run]) -> Callable[[Run], None]:
+    return lambda run: run["records"]["student"].update(history=found)
+
+
+def with_norm(norm: float, name: str = "grad_norm_most") -> Callable[[Run], None]:
+    def plant(run: Run) -> None:
+        run["records"]["student"]["history"][120][name] = norm
+
+    return plant
+
+
+def with_angle(angle: float) -> Callable[[Run], None]:
+    return lambda run: run["evaluation"]["gradient"]["student"].update(angle_degrees=angle)
+
+
+def with_gap(gap: float, error: float) -> Callable[[Run], None]:
+    difference = reports.difference(gap, error)
+    return lambda run: run["evaluation"]["differences"].update(baseline=difference)
+
+
+def with_mass(mass: float, enough: int | None) -> Callable[[Run], None]:
+    return lambda run: run["stages"]["score"]["held"].update(mass=mass, enough=enough)
+
+
+def with_rejects(run: Run) -> None:
+    run["stages"]["score"] |= {"rejected": 40, "why": "40 rejected: too_long"}
+
+
+PLANTED: list[tuple[str, Callable[[Run], None], tuple[str, ...]]] = [
+    ("kept_mass", with_mass(0.54, 393), ("54 %", "score.targets: sampled", "score.k: 400,")),
+    ("kept_mass", with_mass(0.899, None), ("90 %", "sampled")),
+    ("rejects", with_rejects, ("40 of 1,031", "3.9 %", "too_long")),
+    ("gradient_angle", with_angle(107.0), ("107 degrees", "6,000 tokens", "sampled")),
+    ("gradient_norm", with_norm(7.5), ("7.5", "242,000 tokens", "learning_rate: 1.0e-03")),
+    ("gradient_norm", with_norm(math.nan, "grad_norm"), ("nan", "no number")),
+    ("gradient_norm", with_norm(math.inf), ("inf", "no number")),
+    (
+        "still_falling",
+        with_curve(curve(lambda done: 3 * (done + 0.005) ** -0.5)),
+        ("%", "train.epochs: 8"),
+    ),
+    (
+        "rate_too_high",
+        with_curve(curve(lambda done: 3.0 + 2 * min(1, 8 * done) * math.exp(-3 * done))),
+        ("the loss rose from", "learning_rate: 1.0e-03"),
+    ),
+    (
+        "rate_too_low",
+        with_curve(curve(lambda done: 3.0 - 0.02 * done, noise=0.002)),
+        ("learning_rate: 9.0e-03",),
+    ),
+    ("worse", with_gap(0.02, 0.005), ("KL to the teacher is 0.020 nats worse", "error 0.005")),
+    ("too_few_tokens", with_gap(-0.02, 0.03), ("100,123 held-out", "data.holdout: 2400")),
+]
+
+
+@pytest.mark.parametrize(("name", "plant", "says"), PLANTED)
+def test_each_fires_on_a_planted_case(
+    name: str, plant: Callable[[Run], None], says: tuple[str, ...]
+) -> None:
+    run = good()
+    plant(run)
+    found = advised(run)
+    assert [one.name for one in found] == [name]
+    line = found[0].line()
+    assert all(words in line for words in says), line
+    assert set(found[0].json()) == {"name", "about", "found", "reason", "do"}
+
+
+def test_every_line_of_the_table_has_a_planted_case() -> None:
+    assert {name for name, _, _ in PLANTED} == set(RULES)
+
+
+QUIET: list[Callable[[Run], None]] = [
+    lambda run: None,
+    lambda run: run.update(evaluation=None, records={}),
+    with_mass(0.9, 64),
+    lambda run: run["recipe"].update(score=None),
+    lambda run: run["stages"]["score"].pop("held"),
+    with_angle(44.9),
+    lambda run: run["evaluation"].update(gradient={"student": None}),
+    with_norm(2.5),
+    with_gap(-0.001, 0.008),  # not told apart, and nothing that matters could hide there
+    with_curve(curve(settled, noise=0.1)),
+    with_curve(curve(lambda done: 3 * (done + 0.005) ** -0.5)[:29]),  # a few steps say nothing
+    with_curve(curve(lambda done: 3.0 * 0.95**done, noise=0.05)),  # a fall within the noise
+]
+
+
+@pytest.mark.parametrize("change", QUIET)
+def test_a_good_run_hears_nothing(change: Callable[[Run], None]) -> None:
+    run = good()
+    change(run)
+    assert [one.line() for one in advised(run)] == []
+
+
+def test_what_drops_the_tail_is_told_to_keep_it_before_all_else() -> None:
+    run = good()
+    with_angle(59.0)(run)
+    run["recipe"]["loss"]["tail"] = "drop"
+    assert "loss.tail: bucket" in advised(run)[0].do
+    run["recipe"]["loss"] |= {"tail": "bucket", "divergence": "reverse_kl"}
+    assert advised(run)[0].do == "Set score.k: 256"
+    run["recipe"]["score"] = {"targets": "sampled", "rounds": 13}
+    assert "score.rounds: 52" in advised(run)[0].do
+
+
+def test_shards_of_more_entries_say_nothing_of_fewer() -> None:
+    run = good()
+    del run["stages"]["score"]["held"]
+    for entries, said in ((64.0, ["kept_mass"]), (90.0, [])):
+        kept = {"tokens": 9, "entries_per_token": entries, "kept_mass": 0.8}
+        run["stages"]["score"]["kept"] = {"topk": kept}
+        assert [one.name for one in advised(run)] == said
+
+
+def test_validation_that_was_best_before_the_end_asks_for_no_more_training() -> None:
+    run = good()
+    falling = curve(lambda done: 3 * (done + 0.005) ** -0.5)
+    best = {"tokens": 200_000, "loss": 1.0}
+    record = {"history": falling, "best": best, "validation": [best, best | {"tokens": 400_000}]}
+    run["records"]["student"] = record
+    assert advised(run) == []
+
+
+def test_the_report_says_it_near_the_top_and_for_programs(tmp_path: Path) -> None:
+    evaluation = good()["evaluation"]
+    with_angle(107.0)({"evaluation": evaluation})
+    recipe = good()["recipe"]
+    facts = reports.facts()
+    facts["stages"]["generate"]["rejected"] = 40
+    facts["stages"]["generate"]["why"] = "40 rejected: <b>odd</b>"
+    run = reports.finished(tmp_path / "run", evaluation, facts, recipe)
+    report = load_report(run)
+    names = [one["name"] for one in report["advice"]]
+    assert names[0] == "rejects"
+    assert names[-1] == "gradient_angle"
+    assert [section.title for section in page(report).sections[:2]] == ["Advice", "Results"]
+    for name, odd in (("report.md", r"\<b>odd"), ("report.html", "&lt;b&gt;odd")):
+        text = (run / name).read_text()
+        assert "107 degrees" in text
+        assert odd in text
+    assert of_report(report | {"settings": {}}) == []
+
+
+def test_the_whole_way_every_command_names_the_mass_and_the_k(tmp_path: Path) -> None:
+    """An unsure teacher of 32 ids, one entry stored: K for 0.9 as an own sum over the stored rows has it."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "initializer_range": 0.2}
+    teacher = save_tiny_llama(tmp_path / "teacher", **sizes)
+    source = write_jsonl(tmp_path / "prompts.jsonl", prompts(24))
+    recipe = write_recipe(tmp_path, teacher, source, score={"k": 1, "batch_tokens": 256})
+    assert told("plan", recipe)["advice"] == []
+    outcome = last_json(stillroom("run", recipe, "--json"))
+    (said,) = [one for one in outcome["advice"] if one["name"] == "kept_mass"]
+
+    rows = Store.open(tmp_path / "store").index("soft_targets", ["kind", "logprobs"]).to_pylist()
+    whole = [row["logprobs"] for row in rows if row["kind"] == "full"]
+    best = -np.sort(-np.exp(np.concatenate(whole).reshape(-1, 32)), axis=1)
+    mass = best.mean(0).cumsum()
+    enough = next(k for k in range(1, 33) if mass[k - 1] >= 0.9)
+    assert 0.05 < mass[0] < 0.85
+    assert said["found"].startswith(f"1 entry holds {100 * mass[0]:.0f} % of this teacher")
+    assert f"score.k: {enough}, which holds 90 %" in said["do"]
+
+    for command in ("plan", "status"):
+        shown = told(command, recipe)
+        assert shown["advice"] == outcome["advice"]
+        assert f"advice: score: {said['found']}" in shown["above"]
+    report = load_report(tmp_path / "run")
+    assert report["advice"] == outcome["advice"]
+    assert said["found"] in (tmp_path / "run" / "report.md").read_text()
+    enough_asked = told("plan", recipe, "--set", f"score.k={enough}")
+    assert "kept_mass" not in [one["name"] for one in enough_asked["advice"]]

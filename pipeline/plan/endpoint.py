@@ -9,6 +9,7 @@ from ...stages.recipe.sections import Recipe
 from ...stages.workers.answers import Answers, Tokens, answers_dir, read_answers
 from ...stages.workers.budget import is_reached, limited, usd
 from ...storage.credentials import as_written
+from ...storage.errors import UsageError
 from ...storage.store.served import served_by
 from ...storage.store.store import Store
 from .lines import Plan, StagePlan
@@ -28,6 +29,11 @@ def endpoint_notes(recipe: Recipe, author_id: str, store: Store | None) -> Itera
         f"the text is written by {generate.model} at {as_written(str(generate.base_url))}, and is read in "
         f"the tokens of {recipe.teacher.model}"
     )
+    if generate.teaches:
+        yield (
+            f"the teacher is {generate.model} there: its log-probabilities are the soft targets, held-out rows' "
+            "too, so KL is over entries and tail, a lower bound"
+        )
     served = served_by(store.files, author_id) if store is not None else {}
     if len(served) > 1:
         seen = ", ".join(f"{name} (since {day})" for name, day in served.items())
@@ -75,6 +81,21 @@ def price(plan: Plan) -> str:
         f"{rows} at most {cost} at the recipe's prices, and their prompts beside: "
         "what those come to is known after the first answers"
     )
+
+
+def refuse_reading(recipe: Recipe, line: StagePlan) -> None:
+    """Refuse texts whose distributions an endpoint is to be asked for: it gives them while it writes.
+
+    Raises:
+        UsageError: there are some.
+    """
+    generate = endpoint_of(recipe)
+    if generate is not None and generate.teaches and line.name == "score":
+        raise UsageError(
+            f"score: {line.pending} texts of {generate.model} have no distributions that can be reused "
+            f"({line.why}), and an endpoint reads no text again. Name another storage.dir: the answers "
+            f"in {answers_dir(Path(recipe.run.dir), generate).parent} are read again, and none is paid twice."
+        )
 
 
 def refuse_without_key(recipe: Recipe) -> None:

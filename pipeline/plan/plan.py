@@ -30,7 +30,7 @@ from ...storage.joined import Joined, open_store
 from ...storage.published.folder import Published
 from ...storage.store.store import Store
 from ..numbers import teacher_layers
-from .endpoint import endpoint_notes, plan_endpoint, refuse_without_key
+from .endpoint import endpoint_notes, plan_endpoint, refuse_reading, refuse_without_key
 from .engines import engine_notes
 from .features import feature_note, image_note, learnt_embeddings, plan_embeddings, teacher_widths
 from .lengths import unread_by_student, window_notes
@@ -114,6 +114,7 @@ def refuse_impossible(plan: Plan, line: StagePlan) -> None:
     bound = plan.teacher_of(line.name).bound
     if line.name == "generate":
         refuse_without_key(plan.teachers[0].recipe)
+    refuse_reading(plan.teachers[0].recipe, line)
     if stage_named(line.name).table is not None and bound.teacher is None:
         why = f" ({line.why})" if line.why else ""
         raise UsageError(

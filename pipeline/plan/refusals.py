@@ -28,7 +28,9 @@ def refuse_early(recipe: Recipe, bound: Bound, *, write: bool) -> None:
         refuse_misfit(folder, recipe.run.task, field=field, name=name)
     if bound.teacher is None or bound.author is None:
         return
-    if recipe.generate is not None and recipe.generate.keep and bound.author.id != bound.teacher.id:
+    generate = recipe.generate
+    keeps = generate is not None and generate.keep is not None and not generate.teaches
+    if keeps and bound.author.id != bound.teacher.id:
         raise UsageError(
             f"generate.keep: the model that writes ({bound.author.id}) is not the teacher that score "
             f"names ({bound.teacher.id}), whose distributions are wanted. Remove generate.keep, or "

@@ -290,8 +290,9 @@ def _bind_here(recipe: Recipe, store: Store | None, *, write: bool) -> Bound:
     wrote = author.id
     if given_text(recipe):
         wrote = author_id(recipe.data, teacher, day=day, masks=recipe.masks)
+    teaches = recipe.generate is not None and recipe.generate.teaches
     binding = Binding(
-        teacher_id=teacher.id,
+        teacher_id=author.id if teaches else teacher.id,
         author_id=wrote,
         data_id=inputs_id(recipe, teacher, hashes, author_id=wrote, day=day),
         vocab_size=teacher.outcomes(recipe.run.task),
@@ -343,6 +344,7 @@ def _folder(recipe: Recipe) -> str:
     author: Any = recipe.generate.model if recipe.generate else None
     if recipe.generate is not None and recipe.generate.remote:
         author = [recipe.generate.base_url, author]
+        author += ["teaches"] if recipe.generate.teaches else []
     names = {
         "teacher": recipe.teacher.model_dump(exclude=recipe.teacher.unhashed()),
         "data": recipe.data.model_dump(exclude=recipe.data.unhashed()),

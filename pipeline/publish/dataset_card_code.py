@@ -166,19 +166,23 @@ hidden = torch.tensor(row["labels"])  # [N] the tokens that were there
 
 
 def _torch(manifest: Manifest, split: str) -> str:
-    kinds = manifest.statistics[split]["soft_targets"]["kinds"]
+    numbers = manifest.statistics[split]["soft_targets"]
+    kinds, entries = numbers["kinds"], numbers["entries"]
     kind = max(kinds, key=lambda name: kinds[name])
     about = manifest.about["soft_targets"]
     loss = _LOSS_OF_HIDDEN if head_of(about).masked else _LOSS
     loss = loss.format(vocabulary=int(about["vocab_size"]))
-    shape = _shape(STRUCTURES[kind])
+    structure = STRUCTURES[kind]
+    # Of an endpoint positions may lack entries.
+    lacks = structure.may_lack and len(kinds) == 1 and entries["mean"] != entries["max"]
+    shape = _shape(structure, ragged=structure.ragged or lacks)
     return (_HEAD + _ENTRIES[shape] + loss + (_KL if shape == "fixed" else "")).rstrip()
 
 
-def _shape(structure: Structure) -> str:
+def _shape(structure: Structure, *, ragged: bool) -> str:
     """What a row's entries are, of the four that the example knows."""
     if structure.whole:
         return "whole"
     if structure.drawn:
         return "drawn"
-    return "ragged" if structure.ragged else "fixed"
+    return "ragged" if ragged else "fixed"

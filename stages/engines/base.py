@@ -42,6 +42,8 @@ class Completion:
     """Of an endpoint: the model that answered, and its fingerprint where it has one."""
     left_out: tuple[str, ...] = ()
     """Of an endpoint: what its answer has beside the text."""
+    logprobs: Mapping[str, Any] | None = None
+    """Of an endpoint, where `generate.keep` asks for it: what it says of its tokens (`said_tokens.py`)."""
     targets: "Bounded | None" = None
     """Where `generate.keep` asks for it, the distribution that each token was drawn from, at temperature 1."""
 

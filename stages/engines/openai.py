@@ -29,6 +29,7 @@ from ..workers.budget import Budget
 from ..workers.clock import Clock
 from .api_key import api_key
 from .base import UNASKED, Completion, Request
+from .said_tokens import said_tokens
 from .throttle import Throttle
 
 ATTEMPTS = 8
@@ -52,6 +53,14 @@ _BESIDE = ("reasoning", "reasoning_content", "refusal", "tool_calls", "function_
 _NOT_SENT = frozenset({"ConnectError", "ConnectTimeout"})
 """What the client's HTTP library (httpx or httpx2) calls a connection that was never there."""
 _OF_THE_ROW = frozenset({400, 413, 422})
+_BY_IDS = {
+    "return_token_ids": True,
+    "return_tokens_as_token_ids": True,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+}
+"""What vLLM is told beside `logprobs`: to name tokens by ids, and to leave the model's own sampling settings aside."""
 _LOOK_SECONDS = 0.2
 _PER_MESSAGE = 16
 """Tokens that a template puts around a message, at most."""
@@ -102,6 +111,8 @@ class OpenAIEngine:
         self.throttle = Throttle(settings.concurrency)
         self._budget = Budget(settings, answers)
         self._limit_field = "max_tokens"
+        self._by_ids = settings.keep is not None
+        """Whether what vLLM alone knows is asked for; not of a server that refuses it."""
 
     def generate(
         self, requests: Iterable[Request], heartbeat: Callable[[], None]
@@ -170,7 +181,7 @@ class OpenAIEngine:
         assert row is not None, "an endpoint is handed rows of prompts"
         body: dict[str, Any] = {"model": settings.model, "max_tokens": settings.max_tokens}
         body |= {"temperature": settings.temperature}
-        body |= {"top_p": settings.top_p} if settings.top_p < 1 else {}
+        body |= {"top_p": settings.top_p} if settings.top_p < 1 or settings.keep else {}
         body |= {"stop": settings.stop} if settings.stop else {}
         if row["messages"] is None:
             body["prompt"] = row["text"]
@@ -178,6 +189,9 @@ class OpenAIEngine:
             asked = conversation(row)
             body["messages"] = asked.messages
             body |= {"tools": asked.tools} if asked.tools else {}
+        if settings.keep is not None:
+            entries, chat = settings.keep.k, "messages" in body
+            body |= {"logprobs": True, "top_logprobs": entries} if chat else {"logprobs": entries}
         body |= {"extra_body": settings.engine_args} if settings.engine_args else {}
         drawn = {} if settings.temperature == 0 else {"seed": settings.seed, "n": request.sample}
         key = content_key("call", url=settings.address, body=body, **drawn)
@@ -249,9 +263,11 @@ class OpenAIEngine:
     def _send(self, call: _Call) -> Answer:
         body = dict(call.body)
         body[self._limit_field] = body.pop("max_tokens")
+        if self._by_ids:
+            body["extra_body"] = _BY_IDS | body.get("extra_body", {})
         chat = "messages" in body
         client = self._client.chat.completions if chat else self._client.completions
-        return _answer(client.create(**body), call.most)
+        return _answer(client.create(**body), call.most, kept=self._settings.keep is not None)
 
     def _broken(self, call: _Call, error: Any) -> _Passes:
         """What a call without an answer is; nobody charges for one that found nobody to take it."""
@@ -270,6 +286,9 @@ class OpenAIEngine:
         where = f"generate.base_url: {self._settings.base_url} answers"
         if error.param == "max_tokens" and "max_completion_tokens" in said:
             self._limit_field = "max_completion_tokens"
+            return _Passes(said, after_seconds=0.0)
+        if status in _OF_THE_ROW and self._by_ids and any(name in said for name in _BY_IDS):
+            self._by_ids = False
             return _Passes(said, after_seconds=0.0)
         if error.code in _EMPTY or status == 402:
             return StillroomError(f"{where} that the account is empty ({said}). Fill it, or wait.")
@@ -313,8 +332,8 @@ def _asked_seconds(headers: Mapping[str, str]) -> float | None:
     return min(max(seconds, 0.0), MOST_ASKED_SECONDS)
 
 
-def _answer(response: Any, most: Tokens) -> Answer:
-    """What is kept of a response; ValueError and its like: it is not whole."""
+def _answer(response: Any, most: Tokens, *, kept: bool) -> Answer:
+    """What is kept of a response, with what it says of its tokens; ValueError and its like: it is not whole."""
     said = response.model_dump()
     choice = said["choices"][0]
     message = choice.get("message")
@@ -331,6 +350,7 @@ def _answer(response: Any, most: Tokens) -> Answer:
         tokens=Tokens(*counted) if len(counted) == len(known) else most,
         served=shown(" ".join(filter(None, [said.get("model"), said.get("system_fingerprint")]))),
         left_out=tuple(sorted(beside)),
+        logprobs=said_tokens(said) if kept else None,
     )
 
 
@@ -343,7 +363,13 @@ def _completion(request: Request, answer: Answer) -> Completion:
     if not answer.text.strip():
         return _rejected(request, "empty", f"the answer has no words (it ended with {reason!r})")
     return Completion(
-        request.number, [], answer.text, reason, served=answer.served, left_out=answer.left_out
+        request.number,
+        [],
+        answer.text,
+        reason,
+        served=answer.served,
+        left_out=answer.left_out,
+        logprobs=answer.logprobs,
     )
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from ...storage.errors import RowError
+from ...storage.errors import RowError, UsageError
 from ...storage.joined import open_store
 from ...storage.keys import content_key, row_seed
 from ...storage.store.store import Store
@@ -35,6 +35,7 @@ from ..workers.job import Job, StageResult
 from ..workers.shard_about import about, about_targets
 from ..workers.share import DoneByOthers, Share, StageWork, open_share
 from .endpoint import asking, budget_reached, endpoint_facts, hear
+from .said import REASON, Alignment
 from .text import Text, answered, written
 
 if TYPE_CHECKING:
@@ -63,12 +64,15 @@ def run(job: Job, author: Identity) -> StageResult:
             names=_reject_names,
             kills=not job.generate.remote,
             beside=_beside(job, author, engine_name),
+            beside_first=True,
         )
     with asking(job) as answers, open_share(job, store, work) as share:
         with job.clock.span("start"):
             kept = kept_while_writing(job.generate, author.vocab_size)
             keeping = None if kept is None else partial(_kept_row, job, kept, engine_name)
             writing = _Writing(job, store, share, keeping)
+            if kept is not None and job.generate.remote:
+                writing.aligns_with(author, kept)
         if not job.generate.remote:
             job.progress.say(f"loading {author.folder} into {engine_name}")
         engine = open_engine(engine_name, author, job.generate, job.clock, answers=answers)
@@ -129,6 +133,7 @@ def _claims(job: Job, store: Store) -> Claims:
     return Claims(store.files, "generate", data=job.data_id, context=job.context_tokens, **how)
 
 
+MOST_MISALIGNED = 16
 _PROMPT = ("prompt_key", "text", "messages", "message_fields", "tools")
 
 
@@ -153,10 +158,17 @@ class _Writing:
         self._taken: dict[int, tuple[GenerationRequest, Text]] = {}
         self._served: set[str] = set()
         self._left_out = Counter[str]()
+        self._alignment: Alignment | None = None
+        self._misaligned: int | None = 0
+        """Answers so far whose log-probabilities did not align; None: one has aligned."""
         self.left = 0
         """Requests that the budget had nothing for."""
         self._unanswered: list[str] = []
         """What calls came to that could not be tried again within it."""
+
+    def aligns_with(self, author: Identity, kept: Kept) -> None:
+        """Answers come in words, with log-probabilities of tokens that are this model's."""
+        self._alignment = Alignment(self._job, author, self._renderer, kept)
 
     def write(self, engine: Engine, requests: Iterator[Request]) -> None:
         """Let the engine do requests until all are done, by whomever."""
@@ -175,7 +187,8 @@ class _Writing:
             f"{count} answers came with {what} beside their text, which is left out"
             for what, count in self._left_out.items()
         ]
-        return self._renderer.notes() + beside + self._in_vain()
+        tails = self._alignment.notes() if self._alignment is not None else []
+        return self._renderer.notes() + beside + tails + self._in_vain()
 
     def _in_vain(self) -> list[str]:
         """That calls without an answer took a part of the budget."""
@@ -206,17 +219,40 @@ class _Writing:
             self._served.add(completion.served)
             hear(self._job, self._store, completion.served)
         try:
-            text = (
-                answered(self._job, self._renderer, prompt, completion)
-                if self._job.generate.remote
-                else written(prompt, completion)
-            )
+            completion, text = self._text(prompt, completion)
         except RowError as error:
-            self._share.refuse(request, error)
+            self._refuse(request, error)
             return
         row = _row(self._job, request, text, completion.finish_reason)
         rows = self._kept_of(row, completion) | {"generations": [row]}
         self._share.add(rows, tokens=len(text.token_ids) - text.prompt_tokens)
+
+    def _text(self, prompt: Text, completion: Completion) -> tuple[Completion, Text]:
+        """A completion as tokens, with the distributions that they were drawn from where these are kept."""
+        if self._alignment is not None:
+            completion = self._alignment.written(prompt, completion)
+            self._misaligned = None
+        elif self._job.generate.remote:
+            return completion, answered(self._job, self._renderer, prompt, completion)
+        return completion, written(prompt, completion)
+
+    def _refuse(self, request: GenerationRequest, error: RowError) -> None:
+        """An answer that makes no row; where none has log-probabilities of use, the endpoint is to blame.
+
+        Raises:
+            UsageError: so many have none that it does not pay to ask for more.
+        """
+        if error.reason != REASON or self._misaligned is None:
+            self._share.refuse(request, error)
+            return
+        self._misaligned += 1
+        self._share.fail(request, error, 1)
+        if self._misaligned == MOST_MISALIGNED:
+            raise UsageError(
+                f"generate.keep: none of the first {MOST_MISALIGNED} answers can be kept with its "
+                f"log-probabilities (the last: {error}). Name as teacher.model the folder whose tokenizer and "
+                "template the endpoint's model has, or remove generate.keep. The answers are kept on disk."
+            )
 
     def _kept_of(
         self, row: dict[str, Any], completion: Completion

@@ -144,7 +144,8 @@ class Books:
         self.index = Index(store, write=write)
         self.published = surveyed if isinstance(surveyed, Published) else None
         """The folder whose rows are the data, as they are: prompts and text are not asked for."""
-        self.lenient = self.published is not None
+        taught = recipe.generate is not None and recipe.generate.teaches
+        self.lenient = self.published is not None or taught
         """Held-out rows that have no reference targets are judged on those that they have: nobody
         can make others."""
         if self.published is None:

@@ -78,6 +78,8 @@ def sampling_settings(generate: Generate, data: Data) -> dict[str, Any]:
     """What decides a completion's text beside author and prompt; greedy ignores top_p and seed."""
     greedy = generate.temperature == 0
     engine = {name: value for name, value in generate.engine_args.items() if name not in _UNNAMED}
+    # An endpoint says what it drew from with the text, or never.
+    kept = {"keep": generate.keep.k} if generate.remote and generate.keep is not None else {}
     # Ids once ran on to the end of the token that completed the stop string.
     stopped = {"end_of_stopped_ids": "before the stop string"} if generate.stop else {}
     return {
@@ -89,6 +91,7 @@ def sampling_settings(generate: Generate, data: Data) -> dict[str, Any]:
         **stopped,
         # Of the prompt's turns too, which is other rows than of the completion alone.
         **({"turns": "all"} if data.turns == "all" else {}),
+        **kept,
     } | ({"engine": engine} if engine else {})
 
 

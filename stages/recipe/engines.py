@@ -53,6 +53,7 @@ ENGINES = (
         opened_by="openai.OpenAIEngine",
         needs="openai",
         install="stillroom[openai]",
+        keeps=True,
         remote=True,
     ),
 )
@@ -227,7 +228,8 @@ class Generate(Section):
     keep: Keep | None = None
     """Keep the distribution that each token is drawn from, while the text is written, as soft
     targets at temperature 1: `score` then has nothing to do for these texts but for the held-out
-    ones."""
+    ones. Of an endpoint: its log-probabilities; it is then the teacher, and `teacher` lends the
+    tokenizer that both models have."""
 
     @field_validator("engine_args")
     @classmethod
@@ -251,3 +253,8 @@ class Generate(Section):
     def remote(self) -> bool:
         """Whether an endpoint writes."""
         return any(kind.remote and kind.name == self.engine for kind in ENGINES)
+
+    @property
+    def teaches(self) -> bool:
+        """Whether an endpoint says with the text what it drew it from: then it is the teacher of these rows."""
+        return self.remote and self.keep is not None

@@ -63,6 +63,8 @@ class Answer:
     """The model that answered, and its fingerprint where it has one."""
     left_out: tuple[str, ...] = ()
     """What the answer has beside its text, which is not read: reasoning, calls of tools."""
+    logprobs: dict[str, Any] | None = None
+    """What it says of its tokens, where that was asked for (`engines/said_tokens.py`)."""
 
 
 def answers_dir(run_dir: Path, generate: Generate) -> Path:
@@ -136,6 +138,7 @@ class Answers:
             tokens=Tokens(*found["tokens"]),
             served=str(found["served"]),
             left_out=tuple(found["left_out"]),
+            logprobs=found.get("logprobs"),
         )
 
     def asked(self, key: str, most: Tokens) -> None:
@@ -148,7 +151,10 @@ class Answers:
 
     def answered(self, key: str, answer: Answer) -> None:
         """It answered; on disk when this returns."""
-        self._write({"answered": key} | asdict(answer), sync=True)
+        said = asdict(answer)
+        if answer.logprobs is None:
+            del said["logprobs"]
+        self._write({"answered": key} | said, sync=True)
 
     def _write(self, event: dict[str, Any], *, sync: bool = False) -> None:
         line = json.dumps(event).encode() + b"\n"

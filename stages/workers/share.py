@@ -70,6 +70,8 @@ class StageWork(Generic[R]):
     """What a rejects row calls the request, besides its prompt."""
     beside: Mapping[TableName, dict[str, Any]] = field(default_factory=dict)
     """Other tables that it fills, and what their shards say of their rows."""
+    beside_first: bool = False
+    """Whether a row's rows in those tables are committed before it is."""
     kills: bool = True
     """Whether a row may kill the process that works on it."""
     times_rows: Mapping[TableName, int] = field(default_factory=dict)
@@ -97,6 +99,9 @@ def open_share(job: Job, store: Store, work: StageWork[R]) -> Iterator["Share[R]
             name: open_ones.enter_context(store.writer(name, about=about, limits=limits[name]))
             for name, about in described.items()
         }
+        if work.beside_first:
+            for name in work.beside:
+                tables[table].follows(tables[name])
         yield Share(
             job=job,
             work=work,

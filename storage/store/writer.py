@@ -75,6 +75,7 @@ class ShardWriter:
         self._maker = ThreadPoolExecutor(1, thread_name_prefix=f"shards of {log.table}")
         self._last_commit = time.monotonic()
         self._failed = False
+        self._first: list[ShardWriter] = []
         self.rows = 0
         """Rows committed by this writer."""
         self.tokens = 0
@@ -121,6 +122,10 @@ class ShardWriter:
         self.tick()
         return True
 
+    def follows(self, other: "ShardWriter") -> None:
+        """Commit what another one was given before a row of this one, before that row: whoever has it has those."""
+        self._first.append(other)
+
     def committed(self, key: bytes) -> bool:
         """Whether a key is in the table, as far as this writer knows."""
         return key in self._log.keys
@@ -155,6 +160,8 @@ class ShardWriter:
         """Commit the shard in the making, if there is one, when it is made."""
         if self._making is None:
             return
+        for other in self._first:
+            other.flush()
         self._failed = True
         rows = list(self._making.rows.values())
         committed = self._appended(rows, self._making.shard)

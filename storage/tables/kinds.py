@@ -15,6 +15,9 @@ class Structure:
     """Every id is an entry, in the order of the ids: no tail, every temperature."""
     drawn: bool = False
     """Entries are draws: no tail and no order, an estimate at one temperature."""
+    may_lack: bool = False
+    """Whether a position may have fewer than `k` entries; a row that has such a one says how many each has
+    in `entries`, as a ragged kind does, and of another one that column is null."""
     holds_mass: bool = False
     """A position has the fewest entries, within `k_min` and `k`, that hold a mass of `p`."""
 
@@ -41,7 +44,7 @@ class Structure:
 
 
 STRUCTURES = {
-    "topk": Structure(columns=("ids", "logprobs", "tail_logprob")),
+    "topk": Structure(columns=("ids", "logprobs", "tail_logprob"), may_lack=True),
     "topp": Structure(
         columns=("entries", "ids", "logprobs", "tail_logprob", "p", "k_min"),
         holds_mass=True,

@@ -177,7 +177,7 @@ SCHEMAS: dict[TableName, pa.Schema] = {
             _field(
                 "entries",
                 TOKENS,
-                "[N] entries of each position; null where each has k (topk, full)",
+                "[N] entries of each position; null where each has k (full; topk but for an endpoint's)",
                 nullable=True,
             ),
             _field(

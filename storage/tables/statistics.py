@@ -18,10 +18,12 @@ def statistics(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         tokens = sum(row["span_tokens"] for row in chosen)
         total = sum(len(row["logprobs"] if row["ids"] is None else row["ids"]) for row in chosen)
         result[kind] = {"rows": len(chosen), "tokens": tokens, "entries_per_token": total / tokens}
-        if chosen[0]["entries"] is not None:
-            result[kind]["entries"] = _quantiles(
-                np.concatenate([row["entries"] for row in chosen]), 0.5, 0.99
-            )
+        if any(row["entries"] is not None for row in chosen):
+            entries = [
+                np.full(row["span_tokens"], row["k"]) if row["entries"] is None else row["entries"]
+                for row in chosen
+            ]
+            result[kind]["entries"] = _quantiles(np.concatenate(entries), 0.5, 0.99)
         if chosen[0]["tail_logprob"] is not None:
             tail = np.concatenate([row["tail_logprob"] for row in chosen]).astype(np.float64)
             result[kind]["kept_mass"] = _quantiles(1 - np.exp(tail), 0.01, 0.1, 0.5)

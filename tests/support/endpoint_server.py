@@ -48,6 +48,9 @@ class Endpoint:
     hold_from: float = float("inf")
     """Calls of this number and above wait until it is raised."""
     usage: bool = True
+    answer: Callable[[str], str] = lambda prompt: answer_to(prompt)
+    tokens: Callable[[dict[str, Any], str, str], dict[str, Any]] | None = None
+    """Of a body, prompt and text: what the choice says of its tokens; `usage` in it replaces that of the response."""
     renamed: bool = False
     """Whether the limit must be called max_completion_tokens, as OpenAI's reasoning models have it."""
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -138,7 +141,7 @@ def _handler(made: Endpoint) -> type[BaseHTTPRequestHandler]:
             self, prompt: str, body: dict[str, Any], number: int, fault: str | None
         ) -> None:
             reasons = {"filter": "content_filter", "tools": "tool_calls", "length": "length"}
-            text = "" if fault in ("empty", "tools") else answer_to(prompt)
+            text = "" if fault in ("empty", "tools") else made.answer(prompt)
             choice: dict[str, Any] = {
                 "index": 0,
                 "finish_reason": reasons.get(fault or "", "stop"),
@@ -164,6 +167,9 @@ def _handler(made: Endpoint) -> type[BaseHTTPRequestHandler]:
                     "completion_tokens": len(text.split()),
                 }
                 said["usage"] = used | {"total_tokens": sum(used.values())}
+            if made.tokens is not None:
+                choice |= made.tokens(body, prompt, text)
+                said |= {"usage": choice.pop("usage")} if "usage" in choice else {}
             data = json.dumps(said).encode()
             if fault == "half":  # of the bytes that were promised
                 self._send(200, data, cut=len(data) // 2)

@@ -1,16 +1,24 @@
 """What an endpoint that writes must be told, and what has no meaning for one or without one."""
 
 import re
+from collections.abc import Iterator
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from ..engines import PRICES, Generate
+from ..sections import Recipe
+from .engines import unfit_to_keep
 
 _NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
 _OF_AN_ENDPOINT = (
     "base_url api_key_env concurrency timeout_seconds usd_per_million_prompt_tokens "
     "usd_per_million_completion_tokens max_usd max_tokens_total accept_partial license".split()
 )
+
+_WITHOUT_EFFECT = frozenset(
+    "metadata priority prompt_cache_key request_id safety_identifier service_tier store user".split()
+)
+"""Fields of a body that move no log-probability."""
 
 Errors = list[tuple[str, str]]
 
@@ -95,3 +103,70 @@ def _budget(generate: Generate) -> Errors:
         message = "has no meaning without generate.max_usd or generate.max_tokens_total. Remove it"
         errors.append(("generate.accept_partial", message))
     return errors
+
+
+def check_teaching(recipe: Recipe) -> Errors:
+    """What is wrong with `generate.keep` of an endpoint, whose log-probabilities become soft targets.
+
+    What it gives under other settings nobody here can tell: of the whole vocabulary, or after them.
+    """
+    generate, score, errors = recipe.generate, recipe.score, []
+    if generate is None or generate.keep is None or not generate.teaches:
+        return []
+    if (generate.temperature, generate.top_p) != (1.0, 1.0):
+        name = "temperature" if generate.temperature != 1.0 else "top_p"
+        message = (
+            f"is {getattr(generate, name):g}, and whether the log-probabilities of an endpoint are those before "
+            "or after it nobody can tell; generate.keep wants those at 1. Set it to 1, or remove generate.keep"
+        )
+        errors.append((f"generate.{name}", message))
+    if generate.stop:
+        message = (
+            "with generate.keep: which log-probabilities of an endpoint belong to the stop string nobody can "
+            "tell. Remove one of the two"
+        )
+        errors.append(("generate.stop", message))
+    errors += [("generate.engine_args", why) for why in _moving(recipe, generate)]
+    if recipe.data.turns == "all":
+        message = "keeps no distributions of a prompt's own turns, which data.turns: all scores. Remove one"
+        errors.append(("generate.keep", message))
+    if recipe.several:
+        message = (
+            "an endpoint with generate.keep is the teacher of its rows, and the only one. Name `teacher`, "
+            "which lends the tokenizer, or remove generate.keep"
+        )
+        errors.append(("teachers", message))
+    if recipe.student is not None and recipe.student.from_teacher_layers is not None:
+        message = "the teacher is behind an endpoint (generate.keep), and its layers are not here. Remove it"
+        errors.append(("student.from_teacher_layers", message))
+    if score is None:
+        message = (
+            "there is no section `score` that would find them. Remove it, or add score: {k: ...}"
+        )
+        return [*errors, ("generate.keep", message)]
+    if score.engine != "auto":
+        message = (
+            f"{score.engine!r} reads texts, and the teacher is behind an endpoint (generate.keep), which says "
+            "what it drew from while it writes, and never again. Remove it"
+        )
+        errors.append(("score.engine", message))
+    if unfit := unfit_to_keep(score, generate.keep.k):
+        message = f"{unfit}, and an endpoint reads no text again. Set that, or remove generate.keep"
+        errors.append(("generate.keep", message))
+    return errors
+
+
+def _moving(recipe: Recipe, generate: Generate) -> Iterator[str]:
+    """Arguments under which an answer is of another distribution, or of another prompt, than is written down."""
+    given = generate.engine_args.get("chat_template_kwargs", {})
+    if given != recipe.data.chat_template_kwargs:
+        yield (
+            f"chat_template_kwargs is {given!r}, and data.chat_template_kwargs is "
+            f"{recipe.data.chat_template_kwargs!r}: with generate.keep the endpoint must read the prompt as it is "
+            "written down here. Give the same to both"
+        )
+    for name in sorted(generate.engine_args.keys() - _WITHOUT_EFFECT - {"chat_template_kwargs"}):
+        yield (
+            f"{name!r} may change what the log-probabilities are of, and generate.keep wants those of the model "
+            "itself. Remove one of the two"
+        )

@@ -40,8 +40,8 @@ def check_reader(recipe: Recipe) -> Errors:
 def check_kept(recipe: Recipe) -> Errors:
     """What `generate.keep` would keep for nothing: (dotted path, message)."""
     generate = recipe.generate
-    if generate is None or generate.keep is None:
-        return []
+    if generate is None or generate.keep is None or generate.teaches:
+        return []  # of an endpoint: `check_teaching`
     path, score, errors = "generate.keep", recipe.score, []
     keeps = [engine.name for engine in ENGINES if engine.keeps]
     if generate.engine not in (None, *keeps):
@@ -64,7 +64,7 @@ def check_kept(recipe: Recipe) -> Errors:
     if recipe.data.turns == "all":
         message = "keeps no distributions of a prompt's own turns, which data.turns: all scores. Remove one"
         errors.append((path, message))
-    if unfit := _unfit(score, generate.keep.k):
+    if unfit := unfit_to_keep(score, generate.keep.k):
         errors.append((path, f"{unfit}, so the teacher would read every text again. {_MEND}"))
     if recipe.scoring_engine not in (None, generate.engine):
         message = (
@@ -78,7 +78,7 @@ def check_kept(recipe: Recipe) -> Errors:
 _MEND = "Set that, or remove generate.keep"
 
 
-def _unfit(score: Score, k: int) -> str:
+def unfit_to_keep(score: Score, k: int) -> str:
     """Why what is kept serves no text of a recipe's `score`; empty: it does."""
     if "topk" not in (score.targets, *score.kind.served_by):
         return f"keeps the best entries, and score.targets is {score.targets!r}, expected 'topk' or 'topp'"

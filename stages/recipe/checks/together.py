@@ -9,7 +9,7 @@ from ..fields import Section
 from ..kinds import Score, kinds_with
 from ..run_folder import named_run
 from ..sections import Data, Loss, Recipe, Run, Teacher
-from .endpoint import check_endpoint
+from .endpoint import check_endpoint, check_teaching
 from .engines import check_kept, check_reader
 from .features import check_captured, check_matched
 from .loss import check_loss
@@ -57,7 +57,7 @@ def check_together(recipe: Recipe) -> list[tuple[str, str]]:
     if recipe.score is not None:
         errors += _targets(recipe.score) + check_captured(recipe.score, recipe.run.task)
         errors += check_reader(recipe)
-    errors += check_kept(recipe)
+    errors += check_kept(recipe) + check_teaching(recipe)
     kind, records = recipe.data.format, recipe.data.records
     # Of a labelled text the task says it (`check_task`).
     brings_text = records.brings_text == "always" and not records.labelled

@@ -146,7 +146,9 @@ class Samples:
                 "Name a snapshot of soft_targets, or set loss.soft_weight to 0."
             )
         self.snapshot, self.seed = snapshot, seed
-        self._store, self._soft, self._length = store, soft, snapshot.rows
+        self._store, self._length = store, snapshot.rows
+        self.soft = soft
+        """Whether the teacher's targets are read."""
         self.features = features
         """Where the teacher's states of the samples are; None: nobody needs them."""
         self.teachers = teachers
@@ -185,14 +187,14 @@ class Samples:
         return self._reader().batches(ranges, seed=self.seed)
 
     def _reader(self) -> SnapshotReader:
-        columns = ["token_ids", *self._span, *(("k", *LISTS) if self._soft else ())]
+        columns = ["token_ids", *self._span, *(("k", *LISTS) if self.soft else ())]
         # A shard of texts has no column of images: it is null, and nothing is read for it.
         columns += ["label", "labels", "image"] * self._label
         return SnapshotReader(self._store, self.snapshot, columns, decode=self._decode)
 
     def _decode(self, rows: Rows, numbers: np.ndarray) -> list[Sample]:
         targets: Iterable[SoftTargets | None] = (
-            normalised_targets(rows) if self._soft else repeat(None, len(rows))
+            normalised_targets(rows) if self.soft else repeat(None, len(rows))
         )
         offsets, ids = rows.flat("token_ids")
         labels: Iterable[int | None] = (

@@ -70,6 +70,9 @@ class Compute(Section):
     for each group of them where the engine needs several; without a GPU one."""
     processes: Annotated[int | Literal["auto"], BeforeValidator(_one)] = "auto"
     """Processes that train a student: one so far."""
+    sharding: Literal["auto", "ddp", "fsdp2"] = "auto"
+    """How they hold it. ddp: each has all of it. fsdp2: each has a part of every weight. auto: ddp
+    where the student fits on each device, else fsdp2."""
 
 
 def stage_named(line: str) -> Stage:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..recipe.sections import Train
 from .shards import BY_NUMBER, Stored
@@ -13,11 +14,19 @@ WSD_DECAY = 0.2  # share of all tokens in which `wsd` falls from the peak to the
 
 
 def make_optimizer(model: nn.Module, train: Train) -> torch.optim.AdamW:
-    """AdamW over the parameters that train; norms and biases (fewer than two dimensions) do not decay."""
+    """AdamW over the parameters that train; norms and biases (fewer than two dimensions) do not decay.
+
+    One operation takes sharded weights or whole ones, so each kind has groups of its own.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    kinds = [[p for p in trained if isinstance(p, DTensor) is sharded] for sharded in (False, True)]
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": train.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {
+            "params": [p for p in kind if (p.ndim >= 2) is matrix],
+            "weight_decay": train.weight_decay if matrix else 0.0,
+        }
+        for kind in kinds
+        for matrix in (True, False)
     ]
     return torch.optim.AdamW(
         [g for g in groups if g["params"]], lr=train.learning_rate, betas=train.betas, fused=True
@@ -43,15 +52,16 @@ def load_optimizer_state(
 ) -> None:
     """Give it what a checkpoint has of it, under `optimizer/`; all ranks call it.
 
-    A single process of before wrote the parameters' numbers in the optimizer, which are the same
-    still, in place of their names.
+    A single process of before wrote numbers in place of names: first those of matrices, then the others.
     """
+    earlier = {name: n for n, name in enumerate(sorted(named, key=lambda n: named[n].ndim < 2))}
     names = {parameter: name for name, parameter in named.items()}
-    ordered = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     wanted: dict[str, Tensor] = {}
+    ordered = [p for group in optimizer.param_groups for p in group["params"]]
     for number, parameter in enumerate(ordered):
-        for start in (f"optimizer/{names[parameter]}/", f"{BY_NUMBER}{number}/"):
+        own = names[parameter]
+        for start in (f"optimizer/{own}/", f"{BY_NUMBER}{earlier[own]}/"):
             for name in stored.names(start):
                 same = stored.size(name) == parameter.shape
                 # What is as large as the parameter is sharded as it is.

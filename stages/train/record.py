@@ -23,6 +23,17 @@ class Record:
     validation: list[dict[str, Any]] = field(default_factory=list)
     speed: Speed = field(default_factory=Speed)
 
+    def summary(self) -> dict[str, Any]:
+        """For the student's record."""
+        return {
+            "steps": self.cursor.step,
+            "tokens": self.cursor.tokens,
+            "scored_tokens": self.scored_tokens,
+            "best": self.best,
+            "history": self.history,
+            "validation": self.validation,
+        }
+
     @classmethod
     def of(cls, state: dict[str, Any]) -> Self:
         """Of a checkpoint.

@@ -4,7 +4,8 @@ import json
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ...storage.errors import IntegrityError, Stopped, UsageError
@@ -19,13 +20,15 @@ from ..recipe.run_folder import ADAPTER, STUDENT, TRAINED
 from ..recipe.sections import Loss
 from ..workers.job import Job
 from .experts import left_out
-from .features import feature_snapshots, find_features, group_notes, make_matching
+from .features import feature_snapshots, find_features, group_notes
 from .record import Record
-from .scalars import Board, loss_scalars, open_wandb, step_scalars
+from .scalars import Board, loss_scalars, step_scalars
 from .speed import Meter
 from .teachers import find_teachers, partner_snapshots
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ..loader.prefetch import Prefetch
     from .trainer import StepResult, Trainer
 
@@ -33,13 +36,16 @@ HISTORY_POINTS = 200
 
 
 class Run:
-    """One arm's training, from where it stands to the end."""
+    """One arm's training, from where it stands to the end; of several ranks each has one.
+
+    What the ranks decide they decide alike: of numbers that all have, or of what the first one tells.
+    """
 
     def __init__(self, job: Job, files: LocalFiles, loss: Loss) -> None:
         with job.clock.span("start"):
             from .checkpoints import Checkpoints
 
-        self._job, self._files = job, files
+        self._job, self._files, self._ranks = job, files, job.ranks
         self._train, self._loss = job.train, loss
         with job.clock.span("disk"):
             store = open_store(job.recipe.storage.dir, job.recipe.storage.sources)
@@ -100,46 +106,54 @@ class Run:
 
     def _prepared(self, store: Store) -> "Trainer":
         """The student on its device, checked, with the state of the last checkpoint; and the meter of its speed."""
-        from ..loader.passes import training_passes
         from ..models.device import device_and_dtype
-        from ..models.students.student import check_vocabulary, initial_student
-        from ..targets.teaching import Teaching
+        from ..models.students.student import check_vocabulary
         from .flops import ModelFlops, Peak
+        from .together.root import within
+        from .together.student import packed, placed
         from .trainer import Trainer
 
-        recipe = self._job.recipe
-        check_vocabulary(recipe, self._teacher_dir)
-        self._job.progress.say(f"loading the student ({self._job.arm})")
-        device, dtype = device_and_dtype(self._job.student)
-        model: Any = initial_student(recipe, self._teacher_dir).to(device)
+        job, train = self._job, self._train
+        check_vocabulary(job.recipe, self._teacher_dir)
+        device, dtype = device_and_dtype(job.student)
+        job.progress.say(f"loading the student ({job.arm})")
+        model, root = placed(job, self._teacher_dir, device=device, dtype=dtype)
         self._check_lengths(model)
         self._left_out = left_out(model.config.get_text_config())
         for note in self._left_out:
-            self._job.progress.say(note)
-        source = self._samples.features
-        lengths = self._extremes()
-        matching = make_matching(
-            model, self._job, self._loss, source, store=store, longest=max(lengths)
+            job.progress.say(note)
+        work = partial(
+            packed,
+            job=job,
+            loss=self._loss,
+            samples=self._samples,
+            store=store,
+            files=self._files,
+            lengths=self._extremes(),
+            dtype=dtype,
         )
-        passes = training_passes(
-            model, self._job, teacher_dir=self._teacher_dir, lengths=lengths, dtype=dtype
+        passes = within(root, model, work)
+        for note in group_notes(passes.group, self._lengths, train):
+            job.progress.say(note)
+        trainer = Trainer(
+            model,
+            packing=passes,
+            loss=self._loss,
+            train=train,
+            dtype=dtype,
+            ranks=self._ranks,
+            root=root,
         )
-        group = None if matching is None else matching.group
-        for note in group_notes(group, self._lengths, self._train):
-            self._job.progress.say(note)
-        teaching = Teaching.of(recipe) if self._soft else None
-        passes = replace(passes, matching=matching, group=group, teaching=teaching)
-        if self._train.gradient_checkpointing:
-            model.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
-        trainer = Trainer(model, packing=passes, loss=self._loss, train=self._train, dtype=dtype)
         if done := self._checkpoints.steps():
             trainer.load_state(self._checkpoints.tensors(done[-1]))
             self._record = Record.of(self._checkpoints.state(done[-1]))
-            self._job.progress.say(f"going on after step {done[-1]}")
-        flops = ModelFlops.of(model, head=passes.head_weight(model), example=passes.example)
-        self._meter = Meter(self._record.speed, flops, Peak.at(device, dtype))
+            job.progress.say(f"going on after step {done[-1]}")
+
+        def counted(model: "nn.Module") -> ModelFlops:
+            return ModelFlops.of(model, head=passes.head_weight(model), example=passes.example)
+
+        peak, flops = Peak.at(device, dtype), within(root, model, counted)
+        self._meter = Meter(self._record.speed, flops, peak, devices=self._ranks.count)
         return trainer
 
     def _extremes(self) -> tuple[int, int]:
@@ -184,12 +198,17 @@ class Run:
 
     def train(self) -> tuple[int, int]:
         """Train to the end and write the student; samples and tokens of this process."""
+        from .together.smaller import OutOfMemory, leave
+
         samples, tokens = self._consumed, self._record.cursor.tokens
         try:
             self._loop()
             self._finish()
         except Stopped:
             self._save()
+            raise
+        except OutOfMemory as error:
+            leave(self._files, error)
             raise
         return self._consumed - samples, self._record.cursor.tokens - tokens
 
@@ -203,8 +222,7 @@ class Run:
         job, tokens = self._job, self._record.cursor.tokens
         job.progress.start(total=self._total, unit="tokens", done=min(tokens, self._total))
         saved = time.monotonic()
-        beside = open_wandb(job, self._files)
-        with Board(self._files.path("tensorboard"), tokens, beside=beside) as board:
+        with Board(job, self._files, tokens) as board:
             self._validate(board)
             with (
                 closing(self._steps()) as read,
@@ -220,16 +238,27 @@ class Run:
                     if self._due(time.monotonic() - saved):
                         self._save()
                         saved = time.monotonic()
-                    job.stop.check()
+                    self._check_stop()
                     began, waited = time.monotonic(), feed.waited_seconds
             self._validate(board, last=True)
+
+    def _check_stop(self) -> None:
+        """Raise `Stopped` on all ranks, once one of them was asked to stop."""
+        asked: Stopped | None = None
+        try:
+            self._job.stop.check()
+        except Stopped as error:
+            asked = error
+        if self._ranks.any(asked is not None):
+            raise asked or Stopped()
 
     def _due(self, seconds: float) -> bool:
         """Whether a checkpoint is to be written, so many seconds after the one before."""
         every = self._train.checkpoint_every_steps
         if every is not None and self._record.cursor.step % every == 0:
             return True
-        return seconds >= self._train.checkpoint_every_seconds
+        late = seconds >= self._train.checkpoint_every_seconds
+        return self._ranks.any(self._ranks.first and late)
 
     def _steps(self) -> Generator[Step, None, None]:
         found = steps(
@@ -299,7 +328,7 @@ class Run:
         )
         with self._job.clock.span("model"):
             losses = self._trainer.validate(
-                passes, between_passes=self._job.stop.check, clock=self._job.clock
+                passes, between_passes=self._check_stop, clock=self._job.clock
             )
         self._say_if_smaller(size)
         point = {"step": record.cursor.step, "tokens": tokens, **losses.parts()}
@@ -322,44 +351,49 @@ class Run:
 
     def _finish(self) -> None:
         """Write the student (the best where there was validation, else the last), then `train.json`."""
-        from ..models.students.saving import save_student
-
         self._save()
-        record, trainer = self._record, self._trainer
-        clock = self._job.clock
+        record, trainer, disk = self._record, self._trainer, self._job.clock.span("disk")
         if record.best is not None and record.best["step"] != record.cursor.step:
-            with clock.span("disk"):
+            with disk:
                 trainer.load_weights(self._checkpoints.tensors(record.best["step"]))
+        with disk:
+            state = trainer.whole_state()
+        if self._ranks.first:
+            self._write(state)
+        self._ranks.any(False)  # it is there once all have come here
+
+    def _write(self, state: dict[str, Any] | None) -> None:
+        """The first rank's part of `_finish`. `state`: what trained, of a sharded student."""
+        from ..models.students.saving import save_student
+        from ..models.students.student import initial_student
+
+        record, trainer, job = self._record, self._trainer, self._job
         parameters = sum(weight.numel() for weight in trainer.model.parameters())
         trained = sum(weight.numel() for weight in trainer.weights().values())
-        lora = self._job.student.lora
-        adapter = self._files.path(ADAPTER) if lora is not None and lora.keep_adapter else None
-        with clock.span("disk"):
+        lora, model = job.student.lora, trainer.model
+        with job.clock.span("disk"):
+            if state is not None:
+                model = initial_student(job.recipe, self._teacher_dir)
+                model.load_state_dict(state, strict=False)
             saved = save_student(
-                trainer.model,
-                self._job.recipe,
+                model,
+                job.recipe,
                 teacher_dir=self._teacher_dir,
                 folder=self._files.path(STUDENT),
-                adapter=adapter,
+                adapter=self._files.path(ADAPTER) if lora and lora.keep_adapter else None,
             )
         for note in saved.notes:
-            self._job.progress.say(f"student: {note}")
+            job.progress.say(f"student: {note}")
         summary = {
-            "arm": self._job.arm,
-            "steps": record.cursor.step,
-            "tokens": record.cursor.tokens,
-            "scored_tokens": record.scored_tokens,
+            "arm": job.arm,
             "samples": self._consumed,
             "epochs": round(self._consumed / len(self._samples), 4),
             **self._meter.summary(),
-            "snapshot": self._job.snapshots["train"],
-            "best": record.best,
+            "snapshot": job.snapshots["train"],
             # An adapter is merged into the weights: it adds none.
             "parameters": parameters - (trained if lora else 0),
             "trained_parameters": trained,
             "saved_dtype": saved.dtype,
             "notes": [*self._left_out, *saved.notes],
-            "history": record.history,
-            "validation": record.validation,
-        }
+        } | record.summary()
         self._files.put_if_absent(TRAINED, json.dumps(summary, indent=1).encode() + b"\n")

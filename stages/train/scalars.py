@@ -2,7 +2,6 @@
 
 import uuid
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...storage.errors import UsageError
@@ -11,7 +10,8 @@ from ..recipe.load import recorded
 from ..workers.job import Job
 
 if TYPE_CHECKING:
-    from .trainer import Losses, StepResult
+    from .together.means import Losses
+    from .trainer import StepResult
 
 
 ID_FILE = "wandb-id"
@@ -20,22 +20,28 @@ ID_FILE = "wandb-id"
 class Board:
     """TensorBoard scalars over tokens; what a run wrote after the checkpoint it goes on from is purged."""
 
-    def __init__(self, folder: Path, tokens: int, *, beside: "WandbBoard | None" = None) -> None:
+    def __init__(self, job: Job, files: LocalFiles, tokens: int) -> None:
+        """Begin after so many `tokens`; of several ranks the first one writes."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._beside = beside
-        self._writer = SummaryWriter(folder, purge_step=tokens + 1)
+        self._beside = self._writer = None
+        if job.ranks.first:
+            self._beside = open_wandb(job, files)
+            self._writer = SummaryWriter(files.path("tensorboard"), purge_step=tokens + 1)
 
     def __enter__(self) -> "Board":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
         if self._beside is not None:
             self._beside.close()
 
     def write(self, tokens: int, scalars: dict[str, float]) -> None:
         """Name -> value, as of this many positions fed."""
+        if self._writer is None:
+            return
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, global_step=tokens)
         if self._beside is not None:

@@ -44,13 +44,16 @@ class Speed:
 class Meter:
     """Adds up the steps of a run."""
 
-    def __init__(self, speed: Speed, flops: "ModelFlops", peak: "Peak") -> None:
-        self.speed, self.peak = speed, peak
+    def __init__(
+        self, speed: Speed, flops: "ModelFlops", peak: "Peak", *, devices: int = 1
+    ) -> None:
+        """`peak` is that of each of the `devices`, which share the steps."""
+        self.speed, self.peak, self._devices = speed, peak, devices
         self._flops, self._before = flops, replace(speed)
 
     def add(self, step: Step, *, positions: int, seconds: float, waited: float) -> Speed:
         """Count a step; returns that step alone."""
-        peak_seconds = self._flops.step(step) / self.peak.flops_per_second
+        peak_seconds = self._flops.step(step) / (self._devices * self.peak.flops_per_second)
         this = Speed(
             tokens=step.tokens,
             positions=positions,

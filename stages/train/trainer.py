@@ -1,22 +1,21 @@
 """One optimizer step and one validation pass: the student, its head inside the loss, gradients, memory.
 
 The gradient of a step is that of sum(loss of each scored token) / (scored tokens of the whole
-step), however many forward passes it takes. Weights and optimizer state are float32; the passes
-compute in bfloat16 (autocast) where asked.
+step), however many forward passes it takes, and however many ranks share it. Weights and optimizer
+state are float32; the passes compute in bfloat16 (autocast) where asked.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from ...storage.errors import StillroomError
+from ..loader.parts import part_of
 from ..loader.passes import Passes
 from ..loader.prefetch import Prefetch
 from ..loader.samples import Sample, Step
@@ -26,30 +25,18 @@ from ..models.device import out_of_memory
 from ..recipe.fields import Schedule, value_at
 from ..recipe.sections import Loss, Train
 from ..workers.clock import Clock
-from .optimizer import learning_rate, load_optimizer_state, make_optimizer, optimizer_state
+from ..workers.ranks import Ranks
+from .optimizer import learning_rate, make_optimizer
 from .shards import Stored
+from .together.dealt import Dealt
+from .together.gradients import clipped, make_alike, sum_gradients
+from .together.means import Losses, means_of, sums_of
+from .together.root import Root, loss_of, reshard, synchronise, whole_state
+from .together.rounds import rounds
+from .together.smaller import OutOfMemory
+from .together.state import State
 
 SCHEDULED = ("soft_weight", "hard_weight", "temperature")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Losses:
-    """Means per scored token, nats."""
-
-    loss: float
-    """soft_weight * divergence + hard_weight * cross-entropy, over all: without a label the second is
-    0. And what of the features is matched, weighted."""
-    soft: float | None
-    """Divergence from the teacher; None where it was not computed."""
-    hard: float | None
-    """Cross-entropy, over the texts that have a label; None where none has."""
-    features: dict[str, float] = field(default_factory=dict)
-    """Of each part that is matched, not weighted: its mean over the terms that it has."""
-
-    def parts(self) -> dict[str, Any]:
-        """By name; the features where there are some."""
-        found: dict[str, Any] = {"loss": self.loss, "soft": self.soft, "hard": self.hard}
-        return found | ({"features": self.features} if self.features else {})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +50,7 @@ class StepResult:
     scheduled: dict[str, float]
     """The loss's settings that follow a schedule, as they were at this step."""
     positions: int
-    """Computed, padding included."""
+    """Computed by all ranks, padding included."""
 
 
 class Trainer:
@@ -77,13 +64,29 @@ class Trainer:
         loss: Loss,
         train: Train,
         dtype: torch.dtype = torch.float32,
+        ranks: Ranks | None = None,
+        root: Root | None = None,
     ) -> None:
-        """`model` is on its device already, in float32; `dtype` is what the passes compute in."""
-        self.model = model
+        """Begin with no step done.
+
+        Args:
+            model: On its device already, in float32.
+            packing: How samples become passes.
+            loss: What is minimised.
+            train: How.
+            dtype: What the passes compute in.
+            ranks: Who shares each step; None: nobody does.
+            root: Around the model where it is sharded.
+        """
+        self.model, self._ranks, self._root = model, ranks or Ranks(), root
         self._matching = packing.matching
         # The maps train as the student does; what the student was without them, it is with them.
         self._trained = model if self._matching is None else nn.ModuleList([model, self._matching])
+        make_alike(self._trained, self._ranks)
         self.optimizer = make_optimizer(self._trained, train)
+        self._state = State(
+            model=model, matching=self._matching, optimizer=self.optimizer, root=root
+        )
         self._device = next(model.parameters()).device
         self._packing, self._loss, self._train, self._dtype = packing, loss, train, dtype
 
@@ -98,11 +101,16 @@ class Trainer:
         return self._packing.tokens_per_pass
 
     def passes(self, step: Step, *, done: float) -> Iterator[Any]:
-        """The forward passes of a step that ends at the share `done` of all tokens, on the device."""
+        """This rank's forward passes of a step that ends at the share `done` of all tokens, on the device."""
+        part = part_of(step.samples, self._ranks, group=self._packing.group)
+        yield from self._passes(part, done=done)
+
+    def _passes(self, samples: Sequence[Sample], *, done: float) -> Iterator[Any]:
         aim = aim_at(self._loss, done)
         temperature = aim.objective.temperature if aim.objective else None
-        for batch in self._packing.at(done).batches(step.samples, temperature):
-            yield batch.to(self._device)
+        if samples:
+            for batch in self._packing.at(done).batches(samples, temperature):
+                yield batch.to(self._device)
 
     def step(
         self,
@@ -120,7 +128,8 @@ class Trainer:
                 scheduled.
             passes: The step's `passes`, made ahead; called again where memory runs out. None: they
                 are made here.
-            between_passes: Called before each forward pass; may raise to stop.
+            between_passes: Called before each forward pass, where this rank is alone; may raise to
+                stop.
 
         Raises:
             StillroomError: the loss or its gradient is not finite, or one sample alone does not fit
@@ -133,13 +142,13 @@ class Trainer:
             nonlocal positions
             positions = 0
             for batch in passes() if passes else self.passes(step, done=done):
-                between_passes()
+                if self._ranks.count == 1:
+                    between_passes()
                 positions += batch.positions
                 yield batch
 
         losses = self._gradients(step, self._aim(done), passes_now)
-        trained = [p for p in self._trained.parameters() if p.requires_grad]
-        norm = float(nn.utils.clip_grad_norm_(trained, self._train.clip_norm))
+        norm = clipped(list(self._trained.parameters()), self._train.clip_norm)
         if not (math.isfinite(losses.loss) and math.isfinite(norm)):
             self.optimizer.zero_grad()
             raise StillroomError(
@@ -158,7 +167,7 @@ class Trainer:
             learning_rate=rate,
             grad_norm=norm,
             scheduled=self._scheduled(done),
-            positions=positions,
+            positions=int(self._ranks.sum(torch.tensor(positions))),
         )
 
     def _scheduled(self, done: float) -> dict[str, float]:
@@ -182,66 +191,81 @@ class Trainer:
             StillroomError: one sample alone does not fit in memory.
         """
         self.model.eval()
-        aim = self._aim(1.0)
-        sums, scored, counts = self._zeros(), 0, self._counts([])
-        with torch.no_grad():
-            with Prefetch(steps, partial(self.passes, done=1.0), clock=clock) as feed:
+        aim, ranks = self._aim(1.0), self._ranks
+        dealt = Dealt(steps, ranks, counts=self._counts)
 
-                def passes_now() -> Iterator[Any]:
-                    for batch in feed.passes():
-                        between_passes()
-                        yield batch
+        def passes_of(step: Step) -> Iterator[Any]:
+            return self._passes(step.samples, done=1.0)
 
-                for step in feed:
-                    scored += step.scored_tokens
-                    counts = counts + self._counts(step.samples)
-                    sums += self._summed(step, aim, passes_now)
-        return self._means(sums, scored, counts, aim=aim)
+        with torch.no_grad(), Prefetch(dealt.mine(), passes_of, clock=clock) as feed:
+            judge = self._judged if self._root is None else self._judged_sharded
+            sums = ranks.sum(judge(feed, aim, dealt, between_passes))
+        # Steps of a validation are as large as passes: all ranks have to agree on that.
+        tokens = min(ranks.all(self.tokens_per_pass))
+        if tokens < self.tokens_per_pass:
+            self._packing = replace(self._packing, tokens_per_pass=tokens)
+        return self._means(sums, dealt.scored, dealt.terms, aim=aim)
+
+    def _judged(
+        self, feed: Prefetch, aim: Aim, dealt: Dealt, between: Callable[[], None]
+    ) -> torch.Tensor:
+        """`sums_of` of this rank's steps; the ranks call `between` equally often."""
+        alone, sums, taken = self._ranks.count == 1, self._zeros(), 0
+
+        def passes_now() -> Iterator[Any]:
+            for batch in feed.passes():
+                if alone:
+                    between()
+                yield batch
+
+        for step in feed:
+            if not alone:
+                between()
+            sums += self._summed(step, aim, passes_now)
+            taken += 1
+        if not alone and taken < -(-dealt.number // self._ranks.count):
+            between()
+        return sums
+
+    def _judged_sharded(
+        self, feed: Prefetch, aim: Aim, dealt: Dealt, between: Callable[[], None]
+    ) -> torch.Tensor:
+        """`_judged` where each pass is one of all ranks."""
+        passes = (batch for _ in feed for batch in feed.passes())
+        try:
+            return self._passed(passes, aim, lambda: dealt.spare, between)
+        except torch.OutOfMemoryError as error:
+            message = str(error)
+        finally:
+            reshard(self._root)
+        self._shrink(dealt.longest, message)
+        raise AssertionError("a rank of a sharded student dies of it")
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The parameters that train; of sharded ones this rank's shards."""
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # what a pass without a gradient gathered may lie there yet
-        return {name: p.detach() for name, p in self._parameters().items() if p.requires_grad}
+        return self._state.weights()
 
     def averages(self) -> dict[str, torch.Tensor]:
         """The buffers, such as the running means of batch norms: they change as weights do, without a gradient."""
-        return _buffers(self.model)
+        return self._state.averages()
 
     def load_weights(self, stored: Stored) -> None:
         """Give the student the weights and averages of a checkpoint; all ranks call it."""
-        stored.read(self._of_student(stored))
+        self._state.load_weights(stored)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Tensors to go on from, by name; the names are the same however the student is sharded."""
-        maps = {} if self._matching is None else self._matching.state_dict()
-        return {
-            **_under("weights", self.weights()),
-            **_under("averages", self.averages()),
-            **_under("maps", maps),
-            **_under("optimizer", optimizer_state(self.optimizer, self._trained_by_name())),
-        }
+        """Tensors to go on from."""
+        return self._state.tensors()
+
+    def whole_state(self) -> dict[str, Any] | None:
+        """What trained of a sharded student, whole, on the first rank; all ranks ask. None: the model has it whole."""
+        if self._root is None:
+            return None
+        return whole_state(self.model)
 
     def load_state(self, stored: Stored) -> None:
         """Go on from a checkpoint of `state`; all ranks call it."""
-        maps = {} if self._matching is None else self._matching.state_dict()
-        stored.read(self._of_student(stored) | _under("maps", maps))
-        load_optimizer_state(self.optimizer, self._trained_by_name(), stored)
-
-    def _of_student(self, stored: Stored) -> dict[str, torch.Tensor]:
-        """Weights and averages; checkpoints of before have no averages."""
-        averages = self.averages() if stored.names("averages/") else {}
-        return _under("weights", self.weights()) | _under("averages", averages)
-
-    def _parameters(self) -> dict[str, nn.Parameter]:
-        return dict(self.model.named_parameters())
-
-    def _trained_by_name(self) -> dict[str, nn.Parameter]:
-        """What the optimizer has, of the student and of the maps."""
-        maps = {} if self._matching is None else dict(self._matching.named_parameters())
-        named = _under("weights", self._parameters()) | _under("maps", maps)
-        return {name: p for name, p in named.items() if p.requires_grad}
+        self._state.load(stored)
 
     def _gradients(self, step: Step, aim: Aim, passes: Callable[[], Iterable[Any]]) -> Losses:
         """Accumulate the step's gradients."""
@@ -253,7 +277,8 @@ class Trainer:
             hard_weight=aim.hard_weight / scored,
             features=tuple(np.array(aim.features) / np.maximum(counts, 1)),
         )
-        sums = self._summed(step, shared, passes)
+        sums = self._ranks.sum(self._summed(step, shared, passes))
+        sum_gradients(self._trained.parameters(), self._ranks)
         return self._means(sums, step.scored_tokens, counts, aim=aim)
 
     def _aim(self, done: float) -> Aim:
@@ -268,12 +293,12 @@ class Trainer:
         return np.array(self._packing.counts(samples), np.int64)
 
     def _zeros(self) -> torch.Tensor:
-        """[3 + P] float64, as `_sums` has them."""
+        """[3 + P] float64, as `sums_of` has them."""
         parts = 0 if self._matching is None else len(self._matching.parts)
         return torch.zeros(3 + parts, dtype=torch.float64, device=self._device)
 
     def _means(self, sums: torch.Tensor, scored: int, counts: np.ndarray, *, aim: Aim) -> Losses:
-        found = _means(sums[:3], scored, aim)
+        found = means_of(sums[:3], scored, aim)
         if self._matching is None:
             return found
         means = (sums[3:].cpu().numpy() / np.maximum(counts, 1)).tolist()
@@ -284,77 +309,78 @@ class Trainer:
         return replace(found, loss=total, features=named)
 
     def _summed(self, step: Step, aim: Aim, passes: Callable[[], Iterable[Any]]) -> torch.Tensor:
-        """`_sums` of a step, gradients accumulated where they are recorded.
+        """`sums_of` of this rank's passes of a step, gradients accumulated where they are recorded.
 
-        Out of memory is answered by smaller passes, from the start of the step.
+        Out of memory is answered by smaller passes, from the start of the step: by all ranks, where
+        one has it.
         """
-        before = {name: average.clone() for name, average in self.averages().items()}
+        before, ranks = {name: a.clone() for name, a in self.averages().items()}, self._ranks
         while True:
             # Dropout is a function of the step's number, so a resumed run draws what an undisturbed
-            # one would.
-            torch.manual_seed(step.after.step)
+            # one would; ranks draw otherwise than one another.
+            torch.manual_seed(step.after.step * ranks.count + ranks.rank)
+            message = ""
             try:
-                sums = self._zeros()
-                for batch in passes():
-                    found = self._pass(batch, aim)
-                    if torch.is_grad_enabled():
-                        found.total.backward()
-                    sums += _sums(found)
-                return sums
+                sums = self._passed(passes(), aim, lambda: min(step.samples, key=len))
             except torch.OutOfMemoryError as error:
                 message = str(error)
             except BaseException:
                 self.optimizer.zero_grad()
                 self._put_back(before)
                 raise
+            # A step of a training is all ranks' at once, one of a validation is not.
+            shared = self._root is None and torch.is_grad_enabled()
+            if not (ranks.any(bool(message)) if shared else message):
+                return sums
             # Only here, outside the handler, are the tensors of the failed pass free.
             self._put_back(before)
-            self._shrink(step, message)
+            self._shrink(step.longest, message or "another rank")
 
     def _put_back(self, before: dict[str, torch.Tensor]) -> None:
         for name, average in self.averages().items():
             average.copy_(before[name])
 
-    def _shrink(self, step: Step, message: str) -> None:
+    def _passed(
+        self,
+        passes: Iterable[Any],
+        aim: Aim,
+        spare: Callable[[], Sample],
+        between: Callable[[], None] = lambda: None,
+    ) -> torch.Tensor:
+        """`sums_of` of some passes. Of a sharded student a rank without one takes part with a `spare` sample."""
+        sums, root = self._zeros(), self._root
+        weightless = Aim(
+            soft_weight=0.0, hard_weight=0.0, objective=None, features=(0.0,) * len(aim.features)
+        )
+        in_step = rounds(passes, self._ranks) if root else ((batch, True) for batch in passes)
+        for batch, last in in_step:
+            between()
+            if root is not None:
+                synchronise(root, last)
+            if batch is not None:
+                found = self._pass(batch, aim)
+                sums += sums_of(found)
+            else:
+                (batch,) = self._packing.batches([spare()], None)
+                found = self._pass(batch.to(self._device), weightless)
+            if torch.is_grad_enabled():
+                found.total.backward()
+        return sums
+
+    def _shrink(self, longest: int, message: str) -> None:
         self.optimizer.zero_grad()
         torch.cuda.empty_cache()
         tokens = self._packing.tokens_per_pass
-        least = step.longest * (3 if self._packing.never_alone else 1)  # as `refuse_alone` has it
+        least = longest * (3 if self._packing.never_alone else 1)  # as `refuse_alone` has it
         if tokens <= least:
-            raise out_of_memory(step.longest, message, group=self._packing.group)
-        self._packing = replace(self._packing, tokens_per_pass=max(tokens // 2, least))
+            raise out_of_memory(longest, message, group=self._packing.group)
+        tokens = max(tokens // 2, least)
+        if self._root is not None:  # the others wait for this rank, inside of a pass
+            raise OutOfMemory(tokens, message, self._ranks)
+        self._packing = replace(self._packing, tokens_per_pass=tokens)
 
     def _pass(self, batch: Any, aim: Aim) -> Distilled:
-        return self._packing.losses(self.model, batch, aim=aim, dtype=self._dtype)
+        def work(model: nn.Module) -> Distilled:
+            return self._packing.losses(model, batch, aim=aim, dtype=self._dtype)
 
-
-def _under(group: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """By the names that they have in a checkpoint."""
-    return {f"{group}/{name}": tensor for name, tensor in tensors.items()}
-
-
-def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The buffers that are saved with a model, by name."""
-    saved = model.state_dict().keys()
-    return {name: buffer for name, buffer in model.named_buffers() if name in saved}
-
-
-def _means(sums: torch.Tensor, scored: int, aim: Aim) -> Losses:
-    soft, hard, labelled = sums.tolist()
-    scored = max(scored, 1)
-    parts = ((aim.soft_weight, soft / scored), (aim.hard_weight, hard / scored))
-    # One that weighs nothing may be infinite: left out, as 0 * inf is no number.
-    total = sum((weight * mean for weight, mean in parts if weight), 0.0)
-    return Losses(
-        loss=total,
-        soft=soft / scored if aim.objective else None,
-        hard=hard / labelled if labelled else None,
-    )
-
-
-def _sums(found: Distilled) -> torch.Tensor:
-    """[3 + P] float64 sums of soft and hard, how many have a hard one, and of each part that is matched."""
-    hard = found.hard.double().sum()
-    soft = torch.zeros_like(hard) if found.soft is None else found.soft.double().sum()
-    sums = torch.stack([soft, hard, torch.full_like(hard, len(found.hard))])
-    return sums if found.features is None else torch.cat([sums, found.features.double()])
+        return loss_of(self._root, self.model, work)

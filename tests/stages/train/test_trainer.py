@@ -19,7 +19,8 @@ from stillroom.stages.models.head import hidden_states, split_head
 from stillroom.stages.recipe.sections import Loss, Train
 from stillroom.stages.targets.batch import TargetBatch
 from stillroom.stages.train.checkpoints import Checkpoints
-from stillroom.stages.train.trainer import Trainer, _means
+from stillroom.stages.train.together.means import means_of
+from stillroom.stages.train.trainer import Trainer
 from stillroom.storage.errors import StillroomError, Stopped
 from stillroom.storage.files.local import LocalFiles
 
@@ -148,10 +149,12 @@ def test_cross_entropy_alone_never_reads_the_targets():
 
 def test_a_mean_that_weighs_nothing_is_left_out():
     sums, objective = torch.tensor([6.0, torch.inf, 3.0], dtype=torch.float64), objective_of()
-    found = _means(sums, 3, Aim(soft_weight=0.5, hard_weight=0.0, objective=objective))
+    found = means_of(sums, 3, Aim(soft_weight=0.5, hard_weight=0.0, objective=objective))
     assert (found.loss, found.soft, found.hard) == (1.0, 2.0, math.inf)
     assert (
-        _means(sums[[1, 0, 2]], 3, Aim(soft_weight=0.0, hard_weight=0.5, objective=objective)).loss
+        means_of(
+            sums[[1, 0, 2]], 3, Aim(soft_weight=0.0, hard_weight=0.5, objective=objective)
+        ).loss
         == 1.0
     )
 

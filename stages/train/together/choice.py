@@ -1,0 +1,140 @@
+"""How a student is held by its ranks, and how much memory a rank needs for it.
+
+Bytes of a rank, N ranks, P numbers of all weights and T of those that train:
+
+    replicated   4 P + 4 T + 8 T                        weights, gradients, the two averages of AdamW
+    sharded      the same / N, and what is whole at a time
+    whole        the root's weights and, where they train, their gradients;
+                 two blocks (one computes, one is gathered for it) and a block's gradients, and what is sent of them
+    activations  a position and block: 16 D + 4 F numbers (D width, F width inside of the block), of which
+                 gradient checkpointing keeps D in all blocks but one
+    logits       a chunk of the loss
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ....storage.errors import UsageError
+from ...losses.fused_linear import CHUNK_BYTES, DEVICE_CHUNK_BYTES
+from ...recipe.sections import Train
+from ...workers.ranks import Ranks
+from .root import blocks
+
+Held = Literal["ddp", "fsdp2"]
+MOST = 0.9
+"""Of a device's free memory; the rest is for what is not counted."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """Bytes that a rank needs, by what for."""
+
+    state: int
+    """Weights, gradients, optimizer."""
+    whole: int
+    """Of a sharded student, what is whole for a time."""
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """All of it, at once."""
+        return self.state + self.whole + self.activations + self.logits
+
+
+def memory(
+    student: nn.Module,
+    held: Held,
+    *,
+    ranks: int,
+    positions: int,
+    half: bool = False,
+    checkpointing: bool = False,
+    on_cpu: bool = False,
+) -> Memory:
+    """What training a student takes on one rank.
+
+    Args:
+        student: As it is before it is sharded, on any device.
+        held: By what the ranks share it.
+        ranks: N.
+        positions: Of a pass.
+        half: Whether passes compute in bfloat16.
+        checkpointing: Whether the backward pass computes activations again.
+        on_cpu: Whether that is where it computes.
+    """
+    shares = ranks if held == "fsdp2" else 1
+    state = _numbers(student, trained=4 + 4 + 8, frozen=4) // shares
+    whole = 0
+    if held == "fsdp2":
+        each = list(blocks(student))
+        within = {id(p) for block in each for p in block.parameters()}
+        root = [p for p in student.parameters() if id(p) not in within]
+        whole = sum(p.numel() * (8 if p.requires_grad else 4) for p in root)
+        whole += max(_numbers(block, trained=4 * 4, frozen=2 * 4) for block in each)
+    chunk = CHUNK_BYTES if on_cpu else DEVICE_CHUNK_BYTES
+    activations = _activations(student, checkpointing=checkpointing) * positions
+    return Memory(
+        state=state, whole=whole, activations=activations * (2 if half else 4), logits=chunk
+    )
+
+
+def _numbers(module: nn.Module, *, trained: int, frozen: int) -> int:
+    """Bytes of all parameters, at so many bytes a number."""
+    return sum(p.numel() * (trained if p.requires_grad else frozen) for p in module.parameters())
+
+
+def _activations(student: Any, *, checkpointing: bool) -> int:
+    """Numbers that a position leaves for the backward pass, by the rule above; 0 where the config says no widths."""
+    config = student.config.get_text_config()
+    width = getattr(config, "hidden_size", 0)
+    inside = getattr(config, "intermediate_size", None) or 4 * width
+    count: int = getattr(config, "num_hidden_layers", 1)
+    block = 16 * width + 4 * inside
+    found: int = count * width + block if checkpointing else count * block
+    return found
+
+
+def chosen(
+    student: nn.Module, asked: str, train: Train, ranks: Ranks, device: torch.device, *, half: bool
+) -> Held:
+    """By what the ranks share a student: as asked; auto shards what does not fit on each of their devices.
+
+    Raises:
+        UsageError: it has batch norms, or it can be neither held whole nor sharded.
+    """
+    if ranks.count == 1:
+        return "ddp"
+    refuse_norms(student)
+    if asked == "fsdp2":
+        return "fsdp2"
+    if asked == "ddp" or device.type != "cuda":
+        return "ddp"
+    needed = memory(
+        student,
+        "ddp",
+        ranks=ranks.count,
+        positions=train.tokens_per_pass,
+        half=half,
+        checkpointing=train.gradient_checkpointing,
+    )
+    free, _ = torch.cuda.mem_get_info(device)
+    fits = not ranks.any(needed.total > MOST * free)
+    return "ddp" if fits else "fsdp2"
+
+
+def refuse_norms(student: nn.Module) -> None:
+    """Refuse a student whose statistics would be of a rank's part of a step.
+
+    Raises:
+        UsageError: it has batch norms.
+    """
+    for name, module in student.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise UsageError(
+                f"compute.processes: {name} of the student is a batch norm, whose statistics would depend "
+                "on how many ranks share a step. Set compute.processes to 1."
+            )

@@ -1,0 +1,136 @@
+"""A student whose weights are sharded over the ranks by FSDP2: each holds a part of every weight.
+
+A block is whole while it computes. Embedding, last norm and head are one group, that of the root, and
+whole while a pass is computed: the loss uses the head's weight outside of the head's own forward, and
+one group for both keeps tied weights tied. `fully_shard` changes the class of what it is given, and a
+student that is saved says its class. So the root is a module around the student, and its `forward`
+does whatever needs the weights of the root's group.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from ....storage.errors import UsageError
+from ...losses.definition import Distilled
+from ...targets.features.blocks import blocks_of
+from ...workers.ranks import Ranks
+
+T = TypeVar("T")
+
+
+class Root(nn.Module):
+    """Around the student; what it is called with sees the weights of the root's group whole."""
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(self, work: Callable[[nn.Module], Any]) -> Any:
+        """What `work` makes of the student; tensors with a gradient must be in tuples, lists or dicts."""
+        return work(self.student)
+
+
+def sharded(student: nn.Module, ranks: Ranks, device: torch.device, dtype: torch.dtype) -> Root:
+    """Shard a student, block by block: the device never has more than one block whole.
+
+    Args:
+        student: With all of its weights, in the memory of the machine; its parameters become shards.
+        ranks: Who has a part each.
+        device: Where this rank computes.
+        dtype: What passes compute in.
+
+    Raises:
+        UsageError: it has not one list of blocks.
+    """
+    mesh = init_device_mesh(device.type, (ranks.count,))
+    # Autocast makes a copy of each weight in bfloat16, which the backward pass needs: of all blocks
+    # that is the whole model on each rank. A weight that is gathered in bfloat16 needs no copy.
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if dtype == torch.bfloat16:
+        policy = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+    for block in blocks(student):
+        fully_shard(block.to(device), mesh=mesh, mp_policy=policy)
+    root = Root(student.to(device))
+    fully_shard(root, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            # Each rank divides by the count of the whole step: gradients are summed, not averaged.
+            # gloo knows no sum with a factor, so that the plain one is asked for by name.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    return root
+
+
+def blocks(student: nn.Module) -> nn.ModuleList:
+    """What is sharded one after another.
+
+    Raises:
+        UsageError: there is not one list of blocks.
+    """
+    try:
+        return blocks_of(student)
+    except (UsageError, AttributeError) as error:
+        raise UsageError(
+            f"compute.sharding: fsdp2 shards a student block by block, and {type(student).__name__} "
+            "has not one list of them. Set it to ddp."
+        ) from error
+
+
+def within(root: Root | None, student: nn.Module, work: Callable[[nn.Module], T]) -> T:
+    """What `work` makes of a student, without gradients, where all weights are at hand."""
+    if root is None:
+        return work(student)
+    with torch.no_grad():
+        found: T = root(work)
+    reshard(root)
+    return found
+
+
+def loss_of(
+    root: Root | None, student: nn.Module, work: Callable[[nn.Module], Distilled]
+) -> Distilled:
+    """The loss that `work` finds for a student, where all weights are at hand; autograd goes through it."""
+    if root is None:
+        return work(student)
+
+    def shown(student: nn.Module) -> tuple[Tensor, Distilled]:
+        found = work(student)
+        return found.total, found
+
+    total, found = root(shown)
+    whole: Distilled = replace(found, total=total)
+    return whole
+
+
+def reshard(root: Root | None) -> None:
+    """Let go of the weights that a pass without gradients left whole: they are kept for a backward pass."""
+    if root is not None:
+        _module(root).reshard()
+
+
+def whole_state(student: nn.Module) -> dict[str, Any]:
+    """What trains of a sharded student, and its averages, whole and on the CPU: on the first rank; all ranks ask."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    found: dict[str, Any] = get_model_state_dict(student, options=options)
+    return found
+
+
+def synchronise(root: Root, last: bool) -> None:
+    """Say whether the pass to come is the last of a step: gradients are sent then, for all passes together."""
+    module = _module(root)
+    module.set_requires_gradient_sync(last)
+    module.set_is_last_backward(last)
+
+
+def _module(root: Root) -> FSDPModule:
+    assert isinstance(root, FSDPModule)
+    return root

@@ -5,6 +5,7 @@ StillroomError            1   a failure that is not the user's mistake: disk ful
 │   └── NotLoaded             a model that this library cannot load
 ├── IntegrityError        3   what is on disk is not what was committed
 └── Stopped             130   asked to stop by a signal; finished rows are committed
+    └── Noticed          75   by a scheduler that gives notice: it is asked to start the job again
 
 A message says what is wrong, what was found, what was expected, and what to do.
 """
@@ -51,6 +52,18 @@ class Stopped(StillroomError):
         message: str = "stopped by a signal; what is finished is kept. Run the same command again.",
     ) -> None:
         super().__init__(message)
+
+
+class Noticed(Stopped):
+    """A scheduler needs the machine; the exit code (EX_TEMPFAIL) asks it to start the job again."""
+
+    exit_code = 75
+
+    def __init__(self) -> None:
+        super().__init__(
+            "stopped by the scheduler's notice (SIGTERM); what is finished is kept. Exit code 75 asks "
+            "it to start the same command again."
+        )
 
 
 class EngineDied(StillroomError):

@@ -17,8 +17,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from ...storage.credentials import as_written
-from ...storage.errors import StillroomError, Stopped, name_too_long
-from ...storage.store.stopping import at_work, stop_signals
+from ...storage.errors import StillroomError, name_too_long
+from ...storage.store.stopping import at_work, stop_signals, stopped_by
 from ..text import show_line, show_text
 from . import import_table, publish, store
 from .app import (
@@ -43,8 +43,8 @@ def main() -> None:
         except StillroomError as error:
             _hear_nothing()
             _fail(error)
-        except _SignalCame:
-            _fail(Stopped())
+        except _SignalCame as came:
+            _fail(stopped_by(came.number))
         except OSError as error:
             too_long = name_too_long(error, "a file or folder")
             if too_long is None:
@@ -55,6 +55,9 @@ def main() -> None:
 
 class _SignalCame(BaseException):
     """Like KeyboardInterrupt no `Exception`, so no handler on the way takes it for a failure; Typer hides that one."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
 
 
 @contextmanager
@@ -75,7 +78,7 @@ def _signals_raised() -> Iterator[None]:
 
 def _raise(number: int, frame: FrameType | None) -> NoReturn:
     _hear_nothing()  # another signal must not end the ending
-    raise _SignalCame
+    raise _SignalCame(number)
 
 
 def _hear_nothing() -> None:
@@ -83,10 +86,10 @@ def _hear_nothing() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _fail(error: StillroomError) -> NoReturn:
+def _fail(error: StillroomError, *, at_once: bool = False) -> NoReturn:
     show_text(f"{_error_text(error)}\n", sys.stderr)
     print_json({"error": str(error), "exit_code": error.exit_code}, "--json" in sys.argv)
-    if at_work():
+    if at_once or at_work():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(error.exit_code)
@@ -227,6 +230,39 @@ def run(
     for line in _made(outcome):
         print_for_people(line)
     print_json(outcome, as_json)
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    allow_code: AllowCode = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """One rank of stage two, under torchrun or srun; alone where nobody has launched it.
+
+    Trains the students from what is stored, and judges them. On one machine `run` starts the ranks
+    itself.
+    """
+    from ...stages.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    from ..run.rank import SaidElsewhere
+    from ..run.rank import train as run_rank
+
+    try:
+        outcome = run_rank(loaded, quiet=quiet, allow_code=allow_code)
+    except SaidElsewhere as error:
+        os._exit(error.exit_code)
+    except StillroomError as error:
+        _hear_nothing()
+        _fail(error, at_once=True)  # a thread may wait in torch for a rank that is gone
+    if outcome is not None:
+        _outcome(outcome, as_json)
+        for line in _made(outcome):
+            print_for_people(line)
+        print_json(outcome, as_json)
 
 
 @app.command()

@@ -12,7 +12,7 @@ from typing import Any
 from ...stages.recipe.stages import file_name
 from ...stages.workers.journal import mark_seen, new_journal, read_journal
 from ...storage.errors import StillroomError, Stopped
-from ...storage.store.stopping import stop_signals
+from ...storage.store.stopping import stop_signals, stopped_by
 from .posts import Post
 from .process import GRACE_SECONDS, StageDied, StageProcess
 from .progress import Meter, together
@@ -23,7 +23,7 @@ LOOK_SECONDS = 0.2
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
-class _Worker:
+class Worker:
     """The process at a post."""
 
     post: Post
@@ -44,12 +44,13 @@ class Crew:
         self._message, self._posts = message, posts
         self._name: str = message["name"]
         self._run_dir, self._screen = run_dir, screen
-        self._living: list[_Worker] = []
-        self._done: list[_Worker] = []
+        self._living: list[Worker] = []
+        self._done: list[Worker] = []
         self._said: set[str] = set()
         self._answers: list[dict[str, Any]] = []
         self._failure: StillroomError | None = None
         self._signals = 0
+        self._signal = 0
         self._deadline = float("inf")
         self._ends = ExitStack()
         self.groups: list[int] = []
@@ -67,8 +68,7 @@ class Crew:
         before = {number: signal.signal(number, self._on_signal) for number in stop_signals()}
         try:
             with self._ends:
-                for post in self._posts:
-                    self._begin(post, ())
+                self._start()
                 self._until_all_ended()
         finally:
             for number, handler in before.items():
@@ -81,16 +81,18 @@ class Crew:
             raise self._failure
         return _one_answer(self._answers)
 
-    def _begin(self, post: Post, in_vain: Sequence[Path]) -> None:
+    def _start(self) -> None:
+        for post in self._posts:
+            self._begin(post, ())
+
+    def _begin(self, post: Post, in_vain: Sequence[Path], **more: Any) -> None:
         """A process at a post (why another one: `stages/workers/journal.py`)."""
         journal = new_journal(self._run_dir, file_name(self._name))
         own = {"log": str(post.log), "journal": str(journal), "began": time.monotonic()}
-        process = StageProcess(self._message | own, post.environment)
+        process = StageProcess(self._message | own | more, post.environment)
         self._ends.callback(process.close)
         self.groups.append(process.group)
-        worker = _Worker(
-            post=post, process=process, journal=journal, in_vain=in_vain, meter=Meter()
-        )
+        worker = Worker(post=post, process=process, journal=journal, in_vain=in_vain, meter=Meter())
         self._living.append(worker)
         if self._signals:  # it came while the process was being started
             process.interrupt()
@@ -99,13 +101,15 @@ class Crew:
         while self._living and self._signals < 2 and time.monotonic() < self._deadline:
             self._screen.tick()
             for worker in [*self._living]:
+                if worker not in self._living:  # it was ended with another one
+                    continue
                 for event in worker.process.listen(LOOK_SECONDS / len(self._living)):
                     self._hear(worker, event)
                 if worker.process.ended:
                     self._living.remove(worker)
                     self._end(worker)
 
-    def _hear(self, worker: _Worker, event: dict[str, Any]) -> None:
+    def _hear(self, worker: Worker, event: dict[str, Any]) -> None:
         if event["event"] == "at":
             worker.meter = Meter(**event["meter"])
             meters = [one.meter for one in (*self._living, *self._done)]
@@ -114,7 +118,7 @@ class Crew:
             self._said.add(event["text"])  # what all of them say is said once
             self._screen.hear(event)
 
-    def _end(self, worker: _Worker) -> None:
+    def _end(self, worker: Worker) -> None:
         """A process has answered or died."""
         worker.process.close()
         if self._signals:
@@ -129,7 +133,7 @@ class Crew:
         except StillroomError as error:
             self._fail(error)
 
-    def _replace(self, worker: _Worker, death: StageDied) -> None:
+    def _replace(self, worker: Worker, death: StageDied) -> None:
         """Another process for one that died, if it had rows in flight or worked before; else the others go on alone."""
         flight = read_journal(worker.journal)
         worked = bool(flight.rows) and flight.came_back > 0
@@ -147,13 +151,13 @@ class Crew:
         )
         self._begin(worker.post, in_vain)
 
-    def _give_up(self, worker: _Worker, death: StageDied, *, others: bool) -> None:
+    def _give_up(self, worker: Worker, death: StageDied, *, others: bool) -> None:
         if others and self._failure is None:
             self._say(worker, f"{death.what} {self._name}: goes on without this worker.")
         else:
             self._fail(death)
 
-    def _say(self, worker: _Worker, text: str) -> None:
+    def _say(self, worker: Worker, text: str) -> None:
         _note(worker.post.log, text)
         self._screen.say(text)
 
@@ -164,7 +168,7 @@ class Crew:
             self._ask_to_leave()
 
     def _stopped(self) -> Stopped:
-        stopped = Stopped()
+        stopped = stopped_by(self._signal)
         for post in self._posts:  # the terminal may be gone: the logs say it too
             _note(post.log, f"{self._name}: {stopped}")
         return stopped
@@ -174,6 +178,7 @@ class Crew:
             return  # where a terminal ends, shell and kernel may both say so
         self._signals += 1
         if self._signals == 1:
+            self._signal = number
             self._ask_to_leave()
 
     def _ask_to_leave(self) -> None:

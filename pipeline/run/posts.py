@@ -9,7 +9,7 @@ from ...stages.recipe.engines import gpus_of
 from ...stages.recipe.run_folder import LOGS
 from ...stages.recipe.sections import Recipe
 from ...stages.recipe.stages import file_name, needed, stage_named
-from ...stages.workers.devices import VISIBLE, shared_out, visible_gpus
+from ...stages.workers.devices import VISIBLE, one_each, shared_out, visible_gpus
 from ..plan.lines import Plan, StagePlan
 
 
@@ -30,15 +30,17 @@ def post(recipe: Recipe, name: str, environment: Mapping[str, str], *, number: i
 
 
 def environments(recipe: Recipe, line: StagePlan) -> list[dict[str, str]]:
-    """Of each worker that a stage gets on this machine; one alone sees what the runner sees.
+    """Of each process that a stage gets on this machine; one alone sees what the runner sees.
 
     Args:
         recipe: As the stage reads it: of several teachers with this one alone.
         line: What it has to do.
 
     Raises:
-        UsageError: `compute.workers` asks for more than the GPUs are enough for.
+        UsageError: `compute` asks for more than the GPUs are enough for.
     """
+    if stage_named(line.name).meets:
+        return one_each(recipe.compute.processes, visible_gpus())
     # The process that asks an endpoint sends as many calls at once as there are to send.
     if stage_named(line.name).loads is None or _asks_an_endpoint(recipe, line):
         return [{}]
@@ -64,7 +66,7 @@ def _gpus_each(recipe: Recipe, line: StagePlan) -> int | None:
 
 
 def worker_notes(recipe: Recipe, plan: Plan) -> Iterator[str]:
-    """A sentence for each stage that several workers are to do, or were asked to."""
+    """A sentence for each stage that several processes are to do, or were asked to."""
     for line in plan.stages:
         if line.state == "done":
             continue
@@ -75,4 +77,5 @@ def worker_notes(recipe: Recipe, plan: Plan) -> Iterator[str]:
         if len(workers) > 1:
             gpus = [one[VISIBLE] for one in workers if VISIBLE in one]
             on = f", on GPUs {' | '.join(gpus)}" if gpus else ""
-            yield f"{line.name}: {len(workers)} workers side by side on this machine{on}"
+            how = "processes together" if stage_named(line.name).meets else "workers side by side"
+            yield f"{line.name}: {len(workers)} {how} on this machine{on}"

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 
+from ...stages.workers.ranks import of_nobody
 from ...storage.errors import StillroomError
 from .worker import JOB_FD
 
@@ -30,6 +31,10 @@ class StageDied(StillroomError):
         self.what = what
 
 
+class LostOthers(StageDied):
+    """A rank has nobody to meet any more: another one died, or hangs. That one is why."""
+
+
 class StageProcess:
     """A process group of a stage, started with a message and ended with an answer."""
 
@@ -41,7 +46,8 @@ class StageProcess:
         self.ended = False
         """Whether nothing more will come of it."""
         self._line, theirs = socket.socketpair()
-        told = {"GOMP_SPINCOUNT": SPIN} | os.environ | dict(environment)
+        # Whatever launched the runner, this process is the rank that `environment` says, or none.
+        told = {"GOMP_SPINCOUNT": SPIN} | of_nobody(os.environ) | dict(environment)
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "stillroom.pipeline.run.worker"],
@@ -100,13 +106,15 @@ class StageProcess:
         """
         name, log, answer = self._message["name"], self._message["log"], self._answer
         if answer is None:
+            who = self._message.get("who", "its process")
             raise StageDied(
-                f"{name}: its process died (exit status {self._process.returncode}; -9 is often the "
+                f"{name}: {who} died (exit status {self._process.returncode}; -9 is often the "
                 "system running out of memory).",
                 f"Finished rows are kept; see {log}. Run the same command to go on.",
             )
         if answer.get("died"):
-            raise StageDied(answer["error"], f"Finished rows are kept; see {log}.")
+            kind = LostOthers if answer.get("lost") else StageDied
+            raise kind(answer["error"], f"Finished rows are kept; see {log}.")
         if "error" in answer:
             where = f"\nThe log has more: {log}" if answer.get("unexpected") else ""
             error = StillroomError(answer["error"] + where)

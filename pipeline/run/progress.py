@@ -141,9 +141,12 @@ class Counting:
 class ToldProgress(Counting):
     """In a stage's process: tells the runner a few times a second, and writes to the log, whatever a terminal shows."""
 
-    def __init__(self, stage: str, tell: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(
+        self, stage: str, tell: Callable[[dict[str, Any]], None], log: TextIO | None = None
+    ) -> None:
+        """`log`: where lines go; None: standard error, which is the log of a process of its own."""
         super().__init__(stage)
-        self._tell = tell
+        self._tell, self._file = tell, log
         self._told = self._logged = float("-inf")
 
     def say(self, text: str) -> None:
@@ -166,7 +169,9 @@ class ToldProgress(Counting):
             self._log(self.meter.line())
 
     def _log(self, text: str) -> None:
-        show_line(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self.stage}: {text}", sys.stderr)
+        show_line(
+            f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self.stage}: {text}", self._file or sys.stderr
+        )
 
 
 class StageProgress(Counting):

@@ -2,21 +2,20 @@
 
 import sys
 import time
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from ...stages.models.students.factory_file import refuse_code
-from ...stages.recipe.fields import Arm
-from ...stages.recipe.load import recorded
 from ...stages.recipe.run_folder import (
     EVALUATED,
     LATEST,
     LOGS,
-    SETTINGS,
     as_a_run_writes,
     read_record,
 )
@@ -26,27 +25,36 @@ from ...stages.train.scalars import refuse_without_wandb
 from ...stages.workers.clock import Clock
 from ...stages.workers.locks import worker_number
 from ...storage.bounds import mapping
-from ...storage.credentials import hidden
 from ...storage.errors import StillroomError, UsageError, name_too_long
 from ...storage.files.local import LocalFiles
-from ...storage.joined import at_commit
-from ...storage.keys import canonical_json
 from ...storage.snapshots.snapshot import save_snapshot
 from ...storage.store.store import Store
-from ..plan.lineage import kept_files, lineages
+from ..plan.lineage import kept_files
 from ..plan.lines import Plan, StagePlan
 from ..plan.plan import make_plan, plan_again, refuse_impossible
 from ..plan.resolve import write_down
-from ..plan.teachers import teachers_json
 from ..publish.model_card import write_student_cards
 from ..report.report import results_table, write_report
 from .crew import Crew
+from .jobs import asked_recipe, stage_message
 from .posts import environments, post, worker_notes
+from .ranked import RankedCrew
 from .screen import Screen
 from .status import facts
 from .timings import Pace
 
 ROOMS = tuple(dict.fromkeys(stage.room for stage in STAGES))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Here:
+    """Who does the stages of a plan."""
+
+    screen: Screen
+    work: Callable[[Recipe, Plan, str], dict[str, Any]]
+    """Does a stage, and hands back its answer."""
+    look: Callable[[Plan], Iterable[str]]
+    """Says what people should know of the plan beside its own notes, or refuses it."""
 
 
 def run(
@@ -81,10 +89,14 @@ def run(
     refuse_code(recipe, allowed=allow_code)
     if "train" in names and recipe.train is not None:
         refuse_without_wandb(recipe.train.wandb)
-    store = _prepare(recipe)
-    with worker_number(_logs(recipe)) as number, Screen(sys.stderr, quiet=quiet) as screen:
-        here = _Here(screen=screen, number=number, alone=worker)
-        outcome = _run(recipe, store, names, here)
+    store = prepare(recipe)
+    with worker_number(logs_of(recipe)) as number, Screen(sys.stderr, quiet=quiet) as screen:
+        here = Here(
+            screen=screen,
+            work=partial(_started, screen=screen, number=number, alone=worker),
+            look=partial(_workers, recipe, alone=worker),
+        )
+        outcome = run_stages(recipe, store, names, here)
     spent = clock.seconds()
     spent["other"] -= sum(
         sum(entry["clock"].values()) for entry in outcome["stages"].values() if "clock" in entry
@@ -92,24 +104,13 @@ def run(
     return outcome | {"clock": {name: round(seconds, 3) for name, seconds in spent.items()}}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Here:
-    """Who runs, beside others who may run on the same folder."""
-
-    screen: Screen
-    number: int
-    """In the run's folder."""
-    alone: bool
-    """Whether it starts one worker, whatever this machine has."""
-
-
-def _run(recipe: Recipe, store: Store, names: tuple[str, ...], here: _Here) -> dict[str, Any]:
+def run_stages(recipe: Recipe, store: Store, names: tuple[str, ...], here: Here) -> dict[str, Any]:
+    """Plan, do what is to do in these rooms, and report."""
     run_dir = Path(recipe.run.dir)
     done: dict[str, dict[str, Any]] = {}
     pace = Pace(run_dir)
     plan, screen = _first_plan(recipe, store), here.screen
-    if not here.alone:
-        plan.note(*worker_notes(recipe, plan))
+    plan.note(*here.look(plan))
     if plan.warning:
         screen.say(plan.warning)
     chosen = _lines(plan, names)
@@ -129,7 +130,7 @@ def _run(recipe: Recipe, store: Store, names: tuple[str, ...], here: _Here) -> d
             if snapshot is not None:
                 save_snapshot(store, snapshot)
         screen.begin(name)
-        answer = _run_stage(recipe, plan, name, here)
+        answer = here.work(recipe, plan, name)
         plan = plan_again(recipe, plan, name)
         line = plan.line(name)
         done[name] = _finish(line, answer, seconds=time.monotonic() - began)
@@ -183,7 +184,8 @@ def _chosen(until: str | None, only: str | None) -> tuple[str, ...]:
     return ROOMS[: ROOMS.index(until) + 1] if until else ROOMS
 
 
-def _logs(recipe: Recipe) -> Path:
+def logs_of(recipe: Recipe) -> Path:
+    """Where the logs of its run are."""
     return Path(recipe.run.dir) / LOGS
 
 
@@ -198,10 +200,11 @@ def _refuse_waiting(plan: Plan, line: StagePlan) -> None:
         )
 
 
-def _prepare(recipe: Recipe) -> Store:
+def prepare(recipe: Recipe) -> Store:
+    """Its store, and its run's folder, which are made where they are not there."""
     store = Store.open(recipe.storage.dir, create=True)
     try:
-        _logs(recipe).mkdir(parents=True, exist_ok=True)
+        logs_of(recipe).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         why = (
             f"run.dir: {recipe.run.dir} cannot be written ({error.strerror}). Name another folder."
@@ -210,70 +213,28 @@ def _prepare(recipe: Recipe) -> Store:
     return store
 
 
-def _run_stage(recipe: Recipe, plan: Plan, name: str, here: _Here) -> dict[str, Any]:
-    stage = stage_named(name)
-    if stage.arm is not None:
-        _begin_student(recipe, plan, stage.arm)
-    asked = plan.teacher_of(name).recipe if stage.loads == "teacher" else recipe
-    # Unset fields stay so: a split that nobody wrote is no wish.
-    opened = asked.model_dump(mode="json", exclude_unset=True)
-    # The stage reads the sources at the commits that were planned with and proved.
-    opened["storage"]["sources"] = at_commit(recipe.storage.sources, plan.sources)
-    message = {
-        "name": name,
-        "recipe": opened,
-        "hidden": hidden(),  # what the stage shows and records keeps `${NAME}` too
-        "train_dirs": {arm: str(folder) for arm, folder in plan.train_dirs.items()},
-        "job": _job(recipe, plan, name),
-    }
-    first, *more = [{}] if here.alone else environments(asked, plan.line(name))
+def _workers(recipe: Recipe, plan: Plan, *, alone: bool) -> Iterable[str]:
+    return () if alone else worker_notes(recipe, plan)
+
+
+def _started(
+    recipe: Recipe, plan: Plan, name: str, *, screen: Screen, number: int, alone: bool
+) -> dict[str, Any]:
+    """The answer of a stage's processes; `number` is the runner's, `alone` lets it start one, whatever is here."""
+    message, asked = stage_message(recipe, plan, name), asked_recipe(recipe, plan, name)
+    first, *more = [{}] if alone else environments(asked, plan.line(name))
     with ExitStack() as numbers:
-        posts = [post(recipe, name, first, number=here.number)]
+        posts = [post(recipe, name, first, number=number)]
         for environment in more:
-            number = numbers.enter_context(worker_number(_logs(recipe)))
-            posts.append(post(recipe, name, environment, number=number))
-        return Crew(message, posts, run_dir=Path(recipe.run.dir), screen=here.screen).finish()
-
-
-def _job(recipe: Recipe, plan: Plan, name: str) -> dict[str, Any]:
-    stage, binding = stage_named(name), plan.teacher_of(name).bound.binding
-    snapshots = {split: s.id for split, s in plan.snapshots.items()}
-    if recipe.train is not None and recipe.train.snapshot is not None:
-        snapshots["train"] = recipe.train.snapshot
-    # The teacher's context limits the prompts that are read, the author's the text that is written.
-    reads = binding.context_tokens if stage.name == "data" else binding.author_context_tokens
-    return {
-        "data_id": binding.data_id,
-        "teacher_id": binding.teacher_id,
-        "author_id": binding.author_id,
-        "earlier_author_id": plan.bound.earlier_author_id,
-        "day": binding.day,
-        "context_tokens": reads,
-        "arm": stage.arm or "student",
-        "snapshots": snapshots,
-        "partners": {split: s.id for split, s in plan.partners.items()},
-        "teachers": teachers_json(plan.teachers),
-        "features_id": plan.features.id if plan.features else "",
-        "evaluation_id": plan.evaluation_id,
-    }
-
-
-def _begin_student(recipe: Recipe, plan: Plan, arm: Arm) -> None:
-    folder = plan.train_dirs[arm]
-    files = LocalFiles(folder.parent)
-    record: dict[str, Any] = {
-        "settings": plan.settings[arm],
-        "arm": arm,
-        "recipe": recorded(recipe),
-        "teacher_id": plan.bound.binding.teacher_id,
-    }
-    if teachers := teachers_json(plan.teachers):
-        record["teachers"] = teachers
-    known = [one.bound.teacher for one in plan.teachers]
-    if codes := [teacher.code_id for teacher in known if teacher is not None and teacher.runs_code]:
-        record["code"] = ", ".join(codes)
-    record |= lineages(recipe, plan.teachers)
-    files.put_if_absent(f"{folder.name}/{SETTINGS}", canonical_json(record))
+            another = numbers.enter_context(worker_number(logs_of(recipe)))
+            posts.append(post(recipe, name, environment, number=another))
+        run_dir, stage = Path(recipe.run.dir), stage_named(name)
+        if not stage.meets or len(posts) == 1:
+            return Crew(message, posts, run_dir=run_dir, screen=screen).finish()
+        training = plan.train_dirs[stage.arm or "student"]
+        return RankedCrew(
+            message, posts, run_dir=run_dir, screen=screen, training=training
+        ).finish()
 
 
 def _finish(line: StagePlan, answer: dict[str, Any], *, seconds: float) -> dict[str, Any]:

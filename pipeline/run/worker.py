@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
@@ -26,7 +27,9 @@ from ...stages.recipe.sections import Recipe
 from ...stages.recipe.stages import Stage, stage_named
 from ...stages.workers.clock import Clock
 from ...stages.workers.job import Job, Progress, StageResult, StopFlag
-from ...stages.workers.locks import only_one
+from ...stages.workers.locks import one_group
+from ...stages.workers.ranks import Ranks
+from ...stages.workers.watch import Suspicion
 from ...storage.credentials import cleaned, hide, shown
 from ...storage.errors import EngineDied, StillroomError, Stopped
 from ...storage.files.base import DISK_FULL
@@ -47,42 +50,53 @@ def main() -> None:
     message = json.loads(asked)
     clock = Clock(began=message.get("began"))
     threading.Thread(target=line.die_with_runner, daemon=True).start()
-    stop = StopFlag()
+    ranks = Ranks.here()
+    stop = StopFlag(agreed=ranks.count > 1)
     stop.listen()
     hide(**message["hidden"])
-    _to_log(Path(message["log"]))
+    to_log(Path(message["log"]))
     progress = ToldProgress(message["name"], line.tell)
     try:
-        job = _job(message, progress, stop, clock=clock)
-        result = _run(job, message["name"])
-        answer = _answer(result, clock)
-    except EngineDied as error:
-        traceback.print_exc()
-        answer = {
-            "error": f"{message['name']}: the engine died: {error}.",
-            "exit_code": 1,
-            "died": True,
-        }
-    except StillroomError as error:
-        answer = {"error": str(error), "exit_code": error.exit_code}
-    except MemoryError:
-        answer = {
-            "error": f"{message['name']}: out of memory. Lower the stage's batch tokens.",
-            "exit_code": 1,
-        }
+        with clock.span("start"):
+            meet(ranks, progress, line.tell)
+        job = job_of(message, progress, stop, clock=clock, ranks=ranks)
+        answer = answer_of(do(job, message["name"]), clock)
+        ranks.close()
     except Exception as error:
-        traceback.print_exc()
-        answer = {
-            "error": shown(f"{message['name']}: {_cause(error)}"),
-            "exit_code": 1,
-            "unexpected": True,
-        }
+        answer = failed(error, message["name"], ranks)
     progress.finish()
     sys.stderr.flush()
     line.answer(answer)
     # Engines leave threads and children whose clean-up takes seconds; all that matters is committed
     # by now.
     os._exit(answer.get("exit_code", 0))
+
+
+def meet(ranks: Ranks, progress: Progress, tell: Callable[[dict[str, Any]], None]) -> None:
+    """Meet the other ranks, and say of one that hangs, when the others have waited for it, that it does."""
+
+    def suspect(found: Suspicion) -> None:
+        tell({"event": "hangs", "ranks": found.ranks, "text": found.text})
+        progress.say(found.text)
+
+    ranks.open(suspect=suspect)
+
+
+def failed(error: Exception, name: str, ranks: Ranks) -> dict[str, Any]:
+    """What is answered where a stage has failed."""
+    if lost := ranks.lost(error):
+        traceback.print_exc()
+        return {"error": f"{name}: {lost}.", "exit_code": 1, "died": True, "lost": True}
+    if isinstance(error, EngineDied):
+        traceback.print_exc()
+        return {"error": f"{name}: the engine died: {error}.", "exit_code": 1, "died": True}
+    if isinstance(error, StillroomError):
+        return {"error": str(error), "exit_code": error.exit_code}
+    if isinstance(error, MemoryError):
+        said = f"{name}: out of memory. Lower the stage's batch tokens."
+        return {"error": said, "exit_code": 1}
+    traceback.print_exc()
+    return {"error": shown(f"{name}: {_cause(error)}"), "exit_code": 1, "unexpected": True}
 
 
 def _cause(error: Exception) -> str:
@@ -153,7 +167,7 @@ class _LogText(io.TextIOWrapper):
         return super().write(printable(text.replace("\r", "\n")))
 
 
-def _to_log(path: Path) -> None:
+def to_log(path: Path) -> None:
     """Send everything that is printed to the log."""
     try:
         log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -171,20 +185,30 @@ def _to_log(path: Path) -> None:
     )
 
 
-def _job(message: dict[str, Any], progress: Progress, stop: StopFlag, *, clock: Clock) -> Job:
+def job_of(
+    message: dict[str, Any],
+    progress: Progress,
+    stop: StopFlag,
+    *,
+    clock: Clock,
+    ranks: Ranks | None = None,
+) -> Job:
+    """What a stage is handed, from what its process was told."""
     with clock.span("start"):
         return Job(
             recipe=Recipe.model_validate(message["recipe"]),
             progress=progress,
             stop=stop,
             clock=clock,
+            ranks=ranks or Ranks(),
             train_dirs={arm: Path(path) for arm, path in message["train_dirs"].items()},
             journal=Path(message["journal"]),
             **message["job"],
         )
 
 
-def _run(job: Job, name: str) -> StageResult:
+def do(job: Job, name: str) -> StageResult:
+    """The stage itself."""
     stage = stage_named(name)
     with job.clock.span("start"):
         entry = import_module(f"...stages.{stage.room}.stage", __package__)
@@ -196,10 +220,15 @@ def _run(job: Job, name: str) -> StageResult:
     def waiting(who: str) -> None:
         job.progress.say(f"{who} trains this student: waiting for it")
 
-    # One process trains a student. Any other waits: then it finds the student done, or goes on
-    # where the first one died.
+    # One process, or one group of ranks, trains a student. Any other waits: then it finds the
+    # student done, or goes on where the first one died.
     alone = (
-        only_one(job.train_dirs[job.arm] / ".training", waiting=waiting, look=job.stop.check)
+        one_group(
+            job.train_dirs[job.arm] / ".training",
+            job.ranks,
+            waiting=waiting,
+            look=job.agreed_stop,
+        )
         if stage.arm
         else nullcontext()
     )
@@ -229,7 +258,8 @@ def _check_planned(model: Identity, planned: str, field: str) -> None:
         )
 
 
-def _answer(result: StageResult, clock: Clock) -> dict[str, Any]:
+def answer_of(result: StageResult, clock: Clock) -> dict[str, Any]:
+    """What the runner is told of it."""
     return {
         "rows": result.rows,
         "tokens": result.tokens,

@@ -8,6 +8,8 @@
         settings.json       what decides it, written as it begins
         student/            the model
         adapter/            its LoRA alone, where the recipe keeps it
+        checkpoints/        how far it has come; deleted but for the last and the best
+        tokens_per_pass     what fits into memory, where less does than the recipe asks for
         train.json          written last: its existence means trained
         evaluation.json     written last: its existence means judged; of the arm `student` alone
 
@@ -32,6 +34,8 @@ REPORT_PAGE = "report.html"
 SETTINGS = "settings.json"
 STUDENT = "student"
 ADAPTER = "adapter"
+CHECKPOINTS = "checkpoints"
+TOKENS_PER_PASS = "tokens_per_pass"
 TRAINED = "train.json"
 EVALUATED = "evaluation.json"
 
@@ -42,6 +46,13 @@ RUN = "run:"
 def training_run(run_dir: Path, settings_hash: str) -> Path:
     """The folder of one training run."""
     return run_dir / f"train-{settings_hash[:8]}"
+
+
+def standing(folder: Path) -> tuple[list[str], str]:
+    """How far a training run has come, to be compared: its checkpoints, and what fits into memory."""
+    found = sorted(path.name for path in (folder / CHECKPOINTS).glob("*"))
+    smaller = folder / TOKENS_PER_PASS
+    return found, smaller.read_text() if smaller.is_file() else ""
 
 
 def named_run(model: str | None) -> Path | None:

@@ -34,6 +34,8 @@ class Stage:
     """The model that its process runs; each row of such a stage may be rejected."""
     arm: Arm | None = None
     """The run variant that it trains."""
+    meets: bool = False
+    """Whether several processes do it together, each a rank, and not side by side."""
     record: str = ""
     """The file that it leaves in a student's folder when it is done."""
 
@@ -42,24 +44,16 @@ STAGES = (
     Stage(name="data", room="data", table="prompts"),
     Stage(name="generate", room="generate", table="generations", loads="author"),
     Stage(name="score", room="score", table="soft_targets", loads="teacher"),
-    Stage(name="train", room="train", arm="student", record=TRAINED),
-    Stage(name="baseline", room="train", arm="baseline", record=TRAINED),
-    Stage(name="evaluate", room="evaluate", record=EVALUATED),
+    Stage(name="train", room="train", arm="student", meets=True, record=TRAINED),
+    Stage(name="baseline", room="train", arm="baseline", meets=True, record=TRAINED),
+    Stage(name="evaluate", room="evaluate", meets=True, record=EVALUATED),
 )
 
 
-def _some(workers: Any) -> Any:
-    if workers != "auto" and (type(workers) is not int or workers < 1):
-        raise ValueError(f"must be auto, or a whole number of at least 1 (got {workers!r})")
-    return workers
-
-
-def _one(processes: Any) -> Any:
-    if processes != "auto" and (type(processes) is not int or processes != 1):
-        raise ValueError(
-            f"one process trains a student so far (got {processes!r}). Leave it out, or write auto"
-        )
-    return processes
+def _some(count: Any) -> Any:
+    if count != "auto" and (type(count) is not int or count < 1):
+        raise ValueError(f"must be auto, or a whole number of at least 1 (got {count!r})")
+    return count
 
 
 class Compute(Section):
@@ -68,8 +62,9 @@ class Compute(Section):
     workers: Annotated[int | Literal["auto"], BeforeValidator(_some)] = "auto"
     """Processes that write, and then score, side by side. auto: one for each GPU that is visible, or
     for each group of them where the engine needs several; without a GPU one."""
-    processes: Annotated[int | Literal["auto"], BeforeValidator(_one)] = "auto"
-    """Processes that train a student: one so far."""
+    processes: Annotated[int | Literal["auto"], BeforeValidator(_some)] = "auto"
+    """Processes that train a student together, and then judge it. auto: one for each GPU that is
+    visible; without a GPU one."""
     sharding: Literal["auto", "ddp", "fsdp2"] = "auto"
     """How they hold it. ddp: each has all of it. fsdp2: each has a part of every weight. auto: ddp
     where the student fits on each device, else fsdp2."""

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..loader.prefetch import Prefetch
-    from .trainer import StepResult, Trainer
+    from .together.means import StepResult
+    from .trainer import Trainer
 
 HISTORY_POINTS = 200
 
@@ -238,19 +239,9 @@ class Run:
                     if self._due(time.monotonic() - saved):
                         self._save()
                         saved = time.monotonic()
-                    self._check_stop()
+                    job.agreed_stop()
                     began, waited = time.monotonic(), feed.waited_seconds
             self._validate(board, last=True)
-
-    def _check_stop(self) -> None:
-        """Raise `Stopped` on all ranks, once one of them was asked to stop."""
-        asked: Stopped | None = None
-        try:
-            self._job.stop.check()
-        except Stopped as error:
-            asked = error
-        if self._ranks.any(asked is not None):
-            raise asked or Stopped()
 
     def _due(self, seconds: float) -> bool:
         """Whether a checkpoint is to be written, so many seconds after the one before."""
@@ -328,7 +319,7 @@ class Run:
         )
         with self._job.clock.span("model"):
             losses = self._trainer.validate(
-                passes, between_passes=self._check_stop, clock=self._job.clock
+                passes, between_passes=self._job.agreed_stop, clock=self._job.clock
             )
         self._say_if_smaller(size)
         point = {"step": record.cursor.step, "tokens": tokens, **losses.parts()}
@@ -360,7 +351,7 @@ class Run:
             state = trainer.whole_state()
         if self._ranks.first:
             self._write(state)
-        self._ranks.any(False)  # it is there once all have come here
+        self._ranks.told_in_time()  # that it is there
 
     def _write(self, state: dict[str, Any] | None) -> None:
         """The first rank's part of `_finish`. `state`: what trained, of a sharded student."""

@@ -10,8 +10,7 @@ from ..recipe.load import recorded
 from ..workers.job import Job
 
 if TYPE_CHECKING:
-    from .together.means import Losses
-    from .trainer import StepResult
+    from .together.means import Losses, StepResult
 
 
 ID_FILE = "wandb-id"

@@ -6,8 +6,8 @@ state are float32; the passes compute in bfloat16 (autocast) where asked.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,31 +26,16 @@ from ..recipe.fields import Schedule, value_at
 from ..recipe.sections import Loss, Train
 from ..workers.clock import Clock
 from ..workers.ranks import Ranks
-from .optimizer import learning_rate, make_optimizer
+from .optimizer import learning_rate, load_optimizer_state, make_optimizer, optimizer_state
 from .shards import Stored
 from .together.dealt import Dealt
 from .together.gradients import clipped, make_alike, sum_gradients
-from .together.means import Losses, means_of, sums_of
+from .together.means import Losses, StepResult, means_of, sums_of
 from .together.root import Root, loss_of, reshard, synchronise, whole_state
 from .together.rounds import rounds
 from .together.smaller import OutOfMemory
-from .together.state import State
 
 SCHEDULED = ("soft_weight", "hard_weight", "temperature")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepResult:
-    """What an optimizer step did."""
-
-    losses: Losses
-    learning_rate: float
-    grad_norm: float
-    """Before clipping."""
-    scheduled: dict[str, float]
-    """The loss's settings that follow a schedule, as they were at this step."""
-    positions: int
-    """Computed by all ranks, padding included."""
 
 
 class Trainer:
@@ -84,9 +69,6 @@ class Trainer:
         self._trained = model if self._matching is None else nn.ModuleList([model, self._matching])
         make_alike(self._trained, self._ranks)
         self.optimizer = make_optimizer(self._trained, train)
-        self._state = State(
-            model=model, matching=self._matching, optimizer=self.optimizer, root=root
-        )
         self._device = next(model.parameters()).device
         self._packing, self._loss, self._train, self._dtype = packing, loss, train, dtype
 
@@ -202,8 +184,7 @@ class Trainer:
             sums = ranks.sum(judge(feed, aim, dealt, between_passes))
         # Steps of a validation are as large as passes: all ranks have to agree on that.
         tokens = min(ranks.all(self.tokens_per_pass))
-        if tokens < self.tokens_per_pass:
-            self._packing = replace(self._packing, tokens_per_pass=tokens)
+        self._packing = replace(self._packing, tokens_per_pass=tokens)
         return self._means(sums, dealt.scored, dealt.terms, aim=aim)
 
     def _judged(
@@ -243,19 +224,26 @@ class Trainer:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The parameters that train; of sharded ones this rank's shards."""
-        return self._state.weights()
+        reshard(self._root)  # what a pass without a gradient gathered may lie there yet
+        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
 
     def averages(self) -> dict[str, torch.Tensor]:
         """The buffers, such as the running means of batch norms: they change as weights do, without a gradient."""
-        return self._state.averages()
+        return _buffers(self.model)
 
     def load_weights(self, stored: Stored) -> None:
         """Give the student the weights and averages of a checkpoint; all ranks call it."""
-        self._state.load_weights(stored)
+        stored.read(self._of_student(stored))
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Tensors to go on from."""
-        return self._state.tensors()
+        """Tensors to go on from, by name; the names are the same however the student is sharded."""
+        maps = {} if self._matching is None else self._matching.state_dict()
+        return {
+            **_under("weights", self.weights()),
+            **_under("averages", self.averages()),
+            **_under("maps", maps),
+            **_under("optimizer", optimizer_state(self.optimizer, self._trained_by_name())),
+        }
 
     def whole_state(self) -> dict[str, Any] | None:
         """What trained of a sharded student, whole, on the first rank; all ranks ask. None: the model has it whole."""
@@ -265,7 +253,20 @@ class Trainer:
 
     def load_state(self, stored: Stored) -> None:
         """Go on from a checkpoint of `state`; all ranks call it."""
-        self._state.load(stored)
+        maps = {} if self._matching is None else self._matching.state_dict()
+        stored.read(self._of_student(stored) | _under("maps", maps))
+        load_optimizer_state(self.optimizer, self._trained_by_name(), stored)
+
+    def _of_student(self, stored: Stored) -> dict[str, torch.Tensor]:
+        """Weights and averages; checkpoints of before have no averages."""
+        averages = self.averages() if stored.names("averages/") else {}
+        return _under("weights", self.weights()) | _under("averages", averages)
+
+    def _trained_by_name(self) -> dict[str, nn.Parameter]:
+        """What the optimizer has, of the student and of the maps."""
+        maps = {} if self._matching is None else dict(self._matching.named_parameters())
+        named = _under("weights", dict(self.model.named_parameters())) | _under("maps", maps)
+        return {name: p for name, p in named.items() if p.requires_grad}
 
     def _gradients(self, step: Step, aim: Aim, passes: Callable[[], Iterable[Any]]) -> Losses:
         """Accumulate the step's gradients."""
@@ -349,8 +350,8 @@ class Trainer:
     ) -> torch.Tensor:
         """`sums_of` of some passes. Of a sharded student a rank without one takes part with a `spare` sample."""
         sums, root = self._zeros(), self._root
-        weightless = Aim(
-            soft_weight=0.0, hard_weight=0.0, objective=None, features=(0.0,) * len(aim.features)
+        nothing = replace(
+            aim, soft_weight=0.0, hard_weight=0.0, features=(0.0,) * len(aim.features)
         )
         in_step = rounds(passes, self._ranks) if root else ((batch, True) for batch in passes)
         for batch, last in in_step:
@@ -362,7 +363,7 @@ class Trainer:
                 sums += sums_of(found)
             else:
                 (batch,) = self._packing.batches([spare()], None)
-                found = self._pass(batch.to(self._device), weightless)
+                found = self._pass(batch.to(self._device), nothing)
             if torch.is_grad_enabled():
                 found.total.backward()
         return sums
@@ -384,3 +385,14 @@ class Trainer:
             return self._packing.losses(model, batch, aim=aim, dtype=self._dtype)
 
         return loss_of(self._root, self.model, work)
+
+
+def _under(group: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """By the names that they have in a checkpoint."""
+    return {f"{group}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that are saved with a model, by name."""
+    saved = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in saved}

@@ -70,6 +70,28 @@ def shared_out(
     return [{VISIBLE: ",".join(group)} for group in groups[:count]]
 
 
+def one_each(processes: int | Literal["auto"], gpus: Sequence[str]) -> list[dict[str, str]]:
+    """The environment of each process that trains a student together with others, or judges it.
+
+    Args:
+        processes: As `compute.processes` says.
+        gpus: That are visible.
+
+    Raises:
+        UsageError: there are fewer GPUs than processes.
+    """
+    count = max(1, len(gpus)) if processes == "auto" else processes
+    if not gpus:
+        return [_threads(count)] * count
+    if count > len(gpus):
+        named = "1 GPU is" if len(gpus) == 1 else f"{len(gpus)} GPUs are"
+        raise UsageError(
+            f"compute.processes: {count} processes were asked for, each with a GPU of its own, and "
+            f"{named} visible ({', '.join(gpus)}). Lower it, or leave it out: one for each."
+        )
+    return [{}] if count == 1 else [{VISIBLE: gpu} for gpu in gpus[:count]]
+
+
 def _threads(workers: int) -> dict[str, str]:
     """Workers that share the cores of a machine have a part of them each, unless somebody has decided."""
     if workers == 1 or THREADS in os.environ:

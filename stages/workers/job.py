@@ -1,13 +1,11 @@
 """What a stage is handed and what it hands back: the recipe, a progress line, a stop flag; then a result."""
 
 import signal
-import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from ...storage.errors import Stopped
-from ...storage.store.stopping import stop_signals, stop_statements
+from ...storage.store.stopping import stop_signals, stop_statements, stopped_by
 from ..recipe.engines import Generate
 from ..recipe.fields import Arm, Split
 from ..recipe.kinds import Score
@@ -39,22 +37,25 @@ class Progress(Protocol):
 class StopFlag:
     """Set by the first signal that asks to stop; stages look at it between units of work."""
 
-    def __init__(self) -> None:
-        self._event = threading.Event()
+    def __init__(self, *, agreed: bool = False) -> None:
+        """`agreed`: other processes must stop at the same place, so `Job.agreed_stop` alone looks at it."""
+        self._agreed = agreed
+        self.number = 0
+        """The signal that came; 0: none."""
 
     def listen(self) -> None:
         """Turn the signals that ask to stop into this flag (main thread only)."""
         for number in stop_signals():
             signal.signal(number, self._hear)
 
-    def _hear(self, *_: object) -> None:
-        self._event.set()
+    def _hear(self, number: int, _: object) -> None:
+        self.number = self.number or number
         stop_statements()
 
     def check(self) -> None:
-        """Raise `Stopped` if a signal came."""
-        if self._event.is_set():
-            raise Stopped()
+        """Raise `Stopped` if a signal came, and this process may stop by itself."""
+        if self.number and not self._agreed:
+            raise stopped_by(self.number)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,6 +101,17 @@ class Job:
     journal: Path | None = None
     """Where generate and score note the rows in flight (`journal.py`); a name of their own if
     None."""
+
+    def agreed_stop(self) -> None:
+        """Raise `Stopped` on every rank if a signal came to one of them.
+
+        All ranks call it at the same places, as after each step: one that left alone would leave the
+        others in a collective. A process that is alone looks at its own flag.
+        """
+        if self.ranks.count == 1:
+            self.stop.check()
+        elif number := self.ranks.most(self.stop.number):
+            raise stopped_by(number)
 
     @property
     def generate(self) -> Generate:

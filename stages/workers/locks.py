@@ -14,6 +14,7 @@ from itertools import count
 from pathlib import Path
 
 from ...storage.files.base import explained
+from .ranks import Ranks
 
 _LOOK_SECONDS = 0.2
 
@@ -78,6 +79,29 @@ def only_one(
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def one_group(
+    path: Path, ranks: Ranks, *, waiting: Callable[[str], None], look: Callable[[], None]
+) -> Iterator[None]:
+    """`only_one` for all ranks of a group: the first takes the lock for them.
+
+    `look` is called by all ranks at the same times while they wait, which they do for as long as it takes.
+    """
+    if ranks.first:
+
+        def together() -> None:
+            ranks.told(False)
+            look()
+
+        with only_one(path, waiting=waiting, look=together):
+            ranks.told(True)
+            yield
+    else:
+        while not ranks.told(None):
+            look()
+        yield
 
 
 def _open(path: Path) -> int:

@@ -4,23 +4,60 @@ Who is who stands in the environment, by the names that torchrun sets and that `
 process alone is a rank as well: then nothing is sent, and torch.distributed is not opened.
 """
 
+import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Self
+
+from ...storage.errors import in_short
+from .watch import Suspicion, Watch
 
 if TYPE_CHECKING:
     import torch
 
 RANK, COUNT, LOCAL = "RANK", "WORLD_SIZE", "LOCAL_RANK"
+ADDRESS, PORT = "MASTER_ADDR", "MASTER_PORT"
 ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
 """How often torchrun has started its ranks again."""
+KEPT_BY_LAUNCHER = "TORCHELASTIC_USE_AGENT_STORE"
+"""Set where torchrun keeps the store in which ranks meet; else the first rank does."""
 WAIT_SECONDS = 600.0
 """What one rank waits for another before it says that the other hangs."""
+WAIT = "STILLROOM_RANK_SECONDS"
+"""Another number of seconds for that."""
+_LOOK_SECONDS = 0.2
+_SPEAK_SECONDS = 5.0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+def on_this_machine(rank: int, *, count: int, port: int) -> dict[str, str]:
+    """What tells one of several ranks of this machine alone who it is, and where they meet."""
+    told = {RANK: str(rank), COUNT: str(count), LOCAL: str(rank)}
+    told |= {ADDRESS: "127.0.0.1", PORT: str(port)}
+    # gloo asks nobody who connects; these ranks need to be reached by one another alone.
+    return told | {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}
+
+
+def of_nobody(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment without what a launcher says: for a process that is a rank of nothing."""
+    names = (RANK, COUNT, LOCAL, ADDRESS, PORT, ATTEMPT, KEPT_BY_LAUNCHER)
+    return {name: value for name, value in environment.items() if name not in names}
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at now."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+@dataclass(kw_only=True, slots=True)
 class Ranks:
     """All ranks of a stage, as one of them sees them."""
 
@@ -43,8 +80,17 @@ class Ranks:
         """Whether it is the one that writes files and shows how far the work is."""
         return self.rank == 0
 
-    def open(self, *, seconds: float = WAIT_SECONDS) -> None:
-        """Meet the others; each collective afterwards waits so long at most."""
+    _store: Any = field(default=None, repr=False, compare=False)
+    _watch: Watch | None = field(default=None, repr=False, compare=False)
+    _papers: int = field(default=0, repr=False, compare=False)
+
+    def open(
+        self, *, seconds: float | None = None, suspect: Callable[[Suspicion], None] | None = None
+    ) -> None:
+        """Meet the others; each collective afterwards waits so long at most.
+
+        `suspect` is told who keeps the others waiting, shortly before they wait no more.
+        """
         if self.count == 1:
             return
         import torch
@@ -52,38 +98,68 @@ class Ranks:
         from torch.distributed.distributed_c10d import PrefixStore
         from torch.distributed.rendezvous import rendezvous
 
+        seconds = seconds or float(os.environ.get(WAIT, WAIT_SECONDS))
         # Addresses of ranks that died stay in torchrun's store: each attempt has names of its own.
         store, _, _ = next(rendezvous("env://", timeout=timedelta(days=7)))
-        own = PrefixStore(f"attempt-{os.environ.get(ATTEMPT, 0)}", store)
+        self._store = PrefixStore(f"attempt-{os.environ.get(ATTEMPT, 0)}", store)
         gpus = torch.cuda.device_count()
         if gpus:
             torch.cuda.set_device(self.local % gpus)
+        self._watch = Watch(self._store.clone(), rank=self.rank, count=self.count, seconds=seconds)
+        self._watch.begin(suspect, keeper=None if os.environ.get(KEPT_BY_LAUNCHER) else 0)
         distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if gpus else "gloo",
-            store=own,
+            store=self._store,
             rank=self.rank,
             world_size=self.count,
             timeout=timedelta(seconds=seconds),
         )
 
     def close(self) -> None:
-        """Part from the others."""
+        """Part from the others, where all has gone well."""
         if self.count > 1:
             from torch import distributed
 
+            if self._watch is not None:
+                self._watch.end()
             distributed.destroy_process_group()
+
+    def lost(self, error: Exception) -> str | None:
+        """What to say of an error that only means that another rank is gone or hangs; None: it means something else."""
+        if self.count == 1:
+            return None
+        from torch.distributed import DistError
+
+        if not isinstance(error, DistError) and "gloo/" not in str(error):
+            return None
+        if self._watch is not None and self._watch.suspicion is not None:
+            return self._watch.suspicion.text
+        return f"rank {self.rank} of {self.count} lost the others ({in_short(error)})"
 
     def sum(self, tensor: "torch.Tensor") -> "torch.Tensor":
         """The sum over all ranks, in place."""
         if self.count > 1:
             from torch import distributed
 
+            self._come()
             distributed.all_reduce(tensor)
         return tensor
 
+    def most(self, number: int) -> int:
+        """The largest that a rank has."""
+        if self.count == 1:
+            return number
+        import torch
+        from torch import distributed
+
+        self._come()
+        largest = torch.tensor([number])  # on the CPU: it waits for no kernel
+        distributed.all_reduce(largest, distributed.ReduceOp.MAX)
+        return int(largest)
+
     def any(self, flag: bool) -> bool:
         """Whether it holds on any rank."""
-        return any(self.all(flag))
+        return self.most(int(flag)) > 0
 
     def all(self, what: Any) -> list[Any]:
         """What each rank has, by its number."""
@@ -91,6 +167,7 @@ class Ranks:
             return [what]
         from torch import distributed
 
+        self._come()
         found: list[Any] = [None] * self.count
         distributed.all_gather_object(found, what)
         return found
@@ -101,9 +178,53 @@ class Ranks:
             return what
         from torch import distributed
 
+        self._come()
         told = [what]
         distributed.broadcast_object_list(told, src=0)
         return told[0]
+
+    def told_in_time(self, what: Any = None) -> Any:
+        """What the first rank has, as JSON, however long it takes to make it: nobody waits in a collective."""
+        if self._store is None:
+            return what
+        self._papers += 1
+        name = f"paper-{self._papers}"
+        if self.first:
+            self._store.set(name, json.dumps(what))
+            return what
+        while not self._store.check([name]):
+            self._come(further=False)
+            time.sleep(_LOOK_SECONDS)
+        told = json.loads(self._store.get(name))
+        self._store.add(f"{name}-read", 1)
+        return told
+
+    def heard(self) -> None:
+        """Wait a little until all have read what was told last: the store may end with this process."""
+        deadline = time.monotonic() + _SPEAK_SECONDS
+        while self._store is not None and time.monotonic() < deadline:
+            if self._store.add(f"paper-{self._papers}-read", 0) == self.count - 1:
+                return
+            time.sleep(_LOOK_SECONDS)
+
+    def speaks(self) -> bool:
+        """Whether this is the first of the ranks that has something to say of why all end."""
+        if (store := self._store) is None:
+            return True
+        found: list[bytes] = []
+
+        def ask() -> None:
+            with suppress(RuntimeError):  # the store is gone with the process that kept it
+                found.append(store.compare_set("speaks", "", str(self.rank)))
+
+        asking = threading.Thread(target=ask, daemon=True)  # it has no end where the store hangs
+        asking.start()
+        asking.join(_SPEAK_SECONDS)
+        return not found or found[0] == str(self.rank).encode()
+
+    def _come(self, *, further: bool = True) -> None:
+        if self._watch is not None:
+            self._watch.come(further=further)
 
     def part(self, things: int) -> range:
         """This rank's numbers of so many things, dealt out one after the other."""

@@ -5,17 +5,20 @@ is lost. Here that thread only waits: a handler runs at once, and DuckDB is inte
 raises, or, where it raises nothing, by `stop_statements`.
 """
 
+import os
 import signal
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from ..errors import Stopped
+from ..errors import Noticed, Stopped
 
 T = TypeVar("T")
 _PATIENCE_SECONDS = 0.5  # for an interrupted statement; a function of one huge value never looks up
 _LOOK_SECONDS = 0.02
 _HEAR_SECONDS = 0.1
+REQUEUE = "STILLROOM_REQUEUE"
+"""Set to anything where SIGTERM is a scheduler's notice; Slurm's jobs are known by SLURM_JOB_ID."""
 _working: set["_Statement"] = set()
 
 
@@ -23,6 +26,12 @@ def stop_signals() -> list[signal.Signals]:
     """What asks a command to stop; the terminal's end does not where `nohup` had it ignored."""
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return [signal.SIGINT, signal.SIGTERM, *([] if ignored else [signal.SIGHUP])]
+
+
+def stopped_by(number: int) -> Stopped:
+    """What a command ends with that this signal stopped."""
+    scheduled = os.environ.get("SLURM_JOB_ID") or os.environ.get(REQUEUE)
+    return Noticed() if number == signal.SIGTERM and scheduled else Stopped()
 
 
 class _Statement(threading.Thread):

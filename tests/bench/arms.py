@@ -103,8 +103,8 @@ class _Here:
         """Do it and answer as a stage's process does."""
         progress = StageProgress(self._message["name"], sys.stderr, quiet=True)
         clock = Clock()
-        job = worker._job(self._message, progress, StopFlag(), clock=clock)
-        self._answer = worker._answer(worker._run(job, self._message["name"]), clock)
+        job = worker.job_of(self._message, progress, StopFlag(), clock=clock)
+        self._answer = worker.answer_of(worker.do(job, self._message["name"]), clock)
         self.ended = True
         return []
 

@@ -24,12 +24,12 @@ PATIENCE = 200.0
 WAITING = """
     import time
     from stillroom.pipeline.run import worker
-    plain = worker._run
+    plain = worker.do
     def when_full(*job):
         while not os.path.exists({full!r}):
             time.sleep(0.005)
         return plain(*job)
-    worker._run = when_full
+    worker.do = when_full
 """
 
 

@@ -90,8 +90,8 @@ class InThisProcess:
         """All of its work."""
         clock = Clock(began=self._message["began"])
         try:
-            job = worker._job(self._message, SilentProgress(), StopFlag(), clock=clock)
-            self._said = worker._answer(worker._run(job, self._message["name"]), clock)
+            job = worker.job_of(self._message, SilentProgress(), StopFlag(), clock=clock)
+            self._said = worker.answer_of(worker.do(job, self._message["name"]), clock)
         except EngineDied as error:
             what = f"{self._message['name']}: the engine died: {error}."
             self._said = StageDied(what, "Finished rows are kept.")

@@ -1,6 +1,7 @@
 """A small store to train from: random texts, scored by a tiny teacher with a plain forward pass."""
 
 import json
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ class StopAfter(StopFlag):
     def check(self) -> None:
         self.looks -= 1
         if self.looks <= 0:
-            self._event.set()
+            self.number = signal.SIGTERM
         super().check()
 
 

@@ -29,6 +29,20 @@ class Losses:
         return found | ({"features": self.features} if self.features else {})
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What an optimizer step did."""
+
+    losses: Losses
+    learning_rate: float
+    grad_norm: float
+    """Before clipping."""
+    scheduled: dict[str, float]
+    """The loss's settings that follow a schedule, as they were at this step."""
+    positions: int
+    """Computed by all ranks, padding included."""
+
+
 def means_of(sums: torch.Tensor, scored: int, aim: Aim) -> Losses:
     """Of the first three of `sums_of`, over so many scored tokens; weighted as `aim` says."""
     soft, hard, labelled = sums.tolist()

@@ -4,15 +4,11 @@ The others wait for that rank inside a collective. So it writes the size and
 dies, whoever started the ranks starts all of them again, and they go on from the last checkpoint.
 """
 
-import json
-
-from ....storage.bounds import NOT_AS_WRITTEN, integer, mapping, parsed
+from ....storage.bounds import integer
 from ....storage.errors import StillroomError
 from ....storage.files.local import LocalFiles
+from ...recipe.run_folder import TOKENS_PER_PASS
 from ...workers.ranks import Ranks
-
-_FILE = "tokens_per_pass.json"
-_FIELD = "tokens_per_pass"
 
 
 class OutOfMemory(StillroomError):
@@ -30,14 +26,14 @@ class OutOfMemory(StillroomError):
 
 def leave(files: LocalFiles, error: OutOfMemory) -> None:
     """Leave the size for the next start."""
-    files.replace(_FILE, json.dumps({_FIELD: error.tokens}).encode())
+    files.replace(TOKENS_PER_PASS, str(error.tokens).encode())
 
 
 def smaller(files: LocalFiles, tokens: int) -> int:
     """The size of passes at most: `tokens`, or what an earlier start left."""
-    if not files.exists(_FILE):
+    if not files.exists(TOKENS_PER_PASS):
         return tokens
     try:
-        return min(tokens, integer(mapping(parsed(files.read(_FILE)))[_FIELD], least=1))
-    except NOT_AS_WRITTEN:  # a hint, and no more
+        return min(tokens, integer(int(files.read(TOKENS_PER_PASS)), least=1))
+    except ValueError:  # a hint, and no more
         return tokens

@@ -26,7 +26,7 @@ from running import (
 )
 
 from stillroom.pipeline.plan.resolve import teacher_identity
-from stillroom.pipeline.run.crew import Crew, _Worker
+from stillroom.pipeline.run.crew import Crew, Worker
 from stillroom.pipeline.run.posts import Post
 from stillroom.pipeline.run.process import end_group, group_members
 from stillroom.pipeline.run.progress import Meter
@@ -216,7 +216,7 @@ def test_after_a_signal_what_a_worker_had_done_when_it_left_is_still_shown(tmp_p
     crew, screen = crew_of(tmp_path, workers=2), Mock()
     crew._screen, crew._signals = screen, 1
     crew._living = [
-        _Worker(post=post, process=Mock(), journal=post.log, in_vain=(), meter=Meter())
+        Worker(post=post, process=Mock(), journal=post.log, in_vain=(), meter=Meter())
         for post in crew._posts
     ]
     first, last = crew._living

@@ -4,6 +4,7 @@ import gc
 import json
 import math
 import shutil
+import signal
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -467,7 +468,7 @@ def test_one_model_is_in_memory_at_a_time(world: World, monkeypatch: pytest.Monk
 
 def test_a_stop_leaves_no_evaluation_behind(world: World) -> None:
     job = world.job(world.score("topk", 8))
-    job.stop._event.set()
+    job.stop.number = signal.SIGTERM
     with pytest.raises(Stopped):
         evaluate.run(job)
     assert not (world.root / "train-student" / "evaluation.json").exists()

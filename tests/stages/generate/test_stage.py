@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import sys
 import time
 from collections import Counter
@@ -471,7 +472,7 @@ class SlowStop(StopFlag):
         time.sleep(0.02)
         self.committed.append(Store.open(self._store).index("generations", ["key"]).num_rows)
         if len(self.committed) >= self._last:
-            self._event.set()
+            self.number = signal.SIGTERM
         super().check()
 
 

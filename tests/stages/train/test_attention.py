@@ -22,7 +22,8 @@ from stillroom.stages.losses.objective import Aim
 from stillroom.stages.models.classification import Inputs
 from stillroom.stages.recipe.features import learnt
 from stillroom.stages.train import stage as train
-from stillroom.stages.train.trainer import StepResult, Trainer
+from stillroom.stages.train.together.means import StepResult
+from stillroom.stages.train.trainer import Trainer
 from stillroom.storage.files.local import LocalFiles
 from stillroom.storage.snapshots.snapshot import save_snapshot
 

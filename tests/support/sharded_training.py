@@ -20,7 +20,7 @@ from stillroom.stages.train.trainer import Trainer
 from stillroom.stages.workers.ranks import Ranks
 from stillroom.storage.files.local import LocalFiles
 
-PRIMITIVES = ("_write", "_sync_file", "_link", "_unlink", "_sync_folder")
+PRIMITIVES = ("_write", "_link", "_unlink")
 V, D = 23, 6  # V is odd, and some of what is D or less long has nothing for the last of four ranks
 
 

@@ -1,7 +1,6 @@
 """The held-out rows that every arm is judged on."""
 
 from collections.abc import Iterator
-from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from ...storage.snapshots.snapshot import Snapshot
@@ -9,6 +8,7 @@ from ...storage.store.store import Store
 from ...storage.tables.soft_targets import SoftTargets
 from ...storage.tables.spans import SPAN_COLUMNS, spans_of
 from ..workers.clock import Clock
+from ..workers.ranks import Ranks
 
 if TYPE_CHECKING:
     from .teachers import HeldOutTeachers, Said
@@ -55,12 +55,15 @@ class HeldOut:
         """Rows with prompt_key, generation_key, token_ids, spans and span_tokens."""
         return map(_with_span, self._read(*_SPAN[self.snapshot.table]))
 
-    def targets(self) -> Iterator[dict[str, Any]]:
-        """`spans` with what is stored of the teacher's distribution, where it is."""
+    def targets(self, ranks: Ranks | None = None) -> Iterator[dict[str, Any]]:
+        """`spans` with what is stored of the teacher's distribution, where it is.
+
+        `ranks`: only those rows that are this one's; None: all.
+        """
         columns = [*_SPAN[self.snapshot.table], *(_TARGETS if self.scored else ())]
         columns += ["label", "labels"] if self.scored else []
         columns += ["image"] if self.images else []
-        return map(_with_span, self._read(*columns))
+        return map(_with_span, self._read(*columns, ranks=ranks))
 
     def said(self, row: dict[str, Any], own: SoftTargets | None) -> "Said | None":
         """What several teachers say of a row with its own targets; None: it has one teacher, or none."""
@@ -72,12 +75,19 @@ class HeldOut:
             {(row["kind"], row["k"]) for row in self._read("kind", "k")} if self.scored else set()
         )
 
-    def _read(self, *columns: str) -> Iterator[dict[str, Any]]:
-        """Each with its number in the snapshot."""
-        number = count()
+    def _read(self, *columns: str, ranks: Ranks | None = None) -> Iterator[dict[str, Any]]:
+        """Each with its number in the snapshot; those of one of several ranks alone where it is asked for."""
+        rank, count, first = (ranks.rank, ranks.count, 0) if ranks else (0, 1, 0)
         for shard in self.snapshot.shards:
-            rows = self._store.rows(self.snapshot.table, {shard.sha256: shard.rows}, columns)
-            yield from (row | {"number": next(number)} for row in self._clock.each("disk", rows))
+            numbers = range(first, first + len(shard.rows))
+            own = slice((rank - first) % count, None, count)
+            first += len(shard.rows)
+            if numbers[own]:
+                rows = self._store.rows(
+                    self.snapshot.table, {shard.sha256: shard.rows[own]}, columns
+                )
+                for number, row in zip(numbers[own], self._clock.each("disk", rows), strict=True):
+                    yield row | {"number": number}
 
 
 def _with_span(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,14 @@
-"""Measuring the arms: one model at a time over all held-out rows, whatever the task."""
+"""Measuring the arms: one model at a time over all held-out rows, whatever the task.
 
-from collections.abc import Callable
+Several ranks have the rows dealt out, each with a whole model. What comes of a row is noted, and the
+first rank counts it when that row's turn has come. So the numbers do not depend on how many there are.
+"""
+
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -16,14 +21,17 @@ from .quiz.answers import Quiz
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from .metrics import Tally
-    from .views import ArmViews, Views
+    from .metrics import Noted, Tally
+    from .views import ArmViews, OfTeacher, Seen, Views
 
 Arms = dict[str, Callable[[], "nn.Module"]]
 Row = dict[str, Any]
 MeasureRow = Callable[[Row, "Tally", "ArmViews"], None]
 """Counts a row into a student's tally and views."""
 Gradient = dict[str, float | int | None] | None
+Found = TypeVar("Found")
+ROWS_AT_ONCE = 16
+"""Of each rank, noted before they are counted."""
 
 
 class Measuring(Protocol):
@@ -87,17 +95,43 @@ def measure_arms(
             with job.clock.span("model"):
                 found.answers[arm] = quiz.answers(model, job)
         if arm != "baseline":
+            # By one rank: sums of gradients depend on their order, and few rows are taken.
             with job.clock.span("model"):
-                found.gradients[arm] = task.gradient(model, arm)
+                found.gradients[arm] = job.ranks.by_first(partial(task.gradient, model, arm))
         del model, measure_row  # before the next one is loaded
+
+
+def _in_order(
+    job: Job, held_out: HeldOut, work: Callable[[Row], Found]
+) -> Iterator[tuple[int, Found]]:
+    """Tokens of each row and what `work` makes of it, in the order of all rows; on the first rank alone."""
+    ranks = job.ranks
+    rows = held_out.targets(ranks)
+
+    def some() -> list[tuple[int, int, Found]]:
+        found = []
+        for row in islice(rows, ROWS_AT_ONCE if ranks.count > 1 else 1):
+            job.stop.check()
+            found.append((row["number"], row["span_tokens"], work(row)))
+        return found
+
+    while any(parts := ranks.each(some)):
+        for _, tokens, made in sorted((one for part in parts for one in part), key=_number):
+            if ranks.first:
+                yield tokens, made
+
+
+def _number(one: tuple[int, int, Any]) -> int:
+    return one[0]
 
 
 def _teacher_tally(job: Job, held_out: HeldOut, task: Measuring, views: "Views") -> "Tally":
     import torch
 
-    tally = task.tally()
-    for row in held_out.targets():
-        job.stop.check()
+    from .metrics import Notes
+
+    def noted(row: Row) -> "tuple[Noted, OfTeacher]":
+        notes = Notes()
         with job.clock.span("disk"):
             targets = SoftTargets.from_row(row).normalised()
         # No pass of the teacher, but the same sums over its vocabulary.
@@ -110,10 +144,16 @@ def _teacher_tally(job: Job, held_out: HeldOut, task: Measuring, views: "Views")
             if said is None:
                 measures = measured(targets)
             else:
-                measures = said.count(unit, tally, measured, outcomes=there)
-        views.add_teacher(row, targets)
-        tally.add(unit, measures)
-        job.progress.advance(tokens=row["span_tokens"], note="teacher")
+                measures = said.count(unit, notes, measured, outcomes=there)
+        notes.add(unit, measures)
+        return notes.noted, views.of_teacher(row, targets)
+
+    tally = task.tally()
+    for tokens, (measures, seen) in _in_order(job, held_out, noted):
+        views.add_teacher(seen)
+        tally.count(measures)
+        job.progress.advance(tokens=tokens, note="teacher")
+    views.tell(job.ranks)
     return tally
 
 
@@ -137,8 +177,16 @@ def _student_tally(
     arm: str,
 ) -> "Tally":
     """The tally, with all rows of an arm counted."""
-    for row in held_out.targets():
-        job.stop.check()
-        measure_row(row, tally, view)
-        job.progress.advance(tokens=row["span_tokens"], note=arm)
+    from .metrics import Notes
+
+    def noted(row: Row) -> "tuple[Noted, list[Seen]]":
+        measures, seen = Notes(), view.notes()
+        measure_row(row, measures, seen)
+        return measures.noted, seen.noted
+
+    for tokens, (measures, seen) in _in_order(job, held_out, noted):
+        tally.count(measures)
+        for one in seen:
+            view.count(one)
+        job.progress.advance(tokens=tokens, note=arm)
     return tally

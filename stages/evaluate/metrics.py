@@ -239,6 +239,12 @@ class Tally:
         if "there" in measures and self.entities is not None:
             self.entities.add(unit, measures["there"].tolist(), measures["best"].tolist())
 
+    def count(self, noted: "Noted") -> None:
+        """Add what was noted elsewhere, in its order."""
+        for teacher, unit, measures in noted:
+            tally = self if teacher is None else self.of_teacher(teacher)
+            tally.add(unit, {name: torch.from_numpy(values) for name, values in measures.items()})
+
     def _calibrate(self, unit: bytes, measures: dict[str, Tensor]) -> None:
         confidence = measures["confidence"].double().cpu().numpy()
         # Bin m of M covers ((m - 1) / M, m / M].
@@ -329,6 +335,28 @@ class Tally:
         """A measure's mean over tokens and its standard error, units being independent: the ratio estimator's."""
         counts = [counts[name] for counts in self._counts.values() if name in counts]
         return ratio_mean(sums, np.array(counts, np.float64))
+
+
+Noted = list[tuple[str | None, bytes, dict[str, np.ndarray]]]
+"""A teacher's name, or None for all of them; a unit; its measures."""
+
+
+class Notes(Tally):
+    """What would be added to a tally: to be counted later, where the rows of all ranks come together in their order."""
+
+    def __init__(self, noted: Noted | None = None, teacher: str | None = None) -> None:
+        super().__init__()
+        self.noted: Noted = [] if noted is None else noted
+        self._teacher = teacher
+
+    def of_teacher(self, name: str) -> Tally:
+        """Where measures against one of several teachers are noted."""
+        return Notes(self.noted, name)
+
+    def add(self, unit: bytes, measures: dict[str, Tensor]) -> None:
+        """Note them."""
+        there = {name: values.cpu().numpy() for name, values in measures.items()}
+        self.noted.append((self._teacher, unit, there))
 
 
 def ratio_mean(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float | None]:

@@ -3,6 +3,9 @@
 The teacher is never loaded: its numbers come from the stored targets. Rows go through a model one
 by one and its logits a chunk of tokens at a time, so memory grows with one row and not with the
 held-out set. `evaluation.json` is written last: that it exists means that the evaluation is done.
+
+Several ranks have rows and prompts dealt out, each with a whole model: none is sharded here. Gradients,
+the check of all rows before and the files are the first rank's.
 """
 
 import json
@@ -82,23 +85,30 @@ def run(job: Job) -> StageResult:
         )
     # As the training was: it is paid for, and was said to go on.
     train = job.recipe.train
-    check_rows(store, [snapshot], job, lenient=train is not None and train.audit == "warn")
+    lenient = train is not None and train.audit == "warn"
+
+    def check() -> None:
+        check_rows(store, [snapshot], job, lenient=lenient)
+
+    job.ranks.by_first(check)
     with job.clock.span("start"):
         quiz = prepare_quiz(job, store, held_out.spans())
         found = Measured(views=_views(job, held_out, store))
         students = _students(job, store)
     measure_arms(job, held_out, students, quiz=quiz, found=found)
-    content = _content(job, held_out, found, quiz=quiz)
-    content["seconds"] = round(time.monotonic() - started, 3)
-    encoded = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-    files = LocalFiles(job.train_dirs["student"])
-    with job.clock.span("disk"):
-        # In place of one that was asked for differently.
-        files.replace(EVALUATED, encoded.encode())
-    measured = content["measured_on"]
-    return StageResult(
-        rows=measured["rows"], tokens=measured["tokens"], details={"results": content["results"]}
-    )
+    details: dict[str, Any] = {}
+    if job.ranks.first:
+        content = _content(job, held_out, found, quiz=quiz)
+        content["seconds"] = round(time.monotonic() - started, 3)
+        encoded = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+        files = LocalFiles(job.train_dirs["student"])
+        with job.clock.span("disk"):
+            # In place of one that was asked for differently.
+            files.replace(EVALUATED, encoded.encode())
+        details = {name: content[name] for name in ("results", "measured_on")}
+    details = job.ranks.told_in_time(details)
+    measured = details.pop("measured_on")
+    return StageResult(rows=measured["rows"], tokens=measured["tokens"], details=details)
 
 
 def _students(job: Job, store: Store) -> Arms:

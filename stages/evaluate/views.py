@@ -21,6 +21,7 @@ from ..models.inputs.token_text import Pieces
 from ..targets.alignment import scored_tokens
 from ..targets.best_entries import ENTRIES
 from ..targets.spec import Kept
+from ..workers.ranks import Ranks
 from .metrics import ratio_mean
 
 ROWS, CONTEXT, TOKENS, BEST = 4, 48, 80, 5
@@ -30,29 +31,41 @@ MASS_TOKENS = 4_096
 more."""
 POSITION_EDGES = (0, *(2**i for i in range(20)))
 ENTROPY_EDGES = tuple(0.25 * i for i in range(57))
-MASS_EDGES = (
-    0.0,
-    0.1,
-    0.2,
-    0.3,
-    0.4,
-    0.5,
-    0.6,
-    0.7,
-    0.8,
-    0.9,
-    0.95,
-    0.98,
-    0.99,
-    0.995,
-    0.998,
-    0.999,
-    1.0,
-)
+MASS_EDGES = (*(n / 10 for n in range(10)), 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 1.0)
 LENGTH_BINS = 24
 LADDER = tuple(2**i for i in range(9))
 DIGITS = 4
 _MEASURES = ("kl_teacher", "cross_entropy")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Seen:
+    """Of some scored tokens of a row."""
+
+    key: bytes
+    unit: bytes
+    """The row's prompt."""
+    start: int
+    """Number of the first of them."""
+    measure: str
+    values: np.ndarray
+    tokens: dict[str, list[Any]] | None
+    """To be shown; None: the row is not."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OfTeacher:
+    """Of a row of the teacher's."""
+
+    key: bytes
+    unit: bytes
+    """The row's prompt."""
+    entropy: np.ndarray
+    mass: np.ndarray | None
+    """Of tokens by their kept mass; None: nothing of it is kept."""
+    ladder: np.ndarray | None
+    shown: dict[str, Any] | None
+    """To be shown; None: its rank has offered enough."""
 
 
 class ArmViews:
@@ -75,18 +88,37 @@ class ArmViews:
             measures: Of `metrics.measure`, each [n].
             logits: [n, V] they were made of.
         """
-        self.measure = next(name for name in _MEASURES if name in measures)
-        values = measures[self.measure].double().cpu().numpy()
-        bins = in_bins(np.arange(start, start + len(values)), POSITION_EDGES)
-        sums = self._sums.setdefault(row["prompt_key"], np.zeros((2, len(POSITION_EDGES))))
-        sums[0] += np.bincount(bins, values, len(POSITION_EDGES))
-        sums[1] += np.bincount(bins, minlength=len(POSITION_EDGES))
+        measure = next(name for name in _MEASURES if name in measures)
+        tokens = None
         if row["key"] in self._shown and start < TOKENS:
             part = slice(0, TOKENS - start)
             kept = {name: measures[name][part] for name in _MEASURES}
-            self.rows.setdefault(row["key"], []).append(
-                _tokens(kept, logits[part].float().log_softmax(-1))
+            tokens = _tokens(kept, logits[part].float().log_softmax(-1))
+        self.count(
+            Seen(
+                key=row["key"],
+                unit=row["prompt_key"],
+                start=start,
+                measure=measure,
+                values=measures[measure].double().cpu().numpy(),
+                tokens=tokens,
             )
+        )
+
+    def count(self, seen: Seen) -> None:
+        """Count what was seen of some tokens."""
+        self.measure = seen.measure
+        start, values = seen.start, seen.values
+        bins = in_bins(np.arange(start, start + len(values)), POSITION_EDGES)
+        sums = self._sums.setdefault(seen.unit, np.zeros((2, len(POSITION_EDGES))))
+        sums[0] += np.bincount(bins, values, len(POSITION_EDGES))
+        sums[1] += np.bincount(bins, minlength=len(POSITION_EDGES))
+        if seen.tokens is not None:
+            self.rows.setdefault(seen.key, []).append(seen.tokens)
+
+    def notes(self) -> "ViewNotes":
+        """Where what is seen is noted only."""
+        return ViewNotes(self._shown)
 
     def by_position(self) -> list[dict[str, float | int | None]]:
         """Up to the last bin that has tokens: their number, the mean and its standard error over prompts."""
@@ -98,6 +130,18 @@ class ArmViews:
             mean, error = ratio_mean(there[:, 0], there[:, 1]) if len(there) else (None, None)
             found.append({"tokens": round(float(there[:, 1].sum())), "mean": mean, "se": error})
         return found
+
+
+class ViewNotes(ArmViews):
+    """What would be gathered: to be counted later, where the rows of all ranks come together in their order."""
+
+    def __init__(self, shown: Mapping[bytes, Any]) -> None:
+        super().__init__(shown)
+        self.noted: list[Seen] = []
+
+    def count(self, seen: Seen) -> None:
+        """Note it."""
+        self.noted.append(seen)
 
 
 def _tokens(measures: Mapping[str, Tensor], logprobs: Tensor) -> dict[str, list[Any]]:
@@ -120,12 +164,13 @@ class Views:
         self._arms: dict[str, ArmViews] = {}
         self._shown: dict[bytes, dict[str, Any]] = {}
         self._prompts: set[bytes] = set()
+        self._offered: set[bytes] = set()
         self._entropy = np.zeros(len(ENTROPY_EDGES), np.int64)
         self._mass = np.zeros(len(MASS_EDGES), np.int64)
         self._ladder = np.zeros(len(LADDER))
         self._lengths: list[int] = []
+        self._before: list[int] = []
         self._tokens = 0
-        self._passed = 0
 
     def arm(self, name: str) -> ArmViews:
         """Where a student's rows go."""
@@ -134,28 +179,60 @@ class Views:
     def add_length(self, tokens: int) -> None:
         """Count a row; all of them, before anything else."""
         self._lengths.append(tokens)
+        self._before.append(self._tokens)
         self._tokens += tokens
 
-    def add_teacher(self, row: Mapping[str, Any], targets: SoftTargets) -> None:
-        """Count a row of the teacher's: `full` or `topk` targets, normalised.
+    def of_teacher(self, row: Mapping[str, Any], targets: SoftTargets) -> OfTeacher:
+        """What is gathered of a row of the teacher's: `full` or `topk` targets, normalised.
+
+        `row` has its `number` among those whose lengths were added.
+        """
+        bins = in_bins(targets.entropy, ENTROPY_EDGES)
+        mass = ladder = shown = None
+        if self._kept is not None:
+            stride = -(-self._tokens // MASS_TOKENS)
+            passed = self._before[row["number"]]
+            some = targets.positions(slice(-passed % stride, None, stride))
+            mass, ladder = self._mass_of(some, self._kept)
+            if self._may_be_shown(row):
+                self._offered.add(row["prompt_key"])
+                shown = _shown(row, targets.positions(slice(0, TOKENS)))
+        return OfTeacher(
+            key=row["key"],
+            unit=row["prompt_key"],
+            entropy=np.bincount(bins, minlength=len(ENTROPY_EDGES)),
+            mass=mass,
+            ladder=ladder,
+            shown=shown,
+        )
+
+    def _may_be_shown(self, row: Mapping[str, Any]) -> bool:
+        """Whether it is one of the first few of this rank: those of all ranks are among these."""
+        if len(self._offered) == ROWS or row["prompt_key"] in self._offered:
+            return False
+        middle: int = sorted(self._lengths)[len(self._lengths) // 2]
+        return bool(row["span_tokens"] >= middle)
+
+    def add_teacher(self, found: OfTeacher) -> None:
+        """Count a row of the teacher's, the rows of all ranks in their order.
 
         Shown are the first few, of different prompts, that are no shorter than half of all rows.
         """
-        self._entropy += np.bincount(
-            in_bins(targets.entropy, ENTROPY_EDGES), minlength=len(ENTROPY_EDGES)
-        )
-        if self._kept is None:
-            return
-        stride = -(-self._tokens // MASS_TOKENS)
-        self._add_mass(targets.positions(slice(-self._passed % stride, None, stride)), self._kept)
-        self._passed += row["span_tokens"]
-        if len(self._shown) == ROWS or row["prompt_key"] in self._prompts:
-            return
-        if row["span_tokens"] >= sorted(self._lengths)[len(self._lengths) // 2]:
-            self._prompts.add(row["prompt_key"])
-            self._shown[row["key"]] = _shown(row, targets.positions(slice(0, TOKENS)))
+        self._entropy += found.entropy
+        if found.mass is not None and found.ladder is not None:
+            self._mass += found.mass
+            self._ladder += found.ladder
+        taken = len(self._shown) == ROWS or found.unit in self._prompts
+        if found.shown is not None and not taken:
+            self._prompts.add(found.unit)
+            self._shown[found.key] = found.shown
 
-    def _add_mass(self, targets: SoftTargets, kept: Kept) -> None:
+    def tell(self, ranks: Ranks) -> None:
+        """Let all ranks know what the first one shows of the teacher's rows."""
+        self._shown.update(ranks.told(self._shown))
+
+    def _mass_of(self, targets: SoftTargets, kept: Kept) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens by their kept mass, and the mass of the best ids."""
         assert targets.logprobs is not None
         asked = kept.k if kept.structure.has_tail else 1
         most = min(max(asked, LADDER[-1]), targets.logprobs.shape[1])
@@ -167,10 +244,9 @@ class Views:
             .cumsum(-1)
             .numpy()
         )
-        self._ladder += best[:, [min(k, most) - 1 for k in LADDER]].sum(0)
-        self._mass += np.bincount(
-            in_bins(kept_mass(best, kept), MASS_EDGES), minlength=len(MASS_EDGES)
-        )
+        ladder = best[:, [min(k, most) - 1 for k in LADDER]].sum(0)
+        bins = in_bins(kept_mass(best, kept), MASS_EDGES)
+        return np.bincount(bins, minlength=len(MASS_EDGES)), ladder
 
     def content(self) -> dict[str, Any]:
         """What `evaluation.json` holds of it; parts of which nothing is known are left out."""

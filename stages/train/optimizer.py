@@ -52,15 +52,16 @@ def load_optimizer_state(
 ) -> None:
     """Give it what a checkpoint has of it, under `optimizer/`; all ranks call it.
 
-    A single process of before wrote the parameters' numbers in the optimizer, which are the same
-    still, in place of their names.
+    A single process of before wrote numbers in place of names: first those of matrices, then the others.
     """
+    earlier = {name: n for n, name in enumerate(sorted(named, key=lambda n: named[n].ndim < 2))}
     names = {parameter: name for name, parameter in named.items()}
-    ordered = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     wanted: dict[str, Tensor] = {}
+    ordered = [p for group in optimizer.param_groups for p in group["params"]]
     for number, parameter in enumerate(ordered):
-        for start in (f"optimizer/{names[parameter]}/", f"{BY_NUMBER}{number}/"):
+        own = names[parameter]
+        for start in (f"optimizer/{own}/", f"{BY_NUMBER}{earlier[own]}/"):
             for name in stored.names(start):
                 same = stored.size(name) == parameter.shape
                 # What is as large as the parameter is sharded as it is.

@@ -225,7 +225,7 @@ class Trainer:
     def weights(self) -> dict[str, torch.Tensor]:
         """The parameters that train; of sharded ones this rank's shards."""
         reshard(self._root)  # what a pass without a gradient gathered may lie there yet
-        return {name: p.detach() for name, p in self._parameters().items() if p.requires_grad}
+        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
 
     def averages(self) -> dict[str, torch.Tensor]:
         """The buffers, such as the running means of batch norms: they change as weights do, without a gradient."""
@@ -262,13 +262,10 @@ class Trainer:
         averages = self.averages() if stored.names("averages/") else {}
         return _under("weights", self.weights()) | _under("averages", averages)
 
-    def _parameters(self) -> dict[str, nn.Parameter]:
-        return dict(self.model.named_parameters())
-
     def _trained_by_name(self) -> dict[str, nn.Parameter]:
         """What the optimizer has, of the student and of the maps."""
         maps = {} if self._matching is None else dict(self._matching.named_parameters())
-        named = _under("weights", self._parameters()) | _under("maps", maps)
+        named = _under("weights", dict(self.model.named_parameters())) | _under("maps", maps)
         return {name: p for name, p in named.items() if p.requires_grad}
 
     def _gradients(self, step: Step, aim: Aim, passes: Callable[[], Iterable[Any]]) -> Losses:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Self
 
-from ...storage.errors import in_short
+from ...storage.errors import StillroomError, in_short
 from .watch import Suspicion, Watch
 
 if TYPE_CHECKING:
@@ -199,6 +199,39 @@ class Ranks:
         told = json.loads(self._store.get(name))
         self._store.add(f"{name}-read", 1)
         return told
+
+    def each(self, work: Callable[[], Any]) -> list[Any]:
+        """What `work` gives each rank, by its number; where it raises a StillroomError on one, all raise it."""
+        found, failed = None, None
+        try:
+            found = work()
+        except StillroomError as error:
+            failed = error
+        parts = self.all((found, failed))
+        for told in (failed, *(of_rank for _, of_rank in parts)):
+            if told is not None:
+                raise told
+        return [part for part, _ in parts]
+
+    def by_first(self, work: Callable[[], Any]) -> Any:
+        """What `work` gives the first rank, as JSON; the others do none of it and wait however long it takes.
+
+        Where it raises a StillroomError, all raise one.
+        """
+        found: dict[str, Any] = {}
+        failed: StillroomError | None = None
+        if self.first:
+            try:
+                found = {"found": work()}
+            except StillroomError as error:
+                failed, found = error, {"failed": str(error)}
+        found = self.told_in_time(found)
+        if failed is not None:
+            self.heard()
+            raise failed
+        if "failed" in found:
+            raise StillroomError(found["failed"])
+        return found["found"]
 
     def heard(self) -> None:
         """Wait a little until all have read what was told last: the store may end with this process."""

@@ -15,11 +15,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from stillroom.stages.loader.packing import Packing
 from stillroom.stages.recipe.sections import Loss, Train
 from stillroom.stages.train.checkpoints import Checkpoints
+from stillroom.stages.train.together.root import Root
 from stillroom.stages.train.trainer import Trainer
 from stillroom.stages.workers.ranks import Ranks
 from stillroom.storage.files.local import LocalFiles
 
-PRIMITIVES = ("_write", "_sync_file", "_link", "_unlink", "_sync_folder")
+PRIMITIVES = ("_write", "_link", "_unlink")
 V, D = 23, 6  # V is odd, and some of what is D or less long has nothing for the last of four ranks
 
 
@@ -49,15 +50,15 @@ class Block(nn.Module):
 
 def trainer_of(ranks: Ranks, how: str) -> Trainer:
     """`how`: alone or replicated (`ddp`: what a checkpoint sees of it is the same on all ranks), or `fsdp2`."""
-    model = Student()
+    model, root = Student(), None
     if how == "fsdp2":
         for block in model.blocks:
             fully_shard(block)
-        fully_shard(model)
+        root = Root(model)
+        fully_shard(root)
+    packing = Packing(tokens_per_pass=8, vocab_size=V)
     train = Train(tokens=1000, learning_rate=1e-2)
-    return Trainer(
-        model, packing=Packing(tokens_per_pass=8, vocab_size=V), loss=Loss(), train=train
-    )
+    return Trainer(model, packing=packing, loss=Loss(), train=train, ranks=ranks, root=root)
 
 
 def step(trainer: Trainer, number: int) -> None:

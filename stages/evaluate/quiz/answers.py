@@ -57,12 +57,22 @@ class Quiz:
     """False: the answers are only to be looked at."""
 
     def answers(self, model: Any, job: Job) -> list[str]:
-        """A model's greedy answers, in batches of prompts of like length; a prompt that fills the context gets none."""
+        """A model's greedy answers, in batches of prompts of like length; a prompt that fills the context gets none.
+
+        The batches are the same for any number of ranks, which have them dealt out.
+        """
+        parts = job.ranks.each(lambda: self._of_rank(model, job))
+        found = {number: text for part in parts for number, text in part.items()}
+        return [found[number] for number in range(len(self.questions))]
+
+    def _of_rank(self, model: Any, job: Job) -> dict[int, str]:
+        """By the question's number."""
         from ...models.attention.longest import Company
 
         prompts, company = [q.prompt_ids for q in self.questions], Company(model)
         order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-        found = [""] * len(prompts)
+        found: dict[int, str] = {}
+        passed = 0
         for start in range(0, len(order), BATCH_PROMPTS):
             job.stop.check()
             batch = order[start : start + BATCH_PROMPTS]
@@ -70,14 +80,13 @@ class Quiz:
             longest = max(lengths) + max(0, _room(model, lengths, self.settings.max_tokens))
             together = len(batch) > 1 and company.may_share([*lengths, longest])
             for part in [batch] if together else [[number] for number in batch]:
-                texts = greedy(
-                    model,
-                    self.tokenizer,
-                    [prompts[n] for n in part],
-                    max_tokens=self.settings.max_tokens,
-                )
-                for number, text in zip(part, texts, strict=True):
-                    found[number] = text
+                if passed % job.ranks.count == job.ranks.rank:
+                    asked = [prompts[n] for n in part]
+                    texts = greedy(
+                        model, self.tokenizer, asked, max_tokens=self.settings.max_tokens
+                    )
+                    found |= dict(zip(part, texts, strict=True))
+                passed += 1
             job.progress.advance(len(batch), note="answers")
         return found
 

@@ -84,7 +84,7 @@ class HeldOut:
             views.add_length(row["span_tokens"])
         for number, row in enumerate(self.rows):
             if scored:
-                views.add_teacher(row, self.targets(number))
+                views.add_teacher(views.of_teacher(row | {"number": number}, self.targets(number)))
             for start in range(0, row["span_tokens"], chunk):
                 part = slice(start, start + chunk)
                 logits = torch.as_tensor(self.logits[number][part]).float()
@@ -136,7 +136,7 @@ def test_texts_that_are_classified_have_no_positions() -> None:
     views = Views(kept=None, pieces=Pieces(None))
     for number, row in enumerate(held_out.rows):
         views.add_length(len(row["token_ids"]))
-        views.add_teacher(row, held_out.targets(number))
+        views.add_teacher(views.of_teacher(row | {"number": number}, held_out.targets(number)))
     views.arm("student")  # whose texts are measured whole
     found = views.content()
     assert set(found) == {"lengths", "entropy"}

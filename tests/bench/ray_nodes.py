@@ -51,6 +51,8 @@ from tiny_llama import save_tiny_llama
 
 WORDS = "cat dog tree mat big small red blue happy under on and then ran sat".split()
 BATCH, TOKENS = 32, 8
+BLOCKS = 100
+"""Of Ray Data: files of prompts, and what it is asked to cut them into."""
 NOTED = """
     from stillroom.stages.engines.hf import HfEngine
     completion = HfEngine._completion
@@ -108,7 +110,8 @@ def ray_data(folder: Path, address: str) -> None:
         checkpoint_path=str(folder / "checkpoint"),
         delete_checkpoint_on_success=False,
     )
-    rows = ray.data.read_parquet(str(folder / "prompts"))
+    # Else it reads so little as one block, and one actor has all the work.
+    rows = ray.data.read_parquet(str(folder / "prompts"), override_num_blocks=BLOCKS)
     written = rows.map_batches(
         Writing,
         fn_constructor_args=(str(folder / "teacher"), str(folder / "made")),
@@ -267,7 +270,7 @@ def _parquet(folder: Path, records: list[dict[str, Any]]) -> None:
 
     folder.mkdir()
     numbered = [record | {"id": number} for number, record in enumerate(records)]
-    size = max(BATCH, len(records) // 100)
+    size = max(BATCH, len(records) // BLOCKS)
     for first in range(0, len(records), size):
         table = pa.Table.from_pylist(numbered[first : first + size])
         pq.write_table(table, folder / f"{first:08d}.parquet")

@@ -172,7 +172,7 @@ def test_the_workers_bench_runs() -> None:
 def test_the_bench_of_lost_nodes_runs() -> None:
     """In a process of its own: it decides what Ray reads of the environment."""
     pytest.importorskip("ray", reason="Ray is not installed (pip install 'stillroom[ray]')")
-    words = [sys.executable, str(HERE / "ray_nodes.py"), "--tiny", "--only", "stillroom-node"]
+    words = [sys.executable, str(HERE / "ray_nodes.py"), "--tiny", "--only", "stillroom"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     (found,) = json.loads(done.stdout.splitlines()[-1])["found"]

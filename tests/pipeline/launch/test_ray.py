@@ -59,7 +59,7 @@ def commands(recipe: Path) -> list[psutil.Process]:
 def listening(pid: int) -> list[str]:
     """Addresses at which anything below a process can be reached."""
     return [
-        connection.laddr.ip
+        connection.laddr.ip.removeprefix("::ffff:")  # of IPv4, as IPv6 writes it
         for process in psutil.Process(pid).children(recursive=True)
         if alive(process)
         for connection in process.net_connections("inet")

@@ -244,10 +244,7 @@ trap 'ended=1; kill -HUP "$child"' TERM
 child=$!
 """
 
-_TRAIN = """MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
-export MASTER_ADDR MASTER_PORT
-# Slurm ends this job, and tells the processes of srun itself.
+_TRAIN = """# Slurm ends this job, and tells the processes of srun itself.
 trap 'ended=1' TERM
 srun {command} &
 child=$!

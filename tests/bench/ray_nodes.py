@@ -1,27 +1,23 @@
-"""What does a lost node cost, and a lost driver: `stillroom launch --on ray` beside Ray Data with its checkpoints?
+"""What does a lost node cost: `stillroom launch --on ray` beside Ray Data with its checkpoints?
 
-    python tests/bench/ray_nodes.py [--tiny] [--rows N] [--only stillroom-node ...]
+    python tests/bench/ray_nodes.py [--tiny] [--rows N] [--only stillroom data]
 
 Two local nodes of Ray (`ray.cluster_utils.Cluster`), one with two actors and one with one, write the
 same completions with the same tiny teacher, greedily, in batches of 32. When two fifths of the rows
-are made, something dies:
+are made, all processes of the node with two actors die by SIGKILL, its workers too, and nothing
+comes in its place.
 
-    node      all processes of the node with two actors, its workers too, by SIGKILL. Nothing comes in its place.
-    driver    the driver, by SIGKILL; the same command is then run again on a fresh cluster.
-
-`stillroom` is `launch --on ray --until generate` in effect: the training is left out by a recipe
-without a student. `data` is Ray Data: `map_batches` with three actors and `CheckpointConfig` over
-Parquet files of a hundredth of the rows each, written as Parquet. Each worker notes every row that
-it makes, as it is made. The seconds to the first row are from the start of the command, so they
-hold the start of Python and Ray's actors, not the start of the cluster. Memory is the sum of the
-proportional set sizes of all processes of the cluster and the driver, looked at each second. Needs
-`ray[data]` beside Stillroom.
+The recipe has no student, so that nothing is trained. `data` is Ray Data: `map_batches` with three
+actors and `CheckpointConfig` over Parquet files of a hundredth of the rows each, written as Parquet.
+Each worker notes every row that it makes, as it is made. The seconds to the first row are from the
+start of the command, so they hold the start of Python and Ray's actors, not the start of the
+cluster. Memory is the sum of the proportional set sizes of all processes of the cluster and the
+driver, looked at each second. Needs `ray[data]` beside Stillroom.
 """
 
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -51,6 +47,8 @@ from tiny_llama import save_tiny_llama
 
 WORDS = "cat dog tree mat big small red blue happy under on and then ran sat".split()
 BATCH, TOKENS = 32, 8
+BLOCKS = 100
+"""Of Ray Data: files of prompts, and what it is asked to cut them into."""
 NOTED = """
     from stillroom.stages.engines.hf import HfEngine
     completion = HfEngine._completion
@@ -60,7 +58,7 @@ NOTED = """
         return completion(self, request, *arguments)
     HfEngine._completion = noted
 """
-WAYS = ("stillroom-node", "data-node", "stillroom-driver", "data-driver")
+WAYS = ("stillroom", "data")
 
 
 def texts(count: int) -> list[dict[str, Any]]:
@@ -108,7 +106,8 @@ def ray_data(folder: Path, address: str) -> None:
         checkpoint_path=str(folder / "checkpoint"),
         delete_checkpoint_on_success=False,
     )
-    rows = ray.data.read_parquet(str(folder / "prompts"))
+    # Else it reads so little as one block, and one actor has all the work.
+    rows = ray.data.read_parquet(str(folder / "prompts"), override_num_blocks=BLOCKS)
     written = rows.map_batches(
         Writing,
         fn_constructor_args=(str(folder / "teacher"), str(folder / "made")),
@@ -136,7 +135,7 @@ def cluster(way: str) -> Iterator[Any]:
     common = {"node_ip_address": "127.0.0.1", "object_store_memory": 200 << 20}
     nodes = Cluster(initialize_head=True, head_node_args=head | common)
     try:
-        more = int(way.startswith("data"))
+        more = int(way == "data")
         two = nodes.add_node(num_cpus=2 + more, resources={"slot": 2}, **common)
         nodes.add_node(num_cpus=1 + more, resources={"slot": 1}, **common)
         nodes.wait_for_nodes()
@@ -185,7 +184,7 @@ def noted(made: Path) -> Counter[str]:
 
 def begin(way: str, folder: Path, address: str) -> subprocess.Popen[bytes]:
     """The driver's command."""
-    if way.startswith("data"):
+    if way == "data":
         words = [__file__, "--driver", str(folder), "--address", address]
     else:
         words = ["-m", "stillroom", "launch", str(folder / "recipe.yaml"), "--on", "ray"]
@@ -209,7 +208,7 @@ def until(condition: Any, process: subprocess.Popen[bytes], folder: Path) -> Non
 
 
 def one(way: str, folder: Path, rows: int) -> dict[str, Any]:
-    """A way and what dies, in a folder of its own."""
+    """A way, in a folder of its own."""
     folder.mkdir()
     save_tiny_llama(folder / "teacher", hidden_size=64, num_hidden_layers=4, eos_token_id=None)
     records = texts(rows)
@@ -224,7 +223,7 @@ def one(way: str, folder: Path, rows: int) -> dict[str, Any]:
         data={"source": str(source), "format": "prompt", "holdout": 4},
         **dict.fromkeys(("student", "score", "loss", "train", "evaluate")),
     )
-    if way.startswith("data"):
+    if way == "data":
         _parquet(folder / "prompts", records)
     site = at_worker_start(folder / "site", NOTED.format(path=str(folder / "made")))
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(site.split(os.pathsep)))
@@ -239,14 +238,8 @@ def one(way: str, folder: Path, rows: int) -> dict[str, Any]:
         found["seconds_to_first_row"] = round(time.monotonic() - began, 1)
         until(lambda: noted(made).total() >= 2 * rows // 5, driver, folder)
         found["made_before"] = noted(made).total()
-        if way.endswith("node"):
-            kill_node(nodes, two)
-        else:
-            driver.send_signal(signal.SIGKILL)
+        kill_node(nodes, two)
         code = driver.wait()
-    if way.endswith("driver"):
-        with cluster(way) as (nodes, _):
-            code = begin(way, folder, nodes.address).wait()
     memory.over.set()
     if code:
         raise SystemExit((folder / "driver.log").read_text()[-3000:])
@@ -267,7 +260,7 @@ def _parquet(folder: Path, records: list[dict[str, Any]]) -> None:
 
     folder.mkdir()
     numbered = [record | {"id": number} for number, record in enumerate(records)]
-    size = max(BATCH, len(records) // 100)
+    size = max(BATCH, len(records) // BLOCKS)
     for first in range(0, len(records), size):
         table = pa.Table.from_pylist(numbered[first : first + size])
         pq.write_table(table, folder / f"{first:08d}.parquet")
@@ -275,7 +268,7 @@ def _parquet(folder: Path, records: list[dict[str, Any]]) -> None:
 
 def stored(way: str, folder: Path) -> dict[str, int]:
     """Rows that are there in the end, and how many different ones."""
-    if way.startswith("data"):
+    if way == "data":
         import pyarrow.parquet as pq
 
         ids = [

@@ -168,6 +168,18 @@ def test_the_workers_bench_runs() -> None:
     assert measured["one"]["rows_redone"] == measured["apart"]["rows_redone"] == 0
 
 
+@pytest.mark.slow
+def test_the_bench_of_lost_nodes_runs() -> None:
+    """In a process of its own: it decides what Ray reads of the environment."""
+    pytest.importorskip("ray", reason="Ray is not installed (pip install 'stillroom[ray]')")
+    words = [sys.executable, str(HERE / "ray_nodes.py"), "--tiny", "--only", "stillroom"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(done.stdout.splitlines()[-1])["found"]
+    assert found["in_the_end"] == {"rows": 600, "different": 600}
+    assert found["made_again"] <= 4 * 256, "two workers died, each with two commits at most"
+
+
 @pytest.mark.parametrize("more", [[], ["--claims-only"]])
 def test_the_scale_bench_runs(more: list[str]) -> None:
     alone, eight = bench("scale", "--tiny", *more)[0]["rows"]

@@ -18,7 +18,7 @@ from stillroom.pipeline.launch.ray_worker import RayWorker
 from stillroom.storage.store.store import Store
 
 ROWS = 60
-WORKER = "stillroom.pipeline.run.worker"
+PATIENCE = 500.0  # Ray starts a dozen processes, each of which imports it
 
 
 @pytest.fixture
@@ -56,7 +56,19 @@ def commands(recipe: Path) -> list[psutil.Process]:
     return found
 
 
+def listening(pid: int) -> list[str]:
+    """Addresses at which anything below a process can be reached."""
+    return [
+        connection.laddr.ip.removeprefix("::ffff:")  # of IPv4, as IPv6 writes it
+        for process in psutil.Process(pid).children(recursive=True)
+        if alive(process)
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_worker_that_is_lost_is_replaced_and_all_is_there_once(
     recipe: Path, tmp_path: Path
 ) -> None:
@@ -76,13 +88,14 @@ def test_a_worker_that_is_lost_is_replaced_and_all_is_there_once(
     )
     launch = started(recipe, 2, PYTHONPATH=slow)
     try:
-        until(lambda: committed(recipe, "generations") >= 1, "rows")
+        until(lambda: committed(recipe, "generations") >= 1, "rows", patience=PATIENCE)
+        assert set(listening(launch.pid)) == {"127.0.0.1"}
         victim = commands(recipe)[0]
         actor = victim.parent()
         assert actor is not None
         actor.kill()
         until(lambda: not alive(victim), "the end of what the actor had started")
-        out, err = launch.communicate(timeout=300)
+        out, err = launch.communicate(timeout=PATIENCE)
     finally:
         os.killpg(launch.pid, signal.SIGKILL) if launch.poll() is None else None
     assert launch.returncode == 0, err
@@ -95,14 +108,15 @@ def test_a_worker_that_is_lost_is_replaced_and_all_is_there_once(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_signal_lets_the_workers_commit_and_leave(recipe: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="Ray is not installed (pip install 'stillroom[ray]')")
     (tmp_path / "home").mkdir()
     launch = started(recipe, 1)
     try:
-        until(lambda: bool(commands(recipe)), "a worker")
+        until(lambda: bool(commands(recipe)), "a worker", patience=PATIENCE)
         os.killpg(launch.pid, signal.SIGINT)  # as a terminal sends it
-        _, err = launch.communicate(timeout=120)
+        _, err = launch.communicate(timeout=PATIENCE)
     finally:
         os.killpg(launch.pid, signal.SIGKILL) if launch.poll() is None else None
     assert launch.returncode == 130, err

@@ -301,4 +301,6 @@ def _how_other(tried: Sequence[Identity], parts: dict[str, Any]) -> str:
     """How a teacher of the store differs from the nearest of those that were tried."""
     if not parts:
         return "about which the store knows nothing"
+    if "endpoint" in parts:
+        return "of an endpoint, which reads no text again: `verify` without --deep checks all that can be"
     return "with other " + min((different(identity.parts, parts) for identity in tried), key=len)

@@ -68,7 +68,9 @@ def lineages(recipe: Recipe, teachers: Sequence[BoundTeacher]) -> dict[str, Any]
 
 
 def _of_teacher(recipe: Recipe, one: BoundTeacher) -> list[Generation]:
-    """Of a teacher; where it is gone, as the store keeps it."""
+    """Of a teacher; where it is gone, as the store keeps it; of an endpoint nothing is known."""
+    if recipe.generate is not None and recipe.generate.teaches:
+        return []
     if one.bound.teacher is not None:
         return lineage(one.bound.teacher.folder)
     store = open_store(recipe.storage.dir, recipe.storage.sources)
@@ -112,14 +114,26 @@ def came_from(found: Sequence[Generation]) -> str:
     return f"a student of Stillroom itself: {made}{asks}"
 
 
+def endpoint_teacher(recipe: Mapping[str, Any]) -> str | None:
+    """The model behind an endpoint whose log-probabilities are the soft targets; None: they are not."""
+    generate = recipe.get("generate") or {}
+    teaches = generate.get("base_url") and generate.get("keep") and recipe.get("score")
+    return str(generate["model"]) if teaches else None
+
+
 def written_by(recipe: Mapping[str, Any]) -> str:
     """Who wrote the text, where an endpoint did, in words, as Markdown; empty: none did."""
     found = recipe.get("generate") or {}
     if not found.get("base_url"):
         return ""
     license_id = inline(found["license"]) if found.get("license") else "not stated"
+    what = (
+        "The text, and the distributions at its tokens, are"
+        if found.get("keep")
+        else "The text was written"
+    )
     return (
-        f"The text was written by {inline(found['model'])} at {inline(public_name(found['base_url']))} "
+        f"{what} by {inline(found['model'])} at {inline(public_name(found['base_url']))} "
         f"(its licence or terms: {license_id})."
     )
 

@@ -17,6 +17,7 @@ from ...stages.recipe.features import (
 from ...stages.recipe.kinds import KINDS
 from ...storage.tables.kinds import STRUCTURES
 from ..numbers import count, decimals, duration, percent, teacher_layers
+from ..plan.lineage import endpoint_teacher
 from ..text import inline
 from . import figures
 from .blocks import Block, Figures, Sample, Samples, Section, Table, Text, Tokens
@@ -53,6 +54,9 @@ def what_was_run(report: Mapping[str, Any]) -> Section | None:
 
 def _teachers(recipe: Mapping[str, Any]) -> list[list[str]]:
     several = recipe.get("teachers") or ()
+    if (author := endpoint_teacher(recipe)) is not None:
+        lends = teacher_words(recipe["teacher"])
+        return [["teacher", f"{inline(author)}, behind an endpoint, in the tokens of {lends}"]]
     if not several:
         return [["teacher", teacher_words(recipe["teacher"])]]
     return [[f"teacher {inline(one['name'])}", teacher_words(one)] for one in several]
@@ -72,14 +76,14 @@ def student_of(recipe: Mapping[str, Any]) -> str:
 
 
 def _whose_text(recipe: Mapping[str, Any]) -> str | None:
-    """The model that taught by its text alone, where the recipe's teacher only reads it; None: the teacher did."""
+    """The model that taught by its text or from an endpoint, where the recipe's teacher only reads; None: that did."""
     if recipe.get("score") is not None:
-        return None
+        return endpoint_teacher(recipe)
     return (recipe.get("generate") or {}).get("model")
 
 
 def taught_by(recipe: Mapping[str, Any]) -> str:
-    """Short names of the teachers; where another model's text is all there is, that one's."""
+    """Short names of the teachers; where another model's text is all there is, or an endpoint taught, that one's."""
     models = [one["model"] for one in recipe.get("teachers") or [recipe["teacher"]]]
     if (author := _whose_text(recipe)) is not None:
         models = [author]

@@ -26,7 +26,7 @@ _SPAN = {
     "generations": ("prompt_key", "key", "token_ids", *SPAN_COLUMNS),
 }
 
-_TARGETS = ("kind", "k", "ids", "logprobs", "tail_logprob", "token_logprob", "entropy")
+_TARGETS = ("kind", "k", "entries", "ids", "logprobs", "tail_logprob", "token_logprob", "entropy")
 
 
 class HeldOut:

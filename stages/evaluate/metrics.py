@@ -171,7 +171,7 @@ def bucketed(
 
     Args:
         ids: [N, K] entries; an id of V or more is one that the model lacks, and is moved into the
-            bucket.
+            bucket; -1 is no entry.
         teacher: [N, K] the teacher's log-probabilities.
         tail: [N] log of the teacher's mass outside the entries.
         logprobs: [N, V] the model's log-probabilities.
@@ -180,14 +180,14 @@ def bucketed(
         Log-probabilities [N, K + 1] of the teacher and of the model, the bucket last.
     """
     vocab_size = logprobs.shape[-1]
-    lacking = ids >= vocab_size
+    lacking = (ids >= vocab_size) | (ids < 0)
     tail = torch.cat([tail[:, None], teacher.masked_fill(~lacking, -torch.inf)], -1).logsumexp(
         -1, keepdim=True
     )
     teacher = teacher.masked_fill(lacking, -torch.inf)
     # One more column, of probability 0, stands for every id that the model lacks.
     padded = functional.pad(logprobs, (0, 1), value=-torch.inf)
-    ids = ids.clamp(max=vocab_size)
+    ids = ids.masked_fill(lacking, vocab_size)
     entries = padded.gather(-1, ids)
     rest = padded.scatter_(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
     return torch.cat([teacher, tail], -1), torch.cat([entries, rest], -1)

@@ -329,6 +329,7 @@ def _shown(row: Mapping[str, Any], targets: SoftTargets) -> dict[str, Any]:
         if targets.ids is None
         else torch.as_tensor(targets.ids).long().gather(-1, best.indices)
     )
+    there, probabilities = (named >= 0).sum(-1).tolist(), rounded(best.values.exp())
     return {
         "before": ids[before.part].tolist(),
         "cut_before": before.cut,
@@ -340,8 +341,9 @@ def _shown(row: Mapping[str, Any], targets: SoftTargets) -> dict[str, Any]:
         "cut_after": row["span_tokens"] - n,
         "teacher": {
             "token": rounded(np.exp(targets.token_logprob)),
-            "ids": named.tolist(),
-            "probabilities": rounded(best.values.exp()),
+            # A position may have fewer: the best come first.
+            "ids": [ids[:n] for ids, n in zip(named.tolist(), there, strict=True)],
+            "probabilities": [held[:n] for held, n in zip(probabilities, there, strict=True)],
         },
     }
 

@@ -8,15 +8,18 @@ import shutil
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+import numpy as np
 import pytest
 from endpoint_server import KEY, endpoint
 from kit import stillroom
 
+from stillroom.stages.models.inputs.rendering import Renderer
 from stillroom.stages.recipe import load
 from stillroom.stages.recipe.formats import FORMATS
 from stillroom.stages.recipe.sections import Recipe
@@ -132,6 +135,26 @@ def numbered(record: dict[str, Any], number: int) -> dict[str, Any]:
     }
 
 
+def uniform(stand_in: Path) -> Callable[[dict[str, Any], str, str], dict[str, Any]]:
+    """What an endpoint says of its tokens that finds all ids as likely, where it is asked."""
+    renderer = Renderer(stand_in, {})
+    logprob = -float(np.log(len(renderer.tokenizer)))
+    letters = [{"token": chr(97 + n), "logprob": logprob} for n in range(20)]
+
+    def said(body: dict[str, Any], _: str, text: str) -> dict[str, Any]:
+        if not body.get("logprobs"):
+            return {}
+        ids, spans = renderer.given(
+            {"messages": body["messages"], "completion": text.strip()}, last=True
+        )
+        start, count = spans[0].tolist()
+        names = [renderer.tokenizer.decode([one]) for one in ids[start : start + count]]
+        content = [{"token": n, "logprob": logprob, "top_logprobs": letters} for n in names]
+        return {"logprobs": {"content": content}, "usage": None}
+
+    return said
+
+
 def commands(folder: Path) -> Path:
     """A folder with `stillroom` and `python` as a user's shell finds them."""
     (folder / "bin").mkdir()
@@ -158,7 +181,7 @@ def test_every_command_of_a_guide_runs(
     monkeypatch.chdir(folder)
     monkeypatch.setenv("MY_API_KEY", KEY)
     ran = 0
-    with endpoint() as served:
+    with endpoint(tokens=uniform(stand_in)) as served:
         for block in blocks(guide):
             if block.title:
                 write_file(block, folder, served.url)

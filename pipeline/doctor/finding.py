@@ -24,7 +24,7 @@ class Finding:
     def line(self) -> str:
         """It for people, in one line."""
         said = [part.rstrip(".") for part in (self.found, self.means, self.do) if part]
-        return f"{self.state:<8} {self.name:<16} {'. '.join(said)}."
+        return f"{self.state:<8} {self.name:<18} {'. '.join(said)}."
 
 
 def ok(name: str, found: str, means: str = "", do: str = "") -> Finding:

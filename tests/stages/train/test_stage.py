@@ -131,10 +131,19 @@ def test_a_finished_run_is_left_alone(world):
 
 
 def test_history_is_thinned(world):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     train.run(world.job("run", world.recipe(train={"tokens": 6000, "tokens_per_step": 20})))
     report = summary(world.folder / "run")
     assert report["steps"] > 250
     assert 150 < len(report["history"]) == len(report["speed"]) <= HISTORY_POINTS
+    # No step's norm is above all that the points say, theirs and the largest until the next.
+    board = EventAccumulator(str(world.folder / "run" / "tensorboard")).Reload()
+    norms = [event.value for event in board.Scalars("grad_norm")]
+    said = [max(p["grad_norm"], p.get("grad_norm_most", 0.0)) for p in report["history"]]
+    assert len(norms) == report["steps"]
+    assert max(said) == pytest.approx(max(norms))
+    assert sum("grad_norm_most" in point for point in report["history"]) > 10
     # What lies between two points, and before the first: together the whole run.
     tokens = [0] + [point["tokens"] for point in report["speed"]]
     spent = sum(

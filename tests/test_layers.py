@@ -50,7 +50,6 @@ TOP_LEVEL = {
     "LICENSE",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
-    "MANIFEST.in",
     "Makefile",
     "__init__.py",
     "__main__.py",

@@ -9,8 +9,8 @@ one outcome:
     sum_i p_i log(p_i / q_i) + r_p log(r_p / r_q),    i in both,  r = 1 - sum_i
 
 Joining outcomes never makes a KL larger (log sum inequality; Cover and Thomas, Elements of
-Information Theory, theorem 2.7.1), so this is a lower bound. It needs numpy
-alone, for reports.
+Information Theory, theorem 2.7.1), so this is a lower bound.
+This module needs numpy alone, for reports.
 
 Letters: N positions, K entries of a side, M entries that both sides have.
 """

@@ -12,8 +12,8 @@ compares is `alignment.py`'s to say: of text that is continued those that predic
     compared                 h1    h2    h3              with the targets of a, b and </s>
 
 and of a labelled text all of them. Pooled states are one vector a text, made of all of its tokens
-and of no padding; projected vectors are made of those of a token. Both are on the
-device, in float32.
+and of no padding; projected vectors are made of those of a token. Both are on the device,
+in float32.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -136,7 +136,7 @@ def over_rows(readings: Sequence[SecondReading], eps: float) -> dict[str, Quanti
 def slack_of(
     row: StoredRow, stored: "Numbers", part: slice | np.ndarray = slice(None)
 ) -> dict[str, np.ndarray]:
-    """r of each quantity of some of a row's targets: its rounding.
+    """The r of each quantity of some of a row's targets: its rounding.
 
     A tail that is bounded has the bound besides.
     """

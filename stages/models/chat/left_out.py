@@ -1,4 +1,7 @@
-"""Turns of the assistant that are not scored as they should be: counted by cause, the first one named."""
+"""Turns of the assistant that are not scored as they should be.
+
+They are counted by cause, and the first one is named.
+"""
 
 import json
 from collections import Counter

@@ -18,8 +18,7 @@ SINKS = frozenset(
 """Model types whose attention has a score of its own for nothing."""
 BIASES = frozenset(
     "bloom cpmant deberta deberta-v2 longt5 mpnet mpt mt5 pop2piano switch_transformers t5 udop "
-    "umt5 "
-    "xlnet".split()
+    "umt5 xlnet".split()
 )
 """Those whose scores have a bias that depends on the distance of two tokens."""
 

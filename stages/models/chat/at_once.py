@@ -35,8 +35,7 @@ def bounded_at_once(
     if not header or not pieces or pieces != others:
         return {}
     found = zip(turns, pieces, _between(text, pieces), strict=False)
-    # A turn begins where the prompt ends; where more stands before the word, that may be the
-    # turn's.
+    # A turn begins where the prompt ends. What more stands before the word may be the turn's.
     return {
         number: (start, end)
         for number, before, (start, end) in found

@@ -172,8 +172,7 @@ def _refuse_other_base(
 ) -> None:
     """Refuse LoRA on layers that the base has not, or has in another size."""
     there = stored_tensors(base, where=f"teacher.model: {name}")
-    # transformers joins and splits the weights of experts when it loads them: their names say
-    # little.
+    # transformers joins and splits weights of experts when it loads them: names say little.
     if not there or any("expert" in found for found in there):
         return
     for module, shape in _changed(tensors).items():

@@ -15,8 +15,7 @@ _FLAT = {
     "gpt_neox": ("rotary_emb_base", "rotary_pct"),
     "gpt_neox_japanese": ("rotary_emb_base", "rotary_pct"),
 }
-# The base frequencies where layers of two kinds have their own: (full attention, sliding
-# attention).
+# The base frequencies where layers of two kinds have their own: (full, sliding attention).
 _BY_LAYER = {
     "gemma3_text": ("rope_theta", "rope_local_base_freq"),
     "gemma3n_text": ("rope_theta", "rope_local_base_freq"),

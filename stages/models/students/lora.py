@@ -17,8 +17,8 @@ from ...recipe.sections import Lora
 from ..device import evaluating
 
 # Of the largest logit, in float32: W x + s B (A x) and (W + s B A) x differ by rounding alone,
-# which stays below 1e-4 through tens of layers; an update that is lost or counted twice is the
-# update itself.
+# which stays below 1e-4 through tens of layers. An update that is lost or counted twice differs by
+# the update itself.
 _MERGED_TOLERANCE = 1e-3
 _TOKENS = 8
 """How many tokens the merged model is asked about."""
@@ -45,8 +45,7 @@ def with_lora(model: PreTrainedModel, lora: Lora, task: str) -> Any:
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
         task_type=task,  # a new head over classes trains whole
-        # PEFT keeps adapters from a head over classes of texts by itself, and not from one of
-        # words.
+        # PEFT keeps adapters from a head over classes of texts by itself, not from one of words.
         exclude_modules=["classifier", "score"] if everywhere and task == "TOKEN_CLS" else None,
     )
     owners = _owners(model)

@@ -53,8 +53,7 @@ def refuse_lora(recipe: Recipe, folder: Path) -> None:
 
 def _refuse_absent(targets: list[str], tensors: dict[str, StoredTensor]) -> None:
     modules = {name.removesuffix(".weight") for name in tensors if name.endswith(".weight")}
-    # transformers joins and splits the weights of experts when it loads them: their names say
-    # little.
+    # transformers joins and splits weights of experts when it loads them: names say little.
     if not modules or any("expert" in name for name in tensors) or _OUTPUT in targets:
         return
     if any(f".{module}".endswith(f".{target}") for module in modules for target in targets):

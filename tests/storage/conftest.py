@@ -1,4 +1,7 @@
-"""Fixtures of the storage tests: the module `samples`, a store, a store with rows, and an S3 server."""
+"""Fixtures of the storage tests.
+
+They are the module `samples`, a store, a store with rows, and an S3 server.
+"""
 
 import importlib.util
 import json
@@ -104,7 +107,10 @@ def port() -> Iterator[int]:
 
 @pytest.fixture
 def s3(port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
-    """Environment as a user sets it, but the driver tries once, so that our own care is what is tested."""
+    """The environment as a user sets it, but the driver tries once.
+
+    So our own care is what is tested.
+    """
     server = Server(port, f"bucket-{abs(hash(str(tmp_path)))}")
     settings = {
         "ENDPOINT_URL": server.url,

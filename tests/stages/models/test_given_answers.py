@@ -1,4 +1,7 @@
-"""Given answers: prompt and completion are one text to the tokenizer, and what is scored begins where they part."""
+"""Given answers: prompt and completion are one text to the tokenizer.
+
+What is scored begins where they part.
+"""
 
 from pathlib import Path
 from typing import Any

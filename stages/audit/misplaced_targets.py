@@ -56,7 +56,7 @@ _LM = HEADS["lm"]
 def shifted(rows: Sequence[Row], head: Head = _LM) -> str | None:
     """Whose the targets of some `soft_targets` rows are in place of their own, in words.
 
-    None: they are their own.
+    None: nobody else's are seen.
 
     Rows are in the order of the store, and not of texts with one target each.
     """

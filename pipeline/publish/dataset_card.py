@@ -2,8 +2,8 @@
 
 Front matter comes first, by the Hub's own classes, then what a reader must know.
 
-Made from a version's MANIFEST and PROVENANCE and one of its rows alone, so the same version has the
-same card.
+It is made from a version's MANIFEST and PROVENANCE and one of its rows alone, so the same version
+has the same card.
 """
 
 from collections.abc import Mapping

@@ -107,7 +107,7 @@ def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
 
     The distribution has `freedom` degrees of freedom.
 
-    Bisects over the angle arctan(t / sqrt(freedom)), in which that probability is a finite sum
+    It bisects over the angle arctan(t / sqrt(freedom)), in which that probability is a finite sum
     (Abramowitz and Stegun 1964, 26.7.3 and 26.7.4).
     """
     low, high = 0.0, math.pi / 2

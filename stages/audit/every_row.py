@@ -121,7 +121,7 @@ def check_places(
 ) -> None:
     """Ask the first rows of each shard that this machine has not asked yet whose targets they have.
 
-    To be called after `check_rows`. `lenient`: say what is found, and go on.
+    It is to be called after `check_rows`. `lenient`: say what is found, and go on.
 
     Raises:
         IntegrityError: they have those of the position or the row beside their own; names the file.

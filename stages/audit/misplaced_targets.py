@@ -2,9 +2,9 @@
 
 It is seen without their teacher, by what they find likely. With l_s(n) the log-probability that the
 target at position n gives the token at n + s, and H its entropy, targets that are in place find
-their own tokens likely: l_0 is above l_1 and l_-1 in the mean. Measured on texts that small
-teachers were trained on, and on others (verse, encyclopedia, code, another language): by 0.5 nats
-and more. Otherwise they are
+their own tokens likely: l_0 is above l_1 and l_-1 in the mean. It is so by 0.5 nats and more,
+measured on texts that small teachers were trained on, and on others (verse, encyclopedia, code,
+another language). Otherwise they are
 
     shifted     where the token beside, s = 1 or -1, is the likely one, beyond chance: above
                 their own and above that of the other side; and one of two more things says that
@@ -192,7 +192,7 @@ def _by_position(rows: Sequence[Row], head: Head) -> np.ndarray | None:
 def _by_row(rows: Sequence[Row], head: Head) -> np.ndarray | None:
     """The same with the tokens of the row before, the own and the row after.
 
-    Span by span, as far as all three go.
+    It goes span by span, as far as all three go.
     """
     parts = []
     for three in zip(rows, rows[1:], rows[2:], strict=False):

@@ -1,7 +1,7 @@
 """Models of the task classification: a head over classes, one text a row, logits [B, C].
 
-The counterpart of `causal_lm.py` and `head.py`. Nothing is packed and nothing is shifted: a row is
-one text (or pair) with padding at its end.
+It is the counterpart of `causal_lm.py` and `head.py`. Nothing is packed and nothing is shifted: a
+row is one text (or pair) with padding at its end.
 
 Letters: B texts, T tokens of the longest, C classes.
 """

@@ -137,7 +137,7 @@ class Files(Protocol):
     def replace(self, name: str, data: bytes) -> None:
         """Give `name` this content whatever it had; readers see the old or the new.
 
-        Not for anything of a store.
+        Nothing of a store is put in place so.
         """
 
     def remove(self, name: str) -> None:

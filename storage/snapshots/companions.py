@@ -9,7 +9,7 @@ file of 8 bytes each, which is mapped, not read. While it is made about 60 bytes
 memory. A text is named by its own tokens then, whatever the sample's row says, and what was found
 has to fit it.
 
-Read are single rows, in any order. A row group has 1 MiB of them (or one row), and those read last
+Single rows are read, in any order. A row group has 1 MiB of them (or one row), and those read last
 stay decoded up to `HELD_BYTES`: in the order of training neighbours share row groups as the windows
 of samples do.
 """

@@ -2,9 +2,9 @@
 
 Each is put in place once.
 
-Contents of a table = commit records minus retired records. Nothing else counts: a data file without
-a record is not there. A writer appends by putting the next number; whoever loses that race reads
-the winner's record and tries again.
+The contents of a table are its commit records minus the retired ones. Nothing else counts: a data
+file without a record is not there. A writer appends by putting the next number; whoever loses that
+race reads the winner's record and tries again.
 """
 
 import base64

@@ -2,7 +2,7 @@
 
 It is DuckDB views over segments and the newest commits.
 
-For Stillroom's own questions; `sql.py` is for those of people.
+It is for Stillroom's own questions; `sql.py` is for those of people.
 """
 
 import os

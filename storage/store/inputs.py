@@ -1,6 +1,6 @@
 """Inputs: which prompts a recipe's data are, and in which split.
 
-One record and one Parquet file per `data_id`.
+Each `data_id` has one record and one Parquet file.
 """
 
 from collections.abc import Mapping

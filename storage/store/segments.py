@@ -2,9 +2,9 @@
 
 So a plan opens no shard twice.
 
-A cache: made from records and shards, made again when missing, damaged or out of date. A segment's
-name holds the hash of the commits it covers and the sha256 of its own bytes, so one that is not
-what it should be is never used.
+They are a cache: made from records and shards, made again when missing, damaged or out of date. A
+segment's name holds the hash of the commits it covers and the sha256 of its own bytes, so one that
+is not what it should be is never used.
 """
 
 import hashlib

@@ -2,8 +2,8 @@
 
 The views see no other file and no network.
 
-For looking and for choosing rows. DuckDB does not verify page checksums; `Store` and `verify` do.
-A signal ends a statement (`stopping.py`), and `limits.py` bounds what it may hold.
+They are for looking and for choosing rows. DuckDB does not verify page checksums; `Store` and
+`verify` do. A signal ends a statement (`stopping.py`), and `limits.py` bounds what it may hold.
 """
 
 import json

@@ -55,7 +55,7 @@ class _Making:
 class ShardWriter:
     """Adds rows to a table, each key once, whoever else writes.
 
-    Not for several threads; open one per thread.
+    A writer is for one thread: open one per thread.
 
     Use as a context manager: leaving the block commits what is finished, also when an exception
     leaves it. What goes wrong while a shard is made is raised by the next call of `add`, `tick` or

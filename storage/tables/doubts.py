@@ -293,8 +293,8 @@ def _doubtful_draws(
 ) -> Iterator[Doubt]:
     """Tokens must be among the draws about as often as their probabilities q say.
 
-    Asked of each row, and of all rows of a long one together: draws that are another row's may be
-    no surprise in one, and are in a hundred.
+    This is asked of each row, and of all rows of a long one together: draws that are another row's
+    may be no surprise in one, and are in a hundred.
     """
     if targets.weights is not None:
         if not (row["weights"] > 0).all() or not np.isfinite(row["weights"]).all():

@@ -28,8 +28,8 @@ def spans_of(row: Mapping[str, Any]) -> np.ndarray:
     The row is one of `generations` or `soft_targets`.
 
     A row without the column has one span: that of `span_start` and `span_tokens`, or what follows
-    the prompt. Nothing precedes the first token, so it is never scored. Of columns [R] of rows of
-    one span: [R, 1, 2].
+    the prompt. Nothing precedes the first token, so it is never scored. Columns [R] of rows of
+    one span give [R, 1, 2].
 
     Raises:
         IntegrityError: the column holds an odd number of numbers.

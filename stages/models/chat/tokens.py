@@ -41,7 +41,7 @@ class TurnTokens:
     def _shared(self, end: int) -> int:
         """How many tokens the text up to a character has in common with the whole.
 
-        For tokenizers that do not say which characters a token is.
+        It is for tokenizers that do not say which characters a token is.
         """
         ids = self._tokenizer(self._text[:end], add_special_tokens=False)["input_ids"]
         return shared(ids, self.ids)

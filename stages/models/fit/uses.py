@@ -1,6 +1,6 @@
 """What kind of model a config describes, by transformers' tables, and whether it sees the future.
 
-To be called inside `light_transformers`, as the tables are asked.
+It is called inside `light_transformers`, as the tables are asked.
 """
 
 from collections.abc import Mapping

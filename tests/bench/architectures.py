@@ -49,7 +49,8 @@ from stillroom.storage.errors import UsageError
 from stillroom.storage.tables.soft_targets import SoftTargets
 
 SCORE, TRAIN, PEEK = 2e-4, 2e-5, 1e-6
-"""Bars. A peek is 0 but for the rounding of experts, whose shapes change with the tokens that come to them."""
+"""Bars. A peek is 0 but for the rounding of experts, whose shapes change with the tokens that come
+to them."""
 HARD_WEIGHT = 0.5
 USUAL_ATTENTION = ("falcon",)
 """`model_type`s whose eager attention is wrong: Falcon's adds ALiBi twice."""

@@ -48,7 +48,10 @@ def name_of(point: Point) -> str:
 def families(
     points: list[Point], values: dict[str, float]
 ) -> dict[str, list[tuple[float, float, str]]]:
-    """(bytes, value, setting) of each family and number of bits, by bytes; a family needs two points."""
+    """(bytes, value, setting) of each family and number of bits, by bytes.
+
+    A family needs two points.
+    """
     found: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
     for point in points:
         if name_of(point) in values:

@@ -81,7 +81,10 @@ def at_equal_ids(t: Tensor) -> list[dict[str, float]]:
 
 
 def by_entropy(t: Tensor) -> dict[str, Tensor]:
-    """All positions, and the half where the teacher is surest, as a larger model is; named with their mean entropy."""
+    """All positions, and the half where the teacher is surest, as a larger model is.
+
+    Named with their mean entropy.
+    """
     entropy = -(t * t.clamp_min(1e-30).log()).sum(-1)
     sure = entropy.argsort()[: len(t) // 2]
     parts = {"all positions": torch.arange(len(t)), "the surer half": sure}

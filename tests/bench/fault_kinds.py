@@ -51,9 +51,11 @@ class Fault:
     strike: Callable[[Struck], None] | None = None
     """Done at the moment."""
     throughout: Callable[[Struck], None] | None = None
-    """Done in the command's process before it begins; it says `hit` when it was in somebody's way."""
+    """Done in the command's process before it begins; it says `hit` when it was in somebody's
+    way."""
     around: str = ""
-    """`read-only`, `later`, `503` or `slow`: what holds for disk, clock or server while the command runs."""
+    """`read-only`, `later`, `503` or `slow`: what holds for disk, clock or server while the command
+    runs."""
     disk: bool = False
     """Whether it strikes who writes files on this machine."""
     needs_stage: bool = False

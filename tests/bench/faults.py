@@ -47,7 +47,8 @@ S3_SERVER = Path(__file__).parents[1] / "support" / "s3_server.py"
 NAMESPACE = ["unshare", "--map-root-user", "--mount"]
 INSIDE = "STILLROOM_BENCH_NAMESPACE"
 TRIES = 3
-"""Of two processes the one that waits for the fault may find all work taken; the cell is run again."""
+"""Of two processes the one that waits for the fault may find all work taken; the cell is run
+again."""
 TINY = [("data", "disk full")]
 AHEAD = [
     *"pandas pyarrow.dataset pyarrow.json pyarrow.parquet duckdb datasets s3fs xxhash".split(),

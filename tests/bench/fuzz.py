@@ -156,7 +156,8 @@ def _place(error: BaseException) -> str:
 def _time_limit() -> Iterator[None]:
     """TooSlow where Python still runs; else the interpreter ends, saying where it was.
 
-    Of processor time, for others use the machine; the end comes after a minute and a half by the clock.
+    Of processor time, for others use the machine; the end comes after a minute and a half by the
+    clock.
     """
     signal.signal(signal.SIGPROF, _too_slow)
     signal.setitimer(signal.ITIMER_PROF, SECONDS)

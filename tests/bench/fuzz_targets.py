@@ -107,7 +107,10 @@ def _in_a_file(*patterns: str, commands: Callable[[World], list[Words]]) -> Targ
 
 
 def _damage_shard(world: World, drawn: Any) -> list[Words]:
-    """A shard of a store: bytes, or other rows; `sealed`: its name and its record say its new hash."""
+    """A shard of a store: bytes, or other rows.
+
+    `sealed`: its name and its record say its new hash.
+    """
     which, edits, what, sealed = drawn
     records = [*world.files("store/commits/*/*.json"), *world.files("store/inputs/*.json")]
     path = records[which % len(records)]

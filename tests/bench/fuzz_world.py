@@ -1,4 +1,7 @@
-"""What `fuzz.py` damages: a small store, run, published folder, recipes and data, all valid; what is run on them."""
+"""What `fuzz.py` damages: a small store, run, published folder, recipes and data, all valid.
+
+What is run on them.
+"""
 
 import shutil
 from collections.abc import Callable

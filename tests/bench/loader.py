@@ -1,4 +1,6 @@
-"""How fast a snapshot is read, against `datasets` and mosaicml-streaming on the same rows; how fast reading resumes.
+"""How fast a snapshot is read, against `datasets` and mosaicml-streaming on the same rows.
+
+How fast reading resumes.
 
     python tests/bench/loader.py [--tiny] [--mds-python PYTHON] [--only PART]
 
@@ -18,13 +20,13 @@ Trainer: samples of a store (V = 512, K = 64, as long as short stories) read and
 and the same training a student of 1M parameters, in turns in one process; tokens/s of the one over
 those of the other. Bar: 5.
 
-Check: what a machine does once with each shard before it trains on it (hash, every row), and what it
-does later (a look whether the file changed), beside reading the same columns once; in turns in one
-process, in CPU seconds. Bar: 3 times.
+Check: what a machine does once with each shard before it trains on it (hash, every row), and what
+it does later (a look whether the file changed), beside reading the same columns once; in turns in
+one process, in CPU seconds. Bar: 3 times.
 
-Features: rows with int8 states of one layer (D = 384) beside their targets, against the targets alone,
-shuffled, each way in a process of its own, in turns. CPU seconds, per byte that is stored: how much
-dearer a byte of features is than one of targets. Bar: 2. And the memory of both.
+Features: rows with int8 states of one layer (D = 384) beside their targets, against the targets
+alone, shuffled, each way in a process of its own, in turns. CPU seconds, per byte that is stored:
+how much dearer a byte of features is than one of targets. Bar: 2. And the memory of both.
 """
 
 import argparse
@@ -172,7 +174,10 @@ def one_pass(python: str, name: str, folder: Path, number: int = 0) -> dict[str,
 
 
 def consume(samples: Iterator[dict[str, np.ndarray]], stored: int) -> dict[str, Any]:
-    """Stack every batch into the same arrays, as into pinned memory; the clock runs from before the first row."""
+    """Stack every batch into the same arrays, as into pinned memory.
+
+    The clock runs from before the first row.
+    """
     kinds = {name: np.int32 if name in ("token_ids", "ids") else np.float32 for name in COLUMNS}
     arrays: dict[str, np.ndarray] = {}
     first = 0.0
@@ -386,7 +391,10 @@ def resume_once(folder: Path, number: int) -> dict[str, Any]:
 
 
 def write_shards(root: Path, *, shards: int, rows: int) -> str:
-    """A store of small rows and a snapshot of them all; written past the commit log, which resuming does not read."""
+    """A store of small rows and a snapshot of them all.
+
+    Written past the commit log, which resuming does not read.
+    """
     import pyarrow as pa
 
     from stillroom.storage.keys import content_key
@@ -601,7 +609,10 @@ def read_samples(folder: Path, number: int, *, with_features: bool) -> dict[str,
 
 
 def against_trainer(folder: Path, *, turns: int, tiny: bool) -> dict[str, Any]:
-    """Tokens per second of reading and packing, and of training on it; the ratio is the median over the turns."""
+    """Tokens per second of reading and packing, and of training on it.
+
+    The ratio is the median over the turns.
+    """
     import torch
     from train_step import Arm, Scale, make_arm, write_store
 

@@ -172,7 +172,10 @@ def timed(problem: Problem, way: Callable[[], Any]) -> float:
 
 
 def memory(size: Size, tiny: bool) -> dict[str, Any]:
-    """MiB beyond inputs and gradients, by way and tokens; on a GPU the float32 sum of dW is not counted either."""
+    """MiB beyond inputs and gradients, by way and tokens.
+
+    On a GPU the float32 sum of dW is not counted either.
+    """
     if size.device == "cpu":
         counts = (size.n,) if tiny else (size.n // 2, size.n, 2 * size.n)
         ways = ("ours", "plain torch") if tiny else ("ours", "plain torch CE", "plain torch")

@@ -104,7 +104,10 @@ def plain_cross_entropy(problem: Problem) -> Tensor:
 
 
 def plain(problem: Problem) -> Tensor:
-    """Log-softmax of all tokens in float32, gathered; the tail by a logsumexp over what is not gathered."""
+    """Log-softmax of all tokens in float32, gathered.
+
+    The tail by a logsumexp over what is not gathered.
+    """
     return naive(problem.hidden, problem.weight, problem.targets, torch.float32)
 
 

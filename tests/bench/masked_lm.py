@@ -66,7 +66,10 @@ SCALES = {
 
 
 def texts(part: str, words: int) -> Iterator[str]:
-    """Parts of the stories of a split, of so many words each; what is left of a story is left out."""
+    """Parts of the stories of a split, of so many words each.
+
+    What is left of a story is left out.
+    """
     folder = ASSETS / "text" / "tinystories-8k"
     for story in pq.read_table(folder / f"{part}.parquet")["text"].to_pylist():
         found = story.split()
@@ -80,7 +83,10 @@ def some(part: str, many: int, words: int) -> list[str]:
 
 
 def train_teacher(folder: Path, train: list[str], scale: Scale) -> None:
-    """A BERT that has learnt to guess hidden tokens of these texts, and a tokenizer of their words; saved."""
+    """A BERT that has learnt to guess hidden tokens of these texts, and a tokenizer of their words.
+
+    saved.
+    """
     torch.manual_seed(0)
     tokenizer = _tokenizer(train, scale.vocabulary)
     config = BertConfig(

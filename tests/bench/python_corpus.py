@@ -82,7 +82,10 @@ def texts(shares: Shares) -> Texts:
 
 
 def excerpt(text: str, characters: int) -> str:
-    """Whole lines from a place that the text's hash decides, about so many characters; all of a short text."""
+    """Whole lines from a place that the text's hash decides, about so many characters.
+
+    All of a short text.
+    """
     if len(text) <= characters:
         return text
     lines = text.splitlines(keepends=True)

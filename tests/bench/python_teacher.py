@@ -1,4 +1,6 @@
-"""A teacher that is trained here: a small Llama on token ids, once through them or more; CPU or GPU, bfloat16 autocast.
+"""A teacher that is trained here: a small Llama on token ids, once through them or more.
+
+CPU or GPU, bfloat16 autocast.
 
 Kept as a model folder that any recipe can name.
 """

@@ -333,7 +333,10 @@ def plain_reduction(logits: Tensor, following: Tensor) -> dict[str, Tensor]:
 
 
 def differences(found: dict[str, Tensor], truth: Tensor, following: Tensor) -> dict[str, float]:
-    """Largest difference of each number, nats; entries are compared id by id, the tail over the ids outside them."""
+    """Largest difference of each number, nats.
+
+    Entries are compared id by id, the tail over the ids outside them.
+    """
     ids = found["ids"].long()
     expected = {
         "logprobs": truth.gather(-1, ids),
@@ -345,7 +348,10 @@ def differences(found: dict[str, Tensor], truth: Tensor, following: Tensor) -> d
 
 
 def shares(clocks: list[dict[str, float]]) -> dict[str, float]:
-    """Share of the stage's time without start-up that each name has, over all rounds; the seconds of start-up."""
+    """Share of the stage's time without start-up that each name has, over all rounds.
+
+    The seconds of start-up.
+    """
     total = {name: sum(clock[name] for clock in clocks) for name in clocks[0]}
     whole = sum(total.values()) - total["start"]
     found = {name: round(spent / whole, 4) for name, spent in total.items() if name != "start"}

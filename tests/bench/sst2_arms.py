@@ -1,4 +1,6 @@
-"""Students of one sentiment teacher: which losses, from which start, at which learning rates; each trained and judged.
+"""Students of one sentiment teacher: which losses, from which start, at which learning rates.
+
+Each trained and judged.
 
 Targets come from the product's store; its trainer, its losses and its measures do the work, without
 a run folder for each of some hundred students. One file per student; what is there is not done

@@ -1,8 +1,8 @@
 """The sentences of sst2 that a teacher learns, is chosen by and is judged on.
 
-sst2's own test split judges; which of its training rows are for choosing is decided by the product's
-own hash of a text. So the teacher has seen no row that `stillroom run pipeline/recipes/sst2.yaml`
-validates on or holds out.
+sst2's own test split judges; which of its training rows are for choosing is decided by the
+product's own hash of a text. So the teacher has seen no row that `stillroom run
+pipeline/recipes/sst2.yaml` validates on or holds out.
 """
 
 from collections.abc import Sequence

@@ -91,7 +91,10 @@ FINDINGS = (
 
 
 def accuracy(student: Student, epoch: int) -> float:
-    """On test rows after an epoch, 0 before the first; a student whose training broke off guesses."""
+    """On test rows after an epoch, 0 before the first.
+
+    A student whose training broke off guesses.
+    """
     if epoch == 0:
         return float(student["before"]["test"]["accuracy"])
     return float(student["after"][epoch - 1]["test"]["accuracy"]) if student["after"] else 0.5

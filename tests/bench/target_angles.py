@@ -165,7 +165,10 @@ def _sweep(student: Any, teacher: nn.Module, *, chunks: _Chunks, tokens: int) ->
 def _gradients(
     student: Any, teacher: nn.Module, *, texts: dict[str, list[Sample]]
 ) -> tuple[Tensor, float, int]:
-    """[E + 1, P] gradients of the summed loss, the full one first; the full divergence; the scored tokens."""
+    """[E + 1, P] gradients of the summed loss, the full one first; the full divergence.
+
+    The scored tokens.
+    """
     head = split_head(student)
     weights = [p for p in student.parameters() if p.requires_grad]
     settings = {"tokens_per_pass": 2**30, "vocab_size": head.vocab_size}
@@ -197,7 +200,10 @@ def _kept(arm: Arm, vocab_size: int) -> Kept:
 
 
 def kept_of(bench: Bench, arm: Arm) -> dict[str, float | None]:
-    """Of the targets that an arm reads: mean kept mass and entries per token; None where it reads none."""
+    """Of the targets that an arm reads: mean kept mass and entries per token.
+
+    None where it reads none.
+    """
     if arm.live or not arm.loss["soft_weight"]:
         return {"kept_mass": None, "entries": None}
     snapshot, _ = bench.prepare(arm)

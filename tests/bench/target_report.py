@@ -31,7 +31,10 @@ Found = dict[str, dict[int, dict[str, Any]]]
 
 
 def report(folder: Path) -> tuple[list[str], dict[str, Any]]:
-    """Markdown lines and what a machine reads; writes report.md, arms.svg and angles.svg into `folder`."""
+    """Markdown lines and what a machine reads.
+
+    Writes report.md, arms.svg and angles.svg into `folder`.
+    """
     found = _read(folder / "results")
     arms = _arms(found, folder)
     outcome: dict[str, Any] = {
@@ -70,7 +73,10 @@ def _read(folder: Path) -> Found:
 
 
 def _arms(found: Found, folder: Path) -> dict[str, dict[str, Any]]:
-    """By arm: (mean, half-width or None) of every measure and of the share of the gap; what its targets keep."""
+    """By arm: (mean, half-width or None) of every measure and of the share of the gap.
+
+    What its targets keep.
+    """
     ce, full = found.get("ce", {}), found.get("full", {})
     gaps = {seed: ce[seed][LOSS] - full[seed][LOSS] for seed in ce if seed in full}
     arms = {}

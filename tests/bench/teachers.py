@@ -1,19 +1,22 @@
-"""What is left of two specialists in a student of both? TinyStories and Python, each with a teacher of its own.
+"""What is left of two specialists in a student of both?
+
+TinyStories and Python, each with a teacher of its own.
 
     python tests/bench/teachers.py DIR [--jobs 1] [--tiny]        # a table, then one JSON line
 
-The teacher of stories is stories260k; that of code is the same model, trained further on the sources of
-installed packages. Students are fresh. Each is judged by its cross-entropy on held-out texts of both
-domains, beside a baseline of the same start, order and tokens that learns from the text alone; its gain
-on a domain is the baseline's cross-entropy there minus its own.
+The teacher of stories is stories260k; that of code is the same model, trained further on the
+sources of installed packages. Students are fresh. Each is judged by its cross-entropy on held-out
+texts of both domains, beside a baseline of the same start, order and tokens that learns from the
+text alone; its gain on a domain is the baseline's cross-entropy there minus its own.
 
     stories, code     of one teacher, on the texts of its domain
     unrouted          of both teachers, each asked for every text
     routed            of both, each asked for its own domain; as many tokens of each as a specialist has
 
-The last two see the same texts in the same order, so one baseline serves both. The table says what share
-of each specialist's gain they keep, seed by seed, with half of a 95 % interval over the seeds. Everything
-that is done stays in DIR, student by student: a second call goes on. DIR/report.json has the last line.
+The last two see the same texts in the same order, so one baseline serves both. The table says what
+share of each specialist's gain they keep, seed by seed, with half of a 95 % interval over the
+seeds. Everything that is done stays in DIR, student by student: a second call goes on.
+DIR/report.json has the last line.
 """
 
 import json

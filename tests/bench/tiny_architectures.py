@@ -137,7 +137,8 @@ NO_TEXT_MODEL = (
     "gemma4_unified_assistant git got_ocr2 gpt-sw3 llama4 mllama moshi musicgen musicgen_melody "
     "phi4_multimodal qwen3_5 qwen3_5_moe qwen4_exp trocr whisper"
 ).split()
-"""Types that read images, sounds or bytes too, with configs inside of configs, and a second name of GPT-2."""
+"""Types that read images, sounds or bytes too, with configs inside of configs, and a second name of
+GPT-2."""
 
 _NARROW = {"head_dim": 4, "num_key_value_heads": 4}  # head_dim is that of the part that is turned
 _LINEAR = {"layer_types": ["linear_attention", "full_attention"]}

@@ -265,7 +265,10 @@ class Bench:
         return found
 
     def compare(self, seeds: tuple[int, ...]) -> dict[str, Any]:
-        """Each arm at its best rate on validation rows; the test rows are read after that is chosen."""
+        """Each arm at its best rate on validation rows.
+
+        The test rows are read after that is chosen.
+        """
         tried = {rate: self.run(rate, seeds[0], judged="validation") for rate in self.scale.rates}
         found: dict[str, Any] = {"rates": {}, "results": {}}
         for words, arm in ARMS.items():

@@ -309,7 +309,10 @@ def student(scale: Scale, device: torch.device) -> Any:
 
 
 def write_store(root: Path, *, rows: int, vocab_size: int, k: int, seed: int = 0) -> Samples:
-    """Samples as long as short stories (median 180 tokens), prompts of a tenth; random targets of K entries."""
+    """Samples as long as short stories (median 180 tokens), prompts of a tenth.
+
+    Random targets of K entries.
+    """
     rng = np.random.default_rng(seed)
     about = {
         "teacher_id": "t" * 32,
@@ -346,7 +349,10 @@ def write_store(root: Path, *, rows: int, vocab_size: int, k: int, seed: int = 0
 def random_targets(
     rng: np.random.Generator, positions: int, *, vocab_size: int, k: int
 ) -> SoftTargets:
-    """Distinct ids anywhere; log-probabilities that fall like a language model's, some mass outside."""
+    """Distinct ids anywhere.
+
+    Log-probabilities that fall like a language model's, some mass outside.
+    """
     steps_apart = rng.integers(1, vocab_size // k + 1, (positions, k)).cumsum(axis=1) - 1
     ids = rng.permuted(steps_apart, axis=1).astype(np.int32)
     heights = -np.sort(rng.gamma(0.7, 3.0, (positions, k)), axis=1) * rng.gamma(

@@ -1,4 +1,6 @@
-"""Does it pay to score every turn of a conversation? Students of all turns against students of the last one.
+"""Does it pay to score every turn of a conversation?
+
+Students of all turns against students of the last one.
 
     python tests/bench/turns.py DIR [--tiny]        # a table, then one JSON line
 

@@ -19,7 +19,10 @@ Found = dict[str, Any]
 
 
 def best_rate(found: Sequence[Found], task: Task, arm: str) -> float | None:
-    """The rate of an arm that is best on validation rows, of students of one seed; None where all broke off."""
+    """The rate of an arm that is best on validation rows, of students of one seed.
+
+    None where all broke off.
+    """
     first = next(iter(task.measures))
     worth = {
         one["rate"]: task.better * one["numbers"][first]

@@ -109,7 +109,9 @@ class Students:
     def _judged(
         self, split: str, settings: Sequence[str], *, trained: dict[str, Any]
     ) -> dict[str, Any]:
-        """The records of a student and its `numbers`; why it `failed`, where its training broke off.
+        """The records of a student and its `numbers`.
+
+        Why it `failed`, where its training broke off.
 
         Args:
             split: What judges.

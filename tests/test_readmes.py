@@ -68,7 +68,9 @@ FRONT = ROOT / "README.md"
 
 def prose(text: str) -> str:
     """A page without blocks of code, tables, pictures and where its links lead."""
-    text = re.sub(r"^```.*?^```|^ {4}.*?$|^\|.*?$|^!\[.*?$", "", text, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(
+        r"^```.*?^```|^ {4}.*?$|^\|.*?$|^!\[.*?$", "", text, flags=re.MULTILINE | re.DOTALL
+    )
     return re.sub(r"\]\([^)]*\)", "]", text)
 
 

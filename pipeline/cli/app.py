@@ -12,7 +12,8 @@ from ..text import show_line
 
 app = typer.Typer(
     name="stillroom",
-    help="Offline soft-label distillation: run the teacher once, train any number of students from disk.",
+    help="Offline soft-label distillation: run the teacher once, train any number of students "
+    "from disk.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -1,4 +1,7 @@
-"""What is said of the engines that run a teacher: which one is to score, and which ones made its rows."""
+"""What is said of the engines that run a teacher.
+
+It is which engine is to score, and which ones made the stored rows.
+"""
 
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
@@ -22,7 +25,10 @@ def engine_notes(one: BoundTeacher, books: Books, *, pending: int) -> Iterator[s
 
 
 def _to_run(one: BoundTeacher, books: Books) -> str:
-    """Which engine runs a teacher, where it is not plain: transformers runs all that no other can."""
+    """Which engine runs a teacher, where it is not plain.
+
+    Transformers runs every teacher that no other engine can.
+    """
     score = needed(one.recipe.score, "score")
     if one.recipe.scoring_engine is not None or score.features:
         return ""

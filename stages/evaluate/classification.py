@@ -1,4 +1,7 @@
-"""Measuring texts that are classified: the distribution over classes, and whether the best one is the gold one."""
+"""Measuring texts that are classified.
+
+It measures the distribution over classes, and whether the best one is the gold one.
+"""
 
 from functools import partial
 from typing import Any

@@ -1,4 +1,7 @@
-"""Measuring masked texts: the tokens that are hidden, and how often the best guess is the one that was there."""
+"""Measuring masked texts.
+
+It measures the hidden tokens, and how often the best guess is the one that was there.
+"""
 
 import numpy as np
 import torch
@@ -15,7 +18,10 @@ from .measure import MeasureRow, Row
 
 
 class Measuring(causal_lm.Measuring):
-    """The measures of hidden tokens; see `measure.Measuring`. The masks are those of the stored rows."""
+    """The measures of hidden tokens, see `measure.Measuring`.
+
+    The masks are those of the stored rows.
+    """
 
     _inputs: Inputs
 

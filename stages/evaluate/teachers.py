@@ -1,8 +1,11 @@
-"""What several teachers say of a held-out text: measured against each by itself, and against all as they are weighed.
+"""What several teachers say of a held-out text.
 
-A measure against the teachers is the mean of those against each, by the weights that the loss has at the
-end of the training: of teachers that have this text, at each token. Each teacher's own numbers are over
-the texts that it was asked for, so the cross-entropy beside them is that of its route.
+The student is measured against each by itself, and against all as they are weighed.
+
+A measure against the teachers is the mean of those against each, by the weights that the loss has
+at the end of the training: of teachers that have this text, at each token. Each teacher's own
+numbers are over the texts that it was asked for, so the cross-entropy beside them is that of its
+route.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,7 @@
-"""Measuring words that are classified: the distribution over classes at each, and the entities that these mark."""
+"""Measuring words that are classified.
+
+It measures the distribution over classes at each word, and the entities that these mark.
+"""
 
 import numpy as np
 import torch
@@ -28,7 +31,10 @@ class Measuring(classification.Measuring):
         return Tally(classes=True, entities=Entities.of(self._names))
 
     def outcomes(self, row: Row) -> np.ndarray | None:
-        """[N] the gold classes, -1 where a word has none; None where no word of the text has one."""
+        """[N] the gold classes, -1 where a word has none.
+
+        It is None where no word of the text has one.
+        """
         labels = row["labels"]
         if labels is None or (labels == NO_LABEL).all():
             return None

@@ -1,4 +1,6 @@
-"""Forward passes made ahead: a thread reads, packs and copies to the device while the passes before are computed.
+"""Forward passes made ahead.
+
+A thread reads, packs and copies to the device while the passes before are computed.
 
 The order is that of the steps, with or without the thread. At most `AHEAD` things wait, and while
 passes that wait hold more than `AHEAD_BYTES` no other is made: so many bytes and one pass, on the
@@ -146,7 +148,10 @@ class Prefetch:
         self._waiting.clear()
 
     def _read(self) -> Iterator[Step]:
-        """Steps that were not read yet, noted; what ended the reading is raised again whenever it is asked for."""
+        """Steps that were not read yet, which are noted.
+
+        What ended the reading is raised again whenever a step is asked for.
+        """
         if self._broken is not None:
             raise self._broken
         try:

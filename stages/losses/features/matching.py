@@ -1,4 +1,6 @@
-"""All that a student matches of its teacher's features: one part for each pair of layers that `loss.features` names.
+"""All that a student matches of its teacher's features.
+
+There is one part for each pair of layers that `loss.features` names.
 
 A map W [D, d] takes the student's vectors of d numbers to the teacher's D, where a loss compares
 numbers and the two differ: s = W x. It trains with the student, and is dropped when the student is

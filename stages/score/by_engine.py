@@ -1,4 +1,7 @@
-"""Soft targets of text that an engine reads: what it says of each position, made into what is kept."""
+"""Soft targets of text that an engine reads.
+
+What it says of each position is made into what is kept.
+"""
 
 from collections.abc import Callable, Iterable
 
@@ -42,7 +45,10 @@ class Teacher:
         self._reader = open_reader(VLLM, identity, given, longest=longest, clock=job.clock)
 
     def begin(self, batch: Batch) -> Callable[[], list[Read]]:
-        """The best entries where these are all that is kept; every id where draws, temperatures or all are."""
+        """Begin to ask for the best entries, where these are all that is kept.
+
+        Every id is asked for where draws, temperatures or all are kept.
+        """
         kept = batch[0].kept
         every = _needs_every(kept, self._vocab_size)
         rows: list[_EveryId | _BestEntries] = [
@@ -93,7 +99,10 @@ class _EveryId:
 
 
 class _BestEntries:
-    """A row of which the best entries are said, all positions at once: its tails are within bounds."""
+    """A row of which the best entries are said, all positions at once.
+
+    So its tails are within bounds.
+    """
 
     def __init__(self, request: TargetRequest, vocab_size: int) -> None:
         self._request, self._vocab_size = request, vocab_size

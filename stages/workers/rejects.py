@@ -1,4 +1,7 @@
-"""Rejects of a stage that runs a model, where a row's failure and the machine's must be told apart."""
+"""Rejects of a stage that runs a model.
+
+A row's failure and the machine's must be told apart there.
+"""
 
 from typing import TYPE_CHECKING, Any
 

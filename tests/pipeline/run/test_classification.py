@@ -1,4 +1,7 @@
-"""Classification from labelled rows to a judged student, through the real command line, on a tiny teacher."""
+"""Classification from labelled rows to a judged student.
+
+It goes through the real command line, on a tiny teacher.
+"""
 
 import json
 from pathlib import Path

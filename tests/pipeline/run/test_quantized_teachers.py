@@ -1,4 +1,7 @@
-"""Quantised teachers on the command line: other teachers than the float one, side by side with it; what is refused."""
+"""Quantised teachers on the command line.
+
+They are other teachers than the float one and stand side by side with it; and some are refused.
+"""
 
 import json
 from collections import defaultdict
@@ -151,7 +154,10 @@ def _entries(row: dict[str, Any], position: int) -> dict[int, float]:
 
 
 def test_a_deep_verification_reads_as_it_was_identified(room: Room) -> None:
-    """The three have one folder: without --quantize the float one is found first, where it has rows."""
+    """The three have one folder.
+
+    Without --quantize the float one is found first, where it has rows.
+    """
     deep = ("verify", room.folder / "store", "--deep", "--teacher", room.teacher, "--json")
     for name, more in (("plain", ()), ("nf4", ("--quantize", "nf4"))):
         found = last_json(stillroom(*deep, *more))["deep"]

@@ -1,4 +1,7 @@
-"""A student that begins with layers of its teacher, through the command line: plan, run, report, refusals."""
+"""A student that begins with layers of its teacher, through the command line.
+
+It is tested for plan, run, report and refusals.
+"""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,7 @@
-"""Several teachers in one recipe: each is scored and kept alone, asked for what its `where` and budget say."""
+"""Several teachers in one recipe.
+
+Each is scored and kept alone, and asked for what its `where` and budget say.
+"""
 
 from pathlib import Path
 from typing import Any

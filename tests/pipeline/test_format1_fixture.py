@@ -43,7 +43,10 @@ def test_all_is_done(name: str) -> None:
 
 @pytest.mark.parametrize("name", STALE)
 def test_answers_that_were_tokenized_alone_are_named(name: str) -> None:
-    """`mat` and `and` of a prompt and its completion are one word; the template writes no end token."""
+    """`mat` and `and` of a prompt and its completion are one word.
+
+    The template writes no end token.
+    """
     line = last_json(stillroom("plan", recipe(name), "--json"))["stages"]["data"]
     assert (line["state"], line["why"]) == ("to do", "answer was tokenized alone: 4 of 4")
 

@@ -1,4 +1,7 @@
-"""Samples of several teachers: each one's row found by text and teacher, weighed, and learnt from."""
+"""Samples of several teachers.
+
+Each one's row is found by text and teacher, weighed, and learnt from.
+"""
 
 from pathlib import Path
 

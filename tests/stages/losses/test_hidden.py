@@ -1,4 +1,7 @@
-"""`match: hidden` against its definition in float64: value, gradient, zero at equality, and which layers are paired."""
+"""`match: hidden` against its definition in float64.
+
+It is tested for value, gradient, zero at equality, and which layers are paired.
+"""
 
 from typing import Any
 

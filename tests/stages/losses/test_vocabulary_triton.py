@@ -1,4 +1,7 @@
-"""The kernels `look` and `spread` against float64 and against plain torch: on a GPU as they are, else interpreted."""
+"""The kernels `look` and `spread` against float64 and against plain torch.
+
+On a GPU they run as they are, else they are interpreted.
+"""
 
 import os
 from dataclasses import replace
@@ -53,7 +56,10 @@ def logits(n: int, vocabulary: int, dtype: torch.dtype = torch.float32, *, seed:
 def question(
     n: int, vocabulary: int, k: int, head: tuple[float, float, float | None] = (1.0, 1.0, None)
 ) -> Asked:
-    """Row 0's label is an entry (if there are any), row 1's is none (if it can be); row 2 lacks an entry, row 3 all."""
+    """Row 0's label is an entry (if there are any), row 1's is none (if it can be).
+
+    Row 2 lacks an entry, and row 3 lacks all.
+    """
     random = torch.Generator().manual_seed(1)
     ids = torch.stack([torch.randperm(vocabulary, generator=random) for _ in range(n)])
     labels = ids[:, 0].clone()

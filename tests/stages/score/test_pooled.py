@@ -1,4 +1,7 @@
-"""Pooled states in the forward pass of scoring: one vector a text, what it takes, and when it means nothing."""
+"""Pooled states in the forward pass of scoring.
+
+It is tested for one vector a text, what it takes, and when it means nothing.
+"""
 
 from collections.abc import Callable
 from pathlib import Path

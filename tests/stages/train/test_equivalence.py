@@ -1,4 +1,7 @@
-"""Training from the store is training with the live teacher: the same losses step by step, the same student."""
+"""Training from the store is training with the live teacher.
+
+The losses are the same step by step, and so is the student.
+"""
 
 import json
 from dataclasses import dataclass

@@ -1,4 +1,7 @@
-"""Training that matches hidden states: the same as with the live teacher, goes on exactly, and leaves no map behind."""
+"""Training that matches hidden states.
+
+It is the same as with the live teacher, goes on exactly, and leaves no map behind.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -300,7 +303,10 @@ def test_a_feature_that_two_rows_of_the_snapshot_have_is_refused(
 def test_a_student_that_begins_with_the_teacher_s_layers_has_their_states(
     causal: Causal, tmp_path: Path
 ) -> None:
-    """Its first blocks are the teacher's, so nothing is missing before the first step; and they need no map."""
+    """The student's first blocks are the teacher's.
+
+    So nothing is missing before the first step, and they need no map.
+    """
     student = {"config": None, "from_teacher_layers": [0, 1]}
     loss = {"features": [{"match": "hidden", "layers": {0: 0, 1: 1}}]}
     job = causal.job(tmp_path / "run", student=student, loss=loss, train={"epochs": 1})

@@ -49,7 +49,10 @@ def one(lengths, start=2):
 
 
 def counted(model, step, *, checkpointed=False):
-    """What torch counts of forward and backward, each sample alone, the head at its scored positions."""
+    """What torch counts of forward and backward.
+
+    Each sample is alone, and the head runs at its scored positions.
+    """
     if checkpointed:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()

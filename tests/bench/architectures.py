@@ -1,19 +1,25 @@
-"""Which causal architectures of the installed transformers are right here, which are refused, and is any wrong?
+"""Which causal architectures of the installed transformers are right here, and which are refused.
 
-    python tests/bench/architectures.py [CASE ...] [--tiny] [--out DIR]        # a table, then one JSON line
+The bench asks whether any is wrong.
 
-Each is a tiny model with random weights (`tiny_architectures.py`), saved, and loaded by the product as
-teacher and as student. Texts have 9 to 64 tokens, windows 16; frequencies that depend on the length
-change at 32.
+    python tests/bench/architectures.py [CASE ...] [--tiny] [--out DIR]
 
-    score   log-probabilities as the scoring stage stores them, against a float64 pass of transformers, nats
+It prints a table, then one line of JSON.
+
+Each is a tiny model with random weights (`tiny_architectures.py`), saved, and loaded by the product
+as teacher and as student. Texts have 9 to 64 tokens, windows 16; frequencies that depend on the
+length change at 32.
+
+    score   log-probabilities as the scoring stage stores them, against a float64 pass of
+            transformers, nats
     batch   rows scored together against each alone, nats
-    train   gradient of KL + 0.5 CE of the passes that training makes, against a loop over samples in
-            plain transformers, as a share of its norm
-    peek    how far logits of earlier positions move when the last token changes, as a share of the largest
+    train   gradient of KL + 0.5 CE of the passes that training makes, against a loop over samples
+            in plain transformers, as a share of its norm
+    peek    how far logits of earlier positions move when the last token changes, as a share of the
+            largest
 
-A truth is a fresh model for each text, by eager attention; by transformers' usual one where eager is
-known to be wrong. `--tiny` is a choice of them.
+A truth is a fresh model for each text, by eager attention; by transformers' usual one where eager
+is known to be wrong. `--tiny` is a choice of them.
 """
 
 import copy
@@ -279,7 +285,10 @@ def samples() -> list[Sample]:
 
 
 def trained(folder: Path) -> float:
-    """The gradient of the passes that training makes, off from that of single samples in plain transformers."""
+    """How far the gradient of the passes that training makes is off.
+
+    It is compared with that of single samples in plain transformers.
+    """
     student: Any = KIND.student(folder).train()  # as the trainer has it; dropout is zero
     read = samples()
     lengths = (min(LENGTHS), max(LENGTHS))
@@ -310,7 +319,10 @@ def trained(folder: Path) -> float:
 
 
 def loss_alone(model: Any, sample: Sample) -> Tensor:
-    """KL + 0.5 CE of one sample, as it is written: sum t (log t - log s) - 0.5 log s of what follows."""
+    """KL + 0.5 CE of one sample, as it is written.
+
+    It is sum t (log t - log s) - 0.5 log s of what follows.
+    """
     assert sample.targets is not None
     logprobs = logits_of(model, sample.token_ids)[:-1].log_softmax(-1)
     stored = torch.from_numpy(sample.targets.logprobs)

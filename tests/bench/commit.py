@@ -1,4 +1,6 @@
-"""What a durable, verified commit of 256 rows costs, by step, and the share of one core that is at 10k tokens/s.
+"""What a durable, verified commit of 256 rows costs, by step.
+
+It also gives the share of one core that this is at 10k tokens/s.
 
     python tests/bench/commit.py [--entries 32 64] [--commits 8] [--tiny]
 
@@ -54,7 +56,10 @@ STEPS = {
 
 
 class InTurn:
-    """Stands for the writer's thread: a shard is made while its owner waits, so that the steps can be told apart."""
+    """A stand-in for the writer's thread.
+
+    A shard is made while its owner waits, so that the steps can be told apart.
+    """
 
     def __init__(self, *_: Any, **__: Any) -> None:
         """Takes what the thread pool takes."""

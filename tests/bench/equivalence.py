@@ -1,4 +1,6 @@
-"""How far training from a store is from training with the live teacher, by the mantissa bits that the store keeps.
+"""How far training from a store is from training with the live teacher.
+
+The difference is given for each number of mantissa bits that the store keeps.
 
     python tests/bench/equivalence.py [--tiny] [--steps 60] [--seeds 3] [--learning-rate 1e-3]
 

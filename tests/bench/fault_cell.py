@@ -1,4 +1,7 @@
-"""One cell of the matrix: a command with a fault, then without, and what is to be found after each."""
+"""One cell of the matrix: a command with a fault, then without.
+
+It says what is to be found after each.
+"""
 
 import ctypes
 import json
@@ -49,7 +52,10 @@ def fresh_disk(root: Path, state: Path | None) -> None:
 
 
 def beside(root: Path) -> Path:
-    """Where this bench writes down what happens in a place: on another disk, which is never full."""
+    """Where this bench writes down what happens in a place.
+
+    That is on another disk, which is never full.
+    """
     return root.with_name("beside")
 
 

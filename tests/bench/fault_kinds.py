@@ -1,4 +1,6 @@
-"""The faults of the matrix, each where it strikes: in the process that has come to a moment, or from the start on.
+"""The faults of the matrix, each where it strikes.
+
+That is in the process that has come to a moment, or from the start on.
 
 Signals, the terminal's end, a full disk and a read-only one are the system's own. An I/O error, a
 disk without hard links and a clock that was set back are what the calls of this process say.

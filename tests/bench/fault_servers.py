@@ -1,4 +1,7 @@
-"""The servers of the matrix, told to fail: a bucket of an S3 server, and the stand-in for the Hub."""
+"""The servers of the matrix, told to fail.
+
+They are a bucket of an S3 server, and the stand-in for the Hub.
+"""
 
 import ctypes
 import json

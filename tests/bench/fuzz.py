@@ -1,6 +1,7 @@
 """Damaged input, drawn by hypothesis: whether every command answers as documented, or has a bug.
 
-    python tests/bench/fuzz.py [--seconds 3600] [--only NAME ...] [--task TASK] [--seed 0] [--out DIR]
+    python tests/bench/fuzz.py [--seconds 3600] [--only NAME ...] [--task TASK] [--seed 0]
+                               [--out DIR]
 
 A small store, run, published folder, recipes and data are made once. An example copies them,
 damages one thing (`fuzz_targets.py`) and runs one command in this process. It is a finding if

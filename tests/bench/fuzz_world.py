@@ -27,7 +27,10 @@ _TEMPLATE = (
 
 
 class World:
-    """A store, a run, a published folder, recipes and data, all valid; and a copy of them to damage."""
+    """A store, a run, a published folder, recipes and data, all valid.
+
+    There is a copy of them to damage.
+    """
 
     def __init__(self, root: Path) -> None:
         self._begin(root)
@@ -52,7 +55,10 @@ class World:
         self.work.mkdir()
 
     def _recipes(self, tree: dict[str, Any]) -> None:
-        """Other recipes on the same world: from the published folder, and stage one of each format of data."""
+        """Write other recipes on the same world.
+
+        They are from the published folder, and stage one of each format of data.
+        """
         published = str(self.work / "published-0")
         storage = {"dir": str(self.work / "new"), "sources": [published]}
         sourced = tree | {"storage": storage}

@@ -150,7 +150,8 @@ def speed(folder: Path, *, rows: int, repeats: int, mds_python: str | None) -> d
         }
     print(f"{rows} rows, T = {T}, K = {K}, batches of {BATCH}, {repeats} turns")
     print(
-        f"{'loader':<12}{'ktok/s':>8}{'stillroom is':>14}{'first batch s':>15}{'peak RSS MB':>13}{'bytes/token':>13}"
+        f"{'loader':<12}{'ktok/s':>8}{'stillroom is':>14}"
+        f"{'first batch s':>15}{'peak RSS MB':>13}{'bytes/token':>13}"
     )
     for name in pythons:
         row = table[name]
@@ -275,7 +276,10 @@ def read_mds(folder: Path, number: int) -> dict[str, Any]:
 
 
 def write_rows(folder: Path, rows: int) -> None:
-    """A store of random targets that look like a teacher's, and the same columns as plain arrays."""
+    """Write a store of random targets that look like a teacher's.
+
+    The same columns are written as plain arrays.
+    """
     from stillroom.storage.keys import content_key
     from stillroom.storage.store.store import Store
 
@@ -331,7 +335,10 @@ def random_targets(rng: np.random.Generator) -> Any:
 
 
 def resume(folder: Path, *, shards: int, rows: int, repeats: int) -> dict[str, Any]:
-    """From opening the store to the first batch, each time in a new process and from another sample."""
+    """Time from opening the store to the first batch.
+
+    Each time is in a new process and from another sample.
+    """
     snapshot = write_shards(folder / "many", shards=shards, rows=rows)
     (folder / "snapshot").write_text(snapshot)
     found = [one_pass(sys.executable, "resume", folder, number) for number in range(repeats)]
@@ -339,7 +346,8 @@ def resume(folder: Path, *, shards: int, rows: int, repeats: int) -> dict[str, A
     table |= {name: [turn[name] for turn in found] for name in found[0]}
     milliseconds = statistics.median(table["milliseconds"])
     print(
-        f"\nresume, {shards} shards, {rows} rows, batch of {BATCH}: first batch after {milliseconds:.0f} ms (median)"
+        f"\nresume, {shards} shards, {rows} rows, batch of {BATCH}: first batch after "
+        f"{milliseconds:.0f} ms (median)"
     )
     print(
         "  of these to load the snapshot: "
@@ -453,7 +461,10 @@ def read_file(file: Any) -> int:
 
 
 def check(folder: Path, *, rows: int, repeats: int) -> dict[str, Any]:
-    """CPU seconds of reading the files of a store once, of checking them, and of knowing them later."""
+    """CPU seconds of reading the files of a store once.
+
+    Beside it are those of checking them, and of knowing them later.
+    """
     from stillroom.storage.integrity.checked import Memory, check_file, held
     from stillroom.storage.store.store import Store
 
@@ -530,10 +541,12 @@ def features(folder: Path, *, rows: int, repeats: int, apart: bool) -> dict[str,
         cpu = statistics.median(turn["cpu_seconds"] for turn in found)
         peak = max(turn["peak_rss_mb"] for turn in found)
         print(
-            f"  {way:<12}{cpu:>9.2f} CPU seconds{peak:>8.0f} MB{found[0]['bytes'] / 2**20:>9.1f} MiB"
+            f"  {way:<12}{cpu:>9.2f} CPU seconds{peak:>8.0f} MB"
+            f"{found[0]['bytes'] / 2**20:>9.1f} MiB"
         )
     print(
-        f"  with features {table['cpu_over_targets']} of the time for {table['bytes_over_targets']} "
+        f"  with features {table['cpu_over_targets']} of the time for "
+        f"{table['bytes_over_targets']} "
     )
     print(
         f"  of the bytes; a byte of them takes {table['per_byte_over_targets']} of one of targets"

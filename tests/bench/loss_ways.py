@@ -1,4 +1,7 @@
-"""The losses that `loss.py` times, each forward and backward on the same states, head and targets."""
+"""The losses that `loss.py` times.
+
+Each goes forward and backward on the same states, head and targets.
+"""
 
 import math
 import sys

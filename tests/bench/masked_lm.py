@@ -1,13 +1,15 @@
-"""Masked language models: a BERT that guesses hidden tokens of stories, and small students of two layers.
+"""Masked language models.
+
+A BERT guesses hidden tokens of stories, and so do small students of two layers.
 
     python tests/bench/masked_lm.py DIR [--seeds 0,1,2] [--tiny]
 
 Texts are parts of the stories of the asset TinyStories, whose own splits are kept: what the teacher
-learns, what students learn (some of it), what chooses learning rates, and what judges, which is read
-once. A BERT is trained on the spot, its tokens hidden anew in each epoch. Students learn from a part of
-these texts, their tokens hidden once: from the hidden tokens alone, and from the teacher's best guesses
-as well. Each has the learning rate whose cross-entropy on validation texts is best at the first seed. The
-last line is JSON.
+learns, what students learn (some of it), what chooses learning rates, and what judges, which is
+read once. A BERT is trained on the spot, its tokens hidden anew in each epoch. Students learn from
+a part of these texts, their tokens hidden once: from the hidden tokens alone, and from the
+teacher's best guesses as well. Each has the learning rate whose cross-entropy on validation texts
+is best at the first seed. The last line is JSON.
 """
 
 import json

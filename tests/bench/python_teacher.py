@@ -86,8 +86,8 @@ def train_model(model: nn.Module, folder: Path, ids: np.ndarray, *, size: Teache
             done, seconds = (step + 1) * per_step * size.window, time.monotonic() - began
             print(
                 (
-                    f"teacher: {done} tokens, cross-entropy {smooth:.3f} nats, {done / seconds:.0f} "
-                    "tokens/s"
+                    f"teacher: {done} tokens, cross-entropy {smooth:.3f} nats, "
+                    f"{done / seconds:.0f} tokens/s"
                 ),
                 flush=True,
             )

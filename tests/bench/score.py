@@ -8,9 +8,10 @@ Texts are random words of one length, and every token but the first is scored.
 
     bare         hidden states, and the logits of every scored position, a chunk at a time
     reduced      the same, and what is kept of each position: on the host, as numpy arrays
-    stage        the real stage: journal, rows, shards written, synced, read back and committed; without start-up
-    plain torch bare, and log_softmax, topk, entropy and the logsumexp of the rest, in float32, a
-    chunk at a time
+    stage        the real stage: journal, rows, shards written, synced, read back and committed;
+                 without start-up
+    plain torch  bare, and log_softmax, topk, entropy and the logsumexp of the rest, in float32, a
+                 chunk at a time
 
 All go through the same rows in the same batches. Each round does them all, in an order that turns;
 ratios to `bare` are taken within a round, then the median. Besides: where the stage's seconds went,
@@ -243,7 +244,7 @@ class Bench:
         return job, teacher
 
     def _states(self) -> Iterator[tuple[Batch, Tensor, Tensor]]:
-        """Batches, the hidden states [N, D] of all but their last positions, and the tokens that follow."""
+        """Batches, hidden states [N, D] of all but their last positions, and the next tokens."""
         for batch in self.batches:
             ids = batch.to(self.model.device)
             hidden = hidden_states(self.model, input_ids=ids, attention_mask=torch.ones_like(ids))
@@ -292,7 +293,10 @@ class Bench:
 
     @torch.inference_mode()
     def errors(self) -> dict[str, dict[str, float]]:
-        """Largest differences to float64 from the same hidden states: ours, and those of plain torch."""
+        """Largest differences to float64 from the same hidden states.
+
+        They are ours, and those of plain torch.
+        """
         _, states, following = next(self._states())
         states, following = states[:64], following[:64]
         truth = wide(self._head, states).log_softmax(-1).cpu()
@@ -387,9 +391,10 @@ def table(outcome: dict[str, Any]) -> str:
     """For people."""
     teacher, clock = outcome["teacher"], outcome["stage_clock"]
     lines = [
-        f"{outcome['device']}, {outcome['threads']} threads, load {outcome['load_average']}; teacher of "
-        f"{teacher['parameters'] / 1e6:.0f}M parameters, {teacher['dtype']}, V = {teacher['vocab_size']}, "
-        f"{outcome['rows']} rows of {outcome['row_tokens']} tokens, K = {outcome['k']}, medians of {outcome['rounds']}",
+        f"{outcome['device']}, {outcome['threads']} threads, load {outcome['load_average']}; "
+        f"teacher of {teacher['parameters'] / 1e6:.0f}M parameters, {teacher['dtype']}, V = "
+        f"{teacher['vocab_size']}, {outcome['rows']} rows of {outcome['row_tokens']} tokens, K = "
+        f"{outcome['k']}, medians of {outcome['rounds']}",
         "",
         "| | scored tokens/s | time over bare |",
         "| --- | ---: | ---: |",

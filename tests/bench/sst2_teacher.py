@@ -17,7 +17,9 @@ VALIDATION = 872
 
 
 def split(train: Sentences, test: Sentences, *, validation: int) -> dict[str, Sentences]:
-    """What the recipe judges on, what it validates on and the rest: the smallest hashes first, as it does.
+    """What the recipe judges on, what it validates on, and the rest.
+
+    The smallest hashes come first, as in the recipe.
 
     A text that is in both splits is not trained on.
     """

@@ -1,4 +1,6 @@
-"""Angle between the gradient of a student's loss on stored targets and on the live teacher's, against batch size.
+"""How far the gradient of a student's loss on stored targets turns from the live teacher's.
+
+The angle is shown against batch size.
 
 The student is trained on the live teacher; at the start, half-way and at the end of that, every
 estimator's gradient is taken on the same batches, through the product's own loss, from what the
@@ -121,7 +123,10 @@ class _Chunks:
 
 @dataclass
 class _Sums:
-    """Gradients of batches that grow: the sum of two neighbours is the gradient of the batch that holds both."""
+    """Gradients of batches that grow.
+
+    The sum of two neighbours is the gradient of the batch that holds both.
+    """
 
     angles: dict[int, list[list[tuple[float, float]]]] = field(
         default_factory=lambda: defaultdict(list)
@@ -141,7 +146,10 @@ class _Sums:
 
 
 def _sweep(student: Any, teacher: nn.Module, *, chunks: _Chunks, tokens: int) -> dict[str, Any]:
-    """By batch size: angle in degrees and ratio of norms of every estimator, means over the batches of that size."""
+    """Angle in degrees and ratio of norms of every estimator, by batch size.
+
+    They are means over the batches of that size.
+    """
     sums, scored, kl, names = _Sums(), 0, 0.0, chunks.names
     batches = 2 ** (max(1, min(tokens, chunks.most) // SMALLEST).bit_length() - 1)
     smallest = min(SMALLEST, tokens)

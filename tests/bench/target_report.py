@@ -120,7 +120,10 @@ def _teacher(found: Found) -> list[str]:
 
 
 def _table(arms: dict[str, dict[str, Any]]) -> list[str]:
-    head = "| arm | seeds | cross-entropy, nats | share of the gap, % | KL to teacher, nats | ECE, % | acceptance, % |"
+    head = (
+        "| arm | seeds | cross-entropy, nats | share of the gap, % | KL to teacher, nats "
+        "| ECE, % | acceptance, % |"
+    )
     lines = [
         f"{head} kept mass | ids/token |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -173,8 +176,8 @@ def _estimators(found: dict[str, Any]) -> list[str]:
     lines += [
         "",
         (
-            "Variance of the target at equal distinct ids: multinomial's, and the others as a share "
-            "of it:"
+            "Variance of the target at equal distinct ids: multinomial's, and the others as a "
+            "share of it:"
         ),
         "",
     ]
@@ -261,7 +264,10 @@ def verdicts(
 
 
 def _verdicts_on_angles(point: str, of: dict[str, Any]) -> list[dict[str, Any]]:
-    """Judged on the two largest batches: in small ones the full gradient is itself mostly noise, and falls too."""
+    """The angles are judged on the two largest batches.
+
+    In small ones the full gradient is itself mostly noise, and falls too.
+    """
     made = []
     for name, values in of["angle"].items():
         power, overall = _power(of["tokens"][-2:], values[-2:]), _power(of["tokens"], values)

@@ -11,7 +11,8 @@ text alone; its gain on a domain is the baseline's cross-entropy there minus its
 
     stories, code     of one teacher, on the texts of its domain
     unrouted          of both teachers, each asked for every text
-    routed            of both, each asked for its own domain; as many tokens of each as a specialist has
+    routed            of both, each asked for its own domain; as many tokens of each as a specialist
+                      has
 
 The last two see the same texts in the same order, so one baseline serves both. The table says what
 share of each specialist's gain they keep, seed by seed, with half of a 95 % interval over the
@@ -205,7 +206,10 @@ def judge(folder: Path, scale: Scale, student: str, seed: int) -> None:
 
 @torch.no_grad()
 def cross_entropy(run: Path, documents: list[str]) -> float:
-    """Nats a token of a run's student, over windows of some documents, each from its own beginning."""
+    """Nats a token of a run's student, over windows of some documents.
+
+    Each document is read from its own beginning.
+    """
     model: Any = AutoModelForCausalLM.from_pretrained(run / "student").eval()
     total, tokens = 0.0, 0
     for ids in encoded(documents):

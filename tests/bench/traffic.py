@@ -1,4 +1,6 @@
-"""How fast the Triton kernels move the bytes that they must, beside a copy and the three products of the head.
+"""How fast the Triton kernels move the bytes that they must.
+
+Beside them are a copy and the three products of the head.
 
     python tests/bench/traffic.py [--tiny] [--out DIR]
 
@@ -73,7 +75,8 @@ def main() -> None:
     )
     outcome = measured(sizes)
     print(
-        f"{'':<26}{'bytes/token':>12}{'us/token':>10}{'TB/s':>7}{'of a copy':>11}{'of the products':>17}"
+        f"{'':<26}{'bytes/token':>12}{'us/token':>10}{'TB/s':>7}"
+        f"{'of a copy':>11}{'of the products':>17}"
     )
     for name, row in outcome["kernels"].items():
         figures = (

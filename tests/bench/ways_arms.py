@@ -1,7 +1,9 @@
-"""The ways to distil that are compared: what each arm learns from, and what of its teacher it has stored.
+"""The ways to distil that are compared.
 
-All arms of a task have one base (`Task.recipe`), one store, and the same teacher, rows and order. An
-arm changes the loss, and where it begins with the teacher's layers the student's shape too.
+It says what each arm learns from, and what of its teacher it has stored.
+
+All arms of a task have one base (`Task.recipe`), one store, and the same teacher, rows and order.
+An arm changes the loss, and where it begins with the teacher's layers the student's shape too.
 """
 
 from collections.abc import Mapping

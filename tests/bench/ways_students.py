@@ -1,4 +1,6 @@
-"""The students of a task: each trained by its recipe and judged on validation rows, and if it is chosen on test rows.
+"""The students of a task.
+
+Each is trained by its recipe and judged on validation rows, and if it is chosen on test rows.
 
 A file per student and split in `DIR/students`; what is there is not done again.
 """

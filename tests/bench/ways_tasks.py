@@ -1,4 +1,7 @@
-"""The two tasks of the comparison: rows, teachers, the shape of their students, and how long these train."""
+"""The two tasks of the comparison.
+
+They have rows, teachers, the shape of their students, and how long these train.
+"""
 
 import json
 import re

@@ -54,8 +54,7 @@ class Prefetch:
         Args:
             steps: What is trained on.
             make: The passes of a step, on the device; called in a thread, one step after the other.
-                What has no
-                `nbytes` counts as holding nothing.
+                What has no `nbytes` counts as holding nothing.
             clock: What the caller waits for is charged to its "disk": reading and decoding, and
                 packing behind it.
         """

@@ -17,7 +17,10 @@ from .teachers import BoundTeacher
 
 
 def engine_notes(one: BoundTeacher, books: Books, *, pending: int) -> Iterator[str]:
-    """Of a teacher with so many texts to do: a sentence each, for people."""
+    """What people are told of the engines of a teacher with so many texts to do.
+
+    Each finding is one sentence.
+    """
     if pending and (found := _to_run(one, books)):
         yield f"{one.line}: the engine is {found}"
     if mixed := mixed_engines(engines_of(books, one.id)):

@@ -86,7 +86,7 @@ def _refuse_layers(recipe: Recipe, teacher: Identity) -> None:
 
 
 def _refuse_attention(recipe: Recipe, folder: Path, *, model_type: str) -> None:
-    """Of a teacher whose queries and keys do not make its attention."""
+    """Refuse a teacher whose queries and keys do not make its attention."""
     assert recipe.score is not None
     asked = [request.what for request in recipe.score.features if request.what in HEADED]
     if not asked:

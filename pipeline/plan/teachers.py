@@ -214,5 +214,5 @@ def quantized_notes(teachers: Sequence[BoundTeacher]) -> Iterator[str]:
 
 
 def teachers_json(teachers: Sequence[BoundTeacher]) -> dict[str, Any]:
-    """Of several teachers, who they are: for programs, and for the records of a run."""
+    """Who several teachers are, for programs and for the records of a run."""
     return {one.name: one.id for one in teachers if one.name}

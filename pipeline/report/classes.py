@@ -92,7 +92,7 @@ def _entities(
 
 
 def _of_arm(numbers: Mapping[str, Any], names: Sequence[str], unit: str) -> list[Block]:
-    """By class, and what was taken for what."""
+    """The measures of each class, and a table of what was taken for what."""
     shares = [
         [
             name,

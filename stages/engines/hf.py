@@ -133,7 +133,7 @@ class HfEngine:
     def generate(
         self, requests: Iterable[Request], heartbeat: Callable[[], None]
     ) -> Iterator[Completion]:
-        """One batch at a time; its completions come out together.
+        """Write one batch at a time, whose completions come out together.
 
         A row that the context will cut short is written alone: beside others it would be cut where
         the longest is. So are all rows of a batch that may not share a pass.

@@ -372,5 +372,5 @@ def _arrays(flat: Any, start: int, stop: int) -> _Arrays:
 
 
 def _number(output: Any) -> int:
-    """Of the request; vLLM may add to its name."""
+    """The number of the request, to whose name vLLM may add."""
     return int(output.request_id.split("-")[0])

@@ -35,7 +35,7 @@ class Measuring(causal_lm.Measuring):
         return np.asarray(row["labels"], np.int64)
 
     def named(self, measures: dict[str, Tensor]) -> dict[str, Tensor]:
-        """With accuracy: how often the best guess is the token that was there."""
+        """The measures and accuracy: how often the best guess is the token that was there."""
         return measures | {"accuracy": measures["correct"]}
 
     def of_student(self, model: nn.Module) -> MeasureRow:

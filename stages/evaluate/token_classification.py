@@ -27,7 +27,7 @@ class Measuring(classification.Measuring):
         self._names = names_in(store.teacher_dir(job.teacher_id))
 
     def tally(self) -> Tally:
-        """With the confusion of classes, and with entities where the classes mark some."""
+        """A tally that has the confusion of classes, and entities where the classes mark some."""
         return Tally(classes=True, entities=Entities.of(self._names))
 
     def outcomes(self, row: Row) -> np.ndarray | None:
@@ -41,5 +41,5 @@ class Measuring(classification.Measuring):
         return np.asarray(labels, np.int64)
 
     def _said(self, logits: Tensor, row: Row) -> Tensor:
-        """At the first token of each word."""
+        """The logits at the first token of each word."""
         return logits[0][torch.from_numpy(positions(row["spans"])).to(logits.device)]

@@ -9,8 +9,8 @@ It is SQL over the columns of `soft_targets`.
 | sampled| the same draws: as many, drawn alike from the same power of the same temperature |
 | full   | full |
 
-Each with the mantissa bits and the temperatures that are asked for, or more; `full` has every
-temperature. Any engine's row serves, unless the recipe names one.
+Each must have the mantissa bits and the temperatures that are asked for, or more; `full` has every
+temperature. Any engine's row can be reused, unless the recipe names one.
 """
 
 from collections.abc import Iterable

@@ -80,9 +80,9 @@ def _named(
 
 
 def choose_features(books: Books, binding: Binding) -> Snapshot | None:
-    """Of the rows to train on, the features that the loss needs; None where it needs none.
+    """The features that the loss needs of the rows to train on, or None where it needs none.
 
-    A snapshot of their own: what trains from them finds them, and nobody sweeps them away.
+    They get a snapshot of their own: what trains from them finds them, and nobody sweeps them away.
     """
     losses = books.recipe.loss.features
     if books.recipe.score is None or books.recipe.train is None:

@@ -52,7 +52,7 @@ class ClassBatch:
 
     @property
     def nbytes(self) -> int:
-        """Of all tensors."""
+        """The bytes of all tensors."""
         beside = (
             part.nbytes for part in (self.more, self.said_at, self.features) if part is not None
         )

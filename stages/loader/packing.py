@@ -79,7 +79,7 @@ class Batch:
 
     @property
     def nbytes(self) -> int:
-        """Of all tensors."""
+        """The bytes of all tensors."""
         parts = (getattr(self, f.name) for f in fields(self))
         return sum(part.nbytes for part in parts if isinstance(part, _MOVABLE))
 
@@ -339,8 +339,8 @@ def mixes_packed(model: nn.Module, lengths: Sequence[int] = (5, 7)) -> str | Non
 
     It is None where the model keeps them apart where position ids restart.
 
-    transformers cuts attention there; a recurrent layer may carry its state on. Asked of the model
-    itself, on a row with samples of these lengths, once.
+    transformers cuts attention there; a recurrent layer may carry its state on. The model itself is
+    asked, once, on a row with samples of these lengths.
     """
     device = next(model.parameters()).device
     texts = [ids.to(device)[None] for ids in made_up(lengths, split_head(model).vocab_size)]

@@ -36,7 +36,7 @@ class PassBatch(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Of all tensors."""
+        """The bytes of all tensors."""
 
     def to(self, device: torch.device) -> Self:
         """The same on another device."""
@@ -81,7 +81,7 @@ class Passes(ABC):
         """Which tokens of a sample the losses of single positions compare, ascending."""
 
     def counts(self, samples: Sequence[Sample]) -> list[int]:
-        """By what each part of what is matched is divided, over a step of these samples."""
+        """What each part of what is matched is divided by, over a step of these samples."""
         if self.matching is None:
             return []
         size = StepSize(

@@ -123,7 +123,7 @@ class Prefetch:
             self._waiting.append(self._thread.submit(self._one_more))
 
     def _one_more(self) -> Any:
-        """In the thread: what comes next, once there is room for it."""
+        """What comes next, once there is room for it; the thread calls this."""
         with self._room:
             self._room.wait_for(lambda: self._stopping or self._held <= AHEAD_BYTES)
             if self._stopping:

@@ -244,7 +244,7 @@ def _tail_to_label(targets: TargetBatch) -> TargetBatch:
 
 
 def _seen(logits: Tensor, targets: TargetBatch, temperature: float) -> Seen:
-    """Of logits [N, V], by operations that autograd knows."""
+    """What is seen of logits [N, V], by operations that autograd knows."""
     label = logits.gather(-1, targets.labels[:, None]).squeeze(-1)
     if targets.ids is None:
         assert targets.logprobs is not None

@@ -42,7 +42,7 @@ def reverse_kl(teacher: Tensor, student: Tensor) -> Tensor:
 def skew_forward_kl(teacher: Tensor, student: Tensor, *, skew: float) -> Tensor:
     """KL(t || m), m = skew t + (1 - skew) p.
 
-    Ko et al. 2024 (DistiLLM), arXiv 2402.03898. At most -log(skew).
+    Ko et al. 2024 (DistiLLM), arXiv 2402.03898. It is at most -log(skew).
     """
     return _kl(teacher, _mixture(teacher, student, skew))
 
@@ -50,7 +50,7 @@ def skew_forward_kl(teacher: Tensor, student: Tensor, *, skew: float) -> Tensor:
 def skew_reverse_kl(teacher: Tensor, student: Tensor, *, skew: float) -> Tensor:
     """KL(p || m), m = (1 - skew) t + skew p.
 
-    As `skew_forward_kl`; the gradient goes through p in the mixture too.
+    The source is that of `skew_forward_kl`. The gradient goes through p in the mixture too.
     """
     return _kl(
         student, _mixture(student, teacher.clamp_min(_LOG_TINY) if skew == 0 else teacher, skew)

@@ -141,7 +141,7 @@ def split_head(model: nn.Module) -> Head:
 
 
 def _kind(layer: Any) -> str:
-    """Of what class it is, and in what its weights are, where they have a type."""
+    """The class of a layer, and the type of its weights where they have one."""
     dtype = getattr(getattr(layer, "weight", None), "dtype", None)
     return type(layer).__name__ + ("" if dtype is None else f" ({dtype})")
 

@@ -372,7 +372,7 @@ def captured(requests: Iterable[FeatureRequest]) -> list[Feature]:
 
 
 def embedding_bits(requests: Iterable[FeatureRequest]) -> Bits | None:
-    """Of a number of the teacher's embeddings, at least; None: they are not asked for."""
+    """Bits of a number of the teacher's embeddings, at least. None: they are not asked for."""
     asked = (one.bits or FEATURES[EMBEDDINGS].bits for one in requests if one.what == EMBEDDINGS)
     return next(asked, None)
 
@@ -389,7 +389,7 @@ def layers_for(loss: FeatureLoss, requests: Sequence[FeatureRequest]) -> list[in
 
 
 def learnt(losses: Iterable[FeatureLoss], requests: Sequence[FeatureRequest]) -> list[Feature]:
-    """Of what is stored, what some losses compare with, ascending."""
+    """The stored features that some losses compare with, ascending."""
     named = {(one.kind, one.layer): one for one in captured(requests)}
     found: set[Feature] = set()
     for loss in losses:

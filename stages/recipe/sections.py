@@ -341,7 +341,7 @@ class Train(Section):
 
 
 def _one_or_several(schema: dict[str, Any]) -> None:
-    """For editors: a recipe has `teacher` or `teachers`."""
+    """Tell editors that a recipe has `teacher` or `teachers`."""
     schema["required"].remove("teacher")
     schema["anyOf"] = [{"required": [name]} for name in ("teacher", "teachers")]
 

@@ -69,7 +69,10 @@ class Teacher:
 
 
 def _needs_every(kept: Kept, vocab_size: int) -> bool:
-    """Of half of all ids or more, the others are not spared either: so their tail is exact."""
+    """Whether every id is asked for.
+
+    From half of all ids on, the others are not spared either: so their tail is exact.
+    """
     some = kept.structure.has_tail and not kept.temperatures
     return not some or 2 * kept.k >= vocab_size
 
@@ -94,7 +97,7 @@ class _EveryId:
         self._done = here.stop
 
     def targets(self) -> Bounded:
-        """Of all positions."""
+        """The targets of all positions."""
         return Bounded(self._collected.targets(), None)
 
 
@@ -114,5 +117,5 @@ class _BestEntries:
         self._found = bounded_targets(best, self._request.kept, self._vocab_size)
 
     def targets(self) -> Bounded:
-        """Of all positions."""
+        """The targets of all positions."""
         return self._found

@@ -321,7 +321,7 @@ def row_keys(job: Job, request: TargetRequest, *, engine: str = HF) -> RowKeys:
 
 
 def target_seed(job: Job, request: TargetRequest) -> int:
-    """Of the draws of a request, where its kind has some: that of the row that it becomes."""
+    """The seed of the draws of a request, where its kind has some: that of the row it becomes."""
     return row_seed(_target_row_key(job, request)) if request.kept.structure.drawn else 0
 
 

@@ -1,12 +1,12 @@
 """How much arithmetic a training step needs, and what share of the device's rate it got (MFU).
 
-Model FLOPs after Kaplan et al. (2020, arXiv 2001.08361, section 2.1) and PaLM (Chowdhery et al.
-2022, arXiv 2204.02311, appendix B): a weight that takes part in a matrix product costs 2 FLOPs a
-token forward, 2 for the gradient of its input and 2 for its own; attention costs 12 H d L n^2 for a
-sample of n tokens (H heads of d, L layers; no discount for the causal half). Only what is needed
-counts: no padding, no recomputation by gradient checkpointing, no gradient of weights that do not
-train (LoRA), of experts those that a token visits, the head at scored positions alone, and nothing
-for looking up embeddings, norms, softmax, loss and optimizer.
+Model FLOPs are counted after Kaplan et al. (2020, arXiv 2001.08361, section 2.1) and PaLM
+(Chowdhery et al. 2022, arXiv 2204.02311, appendix B): a weight that takes part in a matrix product
+costs 2 FLOPs a token forward, 2 for the gradient of its input and 2 for its own; attention costs 12
+H d L n^2 for a sample of n tokens (H heads of d, L layers; no discount for the causal half). Only
+what is needed counts: no padding, no recomputation by gradient checkpointing, no gradient of
+weights that do not train (LoRA), of experts those that a token visits, the head at scored positions
+alone, and nothing for looking up embeddings, norms, softmax, loss and optimizer.
 """
 
 import re

@@ -39,7 +39,7 @@ class Rejects:
             self._writer.add(self._held.pop(0))
 
     def check(self) -> None:
-        """At the end of the stage.
+        """See, at the end of the stage, that not every row failed.
 
         Raises:
             StillroomError: every row failed; none of them is rejected.

@@ -77,7 +77,7 @@ class Confusion:
         return found
 
     def by_class(self, classes: int) -> dict[str, list[float | None]]:
-        """For each class `support`, `precision`, `recall` and `f1`, and of these the errors."""
+        """`support`, `precision`, `recall` and `f1` of each class, with the errors of the shares."""
         support = self._count(self._labels, classes).tolist()
         found: dict[str, list[float | None]] = {"support": support}
         for name in SHARES:

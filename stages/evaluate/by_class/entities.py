@@ -104,7 +104,7 @@ class Entities:
         return found
 
     def by_type(self) -> dict[str, dict[str, float]]:
-        """Of each type that occurs, by name: `support` and the shares."""
+        """`support` and the shares of each type that occurs, by name."""
         found: dict[str, dict[str, float]] = {}
         for kind, counts in sorted(self._types.items()):
             sums = np.array([counts[column] for column in range(3)], np.float64)

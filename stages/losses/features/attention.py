@@ -94,8 +94,8 @@ def attention_kl(
     Wang et al. 2020 (MiniLM), arXiv 2002.10957, the transfer of attention distributions; Jiao et
     al. 2020 (TinyBERT), arXiv 1909.10351, compares the scores before the softmax instead.
 
-    Needs queries and keys of one layer. To be used where the student is to look where the teacher
-    looks, and both have heads that can be paired; with other heads, relations ask for less.
+    It needs queries and keys of one layer. It is to be used where the student is to look where the
+    teacher looks, and both have heads that can be paired; with other heads, relations ask for less.
 
     Args:
         teacher: Queries [H, T, d] as `x`, keys [h, T, d] as `y`, h divides H (grouped keys); the

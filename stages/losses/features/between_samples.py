@@ -89,14 +89,14 @@ def over_groups(measure: Measure, teacher: Tensor, student: Tensor, *, group: in
 def rkd_distance(teacher: Tensor, student: Tensor) -> Summed:
     """Sum over pairs i != j of huber(|s_i - s_j| / mu_s, |t_i - t_j| / mu_t).
 
-    The mean distance of all pairs is mu.
+    Here mu is the mean distance of all pairs.
 
     Park et al. 2019 (RKD), arXiv 1904.05068, eq. 3 to 5; huber(x, y) is (x - y)^2 / 2 up to 1 and
-    |x - y| - 1/2 beyond. The same for a student that is rotated, moved or scaled. Terms: the
+    |x - y| - 1/2 beyond. It is the same for a student that is rotated, moved or scaled. Terms: the
     G (G - 1) ordered pairs. The authors' code divides by G^2, and its mu leaves equal pairs out.
 
-    Needs a pooled vector a text. To be used where the student is to keep what is near to what, at
-    any width; with `rkd_angle`, at half of its weight.
+    It needs a pooled vector a text. It is to be used where the student is to keep what is near to
+    what, at any width; with `rkd_angle`, at half of its weight.
     """
     with torch.autocast(student.device.type, enabled=False):
         right, found = _distances(_scaled(teacher.detach())), _distances(_scaled(student))
@@ -107,14 +107,14 @@ def rkd_distance(teacher: Tensor, student: Tensor) -> Summed:
 def rkd_angle(teacher: Tensor, student: Tensor) -> Summed:
     """Sum over triples of huber(cos at s_j between s_i and s_k, the same of t).
 
-    Of a triple i, j, k all are different.
+    A triple i, j, k has three different samples.
 
-    Park et al. 2019 (RKD), arXiv 1904.05068, eq. 6. The same for a student that is rotated, moved
-    or scaled. Terms: the G (G - 1) (G - 2) ordered triples; the authors' code divides by G^3. A
-    triple in which the teacher has no angle, as two of its vectors are equal, adds 0.
+    Park et al. 2019 (RKD), arXiv 1904.05068, eq. 6. It is the same for a student that is rotated,
+    moved or scaled. Terms: the G (G - 1) (G - 2) ordered triples; the authors' code divides by G^3.
+    A triple in which the teacher has no angle, as two of its vectors are equal, adds 0.
 
-    Needs a pooled vector a text; a few times 4 G^2 D bytes. To be used as `rkd_distance` is: angles
-    see more than distances, and are dearer.
+    It needs a pooled vector a text, and takes a few times 4 G^2 D bytes. It is to be used as
+    `rkd_distance` is: angles see more than distances, and are dearer.
     """
     with torch.autocast(student.device.type, enabled=False):
         (right, known), (found, _) = _angles(_scaled(teacher.detach())), _angles(_scaled(student))
@@ -126,10 +126,10 @@ def similarity(teacher: Tensor, student: Tensor) -> Summed:
     """Sum over i, j of (g^s_ij - g^t_ij)^2, g_i the row i of X X^T divided by its length.
 
     Tung & Mori 2019 (similarity-preserving), arXiv 1907.09682, eq. 1 to 3, which divide by G^2: the
-    terms. The same for a student that is rotated or scaled. A group of one has no terms.
+    terms. It is the same for a student that is rotated or scaled. A group of one has no terms.
 
-    Needs a pooled vector a text. To be used where the student's vectors are to be alike where the
-    teacher's are; unlike distances it sees how long vectors are, and where the origin is.
+    It needs a pooled vector a text. It is to be used where the student's vectors are to be alike
+    where the teacher's are; unlike distances it sees how long vectors are, and where the origin is.
     """
     with torch.autocast(student.device.type, enabled=False):
         right, found = (_scaled(side) for side in (teacher.detach(), student))
@@ -144,12 +144,13 @@ def infonce(teacher: Tensor, student: Tensor, *, temperature: float) -> Summed:
 
     van den Oord et al. 2018, arXiv 1807.03748, eq. 4; of teacher and student as in Tian et al. 2020
     (CRD), arXiv 1910.10699, with the other samples of the group as negatives in place of a memory.
-    log G minus its mean is a lower bound of the mutual information. Not 0 at equality: between
-    log(1 + (G - 1) exp(-2 / T)) and log G + 2 / T. Terms: the G samples, none in a group of one.
+    log G minus its mean is a lower bound of the mutual information. It is not 0 at equality, but
+    between log(1 + (G - 1) exp(-2 / T)) and log G + 2 / T. Terms: the G samples, none in a group of
+    one.
 
-    Needs a pooled vector a text; the student's mapped to the teacher's width. To be used where
-    texts are to be told apart, with large groups; texts that are equal are each other's negatives
-    all the same.
+    It needs a pooled vector a text; the student's is mapped to the teacher's width. It is to be
+    used where texts are to be told apart, with large groups; texts that are equal are each other's
+    negatives all the same.
 
     Raises:
         UsageError: the widths differ, or the temperature is not above 0.

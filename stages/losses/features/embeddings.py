@@ -77,8 +77,8 @@ def embedding_mse(
     alone; the gradient reaches the rows of the batch, where that of the whole matrix would move all
     V rows at every step, mostly those of rare tokens. Position embeddings are not part of it.
 
-    Needs the teacher's matrix, which the store keeps once: 0 bytes a token. To be used with a
-    student of fresh weights and the teacher's tokenizer.
+    It needs the teacher's matrix, which the store keeps once: 0 bytes a token. It is to be used
+    with a student of fresh weights and the teacher's tokenizer.
 
     Args:
         teacher: [V, D] any floating dtype; a constant to the gradient.

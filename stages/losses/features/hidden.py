@@ -52,7 +52,7 @@ def hidden_distance(teacher: Tensor, student: Tensor, *, distance: str) -> Tenso
     student's own state; Jiao et al. 2020 (TinyBERT), arXiv 1909.10351, eq. 7 (mse, W without a
     bias); Sanh et al. 2019 (DistilBERT), arXiv 1910.01108 (cosine). `smooth_l1` is of Huber 1964.
 
-    Needs hidden states of one layer of the teacher. mse where the scale of the states is to be
+    It needs hidden states of one layer of the teacher. mse where the scale of the states is to be
     learnt too; a few channels that are far larger than the others (large models have such) decide
     it, and smooth_l1 bounds their pull. cosine where the direction alone counts.
 

@@ -37,7 +37,7 @@ class Pair:
 
     @property
     def name(self) -> str:
-        """As in `hidden_3_to_1_mse`."""
+        """The pair's name, as in `hidden_3_to_1_mse`."""
         return f"{self.loss.match}_{self.teacher}_to_{self.student}"
 
 
@@ -140,7 +140,7 @@ class Matching(nn.Module):
 
     @property
     def parts(self) -> list[Part]:
-        """In the order in which they are summed and recorded."""
+        """The parts, in the order in which they are summed and recorded."""
         return [part for part in self._parts if isinstance(part, Part)]
 
     @property
@@ -150,7 +150,7 @@ class Matching(nn.Module):
 
     @property
     def names(self) -> list[str]:
-        """Of the parts; one that comes again gets its entry's number."""
+        """The names of the parts, where one that comes again gets its entry's number."""
         names = [part.name for part in self.parts]
         return [
             name if names.count(name) == 1 else f"{name}_{part.asked}"

@@ -72,7 +72,8 @@ class Part(nn.Module):
 def drawn_map(rows: int, columns: int, name: bytes) -> nn.Parameter:
     """W [rows, columns] uniform within 1 / sqrt(columns), as a linear layer of torch begins.
 
-    By a generator of its own, from `name` alone: nothing else is drawn otherwise for it.
+    It is drawn by a generator of its own, from `name` alone: nothing else is drawn otherwise for
+    it.
     """
     generator = torch.Generator().manual_seed(row_seed(name))
     bound = columns**-0.5

@@ -50,7 +50,7 @@ class RelationPart(Part):
 
     @property
     def _what(self) -> str:
-        """Of the student: whole, whatever the teacher's were made into."""
+        """What is compared of the student: it is whole, whatever the teacher's were made into."""
         return what_and_how(self._teacher[0])[0]
 
     def check(self, shown: Shown, longest: int) -> None:
@@ -86,9 +86,9 @@ def relation_kl(
     every token of its sample, in causal models too: that is no attention, nothing is predicted from
     it.
 
-    Needs one kind of vectors of one layer, h d numbers a token. To be used where heads or widths
-    differ. Scores grow with the vectors: where the teacher's rows are all uniform or all one-hot
-    there is nothing to learn.
+    It needs one kind of vectors of one layer, h d numbers a token. It is to be used where heads or
+    widths differ. Scores grow with the vectors: where the teacher's rows are all uniform or all
+    one-hot there is nothing to learn.
 
     Projected vectors of the teacher stand for whole ones: x_i P P^T x_j is x_i . x_j in the mean
     over P. So their products are divided by sqrt(D), of the numbers before, and they are one part,

@@ -201,7 +201,7 @@ def _in_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def _mend_adapter(part: Path, recipe: Recipe) -> None:
-    """Without PEFT's card and without a folder of this machine.
+    """Take PEFT's card and the folders of this machine out of a saved adapter.
 
     The initial model stays named if it is a Hub id. Of a folder not even the last part stays: it
     could be another model's name on the Hub, and PEFT would load that.

@@ -131,7 +131,7 @@ def student_folder(recipe: Recipe) -> Path | None:
 
 
 def _made(recipe: Recipe, teacher_dir: Path, kind: ModelKind) -> PreTrainedModel:
-    """Of the teacher's config: with copies of its layers, or fresh weights."""
+    """A student made of the teacher's config, with copies of its layers or fresh weights."""
     weights = copied_from(recipe)
     if weights is None:
         model = _fresh(recipe, teacher_dir, kind)

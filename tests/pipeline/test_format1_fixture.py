@@ -135,7 +135,7 @@ NAMES = {
     ("name", "last"), [("prompt", "generate"), ("text", "score"), ("labelled", "data")]
 )
 def test_rows_made_again_have_the_same_names(name: str, last: str) -> None:
-    """In an empty store; so what is asked for is found in an old one, and found as what it is."""
+    """The store is empty, so what is asked for is found in an old one, and found as what it is."""
     Path("store").rename("before")
     stillroom("run", recipe(name), "--until", last)
     for folder, names in names_in(Path("store")).items():

@@ -47,7 +47,7 @@ def with_more_prompts() -> None:
 
 
 def versions(store: Any, snapshot: Snapshot) -> list[int]:
-    """Of the shards that a snapshot names."""
+    """The format versions of the shards that a snapshot names."""
     shards = (store.shard(snapshot.table, shard.sha256) for shard in snapshot.shards)
     return sorted({shard.about["format_version"] for shard in shards})
 

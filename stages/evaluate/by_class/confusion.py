@@ -77,7 +77,7 @@ class Confusion:
         return found
 
     def by_class(self, classes: int) -> dict[str, list[float | None]]:
-        """`support`, `precision`, `recall` and `f1` of each class, with the errors of the shares."""
+        """`support`, `precision`, `recall` and `f1` of each class, with errors of the shares."""
         support = self._count(self._labels, classes).tolist()
         found: dict[str, list[float | None]] = {"support": support}
         for name in SHARES:

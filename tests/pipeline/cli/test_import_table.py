@@ -263,10 +263,7 @@ SPANS = replace(COLUMNS, prompt_tokens=None, spans="spans")
 
 
 def spanned(records: list[Record], source: Path) -> Path:
-    """Score, of each text, the tokens after the prompt but the fifth.
-
-    Of each other text all of them are scored.
-    """
+    """Texts that are scored after the prompt, every second one in two spans."""
     rows = []
     for number, record in enumerate(records):
         total = len(record["tokens"])

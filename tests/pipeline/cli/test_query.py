@@ -100,7 +100,7 @@ def test_a_stop_flag_ends_a_statement_of_a_stage(
 
 
 def test_only_the_rows_that_are_shown_are_made(store: Path) -> None:
-    """Of a result that no memory holds."""
+    """The result is one that no memory holds."""
     endless = "SELECT range AS n FROM range(100000000000)"
     shown = stillroom("query", store, endless, "--rows", 3, "--json")
     assert "(the first 3 rows; there are more, see --rows)" in shown.stdout

@@ -166,7 +166,7 @@ def test_json_stays_json_and_the_store_s_address_bare(
 
 
 def test_a_stage_s_log_and_records_hold_no_secret(house: House) -> None:
-    """Of a process of its own; then everything that the commands of this file have written."""
+    """A stage is run in a process of its own; then all that this file's commands wrote is read."""
     others = (
         "storage.dir=${WORK}/other",
         "run.dir=${WORK}/others",

@@ -41,7 +41,7 @@ class Room:
         self.source = write_jsonl(folder / "texts.jsonl", texts)
 
     def recipe(self, teacher: dict[str, Any] | list[dict[str, Any]], **sections: Any) -> Path:
-        """Of one teacher, or of several by name."""
+        """A recipe of one teacher, or of several by name."""
         data = {"source": str(self.source), "format": "completion", "holdout": HELD_OUT}
         storage = {"dir": str(self.folder / "store"), "mantissa_bits": 23}
         own: dict[str, Any] = ALONE | {"data": data, "storage": storage, "generate": None}
@@ -135,7 +135,7 @@ def test_the_report_lays_them_side_by_side(room: Room, tmp_path: Path) -> None:
 
 
 def _kl(p: dict[str, Any], q: dict[str, Any]) -> list[float]:
-    """At each token, over ids that are entries of both and one outcome for all others."""
+    """KL at each token, over ids that are entries of both and one outcome for all others."""
     found = []
     for n in range(p["span_tokens"]):
         mine, theirs = _entries(p, n), _entries(q, n)

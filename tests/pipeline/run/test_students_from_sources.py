@@ -151,7 +151,7 @@ def books(recipe: Recipe) -> dict[str, tuple[str, int, int, dict[str, int]]]:
 def test_a_student_from_the_published_folder_alone_is_the_same_to_the_bit(
     gone: Made, tmp_path: Path
 ) -> None:
-    """By the real command, of the recipe that made it: only where store and run are is another."""
+    """The real command runs the same recipe: only where store and run are is another."""
     recipe = gone.recipe(tmp_path, gone.published)
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True)))

@@ -57,7 +57,7 @@ KINDS = {
 
 
 def write_recipe(folder: Path, task: str) -> Path:
-    """Of teachers `a` and `b`, which is asked for long texts alone."""
+    """A recipe of teachers `a` and `b`, which is asked for long texts alone."""
     kind, source = KINDS[task], folder / "rows.jsonl"
     tree = recipe_tree(
         folder,

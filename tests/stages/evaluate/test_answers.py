@@ -129,7 +129,7 @@ def test_answers_stay_within_the_context(model: LlamaForCausalLM) -> None:
 
 
 def test_positions_behind_that_of_the_padding_are_no_context() -> None:
-    """Of 20 positions a RoBERTa uses 18: a longer answer would end in an IndexError."""
+    """A RoBERTa uses 18 of 20 positions: a longer answer would end in an IndexError."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     config = RobertaConfig(

@@ -209,7 +209,7 @@ def drawn(sample):
 
 
 def test_hard_targets_alone_read_nothing_of_the_soft_ones():
-    """At no temperature they are read, whatever the store holds.
+    """Without a temperature nothing soft is read, whatever the store holds.
 
     Here it holds draws, which no temperature but their own could serve.
     """

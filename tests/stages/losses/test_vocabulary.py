@@ -121,7 +121,7 @@ def test_great_logits_do_not_overflow():
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_ids_that_cannot_be_drawn_get_no_gradient_and_make_no_nan(scale, temperature, dtype):
-    """As a bias of -inf makes them.
+    """A bias of -inf makes such ids.
 
     Row 0 has others that are no entry, in the rest of the rows the rest is empty.
     """

@@ -23,7 +23,10 @@ STORIES = "models/stories260k-llama-hd32"
 
 
 def prefix_space_tokenizer() -> Any:
-    """As Llama 2 has it: a space is put before every text, in the token of its first word."""
+    """A tokenizer like that of Llama 2.
+
+    A space is put before every text, in the token of its first word.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -39,7 +42,7 @@ def prefix_space_tokenizer() -> Any:
 
 @pytest.fixture(params=["prefix space", "bytes", "gpt2"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """Of a tokenizer."""
+    """The folder of a tokenizer."""
     from chat_templates import byte_tokenizer
 
     if request.param == "gpt2":

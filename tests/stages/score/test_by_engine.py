@@ -187,7 +187,7 @@ def test_rows_with_an_adapter_are_its_own_and_those_without_the_bases(
 
     Several prompts with an adapter would end it.
 
-    The last test: the second engine, as it goes, takes along what the first one needs.
+    This is the last test: the second engine, as it goes, takes along what the first one needs.
     """
     folder = models.identity.folder
     adapter = save_random_adapter(tmp_path / "adapter", folder, rank=32)

@@ -83,7 +83,7 @@ def features_of(store: Store) -> dict[tuple[bytes, int, str], dict[str, Any]]:
 
 
 def trained_texts(store: Store) -> dict[bytes, np.ndarray]:
-    """Of the rows to train on; those to judge have whole distributions."""
+    """The token ids of the texts to train on; those to judge have whole distributions."""
     rows = [row for row in rows_of(store) if row["kind"] == "topk"]
     return {text_key(row["token_ids"]): row["token_ids"] for row in rows}
 

@@ -65,7 +65,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def stored_losses(job: Job) -> list[float]:
-    """Of every step of a training from the store."""
+    """The losses of every step of a training from the store."""
     train.run(job)
     summary = json.loads(LocalFiles(job.train_dirs["student"]).read("train.json"))
     assert len(summary["history"]) == summary["steps"], "every step has its place in the history"

@@ -154,7 +154,7 @@ def test_one_is_named_by_the_code_that_was_run(tmp_path: Path) -> None:
 
 
 def identity(code: Path, **args: Any) -> str:
-    """Of a student that a file's function makes."""
+    """The identity of a student that a file's function makes."""
     return factory_id(factory_files(Student(factory=f"{code}:net", args=args)))
 
 

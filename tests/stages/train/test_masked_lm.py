@@ -44,7 +44,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Hidden:
 
 
 def masks(rule: str = "bert") -> Masks:
-    """Of a vocabulary of 1000 ids, the first five special, 4 the mask token."""
+    """Masks of a vocabulary of 1000 ids, the first five special, 4 the mask token."""
     return Masks(rule=rule, mask=4, special=np.arange(5), others=np.arange(5, 1000))
 
 

@@ -142,7 +142,10 @@ def stored(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Stor
 
 
 def found(stored: Stored, asked: FeatureLoss) -> tuple[float, Tensor]:
-    """By the product: the mean over all tokens, and the gradient of the student's embeddings."""
+    """What the product finds.
+
+    It is the mean over all tokens, and the gradient of the student's embeddings.
+    """
     (pair,) = pairs_of([asked], stored.recipe.score.features, student_blocks=2)
     known = {"layouts": stored.source.layouts(), "student_width": 8, "seed": 0}
     passes = stored.passes(Matching(parts_of(pair, **known)))
@@ -188,7 +191,7 @@ def defined(asked: FeatureLoss, t: dict[str, Tensor], s: dict[str, Tensor], of: 
 
 
 def vectors(model: Any, block: int, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
-    """By kind [T, h d] float64, and how they are multiplied."""
+    """The vectors by kind, [T, h d] float64, and how they are multiplied."""
     with showing(model.double(), [("attention", block)]) as shown:
         model(**inputs)
     of = shown.attention(block)

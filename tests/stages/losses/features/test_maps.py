@@ -268,7 +268,7 @@ def test_the_largest_float16_vectors_have_finite_values_and_gradients(heads):
 
 
 def test_autocast_changes_nothing():
-    """As in training: the forward pass alone is under it."""
+    """The forward pass alone is under it, as in training."""
     teacher, student = side(causal=True), side(seed=5, causal=True)
 
     def both(enabled):

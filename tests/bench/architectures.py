@@ -156,7 +156,7 @@ def first_line(error: Exception) -> str:
 
 
 def judged(row: Row) -> Row:
-    """With its verdict. NaN is above every bar."""
+    """A row with its verdict, where NaN is above every bar."""
     bars = ((row.score, SCORE), (row.batch, SCORE), (row.train, TRAIN), (row.peek, PEEK))
     right = all(value is not None and value <= bar for value, bar in bars)
     return replace(row, verdict="Right" if right else "Wrong")
@@ -253,7 +253,7 @@ def logits_of(model: Any, ids: np.ndarray) -> Tensor:
 
 
 def peeked(folder: Path) -> float:
-    """Of the teacher as it is loaded, in a text of each length."""
+    """How far logits of the teacher, as it is loaded, move in a text of each length."""
     who: Any = identity(folder)
     model, found = load_causal_lm(who), 0.0
     for ids in texts():

@@ -8,7 +8,7 @@ Rows are soft targets of 512 scored tokens with K entries of a vocabulary of 32,
 Zipf's law, log probabilities of a softmax. Making them is not counted. Everything a writer does is:
 checking each row, statistics, the Arrow table, Parquet, fsync, sha256, reading back with page
 checksums and comparing, the record. Steps are timed one inside the other and shown without what is
-inside, in one thread; in a run a shard is made beside the rest. Prints a table, then one line of
+inside, in one thread; in a run a shard is made beside the rest. It prints a table, then one line of
 JSON.
 """
 

@@ -28,7 +28,7 @@ Point = dict[str, Any]
 
 
 def metrics(points: list[Point]) -> dict[str, dict[str, float]]:
-    """By metric: its value by point name. The less the better."""
+    """The value of each metric by point name. The less it is, the better."""
     found: dict[str, dict[str, float]] = defaultdict(dict)
     for point in points:
         name = name_of(point)

@@ -121,7 +121,7 @@ def above_p(row: Row, p: float) -> SoftTargets:
 def above(row: Row, least: float) -> SoftTargets:
     """The entries whose probability is at least `least`, or the best one.
 
-    Not a kind of the recipe.
+    This is no kind of the recipe.
     """
     return ragged(row, np.maximum((row.best.logprobs >= np.log(least)).sum(axis=1), 1))
 
@@ -194,7 +194,7 @@ def gradients(
     rows: list[Row],
     forms: dict[str, list[tuple[np.ndarray, ...]]],
 ) -> dict[str, tuple[float, float]]:
-    """By setting: angle in degrees and length ratio of its gradient to the full one, over the rows.
+    """Angle in degrees and length ratio of each setting's gradient to the full one, over the rows.
 
     `forms` are ids [N, K], r [N] and v [N, K] of each row, by setting.
     """

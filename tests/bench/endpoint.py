@@ -12,7 +12,7 @@ store is verified, and another one begins.
 
 Rows lost: prompts without one at the end. Twice: texts that are there twice. Asked again: calls of
 a killed run whose answers are not on disk; the endpoint's own counts at the end must say the same.
-Prints a table, then one line of JSON.
+It prints a table, then one line of JSON.
 """
 
 import argparse

@@ -24,7 +24,7 @@ position says what its neighbour should, and vLLM is told to read its cache of p
                 again
     students    trained from either engine's rows in one order: KL to the teacher by seed
 
-Prints a table, then one line of JSON; with --out writes both there too.
+It prints a table, then one line of JSON; with --out writes both there too.
 """
 
 import json
@@ -266,7 +266,7 @@ def students(bench: Bench, seeds: Sequence[int], epochs: int) -> dict[str, Any]:
 
 
 def table(outcome: dict[str, Any]) -> str:
-    """For people."""
+    """The tables for people."""
     names = (
         "rows, positions, entries, two vLLM passes, other ids (at most), tail beyond bound, "
         "entropy above (below)"

@@ -327,7 +327,7 @@ def verdict(cell: dict[str, Any], fault: Fault) -> str:
 
 
 def in_child(work: Callable[[], object]) -> None:
-    """In a process of its own: one that read tables must not be forked from."""
+    """Do work in a process of its own: one that read tables must not be forked from."""
     assert os.waitstatus_to_exitcode(os.waitpid(fork(work), 0)[1]) == 0, f"{work} failed"
 
 

@@ -161,7 +161,7 @@ FAULTS = {
 
 
 def mount_read_only(folder: Path) -> None:
-    """In this mount namespace."""
+    """Make a folder read-only in this mount namespace."""
     subprocess.run(["mount", "--bind", folder, folder], check=True)
     subprocess.run(["mount", "-o", "remount,ro,bind", folder], check=True)
 

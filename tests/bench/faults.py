@@ -14,7 +14,7 @@ store whole, everything equal to what a run without a fault makes, and no file l
 does not take.
 
 The commands are the real ones in processes of their own (`support/forked.py`), in a mount namespace
-with a small disk. Cells that are in DIR already are not run again. Prints a table and what each
+with a small disk. Cells that are in DIR already are not run again. It prints a table and what each
 cell says, then one line of JSON.
 """
 

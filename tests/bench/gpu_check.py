@@ -5,11 +5,11 @@ It is one command of under nine minutes.
     python tests/bench/gpu_check.py [--out DIR] [--wheels DIR] [--only PART ...] [--commit NAME]
                                     [--rehearse]
 
-Runs with whatever Python starts it, needs no network and no installed `stillroom`: the checkout is
-made importable by links in a temporary folder. Wheels that the machine lacks (README.md beside this
-says which) are installed into another one. Each part is a process with a time limit of its own; one
-that fails or overruns is reported, and the others go on. After every part the report is written
-anew: gpu-DATE-NAME.md and .json, and .log with all that was printed.
+It runs with whatever Python starts it, needs no network and no installed `stillroom`: the checkout
+is made importable by links in a temporary folder. Wheels that the machine lacks (README.md beside
+this says which) are installed into another one. Each part is a process with a time limit of its
+own; one that fails or overruns is reported, and the others go on. After every part the report is
+written anew: gpu-DATE-NAME.md and .json, and .log with all that was printed.
 
 Exit status: 0, or 1 where a kernel test failed, 2 where there is no GPU. --rehearse does without
 one: tiny sizes on the CPU, kernels interpreted; its figures mean nothing.
@@ -282,7 +282,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def driver() -> str | None:
-    """As nvidia-smi names it."""
+    """The driver's version as nvidia-smi names it."""
     if not (tool := shutil.which("nvidia-smi")):
         return None
     words = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -292,7 +292,7 @@ def driver() -> str | None:
 
 
 def commit() -> str | None:
-    """Of the checkout, with a plus sign where files differ from it."""
+    """The commit of the checkout, with a plus sign where files differ from it."""
     git = ["git", "-C", str(ROOT)]
     try:
         found = subprocess.run(
@@ -365,7 +365,7 @@ class Report:
 
 
 def shown(value: Any) -> str:
-    """In a table."""
+    """A value as it stands in a table."""
     if isinstance(value, bool):
         return "yes" if value else "**no**"
     if isinstance(value, float):

@@ -12,7 +12,7 @@ adds before it adds it, and what is committed once the writer says so.
 
 Rows lost: said to be committed, and not there. Duplicated: in two commits. Redone: added by a
 killed worker and not in the store, so that somebody has to make them again; at most two commit
-intervals, the rows that wait and the shard in the making. Prints a table, then one line of JSON.
+intervals, the rows that wait and the shard in the making. It prints a table, then one line of JSON.
 """
 
 import argparse

@@ -401,7 +401,7 @@ def resume_once(folder: Path, number: int) -> dict[str, Any]:
 def write_shards(root: Path, *, shards: int, rows: int) -> str:
     """A store of small rows and a snapshot of them all.
 
-    Written past the commit log, which resuming does not read.
+    They are written past the commit log, which resuming does not read.
     """
     import pyarrow as pa
 

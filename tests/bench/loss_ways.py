@@ -40,7 +40,7 @@ class Size:
 
     @property
     def gradient_bytes(self) -> int:
-        """Of the states and of the head, in their own dtype."""
+        """Bytes of the gradients of the states and of the head, in their own dtype."""
         return (self.n * self.d + self.v * self.d) * self.dtype.itemsize
 
 
@@ -66,7 +66,7 @@ class Problem:
         return torch.randn(*shape, generator=self._generator, device=self.size.device)
 
     def gradients(self) -> tuple[Tensor, Tensor]:
-        """As they are now, and no more there."""
+        """The gradients as they are now; they are taken away."""
         found = self.hidden.grad, self.weight.grad
         self.hidden.grad = self.weight.grad = None
         assert found[0] is not None

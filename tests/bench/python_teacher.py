@@ -2,7 +2,7 @@
 
 CPU or GPU, bfloat16 autocast.
 
-Kept as a model folder that any recipe can name.
+It is kept as a model folder that any recipe can name.
 """
 
 import math

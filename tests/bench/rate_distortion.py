@@ -4,10 +4,10 @@ It is measured on a real teacher's answers.
 
     python tests/bench/rate_distortion.py DIR [--tiny]
 
-Trains a teacher and a smaller student on TinyStories and WikiText-2 with GPT-2's tokenizer (a
-quarter of an hour on two cores; kept in DIR, so a second call goes on), scores held-out text,
-writes every kind and setting with the store's own writer, reads it back and measures the files and
-`distortion.py`'s errors. DIR/rate-distortion.svg is the plot. The last line is JSON.
+The bench trains a teacher and a smaller student on TinyStories and WikiText-2 with GPT-2's
+tokenizer (a quarter of an hour on two cores; kept in DIR, so a second call goes on), scores
+held-out text, writes every kind and setting with the store's own writer, reads it back and measures
+the files and `distortion.py`'s errors. DIR/rate-distortion.svg is the plot. The last line is JSON.
 """
 
 import json

@@ -14,12 +14,12 @@ Texts are random words of one length, and every token but the first is scored.
                  chunk at a time
 
 All go through the same rows in the same batches. Each round does them all, in an order that turns;
-ratios to `bare` are taken within a round, then the median. Besides: where the stage's seconds went,
-by its clock, and the largest differences of what is kept to float64. vLLM's prompt
+ratios to `bare` are taken within a round, then the median. It also says where the stage's seconds
+went, by its clock, and the largest differences of what is kept to float64. vLLM's prompt
 log-probabilities are left out: they come from an engine whose bare forward pass is another
 (`engines.py` has what they say).
 
-Prints a table, then one line of JSON; with --out writes both there too.
+It prints a table, then one line of JSON; with --out writes both there too.
 """
 
 import json
@@ -321,7 +321,7 @@ def wide(head: Head, states: Tensor) -> Tensor:
 
 
 def plain_reduction(logits: Tensor, following: Tensor) -> dict[str, Tensor]:
-    """As it is written down: each number by a pass of its own."""
+    """The reduction as it is written down: each number by a pass of its own."""
     logprobs = logits.float().log_softmax(-1)
     token = logprobs.gather(-1, following[:, None])[:, 0]
     entropy = -(logprobs.exp() * logprobs).sum(-1)
@@ -388,7 +388,7 @@ def bars(found: dict[str, Any], device: str) -> list[dict[str, Any]]:
 
 
 def table(outcome: dict[str, Any]) -> str:
-    """For people."""
+    """The table for people."""
     teacher, clock = outcome["teacher"], outcome["stage_clock"]
     lines = [
         f"{outcome['device']}, {outcome['threads']} threads, load {outcome['load_average']}; "

@@ -8,7 +8,7 @@ Each size is one or more commands, their stages too, in one process forked for i
 model, after a small one of the same has been done there, so that what libraries load and open once
 is not counted. Peak memory is that of the whole process, libraries included; added is what it grew
 beyond the small one. File descriptors are counted before and after, and files in TMPDIR and
-temporary ones in the store after. Prints a table, then one line of JSON.
+temporary ones in the store after. It prints a table, then one line of JSON.
 """
 
 import argparse

@@ -92,7 +92,7 @@ class WithoutLog(ClassPasses):
     def losses(
         self, model: nn.Module, batch: ClassBatch, *, aim: Aim, dtype: torch.dtype
     ) -> Distilled:
-        """As of `ClassPasses`, mistaken."""
+        """The losses of `ClassPasses`, with the mistake."""
         objective = aim.objective
         assert objective is not None
         assert batch.targets.logprobs is not None

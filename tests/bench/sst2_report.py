@@ -88,7 +88,7 @@ def _short(student: Student) -> Student:
 
 
 def _parameters(model: Path) -> tuple[int, int]:
-    """Of a saved model: all, and those that are no embeddings."""
+    """How many parameters a saved model has: all, and those that are no embeddings."""
     with safe_open(model / "model.safetensors", "pt") as file:
         sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}
     return sum(sizes.values()), sum(

@@ -111,7 +111,7 @@ class _Chunks:
         self.most = min(samples.lengths().scored_tokens for samples in sources.values())
 
     def take(self, tokens: int) -> dict[str, list[Sample]]:
-        """By estimator: whole samples, `tokens` of text or a little less than a sample more."""
+        """Whole samples by estimator, `tokens` of text or a little less than a sample more."""
         first, *others = self._streams
         found = {first: [next(self._streams[first])]}
         while sum(sample.scored_tokens for sample in found[first]) < tokens:
@@ -208,7 +208,9 @@ def _kept(arm: Arm, vocab_size: int) -> Kept:
 
 
 def kept_of(bench: Bench, arm: Arm) -> dict[str, float | None]:
-    """Of the targets that an arm reads: mean kept mass and entries per token.
+    """Mean kept mass and entries per token of the targets that an arm reads.
+
+    It is None where it reads none.
 
     None where it reads none.
     """

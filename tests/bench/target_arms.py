@@ -101,7 +101,7 @@ class LivePacking(Packing):
     def batches(
         self, samples: Sequence[Sample], temperature: float | None = 1.0
     ) -> Iterator[Batch]:
-        """As of `Packing`, at temperature 1."""
+        """The batches of `Packing`, at temperature 1."""
         for batch in Packing.batches(self, samples, None):
             yield replace(batch, targets=dense_targets(self.teacher, batch))
 

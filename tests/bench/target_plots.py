@@ -22,7 +22,7 @@ HEAD = (
 
 
 def colour(name: str) -> str:
-    """Of an arm: that of its tail or way of drawing."""
+    """The colour of an arm, which is that of its tail or way of drawing."""
     return COLOURS.get(name.rpartition("-")[2], "#444444")
 
 

@@ -73,9 +73,9 @@ def _read(folder: Path) -> Found:
 
 
 def _arms(found: Found, folder: Path) -> dict[str, dict[str, Any]]:
-    """By arm: (mean, half-width or None) of every measure and of the share of the gap.
+    """Every measure of each arm, and the share of the gap, as (mean, half-width or None).
 
-    What its targets keep.
+    What its targets keep stands beside them.
     """
     ce, full = found.get("ce", {}), found.get("full", {})
     gaps = {seed: ce[seed][LOSS] - full[seed][LOSS] for seed in ce if seed in full}

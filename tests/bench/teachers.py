@@ -150,7 +150,7 @@ def encoded(documents: list[str]) -> list[list[int]]:
 
 
 def write_recipe(folder: Path, scale: Scale, student: str, seed: int) -> Path:
-    """Of one student."""
+    """The recipe of one student."""
     asked = [student] if student in DOMAINS else [*DOMAINS]
     route = {} if student == "unrouted" else WHERE
     teachers = [
@@ -287,7 +287,7 @@ def main() -> None:
 
 
 def _write(file: Path, content: Mapping[str, Any]) -> None:
-    """At once, so that a call that goes on sees all of it or nothing."""
+    """Write a file at once, so that a call that goes on sees all of it or nothing."""
     part = file.with_suffix(".part")
     part.write_text(json.dumps(content))
     part.replace(file)

@@ -11,7 +11,7 @@ device, after fresh logits were copied to where it works, which are far more tha
 medians of 20 rounds in turns. Without a GPU only --tiny runs, in Triton's interpreter, so that this
 file cannot rot.
 
-Prints a table, then one line of JSON.
+It prints a table, then one line of JSON.
 """
 
 import argparse
@@ -42,7 +42,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
-    """Of a chunk."""
+    """The sizes of a chunk."""
 
     tokens: int = 4096
     vocabulary: int = 151_936
@@ -175,7 +175,7 @@ def products(raw: Tensor, sizes: Sizes) -> Callable[[], None]:
 
 
 def seconds(arm: Arm, raw: Tensor, fresh: Tensor) -> float:
-    """Of one go, on fresh logits."""
+    """The seconds of one go, on fresh logits."""
     raw.copy_(fresh)
     if DEVICE == "cpu":
         began = time.perf_counter()

@@ -34,7 +34,7 @@ class Arm:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Of the recipe."""
+        """The settings of the recipe."""
         loss = dict(self.loss) | ({"features": [dict(self.match)]} if self.match else {})
         return {"loss": loss} | ({"student": dict(self.student)} if self.student else {})
 
@@ -62,7 +62,7 @@ def _stored(what: str, last: int, **more: Any) -> dict[str, Any]:
 
 
 def classify_arms(last: int, *, narrow: Mapping[str, Any]) -> dict[str, Arm]:
-    """Of a classifier.
+    """The arms of a classifier.
 
     Args:
         last: The teacher's last block; every feature is of it.
@@ -133,7 +133,7 @@ def classify_arms(last: int, *, narrow: Mapping[str, Any]) -> dict[str, Arm]:
 
 
 def causal_arms(last: int) -> dict[str, Arm]:
-    """Of a language model; `last` as above."""
+    """The arms of a language model, with `last` as above."""
     return {
         "text": Arm(says="the text alone: cross-entropy", loss=LABELS, against="logits"),
         "logits": Arm(

@@ -39,7 +39,7 @@ def stored_bytes(store: Store, snapshot: str) -> dict[str, Any]:
 
 
 def _shards(store: Store, teacher: str) -> list[tuple[ShardFile, int]]:
-    """Of one teacher's features, each with the bytes of its file."""
+    """The shards of one teacher's features, each with the bytes of its file."""
     commits = store.commits("features")
     found = [(store.shard("features", c.shard.sha256), c.shard.bytes) for c in commits]
     return [(shard, size) for shard, size in found if shard.about["teacher_id"] == teacher]

@@ -39,7 +39,7 @@ class Choice:
 
     @property
     def name(self) -> str:
-        """Of its files."""
+        """The name of its files."""
         return f"{self.arm.replace(' ', '-')}-{self.rate:g}-{self.seed}"
 
 
@@ -179,7 +179,7 @@ def _setting(name: str, value: Any) -> str:
 
 
 def _write(file: Path, content: Mapping[str, Any]) -> None:
-    """At once, so that a reader sees all of it."""
+    """Write a file at once, so that a reader sees all of it."""
     part = file.with_name(f"{file.name}.{os.getpid()}")
     part.write_text(json.dumps(content))
     part.replace(file)

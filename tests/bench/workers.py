@@ -125,7 +125,7 @@ def storage(folder: Path) -> dict[str, object]:
 
 
 def median(rounds: list[dict[str, object]], way: str, what: str = "rows_per_second") -> float:
-    """Of a way, over the rounds."""
+    """The median of a way, over the rounds."""
     return statistics.median(r[way][what] for r in rounds)
 
 

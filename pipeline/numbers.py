@@ -23,7 +23,9 @@ def percent(value: float | None, places: int = 1, *, error: float | None = None)
 
 
 def significant(value: float | None, *, error: float | None = None) -> str:
-    """A number of four significant digits, or all digits of a larger one.
+    """A number as text: four significant digits, or all digits of a larger one.
+
+    Its standard error stands beside it, where there is one.
 
     Its standard error stands beside it, where there is one.
     """

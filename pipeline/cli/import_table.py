@@ -121,7 +121,7 @@ def import_(
     Every row is checked before it is written: lengths, ids, order, sums, and whether the targets
     belong to the tokens that they stand beside. What does not fit is named by row and column and
     ends the import, or is left out (--skip-bad). Run it again to go on: rows that are there are not
-    written twice. Prints a recipe to train with.
+    written twice. It prints a recipe to train with.
     """
     from ...stages.data.importing.columns import Columns
     from ...stages.data.importing.table import ImportRequest, import_table

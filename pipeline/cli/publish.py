@@ -215,12 +215,12 @@ def publish(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Do as `export` does, and send the dataset to the Hub, and tag it.
+    """Do as `export` does, then send the dataset to the Hub and tag it.
 
     The data go first and the card goes last, so that no reader sees half a version. Then the
     version gets its tag.
 
-    Refuses until the licence of the dataset, of the teacher and of the prompts is given. Stop it
+    It refuses until the licence of the dataset, of the teacher and of the prompts is given. Stop it
     anywhere and run it again: what is there is not sent twice. The token is that of `hf auth login`
     or HF_TOKEN.
     """

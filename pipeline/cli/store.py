@@ -179,7 +179,7 @@ def repair(
 
     Reads the whole store, as verify does. Commits with a damaged, missing or forged record or shard
     are withdrawn; their files stay until vacuum. Damaged records of inputs, teachers, bindings,
-    engines and snapshots are deleted. Safe while others write, and any number of times.
+    engines and snapshots are deleted. It is safe while others write, and any number of times.
     """
     from ...storage.integrity.repair import repair as repair_store
     from ...storage.store.store import Store

@@ -69,8 +69,7 @@ class Plan:
     unread: str = ""
     """What to say of rows that the student cannot read, or see as far as it must; empty: it can."""
     warning: str = ""
-    """What people should know before anything else, if there is such a thing. It is the first note
-    too."""
+    """What people should know before anything else, if there is any. It is the first note too."""
     notes: tuple[str, ...] = ()
     """What people should know of the run: a sentence each."""
     sources: dict[str, str] = field(default_factory=dict)

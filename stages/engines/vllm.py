@@ -70,7 +70,7 @@ _ELSE = "Change them, or use the engine hf."
 def _prepare_cpu() -> None:
     """Set defaults for CPUs.
 
-    vLLM's own start two more processes and compile a function, half a minute per start.
+    vLLM's own defaults start two more processes and compile a function: half a minute per start.
     """
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")

@@ -1,6 +1,6 @@
 """The device: where and in what to compute, in which mode, and whether Triton can.
 
-It also says what to say when the device fails.
+The messages for a device that fails are here too.
 """
 
 from collections.abc import Iterator

@@ -150,7 +150,7 @@ class DivergenceSettings(Section):
     def is_finite_without_tail(self) -> bool:
         """Whether the divergence is finite without a tail.
 
-        Then the teacher gives nothing to what is outside its entries.
+        Without one, the teacher gives nothing to what is outside its entries.
         """
         return self.kind.finite_without_tail(**self.parameters())
 

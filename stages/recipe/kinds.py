@@ -37,8 +37,7 @@ class TargetKind:
     served_by: tuple[str, ...] = ()
     """Other kinds whose stored rows serve too, where they are whole or have k entries or more."""
     covers: Mapping[str, Literal[">=", "<=", "="]] = field(default_factory=dict)
-    """How a column of a stored row of this kind must compare with what is asked for, to be
-    reused."""
+    """How a column of a stored row of this kind must compare with what is asked for, for reuse."""
     bytes_per_entry: float
     """About what an entry takes on disk at 10 mantissa bits, compressed."""
     bytes_per_token: float

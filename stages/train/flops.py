@@ -163,7 +163,7 @@ class Peak:
 def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOPs per second of a square matrix product, the best of some.
 
-    Of one that took long, it is that one's.
+    A product that takes long is timed once, and its rate is taken.
     """
     left, right = (torch.ones(_PRODUCT, _PRODUCT, device=device, dtype=dtype) for _ in range(2))
     best, first = float("inf"), time.perf_counter()

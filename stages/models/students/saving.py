@@ -157,7 +157,7 @@ def _put_generation(path: Path, own: GenerationConfig, base: Path) -> None:
 
 
 def _mend_config(path: Path, dtype: str) -> list[str]:
-    """Make what transformers wrote readable for 4.57 too, without this machine's folders.
+    """Make a config readable for transformers 4.57 too, without this machine's folders.
 
     What could not be done is returned.
     """
